@@ -1,0 +1,1 @@
+"""The device: data, embedding, head, adapters, optimizer and checkpoints. No torch."""

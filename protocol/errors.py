@@ -1,0 +1,173 @@
+"""Every error that dlora raises on purpose, and the exit code of each.
+
+::
+
+    DloraError                       1   anything else that we name
+    ├── UsageError                   2   the command line is wrong (typer's own code)
+    ├── DataError                    3   the training data cannot be used
+    ├── BundleError                  4   the bundle is missing, damaged or too new
+    ├── ModelMismatchError           5   the server's base model is not the bundle's
+    ├── ConnectionFailedError        6   the server cannot be reached, or was lost
+    ├── ProtocolError                7   the conversation broke its rules
+    │   ├── LocalProtocolError           … and the bug is ours
+    │   └── RemoteProtocolError          … and the fault is the peer's (carries a wire code)
+    ├── RefusedError                 8   the server said no, and why
+    ├── StorageError                 9   the disk is full, read-only or gone
+    ├── CheckpointError             10   no usable checkpoint, adapter or state file
+    ├── ExportError                 11   the model is not supported, or a graph is not exact enough
+    └── MissingExtraError           12   an optional dependency is not installed
+    (Ctrl-C, SIGTERM)              130
+
+A command prints ``error: <one line>`` on stderr and exits with the code. Codes never change meaning.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import ClassVar, Final
+
+INTERRUPTED_EXIT_CODE: Final = 130
+
+
+class DloraError(Exception):
+    """Base of all errors that dlora raises on purpose; its text is one line that says what to do."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(DloraError):
+    """The command line or configuration contradicts itself."""
+
+    exit_code = 2
+
+
+class DataError(DloraError):
+    """The data set is missing, empty or malformed; the text names file and line."""
+
+    exit_code = 3
+
+
+class BundleError(DloraError):
+    """The bundle is missing, damaged (a digest differs) or of a newer format."""
+
+    exit_code = 4
+
+
+class ModelMismatchError(DloraError):
+    """The server's base model is not the one that the bundle was exported from."""
+
+    exit_code = 5
+
+
+class ConnectionFailedError(DloraError):
+    """The server cannot be reached, or the connection was lost."""
+
+    exit_code = 6
+
+
+class ProtocolError(DloraError):
+    """The conversation broke the rules of docs/protocol.md."""
+
+    exit_code = 7
+
+
+class LocalProtocolError(ProtocolError):
+    """We were about to send what the rules forbid: a bug of ours."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent what the rules forbid.
+
+    Attributes:
+        code: the wire code (``messages.ErrorCode``) that the answer carries.
+    """
+
+    def __init__(self, text: str, code: str = "protocol") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class RefusedError(DloraError):
+    """The server refused, as it may.
+
+    Attributes:
+        code: the wire code (``messages.ErrorCode``).
+        retryable: whether the same request may succeed later.
+        retry_after_s: when to come again, in seconds, where the server said so.
+    """
+
+    exit_code = 8
+
+    def __init__(
+        self, text: str, code: str, *, retryable: bool = False, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(text)
+        self.code = code
+        self.retryable = retryable
+        self.retry_after_s = retry_after_s
+
+
+class StorageError(DloraError):
+    """Writing failed: the disk is full, read-only or gone. What was saved before is intact."""
+
+    exit_code = 9
+
+
+class CheckpointError(DloraError):
+    """A checkpoint or adapter cannot be used."""
+
+    exit_code = 10
+
+
+class ExportError(DloraError):
+    """The model is not supported, or an exported graph is not exact enough."""
+
+    exit_code = 11
+
+
+class MissingExtraError(DloraError):
+    """An optional dependency is not installed."""
+
+    exit_code = 12
+
+
+_STORAGE_ERRNOS: Final = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a console command; turn a named error into one line on stderr and its exit code.
+
+    ``OSError`` from a full, read-only or forbidden disk counts as ``StorageError``. Anything that we do
+    not name is a bug and keeps its traceback.
+    """
+    try:
+        command()
+    except DloraError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was saved is intact", INTERRUPTED_EXIT_CODE)
+    except BrokenPipeError:
+        # The reader of our stdout went away (`| head`): not an error, and nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRNOS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"cannot write: {where}{error.strerror}; free space or choose another place", StorageError.exit_code)
+
+
+def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
+    """The error for a console script whose extra is not installed."""
+    return MissingExtraError(
+        f"the module {error.name!r} is not installed; this command needs the extra {extra!r}: "
+        f"pip install 'dlora[{extra}]'"
+    )
+
+
+def _fail(text: str, exit_code: int) -> None:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    raise SystemExit(exit_code)

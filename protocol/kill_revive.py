@@ -1,0 +1,117 @@
+"""Kill and Revive as both sides know it: its settings, its units, and the states a unit can be in.
+
+Scores are computed on the device (``dlora.edge.sensitivity``), decisions are made in the cloud
+(``dlora.cloud.kill_revive``), the device obeys. See docs/kill-and-revive.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from .errors import UsageError
+
+ScoreName = Literal["change", "sensitivity", "grad", "norm", "random", "static", "last"]
+UnitKind = Literal["block", "group"]
+OnKill = Literal["fade", "bypass", "hold_forward"]
+
+Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
+
+MIN_WARMUP_STEPS: Final = 20
+
+
+class UnitState(IntEnum):
+    """What a unit does in a step.
+
+    Live units (all but ``KILLED``) exchange in the forward pass. Only ``ACTIVE`` ones are trained.
+    """
+
+    KILLED = 0
+    ACTIVE = 1
+    FADING = 2  # its scale goes 1 -> 0 over kill_every steps; not trained
+    HELD = 3  # it keeps its effect on the forward pass; not trained
+
+
+class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The settings that a device chooses when it opens a session.
+
+    Attributes:
+        active_fraction: rho; ``k = max(1, ceil(rho * units))`` units stay active. 1.0 turns kill-and-revive off.
+        unit: what is switched: a whole ``block`` (all its exchange groups) or a single exchange ``group``.
+        score: what the device reports and the cloud ranks by; ``random``, ``static`` and ``last`` ignore it.
+        warmup_fraction: share of the steps, at least ``MIN_WARMUP_STEPS`` steps, in which nothing is killed.
+        ramp_fraction: share of the steps at which the cubic budget reaches ``k``.
+        kill_every, revive_every: ticks, in steps. revive_every 0: never revive.
+        revive_share: share of ``k`` (at least one unit) that revived units may take.
+        probation: steps for which a revived unit is not ranked.
+        hysteresis: a unit is killed only if it scores below threshold * (1 - hysteresis).
+        quiet_fraction: share of the last steps without kills or revivals.
+        ema: decay of the score's moving average.
+        cost_aware: rank by score per cost (bytes, round trips, depth of backward) instead of by score.
+        on_kill: what a killed unit does at first, see ``UnitState``.
+        pinned: units that are never killed.
+        static: the units of the ``static`` policy.
+    """
+
+    active_fraction: Fraction = 0.125
+    unit: UnitKind = "block"
+    score: ScoreName = "change"
+    warmup_fraction: Fraction = 0.05
+    warmup_steps: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = MIN_WARMUP_STEPS
+    ramp_fraction: Fraction = 0.25
+    kill_every: Annotated[int, msgspec.Meta(ge=1, le=10**9)] = 25
+    revive_every: Count = 25
+    revive_share: Fraction = 0.5
+    probation: Count = 25
+    hysteresis: Fraction = 0.10
+    quiet_fraction: Fraction = 0.05
+    ema: Fraction = 0.85
+    cost_aware: bool = True
+    on_kill: OnKill = "fade"
+    pinned: tuple[int, ...] = ()
+    static: tuple[int, ...] = ()
+
+    def budget_floor(self, units: int) -> int:
+        """``k``: how many of ``units`` units stay active once the budget has come down."""
+        if self.score == "static" and self.static:
+            return max(1, len(set(self.static) | set(self.pinned)))
+        return min(units, max(1, math.ceil(self.active_fraction * units - 1e-9), len(set(self.pinned))))
+
+    def check(self, units: int) -> None:
+        """Raise ``UsageError`` where the settings cannot work for ``units`` units."""
+        for name, chosen in (("pinned", self.pinned), ("static", self.static)):
+            for unit in chosen:
+                if not 0 <= unit < units:
+                    raise UsageError(f"{name} unit {unit} does not exist; units are 0 to {units - 1}")
+        if self.score == "static" and not self.static:
+            raise UsageError("the policy 'static' needs the units that stay active (--static-units 26-29)")
+
+
+class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One target module: its full name in the base model, as PEFT spells it, and the width of its output."""
+
+    name: str
+    out_features: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+
+
+class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An exchange group: the target modules of one block that share one input of width ``in_features``."""
+
+    block: Annotated[int, msgspec.Meta(ge=0, le=2**16)]
+    in_features: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+    targets: tuple[TargetSpec, ...]
+
+
+def group_units(groups: Sequence[GroupSpec], kind: UnitKind) -> tuple[tuple[int, ...], ...]:
+    """The exchange groups (indices) of each unit, in execution order."""
+    if kind == "group":
+        return tuple((index,) for index in range(len(groups)))
+    blocks: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        blocks.setdefault(group.block, []).append(index)
+    return tuple(tuple(indices) for _, indices in sorted(blocks.items()))

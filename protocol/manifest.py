@@ -1,0 +1,222 @@
+"""The bundle's manifest: what ``dlora-export`` writes and ``dlora-edge`` reads. docs/bundle.md is normative.
+
+A bundle is a directory; ``manifest.json`` names every other file in it with its size and SHA-256. Paths are
+relative, with ``/``, and never leave the bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from .errors import BundleError
+from .kill_revive import GroupSpec
+from .version import BUNDLE_FORMAT
+
+MANIFEST_NAME: Final = "manifest.json"
+MAX_MANIFEST_BYTES: Final = 16 << 20
+
+StoredDtype = Literal["fp32", "fp16", "int8"]
+GraphKind = Literal[
+    "embedding",
+    "adapter_forward",
+    "adapter_input_grad",
+    "adapter_weight_grad",
+    "head_train",
+    "head_loss",
+    "head_logits",
+    "adamw",
+]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size in bytes and hex SHA-256 of one file of the bundle."""
+
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class BaseModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The frozen pretrained model that the bundle belongs to.
+
+    Attributes:
+        name: what was exported, as the user named it.
+        architecture: Hugging Face ``model_type``.
+        fingerprint: hex SHA-256 over the names, shapes and bfloat16 values of all parameters; a server that
+            loads the model in float32 or bfloat16 computes the same.
+        blocks: number of transformer blocks.
+        embedding_size: width of ``inputs_embeds``; hidden_size: of ``last_hidden_state``.
+        parameters: how many, tied ones once.
+    """
+
+    name: str
+    architecture: str
+    fingerprint: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    blocks: Positive
+    embedding_size: Positive
+    hidden_size: Positive
+    vocabulary_size: Positive
+    max_sequence_length: Positive
+    parameters: Positive
+
+
+class LoraSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """PEFT's words: rank ``r``, ``lora_alpha`` and the ``target_modules`` that the user asked for."""
+
+    r: Positive
+    lora_alpha: Annotated[float, msgspec.Meta(gt=0)]
+    target_modules: tuple[str, ...]
+
+
+class EmbeddingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The token embedding: ``weight`` is a ``.npy`` file, (vocabulary, embedding_size), multiplied by ``scale``."""
+
+    weight: str
+    dtype: Literal["fp32", "fp16"]
+    scale: float = 1.0
+
+
+class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The LM head: ``logits = cap(logit_scale * (h W^T + bias))``, ``cap(x) = softcap * tanh(x / softcap)``.
+
+    Attributes:
+        weight: ``.npy`` file, (vocabulary, hidden_size); the embedding's own file where tied and of one dtype.
+        row_scales: ``.npy`` fp32 (vocabulary,), only for ``int8``: ``W = weight * row_scales[:, None]``.
+        bias: ``.npy`` fp32 (vocabulary,).
+        rows: labelled rows per call of a head graph that use memory well; callers loop over chunks of it.
+    """
+
+    weight: str
+    dtype: StoredDtype
+    tied: bool
+    row_scales: str | None = None
+    bias: str | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    rows: Positive = 64
+
+
+class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``tokenizer.json`` of the tokenizers library, and what else chat templates need."""
+
+    file: str
+    chat_template: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    eos_token_id: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph's input or output. Strings in ``shape`` are dynamic dimensions (``tokens``, ``rank``, ``rows``, ``n``)."""
+
+    name: str
+    dtype: Literal["fp32", "fp16", "int8", "int64"]
+    shape: tuple[int | str, ...]
+
+
+class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One graph: where it is, what goes in and out, and how far it was from torch when exported.
+
+    Attributes:
+        key: widths that tell graphs of one kind apart, ``"576x192"`` for adapters (in x out), else empty.
+        files: engine (``onnx``, ``executorch``) to path.
+        error: largest error seen at export, relative to the largest magnitude of the output; tolerance: its bound.
+    """
+
+    kind: GraphKind
+    key: str = ""
+    files: dict[str, str]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    error: float
+    tolerance: float
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything the device needs to know about a bundle.
+
+    Attributes:
+        groups: the exchange groups in execution order.
+        golden: safetensors file of inputs and outputs: ``<kind>[.<key>].in.<name>`` and ``….out.<name>``.
+        files: every other file of the bundle.
+    """
+
+    format: int
+    software: str
+    base_model: BaseModelSpec
+    lora: LoraSpec
+    groups: tuple[GroupSpec, ...]
+    embedding: EmbeddingSpec
+    head: HeadSpec
+    tokenizer: TokenizerSpec
+    graphs: tuple[GraphSpec, ...]
+    golden: str
+    files: dict[str, FileSpec]
+
+    def graph(self, kind: GraphKind, key: str = "") -> GraphSpec:
+        """The graph of a kind; raises ``BundleError`` where the bundle has none."""
+        for graph in self.graphs:
+            if graph.kind == kind and graph.key == key:
+                return graph
+        raise BundleError(f"the bundle has no {kind} graph {key}; export it again")
+
+
+class _Format(msgspec.Struct):
+    format: int
+
+
+def adapter_key(in_features: int, out_features: int) -> str:
+    """The key of the adapter graphs of one shape."""
+    return f"{in_features}x{out_features}"
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as JSON."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def load_manifest(bundle: Path) -> Manifest:
+    """Read and check a bundle's manifest. Raises ``BundleError`` with what to do."""
+    path = bundle / MANIFEST_NAME
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} is too large to be a manifest; export the bundle again")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        reason = "has no manifest.json" if bundle.is_dir() else "does not exist"
+        raise BundleError(f"{bundle} is not a bundle: it {reason}; make one with dlora-export") from None
+    except NotADirectoryError:
+        raise BundleError(f"{bundle} is not a bundle directory; make one with dlora-export") from None
+    try:
+        found = msgspec.json.decode(raw, type=_Format).format
+        if found > BUNDLE_FORMAT:
+            raise BundleError(
+                f"{bundle} has format {found}, this dlora reads up to {BUNDLE_FORMAT}; update dlora"
+            )
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+    for name in manifest.files:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name:
+            raise BundleError(f"{path} names a file outside the bundle: {name!r}")
+    return manifest
+
+
+def check_file(bundle: Path, name: str, spec: FileSpec) -> None:
+    """Raise ``BundleError`` unless the file has the size and the digest that the manifest gives."""
+    path = bundle / name
+    try:
+        if path.stat().st_size != spec.bytes:
+            raise BundleError(f"{path} is damaged: its size is not the manifest's; export the bundle again")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing; export the bundle again") from None
+    if digest != spec.sha256:
+        raise BundleError(f"{path} is damaged: its SHA-256 is not the manifest's; export the bundle again")

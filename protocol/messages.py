@@ -1,0 +1,251 @@
+"""Every message of the wire: one frozen structure each. docs/protocol.md is normative.
+
+Field names are the wire names; a message's ``type`` is its class name in snake case. ``E`` sends means the
+device (edge), ``C`` the server (cloud).
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from .kill_revive import GroupSpec, KillReviveConfig
+from .tensors import WireDtype, WireTensor
+
+Index = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+Width = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+ShortText = Annotated[str, msgspec.Meta(max_length=1024)]
+Mode = Literal["train", "evaluate"]
+
+MAX_GROUPS = 16_384
+MAX_TICKET_BYTES = 1 << 20
+
+
+class ErrorCode(StrEnum):
+    """Why the server refused or closed; stable names. ``retryable`` of ``Error`` says whether to come again."""
+
+    PROTOCOL = "protocol"
+    VERSION = "version"
+    BASE_MODEL_MISMATCH = "base_model_mismatch"
+    UNKNOWN_TARGET = "unknown_target"
+    LIMIT = "limit"
+    NON_FINITE = "non_finite"
+    TICKET = "ticket"
+    BUSY = "busy"
+    SHUTTING_DOWN = "shutting_down"
+    INTERNAL = "internal"
+
+
+def _tag(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag=_tag):
+    """Base of all messages."""
+
+
+class ExchangeMessage(Message, frozen=True):
+    """Base of the messages of a micro-batch.
+
+    Attributes:
+        step: the optimizer step, counted from 0 over the whole run.
+        micro_batch: the micro-batch within the step.
+    """
+
+    step: Index
+    micro_batch: Index
+
+
+class Hello(Message, frozen=True):
+    """E sends first: the wire versions it speaks, and what it is."""
+
+    protocol_versions: Annotated[list[int], msgspec.Meta(min_length=1, max_length=32)]
+    software: ShortText
+
+
+class Welcome(Message, frozen=True):
+    """C answers: the version both will speak, the base model it serves, and its limits.
+
+    Attributes:
+        base_fingerprint: hex SHA-256 of the base model's weights, see docs/bundle.md.
+        embedding_size: width of the hidden states that E sends; hidden_size: of those that C returns.
+        max_sequence_length: longest sequence in tokens.
+        max_tokens: most tokens of one micro-batch.
+    """
+
+    protocol_version: int
+    software: ShortText
+    base_model: ShortText
+    base_fingerprint: ShortText
+    embedding_size: Width
+    hidden_size: Width
+    max_sequence_length: Width
+    max_tokens: Width
+
+
+class OpenSession(Message, frozen=True):
+    """E asks for a session on one base model with its own target modules and kill-and-revive settings.
+
+    Attributes:
+        groups: the exchange groups in execution order; C refuses any that it did not trace itself.
+        total_steps: length of the whole run, which kill-and-revive's schedule needs.
+        next_step: the step that comes next; above 0 when a run goes on.
+        ticket: the last ticket that E got, where a run goes on.
+    """
+
+    base_fingerprint: ShortText
+    groups: Annotated[tuple[GroupSpec, ...], msgspec.Meta(max_length=MAX_GROUPS)]
+    wire_dtype: WireDtype
+    kill_revive: KillReviveConfig
+    seed: Index
+    total_steps: Index
+    next_step: Index = 0
+    ticket: Annotated[bytes, msgspec.Meta(max_length=MAX_TICKET_BYTES)] | None = None
+
+
+class SessionOpened(Message, frozen=True):
+    """C has opened the session.
+
+    Attributes:
+        session: a name for logs.
+        units: uint8 (units,), a ``UnitState`` each.
+        ticket: uint8, the controller's state, opaque and signed.
+    """
+
+    session: ShortText
+    units: WireTensor
+    ticket: WireTensor
+
+
+class Embeddings(ExchangeMessage, frozen=True):
+    """E starts a micro-batch: the packed embeddings of its real tokens.
+
+    Attributes:
+        mode: ``train`` if a backward pass will follow, else ``evaluate``.
+        hidden_states: (tokens, embedding_size).
+        sequence_lengths: int32 (sequences,), summing to tokens.
+        label_positions: int32 (labelled,), ascending rows of the packed tokens whose last hidden state E wants.
+    """
+
+    mode: Mode
+    hidden_states: WireTensor
+    sequence_lengths: WireTensor
+    label_positions: WireTensor
+
+
+class GroupInput(ExchangeMessage, frozen=True):
+    """C sends the input of a live exchange group: (tokens, in_features)."""
+
+    group: Index
+    hidden_states: WireTensor
+
+
+class GroupDelta(ExchangeMessage, frozen=True):
+    """E answers with one delta a target module, ``scale * x A^T B^T``: (tokens, out_features) each."""
+
+    group: Index
+    deltas: tuple[WireTensor, ...]
+
+
+class LabelledHiddenStates(ExchangeMessage, frozen=True):
+    """C ends the forward pass: the last hidden states at the label positions.
+
+    Attributes:
+        hidden_states: (labelled, hidden_size).
+        gradients: how many ``GroupGrad`` will follow a ``GradHiddenStates``; at 0, E sends none.
+    """
+
+    hidden_states: WireTensor
+    gradients: Index
+
+
+class GradHiddenStates(ExchangeMessage, frozen=True):
+    """E starts the backward pass: the loss's gradient, (labelled, hidden_size)."""
+
+    grad_hidden_states: WireTensor
+
+
+class GroupGrad(ExchangeMessage, frozen=True):
+    """C sends the gradients of a group's deltas: (tokens, out_features) each.
+
+    Attributes:
+        answer: whether C waits for the group's ``GroupInputGrad``. The lowest group needs none.
+    """
+
+    group: Index
+    grads: tuple[WireTensor, ...]
+    answer: bool
+
+
+class GroupInputGrad(ExchangeMessage, frozen=True):
+    """E answers with the gradient of the group's input: (tokens, in_features)."""
+
+    group: Index
+    grad_hidden_states: WireTensor
+
+
+class StepReport(Message, frozen=True):
+    """E has committed a step and reports one score a unit: fp32 (units,), 0 for units that are not active."""
+
+    step: Index
+    scores: WireTensor
+
+
+class Signal(Message, frozen=True):
+    """C's answer to a report: the state of every unit from the next step on, and the new ticket.
+
+    Attributes:
+        units: uint8 (units,), a ``UnitState`` each.
+        ticket: uint8, the controller's state after this report, opaque and signed.
+    """
+
+    step: Index
+    units: WireTensor
+    ticket: WireTensor
+
+
+class CloseSession(Message, frozen=True):
+    """E is done; C forgets the session."""
+
+
+class Error(Message, frozen=True):
+    """Either side gives up on the conversation, and says why; nothing may follow."""
+
+    code: ShortText
+    message: ShortText
+    retryable: bool = False
+    retry_after_s: Annotated[float, msgspec.Meta(ge=0)] | None = None
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | OpenSession
+    | SessionOpened
+    | Embeddings
+    | GroupInput
+    | GroupDelta
+    | LabelledHiddenStates
+    | GradHiddenStates
+    | GroupGrad
+    | GroupInputGrad
+    | StepReport
+    | Signal
+    | CloseSession
+    | Error
+)
+
+
+def tensors_of(message: Any) -> list[WireTensor]:
+    """The tensors of a message, in the order in which their bytes follow its header."""
+    found: list[WireTensor] = []
+    for name in message.__struct_fields__:
+        value = getattr(message, name)
+        if isinstance(value, WireTensor):
+            found.append(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], WireTensor):
+            found.extend(value)
+    return found

@@ -1,0 +1,137 @@
+"""Tensors as they cross the wire: a dtype, a shape, a power-of-two exponent, and raw little-endian bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import LocalProtocolError, RemoteProtocolError
+
+WireDtype = Literal["fp32", "fp16"]
+"""How floating-point tensors cross the wire, as the device asks for in ``OpenSession``."""
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
+ByteArray = npt.NDArray[np.uint8]
+
+DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "fp32": np.dtype("<f4"),
+    "fp16": np.dtype("<f2"),
+    "int32": np.dtype("<i4"),
+    "uint8": np.dtype("u1"),
+}
+MAX_DIMENSIONS: Final = 4
+MAX_EXPONENT: Final = 127
+_FP16_HEADROOM: Final = 15  # the largest magnitude is scaled into [2**14, 2**15), well below fp16's 65504
+
+
+class WireTensor:
+    """A tensor on its way over the wire; the bytes are viewed, never copied.
+
+    Attributes:
+        dtype: a key of ``DTYPES``.
+        exponent: the value is ``data * 2**exponent``. Only ``fp16`` uses it: gradients lie far below the
+            smallest normal fp16 and some families' activations far above the largest.
+        data: the stored array, C-contiguous, of any shape with at most ``MAX_DIMENSIONS`` dimensions.
+    """
+
+    __slots__ = ("data", "dtype", "exponent")
+
+    def __init__(self, dtype: str, data: npt.NDArray[Any], exponent: int = 0) -> None:
+        self.dtype = dtype
+        self.data = data
+        self.exponent = exponent
+
+    def __repr__(self) -> str:
+        return f"WireTensor({self.dtype}, {self.shape}, exponent={self.exponent})"
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, WireTensor)
+            and (self.dtype, self.exponent, self.shape) == (other.dtype, other.exponent, other.shape)
+            and self.data.tobytes() == other.data.tobytes()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    @classmethod
+    def from_floats(cls, values: FloatArray, dtype: WireDtype) -> WireTensor:
+        """Put a float32 array on the wire. Raises ``LocalProtocolError`` on NaN or infinity."""
+        if dtype == "fp32":
+            tensor = cls("fp32", np.ascontiguousarray(values, DTYPES["fp32"]))
+            if not tensor.is_finite():
+                raise LocalProtocolError("refusing to send NaN or infinity: training has diverged; lower --lr")
+            return tensor
+        peak = max(float(values.max()), -float(values.min())) if values.size else 0.0
+        if not math.isfinite(peak):
+            raise LocalProtocolError("refusing to send NaN or infinity: training has diverged; lower --lr")
+        exponent = fp16_exponent(peak)
+        scaled = values * np.float32(2.0**-exponent) if exponent else values
+        return cls("fp16", np.ascontiguousarray(scaled, DTYPES["fp16"]), exponent)
+
+    @classmethod
+    def from_ints(cls, values: npt.ArrayLike) -> WireTensor:
+        return cls("int32", np.ascontiguousarray(values, DTYPES["int32"]))
+
+    @classmethod
+    def from_bytes(cls, values: bytes | ByteArray) -> WireTensor:
+        data = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.ascontiguousarray(values)
+        return cls("uint8", data)
+
+    def to_floats(self) -> FloatArray:
+        """The values as float32 (a view of the frame for ``fp32``; do not write into it)."""
+        if self.dtype == "fp32":
+            return self.data
+        values = self.data.astype(np.float32)
+        if self.exponent:
+            values *= np.float32(2.0**self.exponent)
+        return values
+
+    def is_finite(self) -> bool:
+        if self.dtype == "fp16":
+            # Bits, not np.isfinite: halves are slow in numpy, and this runs on every tensor of every step.
+            bits = self.data.view(np.uint16)
+            return not bool(((bits & np.uint16(0x7C00)) == np.uint16(0x7C00)).any())
+        return self.dtype != "fp32" or bool(np.isfinite(self.data).all())
+
+
+def fp16_exponent(peak: float) -> int:
+    """The exponent that scales a tensor whose largest magnitude is ``peak`` into fp16's upper range."""
+    if peak == 0.0:
+        return 0
+    exponent = math.frexp(peak)[1] - _FP16_HEADROOM
+    return max(-MAX_EXPONENT + 1, min(MAX_EXPONENT - 1, exponent))
+
+
+def parse_descriptor(descriptor: Any, frame: memoryview, offset: int) -> tuple[WireTensor, int]:
+    """View the tensor that ``descriptor`` names at ``offset`` of ``frame``; return it and its end.
+
+    Raises ``RemoteProtocolError`` unless the descriptor is ``[dtype, shape, exponent]`` within the limits and
+    its bytes lie inside the frame. Nothing is allocated.
+    """
+    match descriptor:
+        case [str(dtype), list(shape), int(exponent)] if dtype in DTYPES:
+            pass
+        case _:
+            raise RemoteProtocolError("malformed tensor descriptor")
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+        raise RemoteProtocolError("malformed tensor shape")
+    if abs(exponent) > MAX_EXPONENT or (exponent and dtype != "fp16"):
+        raise RemoteProtocolError("malformed tensor exponent")
+    count = math.prod(shape)
+    end = offset + count * DTYPES[dtype].itemsize
+    if end > len(frame):
+        raise RemoteProtocolError("a tensor's shape and dtype claim more bytes than the frame has")
+    data = np.frombuffer(frame, DTYPES[dtype], count, offset if count else 0).reshape(shape)
+    return WireTensor(dtype, data, exponent), end

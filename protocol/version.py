@@ -1,0 +1,11 @@
+"""The versions of the two contracts: the wire and the bundle."""
+
+from typing import Final
+
+SOFTWARE_VERSION: Final = "0.1.0"
+
+PROTOCOL_VERSIONS: Final = (1,)
+"""Wire versions that this code speaks, newest last. See docs/protocol.md, section Evolution."""
+
+BUNDLE_FORMAT: Final = 1
+"""Bundle format that this code writes, and the newest that it reads. See docs/bundle.md."""
