@@ -72,7 +72,7 @@ class Decoder:
             raise RemoteProtocolError("frame shorter than its header")
         _check_zeros(view, 4 + length, self._offset)
         try:
-            message = self._decoder.decode(view[4 : 4 + length])
+            message: AnyMessage = self._decoder.decode(view[4 : 4 + length])
         except RemoteProtocolError:
             raise
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:

@@ -112,7 +112,7 @@ class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A graph's input or output. Strings in ``shape`` are dynamic dimensions (``tokens``, ``rank``, ``rows``, ``n``)."""
+    """A graph's input or output. Strings in ``shape`` are dynamic (``tokens``, ``rank``, ``rows``, ``n``)."""
 
     name: str
     dtype: Literal["fp32", "fp16", "int8", "int64"]

@@ -1,0 +1,20 @@
+"""Entry point of ``dlora-cloud``."""
+
+from dlora.protocol.errors import missing_extra, run_command
+
+
+def main() -> None:
+    """Run ``dlora-cloud``; a missing extra is one line."""
+    run_command(_main)
+
+
+def _main() -> None:
+    try:
+        from .cli import app
+    except ImportError as error:
+        raise missing_extra(error, "cloud") from None
+    app(prog_name="dlora-cloud")
+
+
+if __name__ == "__main__":
+    main()

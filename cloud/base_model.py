@@ -1,0 +1,239 @@
+"""The base model: a frozen Hugging Face causal language model, cut at ``inputs_embeds`` and ``last_hidden_state``.
+
+Any decoder-only family will do, because nothing here knows one by name. The blocks are the list of
+``num_hidden_layers`` modules; which target modules share an input is found by running the decoder once and
+watching which tensor each of them is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dlora.protocol.errors import ExportError
+from dlora.protocol.kill_revive import GroupSpec, TargetSpec
+
+from .fingerprint import fingerprint
+from .source import find_source, load_model
+
+TRACE_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class TargetModule:
+    """A linear module of a block, which an adapter may stand beside.
+
+    Attributes:
+        name: its path in the causal language model, as PEFT spells it (``model.layers.3.self_attn.q_proj``).
+        block: the block it belongs to.
+        order: its place in the order of execution.
+        input_id: modules of the same number receive the same tensor.
+        module: ``nn.Linear``, or ``Conv1D`` whose weight is (in_features, out_features).
+    """
+
+    name: str
+    block: int
+    order: int
+    input_id: int
+    in_features: int
+    out_features: int
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base model in eval mode; no parameter requires a gradient.
+
+    Attributes:
+        name: as the user named it; architecture: Hugging Face ``model_type``.
+        model: the causal language model; decoder: the part of it from ``inputs_embeds`` to ``last_hidden_state``.
+        blocks: number of transformer blocks.
+        embedding_size: width of ``inputs_embeds``; hidden_size: of ``last_hidden_state``.
+        targets: all modules that can be targets, by name, in execution order.
+        refused: linear modules of the blocks that cannot, and why.
+    """
+
+    name: str
+    architecture: str
+    model: PreTrainedModel
+    decoder: nn.Module
+    blocks: int
+    embedding_size: int
+    hidden_size: int
+    vocabulary_size: int
+    max_sequence_length: int
+    parameters: int
+    targets: dict[str, TargetModule]
+    refused: dict[str, str]
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, name: str) -> Self:
+        """Freeze ``model`` and trace it. Raises ``ExportError`` where it is not a decoder-only language model."""
+        config = model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise ExportError(
+                f"{name} is an encoder-decoder model ({config.model_type}); only decoder-only models are supported"
+            )
+        text = config.get_text_config(decoder=True)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
+            raise ExportError(
+                f"{name} ({config.model_type}) has no plain token embedding and linear LM head; it is not supported"
+            )
+        model.eval().requires_grad_(False)
+        decoder = model.base_model
+        block_list = _find_blocks(model, decoder, text.num_hidden_layers, name)
+        targets, refused = _trace(model, decoder, block_list, embedding.embedding_dim)
+        return cls(
+            name=name,
+            architecture=config.model_type,
+            model=model,
+            decoder=decoder,
+            blocks=len(block_list),
+            embedding_size=embedding.embedding_dim,
+            hidden_size=head.in_features,
+            vocabulary_size=head.out_features,
+            max_sequence_length=int(getattr(text, "max_position_embeddings", None) or _NO_LIMIT),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            targets=targets,
+            refused=refused,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the weights, the same whether they are held in float32 or bfloat16."""
+        return fingerprint(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def groups(self, names: Iterable[str]) -> tuple[GroupSpec, ...]:
+        """The exchange groups of these target modules, in execution order.
+
+        Raises ``ExportError`` for a name that is not a target of this model.
+        """
+        chosen: dict[int, list[TargetModule]] = {}
+        for target in sorted((self._target(name) for name in set(names)), key=lambda target: target.order):
+            chosen.setdefault(target.input_id, []).append(target)
+        return tuple(
+            GroupSpec(
+                members[0].block,
+                members[0].in_features,
+                tuple(TargetSpec(member.name, member.out_features) for member in members),
+            )
+            for members in chosen.values()
+        )
+
+    def _target(self, name: str) -> TargetModule:
+        target = self.targets.get(name)
+        if target is None:
+            reason = self.refused.get(name, "is not a linear module of a block")
+            raise ExportError(f"{name} cannot be a target module of {self.name}: it {reason}")
+        return target
+
+    def last_hidden_state(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the decoder.
+
+        Args:
+            inputs_embeds: (batch, length, embedding_size), in the model's dtype; scaled where the family's
+                own embedding module scales.
+            attention_mask: int64 (batch, length), 1 for tokens and 0 for padding.
+
+        Returns: (batch, length, hidden_size), after the final norm.
+        """
+        return self.decoder(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+
+
+_NO_LIMIT = 1 << 20  # ALiBi families (BLOOM) name no longest sequence
+
+
+def load_base_model(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> BaseModel:
+    """Load a base model from a directory, a ``.gguf`` file, a hub id or an alias (``smollm2-135m``).
+
+    Raises ``UsageError`` where the path does not exist, ``MissingExtraError`` where an alias's package is not
+    installed and ``ExportError`` where the model cannot be downloaded or is not supported.
+    """
+    model = load_model(find_source(name), dtype).to(device)
+    return BaseModel.from_model(model, name)
+
+
+def _find_blocks(model: nn.Module, decoder: nn.Module, count: int, name: str) -> list[tuple[str, nn.Module]]:
+    paths = {module: path for path, module in model.named_modules()}
+    found = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not found:
+        raise ExportError(f"{name} has no list of {count} transformer blocks; its architecture is not supported")
+    return [(paths[block], block) for block in found[0]]
+
+
+@contextmanager
+def _recorded_inputs(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Collect (name, input) of every call. The tensors are kept, so that no two of them share an ``id``."""
+    calls: list[tuple[str, Tensor]] = []
+
+    def record(name: str) -> Any:
+        return lambda _module, args, kwargs: calls.append((name, args[0] if args else kwargs["input"]))
+
+    handles = [module.register_forward_pre_hook(record(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _trace(
+    model: PreTrainedModel, decoder: nn.Module, block_list: list[tuple[str, nn.Module]], width: int
+) -> tuple[dict[str, TargetModule], dict[str, str]]:
+    linears = {
+        f"{path}.{name}": (block, module)
+        for block, (path, root) in enumerate(block_list)
+        for name, module in root.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    with torch.no_grad(), _recorded_inputs({name: module for name, (_, module) in linears.items()}) as calls:
+        embeds = torch.ones(1, TRACE_TOKENS, width, dtype=model.dtype, device=model.device)
+        decoder(inputs_embeds=embeds, use_cache=False)
+    times = dict.fromkeys(linears, 0)
+    for name, _ in calls:
+        times[name] += 1
+    refused = {
+        name: f"runs {count} times in a forward pass (as experts of a mixture do), not once"
+        for name, count in times.items()
+        if count != 1
+    }
+    refused |= {
+        f"{path}.{name}": "holds the weights of many experts in one tensor"
+        for path, root in block_list
+        for name, module in root.named_modules()
+        if "expert" in name and any(weight.ndim == 3 for weight in module.parameters(recurse=False))
+    }
+    input_ids: dict[tuple[int, int], int] = {}
+    targets: dict[str, TargetModule] = {}
+    for name, tensor in calls:
+        if name in refused:
+            continue
+        block, module = linears[name]
+        rows, columns = module.weight.shape
+        in_features, out_features = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+        if tensor.shape[:-1].numel() != TRACE_TOKENS:
+            # A router that sends only some tokens through an expert calls it once, but not with all of them.
+            refused[name] = "does not see every token (as experts of a mixture do)"
+            continue
+        input_id = input_ids.setdefault((block, id(tensor)), len(input_ids))
+        targets[name] = TargetModule(name, block, len(targets), input_id, in_features, out_features, module)
+    return targets, refused

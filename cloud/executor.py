@@ -1,0 +1,211 @@
+"""Runs one session: a thread that answers a device's messages, step after step, until it closes.
+
+The thread holds the compute gate while it computes and lets go of it while it waits for the device, so that
+sessions share the cores without oversubscribing them and a slow device stalls nobody but itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dlora.protocol import messages as m
+from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.session import Session
+from dlora.protocol.tensors import WireTensor
+
+from .base_model import BaseModel
+from .exchange import MicroBatchExchange, exchanging
+from .kill_revive import Controller
+from .wire import from_wire, to_wire
+
+
+class Transport(Protocol):
+    """Frames to and from one device, blocking."""
+
+    def send(self, frame: bytearray) -> None: ...
+    def receive(self) -> bytes: ...
+
+
+class ComputeGate:
+    """Lets ``width`` sessions compute at a time; the others wait their turn."""
+
+    def __init__(self, width: int = 1) -> None:
+        self._free = threading.Semaphore(width)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        with self._free:
+            yield
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within ``computing``: let others compute for as long as the device is waited for."""
+        self._free.release()
+        try:
+            yield
+        finally:
+            self._free.acquire()
+
+
+class SessionExecutor:
+    """Answers the messages of one open session.
+
+    Raises (from ``run``) ``RemoteProtocolError`` when the device breaks the rules, ``LocalProtocolError`` when
+    the base model's results are not finite, and whatever the transport raises when the device is lost.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        session: Session,
+        transport: Transport,
+        controller: Controller,
+        *,
+        ticket_key: bytes,
+        gate: ComputeGate,
+        threads: int,
+    ) -> None:
+        assert session.opened_with is not None
+        self._base = base
+        self._session = session
+        self._transport = transport
+        self._controller = controller
+        self._ticket_key = ticket_key
+        self._gate = gate
+        self._threads = threads
+        self._wire_dtype = session.opened_with.wire_dtype
+        self._input_grads: dict[int, Tensor] = {}
+        self._micro_batch: m.Embeddings | None = None
+
+    def opened(self, name: str) -> m.SessionOpened:
+        """The message that opens the session, with the controller's states and ticket."""
+        return m.SessionOpened(
+            session=name, units=WireTensor.from_bytes(self._controller.states), ticket=self._ticket()
+        )
+
+    def run(self) -> None:
+        """Answer until the device closes the session."""
+        torch.set_num_threads(self._threads)  # OpenMP keeps this per thread, and this thread is new
+        while True:
+            match self._session.receive(self._transport.receive()):
+                case m.Embeddings() as begun:
+                    self._run_micro_batch(begun)
+                case m.StepReport() as report:
+                    self._handle_report(report)
+                case m.CloseSession() | m.Error():
+                    return
+
+    def _handle_report(self, report: m.StepReport) -> None:
+        units = self._controller.report(report.step, report.scores.to_floats())
+        self._send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=self._ticket()))
+
+    def _ticket(self) -> WireTensor:
+        return WireTensor.from_bytes(self._controller.to_ticket(self._ticket_key))
+
+    def _run_micro_batch(self, begun: m.Embeddings) -> None:
+        self._micro_batch = begun
+        self._input_grads.clear()
+        training = begun.mode == "train"
+        live, trained = self._groups_that_take_part()
+        with self._gate.computing(), torch.autograd.set_multithreading_enabled(False):
+            inputs_embeds, attention_mask, rows = self._padded(begun)
+            exchange = MicroBatchExchange(
+                self, self._base, self._session.groups, live=live, trained=trained, rows=rows
+            )
+            with torch.set_grad_enabled(training), exchanging(exchange):
+                hidden = self._base.last_hidden_state(inputs_embeds, attention_mask)
+                positions = torch.from_numpy(begun.label_positions.data).long().to(self._base.device)
+                labelled_rows = positions if rows is None else rows.index_select(0, positions)
+                labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, labelled_rows)
+            del hidden
+            self._send(
+                m.LabelledHiddenStates(
+                    step=begun.step,
+                    micro_batch=begun.micro_batch,
+                    hidden_states=to_wire(labelled, self._wire_dtype),
+                    gradients=exchange.gradients,
+                )
+            )
+            if exchange.gradients:
+                message = self._receive()
+                assert isinstance(message, m.GradHiddenStates)
+                labelled.backward(self._to_torch(message.grad_hidden_states))
+        self._micro_batch = None
+
+    def _groups_that_take_part(self) -> tuple[set[int], set[int]]:
+        live: set[int] = set()
+        trained: set[int] = set()
+        for state, groups in zip(self._session.units, self._session.unit_groups, strict=True):
+            if state != UnitState.KILLED:
+                live.update(groups)
+            if state == UnitState.ACTIVE:
+                trained.update(groups)
+        return live, trained
+
+    def _padded(self, begun: m.Embeddings) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(batch, length, embedding), mask or None, and the rows of real tokens or None where none is padding."""
+        packed = self._to_torch(begun.hidden_states)
+        lengths = torch.from_numpy(begun.sequence_lengths.data).long()
+        longest = int(lengths.max())
+        if int(lengths.min()) == longest:
+            return packed.view(len(lengths), longest, -1), None, None
+        mask = torch.arange(longest) < lengths[:, None]  # (batch, length)
+        rows = mask.view(-1).nonzero().view(-1).to(self._base.device)
+        padded = packed.new_zeros(len(lengths) * longest, packed.shape[-1])
+        padded.index_copy_(0, rows, packed)
+        attention_mask = mask.long().to(self._base.device)
+        return padded.view(len(lengths), longest, -1), attention_mask, rows
+
+    # -- Channel, for the exchange -----------------------------------------------------------------------
+
+    def send_input(self, group: int, x: Tensor) -> None:
+        step, micro_batch = self._under_way()
+        hidden_states = to_wire(x, self._wire_dtype)
+        self._send(m.GroupInput(step=step, micro_batch=micro_batch, group=group, hidden_states=hidden_states))
+
+    def receive_deltas(self, group: int) -> list[Tensor]:
+        message = self._receive()
+        assert isinstance(message, m.GroupDelta)
+        return [self._to_torch(delta) for delta in message.deltas]
+
+    def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
+        step, micro_batch = self._under_way()
+        on_wire = tuple(to_wire(grad, self._wire_dtype) for grad in grads)
+        self._send(m.GroupGrad(step=step, micro_batch=micro_batch, group=group, grads=on_wire, answer=answer))
+
+    def receive_input_grad(self, group: int) -> Tensor:
+        while group not in self._input_grads:
+            message = self._receive()
+            assert isinstance(message, m.GroupInputGrad)
+            self._input_grads[message.group] = self._to_torch(message.grad_hidden_states)
+        return self._input_grads.pop(group)
+
+    # -- the wire ----------------------------------------------------------------------------------------
+
+    def _under_way(self) -> tuple[int, int]:
+        assert self._micro_batch is not None
+        return self._micro_batch.step, self._micro_batch.micro_batch
+
+    def _to_torch(self, tensor: WireTensor) -> Tensor:
+        return from_wire(tensor, self._base.device, self._base.dtype)
+
+    def _send(self, message: m.AnyMessage) -> None:
+        self._transport.send(self._session.send(message))
+
+    def _receive(self) -> m.AnyMessage:
+        with self._gate.waiting():
+            frame = self._transport.receive()
+        message = self._session.receive(frame)
+        if isinstance(message, m.Error):
+            raise DeviceGaveUpError(message.message)
+        return message
+
+
+class DeviceGaveUpError(Exception):
+    """The device ended the session in the middle of a micro-batch, and said why."""

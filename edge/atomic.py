@@ -1,0 +1,64 @@
+"""Files that are always whole: the old bytes or the new ones, whenever the power goes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dlora.protocol.errors import StorageError
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn any ``OSError`` inside into a ``StorageError`` about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; what was saved before is intact: "
+            "free space or choose another place"
+        ) from error
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents. Raises ``StorageError``."""
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path``, durably. Raises ``StorageError`` and leaves the old file as it was.
+
+    One writer a file: the temporary name is fixed, so that what a killed process left is written over.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with storage_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            remove_quietly(temporary)
+            raise
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a file that nobody needs; a disk that will not let go of it is no reason to stop."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return

@@ -1,0 +1,57 @@
+"""A bundle on the device's disk: checked, memory-mapped, and never copied into memory whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dlora.protocol.errors import BundleError
+from dlora.protocol.manifest import GraphKind, GraphSpec, Manifest, check_file, load_manifest
+
+
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        path: its directory; manifest: what it says of itself.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Open a bundle and check every file's size and SHA-256. Raises ``BundleError``."""
+        manifest = load_manifest(path)
+        for name, spec in manifest.files.items():
+            check_file(path, name, spec)
+        return cls(path, manifest)
+
+    def weight(self, name: str) -> npt.NDArray[Any]:
+        """A weight file as a read-only memory map: its pages come and go as the system likes."""
+        try:
+            array: npt.NDArray[Any] = np.load(self._file(name), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{self.path / name} cannot be read ({error}); export the bundle again") from None
+        # A plain view: np.memmap's subclass machinery costs at every slice.
+        return array.view(np.ndarray)
+
+    def graph_file(self, kind: GraphKind, key: str, engine: str) -> tuple[GraphSpec, Path]:
+        """A graph's description and its file for an engine; raises ``BundleError`` where it has none."""
+        spec = self.manifest.graph(kind, key)
+        if engine not in spec.files:
+            raise BundleError(f"{self.path} has no {engine} graphs; export it again with --engine {engine}")
+        return spec, self._file(spec.files[engine])
+
+    def golden_file(self) -> Path:
+        return self._file(self.manifest.golden)
+
+    def _file(self, name: str) -> Path:
+        # Only what the manifest names, and so only what was checked, is ever opened.
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: the manifest does not list {name!r}; export the bundle again")
+        return self.path / name

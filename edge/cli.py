@@ -1,0 +1,353 @@
+"""The command line of ``dlora-edge``. Each command's work is in a module of its own, loaded when it runs."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dlora.protocol.errors import INTERRUPTED_EXIT_CODE, UsageError
+from dlora.protocol.version import SOFTWARE_VERSION
+
+app = typer.Typer(
+    help="Fine-tune a language model that this device cannot hold. Data, labels, adapters stay here.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+class WireDtype(StrEnum):
+    """How hidden states and gradients cross the wire."""
+
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Schedule(StrEnum):
+    """Learning-rate schedules."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Score(StrEnum):
+    """What kill-and-revive ranks units by."""
+
+    change = "change"
+    sensitivity = "sensitivity"
+    grad = "grad"
+    norm = "norm"
+    random = "random"
+    static = "static"
+    last = "last"
+
+
+class UnitKind(StrEnum):
+    """What kill-and-revive switches."""
+
+    block = "block"
+    group = "group"
+
+
+class OnKill(StrEnum):
+    """What a killed unit does at first."""
+
+    fade = "fade"
+    bypass = "bypass"
+    hold_forward = "hold_forward"
+
+
+class TooLong(StrEnum):
+    """What happens to examples longer than --max-length."""
+
+    error = "error"
+    truncate = "truncate"
+    skip = "skip"
+
+
+BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
+ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0)]
+MaxLengthOption = Annotated[int, typer.Option(help="Longest example, in tokens.", min=2)]
+TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: refuse, cut or leave out.")]
+ColumnsOption = Annotated[
+    str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")
+]
+
+KR, RUN, DATA = "Kill and Revive", "Run", "Data"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"dlora-edge {SOFTWARE_VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    bundle: BundleOption,
+    server: ServerOption,
+    data: Annotated[Path, typer.Option(help="Training data: .jsonl (messages, prompt/completion or text) or .csv.")],
+    out: Annotated[Path, typer.Option(help="Where the PEFT adapter, checkpoints and metrics go.")],
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0.0)] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.", min=1)] = 4,
+    grad_accum: Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)] = 1,
+    max_length: MaxLengthOption = 512,
+    too_long: TooLongOption = TooLong.error,
+    columns: ColumnsOption = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0)] = 1e-3,
+    schedule: Annotated[Schedule, typer.Option(help="Learning-rate schedule after warm-up.")] = Schedule.linear,
+    warmup: Annotated[float, typer.Option(help="Warm-up: steps, or a share of them if below 1.", min=0.0)] = 0.03,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.", min=0.0)] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.", min=0.0)] = 1.0,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank; the bundle's by default.", min=1)] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha; the bundle's by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of initialisation, data order and draws.", min=0)] = 0,
+    init_adapter: Annotated[Path | None, typer.Option(help="Start from this PEFT LoRA adapter.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    save_every: Annotated[int, typer.Option(help="Save checkpoint and adapter every so many steps.", min=1)] = 50,
+    eval_every: Annotated[int, typer.Option(help="Evaluate every so many steps; 0: before and after.", min=0)] = 0,
+    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
+    threads: ThreadsOption = 0,
+    json_output: JsonOption = False,
+    active_fraction: Annotated[
+        float, typer.Option(help="Share of units that stay active; 1: all.", min=0.0, max=1.0, rich_help_panel=KR)
+    ] = 0.125,
+    kr_score: Annotated[Score, typer.Option(help="What units are ranked by.", rich_help_panel=KR)] = Score.change,
+    kr_unit: Annotated[UnitKind, typer.Option(help="What is switched.", rich_help_panel=KR)] = UnitKind.block,
+    kr_warmup_steps: Annotated[int, typer.Option(help="Steps before the first kill.", min=0, rich_help_panel=KR)] = 20,
+    kr_ramp_fraction: Annotated[
+        float, typer.Option(help="Share of steps at which the budget is down.", min=0, max=1, rich_help_panel=KR)
+    ] = 0.25,
+    kr_kill_every: Annotated[int, typer.Option(help="Steps between kills.", min=1, rich_help_panel=KR)] = 25,
+    kr_revive_every: Annotated[
+        int, typer.Option(help="Steps between revivals; 0: never.", min=0, rich_help_panel=KR)
+    ] = 25,
+    kr_revive_share: Annotated[
+        float, typer.Option(help="Share of active units on trial.", min=0, max=1, rich_help_panel=KR)
+    ] = 0.5,
+    kr_probation: Annotated[int, typer.Option(help="Steps on trial.", min=0, rich_help_panel=KR)] = 25,
+    kr_hysteresis: Annotated[float, typer.Option(help="A kill's margin.", min=0, max=1, rich_help_panel=KR)] = 0.10,
+    kr_on_kill: Annotated[
+        OnKill, typer.Option(help="What a killed unit does at first.", rich_help_panel=KR)
+    ] = OnKill.fade,
+    kr_cost_aware: Annotated[bool, typer.Option(help="Rank by score per cost.", rich_help_panel=KR)] = True,
+    pin: Annotated[str, typer.Option(help="Units never killed: 0,3,26-29.", rich_help_panel=KR)] = "",
+    static_units: Annotated[str, typer.Option(help="The units of --kr-score static.", rich_help_panel=KR)] = "",
+) -> None:
+    """Fine-tune: data and adapters here, frozen blocks on the server.
+
+    Data is JSONL, one example a line: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...};
+    or CSV with --columns. Loss counts on assistant turns, on the completion, or on the whole text. The adapter
+    is saved in PEFT's format in --out, every --save-every steps and at the end.
+
+    Example:  dlora-edge train --bundle build/smollm2 --server ws://127.0.0.1:8765 --data chat.jsonl --out my-adapter
+    """
+    from dlora.protocol.kill_revive import KillReviveConfig
+
+    from .bundle import Bundle
+    from .config import TrainConfig
+    from .data import load_examples
+    from .optimizer import OptimizerConfig
+    from .report import Reporter
+    from .tokenizer import EdgeTokenizer
+    from .training import SUMMARY, StoppedError, TrainRun, total_steps
+    from .training import train as run_training
+
+    reporter = Reporter(json_output=json_output)
+    opened = Bundle.open(bundle)
+    spec = opened.manifest
+    tokenizer = EdgeTokenizer.open(opened.path, spec.tokenizer)
+    load = {"columns": columns, "max_length": max_length, "too_long": too_long.value}
+    dataset = load_examples(data, tokenizer, **load)
+    held_out = load_examples(eval_data, tokenizer, **load) if eval_data else None
+    whole = total_steps(dataset, epochs=epochs, steps=steps, batch_size=batch_size, grad_accum=grad_accum)
+    config = TrainConfig(
+        total_steps=whole,
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        seed=seed,
+        rank=rank or spec.lora.r,
+        lora_alpha=alpha if alpha is not None else spec.lora.lora_alpha,
+        wire_dtype=wire_dtype.value,
+        optimizer=OptimizerConfig(
+            lr=lr,
+            schedule=schedule.value,
+            warmup_steps=round(warmup * whole) if warmup < 1 else round(warmup),
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+        ),
+        kill_revive=KillReviveConfig(
+            active_fraction=active_fraction,
+            score=kr_score.value,
+            unit=kr_unit.value,
+            warmup_steps=kr_warmup_steps,
+            ramp_fraction=kr_ramp_fraction,
+            kill_every=kr_kill_every,
+            revive_every=kr_revive_every,
+            revive_share=kr_revive_share,
+            probation=kr_probation,
+            hysteresis=kr_hysteresis,
+            on_kill=kr_on_kill.value,
+            cost_aware=kr_cost_aware,
+            pinned=parse_units(pin, "--pin"),
+            static=parse_units(static_units, "--static-units"),
+        ),
+    )
+    run = TrainRun(
+        bundle=opened,
+        server=server,
+        dataset=dataset,
+        config=config,
+        out=out,
+        eval_dataset=held_out,
+        eval_every=eval_every,
+        save_every=save_every,
+        init_adapter=init_adapter,
+        resume=resume,
+        threads=threads,
+    )
+    try:
+        summary = run_training(run, reporter)
+    except StoppedError as stopped:
+        reporter.say(str(stopped))
+        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    reporter.finish(summary)
+
+
+@app.command()
+def evaluate(
+    bundle: BundleOption,
+    server: ServerOption,
+    data: Annotated[Path, typer.Option(help="Data to evaluate on, as for train.")],
+    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter; none: the base model.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    max_length: MaxLengthOption = 512,
+    too_long: TooLongOption = TooLong.error,
+    columns: ColumnsOption = None,
+    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
+    threads: ThreadsOption = 0,
+    json_output: JsonOption = False,
+) -> None:
+    """Loss and accuracy of an adapter, or of the base model, on held-out data."""
+    from dataclasses import asdict
+
+    from .bundle import Bundle
+    from .data import load_examples
+    from .inference import open_model
+    from .report import Reporter
+    from .tokenizer import EdgeTokenizer
+    from .trainer import evaluate as run_evaluation
+
+    reporter = Reporter(json_output=json_output)
+    opened = Bundle.open(bundle)
+    tokenizer = EdgeTokenizer.open(opened.path, opened.manifest.tokenizer)
+    dataset = load_examples(data, tokenizer, columns=columns, max_length=max_length, too_long=too_long.value)
+    with (
+        open_model(opened, server, adapter, wire_dtype=wire_dtype.value, threads=threads) as model,
+        reporter.evaluating("", len(dataset)) as advance,
+    ):
+        result = run_evaluation(model, dataset, batch_size, lambda done, _: advance(done))
+    reporter.finish(asdict(result))
+
+
+@app.command()
+def generate(
+    bundle: BundleOption,
+    server: ServerOption,
+    prompt: Annotated[str, typer.Option(help="What to say to the model; a user turn where it has a chat template.")],
+    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter; none: the base model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
+    threads: ThreadsOption = 0,
+    json_output: JsonOption = False,
+) -> None:
+    """Answer a prompt, greedily. The whole prefix is sent for every token: slow, and for a look only."""
+    from .bundle import Bundle
+    from .inference import generate_greedily, open_model
+    from .tokenizer import EdgeTokenizer
+
+    opened = Bundle.open(bundle)
+    tokenizer = EdgeTokenizer.open(opened.path, opened.manifest.tokenizer)
+    with open_model(opened, server, adapter, wire_dtype=wire_dtype.value, threads=threads) as model:
+        answer = generate_greedily(model, tokenizer, prompt, max_new_tokens)
+    print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if json_output else answer)
+
+
+@app.command()
+def selftest(
+    bundle: BundleOption,
+    threads: ThreadsOption = 0,
+    json_output: JsonOption = False,
+) -> None:
+    """Run every graph of a bundle on its golden vectors: is this device right, and how fast?"""
+    from .bundle import Bundle
+    from .selftest import run_selftest, show
+
+    report = run_selftest(Bundle.open(bundle), threads)
+    _print(report, json_output, show)
+    if not report["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="A bundle, an adapter or the --out of a run.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Say what a bundle or an adapter is."""
+    from .info import describe, show
+
+    _print(describe(path), json_output, show)
+
+
+@app.command()
+def doctor(
+    bundle: Annotated[Path | None, typer.Option(help="Also check this bundle, and what it takes.")] = None,
+    server: Annotated[str | None, typer.Option(help="Also try this server.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Check this device: versions, memory, engine, bundle, server; and say what to do about each problem."""
+    from .doctor import examine, show
+
+    report = examine(bundle, server)
+    _print(report, json_output, show)
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+def parse_units(text: str, option: str) -> tuple[int, ...]:
+    """``"0,3,26-29"`` to ``(0, 3, 26, 27, 28, 29)``."""
+    units: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()):
+            raise UsageError(f"{option} {text!r}: write units as 0,3,26-29")
+        units.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(units))
+
+
+def _print(report: dict[str, Any], json_output: bool, show: Any) -> None:
+    if json_output:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        show(report)

@@ -1,0 +1,276 @@
+"""Training examples: token ids and which of them are labels."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dlora.protocol.errors import DataError
+from dlora.protocol.tensors import IntArray
+
+from .rows import FIELDS, read_rows
+from .tokenizer import EdgeTokenizer
+
+TooLong = Literal["error", "truncate", "skip"]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence.
+
+    Attributes:
+        ids: int32 (tokens,).
+        label_positions: int32 (labels,), ascending rows whose *next* token is a label.
+        labels: int64 (labels,), ``ids[label_positions + 1]``.
+    """
+
+    ids: IntArray
+    label_positions: IntArray
+    labels: npt.NDArray[np.int64]
+
+
+class Dataset:
+    """Examples in four flat arrays, so that a million tokens take a few megabytes.
+
+    Args:
+        ids: int32 (tokens,) of all examples; starts: int64 (examples + 1,).
+        label_positions: int32 (labels,), counted from each example's start; label_starts: int64 (examples + 1,).
+
+    Attributes:
+        skipped, truncated: how many examples were left out or cut for their length.
+    """
+
+    def __init__(
+        self,
+        ids: IntArray,
+        starts: npt.NDArray[np.int64],
+        label_positions: IntArray,
+        label_starts: npt.NDArray[np.int64],
+        *,
+        skipped: int = 0,
+        truncated: int = 0,
+    ) -> None:
+        self._ids = ids
+        self._starts = starts
+        self._label_positions = label_positions
+        self._label_starts = label_starts
+        self.skipped = skipped
+        self.truncated = truncated
+
+    @classmethod
+    def of(cls, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Dataset:
+        """A data set from (ids, label positions) pairs that are in memory already."""
+        building = _Builder()
+        for ids, positions in examples:
+            building.add(np.asarray(ids, np.int32), np.asarray(positions, np.int32))
+        return building.dataset()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        ids = self._ids[self._starts[index] : self._starts[index + 1]]
+        positions = self._label_positions[self._label_starts[index] : self._label_starts[index + 1]]
+        return Example(ids, positions, ids[positions + 1].astype(np.int64))
+
+    def __iter__(self) -> Iterator[Example]:
+        for index in range(len(self)):
+            yield self[index]
+
+    @property
+    def tokens(self) -> int:
+        return len(self._ids)
+
+    @property
+    def labelled(self) -> int:
+        """How many tokens are labels."""
+        return len(self._label_positions)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example, int64 (examples,)."""
+        return np.diff(self._starts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over all ids, label positions and boundaries: a resumed run must find the same."""
+        digest = hashlib.sha256(b"dlora data set 1\0")
+        for part in (self._starts, self._label_starts, self._ids, self._label_positions):
+            digest.update(np.ascontiguousarray(part).astype(part.dtype.newbyteorder("<"), copy=False).data)
+        return digest.hexdigest()
+
+    def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Dataset:
+        """The examples of ``indices``, in that order, copied."""
+        building = _Builder()
+        for index in indices:
+            example = self[int(index)]
+            building.add(example.ids, example.label_positions)
+        return building.dataset()
+
+
+def load_examples(
+    path: Path,
+    tokenizer: EdgeTokenizer,
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_length: int,
+    too_long: TooLong = "error",
+) -> Dataset:
+    """Read and tokenize a JSONL, CSV or TSV file.
+
+    A row has ``messages`` (loss on the assistant's turns), ``prompt`` and ``completion`` (loss on the
+    completion), or ``text`` (loss on all of it). The last two end with the end-of-sequence token.
+
+    Args:
+        columns: our field to the file's column, see ``rows.parse_columns``.
+        max_length: most tokens of an example; ``too_long`` says what happens to longer ones.
+
+    Raises ``DataError`` with file and line.
+    """
+    building = _Builder()
+    row = None
+    for row in read_rows(Path(path), columns):
+        try:
+            ids, is_label = _encode_row(row.fields, tokenizer)
+        except DataError as error:
+            raise DataError(f"{row.place}: {error}") from None
+        cut = len(ids) > max_length
+        if cut and too_long == "error":
+            raise DataError(
+                f"{row.place}: {len(ids)} tokens, the limit is {max_length}; "
+                "raise --max-length, or choose --too-long truncate or skip"
+            )
+        if cut and too_long == "skip":
+            building.skipped += 1
+            continue
+        # A token is a label of the row before it; the first has none.
+        positions = np.flatnonzero(is_label[1:max_length]).astype(np.int32)
+        if not len(positions):
+            if cut:
+                building.skipped += 1
+                continue
+            raise DataError(f"{row.place}: nothing to learn: no token of it follows another and is a label")
+        building.truncated += cut
+        building.add(ids[:max_length], positions)
+    if row is None:
+        raise DataError(f"{path}: no examples in it")
+    if not len(building):
+        raise DataError(f"{path}: every example is over the limit of {max_length} tokens; raise --max-length")
+    return building.dataset()
+
+
+def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Train and held-out parts, drawn without replacement; each keeps the file's order and at least one example.
+
+    Raises ``DataError`` for fewer than two examples.
+    """
+    count = len(dataset)
+    if count < 2:
+        raise DataError("a held-out part needs at least two examples; give --eval a file of its own")
+    held = min(count - 1, max(1, round(fraction * count)))
+    drawn = np.random.default_rng([seed, 0xE]).permutation(count)
+    return dataset.subset(np.sort(drawn[held:])), dataset.subset(np.sort(drawn[:held]))
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self._ids, self._positions = array("i"), array("i")
+        self._starts, self._label_starts = array("q", [0]), array("q", [0])
+        self.skipped = 0
+        self.truncated = 0
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def add(self, ids: IntArray, positions: IntArray) -> None:
+        self._ids.frombytes(ids.tobytes())
+        self._positions.frombytes(positions.tobytes())
+        self._starts.append(len(self._ids))
+        self._label_starts.append(len(self._positions))
+
+    def dataset(self) -> Dataset:
+        return Dataset(
+            np.frombuffer(self._ids, np.int32),
+            np.frombuffer(self._starts, np.int64),
+            np.frombuffer(self._positions, np.int32),
+            np.frombuffer(self._label_starts, np.int64),
+            skipped=self.skipped,
+            truncated=self.truncated,
+        )
+
+
+def _encode_row(fields: Mapping[str, Any], tokenizer: EdgeTokenizer) -> tuple[IntArray, BoolArray]:
+    """Ids, int32 (tokens,), and which are labels, bool (tokens,)."""
+    given = [name for name in FIELDS if name in fields]
+    if given == ["messages"]:
+        return _encode_messages(fields["messages"], fields.get("tools"), tokenizer)
+    if given == ["prompt", "completion"]:
+        prompt, completion = _text(fields, "prompt"), _text(fields, "completion")
+        return _encode_text(prompt, completion, tokenizer)
+    if given == ["text"]:
+        text = _text(fields, "text")
+        if not text:
+            raise DataError("the text is empty")
+        return _encode_text("", text, tokenizer)
+    found = ", ".join(map(repr, fields)) or "nothing"
+    raise DataError(
+        f"needs either 'messages', or 'prompt' and 'completion', or 'text'; it has {found} "
+        "(--columns text=COLUMN or prompt=COLUMN,completion=COLUMN chooses)"
+    )
+
+
+def _encode_text(prompt: str, completion: str, tokenizer: EdgeTokenizer) -> tuple[IntArray, BoolArray]:
+    encoded = tokenizer.encode(prompt + completion, add_special_tokens=True)
+    # "Answer: " + "yes" makes one token of " yes": blanks at the prompt's end go with the completion's first word.
+    starts, ends = encoded.spans[:, 0], encoded.spans[:, 1]
+    is_label = (starts >= len(prompt.rstrip())) & (ends > len(prompt)) & ~encoded.added
+    ids = encoded.ids
+    # Tokens that the tokenizer puts at the end (some add EOS by themselves) belong to the completion.
+    trailing = len(ids)
+    while trailing and encoded.added[trailing - 1]:
+        trailing -= 1
+    is_label[trailing:] = True
+    eos = tokenizer.eos_token_id
+    if eos is not None and (not len(ids) or ids[-1] != eos):
+        ids, is_label = np.append(ids, np.int32(eos)), np.append(is_label, True)
+    return ids, is_label
+
+
+def _encode_messages(messages: Any, tools: Any, tokenizer: EdgeTokenizer) -> tuple[IntArray, BoolArray]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError("'messages' must be a list of at least one message")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise DataError(f"message {number} must be an object with 'role' and 'content'")
+        if not isinstance(message.get("role"), str):
+            raise DataError(f"message {number} needs a 'role', a string")
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise DataError(f"message {number} needs a 'content', a string")
+    if tools is not None and not isinstance(tools, list):
+        raise DataError("'tools' must be a list")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError("nothing to learn: no message has the role 'assistant'")
+    template = tokenizer.chat_template
+    text = template.render(messages, tools=tools)
+    encoded = tokenizer.encode(text, add_special_tokens=False)  # templates write their own
+    is_label = np.zeros(len(encoded.ids), np.bool_)
+    for start, end in template.assistant_spans(messages, text, tools=tools):
+        is_label |= (encoded.spans[:, 0] >= start) & (encoded.spans[:, 1] <= end) & (encoded.spans[:, 1] > start)
+    return encoded.ids, is_label
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    value = fields[name]
+    if not isinstance(value, str):
+        raise DataError(f"{name!r} must be a string, not {type(value).__name__}")
+    return value

@@ -1,0 +1,74 @@
+"""Using an adapter without training it: an open model for evaluation, and greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from dlora.protocol import messages as m
+from dlora.protocol.errors import DataError
+from dlora.protocol.kill_revive import KillReviveConfig, UnitState
+from dlora.protocol.tensors import WireDtype
+
+from .adapters import AdapterSet
+from .bundle import Bundle
+from .connection import Connection
+from .onnx_engine import OnnxEngine
+from .peft_adapter import load_adapter
+from .split_model import SplitModel
+from .tokenizer import EdgeTokenizer
+from .trainer import check_base_model, load_weights
+
+
+@contextmanager
+def open_model(
+    bundle: Bundle, server: str, adapter: Path | None, *, wire_dtype: WireDtype, threads: int = 0
+) -> Iterator[SplitModel]:
+    """A split model with a saved adapter, or none; blocks without an adapter do not exchange."""
+    manifest = bundle.manifest
+    loaded = load_adapter(adapter) if adapter else None
+    names = set(loaded.modules) if loaded else set()
+    live = [index for index, group in enumerate(manifest.groups) if names & {t.name for t in group.targets}]
+    # A session of single groups in which exactly those stay active that the adapter has.
+    config = KillReviveConfig(unit="group", score="static", static=tuple(live) or (0,), active_fraction=0.0)
+    rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.lora.r
+    adapters = AdapterSet.create(
+        manifest.groups, rank=rank, scaling=manifest.lora.lora_alpha / rank, seed=0, unit="group", kill_every=1
+    )
+    if loaded is not None:
+        load_weights(adapters, loaded)
+    engine = OnnxEngine(bundle, threads)
+    with Connection(server) as connection:
+        check_base_model(bundle, connection.welcome)
+        connection.send(
+            m.OpenSession(
+                base_fingerprint=manifest.base_model.fingerprint,
+                groups=manifest.groups,
+                wire_dtype=wire_dtype,
+                kill_revive=config,
+                seed=0,
+                total_steps=1,
+            )
+        )
+        adapters.obey(connection.receive(m.SessionOpened).units.data)
+        assert sum(unit.state is UnitState.ACTIVE for unit in adapters.units) == max(1, len(live))
+        yield SplitModel(bundle, engine, connection, adapters, wire_dtype=wire_dtype, on_signal=lambda _: None)
+
+
+def generate_greedily(model: SplitModel, tokenizer: EdgeTokenizer, prompt: str, max_new_tokens: int) -> str:
+    """The likeliest continuation of ``prompt``, as an assistant's turn where there is a chat template."""
+    ids = tokenizer.encode_prompt(prompt)
+    if not len(ids):
+        raise DataError("the prompt is empty; say something")
+    produced: list[int] = []
+    limit = model.connection.welcome.max_sequence_length
+    while len(produced) < max_new_tokens and len(ids) + len(produced) < limit:
+        whole = np.array([*ids, *produced], np.int64)
+        token = int(model.next_logits(whole).argmax())
+        if token in tokenizer.stop_token_ids:
+            break
+        produced.append(token)
+    return tokenizer.decode(produced).strip()

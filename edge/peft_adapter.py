@@ -1,0 +1,301 @@
+"""Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Only the modules given are written, so an adapter trained with kill-and-revive holds its live units and no more.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dlora.protocol.errors import CheckpointError
+from dlora.protocol.tensors import FloatArray
+
+from .atomic import make_directory, storage_errors, write_atomically
+
+CONFIG_NAME: Final = "adapter_config.json"
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+CARD_NAME: Final = "README.md"
+_PREFIX: Final = "base_model.model."
+
+# Settings of PEFT under which B A x is not all that the adapter does: each must be absent or falsy.
+_UNSUPPORTED: Final = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "lora_bias": "biases in lora_B",
+    "modules_to_save": "modules saved whole (modules_to_save)",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+    "target_parameters": "targets that are parameters (target_parameters)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+}
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """The LoRA of one target module.
+
+    Attributes:
+        name: full name in the base model.
+        lora_A: float32 (r, in_features); lora_B: float32 (out_features, r).
+    """
+
+    name: str
+    lora_A: FloatArray
+    lora_B: FloatArray
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """A LoRA read from disk.
+
+    Attributes:
+        r, lora_alpha: the configuration's defaults; single modules may differ.
+        scaling: by module name, what ``lora_B @ lora_A`` is multiplied by.
+        modules: by module name.
+    """
+
+    r: int
+    lora_alpha: float
+    scaling: dict[str, float]
+    modules: dict[str, SavedModule]
+    base_model_name: str | None
+
+
+def save_adapter(
+    directory: Path,
+    modules: Sequence[SavedModule],
+    *,
+    r: int,
+    lora_alpha: float,
+    base_model_name: str,
+    target_modules: Sequence[str] = (),
+    fan_in_fan_out: bool = False,
+) -> None:
+    """Write an adapter that ``PeftModel.from_pretrained`` loads.
+
+    Args:
+        modules: at least one, all of rank ``r``; no others are written.
+        target_modules: what the user asked for, for the model card; the configuration names ``modules``.
+        fan_in_fan_out: whether the targets are ``Conv1D`` (GPT-2).
+
+    The two files cannot change at one instant, so for the moment between, the configuration names the old and
+    the new modules: PEFT gives those without weights a B of zero, and the adapter is wholly the old or the new.
+
+    Raises ``StorageError``.
+    """
+    if not modules:
+        raise ValueError("an adapter has at least one module")
+    for module in modules:
+        if module.lora_A.shape[0] != r or module.lora_B.shape[1] != r:
+            raise ValueError(f"{module.name} has not rank {r}")
+    make_directory(directory)
+    config = _config(
+        sorted(module.name for module in modules),
+        r=r,
+        lora_alpha=lora_alpha,
+        base_model_name=base_model_name,
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    tensors = {}
+    for module in modules:
+        tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = np.ascontiguousarray(module.lora_A, np.float32)
+        tensors[f"{_PREFIX}{module.name}.lora_B.weight"] = np.ascontiguousarray(module.lora_B, np.float32)
+    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+
+    old = _replaced_config(config_path)
+    if old is not None and {**old, "target_modules": None} == {**config, "target_modules": None}:
+        if old["target_modules"] != config["target_modules"]:
+            both = sorted({*old["target_modules"], *config["target_modules"]})
+            write_atomically(config_path, _json({**config, "target_modules": both}))
+    else:
+        # Another run's adapter, perhaps of another rank: between the files it would be a mixture. None is better.
+        with storage_errors(weights_path):
+            weights_path.unlink(missing_ok=True)
+        write_atomically(config_path, _json(config))
+    # PEFT and transformers look for this very "format".
+    write_atomically(weights_path, safetensors.numpy.save(tensors, {"format": "pt"}))
+    write_atomically(config_path, _json(config))
+    card = _card(modules, r, lora_alpha, base_model_name, target_modules)
+    write_atomically(directory / CARD_NAME, card.encode())
+
+
+def load_adapter(directory: Path) -> LoadedAdapter:
+    """Read a PEFT LoRA. Raises ``CheckpointError`` for anything that is not one, naming what it is instead."""
+    config = _read_config(directory)
+    _check_supported(directory, config)
+    r, alpha = _number(directory, config, "r"), _number(directory, config, "lora_alpha")
+    halves = _read_halves(directory)
+    modules, scaling = {}, {}
+    for name, found in halves.items():
+        if set(found) != {"A", "B"}:
+            raise CheckpointError(f"{directory}: {name} has no lora_{'B' if 'A' in found else 'A'}")
+        a, b = found["A"], found["B"]
+        rank = int(_of_pattern(directory, config, "rank_pattern", name, r))
+        if a.ndim != 2 or b.ndim != 2:
+            raise CheckpointError(f"{directory}: {name} is no linear module's LoRA")
+        if a.shape[0] != rank or b.shape[1] != rank:
+            raise CheckpointError(
+                f"{directory}: {name} has rank {a.shape[0]} (A) and {b.shape[1]} (B), the configuration says {rank}"
+            )
+        module_alpha = _of_pattern(directory, config, "alpha_pattern", name, alpha)
+        scaling[name] = module_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        modules[name] = SavedModule(name, a, b)
+    base = config.get("base_model_name_or_path")
+    return LoadedAdapter(int(r), alpha, scaling, modules, base if isinstance(base, str) else None)
+
+
+def _config(
+    names: list[str], *, r: int, lora_alpha: float, base_model_name: str, fan_in_fan_out: bool
+) -> dict[str, Any]:
+    # Defaults of whatever PEFT reads this are right for all else; keys that some version lacks would make it warn.
+    return {
+        "base_model_name_or_path": base_model_name,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "lora_alpha": int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": r,
+        "target_modules": names,
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _replaced_config(path: Path) -> dict[str, Any] | None:
+    """The configuration that a save replaces, if it has the shape of ours."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    return found if isinstance(found.get("target_modules"), list) else None
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (FileNotFoundError, NotADirectoryError):
+        reason = "it has no adapter_config.json" if directory.is_dir() else "there is no such directory"
+        raise CheckpointError(f"{directory} is not a PEFT adapter: {reason}") from None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+
+
+def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{directory} is a PEFT adapter of type {kind}; only LORA can be used")
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(f"{directory} trains biases (bias={config['bias']!r}); only bias='none' can be used")
+    for key, name in _UNSUPPORTED.items():
+        if config.get(key):
+            raise CheckpointError(f"{directory} uses {name}; only plain LoRA can be used")
+    # PiSSA and its kind change the base model's weights at the start; PEFT marks what it converted back with true.
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
+        raise CheckpointError(f"{directory} needs a changed base model (init_lora_weights={start!r}); convert it first")
+
+
+def _read_halves(directory: Path) -> dict[str, dict[str, FloatArray]]:
+    """Module name to its ``A`` and ``B``, float32."""
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
+        if (directory / "adapter_model.bin").exists():
+            raise CheckpointError(
+                f"{directory} has its weights as a pickle (adapter_model.bin), which is never loaded; "
+                "save it with safetensors"
+            )
+        raise CheckpointError(f"{directory} has no {WEIGHTS_NAME}")
+    halves: dict[str, dict[str, FloatArray]] = {}
+    try:
+        for key, tensor in _float32_tensors(path).items():
+            match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight", key)
+            if match is None:
+                raise CheckpointError(f"{directory} has {key}, which is no part of a plain LoRA")
+            halves.setdefault(match[1], {})[match[2]] = tensor
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+    if not halves:
+        raise CheckpointError(f"{path} has no modules")
+    return halves
+
+
+def _float32_tensors(path: Path) -> dict[str, FloatArray]:
+    found = {}
+    for key, tensor in safetensors.deserialize(path.read_bytes()):
+        if tensor["dtype"] == "BF16":
+            # numpy knows no bfloat16: it is the upper half of a float32.
+            values = (np.frombuffer(tensor["data"], "<u2").astype(np.uint32) << 16).view(np.float32)
+        elif tensor["dtype"] in ("F16", "F32", "F64"):
+            width = tensor["dtype"][1:]
+            values = np.frombuffer(tensor["data"], np.dtype(f"float{width}")).astype(np.float32)
+        else:
+            raise CheckpointError(f"{path}: {key} is of type {tensor['dtype']}; only floats can be used")
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{path}: {key} has values that are not finite")
+        found[key] = values.reshape(tensor["shape"])
+    return found
+
+
+def _number(directory: Path, config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key, 8)  # PEFT's default for both
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} must be a positive number")
+    return value
+
+
+def _of_pattern(directory: Path, config: Mapping[str, Any], key: str, name: str, default: float) -> float:
+    """What the first matching pattern gives for a module, as PEFT matches them."""
+    patterns = config.get(key) or {}
+    for pattern in patterns:
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return _number(directory, patterns, pattern)
+        except re.error:
+            raise CheckpointError(f"{directory}: {key} has a malformed pattern {pattern!r}") from None
+    return default
+
+
+def _card(
+    modules: Sequence[SavedModule], r: int, lora_alpha: float, base_model_name: str, target_modules: Sequence[str]
+) -> str:
+    asked = f" of the target modules {', '.join(target_modules)}" if target_modules else ""
+    base = msgspec.json.encode(base_model_name).decode()
+    return f"""---
+base_model: {base}
+library_name: peft
+tags: [lora, dlora]
+---
+
+# LoRA adapter
+
+Made with dlora for `{base_model_name}`: rank {r}, alpha {lora_alpha:g}, {len(modules)} modules{asked}.
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/directory")
+```
+"""

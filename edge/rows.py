@@ -1,0 +1,149 @@
+"""Rows of a training file, each with its place: JSONL objects or CSV records."""
+
+from __future__ import annotations
+
+import csv
+import errno
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from dlora.protocol.errors import DataError, UsageError
+
+FIELDS: Final = ("messages", "prompt", "completion", "text")
+_BOM: Final = b"\xef\xbb\xbf"
+_MAX_CSV_FIELD: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of a file.
+
+    Attributes:
+        place: ``file:line``, as every error about it begins.
+        fields: column or key to value.
+    """
+
+    place: str
+    fields: dict[str, Any]
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """``"prompt=question,completion=answer"`` as a mapping of our fields to the file's columns.
+
+    Raises ``UsageError``.
+    """
+    columns = {}
+    for part in text.split(","):
+        ours, separator, theirs = (piece.strip() for piece in part.partition("="))
+        if not separator or not theirs or ours not in FIELDS:
+            raise UsageError(
+                f"--columns {part.strip()!r} is not understood; write prompt=COLUMN,completion=COLUMN or text=COLUMN"
+            )
+        columns[ours] = theirs
+    if set(columns) not in ({"text"}, {"prompt", "completion"}, {"messages"}):
+        raise UsageError("--columns needs text=COLUMN, messages=COLUMN, or both prompt=COLUMN and completion=COLUMN")
+    return columns
+
+
+def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """The rows of a ``.csv`` or ``.tsv`` file, or of JSONL under any other name; blank lines are passed over.
+
+    Args:
+        columns: our field to the file's column, from ``parse_columns``.
+
+    Raises ``DataError`` with file and line for whatever cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        rows = _csv_rows(path, ",")
+    elif suffix == ".tsv":
+        rows = _csv_rows(path, "\t")
+    else:
+        rows = _jsonl_rows(path)
+    if columns is None:
+        yield from rows
+        return
+    for row in rows:
+        for theirs in columns.values():
+            if theirs not in row.fields:
+                raise DataError(f"{row.place}: no column {theirs!r}; there are {_listed(row.fields)}")
+        yield Row(row.place, {ours: row.fields[theirs] for ours, theirs in columns.items()})
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            value = msgspec.json.decode(line)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise DataError(f"{place}: not valid JSON ({error}); each line must be one whole JSON object") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{place}: a JSON {_kind(value)}; each line must be one JSON object")
+        yield Row(place, value)
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(_MAX_CSV_FIELD)
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    # A quoted field may span lines: a record's place is where it starts.
+    start = 1
+    try:
+        for record in reader:
+            place, start = f"{path}:{start}", reader.line_num + 1
+            if not any(field.strip() for field in record):
+                continue
+            if header is None:
+                header = [name.strip() for name in record]
+                _check_header(place, header)
+                continue
+            if len(record) != len(header):
+                raise DataError(
+                    f"{place}: {len(record)} fields, the header has {len(header)}; quote fields that have commas"
+                )
+            yield Row(place, dict(zip(header, record, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}:{start}: not valid CSV ({error})") from None
+
+
+def _check_header(place: str, header: list[str]) -> None:
+    if len(set(header)) != len(header):
+        raise DataError(f"{place}: the header names a column twice")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line number, from 1, and text with its line end. Raises ``DataError``."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                raw = line.removeprefix(_BOM) if number == 1 else line
+                try:
+                    yield number, raw.decode()
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); convert the file to UTF-8"
+                    ) from None
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: a directory; give one file") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise DataError("the data path is too long to be one") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, fields)) or "none"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    return {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}.get(type(value), "value")

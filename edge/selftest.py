@@ -1,0 +1,118 @@
+"""Golden vectors: does this device's engine compute what torch computed at export, and how fast?"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from dlora.protocol.errors import BundleError
+from dlora.protocol.manifest import GraphSpec
+
+from .bundle import Bundle
+from .engine import Array
+from .onnx_engine import OnnxEngine
+
+REPEATS = 5
+
+
+def run_selftest(bundle: Bundle, threads: int = 0) -> dict[str, Any]:
+    """Run every graph on its golden inputs.
+
+    Errors are relative to the largest magnitude of the golden output, as at export. A graph passes within twice
+    its export tolerance: another processor rounds otherwise.
+    """
+    engine = OnnxEngine(bundle, threads)
+    golden = load_file(bundle.golden_file())
+    results = []
+    for spec in bundle.manifest.graphs:
+        run = engine.load(spec.kind, spec.key)
+        inputs = {tensor.name: _input(bundle, golden, spec, tensor.name) for tensor in spec.inputs}
+        outputs = run(inputs)
+        error = max(
+            _relative_error(output, _golden(golden, spec, "out", tensor.name))
+            for output, tensor in zip(outputs, spec.outputs, strict=True)
+        )
+        times = []
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            run(inputs)
+            times.append(time.perf_counter() - started)
+        results.append(
+            {
+                "graph": spec.kind,
+                "key": spec.key,
+                "error": error,
+                "tolerance": spec.tolerance,
+                "ms": round(statistics.median(times) * 1e3, 3),
+                "passed": bool(error <= 2 * spec.tolerance),
+            }
+        )
+    return {
+        "bundle": str(bundle.path),
+        "engine": engine.description,
+        "passed": all(result["passed"] for result in results),
+        "graphs": results,
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a self-test for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report['bundle']} on {report['engine']}", title_justify="left")
+    for name in ("graph", "key"):
+        table.add_column(name)
+    for name in ("error", "tolerance", "ms"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in report["graphs"]:
+        verdict = "[green]ok[/]" if row["passed"] else "[red]WRONG[/]"
+        table.add_row(
+            row["graph"], row["key"], f"{row['error']:.1e}", f"{row['tolerance']:.1e}", f"{row['ms']:.2f}", verdict
+        )
+    console = Console()
+    console.print(table)
+    if report["passed"]:
+        console.print("Every graph gives what torch gave at export.")
+    else:
+        console.print("[red]Some graphs are wrong on this device:[/] do not train here; update onnxruntime.")
+
+
+def _input(bundle: Bundle, golden: dict[str, Array], spec: GraphSpec, name: str) -> Array:
+    key = _key(spec, "in", name)
+    if key in golden:
+        return golden[key]
+    # The base model's weights are too large to stand in the golden file again.
+    manifest = bundle.manifest
+    files = {
+        "weight": manifest.embedding.weight if spec.kind == "embedding" else manifest.head.weight,
+        "row_scales": manifest.head.row_scales,
+        "bias": manifest.head.bias,
+    }
+    file = files.get(name)
+    if file is None:
+        raise BundleError(f"{bundle.path} has no golden vector {key}; export it again")
+    return bundle.weight(file)
+
+
+def _golden(golden: dict[str, Array], spec: GraphSpec, side: str, name: str) -> Array:
+    try:
+        return golden[_key(spec, side, name)]
+    except KeyError:
+        raise BundleError(f"the bundle has no golden vector {_key(spec, side, name)}; export it again") from None
+
+
+def _key(spec: GraphSpec, side: str, name: str) -> str:
+    return ".".join(part for part in (spec.kind, spec.key, side, name) if part)
+
+
+def _relative_error(found: Array, wanted: Array) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    scale = float(np.abs(wanted).max(initial=0.0)) or 1.0
+    return float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max(initial=0.0)) / scale

@@ -1,0 +1,349 @@
+"""The training loop: steps, reports, obedience to signals, evaluation, checkpoints and the saved adapter."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from dlora.protocol import messages as m
+from dlora.protocol.errors import CheckpointError, DataError, ModelMismatchError
+from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.tensors import FloatArray
+
+from .adapters import Adapter, AdapterSet, Parameter
+from .batches import Batches, evaluation_batches
+from .bundle import Bundle
+from .checkpoint import Checkpoint, save_checkpoint
+from .config import TrainConfig, run_digest
+from .connection import Connection
+from .data import Dataset
+from .engine import Engine
+from .optimizer import AdamW
+from .peft_adapter import LoadedAdapter, SavedModule, save_adapter
+from .report import StepMetrics
+from .sensitivity import ModuleScore, Scorer
+from .split_model import SplitModel, unit_states
+
+
+class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint holds beside the tensors.
+
+    Attributes:
+        next_step: the step that comes next; ticket: the controller's state for it.
+        fade_ages, adam_steps, states: one a unit.
+    """
+
+    next_step: int
+    digest: str
+    ticket: bytes
+    states: list[int]
+    fade_ages: list[int]
+    adam_steps: list[int]
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss a labelled token, share of tokens predicted right, and share of examples wholly right."""
+
+    loss: float
+    token_accuracy: float
+    exact_match: float
+    tokens: int
+    examples: int
+
+
+class Trainer:
+    """One training run against one server.
+
+    Args:
+        init: a PEFT adapter to start from.
+        checkpoint: a checkpoint of this very run to go on from.
+
+    Attributes:
+        next_step: the step that comes next.
+        history: the states of all units in each step so far, for the map.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        connection: Connection,
+        config: TrainConfig,
+        dataset: Dataset,
+        *,
+        init: LoadedAdapter | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.config = config
+        self.connection = connection
+        self.adapters = AdapterSet.create(
+            manifest.groups,
+            rank=config.rank,
+            scaling=config.scaling,
+            seed=config.seed,
+            unit=config.kill_revive.unit,
+            kill_every=config.kill_revive.kill_every,
+        )
+        config.kill_revive.check(len(self.adapters.units))
+        if init is not None:
+            load_weights(self.adapters, init)
+        self.digest = run_digest(config, manifest.groups, manifest.base_model.fingerprint, dataset.fingerprint)
+        self.next_step = 0
+        self._bytes_before = (0, 0)
+        ticket = None
+        if checkpoint is not None:
+            ticket = self._restore(checkpoint)
+        self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
+        self.optimizer = AdamW(engine, config.optimizer, config.total_steps)
+        self._scorer = Scorer(config.kill_revive.score)
+        self.model = SplitModel(
+            bundle, engine, connection, self.adapters, wire_dtype=config.wire_dtype, on_signal=self._obey
+        )
+        self._open(ticket)
+        self._unanswered = False
+
+    # -- the five verbs ----------------------------------------------------------------------------------
+
+    def run_step(self) -> StepMetrics:
+        """One optimizer step: exchange every micro-batch, step AdamW, report the scores."""
+        step, started = self.next_step, time.perf_counter()
+        session = self.connection.session
+        before = (session.bytes_sent, session.bytes_received, session.round_trips, self.model.compute_seconds)
+        batches = self.batches.step_batches(step)
+        labelled = sum(len(batch.labels) for batch in batches)
+        self.adapters.zero_grad()
+        losses = 0.0
+        for index, batch in enumerate(batches):
+            found = self.model.forward_backward(batch, step=step, micro_batch=index, grad_scale=1.0 / labelled)
+            losses += float(found.sum(dtype=np.float64))
+        states = self.adapters.states()
+        optimizing = time.perf_counter()
+        scores, norm = self._optimize(step)
+        optimized = time.perf_counter() - optimizing
+        # Committed: from here on this step is done, whatever happens to the connection.
+        self.next_step = step + 1
+        self.adapters.zero_grad()
+        self.model.report(step, scores)
+        self._unanswered = True
+        return StepMetrics(
+            step=step,
+            total_steps=self.config.total_steps,
+            loss=losses / labelled,
+            learning_rate=self.optimizer.lr(step),
+            grad_norm=norm,
+            tokens=sum(len(batch.ids) for batch in batches),
+            labelled=labelled,
+            bytes_up=session.bytes_sent - before[0],
+            bytes_down=session.bytes_received - before[1],
+            round_trips=session.round_trips - before[2],
+            active_units=int((states == UnitState.ACTIVE).sum()),
+            live_units=int((states != UnitState.KILLED).sum()),
+            edge_compute_s=self.model.compute_seconds - before[3] + optimized,
+            step_s=time.perf_counter() - started,
+            units="".join(map(str, states)),
+        )
+
+    def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
+        """Loss and accuracy on a data set, with the adapters as they are."""
+        return evaluate(self.model, dataset, self.config.batch_size, progress)
+
+    def settle(self) -> None:
+        """Wait for the signal to the last report, so that what is saved now is what the next step starts from."""
+        if self._unanswered:
+            self.model.await_signal()
+
+    def save_checkpoint(self, directory: Path) -> None:
+        """Write a checkpoint of everything the next step depends on. Raises ``StorageError``."""
+        self.settle()
+        session, units = self.connection.session, self.adapters.units
+        state = TrainerState(
+            next_step=self.next_step,
+            digest=self.digest,
+            ticket=self._ticket,
+            states=[int(unit.state) for unit in units],
+            fade_ages=[unit.fade_age for unit in units],
+            adam_steps=[unit.adam_steps for unit in units],
+            bytes_up=self._bytes_before[0] + session.bytes_sent,
+            bytes_down=self._bytes_before[1] + session.bytes_received,
+        )
+        tensors = {}
+        for adapter in self.adapters:
+            for name, parameter in _parameters(adapter):
+                tensors[f"{adapter.name}.{name}"] = parameter.value
+                tensors[f"{adapter.name}.{name}.exp_avg"] = parameter.exp_avg
+                tensors[f"{adapter.name}.{name}.exp_avg_sq"] = parameter.exp_avg_sq
+        save_checkpoint(directory, self.next_step, tensors, state)
+
+    def save_adapter(self, directory: Path) -> None:
+        """Write the live units as a PEFT adapter; a fading unit's scale is folded into its B."""
+        self.settle()
+        lora = self.bundle.manifest.lora
+        modules = []
+        for group, members in enumerate(self.adapters.groups):
+            scale = np.float32(self.adapters.scale(group))
+            if scale > 0:
+                modules += [
+                    SavedModule(a.name, a.lora_A.value, a.lora_B.value * scale if scale < 1 else a.lora_B.value)
+                    for a in members
+                ]
+        save_adapter(
+            directory,
+            modules,
+            r=self.config.rank,
+            lora_alpha=self.config.lora_alpha,
+            base_model_name=self.bundle.manifest.base_model.name,
+            target_modules=list(lora.target_modules),
+            fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
+        )
+
+    # -- inside ------------------------------------------------------------------------------------------
+
+    def _optimize(self, step: int) -> tuple[FloatArray, float]:
+        """Step AdamW; returns one score a unit, 0 for units that are not trained, and the gradients' norm."""
+        units = [unit for unit in self.adapters.units if unit.state is UnitState.ACTIVE]
+        adapters = [adapter for unit in units for adapter in self.adapters.of_unit(unit)]
+        # AdamW replaces arrays and never writes into them, so holding the old ones costs nothing.
+        old = {id(adapter): (adapter.lora_A.value, adapter.lora_B.value) for adapter in adapters}
+        norm = self.optimizer.step(self.adapters, step)
+        scores = np.zeros(len(self.adapters.units), np.float32)
+        for index, unit in enumerate(self.adapters.units):
+            if unit.state is UnitState.ACTIVE:
+                scores[index] = self._scorer.unit_score(
+                    self._module_score(adapter, old[id(adapter)]) for adapter in self.adapters.of_unit(unit)
+                )
+        return scores, norm
+
+    def _module_score(self, adapter: Adapter, old: tuple[FloatArray, FloatArray]) -> ModuleScore:
+        at_gradient = self._scorer.needs_gradient  # such a score belongs to the weights before the step
+        return self._scorer.module_score(
+            scaling=adapter.scaling,
+            lora_A=old[0] if at_gradient else adapter.lora_A.value,
+            lora_B=old[1] if at_gradient else adapter.lora_B.value,
+            previous_A=old[0],
+            previous_B=old[1],
+            grad_A=adapter.lora_A.grad,
+            grad_B=adapter.lora_B.grad,
+        )
+
+    def _open(self, ticket: bytes | None) -> None:
+        manifest, welcome = self.bundle.manifest, self.connection.welcome
+        check_base_model(self.bundle, welcome)
+        if self.batches.max_sequence_length > welcome.max_sequence_length:
+            raise DataError(
+                f"the data has a sequence of {self.batches.max_sequence_length} tokens, the server takes "
+                f"{welcome.max_sequence_length}; set --max-length {welcome.max_sequence_length}"
+            )
+        self.connection.send(
+            m.OpenSession(
+                base_fingerprint=manifest.base_model.fingerprint,
+                groups=manifest.groups,
+                wire_dtype=self.config.wire_dtype,
+                kill_revive=self.config.kill_revive,
+                seed=self.config.seed,
+                total_steps=self.config.total_steps,
+                next_step=self.next_step,
+                ticket=ticket,
+            )
+        )
+        opened = self.connection.receive(m.SessionOpened)
+        states = unit_states(opened)
+        if ticket is None:
+            self.adapters.obey(states)
+        elif (states != self.adapters.states()).any():
+            raise CheckpointError("the server's units are not the checkpoint's: its ticket belongs to another run")
+        self._ticket = opened.ticket.data.tobytes()
+
+    def _obey(self, signal: m.Signal) -> None:
+        self.adapters.obey(unit_states(signal))
+        self._ticket = signal.ticket.data.tobytes()
+        self._unanswered = False
+
+    def _restore(self, checkpoint: Checkpoint) -> bytes:
+        state = msgspec.convert(checkpoint.state, TrainerState)
+        if state.digest != self.digest:
+            raise CheckpointError(
+                "the checkpoint belongs to a run with other settings, data or base model; "
+                "repeat that run's options with --resume, or start anew in another --out"
+            )
+        for adapter in self.adapters:
+            for name, parameter in _parameters(adapter):
+                key = f"{adapter.name}.{name}"
+                parameter.value = checkpoint.tensors[key]
+                parameter.exp_avg = checkpoint.tensors[f"{key}.exp_avg"]
+                parameter.exp_avg_sq = checkpoint.tensors[f"{key}.exp_avg_sq"]
+        for unit, unit_state, age, steps in zip(
+            self.adapters.units, state.states, state.fade_ages, state.adam_steps, strict=True
+        ):
+            unit.state, unit.fade_age, unit.adam_steps = UnitState(unit_state), age, steps
+        self.next_step = state.next_step
+        self._bytes_before = (state.bytes_up, state.bytes_down)
+        return state.ticket
+
+
+def evaluate(
+    model: SplitModel, dataset: Dataset, batch_size: int, progress: Callable[[int, int], None] | None = None
+) -> Evaluation:
+    """Loss and accuracy of the adapters as they are."""
+    losses, right, tokens, exact = 0.0, 0, 0, 0
+    for batch in evaluation_batches(dataset, batch_size):
+        found, predictions = model.evaluate(batch)
+        losses += float(found.sum(dtype=np.float64))
+        correct = predictions == batch.labels
+        right += int(correct.sum())
+        tokens += len(correct)
+        sequence = np.searchsorted(np.cumsum(batch.sequence_lengths), batch.label_positions, side="right")
+        exact += len(batch.sequence_lengths) - len(np.unique(sequence[~correct]))
+        if progress is not None:
+            progress(len(batch.sequence_lengths), len(dataset))
+    return Evaluation(losses / tokens, right / tokens, exact / len(dataset), tokens, len(dataset))
+
+
+def check_base_model(bundle: Bundle, welcome: m.Welcome) -> None:
+    """Raise ``ModelMismatchError`` unless the server serves the base model that the bundle pins."""
+    base = bundle.manifest.base_model
+    if welcome.base_fingerprint != base.fingerprint:
+        raise ModelMismatchError(
+            f"the server serves {welcome.base_model} ({welcome.base_fingerprint[:12]}…), the bundle is of {base.name} "
+            f"({base.fingerprint[:12]}…); serve that model, or export a bundle of the server's"
+        )
+
+
+def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
+    """Put a saved adapter's weights in; modules that it lacks keep their start, whose delta is zero.
+
+    Raises ``CheckpointError`` where it does not fit. A saved scaling other than this run's is folded into B.
+    """
+    known = {adapter.name: adapter for adapter in adapters}
+    for name, module in loaded.modules.items():
+        adapter = known.get(name)
+        if adapter is None:
+            raise CheckpointError(f"the adapter has {name}, which is no target module of this bundle")
+        if module.lora_A.shape != adapter.lora_A.value.shape or module.lora_B.shape != adapter.lora_B.value.shape:
+            raise CheckpointError(f"the adapter's {name} has rank {module.lora_A.shape[0]}; train with that --rank")
+        ratio = loaded.scaling[name] / adapter.scaling
+        adapter.lora_A.value = module.lora_A
+        adapter.lora_B.value = module.lora_B if ratio == 1.0 else module.lora_B * np.float32(ratio)
+
+
+def peak_rss_mb() -> float:
+    """This process's peak resident memory so far, in megabytes (10**6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _parameters(adapter: Adapter) -> tuple[tuple[str, Parameter], tuple[str, Parameter]]:
+    return ("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)
+
+

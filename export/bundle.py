@@ -1,0 +1,204 @@
+"""Makes a bundle: loads, traces, writes and verifies, in this order, and puts it in its place last."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import safetensors.numpy
+
+from dlora.cloud.base_model import BaseModel
+from dlora.cloud.source import find_source, load_model
+from dlora.protocol.errors import UsageError
+from dlora.protocol.kill_revive import GroupSpec
+from dlora.protocol.manifest import (
+    MANIFEST_NAME,
+    BaseModelSpec,
+    EmbeddingSpec,
+    FileSpec,
+    GraphSpec,
+    HeadSpec,
+    LoraSpec,
+    Manifest,
+    StoredDtype,
+    encode_manifest,
+)
+from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
+
+from .adamw_graph import adamw_graph
+from .adapter_graphs import adapter_graphs
+from .embedding_graph import embedding_graph
+from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
+from .head_graph import HeadShape, head_graphs
+from .place import check_place, placed
+from .reference import Arrays
+from .selection import default_target_modules, peft_target_modules, select_targets
+from .tokenizer import load_tokenizer, save_tokenizer
+from .verify import (
+    Verified,
+    real_hidden_states,
+    verify_adamw,
+    verify_adapter,
+    verify_embedding,
+    verify_head,
+)
+from .weights import embedding_dtype, save_embedding, save_head
+
+ENGINE: Final = "onnx"
+_GOLDEN: Final = "golden.safetensors"
+LOGITS_ROWS: Final = 2
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What the user asked for; ``target_modules`` None means PEFT's default for the architecture."""
+
+    model: str
+    out: Path
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] | None = None
+    head_dtype: StoredDtype = "fp16"
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for settings that cannot work; cheap, so that it comes before any loading."""
+        if self.rank < 1:
+            raise UsageError("--rank must be at least 1")
+        if not 0 < self.alpha < float("inf"):
+            raise UsageError("--alpha must be above 0")
+        if self.target_modules is not None and not self.target_modules:
+            raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
+        check_place(self.out, self.force)
+
+
+def export_bundle(settings: ExportSettings, say: Say = lambda _: None) -> Manifest:
+    """Export a bundle to ``settings.out``; ``say`` hears what is being done.
+
+    Raises ``UsageError``, ``MissingExtraError`` or ``ExportError``; nothing is left behind then, and a bundle that
+    was there before is intact.
+    """
+    settings.check()
+    say(f"loading {settings.model}")
+    source = find_source(settings.model)
+    base = BaseModel.from_model(load_model(source), settings.model)
+    tokenizer = load_tokenizer(source, base)
+    wanted = settings.target_modules or default_target_modules(base)
+    selected = select_targets(base, wanted)
+    groups = base.groups(selected)
+    embedding, head = find_embedding(base), find_head(base)
+    say("checking the cut against the whole model")
+    check_cut(base, embedding, head)
+    with placed(settings.out, settings.force) as bundle:
+        say("writing weights and tokenizer")
+        dtype = embedding_dtype(settings.head_dtype)
+        embedding_spec, embedding_inputs = save_embedding(bundle, embedding, dtype)
+        head_spec, head_inputs = save_head(bundle, head, settings.head_dtype, embedding_inputs)
+        tokenizer_spec = save_tokenizer(bundle, tokenizer, base)
+        verified: list[Verified] = []
+        for made in _make_graphs(
+            base, groups, settings, (embedding_spec, embedding, embedding_inputs), (head_spec, head, head_inputs)
+        ):
+            say(f"verified {made.graph.name}")
+            verified.append(made)
+        graphs = tuple(_save_graph(bundle, made) for made in verified)
+        _save_golden(bundle, verified)
+        say("hashing")
+        manifest = Manifest(
+            format=BUNDLE_FORMAT,
+            software=SOFTWARE_VERSION,
+            base_model=_base_model_spec(base),
+            lora=LoraSpec(settings.rank, settings.alpha, peft_target_modules(base, wanted, selected)),
+            groups=groups,
+            embedding=embedding_spec,
+            head=head_spec,
+            tokenizer=tokenizer_spec,
+            graphs=graphs,
+            golden=_GOLDEN,
+            files=_describe_files(bundle),
+        )
+        (bundle / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    return manifest
+
+
+def _make_graphs(
+    base: BaseModel,
+    groups: Sequence[GroupSpec],
+    settings: ExportSettings,
+    embedding: tuple[EmbeddingSpec, EmbeddingEnd, Arrays],
+    head: tuple[HeadSpec, HeadEnd, Arrays],
+) -> Iterator[Verified]:
+    shapes = sorted({(group.in_features, target.out_features) for group in groups for target in group.targets})
+    scale = settings.alpha / settings.rank
+    for in_features, out_features in shapes:
+        for graph in adapter_graphs(in_features, out_features):
+            yield verify_adapter(graph, in_features, out_features, settings.rank, scale)
+    yield verify_adamw(adamw_graph())
+    embedding_spec, embedding_end, embedding_inputs = embedding
+    rows, width = embedding_end.weight.shape
+    graph = embedding_graph(rows, width, embedding_spec.dtype, embedding_spec.scale)
+    yield verify_embedding(graph, embedding_end, embedding_inputs)
+    head_spec, head_end, head_inputs = head
+    shape = HeadShape(
+        base.vocabulary_size,
+        base.hidden_size,
+        head_spec.dtype,
+        head_end.bias is not None,
+        head_spec.logit_scale,
+        head_spec.softcap,
+    )
+    hidden_states = real_hidden_states(base, embedding_end)
+    for graph in head_graphs(shape):
+        # Logits are wide, and golden vectors travel with every bundle.
+        rows = LOGITS_ROWS if graph.kind == "head_logits" else len(hidden_states)
+        yield verify_head(graph, head_end, head_inputs, hidden_states[:rows])
+
+
+def _save_graph(bundle: Path, made: Verified) -> GraphSpec:
+    name = f"graphs/{made.graph.name}.onnx"
+    path = bundle / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(made.model)
+    return GraphSpec(
+        kind=made.graph.kind,
+        key=made.graph.key,
+        files={ENGINE: name},
+        inputs=made.graph.inputs,
+        outputs=made.graph.outputs,
+        # Two digits say all that an error says, and the same on every machine of a kind.
+        error=float(f"{made.error:.1e}"),
+        tolerance=made.tolerance,
+    )
+
+
+def _save_golden(bundle: Path, verified: Sequence[Verified]) -> None:
+    tensors = {f"{made.graph.name}.{name}": value for made in verified for name, value in made.golden.items()}
+    safetensors.numpy.save_file(tensors, bundle / _GOLDEN)
+
+
+def _base_model_spec(base: BaseModel) -> BaseModelSpec:
+    return BaseModelSpec(
+        name=base.name,
+        architecture=base.architecture,
+        fingerprint=base.fingerprint,
+        blocks=base.blocks,
+        embedding_size=base.embedding_size,
+        hidden_size=base.hidden_size,
+        vocabulary_size=base.vocabulary_size,
+        max_sequence_length=base.max_sequence_length,
+        parameters=base.parameters,
+    )
+
+
+def _describe_files(bundle: Path) -> dict[str, FileSpec]:
+    files: dict[str, FileSpec] = {}
+    for path in sorted(bundle.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[path.relative_to(bundle).as_posix()] = FileSpec(path.stat().st_size, digest)
+    return files

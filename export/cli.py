@@ -1,0 +1,52 @@
+"""``dlora-export``: the command line of the exporter."""
+
+from __future__ import annotations
+
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .bundle import ExportSettings, export_bundle
+from .report import print_json, print_table
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class HeadDtype(StrEnum):
+    """How the LM head is stored on the device."""
+
+    FP16 = "fp16"
+    FP32 = "fp32"
+    INT8 = "int8"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="model directory, .gguf file, hub id, or smollm2-135m")],
+    out: Annotated[Path, typer.Option(help="the bundle: a directory that will be made")],
+    rank: Annotated[int, typer.Option(help="LoRA rank")] = 8,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha; adapters are scaled by alpha / rank")] = 16.0,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(help="names, separated by commas, or all-linear  [default: PEFT's for the architecture]"),
+    ] = None,
+    head_dtype: Annotated[HeadDtype, typer.Option(help="how the LM head is stored")] = HeadDtype.FP16,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace a bundle that is there already")] = False,
+) -> None:
+    """Turn a Hugging Face causal language model into a bundle that a device can train with."""
+    names = None
+    if target_modules is not None:
+        names = tuple(dict.fromkeys(name.strip() for name in target_modules.split(",") if name.strip()))
+    settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force)
+    started = time.monotonic()
+    console = Console(file=sys.stderr)
+    with console.status(f"exporting {model}") as status:
+        manifest = export_bundle(settings, lambda doing: status.update(f"exporting {model}: {doing}"))
+    show = print_json if json else print_table
+    show(manifest, out, time.monotonic() - started)

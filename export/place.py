@@ -1,0 +1,72 @@
+"""A bundle appears whole or not at all: it is written beside its place and then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dlora.protocol.errors import UsageError
+from dlora.protocol.manifest import MANIFEST_NAME
+
+
+def check_place(out: Path, force: bool) -> None:
+    """Raise ``UsageError`` where a bundle may not be written at ``out``.
+
+    Even with ``force`` only a bundle or an empty directory is replaced, never another directory.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file; choose another --out")
+    if not any(out.iterdir()):
+        return
+    if not (out / MANIFEST_NAME).is_file():
+        raise UsageError(f"{out} is not empty and not a bundle; choose another --out")
+    if not force:
+        raise UsageError(f"{out} is already a bundle; give --force to replace it")
+
+
+@contextmanager
+def placed(out: Path, force: bool) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``out`` when the block ends well, and vanishes when it does not."""
+    out = out.absolute()
+    check_place(out, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            _sync(path)
+        _sync(partial)
+        check_place(out, force)
+        _replace(partial, out)
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,76 @@
+"""The tokenizer for a device that has the ``tokenizers`` library but not ``transformers``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from dlora.cloud.base_model import BaseModel
+from dlora.cloud.source import ModelSource, quiet
+from dlora.protocol.errors import ExportError
+from dlora.protocol.manifest import TokenizerSpec
+
+FOLDER: Final = "tokenizer"
+
+
+def load_tokenizer(source: ModelSource, base: BaseModel) -> Any:
+    """The Hugging Face tokenizer that belongs to the base model.
+
+    Raises ``ExportError`` where there is none, it is not of the fast kind, or has more words than the embedding.
+    """
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf_file)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise ExportError(f"{source.name} has no tokenizer that can be loaded: {reason}") from None
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ExportError(
+            f"the tokenizer of {source.name} has no tokenizer.json, which a device needs; "
+            "convert it to a fast tokenizer"
+        )
+    if len(tokenizer) > len(base.model.get_input_embeddings().weight):
+        raise ExportError(
+            f"the tokenizer of {source.name} has {len(tokenizer)} tokens but the embedding only "
+            f"{len(base.model.get_input_embeddings().weight)} rows; they do not belong together"
+        )
+    return tokenizer
+
+
+def save_tokenizer(bundle: Path, tokenizer: Any, base: BaseModel) -> TokenizerSpec:
+    """Write ``tokenizer.json`` and the chat template, where there is one."""
+    folder = bundle / FOLDER
+    folder.mkdir()
+    # A copy: truncation and padding are the caller's business, and may be set on the original.
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    (folder / "tokenizer.json").write_text(plain.to_str(), encoding="utf-8")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return TokenizerSpec(
+        file=f"{FOLDER}/tokenizer.json",
+        chat_template=f"{FOLDER}/chat_template.jinja" if template else None,
+        bos_token=_text(tokenizer.bos_token),
+        eos_token=_text(tokenizer.eos_token),
+        eos_token_id=tokenizer.eos_token_id,
+        stop_token_ids=_stop_token_ids(tokenizer, base),
+    )
+
+
+def _text(token: object) -> str | None:
+    return None if token is None else str(token)
+
+
+def _stop_token_ids(tokenizer: Any, base: BaseModel) -> tuple[int, ...]:
+    found = {tokenizer.eos_token_id}
+    for config in (base.model.generation_config, base.model.config):
+        ids = getattr(config, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list | tuple) else [ids])
+    return tuple(sorted(token for token in found if isinstance(token, int) and 0 <= token < base.vocabulary_size))

@@ -1,0 +1,85 @@
+"""The device's weights as ``.npy`` files, which the device maps into memory instead of reading them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dlora.protocol.errors import ExportError
+from dlora.protocol.manifest import EmbeddingSpec, HeadSpec, StoredDtype
+
+from .ends import EmbeddingEnd, HeadEnd
+from .reference import Arrays
+
+FOLDER: Final = "weights"
+_EMBEDDING: Final = f"{FOLDER}/embedding.npy"
+_HEAD: Final = f"{FOLDER}/head.npy"
+
+
+def embedding_dtype(head_dtype: StoredDtype) -> Literal["fp32", "fp16"]:
+    """A look-up in an int8 table would lose too much, so it stays in half precision."""
+    return "fp32" if head_dtype == "fp32" else "fp16"
+
+
+def save_embedding(bundle: Path, end: EmbeddingEnd, dtype: Literal["fp32", "fp16"]) -> tuple[EmbeddingSpec, Arrays]:
+    """Save the table; returns its spec and the inputs that the embedding graph takes from it."""
+    weight = _save(bundle, _EMBEDDING, _stored(end.weight, dtype))
+    return EmbeddingSpec(_EMBEDDING, dtype, end.scale), {"weight": weight}
+
+
+def save_head(bundle: Path, end: HeadEnd, dtype: StoredDtype, embedding: Arrays) -> tuple[HeadSpec, Arrays]:
+    """Save the head, unless it is tied and the embedding's file serves both; returns its spec and graph inputs."""
+    inputs: Arrays = {}
+    weight_file = _HEAD
+    row_scales = bias = None
+    if dtype == "int8":
+        quantised, scales = quantise_rows(end.weight)
+        inputs["weight"] = _save(bundle, _HEAD, quantised)
+        row_scales = f"{FOLDER}/head_row_scales.npy"
+        inputs["row_scales"] = _save(bundle, row_scales, scales)
+    elif end.tied:
+        weight_file, inputs["weight"] = _EMBEDDING, embedding["weight"]
+    else:
+        inputs["weight"] = _save(bundle, _HEAD, _stored(end.weight, dtype))
+    if end.bias is not None:
+        bias = f"{FOLDER}/head_bias.npy"
+        inputs["bias"] = _save(bundle, bias, _stored(end.bias, "fp32"))
+    spec = HeadSpec(
+        weight=weight_file,
+        dtype=dtype,
+        tied=end.tied,
+        row_scales=row_scales,
+        bias=bias,
+        logit_scale=end.logit_scale,
+        softcap=end.softcap,
+    )
+    return spec, inputs
+
+
+def quantise_rows(weight: Tensor) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Symmetric int8, one scale a row: ``weight ~ quantised * scales[:, None]``; a row of zeros has scale 1."""
+    scales = weight.float().abs().amax(dim=1) / 127
+    scales[scales == 0] = 1.0
+    quantised = torch.round(weight.float() / scales[:, None]).clamp(-127, 127).to(torch.int8)
+    return quantised.numpy(), scales.numpy()
+
+
+def _stored(tensor: Tensor, dtype: Literal["fp32", "fp16"]) -> npt.NDArray[np.generic]:
+    values = tensor.to(torch.float16 if dtype == "fp16" else torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        advice = "; use --head-dtype fp32" if dtype == "fp16" else ""
+        raise ExportError(f"the embedding or head has values that {dtype} cannot hold{advice}")
+    return values.contiguous().numpy()
+
+
+def _save(bundle: Path, name: str, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    path = bundle / name
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
+    return values

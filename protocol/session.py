@@ -1,0 +1,332 @@
+"""The conversation, without sockets or clocks: what may be said when, and in which shapes.
+
+Each side holds one ``Session``. ``send`` checks a message and gives its frame; ``receive`` takes a frame and
+gives the checked message. The rules are one table; ``docs/protocol.md`` draws it.
+
+- E (the device) speaks first and starts everything; C (the server) only ever answers or asks for what a
+  micro-batch needs.
+- A micro-batch is lock-step: FORWARD, then LOSS and BACKWARD if it trains.
+- E may start the next micro-batch before C's ``Signal`` to its last ``StepReport`` has come, so that reports
+  cost no round trip. C answers a report before anything that E sent after it.
+- After ``Error`` or ``CloseSession`` nothing may follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import Final
+
+import numpy as np
+
+from . import messages as m
+from .codec import Decoder, encode
+from .errors import LocalProtocolError, RemoteProtocolError
+from .kill_revive import GroupSpec, UnitState, group_units
+from .messages import AnyMessage
+from .tensors import ByteArray, WireTensor
+from .version import PROTOCOL_VERSIONS
+
+
+class Role(Enum):
+    """Which side we are."""
+
+    EDGE = "edge"
+    CLOUD = "cloud"
+
+
+class State(Enum):
+    """Where the conversation stands."""
+
+    START = auto()
+    GREETING = auto()
+    GREETED = auto()
+    OPENING = auto()
+    IDLE = auto()
+    FORWARD = auto()
+    DELTA = auto()
+    LOSS = auto()
+    BACKWARD = auto()
+    CLOSED = auto()
+
+
+E, C = Role.EDGE, Role.CLOUD
+
+TRANSITIONS: Final[dict[State, dict[type, tuple[Role, State]]]] = {
+    State.START: {m.Hello: (E, State.GREETING)},
+    State.GREETING: {m.Welcome: (C, State.GREETED)},
+    State.GREETED: {m.OpenSession: (E, State.OPENING), m.CloseSession: (E, State.CLOSED)},
+    State.OPENING: {m.SessionOpened: (C, State.IDLE)},
+    State.IDLE: {
+        m.Embeddings: (E, State.FORWARD),
+        m.StepReport: (E, State.IDLE),
+        m.CloseSession: (E, State.CLOSED),
+    },
+    State.FORWARD: {m.GroupInput: (C, State.DELTA), m.LabelledHiddenStates: (C, State.LOSS)},
+    State.DELTA: {m.GroupDelta: (E, State.FORWARD)},
+    State.LOSS: {m.GradHiddenStates: (E, State.BACKWARD)},
+    State.BACKWARD: {m.GroupGrad: (C, State.BACKWARD), m.GroupInputGrad: (E, State.BACKWARD)},
+    State.CLOSED: {},
+}
+"""State, then message type, to (who may send it, next state). Three rules stand beside the table:
+``LabelledHiddenStates`` with no gradients to come, and the last message of BACKWARD, lead to IDLE;
+C may send ``Signal`` in any open state while a ``StepReport`` is unanswered; either side may send ``Error``."""
+
+
+class _ViolationError(Exception):
+    def __init__(self, text: str, code: m.ErrorCode = m.ErrorCode.PROTOCOL) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Session:
+    """One side's view of one conversation.
+
+    Attributes:
+        state: where the conversation stands.
+        step: the optimizer step that comes next or is under way.
+        units: uint8 (units,), the ``UnitState`` of each unit as last signalled.
+        bytes_sent, bytes_received: sizes of all frames so far (without the websocket's own framing).
+        round_trips: how often we received after having sent.
+    """
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.state = State.START
+        self.step = 0
+        self.units: ByteArray = np.zeros(0, np.uint8)
+        self.unit_groups: tuple[tuple[int, ...], ...] = ()
+        self.welcome: m.Welcome | None = None
+        self.opened_with: m.OpenSession | None = None
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.round_trips = 0
+        self._decoder = Decoder()
+        self._sent_since_received = False
+        self._unanswered_reports: list[int] = []
+        self._micro_batch = 0
+        self._begun: m.Embeddings | None = None
+        self._asked: set[int] = set()  # groups that took part in this forward pass
+        self._graded: set[int] = set()  # groups whose gradients have been sent
+        self._unanswered: set[int] = set()  # groups whose input gradient C waits for
+        self._gradients = 0
+
+    @property
+    def groups(self) -> tuple[GroupSpec, ...]:
+        return self.opened_with.groups if self.opened_with else ()
+
+    def send(self, message: AnyMessage) -> bytearray:
+        """Check a message of ours and give its frame. Raises ``LocalProtocolError``: a bug of ours."""
+        try:
+            self._advance(message, self.role)
+        except _ViolationError as error:
+            raise LocalProtocolError(f"{type(message).__name__} in {self.state.name}: {error}") from None
+        frame = encode(message)
+        self.bytes_sent += len(frame)
+        self._sent_since_received = True
+        return frame
+
+    def receive(self, frame: bytes | bytearray | memoryview) -> AnyMessage:
+        """Decode and check a frame of the peer's. Raises ``RemoteProtocolError`` with its wire code."""
+        message = self._decoder.decode(frame)
+        try:
+            self._advance(message, C if self.role is E else E)
+            for tensor in m.tensors_of(message):
+                if not tensor.is_finite():
+                    raise _ViolationError("NaN or infinity", m.ErrorCode.NON_FINITE)
+        except _ViolationError as error:
+            text = f"{type(message).__name__} in {self.state.name}: {error}"
+            raise RemoteProtocolError(text, error.code) from None
+        self.bytes_received += len(frame)
+        self.round_trips += self._sent_since_received
+        self._sent_since_received = False
+        return message
+
+    # -- the rules ---------------------------------------------------------------------------------------
+
+    def _advance(self, message: AnyMessage, sender: Role) -> None:
+        if self.state is State.CLOSED:
+            raise _ViolationError("the conversation is over")
+        if isinstance(message, m.Error):
+            self.state = State.CLOSED
+            return
+        if isinstance(message, m.Signal):
+            self._check_signal(message, sender)
+            return
+        who, next_state = TRANSITIONS[self.state].get(type(message), (None, self.state))
+        if who is not sender:
+            raise _ViolationError("not now")
+        if isinstance(message, m.ExchangeMessage):
+            self.state = self._check_exchange(message) or next_state
+            return
+        match message:
+            case m.Welcome():
+                if message.protocol_version not in PROTOCOL_VERSIONS:
+                    raise _ViolationError("a version that was not offered", m.ErrorCode.VERSION)
+                self.welcome = message
+            case m.OpenSession():
+                self._check_open(message)
+            case m.SessionOpened():
+                self._check_units(message.units)
+                self.units = message.units.data
+            case m.StepReport():
+                self._check_report(message)
+            case _:
+                pass
+        self.state = next_state
+
+    def _check_open(self, message: m.OpenSession) -> None:
+        for group in message.groups:
+            if not group.targets:
+                raise _ViolationError("a group without target modules")
+        if message.next_step > message.total_steps:
+            raise _ViolationError("next_step lies after the end of the run")
+        self.opened_with = message
+        self.unit_groups = group_units(message.groups, message.kill_revive.unit)
+        self.step = message.next_step
+
+    def _check_units(self, units: WireTensor) -> None:
+        _check(units, "uint8", (len(self.unit_groups),))
+        if units.data.size and int(units.data.max()) > max(UnitState):
+            raise _ViolationError("an unknown unit state")
+
+    def _check_signal(self, message: m.Signal, sender: Role) -> None:
+        if sender is not C or not self._unanswered_reports:
+            raise _ViolationError("a signal that answers no report")
+        if message.step != self._unanswered_reports.pop(0):
+            raise _ViolationError("a signal for another step")
+        self._check_units(message.units)
+        _check(message.ticket, "uint8", (None,))
+        self.units = message.units.data
+
+    def _check_report(self, message: m.StepReport) -> None:
+        if message.step != self.step or len(self._unanswered_reports) > 1:
+            raise _ViolationError(f"a report of step {message.step} when step {self.step} was under way")
+        _check(message.scores, "fp32", (len(self.unit_groups),))
+        self._unanswered_reports.append(message.step)
+        self.step += 1
+        self._micro_batch = 0
+
+    def _check_exchange(self, message: m.ExchangeMessage) -> State | None:
+        """Check one message of a micro-batch; give the next state where the table alone cannot know it."""
+        if isinstance(message, m.Embeddings):
+            self._check_embeddings(message)
+            return None
+        begun = self._begun
+        assert begun is not None
+        if (message.step, message.micro_batch) != (begun.step, begun.micro_batch):
+            raise _ViolationError("not the micro-batch that is under way")
+        match message:
+            case m.GroupInput():
+                self._check_group_input(message)
+            case m.GroupDelta():
+                self._check_group_delta(message)
+            case m.LabelledHiddenStates():
+                labelled = begun.label_positions.shape[0]
+                assert self.welcome is not None
+                self._check_floats(message.hidden_states, (labelled, self.welcome.hidden_size))
+                if message.gradients > (len(self._asked) if begun.mode == "train" else 0):
+                    raise _ViolationError("more gradients than groups took part")
+                self._gradients = message.gradients
+                return None if message.gradients else State.IDLE
+            case m.GradHiddenStates():
+                labelled = begun.label_positions.shape[0]
+                assert self.welcome is not None
+                self._check_floats(message.grad_hidden_states, (labelled, self.welcome.hidden_size))
+            case m.GroupGrad():
+                self._check_group_grad(message)
+                return self._backward_state()
+            case m.GroupInputGrad():
+                if message.group not in self._unanswered:
+                    raise _ViolationError("an input gradient that nobody asked for")
+                self._check_floats(message.grad_hidden_states, (self._tokens, self.groups[message.group].in_features))
+                self._unanswered.remove(message.group)
+                return self._backward_state()
+            case _:
+                pass
+        return None
+
+    def _check_embeddings(self, message: m.Embeddings) -> None:
+        welcome = self.welcome
+        assert welcome is not None
+        training = message.mode == "train"
+        if message.step != self.step or (training and message.micro_batch != self._micro_batch):
+            raise _ViolationError(f"step {message.step} when step {self.step} comes next")
+        self._check_floats(message.hidden_states, (None, welcome.embedding_size))
+        _check(message.sequence_lengths, "int32", (None,))
+        _check(message.label_positions, "int32", (None,))
+        tokens = message.hidden_states.shape[0]
+        lengths, positions = message.sequence_lengths.data, message.label_positions.data
+        if not 0 < tokens <= welcome.max_tokens:
+            raise _ViolationError(f"{tokens} tokens; at most {welcome.max_tokens} fit", m.ErrorCode.LIMIT)
+        if not lengths.size or lengths.min() < 1 or int(lengths.sum(dtype=np.int64)) != tokens:
+            raise _ViolationError("sequence lengths that do not add up to the tokens")
+        if lengths.max() > welcome.max_sequence_length:
+            limit = welcome.max_sequence_length
+            raise _ViolationError(f"a sequence of {lengths.max()} tokens; at most {limit} fit", m.ErrorCode.LIMIT)
+        if not positions.size or positions[0] < 0 or positions[-1] >= tokens or (np.diff(positions) <= 0).any():
+            raise _ViolationError("label positions that are not ascending rows of the tokens")
+        self._begun = message
+        self._tokens = tokens
+        self._asked.clear()
+        self._graded.clear()
+        self._unanswered.clear()
+        self._micro_batch += training
+
+    def _check_group_input(self, message: m.GroupInput) -> None:
+        group = message.group
+        if group >= len(self.groups) or group in self._asked:
+            raise _ViolationError(f"group {group} does not take part, or did already")
+        if not self._is_live(group):
+            raise _ViolationError(f"group {group} belongs to a killed unit")
+        self._check_floats(message.hidden_states, (self._tokens, self.groups[group].in_features))
+        self._asked.add(group)
+        self._awaited = group
+
+    def _check_group_delta(self, message: m.GroupDelta) -> None:
+        if message.group != self._awaited:
+            raise _ViolationError(f"group {message.group} when group {self._awaited} was asked")
+        self._check_outputs(message.deltas, message.group)
+
+    def _check_group_grad(self, message: m.GroupGrad) -> None:
+        if message.group not in self._asked or message.group in self._graded:
+            raise _ViolationError(f"gradients of group {message.group}, which did not take part, or again")
+        if len(self._graded) == self._gradients:
+            raise _ViolationError("more gradients than were announced")
+        self._check_outputs(message.grads, message.group)
+        self._graded.add(message.group)
+        if message.answer:
+            self._unanswered.add(message.group)
+
+    def _backward_state(self) -> State:
+        done = len(self._graded) == self._gradients and not self._unanswered
+        return State.IDLE if done else State.BACKWARD
+
+    def _is_live(self, group: int) -> bool:
+        return any(
+            self.units[unit] != UnitState.KILLED for unit, groups in enumerate(self.unit_groups) if group in groups
+        )
+
+    def _check_outputs(self, tensors: Sequence[WireTensor], group: int) -> None:
+        targets = self.groups[group].targets
+        if len(tensors) != len(targets):
+            raise _ViolationError(f"{len(tensors)} tensors for {len(targets)} target modules")
+        for tensor, target in zip(tensors, targets, strict=True):
+            self._check_floats(tensor, (self._tokens, target.out_features))
+
+    def _check_floats(self, tensor: WireTensor, shape: tuple[int | None, ...]) -> None:
+        assert self.opened_with is not None
+        _check(tensor, self.opened_with.wire_dtype, shape)
+
+
+def choose_version(offered: Sequence[int]) -> int | None:
+    """The newest wire version that both sides speak, or None."""
+    return max(set(offered) & set(PROTOCOL_VERSIONS), default=None)
+
+
+def _check(tensor: WireTensor, dtype: str, shape: tuple[int | None, ...]) -> None:
+    fits = len(tensor.shape) == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if tensor.dtype != dtype or not fits:
+        raise _ViolationError(f"a tensor of {tensor.dtype} {tensor.shape} where {dtype} {shape} was due")

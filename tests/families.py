@@ -1,0 +1,106 @@
+"""Tiny models with random weights, one of each family that dlora promises, and the differences that matter kept.
+
+Gemma scales embeddings and caps logits, Cohere and Granite scale logits, GPT-2 has ``Conv1D``, OPT projects in and out,
+BLOOM, GPT-NeoX, Falcon and Phi-3 fuse projections, some tie the head and some have a bias.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY: Final = 97  # divisible by no number of slabs
+CHAT_TEMPLATE: Final = (
+    "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
+
+_PLAIN: Final[dict[str, Any]] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_WITHOUT_GROUPS: Final = {key: value for key, value in _PLAIN.items() if key != "num_key_value_heads"}
+_GEMMA: Final = {**_PLAIN, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 4}
+_TOKENS: Final = {key: _PLAIN[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+
+FAMILIES: Final[dict[str, dict[str, Any]]] = {
+    "llama": _PLAIN,
+    "qwen2": {**_PLAIN, "tie_word_embeddings": True},
+    "qwen3": {**_PLAIN, "head_dim": 8},
+    "mistral": {**_PLAIN, "sliding_window": 4},
+    "gemma2": {**_GEMMA, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": _PLAIN,
+    "gpt2": {**_TOKENS, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "opt": {
+        **_TOKENS,
+        "hidden_size": 16,
+        "ffn_dim": 24,
+        "word_embed_proj_dim": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "bloom": {**_TOKENS, "hidden_size": 16, "n_layer": 2, "n_head": 4},
+    "gpt_neox": {**_WITHOUT_GROUPS, "rotary_pct": 0.5},
+    "falcon": {**_TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "granite": {
+        **_PLAIN,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
+    "cohere": {**_PLAIN, "logit_scale": 0.25},
+    "olmo2": _PLAIN,
+    "stablelm": {**_PLAIN, "use_qkv_bias": True},
+}
+"""Hugging Face ``model_type`` to the arguments of its config."""
+
+
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A float32 model of about 10,000 parameters in eval mode; ``changes`` go to its config.
+
+    Weights are a good deal larger than at a usual initialisation, so that every part of the model shows.
+    """
+    config = CONFIG_MAPPING[family](**{**FAMILIES[family], **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of ``VOCABULARY`` tokens: ``<pad> <s> </s> <unk>``, roles, and ``w0``, ``w1``, …"""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", "system"]
+    words += [f"w{index}" for index in range(VOCABULARY - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def save_tiny(directory: Path, family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Write a tiny model and its tokenizer as ``save_pretrained`` does; returns the model."""
+    model = tiny_model(family, seed, **changes)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return model

@@ -1,0 +1,161 @@
+"""The base model: frozen, cut where every family has a cut, its exchange groups traced and not guessed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, save_tiny, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config
+
+from dlora.cloud.base_model import BaseModel, load_base_model
+from dlora.export.ends import check_cut, cut_error, find_embedding, find_head
+from dlora.protocol.errors import ExportError, UsageError
+
+# family: the last names of the target modules of block 1, group by group, in the order of execution
+LLAMA = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+FUSED = [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]
+GROUPS = {
+    **dict.fromkeys(FAMILIES, LLAMA),
+    "phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+    **dict.fromkeys(("bloom", "gpt_neox"), FUSED),
+    # These run attention and MLP side by side, on one and the same input.
+    "falcon": [["query_key_value", "dense_h_to_4h"], ["dense"], ["dense_4h_to_h"]],
+    "cohere": [["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["o_proj"], ["down_proj"]],
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request: pytest.FixtureRequest) -> BaseModel:
+    return BaseModel.from_model(tiny_model(request.param), request.param)
+
+
+def test_groups_are_the_modules_that_share_a_tensor(base: BaseModel) -> None:
+    groups = base.groups(base.targets)
+    assert [group.block for group in groups] == sorted(group.block for group in groups)
+    assert {group.block for group in groups} == {0, 1}
+    second = [[target.name.rpartition(".")[2] for target in group.targets] for group in groups if group.block == 1]
+    assert second == GROUPS[base.name]
+    modules = dict(base.model.named_modules())
+    for target in base.targets.values():
+        assert modules[target.name] is target.module
+        assert target.module(torch.zeros(1, target.in_features)).shape == (1, target.out_features)
+
+
+def test_groups_can_be_restricted(base: BaseModel) -> None:
+    last = list(base.targets)[-1]
+    (group,) = base.groups([last])
+    assert (group.block, [target.name for target in group.targets]) == (1, [last])
+    first = list(base.targets)[0]
+    assert [group.targets[0].name for group in base.groups([last, first])] == [first, last]
+
+
+def test_the_cut_model_gives_the_whole_models_logits(base: BaseModel) -> None:
+    assert check_cut(base, find_embedding(base), find_head(base)) <= 1e-6
+
+
+def test_it_is_frozen_and_in_eval_mode(base: BaseModel) -> None:
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not any(module.training for module in base.model.modules())
+
+
+def test_sizes(base: BaseModel) -> None:
+    assert base.blocks == 2
+    assert base.embedding_size == base.model.get_input_embeddings().weight.shape[1]
+    hidden = base.last_hidden_state(torch.zeros(1, 3, base.embedding_size))
+    assert hidden.shape == (1, 3, base.hidden_size)
+    assert base.parameters == sum({p.data_ptr(): p.numel() for p in base.model.parameters()}.values())
+
+
+def test_padding_changes_nothing(base: BaseModel) -> None:
+    embeds = torch.randn(2, 5, base.embedding_size, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    together = base.last_hidden_state(embeds, mask)
+    torch.testing.assert_close(together[1:, :3], base.last_hidden_state(embeds[1:, :3]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_fingerprint_is_that_of_the_weights_not_of_their_dtype(family: str, tmp_path) -> None:
+    save_tiny(tmp_path, family)
+    full, half = (load_base_model(str(tmp_path), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert full.dtype == torch.float32
+    assert half.dtype == torch.bfloat16
+    assert full.fingerprint == half.fingerprint
+    other = BaseModel.from_model(tiny_model(family, seed=1), family)
+    assert other.fingerprint != full.fingerprint
+
+
+def test_one_changed_weight_changes_the_fingerprint() -> None:
+    model = tiny_model("llama")
+    before = BaseModel.from_model(model, "a").fingerprint
+    model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
+    assert BaseModel.from_model(model, "a").fingerprint != before
+
+
+def test_a_family_with_another_head_is_found_out() -> None:
+    model = tiny_model("granite")
+    base = BaseModel.from_model(model, "granite")
+    embedding, head = find_embedding(base), find_head(base)
+    model.config.logits_scaling = 3.0
+    assert cut_error(base, embedding, head) > 0.1
+    with pytest.raises(ExportError, match="granite does more between token ids and logits"):
+        check_cut(base, embedding, head)
+
+
+def test_an_encoder_decoder_is_refused_by_name(tmp_path) -> None:
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ExportError, match=r"encoder-decoder model \(t5\)"):
+        load_base_model(str(tmp_path))
+
+
+def test_a_module_that_runs_twice_is_refused_by_name() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.gate_proj = model.model.layers[0].mlp.up_proj
+    base = BaseModel.from_model(model, "shared")
+    (name,) = base.refused
+    with pytest.raises(ExportError, match=f"{name} cannot be a target module of shared: it runs 2 times"):
+        base.groups([name])
+
+
+def test_experts_of_a_mixture_are_refused_by_name() -> None:
+    config = AutoConfig.for_model(
+        "mixtral",
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    base = BaseModel.from_model(AutoModelForCausalLM.from_config(config), "mixtral")
+    assert not any("expert" in name for name in base.targets)
+    assert len(base.groups([name for name in base.targets if name.endswith("q_proj")])) == 2
+    with pytest.raises(ExportError, match=r"model\.layers\.0\.mlp\.experts cannot be a target .* many experts"):
+        base.groups(["model.layers.0.mlp.experts"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("./nowhere", "does not exist"), ("/no/such/model", "does not exist"), ("missing.gguf", "does not exist")],
+)
+def test_a_path_that_does_not_exist(name: str, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        load_base_model(name)
+
+
+def test_a_directory_that_is_no_model(tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        load_base_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ExportError, match="cannot be loaded"):
+        load_base_model(str(tmp_path))
+
+
+def test_loading_is_quiet(tmp_path, capfd) -> None:
+    save_tiny(tmp_path)
+    capfd.readouterr()
+    load_base_model(str(tmp_path))
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,205 @@
+"""Frames: golden bytes of every message, round trips, and refusal of everything else."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlora.protocol import messages as m
+from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode, frame_bytes
+from dlora.protocol.errors import LocalProtocolError, RemoteProtocolError
+from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
+from dlora.protocol.tensors import WireTensor, fp16_exponent
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def floats(*shape: int, dtype: str = "fp32") -> WireTensor:
+    values = (np.arange(np.prod(shape), dtype=np.float32).reshape(shape) - 2.5) / 8
+    return WireTensor.from_floats(values, dtype)  # type: ignore[arg-type]
+
+
+GROUPS = (
+    GroupSpec(0, 6, (TargetSpec("layers.0.self_attn.q_proj", 6), TargetSpec("layers.0.self_attn.v_proj", 2))),
+    GroupSpec(1, 6, (TargetSpec("layers.1.self_attn.q_proj", 6),)),
+)
+
+# One of each; the golden files are only ever added to.
+EXAMPLES: dict[str, m.AnyMessage] = {
+    "hello": m.Hello(protocol_versions=[1], software="dlora-edge 0.1.0"),
+    "welcome": m.Welcome(
+        protocol_version=1,
+        software="dlora-cloud 0.1.0",
+        base_model="smollm2-135m",
+        base_fingerprint="ab" * 32,
+        embedding_size=6,
+        hidden_size=6,
+        max_sequence_length=128,
+        max_tokens=512,
+    ),
+    "open_session": m.OpenSession(
+        base_fingerprint="ab" * 32,
+        groups=GROUPS,
+        wire_dtype="fp16",
+        kill_revive=KillReviveConfig(pinned=(1,)),
+        seed=7,
+        total_steps=100,
+        next_step=3,
+        ticket=b"ticket",
+    ),
+    "session_opened": m.SessionOpened(
+        session="0badcafe", units=WireTensor.from_bytes(b"\x01\x00"), ticket=WireTensor.from_bytes(b"signed")
+    ),
+    "embeddings": m.Embeddings(
+        step=3,
+        micro_batch=0,
+        mode="train",
+        hidden_states=floats(3, 6, dtype="fp16"),
+        sequence_lengths=WireTensor.from_ints([2, 1]),
+        label_positions=WireTensor.from_ints([0, 2]),
+    ),
+    "group_input": m.GroupInput(step=3, micro_batch=0, group=1, hidden_states=floats(3, 6)),
+    "group_delta": m.GroupDelta(step=3, micro_batch=0, group=0, deltas=(floats(3, 6), floats(3, 2))),
+    "labelled_hidden_states": m.LabelledHiddenStates(step=3, micro_batch=0, hidden_states=floats(2, 6), gradients=2),
+    "grad_hidden_states": m.GradHiddenStates(step=3, micro_batch=0, grad_hidden_states=floats(2, 6, dtype="fp16")),
+    "group_grad": m.GroupGrad(step=3, micro_batch=0, group=0, grads=(floats(3, 6), floats(3, 2)), answer=False),
+    "group_input_grad": m.GroupInputGrad(step=3, micro_batch=0, group=1, grad_hidden_states=floats(3, 6)),
+    "step_report": m.StepReport(step=3, scores=WireTensor("fp32", np.array([0.5, 0.0], np.float32))),
+    "signal": m.Signal(step=3, units=WireTensor.from_bytes(b"\x01\x02"), ticket=WireTensor.from_bytes(b"signed")),
+    "close_session": m.CloseSession(),
+    "error": m.Error(code="busy", message="the server is full", retryable=True, retry_after_s=5.0),
+}
+
+
+def test_every_message_has_an_example() -> None:
+    assert {type(message) for message in EXAMPLES.values()} == set(m.AnyMessage.__args__)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_golden_bytes_both_ways(name: str) -> None:
+    golden = (GOLDEN / f"{name}.bin").read_bytes()
+    assert bytes(encode(EXAMPLES[name])) == golden
+    assert Decoder().decode(golden) == EXAMPLES[name]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_trailing_data_and_truncation_are_refused(name: str) -> None:
+    frame = bytes(encode(EXAMPLES[name]))
+    for broken in (frame + b"\0", frame[:-1], frame[:3], b"", frame[: HEADER_BLOCK // 2]):
+        with pytest.raises(RemoteProtocolError):
+            Decoder().decode(broken)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_frame_has_the_size_that_the_formula_gives(name: str) -> None:
+    frame = encode(EXAMPLES[name])
+    blocks = -(-(4 + int.from_bytes(frame[:4], "little")) // HEADER_BLOCK)
+    assert len(frame) == frame_bytes(blocks, [tensor.nbytes for tensor in m.tensors_of(EXAMPLES[name])])
+
+
+def test_decoded_tensors_are_views_that_cannot_be_written() -> None:
+    frame = bytes(encode(EXAMPLES["group_input"]))
+    message = Decoder().decode(frame)
+    assert isinstance(message, m.GroupInput)
+    data = message.hidden_states.data
+    assert not data.flags.owndata
+    assert not data.flags.writeable
+    assert np.shares_memory(data, np.frombuffer(frame, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unknown": 1},
+        {"step": -1},
+        {"step": 2**40},
+        {"step": "3"},
+        {"type": "group_outpt"},
+        {"hidden_states": ["fp32", [2**31, 2**31], 0]},
+        {"hidden_states": ["fp32", [2**30, 6], 0]},
+        {"hidden_states": ["fp32", [-3, 6], 0]},
+        {"hidden_states": ["fp32", [1, 1, 1, 1, 18], 0]},
+        {"hidden_states": ["fp64", [3, 6], 0]},
+        {"hidden_states": ["fp32", [3, 6], 5]},
+        {"hidden_states": ["fp16", [6, 6], 999]},
+        {"hidden_states": ["fp32", [3, 5], 0]},
+        {"hidden_states": ["fp32", [True, 18], 0]},
+        {"hidden_states": None},
+    ],
+    ids=str,
+)
+def test_changed_headers_are_refused(change: dict[str, object]) -> None:
+    import msgspec
+
+    frame = bytes(encode(EXAMPLES["group_input"]))
+    length = int.from_bytes(frame[:4], "little")
+    header = msgspec.msgpack.encode(msgspec.msgpack.decode(frame[4 : 4 + length]) | change)
+    block = len(header).to_bytes(4, "little") + header
+    changed = block + bytes(-len(block) % HEADER_BLOCK) + frame[HEADER_BLOCK:]
+    with pytest.raises(RemoteProtocolError):
+        Decoder().decode(changed)
+
+
+def test_padding_must_be_zero() -> None:
+    frame = bytearray(encode(EXAMPLES["group_delta"]))
+    frame[HEADER_BLOCK - 1] = 1
+    with pytest.raises(RemoteProtocolError):
+        Decoder().decode(frame)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=700))
+def test_garbage_gives_a_message_or_the_documented_error(data: bytes) -> None:
+    with contextlib.suppress(RemoteProtocolError):
+        Decoder().decode(data)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(EXAMPLES)), st.integers(0, 2000), st.integers(0, 255))
+def test_a_flipped_byte_gives_a_message_or_the_documented_error(name: str, where: int, value: int) -> None:
+    frame = encode(EXAMPLES[name])
+    frame[where % len(frame)] = value
+    with contextlib.suppress(RemoteProtocolError):
+        Decoder().decode(frame)
+
+
+@given(
+    st.lists(st.floats(-1024, 1024, width=32, allow_nan=False), min_size=1, max_size=40),
+    st.integers(-100, 80),
+)
+def test_fp16_keeps_its_relative_precision_at_any_magnitude(values: list[float], shift: int) -> None:
+    array = np.array(values, np.float32) * np.float32(2.0**-shift)
+    tensor = WireTensor.from_floats(array, "fp16")
+    peak = float(np.abs(array).max())
+    # Half a unit in the last place of the peak; below 2**-111 the exponent itself runs out.
+    assert np.abs(tensor.to_floats() - array).max() <= max(peak, 2.0**-111) * 2.0**-11
+    assert tensor.is_finite()
+
+
+def test_fp16_exponent_puts_the_peak_below_the_largest_half() -> None:
+    for peak in (1e-38, 1e-20, 6e-5, 1.0, 5260.0, 65504.0, 1e30, 3e38):
+        scaled = peak * 2.0 ** -fp16_exponent(peak)
+        assert 0 < scaled < 65504
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_not_sent(dtype: str, value: float) -> None:
+    array = np.ones((2, 3), np.float32)
+    array[1, 2] = value
+    with pytest.raises(LocalProtocolError):
+        WireTensor.from_floats(array, dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("fp32", np.float32), ("fp16", np.float16)])
+def test_is_finite_sees_every_nan_and_infinity(dtype: str, stored: type) -> None:
+    for value in (np.nan, np.inf, -np.inf):
+        data = np.zeros(5, stored)
+        data[3] = value
+        assert not WireTensor(dtype, data).is_finite()
+    assert WireTensor(dtype, np.array([np.finfo(stored).max], stored)).is_finite()

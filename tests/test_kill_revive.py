@@ -1,0 +1,358 @@
+"""The controller: what always holds, what each policy does, and a planted toy in which it must find the right units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlora.cloud.kill_revive import Controller, Schedule, unit_costs
+from dlora.edge.sensitivity import Scorer
+from dlora.protocol.errors import RemoteProtocolError, UsageError
+from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec, UnitState, group_units
+
+KEY = b"a key of the server"
+
+
+def make_groups(blocks: int, groups_a_block: int = 1) -> tuple[GroupSpec, ...]:
+    return tuple(
+        GroupSpec(block, 16, (TargetSpec(f"blocks.{block}.{g}", 16 + 8 * g),))
+        for block in range(blocks)
+        for g in range(groups_a_block)
+    )
+
+
+def scores_of(step: int, units: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, step]).random(units).astype(np.float32)
+
+
+def run(controller: Controller, steps: int, seed: int = 0) -> np.ndarray:
+    """Report random scores for ``steps`` steps; the states of each step, uint8 (steps + 1, units)."""
+    history = [controller.states]
+    for step in range(controller.next_step, controller.next_step + steps):
+        history.append(controller.report(step, scores_of(step, len(history[0]), seed)))
+    return np.stack(history)
+
+
+configs = st.builds(
+    KillReviveConfig,
+    active_fraction=st.sampled_from([0.0, 0.125, 0.3, 0.5, 0.9]),
+    unit=st.sampled_from(["block", "group"]),
+    score=st.sampled_from(["change", "sensitivity", "grad", "norm", "random", "static", "last"]),
+    warmup_fraction=st.sampled_from([0.0, 0.05, 1.0]),
+    warmup_steps=st.integers(0, 30),
+    ramp_fraction=st.sampled_from([0.0, 0.25, 0.6, 1.0]),
+    kill_every=st.integers(1, 12),
+    revive_every=st.integers(0, 12),
+    revive_share=st.sampled_from([0.0, 0.5, 1.0]),
+    probation=st.integers(0, 12),
+    hysteresis=st.sampled_from([0.0, 0.1]),
+    quiet_fraction=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    cost_aware=st.booleans(),
+    on_kill=st.sampled_from(["fade", "bypass", "hold_forward"]),
+    pinned=st.sampled_from([(), (1,), (0, 2), (1, 1)]),
+    static=st.just((0, 3)),
+)
+runs = {
+    "config": configs,
+    "blocks": st.integers(4, 9),
+    "groups_a_block": st.integers(1, 3),
+    "seed": st.integers(0, 2**32 - 1),
+    "total": st.integers(1, 120),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(**runs)
+def test_what_always_holds(
+    config: KillReviveConfig, blocks: int, groups_a_block: int, seed: int, total: int
+) -> None:
+    groups = make_groups(blocks, groups_a_block)
+    controller = Controller(config, groups, seed=seed, total_steps=total)
+    schedule = controller.schedule
+    history = run(controller, total)
+    active = (history == UnitState.ACTIVE).sum(axis=1)
+    assert history.shape[1] == len(group_units(groups, config.unit))
+    assert (history[:, list(config.pinned)] == UnitState.ACTIVE).all()
+    if config.score in ("static", "last"):
+        assert (history == history[0]).all()
+        assert active[0] == config.budget_floor(history.shape[1])
+    else:
+        assert active.tolist() == [schedule.budget(step) for step in range(total + 1)]
+    # Traffic is promised: once the ramp is over, nothing else exchanges, unless the user wants it held.
+    if config.on_kill != "hold_forward":
+        live = (history != UnitState.KILLED).sum(axis=1)
+        assert (live[schedule.settled :] == active[schedule.settled :]).all()
+    assert (history[schedule.last_change :] == history[-1]).all()
+    assert not controller._on_trial.any()  # whoever was tried was judged
+    # Fades last kill_every steps and end in KILLED.
+    fading = history == UnitState.FADING
+    begins = fading & ~np.vstack([np.zeros_like(fading[:1]), fading[:-1]])
+    for step, unit in np.argwhere(begins):
+        fade = history[step : step + config.kill_every + 1, unit]
+        assert (fade[:-1] == UnitState.FADING).all()
+        assert fade[-1] == UnitState.KILLED
+    again = run(Controller(config, groups, seed=seed, total_steps=total), total)
+    assert (again == history).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.floats(0, 1), **runs)
+def test_a_ticket_goes_on_as_if_nothing_had_happened(
+    config: KillReviveConfig, blocks: int, groups_a_block: int, seed: int, total: int, cut: float
+) -> None:
+    groups = make_groups(blocks, groups_a_block)
+    whole = run(Controller(config, groups, seed=seed, total_steps=total), total)
+    first = Controller(config, groups, seed=seed, total_steps=total)
+    size = len(first.to_ticket(KEY))
+    step = int(cut * total)
+    run(first, step)
+    ticket = first.to_ticket(KEY)
+    assert len(ticket) == size
+    second = Controller.from_ticket(ticket, KEY, config, groups, seed=seed, total_steps=total, next_step=step)
+    assert second.to_ticket(KEY) == ticket
+    assert (run(second, total - step) == whole[step:]).all()
+
+
+GROUPS = make_groups(8)
+CONFIG = KillReviveConfig(warmup_steps=5, kill_every=5, revive_every=5, probation=5, active_fraction=0.5)
+
+
+def open_again(ticket: bytes, key: bytes = KEY, **changes: Any) -> Controller:
+    arguments = {"config": CONFIG, "groups": GROUPS, "seed": 1, "total_steps": 60, "next_step": 30} | changes
+    return Controller.from_ticket(ticket, key, **arguments)
+
+
+def test_a_ticket_is_good_for_its_own_run_only() -> None:
+    controller = Controller(CONFIG, GROUPS, seed=1, total_steps=60)
+    run(controller, 30)
+    ticket = controller.to_ticket(KEY)
+    open_again(ticket)
+    others: list[dict[str, Any]] = [
+        {"key": b"another"},
+        {"config": KillReviveConfig()},
+        {"groups": make_groups(8, 2)},
+        {"groups": make_groups(9)},
+        {"seed": 2},
+        {"total_steps": 61},
+        {"next_step": 29},
+        {"costs": np.arange(1.0, 9.0)},
+    ]
+    for other in others:
+        with pytest.raises(RemoteProtocolError) as caught:
+            open_again(ticket, **other)
+        assert caught.value.code == "ticket"
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_forged_ticket_is_refused(data: st.DataObject) -> None:
+    ticket = bytearray(Controller(CONFIG, GROUPS, seed=1, total_steps=60).to_ticket(KEY))
+    if data.draw(st.booleans()):
+        position = data.draw(st.integers(0, len(ticket) - 1))
+        ticket[position] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del ticket[data.draw(st.integers(0, len(ticket) - 1)) :]
+    with pytest.raises(RemoteProtocolError) as caught:
+        open_again(bytes(ticket), next_step=0)
+    assert caught.value.code == "ticket"
+
+
+@pytest.mark.parametrize(
+    ("step", "scores", "code"),
+    [
+        (1, np.zeros(8), "protocol"),
+        (0, np.zeros(7), "protocol"),
+        (0, np.zeros((8, 1)), "protocol"),
+        (0, np.full(8, -1.0), "protocol"),
+        (0, np.full(8, np.nan), "non_finite"),
+        (0, np.full(8, np.inf), "non_finite"),
+    ],
+)
+def test_a_bad_report_is_refused_and_changes_nothing(step: int, scores: np.ndarray, code: str) -> None:
+    controller = Controller(CONFIG, GROUPS, seed=1, total_steps=60)
+    before = controller.to_ticket(KEY)
+    with pytest.raises(RemoteProtocolError) as caught:
+        controller.report(step, scores)
+    assert caught.value.code == code
+    assert controller.to_ticket(KEY) == before
+
+
+def test_no_report_after_the_last_step() -> None:
+    controller = Controller(CONFIG, GROUPS, seed=1, total_steps=3)
+    run(controller, 3)
+    with pytest.raises(RemoteProtocolError):
+        controller.report(3, np.zeros(8))
+
+
+@pytest.mark.parametrize("score", ["change", "random", "static", "last"])
+def test_everything_is_always_active_at_active_fraction_1(score: str) -> None:
+    config = KillReviveConfig(active_fraction=1.0, score=score, static=(0,), warmup_steps=0)
+    history = run(Controller(config, GROUPS, seed=0, total_steps=80), 80)
+    assert (history == UnitState.ACTIVE).all()
+
+
+def test_static_and_last_hold_from_the_first_step() -> None:
+    def active(config: KillReviveConfig) -> list[int]:
+        return np.flatnonzero(Controller(config, GROUPS, seed=0, total_steps=80).states).tolist()
+
+    assert active(KillReviveConfig(score="static", static=(2, 5))) == [2, 5]
+    assert active(KillReviveConfig(score="static", static=(2, 5), pinned=(0,))) == [0, 2, 5]
+    assert active(KillReviveConfig(score="last", active_fraction=0.5)) == [4, 5, 6, 7]
+    assert active(KillReviveConfig(score="last", active_fraction=0.5, pinned=(1,))) == [1, 5, 6, 7]
+    with pytest.raises(UsageError):
+        active(KillReviveConfig(score="static"))
+    with pytest.raises(UsageError):
+        active(KillReviveConfig(pinned=(8,)))
+
+
+def test_a_run_of_60_steps_comes_down_as_soon_as_the_warm_up_is_over() -> None:
+    groups = make_groups(30)
+    history = run(Controller(KillReviveConfig(), groups, seed=0, total_steps=60), 60)
+    live = (history != UnitState.KILLED).sum(axis=1)
+    assert live.tolist() == [30] * 20 + [4] * 41
+
+
+def test_a_long_ramp_is_cubic_and_fades() -> None:
+    schedule = Schedule(KillReviveConfig(), 30, 400)
+    assert (schedule.warmup, schedule.settled, schedule.last_change, schedule.floor) == (20, 100, 380, 4)
+    assert [schedule.budget(step) for step in (0, 19, 20, 60, 99, 100, 400)] == [30, 30, 30, 8, 5, 4, 4]
+    history = run(Controller(KillReviveConfig(), make_groups(30), seed=0, total_steps=400), 400)
+    assert (history[:100] == UnitState.FADING).any()
+    assert not (history[100:] == UnitState.FADING).any()
+
+
+def test_no_revival_when_it_is_switched_off_and_at_most_the_share_of_the_seats_otherwise() -> None:
+    groups = make_groups(30)
+    without = run(Controller(KillReviveConfig(revive_every=0), groups, seed=0, total_steps=400), 400)
+    assert (without[100:] == without[100]).all()
+    history = run(Controller(KillReviveConfig(), groups, seed=0, total_steps=400), 400) == UnitState.ACTIVE
+    revived = (history[1:] & ~history[:-1]).sum(axis=1)
+    ticks = np.flatnonzero(revived) + 1
+    assert len(ticks)
+    assert ((ticks - 100) % 25 == 0).all()
+    assert ticks[-1] <= 375
+    assert revived.max() <= 2
+
+
+def test_a_failed_last_trial_gives_its_seat_back_to_the_best_remembered() -> None:
+    config = KillReviveConfig(active_fraction=0.5, warmup_steps=5, ramp_fraction=0.0, kill_every=5, revive_every=10,
+                              probation=10, cost_aware=False)  # fmt: skip
+    worth = np.array([8, 7, 6, 5, 4, 1, 1, 1], np.float32)
+    controller = Controller(config, GROUPS, seed=3, total_steps=40)
+    history = [controller.states]
+    for step in range(40):
+        history.append(controller.report(step, worth * (controller.states == UnitState.ACTIVE)))
+    sets = [set(np.flatnonzero(states == UnitState.ACTIVE).tolist()) for states in history]
+    assert sets[5] == {0, 1, 2, 3}
+    assert {0, 1} < sets[15]
+    assert sets[15] != sets[5]
+    assert sets[-1] <= {0, 1, 2, 3, 4}
+
+
+def test_costs_count_bytes_round_trips_and_depth() -> None:
+    groups = make_groups(4, 2)
+    blocks = unit_costs(groups, group_units(groups, "block"))
+    np.testing.assert_allclose(blocks.mean(), 1.0)
+    np.testing.assert_allclose(blocks, (2 + np.array([4, 3, 2, 1]) / 2.5) / 3)
+    single = unit_costs(groups, group_units(groups, "group"))
+    np.testing.assert_allclose(single.mean(), 1.0)
+    assert (single[1::2] > single[::2]).all()  # wider outputs
+
+
+def test_cost_awareness_prefers_the_deeper_of_equals() -> None:
+    def survivors(cost_aware: bool) -> list[int]:
+        config = KillReviveConfig(active_fraction=0.25, warmup_steps=5, ramp_fraction=0.0, cost_aware=cost_aware)
+        controller = Controller(config, GROUPS, seed=0, total_steps=80)
+        for step in range(5):
+            controller.report(step, np.linspace(1.1, 1.0, 8))
+        return np.flatnonzero(controller.states == UnitState.ACTIVE).tolist()
+
+    assert survivors(True) == [6, 7]
+    assert survivors(False) == [0, 1]
+
+
+def test_no_groups_no_units() -> None:
+    controller = Controller(KillReviveConfig(), (), seed=0, total_steps=10)
+    assert controller.report(0, np.zeros(0)).shape == (0,)
+
+
+class Toy:
+    """A sum of ``units`` adapters, each with its own input, of which only a few have something to learn.
+
+    Trained with Adam on the device's side of the rules: only ACTIVE units move, killed ones keep everything.
+    """
+
+    units, rank, width, lr = 12, 2, 6, 0.02
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        shape_a, shape_b = (self.units, self.rank, self.width), (self.units, self.width, self.rank)
+        self.weights = [self.rng.standard_normal(shape_a) / self.width**0.5, np.zeros(shape_b)]
+        self.moments = [[np.zeros_like(w), np.zeros_like(w)] for w in self.weights]
+        self.steps = np.zeros(self.units)
+
+    def new_target(self, important: list[int]) -> None:
+        self.target = np.zeros((self.units, self.width, self.width))
+        low = self.rng.standard_normal((2, len(important), self.width, self.rank))
+        self.target[important] = low[0] @ low[1].transpose(0, 2, 1)
+
+    def step(self, states: np.ndarray, scorer: Scorer) -> np.ndarray:
+        active = states == UnitState.ACTIVE
+        a, b = self.weights
+        x = self.rng.standard_normal((16, self.units, self.width))
+        effect = (b @ a) * active[:, None, None]
+        error = np.einsum("nui,uoi->no", x, effect - self.target) / len(x)
+        grad = np.einsum("no,nui->uoi", error, x)
+        grads = [b.transpose(0, 2, 1) @ grad, grad @ a.transpose(0, 2, 1)]
+        before = [w.copy() for w in self.weights]
+        self.steps[active] += 1
+        count = self.steps[active][:, None, None]
+        for weight, g, (m, v) in zip(self.weights, grads, self.moments, strict=True):
+            m[active] = 0.9 * m[active] + 0.1 * g[active]
+            v[active] = 0.999 * v[active] + 0.001 * g[active] ** 2
+            hat_m, hat_v = m[active] / (1 - 0.9**count), v[active] / (1 - 0.999**count)
+            weight[active] -= self.lr * hat_m / (np.sqrt(hat_v) + 1e-8)
+        scores = np.zeros(self.units, np.float32)
+        for unit in np.flatnonzero(active):
+            at = self.weights if scorer.needs_previous else before
+            part = scorer.module_score(
+                scaling=1.0, lora_A=at[0][unit], lora_B=at[1][unit],
+                previous_A=before[0][unit], previous_B=before[1][unit],
+                grad_A=grads[0][unit], grad_B=grads[1][unit],
+            )  # fmt: skip
+            scores[unit] = scorer.unit_score([part])
+        return scores
+
+
+def planted_hits(score: str, seed: int) -> tuple[float, float]:
+    """Share of the important units that are active, in the last fifth of each of two phases."""
+    toy, total = Toy(seed), 600
+    config = KillReviveConfig(active_fraction=1 / 3, score=score, warmup_steps=20, ramp_fraction=0.1, kill_every=10,
+                              revive_every=10, probation=10, cost_aware=False)  # fmt: skip
+    controller = Controller(config, make_groups(toy.units), seed=seed, total_steps=total)
+    phases = ([0, 5], [3, 8])
+    hits: list[list[float]] = [[], []]
+    for step in range(total):
+        phase = 2 * step // total
+        if step in (0, total // 2):
+            toy.new_target(list(phases[phase]))
+        states = controller.states
+        if step % (total // 2) >= 0.8 * total // 2:
+            hits[phase].append(float((states[list(phases[phase])] == UnitState.ACTIVE).mean()))
+        controller.report(step, toy.step(states, Scorer(score)))
+    return float(np.mean(hits[0])), float(np.mean(hits[1]))
+
+
+def test_planted_units_are_found_and_found_again_and_random_does_not() -> None:
+    found = {
+        score: np.mean([planted_hits(score, seed) for seed in range(6)], axis=0)
+        for score in ("change", "sensitivity", "random")
+    }
+    # Luck is 4 seats of 12. Adam moves noise as fast as signal, so `change` is the noisier of the two.
+    assert (found["change"] > 0.7).all()
+    assert (found["sensitivity"] > 0.9).all()
+    assert (found["random"] < 0.5).all()
