@@ -22,7 +22,10 @@ from dlora.protocol.errors import ExportError
 from dlora.protocol.kill_revive import GroupSpec, TargetSpec
 
 from .fingerprint import fingerprint
-from .source import find_source, load_model
+from .source import ModelSource, find_source, load_model, quiet
+
+# The exporter imports this module and no other of the server's.
+__all__ = ["BaseModel", "ModelSource", "TargetModule", "find_source", "load_base_model", "load_model", "quiet"]
 
 TRACE_TOKENS = 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import jinja2
 import jinja2.ext
@@ -16,6 +16,16 @@ import jinja2.sandbox
 from dlora.protocol.errors import DataError
 
 Message = Mapping[str, Any]
+
+_TEMPLATE_ERRORS: Final = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class ChatTemplate:
@@ -58,7 +68,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        except _TEMPLATE_ERRORS as error:
             # Templates are code: whatever a message drives them into is told as a fault of that message.
             raise DataError(f"the chat template refuses these messages ({error})") from None
 

@@ -45,7 +45,8 @@ class Connection:
         self.url = url
         self.session = Session(Role.EDGE)
         self.waited_s = 0.0
-        self._socket = _connect(url)
+        self._closing = contextlib.ExitStack()
+        self._socket = _connect(url, self._closing)
         self.send(
             m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software=f"dlora-edge {SOFTWARE_VERSION}")
         )
@@ -92,7 +93,7 @@ class Connection:
         """Say goodbye where the rules allow it, and hang up."""
         with contextlib.suppress(ProtocolError, ConnectionFailedError, RefusedError):
             self.send(m.CloseSession())
-        self._socket.close()
+        self._closing.close()
 
     def _raise_lost(self) -> None:
         while True:
@@ -110,19 +111,21 @@ class Connection:
         )
 
 
-def _connect(url: str) -> ClientConnection:
+def _connect(url: str, closing: contextlib.ExitStack) -> ClientConnection:
     if urlsplit(url).scheme not in ("ws", "wss"):
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT")
     try:
-        return connect(
-            url,
-            compression=None,
-            max_size=MAX_FRAME_BYTES,
-            open_timeout=OPEN_TIMEOUT_S,
-            ping_interval=PING_EVERY_S,
-            ping_timeout=PING_TIMEOUT_S,
-            close_timeout=5,
-            proxy=None,
+        return closing.enter_context(
+            connect(
+                url,
+                compression=None,
+                max_size=MAX_FRAME_BYTES,
+                open_timeout=OPEN_TIMEOUT_S,
+                ping_interval=PING_EVERY_S,
+                ping_timeout=PING_TIMEOUT_S,
+                close_timeout=5,
+                proxy=None,
+            )
         )
     except InvalidURI:
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT") from None

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dlora.protocol.errors import DataError
 from dlora.protocol.tensors import IntArray
 
-from .rows import FIELDS, read_rows
+from .rows import FIELDS, parse_columns, read_rows
 from .tokenizer import EdgeTokenizer
 
 TooLong = Literal["error", "truncate", "skip"]
@@ -122,7 +122,7 @@ def load_examples(
     path: Path,
     tokenizer: EdgeTokenizer,
     *,
-    columns: Mapping[str, str] | None = None,
+    columns: str | Mapping[str, str] | None = None,
     max_length: int,
     too_long: TooLong = "error",
 ) -> Dataset:
@@ -132,14 +132,15 @@ def load_examples(
     completion), or ``text`` (loss on all of it). The last two end with the end-of-sequence token.
 
     Args:
-        columns: our field to the file's column, see ``rows.parse_columns``.
+        columns: our field to the file's column, or the same as text, ``prompt=COLUMN,completion=COLUMN``.
         max_length: most tokens of an example; ``too_long`` says what happens to longer ones.
 
     Raises ``DataError`` with file and line.
     """
+    chosen = parse_columns(columns) if isinstance(columns, str) else columns
     building = _Builder()
     row = None
-    for row in read_rows(Path(path), columns):
+    for row in read_rows(path, chosen):
         try:
             ids, is_label = _encode_row(row.fields, tokenizer)
         except DataError as error:

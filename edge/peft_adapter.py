@@ -244,7 +244,7 @@ def _read_halves(directory: Path) -> dict[str, dict[str, FloatArray]]:
 
 def _float32_tensors(path: Path) -> dict[str, FloatArray]:
     found = {}
-    for key, tensor in safetensors.deserialize(path.read_bytes()):
+    for key, tensor in safetensors.deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
         if tensor["dtype"] == "BF16":
             # numpy knows no bfloat16: it is the upper half of a float32.
             values = (np.frombuffer(tensor["data"], "<u2").astype(np.uint32) << 16).view(np.float32)

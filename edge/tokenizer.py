@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import tokenizers
@@ -38,6 +39,7 @@ class EdgeTokenizer:
     """A ``tokenizer.json`` with its chat template.
 
     Args:
+        spec: as in the manifest, but its ``chat_template`` is the template itself, not its file.
         now: the date for chat templates that print it; fix it where a run must be repeatable on another day.
     """
 
@@ -57,7 +59,11 @@ class EdgeTokenizer:
         """The tokenizer of a bundle. Raises ``BundleError`` for a file that the tokenizers library cannot read."""
         path = bundle / spec.file
         try:
-            return cls(tokenizers.Tokenizer.from_buffer(path.read_bytes()), spec)
+            loaded = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+            if spec.chat_template is not None:
+                path = bundle / spec.chat_template
+                spec = msgspec.structs.replace(spec, chat_template=path.read_text(encoding="utf-8"))
+            return cls(loaded, spec)
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror}); export the bundle again") from None
         except ValueError as error:

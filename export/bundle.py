@@ -10,8 +10,7 @@ from typing import Final
 
 import safetensors.numpy
 
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.source import find_source, load_model
+from dlora.cloud.base_model import BaseModel, find_source, load_model
 from dlora.protocol.errors import UsageError
 from dlora.protocol.kill_revive import GroupSpec
 from dlora.protocol.manifest import (

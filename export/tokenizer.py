@@ -8,8 +8,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.source import ModelSource, quiet
+from dlora.cloud.base_model import BaseModel, ModelSource, quiet
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import TokenizerSpec
 
@@ -32,10 +31,11 @@ def load_tokenizer(source: ModelSource, base: BaseModel) -> Any:
             f"the tokenizer of {source.name} has no tokenizer.json, which a device needs; "
             "convert it to a fast tokenizer"
         )
-    if len(tokenizer) > len(base.model.get_input_embeddings().weight):
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
         raise ExportError(
-            f"the tokenizer of {source.name} has {len(tokenizer)} tokens but the embedding only "
-            f"{len(base.model.get_input_embeddings().weight)} rows; they do not belong together"
+            f"the tokenizer of {source.name} has {len(tokenizer)} tokens but the embedding only {rows} rows; "
+            "they do not belong together"
         )
     return tokenizer
 

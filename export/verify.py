@@ -74,7 +74,7 @@ def verify_adapter(graph: TrainingGraph, in_features: int, out_features: int, ra
         }
         values["z"] = values["x"] @ values["lora_A"].T
         values["dz"] = values["scale"] * (values["grad"] @ values["lora_B"])
-        inputs = {spec.name: values[spec.name] for spec in graph.inputs}
+        inputs: Arrays = {spec.name: values[spec.name] for spec in graph.inputs}
         if graph.kind == "adapter_forward":
             expected = reference.adapter_forward(inputs)
         elif graph.kind == "adapter_input_grad":

@@ -101,7 +101,12 @@ class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``tokenizer.json`` of the tokenizers library, and what else chat templates need."""
+    """``tokenizer.json`` of the tokenizers library, and what else chat templates need.
+
+    Attributes:
+        file: the tokenizer; chat_template: a Jinja file.
+        stop_token_ids: tokens besides ``eos_token_id`` that end an answer.
+    """
 
     file: str
     chat_template: str | None = None

@@ -47,7 +47,7 @@ def test_groups_can_be_restricted(base: BaseModel) -> None:
     last = list(base.targets)[-1]
     (group,) = base.groups([last])
     assert (group.block, [target.name for target in group.targets]) == (1, [last])
-    first = list(base.targets)[0]
+    first = next(iter(base.targets))
     assert [group.targets[0].name for group in base.groups([last, first])] == [first, last]
 
 

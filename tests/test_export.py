@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,6 @@ from families import VOCABULARY, save_tiny, tiny_model
 from tokenizers import Tokenizer
 
 from dlora.cloud.base_model import BaseModel
-from dlora.export import bundle as bundle_module
 from dlora.export import reference
 from dlora.export.__main__ import main
 from dlora.export.adamw_graph import adamw_graph
@@ -293,28 +295,20 @@ def test_another_directory_is_never_replaced(tmp_path: Path) -> None:
     assert (settings.out / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_failure_leaves_the_old_bundle_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export_bundle(_settings(tmp_path))
-    before = _files(tmp_path)
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(bundle_module, "encode_manifest", fail)
-    with pytest.raises(OSError, match="No space left"):
-        export_bundle(_settings(tmp_path, force=True))
-    assert _files(tmp_path) == before
-
-
-def test_values_that_fp16_cannot_hold_are_refused(tmp_path: Path) -> None:
-    model = tiny_model("llama")
+def test_a_failure_half_way_leaves_the_old_bundle_and_nothing_else(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e6
-    save_tiny(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
+    # The embedding is written by then.
     with pytest.raises(ExportError, match="cannot hold; use --head-dtype fp32"):
         export_bundle(_settings(tmp_path))
     assert not (tmp_path / "bundle").exists()
+    export_bundle(_settings(tmp_path, head_dtype="fp32"))
+    before = _files(tmp_path)
+    with pytest.raises(ExportError, match="cannot hold"):
+        export_bundle(_settings(tmp_path, force=True))
+    assert _files(tmp_path) == before
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -385,3 +379,27 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     assert text in err
     assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
     assert not settings.out.exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
+    settings = _settings(tmp_path)
+    command = [sys.executable, "-m", "dlora.export", settings.model, "--out", str(settings.out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        while not any(path.name.startswith(".bundle.partial") for path in tmp_path.iterdir()):
+            assert process.poll() is None
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("error: interrupted")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_missing_extra_is_one_line() -> None:
+    code = "import sys; sys.modules['torch'] = None; from dlora.export.__main__ import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 12
+    assert ended.stderr == (
+        "error: the module 'torch' is not installed; this command needs the extra 'export': "
+        "pip install 'dlora[export]'\n"
+    )

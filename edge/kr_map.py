@@ -1,0 +1,106 @@
+"""The kill-and-revive map: which unit did what when, in characters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+
+from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.tensors import ByteArray
+
+History = Sequence[tuple[int, ByteArray]]
+"""(step, states uint8 (units,)), steps ascending. States last until the next entry."""
+
+CHARACTERS: Final = {
+    UnitState.ACTIVE: "█",
+    UnitState.FADING: "▒",
+    UnitState.HELD: "─",
+    UnitState.KILLED: "·",
+}
+_COLOURS: Final = {
+    UnitState.ACTIVE: "\x1b[32m",
+    UnitState.FADING: "\x1b[33m",
+    UnitState.HELD: "\x1b[36m",
+    UnitState.KILLED: "\x1b[2m",
+}
+_RESET: Final = "\x1b[0m"
+# Where several units or steps share a character, the state that comes first here wins a tie.
+_RANK: Final = (UnitState.ACTIVE, UnitState.FADING, UnitState.HELD, UnitState.KILLED)
+
+
+def render_map(
+    history: History, *, width: int = 80, height: int | None = None, colour: bool = False, name: str = "block"
+) -> str:
+    """A map of units (rows, the deepest on top) over steps (columns), with an axis and a legend.
+
+    Args:
+        history: at least one entry.
+        width, height: most characters and most lines of the map's body; steps and units share characters to fit.
+        colour: whether to colour the characters (ANSI); they differ without colour as well.
+        name: what a unit is.
+    """
+    steps = np.array([step for step, _ in history])
+    states = np.stack([entry for _, entry in history])  # (entries, units)
+    first, end = int(steps[0]), int(steps[-1]) + 1
+    label = max(len(name) + 1 + len(str(states.shape[1] - 1)), 8)
+    columns = max(1, min(end - first, width - label - 1))
+    cells = _in_steps(steps, states, first, end, columns)  # (columns, units)
+    rows = _in_units(cells, height)
+    lines = [
+        f"{_row_label(name, units):>{label}} {_paint(row, colour)}"
+        for units, row in reversed(list(zip(_unit_ranges(cells.shape[1], len(rows)), rows, strict=True)))
+    ]
+    start, stop = str(first), str(end - 1)
+    axis = start + stop.rjust(columns - len(start)) if columns > len(start) + len(stop) else f"{start}–{stop}"
+    lines.append(f"{'step':>{label}} {axis}")
+    seen = [state for state in _RANK if (states == state).any()]
+    legend = "  ".join(f"{_paint([state], colour)} {state.name.lower()}" for state in seen)
+    return "\n".join([*lines, f"{'':>{label}} {legend}"])
+
+
+def _in_steps(steps: np.ndarray, states: ByteArray, first: int, end: int, columns: int) -> ByteArray:
+    """The commonest state of each unit in each column, uint8 (columns, units)."""
+    edges = np.linspace(first, end, columns + 1).round().astype(np.int64)
+    cells = np.empty((columns, states.shape[1]), np.uint8)
+    for column in range(columns):
+        inside = np.arange(edges[column], max(edges[column + 1], edges[column] + 1))
+        entries = np.searchsorted(steps, inside, side="right") - 1
+        counts = np.stack([(states[entries] == state).sum(axis=0) for state in _RANK])
+        cells[column] = np.array(_RANK, np.uint8)[counts.argmax(axis=0)]
+    return cells
+
+
+def _in_units(cells: ByteArray, height: int | None) -> list[list[UnitState]]:
+    """Rows of states, unit 0 first; where units share a row, the liveliest shows."""
+    units = cells.shape[1]
+    order = np.zeros(max(UnitState) + 1, np.uint8)
+    order[list(_RANK)] = np.arange(len(_RANK))
+    return [
+        [_RANK[int(best)] for best in order[cells[:, start:stop]].min(axis=1)]
+        for start, stop in _unit_ranges(units, min(units, height or units))
+    ]
+
+
+def _unit_ranges(units: int, rows: int) -> list[tuple[int, int]]:
+    edges = [round(row * units / rows) for row in range(rows + 1)]
+    return list(pairwise(edges))
+
+
+def _row_label(name: str, units: tuple[int, int]) -> str:
+    start, stop = units
+    return f"{name} {start}" if stop == start + 1 else f"{start}–{stop - 1}"
+
+
+def _paint(row: Sequence[UnitState], colour: bool) -> str:
+    if not colour:
+        return "".join(CHARACTERS[state] for state in row)
+    painted, last = [], None
+    for state in row:
+        if state is not last:
+            painted.append(_RESET + _COLOURS[state] if last is not None else _COLOURS[state])
+        painted.append(CHARACTERS[state])
+        last = state
+    return "".join(painted) + (_RESET if row else "")

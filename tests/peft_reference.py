@@ -1,0 +1,53 @@
+"""The same training in one process, by PEFT and torch: what the split must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from dlora.edge.adapters import AdapterSet
+from dlora.edge.batches import MicroBatch
+
+
+def with_adapters(model: PreTrainedModel, adapters: AdapterSet, rank: int, alpha: float) -> PeftModel:
+    """``model`` as PEFT wraps it, with the device's adapters."""
+    names = [adapter.name for adapter in adapters]
+    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM"))
+    wrapped.eval()
+    for adapter in adapters:
+        module = wrapped.base_model.model.get_submodule(adapter.name)
+        for half, value in (("lora_A", adapter.lora_A.value), ("lora_B", adapter.lora_B.value)):
+            getattr(module, half)["default"].weight.data.copy_(torch.from_numpy(np.array(value)))
+    return wrapped
+
+
+def parameter(model: PeftModel, name: str, half: str) -> torch.nn.Parameter:
+    """``lora_A`` or ``lora_B`` of a target module."""
+    return getattr(model.base_model.model.get_submodule(name), half)["default"].weight
+
+
+def loss_of(model: torch.nn.Module, batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """Mean cross-entropy over the labelled tokens of all micro-batches, padded on the right."""
+    total = torch.zeros(())
+    labelled = sum(len(batch.labels) for batch in batches)
+    for batch in batches:
+        longest = int(batch.sequence_lengths.max())
+        ids = torch.zeros(len(batch.sequence_lengths), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        rows = []
+        start = 0
+        for index, length in enumerate(batch.sequence_lengths.tolist()):
+            ids[index, :length] = torch.from_numpy(np.array(batch.ids[start : start + length]))
+            mask[index, :length] = 1
+            rows += range(index * longest, index * longest + length)
+            start += length
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        chosen = torch.tensor(rows)[torch.from_numpy(np.array(batch.label_positions)).long()]
+        flat = logits.reshape(-1, logits.shape[-1])[chosen].float()
+        labels = torch.from_numpy(np.array(batch.labels))
+        total = total + torch.nn.functional.cross_entropy(flat, labels, reduction="sum") / labelled
+    return total

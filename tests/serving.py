@@ -1,0 +1,106 @@
+"""A real server on a loopback port, in a thread of the test's process; and devices to talk to it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlora.cloud.base_model import BaseModel
+from dlora.cloud.server import CloudServer
+from dlora.edge.bundle import Bundle
+from dlora.edge.config import TrainConfig
+from dlora.edge.connection import Connection
+from dlora.edge.data import Dataset
+from dlora.edge.onnx_engine import OnnxEngine
+from dlora.edge.optimizer import OptimizerConfig
+from dlora.edge.trainer import Trainer
+from dlora.protocol.kill_revive import KillReviveConfig
+
+KEY = bytes(range(32))
+
+
+class RunningServer:
+    """Where a server listens, and the server."""
+
+    def __init__(self, url: str, server: CloudServer) -> None:
+        self.url = url
+        self.server = server
+
+
+@contextmanager
+def serving(base: BaseModel, **settings: Any) -> Iterator[RunningServer]:
+    """Serve a base model until the context ends."""
+    server = CloudServer(
+        base, **{"max_sessions": 8, "max_tokens": 4096, "threads": 1, "ticket_key": KEY, **settings}
+    )
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.start("127.0.0.1", 0), loop).result(30)
+        yield RunningServer(f"ws://127.0.0.1:{server.port}", server)
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+def random_dataset(vocabulary: int, examples: int = 12, seed: int = 0, longest: int = 9) -> Dataset:
+    """Examples of different lengths; about half of their tokens are labels."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(examples):
+        length = int(rng.integers(3, longest + 1))
+        ids = rng.integers(3, vocabulary, length)
+        first = int(rng.integers(0, length - 1))
+        made.append((ids.tolist(), list(range(first, length - 1))))
+    return Dataset.of(made)
+
+
+def config(**changes: Any) -> TrainConfig:
+    """A short run, all active, on an exact wire; ``kill_revive`` and ``optimizer`` may be given as dicts."""
+    kill_revive = KillReviveConfig(**{"active_fraction": 1.0, **changes.pop("kill_revive", {})})
+    optimizer = OptimizerConfig(**{"lr": 1e-2, **changes.pop("optimizer", {})})
+    settings: dict[str, Any] = {
+        "total_steps": 6,
+        "batch_size": 3,
+        "grad_accum": 1,
+        "seed": 3,
+        "rank": 4,
+        "lora_alpha": 8.0,
+        "wire_dtype": "fp32",
+    }
+    return TrainConfig(**{**settings, **changes}, kill_revive=kill_revive, optimizer=optimizer)
+
+
+@contextmanager
+def training(
+    bundle: Path, url: str, run: TrainConfig, dataset: Dataset, **settings: Any
+) -> Iterator[Trainer]:
+    """A device's trainer, connected."""
+    opened = Bundle.open(bundle)
+    with Connection(url) as connection:
+        yield Trainer(opened, OnnxEngine(opened, 1), connection, run, dataset, **settings)
+
+
+def final_weights(trainer: Trainer) -> dict[str, np.ndarray]:
+    """Every adapter's A and B, by name."""
+    weights = {}
+    for adapter in trainer.adapters:
+        weights[f"{adapter.name}.A"] = adapter.lora_A.value
+        weights[f"{adapter.name}.B"] = adapter.lora_B.value
+    return weights
+
+
+def randomize(trainer: Trainer, seed: int = 5) -> None:
+    """B other than zero, so that every gradient shows."""
+    rng = np.random.default_rng(seed)
+    for adapter in trainer.adapters:
+        adapter.lora_B.value = rng.normal(0, 0.3, adapter.lora_B.value.shape).astype(np.float32)
