@@ -1,8 +1,8 @@
 """Checkpoints: one self-verifying file each, the last two kept.
 
-``checkpoint-000020.safetensors`` holds the tensors; its metadata holds the state as JSON and a SHA-256 over
-both. Step 20 means that step 20 comes next. A file is written under another name and renamed, so a power cut
-leaves the older ones; what a bad disk damages later is found by the digest and passed over.
+``checkpoint-000020.safetensors`` holds the tensors; its metadata holds the state and a SHA-256 over both.
+Step 20 means that step 20 comes next. A file is written under another name and renamed, so a power cut leaves
+the older ones; what a bad disk damages later is found by the digest and passed over.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from .atomic import make_directory, remove_quietly, write_atomically
 Array = npt.NDArray[Any]
 
 KEPT: Final = 2
-FORMAT: Final = "dlora-checkpoint-1"
+FORMAT: Final = 1
+_KEY: Final = "dlora-checkpoint"
 _NAME: Final = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 
 
@@ -51,6 +52,15 @@ class _DamagedError(Exception):
     """The file is not what was written."""
 
 
+class _Header(msgspec.Struct, frozen=True):
+    """What stands beside the tensors, in one metadata entry: safetensors writes several in no fixed order."""
+
+    format: int
+    step: int
+    sha256: str
+    state: msgspec.Raw
+
+
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """(step, path) of all checkpoints, whole or not, newest first; none where there is no directory."""
     try:
@@ -70,10 +80,10 @@ def save_checkpoint(directory: Path, step: int, tensors: Mapping[str, Array], st
     """
     make_directory(directory)
     path = directory / f"checkpoint-{step:06d}.safetensors"
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    text = msgspec.json.encode(state).decode()
-    metadata = {"format": FORMAT, "step": str(step), "state": text, "sha256": _digest(whole, step, text)}
-    write_atomically(path, safetensors.numpy.save(whole, metadata))
+    whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    raw = msgspec.json.encode(state)
+    header = _Header(FORMAT, step, _digest(whole, step, raw), msgspec.Raw(raw))
+    write_atomically(path, safetensors.numpy.save(whole, {_KEY: msgspec.json.encode(header).decode()}))
     _delete_old(directory, step)
     return path
 
@@ -109,12 +119,15 @@ def _load(path: Path, step: int) -> Checkpoint:
             tensors: dict[str, Array] = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise _DamagedError(str(error)) from None
-    if metadata.get("format") != FORMAT:
-        raise _DamagedError(f"its format is not {FORMAT}")
-    text = metadata.get("state", "")
-    if metadata.get("step") != str(step) or metadata.get("sha256") != _digest(tensors, step, text):
+    try:
+        header = msgspec.json.decode(metadata.get(_KEY, ""), type=_Header)
+    except msgspec.MsgspecError as error:
+        raise _DamagedError(f"its header cannot be read: {error}") from None
+    if header.format != FORMAT:
+        raise _DamagedError(f"its format is {header.format}, not {FORMAT}")
+    if header.step != step or header.sha256 != _digest(tensors, step, bytes(header.state)):
         raise _DamagedError("its SHA-256 differs")
-    return Checkpoint(step, tensors, msgspec.json.decode(text), path)
+    return Checkpoint(step, tensors, msgspec.json.decode(header.state), path)
 
 
 def _delete_old(directory: Path, step: int) -> None:
@@ -134,12 +147,12 @@ def _verifies(path: Path, step: int) -> bool:
     return True
 
 
-def _digest(tensors: Mapping[str, Array], step: int, state: str) -> str:
+def _digest(tensors: Mapping[str, Array], step: int, state: bytes) -> str:
     """Hex SHA-256 over names, dtypes, shapes and bytes of all tensors, the step and the state."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(repr((name, tensor.dtype.str, tensor.shape)).encode())
-        digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        digest.update(tensor.reshape(-1).view(np.uint8).data)
     digest.update(repr((step, state)).encode())
     return digest.hexdigest()

@@ -165,9 +165,10 @@ def train(
 
     from .bundle import Bundle
     from .config import TrainConfig
-    from .data import load_examples
+    from .data import Dataset, load_examples
     from .optimizer import OptimizerConfig
     from .report import Reporter
+    from .rows import parse_columns
     from .tokenizer import EdgeTokenizer
     from .training import SUMMARY, StoppedError, TrainRun, total_steps
     from .training import train as run_training
@@ -176,9 +177,13 @@ def train(
     opened = Bundle.open(bundle)
     spec = opened.manifest
     tokenizer = EdgeTokenizer.open(opened.path, spec.tokenizer)
-    load = {"columns": columns, "max_length": max_length, "too_long": too_long.value}
-    dataset = load_examples(data, tokenizer, **load)
-    held_out = load_examples(eval_data, tokenizer, **load) if eval_data else None
+    fields = parse_columns(columns) if columns else None
+
+    def load(path: Path) -> Dataset:
+        return load_examples(path, tokenizer, columns=fields, max_length=max_length, too_long=too_long.value)
+
+    dataset = load(data)
+    held_out = load(eval_data) if eval_data else None
     whole = total_steps(dataset, epochs=epochs, steps=steps, batch_size=batch_size, grad_accum=grad_accum)
     config = TrainConfig(
         total_steps=whole,
@@ -255,13 +260,15 @@ def evaluate(
     from .data import load_examples
     from .inference import open_model
     from .report import Reporter
+    from .rows import parse_columns
     from .tokenizer import EdgeTokenizer
     from .trainer import evaluate as run_evaluation
 
     reporter = Reporter(json_output=json_output)
     opened = Bundle.open(bundle)
     tokenizer = EdgeTokenizer.open(opened.path, opened.manifest.tokenizer)
-    dataset = load_examples(data, tokenizer, columns=columns, max_length=max_length, too_long=too_long.value)
+    fields = parse_columns(columns) if columns else None
+    dataset = load_examples(data, tokenizer, columns=fields, max_length=max_length, too_long=too_long.value)
     with (
         open_model(opened, server, adapter, wire_dtype=wire_dtype.value, threads=threads) as model,
         reporter.evaluating("", len(dataset)) as advance,

@@ -76,11 +76,15 @@ class MetricsLog:
         """Append one step."""
         line = msgspec.json.encode(asdict(metrics)) + b"\n"
         with storage_errors(self._path):
-            written = self._file.write(line)
-            if written != len(line):
-                # A full disk takes what fits and says nothing; the next write would tell, too late.
-                os.ftruncate(self._file.fileno(), self._file.tell() - written)
-                self._file.write(line)
+            start = self._file.seek(0, os.SEEK_END)
+            try:
+                # A filling disk takes what fits and only complains at the next write.
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(start)
+                raise
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,237 @@
+"""Checkpoints: whole or passed over, and safe on a disk that is full, read-only or failing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from small_disk import remount_read_only, small_disk
+
+from dlora.edge.atomic import write_atomically
+from dlora.edge.checkpoint import Checkpoint, list_checkpoints, load_latest, save_checkpoint
+from dlora.protocol.errors import CheckpointError, StorageError
+
+
+class State(msgspec.Struct, frozen=True):
+    next_step: int
+    ticket: bytes
+    ages: list[int]
+
+
+def save(directory: Path, step: int, size: int = 12) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    tensors = {
+        "a.lora_A": rng.normal(size=(size, 3)).astype(np.float32),
+        "a.turned": rng.normal(size=(4, 5)).astype(np.float32).T,
+        "empty": np.zeros((0, 3), np.float32),
+        "scalar": np.array(step, np.int64),
+    }
+    save_checkpoint(directory, step, tensors, State(step, bytes([0, 255, step % 256]), [1, 2]))
+    return tensors
+
+
+def steps(directory: Path) -> list[int]:
+    return [step for step, _ in list_checkpoints(directory)]
+
+
+def load(directory: Path) -> Checkpoint:
+    found = load_latest(directory)
+    assert found is not None
+    return found
+
+
+def test_round_trip_is_bitwise(tmp_path: Path) -> None:
+    tensors = save(tmp_path, 20)
+    found = load(tmp_path)
+    assert (found.step, found.path.name) == (20, "checkpoint-000020.safetensors")
+    assert msgspec.convert(found.state, State) == State(20, b"\x00\xff\x14", [1, 2])
+    assert found.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype
+        assert found.tensors[name].shape == tensor.shape
+        assert found.tensors[name].tobytes() == tensor.tobytes()
+        assert found.tensors[name].flags.writeable
+
+
+def test_same_state_same_bytes(tmp_path: Path) -> None:
+    save(tmp_path / "one", 5)
+    save(tmp_path / "two", 5)
+    one, two = (load(tmp_path / name).path.read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_none_where_there_is_none(tmp_path: Path) -> None:
+    assert load_latest(tmp_path) is None
+    assert load_latest(tmp_path / "no") is None
+    (tmp_path / "checkpoint-x.safetensors").write_text("not ours")
+    assert load_latest(tmp_path) is None
+
+
+def test_the_last_two_are_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 1_000_000):
+        save(tmp_path, step)
+    assert steps(tmp_path) == [1_000_000, 30]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".safetensors"] * 2
+
+
+def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    damage(tmp_path, 20)
+    save(tmp_path, 30)
+    assert steps(tmp_path) == [30, 20, 10]
+    save(tmp_path, 40)
+    assert steps(tmp_path) == [40, 30]
+
+
+def test_going_back_deletes_what_did_not_happen(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    save(tmp_path, 15)
+    assert steps(tmp_path) == [15, 10]
+
+
+def damage(directory: Path, step: int) -> None:
+    path = directory / f"checkpoint-{step:06d}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_one_is_passed_over_with_a_word(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    damage(tmp_path, 20)
+    said: list[str] = []
+    found = load_latest(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 10
+    assert said == [f"{tmp_path / 'checkpoint-000020.safetensors'} is damaged (its SHA-256 differs); "
+                    "trying an earlier one"]
+    damage(tmp_path, 10)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(2 damaged\)"):
+        load_latest(tmp_path)
+
+
+def test_every_flipped_byte_is_seen(tmp_path: Path) -> None:
+    save(tmp_path, 1, size=2)
+    path = load(tmp_path).path
+    whole = path.read_bytes()
+    for offset in range(len(whole)):
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0x01]) + whole[offset + 1 :])
+        with pytest.raises(CheckpointError):
+            load_latest(tmp_path)
+
+
+def test_every_torn_file_is_seen(tmp_path: Path) -> None:
+    save(tmp_path, 1, size=2)
+    path = load(tmp_path).path
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            load_latest(tmp_path)
+
+
+def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    load(tmp_path).path.rename(tmp_path / "checkpoint-000099.safetensors")
+    with pytest.raises(CheckpointError):
+        load_latest(tmp_path)
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-000001.safetensors").write_bytes(b"\x80\x04}\x94\x8c\x01a\x94K\x01s.")
+    with pytest.raises(CheckpointError):
+        load_latest(tmp_path)
+
+
+def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path) -> None:
+    with small_disk(tmp_path) as disk:
+        save(disk, 10)
+        save(disk, 20)
+        before = {path.name: path.read_bytes() for path in disk.iterdir()}
+        with pytest.raises(StorageError, match="No space left on device; what was saved before is intact"):
+            save(disk, 30, size=200_000)
+        assert {path.name: path.read_bytes() for path in disk.iterdir()} == before
+        save(disk, 30)
+        assert load(disk).step == 30
+
+
+def test_a_read_only_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path) as disk:
+        save(disk, 10)
+        remount_read_only(disk)
+        for directory in (disk, disk / "new"):
+            with pytest.raises(StorageError, match="Read-only file system"):
+                save(directory, 20)
+        assert load(disk).step == 10
+
+
+def test_a_limit_on_file_size_is_a_full_disk(tmp_path: Path) -> None:
+    """Works without root, so the promise is tested everywhere."""
+    save(tmp_path, 10)
+    program = (
+        "import resource, signal, sys, pathlib; from dlora.edge.atomic import write_atomically\n"
+        "from dlora.protocol.errors import run_command\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "run_command(lambda: write_atomically(pathlib.Path(sys.argv[1]), bytes(5000)))\n"
+    )
+    path = load(tmp_path).path
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
+    assert done.returncode == StorageError.exit_code
+    assert done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [path.name]
+    assert load(tmp_path).step == 10
+
+
+def test_a_directory_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError):
+        save(tmp_path / "file", 1)
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint-000010.safetensors.tmp").write_bytes(b"half")
+    save(tmp_path, 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000010.safetensors"]
+
+
+def test_killed_at_any_moment_there_is_a_whole_one(tmp_path: Path) -> None:
+    """A process that saves without end is killed; each time the newest checkpoint loads."""
+    program = (
+        "import sys, pathlib, numpy as np, msgspec\n"
+        "from dlora.edge.checkpoint import save_checkpoint\n"
+        "class S(msgspec.Struct): n: int\n"
+        "for n in range(10**6):\n"
+        "    save_checkpoint(pathlib.Path(sys.argv[1]), n, {'x': np.full(100_000, n)}, S(n))\n"
+        "    print(n, flush=True)\n"
+    )
+    for _ in range(3):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        command = [sys.executable, "-c", program, str(tmp_path / "run")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(5):
+                last = int(process.stdout.readline())
+            process.kill()
+        found = load(tmp_path / "run")
+        assert found.step >= last
+        assert (found.tensors["x"] == found.step).all()
+
+
+def test_write_atomically_keeps_the_old_content_when_the_write_fails(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, None)  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208

@@ -1,0 +1,225 @@
+"""What the user sees, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_disk import small_disk
+
+from dlora.edge.kr_map import render_map
+from dlora.edge.metrics import history, read_metrics
+from dlora.edge.report import MetricsLog, Reporter, StepMetrics, summary_table
+from dlora.protocol.errors import CheckpointError, StorageError
+from dlora.protocol.kill_revive import UnitState
+
+A, F, H, K = UnitState.ACTIVE, UnitState.FADING, UnitState.HELD, UnitState.KILLED
+
+
+def metrics(step: int, total: int = 100, **changes: Any) -> StepMetrics:
+    values: dict[str, Any] = {
+        "step": step,
+        "total_steps": total,
+        "loss": 2.5,
+        "learning_rate": 1e-3,
+        "grad_norm": 1.0,
+        "tokens": 300,
+        "labelled": 100,
+        "bytes_up": 840_000,
+        "bytes_down": 420_000,
+        "round_trips": 12,
+        "active_units": 4,
+        "live_units": 5,
+        "edge_compute_s": 0.1,
+        "step_s": 0.5,
+        "units": "011120",
+    }
+    return StepMetrics(**{**values, **changes})
+
+
+def states(*rows: str) -> list[tuple[int, Any]]:
+    """One row a step, one digit a unit."""
+    return [(step, np.array([int(digit) for digit in row], np.uint8)) for step, row in enumerate(rows)]
+
+
+# -- metrics.jsonl ---------------------------------------------------------------------------------------------
+
+
+def test_each_step_is_on_disk_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in range(3):
+            log.write(metrics(step, loss=float("nan") if step == 1 else step / 3))
+            assert len(path.read_bytes().splitlines()) == step + 1
+    first = json.loads(path.read_text().splitlines()[2])
+    assert (first["step"], first["loss"], first["units"]) == (2, 2 / 3, "011120")
+
+
+def test_resuming_cuts_off_what_did_not_happen(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in range(10):
+            log.write(metrics(step))
+    with path.open("ab") as file:
+        file.write(b'{"step":3,"los')  # a power cut
+    with MetricsLog(path, first_step=5) as log:
+        log.write(metrics(5, loss=9.0))
+    read = read_metrics(path)
+    assert [each.step for each in read] == [0, 1, 2, 3, 4, 5]
+    assert read[-1] == metrics(5, loss=9.0)
+    assert [(step, list(row)) for step, row in history(read)][5] == (5, [0, 1, 1, 1, 2, 0])
+    MetricsLog(path).close()
+    assert read_metrics(path) == []
+
+
+def test_a_foreign_metrics_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "accuracy": 3}\n')
+    with pytest.raises(CheckpointError, match="not a metrics file"):
+        read_metrics(path)
+    assert read_metrics(tmp_path / "none") == []
+
+
+def write_many(log: MetricsLog) -> None:
+    for step in range(10_000):
+        log.write(metrics(step))
+
+
+def test_a_full_disk_tears_no_line(tmp_path: Path) -> None:
+    with small_disk(tmp_path) as disk:
+        path = disk / "metrics.jsonl"
+        (disk / "ballast").write_bytes(bytes(990_000))
+        with MetricsLog(path) as log, pytest.raises(StorageError, match="No space left"):
+            write_many(log)
+        assert path.read_bytes().endswith(b"\n")
+        assert len(read_metrics(path)) > 10
+
+
+# -- progress --------------------------------------------------------------------------------------------------
+
+
+def test_plain_lines_every_few_steps() -> None:
+    stream = io.StringIO()
+    reporter = Reporter(every=10, stream=stream)
+    with reporter.training(25):
+        for step in range(25):
+            reporter.step(metrics(step, total=25))
+        with reporter.evaluating("in between", 3) as advance:
+            advance(3)
+        reporter.warn("mind [the] gap")
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == ["1/25", "10/25", "20/25", "25/25"]
+    assert lines[1] == "step 10/25  loss 2.500  600 tok/s  MB/step 0.84↑ 0.42↓  active 4/6  eta 0:08"
+    assert lines[-1] == "warning: mind [the] gap"
+
+
+def test_a_terminal_gets_one_live_line() -> None:
+    """In a real pseudo-terminal: notes stand above the line, and plain lines do not appear."""
+    program = (
+        "from dlora.edge.report import Reporter; import test_report as t\n"
+        "r = Reporter()\n"
+        "with r.training(5):\n"
+        "    with r.evaluating('', 7) as advance: advance(7)\n"
+        "    r.say('a [note]')\n"
+        "    for step in range(5): r.step(t.metrics(step, total=5))\n"
+        "with r.evaluating('after', 4) as advance: advance(4)\n"
+    )
+    main, child = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen([sys.executable, "-c", program], stderr=child, env=environment) as process:
+        os.close(child)
+        shown = b""
+        while True:
+            try:
+                part = os.read(main, 65536)
+            except OSError:  # Linux says so at the end
+                break
+            if not part:
+                break
+            shown += part
+    os.close(main)
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert "a [note]\r\n" in text
+    assert "loss 2.500  600 tok/s  MB/step 0.84↑ 0.42↓  active 4/6  eta 0:00" in text
+    assert "evaluate after" in text
+    assert "step 1/5" not in text
+
+
+def test_results(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {"steps": 20, "loss": 1.25, "wire": {"bytes_up": 5_000_000}, "none": None, "list": [1], "wall_s": 200.4}
+    Reporter(json_output=True).finish(summary)
+    assert json.loads(capsys.readouterr().out) == summary
+    Reporter().finish(summary)
+    assert capsys.readouterr().out.splitlines() == [
+        "steps          20",
+        "loss           1.25",
+        "wire bytes up  5.00 MB",
+        "wall           3:20",
+    ]
+    assert summary_table({}) == ""
+
+
+def test_the_map_is_shown_once_something_was_killed(capsys: pytest.CaptureFixture[str]) -> None:
+    for units, shown in (("11", False), ("10", True)):
+        stream = io.StringIO()
+        reporter = Reporter(stream=stream)
+        with reporter.training(2):
+            reporter.step(metrics(0, total=2, units="11"))
+            reporter.step(metrics(1, total=2, units=units))
+        reporter.finish({"steps": 2})
+        assert ("unit 0 ██" in stream.getvalue()) is shown
+    assert "steps" in capsys.readouterr().out
+
+
+def test_plain_progress_does_not_import_rich() -> None:
+    program = "import sys, dlora.edge.report; sys.exit('rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+# -- the map ---------------------------------------------------------------------------------------------------
+
+
+def test_map_of_a_few_steps() -> None:
+    assert render_map(states("1111", "1121", "1131", "1101", "0101")).splitlines() == [
+        " block 3 █████",
+        " block 2 █▒─··",
+        " block 1 █████",
+        " block 0 ████·",
+        "    step 0   4",
+        "         █ active  ▒ fading  ─ held  · killed",
+    ]
+
+
+def test_states_last_until_the_next_entry() -> None:
+    full = render_map(states("11", "11", "11", "01", "01"))
+    both, second = np.array([1, 1], np.uint8), np.array([0, 1], np.uint8)
+    assert render_map([(0, both), (3, second), (4, second)]) == full
+
+
+def test_a_column_shows_the_commonest_state_and_a_row_the_liveliest() -> None:
+    text = render_map(states("1111", "1000", "1000", "1000", "1000", "1000"), width=11, height=2)
+    assert text.splitlines()[:2] == ["     2–3 ··", "     0–1 ██"]
+
+
+@pytest.mark.parametrize(("units", "steps"), [(1, 1), (1, 500), (30, 1), (30, 120), (200, 5000)])
+@pytest.mark.parametrize("colour", [False, True])
+def test_any_size_fits(units: int, steps: int, colour: bool) -> None:
+    rng = np.random.default_rng(0)
+    rows = [(step, rng.integers(0, 4, units).astype(np.uint8)) for step in range(0, steps, 1 + steps // 300)]
+    text = render_map(rows, width=80, height=40, colour=colour)
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = bare.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) == min(units, 40) + 2
+    assert ("\x1b[32m" in text) is (colour and "█" in bare)
+    assert bare == render_map(rows, width=80, height=40)
