@@ -116,17 +116,15 @@ class Reporter:
             yield
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 
         if self._console is None:
             self._console = Console(file=self._stream)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-        )
-        with Progress(*columns, console=self._console, refresh_per_second=4, expand=True) as progress:
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), MofNCompleteColumn()]
+        if self._console.width >= 100:  # at 80 the numbers need all of it
+            columns.append(BarColumn(bar_width=None))
+        columns.append(TextColumn("{task.fields[status]}"))
+        with Progress(*columns, console=self._console, refresh_per_second=4) as progress:
             self._progress = progress
             self._task = progress.add_task(name, total=total, completed=done, status="")
             try:
@@ -138,7 +136,7 @@ class Reporter:
         pace = self._pace
         return (
             f"loss {metrics.loss:.3f}  {pace.tokens_per_s:.0f} tok/s  "
-            f"MB/step {metrics.bytes_up / 1e6:.2f}↑ {metrics.bytes_down / 1e6:.2f}↓  "
+            f"{metrics.bytes_up / 1e6:.2f}↑ {metrics.bytes_down / 1e6:.2f}↓ MB  "
             f"active {metrics.active_units}/{len(metrics.units) or metrics.live_units}  "
             f"eta {_duration(pace.step_s * (metrics.total_steps - metrics.step - 1))}"
         )

@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import tokenizers
@@ -39,12 +38,17 @@ class EdgeTokenizer:
     """A ``tokenizer.json`` with its chat template.
 
     Args:
+        spec: its special tokens; chat_template: Jinja text.
         spec: as in the manifest, but its ``chat_template`` is the template itself, not its file.
         now: the date for chat templates that print it; fix it where a run must be repeatable on another day.
     """
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, spec: TokenizerSpec, now: Callable[[], datetime] = datetime.now
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        spec: TokenizerSpec,
+        chat_template: str | None = None,
+        now: Callable[[], datetime] = datetime.now,
     ) -> None:
         # The file may carry the settings of whoever saved it; lengths are our business.
         tokenizer.no_truncation()
@@ -52,6 +56,7 @@ class EdgeTokenizer:
         self._tokenizer = tokenizer
         self._spec = spec
         self._now = now
+        self._template_source = chat_template
         self._template: ChatTemplate | None = None
 
     @classmethod
@@ -59,11 +64,12 @@ class EdgeTokenizer:
         """The tokenizer of a bundle. Raises ``BundleError`` for a file that the tokenizers library cannot read."""
         path = bundle / spec.file
         try:
-            loaded = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+            tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+            chat_template = None
             if spec.chat_template is not None:
                 path = bundle / spec.chat_template
-                spec = msgspec.structs.replace(spec, chat_template=path.read_text(encoding="utf-8"))
-            return cls(loaded, spec)
+                chat_template = path.read_text(encoding="utf-8")
+            return cls(tokenizer, spec, chat_template)
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror}); export the bundle again") from None
         except ValueError as error:
@@ -87,11 +93,11 @@ class EdgeTokenizer:
     def chat_template(self) -> ChatTemplate:
         """The chat template, compiled once; raises ``DataError`` where the bundle has none."""
         if self._template is None:
-            if self._spec.chat_template is None:
+            if self._template_source is None:
                 raise DataError("this base model has no chat template; use prompt and completion, or text")
             tokens = {"bos_token": self._spec.bos_token, "eos_token": self._spec.eos_token}
             known = {name: token for name, token in tokens.items() if token is not None}
-            self._template = ChatTemplate(self._spec.chat_template, known, self._now)
+            self._template = ChatTemplate(self._template_source, known, self._now)
         return self._template
 
     def encode(self, text: str, *, add_special_tokens: bool) -> Encoded:
@@ -109,7 +115,7 @@ class EdgeTokenizer:
 
     def encode_prompt(self, prompt: str) -> IntArray:
         """Token ids, int32 (tokens,), of what comes before an answer: a user's turn where there is a chat template."""
-        if self._spec.chat_template is not None:
+        if self._template_source is not None:
             return self.encode_chat([{"role": "user", "content": prompt}])
         return self.encode(prompt, add_special_tokens=True).ids
 

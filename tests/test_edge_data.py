@@ -74,11 +74,13 @@ def train_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
+SPEC = TokenizerSpec(
+    file="tokenizer.json", chat_template="chat.jinja", bos_token="<s>", eos_token="</s>", eos_token_id=1
+)
+
+
 def edge_tokenizer(template: str | None = CHATML) -> EdgeTokenizer:
-    spec = TokenizerSpec(
-        file="tokenizer.json", chat_template=template, bos_token="<s>", eos_token="</s>", eos_token_id=1
-    )
-    return EdgeTokenizer(train_tokenizer(), spec)
+    return EdgeTokenizer(train_tokenizer(), SPEC, template)
 
 
 TOKENIZER = edge_tokenizer()
@@ -319,6 +321,16 @@ def test_damaged_tokenizer_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(BundleError, match="damaged"):
         EdgeTokenizer.open(tmp_path, spec)
+
+
+def test_opens_from_a_bundle(tmp_path: Path) -> None:
+    train_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(BundleError, match=r"chat\.jinja cannot be read"):
+        EdgeTokenizer.open(tmp_path, SPEC)
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    opened = EdgeTokenizer.open(tmp_path, SPEC)
+    assert opened.encode_chat(TALK).tolist() == TOKENIZER.encode_chat(TALK).tolist()
+    assert opened.stop_token_ids == (1,)
 
 
 def test_prompt_for_generation() -> None:

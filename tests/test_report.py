@@ -118,7 +118,7 @@ def test_plain_lines_every_few_steps() -> None:
         reporter.warn("mind [the] gap")
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines[:-1]] == ["1/25", "10/25", "20/25", "25/25"]
-    assert lines[1] == "step 10/25  loss 2.500  600 tok/s  MB/step 0.84↑ 0.42↓  active 4/6  eta 0:08"
+    assert lines[1] == "step 10/25  loss 2.500  600 tok/s  0.84↑ 0.42↓ MB  active 4/6  eta 0:08"
     assert lines[-1] == "warning: mind [the] gap"
 
 
@@ -150,7 +150,7 @@ def test_a_terminal_gets_one_live_line() -> None:
     assert process.returncode == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
     assert "a [note]\r\n" in text
-    assert "loss 2.500  600 tok/s  MB/step 0.84↑ 0.42↓  active 4/6  eta 0:00" in text
+    assert "loss 2.500  600 tok/s  0.84↑ 0.42↓ MB  active 4/6  eta 0:00" in text
     assert "evaluate after" in text
     assert "step 1/5" not in text
 
