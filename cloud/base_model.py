@@ -147,18 +147,25 @@ class BaseModel:
             raise ExportError(f"{name} cannot be a target module of {self.name}: it {reason}")
         return target
 
-    def last_hidden_state(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def last_hidden_state(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Run the decoder.
 
         Args:
             inputs_embeds: (batch, length, embedding_size), in the model's dtype; scaled where the family's
                 own embedding module scales.
             attention_mask: int64 (batch, length), 1 for tokens and 0 for padding.
+            position_ids: int64 (1, length), starting anew at each of several packed sequences.
 
         Returns: (batch, length, hidden_size), after the final norm.
         """
+        given = {} if position_ids is None else {"position_ids": position_ids}
         return self.decoder(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **given
         ).last_hidden_state
 
 

@@ -22,6 +22,7 @@ from dlora.protocol.tensors import WireTensor
 from .base_model import BaseModel
 from .exchange import MicroBatchExchange, exchanging
 from .kill_revive import Controller
+from .layout import lay_out
 from .wire import from_wire, to_wire
 
 
@@ -70,6 +71,7 @@ class SessionExecutor:
         ticket_key: bytes,
         gate: ComputeGate,
         threads: int,
+        may_pack: bool,
     ) -> None:
         assert session.opened_with is not None
         self._base = base
@@ -79,6 +81,7 @@ class SessionExecutor:
         self._ticket_key = ticket_key
         self._gate = gate
         self._threads = threads
+        self._may_pack = may_pack
         self._wire_dtype = session.opened_with.wire_dtype
         self._input_grads: dict[int, Tensor] = {}
         self._micro_batch: m.Embeddings | None = None
@@ -114,12 +117,16 @@ class SessionExecutor:
         training = begun.mode == "train"
         live, trained = self._groups_that_take_part()
         with self._gate.computing(), torch.autograd.set_multithreading_enabled(False):
-            inputs_embeds, attention_mask, rows = self._padded(begun)
+            lengths = torch.from_numpy(begun.sequence_lengths.data).long()
+            layout = lay_out(self._to_torch(begun.hidden_states), lengths, may_pack=self._may_pack)
+            rows = layout.rows
             exchange = MicroBatchExchange(
                 self, self._base, self._session.groups, live=live, trained=trained, rows=rows
             )
             with torch.set_grad_enabled(training), exchanging(exchange):
-                hidden = self._base.last_hidden_state(inputs_embeds, attention_mask)
+                hidden = self._base.last_hidden_state(
+                    layout.inputs_embeds, layout.attention_mask, layout.position_ids
+                )
                 positions = torch.from_numpy(begun.label_positions.data).long().to(self._base.device)
                 labelled_rows = positions if rows is None else rows.index_select(0, positions)
                 labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, labelled_rows)
@@ -147,20 +154,6 @@ class SessionExecutor:
             if state == UnitState.ACTIVE:
                 trained.update(groups)
         return live, trained
-
-    def _padded(self, begun: m.Embeddings) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(batch, length, embedding), mask or None, and the rows of real tokens or None where none is padding."""
-        packed = self._to_torch(begun.hidden_states)
-        lengths = torch.from_numpy(begun.sequence_lengths.data).long()
-        longest = int(lengths.max())
-        if int(lengths.min()) == longest:
-            return packed.view(len(lengths), longest, -1), None, None
-        mask = torch.arange(longest) < lengths[:, None]  # (batch, length)
-        rows = mask.view(-1).nonzero().view(-1).to(self._base.device)
-        padded = packed.new_zeros(len(lengths) * longest, packed.shape[-1])
-        padded.index_copy_(0, rows, packed)
-        attention_mask = mask.long().to(self._base.device)
-        return padded.view(len(lengths), longest, -1), attention_mask, rows
 
     # -- Channel, for the exchange -----------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ class Service:
     base: BaseModel
     gate: ComputeGate
     threads: int
+    may_pack: bool
     max_tokens: int
     ticket_key: bytes
 
@@ -177,6 +178,7 @@ def _run_session(
         ticket_key=service.ticket_key,
         gate=service.gate,
         threads=service.threads,
+        may_pack=service.may_pack,
     )
     logger.info(
         "session %s: opened at step %d with %d groups, %s", name, session.step, len(session.groups),

@@ -20,6 +20,7 @@ from .base_model import BaseModel
 from .exchange import install
 from .executor import ComputeGate
 from .handler import Capacity, Service, handle_connection
+from .layout import can_pack
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -46,7 +47,7 @@ class CloudServer:
     ) -> None:
         install(base)
         # One session computes at a time: on a CPU the cores are shared, on one GPU the device is.
-        self.service = Service(base, ComputeGate(), threads, max_tokens, ticket_key)
+        self.service = Service(base, ComputeGate(), threads, can_pack(base), max_tokens, ticket_key)
         self.port = 0
         self._capacity = Capacity(max_sessions)
         self._threads = ThreadPoolExecutor(max_sessions, thread_name_prefix="session")

@@ -1,0 +1,93 @@
+"""How a micro-batch of sequences of different lengths lies in the base model's input.
+
+*Padded* is a row a sequence, filled up to the longest; every family can do it. *Packed* is one row of all
+sequences, with positions that start anew at each: nothing is computed for padding, but attention is masked over
+the whole row. Which is cheaper depends on the lengths; whether a model can do the second, it is asked once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base_model import BaseModel
+
+# Rounding only: the same sums in another order.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Inputs of ``BaseModel.last_hidden_state``.
+
+    Attributes:
+        rows: int64 (tokens,), where each token lies in the flattened input; None where they lie as they came.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    rows: Tensor | None
+
+
+def lay_out(tokens: Tensor, lengths: Tensor, *, may_pack: bool) -> Layout:
+    """Lay out embeddings (tokens, embedding_size) of sequences of ``lengths``, int64 (sequences,) on the CPU."""
+    longest = int(lengths.max())
+    if int(lengths.min()) == longest:
+        return Layout(tokens.view(len(lengths), longest, -1), None, None, None)
+    if may_pack and _packed_cost(lengths, tokens.shape[-1]) < _padded_cost(lengths, tokens.shape[-1]):
+        return _pack(tokens, lengths)
+    return _pad(tokens, lengths)
+
+
+def can_pack(base: BaseModel) -> bool:
+    """Whether the base model keeps packed sequences apart: whether it gives them what it gives padded ones."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 5, 2])
+    spread = float(base.model.get_input_embeddings().weight.float().std())
+    tokens = torch.randn(10, base.embedding_size, generator=generator) * spread
+    tokens = tokens.to(base.device, base.dtype)
+    padded, packed = _pad(tokens, lengths), _pack(tokens, lengths)
+    with torch.no_grad():
+        wanted = _run(base, padded).reshape(-1, base.hidden_size)[padded.rows].float()
+        try:
+            found = _run(base, packed).reshape(-1, base.hidden_size).float()
+        except Exception:  # whatever a family does with positions that it does not know
+            return False
+    return bool((found - wanted).abs().max() <= _TOLERANCE.get(base.dtype, 5e-2) * wanted.abs().max())
+
+
+def _run(base: BaseModel, layout: Layout) -> Tensor:
+    return base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
+
+
+def _pack(tokens: Tensor, lengths: Tensor) -> Layout:
+    starts = torch.cumsum(lengths, 0) - lengths
+    positions = torch.arange(int(lengths.sum())) - torch.repeat_interleave(starts, lengths)
+    return Layout(tokens[None], None, positions[None].to(tokens.device), None)
+
+
+def _pad(tokens: Tensor, lengths: Tensor) -> Layout:
+    longest = int(lengths.max())
+    mask = torch.arange(longest) < lengths[:, None]  # (batch, length)
+    rows = mask.view(-1).nonzero().view(-1).to(tokens.device)
+    padded = tokens.new_zeros(len(lengths) * longest, tokens.shape[-1])
+    padded.index_copy_(0, rows, tokens)
+    return Layout(padded.view(len(lengths), longest, -1), mask.long().to(tokens.device), None, rows)
+
+
+def _padded_cost(lengths: Tensor, width: int) -> float:
+    longest = int(lengths.max())
+    return _cost(len(lengths) * longest, longest, width)
+
+
+def _packed_cost(lengths: Tensor, width: int) -> float:
+    tokens = int(lengths.sum())
+    return _cost(tokens, tokens, width)
+
+
+def _cost(tokens: int, span: int, width: int) -> float:
+    # A block's products take about 12 * width**2 multiplications a token, its attention 2 * width a token seen.
+    return tokens * (12.0 * width + 2.0 * span)
