@@ -40,26 +40,28 @@ class Service:
 class ThreadTransport:
     """Frames over an asyncio websocket, from a session's thread.
 
-    Reading only when asked leaves backpressure to the websocket; what is sent need not be waited for.
+    Reading only when asked leaves backpressure to the websocket. Sending never waits: a session sends while it
+    holds the compute gate, and a device that does not read must stall nobody but itself. It is waited for before
+    the next message is read, so that no more than one answer's frames pile up.
     """
 
     def __init__(self, connection: ServerConnection, loop: asyncio.AbstractEventLoop) -> None:
         self._connection = connection
         self._loop = loop
-        self._sending: Future[None] | None = None
+        self._sending: list[Future[None]] = []
 
     def send(self, frame: bytearray) -> None:
-        self.flush()
-        self._sending = asyncio.run_coroutine_threadsafe(self._connection.send(frame), self._loop)
+        self._sending.append(asyncio.run_coroutine_threadsafe(self._connection.send(frame), self._loop))
 
     def receive(self) -> bytes:
+        self.flush()
         return asyncio.run_coroutine_threadsafe(self._connection.recv(decode=False), self._loop).result()
 
     def flush(self) -> None:
-        """Wait for the last frame to leave; raises ``ConnectionClosed`` if it could not."""
-        if self._sending is not None:
-            self._sending.result()
-            self._sending = None
+        """Wait for what was sent to leave; raises ``ConnectionClosed`` if it could not."""
+        sending, self._sending = self._sending, []
+        for sent in sending:
+            sent.result()
 
 
 async def handle_connection(connection: ServerConnection, service: Service, threads: Executor, free: Capacity) -> None:

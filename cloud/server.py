@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http
 import json
 import logging
@@ -11,9 +12,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from dlora.protocol.errors import ConnectionFailedError
+from dlora.protocol.messages import Error, ErrorCode
+from dlora.protocol.session import Role, Session
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .base_model import BaseModel
@@ -27,6 +31,7 @@ logger = logging.getLogger("dlora.cloud")
 PING_EVERY_S = 20.0
 # A device computes between messages and may sleep; the pong comes from its reading thread, not its compute.
 PING_TIMEOUT_S = 120.0
+GOODBYE_TIMEOUT_S = 1.0
 CONTROL_BYTES = 8 << 20
 
 
@@ -86,8 +91,9 @@ class CloudServer:
         await self.stop()
 
     async def stop(self) -> None:
-        """Stop listening, close connections (1001, going away) and wait for their threads to end."""
+        """Stop listening, tell every device to come again, hang up (1001) and wait for the threads to end."""
         if self._server is not None:
+            await asyncio.gather(*map(_say_goodbye, self._server.connections))
             self._server.close()
             await self._server.wait_closed()
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
@@ -131,3 +137,12 @@ class CloudServer:
             *(sum(target.out_features for target in group.targets) for group in groups),
         )
         return CONTROL_BYTES + self.service.max_tokens * (width * 4 + 8)
+
+
+async def _say_goodbye(connection: ServerConnection) -> None:
+    """Tell a device why it is about to lose the server; one that does not read is not waited for."""
+    text = "shutting down; once it is back, go on with --resume"
+    error = Error(code=ErrorCode.SHUTTING_DOWN, message=text, retryable=True)
+    with contextlib.suppress(ConnectionClosed, TimeoutError):
+        async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+            await connection.send(Session(Role.CLOUD).send(error))

@@ -13,9 +13,7 @@ def _main() -> None:
         from .cli import app
     except ImportError as error:
         raise missing_extra(error, "edge") from None
-    # Not standalone: Ctrl-C and our errors must reach run_command, not click's own handling of them.
-    status = app(prog_name="dlora-edge", standalone_mode=True)
-    raise SystemExit(status)
+    app(prog_name="dlora-edge")
 
 
 if __name__ == "__main__":

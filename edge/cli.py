@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlora.protocol.errors import INTERRUPTED_EXIT_CODE, UsageError
+from dlora.protocol.errors import UsageError
 from dlora.protocol.version import SOFTWARE_VERSION
 
 app = typer.Typer(
@@ -170,7 +170,7 @@ def train(
     from .report import Reporter
     from .rows import parse_columns
     from .tokenizer import EdgeTokenizer
-    from .training import SUMMARY, StoppedError, TrainRun, total_steps
+    from .training import SUMMARY, TrainRun, total_steps
     from .training import train as run_training
 
     reporter = Reporter(json_output=json_output)
@@ -230,11 +230,7 @@ def train(
         resume=resume,
         threads=threads,
     )
-    try:
-        summary = run_training(run, reporter)
-    except StoppedError as stopped:
-        reporter.say(str(stopped))
-        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+    summary = run_training(run, reporter)
     (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     reporter.finish(summary)
 

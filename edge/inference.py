@@ -33,7 +33,7 @@ def open_model(
     names = set(loaded.modules) if loaded else set()
     live = [index for index, group in enumerate(manifest.groups) if names & {t.name for t in group.targets}]
     # A session of single groups in which exactly those stay active that the adapter has.
-    config = KillReviveConfig(unit="group", score="static", static=tuple(live) or (0,), active_fraction=0.0)
+    config = KillReviveConfig(unit="group", score="static", static=tuple(live), active_fraction=0.0)
     rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.lora.r
     adapters = AdapterSet.create(
         manifest.groups, rank=rank, scaling=manifest.lora.lora_alpha / rank, seed=0, unit="group", kill_every=1
@@ -54,7 +54,7 @@ def open_model(
             )
         )
         adapters.obey(connection.receive(m.SessionOpened).units.data)
-        assert sum(unit.state is UnitState.ACTIVE for unit in adapters.units) == max(1, len(live))
+        assert sum(unit.state is UnitState.ACTIVE for unit in adapters.units) == len(live)
         yield SplitModel(bundle, engine, connection, adapters, wire_dtype=wire_dtype, on_signal=lambda _: None)
 
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from dlora.protocol import messages as m
-from dlora.protocol.errors import CheckpointError, DataError, ModelMismatchError
+from dlora.protocol.errors import CheckpointError, DataError, ModelMismatchError, UsageError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import FloatArray
 
@@ -97,6 +97,8 @@ class Trainer:
             kill_every=config.kill_revive.kill_every,
         )
         config.kill_revive.check(len(self.adapters.units))
+        if not config.kill_revive.budget_floor(len(self.adapters.units)):
+            raise UsageError("no unit would be trained: name some with --static-units, or raise --active-fraction")
         if init is not None:
             load_weights(self.adapters, init)
         self.digest = run_digest(config, manifest.groups, manifest.base_model.fingerprint, dataset.fingerprint)

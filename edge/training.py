@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import StoppedError, UsageError
 
 from .bundle import Bundle
 from .checkpoint import load_latest
@@ -48,14 +48,10 @@ class TrainRun:
     threads: int = 0
 
 
-class StoppedError(Exception):
-    """The user asked to stop; everything was saved."""
-
-
 def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
     """Train to the end and save the adapter; returns the summary that is also in ``summary.json``.
 
-    Raises any ``DloraError``; and ``StoppedError`` after the first Ctrl-C or SIGTERM, with the step under way
+    Raises any ``DloraError``; ``StoppedError`` after the first Ctrl-C or SIGTERM, with the step under way
     finished and saved. A second Ctrl-C stops at once; the last checkpoint stands.
     """
     checkpoint = None

@@ -15,7 +15,8 @@
     ├── StorageError                 9   the disk is full, read-only or gone
     ├── CheckpointError             10   no usable checkpoint, adapter or state file
     ├── ExportError                 11   the model is not supported, or a graph is not exact enough
-    └── MissingExtraError           12   an optional dependency is not installed
+    ├── MissingExtraError           12   an optional dependency is not installed
+    └── StoppedError               130   Ctrl-C or SIGTERM, and everything was saved
     (Ctrl-C, SIGTERM)              130
 
 A command prints ``error: <one line>`` on stderr and exits with the code. Codes never change meaning.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import ClassVar, Final
@@ -134,17 +136,30 @@ class MissingExtraError(DloraError):
     exit_code = 12
 
 
+class StoppedError(DloraError):
+    """The user asked to stop; everything was saved."""
+
+    exit_code = INTERRUPTED_EXIT_CODE
+
+
 _STORAGE_ERRNOS: Final = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def run_command(command: Callable[[], None]) -> None:
     """Run a console command; turn a named error into one line on stderr and its exit code.
 
-    ``OSError`` from a full, read-only or forbidden disk counts as ``StorageError``. Anything that we do
-    not name is a bug and keeps its traceback.
+    ``OSError`` from a full, read-only or forbidden disk counts as ``StorageError``. SIGTERM counts as Ctrl-C.
+    Anything that we do not name is a bug and keeps its traceback.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        command()
+        try:
+            command()
+        except SystemExit as ended:
+            if ended.code == INTERRUPTED_EXIT_CODE:
+                # typer turns Ctrl-C into this code without a word.
+                raise KeyboardInterrupt from None
+            raise
     except DloraError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

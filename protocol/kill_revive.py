@@ -55,7 +55,7 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         cost_aware: rank by score per cost (bytes, round trips, depth of backward) instead of by score.
         on_kill: what a killed unit does at first, see ``UnitState``.
         pinned: units that are never killed.
-        static: the units of the ``static`` policy.
+        static: the units of the ``static`` policy; none, with an active_fraction of 0, is the bare base model.
     """
 
     active_fraction: Fraction = 0.125
@@ -78,8 +78,8 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     def budget_floor(self, units: int) -> int:
         """``k``: how many of ``units`` units stay active once the budget has come down."""
-        if self.score == "static" and self.static:
-            return max(1, len(set(self.static) | set(self.pinned)))
+        if self.score == "static" and (self.static or not self.active_fraction):
+            return len(set(self.static) | set(self.pinned))
         return min(units, max(1, math.ceil(self.active_fraction * units - 1e-9), len(set(self.pinned))))
 
     def check(self, units: int) -> None:
@@ -88,7 +88,7 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             for unit in chosen:
                 if not 0 <= unit < units:
                     raise UsageError(f"{name} unit {unit} does not exist; units are 0 to {units - 1}")
-        if self.score == "static" and not self.static:
+        if self.score == "static" and not self.static and self.active_fraction:
             raise UsageError("the policy 'static' needs the units that stay active (--static-units 26-29)")
 
 

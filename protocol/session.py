@@ -130,10 +130,10 @@ class Session:
         """Decode and check a frame of the peer's. Raises ``RemoteProtocolError`` with its wire code."""
         message = self._decoder.decode(frame)
         try:
+            # Before anything changes: a refused message leaves the session as it was.
+            if not all(tensor.is_finite() for tensor in m.tensors_of(message)):
+                raise _ViolationError("NaN or infinity", m.ErrorCode.NON_FINITE)
             self._advance(message, C if self.role is E else E)
-            for tensor in m.tensors_of(message):
-                if not tensor.is_finite():
-                    raise _ViolationError("NaN or infinity", m.ErrorCode.NON_FINITE)
         except _ViolationError as error:
             text = f"{type(message).__name__} in {self.state.name}: {error}"
             raise RemoteProtocolError(text, error.code) from None
@@ -193,10 +193,11 @@ class Session:
     def _check_signal(self, message: m.Signal, sender: Role) -> None:
         if sender is not C or not self._unanswered_reports:
             raise _ViolationError("a signal that answers no report")
-        if message.step != self._unanswered_reports.pop(0):
+        if message.step != self._unanswered_reports[0]:
             raise _ViolationError("a signal for another step")
         self._check_units(message.units)
         _check(message.ticket, "uint8", (None,))
+        del self._unanswered_reports[0]
         self.units = message.units.data
 
     def _check_report(self, message: m.StepReport) -> None:

@@ -1,0 +1,194 @@
+"""Conversations to hold with two sans-IO sessions: small messages, and a pair that speaks them to itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dlora.protocol import messages as m
+from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
+from dlora.protocol.session import Role, Session
+from dlora.protocol.tensors import WireTensor
+
+WIDTH = 4
+MAX_TOKENS = 16
+MAX_LENGTH = 8
+TOKENS, LABELLED = 3, 2
+GROUPS = (
+    GroupSpec(0, WIDTH, (TargetSpec("layers.0.q", 4), TargetSpec("layers.0.v", 2))),
+    GroupSpec(1, WIDTH, (TargetSpec("layers.1.q", 4),)),
+    GroupSpec(1, 6, (TargetSpec("layers.1.down", 4),)),
+)
+ALL = (0, 1, 2)
+UNITS = 2  # a block each
+
+FROM_EDGE = (
+    m.Hello, m.OpenSession, m.Embeddings, m.GroupDelta, m.GradHiddenStates, m.GroupInputGrad, m.StepReport,
+    m.CloseSession,
+)  # fmt: skip
+
+
+def floats(*shape: int, dtype: Any = "fp32") -> WireTensor:
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) / 8 - 1
+    return WireTensor.from_floats(values, dtype)
+
+
+def hello() -> m.Hello:
+    return m.Hello(protocol_versions=[1], software="a device")
+
+
+def welcome(version: int = 1) -> m.Welcome:
+    return m.Welcome(
+        protocol_version=version,
+        software="a server",
+        base_model="tiny",
+        base_fingerprint="ab" * 32,
+        embedding_size=WIDTH,
+        hidden_size=WIDTH,
+        max_sequence_length=MAX_LENGTH,
+        max_tokens=MAX_TOKENS,
+    )
+
+
+def open_session(**changes: Any) -> m.OpenSession:
+    settings: dict[str, Any] = {
+        "base_fingerprint": "ab" * 32,
+        "groups": GROUPS,
+        "wire_dtype": "fp32",
+        "kill_revive": KillReviveConfig(),
+        "seed": 1,
+        "total_steps": 9,
+    }
+    return m.OpenSession(**{**settings, **changes})
+
+
+def session_opened(units: bytes = b"\1\1") -> m.SessionOpened:
+    return m.SessionOpened(
+        session="one", units=WireTensor.from_bytes(units), ticket=WireTensor.from_bytes(b"signed")
+    )
+
+
+def embeddings(step: int = 0, micro_batch: int = 0, *, mode: Any = "train", **changes: Any) -> m.Embeddings:
+    tensors = {
+        "hidden_states": floats(TOKENS, WIDTH),
+        "sequence_lengths": WireTensor.from_ints([1, TOKENS - 1]),
+        "label_positions": WireTensor.from_ints([0, 2]),
+    }
+    return m.Embeddings(step=step, micro_batch=micro_batch, mode=mode, **{**tensors, **changes})
+
+
+def group_input(step: int = 0, micro_batch: int = 0, group: int = 0, **changes: Any) -> m.GroupInput:
+    tensors = {"hidden_states": floats(TOKENS, GROUPS[min(group, 2)].in_features)}
+    return m.GroupInput(step=step, micro_batch=micro_batch, group=group, **{**tensors, **changes})
+
+
+def outputs(group: int, dtype: Any = "fp32") -> tuple[WireTensor, ...]:
+    return tuple(floats(TOKENS, target.out_features, dtype=dtype) for target in GROUPS[min(group, 2)].targets)
+
+
+def group_delta(step: int = 0, micro_batch: int = 0, group: int = 0, **changes: Any) -> m.GroupDelta:
+    return m.GroupDelta(step=step, micro_batch=micro_batch, group=group, **{"deltas": outputs(group), **changes})
+
+
+def labelled(step: int = 0, micro_batch: int = 0, gradients: int = 0, **changes: Any) -> m.LabelledHiddenStates:
+    tensors = {"hidden_states": floats(LABELLED, WIDTH)}
+    return m.LabelledHiddenStates(step=step, micro_batch=micro_batch, gradients=gradients, **{**tensors, **changes})
+
+
+def grad_hidden_states(step: int = 0, micro_batch: int = 0, **changes: Any) -> m.GradHiddenStates:
+    tensors = {"grad_hidden_states": floats(LABELLED, WIDTH)}
+    return m.GradHiddenStates(step=step, micro_batch=micro_batch, **{**tensors, **changes})
+
+
+def group_grad(
+    step: int = 0, micro_batch: int = 0, group: int = 0, *, answer: bool = True, **changes: Any
+) -> m.GroupGrad:
+    changes = {"grads": outputs(group), **changes}
+    return m.GroupGrad(step=step, micro_batch=micro_batch, group=group, answer=answer, **changes)
+
+
+def group_input_grad(step: int = 0, micro_batch: int = 0, group: int = 0, **changes: Any) -> m.GroupInputGrad:
+    tensors = {"grad_hidden_states": floats(TOKENS, GROUPS[min(group, 2)].in_features)}
+    return m.GroupInputGrad(step=step, micro_batch=micro_batch, group=group, **{**tensors, **changes})
+
+
+def report(step: int = 0, units: int = UNITS) -> m.StepReport:
+    return m.StepReport(step=step, scores=WireTensor("fp32", np.ones(units, np.float32)))
+
+
+def signal(step: int = 0, units: bytes = b"\1\1") -> m.Signal:
+    return m.Signal(step=step, units=WireTensor.from_bytes(units), ticket=WireTensor.from_bytes(b"signed"))
+
+
+def error() -> m.Error:
+    return m.Error(code="internal", message="enough")
+
+
+def opening() -> list[m.AnyMessage]:
+    return [hello(), welcome(), open_session(), session_opened()]
+
+
+def forward(
+    step: int = 0, micro_batch: int = 0, live: Sequence[int] = ALL, gradients: int | None = None
+) -> Iterator[m.AnyMessage]:
+    """A training micro-batch up to the last hidden states; as many gradients to come as groups, or ``gradients``."""
+    yield embeddings(step, micro_batch)
+    for group in live:
+        yield group_input(step, micro_batch, group)
+        yield group_delta(step, micro_batch, group)
+    yield labelled(step, micro_batch, len(live) if gradients is None else gradients)
+
+
+def backward(step: int = 0, micro_batch: int = 0, live: Sequence[int] = ALL) -> Iterator[m.AnyMessage]:
+    """The rest of it, where groups follow one another: the lowest gets no answer."""
+    yield grad_hidden_states(step, micro_batch)
+    for group in sorted(live, reverse=True):
+        answer = group != min(live)
+        yield group_grad(step, micro_batch, group, answer=answer)
+        if answer:
+            yield group_input_grad(step, micro_batch, group)
+
+
+class Pair:
+    """A device's and a server's session, and what each thinks of the other's frames."""
+
+    def __init__(self, messages: Sequence[m.AnyMessage] = ()) -> None:
+        self.sides = {role: Session(role) for role in Role}
+        for message in messages:
+            self.say(message)
+
+    def say(self, message: m.AnyMessage, sender: Role | None = None) -> None:
+        """One side sends, the other receives the same; both must stand at the same place before and after."""
+        if sender is None:
+            sender = sender_of(message)
+        speaker, listener = self.sides[sender], self.sides[other(sender)]
+        frame = speaker.send(message)
+        assert listener.receive(frame) == message
+        assert listener.bytes_received == speaker.bytes_sent
+        assert shared(self.sides[Role.EDGE]) == shared(self.sides[Role.CLOUD])
+
+
+def sender_of(message: m.AnyMessage) -> Role:
+    return Role.EDGE if isinstance(message, FROM_EDGE) else Role.CLOUD
+
+
+def other(role: Role) -> Role:
+    return Role.CLOUD if role is Role.EDGE else Role.EDGE
+
+
+def everything(session: Session) -> dict[str, Any]:
+    """All that a session remembers, in a form that compares and that nothing changes later."""
+    return {
+        name: value.tobytes() if isinstance(value, np.ndarray) else copy.deepcopy(value)
+        for name, value in vars(session).items()
+        if name != "_decoder"
+    }
+
+
+def shared(session: Session) -> dict[str, Any]:
+    """What both sides must agree on."""
+    own = {"role", "bytes_sent", "bytes_received", "round_trips", "_sent_since_received"}
+    return {name: value for name, value in everything(session).items() if name not in own}

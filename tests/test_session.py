@@ -1,0 +1,413 @@
+"""The protocol's rules, both sides against each other: what may be said, what may not, and what it leaves behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import conversations as c
+import numpy as np
+import pytest
+from conversations import Pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlora.protocol import messages as m
+from dlora.protocol.codec import encode
+from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
+from dlora.protocol.kill_revive import GroupSpec, UnitState
+from dlora.protocol.session import TRANSITIONS, Role, Session, State, choose_version
+from dlora.protocol.tensors import WireTensor
+
+E, C = Role.EDGE, Role.CLOUD
+
+# The shortest way to each state.
+WAYS: dict[State, list[m.AnyMessage]] = {
+    State.START: [],
+    State.GREETING: c.opening()[:1],
+    State.GREETED: c.opening()[:2],
+    State.OPENING: c.opening()[:3],
+    State.IDLE: c.opening(),
+    State.FORWARD: [*c.opening(), c.embeddings()],
+    State.DELTA: [*c.opening(), c.embeddings(), c.group_input()],
+    State.LOSS: [*c.opening(), *c.forward()],
+    State.BACKWARD: [*c.opening(), *c.forward(), c.grad_hidden_states(), c.group_grad(group=2)],
+    State.CLOSED: [*c.opening(), m.CloseSession()],
+}
+ONE_OF_EACH: dict[type, m.AnyMessage] = {
+    type(message): message
+    for message in (
+        *c.opening(), c.embeddings(), c.group_input(), c.group_delta(), c.labelled(), c.grad_hidden_states(),
+        c.group_grad(group=1), c.group_input_grad(group=2), c.report(), c.signal(), m.CloseSession(), c.error(),
+    )
+}  # fmt: skip
+
+
+def refuses(session: Session, act: Callable[[], object], kind: type[ProtocolError]) -> Any:
+    """That ``act`` raises ``kind`` and leaves the session as it was; gives the error."""
+    before = c.everything(session)
+    with pytest.raises(kind) as raised:
+        act()
+    assert c.everything(session) == before
+    return raised.value
+
+
+# -- whole conversations ---------------------------------------------------------------------------------
+
+
+def test_a_whole_run() -> None:
+    pair = Pair(c.opening())
+    states = [b"\1\1", b"\0\1", b"\1\0", b"\0\0"]
+    for step, units in enumerate(states):
+        assert pair.sides[E].units.tobytes() == units
+        live = [group for group in c.ALL if units[c.GROUPS[group].block]]
+        for micro_batch in range(2):
+            for message in c.forward(step, micro_batch, live):
+                pair.say(message)
+            for message in c.backward(step, micro_batch, live) if live else ():
+                pair.say(message)
+            assert pair.sides[E].state is State.IDLE
+        pair.say(c.embeddings(step, 40, mode="evaluate"))
+        pair.say(c.labelled(step, 40))
+        pair.say(c.report(step))
+        pair.say(c.signal(step, states[(step + 1) % 4]))
+    assert pair.sides[C].step == 4
+    pair.say(m.CloseSession())
+    assert {side.state for side in pair.sides.values()} == {State.CLOSED}
+
+
+def test_round_trips_are_counted_where_one_side_waits() -> None:
+    pair = Pair(c.opening())
+    before = pair.sides[E].round_trips
+    for message in (*c.forward(), *c.backward(), c.report()):
+        pair.say(message)
+    # Embeddings, three deltas, the loss's gradient, two input gradients; nothing waits for the report.
+    assert pair.sides[E].round_trips - before == 1 + 3 + 1 + 2
+
+
+@pytest.mark.parametrize("when", range(3))
+def test_the_next_micro_batch_may_overtake_the_signal(when: int) -> None:
+    pair = Pair([*c.opening(), *c.forward(), *c.backward(), c.report(0)])
+    rest = [c.embeddings(1), c.group_input(1), c.group_delta(1)]
+    for message in rest[:when]:
+        pair.say(message)
+    pair.say(c.signal(0))
+    for message in rest[when:]:
+        pair.say(message)
+    assert pair.sides[C].state is State.FORWARD
+
+
+def test_a_third_report_waits_for_a_signal() -> None:
+    pair = Pair([*c.opening(), c.report(0), c.report(1)])
+    for role, act in ((E, pair.sides[E].send), (C, lambda message: pair.sides[C].receive(encode(message)))):
+        refuses(pair.sides[role], lambda act=act: act(c.report(2)), ProtocolError)
+    for message in (c.signal(0), c.report(2), c.signal(1), c.signal(2)):
+        pair.say(message)
+
+
+def test_a_signal_for_another_step_is_refused_and_the_right_one_still_comes() -> None:
+    pair = Pair([*c.opening(), c.report(0)])
+    for wrong in (c.signal(1), c.signal(0, b"\1"), c.signal(0, b"\1\x09")):
+        refuses(pair.sides[C], lambda wrong=wrong: pair.sides[C].send(wrong), LocalProtocolError)
+        refuses(pair.sides[E], lambda wrong=wrong: pair.sides[E].receive(encode(wrong)), RemoteProtocolError)
+    pair.say(c.signal(0, b"\0\1"))
+    assert pair.sides[E].units.tolist() == [UnitState.KILLED, UnitState.ACTIVE]
+
+
+@pytest.mark.parametrize("answers", [(1, 2), (2, 1)])
+def test_parallel_branches_have_two_gradients_outstanding(answers: tuple[int, int]) -> None:
+    pair = Pair([*c.opening(), *c.forward(), c.grad_hidden_states()])
+    for message in (c.group_grad(group=2), c.group_grad(group=1)):
+        pair.say(message)
+    for group in answers:
+        pair.say(c.group_input_grad(group=group))
+        assert pair.sides[E].state is State.BACKWARD
+    pair.say(c.group_grad(group=0, answer=False))
+    assert pair.sides[E].state is State.IDLE
+
+
+def test_the_answers_may_come_after_the_last_gradient() -> None:
+    pair = Pair([*c.opening(), *c.forward(), c.grad_hidden_states()])
+    for group in (2, 1, 0):
+        pair.say(c.group_grad(group=group, answer=group > 0))
+    for group in (2, 1):
+        assert pair.sides[C].state is State.BACKWARD
+        pair.say(c.group_input_grad(group=group))
+    assert pair.sides[C].state is State.IDLE
+
+
+@pytest.mark.parametrize("state", [state for state in State if state is not State.CLOSED])
+@pytest.mark.parametrize("sender", Role)
+def test_an_error_closes_from_every_state(state: State, sender: Role) -> None:
+    pair = Pair(WAYS[state])
+    pair.say(c.error(), sender)
+    assert {side.state for side in pair.sides.values()} == {State.CLOSED}
+    for message in ONE_OF_EACH.values():
+        refuses(pair.sides[E], lambda message=message: pair.sides[E].send(message), LocalProtocolError)
+        refuses(pair.sides[E], lambda message=message: pair.sides[E].receive(encode(message)), RemoteProtocolError)
+
+
+# -- what is not in the table ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("state", State)
+def test_what_the_table_does_not_name_is_refused_on_both_sides(state: State, role: Role) -> None:
+    allowed = {kind: who for kind, (who, _) in TRANSITIONS[state].items()}
+    for kind, message in ONE_OF_EACH.items():
+        if kind is m.Error and state is not State.CLOSED:
+            continue
+        session = Pair(WAYS[state]).sides[role]
+        assert session.state is state
+        send, receive = lambda: session.send(message), lambda: session.receive(encode(message))  # noqa: B023, E731
+        if allowed.get(kind) is role:
+            send()
+        else:
+            refuses(session, send, LocalProtocolError)
+        session = Pair(WAYS[state]).sides[role]
+        if allowed.get(kind) is c.other(role):
+            receive()
+        else:
+            assert refuses(session, receive, RemoteProtocolError).code == m.ErrorCode.PROTOCOL
+
+
+# -- right message, wrong content ------------------------------------------------------------------------
+
+
+def nan(tensor: WireTensor) -> WireTensor:
+    data = tensor.data.copy()
+    data.reshape(-1)[-1] = np.nan
+    return WireTensor(tensor.dtype, data, tensor.exponent)
+
+
+f, ints = c.floats, WireTensor.from_ints
+T, L, W = c.TOKENS, c.LABELLED, c.WIDTH
+LONG = c.MAX_TOKENS + 1
+WRONG: list[tuple[str, State, m.AnyMessage, m.ErrorCode]] = [
+    ("another version", State.GREETING, c.welcome(version=99), m.ErrorCode.VERSION),
+    ("a group of nothing", State.GREETED, c.open_session(groups=(GroupSpec(0, 4, ()),)), m.ErrorCode.PROTOCOL),
+    ("beyond the end", State.GREETED, c.open_session(next_step=10), m.ErrorCode.PROTOCOL),
+    ("too few units", State.OPENING, c.session_opened(b"\1"), m.ErrorCode.PROTOCOL),
+    ("unknown unit state", State.OPENING, c.session_opened(b"\1\7"), m.ErrorCode.PROTOCOL),
+    ("a later step", State.IDLE, c.embeddings(step=1), m.ErrorCode.PROTOCOL),
+    ("a later step, evaluating", State.IDLE, c.embeddings(step=1, mode="evaluate"), m.ErrorCode.PROTOCOL),
+    ("a later micro-batch", State.IDLE, c.embeddings(micro_batch=1), m.ErrorCode.PROTOCOL),
+    ("embedding width", State.IDLE, c.embeddings(hidden_states=f(T, W + 1)), m.ErrorCode.PROTOCOL),
+    ("embedding rank", State.IDLE, c.embeddings(hidden_states=f(1, T, W)), m.ErrorCode.PROTOCOL),
+    ("embedding dtype", State.IDLE, c.embeddings(hidden_states=f(T, W, dtype="fp16")), m.ErrorCode.PROTOCOL),
+    ("embedding NaN", State.IDLE, c.embeddings(hidden_states=nan(f(T, W))), m.ErrorCode.NON_FINITE),
+    ("lengths' sum", State.IDLE, c.embeddings(sequence_lengths=ints([T + 1])), m.ErrorCode.PROTOCOL),
+    ("lengths' sum overflows", State.IDLE, c.embeddings(sequence_lengths=ints([2**31 - 1] * 2 + [T + 2])),
+     m.ErrorCode.PROTOCOL),
+    ("an empty sequence", State.IDLE, c.embeddings(sequence_lengths=ints([T, 0])), m.ErrorCode.PROTOCOL),
+    ("a negative length", State.IDLE, c.embeddings(sequence_lengths=ints([T + 1, -1])), m.ErrorCode.PROTOCOL),
+    ("no sequences", State.IDLE, c.embeddings(sequence_lengths=ints([])), m.ErrorCode.PROTOCOL),
+    ("lengths' dtype", State.IDLE, c.embeddings(sequence_lengths=f(2)), m.ErrorCode.PROTOCOL),
+    ("no tokens", State.IDLE, c.embeddings(hidden_states=f(0, W)), m.ErrorCode.LIMIT),
+    ("too many tokens", State.IDLE,
+     c.embeddings(hidden_states=f(LONG, W), sequence_lengths=ints([1] * LONG)), m.ErrorCode.LIMIT),
+    ("too long a sequence", State.IDLE,
+     c.embeddings(hidden_states=f(9, W), sequence_lengths=ints([9])), m.ErrorCode.LIMIT),
+    ("no labels", State.IDLE, c.embeddings(label_positions=ints([])), m.ErrorCode.PROTOCOL),
+    ("labels twice", State.IDLE, c.embeddings(label_positions=ints([1, 1])), m.ErrorCode.PROTOCOL),
+    ("labels descending", State.IDLE, c.embeddings(label_positions=ints([2, 0])), m.ErrorCode.PROTOCOL),
+    ("a label before", State.IDLE, c.embeddings(label_positions=ints([-1, 0])), m.ErrorCode.PROTOCOL),
+    ("a label behind", State.IDLE, c.embeddings(label_positions=ints([0, T])), m.ErrorCode.PROTOCOL),
+    ("report of another step", State.IDLE, c.report(1), m.ErrorCode.PROTOCOL),
+    ("report of too many", State.IDLE, c.report(0, units=3), m.ErrorCode.PROTOCOL),
+    ("scores' NaN", State.IDLE, m.StepReport(step=0, scores=nan(f(2))), m.ErrorCode.NON_FINITE),
+    ("input of another step", State.FORWARD, c.group_input(step=1), m.ErrorCode.PROTOCOL),
+    ("input of another micro-batch", State.FORWARD, c.group_input(micro_batch=1), m.ErrorCode.PROTOCOL),
+    ("input of no group", State.FORWARD, c.group_input(group=3), m.ErrorCode.PROTOCOL),
+    ("input's tokens", State.FORWARD, c.group_input(hidden_states=f(T + 1, W)), m.ErrorCode.PROTOCOL),
+    ("input's width", State.FORWARD, c.group_input(group=2, hidden_states=f(T, W)), m.ErrorCode.PROTOCOL),
+    ("input's dtype", State.FORWARD, c.group_input(hidden_states=f(T, W, dtype="fp16")), m.ErrorCode.PROTOCOL),
+    ("input's NaN", State.FORWARD, c.group_input(hidden_states=nan(f(T, W))), m.ErrorCode.NON_FINITE),
+    ("labelled rows", State.FORWARD, c.labelled(hidden_states=f(L + 1, W)), m.ErrorCode.PROTOCOL),
+    ("more gradients than groups", State.FORWARD, c.labelled(gradients=1), m.ErrorCode.PROTOCOL),
+    ("delta of another step", State.DELTA, c.group_delta(step=1), m.ErrorCode.PROTOCOL),
+    ("delta of another group", State.DELTA, c.group_delta(group=1), m.ErrorCode.PROTOCOL),
+    ("a delta too few", State.DELTA, c.group_delta(deltas=c.outputs(0)[:1]), m.ErrorCode.PROTOCOL),
+    ("deltas changed about", State.DELTA, c.group_delta(deltas=c.outputs(0)[::-1]), m.ErrorCode.PROTOCOL),
+    ("delta's dtype", State.DELTA, c.group_delta(deltas=c.outputs(0, "fp16")), m.ErrorCode.PROTOCOL),
+    ("delta's NaN", State.DELTA, c.group_delta(deltas=(c.outputs(0)[0], nan(c.outputs(0)[1]))),
+     m.ErrorCode.NON_FINITE),
+    ("gradient's rows", State.LOSS, c.grad_hidden_states(grad_hidden_states=f(L - 1, W)), m.ErrorCode.PROTOCOL),
+    ("gradient's micro-batch", State.LOSS, c.grad_hidden_states(micro_batch=2), m.ErrorCode.PROTOCOL),
+    ("gradient's NaN", State.LOSS, c.grad_hidden_states(grad_hidden_states=nan(f(L, W))), m.ErrorCode.NON_FINITE),
+    ("gradients again", State.BACKWARD, c.group_grad(group=2), m.ErrorCode.PROTOCOL),
+    ("gradients of no group", State.BACKWARD, c.group_grad(group=3), m.ErrorCode.PROTOCOL),
+    ("gradients' shape", State.BACKWARD, c.group_grad(group=1, grads=(f(T, 5),)), m.ErrorCode.PROTOCOL),
+    ("dx unasked", State.BACKWARD, c.group_input_grad(group=1), m.ErrorCode.PROTOCOL),
+    ("dx's shape", State.BACKWARD, c.group_input_grad(group=2, grad_hidden_states=f(T, W)), m.ErrorCode.PROTOCOL),
+    ("dx's NaN", State.BACKWARD, c.group_input_grad(group=2, grad_hidden_states=nan(f(T, 6))),
+     m.ErrorCode.NON_FINITE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "message", "code"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_wrong_content_is_refused_with_its_code(state: State, message: m.AnyMessage, code: m.ErrorCode) -> None:
+    pair = Pair(WAYS[state])
+    sender = c.sender_of(message)
+    listener = pair.sides[c.other(sender)]
+    assert refuses(listener, lambda: listener.receive(encode(message)), RemoteProtocolError).code == code
+    if code is not m.ErrorCode.NON_FINITE:  # ours are looked at where floats become wire tensors
+        refuses(pair.sides[sender], lambda: pair.sides[sender].send(message), LocalProtocolError)
+
+
+def test_a_killed_unit_does_not_exchange() -> None:
+    pair = Pair([*c.opening(), c.report(0), c.signal(0, b"\0\1"), c.embeddings(1)])
+    refuses(pair.sides[C], lambda: pair.sides[C].send(c.group_input(1, group=0)), LocalProtocolError)
+    refuses(pair.sides[E], lambda: pair.sides[E].receive(encode(c.group_input(1, group=0))), RemoteProtocolError)
+    pair.say(c.group_input(1, group=1))
+
+
+def test_a_group_exchanges_once_in_a_micro_batch() -> None:
+    pair = Pair([*c.opening(), c.embeddings(), c.group_input(), c.group_delta()])
+    refuses(pair.sides[C], lambda: pair.sides[C].send(c.group_input()), LocalProtocolError)
+
+
+def test_an_evaluation_has_no_gradients() -> None:
+    way = [*c.opening(), c.embeddings(mode="evaluate"), c.group_input(), c.group_delta()]
+    pair = Pair(way)
+    refuses(pair.sides[E], lambda: pair.sides[E].receive(encode(c.labelled(gradients=1))), RemoteProtocolError)
+
+
+def test_fewer_gradients_than_groups_end_the_backward_pass() -> None:
+    pair = Pair([*c.opening(), *c.forward(gradients=1), c.grad_hidden_states(), c.group_grad(group=2, answer=False)])
+    assert pair.sides[E].state is State.IDLE
+
+
+def test_more_gradients_than_announced_are_refused() -> None:
+    pair = Pair([*c.opening(), *c.forward(gradients=1), c.grad_hidden_states(), c.group_grad(group=2)])
+    refuses(pair.sides[E], lambda: pair.sides[E].receive(encode(c.group_grad(group=1))), RemoteProtocolError)
+
+
+def test_the_newest_common_version_is_chosen() -> None:
+    assert choose_version([0, 1, 99]) == 1
+    assert choose_version([2, 3]) is None
+
+
+# -- at random -------------------------------------------------------------------------------------------
+
+small = st.integers(0, 3)
+dtypes = st.sampled_from(["fp32", "fp16"])
+shapes = st.sampled_from([(3, 4), (2, 4), (3, 2), (3, 6), (0, 4), (3,), (2,)])
+tensors = st.builds(lambda shape, dtype: c.floats(*shape, dtype=dtype), shapes, dtypes) | st.builds(
+    lambda values: WireTensor.from_ints(values), st.lists(st.integers(-1, 4), max_size=3)
+)
+exchange: dict[str, Any] = {"step": small, "micro_batch": small}
+anything: st.SearchStrategy[m.AnyMessage] = st.one_of(
+    st.sampled_from([m.CloseSession(), c.error(), *c.opening(), c.session_opened(b"\0\1")]),
+    st.builds(c.embeddings, **exchange, mode=st.sampled_from(["train", "evaluate"])),
+    st.builds(c.embeddings, small, hidden_states=tensors, label_positions=tensors),
+    st.builds(c.group_input, **exchange, group=small),
+    st.builds(c.group_input, small, hidden_states=tensors),
+    st.builds(c.group_delta, **exchange, group=small),
+    st.builds(c.group_delta, small, deltas=st.lists(tensors, max_size=3).map(tuple)),
+    st.builds(c.labelled, **exchange, gradients=small),
+    st.builds(c.labelled, small, hidden_states=tensors),
+    st.builds(c.grad_hidden_states, **exchange),
+    st.builds(c.group_grad, **exchange, group=small, answer=st.booleans()),
+    st.builds(c.group_input_grad, **exchange, group=small),
+    st.builds(c.group_input_grad, small, group=small, grad_hidden_states=tensors),
+    st.builds(c.report, small, st.integers(1, 3)),
+    st.builds(c.signal, small, st.binary(min_size=1, max_size=3)),
+)
+unit_states = st.lists(st.sampled_from(list(UnitState)), min_size=c.UNITS, max_size=c.UNITS).map(bytes)
+
+
+class Talk:
+    """A random legal conversation; between any two of its messages, messages at random may be tried."""
+
+    def __init__(self, data: st.DataObject, *, noise: bool) -> None:
+        self.draw = data.draw
+        self.noise = noise
+        self.pair = Pair()
+
+    def say(self, message: m.AnyMessage) -> None:
+        if self.noise:
+            for _ in range(self.draw(st.integers(0, 2))):
+                self.disturb(self.draw(anything), self.draw(st.sampled_from(Role)))
+        self.pair.say(message)
+
+    def disturb(self, message: m.AnyMessage, role: Role) -> None:
+        session = self.pair.sides[role]
+        for act in (lambda: session.send(message), lambda: session.receive(encode(message))):
+            before, state = c.everything(session), {k: copy.deepcopy(v) for k, v in vars(session).items() if k != "_decoder"}
+            try:
+                act()
+            except ProtocolError:
+                assert c.everything(session) == before
+            else:  # it was legal, but is not part of this talk
+                vars(session).update(state)
+
+    def run(self) -> None:
+        for message in c.opening():
+            self.say(message)
+        unsignalled: list[int] = []
+        step = 0
+        for step in range(self.draw(st.integers(0, 3))):
+            for micro_batch in range(self.draw(st.integers(0, 2))):
+                self.micro_batch(step, micro_batch, unsignalled)
+            if len(unsignalled) == 2:
+                self.signal(unsignalled)
+            self.say(c.report(step))
+            unsignalled.append(step)
+        self.say(m.CloseSession() if self.draw(st.booleans()) else c.error())
+
+    def signal(self, unsignalled: list[int]) -> None:
+        self.say(c.signal(unsignalled.pop(0), self.draw(unit_states)))
+
+    def micro_batch(self, step: int, micro_batch: int, unsignalled: list[int]) -> None:
+        draw = self.draw
+        training = draw(st.booleans())
+        if not training:
+            self.say(c.embeddings(step, draw(small), mode="evaluate"))
+            micro_batch = self.pair.sides[E]._begun.micro_batch  # type: ignore[union-attr]
+        else:
+            micro_batch = self.pair.sides[E]._micro_batch
+            self.say(c.embeddings(step, micro_batch))
+        while unsignalled:
+            self.signal(unsignalled)
+        units = self.pair.sides[E].units
+        live = [group for group in c.ALL if units[c.GROUPS[group].block] != UnitState.KILLED]
+        asked = draw(st.permutations(live))
+        for group in asked:
+            self.say(c.group_input(step, micro_batch, group))
+            self.say(c.group_delta(step, micro_batch, group))
+        gradients = draw(st.integers(0, len(asked))) if training else 0
+        self.say(c.labelled(step, micro_batch, gradients))
+        if not gradients:
+            return
+        self.say(c.grad_hidden_states(step, micro_batch))
+        to_send, to_answer = list(draw(st.permutations(asked)))[:gradients], []
+        while to_send or to_answer:
+            if to_send and (not to_answer or draw(st.booleans())):
+                group, answer = to_send.pop(), draw(st.booleans())
+                self.say(c.group_grad(step, micro_batch, group, answer=answer))
+                to_answer += [group] * answer
+            else:
+                index = draw(st.integers(0, len(to_answer) - 1))
+                self.say(c.group_input_grad(step, micro_batch, to_answer.pop(index)))
+        assert self.pair.sides[C].state is State.IDLE
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_random_legal_conversations_never_raise(data: st.DataObject) -> None:
+    Talk(data, noise=False).run()
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_random_illegal_message_never_changes_the_state(data: st.DataObject) -> None:
+    Talk(data, noise=True).run()
+
+
+@given(st.binary(max_size=600))
+@settings(max_examples=100, deadline=None)
+def test_random_bytes_never_change_the_state(frame: bytes) -> None:
+    session = Pair(WAYS[State.FORWARD]).sides[E]
+    refuses(session, lambda: session.receive(frame), RemoteProtocolError)
