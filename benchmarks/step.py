@@ -23,9 +23,10 @@ from dlora.edge.bundle import Bundle
 from dlora.edge.config import TrainConfig
 from dlora.edge.connection import Connection
 from dlora.edge.data import Dataset
+from dlora.edge.memory import peak_rss_mb
 from dlora.edge.onnx_engine import OnnxEngine
 from dlora.edge.optimizer import OptimizerConfig
-from dlora.edge.trainer import Trainer, peak_rss_mb
+from dlora.edge.trainer import Trainer
 from dlora.protocol.kill_revive import KillReviveConfig
 
 

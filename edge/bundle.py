@@ -44,7 +44,7 @@ class Bundle:
         """A graph's description and its file for an engine; raises ``BundleError`` where it has none."""
         spec = self.manifest.graph(kind, key)
         if engine not in spec.files:
-            raise BundleError(f"{self.path} has no {engine} graphs; export it again with --engine {engine}")
+            raise BundleError(f"{self.path} has no {engine} graphs; export it again")
         return spec, self._file(spec.files[engine])
 
     def golden_file(self) -> Path:

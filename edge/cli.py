@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,7 +166,8 @@ def train(
 
     from .bundle import Bundle
     from .config import TrainConfig
-    from .data import Dataset, load_examples
+    from .data import load_examples
+    from .memory import collect
     from .optimizer import OptimizerConfig
     from .report import Reporter
     from .rows import parse_columns
@@ -179,11 +181,15 @@ def train(
     tokenizer = EdgeTokenizer.open(opened.path, spec.tokenizer)
     fields = parse_columns(columns) if columns else None
 
-    def load(path: Path) -> Dataset:
-        return load_examples(path, tokenizer, columns=fields, max_length=max_length, too_long=too_long.value)
+    load = partial(
+        load_examples, tokenizer=tokenizer, columns=fields, max_length=max_length, too_long=too_long.value
+    )
 
     dataset = load(data)
     held_out = load(eval_data) if eval_data else None
+    # A tokenizer takes 30 MB, and training needs it no more.
+    del tokenizer, load
+    collect()
     whole = total_steps(dataset, epochs=epochs, steps=steps, batch_size=batch_size, grad_accum=grad_accum)
     config = TrainConfig(
         total_steps=whole,

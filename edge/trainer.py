@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -337,12 +335,6 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
         ratio = loaded.scaling[name] / adapter.scaling
         adapter.lora_A.value = module.lora_A
         adapter.lora_B.value = module.lora_B if ratio == 1.0 else module.lora_B * np.float32(ratio)
-
-
-def peak_rss_mb() -> float:
-    """This process's peak resident memory so far, in megabytes (10**6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def _parameters(adapter: Adapter) -> tuple[tuple[str, Parameter], tuple[str, Parameter]]:

@@ -21,10 +21,11 @@ from .checkpoint import load_latest
 from .config import TrainConfig
 from .connection import Connection
 from .data import Dataset
+from .memory import peak_rss_mb
 from .onnx_engine import OnnxEngine
 from .peft_adapter import load_adapter
 from .report import MetricsLog, Reporter
-from .trainer import Evaluation, Trainer, peak_rss_mb
+from .trainer import Evaluation, Trainer
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"

@@ -97,7 +97,7 @@ class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     bias: str | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
-    rows: Positive = 64
+    rows: Positive = 32
 
 
 class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

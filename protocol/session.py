@@ -168,6 +168,7 @@ class Session:
                 self._check_open(message)
             case m.SessionOpened():
                 self._check_units(message.units)
+                _check(message.ticket, "uint8", (None,))
                 self.units = message.units.data
             case m.StepReport():
                 self._check_report(message)

@@ -25,6 +25,7 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
 }
 MAX_DIMENSIONS: Final = 4
 MAX_EXPONENT: Final = 127
+_ALWAYS_FINITE_EXPONENT: Final = 112  # any finite half times 2**112 is below float32's largest
 _FP16_HEADROOM: Final = 15  # the largest magnitude is scaled into [2**14, 2**15), well below fp16's 65504
 
 
@@ -99,6 +100,9 @@ class WireTensor:
         return values
 
     def is_finite(self) -> bool:
+        if self.dtype == "fp16" and self.exponent > _ALWAYS_FINITE_EXPONENT:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return bool(np.isfinite(self.to_floats()).all())
         if self.dtype == "fp16":
             # Bits, not np.isfinite: halves are slow in numpy, and this runs on every tensor of every step.
             bits = self.data.view(np.uint16)
@@ -127,7 +131,7 @@ def parse_descriptor(descriptor: Any, frame: memoryview, offset: int) -> tuple[W
             raise RemoteProtocolError("malformed tensor descriptor")
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
         raise RemoteProtocolError("malformed tensor shape")
-    if abs(exponent) > MAX_EXPONENT or (exponent and dtype != "fp16"):
+    if type(exponent) is not int or abs(exponent) > MAX_EXPONENT or (exponent and dtype != "fp16"):
         raise RemoteProtocolError("malformed tensor exponent")
     count = math.prod(shape)
     end = offset + count * DTYPES[dtype].itemsize

@@ -160,7 +160,7 @@ def test_what_the_table_does_not_name_is_refused_on_both_sides(state: State, rol
             continue
         session = Pair(WAYS[state]).sides[role]
         assert session.state is state
-        send, receive = lambda: session.send(message), lambda: session.receive(encode(message))  # noqa: B023, E731
+        send, receive = lambda: session.send(message), lambda: session.receive(encode(message))  # noqa: B023
         if allowed.get(kind) is role:
             send()
         else:
@@ -335,13 +335,14 @@ class Talk:
     def disturb(self, message: m.AnyMessage, role: Role) -> None:
         session = self.pair.sides[role]
         for act in (lambda: session.send(message), lambda: session.receive(encode(message))):
-            before, state = c.everything(session), {k: copy.deepcopy(v) for k, v in vars(session).items() if k != "_decoder"}
+            before = c.everything(session)
+            kept = {name: copy.deepcopy(value) for name, value in vars(session).items() if name != "_decoder"}
             try:
                 act()
             except ProtocolError:
                 assert c.everything(session) == before
             else:  # it was legal, but is not part of this talk
-                vars(session).update(state)
+                vars(session).update(kept)
 
     def run(self) -> None:
         for message in c.opening():

@@ -1,0 +1,42 @@
+"""This process's memory: how much it took at most, and giving back what the allocator keeps."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import sys
+from collections.abc import Callable
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process so far, in megabytes (10**6 bytes), mapped weights included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _find_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        return found
+    except (AttributeError, OSError):  # musl, macOS
+        return None
+
+
+_trim = _find_trim()
+
+
+def release_freed() -> None:
+    """Give freed memory back to the system; about a millisecond.
+
+    glibc keeps what large tensors leave behind, in pieces that the next ones may not fit into: on SmolLM2 that
+    was 60 MB, a quarter of the whole process.
+    """
+    if _trim is not None:
+        _trim(0)
+
+
+def collect() -> None:
+    """Collect garbage, then ``release_freed``."""
+    gc.collect()
+    release_freed()

@@ -1,0 +1,314 @@
+"""The docs say what the code does: messages, codes, options, schema, states, numbers and links."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+import typer.main
+
+import dlora.cloud.cli
+import dlora.edge.cli
+import dlora.export.cli
+from dlora.export.adamw_graph import adamw_graph
+from dlora.export.adapter_graphs import adapter_graphs
+from dlora.export.embedding_graph import embedding_graph
+from dlora.export.head_graph import HeadShape, head_graphs
+from dlora.protocol import codec, errors, kill_revive, manifest, messages, session, tensors
+from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PROTOCOL = (ROOT / "docs/protocol.md").read_text()
+BUNDLE = (ROOT / "docs/bundle.md").read_text()
+README = (ROOT / "README.md").read_text()
+QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
+SOURCES = [path for name in ("protocol", "edge", "cloud", "export") for path in sorted((ROOT / name).glob("*.py"))]
+OTHER_PROGRAMS = {"--group", "--import-mode", "--strict"}  # of pip, pytest and mypy
+PROGRAMS = {
+    "dlora-edge": typer.main.get_command(dlora.edge.cli.app),
+    "dlora-cloud": typer.main.get_command(dlora.cloud.cli.app),
+    "dlora-export": typer.main.get_command(dlora.export.cli.app),
+}
+
+
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+def section(text: str, heading: str) -> str:
+    """The text between a heading, of any level, and the next one."""
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, re.M | re.S)
+    assert found, f"no section {heading}"
+    return found[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all table rows without their headers, backquotes taken off."""
+    found = []
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        is_header = number + 1 < len(lines) and re.match(r"\|[-| ]+\|$", lines[number + 1])
+        if line.startswith("|") and not is_header and not re.match(r"\|[-| ]+\|$", line):
+            found.append([cell.strip().strip("`") for cell in line.strip("|").split("|")])
+    return found
+
+
+def first_cells(text: str) -> list[str]:
+    return [row[0] for row in rows(text)]
+
+
+def options_of(command: Any) -> set[str]:
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+
+
+def all_commands() -> Iterator[tuple[str, Any]]:
+    for program, command in PROGRAMS.items():
+        yield program, command
+        for name, sub in getattr(command, "commands", {}).items():
+            yield f"{program} {name}", sub
+
+
+ALL_OPTIONS = set().union(*(options_of(command) for _, command in all_commands()))
+MESSAGES = {kind.__struct_config__.tag: kind for kind in get_args(messages.AnyMessage)}
+
+
+# -- docs/protocol.md ------------------------------------------------------------------------------------
+
+
+def test_every_message_and_no_other_has_a_section() -> None:
+    body = re.search(r"^## Messages\n(.*?)^## ", PROTOCOL, re.M | re.S)
+    assert body
+    assert re.findall(r"^### `([a-z_]+)`$", body[1], re.M) == list(MESSAGES)
+
+
+@pytest.mark.parametrize("kind", MESSAGES.values(), ids=MESSAGES)
+def test_the_fields_of_a_message(kind: type[msgspec.Struct]) -> None:
+    assert first_cells(section(PROTOCOL, f"`{kind.__struct_config__.tag}`")) == list(kind.__struct_fields__)
+
+
+@pytest.mark.parametrize("kind", [kill_revive.GroupSpec, kill_revive.TargetSpec, kill_revive.KillReviveConfig])
+def test_the_fields_of_a_nested_structure(kind: type[msgspec.Struct]) -> None:
+    assert first_cells(section(PROTOCOL, f"`{kind.__name__}`")) == list(kind.__struct_fields__)
+
+
+def test_kill_and_revive_defaults() -> None:
+    config = kill_revive.KillReviveConfig()
+    for field, type_, *_ in rows(section(PROTOCOL, "`KillReviveConfig`")):
+        default = re.split(r"[,;] ", type_)[-1].strip("`")
+        value = getattr(config, field)
+        said = {"empty": (), "true": True}.get(default, default)
+        assert said == value or float(default) == value, field
+
+
+def test_the_state_table_is_the_code() -> None:
+    expected = [
+        [state.name, str(kind.__struct_config__.tag), sender.name[0], target.name]  # type: ignore[attr-defined]
+        for state, transitions in session.TRANSITIONS.items()
+        for kind, (sender, target) in transitions.items()
+    ]
+    table = re.search(r"<!-- transitions.*?-->(.*?)<!-- end of transitions -->", PROTOCOL, re.S)
+    assert table
+    assert rows(table[1]) == expected
+    drawn = re.findall(r"^    ([A-Z]+) --> ([A-Z]+): ([EC]) ([a-z_]+)$", PROTOCOL, re.M)
+    assert [[state, kind, sender, target] for state, target, sender, kind in drawn] == expected
+
+
+def test_unit_states() -> None:
+    found = [(int(value), name) for value, name, *_ in rows(section(PROTOCOL, "Unit states"))]
+    assert found == [(state.value, state.name) for state in kill_revive.UnitState]
+
+
+def test_error_codes() -> None:
+    table = rows(section(PROTOCOL, "Errors"))
+    assert [row[0] for row in table] == list(messages.ErrorCode)
+    known = {kind.exit_code for kind in error_tree()}
+    assert all(int(row[3]) in known for row in table)
+
+
+def test_dtypes_and_limits() -> None:
+    assert first_cells(section(PROTOCOL, "Tensors")) == list(tensors.DTYPES)
+    for name, value, _ in rows(section(PROTOCOL, "Limits")):
+        modules = [module for module in (codec, tensors, messages) if hasattr(module, name)]
+        assert modules, name
+        assert getattr(modules[0], name) == int(value), name
+
+
+def test_the_headers_of_a_step_take_one_block() -> None:
+    targets = int(re.search(r"checked up to (\d+) target modules", PROTOCOL)[1])  # type: ignore[index]
+    descriptor = ["fp16", [2**31 - 1] * 2, -tensors.MAX_EXPONENT]
+    for kind, extra in ((messages.GroupDelta, {}), (messages.GroupGrad, {"answer": True})):
+        fields = dict.fromkeys(("step", "micro_batch", "group"), 2**32 - 1)
+        listed = {"deltas" if kind is messages.GroupDelta else "grads": [descriptor] * targets}
+        header = msgspec.msgpack.encode({"type": kind.__struct_config__.tag, **fields, **listed, **extra})
+        assert 4 + len(header) <= codec.HEADER_BLOCK
+
+
+def test_the_traffic_example() -> None:
+    targets = (kill_revive.TargetSpec("q", 576), kill_revive.TargetSpec("v", 192))
+    groups = [kill_revive.GroupSpec(block, 576, targets) for block in range(30)]
+    table = re.search(r"<!-- example.*?-->(.*?)<!-- end of example -->", PROTOCOL, re.S)
+    assert table
+    assert "`77 + 18·units`" in PROTOCOL
+    for row in rows(table[1]):
+        active, up, down, trips, per_token = (int(cell.replace(",", "")) for cell in row)
+        live = range(30 - active, 30)
+        step = micro_batch_traffic(
+            groups,
+            live=live,
+            graded=live,
+            answered=live[1:],
+            tokens=512,
+            sequences=4,
+            labelled=171,
+            embedding_size=576,
+            hidden_size=576,
+            wire_dtype="fp16",
+        ) + report_traffic(30, 77 + 18 * 30)
+        assert step == Traffic(up, down, trips)
+        assert per_token == round((up + down) / 512)
+
+
+# -- docs/bundle.md --------------------------------------------------------------------------------------
+
+MANIFEST_TYPES = [
+    kind
+    for kind in vars(manifest).values()
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind.__module__ == manifest.__name__
+    and not kind.__name__.startswith("_")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MANIFEST_TYPES)
+def test_the_fields_of_the_manifest(kind: type[msgspec.Struct]) -> None:
+    assert first_cells(section(BUNDLE, f"`{kind.__name__}`")) == list(kind.__struct_fields__)
+
+
+def test_graph_signatures() -> None:
+    head = HeadShape(96, 8, "int8", bias=True, logit_scale=2.0, softcap=3.0)
+    graphs = [embedding_graph(96, 8, "fp16", 1.0), *adapter_graphs(8, 6), *head_graphs(head), adamw_graph()]
+    table = rows(section(BUNDLE, "Graphs"))
+    assert sorted(row[0] for row in table) == sorted(get_args(manifest.GraphKind)) == sorted(g.kind for g in graphs)
+    dims = {"V": 96, "e": 8, "h": 8, "in": 8, "out": 6}
+    for kind, inputs, outputs in table:
+        graph = next(graph for graph in graphs if graph.kind == kind)
+        for cell, specs in ((inputs, graph.inputs), (outputs, graph.outputs)):
+            said = re.findall(r"`?(\w+)`? ?(?:int64 )?\(([^)]*)\)", cell)
+            shapes = [(name, tuple(dims.get(dim, dim) for dim in re.findall(r"\w+", shape))) for name, shape in said]
+            assert shapes == [(spec.name, spec.shape) for spec in specs], kind
+            for spec in specs:
+                assert (f"{spec.name}` int64" in f"`{cell}") == (spec.dtype == "int64"), (kind, spec.name)
+
+
+# -- exit codes, options, programs -----------------------------------------------------------------------
+
+
+def error_tree() -> list[type[errors.DloraError]]:
+    found = [errors.DloraError]
+    for kind in found:
+        found += kind.__subclasses__()
+    return [kind for kind in found if kind.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("text", [README, QUICKSTART], ids=["README", "quickstart"])
+def test_exit_codes(text: str) -> None:
+    listed = [int(row[0]) for row in rows(section(text, "Exit codes"))]
+    assert listed == sorted({0, *(kind.exit_code for kind in error_tree()), errors.INTERRUPTED_EXIT_CODE})
+
+
+def test_exit_codes_are_named_rightly() -> None:
+    codes = {kind.__name__: kind.exit_code for kind in error_tree()}
+    for code, name, _ in rows(section(QUICKSTART, "Exit codes")):
+        assert codes.get(name, int(code)) == int(code), name
+
+
+def shell_lines(text: str) -> Iterator[str]:
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
+        yield from block.replace("\\\n", " ").splitlines()
+
+
+@pytest.mark.parametrize("document", DOCS, ids=name_of)
+def test_options_exist(document: Path) -> None:
+    text = document.read_text()
+    commands = sorted(all_commands(), key=lambda item: -len(item[0]))
+    for line in shell_lines(text):
+        for name, command in commands:
+            if line.startswith(f"{name} "):
+                assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", line)) <= options_of(command), line
+                break
+        else:
+            assert not line.startswith("dlora"), line
+    assert set(re.findall(r"(?<![\w<!-])--[a-z][a-z-]*", text)) <= ALL_OPTIONS | OTHER_PROGRAMS
+
+
+@pytest.mark.parametrize("document", DOCS, ids=name_of)
+def test_options_exist_where_a_command_is_named_in_passing(document: Path) -> None:
+    commands = dict(all_commands())
+    named = re.findall(r"`(dlora-edge \w+|dlora-cloud \w+|dlora-export)( [^`]*)?`", document.read_text())
+    for name, arguments in named:
+        assert name in commands, name
+        assert set(re.findall(r"--[a-z][a-z-]*", arguments)) <= options_of(commands[name]), name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_errors_advise_options_that_exist(path: Path) -> None:
+    said = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    for text in filter(lambda value: isinstance(value, str), said):
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= ALL_OPTIONS, text
+
+
+def test_every_option_of_kill_and_revive_is_in_the_quickstart() -> None:
+    train = dict(all_commands())["dlora-edge train"]
+    panel = [parameter for parameter in train.params if parameter.rich_help_panel == dlora.edge.cli.KR]
+    told = section(QUICKSTART, "Kill and Revive")
+    for option in (name for parameter in panel for name in (*parameter.opts, *parameter.secondary_opts)):
+        assert f"`{option}`" in told, option
+
+
+def test_make_targets_exist() -> None:
+    makefile = ROOT / "Makefile"
+    if not makefile.exists():
+        pytest.skip("there is no Makefile yet")
+    targets = set(re.findall(r"^([a-z][\w-]*):", makefile.read_text(), re.M))
+    for document in DOCS:
+        text = document.read_text()
+        named = re.findall(r"^ *make ([a-z-]+)", text, re.M) + re.findall(r"`make ([a-z-]+)`", text)
+        assert set(named) <= targets, document
+
+
+# -- links and paths -------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> Iterable[str]:
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCS, ids=name_of)
+def test_links_resolve(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        if anchor:
+            assert anchor in set(anchors(target.read_text())), link
+
+
+@pytest.mark.parametrize("document", DOCS, ids=name_of)
+def test_source_files_that_are_named_exist(document: Path) -> None:
+    for path in re.findall(r"`((?:protocol|edge|cloud|export|tests|docs)/[\w./-]+\.(?:py|md))`", document.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_decision_is_listed() -> None:
+    folder = ROOT / "docs/decisions"
+    listed = re.findall(r"\((\d{4}-[a-z0-9-]+\.md)\)", (folder / "README.md").read_text())
+    assert listed == sorted(path.name for path in folder.glob("0*.md"))

@@ -1,0 +1,436 @@
+"""The server in front of devices that it does not trust: it refuses, stays up, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families import VOCABULARY, save_tiny, tiny_model
+from processes import cloud_process
+from serving import KEY, RunningServer, config, random_dataset, serving, training
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from dlora.cloud.base_model import BaseModel
+from dlora.cloud.server import CloudServer
+from dlora.edge.bundle import Bundle
+from dlora.edge.connection import Connection
+from dlora.edge.trainer import check_base_model
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol import messages as m
+from dlora.protocol.codec import encode
+from dlora.protocol.errors import DloraError, ModelMismatchError, ProtocolError, RefusedError
+from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
+from dlora.protocol.session import Role, Session
+from dlora.protocol.tensors import WireTensor
+from dlora.protocol.version import PROTOCOL_VERSIONS
+
+MAX_SESSIONS = 2
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("server") / "model"
+    save_tiny(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bundle(model_directory: Path) -> Path:
+    path = model_directory.parent / "bundle"
+    export_bundle(ExportSettings(str(model_directory), path, rank=4, alpha=8.0, head_dtype="fp32"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return BaseModel.from_model(tiny_model("llama"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(base: BaseModel) -> Iterator[RunningServer]:
+    with serving(base, max_sessions=MAX_SESSIONS, max_tokens=64) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _still_serves(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test the server is healthy, has no session left, and serves the next device."""
+    yield
+    if "server" in request.fixturenames:
+        running: RunningServer = request.getfixturevalue("server")
+        eventually(lambda: health(running.url)["sessions"] == 0)
+        with raw_device(running.url) as device:
+            assert list(life_of_a_device(device, request.getfixturevalue("base")))[-1] == "gradient"
+            assert isinstance(device.hear(), m.GroupGrad)
+        eventually(lambda: health(running.url)["sessions"] == 0)
+
+
+def health(url: str) -> dict[str, object]:
+    with urllib.request.urlopen(url.replace("ws://", "http://") + "/healthz", timeout=10) as answer:
+        assert answer.headers["Content-Type"] == "application/json"
+        return dict(json.load(answer))
+
+
+def eventually(holds: Callable[[], bool], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+class RawDevice:
+    """A device that says what it likes; ``session`` lets it be right where it wants to."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self.session = Session(Role.EDGE)
+
+    def say(self, *messages: m.AnyMessage) -> None:
+        for message in messages:
+            self.socket.send(self.session.send(message))
+
+    def hear(self) -> m.AnyMessage:
+        return self.session.receive(self.socket.recv(timeout=10, decode=False))
+
+    def hear_error(self) -> m.Error:
+        """The server's last message, after which it hangs up."""
+        message = self.hear()
+        assert isinstance(message, m.Error)
+        with pytest.raises(ConnectionClosed):
+            self.socket.recv(timeout=10)
+        return message
+
+
+@contextmanager
+def raw_device(url: str) -> Iterator[RawDevice]:
+    with connect(url, compression=None, proxy=None) as socket:
+        yield RawDevice(socket)
+
+
+def hello(versions: list[int] | None = None) -> m.Hello:
+    return m.Hello(protocol_versions=versions or list(PROTOCOL_VERSIONS), software="a raw device")
+
+
+def open_session(base: BaseModel, **changes: object) -> m.OpenSession:
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    settings = {
+        "base_fingerprint": base.fingerprint,
+        "groups": base.groups(names),
+        "wire_dtype": "fp32",
+        "kill_revive": KillReviveConfig(active_fraction=1.0),
+        "seed": 0,
+        "total_steps": 5,
+    }
+    return m.OpenSession(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def embeddings(tokens: int = 3, **changes: object) -> m.Embeddings:
+    settings = {
+        "step": 0,
+        "micro_batch": 0,
+        "mode": "train",
+        "hidden_states": WireTensor.from_floats(np.ones((tokens, 16), np.float32), "fp32"),
+        "sequence_lengths": WireTensor.from_ints([tokens]),
+        "label_positions": WireTensor.from_ints([0]),
+    }
+    return m.Embeddings(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+@contextmanager
+def opened_device(url: str, base: BaseModel) -> Iterator[RawDevice]:
+    with raw_device(url) as device:
+        device.say(hello())
+        assert isinstance(device.hear(), m.Welcome)
+        device.say(open_session(base))
+        assert isinstance(device.hear(), m.SessionOpened)
+        yield device
+
+
+# -- health ----------------------------------------------------------------------------------------------
+
+
+def test_healthz(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+    with opened_device(server.url, base):
+        found = health(server.url)
+    assert found["status"] == "ok"
+    assert (found["sessions"], found["max_sessions"]) == (1, MAX_SESSIONS)
+    assert found["base_fingerprint"] == base.fingerprint == Bundle.open(bundle).manifest.base_model.fingerprint
+    assert found["protocol_versions"] == list(PROTOCOL_VERSIONS)
+
+
+def test_plain_http_is_told_that_this_is_a_websocket(server: RunningServer, bundle: Path) -> None:
+    with pytest.raises(urllib.error.HTTPError) as answer:
+        urllib.request.urlopen(server.url.replace("ws://", "http://"), timeout=10)
+    assert answer.value.code == 426
+
+
+# -- refusals --------------------------------------------------------------------------------------------
+
+
+def test_a_version_that_it_does_not_speak(server: RunningServer, bundle: Path) -> None:
+    with raw_device(server.url) as device:
+        device.say(hello([98, 99]))
+        refusal = device.hear_error()
+    assert (refusal.code, refusal.retryable) == (m.ErrorCode.VERSION, False)
+
+
+def test_the_server_refuses_another_base_model(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+    with raw_device(server.url) as device:
+        device.say(hello())
+        device.hear()
+        device.say(open_session(base, base_fingerprint="0" * 64))
+        assert device.hear_error().code == m.ErrorCode.BASE_MODEL_MISMATCH
+
+
+def test_the_device_refuses_another_base_model(bundle: Path) -> None:
+    other = BaseModel.from_model(tiny_model("llama", seed=9), "other")
+    data = random_dataset(VOCABULARY)
+    with serving(other) as running:
+        with (
+            pytest.raises(ModelMismatchError, match="the server serves other"),
+            training(bundle, running.url, config(), data),
+        ):
+            pass
+        # And where the device did not look, the server does.
+        with Connection(running.url) as connection:
+            with pytest.raises(ModelMismatchError):
+                check_base_model(Bundle.open(bundle), connection.welcome)
+            connection.send(
+                open_session(other, base_fingerprint=Bundle.open(bundle).manifest.base_model.fingerprint)
+            )
+            with pytest.raises(ModelMismatchError, match="refused"):
+                connection.receive(m.SessionOpened)
+
+
+UNKNOWN = TargetSpec("model.layers.0.self_attn.x_proj", 16)
+Q = TargetSpec("model.layers.0.self_attn.q_proj", 16)
+UP = TargetSpec("model.layers.0.mlp.up_proj", 24)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        (GroupSpec(0, 16, (UNKNOWN,)),),
+        (GroupSpec(0, 16, (Q, UP)),),
+        (GroupSpec(0, 17, (Q,)),),
+        (GroupSpec(1, 16, (Q,)),),
+        (GroupSpec(0, 16, (Q,)), GroupSpec(0, 16, (Q,))),
+        (GroupSpec(0, 16, (UP,)), GroupSpec(0, 16, (Q,))),
+        (GroupSpec(0, 16, (TargetSpec(Q.name, 8),)),),
+    ],
+    ids=["unknown", "two inputs in one", "width", "block", "twice", "order", "output width"],
+)
+def test_groups_that_it_did_not_trace_itself(
+    server: RunningServer, base: BaseModel, bundle: Path, groups: tuple[GroupSpec, ...]
+) -> None:
+    with raw_device(server.url) as device:
+        device.say(hello())
+        device.hear()
+        device.say(open_session(base, groups=groups))
+        assert device.hear_error().code == m.ErrorCode.UNKNOWN_TARGET
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"kill_revive": KillReviveConfig(pinned=(7,))}, m.ErrorCode.LIMIT),
+        ({"kill_revive": KillReviveConfig(score="static")}, m.ErrorCode.LIMIT),
+        ({"next_step": 2}, m.ErrorCode.TICKET),
+        ({"next_step": 2, "ticket": b"forged"}, m.ErrorCode.TICKET),
+    ],
+    ids=["pinned", "static", "no ticket", "forged ticket"],
+)
+def test_settings_that_cannot_work(
+    server: RunningServer, base: BaseModel, bundle: Path, changes: dict[str, object], code: m.ErrorCode
+) -> None:
+    with raw_device(server.url) as device:
+        device.say(hello())
+        device.hear()
+        device.say(open_session(base, **changes))
+        assert device.hear_error().code == code
+
+
+def test_a_full_server_says_when_to_come_again(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+    with opened_device(server.url, base), opened_device(server.url, base) as second:
+        with pytest.raises(RefusedError) as refused, training(bundle, server.url, config(), random_dataset(VOCABULARY)):
+            pass
+        assert (refused.value.code, refused.value.retryable) == (m.ErrorCode.BUSY, True)
+        assert refused.value.retry_after_s
+        second.say(m.CloseSession())
+        eventually(lambda: health(server.url)["sessions"] == 1)
+        with opened_device(server.url, base):
+            pass
+
+
+def test_more_tokens_than_it_takes(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+    with opened_device(server.url, base) as device:
+        device.socket.send(encode(embeddings(65)))
+        assert device.hear_error().code == m.ErrorCode.LIMIT
+
+
+def test_not_a_number(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+    with opened_device(server.url, base) as device:
+        poison = WireTensor("fp32", np.full((3, 16), np.nan, np.float32))
+        device.socket.send(encode(embeddings(hidden_states=poison)))
+        assert device.hear_error().code == m.ErrorCode.NON_FINITE
+
+
+def test_values_that_overflow_in_the_base_model(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+    with opened_device(server.url, base) as device:
+        device.say(embeddings())
+        asked = device.hear()
+        assert isinstance(asked, m.GroupInput)
+        huge = WireTensor.from_floats(np.full((3, 16), 3e38, np.float32), "fp32")
+        device.say(m.GroupDelta(step=0, micro_batch=0, group=asked.group, deltas=(huge,)))
+        while isinstance(answer := device.hear(), m.GroupInput):
+            device.say(m.GroupDelta(step=0, micro_batch=0, group=answer.group, deltas=(huge,)))
+        assert isinstance(answer, m.Error)
+        assert answer.code == m.ErrorCode.NON_FINITE
+
+
+# -- nonsense --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [b"", b"\0", b"garbage" * 99, "text", encode(m.CloseSession()), encode(embeddings()), b"\xff" * 300, b"\0" * 4096],
+    ids=["empty", "short", "garbage", "text", "too early", "far too early", "ones", "zeros"],
+)
+@pytest.mark.parametrize("opened", [False, True], ids=["first", "in a session"])
+def test_nonsense(
+    server: RunningServer, base: BaseModel, bundle: Path, frame: bytes | str, opened: bool
+) -> None:
+    with (opened_device(server.url, base) if opened else raw_device(server.url)) as device:
+        device.socket.send(frame)
+        if opened and isinstance(frame, bytearray):
+            return  # legal there
+        assert device.hear_error().code in (m.ErrorCode.PROTOCOL, m.ErrorCode.LIMIT)
+
+
+def test_a_frame_that_is_too_large(server: RunningServer, bundle: Path) -> None:
+    with raw_device(server.url) as device:
+        with suppress(ConnectionClosed):  # it may hang up before it has read all
+            device.socket.send(bytes(9 << 20))
+        with pytest.raises(ConnectionClosed):
+            device.socket.recv(timeout=10)
+        assert device.socket.close_code == 1009
+
+
+@pytest.mark.parametrize("after", ["hello", "opened", "embeddings", "delta", "loss", "gradient"])
+@pytest.mark.parametrize("politely", [True, False], ids=["closing", "vanishing"])
+def test_a_device_that_leaves(server: RunningServer, base: BaseModel, bundle: Path, after: str, politely: bool) -> None:
+    with raw_device(server.url) as device:
+        for message in life_of_a_device(device, base):
+            if message == after:
+                break
+        if not politely:
+            device.socket.socket.close()
+    eventually(lambda: health(server.url)["sessions"] == 0)
+
+
+def life_of_a_device(device: RawDevice, base: BaseModel) -> Iterator[str]:
+    device.say(hello())
+    device.hear()
+    yield "hello"
+    device.say(open_session(base))
+    device.hear()
+    yield "opened"
+    device.say(embeddings())
+    yield "embeddings"
+    delta = WireTensor.from_floats(np.ones((3, 16), np.float32), "fp32")
+    for _ in range(2):
+        asked = device.hear()
+        assert isinstance(asked, m.GroupInput)
+        device.say(m.GroupDelta(step=0, micro_batch=0, group=asked.group, deltas=(delta,)))
+        yield "delta"
+    device.hear()
+    yield "loss"
+    grad = WireTensor.from_floats(np.ones((1, 16), np.float32), "fp32")
+    device.say(m.GradHiddenStates(step=0, micro_batch=0, grad_hidden_states=grad))
+    yield "gradient"
+
+
+def test_a_device_that_gives_up_and_says_why(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+    with opened_device(server.url, base) as device:
+        device.say(embeddings())
+        device.hear()
+        device.say(m.Error(code="internal", message="out of memory"))
+        with pytest.raises(ConnectionClosed):
+            device.socket.recv(timeout=10)
+
+
+def test_no_thread_outlives_the_server(base: BaseModel, bundle: Path) -> None:
+    before = set(threading.enumerate())
+    with serving(base) as running:
+        for _ in range(3):
+            with opened_device(running.url, base) as device:
+                device.say(embeddings())
+        with training(bundle, running.url, config(), random_dataset(VOCABULARY)) as trainer:
+            trainer.run_step()
+    # torch may keep a pool of its own.
+    eventually(lambda: not {t.name for t in set(threading.enumerate()) - before if t.name.startswith("session")})
+
+
+# -- the base model --------------------------------------------------------------------------------------
+
+
+def test_nothing_in_the_base_requires_grad_after_training(base: BaseModel, bundle: Path) -> None:
+    weights = {name: value.clone() for name, value in base.model.state_dict().items()}
+    with serving(base) as running, training(bundle, running.url, config(), random_dataset(VOCABULARY)) as trainer:
+        for _ in range(3):
+            trainer.run_step()
+    for name, parameter in base.model.named_parameters():
+        assert not parameter.requires_grad, name
+        assert parameter.grad is None, name
+    assert all(value.equal(weights[name]) for name, value in base.model.state_dict().items())
+
+
+def test_a_base_parameter_that_requires_grad_is_refused() -> None:
+    trainable = BaseModel.from_model(tiny_model("llama"), "tiny")
+    next(trainable.model.parameters()).requires_grad_(True)
+    with pytest.raises(ValueError, match="requires grad"):
+        CloudServer(trainable, max_sessions=1, max_tokens=8, threads=1, ticket_key=KEY)
+
+
+# -- the process -----------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_told_to_stop(model_directory: Path, base: BaseModel, bundle: Path, tmp_path: Path) -> None:
+    with cloud_process(model_directory, tmp_path) as cloud:
+        assert cloud.hello["base_fingerprint"] == base.fingerprint
+        assert health(cloud.url)["status"] == "ok"
+        with (
+            opened_device(cloud.url, base) as silent,
+            training(bundle, cloud.url, config(), random_dataset(VOCABULARY)) as trainer,
+        ):
+            trainer.run_step()
+            silent.say(embeddings())  # in the midst of a step
+            started = time.monotonic()
+            assert cloud.end(signal.SIGTERM) == 0
+            assert time.monotonic() - started < 5
+            with pytest.raises(DloraError) as told:
+                trainer.run_step()
+            assert isinstance(told.value, RefusedError)
+            assert (told.value.code, told.value.retryable) == (m.ErrorCode.SHUTTING_DOWN, True)
+            assert "--resume" in str(told.value)
+        log = cloud.log.read_text()
+        assert "Traceback" not in log
+        assert "2 sessions are told to come again" in log
+
+
+def test_a_protocol_error_is_one(server: RunningServer, bundle: Path) -> None:
+    """What a device raises when the server says that it broke the rules."""
+    with Connection(server.url) as connection:
+        connection._socket.send(encode(hello()))
+        with pytest.raises(ProtocolError, match="Hello in GREETED"):
+            connection.receive(m.SessionOpened)

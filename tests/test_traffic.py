@@ -1,0 +1,224 @@
+"""Counted bytes and round trips of real steps are the formula's, exactly; and the sockets', with the framing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from families import VOCABULARY, save_tiny, tiny_model
+from proxy import CLOSE, payloads, read_frames, recording_proxy
+from serving import RunningServer, config, random_dataset, serving, training
+
+from dlora.cloud.base_model import BaseModel
+from dlora.edge.batches import MicroBatch, evaluation_batches
+from dlora.edge.bundle import Bundle
+from dlora.edge.data import Dataset
+from dlora.edge.inference import open_model
+from dlora.edge.trainer import Trainer, evaluate
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.tensors import WireDtype
+from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
+
+BLOCKS = 4
+NOTHING = Traffic(0, 0, 0)
+TARGETS = {
+    "q,v": ("q_proj", "v_proj"),  # one group a block
+    "two-groups": ("q_proj", "gate_proj"),
+    "all-linear": ("all-linear",),  # four: qkv, o, gate and up, down
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    server: RunningServer
+    bundles: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    directory = tmp_path_factory.mktemp("traffic")
+    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
+    bundles = {}
+    for name, targets in TARGETS.items():
+        bundles[name] = directory / name
+        export_bundle(
+            ExportSettings(
+                str(directory / "model"), bundles[name], rank=4, alpha=8.0, target_modules=targets, head_dtype="fp32"
+            )
+        )
+    with serving(BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny")) as server:
+        yield Bench(server, bundles)
+
+
+def expected(
+    trainer: Trainer, batches: Sequence[MicroBatch], units: Sequence[int], *, train: bool = True
+) -> Traffic:
+    """The formula, for a model whose groups follow one another."""
+    groups = trainer.bundle.manifest.groups
+    states = {group: units[index] for index, unit in enumerate(trainer.adapters.units) for group in unit.groups}
+    live = [group for group in range(len(groups)) if states[group] != UnitState.KILLED]
+    active = [group for group in live if states[group] == UnitState.ACTIVE]
+    graded = [group for group in live if group >= min(active)] if train else []
+    return sum(
+        (
+            micro_batch_traffic(
+                groups,
+                live=live,
+                graded=graded,
+                answered=graded[1:],
+                tokens=len(batch.ids),
+                sequences=len(batch.sequence_lengths),
+                labelled=len(batch.labels),
+                embedding_size=trainer.bundle.manifest.base_model.embedding_size,
+                hidden_size=trainer.bundle.manifest.base_model.hidden_size,
+                wire_dtype=trainer.config.wire_dtype,
+            )
+            for batch in batches
+        ),
+        NOTHING,
+    )
+
+
+def even_dataset() -> Dataset:
+    """Sequences of one length: the server has no padding to leave out."""
+    return Dataset.of([([3 + index] * 6, [2, 3, 4]) for index in range(12)])
+
+
+def check_steps(trainer: Trainer, steps: int) -> None:
+    """Each step's counted traffic is the formula's; the signal of a step comes with the next one."""
+    session = trainer.connection.session
+    ticket_bytes = len(trainer._ticket)
+    unit_count = len(trainer.adapters.units)
+    waiting = 0
+    for step in range(steps):
+        batches = trainer.batches.step_batches(step)
+        metrics = trainer.run_step()
+        report = report_traffic(unit_count, ticket_bytes)
+        wanted = expected(trainer, batches, [int(digit) for digit in metrics.units])
+        wanted += Traffic(report.bytes_up, waiting, 0)
+        assert (metrics.bytes_up, metrics.bytes_down, metrics.round_trips) == (
+            wanted.bytes_up,
+            wanted.bytes_down,
+            wanted.round_trips,
+        ), f"step {step}, units {metrics.units}"
+        waiting = report.bytes_down
+    before = session.bytes_received
+    trainer.settle()
+    assert session.bytes_received - before == waiting
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("active", [1, 2, BLOCKS])
+@pytest.mark.parametrize("padded", [True, False], ids=["uneven", "even"])
+def test_steps_cost_what_the_formula_says(bench: Bench, wire_dtype: WireDtype, active: int, padded: bool) -> None:
+    run = config(
+        total_steps=2,
+        grad_accum=2,
+        wire_dtype=wire_dtype,
+        kill_revive={"active_fraction": 0.0, "score": "static", "static": tuple(range(1, 1 + active))}
+        if active < BLOCKS
+        else {},
+    )
+    dataset = random_dataset(VOCABULARY) if padded else even_dataset()
+    with training(bench.bundles["q,v"], bench.server.url, run, dataset) as trainer:
+        check_steps(trainer, 2)
+
+
+@pytest.mark.parametrize("unit", ["block", "group"])
+@pytest.mark.parametrize("targets", ["two-groups", "all-linear"])
+def test_blocks_of_several_groups(bench: Bench, targets: str, unit: str) -> None:
+    kill_revive = {"active_fraction": 0.0, "score": "static", "static": (1, 3), "unit": unit}
+    run = config(total_steps=2, kill_revive=kill_revive)
+    with training(bench.bundles[targets], bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
+        check_steps(trainer, 2)
+    run = config(total_steps=1, wire_dtype="fp16")
+    with training(bench.bundles[targets], bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
+        check_steps(trainer, 1)
+
+
+@pytest.mark.parametrize("on_kill", ["fade", "hold_forward", "bypass"])
+def test_a_run_in_which_units_come_and_go(bench: Bench, on_kill: str) -> None:
+    kill_revive = {
+        "active_fraction": 0.25, "on_kill": on_kill, "warmup_steps": 2, "warmup_fraction": 0.0, "ramp_fraction": 0.5,
+        "kill_every": 2, "revive_every": 2, "probation": 1,
+    }  # fmt: skip
+    run = config(total_steps=14, kill_revive=kill_revive)
+    with training(bench.bundles["q,v"], bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
+        check_steps(trainer, run.total_steps)
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
+def test_without_an_adapter_no_group_exchanges(bench: Bench, wire_dtype: WireDtype) -> None:
+    bundle = Bundle.open(bench.bundles["q,v"])
+    dataset = random_dataset(VOCABULARY)
+    base = bundle.manifest.base_model
+    with open_model(bundle, bench.server.url, None, wire_dtype=wire_dtype, threads=1) as model:
+        session = model.connection.session
+        before = (session.bytes_sent, session.bytes_received, session.round_trips)
+        evaluate(model, dataset, 3)
+        counted = (session.bytes_sent - before[0], session.bytes_received - before[1], session.round_trips - before[2])
+    wanted = NOTHING
+    for batch in evaluation_batches(dataset, 3):
+        wanted += micro_batch_traffic(
+            bundle.manifest.groups,
+            live=(),
+            graded=(),
+            answered=(),
+            tokens=len(batch.ids),
+            sequences=len(batch.sequence_lengths),
+            labelled=len(batch.labels),
+            embedding_size=base.embedding_size,
+            hidden_size=base.hidden_size,
+            wire_dtype=wire_dtype,
+        )
+    assert counted == (wanted.bytes_up, wanted.bytes_down, wanted.round_trips)
+    assert wanted.round_trips == 4  # one a micro-batch
+
+
+def test_an_evaluation_costs_its_forward_pass(bench: Bench) -> None:
+    dataset = random_dataset(VOCABULARY)
+    with training(bench.bundles["q,v"], bench.server.url, config(), dataset) as trainer:
+        session = trainer.connection.session
+        before = (session.bytes_sent, session.bytes_received, session.round_trips)
+        trainer.evaluate(dataset)
+        wanted = expected(trainer, list(evaluation_batches(dataset, 3)), [1] * BLOCKS, train=False)
+        assert (session.bytes_sent, session.bytes_received, session.round_trips) == (
+            before[0] + wanted.bytes_up,
+            before[1] + wanted.bytes_down,
+            before[2] + wanted.round_trips,
+        )
+
+
+def framing(payload: int, *, masked: bool) -> int:
+    """What RFC 6455 adds to a payload of so many bytes."""
+    return (2 if payload < 126 else 4 if payload < 65536 else 10) + 4 * masked
+
+
+def test_the_sockets_carry_the_counted_bytes_and_their_framing(bench: Bench) -> None:
+    # Long enough for frames on both sides of 64 KiB.
+    dataset = Dataset.of([([3 + index % 90 for index in range(60)], [1, 2, 3])] * 30)
+    run = config(total_steps=2, batch_size=30)
+    with recording_proxy(bench.server.url) as proxy:
+        with training(bench.bundles["q,v"], proxy.url, run, dataset) as trainer:
+            trainer.run_step()
+            trainer.run_step()
+            trainer.settle()
+            session = trainer.connection.session
+        (recording,) = proxy.recordings
+    for raw, counted, masked in (
+        (recording.up, session.bytes_sent, True),
+        (recording.down, session.bytes_received, False),
+    ):
+        messages = [len(payload) for payload in payloads(raw)]
+        assert sum(messages) == counted
+        assert {size < 65536 for size in messages} == {True, False}
+        headers = raw.index(b"\r\n\r\n") + 4
+        goodbye = [frame for frame in read_frames(raw) if frame.opcode == CLOSE]
+        assert len(goodbye) == 1
+        assert len(raw) == headers + counted + sum(framing(size, masked=masked) for size in messages) + sum(
+            frame.raw_bytes for frame in goodbye
+        )
+    assert b"permessage-deflate" not in recording.down

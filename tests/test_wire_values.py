@@ -1,0 +1,43 @@
+"""Values that only look harmless on the wire."""
+
+from __future__ import annotations
+
+import conversations as c
+import msgspec
+import numpy as np
+import pytest
+
+from dlora.protocol import messages as m
+from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode
+from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.session import Role, Session
+from dlora.protocol.tensors import MAX_EXPONENT, WireTensor
+
+
+@pytest.mark.parametrize("exponent", [112, 113, 120, MAX_EXPONENT])
+@pytest.mark.parametrize("value", [1.0, 32752.0, 65504.0, -65504.0])
+def test_a_finite_half_whose_exponent_leads_beyond_float32_is_not_finite(value: float, exponent: int) -> None:
+    tensor = WireTensor("fp16", np.array([value], np.float16), exponent)
+    assert tensor.is_finite() == (abs(value) * 2.0**exponent <= float(np.finfo(np.float32).max))
+
+
+@pytest.mark.parametrize("peak", [3.4e38, 1e30, 1.0, 1e-30, 1e-45])
+def test_everything_that_we_send_is_finite(peak: float) -> None:
+    assert WireTensor.from_floats(np.array([peak, -peak / 3, 0], np.float32), "fp16").is_finite()
+
+
+def test_an_exponent_is_an_integer() -> None:
+    header = msgspec.msgpack.encode({"type": "step_report", "step": 0, "scores": ["fp16", [0], True]})
+    frame = (len(header).to_bytes(4, "little") + header).ljust(HEADER_BLOCK, b"\0")
+    with pytest.raises(RemoteProtocolError, match="exponent"):
+        Decoder().decode(frame)
+
+
+def test_a_ticket_is_bytes_from_the_first_one_on() -> None:
+    session = Session(Role.EDGE)
+    session.send(c.hello())
+    session.receive(encode(c.welcome()))
+    session.send(c.open_session())
+    units = c.session_opened().units
+    with pytest.raises(RemoteProtocolError, match="uint8"):
+        session.receive(encode(m.SessionOpened(session="one", units=units, ticket=c.floats(3))))
