@@ -22,6 +22,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self._weights: dict[str, npt.NDArray[Any]] = {}
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -32,13 +33,19 @@ class Bundle:
         return cls(path, manifest)
 
     def weight(self, name: str) -> npt.NDArray[Any]:
-        """A weight file as a read-only memory map: its pages come and go as the system likes."""
+        """A weight file as a read-only memory map: its pages come and go as the system likes.
+
+        One map a file: a tied embedding and head share theirs, else its pages would count twice.
+        """
+        if name in self._weights:
+            return self._weights[name]
         try:
             array: npt.NDArray[Any] = np.load(self._file(name), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise BundleError(f"{self.path / name} cannot be read ({error}); export the bundle again") from None
         # A plain view: np.memmap's subclass machinery costs at every slice.
-        return array.view(np.ndarray)
+        self._weights[name] = array.view(np.ndarray)
+        return self._weights[name]
 
     def graph_file(self, kind: GraphKind, key: str, engine: str) -> tuple[GraphSpec, Path]:
         """A graph's description and its file for an engine; raises ``BundleError`` where it has none."""

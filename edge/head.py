@@ -11,6 +11,7 @@ from dlora.protocol.tensors import FloatArray
 
 from .bundle import Bundle
 from .engine import Array, Engine, Graph, scalar
+from .memory import release_freed
 
 LongArray = npt.NDArray[np.int64]
 
@@ -80,6 +81,7 @@ class Head:
     def _chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self._rows):
             yield slice(start, start + self._rows)
+            release_freed()  # a chunk's logits are the largest thing in memory, and the next may not fit their place
 
     def _graph(self, kind: str) -> Graph:
         # Loaded when first used: a run that never generates never pays for its graph.

@@ -21,7 +21,6 @@ from .bundle import Bundle
 from .connection import Connection
 from .engine import Engine
 from .head import Embedding, Head, LongArray
-from .memory import release_freed
 
 
 class SplitModel:
@@ -68,7 +67,6 @@ class SplitModel:
         hidden_states = final.hidden_states.to_floats()
         started = time.perf_counter()
         losses, grads = self._head.loss_and_grad(hidden_states, batch.labels, grad_scale)
-        release_freed()
         self.head_seconds += time.perf_counter() - started
         if final.gradients:
             self._backward(grads, step=step, micro_batch=micro_batch, gradients=final.gradients)
@@ -79,7 +77,6 @@ class SplitModel:
         hidden_states = self._evaluate_hidden(batch)
         started = time.perf_counter()
         result = self._head.loss(hidden_states, batch.labels)
-        release_freed()
         self.head_seconds += time.perf_counter() - started
         return result
 

@@ -6,12 +6,14 @@ import conversations as c
 import msgspec
 import numpy as np
 import pytest
+import torch
 
+from dlora.cloud.wire import to_wire
 from dlora.protocol import messages as m
 from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.session import Role, Session
-from dlora.protocol.tensors import MAX_EXPONENT, WireTensor
+from dlora.protocol.tensors import MAX_EXPONENT, WireDtype, WireTensor
 
 
 @pytest.mark.parametrize("exponent", [112, 113, 120, MAX_EXPONENT])
@@ -41,3 +43,10 @@ def test_a_ticket_is_bytes_from_the_first_one_on() -> None:
     units = c.session_opened().units
     with pytest.raises(RemoteProtocolError, match="uint8"):
         session.receive(encode(m.SessionOpened(session="one", units=units, ticket=c.floats(3))))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("peak", [0.0, 1e-30, 3e-5, 1.0, 2.0**15, 7e4, 1e30])
+def test_both_sides_put_the_same_bits_on_the_wire(peak: float, dtype: WireDtype) -> None:
+    values = np.random.default_rng(0).uniform(-1, 1, (5, 7)).astype(np.float32) * np.float32(peak)
+    assert to_wire(torch.from_numpy(values), dtype) == WireTensor.from_floats(values, dtype)

@@ -1,0 +1,210 @@
+"""Devices of one server do not touch each other: each gets the bits that it gets alone, whatever the others do."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families import VOCABULARY, save_tiny, tiny_model
+from serving import config, final_weights, random_dataset, serving, training
+from websockets.sync.client import connect
+
+from dlora.cloud.base_model import BaseModel
+from dlora.edge.config import TrainConfig
+from dlora.edge.connection import Connection
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol import messages as m
+from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.session import Role, Session
+from dlora.protocol.tensors import WireTensor
+
+STEPS = 8
+WIDTH = 64
+BLOCKS = 3
+KILLING = {"active_fraction": 0.4, "warmup_steps": 2, "warmup_fraction": 0.0, "kill_every": 2, "revive_every": 2}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device's run: its bundle, settings and data."""
+
+    bundle: Path
+    run: TrainConfig
+    data_seed: int
+
+    def train(self, url: str, ready: threading.Barrier | None = None) -> tuple[dict[str, bytes], list[float]]:
+        """The bits of its final adapters, and its losses."""
+        with training(self.bundle, url, self.run, random_dataset(VOCABULARY, seed=self.data_seed)) as trainer:
+            if ready is not None:
+                ready.wait(30)
+            losses = [trainer.run_step().loss for _ in range(self.run.total_steps)]
+            trainer.settle()
+        return {name: value.tobytes() for name, value in final_weights(trainer).items()}, losses
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny")
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory: pytest.TempPathFactory) -> list[Device]:
+    """Two that differ in all that a device may choose."""
+    directory = tmp_path_factory.mktemp("isolation")
+    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
+    bundles = []
+    for name, targets in (("qv", None), ("all", ("all-linear",))):
+        bundles.append(directory / name)
+        export_bundle(
+            ExportSettings(
+                str(directory / "model"), bundles[-1], rank=4, alpha=8.0, target_modules=targets, head_dtype="fp32"
+            )
+        )
+    return [
+        Device(bundles[0], config(total_steps=STEPS, rank=4, wire_dtype="fp32"), 0),
+        Device(bundles[1], config(total_steps=STEPS, rank=2, wire_dtype="fp16", seed=9, kill_revive=KILLING), 1),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(base: BaseModel, devices: list[Device]) -> list[tuple[dict[str, bytes], list[float]]]:
+    results = []
+    for device in devices:
+        with serving(base) as server:
+            results.append(device.train(server.url))
+    return results
+
+
+def train_at_once(url: str, devices: list[Device]) -> list[tuple[dict[str, bytes], list[float]]]:
+    ready = threading.Barrier(len(devices))
+    with ThreadPoolExecutor(len(devices)) as threads:
+        return [each.result(60) for each in [threads.submit(device.train, url, ready) for device in devices]]
+
+
+def test_alone_is_deterministic(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
+    with serving(base) as server:
+        assert devices[1].train(server.url) == alone[1]
+
+
+def test_two_at_once_get_what_each_gets_alone(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
+    with serving(base) as server:
+        assert train_at_once(server.url, devices) == alone
+
+
+def test_twins_do_not_share_anything(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
+    with serving(base) as server:
+        assert train_at_once(server.url, [devices[0]] * 3) == [alone[0]] * 3
+
+
+# -- a third one that misbehaves -------------------------------------------------------------------------
+
+
+def open_session(base: BaseModel) -> m.OpenSession:
+    return m.OpenSession(
+        base_fingerprint=base.fingerprint,
+        groups=base.groups([name for name in base.targets if name.endswith(("q_proj", "down_proj"))]),
+        wire_dtype="fp32",
+        kill_revive=KillReviveConfig(active_fraction=1.0),
+        seed=0,
+        total_steps=5,
+    )
+
+
+def embeddings(tokens: int) -> m.Embeddings:
+    return m.Embeddings(
+        step=0,
+        micro_batch=0,
+        mode="train",
+        hidden_states=WireTensor.from_floats(np.ones((tokens, 16), np.float32), "fp32"),
+        sequence_lengths=WireTensor.from_ints([WIDTH] * (tokens // WIDTH)),
+        label_positions=WireTensor.from_ints([0]),
+    )
+
+
+@contextmanager
+def stalled_in_forward(url: str, base: BaseModel) -> Iterator[None]:
+    """Connected and silent after it was asked for its deltas."""
+    with Connection(url) as connection:
+        connection.send(open_session(base))
+        connection.receive(m.SessionOpened)
+        connection.send(embeddings(WIDTH))
+        connection.receive(m.GroupInput)
+        yield
+        # Not close(), which would say goodbye where that is out of turn.
+
+
+@contextmanager
+def stalled_in_backward(url: str, base: BaseModel) -> Iterator[None]:
+    """Silent when it owes the gradient of the loss."""
+    with Connection(url) as connection:
+        connection.send(open_session(base))
+        connection.receive(m.SessionOpened)
+        connection.send(embeddings(WIDTH))
+        while isinstance(message := connection.receive_any(), m.GroupInput):
+            connection.send(deltas(base, message.group, WIDTH))
+        yield
+
+
+def deltas(base: BaseModel, group: int, tokens: int) -> m.GroupDelta:
+    targets = open_session(base).groups[group].targets
+    zeros = tuple(
+        WireTensor.from_floats(np.zeros((tokens, target.out_features), np.float32), "fp32") for target in targets
+    )
+    return m.GroupDelta(step=0, micro_batch=0, group=group, deltas=zeros)
+
+
+@contextmanager
+def never_reading(url: str, base: BaseModel) -> Iterator[None]:
+    """Answers as the rules say without reading a byte, until what the server sends it fills every buffer."""
+    host, port = url.removeprefix("ws://").split(":")
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect((host, int(port)))
+    tokens = 64 * WIDTH
+    with connect(url, sock=raw, compression=None, proxy=None, max_queue=1) as websocket:
+        session = Session(Role.EDGE)
+        for message in (m.Hello(protocol_versions=[1], software="a glutton"), open_session(base)):
+            websocket.send(session.send(message))
+            session.receive(websocket.recv(decode=False))
+        websocket.send(session.send(embeddings(tokens)))
+        for group in range(len(session.groups)):
+            # What it should have heard first, so that its own session lets it answer.
+            asked = m.GroupInput(
+                step=0,
+                micro_batch=0,
+                group=group,
+                hidden_states=WireTensor.from_floats(
+                    np.zeros((tokens, session.groups[group].in_features), np.float32), "fp32"
+                ),
+            )
+            mirror = Session(Role.CLOUD)
+            vars(mirror).update({k: v for k, v in vars(session).items() if k not in ("role", "_decoder")})
+            session.receive(mirror.send(asked))
+            websocket.send(session.send(deltas(base, group, tokens)))
+        time.sleep(0.2)
+        yield
+        # Reset, so that nothing waits for a goodbye.
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.mark.parametrize("stall", [stalled_in_forward, stalled_in_backward, never_reading])
+def test_a_third_that_stalls_changes_neither(
+    base: BaseModel, devices: list[Device], alone: list[object], stall: object
+) -> None:
+    with serving(base) as server:
+        with stall(server.url, base):  # type: ignore[operator]
+            assert train_at_once(server.url, devices) == alone
+            assert server.server.health()["sessions"] == 1
+        deadline = time.monotonic() + 5
+        while server.server.health()["sessions"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

@@ -1,0 +1,151 @@
+"""Canaries: a device trains on marked data, and nothing marked is in what the server gets, logs or writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from canaries import Scanner
+from families import save_tiny
+from processes import cloud_process
+from proxy import payloads, recording_proxy
+from serving import config, training
+
+from dlora.edge.bundle import Bundle
+from dlora.edge.data import Dataset, load_examples
+from dlora.edge.tokenizer import EdgeTokenizer
+from dlora.edge.trainer import Trainer
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol import messages as m
+from dlora.protocol.codec import Decoder
+
+STEPS = 5
+SECRET = "CanaryZebra4711"
+RANK = 8
+RECEIVED = "what the server received"
+
+
+@dataclass(frozen=True)
+class Leak:
+    """All that left the device, all that must not have, and what may be seen."""
+
+    places: dict[str, bytes]
+    scanner: Scanner
+    dataset: Dataset
+    embedding: np.ndarray
+    received: list[bytes]
+
+
+def marked_data(path: Path) -> None:
+    rng = np.random.default_rng(4)
+    with path.open("w") as file:
+        for _ in range(6):
+            words = [f"w{index}" for index in rng.permutation(90)[:14]]
+            row = {"prompt": f"{SECRET} {' '.join(words[:6])}", "completion": f" {' '.join(words[6:])} {SECRET}"}
+            file.write(json.dumps(row) + "\n")
+
+
+@pytest.fixture(scope="module")
+def leak(tmp_path_factory: pytest.TempPathFactory) -> Leak:
+    directory = tmp_path_factory.mktemp("privacy")
+    save_tiny(directory / "model")
+    path, server = directory / "bundle", directory / "server"
+    export_bundle(ExportSettings(str(directory / "model"), path, rank=RANK, alpha=8.0, head_dtype="fp32"))
+    marked_data(directory / "data.jsonl")
+    bundle = Bundle.open(path)
+    tokenizer = EdgeTokenizer.open(path, bundle.manifest.tokenizer)
+    dataset = load_examples(directory / "data.jsonl", tokenizer, max_length=64)
+    scanner = Scanner()
+    scanner.add_text(SECRET)
+    for index in range(len(dataset)):
+        example = dataset[index]
+        scanner.add_tokens(example.ids.tolist(), f"token ids of example {index}")
+        scanner.add_tokens(example.labels.tolist(), f"labels of example {index}")
+    with cloud_process(directory / "model", server) as cloud:
+        with recording_proxy(cloud.url) as proxy:
+            for wire_dtype in ("fp32", "fp16"):
+                run = config(total_steps=STEPS, rank=RANK, wire_dtype=wire_dtype)
+                with training(path, proxy.url, run, dataset) as trainer:
+                    for step in range(STEPS):
+                        trainer.run_step()
+                        add_adapters(scanner, trainer, f"after step {step}, {wire_dtype}")
+                    trainer.save_checkpoint(directory / "checkpoints")
+                    trainer.save_adapter(directory / "adapter")
+        assert cloud.end() == 0
+    assert len(proxy.recordings) == 2
+    received = [payload for recording in proxy.recordings for payload in payloads(recording.up)]
+    requests = b"".join(bytes(each.up[: each.up.index(b"\r\n\r\n")]) for each in proxy.recordings)
+    written = {str(path.relative_to(server)): path.read_bytes() for path in server.rglob("*") if path.is_file()}
+    places = {RECEIVED: b"".join(received), "the HTTP requests": requests, **written}
+    embedding = np.array(bundle.weight(bundle.manifest.embedding.weight), np.float32)
+    return Leak(places, scanner, dataset, embedding, received)
+
+
+def add_adapters(scanner: Scanner, trainer: Trainer, when: str) -> None:
+    for adapter in trainer.adapters:
+        for half in ("lora_A", "lora_B"):
+            parameter = getattr(adapter, half)
+            for name in ("value", "exp_avg", "exp_avg_sq"):
+                scanner.add_matrix(getattr(parameter, name), f"{half} {name} of {adapter.name} {when}")
+
+
+def test_nothing_marked_leaves_the_device(leak: Leak) -> None:
+    assert list(leak.scanner.find(leak.places)) == []
+
+
+def test_the_recorder_sees_what_does_leave(leak: Leak) -> None:
+    """The embeddings cross, as the docs say: a recorder that missed them would miss a canary too."""
+    decoder = Decoder()
+    messages = [decoder.decode(payload) for payload in leak.received]
+    assert {type(message) for message in messages} >= {m.Embeddings, m.GroupDelta, m.GroupInputGrad, m.StepReport}
+    rows = Scanner()
+    tokens = sorted({token for index in range(len(leak.dataset)) for token in leak.dataset[index].ids.tolist()})
+    for token in tokens:
+        rows.add_matrix(leak.embedding[token : token + 1], f"embedding {token}")
+    found = {line.split(",")[0] for line in rows.find({RECEIVED: leak.places[RECEIVED]})}
+    assert found == {f"embedding {token}" for token in tokens}
+
+
+def test_the_server_writes_its_key_and_its_log_and_nothing_else(leak: Leak) -> None:
+    assert set(leak.places) - {RECEIVED, "the HTTP requests"} == {"log", "state/ticket.key"}
+    assert len(leak.places["state/ticket.key"]) == 32
+    assert b"closed at step" in leak.places["log"]
+
+
+@pytest.mark.parametrize("place", [RECEIVED, "log"])
+def test_the_scanner_finds_a_planted_canary(leak: Leak, place: str) -> None:
+    ids, labels = leak.dataset[2].ids, leak.dataset[2].labels
+    adapter_rows = [pattern for pattern, name in leak.scanner.patterns.items() if name.startswith("lora_B value")]
+    moments = [pattern for pattern, name in leak.scanner.patterns.items() if name.startswith("lora_A exp_avg_sq")]
+    assert adapter_rows
+    assert moments
+    planted = [
+        f"prompt was {SECRET}".encode(),
+        ids[2:8].astype(np.int32).tobytes(),
+        labels.astype(np.int64).tobytes(),
+        str(ids.tolist()).encode(),
+        adapter_rows[0],
+        moments[-1],
+    ]
+    content = leak.places[place]
+    for canary in planted:
+        middle = len(content) // 2
+        spoiled = content[:middle] + canary + content[middle:]
+        assert list(leak.scanner.find({place: spoiled})), canary
+
+
+def test_no_message_of_the_device_has_a_field_for_them() -> None:
+    """What a device may say at all: embeddings, deltas, gradients, scores, settings, and a ticket it was given."""
+    allowed = {
+        "step", "micro_batch", "group", "protocol_versions", "software", "base_fingerprint", "groups", "wire_dtype",
+        "kill_revive", "seed", "total_steps", "next_step", "ticket", "mode", "hidden_states", "sequence_lengths",
+        "label_positions", "deltas", "grad_hidden_states", "scores", "code", "message", "retryable", "retry_after_s",
+    }  # fmt: skip
+    spoken = (
+        m.Hello, m.OpenSession, m.Embeddings, m.GroupDelta, m.GradHiddenStates, m.GroupInputGrad, m.StepReport,
+        m.CloseSession, m.Error,
+    )  # fmt: skip
+    assert {field for kind in spoken for field in kind.__struct_fields__} == allowed
