@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -110,6 +111,7 @@ def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
             **totals,
             "edge_compute_s": round(edge_compute_s, 3),
             "peak_rss_mb": round(peak_rss_mb(), 1),
+            "torch_loaded": "torch" in sys.modules,
             "adapter_dir": str(run.out),
         }
 
