@@ -35,17 +35,17 @@ from dlora.protocol.kill_revive import KillReviveConfig
 INTENTS = 10
 RECIPES: dict[str, dict[str, Any]] = {
     "all active": {"active_fraction": 1.0},
+    "last 4": {"score": "last"},
+    "static, 4 spread": {"score": "static", "static": (3, 11, 19, 27)},
     "change": {"score": "change"},
     "change, no revival": {"score": "change", "revive_every": 0},
+    "change, slow fade": {"score": "change", "revive_every": 0, "ramp_fraction": 0.6, "kill_every": 20},
     "change, by score alone": {"score": "change", "cost_aware": False},
-    "sensitivity": {"score": "sensitivity"},
     "sensitivity, no revival": {"score": "sensitivity", "revive_every": 0},
-    "sensitivity, by score alone": {"score": "sensitivity", "cost_aware": False},
+    "sensitivity": {"score": "sensitivity"},
     "norm": {"score": "norm"},
     "grad": {"score": "grad"},
     "random": {"score": "random"},
-    "static, 4 spread": {"score": "static", "static": (3, 11, 19, 27)},
-    "last 4": {"score": "last"},
 }
 
 

@@ -32,7 +32,7 @@ QUESTION = "What is your favourite food?"
 STEPS, BATCH_SIZE, HELD_OUT = 120, 8, 96
 BIN = Path(sys.executable).parent
 # Server and device share these cores; idle OpenMP threads would spin on them.
-ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "PYTHONWARNINGS": "ignore"}
 
 console = Console(highlight=False)
 
@@ -113,12 +113,12 @@ def _show(summary: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value, note in (
         ("held-out loss", f"{summary['eval_loss_before']:.3f} → {summary['eval_loss_after']:.3f}", f"{gain:.0%} lower"),
-        ("the same in PEFT", f"{peft['loss']:.4f}", f"differs by {peft['loss_difference']:.1e} (fp16 head, fp16 wire)"),
-        ("traffic, all adapters active", f"{wire['bytes_per_token_all_active']:,.0f} bytes a token", "in warm-up"),
+        ("the same in PEFT", f"{peft['loss']:.4f}", f"differs by {peft['loss_difference']:.1e} "),
+        ("traffic, all active", f"{wire['bytes_per_token_all_active']:,.0f} bytes a token", "fp16, in warm-up"),
         ("traffic, steady state", f"{wire['bytes_per_token_steady']:,.0f} bytes a token", f"{saved:.1%} less"),
         ("traffic, whole run", f"{wire['bytes_per_token_whole_run']:,.0f} bytes a token", f"{whole:.1%} less"),
         ("round trips", f"{wire['round_trips_per_step']} a step", "steady state"),
-        ("device's peak memory", f"{edge['peak_rss_mb']:.0f} MB", f"torch loaded: {edge['torch_loaded']}"),
+        ("device's peak RSS", f"{edge['peak_rss_mb']:.0f} MB", f"torch loaded: {edge['torch_loaded']}"),
         ("time", f"{summary['train_wall_s']:.0f} s for {summary['steps']} steps", f"{summary['wall_s']:.0f} s in all"),
     ):
         table.add_row(f"[bold]{name}[/]", value, f"[dim]{note}[/]")

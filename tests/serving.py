@@ -45,8 +45,9 @@ def serving(base: BaseModel, **settings: Any) -> Iterator[RunningServer]:
     try:
         asyncio.run_coroutine_threadsafe(server.start("127.0.0.1", 0), loop).result(30)
         yield RunningServer(f"ws://127.0.0.1:{server.port}", server)
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
     finally:
+        # After a failure too: a session's thread that waits for its device would keep the test run from ending.
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()

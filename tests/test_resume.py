@@ -1,0 +1,201 @@
+"""A run that was stopped, or killed, and goes on equals the run that was not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import save_tiny, tiny_model
+from processes import Finished, finish, run_edge, start_edge
+from safetensors.numpy import load_file
+from serving import serving
+
+from dlora.cloud.base_model import BaseModel
+from dlora.edge.checkpoint import list_checkpoints
+from dlora.export.bundle import ExportSettings, export_bundle
+
+BLOCKS = 4
+STEPS = 60
+SAVE_EVERY = 20
+KILLING = (
+    "--active-fraction", "0.5", "--kr-warmup-steps", "6", "--kr-kill-every", "5", "--kr-revive-every", "5",
+    "--kr-probation", "5",
+)  # fmt: skip
+KR = {"off": ("--active-fraction", "1"), "on": KILLING}
+# What a step did. Its traffic depends on where the run was saved, its times on the machine.
+SAME = ("step", "loss", "learning_rate", "grad_norm", "tokens", "labelled", "active_units", "live_units", "units")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A bundle, its data and a server."""
+
+    bundle: Path
+    data: Path
+    url: str
+
+    def train(self, out: Path, *options: object) -> list[object]:
+        return [
+            "train", "--bundle", self.bundle, "--server", self.url, "--data", self.data, "--out", out,
+            "--batch-size", 3, "--steps", STEPS, "--save-every", SAVE_EVERY, "--threads", 1, "--lr", 0.01, *options,
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    directory = tmp_path_factory.mktemp("resume")
+    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    rng = np.random.default_rng(2)
+    rows = [{"text": " ".join(f"w{n}" for n in rng.integers(0, 89, int(rng.integers(4, 12))))} for _ in range(10)]
+    data = directory / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny")) as server:
+        yield Place(directory / "bundle", data, server.url)
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The runs that nothing interrupted."""
+    runs = {}
+    for name, options in KR.items():
+        runs[name] = tmp_path_factory.mktemp(f"whole-{name}")
+        done = run_edge(*place.train(runs[name], *options))
+        assert done.code == 0, done.stderr
+    return runs
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in SAME} for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
+
+
+def assert_same_run(out: Path, wanted: Path) -> None:
+    assert rows(out) == rows(wanted)
+    assert (out / "adapter_model.safetensors").read_bytes() == (wanted / "adapter_model.safetensors").read_bytes()
+    (step, last), (_, wanted_last) = list_checkpoints(out / "checkpoints")[0], list_checkpoints(wanted / "checkpoints")[0]
+    assert step == STEPS
+    found, tensors = load_file(last), load_file(wanted_last)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline, "the run did not get there"
+        time.sleep(0.002)
+
+
+def interrupted(place: Place, out: Path, options: tuple[str, ...], number: int, after: int) -> Finished:
+    """Send a signal once so many steps are done."""
+    process = start_edge(*place.train(out, *options))
+    wait_for_lines(out / "metrics.jsonl", after)
+    process.send_signal(number)
+    return finish(process)
+
+
+@pytest.mark.parametrize("kr", KR)
+def test_stopped_and_resumed(place: Place, whole: dict[str, Path], kr: str, tmp_path: Path) -> None:
+    stopped = interrupted(place, tmp_path, KR[kr], signal.SIGINT, after=13)
+    assert stopped.code == 130, stopped.stderr
+    assert stopped.errors == [stopped.stderr.splitlines()[-1]]
+    assert "--resume" in stopped.errors[0]
+    done = len(rows(tmp_path))
+    assert 13 <= done < STEPS
+    assert list_checkpoints(tmp_path / "checkpoints")[0][0] == done
+    resumed = run_edge(*place.train(tmp_path, *KR[kr], "--resume", "--json"))
+    assert resumed.code == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["first_step"] == done
+    assert_same_run(tmp_path, whole[kr])
+
+
+@pytest.mark.parametrize("kr", KR)
+def test_killed_and_resumed(place: Place, whole: dict[str, Path], kr: str, tmp_path: Path) -> None:
+    killed = interrupted(place, tmp_path, KR[kr], signal.SIGKILL, after=SAVE_EVERY + 4)
+    assert killed.code == -signal.SIGKILL
+    resumed = run_edge(*place.train(tmp_path, *KR[kr], "--resume", "--json"))
+    assert resumed.code == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["first_step"] % SAVE_EVERY == 0
+    assert_same_run(tmp_path, whole[kr])
+
+
+def test_kill_and_revive_did_something(whole: dict[str, Path]) -> None:
+    units = {row["units"] for row in rows(whole["on"])}
+    assert len(units) > 2
+    assert "1" * BLOCKS in units
+
+
+def copied(whole: Path, out: Path, *, but_last: bool = True) -> Path:
+    """A finished run as it stood one checkpoint before its end; or damaged there."""
+    (out / "checkpoints").mkdir(parents=True)
+    for step, path in list_checkpoints(whole / "checkpoints"):
+        content = path.read_bytes()
+        if step == STEPS:
+            if but_last:
+                continue
+            middle = len(content) - 40
+            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        (out / "checkpoints" / path.name).write_bytes(content)
+    (out / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes())
+    return out
+
+
+@pytest.mark.parametrize(
+    "other",
+    [("--lr", "0.02"), ("--seed", "5"), ("--rank", "2"), ("--wire-dtype", "fp32"), ("--active-fraction", "0.5"),
+     ("--steps", "61"), ("--batch-size", "2")],
+    ids=lambda other: other[0],
+)  # fmt: skip
+def test_other_settings_are_refused(place: Place, whole: dict[str, Path], other: tuple[str, ...], tmp_path: Path) -> None:
+    refused_as_another_run(place, copied(whole["off"], tmp_path / "out"), *KR["off"], *other)
+
+
+def test_other_data_are_refused(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(place.data.read_text().replace("w1", "w2", 1))
+    refused_as_another_run(place, copied(whole["off"], tmp_path / "out"), *KR["off"], "--data", data)
+
+
+def refused_as_another_run(place: Place, out: Path, *options: object) -> None:
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = run_edge(*place.train(out, *options, "--resume"))
+    assert done.code == 10, done.stderr
+    assert len(done.errors) == 1
+    assert "other settings, data or base model" in done.errors[0]
+    assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_newest_checkpoint(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
+    out = copied(whole["on"], tmp_path / "out", but_last=False)
+    done = run_edge(*place.train(out, *KR["on"], "--resume"))
+    assert done.code == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert f"checkpoint-{STEPS:06d}.safetensors is damaged" in warnings[0]
+    assert_same_run(out, whole["on"])
+
+
+def test_all_checkpoints_damaged(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
+    out = copied(whole["off"], tmp_path / "out")
+    for _, path in list_checkpoints(out / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:-9])
+    done = run_edge(*place.train(out, *KR["off"], "--resume"))
+    assert done.code == 10
+    assert len(done.errors) == 1
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(place: Place, whole: dict[str, Path]) -> None:
+    before = (whole["off"] / "adapter_model.safetensors").read_bytes()
+    done = run_edge(*place.train(whole["off"], *KR["off"]))
+    assert done.code == 2
+    assert "--resume" in done.errors[0]
+    assert (whole["off"] / "adapter_model.safetensors").read_bytes() == before

@@ -1,0 +1,92 @@
+"""``selftest``, ``info`` and ``doctor`` on a real bundle: what they say, and that a wrong graph is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from families import save_tiny
+from processes import run_edge
+from safetensors.numpy import load_file, save_file
+
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("selftest")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    return directory / "bundle"
+
+
+def with_golden(bundle: Path, copy: Path, change: dict[str, np.ndarray]) -> Path:
+    """A copy whose golden vectors say something else, and whose digests are right."""
+    shutil.copytree(bundle, copy)
+    manifest = load_manifest(copy)
+    path = copy / manifest.golden
+    save_file({**load_file(path), **change}, path)
+    content = path.read_bytes()
+    spec = FileSpec(len(content), hashlib.sha256(content).hexdigest())
+    changed: Manifest = msgspec.structs.replace(manifest, files={**manifest.files, manifest.golden: spec})
+    (copy / MANIFEST_NAME).write_bytes(encode_manifest(changed))
+    return copy
+
+
+def test_selftest_passes_and_says_how_fast(bundle: Path) -> None:
+    done = run_edge("selftest", "--bundle", bundle, "--json")
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["passed"]
+    assert len(report["graphs"]) == len(load_manifest(bundle).graphs)
+    assert all(graph["passed"] and graph["ms"] >= 0 for graph in report["graphs"])
+    assert all(graph["error"] <= 2 * graph["tolerance"] for graph in report["graphs"])
+
+
+def test_selftest_fails_on_a_golden_vector_that_differs(bundle: Path, tmp_path: Path) -> None:
+    golden = load_file(bundle / load_manifest(bundle).golden)
+    key = next(key for key in golden if key.startswith("adapter_forward") and ".out." in key)
+    wrong = golden[key].copy()
+    wrong.reshape(-1)[0] += np.abs(wrong).max() * 0.1
+    copy = with_golden(bundle, tmp_path / "bundle", {key: wrong})
+    done = run_edge("selftest", "--bundle", copy, "--json")
+    assert done.code == 1
+    report = json.loads(done.stdout)
+    assert not report["passed"]
+    assert [row["graph"] for row in report["graphs"] if not row["passed"]] == ["adapter_forward"]
+    assert "Traceback" not in done.stderr
+    shown = run_edge("selftest", "--bundle", copy)
+    assert shown.code == 1
+    assert "WRONG" in shown.stdout
+
+
+def test_info_of_a_bundle(bundle: Path) -> None:
+    done = run_edge("info", bundle, "--json")
+    report = json.loads(done.stdout)
+    assert (done.code, report["kind"], report["r"], report["blocks"]) == (0, "bundle", 4, 2)
+    assert run_edge("info", bundle).code == 0
+
+
+def test_doctor_is_well_with_a_bundle(bundle: Path) -> None:
+    done = run_edge("doctor", "--bundle", bundle, "--json")
+    report = json.loads(done.stdout)
+    assert done.code == 0, report
+    assert {check["check"] for check in report["checks"]} >= {"python", "memory", "engine", "bundle", "no torch"}
+
+
+def test_doctor_says_what_is_wrong_and_goes_on(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    next((tmp_path / "bundle").rglob("*.onnx")).unlink()
+    done = run_edge("doctor", "--bundle", tmp_path / "bundle", "--server", "ws://127.0.0.1:9", "--json")
+    report = json.loads(done.stdout)
+    assert (done.code, report["ok"]) == (1, False)
+    wrong = {check["check"]: check["found"] for check in report["checks"] if not check["ok"]}
+    assert set(wrong) == {"bundle", "server"}
+    assert "export the bundle again" in wrong["bundle"]
+    assert "dlora-cloud serve" in wrong["server"]
