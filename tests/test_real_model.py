@@ -1,0 +1,124 @@
+"""The equalities and the memory bound on the real SmolLM2-135M. Slow: ``make test-slow``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import CloudProcess, cloud_process, run_edge
+
+ROOT = Path(__file__).parents[1]
+FP32, FP16 = ROOT / "build" / "smollm2-fp32", ROOT / "build" / "smollm2"
+MODEL = "smollm2-135m"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Real dialogue, as the demo has it."""
+    directory = tmp_path_factory.mktemp("data")
+    code = "import pathlib, sys, dialogue; dialogue.write_dialogue(pathlib.Path(sys.argv[1]), 48, 0)"
+    subprocess.run([sys.executable, "-c", code, str(directory)], check=True, cwd=ROOT / "examples")
+    return directory / "train.jsonl", directory / "eval.jsonl"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
+    with cloud_process(Path(MODEL), tmp_path_factory.mktemp("server"), "--threads", 2) as running:
+        yield running
+
+
+def test_fifty_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -> None:
+    """Same initial adapter, order and settings, fp32 wire and head, all active: the losses and the final adapters."""
+    import peft_reference as reference
+    import torch
+    from serving import config, training
+
+    from dlora.cloud.base_model import load_base_model
+    from dlora.edge.bundle import Bundle
+    from dlora.edge.data import load_examples
+    from dlora.edge.tokenizer import EdgeTokenizer
+
+    bundle = Bundle.open(FP32)
+    tokenizer = EdgeTokenizer.open(bundle.path, bundle.manifest.tokenizer)
+    dataset = load_examples(data[0], tokenizer, max_length=96, too_long="skip")
+    run = config(
+        total_steps=50, batch_size=4, rank=8, lora_alpha=16.0, optimizer={"lr": 1e-3, "weight_decay": 0.01}
+    )
+    with training(FP32, server.url, run, dataset) as trainer:
+        start = reference.with_adapters(load_base_model(MODEL).model, trainer.adapters, run.rank, run.lora_alpha)
+        losses = [trainer.run_step().loss for _ in range(run.total_steps)]
+    torch.set_num_threads(2)
+    parameters = [parameter for parameter in start.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    for step, found in enumerate(losses):
+        optimizer.zero_grad()
+        loss = reference.loss_of(start, trainer.batches.step_batches(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        assert found == pytest.approx(loss.item(), rel=1e-4), f"step {step}"
+    difference = norm = 0.0
+    for adapter in trainer.adapters:
+        for half in ("lora_A", "lora_B"):
+            wanted = reference.parameter(start, adapter.name, half).detach().numpy()
+            difference += float(np.square(getattr(adapter, half).value - wanted).sum())
+            norm += float(np.square(wanted).sum())
+    assert (difference / norm) ** 0.5 < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("bundle", "wire_dtype", "tolerance"), [(FP32, "fp32", 1e-4), (FP16, "fp16", 2e-3)], ids=["fp32", "fp16"]
+)
+@pytest.mark.parametrize("active_fraction", [1.0, 0.125])
+def test_the_saved_adapter_in_peft(
+    bundle: Path,
+    wire_dtype: str,
+    tolerance: float,
+    active_fraction: float,
+    data: tuple[Path, Path],
+    server: CloudProcess,
+    tmp_path: Path,
+) -> None:
+    """PEFT gives the device's evaluation loss, with kill-and-revive on and off."""
+    need(bundle)
+    done = run_edge(
+        "train", "--bundle", bundle, "--server", server.url, "--data", data[0], "--eval", data[1], "--out", tmp_path,
+        "--steps", 8, "--batch-size", 4, "--lr", 2e-3, "--wire-dtype", wire_dtype, "--kr-warmup-steps", 3,
+        "--active-fraction", active_fraction, "--json", timeout_s=900,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    arguments = [MODEL, str(tmp_path), str(bundle), str(data[1])]
+    check = subprocess.run(
+        [sys.executable, ROOT / "examples" / "peft_check.py", *arguments], check=True, capture_output=True, text=True
+    )
+    assert json.loads(check.stdout)["loss"] == pytest.approx(summary["eval_loss_after"], abs=tolerance)
+
+
+def test_training_fits_into_230_mb(server: CloudProcess, tmp_path: Path) -> None:
+    """fp16 head, 256 tokens a step, every one of them labelled, all adapters active and then four units."""
+    need(FP16)
+    words = (ROOT / "LICENSE").read_text().split()
+    rows = [" ".join(words[start : start + 140]) for start in range(0, 1400, 70)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    done = run_edge(
+        "train", "--bundle", FP16, "--server", server.url, "--data", tmp_path / "text.jsonl", "--out", tmp_path / "out",
+        "--steps", 12, "--batch-size", 2, "--max-length", 128, "--too-long", "truncate", "--kr-warmup-steps", 8,
+        "--threads", 2, "--json", timeout_s=900,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["tokens"] == 12 * 256
+    assert summary["torch_loaded"] is False
+    assert summary["peak_rss_mb"] <= 230
+
+
+def need(bundle: Path) -> None:
+    assert (bundle / "manifest.json").exists(), f"no bundle in {bundle}; run: make test-slow"
