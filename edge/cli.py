@@ -82,6 +82,7 @@ ColumnsOption = Annotated[
     str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")
 ]
 
+MAX_UNIT = 65_535  # a typing slip must not fill the memory with units
 KR, RUN, DATA = "Kill and Revive", "Run", "Data"
 
 
@@ -172,7 +173,7 @@ def train(
     from .report import Reporter
     from .rows import parse_columns
     from .tokenizer import EdgeTokenizer
-    from .training import SUMMARY, TrainRun, total_steps
+    from .training import TrainRun, total_steps
     from .training import train as run_training
 
     reporter = Reporter(json_output=json_output)
@@ -237,7 +238,6 @@ def train(
         threads=threads,
     )
     summary = run_training(run, reporter)
-    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     reporter.finish(summary)
 
 
@@ -348,10 +348,11 @@ def parse_units(text: str, option: str) -> tuple[int, ...]:
     """``"0,3,26-29"`` to ``(0, 3, 26, 27, 28, 29)``."""
     units: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) <= MAX_UNIT):
             raise UsageError(f"{option} {text!r}: write units as 0,3,26-29")
-        units.update(range(int(first), int(last or first) + 1))
+        units.update(range(int(first), int(last) + 1))
     return tuple(sorted(units))
 
 

@@ -106,13 +106,20 @@ class Connection:
 
     def _lost(self) -> ConnectionFailedError:
         step = self.session.step
+        if self.session.welcome is None:
+            return ConnectionFailedError(f"{self.url} hung up before it greeted; is it a dlora server?")
         return ConnectionFailedError(
             f"lost the server {self.url} at step {step}; start it again and train with --resume"
         )
 
 
 def _connect(url: str, closing: contextlib.ExitStack) -> ClientConnection:
-    if urlsplit(url).scheme not in ("ws", "wss"):
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or too large a one
+        usable = False
+    if not usable:
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT")
     try:
         return closing.enter_context(

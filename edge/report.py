@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from dlora.protocol.tensors import ByteArray
 
 from .kr_map import render_map
-from .metrics import MetricsLog, StepMetrics
+from .metrics import StepMetrics
 
 if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain output need not pay
     from rich.console import Console
     from rich.progress import Progress, TaskID
-
-__all__ = ["MetricsLog", "Reporter", "StepMetrics", "summary_table"]
 
 _SMOOTHING = 0.9
 
@@ -65,11 +63,15 @@ class Reporter:
         with self._live("train", total_steps, first_step):
             yield
 
+    def remember(self, metrics: StepMetrics) -> None:
+        """Take a step of before a resumption into the map."""
+        if metrics.units:
+            self._history.append((metrics.step, metrics.states))
+
     def step(self, metrics: StepMetrics) -> None:
         """Show a step."""
         self._pace.add(metrics)
-        if metrics.units:
-            self._history.append((metrics.step, metrics.states))
+        self.remember(metrics)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=metrics.step + 1, status=self._status(metrics))
             return

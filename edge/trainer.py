@@ -23,9 +23,9 @@ from .config import TrainConfig, run_digest
 from .connection import Connection
 from .data import Dataset
 from .engine import Engine
+from .metrics import StepMetrics
 from .optimizer import AdamW
 from .peft_adapter import LoadedAdapter, SavedModule, save_adapter
-from .report import StepMetrics
 from .sensitivity import ModuleScore, Scorer
 from .split_model import SplitModel, unit_states
 
@@ -44,8 +44,6 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
     states: list[int]
     fade_ages: list[int]
     adam_steps: list[int]
-    bytes_up: int
-    bytes_down: int
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,6 @@ class Trainer:
             load_weights(self.adapters, init)
         self.digest = run_digest(config, manifest.groups, manifest.base_model.fingerprint, dataset.fingerprint)
         self.next_step = 0
-        self._bytes_before = (0, 0)
         ticket = None
         if checkpoint is not None:
             ticket = self._restore(checkpoint)
@@ -167,7 +164,7 @@ class Trainer:
     def save_checkpoint(self, directory: Path) -> None:
         """Write a checkpoint of everything the next step depends on. Raises ``StorageError``."""
         self.settle()
-        session, units = self.connection.session, self.adapters.units
+        units = self.adapters.units
         state = TrainerState(
             next_step=self.next_step,
             digest=self.digest,
@@ -175,8 +172,6 @@ class Trainer:
             states=[int(unit.state) for unit in units],
             fade_ages=[unit.fade_age for unit in units],
             adam_steps=[unit.adam_steps for unit in units],
-            bytes_up=self._bytes_before[0] + session.bytes_sent,
-            bytes_down=self._bytes_before[1] + session.bytes_received,
         )
         tensors = {}
         for adapter in self.adapters:
@@ -288,7 +283,6 @@ class Trainer:
         ):
             unit.state, unit.fade_age, unit.adam_steps = UnitState(unit_state), age, steps
         self.next_step = state.next_step
-        self._bytes_before = (state.bytes_up, state.bytes_down)
         return state.ticket
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 import threading
@@ -17,19 +18,22 @@ import numpy as np
 
 from dlora.protocol.errors import StoppedError, UsageError
 
+from .atomic import make_directory, write_atomically
 from .bundle import Bundle
-from .checkpoint import load_latest
+from .checkpoint import Checkpoint, list_checkpoints, load_latest
 from .config import TrainConfig
 from .connection import Connection
 from .data import Dataset
 from .memory import peak_rss_mb
+from .metrics import MetricsLog, read_metrics
 from .onnx_engine import OnnxEngine
 from .peft_adapter import load_adapter
-from .report import MetricsLog, Reporter
-from .trainer import Evaluation, Trainer
+from .report import Reporter
+from .trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 
 
@@ -56,76 +60,116 @@ def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
     Raises any ``DloraError``; ``StoppedError`` after the first Ctrl-C or SIGTERM, with the step under way
     finished and saved. A second Ctrl-C stops at once; the last checkpoint stands.
     """
-    checkpoint = None
-    if run.resume:
-        checkpoint = load_latest(run.out / CHECKPOINTS, warn=reporter.warn)
-        if checkpoint is None:
-            reporter.warn(f"no checkpoint in {run.out}: starting from step 0")
-    elif (run.out / CHECKPOINTS).exists() and any((run.out / CHECKPOINTS).glob("checkpoint-*.safetensors")):
-        raise UsageError(f"{run.out} holds a run already; go on with --resume, or choose another --out")
+    checkpoint = _find_checkpoint(run, reporter)
     init = load_adapter(run.init_adapter) if run.init_adapter else None
-    run.out.mkdir(parents=True, exist_ok=True)
+    make_directory(run.out)
     engine = OnnxEngine(run.bundle, run.threads)
     started = time.perf_counter()
     with Connection(run.server) as connection, _asked_to_stop() as stop:
-        trainer = Trainer(
-            run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint
-        )
+        trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
         first_step = trainer.next_step
-        if first_step >= run.config.total_steps and checkpoint is None:
-            raise UsageError("nothing to do: --steps is 0")
-        log = MetricsLog(run.out / METRICS, first_step)
-        before = _evaluate(run, trainer, reporter, "before") if first_step == 0 else None
-        evaluations = [] if before is None else [{"step": 0, **asdict(before)}]
-        totals = {"tokens": 0, "labelled": 0, "bytes_up": 0, "bytes_down": 0, "round_trips": 0}
-        edge_compute_s = 0.0
-        with reporter.training(run.config.total_steps, first_step), log:
-            while trainer.next_step < run.config.total_steps:
-                metrics = trainer.run_step()
-                log.write(metrics)
-                reporter.step(metrics)
-                for name in totals:
-                    totals[name] += getattr(metrics, name)
-                edge_compute_s += metrics.edge_compute_s
-                done = trainer.next_step
-                stopping = stop() and done < run.config.total_steps
-                if stopping or done % run.save_every == 0 or done == run.config.total_steps:
-                    trainer.save_checkpoint(run.out / CHECKPOINTS)
-                    trainer.save_adapter(run.out)
-                if stopping:
-                    raise StoppedError(f"stopped after step {done}; go on with --resume")
-                if run.eval_every and done % run.eval_every == 0 and done < run.config.total_steps:
-                    middle = _evaluate(run, trainer, reporter, f"at step {done}")
-                    evaluations += [] if middle is None else [{"step": done, **asdict(middle)}]
+        evaluations = _Evaluations(run, trainer, reporter)
+        if first_step == 0:
+            evaluations.add("before")
+        with MetricsLog(run.out / METRICS, first_step) as log:
+            for metrics in read_metrics(run.out / METRICS):
+                reporter.remember(metrics)
+            with reporter.training(run.config.total_steps, first_step):
+                _run_steps(run, trainer, reporter, log, evaluations, stop)
         trained_s = time.perf_counter() - started
-        after = _evaluate(run, trainer, reporter, "after")
-        evaluations += [] if after is None else [{"step": run.config.total_steps, **asdict(after)}]
+        if run.config.total_steps > 0:
+            evaluations.add("after")
         trainer.save_adapter(run.out)
-        return {
-            "steps": run.config.total_steps,
-            "first_step": first_step,
-            "wall_s": round(trained_s, 3),
-            "eval_loss_before": before.loss if before else None,
-            "eval_loss_after": after.loss if after else None,
-            "evaluations": evaluations,
-            **totals,
-            "edge_compute_s": round(edge_compute_s, 3),
-            "peak_rss_mb": round(peak_rss_mb(), 1),
-            "torch_loaded": "torch" in sys.modules,
-            "adapter_dir": str(run.out),
-        }
+    summary = _summary(run, evaluations.rows) | {"first_step": first_step, "wall_s": round(trained_s, 3)}
+    write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
+    return summary
 
 
-def _evaluate(run: TrainRun, trainer: Trainer, reporter: Reporter, when: str) -> Evaluation | None:
-    if run.eval_dataset is None:
+def _run_steps(
+    run: TrainRun,
+    trainer: Trainer,
+    reporter: Reporter,
+    log: MetricsLog,
+    evaluations: _Evaluations,
+    stop: Callable[[], bool],
+) -> None:
+    """Step to the end; save and evaluate on the way."""
+    last = run.config.total_steps
+    while trainer.next_step < last:
+        metrics = trainer.run_step()
+        log.write(metrics)
+        reporter.step(metrics)
+        done = trainer.next_step
+        stopping = stop() and done < last
+        if stopping or done % run.save_every == 0 or done == last:
+            trainer.save_checkpoint(run.out / CHECKPOINTS)
+            trainer.save_adapter(run.out)
+        if stopping:
+            raise StoppedError(f"stopped after step {done}; go on with --resume")
+        if run.eval_every and done % run.eval_every == 0 and done < last:
+            evaluations.add(f"at step {done}")
+
+
+class _Evaluations:
+    """Held-out evaluations of a run, kept on disk so that a resumed run has those from before."""
+
+    def __init__(self, run: TrainRun, trainer: Trainer, reporter: Reporter) -> None:
+        self._run = run
+        self._trainer = trainer
+        self._reporter = reporter
+        self._path = run.out / EVALUATIONS
+        kept = self._path.read_bytes().splitlines() if trainer.next_step and self._path.exists() else []
+        self.rows: list[dict[str, Any]] = [
+            row for row in map(json.loads, kept) if row["step"] <= trainer.next_step < run.config.total_steps
+        ]
+
+    def add(self, when: str) -> None:
+        """Evaluate now, where there is held-out data."""
+        run = self._run
+        if run.eval_dataset is None:
+            return
+        with self._reporter.evaluating(when, len(run.eval_dataset)) as advance:
+            result = self._trainer.evaluate(run.eval_dataset, lambda done, _: advance(done))
+        self._reporter.say(
+            f"held-out loss {when}: {result.loss:.4f} over {result.tokens} tokens, "
+            f"{result.token_accuracy:.1%} of tokens right"
+        )
+        self.rows.append({"step": self._trainer.next_step, **asdict(result)})
+        write_atomically(self._path, b"".join(json.dumps(row).encode() + b"\n" for row in self.rows))
+
+
+def _find_checkpoint(run: TrainRun, reporter: Reporter) -> Checkpoint | None:
+    """The checkpoint to go on from; raises ``UsageError`` where a run is there that nobody asked to go on with."""
+    directory = run.out / CHECKPOINTS
+    if not run.resume:
+        if list_checkpoints(directory):
+            raise UsageError(f"{run.out} holds a run already; go on with --resume, or choose another --out")
         return None
-    with reporter.evaluating(when, len(run.eval_dataset)) as advance:
-        result = trainer.evaluate(run.eval_dataset, lambda done, _: advance(done))
-    reporter.say(
-        f"held-out loss {when}: {result.loss:.4f} over {result.tokens} tokens, "
-        f"{result.token_accuracy:.1%} of tokens right"
-    )
-    return result
+    checkpoint = load_latest(directory, warn=reporter.warn)
+    if checkpoint is None:
+        reporter.warn(f"no checkpoint in {run.out}: starting from step 0")
+    return checkpoint
+
+
+def _summary(run: TrainRun, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """The whole run, what came before a resumption included."""
+    rows = read_metrics(run.out / METRICS)
+    totals = {
+        name: sum(getattr(row, name) for row in rows)
+        for name in ("tokens", "labelled", "bytes_up", "bytes_down", "round_trips")
+    }
+    losses = {row["step"]: row["loss"] for row in evaluations}
+    return {
+        "steps": run.config.total_steps,
+        "eval_loss_before": losses.get(0),
+        "eval_loss_after": losses.get(run.config.total_steps),
+        "evaluations": evaluations,
+        **totals,
+        "edge_compute_s": round(sum(row.edge_compute_s for row in rows), 3),
+        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "torch_loaded": "torch" in sys.modules,
+        "adapter_dir": str(run.out),
+    }
 
 
 @contextlib.contextmanager

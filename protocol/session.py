@@ -106,6 +106,8 @@ class Session:
         self._unanswered_reports: list[int] = []
         self._micro_batch = 0
         self._begun: m.Embeddings | None = None
+        self._tokens = 0
+        self._awaited = 0  # the group whose deltas C waits for
         self._asked: set[int] = set()  # groups that took part in this forward pass
         self._graded: set[int] = set()  # groups whose gradients have been sent
         self._unanswered: set[int] = set()  # groups whose input gradient C waits for

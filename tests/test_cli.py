@@ -169,6 +169,7 @@ def test_a_sequence_longer_than_the_server_takes(place: Place, tmp_path: Path) -
         ({"pin": "0,x"}, ("--pin", "0,3,26-29")),
         ({"pin": "99"}, ("99",)),
         ({"pin": "5-2"}, ("--pin",)),
+        ({"pin": "1-"}, ("--pin",)),
         ({"pin": "0-999999999999"}, ("--pin",)),
         ({"kr_score": "static", "active_fraction": 0.5}, ("--static-units",)),
         ({"kr_score": "static", "active_fraction": 0}, ("--static-units",)),
@@ -177,6 +178,7 @@ def test_a_sequence_longer_than_the_server_takes(place: Place, tmp_path: Path) -
         ({"server": "http://127.0.0.1:1"}, ("ws://",)),
         ({"server": "ws://"}, ("ws://",)),
         ({"server": "ws://127.0.0.1:notaport"}, ("ws://",)),
+        ({"server": "ws://127.0.0.1:87650"}, ("ws://",)),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -252,7 +254,11 @@ def test_a_server_that_claims_another_version(place: Place, tmp_path: Path) -> N
 
 
 def test_a_websocket_server_that_is_no_dlora(place: Place, tmp_path: Path) -> None:
-    with fake_server(lambda connection: connection.send("hello, I am a chat")) as url:
+    def chat(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.send("hello, I am a chat")
+
+    with fake_server(chat) as url:
         done = run_edge(*place.train(tmp_path / "out", server=url))
     assert_fails(done, ProtocolError.exit_code)
 
@@ -260,7 +266,7 @@ def test_a_websocket_server_that_is_no_dlora(place: Place, tmp_path: Path) -> No
 def test_a_server_that_hangs_up(place: Place, tmp_path: Path) -> None:
     with fake_server(lambda connection: connection.close()) as url:
         done = run_edge(*place.train(tmp_path / "out", server=url))
-    assert_fails(done, ConnectionFailedError.exit_code, url)
+    assert_fails(done, ConnectionFailedError.exit_code, url, "is it a dlora server?")
 
 
 def test_a_port_that_speaks_something_else(place: Place, tmp_path: Path) -> None:
@@ -335,12 +341,12 @@ def test_a_read_only_disk(place: Place, tmp_path: Path) -> None:
 
 def test_a_second_interrupt_stops_at_once(place: Place, tmp_path: Path) -> None:
     """A server that never answers keeps the step from ending; what the user says twice is obeyed."""
-    greeted = threading.Event()
+    greeted, released = threading.Event(), threading.Event()
 
     def go_silent(connection: ServerConnection) -> None:
         with serving_frames(place.url, connection):
             greeted.set()
-            time.sleep(20)
+            released.wait(20)
 
     with fake_server(go_silent) as url:
         process = start_edge(*place.train(tmp_path / "out", server=url))
@@ -353,6 +359,7 @@ def test_a_second_interrupt_stops_at_once(place: Place, tmp_path: Path) -> None:
         started = time.monotonic()
         done = finish(process)
         assert time.monotonic() - started < 8
+        released.set()
     assert_fails(done, 130, "interrupted")
 
 

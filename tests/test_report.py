@@ -17,8 +17,8 @@ import pytest
 from small_disk import small_disk
 
 from dlora.edge.kr_map import render_map
-from dlora.edge.metrics import history, read_metrics
-from dlora.edge.report import MetricsLog, Reporter, StepMetrics, summary_table
+from dlora.edge.metrics import MetricsLog, StepMetrics, history, read_metrics
+from dlora.edge.report import Reporter, summary_table
 from dlora.protocol.errors import CheckpointError, StorageError
 from dlora.protocol.kill_revive import UnitState
 
