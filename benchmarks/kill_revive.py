@@ -33,19 +33,20 @@ from dlora.edge.trainer import Trainer
 from dlora.protocol.kill_revive import KillReviveConfig
 
 INTENTS = 10
+CROWDED = {"spread": False}  # ranked without regard to depth
 RECIPES: dict[str, dict[str, Any]] = {
     "all active": {"active_fraction": 1.0},
     "last 4": {"score": "last"},
     "static, 4 spread": {"score": "static", "static": (3, 11, 19, 27)},
-    "change": {"score": "change"},
     "change, no revival": {"score": "change", "revive_every": 0},
-    "change, slow fade": {"score": "change", "revive_every": 0, "ramp_fraction": 0.6, "kill_every": 20},
-    "change, by score alone": {"score": "change", "cost_aware": False},
     "sensitivity, no revival": {"score": "sensitivity", "revive_every": 0},
-    "sensitivity": {"score": "sensitivity"},
-    "norm": {"score": "norm"},
-    "grad": {"score": "grad"},
+    "change": {"score": "change", "revive_every": 50, "revive_share": 0.25},
+    "norm, no revival": {"score": "norm", "revive_every": 0},
+    "grad, no revival": {"score": "grad", "revive_every": 0},
     "random": {"score": "random"},
+    "change, crowded": {"score": "change", **CROWDED},
+    "change, crowded, no revival": {"score": "change", "revive_every": 0, **CROWDED},
+    "change, crowded, by score alone": {"score": "change", "cost_aware": False, **CROWDED},
 }
 
 

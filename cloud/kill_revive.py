@@ -240,9 +240,22 @@ class Controller:
         return self._ema / self._costs if self.config.cost_aware else self._ema
 
     def _ranked(self, among: npt.NDArray[np.bool_], worth: Floats) -> npt.NDArray[np.intp]:
-        """Indices of the units ``among``, best first: pinned ones, then by worth; a tie goes to the deeper unit."""
+        """Indices of the units ``among``, best first: pinned ones, then by worth; a tie goes to the deeper unit.
+
+        With ``spread``, worth counts times the gap that a unit fills: the worst is taken out, its neighbours'
+        gaps grow, and so on (the crowding distance of NSGA-II, Deb et al. 2002, along the depth).
+        """
         indices = np.flatnonzero(among)
-        return indices[np.lexsort((-indices, -worth[indices], ~self._pinned[indices]))]
+        if not self.config.spread:
+            return indices[np.lexsort((-indices, -worth[indices], ~self._pinned[indices]))]
+        left, taken = indices, []
+        while len(left):
+            edges = np.concatenate(([-1], left, [self._states.size]))
+            crowded = worth[left] * (edges[2:] - edges[:-2])
+            worst = np.lexsort((left, crowded, self._pinned[left]))[0]
+            taken.append(left[worst])
+            left = np.delete(left, worst)
+        return np.array(taken[::-1], np.intp)
 
     def _end_fades(self, step: int) -> None:
         done = (self._states == _FADING) & (step - self._since >= self.config.kill_every)
@@ -292,12 +305,18 @@ class Controller:
         return losers
 
     def _draw(self, step: int, worth: Floats, idle: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.intp]:
-        """Draw ``count`` of the ``idle`` units without replacement, p ~ (I/max I + 0.1)·(1 + idle/(4·revive_every))."""
+        """Draw ``count`` of the ``idle`` units without replacement, p ~ (I/max I + 0.1)·(1 + idle/(4·revive_every)).
+
+        With ``spread``, times the distance to the nearest active unit.
+        """
         indices = np.flatnonzero(idle)
         if self.config.score == "random" or not worth[indices].any():
             weight = np.full(len(indices), DRAW_FLOOR)
         else:
             weight = worth[indices] / worth[indices].max() + DRAW_FLOOR
+            active = np.flatnonzero(self._states == _ACTIVE)
+            if self.config.spread and len(active):
+                weight = weight * np.abs(indices[:, None] - active).min(axis=1)
         weight *= 1.0 + (step - self._since[indices]) / (DRAW_IDLE_TICKS * self.config.revive_every)
         # Efraimidis and Spirakis: the smallest of Exp(1)/weight are a weighted draw without replacement.
         keys = np.random.default_rng([self._seed, step, 1]).standard_exponential(len(indices)) / weight

@@ -152,6 +152,9 @@ def train(
         OnKill, typer.Option(help="What a killed unit does at first.", rich_help_panel=KR)
     ] = OnKill.fade,
     kr_cost_aware: Annotated[bool, typer.Option(help="Rank by score per cost.", rich_help_panel=KR)] = True,
+    kr_spread: Annotated[
+        bool, typer.Option(help="Keep active units apart along the depth.", rich_help_panel=KR)
+    ] = True,
     pin: Annotated[str, typer.Option(help="Units never killed: 0,3,26-29.", rich_help_panel=KR)] = "",
     static_units: Annotated[str, typer.Option(help="The units of --kr-score static.", rich_help_panel=KR)] = "",
 ) -> None:
@@ -220,6 +223,7 @@ def train(
             hysteresis=kr_hysteresis,
             on_kill=kr_on_kill.value,
             cost_aware=kr_cost_aware,
+            spread=kr_spread,
             pinned=parse_units(pin, "--pin"),
             static=parse_units(static_units, "--static-units"),
         ),

@@ -53,6 +53,8 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         quiet_fraction: share of the last steps without kills or revivals.
         ema: decay of the score's moving average.
         cost_aware: rank by score per cost (bytes, round trips, depth of backward) instead of by score.
+        spread: weigh a unit by the gap along the depth that it fills among the active ones, so that they do not
+            crowd together.
         on_kill: what a killed unit does at first, see ``UnitState``.
         pinned: units that are never killed.
         static: the units of the ``static`` policy; none, with an active_fraction of 0, is the bare base model.
@@ -72,6 +74,7 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     quiet_fraction: Fraction = 0.05
     ema: Fraction = 0.85
     cost_aware: bool = True
+    spread: bool = True
     on_kill: OnKill = "fade"
     pinned: tuple[int, ...] = ()
     static: tuple[int, ...] = ()

@@ -240,7 +240,7 @@ def test_no_revival_when_it_is_switched_off_and_at_most_the_share_of_the_seats_o
 
 def test_a_failed_last_trial_gives_its_seat_back_to_the_best_remembered() -> None:
     config = KillReviveConfig(active_fraction=0.5, warmup_steps=5, ramp_fraction=0.0, kill_every=5, revive_every=10,
-                              probation=10, cost_aware=False)  # fmt: skip
+                              probation=10, cost_aware=False, spread=False)  # fmt: skip
     worth = np.array([8, 7, 6, 5, 4, 1, 1, 1], np.float32)
     controller = Controller(config, GROUPS, seed=3, total_steps=40)
     history = [controller.states]
@@ -265,7 +265,8 @@ def test_costs_count_bytes_round_trips_and_depth() -> None:
 
 def test_cost_awareness_prefers_the_deeper_of_equals() -> None:
     def survivors(cost_aware: bool) -> list[int]:
-        config = KillReviveConfig(active_fraction=0.25, warmup_steps=5, ramp_fraction=0.0, cost_aware=cost_aware)
+        config = KillReviveConfig(active_fraction=0.25, warmup_steps=5, ramp_fraction=0.0, cost_aware=cost_aware,
+                                  spread=False)  # fmt: skip
         controller = Controller(config, GROUPS, seed=0, total_steps=80)
         for step in range(5):
             controller.report(step, np.linspace(1.1, 1.0, 8))
@@ -273,6 +274,24 @@ def test_cost_awareness_prefers_the_deeper_of_equals() -> None:
 
     assert survivors(True) == [6, 7]
     assert survivors(False) == [0, 1]
+
+
+def test_spread_keeps_units_apart_and_still_minds_their_worth() -> None:
+    def survivors(scores: np.ndarray, **changes: object) -> list[int]:
+        config = KillReviveConfig(active_fraction=0.125, ramp_fraction=0.0, cost_aware=False, **changes)
+        controller = Controller(config, make_groups(32), seed=0, total_steps=100)
+        for step in range(20):
+            controller.report(step, scores)
+        return np.flatnonzero(controller.states == UnitState.ACTIVE).tolist()
+
+    equal = np.ones(32)
+    gaps = np.diff([-1, *survivors(equal), 32])
+    assert gaps.min() >= 3
+    deep = np.linspace(1.0, 2.0, 32)
+    assert survivors(deep, spread=False) == [28, 29, 30, 31]
+    assert np.diff(survivors(deep)).min() >= 3
+    one = np.where(np.arange(32) == 13, 50.0, 1.0)
+    assert 13 in survivors(one)
 
 
 def test_no_groups_no_units() -> None:
@@ -331,8 +350,8 @@ class Toy:
 def planted_hits(score: str, seed: int) -> tuple[float, float]:
     """Share of the important units that are active, in the last fifth of each of two phases."""
     toy, total = Toy(seed), 600
-    config = KillReviveConfig(active_fraction=1 / 3, score=score, warmup_steps=20, ramp_fraction=0.1, kill_every=10,
-                              revive_every=10, probation=10, cost_aware=False)  # fmt: skip
+    config = KillReviveConfig(active_fraction=1 / 3, score=score, spread=False, warmup_steps=20, ramp_fraction=0.1,
+                              kill_every=10, revive_every=10, probation=10, cost_aware=False)  # fmt: skip
     controller = Controller(config, make_groups(toy.units), seed=seed, total_steps=total)
     phases = ([0, 5], [3, 8])
     hits: list[list[float]] = [[], []]
