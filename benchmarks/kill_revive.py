@@ -38,15 +38,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     "all active": {"active_fraction": 1.0},
     "last 4": {"score": "last"},
     "static, 4 spread": {"score": "static", "static": (3, 11, 19, 27)},
+    # As many bytes in the whole run as kill-and-revive's 4 after its warm-up.
+    "static, 9 spread": {"score": "static", "static": (1, 4, 8, 11, 14, 18, 21, 24, 28)},
     "change, no revival": {"score": "change", "revive_every": 0},
     "sensitivity, no revival": {"score": "sensitivity", "revive_every": 0},
-    "change": {"score": "change", "revive_every": 50, "revive_share": 0.25},
+    "change (default)": {},
     "norm, no revival": {"score": "norm", "revive_every": 0},
     "grad, no revival": {"score": "grad", "revive_every": 0},
     "random": {"score": "random"},
-    "change, crowded": {"score": "change", **CROWDED},
+    "random, crowded": {"score": "random", **CROWDED},
+    "change, crowded": {"score": "change", "revive_every": 25, "revive_share": 0.5, **CROWDED},
     "change, crowded, no revival": {"score": "change", "revive_every": 0, **CROWDED},
-    "change, crowded, by score alone": {"score": "change", "cost_aware": False, **CROWDED},
+    "change, crowded, by score alone": {
+        **{"score": "change", "revive_every": 25, "revive_share": 0.5},
+        "cost_aware": False,
+        **CROWDED,
+    },
 }
 
 

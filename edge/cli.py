@@ -142,10 +142,10 @@ def train(
     kr_kill_every: Annotated[int, typer.Option(help="Steps between kills.", min=1, rich_help_panel=KR)] = 25,
     kr_revive_every: Annotated[
         int, typer.Option(help="Steps between revivals; 0: never.", min=0, rich_help_panel=KR)
-    ] = 25,
+    ] = 50,
     kr_revive_share: Annotated[
         float, typer.Option(help="Share of active units on trial.", min=0, max=1, rich_help_panel=KR)
-    ] = 0.5,
+    ] = 0.25,
     kr_probation: Annotated[int, typer.Option(help="Steps on trial.", min=0, rich_help_panel=KR)] = 25,
     kr_hysteresis: Annotated[float, typer.Option(help="A kill's margin.", min=0, max=1, rich_help_panel=KR)] = 0.10,
     kr_on_kill: Annotated[

@@ -67,8 +67,8 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     warmup_steps: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = MIN_WARMUP_STEPS
     ramp_fraction: Fraction = 0.25
     kill_every: Annotated[int, msgspec.Meta(ge=1, le=10**9)] = 25
-    revive_every: Count = 25
-    revive_share: Fraction = 0.5
+    revive_every: Count = 50
+    revive_share: Fraction = 0.25
     probation: Count = 25
     hysteresis: Fraction = 0.10
     quiet_fraction: Fraction = 0.05
