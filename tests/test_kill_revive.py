@@ -350,8 +350,18 @@ class Toy:
 def planted_hits(score: str, seed: int) -> tuple[float, float]:
     """Share of the important units that are active, in the last fifth of each of two phases."""
     toy, total = Toy(seed), 600
-    config = KillReviveConfig(active_fraction=1 / 3, score=score, spread=False, revive_share=0.5, warmup_steps=20, ramp_fraction=0.1,
-                              kill_every=10, revive_every=10, probation=10, cost_aware=False)  # fmt: skip
+    config = KillReviveConfig(
+        active_fraction=1 / 3,
+        score=score,
+        spread=False,
+        cost_aware=False,
+        warmup_steps=20,
+        ramp_fraction=0.1,
+        kill_every=10,
+        revive_every=10,
+        revive_share=0.5,
+        probation=10,
+    )
     controller = Controller(config, make_groups(toy.units), seed=seed, total_steps=total)
     phases = ([0, 5], [3, 8])
     hits: list[list[float]] = [[], []]
