@@ -98,6 +98,15 @@ class MicroBatchExchange:
         for target, output, delta in zip(targets, frozen, deltas, strict=True):
             self._outputs[target.name] = output + delta
 
+    def forget(self) -> None:
+        """Drop the forward pass's tensors.
+
+        They hold the graph, whose nodes hold this exchange: a cycle through autograd's C++ that Python's collector
+        cannot see, and so a leak of every step's activations.
+        """
+        self._inputs.clear()
+        self._outputs.clear()
+
     def pack(self, padded: Tensor) -> Tensor:
         """(batch, length, width) or (batch * length, width) to (tokens, width)."""
         flat = padded.reshape(-1, padded.shape[-1])
@@ -158,6 +167,7 @@ def exchanging(exchange: MicroBatchExchange) -> Iterator[None]:
         yield
     finally:
         _running.exchange = None
+        exchange.forget()
 
 
 _FORWARDS = "_dlora_original_forwards"

@@ -201,3 +201,33 @@ def eventually_sessions(server: RunningServer, count: int) -> None:
     while server.server.health()["sessions"] != count:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_step_leaves_no_graph_behind(base: BaseModel, tmp_path: Path) -> None:
+    """Exchange and autograd graph hold each other; a cycle through C++ would leak every step's activations."""
+    import gc
+    import weakref
+
+    from dlora.cloud import exchange
+
+    save_tiny(tmp_path / "model", num_hidden_layers=BLOCKS)
+    bundle = tmp_path / "bundle"
+    export_bundle(ExportSettings(str(tmp_path / "model"), bundle, rank=4, alpha=8.0))
+    made: list[weakref.ref[exchange.MicroBatchExchange]] = []
+    original = exchange.MicroBatchExchange.__init__
+
+    def remember(self: exchange.MicroBatchExchange, *arguments: object, **settings: object) -> None:
+        original(self, *arguments, **settings)  # type: ignore[arg-type]
+        made.append(weakref.ref(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange.MicroBatchExchange, "__init__", remember)
+        dataset = random_dataset(VOCABULARY)
+        with serving(base) as server, training(bundle, server.url, config(), dataset) as trainer:
+            for _ in range(4):
+                trainer.run_step()
+            trainer.settle()
+            gc.collect()
+            alive = [ref for ref in made if ref() is not None]
+    assert len(made) == 4
+    assert not alive
