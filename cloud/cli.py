@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import time
@@ -24,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
 
@@ -57,7 +58,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8765,
     dtype: Annotated[Dtype, typer.Option(help="The base model's dtype here.")] = Dtype.float32,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0, max=1024)] = 0,
     max_sessions: Annotated[int, typer.Option(help="Devices that may train at a time.", min=1)] = 16,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one micro-batch.", min=1)] = 8192,
     state_dir: Annotated[
@@ -85,8 +86,7 @@ def serve(
     from .base_model import load_base_model
     from .server import CloudServer
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    check_device(device, torch.cuda.device_count())
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     log = logging.getLogger("dlora.cloud")
@@ -109,6 +109,16 @@ def serve(
         await serving
 
     asyncio.run(run())
+
+
+def check_device(device: str, gpus: int) -> None:
+    """Raise ``UsageError`` unless a model can be put on ``device`` of a machine with that many GPUs."""
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
+    if found is None:
+        raise UsageError(f"--device {device!r} is none; write cpu, cuda or cuda:N")
+    if device != "cpu" and int(found[1] or 0) >= gpus:
+        seen = f"{gpus} CUDA devices, from cuda:0 on," if gpus else "no CUDA device"
+        raise UsageError(f"--device {device}: torch sees {seen} here; use --device cpu or another one")
 
 
 def load_key(state_dir: Path) -> bytes:

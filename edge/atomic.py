@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dlora.protocol.errors import StorageError
+from dlora.protocol.errors import StorageError, UsageError
 
 
 @contextmanager
@@ -26,6 +27,27 @@ def make_directory(path: Path) -> None:
     """Create a directory and its parents. Raises ``StorageError``."""
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory; the lock ends with the process, however it ends, and leaves no file.
+
+    Raises ``UsageError`` where another process holds it.
+    """
+    with storage_errors(directory):
+        descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(f"another run is writing into {directory}; choose another --out, or wait for it") from None
+    except OSError:
+        pass  # some network and phone file systems have no locks: nothing to hold then
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

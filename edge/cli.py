@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
 
@@ -75,15 +76,18 @@ class TooLong(StrEnum):
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
 ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0)]
 MaxLengthOption = Annotated[int, typer.Option(help="Longest example, in tokens.", min=2)]
 TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: refuse, cut or leave out.")]
 ColumnsOption = Annotated[
     str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")
 ]
 
-MAX_UNIT = 65_535  # a typing slip must not fill the memory with units
-KR, RUN, DATA = "Kill and Revive", "Run", "Data"
+# A typing slip must not fill the memory, and the wire takes no more.
+MAX_UNIT, MAX_RANK, MAX_THREADS = 65_535, 4096, 1024
+MAX_COUNT, MAX_SEED = 10**9, 2**32 - 1
+KR = "Kill and Revive"
+
+ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0, max=MAX_THREADS)]
 
 
 def _version(wanted: bool) -> None:
@@ -109,20 +113,24 @@ def train(
     out: Annotated[Path, typer.Option(help="Where the PEFT adapter, checkpoints and metrics go.")],
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0.0)] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; overrides --epochs.", min=1, max=MAX_COUNT)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.", min=1)] = 4,
     grad_accum: Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)] = 1,
     max_length: MaxLengthOption = 512,
     too_long: TooLongOption = TooLong.error,
     columns: ColumnsOption = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0)] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0, max=1e3)] = 1e-3,
     schedule: Annotated[Schedule, typer.Option(help="Learning-rate schedule after warm-up.")] = Schedule.linear,
-    warmup: Annotated[float, typer.Option(help="Warm-up: steps, or a share of them if below 1.", min=0.0)] = 0.03,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.", min=0.0)] = 0.0,
+    warmup: Annotated[
+        float, typer.Option(help="Warm-up: steps, or a share of them if below 1.", min=0.0, max=MAX_COUNT)
+    ] = 0.03,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.", min=0.0, max=1e3)] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.", min=0.0)] = 1.0,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank; the bundle's by default.", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank; the bundle's by default.", min=1, max=MAX_RANK)] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha; the bundle's by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of initialisation, data order and draws.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of initialisation, data order and draws.", min=0, max=MAX_SEED)] = 0,
     init_adapter: Annotated[Path | None, typer.Option(help="Start from this PEFT LoRA adapter.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     save_every: Annotated[int, typer.Option(help="Save checkpoint and adapter every so many steps.", min=1)] = 50,
@@ -135,18 +143,22 @@ def train(
     ] = 0.125,
     kr_score: Annotated[Score, typer.Option(help="What units are ranked by.", rich_help_panel=KR)] = Score.change,
     kr_unit: Annotated[UnitKind, typer.Option(help="What is switched.", rich_help_panel=KR)] = UnitKind.block,
-    kr_warmup_steps: Annotated[int, typer.Option(help="Steps before the first kill.", min=0, rich_help_panel=KR)] = 20,
+    kr_warmup_steps: Annotated[
+        int, typer.Option(help="Steps before the first kill.", min=0, max=MAX_COUNT, rich_help_panel=KR)
+    ] = 20,
     kr_ramp_fraction: Annotated[
         float, typer.Option(help="Share of steps at which the budget is down.", min=0, max=1, rich_help_panel=KR)
     ] = 0.25,
-    kr_kill_every: Annotated[int, typer.Option(help="Steps between kills.", min=1, rich_help_panel=KR)] = 25,
+    kr_kill_every: Annotated[
+        int, typer.Option(help="Steps between kills.", min=1, max=MAX_COUNT, rich_help_panel=KR)
+    ] = 25,
     kr_revive_every: Annotated[
-        int, typer.Option(help="Steps between revivals; 0: never.", min=0, rich_help_panel=KR)
+        int, typer.Option(help="Steps between revivals; 0: never.", min=0, max=MAX_COUNT, rich_help_panel=KR)
     ] = 50,
     kr_revive_share: Annotated[
         float, typer.Option(help="Share of active units on trial.", min=0, max=1, rich_help_panel=KR)
     ] = 0.25,
-    kr_probation: Annotated[int, typer.Option(help="Steps on trial.", min=0, rich_help_panel=KR)] = 25,
+    kr_probation: Annotated[int, typer.Option(help="Steps on trial.", min=0, max=MAX_COUNT, rich_help_panel=KR)] = 25,
     kr_hysteresis: Annotated[float, typer.Option(help="A kill's margin.", min=0, max=1, rich_help_panel=KR)] = 0.10,
     kr_on_kill: Annotated[
         OnKill, typer.Option(help="What a killed unit does at first.", rich_help_panel=KR)
@@ -179,6 +191,8 @@ def train(
     from .training import TrainRun, total_steps
     from .training import train as run_training
 
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UsageError("--alpha must be above 0")
     reporter = Reporter(json_output=json_output)
     opened = Bundle.open(bundle)
     spec = opened.manifest

@@ -65,6 +65,8 @@ def generate_greedily(model: SplitModel, tokenizer: EdgeTokenizer, prompt: str, 
         raise DataError("the prompt is empty; say something")
     produced: list[int] = []
     limit = model.connection.welcome.max_sequence_length
+    if len(ids) >= limit:
+        raise DataError(f"the prompt has {len(ids)} tokens, the server takes {limit}; say less")
     while len(produced) < max_new_tokens and len(ids) + len(produced) < limit:
         whole = np.array([*ids, *produced], np.int64)
         token = int(model.next_logits(whole).argmax())

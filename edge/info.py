@@ -23,9 +23,9 @@ def describe(path: Path) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     """Print a description for people."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table("", Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in report.items():
         table.add_row(f"[bold]{name.replace('_', ' ')}[/]", str(value))
     Console().print(table)
@@ -68,8 +68,20 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "kind": "PEFT LoRA adapter",
         "r": loaded.r,
         "lora_alpha": loaded.lora_alpha,
-        "target_modules": len(loaded.modules),
-        "blocks": ", ".join(map(str, blocks)),
+        "base_model": loaded.base_model_name,
+        "modules": len(loaded.modules),
+        "blocks": _ranges(blocks),
         "parameters": sum(module.lora_A.size + module.lora_B.size for module in loaded.modules.values()),
         "checkpoints": len(list(path.glob("checkpoints/checkpoint-*.safetensors"))),
     }
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``"0-2, 5"``, as ``--pin`` takes it."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dlora.protocol import messages as m
-from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.errors import DataError, RemoteProtocolError
 from dlora.protocol.tensors import ByteArray, FloatArray, WireDtype, WireTensor
 
 from .adapter_compute import AdapterCompute
@@ -105,6 +105,7 @@ class SplitModel:
         return final.hidden_states.to_floats()
 
     def _forward(self, batch: MicroBatch, *, step: int, micro_batch: int, mode: m.Mode) -> m.LabelledHiddenStates:
+        self._check_fits(batch)
         self._compute.forget()
         started = time.perf_counter()
         hidden_states = self._embedding(batch.ids)
@@ -133,6 +134,20 @@ class SplitModel:
                     return final
                 case message:
                     raise RemoteProtocolError(f"{type(message).__name__} in the forward pass")
+
+    def _check_fits(self, batch: MicroBatch) -> None:
+        """Raise ``DataError`` for what the server would refuse."""
+        welcome, longest = self.connection.welcome, int(batch.sequence_lengths.max())
+        if longest > welcome.max_sequence_length:
+            raise DataError(
+                f"the data has a sequence of {longest} tokens, the server takes {welcome.max_sequence_length}; "
+                f"set --max-length {welcome.max_sequence_length}"
+            )
+        if len(batch.ids) > welcome.max_tokens:
+            raise DataError(
+                f"a micro-batch has {len(batch.ids)} tokens, the server takes {welcome.max_tokens}; "
+                "lower --batch-size or --max-length, or raise --max-tokens of the server"
+            )
 
     def _backward(self, grad_hidden_states: FloatArray, *, step: int, micro_batch: int, gradients: int) -> None:
         self.connection.send(

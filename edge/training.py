@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import sys
 import threading
@@ -14,11 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
-
 from dlora.protocol.errors import StoppedError, UsageError
+from dlora.protocol.kill_revive import UnitState
 
-from .atomic import make_directory, write_atomically
+from .atomic import locked, make_directory, write_atomically
 from .bundle import Bundle
 from .checkpoint import Checkpoint, list_checkpoints, load_latest
 from .config import TrainConfig
@@ -27,7 +27,7 @@ from .data import Dataset
 from .memory import peak_rss_mb
 from .metrics import MetricsLog, read_metrics
 from .onnx_engine import OnnxEngine
-from .peft_adapter import load_adapter
+from .peft_adapter import WEIGHTS_NAME, LoadedAdapter, load_adapter
 from .report import Reporter
 from .trainer import Trainer
 
@@ -35,6 +35,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
+MAX_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,16 @@ def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
     Raises any ``DloraError``; ``StoppedError`` after the first Ctrl-C or SIGTERM, with the step under way
     finished and saved. A second Ctrl-C stops at once; the last checkpoint stands.
     """
-    checkpoint = _find_checkpoint(run, reporter)
+    if run.out.exists() and not run.out.is_dir():
+        raise UsageError(f"{run.out} is a file; choose another --out")
     init = load_adapter(run.init_adapter) if run.init_adapter else None
     make_directory(run.out)
+    with locked(run.out):
+        return _train(run, reporter, init)
+
+
+def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dict[str, Any]:
+    checkpoint = _find_checkpoint(run, reporter)
     engine = OnnxEngine(run.bundle, run.threads)
     started = time.perf_counter()
     with Connection(run.server) as connection, _asked_to_stop() as stop:
@@ -70,6 +78,8 @@ def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
         first_step = trainer.next_step
         evaluations = _Evaluations(run, trainer, reporter)
         if first_step == 0:
+            if init is not None:
+                _warn_of_dropped(trainer, init, reporter)
             evaluations.add("before")
         with MetricsLog(run.out / METRICS, first_step) as log:
             for metrics in read_metrics(run.out / METRICS):
@@ -144,11 +154,35 @@ def _find_checkpoint(run: TrainRun, reporter: Reporter) -> Checkpoint | None:
     if not run.resume:
         if list_checkpoints(directory):
             raise UsageError(f"{run.out} holds a run already; go on with --resume, or choose another --out")
+        _refuse_to_replace(run.out)
         return None
     checkpoint = load_latest(directory, warn=reporter.warn)
     if checkpoint is None:
+        _refuse_to_replace(run.out)
         reporter.warn(f"no checkpoint in {run.out}: starting from step 0")
     return checkpoint
+
+
+def _refuse_to_replace(out: Path) -> None:
+    """Raise ``UsageError`` where a new run's first save would replace an adapter that it does not go on from."""
+    if (out / WEIGHTS_NAME).exists():
+        raise UsageError(f"{out} holds an adapter that has no checkpoint; choose another --out")
+
+
+def _warn_of_dropped(trainer: Trainer, init: LoadedAdapter, reporter: Reporter) -> None:
+    """An adapter to start from may have modules in units that are killed from step 0 on."""
+    adapters = trainer.adapters
+    dropped = sum(
+        adapter.name in init.modules
+        for unit in adapters.units
+        if unit.state is UnitState.KILLED
+        for adapter in adapters.of_unit(unit)
+    )
+    if dropped:
+        reporter.warn(
+            f"{dropped} of the {len(init.modules)} modules of --init-adapter belong to units that are not active: "
+            "they are left out, also of what is saved (--active-fraction 1 keeps all)"
+        )
 
 
 def _summary(run: TrainRun, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
@@ -195,8 +229,10 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, batch_size: int, grad_accum: int) -> int:
-    """How many optimizer steps a run has."""
+    """How many optimizer steps a run has, at least 1. Raises ``UsageError`` for more than a run may have."""
     if steps is not None:
         return steps
-    per_epoch = -(-len(dataset) // (batch_size * grad_accum))
-    return max(1, int(np.ceil(epochs * per_epoch)))
+    wanted = epochs * -(-len(dataset) // (batch_size * grad_accum))
+    if not wanted <= MAX_STEPS:
+        raise UsageError(f"--epochs {epochs:g} makes more than {MAX_STEPS:,} steps; lower it")
+    return max(1, math.ceil(wanted))

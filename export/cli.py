@@ -27,17 +27,17 @@ class HeadDtype(StrEnum):
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="model directory, .gguf file, hub id, or smollm2-135m")],
-    out: Annotated[Path, typer.Option(help="the bundle: a directory that will be made")],
-    rank: Annotated[int, typer.Option(help="LoRA rank")] = 8,
-    alpha: Annotated[float, typer.Option(help="LoRA alpha; adapters are scaled by alpha / rank")] = 16.0,
+    model: Annotated[str, typer.Argument(help="Model directory, .gguf file, hub id, or smollm2-135m.")],
+    out: Annotated[Path, typer.Option(help="The bundle: a directory that will be made.")],
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha; adapters are scaled by alpha / rank.")] = 16.0,
     target_modules: Annotated[
         str | None,
-        typer.Option(help="names, separated by commas, or all-linear  [default: PEFT's for the architecture]"),
+        typer.Option(help="Names, separated by commas, or all-linear; PEFT's choice for the architecture by default."),
     ] = None,
-    head_dtype: Annotated[HeadDtype, typer.Option(help="how the LM head is stored")] = HeadDtype.FP16,
-    json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    force: Annotated[bool, typer.Option("--force", help="replace a bundle that is there already")] = False,
+    head_dtype: Annotated[HeadDtype, typer.Option(help="How the LM head is stored.")] = HeadDtype.FP16,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
 ) -> None:
     """Turn a Hugging Face causal language model into a bundle that a device can train with."""
     names = None

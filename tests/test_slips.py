@@ -1,0 +1,104 @@
+"""Slips at the command line: numbers that cannot be meant, places that are taken, data over the server's limits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from families import VOCABULARY, save_tiny, tiny_model
+from processes import run_edge
+from serving import random_dataset, serving
+from test_cli import Place, assert_fails
+
+from dlora.cloud.base_model import BaseModel
+from dlora.cloud.cli import check_device
+from dlora.edge.atomic import locked
+from dlora.edge.info import describe
+from dlora.edge.training import total_steps
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.errors import DataError, UsageError
+
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    directory = tmp_path_factory.mktemp("slips")
+    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    data = directory / "good.jsonl"
+    data.write_text((json.dumps({"prompt": "w1 w2 w3", "completion": " w4 w5"}) + "\n") * 4)
+    with serving(BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny"), max_tokens=70) as server:
+        yield Place(directory / "bundle", data, server.url)
+
+
+@pytest.mark.parametrize("option", [
+    {"alpha": "nan"}, {"alpha": 0}, {"alpha": "inf"}, {"lr": "inf"}, {"steps": 10**12}, {"seed": 2**32},
+    {"rank": 10**6}, {"threads": 10**6}, {"warmup": "inf"}, {"kr_kill_every": 10**10},
+], ids=str)  # fmt: skip
+def test_numbers_that_cannot_be_meant(place: Place, tmp_path: Path, option: dict[str, object]) -> None:
+    done = run_edge(*place.train(tmp_path / "out", **option))
+    assert done.code == UsageError.exit_code, done.stderr
+    assert f"--{next(iter(option)).replace('_', '-')}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("epochs", [math.inf, 1e300])
+def test_more_epochs_than_a_run_may_have(epochs: float) -> None:
+    with pytest.raises(UsageError, match="--epochs"):
+        total_steps(random_dataset(VOCABULARY), epochs=epochs, steps=None, batch_size=4, grad_accum=1)
+
+
+@pytest.mark.parametrize(("device", "gpus", "text"), [
+    ("gpu", 1, "write cpu"), ("cuda:x", 1, "write cpu"), ("cuda", 0, "no CUDA device"), ("cuda:2", 2, "cuda:0"),
+])  # fmt: skip
+def test_a_device_that_is_not_there(device: str, gpus: int, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        check_device(device, gpus)
+    check_device("cpu", gpus)
+
+
+def test_out_is_taken(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_fails(run_edge(*place.train(tmp_path / "file")), UsageError.exit_code, "is a file", "--out")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"somebody's work")
+    for more in ([], ["--resume"]):
+        assert_fails(run_edge(*place.train(adapter), *more), UsageError.exit_code, "holds an adapter", "--out")
+    assert (adapter / "adapter_model.safetensors").read_bytes() == b"somebody's work"
+
+
+def test_two_runs_into_one_out(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out):
+        assert_fails(run_edge(*place.train(out)), UsageError.exit_code, "another run", str(out))
+    assert run_edge(*place.train(out)).code == 0
+
+
+def test_an_init_adapter_that_is_not_all_used_is_told(place: Place, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_edge(*place.train(first)).code == 0
+    kept = place.train(second, init_adapter=first, active_fraction=0.3, kr_score="last")
+    done = run_edge(*kept)
+    assert done.code == 0, done.stderr
+    assert f"warning: {2 * (BLOCKS - 1)} of the {2 * BLOCKS} modules of --init-adapter" in done.stderr
+    assert describe(first)["blocks"] == f"0-{BLOCKS - 1}"
+    assert describe(second)["blocks"] == str(BLOCKS - 1)
+
+
+def test_held_out_data_over_the_servers_limits(place: Place, tmp_path: Path) -> None:
+    """As for training data: exit code 3, and what to do. The server takes 64 tokens a sequence, 70 a micro-batch."""
+    long, many = tmp_path / "long.jsonl", tmp_path / "many.jsonl"
+    long.write_text(json.dumps({"text": "w1 " * 80}))
+    many.write_text((json.dumps({"text": "w1 " * 40}) + "\n") * 2)
+    for data, option in ((long, "--max-length 64"), (many, "--batch-size")):
+        done = run_edge("evaluate", "--bundle", place.bundle, "--server", place.url, "--data", data, "--threads", 1)
+        assert_fails(done, DataError.exit_code, option)
+    prompt = ["generate", "--bundle", place.bundle, "--server", place.url, "--prompt", "w1 " * 80]
+    assert_fails(run_edge(*prompt), DataError.exit_code, "the prompt has")
