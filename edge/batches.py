@@ -57,6 +57,15 @@ class Batches:
         """Tokens of the longest example."""
         return int(self._dataset.lengths.max())
 
+    def most_tokens(self, total_steps: int) -> int:
+        """Tokens of the largest micro-batch in the first ``total_steps`` steps."""
+        lengths, most = self._dataset.lengths, 0
+        for step in range(total_steps):
+            indices = self.step_indices(step)
+            for start in range(0, len(indices), self._batch_size):
+                most = max(most, int(lengths[indices[start : start + self._batch_size]].sum()))
+        return most
+
     def step_indices(self, step: int) -> npt.NDArray[np.int64]:
         """The examples of a step, counted from 0, in order."""
         epoch, within = divmod(step, self.steps_per_epoch)

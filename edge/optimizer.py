@@ -7,6 +7,7 @@ import math
 import msgspec
 import numpy as np
 
+from dlora.protocol.errors import DloraError
 from dlora.protocol.kill_revive import UnitState
 
 from .adapters import AdapterSet, Parameter
@@ -50,7 +51,10 @@ class AdamW:
         )
 
     def step(self, adapters: AdapterSet, step: int) -> float:
-        """Clip, then step every active unit; returns the gradients' norm before clipping."""
+        """Clip, then step every active unit; returns the gradients' norm before clipping.
+
+        Raises ``DloraError`` if the gradients are not finite; nothing has changed then.
+        """
         active = [unit for unit in adapters.units if unit.state is UnitState.ACTIVE]
         trained = [(unit, adapter) for unit in active for adapter in adapters.of_unit(unit)]
         parameters = [
@@ -60,6 +64,11 @@ class AdamW:
             if parameter.grad is not None
         ]
         norm = math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in parameters if p.grad is not None))
+        if not math.isfinite(norm):
+            raise DloraError(
+                f"training diverged at step {step}: the gradients are not finite; go on from the last checkpoint "
+                "with --resume, or start anew with a lower --lr"
+            )
         limit = self.config.max_grad_norm
         clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
         lr = self.lr(step)

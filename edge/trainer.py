@@ -240,6 +240,14 @@ class Trainer:
                 f"the data has a sequence of {self.batches.max_sequence_length} tokens, the server takes "
                 f"{welcome.max_sequence_length}; set --max-length {welcome.max_sequence_length}"
             )
+        # Found now, not at an unlucky step hours later. Most runs cannot come near, and need no counting.
+        if self.config.batch_size * self.batches.max_sequence_length > welcome.max_tokens:
+            most = self.batches.most_tokens(self.config.total_steps)
+            if most > welcome.max_tokens:
+                raise DataError(
+                    f"a micro-batch of this run has {most} tokens, the server takes {welcome.max_tokens}; "
+                    "lower --batch-size (--grad-accum makes up for it) or --max-length"
+                )
         self.connection.send(
             m.OpenSession(
                 base_fingerprint=manifest.base_model.fingerprint,

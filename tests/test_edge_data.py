@@ -403,3 +403,10 @@ def test_packed_labels_are_the_next_token_of_the_same_sequence() -> None:
         assert (batch.sequence_lengths.dtype, batch.label_positions.dtype) == (np.int32, np.int32)
     assert Batches(dataset, 4, 1, seed=0).max_sequence_length == 10
     assert sum(len(batch.labels) for batch in evaluation_batches(dataset, 4)) == dataset.labelled
+
+
+def test_the_largest_micro_batch_of_a_run() -> None:
+    dataset = Dataset.of([(list(range(1, 2 + length)), [0]) for length in range(1, 12)])
+    batches = Batches(dataset, 2, 2, seed=1)
+    seen = [len(batch.ids) for step in range(7) for batch in batches.step_batches(step)]
+    assert batches.most_tokens(7) == max(seen)
