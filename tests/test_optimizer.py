@@ -1,0 +1,82 @@
+"""AdamW on the device: a step count a unit, Hugging Face's schedules, and no step on gradients that are not finite."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from families import save_tiny
+from transformers import get_scheduler
+
+from dlora.edge.adapters import AdapterSet
+from dlora.edge.bundle import Bundle
+from dlora.edge.onnx_engine import OnnxEngine
+from dlora.edge.optimizer import AdamW, OptimizerConfig
+from dlora.edge.schedule import learning_rate
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.errors import DloraError
+from dlora.protocol.kill_revive import UnitState
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    directory = tmp_path_factory.mktemp("optimizer")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4))
+    return Bundle.open(directory / "bundle")
+
+
+def adapters(bundle: Bundle) -> AdapterSet:
+    return AdapterSet.create(bundle.manifest.groups, rank=4, scaling=2.0, seed=1, unit="block", kill_every=5)
+
+
+def set_grads(some: AdapterSet, step: int) -> None:
+    rng = np.random.default_rng(step)
+    for adapter in some:
+        for parameter in (adapter.lora_A, adapter.lora_B):
+            parameter.grad = rng.normal(0, 1e-3, parameter.value.shape).astype(np.float32)
+
+
+def test_a_revived_unit_goes_on_with_its_own_step_count(bundle: Bundle) -> None:
+    """A unit that sat out five steps ends where it ends without them: bias correction counts its own steps."""
+    finals = []
+    for absent in (range(0), range(3, 8)):
+        some = adapters(bundle)
+        optimizer = AdamW(OnnxEngine(bundle, 1), OptimizerConfig(lr=1e-2, weight_decay=0.1), 100)
+        done = 0
+        for step in range(10 + len(absent)):
+            some.units[0].state = UnitState.KILLED if step in absent else UnitState.ACTIVE
+            set_grads(some, done)
+            optimizer.step(some, 0)  # of a constant schedule: the learning rate is no matter here
+            done += step not in absent
+        assert some.units[0].adam_steps == 10
+        assert some.units[1].adam_steps == 10 + len(absent)
+        finals.append([adapter.lora_A.value.tobytes() for adapter in some.of_unit(some.units[0])])
+    assert finals[0] == finals[1]
+
+
+def test_gradients_that_are_not_finite_change_nothing(bundle: Bundle) -> None:
+    some = adapters(bundle)
+    before = [adapter.lora_A.value.tobytes() for adapter in some]
+    set_grads(some, 0)
+    last = list(some)[-1]
+    assert last.lora_B.grad is not None
+    last.lora_B.grad[0, 0] = np.nan
+    with pytest.raises(DloraError, match="diverged at step 7"):
+        AdamW(OnnxEngine(bundle, 1), OptimizerConfig(), 100).step(some, 7)
+    assert [adapter.lora_A.value.tobytes() for adapter in some] == before
+    assert [unit.adam_steps for unit in some.units] == [0, 0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_schedules_are_hugging_faces(schedule: str, warmup: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=20)
+    for step in range(20):
+        wanted = optimizer.param_groups[0]["lr"]
+        found = learning_rate(step, base=0.3, schedule=schedule, warmup_steps=warmup, total_steps=20)  # type: ignore[arg-type]
+        assert found == pytest.approx(wanted, rel=1e-12)
+        optimizer.step()
+        scheduler.step()
