@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from types import TracebackType
 from typing import Self, TypeVar
@@ -27,6 +28,15 @@ OPEN_TIMEOUT_S = 10.0
 PING_EVERY_S = 20.0
 PING_TIMEOUT_S = 120.0
 MAX_FRAME_BYTES = 1 << 30
+
+# What websockets raises when the peer is gone. Beside its own exception it lets a failed write through, and trips
+# over an assertion of its own where the peer hangs up while we send (17.4).
+GONE = (ConnectionClosed, ConnectionError, AssertionError)
+
+# Its own account of the same, with a traceback, is not for our users.
+_silent = logging.getLogger("dlora.edge.websocket")
+_silent.addHandler(logging.NullHandler())
+_silent.propagate = False
 
 M = TypeVar("M", bound=m.Message)
 
@@ -64,7 +74,7 @@ class Connection:
         frame = self.session.send(message)
         try:
             self._socket.send(frame)
-        except ConnectionClosed:
+        except GONE:
             # Why it went away may stand in what the server said last.
             self._raise_lost()
 
@@ -80,7 +90,7 @@ class Connection:
         started = time.monotonic()
         try:
             frame = self._socket.recv(decode=False)
-        except ConnectionClosed:
+        except GONE:
             raise self._lost() from None
         finally:
             self.waited_s += time.monotonic() - started
@@ -99,7 +109,7 @@ class Connection:
         while True:
             try:
                 message = self.session.receive(self._socket.recv(decode=False, timeout=1.0))
-            except (ConnectionClosed, TimeoutError, ProtocolError):
+            except (*GONE, TimeoutError, ProtocolError):
                 raise self._lost() from None
             if isinstance(message, m.Error):
                 raise _refusal(message, self.url)
@@ -132,12 +142,14 @@ def _connect(url: str, closing: contextlib.ExitStack) -> ClientConnection:
                 ping_timeout=PING_TIMEOUT_S,
                 close_timeout=5,
                 proxy=None,
+                logger=_silent,
             )
         )
     except InvalidURI:
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT") from None
-    except (InvalidHandshake, EOFError) as error:
-        raise ConnectionFailedError(f"{url} answers, but is no dlora server ({error})") from None
+    except (InvalidHandshake, EOFError, AssertionError) as error:
+        reason = str(error) or "it hung up"
+        raise ConnectionFailedError(f"{url} answers, but is no dlora server ({reason})") from None
     except TimeoutError:
         raise ConnectionFailedError(f"{url} did not answer in {OPEN_TIMEOUT_S:g} s; is it a dlora server?") from None
     except OSError as error:
