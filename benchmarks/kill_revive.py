@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import statistics
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from children import QUIET_THREADS, cloud_server, log, need_bundle
 
@@ -68,7 +70,7 @@ def main() -> None:
         for seed in options.seeds:
             train, test = _data(options, tokenizer, seed)
             for name, kill_revive in chosen.items():
-                key = f"{name} / seed {seed} / {options.steps} steps / {options.test} test"
+                key = _key(name, seed, options)
                 if key in kept:
                     continue
                 kept[key] = _run(bundle, url, train, test, seed, kill_revive, options)
@@ -79,10 +81,16 @@ def main() -> None:
                     f"{name}, seed {seed}: loss {result['loss']:.3f}, accuracy {result['accuracy']:.1%}, "
                     f"{result['bytes_per_token_steady']:,.0f} B/token, {result['wall_s']:.0f} s"
                 )
-    suffix = f"/ {options.steps} steps / {options.test} test"
-    table = [_row(name, [kept[f"{name} / seed {seed} {suffix}"] for seed in options.seeds]) for name in chosen]
+    table = [_row(name, [kept[_key(name, seed, options)] for seed in options.seeds]) for name in chosen]
     settings = {"model": options.model, "steps": options.steps, "batch_size": options.batch_size, "lr": options.lr}
     print(json.dumps({**settings, "test_messages": options.test, "seeds": options.seeds, "recipes": table}, indent=1))
+
+
+def _key(name: str, seed: int, options: argparse.Namespace) -> str:
+    """What a kept result is of: it holds only while the recipe, the defaults and the run's length are the same."""
+    settings = msgspec.json.encode(KillReviveConfig(**RECIPES[name]))
+    run = f"{options.steps} steps of {options.batch_size}, lr {options.lr}, {options.test} test"
+    return f"{name} / seed {seed} / {run} / {hashlib.sha256(settings).hexdigest()[:8]}"
 
 
 def _row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
