@@ -31,7 +31,7 @@ MAX_FRAME_BYTES = 1 << 30
 
 # What websockets raises when the peer is gone. Beside its own exception it lets a failed write through, and trips
 # over an assertion of its own where the peer hangs up while we send (17.4).
-GONE = (ConnectionClosed, ConnectionError, AssertionError)
+HUNG_UP = (ConnectionClosed, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, AssertionError)
 
 # Its own account of the same, with a traceback, is not for our users.
 _silent = logging.getLogger("dlora.edge.websocket")
@@ -74,7 +74,7 @@ class Connection:
         frame = self.session.send(message)
         try:
             self._socket.send(frame)
-        except GONE:
+        except HUNG_UP:
             # Why it went away may stand in what the server said last.
             self._raise_lost()
 
@@ -90,7 +90,7 @@ class Connection:
         started = time.monotonic()
         try:
             frame = self._socket.recv(decode=False)
-        except GONE:
+        except HUNG_UP:
             raise self._lost() from None
         finally:
             self.waited_s += time.monotonic() - started
@@ -109,7 +109,7 @@ class Connection:
         while True:
             try:
                 message = self.session.receive(self._socket.recv(decode=False, timeout=1.0))
-            except (*GONE, TimeoutError, ProtocolError):
+            except (*HUNG_UP, TimeoutError, ProtocolError):
                 raise self._lost() from None
             if isinstance(message, m.Error):
                 raise _refusal(message, self.url)
@@ -147,7 +147,7 @@ def _connect(url: str, closing: contextlib.ExitStack) -> ClientConnection:
         )
     except InvalidURI:
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT") from None
-    except (InvalidHandshake, EOFError, AssertionError) as error:
+    except (InvalidHandshake, EOFError, *HUNG_UP) as error:
         reason = str(error) or "it hung up"
         raise ConnectionFailedError(f"{url} answers, but is no dlora server ({reason})") from None
     except TimeoutError:
