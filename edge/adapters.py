@@ -114,9 +114,6 @@ class AdapterSet:
             )
         return cls(made, [Unit(indices) for indices in group_units(groups, unit)], kill_every)
 
-    def unit_of(self, group: int) -> Unit:
-        return self._unit_of[group]
-
     def __iter__(self) -> Iterator[Adapter]:
         for group in self.groups:
             yield from group

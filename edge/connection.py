@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from types import TracebackType
 from typing import Self, TypeVar
 from urllib.parse import urlsplit
@@ -47,14 +46,12 @@ class Connection:
     Attributes:
         session: the protocol's state, and the counters of bytes and round trips.
         welcome: what the server said of itself.
-        waited_s: seconds spent waiting for the server.
     """
 
     def __init__(self, url: str) -> None:
         """Connect and greet. Raises ``ConnectionFailedError``, ``ProtocolError``, ``RefusedError``."""
         self.url = url
         self.session = Session(Role.EDGE)
-        self.waited_s = 0.0
         self._closing = contextlib.ExitStack()
         self._socket = _connect(url, self._closing)
         self.send(
@@ -87,13 +84,10 @@ class Connection:
 
     def receive_any(self) -> m.AnyMessage:
         """The next message; an ``Error`` of the server's is raised as what it means."""
-        started = time.monotonic()
         try:
             frame = self._socket.recv(decode=False)
         except HUNG_UP:
             raise self._lost() from None
-        finally:
-            self.waited_s += time.monotonic() - started
         message = self.session.receive(frame)
         if isinstance(message, m.Error):
             raise _refusal(message, self.url)
