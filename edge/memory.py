@@ -7,10 +7,20 @@ import gc
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory of this process so far, in megabytes (10**6 bytes), mapped weights included."""
+    """Peak resident memory of this process so far, in megabytes (10**6 bytes), mapped weights included.
+
+    Linux hands ``ru_maxrss`` down through fork and exec: a device started by a large process would report that
+    one's memory. ``VmHWM`` belongs to this program alone.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:", 1)[1].split("kB", 1)[0]) * 1024 / 1e6
+    except (OSError, IndexError, ValueError):  # not Linux, or a /proc without it
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
