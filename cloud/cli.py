@@ -20,6 +20,15 @@ import typer
 from dlora.protocol.errors import StorageError, UsageError
 from dlora.protocol.version import SOFTWARE_VERSION
 
+from . import token_cli
+from .guard import raise_file_limit
+from .tls import check_exposure, server_context
+from .tokens import FILE_NAME, TokenStore
+
+DOOR = "Who may come in"
+QUOTAS = "Quotas of a device"
+PATIENCE = "Patience"
+
 app = typer.Typer(
     help="Serve the frozen blocks of a language model to devices that fine-tune it.",
     no_args_is_help=True,
@@ -27,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(token_cli.app, name="token")
 
 
 class Dtype(StrEnum):
@@ -62,28 +72,93 @@ def serve(
     max_sessions: Annotated[int, typer.Option(help="Devices that may train at a time.", min=1)] = 16,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one micro-batch.", min=1)] = 8192,
     state_dir: Annotated[
-        Path | None, typer.Option(help="Where the key that signs tickets is kept.", envvar="DLORA_CLOUD_STATE")
+        Path | None,
+        typer.Option(help="Where tokens and the key that signs tickets are kept.", envvar="DLORA_CLOUD_STATE"),
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate chain (PEM): speak TLS.", rich_help_panel=DOOR)
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="Its key, where that is another file.", rich_help_panel=DOOR)
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(help="Let devices in whose certificate this authority signed (PEM).", rich_help_panel=DOOR),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Listen on a network without TLS, or let everybody in.", rich_help_panel=DOOR),
+    ] = False,
+    quota_sessions: Annotated[
+        int | None, typer.Option(help="Sessions of one device at a time.", min=1, rich_help_panel=QUOTAS)
+    ] = None,
+    quota_tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Tokens of one device in a minute.", min=1, rich_help_panel=QUOTAS)
+    ] = None,
+    quota_live_mb: Annotated[
+        float | None,
+        typer.Option(help="Memory of one device's running micro-batches, MB.", min=0.001, rich_help_panel=QUOTAS),
+    ] = None,
+    quota_compute_s: Annotated[
+        float | None,
+        typer.Option(help="Seconds of computing for one device in an hour.", min=0.001, rich_help_panel=QUOTAS),
+    ] = None,
+    park_s: Annotated[
+        float,
+        typer.Option(help="Seconds that a session is kept whose device is away.", min=0, rich_help_panel=PATIENCE),
+    ] = 120.0,
+    exchange_timeout_s: Annotated[
+        float,
+        typer.Option(
+            help="Least seconds for one answer of a device; slow ones get more.", min=0.1, rich_help_panel=PATIENCE
+        ),
+    ] = 120.0,
+    step_timeout_s: Annotated[
+        float,
+        typer.Option(help="Least seconds for all answers of a micro-batch.", min=0.1, rich_help_panel=PATIENCE),
+    ] = 900.0,
+    idle_timeout_s: Annotated[
+        float,
+        typer.Option(help="Seconds that a session may do nothing.", min=0.1, rich_help_panel=PATIENCE),
+    ] = 3600.0,
+    drain_s: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that running steps may take when the server stops.", min=0, rich_help_panel=PATIENCE
+        ),
+    ] = 30.0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object once it listens.")] = False,
 ) -> None:
     """Serve one base model over a websocket until SIGINT or SIGTERM.
 
     Devices with different ranks, target modules and active adapters share the one base; no bundle is needed.
-    The server never gets tokens, labels, adapter weights or optimizer state. GET /healthz answers on the same
-    port. Speak TLS (a reverse proxy) before you listen on anything but loopback.
+    The server never gets token ids, labels, adapter weights or optimizer state. GET /healthz answers on the same
+    port. A network is listened on only with --tls-cert and with tokens (dlora-cloud token create) or
+    --tls-client-ca. Once there is a token, every device needs one. SIGTERM lets running steps finish.
 
     Example:  dlora-cloud serve smollm2-135m --port 8765
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # every end of a connection has a line of ours
-    key = load_key(state_dir or platformdirs.user_state_path("dlora-cloud"))
+    state = state_dir or platformdirs.user_state_path("dlora-cloud")
+    tokens = TokenStore(state / FILE_NAME)
+    authenticated = tls_client_ca is not None or tokens.any()
+    check_exposure(host, tls=tls_cert is not None, authenticated=authenticated, insecure=insecure)
+    if tls_cert is None and (tls_key or tls_client_ca):
+        raise UsageError("--tls-key and --tls-client-ca need --tls-cert")
+    tls = server_context(tls_cert, tls_key, tls_client_ca) if tls_cert else None
+    raise_file_limit()
+    key = load_key(state)
     # Idle OpenMP threads spin: with a device on the same cores that made a step 15 times slower. Must be set
     # before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     import torch
 
+    from .access import Access
     from .base_model import load_base_model
+    from .executor import Patience
+    from .quotas import QuotaLimits
     from .server import CloudServer
 
     check_device(device, torch.cuda.device_count())
@@ -98,14 +173,26 @@ def serve(
         base.name, base.architecture, base.blocks, base.parameters / 1e6, base.fingerprint[:12],
         time.monotonic() - started,
     )  # fmt: skip
-    server = CloudServer(base, max_sessions=max_sessions, max_tokens=max_tokens, threads=threads, ticket_key=key)
+    live_bytes = round(quota_live_mb * 1e6) if quota_live_mb else None
+    server = CloudServer(
+        base,
+        max_sessions=max_sessions,
+        max_tokens=max_tokens,
+        threads=threads,
+        ticket_key=key,
+        access=Access(tokens, required=authenticated),
+        tls=tls,
+        quotas=QuotaLimits(quota_sessions, quota_tokens_per_minute, live_bytes, quota_compute_s),
+        patience=Patience(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s),
+        drain_s=drain_s,
+    )
 
     async def run() -> None:
         serving = asyncio.create_task(server.serve_until_stopped(host, port))
         while json_output and not server.port and not serving.done():
             await asyncio.sleep(0.01)
         if json_output and server.port:
-            print(json.dumps({"url": f"ws://{host}:{server.port}", **server.health()}), flush=True)
+            print(json.dumps({"url": f"{server.scheme}://{host}:{server.port}", **server.health()}), flush=True)
         await serving
 
     asyncio.run(run())

@@ -1,20 +1,25 @@
 """Runs one session: a thread that answers a device's messages, step after step, until it closes.
 
 The thread holds the compute gate while it computes and lets go of it while it waits for the device, so that
-sessions share the cores without oversubscribing them and a slow device stalls nobody but itself.
+sessions share the cores without oversubscribing them and a slow device stalls nobody but itself. It notices nothing
+of connections that come and go; what it waits for has a deadline, and then the device must come back.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dlora.protocol import messages as m
+from dlora.protocol.deadline import Deadline
+from dlora.protocol.errors import DamagedFrameError, RemoteProtocolError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.session import Session
 from dlora.protocol.tensors import WireTensor
@@ -22,15 +27,38 @@ from dlora.protocol.tensors import WireTensor
 from .base_model import BaseModel
 from .exchange import MicroBatchExchange, exchanging
 from .kill_revive import Controller
-from .layout import lay_out
+from .layout import Layout, lay_out
+from .live_bytes import LiveBytes
+from .quotas import SessionQuota
 from .wire import from_wire, to_wire
 
 
 class Transport(Protocol):
-    """Frames to and from one device, blocking."""
+    """Frames to and from one device, blocking; see ``SessionTransport``."""
 
+    @property
+    def losses(self) -> int: ...
     def send(self, frame: bytearray) -> None: ...
-    def receive(self) -> bytes: ...
+    def receive(self, timeout_s: float) -> bytes: ...
+    def hang_up(self, refusal: RemoteProtocolError) -> None: ...
+    def wait_for_device(self, extra_s: float = 0.0) -> object: ...
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a session waits for its device, in seconds.
+
+    Attributes:
+        exchange_s: least time for one answer within a micro-batch; a device that was slower before gets more.
+        step_s: least time for all answers of a micro-batch together, likewise.
+        idle_s: between micro-batches.
+        park_s: without a connection.
+    """
+
+    exchange_s: float = 120.0
+    step_s: float = 900.0
+    idle_s: float = 3600.0
+    park_s: float = 120.0
 
 
 class ComputeGate:
@@ -59,6 +87,9 @@ class SessionExecutor:
 
     Raises (from ``run``) ``RemoteProtocolError`` when the device breaks the rules, ``LocalProtocolError`` when
     the base model's results are not finite, and whatever the transport raises when the device is lost.
+
+    Args:
+        draining: once set, the session ends after the step that it is in; ``run`` then raises ``shutting_down``.
     """
 
     def __init__(
@@ -72,6 +103,10 @@ class SessionExecutor:
         gate: ComputeGate,
         threads: int,
         may_pack: bool,
+        live_bytes: LiveBytes,
+        quota: SessionQuota,
+        patience: Patience,
+        draining: threading.Event,
     ) -> None:
         assert session.opened_with is not None
         self._base = base
@@ -82,31 +117,42 @@ class SessionExecutor:
         self._gate = gate
         self._threads = threads
         self._may_pack = may_pack
+        self._live_bytes = live_bytes
+        self._quota = quota
+        self._patience = patience
+        self._draining = draining
+        self._answer = Deadline(patience.exchange_s)
+        self._answers = Deadline(patience.step_s)
+        self._waited_s = 0.0
         self._wire_dtype = session.opened_with.wire_dtype
         self._input_grads: dict[int, Tensor] = {}
         self._micro_batch: m.Embeddings | None = None
 
-    def opened(self, name: str) -> m.SessionOpened:
+    def opened(self, name: str, token: bytes) -> m.SessionOpened:
         """The message that opens the session, with the controller's states and ticket."""
-        return m.SessionOpened(
-            session=name, units=WireTensor.from_bytes(self._controller.states), ticket=self._ticket()
-        )
+        units = WireTensor.from_bytes(self._controller.states)
+        return m.SessionOpened(session=name, units=units, ticket=self._ticket(), token=token)
 
     def run(self) -> None:
         """Answer until the device closes the session."""
         torch.set_num_threads(self._threads)  # OpenMP keeps this per thread, and this thread is new
         while True:
-            match self._session.receive(self._transport.receive()):
+            match self._receive_within(self._patience.idle_s):
                 case m.Embeddings() as begun:
                     self._run_micro_batch(begun)
                 case m.StepReport() as report:
                     self._handle_report(report)
                 case m.CloseSession() | m.Error():
                     return
+                case None:
+                    text = f"nothing came for {self._patience.idle_s:.0f} s; go on with the ticket"
+                    raise RemoteProtocolError(text, m.ErrorCode.DEADLINE, retryable=True)
 
     def _handle_report(self, report: m.StepReport) -> None:
         units = self._controller.report(report.step, report.scores.to_floats())
         self._send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=self._ticket()))
+        if self._draining.is_set():
+            raise shutting_down()
 
     def _ticket(self) -> WireTensor:
         return WireTensor.from_bytes(self._controller.to_ticket(self._ticket_key))
@@ -114,36 +160,59 @@ class SessionExecutor:
     def _run_micro_batch(self, begun: m.Embeddings) -> None:
         self._micro_batch = begun
         self._input_grads.clear()
-        training = begun.mode == "train"
         live, trained = self._groups_that_take_part()
-        with self._gate.computing(), torch.autograd.set_multithreading_enabled(False):
-            lengths = torch.from_numpy(begun.sequence_lengths.data).long()
-            layout = lay_out(self._to_torch(begun.hidden_states), lengths, may_pack=self._may_pack)
-            rows = layout.rows
-            exchange = MicroBatchExchange(
-                self, self._base, self._session.groups, live=live, trained=trained, rows=rows
+        lengths = torch.from_numpy(begun.sequence_lengths.data).long()
+        layout = lay_out(self._to_torch(begun.hidden_states), lengths, may_pack=self._may_pack)
+        self._admit(begun, layout, trained)
+        started, losses = time.monotonic(), self._transport.losses
+        self._waited_s = 0.0
+        try:
+            with self._gate.computing(), torch.autograd.set_multithreading_enabled(False):
+                started = time.monotonic()
+                self._compute(begun, layout, live, trained)
+        finally:
+            self._micro_batch = None
+            self._quota.end(time.monotonic() - started - self._waited_s)
+        if self._transport.losses == losses:
+            self._answers.observe(self._waited_s)
+
+    def _compute(self, begun: m.Embeddings, layout: Layout, live: set[int], trained: set[int]) -> None:
+        training = begun.mode == "train"
+        rows = layout.rows
+        exchange = MicroBatchExchange(self, self._base, self._session.groups, live=live, trained=trained, rows=rows)
+        with torch.set_grad_enabled(training), exchanging(exchange):
+            hidden = self._base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
+            positions = torch.from_numpy(begun.label_positions.data).long().to(self._base.device)
+            labelled_rows = positions if rows is None else rows.index_select(0, positions)
+            labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, labelled_rows)
+        del hidden
+        self._send(
+            m.LabelledHiddenStates(
+                step=begun.step,
+                micro_batch=begun.micro_batch,
+                hidden_states=to_wire(labelled, self._wire_dtype),
+                gradients=exchange.gradients,
             )
-            with torch.set_grad_enabled(training), exchanging(exchange):
-                hidden = self._base.last_hidden_state(
-                    layout.inputs_embeds, layout.attention_mask, layout.position_ids
-                )
-                positions = torch.from_numpy(begun.label_positions.data).long().to(self._base.device)
-                labelled_rows = positions if rows is None else rows.index_select(0, positions)
-                labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, labelled_rows)
-            del hidden
-            self._send(
-                m.LabelledHiddenStates(
-                    step=begun.step,
-                    micro_batch=begun.micro_batch,
-                    hidden_states=to_wire(labelled, self._wire_dtype),
-                    gradients=exchange.gradients,
-                )
-            )
-            if exchange.gradients:
-                message = self._receive()
-                assert isinstance(message, m.GradHiddenStates)
-                labelled.backward(self._to_torch(message.grad_hidden_states))
-        self._micro_batch = None
+        )
+        if exchange.gradients:
+            message = self._receive()
+            assert isinstance(message, m.GradHiddenStates)
+            labelled.backward(self._to_torch(message.grad_hidden_states))
+
+    def _admit(self, begun: m.Embeddings, layout: Layout, trained: set[int]) -> None:
+        """Charge the micro-batch to its device's quotas; over them, send the device away until there is room."""
+        training = begun.mode == "train"
+        lowest = self._session.groups[min(trained)] if trained and training else None
+        live_bytes = self._live_bytes.estimate(layout, lowest)
+        while True:
+            try:
+                self._quota.begin(begun.hidden_states.shape[0], live_bytes)
+                return
+            except RemoteProtocolError as refusal:
+                if not refusal.retryable:
+                    raise
+                self._transport.hang_up(refusal)
+                self._transport.wait_for_device(refusal.retry_after_s or 0.0)
 
     def _groups_that_take_part(self) -> tuple[set[int], set[int]]:
         live: set[int] = set()
@@ -192,12 +261,47 @@ class SessionExecutor:
         self._transport.send(self._session.send(message))
 
     def _receive(self) -> m.AnyMessage:
+        """The device's next message of this micro-batch; late, it is told to come again, and the clock starts anew."""
+        began, losses = time.monotonic(), self._transport.losses
         with self._gate.waiting():
-            frame = self._transport.receive()
-        message = self._session.receive(frame)
+            while True:
+                left_s = self._answers.seconds - self._waited_s - (time.monotonic() - began)
+                if left_s <= 0:
+                    raise RemoteProtocolError(_LATE, m.ErrorCode.DEADLINE, retryable=True)
+                message = self._receive_within(min(self._answer.seconds, left_s))
+                if message is not None:
+                    break
+                self._answer.missed()
+                self._transport.hang_up(RemoteProtocolError(_LATE, m.ErrorCode.DEADLINE, retryable=True))
+        waited_s = time.monotonic() - began
+        self._waited_s += waited_s
+        if self._transport.losses == losses:  # else it tells of the network, not of the device
+            self._answer.observe(waited_s)
         if isinstance(message, m.Error):
             raise DeviceGaveUpError(message.message)
         return message
+
+    def _receive_within(self, seconds: float) -> m.AnyMessage | None:
+        """The next message that did not come before, or None where there is none in time."""
+        while True:
+            try:
+                message = self._session.receive(self._transport.receive(seconds))
+            except TimeoutError:
+                return None
+            except DamagedFrameError as damage:
+                self._transport.hang_up(damage)
+                continue
+            if message is not None:
+                return message
+
+
+_LATE = "the device did not answer in time"
+
+
+def shutting_down() -> RemoteProtocolError:
+    """What devices are told when the server stops."""
+    text = "shutting down; the run goes on with its ticket once the server is back"
+    return RemoteProtocolError(text, m.ErrorCode.SHUTTING_DOWN, retryable=True)
 
 
 class DeviceGaveUpError(Exception):

@@ -1,14 +1,14 @@
-"""One device's connection: handshake on the event loop, then the session in a thread of its own."""
+"""One device's connection: the handshake on the event loop, then a session in a thread of its own, or back to it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import secrets
-from concurrent.futures import Executor, Future
+import threading
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from dlora.protocol import messages as m
@@ -16,124 +16,217 @@ from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProto
 from dlora.protocol.session import Role, Session, choose_version
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
+from .access import Caller
 from .base_model import BaseModel
-from .executor import ComputeGate, DeviceGaveUpError, SessionExecutor
+from .executor import ComputeGate, DeviceGaveUpError, Patience, SessionExecutor, shutting_down
+from .guard import GuardedConnection
 from .kill_revive import Controller
+from .live_bytes import LiveBytes
+from .quotas import Quotas
+from .sessions import LiveSession, Sessions
+from .transport import DeviceGoneError, SessionTransport, say_goodbye
 
 logger = logging.getLogger("dlora.cloud")
 
 HANDSHAKE_TIMEOUT_S = 30.0
+OPENING_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class Service:
-    """What every session of a server shares."""
+    """What every session of a server shares.
+
+    Attributes:
+        draining: set once the server stops: running steps are finished, nothing new is begun.
+    """
 
     base: BaseModel
     gate: ComputeGate
     threads: int
     may_pack: bool
+    live_bytes: LiveBytes
     max_tokens: int
     ticket_key: bytes
+    sessions: Sessions
+    quotas: Quotas
+    patience: Patience
+    pool: Executor
+    draining: threading.Event
 
 
-class ThreadTransport:
-    """Frames over an asyncio websocket, from a session's thread.
-
-    Reading only when asked leaves backpressure to the websocket. Sending never waits: a session sends while it
-    holds the compute gate, and a device that does not read must stall nobody but itself. It is waited for before
-    the next message is read, so that no more than one answer's frames pile up.
-    """
-
-    def __init__(self, connection: ServerConnection, loop: asyncio.AbstractEventLoop) -> None:
-        self._connection = connection
-        self._loop = loop
-        self._sending: list[Future[None]] = []
-
-    def send(self, frame: bytearray) -> None:
-        self._sending.append(asyncio.run_coroutine_threadsafe(self._connection.send(frame), self._loop))
-
-    def receive(self) -> bytes:
-        self.flush()
-        return asyncio.run_coroutine_threadsafe(self._connection.recv(decode=False), self._loop).result()
-
-    def flush(self) -> None:
-        """Wait for what was sent to leave; raises ``ConnectionClosed`` if it could not."""
-        sending, self._sending = self._sending, []
-        for sent in sending:
-            sent.result()
-
-
-async def handle_connection(connection: ServerConnection, service: Service, threads: Executor, free: Capacity) -> None:
-    """Serve one device from hello to goodbye; every end is logged in one line, never with payload."""
-    name = secrets.token_hex(4)
-    session = Session(Role.CLOUD)
+async def handle_connection(connection: GuardedConnection, caller: Caller, service: Service) -> None:
+    """Serve one connection to its end; every end is logged in one line, never with payload."""
+    handshake = Session(Role.CLOUD)
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-            controller = await _shake_hands(connection, session, service)
-        if controller is None:
-            return
-        if not free.take():
-            raise RemoteProtocolError("the server is full", m.ErrorCode.BUSY)
-        try:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(threads, _run_session, name, connection, loop, session, service, controller)
-        finally:
-            free.give_back()
-    except (ProtocolError, TimeoutError) as error:
-        await _give_up(connection, session, name, error)
-    except (DeviceGaveUpError, ConnectionClosed) as error:
-        logger.info("session %s: the device left at step %d (%s)", name, session.step, str(error)[:200])
-    except Exception as error:
-        logger.exception("session %s: internal error", name)
-        await _give_up(connection, session, name, error)
+            begun = await _Handshake(connection, caller, handshake, service).run()
+        if begun:
+            await connection.wait_closed()
+    except TimeoutError:
+        await _refuse(connection, caller, RemoteProtocolError("too slow at the handshake"))
+    except RemoteProtocolError as refusal:
+        await _refuse(connection, caller, refusal)
+    except ConnectionClosed:
+        logger.info("%s left in the handshake", caller.name)
 
 
-class Capacity:
-    """How many more sessions fit."""
+async def _refuse(connection: GuardedConnection, caller: Caller, refusal: RemoteProtocolError) -> None:
+    logger.warning("%s refused: %s: %s", caller.name, refusal.code, str(refusal)[:300])
+    await say_goodbye(connection, refusal)
 
-    def __init__(self, sessions: int) -> None:
-        self.limit = sessions
-        self.used = 0
 
-    def take(self) -> bool:
-        if self.used >= self.limit:
+class _Handshake:
+    """From ``hello`` to a session that is open, or open again."""
+
+    def __init__(self, connection: GuardedConnection, caller: Caller, session: Session, service: Service) -> None:
+        self._connection = connection
+        self._caller = caller
+        self._session = session
+        self._service = service
+
+    async def run(self) -> bool:
+        """Whether the connection now belongs to a session."""
+        hello = await self._receive()
+        if not isinstance(hello, m.Hello):
             return False
-        self.used += 1
+        self._connection.limit_frames(OPENING_BYTES)
+        await self._send(self._welcome(hello))
+        while True:
+            match await self._receive():
+                case m.OpenSession() as opening:
+                    self._open(opening, hello.device)
+                    return True
+                case m.ResumeSession() as request:
+                    if self._resume(request):
+                        return True
+                    await self._send(m.SessionGone())
+                case _:  # a device that only wanted to know who we are
+                    return False
+
+    async def _receive(self) -> m.AnyMessage | None:
+        return self._session.receive(await self._connection.recv(decode=False))
+
+    async def _send(self, message: m.AnyMessage) -> None:
+        await self._connection.send(self._session.send(message))
+
+    def _welcome(self, hello: m.Hello) -> m.Welcome:
+        version = choose_version(hello.protocol_versions)
+        if version is None:
+            text = f"this server speaks wire versions {list(PROTOCOL_VERSIONS)}, the device {hello.protocol_versions}"
+            raise RemoteProtocolError(text, m.ErrorCode.VERSION)
+        base, max_tokens = self._service.base, self._service.max_tokens
+        return m.Welcome(
+            protocol_version=version,
+            software=f"dlora-cloud {SOFTWARE_VERSION}",
+            base_model=base.name,
+            base_fingerprint=base.fingerprint,
+            embedding_size=base.embedding_size,
+            hidden_size=base.hidden_size,
+            max_sequence_length=min(base.max_sequence_length, max_tokens),
+            max_tokens=max_tokens,
+        )
+
+    def _resume(self, request: m.ResumeSession) -> bool:
+        service = self._service
+        live = service.sessions.resume(request, self._caller, self._connection, self._session)
+        if live is None:
+            return False
+        self._connection.opened()
+        self._connection.limit_frames(frame_limit(service, live.session))
+        logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self._caller.name)
         return True
 
-    def give_back(self) -> None:
-        self.used -= 1
+    def _open(self, opening: m.OpenSession, device: str) -> None:
+        service, session, caller = self._service, self._session, self._caller
+        controller = check_opening(opening, session, service)
+        if service.draining.is_set():
+            raise shutting_down()
+        service.sessions.make_room(caller, device)
+        quota = service.quotas.open_session(caller.name)
+        transport = SessionTransport(asyncio.get_running_loop(), self._connection, service.patience.park_s)
+        live = LiveSession(secrets.token_hex(4), caller, device, session, transport, quota)
+        service.sessions.add(live)
+        executor = SessionExecutor(
+            service.base,
+            session,
+            transport,
+            controller,
+            ticket_key=service.ticket_key,
+            gate=service.gate,
+            threads=service.threads,
+            may_pack=service.may_pack,
+            live_bytes=service.live_bytes,
+            quota=quota,
+            patience=service.patience,
+            draining=service.draining,
+        )
+        self._connection.opened()
+        self._connection.limit_frames(frame_limit(service, session))
+        logger.info(
+            "session %s: opened at step %d by %s with %d groups", live.name, session.step, caller.name,
+            len(session.groups),
+        )  # fmt: skip
+        transport.send(session.send(executor.opened(live.name, live.new_token())))
+        running = asyncio.ensure_future(_run(live, executor, service))
+        _running.add(running)
+        running.add_done_callback(_running.discard)
 
 
-async def _shake_hands(connection: ServerConnection, session: Session, service: Service) -> Controller | None:
-    base = service.base
-    hello = session.receive(await connection.recv(decode=False))
-    if not isinstance(hello, m.Hello):
-        return None
-    version = choose_version(hello.protocol_versions)
-    if version is None:
-        text = f"this server speaks wire versions {list(PROTOCOL_VERSIONS)}, the device {hello.protocol_versions}"
-        raise RemoteProtocolError(text, m.ErrorCode.VERSION)
-    welcome = m.Welcome(
-        protocol_version=version,
-        software=f"dlora-cloud {SOFTWARE_VERSION}",
-        base_model=base.name,
-        base_fingerprint=base.fingerprint,
-        embedding_size=base.embedding_size,
-        hidden_size=base.hidden_size,
-        max_sequence_length=min(base.max_sequence_length, service.max_tokens),
-        max_tokens=service.max_tokens,
+_running: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only
+
+
+async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -> None:
+    """Run a session's thread to its end, whatever connections it has on the way."""
+    session, name = live.session, live.name
+    why: Exception | None = None
+    try:
+        await asyncio.get_running_loop().run_in_executor(service.pool, executor.run)
+        logger.info(
+            "session %s: closed at step %d, %.1f MB in, %.1f MB out", name, session.step,
+            session.bytes_received / 1e6, session.bytes_sent / 1e6,
+        )  # fmt: skip
+    except (DeviceGoneError, DeviceGaveUpError) as error:
+        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, str(error)[:200])
+    except ProtocolError as error:
+        why = as_refusal(error)
+        level = logging.INFO if why.retryable else logging.WARNING
+        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, str(why)[:300])
+    except Exception:
+        logger.exception("session %s: internal error", name)
+        why = RemoteProtocolError("internal error; the server's log has it", m.ErrorCode.INTERNAL)
+    finally:
+        service.sessions.remove(live)
+        live.transport.end(why or DeviceGoneError("the session is closed"))
+
+
+def as_refusal(error: ProtocolError) -> RemoteProtocolError:
+    """What a device is told of an error that ends its session."""
+    if isinstance(error, RemoteProtocolError):
+        return error
+    assert isinstance(error, LocalProtocolError)
+    return RemoteProtocolError(str(error), m.ErrorCode.NON_FINITE)
+
+
+def frame_limit(service: Service, session: Session) -> int:
+    """The largest frame that a device can have reason to send in this session, in bytes."""
+    base, groups = service.base, session.groups
+    width = max(
+        base.embedding_size,
+        base.hidden_size,
+        *(group.in_features for group in groups),
+        *(sum(target.out_features for target in group.targets) for group in groups),
     )
-    await connection.send(session.send(welcome))
-    opening = session.receive(await connection.recv(decode=False))
-    if not isinstance(opening, m.OpenSession):  # a device that only wanted to know who we are
-        return None
-    return _open(opening, session, service)
+    return CONTROL_BYTES + service.max_tokens * (width * 4 + 8)
 
 
-def _open(opening: m.OpenSession, session: Session, service: Service) -> Controller:
-    """Check what a device asks for against the base model, and make its kill-and-revive controller."""
+CONTROL_BYTES = 1 << 20
+
+
+def check_opening(opening: m.OpenSession, session: Session, service: Service) -> Controller:
+    """Check what a device asks for against the base model, and make its kill-and-revive controller.
+
+    Raises ``RemoteProtocolError``.
+    """
     base = service.base
     if opening.base_fingerprint != base.fingerprint:
         text = f"this server serves {base.name} ({base.fingerprint[:12]}…), not {opening.base_fingerprint[:12]}…"
@@ -161,56 +254,3 @@ def _open(opening: m.OpenSession, session: Session, service: Service) -> Control
     if opening.next_step:
         raise RemoteProtocolError("a run that goes on needs its ticket", m.ErrorCode.TICKET)
     return Controller(config, opening.groups, seed=opening.seed, total_steps=opening.total_steps)
-
-
-def _run_session(
-    name: str,
-    connection: ServerConnection,
-    loop: asyncio.AbstractEventLoop,
-    session: Session,
-    service: Service,
-    controller: Controller,
-) -> None:
-    transport = ThreadTransport(connection, loop)
-    executor = SessionExecutor(
-        service.base,
-        session,
-        transport,
-        controller,
-        ticket_key=service.ticket_key,
-        gate=service.gate,
-        threads=service.threads,
-        may_pack=service.may_pack,
-    )
-    logger.info(
-        "session %s: opened at step %d with %d groups, %s", name, session.step, len(session.groups),
-        connection.remote_address[0] if connection.remote_address else "?",
-    )  # fmt: skip
-    transport.send(session.send(executor.opened(name)))
-    executor.run()
-    logger.info(
-        "session %s: closed at step %d, %.1f MB in, %.1f MB out", name, session.step,
-        session.bytes_received / 1e6, session.bytes_sent / 1e6,
-    )  # fmt: skip
-
-
-async def _give_up(connection: ServerConnection, session: Session, name: str, error: Exception) -> None:
-    """Tell the device why, in one message, and hang up."""
-    retryable = False
-    match error:
-        case RemoteProtocolError():
-            code, text = error.code, str(error)
-            retryable = code == m.ErrorCode.BUSY
-        case LocalProtocolError():
-            code, text = m.ErrorCode.NON_FINITE, str(error)
-        case TimeoutError():
-            code, text = m.ErrorCode.PROTOCOL, "too slow at the handshake"
-        case _:
-            code, text = m.ErrorCode.INTERNAL, "internal error; the server's log has it"
-    logger.warning("session %s: gave up at step %d: %s: %s", name, session.step, code, text[:300])
-    refusal = m.Error(code=code, message=text[:1024], retryable=retryable, retry_after_s=5.0 if retryable else None)
-    try:
-        await connection.send(Session(Role.CLOUD).send(refusal))
-        await connection.close(1008, code)
-    except ConnectionClosed:
-        pass

@@ -1,38 +1,47 @@
-"""The websocket server: accepts devices, answers ``GET /healthz``, stops gracefully."""
+"""The websocket server: lets devices in, answers ``GET /healthz``, drains before it stops."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http
 import json
 import logging
 import signal
+import ssl
+import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+from typing import cast
+from weakref import WeakKeyDictionary
 
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.exceptions import ConnectionClosed
+from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
 from dlora.protocol.errors import ConnectionFailedError
-from dlora.protocol.messages import Error, ErrorCode
-from dlora.protocol.session import Role, Session
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
+from .access import Access, AccessDeniedError, Caller
 from .base_model import BaseModel
 from .exchange import install
-from .executor import ComputeGate
-from .handler import Capacity, Service, handle_connection
+from .executor import ComputeGate, Patience, shutting_down
+from .guard import ConnectionLimits, Guard, GuardedConnection
+from .handler import Service, handle_connection
 from .layout import can_pack
+from .live_bytes import LiveBytes
+from .quotas import QuotaLimits, Quotas
+from .sessions import Sessions
+from .transport import wait_for_goodbyes
 
 logger = logging.getLogger("dlora.cloud")
 
 PING_EVERY_S = 20.0
 # A device computes between messages and may sleep; the pong comes from its reading thread, not its compute.
-PING_TIMEOUT_S = 120.0
-GOODBYE_TIMEOUT_S = 1.0
-CONTROL_BYTES = 8 << 20
+PING_TIMEOUT_S = 60.0
+RECHECK_EVERY_S = 10.0
+DRAIN_CHECK_S = 0.05
 
 
 class CloudServer:
@@ -42,22 +51,55 @@ class CloudServer:
         max_sessions: devices that may train at a time; more are told to come again.
         max_tokens: most tokens of one micro-batch.
         threads: torch threads of a computing session.
+        access: who may come in; by default everybody.
+        tls: speak TLS.
+        drain_s: how long running steps may take to finish once the server is asked to stop.
 
     Attributes:
         port: the port it listens on, once ``start`` has returned.
     """
 
     def __init__(
-        self, base: BaseModel, *, max_sessions: int, max_tokens: int, threads: int, ticket_key: bytes
+        self,
+        base: BaseModel,
+        *,
+        max_sessions: int,
+        max_tokens: int,
+        threads: int,
+        ticket_key: bytes,
+        access: Access | None = None,
+        tls: ssl.SSLContext | None = None,
+        quotas: QuotaLimits | None = None,
+        patience: Patience | None = None,
+        limits: ConnectionLimits | None = None,
+        drain_s: float = 30.0,
     ) -> None:
         install(base)
-        # One session computes at a time: on a CPU the cores are shared, on one GPU the device is.
-        self.service = Service(base, ComputeGate(), threads, can_pack(base), max_tokens, ticket_key)
         self.port = 0
-        self._capacity = Capacity(max_sessions)
+        self.scheme = "ws" if tls is None else "wss"
+        self.guard = Guard(limits or ConnectionLimits(sessions=max_sessions), tls=tls)
+        self._access = access or Access(None, required=False)
+        # Weak: a request that names no websocket is let in here, and refused by websockets after.
+        self._callers: WeakKeyDictionary[ServerConnection, Caller] = WeakKeyDictionary()
         self._threads = ThreadPoolExecutor(max_sessions, thread_name_prefix="session")
+        self._drain_s = drain_s
         self._server: Server | None = None
+        self._rechecking: asyncio.Task[None] | None = None
         self._started = time.monotonic()
+        self.service = Service(
+            base=base,
+            gate=ComputeGate(),  # one session computes at a time: on a CPU the cores are shared, on one GPU the device
+            threads=threads,
+            may_pack=can_pack(base),
+            live_bytes=LiveBytes.measure(base),
+            max_tokens=max_tokens,
+            ticket_key=ticket_key,
+            sessions=Sessions(max_sessions),
+            quotas=Quotas(quotas or QuotaLimits()),
+            patience=patience or Patience(),
+            pool=self._threads,
+            draining=threading.Event(),
+        )
 
     async def start(self, host: str, port: int) -> None:
         """Listen. Raises ``ConnectionFailedError`` where that address cannot be had."""
@@ -67,16 +109,14 @@ class CloudServer:
                 host,
                 port,
                 process_request=self._answer_http,
-                compression=None,  # hidden states do not compress, and a compression bomb is no wish of ours
-                max_size=self._max_frame_bytes(),
-                max_queue=4,
                 ping_interval=PING_EVERY_S,
                 ping_timeout=PING_TIMEOUT_S,
-                server_header=None,
+                **self.guard.settings(),
             )
         except OSError as error:
             raise ConnectionFailedError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
         self.port = next(iter(self._server.sockets)).getsockname()[1]
+        self._rechecking = asyncio.create_task(self._recheck_access())
 
     async def serve_until_stopped(self, host: str, port: int) -> None:
         """Listen until SIGINT or SIGTERM, then close every session and return."""
@@ -85,64 +125,89 @@ class CloudServer:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stopped.set)
         await self.start(host, port)
-        logger.info("listening on ws://%s:%d, health at http://%s:%d/healthz", host, self.port, host, self.port)
+        logger.info(
+            "listening on %s://%s:%d, health at http%s://%s:%d/healthz", self.scheme, host, self.port,
+            self.scheme.removeprefix("ws"), host, self.port,
+        )  # fmt: skip
         await stopped.wait()
-        logger.info("stopping; %d sessions are told to come again", self._capacity.used)
+        logger.info(
+            "stopping: %d sessions may finish their step, for at most %.0f s", len(self.service.sessions),
+            self._drain_s,
+        )  # fmt: skip
         await self.stop()
 
     async def stop(self) -> None:
-        """Stop listening, tell every device to come again, hang up (1001) and wait for the threads to end."""
+        """Let running steps finish, tell every device to come again, hang up and wait for the threads to end."""
+        await self._drain()
+        if self._rechecking is not None:
+            self._rechecking.cancel()
+        self.guard.hang_up()
         if self._server is not None:
-            await asyncio.gather(*map(_say_goodbye, self._server.connections))
             self._server.close()
             await self._server.wait_closed()
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
 
+    async def _drain(self) -> None:
+        sessions = self.service.sessions
+        self.service.draining.set()
+        until = time.monotonic() + self._drain_s
+        while len(sessions) and time.monotonic() < until:
+            for live in sessions:
+                if live.session.at_rest or live.transport.parked_at is not None:
+                    live.transport.end(shutting_down())
+            await asyncio.sleep(DRAIN_CHECK_S)
+        for live in sessions:
+            live.transport.end(shutting_down())
+        await wait_for_goodbyes()
+
+    async def _recheck_access(self) -> None:
+        """End the sessions of devices whose token was revoked or has expired."""
+        while True:
+            await asyncio.sleep(RECHECK_EVERY_S)
+            for live in self.service.sessions:
+                try:
+                    self._access.recheck(live.caller)
+                except AccessDeniedError as denied:
+                    live.transport.end(denied)
+
     async def _handle(self, connection: ServerConnection) -> None:
-        await handle_connection(connection, self.service, self._threads, self._capacity)
+        await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)
 
     def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
-        if request.path != "/healthz":
-            return None
-        body = json.dumps(self.health(), indent=1) + "\n"
-        response = connection.respond(http.HTTPStatus.OK, body)
-        del response.headers["Content-Type"]
-        response.headers["Content-Type"] = "application/json"
-        return response
+        if request.path == "/healthz":
+            return _json_response(http.HTTPStatus.OK, json.dumps(self.health(), indent=1).encode() + b"\n")
+        authorization = request.headers.get_all("Authorization")
+        source = cast(GuardedConnection, connection).source
+        try:
+            self._callers[connection] = self._access.admit(
+                authorization[0] if len(authorization) == 1 else None,
+                source,
+                connection.transport.get_extra_info("peercert"),
+            )
+        except AccessDeniedError as denied:
+            if denied.should_log:
+                logger.warning("%s refused: %s: %s", source, denied.code, denied)
+            return _json_response(denied.status, denied.body(), denied.headers())
+        return None
 
     def health(self) -> dict[str, object]:
         """What ``/healthz`` answers."""
-        base = self.service.base
+        base, sessions = self.service.base, self.service.sessions
         return {
-            "status": "ok",
+            "status": "draining" if self.service.draining.is_set() else "ok",
             "software": SOFTWARE_VERSION,
             "protocol_versions": list(PROTOCOL_VERSIONS),
             "base_model": base.name,
             "base_fingerprint": base.fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
             "device": str(base.device),
-            "sessions": self._capacity.used,
-            "max_sessions": self._capacity.limit,
+            "sessions": len(sessions),
+            "parked_sessions": sessions.parked,
+            "max_sessions": sessions.limit,
             "uptime_s": round(time.monotonic() - self._started, 1),
         }
 
-    def _max_frame_bytes(self) -> int:
-        """The largest frame that any session could need: all target modules of one group, in fp32."""
-        base = self.service.base
-        groups = base.groups(base.targets)
-        width = max(
-            base.embedding_size,
-            base.hidden_size,
-            *(group.in_features for group in groups),
-            *(sum(target.out_features for target in group.targets) for group in groups),
-        )
-        return CONTROL_BYTES + self.service.max_tokens * (width * 4 + 8)
 
-
-async def _say_goodbye(connection: ServerConnection) -> None:
-    """Tell a device why it is about to lose the server; one that does not read is not waited for."""
-    text = "shutting down; once it is back, go on with --resume"
-    error = Error(code=ErrorCode.SHUTTING_DOWN, message=text, retryable=True)
-    with contextlib.suppress(ConnectionClosed, TimeoutError):
-        async with asyncio.timeout(GOODBYE_TIMEOUT_S):
-            await connection.send(Session(Role.CLOUD).send(error))
+def _json_response(status: http.HTTPStatus, body: bytes, more: Mapping[str, str] = MappingProxyType({})) -> Response:
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close", **more}
+    return Response(status.value, status.phrase, Headers(headers), body)

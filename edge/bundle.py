@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import GraphKind, GraphSpec, Manifest, check_file, load_manifest
+
+_STORED: Final = (np.dtype("<f4"), np.dtype("<f2"), np.dtype("i1"))
 
 
 class Bundle:
@@ -39,10 +42,7 @@ class Bundle:
         """
         if name in self._weights:
             return self._weights[name]
-        try:
-            array: npt.NDArray[Any] = np.load(self._file(name), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{self.path / name} cannot be read ({error}); export the bundle again") from None
+        array = _mapped(self._file(name))
         # A plain view: np.memmap's subclass machinery costs at every slice.
         self._weights[name] = array.view(np.ndarray)
         return self._weights[name]
@@ -62,3 +62,20 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: the manifest does not list {name!r}; export the bundle again")
         return self.path / name
+
+
+def _mapped(path: Path) -> npt.NDArray[Any]:
+    """Map an ``.npy`` file, whose header is checked first: numpy may fail in any way on one that lies, or crash."""
+    try:
+        with path.open("rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("not of .npy format 1.0")
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+        if dtype not in _STORED or fortran_order or min(shape, default=0) < 1:
+            raise ValueError("not an array of weights")
+        if start + math.prod(shape) * dtype.itemsize != path.stat().st_size:
+            raise ValueError("its shape is not its size")
+        return np.memmap(path, dtype, "r", start, shape)
+    except Exception as error:  # numpy evaluates the header, and lets through whatever Python's parser raises
+        raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None

@@ -121,13 +121,14 @@ def _load(path: Path, step: int) -> Checkpoint:
         raise _DamagedError(str(error)) from None
     try:
         header = msgspec.json.decode(metadata.get(_KEY, ""), type=_Header)
-    except msgspec.MsgspecError as error:
+        state = msgspec.json.decode(header.state)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise _DamagedError(f"its header cannot be read: {error}") from None
     if header.format != FORMAT:
         raise _DamagedError(f"its format is {header.format}, not {FORMAT}")
     if header.step != step or header.sha256 != _digest(tensors, step, bytes(header.state)):
         raise _DamagedError("its SHA-256 differs")
-    return Checkpoint(step, tensors, msgspec.json.decode(header.state), path)
+    return Checkpoint(step, tensors, state, path)
 
 
 def _delete_old(directory: Path, step: int) -> None:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dlora.protocol.errors import UsageError
 from dlora.protocol.version import SOFTWARE_VERSION
+
+from . import pause
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .credentials import Credentials
+    from .split_model import SplitModel
 
 app = typer.Typer(
     help="Fine-tune a language model that this device cannot hold. Data, labels, adapters stay here.",
@@ -74,13 +83,26 @@ class TooLong(StrEnum):
 
 
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
-ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT.")]
+ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT or wss://HOST:PORT.")]
+TokenFileOption = Annotated[
+    Path | None, typer.Option(help="File with the token that lets this device in; else DLORA_TOKEN.")
+]
+CaOption = Annotated[Path | None, typer.Option(help="Trust only servers that this authority signed (PEM).")]
+ClientCertOption = Annotated[Path | None, typer.Option(help="This device's certificate (PEM).")]
+ClientKeyOption = Annotated[Path | None, typer.Option(help="Its key, where that is another file (PEM).")]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="Send the token over plain ws:// all the same.")]
+MaxRetryOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds to try again when the server is gone; 0: give up at once. Without it: for ever once the run has "
+        "begun, but a first connection that fails ends it.",
+        min=0,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 MaxLengthOption = Annotated[int, typer.Option(help="Longest example, in tokens.", min=2)]
 TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: refuse, cut or leave out.")]
-ColumnsOption = Annotated[
-    str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")
-]
+ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
 
 # A typing slip must not fill the memory, and the wire takes no more.
 MAX_UNIT, MAX_RANK, MAX_THREADS = 65_535, 4096, 1024
@@ -137,6 +159,16 @@ def train(
     eval_every: Annotated[int, typer.Option(help="Evaluate every so many steps; 0: before and after.", min=0)] = 0,
     wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
     threads: ThreadsOption = 0,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    client_cert: ClientCertOption = None,
+    client_key: ClientKeyOption = None,
+    insecure: InsecureOption = False,
+    max_retry_s: MaxRetryOption = None,
+    exchange_timeout_s: Annotated[
+        float, typer.Option(help="Least seconds of silence after which the server counts as lost.", min=1)
+    ] = 120.0,
+    pause_when: Annotated[list[str] | None, typer.Option("--pause-when", help=pause.HELP)] = None,
     json_output: JsonOption = False,
     active_fraction: Annotated[
         float, typer.Option(help="Share of units that stay active; 1: all.", min=0.0, max=1.0, rich_help_panel=KR)
@@ -182,7 +214,9 @@ def train(
 
     from .bundle import Bundle
     from .config import TrainConfig
+    from .connection import Liveness, check_url
     from .data import load_examples
+    from .identity import load_device_id
     from .memory import collect
     from .optimizer import OptimizerConfig
     from .report import Reporter
@@ -194,14 +228,15 @@ def train(
     if alpha is not None and not 0 < alpha < math.inf:
         raise UsageError("--alpha must be above 0")
     reporter = Reporter(json_output=json_output)
+    pause_rules = pause.PauseRules.parse(pause_when or [])
+    credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
+    check_url(server)
     opened = Bundle.open(bundle)
     spec = opened.manifest
     tokenizer = EdgeTokenizer.open(opened.path, spec.tokenizer)
     fields = parse_columns(columns) if columns else None
 
-    load = partial(
-        load_examples, tokenizer=tokenizer, columns=fields, max_length=max_length, too_long=too_long.value
-    )
+    load = partial(load_examples, tokenizer=tokenizer, columns=fields, max_length=max_length, too_long=too_long.value)
 
     dataset = load(data)
     held_out = load(eval_data) if eval_data else None
@@ -254,6 +289,11 @@ def train(
         init_adapter=init_adapter,
         resume=resume,
         threads=threads,
+        credentials=credentials,
+        device=load_device_id(warn=reporter.warn),
+        max_retry_s=max_retry_s,
+        liveness=Liveness(exchange_s=exchange_timeout_s),
+        pause=pause_rules,
     )
     summary = run_training(run, reporter)
     reporter.finish(summary)
@@ -271,6 +311,12 @@ def evaluate(
     columns: ColumnsOption = None,
     wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
     threads: ThreadsOption = 0,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    client_cert: ClientCertOption = None,
+    client_key: ClientKeyOption = None,
+    insecure: InsecureOption = False,
+    max_retry_s: MaxRetryOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Loss and accuracy of an adapter, or of the base model, on held-out data."""
@@ -278,19 +324,19 @@ def evaluate(
 
     from .bundle import Bundle
     from .data import load_examples
-    from .inference import open_model
     from .report import Reporter
     from .rows import parse_columns
     from .tokenizer import EdgeTokenizer
     from .trainer import evaluate as run_evaluation
 
     reporter = Reporter(json_output=json_output)
+    credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
     opened = Bundle.open(bundle)
     tokenizer = EdgeTokenizer.open(opened.path, opened.manifest.tokenizer)
     fields = parse_columns(columns) if columns else None
     dataset = load_examples(data, tokenizer, columns=fields, max_length=max_length, too_long=too_long.value)
     with (
-        open_model(opened, server, adapter, wire_dtype=wire_dtype.value, threads=threads) as model,
+        _open_model(opened, server, adapter, wire_dtype, threads, credentials, max_retry_s) as model,
         reporter.evaluating("", len(dataset)) as advance,
     ):
         result = run_evaluation(model, dataset, batch_size, lambda done, _: advance(done))
@@ -306,16 +352,23 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
     threads: ThreadsOption = 0,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    client_cert: ClientCertOption = None,
+    client_key: ClientKeyOption = None,
+    insecure: InsecureOption = False,
+    max_retry_s: MaxRetryOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Answer a prompt, greedily. The whole prefix is sent for every token: slow, and for a look only."""
     from .bundle import Bundle
-    from .inference import generate_greedily, open_model
+    from .inference import generate_greedily
     from .tokenizer import EdgeTokenizer
 
+    credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
     opened = Bundle.open(bundle)
     tokenizer = EdgeTokenizer.open(opened.path, opened.manifest.tokenizer)
-    with open_model(opened, server, adapter, wire_dtype=wire_dtype.value, threads=threads) as model:
+    with _open_model(opened, server, adapter, wire_dtype, threads, credentials, max_retry_s) as model:
         answer = generate_greedily(model, tokenizer, prompt, max_new_tokens)
     print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if json_output else answer)
 
@@ -351,15 +404,54 @@ def info(
 def doctor(
     bundle: Annotated[Path | None, typer.Option(help="Also check this bundle, and what it takes.")] = None,
     server: Annotated[str | None, typer.Option(help="Also try this server.")] = None,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    client_cert: ClientCertOption = None,
+    client_key: ClientKeyOption = None,
+    insecure: InsecureOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Check this device: versions, memory, engine, bundle, server; and say what to do about each problem."""
     from .doctor import examine, show
 
-    report = examine(bundle, server)
+    credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
+    report = examine(bundle, server, credentials)
     _print(report, json_output, show)
     if not report["ok"]:
         raise typer.Exit(1)
+
+
+def load_credentials(
+    token_file: Path | None, ca: Path | None, client_cert: Path | None, client_key: Path | None, insecure: bool
+) -> Credentials:
+    """What the options and ``DLORA_TOKEN`` say; warns on stderr where others can read the token."""
+    from .credentials import Credentials
+
+    return Credentials.load(
+        token_file, ca=ca, client_cert=client_cert, client_key=client_key, insecure=insecure, warn=_warn
+    )
+
+
+def _open_model(
+    bundle: Bundle,
+    server: str,
+    adapter: Path | None,
+    wire_dtype: WireDtype,
+    threads: int,
+    credentials: Credentials,
+    max_retry_s: float | None,
+) -> AbstractContextManager[SplitModel]:
+    from .connection import Dialing, Retry
+    from .identity import load_device_id
+    from .inference import open_model
+
+    retry = Retry(max_s=max_retry_s, at_start=bool(max_retry_s))
+    dialing = Dialing(credentials, load_device_id(warn=_warn), retry, say=_warn)
+    return open_model(bundle, server, adapter, wire_dtype=wire_dtype.value, threads=threads, dialing=dialing)
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def parse_units(text: str, option: str) -> tuple[int, ...]:

@@ -1,36 +1,54 @@
-"""The device's end of one websocket: typed messages in and out, and every failure as one clear line."""
+"""The device's end of the wire: typed messages in and out, over websockets that come and go.
+
+A session outlives its connection. When one is lost, stalls, or the server asks to come again, the next ``send`` or
+``receive`` connects anew with growing pauses and resumes; callers see nothing of it. Where the server has forgotten
+the session, they see ``SessionLostError`` and open another. Every other failure is one clear line.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import random
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self, TypeVar
-from urllib.parse import urlsplit
+from typing import Final, NoReturn, Self, TypeVar
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+import tenacity
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
 from dlora.protocol import messages as m
+from dlora.protocol.codec import Decoder
+from dlora.protocol.deadline import Deadline
 from dlora.protocol.errors import (
     ConnectionFailedError,
+    DamagedFrameError,
+    DloraError,
     ModelMismatchError,
     ProtocolError,
     RefusedError,
     RemoteProtocolError,
+    SessionLostError,
+    StoppedError,
     UsageError,
 )
 from dlora.protocol.session import Role, Session
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
-OPEN_TIMEOUT_S = 10.0
-PING_EVERY_S = 20.0
-PING_TIMEOUT_S = 120.0
-MAX_FRAME_BYTES = 1 << 30
+from .credentials import Credentials, refusal_in, split_url, tls_failure
+
+MAX_FRAME_BYTES: Final = 1 << 30
+GOODBYE_TIMEOUT_S: Final = 2.0
+STOP_CHECK_S: Final = 0.2
 
 # What websockets raises when the peer is gone. Beside its own exception it lets a failed write through, and trips
 # over an assertion of its own where the peer hangs up while we send (17.4).
-HUNG_UP = (ConnectionClosed, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, AssertionError)
+HUNG_UP: Final = (ConnectionClosed, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, AssertionError)
 
 # Its own account of the same, with a traceback, is not for our users.
 _silent = logging.getLogger("dlora.edge.websocket")
@@ -40,24 +58,111 @@ _silent.propagate = False
 M = TypeVar("M", bound=m.Message)
 
 
-class Connection:
-    """A connection to a server, past the greeting.
+@dataclass(frozen=True)
+class Retry:
+    """When to connect again, and for how long.
 
     Attributes:
-        session: the protocol's state, and the counters of bytes and round trips.
-        welcome: what the server said of itself.
+        max_s: how long an outage may last; None: for ever, 0: give up at once.
+        at_start: whether the very first connection may wait as well; otherwise it fails at once.
+        first_s, ceiling_s: pauses double from the one to the other; each is shortened by up to half at random, so
+            that devices do not come back in step.
     """
 
-    def __init__(self, url: str) -> None:
-        """Connect and greet. Raises ``ConnectionFailedError``, ``ProtocolError``, ``RefusedError``."""
-        self.url = url
+    max_s: float | None = 0.0
+    at_start: bool = False
+    first_s: float = 0.5
+    ceiling_s: float = 30.0
+
+    def pause_s(self, failures: int) -> float:
+        """The pause after so many failures in a row (from 1)."""
+        longest = min(self.ceiling_s, self.first_s * 2.0 ** min(failures - 1, 30))
+        return longest * random.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """When a silent server counts as lost, in seconds.
+
+    Attributes:
+        exchange_s: least time that an answer may take; slow answers raise it.
+        open_s: to connect and greet.
+        ping_every_s, ping_timeout_s: pings do not depend on what the server computes.
+    """
+
+    exchange_s: float = 120.0
+    open_s: float = 10.0
+    ping_every_s: float = 20.0
+    ping_timeout_s: float = 60.0
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Dialing:
+    """How to reach a server, and what to do when it is gone.
+
+    Attributes:
+        device: this device's stable name.
+        say: told one line when the connection is lost and when it is back.
+        should_stop: asked while waiting for a server; true raises ``StoppedError``.
+    """
+
+    credentials: Credentials = field(default_factory=Credentials)
+    device: str = ""
+    retry: Retry = field(default_factory=Retry)
+    liveness: Liveness = field(default_factory=Liveness)
+    say: Callable[[str], None] = _say_nothing
+    should_stop: Callable[[], bool] = _never
+
+
+class _LostError(Exception):
+    """The connection is of no more use; another one may be.
+
+    Attributes:
+        final: what to raise where nothing more is tried.
+    """
+
+    def __init__(self, final: DloraError, retry_after_s: float | None = None) -> None:
+        super().__init__(str(final))
+        self.final = final
+        self.retry_after_s = retry_after_s
+
+
+class Connection:
+    """A conversation with one server, past the greeting.
+
+    Attributes:
+        session: the protocol's state, and the counters of bytes and round trips over all connections so far.
+        reconnects: how often a connection was lost and replaced; resumed: how often the session went on where it
+            stood.
+    """
+
+    def __init__(self, url: str, dialing: Dialing | None = None) -> None:
+        """Connect and greet. Raises ``UsageError``, ``ConnectionFailedError``, ``ProtocolError``, ``RefusedError``."""
+        self.url = check_url(url)
         self.session = Session(Role.EDGE)
+        self.reconnects = 0
+        self.resumed = 0
+        self._dialing = dialing or Dialing()  # no credentials, no second try
+        self._deadline = Deadline(self._dialing.liveness.exchange_s)
         self._closing = contextlib.ExitStack()
-        self._socket = _connect(url, self._closing)
-        self.send(
-            m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software=f"dlora-edge {SOFTWARE_VERSION}")
-        )
-        self.welcome = self.receive(m.Welcome)
+        self._socket: ClientConnection | None = None
+        self._opened: m.SessionOpened | None = None
+        self._token = b""
+        self._failures = 0  # in a row, without a message of the session between them
+        try:
+            self.session = self._dial()
+        except _LostError as lost:
+            if not self._dialing.retry.at_start:
+                raise lost.final from None
+            self.session = self._dial_again(lost)
 
     def __enter__(self) -> Self:
         return self
@@ -67,13 +172,37 @@ class Connection:
     ) -> None:
         self.close()
 
+    @property
+    def welcome(self) -> m.Welcome:
+        """What the server said of itself."""
+        assert self.session.welcome is not None
+        return self.session.welcome
+
+    # -- the conversation --------------------------------------------------------------------------------
+
+    def open(self, opening: m.OpenSession) -> m.SessionOpened:
+        """Open a session; after ``SessionLostError``, another one. Raises what the server's refusal means."""
+        while True:
+            try:
+                self._write(self.session.send(opening))
+                opened = self._read(self.session)
+                break
+            except _LostError as lost:
+                if self._opened is None and not self._dialing.retry.at_start:
+                    raise lost.final from None
+                self._replace_session(self._dial_again(lost))
+        if not isinstance(opened, m.SessionOpened):
+            raise RemoteProtocolError(f"{type(opened).__name__} where SessionOpened was due")
+        self._opened, self._token = opened, opened.token
+        return opened
+
     def send(self, message: m.AnyMessage) -> None:
+        """Send; returns when the message is on its way or kept for the next connection."""
         frame = self.session.send(message)
         try:
-            self._socket.send(frame)
-        except HUNG_UP:
-            # Why it went away may stand in what the server said last.
-            self._raise_lost()
+            self._write(frame)
+        except _LostError as lost:
+            self._come_back(lost)
 
     def receive(self, kind: type[M]) -> M:
         """The next message, which must be of ``kind`` (a union is written as a common base)."""
@@ -84,87 +213,271 @@ class Connection:
 
     def receive_any(self) -> m.AnyMessage:
         """The next message; an ``Error`` of the server's is raised as what it means."""
-        try:
-            frame = self._socket.recv(decode=False)
-        except HUNG_UP:
-            raise self._lost() from None
-        message = self.session.receive(frame)
-        if isinstance(message, m.Error):
-            raise _refusal(message, self.url)
-        return message
+        while True:
+            started = time.monotonic()
+            try:
+                message = self._read(self.session, self._deadline.seconds)
+            except _LostError as lost:
+                self._come_back(lost)
+                continue
+            self._deadline.observe(time.monotonic() - started)
+            self._failures = 0
+            return message
 
     def close(self) -> None:
         """Say goodbye where the rules allow it, and hang up."""
-        with contextlib.suppress(ProtocolError, ConnectionFailedError, RefusedError):
-            self.send(m.CloseSession())
+        with contextlib.suppress(DloraError, _LostError):
+            self._write(self.session.send(m.CloseSession()))
         self._closing.close()
 
-    def _raise_lost(self) -> None:
+    # -- coming back -------------------------------------------------------------------------------------
+
+    def _come_back(self, lost: _LostError) -> None:
+        """Connect again and resume the session.
+
+        Raises ``SessionLostError`` where it is gone; the connection is then past the greeting, for ``open``.
+        """
+        if self._opened is None:
+            raise lost.final from None
+        while True:
+            handshake = self._dial_again(lost)
+            try:
+                resumed = self._resume(handshake)
+                break
+            except _LostError as again:
+                lost = again
+        if resumed is None:
+            self._replace_session(handshake)
+            raise SessionLostError("the server no longer has the session")
+        self._token = resumed.token
+        self.resumed += 1
+        for frame in self.session.resume(handshake, resumed.received):
+            try:
+                self._write(frame)
+            except _LostError as again:
+                return self._come_back(again)
+        return None
+
+    def _resume(self, handshake: Session) -> m.SessionResumed | None:
+        assert self._opened is not None
+        resume = m.ResumeSession(session=self._opened.session, token=self._token, received=self.session.link.received)
+        self._write(handshake.send(resume))
+        answer = self._read(handshake, self._dialing.liveness.open_s)
+        return answer if isinstance(answer, m.SessionResumed) else None
+
+    def _dial_again(self, lost: _LostError) -> Session:
+        """Connect and greet, with pauses, until it works or patience ends."""
+        retry, say = self._dialing.retry, self._dialing.say
+        if retry.max_s == 0:
+            raise lost.final from None
+        say(f"{lost.final}")
+        began = time.monotonic()
+        if lost.retry_after_s is not None:
+            self._sleep(lost.retry_after_s * random.uniform(1.0, 1.25))
+        elif self._failures:
+            self._sleep(retry.pause_s(self._failures))
+        self._failures += 1
+        first = self._failures
+
+        def announce(state: tenacity.RetryCallState) -> None:
+            assert state.outcome is not None
+            error = state.outcome.exception()
+            assert state.next_action is not None
+            say(f"{error}; trying again in {state.next_action.sleep:.1f} s")
+
+        def pause(state: tenacity.RetryCallState) -> float:
+            self._failures = first + state.attempt_number
+            error = state.outcome.exception() if state.outcome else None
+            asked = error.retry_after_s if isinstance(error, _LostError) else None
+            return max(asked or 0.0, retry.pause_s(self._failures))
+
+        stop: tenacity.stop.stop_base = tenacity.stop_never
+        if retry.max_s is not None:
+            stop = tenacity.stop_after_delay(retry.max_s)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_LostError),
+            wait=pause, stop=stop, sleep=self._sleep, before_sleep=announce, reraise=True,
+        )  # fmt: skip
+        try:
+            greeted: Session = retrying(self._dial)
+        except _LostError as error:
+            text = f"{error.final}; gave up after {time.monotonic() - began:.0f} s (--max-retry-s)"
+            raise ConnectionFailedError(text) from None
+        self.reconnects += 1
+        say(f"connected to {self.url} again after {time.monotonic() - began:.1f} s")
+        return greeted
+
+    def _sleep(self, seconds: float) -> None:
+        """Sleep, and raise ``StoppedError`` soon after somebody asked to stop."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self._dialing.should_stop():
+                raise StoppedError("stopped while the server was away; go on with --resume")
+            time.sleep(min(left, STOP_CHECK_S))
+
+    def _replace_session(self, handshake: Session) -> None:
+        """Go on in a new session, past its greeting; counters go on too."""
+        handshake.bytes_sent += self.session.bytes_sent
+        handshake.bytes_received += self.session.bytes_received
+        handshake.round_trips += self.session.round_trips
+        self.session = handshake
+
+    # -- one websocket -----------------------------------------------------------------------------------
+
+    def _dial(self) -> Session:
+        """Connect and greet once. Raises ``_LostError`` for what may pass."""
+        self._hang_up()
+        session = Session(Role.EDGE)
+        self._closing = contextlib.ExitStack()
+        self._socket = _connect(self.url, self._dialing, self._closing)
+        hello = m.Hello(
+            protocol_versions=list(PROTOCOL_VERSIONS),
+            software=f"dlora-edge {SOFTWARE_VERSION}",
+            device=self._dialing.device,
+        )
+        self._write(session.send(hello))
+        welcome = self._read(session, self._dialing.liveness.open_s)
+        if not isinstance(welcome, m.Welcome):
+            raise RemoteProtocolError(f"{type(welcome).__name__} where Welcome was due")
+        known = self.session.welcome
+        if known is not None and welcome.base_fingerprint != known.base_fingerprint:
+            raise ModelMismatchError(
+                f"the server {self.url} came back with another base model ({welcome.base_model}); "
+                "serve the model that the bundle was exported from, and go on with --resume"
+            )
+        return session
+
+    def _hang_up(self) -> None:
+        """Leave the connection without waiting for the peer's part of the goodbye: it may be gone."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.socket.shutdown(socket.SHUT_RDWR)
+        self._closing.close()
+
+    def _write(self, frame: bytearray) -> None:
+        assert self._socket is not None
+        try:
+            self._socket.send(frame)
+        except HUNG_UP:
+            self._raise_last_words()
+
+    def _read(self, session: Session, timeout_s: float | None = None) -> m.AnyMessage:
+        """The next message that did not come before. Raises ``_LostError`` or what an ``Error`` means."""
+        assert self._socket is not None
+        timeout_s = self._dialing.liveness.open_s if timeout_s is None else timeout_s
         while True:
             try:
-                message = self.session.receive(self._socket.recv(decode=False, timeout=1.0))
-            except (*HUNG_UP, TimeoutError, ProtocolError):
+                message = session.receive(self._socket.recv(timeout=timeout_s, decode=False))
+            except HUNG_UP:
                 raise self._lost() from None
+            except TimeoutError:
+                self._deadline.missed()
+                text = f"the server {self.url} was silent for {timeout_s:.0f} s {self._where()}"
+                raise _LostError(ConnectionFailedError(text)) from None
+            except DamagedFrameError as error:
+                raise _LostError(error) from None
             if isinstance(message, m.Error):
-                raise _refusal(message, self.url)
+                self._raise_refusal(message)
+            if message is not None:
+                return message
 
-    def _lost(self) -> ConnectionFailedError:
-        step = self.session.step
+    def _raise_last_words(self) -> NoReturn:
+        """Why a peer went away may stand in what it said last."""
+        with contextlib.suppress(*HUNG_UP, TimeoutError, ProtocolError):
+            assert self._socket is not None
+            while True:
+                message = Decoder().decode(self._socket.recv(timeout=GOODBYE_TIMEOUT_S, decode=False))
+                if isinstance(message, m.Error):
+                    self._raise_refusal(message)
+        raise self._lost() from None
+
+    def _raise_refusal(self, error: m.Error) -> NoReturn:
+        refusal = refusal_of(error, self.url)
+        if error.retryable:
+            raise _LostError(refusal, error.retry_after_s) from None
+        raise refusal from None
+
+    def _lost(self) -> _LostError:
         if self.session.welcome is None:
-            return ConnectionFailedError(f"{self.url} hung up before it greeted; is it a dlora server?")
-        return ConnectionFailedError(
-            f"lost the server {self.url} at step {step}; start it again and train with --resume"
-        )
+            text = f"{self.url} hung up before it greeted; is it a dlora server?"
+        else:
+            text = f"lost the server {self.url} {self._where()}"
+        return _LostError(ConnectionFailedError(text))
+
+    def _where(self) -> str:
+        return f"at step {self.session.step}" if self._opened is not None else "before a session was open"
 
 
-def _connect(url: str, closing: contextlib.ExitStack) -> ClientConnection:
+def check_url(url: str) -> str:
+    """``url`` if it is a websocket address without a secret in it; raises ``UsageError``."""
+    parts = split_url(url)
     try:
-        parts = urlsplit(url)
         usable = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number, or too large a one
         usable = False
     if not usable:
-        raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT")
+        raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT or wss://HOST:PORT")
+    return url
+
+
+def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> ClientConnection:
+    liveness, credentials = dialing.liveness, dialing.credentials
     try:
         return closing.enter_context(
             connect(
                 url,
+                additional_headers=credentials.headers(url),
+                ssl=credentials.ssl_context(url),
                 compression=None,
                 max_size=MAX_FRAME_BYTES,
-                open_timeout=OPEN_TIMEOUT_S,
-                ping_interval=PING_EVERY_S,
-                ping_timeout=PING_TIMEOUT_S,
-                close_timeout=5,
+                open_timeout=liveness.open_s,
+                ping_interval=liveness.ping_every_s,
+                ping_timeout=liveness.ping_timeout_s,
+                close_timeout=GOODBYE_TIMEOUT_S,
                 proxy=None,
                 logger=_silent,
             )
         )
     except InvalidURI:
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT") from None
+    except InvalidStatus as error:
+        raise _refused_at_door(error, url) from None
     except (InvalidHandshake, EOFError, *HUNG_UP) as error:
         reason = str(error) or "it hung up"
-        raise ConnectionFailedError(f"{url} answers, but is no dlora server ({reason})") from None
+        text = f"{url} answers, but is no dlora server ({reason})"
+        raise _LostError(ConnectionFailedError(text)) from None
     except TimeoutError:
-        raise ConnectionFailedError(f"{url} did not answer in {OPEN_TIMEOUT_S:g} s; is it a dlora server?") from None
+        text = f"{url} did not answer in {liveness.open_s:g} s; is it a dlora server?"
+        raise _LostError(ConnectionFailedError(text)) from None
+    except ssl.SSLCertVerificationError as error:
+        raise tls_failure(error, url) from None
+    except ssl.SSLError as error:
+        raise _LostError(tls_failure(error, url)) from None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConnectionFailedError(
-            f"cannot reach {url}: {reason}; start the server with: dlora-cloud serve MODEL"
-        ) from None
+        text = f"cannot reach {url}: {reason}; start the server with: dlora-cloud serve MODEL"
+        raise _LostError(ConnectionFailedError(text)) from None
 
 
-def _refusal(error: m.Error, url: str) -> Exception:
+def _refused_at_door(error: InvalidStatus, url: str) -> Exception:
+    """What to raise for an HTTP answer other than 101: a server that lets nobody in says why as the wire does."""
+    found = refusal_in(error.response.body)
+    if found is None:
+        text = f"{url} answers, but is no dlora server (HTTP {error.response.status_code})"
+        return _LostError(ConnectionFailedError(text))
+    refusal = refusal_of(found, url)
+    return _LostError(refusal, found.retry_after_s) if found.retryable else refusal
+
+
+def refusal_of(error: m.Error, url: str) -> DloraError:
+    """What an ``Error`` of the server's means to the user."""
     text = f"the server {url} refused: {error.message}"
     match error.code:
         case m.ErrorCode.BASE_MODEL_MISMATCH | m.ErrorCode.UNKNOWN_TARGET:
             return ModelMismatchError(f"{text}; serve the model that the bundle was exported from")
         case m.ErrorCode.VERSION:
             return ProtocolError(f"{text}; update the older side")
-        case m.ErrorCode.PROTOCOL | m.ErrorCode.NON_FINITE:
+        case m.ErrorCode.PROTOCOL | m.ErrorCode.NON_FINITE | m.ErrorCode.DAMAGED:
             return ProtocolError(text)
         case _:
-            return RefusedError(
-                text, error.code, retryable=error.retryable, retry_after_s=error.retry_after_s
-            )
-
-
+            return RefusedError(text, error.code, retryable=error.retryable, retry_after_s=error.retry_after_s)

@@ -14,11 +14,13 @@ import psutil
 from dlora.protocol.errors import DloraError
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
+from .credentials import Credentials
+
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
 RUNTIME_MB = 130  # what Python, ONNX Runtime and a tokenizer take before any weight is touched
 
 
-def examine(bundle: Path | None, server: str | None) -> dict[str, Any]:
+def examine(bundle: Path | None, server: str | None, credentials: Credentials) -> dict[str, Any]:
     """Run every check; one that fails carries what to do."""
     checks = [
         _check("python", _python),
@@ -30,7 +32,7 @@ def examine(bundle: Path | None, server: str | None) -> dict[str, Any]:
     if bundle is not None:
         checks.append(_check("bundle", lambda: _bundle(bundle)))
     if server is not None:
-        checks.append(_check("server", lambda: _server(server, bundle)))
+        checks.append(_check("server", lambda: _server(server, bundle, credentials)))
     return {
         "software": SOFTWARE_VERSION,
         "protocol_versions": list(PROTOCOL_VERSIONS),
@@ -115,12 +117,12 @@ def _bundle(path: Path) -> str:
     return f"{path}: {manifest.base_model.name}, {len(manifest.files)} files, every digest right"
 
 
-def _server(url: str, bundle: Path | None) -> str:
+def _server(url: str, bundle: Path | None, credentials: Credentials) -> str:
     from .bundle import Bundle
-    from .connection import Connection
+    from .connection import Connection, Dialing
     from .trainer import check_base_model
 
-    with Connection(url) as connection:
+    with Connection(url, Dialing(credentials)) as connection:
         welcome = connection.welcome
         if bundle is not None:
             check_base_model(Bundle.open(bundle), welcome)

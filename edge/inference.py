@@ -15,7 +15,7 @@ from dlora.protocol.tensors import WireDtype
 
 from .adapters import AdapterSet
 from .bundle import Bundle
-from .connection import Connection
+from .connection import Connection, Dialing
 from .onnx_engine import OnnxEngine
 from .peft_adapter import load_adapter
 from .split_model import SplitModel
@@ -25,7 +25,13 @@ from .trainer import check_base_model, load_weights
 
 @contextmanager
 def open_model(
-    bundle: Bundle, server: str, adapter: Path | None, *, wire_dtype: WireDtype, threads: int = 0
+    bundle: Bundle,
+    server: str,
+    adapter: Path | None,
+    *,
+    wire_dtype: WireDtype,
+    threads: int = 0,
+    dialing: Dialing | None = None,
 ) -> Iterator[SplitModel]:
     """A split model with a saved adapter, or none; blocks without an adapter do not exchange."""
     manifest = bundle.manifest
@@ -41,21 +47,25 @@ def open_model(
     if loaded is not None:
         load_weights(adapters, loaded)
     engine = OnnxEngine(bundle, threads)
-    with Connection(server) as connection:
+    opening = m.OpenSession(
+        base_fingerprint=manifest.base_model.fingerprint,
+        groups=manifest.groups,
+        wire_dtype=wire_dtype,
+        kill_revive=config,
+        seed=0,
+        total_steps=1,
+    )
+    with Connection(server, dialing) as connection:
         check_base_model(bundle, connection.welcome)
-        connection.send(
-            m.OpenSession(
-                base_fingerprint=manifest.base_model.fingerprint,
-                groups=manifest.groups,
-                wire_dtype=wire_dtype,
-                kill_revive=config,
-                seed=0,
-                total_steps=1,
-            )
-        )
-        adapters.obey(connection.receive(m.SessionOpened).units.data)
+
+        def open_session() -> None:
+            adapters.obey(connection.open(opening).units.data)
+
+        open_session()
         assert sum(unit.state is UnitState.ACTIVE for unit in adapters.units) == len(live)
-        yield SplitModel(bundle, engine, connection, adapters, wire_dtype=wire_dtype, on_signal=lambda _: None)
+        yield SplitModel(
+            bundle, engine, connection, adapters, wire_dtype=wire_dtype, on_signal=lambda _: None, reopen=open_session
+        )
 
 
 def generate_greedily(model: SplitModel, tokenizer: EdgeTokenizer, prompt: str, max_new_tokens: int) -> str:

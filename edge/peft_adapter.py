@@ -26,6 +26,8 @@ CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 CARD_NAME: Final = "README.md"
 _PREFIX: Final = "base_model.model."
+_MAX_NUMBER: Final = 2**31
+_MAX_NAME: Final = 256
 
 # Settings of PEFT under which B A x is not all that the adapter does: each must be absent or falsy.
 _UNSUPPORTED: Final = {
@@ -138,25 +140,27 @@ def load_adapter(directory: Path) -> LoadedAdapter:
     """Read a PEFT LoRA. Raises ``CheckpointError`` for anything that is not one, naming what it is instead."""
     config = _read_config(directory)
     _check_supported(directory, config)
-    r, alpha = _number(directory, config, "r"), _number(directory, config, "lora_alpha")
+    r, alpha = _rank(directory, config, "r"), _number(directory, config, "lora_alpha")
     halves = _read_halves(directory)
     modules, scaling = {}, {}
     for name, found in halves.items():
         if set(found) != {"A", "B"}:
             raise CheckpointError(f"{directory}: {name} has no lora_{'B' if 'A' in found else 'A'}")
         a, b = found["A"], found["B"]
-        rank = int(_of_pattern(directory, config, "rank_pattern", name, r))
+        ranks, pattern = _of_pattern(directory, config, "rank_pattern", name)
+        rank = r if pattern is None else _rank(directory, ranks, pattern)
         if a.ndim != 2 or b.ndim != 2:
             raise CheckpointError(f"{directory}: {name} is no linear module's LoRA")
         if a.shape[0] != rank or b.shape[1] != rank:
             raise CheckpointError(
                 f"{directory}: {name} has rank {a.shape[0]} (A) and {b.shape[1]} (B), the configuration says {rank}"
             )
-        module_alpha = _of_pattern(directory, config, "alpha_pattern", name, alpha)
+        alphas, pattern = _of_pattern(directory, config, "alpha_pattern", name)
+        module_alpha = alpha if pattern is None else _number(directory, alphas, pattern)
         scaling[name] = module_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         modules[name] = SavedModule(name, a, b)
     base = config.get("base_model_name_or_path")
-    return LoadedAdapter(int(r), alpha, scaling, modules, base if isinstance(base, str) else None)
+    return LoadedAdapter(r, alpha, scaling, modules, base if isinstance(base, str) else None)
 
 
 def _config(
@@ -232,7 +236,7 @@ def _read_halves(directory: Path) -> dict[str, dict[str, FloatArray]]:
     try:
         for key, tensor in _float32_tensors(path).items():
             match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight", key)
-            if match is None:
+            if match is None or len(match[1]) > _MAX_NAME:
                 raise CheckpointError(f"{directory} has {key}, which is no part of a plain LoRA")
             halves.setdefault(match[1], {})[match[2]] = tensor
     except (safetensors.SafetensorError, OSError) as error:
@@ -261,21 +265,43 @@ def _float32_tensors(path: Path) -> dict[str, FloatArray]:
 
 def _number(directory: Path, config: Mapping[str, Any], key: str) -> float:
     value = config.get(key, 8)  # PEFT's default for both
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} must be a positive number")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < _MAX_NUMBER:
+        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} must be a positive number below 2**31")
     return value
 
 
-def _of_pattern(directory: Path, config: Mapping[str, Any], key: str, name: str, default: float) -> float:
-    """What the first matching pattern gives for a module, as PEFT matches them."""
+def _rank(directory: Path, config: Mapping[str, Any], key: str) -> int:
+    value = _number(directory, config, key)
+    if value != int(value):
+        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} is a rank and must be a whole number")
+    return int(value)
+
+
+def _of_pattern(
+    directory: Path, config: Mapping[str, Any], key: str, name: str
+) -> tuple[Mapping[str, Any], str | None]:
+    """The patterns under ``key``, and the first that matches a module, as PEFT matches them."""
     patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} must be an object")
     for pattern in patterns:
+        if _is_slow(pattern):
+            raise CheckpointError(f"{directory}: {key} has a pattern that is too complicated; name the modules instead")
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):
-                return _number(directory, patterns, pattern)
-        except re.error:
+                return patterns, pattern
+        except (re.error, OverflowError, RecursionError):
             raise CheckpointError(f"{directory}: {key} has a malformed pattern {pattern!r}") from None
-    return default
+    return patterns, None
+
+
+def _is_slow(pattern: str) -> bool:
+    """Whether matching could take for ever: a pattern is a stranger's program, and ``re`` has no limit.
+
+    Names are short, so a few repetitions and groups are fine, and repeated groups are not: ``(a|a)*``.
+    """
+    repetitions = re.findall(r"[*+?{]", pattern)
+    return len(repetitions) > 3 or pattern.count("(") > 3 or re.search(r"\)[*+?{]", pattern) is not None
 
 
 def _card(

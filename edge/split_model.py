@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dlora.protocol import messages as m
-from dlora.protocol.errors import DataError, RemoteProtocolError
+from dlora.protocol.errors import DataError, RemoteProtocolError, SessionLostError
 from dlora.protocol.tensors import ByteArray, FloatArray, WireDtype, WireTensor
 
 from .adapter_compute import AdapterCompute
@@ -28,6 +28,7 @@ class SplitModel:
 
     Args:
         on_signal: called with each signal as it comes, before anything of the next step is computed.
+        reopen: called where the server has forgotten the session; opens another that stands where we do.
 
     Attributes:
         head_seconds: spent in embedding and head so far.
@@ -42,6 +43,7 @@ class SplitModel:
         *,
         wire_dtype: WireDtype,
         on_signal: Callable[[m.Signal], None],
+        reopen: Callable[[], None],
     ) -> None:
         self.connection = connection
         self.adapters = adapters
@@ -51,6 +53,7 @@ class SplitModel:
         self._head = Head(bundle, engine)
         self._compute = AdapterCompute(engine, adapters)
         self._on_signal = on_signal
+        self._reopen = reopen
         self._evaluated = 0
 
     @property
@@ -61,7 +64,8 @@ class SplitModel:
     def forward_backward(self, batch: MicroBatch, *, step: int, micro_batch: int, grad_scale: float) -> FloatArray:
         """Train on one micro-batch: losses (labelled,), gradients added to the adapters.
 
-        ``grad_scale`` is one over the labelled tokens of the whole step: the step's loss is their mean.
+        ``grad_scale`` is one over the labelled tokens of the whole step: the step's loss is their mean. Raises
+        ``SessionLostError`` where the whole step must be run again: the server knows nothing of it any more.
         """
         final = self._forward(batch, step=step, micro_batch=micro_batch, mode="train")
         hidden_states = final.hidden_states.to_floats()
@@ -92,7 +96,10 @@ class SplitModel:
         return logits
 
     def report(self, step: int, scores: FloatArray) -> None:
-        """Report a committed step; its signal comes with the next micro-batch, or with ``await_signal``."""
+        """Report a committed step; its signal comes with the next micro-batch, or with ``await_signal``.
+
+        Both raise ``SessionLostError``; the report must then be sent again, in another session.
+        """
         self.connection.send(m.StepReport(step=step, scores=WireTensor("fp32", scores)))
 
     def await_signal(self) -> None:
@@ -100,9 +107,13 @@ class SplitModel:
         self._on_signal(self.connection.receive(m.Signal))
 
     def _evaluate_hidden(self, batch: MicroBatch) -> FloatArray:
-        step, self._evaluated = self.connection.session.step, (self._evaluated + 1) % 2**31
-        final = self._forward(batch, step=step, micro_batch=self._evaluated, mode="evaluate")
-        return final.hidden_states.to_floats()
+        while True:
+            step, self._evaluated = self.connection.session.step, (self._evaluated + 1) % 2**31
+            try:
+                final = self._forward(batch, step=step, micro_batch=self._evaluated, mode="evaluate")
+                return final.hidden_states.to_floats()
+            except SessionLostError:
+                self._reopen()
 
     def _forward(self, batch: MicroBatch, *, step: int, micro_batch: int, mode: m.Mode) -> m.LabelledHiddenStates:
         self._check_fits(batch)
@@ -127,9 +138,7 @@ class SplitModel:
                 case m.GroupInput(group=group, hidden_states=x):
                     deltas = self._compute.forward(group, x, keep=mode == "train")
                     on_wire = tuple(self._to_wire(delta) for delta in deltas)
-                    self.connection.send(
-                        m.GroupDelta(step=step, micro_batch=micro_batch, group=group, deltas=on_wire)
-                    )
+                    self.connection.send(m.GroupDelta(step=step, micro_batch=micro_batch, group=group, deltas=on_wire))
                 case m.LabelledHiddenStates() as final:
                     return final
                 case message:
@@ -151,9 +160,7 @@ class SplitModel:
 
     def _backward(self, grad_hidden_states: FloatArray, *, step: int, micro_batch: int, gradients: int) -> None:
         self.connection.send(
-            m.GradHiddenStates(
-                step=step, micro_batch=micro_batch, grad_hidden_states=self._to_wire(grad_hidden_states)
-            )
+            m.GradHiddenStates(step=step, micro_batch=micro_batch, grad_hidden_states=self._to_wire(grad_hidden_states))
         )
         for _ in range(gradients):
             message = self.connection.receive(m.GroupGrad)

@@ -6,17 +6,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import numpy as np
 
 from dlora.protocol import messages as m
-from dlora.protocol.errors import CheckpointError, DataError, ModelMismatchError, UsageError
+from dlora.protocol.errors import (
+    CheckpointError,
+    DataError,
+    ModelMismatchError,
+    SessionLostError,
+    UsageError,
+)
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import FloatArray
 
 from .adapters import Adapter, AdapterSet, Parameter
-from .batches import Batches, evaluation_batches
+from .batches import Batches, MicroBatch, evaluation_batches
 from .bundle import Bundle
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import TrainConfig, run_digest
@@ -29,18 +36,23 @@ from .peft_adapter import LoadedAdapter, SavedModule, save_adapter
 from .sensitivity import ModuleScore, Scorer
 from .split_model import SplitModel, unit_states
 
+_SCORES: Final = "unanswered.scores"
+
 
 class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint holds beside the tensors.
 
     Attributes:
-        next_step: the step that comes next; ticket: the controller's state for it.
+        next_step: the step that comes next.
+        ticket: the controller's state, before the report of the last step where that is ``unanswered``.
         fade_ages, adam_steps, states: one a unit.
+        unanswered: whether the last step's report must be sent again; its scores are among the tensors.
     """
 
     next_step: int
     digest: str
     ticket: bytes
+    unanswered: bool = False
     states: list[int]
     fade_ages: list[int]
     adam_steps: list[int]
@@ -66,7 +78,7 @@ class Trainer:
 
     Attributes:
         next_step: the step that comes next.
-        history: the states of all units in each step so far, for the map.
+        steps_rerun: how often a step was run again, because its session was lost before it was committed.
     """
 
     def __init__(
@@ -99,6 +111,9 @@ class Trainer:
             load_weights(self.adapters, init)
         self.digest = run_digest(config, manifest.groups, manifest.base_model.fingerprint, dataset.fingerprint)
         self.next_step = 0
+        self.steps_rerun = 0
+        # The report of the last committed step, until its signal has come.
+        self._unanswered: FloatArray | None = None
         ticket = None
         if checkpoint is not None:
             ticket = self._restore(checkpoint)
@@ -106,25 +121,25 @@ class Trainer:
         self.optimizer = AdamW(engine, config.optimizer, config.total_steps)
         self._scorer = Scorer(config.kill_revive.score)
         self.model = SplitModel(
-            bundle, engine, connection, self.adapters, wire_dtype=config.wire_dtype, on_signal=self._obey
-        )
+            bundle, engine, connection, self.adapters,
+            wire_dtype=config.wire_dtype, on_signal=self._obey, reopen=self._reopen,
+        )  # fmt: skip
+        self._check_limits()
         self._open(ticket)
-        self._unanswered = False
 
     # -- the five verbs ----------------------------------------------------------------------------------
 
     def run_step(self) -> StepMetrics:
-        """One optimizer step: exchange every micro-batch, step AdamW, report the scores."""
+        """One optimizer step: exchange every micro-batch, step AdamW, report the scores.
+
+        A lost session costs the exchange of this step, which is run again; the optimizer steps once.
+        """
         step, started = self.next_step, time.perf_counter()
         session = self.connection.session
         before = (session.bytes_sent, session.bytes_received, session.round_trips, self.model.compute_seconds)
         batches = self.batches.step_batches(step)
         labelled = sum(len(batch.labels) for batch in batches)
-        self.adapters.zero_grad()
-        losses = 0.0
-        for index, batch in enumerate(batches):
-            found = self.model.forward_backward(batch, step=step, micro_batch=index, grad_scale=1.0 / labelled)
-            losses += float(found.sum(dtype=np.float64))
+        losses = self._exchange(step, batches, labelled)
         states = self.adapters.states()
         optimizing = time.perf_counter()
         scores, norm = self._optimize(step)
@@ -132,8 +147,8 @@ class Trainer:
         # Committed: from here on this step is done, whatever happens to the connection.
         self.next_step = step + 1
         self.adapters.zero_grad()
-        self.model.report(step, scores)
-        self._unanswered = True
+        self._unanswered = scores
+        self._report()
         return StepMetrics(
             step=step,
             total_steps=self.config.total_steps,
@@ -158,12 +173,14 @@ class Trainer:
 
     def settle(self) -> None:
         """Wait for the signal to the last report, so that what is saved now is what the next step starts from."""
-        if self._unanswered:
-            self.model.await_signal()
+        while self._unanswered is not None:
+            try:
+                self.model.await_signal()
+            except SessionLostError:
+                self._reopen()
 
     def save_checkpoint(self, directory: Path) -> None:
-        """Write a checkpoint of everything the next step depends on. Raises ``StorageError``."""
-        self.settle()
+        """Write a checkpoint of everything the next step depends on; no server is needed. Raises ``StorageError``."""
         units = self.adapters.units
         state = TrainerState(
             next_step=self.next_step,
@@ -172,8 +189,9 @@ class Trainer:
             states=[int(unit.state) for unit in units],
             fade_ages=[unit.fade_age for unit in units],
             adam_steps=[unit.adam_steps for unit in units],
+            unanswered=self._unanswered is not None,
         )
-        tensors = {}
+        tensors = {} if self._unanswered is None else {_SCORES: self._unanswered}
         for adapter in self.adapters:
             for name, parameter in _parameters(adapter):
                 tensors[f"{adapter.name}.{name}"] = parameter.value
@@ -205,6 +223,20 @@ class Trainer:
 
     # -- inside ------------------------------------------------------------------------------------------
 
+    def _exchange(self, step: int, batches: list[MicroBatch], labelled: int) -> float:
+        """Forward and backward of all micro-batches: the summed losses; the gradients are in the adapters."""
+        while True:
+            self.adapters.zero_grad()
+            losses = 0.0
+            try:
+                for index, batch in enumerate(batches):
+                    found = self.model.forward_backward(batch, step=step, micro_batch=index, grad_scale=1.0 / labelled)
+                    losses += float(found.sum(dtype=np.float64))
+                return losses
+            except SessionLostError:
+                self.steps_rerun += 1
+                self._reopen()
+
     def _optimize(self, step: int) -> tuple[FloatArray, float]:
         """Step AdamW; returns one score a unit, 0 for units that are not trained, and the gradients' norm."""
         units = [unit for unit in self.adapters.units if unit.state is UnitState.ACTIVE]
@@ -232,15 +264,16 @@ class Trainer:
             grad_B=adapter.lora_B.grad,
         )
 
-    def _open(self, ticket: bytes | None) -> None:
-        manifest, welcome = self.bundle.manifest, self.connection.welcome
+    def _check_limits(self) -> None:
+        """Raise for what the server would refuse at an unlucky step hours later."""
+        welcome = self.connection.welcome
         check_base_model(self.bundle, welcome)
         if self.batches.max_sequence_length > welcome.max_sequence_length:
             raise DataError(
                 f"the data has a sequence of {self.batches.max_sequence_length} tokens, the server takes "
                 f"{welcome.max_sequence_length}; set --max-length {welcome.max_sequence_length}"
             )
-        # Found now, not at an unlucky step hours later. Most runs cannot come near, and need no counting.
+        # Most runs cannot come near, and need no counting.
         if self.config.batch_size * self.batches.max_sequence_length > welcome.max_tokens:
             most = self.batches.most_tokens(self.config.total_steps)
             if most > welcome.max_tokens:
@@ -248,7 +281,11 @@ class Trainer:
                     f"a micro-batch of this run has {most} tokens, the server takes {welcome.max_tokens}; "
                     "lower --batch-size (--grad-accum makes up for it) or --max-length"
                 )
-        self.connection.send(
+
+    def _open(self, ticket: bytes | None) -> None:
+        """Open a session where we stand: before the last report, where that has no answer yet."""
+        manifest = self.bundle.manifest
+        opened = self.connection.open(
             m.OpenSession(
                 base_fingerprint=manifest.base_model.fingerprint,
                 groups=manifest.groups,
@@ -256,22 +293,40 @@ class Trainer:
                 kill_revive=self.config.kill_revive,
                 seed=self.config.seed,
                 total_steps=self.config.total_steps,
-                next_step=self.next_step,
+                next_step=self.next_step - (self._unanswered is not None),
                 ticket=ticket,
             )
         )
-        opened = self.connection.receive(m.SessionOpened)
         states = unit_states(opened)
         if ticket is None:
             self.adapters.obey(states)
         elif (states != self.adapters.states()).any():
             raise CheckpointError("the server's units are not the checkpoint's: its ticket belongs to another run")
         self._ticket = opened.ticket.data.tobytes()
+        self._report()
+
+    def _reopen(self) -> None:
+        """Open another session in place of one that the server has forgotten."""
+        while True:
+            try:
+                self._open(self._ticket)
+                return
+            except SessionLostError:
+                continue
+
+    def _report(self) -> None:
+        """Send the last step's report, until its signal has come."""
+        if self._unanswered is None:
+            return
+        try:
+            self.model.report(self.next_step - 1, self._unanswered)
+        except SessionLostError:
+            self._reopen()
 
     def _obey(self, signal: m.Signal) -> None:
         self.adapters.obey(unit_states(signal))
         self._ticket = signal.ticket.data.tobytes()
-        self._unanswered = False
+        self._unanswered = None
 
     def _restore(self, checkpoint: Checkpoint) -> bytes:
         state = msgspec.convert(checkpoint.state, TrainerState)
@@ -291,6 +346,7 @@ class Trainer:
         ):
             unit.state, unit.fade_age, unit.adam_steps = UnitState(unit_state), age, steps
         self.next_step = state.next_step
+        self._unanswered = checkpoint.tensors[_SCORES] if state.unanswered else None
         return state.ticket
 
 
@@ -341,5 +397,3 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
 
 def _parameters(adapter: Adapter) -> tuple[tuple[str, Parameter], tuple[str, Parameter]]:
     return ("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)
-
-

@@ -10,23 +10,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dlora.protocol.errors import StoppedError, UsageError
+from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
 
 from .atomic import locked, make_directory, write_atomically
 from .bundle import Bundle
 from .checkpoint import Checkpoint, list_checkpoints, load_latest
 from .config import TrainConfig
-from .connection import Connection
+from .connection import Connection, Dialing, Liveness, Retry
+from .credentials import Credentials
 from .data import Dataset
 from .memory import peak_rss_mb
 from .metrics import MetricsLog, read_metrics
 from .onnx_engine import OnnxEngine
+from .pause import PauseRules, SystemSensors, wait_while_paused
 from .peft_adapter import WEIGHTS_NAME, LoadedAdapter, load_adapter
 from .report import Reporter
 from .trainer import Trainer
@@ -40,7 +42,12 @@ MAX_STEPS = 10**9
 
 @dataclass(frozen=True)
 class TrainRun:
-    """What to run, and where to keep it."""
+    """What to run, and where to keep it.
+
+    Attributes:
+        max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
+            connection that fails ends it.
+    """
 
     bundle: Bundle
     server: str
@@ -53,6 +60,11 @@ class TrainRun:
     init_adapter: Path | None = None
     resume: bool = False
     threads: int = 0
+    credentials: Credentials = field(default_factory=Credentials)
+    device: str = ""
+    max_retry_s: float | None = None
+    liveness: Liveness = field(default_factory=Liveness)
+    pause: PauseRules = field(default_factory=PauseRules)
 
 
 def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
@@ -73,7 +85,8 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
     checkpoint = _find_checkpoint(run, reporter)
     engine = OnnxEngine(run.bundle, run.threads)
     started = time.perf_counter()
-    with Connection(run.server) as connection, _asked_to_stop() as stop:
+    stop = _Stop()
+    with Connection(run.server, _dialing(run, checkpoint, reporter, stop.asked)) as connection, stop.instead_of_dying():
         trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
         first_step = trainer.next_step
         evaluations = _Evaluations(run, trainer, reporter)
@@ -85,14 +98,33 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
             for metrics in read_metrics(run.out / METRICS):
                 reporter.remember(metrics)
             with reporter.training(run.config.total_steps, first_step):
-                _run_steps(run, trainer, reporter, log, evaluations, stop)
+                _run_steps(run, trainer, reporter, log, evaluations, stop.asked)
         trained_s = time.perf_counter() - started
         if run.config.total_steps > 0:
             evaluations.add("after")
         trainer.save_adapter(run.out)
-    summary = _summary(run, evaluations.rows) | {"first_step": first_step, "wall_s": round(trained_s, 3)}
+    summary = _summary(run, evaluations.rows) | {
+        "first_step": first_step,
+        "reconnects": connection.reconnects,
+        "sessions_resumed": connection.resumed,
+        "steps_rerun": trainer.steps_rerun,
+        "wall_s": round(trained_s, 3),
+    }
     write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
     return summary
+
+
+def _dialing(run: TrainRun, checkpoint: Checkpoint | None, reporter: Reporter, stop: Callable[[], bool]) -> Dialing:
+    """A run that has begun, in this process or an earlier one, does not end because its server is away."""
+    at_start = checkpoint is not None or bool(run.max_retry_s)
+    return Dialing(
+        credentials=run.credentials,
+        device=run.device,
+        retry=Retry(max_s=run.max_retry_s, at_start=at_start),
+        liveness=run.liveness,
+        say=reporter.warn,
+        should_stop=stop,
+    )
 
 
 def _run_steps(
@@ -105,18 +137,32 @@ def _run_steps(
 ) -> None:
     """Step to the end; save and evaluate on the way."""
     last = run.config.total_steps
+    sensors = SystemSensors()
+    if warning := run.pause.warning(sensors):
+        reporter.warn(warning)
+
+    def save() -> None:
+        trainer.save_checkpoint(run.out / CHECKPOINTS)
+        trainer.save_adapter(run.out)
+
     while trainer.next_step < last:
-        metrics = trainer.run_step()
+        wait_while_paused(run.pause, sensors, say=reporter.say, should_stop=stop, on_pause=save)
+        if stop():
+            save()
+            raise StoppedError(f"stopped after step {trainer.next_step}; go on with --resume")
+        try:
+            metrics = trainer.run_step()
+        except DloraError:
+            # No server, or no more of it: what was committed is kept without one.
+            if trainer.next_step > 0:
+                trainer.save_checkpoint(run.out / CHECKPOINTS)
+            raise
         log.write(metrics)
         reporter.step(metrics)
         done = trainer.next_step
-        stopping = stop() and done < last
-        if stopping or done % run.save_every == 0 or done == last:
-            trainer.save_checkpoint(run.out / CHECKPOINTS)
-            trainer.save_adapter(run.out)
-        if stopping:
-            raise StoppedError(f"stopped after step {done}; go on with --resume")
-        if run.eval_every and done % run.eval_every == 0 and done < last:
+        if done % run.save_every == 0 or done == last:
+            save()
+        if run.eval_every and done % run.eval_every == 0 and done < last and not stop():
             evaluations.add(f"at step {done}")
 
 
@@ -206,26 +252,32 @@ def _summary(run: TrainRun, evaluations: list[dict[str, Any]]) -> dict[str, Any]
     }
 
 
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Within, the first SIGINT or SIGTERM asks to stop after the step, and the second one interrupts."""
-    asked = False
+class _Stop:
+    """Whether somebody asked to stop, with SIGINT or SIGTERM."""
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+    def __init__(self) -> None:
+        self._asked = False
+
+    def asked(self) -> bool:
+        return self._asked
+
+    @contextlib.contextmanager
+    def instead_of_dying(self) -> Iterator[None]:
+        """Within, the first signal asks to stop after the step, and the second one interrupts."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
             raise KeyboardInterrupt
-        asked = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: asked
-        return
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        self._asked = True
 
 
 def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, batch_size: int, grad_accum: int) -> int:

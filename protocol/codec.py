@@ -1,50 +1,84 @@
-"""Messages to frames and back. A frame is a padded header and then the tensors' raw bytes, aligned.
+"""Messages to frames and back. A frame is a prefix, a padded header and then the tensors' raw bytes, aligned.
 
 ::
 
     offset  bytes
-    0       header length n, uint32 little-endian
-    4       header: msgpack map of the message, n bytes; a tensor is [dtype, shape, exponent]
-    4+n     zeros up to the next multiple of HEADER_BLOCK
+    0       prefix: header length n, seq, ack, checksum; uint32 little-endian each
+    16      header: msgpack map of the message, n bytes; a tensor is [dtype, shape, exponent]
+    16+n    zeros up to the next multiple of HEADER_BLOCK
     …       the tensors in the order of their descriptors, each at the next multiple of ALIGNMENT, zeros between
 
 The header takes whole blocks, so that every message of a step has a size that a formula gives exactly
-(``traffic.py``), and decoded tensors are aligned views of the frame.
+(``traffic.py``), and decoded tensors are aligned views of the frame. ``seq`` and ``ack`` belong to ``link.py``. The
+checksum is there because a websocket without TLS carries a flipped bit to the end, into an adapter.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+import struct
+import zlib
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from .errors import RemoteProtocolError
+from .errors import DamagedFrameError, RemoteProtocolError
 from .messages import AnyMessage, tensors_of
 from .tensors import WireTensor, parse_descriptor
 
 HEADER_BLOCK: Final = 256
 ALIGNMENT: Final = 64
 MAX_HEADER_BYTES: Final = 1 << 22
+_PREFIX: Final = struct.Struct("<IIII")
+PREFIX_BYTES: Final = _PREFIX.size
+_CHECKSUM: Final = slice(PREFIX_BYTES - 4, PREFIX_BYTES)
 
 
-def encode(message: AnyMessage) -> bytearray:
+class Prefix(NamedTuple):
+    """The first bytes of a frame.
+
+    Attributes:
+        seq: number of the frame in its session's direction, from 1; 0 for messages outside of a session.
+        ack: the last ``seq`` that the sender has received.
+        checksum: CRC-32 (IEEE 802.3) of all other bytes of the frame.
+    """
+
+    header_length: int
+    seq: int
+    ack: int
+    checksum: int
+
+
+def encode(message: AnyMessage, *, seq: int = 0, ack: int = 0) -> bytearray:
     """The frame of ``message``; each tensor is copied once, into its place."""
     header = _encoder.encode(message)
     tensors = tensors_of(message)
-    offset = _round_up(4 + len(header), HEADER_BLOCK)
+    offset = _round_up(PREFIX_BYTES + len(header), HEADER_BLOCK)
     offsets = []
     for tensor in tensors:
         offset = _round_up(offset, ALIGNMENT)
         offsets.append(offset)
         offset += tensor.nbytes
     frame = bytearray(offset)
-    frame[0:4] = len(header).to_bytes(4, "little")
-    frame[4 : 4 + len(header)] = header
+    _PREFIX.pack_into(frame, 0, len(header), seq, ack, 0)
+    frame[PREFIX_BYTES : PREFIX_BYTES + len(header)] = header
     view = memoryview(frame)
     for tensor, start in zip(tensors, offsets, strict=True):
         if tensor.nbytes:
             view[start : start + tensor.nbytes] = tensor.data.reshape(-1).view("u1").data
+    return seal(frame)
+
+
+def seal(frame: bytearray) -> bytearray:
+    """Write the checksum into a frame that is otherwise complete; gives the same frame."""
+    frame[_CHECKSUM] = _checksum(memoryview(frame)).to_bytes(4, "little")
     return frame
+
+
+def read_prefix(frame: bytes | bytearray | memoryview) -> Prefix:
+    """Raises ``RemoteProtocolError`` for a frame that is too short to have one."""
+    if len(frame) < PREFIX_BYTES:
+        raise DamagedFrameError("a frame shorter than its prefix")
+    return Prefix._make(_PREFIX.unpack_from(frame))
 
 
 class Decoder:
@@ -58,21 +92,23 @@ class Decoder:
     def decode(self, frame: bytes | bytearray | memoryview) -> AnyMessage:
         """Decode one frame; its tensors are read-only views of it.
 
-        Raises ``RemoteProtocolError`` for anything that ``encode`` would not have written.
+        Raises ``DamagedFrameError`` where the checksum differs, and ``RemoteProtocolError`` for anything else that
+        ``encode`` would not have written.
         """
         view = memoryview(frame).toreadonly()
-        if len(view) < 4:
-            raise RemoteProtocolError("frame shorter than its header length")
-        length = int.from_bytes(view[:4], "little")
-        if length > MAX_HEADER_BYTES:
+        prefix = read_prefix(view)
+        if _checksum(view) != prefix.checksum:
+            raise DamagedFrameError("a frame's checksum differs: it was damaged on its way")
+        if prefix.header_length > MAX_HEADER_BYTES:
             raise RemoteProtocolError("header too long", code="limit")
+        end = PREFIX_BYTES + prefix.header_length
         self._frame = view
-        self._offset = _round_up(4 + length, HEADER_BLOCK)
+        self._offset = _round_up(end, HEADER_BLOCK)
         if len(view) < self._offset:
             raise RemoteProtocolError("frame shorter than its header")
-        _check_zeros(view, 4 + length, self._offset)
+        _check_zeros(view, end, self._offset)
         try:
-            message: AnyMessage = self._decoder.decode(view[4 : 4 + length])
+            message: AnyMessage = self._decoder.decode(view[PREFIX_BYTES:end])
         except RemoteProtocolError:
             raise
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
@@ -100,6 +136,10 @@ def frame_bytes(header_blocks: int, tensor_nbytes: list[int]) -> int:
     for nbytes in tensor_nbytes:
         offset = _round_up(offset, ALIGNMENT) + nbytes
     return offset
+
+
+def _checksum(frame: memoryview) -> int:
+    return zlib.crc32(frame[PREFIX_BYTES:], zlib.crc32(frame[: _CHECKSUM.start]))
 
 
 def _describe(value: Any) -> Any:

@@ -8,9 +8,11 @@
     ├── BundleError                  4   the bundle is missing, damaged or too new
     ├── ModelMismatchError           5   the server's base model is not the bundle's
     ├── ConnectionFailedError        6   the server cannot be reached, or was lost
+    │   └── SessionLostError             … and is back without the session (never reaches the user)
     ├── ProtocolError                7   the conversation broke its rules
     │   ├── LocalProtocolError           … and the bug is ours
     │   └── RemoteProtocolError          … and the fault is the peer's (carries a wire code)
+    │       └── DamagedFrameError        … or the network's
     ├── RefusedError                 8   the server said no, and why
     ├── StorageError                 9   the disk is full, read-only or gone
     ├── CheckpointError             10   no usable checkpoint, adapter or state file
@@ -81,15 +83,32 @@ class LocalProtocolError(ProtocolError):
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent what the rules forbid.
+    """The peer sent what the rules or our limits forbid.
 
     Attributes:
         code: the wire code (``messages.ErrorCode``) that the answer carries.
+        retryable: whether the same may succeed later.
+        retry_after_s: when to come again, in seconds, where we know.
     """
 
-    def __init__(self, text: str, code: str = "protocol") -> None:
+    def __init__(
+        self, text: str, code: str = "protocol", *, retryable: bool = False, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(text)
         self.code = code
+        self.retryable = retryable
+        self.retry_after_s = retry_after_s
+
+
+class DamagedFrameError(RemoteProtocolError):
+    """A frame is not what its sender wrote; over another connection the same frame may arrive whole."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, "damaged", retryable=True)
+
+
+class SessionLostError(ConnectionFailedError):
+    """The server answers again but has forgotten the session: open another with the ticket, repeat the step."""
 
 
 class RefusedError(DloraError):
@@ -103,9 +122,7 @@ class RefusedError(DloraError):
 
     exit_code = 8
 
-    def __init__(
-        self, text: str, code: str, *, retryable: bool = False, retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, text: str, code: str, *, retryable: bool = False, retry_after_s: float | None = None) -> None:
         super().__init__(text)
         self.code = code
         self.retryable = retryable

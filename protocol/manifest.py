@@ -197,18 +197,18 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"{bundle} is not a bundle: it {reason}; make one with dlora-export") from None
     except NotADirectoryError:
         raise BundleError(f"{bundle} is not a bundle directory; make one with dlora-export") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}); export the bundle again") from None
     try:
         found = msgspec.json.decode(raw, type=_Format).format
         if found > BUNDLE_FORMAT:
-            raise BundleError(
-                f"{bundle} has format {found}, this dlora reads up to {BUNDLE_FORMAT}; update dlora"
-            )
+            raise BundleError(f"{bundle} has format {found}, this dlora reads up to {BUNDLE_FORMAT}; update dlora")
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
     for name in manifest.files:
         parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\\" in name:
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
             raise BundleError(f"{path} names a file outside the bundle: {name!r}")
     return manifest
 
@@ -217,11 +217,16 @@ def check_file(bundle: Path, name: str, spec: FileSpec) -> None:
     """Raise ``BundleError`` unless the file has the size and the digest that the manifest gives."""
     path = bundle / name
     try:
+        # A pipe would keep us waiting, a device never ends.
+        if path.exists() and not path.is_file():
+            raise BundleError(f"{path} is no regular file; export the bundle again")
         if path.stat().st_size != spec.bytes:
             raise BundleError(f"{path} is damaged: its size is not the manifest's; export the bundle again")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise BundleError(f"{path} is missing; export the bundle again") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}); export the bundle again") from None
     if digest != spec.sha256:
         raise BundleError(f"{path} is damaged: its SHA-256 is not the manifest's; export the bundle again")

@@ -22,6 +22,9 @@ Mode = Literal["train", "evaluate"]
 
 MAX_GROUPS = 16_384
 MAX_TICKET_BYTES = 1 << 20
+TOKEN_BYTES = 32
+
+ResumeToken = Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
 
 
 class ErrorCode(StrEnum):
@@ -34,6 +37,19 @@ class ErrorCode(StrEnum):
     LIMIT = "limit"
     NON_FINITE = "non_finite"
     TICKET = "ticket"
+    DAMAGED = "damaged"
+    DEADLINE = "deadline"
+    SUPERSEDED = "superseded"
+    FLOOD = "flood"
+    TOKEN_MISSING = "token_missing"
+    TOKEN_WRONG = "token_wrong"
+    TOKEN_EXPIRED = "token_expired"
+    TOKEN_REVOKED = "token_revoked"
+    TOO_MANY_FAILURES = "too_many_failures"
+    QUOTA_SESSIONS = "quota_sessions"
+    QUOTA_TOKENS = "quota_tokens"
+    QUOTA_LIVE_BYTES = "quota_live_bytes"
+    QUOTA_COMPUTE = "quota_compute"
     BUSY = "busy"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal"
@@ -60,10 +76,16 @@ class ExchangeMessage(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """E sends first: the wire versions it speaks, and what it is."""
+    """E sends first: the wire versions it speaks, and what it is.
+
+    Attributes:
+        device: the device's own stable name, random; with it, a device that was restarted takes the place of the
+            session that it left behind.
+    """
 
     protocol_versions: Annotated[list[int], msgspec.Meta(min_length=1, max_length=32)]
     software: ShortText
+    device: ShortText = ""
 
 
 class Welcome(Message, frozen=True):
@@ -113,11 +135,42 @@ class SessionOpened(Message, frozen=True):
         session: a name for logs.
         units: uint8 (units,), a ``UnitState`` each.
         ticket: uint8, the controller's state, opaque and signed.
+        token: resumes the session once, over another connection.
     """
 
     session: ShortText
     units: WireTensor
     ticket: WireTensor
+    token: ResumeToken
+
+
+class ResumeSession(Message, frozen=True):
+    """E comes back to its session over a new connection.
+
+    Attributes:
+        token: of the ``SessionOpened`` or ``SessionResumed`` that came last.
+        received: ``seq`` of the last frame of the session that E has.
+    """
+
+    session: ShortText
+    token: ResumeToken
+    received: Index
+
+
+class SessionResumed(Message, frozen=True):
+    """C goes on with the session. Both sides send again what the other does not have.
+
+    Attributes:
+        token: for the next time.
+        received: ``seq`` of the last frame of the session that C has.
+    """
+
+    token: ResumeToken
+    received: Index
+
+
+class SessionGone(Message, frozen=True):
+    """C does not have that session, or not for that token; E may open another on this connection."""
 
 
 class Embeddings(ExchangeMessage, frozen=True):
@@ -212,7 +265,7 @@ class CloseSession(Message, frozen=True):
 
 
 class Error(Message, frozen=True):
-    """Either side gives up on the conversation, and says why; nothing may follow."""
+    """Either side gives up on the conversation, and says why; nothing may follow on this connection."""
 
     code: ShortText
     message: ShortText
@@ -225,6 +278,9 @@ AnyMessage = (
     | Welcome
     | OpenSession
     | SessionOpened
+    | ResumeSession
+    | SessionResumed
+    | SessionGone
     | Embeddings
     | GroupInput
     | GroupDelta

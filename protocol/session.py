@@ -8,7 +8,9 @@ gives the checked message. The rules are one table; ``docs/protocol.md`` draws i
 - A micro-batch is lock-step: FORWARD, then LOSS and BACKWARD if it trains.
 - E may start the next micro-batch before C's ``Signal`` to its last ``StepReport`` has come, so that reports
   cost no round trip. C answers a report before anything that E sent after it.
-- After ``Error`` or ``CloseSession`` nothing may follow.
+- After ``Error`` or ``CloseSession`` nothing may follow on that connection.
+- A session outlives its connection: over a new one its device resumes it, in another ``Session`` that ends in
+  RESUMED; the old ``Session`` then goes on where it stood. ``link.py`` makes up for what was lost between.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from typing import Final
 import numpy as np
 
 from . import messages as m
-from .codec import Decoder, encode
+from .codec import Decoder, encode, read_prefix
 from .errors import LocalProtocolError, RemoteProtocolError
 from .kill_revive import GroupSpec, UnitState, group_units
+from .link import Link
 from .messages import AnyMessage
 from .tensors import ByteArray, WireTensor
 from .version import PROTOCOL_VERSIONS
@@ -42,6 +45,8 @@ class State(Enum):
     GREETING = auto()
     GREETED = auto()
     OPENING = auto()
+    RESUMING = auto()
+    RESUMED = auto()
     IDLE = auto()
     FORWARD = auto()
     DELTA = auto()
@@ -55,8 +60,14 @@ E, C = Role.EDGE, Role.CLOUD
 TRANSITIONS: Final[dict[State, dict[type, tuple[Role, State]]]] = {
     State.START: {m.Hello: (E, State.GREETING)},
     State.GREETING: {m.Welcome: (C, State.GREETED)},
-    State.GREETED: {m.OpenSession: (E, State.OPENING), m.CloseSession: (E, State.CLOSED)},
+    State.GREETED: {
+        m.OpenSession: (E, State.OPENING),
+        m.ResumeSession: (E, State.RESUMING),
+        m.CloseSession: (E, State.CLOSED),
+    },
     State.OPENING: {m.SessionOpened: (C, State.IDLE)},
+    State.RESUMING: {m.SessionResumed: (C, State.RESUMED), m.SessionGone: (C, State.GREETED)},
+    State.RESUMED: {},
     State.IDLE: {
         m.Embeddings: (E, State.FORWARD),
         m.StepReport: (E, State.IDLE),
@@ -71,6 +82,9 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Role, State]]]] = {
 """State, then message type, to (who may send it, next state). Three rules stand beside the table:
 ``LabelledHiddenStates`` with no gradients to come, and the last message of BACKWARD, lead to IDLE;
 C may send ``Signal`` in any open state while a ``StepReport`` is unanswered; either side may send ``Error``."""
+
+NUMBERED: Final = (m.ExchangeMessage, m.StepReport, m.Signal)
+"""What the link numbers: the messages of a session that change what the two sides hold."""
 
 
 class _ViolationError(Exception):
@@ -88,6 +102,7 @@ class Session:
         units: uint8 (units,), the ``UnitState`` of each unit as last signalled.
         bytes_sent, bytes_received: sizes of all frames so far (without the websocket's own framing).
         round_trips: how often we received after having sent.
+        link: the numbers of the session's frames, and those that the peer may lack.
     """
 
     def __init__(self, role: Role) -> None:
@@ -101,7 +116,9 @@ class Session:
         self.bytes_sent = 0
         self.bytes_received = 0
         self.round_trips = 0
+        self.link = Link()
         self._decoder = Decoder()
+        self._before_error = State.CLOSED
         self._sent_since_received = False
         self._unanswered_reports: list[int] = []
         self._micro_batch = 0
@@ -117,20 +134,39 @@ class Session:
     def groups(self) -> tuple[GroupSpec, ...]:
         return self.opened_with.groups if self.opened_with else ()
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether no step is under way."""
+        return self.state is State.IDLE and self._micro_batch == 0
+
     def send(self, message: AnyMessage) -> bytearray:
         """Check a message of ours and give its frame. Raises ``LocalProtocolError``: a bug of ours."""
         try:
             self._advance(message, self.role)
         except _ViolationError as error:
             raise LocalProtocolError(f"{type(message).__name__} in {self.state.name}: {error}") from None
-        frame = encode(message)
+        if isinstance(message, NUMBERED):
+            frame = encode(message, seq=self.link.sent + 1, ack=self.link.received)
+            self.link.keep(frame)
+        else:
+            frame = encode(message)
         self.bytes_sent += len(frame)
         self._sent_since_received = True
         return frame
 
-    def receive(self, frame: bytes | bytearray | memoryview) -> AnyMessage:
-        """Decode and check a frame of the peer's. Raises ``RemoteProtocolError`` with its wire code."""
+    def receive(self, frame: bytes | bytearray | memoryview) -> AnyMessage | None:
+        """Decode and check a frame of the peer's; None for one that came before.
+
+        Raises ``RemoteProtocolError`` with its wire code.
+        """
         message = self._decoder.decode(frame)
+        prefix = read_prefix(frame)
+        numbered = isinstance(message, NUMBERED)
+        if numbered != (prefix.seq > 0):
+            raise RemoteProtocolError(f"{type(message).__name__} with the number {prefix.seq}")
+        if numbered and self.link.is_repeat(prefix):
+            self.bytes_received += len(frame)
+            return None
         try:
             # Before anything changes: a refused message leaves the session as it was.
             if not all(tensor.is_finite() for tensor in m.tensors_of(message)):
@@ -139,10 +175,25 @@ class Session:
         except _ViolationError as error:
             text = f"{type(message).__name__} in {self.state.name}: {error}"
             raise RemoteProtocolError(text, error.code) from None
+        if numbered:
+            self.link.accept(prefix)
         self.bytes_received += len(frame)
         self.round_trips += self._sent_since_received
         self._sent_since_received = False
         return message
+
+    def resume(self, handshake: Session, received: int) -> list[bytearray]:
+        """Go on over another connection, whose ``handshake`` has ended in RESUMED: the frames to send again.
+
+        ``received`` is the last number that the peer has. Raises ``RemoteProtocolError`` if that cannot be.
+        """
+        missing = self.link.missing(received)
+        if self.state is State.CLOSED:
+            self.state = self._before_error
+        self.bytes_sent += handshake.bytes_sent + sum(map(len, missing))
+        self.bytes_received += handshake.bytes_received
+        self.round_trips += handshake.round_trips
+        return missing
 
     # -- the rules ---------------------------------------------------------------------------------------
 
@@ -150,7 +201,7 @@ class Session:
         if self.state is State.CLOSED:
             raise _ViolationError("the conversation is over")
         if isinstance(message, m.Error):
-            self.state = State.CLOSED
+            self._before_error, self.state = self.state, State.CLOSED
             return
         if isinstance(message, m.Signal):
             self._check_signal(message, sender)
@@ -192,6 +243,11 @@ class Session:
         _check(units, "uint8", (len(self.unit_groups),))
         if units.data.size and int(units.data.max()) > max(UnitState):
             raise _ViolationError("an unknown unit state")
+        assert self.opened_with is not None
+        config = self.opened_with.kill_revive
+        active = units.data == UnitState.ACTIVE
+        if int(active.sum()) < config.budget_floor(len(active)) or not active[list(config.pinned)].all():
+            raise _ViolationError("fewer active units than the device asked for")
 
     def _check_signal(self, message: m.Signal, sender: Role) -> None:
         if sender is not C or not self._unanswered_reports:

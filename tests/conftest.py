@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from pathlib import Path
+
+# Devices of the tests, child processes too, leave the user's own state alone.
+os.environ.setdefault("DLORA_EDGE_STATE", tempfile.mkdtemp(prefix="dlora-test-"))
 
 # Under --import-mode=importlib pytest puts no test folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from dlora.protocol import messages as m
+from dlora.protocol.codec import encode
 from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
-from dlora.protocol.session import Role, Session
+from dlora.protocol.link import Link
+from dlora.protocol.session import NUMBERED, Role, Session
 from dlora.protocol.tensors import WireTensor
 
 WIDTH = 4
@@ -24,10 +26,11 @@ GROUPS = (
 )
 ALL = (0, 1, 2)
 UNITS = 2  # a block each
+TOKEN = b"t" * m.TOKEN_BYTES
 
 FROM_EDGE = (
-    m.Hello, m.OpenSession, m.Embeddings, m.GroupDelta, m.GradHiddenStates, m.GroupInputGrad, m.StepReport,
-    m.CloseSession,
+    m.Hello, m.OpenSession, m.ResumeSession, m.Embeddings, m.GroupDelta, m.GradHiddenStates, m.GroupInputGrad,
+    m.StepReport, m.CloseSession,
 )  # fmt: skip
 
 
@@ -67,8 +70,16 @@ def open_session(**changes: Any) -> m.OpenSession:
 
 def session_opened(units: bytes = b"\1\1") -> m.SessionOpened:
     return m.SessionOpened(
-        session="one", units=WireTensor.from_bytes(units), ticket=WireTensor.from_bytes(b"signed")
+        session="one", units=WireTensor.from_bytes(units), ticket=WireTensor.from_bytes(b"signed"), token=TOKEN
     )
+
+
+def resume_session(received: int = 0) -> m.ResumeSession:
+    return m.ResumeSession(session="one", token=TOKEN, received=received)
+
+
+def session_resumed(received: int = 0) -> m.SessionResumed:
+    return m.SessionResumed(token=TOKEN, received=received)
 
 
 def embeddings(step: int = 0, micro_batch: int = 0, *, mode: Any = "train", **changes: Any) -> m.Embeddings:
@@ -127,8 +138,12 @@ def error() -> m.Error:
     return m.Error(code="internal", message="enough")
 
 
-def opening() -> list[m.AnyMessage]:
-    return [hello(), welcome(), open_session(), session_opened()]
+# The only policy under which no unit at all need be active.
+NONE_NEED_BE_ACTIVE = KillReviveConfig(score="static", active_fraction=0.0)
+
+
+def opening(**changes: Any) -> list[m.AnyMessage]:
+    return [hello(), welcome(), open_session(**changes), session_opened()]
 
 
 def forward(
@@ -171,6 +186,12 @@ class Pair:
         assert shared(self.sides[Role.EDGE]) == shared(self.sides[Role.CLOUD])
 
 
+def frame_for(listener: Session, message: m.AnyMessage) -> bytearray:
+    """The frame of ``message`` as ``listener``'s peer would number it now."""
+    numbered = isinstance(message, NUMBERED)
+    return encode(message, seq=listener.link.received + 1 if numbered else 0, ack=listener.link.sent)
+
+
 def sender_of(message: m.AnyMessage) -> Role:
     return Role.EDGE if isinstance(message, FROM_EDGE) else Role.CLOUD
 
@@ -181,14 +202,24 @@ def other(role: Role) -> Role:
 
 def everything(session: Session) -> dict[str, Any]:
     """All that a session remembers, in a form that compares and that nothing changes later."""
-    return {
+    remembered = {
         name: value.tobytes() if isinstance(value, np.ndarray) else copy.deepcopy(value)
         for name, value in vars(session).items()
-        if name != "_decoder"
+        if name not in ("_decoder", "link")
     }
+    return remembered | {"link": (session.link.sent, session.link.received, session.link.missing(session.link.sent))}
+
+
+def copy_link(link: Link) -> Link:
+    """A link that stands where ``link`` does, and goes its own way."""
+    copied = Link()
+    for name, value in vars(link).items():
+        if name != "_lock":
+            setattr(copied, name, copy.copy(value))
+    return copied
 
 
 def shared(session: Session) -> dict[str, Any]:
     """What both sides must agree on."""
-    own = {"role", "bytes_sent", "bytes_received", "round_trips", "_sent_since_received"}
+    own = {"role", "bytes_sent", "bytes_received", "round_trips", "_sent_since_received", "link"}
     return {name: value for name, value in everything(session).items() if name not in own}

@@ -37,7 +37,7 @@ class RunningServer:
 def serving(base: BaseModel, **settings: Any) -> Iterator[RunningServer]:
     """Serve a base model until the context ends."""
     server = CloudServer(
-        base, **{"max_sessions": 8, "max_tokens": 4096, "threads": 1, "ticket_key": KEY, **settings}
+        base, **{"max_sessions": 8, "max_tokens": 4096, "threads": 1, "ticket_key": KEY, "drain_s": 0.2, **settings}
     )
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlora.protocol import messages as m
-from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode, frame_bytes
-from dlora.protocol.errors import LocalProtocolError, RemoteProtocolError
+from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, seal
+from dlora.protocol.errors import DamagedFrameError, LocalProtocolError, RemoteProtocolError
 from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
 from dlora.protocol.tensors import WireTensor, fp16_exponent
 
@@ -29,9 +29,11 @@ GROUPS = (
     GroupSpec(1, 6, (TargetSpec("layers.1.self_attn.q_proj", 6),)),
 )
 
+SEQ, ACK = 5, 4
+
 # One of each; the golden files are only ever added to.
 EXAMPLES: dict[str, m.AnyMessage] = {
-    "hello": m.Hello(protocol_versions=[1], software="dlora-edge 0.1.0"),
+    "hello": m.Hello(protocol_versions=[1], software="dlora-edge 0.1.0", device="5eed" * 8),
     "welcome": m.Welcome(
         protocol_version=1,
         software="dlora-cloud 0.1.0",
@@ -53,8 +55,14 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         ticket=b"ticket",
     ),
     "session_opened": m.SessionOpened(
-        session="0badcafe", units=WireTensor.from_bytes(b"\x01\x00"), ticket=WireTensor.from_bytes(b"signed")
+        session="0badcafe",
+        units=WireTensor.from_bytes(b"\x01\x00"),
+        ticket=WireTensor.from_bytes(b"signed"),
+        token=bytes(range(m.TOKEN_BYTES)),
     ),
+    "resume_session": m.ResumeSession(session="0badcafe", token=bytes(range(m.TOKEN_BYTES)), received=7),
+    "session_resumed": m.SessionResumed(token=bytes(range(m.TOKEN_BYTES)), received=9),
+    "session_gone": m.SessionGone(),
     "embeddings": m.Embeddings(
         step=3,
         micro_batch=0,
@@ -83,7 +91,8 @@ def test_every_message_has_an_example() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_golden_bytes_both_ways(name: str) -> None:
     golden = (GOLDEN / f"{name}.bin").read_bytes()
-    assert bytes(encode(EXAMPLES[name])) == golden
+    assert bytes(encode(EXAMPLES[name], seq=SEQ, ack=ACK)) == golden
+    assert read_prefix(golden)[1:3] == (SEQ, ACK)
     assert Decoder().decode(golden) == EXAMPLES[name]
 
 
@@ -98,7 +107,7 @@ def test_trailing_data_and_truncation_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_frame_has_the_size_that_the_formula_gives(name: str) -> None:
     frame = encode(EXAMPLES[name])
-    blocks = -(-(4 + int.from_bytes(frame[:4], "little")) // HEADER_BLOCK)
+    blocks = -(-(PREFIX_BYTES + read_prefix(frame).header_length) // HEADER_BLOCK)
     assert len(frame) == frame_bytes(blocks, [tensor.nbytes for tensor in m.tensors_of(EXAMPLES[name])])
 
 
@@ -137,10 +146,10 @@ def test_changed_headers_are_refused(change: dict[str, object]) -> None:
     import msgspec
 
     frame = bytes(encode(EXAMPLES["group_input"]))
-    length = int.from_bytes(frame[:4], "little")
-    header = msgspec.msgpack.encode(msgspec.msgpack.decode(frame[4 : 4 + length]) | change)
-    block = len(header).to_bytes(4, "little") + header
-    changed = block + bytes(-len(block) % HEADER_BLOCK) + frame[HEADER_BLOCK:]
+    length = read_prefix(frame).header_length
+    header = msgspec.msgpack.encode(msgspec.msgpack.decode(frame[PREFIX_BYTES : PREFIX_BYTES + length]) | change)
+    block = len(header).to_bytes(4, "little") + frame[4:PREFIX_BYTES] + header
+    changed = seal(bytearray(block + bytes(-len(block) % HEADER_BLOCK) + frame[HEADER_BLOCK:]))
     with pytest.raises(RemoteProtocolError):
         Decoder().decode(changed)
 
@@ -148,8 +157,8 @@ def test_changed_headers_are_refused(change: dict[str, object]) -> None:
 def test_padding_must_be_zero() -> None:
     frame = bytearray(encode(EXAMPLES["group_delta"]))
     frame[HEADER_BLOCK - 1] = 1
-    with pytest.raises(RemoteProtocolError):
-        Decoder().decode(frame)
+    with pytest.raises(RemoteProtocolError, match="padding"):
+        Decoder().decode(seal(frame))
 
 
 @settings(max_examples=300, deadline=None)
@@ -161,11 +170,25 @@ def test_garbage_gives_a_message_or_the_documented_error(data: bytes) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(EXAMPLES)), st.integers(0, 2000), st.integers(0, 255))
-def test_a_flipped_byte_gives_a_message_or_the_documented_error(name: str, where: int, value: int) -> None:
+def test_a_changed_byte_is_noticed_wherever_it_is(name: str, where: int, value: int) -> None:
+    frame = encode(EXAMPLES[name], seq=SEQ, ack=ACK)
+    before = bytes(frame)
+    frame[where % len(frame)] = value
+    if frame == before:
+        return
+    with pytest.raises(DamagedFrameError):
+        Decoder().decode(frame)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(EXAMPLES)), st.integers(0, 2000), st.integers(0, 255))
+def test_a_changed_byte_under_a_right_checksum_gives_a_message_or_the_documented_error(
+    name: str, where: int, value: int
+) -> None:
     frame = encode(EXAMPLES[name])
     frame[where % len(frame)] = value
     with contextlib.suppress(RemoteProtocolError):
-        Decoder().decode(frame)
+        Decoder().decode(seal(frame))
 
 
 @given(

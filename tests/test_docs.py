@@ -15,19 +15,22 @@ import typer.main
 import dlora.cloud.cli
 import dlora.edge.cli
 import dlora.export.cli
+from dlora.cloud.executor import Patience
+from dlora.cloud.guard import ConnectionLimits
 from dlora.export.adamw_graph import adamw_graph
 from dlora.export.adapter_graphs import adapter_graphs
 from dlora.export.embedding_graph import embedding_graph
 from dlora.export.head_graph import HeadShape, head_graphs
-from dlora.protocol import codec, errors, kill_revive, manifest, messages, session, tensors
+from dlora.protocol import codec, errors, kill_revive, link, manifest, messages, session, tensors
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").rglob("*.md")])
 PROTOCOL = (ROOT / "docs/protocol.md").read_text()
 BUNDLE = (ROOT / "docs/bundle.md").read_text()
 README = (ROOT / "README.md").read_text()
 QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
+OPERATING = (ROOT / "docs/operating.md").read_text()
 SOURCES = [path for name in ("protocol", "edge", "cloud", "export") for path in sorted((ROOT / name).glob("*.py"))]
 OTHER_PROGRAMS = {"--group", "--import-mode", "--strict"}  # of pip, pytest and mypy
 PROGRAMS = {
@@ -68,16 +71,17 @@ def options_of(command: Any) -> set[str]:
 
 
 def all_commands() -> Iterator[tuple[str, Any]]:
-    for program, command in PROGRAMS.items():
-        yield program, command
-        for name, sub in getattr(command, "commands", {}).items():
-            yield f"{program} {name}", sub
+    """Each program and, at any depth, its commands; the longest names first."""
+    found = list(PROGRAMS.items())
+    for name, command in found:
+        found += [(f"{name} {word}", sub) for word, sub in getattr(command, "commands", {}).items()]
+    yield from sorted(found, key=lambda item: -len(item[0]))
 
 
 ALL_OPTIONS = set().union(*(options_of(command) for _, command in all_commands()))
 SCRIPT_OPTIONS = {
     option
-    for folder in ("benchmarks", "examples")
+    for folder in ("benchmarks", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
     for option in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', path.read_text())
 }
@@ -140,9 +144,17 @@ def test_error_codes() -> None:
 def test_dtypes_and_limits() -> None:
     assert first_cells(section(PROTOCOL, "Tensors")) == list(tensors.DTYPES)
     for name, value, _ in rows(section(PROTOCOL, "Limits")):
-        modules = [module for module in (codec, tensors, messages) if hasattr(module, name)]
+        modules = [module for module in (codec, link, tensors, messages) if hasattr(module, name)]
         assert modules, name
         assert getattr(modules[0], name) == int(value), name
+
+
+def test_the_limits_beneath_messages() -> None:
+    limits = vars(ConnectionLimits(sessions=1))
+    table = re.search(r"<!-- limits of cloud/guard.py.*?-->(.*?)<!-- end of limits -->", PROTOCOL, re.S)
+    assert table
+    told = {name: float(value) for name, value, _ in rows(table[1])}
+    assert told == {name: value for name, value in limits.items() if name not in ("sessions", "origins")}
 
 
 def test_the_headers_of_a_step_take_one_block() -> None:
@@ -152,7 +164,7 @@ def test_the_headers_of_a_step_take_one_block() -> None:
         fields = dict.fromkeys(("step", "micro_batch", "group"), 2**32 - 1)
         listed = {"deltas" if kind is messages.GroupDelta else "grads": [descriptor] * targets}
         header = msgspec.msgpack.encode({"type": kind.__struct_config__.tag, **fields, **listed, **extra})
-        assert 4 + len(header) <= codec.HEADER_BLOCK
+        assert codec.PREFIX_BYTES + len(header) <= codec.HEADER_BLOCK
 
 
 def test_the_traffic_example() -> None:
@@ -249,9 +261,8 @@ def shell_lines(text: str) -> Iterator[str]:
 @pytest.mark.parametrize("document", DOCS, ids=name_of)
 def test_options_exist(document: Path) -> None:
     text = document.read_text()
-    commands = sorted(all_commands(), key=lambda item: -len(item[0]))
     for line in shell_lines(text):
-        for name, command in commands:
+        for name, command in all_commands():
             if line.startswith(f"{name} "):
                 assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", line)) <= options_of(command), line
                 break
@@ -262,11 +273,10 @@ def test_options_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCS, ids=name_of)
 def test_options_exist_where_a_command_is_named_in_passing(document: Path) -> None:
-    commands = dict(all_commands())
-    named = re.findall(r"`(dlora-edge \w+|dlora-cloud \w+|dlora-export)( [^`]*)?`", document.read_text())
-    for name, arguments in named:
-        assert name in commands, name
-        assert set(re.findall(r"--[a-z][a-z-]*", arguments)) <= options_of(commands[name]), name
+    for line in re.findall(r"`(dlora-(?:edge|cloud|export)(?: [^`]*)?)`", document.read_text()):
+        name, command = next(item for item in all_commands() if f"{line} ".startswith(f"{item[0]} "))
+        assert line == name or not hasattr(command, "commands"), f"no such command: {line}"
+        assert set(re.findall(r"--[a-z][a-z-]*", line)) <= options_of(command), line
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -282,6 +292,21 @@ def test_every_option_of_kill_and_revive_is_in_the_quickstart() -> None:
     told = section(QUICKSTART, "Kill and Revive")
     for option in (name for parameter in panel for name in (*parameter.opts, *parameter.secondary_opts)):
         assert f"`{option}`" in told, option
+
+
+def test_every_option_of_the_server_that_an_operator_sets_is_told_with_its_default() -> None:
+    serve = dict(all_commands())["dlora-cloud serve"]
+    panels = {dlora.cloud.cli.DOOR, dlora.cloud.cli.QUOTAS, dlora.cloud.cli.PATIENCE}
+    wanted = {parameter.opts[0]: parameter.default for parameter in serve.params if parameter.rich_help_panel in panels}
+    told = {row[0]: row[1] for row in rows(OPERATING) if row[0].startswith("--")}
+    assert list(told) == list(wanted)
+    for option, default in wanted.items():
+        assert told[option] == (f"{default:g}" if default else ""), option
+
+
+def test_the_deadlines() -> None:
+    told = {float(seconds) for seconds in re.findall(r"\| (\d+) s", section(PROTOCOL, "Deadlines"))}
+    assert told >= set(vars(Patience()).values())
 
 
 def test_make_targets_exist() -> None:

@@ -19,6 +19,7 @@ from serving import RunningServer, config, final_weights, random_dataset, servin
 from websockets.sync.client import connect
 
 from dlora.cloud.base_model import BaseModel
+from dlora.cloud.executor import Patience
 from dlora.edge.config import TrainConfig
 from dlora.edge.connection import Connection
 from dlora.export.bundle import ExportSettings, export_bundle
@@ -135,8 +136,7 @@ def embeddings(tokens: int) -> m.Embeddings:
 def stalled_in_forward(url: str, base: BaseModel) -> Iterator[None]:
     """Connected and silent after it was asked for its deltas."""
     with Connection(url) as connection:
-        connection.send(open_session(base))
-        connection.receive(m.SessionOpened)
+        connection.open(open_session(base))
         connection.send(embeddings(WIDTH))
         connection.receive(m.GroupInput)
         yield
@@ -146,8 +146,7 @@ def stalled_in_forward(url: str, base: BaseModel) -> Iterator[None]:
 def stalled_in_backward(url: str, base: BaseModel) -> Iterator[None]:
     """Silent when it owes the gradient of the loss."""
     with Connection(url) as connection:
-        connection.send(open_session(base))
-        connection.receive(m.SessionOpened)
+        connection.open(open_session(base))
         connection.send(embeddings(WIDTH))
         while isinstance(message := connection.receive_any(), m.GroupInput):
             connection.send(deltas(base, message.group, WIDTH))
@@ -175,10 +174,10 @@ def never_reading(url: str, base: BaseModel) -> Iterator[None]:
         for message in (m.Hello(protocol_versions=[1], software="a glutton"), open_session(base)):
             websocket.send(encode(message))
             websocket.recv()
-        websocket.send(encode(embeddings(tokens)))
+        websocket.send(encode(embeddings(tokens), seq=1))
         # The client library reads two frames ahead on its own; the third one stays with the server.
         for group in range(5):
-            websocket.send(encode(deltas(base, group, tokens)))
+            websocket.send(encode(deltas(base, group, tokens), seq=2 + group))
         time.sleep(0.2)
         yield
         # Reset, so that nothing waits for a goodbye.
@@ -189,7 +188,7 @@ def never_reading(url: str, base: BaseModel) -> Iterator[None]:
 def test_a_third_that_stalls_changes_neither(
     base: BaseModel, devices: list[Device], alone: list[object], stall: object
 ) -> None:
-    with serving(base, max_tokens=GLUTTONS_TOKENS) as server:
+    with serving(base, max_tokens=GLUTTONS_TOKENS, patience=Patience(park_s=0)) as server:
         with stall(server.url, base):  # type: ignore[operator]
             assert train_at_once(server.url, devices) == alone
             eventually_sessions(server, 1)

@@ -109,8 +109,8 @@ def test_the_recorder_sees_what_does_leave(leak: Leak) -> None:
     assert found == {f"embedding {token}" for token in tokens}
 
 
-def test_the_server_writes_its_key_and_its_log_and_nothing_else(leak: Leak) -> None:
-    assert set(leak.places) - {RECEIVED, "the HTTP requests"} == {"log", "state/ticket.key"}
+def test_the_server_writes_its_keys_and_its_log_and_nothing_else(leak: Leak) -> None:
+    assert set(leak.places) - {RECEIVED, "the HTTP requests"} == {"log", "state/ticket.key", "state/tokens.sqlite"}
     assert len(leak.places["state/ticket.key"]) == 32
     assert b"closed at step" in leak.places["log"]
 
@@ -138,14 +138,15 @@ def test_the_scanner_finds_a_planted_canary(leak: Leak, place: str) -> None:
 
 
 def test_no_message_of_the_device_has_a_field_for_them() -> None:
-    """What a device may say at all: embeddings, deltas, gradients, scores, settings, and a ticket it was given."""
+    """What a device may say: embeddings, deltas, gradients, scores, settings, its name, and what it was given."""
     allowed = {
         "step", "micro_batch", "group", "protocol_versions", "software", "base_fingerprint", "groups", "wire_dtype",
         "kill_revive", "seed", "total_steps", "next_step", "ticket", "mode", "hidden_states", "sequence_lengths",
         "label_positions", "deltas", "grad_hidden_states", "scores", "code", "message", "retryable", "retry_after_s",
+        "device", "session", "token", "received",
     }  # fmt: skip
     spoken = (
         m.Hello, m.OpenSession, m.Embeddings, m.GroupDelta, m.GradHiddenStates, m.GroupInputGrad, m.StepReport,
-        m.CloseSession, m.Error,
+        m.ResumeSession, m.CloseSession, m.Error,
     )  # fmt: skip
     assert {field for kind in spoken for field in kind.__struct_fields__} == allowed

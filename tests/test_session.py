@@ -33,6 +33,8 @@ WAYS: dict[State, list[m.AnyMessage]] = {
     State.DELTA: [*c.opening(), c.embeddings(), c.group_input()],
     State.LOSS: [*c.opening(), *c.forward()],
     State.BACKWARD: [*c.opening(), *c.forward(), c.grad_hidden_states(), c.group_grad(group=2)],
+    State.RESUMING: [*c.opening()[:2], c.resume_session()],
+    State.RESUMED: [*c.opening()[:2], c.resume_session(), c.session_resumed()],
     State.CLOSED: [*c.opening(), m.CloseSession()],
 }
 ONE_OF_EACH: dict[type, m.AnyMessage] = {
@@ -40,6 +42,7 @@ ONE_OF_EACH: dict[type, m.AnyMessage] = {
     for message in (
         *c.opening(), c.embeddings(), c.group_input(), c.group_delta(), c.labelled(), c.grad_hidden_states(),
         c.group_grad(group=1), c.group_input_grad(group=2), c.report(), c.signal(), m.CloseSession(), c.error(),
+        c.resume_session(), c.session_resumed(), m.SessionGone(),
     )
 }  # fmt: skip
 
@@ -57,7 +60,7 @@ def refuses(session: Session, act: Callable[[], object], kind: type[ProtocolErro
 
 
 def test_a_whole_run() -> None:
-    pair = Pair(c.opening())
+    pair = Pair(c.opening(kill_revive=c.NONE_NEED_BE_ACTIVE))
     states = [b"\1\1", b"\0\1", b"\1\0", b"\0\0"]
     for step, units in enumerate(states):
         assert pair.sides[E].units.tobytes() == units
@@ -100,7 +103,7 @@ def test_the_next_micro_batch_may_overtake_the_signal(when: int) -> None:
 
 def test_a_third_report_waits_for_a_signal() -> None:
     pair = Pair([*c.opening(), c.report(0), c.report(1)])
-    for role, act in ((E, pair.sides[E].send), (C, lambda message: pair.sides[C].receive(encode(message)))):
+    for role, act in ((E, pair.sides[E].send), (C, lambda message: pair.sides[C].receive(c.frame_for(pair.sides[C], message)))):
         refuses(pair.sides[role], lambda act=act: act(c.report(2)), ProtocolError)
     for message in (c.signal(0), c.report(2), c.signal(1), c.signal(2)):
         pair.say(message)
@@ -110,7 +113,7 @@ def test_a_signal_for_another_step_is_refused_and_the_right_one_still_comes() ->
     pair = Pair([*c.opening(), c.report(0)])
     for wrong in (c.signal(1), c.signal(0, b"\1"), c.signal(0, b"\1\x09")):
         refuses(pair.sides[C], lambda wrong=wrong: pair.sides[C].send(wrong), LocalProtocolError)
-        refuses(pair.sides[E], lambda wrong=wrong: pair.sides[E].receive(encode(wrong)), RemoteProtocolError)
+        refuses(pair.sides[E], lambda wrong=wrong: pair.sides[E].receive(c.frame_for(pair.sides[E], wrong)), RemoteProtocolError)
     pair.say(c.signal(0, b"\0\1"))
     assert pair.sides[E].units.tolist() == [UnitState.KILLED, UnitState.ACTIVE]
 
@@ -145,7 +148,7 @@ def test_an_error_closes_from_every_state(state: State, sender: Role) -> None:
     assert {side.state for side in pair.sides.values()} == {State.CLOSED}
     for message in ONE_OF_EACH.values():
         refuses(pair.sides[E], lambda message=message: pair.sides[E].send(message), LocalProtocolError)
-        refuses(pair.sides[E], lambda message=message: pair.sides[E].receive(encode(message)), RemoteProtocolError)
+        refuses(pair.sides[E], lambda message=message: pair.sides[E].receive(c.frame_for(pair.sides[E], message)), RemoteProtocolError)
 
 
 # -- what is not in the table ----------------------------------------------------------------------------
@@ -160,7 +163,7 @@ def test_what_the_table_does_not_name_is_refused_on_both_sides(state: State, rol
             continue
         session = Pair(WAYS[state]).sides[role]
         assert session.state is state
-        send, receive = lambda: session.send(message), lambda: session.receive(encode(message))  # noqa: B023
+        send, receive = lambda: session.send(message), lambda: session.receive(c.frame_for(session, message))  # noqa: B023
         if allowed.get(kind) is role:
             send()
         else:
@@ -251,7 +254,7 @@ def test_wrong_content_is_refused_with_its_code(state: State, message: m.AnyMess
     pair = Pair(WAYS[state])
     sender = c.sender_of(message)
     listener = pair.sides[c.other(sender)]
-    assert refuses(listener, lambda: listener.receive(encode(message)), RemoteProtocolError).code == code
+    assert refuses(listener, lambda: listener.receive(c.frame_for(listener, message)), RemoteProtocolError).code == code
     if code is not m.ErrorCode.NON_FINITE:  # ours are looked at where floats become wire tensors
         refuses(pair.sides[sender], lambda: pair.sides[sender].send(message), LocalProtocolError)
 
@@ -259,7 +262,7 @@ def test_wrong_content_is_refused_with_its_code(state: State, message: m.AnyMess
 def test_a_killed_unit_does_not_exchange() -> None:
     pair = Pair([*c.opening(), c.report(0), c.signal(0, b"\0\1"), c.embeddings(1)])
     refuses(pair.sides[C], lambda: pair.sides[C].send(c.group_input(1, group=0)), LocalProtocolError)
-    refuses(pair.sides[E], lambda: pair.sides[E].receive(encode(c.group_input(1, group=0))), RemoteProtocolError)
+    refuses(pair.sides[E], lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.group_input(1, group=0))), RemoteProtocolError)
     pair.say(c.group_input(1, group=1))
 
 
@@ -271,7 +274,7 @@ def test_a_group_exchanges_once_in_a_micro_batch() -> None:
 def test_an_evaluation_has_no_gradients() -> None:
     way = [*c.opening(), c.embeddings(mode="evaluate"), c.group_input(), c.group_delta()]
     pair = Pair(way)
-    refuses(pair.sides[E], lambda: pair.sides[E].receive(encode(c.labelled(gradients=1))), RemoteProtocolError)
+    refuses(pair.sides[E], lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.labelled(gradients=1))), RemoteProtocolError)
 
 
 def test_fewer_gradients_than_groups_end_the_backward_pass() -> None:
@@ -281,7 +284,7 @@ def test_fewer_gradients_than_groups_end_the_backward_pass() -> None:
 
 def test_more_gradients_than_announced_are_refused() -> None:
     pair = Pair([*c.opening(), *c.forward(gradients=1), c.grad_hidden_states(), c.group_grad(group=2)])
-    refuses(pair.sides[E], lambda: pair.sides[E].receive(encode(c.group_grad(group=1))), RemoteProtocolError)
+    refuses(pair.sides[E], lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.group_grad(group=1))), RemoteProtocolError)
 
 
 def test_the_newest_common_version_is_chosen() -> None:
@@ -334,9 +337,10 @@ class Talk:
 
     def disturb(self, message: m.AnyMessage, role: Role) -> None:
         session = self.pair.sides[role]
-        for act in (lambda: session.send(message), lambda: session.receive(encode(message))):
+        for act in (lambda: session.send(message), lambda: session.receive(c.frame_for(session, message))):
             before = c.everything(session)
-            kept = {name: copy.deepcopy(value) for name, value in vars(session).items() if name != "_decoder"}
+            kept = {name: value for name, value in vars(session).items() if name not in ("_decoder", "link")}
+            kept = copy.deepcopy(kept) | {"link": c.copy_link(session.link)}
             try:
                 act()
             except ProtocolError:
@@ -345,7 +349,7 @@ class Talk:
                 vars(session).update(kept)
 
     def run(self) -> None:
-        for message in c.opening():
+        for message in c.opening(kill_revive=c.NONE_NEED_BE_ACTIVE):
             self.say(message)
         unsignalled: list[int] = []
         step = 0

@@ -10,7 +10,7 @@ import torch
 
 from dlora.cloud.wire import to_wire
 from dlora.protocol import messages as m
-from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode
+from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode, seal
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.session import Role, Session
 from dlora.protocol.tensors import MAX_EXPONENT, WireDtype, WireTensor
@@ -30,9 +30,9 @@ def test_everything_that_we_send_is_finite(peak: float) -> None:
 
 def test_an_exponent_is_an_integer() -> None:
     header = msgspec.msgpack.encode({"type": "step_report", "step": 0, "scores": ["fp16", [0], True]})
-    frame = (len(header).to_bytes(4, "little") + header).ljust(HEADER_BLOCK, b"\0")
+    frame = bytearray((len(header).to_bytes(4, "little") + bytes(12) + header).ljust(HEADER_BLOCK, b"\0"))
     with pytest.raises(RemoteProtocolError, match="exponent"):
-        Decoder().decode(frame)
+        Decoder().decode(seal(frame))
 
 
 def test_a_ticket_is_bytes_from_the_first_one_on() -> None:
@@ -42,7 +42,7 @@ def test_a_ticket_is_bytes_from_the_first_one_on() -> None:
     session.send(c.open_session())
     units = c.session_opened().units
     with pytest.raises(RemoteProtocolError, match="uint8"):
-        session.receive(encode(m.SessionOpened(session="one", units=units, ticket=c.floats(3))))
+        session.receive(encode(m.SessionOpened(session="one", units=units, ticket=c.floats(3), token=c.TOKEN)))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])

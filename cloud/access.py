@@ -1,0 +1,206 @@
+"""Who may come in: a token, a client certificate or, on loopback, an address; and what strangers are told.
+
+No sockets and no time but the injected clock. For the event loop: not to be called from several threads.
+"""
+
+from __future__ import annotations
+
+import http
+import ipaddress
+import logging
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import msgspec
+
+from dlora.protocol.errors import RemoteProtocolError, StorageError
+from dlora.protocol.messages import Error, ErrorCode
+
+from .tokens import TokenStore
+
+logger = logging.getLogger("dlora.cloud")
+
+FAILURES_PER_WINDOW: Final = 10
+WINDOW_S: Final = 60.0
+MAX_ADDRESSES: Final = 4096
+STORAGE_RETRY_S: Final = 30.0
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who is at the other end.
+
+    Attributes:
+        name: for quotas and logs: the token's device, the certificate's common name, or the address.
+        source: what the name was taken from.
+        token_id: of the token, where there was one.
+    """
+
+    name: str
+    source: Literal["token", "certificate", "address"]
+    token_id: str | None = None
+
+
+class AccessDeniedError(RemoteProtocolError):
+    """A stranger, or one who is no longer welcome.
+
+    Attributes:
+        status: of the HTTP answer: 401, 429, or 503 where the tokens cannot be read.
+        should_log: whether it deserves a line of its own; False for a stranger who knocks on and on.
+    """
+
+    def __init__(
+        self, text: str, code: str, *, status: int, retry_after_s: float | None = None, should_log: bool = True
+    ) -> None:
+        super().__init__(text, code, retryable=retry_after_s is not None, retry_after_s=retry_after_s)
+        self.status = http.HTTPStatus(status)
+        self.should_log = should_log
+
+    def headers(self) -> dict[str, str]:
+        """The headers of the HTTP answer (RFC 6750, section 3), beside length and connection."""
+        headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        if self.status == http.HTTPStatus.UNAUTHORIZED:
+            # Who brought no token is told no error: RFC 6750, section 3.1.
+            error = "" if self.code == ErrorCode.TOKEN_MISSING else ', error="invalid_token"'
+            headers["WWW-Authenticate"] = f'Bearer realm="dlora"{error}'
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = f"{self.retry_after_s:.0f}"
+        return headers
+
+    def body(self) -> bytes:
+        """The body of the HTTP answer: the wire's ``error`` message, as one line of JSON."""
+        message = Error(code=self.code, message=str(self), retryable=self.retryable, retry_after_s=self.retry_after_s)
+        return msgspec.json.encode(message) + b"\n"
+
+
+class Access:
+    """Decides who may come in.
+
+    Failures are counted for each address, so that strangers fill neither the log nor the CPU. The count never
+    keeps out a valid token: 256 random bits are not guessed, and a stranger behind the same address must not be
+    able to lock out a device.
+
+    Args:
+        tokens: None where there are none to check.
+        required: whether a device must bring a token or a client certificate.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self, tokens: TokenStore | None, *, required: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._tokens = tokens
+        self._required = required
+        self._failures = _Failures(clock)
+
+    def admit(self, authorization: str | None, address: str, peer_certificate: Mapping[str, Any] | None) -> Caller:
+        """Who is calling.
+
+        Args:
+            authorization: the header's value, where there is one.
+            peer_certificate: what ``ssl.SSLObject.getpeercert`` says of a certificate that it has verified.
+
+        A token is checked wherever there is one; otherwise a certificate counts. Raises ``AccessDeniedError``.
+        """
+        try:
+            return self._identify(authorization, address, peer_certificate)
+        except AccessDeniedError:
+            raise
+        except RemoteProtocolError as error:
+            raise self._denied(error, address) from None
+
+    def recheck(self, caller: Caller) -> None:
+        """Raise ``AccessDeniedError`` once a caller's token has expired or was revoked."""
+        if caller.token_id is None or self._tokens is None:
+            return
+        try:
+            self._tokens.check(caller.token_id)
+        except RemoteProtocolError as error:
+            raise AccessDeniedError(str(error), error.code, status=401) from None
+        except StorageError as error:
+            raise _closed(error) from None
+
+    def _identify(self, authorization: str | None, address: str, certificate: Mapping[str, Any] | None) -> Caller:
+        if authorization is not None and self._tokens is not None:
+            scheme, _, token = authorization.partition(" ")
+            try:
+                record = self._tokens.verify(token.strip() if scheme.lower() == "bearer" else "")
+            except StorageError as error:
+                raise _closed(error) from None
+            return Caller(record.device, "token", record.id)
+        name = _common_name(certificate)
+        if name:
+            return Caller(name, "certificate")
+        if self._required:
+            text = (
+                "no token and no client certificate; ask the server's operator, then use --token-file or --client-cert"
+            )
+            raise RemoteProtocolError(text, ErrorCode.TOKEN_MISSING)
+        return Caller(address, "address")
+
+    def _denied(self, error: RemoteProtocolError, address: str) -> AccessDeniedError:
+        failures, retry_after_s = self._failures.count(address)
+        if failures <= FAILURES_PER_WINDOW:
+            return AccessDeniedError(str(error), error.code, status=401)
+        return AccessDeniedError(
+            f"too many failures from this address, the last one: {error}",
+            ErrorCode.TOO_MANY_FAILURES,
+            status=429,
+            retry_after_s=retry_after_s,
+            should_log=failures == FAILURES_PER_WINDOW + 1,
+        )
+
+
+class _Failures:
+    """How often each address failed within the last minute; the addresses that failed last are remembered."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._windows: OrderedDict[str, tuple[float, int]] = OrderedDict()  # network: (start, failures)
+
+    def count(self, address: str) -> tuple[int, float]:
+        """Count one more: how many there are now, and in how many seconds they are forgotten."""
+        now, network = self._clock(), _network(address)
+        start, failures = self._windows.pop(network, (now, 0))
+        if now - start >= WINDOW_S:
+            start, failures = now, 0
+        self._windows[network] = start, failures + 1
+        if len(self._windows) > MAX_ADDRESSES:
+            self._windows.popitem(last=False)
+        # Never 0: "at once" is no answer to who fails too often.
+        return failures + 1, max(1.0, start + WINDOW_S - now)
+
+
+def _closed(error: StorageError) -> AccessDeniedError:
+    """No tokens, no way in. The device only learns that it may come again; the log has the path."""
+    logger.error("%s", error)
+    return AccessDeniedError(
+        "the server cannot read its tokens; its log has more",
+        ErrorCode.INTERNAL,
+        status=503,
+        retry_after_s=STORAGE_RETRY_S,
+    )
+
+
+def _network(address: str) -> str:
+    """What one stranger has: an IPv4 address, or 64 bits of IPv6 ones."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
+
+
+def _common_name(certificate: Mapping[str, Any] | None) -> str | None:
+    """The subject's common name, fit for a log."""
+    for attributes in (certificate or {}).get("subject", ()):
+        for key, value in attributes:
+            if key == "commonName":
+                return re.sub(r"[^\w.@ -]", "?", str(value), flags=re.ASCII)[:64]
+    return None

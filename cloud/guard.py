@@ -1,0 +1,361 @@
+"""Strangers with a socket: what a connection may cost before, and beneath, the messages of the conversation.
+
+A ``Guard`` is shared by all connections of a server. It keeps few of those that have not opened a session, and
+makes room by aborting the oldest: an honest handshake takes milliseconds, so it outlives a flood, as in a
+kernel's SYN queue. A ``GuardedConnection`` looks at each websocket frame before anything is done with it.
+
+The rest is settings of websockets, all in ``Guard.settings``, and tests/attacks/ shows what each stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import resource
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from websockets.asyncio.server import ServerConnection
+from websockets.frames import Frame, Opcode
+from websockets.protocol import Protocol
+
+from dlora.protocol.messages import ErrorCode
+
+logger = logging.getLogger("dlora.cloud")
+
+LOG_EVERY_S = 10.0
+SMALLEST_UNREAD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """What connections may cost. The defaults are far from what a device needs, and as far from what hurts.
+
+    Attributes:
+        sessions: connections with an open session; there are never more than these and ``unfinished`` together.
+        unfinished: connections that have not opened a session.
+        unfinished_bytes: bytes that those may have sent, together.
+        first_frame_bytes: largest frame until ``limit_frames`` says otherwise.
+        control_frames: pings and pongs in ``control_window_s``; keepalive needs one in 20 s.
+        waiting_frames: messages that nobody has taken yet; the conversation has a few in flight.
+        unread_frames: answers that a device has not read yet, in largest frames.
+        handshake_s: time for TLS, and again for the websocket's handshake.
+        goodbye_s: time for a peer that is told to go.
+        origins: pages that may connect; devices are no browsers and name none.
+    """
+
+    sessions: int
+    unfinished: int = 256
+    unfinished_bytes: int = 64 << 20
+    first_frame_bytes: int = 64 << 10
+    control_frames: int = 60
+    control_window_s: float = 10.0
+    waiting_frames: int = 64
+    unread_frames: int = 4
+    handshake_s: float = 10.0
+    goodbye_s: float = 5.0
+    origins: tuple[str, ...] = ()
+
+
+class Guard:
+    """Counts the connections of a server and keeps them within limits. For one event loop.
+
+    Args:
+        tls: speak TLS. Give it here, not to ``serve``: so a connection counts before its TLS handshake costs anything.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        limits: ConnectionLimits,
+        *,
+        tls: ssl.SSLContext | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits
+        self.tls = tls
+        self.clock = clock
+        self._unfinished: dict[GuardedConnection, None] = {}  # in the order of their arrival
+        self._opened: set[GuardedConnection] = set()
+        self._unfinished_bytes = 0
+        self._closed = False
+        self._refused: Counter[str] = Counter()
+        self._logged_at: dict[str, float] = {}
+
+    @property
+    def unfinished(self) -> int:
+        """Connections that have not opened a session."""
+        return len(self._unfinished)
+
+    @property
+    def opened(self) -> int:
+        """Connections that have."""
+        return len(self._opened)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of ``websockets.asyncio.server.serve`` that the guard is responsible for."""
+        limits = self.limits
+        return {
+            "create_connection": partial(GuardedConnection, self),
+            "origins": [*limits.origins, None],  # None: no Origin header at all
+            "compression": None,  # hidden states do not compress, and a compression bomb is no wish of ours
+            "max_size": limits.first_frame_bytes,
+            "max_queue": 4,
+            "open_timeout": limits.handshake_s,
+            "close_timeout": limits.goodbye_s,
+            "server_header": None,
+        }
+
+    def hang_up(self) -> None:
+        """Abort all without a session, and all that come: nobody who dawdles delays a server that stops."""
+        self._closed = True
+        for connection in list(self._unfinished):
+            connection.abort()
+
+    def refused(self, reason: str, address: str) -> None:
+        """Log why a peer was refused, each reason at most once in ``LOG_EVERY_S``, with how many there were.
+
+        A line each would let a flood of connections fill the disk.
+        """
+        self._refused[reason] += 1
+        now = self.clock()
+        if now - self._logged_at.get(reason, -LOG_EVERY_S) >= LOG_EVERY_S:
+            self._logged_at[reason] = now
+            logger.warning("refused %d × %s; the last from %s", self._refused.pop(reason), reason, address)
+
+    # -- for GuardedConnection ---------------------------------------------------------------------------
+
+    def admit(self, connection: GuardedConnection) -> None:
+        self._unfinished[connection] = None
+        if self._closed:
+            connection.abort()
+            return
+        limits = self.limits
+        room = min(limits.unfinished, limits.sessions + limits.unfinished - len(self._opened))
+        if len(self._unfinished) > room:
+            # Of the source that has most: a flood from one address costs others nothing, however slow their lines.
+            sources = Counter(waiting.source for waiting in self._unfinished)
+            greediest = max(sources, key=sources.__getitem__)
+            self._abort(
+                next(waiting for waiting in self._unfinished if waiting.source == greediest),
+                "too many connections without a session",
+            )
+
+    def received(self, connection: GuardedConnection, nbytes: int) -> None:
+        if connection in self._unfinished:
+            connection.received_bytes += nbytes
+            self._unfinished_bytes += nbytes
+            if self._unfinished_bytes > self.limits.unfinished_bytes:
+                greediest = max(self._unfinished, key=lambda waiting: waiting.received_bytes)
+                self._abort(greediest, "too many bytes without a session")
+
+    def finished(self, connection: GuardedConnection) -> None:
+        if connection in self._unfinished:
+            self.forget(connection)
+            self._opened.add(connection)
+
+    def forget(self, connection: GuardedConnection) -> None:
+        if connection in self._unfinished:
+            del self._unfinished[connection]
+            self._unfinished_bytes -= connection.received_bytes
+        self._opened.discard(connection)
+
+    def _abort(self, connection: GuardedConnection, reason: str) -> None:
+        self.refused(reason, connection.source)
+        connection.abort()
+
+
+class GuardedConnection(ServerConnection):
+    """A websocket whose peer is not trusted with more than its ``Guard`` allows.
+
+    What the peer breaks closes the connection with 1008 and an ``ErrorCode`` as the reason.
+
+    Attributes:
+        source: the peer's address; of IPv6 the /64, which is what one customer has.
+        received_bytes: before a session was opened.
+    """
+
+    def __init__(self, guard: Guard, protocol: Any, server: Any, **settings: Any) -> None:
+        super().__init__(protocol, server, **settings)
+        self.source = "?"
+        self.received_bytes = 0
+        self._guard = guard
+        self._tcp: asyncio.Transport | None = None
+        self._made = False
+        self._early = bytearray()
+        self._securing: asyncio.Task[None] | None = None
+        self._leaving: asyncio.TimerHandle | None = None
+        self._frame_limit = guard.limits.first_frame_bytes
+        self._window_began = guard.clock()
+        self._controls = 0
+        self._waiting = 0
+        _watch_frames(protocol, self._may_come)
+
+    # -- for the server ----------------------------------------------------------------------------------
+
+    def opened(self) -> None:
+        """A session was opened or resumed: this connection does not count as a stranger's any more."""
+        self._guard.finished(self)
+
+    def limit_frames(self, nbytes: int) -> None:
+        """Take frames of so many bytes from now on. Call it before the message that lets the peer send them."""
+        self._frame_limit = nbytes
+        _set_frame_limit(self.protocol, nbytes)
+
+    def abort(self) -> None:
+        """Drop the connection without a word, whatever it is doing."""
+        self._guard.forget(self)
+        if self._tcp is not None:
+            self._tcp.abort()
+
+    async def recv(self, decode: bool | None = None) -> Any:
+        """As ``ServerConnection.recv``."""
+        message = await super().recv(decode)
+        self._waiting -= 1
+        return message
+
+    async def send(self, message: Any, **how: Any) -> None:
+        """As ``ServerConnection.send``; a peer that reads nothing is dropped before it costs more memory."""
+        self._check_unread()
+        await super().send(message, **how)
+
+    # -- asyncio.Protocol --------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._tcp = cast(asyncio.Transport, transport)
+        self.source = _source(transport.get_extra_info("peername"))
+        self._guard.admit(self)
+        if self._guard.tls is None:
+            self._begin(transport)
+        else:
+            self._securing = self.loop.create_task(self._secure(self._tcp, self._guard.tls))
+
+    def data_received(self, data: bytes) -> None:
+        if not self._made:
+            self._early += data
+            return
+        self._guard.received(self, len(data))
+        super().data_received(data)
+        self._check_unread()
+        if self.protocol.close_expected() and self._leaving is None:
+            # websockets waits for its peer to close as well, and finds out with the next keepalive ping.
+            self._leaving = self.loop.call_later(self._guard.limits.goodbye_s, self.abort)
+
+    def eof_received(self) -> None:
+        if self._made:
+            super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._guard.forget(self)
+        if self._leaving is not None:
+            self._leaving.cancel()
+        if self._made:
+            super().connection_lost(exc)
+
+    # ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, transport: asyncio.BaseTransport) -> None:
+        self._made = True
+        super().connection_made(transport)
+
+    async def _secure(self, tcp: asyncio.Transport, context: ssl.SSLContext) -> None:
+        try:
+            secure = await self.loop.start_tls(
+                tcp, self, context, server_side=True, ssl_handshake_timeout=self._guard.limits.handshake_s
+            )
+        except OSError as error:  # of which TLS's, timeouts and lost connections are
+            self._guard.refused("no TLS handshake", self.source)
+            logger.debug("TLS handshake: %s", error)
+            self.abort()
+            return
+        if secure is None or secure.is_closing():
+            self.abort()
+            return
+        self._begin(secure)
+        if self._early:  # the client may send its request along with the end of its handshake
+            self.data_received(bytes(self._early))
+            self._early.clear()
+
+    def _may_come(self, frame: Frame) -> bool:
+        match frame.opcode:
+            case Opcode.PING | Opcode.PONG:
+                now = self._guard.clock()
+                if now - self._window_began >= self._guard.limits.control_window_s:
+                    self._window_began, self._controls = now, 0
+                self._controls += 1
+                if self._controls > self._guard.limits.control_frames:
+                    return self._refuse(ErrorCode.FLOOD, "a flood of pings")
+            case Opcode.TEXT:
+                return self._refuse(ErrorCode.PROTOCOL, "a text frame")
+            case Opcode.BINARY | Opcode.CONT:
+                if not frame.fin or frame.opcode is Opcode.CONT:
+                    return self._refuse(ErrorCode.PROTOCOL, "a message in fragments")
+                self._waiting += 1
+                if self._waiting > self._guard.limits.waiting_frames:
+                    return self._refuse(ErrorCode.FLOOD, "a flood of messages")
+            case _:
+                pass
+        return True
+
+    def _refuse(self, code: ErrorCode, reason: str) -> bool:
+        self._guard.refused(reason, self.source)
+        self.protocol.fail(1008, code)
+        return False
+
+    def _check_unread(self) -> None:
+        most = max(self._guard.limits.unread_frames * self._frame_limit, SMALLEST_UNREAD_BYTES)
+        if not self.transport.is_closing() and self.transport.get_write_buffer_size() > most:
+            self._guard.refused("answers that nobody reads", self.source)
+            self.abort()
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files, and so connections, as it may; gives that number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def printable(text: str, longest: int = 300) -> str:
+    """What a peer had a hand in, for a log: no line of its own, and nothing that a terminal obeys."""
+    return "".join(character if character.isprintable() else "?" for character in text[:longest])
+
+
+def _source(peer: tuple[Any, ...] | None) -> str:
+    if not peer:
+        return "?"
+    host = str(peer[0]).partition("%")[0]
+    if ":" not in host:
+        return host
+    return str(ipaddress.ip_network((host, 64), strict=False))
+
+
+# -- websockets' insides: it offers no other way. tests/attacks/test_guard.py fails where these change. ---
+
+
+def _watch_frames(protocol: Protocol, may_come: Callable[[Frame], bool]) -> None:
+    """Ask ``may_come`` about each frame before websockets answers or queues it.
+
+    ``Protocol.events_received`` tells of them only when a whole read, which may hold 40,000 pings, was answered.
+    """
+    receive = protocol.recv_frame
+
+    def watched(frame: Frame) -> None:
+        if may_come(frame):
+            receive(frame)
+
+    protocol.recv_frame = watched  # type: ignore[method-assign]
+
+
+def _set_frame_limit(protocol: Protocol, nbytes: int) -> None:
+    """Change what ``serve`` got as ``max_size``; the attribute has another name before websockets 16."""
+    name = "max_message_size" if hasattr(protocol, "max_message_size") else "max_size"
+    assert hasattr(protocol, name), "websockets keeps its frame limit elsewhere"
+    setattr(protocol, name, nbytes)

@@ -1,0 +1,232 @@
+"""How much of the server each caller may use: sessions, tokens, memory and compute.
+
+A refused micro-batch is charged nothing, and its refusal says when the same one will fit. Tokens and compute are
+metered by leaky buckets: what was used drains evenly, so a caller that used nothing for a while may do all at once.
+Compute is known only afterwards. It may run over by the micro-batches under way, and is then waited for.
+
+A caller's own sessions compete: who comes first takes what is free.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Final, Self
+
+from dlora.protocol.errors import RemoteProtocolError, UsageError
+from dlora.protocol.messages import ErrorCode
+
+# Of what depends on another session of the caller, nobody knows when it ends.
+_RETRY_AFTER_S: Final = 5.0
+# More than the rounding of clocks and buckets, so that who comes back at the time that we named is not refused again.
+_ROUNDING_S: Final = 0.001
+_SWEEP_AT: Final = 64
+
+
+@dataclass(frozen=True)
+class QuotaLimits:
+    """What one caller may use; None is no limit. Raises ``UsageError`` where a limit is not above 0.
+
+    Attributes:
+        sessions: sessions open at a time, parked ones among them.
+        tokens_per_minute: tokens of micro-batches, training or evaluating; at once, and then a minute.
+        live_bytes: memory of the graphs of its micro-batches under way, over all its sessions.
+        compute_s_per_hour: seconds that its sessions computed; at once, and then an hour.
+    """
+
+    sessions: int | None = None
+    tokens_per_minute: int | None = None
+    live_bytes: int | None = None
+    compute_s_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if value is not None and not value > 0:
+                text = f"the quota {limit.name} must be above 0, not {value}; leave it out for no limit"
+                raise UsageError(text)
+
+
+class _Bucket:
+    """A leaky bucket as a meter: ``capacity`` drains in ``window_s``; None holds everything."""
+
+    def __init__(self, capacity: float | None, window_s: float, now: float) -> None:
+        self._capacity = capacity
+        self._window_s = window_s
+        self._used = 0.0
+        self._at = now
+
+    def wait_s(self, amount: float, now: float) -> float:
+        """Seconds until ``amount`` fits; 0 where it does."""
+        if self._capacity is None:
+            return 0.0
+        return max(0.0, self._used_at(now) + amount - self._capacity) * self._window_s / self._capacity
+
+    def add(self, amount: float, now: float) -> None:
+        if self._capacity is not None:
+            self._used, self._at = self._used_at(now) + amount, now
+
+    def is_empty(self, now: float) -> bool:
+        return self._used_at(now) == 0.0
+
+    def _used_at(self, now: float) -> float:
+        if self._capacity is None:
+            return 0.0
+        return max(0.0, self._used - (now - self._at) * self._capacity / self._window_s)
+
+
+@dataclass
+class _Caller:
+    """What a caller has open, and what it used of late."""
+
+    tokens: _Bucket
+    compute: _Bucket
+    sessions: int = 0
+    live_bytes: int = 0
+
+    def is_idle(self, now: float) -> bool:
+        return not (self.sessions or self.live_bytes) and self.tokens.is_empty(now) and self.compute.is_empty(now)
+
+
+class Quotas:
+    """The quotas of all callers of a server. Threads and the event loop may use it at the same time.
+
+    A caller that has nothing open and whose buckets have drained is forgotten.
+
+    Args:
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, limits: QuotaLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._callers: dict[str, _Caller] = {}
+        self._sweep_at = _SWEEP_AT
+        self._lock = threading.Lock()
+
+    @property
+    def callers(self) -> int:
+        """How many are remembered."""
+        return len(self._callers)
+
+    def open_session(self, name: str) -> SessionQuota:
+        """Count a session of the caller ``name`` until it is closed.
+
+        Raises ``RemoteProtocolError`` (``quota_sessions``, retryable) where it has as many open as it may.
+        """
+        with self._lock:
+            caller = self._caller(name, self._clock())
+            most = self.limits.sessions
+            if most is not None and caller.sessions >= most:
+                text = f"the quota is {most} open at a time; close another session, or come again later"
+                raise _come_again(text, ErrorCode.QUOTA_SESSIONS, _RETRY_AFTER_S)
+            caller.sessions += 1
+        return SessionQuota(self, name)
+
+    def _begin(self, session: SessionQuota, tokens: int, live_bytes: int) -> None:
+        limits = self.limits
+        if limits.tokens_per_minute is not None and tokens > limits.tokens_per_minute:
+            text = f"{tokens} tokens are more than the quota of a minute, {limits.tokens_per_minute}"
+            raise _never(text, ErrorCode.QUOTA_TOKENS)
+        if limits.live_bytes is not None and live_bytes > limits.live_bytes:
+            text = f"a micro-batch takes {_mb(live_bytes)} of the server, and the quota is {_mb(limits.live_bytes)}"
+            raise _never(text, ErrorCode.QUOTA_LIVE_BYTES)
+        with self._lock:
+            now = self._clock()
+            caller = self._caller(session.name, now)
+            room = limits.live_bytes is None or caller.live_bytes + live_bytes <= limits.live_bytes
+            waits_s = {
+                ErrorCode.QUOTA_TOKENS: caller.tokens.wait_s(tokens, now),
+                ErrorCode.QUOTA_COMPUTE: caller.compute.wait_s(0.0, now),
+                ErrorCode.QUOTA_LIVE_BYTES: 0.0 if room else _RETRY_AFTER_S,
+            }
+            code = max(waits_s, key=waits_s.__getitem__)
+            if waits_s[code] > 0.0:
+                raise _come_again(_USED_UP[code], code, waits_s[code] + _ROUNDING_S)
+            caller.tokens.add(tokens, now)
+            caller.live_bytes += live_bytes
+            session.live_bytes += live_bytes
+
+    def _end(self, session: SessionQuota, compute_s: float) -> None:
+        with self._lock:
+            now = self._clock()
+            caller = self._caller(session.name, now)
+            caller.compute.add(compute_s, now)
+            caller.live_bytes -= session.live_bytes
+            session.live_bytes = 0
+
+    def _close(self, session: SessionQuota) -> None:
+        with self._lock:
+            if session.is_open:
+                session.is_open = False
+                self._caller(session.name, self._clock()).sessions -= 1
+
+    def _caller(self, name: str, now: float) -> _Caller:
+        found = self._callers.get(name)
+        if found is None:
+            # Only once they may have doubled, so that it costs each new caller little.
+            if len(self._callers) >= self._sweep_at:
+                self._callers = {name: caller for name, caller in self._callers.items() if not caller.is_idle(now)}
+                self._sweep_at = max(_SWEEP_AT, 2 * len(self._callers))
+            tokens = _Bucket(self.limits.tokens_per_minute, 60.0, now)
+            compute = _Bucket(self.limits.compute_s_per_hour, 3600.0, now)
+            found = self._callers[name] = _Caller(tokens, compute)
+        return found
+
+
+class SessionQuota:
+    """What one session uses of its caller's quota; ``Quotas.open_session`` makes it. As a context it closes itself.
+
+    Attributes:
+        name: the caller's.
+        live_bytes: of its micro-batch under way.
+    """
+
+    def __init__(self, quotas: Quotas, name: str) -> None:
+        self.name = name
+        self.live_bytes = 0
+        self.is_open = True
+        self._quotas = quotas
+
+    def begin(self, tokens: int, live_bytes: int) -> None:
+        """Charge a micro-batch before it runs; where it is not refused, ``end`` must follow.
+
+        Raises ``RemoteProtocolError`` (``quota_tokens``, ``quota_live_bytes``, ``quota_compute``) and charges nothing:
+        retryable, with the time when the same will fit, or not retryable where it never will.
+        """
+        self._quotas._begin(self, tokens, live_bytes)
+
+    def end(self, compute_s: float) -> None:
+        """The micro-batch has ended, however it did: its memory is free, and it computed for ``compute_s`` seconds."""
+        self._quotas._end(self, compute_s)
+
+    def close(self) -> None:
+        """The session is gone; a micro-batch that is still under way counts until it ends. Again does nothing."""
+        self._quotas._close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_USED_UP: Final = {
+    ErrorCode.QUOTA_TOKENS: "the quota of tokens a minute is used up",
+    ErrorCode.QUOTA_COMPUTE: "the quota of compute seconds an hour is used up",
+    ErrorCode.QUOTA_LIVE_BYTES: "the quota of live bytes is taken by other sessions",
+}
+
+
+def _come_again(text: str, code: ErrorCode, retry_after_s: float) -> RemoteProtocolError:
+    return RemoteProtocolError(text, code, retryable=True, retry_after_s=retry_after_s)
+
+
+def _never(text: str, code: ErrorCode) -> RemoteProtocolError:
+    return RemoteProtocolError(f"{text}; lower --batch-size", code)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,178 @@
+"""Bearer tokens of devices, in one SQLite file of hashes.
+
+A token is ``dlora_<id>_<secret>``: 8 hex digits that name it in lists and logs, and 43 URL-safe characters, which
+are 256 random bits. Of the secret only its SHA-256 is kept. A slow, salted hash is for passwords, which can be
+guessed; 256 random bits cannot, however fast the hash, and a slow one would let strangers burn the server's CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dlora.protocol.errors import RemoteProtocolError, StorageError, UsageError
+from dlora.protocol.messages import ErrorCode
+
+FILE_NAME: Final = "tokens.sqlite"
+# A server asks between messages of its devices: better to refuse one of them for now than to keep all waiting.
+LOCK_TIMEOUT_S: Final = 2.0
+_TOKEN: Final = re.compile(r"dlora_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
+_DEVICE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TABLE: Final = """
+CREATE TABLE IF NOT EXISTS tokens (
+    id TEXT PRIMARY KEY, device TEXT NOT NULL, sha256 BLOB NOT NULL,
+    created REAL NOT NULL, expires REAL, revoked REAL
+)
+"""
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """What is known of a token, without its secret. Times are seconds since 1970, UTC.
+
+    Attributes:
+        expires: None where it never does.
+        revoked: when it was revoked; None where it was not.
+    """
+
+    id: str
+    device: str
+    created: float
+    expires: float | None
+    revoked: float | None
+
+    def state(self, now: float) -> str:
+        """``revoked``, ``expired`` or ``valid``."""
+        if self.revoked is not None:
+            return "revoked"
+        return "expired" if self.expires is not None and self.expires <= now else "valid"
+
+
+class TokenStore:
+    """The tokens of one server.
+
+    Nothing is cached and every call opens the file anew, so what another process creates or revokes, even by
+    replacing the file, holds from the next call on, in any thread.
+
+    Args:
+        path: the file; made on first use, readable by its owner only.
+        clock: seconds since 1970.
+
+    Every method raises ``StorageError`` where the file is damaged, locked for long, or cannot be written.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self._clock = clock
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise StorageError(f"cannot keep tokens in {path}: {error.strerror}; choose --state-dir") from None
+        with self._open() as database:
+            database.execute(_TABLE)
+
+    def create(self, device: str, expires_s: float | None) -> str:
+        """A new token for ``device``, valid for ``expires_s`` seconds or for ever. It cannot be had again.
+
+        Raises ``UsageError`` where that is no name for a device.
+        """
+        if _DEVICE.fullmatch(device) is None:
+            raise UsageError(f"--device {device[:80]!r} is no name; write 1 to 64 letters, digits, dots, '-' and '_'")
+        name, secret, now = secrets.token_hex(4), secrets.token_urlsafe(32), self._clock()
+        expires = None if expires_s is None else now + expires_s
+        with self._open() as database:
+            database.execute(
+                "INSERT INTO tokens VALUES (?, ?, ?, ?, ?, NULL)", (name, device, _digest(secret), now, expires)
+            )
+        return f"dlora_{name}_{secret}"
+
+    def verify(self, token: str) -> TokenRecord:
+        """The record of a valid token.
+
+        Raises ``RemoteProtocolError`` with ``token_wrong``, ``token_expired`` or ``token_revoked``; the last two
+        only to who has the whole secret.
+        """
+        parts = _TOKEN.fullmatch(token)
+        name, secret = parts.groups() if parts else ("", "")
+        found = self._find(name)
+        # An unknown id costs the same hash and comparison, so time does not tell which ids exist.
+        known = found[1] if found else bytes(32)
+        if not hmac.compare_digest(_digest(secret), known) or found is None:
+            raise _wrong()
+        return self._check(found[0])
+
+    def check(self, token_id: str) -> None:
+        """Raise what ``verify`` would, for a token that verified before."""
+        found = self._find(token_id)
+        if found is None:
+            raise _wrong()
+        self._check(found[0])
+
+    def all(self) -> list[TokenRecord]:
+        """All tokens that were ever created, oldest first."""
+        with self._open() as database:
+            rows = database.execute("SELECT id, device, created, expires, revoked FROM tokens ORDER BY created, id")
+            return [TokenRecord(*row) for row in rows]
+
+    def any(self) -> bool:
+        """Whether a token was ever created. Revoked ones count: revoking the last must not open the door."""
+        with self._open() as database:
+            return database.execute("SELECT 1 FROM tokens LIMIT 1").fetchone() is not None
+
+    def revoke(self, device_or_id: str) -> int:
+        """Revoke a token by its id, or all tokens of a device; how many were not revoked before."""
+        with self._open() as database:
+            return database.execute(
+                "UPDATE tokens SET revoked = ? WHERE (id = ? OR device = ?) AND revoked IS NULL",
+                (self._clock(), device_or_id, device_or_id),
+            ).rowcount
+
+    def _find(self, token_id: str) -> tuple[TokenRecord, bytes] | None:
+        with self._open() as database:
+            row = database.execute(
+                "SELECT id, device, created, expires, revoked, sha256 FROM tokens WHERE id = ?", (token_id,)
+            ).fetchone()
+        return (TokenRecord(*row[:-1]), row[-1]) if row else None
+
+    def _check(self, record: TokenRecord) -> TokenRecord:
+        state = record.state(self._clock())
+        if state != "valid":
+            code = ErrorCode.TOKEN_REVOKED if state == "revoked" else ErrorCode.TOKEN_EXPIRED
+            text = f"the token {record.id} of {record.device} is {state}; ask the server's operator for a new one"
+            raise RemoteProtocolError(text, code)
+        return record
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A transaction of its own."""
+        try:
+            # mode=rw: a file that went away is an error, and no reason to begin an empty one.
+            uri = f"{self.path.absolute().as_uri()}?mode=rw"
+            with closing(sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_S)) as database, database:
+                yield database
+        except sqlite3.OperationalError as error:
+            raise StorageError(f"cannot use the tokens in {self.path}: {error}; check disk and permissions") from None
+        except sqlite3.DatabaseError as error:
+            raise StorageError(
+                f"the tokens in {self.path} are damaged ({error}); restore the file, or move it away"
+            ) from None
+
+
+def _wrong() -> RemoteProtocolError:
+    text = "the token is not one of this server's; check it, or ask the server's operator for a new one"
+    return RemoteProtocolError(text, ErrorCode.TOKEN_WRONG)
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()

@@ -1,0 +1,181 @@
+"""One session's frames, from its thread, over connections that come and go.
+
+The thread reads and writes as if there were one connection. When that is lost the session is *parked*: its thread
+waits, in the middle of a micro-batch if it must, until the device comes back over another connection. What was under
+way between them is made up for by ``protocol/link.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
+
+from dlora.protocol import messages as m
+from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.session import Role, Session
+
+GOODBYE_TIMEOUT_S = 1.0
+
+
+class DeviceGoneError(Exception):
+    """The session has lost its device for good; its text says how."""
+
+
+class SessionTransport:
+    """The connection that a session has at the moment, or none.
+
+    Reading only when asked leaves backpressure to the websocket. Sending never waits: a session sends while it holds
+    the compute gate, and a device that does not read must stall nobody but itself. What was sent is waited for before
+    the next message is read, so that no more than one answer's frames pile up.
+
+    Args:
+        park_s: how long a session without a connection is kept.
+
+    Attributes:
+        losses: how often the connection was lost.
+        parked_at: since when there is none, in monotonic seconds; None while there is one.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, connection: ServerConnection, park_s: float) -> None:
+        self.losses = 0
+        self.parked_at: float | None = None
+        self._loop = loop
+        self._park_s = park_s
+        self._changed = threading.Condition()
+        self._connection: ServerConnection | None = connection
+        self._sending: list[tuple[ServerConnection, Future[None]]] = []
+        self._ended: Exception | None = None
+
+    # -- the session's thread ----------------------------------------------------------------------------
+
+    def send(self, frame: bytearray) -> None:
+        """Send over the present connection; without one, the link keeps the frame for the next."""
+        with self._changed:
+            if self._connection is not None:
+                sending = asyncio.run_coroutine_threadsafe(self._connection.send(frame), self._loop)
+                self._sending.append((self._connection, sending))
+
+    def receive(self, timeout_s: float) -> bytes:
+        """The next frame.
+
+        Raises ``TimeoutError`` where a connected device says nothing for so long, ``DeviceGoneError`` where a lost one
+        does not come back, and what ``end`` was given.
+        """
+        until = time.monotonic() + timeout_s
+        while True:
+            connection = self.wait_for_device()
+            try:
+                self._flush(until)
+                receiving = asyncio.run_coroutine_threadsafe(connection.recv(decode=False), self._loop)
+                try:
+                    return receiving.result(max(0.0, until - time.monotonic()))
+                except TimeoutError:
+                    receiving.cancel()
+                    raise
+            except ConnectionClosed:
+                self._lose(connection)
+                until = time.monotonic() + timeout_s
+
+    def hang_up(self, refusal: RemoteProtocolError) -> None:
+        """Tell the device to come again, and close the connection; the session is parked."""
+        with self._changed:
+            connection = self._connection
+        if connection is not None:
+            self._lose(connection)
+            asyncio.run_coroutine_threadsafe(say_goodbye(connection, refusal), self._loop)
+
+    def wait_for_device(self, extra_s: float = 0.0) -> ServerConnection:
+        """Wait until there is a connection. Raises as ``receive``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._connection or self._ended, self._park_s + extra_s)
+            if self._ended is not None:
+                raise self._ended
+            if self._connection is None:
+                raise DeviceGoneError(f"it did not come back within {self._park_s + extra_s:.0f} s")
+            return self._connection
+
+    def _flush(self, until: float) -> None:
+        """Wait for what was sent to leave. Raises ``ConnectionClosed`` or ``TimeoutError`` if it does not."""
+        with self._changed:
+            sending, self._sending = self._sending, []
+        for connection, sent in sending:
+            try:
+                sent.result(max(0.0, until - time.monotonic()))
+            except ConnectionClosed:
+                if connection is self._connection:
+                    raise
+
+    def _lose(self, connection: ServerConnection) -> None:
+        with self._changed:
+            if self._connection is connection:
+                self._connection = None
+                self.losses += 1
+                self.parked_at = time.monotonic()
+
+    # -- the event loop ----------------------------------------------------------------------------------
+
+    @property
+    def connection(self) -> ServerConnection | None:
+        return self._connection
+
+    def attach(self, connection: ServerConnection, first: bytearray, missing: Sequence[bytearray]) -> None:
+        """Go on over another connection: its first frame, then those that the device lacks.
+
+        The old connection is dropped without a goodbye: a device that comes back no longer reads it.
+        """
+        with self._changed:
+            old, self._connection = self._connection, connection
+            self.parked_at = None
+            for frame in (first, *missing):
+                sending = asyncio.run_coroutine_threadsafe(connection.send(frame), self._loop)
+                self._sending.append((connection, sending))
+            self._changed.notify_all()
+        if old is not None:
+            self.losses += 1
+            old.transport.abort()
+
+    def end(self, why: Exception) -> None:
+        """Make the session's thread raise ``why`` where it waits for its device, now or the next time."""
+        with self._changed:
+            self._ended = why
+            connection, self._connection = self._connection, None
+            self._changed.notify_all()
+        if connection is not None:
+            refusal = why if isinstance(why, RemoteProtocolError) else None
+            task = self._loop.create_task(say_goodbye(connection, refusal))
+            _goodbyes.add(task)
+            task.add_done_callback(_goodbyes.discard)
+
+
+_goodbyes: set[asyncio.Task[None]] = set()  # the loop itself keeps weak references only
+
+
+async def wait_for_goodbyes() -> None:
+    """Wait until every device that was told to go has heard it, or had its time."""
+    if _goodbyes:
+        await asyncio.wait(_goodbyes)
+
+
+async def say_goodbye(connection: ServerConnection, refusal: RemoteProtocolError | None) -> None:
+    """Tell a device why it loses the connection, and close it; one that does not read is not waited for."""
+    with contextlib.suppress(ConnectionClosed, TimeoutError):
+        async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+            if refusal is not None:
+                error = m.Error(
+                    code=refusal.code,
+                    message=str(refusal)[:1024],
+                    retryable=refusal.retryable,
+                    retry_after_s=refusal.retry_after_s,
+                )
+                await connection.send(Session(Role.CLOUD).send(error))
+            code = 1000 if refusal is None else 1001 if refusal.code == m.ErrorCode.SHUTTING_DOWN else 1008
+            await connection.close(code, refusal.code if refusal else "")
+            return
+    connection.transport.abort()

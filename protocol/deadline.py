@@ -1,0 +1,53 @@
+"""How long to wait for a peer, derived from how long it took so far."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+REMEMBERED: Final = 64
+
+
+class Deadline:
+    """A deadline for something that happens again and again, and has been measured.
+
+    It is ``factor`` times the longest of the last 64 waits, within ``floor_s`` and ``ceiling_s``. The longest and
+    not the mean: a wait is mostly over soon, and a peer that is given up too early costs more than one that is
+    given up late. Nothing measured yet: ``floor_s``.
+
+    It has no clock; whoever waits measures.
+
+    Args:
+        floor_s: never less, in seconds.
+        factor: how many times longer than ever lately counts as never, at least 1.
+        ceiling_s: never more, in seconds, except where ``floor_s`` is.
+    """
+
+    def __init__(self, floor_s: float, factor: float = 10.0, ceiling_s: float = 3600.0) -> None:
+        assert floor_s > 0, floor_s
+        assert factor >= 1, factor
+        self._floor_s = floor_s
+        self._factor = factor
+        self._ceiling_s = max(ceiling_s, floor_s)  # a user may want to wait for days
+        self._waits_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._patience = 1.0
+
+    @property
+    def seconds(self) -> float:
+        """How long to wait the next time."""
+        measured_s = max(self._floor_s, self._factor * max(self._waits_s, default=0.0))
+        return min(self._ceiling_s, measured_s * self._patience)
+
+    def observe(self, seconds: float) -> None:
+        """It happened, after so long.
+
+        More than the deadline itself counts as the deadline: nobody waited longer, so it was a clock that jumped or
+        a machine that slept. For the same reason a negative wait is no error.
+        """
+        self._waits_s.append(min(seconds, self.seconds))
+        self._patience = 1.0
+
+    def missed(self) -> None:
+        """It did not happen in time: the next deadline is twice this one, until one is met."""
+        if self.seconds < self._ceiling_s:
+            self._patience *= 2

@@ -1,0 +1,85 @@
+"""Each frame of a session once and in order, over connections that come and go.
+
+The frames of one direction are numbered from 1. A sender keeps a frame until the peer's ``ack`` covers it; after a
+lost connection both sides say how far they got, and send again what the other does not have. A receiver takes the
+next number only: a frame that it has already, with the same content, is passed over, because the answer to it was
+sent or is kept; with other content it is refused.
+
+The conversation is lock-step, so that few frames are ever kept. This is not TCP's reliability made again: TCP loses
+what was under way when a connection breaks, and does not tell which part arrived.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Final
+
+from .codec import Prefix
+from .errors import LocalProtocolError, RemoteProtocolError
+
+MAX_UNACKNOWLEDGED: Final = 64
+REMEMBERED: Final = 256
+
+
+class Link:
+    """One side's end.
+
+    A server's session computes in one thread while its device comes back in another, so the outbox has a lock.
+
+    Attributes:
+        sent, received: the last number in each direction; 0 before the first.
+    """
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.received = 0
+        self._outbox: deque[tuple[int, bytearray]] = deque()
+        self._checksums: deque[int] = deque(maxlen=REMEMBERED)
+        self._lock = threading.Lock()
+
+    def keep(self, frame: bytearray) -> None:
+        """Keep the frame with the next number until it is acknowledged.
+
+        Raises ``LocalProtocolError`` where the peer has not acknowledged for too long.
+        """
+        with self._lock:
+            if len(self._outbox) >= MAX_UNACKNOWLEDGED:
+                raise LocalProtocolError(f"the peer has acknowledged none of the last {MAX_UNACKNOWLEDGED} frames")
+            self.sent += 1
+            self._outbox.append((self.sent, frame))
+
+    def is_repeat(self, prefix: Prefix) -> bool:
+        """Whether the frame came before. Raises ``RemoteProtocolError`` if it can be neither that nor the next."""
+        if prefix.ack > self.sent:
+            raise RemoteProtocolError("an acknowledgement of a frame that was never sent")
+        if prefix.seq == self.received + 1:
+            return False
+        age = self.received - prefix.seq
+        if age < 0:
+            raise RemoteProtocolError(f"frame {prefix.seq} when {self.received + 1} comes next")
+        if age >= len(self._checksums) or self._checksums[-1 - age] != prefix.checksum:
+            raise RemoteProtocolError(f"frame {prefix.seq} again, with other content")
+        return True
+
+    def accept(self, prefix: Prefix) -> None:
+        """Take the next frame, and drop what it acknowledges."""
+        self.received = prefix.seq
+        self._checksums.append(prefix.checksum)
+        self._drop(prefix.ack)
+
+    def missing(self, received: int) -> list[bytearray]:
+        """The frames that a peer lacks which has ``received``, in order.
+
+        Raises ``RemoteProtocolError`` if it cannot be: it acknowledged more before, or got what was never sent.
+        """
+        with self._lock:
+            oldest = self._outbox[0][0] if self._outbox else self.sent + 1
+            if not oldest - 1 <= received <= self.sent:
+                raise RemoteProtocolError(f"a peer that has {received} frames, of {self.sent}")
+            return [frame for number, frame in self._outbox if number > received]
+
+    def _drop(self, acknowledged: int) -> None:
+        with self._lock:
+            while self._outbox and self._outbox[0][0] <= acknowledged:
+                self._outbox.popleft()

@@ -1,0 +1,287 @@
+"""Who may come in, what strangers are told, and what the device makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlora.cloud.access import (
+    FAILURES_PER_WINDOW,
+    MAX_ADDRESSES,
+    WINDOW_S,
+    Access,
+    AccessDeniedError,
+    Caller,
+)
+from dlora.cloud.tokens import TokenStore
+from dlora.edge.credentials import Credentials, refusal_in, split_url
+from dlora.protocol.errors import UsageError
+from dlora.protocol.messages import Error, ErrorCode
+
+ADDRESS = "192.0.2.7"
+CERTIFICATE = {"subject": ((("organizationName", "Acme"),), (("commonName", "phone-7"),))}
+
+
+class Clock:
+    """A clock that stands still until it is told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def tokens(tmp_path: Path, clock: Clock) -> TokenStore:
+    return TokenStore(tmp_path / "tokens.sqlite", clock)
+
+
+@pytest.fixture
+def access(tokens: TokenStore, clock: Clock) -> Access:
+    return Access(tokens, required=True, clock=clock)
+
+
+def denied(access: Access, authorization: str | None = None, address: str = ADDRESS) -> AccessDeniedError:
+    with pytest.raises(AccessDeniedError) as caught:
+        access.admit(authorization, address, None)
+    return caught.value
+
+
+class TestAdmission:
+    @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+    def test_a_token_names_its_device(self, access: Access, tokens: TokenStore, scheme: str) -> None:
+        token = tokens.create("phone", None)
+        caller = access.admit(f"{scheme} {token}", ADDRESS, None)
+        assert caller == Caller("phone", "token", token.split("_")[1])
+
+    def test_each_reason_has_its_code(self, access: Access, tokens: TokenStore, clock: Clock) -> None:
+        expired, revoked = tokens.create("phone", 10), tokens.create("tablet", None)
+        tokens.revoke("tablet")
+        clock.now += 10
+        cases = [
+            (None, ErrorCode.TOKEN_MISSING),
+            (f"Bearer {expired[:-1]}", ErrorCode.TOKEN_WRONG),
+            (f"Basic {revoked}", ErrorCode.TOKEN_WRONG),
+            (f"Bearer {revoked}, Bearer {revoked}", ErrorCode.TOKEN_WRONG),
+            ("", ErrorCode.TOKEN_WRONG),
+            (f"Bearer {expired}", ErrorCode.TOKEN_EXPIRED),
+            (f"Bearer {revoked}", ErrorCode.TOKEN_REVOKED),
+        ]
+        for authorization, code in cases:
+            error = denied(access, authorization)
+            assert (error.status, error.code, error.retryable) == (401, code, False)
+            assert error.should_log
+
+    def test_the_log_line_names_the_device_and_never_the_secret(self, access: Access, tokens: TokenStore) -> None:
+        token = tokens.create("phone", None)
+        tokens.revoke("phone")
+        error = denied(access, f"Bearer {token}")
+        assert "phone" in str(error)
+        assert "revoked" in str(error)
+        for text in (str(error), repr(error), str(error.headers()), error.body().decode()):
+            assert token[15:] not in text
+
+    def test_a_certificate_counts(self, access: Access) -> None:
+        assert access.admit(None, ADDRESS, CERTIFICATE) == Caller("phone-7", "certificate")
+        with pytest.raises(AccessDeniedError):
+            access.admit(None, ADDRESS, {"subject": ((("organizationName", "Acme"),),)})
+
+    def test_a_name_in_a_certificate_cannot_forge_a_log_line(self, access: Access) -> None:
+        certificate = {"subject": ((("commonName", "x\n12:00 session\x1b[2J" + "y" * 100),),)}
+        name = access.admit(None, ADDRESS, certificate).name
+        assert name.isprintable()
+        assert len(name) == 64
+
+    def test_a_token_is_checked_beside_a_certificate(self, access: Access, tokens: TokenStore) -> None:
+        assert access.admit(f"Bearer {tokens.create('tablet', None)}", ADDRESS, CERTIFICATE).name == "tablet"
+        with pytest.raises(AccessDeniedError, match="not one of"):
+            access.admit("Bearer dlora_wrong", ADDRESS, CERTIFICATE)
+
+    def test_where_none_is_required_the_address_is_the_name(self, tokens: TokenStore) -> None:
+        assert Access(None, required=False).admit(None, ADDRESS, None) == Caller(ADDRESS, "address")
+        assert Access(None, required=False).admit("Bearer x", ADDRESS, None) == Caller(ADDRESS, "address")
+        with pytest.raises(AccessDeniedError):
+            Access(tokens, required=False).admit("Bearer x", ADDRESS, None)
+
+    @given(st.text() | st.from_regex(r"Bearer dlora_[0-9a-f]{8}_[\w-]{43}"))
+    def test_no_header_but_the_token_lets_in_or_trips_it(
+        self, tmp_path_factory: pytest.TempPathFactory, header: str
+    ) -> None:
+        store = TokenStore(tmp_path_factory.getbasetemp() / "fuzzed.sqlite")
+        error = denied(Access(store, required=True), header)
+        assert error.code == ErrorCode.TOKEN_WRONG
+
+    def test_unreadable_tokens_close_the_door_and_name_no_path(self, access: Access, tokens: TokenStore) -> None:
+        token = tokens.create("phone", None)
+        caller = access.admit(f"Bearer {token}", ADDRESS, None)
+        tokens.path.write_bytes(b"garbage" * 100)
+        error = denied(access, f"Bearer {token}")
+        assert (error.status, error.code, error.retryable) == (503, ErrorCode.INTERNAL, True)
+        assert str(tokens.path) not in str(error)
+        with pytest.raises(AccessDeniedError):
+            access.recheck(caller)
+
+
+class TestRecheck:
+    def test_a_session_ends_once_its_token_does(self, access: Access, tokens: TokenStore, clock: Clock) -> None:
+        first = access.admit(f"Bearer {tokens.create('phone', 100)}", ADDRESS, None)
+        second = access.admit(f"Bearer {tokens.create('tablet', None)}", ADDRESS, None)
+        access.recheck(first)
+        tokens.revoke("tablet")
+        with pytest.raises(AccessDeniedError) as caught:
+            access.recheck(second)
+        assert caught.value.code == ErrorCode.TOKEN_REVOKED
+        access.recheck(first)
+        clock.now += 100
+        with pytest.raises(AccessDeniedError) as caught:
+            access.recheck(first)
+        assert caught.value.code == ErrorCode.TOKEN_EXPIRED
+
+    def test_who_came_without_a_token_stays(self, access: Access, tokens: TokenStore) -> None:
+        caller = access.admit(None, ADDRESS, CERTIFICATE)
+        tokens.path.unlink()
+        access.recheck(caller)
+
+
+class TestFailures:
+    def test_ten_a_minute_then_429_until_the_minute_is_over(self, access: Access, clock: Clock) -> None:
+        for _ in range(FAILURES_PER_WINDOW):
+            assert denied(access).status == 401
+            clock.now += 1
+        error = denied(access)
+        assert (error.status, error.code, error.retryable) == (429, ErrorCode.TOO_MANY_FAILURES, True)
+        assert error.retry_after_s == WINDOW_S - FAILURES_PER_WINDOW
+        assert error.headers()["Retry-After"] == "50"
+        clock.now += error.retry_after_s
+        assert denied(access).status == 401
+
+    def test_the_log_has_eleven_lines_a_minute_of_one_stranger(self, access: Access) -> None:
+        assert sum(denied(access).should_log for _ in range(1000)) == FAILURES_PER_WINDOW + 1
+
+    def test_a_valid_token_passes_and_changes_nothing_for_the_stranger(
+        self, access: Access, tokens: TokenStore
+    ) -> None:
+        token = tokens.create("phone", None)
+        for _ in range(FAILURES_PER_WINDOW + 5):
+            denied(access, "Bearer wrong")
+        assert access.admit(f"Bearer {token}", ADDRESS, None).name == "phone"
+        assert denied(access, "Bearer wrong").status == 429
+
+    def test_addresses_count_apart_and_64_bits_of_ipv6_together(self, access: Access) -> None:
+        for number in range(FAILURES_PER_WINDOW):
+            denied(access, address=f"2001:db8::{number:x}")
+        assert denied(access, address="2001:db8::ffff").status == 429
+        assert denied(access, address="2001:db8:0:1::1").status == 401
+        for _ in range(FAILURES_PER_WINDOW + 1):
+            mapped = denied(access, address="::ffff:192.0.2.1")
+        assert mapped.status == 429
+        assert denied(access, address="192.0.2.1").status == 429
+        assert denied(access, address="::ffff:192.0.2.2").status == 401
+        assert denied(access, address="?").status == 401
+
+    def test_many_addresses_take_bounded_memory(self, access: Access) -> None:
+        for number in range(MAX_ADDRESSES + 500):
+            denied(access, address=f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+        assert len(access._failures._windows) == MAX_ADDRESSES
+
+
+class TestAnswer:
+    def test_headers_and_body(self, access: Access) -> None:
+        missing, wrong = denied(access), denied(access, "Bearer x")
+        assert missing.headers()["WWW-Authenticate"] == 'Bearer realm="dlora"'
+        assert wrong.headers()["WWW-Authenticate"] == 'Bearer realm="dlora", error="invalid_token"'
+        assert "Retry-After" not in wrong.headers()
+        assert msgspec.json.decode(wrong.body()) == {
+            "type": "error",
+            "code": "token_wrong",
+            "message": str(wrong),
+            "retryable": False,
+            "retry_after_s": None,
+        }
+        assert wrong.body().count(b"\n") == 1
+
+    def test_the_device_reads_the_same_out_of_it(self, access: Access) -> None:
+        for _ in range(FAILURES_PER_WINDOW + 1):
+            error = denied(access)
+        assert refusal_in(error.body()) == Error(
+            code=ErrorCode.TOO_MANY_FAILURES, message=str(error), retryable=True, retry_after_s=WINDOW_S
+        )
+
+    @given(
+        st.none() | st.binary() | st.sampled_from([b"<html>401</html>", b"{}", b'{"type":"hello"}', b"\xff", b"[1]"])
+    )
+    def test_another_servers_answer_is_no_refusal_of_ours(self, body: bytes | None) -> None:
+        assert refusal_in(body) is None
+
+
+class TestCredentials:
+    TOKEN = "dlora_0123abcd_" + "s" * 43
+
+    def file(self, tmp_path: Path, text: str, mode: int = 0o600) -> Path:
+        path = tmp_path / "token"
+        path.write_text(text)
+        path.chmod(mode)
+        return path
+
+    def test_the_file_goes_before_the_variable(self, tmp_path: Path) -> None:
+        file = self.file(tmp_path, f"\n{self.TOKEN}\r\n")
+        environment = {"DLORA_TOKEN": "other"}
+        found = Credentials.load(file, environment=environment)
+        assert found.headers("wss://h:1") == {"Authorization": f"Bearer {self.TOKEN}"}
+        assert Credentials.load(environment=environment).token == "other"
+        assert Credentials.load(environment={"DLORA_TOKEN": " "}).headers("ws://h:1") == {}
+
+    def test_it_is_never_shown(self, tmp_path: Path) -> None:
+        assert self.TOKEN not in repr(Credentials(self.TOKEN))
+        for text in ("", f"{self.TOKEN}\n{self.TOKEN}", f"{self.TOKEN}\u00e9", f"x: {self.TOKEN}", "A" * 5000):
+            with pytest.raises(UsageError, match="holds no token") as caught:
+                Credentials.load(self.file(tmp_path, text))
+            assert "sss" not in str(caught.value)
+        with pytest.raises(UsageError, match="DLORA_TOKEN holds no token"):
+            Credentials.load(environment={"DLORA_TOKEN": "a\r\nX-Evil: 1"})
+
+    def test_a_file_that_others_can_read_is_warned_of(self, tmp_path: Path) -> None:
+        warnings: list[str] = []
+        Credentials.load(self.file(tmp_path, self.TOKEN), warn=warnings.append)
+        assert not warnings
+        Credentials.load(self.file(tmp_path, self.TOKEN, 0o640), warn=warnings.append)
+        assert len(warnings) == 1
+        assert "chmod 600" in warnings[0]
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="cannot be read: No such file"):
+            Credentials.load(tmp_path / "none")
+
+    @pytest.mark.parametrize("url", ["ws://127.0.0.1:1", "ws://[::1]:1", "ws://localhost:1", "wss://example.org"])
+    def test_it_is_sent_where_nobody_listens(self, url: str) -> None:
+        assert Credentials(self.TOKEN).headers(url) == {"Authorization": f"Bearer {self.TOKEN}"}
+
+    @pytest.mark.parametrize(
+        "url", ["ws://example.org", "ws://10.0.0.1:1", "ws://127.0.0.1.example.org", "ws://[::]:1"]
+    )
+    def test_it_is_not_sent_in_the_clear(self, url: str) -> None:
+        with pytest.raises(UsageError, match="could be read on the way") as caught:
+            Credentials(self.TOKEN).headers(url)
+        assert self.TOKEN not in str(caught.value)
+        assert Credentials(self.TOKEN, insecure=True).headers(url)
+        assert Credentials().headers(url) == {}
+
+    @pytest.mark.parametrize(
+        "url",
+        ["wss://me:hunter2@h:1", "wss://hunter2@h", "wss://h/?t=dlora_0123abcd_hunter2", "wss://me:hunter2@[h:1"],
+    )
+    def test_a_secret_on_the_url_is_refused_and_not_repeated(self, url: str) -> None:
+        for use in (Credentials().headers, Credentials().ssl_context, split_url):
+            with pytest.raises(UsageError) as caught:
+                use(url)
+            assert "hunter2" not in str(caught.value)

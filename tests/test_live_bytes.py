@@ -1,0 +1,153 @@
+"""The estimate of a micro-batch's live bytes, against what autograd really saves for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model
+from torch import Tensor
+
+from dlora.cloud.base_model import BaseModel
+from dlora.cloud.exchange import MicroBatchExchange, exchanging, install
+from dlora.cloud.layout import Layout, can_pack, lay_out
+from dlora.cloud.live_bytes import LiveBytes
+from dlora.protocol.kill_revive import GroupSpec
+
+# Refusing what would have fit is a nuisance, admitting what does not is an outage.
+AT_LEAST, AT_MOST = 0.9, 1.5
+
+LENGTHS = {"alone": [23], "equal": [20, 20], "close": [18, 21, 20], "far apart": [2, 30, 3, 1]}
+
+
+class ZeroDeltas:
+    """A device whose adapters are all zero."""
+
+    def __init__(self, groups: Sequence[GroupSpec]) -> None:
+        self.groups = groups
+        self.tokens = 0
+
+    def send_input(self, group: int, x: Tensor) -> None:
+        self.tokens = len(x)
+
+    def receive_deltas(self, group: int) -> list[Tensor]:
+        return [torch.zeros(self.tokens, target.out_features) for target in self.groups[group].targets]
+
+    def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
+        raise AssertionError("no backward pass here")
+
+    def receive_input_grad(self, group: int) -> Tensor:
+        raise AssertionError("no backward pass here")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models only lose by more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def base_model(family: str, **changes: object) -> BaseModel:
+    base = BaseModel.from_model(tiny_model(family, **changes), family)
+    install(base)
+    return base
+
+
+def layout_of(base: BaseModel, lengths: list[int]) -> Layout:
+    tokens = torch.randn(sum(lengths), base.embedding_size, generator=torch.Generator().manual_seed(1))
+    return lay_out(tokens, torch.tensor(lengths), may_pack=can_pack(base))
+
+
+def bytes_saved(base: BaseModel, groups: Sequence[GroupSpec], layout: Layout, trained: set[int]) -> int:
+    """What autograd saves in a micro-batch as the executor runs it, weights aside."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*base.model.parameters(), *base.model.buffers())}
+    saved: list[torch.UntypedStorage] = []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage())
+        return tensor.detach()
+
+    exchange = MicroBatchExchange(
+        ZeroDeltas(groups), base, groups, live=set(range(len(groups))), trained=trained, rows=layout.rows
+    )
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), exchanging(exchange):
+        hidden = base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
+        assert hidden.requires_grad
+    unique = {storage.data_ptr(): storage.nbytes() for storage in saved if storage.data_ptr() not in weights}
+    return sum(unique.values())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_estimate_is_near_what_autograd_saves(family: str) -> None:
+    base = base_model(family)
+    live_bytes = LiveBytes.measure(base)
+    groups = base.groups(base.targets)
+    ratios = {}
+    for name, lengths in LENGTHS.items():
+        layout = layout_of(base, lengths)
+        for lowest in (0, len(groups) // 2):
+            wanted = bytes_saved(base, groups, layout, {lowest, len(groups) - 1})
+            ratios[name, lowest] = live_bytes.estimate(layout, groups[lowest]) / wanted
+    assert min(ratios.values()) >= AT_LEAST, ratios
+    assert max(ratios.values()) <= AT_MOST, ratios
+
+
+def test_evaluation_has_no_graph() -> None:
+    base = base_model("llama")
+    assert LiveBytes.measure(base).estimate(layout_of(base, [5, 3]), None) == 0
+
+
+def test_a_graph_that_begins_higher_takes_less() -> None:
+    base = base_model("llama")
+    live_bytes = LiveBytes.measure(base)
+    layout = layout_of(base, [20])
+    estimates = [live_bytes.estimate(layout, group) for group in base.groups(base.targets)]
+    assert estimates == sorted(set(estimates), reverse=True)
+
+
+@pytest.mark.parametrize(("implementation", "quadratic"), [("sdpa", False), ("eager", True)])
+def test_attention_that_keeps_its_scores_grows_with_the_square(implementation: str, quadratic: bool) -> None:
+    base = base_model("llama", attn_implementation=implementation)
+    live_bytes = LiveBytes.measure(base)
+    group = base.groups(base.targets)[0]
+    short, long = (live_bytes.estimate(layout_of(base, [length]), group) for length in (1000, 2000))
+    assert (long > 3 * short) == quadratic
+
+
+def test_it_knows_the_width_of_bfloat16() -> None:
+    model = tiny_model("llama")
+    single = LiveBytes.measure(BaseModel.from_model(model, "llama"))
+    half_base = BaseModel.from_model(model.to(torch.bfloat16), "llama")
+    half = LiveBytes.measure(half_base)
+    group, layout = half_base.groups(half_base.targets)[0], layout_of(half_base, [30])
+    assert 0.4 < half.estimate(layout, group) / single.estimate(layout, group) < 0.8  # norms compute in float32
+
+
+def test_the_measurement_changes_nothing() -> None:
+    base = base_model("gemma2")
+    layout = layout_of(base, [7, 3])
+    with torch.no_grad():
+        before = base.last_hidden_state(layout.inputs_embeds, layout.attention_mask)
+    state = torch.get_rng_state()
+    LiveBytes.measure(base)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in base.model.parameters())
+    assert not any(target.module._forward_pre_hooks for target in base.targets.values())
+    with torch.no_grad():
+        assert torch.equal(base.last_hidden_state(layout.inputs_embeds, layout.attention_mask), before)
+
+
+def test_the_measurement_keeps_nothing_when_the_model_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_model("llama")
+
+    def fail(x: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(list(base.targets.values())[-1].module, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        LiveBytes.measure(base)
+    assert not any(target.module._forward_pre_hooks for target in base.targets.values())

@@ -1,0 +1,342 @@
+"""Quotas, against a model that remembers everything, and from many threads."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from dlora.cloud.quotas import QuotaLimits, Quotas, SessionQuota
+from dlora.protocol.errors import RemoteProtocolError, UsageError
+from dlora.protocol.messages import ErrorCode
+
+
+class Clock:
+    """Seconds that pass when a test says so. They start where a server's that has run for months stands."""
+
+    def __init__(self) -> None:
+        self.now = 1e7
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def refused(call: Callable[[], object]) -> RemoteProtocolError:
+    with pytest.raises(RemoteProtocolError) as caught:
+        call()
+    return caught.value
+
+
+def make(**limits: float) -> tuple[Quotas, Clock]:
+    clock = Clock()
+    return Quotas(QuotaLimits(**limits), clock), clock  # type: ignore[arg-type]
+
+
+# -- one at a time -------------------------------------------------------------------------------------------
+
+
+def test_without_limits_nothing_is_refused() -> None:
+    quotas, _ = make()
+    sessions = [quotas.open_session("a") for _ in range(100)]
+    for session in sessions:
+        session.begin(10**9, 10**15)
+        session.end(1e9)
+        session.begin(10**9, 10**15)
+
+
+def test_sessions_are_counted_for_each_caller_until_they_close() -> None:
+    quotas, _ = make(sessions=2)
+    first, _ = quotas.open_session("a"), quotas.open_session("a")
+    error = refused(lambda: quotas.open_session("a"))
+    assert (error.code, error.retryable, error.retry_after_s) == (ErrorCode.QUOTA_SESSIONS, True, 5.0)
+    quotas.open_session("b")
+    first.close()
+    first.close()
+    with quotas.open_session("a"):
+        refused(lambda: quotas.open_session("a"))
+    quotas.open_session("a")
+
+
+def test_tokens_are_waited_for_exactly() -> None:
+    quotas, clock = make(tokens_per_minute=600)
+    session = quotas.open_session("a")
+    session.begin(600, 0)
+    session.end(0.0)
+    error = refused(lambda: session.begin(70, 0))
+    assert (error.code, error.retryable) == (ErrorCode.QUOTA_TOKENS, True)
+    assert error.retry_after_s == pytest.approx(7.0, abs=0.002)
+    clock.now += 6.9
+    assert refused(lambda: session.begin(70, 0)).retry_after_s == pytest.approx(0.1, abs=0.002)
+    quotas.open_session("b").begin(600, 0)
+    clock.now += 0.101
+    session.begin(70, 0)
+
+
+def test_what_was_not_used_is_kept_for_a_minute_and_no_longer() -> None:
+    quotas, clock = make(tokens_per_minute=600)
+    session = quotas.open_session("a")
+    clock.now += 3600.0
+    session.begin(600, 0)
+    refused(lambda: session.begin(1, 0))
+
+
+def test_a_caller_does_not_get_new_tokens_by_closing_its_session() -> None:
+    quotas, _ = make(tokens_per_minute=600)
+    with quotas.open_session("a") as session:
+        session.begin(600, 0)
+        session.end(0.0)
+    refused(lambda: quotas.open_session("a").begin(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("limit", "batch", "code"),
+    [
+        ({"tokens_per_minute": 600}, (601, 0), ErrorCode.QUOTA_TOKENS),
+        ({"live_bytes": 1000}, (1, 1001), ErrorCode.QUOTA_LIVE_BYTES),
+    ],
+)
+def test_what_can_never_fit_is_refused_for_good(limit: dict[str, float], batch: tuple[int, int], code: str) -> None:
+    session = make(**limit)[0].open_session("a")
+    error = refused(lambda: session.begin(*batch))
+    assert (error.code, error.retryable, error.retry_after_s) == (code, False, None)
+    assert "lower --batch-size" in str(error)
+    session.begin(*(min(amount, most) for amount, most in zip(batch, (600, 1000), strict=True)))
+
+
+def test_live_bytes_count_over_all_sessions_until_the_micro_batch_ends() -> None:
+    quotas, _ = make(live_bytes=1000)
+    one, other = quotas.open_session("a"), quotas.open_session("a")
+    one.begin(1, 600)
+    error = refused(lambda: other.begin(1, 401))
+    assert (error.code, error.retryable) == (ErrorCode.QUOTA_LIVE_BYTES, True)
+    other.begin(1, 400)
+    other.end(0.0)
+    one.close()  # its thread has yet to let go of the graph
+    refused(lambda: other.begin(1, 401))
+    one.end(0.0)
+    other.begin(1, 1000)
+
+
+def test_compute_runs_over_by_one_micro_batch_and_is_waited_for() -> None:
+    quotas, clock = make(compute_s_per_hour=36.0)  # 1 s in 100
+    session = quotas.open_session("a")
+    session.begin(1, 0)
+    session.end(35.0)
+    session.begin(1, 0)
+    session.end(5.0)
+    error = refused(lambda: session.begin(1, 0))
+    assert (error.code, error.retryable) == (ErrorCode.QUOTA_COMPUTE, True)
+    assert error.retry_after_s == pytest.approx(400.0, abs=0.002)
+    clock.now += error.retry_after_s or 0.0
+    session.begin(1, 0)
+
+
+def test_a_refusal_for_one_thing_charges_nothing_for_another() -> None:
+    quotas, clock = make(tokens_per_minute=600, live_bytes=1000, compute_s_per_hour=36.0)
+    session, other = quotas.open_session("a"), quotas.open_session("a")
+    other.begin(1, 1)
+    for _ in range(5):
+        assert refused(lambda: session.begin(599, 1000)).code == ErrorCode.QUOTA_LIVE_BYTES
+    session.begin(599, 999)
+    session.end(36.0)
+    clock.now += 60.0
+    other.end(36.0)
+    for _ in range(5):
+        assert refused(lambda: session.begin(600, 1000)).code == ErrorCode.QUOTA_COMPUTE
+    clock.now += 3600.0
+    session.begin(600, 1000)
+
+
+def test_of_several_reasons_the_one_that_lasts_longest_is_named() -> None:
+    quotas, clock = make(tokens_per_minute=600, compute_s_per_hour=36.0)
+    session = quotas.open_session("a")
+    session.begin(600, 0)
+    session.end(37.0)
+    error = refused(lambda: session.begin(600, 0))
+    assert error.code == ErrorCode.QUOTA_COMPUTE
+    clock.now += error.retry_after_s or 0.0
+    session.begin(600, 0)
+
+
+def test_callers_that_left_are_forgotten_once_their_buckets_have_drained() -> None:
+    quotas, clock = make(tokens_per_minute=600)
+    staying = quotas.open_session("staying")
+    for number in range(1000):
+        with quotas.open_session(f"busy {number}") as session:
+            session.begin(600, 10)
+            session.end(1.0)
+    assert quotas.callers == 1001
+    refused(lambda: quotas.open_session("busy 0").begin(1, 0))
+    clock.now += 60.1
+    staying.begin(600, 10)
+    for number in range(5000):
+        quotas.open_session(f"passing {number}").close()
+    assert quotas.callers <= 2100
+    for number in range(5000):
+        quotas.open_session(f"passing again {number}").close()
+    assert quotas.callers <= 100
+    refused(lambda: staying.begin(1, 0))
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+@pytest.mark.parametrize("name", ["sessions", "tokens_per_minute", "live_bytes", "compute_s_per_hour"])
+def test_a_limit_is_above_zero(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=name):
+        QuotaLimits(**{name: value})  # type: ignore[arg-type]
+
+
+# -- against a model that remembers everything ----------------------------------------------------------------
+
+
+class Model:
+    """What a caller did, as a list; what is left is counted from the beginning every time."""
+
+    def __init__(self) -> None:
+        self.open: set[int] = set()
+        self.live: dict[int, int] = {}
+        self.tokens: list[tuple[float, float]] = []
+        self.compute: list[tuple[float, float]] = []
+
+
+def used(events: list[tuple[float, float]], rate: float, now: float) -> float:
+    level, at = 0.0, 0.0
+    for when, amount in [*events, (now, 0.0)]:
+        level = max(0.0, level - (when - at) * rate) + amount
+        at = when
+    return level
+
+
+LIMITS = QuotaLimits(sessions=3, tokens_per_minute=120, live_bytes=100, compute_s_per_hour=60.0)
+NAMES = st.sampled_from(["a", "b"])
+
+
+class AgainstTheModel(RuleBasedStateMachine):
+    idle = Bundle("idle")
+    running = Bundle("running")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.quotas = Quotas(LIMITS, self.clock)
+        self.models = {"a": Model(), "b": Model()}
+
+    @rule(target=idle, name=NAMES)
+    def open(self, name: str) -> SessionQuota | None:
+        model = self.models[name]
+        if len(model.open) == 3:
+            assert refused(lambda: self.quotas.open_session(name)).code == ErrorCode.QUOTA_SESSIONS
+            return None
+        session = self.quotas.open_session(name)
+        model.open.add(id(session))
+        model.live[id(session)] = 0
+        return session
+
+    @rule(seconds=st.floats(0.0, 90.0))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule(target=running, session=consumes(idle), tokens=st.integers(1, 130), live_bytes=st.integers(0, 110))
+    def begin(self, session: SessionQuota | None, tokens: int, live_bytes: int) -> SessionQuota | None:
+        """Begin; where refused for now, wait as told and begin again, which must do once the memory is there."""
+        if session is None:
+            return None
+        if tokens > 120 or live_bytes > 100:
+            assert not refused(lambda: session.begin(tokens, live_bytes)).retryable
+            return session
+        model, now = self.models[session.name], self.clock.now
+        missing = {
+            ErrorCode.QUOTA_TOKENS: (used(model.tokens, 2.0, now) + tokens - 120) / 2.0,
+            ErrorCode.QUOTA_COMPUTE: (used(model.compute, 1 / 60, now) - 60) * 60,
+            ErrorCode.QUOTA_LIVE_BYTES: 5.0 if sum(model.live.values()) + live_bytes > 100 else 0.0,
+        }
+        longest = max(missing.values())
+        if longest > 1e-3:
+            error = refused(lambda: session.begin(tokens, live_bytes))
+            assert error.retryable
+            assert error.retry_after_s == pytest.approx(longest, abs=2e-3)
+            assert missing[ErrorCode(error.code)] == pytest.approx(longest, abs=2e-3)
+            self.clock.now += error.retry_after_s or 0.0
+            if missing[ErrorCode.QUOTA_LIVE_BYTES]:
+                return session
+        elif longest > -1e-3:
+            self.clock.now += 0.01  # too close to call
+        session.begin(tokens, live_bytes)
+        model.tokens.append((self.clock.now, tokens))
+        model.live[id(session)] = live_bytes
+        return session
+
+    @rule(target=idle, session=consumes(running), compute_s=st.floats(0.0, 40.0))
+    def end(self, session: SessionQuota | None, compute_s: float) -> SessionQuota | None:
+        if session is not None:
+            session.end(compute_s)
+            self.models[session.name].compute.append((self.clock.now, compute_s))
+            self.models[session.name].live[id(session)] = 0
+        return session
+
+    @rule(session=consumes(idle))
+    def close(self, session: SessionQuota | None) -> None:
+        if session is not None:
+            session.close()
+            session.close()
+            self.models[session.name].open.remove(id(session))
+            del self.models[session.name].live[id(session)]
+
+    @invariant()
+    def both_hold_the_same(self) -> None:
+        for name, caller in self.quotas._callers.items():
+            model = self.models[name]
+            assert (caller.sessions, caller.live_bytes) == (len(model.open), sum(model.live.values()))
+
+
+TestAgainstTheModel = AgainstTheModel.TestCase
+TestAgainstTheModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+# -- from many threads ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Threads that take turns so often that what is not locked comes apart."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_threads_never_hold_more_than_the_quota_together() -> None:
+    quotas, _ = make(sessions=4, live_bytes=100, tokens_per_minute=20_000)
+    held: set[SessionQuota] = set()
+    together = threading.Barrier(8)
+
+    def work(_: int) -> tuple[int, int]:
+        """Tokens that were granted, and the most micro-batches that were seen under way."""
+        granted = most = 0
+        together.wait(10)
+        while True:
+            try:
+                with quotas.open_session("a") as session:
+                    session.begin(7, 40)
+                    held.add(session)
+                    most = max(most, len(held))
+                    held.remove(session)
+                    granted += 7
+                    session.end(0.0)
+            except RemoteProtocolError as error:
+                if error.code == ErrorCode.QUOTA_TOKENS:
+                    return granted, most
+
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(work, range(8)))
+    assert sum(granted for granted, _ in results) == 19_999  # the clock stands: the minute's and no more
+    assert max(most for _, most in results) <= 2
+    with quotas.open_session("a") as session:
+        session.begin(1, 100)
+        refused(lambda: session.begin(1, 0))

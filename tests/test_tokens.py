@@ -1,0 +1,308 @@
+"""Tokens: what is stored of them, when they stop to be valid, and the commands that manage them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from small_disk import remount_read_only, small_disk
+from typer.testing import CliRunner
+
+from dlora.cloud.token_cli import app, parse_lifetime
+from dlora.cloud.tokens import TokenStore
+from dlora.protocol.errors import RemoteProtocolError, StorageError, UsageError
+from dlora.protocol.messages import ErrorCode
+
+DAY_S = 86_400.0
+
+
+class Clock:
+    """A clock that stands still until it is told."""
+
+    def __init__(self, now: float = 1_800_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> TokenStore:
+    return TokenStore(tmp_path / "state" / "tokens.sqlite", clock)
+
+
+def refusal(store: TokenStore, token: str) -> str:
+    with pytest.raises(RemoteProtocolError) as caught:
+        store.verify(token)
+    assert not caught.value.retryable
+    assert "\n" not in str(caught.value)
+    return caught.value.code
+
+
+def test_a_token_has_256_random_bits_and_names_its_device(store: TokenStore) -> None:
+    first, second = store.create("phone", DAY_S), store.create("phone", None)
+    assert re.fullmatch(r"dlora_[0-9a-f]{8}_[A-Za-z0-9_-]{43}", first)
+    assert first.split("_", 2)[2] != second.split("_", 2)[2]
+    assert store.verify(first).device == store.verify(second).device == "phone"
+    assert store.verify(first).id == first.split("_")[1]
+
+
+def test_the_secret_is_nowhere_in_the_file_and_the_file_is_its_owners(store: TokenStore) -> None:
+    secret = store.create("phone", None).split("_", 2)[2]
+    assert secret.encode() not in store.path.read_bytes()
+    assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
+    assert [path.name for path in store.path.parent.iterdir()] == ["tokens.sqlite"]
+
+
+def test_every_other_secret_is_wrong(store: TokenStore) -> None:
+    token, other = store.create("phone", None), store.create("tablet", None)
+    swapped = token[:15] + other[15:]
+    for wrong in (
+        swapped,
+        token[:-1],
+        token + "A",
+        token.upper(),
+        f" {token}",
+        "",
+        "dlora__",
+        "\udce9" * 57,
+        token + "\n",
+    ):
+        assert refusal(store, wrong) == ErrorCode.TOKEN_WRONG
+
+
+@pytest.mark.parametrize("position", [0, 20, 41])
+def test_another_character_makes_it_wrong(store: TokenStore, position: int) -> None:
+    token = store.create("phone", None)
+    at = 15 + position
+    changed = token[:at] + ("A" if token[at] != "A" else "B") + token[at + 1 :]
+    assert refusal(store, changed) == ErrorCode.TOKEN_WRONG
+
+
+def test_an_unknown_id_costs_the_same_comparison(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = store.create("phone", None)
+    compared: list[tuple[int, int]] = []
+
+    def compare(ours: bytes, theirs: bytes) -> bool:
+        compared.append((len(ours), len(theirs)))
+        return ours == theirs
+
+    monkeypatch.setattr("dlora.cloud.tokens.hmac.compare_digest", compare)
+    store.verify(token)
+    refusal(store, "dlora_00000000_" + token[15:])
+    refusal(store, "nonsense")
+    assert compared == [(32, 32)] * 3
+
+
+def test_it_expires_to_the_second(store: TokenStore, clock: Clock) -> None:
+    token, eternal = store.create("phone", 60), store.create("phone", None)
+    clock.now += 59.5
+    store.verify(token)
+    clock.now += 0.5
+    assert refusal(store, token) == ErrorCode.TOKEN_EXPIRED
+    clock.now += 100 * 365 * DAY_S
+    store.verify(eternal)
+
+
+def test_revoked_goes_before_expired_and_only_the_right_secret_learns_of_either(
+    store: TokenStore, clock: Clock
+) -> None:
+    token = store.create("phone", 60)
+    clock.now += 61
+    assert store.revoke("phone") == 1
+    assert refusal(store, token) == ErrorCode.TOKEN_REVOKED
+    assert refusal(store, token[:15] + "A" * 43) == ErrorCode.TOKEN_WRONG
+
+
+def test_revoking_a_device_takes_all_its_tokens_and_an_id_takes_one(store: TokenStore) -> None:
+    tokens = [store.create("phone", None) for _ in range(3)]
+    kept = store.create("tablet", None)
+    assert store.revoke(tokens[0].split("_")[1]) == 1
+    store.verify(tokens[1])
+    assert store.revoke("phone") == 2
+    assert store.revoke("phone") == 0
+    assert store.revoke("phone' OR 1=1 --") == 0
+    assert [refusal(store, token) for token in tokens] == [ErrorCode.TOKEN_REVOKED] * 3
+    store.verify(kept)
+
+
+def test_any_stays_true_when_the_last_token_is_revoked(store: TokenStore) -> None:
+    assert not store.any()
+    store.create("phone", None)
+    store.revoke("phone")
+    assert store.any()
+    assert [record.state(0) for record in store.all()] == ["revoked"]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\nb", "-x", "x" * 65, "naïve", "../up"])
+def test_a_device_has_a_name_that_is_fit_for_a_log(store: TokenStore, name: str) -> None:
+    with pytest.raises(UsageError, match="is no name"):
+        store.create(name, None)
+    assert not store.any()
+
+
+def test_what_another_process_does_holds_at_once(store: TokenStore) -> None:
+    token = store.create("phone", None)
+    script = (
+        "import sys; from pathlib import Path; from dlora.cloud.tokens import TokenStore; "
+        "store = TokenStore(Path(sys.argv[1])); print(store.revoke('phone')); print(store.create('tablet', None))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, store.path], capture_output=True, text=True, check=True)
+    revoked, created = done.stdout.split()
+    assert revoked == "1"
+    assert refusal(store, token) == ErrorCode.TOKEN_REVOKED
+    assert TokenStore(store.path).verify(created).device == "tablet"
+
+
+def test_threads_may_create_and_verify_at_the_same_time(store: TokenStore) -> None:
+    failures: list[Exception] = []
+
+    def work(device: str) -> None:
+        try:
+            for _ in range(5):
+                assert store.verify(store.create(device, None)).device == device
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"device-{number}",)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(store.all()) == 30
+
+
+def assert_one_line(caught: pytest.ExceptionInfo[StorageError], path: Path) -> None:
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(path) in text
+
+
+@pytest.mark.parametrize("damage", ["garbage", "torn", "no table"])
+def test_a_damaged_file_is_one_clear_line_and_lets_nobody_in(store: TokenStore, damage: str) -> None:
+    token = store.create("phone", None)
+    if damage == "garbage":
+        store.path.write_bytes(os.urandom(8192))
+    elif damage == "torn":
+        os.truncate(store.path, 5000)
+    else:
+        with sqlite3.connect(store.path) as database:
+            database.execute("DROP TABLE tokens")
+    for attempt in (lambda: store.verify(token), store.any, store.all, lambda: store.create("tablet", None)):
+        with pytest.raises(StorageError) as caught:
+            attempt()
+        assert_one_line(caught, store.path)
+
+
+def test_a_file_that_went_away_lets_nobody_in_and_is_not_begun_anew(store: TokenStore) -> None:
+    token = store.create("phone", None)
+    store.path.unlink()
+    with pytest.raises(StorageError) as caught:
+        store.verify(token)
+    assert_one_line(caught, store.path)
+    assert not store.path.exists()
+
+
+def test_a_file_that_another_process_holds_is_not_waited_for_long(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlora.cloud.tokens.LOCK_TIMEOUT_S", 0.01)
+    token = store.create("phone", None)
+    holder = sqlite3.connect(store.path)
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StorageError, match="locked"):
+        store.verify(token)
+    holder.rollback()
+    holder.close()
+    store.verify(token)
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="choose --state-dir") as caught:
+        TokenStore(tmp_path / "file" / "tokens.sqlite")
+    assert_one_line(caught, tmp_path / "file")
+
+
+def test_a_read_only_disk_still_verifies_and_refuses_to_revoke(tmp_path: Path) -> None:
+    with small_disk(tmp_path) as disk:
+        store = TokenStore(disk / "tokens.sqlite")
+        token = store.create("phone", None)
+        remount_read_only(disk)
+        assert store.verify(token).device == "phone"
+        with pytest.raises(StorageError, match="check disk and permissions"):
+            store.revoke("phone")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90d", 90 * DAY_S), ("12h", 43_200.0), ("30m", 1800.0), ("never", None)]
+)
+def test_lifetimes(text: str, seconds: float | None) -> None:
+    assert parse_lifetime(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "90", "d", "0d", "-1d", "1.5h", "90 d", "1w", "999999d", "٣d", "90d\n"])
+def test_what_is_no_lifetime_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--expires"):
+        parse_lifetime(text)
+
+
+class TestCommands:
+    @pytest.fixture
+    def state(self, tmp_path: Path) -> Path:
+        return tmp_path / "state"
+
+    def run(self, state: Path, *words: str) -> tuple[str, str]:
+        done = CliRunner().invoke(app, [*words, "--state-dir", str(state)])
+        if done.exception is not None:
+            raise done.exception
+        return done.stdout, done.stderr
+
+    def test_create_prints_the_token_alone_and_the_advice_beside(self, state: Path) -> None:
+        out, advice = self.run(state, "create", "--device", "phone")
+        token = out.removesuffix("\n")
+        record = TokenStore(state / "tokens.sqlite").verify(token)
+        assert record.device == "phone"
+        assert record.expires is not None
+        assert record.expires - record.created == 90 * DAY_S
+        assert "--token-file" in advice
+        assert token[15:] not in advice
+
+    def test_json(self, state: Path) -> None:
+        made = json.loads(self.run(state, "create", "--device", "phone", "--expires", "never", "--json")[0])
+        assert TokenStore(state / "tokens.sqlite").verify(made["token"]).id == made["id"]
+        assert made["expires"] is None
+        out, _ = self.run(state, "list", "--json")
+        assert json.loads(out) == [{name: made[name] for name in made if name != "token"}]
+        assert set(json.loads(out)[0]) == {"id", "device", "state", "created", "expires", "revoked"}
+        assert made["token"][15:] not in out
+
+    def test_list_and_revoke(self, state: Path) -> None:
+        token = self.run(state, "create", "--device", "phone")[0].strip()
+        out, _ = self.run(state, "list")
+        assert "phone" in out
+        assert "valid" in out
+        assert token[15:] not in out
+        assert "revoked 1 token of phone" in self.run(state, "revoke", "phone")[1]
+        assert "revoked" in self.run(state, "list")[0]
+        with pytest.raises(UsageError, match="no token to revoke"):
+            self.run(state, "revoke", "phone")
+
+    def test_the_variable_says_where(self, state: Path) -> None:
+        done = CliRunner().invoke(app, ["create", "--device", "x"], env={"DLORA_CLOUD_STATE": str(state)})
+        assert done.exit_code == 0
+        assert (state / "tokens.sqlite").exists()
