@@ -19,7 +19,7 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from .access import Caller
 from .base_model import BaseModel
 from .executor import ComputeGate, DeviceGaveUpError, Patience, SessionExecutor, shutting_down
-from .guard import GuardedConnection
+from .guard import GuardedConnection, printable
 from .kill_revive import Controller
 from .live_bytes import LiveBytes
 from .quotas import Quotas
@@ -67,11 +67,11 @@ async def handle_connection(connection: GuardedConnection, caller: Caller, servi
     except RemoteProtocolError as refusal:
         await _refuse(connection, caller, refusal)
     except ConnectionClosed:
-        logger.info("%s left in the handshake", caller.name)
+        logger.debug("%s left in the handshake", caller.name)
 
 
 async def _refuse(connection: GuardedConnection, caller: Caller, refusal: RemoteProtocolError) -> None:
-    logger.warning("%s refused: %s: %s", caller.name, refusal.code, str(refusal)[:300])
+    logger.warning("%s refused: %s: %s", caller.name, refusal.code, printable(str(refusal)))
     await say_goodbye(connection, refusal)
 
 
@@ -143,8 +143,14 @@ class _Handshake:
             raise shutting_down()
         service.sessions.make_room(caller, device)
         quota = service.quotas.open_session(caller.name)
-        transport = SessionTransport(asyncio.get_running_loop(), self._connection, service.patience.park_s)
-        live = LiveSession(secrets.token_hex(4), caller, device, session, transport, quota)
+        name = secrets.token_hex(4)
+        transport = SessionTransport(
+            asyncio.get_running_loop(),
+            self._connection,
+            name=f"{name} of {caller.name}",
+            park_s=service.patience.park_s,
+        )
+        live = LiveSession(name, caller, device, session, transport, quota)
         service.sessions.add(live)
         executor = SessionExecutor(
             service.base,
@@ -186,11 +192,11 @@ async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -
             session.bytes_received / 1e6, session.bytes_sent / 1e6,
         )  # fmt: skip
     except (DeviceGoneError, DeviceGaveUpError) as error:
-        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, str(error)[:200])
+        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, printable(str(error)))
     except ProtocolError as error:
         why = as_refusal(error)
         level = logging.INFO if why.retryable else logging.WARNING
-        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, str(why)[:300])
+        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, printable(str(why)))
     except Exception:
         logger.exception("session %s: internal error", name)
         why = RemoteProtocolError("internal error; the server's log has it", m.ErrorCode.INTERNAL)

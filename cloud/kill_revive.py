@@ -357,8 +357,6 @@ def unit_costs(groups: Sequence[GroupSpec], units: Sequence[Sequence[int]]) -> F
     return costs
 
 
-def _digest(
-    config: KillReviveConfig, groups: Sequence[GroupSpec], seed: int, total_steps: int, costs: Floats
-) -> bytes:
+def _digest(config: KillReviveConfig, groups: Sequence[GroupSpec], seed: int, total_steps: int, costs: Floats) -> bytes:
     what = msgspec.msgpack.encode((config, tuple(groups), seed, total_steps, costs.tobytes()))
     return hashlib.sha256(what).digest()

@@ -168,7 +168,8 @@ class CloudServer:
                 try:
                     self._access.recheck(live.caller)
                 except AccessDeniedError as denied:
-                    live.transport.end(denied)
+                    if not denied.retryable:  # else the tokens cannot be read just now
+                        live.transport.end(denied)
 
     async def _handle(self, connection: ServerConnection) -> None:
         await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)

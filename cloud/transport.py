@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from websockets.exceptions import ConnectionClosed
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.session import Role, Session
+
+logger = logging.getLogger("dlora.cloud")
 
 GOODBYE_TIMEOUT_S = 1.0
 
@@ -36,6 +39,7 @@ class SessionTransport:
     the next message is read, so that no more than one answer's frames pile up.
 
     Args:
+        name: of session and device, for the log.
         park_s: how long a session without a connection is kept.
 
     Attributes:
@@ -43,10 +47,13 @@ class SessionTransport:
         parked_at: since when there is none, in monotonic seconds; None while there is one.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, connection: ServerConnection, park_s: float) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, connection: ServerConnection, *, name: str, park_s: float
+    ) -> None:
         self.losses = 0
         self.parked_at: float | None = None
         self._loop = loop
+        self._name = name
         self._park_s = park_s
         self._changed = threading.Condition()
         self._connection: ServerConnection | None = connection
@@ -72,6 +79,7 @@ class SessionTransport:
         while True:
             connection = self.wait_for_device()
             try:
+                receiving = None
                 self._flush(until)
                 receiving = asyncio.run_coroutine_threadsafe(connection.recv(decode=False), self._loop)
                 try:
@@ -81,6 +89,7 @@ class SessionTransport:
                     raise
             except ConnectionClosed:
                 self._lose(connection)
+                del connection, receiving  # parked for long, it would keep the dead websocket
                 until = time.monotonic() + timeout_s
 
     def hang_up(self, refusal: RemoteProtocolError) -> None:
@@ -88,6 +97,7 @@ class SessionTransport:
         with self._changed:
             connection = self._connection
         if connection is not None:
+            logger.info("session %s: sent away: %s: %s", self._name, refusal.code, refusal)
             self._lose(connection)
             asyncio.run_coroutine_threadsafe(say_goodbye(connection, refusal), self._loop)
 
@@ -163,6 +173,10 @@ async def wait_for_goodbyes() -> None:
         await asyncio.wait(_goodbyes)
 
 
+def _within_limits(retry_after_s: float | None) -> float | None:
+    return None if retry_after_s is None else min(retry_after_s, m.MAX_RETRY_AFTER_S)
+
+
 async def say_goodbye(connection: ServerConnection, refusal: RemoteProtocolError | None) -> None:
     """Tell a device why it loses the connection, and close it; one that does not read is not waited for."""
     with contextlib.suppress(ConnectionClosed, TimeoutError):
@@ -172,7 +186,7 @@ async def say_goodbye(connection: ServerConnection, refusal: RemoteProtocolError
                     code=refusal.code,
                     message=str(refusal)[:1024],
                     retryable=refusal.retryable,
-                    retry_after_s=refusal.retry_after_s,
+                    retry_after_s=_within_limits(refusal.retry_after_s),
                 )
                 await connection.send(Session(Role.CLOUD).send(error))
             code = 1000 if refusal is None else 1001 if refusal.code == m.ErrorCode.SHUTTING_DOWN else 1008

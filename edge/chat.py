@@ -39,9 +39,7 @@ class ChatTemplate:
     Raises ``DataError`` for a template that does not compile.
     """
 
-    def __init__(
-        self, source: str, tokens: Mapping[str, str], now: Callable[[], datetime] = datetime.now
-    ) -> None:
+    def __init__(self, source: str, tokens: Mapping[str, str], now: Callable[[], datetime] = datetime.now) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )

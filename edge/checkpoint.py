@@ -105,9 +105,7 @@ def load_latest(directory: Path, warn: Callable[[str], None] | None = None) -> C
             if warn is not None:
                 warn(f"{path} is damaged ({error}); trying an earlier one")
     if damaged:
-        raise CheckpointError(
-            f"no checkpoint in {directory} is whole ({damaged} damaged); start anew without --resume"
-        )
+        raise CheckpointError(f"no checkpoint in {directory} is whole ({damaged} damaged); start anew without --resume")
     return None
 
 

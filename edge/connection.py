@@ -293,7 +293,7 @@ class Connection:
 
         stop: tenacity.stop.stop_base = tenacity.stop_never
         if retry.max_s is not None:
-            stop = tenacity.stop_after_delay(retry.max_s)
+            stop = tenacity.stop_before_delay(retry.max_s)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_LostError),
             wait=pause, stop=stop, sleep=self._sleep, before_sleep=announce, reraise=True,

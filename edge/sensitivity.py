@@ -97,9 +97,7 @@ class Scorer:
         return math.sqrt(total)
 
 
-def _change_squared(
-    scaling: float, lora_A: Matrix, lora_B: Matrix, previous_A: Matrix, previous_B: Matrix
-) -> float:
+def _change_squared(scaling: float, lora_A: Matrix, lora_B: Matrix, previous_A: Matrix, previous_B: Matrix) -> float:
     """``||s·B·A - s·B'·A'||_F²`` as that of ``[B - B', B'] [A; A - A']``.
 
     Equal to ``[B, -B'] [A; A']``, but its terms are as small as the step is: nothing large cancels.

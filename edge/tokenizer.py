@@ -106,9 +106,7 @@ class EdgeTokenizer:
         spans = np.array(found.offsets, np.int32).reshape(-1, 2)
         return Encoded(np.array(found.ids, np.int32), spans, np.array(found.special_tokens_mask, np.bool_))
 
-    def encode_chat(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
-    ) -> IntArray:
+    def encode_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> IntArray:
         """Token ids, int32 (tokens,), of a conversation, ready to be answered. Raises ``DataError``."""
         text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False).ids

@@ -135,8 +135,7 @@ class Trainer:
         A lost session costs the exchange of this step, which is run again; the optimizer steps once.
         """
         step, started = self.next_step, time.perf_counter()
-        session = self.connection.session
-        before = (session.bytes_sent, session.bytes_received, session.round_trips, self.model.compute_seconds)
+        before, computed = _counters(self.connection), self.model.compute_seconds
         batches = self.batches.step_batches(step)
         labelled = sum(len(batch.labels) for batch in batches)
         losses = self._exchange(step, batches, labelled)
@@ -149,6 +148,7 @@ class Trainer:
         self.adapters.zero_grad()
         self._unanswered = scores
         self._report()
+        after = _counters(self.connection)
         return StepMetrics(
             step=step,
             total_steps=self.config.total_steps,
@@ -157,12 +157,12 @@ class Trainer:
             grad_norm=norm,
             tokens=sum(len(batch.ids) for batch in batches),
             labelled=labelled,
-            bytes_up=session.bytes_sent - before[0],
-            bytes_down=session.bytes_received - before[1],
-            round_trips=session.round_trips - before[2],
+            bytes_up=after[0] - before[0],
+            bytes_down=after[1] - before[1],
+            round_trips=after[2] - before[2],
             active_units=int((states == UnitState.ACTIVE).sum()),
             live_units=int((states != UnitState.KILLED).sum()),
-            edge_compute_s=self.model.compute_seconds - before[3] + optimized,
+            edge_compute_s=self.model.compute_seconds - computed + optimized,
             step_s=time.perf_counter() - started,
             units="".join(map(str, states)),
         )
@@ -329,24 +329,31 @@ class Trainer:
         self._unanswered = None
 
     def _restore(self, checkpoint: Checkpoint) -> bytes:
-        state = msgspec.convert(checkpoint.state, TrainerState)
+        try:
+            state = msgspec.convert(checkpoint.state, TrainerState)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"{checkpoint.path} is of another version ({error}); start anew") from None
         if state.digest != self.digest:
             raise CheckpointError(
                 "the checkpoint belongs to a run with other settings, data or base model; "
                 "repeat that run's options with --resume, or start anew in another --out"
             )
-        for adapter in self.adapters:
-            for name, parameter in _parameters(adapter):
-                key = f"{adapter.name}.{name}"
-                parameter.value = checkpoint.tensors[key]
-                parameter.exp_avg = checkpoint.tensors[f"{key}.exp_avg"]
-                parameter.exp_avg_sq = checkpoint.tensors[f"{key}.exp_avg_sq"]
-        for unit, unit_state, age, steps in zip(
-            self.adapters.units, state.states, state.fade_ages, state.adam_steps, strict=True
-        ):
-            unit.state, unit.fade_age, unit.adam_steps = UnitState(unit_state), age, steps
+        # The digest covers all settings, so that what follows fails only for a file that was made by hand.
+        try:
+            for adapter in self.adapters:
+                for name, parameter in _parameters(adapter):
+                    key = f"{adapter.name}.{name}"
+                    parameter.value = checkpoint.tensors[key]
+                    parameter.exp_avg = checkpoint.tensors[f"{key}.exp_avg"]
+                    parameter.exp_avg_sq = checkpoint.tensors[f"{key}.exp_avg_sq"]
+            for unit, unit_state, age, steps in zip(
+                self.adapters.units, state.states, state.fade_ages, state.adam_steps, strict=True
+            ):
+                unit.state, unit.fade_age, unit.adam_steps = UnitState(unit_state), age, steps
+            self._unanswered = checkpoint.tensors[_SCORES] if state.unanswered else None
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint.path} lacks a part ({error}); start anew in another --out") from None
         self.next_step = state.next_step
-        self._unanswered = checkpoint.tensors[_SCORES] if state.unanswered else None
         return state.ticket
 
 
@@ -393,6 +400,12 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
         ratio = loaded.scaling[name] / adapter.scaling
         adapter.lora_A.value = module.lora_A
         adapter.lora_B.value = module.lora_B if ratio == 1.0 else module.lora_B * np.float32(ratio)
+
+
+def _counters(connection: Connection) -> tuple[int, int, int]:
+    """Bytes up, bytes down and round trips so far; a lost session takes none of them with it."""
+    session = connection.session
+    return session.bytes_sent, session.bytes_received, session.round_trips
 
 
 def _parameters(adapter: Adapter) -> tuple[tuple[str, Parameter], tuple[str, Parameter]]:

@@ -27,7 +27,8 @@ from .tensors import WireTensor, parse_descriptor
 
 HEADER_BLOCK: Final = 256
 ALIGNMENT: Final = 64
-MAX_HEADER_BYTES: Final = 1 << 22
+MAX_HEADER_BYTES: Final = 1 << 22  # of open_session, which has groups and a ticket
+MAX_SHORT_HEADER_BYTES: Final = 1 << 16  # of all others
 _PREFIX: Final = struct.Struct("<IIII")
 PREFIX_BYTES: Final = _PREFIX.size
 _CHECKSUM: Final = slice(PREFIX_BYTES - 4, PREFIX_BYTES)
@@ -81,6 +82,10 @@ def read_prefix(frame: bytes | bytearray | memoryview) -> Prefix:
     return Prefix._make(_PREFIX.unpack_from(frame))
 
 
+class _Type(msgspec.Struct):
+    type: str
+
+
 class Decoder:
     """Frames to messages. Not thread-safe: one for each connection."""
 
@@ -108,6 +113,8 @@ class Decoder:
             raise RemoteProtocolError("frame shorter than its header")
         _check_zeros(view, end, self._offset)
         try:
+            if prefix.header_length > MAX_SHORT_HEADER_BYTES and _type_of(view[PREFIX_BYTES:end]) != "open_session":
+                raise RemoteProtocolError("header too long", code="limit")
             message: AnyMessage = self._decoder.decode(view[PREFIX_BYTES:end])
         except RemoteProtocolError:
             raise
@@ -136,6 +143,11 @@ def frame_bytes(header_blocks: int, tensor_nbytes: list[int]) -> int:
     for nbytes in tensor_nbytes:
         offset = _round_up(offset, ALIGNMENT) + nbytes
     return offset
+
+
+def _type_of(header: memoryview) -> str:
+    """The type alone: descriptors are decoded before they are checked, and an empty map is 64 bytes in memory."""
+    return msgspec.msgpack.decode(header, type=_Type).type
 
 
 def _checksum(frame: memoryview) -> int:

@@ -201,5 +201,7 @@ def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
 
 
 def _fail(text: str, exit_code: int) -> None:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    # Some of it may be a peer's words: nothing in them may steer a terminal.
+    line = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+    print(f"error: {line}", file=sys.stderr)
     raise SystemExit(exit_code)

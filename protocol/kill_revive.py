@@ -22,6 +22,7 @@ OnKill = Literal["fade", "bypass", "hold_forward"]
 Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 
+MAX_UNITS: Final = 16_384
 MIN_WARMUP_STEPS: Final = 20
 
 
@@ -76,8 +77,8 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     cost_aware: bool = True
     spread: bool = True
     on_kill: OnKill = "fade"
-    pinned: tuple[int, ...] = ()
-    static: tuple[int, ...] = ()
+    pinned: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_UNITS)] = ()
+    static: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_UNITS)] = ()
 
     def budget_floor(self, units: int) -> int:
         """``k``: how many of ``units`` units stay active once the budget has come down."""

@@ -16,9 +16,9 @@ from collections import deque
 from typing import Final
 
 from .codec import Prefix
-from .errors import LocalProtocolError, RemoteProtocolError
+from .errors import RemoteProtocolError
 
-MAX_UNACKNOWLEDGED: Final = 64
+MAX_UNACKNOWLEDGED: Final = 32
 REMEMBERED: Final = 256
 
 
@@ -41,11 +41,12 @@ class Link:
     def keep(self, frame: bytearray) -> None:
         """Keep the frame with the next number until it is acknowledged.
 
-        Raises ``LocalProtocolError`` where the peer has not acknowledged for too long.
+        Raises ``RemoteProtocolError`` where the peer has not acknowledged for too long: it must not be able to make
+        us keep more and more.
         """
         with self._lock:
             if len(self._outbox) >= MAX_UNACKNOWLEDGED:
-                raise LocalProtocolError(f"the peer has acknowledged none of the last {MAX_UNACKNOWLEDGED} frames")
+                raise RemoteProtocolError(f"the peer has acknowledged none of the last {MAX_UNACKNOWLEDGED} frames")
             self.sent += 1
             self._outbox.append((self.sent, frame))
 

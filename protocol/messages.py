@@ -23,6 +23,7 @@ Mode = Literal["train", "evaluate"]
 MAX_GROUPS = 16_384
 MAX_TICKET_BYTES = 1 << 20
 TOKEN_BYTES = 32
+MAX_RETRY_AFTER_S = 86_400
 
 ResumeToken = Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
 
@@ -39,7 +40,6 @@ class ErrorCode(StrEnum):
     TICKET = "ticket"
     DAMAGED = "damaged"
     DEADLINE = "deadline"
-    SUPERSEDED = "superseded"
     FLOOD = "flood"
     TOKEN_MISSING = "token_missing"
     TOKEN_WRONG = "token_wrong"
@@ -270,7 +270,7 @@ class Error(Message, frozen=True):
     code: ShortText
     message: ShortText
     retryable: bool = False
-    retry_after_s: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    retry_after_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_RETRY_AFTER_S)] | None = None
 
 
 AnyMessage = (

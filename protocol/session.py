@@ -324,7 +324,7 @@ class Session:
         if lengths.max() > welcome.max_sequence_length:
             limit = welcome.max_sequence_length
             raise _ViolationError(f"a sequence of {lengths.max()} tokens; at most {limit} fit", m.ErrorCode.LIMIT)
-        if not positions.size or positions[0] < 0 or positions[-1] >= tokens or (np.diff(positions) <= 0).any():
+        if not positions.size or positions[0] < 0 or positions[-1] >= tokens or (positions[1:] <= positions[:-1]).any():
             raise _ViolationError("label positions that are not ascending rows of the tokens")
         self._begun = message
         self._tokens = tokens

@@ -15,7 +15,7 @@ from dlora.cloud.base_model import BaseModel
 from dlora.cloud.server import CloudServer
 from dlora.edge.bundle import Bundle
 from dlora.edge.config import TrainConfig
-from dlora.edge.connection import Connection
+from dlora.edge.connection import Connection, Dialing
 from dlora.edge.data import Dataset
 from dlora.edge.onnx_engine import OnnxEngine
 from dlora.edge.optimizer import OptimizerConfig
@@ -83,11 +83,11 @@ def config(**changes: Any) -> TrainConfig:
 
 @contextmanager
 def training(
-    bundle: Path, url: str, run: TrainConfig, dataset: Dataset, **settings: Any
+    bundle: Path, url: str, run: TrainConfig, dataset: Dataset, dialing: Dialing | None = None, **settings: Any
 ) -> Iterator[Trainer]:
-    """A device's trainer, connected."""
+    """A device's trainer, connected; by default it gives up on the first failure."""
     opened = Bundle.open(bundle)
-    with Connection(url) as connection:
+    with Connection(url, dialing) as connection:
         yield Trainer(opened, OnnxEngine(opened, 1), connection, run, dataset, **settings)
 
 

@@ -144,7 +144,7 @@ def test_error_codes() -> None:
 def test_dtypes_and_limits() -> None:
     assert first_cells(section(PROTOCOL, "Tensors")) == list(tensors.DTYPES)
     for name, value, _ in rows(section(PROTOCOL, "Limits")):
-        modules = [module for module in (codec, link, tensors, messages) if hasattr(module, name)]
+        modules = [module for module in (codec, link, tensors, messages, kill_revive) if hasattr(module, name)]
         assert modules, name
         assert getattr(modules[0], name) == int(value), name
 
@@ -330,15 +330,15 @@ def anchors(text: str) -> Iterable[str]:
 
 @pytest.mark.parametrize("document", DOCS, ids=name_of)
 def test_links_resolve(document: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
-        if link.startswith(("https://", "http://")):
+    for address in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if address.startswith(("https://", "http://")):
             continue
-        path, _, anchor = link.partition("#")
+        path, _, anchor = address.partition("#")
         target = (document.parent / path).resolve() if path else document
-        assert target.is_relative_to(ROOT), link
-        assert target.exists(), link
+        assert target.is_relative_to(ROOT), address
+        assert target.exists(), address
         if anchor:
-            assert anchor in set(anchors(target.read_text())), link
+            assert anchor in set(anchors(target.read_text())), address
 
 
 @pytest.mark.parametrize("document", DOCS, ids=name_of)

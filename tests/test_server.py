@@ -207,9 +207,7 @@ def test_the_device_refuses_another_base_model(bundle: Path) -> None:
         with Connection(running.url) as connection:
             with pytest.raises(ModelMismatchError):
                 check_base_model(Bundle.open(bundle), connection.welcome)
-            connection.send(
-                open_session(other, base_fingerprint=Bundle.open(bundle).manifest.base_model.fingerprint)
-            )
+            connection.send(open_session(other, base_fingerprint=Bundle.open(bundle).manifest.base_model.fingerprint))
             with pytest.raises(ModelMismatchError, match="refused"):
                 connection.receive(m.SessionOpened)
 
@@ -305,14 +303,21 @@ def test_values_that_overflow_in_the_base_model(server: RunningServer, base: Bas
 
 @pytest.mark.parametrize(
     "frame",
-    [b"", b"\0", b"garbage" * 99, "text", encode(m.CloseSession()), encode(embeddings(), seq=1), b"\xff" * 300, b"\0" * 4096],
+    [
+        b"",
+        b"\0",
+        b"garbage" * 99,
+        "text",
+        encode(m.CloseSession()),
+        encode(embeddings(), seq=1),
+        b"\xff" * 300,
+        b"\0" * 4096,
+    ],
     ids=["empty", "short", "garbage", "text", "too early", "far too early", "ones", "zeros"],
 )
 @pytest.mark.parametrize("opened", [False, True], ids=["first", "in a session"])
-def test_nonsense(
-    server: RunningServer, base: BaseModel, bundle: Path, frame: bytes | str, opened: bool
-) -> None:
-    with (opened_device(server.url, base) if opened else raw_device(server.url)) as device:
+def test_nonsense(server: RunningServer, base: BaseModel, bundle: Path, frame: bytes | str, opened: bool) -> None:
+    with opened_device(server.url, base) if opened else raw_device(server.url) as device:
         device.socket.send(frame)
         if opened and isinstance(frame, bytearray):
             return  # legal there

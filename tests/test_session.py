@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlora.protocol import messages as m
-from dlora.protocol.codec import encode
 from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from dlora.protocol.kill_revive import GroupSpec, UnitState
 from dlora.protocol.session import TRANSITIONS, Role, Session, State, choose_version
@@ -103,7 +102,10 @@ def test_the_next_micro_batch_may_overtake_the_signal(when: int) -> None:
 
 def test_a_third_report_waits_for_a_signal() -> None:
     pair = Pair([*c.opening(), c.report(0), c.report(1)])
-    for role, act in ((E, pair.sides[E].send), (C, lambda message: pair.sides[C].receive(c.frame_for(pair.sides[C], message)))):
+    for role, act in (
+        (E, pair.sides[E].send),
+        (C, lambda message: pair.sides[C].receive(c.frame_for(pair.sides[C], message))),
+    ):
         refuses(pair.sides[role], lambda act=act: act(c.report(2)), ProtocolError)
     for message in (c.signal(0), c.report(2), c.signal(1), c.signal(2)):
         pair.say(message)
@@ -113,7 +115,11 @@ def test_a_signal_for_another_step_is_refused_and_the_right_one_still_comes() ->
     pair = Pair([*c.opening(), c.report(0)])
     for wrong in (c.signal(1), c.signal(0, b"\1"), c.signal(0, b"\1\x09")):
         refuses(pair.sides[C], lambda wrong=wrong: pair.sides[C].send(wrong), LocalProtocolError)
-        refuses(pair.sides[E], lambda wrong=wrong: pair.sides[E].receive(c.frame_for(pair.sides[E], wrong)), RemoteProtocolError)
+        refuses(
+            pair.sides[E],
+            lambda wrong=wrong: pair.sides[E].receive(c.frame_for(pair.sides[E], wrong)),
+            RemoteProtocolError,
+        )
     pair.say(c.signal(0, b"\0\1"))
     assert pair.sides[E].units.tolist() == [UnitState.KILLED, UnitState.ACTIVE]
 
@@ -148,7 +154,11 @@ def test_an_error_closes_from_every_state(state: State, sender: Role) -> None:
     assert {side.state for side in pair.sides.values()} == {State.CLOSED}
     for message in ONE_OF_EACH.values():
         refuses(pair.sides[E], lambda message=message: pair.sides[E].send(message), LocalProtocolError)
-        refuses(pair.sides[E], lambda message=message: pair.sides[E].receive(c.frame_for(pair.sides[E], message)), RemoteProtocolError)
+        refuses(
+            pair.sides[E],
+            lambda message=message: pair.sides[E].receive(c.frame_for(pair.sides[E], message)),
+            RemoteProtocolError,
+        )
 
 
 # -- what is not in the table ----------------------------------------------------------------------------
@@ -262,7 +272,11 @@ def test_wrong_content_is_refused_with_its_code(state: State, message: m.AnyMess
 def test_a_killed_unit_does_not_exchange() -> None:
     pair = Pair([*c.opening(), c.report(0), c.signal(0, b"\0\1"), c.embeddings(1)])
     refuses(pair.sides[C], lambda: pair.sides[C].send(c.group_input(1, group=0)), LocalProtocolError)
-    refuses(pair.sides[E], lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.group_input(1, group=0))), RemoteProtocolError)
+    refuses(
+        pair.sides[E],
+        lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.group_input(1, group=0))),
+        RemoteProtocolError,
+    )
     pair.say(c.group_input(1, group=1))
 
 
@@ -274,7 +288,11 @@ def test_a_group_exchanges_once_in_a_micro_batch() -> None:
 def test_an_evaluation_has_no_gradients() -> None:
     way = [*c.opening(), c.embeddings(mode="evaluate"), c.group_input(), c.group_delta()]
     pair = Pair(way)
-    refuses(pair.sides[E], lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.labelled(gradients=1))), RemoteProtocolError)
+    refuses(
+        pair.sides[E],
+        lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.labelled(gradients=1))),
+        RemoteProtocolError,
+    )
 
 
 def test_fewer_gradients_than_groups_end_the_backward_pass() -> None:
@@ -284,7 +302,11 @@ def test_fewer_gradients_than_groups_end_the_backward_pass() -> None:
 
 def test_more_gradients_than_announced_are_refused() -> None:
     pair = Pair([*c.opening(), *c.forward(gradients=1), c.grad_hidden_states(), c.group_grad(group=2)])
-    refuses(pair.sides[E], lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.group_grad(group=1))), RemoteProtocolError)
+    refuses(
+        pair.sides[E],
+        lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.group_grad(group=1))),
+        RemoteProtocolError,
+    )
 
 
 def test_the_newest_common_version_is_chosen() -> None:

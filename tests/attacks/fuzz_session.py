@@ -1,0 +1,160 @@
+"""Fuzz target: a whole conversation. Each frame gives a message or ``RemoteProtocolError``, and no rule is broken.
+
+The input is a byte of settings and then records: who speaks, a length, a frame. A refused frame must leave the
+session as it was, and what is accepted must be safe to compute with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import conversations as c
+import numpy as np
+from attacks import fuzz_decoder
+from attacks.fuzz_decoder import RESUMING, SESSION_OPENED
+from attacks.fuzz_target import Target
+
+from dlora.protocol import messages as m
+from dlora.protocol.codec import PREFIX_BYTES, Decoder, encode, read_prefix
+from dlora.protocol.errors import LocalProtocolError, RemoteProtocolError
+from dlora.protocol.session import NUMBERED, TRANSITIONS, Role, Session
+
+OPENED: Final = 2  # the settings' bit for a session that is open already; the lowest bit is the role
+AS_IT_IS, NUMBERED_ANEW, OURS = range(3)
+MAX_RECORDS: Final = 64
+ROLES: Final = (Role.EDGE, Role.CLOUD)
+OPENING: Final[tuple[m.AnyMessage, ...]] = (c.hello(), c.welcome(), c.open_session(), SESSION_OPENED)
+_DECODER: Final = Decoder()
+_SENDERS: Final = {kind: role for row in TRANSITIONS.values() for kind, (role, _) in row.items()}
+
+
+def target(_directory: Path) -> Target:
+    """The target; its corpus is two steps, and the handshakes, as each side sees them."""
+    steps = [
+        *c.forward(0), *c.backward(0), c.report(0), c.embeddings(1, mode="evaluate"), c.signal(0),
+        c.group_input(1), c.group_delta(1), c.labelled(1), *c.forward(1, live=(0, 1)), *c.backward(1, live=(0, 1)),
+        c.report(1), c.signal(1, b"\0\1"), *c.forward(2, live=(1, 2), gradients=0), m.CloseSession(),
+    ]  # fmt: skip
+    resume, resumed, gone = RESUMING
+    resuming = [c.hello(), c.welcome(), resume, gone, *OPENING[2:]]
+    corpus = []
+    for index, role in enumerate(ROLES):
+        corpus.append(bytes([index | OPENED]) + _records(steps, role))
+        corpus.append(bytes([index]) + _records(resuming, role))
+        corpus.append(bytes([index]) + _records([c.hello(), c.welcome(), resume, resumed], role))
+    return Target("session", tuple(corpus), mutate, run)
+
+
+def run(data: bytes) -> None:
+    settings = data[0] if data else 0
+    role = ROLES[settings & 1]
+    session = Session(role)
+    if settings & OPENED:
+        for message in OPENING:
+            session.send(message) if _sender(message) is role else session.receive(encode(message))
+    for kind, frame in _parsed(data[1:]):
+        if kind == OURS:
+            _speak(session, frame)
+        else:
+            _listen(session, _numbered_anew(session, frame) if kind == NUMBERED_ANEW else frame)
+
+
+def _speak(session: Session, frame: bytes) -> None:
+    try:
+        session.send(_DECODER.decode(frame))
+    except (RemoteProtocolError, LocalProtocolError):
+        return
+
+
+def _listen(session: Session, frame: bytes) -> None:
+    before = _standing(session)
+    try:
+        message = session.receive(frame)
+    except RemoteProtocolError:
+        assert _standing(session) == before
+        return
+    if message is None:
+        return
+    for tensor in m.tensors_of(message):
+        assert tensor.is_finite()
+    if isinstance(message, m.Embeddings):
+        tokens = message.hidden_states.shape[0]
+        positions, lengths = message.label_positions.data.tolist(), message.sequence_lengths.data.tolist()
+        assert all(0 <= position < tokens for position in positions)
+        assert sorted(set(positions)) == positions
+        assert sum(lengths) == tokens
+
+
+def mutate(data: bytes, rng: Random) -> bytes:
+    """Drop, repeat, move or change one record."""
+    records = list(_parsed(data[1:]))
+    if not records:
+        return data + fuzz_decoder.mutate(b"", rng)
+    settings = rng.randrange(4) if rng.random() < 0.1 else data[0]
+    at = rng.randrange(len(records))
+    kind, frame = records[at]
+    match rng.randrange(7):
+        case 0:
+            del records[at]
+        case 1:
+            records.insert(at, records[at])
+        case 2:
+            records.insert(rng.randrange(len(records)), records.pop(at))
+        case 3:
+            records[at] = (rng.randrange(3), frame)
+        case _:
+            records[at] = (kind, fuzz_decoder.mutate(frame, rng))
+    return bytes([settings]) + b"".join(_record(*record) for record in records)
+
+
+def _records(messages: Sequence[m.AnyMessage], role: Role) -> bytes:
+    return b"".join(
+        _record(OURS if _sender(message) is role else NUMBERED_ANEW, bytes(encode(message))) for message in messages
+    )
+
+
+def _sender(message: m.AnyMessage) -> Role:
+    return _SENDERS.get(type(message), Role.CLOUD)
+
+
+def _record(kind: int, frame: bytes) -> bytes:
+    return bytes([kind]) + len(frame).to_bytes(4, "little") + frame
+
+
+def _parsed(data: bytes) -> Iterator[tuple[int, bytes]]:
+    for _ in range(MAX_RECORDS):
+        if len(data) < 5:
+            return
+        length = int.from_bytes(data[1:5], "little")
+        yield data[0] % 3, data[5 : 5 + length]
+        data = data[5 + length :]
+
+
+def _numbered_anew(session: Session, frame: bytes) -> bytes:
+    """With the number that comes next, if it has one; so that a dropped record does not end the conversation."""
+    try:
+        numbered = isinstance(_DECODER.decode(frame), NUMBERED)
+    except RemoteProtocolError:
+        return frame
+    seq, ack = (session.link.received + 1, session.link.sent) if numbered else (0, 0)
+    prefix = read_prefix(frame)
+    return fuzz_decoder.sealed(
+        b"".join(number.to_bytes(4, "little") for number in (prefix.header_length, seq, ack, 0)) + frame[PREFIX_BYTES:]
+    )
+
+
+def _standing(session: Session) -> dict[str, Any]:
+    """All that a session remembers, in a form that nothing changes later."""
+    standing: dict[str, Any] = {"link": (session.link.sent, session.link.received)}
+    for name, value in vars(session).items():
+        match value:
+            case np.ndarray():
+                standing[name] = value.tobytes()
+            case set() | list():
+                standing[name] = tuple(value)
+            case _ if name not in ("_decoder", "link"):
+                standing[name] = value
+    return standing

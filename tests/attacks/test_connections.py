@@ -1,0 +1,213 @@
+"""Hostile clients against the real server, and an honest device beside each: it must end with the same bits.
+
+What is tried, and what stops it, is in ``abuses``; README.md is its table.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, besieged
+from families import VOCABULARY, save_tiny, tiny_model
+from hostile import TIMEOUT_S
+from serving import RunningServer, config, final_weights, random_dataset, serving, training
+
+from dlora.cloud.base_model import BaseModel
+from dlora.cloud.guard import ConnectionLimits, raise_file_limit
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.kill_revive import GroupSpec
+
+README = Path(__file__).with_name("README.md")
+ELSEWHERE = "127.0.0.66"
+STEPS = 4
+MAX_SESSIONS = 12
+
+Bits = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("attacks")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0, head_dtype="fp32"))
+    return directory / "bundle"
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return BaseModel.from_model(tiny_model("llama"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def groups(base: BaseModel) -> tuple[GroupSpec, ...]:
+    return base.groups(["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"])
+
+
+@pytest.fixture(scope="module")
+def server(base: BaseModel) -> Iterator[RunningServer]:
+    raise_file_limit()
+    with serving(base, max_sessions=MAX_SESSIONS, max_tokens=64) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def target(server: RunningServer, groups: tuple[GroupSpec, ...]) -> Target:
+    return Target(server.url, groups, source=ELSEWHERE)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: BaseModel, bundle: Path, server: RunningServer) -> Bits:
+    return train(bundle, server.url)
+
+
+def train(bundle: Path, url: str) -> Bits:
+    """An honest device's whole run."""
+    with training(bundle, url, config(total_steps=STEPS), random_dataset(VOCABULARY)) as trainer:
+        for _ in range(STEPS):
+            trainer.run_step()
+        return {name: np.asarray(value).tobytes() for name, value in final_weights(trainer).items()}
+
+
+@contextmanager
+def again_and_again(run: Callable[[], object]) -> Iterator[list[object]]:
+    """Run it in another thread until the context ends, at least once; gives what it returned."""
+    done = threading.Event()
+    found: list[object] = []
+
+    def loop() -> None:
+        while not (done.is_set() and found):
+            try:
+                found.append(run())
+            except Exception as error:
+                found.append(error)
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join(TIMEOUT_S)
+    assert not thread.is_alive()
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.005)
+
+
+# -- abuses ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ABUSES)
+def test_an_abuse(name: str, target: Target, bundle: Path, undisturbed: Bits) -> None:
+    run, expected = ABUSES[name]
+    with again_and_again(lambda: run(target)) as outcomes:
+        bits = train(bundle, target.url)
+    assert set(outcomes) <= set(expected), outcomes
+    assert bits == undisturbed
+
+
+@pytest.mark.parametrize("name", SIEGES)
+def test_a_siege(name: str, target: Target, bundle: Path, undisturbed: Bits) -> None:
+    with besieged(target, SIEGES[name], 40):
+        assert train(bundle, target.url) == undisturbed
+
+
+@pytest.mark.parametrize("name", SITS_IN_A_SESSION)
+def test_a_siege_with_sessions(name: str, target: Target, bundle: Path, undisturbed: Bits) -> None:
+    with besieged(target, SITS_IN_A_SESSION[name], MAX_SESSIONS // 2) as sitting:
+        assert len(sitting) == MAX_SESSIONS // 2
+        assert train(bundle, target.url) == undisturbed
+
+
+def test_a_thousand_idle_connections(
+    server: RunningServer, groups: tuple[GroupSpec, ...], bundle: Path, undisturbed: Bits
+) -> None:
+    """From the honest device's own address, which is the worst case."""
+    guard = server.server.guard
+    with besieged(Target(server.url, groups), SIEGES["idle_websocket"], 1000) as sitting:
+        assert len(sitting) == 1000
+        eventually(lambda: guard.unfinished <= guard.limits.unfinished)
+        assert train(bundle, server.url) == undisturbed
+        assert guard.unfinished + guard.opened <= MAX_SESSIONS + guard.limits.unfinished
+    eventually(lambda: guard.unfinished == 0)
+
+
+def test_devices_that_come_in_the_middle_of_a_flood(
+    server: RunningServer, groups: tuple[GroupSpec, ...], bundle: Path, undisturbed: Bits
+) -> None:
+    def flood() -> None:
+        with besieged(Target(server.url, groups), SIEGES["idle_socket"], 500):
+            pass
+
+    with again_and_again(flood):
+        for _ in range(3):
+            assert train(bundle, server.url) == undisturbed
+
+
+def test_a_small_server_under_siege(
+    base: BaseModel, groups: tuple[GroupSpec, ...], bundle: Path, undisturbed: Bits
+) -> None:
+    """With room for four strangers, and all kinds of them at once."""
+    limits = ConnectionLimits(sessions=4, unfinished=4, unfinished_bytes=16 << 20)
+    with (
+        serving(base, max_sessions=4, max_tokens=64, limits=limits) as running,
+        ExitStack() as held,
+    ):
+        target = Target(running.url, groups, source=ELSEWHERE)
+        for sitting in SIEGES.values():
+            held.enter_context(besieged(target, sitting, 9))
+        assert train(bundle, running.url) == undisturbed
+        assert running.server.guard.unfinished <= 4
+
+
+# -- what is left ----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_of_them(target: Target, server: RunningServer, bundle: Path, undisturbed: Bits) -> None:
+    for run, _ in ABUSES.values():
+        run(target)
+    eventually(lambda: server.server.guard.unfinished == 0)
+    eventually(lambda: server.server.guard.opened == 0)
+    # A session that waits for its device may keep its last connection; nobody else's may be left.
+    eventually(lambda: gc.collect() >= 0 and len(server.server._callers) <= server.server.service.sessions.parked)
+    assert train(bundle, server.url) == undisturbed
+
+
+def test_the_log_names_reasons_and_no_content(
+    target: Target, server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        for run, _ in ABUSES.values():
+            run(target)
+        eventually(lambda: server.server.guard.unfinished == 0)
+    ours = [record for record in caplog.records if record.name.startswith("dlora")]
+    said = "\n".join(record.getMessage() for record in ours)
+    for reason in ("non_finite", "ticket", "unknown_target", "base_model_mismatch", "version", "limit", "damaged"):
+        assert reason in said
+    for content in ("evil", "hostile", "garbage"):
+        assert content not in said, content
+    assert all(record.getMessage().isprintable() for record in ours), "a line that a peer has written"
+    assert not any(record.exc_info for record in ours)
+
+
+def test_the_readme_has_each_of_them() -> None:
+    rows = {
+        cells[0].strip(" `"): cells[2]
+        for line in README.read_text().splitlines()
+        if line.startswith("| `") and len(cells := line.strip("|").split("|")) > 2
+    }
+    assert set(rows) == {*ABUSES, *SIEGES, *SITS_IN_A_SESSION}
+    for name, (_, expected) in ABUSES.items():
+        assert all(f"`{outcome}`" in rows[name] for outcome in expected), name

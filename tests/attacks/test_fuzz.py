@@ -1,0 +1,391 @@
+"""Whatever the bytes: a value, or the documented error. Fuzzing, short and seeded, and the properties behind it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import tracemalloc
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import conversations as c
+import msgspec
+import numpy as np
+import pytest
+from attacks import fuzz_checkpoint
+from attacks.fuzz import TARGETS
+from attacks.fuzz_decoder import EXAMPLES, sealed
+from attacks.fuzz_session import OPENING
+from attacks.fuzz_target import Target, join, split
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dlora.edge.bundle import Bundle
+from dlora.edge.checkpoint import load_latest
+from dlora.edge.peft_adapter import CONFIG_NAME, load_adapter
+from dlora.edge.rows import read_rows
+from dlora.protocol import messages as m
+from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode
+from dlora.protocol.errors import BundleError, CheckpointError, DataError, RemoteProtocolError
+from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, check_file
+from dlora.protocol.session import Role, Session
+from dlora.protocol.tensors import DTYPES, WireTensor
+
+HERE = Path(__file__).parent
+INPUTS = 1500
+
+
+def made(name: str, directory: Path) -> Target:
+    target: Target = importlib.import_module(f"attacks.fuzz_{name}").target(directory)
+    return target
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Target:
+    return made("adapter", tmp_path)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Target:
+    return made("manifest", tmp_path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Target:
+    return made("checkpoint", tmp_path)
+
+
+# -- the targets -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_changed_inputs(name: str, tmp_path: Path) -> None:
+    """What ``fuzz.py`` does, without coverage: chains of mutations, always the same ones."""
+    target = made(name, tmp_path)
+    rng = Random(0)
+    pool = list(target.corpus)
+    for data in pool:
+        target.run(data)
+    for _ in range(INPUTS):
+        data = target.mutate(rng.choice(pool), rng)
+        target.run(data)
+        if len(data) < 20_000 and rng.random() < 0.2:
+            pool.append(data)
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "found").glob("*.bin")), ids=lambda path: path.stem)
+def test_what_was_found_once(path: Path, tmp_path: Path) -> None:
+    made(path.stem.partition("-")[0], tmp_path).run(path.read_bytes())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Coverage-guided, in a process of its own, for two seconds."""
+    pytest.importorskip("atheris")
+    command = [sys.executable, str(HERE / "fuzz.py"), "decoder", "--seconds", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result["executions"] > len(EXAMPLES)
+    assert result["coverage"] > 0
+    assert result["crashes"] == 0
+
+
+# -- frames ----------------------------------------------------------------------------------------------
+
+INDEX = st.integers(0, 2**32 - 1)
+SHAPES = [(), (0,), (1,), (5,), (2, 3), (3, 0), (1, 2, 3), (2, 1, 2, 1)]
+# Hypothesis is the slow part here: few draws an example.
+KINDS = st.sampled_from(
+    [(dtype, shape, 0) for dtype in DTYPES for shape in SHAPES]
+    + [("fp16", (2, 3), exponent) for exponent in (-127, -1, 1, 112, 113, 127)]
+)
+BITS = st.binary(min_size=1, max_size=8)
+
+
+@st.composite
+def any_message(draw: st.DrawFn) -> m.AnyMessage:
+    """A message with any numbers, short text, and tensors of any kind and bits."""
+    message = draw(st.sampled_from(EXAMPLES))
+    changes: dict[str, Any] = {}
+    for name, value in msgspec.structs.asdict(message).items():
+        if isinstance(value, WireTensor):
+            changes[name] = tensor(*draw(KINDS), draw(BITS))
+        elif isinstance(value, tuple) and value and isinstance(value[0], WireTensor):
+            changes[name] = (tensor(*draw(KINDS), draw(BITS)), tensor(*draw(KINDS), b"\x3c"))
+        elif name in ("step", "received", "gradients"):
+            changes[name] = draw(INDEX)
+        elif name in ("software", "message", "session"):
+            changes[name] = draw(st.text(max_size=12))
+    return msgspec.structs.replace(message, **changes)
+
+
+def tensor(dtype: str, shape: tuple[int, ...], exponent: int, bits: bytes) -> WireTensor:
+    """``bits`` over and over."""
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    data = np.frombuffer((bits * (nbytes + 1))[:nbytes], DTYPES[dtype]).reshape(shape)
+    return WireTensor(dtype, data, exponent)
+
+
+DECODER = Decoder()
+
+
+def check_frame(message: m.AnyMessage, seq: int, where: int, flip: int) -> None:
+    frame = encode(message, seq=seq, ack=seq // 2)
+    assert DECODER.decode(frame) == message
+    at = where % len(frame)
+    with pytest.raises(RemoteProtocolError):
+        DECODER.decode(frame[:at])
+    frame[at] ^= flip
+    with pytest.raises(RemoteProtocolError):
+        DECODER.decode(frame)
+    # An attacker writes the checksum anew: then it is a message, or it is refused.
+    try:
+        changed = DECODER.decode(sealed(bytes(frame)))
+    except RemoteProtocolError:
+        return
+    assert DECODER.decode(encode(changed)) == changed
+
+
+FRAMES = {"message": any_message(), "seq": INDEX, "where": st.integers(0, 2**16), "flip": st.integers(1, 255)}
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(**FRAMES)
+def test_frames(message: m.AnyMessage, seq: int, where: int, flip: int) -> None:
+    check_frame(message, seq, where, flip)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@settings(max_examples=100_000, deadline=None, database=None)
+@given(**FRAMES)
+def test_a_hundred_thousand_frames(message: m.AnyMessage, seq: int, where: int, flip: int) -> None:
+    check_frame(message, seq, where, flip)
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_every_truncation_and_every_flipped_byte_is_seen(message: m.AnyMessage) -> None:
+    frame = encode(message, seq=3, ack=2)
+    decoder = Decoder()
+    for at in range(len(frame)):
+        with pytest.raises(RemoteProtocolError):
+            decoder.decode(frame[:at])
+        changed = frame.copy()
+        changed[at] ^= 0x10
+        with pytest.raises(RemoteProtocolError):
+            decoder.decode(changed)
+
+
+def header_of(fields: bytes, fill: bytes, times: int) -> bytes:
+    """A frame whose header is ``fields`` and then an array of ``times`` times ``fill``; no tensors."""
+    header = fields + b"\xdd" + times.to_bytes(4, "big") + fill * times
+    frame = struct.pack("<IIII", len(header), 1, 0, 0) + header
+    return sealed(frame.ljust(-(-len(frame) // HEADER_BLOCK) * HEADER_BLOCK, b"\0"))
+
+
+OPEN = b"\x82\xa4type\xacopen_session"
+GROUP = b"\xa4step\x00\xabmicro_batch\x00\xa5group\x00"
+
+
+@pytest.mark.parametrize(
+    ("fields", "fill"),
+    [
+        (b"\x85\xa4type\xabgroup_input" + GROUP + b"\xadhidden_states", b"\x80"),
+        (b"\x85\xa4type\xabgroup_input" + GROUP + b"\xadhidden_states", b"\x90"),
+        (b"\x85\xa4type\xabgroup_delta" + GROUP + b"\xa6deltas", b"\x93\xa4fp32\x91\x00\x00"),
+        (b"\x82\xa4type\xa5hello\xb1protocol_versions", b"\x01"),
+        (OPEN + b"\xabkill_revive\x81\xa6pinned", b"\x01"),
+        (OPEN + b"\xa6groups", b"\x80"),
+    ],
+    ids=["maps for a tensor", "arrays for a tensor", "a million tensors", "versions", "pinned units", "groups"],
+)
+def test_a_small_frame_never_becomes_much_memory(fields: bytes, fill: bytes) -> None:
+    """msgpack's empty map is one byte on the wire and 64 in memory."""
+    frame = header_of(fields, fill, ((1 << 22) - 200) // len(fill))
+    tracemalloc.start()
+    try:
+        with pytest.raises(RemoteProtocolError):
+            Decoder().decode(frame)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(frame)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.binary(max_size=40))
+def test_bytes_below_a_prefix(data: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        Decoder().decode(sealed(data) if len(data) < PREFIX_BYTES else data[: PREFIX_BYTES - 1])
+
+
+# -- sessions --------------------------------------------------------------------------------------------
+
+EDGES = st.sampled_from((0, 1, 2, 3, 2**31 - 1, 2**31 - 2, -1, -2, -(2**31)))
+
+
+def ready_for_embeddings() -> Session:
+    session = Session(Role.CLOUD)
+    for message in OPENING:
+        if isinstance(message, c.FROM_EDGE):
+            session.receive(encode(message))
+        else:
+            session.send(message)
+    return session
+
+
+def check_embeddings(positions: list[int], lengths: list[int]) -> None:
+    message = c.embeddings(
+        label_positions=WireTensor.from_ints(positions), sequence_lengths=WireTensor.from_ints(lengths)
+    )
+    valid = (
+        0 < len(positions) == len(set(positions))
+        and positions == sorted(positions)
+        and positions[0] >= 0
+        and positions[-1] < c.TOKENS
+        and len(lengths) > 0
+        and min(lengths) > 0
+        and sum(lengths) == c.TOKENS
+    )
+    session = ready_for_embeddings()
+    try:
+        session.receive(encode(message, seq=1))
+    except RemoteProtocolError:
+        assert not valid
+    else:
+        assert valid
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(st.lists(EDGES, max_size=5), st.lists(EDGES, min_size=1, max_size=3) | st.just([c.TOKENS]))
+def test_embeddings_are_taken_exactly_when_they_are_valid(positions: list[int], lengths: list[int]) -> None:
+    check_embeddings(positions, lengths)
+
+
+@pytest.mark.parametrize("positions", [[0, 2**31 - 1, -2, 1], [1, -(2**31)]])
+def test_positions_whose_differences_overflow(positions: list[int]) -> None:
+    # As int32, each difference of neighbours is positive.
+    check_embeddings(positions, [c.TOKENS])
+
+
+# -- files -----------------------------------------------------------------------------------------------
+
+ONE_FILE = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+PLACE = st.integers(0, 2**16)
+
+
+def damaged(whole: bytes, where: int, flip: int) -> bytes:
+    """One byte changed, or for ``flip`` 0 a file that ends early."""
+    at = where % len(whole)
+    return whole[:at] if flip == 0 else whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :]
+
+
+@ONE_FILE
+@given(where=PLACE, flip=st.integers(0, 255))
+def test_a_damaged_checkpoint_is_the_same_or_refused(tmp_path: Path, checkpoint: Target, where: int, flip: int) -> None:
+    path = tmp_path / f"checkpoint-{fuzz_checkpoint.STEP:06d}.safetensors"
+    whole = checkpoint.corpus[0]
+    path.write_bytes(whole)
+    before = load_latest(tmp_path)
+    path.write_bytes(damaged(whole, where, flip))
+    try:
+        after = load_latest(tmp_path)
+    except CheckpointError:
+        return
+    assert before is not None
+    assert after is not None
+    assert after.state == before.state
+    assert {name: (t.dtype, t.shape, t.tobytes()) for name, t in after.tensors.items()} == {
+        name: (t.dtype, t.shape, t.tobytes()) for name, t in before.tensors.items()
+    }
+
+
+@ONE_FILE
+@given(where=PLACE, flip=st.integers(0, 255), part=st.integers(0, 1))
+def test_a_damaged_adapter_is_an_adapter_or_refused(adapter: Target, where: int, flip: int, part: int) -> None:
+    """PEFT's files have no digest, so a changed weight cannot be told; a changed shape, name or kind can."""
+    files = list(split(adapter.corpus[0]))
+    files[part] = damaged(files[part], where, flip)
+    adapter.run(join(*files))
+
+
+@ONE_FILE
+@given(where=PLACE, flip=st.integers(0, 255))
+def test_a_damaged_manifest_is_a_manifest_or_refused(manifest: Target, where: int, flip: int) -> None:
+    described, weight = split(manifest.corpus[0])
+    manifest.run(join(damaged(described, where, flip), weight))
+
+
+@ONE_FILE
+@given(where=PLACE, flip=st.integers(0, 255))
+def test_a_damaged_file_of_a_bundle_is_refused(tmp_path: Path, manifest: Target, where: int, flip: int) -> None:
+    described, weight = split(manifest.corpus[0])
+    (tmp_path / MANIFEST_NAME).write_bytes(described)
+    (tmp_path / "embedding.npy").write_bytes(damaged(weight, where, flip))
+    with pytest.raises(BundleError, match="is damaged"):
+        Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "embedding.npy/x", "../x", "/dev/zero", "."])
+def test_names_of_files_in_a_manifest(tmp_path: Path, manifest: Target, name: str) -> None:
+    described, weight = split(manifest.corpus[0])
+    value = json.loads(described)
+    value["files"][name] = {"bytes": 0, "sha256": "0" * 64}
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(value))
+    (tmp_path / "embedding.npy").write_bytes(weight)
+    with pytest.raises(BundleError):
+        Bundle.open(tmp_path)
+
+
+def test_a_pipe_in_a_bundle_does_not_keep_us_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BundleError, match="no regular file"):
+        check_file(tmp_path, "pipe", FileSpec(0, "0" * 64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"r": 0.5}, "whole number"),
+        ({"lora_alpha": 10**19}, "below 2"),
+        ({"rank_pattern": 5}, "must be an object"),
+        ({"rank_pattern": ["q_proj"]}, "must be an object"),
+        ({"rank_pattern": {"q_proj": 0.5}}, "whole number"),
+        ({"alpha_pattern": {"a{4294967296}": 1}}, "malformed pattern"),
+        ({"alpha_pattern": {"(a|a)*b": 1}}, "too complicated"),
+        ({"alpha_pattern": {"a?a?a?a?a?": 1}}, "too complicated"),
+    ],
+)
+@pytest.mark.usefixtures("adapter")
+def test_settings_of_an_adapter(tmp_path: Path, changes: dict[str, object], text: str) -> None:
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, **changes}))
+    with pytest.raises(CheckpointError, match=text):
+        load_adapter(tmp_path)
+
+
+MARKS = st.lists(st.sampled_from('",\n\ra\0{}[]1:'), max_size=60)
+
+
+@ONE_FILE
+@given(
+    st.binary(max_size=60) | MARKS.map(lambda marks: "".join(marks).encode()), st.sampled_from(("csv", "tsv", "jsonl"))
+)
+def test_training_files(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"data.{suffix}"
+    path.write_bytes(content)
+    with suppress(DataError):
+        assert all(isinstance(row.fields, dict) for row in read_rows(path))

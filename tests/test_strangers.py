@@ -1,0 +1,279 @@
+"""Who may come in and how much they may use, with the real commands and the real server: each refusal has its code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trustme
+from families import VOCABULARY, save_tiny, tiny_model
+from processes import CLOUD, CloudProcess, Finished, cloud_process, quiet_environment, run_edge
+from serving import config, final_weights, random_dataset, serving, training
+
+from dlora.cloud.base_model import BaseModel
+from dlora.cloud.quotas import QuotaLimits
+from dlora.edge.connection import Connection, Dialing, Retry
+from dlora.edge.trainer import Trainer
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.errors import RefusedError
+
+SECRET_TEXT = "w11 w12 w13 w14"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A bundle, data, and a server that speaks TLS and asks for tokens."""
+
+    directory: Path
+    bundle: Path
+    cloud: CloudProcess
+    ca: Path
+
+    def cloud_command(self, *arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [CLOUD, *arguments], capture_output=True, text=True, check=False,
+            env={**quiet_environment(), "DLORA_CLOUD_STATE": str(self.directory / "state")},
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    def token(self, device: str, *options: str) -> Path:
+        path = self.directory / f"{device}.token"
+        path.write_text(self.cloud_command("token", "create", "--device", device, *options))
+        path.chmod(0o600)
+        return path
+
+    def train(self, out: Path, *options: object, **environment: str) -> Finished:
+        return run_edge(
+            "train", "--bundle", self.bundle, "--server", self.cloud.url, "--data", self.directory / "data.jsonl",
+            "--out", out, "--steps", 2, "--threads", 1, "--ca", self.ca, *options, **environment,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    directory = tmp_path_factory.mktemp("strangers")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    (directory / "data.jsonl").write_text((json.dumps({"text": SECRET_TEXT}) + "\n") * 4)
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(directory / "ca.pem"))
+    served = authority.issue_cert("localhost", "127.0.0.1")
+    served.private_key_and_cert_chain_pem.write_to_path(str(directory / "server.pem"))
+    first = subprocess.run(
+        [CLOUD, "token", "create", "--device", "first", "--state-dir", str(directory / "state")],
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert first.stdout.startswith(b"dlora_")
+    with cloud_process(directory / "model", directory, "--tls-cert", directory / "server.pem") as cloud:
+        assert cloud.url.startswith("wss://")
+        yield Place(directory, directory / "bundle", cloud, directory / "ca.pem")
+
+
+def refused(done: Finished, code: int, *words: str) -> None:
+    assert done.code == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.errors) == 1, done.stderr
+    for word in words:
+        assert word in done.errors[0]
+
+
+def test_with_a_token_it_trains(place: Place, tmp_path: Path) -> None:
+    token = place.token("phone")
+    done = place.train(tmp_path / "out", "--token-file", token)
+    assert done.code == 0, done.stderr
+    log = place.cloud.log.read_text()
+    assert "opened at step 0 by phone" in log
+    for secret in (token.read_text().strip(), SECRET_TEXT, "w11"):
+        assert secret not in log
+
+
+def test_without_a_token(place: Place, tmp_path: Path) -> None:
+    refused(place.train(tmp_path / "out"), 8, "refused", "no token", "--token-file")
+    assert "127.0.0.1 refused: token_missing" in place.cloud.log.read_text()
+
+
+def test_a_wrong_token(place: Place, tmp_path: Path) -> None:
+    made_up = "dlora_0badcafe_" + "A" * 43
+    refused(place.train(tmp_path / "out", DLORA_TOKEN=made_up), 8, "not one of this server's")
+    assert "127.0.0.1 refused: token_wrong" in place.cloud.log.read_text()
+
+
+def test_a_token_that_has_expired(place: Place, tmp_path: Path) -> None:
+    token = place.token("guest", "--expires", "30m")
+    # Half an hour later: an expiry is a row in the table.
+    import sqlite3
+
+    with sqlite3.connect(place.directory / "state" / "tokens.sqlite") as database:
+        database.execute("UPDATE tokens SET created = created - 3600, expires = expires - 3600 WHERE device = 'guest'")
+    refused(place.train(tmp_path / "out", "--token-file", token), 8, "expired", "guest")
+    log = place.cloud.log.read_text()
+    assert "refused: token_expired" in log
+    assert "of guest is expired" in log
+
+
+def test_a_token_that_was_revoked_while_the_server_runs(place: Place, tmp_path: Path) -> None:
+    token = place.token("lost-phone")
+    assert place.train(tmp_path / "out", "--token-file", token).code == 0
+    place.cloud_command("token", "revoke", "lost-phone")
+    refused(place.train(tmp_path / "other", "--token-file", token), 8, "revoked", "lost-phone")
+    assert "refused: token_revoked" in place.cloud.log.read_text()
+    listed = json.loads(place.cloud_command("token", "list", "--json"))
+    assert token.read_text().strip() not in json.dumps(listed)
+
+
+def test_a_certificate_of_somebody_else(place: Place, tmp_path: Path) -> None:
+    other = trustme.CA()
+    other.cert_pem.write_to_path(str(tmp_path / "other.pem"))
+    token = place.token("careful")
+    done = place.train(tmp_path / "out", "--token-file", token, "--ca", tmp_path / "other.pem")
+    refused(done, 6, "certificate", "--ca")
+
+
+@pytest.mark.parametrize("server", ["ws://192.0.2.1:8765", "ws://example.org:8765"])
+def test_a_token_is_not_sent_in_the_clear(place: Place, tmp_path: Path, server: str) -> None:
+    done = run_edge(
+        "train", "--bundle", place.bundle, "--server", server, "--data", place.directory / "data.jsonl",
+        "--out", tmp_path / "out", "--token-file", place.token("shy"),
+    )  # fmt: skip
+    refused(done, 2, "the token could be read", "wss://")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--host", "0.0.0.0"), ("--tls-cert",)),
+        (("--host", "::"), ("--tls-cert",)),
+        (("--host", "0.0.0.0", "--tls-cert", "{cert}", "--state-dir", "{empty}"), ("token create",)),
+    ],
+    ids=["plain", "plain IPv6", "TLS, but everybody"],
+)
+def test_a_network_is_not_listened_on_without_protection(
+    place: Place, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    filled = [option.format(cert=place.directory / "server.pem", empty=tmp_path) for option in options]
+    said = place.cloud_command("serve", str(place.directory / "model"), "--port", "0", *filled, code=2)
+    for word in (*words, "--insecure"):
+        assert word in said
+
+
+# -- quotas ----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that pass when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return BaseModel.from_model(tiny_model("llama"), "tiny")
+
+
+STEPS = 5
+PATIENT = Dialing(retry=Retry(max_s=None))
+
+
+def undisturbed(place: Place, base: BaseModel) -> dict[str, np.ndarray]:
+    with serving(base) as server, training(place.bundle, server.url, run(), data()) as trainer:
+        return after_all_steps(trainer)
+
+
+def run(**changes: object):  # type: ignore[no-untyped-def]
+    return config(total_steps=STEPS, **changes)
+
+
+def data():  # type: ignore[no-untyped-def]
+    return random_dataset(VOCABULARY)
+
+
+def after_all_steps(trainer: Trainer) -> dict[str, np.ndarray]:
+    while trainer.next_step < STEPS:
+        trainer.run_step()
+    return final_weights(trainer)
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [
+        (QuotaLimits(tokens_per_minute=40), "quota_tokens"),
+        (QuotaLimits(compute_s_per_hour=0.01), "quota_compute"),
+    ],
+    ids=["tokens", "compute"],
+)
+def test_a_device_above_its_quota_waits_and_ends_with_the_same_bits(
+    place: Place,
+    base: BaseModel,
+    limits: QuotaLimits,
+    code: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wanted = undisturbed(place, base)
+    clock = Clock()
+    monkeypatch.setattr(Connection, "_sleep", lambda self, seconds: clock.sleep(seconds))
+    caplog.set_level(logging.INFO, "dlora.cloud")
+    with serving(base, quotas=limits) as server:
+        monkeypatch.setattr(server.server.service.quotas, "_clock", clock)
+        with training(place.bundle, server.url, run(), data(), dialing=PATIENT) as trainer:
+            found = after_all_steps(trainer)
+            assert trainer.connection.reconnects > 0
+            assert trainer.connection.resumed == trainer.connection.reconnects  # no step was run again
+    assert clock.now > 1030
+    for name, value in wanted.items():
+        assert (found[name] == value).all(), name
+    assert code in caplog.text
+    assert "127.0.0.1" in caplog.text
+
+
+def test_a_device_that_does_not_wait_is_told_the_code_and_when_to_come_again(place: Place, base: BaseModel) -> None:
+    with (
+        serving(base, quotas=QuotaLimits(tokens_per_minute=40)) as server,
+        training(place.bundle, server.url, run(), data()) as trainer,
+        pytest.raises(RefusedError) as told,
+    ):
+        after_all_steps(trainer)
+    assert told.value.code == "quota_tokens"
+    assert told.value.retryable
+    assert 0 < (told.value.retry_after_s or 0) <= 60
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [(QuotaLimits(tokens_per_minute=4), "quota_tokens"), (QuotaLimits(live_bytes=100), "quota_live_bytes")],
+    ids=["tokens", "live bytes"],
+)
+def test_what_can_never_fit_is_refused_for_good(place: Place, base: BaseModel, limits: QuotaLimits, code: str) -> None:
+    with (
+        serving(base, quotas=limits) as server,
+        training(place.bundle, server.url, run(), data(), dialing=PATIENT) as trainer,
+        pytest.raises(RefusedError, match="--batch-size") as told,
+    ):
+        trainer.run_step()
+    assert (told.value.code, told.value.retryable) == (code, False)
+
+
+def test_more_sessions_than_a_device_may_have(place: Place, base: BaseModel) -> None:
+    with (
+        serving(base, quotas=QuotaLimits(sessions=1)) as server,
+        training(place.bundle, server.url, run(), data()) as first,
+    ):
+        first.run_step()
+        with pytest.raises(RefusedError) as told, training(place.bundle, server.url, run(), data()):
+            pass
+        assert (told.value.code, told.value.retryable) == ("quota_sessions", True)
+        first.run_step()
