@@ -192,6 +192,11 @@ def frame_for(listener: Session, message: m.AnyMessage) -> bytearray:
     return encode(message, seq=listener.link.received + 1 if numbered else 0, ack=listener.link.sent)
 
 
+def hear(listener: Session, message: m.AnyMessage) -> m.AnyMessage | None:
+    """What ``listener`` makes of ``message``, as its peer would send it now."""
+    return listener.receive(frame_for(listener, message))
+
+
 def sender_of(message: m.AnyMessage) -> Role:
     return Role.EDGE if isinstance(message, FROM_EDGE) else Role.CLOUD
 

@@ -104,7 +104,7 @@ def test_a_third_report_waits_for_a_signal() -> None:
     pair = Pair([*c.opening(), c.report(0), c.report(1)])
     for role, act in (
         (E, pair.sides[E].send),
-        (C, lambda message: pair.sides[C].receive(c.frame_for(pair.sides[C], message))),
+        (C, lambda message: c.hear(pair.sides[C], message)),
     ):
         refuses(pair.sides[role], lambda act=act: act(c.report(2)), ProtocolError)
     for message in (c.signal(0), c.report(2), c.signal(1), c.signal(2)):
@@ -117,7 +117,7 @@ def test_a_signal_for_another_step_is_refused_and_the_right_one_still_comes() ->
         refuses(pair.sides[C], lambda wrong=wrong: pair.sides[C].send(wrong), LocalProtocolError)
         refuses(
             pair.sides[E],
-            lambda wrong=wrong: pair.sides[E].receive(c.frame_for(pair.sides[E], wrong)),
+            lambda wrong=wrong: c.hear(pair.sides[E], wrong),
             RemoteProtocolError,
         )
     pair.say(c.signal(0, b"\0\1"))
@@ -156,7 +156,7 @@ def test_an_error_closes_from_every_state(state: State, sender: Role) -> None:
         refuses(pair.sides[E], lambda message=message: pair.sides[E].send(message), LocalProtocolError)
         refuses(
             pair.sides[E],
-            lambda message=message: pair.sides[E].receive(c.frame_for(pair.sides[E], message)),
+            lambda message=message: c.hear(pair.sides[E], message),
             RemoteProtocolError,
         )
 
@@ -173,7 +173,7 @@ def test_what_the_table_does_not_name_is_refused_on_both_sides(state: State, rol
             continue
         session = Pair(WAYS[state]).sides[role]
         assert session.state is state
-        send, receive = lambda: session.send(message), lambda: session.receive(c.frame_for(session, message))  # noqa: B023
+        send, receive = lambda: session.send(message), lambda: c.hear(session, message)  # noqa: B023
         if allowed.get(kind) is role:
             send()
         else:
@@ -264,7 +264,7 @@ def test_wrong_content_is_refused_with_its_code(state: State, message: m.AnyMess
     pair = Pair(WAYS[state])
     sender = c.sender_of(message)
     listener = pair.sides[c.other(sender)]
-    assert refuses(listener, lambda: listener.receive(c.frame_for(listener, message)), RemoteProtocolError).code == code
+    assert refuses(listener, lambda: c.hear(listener, message), RemoteProtocolError).code == code
     if code is not m.ErrorCode.NON_FINITE:  # ours are looked at where floats become wire tensors
         refuses(pair.sides[sender], lambda: pair.sides[sender].send(message), LocalProtocolError)
 
@@ -274,7 +274,7 @@ def test_a_killed_unit_does_not_exchange() -> None:
     refuses(pair.sides[C], lambda: pair.sides[C].send(c.group_input(1, group=0)), LocalProtocolError)
     refuses(
         pair.sides[E],
-        lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.group_input(1, group=0))),
+        lambda: c.hear(pair.sides[E], c.group_input(1, group=0)),
         RemoteProtocolError,
     )
     pair.say(c.group_input(1, group=1))
@@ -290,7 +290,7 @@ def test_an_evaluation_has_no_gradients() -> None:
     pair = Pair(way)
     refuses(
         pair.sides[E],
-        lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.labelled(gradients=1))),
+        lambda: c.hear(pair.sides[E], c.labelled(gradients=1)),
         RemoteProtocolError,
     )
 
@@ -304,7 +304,7 @@ def test_more_gradients_than_announced_are_refused() -> None:
     pair = Pair([*c.opening(), *c.forward(gradients=1), c.grad_hidden_states(), c.group_grad(group=2)])
     refuses(
         pair.sides[E],
-        lambda: pair.sides[E].receive(c.frame_for(pair.sides[E], c.group_grad(group=1))),
+        lambda: c.hear(pair.sides[E], c.group_grad(group=1)),
         RemoteProtocolError,
     )
 
@@ -359,7 +359,7 @@ class Talk:
 
     def disturb(self, message: m.AnyMessage, role: Role) -> None:
         session = self.pair.sides[role]
-        for act in (lambda: session.send(message), lambda: session.receive(c.frame_for(session, message))):
+        for act in (lambda: session.send(message), lambda: c.hear(session, message)):
             before = c.everything(session)
             kept = {name: value for name, value in vars(session).items() if name not in ("_decoder", "link")}
             kept = copy.deepcopy(kept) | {"link": c.copy_link(session.link)}
