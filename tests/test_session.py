@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dlora.protocol import messages as m
 from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
-from dlora.protocol.kill_revive import GroupSpec, UnitState
+from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, UnitState
 from dlora.protocol.session import TRANSITIONS, Role, Session, State, choose_version
 from dlora.protocol.tensors import WireTensor
 
@@ -98,6 +98,29 @@ def test_the_next_micro_batch_may_overtake_the_signal(when: int) -> None:
     for message in rest[when:]:
         pair.say(message)
     assert pair.sides[C].state is State.FORWARD
+
+
+@pytest.mark.parametrize(
+    ("config", "units", "fits"),
+    [
+        (KillReviveConfig(active_fraction=0.5), b"\1\0", True),
+        (KillReviveConfig(active_fraction=0.5), b"\0\0", False),
+        (KillReviveConfig(active_fraction=0.5), b"\2\3", False),
+        (KillReviveConfig(active_fraction=1.0), b"\1\0", False),
+        (KillReviveConfig(active_fraction=0.5, pinned=(1,)), b"\0\1", True),
+        (KillReviveConfig(active_fraction=0.5, pinned=(1,)), b"\1\0", False),
+        (KillReviveConfig(score="static", static=(0,), active_fraction=0.0), b"\0\1", True),
+        (c.NONE_NEED_BE_ACTIVE, b"\0\0", True),
+    ],
+)
+def test_no_signal_kills_more_than_the_device_allows(config: KillReviveConfig, units: bytes, fits: bool) -> None:
+    """A server that means harm cannot silence a device's adapters, or those that it pinned."""
+    pair = Pair([*c.opening(kill_revive=config), c.report()])
+    if fits:
+        pair.say(c.signal(0, units))
+        return
+    assert refuses(pair.sides[E], lambda: c.hear(pair.sides[E], c.signal(0, units)), RemoteProtocolError).code
+    refuses(pair.sides[C], lambda: pair.sides[C].send(c.signal(0, units)), LocalProtocolError)
 
 
 def test_a_third_report_waits_for_a_signal() -> None:

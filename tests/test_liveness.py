@@ -1,0 +1,87 @@
+"""Heartbeats come from threads that do not compute: a side that is busy for long is not taken for dead."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import VOCABULARY, save_tiny, tiny_model
+from serving import RunningServer, config, random_dataset, serving, training
+
+from dlora.cloud.base_model import BaseModel
+from dlora.export.bundle import ExportSettings, export_bundle
+
+WAIT_S = 20
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("liveness")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    return directory / "bundle"
+
+
+@pytest.fixture
+def server() -> Iterator[RunningServer]:
+    with serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as running:
+        yield running
+
+
+class Busy:
+    """A function that computes until it is let go."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
+        self._function = function
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        self.begun.set()
+        assert self.may_end.wait(WAIT_S)
+        return self._function(*arguments, **more)
+
+
+def test_a_server_that_computes_answers_pings(
+    server: RunningServer, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = Busy(BaseModel.last_hidden_state)
+    with training(bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer:
+        monkeypatch.setattr(BaseModel, "last_hidden_state", lambda *given: busy(*given))
+        step = threading.Thread(target=trainer.run_step)
+        step.start()
+        assert busy.begun.wait(WAIT_S)
+        assert trainer.connection._socket is not None
+        pong = trainer.connection._socket.ping()
+        assert pong.wait(WAIT_S)
+        assert step.is_alive()
+        busy.may_end.set()
+        step.join(WAIT_S)
+        assert trainer.next_step == 1
+
+
+def test_a_device_that_computes_answers_pings(
+    server: RunningServer, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with training(bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer:
+        busy = Busy(trainer.model._compute.forward)
+        monkeypatch.setattr(trainer.model._compute, "forward", busy)
+        step = threading.Thread(target=trainer.run_step)
+        step.start()
+        assert busy.begun.wait(WAIT_S)
+        (live,) = server.server.service.sessions
+        connection = live.transport.connection
+        assert connection is not None
+
+        async def ping_and_wait() -> float:
+            return await (await connection.ping())
+
+        assert asyncio.run_coroutine_threadsafe(ping_and_wait(), connection.loop).result(WAIT_S) >= 0
+        assert step.is_alive()
+        busy.may_end.set()
+        step.join(WAIT_S)
+        assert trainer.next_step == 1
