@@ -7,6 +7,7 @@ of connections that come and go; what it waits for has a deadline, and then the 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ class Transport(Protocol):
     @property
     def losses(self) -> int: ...
     def send(self, frame: bytearray) -> None: ...
-    def receive(self, timeout_s: float) -> bytes: ...
+    def receive(self, timeout_s: float, give_up_at: float = ...) -> bytes: ...
     def hang_up(self, refusal: RemoteProtocolError) -> None: ...
     def wait_for_device(self, extra_s: float = 0.0) -> object: ...
 
@@ -136,17 +137,22 @@ class SessionExecutor:
     def run(self) -> None:
         """Answer until the device closes the session."""
         torch.set_num_threads(self._threads)  # OpenMP keeps this per thread, and this thread is new
-        while True:
-            match self._receive_within(self._patience.idle_s):
-                case m.Embeddings() as begun:
-                    self._run_micro_batch(begun)
-                case m.StepReport() as report:
-                    self._handle_report(report)
-                case m.CloseSession() | m.Error():
-                    return
-                case None:
-                    text = f"nothing came for {self._patience.idle_s:.0f} s; go on with the ticket"
-                    raise RemoteProtocolError(text, m.ErrorCode.DEADLINE, retryable=True)
+        while self._answer_next():
+            pass
+
+    def _answer_next(self) -> bool:
+        """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
+        match self._receive_within(self._patience.idle_s):
+            case m.Embeddings() as begun:
+                self._run_micro_batch(begun)
+            case m.StepReport() as report:
+                self._handle_report(report)
+            case None:
+                text = f"nothing came for {self._patience.idle_s:.0f} s; go on with the ticket"
+                raise RemoteProtocolError(text, m.ErrorCode.DEADLINE, retryable=True)
+            case _:  # the device closes the session, or gives it up
+                return False
+        return True
 
     def _handle_report(self, report: m.StepReport) -> None:
         units = self._controller.report(report.step, report.scores.to_floats())
@@ -212,7 +218,7 @@ class SessionExecutor:
                 if not refusal.retryable:
                     raise
                 self._transport.hang_up(refusal)
-                self._transport.wait_for_device(refusal.retry_after_s or 0.0)
+                self._transport.wait_for_device(min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S))
 
     def _groups_that_take_part(self) -> tuple[set[int], set[int]]:
         live: set[int] = set()
@@ -261,31 +267,36 @@ class SessionExecutor:
         self._transport.send(self._session.send(message))
 
     def _receive(self) -> m.AnyMessage:
-        """The device's next message of this micro-batch; late, it is told to come again, and the clock starts anew."""
+        """The device's next message of this micro-batch."""
         began, losses = time.monotonic(), self._transport.losses
-        with self._gate.waiting():
-            while True:
-                left_s = self._answers.seconds - self._waited_s - (time.monotonic() - began)
-                if left_s <= 0:
-                    raise RemoteProtocolError(_LATE, m.ErrorCode.DEADLINE, retryable=True)
-                message = self._receive_within(min(self._answer.seconds, left_s))
-                if message is not None:
-                    break
-                self._answer.missed()
-                self._transport.hang_up(RemoteProtocolError(_LATE, m.ErrorCode.DEADLINE, retryable=True))
-        waited_s = time.monotonic() - began
-        self._waited_s += waited_s
+        try:
+            with self._gate.waiting():
+                message = self._await_answer(began + self._answers.seconds - self._waited_s)
+        finally:
+            waited_s = time.monotonic() - began
+            self._waited_s += waited_s
         if self._transport.losses == losses:  # else it tells of the network, not of the device
             self._answer.observe(waited_s)
         if isinstance(message, m.Error):
             raise DeviceGaveUpError(message.message)
         return message
 
-    def _receive_within(self, seconds: float) -> m.AnyMessage | None:
+    def _await_answer(self, give_up_at: float) -> m.AnyMessage:
+        """The next message; a device that is late is told to come again, and the clock starts anew."""
+        late = RemoteProtocolError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
+        while time.monotonic() < give_up_at:
+            message = self._receive_within(self._answer.seconds, give_up_at)
+            if message is not None:
+                return message
+            self._answer.missed()
+            self._transport.hang_up(late)
+        raise late
+
+    def _receive_within(self, seconds: float, give_up_at: float = math.inf) -> m.AnyMessage | None:
         """The next message that did not come before, or None where there is none in time."""
         while True:
             try:
-                message = self._session.receive(self._transport.receive(seconds))
+                message = self._session.receive(self._transport.receive(seconds, give_up_at))
             except TimeoutError:
                 return None
             except DamagedFrameError as damage:
@@ -293,9 +304,6 @@ class SessionExecutor:
                 continue
             if message is not None:
                 return message
-
-
-_LATE = "the device did not answer in time"
 
 
 def shutting_down() -> RemoteProtocolError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import threading
@@ -141,38 +142,43 @@ class _Handshake:
         controller = check_opening(opening, session, service)
         if service.draining.is_set():
             raise shutting_down()
-        service.sessions.make_room(caller, device)
-        quota = service.quotas.open_session(caller.name)
-        name = secrets.token_hex(4)
-        transport = SessionTransport(
-            asyncio.get_running_loop(),
-            self._connection,
-            name=f"{name} of {caller.name}",
-            park_s=service.patience.park_s,
-        )
-        live = LiveSession(name, caller, device, session, transport, quota)
+        service.sessions.drop_left_behind(caller, device)
+        with contextlib.ExitStack() as unless_opened:
+            # Before somebody else's session makes room: who may not open another displaces nobody.
+            quota = unless_opened.enter_context(service.quotas.open_session(caller.name))
+            service.sessions.make_room()
+            name = secrets.token_hex(4)
+            transport = SessionTransport(
+                asyncio.get_running_loop(),
+                self._connection,
+                name=f"{name} of {caller.name}",
+                park_s=service.patience.park_s,
+            )
+            live = LiveSession(name, caller, device, session, transport, quota)
+            executor = SessionExecutor(
+                service.base,
+                session,
+                transport,
+                controller,
+                ticket_key=service.ticket_key,
+                gate=service.gate,
+                threads=service.threads,
+                may_pack=service.may_pack,
+                live_bytes=service.live_bytes,
+                quota=quota,
+                patience=service.patience,
+                draining=service.draining,
+            )
+            opened = session.send(executor.opened(live.name, live.new_token()))
+            unless_opened.pop_all()
         service.sessions.add(live)
-        executor = SessionExecutor(
-            service.base,
-            session,
-            transport,
-            controller,
-            ticket_key=service.ticket_key,
-            gate=service.gate,
-            threads=service.threads,
-            may_pack=service.may_pack,
-            live_bytes=service.live_bytes,
-            quota=quota,
-            patience=service.patience,
-            draining=service.draining,
-        )
         self._connection.opened()
         self._connection.limit_frames(frame_limit(service, session))
         logger.info(
             "session %s: opened at step %d by %s with %d groups", live.name, session.step, caller.name,
             len(session.groups),
         )  # fmt: skip
-        transport.send(session.send(executor.opened(live.name, live.new_token())))
+        transport.send(opened)
         running = asyncio.ensure_future(_run(live, executor, service))
         _running.add(running)
         running.add_done_callback(_running.discard)

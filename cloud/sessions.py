@@ -74,16 +74,19 @@ class Sessions:
     @property
     def parked(self) -> int:
         """How many wait for their device."""
-        return sum(live.transport.parked_at is not None for live in self)
+        return len(self._parked())
 
-    def make_room(self, caller: Caller, device: str) -> None:
+    def drop_left_behind(self, caller: Caller, device: str) -> None:
+        """End what a device has parked that opens another session; ``device`` is "" for one without a name."""
+        for live in self._parked():
+            if device and (live.caller, live.device) == (caller, device):
+                self._evict(live, "its device opened another session")
+
+    def make_room(self) -> None:
         """Raise ``RemoteProtocolError`` (``busy``) where no other session fits."""
-        parked = [live for live in self if live.transport.parked_at is not None]
-        left_behind = [live for live in parked if device and (live.caller, live.device) == (caller, device)]
-        for live in left_behind:
-            self._evict(live, "its device opened another session")
         if len(self) < self.limit:
             return
+        parked = self._parked()
         if not parked:
             text = f"the server is full ({self.limit} sessions)"
             raise RemoteProtocolError(text, m.ErrorCode.BUSY, retryable=True, retry_after_s=BUSY_RETRY_S)
@@ -106,7 +109,7 @@ class Sessions:
         if not hmac.compare_digest(digest, known) or live is None or live.caller != caller:
             return None
         answer = handshake.send(m.SessionResumed(token=live.new_token(), received=live.session.link.received))
-        live.transport.attach(connection, answer, live.session.resume(handshake, request.received))
+        live.transport.attach(connection, lambda: [answer, *live.session.resume(handshake, request.received)])
         return live
 
     def remove(self, live: LiveSession) -> None:
@@ -114,6 +117,9 @@ class Sessions:
         with self._lock:
             self._live.pop(live.name, None)
         live.quota.close()
+
+    def _parked(self) -> list[LiveSession]:
+        return [live for live in self if live.transport.parked_at is not None]
 
     def _evict(self, live: LiveSession, why: str) -> None:
         self.remove(live)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from websockets.asyncio.server import ServerConnection
@@ -69,13 +70,14 @@ class SessionTransport:
                 sending = asyncio.run_coroutine_threadsafe(self._connection.send(frame), self._loop)
                 self._sending.append((self._connection, sending))
 
-    def receive(self, timeout_s: float) -> bytes:
+    def receive(self, timeout_s: float, give_up_at: float = math.inf) -> bytes:
         """The next frame.
 
         Raises ``TimeoutError`` where a connected device says nothing for so long, ``DeviceGoneError`` where a lost one
-        does not come back, and what ``end`` was given.
+        does not come back, and what ``end`` was given. Each connection has ``timeout_s``, but none of them any longer
+        than to ``give_up_at`` in monotonic seconds: coming and going wins nothing.
         """
-        until = time.monotonic() + timeout_s
+        until = min(time.monotonic() + timeout_s, give_up_at)
         while True:
             connection = self.wait_for_device()
             try:
@@ -90,7 +92,7 @@ class SessionTransport:
             except ConnectionClosed:
                 self._lose(connection)
                 del connection, receiving  # parked for long, it would keep the dead websocket
-                until = time.monotonic() + timeout_s
+                until = min(time.monotonic() + timeout_s, give_up_at)
 
     def hang_up(self, refusal: RemoteProtocolError) -> None:
         """Tell the device to come again, and close the connection; the session is parked."""
@@ -126,6 +128,7 @@ class SessionTransport:
         with self._changed:
             if self._connection is connection:
                 self._connection = None
+                self._sending.clear()  # a dead websocket, as well
                 self.losses += 1
                 self.parked_at = time.monotonic()
 
@@ -135,20 +138,24 @@ class SessionTransport:
     def connection(self) -> ServerConnection | None:
         return self._connection
 
-    def attach(self, connection: ServerConnection, first: bytearray, missing: Sequence[bytearray]) -> None:
-        """Go on over another connection: its first frame, then those that the device lacks.
+    def attach(self, connection: ServerConnection, missing: Callable[[], Sequence[bytearray]]) -> None:
+        """Go on over another connection, with the frames that the device is ``missing``.
 
-        The old connection is dropped without a goodbye: a device that comes back no longer reads it.
+        They are asked for while the session's thread cannot send: a frame that it makes meanwhile is either among them
+        or goes over the new connection. The old one is dropped without a goodbye: a device that comes back no longer
+        reads it.
         """
         with self._changed:
+            frames = missing()
             old, self._connection = self._connection, connection
             self.parked_at = None
-            for frame in (first, *missing):
+            self._sending.clear()
+            for frame in frames:
                 sending = asyncio.run_coroutine_threadsafe(connection.send(frame), self._loop)
                 self._sending.append((connection, sending))
             self._changed.notify_all()
+            self.losses += old is not None
         if old is not None:
-            self.losses += 1
             old.transport.abort()
 
     def end(self, why: Exception) -> None:

@@ -12,13 +12,13 @@ import logging
 import random
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, NoReturn, Self, TypeVar
 
-import tenacity
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
@@ -135,6 +135,10 @@ class _LostError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class _SilentError(_LostError):
+    """Nothing came in time."""
+
+
 class Connection:
     """A conversation with one server, past the greeting.
 
@@ -156,7 +160,10 @@ class Connection:
         self._socket: ClientConnection | None = None
         self._opened: m.SessionOpened | None = None
         self._token = b""
-        self._failures = 0  # in a row, without a message of the session between them
+        # Of the present outage, which ends with the next message of the session: a server that lets us in and no more
+        # is as good as away.
+        self._failures = 0
+        self._away_s = 0.0
         try:
             self.session = self._dial()
         except _LostError as lost:
@@ -218,17 +225,20 @@ class Connection:
             try:
                 message = self._read(self.session, self._deadline.seconds)
             except _LostError as lost:
+                if isinstance(lost, _SilentError):
+                    self._deadline.missed()
                 self._come_back(lost)
                 continue
             self._deadline.observe(time.monotonic() - started)
-            self._failures = 0
+            self._failures, self._away_s = 0, 0.0
             return message
 
     def close(self) -> None:
         """Say goodbye where the rules allow it, and hang up."""
         with contextlib.suppress(DloraError, _LostError):
             self._write(self.session.send(m.CloseSession()))
-        self._closing.close()
+        with contextlib.suppress(*HUNG_UP):
+            self._closing.close()
 
     # -- coming back -------------------------------------------------------------------------------------
 
@@ -246,66 +256,60 @@ class Connection:
                 break
             except _LostError as again:
                 lost = again
-        if resumed is None:
+        if not resumed:
             self._replace_session(handshake)
             raise SessionLostError("the server no longer has the session")
-        self._token = resumed.token
         self.resumed += 1
-        for frame in self.session.resume(handshake, resumed.received):
-            try:
-                self._write(frame)
-            except _LostError as again:
-                return self._come_back(again)
-        return None
 
-    def _resume(self, handshake: Session) -> m.SessionResumed | None:
+    def _resume(self, handshake: Session) -> bool:
+        """Whether the server still has the session; what it lacks is then sent again."""
         assert self._opened is not None
         resume = m.ResumeSession(session=self._opened.session, token=self._token, received=self.session.link.received)
         self._write(handshake.send(resume))
-        answer = self._read(handshake, self._dialing.liveness.open_s)
-        return answer if isinstance(answer, m.SessionResumed) else None
+        resumed = self._read(handshake, self._dialing.liveness.open_s)
+        if not isinstance(resumed, m.SessionResumed):
+            return False
+        self._token = resumed.token
+        for frame in self.session.resume(handshake, resumed.received):
+            self._write(frame)
+        return True
 
     def _dial_again(self, lost: _LostError) -> Session:
         """Connect and greet, with pauses, until it works or patience ends."""
         retry, say = self._dialing.retry, self._dialing.say
         if retry.max_s == 0:
             raise lost.final from None
-        say(f"{lost.final}")
-        began = time.monotonic()
-        if lost.retry_after_s is not None:
-            self._sleep(lost.retry_after_s * random.uniform(1.0, 1.25))
-        elif self._failures:
-            self._sleep(retry.pause_s(self._failures))
-        self._failures += 1
-        first = self._failures
-
-        def announce(state: tenacity.RetryCallState) -> None:
-            assert state.outcome is not None
-            error = state.outcome.exception()
-            assert state.next_action is not None
-            say(f"{error}; trying again in {state.next_action.sleep:.1f} s")
-
-        def pause(state: tenacity.RetryCallState) -> float:
-            self._failures = first + state.attempt_number
-            error = state.outcome.exception() if state.outcome else None
-            asked = error.retry_after_s if isinstance(error, _LostError) else None
-            return max(asked or 0.0, retry.pause_s(self._failures))
-
-        stop: tenacity.stop.stop_base = tenacity.stop_never
-        if retry.max_s is not None:
-            stop = tenacity.stop_before_delay(retry.max_s)
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_LostError),
-            wait=pause, stop=stop, sleep=self._sleep, before_sleep=announce, reraise=True,
-        )  # fmt: skip
+        began = time.monotonic() - self._away_s
         try:
-            greeted: Session = retrying(self._dial)
-        except _LostError as error:
-            text = f"{error.final}; gave up after {time.monotonic() - began:.0f} s (--max-retry-s)"
-            raise ConnectionFailedError(text) from None
+            while True:
+                pause_s = self._pause_s(lost)
+                away_s = time.monotonic() - began
+                if retry.max_s is not None and away_s + pause_s > retry.max_s:
+                    text = f"{lost.final}; gave up after {away_s:.0f} s (--max-retry-s)"
+                    raise ConnectionFailedError(text) from None
+                say(f"{lost.final}; trying again in {pause_s:.1f} s" if pause_s else str(lost.final))
+                self._sleep(pause_s)
+                self._failures += 1
+                try:
+                    greeted = self._dial()
+                    break
+                except _LostError as again:
+                    lost = again
+        finally:
+            self._away_s = time.monotonic() - began
         self.reconnects += 1
-        say(f"connected to {self.url} again after {time.monotonic() - began:.1f} s")
+        say(f"connected to {self.url} again after {self._away_s:.1f} s")
         return greeted
+
+    def _pause_s(self, lost: _LostError) -> float:
+        """How long to wait now: as the server asks, but never so little that we would hammer at it."""
+        retry = self._dialing.retry
+        own_s = retry.pause_s(self._failures) if self._failures else 0.0
+        if lost.retry_after_s is None:
+            return own_s
+        # Not in step with the others that were sent away, and not so late that the server has given us up.
+        spread_s = min(lost.retry_after_s / 4, retry.ceiling_s)
+        return max(own_s, lost.retry_after_s + random.uniform(0.0, spread_s))
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, and raise ``StoppedError`` soon after somebody asked to stop."""
@@ -352,7 +356,8 @@ class Connection:
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.socket.shutdown(socket.SHUT_RDWR)
-        self._closing.close()
+        with contextlib.suppress(*HUNG_UP):
+            self._closing.close()
 
     def _write(self, frame: bytearray) -> None:
         assert self._socket is not None
@@ -371,9 +376,8 @@ class Connection:
             except HUNG_UP:
                 raise self._lost() from None
             except TimeoutError:
-                self._deadline.missed()
                 text = f"the server {self.url} was silent for {timeout_s:.0f} s {self._where()}"
-                raise _LostError(ConnectionFailedError(text)) from None
+                raise _SilentError(ConnectionFailedError(text)) from None
             except DamagedFrameError as error:
                 raise _LostError(error) from None
             if isinstance(message, m.Error):
@@ -383,12 +387,13 @@ class Connection:
 
     def _raise_last_words(self) -> NoReturn:
         """Why a peer went away may stand in what it said last."""
+        assert self._socket is not None
+        last: m.AnyMessage | None = None
         with contextlib.suppress(*HUNG_UP, TimeoutError, ProtocolError):
-            assert self._socket is not None
-            while True:
-                message = Decoder().decode(self._socket.recv(timeout=GOODBYE_TIMEOUT_S, decode=False))
-                if isinstance(message, m.Error):
-                    self._raise_refusal(message)
+            while not isinstance(last, m.Error):
+                last = Decoder().decode(self._socket.recv(timeout=GOODBYE_TIMEOUT_S, decode=False))
+        if isinstance(last, m.Error):
+            self._raise_refusal(last)
         raise self._lost() from None
 
     def _raise_refusal(self, error: m.Error) -> NoReturn:
@@ -423,7 +428,7 @@ def check_url(url: str) -> str:
 def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> ClientConnection:
     liveness, credentials = dialing.liveness, dialing.credentials
     try:
-        return closing.enter_context(
+        websocket = closing.enter_context(
             connect(
                 url,
                 additional_headers=credentials.headers(url),
@@ -457,6 +462,12 @@ def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> Clien
         reason = error.strerror or str(error)
         text = f"cannot reach {url}: {reason}; start the server with: dlora-cloud serve MODEL"
         raise _LostError(ConnectionFailedError(text)) from None
+    if sys.platform == "linux":
+        # Writing has no deadline of its own: a server that stands still would hold up a large frame, and the pings that
+        # wait behind it, for ever.
+        timeout_ms = round(liveness.ping_timeout_s * 1000)
+        websocket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+    return websocket
 
 
 def _refused_at_door(error: InvalidStatus, url: str) -> Exception:

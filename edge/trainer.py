@@ -15,6 +15,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.errors import (
     CheckpointError,
     DataError,
+    DloraError,
     ModelMismatchError,
     SessionLostError,
     UsageError,
@@ -114,26 +115,30 @@ class Trainer:
         self.steps_rerun = 0
         # The report of the last committed step, until its signal has come.
         self._unanswered: FloatArray | None = None
-        ticket = None
+        # Why that report could not be sent.
+        self._failure: DloraError | None = None
+        self._ticket: bytes | None = None
         if checkpoint is not None:
-            ticket = self._restore(checkpoint)
+            self._restore(checkpoint)
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
         self.optimizer = AdamW(engine, config.optimizer, config.total_steps)
         self._scorer = Scorer(config.kill_revive.score)
         self.model = SplitModel(
             bundle, engine, connection, self.adapters,
-            wire_dtype=config.wire_dtype, on_signal=self._obey, reopen=self._reopen,
+            wire_dtype=config.wire_dtype, on_signal=self._obey, reopen=self._open,
         )  # fmt: skip
         self._check_limits()
-        self._open(ticket)
+        self._open()
 
     # -- the five verbs ----------------------------------------------------------------------------------
 
     def run_step(self) -> StepMetrics:
         """One optimizer step: exchange every micro-batch, step AdamW, report the scores.
 
-        A lost session costs the exchange of this step, which is run again; the optimizer steps once.
+        A lost session costs the exchange of this step, which is run again; the optimizer steps once. Where the step is
+        done and only its report fails, that is raised by what is asked for next.
         """
+        self._raise_failure()
         step, started = self.next_step, time.perf_counter()
         before, computed = _counters(self.connection), self.model.compute_seconds
         batches = self.batches.step_batches(step)
@@ -147,7 +152,10 @@ class Trainer:
         self.next_step = step + 1
         self.adapters.zero_grad()
         self._unanswered = scores
-        self._report()
+        try:
+            self._report()
+        except DloraError as error:
+            self._failure = error
         after = _counters(self.connection)
         return StepMetrics(
             step=step,
@@ -169,19 +177,22 @@ class Trainer:
 
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Loss and accuracy on a data set, with the adapters as they are."""
+        self._raise_failure()
         return evaluate(self.model, dataset, self.config.batch_size, progress)
 
     def settle(self) -> None:
         """Wait for the signal to the last report, so that what is saved now is what the next step starts from."""
+        self._raise_failure()
         while self._unanswered is not None:
             try:
                 self.model.await_signal()
             except SessionLostError:
-                self._reopen()
+                self._open()
 
     def save_checkpoint(self, directory: Path) -> None:
         """Write a checkpoint of everything the next step depends on; no server is needed. Raises ``StorageError``."""
         units = self.adapters.units
+        assert self._ticket is not None
         state = TrainerState(
             next_step=self.next_step,
             digest=self.digest,
@@ -223,6 +234,10 @@ class Trainer:
 
     # -- inside ------------------------------------------------------------------------------------------
 
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     def _exchange(self, step: int, batches: list[MicroBatch], labelled: int) -> float:
         """Forward and backward of all micro-batches: the summed losses; the gradients are in the adapters."""
         while True:
@@ -235,7 +250,7 @@ class Trainer:
                 return losses
             except SessionLostError:
                 self.steps_rerun += 1
-                self._reopen()
+                self._open()
 
     def _optimize(self, step: int) -> tuple[FloatArray, float]:
         """Step AdamW; returns one score a unit, 0 for units that are not trained, and the gradients' norm."""
@@ -282,8 +297,18 @@ class Trainer:
                     "lower --batch-size (--grad-accum makes up for it) or --max-length"
                 )
 
-    def _open(self, ticket: bytes | None) -> None:
-        """Open a session where we stand: before the last report, where that has no answer yet."""
+    def _open(self) -> None:
+        """Open a session where we stand, or another in place of one that the server has forgotten."""
+        while True:
+            self._open_once()
+            try:
+                self._send_report()
+                return
+            except SessionLostError:
+                continue
+
+    def _open_once(self) -> None:
+        """Before the last report, where that has no answer yet."""
         manifest = self.bundle.manifest
         opened = self.connection.open(
             m.OpenSession(
@@ -294,41 +319,33 @@ class Trainer:
                 seed=self.config.seed,
                 total_steps=self.config.total_steps,
                 next_step=self.next_step - (self._unanswered is not None),
-                ticket=ticket,
+                ticket=self._ticket,
             )
         )
         states = unit_states(opened)
-        if ticket is None:
+        if self._ticket is None:
             self.adapters.obey(states)
         elif (states != self.adapters.states()).any():
             raise CheckpointError("the server's units are not the checkpoint's: its ticket belongs to another run")
         self._ticket = opened.ticket.data.tobytes()
-        self._report()
-
-    def _reopen(self) -> None:
-        """Open another session in place of one that the server has forgotten."""
-        while True:
-            try:
-                self._open(self._ticket)
-                return
-            except SessionLostError:
-                continue
 
     def _report(self) -> None:
-        """Send the last step's report, until its signal has come."""
-        if self._unanswered is None:
-            return
         try:
-            self.model.report(self.next_step - 1, self._unanswered)
+            self._send_report()
         except SessionLostError:
-            self._reopen()
+            self._open()
+
+    def _send_report(self) -> None:
+        """Send the last step's report, until its signal has come."""
+        if self._unanswered is not None:
+            self.model.report(self.next_step - 1, self._unanswered)
 
     def _obey(self, signal: m.Signal) -> None:
         self.adapters.obey(unit_states(signal))
         self._ticket = signal.ticket.data.tobytes()
         self._unanswered = None
 
-    def _restore(self, checkpoint: Checkpoint) -> bytes:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         try:
             state = msgspec.convert(checkpoint.state, TrainerState)
         except msgspec.ValidationError as error:
@@ -354,7 +371,7 @@ class Trainer:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.path} lacks a part ({error}); start anew in another --out") from None
         self.next_step = state.next_step
-        return state.ticket
+        self._ticket = state.ticket
 
 
 def evaluate(

@@ -150,20 +150,27 @@ def _run_steps(
         if stop():
             save()
             raise StoppedError(f"stopped after step {trainer.next_step}; go on with --resume")
-        try:
+        with _keeping_what_was_done(run, trainer):
             metrics = trainer.run_step()
-        except DloraError:
-            # No server, or no more of it: what was committed is kept without one.
-            if trainer.next_step > 0:
-                trainer.save_checkpoint(run.out / CHECKPOINTS)
-            raise
         log.write(metrics)
         reporter.step(metrics)
         done = trainer.next_step
         if done % run.save_every == 0 or done == last:
             save()
         if run.eval_every and done % run.eval_every == 0 and done < last and not stop():
-            evaluations.add(f"at step {done}")
+            with _keeping_what_was_done(run, trainer):
+                evaluations.add(f"at step {done}")
+
+
+@contextlib.contextmanager
+def _keeping_what_was_done(run: TrainRun, trainer: Trainer) -> Iterator[None]:
+    """Where there is no server, or no more of it, save a checkpoint: that needs none."""
+    try:
+        yield
+    except DloraError:
+        if trainer.next_step > 0:
+            trainer.save_checkpoint(run.out / CHECKPOINTS)
+        raise
 
 
 class _Evaluations:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -93,6 +93,15 @@ class _ViolationError(Exception):
         self.code = code
 
 
+class _MicroBatch(NamedTuple):
+    """What is remembered of ``Embeddings``: not the tensors, which would outlive the micro-batch."""
+
+    step: int
+    micro_batch: int
+    training: bool
+    labelled: int
+
+
 class Session:
     """One side's view of one conversation.
 
@@ -122,7 +131,7 @@ class Session:
         self._sent_since_received = False
         self._unanswered_reports: list[int] = []
         self._micro_batch = 0
-        self._begun: m.Embeddings | None = None
+        self._begun: _MicroBatch | None = None
         self._tokens = 0
         self._awaited = 0  # the group whose deltas C waits for
         self._asked: set[int] = set()  # groups that took part in this forward pass
@@ -282,17 +291,15 @@ class Session:
             case m.GroupDelta():
                 self._check_group_delta(message)
             case m.LabelledHiddenStates():
-                labelled = begun.label_positions.shape[0]
                 assert self.welcome is not None
-                self._check_floats(message.hidden_states, (labelled, self.welcome.hidden_size))
-                if message.gradients > (len(self._asked) if begun.mode == "train" else 0):
+                self._check_floats(message.hidden_states, (begun.labelled, self.welcome.hidden_size))
+                if message.gradients > (len(self._asked) if begun.training else 0):
                     raise _ViolationError("more gradients than groups took part")
                 self._gradients = message.gradients
                 return None if message.gradients else State.IDLE
             case m.GradHiddenStates():
-                labelled = begun.label_positions.shape[0]
                 assert self.welcome is not None
-                self._check_floats(message.grad_hidden_states, (labelled, self.welcome.hidden_size))
+                self._check_floats(message.grad_hidden_states, (begun.labelled, self.welcome.hidden_size))
             case m.GroupGrad():
                 self._check_group_grad(message)
                 return self._backward_state()
@@ -326,7 +333,7 @@ class Session:
             raise _ViolationError(f"a sequence of {lengths.max()} tokens; at most {limit} fit", m.ErrorCode.LIMIT)
         if not positions.size or positions[0] < 0 or positions[-1] >= tokens or (positions[1:] <= positions[:-1]).any():
             raise _ViolationError("label positions that are not ascending rows of the tokens")
-        self._begun = message
+        self._begun = _MicroBatch(message.step, message.micro_batch, training, positions.size)
         self._tokens = tokens
         self._asked.clear()
         self._graded.clear()

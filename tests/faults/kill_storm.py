@@ -1,0 +1,111 @@
+"""Kill server and device, SIGKILL, many times in one run, at random messages; then compare with a run without.
+
+    python tests/faults/kill_storm.py --kills 20 --steps 60 --model smollm2-135m
+
+Devices go on with --resume, servers are started again on the same port. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from fault_proxy import Boundary, Fault, Plan  # noqa: E402
+from forked import spawn_command  # noqa: E402
+from world import LONG_S, Outcome, Place, Reference, Replicas, Scene, compare, make_place, record, replicas, write_data  # noqa: E402
+
+MESSAGES = 8
+"""Every step has at least so many messages, whatever is killed and revived."""
+
+
+def storm(
+    place: Place,
+    running: Replicas,
+    reference: Reference,
+    out: Path,
+    options: Sequence[object],
+    *,
+    kills: int,
+    steps: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Kill as often at random messages of random steps, each once; victims take turns in random order."""
+    chance = random.Random(seed)
+    victims = [(Fault.KILL_DEVICE, Fault.KILL_SERVER)[index % 2] for index in range(kills)]
+    chance.shuffle(victims)
+    scene = Scene(place, running, out, options, most_restarts=kills, timeout_s=LONG_S)
+    scene.proxy.plan(
+        *(Plan(victim, Boundary(step=chance.randrange(steps), nth=chance.randrange(MESSAGES))) for victim in victims)
+    )
+    started = time.perf_counter()
+    outcome: Outcome = scene.run()
+    if not outcome.wrong:
+        compare(outcome, out, reference.out, scene.proxy.reports)
+    struck = scene.proxy.struck
+    return {
+        "kills_server": struck.count(Fault.KILL_SERVER),
+        "kills_device": struck.count(Fault.KILL_DEVICE),
+        "steps": steps,
+        "bit_equal": not outcome.wrong,
+        "steps_lost": outcome.steps_lost,
+        "steps_doubled": outcome.steps_doubled,
+        "device_restarts": outcome.restarts,
+        "sessions_opened": scene.proxy.counts["session_opened"],
+        "wrong": outcome.wrong,
+        "wall_s": round(time.perf_counter() - started, 1),
+    }
+
+
+def main() -> None:
+    """Exit with 1 where a bit differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--model", default="smollm2-135m", help="tiny: random weights, for a quick look")
+    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
+    parser.add_argument("--save-every", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    train = (
+        "--batch-size", 2, "--grad-accum", 2, "--steps", options.steps, "--save-every", options.save_every,
+        "--threads", options.threads, "--kr-warmup-steps", 10,
+        "--kr-kill-every", 5, "--kr-revive-every", 10, "--kr-probation", 5,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        if options.model == "tiny":
+            made = make_place(directory)
+            place = Place(directory, train, made.model, made.bundle, spawn_command)
+        else:
+            if not (options.bundle / "manifest.json").exists():
+                raise SystemExit(f"error: no bundle in {options.bundle}; make it: dlora-export {options.model}")
+            write_data(directory / "data.jsonl", rows=40)
+            place = Place(directory, train, options.model, options.bundle.resolve(), spawn_command)
+        print("training without a disturbance", file=sys.stderr, flush=True)
+        with replicas(place, directory / "servers", ("--drain-s", 5), count=1) as running:
+            started = time.perf_counter()
+            reference = record(place, running, directory / "reference" / "out", watch=False)
+            undisturbed_s = round(time.perf_counter() - started, 1)
+            print(f"done in {undisturbed_s} s; now with {options.kills} kills", file=sys.stderr, flush=True)
+            result = storm(
+                place, running, reference, directory / "storm" / "out", (), kills=options.kills, steps=options.steps,
+                seed=options.seed,
+            )  # fmt: skip
+    result |= {"model": options.model, "undisturbed_wall_s": undisturbed_s}
+    print(json.dumps(result, indent=1))
+    if not result["bit_equal"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The proxy does the harm that was planned, where it was planned, and no other; and harm does not go unseen."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fault_proxy import Boundary, Fault, FaultProxy, Plan, fault_proxy
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+from websockets.sync.server import ServerConnection, serve
+from world import Outcome, compare
+
+from dlora.edge.checkpoint import save_checkpoint
+from dlora.edge.trainer import TrainerState
+from dlora.protocol import messages as m
+from dlora.protocol.codec import encode
+from dlora.protocol.tensors import WireTensor
+
+
+@pytest.fixture(scope="module")
+def echo_url() -> Iterator[str]:
+    def echo(connection: ServerConnection) -> None:
+        for frame in connection:
+            connection.send(frame)
+
+    with serve(echo, "127.0.0.1", 0, compression=None, max_size=None) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def device(proxy: FaultProxy) -> Iterator[ClientConnection]:
+    with connect(proxy.url, compression=None, max_size=None, close_timeout=0.1) as connection:
+        yield connection
+
+
+def report(step: int, units: int = 4) -> bytes:
+    scores = np.arange(units, dtype=np.float32)
+    return bytes(encode(m.StepReport(step=step, scores=WireTensor("fp32", scores)), seq=step + 1))
+
+
+def test_frames_of_megabytes_pass_unchanged(echo_url: str) -> None:
+    with fault_proxy(echo_url, keep_messages=True) as proxy, device(proxy) as connection:
+        for step, frame in enumerate(report(step, units) for step, units in enumerate((1, 40, 20_000, 1_000_000))):
+            connection.send(frame)
+            assert connection.recv() == frame
+            assert {(each.name, each.step, each.direction) for each in proxy.messages[-2:]} == {
+                ("step_report", step, "up"), ("step_report", step, "down"),
+            }  # fmt: skip
+        connection.send(b"no message of ours")
+        assert connection.recv() == b"no message of ours"
+    assert proxy.counts == {"step_report": 8}
+    assert proxy.struck == []
+
+
+def test_one_bit_of_one_message(echo_url: str) -> None:
+    with fault_proxy(echo_url) as proxy, device(proxy) as connection:
+        proxy.plan(Plan(Fault.CORRUPT, Boundary("step_report", step=1, direction="up", nth=1)))
+        answers = []
+        for step in (0, 1, 1, 1):
+            connection.send(report(step))
+            answers.append(connection.recv())
+    assert [answer == report(step) for answer, step in zip(answers, (0, 1, 1, 1), strict=True)] == [
+        True, True, False, True,
+    ]  # fmt: skip
+    flipped = np.frombuffer(answers[2], np.uint8) ^ np.frombuffer(report(1), np.uint8)
+    assert int(np.unpackbits(flipped).sum()) == 1
+
+
+def test_twice(echo_url: str) -> None:
+    with fault_proxy(echo_url) as proxy, device(proxy) as connection:
+        proxy.plan(Plan(Fault.DUPLICATE, Boundary(direction="up")))
+        connection.send(report(0))
+        assert connection.recv() == connection.recv() == report(0)
+        connection.send(report(1))
+        assert connection.recv() == report(1)
+
+
+@pytest.mark.parametrize("fault", [Fault.CUT_LINK, Fault.TRUNCATE], ids=lambda fault: fault.name.lower())
+def test_the_connection_ends(echo_url: str, fault: Fault) -> None:
+    with fault_proxy(echo_url) as proxy:
+        proxy.plan(Plan(fault, Boundary(step=1, direction="down")))
+        with device(proxy) as connection:
+            connection.send(report(0))
+            assert connection.recv() == report(0)
+            connection.send(report(1))
+            with pytest.raises(ConnectionClosed):
+                connection.recv(timeout=10)
+        with device(proxy) as connection:
+            connection.send(report(1))
+            assert connection.recv() == report(1)
+
+
+def test_half_open_says_nothing(echo_url: str) -> None:
+    with fault_proxy(echo_url) as proxy, device(proxy) as connection:
+        proxy.harm(Fault.HALF_OPEN)
+        connection.send(report(0))
+        with pytest.raises(TimeoutError):
+            connection.recv(timeout=0.1)
+        with device(proxy) as other:
+            other.send(report(0))
+            assert other.recv() == report(0)
+
+
+def test_the_strike_comes_before_the_frame(echo_url: str) -> None:
+    order: list[str] = []
+    with fault_proxy(echo_url, lambda fault: order.append(fault.name)) as proxy, device(proxy) as connection:
+        proxy.plan(Plan(Fault.CLOCK_JUMP, Boundary(direction="up")))
+        connection.send(report(0))
+        connection.recv()
+        order.append("frame")
+    assert order == ["CLOCK_JUMP", "frame"]
+
+
+def test_differences_are_seen(tmp_path: Path) -> None:
+    wanted = run_of(tmp_path / "wanted", steps=[0, 1], weight=1.0, adam_steps=2)
+    same, other = Outcome(), Outcome()
+    compare(same, run_of(tmp_path / "same", steps=[0, 1], weight=1.0, adam_steps=2), wanted, {0: {b"a"}})
+    assert same == Outcome()
+    compare(other, run_of(tmp_path / "other", steps=[1, 1], weight=2.0, adam_steps=3), wanted, {0: {b"a", b"b"}})
+    assert (other.steps_lost, other.steps_doubled) == (1, 2)
+    text = "; ".join(other.wrong)
+    for part in ("AdamW's steps differ by 1", "metrics", "the adapter", "AdamW's state", "other scores"):
+        assert part in text
+
+
+def run_of(out: Path, *, steps: list[int], weight: float, adam_steps: int) -> Path:
+    state = TrainerState(next_step=2, digest="", ticket=b"", states=[1], fade_ages=[0], adam_steps=[adam_steps])
+    save_checkpoint(out / "checkpoints", 2, {"a": np.full(3, weight, np.float32)}, state)
+    (out / "adapter_model.safetensors").write_bytes(np.float32(weight).tobytes())
+    row = {"loss": weight, "learning_rate": 1, "grad_norm": 1, "tokens": 1, "labelled": 1, "active_units": 1}
+    (out / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "units": "1", **row}) + "\n" for n in steps))
+    return out

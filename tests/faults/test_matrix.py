@@ -1,0 +1,42 @@
+"""Whatever happens, wherever in a step: the same adapter, bit for bit, and every step once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fault_proxy import Fault
+from matrix import FAULTS, Matrix, matrix
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    with matrix(tmp_path_factory.mktemp("faults")) as found:
+        yield found
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.lower())
+def test_every_kind_of_boundary(whole: Matrix, fault: Fault) -> None:
+    cells = list(whole.run(whole.cases(fault)))
+    wrong = {str(cell.case): cell.outcome.wrong for cell in cells if cell.outcome.wrong}
+    assert not wrong
+    assert sum(cell.outcome.steps_lost + cell.outcome.steps_doubled for cell in cells) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.lower())
+def test_every_boundary(whole: Matrix, fault: Fault) -> None:
+    cells = list(whole.run(whole.cases(fault, thorough=True)))
+    assert not {str(cell.case): cell.outcome.wrong for cell in cells if cell.outcome.wrong}
+
+
+def test_the_step_is_worth_disturbing(whole: Matrix) -> None:
+    """All kinds of messages are in it, and units are killed and revived around it."""
+    kinds = {case.place for case in whole.cases(Fault.CUT_LINK)}
+    assert kinds >= {
+        "embeddings", "group_input", "group_delta", "labelled_hidden_states", "grad_hidden_states", "group_grad",
+        "group_input_grad", "step_report", "signal", "checkpoint",
+    }  # fmt: skip
+    rows = (whole.reference.out / "metrics.jsonl").read_text().splitlines()
+    assert len({row.split('"units":')[1] for row in rows}) > 2

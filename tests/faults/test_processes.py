@@ -1,0 +1,62 @@
+"""The commands as users start them, through a real TCP proxy, killed and frozen for real."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fault_proxy import Boundary, Fault, Plan
+from forked import spawn_command
+from kill_storm import storm
+from matrix import DEVICE, SERVER
+from world import Place, Reference, Replicas, Scene, compare, make_place, record, replicas
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return replace(make_place(tmp_path_factory.mktemp("processes")), start=spawn_command)
+
+
+@pytest.fixture(scope="module")
+def running(place: Place) -> Iterator[Replicas]:
+    with replicas(place, place.directory / "servers", SERVER, count=1) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def reference(place: Place, running: Replicas) -> Reference:
+    return record(place, running, place.directory / "reference" / "out", DEVICE, watch=False)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault.KILL_SERVER, Fault.KILL_DEVICE, Fault.FREEZE_SERVER, Fault.FREEZE_DEVICE],
+    ids=lambda f: f.name.lower(),
+)
+def test_killed_or_frozen(place: Place, running: Replicas, reference: Reference, fault: Fault, tmp_path: Path) -> None:
+    message = random.Random(fault.name).randrange(12)
+    scene = Scene(place, running, tmp_path / "out", DEVICE)
+    scene.proxy.plan(Plan(fault, Boundary(step=2, nth=message)))
+    outcome = scene.run()
+    if not outcome.wrong:
+        compare(outcome, tmp_path / "out", reference.out, scene.proxy.reports)
+    assert not outcome.wrong
+    assert (
+        outcome.recovery
+        == {
+            Fault.KILL_SERVER: "step run again",
+            Fault.KILL_DEVICE: "process restarted",
+            Fault.FREEZE_SERVER: "resumed in place",
+            Fault.FREEZE_DEVICE: "resumed in place",
+        }[fault]
+    )
+
+
+def test_a_storm_of_kills(place: Place, running: Replicas, reference: Reference, tmp_path: Path) -> None:
+    result = storm(place, running, reference, tmp_path / "out", DEVICE, kills=3, steps=5, seed=1)
+    assert result["bit_equal"], result["wrong"]
+    assert (result["kills_server"], result["kills_device"]) == (1, 2)
+    assert result["steps_lost"] == result["steps_doubled"] == 0
