@@ -64,7 +64,8 @@ async def handle_connection(connection: GuardedConnection, caller: Caller, servi
         if begun:
             await connection.wait_closed()
     except TimeoutError:
-        await _refuse(connection, caller, RemoteProtocolError("too slow at the handshake"))
+        late = RemoteProtocolError("too slow at the handshake", m.ErrorCode.DEADLINE, retryable=True)
+        await _refuse(connection, caller, late)
     except RemoteProtocolError as refusal:
         await _refuse(connection, caller, refusal)
     except ConnectionClosed:
@@ -104,8 +105,11 @@ class _Handshake:
                 case _:  # a device that only wanted to know who we are
                     return False
 
-    async def _receive(self) -> m.AnyMessage | None:
-        return self._session.receive(await self._connection.recv(decode=False))
+    async def _receive(self) -> m.AnyMessage:
+        message = None
+        while message is None:
+            message = self._session.receive(await self._connection.recv(decode=False))
+        return message
 
     async def _send(self, message: m.AnyMessage) -> None:
         await self._connection.send(self._session.send(message))

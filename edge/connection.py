@@ -466,7 +466,8 @@ def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> Clien
         # Writing has no deadline of its own: a server that stands still would hold up a large frame, and the pings that
         # wait behind it, for ever.
         timeout_ms = round(liveness.ping_timeout_s * 1000)
-        websocket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+        with contextlib.suppress(OSError):  # it hung up already, which whoever reads will find
+            websocket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     return websocket
 
 

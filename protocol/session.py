@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from . import messages as m
-from .codec import Decoder, encode, read_prefix
+from .codec import Decoder, Prefix, encode, read_prefix
 from .errors import LocalProtocolError, RemoteProtocolError
 from .kill_revive import GroupSpec, UnitState, group_units
 from .link import Link
@@ -86,6 +86,10 @@ C may send ``Signal`` in any open state while a ``StepReport`` is unanswered; ei
 NUMBERED: Final = (m.ExchangeMessage, m.StepReport, m.Signal)
 """What the link numbers: the messages of a session that change what the two sides hold."""
 
+HANDSHAKE: Final = (
+    m.Hello, m.Welcome, m.OpenSession, m.SessionOpened, m.ResumeSession, m.SessionResumed, m.SessionGone,
+)  # fmt: skip
+
 
 class _ViolationError(Exception):
     def __init__(self, text: str, code: m.ErrorCode = m.ErrorCode.PROTOCOL) -> None:
@@ -128,6 +132,7 @@ class Session:
         self.link = Link()
         self._decoder = Decoder()
         self._before_error = State.CLOSED
+        self._last_of_handshake = 0  # checksum of the peer's last: what the link does not number may come twice, too
         self._sent_since_received = False
         self._unanswered_reports: list[int] = []
         self._micro_batch = 0
@@ -173,7 +178,8 @@ class Session:
         numbered = isinstance(message, NUMBERED)
         if numbered != (prefix.seq > 0):
             raise RemoteProtocolError(f"{type(message).__name__} with the number {prefix.seq}")
-        if numbered and self.link.is_repeat(prefix):
+        in_handshake = isinstance(message, HANDSHAKE)
+        if (numbered and self.link.is_repeat(prefix)) or (in_handshake and self._repeats_handshake(prefix)):
             self.bytes_received += len(frame)
             return None
         try:
@@ -186,6 +192,8 @@ class Session:
             raise RemoteProtocolError(text, error.code) from None
         if numbered:
             self.link.accept(prefix)
+        elif in_handshake:
+            self._last_of_handshake = prefix.checksum
         self.bytes_received += len(frame)
         self.round_trips += self._sent_since_received
         self._sent_since_received = False
@@ -199,10 +207,14 @@ class Session:
         missing = self.link.missing(received)
         if self.state is State.CLOSED:
             self.state = self._before_error
+        self._last_of_handshake = handshake._last_of_handshake
         self.bytes_sent += handshake.bytes_sent + sum(map(len, missing))
         self.bytes_received += handshake.bytes_received
         self.round_trips += handshake.round_trips
         return missing
+
+    def _repeats_handshake(self, prefix: Prefix) -> bool:
+        return self.state is not State.CLOSED and prefix.checksum == self._last_of_handshake
 
     # -- the rules ---------------------------------------------------------------------------------------
 

@@ -188,8 +188,9 @@ class Pair:
 
 def frame_for(listener: Session, message: m.AnyMessage) -> bytearray:
     """The frame of ``message`` as ``listener``'s peer would number it now."""
-    numbered = isinstance(message, NUMBERED)
-    return encode(message, seq=listener.link.received + 1 if numbered else 0, ack=listener.link.sent)
+    if not isinstance(message, NUMBERED):
+        return encode(message)
+    return encode(message, seq=listener.link.received + 1, ack=listener.link.sent)
 
 
 def hear(listener: Session, message: m.AnyMessage) -> m.AnyMessage | None:
@@ -226,5 +227,6 @@ def copy_link(link: Link) -> Link:
 
 def shared(session: Session) -> dict[str, Any]:
     """What both sides must agree on."""
-    own = {"role", "bytes_sent", "bytes_received", "round_trips", "_sent_since_received", "link"}
+    own = {"role", "bytes_sent", "bytes_received", "round_trips", "_sent_since_received", "link",
+           "_last_of_handshake"}  # fmt: skip
     return {name: value for name, value in everything(session).items() if name not in own}
