@@ -22,6 +22,7 @@ from dlora.protocol.version import SOFTWARE_VERSION
 
 from . import token_cli
 from .guard import raise_file_limit
+from .memory import limit_arenas
 from .tls import check_exposure, server_context
 from .tokens import FILE_NAME, TokenStore
 
@@ -148,6 +149,7 @@ def serve(
         raise UsageError("--tls-key and --tls-client-ca need --tls-cert")
     tls = server_context(tls_cert, tls_key, tls_client_ca) if tls_cert else None
     raise_file_limit()
+    limit_arenas()
     key = load_key(state)
     # Idle OpenMP threads spin: with a device on the same cores that made a step 15 times slower. Must be set
     # before torch is loaded.

@@ -30,6 +30,7 @@ from .exchange import MicroBatchExchange, exchanging
 from .kill_revive import Controller
 from .layout import Layout, lay_out
 from .live_bytes import LiveBytes
+from .memory import release_freed
 from .quotas import SessionQuota
 from .wire import from_wire, to_wire
 
@@ -137,8 +138,13 @@ class SessionExecutor:
     def run(self) -> None:
         """Answer until the device closes the session."""
         torch.set_num_threads(self._threads)  # OpenMP keeps this per thread, and this thread is new
-        while self._answer_next():
-            pass
+        try:
+            while self._answer_next():
+                pass
+        finally:
+            self._micro_batch = None
+            self._input_grads.clear()
+            release_freed()
 
     def _answer_next(self) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
