@@ -1,0 +1,5 @@
+"""What the frozen ``dlora-edge`` runs."""
+
+from dlora.edge.__main__ import main
+
+main()
