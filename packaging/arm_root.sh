@@ -13,9 +13,8 @@ root=$arm/root
 suite=bookworm # Raspberry Pi OS 12, Ubuntu 22.10 and newer: glibc 2.36
 # The Pi 4's processor. qemu's own default, with SVE and more, makes numpy's products wrong.
 cpu=${DLORA_ARM_CPU:-cortex-a72}
-# python3-distutils and the like are of no use: what builds the binary comes from PyPI, into an environment of its own.
-packages="base-files base-passwd bash binutils coreutils dash findutils grep hostname libc-bin sed gzip tar
-    python3 python3-venv ca-certificates"
+# PyInstaller wants libpython and binutils. What else makes the binary comes from PyPI.
+packages="base-files bash binutils coreutils dash findutils grep libc-bin sed libpython3.11 python3 ca-certificates"
 
 die() {
     echo "error: $*" >&2
@@ -90,6 +89,7 @@ make_root() {
     printf 'root:x:0:0:root:/root:/bin/bash\n' >"$root/etc/passwd"
     printf 'root:x:0:\n' >"$root/etc/group"
     printf '127.0.0.1 localhost\n' >"$root/etc/hosts"
+    "$here/packaging/arm_root.sh" run ldconfig
     "$here/packaging/arm_root.sh" run python3 -c 'import platform, sys; print("arm root:", platform.machine(), "Python", sys.version.split()[0], *platform.libc_ver())' >&2
     echo "$wanted" >"$stamp"
 }
