@@ -2,16 +2,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-arm edge-binary lint bench clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/.ready
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not arm"
 
 test-slow: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not arm"
+
+# The device as one file that needs no Python: build/edge/ARCH/dlora-edge. aarch64 is made and run under emulation.
+ARCH ?= $(shell uname -m)
+edge-binary:
+	$(PYTHON) packaging/edge_binary.py --arch $(ARCH) $(if $(WITH_EXECUTORCH),--with-executorch)
+
+ARM_TESTS ?= arm
+test-arm: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
+	$(MAKE) edge-binary ARCH=aarch64
+	$(MAKE) edge-binary ARCH=x86_64
+	$(PYTHON) packaging/sites.py
+	$(BIN)/pytest -m "$(ARM_TESTS)" tests/arm
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

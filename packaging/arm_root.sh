@@ -13,8 +13,8 @@ root=$arm/root
 suite=bookworm # Raspberry Pi OS 12, Ubuntu 22.10 and newer: glibc 2.36
 # The Pi 4's processor. qemu's own default, with SVE and more, makes numpy's products wrong.
 cpu=${DLORA_ARM_CPU:-cortex-a72}
-# PyInstaller wants libpython and binutils. What else makes the binary comes from PyPI.
-packages="base-files bash binutils coreutils dash findutils grep libc-bin sed libpython3.11 python3 ca-certificates"
+# PyInstaller wants libpython and binutils, some tests mount. What else makes the binary comes from PyPI.
+packages="base-files bash binutils coreutils dash findutils grep libc-bin sed libpython3.11 mount python3 ca-certificates"
 
 die() {
     echo "error: $*" >&2
@@ -70,7 +70,7 @@ make_root() {
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
     echo "Debian $suite arm64: unpacking into build/arm/root" >&2
     rm -rf "$root" "$arm/apt" "$stamp"
-    mkdir -p "$root"/usr/{bin,sbin,lib} "$root"/{proc,dev,tmp,etc,root} "$arm"/apt/state/lists/partial "$arm"/apt/cache/archives/partial
+    mkdir -p "$root"/usr/{bin,sbin,lib} "$root"/{proc,sys,dev,tmp,etc,root} "$arm"/apt/state/lists/partial "$arm"/apt/cache/archives/partial
     chmod 1777 "$root/tmp"
     for folder in bin sbin lib; do ln -s "usr/$folder" "$root/$folder"; done
     : >"$arm/apt/status"
@@ -113,6 +113,7 @@ inside() {
     printf '%s' ":aarch64:M::\\x7fELF\\x02\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\xb7\\x00:\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:$DLORA_QEMU:F" \
         >/proc/sys/fs/binfmt_misc/register
     mount --rbind /dev "$DLORA_ROOT/dev"
+    mount --rbind /sys "$DLORA_ROOT/sys" # onnxruntime asks it for the processors
     mount -t proc proc "$DLORA_ROOT/proc"
     IFS=:
     for folder in $DLORA_BINDS; do
