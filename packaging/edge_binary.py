@@ -37,7 +37,7 @@ def main() -> None:
     shim = find_shim(options.arch) if options.with_executorch else None
     kept = ROOT / "build" / "edge" / options.arch / "report.json"
     digest = inputs_digest(shim)
-    if not kept.exists() or json.loads(kept.read_text())["inputs"] != digest:
+    if not kept.exists() or json.loads(kept.read_text()).get("inputs") != digest:
         kept.unlink(missing_ok=True)
         freeze(options.arch, install(options.arch), shim)
         kept.write_text(json.dumps(report(options.arch, shim) | {"inputs": digest}, indent=1) + "\n")
@@ -48,11 +48,12 @@ def main() -> None:
 
 
 def inputs_digest(shim: Path | None) -> str:
-    """Of all that goes into a binary, and of the interpreter that builds it."""
-    folders = [ROOT / "edge", ROOT / "protocol", PACKAGING, *([shim] if shim else [])]
-    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    """Of what goes into a binary, and of the interpreter that builds it; not of the scripts."""
+    folders = [ROOT / "edge", ROOT / "protocol", *([shim] if shim else [])]
+    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".so"))
+    names = ("dlora-edge.spec", "entry.py", "requirements.txt", "requirements-build.txt")
     digest = hashlib.sha256(sys.version.encode())
-    for path in [ROOT / "pyproject.toml", *(path for path in paths if "__pycache__" not in path.parts)]:
+    for path in [ROOT / "pyproject.toml", *(PACKAGING / name for name in names), *paths]:
         digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

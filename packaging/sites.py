@@ -1,7 +1,7 @@
-"""Folders of dlora and its pinned dependencies under build/, one an architecture, chosen and unpacked by this machine's pip.
+"""dlora and its pinned dependencies in folders under build/, for each architecture, unpacked by this machine's pip.
 
-For aarch64 too: pip takes the wheels of another platform, natively and with this machine's settings for its registry. The arm root needs no
-network and no pip.
+For aarch64 too: pip takes the wheels of another platform, natively and with this machine's settings for its registry.
+The arm root needs no network and no pip.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ARM_PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(36, 16, -1)] 
 
 
 def install(arch: str) -> list[Path]:
-    """What ``PYTHONPATH`` must name: dlora, made anew each time, and its dependencies, kept while the pins are the same."""
+    """What ``PYTHONPATH`` must name: dlora, made anew, and its dependencies, kept while the pins are the same."""
     if not (TOOLS / "made").exists():
         say("an environment with pip")
         venv.create(TOOLS, with_pip=True, clear=True)
@@ -36,7 +36,7 @@ def install(arch: str) -> list[Path]:
 
 
 def arm_environment() -> Path:
-    """A virtual environment for the arm root, with pytest: the plain package. Written by hand, as nothing of it must run here."""
+    """The plain package and pytest, as a virtual environment for the arm root; by hand, as it cannot run here."""
     sites = [*install("aarch64"), _pinned("aarch64", "site-tests", "requirements-tests.txt")]
     environment = WORK / "aarch64" / "environment"
     packages = environment / "lib" / "python3.11" / "site-packages"

@@ -1,4 +1,4 @@
-"""What ``make edge-binary`` made: sizes, the oldest system it starts on, how quickly it starts. Limits: docs/decisions/0023."""
+"""What ``make edge-binary`` made: how large, the oldest system that it runs on, how quickly it starts."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from arm_root import COMMANDS, FROZEN, PACKAGE, ROOT, Device, entered, losses, run
-from reference import write_reference
 from families import save_tiny
 from processes import CloudProcess, Finished, cloud_process, run_edge
+from reference import write_reference
 
 from dlora.edge.bundle import Bundle
 from dlora.export.bundle import ExportSettings, export_bundle
