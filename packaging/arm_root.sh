@@ -27,6 +27,7 @@ mirrors() {
         echo "$DLORA_DEBIAN_MIRROR $suite"
         return
     fi
+    # shellcheck disable=SC2016  # these are apt's words
     apt-get indextargets --format '$(ORIGIN) $(CODENAME) $(REPO_URI)' 'Created-By: Packages' |
         awk -v suite="$suite" '$1 == "Debian" { print $3, suite ($2 ~ /-security$/ ? "-security" : $2 ~ /-updates$/ ? "-updates" : "") }' |
         grep -v backports | sort -u
@@ -65,7 +66,7 @@ private_apt() {
 
 make_root() {
     stamp=$arm/root.made
-    wanted="$suite $(echo $packages)"
+    wanted="$suite $packages"
     fetch_qemu
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
     echo "Debian $suite arm64: unpacking into build/arm/root" >&2
@@ -121,6 +122,7 @@ inside() {
         mount --rbind "$folder" "$DLORA_ROOT$folder"
     done
     unset IFS
+    # shellcheck disable=SC2016  # of the shell inside
     exec chroot "$DLORA_ROOT" /usr/bin/env -i QEMU_CPU="$DLORA_CPU" PATH=/usr/bin:/usr/sbin HOME=/root LANG=C.UTF-8 TMPDIR=/tmp \
         sh -c 'cd "$1" && shift && exec "$@"' sh "$DLORA_CWD" "$@"
 }
