@@ -1,7 +1,7 @@
 """Runs in the arm root, on the plain package: adapters, AdamW and head against what torch computed on the host.
 
-``DLORA_ARM_REFERENCE`` names a folder with ``bundle`` and ``reference.safetensors`` (``reference.py``). Its name keeps the
-host from collecting it.
+``DLORA_ARM_REFERENCE`` names a folder with ``bundle`` and ``reference.safetensors`` (``reference.py``). Its name
+keeps the host from collecting it.
 """
 
 from __future__ import annotations
