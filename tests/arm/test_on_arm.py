@@ -94,7 +94,7 @@ def test_errors_are_a_line_and_a_code(place: Place, arguments: list[str], code: 
 @pytest.mark.parametrize("suite", SUITES)
 def test_suites_without_torch(place: Place, suite: str) -> None:
     command = [PACKAGE, "-m", "pytest", "-p", "no:cacheprovider", f"tests/test_{suite}.py", "--timeout", 1200]
-    done = run(["env", "HYPOTHESIS_DATABASE_FILE=/tmp/hypothesis", *command], place.directory)
+    done = run(["env", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis", *command], place.directory)
     assert done.code == 0, done.stdout[-3000:]
 
 
