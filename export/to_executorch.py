@@ -111,10 +111,11 @@ def load_program(model: bytes) -> Callable[[Arrays], list[npt.NDArray[Any]]]:
         method = program.load_method("forward")
 
     def run(inputs: Arrays) -> list[npt.NDArray[Any]]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # mapped weights are read-only, and only read
+        with (
+            _quietly()
+        ):  # mapped weights are read-only, and only read; the first run says aloud what processor it finds
             tensors = [torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape) for value in inputs.values()]
-        return [output.numpy().copy() for output in method.execute(tensors)]
+            return [output.numpy().copy() for output in method.execute(tensors)]
 
     # The method points into the program.
     run.program = program  # type: ignore[attr-defined]
