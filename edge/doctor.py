@@ -136,7 +136,8 @@ def _bundle(path: Path) -> str:
     from .bundle import Bundle
 
     manifest = Bundle.open(path).manifest
-    return f"{path}: {manifest.base_model.name}, {len(manifest.files)} files, every digest right, for {', '.join(manifest.engines)}"
+    engines = " and ".join(manifest.engines)
+    return f"{path}: {manifest.base_model.name}, {len(manifest.files)} files, every digest right, for {engines}"
 
 
 def _server(url: str, bundle: Path | None, credentials: Credentials) -> str:

@@ -121,7 +121,8 @@ class _Cut:
             results = [found[index % self._threads][index // self._threads] for index in range(len(pieces))]
         else:
             results = [self._run(0, *piece) for piece in pieces]
-        return [self._joined(tensor, parts) for tensor, parts in zip(self._spec.outputs, zip(*results), strict=True)]
+        by_output = zip(*results, strict=True)
+        return [self._joined(tensor, parts) for tensor, parts in zip(self._spec.outputs, by_output, strict=True)]
 
     def _every(self, worker: int, pieces: Sequence[tuple[list[Array], Mapping[str, int]]]) -> list[list[Array]]:
         return [self._run(worker, *piece) for piece in pieces[worker :: self._threads]]

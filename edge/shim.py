@@ -27,7 +27,12 @@ VARIABLE: Final = "DLORA_EXECUTORCH_DIR"
 MAX_DIMS: Final = 4
 _MESSAGE_BYTES: Final = 400
 _OK, _UNREADABLE, _DAMAGED, _INCOMPATIBLE = 0, 1, 2, 3
-_DTYPES: Final = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "int8": np.dtype("i1"), "int64": np.dtype("<i8")}
+_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "fp32": np.dtype("<f4"),
+    "fp16": np.dtype("<f2"),
+    "int8": np.dtype("i1"),
+    "int64": np.dtype("<i8"),
+}
 _CODES: Final = {dtype: code for code, dtype in enumerate(_DTYPES.values())}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import platform
 import re
 import shutil
@@ -76,7 +75,7 @@ def build(arch: str, runner: bool) -> Path:
             subprocess.run([f"{prefix}strip", "--strip-unneeded", path], check=True)
         (made / "VERSION.json").write_text(json.dumps({"executorch": version, "abi": _abi(), "arch": arch}) + "\n")
         shutil.rmtree(out, ignore_errors=True)
-        os.rename(made, out)
+        made.rename(out)
     return out
 
 
@@ -87,7 +86,7 @@ def _compile(compiler: str, wheel: Path, version: str, made: Path) -> None:
         [
             compiler, "-O2", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
             "-DC10_USING_CUSTOM_GENERATED_MACROS", f'-DDLORA_EXECUTORCH_VERSION="{version}"',
-            "-isystem", include, "-isystem", portable, HERE / "dlora_executorch.cpp",
+            "-isystem", include, "-isystem", portable, *sorted(HERE.glob("*.cpp")),
             "-o", made / "libdlora_executorch.so", "-Wl,-soname,libdlora_executorch.so",
             f"-L{made}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES), "-Wl,-rpath,$ORIGIN",
         ],

@@ -1,6 +1,8 @@
 // See dlora_executorch.h. Built by build.py against the headers and libraries of the executorch wheel.
 #include "dlora_executorch.h"
 
+#include "widen.h"
+
 #include <executorch/extension/data_loader/mmap_data_loader.h>
 #include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 #include <executorch/runtime/executor/method.h>
@@ -9,8 +11,9 @@
 #include <executorch/runtime/platform/runtime.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdio>
-#include <cstring>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -58,6 +61,7 @@ void start_runtime() {
   [[maybe_unused]] static const bool started = [] {
     et::register_pal(et::PalImpl::create(&remember, __FILE__));
     et::runtime_init();
+    register_widening();
     return true;
   }();
 }
