@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-arm edge-binary lint bench clean
+.PHONY: demo test test-slow test-arm lint bench shim native-runner edge-binary clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -39,6 +39,11 @@ build/smollm2/manifest.json: | .venv/.ready
 
 build/smollm2-fp32/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-fp32 --head-dtype fp32
+
+# The ExecuTorch engine of a device: build/shim/ARCH. On another ARCH than this machine's it takes a cross compiler.
+ARCH ?= $(shell uname -m)
+shim: .venv/.ready
+	$(BIN)/python edge/native/build.py --arch $(ARCH)
 
 # pip and not another installer: it takes torch builds that lie on disk. 25.1 brought --group.
 .venv/.ready: pyproject.toml
