@@ -1,6 +1,7 @@
 # make demo: the whole thing, on a real model and real text.   make test: everything that must hold.
 PYTHON ?= python3
 BIN := .venv/bin
+ARCH ?= $(shell uname -m)
 
 .PHONY: demo test test-slow test-arm lint bench shim native-runner edge-binary clean
 
@@ -14,7 +15,6 @@ test-slow: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.
 	$(BIN)/pytest -m "slow and not arm"
 
 # The device as one file that needs no Python: build/edge/ARCH/dlora-edge. aarch64 is made and run under emulation.
-ARCH ?= $(shell uname -m)
 edge-binary:
 	$(PYTHON) packaging/edge_binary.py --arch $(ARCH) $(if $(WITH_EXECUTORCH),--with-executorch)
 
@@ -41,7 +41,6 @@ build/smollm2-fp32/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-fp32 --head-dtype fp32
 
 # The ExecuTorch engine of a device: build/shim/ARCH. On another ARCH than this machine's it takes a cross compiler.
-ARCH ?= $(shell uname -m)
 shim: .venv/.ready
 	$(BIN)/python edge/native/build.py --arch $(ARCH)
 

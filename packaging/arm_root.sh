@@ -16,6 +16,9 @@ cpu=${DLORA_ARM_CPU:-cortex-a72}
 # PyInstaller wants libpython and binutils, some tests mount. What else makes the binary comes from PyPI.
 packages="base-files bash binutils coreutils dash findutils grep libc-bin sed libpython3.11 mount python3 ca-certificates"
 
+ELF_AARCH64='\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00'
+ELF_MASK='\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff'
+
 die() {
     echo "error: $*" >&2
     exit 1
@@ -29,8 +32,9 @@ mirrors() {
     fi
     # shellcheck disable=SC2016  # these are apt's words
     apt-get indextargets --format '$(ORIGIN) $(CODENAME) $(REPO_URI)' 'Created-By: Packages' |
-        awk -v suite="$suite" '$1 == "Debian" { print $3, suite ($2 ~ /-security$/ ? "-security" : $2 ~ /-updates$/ ? "-updates" : "") }' |
-        grep -v backports | sort -u
+        awk -v suite="$suite" '
+            $1 == "Debian" && $2 !~ /backports/ { print $3, suite ($2 ~ /-security$/ ? "-security" : $2 ~ /-updates$/ ? "-updates" : "") }
+        ' | sort -u
 }
 
 keyring() {
@@ -40,19 +44,29 @@ keyring() {
     die "no Debian archive keyring in /usr/share/keyrings: apt-get install debian-archive-keyring"
 }
 
+# qemu, of whose package one program is kept. It must be static, as the root has other libraries; Debian 12 has that in a
+# package of its own.
 fetch_qemu() {
-    [ -x "$arm/qemu-aarch64" ] && return
-    echo "qemu-user: fetching the package, one program of it is kept" >&2
-    mkdir -p "$arm/fetch"
-    (
-        cd "$arm/fetch"
-        [ -n "$(apt-cache show --no-all-versions qemu-user 2>/dev/null)" ] || apt-get -qq update ||
-            die "apt knows no packages: run apt-get update"
-        apt-get -qq -o APT::Sandbox::User=root download qemu-user || die "apt cannot download qemu-user; run apt-get update"
-        dpkg-deb --fsys-tarfile qemu-user_*.deb | tar -x --no-same-owner ./usr/bin/qemu-aarch64
-    )
-    mv "$arm/fetch/usr/bin/qemu-aarch64" "$arm/qemu-aarch64"
-    rm -rf "$arm/fetch"
+    if [ -x "$arm/qemu-aarch64" ] || [ "$(uname -m)" = aarch64 ]; then return; fi
+    echo "qemu-user: fetching the package" >&2
+    for package in qemu-user qemu-user-static; do
+        rm -rf "$arm/fetch"
+        mkdir -p "$arm/fetch"
+        (
+            cd "$arm/fetch"
+            [ -n "$(apt-cache show --no-all-versions "$package" 2>/dev/null)" ] || apt-get -qq update
+            apt-get -qq -o APT::Sandbox::User=root download "$package"
+            dpkg-deb --fsys-tarfile "$package"_*.deb | tar -x --no-same-owner --wildcards './usr/bin/qemu-aarch64*'
+        ) || die "apt cannot download $package; run apt-get update"
+        for program in "$arm"/fetch/usr/bin/qemu-aarch64 "$arm"/fetch/usr/bin/qemu-aarch64-static; do
+            if [ -f "$program" ] && ! readelf --program-headers "$program" | grep -q INTERP; then
+                mv "$program" "$arm/qemu-aarch64"
+            fi
+        done
+        rm -rf "$arm/fetch"
+        if [ -x "$arm/qemu-aarch64" ]; then return; fi
+    done
+    die "apt has no static qemu-aarch64"
 }
 
 # An apt with a state of its own: it installs nothing, it only works out what bookworm's arm64 packages need.
@@ -91,7 +105,7 @@ make_root() {
     printf 'root:x:0:\n' >"$root/etc/group"
     printf '127.0.0.1 localhost\n' >"$root/etc/hosts"
     "$here/packaging/arm_root.sh" run ldconfig
-    "$here/packaging/arm_root.sh" run python3 -c 'import platform, sys; print("arm root:", platform.machine(), "Python", sys.version.split()[0], *platform.libc_ver())' >&2
+    "$here/packaging/arm_root.sh" run python3 -c 'import platform as p; print(p.machine(), p.python_version(), *p.libc_ver())' >&2
     echo "$wanted" >"$stamp"
 }
 
@@ -108,11 +122,12 @@ run() {
 
 # In the namespaces already.
 inside() {
-    mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc 2>/dev/null ||
-        die "this kernel has no binfmt_misc in user namespaces (Linux 6.7 has); on an older one run as root on a machine of its own"
-    # F opens qemu now, so the root needs none.
-    printf '%s' ":aarch64:M::\\x7fELF\\x02\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\xb7\\x00:\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:$DLORA_QEMU:F" \
-        >/proc/sys/fs/binfmt_misc/register
+    if [ "$(uname -m)" != aarch64 ]; then
+        mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc 2>/dev/null ||
+            die "this kernel has no binfmt_misc in user namespaces (Linux 6.7 has); build on an aarch64 machine instead"
+        # Programs of 64-bit little-endian ARM, static or not. F opens qemu now, so that the root needs none.
+        printf '%s' ":aarch64:M::$ELF_AARCH64:$ELF_MASK:$DLORA_QEMU:F" >/proc/sys/fs/binfmt_misc/register
+    fi
     mount --rbind /dev "$DLORA_ROOT/dev"
     mount --rbind /sys "$DLORA_ROOT/sys" # onnxruntime asks it for the processors
     mount -t proc proc "$DLORA_ROOT/proc"
