@@ -84,7 +84,7 @@ SCRIPT_OPTIONS = {
     for folder in ("benchmarks", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
     for option in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', path.read_text())
-}
+} | set(re.findall(r"^  (--[a-z-]+) ", (ROOT / "packaging" / "install.sh").read_text(), re.M))
 MESSAGES = {kind.__struct_config__.tag: kind for kind in get_args(messages.AnyMessage)}
 
 
