@@ -1,0 +1,474 @@
+"""The ExecuTorch engine: every graph against torch, cut inputs, whole runs without torch, and all that may be wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from families import VOCABULARY, save_tiny, tiny_model
+from processes import run_edge
+from serving import config, random_dataset, randomize, serving
+from test_cli import assert_fails
+from test_export import _head_end, _head_weights
+
+from dlora.cloud.base_model import BaseModel
+from dlora.edge import engines, shim
+from dlora.edge.bundle import Bundle
+from dlora.edge.connection import Connection
+from dlora.edge.executorch_engine import ExecutorchEngine
+from dlora.edge.onnx_engine import OnnxEngine
+from dlora.edge.trainer import Trainer
+from dlora.export import torch_head
+from dlora.export.adamw_graph import adamw_graph
+from dlora.export.adapter_graphs import adapter_graphs
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.export.embedding_graph import embedding_graph
+from dlora.export.head_graph import HeadShape, head_graphs
+from dlora.export.reference import adamw_scalars
+from dlora.export.to_executorch import BOUNDS
+from dlora.export.verify import (
+    compile_executorch,
+    compile_onnx,
+    relative_error,
+    verify_adamw,
+    verify_adapter,
+    verify_head,
+)
+from dlora.protocol.errors import BundleError, DloraError, MissingExtraError, UsageError
+from dlora.protocol.manifest import (
+    MANIFEST_NAME,
+    ExecutorchSpec,
+    FileSpec,
+    Manifest,
+    encode_manifest,
+    load_manifest,
+)
+
+HIDDEN = 16
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("executorch") is None, reason="executorch is not installed"),
+    pytest.mark.skipif(not engines.is_installed("executorch"), reason="no shim: make shim"),
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("executorch")
+    save_tiny(directory / "model")
+    settings = ExportSettings(
+        str(directory / "model"), directory / "bundle", rank=4, alpha=8.0, head_dtype="fp32", engine="both"
+    )
+    export_bundle(settings)
+    return directory / "bundle"
+
+
+def copied(bundle: Path, copy: Path, **changes: Any) -> Path:
+    """A copy whose manifest says something else."""
+    shutil.copytree(bundle, copy)
+    changed: Manifest = msgspec.structs.replace(load_manifest(copy), **changes)
+    (copy / MANIFEST_NAME).write_bytes(encode_manifest(changed))
+    return copy
+
+
+def with_program(bundle: Path, copy: Path, name: str, content: bytes) -> Path:
+    """A copy with another program in one place, and the digest that belongs to it."""
+    spec = FileSpec(len(content), hashlib.sha256(content).hexdigest())
+    copied(bundle, copy, files={**load_manifest(bundle).files, name: spec})
+    (copy / name).write_bytes(content)
+    return copy
+
+
+def program(bundle: Path, kind: str) -> tuple[str, bytes]:
+    """Path in the bundle, and content, of the first program of a kind."""
+    spec = next(graph for graph in load_manifest(bundle).graphs if graph.kind == kind)
+    name = spec.files["executorch"]
+    return name, (bundle / name).read_bytes()
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (33, 5)])
+def test_adapter_programs_are_autograds(shape: tuple[int, int]) -> None:
+    for graph in adapter_graphs(*shape):
+        assert verify_adapter(graph, *shape, 8, 2.0, {"executorch": compile_executorch}).error <= 2e-6
+
+
+def test_adamw_is_torchs_over_twenty_steps() -> None:
+    assert verify_adamw(adamw_graph(), {"executorch": compile_executorch}).error <= 2e-7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias", "logit_scale", "softcap"),
+    [("fp32", False, 1.0, None), ("fp16", True, 1.0, 3.0), ("int8", True, 0.5, 3.0)],
+)
+def test_head_programs_are_autograds(
+    dtype: Any, bias: bool, logit_scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several slabs, the last one shorter."""
+    monkeypatch.setattr(torch_head, "SLABS", 2)
+    monkeypatch.setattr(torch_head, "LEAST_ROWS", 1)
+    shape = HeadShape(97, HIDDEN, dtype, bias, logit_scale, softcap)
+    end = _head_end(97, shape)
+    hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
+    both = {"onnx": compile_onnx, "executorch": partial(compile_executorch, head=shape)}
+    for graph in head_graphs(shape):
+        verify_head(graph, end, _head_weights(end, dtype), hidden, both)
+
+
+def test_of_equal_logits_the_first_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a slab and across slabs, as ONNX's ArgMax has it."""
+    monkeypatch.setattr(torch_head, "SLABS", 3)
+    monkeypatch.setattr(torch_head, "LEAST_ROWS", 1)
+    shape = HeadShape(12, 2, "fp32", False, 1.0, None)
+    graph = next(graph for graph in head_graphs(shape) if graph.kind == "head_loss")
+    weight = np.zeros((12, 2), np.float32)
+    weight[[2, 3, 9], 0] = 1.0
+    inputs = {"weight": weight, "hidden_states": np.eye(2, dtype=np.float32), "labels": np.array([0, 1])}
+    _, predictions = compile_executorch(graph, shape).run(inputs)
+    assert predictions.tolist() == [2, 0]
+
+
+def test_the_head_widens_no_more_than_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a program plans for: a slab as it is stored and as it is wide, and some (rows, slab) of its logits."""
+    from executorch.exir._serialize import _deserialize_pte_binary
+
+    monkeypatch.setattr(torch_head, "SLABS", 4)
+    vocabulary, hidden = 65_536, 256
+    shape = HeadShape(vocabulary, hidden, "fp16", False, 1.0, None)
+    graph = next(graph for graph in head_graphs(shape) if graph.kind == "head_train")
+    made = _deserialize_pte_binary(compile_executorch(graph, shape).model).program
+    planned = sum(made.execution_plan[0].non_const_buffer_sizes)
+    slab = vocabulary // 4
+    assert planned <= slab * hidden * (2 + 4) + 3 * BOUNDS["rows"] * slab * 4 + (1 << 20)
+
+
+def test_the_embedding_scales(tmp_path: Path) -> None:
+    graph = embedding_graph(6, 2, "fp16", 2.5)
+    weight = np.arange(12, dtype=np.float16).reshape(6, 2)
+    (found,) = compile_executorch(graph, scale=2.5).run({"weight": weight, "ids": np.array([5, 0, 5])})
+    assert found.tolist() == [[25.0, 27.5], [0.0, 2.5], [25.0, 27.5]]
+
+
+# -- the engine on the device ------------------------------------------------------------------------------------
+
+
+def test_both_engines_give_the_same(bundle: Path) -> None:
+    """Every graph, at other sizes than export tried, inputs that are no C arrays among them."""
+    opened = Bundle.open(bundle)
+    both = OnnxEngine(opened, 1), ExecutorchEngine(opened, 1)
+    for spec in opened.manifest.graphs:
+        inputs = random_inputs(opened, spec, {"tokens": 3, "rank": 7, "rows": 5, "n": 31})
+        wanted, found = (engine.load(spec.kind, spec.key)(inputs) for engine in both)
+        for one, other in zip(wanted, found, strict=True):
+            assert one.dtype == other.dtype
+            assert relative_error(other, one) <= 2 * spec.tolerance
+
+
+def test_inputs_beyond_the_bounds_are_cut(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    engine = ExecutorchEngine(opened, 1)
+    sizes = {"tokens": 2 * BOUNDS["tokens"] + 3, "rank": 3, "rows": BOUNDS["rows"] + 1, "n": BOUNDS["n"] + 5}
+    for spec in opened.manifest.graphs:
+        inputs = random_inputs(opened, spec, sizes)
+        wanted, found = (each.load(spec.kind, spec.key)(inputs) for each in (OnnxEngine(opened, 1), engine))
+        for one, other in zip(wanted, found, strict=True):
+            # Sums over 8,000 tokens in another order; a float32 adds 2**-24 of itself each time.
+            assert relative_error(other, one) <= 4 * spec.tolerance
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 33])
+def test_threads_share_the_heads_rows(bundle: Path, rows: int) -> None:
+    opened = Bundle.open(bundle)
+    spec = opened.manifest.graph("head_train")
+    inputs = random_inputs(opened, spec, {"rows": rows})
+    alone, shared = (ExecutorchEngine(opened, threads).load("head_train")(inputs) for threads in (1, 3))
+    for one, other in zip(alone, shared, strict=True):
+        assert relative_error(other, one) <= spec.tolerance
+    again = ExecutorchEngine(opened, 3).load("head_train")(inputs)
+    assert [value.tobytes() for value in again] == [value.tobytes() for value in shared]
+
+
+def test_no_tokens_are_no_work(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    spec = next(spec for spec in opened.manifest.graphs if spec.kind == "adapter_weight_grad")
+    found = ExecutorchEngine(opened, 1).load(spec.kind, spec.key)(random_inputs(opened, spec, {"tokens": 0, "rank": 2}))
+    assert not any(value.any() for value in found)
+
+
+def test_a_rank_beyond_the_bound_says_which_option_to_lower(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    spec = next(spec for spec in opened.manifest.graphs if spec.kind == "adapter_forward")
+    inputs = random_inputs(opened, spec, {"tokens": 2, "rank": BOUNDS["rank"] + 1})
+    with pytest.raises(UsageError, match=r"rank 257 is more .*\(256\); lower --rank"):
+        ExecutorchEngine(opened, 1).load(spec.kind, spec.key)(inputs)
+
+
+def test_programs_may_be_used_by_many_threads(bundle: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    opened = Bundle.open(bundle)
+    spec = next(spec for spec in opened.manifest.graphs if spec.kind == "adapter_forward")
+    run = ExecutorchEngine(opened, 1).load(spec.kind, spec.key)
+    cases = [random_inputs(opened, spec, {"tokens": 1 + seed, "rank": 1 + seed % 3}, seed) for seed in range(24)]
+    wanted = [run(case) for case in cases]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(run, cases * 4))
+    for index, outputs in enumerate(found):
+        assert all(np.array_equal(a, b) for a, b in zip(outputs, wanted[index % len(cases)], strict=True))
+
+
+def random_inputs(bundle: Bundle, spec: Any, sizes: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+    """The bundle's weights, AdamW's real scalars, and random numbers; matrices lie in memory in all ways."""
+    random = np.random.default_rng(seed)
+    manifest = bundle.manifest
+    scalars = adamw_scalars(3)
+    inputs: dict[str, np.ndarray] = {}
+    for tensor in spec.inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        if tensor.name == "weight":
+            file = manifest.embedding.weight if spec.kind == "embedding" else manifest.head.weight
+            inputs["weight"] = bundle.weight(file)
+        elif tensor.dtype == "int64":
+            inputs[tensor.name] = random.integers(0, VOCABULARY, shape)
+        elif tensor.name in scalars:
+            inputs[tensor.name] = scalars[tensor.name]
+        else:
+            value = random.random(shape, np.float32)
+            inputs[tensor.name] = np.asfortranarray(value) if len(shape) == 2 and seed % 2 == 0 else value
+    return inputs
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------
+
+
+def test_thirty_steps_give_the_losses_of_onnx(bundle: Path) -> None:
+    base = BaseModel.from_model(tiny_model("llama"), "tiny")
+    run = config(total_steps=30, rank=4, lora_alpha=8.0, optimizer={"lr": 1e-2, "weight_decay": 0.01})
+    losses = []
+    opened = Bundle.open(bundle)
+    for engine in (OnnxEngine(opened, 1), ExecutorchEngine(opened, 2)):
+        with serving(base) as server, Connection(server.url) as connection:
+            trainer = Trainer(opened, engine, connection, run, random_dataset(VOCABULARY))
+            randomize(trainer)
+            losses.append([trainer.run_step().loss for _ in range(run.total_steps)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+NO_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "executorch", "onnxruntime", "transformers"):
+            raise ImportError(f"{name} is not to be imported", name=name)
+sys.meta_path.insert(0, Refuse())
+from dlora.edge.__main__ import main
+main()
+"""
+
+
+def test_a_command_needs_neither_torch_nor_onnxruntime_nor_executorchs_python(bundle: Path, tmp_path: Path) -> None:
+    base = BaseModel.from_model(tiny_model("llama"), "tiny")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 4)
+    with serving(base) as server:
+        arguments = [
+            "train", "--bundle", bundle, "--server", server.url, "--data", data, "--out", tmp_path / "out",
+            "--steps", 2, "--engine", "executorch", "--json",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", NO_TORCH, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["torch_loaded"] is False
+
+
+@pytest.mark.parametrize("choice", ["auto", "executorch"])
+def test_a_bundle_for_executorch_alone(choice: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "gpt2")
+    export_bundle(
+        ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=2, head_dtype="int8", engine="executorch")
+    )
+    assert not list((tmp_path / "bundle").rglob("*.onnx"))
+    assert load_manifest(tmp_path / "bundle").engines == ("executorch",)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 2)
+    with serving(BaseModel.from_model(tiny_model("gpt2"), "tiny")) as server:
+        common = ["--bundle", tmp_path / "bundle", "--server", server.url]
+        done = run_edge("evaluate", *common, "--data", data, "--engine", choice, "--json")
+        assert done.code == 0, done.stderr
+        done = run_edge("generate", *common, "--prompt", "w1", "--max-new-tokens", 2, "--engine", choice)
+        assert done.code == 0, done.stderr
+        assert_fails(
+            run_edge("evaluate", *common, "--data", data, "--engine", "onnx"), 4, "has no onnx graphs", "--engine both"
+        )
+
+
+# -- what the commands say ---------------------------------------------------------------------------------------
+
+
+def test_selftest_has_both_side_by_side(bundle: Path) -> None:
+    done = run_edge("selftest", "--bundle", bundle, "--json")
+    report = json.loads(done.stdout)
+    assert (done.code, set(report["engines"])) == (0, {"onnx", "executorch"})
+    assert report["passed"]
+    for row in report["graphs"]:
+        assert set(row["engines"]) == {"onnx", "executorch"}
+        assert all(result["error"] <= 2 * row["tolerance"] for result in row["engines"].values())
+    shown = run_edge("selftest", "--bundle", bundle, "--engine", "executorch")
+    assert (shown.code, "onnxruntime" in shown.stdout) == (0, False)
+
+
+def test_info_and_doctor_name_the_engines(bundle: Path) -> None:
+    assert json.loads(run_edge("info", bundle, "--json").stdout)["engines"] == "executorch, onnx"
+    done = run_edge("doctor", "--bundle", bundle, "--json")
+    found = {check["check"]: check["found"] for check in json.loads(done.stdout)["checks"]}
+    assert done.code == 0
+    assert found["executorch"].startswith("ExecuTorch 1.")
+    assert "for executorch and onnx" in found["bundle"]
+
+
+def test_the_manifest_has_every_engines_error_and_the_bounds(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    assert manifest.executorch is not None
+    assert manifest.executorch.bounds == BOUNDS
+    for graph in manifest.graphs:
+        assert set(graph.files) == set(graph.errors) == {"onnx", "executorch"}
+        assert graph.error == max(graph.errors.values()) <= graph.tolerance
+
+
+# -- what may be wrong -------------------------------------------------------------------------------------------
+
+
+def damages(content: bytes) -> dict[str, bytes]:
+    return {
+        "empty": b"",
+        "no program": b"\0" * 4096,
+        "text": b"{}" * 1000,
+        "cut": content[: len(content) // 2],
+        "headless": bytes(64) + content[64:],
+        "tail": content[:-200] + bytes(200),
+    }
+
+
+@pytest.mark.parametrize("damage", ["empty", "no program", "text", "cut", "headless"])
+def test_a_damaged_program(bundle: Path, tmp_path: Path, damage: str) -> None:
+    """Its digest passes: whoever damaged it wrote the manifest as well."""
+    name, content = program(bundle, "adapter_forward")
+    wrong = with_program(bundle, tmp_path / "bundle", name, damages(content)[damage])
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, name.rpartition("/")[2], "is damaged", "export the bundle again")
+
+
+def test_a_program_in_anothers_place(bundle: Path, tmp_path: Path) -> None:
+    name, _ = program(bundle, "adapter_forward")
+    _, other = program(bundle, "adapter_input_grad")
+    wrong = with_program(bundle, tmp_path / "bundle", name, other)
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, "is not the graph that the manifest describes")
+
+
+def test_a_program_of_operators_that_this_executorch_does_not_have(bundle: Path, tmp_path: Path) -> None:
+    name, content = program(bundle, "adapter_forward")
+    assert content.count(b"aten::linear") == 1
+    wrong = with_program(bundle, tmp_path / "bundle", name, content.replace(b"aten::linear", b"aten::lonear"))
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, "is not for ExecuTorch 1.")
+
+
+def test_a_bundle_of_a_newer_executorch(bundle: Path, tmp_path: Path) -> None:
+    wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("97.0.0", dict(BOUNDS)))
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, "executorch 97.0.0", "update the engine")
+
+
+def test_a_missing_shim(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["selftest", "--bundle", bundle, "--engine", "executorch"]
+    done = run_edge(*arguments, DLORA_EXECUTORCH_DIR=str(tmp_path))
+    assert_fails(done, 12, "ExecuTorch engine not installed", str(tmp_path), "make shim")
+    # Without it the other engine does.
+    done = run_edge("selftest", "--bundle", bundle, "--json", DLORA_EXECUTORCH_DIR=str(tmp_path))
+    assert (done.code, list(json.loads(done.stdout)["engines"])) == (0, ["onnx"])
+
+
+def test_a_shim_that_is_not_one(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / shim.LIBRARY).write_bytes(b"\x7fELF and no more")
+    arguments = ["selftest", "--bundle", bundle, "--engine", "executorch"]
+    assert_fails(run_edge(*arguments, DLORA_EXECUTORCH_DIR=str(tmp_path)), 12, "does not load", "make shim")
+    report = json.loads(run_edge("doctor", "--json", DLORA_EXECUTORCH_DIR=str(tmp_path)).stdout)
+    assert [check["check"] for check in report["checks"] if not check["ok"]] == ["executorch"]
+
+
+def test_a_shim_of_another_abi(tmp_path: Path) -> None:
+    compiler = shutil.which("g++") or pytest.skip("no g++")
+    (tmp_path / "other.c").write_text("int dlora_et_abi(void) { return 99; }")
+    subprocess.run([compiler, "-shared", "-x", "c", tmp_path / "other.c", "-o", tmp_path / shim.LIBRARY], check=True)
+    with pytest.raises(MissingExtraError, match=r"of another dlora \(ABI 99, this one wants 1\); build it again"):
+        shim.Shim(tmp_path)
+
+
+def test_a_bundle_without_programs(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=2))
+    done = run_edge("selftest", "--bundle", tmp_path / "bundle", "--engine", "executorch")
+    assert_fails(done, 4, "has no executorch graphs; export it again with --engine both")
+
+
+def test_export_without_executorch_names_the_extra(tmp_path: Path) -> None:
+    """Before the model is loaded, which takes a while."""
+    code = (
+        "import sys, importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'executorch' else find(name, *rest)\n"
+        "from dlora.export.__main__ import main; main()"
+    )
+    arguments = ["nowhere", "--out", str(tmp_path / "out"), "--engine", "executorch"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 12
+    assert done.stderr.count("\n") == 1
+    assert "dlora[executorch]" in done.stderr
+
+
+# -- the C ABI ---------------------------------------------------------------------------------------------------
+
+
+def test_the_shim_refuses_tensors_that_are_not_the_programs(bundle: Path) -> None:
+    name, _ = program(bundle, "adapter_forward")
+    loaded = shim.load_shim().load(bundle / name)
+    x, lora_a, lora_b = (np.ones(shape, np.float32) for shape in ((3, HIDDEN), (2, HIDDEN), (HIDDEN, 2)))
+    scale, z, delta = np.array(1.0, np.float32), np.empty((3, 2), np.float32), np.empty((3, HIDDEN), np.float32)
+    loaded.run([x, lora_a, lora_b, scale], [z, delta])
+    too_long = np.ones((BOUNDS["tokens"] + 1, HIDDEN), np.float32)
+    for inputs, outputs in (
+        ([x, lora_a, lora_b], [z, delta]),
+        ([x, lora_a, lora_b, scale], [z]),
+        ([x.astype(np.float16), lora_a, lora_b, scale], [z, delta]),
+        ([x[:, :5].copy(), lora_a, lora_b, scale], [z, delta]),
+        ([too_long, lora_a, lora_b, scale], [z, delta]),
+        ([x, lora_a, lora_b, scale], [z, np.empty((4, HIDDEN), np.float32)]),
+    ):
+        with pytest.raises(DloraError, match="a graph failed on ExecuTorch: "):
+            loaded.run(inputs, outputs)
+    # And is none the worse for it.
+    loaded.run([x, lora_a, lora_b, scale], [z, delta])
+    assert np.array_equal(delta, np.full((3, HIDDEN), 2.0 * HIDDEN, np.float32))
+
+
+def test_the_python_and_the_header_agree() -> None:
+    header = (Path(shim.__file__).parent / "native" / "dlora_executorch.h").read_text()
+    assert f"#define DLORA_ET_ABI {shim.ABI}\n" in header
+    assert f"#define DLORA_ET_MAX_DIMS {shim.MAX_DIMS}\n" in header
+    assert ctypes.sizeof(shim._Tensor) == 8 + 4 + 4 + 8 * shim.MAX_DIMS
+    with pytest.raises(BundleError, match="cannot be read"):
+        shim.load_shim().load(Path("/nowhere.pte"))
