@@ -106,7 +106,7 @@ def _compile(compiler: str, wheel: Path, version: str, made: Path) -> None:
     portable = include / "executorch" / "runtime" / "core" / "portable_type" / "c10"
     subprocess.run(
         [
-            compiler, "-O2", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+            compiler, "-O3", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
             "-DC10_USING_CUSTOM_GENERATED_MACROS", f'-DDLORA_EXECUTORCH_VERSION="{version}"',
             "-isystem", include, "-isystem", portable, *sorted(HERE.glob("*.cpp")),
             "-o", made / "libdlora_executorch.so", "-Wl,-soname,libdlora_executorch.so",
