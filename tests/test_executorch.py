@@ -43,9 +43,7 @@ from dlora.export.verify import (
     verify_head,
 )
 from dlora.protocol.errors import BundleError, DloraError, UsageError
-from dlora.protocol.manifest import (
-    load_manifest,
-)
+from dlora.protocol.manifest import load_manifest
 
 HIDDEN = 16
 
@@ -188,6 +186,54 @@ def test_programs_may_be_used_by_many_threads(bundle: Path) -> None:
         found = list(threads.map(run, cases * 4))
     for index, outputs in enumerate(found):
         assert all(np.array_equal(a, b) for a, b in zip(outputs, wanted[index % len(cases)], strict=True))
+
+
+def test_the_shims_own_kernels_at_every_remainder(tmp_path: Path) -> None:
+    """Widths, ranks and tokens that make no whole tile or vector, and more than a block of the inner dimension."""
+    random = np.random.default_rng(0)
+    wide, narrow = 45, 41
+    programs = {}
+    for graph in adapter_graphs(wide, narrow):
+        (tmp_path / graph.kind).write_bytes(compile_executorch(graph).model)
+        programs[graph.kind] = shim.load_shim().load(tmp_path / graph.kind)
+    scale = np.array(0.5, np.float32)
+    for tokens, rank in ((1, 1), (2, 3), (3, 4), (4, 8), (5, 9), (7, 17), (11, 33), (300, 40)):
+        x, grad = (
+            random.standard_normal((tokens, wide), np.float32),
+            random.standard_normal((tokens, narrow), np.float32),
+        )
+        a, b = random.standard_normal((rank, wide), np.float32), random.standard_normal((narrow, rank), np.float32)
+        z, dz = x @ a.T, 0.5 * (grad @ b)
+        for kind, inputs, wanted in (
+            ("adapter_forward", [x, a, b, scale], [z, 0.5 * (z @ b.T)]),
+            ("adapter_input_grad", [grad, a, b, scale], [dz, dz @ a]),
+            ("adapter_weight_grad", [x, z, grad, dz, scale], [dz.T @ x, 0.5 * (grad.T @ z)]),
+        ):
+            found = [np.full_like(value, np.nan) for value in wanted]
+            programs[kind].run(inputs, found)
+            for one, other in zip(found, wanted, strict=True):
+                assert relative_error(one, other) <= 2e-6, (kind, tokens, rank)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("fp16", (70, 11)), ("int8", (13, 5))])
+def test_the_shim_widens_exactly(dtype: Any, shape: tuple[int, int], tmp_path: Path) -> None:
+    """Every value of a stored weight, infinities and the smallest among them, through the logits of unit vectors."""
+    vocabulary, hidden = shape
+    weight = {
+        "fp16": np.concatenate([np.array([0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504.0, -65504.0], np.float16)] * 110),
+        "int8": np.arange(-128, 127, dtype=np.int8),
+    }[dtype]
+    weight = weight[: vocabulary * hidden].reshape(-1, hidden)[:vocabulary]
+    vocabulary = len(weight)
+    head = HeadShape(vocabulary, hidden, dtype, False, 1.0, None)
+    graph = next(graph for graph in head_graphs(head) if graph.kind == "head_logits")
+    (tmp_path / "program").write_bytes(compile_executorch(graph, head).model)
+    inputs: list[Any] = [weight, np.eye(hidden, dtype=np.float32)]
+    if dtype == "int8":
+        inputs.insert(1, np.ones(vocabulary, np.float32))
+    logits = np.empty((hidden, vocabulary), np.float32)
+    shim.load_shim().load(tmp_path / "program").run(inputs, [logits])
+    assert np.array_equal(logits, weight.astype(np.float32).T)
 
 
 def random_inputs(bundle: Bundle, spec: Any, sizes: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
