@@ -2,16 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARCH ?= $(shell uname -m)
+SHIM := build/shim/$(shell uname -m)/VERSION.json
 
 .PHONY: demo test test-slow test-arm lint bench shim native-runner edge-binary clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
 
-test: .venv/.ready
+test: .venv/.ready $(SHIM)
 	$(BIN)/pytest -m "not slow and not arm"
 
-test-slow: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
+test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-both/manifest.json
 	$(BIN)/pytest -m "slow and not arm"
 
 # The device as one file that needs no Python: build/edge/ARCH/dlora-edge. aarch64 is made and run under emulation.
@@ -40,9 +41,19 @@ build/smollm2/manifest.json: | .venv/.ready
 build/smollm2-fp32/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-fp32 --head-dtype fp32
 
+build/smollm2-both/manifest.json: | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-both --head-dtype fp32 --engine both
+
 # The ExecuTorch engine of a device: build/shim/ARCH. On another ARCH than this machine's it takes a cross compiler.
 shim: .venv/.ready
 	$(BIN)/python edge/native/build.py --arch $(ARCH)
+
+$(SHIM): $(wildcard edge/native/*.cpp edge/native/*.h) edge/native/build.py | .venv/.ready
+	$(BIN)/python edge/native/build.py
+
+# The example of docs/howto/phone.md: build/native/ARCH/dlora-native-runner BUNDLE
+native-runner: .venv/.ready
+	$(BIN)/python edge/native/build.py --arch $(ARCH) --runner
 
 # pip and not another installer: it takes torch builds that lie on disk. 25.1 brought --group.
 .venv/.ready: pyproject.toml
@@ -51,6 +62,7 @@ shim: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps --group executorch-lean
 	@touch $@
 
 clean:

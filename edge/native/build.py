@@ -34,17 +34,15 @@ def main() -> int:
     """Build for ``--arch``; 0, or 1 with one line on stderr."""
     parser = argparse.ArgumentParser(description="Build the ExecuTorch shim.")
     parser.add_argument("--arch", choices=MACHINES, default=platform.machine())
-    parser.add_argument("--runner", action="store_true", help="also build the native runner beside it")
+    parser.add_argument("--runner", action="store_true", help="build the native runner, which uses the shim")
     options = parser.parse_args()
     try:
-        where = build(options.arch, options.runner)
+        where = build_runner(options.arch) if options.runner else build(options.arch)
     except (OSError, _BuildError, subprocess.CalledProcessError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    sizes = sum(path.stat().st_size for path in where.iterdir())
-    print(
-        f"{where.relative_to(ROOT)}: {sizes / 1e6:.1f} MB, executorch {json.loads(_version_file(where))['executorch']}"
-    )
+    size = sum(path.stat().st_size for path in where.iterdir())
+    print(f"{where.relative_to(ROOT)}: {size / 1e6:.1f} MB")
     return 0
 
 
@@ -52,14 +50,10 @@ class _BuildError(Exception):
     """Something is missing; the text says what."""
 
 
-def build(arch: str, runner: bool) -> Path:
+def build(arch: str) -> Path:
     """Build ``build/shim/<arch>`` anew, whole or not at all."""
-    prefix = "" if arch == platform.machine() else f"{arch}-linux-gnu-"
-    compiler = shutil.which(f"{prefix}g++")
-    if compiler is None:
-        package = f"g++-{arch.replace('_', '-')}-linux-gnu" if prefix else "g++"
-        raise _BuildError(f"there is no {prefix}g++; install one (Debian: apt install {package})")
-    wheel = _installed() if not prefix else _downloaded(arch)
+    prefix, compiler = _tools(arch)
+    wheel = _downloaded(arch) if prefix else _installed()
     version = _wheel_version(wheel)
     out = ROOT / "build" / "shim" / arch
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,14 +63,42 @@ def build(arch: str, runner: bool) -> Path:
         for name in LIBRARIES:
             shutil.copy(wheel / "lib" / f"lib{name}.so", made)
         _compile(compiler, wheel, version, made)
-        if runner:
-            _compile_runner(compiler, made)
         for path in made.iterdir():
             subprocess.run([f"{prefix}strip", "--strip-unneeded", path], check=True)
-        (made / "VERSION.json").write_text(json.dumps({"executorch": version, "abi": _abi(), "arch": arch}) + "\n")
+        written = {"executorch": version, "abi": _abi(), "arch": arch}
+        (made / "VERSION.json").write_text(json.dumps(written) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         made.rename(out)
     return out
+
+
+def build_runner(arch: str) -> Path:
+    """Build ``build/native/<arch>/dlora-native-runner``; it finds the shim beside it in ``build``."""
+    _, compiler = _tools(arch)
+    shim = ROOT / "build" / "shim" / arch
+    if not (shim / "VERSION.json").exists():
+        build(arch)
+    out = ROOT / "build" / "native" / arch
+    out.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [
+            compiler, "-O2", "-std=c++20", "-Wall", "-Wextra", "-I", HERE, HERE / "runner" / "runner.cpp",
+            "-o", out / "dlora-native-runner", f"-L{shim}", "-ldlora_executorch", f"-Wl,-rpath-link,{shim}",
+            f"-Wl,-rpath,$ORIGIN/../../shim/{arch}",
+        ],
+        check=True,
+    )  # fmt: skip
+    return out
+
+
+def _tools(arch: str) -> tuple[str, str]:
+    """The prefix of the tools for a machine, empty for this one, and its compiler."""
+    prefix = "" if arch == platform.machine() else f"{arch}-linux-gnu-"
+    compiler = shutil.which(f"{prefix}g++")
+    if compiler is None:
+        package = f"g++-{arch.replace('_', '-')}-linux-gnu" if prefix else "g++"
+        raise _BuildError(f"there is no {prefix}g++; install one (Debian: apt install {package})")
+    return prefix, compiler
 
 
 def _compile(compiler: str, wheel: Path, version: str, made: Path) -> None:
@@ -84,22 +106,11 @@ def _compile(compiler: str, wheel: Path, version: str, made: Path) -> None:
     portable = include / "executorch" / "runtime" / "core" / "portable_type" / "c10"
     subprocess.run(
         [
-            compiler, "-O2", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+            compiler, "-O3", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
             "-DC10_USING_CUSTOM_GENERATED_MACROS", f'-DDLORA_EXECUTORCH_VERSION="{version}"',
             "-isystem", include, "-isystem", portable, *sorted(HERE.glob("*.cpp")),
             "-o", made / "libdlora_executorch.so", "-Wl,-soname,libdlora_executorch.so",
             f"-L{made}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES), "-Wl,-rpath,$ORIGIN",
-        ],
-        check=True,
-    )  # fmt: skip
-
-
-def _compile_runner(compiler: str, made: Path) -> None:
-    subprocess.run(
-        [
-            compiler, "-O2", "-std=c++20", "-Wall", "-Wextra", "-I", HERE, HERE / "runner" / "runner.cpp",
-            "-o", made / "dlora-native-runner",
-            f"-L{made}", "-ldlora_executorch", f"-Wl,-rpath-link,{made}", "-Wl,-rpath,$ORIGIN",
         ],
         check=True,
     )  # fmt: skip
@@ -151,10 +162,6 @@ def _abi() -> int:
     found = re.search(r"#define DLORA_ET_ABI (\d+)", (HERE / "dlora_executorch.h").read_text())
     assert found
     return int(found[1])
-
-
-def _version_file(where: Path) -> str:
-    return (where / "VERSION.json").read_text()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 // See dlora_executorch.h. Built by build.py against the headers and libraries of the executorch wheel.
 #include "dlora_executorch.h"
 
-#include "widen.h"
+#include "kernels.h"
 
 #include <executorch/extension/data_loader/mmap_data_loader.h>
 #include <executorch/runtime/core/exec_aten/util/tensor_util.h>
@@ -61,7 +61,7 @@ void start_runtime() {
   [[maybe_unused]] static const bool started = [] {
     et::register_pal(et::PalImpl::create(&remember, __FILE__));
     et::runtime_init();
-    register_widening();
+    register_kernels_of_ours();
     return true;
   }();
 }
