@@ -1,17 +1,30 @@
 # make demo: the whole thing, on a real model and real text.   make test: everything that must hold.
 PYTHON ?= python3
 BIN := .venv/bin
+ARCH ?= $(shell uname -m)
+SHIM := build/shim/$(shell uname -m)/VERSION.json
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-arm lint bench shim native-runner edge-binary clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
 
-test: .venv/.ready
-	$(BIN)/pytest -m "not slow"
+test: .venv/.ready $(SHIM)
+	$(BIN)/pytest -m "not slow and not arm"
 
-test-slow: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
-	$(BIN)/pytest -m slow
+test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-both/manifest.json
+	$(BIN)/pytest -m "slow and not arm"
+
+# The device as one file that needs no Python: build/edge/ARCH/dlora-edge. aarch64 is made and run under emulation.
+edge-binary:
+	$(PYTHON) packaging/edge_binary.py --arch $(ARCH) $(if $(WITH_EXECUTORCH),--with-executorch)
+
+ARM_TESTS ?= arm
+test-arm: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
+	$(MAKE) edge-binary ARCH=aarch64
+	$(MAKE) edge-binary ARCH=x86_64
+	$(PYTHON) packaging/sites.py
+	$(BIN)/pytest -m "$(ARM_TESTS)" tests/arm
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -28,6 +41,20 @@ build/smollm2/manifest.json: | .venv/.ready
 build/smollm2-fp32/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-fp32 --head-dtype fp32
 
+build/smollm2-both/manifest.json: | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-both --head-dtype fp32 --engine both
+
+# The ExecuTorch engine of a device: build/shim/ARCH. On another ARCH than this machine's it takes a cross compiler.
+shim: .venv/.ready
+	$(BIN)/python edge/native/build.py --arch $(ARCH)
+
+$(SHIM): $(wildcard edge/native/*.cpp edge/native/*.h) edge/native/build.py | .venv/.ready
+	$(BIN)/python edge/native/build.py
+
+# The example of docs/howto/phone.md: build/native/ARCH/dlora-native-runner BUNDLE
+native-runner: .venv/.ready
+	$(BIN)/python edge/native/build.py --arch $(ARCH) --runner
+
 # pip and not another installer: it takes torch builds that lie on disk. 25.1 brought --group.
 .venv/.ready: pyproject.toml
 	@echo "Setting up .venv (a few minutes the first time: torch, transformers, onnxruntime)"
@@ -35,6 +62,7 @@ build/smollm2-fp32/manifest.json: | .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps --group executorch-lean
 	@touch $@
 
 clean:

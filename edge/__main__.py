@@ -11,9 +11,12 @@ def main() -> None:
 def _main() -> None:
     try:
         from .cli import app
-    except ImportError as error:
+
+        app(prog_name="dlora-edge")
+    except ModuleNotFoundError as error:  # the commands load what they need when they run
+        if (error.name or "").startswith("dlora"):
+            raise
         raise missing_extra(error, "edge") from None
-    app(prog_name="dlora-edge")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Bundle:
         """A graph's description and its file for an engine; raises ``BundleError`` where it has none."""
         spec = self.manifest.graph(kind, key)
         if engine not in spec.files:
-            raise BundleError(f"{self.path} has no {engine} graphs; export it again")
+            raise BundleError(f"{self.path} has no {engine} graphs; export it again with --engine both")
         return spec, self._file(spec.files[engine])
 
     def golden_file(self) -> Path:

@@ -82,6 +82,22 @@ class TooLong(StrEnum):
     skip = "skip"
 
 
+class EngineChoice(StrEnum):
+    """What runs the bundle's graphs."""
+
+    auto = "auto"
+    onnx = "onnx"
+    executorch = "executorch"
+
+
+class EnginesChoice(StrEnum):
+    """What selftest tries."""
+
+    all = "all"
+    onnx = "onnx"
+    executorch = "executorch"
+
+
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
 ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT or wss://HOST:PORT.")]
 TokenFileOption = Annotated[
@@ -110,6 +126,10 @@ MAX_COUNT, MAX_SEED = 10**9, 2**32 - 1
 KR = "Kill and Revive"
 
 ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0, max=MAX_THREADS)]
+
+EngineOption = Annotated[
+    EngineChoice, typer.Option(help="What runs the graphs; auto: ONNX Runtime, or else what there is.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -159,6 +179,7 @@ def train(
     eval_every: Annotated[int, typer.Option(help="Evaluate every so many steps; 0: before and after.", min=0)] = 0,
     wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
     threads: ThreadsOption = 0,
+    engine: EngineOption = EngineChoice.auto,
     token_file: TokenFileOption = None,
     ca: CaOption = None,
     client_cert: ClientCertOption = None,
@@ -289,6 +310,7 @@ def train(
         init_adapter=init_adapter,
         resume=resume,
         threads=threads,
+        engine=engine.value,
         credentials=credentials,
         device=load_device_id(warn=reporter.warn),
         max_retry_s=max_retry_s,
@@ -311,6 +333,7 @@ def evaluate(
     columns: ColumnsOption = None,
     wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
     threads: ThreadsOption = 0,
+    engine: EngineOption = EngineChoice.auto,
     token_file: TokenFileOption = None,
     ca: CaOption = None,
     client_cert: ClientCertOption = None,
@@ -336,7 +359,7 @@ def evaluate(
     fields = parse_columns(columns) if columns else None
     dataset = load_examples(data, tokenizer, columns=fields, max_length=max_length, too_long=too_long.value)
     with (
-        _open_model(opened, server, adapter, wire_dtype, threads, credentials, max_retry_s) as model,
+        _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model,
         reporter.evaluating("", len(dataset)) as advance,
     ):
         result = run_evaluation(model, dataset, batch_size, lambda done, _: advance(done))
@@ -352,6 +375,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
     threads: ThreadsOption = 0,
+    engine: EngineOption = EngineChoice.auto,
     token_file: TokenFileOption = None,
     ca: CaOption = None,
     client_cert: ClientCertOption = None,
@@ -368,7 +392,7 @@ def generate(
     credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
     opened = Bundle.open(bundle)
     tokenizer = EdgeTokenizer.open(opened.path, opened.manifest.tokenizer)
-    with _open_model(opened, server, adapter, wire_dtype, threads, credentials, max_retry_s) as model:
+    with _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model:
         answer = generate_greedily(model, tokenizer, prompt, max_new_tokens)
     print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if json_output else answer)
 
@@ -377,13 +401,16 @@ def generate(
 def selftest(
     bundle: BundleOption,
     threads: ThreadsOption = 0,
+    engine: Annotated[
+        EnginesChoice, typer.Option(help="Which to try; all: every one that bundle and device have, side by side.")
+    ] = EnginesChoice.all,
     json_output: JsonOption = False,
 ) -> None:
     """Run every graph of a bundle on its golden vectors: is this device right, and how fast?"""
     from .bundle import Bundle
     from .selftest import run_selftest, show
 
-    report = run_selftest(Bundle.open(bundle), threads)
+    report = run_selftest(Bundle.open(bundle), threads, engine.value)
     _print(report, json_output, show)
     if not report["passed"]:
         raise typer.Exit(1)
@@ -438,6 +465,7 @@ def _open_model(
     adapter: Path | None,
     wire_dtype: WireDtype,
     threads: int,
+    engine: EngineChoice,
     credentials: Credentials,
     max_retry_s: float | None,
 ) -> AbstractContextManager[SplitModel]:
@@ -447,7 +475,9 @@ def _open_model(
 
     retry = Retry(max_s=max_retry_s, at_start=bool(max_retry_s))
     dialing = Dialing(credentials, load_device_id(warn=_warn), retry, say=_warn)
-    return open_model(bundle, server, adapter, wire_dtype=wire_dtype.value, threads=threads, dialing=dialing)
+    return open_model(
+        bundle, server, adapter, wire_dtype=wire_dtype.value, threads=threads, engine=engine.value, dialing=dialing
+    )
 
 
 def _warn(line: str) -> None:

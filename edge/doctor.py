@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from dlora.protocol.errors import DloraError
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .credentials import Credentials
+from .engines import is_installed
+from .shim import VARIABLE, load_shim
 
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
 RUNTIME_MB = 130  # what Python, ONNX Runtime and a tokenizer take before any weight is touched
@@ -28,6 +31,7 @@ def examine(bundle: Path | None, server: str | None, credentials: Credentials) -
         _check("no torch", _no_torch),
         _check("memory", lambda: _memory(bundle)),
         _check("engine", _engine),
+        _check("executorch", _executorch),
     ]
     if bundle is not None:
         checks.append(_check("bundle", lambda: _bundle(bundle)))
@@ -71,7 +75,14 @@ def _python() -> str:
 
 
 def _libraries() -> str:
-    return ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
+    return ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "is not installed"
 
 
 def _no_torch() -> str:
@@ -105,16 +116,28 @@ def _memory(bundle: Path | None) -> str:
 
 
 def _engine() -> str:
-    import onnxruntime as ort
-
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        if is_installed("executorch"):
+            return "onnxruntime is not installed; only --engine executorch works"
+        raise _ProblemError("there is no engine: pip install 'dlora[edge]' brings onnxruntime") from None
     return f"onnxruntime {ort.__version__} ({', '.join(ort.get_available_providers())})"
+
+
+def _executorch() -> str:
+    if not is_installed("executorch") and not os.environ.get(VARIABLE):
+        return "not installed; only --engine executorch needs it"
+    shim = load_shim()
+    return f"ExecuTorch {shim.version} in {shim.directory}"
 
 
 def _bundle(path: Path) -> str:
     from .bundle import Bundle
 
     manifest = Bundle.open(path).manifest
-    return f"{path}: {manifest.base_model.name}, {len(manifest.files)} files, every digest right"
+    engines = " and ".join(manifest.engines)
+    return f"{path}: {manifest.base_model.name}, {len(manifest.files)} files, every digest right, for {engines}"
 
 
 def _server(url: str, bundle: Path | None, credentials: Credentials) -> str:

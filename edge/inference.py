@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from dlora.protocol.tensors import WireDtype
 from .adapters import AdapterSet
 from .bundle import Bundle
 from .connection import Connection, Dialing
-from .onnx_engine import OnnxEngine
+from .engines import EngineName, make_engine
 from .peft_adapter import load_adapter
 from .split_model import SplitModel
 from .tokenizer import EdgeTokenizer
@@ -31,6 +32,7 @@ def open_model(
     *,
     wire_dtype: WireDtype,
     threads: int = 0,
+    engine: EngineName | Literal["auto"] = "auto",
     dialing: Dialing | None = None,
 ) -> Iterator[SplitModel]:
     """A split model with a saved adapter, or none; blocks without an adapter do not exchange."""
@@ -46,7 +48,7 @@ def open_model(
     )
     if loaded is not None:
         load_weights(adapters, loaded)
-    engine = OnnxEngine(bundle, threads)
+    runs = make_engine(bundle, engine, threads)
     opening = m.OpenSession(
         base_fingerprint=manifest.base_model.fingerprint,
         groups=manifest.groups,
@@ -64,7 +66,7 @@ def open_model(
         open_session()
         assert sum(unit.state is UnitState.ACTIVE for unit in adapters.units) == len(live)
         yield SplitModel(
-            bundle, engine, connection, adapters, wire_dtype=wire_dtype, on_signal=lambda _: None, reopen=open_session
+            bundle, runs, connection, adapters, wire_dtype=wire_dtype, on_signal=lambda _: None, reopen=open_session
         )
 
 

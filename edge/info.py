@@ -55,6 +55,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         ),
         "head_dtype": manifest.head.dtype,
         "graphs": len(manifest.graphs),
+        "engines": ", ".join(manifest.engines),
         "size_mb": round(sum(file.bytes for file in manifest.files.values()) / 1e6, 1),
         "written_by": manifest.software,
         "format": manifest.format,

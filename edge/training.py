@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
@@ -25,9 +25,9 @@ from .config import TrainConfig
 from .connection import Connection, Dialing, Liveness, Retry
 from .credentials import Credentials
 from .data import Dataset
+from .engines import EngineName, make_engine
 from .memory import peak_rss_mb
 from .metrics import MetricsLog, read_metrics
-from .onnx_engine import OnnxEngine
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .peft_adapter import WEIGHTS_NAME, LoadedAdapter, load_adapter
 from .report import Reporter
@@ -45,6 +45,7 @@ class TrainRun:
     """What to run, and where to keep it.
 
     Attributes:
+        engine: what runs the graphs; ``auto`` is ONNX Runtime where it and its graphs are there.
         max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
             connection that fails ends it.
     """
@@ -60,6 +61,7 @@ class TrainRun:
     init_adapter: Path | None = None
     resume: bool = False
     threads: int = 0
+    engine: EngineName | Literal["auto"] = "auto"
     credentials: Credentials = field(default_factory=Credentials)
     device: str = ""
     max_retry_s: float | None = None
@@ -83,7 +85,7 @@ def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
 
 def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dict[str, Any]:
     checkpoint = _find_checkpoint(run, reporter)
-    engine = OnnxEngine(run.bundle, run.threads)
+    engine = make_engine(run.bundle, run.engine, run.threads)
     started = time.perf_counter()
     stop = _Stop()
     with Connection(run.server, _dialing(run, checkpoint, reporter, stop.asked)) as connection, stop.instead_of_dying():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import safetensors.numpy
 
@@ -17,6 +18,7 @@ from dlora.protocol.manifest import (
     MANIFEST_NAME,
     BaseModelSpec,
     EmbeddingSpec,
+    ExecutorchSpec,
     FileSpec,
     GraphSpec,
     HeadSpec,
@@ -35,9 +37,13 @@ from .head_graph import HeadShape, head_graphs
 from .place import check_place, placed
 from .reference import Arrays
 from .selection import default_target_modules, peft_target_modules, select_targets
+from .to_executorch import BOUNDS, check_executorch
 from .tokenizer import load_tokenizer, save_tokenizer
 from .verify import (
+    Engines,
     Verified,
+    compile_executorch,
+    compile_onnx,
     real_hidden_states,
     verify_adamw,
     verify_adapter,
@@ -46,7 +52,7 @@ from .verify import (
 )
 from .weights import embedding_dtype, save_embedding, save_head
 
-ENGINE: Final = "onnx"
+SUFFIXES: Final = {"onnx": "onnx", "executorch": "pte"}
 _GOLDEN: Final = "golden.safetensors"
 LOGITS_ROWS: Final = 2
 Say = Callable[[str], None]
@@ -63,6 +69,12 @@ class ExportSettings:
     target_modules: tuple[str, ...] | None = None
     head_dtype: StoredDtype = "fp16"
     force: bool = False
+    engine: Literal["onnx", "executorch", "both"] = "onnx"
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The names of the engines that the bundle is for."""
+        return tuple(SUFFIXES) if self.engine == "both" else (self.engine,)
 
     def check(self) -> None:
         """Raise ``UsageError`` for settings that cannot work; cheap, so that it comes before any loading."""
@@ -73,6 +85,8 @@ class ExportSettings:
         if self.target_modules is not None and not self.target_modules:
             raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
         check_place(self.out, self.force)
+        if "executorch" in self.engines:
+            check_executorch()
 
 
 def export_bundle(settings: ExportSettings, say: Say = lambda _: None) -> Manifest:
@@ -119,6 +133,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None) -> Manife
             graphs=graphs,
             golden=_GOLDEN,
             files=_describe_files(bundle),
+            executorch=ExecutorchSpec(check_executorch(), dict(BOUNDS)) if "executorch" in settings.engines else None,
         )
         (bundle / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
     return manifest
@@ -133,14 +148,7 @@ def _make_graphs(
 ) -> Iterator[Verified]:
     shapes = sorted({(group.in_features, target.out_features) for group in groups for target in group.targets})
     scale = settings.alpha / settings.rank
-    for in_features, out_features in shapes:
-        for graph in adapter_graphs(in_features, out_features):
-            yield verify_adapter(graph, in_features, out_features, settings.rank, scale)
-    yield verify_adamw(adamw_graph())
     embedding_spec, embedding_end, embedding_inputs = embedding
-    rows, width = embedding_end.weight.shape
-    graph = embedding_graph(rows, width, embedding_spec.dtype, embedding_spec.scale)
-    yield verify_embedding(graph, embedding_end, embedding_inputs)
     head_spec, head_end, head_inputs = head
     shape = HeadShape(
         base.vocabulary_size,
@@ -150,28 +158,45 @@ def _make_graphs(
         head_spec.logit_scale,
         head_spec.softcap,
     )
+    compilers = {
+        "onnx": compile_onnx,
+        "executorch": partial(compile_executorch, head=shape, scale=embedding_spec.scale),
+    }
+    engines: Engines = {name: compilers[name] for name in settings.engines}
+    for in_features, out_features in shapes:
+        for graph in adapter_graphs(in_features, out_features):
+            yield verify_adapter(graph, in_features, out_features, settings.rank, scale, engines)
+    yield verify_adamw(adamw_graph(), engines)
+    rows, width = embedding_end.weight.shape
+    graph = embedding_graph(rows, width, embedding_spec.dtype, embedding_spec.scale)
+    yield verify_embedding(graph, embedding_end, embedding_inputs, engines)
     hidden_states = real_hidden_states(base, embedding_end)
     for graph in head_graphs(shape):
         # Logits are wide, and golden vectors travel with every bundle.
         rows = LOGITS_ROWS if graph.kind == "head_logits" else len(hidden_states)
-        yield verify_head(graph, head_end, head_inputs, hidden_states[:rows])
+        yield verify_head(graph, head_end, head_inputs, hidden_states[:rows], engines)
 
 
 def _save_graph(bundle: Path, made: Verified) -> GraphSpec:
-    name = f"graphs/{made.graph.name}.onnx"
-    path = bundle / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(made.model)
+    files = {engine: f"graphs/{made.graph.name}.{SUFFIXES[engine]}" for engine in made.models}
+    (bundle / "graphs").mkdir(exist_ok=True)
+    for engine, name in files.items():
+        (bundle / name).write_bytes(made.models[engine])
     return GraphSpec(
         kind=made.graph.kind,
         key=made.graph.key,
-        files={ENGINE: name},
+        files=files,
         inputs=made.graph.inputs,
         outputs=made.graph.outputs,
-        # Two digits say all that an error says, and the same on every machine of a kind.
-        error=float(f"{made.error:.1e}"),
+        error=_rounded(made.error),
         tolerance=made.tolerance,
+        errors={engine: _rounded(error) for engine, error in made.errors.items()},
     )
+
+
+def _rounded(error: float) -> float:
+    """Two digits say all that an error says, and the same on every machine of a kind."""
+    return float(f"{error:.1e}")
 
 
 def _save_golden(bundle: Path, verified: Sequence[Verified]) -> None:

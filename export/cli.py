@@ -25,6 +25,14 @@ class HeadDtype(StrEnum):
     INT8 = "int8"
 
 
+class Engine(StrEnum):
+    """What runs the graphs on the device."""
+
+    ONNX = "onnx"
+    EXECUTORCH = "executorch"
+    BOTH = "both"
+
+
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Model directory, .gguf file, hub id, or smollm2-135m.")],
@@ -36,6 +44,7 @@ def export(
         typer.Option(help="Names, separated by commas, or all-linear; PEFT's choice for the architecture by default."),
     ] = None,
     head_dtype: Annotated[HeadDtype, typer.Option(help="How the LM head is stored.")] = HeadDtype.FP16,
+    engine: Annotated[Engine, typer.Option(help="What the device runs graphs with.")] = Engine.ONNX,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
 ) -> None:
@@ -43,7 +52,7 @@ def export(
     names = None
     if target_modules is not None:
         names = tuple(dict.fromkeys(name.strip() for name in target_modules.split(",") if name.strip()))
-    settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force)
+    settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force, engine.value)
     started = time.monotonic()
     console = Console(file=sys.stderr)
     with console.status(f"exporting {model}") as status:

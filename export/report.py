@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -31,9 +32,17 @@ def print_json(manifest: Manifest, out: Path, wall_s: float) -> None:
                 "adapter_parameters": adapter_parameters(manifest),
                 "head_dtype": manifest.head.dtype,
                 "graphs": [
-                    {"kind": graph.kind, "key": graph.key, "error": graph.error, "tolerance": graph.tolerance}
+                    {
+                        "kind": graph.kind,
+                        "key": graph.key,
+                        "error": graph.error,
+                        "errors": graph.errors,
+                        "tolerance": graph.tolerance,
+                    }
                     for graph in manifest.graphs
                 ],
+                "engines": list(manifest.engines),
+                "executorch": msgspec.to_builtins(manifest.executorch),
                 "files": {name: spec.bytes for name, spec in manifest.files.items()},
                 "bytes": sum(spec.bytes for spec in manifest.files.values()),
                 "wall_s": round(wall_s, 3),
@@ -65,12 +74,19 @@ def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    errors = {graph.files["onnx"]: graph for graph in manifest.graphs}
+    errors = {
+        file: (f"{graph.errors[engine]:.1e}", f"{graph.tolerance:.0e}")
+        for graph in manifest.graphs
+        for engine, file in graph.files.items()
+    }
     for name, spec in manifest.files.items():
-        graph = errors.get(name)
-        shown = (f"{graph.error:.1e}", f"{graph.tolerance:.0e}") if graph else ("", "")
-        table.add_row(name, _size(spec.bytes), *shown)
+        table.add_row(name, _size(spec.bytes), *errors.get(name, ("", "")))
     console.print(table, highlight=False)
+    if manifest.executorch is not None:
+        bounds = ", ".join(f"{most} {name}" for name, most in manifest.executorch.bounds.items())
+        console.print(
+            f"ExecuTorch {manifest.executorch.version}; a program takes up to {bounds}", highlight=False, soft_wrap=True
+        )
     total = sum(spec.bytes for spec in manifest.files.values())
     console.print(f"{out}: {_size(total)}, every graph verified, {wall_s:.1f} s", highlight=False, soft_wrap=True)
 

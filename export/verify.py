@@ -1,10 +1,10 @@
-"""Runs every graph on onnxruntime against torch. The bundle is written only if all are exact enough."""
+"""Runs every graph on every engine against torch. The bundle is written only if all are exact enough."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,9 @@ from dlora.protocol.manifest import StoredDtype
 from . import reference
 from .ends import EmbeddingEnd, HeadEnd
 from .graph import TrainingGraph
+from .head_graph import HeadShape
 from .reference import Arrays
+from .to_executorch import load_program, to_executorch, torch_module
 
 EXACT: Final = 0.0
 ADAPTER_TOLERANCE: Final = 2e-6  # sums of float32 products in another order than torch's
@@ -40,15 +42,51 @@ class Verified:
     """A graph, how exact it is, and its golden vectors.
 
     Attributes:
-        error: largest error of any output, relative to the output's largest magnitude; tolerance: its bound.
+        models: the graph in each engine's form.
+        errors: of each engine, the largest error of any output, relative to the output's largest magnitude;
+            tolerance: their bound.
         golden: ``in.<name>`` and ``out.<name>``: inputs, without the bundle's weights, and torch's outputs.
     """
 
     graph: TrainingGraph
-    model: bytes
-    error: float
+    models: dict[str, bytes]
+    errors: dict[str, float]
     tolerance: float
     golden: Arrays
+
+    @property
+    def error(self) -> float:
+        """The largest of all engines."""
+        return max(self.errors.values())
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A graph in an engine's form, and how to run that: inputs in the graph's order to outputs in its order."""
+
+    model: bytes
+    run: Callable[[Arrays], list[npt.NDArray[Any]]]
+
+
+Engines = Mapping[str, Callable[[TrainingGraph], Compiled]]
+"""How each engine that a bundle is for compiles a graph, by the engine's name."""
+
+
+def compile_onnx(graph: TrainingGraph) -> Compiled:
+    """For onnxruntime."""
+    model = graph.to_onnx().SerializeToString(deterministic=True)
+    session = start_session(model)
+    names = [spec.name for spec in graph.outputs]
+    return Compiled(model, lambda inputs: session.run(names, inputs))
+
+
+def compile_executorch(graph: TrainingGraph, head: HeadShape | None = None, scale: float = 1.0) -> Compiled:
+    """For ExecuTorch, tried on its own Python runtime; ``head`` and ``scale`` as for ``torch_module``."""
+    model = to_executorch(graph, torch_module(graph, head, scale))
+    return Compiled(model, load_program(model))
+
+
+ONNX_ONLY: Final[Engines] = {"onnx": compile_onnx}
 
 
 def start_session(model: bytes) -> onnxruntime.InferenceSession:
@@ -61,8 +99,11 @@ def start_session(model: bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def verify_adapter(graph: TrainingGraph, in_features: int, out_features: int, rank: int, scale: float) -> Verified:
+def verify_adapter(
+    graph: TrainingGraph, in_features: int, out_features: int, rank: int, scale: float, engines: Engines = ONNX_ONLY
+) -> Verified:
     """An adapter graph, on random tokens; a second time with another rank and number of tokens."""
+    compiled = compile_all(graph, engines)
     for tokens, some_rank in ((TOKENS - 2, rank + 3), (TOKENS, rank)):
         random = np.random.default_rng(0)
         values = {
@@ -83,37 +124,49 @@ def verify_adapter(graph: TrainingGraph, in_features: int, out_features: int, ra
             expected = reference.adapter_weight_grad(
                 inputs, torch.from_numpy(values["lora_A"]), torch.from_numpy(values["lora_B"])
             )
-        verified = verify(graph, inputs, expected, dict.fromkeys(expected, ADAPTER_TOLERANCE))
+        verified = verify(graph, inputs, expected, dict.fromkeys(expected, ADAPTER_TOLERANCE), compiled)
     return verified
 
 
-def verify_adamw(graph: TrainingGraph) -> Verified:
-    """The AdamW graph over 20 steps; the golden vectors are the last one's."""
+def verify_adamw(graph: TrainingGraph, engines: Engines = ONNX_ONLY) -> Verified:
+    """The AdamW graph over 20 steps of each engine; the golden vectors are the last one's, of the first engine."""
     random = np.random.default_rng(0)
     param, grads = _normal(random, 257), _normal(random, reference.ADAMW_STEPS, 257)
     expected = reference.adamw(torch.from_numpy(param), torch.from_numpy(grads))
-    model = graph.to_onnx().SerializeToString(deterministic=True)
-    session = start_session(model)
-    names = ("param", "exp_avg", "exp_avg_sq")
-    state = {"param": param, "exp_avg": np.zeros_like(param), "exp_avg_sq": np.zeros_like(param)}
-    inputs: Arrays = {}
-    for step, grad in enumerate(grads, 1):
-        inputs = {**state, "grad": grad, **reference.adamw_scalars(step)}
-        state = dict(zip(names, session.run([f"new_{name}" for name in names], inputs), strict=True))
-    return verify(graph, inputs, expected, dict.fromkeys(expected, ADAMW_TOLERANCE))
+    tolerances = dict.fromkeys(expected, ADAMW_TOLERANCE)
+    verified = []
+    for name, compiled in compile_all(graph, engines).items():
+        state = {"param": param, "exp_avg": np.zeros_like(param), "exp_avg_sq": np.zeros_like(param)}
+        inputs: Arrays = {}
+        for step, grad in enumerate(grads, 1):
+            values = {**state, "grad": grad, **reference.adamw_scalars(step)}
+            inputs = {spec.name: values[spec.name] for spec in graph.inputs}
+            state = dict(zip(state, compiled.run(inputs), strict=True))
+        verified.append(verify(graph, inputs, expected, tolerances, {name: compiled}))
+    first = verified[0]
+    models = {name: model for each in verified for name, model in each.models.items()}
+    errors = {name: error for each in verified for name, error in each.errors.items()}
+    return Verified(graph, models, errors, first.tolerance, first.golden)
 
 
-def verify_embedding(graph: TrainingGraph, end: EmbeddingEnd, weights: Arrays) -> Verified:
+def verify_embedding(
+    graph: TrainingGraph, end: EmbeddingEnd, weights: Arrays, engines: Engines = ONNX_ONLY
+) -> Verified:
     """The embedding of random tokens against the base model's."""
     ids = np.random.default_rng(0).integers(0, len(end.weight), TOKENS)
     inputs = {**weights, "ids": ids}
     expected = reference.embedding(inputs, end)
     dtype = graph.inputs[0].dtype
-    return verify(graph, inputs, expected, dict.fromkeys(expected, EMBEDDING_TOLERANCES[dtype]))
+    tolerances = dict.fromkeys(expected, EMBEDDING_TOLERANCES[dtype])
+    return verify(graph, inputs, expected, tolerances, compile_all(graph, engines))
 
 
 def verify_head(
-    graph: TrainingGraph, end: HeadEnd, weights: Arrays, hidden_states: npt.NDArray[np.float32]
+    graph: TrainingGraph,
+    end: HeadEnd,
+    weights: Arrays,
+    hidden_states: npt.NDArray[np.float32],
+    engines: Engines = ONNX_ONLY,
 ) -> Verified:
     """A head graph on hidden states of the base model; labels are random."""
     random = np.random.default_rng(1)
@@ -128,13 +181,17 @@ def verify_head(
     dtype: StoredDtype = graph.inputs[0].dtype  # type: ignore[assignment]
     tolerances = HEAD_TOLERANCES[dtype]
     predictions = expected.pop("predictions", None)
-    verified = verify(graph, inputs, expected, {name: tolerances[name] for name in expected})
+    compiled = compile_all(graph, engines)
+    verified = verify(graph, inputs, expected, {name: tolerances[name] for name in expected}, compiled)
     if predictions is not None:
-        # A rounded weight may swap two words that are as good as equal, so the graph's own choice is golden.
-        found = start_session(verified.model).run(["predictions"], inputs)[0]
-        if dtype == "fp32" and not np.array_equal(found, predictions):
-            raise ExportError("the graph head_loss predicts other tokens than torch: a bug in dlora")
-        verified.golden["out.predictions"] = found
+        place = [spec.name for spec in graph.outputs].index("predictions")
+        for name, each in compiled.items():
+            found = each.run(inputs)[place]
+            # A rounded weight may swap two words that are as good as equal, so the graph's own choice is golden.
+            golden = predictions if dtype == "fp32" else verified.golden.setdefault("out.predictions", found)
+            if not np.array_equal(found, golden):
+                raise ExportError(f"the graph head_loss predicts other tokens on {name} than elsewhere: a bug in dlora")
+            verified.golden["out.predictions"] = found
     return verified
 
 
@@ -145,21 +202,35 @@ def real_hidden_states(base: BaseModel, embedding: EmbeddingEnd, rows: int = ROW
         return base.last_hidden_state(embedding(ids))[0].float().numpy()
 
 
-def verify(graph: TrainingGraph, inputs: Arrays, expected: Arrays, tolerances: Mapping[str, float]) -> Verified:
-    """Run ``graph`` and compare. Raises ``ExportError`` where an output is beyond its tolerance."""
-    model = graph.to_onnx().SerializeToString(deterministic=True)
-    names = list(expected)
-    found = start_session(model).run(names, inputs)
-    errors = {name: relative_error(value, expected[name]) for name, value in zip(names, found, strict=True)}
-    for name, error in errors.items():
-        if not error <= tolerances[name]:
-            raise ExportError(
-                f"the graph {graph.name} is not exact enough: {name} is off by {error:.1e}, "
-                f"allowed is {tolerances[name]:.0e}; no bundle was written"
-            )
+def compile_all(graph: TrainingGraph, engines: Engines) -> dict[str, Compiled]:
+    """The graph for each engine."""
+    return {name: compile_graph(graph) for name, compile_graph in engines.items()}
+
+
+def verify(
+    graph: TrainingGraph,
+    inputs: Arrays,
+    expected: Arrays,
+    tolerances: Mapping[str, float],
+    compiled: Mapping[str, Compiled] | None = None,
+) -> Verified:
+    """Run ``graph`` on every engine and compare. Raises ``ExportError`` where an output is beyond its tolerance."""
+    compiled = compile_all(graph, ONNX_ONLY) if compiled is None else compiled
+    errors: dict[str, float] = {}
+    for engine, each in compiled.items():
+        found = dict(zip([spec.name for spec in graph.outputs], each.run(inputs), strict=True))
+        for name, wanted in expected.items():
+            error = relative_error(found[name], wanted)
+            if not error <= tolerances[name]:
+                raise ExportError(
+                    f"the graph {graph.name} is not exact enough: {name} is off by {error:.1e} on {engine}, "
+                    f"allowed is {tolerances[name]:.0e}; no bundle was written"
+                )
+            errors[engine] = max(errors.get(engine, 0.0), error)
     golden = {f"in.{name}": value for name, value in inputs.items() if name not in _WEIGHT_INPUTS}
     golden |= {f"out.{name}": value for name, value in expected.items()}
-    return Verified(graph, model, max(errors.values()), max(tolerances.values()), golden)
+    models = {engine: each.model for engine, each in compiled.items()}
+    return Verified(graph, models, errors, max(tolerances.values()), golden)
 
 
 def relative_error(found: npt.NDArray[np.generic], expected: npt.NDArray[np.generic]) -> float:

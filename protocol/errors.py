@@ -148,7 +148,7 @@ class ExportError(DloraError):
 
 
 class MissingExtraError(DloraError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed, or has no build for this machine."""
 
     exit_code = 12
 
@@ -193,7 +193,12 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
-    """The error for a console script whose extra is not installed."""
+    """The error for a console script whose extra is not installed, or cannot be."""
+    if sys.maxsize < 2**32:
+        return MissingExtraError(
+            f"the module {error.name!r} is not installed, and this is a system of 32 bits: numpy and onnxruntime have "
+            "no builds for it; use a 64-bit system"
+        )
     return MissingExtraError(
         f"the module {error.name!r} is not installed; this command needs the extra {extra!r}: "
         f"pip install 'dlora[{extra}]'"

@@ -130,7 +130,9 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     Attributes:
         key: widths that tell graphs of one kind apart, ``"576x192"`` for adapters (in x out), else empty.
         files: engine (``onnx``, ``executorch``) to path.
-        error: largest error seen at export, relative to the largest magnitude of the output; tolerance: its bound.
+        error: largest error seen at export on any engine, relative to the largest magnitude of the output; tolerance:
+            its bound.
+        errors: the same for each engine.
     """
 
     kind: GraphKind
@@ -140,6 +142,19 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     outputs: tuple[TensorSpec, ...]
     error: float
     tolerance: float
+    errors: dict[str, float] = {}
+
+
+class ExecutorchSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the ExecuTorch programs of a bundle need.
+
+    Attributes:
+        version: of executorch that wrote them, ``"1.5.1"``; an older runtime cannot be expected to read them.
+        bounds: dynamic dimension (``tokens``, ``rank``, ``rows``, ``n``) to the most that a program takes of it.
+    """
+
+    version: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d+\.\d+$")]
+    bounds: dict[str, Positive]
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -149,6 +164,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         groups: the exchange groups in execution order.
         golden: safetensors file of inputs and outputs: ``<kind>[.<key>].in.<name>`` and ``….out.<name>``.
         files: every other file of the bundle.
+        executorch: where graphs have a file for that engine.
     """
 
     format: int
@@ -162,6 +178,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     graphs: tuple[GraphSpec, ...]
     golden: str
     files: dict[str, FileSpec]
+    executorch: ExecutorchSpec | None = None
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The engines that every graph has a file for, sorted."""
+        return tuple(sorted(set.intersection(*(set(graph.files) for graph in self.graphs)))) if self.graphs else ()
 
     def graph(self, kind: GraphKind, key: str = "") -> GraphSpec:
         """The graph of a kind; raises ``BundleError`` where the bundle has none."""

@@ -6,6 +6,8 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -417,3 +419,21 @@ def test_a_port_that_is_taken_and_a_server_that_is_interrupted(place: Place, tmp
     with cloud_process(place.bundle.parent / "model", tmp_path / "server") as cloud:
         assert cloud.end(signal.SIGINT) == 0
         assert "Traceback" not in cloud.log.read_text()
+
+
+def test_a_library_that_is_missing_is_one_line(place: Place) -> None:
+    code = "import sys; sys.modules['onnxruntime'] = None; from dlora.edge.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "selftest", "--bundle", str(place.bundle)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (12, 1), ended.stderr
+    assert "'onnxruntime' is not installed" in ended.stderr
+
+
+def test_a_system_of_32_bits_is_one_line() -> None:
+    """armv7: pip finds neither numpy nor onnxruntime, and no extra would help."""
+    code = (
+        "import sys; sys.maxsize = 2**31 - 1; sys.modules['typer'] = None\nfrom dlora.edge.__main__ import main; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (12, 1), ended.stderr
+    assert "use a 64-bit system" in ended.stderr

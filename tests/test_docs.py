@@ -32,7 +32,11 @@ README = (ROOT / "README.md").read_text()
 QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
 OPERATING = (ROOT / "docs/operating.md").read_text()
 SOURCES = [path for name in ("protocol", "edge", "cloud", "export") for path in sorted((ROOT / name).glob("*.py"))]
-OTHER_PROGRAMS = {"--group", "--import-mode", "--strict"}  # of pip, pytest and mypy
+OTHER_PROGRAMS = {
+    "--group", "--import-mode", "--strict",  # of pip, pytest and mypy
+    "--now",  # of systemctl
+    "--branch", "--recurse-submodules", "--build", "--target", "--whole-archive", "--no-deps",  # git, cmake, ld, pip
+}  # fmt: skip
 PROGRAMS = {
     "dlora-edge": typer.main.get_command(dlora.edge.cli.app),
     "dlora-cloud": typer.main.get_command(dlora.cloud.cli.app),
@@ -84,7 +88,7 @@ SCRIPT_OPTIONS = {
     for folder in ("benchmarks", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
     for option in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', path.read_text())
-}
+} | set(re.findall(r"^  (--[a-z-]+) ", (ROOT / "packaging" / "install.sh").read_text(), re.M))
 MESSAGES = {kind.__struct_config__.tag: kind for kind in get_args(messages.AnyMessage)}
 
 

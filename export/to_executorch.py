@@ -1,0 +1,172 @@
+"""Training graphs to ExecuTorch programs. The only module that imports ``executorch``, and only when it is asked for.
+
+A program's inputs and outputs are the caller's memory: nothing of them is planned, so that weights are read where they
+are mapped. What is planned are the tensors in between, at the size of the bounds; a device touches no page of it that
+a run does not need, so generous bounds cost address space and no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from dlora.protocol.errors import ExportError, MissingExtraError
+from dlora.protocol.manifest import TensorSpec
+
+from . import torch_graphs, torch_head
+from .graph import TrainingGraph
+from .head_graph import HeadShape
+from .reference import Arrays
+
+# What a program takes at most of each dynamic dimension; devices cut what is longer, all but the rank, into pieces.
+BOUNDS: Final = {"tokens": 4096, "rank": 256, "rows": 256, "n": 1 << 20}
+_EXAMPLE: Final = {"tokens": 7, "rank": 5, "rows": 6, "n": 9}  # all different, so that none is taken for another
+_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8, "int64": torch.int64}
+
+
+def check_executorch() -> str:
+    """The version of executorch that is installed. Raises ``MissingExtraError``."""
+    spec = importlib.util.find_spec("executorch")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(place) / "version.py"
+        if path.exists() and (found := re.search(r"__version__ = ['\"]([^'\"+]+)", path.read_text())):
+            return found[1]
+    raise MissingExtraError(
+        "executorch is not installed; --engine executorch needs the extra 'executorch': pip install 'dlora[executorch]'"
+    )
+
+
+def torch_module(graph: TrainingGraph, head: HeadShape | None = None, scale: float = 1.0) -> nn.Module:
+    """The torch form of a graph; ``head`` for head graphs, ``scale`` for the embedding."""
+    match graph.kind:
+        case "adapter_forward":
+            return torch_graphs.AdapterForward()
+        case "adapter_input_grad":
+            return torch_graphs.AdapterInputGrad()
+        case "adapter_weight_grad":
+            return torch_graphs.AdapterWeightGrad()
+        case "adamw":
+            return torch_graphs.AdamW()
+        case "embedding":
+            return torch_graphs.Embedding(scale)
+    assert head is not None
+    makers: dict[str, Callable[[HeadShape], nn.Module]] = {
+        "head_train": torch_head.HeadTrain,
+        "head_loss": torch_head.HeadLoss,
+        "head_logits": torch_head.HeadLogits,
+    }
+    return makers[graph.kind](head)
+
+
+def to_executorch(graph: TrainingGraph, module: nn.Module) -> bytes:
+    """The program of a graph. Raises ``ExportError`` where executorch cannot make it."""
+    exir = _executorch()
+    examples = tuple(_example(spec) for spec in graph.inputs)
+    try:
+        with _quietly():
+            exported = torch.export.export(module, examples, dynamic_shapes=_dynamic(graph, module), strict=False)
+            edge = exir.to_edge(
+                exported,
+                compile_config=exir.EdgeCompileConfig(
+                    # Undecomposed, for its kernel reads the weight as it lies; mm would want a transposed copy.
+                    preserve_ops=[torch.ops.aten.linear.default],
+                    _check_ir_validity=False,
+                ),
+            )
+            program = edge.to_executorch(
+                exir.ExecutorchBackendConfig(
+                    memory_planning_pass=exir.passes.MemoryPlanningPass(
+                        alloc_graph_input=False, alloc_graph_output=False
+                    )
+                )
+            )
+            made = bytes(program.buffer)
+    except Exception as error:  # of torch.export and executorch, which have no common base
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ExportError(f"executorch cannot export the graph {graph.name}: {reason}") from None
+    return made
+
+
+def load_program(model: bytes) -> Callable[[Arrays], list[npt.NDArray[Any]]]:
+    """The program on executorch's own Python runtime; arrays in the order of the graph's inputs."""
+    _executorch()
+    with _quietly():
+        from executorch.runtime import Runtime
+
+        program = Runtime.get().load_program(model)
+        method = program.load_method("forward")
+
+    def run(inputs: Arrays) -> list[npt.NDArray[Any]]:
+        with (
+            _quietly()
+        ):  # mapped weights are read-only, and only read; the first run says aloud what processor it finds
+            tensors = [torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape) for value in inputs.values()]
+            return [output.numpy().copy() for output in method.execute(tensors)]
+
+    # The method points into the program.
+    run.program = program  # type: ignore[attr-defined]
+    return run
+
+
+def _example(spec: TensorSpec) -> Tensor:
+    shape = [_EXAMPLE[size] if isinstance(size, str) else size for size in spec.shape]
+    # Of large weights no page is ever touched: export looks at shapes only.
+    return torch.empty(shape, dtype=_DTYPES[spec.dtype])
+
+
+def _dynamic(graph: TrainingGraph, module: nn.Module) -> Any:
+    dims = {name: torch.export.Dim(name, min=1, max=bound) for name, bound in BOUNDS.items()}
+    shapes = tuple(
+        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in graph.inputs
+    )
+    # The head's modules take *tensors, which counts as one argument.
+    return (shapes,) if isinstance(module, torch_head._Head) else shapes
+
+
+@cache
+def _executorch() -> Any:
+    """``executorch.exir``; importing it takes seconds."""
+    check_executorch()
+    with _quietly():
+        try:
+            import executorch.exir
+            import executorch.exir.passes
+        except ImportError as error:
+            raise MissingExtraError(
+                f"executorch cannot be imported ({error}); pip install 'dlora[executorch]'"
+            ) from None
+    return executorch.exir
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what executorch, torchao and torch.export tell of themselves, on stderr's descriptor too."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+        logging.disable(level)

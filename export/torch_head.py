@@ -1,0 +1,149 @@
+"""The head's training graphs as torch modules with explicit gradients, for ExecuTorch; ``head_graph`` has the formulas.
+
+Neither the logits nor a widened weight ever exist whole. The vocabulary is walked over in slabs: each is widened,
+multiplied, and folded into a running softmax, that of online softmax (Milakov and Gimelshein, arXiv 1805.02867) with
+the gradient's product folded in, as cut cross-entropy does it (Wijmans et al., arXiv 2411.09009)::
+
+    peak'   = max(peak, max(logits of the slab))
+    total'  = total  * exp(peak - peak') + sum(p)                p = exp(logits of the slab - peak')
+    pulled' = pulled * exp(peak - peak') + (p * cap') W_slab
+
+so that loss = peak + log(total) - logit of the label, and dh = (pulled / total - cap' W[label]) times the scales. The
+label's logit comes from its row of the weight: nothing scatters or gathers along the vocabulary. The loop is unrolled,
+for ExecuTorch has none, and its planner gives all slabs the same memory.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from .head_graph import HeadShape
+
+SLABS: Final = 24  # each is ten operators, and export takes a second for thirty
+LEAST_ROWS: Final = 512  # of the vocabulary; less would be work for the interpreter only
+
+
+class _Head(nn.Module):
+    """What the three graphs share. Weights come as ``weight``, then ``row_scales`` and ``bias`` where there are any."""
+
+    def __init__(self, head: HeadShape) -> None:
+        super().__init__()
+        self.head = head
+        size = max(LEAST_ROWS, -(-head.vocabulary_size // SLABS))
+        self.slabs = [
+            (start, min(start + size, head.vocabulary_size)) for start in range(0, head.vocabulary_size, size)
+        ]
+
+    def split(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+        """The weight, its row scales and bias, and the inputs after them."""
+        weight, *rest = tensors
+        row_scales = rest.pop(0) if self.head.dtype == "int8" else None
+        bias = rest.pop(0) if self.head.bias else None
+        return weight, row_scales, bias, tuple(rest)
+
+    def wide(self, weight: Tensor, start: int, end: int) -> Tensor:
+        """A slab of the weight in float32, (end - start, hidden)."""
+        return weight[start:end].float()
+
+    def logits(
+        self, wide: Tensor, row_scales: Tensor | None, bias: Tensor | None, hidden: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (rows, slab) of one slab, and their slope where there is a cap."""
+        raw = nn.functional.linear(hidden, wide)
+        if row_scales is not None:
+            raw = raw * row_scales
+        if bias is not None:
+            raw = raw + bias
+        return self.capped(raw)
+
+    def capped(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of ``raw = h W^T + bias``, and what the gradient by raw is to be multiplied with, or None."""
+        if self.head.logit_scale != 1.0:
+            raw = raw * self.head.logit_scale
+        if self.head.softcap is None:
+            return raw, None
+        tanh = torch.tanh(raw / self.head.softcap)
+        return tanh * self.head.softcap, 1.0 - tanh * tanh
+
+    def of_labels(
+        self, weight: Tensor, row_scales: Tensor | None, bias: Tensor | None, hidden: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The labels' own logits (rows, 1), and what each pulls its row with: ``cap' W[label]``, (rows, hidden)."""
+        row = nn.functional.embedding(labels, weight).float()
+        if row_scales is not None:
+            row = row * row_scales.index_select(0, labels).unsqueeze(1)
+        raw = (hidden * row).sum(1, keepdim=True)
+        if bias is not None:
+            raw = raw + bias.index_select(0, labels).unsqueeze(1)
+        logit, slope = self.capped(raw)
+        return logit, row if slope is None else row * slope
+
+
+class HeadTrain(_Head):
+    """``losses`` (rows,) and ``grad_hidden_states`` (rows, hidden)."""
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        weight, row_scales, bias, (hidden, labels, grad_scale) = self.split(tensors)
+        running: tuple[Tensor, Tensor, Tensor] | None = None
+        for start, end in self.slabs:
+            wide = self.wide(weight, start, end)
+            scales = None if row_scales is None else row_scales[start:end]
+            logits, slope = self.logits(wide, scales, None if bias is None else bias[start:end], hidden)
+            top = logits.amax(1, keepdim=True)
+            peak = top if running is None else torch.maximum(running[0], top)
+            power = torch.exp(logits - peak)
+            total = power.sum(1, keepdim=True)
+            if slope is not None:
+                power = power * slope
+            if scales is not None:
+                power = power * scales
+            pulled = torch.mm(power, wide)
+            if running is not None:
+                fade = torch.exp(running[0] - peak)
+                total, pulled = running[1] * fade + total, running[2] * fade + pulled
+            running = peak, total, pulled
+        assert running is not None
+        peak, total, pulled = running
+        label_logit, label_pull = self.of_labels(weight, row_scales, bias, hidden, labels)
+        losses = (peak + torch.log(total) - label_logit).squeeze(1)
+        return losses, (pulled / total - label_pull) * (grad_scale * self.head.logit_scale)
+
+
+class HeadLoss(_Head):
+    """``losses`` (rows,) and ``predictions`` (rows,), the first of the likeliest tokens."""
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        weight, row_scales, bias, (hidden, labels) = self.split(tensors)
+        running: tuple[Tensor, Tensor, Tensor] | None = None
+        for start, end in self.slabs:
+            scales = None if row_scales is None else row_scales[start:end]
+            wide = self.wide(weight, start, end)
+            logits, _ = self.logits(wide, scales, None if bias is None else bias[start:end], hidden)
+            top, place = logits.max(1, keepdim=True)
+            peak = top if running is None else torch.maximum(running[0], top)
+            total, best = torch.exp(logits - peak).sum(1, keepdim=True), place + start
+            if running is not None:
+                total = running[1] * torch.exp(running[0] - peak) + total
+                # Not equal: of equals the first counts.
+                best = torch.where(top > running[0], best, running[2])
+            running = peak, total, best
+        assert running is not None
+        peak, total, best = running
+        label_logit, _ = self.of_labels(weight, row_scales, bias, hidden, labels)
+        return (peak + torch.log(total) - label_logit).squeeze(1), best.squeeze(1)
+
+
+class HeadLogits(_Head):
+    """``logits`` (rows, vocabulary)."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        weight, row_scales, bias, (hidden,) = self.split(tensors)
+        parts = []
+        for start, end in self.slabs:
+            scales = None if row_scales is None else row_scales[start:end]
+            wide = self.wide(weight, start, end)
+            parts.append(self.logits(wide, scales, None if bias is None else bias[start:end], hidden)[0])
+        return torch.cat(parts, 1)

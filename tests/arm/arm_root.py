@@ -1,0 +1,51 @@
+"""Commands for aarch64, emulated: the frozen binary, and the plain package in the arm root."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from processes import Finished
+
+ROOT = Path(__file__).parents[2]
+ARM_ROOT = ROOT / "packaging" / "arm_root.sh"
+BINARIES = ROOT / "build" / "edge"
+PACKAGE = ROOT / "build" / "edge" / "work" / "aarch64" / "environment" / "bin" / "python"
+TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Device:
+    """One way to run ``dlora-edge`` on aarch64. Paths are the same inside and here, where ``directory`` holds them."""
+
+    command: tuple[str, ...]
+    directory: Path
+
+    def __call__(self, *arguments: object) -> Finished:
+        return run([*self.command, *arguments], self.directory)
+
+
+FROZEN = str(BINARIES / "aarch64" / "dlora-edge-dir" / "dlora-edge")
+ONEFILE = str(BINARIES / "aarch64" / "dlora-edge")
+COMMANDS = {"binary": (FROZEN,), "onefile": (ONEFILE,), "package": (str(PACKAGE), "-m", "dlora.edge")}
+
+
+def entered(command: list[object], directory: Path) -> list[str]:
+    """``command`` inside the root, which sees ``directory`` where it is here; so does the device's own state."""
+    assert Path(FROZEN).exists(), "no aarch64 binary; run: make test-arm"
+    state = f"DLORA_EDGE_STATE={directory / 'device-state'}"
+    settings = ["env", state, "OMP_WAIT_POLICY=PASSIVE", "PYTHONDONTWRITEBYTECODE=1", "DLORA_TOKEN="]
+    return [str(ARM_ROOT), "run", "--bind", str(directory), *settings, *map(str, command)]
+
+
+def run(command: list[object], directory: Path) -> Finished:
+    """Run to the end."""
+    done = subprocess.run(entered(command, directory), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def losses(out: Path) -> list[float]:
+    """Of each step of a run."""
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]

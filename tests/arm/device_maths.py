@@ -1,0 +1,96 @@
+"""Runs in the arm root, on the plain package: adapters, AdamW and head against what torch computed on the host.
+
+``DLORA_ARM_REFERENCE`` names a folder with ``bundle`` and ``reference.safetensors`` (``reference.py``). Its name
+keeps the host from collecting it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dlora.edge.adapter_compute import AdapterCompute
+from dlora.edge.adapters import Adapter, AdapterSet, Parameter, Unit
+from dlora.edge.bundle import Bundle
+from dlora.edge.engine import Array
+from dlora.edge.head import Head
+from dlora.edge.onnx_engine import OnnxEngine
+from dlora.edge.optimizer import AdamW, OptimizerConfig
+from dlora.protocol.tensors import WireTensor
+
+PLACE = Path(os.environ["DLORA_ARM_REFERENCE"])
+REFERENCE = load_file(PLACE / "reference.safetensors")
+SCALING, LR, WEIGHT_DECAY = 2.0, 1e-2, 0.1  # reference.py's
+# The export's own tolerances: sums are taken in another order. The head's is of a fp32 head.
+ADAPTER_TOLERANCE, ADAMW_TOLERANCE, HEAD_TOLERANCE = 2e-6, 2e-7, 1e-5
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle.open(PLACE / "bundle")
+
+
+def error(found: Array, wanted: Array) -> float:
+    """Relative to the largest magnitude, as at export."""
+    assert found.shape == wanted.shape
+    return float(np.abs(found.astype(np.float64) - wanted).max() / np.abs(wanted).max())
+
+
+def test_this_is_aarch64() -> None:
+    assert platform.machine() == "aarch64"
+
+
+def test_numpy_multiplies_rightly() -> None:
+    """It does not under every processor that qemu offers: ``-cpu max`` was wrong by more than 1."""
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(70, 130)), rng.normal(size=(130, 90))
+    wanted = np.einsum("ij,jk->ik", left, right)
+    assert error(left @ right, wanted) < 1e-14
+    assert error(left.astype(np.float32) @ right.astype(np.float32), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("rank", [4, 7])
+def test_adapters(bundle: Bundle, rank: int) -> None:
+    saved = {name.partition(".")[2]: value for name, value in REFERENCE.items() if name.startswith(f"{rank}.")}
+    targets = bundle.manifest.groups[0].targets
+    group = tuple(
+        Adapter(target.name, Parameter.of(saved[f"{index}.A"]), Parameter.of(saved[f"{index}.B"]), SCALING)
+        for index, target in enumerate(targets)
+    )
+    compute = AdapterCompute(OnnxEngine(bundle, 1), AdapterSet([group], [Unit((0,))], 1))
+    deltas = compute.forward(0, WireTensor.from_floats(saved["x"], "fp32"), keep=True)
+    grads = [saved[f"{index}.grad"] for index in range(len(targets))]
+    grad_x, dz = compute.input_grad(0, grads)
+    compute.add_weight_grads(0, grads, dz)
+    assert error(grad_x, saved["x.grad"]) < ADAPTER_TOLERANCE
+    for index, adapter in enumerate(group):
+        assert error(deltas[index], saved[f"{index}.delta"]) < ADAPTER_TOLERANCE
+        for half, parameter in (("A", adapter.lora_A), ("B", adapter.lora_B)):
+            assert parameter.grad is not None
+            assert error(parameter.grad, saved[f"{index}.{half}.grad"]) < ADAPTER_TOLERANCE
+
+
+def test_twenty_steps_of_adamw(bundle: Bundle) -> None:
+    parameter = Parameter.of(REFERENCE["adamw.start"])
+    still = Parameter.of(np.zeros((13, 5), np.float32))  # B: without a gradient it stays
+    one = AdapterSet([(Adapter("one", parameter, still, 1.0),)], [Unit((0,))], 1)
+    config = OptimizerConfig(lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=0.0)
+    optimizer = AdamW(OnnxEngine(bundle, 1), config, 100)
+    for step, grad in enumerate(REFERENCE["adamw.grads"]):
+        parameter.grad = grad
+        optimizer.step(one, step)
+    assert error(parameter.value, REFERENCE["adamw.end"]) < ADAMW_TOLERANCE
+
+
+def test_the_head(bundle: Bundle) -> None:
+    head = Head(bundle, OnnxEngine(bundle, 1))
+    labels = REFERENCE["head.labels"]
+    losses, grads = head.loss_and_grad(REFERENCE["head.hidden"], labels, 1.0)
+    assert error(losses, REFERENCE["head.loss"]) < HEAD_TOLERANCE
+    assert error(grads, REFERENCE["head.grad"]) < HEAD_TOLERANCE
+    assert error(head.loss(REFERENCE["head.hidden"], labels)[0], REFERENCE["head.loss"]) < HEAD_TOLERANCE

@@ -1,0 +1,57 @@
+"""The aarch64 binary with ExecuTorch in it, and what one without says. ``make test-arm WITH_EXECUTORCH=1``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from arm_place import Place
+from arm_root import BINARIES, FROZEN, Device, losses
+from processes import Finished
+
+from dlora.export.bundle import ExportSettings, export_bundle
+
+pytestmark = [pytest.mark.arm, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture
+def device(place: Place) -> Device:
+    return Device((FROZEN,), place.directory)
+
+
+@pytest.fixture
+def with_executorch() -> bool:
+    return bool(json.loads((BINARIES / "aarch64" / "report.json").read_text())["executorch"])
+
+
+def test_without_it_that_is_one_line(device: Device, place: Place, with_executorch: bool) -> None:
+    if with_executorch:
+        pytest.skip("this binary has ExecuTorch")
+    done = device(*place.train(place.directory / "none"), "--engine", "executorch")
+    assert done.code == 12, done.stderr
+    assert done.stderr.startswith("error: ExecuTorch engine not installed")
+    assert done.stderr.count("\n") == 1
+
+
+def test_both_engines_agree(device: Device, place: Place, with_executorch: bool) -> None:
+    """Every graph on both engines against torch's numbers, and three steps to the same losses."""
+    if not with_executorch:
+        pytest.skip("this binary has no ExecuTorch; make test-arm WITH_EXECUTORCH=1")
+    pytest.importorskip("executorch", reason="exporting its programs takes executorch")
+    both = place.directory / "both"
+    export_bundle(ExportSettings(str(place.directory / "model"), both, 4, 8.0, head_dtype="fp32", engine="both"))
+    report = json.loads(_well(device("selftest", "--bundle", both, "--threads", 1, "--json")))
+    assert report["passed"]
+    assert set(report["engines"]) == {"onnx", "executorch"}
+    found = {}
+    for engine in ("onnx", "executorch"):
+        arguments = place.train(place.directory / engine)
+        arguments[arguments.index("--bundle") + 1] = both
+        _well(device(*arguments, "--engine", engine))
+        found[engine] = losses(place.directory / engine)
+    assert found["executorch"] == pytest.approx(found["onnx"], abs=1e-4)
+
+
+def _well(done: Finished) -> str:
+    assert done.code == 0, done.stderr
+    return done.stdout

@@ -1,0 +1,128 @@
+"""``dlora-edge`` on aarch64, emulated as a Cortex-A72 (Raspberry Pi 4): the frozen binary, and the plain package.
+
+The server is here, the device in the arm root. ``make test-arm`` makes both and runs all of it; see README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from arm_place import Place, train
+from arm_root import COMMANDS, FROZEN, PACKAGE, ROOT, Device, entered, losses, run
+from processes import CloudProcess, Finished, cloud_process, run_edge
+
+pytestmark = [pytest.mark.arm, pytest.mark.timeout(3600)]
+# The suites that need no torch: protocol, adapters' scores, checkpoints, data.
+SUITES = ("codec", "session", "link", "deadline", "checkpoint", "sensitivity", "report", "memory", "edge_data", "pause")
+LOSS_TOLERANCE = 1e-4
+REAL_BUNDLE = ROOT / "build" / "smollm2-fp32"
+
+
+@pytest.fixture(params=COMMANDS)
+def device(request: pytest.FixtureRequest, place: Place) -> Device:
+    return Device(COMMANDS[request.param], place.directory)
+
+
+def well(done: Finished) -> str:
+    assert done.code == 0, done.stderr
+    return done.stdout
+
+
+def test_maths_against_torch(place: Place) -> None:
+    settings = [f"DLORA_ARM_REFERENCE={place.directory}"]
+    command = ["env", *settings, PACKAGE, "-m", "pytest", "-p", "no:cacheprovider", "tests/arm/device_maths.py"]
+    done = run(command, place.directory)
+    assert done.code == 0, done.stdout + done.stderr
+
+
+def test_doctor_and_selftest(device: Device, place: Place) -> None:
+    report = json.loads(well(device("doctor", "--bundle", place.bundle, "--server", place.server.url, "--json")))
+    assert "aarch64" in report["checks"][0]["found"]
+    assert json.loads(well(device("selftest", "--bundle", place.bundle, "--threads", 1, "--json")))["passed"]
+
+
+def test_steps_are_those_of_this_machine(
+    device: Device, place: Place, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = place.directory / f"out-{len(list(place.directory.glob('out-*')))}"
+    assert json.loads(well(device(*place.train(out))))["torch_loaded"] is False
+    here = tmp_path_factory.mktemp("here")
+    well(run_edge(*place.train(here), timeout_s=120))
+    assert losses(out) == pytest.approx(losses(here), abs=LOSS_TOLERANCE)
+    assert (out / "adapter_model.safetensors").stat().st_size == (here / "adapter_model.safetensors").stat().st_size
+
+
+def test_killed_and_resumed(place: Place) -> None:
+    """SIGKILL to everything in the root, then ``--resume``: the steps of a run that nobody disturbed."""
+    out, whole = place.directory / "killed", place.directory / "whole"
+    device = Device((FROZEN,), place.directory)
+    with subprocess.Popen(entered([FROZEN, *place.train(out, 8)], place.directory), stdout=subprocess.DEVNULL) as first:
+        deadline = time.monotonic() + 300
+        while not (out / "metrics.jsonl").exists() or len(losses(out)) < 2:
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        first.send_signal(signal.SIGKILL)
+    well(device(*place.train(out, 8), "--resume"))
+    well(device(*place.train(whole, 8)))
+    assert losses(out) == losses(whole)
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["train"], 2, "Missing option"),
+        (["selftest", "--bundle", "/nonexistent"], 4, "error: "),
+        (["info", "/nonexistent"], 2, "error: "),
+    ],
+)
+def test_errors_are_a_line_and_a_code(place: Place, arguments: list[str], code: int, said: str) -> None:
+    done = Device((FROZEN,), place.directory)(*arguments)
+    assert done.code == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SUITES)
+def test_suites_without_torch(place: Place, suite: str) -> None:
+    command = [PACKAGE, "-m", "pytest", "-p", "no:cacheprovider", f"tests/test_{suite}.py", "--timeout", 1200]
+    done = run(["env", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis", *command], place.directory)
+    assert done.code == 0, done.stdout[-3000:]
+
+
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
+    with cloud_process(Path("smollm2-135m"), tmp_path_factory.mktemp("server"), "--threads", 2) as running:
+        yield running
+
+
+@pytest.mark.slow
+def test_selftest_of_the_real_bundle(device: Device) -> None:
+    for bundle in (REAL_BUNDLE, ROOT / "build" / "smollm2"):
+        report = json.loads(well(device("selftest", "--bundle", bundle, "--threads", 2, "--json")))
+        assert report["passed"]
+
+
+@pytest.mark.slow
+def test_three_real_steps(device: Device, place: Place, real_server: CloudProcess, tmp_path: Path) -> None:
+    """Few labels: the head is the slow part under emulation."""
+    pairs = [
+        ("Where is my card? ", "card_arrival"),
+        ("I lost it. ", "lost_card"),
+        ("Hello ", "hello"),
+        ("2 + 2 = ", "4"),
+    ]
+    data = place.directory / "real.jsonl"
+    data.write_text("".join(json.dumps({"prompt": ask, "completion": answer}) + "\n" for ask, answer in pairs))
+    out = place.directory / f"real-{len(list(place.directory.glob('real-*')))}"
+    well(device(*train(REAL_BUNDLE, real_server.url, data, out, 3)))
+    well(run_edge(*train(REAL_BUNDLE, real_server.url, data, tmp_path, 3), timeout_s=300))
+    assert losses(out) == pytest.approx(losses(tmp_path), abs=LOSS_TOLERANCE)

@@ -1,0 +1,356 @@
+"""The ExecuTorch engine: every graph against torch, cut inputs, whole runs without torch, and all that may be wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from executorch_bundle import NEEDED, program, tiny_bundle
+from families import VOCABULARY, save_tiny, tiny_model
+from processes import run_edge
+from serving import config, random_dataset, randomize, serving
+from test_cli import assert_fails
+from test_export import _head_end, _head_weights
+
+from dlora.cloud.base_model import BaseModel
+from dlora.edge import shim
+from dlora.edge.bundle import Bundle
+from dlora.edge.connection import Connection
+from dlora.edge.executorch_engine import ExecutorchEngine
+from dlora.edge.onnx_engine import OnnxEngine
+from dlora.edge.trainer import Trainer
+from dlora.export import torch_head
+from dlora.export.adamw_graph import adamw_graph
+from dlora.export.adapter_graphs import adapter_graphs
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.export.embedding_graph import embedding_graph
+from dlora.export.head_graph import HeadShape, head_graphs
+from dlora.export.reference import adamw_scalars
+from dlora.export.to_executorch import BOUNDS
+from dlora.export.verify import (
+    compile_executorch,
+    compile_onnx,
+    relative_error,
+    verify_adamw,
+    verify_adapter,
+    verify_head,
+)
+from dlora.protocol.errors import BundleError, DloraError, UsageError
+from dlora.protocol.manifest import load_manifest
+
+HIDDEN = 16
+
+pytestmark = NEEDED
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Path:
+    return tiny_bundle()
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (33, 5)])
+def test_adapter_programs_are_autograds(shape: tuple[int, int]) -> None:
+    for graph in adapter_graphs(*shape):
+        assert verify_adapter(graph, *shape, 8, 2.0, {"executorch": compile_executorch}).error <= 2e-6
+
+
+def test_adamw_is_torchs_over_twenty_steps() -> None:
+    assert verify_adamw(adamw_graph(), {"executorch": compile_executorch}).error <= 2e-7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias", "logit_scale", "softcap"),
+    [("fp32", False, 1.0, None), ("fp16", True, 1.0, 3.0), ("int8", True, 0.5, 3.0)],
+)
+def test_head_programs_are_autograds(
+    dtype: Any, bias: bool, logit_scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several slabs, the last one shorter."""
+    monkeypatch.setattr(torch_head, "SLABS", 2)
+    monkeypatch.setattr(torch_head, "LEAST_ROWS", 1)
+    shape = HeadShape(97, HIDDEN, dtype, bias, logit_scale, softcap)
+    end = _head_end(97, shape)
+    hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
+    both = {"onnx": compile_onnx, "executorch": partial(compile_executorch, head=shape)}
+    for graph in head_graphs(shape):
+        verify_head(graph, end, _head_weights(end, dtype), hidden, both)
+
+
+def test_of_equal_logits_the_first_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a slab and across slabs, as ONNX's ArgMax has it."""
+    monkeypatch.setattr(torch_head, "SLABS", 3)
+    monkeypatch.setattr(torch_head, "LEAST_ROWS", 1)
+    shape = HeadShape(12, 2, "fp32", False, 1.0, None)
+    graph = next(graph for graph in head_graphs(shape) if graph.kind == "head_loss")
+    weight = np.zeros((12, 2), np.float32)
+    weight[[2, 3, 9], 0] = 1.0
+    inputs = {"weight": weight, "hidden_states": np.eye(2, dtype=np.float32), "labels": np.array([0, 1])}
+    _, predictions = compile_executorch(graph, shape).run(inputs)
+    assert predictions.tolist() == [2, 0]
+
+
+def test_the_head_widens_no_more_than_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a program plans for: a slab as it is stored and as it is wide, and some (rows, slab) of its logits."""
+    from executorch.exir._serialize import _deserialize_pte_binary
+
+    monkeypatch.setattr(torch_head, "SLABS", 4)
+    vocabulary, hidden = 65_536, 256
+    shape = HeadShape(vocabulary, hidden, "fp16", False, 1.0, None)
+    graph = next(graph for graph in head_graphs(shape) if graph.kind == "head_train")
+    made = _deserialize_pte_binary(compile_executorch(graph, shape).model).program
+    planned = sum(made.execution_plan[0].non_const_buffer_sizes)
+    slab = vocabulary // 4
+    assert planned <= slab * hidden * (2 + 4) + 3 * BOUNDS["rows"] * slab * 4 + (1 << 20)
+
+
+def test_the_embedding_scales(tmp_path: Path) -> None:
+    graph = embedding_graph(6, 2, "fp16", 2.5)
+    weight = np.arange(12, dtype=np.float16).reshape(6, 2)
+    (found,) = compile_executorch(graph, scale=2.5).run({"weight": weight, "ids": np.array([5, 0, 5])})
+    assert found.tolist() == [[25.0, 27.5], [0.0, 2.5], [25.0, 27.5]]
+
+
+# -- the engine on the device ------------------------------------------------------------------------------------
+
+
+def test_both_engines_give_the_same(bundle: Path) -> None:
+    """Every graph, at other sizes than export tried, inputs that are no C arrays among them."""
+    opened = Bundle.open(bundle)
+    both = OnnxEngine(opened, 1), ExecutorchEngine(opened, 1)
+    for spec in opened.manifest.graphs:
+        inputs = random_inputs(opened, spec, {"tokens": 3, "rank": 7, "rows": 5, "n": 31})
+        wanted, found = (engine.load(spec.kind, spec.key)(inputs) for engine in both)
+        for one, other in zip(wanted, found, strict=True):
+            assert one.dtype == other.dtype
+            assert relative_error(other, one) <= 2 * spec.tolerance
+
+
+def test_inputs_beyond_the_bounds_are_cut(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    engine = ExecutorchEngine(opened, 1)
+    sizes = {"tokens": 2 * BOUNDS["tokens"] + 3, "rank": 3, "rows": BOUNDS["rows"] + 1, "n": BOUNDS["n"] + 5}
+    for spec in opened.manifest.graphs:
+        inputs = random_inputs(opened, spec, sizes)
+        wanted, found = (each.load(spec.kind, spec.key)(inputs) for each in (OnnxEngine(opened, 1), engine))
+        for one, other in zip(wanted, found, strict=True):
+            # Sums over 8,000 tokens in another order; a float32 adds 2**-24 of itself each time.
+            assert relative_error(other, one) <= 4 * spec.tolerance
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 33])
+def test_threads_share_the_heads_rows(bundle: Path, rows: int) -> None:
+    opened = Bundle.open(bundle)
+    spec = opened.manifest.graph("head_train")
+    inputs = random_inputs(opened, spec, {"rows": rows})
+    alone, shared = (ExecutorchEngine(opened, threads).load("head_train")(inputs) for threads in (1, 3))
+    for one, other in zip(alone, shared, strict=True):
+        assert relative_error(other, one) <= spec.tolerance
+    again = ExecutorchEngine(opened, 3).load("head_train")(inputs)
+    assert [value.tobytes() for value in again] == [value.tobytes() for value in shared]
+
+
+def test_no_tokens_are_no_work(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    spec = next(spec for spec in opened.manifest.graphs if spec.kind == "adapter_weight_grad")
+    found = ExecutorchEngine(opened, 1).load(spec.kind, spec.key)(random_inputs(opened, spec, {"tokens": 0, "rank": 2}))
+    assert not any(value.any() for value in found)
+
+
+def test_a_rank_beyond_the_bound_says_which_option_to_lower(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    spec = next(spec for spec in opened.manifest.graphs if spec.kind == "adapter_forward")
+    inputs = random_inputs(opened, spec, {"tokens": 2, "rank": BOUNDS["rank"] + 1})
+    with pytest.raises(UsageError, match=r"rank 257 is more .*\(256\); lower --rank"):
+        ExecutorchEngine(opened, 1).load(spec.kind, spec.key)(inputs)
+
+
+def test_programs_may_be_used_by_many_threads(bundle: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    opened = Bundle.open(bundle)
+    spec = next(spec for spec in opened.manifest.graphs if spec.kind == "adapter_forward")
+    run = ExecutorchEngine(opened, 1).load(spec.kind, spec.key)
+    cases = [random_inputs(opened, spec, {"tokens": 1 + seed, "rank": 1 + seed % 3}, seed) for seed in range(24)]
+    wanted = [run(case) for case in cases]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(run, cases * 4))
+    for index, outputs in enumerate(found):
+        assert all(np.array_equal(a, b) for a, b in zip(outputs, wanted[index % len(cases)], strict=True))
+
+
+def test_the_shims_own_kernels_at_every_remainder(tmp_path: Path) -> None:
+    """Widths, ranks and tokens that make no whole tile or vector, and more than a block of the inner dimension."""
+    random = np.random.default_rng(0)
+    wide, narrow = 45, 41
+    programs = {}
+    for graph in adapter_graphs(wide, narrow):
+        (tmp_path / graph.kind).write_bytes(compile_executorch(graph).model)
+        programs[graph.kind] = shim.load_shim().load(tmp_path / graph.kind)
+    scale = np.array(0.5, np.float32)
+    for tokens, rank in ((1, 1), (2, 3), (3, 4), (4, 8), (5, 9), (7, 17), (11, 33), (300, 40)):
+        x, grad = (
+            random.standard_normal((tokens, wide), np.float32),
+            random.standard_normal((tokens, narrow), np.float32),
+        )
+        a, b = random.standard_normal((rank, wide), np.float32), random.standard_normal((narrow, rank), np.float32)
+        z, dz = x @ a.T, 0.5 * (grad @ b)
+        for kind, inputs, wanted in (
+            ("adapter_forward", [x, a, b, scale], [z, 0.5 * (z @ b.T)]),
+            ("adapter_input_grad", [grad, a, b, scale], [dz, dz @ a]),
+            ("adapter_weight_grad", [x, z, grad, dz, scale], [dz.T @ x, 0.5 * (grad.T @ z)]),
+        ):
+            found = [np.full_like(value, np.nan) for value in wanted]
+            programs[kind].run(inputs, found)
+            for one, other in zip(found, wanted, strict=True):
+                assert relative_error(one, other) <= 2e-6, (kind, tokens, rank)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("fp16", (70, 11)), ("int8", (13, 5))])
+def test_the_shim_widens_exactly(dtype: Any, shape: tuple[int, int], tmp_path: Path) -> None:
+    """Every value of a stored weight, infinities and the smallest among them, through the logits of unit vectors."""
+    vocabulary, hidden = shape
+    weight = {
+        "fp16": np.concatenate([np.array([0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504.0, -65504.0], np.float16)] * 110),
+        "int8": np.arange(-128, 127, dtype=np.int8),
+    }[dtype]
+    weight = weight[: vocabulary * hidden].reshape(-1, hidden)[:vocabulary]
+    vocabulary = len(weight)
+    head = HeadShape(vocabulary, hidden, dtype, False, 1.0, None)
+    graph = next(graph for graph in head_graphs(head) if graph.kind == "head_logits")
+    (tmp_path / "program").write_bytes(compile_executorch(graph, head).model)
+    inputs: list[Any] = [weight, np.eye(hidden, dtype=np.float32)]
+    if dtype == "int8":
+        inputs.insert(1, np.ones(vocabulary, np.float32))
+    logits = np.empty((hidden, vocabulary), np.float32)
+    shim.load_shim().load(tmp_path / "program").run(inputs, [logits])
+    assert np.array_equal(logits, weight.astype(np.float32).T)
+
+
+def random_inputs(bundle: Bundle, spec: Any, sizes: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+    """The bundle's weights, AdamW's real scalars, and random numbers; matrices lie in memory in all ways."""
+    random = np.random.default_rng(seed)
+    manifest = bundle.manifest
+    scalars = adamw_scalars(3)
+    inputs: dict[str, np.ndarray] = {}
+    for tensor in spec.inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        if tensor.name == "weight":
+            file = manifest.embedding.weight if spec.kind == "embedding" else manifest.head.weight
+            inputs["weight"] = bundle.weight(file)
+        elif tensor.dtype == "int64":
+            inputs[tensor.name] = random.integers(0, VOCABULARY, shape)
+        elif tensor.name in scalars:
+            inputs[tensor.name] = scalars[tensor.name]
+        else:
+            value = random.random(shape, np.float32)
+            inputs[tensor.name] = np.asfortranarray(value) if len(shape) == 2 and seed % 2 == 0 else value
+    return inputs
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------
+
+
+def test_thirty_steps_give_the_losses_of_onnx(bundle: Path) -> None:
+    base = BaseModel.from_model(tiny_model("llama"), "tiny")
+    run = config(total_steps=30, rank=4, lora_alpha=8.0, optimizer={"lr": 1e-2, "weight_decay": 0.01})
+    losses = []
+    opened = Bundle.open(bundle)
+    for engine in (OnnxEngine(opened, 1), ExecutorchEngine(opened, 2)):
+        with serving(base) as server, Connection(server.url) as connection:
+            trainer = Trainer(opened, engine, connection, run, random_dataset(VOCABULARY))
+            randomize(trainer)
+            losses.append([trainer.run_step().loss for _ in range(run.total_steps)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+NO_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "executorch", "onnxruntime", "transformers"):
+            raise ImportError(f"{name} is not to be imported", name=name)
+sys.meta_path.insert(0, Refuse())
+from dlora.edge.__main__ import main
+main()
+"""
+
+
+def test_a_command_needs_neither_torch_nor_onnxruntime_nor_executorchs_python(bundle: Path, tmp_path: Path) -> None:
+    base = BaseModel.from_model(tiny_model("llama"), "tiny")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 4)
+    with serving(base) as server:
+        arguments = [
+            "train", "--bundle", bundle, "--server", server.url, "--data", data, "--out", tmp_path / "out",
+            "--steps", 2, "--engine", "executorch", "--json",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", NO_TORCH, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["torch_loaded"] is False
+
+
+@pytest.mark.parametrize("choice", ["auto", "executorch"])
+def test_a_bundle_for_executorch_alone(choice: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "gpt2")
+    export_bundle(
+        ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=2, head_dtype="int8", engine="executorch")
+    )
+    assert not list((tmp_path / "bundle").rglob("*.onnx"))
+    assert load_manifest(tmp_path / "bundle").engines == ("executorch",)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 2)
+    with serving(BaseModel.from_model(tiny_model("gpt2"), "tiny")) as server:
+        common = ["--bundle", tmp_path / "bundle", "--server", server.url]
+        done = run_edge("evaluate", *common, "--data", data, "--engine", choice, "--json")
+        assert done.code == 0, done.stderr
+        done = run_edge("generate", *common, "--prompt", "w1", "--max-new-tokens", 2, "--engine", choice)
+        assert done.code == 0, done.stderr
+        assert_fails(
+            run_edge("evaluate", *common, "--data", data, "--engine", "onnx"), 4, "has no onnx graphs", "--engine both"
+        )
+
+
+# -- the C ABI ---------------------------------------------------------------------------------------------------
+
+
+def test_the_shim_refuses_tensors_that_are_not_the_programs(bundle: Path) -> None:
+    name, _ = program(bundle, "adapter_forward")
+    loaded = shim.load_shim().load(bundle / name)
+    x, lora_a, lora_b = (np.ones(shape, np.float32) for shape in ((3, HIDDEN), (2, HIDDEN), (HIDDEN, 2)))
+    scale, z, delta = np.array(1.0, np.float32), np.empty((3, 2), np.float32), np.empty((3, HIDDEN), np.float32)
+    loaded.run([x, lora_a, lora_b, scale], [z, delta])
+    too_long = np.ones((BOUNDS["tokens"] + 1, HIDDEN), np.float32)
+    for inputs, outputs in (
+        ([x, lora_a, lora_b], [z, delta]),
+        ([x, lora_a, lora_b, scale], [z]),
+        ([x.astype(np.float16), lora_a, lora_b, scale], [z, delta]),
+        ([x[:, :5].copy(), lora_a, lora_b, scale], [z, delta]),
+        ([too_long, lora_a, lora_b, scale], [z, delta]),
+        ([x, lora_a, lora_b, scale], [z, np.empty((4, HIDDEN), np.float32)]),
+    ):
+        with pytest.raises(DloraError, match="a graph failed on ExecuTorch: "):
+            loaded.run(inputs, outputs)
+    # And is none the worse for it.
+    loaded.run([x, lora_a, lora_b, scale], [z, delta])
+    assert np.array_equal(delta, np.full((3, HIDDEN), 2.0 * HIDDEN, np.float32))
+
+
+def test_the_python_and_the_header_agree() -> None:
+    header = (Path(shim.__file__).parent / "native" / "dlora_executorch.h").read_text()
+    assert f"#define DLORA_ET_ABI {shim.ABI}\n" in header
+    assert f"#define DLORA_ET_MAX_DIMS {shim.MAX_DIMS}\n" in header
+    assert ctypes.sizeof(shim._Tensor) == 8 + 4 + 4 + 8 * shim.MAX_DIMS
+    with pytest.raises(BundleError, match="cannot be read"):
+        shim.load_shim().load(Path("/nowhere.pte"))

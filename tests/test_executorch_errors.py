@@ -1,0 +1,197 @@
+"""What the commands say of the ExecuTorch engine, and all that may be wrong with it: one line each."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from executorch_bundle import NEEDED, copied, program, tiny_bundle, with_program
+from families import save_tiny
+from processes import run_edge
+from test_cli import assert_fails
+
+from dlora.edge import shim
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.export.to_executorch import BOUNDS
+from dlora.protocol.errors import MissingExtraError
+from dlora.protocol.manifest import ExecutorchSpec, load_manifest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = NEEDED
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Path:
+    return tiny_bundle()
+
+
+# -- what the commands say ---------------------------------------------------------------------------------------
+
+
+def test_selftest_has_both_side_by_side(bundle: Path) -> None:
+    done = run_edge("selftest", "--bundle", bundle, "--json")
+    report = json.loads(done.stdout)
+    assert (done.code, set(report["engines"])) == (0, {"onnx", "executorch"})
+    assert report["passed"]
+    for row in report["graphs"]:
+        assert set(row["engines"]) == {"onnx", "executorch"}
+        assert all(result["error"] <= 2 * row["tolerance"] for result in row["engines"].values())
+    shown = run_edge("selftest", "--bundle", bundle, "--engine", "executorch")
+    assert (shown.code, "onnxruntime" in shown.stdout) == (0, False)
+
+
+def test_info_and_doctor_name_the_engines(bundle: Path) -> None:
+    assert json.loads(run_edge("info", bundle, "--json").stdout)["engines"] == "executorch, onnx"
+    done = run_edge("doctor", "--bundle", bundle, "--json")
+    found = {check["check"]: check["found"] for check in json.loads(done.stdout)["checks"]}
+    assert done.code == 0
+    assert found["executorch"].startswith("ExecuTorch 1.")
+    assert "for executorch and onnx" in found["bundle"]
+
+
+def test_the_manifest_has_every_engines_error_and_the_bounds(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    assert manifest.executorch is not None
+    assert manifest.executorch.bounds == BOUNDS
+    for graph in manifest.graphs:
+        assert set(graph.files) == set(graph.errors) == {"onnx", "executorch"}
+        assert graph.error == max(graph.errors.values()) <= graph.tolerance
+
+
+# -- what may be wrong -------------------------------------------------------------------------------------------
+
+
+def damages(content: bytes) -> dict[str, bytes]:
+    return {
+        "empty": b"",
+        "no program": b"\0" * 4096,
+        "text": b"{}" * 1000,
+        "cut": content[: len(content) // 2],
+        "headless": bytes(64) + content[64:],
+        "tail": content[:-200] + bytes(200),
+    }
+
+
+@pytest.mark.parametrize("damage", ["empty", "no program", "text", "cut", "headless"])
+def test_a_damaged_program(bundle: Path, tmp_path: Path, damage: str) -> None:
+    """Its digest passes: whoever damaged it wrote the manifest as well."""
+    name, content = program(bundle, "adapter_forward")
+    wrong = with_program(bundle, tmp_path / "bundle", name, damages(content)[damage])
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, name.rpartition("/")[2], "is damaged", "export the bundle again")
+
+
+def test_a_program_in_anothers_place(bundle: Path, tmp_path: Path) -> None:
+    name, _ = program(bundle, "adapter_forward")
+    _, other = program(bundle, "adapter_input_grad")
+    wrong = with_program(bundle, tmp_path / "bundle", name, other)
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, "is not the graph that the manifest describes")
+
+
+def test_a_program_of_operators_that_this_executorch_does_not_have(bundle: Path, tmp_path: Path) -> None:
+    name, content = program(bundle, "adapter_forward")
+    assert content.count(b"aten::linear") == 1
+    wrong = with_program(bundle, tmp_path / "bundle", name, content.replace(b"aten::linear", b"aten::lonear"))
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, "is not for ExecuTorch 1.")
+
+
+def test_a_bundle_of_a_newer_executorch(bundle: Path, tmp_path: Path) -> None:
+    wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("97.0.0", dict(BOUNDS)))
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, "executorch 97.0.0", "update the engine")
+
+
+def test_a_missing_shim(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["selftest", "--bundle", bundle, "--engine", "executorch"]
+    done = run_edge(*arguments, DLORA_EXECUTORCH_DIR=str(tmp_path))
+    assert_fails(done, 12, "ExecuTorch engine not installed", str(tmp_path), "make shim")
+    # Without it the other engine does.
+    done = run_edge("selftest", "--bundle", bundle, "--json", DLORA_EXECUTORCH_DIR=str(tmp_path))
+    assert (done.code, list(json.loads(done.stdout)["engines"])) == (0, ["onnx"])
+
+
+def test_a_shim_that_is_not_one(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / shim.LIBRARY).write_bytes(b"\x7fELF and no more")
+    arguments = ["selftest", "--bundle", bundle, "--engine", "executorch"]
+    assert_fails(run_edge(*arguments, DLORA_EXECUTORCH_DIR=str(tmp_path)), 12, "does not load", "make shim")
+    report = json.loads(run_edge("doctor", "--json", DLORA_EXECUTORCH_DIR=str(tmp_path)).stdout)
+    assert [check["check"] for check in report["checks"] if not check["ok"]] == ["executorch"]
+
+
+def test_a_shim_of_another_abi(tmp_path: Path) -> None:
+    compiler = shutil.which("g++") or pytest.skip("no g++")
+    (tmp_path / "other.c").write_text("int dlora_et_abi(void) { return 99; }")
+    subprocess.run([compiler, "-shared", "-x", "c", tmp_path / "other.c", "-o", tmp_path / shim.LIBRARY], check=True)
+    with pytest.raises(MissingExtraError, match=r"of another dlora \(ABI 99, this one wants 1\); build it again"):
+        shim.Shim(tmp_path)
+
+
+def test_a_bundle_without_programs(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=2))
+    done = run_edge("selftest", "--bundle", tmp_path / "bundle", "--engine", "executorch")
+    assert_fails(done, 4, "has no executorch graphs; export it again with --engine both")
+
+
+def test_export_without_executorch_names_the_extra(tmp_path: Path) -> None:
+    """Before the model is loaded, which takes a while."""
+    code = (
+        "import sys, importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'executorch' else find(name, *rest)\n"
+        "from dlora.export.__main__ import main; main()"
+    )
+    arguments = ["nowhere", "--out", str(tmp_path / "out"), "--engine", "executorch"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 12
+    assert done.stderr.count("\n") == 1
+    assert "dlora[executorch]" in done.stderr
+
+
+# -- the native runner -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runner() -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    subprocess.run([sys.executable, ROOT / "edge" / "native" / "build.py", "--runner"], check=True, capture_output=True)
+    return ROOT / "build" / "native" / platform.machine() / "dlora-native-runner"
+
+
+def test_the_native_runner_checks_forward_backward_and_adamw(bundle: Path, runner: Path) -> None:
+    done = subprocess.run([runner, bundle], capture_output=True, text=True, check=False)
+    kinds = ("adapter_forward", "adapter_input_grad", "adapter_weight_grad", "adamw")
+    graphs = [graph for graph in load_manifest(bundle).graphs if graph.kind in kinds]
+    assert done.returncode == 0, done.stderr
+    assert f"{len(graphs)} of {len(graphs)} graphs are right" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "said"),
+    [("golden", 1, "WRONG"), ("program", 2, "error: "), ("no golden", 2, "is no safetensors file")],
+)
+def test_the_native_runner_notices(
+    bundle: Path, runner: Path, tmp_path: Path, damage: str, code: int, said: str
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(bundle, tmp_path / "bundle")
+    golden = tmp_path / "bundle" / load_manifest(bundle).golden
+    if damage == "golden":
+        tensors = load_file(golden)
+        tensors["adamw.out.new_param"] = tensors["adamw.out.new_param"] * 1.001
+        save_file(tensors, golden)
+    elif damage == "program":
+        (tmp_path / "bundle" / program(bundle, "adapter_input_grad")[0]).write_bytes(b"ET12" * 100)
+    else:
+        golden.write_bytes(b"\xff" * 100)
+    done = subprocess.run([runner, tmp_path / "bundle"], capture_output=True, text=True, check=False)
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr
