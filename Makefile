@@ -10,7 +10,7 @@ demo: .venv/.ready
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"
 
-test-slow: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
+test-slow: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-int8/manifest.json
 	$(BIN)/pytest -m slow
 
 lint: .venv/.ready
@@ -18,15 +18,19 @@ lint: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/.ready build/smollm2/manifest.json
+bench: .venv/.ready build/smollm2/manifest.json build/smollm2-int8/manifest.json
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/kill_revive.py
+	$(BIN)/python benchmarks/device.py
 
 build/smollm2/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2
 
 build/smollm2-fp32/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-fp32 --head-dtype fp32
+
+build/smollm2-int8/manifest.json: | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-int8 --head-dtype int8
 
 # pip and not another installer: it takes torch builds that lie on disk. 25.1 brought --group.
 .venv/.ready: pyproject.toml

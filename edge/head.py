@@ -25,6 +25,7 @@ class Embedding:
         self._graph = engine.load("embedding")
 
     def __call__(self, ids: LongArray) -> FloatArray:
+        release_freed()  # what the last step left free, else the table comes on top of it
         (hidden_states,) = self._graph({"weight": self._bundle.weight(self._file), "ids": ids})
         # The system maps the neighbours of each page that is touched: a few steps would bring in the whole table.
         self._bundle.release(self._file)
@@ -34,8 +35,8 @@ class Embedding:
 class Head:
     """Hidden states at labelled positions to losses, gradients, predictions or logits.
 
-    Rows go through the graphs in chunks of the manifest's ``rows``. A chunk is the moment when a step takes most memory:
-    what is free goes back to the system before, and the weight's pages go after the last one.
+    Rows go through the graphs in chunks of the manifest's ``rows``. That is when a step takes most memory: what is free
+    goes back to the system before each chunk, and the weight's pages go after the last one.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:

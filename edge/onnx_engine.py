@@ -12,7 +12,6 @@ from dlora.protocol.manifest import GraphKind, GraphSpec
 from .bundle import Bundle
 from .engine import Array, Graph
 
-
 # Waking a thread takes as long as half of a narrow adapter's graph: up to this width a second one makes it slower.
 _NARROW = 1024
 
