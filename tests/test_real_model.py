@@ -114,8 +114,8 @@ def test_training_fits_into_its_memory(bundle: Path, limit_mb: int, server: Clou
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     done = run_edge(
         "train", "--bundle", bundle, "--server", server.url, "--data", tmp_path / "text.jsonl",
-        "--out", tmp_path / "out", "--steps", 12, "--batch-size", 2, "--max-length", 128, "--too-long", "truncate", "--kr-warmup-steps", 8,
-        "--threads", 2, "--json", timeout_s=900,
+        "--out", tmp_path / "out", "--steps", 12, "--batch-size", 2, "--max-length", 128, "--too-long", "truncate",
+        "--kr-warmup-steps", 8, "--threads", 2, "--json", timeout_s=900,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)
