@@ -12,7 +12,8 @@ demo: .venv/.ready
 test: .venv/.ready $(SHIM)
 	$(BIN)/pytest -m "not slow and not arm"
 
-test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-both/manifest.json
+test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/manifest.json \
+		build/smollm2-int8/manifest.json build/smollm2-both/manifest.json
 	$(BIN)/pytest -m "slow and not arm"
 
 # The device as one file that needs no Python: build/edge/ARCH/dlora-edge. aarch64 is made and run under emulation.
@@ -31,15 +32,19 @@ lint: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/.ready build/smollm2/manifest.json
+bench: .venv/.ready build/smollm2/manifest.json build/smollm2-int8/manifest.json
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/kill_revive.py
+	$(BIN)/python benchmarks/device.py
 
 build/smollm2/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2
 
 build/smollm2-fp32/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-fp32 --head-dtype fp32
+
+build/smollm2-int8/manifest.json: | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-int8 --head-dtype int8
 
 build/smollm2-both/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-both --head-dtype fp32 --engine both

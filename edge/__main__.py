@@ -1,5 +1,7 @@
 """Entry point of ``dlora-edge``."""
 
+import sys
+
 from dlora.protocol.errors import missing_extra, run_command
 
 
@@ -9,6 +11,11 @@ def main() -> None:
 
 
 def _main() -> None:
+    if sys.argv[1:] == ["--version"]:  # typer and its friends are most of what a small board would load for one line
+        from dlora.protocol.version import SOFTWARE_VERSION
+
+        print(f"dlora-edge {SOFTWARE_VERSION}")
+        return
     try:
         from .cli import app
 

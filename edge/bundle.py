@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +27,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._weights: dict[str, npt.NDArray[Any]] = {}
+        self._weights: dict[str, tuple[npt.NDArray[Any], mmap.mmap]] = {}
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -40,12 +42,19 @@ class Bundle:
 
         One map a file: a tied embedding and head share theirs, else its pages would count twice.
         """
+        if name not in self._weights:
+            self._weights[name] = _mapped(self._file(name))
+        return self._weights[name][0]
+
+    def release(self, name: str) -> None:
+        """Let a mapped weight's pages go until they are touched again: two milliseconds for 60 MB.
+
+        They stay in the system's file cache, but no longer count as ours: a weight is needed for one moment of a step,
+        and what the other moments need must not come on top.
+        """
         if name in self._weights:
-            return self._weights[name]
-        array = _mapped(self._file(name))
-        # A plain view: np.memmap's subclass machinery costs at every slice.
-        self._weights[name] = array.view(np.ndarray)
-        return self._weights[name]
+            with contextlib.suppress(AttributeError, OSError):  # not Linux
+                self._weights[name][1].madvise(mmap.MADV_DONTNEED)
 
     def graph_file(self, kind: GraphKind, key: str, engine: str) -> tuple[GraphSpec, Path]:
         """A graph's description and its file for an engine; raises ``BundleError`` where it has none."""
@@ -64,7 +73,7 @@ class Bundle:
         return self.path / name
 
 
-def _mapped(path: Path) -> npt.NDArray[Any]:
+def _mapped(path: Path) -> tuple[npt.NDArray[Any], mmap.mmap]:
     """Map an ``.npy`` file, whose header is checked first: numpy may fail in any way on one that lies, or crash."""
     try:
         with path.open("rb") as file:
@@ -72,10 +81,11 @@ def _mapped(path: Path) -> npt.NDArray[Any]:
                 raise ValueError("not of .npy format 1.0")
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
             start = file.tell()
-        if dtype not in _STORED or fortran_order or min(shape, default=0) < 1:
-            raise ValueError("not an array of weights")
-        if start + math.prod(shape) * dtype.itemsize != path.stat().st_size:
-            raise ValueError("its shape is not its size")
-        return np.memmap(path, dtype, "r", start, shape)
+            if dtype not in _STORED or fortran_order or min(shape, default=0) < 1:
+                raise ValueError("not an array of weights")
+            if start + math.prod(shape) * dtype.itemsize != path.stat().st_size:
+                raise ValueError("its shape is not its size")
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapping, dtype, math.prod(shape), start).reshape(shape), mapping
     except Exception as error:  # numpy evaluates the header, and lets through whatever Python's parser raises
         raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None

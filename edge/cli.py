@@ -243,8 +243,6 @@ def train(
     from .report import Reporter
     from .rows import parse_columns
     from .tokenizer import EdgeTokenizer
-    from .training import TrainRun, total_steps
-    from .training import train as run_training
 
     if alpha is not None and not 0 < alpha < math.inf:
         raise UsageError("--alpha must be above 0")
@@ -264,6 +262,10 @@ def train(
     # A tokenizer takes 30 MB, and training needs it no more.
     del tokenizer, load
     collect()
+    # Not before: the engine takes as much, and the two need not meet.
+    from .training import TrainRun, total_steps
+    from .training import train as run_training
+
     whole = total_steps(dataset, epochs=epochs, steps=steps, batch_size=batch_size, grad_accum=grad_accum)
     config = TrainConfig(
         total_steps=whole,

@@ -17,10 +17,10 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .credentials import Credentials
 from .engines import is_installed
+from .footprint import RUNTIME_MB, STORED_DTYPES, USUAL_TOKENS, tokens_that_fit, training_mb
 from .shim import VARIABLE, load_shim
 
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
-RUNTIME_MB = 130  # what Python, ONNX Runtime and a tokenizer take before any weight is touched
 
 
 def examine(bundle: Path | None, server: str | None, credentials: Credentials) -> dict[str, Any]:
@@ -102,17 +102,19 @@ def _memory(bundle: Path | None) -> str:
     from dlora.protocol.manifest import load_manifest
 
     manifest = load_manifest(bundle)
-    weights = sum(spec.bytes for name, spec in manifest.files.items() if name.endswith(".npy")) / 1e6
-    adapters = sum(
-        manifest.lora.r * (group.in_features + target.out_features) * 4 * 4
-        for group in manifest.groups
-        for target in group.targets
+    fit = tokens_that_fit(manifest, available)
+    others = ", ".join(
+        f"{dtype} {training_mb(manifest, head_dtype=dtype):,.0f}"
+        for dtype in STORED_DTYPES
+        if dtype != manifest.head.dtype
     )
-    needed = RUNTIME_MB + adapters / 1e6
-    found += f"; training takes about {needed:,.0f} MB, and up to {weights:,.0f} MB of reclaimable page cache"
-    if available < needed:
-        raise _ProblemError(f"{found}: close other programs, or export with a smaller --rank")
-    return found
+    found += (
+        f"; training with this {manifest.head.dtype} head takes about {training_mb(manifest):,.0f} MB at "
+        f"{USUAL_TOKENS} tokens a micro-batch, mapped weights included (other heads: {others})"
+    )
+    if not fit:
+        raise _ProblemError(f"{found}: close other programs, or export with a smaller --rank or --head-dtype int8")
+    return f"{found}; up to {fit:,} tokens fit"
 
 
 def _engine() -> str:

@@ -20,22 +20,28 @@ class Embedding:
     """Token ids (tokens,) to hidden states (tokens, embedding_size)."""
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        self._weight = bundle.weight(bundle.manifest.embedding.weight)
+        self._bundle = bundle
+        self._file = bundle.manifest.embedding.weight
         self._graph = engine.load("embedding")
 
     def __call__(self, ids: LongArray) -> FloatArray:
-        (hidden_states,) = self._graph({"weight": self._weight, "ids": ids})
+        release_freed()  # what the last step left free, else the table comes on top of it
+        (hidden_states,) = self._graph({"weight": self._bundle.weight(self._file), "ids": ids})
+        # The system maps the neighbours of each page that is touched: a few steps would bring in the whole table.
+        self._bundle.release(self._file)
         return hidden_states
 
 
 class Head:
     """Hidden states at labelled positions to losses, gradients, predictions or logits.
 
-    Rows go through the graphs in chunks, so that the logits of a chunk are the largest thing in memory.
+    Rows go through the graphs in chunks of the manifest's ``rows``. That is when a step takes most memory: what is free
+    goes back to the system before each chunk, and the weight's pages go after the last one.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         spec = bundle.manifest.head
+        self._bundle = bundle
         self._weights: dict[str, Array] = {"weight": bundle.weight(spec.weight)}
         if spec.row_scales:
             self._weights["row_scales"] = bundle.weight(spec.row_scales)
@@ -80,8 +86,10 @@ class Head:
 
     def _chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self._rows):
+            release_freed()
             yield slice(start, start + self._rows)
-            release_freed()  # a chunk's logits are the largest thing in memory, and the next may not fit their place
+        release_freed()
+        self._bundle.release(self._bundle.manifest.head.weight)
 
     def _graph(self, kind: str) -> Graph:
         # Loaded when first used: a run that never generates never pays for its graph.

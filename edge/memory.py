@@ -1,4 +1,4 @@
-"""This process's memory: how much it took at most, and giving back what the allocator keeps."""
+"""This process's memory: how much it took at most, and giving back what is no longer needed."""
 
 from __future__ import annotations
 

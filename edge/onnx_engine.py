@@ -7,43 +7,61 @@ from collections.abc import Mapping
 import onnxruntime as ort
 
 from dlora.protocol.errors import BundleError
-from dlora.protocol.manifest import GraphKind
+from dlora.protocol.manifest import GraphKind, GraphSpec
 
 from .bundle import Bundle
 from .engine import Array, Graph
+
+# Waking a thread takes as long as half of a narrow adapter's graph: up to this width a second one makes it slower.
+_NARROW = 1024
 
 
 class OnnxEngine:
     """Stock ``onnxruntime`` on the CPU.
 
     The memory arena and weight prepacking are off: at their defaults they cost more than all of a small model's
-    training (+216 MB). Threads do not spin while they wait: the server may share these cores.
+    training (+216 MB). Threads do not spin while they wait: the server may share these cores. Each session has threads
+    of its own, so graphs that are too small for them get none.
     """
 
     name = "onnx"
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         self._bundle = bundle
-        self._options = ort.SessionOptions()
-        self._options.enable_cpu_mem_arena = False
-        self._options.intra_op_num_threads = threads
-        self._options.inter_op_num_threads = 1
-        self._options.log_severity_level = 3
-        self._options.add_session_config_entry("session.disable_prepacking", "1")
-        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._threads = threads
         self.description = f"onnxruntime {ort.__version__}"
 
     def load(self, kind: GraphKind, key: str = "") -> Graph:
         """Load one graph. Raises ``BundleError`` where ONNX Runtime cannot."""
-        _, path = self._bundle.graph_file(kind, key, self.name)
+        spec, path = self._bundle.graph_file(kind, key, self.name)
+        options = _options(self._threads if _is_large(spec) else 1)
         try:
-            session = ort.InferenceSession(path, self._options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common public base
             reason = str(error).splitlines()[0][:200]
             raise BundleError(f"{path} does not load on {self.description}: {reason}; export it again") from None
+        names = [output.name for output in spec.outputs]
 
         def run(inputs: Mapping[str, Array]) -> list[Array]:
-            outputs: list[Array] = session.run(None, dict(inputs))
+            outputs: list[Array] = session.run(names, dict(inputs))
             return outputs
 
         return run
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = False
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _is_large(spec: GraphSpec) -> bool:
+    """Whether a call is long enough for threads to help."""
+    if spec.kind.startswith("adapter_"):
+        return any(isinstance(size, int) and size > _NARROW for tensor in spec.inputs for size in tensor.shape)
+    return spec.kind.startswith("head_")

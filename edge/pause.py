@@ -15,8 +15,6 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
-import psutil
-
 from dlora.protocol.errors import UsageError
 
 POLL_S: Final = 10.0
@@ -231,19 +229,19 @@ class SystemSensors:
         self._metered: bool | None = None
 
     def battery(self) -> Battery | None:
-        found = _quietly(lambda: psutil.sensors_battery())
+        found = _quietly(lambda psutil: psutil.sensors_battery())
         # psutil does not know the mains in every device; unknown counts as unplugged, to be on the safe side.
         return None if found is None else Battery(found.percent, found.power_plugged is True)
 
     def temperature_c(self) -> float | None:
         """The hottest sensor, in °C; psutil falls back to /sys/class/thermal by itself where there is no hwmon."""
-        found = _quietly(lambda: psutil.sensors_temperatures()) or {}
+        found = _quietly(lambda psutil: psutil.sensors_temperatures()) or {}
         low, high = _PLAUSIBLE_C
         readings = (reading.current for readings in found.values() for reading in readings)
         return max((celsius for celsius in readings if low < celsius < high), default=None)
 
     def available_memory(self) -> float | None:
-        found = _quietly(lambda: psutil.virtual_memory())
+        found = _quietly(lambda psutil: psutil.virtual_memory())
         return None if found is None else float(found.available)
 
     def metered(self) -> bool | None:
@@ -254,10 +252,12 @@ class SystemSensors:
         return self._metered
 
 
-def _quietly(read: Callable[[], Any]) -> Any:
+def _quietly(read: Callable[[Any], Any]) -> Any:
     """What psutil says; None for a reading that this system lacks or refuses."""
+    import psutil  # slow to load, and most runs have no rules
+
     try:
-        return read()
+        return read(psutil)
     except (AttributeError, NotImplementedError, OSError, ValueError, psutil.Error):
         return None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.manifest import TokenizerSpec
 from dlora.protocol.tensors import IntArray
 
-from .chat import ChatTemplate
+if TYPE_CHECKING:  # Jinja takes 20 ms to import, and plain text needs none
+    from .chat import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ class EdgeTokenizer:
         if self._template is None:
             if self._template_source is None:
                 raise DataError("this base model has no chat template; use prompt and completion, or text")
+            from .chat import ChatTemplate
+
             tokens = {"bos_token": self._spec.bos_token, "eos_token": self._spec.eos_token}
             known = {name: token for name, token in tokens.items() if token is not None}
             self._template = ChatTemplate(self._template_source, known, self._now)

@@ -21,6 +21,7 @@ from dlora.protocol.kill_revive import UnitState
 from .atomic import locked, make_directory, write_atomically
 from .bundle import Bundle
 from .checkpoint import Checkpoint, list_checkpoints, load_latest
+from .code_pages import release_code
 from .config import TrainConfig
 from .connection import Connection, Dialing, Liveness, Retry
 from .credentials import Credentials
@@ -90,6 +91,7 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
     stop = _Stop()
     with Connection(run.server, _dialing(run, checkpoint, reporter, stop.asked)) as connection, stop.instead_of_dying():
         trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
+        release_code()
         first_step = trainer.next_step
         evaluations = _Evaluations(run, trainer, reporter)
         if first_step == 0:

@@ -9,6 +9,10 @@
 with x (tokens, in), A (rank, in), B (out, rank), z and dz (tokens, rank), delta and grad (tokens, out), and
 scale = alpha / rank: LoRA (Hu et al., arXiv 2106.09685, section 4.1), as PEFT computes it. Number of tokens
 and rank are dynamic, so one graph serves all adapters of a shape.
+
+The graphs are written for what a rank is: small. Products stand so that the rank is the short side of a wide matrix,
+not of a tall one, which matrix kernels are bad at, and ``scale`` goes over something as narrow as the rank, never over
+(tokens, out): that alone took more time than the products (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -33,9 +37,10 @@ def adapter_graphs(in_features: int, out_features: int) -> tuple[TrainingGraph, 
         inputs=(x, lora_a, lora_b, scale),
         outputs=(z, TensorSpec("delta", "fp32", ("tokens", out_features))),
         body="""
-            z = Gemm <transB = 1> (x, lora_A)
-            zB = Gemm <transB = 1> (z, lora_B)
-            delta = Mul (zB, scale)
+            z_by_rank = Gemm <transB = 1> (lora_A, x)
+            z = Transpose <perm = [1, 0]> (z_by_rank)
+            scaled_z = Mul (z, scale)
+            delta = Gemm <transB = 1> (scaled_z, lora_B)
         """,
         key=key,
     )
@@ -44,9 +49,9 @@ def adapter_graphs(in_features: int, out_features: int) -> tuple[TrainingGraph, 
         inputs=(grad, lora_a, lora_b, scale),
         outputs=(dz, TensorSpec("grad_x", "fp32", ("tokens", in_features))),
         body="""
-            gradB = Gemm (grad, lora_B)
+            gradB = MatMul (grad, lora_B)
             dz = Mul (gradB, scale)
-            grad_x = Gemm (dz, lora_A)
+            grad_x = MatMul (dz, lora_A)
         """,
         key=key,
     )
@@ -58,9 +63,12 @@ def adapter_graphs(in_features: int, out_features: int) -> tuple[TrainingGraph, 
             TensorSpec("grad_B", "fp32", (out_features, "rank")),
         ),
         body="""
-            grad_A = Gemm <transA = 1> (dz, x)
-            gradz = Gemm <transA = 1> (grad, z)
-            grad_B = Mul (gradz, scale)
+            dz_by_rank = Transpose <perm = [1, 0]> (dz)
+            grad_A = MatMul (dz_by_rank, x)
+            z_by_rank = Transpose <perm = [1, 0]> (z)
+            zgrad = MatMul (z_by_rank, grad)
+            scaled_zgrad = Mul (zgrad, scale)
+            grad_B = Transpose <perm = [1, 0]> (scaled_zgrad)
         """,
         key=key,
     )

@@ -4,23 +4,37 @@
 
     raw    = h W^T + bias                         (rows, vocabulary)
     logits = cap(logit_scale * raw)               cap(x) = softcap * tanh(x / softcap), or x
-    loss   = -log_softmax(logits)[label]          one for each row
-    dh     = grad_scale * (dloss/draw) W          dloss/draw = (softmax - onehot) * cap' * logit_scale
+    loss   = log(sum(exp(logits))) - logits[label]                      one for each row
+    dh     = grad_scale * (softmax - onehot) * cap' * logit_scale W     one row for each row
 
-A stored weight that is not float32 is never widened whole: a Scan walks over slabs of the vocabulary, and only one
-slab at a time is float32. The slabs are cut by position from the graph's input, so the weight is not copied either.
-What is left over where the slabs do not divide the vocabulary is a last, short one outside the Scan.
+Neither the logits nor a widened weight ever exist whole. A Scan walks over slabs of the vocabulary: it widens one slab
+of the stored weight, multiplies, and folds what it finds into a running softmax, that of online softmax (Milakov and
+Gimelshein, arXiv 1805.02867) with the gradient's product folded in, as cut cross-entropy does it (Wijmans et al.,
+arXiv 2411.09009)::
+
+    peak'   = max(peak, max(logits of the slab))
+    total'  = total  * exp(peak - peak') + sum(p)                       p = exp(logits of the slab - peak')
+    pulled' = pulled * exp(peak - peak') + (p * cap') W_slab
+
+so that loss = peak + log(total) - logits[label], and dh needs pulled / total and W[label] alone. A weight is read and
+widened once a call, whatever the rows. The first slab takes what the others leave over, and stands before the Scan: it
+starts the running values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from dlora.protocol.manifest import StoredDtype, TensorSpec
 
 from .graph import TrainingGraph
 
-SLABS = 48
+SLAB_VALUES: Final = 1024 * 576  # of the weight: 2.4 MB when wide, which a core's caches still hold
+CALL_ROWS: Final = 128  # reading and widening the weight once a call is then an eighth of the work
+LEAST_SLABS: Final = 4  # a tiny vocabulary is cut as well, or its tests would test nothing
+
+_Folded = Literal["pulled", "best"]  # what a walk over the vocabulary brings home beside the softmax
 
 
 @dataclass(frozen=True)
@@ -37,12 +51,12 @@ class HeadShape:
     @property
     def slab(self) -> int:
         """Vocabulary rows of a slab."""
-        return max(1, self.vocabulary_size // SLABS)
+        return max(1, min(SLAB_VALUES // self.hidden_size, self.vocabulary_size // LEAST_SLABS))
 
     @property
-    def scanned(self) -> int:
-        """Vocabulary rows that whole slabs cover."""
-        return self.vocabulary_size // self.slab * self.slab
+    def first(self) -> int:
+        """Vocabulary rows of the first slab: what whole slabs leave over, else one of them."""
+        return self.vocabulary_size % self.slab or self.slab
 
 
 def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
@@ -63,142 +77,181 @@ def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
         "head_train",
         inputs=(*weights, hidden, labels, grad_scale),
         outputs=(losses, grad),
-        body=_constants(head) + _logits(head) + _LOSS + _gradient(head),
+        body=_constants(head) + _of_labels(head) + _walk(head, "pulled") + _LOSS + _gradient(head),
     )
     loss = TrainingGraph(
         "head_loss",
         inputs=(*weights, hidden, labels),
         outputs=(losses, predictions),
-        body=_constants(head) + _logits(head) + _LOSS + "predictions = ArgMax <axis = 1, keepdims = 0> (logits)",
+        body=_constants(head) + _of_labels(head) + _walk(head, "best") + _LOSS + _PREDICTIONS,
     )
     just_logits = TrainingGraph(
-        "head_logits", inputs=(*weights, hidden), outputs=(logits,), body=_constants(head) + _logits(head)
+        "head_logits", inputs=(*weights, hidden), outputs=(logits,), body=_constants(head) + _all_logits(head)
     )
     return train, loss, just_logits
 
 
 def _constants(head: HeadShape) -> str:
-    starts = ", ".join(str(start) for start in range(0, head.scanned, head.slab))
+    starts = range(head.first, head.vocabulary_size, head.slab)
+    listed = ", ".join(map(str, starts))
     return f"""
         axis_0 = Constant <value = int64[1] {{0}}> ()
         axis_1 = Constant <value = int64[1] {{1}}> ()
-        starts = Constant <value = int64[{head.scanned // head.slab}, 1] {{{starts}}}> ()
+        zero = Constant <value = int64[1] {{0}}> ()
+        first = Constant <value = int64[1] {{{head.first}}}> ()
         slab = Constant <value = int64[1] {{{head.slab}}}> ()
-        scanned = Constant <value = int64[1] {{{head.scanned}}}> ()
-        vocabulary = Constant <value = int64[1] {{{head.vocabulary_size}}}> ()
-        scanned_shape = Constant <value = int64[2] {{-1, {head.scanned}}}> ()
+        starts = Constant <value = int64[{len(starts)}, 1] {{{listed}}}> ()
+        most_shape = Constant <value = int64[2] {{-1, {len(starts) * head.slab}}}> ()
         logit_scale = Constant <value = float {{{head.logit_scale!r}}}> ()
         softcap = Constant <value = float {{{head.softcap or 1.0!r}}}> ()
         one = Constant <value = float {{1.0}}> ()
     """
 
 
-def _logits(head: HeadShape) -> str:
-    """From ``hidden_states`` to ``logits``; ``tanh`` is left behind where there is a cap."""
-    lines, value = _product(head), "product"
+def _slab_logits(head: HeadShape, p: str, start: str, end: str) -> str:
+    """``{p}logits`` (rows, slab), ``{p}wide`` (slab, hidden_size) and what else the gradient needs."""
+    lines = f"{p}stored = Slice (weight, {start}, {end}, axis_0)\n" + _widen(head, f"{p}stored", f"{p}wide")
+    lines += f"{p}product = Gemm <transB = 1> (hidden_states, {p}wide)\n"
     if head.dtype == "int8":
-        lines += f"unquantised = Mul ({value}, row_scales)\n"
-        value = "unquantised"
+        lines += f"{p}scales = Slice (row_scales, {start}, {end}, axis_0)\n"
     if head.bias:
-        lines += f"biased = Add ({value}, bias)\n"
-        value = "biased"
+        lines += f"{p}bias = Slice (bias, {start}, {end}, axis_0)\n"
+    return lines + _logits(head, p)
+
+
+def _of_labels(head: HeadShape) -> str:
+    """``label_logits`` (rows, 1) and ``label_wide`` (rows, hidden_size): the rows of the weight that labels name."""
+    lines = "label_stored = Gather <axis = 0> (weight, labels)\n" + _widen(head, "label_stored", "label_wide")
+    lines += "label_products = Mul (hidden_states, label_wide)\nlabel_product = ReduceSum (label_products, axis_1)\n"
+    for name, has in (("scales", head.dtype == "int8"), ("bias", head.bias)):
+        if has:
+            source = "row_scales" if name == "scales" else "bias"
+            lines += f"label_flat_{name} = Gather <axis = 0> ({source}, labels)\n"
+            lines += f"label_{name} = Unsqueeze (label_flat_{name}, axis_1)\n"
+    return lines + _logits(head, "label_")
+
+
+def _widen(head: HeadShape, stored: str, wide: str) -> str:
+    return f"{wide} = Identity ({stored})\n" if head.dtype == "fp32" else f"{wide} = Cast <to = 1> ({stored})\n"
+
+
+def _logits(head: HeadShape, p: str) -> str:
+    """From ``{p}product`` to ``{p}logits``; where there is a cap, its slope is left behind."""
+    lines, value = "", f"{p}product"
+    if head.dtype == "int8":
+        lines += f"{p}unquantised = Mul ({value}, {p}scales)\n"
+        value = f"{p}unquantised"
+    if head.bias:
+        lines += f"{p}biased = Add ({value}, {p}bias)\n"
+        value = f"{p}biased"
     if head.logit_scale != 1.0:
-        lines += f"scaled = Mul ({value}, logit_scale)\n"
-        value = "scaled"
+        lines += f"{p}scaled = Mul ({value}, logit_scale)\n"
+        value = f"{p}scaled"
     if head.softcap is not None:
-        lines += f"shrunk = Div ({value}, softcap)\ntanh = Tanh (shrunk)\ncapped = Mul (tanh, softcap)\n"
-        value = "capped"
-    return lines + f"logits = Identity ({value})\n"
+        lines += f"{p}shrunk = Div ({value}, softcap)\n{p}tanh = Tanh ({p}shrunk)\n{p}capped = Mul ({p}tanh, softcap)\n"
+        value = f"{p}capped"
+    return lines + f"{p}logits = Identity ({value})\n"
 
 
-def _product(head: HeadShape) -> str:
-    """``product = hidden_states weight^T``, (rows, vocabulary)."""
-    if head.dtype == "fp32":
-        return "product = Gemm <transB = 1> (hidden_states, weight)\n"
-    lines = f"""
-        stacked = Scan <num_scan_inputs = 1, body = logits_of_slab
-            (int64[1] first) => (float[rows, {head.slab}] part) {{
-            last = Add (first, slab)
-            stored = Slice (weight, first, last, axis_0)
-            wide = Cast <to = 1> (stored)
-            part = Gemm <transB = 1> (hidden_states, wide)
-        }}> (starts)
-        by_row = Transpose <perm = [1, 0, 2]> (stacked)
+def _backward(head: HeadShape, p: str, value: str, result: str) -> str:
+    """From ``value``, the gradient by ``{p}logits``, to ``result``, that by ``{p}product`` but for ``logit_scale``."""
+    lines = ""
+    if head.softcap is not None:
+        lines += f"{p}tanh_squared = Mul ({p}tanh, {p}tanh)\n{p}slope = Sub (one, {p}tanh_squared)\n"
+        lines += f"{p}d_capped = Mul ({value}, {p}slope)\n"
+        value = f"{p}d_capped"
+    if head.dtype == "int8":
+        lines += f"{p}d_unquantised = Mul ({value}, {p}scales)\n"
+        value = f"{p}d_unquantised"
+    return lines + f"{result} = Identity ({value})\n"
+
+
+def _walk(head: HeadShape, folded: _Folded) -> str:
+    """``peak`` and ``total`` (rows, 1) of the softmax, and ``pulled`` (rows, hidden_size) or ``best`` (rows, 1)."""
+    lines = _slab(head, folded, "first_", None, "zero", "first")
+    names = ("peak", "total", folded)
+    if head.first == head.vocabulary_size:
+        return lines + "".join(f"{name} = Identity (first_{name})\n" for name in names)
+    types = (
+        "float[rows, 1]",
+        "float[rows, 1]",
+        "int64[rows, 1]" if folded == "best" else f"float[rows, {head.hidden_size}]",
+    )
+    before, after = (
+        ", ".join(f"{kind} {prefix}_{name}" for kind, name in zip(types, names, strict=True))
+        for prefix in ("before", "next")
+    )
+    return f"""{lines}
+        {", ".join(names)} = Scan <num_scan_inputs = 1, body = fold_slab ({before}, int64[1] start) => ({after}) {{
+            end = Add (start, slab)
+            {_slab(head, folded, "next_", "before_", "start", "end")}
+        }}> ({", ".join(f"first_{name}" for name in names)}, starts)
     """
-    if head.scanned == head.vocabulary_size:
-        return lines + "product = Reshape (by_row, scanned_shape)\n"
-    return (
-        lines
-        + """
-        most = Reshape (by_row, scanned_shape)
-        stored_tail = Slice (weight, scanned, vocabulary, axis_0)
-        wide_tail = Cast <to = 1> (stored_tail)
-        tail = Gemm <transB = 1> (hidden_states, wide_tail)
-        product = Concat <axis = 1> (most, tail)
-    """
+
+
+def _slab(head: HeadShape, folded: _Folded, p: str, before: str | None, start: str, end: str) -> str:
+    """One slab, folded into the running values that ``before`` names; without one, the start of them."""
+    lines = _slab_logits(head, p, start, end) + f"{p}top = ReduceMax ({p}logits, axis_1)\n"
+    if before is None:
+        lines += f"{p}peak = Identity ({p}top)\n"
+    else:
+        lines += f"{p}peak = Max ({before}peak, {p}top)\n"
+        lines += f"{p}fallen = Sub ({before}peak, {p}peak)\n{p}fade = Exp ({p}fallen)\n"
+    lines += f"{p}below = Sub ({p}logits, {p}peak)\n{p}p = Exp ({p}below)\n"
+    lines += _plus(before, p, "total", f"ReduceSum ({p}p, axis_1)")
+    if folded == "pulled":
+        lines += _backward(head, p, f"{p}p", f"{p}d_product")
+        if before is None:
+            return lines + f"{p}pulled = Gemm ({p}d_product, {p}wide)\n"
+        lines += f"{p}faded_pulled = Mul ({before}pulled, {p}fade)\n"
+        return lines + f"{p}pulled = Gemm ({p}d_product, {p}wide, {p}faded_pulled)\n"
+    lines += f"{p}place = ArgMax <axis = 1> ({p}logits)\n{p}found = Add ({p}place, {start})\n"
+    if before is None:
+        return lines + f"{p}best = Identity ({p}found)\n"
+    # Not equal: of equals the first counts.
+    return lines + f"{p}better = Greater ({p}top, {before}peak)\n{p}best = Where ({p}better, {p}found, {before}best)\n"
+
+
+def _plus(before: str | None, p: str, name: str, value: str) -> str:
+    if before is None:
+        return f"{p}{name} = {value}\n"
+    return f"{p}more_{name} = {value}\n{p}faded_{name} = Mul ({before}{name}, {p}fade)\n" + (
+        f"{p}{name} = Add ({p}faded_{name}, {p}more_{name})\n"
     )
 
 
-_LOSS = """
-        log_p = LogSoftmax <axis = 1> (logits)
-        columns = Unsqueeze (labels, axis_1)
-        log_p_label = GatherElements <axis = 1> (log_p, columns)
-        log_likelihood = Squeeze (log_p_label, axis_1)
-        losses = Neg (log_likelihood)
+_LOSS: Final = """
+        log_total = Log (total)
+        log_sum = Add (peak, log_total)
+        losses_wide = Sub (log_sum, label_logits)
+        losses = Squeeze (losses_wide, axis_1)
 """
+
+_PREDICTIONS: Final = "predictions = Squeeze (best, axis_1)\n"
 
 
 def _gradient(head: HeadShape) -> str:
-    """From ``log_p`` to ``grad_hidden_states``."""
-    lines, value = (
-        """
-        p = Exp (log_p)
-        p_label = Exp (log_p_label)
-        p_label_off = Sub (p_label, one)
-        d_logits = ScatterElements <axis = 1> (p, columns, p_label_off)
-    """,
-        "d_logits",
-    )
-    if head.softcap is not None:
-        lines += f"""
-        tanh_squared = Mul (tanh, tanh)
-        cap_slope = Sub (one, tanh_squared)
-        d_capped = Mul ({value}, cap_slope)
-    """
-        value = "d_capped"
+    lines = "expected = Div (pulled, total)\n" + _backward(head, "label_", "label_wide", "label_pull")
+    lines += "d_product = Sub (expected, label_pull)\n"
+    value = "d_product"
     if head.logit_scale != 1.0:
         lines += f"d_scaled = Mul ({value}, logit_scale)\n"
         value = "d_scaled"
-    if head.dtype == "int8":
-        lines += f"d_unquantised = Mul ({value}, row_scales)\n"
-        value = "d_unquantised"
-    return lines + _product_grad(head, value) + "grad_hidden_states = Mul (d_hidden, grad_scale)\n"
+    return lines + f"grad_hidden_states = Mul ({value}, grad_scale)\n"
 
 
-def _product_grad(head: HeadShape, value: str) -> str:
-    """``d_hidden = value weight``, (rows, hidden_size)."""
-    if head.dtype == "fp32":
-        return f"d_hidden = Gemm ({value}, weight)\n"
-    size = head.hidden_size
-    whole = head.scanned == head.vocabulary_size
-    lines = f"""
-        hidden_shape = Shape (hidden_states)
-        zeros = ConstantOfShape (hidden_shape)
-        {"d_hidden" if whole else "d_most"} = Scan <num_scan_inputs = 1, body = grad_of_slab
-            (float[rows, {size}] sum, int64[1] first_back) => (float[rows, {size}] next_sum) {{
-            last_back = Add (first_back, slab)
-            stored_back = Slice (weight, first_back, last_back, axis_0)
-            wide_back = Cast <to = 1> (stored_back)
-            d_part = Slice ({value}, first_back, last_back, axis_1)
-            next_sum = Gemm (d_part, wide_back, sum)
-        }}> (zeros, starts)
+def _all_logits(head: HeadShape) -> str:
+    """``logits`` (rows, vocabulary), which are the output: nothing is gained by not having them whole."""
+    lines = _slab_logits(head, "first_", "zero", "first")
+    if head.first == head.vocabulary_size:
+        return lines + "logits = Identity (first_logits)\n"
+    return f"""{lines}
+        stacked = Scan <num_scan_inputs = 1, body = logits_of_slab
+            (int64[1] start) => (float[rows, {head.slab}] next_logits) {{
+            end = Add (start, slab)
+            {_slab_logits(head, "next_", "start", "end")}
+        }}> (starts)
+        by_row = Transpose <perm = [1, 0, 2]> (stacked)
+        most = Reshape (by_row, most_shape)
+        logits = Concat <axis = 1> (first_logits, most)
     """
-    if whole:
-        return lines
-    return (
-        lines
-        + f"""
-        d_tail = Slice ({value}, scanned, vocabulary, axis_1)
-        d_hidden = Gemm (d_tail, wide_tail, d_most)
-    """
-    )

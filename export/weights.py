@@ -14,6 +14,7 @@ from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import EmbeddingSpec, HeadSpec, StoredDtype
 
 from .ends import EmbeddingEnd, HeadEnd
+from .head_graph import CALL_ROWS
 from .reference import Arrays
 
 FOLDER: Final = "weights"
@@ -57,6 +58,7 @@ def save_head(bundle: Path, end: HeadEnd, dtype: StoredDtype, embedding: Arrays)
         bias=bias,
         logit_scale=end.logit_scale,
         softcap=end.softcap,
+        rows=CALL_ROWS,
     )
     return spec, inputs
 

@@ -45,3 +45,23 @@ def test_importing_the_whole_edge_leaves_torch_unloaded() -> None:
 def test_the_protocol_has_no_sockets_and_no_clock(package: str, banned: set[str]) -> None:
     for path in (ROOT / package).glob("*.py"):
         assert not _imports(ast.parse(path.read_text())) & banned, path
+
+
+@pytest.mark.parametrize(
+    ("start", "not_loaded"),
+    [
+        (
+            "import dlora.edge.__main__ as edge; sys.argv = ['dlora-edge', '--version']; edge.main()",
+            {"typer", "numpy", "rich", "psutil", "onnxruntime"},
+        ),
+        ("import dlora.edge.cli", {"numpy", "rich", "psutil", "onnxruntime", "tokenizers", "websockets", "jinja2"}),
+        (
+            "import dlora.edge.tokenizer, dlora.edge.data, dlora.edge.connection, dlora.edge.training",
+            {"rich", "psutil", "jinja2", "typer"},
+        ),
+    ],
+    ids=["version", "command line", "training on plain text"],
+)
+def test_what_is_slow_to_load_is_loaded_where_it_is_used(start: str, not_loaded: set[str]) -> None:
+    code = f"import sys\n{start}\nloaded = {not_loaded!r} & set(sys.modules)\nassert not loaded, loaded"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "tests")

@@ -1,11 +1,16 @@
-"""What a process says of its own memory."""
+"""What a process says of its own memory, and what it lets go of."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
+from families import save_tiny
+
+from dlora.export.bundle import ExportSettings, export_bundle
 
 
 def test_the_peak_is_this_programs_and_not_its_parents() -> None:
@@ -24,3 +29,46 @@ def test_the_peak_stays_when_the_memory_is_given_back() -> None:
     )
     child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert 290 < float(child.stdout) < 320
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep what is mapped")
+def test_a_released_weight_leaves_memory_and_reads_the_same(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle"))
+    large = np.ones((1 << 12, 1 << 11), np.float32)  # 34 MB
+    np.save(tmp_path / "bundle" / "weights" / "embedding.npy", large)
+    code = f"""
+import pathlib
+from dlora.edge.bundle import Bundle
+from dlora.protocol.manifest import load_manifest
+bundle = Bundle(pathlib.Path({str(tmp_path / "bundle")!r}), load_manifest(pathlib.Path({str(tmp_path / "bundle")!r})))
+def file_mb():
+    return int(pathlib.Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) / 1e3
+weight = bundle.weight("weights/embedding.npy")
+before = file_mb()
+total = weight.sum()
+touched = file_mb()
+bundle.release("weights/embedding.npy")
+print(touched - before > 30, file_mb() - before < 3, weight.sum() == total == {1 << 23})
+"""
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert child.stdout.split() == ["True"] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep what is mapped")
+def test_released_code_still_runs() -> None:
+    """All libraries of a training run lose their pages; what is computed then is what was computed before."""
+    code = """
+import ctypes, hashlib, json, ssl, zlib
+import numpy as np, onnxruntime, tokenizers, safetensors.numpy, msgspec, websockets.sync.client
+from dlora.edge.code_pages import release_code
+def compute():
+    x = np.random.default_rng(0).standard_normal((300, 300))
+    return hashlib.sha256((x @ x).tobytes() + zlib.compress(x.tobytes())).hexdigest(), msgspec.json.encode([1, "a"])
+before = compute()
+released = release_code()
+print(released > 10**7, compute() == before, len(onnxruntime.get_available_providers()) > 0)
+ssl.create_default_context()
+"""
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert child.stdout.split() == ["True"] * 3

@@ -14,6 +14,7 @@ from families import save_tiny
 from processes import run_edge
 from safetensors.numpy import load_file, save_file
 
+from dlora.edge.footprint import tokens_that_fit, training_mb
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
 
@@ -78,6 +79,24 @@ def test_doctor_is_well_with_a_bundle(bundle: Path) -> None:
     report = json.loads(done.stdout)
     assert done.code == 0, report
     assert {check["check"] for check in report["checks"]} >= {"python", "memory", "engine", "bundle", "no torch"}
+
+
+def test_doctor_says_what_training_takes_and_what_fits(bundle: Path) -> None:
+    report = json.loads(run_edge("doctor", "--bundle", bundle, "--json").stdout)
+    (found,) = (check["found"] for check in report["checks"] if check["check"] == "memory")
+    manifest = load_manifest(bundle)
+    assert f"this fp16 head takes about {training_mb(manifest):,.0f} MB at 256 tokens" in found
+    assert f"fp32 {training_mb(manifest, head_dtype='fp32'):,.0f}" in found
+    assert "tokens fit" in found
+
+
+def test_what_fits_is_what_the_estimate_says(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    estimates = [training_mb(manifest, head_dtype=dtype) for dtype in ("int8", "fp16", "fp32")]
+    assert estimates == sorted(estimates)
+    fit = tokens_that_fit(manifest, 200.0)
+    assert training_mb(manifest, fit) <= 200.0 < training_mb(manifest, fit + 1)
+    assert tokens_that_fit(manifest, 50.0) == 0  # less than the runtime alone
 
 
 def test_doctor_says_what_is_wrong_and_goes_on(bundle: Path, tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""What training with a bundle takes in memory, before anything is trained: an estimate, meant to be a little high.
+
+Calibrated on SmolLM2-135M, docs/experiments.md; ``tests/test_real_model.py`` holds it to what real runs take.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dlora.protocol.manifest import Manifest, StoredDtype
+
+RUNTIME_MB: Final = 100  # Python, the engine and its graphs, and one slab of the head
+USUAL_TOKENS: Final = 256
+STORED_DTYPES: Final[dict[StoredDtype, int]] = {"int8": 1, "fp16": 2, "fp32": 4}  # and bytes a value
+_WIRE_BYTES: Final = 2  # fp16
+_COPIES: Final = 4  # of a group's tensors and of the last hidden states: wire, frame, and as floats going and coming
+_STATE_COPIES: Final = 4  # of an adapter: value, gradient and two moments
+
+
+def training_mb(manifest: Manifest, tokens: int = USUAL_TOKENS, head_dtype: StoredDtype | None = None) -> float:
+    """Peak of a run with all adapters active, in MB of 10**6 bytes, mapped weights included.
+
+    Args:
+        tokens: of a micro-batch, all of them labelled.
+        head_dtype: of the same base model exported with another head; by default the bundle's own.
+    """
+    return (_fixed_bytes(manifest, head_dtype or manifest.head.dtype) + tokens * _token_bytes(manifest)) / 1e6
+
+
+def tokens_that_fit(manifest: Manifest, available_mb: float) -> int:
+    """The largest micro-batch, in tokens, whose estimate is within ``available_mb``; 0 where none is."""
+    left = available_mb * 1e6 - _fixed_bytes(manifest, manifest.head.dtype)
+    return max(0, int(left // _token_bytes(manifest)))
+
+
+def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype) -> float:
+    base = manifest.base_model
+    adapters = sum(
+        manifest.lora.r * (group.in_features + target.out_features)
+        for group in manifest.groups
+        for target in group.targets
+    )
+    # The embedding's pages go before the head's come. Row scales are a word of fp32 each.
+    head = base.vocabulary_size * (base.hidden_size * STORED_DTYPES[head_dtype] + 4 * (head_dtype == "int8"))
+    return RUNTIME_MB * 1e6 + adapters * 4 * _STATE_COPIES + head
+
+
+def _token_bytes(manifest: Manifest) -> int:
+    """Bytes of memory for each token of a micro-batch."""
+    # Until backward a group's input is kept as it came, and z of each of its target modules.
+    kept = sum(group.in_features * _WIRE_BYTES + 4 * manifest.lora.r * len(group.targets) for group in manifest.groups)
+    widest = max(group.in_features + sum(target.out_features for target in group.targets) for group in manifest.groups)
+    return kept + 4 * _COPIES * (widest + manifest.base_model.hidden_size)
