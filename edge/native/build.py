@@ -147,7 +147,8 @@ def _downloaded(arch: str) -> Path:
         names = [
             name for name in archive.namelist() if re.match(r"executorch/(include/|lib/.*\.so$|version\.py$)", name)
         ]
-        archive.extractall(unpacked, names)
+        for name in names:
+            archive.extract(name, unpacked)
     return unpacked / "executorch"
 
 
