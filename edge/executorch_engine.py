@@ -35,6 +35,8 @@ class ExecutorchEngine:
         spec = bundle.manifest.executorch
         if spec is None:
             raise BundleError(f"{bundle.path} has no executorch graphs; export it again with --engine both")
+        if missing := {"rank", *_CUT} - set(spec.bounds):
+            raise BundleError(f"{bundle.path} has no bounds for {', '.join(sorted(missing))}; export it again")
         self._bundle = bundle
         self._bounds = spec.bounds
         self._shim = load_shim()

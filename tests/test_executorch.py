@@ -301,6 +301,13 @@ def test_a_command_needs_neither_torch_nor_onnxruntime_nor_executorchs_python(bu
     assert json.loads(done.stdout)["torch_loaded"] is False
 
 
+def test_without_onnxruntime_its_engine_names_the_extra(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["selftest", "--bundle", str(bundle), "--engine", "onnx"]
+    done = subprocess.run([sys.executable, "-c", NO_TORCH, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (12, 1), done.stderr
+    assert "dlora[edge]" in done.stderr
+
+
 @pytest.mark.parametrize("choice", ["auto", "executorch"])
 def test_a_bundle_for_executorch_alone(choice: str, tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "gpt2")

@@ -109,6 +109,19 @@ def test_a_bundle_of_a_newer_executorch(bundle: Path, tmp_path: Path) -> None:
     assert_fails(done, 4, "executorch 97.0.0", "update the engine")
 
 
+def test_a_bundle_without_its_bounds(bundle: Path, tmp_path: Path) -> None:
+    wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("1.5.1", {"rank": 256, "rows": 256}))
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, "has no bounds for n, tokens; export it again")
+
+
+@pytest.mark.parametrize("most", [255, 257])
+def test_bounds_that_are_not_the_programs(bundle: Path, tmp_path: Path, most: int) -> None:
+    wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("1.5.1", {**BOUNDS, "rank": most}))
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, "is not the graph that the manifest describes")
+
+
 def test_a_missing_shim(bundle: Path, tmp_path: Path) -> None:
     arguments = ["selftest", "--bundle", bundle, "--engine", "executorch"]
     done = run_edge(*arguments, DLORA_EXECUTORCH_DIR=str(tmp_path))
@@ -116,6 +129,18 @@ def test_a_missing_shim(bundle: Path, tmp_path: Path) -> None:
     # Without it the other engine does.
     done = run_edge("selftest", "--bundle", bundle, "--json", DLORA_EXECUTORCH_DIR=str(tmp_path))
     assert (done.code, list(json.loads(done.stdout)["engines"])) == (0, ["onnx"])
+
+
+def test_where_the_shim_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(shim.VARIABLE, raising=False)
+    package = Path(shim.__file__).parent
+    checkout = [package / "native" / "lib", package.parent / "build" / "shim" / platform.machine()]
+    assert shim.places() == checkout
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "_MEIPASS", str(tmp_path), raising=False)
+    assert shim.places() == [tmp_path / "dlora_executorch", *checkout]
+    monkeypatch.setenv(shim.VARIABLE, "/chosen")
+    assert shim.places() == [Path("/chosen")]
 
 
 def test_a_shim_that_is_not_one(bundle: Path, tmp_path: Path) -> None:
@@ -153,6 +178,12 @@ def test_export_without_executorch_names_the_extra(tmp_path: Path) -> None:
     assert done.returncode == 12
     assert done.stderr.count("\n") == 1
     assert "dlora[executorch]" in done.stderr
+
+
+def test_building_without_a_compiler_is_one_line() -> None:
+    script = ROOT / "edge" / "native" / "build.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, env={"PATH": ""})
+    assert (done.returncode, done.stderr) == (1, "error: there is no g++; install one (Debian: apt install g++)\n")
 
 
 # -- the native runner -------------------------------------------------------------------------------------------
