@@ -125,7 +125,8 @@ class SessionExecutor:
         self._draining = draining
         self._answer = Deadline(patience.exchange_s)
         self._answers = Deadline(patience.step_s)
-        self._waited_s = 0.0
+        self._waited_s = 0.0  # for the device, in this micro-batch
+        self._idle_s = 0.0  # for the device and for the gate
         self._wire_dtype = session.opened_with.wire_dtype
         self._input_grads: dict[int, Tensor] = {}
         self._micro_batch: m.Embeddings | None = None
@@ -177,14 +178,14 @@ class SessionExecutor:
         layout = lay_out(self._to_torch(begun.hidden_states), lengths, may_pack=self._may_pack)
         self._admit(begun, layout, trained)
         started, losses = time.monotonic(), self._transport.losses
-        self._waited_s = 0.0
+        self._waited_s = self._idle_s = 0.0
         try:
             with self._gate.computing(), torch.autograd.set_multithreading_enabled(False):
                 started = time.monotonic()
                 self._compute(begun, layout, live, trained)
         finally:
             self._micro_batch = None
-            self._quota.end(time.monotonic() - started - self._waited_s)
+            self._quota.end(time.monotonic() - started - self._idle_s)
         if self._transport.losses == losses:
             self._answers.observe(self._waited_s)
 
@@ -277,10 +278,13 @@ class SessionExecutor:
         began, losses = time.monotonic(), self._transport.losses
         try:
             with self._gate.waiting():
-                message = self._await_answer(began + self._answers.seconds - self._waited_s)
+                try:
+                    message = self._await_answer(began + self._answers.seconds - self._waited_s)
+                finally:  # before the gate is waited for: what others compute is not the device's time
+                    waited_s = time.monotonic() - began
+                    self._waited_s += waited_s
         finally:
-            waited_s = time.monotonic() - began
-            self._waited_s += waited_s
+            self._idle_s += time.monotonic() - began
         if self._transport.losses == losses:  # else it tells of the network, not of the device
             self._answer.observe(waited_s)
         if isinstance(message, m.Error):
