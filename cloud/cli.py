@@ -23,6 +23,7 @@ from dlora.protocol.version import SOFTWARE_VERSION
 from . import token_cli
 from .guard import raise_file_limit
 from .memory import limit_arenas
+from .patience import Patience
 from .tls import check_exposure, server_context
 from .tokens import FILE_NAME, TokenStore
 
@@ -141,6 +142,7 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # every end of a connection has a line of ours
+    patience = Patience(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s)
     state = state_dir or platformdirs.user_state_path("dlora-cloud")
     tokens = TokenStore(state / FILE_NAME)
     authenticated = tls_client_ca is not None or tokens.any()
@@ -159,7 +161,6 @@ def serve(
 
     from .access import Access
     from .base_model import load_base_model
-    from .executor import Patience
     from .quotas import QuotaLimits
     from .server import CloudServer
 
@@ -185,7 +186,7 @@ def serve(
         access=Access(tokens, required=authenticated),
         tls=tls,
         quotas=QuotaLimits(quota_sessions, quota_tokens_per_minute, live_bytes, quota_compute_s),
-        patience=Patience(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s),
+        patience=patience,
         drain_s=drain_s,
     )
 

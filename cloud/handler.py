@@ -19,10 +19,11 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .access import Caller
 from .base_model import BaseModel
-from .executor import ComputeGate, DeviceGaveUpError, Patience, SessionExecutor, shutting_down
+from .executor import ComputeGate, DeviceGaveUpError, SessionExecutor, shutting_down
 from .guard import GuardedConnection, printable
 from .kill_revive import Controller
 from .live_bytes import LiveBytes
+from .patience import DeviceDeadlines, Patience
 from .quotas import Quotas
 from .sessions import LiveSession, Sessions
 from .transport import DeviceGoneError, SessionTransport, say_goodbye
@@ -51,6 +52,7 @@ class Service:
     sessions: Sessions
     quotas: Quotas
     patience: Patience
+    deadlines: DeviceDeadlines
     pool: Executor
     draining: threading.Event
 
@@ -170,7 +172,8 @@ class _Handshake:
                 may_pack=service.may_pack,
                 live_bytes=service.live_bytes,
                 quota=quota,
-                patience=service.patience,
+                deadlines=service.deadlines.of(caller, device),
+                idle_timeout_s=service.patience.idle_s,
                 draining=service.draining,
             )
             opened = session.send(executor.opened(live.name, live.new_token()))

@@ -26,11 +26,12 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from .access import Access, AccessDeniedError, Caller
 from .base_model import BaseModel
 from .exchange import install
-from .executor import ComputeGate, Patience, shutting_down
+from .executor import ComputeGate, shutting_down
 from .guard import ConnectionLimits, Guard, GuardedConnection
 from .handler import Service, handle_connection
 from .layout import can_pack
 from .live_bytes import LiveBytes
+from .patience import DeviceDeadlines, Patience
 from .quotas import QuotaLimits, Quotas
 from .sessions import Sessions
 from .transport import wait_for_goodbyes
@@ -75,6 +76,7 @@ class CloudServer:
         drain_s: float = 30.0,
     ) -> None:
         install(base)
+        patience = patience or Patience()
         self.port = 0
         self.scheme = "ws" if tls is None else "wss"
         self.guard = Guard(limits or ConnectionLimits(sessions=max_sessions), tls=tls)
@@ -96,7 +98,8 @@ class CloudServer:
             ticket_key=ticket_key,
             sessions=Sessions(max_sessions),
             quotas=Quotas(quotas or QuotaLimits()),
-            patience=patience or Patience(),
+            patience=patience,
+            deadlines=DeviceDeadlines(patience),
             pool=self._threads,
             draining=threading.Event(),
         )

@@ -19,7 +19,7 @@ from serving import RunningServer, config, final_weights, random_dataset, servin
 from websockets.sync.client import connect
 
 from dlora.cloud.base_model import BaseModel
-from dlora.cloud.executor import Patience
+from dlora.cloud.patience import Patience
 from dlora.edge.config import TrainConfig
 from dlora.edge.connection import Connection
 from dlora.export.bundle import ExportSettings, export_bundle

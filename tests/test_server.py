@@ -21,7 +21,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.base_model import BaseModel
-from dlora.cloud.executor import Patience
+from dlora.cloud.patience import Patience
 from dlora.cloud.server import CloudServer
 from dlora.edge.bundle import Bundle
 from dlora.edge.connection import Connection
