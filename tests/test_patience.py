@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from families import VOCABULARY, save_tiny, tiny_model
 from serving import config, random_dataset, serving, training
+from websockets.asyncio.server import ServerConnection
 
-from dlora.cloud import executor
+from dlora.cloud import executor, transport
 from dlora.cloud.access import Caller
 from dlora.cloud.base_model import BaseModel
 from dlora.cloud.executor import ComputeGate
 from dlora.cloud.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines, Patience
 from dlora.cloud.quotas import QuotaLimits
+from dlora.cloud.transport import SessionTransport
 from dlora.edge.connection import Dialing, Retry
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import UsageError
@@ -131,3 +134,36 @@ def test_nobody_waits_for_ever(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=name):
         Patience(**{name: value})
     assert threading.TIMEOUT_MAX > 2 * LONGEST_S
+
+
+class Answering:
+    """A connection whose device answers as soon as it is asked."""
+
+    async def recv(self, decode: bool | None = None) -> bytes:
+        await asyncio.sleep(0.05)
+        return b"answer"
+
+
+def test_the_clock_of_an_answer_stands_while_its_device_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a damaged frame: the session asks for the next one when it is parked already."""
+    away_s = 0.0
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + away_s))
+    waits = threading.Event()
+
+    class Watched(SessionTransport):
+        def wait_for_device(self, extra_s: float = 0.0) -> ServerConnection:
+            waits.set()
+            return super().wait_for_device(extra_s)
+
+    async def come_back() -> bytes:
+        nonlocal away_s
+        parked = Watched(asyncio.get_running_loop(), cast(ServerConnection, Answering()), name="one", park_s=60.0)
+        assert parked.connection is not None
+        parked._lose(parked.connection)
+        received = asyncio.get_running_loop().run_in_executor(None, parked.receive, 30.0)
+        await asyncio.to_thread(waits.wait, 20)
+        away_s = 59.0
+        parked.attach(cast(ServerConnection, Answering()), list)
+        return await received
+
+    assert asyncio.run(come_back()) == b"answer"
