@@ -81,6 +81,7 @@ class CloudServer:
         self.scheme = "ws" if tls is None else "wss"
         self.guard = Guard(limits or ConnectionLimits(sessions=max_sessions), tls=tls)
         self._access = access or Access(None, required=False)
+        self._admitting = asyncio.Lock()
         # Weak: a request that names no websocket is let in here, and refused by websockets after.
         self._callers: WeakKeyDictionary[ServerConnection, Caller] = WeakKeyDictionary()
         self._threads = ThreadPoolExecutor(max_sessions, thread_name_prefix="session")
@@ -167,27 +168,32 @@ class CloudServer:
         """End the sessions of devices whose token was revoked or has expired."""
         while True:
             await asyncio.sleep(RECHECK_EVERY_S)
-            for live in self.service.sessions:
-                try:
-                    self._access.recheck(live.caller)
-                except AccessDeniedError as denied:
-                    if not denied.retryable:  # else the tokens cannot be read just now
-                        live.transport.end(denied)
+            sessions = list(self.service.sessions)
+            try:
+                denied = await asyncio.to_thread(self._access.recheck, {live.caller for live in sessions})
+            except AccessDeniedError:  # the tokens cannot be read just now
+                continue
+            for live in sessions:
+                if live.caller in denied:
+                    live.transport.end(denied[live.caller])
 
     async def _handle(self, connection: ServerConnection) -> None:
         await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)
 
-    def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
         if request.path == "/healthz":
             return _json_response(http.HTTPStatus.OK, json.dumps(self.health(), indent=1).encode() + b"\n")
         authorization = request.headers.get_all("Authorization")
         source = cast(GuardedConnection, connection).source
         try:
-            self._callers[connection] = self._access.admit(
-                authorization[0] if len(authorization) == 1 else None,
-                source,
-                connection.transport.get_extra_info("peercert"),
-            )
+            async with self._admitting:
+                # In a thread: a token file that somebody locks must not hold up the sessions that are open.
+                self._callers[connection] = await asyncio.to_thread(
+                    self._access.admit,
+                    authorization[0] if len(authorization) == 1 else None,
+                    source,
+                    connection.transport.get_extra_info("peercert"),
+                )
         except AccessDeniedError as denied:
             if denied.should_log:
                 logger.warning("%s refused: %s: %s", source, denied.code, denied)
