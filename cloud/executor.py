@@ -146,8 +146,13 @@ class SessionExecutor:
         return True
 
     def _handle_report(self, report: m.StepReport) -> None:
-        units = self._controller.report(report.step, report.scores.to_floats())
-        self._send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=self._ticket()))
+        self._admit(0, 0)  # it is little, but a device may send nothing else
+        started = time.monotonic()
+        try:
+            units = self._controller.report(report.step, report.scores.to_floats())
+            self._send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=self._ticket()))
+        finally:
+            self._quota.end(time.monotonic() - started)
         if self._draining.is_set():
             raise shutting_down()
 
@@ -160,7 +165,8 @@ class SessionExecutor:
         live, trained = self._groups_that_take_part()
         lengths = torch.from_numpy(begun.sequence_lengths.data).long()
         layout = lay_out(self._to_torch(begun.hidden_states), lengths, may_pack=self._may_pack)
-        self._admit(begun, layout, trained)
+        lowest = self._session.groups[min(trained)] if trained and begun.mode == "train" else None
+        self._admit(begun.hidden_states.shape[0], self._live_bytes.estimate(layout, lowest))
         started, losses = time.monotonic(), self._transport.losses
         self._waited_s = self._idle_s = 0.0
         try:
@@ -196,14 +202,11 @@ class SessionExecutor:
             assert isinstance(message, m.GradHiddenStates)
             labelled.backward(self._to_torch(message.grad_hidden_states))
 
-    def _admit(self, begun: m.Embeddings, layout: Layout, trained: set[int]) -> None:
-        """Charge the micro-batch to its device's quotas; over them, send the device away until there is room."""
-        training = begun.mode == "train"
-        lowest = self._session.groups[min(trained)] if trained and training else None
-        live_bytes = self._live_bytes.estimate(layout, lowest)
+    def _admit(self, tokens: int, live_bytes: int) -> None:
+        """Charge what comes to its device's quotas; over them, send the device away until there is room."""
         while True:
             try:
-                self._quota.begin(begun.hidden_states.shape[0], live_bytes)
+                self._quota.begin(tokens, live_bytes)
                 return
             except RemoteProtocolError as refusal:
                 if not refusal.retryable:
