@@ -75,7 +75,7 @@ async def handle_connection(connection: GuardedConnection, caller: Caller, servi
 
 
 async def _refuse(connection: GuardedConnection, caller: Caller, refusal: RemoteProtocolError) -> None:
-    logger.warning("%s refused: %s: %s", caller.name, refusal.code, printable(str(refusal)))
+    connection.refused(refusal.code, caller.name, str(refusal))
     await say_goodbye(connection, refusal)
 
 
