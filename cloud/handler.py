@@ -23,6 +23,7 @@ from .executor import ComputeGate, DeviceGaveUpError, SessionExecutor, shutting_
 from .guard import GuardedConnection, printable
 from .kill_revive import Controller
 from .live_bytes import LiveBytes
+from .memory import is_out_of_memory
 from .patience import DeviceDeadlines, Patience
 from .quotas import Quotas
 from .sessions import LiveSession, Sessions
@@ -32,6 +33,7 @@ logger = logging.getLogger("dlora.cloud")
 
 HANDSHAKE_TIMEOUT_S = 30.0
 OPENING_BYTES = 8 << 20
+MEMORY_RETRY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,14 @@ async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -
         why = as_refusal(error)
         level = logging.INFO if why.retryable else logging.WARNING
         logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, printable(str(why)))
-    except Exception:
-        logger.exception("session %s: internal error", name)
-        why = RemoteProtocolError("internal error; the server's log has it", m.ErrorCode.INTERNAL)
+    except Exception as error:
+        if is_out_of_memory(error):  # others may have taken it, and give it back
+            logger.error("session %s: ended at step %d: out of memory: %s", name, session.step, printable(str(error)))
+            text = "the server is out of memory; if it stays so, lower --batch-size"
+            why = RemoteProtocolError(text, m.ErrorCode.INTERNAL, retryable=True, retry_after_s=MEMORY_RETRY_S)
+        else:
+            logger.exception("session %s: internal error", name)
+            why = RemoteProtocolError("internal error; the server's log has it", m.ErrorCode.INTERNAL)
     finally:
         service.sessions.remove(live)
         live.transport.end(why or DeviceGoneError("the session is closed"))
