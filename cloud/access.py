@@ -1,6 +1,7 @@
 """Who may come in: a token, a client certificate or, on loopback, an address; and what strangers are told.
 
-No sockets and no time but the injected clock. For the event loop: not to be called from several threads.
+No sockets and no time but the injected clock. Where the tokens' file is locked it waits: not for an
+event loop. ``Access.admit`` is for one thread at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -113,16 +114,23 @@ class Access:
         except RemoteProtocolError as error:
             raise self._denied(error, address) from None
 
-    def recheck(self, caller: Caller) -> None:
-        """Raise ``AccessDeniedError`` once a caller's token has expired or was revoked."""
-        if caller.token_id is None or self._tokens is None:
-            return
+    def recheck(self, callers: Collection[Caller]) -> dict[Caller, AccessDeniedError]:
+        """The callers whose token has expired or was revoked, and what they are told. From any thread.
+
+        One look at the tokens for all of them. Raises ``AccessDeniedError`` (503) where they cannot be read just now.
+        """
+        token_ids = {caller.token_id for caller in callers if caller.token_id is not None}
+        if not token_ids or self._tokens is None:
+            return {}
         try:
-            self._tokens.check(caller.token_id)
-        except RemoteProtocolError as error:
-            raise AccessDeniedError(str(error), error.code, status=401) from None
+            ended = self._tokens.check(token_ids)
         except StorageError as error:
             raise _closed(error) from None
+        return {
+            caller: AccessDeniedError(str(ended[caller.token_id]), ended[caller.token_id].code, status=401)
+            for caller in callers
+            if caller.token_id in ended
+        }
 
     def _identify(self, authorization: str | None, address: str, certificate: Mapping[str, Any] | None) -> Caller:
         if authorization is not None and self._tokens is not None:

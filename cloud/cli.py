@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -23,12 +24,14 @@ from dlora.protocol.version import SOFTWARE_VERSION
 from . import token_cli
 from .guard import raise_file_limit
 from .memory import limit_arenas
+from .patience import Patience
 from .tls import check_exposure, server_context
 from .tokens import FILE_NAME, TokenStore
 
 DOOR = "Who may come in"
 QUOTAS = "Quotas of a device"
 PATIENCE = "Patience"
+KEY_BYTES = 32
 
 app = typer.Typer(
     help="Serve the frozen blocks of a language model to devices that fine-tune it.",
@@ -141,6 +144,7 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # every end of a connection has a line of ours
+    patience = Patience(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s)
     state = state_dir or platformdirs.user_state_path("dlora-cloud")
     tokens = TokenStore(state / FILE_NAME)
     authenticated = tls_client_ca is not None or tokens.any()
@@ -159,7 +163,6 @@ def serve(
 
     from .access import Access
     from .base_model import load_base_model
-    from .executor import Patience
     from .quotas import QuotaLimits
     from .server import CloudServer
 
@@ -185,7 +188,7 @@ def serve(
         access=Access(tokens, required=authenticated),
         tls=tls,
         quotas=QuotaLimits(quota_sessions, quota_tokens_per_minute, live_bytes, quota_compute_s),
-        patience=Patience(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s),
+        patience=patience,
         drain_s=drain_s,
     )
 
@@ -211,15 +214,38 @@ def check_device(device: str, gpus: int) -> None:
 
 
 def load_key(state_dir: Path) -> bytes:
-    """The key that signs kill-and-revive tickets, 32 bytes; made on first use, readable by its owner only."""
+    """The key that signs kill-and-revive tickets, 32 bytes; made on first use, readable by its owner only.
+
+    It is whole and on the disk before it has its name: a key that a power cut took away would take every ticket along,
+    and an empty one would sign for anybody. Of servers that begin together, all get the same.
+    """
     path = state_dir / "ticket.key"
     try:
-        if path.exists():
-            return path.read_bytes()
-        state_dir.mkdir(parents=True, exist_ok=True)
-        key = secrets.token_bytes(32)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(key)
-        return key
+        if not path.exists():
+            state_dir.mkdir(parents=True, exist_ok=True)
+            _make_key(path)
+        key = path.read_bytes()
     except OSError as error:
         raise StorageError(f"cannot keep the ticket key in {path}: {error.strerror}; choose --state-dir") from None
+    if len(key) != KEY_BYTES:
+        text = f"the ticket key {path} has {len(key)} bytes, not {KEY_BYTES}; restore it from a backup"
+        raise StorageError(f"{text}, or remove it: runs whose session is gone then cannot go on")
+    return key
+
+
+def _make_key(path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):  # another server was faster: its key counts
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -12,14 +12,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dlora.protocol import messages as m
-from dlora.protocol.deadline import Deadline
 from dlora.protocol.errors import DamagedFrameError, RemoteProtocolError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.session import Session
@@ -31,6 +29,7 @@ from .kill_revive import Controller
 from .layout import Layout, lay_out
 from .live_bytes import LiveBytes
 from .memory import release_freed
+from .patience import Deadlines
 from .quotas import SessionQuota
 from .wire import from_wire, to_wire
 
@@ -44,23 +43,6 @@ class Transport(Protocol):
     def receive(self, timeout_s: float, give_up_at: float = ...) -> bytes: ...
     def hang_up(self, refusal: RemoteProtocolError) -> None: ...
     def wait_for_device(self, extra_s: float = 0.0) -> object: ...
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a session waits for its device, in seconds.
-
-    Attributes:
-        exchange_s: least time for one answer within a micro-batch; a device that was slower before gets more.
-        step_s: least time for all answers of a micro-batch together, likewise.
-        idle_s: between micro-batches.
-        park_s: without a connection.
-    """
-
-    exchange_s: float = 120.0
-    step_s: float = 900.0
-    idle_s: float = 3600.0
-    park_s: float = 120.0
 
 
 class ComputeGate:
@@ -91,6 +73,8 @@ class SessionExecutor:
     the base model's results are not finite, and whatever the transport raises when the device is lost.
 
     Args:
+        deadlines: of the device; what is learnt here holds for its next session.
+        idle_timeout_s: how long nothing may come between micro-batches.
         draining: once set, the session ends after the step that it is in; ``run`` then raises ``shutting_down``.
     """
 
@@ -107,7 +91,8 @@ class SessionExecutor:
         may_pack: bool,
         live_bytes: LiveBytes,
         quota: SessionQuota,
-        patience: Patience,
+        deadlines: Deadlines,
+        idle_timeout_s: float,
         draining: threading.Event,
     ) -> None:
         assert session.opened_with is not None
@@ -121,11 +106,11 @@ class SessionExecutor:
         self._may_pack = may_pack
         self._live_bytes = live_bytes
         self._quota = quota
-        self._patience = patience
+        self._deadlines = deadlines
+        self._idle_timeout_s = idle_timeout_s
         self._draining = draining
-        self._answer = Deadline(patience.exchange_s)
-        self._answers = Deadline(patience.step_s)
-        self._waited_s = 0.0
+        self._waited_s = 0.0  # for the device, in this micro-batch
+        self._idle_s = 0.0  # for the device and for the gate
         self._wire_dtype = session.opened_with.wire_dtype
         self._input_grads: dict[int, Tensor] = {}
         self._micro_batch: m.Embeddings | None = None
@@ -148,21 +133,26 @@ class SessionExecutor:
 
     def _answer_next(self) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
-        match self._receive_within(self._patience.idle_s):
+        match self._receive_within(self._idle_timeout_s):
             case m.Embeddings() as begun:
                 self._run_micro_batch(begun)
             case m.StepReport() as report:
                 self._handle_report(report)
             case None:
-                text = f"nothing came for {self._patience.idle_s:.0f} s; go on with the ticket"
+                text = f"nothing came for {self._idle_timeout_s:.0f} s; go on with the ticket"
                 raise RemoteProtocolError(text, m.ErrorCode.DEADLINE, retryable=True)
             case _:  # the device closes the session, or gives it up
                 return False
         return True
 
     def _handle_report(self, report: m.StepReport) -> None:
-        units = self._controller.report(report.step, report.scores.to_floats())
-        self._send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=self._ticket()))
+        self._admit(0, 0)  # it is little, but a device may send nothing else
+        started = time.monotonic()
+        try:
+            units = self._controller.report(report.step, report.scores.to_floats())
+            self._send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=self._ticket()))
+        finally:
+            self._quota.end(time.monotonic() - started)
         if self._draining.is_set():
             raise shutting_down()
 
@@ -175,18 +165,19 @@ class SessionExecutor:
         live, trained = self._groups_that_take_part()
         lengths = torch.from_numpy(begun.sequence_lengths.data).long()
         layout = lay_out(self._to_torch(begun.hidden_states), lengths, may_pack=self._may_pack)
-        self._admit(begun, layout, trained)
+        lowest = self._session.groups[min(trained)] if trained and begun.mode == "train" else None
+        self._admit(begun.hidden_states.shape[0], self._live_bytes.estimate(layout, lowest))
         started, losses = time.monotonic(), self._transport.losses
-        self._waited_s = 0.0
+        self._waited_s = self._idle_s = 0.0
         try:
             with self._gate.computing(), torch.autograd.set_multithreading_enabled(False):
                 started = time.monotonic()
                 self._compute(begun, layout, live, trained)
         finally:
             self._micro_batch = None
-            self._quota.end(time.monotonic() - started - self._waited_s)
+            self._quota.end(time.monotonic() - started - self._idle_s)
         if self._transport.losses == losses:
-            self._answers.observe(self._waited_s)
+            self._deadlines.answers.observe(self._waited_s)
 
     def _compute(self, begun: m.Embeddings, layout: Layout, live: set[int], trained: set[int]) -> None:
         training = begun.mode == "train"
@@ -211,14 +202,11 @@ class SessionExecutor:
             assert isinstance(message, m.GradHiddenStates)
             labelled.backward(self._to_torch(message.grad_hidden_states))
 
-    def _admit(self, begun: m.Embeddings, layout: Layout, trained: set[int]) -> None:
-        """Charge the micro-batch to its device's quotas; over them, send the device away until there is room."""
-        training = begun.mode == "train"
-        lowest = self._session.groups[min(trained)] if trained and training else None
-        live_bytes = self._live_bytes.estimate(layout, lowest)
+    def _admit(self, tokens: int, live_bytes: int) -> None:
+        """Charge what comes to its device's quotas; over them, send the device away until there is room."""
         while True:
             try:
-                self._quota.begin(begun.hidden_states.shape[0], live_bytes)
+                self._quota.begin(tokens, live_bytes)
                 return
             except RemoteProtocolError as refusal:
                 if not refusal.retryable:
@@ -277,12 +265,15 @@ class SessionExecutor:
         began, losses = time.monotonic(), self._transport.losses
         try:
             with self._gate.waiting():
-                message = self._await_answer(began + self._answers.seconds - self._waited_s)
+                try:
+                    message = self._await_answer(began + self._deadlines.answers.seconds - self._waited_s)
+                finally:  # before the gate is waited for: what others compute is not the device's time
+                    waited_s = time.monotonic() - began
+                    self._waited_s += waited_s
         finally:
-            waited_s = time.monotonic() - began
-            self._waited_s += waited_s
+            self._idle_s += time.monotonic() - began
         if self._transport.losses == losses:  # else it tells of the network, not of the device
-            self._answer.observe(waited_s)
+            self._deadlines.answer.observe(waited_s)
         if isinstance(message, m.Error):
             raise DeviceGaveUpError(message.message)
         return message
@@ -291,11 +282,12 @@ class SessionExecutor:
         """The next message; a device that is late is told to come again, and the clock starts anew."""
         late = RemoteProtocolError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
         while time.monotonic() < give_up_at:
-            message = self._receive_within(self._answer.seconds, give_up_at)
+            message = self._receive_within(self._deadlines.answer.seconds, give_up_at)
             if message is not None:
                 return message
-            self._answer.missed()
+            self._deadlines.answer.missed()
             self._transport.hang_up(late)
+        self._deadlines.answers.missed()
         raise late
 
     def _receive_within(self, seconds: float, give_up_at: float = math.inf) -> m.AnyMessage | None:

@@ -118,8 +118,10 @@ class Guard:
         for connection in list(self._unfinished):
             connection.abort()
 
-    def refused(self, reason: str, address: str) -> None:
+    def refused(self, reason: str, who: str, detail: str = "") -> None:
         """Log why a peer was refused, each reason at most once in ``LOG_EVERY_S``, with how many there were.
+
+        ``reason`` is one of few; ``who`` and ``detail`` are of the last of them.
 
         A line each would let a flood of connections fill the disk.
         """
@@ -127,7 +129,8 @@ class Guard:
         now = self.clock()
         if now - self._logged_at.get(reason, -LOG_EVERY_S) >= LOG_EVERY_S:
             self._logged_at[reason] = now
-            logger.warning("refused %d × %s; the last from %s", self._refused.pop(reason), reason, address)
+            count, more = self._refused.pop(reason), f": {printable(detail)}" if detail else ""
+            logger.warning("refused %d × %s; the last from %s%s", count, reason, who, more)
 
     # -- for GuardedConnection ---------------------------------------------------------------------------
 
@@ -202,6 +205,10 @@ class GuardedConnection(ServerConnection):
     def opened(self) -> None:
         """A session was opened or resumed: this connection does not count as a stranger's any more."""
         self._guard.finished(self)
+
+    def refused(self, code: str, who: str, why: str) -> None:
+        """Log a refusal in the handshake, within the same bounds as those beneath messages."""
+        self._guard.refused(code, who, why)
 
     def limit_frames(self, nbytes: int) -> None:
         """Take frames of so many bytes from now on. Call it before the message that lets the peer send them."""

@@ -19,10 +19,12 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .access import Caller
 from .base_model import BaseModel
-from .executor import ComputeGate, DeviceGaveUpError, Patience, SessionExecutor, shutting_down
+from .executor import ComputeGate, DeviceGaveUpError, SessionExecutor, shutting_down
 from .guard import GuardedConnection, printable
 from .kill_revive import Controller
 from .live_bytes import LiveBytes
+from .memory import is_out_of_memory
+from .patience import DeviceDeadlines, Patience
 from .quotas import Quotas
 from .sessions import LiveSession, Sessions
 from .transport import DeviceGoneError, SessionTransport, say_goodbye
@@ -31,6 +33,7 @@ logger = logging.getLogger("dlora.cloud")
 
 HANDSHAKE_TIMEOUT_S = 30.0
 OPENING_BYTES = 8 << 20
+MEMORY_RETRY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Service:
     sessions: Sessions
     quotas: Quotas
     patience: Patience
+    deadlines: DeviceDeadlines
     pool: Executor
     draining: threading.Event
 
@@ -73,7 +77,7 @@ async def handle_connection(connection: GuardedConnection, caller: Caller, servi
 
 
 async def _refuse(connection: GuardedConnection, caller: Caller, refusal: RemoteProtocolError) -> None:
-    logger.warning("%s refused: %s: %s", caller.name, refusal.code, printable(str(refusal)))
+    connection.refused(refusal.code, caller.name, str(refusal))
     await say_goodbye(connection, refusal)
 
 
@@ -170,7 +174,8 @@ class _Handshake:
                 may_pack=service.may_pack,
                 live_bytes=service.live_bytes,
                 quota=quota,
-                patience=service.patience,
+                deadlines=service.deadlines.of(caller, device),
+                idle_timeout_s=service.patience.idle_s,
                 draining=service.draining,
             )
             opened = session.send(executor.opened(live.name, live.new_token()))
@@ -207,9 +212,14 @@ async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -
         why = as_refusal(error)
         level = logging.INFO if why.retryable else logging.WARNING
         logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, printable(str(why)))
-    except Exception:
-        logger.exception("session %s: internal error", name)
-        why = RemoteProtocolError("internal error; the server's log has it", m.ErrorCode.INTERNAL)
+    except Exception as error:
+        if is_out_of_memory(error):  # others may have taken it, and give it back
+            logger.error("session %s: ended at step %d: out of memory: %s", name, session.step, printable(str(error)))
+            text = "the server is out of memory; if it stays so, lower --batch-size"
+            why = RemoteProtocolError(text, m.ErrorCode.INTERNAL, retryable=True, retry_after_s=MEMORY_RETRY_S)
+        else:
+            logger.exception("session %s: internal error", name)
+            why = RemoteProtocolError("internal error; the server's log has it", m.ErrorCode.INTERNAL)
     finally:
         service.sessions.remove(live)
         live.transport.end(why or DeviceGoneError("the session is closed"))

@@ -1,4 +1,4 @@
-"""Giving back the memory that sessions leave behind."""
+"""Memory: giving back what sessions leave behind, and knowing when there is none."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Final
 
 _M_ARENA_MAX: Final = -8  # of glibc's <malloc.h>
 _ARENAS: Final = 2
+_OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory")  # of torch's RuntimeErrors; the CPU's has no type
 
 
 def limit_arenas() -> None:
@@ -29,6 +30,13 @@ def release_freed() -> None:
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, Python's, torch's or the GPU's."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    )
 
 
 def _libc() -> ctypes.CDLL | None:

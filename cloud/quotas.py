@@ -191,7 +191,7 @@ class SessionQuota:
         self._quotas = quotas
 
     def begin(self, tokens: int, live_bytes: int) -> None:
-        """Charge a micro-batch before it runs; where it is not refused, ``end`` must follow.
+        """Charge a micro-batch, or a report of no tokens, before it runs; where it is not refused, ``end`` must follow.
 
         Raises ``RemoteProtocolError`` (``quota_tokens``, ``quota_live_bytes``, ``quota_compute``) and charges nothing:
         retryable, with the time when the same will fit, or not retryable where it never will.
@@ -199,7 +199,7 @@ class SessionQuota:
         self._quotas._begin(self, tokens, live_bytes)
 
     def end(self, compute_s: float) -> None:
-        """The micro-batch has ended, however it did: its memory is free, and it computed for ``compute_s`` seconds."""
+        """What was begun has ended, however it did: its memory is free, and it computed for ``compute_s`` seconds."""
         self._quotas._end(self, compute_s)
 
     def close(self) -> None:

@@ -26,11 +26,12 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from .access import Access, AccessDeniedError, Caller
 from .base_model import BaseModel
 from .exchange import install
-from .executor import ComputeGate, Patience, shutting_down
+from .executor import ComputeGate, shutting_down
 from .guard import ConnectionLimits, Guard, GuardedConnection
 from .handler import Service, handle_connection
 from .layout import can_pack
 from .live_bytes import LiveBytes
+from .patience import DeviceDeadlines, Patience
 from .quotas import QuotaLimits, Quotas
 from .sessions import Sessions
 from .transport import wait_for_goodbyes
@@ -75,10 +76,12 @@ class CloudServer:
         drain_s: float = 30.0,
     ) -> None:
         install(base)
+        patience = patience or Patience()
         self.port = 0
         self.scheme = "ws" if tls is None else "wss"
         self.guard = Guard(limits or ConnectionLimits(sessions=max_sessions), tls=tls)
         self._access = access or Access(None, required=False)
+        self._admitting = asyncio.Lock()
         # Weak: a request that names no websocket is let in here, and refused by websockets after.
         self._callers: WeakKeyDictionary[ServerConnection, Caller] = WeakKeyDictionary()
         self._threads = ThreadPoolExecutor(max_sessions, thread_name_prefix="session")
@@ -96,7 +99,8 @@ class CloudServer:
             ticket_key=ticket_key,
             sessions=Sessions(max_sessions),
             quotas=Quotas(quotas or QuotaLimits()),
-            patience=patience or Patience(),
+            patience=patience,
+            deadlines=DeviceDeadlines(patience),
             pool=self._threads,
             draining=threading.Event(),
         )
@@ -164,27 +168,32 @@ class CloudServer:
         """End the sessions of devices whose token was revoked or has expired."""
         while True:
             await asyncio.sleep(RECHECK_EVERY_S)
-            for live in self.service.sessions:
-                try:
-                    self._access.recheck(live.caller)
-                except AccessDeniedError as denied:
-                    if not denied.retryable:  # else the tokens cannot be read just now
-                        live.transport.end(denied)
+            sessions = list(self.service.sessions)
+            try:
+                denied = await asyncio.to_thread(self._access.recheck, {live.caller for live in sessions})
+            except AccessDeniedError:  # the tokens cannot be read just now
+                continue
+            for live in sessions:
+                if live.caller in denied:
+                    live.transport.end(denied[live.caller])
 
     async def _handle(self, connection: ServerConnection) -> None:
         await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)
 
-    def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
         if request.path == "/healthz":
             return _json_response(http.HTTPStatus.OK, json.dumps(self.health(), indent=1).encode() + b"\n")
         authorization = request.headers.get_all("Authorization")
         source = cast(GuardedConnection, connection).source
         try:
-            self._callers[connection] = self._access.admit(
-                authorization[0] if len(authorization) == 1 else None,
-                source,
-                connection.transport.get_extra_info("peercert"),
-            )
+            async with self._admitting:
+                # In a thread: a token file that somebody locks must not hold up the sessions that are open.
+                self._callers[connection] = await asyncio.to_thread(
+                    self._access.admit,
+                    authorization[0] if len(authorization) == 1 else None,
+                    source,
+                    connection.transport.get_extra_info("peercert"),
+                )
         except AccessDeniedError as denied:
             if denied.should_log:
                 logger.warning("%s refused: %s: %s", source, denied.code, denied)

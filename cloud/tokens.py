@@ -14,7 +14,7 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from dlora.protocol.errors import RemoteProtocolError, StorageError, UsageError
 from dlora.protocol.messages import ErrorCode
 
 FILE_NAME: Final = "tokens.sqlite"
-# A server asks between messages of its devices: better to refuse one of them for now than to keep all waiting.
+# Better to refuse a device for now than to keep it, and those behind it, waiting.
 LOCK_TIMEOUT_S: Final = 2.0
 _TOKEN: Final = re.compile(r"dlora_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 _DEVICE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -104,7 +104,9 @@ class TokenStore:
         only to who has the whole secret.
         """
         parts = _TOKEN.fullmatch(token)
-        name, secret = parts.groups() if parts else ("", "")
+        if parts is None:
+            raise _wrong()
+        name, secret = parts.groups()
         found = self._find(name)
         # An unknown id costs the same hash and comparison, so time does not tell which ids exist.
         known = found[1] if found else bytes(32)
@@ -112,12 +114,18 @@ class TokenStore:
             raise _wrong()
         return self._check(found[0])
 
-    def check(self, token_id: str) -> None:
-        """Raise what ``verify`` would, for a token that verified before."""
-        found = self._find(token_id)
-        if found is None:
-            raise _wrong()
-        self._check(found[0])
+    def check(self, token_ids: Collection[str]) -> dict[str, RemoteProtocolError]:
+        """What ``verify`` would raise now, of tokens that verified before, for those that do not any more."""
+        records = {record.id: record for record in self.all()}
+        ended = {}
+        for token_id in token_ids:
+            try:
+                if token_id not in records:
+                    raise _wrong()
+                self._check(records[token_id])
+            except RemoteProtocolError as error:
+                ended[token_id] = error
+        return ended
 
     def all(self) -> list[TokenRecord]:
         """All tokens that were ever created, oldest first."""

@@ -77,9 +77,9 @@ class SessionTransport:
         does not come back, and what ``end`` was given. Each connection has ``timeout_s``, but none of them any longer
         than to ``give_up_at`` in monotonic seconds: coming and going wins nothing.
         """
-        until = min(time.monotonic() + timeout_s, give_up_at)
         while True:
             connection = self.wait_for_device()
+            until = min(time.monotonic() + timeout_s, give_up_at)
             try:
                 receiving = None
                 self._flush(until)
@@ -92,7 +92,6 @@ class SessionTransport:
             except ConnectionClosed:
                 self._lose(connection)
                 del connection, receiving  # parked for long, it would keep the dead websocket
-                until = min(time.monotonic() + timeout_s, give_up_at)
 
     def hang_up(self, refusal: RemoteProtocolError) -> None:
         """Tell the device to come again, and close the connection; the session is parked."""

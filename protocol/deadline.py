@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
 
 REMEMBERED: Final = 64
@@ -15,7 +14,7 @@ class Deadline:
     not the mean: a wait is mostly over soon, and a peer that is given up too early costs more than one that is
     given up late. Nothing measured yet: ``floor_s``.
 
-    It has no clock; whoever waits measures.
+    It has no clock; whoever waits measures. Several threads may wait for the same peer.
 
     Args:
         floor_s: never less, in seconds.
@@ -29,7 +28,7 @@ class Deadline:
         self._floor_s = floor_s
         self._factor = factor
         self._ceiling_s = max(ceiling_s, floor_s)  # a user may want to wait for days
-        self._waits_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._waits_s: tuple[float, ...] = ()  # replaced, never changed: another thread may be reading it
         self._patience = 1.0
 
     @property
@@ -44,7 +43,7 @@ class Deadline:
         More than the deadline itself counts as the deadline: nobody waited longer, so it was a clock that jumped or
         a machine that slept. For the same reason a negative wait is no error.
         """
-        self._waits_s.append(min(seconds, self.seconds))
+        self._waits_s = (*self._waits_s[1 - REMEMBERED :], min(seconds, self.seconds))
         self._patience = 1.0
 
     def missed(self) -> None:

@@ -18,7 +18,7 @@ from typing import Final
 from .codec import Prefix
 from .errors import RemoteProtocolError
 
-MAX_UNACKNOWLEDGED: Final = 32
+MAX_UNACKNOWLEDGED: Final = 8  # an honest peer leaves 2, with every family of models; a frame may have 50 MB
 REMEMBERED: Final = 256
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -55,6 +57,26 @@ def denied(access: Access, authorization: str | None = None, address: str = ADDR
     with pytest.raises(AccessDeniedError) as caught:
         access.admit(authorization, address, None)
     return caught.value
+
+
+def count_opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A list that grows each time the tokens are opened."""
+    opened: list[object] = []
+    connect = sqlite3.connect
+
+    def counted(*given: Any, **more: Any) -> sqlite3.Connection:
+        opened.append(given)
+        return connect(*given, **more)
+
+    monkeypatch.setattr(sqlite3, "connect", counted)
+    return opened
+
+
+def test_what_is_no_token_is_not_looked_up(access: Access, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = count_opened(monkeypatch)
+    for header in ("Bearer ", "Bearer dlora_0123_x", "Basic dlora_01234567_" + "x" * 43):
+        assert denied(access, header).code == ErrorCode.TOKEN_WRONG
+    assert not opened
 
 
 class TestAdmission:
@@ -129,28 +151,41 @@ class TestAdmission:
         assert (error.status, error.code, error.retryable) == (503, ErrorCode.INTERNAL, True)
         assert str(tokens.path) not in str(error)
         with pytest.raises(AccessDeniedError):
-            access.recheck(caller)
+            access.recheck([caller])
 
 
 class TestRecheck:
     def test_a_session_ends_once_its_token_does(self, access: Access, tokens: TokenStore, clock: Clock) -> None:
         first = access.admit(f"Bearer {tokens.create('phone', 100)}", ADDRESS, None)
         second = access.admit(f"Bearer {tokens.create('tablet', None)}", ADDRESS, None)
-        access.recheck(first)
+        assert access.recheck([first, second]) == {}
         tokens.revoke("tablet")
-        with pytest.raises(AccessDeniedError) as caught:
-            access.recheck(second)
-        assert caught.value.code == ErrorCode.TOKEN_REVOKED
-        access.recheck(first)
+        ended = access.recheck([first, second])
+        assert {caller: error.code for caller, error in ended.items()} == {second: ErrorCode.TOKEN_REVOKED}
         clock.now += 100
-        with pytest.raises(AccessDeniedError) as caught:
-            access.recheck(first)
-        assert caught.value.code == ErrorCode.TOKEN_EXPIRED
+        ended = access.recheck([first, second])
+        assert {caller: error.code for caller, error in ended.items()} == {
+            first: ErrorCode.TOKEN_EXPIRED,
+            second: ErrorCode.TOKEN_REVOKED,
+        }
+
+    def test_a_token_that_is_no_more(self, access: Access, tokens: TokenStore, tmp_path: Path) -> None:
+        caller = access.admit(f"Bearer {tokens.create('phone', None)}", ADDRESS, None)
+        TokenStore(tmp_path / "other.sqlite").path.rename(tokens.path)
+        assert access.recheck([caller])[caller].code == ErrorCode.TOKEN_WRONG
+
+    def test_all_are_looked_up_at_once(
+        self, access: Access, tokens: TokenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        callers = [access.admit(f"Bearer {tokens.create('phone', None)}", ADDRESS, None) for _ in range(5)]
+        opened = count_opened(monkeypatch)
+        assert access.recheck(callers) == {}
+        assert len(opened) == 1
 
     def test_who_came_without_a_token_stays(self, access: Access, tokens: TokenStore) -> None:
         caller = access.admit(None, ADDRESS, CERTIFICATE)
         tokens.path.unlink()
-        access.recheck(caller)
+        assert access.recheck([caller]) == {}
 
 
 class TestFailures:

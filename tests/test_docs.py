@@ -15,8 +15,8 @@ import typer.main
 import dlora.cloud.cli
 import dlora.edge.cli
 import dlora.export.cli
-from dlora.cloud.executor import Patience
 from dlora.cloud.guard import ConnectionLimits
+from dlora.cloud.patience import Patience
 from dlora.export.adamw_graph import adamw_graph
 from dlora.export.adapter_graphs import adapter_graphs
 from dlora.export.embedding_graph import embedding_graph

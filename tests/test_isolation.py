@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+import sqlite3
 import struct
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,18 @@ import numpy as np
 import pytest
 from families import VOCABULARY, save_tiny, tiny_model
 from serving import RunningServer, config, final_weights, random_dataset, serving, training
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from dlora.cloud import server as cloud_server
+from dlora.cloud import tokens as cloud_tokens
+from dlora.cloud.access import Access
 from dlora.cloud.base_model import BaseModel
-from dlora.cloud.executor import Patience
+from dlora.cloud.patience import Patience
+from dlora.cloud.tokens import TokenStore
 from dlora.edge.config import TrainConfig
-from dlora.edge.connection import Connection
+from dlora.edge.connection import Connection, Dialing
+from dlora.edge.credentials import Credentials
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
@@ -230,3 +237,37 @@ def test_a_step_leaves_no_graph_behind(base: BaseModel, tmp_path: Path) -> None:
             alive = [ref for ref in made if ref() is not None]
     assert len(made) == 4
     assert not alive
+
+
+def test_a_locked_token_file_holds_up_no_session(
+    base: BaseModel, devices: list[Device], alone: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the look at the tokens of running sessions nor a device that comes: the event loop never waits for it."""
+    tokens = TokenStore(tmp_path / "tokens.sqlite")
+    token = tokens.create("phone", None)
+    used_by: set[str] = set()
+    opened = TokenStore._open
+
+    def watched(store: TokenStore) -> AbstractContextManager[sqlite3.Connection]:
+        used_by.add(threading.current_thread().name.rstrip("0123456789"))
+        return opened(store)
+
+    monkeypatch.setattr(TokenStore, "_open", watched)
+    monkeypatch.setattr(cloud_server, "RECHECK_EVERY_S", 0.01)
+    monkeypatch.setattr(cloud_tokens, "LOCK_TIMEOUT_S", 0.1)
+    device, dialing = devices[0], Dialing(credentials=Credentials(token=token))
+    data = random_dataset(VOCABULARY, seed=device.data_seed)
+    with (
+        serving(base, access=Access(tokens, required=True)) as server,
+        training(device.bundle, server.url, device.run, data, dialing) as trainer,
+    ):
+        with closing(sqlite3.connect(tokens.path)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            with pytest.raises(InvalidStatus) as refused:
+                connect(server.url, proxy=None, additional_headers={"Authorization": f"Bearer {token}"})
+            assert refused.value.response.status_code == 503
+            losses = [trainer.run_step().loss for _ in range(device.run.total_steps)]
+            trainer.settle()
+        weights = {name: value.tobytes() for name, value in final_weights(trainer).items()}
+    assert (weights, losses) == alone[0]
+    assert used_by == {"asyncio_"}  # to_thread's

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from families import VOCABULARY, save_tiny, tiny_model
 from processes import cloud_process
-from serving import KEY, RunningServer, config, random_dataset, serving, training
+from serving import KEY, RunningServer, config, final_weights, random_dataset, serving, training
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.base_model import BaseModel
-from dlora.cloud.executor import Patience
+from dlora.cloud.patience import Patience
 from dlora.cloud.server import CloudServer
 from dlora.edge.bundle import Bundle
-from dlora.edge.connection import Connection
+from dlora.edge.connection import Connection, Dialing, Retry
 from dlora.edge.trainer import check_base_model
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
@@ -393,6 +394,40 @@ def test_no_thread_outlives_the_server(base: BaseModel, bundle: Path) -> None:
             trainer.run_step()
     # torch may keep a pool of its own.
     eventually(lambda: not {t.name for t in set(threading.enumerate()) - before if t.name.startswith("session")})
+
+
+def no_memory_for_torch() -> object:
+    return torch.empty(2**50, dtype=torch.float64)
+
+
+def no_memory_for_python() -> object:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fail", [no_memory_for_torch, no_memory_for_python])
+def test_a_step_for_which_there_is_no_memory_is_tried_again(
+    base: BaseModel, bundle: Path, fail: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, failures = BaseModel.last_hidden_state, 0
+
+    def fails_once(*given: object) -> object:
+        nonlocal failures
+        failures += 1
+        return fail() if failures == 1 else forward(*given)  # type: ignore[arg-type]
+
+    slept: list[float] = []
+    monkeypatch.setattr(Connection, "_sleep", lambda _, seconds: slept.append(seconds))
+    dialing = Dialing(retry=Retry(max_s=600))
+    bits = []
+    with serving(base) as running:
+        for last_hidden_state in (forward, fails_once):
+            monkeypatch.setattr(BaseModel, "last_hidden_state", last_hidden_state)
+            with training(bundle, running.url, config(), random_dataset(VOCABULARY), dialing) as trainer:
+                trainer.run_step()
+                bits.append({name: value.tobytes() for name, value in final_weights(trainer).items()})
+    assert trainer.steps_rerun == 1
+    assert max(slept) >= 30
+    assert bits[0] == bits[1]
 
 
 # -- the base model --------------------------------------------------------------------------------------

@@ -267,6 +267,20 @@ def test_what_can_never_fit_is_refused_for_good(place: Place, base: BaseModel, l
     assert (told.value.code, told.value.retryable) == (code, False)
 
 
+def test_a_device_that_only_reports_is_charged_for_it(place: Place, base: BaseModel) -> None:
+    with (
+        serving(base, quotas=QuotaLimits(compute_s_per_hour=1e-9)) as server,
+        training(place.bundle, server.url, run(), data()) as trainer,
+    ):
+        scores = np.ones(len(trainer.connection.session.units), np.float32)
+        trainer.model.report(0, scores)
+        trainer.model.await_signal()
+        trainer.model.report(1, scores)
+        with pytest.raises(RefusedError) as told:
+            trainer.model.await_signal()
+    assert (told.value.code, told.value.retryable) == ("quota_compute", True)
+
+
 def test_more_sessions_than_a_device_may_have(place: Place, base: BaseModel) -> None:
     with (
         serving(base, quotas=QuotaLimits(sessions=1)) as server,

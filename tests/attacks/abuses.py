@@ -20,6 +20,7 @@ from hostile import BINARY, CLOSE, CONT, PING, PONG, TEXT, HostileClient, frame,
 from dlora.protocol import messages as m
 from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, seal
 from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
+from dlora.protocol.link import MAX_UNACKNOWLEDGED
 from dlora.protocol.session import Role, Session
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
@@ -444,6 +445,20 @@ def gap_in_the_numbers(target: Target) -> Outcome:
 def acknowledgement_of_the_future(target: Target) -> Outcome:
     with target.opened() as device:
         return device.say_anyway(device.embeddings(), seq=1, ack=9)
+
+
+@stopped_by("error protocol")
+def never_acknowledges(target: Target) -> Outcome:
+    with target.greeted() as device:
+        device.say(device.opening(total_steps=99))
+        device.hear()
+        scores = WireTensor("fp32", np.ones(len(device.session.units), np.float32))
+        for step in range(MAX_UNACKNOWLEDGED):
+            report = m.StepReport(step=step, scores=scores)
+            device.session.send(report)
+            device.client.frame(BINARY, encode(report, seq=step + 1))
+            assert isinstance(device.hear(), m.Signal)
+        return device.say_anyway(m.StepReport(step=MAX_UNACKNOWLEDGED, scores=scores), seq=MAX_UNACKNOWLEDGED + 1)
 
 
 # -- holding on ------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from families import VOCABULARY, save_tiny, tiny_model
 from hostile import TIMEOUT_S
 from serving import RunningServer, config, final_weights, random_dataset, serving, training
 
+from dlora.cloud import guard
 from dlora.cloud.base_model import BaseModel
 from dlora.cloud.guard import ConnectionLimits, raise_file_limit
 from dlora.export.bundle import ExportSettings, export_bundle
@@ -186,8 +187,9 @@ def test_nothing_is_left_of_them(target: Target, server: RunningServer, bundle: 
 
 
 def test_the_log_names_reasons_and_no_content(
-    target: Target, server: RunningServer, caplog: pytest.LogCaptureFixture
+    target: Target, server: RunningServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(guard, "LOG_EVERY_S", 0.0)
     with caplog.at_level(logging.INFO):
         for run, _ in ABUSES.values():
             run(target)
@@ -200,6 +202,22 @@ def test_the_log_names_reasons_and_no_content(
         assert content not in said, content
     assert all(record.getMessage().isprintable() for record in ours), "a line that a peer has written"
     assert not any(record.exc_info for record in ours)
+
+
+def test_a_flood_of_handshakes_does_not_fill_the_log(
+    base: BaseModel,
+    groups: tuple[GroupSpec, ...],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard, "LOG_EVERY_S", 1e9)
+    with serving(base) as running, caplog.at_level(logging.INFO, "dlora.cloud"):
+        for _ in range(5):
+            for name in ("no_version_of_ours", "forged_line_in_the_log"):
+                ABUSES[name][0](Target(running.url, groups))
+    refusals = [text for text in caplog.messages if text.startswith("refused")]
+    assert [text.split(";")[0] for text in refusals] == ["refused 1 × version", "refused 1 × unknown_target"]
+    assert all(text.isprintable() for text in refusals)
 
 
 def test_the_readme_has_each_of_them() -> None:

@@ -1,0 +1,169 @@
+"""How long a server waits for a device: for what the device does, and as long as that device was found to need."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from families import VOCABULARY, save_tiny, tiny_model
+from serving import config, random_dataset, serving, training
+from websockets.asyncio.server import ServerConnection
+
+from dlora.cloud import executor, transport
+from dlora.cloud.access import Caller
+from dlora.cloud.base_model import BaseModel
+from dlora.cloud.executor import ComputeGate
+from dlora.cloud.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines, Patience
+from dlora.cloud.quotas import QuotaLimits
+from dlora.cloud.transport import SessionTransport
+from dlora.edge.connection import Dialing, Retry
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("patience")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    return directory / "bundle"
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return BaseModel.from_model(tiny_model("llama"), "tiny")
+
+
+TURN_S = 1000.0  # more than a step's least deadline
+
+
+def test_a_device_answers_neither_for_the_turns_of_others_nor_pays_for_them(
+    base: BaseModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_s = 0.0
+    waiting = ComputeGate.waiting
+
+    @contextmanager
+    def wait_for_a_long_turn(gate: ComputeGate) -> Iterator[None]:
+        nonlocal late_s
+        with waiting(gate):
+            yield
+        late_s += TURN_S
+
+    monkeypatch.setattr(ComputeGate, "waiting", wait_for_a_long_turn)
+    monkeypatch.setattr(executor, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late_s))
+    with (
+        serving(base, quotas=QuotaLimits(compute_s_per_hour=1e6)) as server,
+        training(bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer,
+    ):
+        trainer.run_step()
+        trainer.settle()
+        assert late_s > 2 * TURN_S
+        (caller,) = server.server.service.quotas._callers.values()
+        assert caller.compute._used < TURN_S
+
+
+def test_deadlines_that_a_device_missed_are_longer_in_its_next_session(base: BaseModel, bundle: Path) -> None:
+    """Each answer is in time and all of them together are not, again in every session: one must be the last."""
+    dialing = Dialing(device="slow", retry=Retry(max_s=30, first_s=0.01, ceiling_s=0.1))
+    with (
+        serving(base, patience=Patience(exchange_s=60.0, step_s=0.05)) as server,
+        training(bundle, server.url, config(), random_dataset(VOCABULARY), dialing) as trainer,
+    ):
+        forward = trainer.model._compute.forward
+
+        def slow(*given: Any, **more: Any) -> Any:
+            threading.Event().wait(0.1)
+            return forward(*given, **more)
+
+        trainer.model._compute.forward = slow  # type: ignore[method-assign]
+        trainer.run_step()
+        assert trainer.next_step == 1
+        assert trainer.steps_rerun > 0
+
+
+def test_an_answer_that_outlasts_the_deadline_and_the_parking(base: BaseModel, bundle: Path) -> None:
+    dialing = Dialing(device="slow", retry=Retry(max_s=30, first_s=0.01, ceiling_s=0.1))
+    with (
+        serving(base, patience=Patience(exchange_s=0.05, park_s=0.05)) as server,
+        training(bundle, server.url, config(), random_dataset(VOCABULARY), dialing) as trainer,
+    ):
+        forward = trainer.model._compute.forward
+
+        def slow(*given: Any, **more: Any) -> Any:
+            threading.Event().wait(0.3)
+            return forward(*given, **more)
+
+        trainer.model._compute.forward = slow  # type: ignore[method-assign]
+        trainer.run_step()
+        assert trainer.next_step == 1
+        assert trainer.steps_rerun > 0
+
+
+PHONE = Caller("phone", "token", "1234abcd")
+
+
+def test_what_was_learnt_is_one_devices_and_bounded() -> None:
+    devices = DeviceDeadlines(Patience())
+    devices.of(PHONE, "a").answers.missed()
+    assert devices.of(PHONE, "a").answers.seconds == 2 * Patience.step_s
+    assert devices.of(PHONE, "b").answers.seconds == Patience.step_s
+    assert devices.of(Caller("phone", "address"), "a").answers.seconds == Patience.step_s
+    for number in range(MAX_DEVICES - 1):
+        devices.of(PHONE, f"{number}")
+    assert devices.of(PHONE, "a").answers.seconds == Patience.step_s  # forgotten
+    devices.of(PHONE, "a").answers.missed()
+    for number in range(MAX_DEVICES - 1):
+        devices.of(PHONE, f"other {number}")
+    assert devices.of(PHONE, "a").answers.seconds == 2 * Patience.step_s
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 1e9, 0.0])
+@pytest.mark.parametrize("name", ["exchange_s", "step_s", "idle_s", "park_s"])
+def test_nobody_waits_for_ever(name: str, value: float) -> None:
+    if (name, value) == ("park_s", 0.0):
+        Patience(park_s=0.0)
+        return
+    with pytest.raises(UsageError, match=name):
+        Patience(**{name: value})
+    assert threading.TIMEOUT_MAX > 2 * LONGEST_S
+
+
+class Answering:
+    """A connection whose device answers as soon as it is asked."""
+
+    async def recv(self, decode: bool | None = None) -> bytes:
+        await asyncio.sleep(0.05)
+        return b"answer"
+
+
+def test_the_clock_of_an_answer_stands_while_its_device_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a damaged frame: the session asks for the next one when it is parked already."""
+    away_s = 0.0
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + away_s))
+    waits = threading.Event()
+
+    class Watched(SessionTransport):
+        def wait_for_device(self, extra_s: float = 0.0) -> ServerConnection:
+            waits.set()
+            return super().wait_for_device(extra_s)
+
+    async def come_back() -> bytes:
+        nonlocal away_s
+        parked = Watched(asyncio.get_running_loop(), cast(ServerConnection, Answering()), name="one", park_s=60.0)
+        assert parked.connection is not None
+        parked._lose(parked.connection)
+        received = asyncio.get_running_loop().run_in_executor(None, parked.receive, 30.0)
+        await asyncio.to_thread(waits.wait, 20)
+        away_s = 59.0
+        parked.attach(cast(ServerConnection, Answering()), list)
+        return await received
+
+    assert asyncio.run(come_back()) == b"answer"

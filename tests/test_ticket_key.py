@@ -1,0 +1,56 @@
+"""The key that signs tickets: one for all who ask, whole or not there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+import pytest
+
+from dlora.cloud.cli import KEY_BYTES, load_key
+from dlora.protocol.errors import StorageError
+
+
+def test_it_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
+    key = load_key(tmp_path / "new" / "state")
+    assert len(key) == KEY_BYTES
+    assert load_key(tmp_path / "new" / "state") == key
+    assert stat.S_IMODE((tmp_path / "new" / "state" / "ticket.key").stat().st_mode) == 0o600
+    assert [path.name for path in (tmp_path / "new" / "state").iterdir()] == ["ticket.key"]
+
+
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_one_that_is_not_whole_signs_nothing(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "ticket.key"
+    path.write_bytes(bytes(size))
+    with pytest.raises(StorageError, match=f"has {size} bytes"):
+        load_key(tmp_path)
+    assert path.read_bytes() == bytes(size)
+
+
+def test_of_two_servers_that_begin_together_both_get_the_first_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[bytes] = []
+    make = secrets.token_bytes
+
+    def slowly(size: int) -> bytes:
+        monkeypatch.setattr(secrets, "token_bytes", make)
+        first.append(load_key(tmp_path))  # another one, after we saw that there is none
+        return make(size)
+
+    monkeypatch.setattr(secrets, "token_bytes", slowly)
+    assert load_key(tmp_path) == first[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["ticket.key"]
+
+
+def test_it_has_its_name_only_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", lost)
+    with pytest.raises(StorageError, match="--state-dir"):
+        load_key(tmp_path)
+    assert list(tmp_path.iterdir()) == []
