@@ -312,11 +312,14 @@ class Connection:
         return max(own_s, lost.retry_after_s + random.uniform(0.0, spread_s))
 
     def _sleep(self, seconds: float) -> None:
-        """Sleep, and raise ``StoppedError`` soon after somebody asked to stop."""
+        """Sleep, and raise ``StoppedError`` soon after somebody asked to stop; for 0 s, too: an outage may be a loop."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+        while True:
             if self._dialing.should_stop():
                 raise StoppedError("stopped while the server was away; go on with --resume")
+            left = end - time.monotonic()
+            if left <= 0:
+                return
             time.sleep(min(left, STOP_CHECK_S))
 
     def _replace_session(self, handshake: Session) -> None:
