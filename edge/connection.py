@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, NoReturn, Self, TypeVar
+from typing import Any, Final, NoReturn, Self, TypeVar
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.http11 import Response
 from websockets.sync.client import ClientConnection, connect
 
 from dlora.protocol import messages as m
@@ -312,7 +313,7 @@ class Connection:
         return max(own_s, lost.retry_after_s + random.uniform(0.0, spread_s))
 
     def _sleep(self, seconds: float) -> None:
-        """Sleep, and raise ``StoppedError`` soon after somebody asked to stop; for 0 s, too: an outage may be a loop."""
+        """Sleep, and raise ``StoppedError`` soon after somebody asked to stop; for 0 s, too: outages may be many."""
         end = time.monotonic() + seconds
         while True:
             if self._dialing.should_stop():
@@ -421,11 +422,30 @@ def check_url(url: str) -> str:
     parts = split_url(url)
     try:
         usable = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, or too large a one
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # a port that is no number, or too large a one; a name with a part that is empty or too long
         usable = False
     if not usable:
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT or wss://HOST:PORT")
     return url
+
+
+class _OtherAnswerError(Exception):
+    """An HTTP answer other than 101."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status_code)
+        self.response = response
+
+
+class _NoRedirects(ClientConnection):
+    """Takes the answer that comes. websockets follows redirects, a captive portal's too, wherever they lead."""
+
+    def handshake(self, *given: Any, **more: Any) -> None:
+        try:
+            super().handshake(*given, **more)
+        except InvalidStatus as error:
+            raise _OtherAnswerError(error.response) from None
 
 
 def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> ClientConnection:
@@ -444,12 +464,13 @@ def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> Clien
                 close_timeout=GOODBYE_TIMEOUT_S,
                 proxy=None,
                 logger=_silent,
+                create_connection=_NoRedirects,
             )
         )
     except InvalidURI:
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT") from None
-    except InvalidStatus as error:
-        raise _refused_at_door(error, url) from None
+    except _OtherAnswerError as error:
+        raise _refused_at_door(error.response, url) from None
     except (InvalidHandshake, EOFError, *HUNG_UP) as error:
         reason = str(error) or "it hung up"
         text = f"{url} answers, but is no dlora server ({reason})"
@@ -474,11 +495,11 @@ def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> Clien
     return websocket
 
 
-def _refused_at_door(error: InvalidStatus, url: str) -> Exception:
+def _refused_at_door(response: Response, url: str) -> Exception:
     """What to raise for an HTTP answer other than 101: a server that lets nobody in says why as the wire does."""
-    found = refusal_in(error.response.body)
+    found = refusal_in(response.body)
     if found is None:
-        text = f"{url} answers, but is no dlora server (HTTP {error.response.status_code})"
+        text = f"{url} answers, but is no dlora server (HTTP {response.status_code})"
         return _LostError(ConnectionFailedError(text))
     refusal = refusal_of(found, url)
     return _LostError(refusal, found.retry_after_s) if found.retryable else refusal
