@@ -478,8 +478,6 @@ def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> Clien
     except TimeoutError:
         text = f"{url} did not answer in {liveness.open_s:g} s; is it a dlora server?"
         raise _LostError(ConnectionFailedError(text)) from None
-    except ssl.SSLCertVerificationError as error:
-        raise tls_failure(error, url) from None
     except ssl.SSLError as error:
         raise _LostError(tls_failure(error, url)) from None
     except OSError as error:
