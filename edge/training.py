@@ -183,10 +183,22 @@ class _Evaluations:
         self._reporter = reporter
         self._stop = stop
         self._path = run.out / EVALUATIONS
-        kept = self._path.read_bytes().splitlines() if trainer.next_step and self._path.exists() else []
-        self.rows: list[dict[str, Any]] = [
-            row for row in map(json.loads, kept) if row["step"] <= trainer.next_step < run.config.total_steps
-        ]
+        # Those of the history that goes on; the one after the last step is made again in any case.
+        first_dropped = min(trainer.next_step + 1, run.config.total_steps)
+        self.rows: list[dict[str, Any]] = self._load(first_dropped) if trainer.next_step else []
+
+    def _load(self, first_dropped: int) -> list[dict[str, Any]]:
+        """What stands in the file of earlier steps than ``first_dropped``; it is not worth a run, so damage is told."""
+        found = []
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
+            try:
+                row = json.loads(line)
+                step, _ = row["step"], row["loss"]
+                if step < first_dropped:
+                    found.append(row)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                self._reporter.warn(f"{self._path} has a damaged line, which is left out")
+        return found
 
     def due(self) -> bool:
         """Whether one belongs between the last step and the next, and is not there."""

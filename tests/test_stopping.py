@@ -67,9 +67,14 @@ class Stopping(Reporter):
     """Asks the run to stop, as a user does, in the first batch of one evaluation."""
 
     def __init__(self, when: str = "") -> None:
-        super().__init__(stream=io.StringIO())
+        self._text = io.StringIO()
+        super().__init__(stream=self._text)
         self.batches_after = 0
         self._when = when
+
+    @property
+    def said(self) -> str:
+        return self._text.getvalue()
 
     @contextmanager
     def evaluating(self, when: str, examples: int) -> Iterator[Callable[[int], None]]:
@@ -103,7 +108,7 @@ def whole(server: RunningServer, bundle: Path, tmp_path_factory: pytest.TempPath
     return out
 
 
-@pytest.mark.parametrize(("when", "saved"), [("before", []), ("at step 2", [2]), ("at step 4", [4])])
+@pytest.mark.parametrize(("when", "saved"), [("before", []), ("at step 2", [2]), ("at step 4", [4]), ("after", [6, 4])])
 def test_an_evaluation_is_given_up_and_made_up_for(
     server: RunningServer, bundle: Path, whole: Path, when: str, saved: list[int], tmp_path: Path
 ) -> None:
@@ -118,3 +123,24 @@ def test_an_evaluation_is_given_up_and_made_up_for(
     assert evaluations(tmp_path) == evaluations(whole) == summary["evaluations"]
     adapter = "adapter_model.safetensors"
     assert (tmp_path / adapter).read_bytes() == (whole / adapter).read_bytes()
+
+
+def test_a_finished_run_keeps_its_evaluations(server: RunningServer, bundle: Path, whole: Path) -> None:
+    before = evaluations(whole)
+    summary = train(run(server, bundle, whole, resume=True), Stopping())
+    assert evaluations(whole) == before
+    assert summary["eval_loss_before"] == before[0]["loss"]
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0", b"{}", b"[1]", b"\xff", b'{"step": "0", "loss": 1}', b'{"step": 0}', b"[" * 9999])
+def test_a_damaged_evaluation_is_left_out(server: RunningServer, bundle: Path, tmp_path: Path, damage: bytes) -> None:
+    first = Stopping("at step 4")
+    with pytest.raises(StoppedError):
+        train(run(server, bundle, tmp_path), first)
+    path = tmp_path / EVALUATIONS
+    before, at_2 = path.read_bytes().splitlines()
+    path.write_bytes(damage + b"\n" + at_2 + b"\n")
+    reporter = Stopping()
+    train(run(server, bundle, tmp_path, resume=True), reporter)
+    assert reporter.said.count("has a damaged line") == 1
+    assert [row["step"] for row in evaluations(tmp_path)] == [2, 4, 6]
