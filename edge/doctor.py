@@ -15,6 +15,7 @@ from dlora.protocol.errors import DloraError
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .credentials import Credentials
+from .report import one_line
 
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
 RUNTIME_MB = 130  # what Python, ONNX Runtime and a tokenizer take before any weight is touched
@@ -44,12 +45,14 @@ def examine(bundle: Path | None, server: str | None, credentials: Credentials) -
 def show(report: dict[str, Any]) -> None:
     """Print the checks for people."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     console.print(f"dlora-edge {report['software']}, wire versions {report['protocol_versions']}")
     for check in report["checks"]:
         mark = "[green]ok[/]     " if check["ok"] else "[red]PROBLEM[/]"
-        console.print(f"{mark} [bold]{check['check']}[/]: {check['found']}", highlight=False, soft_wrap=True)
+        found = escape(one_line(check["found"]))
+        console.print(f"{mark} [bold]{check['check']}[/]: {found}", highlight=False, soft_wrap=True)
 
 
 class _ProblemError(Exception):

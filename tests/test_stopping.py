@@ -132,13 +132,15 @@ def test_a_finished_run_keeps_its_evaluations(server: RunningServer, bundle: Pat
     assert summary["eval_loss_before"] == before[0]["loss"]
 
 
-@pytest.mark.parametrize("damage", [b"\0\0\0", b"{}", b"[1]", b"\xff", b'{"step": "0", "loss": 1}', b'{"step": 0}', b"[" * 9999])
+@pytest.mark.parametrize("damage", [
+    b"\0\0\0", b"{}", b"[1]", b"\xff", b'{"step": "0", "loss": 1}', b'{"step": 0}', b"[" * 9999,
+], ids=lambda damage: repr(damage[:20]))  # fmt: skip
 def test_a_damaged_evaluation_is_left_out(server: RunningServer, bundle: Path, tmp_path: Path, damage: bytes) -> None:
     first = Stopping("at step 4")
     with pytest.raises(StoppedError):
         train(run(server, bundle, tmp_path), first)
     path = tmp_path / EVALUATIONS
-    before, at_2 = path.read_bytes().splitlines()
+    _, at_2 = path.read_bytes().splitlines()
     path.write_bytes(damage + b"\n" + at_2 + b"\n")
     reporter = Stopping()
     train(run(server, bundle, tmp_path, resume=True), reporter)
