@@ -24,9 +24,12 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents. Raises ``StorageError``."""
+    """Create a directory and its parents, durably. Raises ``StorageError``."""
     with storage_errors(path):
+        missing = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for each in missing:
+            sync_directory(each.parent)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from small_disk import remount_read_only, small_disk
 
-from dlora.edge.atomic import write_atomically
+from dlora.edge.atomic import make_directory, write_atomically
 from dlora.edge.checkpoint import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from dlora.protocol.errors import CheckpointError, StorageError
 
@@ -203,6 +203,26 @@ def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-000010.safetensors.tmp").write_bytes(b"half")
     save(tmp_path, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000010.safetensors"]
+
+
+def test_new_directories_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in a directory is of no use after a power cut that its own name did not survive."""
+    synced: list[str] = []
+    sync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")} == set(synced)
+    synced.clear()
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert synced == []
+    monkeypatch.chdir(tmp_path)
+    make_directory(Path("d"))
+    assert synced == [str(tmp_path)]
 
 
 def test_killed_at_any_moment_there_is_a_whole_one(tmp_path: Path) -> None:
