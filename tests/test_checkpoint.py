@@ -160,8 +160,10 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="No space left on device; what was saved before is intact"):
             save(disk, 30, size=200_000)
         assert {path.name: path.read_bytes() for path in disk.iterdir()} == before
+        (disk / ".checkpoint-000025.safetensors.tmp").write_bytes(b"x" * 4096)  # what is left must not keep it full
         save(disk, 30)
         assert load(disk).step == 30
+        assert {path.name for path in disk.iterdir()} == {path.name for _, path in list_checkpoints(disk)}
 
 
 def test_a_read_only_disk(tmp_path: Path) -> None:
@@ -199,8 +201,9 @@ def test_a_directory_in_the_way(tmp_path: Path) -> None:
         save(tmp_path / "file", 1)
 
 
-def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
-    (tmp_path / ".checkpoint-000010.safetensors.tmp").write_bytes(b"half")
+@pytest.mark.parametrize("step", [7, 10, 37])
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, step: int) -> None:
+    (tmp_path / f".checkpoint-{step:06d}.safetensors.tmp").write_bytes(b"half")
     save(tmp_path, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000010.safetensors"]
 
