@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +228,26 @@ def test_new_directories_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     make_directory(Path("d"))
     assert synced == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_file_system_that_cannot_sync_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    sync = os.fsync
+
+    def fail_for_directories(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_directories)
+    if number == errno.EINVAL:
+        save(tmp_path / "run", 10)
+        assert load(tmp_path / "run").step == 10
+    else:
+        with pytest.raises(StorageError):
+            save(tmp_path / "run", 10)
 
 
 def test_killed_at_any_moment_there_is_a_whole_one(tmp_path: Path) -> None:
