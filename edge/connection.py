@@ -44,6 +44,7 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from .credentials import Credentials, refusal_in, split_url, tls_failure
 
 MAX_FRAME_BYTES: Final = 1 << 30
+CONTROL_BYTES: Final = 2 << 20  # what is no tensor of tokens: a ticket, states, headers, padding
 GOODBYE_TIMEOUT_S: Final = 2.0
 STOP_CHECK_S: Final = 0.2
 
@@ -161,6 +162,7 @@ class Connection:
         self._socket: ClientConnection | None = None
         self._opened: m.SessionOpened | None = None
         self._token = b""
+        self._frame_bytes = CONTROL_BYTES  # the largest frame that the server can have reason to send
         # Of the present outage, which ends with the next message of the session: a server that lets us in and no more
         # is as good as away.
         self._failures = 0
@@ -207,6 +209,8 @@ class Connection:
     def send(self, message: m.AnyMessage) -> None:
         """Send; returns when the message is on its way or kept for the next connection."""
         frame = self.session.send(message)
+        if isinstance(message, m.Embeddings):
+            self._allow_answers(message)
         try:
             self._write(frame)
         except _LostError as lost:
@@ -330,6 +334,23 @@ class Connection:
         handshake.round_trips += self.session.round_trips
         self.session = handshake
 
+    def _allow_answers(self, micro_batch: m.Embeddings) -> None:
+        """Take frames as large as the answers to ``micro_batch`` may be, over this connection and those to come."""
+        assert self._socket is not None
+        groups = self.session.groups
+        width = max(
+            self.welcome.hidden_size,
+            *(group.in_features for group in groups),
+            *(sum(target.out_features for target in group.targets) for group in groups),
+        )
+        needed = CONTROL_BYTES + micro_batch.hidden_states.shape[0] * width * 4
+        self._frame_bytes = min(max(self._frame_bytes, needed), MAX_FRAME_BYTES)
+        protocol = self._socket.protocol
+        # The name before websockets 16.
+        name = "max_message_size" if hasattr(protocol, "max_message_size") else "max_size"
+        assert hasattr(protocol, name), "websockets keeps its frame limit elsewhere"
+        setattr(protocol, name, self._frame_bytes)
+
     # -- one websocket -----------------------------------------------------------------------------------
 
     def _dial(self) -> Session:
@@ -337,7 +358,7 @@ class Connection:
         self._hang_up()
         session = Session(Role.EDGE)
         self._closing = contextlib.ExitStack()
-        self._socket = _connect(self.url, self._dialing, self._closing)
+        self._socket = _connect(self.url, self._dialing, self._closing, self._frame_bytes)
         hello = m.Hello(
             protocol_versions=list(PROTOCOL_VERSIONS),
             software=f"dlora-edge {SOFTWARE_VERSION}",
@@ -348,7 +369,7 @@ class Connection:
         if not isinstance(welcome, m.Welcome):
             raise RemoteProtocolError(f"{type(welcome).__name__} where Welcome was due")
         known = self.session.welcome
-        if known is not None and welcome.base_fingerprint != known.base_fingerprint:
+        if known is not None and _model_of(welcome) != _model_of(known):
             raise ModelMismatchError(
                 f"the server {self.url} came back with another base model ({welcome.base_model}); "
                 "serve the model that the bundle was exported from, and go on with --resume"
@@ -448,7 +469,11 @@ class _NoRedirects(ClientConnection):
             raise _OtherAnswerError(error.response) from None
 
 
-def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> ClientConnection:
+def _model_of(welcome: m.Welcome) -> tuple[str, int, int]:
+    return welcome.base_fingerprint, welcome.embedding_size, welcome.hidden_size
+
+
+def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack, frame_bytes: int) -> ClientConnection:
     liveness, credentials = dialing.liveness, dialing.credentials
     try:
         websocket = closing.enter_context(
@@ -457,7 +482,7 @@ def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> Clien
                 additional_headers=credentials.headers(url),
                 ssl=credentials.ssl_context(url),
                 compression=None,
-                max_size=MAX_FRAME_BYTES,
+                max_size=frame_bytes,
                 open_timeout=liveness.open_s,
                 ping_interval=liveness.ping_every_s,
                 ping_timeout=liveness.ping_timeout_s,

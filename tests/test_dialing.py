@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import datetime
+import queue
 import ssl
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
+from families import VOCABULARY, save_tiny, tiny_model
+from msgspec import structs
+from serving import config, random_dataset, serving, training
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
 from websockets.sync.server import Request, Response, ServerConnection, serve
 
-from dlora.edge.connection import Connection, Dialing, Retry, check_url
+from dlora.cloud.base_model import BaseModel
+from dlora.edge import connection as edge
+from dlora.edge.bundle import Bundle
+from dlora.edge.connection import CONTROL_BYTES, Connection, Dialing, Retry, check_url
 from dlora.edge.credentials import Credentials
+from dlora.edge.trainer import check_base_model
+from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
-from dlora.protocol.errors import ConnectionFailedError, UsageError
+from dlora.protocol.errors import ConnectionFailedError, ModelMismatchError, UsageError
 
 HOST = "127.0.0.1"
 PATIENT = Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.01)
@@ -30,16 +41,16 @@ WELCOME = m.Welcome(
 )  # fmt: skip
 
 
+def greet(connection: ServerConnection) -> None:
+    connection.recv()
+    connection.send(encode(WELCOME))
+    connection.recv()
+
+
 @contextmanager
-def greeting(**settings: Any) -> Iterator[int]:
-    """A server that greets; its port."""
-
-    def greet(connection: ServerConnection) -> None:
-        connection.recv()
-        connection.send(encode(WELCOME))
-        connection.recv()
-
-    with serve(greet, HOST, 0, compression=None, **settings) as server:
+def greeting(answer: Callable[[ServerConnection], None] = greet, **settings: Any) -> Iterator[int]:
+    """A server that greets, or does something else; its port."""
+    with serve(answer, HOST, 0, compression=None, **settings) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.socket.getsockname()[1]
         server.shutdown()
@@ -102,3 +113,64 @@ def test_a_name_that_cannot_be(host: str) -> None:
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "[fe80::1%eth0]", "example.org.", "bücher.de"])
 def test_a_name_that_can(host: str) -> None:
     check_url(f"ws://{host}:8765")
+
+
+def test_before_a_session_no_large_frame_is_taken() -> None:
+    def greet_at_length(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.send(bytes(CONTROL_BYTES + 1))
+        with suppress(ConnectionClosed):
+            connection.recv()
+        closed.put(connection.close_code)
+
+    closed: queue.Queue[int | None] = queue.Queue()
+    with greeting(greet_at_length) as port, pytest.raises(ConnectionFailedError, match="before it greeted"):
+        Connection(f"ws://{HOST}:{port}")
+    assert closed.get(timeout=10) == CloseCode.MESSAGE_TOO_BIG
+
+
+def test_in_a_session_frames_as_large_as_its_answers_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a connection that comes later as well; with hardly any allowance beside, so that the rest must suffice."""
+    monkeypatch.setattr(edge, "CONTROL_BYTES", 4096)
+    save_tiny(tmp_path / "model")
+    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=4, alpha=8.0))
+    data = random_dataset(VOCABULARY, longest=60)
+    with (
+        serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server,
+        training(tmp_path / "bundle", server.url, config(batch_size=12), data, Dialing(retry=PATIENT)) as trainer,
+    ):
+        connection, forward = trainer.connection, trainer.model._compute.forward
+        largest = 0
+
+        def count(frame: bytes) -> m.AnyMessage | None:
+            nonlocal largest
+            largest = max(largest, len(frame))
+            return receive(frame)
+
+        def hang_up_once(*given: Any, **more: Any) -> Any:
+            if not connection.resumed:
+                connection._hang_up()
+            return forward(*given, **more)
+
+        receive = connection.session.receive
+        monkeypatch.setattr(connection.session, "receive", count)
+        monkeypatch.setattr(trainer.model._compute, "forward", hang_up_once)
+        trainer.run_step()
+        assert (connection.reconnects, connection.resumed, trainer.steps_rerun) == (1, 1, 0)
+        assert 4096 < largest <= connection._frame_bytes < 2 * largest
+
+
+def test_a_server_that_lies_about_its_widths(tmp_path: Path) -> None:
+    """The fingerprint is right, and what it calls a hidden state would be of any size."""
+    save_tiny(tmp_path / "model")
+    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=4, alpha=8.0))
+    bundle = Bundle.open(tmp_path / "bundle")
+    base = bundle.manifest.base_model
+    welcome = structs.replace(
+        WELCOME, base_fingerprint=base.fingerprint, embedding_size=base.embedding_size, hidden_size=base.hidden_size
+    )
+    check_base_model(bundle, welcome)
+    with pytest.raises(ModelMismatchError, match="wide"):
+        check_base_model(bundle, structs.replace(welcome, hidden_size=1 << 24))
