@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -24,9 +25,12 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents. Raises ``StorageError``."""
+    """Create a directory and its parents, durably. Raises ``StorageError``."""
     with storage_errors(path):
+        missing = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for each in missing:
+            sync_directory(each.parent)
 
 
 @contextmanager
@@ -74,6 +78,9 @@ def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network and phone file systems cannot do that
+            raise
     finally:
         os.close(descriptor)
 

@@ -79,6 +79,8 @@ def save_checkpoint(directory: Path, step: int, tensors: Mapping[str, Array], st
     Raises ``StorageError``; the earlier checkpoints are then as they were.
     """
     make_directory(directory)
+    for left in directory.glob(".checkpoint-*.safetensors.tmp"):  # by a killed save; only its own step would replace it
+        remove_quietly(left)
     path = directory / f"checkpoint-{step:06d}.safetensors"
     whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     raw = msgspec.json.encode(state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from functools import partial
@@ -483,7 +482,9 @@ def _open_model(
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
+    from .report import Reporter
+
+    Reporter().warn(line)
 
 
 def parse_units(text: str, option: str) -> tuple[int, ...]:

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, NoReturn, Self, TypeVar
+from typing import Any, Final, NoReturn, Self, TypeVar
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.http11 import Response
 from websockets.sync.client import ClientConnection, connect
 
 from dlora.protocol import messages as m
@@ -43,6 +44,7 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from .credentials import Credentials, refusal_in, split_url, tls_failure
 
 MAX_FRAME_BYTES: Final = 1 << 30
+CONTROL_BYTES: Final = 2 << 20  # what is no tensor of tokens: a ticket, states, headers, padding
 GOODBYE_TIMEOUT_S: Final = 2.0
 STOP_CHECK_S: Final = 0.2
 
@@ -160,6 +162,7 @@ class Connection:
         self._socket: ClientConnection | None = None
         self._opened: m.SessionOpened | None = None
         self._token = b""
+        self._frame_bytes = CONTROL_BYTES  # the largest frame that the server can have reason to send
         # Of the present outage, which ends with the next message of the session: a server that lets us in and no more
         # is as good as away.
         self._failures = 0
@@ -206,6 +209,8 @@ class Connection:
     def send(self, message: m.AnyMessage) -> None:
         """Send; returns when the message is on its way or kept for the next connection."""
         frame = self.session.send(message)
+        if isinstance(message, m.Embeddings):
+            self._allow_answers(message)
         try:
             self._write(frame)
         except _LostError as lost:
@@ -312,11 +317,14 @@ class Connection:
         return max(own_s, lost.retry_after_s + random.uniform(0.0, spread_s))
 
     def _sleep(self, seconds: float) -> None:
-        """Sleep, and raise ``StoppedError`` soon after somebody asked to stop."""
+        """Sleep, and raise ``StoppedError`` soon after somebody asked to stop; for 0 s, too: outages may be many."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+        while True:
             if self._dialing.should_stop():
                 raise StoppedError("stopped while the server was away; go on with --resume")
+            left = end - time.monotonic()
+            if left <= 0:
+                return
             time.sleep(min(left, STOP_CHECK_S))
 
     def _replace_session(self, handshake: Session) -> None:
@@ -326,6 +334,23 @@ class Connection:
         handshake.round_trips += self.session.round_trips
         self.session = handshake
 
+    def _allow_answers(self, micro_batch: m.Embeddings) -> None:
+        """Take frames as large as the answers to ``micro_batch`` may be, over this connection and those to come."""
+        assert self._socket is not None
+        groups = self.session.groups
+        width = max(
+            self.welcome.hidden_size,
+            *(group.in_features for group in groups),
+            *(sum(target.out_features for target in group.targets) for group in groups),
+        )
+        needed = CONTROL_BYTES + micro_batch.hidden_states.shape[0] * width * 4
+        self._frame_bytes = min(max(self._frame_bytes, needed), MAX_FRAME_BYTES)
+        protocol = self._socket.protocol
+        # The name before websockets 16.
+        name = "max_message_size" if hasattr(protocol, "max_message_size") else "max_size"
+        assert hasattr(protocol, name), "websockets keeps its frame limit elsewhere"
+        setattr(protocol, name, self._frame_bytes)
+
     # -- one websocket -----------------------------------------------------------------------------------
 
     def _dial(self) -> Session:
@@ -333,7 +358,7 @@ class Connection:
         self._hang_up()
         session = Session(Role.EDGE)
         self._closing = contextlib.ExitStack()
-        self._socket = _connect(self.url, self._dialing, self._closing)
+        self._socket = _connect(self.url, self._dialing, self._closing, self._frame_bytes)
         hello = m.Hello(
             protocol_versions=list(PROTOCOL_VERSIONS),
             software=f"dlora-edge {SOFTWARE_VERSION}",
@@ -344,7 +369,7 @@ class Connection:
         if not isinstance(welcome, m.Welcome):
             raise RemoteProtocolError(f"{type(welcome).__name__} where Welcome was due")
         known = self.session.welcome
-        if known is not None and welcome.base_fingerprint != known.base_fingerprint:
+        if known is not None and _model_of(welcome) != _model_of(known):
             raise ModelMismatchError(
                 f"the server {self.url} came back with another base model ({welcome.base_model}); "
                 "serve the model that the bundle was exported from, and go on with --resume"
@@ -418,14 +443,37 @@ def check_url(url: str) -> str:
     parts = split_url(url)
     try:
         usable = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, or too large a one
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # a port that is no number, or too large a one; a name with a part that is empty or too long
         usable = False
     if not usable:
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT or wss://HOST:PORT")
     return url
 
 
-def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> ClientConnection:
+class _OtherAnswerError(Exception):
+    """An HTTP answer other than 101."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status_code)
+        self.response = response
+
+
+class _NoRedirects(ClientConnection):
+    """Takes the answer that comes. websockets follows redirects, a captive portal's too, wherever they lead."""
+
+    def handshake(self, *given: Any, **more: Any) -> None:
+        try:
+            super().handshake(*given, **more)
+        except InvalidStatus as error:
+            raise _OtherAnswerError(error.response) from None
+
+
+def _model_of(welcome: m.Welcome) -> tuple[str, int, int]:
+    return welcome.base_fingerprint, welcome.embedding_size, welcome.hidden_size
+
+
+def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack, frame_bytes: int) -> ClientConnection:
     liveness, credentials = dialing.liveness, dialing.credentials
     try:
         websocket = closing.enter_context(
@@ -434,19 +482,20 @@ def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> Clien
                 additional_headers=credentials.headers(url),
                 ssl=credentials.ssl_context(url),
                 compression=None,
-                max_size=MAX_FRAME_BYTES,
+                max_size=frame_bytes,
                 open_timeout=liveness.open_s,
                 ping_interval=liveness.ping_every_s,
                 ping_timeout=liveness.ping_timeout_s,
                 close_timeout=GOODBYE_TIMEOUT_S,
                 proxy=None,
                 logger=_silent,
+                create_connection=_NoRedirects,
             )
         )
     except InvalidURI:
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT") from None
-    except InvalidStatus as error:
-        raise _refused_at_door(error, url) from None
+    except _OtherAnswerError as error:
+        raise _refused_at_door(error.response, url) from None
     except (InvalidHandshake, EOFError, *HUNG_UP) as error:
         reason = str(error) or "it hung up"
         text = f"{url} answers, but is no dlora server ({reason})"
@@ -454,8 +503,6 @@ def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> Clien
     except TimeoutError:
         text = f"{url} did not answer in {liveness.open_s:g} s; is it a dlora server?"
         raise _LostError(ConnectionFailedError(text)) from None
-    except ssl.SSLCertVerificationError as error:
-        raise tls_failure(error, url) from None
     except ssl.SSLError as error:
         raise _LostError(tls_failure(error, url)) from None
     except OSError as error:
@@ -471,11 +518,11 @@ def _connect(url: str, dialing: Dialing, closing: contextlib.ExitStack) -> Clien
     return websocket
 
 
-def _refused_at_door(error: InvalidStatus, url: str) -> Exception:
+def _refused_at_door(response: Response, url: str) -> Exception:
     """What to raise for an HTTP answer other than 101: a server that lets nobody in says why as the wire does."""
-    found = refusal_in(error.response.body)
+    found = refusal_in(response.body)
     if found is None:
-        text = f"{url} answers, but is no dlora server (HTTP {error.response.status_code})"
+        text = f"{url} answers, but is no dlora server (HTTP {response.status_code})"
         return _LostError(ConnectionFailedError(text))
     refusal = refusal_of(found, url)
     return _LostError(refusal, found.retry_after_s) if found.retryable else refusal

@@ -18,6 +18,7 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from .credentials import Credentials
 from .engines import is_installed
 from .footprint import RUNTIME_MB, STORED_DTYPES, USUAL_TOKENS, tokens_that_fit, training_mb
+from .report import one_line
 from .shim import VARIABLE, load_shim
 
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
@@ -48,12 +49,14 @@ def examine(bundle: Path | None, server: str | None, credentials: Credentials) -
 def show(report: dict[str, Any]) -> None:
     """Print the checks for people."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     console.print(f"dlora-edge {report['software']}, wire versions {report['protocol_versions']}")
     for check in report["checks"]:
         mark = "[green]ok[/]     " if check["ok"] else "[red]PROBLEM[/]"
-        console.print(f"{mark} [bold]{check['check']}[/]: {check['found']}", highlight=False, soft_wrap=True)
+        found = escape(one_line(check["found"]))
+        console.print(f"{mark} [bold]{check['check']}[/]: {found}", highlight=False, soft_wrap=True)
 
 
 class _ProblemError(Exception):

@@ -21,6 +21,11 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain outpu
 _SMOOTHING = 0.9
 
 
+def one_line(text: str) -> str:
+    """``text`` as one line of printable letters: some of it may be a peer's words, and must not steer a terminal."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
 class Reporter:
     """Progress, notes and results of a command.
 
@@ -45,6 +50,9 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line for the user."""
+        self._show(one_line(text))
+
+    def _show(self, text: str) -> None:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
@@ -77,7 +85,7 @@ class Reporter:
             return
         done = metrics.step + 1
         if done == 1 or done == metrics.total_steps or done % (self._every or 1) == 0:
-            self.say(f"step {done}/{metrics.total_steps}  {self._status(metrics)}")
+            self._show(f"step {done}/{metrics.total_steps}  {self._status(metrics)}")
 
     @contextmanager
     def evaluating(self, when: str, examples: int) -> Iterator[Callable[[int], None]]:
@@ -109,7 +117,7 @@ class Reporter:
             return
         if any((states != self._history[0][1]).any() for _, states in self._history):
             colour = self._terminal and not os.environ.get("NO_COLOR")
-            self.say(render_map(self._history, height=40, colour=colour, name="unit"))
+            self._show(render_map(self._history, height=40, colour=colour, name="unit"))
         print(summary_table(summary))
 
     @contextmanager
@@ -187,7 +195,7 @@ def _title(key: str) -> str:
 
 def _value(key: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
+        return one_line(str(value))
     if "bytes" in key and value >= 1e5:
         return f"{value / 1e6:,.2f} MB"
     if key.endswith("_mb"):

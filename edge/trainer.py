@@ -400,6 +400,11 @@ def check_base_model(bundle: Bundle, welcome: m.Welcome) -> None:
             f"the server serves {welcome.base_model} ({welcome.base_fingerprint[:12]}…), the bundle is of {base.name} "
             f"({base.fingerprint[:12]}…); serve that model, or export a bundle of the server's"
         )
+    if (welcome.embedding_size, welcome.hidden_size) != (base.embedding_size, base.hidden_size):
+        raise ModelMismatchError(
+            f"the server says that {welcome.base_model} is {welcome.embedding_size} and {welcome.hidden_size} wide, "
+            f"the bundle {base.embedding_size} and {base.hidden_size}; export a bundle of the server's"
+        )
 
 
 def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:

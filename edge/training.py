@@ -93,7 +93,7 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
         trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
         release_code()
         first_step = trainer.next_step
-        evaluations = _Evaluations(run, trainer, reporter)
+        evaluations = _Evaluations(run, trainer, reporter, stop.asked)
         if first_step == 0:
             if init is not None:
                 _warn_of_dropped(trainer, init, reporter)
@@ -150,6 +150,10 @@ def _run_steps(
         trainer.save_adapter(run.out)
 
     while trainer.next_step < last:
+        if evaluations.due() and not stop():
+            # Whoever stops it stops the run, below, with all that is saved there.
+            with _keeping_what_was_done(run, trainer), contextlib.suppress(StoppedError):
+                evaluations.add(f"at step {trainer.next_step}")
         wait_while_paused(run.pause, sensors, say=reporter.say, should_stop=stop, on_pause=save)
         if stop():
             save()
@@ -161,9 +165,6 @@ def _run_steps(
         done = trainer.next_step
         if done % run.save_every == 0 or done == last:
             save()
-        if run.eval_every and done % run.eval_every == 0 and done < last and not stop():
-            with _keeping_what_was_done(run, trainer):
-                evaluations.add(f"at step {done}")
 
 
 @contextlib.contextmanager
@@ -180,23 +181,47 @@ def _keeping_what_was_done(run: TrainRun, trainer: Trainer) -> Iterator[None]:
 class _Evaluations:
     """Held-out evaluations of a run, kept on disk so that a resumed run has those from before."""
 
-    def __init__(self, run: TrainRun, trainer: Trainer, reporter: Reporter) -> None:
+    def __init__(self, run: TrainRun, trainer: Trainer, reporter: Reporter, stop: Callable[[], bool]) -> None:
         self._run = run
         self._trainer = trainer
         self._reporter = reporter
+        self._stop = stop
         self._path = run.out / EVALUATIONS
-        kept = self._path.read_bytes().splitlines() if trainer.next_step and self._path.exists() else []
-        self.rows: list[dict[str, Any]] = [
-            row for row in map(json.loads, kept) if row["step"] <= trainer.next_step < run.config.total_steps
-        ]
+        # Those of the history that goes on; the one after the last step is made again in any case.
+        first_dropped = min(trainer.next_step + 1, run.config.total_steps)
+        self.rows: list[dict[str, Any]] = self._load(first_dropped) if trainer.next_step else []
+
+    def _load(self, first_dropped: int) -> list[dict[str, Any]]:
+        """What stands in the file of earlier steps than ``first_dropped``; it is not worth a run, so damage is told."""
+        found = []
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
+            try:
+                row = json.loads(line)
+                step, _ = row["step"], row["loss"]
+                if step < first_dropped:
+                    found.append(row)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                self._reporter.warn(f"{self._path} has a damaged line, which is left out")
+        return found
+
+    def due(self) -> bool:
+        """Whether one belongs between the last step and the next, and is not there."""
+        every, step = self._run.eval_every, self._trainer.next_step
+        return every > 0 and step > 0 and step % every == 0 and all(row["step"] != step for row in self.rows)
 
     def add(self, when: str) -> None:
-        """Evaluate now, where there is held-out data."""
+        """Evaluate now, where there is held-out data. Raises ``StoppedError`` soon after somebody asked to stop."""
         run = self._run
         if run.eval_dataset is None:
             return
         with self._reporter.evaluating(when, len(run.eval_dataset)) as advance:
-            result = self._trainer.evaluate(run.eval_dataset, lambda done, _: advance(done))
+
+            def after_batch(examples: int, _: int) -> None:
+                advance(examples)
+                if self._stop():
+                    raise StoppedError("stopped while evaluating; go on with --resume")
+
+            result = self._trainer.evaluate(run.eval_dataset, after_batch)
         self._reporter.say(
             f"held-out loss {when}: {result.loss:.4f} over {result.tokens} tokens, "
             f"{result.token_accuracy:.1%} of tokens right"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from small_disk import remount_read_only, small_disk
 
-from dlora.edge.atomic import write_atomically
+from dlora.edge.atomic import make_directory, write_atomically
 from dlora.edge.checkpoint import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from dlora.protocol.errors import CheckpointError, StorageError
 
@@ -160,8 +162,10 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="No space left on device; what was saved before is intact"):
             save(disk, 30, size=200_000)
         assert {path.name: path.read_bytes() for path in disk.iterdir()} == before
+        (disk / ".checkpoint-000025.safetensors.tmp").write_bytes(b"x" * 4096)  # what is left must not keep it full
         save(disk, 30)
         assert load(disk).step == 30
+        assert {path.name for path in disk.iterdir()} == {path.name for _, path in list_checkpoints(disk)}
 
 
 def test_a_read_only_disk(tmp_path: Path) -> None:
@@ -199,10 +203,51 @@ def test_a_directory_in_the_way(tmp_path: Path) -> None:
         save(tmp_path / "file", 1)
 
 
-def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
-    (tmp_path / ".checkpoint-000010.safetensors.tmp").write_bytes(b"half")
+@pytest.mark.parametrize("step", [7, 10, 37])
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, step: int) -> None:
+    (tmp_path / f".checkpoint-{step:06d}.safetensors.tmp").write_bytes(b"half")
     save(tmp_path, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000010.safetensors"]
+
+
+def test_new_directories_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in a directory is of no use after a power cut that its own name did not survive."""
+    synced: list[str] = []
+    sync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")} == set(synced)
+    synced.clear()
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert synced == []
+    monkeypatch.chdir(tmp_path)
+    make_directory(Path("d"))
+    assert synced == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_file_system_that_cannot_sync_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    sync = os.fsync
+
+    def fail_for_directories(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_directories)
+    if number == errno.EINVAL:
+        save(tmp_path / "run", 10)
+        assert load(tmp_path / "run").step == 10
+    else:
+        with pytest.raises(StorageError):
+            save(tmp_path / "run", 10)
 
 
 def test_killed_at_any_moment_there_is_a_whole_one(tmp_path: Path) -> None:

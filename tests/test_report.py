@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from small_disk import small_disk
 
+from dlora.edge.cli import _warn as warn
+from dlora.edge.doctor import show
 from dlora.edge.kr_map import render_map
 from dlora.edge.metrics import MetricsLog, StepMetrics, history, read_metrics
 from dlora.edge.report import Reporter, summary_table
@@ -120,6 +122,24 @@ def test_plain_lines_every_few_steps() -> None:
     assert [line.split()[1] for line in lines[:-1]] == ["1/25", "10/25", "20/25", "25/25"]
     assert lines[1] == "step 10/25  loss 2.500  600 tok/s  0.84↑ 0.42↓ MB  active 4/6  eta 0:08"
     assert lines[-1] == "warning: mind [the] gap"
+
+
+EVIL = "a [/peer]'s\n\twords\x1b[2J\x1b]0;title\x07 \x9b1m\u202eend\r"
+PLAIN = "a [/peer]'s words[2J]0;title 1mend"
+
+
+def test_no_words_of_a_peer_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    reporter = Reporter(stream=stream)
+    reporter.say(EVIL)
+    reporter.warn(EVIL)
+    assert stream.getvalue() == f"{PLAIN}\nwarning: {PLAIN}\n"
+    warn(EVIL)
+    assert capsys.readouterr().err == f"warning: {PLAIN}\n"
+    check = {"check": "server", "ok": False, "found": EVIL}
+    show({"software": "x", "protocol_versions": [1], "checks": [check]})
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f": {PLAIN}")
+    assert summary_table({"base_model": EVIL}) == f"base model  {PLAIN}"
 
 
 def test_a_terminal_gets_one_live_line() -> None:

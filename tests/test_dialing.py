@@ -1,0 +1,176 @@
+"""Reaching a server that is there, while something else answers in its place for a while."""
+
+from __future__ import annotations
+
+import datetime
+import queue
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from families import VOCABULARY, save_tiny, tiny_model
+from msgspec import structs
+from serving import config, random_dataset, serving, training
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+from websockets.sync.server import Request, Response, ServerConnection, serve
+
+from dlora.cloud.base_model import BaseModel
+from dlora.edge import connection as edge
+from dlora.edge.bundle import Bundle
+from dlora.edge.connection import CONTROL_BYTES, Connection, Dialing, Retry, check_url
+from dlora.edge.credentials import Credentials
+from dlora.edge.trainer import check_base_model
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol import messages as m
+from dlora.protocol.codec import encode
+from dlora.protocol.errors import ConnectionFailedError, ModelMismatchError, UsageError
+
+HOST = "127.0.0.1"
+PATIENT = Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.01)
+LONG_AGO = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+WELCOME = m.Welcome(
+    protocol_version=1, software="x", base_model="x", base_fingerprint="x", embedding_size=1, hidden_size=1,
+    max_sequence_length=1, max_tokens=1,
+)  # fmt: skip
+
+
+def greet(connection: ServerConnection) -> None:
+    connection.recv()
+    connection.send(encode(WELCOME))
+    connection.recv()
+
+
+@contextmanager
+def greeting(answer: Callable[[ServerConnection], None] = greet, **settings: Any) -> Iterator[int]:
+    """A server that greets, or does something else; its port."""
+    with serve(answer, HOST, 0, compression=None, **settings) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.socket.getsockname()[1]
+        server.shutdown()
+
+
+@pytest.mark.parametrize("location", ["http://portal.example/login", "/login", "ws://[::1", "ws://h:99999/"])
+def test_a_portals_redirect_is_not_followed(location: str) -> None:
+    asked: list[str] = []
+
+    def redirect(connection: ServerConnection, request: Request) -> Response | None:
+        asked.append(request.path)
+        if len(asked) > 3:
+            return None
+        response = connection.respond(HTTPStatus.FOUND, "log in first")
+        response.headers["Location"] = location
+        return response
+
+    with greeting(process_request=redirect) as port:
+        url = f"ws://{HOST}:{port}"
+        with pytest.raises(ConnectionFailedError, match="HTTP 302"):
+            Connection(url)
+        with Connection(url, Dialing(retry=PATIENT)) as connection:
+            assert connection.reconnects == 1
+    assert asked == ["/"] * 4
+
+
+def test_a_certificate_that_is_not_to_be_trusted_now_may_be_later(tmp_path: Path) -> None:
+    """A clock that is wrong for a while, or a portal, is no reason to end a run; a first try ends at once."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    expired, good = (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) for _ in range(2))
+    authority.issue_cert(HOST, not_after=LONG_AGO, not_before=LONG_AGO.replace(year=2019)).configure_cert(expired)
+    authority.issue_cert(HOST).configure_cert(good)
+    handshakes = 0
+
+    def choose(tls: ssl.SSLSocket | ssl.SSLObject, *_: object) -> None:
+        nonlocal handshakes
+        handshakes += 1
+        if handshakes > 3:
+            tls.context = good
+
+    expired.sni_callback = choose
+    said: list[str] = []
+    credentials = Credentials("a-token", ca=tmp_path / "ca.pem")
+    with greeting(ssl=expired) as port:
+        url = f"wss://{HOST}:{port}"
+        with pytest.raises(ConnectionFailedError, match="not to be trusted"):
+            Connection(url, Dialing(credentials))
+        with Connection(url, Dialing(credentials, retry=PATIENT, say=said.append)) as connection:
+            assert connection.reconnects == 1
+    assert sum("not to be trusted" in line for line in said) == 2
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".org"])
+def test_a_name_that_cannot_be(host: str) -> None:
+    with pytest.raises(UsageError, match="no websocket address"):
+        check_url(f"ws://{host}:8765")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "[fe80::1%eth0]", "example.org.", "bücher.de"])
+def test_a_name_that_can(host: str) -> None:
+    check_url(f"ws://{host}:8765")
+
+
+def test_before_a_session_no_large_frame_is_taken() -> None:
+    def greet_at_length(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.send(bytes(CONTROL_BYTES + 1))
+        with suppress(ConnectionClosed):
+            connection.recv()
+        closed.put(connection.close_code)
+
+    closed: queue.Queue[int | None] = queue.Queue()
+    with greeting(greet_at_length) as port, pytest.raises(ConnectionFailedError, match="before it greeted"):
+        Connection(f"ws://{HOST}:{port}")
+    assert closed.get(timeout=10) == CloseCode.MESSAGE_TOO_BIG
+
+
+def test_in_a_session_frames_as_large_as_its_answers_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a connection that comes later as well; with hardly any allowance beside, so that the rest must suffice."""
+    monkeypatch.setattr(edge, "CONTROL_BYTES", 4096)
+    save_tiny(tmp_path / "model")
+    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=4, alpha=8.0))
+    data = random_dataset(VOCABULARY, longest=60)
+    with (
+        serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server,
+        training(tmp_path / "bundle", server.url, config(batch_size=12), data, Dialing(retry=PATIENT)) as trainer,
+    ):
+        connection, forward = trainer.connection, trainer.model._compute.forward
+        largest = 0
+
+        def count(frame: bytes) -> m.AnyMessage | None:
+            nonlocal largest
+            largest = max(largest, len(frame))
+            return receive(frame)
+
+        def hang_up_once(*given: Any, **more: Any) -> Any:
+            if not connection.resumed:
+                connection._hang_up()
+            return forward(*given, **more)
+
+        receive = connection.session.receive
+        monkeypatch.setattr(connection.session, "receive", count)
+        monkeypatch.setattr(trainer.model._compute, "forward", hang_up_once)
+        trainer.run_step()
+        assert (connection.reconnects, connection.resumed, trainer.steps_rerun) == (1, 1, 0)
+        assert 4096 < largest <= connection._frame_bytes < 2 * largest
+
+
+def test_a_server_that_lies_about_its_widths(tmp_path: Path) -> None:
+    """The fingerprint is right, and what it calls a hidden state would be of any size."""
+    save_tiny(tmp_path / "model")
+    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=4, alpha=8.0))
+    bundle = Bundle.open(tmp_path / "bundle")
+    base = bundle.manifest.base_model
+    welcome = structs.replace(
+        WELCOME, base_fingerprint=base.fingerprint, embedding_size=base.embedding_size, hidden_size=base.hidden_size
+    )
+    check_base_model(bundle, welcome)
+    with pytest.raises(ModelMismatchError, match="wide"):
+        check_base_model(bundle, structs.replace(welcome, hidden_size=1 << 24))

@@ -1,0 +1,148 @@
+"""Whoever asks a run to stop need not wait for what may never end, and loses nothing by it."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import VOCABULARY, save_tiny, tiny_model
+from serving import RunningServer, config, random_dataset, serving, training
+
+from dlora.cloud.base_model import BaseModel
+from dlora.edge.bundle import Bundle
+from dlora.edge.checkpoint import list_checkpoints
+from dlora.edge.connection import Dialing, Retry
+from dlora.edge.report import Reporter
+from dlora.edge.training import EVALUATIONS, TrainRun, train
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.errors import StoppedError
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("stopping")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    return directory / "bundle"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as running:
+        yield running
+
+
+def test_a_step_that_is_lost_again_and_again(
+    server: RunningServer, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is there each time, so that no pause is ever due; and each time it knows nothing of the session."""
+    lost = 0
+    dialing = Dialing(retry=Retry(max_s=None), should_stop=lambda: lost == 3)
+    with training(bundle, server.url, config(), random_dataset(VOCABULARY), dialing) as trainer:
+        forward = trainer.model._compute.forward
+
+        def lose_the_session(*given: Any, **more: Any) -> Any:
+            nonlocal lost
+            lost += 1
+            assert lost < 10, "it was asked to stop"
+            trainer.connection._token = bytes(32)
+            trainer.connection._hang_up()
+            return forward(*given, **more)
+
+        monkeypatch.setattr(trainer.model._compute, "forward", lose_the_session)
+        with pytest.raises(StoppedError, match="--resume"):
+            trainer.run_step()
+        assert (trainer.next_step, trainer.steps_rerun) == (0, 2)
+
+
+class Stopping(Reporter):
+    """Asks the run to stop, as a user does, in the first batch of one evaluation."""
+
+    def __init__(self, when: str = "") -> None:
+        self._text = io.StringIO()
+        super().__init__(stream=self._text)
+        self.batches_after = 0
+        self._when = when
+
+    @property
+    def said(self) -> str:
+        return self._text.getvalue()
+
+    @contextmanager
+    def evaluating(self, when: str, examples: int) -> Iterator[Callable[[int], None]]:
+        def advance(count: int) -> None:
+            if when == self._when:
+                self.batches_after += 1
+                if self.batches_after == 1:
+                    signal.raise_signal(signal.SIGTERM)
+
+        yield advance
+
+
+def run(server: RunningServer, bundle: Path, out: Path, *, resume: bool = False) -> TrainRun:
+    return TrainRun(
+        bundle=Bundle.open(bundle), server=server.url, dataset=random_dataset(VOCABULARY), out=out,
+        config=config(total_steps=STEPS), eval_dataset=random_dataset(VOCABULARY, seed=1), eval_every=2,
+        save_every=4, threads=1, resume=resume,
+    )  # fmt: skip
+
+
+def evaluations(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / EVALUATIONS).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(server: RunningServer, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    train(run(server, bundle, out), Stopping())
+    assert [row["step"] for row in evaluations(out)] == [0, 2, 4, 6]
+    return out
+
+
+@pytest.mark.parametrize(("when", "saved"), [("before", []), ("at step 2", [2]), ("at step 4", [4]), ("after", [6, 4])])
+def test_an_evaluation_is_given_up_and_made_up_for(
+    server: RunningServer, bundle: Path, whole: Path, when: str, saved: list[int], tmp_path: Path
+) -> None:
+    reporter = Stopping(when)
+    with pytest.raises(StoppedError, match="--resume"):
+        train(run(server, bundle, tmp_path), reporter)
+    assert reporter.batches_after == 1
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == saved
+    assert (tmp_path / "adapter_model.safetensors").exists() == bool(saved)
+    summary = train(run(server, bundle, tmp_path, resume=True), Stopping())
+    assert summary["first_step"] == (saved[0] if saved else 0)
+    assert evaluations(tmp_path) == evaluations(whole) == summary["evaluations"]
+    adapter = "adapter_model.safetensors"
+    assert (tmp_path / adapter).read_bytes() == (whole / adapter).read_bytes()
+
+
+def test_a_finished_run_keeps_its_evaluations(server: RunningServer, bundle: Path, whole: Path) -> None:
+    before = evaluations(whole)
+    summary = train(run(server, bundle, whole, resume=True), Stopping())
+    assert evaluations(whole) == before
+    assert summary["eval_loss_before"] == before[0]["loss"]
+
+
+@pytest.mark.parametrize("damage", [
+    b"\0\0\0", b"{}", b"[1]", b"\xff", b'{"step": "0", "loss": 1}', b'{"step": 0}', b"[" * 9999,
+], ids=lambda damage: repr(damage[:20]))  # fmt: skip
+def test_a_damaged_evaluation_is_left_out(server: RunningServer, bundle: Path, tmp_path: Path, damage: bytes) -> None:
+    first = Stopping("at step 4")
+    with pytest.raises(StoppedError):
+        train(run(server, bundle, tmp_path), first)
+    path = tmp_path / EVALUATIONS
+    _, at_2 = path.read_bytes().splitlines()
+    path.write_bytes(damage + b"\n" + at_2 + b"\n")
+    reporter = Stopping()
+    train(run(server, bundle, tmp_path, resume=True), reporter)
+    assert reporter.said.count("has a damaged line") == 1
+    assert [row["step"] for row in evaluations(tmp_path)] == [2, 4, 6]
