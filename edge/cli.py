@@ -234,8 +234,8 @@ def train(
 
     from .bundle import Bundle
     from .config import TrainConfig
-    from .connection import Liveness, check_url
     from .data import load_examples
+    from .dialing import Liveness, check_url
     from .identity import load_device_id
     from .memory import collect
     from .optimizer import OptimizerConfig
@@ -470,7 +470,7 @@ def _open_model(
     credentials: Credentials,
     max_retry_s: float | None,
 ) -> AbstractContextManager[SplitModel]:
-    from .connection import Dialing, Retry
+    from .dialing import Dialing, Retry
     from .identity import load_device_id
     from .inference import open_model
 

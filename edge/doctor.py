@@ -147,7 +147,8 @@ def _bundle(path: Path) -> str:
 
 def _server(url: str, bundle: Path | None, credentials: Credentials) -> str:
     from .bundle import Bundle
-    from .connection import Connection, Dialing
+    from .connection import Connection
+    from .dialing import Dialing
     from .trainer import check_base_model
 
     with Connection(url, Dialing(credentials)) as connection:

@@ -16,7 +16,8 @@ from dlora.protocol.tensors import WireDtype
 
 from .adapters import AdapterSet
 from .bundle import Bundle
-from .connection import Connection, Dialing
+from .connection import Connection
+from .dialing import Dialing
 from .engines import EngineName, make_engine
 from .peft_adapter import load_adapter
 from .split_model import SplitModel

@@ -23,9 +23,10 @@ from .bundle import Bundle
 from .checkpoint import Checkpoint, list_checkpoints, load_latest
 from .code_pages import release_code
 from .config import TrainConfig
-from .connection import Connection, Dialing, Liveness, Retry
+from .connection import Connection
 from .credentials import Credentials
 from .data import Dataset
+from .dialing import Dialing, Liveness, Retry
 from .engines import EngineName, make_engine
 from .memory import peak_rss_mb
 from .metrics import MetricsLog, read_metrics

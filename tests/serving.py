@@ -15,8 +15,9 @@ from dlora.cloud.base_model import BaseModel
 from dlora.cloud.server import CloudServer
 from dlora.edge.bundle import Bundle
 from dlora.edge.config import TrainConfig
-from dlora.edge.connection import Connection, Dialing
+from dlora.edge.connection import Connection
 from dlora.edge.data import Dataset
+from dlora.edge.dialing import Dialing
 from dlora.edge.onnx_engine import OnnxEngine
 from dlora.edge.optimizer import OptimizerConfig
 from dlora.edge.trainer import Trainer

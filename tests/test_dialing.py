@@ -24,8 +24,9 @@ from websockets.sync.server import Request, Response, ServerConnection, serve
 from dlora.cloud.base_model import BaseModel
 from dlora.edge import connection as edge
 from dlora.edge.bundle import Bundle
-from dlora.edge.connection import CONTROL_BYTES, Connection, Dialing, Retry, check_url
+from dlora.edge.connection import CONTROL_BYTES, Connection
 from dlora.edge.credentials import Credentials
+from dlora.edge.dialing import Dialing, Retry, check_url
 from dlora.edge.trainer import check_base_model
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m

@@ -27,8 +27,9 @@ from dlora.cloud.base_model import BaseModel
 from dlora.cloud.patience import Patience
 from dlora.cloud.tokens import TokenStore
 from dlora.edge.config import TrainConfig
-from dlora.edge.connection import Connection, Dialing
+from dlora.edge.connection import Connection
 from dlora.edge.credentials import Credentials
+from dlora.edge.dialing import Dialing
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode

@@ -23,7 +23,7 @@ from dlora.cloud.executor import ComputeGate
 from dlora.cloud.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines, Patience
 from dlora.cloud.quotas import QuotaLimits
 from dlora.cloud.transport import SessionTransport
-from dlora.edge.connection import Dialing, Retry
+from dlora.edge.dialing import Dialing, Retry
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import UsageError
 

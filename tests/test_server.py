@@ -25,7 +25,8 @@ from dlora.cloud.base_model import BaseModel
 from dlora.cloud.patience import Patience
 from dlora.cloud.server import CloudServer
 from dlora.edge.bundle import Bundle
-from dlora.edge.connection import Connection, Dialing, Retry
+from dlora.edge.connection import Connection
+from dlora.edge.dialing import Dialing, Retry
 from dlora.edge.trainer import check_base_model
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m

@@ -17,7 +17,7 @@ from serving import RunningServer, config, random_dataset, serving, training
 from dlora.cloud.base_model import BaseModel
 from dlora.edge.bundle import Bundle
 from dlora.edge.checkpoint import list_checkpoints
-from dlora.edge.connection import Dialing, Retry
+from dlora.edge.dialing import Dialing, Retry
 from dlora.edge.report import Reporter
 from dlora.edge.training import EVALUATIONS, TrainRun, train
 from dlora.export.bundle import ExportSettings, export_bundle

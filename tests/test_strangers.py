@@ -18,7 +18,8 @@ from serving import config, final_weights, random_dataset, serving, training
 
 from dlora.cloud.base_model import BaseModel
 from dlora.cloud.quotas import QuotaLimits
-from dlora.edge.connection import Connection, Dialing, Retry
+from dlora.edge.connection import Connection
+from dlora.edge.dialing import Dialing, Retry
 from dlora.edge.trainer import Trainer
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import RefusedError

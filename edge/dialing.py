@@ -1,0 +1,224 @@
+"""Reaching a server: one websocket, and what every way of not getting one means.
+
+What may pass is a ``LostError``, which carries what to raise where nothing more is tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import socket
+import ssl
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.http11 import Response
+from websockets.sync.client import ClientConnection, connect
+
+from dlora.protocol import messages as m
+from dlora.protocol.errors import (
+    ConnectionFailedError,
+    DloraError,
+    ModelMismatchError,
+    ProtocolError,
+    RefusedError,
+    UsageError,
+)
+
+from .credentials import Credentials, refusal_in, split_url, tls_failure
+
+GOODBYE_TIMEOUT_S: Final = 2.0
+
+# What websockets raises when the peer is gone. Beside its own exception it lets a failed write through, and trips
+# over an assertion of its own where the peer hangs up while we send (17.4).
+HUNG_UP: Final = (ConnectionClosed, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, AssertionError)
+
+# Its own account of the same, with a traceback, is not for our users.
+_silent = logging.getLogger("dlora.edge.websocket")
+_silent.addHandler(logging.NullHandler())
+_silent.propagate = False
+
+
+@dataclass(frozen=True)
+class Retry:
+    """When to connect again, and for how long.
+
+    Attributes:
+        max_s: how long an outage may last; None: for ever, 0: give up at once.
+        at_start: whether the very first connection may wait as well; otherwise it fails at once.
+        first_s, ceiling_s: pauses double from the one to the other; each is shortened by up to half at random, so
+            that devices do not come back in step.
+    """
+
+    max_s: float | None = 0.0
+    at_start: bool = False
+    first_s: float = 0.5
+    ceiling_s: float = 30.0
+
+    def pause_s(self, failures: int) -> float:
+        """The pause after so many failures in a row (from 1)."""
+        longest = min(self.ceiling_s, self.first_s * 2.0 ** min(failures - 1, 30))
+        return longest * random.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """When a silent server counts as lost, in seconds.
+
+    Attributes:
+        exchange_s: least time that an answer may take; slow answers raise it.
+        open_s: to connect and greet.
+        ping_every_s, ping_timeout_s: pings do not depend on what the server computes.
+    """
+
+    exchange_s: float = 120.0
+    open_s: float = 10.0
+    ping_every_s: float = 20.0
+    ping_timeout_s: float = 60.0
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Dialing:
+    """How to reach a server, and what to do when it is gone.
+
+    Attributes:
+        device: this device's stable name.
+        say: told one line when the connection is lost and when it is back.
+        should_stop: asked while waiting for a server; true raises ``StoppedError``.
+    """
+
+    credentials: Credentials = field(default_factory=Credentials)
+    device: str = ""
+    retry: Retry = field(default_factory=Retry)
+    liveness: Liveness = field(default_factory=Liveness)
+    say: Callable[[str], None] = _say_nothing
+    should_stop: Callable[[], bool] = _never
+
+
+class LostError(Exception):
+    """The connection is of no more use; another one may be.
+
+    Attributes:
+        final: what to raise where nothing more is tried.
+    """
+
+    def __init__(self, final: DloraError, retry_after_s: float | None = None) -> None:
+        super().__init__(str(final))
+        self.final = final
+        self.retry_after_s = retry_after_s
+
+
+def check_url(url: str) -> str:
+    """``url`` if it is a websocket address without a secret in it; raises ``UsageError``."""
+    parts = split_url(url)
+    try:
+        usable = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # a port that is no number, or too large a one; a name with a part that is empty or too long
+        usable = False
+    if not usable:
+        raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT or wss://HOST:PORT")
+    return url
+
+
+class _OtherAnswerError(Exception):
+    """An HTTP answer other than 101."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status_code)
+        self.response = response
+
+
+class _NoRedirects(ClientConnection):
+    """Takes the answer that comes. websockets follows redirects, a captive portal's too, wherever they lead."""
+
+    def handshake(self, *given: Any, **more: Any) -> None:
+        try:
+            super().handshake(*given, **more)
+        except InvalidStatus as error:
+            raise _OtherAnswerError(error.response) from None
+
+
+def open_websocket(url: str, dialing: Dialing, closing: contextlib.ExitStack, frame_bytes: int) -> ClientConnection:
+    """Open a websocket, which ``closing`` will close; it takes frames of ``frame_bytes`` at most.
+
+    Raises ``LostError`` for what may pass; ``UsageError``, and what a server that refuses means, for what may not.
+    """
+    liveness, credentials = dialing.liveness, dialing.credentials
+    try:
+        websocket = closing.enter_context(
+            connect(
+                url,
+                additional_headers=credentials.headers(url),
+                ssl=credentials.ssl_context(url),
+                compression=None,
+                max_size=frame_bytes,
+                open_timeout=liveness.open_s,
+                ping_interval=liveness.ping_every_s,
+                ping_timeout=liveness.ping_timeout_s,
+                close_timeout=GOODBYE_TIMEOUT_S,
+                proxy=None,
+                logger=_silent,
+                create_connection=_NoRedirects,
+            )
+        )
+    except InvalidURI:
+        raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT") from None
+    except _OtherAnswerError as error:
+        raise _refused_at_door(error.response, url) from None
+    except (InvalidHandshake, EOFError, *HUNG_UP) as error:
+        reason = str(error) or "it hung up"
+        text = f"{url} answers, but is no dlora server ({reason})"
+        raise LostError(ConnectionFailedError(text)) from None
+    except TimeoutError:
+        text = f"{url} did not answer in {liveness.open_s:g} s; is it a dlora server?"
+        raise LostError(ConnectionFailedError(text)) from None
+    except ssl.SSLError as error:
+        raise LostError(tls_failure(error, url)) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        text = f"cannot reach {url}: {reason}; start the server with: dlora-cloud serve MODEL"
+        raise LostError(ConnectionFailedError(text)) from None
+    if sys.platform == "linux":
+        # Writing has no deadline of its own: a server that stands still would hold up a large frame, and the pings that
+        # wait behind it, for ever.
+        timeout_ms = round(liveness.ping_timeout_s * 1000)
+        with contextlib.suppress(OSError):  # it hung up already, which whoever reads will find
+            websocket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+    return websocket
+
+
+def _refused_at_door(response: Response, url: str) -> Exception:
+    """What to raise for an HTTP answer other than 101: a server that lets nobody in says why as the wire does."""
+    found = refusal_in(response.body)
+    if found is None:
+        text = f"{url} answers, but is no dlora server (HTTP {response.status_code})"
+        return LostError(ConnectionFailedError(text))
+    refusal = refusal_of(found, url)
+    return LostError(refusal, found.retry_after_s) if found.retryable else refusal
+
+
+def refusal_of(error: m.Error, url: str) -> DloraError:
+    """What an ``Error`` of the server's means to the user."""
+    text = f"the server {url} refused: {error.message}"
+    match error.code:
+        case m.ErrorCode.BASE_MODEL_MISMATCH | m.ErrorCode.UNKNOWN_TARGET:
+            return ModelMismatchError(f"{text}; serve the model that the bundle was exported from")
+        case m.ErrorCode.VERSION:
+            return ProtocolError(f"{text}; update the older side")
+        case m.ErrorCode.PROTOCOL | m.ErrorCode.NON_FINITE | m.ErrorCode.DAMAGED:
+            return ProtocolError(text)
+        case _:
+            return RefusedError(text, error.code, retryable=error.retryable, retry_after_s=error.retry_after_s)
