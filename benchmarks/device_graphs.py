@@ -21,16 +21,11 @@ from children import log
 
 from dlora.edge.bundle import Bundle
 from dlora.edge.engine import Engine, scalar
-from dlora.edge.onnx_engine import OnnxEngine
-from dlora.protocol.errors import DloraError
+from dlora.edge.engines import make_engine, usable_engines
 from dlora.protocol.manifest import GraphSpec, TensorSpec
 
 Array = npt.NDArray[Any]
 
-# By the name that a bundle's manifest has for an engine.
-ENGINES: dict[str, Callable[[Bundle, int], Engine]] = {
-    "onnx": OnnxEngine,
-}
 PAUSE_S = 0.05
 BLOCK_S = 0.03
 
@@ -40,14 +35,9 @@ def main() -> None:
     options = _options()
     bundle = Bundle.open(options.bundle)
     found = []
-    for name, make in ENGINES.items():
-        specs = [spec for spec in bundle.manifest.graphs if name in spec.files]
-        try:
-            engine = make(bundle, options.threads)
-        except DloraError as error:
-            log(f"engine {name} left out: {error}")
-            continue
-        for spec in specs:
+    for name in usable_engines(bundle):
+        engine = make_engine(bundle, name, options.threads)
+        for spec in bundle.manifest.graphs:
             sizes = {
                 "tokens": options.tokens,
                 "rank": options.rank,
