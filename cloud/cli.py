@@ -77,7 +77,10 @@ def serve(
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one micro-batch.", min=1)] = 8192,
     state_dir: Annotated[
         Path | None,
-        typer.Option(help="Where tokens and the key that signs tickets are kept.", envvar="DLORA_CLOUD_STATE"),
+        typer.Option(
+            help="Where tokens and the key that signs tickets are kept; ~/.local/state/dlora-cloud by default.",
+            envvar="DLORA_CLOUD_STATE",
+        ),
     ] = None,
     tls_cert: Annotated[
         Path | None, typer.Option(help="Certificate chain (PEM): speak TLS.", rich_help_panel=DOOR)

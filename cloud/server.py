@@ -6,6 +6,7 @@ import asyncio
 import http
 import json
 import logging
+import os
 import signal
 import ssl
 import threading
@@ -118,7 +119,9 @@ class CloudServer:
                 **self.guard.settings(),
             )
         except OSError as error:
-            raise ConnectionFailedError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            text = f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
+            raise ConnectionFailedError(text) from None
         self.port = next(iter(self._server.sockets)).getsockname()[1]
         self._rechecking = asyncio.create_task(self._recheck_access())
 

@@ -38,7 +38,8 @@ def open_ticket(ticket: bytes, digest: bytes, key: bytes) -> bytes:
         raise RemoteProtocolError("this is not a ticket of this version; start the run afresh", code="ticket")
     body, mac = ticket[:-DIGEST_BYTES], ticket[-DIGEST_BYTES:]
     if not hmac.compare_digest(mac, _mac(body, key)):
-        raise RemoteProtocolError("the ticket's signature is wrong: another server's, or damaged", code="ticket")
+        text = "the ticket's signature is wrong: another server's, or damaged; a server has its key in --state-dir"
+        raise RemoteProtocolError(text, code="ticket")
     start = len(MAGIC)
     if not hmac.compare_digest(body[start : start + DIGEST_BYTES], digest):
         raise RemoteProtocolError(

@@ -74,11 +74,14 @@ def list_tokens(state_dir: StateDirOption = None, json_output: JsonOption = Fals
 def revoke(
     device_or_id: Annotated[str, typer.Argument(metavar="DEVICE|ID", help="A device's name, or one token's id.")],
     state_dir: StateDirOption = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Revoke one token, or all of a device, at once; the server ends their sessions too."""
     revoked = _store(state_dir).revoke(device_or_id)
     if not revoked:
         raise UsageError(f"no token to revoke for {device_or_id!r}; see: dlora-cloud token list")
+    if json_output:
+        print(json.dumps({"revoked": revoked}))
     print(f"revoked {revoked} token{'s' if revoked > 1 else ''} of {device_or_id}", file=sys.stderr)
 
 

@@ -105,9 +105,9 @@ def load_latest(directory: Path, warn: Callable[[str], None] | None = None) -> C
         except _DamagedError as error:
             damaged += 1
             if warn is not None:
-                warn(f"{path} is damaged ({error}); trying an earlier one")
+                warn(f"{path} is damaged ({error}); trying the one before")
     if damaged:
-        raise CheckpointError(f"no checkpoint in {directory} is whole ({damaged} damaged); start anew without --resume")
+        raise CheckpointError(f"no checkpoint in {directory} is whole ({damaged} damaged); start anew in another --out")
     return None
 
 

@@ -245,6 +245,8 @@ def train(
 
     if alpha is not None and not 0 < alpha < math.inf:
         raise UsageError("--alpha must be above 0")
+    if eval_every and eval_data is None:
+        raise UsageError("--eval-every needs --eval, the data to evaluate on")
     reporter = Reporter(json_output=json_output)
     pause_rules = pause.PauseRules.parse(pause_when or [])
     credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)

@@ -6,7 +6,8 @@ import hashlib
 
 import msgspec
 
-from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig
+from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.manifest import Manifest
 from dlora.protocol.tensors import WireDtype
 
 from .optimizer import OptimizerConfig
@@ -36,7 +37,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.lora_alpha / self.rank
 
 
-def run_digest(config: TrainConfig, groups: tuple[GroupSpec, ...], fingerprint: str, data_fingerprint: str) -> str:
-    """What a run is: settings, target modules, base model and data. A checkpoint goes on only with the same."""
-    whole = msgspec.json.encode((config, groups, fingerprint, data_fingerprint), order="deterministic")
+def run_digest(config: TrainConfig, manifest: Manifest, data_fingerprint: str) -> str:
+    """What a run is: settings, target modules, base model, head and data. A checkpoint goes on only with the same."""
+    base, head = manifest.base_model.fingerprint, manifest.head.dtype
+    whole = msgspec.json.encode((config, manifest.groups, base, head, data_fingerprint), order="deterministic")
     return hashlib.sha256(whole).hexdigest()

@@ -180,7 +180,8 @@ def open_websocket(url: str, dialing: Dialing, closing: contextlib.ExitStack, fr
         raise _refused_at_door(error.response, url) from None
     except (InvalidHandshake, EOFError, *HUNG_UP) as error:
         reason = str(error) or "it hung up"
-        text = f"{url} answers, but is no dlora server ({reason})"
+        over_tls = "; is it wss://?" if url.startswith("ws://") else ""
+        text = f"{url} answers, but is no dlora server ({reason}){over_tls}"
         raise LostError(ConnectionFailedError(text)) from None
     except TimeoutError:
         text = f"{url} did not answer in {liveness.open_s:g} s; is it a dlora server?"
@@ -189,7 +190,8 @@ def open_websocket(url: str, dialing: Dialing, closing: contextlib.ExitStack, fr
         raise LostError(tls_failure(error, url)) from None
     except OSError as error:
         reason = error.strerror or str(error)
-        text = f"cannot reach {url}: {reason}; start the server with: dlora-cloud serve MODEL"
+        nobody = "check the address" if isinstance(error, socket.gaierror) else "start it: dlora-cloud serve MODEL"
+        text = f"cannot reach {url}: {reason}; {nobody}"
         raise LostError(ConnectionFailedError(text)) from None
     if sys.platform == "linux":
         # Writing has no deadline of its own: a server that stands still would hold up a large frame, and the pings that

@@ -17,6 +17,8 @@ def describe(path: Path) -> dict[str, Any]:
         return _describe_bundle(path)
     if (path / "adapter_config.json").exists():
         return _describe_adapter(path)
+    if not path.exists():
+        raise UsageError(f"there is no {path}")
     raise UsageError(f"{path} is neither a bundle (manifest.json) nor a PEFT adapter (adapter_config.json)")
 
 

@@ -110,7 +110,7 @@ class Trainer:
             raise UsageError("no unit would be trained: name some with --static-units, or raise --active-fraction")
         if init is not None:
             load_weights(self.adapters, init)
-        self.digest = run_digest(config, manifest.groups, manifest.base_model.fingerprint, dataset.fingerprint)
+        self.digest = run_digest(config, manifest, dataset.fingerprint)
         self.next_step = 0
         self.steps_rerun = 0
         # The report of the last committed step, until its signal has come.
@@ -352,7 +352,7 @@ class Trainer:
             raise CheckpointError(f"{checkpoint.path} is of another version ({error}); start anew") from None
         if state.digest != self.digest:
             raise CheckpointError(
-                "the checkpoint belongs to a run with other settings, data or base model; "
+                "the checkpoint belongs to a run with other settings, data, base model or head; "
                 "repeat that run's options with --resume, or start anew in another --out"
             )
         # The digest covers all settings, so that what follows fails only for a file that was made by hand.

@@ -94,6 +94,10 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
         trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
         release_code()
         first_step = trainer.next_step
+        finished = _finished(run, first_step)
+        if finished is not None:
+            reporter.warn(f"this run is finished: all of its {first_step} steps are done; nothing was changed")
+            return finished
         evaluations = _Evaluations(run, trainer, reporter, stop.asked)
         if first_step == 0:
             if init is not None:
@@ -116,6 +120,17 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
         "wall_s": round(trained_s, 3),
     }
     write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
+    return summary
+
+
+def _finished(run: TrainRun, first_step: int) -> dict[str, Any] | None:
+    """The summary of a run that was summed up before: one that is resumed again would lose its times."""
+    if first_step != run.config.total_steps:
+        return None
+    try:
+        summary: dict[str, Any] = json.loads((run.out / SUMMARY).read_bytes())
+    except (OSError, ValueError):
+        return None
     return summary
 
 
@@ -321,6 +336,8 @@ def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, batch_siz
     """How many optimizer steps a run has, at least 1. Raises ``UsageError`` for more than a run may have."""
     if steps is not None:
         return steps
+    if not epochs > 0:
+        raise UsageError("--epochs must be above 0")
     wanted = epochs * -(-len(dataset) // (batch_size * grad_accum))
     if not wanted <= MAX_STEPS:
         raise UsageError(f"--epochs {epochs:g} makes more than {MAX_STEPS:,} steps; lower it")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import StorageError, UsageError
 from dlora.protocol.manifest import MANIFEST_NAME
 
 
@@ -18,6 +18,9 @@ def check_place(out: Path, force: bool) -> None:
     Even with ``force`` only a bundle or an empty directory is replaced, never another directory.
     """
     if not out.exists():
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise UsageError(f"{above} is a file; choose another --out")
         return
     if not out.is_dir():
         raise UsageError(f"{out} is a file; choose another --out")
@@ -34,10 +37,13 @@ def placed(out: Path, force: bool) -> Iterator[Path]:
     """Yield an empty directory that becomes ``out`` when the block ends well, and vanishes when it does not."""
     out = out.absolute()
     check_place(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
     try:
         yield partial
         for path in partial.rglob("*"):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dlora.protocol.errors import ExportError
+from dlora.protocol.errors import ExportError, StorageError
 from dlora.protocol.manifest import EmbeddingSpec, HeadSpec, StoredDtype
 
 from .ends import EmbeddingEnd, HeadEnd
@@ -81,7 +81,11 @@ def _stored(tensor: Tensor, dtype: Literal["fp32", "fp16"]) -> npt.NDArray[np.ge
 
 def _save(bundle: Path, name: str, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     path = bundle / name
-    path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        np.save(file, values, allow_pickle=False)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            np.save(file, values, allow_pickle=False)
+    except OSError as error:  # numpy's own, of a disk that is full, has no errno
+        text = f"cannot write {path}: {error.strerror or error}; free space or choose another --out"
+        raise StorageError(text) from None
     return values

@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
         [ $# -ge 2 ] || fail 2 "$1 needs a value; see --help"
         [ -n "$2" ] || fail 2 "$1 needs a value; see --help"
         case $1 in
-        --binary) binary=$2 ;;
+        --binary) case $2 in /*) binary=$2 ;; *) binary=$PWD/$2 ;; esac ;;
         --root) root=${2%/} ;;
         --prefix) prefix=${2%/} ;;
         --user) user=$2 ;;
@@ -115,8 +115,12 @@ if [ -z "$root" ]; then
     fi
 fi
 
+for file in dlora-edge.service train.conf; do
+    [ -r "$here/$file" ] || fail 1 "there is no $file beside $0; copy it from packaging/"
+done
+
 # Beside it and then renamed: a program that runs cannot be written over, and half a program must not run.
-mkdir -p "$root$prefix/bin" "$(dirname "$unit")" "$settings" "$state" || fail 9 "cannot write to ${root:-/}"
+mkdir -p "$root$prefix/bin" "$(dirname "$unit")" "$settings" "$state" 2>/dev/null || fail 9 "cannot write to ${root:-/}"
 rm -rf "$folder.new" "$program.new"
 if [ -d "$binary" ]; then
     { mkdir -p "$folder.new" && cp -R "$binary/." "$folder.new/"; } || fail 9 "cannot write $folder"
@@ -129,7 +133,8 @@ else
 fi
 mv -f "$program.new" "$program" || fail 9 "cannot write $program"
 
-sed -e "s|/usr/local/bin/|$prefix/bin/|" -e "s|^User=.*|User=$user|" "$here/dlora-edge.service" >"$unit" || fail 9 "cannot write $unit"
+sed -e "s|/usr/local/bin/|$prefix/bin/|" -e "s|^User=.*|User=$user|" "$here/dlora-edge.service" >"$unit.new" || fail 9 "cannot write $unit"
+mv -f "$unit.new" "$unit" || fail 9 "cannot write $unit"
 if [ ! -e "$settings/train.conf" ]; then
     (umask 077 && cp "$here/train.conf" "$settings/train.conf") || fail 9 "cannot write $settings/train.conf"
 fi

@@ -115,7 +115,7 @@ def test_a_damaged_one_is_passed_over_with_a_word(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 10
     assert said == [f"{tmp_path / 'checkpoint-000020.safetensors'} is damaged (its SHA-256 differs); "
-                    "trying an earlier one"]
+                    "trying the one before"]
     damage(tmp_path, 10)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(2 damaged\)"):
         load_latest(tmp_path)

@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 import torch
 from families import VOCABULARY, save_tiny, tiny_model
+from small_disk import small_disk
 from tokenizers import Tokenizer
 
 from dlora.cloud.base_model import BaseModel
@@ -39,7 +40,7 @@ from dlora.export.verify import (
     verify_head,
 )
 from dlora.export.weights import quantise_rows
-from dlora.protocol.errors import ExportError, UsageError
+from dlora.protocol.errors import ExportError, StorageError, UsageError
 from dlora.protocol.manifest import Manifest, TensorSpec, check_file, load_manifest
 
 HIDDEN = 16
@@ -284,6 +285,19 @@ def test_a_bundle_is_replaced_only_with_force(tmp_path: Path) -> None:
     assert _files(settings.out) == before
     export_bundle(_settings(tmp_path, rank=2, force=True))
     assert load_manifest(settings.out).lora.r == 2
+
+
+def test_a_place_that_cannot_be(tmp_path: Path) -> None:
+    """Found before anything is loaded: there is no such model either."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        export_bundle(ExportSettings("no-such-model", tmp_path / "file" / "bundle"))
+
+
+def test_a_full_disk_while_weights_are_written(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", vocab_size=20_000)
+    with small_disk(tmp_path) as disk, pytest.raises(StorageError, match="free space"):
+        export_bundle(ExportSettings(str(tmp_path / "model"), disk / "bundle", rank=2, alpha=4.0))
 
 
 def test_another_directory_is_never_replaced(tmp_path: Path) -> None:

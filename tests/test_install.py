@@ -159,3 +159,25 @@ def test_systemd_finds_nothing_wrong_with_the_unit(folder: Path, tmp_path: Path)
     unit = root / "etc/systemd/system/dlora-edge.service"
     unit.write_text(unit.read_text().replace("StateDirectoryMode", "StateDirectoryMood"))
     assert "StateDirectoryMood" in subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+
+def test_a_relative_binary_is_the_one_that_was_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable(tmp_path / "elsewhere" / "prog", STAND_IN)
+    executable(tmp_path / "here" / "prog", "#!/bin/sh\necho rubbish\n")
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path / "here")
+    one_line(install("--root", tmp_path / "root", "--binary", "prog"), 1, "something else than dlora-edge")
+
+
+def test_a_script_alone_harms_no_unit(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    binary = executable(tmp_path / "given" / "dlora-edge", STAND_IN)
+    assert install("--root", root, "--binary", binary).code == 0
+    unit = root / "etc/systemd/system/dlora-edge.service"
+    before = unit.read_bytes()
+    alone = executable(tmp_path / "alone" / "install.sh", (PACKAGING / "install.sh").read_text())
+    done = subprocess.run(
+        ["sh", str(alone), "--root", str(root), "--binary", str(binary)], capture_output=True, text=True, check=False
+    )
+    one_line(Finished(done.returncode, done.stdout, done.stderr), 1, "there is no dlora-edge.service beside")
+    assert unit.read_bytes() == before

@@ -172,7 +172,7 @@ def refused_as_another_run(place: Place, out: Path, *options: object) -> None:
     done = run_edge(*place.train(out, *options, "--resume"))
     assert done.code == 10, done.stderr
     assert len(done.errors) == 1
-    assert "other settings, data or base model" in done.errors[0]
+    assert "other settings, data, base model or head" in done.errors[0]
     assert "Traceback" not in done.stderr
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 

@@ -19,7 +19,7 @@ from dlora.edge.bundle import Bundle
 from dlora.edge.checkpoint import list_checkpoints
 from dlora.edge.dialing import Dialing, Retry
 from dlora.edge.report import Reporter
-from dlora.edge.training import EVALUATIONS, TrainRun, train
+from dlora.edge.training import EVALUATIONS, SUMMARY, TrainRun, train
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import StoppedError
 
@@ -125,8 +125,19 @@ def test_an_evaluation_is_given_up_and_made_up_for(
     assert (tmp_path / adapter).read_bytes() == (whole / adapter).read_bytes()
 
 
-def test_a_finished_run_keeps_its_evaluations(server: RunningServer, bundle: Path, whole: Path) -> None:
+def test_a_finished_run_keeps_its_summary(server: RunningServer, bundle: Path, whole: Path) -> None:
+    before, summary = evaluations(whole), (whole / SUMMARY).read_bytes()
+    reporter = Stopping()
+    assert train(run(server, bundle, whole, resume=True), reporter) == json.loads(summary)
+    assert "this run is finished" in reporter.said
+    assert (evaluations(whole), (whole / SUMMARY).read_bytes()) == (before, summary)
+
+
+def test_a_run_that_was_killed_before_its_summary_keeps_its_evaluations(
+    server: RunningServer, bundle: Path, whole: Path
+) -> None:
     before = evaluations(whole)
+    (whole / SUMMARY).unlink()
     summary = train(run(server, bundle, whole, resume=True), Stopping())
     assert evaluations(whole) == before
     assert summary["eval_loss_before"] == before[0]["loss"]
