@@ -78,7 +78,7 @@ def show(report: dict[str, Any]) -> None:
     several = len(report["engines"]) > 1
     table = Table(title=f"{report['bundle']} on {report['engine']}", title_justify="left")
     for name in ("graph", "key"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")  # names that are cut look alike
     table.add_column("tolerance", justify="right")
     for name in report["engines"]:
         for column in ("error", "ms"):
