@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from arm_place import Place
@@ -24,32 +25,42 @@ def with_executorch() -> bool:
     return bool(json.loads((BINARIES / "aarch64" / "report.json").read_text())["executorch"])
 
 
-def test_without_it_that_is_one_line(device: Device, place: Place, with_executorch: bool) -> None:
+@pytest.fixture(scope="module")
+def both(place: Place) -> Path:
+    """A bundle with the graphs of both engines."""
+    pytest.importorskip("executorch", reason="exporting its programs takes executorch")
+    bundle = place.directory / "both"
+    export_bundle(ExportSettings(str(place.directory / "model"), bundle, 4, 8.0, head_dtype="fp32", engine="both"))
+    return bundle
+
+
+def test_without_it_that_is_one_line(device: Device, place: Place, both: Path, with_executorch: bool) -> None:
     if with_executorch:
         pytest.skip("this binary has ExecuTorch")
-    done = device(*place.train(place.directory / "none"), "--engine", "executorch")
+    done = device(*_train(place, both, "none"), "--engine", "executorch")
     assert done.code == 12, done.stderr
     assert done.stderr.startswith("error: ExecuTorch engine not installed")
     assert done.stderr.count("\n") == 1
 
 
-def test_both_engines_agree(device: Device, place: Place, with_executorch: bool) -> None:
+def test_both_engines_agree(device: Device, place: Place, both: Path, with_executorch: bool) -> None:
     """Every graph on both engines against torch's numbers, and three steps to the same losses."""
     if not with_executorch:
         pytest.skip("this binary has no ExecuTorch; make test-arm WITH_EXECUTORCH=1")
-    pytest.importorskip("executorch", reason="exporting its programs takes executorch")
-    both = place.directory / "both"
-    export_bundle(ExportSettings(str(place.directory / "model"), both, 4, 8.0, head_dtype="fp32", engine="both"))
     report = json.loads(_well(device("selftest", "--bundle", both, "--threads", 1, "--json")))
     assert report["passed"]
     assert set(report["engines"]) == {"onnx", "executorch"}
     found = {}
     for engine in ("onnx", "executorch"):
-        arguments = place.train(place.directory / engine)
-        arguments[arguments.index("--bundle") + 1] = both
-        _well(device(*arguments, "--engine", engine))
+        _well(device(*_train(place, both, engine), "--engine", engine))
         found[engine] = losses(place.directory / engine)
     assert found["executorch"] == pytest.approx(found["onnx"], abs=1e-4)
+
+
+def _train(place: Place, bundle: Path, name: str) -> list[object]:
+    arguments = list(place.train(place.directory / name))
+    arguments[arguments.index("--bundle") + 1] = bundle
+    return arguments
 
 
 def _well(done: Finished) -> str:
