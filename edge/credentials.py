@@ -145,7 +145,7 @@ def tls_failure(error: ssl.SSLError, url: str) -> ConnectionFailedError:
         )
     # A server that does not trust our certificate often only hangs up, as does one that expects no TLS.
     return ConnectionFailedError(
-        f"{url} broke off the TLS handshake ({error.reason}); is it ws://, or does it want another --client-cert?"
+        f"{url} broke off the TLS handshake ({error.reason}); is it ws://, or does it not trust --client-cert?"
     )
 
 
