@@ -98,9 +98,9 @@ def serving(context: ssl.SSLContext | None, access: Access) -> Iterator[int]:
 
     servers: list[Server] = []
     try:
-        yield asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+        yield asyncio.run_coroutine_threadsafe(start(), loop).result(60)
     finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
@@ -110,7 +110,7 @@ def call(port: int, credentials: Credentials, scheme: str = "wss") -> str:
     """Connect as a device and return the greeting."""
     url = f"{scheme}://{HOST}:{port}"
     with connect(
-        url, ssl=credentials.ssl_context(url), additional_headers=credentials.headers(url), proxy=None
+        url, ssl=credentials.ssl_context(url), additional_headers=credentials.headers(url), proxy=None, open_timeout=60
     ) as connection:
         return str(connection.recv(timeout=10))
 
