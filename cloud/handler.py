@@ -235,13 +235,8 @@ def as_refusal(error: ProtocolError) -> RemoteProtocolError:
 
 def frame_limit(service: Service, session: Session) -> int:
     """The largest frame that a device can have reason to send in this session, in bytes."""
-    base, groups = service.base, session.groups
-    width = max(
-        base.embedding_size,
-        base.hidden_size,
-        *(group.in_features for group in groups),
-        *(sum(target.out_features for target in group.targets) for group in groups),
-    )
+    base = service.base
+    width = max(base.embedding_size, base.hidden_size, *(max(g.in_features, g.out_features) for g in session.groups))
     return CONTROL_BYTES + service.max_tokens * (width * 4 + 8)
 
 

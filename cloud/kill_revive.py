@@ -350,7 +350,7 @@ def unit_costs(groups: Sequence[GroupSpec], units: Sequence[Sequence[int]]) -> F
     rows = []
     for unit in units:
         mine = [groups[index] for index in unit]
-        numbers = sum(2 * (g.in_features + sum(t.out_features for t in g.targets)) for g in mine)
+        numbers = sum(2 * (g.in_features + g.out_features) for g in mine)
         rows.append((numbers, 2 * len(mine), 1 + last_block - min(g.block for g in mine)))
     table = np.array(rows, np.float64)  # (units, 3)
     costs: Floats = (table / table.mean(axis=0)).mean(axis=1)

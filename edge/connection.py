@@ -241,12 +241,7 @@ class Connection:
     def _allow_answers(self, micro_batch: m.Embeddings) -> None:
         """Take frames as large as the answers to ``micro_batch`` may be, over this connection and those to come."""
         assert self._socket is not None
-        groups = self.session.groups
-        width = max(
-            self.welcome.hidden_size,
-            *(group.in_features for group in groups),
-            *(sum(target.out_features for target in group.targets) for group in groups),
-        )
+        width = max(self.welcome.hidden_size, *(max(g.in_features, g.out_features) for g in self.session.groups))
         needed = CONTROL_BYTES + micro_batch.hidden_states.shape[0] * width * 4
         self._frame_bytes = min(max(self._frame_bytes, needed), MAX_FRAME_BYTES)
         protocol = self._socket.protocol

@@ -49,5 +49,5 @@ def _token_bytes(manifest: Manifest) -> int:
     """Bytes of memory for each token of a micro-batch."""
     # Until backward a group's input is kept as it came, and z of each of its target modules.
     kept = sum(group.in_features * _WIRE_BYTES + 4 * manifest.lora.r * len(group.targets) for group in manifest.groups)
-    widest = max(group.in_features + sum(target.out_features for target in group.targets) for group in manifest.groups)
+    widest = max(group.in_features + group.out_features for group in manifest.groups)
     return kept + 4 * _COPIES * (widest + manifest.base_model.hidden_size)

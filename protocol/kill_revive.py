@@ -110,6 +110,11 @@ class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     in_features: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
     targets: tuple[TargetSpec, ...]
 
+    @property
+    def out_features(self) -> int:
+        """Width of all target modules' outputs together."""
+        return sum(target.out_features for target in self.targets)
+
 
 def group_units(groups: Sequence[GroupSpec], kind: UnitKind) -> tuple[tuple[int, ...], ...]:
     """The exchange groups (indices) of each unit, in execution order."""
