@@ -12,13 +12,12 @@ from typing import Any
 
 import psutil
 
-from dlora.protocol.errors import DloraError
+from dlora.protocol.errors import DloraError, one_line
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .credentials import Credentials
 from .engines import is_installed
 from .footprint import RUNTIME_MB, STORED_DTYPES, USUAL_TOKENS, tokens_that_fit, training_mb
-from .report import one_line
 from .shim import VARIABLE, load_shim
 
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")

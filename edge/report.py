@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from dlora.protocol.errors import one_line
 from dlora.protocol.tensors import ByteArray
 
 from .kr_map import render_map
@@ -19,11 +20,6 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain outpu
     from rich.progress import Progress, TaskID
 
 _SMOOTHING = 0.9
-
-
-def one_line(text: str) -> str:
-    """``text`` as one line of printable letters: some of it may be a peer's words, and must not steer a terminal."""
-    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
 class Reporter:

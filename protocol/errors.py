@@ -205,8 +205,11 @@ def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
     )
 
 
+def one_line(text: str) -> str:
+    """``text`` as one line of printable letters: some of it may be a peer's words, and must not steer a terminal."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
 def _fail(text: str, exit_code: int) -> None:
-    # Some of it may be a peer's words: nothing in them may steer a terminal.
-    line = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {one_line(text)}", file=sys.stderr)
     raise SystemExit(exit_code)
