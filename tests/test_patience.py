@@ -70,35 +70,28 @@ def test_a_device_answers_neither_for_the_turns_of_others_nor_pays_for_them(
         assert caller.compute._used < TURN_S
 
 
-def test_deadlines_that_a_device_missed_are_longer_in_its_next_session(base: BaseModel, bundle: Path) -> None:
-    """Each answer is in time and all of them together are not, again in every session: one must be the last."""
+@pytest.mark.parametrize(
+    ("patience", "answer_s"),
+    [
+        # Each answer is in time and all of them together are not, again in every session: one must be the last.
+        (Patience(exchange_s=60.0, step_s=0.05), 0.1),
+        # One answer outlasts the deadline and the parking.
+        (Patience(exchange_s=0.05, park_s=0.05), 0.3),
+    ],
+    ids=["all answers", "one answer"],
+)
+def test_deadlines_that_a_device_missed_are_longer_in_its_next_session(
+    base: BaseModel, bundle: Path, patience: Patience, answer_s: float
+) -> None:
     dialing = Dialing(device="slow", retry=Retry(max_s=30, first_s=0.01, ceiling_s=0.1))
     with (
-        serving(base, patience=Patience(exchange_s=60.0, step_s=0.05)) as server,
+        serving(base, patience=patience) as server,
         training(bundle, server.url, config(), random_dataset(VOCABULARY), dialing) as trainer,
     ):
         forward = trainer.model._compute.forward
 
         def slow(*given: Any, **more: Any) -> Any:
-            threading.Event().wait(0.1)
-            return forward(*given, **more)
-
-        trainer.model._compute.forward = slow  # type: ignore[method-assign]
-        trainer.run_step()
-        assert trainer.next_step == 1
-        assert trainer.steps_rerun > 0
-
-
-def test_an_answer_that_outlasts_the_deadline_and_the_parking(base: BaseModel, bundle: Path) -> None:
-    dialing = Dialing(device="slow", retry=Retry(max_s=30, first_s=0.01, ceiling_s=0.1))
-    with (
-        serving(base, patience=Patience(exchange_s=0.05, park_s=0.05)) as server,
-        training(bundle, server.url, config(), random_dataset(VOCABULARY), dialing) as trainer,
-    ):
-        forward = trainer.model._compute.forward
-
-        def slow(*given: Any, **more: Any) -> Any:
-            threading.Event().wait(0.3)
+            threading.Event().wait(answer_s)
             return forward(*given, **more)
 
         trainer.model._compute.forward = slow  # type: ignore[method-assign]
