@@ -74,7 +74,18 @@ def serve(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0, max=1024)] = 0,
     max_sessions: Annotated[int, typer.Option(help="Devices that may train at a time.", min=1)] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of one micro-batch.", min=1)] = 8192,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of one micro-batch; by default what --live-mb allows, 8192 at most.", min=1),
+    ] = None,
+    live_mb: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory of all running micro-batches together, MB; by default half of what the model leaves of the "
+            "machine's. More of them wait their turn.",
+            min=0.001,
+        ),
+    ] = None,
     state_dir: Annotated[
         Path | None,
         typer.Option(
@@ -166,6 +177,7 @@ def serve(
 
     from .access import Access
     from .base_model import load_base_model
+    from .live_bytes import default_live_limit
     from .quotas import QuotaLimits
     from .server import CloudServer
 
@@ -181,7 +193,8 @@ def serve(
         base.name, base.architecture, base.blocks, base.parameters / 1e6, base.fingerprint[:12],
         time.monotonic() - started,
     )  # fmt: skip
-    live_bytes = round(quota_live_mb * 1e6) if quota_live_mb else None
+    quota_live_bytes = round(quota_live_mb * 1e6) if quota_live_mb else None
+    live_limit = round(live_mb * 1e6) if live_mb else default_live_limit(base)
     server = CloudServer(
         base,
         max_sessions=max_sessions,
@@ -190,10 +203,20 @@ def serve(
         ticket_key=key,
         access=Access(tokens, required=authenticated),
         tls=tls,
-        quotas=QuotaLimits(quota_sessions, quota_tokens_per_minute, live_bytes, quota_compute_s),
+        quotas=QuotaLimits(quota_sessions, quota_tokens_per_minute, quota_live_bytes, quota_compute_s),
         patience=patience,
+        live_limit=live_limit,
         drain_s=drain_s,
     )
+
+    log.info(
+        "memory: %s MB for running micro-batches together (--live-mb); one may have %s tokens (--max-tokens) and take "
+        "%s MB; %d sessions (--max-sessions)",
+        f"{live_limit / 1e6:,.0f}", f"{server.service.max_tokens:,}", f"{server.largest_micro_batch / 1e6:,.0f}",
+        max_sessions,
+    )  # fmt: skip
+    if server.largest_micro_batch > live_limit:
+        log.warning("memory: the largest micro-batches do not fit and will be refused; lower --max-tokens")
 
     async def run() -> None:
         serving = asyncio.create_task(server.serve_until_stopped(host, port))

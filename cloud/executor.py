@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dlora.protocol import messages as m
+from dlora.protocol.counting import counted_tokens
 from dlora.protocol.errors import DamagedFrameError, RemoteProtocolError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.session import Session
@@ -88,7 +89,6 @@ class SessionExecutor:
         ticket_key: bytes,
         gate: ComputeGate,
         threads: int,
-        may_pack: bool,
         live_bytes: LiveBytes,
         quota: SessionQuota,
         deadlines: Deadlines,
@@ -96,6 +96,7 @@ class SessionExecutor:
         draining: threading.Event,
     ) -> None:
         assert session.opened_with is not None
+        assert session.welcome is not None
         self._base = base
         self._session = session
         self._transport = transport
@@ -103,7 +104,7 @@ class SessionExecutor:
         self._ticket_key = ticket_key
         self._gate = gate
         self._threads = threads
-        self._may_pack = may_pack
+        self._welcome = session.welcome
         self._live_bytes = live_bytes
         self._quota = quota
         self._deadlines = deadlines
@@ -133,7 +134,7 @@ class SessionExecutor:
 
     def _answer_next(self) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
-        match self._receive_within(self._idle_timeout_s):
+        match self._receive_within(self._idle_timeout_s, time.monotonic() + self._idle_timeout_s):
             case m.Embeddings() as begun:
                 self._run_micro_batch(begun)
             case m.StepReport() as report:
@@ -163,10 +164,15 @@ class SessionExecutor:
         self._micro_batch = begun
         self._input_grads.clear()
         live, trained = self._groups_that_take_part()
-        lengths = torch.from_numpy(begun.sequence_lengths.data).long()
-        layout = lay_out(self._to_torch(begun.hidden_states), lengths, may_pack=self._may_pack)
+        packs, lengths = self._welcome.packs, begun.sequence_lengths.data
+        layout = lay_out(
+            self._to_torch(begun.hidden_states),
+            torch.from_numpy(lengths).long(),
+            may_pack=packs,
+            max_tokens=self._welcome.max_tokens,
+        )
         lowest = self._session.groups[min(trained)] if trained and begun.mode == "train" else None
-        self._admit(begun.hidden_states.shape[0], self._live_bytes.estimate(layout, lowest))
+        self._admit(counted_tokens(lengths, packs=packs), self._live_bytes.estimate(layout, lowest))
         started, losses = time.monotonic(), self._transport.losses
         self._waited_s = self._idle_s = 0.0
         try:
@@ -291,10 +297,15 @@ class SessionExecutor:
         raise late
 
     def _receive_within(self, seconds: float, give_up_at: float = math.inf) -> m.AnyMessage | None:
-        """The next message that did not come before, or None where there is none in time."""
+        """The next message that did not come before, or None where there is none in time.
+
+        A frame that came before is no answer: it does not begin the time anew.
+        """
+        left_s = seconds
         while True:
+            began, losses = time.monotonic(), self._transport.losses
             try:
-                message = self._session.receive(self._transport.receive(seconds, give_up_at))
+                message = self._session.receive(self._transport.receive(left_s, give_up_at))
             except TimeoutError:
                 return None
             except DamagedFrameError as damage:
@@ -302,6 +313,8 @@ class SessionExecutor:
                 continue
             if message is not None:
                 return message
+            here = self._transport.losses == losses  # else it is another connection, and was away in between
+            left_s = max(0.0, left_s - (time.monotonic() - began)) if here else seconds
 
 
 def shutting_down() -> RemoteProtocolError:

@@ -15,15 +15,15 @@ import logging
 import resource
 import ssl
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from websockets.asyncio.server import ServerConnection
 from websockets.frames import Frame, Opcode
-from websockets.protocol import Protocol
+from websockets.protocol import Protocol as WebsocketProtocol
 
 from dlora.protocol.messages import ErrorCode
 
@@ -61,6 +61,13 @@ class ConnectionLimits:
     handshake_s: float = 10.0
     goodbye_s: float = 5.0
     origins: tuple[str, ...] = ()
+
+
+class FrameQueue(Protocol):
+    """What counts the bytes of messages that nobody has taken yet; see ``SessionQuota``."""
+
+    def queue(self, nbytes: int) -> bool: ...
+    def unqueue(self, nbytes: int) -> None: ...
 
 
 class Guard:
@@ -197,13 +204,18 @@ class GuardedConnection(ServerConnection):
         self._frame_limit = guard.limits.first_frame_bytes
         self._window_began = guard.clock()
         self._controls = 0
-        self._waiting = 0
+        self._waiting: deque[int] = deque()  # of each message that nobody has taken yet, the bytes that count
+        self._queue: FrameQueue | None = None
         _watch_frames(protocol, self._may_come)
 
     # -- for the server ----------------------------------------------------------------------------------
 
-    def opened(self) -> None:
-        """A session was opened or resumed: this connection does not count as a stranger's any more."""
+    def opened(self, queue: FrameQueue) -> None:
+        """A session was opened or resumed: this connection does not count as a stranger's any more.
+
+        ``queue`` counts the messages that come from now on, until they are taken.
+        """
+        self._queue = queue
         self._guard.finished(self)
 
     def refused(self, code: str, who: str, why: str) -> None:
@@ -224,7 +236,7 @@ class GuardedConnection(ServerConnection):
     async def recv(self, decode: bool | None = None) -> Any:
         """As ``ServerConnection.recv``."""
         message = await super().recv(decode)
-        self._waiting -= 1
+        self._taken(self._waiting.popleft())
         return message
 
     async def send(self, message: Any, **how: Any) -> None:
@@ -264,6 +276,9 @@ class GuardedConnection(ServerConnection):
             self._leaving.cancel()
         if self._made:
             super().connection_lost(exc)
+        # What has come stays to be read, but for as long as nobody does it is held for nobody.
+        self._taken(sum(self._waiting))
+        self._waiting = deque(0 for _ in self._waiting)
 
     # ----------------------------------------------------------------------------------------------------
 
@@ -303,12 +318,19 @@ class GuardedConnection(ServerConnection):
             case Opcode.BINARY | Opcode.CONT:
                 if not frame.fin or frame.opcode is Opcode.CONT:
                     return self._refuse(ErrorCode.PROTOCOL, "a message in fragments")
-                self._waiting += 1
-                if self._waiting > self._guard.limits.waiting_frames:
+                counted = len(frame.data) if self._queue is not None else 0
+                if self._queue is not None and not self._queue.queue(counted):
+                    return self._refuse(ErrorCode.FLOOD, "more messages than there is memory for")
+                self._waiting.append(counted)
+                if len(self._waiting) > self._guard.limits.waiting_frames:
                     return self._refuse(ErrorCode.FLOOD, "a flood of messages")
             case _:
                 pass
         return True
+
+    def _taken(self, nbytes: int) -> None:
+        if self._queue is not None and nbytes:
+            self._queue.unqueue(nbytes)
 
     def _refuse(self, code: ErrorCode, reason: str) -> bool:
         self._guard.refused(reason, self.source)
@@ -347,10 +369,10 @@ def _source(peer: tuple[Any, ...] | None) -> str:
 # -- websockets' insides: it offers no other way. tests/attacks/test_guard.py fails where these change. ---
 
 
-def _watch_frames(protocol: Protocol, may_come: Callable[[Frame], bool]) -> None:
+def _watch_frames(protocol: WebsocketProtocol, may_come: Callable[[Frame], bool]) -> None:
     """Ask ``may_come`` about each frame before websockets answers or queues it.
 
-    ``Protocol.events_received`` tells of them only when a whole read, which may hold 40,000 pings, was answered.
+    ``events_received`` tells of them only when a whole read, which may hold 40,000 pings, was answered.
     """
     receive = protocol.recv_frame
 
@@ -361,7 +383,7 @@ def _watch_frames(protocol: Protocol, may_come: Callable[[Frame], bool]) -> None
     protocol.recv_frame = watched  # type: ignore[method-assign]
 
 
-def _set_frame_limit(protocol: Protocol, nbytes: int) -> None:
+def _set_frame_limit(protocol: WebsocketProtocol, nbytes: int) -> None:
     """Change what ``serve`` got as ``max_size``; the attribute has another name before websockets 16."""
     name = "max_message_size" if hasattr(protocol, "max_message_size") else "max_size"
     assert hasattr(protocol, name), "websockets keeps its frame limit elsewhere"

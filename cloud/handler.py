@@ -7,13 +7,17 @@ import contextlib
 import logging
 import secrets
 import threading
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from websockets.exceptions import ConnectionClosed
 
 from dlora.protocol import messages as m
+from dlora.protocol.codec import encode
 from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError, UsageError
+from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Role, Session, choose_version
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
@@ -21,7 +25,7 @@ from .access import Caller
 from .base_model import BaseModel
 from .executor import ComputeGate, DeviceGaveUpError, SessionExecutor, shutting_down
 from .guard import GuardedConnection, printable
-from .kill_revive import Controller
+from .kill_revive import Controller, ticket_bytes
 from .live_bytes import LiveBytes
 from .memory import is_out_of_memory
 from .patience import DeviceDeadlines, Patience
@@ -32,8 +36,10 @@ from .transport import DeviceGoneError, SessionTransport, say_goodbye
 logger = logging.getLogger("dlora.cloud")
 
 HANDSHAKE_TIMEOUT_S = 30.0
-OPENING_BYTES = 8 << 20
+OPENING_SPARE_BYTES = 4 << 10  # longer numbers and names than opening_limit reckons with
 MEMORY_RETRY_S = 30.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,9 @@ class Service:
     """What every session of a server shares.
 
     Attributes:
+        may_pack: whether the base model runs sequences end to end.
+        opening_bytes: the largest frame before a session is open.
+        openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
         draining: set once the server stops: running steps are finished, nothing new is begun.
     """
 
@@ -50,12 +59,14 @@ class Service:
     may_pack: bool
     live_bytes: LiveBytes
     max_tokens: int
+    opening_bytes: int
     ticket_key: bytes
     sessions: Sessions
     quotas: Quotas
     patience: Patience
     deadlines: DeviceDeadlines
     pool: Executor
+    openings: Executor
     draining: threading.Event
 
 
@@ -95,12 +106,13 @@ class _Handshake:
         hello = await self._receive()
         if not isinstance(hello, m.Hello):
             return False
-        self._connection.limit_frames(OPENING_BYTES)
+        self._connection.limit_frames(self._service.opening_bytes)
         await self._send(self._welcome(hello))
         while True:
             match await self._receive():
                 case m.OpenSession() as opening:
-                    self._open(opening, hello.device)
+                    controller = await self._off_the_loop(check_opening, opening, self._session, self._service)
+                    self._open(controller, hello.device)
                     return True
                 case m.ResumeSession() as request:
                     if self._resume(request):
@@ -112,8 +124,12 @@ class _Handshake:
     async def _receive(self) -> m.AnyMessage:
         message = None
         while message is None:
-            message = self._session.receive(await self._connection.recv(decode=False))
+            frame = await self._connection.recv(decode=False)
+            message = await self._off_the_loop(self._session.receive, frame)
         return message
+
+    async def _off_the_loop(self, function: Callable[..., T], *given: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._service.openings, function, *given)
 
     async def _send(self, message: m.AnyMessage) -> None:
         await self._connection.send(self._session.send(message))
@@ -133,6 +149,7 @@ class _Handshake:
             hidden_size=base.hidden_size,
             max_sequence_length=min(base.max_sequence_length, max_tokens),
             max_tokens=max_tokens,
+            packs=self._service.may_pack,
         )
 
     def _resume(self, request: m.ResumeSession) -> bool:
@@ -140,14 +157,13 @@ class _Handshake:
         live = service.sessions.resume(request, self._caller, self._connection, self._session)
         if live is None:
             return False
-        self._connection.opened()
+        self._connection.opened(live.quota)
         self._connection.limit_frames(frame_limit(service, live.session))
         logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self._caller.name)
         return True
 
-    def _open(self, opening: m.OpenSession, device: str) -> None:
+    def _open(self, controller: Controller, device: str) -> None:
         service, session, caller = self._service, self._session, self._caller
-        controller = check_opening(opening, session, service)
         if service.draining.is_set():
             raise shutting_down()
         service.sessions.drop_left_behind(caller, device)
@@ -171,7 +187,6 @@ class _Handshake:
                 ticket_key=service.ticket_key,
                 gate=service.gate,
                 threads=service.threads,
-                may_pack=service.may_pack,
                 live_bytes=service.live_bytes,
                 quota=quota,
                 deadlines=service.deadlines.of(caller, device),
@@ -181,7 +196,7 @@ class _Handshake:
             opened = session.send(executor.opened(live.name, live.new_token()))
             unless_opened.pop_all()
         service.sessions.add(live)
-        self._connection.opened()
+        self._connection.opened(quota)
         self._connection.limit_frames(frame_limit(service, session))
         logger.info(
             "session %s: opened at step %d by %s with %d groups", live.name, session.step, caller.name,
@@ -231,6 +246,26 @@ def as_refusal(error: ProtocolError) -> RemoteProtocolError:
         return error
     assert isinstance(error, LocalProtocolError)
     return RemoteProtocolError(str(error), m.ErrorCode.NON_FINITE)
+
+
+def opening_limit(base: BaseModel) -> int:
+    """The largest frame, in bytes, that a device can have reason to send before it has a session.
+
+    It is an ``open_session`` of all target modules there are, each group a unit of its own, all of them pinned.
+    """
+    groups = base.groups(base.targets)
+    units = tuple(range(len(groups)))
+    every = KillReviveConfig(unit="group", pinned=units, static=units)
+    largest = m.OpenSession(
+        base_fingerprint=base.fingerprint,
+        groups=groups,
+        wire_dtype="fp32",
+        kill_revive=every,
+        seed=0,
+        total_steps=0,
+        ticket=bytes(ticket_bytes(len(units))),
+    )
+    return len(encode(largest)) + OPENING_SPARE_BYTES
 
 
 def frame_limit(service: Service, session: Session) -> int:

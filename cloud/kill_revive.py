@@ -30,7 +30,7 @@ import numpy.typing as npt
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, UnitState, group_units
 
-from .ticket import open_ticket, seal_ticket
+from .ticket import OVERHEAD_BYTES, open_ticket, seal_ticket
 
 Floats = npt.NDArray[np.float64]
 States = npt.NDArray[np.uint8]
@@ -203,7 +203,7 @@ class Controller:
         self = cls(config, groups, seed=seed, total_steps=total_steps, costs=costs)
         state = open_ticket(ticket, self._digest, key)
         units = self._states.size
-        if len(state) != 8 + 18 * units:
+        if len(state) != _state_bytes(units):
             raise RemoteProtocolError("the ticket has the wrong length", code="ticket")
         self.next_step = int.from_bytes(state[:8], "little")
         if self.next_step != next_step:
@@ -360,3 +360,13 @@ def unit_costs(groups: Sequence[GroupSpec], units: Sequence[Sequence[int]]) -> F
 def _digest(config: KillReviveConfig, groups: Sequence[GroupSpec], seed: int, total_steps: int, costs: Floats) -> bytes:
     what = msgspec.msgpack.encode((config, tuple(groups), seed, total_steps, costs.tobytes()))
     return hashlib.sha256(what).digest()
+
+
+def ticket_bytes(units: int) -> int:
+    """Size of a controller's ticket."""
+    return OVERHEAD_BYTES + _state_bytes(units)
+
+
+def _state_bytes(units: int) -> int:
+    # The step; then for each unit its state, whether it is on trial, since when, and its score.
+    return 8 + units * (1 + 1 + 8 + 8)

@@ -2,7 +2,8 @@
 
 *Padded* is a row a sequence, filled up to the longest; every family can do it. *Packed* is one row of all
 sequences, with positions that start anew at each: nothing is computed for padding, but attention is masked over
-the whole row. Which is cheaper depends on the lengths; whether a model can do the second, it is asked once.
+the whole row. Which is cheaper depends on the lengths; whether a model can do the second, it is asked once. Neither
+ever runs more tokens than a micro-batch may have, padding among them.
 """
 
 from __future__ import annotations
@@ -32,13 +33,19 @@ class Layout:
     rows: Tensor | None
 
 
-def lay_out(tokens: Tensor, lengths: Tensor, *, may_pack: bool) -> Layout:
-    """Lay out embeddings (tokens, embedding_size) of sequences of ``lengths``, int64 (sequences,) on the CPU."""
+def lay_out(tokens: Tensor, lengths: Tensor, *, may_pack: bool, max_tokens: int) -> Layout:
+    """Lay out embeddings (tokens, embedding_size) of sequences of ``lengths``, int64 (sequences,) on the CPU.
+
+    Where the model may pack, the input never has more tokens than ``max_tokens``, padding among them. Where it may not,
+    the session has refused what would (``counting.py``).
+    """
     longest = int(lengths.max())
     if int(lengths.min()) == longest:
         return Layout(tokens.view(len(lengths), longest, -1), None, None, None)
-    if may_pack and _packed_cost(lengths, tokens.shape[-1]) < _padded_cost(lengths, tokens.shape[-1]):
-        return _pack(tokens, lengths)
+    if may_pack:
+        fits = len(lengths) * longest <= max_tokens
+        if not fits or _packed_cost(lengths, tokens.shape[-1]) < _padded_cost(lengths, tokens.shape[-1]):
+            return _pack(tokens, lengths)
     return _pad(tokens, lengths)
 
 

@@ -1,8 +1,9 @@
-"""How much memory the autograd graph of a micro-batch will take, known before it runs.
+"""How much memory a micro-batch will take, known before it runs.
 
-What a block saves for its backward pass depends on the family, the attention kernel and the dtype, so the base
-model is asked once: it runs a few tokens, and every tensor that autograd saves is weighed. Two lengths tell the part
-that grows with the tokens from the part that grows with their square (attention scores, masks).
+Two things take it: the autograd graph that waits for the backward pass, and what a forward pass has in hand at once,
+which evaluation takes as well. Both depend on the family, the attention kernel and the dtype, so the base model is
+asked once: it runs a few tokens, and what autograd saves, and what is alive after each operation, is weighed. Two
+lengths tell the part that grows with the tokens from the part that grows with their square (attention scores, masks).
 
 The graph begins at the lowest trained group, so bytes are kept by the target module after which they are saved.
 """
@@ -13,15 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dlora.protocol.kill_revive import GroupSpec
 
 from .base_model import BaseModel
 from .layout import Layout
+from .memory import machine_bytes
 
 # Two: a single sequence hides what is kept once for a batch, and what is copied for each sequence of one.
 _SEQUENCES: Final = 2
@@ -29,6 +34,22 @@ _SEQUENCES: Final = 2
 # like growth; CPUs do not, and are slow.
 _LENGTH_ON_CPU: Final = 4
 _LENGTH: Final = 16
+_LEAST_LIMIT: Final = 64 << 20
+_INPUT_BYTES: Final = 8  # of a value that a device sends: of its frame, and of the tensor made of it, both fp32
+
+
+def default_live_limit(base: BaseModel) -> int:
+    """Bytes for all running micro-batches together: half of what the model leaves of the memory of its device.
+
+    The other half is for what this file does not weigh: frames on their way, Python, pieces that nothing fits into.
+    Of all memory and not of what is free now, so that the same machine gives the same limits each time.
+    """
+    if base.device.type == "cuda":
+        machine = torch.cuda.get_device_properties(base.device).total_memory
+    else:
+        machine = machine_bytes()
+    weights = sum(parameter.nbytes for parameter in base.model.parameters())
+    return max(_LEAST_LIMIT, (machine - weights) // 2)
 
 
 @dataclass(frozen=True)
@@ -42,52 +63,106 @@ class _Growth:
     def __add__(self, other: _Growth) -> _Growth:
         return _Growth(self.constant + other.constant, self.linear + other.linear, self.quadratic + other.quadratic)
 
+    def at(self, sequences: int, length: int) -> float:
+        return self.constant + sequences * length * (self.linear + self.quadratic * length)
+
+
+@dataclass(frozen=True)
+class _Growths:
+    """Of one kind of input.
+
+    Attributes:
+        graph: what autograd saves above each target module, by its name.
+        forward: what is alive at once in a forward pass without a graph, at those operations where it may be the most.
+    """
+
+    graph: dict[str, _Growth]
+    forward: tuple[_Growth, ...]
+
 
 @dataclass(frozen=True)
 class LiveBytes:
-    """What the graph above each target module takes.
+    """What micro-batches of a base model take.
 
     Attributes:
-        plain: a growth for each target module, by name, where attention needs no mask.
-        masked: the same where sequences are padded or packed.
+        plain: where attention needs no mask; masked: where sequences are padded or packed.
+        embedding_size: of what a device sends for each token.
     """
 
-    plain: dict[str, _Growth]
-    masked: dict[str, _Growth]
+    plain: _Growths
+    masked: _Growths
+    embedding_size: int
 
     @classmethod
     def measure(cls, base: BaseModel) -> Self:
-        """Run a few tokens through ``base`` and weigh what autograd saves. Changes nothing, and keeps nothing."""
-        return cls(plain=_growths(base, masked=False), masked=_growths(base, masked=True))
+        """Run a few tokens through ``base`` and weigh what they take. Changes nothing, and keeps nothing."""
+        return cls(_growths(base, masked=False), _growths(base, masked=True), base.embedding_size)
 
     def estimate(self, layout: Layout, lowest: GroupSpec | None) -> int:
-        """Bytes that the graph of a micro-batch holds between its forward and its backward pass.
+        """Bytes that a micro-batch takes, from its first operation to its last.
 
         Args:
             layout: the micro-batch's input.
-            lowest: the lowest group whose adapters are trained; None when evaluating, which has no graph.
+            lowest: the lowest group whose adapters are trained; None where nothing is, as when evaluating.
         """
+        sequences, length, _ = layout.inputs_embeds.shape
+        return self.graph(layout, lowest) + self._forward(self._of(layout), sequences, length)
+
+    def graph(self, layout: Layout, lowest: GroupSpec | None) -> int:
+        """The part of it that autograd saves between the forward and the backward pass."""
         if lowest is None:
             return 0
         sequences, length, _ = layout.inputs_embeds.shape
-        masked = layout.attention_mask is not None or layout.position_ids is not None
-        growth = (self.masked if masked else self.plain)[lowest.targets[0].name]
-        return round(growth.constant + sequences * length * (growth.linear + growth.quadratic * length))
+        return round(self._of(layout).graph[lowest.targets[0].name].at(sequences, length))
+
+    def largest(self, max_tokens: int, longest: int) -> int:
+        """The most that a micro-batch of ``max_tokens`` can take, in rows of up to ``longest`` tokens, in bytes."""
+        length = min(max_tokens, longest)
+        sequences = max(1, max_tokens // length)
+        return max(
+            round(max(growth.at(sequences, length) for growth in growths.graph.values()))
+            + self._forward(growths, sequences, length)
+            for growths in (self.plain, self.masked)
+        )
+
+    def _of(self, layout: Layout) -> _Growths:
+        return self.masked if layout.attention_mask is not None or layout.position_ids is not None else self.plain
+
+    def _forward(self, growths: _Growths, sequences: int, length: int) -> int:
+        given = sequences * length * self.embedding_size * _INPUT_BYTES
+        return given + round(max(growth.at(sequences, length) for growth in growths.forward))
 
 
-def _growths(base: BaseModel, *, masked: bool) -> dict[str, _Growth]:
-    """For each target module: what is saved after it was called, to the very end."""
+def _growths(base: BaseModel, *, masked: bool) -> _Growths:
     length = _LENGTH_ON_CPU if base.device.type == "cpu" else _LENGTH
     short, long = (_saved(base, many, masked=masked) for many in (length, 2 * length))
     after_each = [
         sum((_growth(length, *pair) for pair in zip_longest(*sizes, fillvalue=0)), _Growth())
         for sizes in zip(short, long, strict=True)
     ]
-    return dict(zip(reversed(base.targets), accumulate(reversed(after_each)), strict=True))
+    # For each target module: what is saved after it was called, to the very end.
+    graph = dict(zip(reversed(base.targets), accumulate(reversed(after_each)), strict=True))
+    return _Growths(graph, _forward_growths(base, length, masked=masked))
+
+
+def _forward_growths(base: BaseModel, length: int, *, masked: bool) -> tuple[_Growth, ...]:
+    """What is alive after each operation of a forward pass; of equal ones, one.
+
+    Between two target modules both runs mostly call the same operations. Where they do not, as experts see other
+    tokens, the most that is alive there counts, and grows with the tokens.
+    """
+    found: set[_Growth] = set()
+    for short, long in zip(*(_alive(base, many, masked=masked) for many in (length, 2 * length)), strict=True):
+        if [name for name, _ in short] == [name for name, _ in long]:
+            found |= {_growth(length, one, other) for (_, one), (_, other) in zip(short, long, strict=True)}
+        else:
+            most, most_of_long = (max(total for _, total in totals) for totals in (short, long))
+            found.add(_Growth(linear=max(most / (_SEQUENCES * length), most_of_long / (_SEQUENCES * 2 * length))))
+    return tuple(found)
 
 
 def _growth(length: int, short_bytes: int, long_bytes: int) -> _Growth:
-    """Of one tensor that was saved in both runs."""
+    """Of what took so many bytes in both runs."""
     if short_bytes == long_bytes:
         return _Growth(constant=short_bytes)
     a_token, a_token_of_long = short_bytes / (_SEQUENCES * length), long_bytes / (_SEQUENCES * 2 * length)
@@ -97,51 +172,100 @@ def _growth(length: int, short_bytes: int, long_bytes: int) -> _Growth:
 
 def _saved(base: BaseModel, length: int, *, masked: bool) -> list[list[int]]:
     """For each target module: the sizes in bytes of what autograd saves from its call to the next one's."""
-    width = base.embedding_size
-    embeds = torch.ones(_SEQUENCES, length, width, dtype=base.dtype, device=base.device, requires_grad=True)
+    with torch.enable_grad(), _order_of_calls(base) as order, _weighing(base, order) as saved:
+        base.last_hidden_state(*_input(base, length, masked=masked, requires_grad=True))
+    sizes: list[list[int]] = [[] for _ in base.targets]
+    for called, storage in saved.values():
+        if called:
+            sizes[called - 1].append(storage.nbytes())
+    return sizes
+
+
+def _alive(base: BaseModel, length: int, *, masked: bool) -> list[list[tuple[str, int]]]:
+    """Each operation and the bytes of all tensors after it: up to the first target module, then between each two."""
+    with torch.no_grad(), _order_of_calls(base) as order, _Alive(base, order) as alive:
+        base.last_hidden_state(*_input(base, length, masked=masked, requires_grad=False))
+    return alive.totals
+
+
+def _input(base: BaseModel, length: int, *, masked: bool, requires_grad: bool) -> tuple[Tensor, Tensor | None]:
+    shape = _SEQUENCES, length, base.embedding_size
+    embeds = torch.ones(shape, dtype=base.dtype, device=base.device, requires_grad=requires_grad)
     mask = None
     if masked:
         mask = torch.ones(_SEQUENCES, length, dtype=torch.long, device=base.device)
         mask[-1, -1] = 0  # a mask without padding may be dropped
-    with torch.enable_grad(), _weighing(base) as saved:
-        base.last_hidden_state(embeds, mask)
-    sizes: list[list[int]] = [[] for _ in base.targets]
-    for order, storage in saved.values():
-        if order is not None:
-            sizes[order].append(storage.nbytes())
-    return sizes
+    return embeds, mask
+
+
+class _Calls:
+    """How many target modules were called so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
 
 
 @contextmanager
-def _weighing(base: BaseModel) -> Iterator[dict[int, tuple[int | None, torch.UntypedStorage]]]:
-    """Collect what autograd saves: by address, the target module that was called last, and the storage.
-
-    A storage that is saved several times counts where it is saved last: a graph that begins lower holds it, too.
-    """
-    owned = {tensor.untyped_storage().data_ptr() for tensor in (*base.model.parameters(), *base.model.buffers())}
-    saved: dict[int, tuple[int | None, torch.UntypedStorage]] = {}
-    called: int | None = None
-
-    def save(tensor: Tensor) -> torch.UntypedStorage:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            saved[storage.data_ptr()] = called, storage  # held, so that its address is not given out again
-        return storage
-
-    def load(_: torch.UntypedStorage) -> Tensor:
-        raise AssertionError("this graph is weighed, not run")
+def _order_of_calls(base: BaseModel) -> Iterator[_Calls]:
+    calls = _Calls()
 
     def call(order: int) -> None:
-        nonlocal called
-        called = order
+        calls.count = order + 1
 
     handles = [
         target.module.register_forward_pre_hook(lambda *_, order=target.order: call(order))
         for target in base.targets.values()
     ]
     try:
-        with torch.autograd.graph.saved_tensors_hooks(save, load):
-            yield saved
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _weighing(base: BaseModel, calls: _Calls) -> Iterator[dict[int, tuple[int, torch.UntypedStorage]]]:
+    """Collect what autograd saves: by address, how many target modules were called before, and the storage.
+
+    A storage that is saved several times counts where it is saved last: a graph that begins lower holds it, too.
+    """
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*base.model.parameters(), *base.model.buffers())}
+    saved: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def save(tensor: Tensor) -> torch.UntypedStorage:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = calls.count, storage  # held, so that its address is not given out again
+        return storage
+
+    def load(_: torch.UntypedStorage) -> Tensor:
+        raise AssertionError("this graph is weighed, not run")
+
+    with torch.autograd.graph.saved_tensors_hooks(save, load):
+        yield saved
+
+
+class _Alive(TorchDispatchMode):
+    """Follows the bytes of all tensors that a model makes, from each operation to the next.
+
+    Attributes:
+        totals: (operation, bytes) one after the other, before the first target module's call and after each.
+    """
+
+    def __init__(self, base: BaseModel, calls: _Calls) -> None:
+        super().__init__()
+        self.totals: list[list[tuple[str, int]]] = [[] for _ in range(len(base.targets) + 1)]
+        self._calls = calls
+        self._owned = {tensor.untyped_storage()._cdata for tensor in (*base.model.parameters(), *base.model.buffers())}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._owned:
+                    self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.totals[self._calls.count].append((str(func), sum(size for _, size in self._alive.values())))
+        return result

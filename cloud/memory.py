@@ -1,13 +1,38 @@
-"""Memory: giving back what sessions leave behind, and knowing when there is none."""
+"""Memory: how much there is, giving back what sessions leave behind, and knowing when there is none left."""
 
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Final
+
+import psutil
 
 _M_ARENA_MAX: Final = -8  # of glibc's <malloc.h>
 _ARENAS: Final = 2
 _OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory")  # of torch's RuntimeErrors; the CPU's has no type
+
+
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+
+
+def machine_bytes(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
+    """Memory of this machine, or what this process's control groups leave it: a container's or a service's limit.
+
+    Args:
+        cgroups: where control groups are mounted; own: which ones this process is in. Version 2 of them, or 1.
+    """
+    limits = [psutil.virtual_memory().total]
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        root, name = (cgroups, "memory.max") if not controllers else (cgroups / "memory", "memory.limit_in_bytes")
+        if controllers in ("", "memory"):
+            group = Path(path.lstrip("/"))
+            for parent in (group, *group.parents):
+                limit = root / parent / name
+                text = limit.read_text().strip() if limit.exists() else "max"
+                limits += [int(text)] if text.isdecimal() else []
+    return min(limits)
 
 
 def limit_arenas() -> None:

@@ -4,13 +4,15 @@ A refused micro-batch is charged nothing, and its refusal says when the same one
 metered by leaky buckets: what was used drains evenly, so a caller that used nothing for a while may do all at once.
 Compute is known only afterwards. It may run over by the micro-batches under way, and is then waited for.
 
-A caller's own sessions compete: who comes first takes what is free.
+A caller's own sessions compete: who comes first takes what is free. So do all callers for the memory of the machine: a
+micro-batch waits until there is room for it, in the order in which they came, as it waits for its turn to compute.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Final, Self
@@ -23,6 +25,8 @@ _RETRY_AFTER_S: Final = 5.0
 # More than the rounding of clocks and buckets, so that who comes back at the time that we named is not refused again.
 _ROUNDING_S: Final = 0.001
 _SWEEP_AT: Final = 64
+# Reports and the like: what a session always has room for while nobody reads.
+_SMALL_BYTES: Final = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class QuotaLimits:
     Attributes:
         sessions: sessions open at a time, parked ones among them.
         tokens_per_minute: tokens of micro-batches, training or evaluating; at once, and then a minute.
-        live_bytes: memory of the graphs of its micro-batches under way, over all its sessions.
+        live_bytes: memory of its micro-batches under way and of its frames that nobody has read, over all its sessions.
         compute_s_per_hour: seconds that its sessions computed; at once, and then an hour.
     """
 
@@ -96,15 +100,29 @@ class Quotas:
     A caller that has nothing open and whose buckets have drained is forgotten.
 
     Args:
+        total_live_bytes: memory of the micro-batches of all callers together; None is no limit.
         clock: seconds that never go back.
+
+    Attributes:
+        live_bytes: memory of all callers' micro-batches and unread frames at the moment.
     """
 
-    def __init__(self, limits: QuotaLimits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: QuotaLimits,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        total_live_bytes: int | None = None,
+    ) -> None:
         self.limits = limits
+        self.total_live_bytes = total_live_bytes
+        self.live_bytes = 0
         self._clock = clock
         self._callers: dict[str, _Caller] = {}
         self._sweep_at = _SWEEP_AT
         self._lock = threading.Lock()
+        self._freed = threading.Condition(self._lock)
+        self._line: deque[object] = deque()  # who waits for memory
 
     @property
     def callers(self) -> int:
@@ -133,28 +151,77 @@ class Quotas:
         if limits.live_bytes is not None and live_bytes > limits.live_bytes:
             text = f"a micro-batch takes {_mb(live_bytes)} of the server, and the quota is {_mb(limits.live_bytes)}"
             raise _never(text, ErrorCode.QUOTA_LIVE_BYTES)
+        total = self.total_live_bytes
+        if total is not None and live_bytes > total:
+            text = f"a micro-batch takes {_mb(live_bytes)} of the server, which has {_mb(total)} for all of them"
+            raise _never(text, ErrorCode.LIMIT)
         with self._lock:
+            self._check(session, tokens, live_bytes)
+            if live_bytes:
+                self._wait_for_memory(live_bytes)
+                self._check(session, tokens, live_bytes)  # again: the caller's other sessions did not wait
             now = self._clock()
             caller = self._caller(session.name, now)
-            room = limits.live_bytes is None or caller.live_bytes + live_bytes <= limits.live_bytes
-            waits_s = {
-                ErrorCode.QUOTA_TOKENS: caller.tokens.wait_s(tokens, now),
-                ErrorCode.QUOTA_COMPUTE: caller.compute.wait_s(0.0, now),
-                ErrorCode.QUOTA_LIVE_BYTES: 0.0 if room else _RETRY_AFTER_S,
-            }
-            code = max(waits_s, key=waits_s.__getitem__)
-            if waits_s[code] > 0.0:
-                raise _come_again(_USED_UP[code], code, waits_s[code] + _ROUNDING_S)
             caller.tokens.add(tokens, now)
             caller.live_bytes += live_bytes
             session.live_bytes += live_bytes
+            self.live_bytes += live_bytes
+
+    def _check(self, session: SessionQuota, tokens: int, live_bytes: int) -> None:
+        """Raise ``RemoteProtocolError`` where its caller is over a quota now."""
+        now, most = self._clock(), self.limits.live_bytes
+        caller = self._caller(session.name, now)
+        room = most is None or caller.live_bytes + live_bytes <= most
+        waits_s = {
+            ErrorCode.QUOTA_TOKENS: caller.tokens.wait_s(tokens, now),
+            ErrorCode.QUOTA_COMPUTE: caller.compute.wait_s(0.0, now),
+            ErrorCode.QUOTA_LIVE_BYTES: 0.0 if room else _RETRY_AFTER_S,
+        }
+        code = max(waits_s, key=waits_s.__getitem__)
+        if waits_s[code] > 0.0:
+            raise _come_again(_USED_UP[code], code, waits_s[code] + _ROUNDING_S)
+
+    def _wait_for_memory(self, live_bytes: int) -> None:
+        """Wait, in line, until so much is free. Who waits here holds none, so that all that is held comes back."""
+        place = object()
+        self._line.append(place)
+        try:
+            self._freed.wait_for(lambda: self._line[0] is place and self._fits(live_bytes))
+        finally:
+            self._line.remove(place)
+            self._freed.notify_all()
+
+    def _fits(self, live_bytes: int) -> bool:
+        return self.total_live_bytes is None or self.live_bytes + live_bytes <= self.total_live_bytes
+
+    def _queue(self, session: SessionQuota, nbytes: int) -> bool:
+        with self._lock:
+            caller = self._caller(session.name, self._clock())
+            most = self.limits.live_bytes
+            room = (most is None or caller.live_bytes + nbytes <= most) and self._fits(nbytes)
+            if session.queued_bytes > _SMALL_BYTES and not room:
+                return False
+            session.queued_bytes += nbytes
+            caller.live_bytes += nbytes
+            self.live_bytes += nbytes
+            return True
+
+    def _unqueue(self, session: SessionQuota, nbytes: int) -> None:
+        with self._lock:
+            session.queued_bytes -= nbytes
+            self._free(session, nbytes)
+
+    def _free(self, session: SessionQuota, nbytes: int) -> None:
+        self._caller(session.name, self._clock()).live_bytes -= nbytes
+        self.live_bytes -= nbytes
+        self._freed.notify_all()
 
     def _end(self, session: SessionQuota, compute_s: float) -> None:
         with self._lock:
             now = self._clock()
             caller = self._caller(session.name, now)
             caller.compute.add(compute_s, now)
-            caller.live_bytes -= session.live_bytes
+            self._free(session, session.live_bytes)
             session.live_bytes = 0
 
     def _close(self, session: SessionQuota) -> None:
@@ -182,25 +249,39 @@ class SessionQuota:
     Attributes:
         name: the caller's.
         live_bytes: of its micro-batch under way.
+        queued_bytes: of its frames that nobody has read yet.
     """
 
     def __init__(self, quotas: Quotas, name: str) -> None:
         self.name = name
         self.live_bytes = 0
+        self.queued_bytes = 0
         self.is_open = True
         self._quotas = quotas
 
     def begin(self, tokens: int, live_bytes: int) -> None:
         """Charge a micro-batch, or a report of no tokens, before it runs; where it is not refused, ``end`` must follow.
 
-        Raises ``RemoteProtocolError`` (``quota_tokens``, ``quota_live_bytes``, ``quota_compute``) and charges nothing:
-        retryable, with the time when the same will fit, or not retryable where it never will.
+        Waits until the server has the memory. Raises ``RemoteProtocolError`` (``quota_tokens``, ``quota_live_bytes``,
+        ``quota_compute``, ``limit``) and charges nothing: retryable, with the time when the same will fit, or not
+        retryable where it never will.
         """
         self._quotas._begin(self, tokens, live_bytes)
 
     def end(self, compute_s: float) -> None:
         """What was begun has ended, however it did: its memory is free, and it computed for ``compute_s`` seconds."""
         self._quotas._end(self, compute_s)
+
+    def queue(self, nbytes: int) -> bool:
+        """Count a frame that came and that nobody has read yet; False where there is no room for it.
+
+        One frame of a session always finds room: its conversation is lock-step, so that more is not needed.
+        """
+        return self._quotas._queue(self, nbytes)
+
+    def unqueue(self, nbytes: int) -> None:
+        """It was read, or dropped."""
+        self._quotas._unqueue(self, nbytes)
 
     def close(self) -> None:
         """The session is gone; a micro-batch that is still under way counts until it ends. Again does nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import http
 import json
 import logging
@@ -29,7 +30,7 @@ from .base_model import BaseModel
 from .exchange import install
 from .executor import ComputeGate, shutting_down
 from .guard import ConnectionLimits, Guard, GuardedConnection
-from .handler import Service, handle_connection
+from .handler import Service, handle_connection, opening_limit
 from .layout import can_pack
 from .live_bytes import LiveBytes
 from .patience import DeviceDeadlines, Patience
@@ -44,6 +45,7 @@ PING_EVERY_S = 20.0
 PING_TIMEOUT_S = 60.0
 RECHECK_EVERY_S = 10.0
 DRAIN_CHECK_S = 0.05
+LEAST_TOKENS, MOST_TOKENS = 256, 8192
 
 
 class CloudServer:
@@ -51,7 +53,8 @@ class CloudServer:
 
     Args:
         max_sessions: devices that may train at a time; more are told to come again.
-        max_tokens: most tokens of one micro-batch.
+        max_tokens: most tokens of one micro-batch; None: what ``live_limit`` allows.
+        live_limit: memory of all running micro-batches together, in bytes; None: no limit.
         threads: torch threads of a computing session.
         access: who may come in; by default everybody.
         tls: speak TLS.
@@ -59,6 +62,7 @@ class CloudServer:
 
     Attributes:
         port: the port it listens on, once ``start`` has returned.
+        largest_micro_batch: bytes that one of ``max_tokens`` may take.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class CloudServer:
         base: BaseModel,
         *,
         max_sessions: int,
-        max_tokens: int,
+        max_tokens: int | None,
         threads: int,
         ticket_key: bytes,
         access: Access | None = None,
@@ -74,6 +78,7 @@ class CloudServer:
         quotas: QuotaLimits | None = None,
         patience: Patience | None = None,
         limits: ConnectionLimits | None = None,
+        live_limit: int | None = None,
         drain_s: float = 30.0,
     ) -> None:
         install(base)
@@ -89,20 +94,27 @@ class CloudServer:
         self._drain_s = drain_s
         self._server: Server | None = None
         self._rechecking: asyncio.Task[None] | None = None
+        self._openings = ThreadPoolExecutor(1, thread_name_prefix="opening")
         self._started = time.monotonic()
+        live_bytes = LiveBytes.measure(base)
+        if max_tokens is None:
+            max_tokens = fitting_tokens(live_bytes, base.max_sequence_length, live_limit)
+        self.largest_micro_batch = live_bytes.largest(max_tokens, base.max_sequence_length)
         self.service = Service(
             base=base,
             gate=ComputeGate(),  # one session computes at a time: on a CPU the cores are shared, on one GPU the device
             threads=threads,
             may_pack=can_pack(base),
-            live_bytes=LiveBytes.measure(base),
+            live_bytes=live_bytes,
             max_tokens=max_tokens,
+            opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
             ticket_key=ticket_key,
             sessions=Sessions(max_sessions),
-            quotas=Quotas(quotas or QuotaLimits()),
+            quotas=Quotas(quotas or QuotaLimits(), total_live_bytes=live_limit),
             patience=patience,
             deadlines=DeviceDeadlines(patience),
             pool=self._threads,
+            openings=self._openings,
             draining=threading.Event(),
         )
 
@@ -152,7 +164,8 @@ class CloudServer:
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
-        await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
+        for threads in (self._openings, self._threads):
+            await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
 
     async def _drain(self) -> None:
         sessions = self.service.sessions
@@ -217,8 +230,23 @@ class CloudServer:
             "sessions": len(sessions),
             "parked_sessions": sessions.parked,
             "max_sessions": sessions.limit,
+            "max_tokens": self.service.max_tokens,
+            "live_mb": round(self.service.quotas.live_bytes / 1e6, 1),
+            "live_mb_limit": None if (limit := self.service.quotas.total_live_bytes) is None else round(limit / 1e6, 1),
             "uptime_s": round(time.monotonic() - self._started, 1),
         }
+
+
+def fitting_tokens(live_bytes: LiveBytes, longest: int, live_limit: int | None) -> int:
+    """The most tokens of a micro-batch that takes at most half of ``live_limit`` bytes, so that nobody has all of it.
+
+    At least ``LEAST_TOKENS``, at most ``MOST_TOKENS``, in steps of the former. ``longest``: tokens of a sequence.
+    """
+    if live_limit is None:
+        return MOST_TOKENS
+    tokens = range(LEAST_TOKENS, MOST_TOKENS + 1, LEAST_TOKENS)
+    fitting = bisect.bisect_right(tokens, live_limit // 2, key=lambda many: live_bytes.largest(many, longest))
+    return tokens[max(0, fitting - 1)]
 
 
 def _json_response(status: http.HTTPStatus, body: bytes, more: Mapping[str, str] = MappingProxyType({})) -> Response:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.tensors import IntArray
 
 from .data import Dataset, Example
@@ -28,6 +29,29 @@ class MicroBatch:
     sequence_lengths: IntArray
     label_positions: IntArray
     labels: npt.NDArray[np.int64]
+
+    def cut(self, *, max_tokens: int, packs: bool) -> list[MicroBatch]:
+        """This micro-batch as few that count as ``max_tokens`` at most each, in order; itself where it fits.
+
+        A sequence that is too long by itself stays as it is. Losses and gradients of the parts add up to the whole's.
+        """
+        runs = cut_to_fit(self.sequence_lengths.tolist(), max_tokens=max_tokens, packs=packs)
+        if len(runs) <= 1:
+            return [self]
+        ends = np.cumsum(self.sequence_lengths, dtype=np.int64)
+        parts = []
+        for run in runs:
+            first, end = int(ends[run.start] - self.sequence_lengths[run.start]), int(ends[run.stop - 1])
+            labels = slice(*np.searchsorted(self.label_positions, [first, end]).tolist())
+            parts.append(
+                MicroBatch(
+                    ids=self.ids[first:end],
+                    sequence_lengths=self.sequence_lengths[run.start : run.stop],
+                    label_positions=(self.label_positions[labels] - first).astype(np.int32, copy=False),
+                    labels=self.labels[labels],
+                )
+            )
+        return parts
 
 
 class Batches:
@@ -56,15 +80,6 @@ class Batches:
     def max_sequence_length(self) -> int:
         """Tokens of the longest example."""
         return int(self._dataset.lengths.max())
-
-    def most_tokens(self, total_steps: int) -> int:
-        """Tokens of the largest micro-batch in the first ``total_steps`` steps."""
-        lengths, most = self._dataset.lengths, 0
-        for step in range(total_steps):
-            indices = self.step_indices(step)
-            for start in range(0, len(indices), self._batch_size):
-                most = max(most, int(lengths[indices[start : start + self._batch_size]].sum()))
-        return most
 
     def step_indices(self, step: int) -> npt.NDArray[np.int64]:
         """The examples of a step, counted from 0, in order."""

@@ -29,7 +29,7 @@ from dlora.protocol.errors import (
     SessionLostError,
     StoppedError,
 )
-from dlora.protocol.session import Role, Session
+from dlora.protocol.session import Role, Session, State
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .dialing import GOODBYE_TIMEOUT_S, HUNG_UP, Dialing, LostError, check_url, open_websocket, refusal_of
@@ -67,10 +67,12 @@ class Connection:
         self._opened: m.SessionOpened | None = None
         self._token = b""
         self._frame_bytes = CONTROL_BYTES  # the largest frame that the server can have reason to send
-        # Of the present outage, which ends with the next message of the session: a server that lets us in and no more
-        # is as good as away.
-        self._failures = 0
+        # The present outage: it begins with the silence before it is noticed, and ends with the next message of the
+        # session. A server that lets us in and no more is as good as away.
         self._away_s = 0.0
+        # How often we connected again of late, which the pauses grow with.
+        self._failures = 0
+        self._connected_at = 0.0
         try:
             self.session = self._dial()
         except LostError as lost:
@@ -132,14 +134,19 @@ class Connection:
         while True:
             started = time.monotonic()
             try:
-                message = self._read(self.session, self._deadline.seconds)
+                message = self._read(self.session, self._silence_s())
             except LostError as lost:
                 if isinstance(lost, _SilentError):
                     self._deadline.missed()
+                    self._away_s += time.monotonic() - started
                 self._come_back(lost)
                 continue
             self._deadline.observe(time.monotonic() - started)
-            self._failures, self._away_s = 0, 0.0
+            self._away_s = 0.0
+            if self.session.state is State.IDLE:
+                # A micro-batch is through, or a report is answered. Not at every message: a server that gives one and
+                # hangs up would be connected to as fast as it can hang up.
+                self._failures = min(self._failures, 1)
             return message
 
     def close(self) -> None:
@@ -151,6 +158,11 @@ class Connection:
 
     # -- coming back -------------------------------------------------------------------------------------
 
+    def _silence_s(self) -> float:
+        """How long a message may take: no longer than an outage may."""
+        deadline_s, longest_s = self._deadline.seconds, self._dialing.retry.max_s
+        return min(deadline_s, longest_s) if longest_s else deadline_s
+
     def _come_back(self, lost: LostError) -> None:
         """Connect again and resume the session.
 
@@ -158,6 +170,8 @@ class Connection:
         """
         if self._opened is None:
             raise lost.final from None
+        if time.monotonic() - self._connected_at >= self._dialing.retry.ceiling_s:
+            self._failures = 0
         while True:
             handshake = self._dial_again(lost)
             try:
@@ -186,6 +200,7 @@ class Connection:
     def _dial_again(self, lost: LostError) -> Session:
         """Connect and greet, with pauses, until it works or patience ends."""
         retry, say = self._dialing.retry, self._dialing.say
+        self._raise_if_stopped()
         if retry.max_s == 0:
             raise lost.final from None
         began = time.monotonic() - self._away_s
@@ -224,12 +239,15 @@ class Connection:
         """Sleep, and raise ``StoppedError`` soon after somebody asked to stop; for 0 s, too: outages may be many."""
         end = time.monotonic() + seconds
         while True:
-            if self._dialing.should_stop():
-                raise StoppedError("stopped while the server was away; go on with --resume")
+            self._raise_if_stopped()
             left = end - time.monotonic()
             if left <= 0:
                 return
             time.sleep(min(left, STOP_CHECK_S))
+
+    def _raise_if_stopped(self) -> None:
+        if self._dialing.should_stop():
+            raise StoppedError("stopped while the server was away; go on with --resume")
 
     def _replace_session(self, handshake: Session) -> None:
         """Go on in a new session, past its greeting; counters go on too."""
@@ -258,6 +276,7 @@ class Connection:
         session = Session(Role.EDGE)
         self._closing = contextlib.ExitStack()
         self._socket = open_websocket(self.url, self._dialing, self._closing, self._frame_bytes)
+        self._connected_at = time.monotonic()
         hello = m.Hello(
             protocol_versions=list(PROTOCOL_VERSIONS),
             software=f"dlora-edge {SOFTWARE_VERSION}",
@@ -291,16 +310,19 @@ class Connection:
             self._raise_last_words()
 
     def _read(self, session: Session, timeout_s: float | None = None) -> m.AnyMessage:
-        """The next message that did not come before. Raises ``LostError`` or what an ``Error`` means."""
-        assert self._socket is not None
+        """The next message that did not come before. Raises ``LostError`` or what an ``Error`` means.
+
+        A frame that came before is no answer: it does not begin the time anew.
+        """
         timeout_s = self._dialing.liveness.open_s if timeout_s is None else timeout_s
+        until = time.monotonic() + timeout_s
         while True:
             try:
-                message = session.receive(self._socket.recv(timeout=timeout_s, decode=False))
+                message = session.receive(self._receive_frame(until))
             except HUNG_UP:
                 raise self._lost() from None
             except TimeoutError:
-                text = f"the server {self.url} was silent for {timeout_s:.0f} s {self._where()}"
+                text = f"the server {self.url} said nothing new for {timeout_s:.0f} s {self._where()}"
                 raise _SilentError(ConnectionFailedError(text)) from None
             except DamagedFrameError as error:
                 raise LostError(error) from None
@@ -309,13 +331,29 @@ class Connection:
             if message is not None:
                 return message
 
+    def _receive_frame(self, until: float) -> bytes:
+        """The next frame. Raises ``TimeoutError`` at ``until``, and earlier where somebody asked to stop."""
+        assert self._socket is not None
+        while True:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            if self._dialing.should_stop():
+                # A server that works on our step will say something soon; one that does not must not keep us.
+                until = min(until, time.monotonic() + self._dialing.liveness.open_s)
+                return bytes(self._socket.recv(timeout=until - time.monotonic(), decode=False))
+            with contextlib.suppress(TimeoutError):
+                return bytes(self._socket.recv(timeout=min(left_s, STOP_CHECK_S), decode=False))
+
     def _raise_last_words(self) -> NoReturn:
         """Why a peer went away may stand in what it said last."""
         assert self._socket is not None
         last: m.AnyMessage | None = None
+        until = time.monotonic() + GOODBYE_TIMEOUT_S
         with contextlib.suppress(*HUNG_UP, TimeoutError, ProtocolError):
             while not isinstance(last, m.Error):
-                last = Decoder().decode(self._socket.recv(timeout=GOODBYE_TIMEOUT_S, decode=False))
+                left_s = max(0.0, until - time.monotonic())
+                last = Decoder().decode(self._socket.recv(timeout=left_s, decode=False))
         if isinstance(last, m.Error):
             self._raise_refusal(last)
         raise self._lost() from None

@@ -62,7 +62,7 @@ class SplitModel:
         return self.head_seconds + self._compute.seconds
 
     def forward_backward(self, batch: MicroBatch, *, step: int, micro_batch: int, grad_scale: float) -> FloatArray:
-        """Train on one micro-batch: losses (labelled,), gradients added to the adapters.
+        """Train on one micro-batch that the server takes: losses (labelled,), gradients added to the adapters.
 
         ``grad_scale`` is one over the labelled tokens of the whole step: the step's loss is their mean. Raises
         ``SessionLostError`` where the whole step must be run again: the server knows nothing of it any more.
@@ -75,6 +75,11 @@ class SplitModel:
         if final.gradients:
             self._backward(grads, step=step, micro_batch=micro_batch, gradients=final.gradients)
         return losses
+
+    def cut(self, batch: MicroBatch) -> list[MicroBatch]:
+        """``batch`` in parts that the server takes, each a micro-batch of its own; itself where it fits."""
+        welcome = self.connection.welcome
+        return batch.cut(max_tokens=welcome.max_tokens, packs=welcome.packs)
 
     def evaluate(self, batch: MicroBatch) -> tuple[FloatArray, LongArray]:
         """Losses and likeliest tokens at the labelled positions, (labelled,) each."""
@@ -108,12 +113,15 @@ class SplitModel:
 
     def _evaluate_hidden(self, batch: MicroBatch) -> FloatArray:
         while True:
-            step, self._evaluated = self.connection.session.step, (self._evaluated + 1) % 2**31
             try:
-                final = self._forward(batch, step=step, micro_batch=self._evaluated, mode="evaluate")
-                return final.hidden_states.to_floats()
-            except SessionLostError:
+                found = [self._evaluate_part(part) for part in self.cut(batch)]
+                return found[0] if len(found) == 1 else np.concatenate(found)
+            except SessionLostError:  # another server may take less at once
                 self._reopen()
+
+    def _evaluate_part(self, batch: MicroBatch) -> FloatArray:
+        step, self._evaluated = self.connection.session.step, (self._evaluated + 1) % 2**31
+        return self._forward(batch, step=step, micro_batch=self._evaluated, mode="evaluate").hidden_states.to_floats()
 
     def _forward(self, batch: MicroBatch, *, step: int, micro_batch: int, mode: m.Mode) -> m.LabelledHiddenStates:
         self._check_fits(batch)
@@ -151,11 +159,6 @@ class SplitModel:
             raise DataError(
                 f"the data has a sequence of {longest} tokens, the server takes {welcome.max_sequence_length}; "
                 f"set --max-length {welcome.max_sequence_length}"
-            )
-        if len(batch.ids) > welcome.max_tokens:
-            raise DataError(
-                f"a micro-batch has {len(batch.ids)} tokens, the server takes {welcome.max_tokens}; "
-                "lower --batch-size or --max-length, or raise --max-tokens of the server"
             )
 
     def _backward(self, grad_hidden_states: FloatArray, *, step: int, micro_batch: int, gradients: int) -> None:

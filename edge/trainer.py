@@ -243,9 +243,11 @@ class Trainer:
         while True:
             self.adapters.zero_grad()
             losses = 0.0
+            # Anew for each session: another server may take less at once.
+            parts = [part for batch in batches for part in self.model.cut(batch)]
             try:
-                for index, batch in enumerate(batches):
-                    found = self.model.forward_backward(batch, step=step, micro_batch=index, grad_scale=1.0 / labelled)
+                for index, part in enumerate(parts):
+                    found = self.model.forward_backward(part, step=step, micro_batch=index, grad_scale=1.0 / labelled)
                     losses += float(found.sum(dtype=np.float64))
                 return losses
             except SessionLostError:
@@ -288,14 +290,6 @@ class Trainer:
                 f"the data has a sequence of {self.batches.max_sequence_length} tokens, the server takes "
                 f"{welcome.max_sequence_length}; set --max-length {welcome.max_sequence_length}"
             )
-        # Most runs cannot come near, and need no counting.
-        if self.config.batch_size * self.batches.max_sequence_length > welcome.max_tokens:
-            most = self.batches.most_tokens(self.config.total_steps)
-            if most > welcome.max_tokens:
-                raise DataError(
-                    f"a micro-batch of this run has {most} tokens, the server takes {welcome.max_tokens}; "
-                    "lower --batch-size (--grad-accum makes up for it) or --max-length"
-                )
 
     def _open(self) -> None:
         """Open a session where we stand, or another in place of one that the server has forgotten."""

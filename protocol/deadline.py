@@ -5,29 +5,30 @@ from __future__ import annotations
 from typing import Final
 
 REMEMBERED: Final = 64
+MOST_TIMES: Final = 10.0
 
 
 class Deadline:
     """A deadline for something that happens again and again, and has been measured.
 
-    It is ``factor`` times the longest of the last 64 waits, within ``floor_s`` and ``ceiling_s``. The longest and
-    not the mean: a wait is mostly over soon, and a peer that is given up too early costs more than one that is
-    given up late. Nothing measured yet: ``floor_s``.
+    It is ``factor`` times the longest of the last 64 waits, at least ``floor_s`` and at most ten times that: a peer
+    that is slow on purpose must not be able to make us wait for hours. The longest and not the mean: a wait is mostly
+    over soon, and a peer that is given up too early costs more than one that is given up late. Nothing measured yet:
+    ``floor_s``.
 
     It has no clock; whoever waits measures. Several threads may wait for the same peer.
 
     Args:
         floor_s: never less, in seconds.
         factor: how many times longer than ever lately counts as never, at least 1.
-        ceiling_s: never more, in seconds, except where ``floor_s`` is.
     """
 
-    def __init__(self, floor_s: float, factor: float = 10.0, ceiling_s: float = 3600.0) -> None:
+    def __init__(self, floor_s: float, factor: float = 10.0) -> None:
         assert floor_s > 0, floor_s
         assert factor >= 1, factor
         self._floor_s = floor_s
         self._factor = factor
-        self._ceiling_s = max(ceiling_s, floor_s)  # a user may want to wait for days
+        self._ceiling_s = MOST_TIMES * floor_s
         self._waits_s: tuple[float, ...] = ()  # replaced, never changed: another thread may be reading it
         self._patience = 1.0
 

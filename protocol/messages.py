@@ -95,7 +95,8 @@ class Welcome(Message, frozen=True):
         base_fingerprint: hex SHA-256 of the base model's weights, see docs/bundle.md.
         embedding_size: width of the hidden states that E sends; hidden_size: of those that C returns.
         max_sequence_length: longest sequence in tokens.
-        max_tokens: most tokens of one micro-batch.
+        max_tokens: most tokens of one micro-batch, as ``counting.py`` counts them.
+        packs: whether C runs sequences end to end; otherwise each counts as the longest of its micro-batch.
     """
 
     protocol_version: int
@@ -106,6 +107,7 @@ class Welcome(Message, frozen=True):
     hidden_size: Width
     max_sequence_length: Width
     max_tokens: Width
+    packs: bool
 
 
 class OpenSession(Message, frozen=True):

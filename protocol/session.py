@@ -7,7 +7,10 @@ gives the checked message. The rules are one table; ``docs/protocol.md`` draws i
   micro-batch needs.
 - A micro-batch is lock-step: FORWARD, then LOSS and BACKWARD if it trains.
 - E may start the next micro-batch before C's ``Signal`` to its last ``StepReport`` has come, so that reports
-  cost no round trip. C answers a report before anything that E sent after it.
+  cost no round trip. C answers a report before anything that E sent after it, so that no ``Signal`` stands between a
+  micro-batch's first ``GroupInput`` and its end.
+- A micro-batch asks every live group, once and in execution order, and gives every active one its gradients: a server
+  that leaves some out would train nothing, and nobody would notice.
 - After ``Error`` or ``CloseSession`` nothing may follow on that connection.
 - A session outlives its connection: over a new one its device resumes it, in another ``Session`` that ends in
   RESUMED; the old ``Session`` then goes on where it stood. ``link.py`` makes up for what was lost between.
@@ -23,6 +26,7 @@ import numpy as np
 
 from . import messages as m
 from .codec import Decoder, Prefix, encode, read_prefix
+from .counting import counted_tokens
 from .errors import LocalProtocolError, RemoteProtocolError
 from .kill_revive import GroupSpec, UnitState, group_units
 from .link import Link
@@ -81,7 +85,8 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Role, State]]]] = {
 }
 """State, then message type, to (who may send it, next state). Three rules stand beside the table:
 ``LabelledHiddenStates`` with no gradients to come, and the last message of BACKWARD, lead to IDLE;
-C may send ``Signal`` in any open state while a ``StepReport`` is unanswered; either side may send ``Error``."""
+C sends ``Signal`` while a ``StepReport`` is unanswered, in IDLE, or in FORWARD before it asks for anything; either side
+may send ``Error``."""
 
 NUMBERED: Final = (m.ExchangeMessage, m.StepReport, m.Signal)
 """What the link numbers: the messages of a session that change what the two sides hold."""
@@ -113,6 +118,7 @@ class Session:
         state: where the conversation stands.
         step: the optimizer step that comes next or is under way.
         units: uint8 (units,), the ``UnitState`` of each unit as last signalled.
+        live: the groups of all units that are not killed, in execution order; active: those of units that are trained.
         bytes_sent, bytes_received: sizes of all frames so far (without the websocket's own framing).
         round_trips: how often we received after having sent.
         link: the numbers of the session's frames, and those that the peer may lack.
@@ -124,6 +130,8 @@ class Session:
         self.step = 0
         self.units: ByteArray = np.zeros(0, np.uint8)
         self.unit_groups: tuple[tuple[int, ...], ...] = ()
+        self.live: tuple[int, ...] = ()
+        self.active: frozenset[int] = frozenset()
         self.welcome: m.Welcome | None = None
         self.opened_with: m.OpenSession | None = None
         self.bytes_sent = 0
@@ -138,8 +146,7 @@ class Session:
         self._micro_batch = 0
         self._begun: _MicroBatch | None = None
         self._tokens = 0
-        self._awaited = 0  # the group whose deltas C waits for
-        self._asked: set[int] = set()  # groups that took part in this forward pass
+        self._asked = 0  # how many groups of ``live`` took part in this forward pass; the last one's deltas C waits for
         self._graded: set[int] = set()  # groups whose gradients have been sent
         self._unanswered: set[int] = set()  # groups whose input gradient C waits for
         self._gradients = 0
@@ -243,7 +250,7 @@ class Session:
             case m.SessionOpened():
                 self._check_units(message.units)
                 _check(message.ticket, "uint8", (None,))
-                self.units = message.units.data
+                self._take_units(message.units.data)
             case m.StepReport():
                 self._check_report(message)
             case _:
@@ -273,12 +280,20 @@ class Session:
     def _check_signal(self, message: m.Signal, sender: Role) -> None:
         if sender is not C or not self._unanswered_reports:
             raise _ViolationError("a signal that answers no report")
+        if not (self.state is State.IDLE or (self.state is State.FORWARD and not self._asked)):
+            raise _ViolationError("a signal in the middle of a micro-batch")
         if message.step != self._unanswered_reports[0]:
             raise _ViolationError("a signal for another step")
         self._check_units(message.units)
         _check(message.ticket, "uint8", (None,))
         del self._unanswered_reports[0]
-        self.units = message.units.data
+        self._take_units(message.units.data)
+
+    def _take_units(self, units: ByteArray) -> None:
+        self.units = units
+        states = {group: state for state, groups in zip(units, self.unit_groups, strict=True) for group in groups}
+        self.live = tuple(group for group in sorted(states) if states[group] != UnitState.KILLED)
+        self.active = frozenset(group for group in self.live if states[group] == UnitState.ACTIVE)
 
     def _check_report(self, message: m.StepReport) -> None:
         if message.step != self.step or len(self._unanswered_reports) > 1:
@@ -303,10 +318,7 @@ class Session:
             case m.GroupDelta():
                 self._check_group_delta(message)
             case m.LabelledHiddenStates():
-                assert self.welcome is not None
-                self._check_floats(message.hidden_states, (begun.labelled, self.welcome.hidden_size))
-                if message.gradients > (len(self._asked) if begun.training else 0):
-                    raise _ViolationError("more gradients than groups took part")
+                self._check_labelled(message, begun)
                 self._gradients = message.gradients
                 return None if message.gradients else State.IDLE
             case m.GradHiddenStates():
@@ -340,6 +352,10 @@ class Session:
             raise _ViolationError(f"{tokens} tokens; at most {welcome.max_tokens} fit", m.ErrorCode.LIMIT)
         if not lengths.size or lengths.min() < 1 or int(lengths.sum(dtype=np.int64)) != tokens:
             raise _ViolationError("sequence lengths that do not add up to the tokens")
+        counted = counted_tokens(lengths, packs=welcome.packs)
+        if counted > welcome.max_tokens:
+            text = f"{tokens} tokens count as {counted} with their padding; at most {welcome.max_tokens} fit"
+            raise _ViolationError(text, m.ErrorCode.LIMIT)
         if lengths.max() > welcome.max_sequence_length:
             limit = welcome.max_sequence_length
             raise _ViolationError(f"a sequence of {lengths.max()} tokens; at most {limit} fit", m.ErrorCode.LIMIT)
@@ -347,44 +363,60 @@ class Session:
             raise _ViolationError("label positions that are not ascending rows of the tokens")
         self._begun = _MicroBatch(message.step, message.micro_batch, training, positions.size)
         self._tokens = tokens
-        self._asked.clear()
+        self._asked = 0
         self._graded.clear()
         self._unanswered.clear()
         self._micro_batch += training
 
     def _check_group_input(self, message: m.GroupInput) -> None:
+        self._check_reports_are_answered()
         group = message.group
-        if group >= len(self.groups) or group in self._asked:
-            raise _ViolationError(f"group {group} does not take part, or did already")
-        if not self._is_live(group):
-            raise _ViolationError(f"group {group} belongs to a killed unit")
+        if group not in self.live:
+            raise _ViolationError(f"group {group} does not exist, or belongs to a killed unit")
+        if self._asked == len(self.live) or group != self.live[self._asked]:
+            raise _ViolationError(f"group {group} out of turn; all live groups are asked, once, in execution order")
         self._check_floats(message.hidden_states, (self._tokens, self.groups[group].in_features))
-        self._asked.add(group)
-        self._awaited = group
+        self._asked += 1
 
     def _check_group_delta(self, message: m.GroupDelta) -> None:
-        if message.group != self._awaited:
-            raise _ViolationError(f"group {message.group} when group {self._awaited} was asked")
+        awaited = self.live[self._asked - 1]
+        if message.group != awaited:
+            raise _ViolationError(f"group {message.group} when group {awaited} was asked")
         self._check_outputs(message.deltas, message.group)
 
+    def _check_labelled(self, message: m.LabelledHiddenStates, begun: _MicroBatch) -> None:
+        assert self.welcome is not None
+        self._check_reports_are_answered()
+        if self._asked < len(self.live):
+            raise _ViolationError(f"only {self._asked} of {len(self.live)} live groups were asked")
+        self._check_floats(message.hidden_states, (begun.labelled, self.welcome.hidden_size))
+        if message.gradients > (len(self.live) if begun.training else 0):
+            raise _ViolationError("more gradients than groups took part")
+        if begun.training and message.gradients < len(self.active):
+            raise _ViolationError(f"{message.gradients} gradients for {len(self.active)} active groups")
+
+    def _check_reports_are_answered(self) -> None:
+        """C answers a report before anything that E sent after it: else the units would not be those of this step."""
+        if self._unanswered_reports:
+            raise _ViolationError(f"the report of step {self._unanswered_reports[0]} has no signal yet")
+
     def _check_group_grad(self, message: m.GroupGrad) -> None:
-        if message.group not in self._asked or message.group in self._graded:
-            raise _ViolationError(f"gradients of group {message.group}, which did not take part, or again")
-        if len(self._graded) == self._gradients:
+        group = message.group
+        if group not in self.live or group in self._graded:
+            raise _ViolationError(f"gradients of group {group}, which did not take part, or again")
+        to_come = self._gradients - len(self._graded)
+        if not to_come:
             raise _ViolationError("more gradients than were announced")
-        self._check_outputs(message.grads, message.group)
-        self._graded.add(message.group)
+        if group not in self.active and len(self.active - self._graded) == to_come:
+            raise _ViolationError(f"gradients of group {group}, which leave none for an active one")
+        self._check_outputs(message.grads, group)
+        self._graded.add(group)
         if message.answer:
-            self._unanswered.add(message.group)
+            self._unanswered.add(group)
 
     def _backward_state(self) -> State:
         done = len(self._graded) == self._gradients and not self._unanswered
         return State.IDLE if done else State.BACKWARD
-
-    def _is_live(self, group: int) -> bool:
-        return any(
-            self.units[unit] != UnitState.KILLED for unit, groups in enumerate(self.unit_groups) if group in groups
-        )
 
     def _check_outputs(self, tensors: Sequence[WireTensor], group: int) -> None:
         targets = self.groups[group].targets

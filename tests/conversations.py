@@ -14,6 +14,7 @@ from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
 from dlora.protocol.link import Link
 from dlora.protocol.session import NUMBERED, Role, Session
 from dlora.protocol.tensors import WireTensor
+from dlora.protocol.version import PROTOCOL_VERSIONS
 
 WIDTH = 4
 MAX_TOKENS = 16
@@ -40,10 +41,10 @@ def floats(*shape: int, dtype: Any = "fp32") -> WireTensor:
 
 
 def hello() -> m.Hello:
-    return m.Hello(protocol_versions=[1], software="a device")
+    return m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software="a device")
 
 
-def welcome(version: int = 1) -> m.Welcome:
+def welcome(version: int = PROTOCOL_VERSIONS[-1], *, packs: bool = True) -> m.Welcome:
     return m.Welcome(
         protocol_version=version,
         software="a server",
@@ -53,6 +54,7 @@ def welcome(version: int = 1) -> m.Welcome:
         hidden_size=WIDTH,
         max_sequence_length=MAX_LENGTH,
         max_tokens=MAX_TOKENS,
+        packs=packs,
     )
 
 
@@ -147,14 +149,20 @@ def opening(**changes: Any) -> list[m.AnyMessage]:
 
 
 def forward(
-    step: int = 0, micro_batch: int = 0, live: Sequence[int] = ALL, gradients: int | None = None
+    step: int = 0,
+    micro_batch: int = 0,
+    live: Sequence[int] = ALL,
+    gradients: int | None = None,
+    *,
+    mode: Any = "train",
 ) -> Iterator[m.AnyMessage]:
-    """A training micro-batch up to the last hidden states; as many gradients to come as groups, or ``gradients``."""
-    yield embeddings(step, micro_batch)
+    """A micro-batch up to the last hidden states; in training as many gradients to come as groups, or ``gradients``."""
+    yield embeddings(step, micro_batch, mode=mode)
     for group in live:
         yield group_input(step, micro_batch, group)
         yield group_delta(step, micro_batch, group)
-    yield labelled(step, micro_batch, len(live) if gradients is None else gradients)
+    announced = len(live) if gradients is None and mode == "train" else gradients or 0
+    yield labelled(step, micro_batch, announced)
 
 
 def backward(step: int = 0, micro_batch: int = 0, live: Sequence[int] = ALL) -> Iterator[m.AnyMessage]:

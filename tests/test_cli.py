@@ -244,7 +244,7 @@ def test_a_server_that_claims_another_version(place: Place, tmp_path: Path) -> N
             encode(
                 m.Welcome(
                     protocol_version=9, software="x", base_model="x", base_fingerprint="x", embedding_size=1,
-                    hidden_size=1, max_sequence_length=1, max_tokens=1,
+                    hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
                 )
             )
         )  # fmt: skip

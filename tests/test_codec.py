@@ -33,9 +33,9 @@ SEQ, ACK = 5, 4
 
 # One of each; the golden files are only ever added to.
 EXAMPLES: dict[str, m.AnyMessage] = {
-    "hello": m.Hello(protocol_versions=[1], software="dlora-edge 0.1.0", device="5eed" * 8),
+    "hello": m.Hello(protocol_versions=[2], software="dlora-edge 0.1.0", device="5eed" * 8),
     "welcome": m.Welcome(
-        protocol_version=1,
+        protocol_version=2,
         software="dlora-cloud 0.1.0",
         base_model="smollm2-135m",
         base_fingerprint="ab" * 32,
@@ -43,6 +43,7 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         hidden_size=6,
         max_sequence_length=128,
         max_tokens=512,
+        packs=False,
     ),
     "open_session": m.OpenSession(
         base_fingerprint="ab" * 32,

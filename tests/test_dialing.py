@@ -32,13 +32,14 @@ from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.errors import ConnectionFailedError, ModelMismatchError, UsageError
+from dlora.protocol.version import PROTOCOL_VERSIONS
 
 HOST = "127.0.0.1"
 PATIENT = Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.01)
 LONG_AGO = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 WELCOME = m.Welcome(
-    protocol_version=1, software="x", base_model="x", base_fingerprint="x", embedding_size=1, hidden_size=1,
-    max_sequence_length=1, max_tokens=1,
+    protocol_version=PROTOCOL_VERSIONS[-1], software="x", base_model="x", base_fingerprint="x", embedding_size=1,
+    hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
 )  # fmt: skip
 
 

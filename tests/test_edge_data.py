@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from datetime import datetime
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from dlora.edge.batches import Batches, evaluation_batches
+from dlora.edge.batches import Batches, evaluation_batches, pack
 from dlora.edge.chat import ChatTemplate
 from dlora.edge.data import Dataset, load_examples, split_holdout
 from dlora.edge.rows import parse_columns
 from dlora.edge.tokenizer import EdgeTokenizer
+from dlora.protocol.counting import counted_tokens
 from dlora.protocol.errors import BundleError, DataError, UsageError
 from dlora.protocol.manifest import TokenizerSpec
 
@@ -405,8 +407,19 @@ def test_packed_labels_are_the_next_token_of_the_same_sequence() -> None:
     assert sum(len(batch.labels) for batch in evaluation_batches(dataset, 4)) == dataset.labelled
 
 
-def test_the_largest_micro_batch_of_a_run() -> None:
-    dataset = Dataset.of([(list(range(1, 2 + length)), [0]) for length in range(1, 12)])
-    batches = Batches(dataset, 2, 2, seed=1)
-    seen = [len(batch.ids) for step in range(7) for batch in batches.step_batches(step)]
-    assert batches.most_tokens(7) == max(seen)
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_micro_batch_is_cut_to_what_a_server_takes(packs: bool) -> None:
+    whole = pack(list(numbered(9)))  # sequences of 2 to 10 tokens
+    assert whole.cut(max_tokens=1000, packs=packs) == [whole]
+    for limit in (1, 7, 10, 20, 33):
+        parts = whole.cut(max_tokens=limit, packs=packs)
+        starts = np.cumsum([0, *(len(part.ids) for part in parts[:-1])])
+        assert np.concatenate([part.ids for part in parts]).tolist() == whole.ids.tolist()
+        assert np.concatenate([part.labels for part in parts]).tolist() == whole.labels.tolist()
+        positions = [part.label_positions + start for part, start in zip(parts, starts, strict=True)]
+        assert np.concatenate(positions).tolist() == whole.label_positions.tolist()
+        counts = [counted_tokens(part.sequence_lengths, packs=packs) for part in parts]
+        assert all(count <= limit or len(part.sequence_lengths) == 1 for count, part in zip(counts, parts, strict=True))
+        for part, following in itertools.pairwise(parts):  # as few as can be
+            longer = np.append(part.sequence_lengths, following.sequence_lengths[0])
+            assert counted_tokens(longer, packs=packs) > limit

@@ -35,6 +35,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.tensors import WireTensor
+from dlora.protocol.version import PROTOCOL_VERSIONS
 
 STEPS = 8
 WIDTH = 64
@@ -179,7 +180,7 @@ def never_reading(url: str, base: BaseModel) -> Iterator[None]:
     tokens = GLUTTONS_TOKENS
     settings = {"compression": None, "proxy": None, "max_queue": 1, "max_size": None, "close_timeout": 0.1}
     with connect(url, sock=raw, **settings) as websocket:  # type: ignore[arg-type]
-        for message in (m.Hello(protocol_versions=[1], software="a glutton"), open_session(base)):
+        for message in (m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software="a glutton"), open_session(base)):
             websocket.send(encode(message))
             websocket.recv()
         websocket.send(encode(embeddings(tokens), seq=1))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, tiny_model
 from torch import Tensor
 
+from dlora.cloud import live_bytes as live_bytes_module
 from dlora.cloud.base_model import BaseModel
 from dlora.cloud.exchange import MicroBatchExchange, exchanging, install
 from dlora.cloud.layout import Layout, can_pack, lay_out
-from dlora.cloud.live_bytes import LiveBytes
+from dlora.cloud.live_bytes import LiveBytes, _Alive, _order_of_calls, default_live_limit
+from dlora.cloud.server import LEAST_TOKENS, MOST_TOKENS, fitting_tokens
+from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.kill_revive import GroupSpec
 
 # Refusing what would have fit is a nuisance, admitting what does not is an outage.
@@ -56,9 +60,9 @@ def base_model(family: str, **changes: object) -> BaseModel:
     return base
 
 
-def layout_of(base: BaseModel, lengths: list[int]) -> Layout:
+def layout_of(base: BaseModel, lengths: list[int], max_tokens: int = 10**6) -> Layout:
     tokens = torch.randn(sum(lengths), base.embedding_size, generator=torch.Generator().manual_seed(1))
-    return lay_out(tokens, torch.tensor(lengths), may_pack=can_pack(base))
+    return lay_out(tokens, torch.tensor(lengths), may_pack=can_pack(base), max_tokens=max_tokens)
 
 
 def bytes_saved(base: BaseModel, groups: Sequence[GroupSpec], layout: Layout, trained: set[int]) -> int:
@@ -90,14 +94,71 @@ def test_the_estimate_is_near_what_autograd_saves(family: str) -> None:
         layout = layout_of(base, lengths)
         for lowest in (0, len(groups) // 2):
             wanted = bytes_saved(base, groups, layout, {lowest, len(groups) - 1})
-            ratios[name, lowest] = live_bytes.estimate(layout, groups[lowest]) / wanted
+            ratios[name, lowest] = live_bytes.graph(layout, groups[lowest]) / wanted
     assert min(ratios.values()) >= AT_LEAST, ratios
     assert max(ratios.values()) <= AT_MOST, ratios
 
 
-def test_evaluation_has_no_graph() -> None:
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_evaluation_takes_what_its_forward_pass_has_in_hand(family: str) -> None:
+    base = base_model(family)
+    live_bytes = LiveBytes.measure(base)
+    ratios = {}
+    for name, lengths in LENGTHS.items():
+        layout = layout_of(base, lengths)
+        assert live_bytes.graph(layout, None) == 0
+        with torch.no_grad(), _order_of_calls(base) as order, _Alive(base, order) as alive:
+            base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
+        most = max(total for totals in alive.totals for _, total in totals)
+        ratios[name] = live_bytes.estimate(layout, None) / (most + 2 * layout.inputs_embeds.nbytes)
+    assert min(ratios.values()) >= AT_LEAST, ratios
+    assert max(ratios.values()) <= AT_MOST, ratios
+
+
+def test_training_takes_the_graph_on_top() -> None:
     base = base_model("llama")
-    assert LiveBytes.measure(base).estimate(layout_of(base, [5, 3]), None) == 0
+    live_bytes, layout = LiveBytes.measure(base), layout_of(base, [9, 4])
+    for group in base.groups(base.targets):
+        graph = live_bytes.graph(layout, group)
+        assert graph > 0
+        assert live_bytes.estimate(layout, group) == live_bytes.estimate(layout, None) + graph
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
+def test_no_micro_batch_takes_more_than_the_largest(family: str) -> None:
+    base = base_model(family)
+    live_bytes, packs, longest = LiveBytes.measure(base), can_pack(base), base.max_sequence_length
+    generator = np.random.default_rng(0)
+    group = base.groups(base.targets)[0]
+    for limit in (16, 64, 200):
+        largest = live_bytes.largest(limit, limit if packs else longest)
+        for _ in range(30):
+            lengths = generator.integers(1, min(limit, longest) + 1, limit)
+            run = cut_to_fit(lengths.tolist(), max_tokens=limit, packs=packs)[0]
+            layout = layout_of(base, lengths[run.start : run.stop].tolist(), limit)
+            assert live_bytes.estimate(layout, group) <= largest
+            assert layout.inputs_embeds.shape[:2].numel() <= limit
+
+
+def test_the_default_of_max_tokens_leaves_room_for_two() -> None:
+    base = base_model("llama")
+    live_bytes, longest = LiveBytes.measure(base), base.max_sequence_length
+    assert fitting_tokens(live_bytes, longest, None) == MOST_TOKENS
+    assert fitting_tokens(live_bytes, longest, 10**12) == MOST_TOKENS
+    assert fitting_tokens(live_bytes, longest, 1) == LEAST_TOKENS
+    wanted = 10 * LEAST_TOKENS
+    most = live_bytes.largest(wanted, longest)
+    assert fitting_tokens(live_bytes, longest, 2 * most) == wanted
+    assert fitting_tokens(live_bytes, longest, 2 * most - 1) == wanted - LEAST_TOKENS
+
+
+def test_what_micro_batches_may_take_is_half_of_what_the_model_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_model("llama")
+    weights = sum(parameter.nbytes for parameter in base.model.parameters())
+    monkeypatch.setattr(live_bytes_module, "machine_bytes", lambda: 10**9 + weights)
+    assert default_live_limit(base) == 10**9 // 2
+    monkeypatch.setattr(live_bytes_module, "machine_bytes", lambda: weights)
+    assert default_live_limit(base) == 64 << 20
 
 
 def test_a_graph_that_begins_higher_takes_less() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -107,6 +108,86 @@ def test_what_can_never_fit_is_refused_for_good(limit: dict[str, float], batch: 
     assert (error.code, error.retryable, error.retry_after_s) == (code, False, None)
     assert "lower --batch-size" in str(error)
     session.begin(*(min(amount, most) for amount, most in zip(batch, (600, 1000), strict=True)))
+
+
+def test_memory_of_the_server_is_waited_for_in_line() -> None:
+    """The second needs more than is free, and the third, which would fit, does not overtake it."""
+    quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=1000)
+    first, second, third = (quotas.open_session(name) for name in "abc")
+    first.begin(1, 600)
+    begun: list[str] = []
+
+    def begin(session: SessionQuota, live_bytes: int) -> None:
+        session.begin(1, live_bytes)
+        begun.append(session.name)
+
+    waiting = []
+    for session, live_bytes in ((second, 700), (third, 300)):
+        waiting.append(threading.Thread(target=begin, args=(session, live_bytes)))
+        waiting[-1].start()
+        until(lambda: len(quotas._line) == len(waiting))
+    first.begin(1, 0)  # a report takes none, and waits for nobody
+    assert begun == []
+    first.end(0.0)
+    for thread in waiting:
+        thread.join(20)
+    assert begun == ["b", "c"]
+    assert quotas.live_bytes == 1000
+    for session in (second, third):
+        session.end(0.0)
+    assert quotas.live_bytes == 0
+
+
+def test_who_waited_for_memory_is_asked_for_its_own_quota_again() -> None:
+    quotas = Quotas(QuotaLimits(live_bytes=700), Clock(), total_live_bytes=1000)
+    other, one, two = quotas.open_session("b"), quotas.open_session("a"), quotas.open_session("a")
+    other.begin(1, 700)
+    refusals: list[RemoteProtocolError] = []
+    waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: one.begin(1, 600))))
+    waiting.start()
+    until(lambda: len(quotas._line) == 1)
+    assert two.queue(300)  # of the same caller, without waiting
+    other.end(0.0)
+    waiting.join(20)
+    assert [refusal.code for refusal in refusals] == [ErrorCode.QUOTA_LIVE_BYTES]
+    assert not quotas._line
+
+
+def test_what_the_server_never_has_is_refused_for_good() -> None:
+    session = Quotas(QuotaLimits(), Clock(), total_live_bytes=1000).open_session("a")
+    error = refused(lambda: session.begin(1, 1001))
+    assert (error.code, error.retryable) == (ErrorCode.LIMIT, False)
+    session.begin(1, 1000)
+
+
+def test_frames_that_nobody_has_read_count() -> None:
+    """One finds room in any case, so that a session can always go on; more only where there is room."""
+    for quotas in (
+        Quotas(QuotaLimits(live_bytes=10**6), Clock()),
+        Quotas(QuotaLimits(), Clock(), total_live_bytes=10**6),
+    ):
+        one, other = quotas.open_session("a"), quotas.open_session("a")
+        other.begin(1, 900_000)
+        assert one.queue(2000)
+        assert one.queue(500_000)
+        assert quotas.live_bytes == 1_402_000
+        assert not one.queue(1)
+        one.unqueue(500_000)
+        assert one.queue(500_000)
+        other.end(0.0)
+        assert one.queue(498_000)
+        assert not one.queue(1)
+        one.unqueue(1_000_000)
+        assert quotas.live_bytes == 0
+        other.begin(1, 10**6)
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for another thread."""
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_live_bytes_count_over_all_sessions_until_the_micro_batch_ends() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import conversations as c
+import msgspec
 import numpy as np
 import pytest
 from conversations import Pair
@@ -18,6 +19,7 @@ from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProto
 from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, UnitState
 from dlora.protocol.session import HANDSHAKE, TRANSITIONS, Role, Session, State, choose_version
 from dlora.protocol.tensors import WireTensor
+from dlora.protocol.version import PROTOCOL_VERSIONS
 
 E, C = Role.EDGE, Role.CLOUD
 
@@ -39,7 +41,7 @@ WAYS: dict[State, list[m.AnyMessage]] = {
 ONE_OF_EACH: dict[type, m.AnyMessage] = {
     type(message): message
     for message in (
-        *c.opening(), c.embeddings(), c.group_input(), c.group_delta(), c.labelled(), c.grad_hidden_states(),
+        *c.opening(), c.embeddings(), c.group_input(), c.group_delta(), c.labelled(gradients=3), c.grad_hidden_states(),
         c.group_grad(group=1), c.group_input_grad(group=2), c.report(), c.signal(), m.CloseSession(), c.error(),
         c.resume_session(), c.session_resumed(), m.SessionGone(),
     )
@@ -70,8 +72,8 @@ def test_a_whole_run() -> None:
             for message in c.backward(step, micro_batch, live) if live else ():
                 pair.say(message)
             assert pair.sides[E].state is State.IDLE
-        pair.say(c.embeddings(step, 40, mode="evaluate"))
-        pair.say(c.labelled(step, 40))
+        for message in c.forward(step, 40, live, mode="evaluate"):
+            pair.say(message)
         pair.say(c.report(step))
         pair.say(c.signal(step, states[(step + 1) % 4]))
     assert pair.sides[C].step == 4
@@ -88,7 +90,7 @@ def test_round_trips_are_counted_where_one_side_waits() -> None:
     assert pair.sides[E].round_trips - before == 1 + 3 + 1 + 2
 
 
-@pytest.mark.parametrize("when", range(3))
+@pytest.mark.parametrize("when", range(2))
 def test_the_next_micro_batch_may_overtake_the_signal(when: int) -> None:
     pair = Pair([*c.opening(), *c.forward(), *c.backward(), c.report(0)])
     rest = [c.embeddings(1), c.group_input(1), c.group_delta(1)]
@@ -98,6 +100,51 @@ def test_the_next_micro_batch_may_overtake_the_signal(when: int) -> None:
     for message in rest[when:]:
         pair.say(message)
     assert pair.sides[C].state is State.FORWARD
+
+
+def refused_on_both_sides(pair: Pair, message: m.AnyMessage, text: str) -> None:
+    """That neither side sends or takes ``message`` of the server's, and why."""
+    assert text in str(refuses(pair.sides[C], lambda: pair.sides[C].send(message), LocalProtocolError))
+    error = refuses(pair.sides[E], lambda: c.hear(pair.sides[E], message), RemoteProtocolError)
+    assert text in str(error)
+    assert error.code == m.ErrorCode.PROTOCOL
+
+
+@pytest.mark.parametrize("reports", [1, 2])
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_a_micro_batch_waits_for_the_signals_of_all_reports_before_it(mode: str, reports: int) -> None:
+    """A server that withholds signals would go on with the units of an earlier step."""
+    pair = Pair([*c.opening(), *map(c.report, range(reports)), c.embeddings(reports, mode=mode)])
+    for step in range(reports):
+        refused_on_both_sides(pair, c.group_input(reports), f"the report of step {step} has no signal yet")
+        pair.say(c.signal(step))
+    pair.say(c.group_input(reports))
+
+
+def test_a_forward_pass_of_no_group_waits_for_the_signal_as_well() -> None:
+    way = [*c.opening(kill_revive=c.NONE_NEED_BE_ACTIVE), c.report(0), c.signal(0, b"\0\0"), c.report(1)]
+    pair = Pair([*way, c.embeddings(2)])
+    refused_on_both_sides(pair, c.labelled(2), "the report of step 1 has no signal yet")
+    pair.say(c.signal(1, b"\0\0"))
+    pair.say(c.labelled(2))
+    assert pair.sides[E].state is State.IDLE
+
+
+MIDDLE: dict[str, list[m.AnyMessage]] = {
+    "before its delta": [c.group_input()],
+    "between two groups": [c.group_input(), c.group_delta()],
+    "at the loss": list(c.forward())[1:],
+    "in the backward pass": [*list(c.forward())[1:], c.grad_hidden_states(), c.group_grad(group=2)],
+}
+
+
+@pytest.mark.parametrize("place", MIDDLE)
+def test_no_signal_in_the_middle_of_a_micro_batch(place: str) -> None:
+    """No conversation of honest sides leads there, as groups wait for signals: so the device's session is told."""
+    pair = Pair([*c.opening(), c.embeddings(), *MIDDLE[place]])
+    for side in pair.sides.values():
+        side._unanswered_reports = [0]
+    refused_on_both_sides(pair, c.signal(0), "in the middle of a micro-batch")
 
 
 @pytest.mark.parametrize(
@@ -194,14 +241,17 @@ def test_what_the_table_does_not_name_is_refused_on_both_sides(state: State, rol
     for kind, message in ONE_OF_EACH.items():
         if kind is m.Error and state is not State.CLOSED:
             continue
-        session = Pair(WAYS[state]).sides[role]
+        way = WAYS[state]
+        if state is State.FORWARD and kind is m.LabelledHiddenStates:
+            way = [*c.opening(), *list(c.forward())[:-1]]  # once all groups were asked
+        session = Pair(way).sides[role]
         assert session.state is state
         send, receive = lambda: session.send(message), lambda: c.hear(session, message)  # noqa: B023
         if allowed.get(kind) is role:
             send()
         else:
             refuses(session, send, LocalProtocolError)
-        session = Pair(WAYS[state]).sides[role]
+        session = Pair(way).sides[role]
         if allowed.get(kind) is c.other(role):
             receive()
         elif message == last_of_handshake(state, role):
@@ -277,6 +327,8 @@ WRONG: list[tuple[str, State, m.AnyMessage, m.ErrorCode]] = [
     ("input of another step", State.FORWARD, c.group_input(step=1), m.ErrorCode.PROTOCOL),
     ("input of another micro-batch", State.FORWARD, c.group_input(micro_batch=1), m.ErrorCode.PROTOCOL),
     ("input of no group", State.FORWARD, c.group_input(group=3), m.ErrorCode.PROTOCOL),
+    ("input of a later group", State.FORWARD, c.group_input(group=1), m.ErrorCode.PROTOCOL),
+    ("no live group was asked", State.FORWARD, c.labelled(), m.ErrorCode.PROTOCOL),
     ("input's tokens", State.FORWARD, c.group_input(hidden_states=f(T + 1, W)), m.ErrorCode.PROTOCOL),
     ("input's width", State.FORWARD, c.group_input(group=2, hidden_states=f(T, W)), m.ErrorCode.PROTOCOL),
     ("input's dtype", State.FORWARD, c.group_input(hidden_states=f(T, W, dtype="fp16")), m.ErrorCode.PROTOCOL),
@@ -313,6 +365,18 @@ def test_wrong_content_is_refused_with_its_code(state: State, message: m.AnyMess
         refuses(pair.sides[sender], lambda: pair.sides[sender].send(message), LocalProtocolError)
 
 
+def test_without_packing_each_sequence_counts_as_the_longest() -> None:
+    lengths = [5, 1, 1, 1]  # 8 tokens, or 20 with padding; 16 fit
+    long = c.embeddings(hidden_states=f(8, W), sequence_lengths=ints(lengths), label_positions=ints([0, 2]))
+    for mode in ("train", "evaluate"):
+        message = msgspec.structs.replace(long, mode=mode)
+        Pair([*c.opening(), message])
+        device, server = Pair([c.hello(), c.welcome(packs=False), c.open_session(), c.session_opened()]).sides.values()
+        error = refuses(device, lambda: device.send(message), LocalProtocolError)  # noqa: B023
+        assert "8 tokens count as 20 with their padding; at most 16 fit" in str(error)
+        assert refuses(server, lambda: c.hear(server, message), RemoteProtocolError).code == m.ErrorCode.LIMIT  # noqa: B023
+
+
 def test_a_killed_unit_does_not_exchange() -> None:
     pair = Pair([*c.opening(), c.report(0), c.signal(0, b"\0\1"), c.embeddings(1)])
     refuses(pair.sides[C], lambda: pair.sides[C].send(c.group_input(1, group=0)), LocalProtocolError)
@@ -326,36 +390,85 @@ def test_a_killed_unit_does_not_exchange() -> None:
 
 def test_a_group_exchanges_once_in_a_micro_batch() -> None:
     pair = Pair([*c.opening(), c.embeddings(), c.group_input(), c.group_delta()])
-    refuses(pair.sides[C], lambda: pair.sides[C].send(c.group_input()), LocalProtocolError)
+    refused_on_both_sides(pair, c.group_input(), "group 0 out of turn")
+    pair = Pair([*c.opening(), *list(c.forward())[:-1]])
+    for group in c.ALL:
+        refused_on_both_sides(pair, c.group_input(group=group), f"group {group} out of turn")
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_every_live_group_is_asked_in_order(asked: int, mode: str) -> None:
+    """A server that leaves groups out trains nothing, and nobody would notice."""
+    way = [message for group in range(asked) for message in (c.group_input(group=group), c.group_delta(group=group))]
+    pair = Pair([*c.opening(), c.embeddings(mode=mode), *way])
+    refused_on_both_sides(pair, c.labelled(), f"only {asked} of 3 live groups were asked")
+    for group in set(c.ALL) - {asked}:
+        refused_on_both_sides(pair, c.group_input(group=group), f"group {group} out of turn")
+    pair.say(c.group_input(group=asked))
+
+
+def test_fading_and_held_units_are_asked_and_need_no_gradients() -> None:
+    config = KillReviveConfig(active_fraction=0.5)
+    for state in (UnitState.FADING, UnitState.HELD):
+        pair = Pair([*c.opening(kill_revive=config), c.report(0), c.signal(0, bytes([state, 1])), *c.forward(1)])
+        assert pair.sides[E].live == c.ALL
+        assert pair.sides[E].active == {1, 2}
+        pair = Pair([*c.opening(kill_revive=config), c.report(0), c.signal(0, bytes([state, 1]))])
+        for message in c.forward(1, gradients=2):
+            pair.say(message)
+        pair.say(c.grad_hidden_states(1))
+        refused_on_both_sides(pair, c.group_grad(1, group=0), "leave none for an active one")
+        for group in (2, 1):
+            pair.say(c.group_grad(1, group=group, answer=False))
+        assert pair.sides[E].state is State.IDLE
+
+
+@pytest.mark.parametrize("gradients", [0, 1])
+def test_every_active_group_is_promised_its_gradients(gradients: int) -> None:
+    config = KillReviveConfig(active_fraction=0.5)
+    pair = Pair([*c.opening(kill_revive=config), c.report(0), c.signal(0, b"\3\1"), *list(c.forward(1))[:-1]])
+    refused_on_both_sides(pair, c.labelled(1, gradients=gradients), f"{gradients} gradients for 2 active groups")
+    pair.say(c.labelled(1, gradients=2))
+
+
+def test_parallel_blocks_with_units_of_one_group() -> None:
+    """Where groups stand side by side, the first may have no gradient while a later one has, and in any order."""
+    config = KillReviveConfig(active_fraction=0.3, unit="group")
+    opening = [*c.opening(kill_revive=config)[:-1], c.session_opened(b"\1\1\1")]
+    pair = Pair([*opening, c.report(0, units=3), c.signal(0, b"\3\1\3"), *c.forward(1, gradients=2)])
+    pair.say(c.grad_hidden_states(1))
+    pair.say(c.group_grad(1, group=2, answer=False))
+    refused_on_both_sides(pair, c.group_grad(1, group=0, answer=False), "leave none for an active one")
+    pair.say(c.group_grad(1, group=1, answer=False))
+    assert pair.sides[E].state is State.IDLE
 
 
 def test_an_evaluation_has_no_gradients() -> None:
-    way = [*c.opening(), c.embeddings(mode="evaluate"), c.group_input(), c.group_delta()]
-    pair = Pair(way)
-    refuses(
-        pair.sides[E],
-        lambda: c.hear(pair.sides[E], c.labelled(gradients=1)),
-        RemoteProtocolError,
-    )
+    way = [*c.opening(), *list(c.forward(mode="evaluate"))[:-1]]
+    refused_on_both_sides(Pair(way), c.labelled(gradients=1), "more gradients than groups took part")
+
+
+HALF_HELD = [*c.opening(kill_revive=KillReviveConfig(active_fraction=0.5)), c.report(0), c.signal(0, b"\3\1")]
 
 
 def test_fewer_gradients_than_groups_end_the_backward_pass() -> None:
-    pair = Pair([*c.opening(), *c.forward(gradients=1), c.grad_hidden_states(), c.group_grad(group=2, answer=False)])
+    way = [*HALF_HELD, *c.forward(1, gradients=2), c.grad_hidden_states(1)]
+    pair = Pair([*way, *(c.group_grad(1, group=group, answer=False) for group in (2, 1))])
     assert pair.sides[E].state is State.IDLE
 
 
 def test_more_gradients_than_announced_are_refused() -> None:
-    pair = Pair([*c.opening(), *c.forward(gradients=1), c.grad_hidden_states(), c.group_grad(group=2)])
-    refuses(
-        pair.sides[E],
-        lambda: c.hear(pair.sides[E], c.group_grad(group=1)),
-        RemoteProtocolError,
-    )
+    pair = Pair([*HALF_HELD, *c.forward(1, gradients=2), c.grad_hidden_states(1)])
+    for group in (2, 1):
+        pair.say(c.group_grad(1, group=group, answer=True))
+    refused_on_both_sides(pair, c.group_grad(1, group=0), "more gradients than were announced")
 
 
 def test_the_newest_common_version_is_chosen() -> None:
-    assert choose_version([0, 1, 99]) == 1
-    assert choose_version([2, 3]) is None
+    ours = PROTOCOL_VERSIONS[-1]
+    assert choose_version([0, ours, 99]) == ours
+    assert choose_version([1, ours + 1]) is None  # 1 was never released
 
 
 # -- at random -------------------------------------------------------------------------------------------
@@ -444,16 +557,18 @@ class Talk:
             self.signal(unsignalled)
         units = self.pair.sides[E].units
         live = [group for group in c.ALL if units[c.GROUPS[group].block] != UnitState.KILLED]
-        asked = draw(st.permutations(live))
-        for group in asked:
+        for group in live:
             self.say(c.group_input(step, micro_batch, group))
             self.say(c.group_delta(step, micro_batch, group))
-        gradients = draw(st.integers(0, len(asked))) if training else 0
+        active = [group for group in live if units[c.GROUPS[group].block] == UnitState.ACTIVE]
+        more = [group for group in live if group not in active]
+        graded = active + (draw(st.permutations(more))[: draw(st.integers(0, len(more)))] if more else [])
+        gradients = len(graded) if training else 0
         self.say(c.labelled(step, micro_batch, gradients))
         if not gradients:
             return
         self.say(c.grad_hidden_states(step, micro_batch))
-        to_send, to_answer = list(draw(st.permutations(asked)))[:gradients], []
+        to_send, to_answer = list(draw(st.permutations(graded))), []
         while to_send or to_answer:
             if to_send and (not to_answer or draw(st.booleans())):
                 group, answer = to_send.pop(), draw(st.booleans())

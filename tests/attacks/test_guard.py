@@ -32,7 +32,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from dlora.cloud.guard import ConnectionLimits, Guard, GuardedConnection, raise_file_limit
 
-KIB, MIB = 1 << 10, 1 << 20
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FLOOD = Goodbye("close", 1008, "flood")
 PROTOCOL = Goodbye("close", 1008, "protocol")
 DROPPED = ("eof", "reset")
@@ -48,6 +48,23 @@ class Clock:
         return self.now
 
 
+class Room:
+    """Room for so many bytes of messages that nobody has taken."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.taken = 0
+
+    def queue(self, nbytes: int) -> bool:
+        if self.taken + nbytes > self.nbytes:
+            return False
+        self.taken += nbytes
+        return True
+
+    def unqueue(self, nbytes: int) -> None:
+        self.taken -= nbytes
+
+
 class EchoServer:
     """Where a guarded server listens. It echoes, and does what a message asks it to (``_serve``)."""
 
@@ -56,6 +73,7 @@ class EchoServer:
         self.url = ""
         self.clock = guard.clock
         self.most_unread = 0
+        self.room = Room(GIB)
 
     async def handle(self, connection: ServerConnection) -> None:
         assert isinstance(connection, GuardedConnection)
@@ -63,7 +81,7 @@ class EchoServer:
         async for message in connection:
             match bytes(message).split():
                 case [b"open"]:
-                    connection.opened()
+                    connection.opened(self.room)
                 case [b"limit", size]:
                     connection.limit_frames(int(size))
                 case [b"hold"]:
@@ -122,10 +140,11 @@ def echo() -> Iterator[EchoServer]:
         yield server
 
 
-def says(client: HostileClient, message: bytes) -> None:
-    """Say something and hear it back."""
+def says(client: HostileClient, message: bytes, *, answered: bool = True) -> None:
+    """Say something, and hear it back."""
     client.frame(BINARY, message)
-    assert client.hear() == (BINARY, message)
+    if answered:
+        assert client.hear() == (BINARY, message)
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -292,6 +311,31 @@ def test_messages_faster_than_they_are_taken(echo: EchoServer) -> None:
         client.frame(BINARY, b"hold")
         client.send(frame(BINARY) * 1000)
         assert client.goodbye() == FLOOD
+
+
+def test_messages_that_nobody_takes_count_until_somebody_does() -> None:
+    with echoing() as server, hostile_websocket(server.url) as client:
+        server.room.nbytes = 10 * KIB
+        says(client, b"open")
+        for _ in range(20):
+            says(client, bytes(KIB))
+        assert server.room.taken == 0
+        says(client, b"hold", answered=False)
+        client.send(frame(BINARY, bytes(KIB)) * 3)
+        eventually(lambda: server.room.taken == 3 * KIB)
+        client.send(frame(BINARY, bytes(8 * KIB)))
+        assert client.goodbye() == FLOOD
+        eventually(lambda: server.room.taken == 0)
+
+
+def test_what_a_lost_connection_had_waiting_is_given_back() -> None:
+    with echoing() as server:
+        with hostile_websocket(server.url) as client:
+            says(client, b"open")
+            says(client, b"hold", answered=False)
+            client.send(frame(BINARY, bytes(KIB)) * 3)
+            eventually(lambda: server.room.taken == 3 * KIB)
+        eventually(lambda: server.room.taken == 0)
 
 
 def test_many_messages_that_are_taken(echo: EchoServer) -> None:

@@ -1,0 +1,280 @@
+"""How much a server runs at once: padding counts, evaluation counts, devices cut their micro-batches, memory is shared."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from families import VOCABULARY, save_tiny, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from serving import config, final_weights, random_dataset, randomize, serving, training
+from websockets.sync.client import connect
+
+from dlora.cloud.base_model import BaseModel
+from dlora.cloud.quotas import QuotaLimits, Quotas
+from dlora.edge.trainer import Trainer
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol import messages as m
+from dlora.protocol.codec import Decoder, encode
+from dlora.protocol.counting import counted_tokens, cut_to_fit
+from dlora.protocol.errors import RefusedError
+from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.tensors import WireTensor
+from dlora.protocol.version import PROTOCOL_VERSIONS
+
+LONGEST = 16
+MAX_TOKENS = 20
+# fp32, and only the order of sums differs.
+TOLERANCE = 1e-5
+
+
+@dataclass
+class Model:
+    """A base model and its bundle."""
+
+    base: BaseModel
+    bundle: Path
+    packs: bool
+
+
+@pytest.fixture(scope="module", params=["llama", "opt"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """One that packs and one that cannot."""
+    directory = tmp_path_factory.mktemp(request.param)
+    save_tiny(directory / "model", request.param)
+    settings = ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0, head_dtype="fp32")
+    export_bundle(settings)
+    base = BaseModel.from_model(tiny_model(request.param), "tiny")
+    return Model(base, directory / "bundle", packs=request.param == "llama")
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Sequences and their length, padding among them, of all that the base model is run on."""
+    seen: list[tuple[int, ...]] = []
+    run = BaseModel.last_hidden_state
+
+    def watched(base: BaseModel, embeds: Any, *more: Any) -> Any:
+        seen.append(tuple(embeds.shape[:2]))
+        return run(base, embeds, *more)
+
+    monkeypatch.setattr(BaseModel, "last_hidden_state", watched)
+    return seen
+
+
+lengths_strategy = st.lists(st.integers(1, 30), min_size=1, max_size=40)
+
+
+@given(lengths_strategy, st.booleans(), st.integers(1, 100))
+def test_a_cut_keeps_all_in_order_and_fits(lengths: list[int], packs: bool, most: int) -> None:
+    runs = cut_to_fit(lengths, max_tokens=most, packs=packs)
+    assert [index for run in runs for index in run] == list(range(len(lengths)))
+    for run in runs:
+        counted = counted_tokens(np.array(lengths[run.start : run.stop], np.int32), packs=packs)
+        assert counted <= most or len(run) == 1
+
+
+def test_what_counts() -> None:
+    lengths = np.array([256] + [1] * 7936, np.int32)
+    assert counted_tokens(lengths, packs=True) == 8192
+    assert counted_tokens(lengths, packs=False) == 7937 * 256
+    assert cut_to_fit([], max_tokens=5, packs=True) == []
+
+
+# -- what devices do -------------------------------------------------------------------------------------
+
+
+def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
+    randomize(trainer)
+    batches = trainer.batches.step_batches(0)
+    trainer._exchange(0, batches, sum(len(batch.labels) for batch in batches))
+    return {f"{adapter.name}.{half}": getattr(adapter, half).grad for adapter in trainer.adapters
+            for half in ("lora_A", "lora_B")}  # fmt: skip
+
+
+def test_a_step_that_is_cut_has_the_gradients_of_one_that_is_not(model: Model, shapes: list[tuple[int, ...]]) -> None:
+    run, dataset = config(batch_size=6, grad_accum=2), random_dataset(VOCABULARY, longest=LONGEST)
+    found = []
+    for max_tokens in (4096, MAX_TOKENS):
+        with (
+            serving(model.base, max_tokens=max_tokens) as server,
+            training(model.bundle, server.url, run, dataset) as trainer,
+        ):
+            assert trainer.connection.welcome.packs == model.packs
+            shapes.clear()
+            found.append(gradients(trainer))
+    assert len(shapes) > 4
+    assert max(sequences * length for sequences, length in shapes) <= MAX_TOKENS
+    whole, cut = found
+    for name, wanted in whole.items():
+        assert np.linalg.norm(cut[name] - wanted) <= TOLERANCE * np.linalg.norm(wanted), name
+
+
+def test_evaluation_is_cut_as_well(model: Model, shapes: list[tuple[int, ...]]) -> None:
+    dataset = random_dataset(VOCABULARY, longest=LONGEST)
+    found = []
+    for max_tokens in (4096, MAX_TOKENS):
+        with (
+            serving(model.base, max_tokens=max_tokens) as server,
+            training(model.bundle, server.url, config(batch_size=6), dataset) as trainer,
+        ):
+            randomize(trainer)
+            shapes.clear()
+            found.append(trainer.evaluate(dataset))
+    assert max(sequences * length for sequences, length in shapes) <= MAX_TOKENS
+    whole, cut = found
+    assert cut.loss == pytest.approx(whole.loss, rel=TOLERANCE)
+    assert (cut.token_accuracy, cut.exact_match, cut.tokens) == (whole.token_accuracy, whole.exact_match, whole.tokens)
+
+
+def test_a_run_that_goes_on_at_a_smaller_server_is_cut_for_it(model: Model, shapes: list[tuple[int, ...]]) -> None:
+    dataset = random_dataset(VOCABULARY, longest=LONGEST)
+    with (
+        serving(model.base, max_tokens=4096) as server,
+        training(model.bundle, server.url, config(batch_size=6, total_steps=2), dataset) as trainer,
+    ):
+        trainer.run_step()
+        smaller = msgspec.structs.replace(trainer.connection.welcome, max_tokens=MAX_TOKENS)
+        trainer.connection.session.welcome = smaller
+        shapes.clear()
+        trainer.run_step()
+        trainer.settle()
+    assert max(sequences * length for sequences, length in shapes) <= MAX_TOKENS
+
+
+# -- what strangers try ----------------------------------------------------------------------------------
+
+BOMB = [LONGEST] + [1] * (MAX_TOKENS - LONGEST)  # MAX_TOKENS tokens; with padding four times as many
+
+
+def send_to_server(url: str, base: BaseModel, lengths: list[int], mode: Any) -> list[m.AnyMessage]:
+    """Open a session, send one micro-batch of ``lengths`` against all rules of our own, and read what follows."""
+    targets = [name for name in base.targets if name.endswith(("q_proj", "v_proj"))]
+    opening = m.OpenSession(
+        base_fingerprint=base.fingerprint,
+        groups=base.groups(targets),
+        wire_dtype="fp32",
+        kill_revive=KillReviveConfig(score="static", active_fraction=0.0),
+        seed=0,
+        total_steps=1,
+    )
+    begun = m.Embeddings(
+        step=0,
+        micro_batch=0,
+        mode=mode,
+        hidden_states=WireTensor.from_floats(np.ones((sum(lengths), base.embedding_size), np.float32), "fp32"),
+        sequence_lengths=WireTensor.from_ints(lengths),
+        label_positions=WireTensor.from_ints([0]),
+    )
+    answers = []
+    with connect(url, compression=None, proxy=None) as websocket:
+        websocket.send(encode(m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software="a stranger")))
+        websocket.recv()
+        websocket.send(encode(opening))
+        websocket.recv()
+        websocket.send(encode(begun, seq=1))
+        answers.append(Decoder().decode(bytes(websocket.recv(timeout=20, decode=False))))
+    return answers
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_padding_counts(model: Model, shapes: list[tuple[int, ...]], mode: str) -> None:
+    with serving(model.base, max_tokens=MAX_TOKENS) as server:
+        shapes.clear()
+        (answer,) = send_to_server(server.url, model.base, BOMB, mode)
+    if model.packs:
+        assert isinstance(answer, m.LabelledHiddenStates)
+        assert shapes == [(1, MAX_TOKENS)]
+    else:
+        assert isinstance(answer, m.Error)
+        assert (answer.code, answer.retryable) == ("limit", False)
+        assert f"{MAX_TOKENS} tokens count as {len(BOMB) * LONGEST}" in answer.message
+        assert shapes == []
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+@pytest.mark.parametrize("limits", [QuotaLimits(tokens_per_minute=64), QuotaLimits(live_bytes=20_000)], ids=str)
+def test_quotas_bind_evaluation_and_padding(
+    model: Model, shapes: list[tuple[int, ...]], limits: QuotaLimits, mode: str
+) -> None:
+    """With room for the micro-batch's tokens, but not for its padding, and not for what evaluation has in hand."""
+    lengths = [LONGEST, *[1] * 15] if limits.tokens_per_minute else [LONGEST] * 16
+    with serving(model.base, quotas=limits) as server:
+        shapes.clear()
+        (answer,) = send_to_server(server.url, model.base, lengths, mode)
+    if limits.tokens_per_minute and model.packs:
+        assert isinstance(answer, m.LabelledHiddenStates)
+        return
+    assert isinstance(answer, m.Error)
+    assert answer.code == ("quota_tokens" if limits.tokens_per_minute else "quota_live_bytes")
+    assert "lower --batch-size" in answer.message
+    assert shapes == []
+
+
+def test_what_the_server_has_no_memory_for_is_refused_for_good(model: Model, shapes: list[tuple[int, ...]]) -> None:
+    with (
+        serving(model.base, live_limit=1000) as server,
+        training(model.bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer,
+        pytest.raises(RefusedError, match=r"which has 0.0 MB for all of them; lower --batch-size") as told,
+    ):
+        shapes.clear()
+        trainer.run_step()
+    assert (told.value.code, told.value.retryable) == ("limit", False)
+    assert shapes == []
+
+
+# -- the memory of the machine ---------------------------------------------------------------------------
+
+
+@contextmanager
+def watched_memory(quotas: Quotas) -> Iterator[list[int]]:
+    """What all micro-batches together take, each time that one begins."""
+    seen: list[int] = []
+    begin = quotas._begin
+
+    def watched(*given: Any) -> None:
+        begin(*given)
+        seen.append(quotas.live_bytes)
+
+    quotas._begin = watched  # type: ignore[method-assign]
+    yield seen
+
+
+def test_devices_share_the_memory_and_get_what_each_gets_alone(model: Model) -> None:
+    run, dataset = config(batch_size=4, total_steps=4), random_dataset(VOCABULARY)
+
+    def train(url: str, ready: threading.Barrier | None = None) -> dict[str, bytes]:
+        with training(model.bundle, url, run, dataset) as trainer:
+            if ready is not None:
+                ready.wait(20)
+            for _ in range(run.total_steps):
+                trainer.run_step()
+            trainer.settle()
+        return {name: value.tobytes() for name, value in final_weights(trainer).items()}
+
+    with serving(model.base) as server, watched_memory(server.server.service.quotas) as seen:
+        alone = train(server.url)
+        largest = max(seen)
+    with (
+        serving(model.base, live_limit=largest + largest // 2) as server,
+        watched_memory(server.server.service.quotas) as seen,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        ready = threading.Barrier(4)
+        together = [threads.submit(train, server.url, ready) for _ in range(4)]
+        assert [each.result(60) for each in together] == [alone] * 4
+        quotas = server.server.service.quotas
+        # One frame of each session may wait beside: it is let in whatever there is room for.
+        frames = 4 * 4 * LONGEST * model.base.embedding_size * 4
+        assert max(seen) <= largest + largest // 2 + frames
+        assert not quotas._line
+    assert quotas.live_bytes == 0
