@@ -314,36 +314,31 @@ class Connection:
 
         A frame that came before is no answer: it does not begin the time anew.
         """
-        timeout_s = self._dialing.liveness.open_s if timeout_s is None else timeout_s
-        until = time.monotonic() + timeout_s
+        assert self._socket is not None
+        liveness = self._dialing.liveness
+        timeout_s = liveness.open_s if timeout_s is None else timeout_s
+        until, stopping = time.monotonic() + timeout_s, False
         while True:
-            try:
-                message = session.receive(self._receive_frame(until))
-            except HUNG_UP:
-                raise self._lost() from None
-            except TimeoutError:
+            if not stopping and self._dialing.should_stop():
+                # A server that works on our step will say something soon; one that does not must not keep us.
+                until, stopping = min(until, time.monotonic() + liveness.open_s), True
+            left_s = until - time.monotonic()
+            if left_s <= 0:
                 text = f"the server {self.url} said nothing new for {timeout_s:.0f} s {self._where()}"
                 raise _SilentError(ConnectionFailedError(text)) from None
+            try:
+                frame = self._socket.recv(timeout=min(left_s, STOP_CHECK_S), decode=False)
+                message = session.receive(bytes(frame))
+            except TimeoutError:
+                continue
+            except HUNG_UP:
+                raise self._lost() from None
             except DamagedFrameError as error:
                 raise LostError(error) from None
             if isinstance(message, m.Error):
                 self._raise_refusal(message)
             if message is not None:
                 return message
-
-    def _receive_frame(self, until: float) -> bytes:
-        """The next frame. Raises ``TimeoutError`` at ``until``, and earlier where somebody asked to stop."""
-        assert self._socket is not None
-        while True:
-            left_s = until - time.monotonic()
-            if left_s <= 0:
-                raise TimeoutError
-            if self._dialing.should_stop():
-                # A server that works on our step will say something soon; one that does not must not keep us.
-                until = min(until, time.monotonic() + self._dialing.liveness.open_s)
-                return bytes(self._socket.recv(timeout=until - time.monotonic(), decode=False))
-            with contextlib.suppress(TimeoutError):
-                return bytes(self._socket.recv(timeout=min(left_s, STOP_CHECK_S), decode=False))
 
     def _raise_last_words(self) -> NoReturn:
         """Why a peer went away may stand in what it said last."""

@@ -20,6 +20,7 @@ from .errors import RemoteProtocolError
 
 MAX_UNACKNOWLEDGED: Final = 8  # an honest peer leaves 2, with every family of models; a frame may have 50 MB
 REMEMBERED: Final = 256
+MAX_REPEATS: Final = 16  # in a row; a network that doubles frames makes one
 
 
 class Link:

@@ -29,7 +29,7 @@ from .codec import Decoder, Prefix, encode, read_prefix
 from .counting import counted_tokens
 from .errors import LocalProtocolError, RemoteProtocolError
 from .kill_revive import GroupSpec, UnitState, group_units
-from .link import Link
+from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
 from .tensors import ByteArray, WireTensor
 from .version import PROTOCOL_VERSIONS
@@ -140,6 +140,7 @@ class Session:
         self.link = Link()
         self._decoder = Decoder()
         self._before_error = State.CLOSED
+        self._repeats = 0  # frames in a row that came before
         self._last_of_handshake = 0  # checksum of the peer's last: what the link does not number may come twice, too
         self._sent_since_received = False
         self._unanswered_reports: list[int] = []
@@ -187,6 +188,9 @@ class Session:
             raise RemoteProtocolError(f"{type(message).__name__} with the number {prefix.seq}")
         in_handshake = isinstance(message, HANDSHAKE)
         if (numbered and self.link.is_repeat(prefix)) or (in_handshake and self._repeats_handshake(prefix)):
+            if self._repeats == MAX_REPEATS:
+                raise RemoteProtocolError(f"{MAX_REPEATS} frames in a row that came before, and another")
+            self._repeats += 1
             self.bytes_received += len(frame)
             return None
         try:
@@ -201,6 +205,7 @@ class Session:
             self.link.accept(prefix)
         elif in_handshake:
             self._last_of_handshake = prefix.checksum
+        self._repeats = 0
         self.bytes_received += len(frame)
         self.round_trips += self._sent_since_received
         self._sent_since_received = False

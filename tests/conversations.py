@@ -236,5 +236,5 @@ def copy_link(link: Link) -> Link:
 def shared(session: Session) -> dict[str, Any]:
     """What both sides must agree on."""
     own = {"role", "bytes_sent", "bytes_received", "round_trips", "_sent_since_received", "link",
-           "_last_of_handshake"}  # fmt: skip
+           "_last_of_handshake", "_repeats"}  # fmt: skip
     return {name: value for name, value in everything(session).items() if name not in own}

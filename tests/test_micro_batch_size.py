@@ -1,4 +1,4 @@
-"""How much a server runs at once: padding counts, evaluation counts, devices cut their micro-batches, memory is shared."""
+"""How much a server runs at once: padding and evaluation count, devices cut their micro-batches, memory is shared."""
 
 from __future__ import annotations
 
@@ -224,10 +224,10 @@ def test_what_the_server_has_no_memory_for_is_refused_for_good(model: Model, sha
     with (
         serving(model.base, live_limit=1000) as server,
         training(model.bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer,
-        pytest.raises(RefusedError, match=r"which has 0.0 MB for all of them; lower --batch-size") as told,
     ):
         shapes.clear()
-        trainer.run_step()
+        with pytest.raises(RefusedError, match=r"which has 0.0 MB for all of them; lower --batch-size") as told:
+            trainer.run_step()
     assert (told.value.code, told.value.retryable) == ("limit", False)
     assert shapes == []
 

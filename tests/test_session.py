@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlora.protocol import messages as m
+from dlora.protocol.codec import encode
 from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, UnitState
+from dlora.protocol.link import MAX_REPEATS
 from dlora.protocol.session import HANDSHAKE, TRANSITIONS, Role, Session, State, choose_version
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
@@ -273,10 +275,39 @@ def test_a_handshake_that_comes_twice_is_passed_over_after_resuming_as_well(role
     opening = c.session_opened() if role is E else c.open_session()
     assert c.hear(session, opening) is None
     session.resume(handshake, session.link.sent)
-    before = c.everything(session) | {"bytes_received": 0}
+    counted = {"bytes_received": 0, "_repeats": 0}
+    before = c.everything(session) | counted
     assert c.hear(session, c.session_resumed() if role is E else c.resume_session()) is None
-    assert c.everything(session) | {"bytes_received": 0} == before
+    assert c.everything(session) | counted == before
     refuses(session, lambda: c.hear(session, opening), RemoteProtocolError)
+
+
+def refuses_endless_repeats(listener: Session, frame: bytearray) -> None:
+    for _ in range(MAX_REPEATS):
+        assert listener.receive(frame) is None
+    error = refuses(listener, lambda: listener.receive(frame), RemoteProtocolError)
+    assert "that came before, and another" in str(error)
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_handshake_again_and_again_is_refused(role: Role) -> None:
+    hello, welcome = WAYS[State.GREETED]
+    listener = Pair(WAYS[State.GREETED]).sides[role]
+    refuses_endless_repeats(listener, encode(welcome if role is E else hello))
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_frame_again_and_again_is_refused_until_a_new_one_comes(role: Role) -> None:
+    pair = Pair(c.opening())
+    frames = {}
+    for message in (c.embeddings(), c.group_input()):
+        speaker = c.sender_of(message)
+        frames[c.other(speaker)] = pair.sides[speaker].send(message)
+        pair.sides[c.other(speaker)].receive(frames[c.other(speaker)])
+    refuses_endless_repeats(pair.sides[role], frames[role])
+    pair.say(c.group_delta())
+    pair.say(c.group_input(group=1))
+    assert pair.sides[role].receive(frames[role]) is None
 
 
 # -- right message, wrong content ------------------------------------------------------------------------

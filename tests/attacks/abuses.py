@@ -252,7 +252,17 @@ def oversized_frame(target: Target) -> Outcome:
 @stopped_by("close 1009")
 def oversized_frame_after_hello(target: Target) -> Outcome:
     with target.greeted() as device:
-        device.client.send(frame(BINARY, length=(8 << 20) + 1))
+        device.client.send(frame(BINARY, length=1 << 20))
+        return device.outcome()
+
+
+@stopped_by("close 1009")
+def huge_open_session(target: Target) -> Outcome:
+    """3.8 MB of groups, each of them in order by itself: a second of decoding."""
+    many = tuple(TargetSpec(f"model.layers.{number}.self_attn.q_proj", 1) for number in range(90_000))
+    with target.greeted() as device:
+        with suppress(ConnectionError):
+            device.client.frame(BINARY, encode(device.opening(groups=(GroupSpec(0, 1, many),))))
         return device.outcome()
 
 
@@ -507,9 +517,9 @@ def slow_frame(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
 
 @sits
 def most_of_a_frame(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
-    """As much of the server's memory as a stranger gets: 8 MiB are allowed after hello, and never end."""
+    """As much of the server's memory as a stranger gets: 64 KiB are allowed, and never end."""
     client = held.enter_context(target.greeted()).client
-    client.send(frame(BINARY, bytes(4 << 20), length=8 << 20))
+    client.send(frame(BINARY, bytes(60 << 10), length=64 << 10))
     return client, b""
 
 
@@ -539,6 +549,25 @@ def silent_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, by
 def slow_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened())
     return device.client, frame(BINARY, device.session.send(device.embeddings(30)))
+
+
+@sits_in_a_session
+def repeats_itself_in_a_session(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
+    device = held.enter_context(target.opened())
+    scores = WireTensor("fp32", np.ones(len(target.groups), np.float32))
+    report = device.session.send(m.StepReport(step=0, scores=scores))
+    device.client.frame(BINARY, report)
+    assert isinstance(device.hear(), m.Signal)
+    return device.client, frame(BINARY, report)
+
+
+@sits_in_a_session
+def repeats_itself_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
+    device = held.enter_context(target.opened())
+    begun = device.session.send(device.embeddings())
+    device.client.frame(BINARY, begun)
+    assert isinstance(device.hear(), m.GroupInput)
+    return device.client, frame(BINARY, begun)
 
 
 @sits_in_a_session

@@ -12,19 +12,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, besieged
-from families import VOCABULARY, save_tiny, tiny_model
-from hostile import TIMEOUT_S
+from families import FAMILIES, VOCABULARY, save_tiny, tiny_model
+from hostile import BINARY, TIMEOUT_S
 from serving import RunningServer, config, final_weights, random_dataset, serving, training
 
-from dlora.cloud import guard
+from dlora.cloud import guard, handler
 from dlora.cloud.base_model import BaseModel
+from dlora.cloud.executor import SessionExecutor
 from dlora.cloud.guard import ConnectionLimits, raise_file_limit
+from dlora.cloud.handler import opening_limit
+from dlora.cloud.kill_revive import Controller
+from dlora.cloud.patience import Patience
+from dlora.cloud.quotas import QuotaLimits
 from dlora.export.bundle import ExportSettings, export_bundle
-from dlora.protocol.kill_revive import GroupSpec
+from dlora.protocol import messages as m
+from dlora.protocol.codec import Decoder, encode
+from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig
 
 README = Path(__file__).with_name("README.md")
 ELSEWHERE = "127.0.0.66"
@@ -130,6 +138,80 @@ def test_a_siege_with_sessions(name: str, target: Target, bundle: Path, undistur
     with besieged(target, SITS_IN_A_SESSION[name], MAX_SESSIONS // 2) as sitting:
         assert len(sitting) == MAX_SESSIONS // 2
         assert train(bundle, target.url) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["repeats_itself_in_a_session", "repeats_itself_in_a_step"])
+def test_who_only_repeats_itself_loses_its_session(base: BaseModel, groups: tuple[GroupSpec, ...], name: str) -> None:
+    """A frame that came before is no sign of life: it keeps no session past its deadlines."""
+    patience = Patience(exchange_s=0.3, step_s=0.3, idle_s=0.3, park_s=0.0)
+    with (
+        serving(base, patience=patience) as running,
+        # A byte each 0.1 ms: a whole frame again within each deadline.
+        besieged(Target(running.url, groups), SITS_IN_A_SESSION[name], 1, every_s=1e-4) as sitting,
+    ):
+        assert len(sitting) == 1
+        eventually(lambda: len(running.server.service.sessions) == 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_may_come_before_a_session_is_what_the_model_can_need(family: str) -> None:
+    base = BaseModel.from_model(tiny_model(family), family)
+    every = base.groups(base.targets)
+    units = tuple(range(len(every)))
+    config = KillReviveConfig(unit="group", pinned=units, static=units, kill_every=10**9, revive_every=10**9)
+    controller = Controller(config, every, seed=0, total_steps=9)
+    largest = m.OpenSession(
+        base_fingerprint=base.fingerprint, groups=every, wire_dtype="fp16", kill_revive=config, seed=2**32 - 1,
+        total_steps=2**32 - 1, next_step=2**32 - 1, ticket=controller.to_ticket(bytes(32)),
+    )  # fmt: skip
+    assert len(encode(largest)) <= opening_limit(base) <= len(encode(largest)) + (8 << 10)
+
+
+def test_what_comes_before_a_session_is_decoded_off_the_event_loop(
+    base: BaseModel, groups: tuple[GroupSpec, ...], bundle: Path, undisturbed: Bits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, set[str]] = {"decoded": set(), "checked": set()}
+    decode, check = Decoder.decode, handler.check_opening
+
+    def decoding(decoder: Decoder, frame: bytes) -> m.AnyMessage:
+        message = decode(decoder, frame)
+        if isinstance(message, m.Hello | m.OpenSession):
+            threads["decoded"].add(threading.current_thread().name)
+        return message
+
+    def checking(*given: Any) -> Controller:
+        threads["checked"].add(threading.current_thread().name)
+        return check(*given)
+
+    monkeypatch.setattr(Decoder, "decode", decoding)
+    monkeypatch.setattr(handler, "check_opening", checking)
+    with serving(base) as running:
+        assert train(bundle, running.url) == undisturbed
+    assert threads == {"decoded": {"opening_0"}, "checked": {"opening_0"}}
+
+
+def test_frames_that_a_session_does_not_read_count_in_its_quota(
+    base: BaseModel, groups: tuple[GroupSpec, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session whose thread waits, for its turn or for memory, reads nothing; what comes meanwhile is held."""
+    reading = threading.Event()
+    run = SessionExecutor.run
+
+    def wait_and_run(executor: SessionExecutor) -> None:
+        reading.wait(TIMEOUT_S)
+        run(executor)
+
+    monkeypatch.setattr(SessionExecutor, "run", wait_and_run)
+    with serving(base, quotas=QuotaLimits(live_bytes=300_000)) as running:
+        quotas = running.server.service.quotas
+        with Target(running.url, groups).opened() as device:
+            for size in (200_000, 90_000):
+                device.client.frame(BINARY, bytes(size))
+            eventually(lambda: quotas.live_bytes == 290_000)
+            device.client.frame(BINARY, bytes(20_000))
+            assert device.outcome() == "close 1008 flood"
+        eventually(lambda: quotas.live_bytes == 0)
+        reading.set()
 
 
 def test_a_thousand_idle_connections(

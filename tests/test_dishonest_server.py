@@ -1,0 +1,251 @@
+"""What a device does about a server that breaks the rules, or keeps them and never gets anywhere."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from dishonest_server import DishonestServer, dishonest, ones
+from families import VOCABULARY, save_tiny
+from processes import finish, start_edge
+from serving import config, random_dataset, training
+from websockets.sync.server import ServerConnection
+
+from dlora.edge.connection import Connection
+from dlora.edge.dialing import Dialing, Liveness, Retry
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol import messages as m
+from dlora.protocol.errors import ConnectionFailedError, ProtocolError, RemoteProtocolError, StoppedError
+from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.manifest import Manifest, load_manifest
+from dlora.protocol.tensors import WireTensor
+
+BLOCKS = 4
+PATIENT = Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.01)
+LONG_S = 60.0  # by then a device that waits for ever has not come back
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dishonest")
+    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    return directory / "bundle"
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return load_manifest(bundle)
+
+
+def run_step(bundle: Path, url: str, dialing: Dialing | None = None) -> None:
+    with training(bundle, url, config(), random_dataset(VOCABULARY), dialing) as trainer:
+        trainer.run_step()
+
+
+# -- rules that it breaks --------------------------------------------------------------------------------
+
+
+def skips_groups(asked: int) -> Callable[[DishonestServer, ServerConnection], None]:
+    """Asks the first few groups and gives the last hidden states: what is trained then is nothing."""
+
+    def script(server: DishonestServer, connection: ServerConnection) -> None:
+        begun = server.hear(connection)
+        assert isinstance(begun, m.Embeddings)
+        for _ in range(asked):
+            server.say(connection, server.next_message())
+            server.hear(connection)
+        states = ones(begun.label_positions.shape[0], server._manifest.base_model.hidden_size)
+        server.say_anyway(
+            connection,
+            m.LabelledHiddenStates(
+                step=begun.step, micro_batch=begun.micro_batch, hidden_states=states, gradients=asked
+            ),
+        )
+        server.hear(connection)
+
+    return script
+
+
+@pytest.mark.parametrize("asked", [0, 1, BLOCKS - 1])
+def test_groups_that_were_not_asked(bundle: Path, manifest: Manifest, asked: int) -> None:
+    with (
+        dishonest(manifest, skips_groups(asked)) as server,
+        pytest.raises(RemoteProtocolError, match=f"only {asked} of {BLOCKS} live groups were asked"),
+    ):
+        run_step(bundle, server.url)
+
+
+def promises_too_few_gradients(server: DishonestServer, connection: ServerConnection) -> None:
+    server.hear(connection)
+    for _ in range(BLOCKS):
+        server.say(connection, server.next_message())
+        server.hear(connection)
+    final = server.next_message()
+    assert isinstance(final, m.LabelledHiddenStates)
+    fewer = m.LabelledHiddenStates(
+        step=final.step, micro_batch=final.micro_batch, hidden_states=final.hidden_states, gradients=BLOCKS - 1
+    )
+    server.say_anyway(connection, fewer)
+    server.hear(connection)
+
+
+def test_an_active_group_without_its_gradients(bundle: Path, manifest: Manifest) -> None:
+    with (
+        dishonest(manifest, promises_too_few_gradients) as server,
+        pytest.raises(RemoteProtocolError, match=f"{BLOCKS - 1} gradients for {BLOCKS} active groups"),
+    ):
+        run_step(bundle, server.url)
+
+
+def withholds_signals(server: DishonestServer, connection: ServerConnection) -> None:
+    """Honest but for the signals: the second step would be one with the units of the first."""
+    while True:
+        message = server.hear(connection)
+        if isinstance(message, m.StepReport):
+            server.session._unanswered_reports.clear()  # its own session would not let it
+        server.answer(connection)
+
+
+def test_a_server_that_withholds_signals_is_found_out_at_the_next_micro_batch(
+    bundle: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    """And the checkpoint that is left can be resumed: nothing of what was done is lost."""
+    data = tmp_path / "data.jsonl"
+    data.write_text((json.dumps({"text": "w1 w2 w3"}) + "\n") * 4)
+    with dishonest(manifest, withholds_signals) as server:
+        done = finish(
+            start_edge(
+                "train", "--bundle", bundle, "--server", server.url, "--data", data, "--out", tmp_path / "out",
+                "--steps", 5, "--threads", 1, "--active-fraction", 1, "--wire-dtype", "fp32",
+            )
+        )  # fmt: skip
+    assert done.code == ProtocolError.exit_code, done.stderr
+    assert len(done.errors) == 1
+    assert "the report of step 0 has no signal yet" in done.errors[0]
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "out" / "checkpoints").iterdir())
+
+
+# -- rules that it keeps, and never gets anywhere --------------------------------------------------------
+
+
+def repeats_for_ever(server: DishonestServer, connection: ServerConnection) -> None:
+    """Sends its first question again, seldom enough to be no flood, and more often than any deadline."""
+    if not server.session.link.sent:
+        server.hear(connection)
+        server.say(connection, server.next_message())
+    (question,) = server.session.link.missing(0)
+    while True:
+        connection.send(question)
+        time.sleep(0.15)
+
+
+def test_a_frame_that_comes_again_and_again_is_no_answer(bundle: Path, manifest: Manifest) -> None:
+    dialing = Dialing(retry=Retry(max_s=1.0, first_s=0.1, ceiling_s=0.1), liveness=Liveness(exchange_s=0.4))
+    began = time.monotonic()
+    with (
+        dishonest(manifest, repeats_for_ever) as server,
+        pytest.raises(ConnectionFailedError, match=r"said nothing new for .* gave up after"),
+    ):
+        run_step(bundle, server.url, dialing)
+    assert time.monotonic() - began < LONG_S
+    assert server.connections > 1
+
+
+def floods(server: DishonestServer, connection: ServerConnection) -> None:
+    server.hear(connection)
+    question = server.say(connection, server.next_message())
+    while True:
+        connection.send(question)
+
+
+def test_a_flood_of_frames_that_came_before(bundle: Path, manifest: Manifest) -> None:
+    with dishonest(manifest, floods) as server, pytest.raises(RemoteProtocolError, match="that came before, and anoth"):
+        run_step(bundle, server.url)
+
+
+def test_who_asks_to_stop_is_not_kept_by_a_server_that_repeats_itself(bundle: Path, manifest: Manifest) -> None:
+    asked = threading.Event()
+    dialing = Dialing(retry=PATIENT, liveness=Liveness(exchange_s=1e4, open_s=1.0), should_stop=asked.is_set)
+    began = time.monotonic()
+    with dishonest(manifest, repeats_for_ever) as server:
+        threading.Timer(0.5, asked.set).start()
+        with pytest.raises(StoppedError):
+            run_step(bundle, server.url, dialing)
+    assert time.monotonic() - began < LONG_S
+
+
+def says_nothing(server: DishonestServer, connection: ServerConnection) -> None:
+    server.hear(connection)
+    connection.recv()
+
+
+def test_silence_counts_for_how_long_a_device_tries(bundle: Path, manifest: Manifest) -> None:
+    dialing = Dialing(retry=Retry(max_s=1.0), liveness=Liveness(exchange_s=10 * LONG_S))
+    began = time.monotonic()
+    with (
+        dishonest(manifest, says_nothing) as server,
+        pytest.raises(ConnectionFailedError, match=r"gave up after 1 s \(--max-retry-s\)"),
+    ):
+        run_step(bundle, server.url, dialing)
+    assert time.monotonic() - began < LONG_S
+    assert server.connections == 1
+
+
+def answers_once_and_hangs_up(server: DishonestServer, connection: ServerConnection) -> None:
+    server.hear(connection)
+    server.say(connection, server.next_message())
+    connection.close()
+
+
+def test_a_server_that_answers_once_and_hangs_up_is_tried_with_growing_pauses(
+    bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+
+    def sleep(connection: Connection, seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == BLOCKS:
+            raise StoppedError("enough")
+
+    monkeypatch.setattr(Connection, "_sleep", sleep)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    retry = Retry(max_s=None, first_s=1.0, ceiling_s=1000.0)
+    with dishonest(manifest, answers_once_and_hangs_up) as server, pytest.raises(StoppedError, match="enough"):
+        run_step(bundle, server.url, Dialing(retry=retry))
+    assert pauses == [0.0, *(2.0**power for power in range(BLOCKS - 1))]
+
+
+def test_pauses_begin_anew_once_a_micro_batch_is_through(
+    bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that breaks now and then is no server that hammers; but the pause is never none again."""
+    pauses: list[float] = []
+    monkeypatch.setattr(Connection, "_sleep", lambda connection, seconds: pauses.append(seconds))
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+
+    def breaks_at_each_report(server: DishonestServer, connection: ServerConnection) -> None:
+        while True:
+            message = server.hear(connection)
+            if isinstance(message, m.StepReport):
+                units = WireTensor.from_bytes(bytes([UnitState.ACTIVE]) * BLOCKS)
+                server.say(connection, m.Signal(step=message.step, units=units, ticket=units))
+                connection.close()
+                return
+            server.answer(connection)
+
+    with (
+        dishonest(manifest, breaks_at_each_report) as server,
+        training(bundle, server.url, config(), random_dataset(VOCABULARY), Dialing(retry=Retry(max_s=None))) as trainer,
+    ):
+        for _ in range(3):
+            trainer.run_step()
+            trainer.settle()
+    assert pauses[:2] == [0.0, 0.5]
+    assert set(pauses[1:]) == {0.5}
