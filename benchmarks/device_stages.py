@@ -85,7 +85,7 @@ def main() -> None:
     memory.stage("imports")
     bundle = Bundle.open(options.bundle)
     memory.stage("bundle opened")
-    tokenizer = EdgeTokenizer.open(bundle.path, bundle.manifest.tokenizer)
+    tokenizer = EdgeTokenizer.open(bundle)
     dataset = load_examples(options.data, tokenizer, max_length=options.tokens // 2, too_long="truncate")
     memory.stage("tokenizer and data")
     del tokenizer

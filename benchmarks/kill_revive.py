@@ -63,7 +63,7 @@ def main() -> None:
     """Run every recipe with every seed, print JSON."""
     options = _options()
     bundle = Bundle.open(need_bundle(options.bundle))
-    tokenizer = EdgeTokenizer.open(bundle.path, bundle.manifest.tokenizer)
+    tokenizer = EdgeTokenizer.open(bundle)
     kept: dict[str, Any] = json.loads(options.keep.read_text()) if options.keep.exists() else {}
     chosen = {name: RECIPES[name] for name in (options.only or RECIPES)}
     with cloud_server(options.model, options.threads) as (url, _):

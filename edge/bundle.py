@@ -43,7 +43,7 @@ class Bundle:
         One map a file: a tied embedding and head share theirs, else its pages would count twice.
         """
         if name not in self._weights:
-            self._weights[name] = _mapped(self._file(name))
+            self._weights[name] = _mapped(self.file(name))
         return self._weights[name][0]
 
     def release(self, name: str) -> None:
@@ -61,13 +61,13 @@ class Bundle:
         spec = self.manifest.graph(kind, key)
         if engine not in spec.files:
             raise BundleError(f"{self.path} has no {engine} graphs; export it again with --engine both")
-        return spec, self._file(spec.files[engine])
+        return spec, self.file(spec.files[engine])
 
     def golden_file(self) -> Path:
-        return self._file(self.manifest.golden)
+        return self.file(self.manifest.golden)
 
-    def _file(self, name: str) -> Path:
-        # Only what the manifest names, and so only what was checked, is ever opened.
+    def file(self, name: str) -> Path:
+        """Where a file of the manifest lies. Raises ``BundleError`` for any other: only what was checked is opened."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: the manifest does not list {name!r}; export the bundle again")
         return self.path / name

@@ -253,7 +253,7 @@ def train(
     check_url(server)
     opened = Bundle.open(bundle)
     spec = opened.manifest
-    tokenizer = EdgeTokenizer.open(opened.path, spec.tokenizer)
+    tokenizer = EdgeTokenizer.open(opened)
     fields = parse_columns(columns) if columns else None
 
     load = partial(load_examples, tokenizer=tokenizer, columns=fields, max_length=max_length, too_long=too_long.value)
@@ -358,7 +358,7 @@ def evaluate(
     reporter = Reporter(json_output=json_output)
     credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
     opened = Bundle.open(bundle)
-    tokenizer = EdgeTokenizer.open(opened.path, opened.manifest.tokenizer)
+    tokenizer = EdgeTokenizer.open(opened)
     fields = parse_columns(columns) if columns else None
     dataset = load_examples(data, tokenizer, columns=fields, max_length=max_length, too_long=too_long.value)
     with (
@@ -394,7 +394,7 @@ def generate(
 
     credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
     opened = Bundle.open(bundle)
-    tokenizer = EdgeTokenizer.open(opened.path, opened.manifest.tokenizer)
+    tokenizer = EdgeTokenizer.open(opened)
     with _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model:
         answer = generate_greedily(model, tokenizer, prompt, max_new_tokens)
     print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if json_output else answer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,8 @@ import tokenizers
 from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.manifest import TokenizerSpec
 from dlora.protocol.tensors import IntArray
+
+from .bundle import Bundle
 
 if TYPE_CHECKING:  # Jinja takes 20 ms to import, and plain text needs none
     from .chat import ChatTemplate
@@ -61,14 +62,15 @@ class EdgeTokenizer:
         self._template: ChatTemplate | None = None
 
     @classmethod
-    def open(cls, bundle: Path, spec: TokenizerSpec) -> EdgeTokenizer:
+    def open(cls, bundle: Bundle) -> EdgeTokenizer:
         """The tokenizer of a bundle. Raises ``BundleError`` for a file that the tokenizers library cannot read."""
-        path = bundle / spec.file
+        spec = bundle.manifest.tokenizer
+        path = bundle.file(spec.file)
         try:
             tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
             chat_template = None
             if spec.chat_template is not None:
-                path = bundle / spec.chat_template
+                path = bundle.file(spec.chat_template)
                 chat_template = path.read_text(encoding="utf-8")
             return cls(tokenizer, spec, chat_template)
         except OSError as error:

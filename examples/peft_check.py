@@ -19,7 +19,7 @@ from dlora.edge.tokenizer import EdgeTokenizer
 def main(model: str, adapter: Path, bundle: Path, data: Path) -> None:
     """Print {"loss": mean cross-entropy a labelled token, "tokens": how many}."""
     opened = Bundle.open(bundle)
-    dataset = load_examples(data, EdgeTokenizer.open(opened.path, opened.manifest.tokenizer), max_length=512)
+    dataset = load_examples(data, EdgeTokenizer.open(opened), max_length=512)
     wrapped = PeftModel.from_pretrained(load_base_model(model).model, adapter).eval()
     total, tokens = 0.0, 0
     for batch in evaluation_batches(dataset, 8):

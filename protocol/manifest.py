@@ -1,16 +1,20 @@
 """The bundle's manifest: what ``dlora-export`` writes and ``dlora-edge`` reads. docs/bundle.md is normative.
 
 A bundle is a directory; ``manifest.json`` names every other file in it with its size and SHA-256. Paths are
-relative, with ``/``, and never leave the bundle.
+relative, with ``/``, stand in ``files`` and never leave the bundle: a bundle comes from somebody else, and what its
+tokenizer or template is read from may end up on the wire. ``load_manifest`` refuses the whole bundle otherwise, so that
+no path of a manifest that was loaded needs another look; a field that holds one is a ``BundlePath``.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
+import msgspec.inspect
 
 from .errors import BundleError
 from .kill_revive import GroupSpec
@@ -31,6 +35,7 @@ GraphKind = Literal[
     "adamw",
 ]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+BundlePath = Annotated[str, msgspec.Meta(extra={"path": True})]
 
 
 class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +80,7 @@ class LoraSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EmbeddingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The token embedding: ``weight`` is a ``.npy`` file, (vocabulary, embedding_size), multiplied by ``scale``."""
 
-    weight: str
+    weight: BundlePath
     dtype: Literal["fp32", "fp16"]
     scale: float = 1.0
 
@@ -90,11 +95,11 @@ class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         rows: labelled rows per call of a head graph that use memory well; callers loop over chunks of it.
     """
 
-    weight: str
+    weight: BundlePath
     dtype: StoredDtype
     tied: bool
-    row_scales: str | None = None
-    bias: str | None = None
+    row_scales: BundlePath | None = None
+    bias: BundlePath | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
     rows: Positive = 32
@@ -108,8 +113,8 @@ class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         stop_token_ids: tokens besides ``eos_token_id`` that end an answer.
     """
 
-    file: str
-    chat_template: str | None = None
+    file: BundlePath
+    chat_template: BundlePath | None = None
     bos_token: str | None = None
     eos_token: str | None = None
     eos_token_id: int | None = None
@@ -137,7 +142,7 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     kind: GraphKind
     key: str = ""
-    files: dict[str, str]
+    files: dict[str, BundlePath]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     error: float
@@ -176,8 +181,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     head: HeadSpec
     tokenizer: TokenizerSpec
     graphs: tuple[GraphSpec, ...]
-    golden: str
-    files: dict[str, FileSpec]
+    golden: BundlePath
+    files: dict[BundlePath, FileSpec]
     executorch: ExecutorchSpec | None = None
 
     @property
@@ -208,7 +213,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def load_manifest(bundle: Path) -> Manifest:
-    """Read and check a bundle's manifest. Raises ``BundleError`` with what to do."""
+    """Read a bundle's manifest and check every path in it. Raises ``BundleError`` with what to do."""
     path = bundle / MANIFEST_NAME
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -228,11 +233,52 @@ def load_manifest(bundle: Path) -> Manifest:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
-    for name in manifest.files:
-        parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-            raise BundleError(f"{path} names a file outside the bundle: {name!r}")
+    if not _lies_inside(bundle, MANIFEST_NAME):
+        raise BundleError(f"{path} is a link to a file outside the bundle; do not use this bundle")
+    for field, name in paths_of(manifest):
+        if name not in manifest.files:
+            raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")
+        if not _lies_inside(bundle, name):
+            raise BundleError(f"{path}: {field} names a file outside the bundle: {name!r}; do not use this bundle")
     return manifest
+
+
+def paths_of(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Every path that stands anywhere in a manifest, with the name of its field: what its type calls ``BundlePath``."""
+    return _paths_in(manifest, msgspec.inspect.type_info(Manifest), "manifest")
+
+
+def _paths_in(value: Any, type_info: msgspec.inspect.Type, field: str) -> Iterator[tuple[str, str]]:
+    match type_info:
+        case msgspec.inspect.Metadata(extra={"path": True}):
+            yield field, value
+        case msgspec.inspect.StructType(fields=fields):
+            for member in fields:
+                yield from _paths_in(getattr(value, member.name), member.type, f"{field}.{member.name}")
+        case msgspec.inspect.UnionType(types=types):
+            for some_type in types if value is not None else ():
+                yield from _paths_in(value, some_type, field)
+        case msgspec.inspect.VarTupleType(item_type=item_type):
+            for item in value:
+                yield from _paths_in(item, item_type, field)
+        case msgspec.inspect.DictType(key_type=key_type, value_type=value_type):
+            for key, item in value.items():
+                yield from _paths_in(key, key_type, field)
+                yield from _paths_in(item, value_type, f"{field}.{key}")
+        case _:
+            pass
+
+
+def _lies_inside(bundle: Path, name: str) -> bool:
+    """Whether ``name`` is a path as docs/bundle.md has them, and leads nowhere else, not even by a symbolic link."""
+    path = PurePosixPath(name)
+    is_plain = path.parts and str(path) == name and not {"\\", "\0"} & set(name)
+    if not is_plain or path.is_absolute() or ".." in path.parts:
+        return False
+    try:
+        return (bundle / name).resolve().is_relative_to(bundle.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def check_file(bundle: Path, name: str, spec: FileSpec) -> None:

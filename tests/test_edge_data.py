@@ -7,19 +7,22 @@ import json
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import tokenizers
+from attacks.fuzz_manifest import manifest_of
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from dlora.edge.batches import Batches, evaluation_batches, pack
+from dlora.edge.bundle import Bundle
 from dlora.edge.chat import ChatTemplate
 from dlora.edge.data import Dataset, load_examples, split_holdout
 from dlora.edge.rows import parse_columns
 from dlora.edge.tokenizer import EdgeTokenizer
 from dlora.protocol.counting import counted_tokens
 from dlora.protocol.errors import BundleError, DataError, UsageError
-from dlora.protocol.manifest import TokenizerSpec
+from dlora.protocol.manifest import Manifest, TokenizerSpec
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -317,20 +320,28 @@ def test_bad_column_option(text: str) -> None:
 
 
 def test_damaged_tokenizer_file(tmp_path: Path) -> None:
-    spec = TokenizerSpec(file="tokenizer.json")
+    bundle = bundle_with(tmp_path, TokenizerSpec(file="tokenizer.json"))
     with pytest.raises(BundleError, match="cannot be read"):
-        EdgeTokenizer.open(tmp_path, spec)
+        EdgeTokenizer.open(bundle)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(BundleError, match="damaged"):
-        EdgeTokenizer.open(tmp_path, spec)
+        EdgeTokenizer.open(bundle)
+
+
+def bundle_with(directory: Path, spec: TokenizerSpec) -> Bundle:
+    """A bundle that was checked already; its files may be gone by now."""
+    named = [name for name in ("graph.onnx", "embedding.npy", spec.file, spec.chat_template) if name is not None]
+    manifest = msgspec.json.decode(manifest_of(dict.fromkeys(named, b"")), type=Manifest)
+    return Bundle(directory, msgspec.structs.replace(manifest, tokenizer=spec))
 
 
 def test_opens_from_a_bundle(tmp_path: Path) -> None:
     train_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    bundle = bundle_with(tmp_path, SPEC)
     with pytest.raises(BundleError, match=r"chat\.jinja cannot be read"):
-        EdgeTokenizer.open(tmp_path, SPEC)
+        EdgeTokenizer.open(bundle)
     (tmp_path / "chat.jinja").write_text(CHATML)
-    opened = EdgeTokenizer.open(tmp_path, SPEC)
+    opened = EdgeTokenizer.open(bundle)
     assert opened.encode_chat(TALK).tolist() == TOKENIZER.encode_chat(TALK).tolist()
     assert opened.stop_token_ids == (1,)
 

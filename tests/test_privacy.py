@@ -56,7 +56,7 @@ def leak(tmp_path_factory: pytest.TempPathFactory) -> Leak:
     export_bundle(ExportSettings(str(directory / "model"), path, rank=RANK, alpha=8.0, head_dtype="fp32"))
     marked_data(directory / "data.jsonl")
     bundle = Bundle.open(path)
-    tokenizer = EdgeTokenizer.open(path, bundle.manifest.tokenizer)
+    tokenizer = EdgeTokenizer.open(bundle)
     dataset = load_examples(directory / "data.jsonl", tokenizer, max_length=64)
     scanner = Scanner()
     scanner.add_text(SECRET)

@@ -299,15 +299,19 @@ def test_a_handshake_again_and_again_is_refused(role: Role) -> None:
 @pytest.mark.parametrize("role", Role)
 def test_a_frame_again_and_again_is_refused_until_a_new_one_comes(role: Role) -> None:
     pair = Pair(c.opening())
-    frames = {}
-    for message in (c.embeddings(), c.group_input()):
+    heard: dict[Role, bytearray] = {}
+
+    def say(message: m.AnyMessage) -> None:
         speaker = c.sender_of(message)
-        frames[c.other(speaker)] = pair.sides[speaker].send(message)
-        pair.sides[c.other(speaker)].receive(frames[c.other(speaker)])
-    refuses_endless_repeats(pair.sides[role], frames[role])
-    pair.say(c.group_delta())
-    pair.say(c.group_input(group=1))
-    assert pair.sides[role].receive(frames[role]) is None
+        heard[c.other(speaker)] = pair.sides[speaker].send(message)
+        assert pair.sides[c.other(speaker)].receive(heard[c.other(speaker)]) is not None
+
+    for message in (c.embeddings(), c.group_input()):
+        say(message)
+    refuses_endless_repeats(pair.sides[role], heard[role])
+    for message in (c.group_delta(), c.group_input(group=1)):
+        say(message)
+    refuses_endless_repeats(pair.sides[role], heard[role])
 
 
 # -- right message, wrong content ------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def target(directory: Path) -> Target:
     buffer = io.BytesIO()
     np.save(buffer, np.ones((5, 4), np.float16))
     weight = buffer.getvalue()
-    manifest = _manifest({"graph.onnx": b"graph", "tokenizer.json": b"{}", WEIGHT: weight})
+    manifest = manifest_of({"graph.onnx": b"graph", "tokenizer.json": b"{}", WEIGHT: weight})
 
     def run(data: bytes) -> None:
         for name, content in zip((MANIFEST_NAME, WEIGHT), split(data), strict=True):
@@ -90,7 +90,8 @@ def _described(content: bytes) -> dict[str, object]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _manifest(files: dict[str, bytes]) -> bytes:
+def manifest_of(files: dict[str, bytes]) -> bytes:
+    """A manifest as small as can be, of files with this content; the first is graph and golden vectors."""
     tensor = TensorSpec("ids", "int64", ("tokens",))
     manifest = Manifest(
         format=1,

@@ -1,0 +1,207 @@
+"""A bundle comes from somebody else: no path of its manifest leads to a file that is not its own.
+
+What a tokenizer or a chat template is read from may become a prompt, and a server reads prompts back from embeddings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from families import save_tiny
+from processes import run_edge
+
+from dlora.edge.bundle import Bundle
+from dlora.edge.info import describe
+from dlora.edge.tokenizer import EdgeTokenizer
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol import manifest as schema
+from dlora.protocol.errors import BundleError
+from dlora.protocol.manifest import BundlePath, Manifest, load_manifest
+
+SECRET = b"the device's own secret"
+DOCS = (Path(__file__).parents[1] / "docs" / "bundle.md").read_text()
+
+Place = tuple[str, ...]
+"""Where a path stands in a manifest: names of fields, ``[]`` for an item, ``{}`` for a value, ``keys`` for a key."""
+
+
+def path_fields(kind: Any, place: Place = ()) -> Iterator[Place]:
+    """Every place of the schema that holds a path, found in its annotations."""
+    if kind == BundlePath:
+        yield place
+        return
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            yield from path_fields(hint, (*place, name))
+        return
+    arguments = typing.get_args(kind)
+    match typing.get_origin(kind):
+        case typing.Annotated:
+            return
+        case origin if origin is tuple:
+            yield from path_fields(arguments[0], (*place, "[]"))
+        case origin if origin is dict:
+            yield from path_fields(arguments[0], (*place, "keys"))
+            yield from path_fields(arguments[1], (*place, "{}"))
+        case _:
+            for argument in arguments:
+                yield from path_fields(argument, place)
+
+
+FIELDS = list(path_fields(Manifest))
+
+
+def put(value: Any, place: Place, path: str) -> None:
+    """Write ``path`` into a manifest's JSON at ``place``; of several items or values, into the last; add a key."""
+    step, *rest = place
+    if step == "keys":
+        value[path] = value[list(value)[-1]]
+        return
+    key = list(value)[-1] if step == "{}" else len(value) - 1 if step == "[]" else step
+    if rest:
+        put(value[key], tuple(rest), path)
+    else:
+        value[key] = path
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("paths")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=2))
+    (directory / "secret").write_bytes(SECRET)
+    return directory / "bundle"
+
+
+@pytest.fixture
+def bundle(original: Path, tmp_path: Path) -> Path:
+    """A copy, beside a file that is not its own."""
+    shutil.copytree(original, tmp_path / "bundle")
+    (tmp_path / "secret").write_bytes(SECRET)
+    return tmp_path / "bundle"
+
+
+def absolute(bundle: Path) -> str:
+    return str(bundle.parent / "secret")
+
+
+def link(bundle: Path) -> str:
+    (bundle / "link").symlink_to(bundle.parent / "secret")
+    return "link"
+
+
+def link_to_a_folder(bundle: Path) -> str:
+    (bundle / "weights" / "up").symlink_to("../..")
+    return "weights/up/secret"
+
+
+def link_in_a_circle(bundle: Path) -> str:
+    (bundle / "circle").symlink_to("circle")
+    return "circle"
+
+
+OUTSIDE: dict[str, Callable[[Path], str]] = {
+    "up": lambda bundle: "../secret",
+    "down and up": lambda bundle: "weights/../../secret",
+    "absolute": absolute,
+    "link": link,
+    "link to a folder": link_to_a_folder,
+    "link in a circle": link_in_a_circle,
+    "backslashes": lambda bundle: "..\\secret",
+    "nul": lambda bundle: "weights/\0",
+    "empty": lambda bundle: "",
+    "itself": lambda bundle: ".",
+    "by another name": lambda bundle: "./weights/embedding.npy",
+}
+
+
+def write(bundle: Path, place: Place, path: str, *, listed: bool) -> None:
+    """Change the manifest; ``listed`` with the right size and digest, as whoever makes such a bundle would."""
+    value = json.loads((bundle / "manifest.json").read_text())
+    put(value, place, path)
+    if listed:
+        value["files"][path] = {"bytes": len(SECRET), "sha256": hashlib.sha256(SECRET).hexdigest()}
+    (bundle / "manifest.json").write_text(json.dumps(value))
+
+
+def refused(bundle: Path, text: str) -> None:
+    """By whatever reads a manifest."""
+    for reads in (load_manifest, describe, Bundle.open):
+        with pytest.raises(BundleError, match=text) as caught:
+            reads(bundle)
+        assert str(SECRET) not in str(caught.value)
+
+
+def test_the_walk_finds_the_fields_that_the_docs_call_paths() -> None:
+    documented = set()
+    for struct, table in re.findall(r"^### `(\w+)`\n(.*?)(?=^#|\Z)", DOCS, re.MULTILINE | re.DOTALL):
+        for field, kind in re.findall(r"^\| `(\w+)` \| ([^|]*) \|", table, re.MULTILINE):
+            documented |= {(struct, field)} if re.search(r"\bpath\b", kind) else set()
+    found = set()
+    for struct in vars(schema).values():
+        if isinstance(struct, type) and issubclass(struct, msgspec.Struct):
+            for name, hint in typing.get_type_hints(struct, include_extras=True).items():
+                inner = {place[0] if place else "" for place in path_fields(hint)} <= {"", "keys", "{}"}
+                found |= {(struct.__name__, name)} if inner and any(True for _ in path_fields(hint)) else set()
+    assert found == documented
+    assert len(FIELDS) == len(documented) == 9
+
+
+@pytest.mark.parametrize("way", OUTSIDE)
+@pytest.mark.parametrize("place", FIELDS, ids=".".join)
+def test_a_path_that_leads_out(bundle: Path, place: Place, way: str) -> None:
+    write(bundle, place, OUTSIDE[way](bundle), listed=True)
+    refused(bundle, "names a file outside the bundle")
+
+
+@pytest.mark.parametrize("place", [place for place in FIELDS if place != ("files", "keys")], ids=".".join)
+def test_a_path_that_the_files_do_not_list(bundle: Path, place: Place) -> None:
+    (bundle / "unlisted").write_bytes(SECRET)
+    write(bundle, place, "unlisted", listed=False)
+    refused(bundle, "which its files do not list")
+
+
+def test_a_manifest_that_is_a_link(bundle: Path) -> None:
+    (bundle / "manifest.json").rename(bundle.parent / "elsewhere.json")
+    (bundle / "manifest.json").symlink_to(bundle.parent / "elsewhere.json")
+    refused(bundle, "is a link to a file outside the bundle")
+
+
+def test_links_within_a_bundle_are_its_own_business(bundle: Path) -> None:
+    """As some stores of files keep them. A bundle that is a link itself, or lies under one, is none of ours either."""
+    (bundle / "tokenizer" / "tokenizer.json").rename(bundle / "blob")
+    (bundle / "tokenizer" / "tokenizer.json").symlink_to("../blob")
+    (bundle.parent / "name").symlink_to(bundle)
+    assert EdgeTokenizer.open(Bundle.open(bundle.parent / "name")).vocabulary_size > 0
+
+
+@pytest.mark.parametrize("command", ["info", "selftest", "doctor", "train", "evaluate", "generate"])
+def test_every_command_refuses_it_in_one_line(bundle: Path, command: str, tmp_path: Path) -> None:
+    write(bundle, ("tokenizer", "chat_template"), "../secret", listed=True)
+    (tmp_path / "data.jsonl").write_text('{"text": "w1 w2"}\n')
+    nobody = ["--server", "ws://127.0.0.1:9"]
+    more = {
+        "info": [bundle],
+        "selftest": ["--bundle", bundle],
+        "doctor": ["--bundle", bundle],
+        "train": ["--bundle", bundle, *nobody, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out"],
+        "evaluate": ["--bundle", bundle, *nobody, "--data", tmp_path / "data.jsonl"],
+        "generate": ["--bundle", bundle, *nobody, "--prompt", "w1"],
+    }[command]
+    done = run_edge(command, *more)
+    said = done.stdout + done.stderr
+    assert "tokenizer.chat_template names a file outside the bundle: '../secret'" in " ".join(said.split())
+    assert "Traceback" not in said
+    if command == "doctor":  # which goes on to the next check
+        assert done.code == 1
+    else:
+        assert (done.code, len(done.errors)) == (BundleError.exit_code, 1), said
