@@ -66,6 +66,7 @@ def main() -> None:
         attacker = Worker(
             str(Path(__file__)), "--attack", url, "--bundle", str(options.bundle), "--idle", str(options.idle),
             "--connections-per-s", str(options.connections_per_s), "--abuses-per-s", str(options.abuses_per_s),
+            *(word for name in options.only for word in ("--only", name)),
         )  # fmt: skip
         times: dict[str, list[float]] = {"quiet": [], "attacked": []}
         outcomes: Counter[str] = Counter()
@@ -160,7 +161,7 @@ class _Attacker:
         groups = Bundle.open(options.bundle).manifest.groups
         addresses = [f"127.0.0.{2 + number}" for number in range(1 + options.idle // PORTS_OF_AN_ADDRESS)]
         self._targets = itertools.cycle([Target(options.attack, groups, address) for address in addresses])
-        self._abuses = itertools.cycle(ABUSES.values())
+        self._abuses = itertools.cycle([ABUSES[name] for name in options.only or ABUSES])
         self._options = options
         self._held = ExitStack()
         self._stop = threading.Event()
@@ -174,7 +175,7 @@ class _Attacker:
         for _ in range(self._options.idle):
             self._open_one()
         for sieges, count in ((SIEGES, SITTING), (SITS_IN_A_SESSION, SITTING_IN_SESSIONS)):
-            for make in sieges.values():
+            for make in () if self._options.only else sieges.values():
                 self._held.enter_context(besieged(next(self._targets), make, count))
         self._stop.clear()
         rates = ((self._open_one, self._options.connections_per_s), (self._abuse_once, self._options.abuses_per_s))
@@ -221,6 +222,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--idle", type=int, default=10_000, help="idle connections")
     parser.add_argument("--connections-per-s", type=float, default=20.0)
     parser.add_argument("--abuses-per-s", type=float, default=10.0)
+    parser.add_argument("--only", action="append", default=[], choices=ABUSES, metavar="ABUSE", help="only this")
     parser.add_argument("--attack", metavar="URL", help=argparse.SUPPRESS)
     return parser.parse_args()
 

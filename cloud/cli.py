@@ -23,7 +23,7 @@ from dlora.protocol.version import SOFTWARE_VERSION
 
 from . import token_cli
 from .guard import raise_file_limit
-from .memory import limit_arenas
+from .memory import forget_long_lived, limit_arenas
 from .patience import Patience
 from .tls import check_exposure, server_context
 from .tokens import FILE_NAME, TokenStore
@@ -217,6 +217,8 @@ def serve(
     )  # fmt: skip
     if server.largest_micro_batch > live_limit:
         log.warning("memory: the largest micro-batches do not fit and will be refused; lower --max-tokens")
+
+    forget_long_lived()
 
     async def run() -> None:
         serving = asyncio.create_task(server.serve_until_stopped(host, port))

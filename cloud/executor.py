@@ -29,7 +29,6 @@ from .exchange import MicroBatchExchange, exchanging
 from .kill_revive import Controller
 from .layout import Layout, lay_out
 from .live_bytes import LiveBytes
-from .memory import release_freed
 from .patience import Deadlines
 from .quotas import SessionQuota
 from .wire import from_wire, to_wire
@@ -47,14 +46,20 @@ class Transport(Protocol):
 
 
 class ComputeGate:
-    """Lets ``width`` sessions compute at a time; the others wait their turn."""
+    """Lets ``width`` sessions compute at a time; the others wait their turn.
+
+    Attributes:
+        turns: micro-batches that have begun to compute so far.
+    """
 
     def __init__(self, width: int = 1) -> None:
+        self.turns = 0
         self._free = threading.Semaphore(width)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         with self._free:
+            self.turns += 1
             yield
 
     @contextmanager
@@ -130,7 +135,6 @@ class SessionExecutor:
         finally:
             self._micro_batch = None
             self._input_grads.clear()
-            release_freed()
 
     def _answer_next(self) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""

@@ -27,7 +27,7 @@ from .executor import ComputeGate, DeviceGaveUpError, SessionExecutor, shutting_
 from .guard import GuardedConnection, printable
 from .kill_revive import Controller, ticket_bytes
 from .live_bytes import LiveBytes
-from .memory import is_out_of_memory
+from .memory import is_out_of_memory, release_freed
 from .patience import DeviceDeadlines, Patience
 from .quotas import Quotas
 from .sessions import LiveSession, Sessions
@@ -206,6 +206,8 @@ class _Handshake:
         running = asyncio.ensure_future(_run(live, executor, service))
         _running.add(running)
         running.add_done_callback(_running.discard)
+        # Once nothing holds what the session had, and not on the event loop: it takes milliseconds for each gigabyte.
+        running.add_done_callback(lambda _: service.openings.submit(release_freed))
 
 
 _running: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from pathlib import Path
 from typing import Final
 
@@ -55,6 +56,22 @@ def release_freed() -> None:
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def release_unreachable() -> None:
+    """Give back what nobody can reach any more, too: websockets' connections are cycles, and hold their last frame.
+
+    Python looks for cycles by their number, and a few that hold 50 MB each are none. It holds up every thread; call
+    ``forget_long_lived`` once, so that it is quick.
+    """
+    gc.collect()
+    release_freed()
+
+
+def forget_long_lived() -> None:
+    """Leave out what is there now, such as a model and its libraries, when cycles are looked for."""
+    gc.collect()
+    gc.freeze()
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -33,6 +33,7 @@ from .guard import ConnectionLimits, Guard, GuardedConnection
 from .handler import Service, handle_connection, opening_limit
 from .layout import can_pack
 from .live_bytes import LiveBytes
+from .memory import release_unreachable
 from .patience import DeviceDeadlines, Patience
 from .quotas import QuotaLimits, Quotas
 from .sessions import Sessions
@@ -44,6 +45,7 @@ PING_EVERY_S = 20.0
 # A device computes between messages and may sleep; the pong comes from its reading thread, not its compute.
 PING_TIMEOUT_S = 60.0
 RECHECK_EVERY_S = 10.0
+RELEASE_EVERY_S = 5.0
 DRAIN_CHECK_S = 0.05
 LEAST_TOKENS, MOST_TOKENS = 256, 8192
 
@@ -93,7 +95,7 @@ class CloudServer:
         self._threads = ThreadPoolExecutor(max_sessions, thread_name_prefix="session")
         self._drain_s = drain_s
         self._server: Server | None = None
-        self._rechecking: asyncio.Task[None] | None = None
+        self._housekeeping: list[asyncio.Task[None]] = []
         self._openings = ThreadPoolExecutor(1, thread_name_prefix="opening")
         self._started = time.monotonic()
         live_bytes = LiveBytes.measure(base)
@@ -135,7 +137,7 @@ class CloudServer:
             text = f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
             raise ConnectionFailedError(text) from None
         self.port = next(iter(self._server.sockets)).getsockname()[1]
-        self._rechecking = asyncio.create_task(self._recheck_access())
+        self._housekeeping = [asyncio.create_task(each) for each in (self._recheck_access(), self._release_memory())]
 
     async def serve_until_stopped(self, host: str, port: int) -> None:
         """Listen until SIGINT or SIGTERM, then close every session and return."""
@@ -158,8 +160,8 @@ class CloudServer:
     async def stop(self) -> None:
         """Let running steps finish, tell every device to come again, hang up and wait for the threads to end."""
         await self._drain()
-        if self._rechecking is not None:
-            self._rechecking.cancel()
+        for task in self._housekeeping:
+            task.cancel()
         self.guard.hang_up()
         if self._server is not None:
             self._server.close()
@@ -192,6 +194,17 @@ class CloudServer:
             for live in sessions:
                 if live.caller in denied:
                     live.transport.end(denied[live.caller])
+
+    async def _release_memory(self) -> None:
+        """Give freed memory back once nothing computes: sessions that stay would keep what they used."""
+        released = seen = 0
+        while True:
+            await asyncio.sleep(RELEASE_EVERY_S)
+            turns = self.service.gate.turns
+            if turns == seen != released:
+                await asyncio.get_running_loop().run_in_executor(self._openings, release_unreachable)
+                released = turns
+            seen = turns
 
     async def _handle(self, connection: ServerConnection) -> None:
         await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)

@@ -109,8 +109,8 @@ InsecureOption = Annotated[bool, typer.Option("--insecure", help="Send the token
 MaxRetryOption = Annotated[
     float | None,
     typer.Option(
-        help="Seconds to try again when the server is gone; 0: give up at once. Without it: for ever once the run has "
-        "begun, but a first connection that fails ends it.",
+        help="Seconds that the server may be gone, or say nothing new; 0: give up as soon as it is lost. Without it: "
+        "for ever once the run has begun, but a first connection that fails ends it.",
         min=0,
     ),
 ]

@@ -97,8 +97,10 @@ def test_held_out_data_over_the_servers_limits(place: Place, tmp_path: Path) -> 
     long, many = tmp_path / "long.jsonl", tmp_path / "many.jsonl"
     long.write_text(json.dumps({"text": "w1 " * 80}))
     many.write_text((json.dumps({"text": "w1 " * 40}) + "\n") * 2)
-    for data, option in ((long, "--max-length 64"), (many, "--batch-size")):
-        done = run_edge("evaluate", "--bundle", place.bundle, "--server", place.url, "--data", data, "--threads", 1)
-        assert_fails(done, DataError.exit_code, option)
+    evaluate = ["evaluate", "--bundle", place.bundle, "--server", place.url, "--threads", 1, "--json", "--data"]
+    assert_fails(run_edge(*evaluate, long), DataError.exit_code, "--max-length 64")
+    done = run_edge(*evaluate, many)  # two micro-batches instead of one
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] == 2
     prompt = ["generate", "--bundle", place.bundle, "--server", place.url, "--prompt", "w1 " * 80]
     assert_fails(run_edge(*prompt), DataError.exit_code, "the prompt has")

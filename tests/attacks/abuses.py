@@ -328,6 +328,13 @@ def no_version_of_ours(target: Target) -> Outcome:
         return outcome(client)
 
 
+@stopped_by("error version")
+def version_that_was_never_released(target: Target) -> Outcome:
+    with target.websocket() as client:
+        client.frame(BINARY, encode(m.Hello(protocol_versions=[1], software="x")))
+        return outcome(client)
+
+
 @stopped_by("error base_model_mismatch")
 def other_base_model(target: Target) -> Outcome:
     with target.greeted() as device:
