@@ -30,6 +30,7 @@ from .tokens import FILE_NAME, TokenStore
 
 DOOR = "Who may come in"
 QUOTAS = "Quotas of a device"
+LIMITS = "Limits of the whole server"
 PATIENCE = "Patience"
 KEY_BYTES = 32
 
@@ -73,19 +74,6 @@ def serve(
     dtype: Annotated[Dtype, typer.Option(help="The base model's dtype here.")] = Dtype.float32,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0, max=1024)] = 0,
-    max_sessions: Annotated[int, typer.Option(help="Devices that may train at a time.", min=1)] = 16,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Most tokens of one micro-batch; by default what --live-mb allows, 8192 at most.", min=1),
-    ] = None,
-    live_mb: Annotated[
-        float | None,
-        typer.Option(
-            help="Memory of all running micro-batches together, MB; by default half of what the model leaves of the "
-            "machine's. More of them wait their turn.",
-            min=0.001,
-        ),
-    ] = None,
     state_dir: Annotated[
         Path | None,
         typer.Option(
@@ -120,6 +108,26 @@ def serve(
     quota_compute_s: Annotated[
         float | None,
         typer.Option(help="Seconds of computing for one device in an hour.", min=0.001, rich_help_panel=QUOTAS),
+    ] = None,
+    max_sessions: Annotated[
+        int, typer.Option(help="Devices that may train at a time.", min=1, rich_help_panel=LIMITS)
+    ] = 16,
+    live_mb: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory of all running micro-batches together, MB; more of them wait their turn. By default half of "
+            "what the model leaves of the machine's.",
+            min=0.001,
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of one micro-batch. By default what takes half of --live-mb, 8192 at most.",
+            min=1,
+            rich_help_panel=LIMITS,
+        ),
     ] = None,
     park_s: Annotated[
         float,

@@ -206,11 +206,16 @@ class _Handshake:
         running = asyncio.ensure_future(_run(live, executor, service))
         _running.add(running)
         running.add_done_callback(_running.discard)
-        # Once nothing holds what the session had, and not on the event loop: it takes milliseconds for each gigabyte.
-        running.add_done_callback(lambda _: service.openings.submit(release_freed))
+        running.add_done_callback(lambda _: _release_freed(service))
 
 
 _running: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only
+
+
+def _release_freed(service: Service) -> None:
+    """Once nothing holds what a session had, and not on the event loop: it takes milliseconds for each gigabyte."""
+    with contextlib.suppress(RuntimeError):  # the server has stopped
+        service.openings.submit(release_freed)
 
 
 async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -> None:

@@ -166,7 +166,7 @@ class CloudServer:
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
-        for threads in (self._openings, self._threads):
+        for threads in (self._threads, self._openings):
             await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
 
     async def _drain(self) -> None:

@@ -300,7 +300,8 @@ def test_every_option_of_kill_and_revive_is_in_the_quickstart() -> None:
 
 def test_every_option_of_the_server_that_an_operator_sets_is_told_with_its_default() -> None:
     serve = dict(all_commands())["dlora-cloud serve"]
-    panels = {dlora.cloud.cli.DOOR, dlora.cloud.cli.QUOTAS, dlora.cloud.cli.PATIENCE}
+    cli = dlora.cloud.cli
+    panels = {cli.DOOR, cli.QUOTAS, cli.LIMITS, cli.PATIENCE}
     wanted = {parameter.opts[0]: parameter.default for parameter in serve.params if parameter.rich_help_panel in panels}
     told = {row[0]: row[1] for row in rows(OPERATING) if row[0].startswith("--")}
     assert list(told) == list(wanted)
