@@ -218,10 +218,12 @@ def serve(
     )
 
     log.info(
-        "memory: %s MB for running micro-batches together (--live-mb); one may have %s tokens (--max-tokens) and take "
-        "%s MB; %d sessions (--max-sessions)",
-        f"{live_limit / 1e6:,.0f}", f"{server.service.max_tokens:,}", f"{server.largest_micro_batch / 1e6:,.0f}",
-        max_sessions,
+        "memory: %s MB for all running micro-batches (--live-mb), %s MB for those of one device (--quota-live-mb)",
+        f"{live_limit / 1e6:,.0f}", f"{(server.service.quotas.limits.live_bytes or live_limit) / 1e6:,.0f}",
+    )  # fmt: skip
+    log.info(
+        "micro-batches: up to %s tokens (--max-tokens), which take %s MB; %d sessions (--max-sessions)",
+        f"{server.service.max_tokens:,}", f"{server.largest_micro_batch / 1e6:,.0f}", max_sessions,
     )  # fmt: skip
     if server.largest_micro_batch > live_limit:
         log.warning("memory: the largest micro-batches do not fit and will be refused; lower --max-tokens")

@@ -17,7 +17,7 @@ micro-batch that runs in this thread. Without one, or for a group that is not li
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -56,8 +56,8 @@ class MicroBatchExchange:
         base: BaseModel,
         groups: Sequence[GroupSpec],
         *,
-        live: set[int],
-        trained: set[int],
+        live: Collection[int],
+        trained: Collection[int],
         rows: Tensor | None,
     ) -> None:
         self.channel = channel

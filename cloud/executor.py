@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from dlora.protocol import messages as m
 from dlora.protocol.counting import counted_tokens
 from dlora.protocol.errors import DamagedFrameError, RemoteProtocolError
-from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.session import Session
 from dlora.protocol.tensors import WireTensor
 
@@ -29,6 +28,7 @@ from .exchange import MicroBatchExchange, exchanging
 from .kill_revive import Controller
 from .layout import Layout, lay_out
 from .live_bytes import LiveBytes
+from .memory import release_freed
 from .patience import Deadlines
 from .quotas import SessionQuota
 from .wire import from_wire, to_wire
@@ -49,7 +49,7 @@ class ComputeGate:
     """Lets ``width`` sessions compute at a time; the others wait their turn.
 
     Attributes:
-        turns: micro-batches that have begun to compute so far.
+        turns: how often a micro-batch has begun or ended to compute so far.
     """
 
     def __init__(self, width: int = 1) -> None:
@@ -60,7 +60,10 @@ class ComputeGate:
     def computing(self) -> Iterator[None]:
         with self._free:
             self.turns += 1
-            yield
+            try:
+                yield
+            finally:
+                self.turns += 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -135,6 +138,7 @@ class SessionExecutor:
         finally:
             self._micro_batch = None
             self._input_grads.clear()
+            release_freed()
 
     def _answer_next(self) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
@@ -167,7 +171,7 @@ class SessionExecutor:
     def _run_micro_batch(self, begun: m.Embeddings) -> None:
         self._micro_batch = begun
         self._input_grads.clear()
-        live, trained = self._groups_that_take_part()
+        live, trained = self._session.live, self._session.active
         packs, lengths = self._welcome.packs, begun.sequence_lengths.data
         layout = lay_out(
             self._to_torch(begun.hidden_states),
@@ -189,7 +193,9 @@ class SessionExecutor:
         if self._transport.losses == losses:
             self._deadlines.answers.observe(self._waited_s)
 
-    def _compute(self, begun: m.Embeddings, layout: Layout, live: set[int], trained: set[int]) -> None:
+    def _compute(
+        self, begun: m.Embeddings, layout: Layout, live: Collection[int], trained: Collection[int]
+    ) -> None:
         training = begun.mode == "train"
         rows = layout.rows
         exchange = MicroBatchExchange(self, self._base, self._session.groups, live=live, trained=trained, rows=rows)
@@ -223,16 +229,6 @@ class SessionExecutor:
                     raise
                 self._transport.hang_up(refusal)
                 self._transport.wait_for_device(min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S))
-
-    def _groups_that_take_part(self) -> tuple[set[int], set[int]]:
-        live: set[int] = set()
-        trained: set[int] = set()
-        for state, groups in zip(self._session.units, self._session.unit_groups, strict=True):
-            if state != UnitState.KILLED:
-                live.update(groups)
-            if state == UnitState.ACTIVE:
-                trained.update(groups)
-        return live, trained
 
     # -- Channel, for the exchange -----------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from .executor import ComputeGate, DeviceGaveUpError, SessionExecutor, shutting_
 from .guard import GuardedConnection, printable
 from .kill_revive import Controller, ticket_bytes
 from .live_bytes import LiveBytes
-from .memory import is_out_of_memory, release_freed
+from .memory import is_out_of_memory
 from .patience import DeviceDeadlines, Patience
 from .quotas import Quotas
 from .sessions import LiveSession, Sessions
@@ -206,16 +206,9 @@ class _Handshake:
         running = asyncio.ensure_future(_run(live, executor, service))
         _running.add(running)
         running.add_done_callback(_running.discard)
-        running.add_done_callback(lambda _: _release_freed(service))
 
 
 _running: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only
-
-
-def _release_freed(service: Service) -> None:
-    """Once nothing holds what a session had, and not on the event loop: it takes milliseconds for each gigabyte."""
-    with contextlib.suppress(RuntimeError):  # the server has stopped
-        service.openings.submit(release_freed)
 
 
 async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -> None:

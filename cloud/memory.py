@@ -11,10 +11,8 @@ import psutil
 
 _M_ARENA_MAX: Final = -8  # of glibc's <malloc.h>
 _ARENAS: Final = 2
-_OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory")  # of torch's RuntimeErrors; the CPU's has no type
-
-
 _CGROUPS: Final = Path("/sys/fs/cgroup")
+_OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory")  # of torch's RuntimeErrors; the CPU's has no type
 
 
 def machine_bytes(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:

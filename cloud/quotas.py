@@ -117,17 +117,30 @@ class Quotas:
         self.limits = limits
         self.total_live_bytes = total_live_bytes
         self.live_bytes = 0
+        self._running_bytes = 0  # of the micro-batches alone
         self._clock = clock
         self._callers: dict[str, _Caller] = {}
         self._sweep_at = _SWEEP_AT
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
-        self._line: deque[object] = deque()  # who waits for memory
+        self._line: deque[SessionQuota] = deque()  # who waits for memory
+        self._stopped = False
 
     @property
     def callers(self) -> int:
         """How many are remembered."""
         return len(self._callers)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a micro-batch waits for memory."""
+        return bool(self._line)
+
+    def stop(self) -> None:
+        """Let nobody wait for memory any more: the server stops."""
+        with self._lock:
+            self._stopped = True
+            self._freed.notify_all()
 
     def open_session(self, name: str) -> SessionQuota:
         """Count a session of the caller ``name`` until it is closed.
@@ -158,7 +171,7 @@ class Quotas:
         with self._lock:
             self._check(session, tokens, live_bytes)
             if live_bytes:
-                self._wait_for_memory(live_bytes)
+                self._wait_for_memory(session, live_bytes)
                 self._check(session, tokens, live_bytes)  # again: the caller's other sessions did not wait
             now = self._clock()
             caller = self._caller(session.name, now)
@@ -166,12 +179,13 @@ class Quotas:
             caller.live_bytes += live_bytes
             session.live_bytes += live_bytes
             self.live_bytes += live_bytes
+            self._running_bytes += live_bytes
 
     def _check(self, session: SessionQuota, tokens: int, live_bytes: int) -> None:
         """Raise ``RemoteProtocolError`` where its caller is over a quota now."""
         now, most = self._clock(), self.limits.live_bytes
         caller = self._caller(session.name, now)
-        room = most is None or caller.live_bytes + live_bytes <= most
+        room = most is None or not live_bytes or caller.live_bytes + live_bytes <= most
         waits_s = {
             ErrorCode.QUOTA_TOKENS: caller.tokens.wait_s(tokens, now),
             ErrorCode.QUOTA_COMPUTE: caller.compute.wait_s(0.0, now),
@@ -181,15 +195,24 @@ class Quotas:
         if waits_s[code] > 0.0:
             raise _come_again(_USED_UP[code], code, waits_s[code] + _ROUNDING_S)
 
-    def _wait_for_memory(self, live_bytes: int) -> None:
-        """Wait, in line, until so much is free. Who waits here holds none, so that all that is held comes back."""
-        place = object()
-        self._line.append(place)
+    def _wait_for_memory(self, session: SessionQuota, live_bytes: int) -> None:
+        """Wait, in line, until so much is free. Who waits here runs nothing, so that all that runs comes to its end.
+
+        Raises ``RemoteProtocolError`` (``busy``, retryable) where the session, or the server, ends meanwhile.
+        """
+
+        def may_begin() -> bool:
+            # Frames that wait do not stop the line: who stands in it reads none.
+            return self._line[0] is session and (self._fits(live_bytes) or not self._running_bytes)
+
+        self._line.append(session)
         try:
-            self._freed.wait_for(lambda: self._line[0] is place and self._fits(live_bytes))
+            self._freed.wait_for(lambda: may_begin() or self._stopped or not session.is_open)
         finally:
-            self._line.remove(place)
+            self._line.remove(session)
             self._freed.notify_all()
+        if self._stopped or not session.is_open:
+            raise _come_again("the session ended while it waited for memory", ErrorCode.BUSY, _RETRY_AFTER_S)
 
     def _fits(self, live_bytes: int) -> bool:
         return self.total_live_bytes is None or self.live_bytes + live_bytes <= self.total_live_bytes
@@ -221,6 +244,7 @@ class Quotas:
             now = self._clock()
             caller = self._caller(session.name, now)
             caller.compute.add(compute_s, now)
+            self._running_bytes -= session.live_bytes
             self._free(session, session.live_bytes)
             session.live_bytes = 0
 
@@ -229,6 +253,7 @@ class Quotas:
             if session.is_open:
                 session.is_open = False
                 self._caller(session.name, self._clock()).sessions -= 1
+                self._freed.notify_all()
 
     def _caller(self, name: str, now: float) -> _Caller:
         found = self._callers.get(name)
@@ -297,7 +322,7 @@ class SessionQuota:
 _USED_UP: Final = {
     ErrorCode.QUOTA_TOKENS: "the quota of tokens a minute is used up",
     ErrorCode.QUOTA_COMPUTE: "the quota of compute seconds an hour is used up",
-    ErrorCode.QUOTA_LIVE_BYTES: "the quota of live bytes is taken by other sessions",
+    ErrorCode.QUOTA_LIVE_BYTES: "the quota of live bytes is taken by other sessions, or by frames that wait",
 }
 
 

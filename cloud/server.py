@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import MappingProxyType
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -46,6 +47,7 @@ PING_EVERY_S = 20.0
 PING_TIMEOUT_S = 60.0
 RECHECK_EVERY_S = 10.0
 RELEASE_EVERY_S = 5.0
+MAKE_ROOM_EVERY_S = 1.0
 DRAIN_CHECK_S = 0.05
 LEAST_TOKENS, MOST_TOKENS = 256, 8192
 
@@ -56,7 +58,8 @@ class CloudServer:
     Args:
         max_sessions: devices that may train at a time; more are told to come again.
         max_tokens: most tokens of one micro-batch; None: what ``live_limit`` allows.
-        live_limit: memory of all running micro-batches together, in bytes; None: no limit.
+        live_limit: memory of all running micro-batches together, in bytes; None: no limit. Half of it is then the quota
+            of a device that ``quotas`` leaves out.
         threads: torch threads of a computing session.
         access: who may come in; by default everybody.
         tls: speak TLS.
@@ -98,21 +101,26 @@ class CloudServer:
         self._housekeeping: list[asyncio.Task[None]] = []
         self._openings = ThreadPoolExecutor(1, thread_name_prefix="opening")
         self._started = time.monotonic()
-        live_bytes = LiveBytes.measure(base)
+        live_bytes, may_pack, quotas = LiveBytes.measure(base), can_pack(base), quotas or QuotaLimits()
+        # Sequences end to end are one row, whatever each of them may have.
+        longest = (max_tokens or MOST_TOKENS) if may_pack else base.max_sequence_length
         if max_tokens is None:
-            max_tokens = fitting_tokens(live_bytes, base.max_sequence_length, live_limit)
-        self.largest_micro_batch = live_bytes.largest(max_tokens, base.max_sequence_length)
+            max_tokens = fitting_tokens(live_bytes, longest, live_limit)
+        self.largest_micro_batch = live_bytes.largest(max_tokens, longest)
+        if live_limit is not None and quotas.live_bytes is None:
+            # Whoever stalls in the middle of a step must not hold up all others.
+            quotas = replace(quotas, live_bytes=min(live_limit, max(live_limit // 2, self.largest_micro_batch)))
         self.service = Service(
             base=base,
             gate=ComputeGate(),  # one session computes at a time: on a CPU the cores are shared, on one GPU the device
             threads=threads,
-            may_pack=can_pack(base),
+            may_pack=may_pack,
             live_bytes=live_bytes,
             max_tokens=max_tokens,
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
             ticket_key=ticket_key,
             sessions=Sessions(max_sessions),
-            quotas=Quotas(quotas or QuotaLimits(), total_live_bytes=live_limit),
+            quotas=Quotas(quotas, total_live_bytes=live_limit),
             patience=patience,
             deadlines=DeviceDeadlines(patience),
             pool=self._threads,
@@ -137,7 +145,9 @@ class CloudServer:
             text = f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
             raise ConnectionFailedError(text) from None
         self.port = next(iter(self._server.sockets)).getsockname()[1]
-        self._housekeeping = [asyncio.create_task(each) for each in (self._recheck_access(), self._release_memory())]
+        self._housekeeping = [
+            asyncio.create_task(each) for each in (self._recheck_access(), self._release_memory(), self._make_room())
+        ]
 
     async def serve_until_stopped(self, host: str, port: int) -> None:
         """Listen until SIGINT or SIGTERM, then close every session and return."""
@@ -180,6 +190,7 @@ class CloudServer:
             await asyncio.sleep(DRAIN_CHECK_S)
         for live in sessions:
             live.transport.end(shutting_down())
+        self.service.quotas.stop()
         await wait_for_goodbyes()
 
     async def _recheck_access(self) -> None:
@@ -202,9 +213,16 @@ class CloudServer:
             await asyncio.sleep(RELEASE_EVERY_S)
             turns = self.service.gate.turns
             if turns == seen != released:
-                await asyncio.get_running_loop().run_in_executor(self._openings, release_unreachable)
+                await asyncio.to_thread(release_unreachable)
                 released = turns
             seen = turns
+
+    async def _make_room(self) -> None:
+        """End sessions whose device is away in the middle of a step, one a second, where others wait for the memory."""
+        while True:
+            await asyncio.sleep(MAKE_ROOM_EVERY_S)
+            if self.service.quotas.is_awaited:
+                self.service.sessions.give_up_longest_parked_in_a_step()
 
     async def _handle(self, connection: ServerConnection) -> None:
         await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)

@@ -1,8 +1,8 @@
 """The sessions of a server: who has one, how many fit, and how a device comes back to its own.
 
-A session that is parked makes room for a new one where the server is full, and for its own device's next one:
-whatever is lost with it, the device runs its step again elsewhere from its ticket. So parked sessions cost nothing
-that somebody else needs.
+A session that is parked makes room for a new one where the server is full, for its own device's next one, and, where
+it holds memory in the middle of a step, for micro-batches that wait for that: whatever is lost with it, the device runs
+its step again elsewhere from its ticket. So parked sessions cost nothing that somebody else needs.
 """
 
 from __future__ import annotations
@@ -91,6 +91,12 @@ class Sessions:
             text = f"the server is full ({self.limit} sessions)"
             raise RemoteProtocolError(text, m.ErrorCode.BUSY, retryable=True, retry_after_s=BUSY_RETRY_S)
         self._evict(min(parked, key=lambda live: live.transport.parked_at or 0.0), "another device needed the room")
+
+    def give_up_longest_parked_in_a_step(self) -> None:
+        """End it, where there is one that holds memory."""
+        holding = [live for live in self._parked() if live.quota.live_bytes]
+        if holding:
+            self._evict(min(holding, key=lambda live: live.transport.parked_at or 0.0), "others needed the memory")
 
     def add(self, live: LiveSession) -> None:
         with self._lock:

@@ -320,12 +320,12 @@ class Connection:
         until, stopping = time.monotonic() + timeout_s, False
         while True:
             if not stopping and self._dialing.should_stop():
-                # A server that works on our step will say something soon; one that does not must not keep us.
+                # A step that the server works on is mostly over soon. One that is given up is run again with --resume.
                 until, stopping = min(until, time.monotonic() + liveness.open_s), True
             left_s = until - time.monotonic()
             if left_s <= 0:
                 text = f"the server {self.url} said nothing new for {timeout_s:.0f} s {self._where()}"
-                raise _SilentError(ConnectionFailedError(text)) from None
+                raise _SilentError(ConnectionFailedError(text))
             try:
                 frame = self._socket.recv(timeout=min(left_s, STOP_CHECK_S), decode=False)
                 message = session.receive(bytes(frame))

@@ -272,7 +272,7 @@ def _paths_in(value: Any, type_info: msgspec.inspect.Type, field: str) -> Iterat
 def _lies_inside(bundle: Path, name: str) -> bool:
     """Whether ``name`` is a path as docs/bundle.md has them, and leads nowhere else, not even by a symbolic link."""
     path = PurePosixPath(name)
-    is_plain = path.parts and str(path) == name and not {"\\", "\0"} & set(name)
+    is_plain = bool(path.parts) and str(path) == name and not {"\\", "\0"} & set(name)
     if not is_plain or path.is_absolute() or ".." in path.parts:
         return False
     try:

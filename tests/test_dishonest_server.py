@@ -143,11 +143,11 @@ def repeats_for_ever(server: DishonestServer, connection: ServerConnection) -> N
     (question,) = server.session.link.missing(0)
     while True:
         connection.send(question)
-        time.sleep(0.15)
+        time.sleep(0.4)
 
 
 def test_a_frame_that_comes_again_and_again_is_no_answer(bundle: Path, manifest: Manifest) -> None:
-    dialing = Dialing(retry=Retry(max_s=1.0, first_s=0.1, ceiling_s=0.1), liveness=Liveness(exchange_s=0.4))
+    dialing = Dialing(retry=Retry(max_s=3.0, first_s=0.1, ceiling_s=0.1), liveness=Liveness(exchange_s=0.6))
     began = time.monotonic()
     with (
         dishonest(manifest, repeats_for_ever) as server,
@@ -191,7 +191,7 @@ def test_silence_counts_for_how_long_a_device_tries(bundle: Path, manifest: Mani
     began = time.monotonic()
     with (
         dishonest(manifest, says_nothing) as server,
-        pytest.raises(ConnectionFailedError, match=r"gave up after 1 s \(--max-retry-s\)"),
+        pytest.raises(ConnectionFailedError, match=r"gave up after \d+ s \(--max-retry-s\)"),
     ):
         run_step(bundle, server.url, dialing)
     assert time.monotonic() - began < LONG_S

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from families import save_tiny
 
+from dlora.cloud.memory import machine_bytes
 from dlora.export.bundle import ExportSettings, export_bundle
 
 
@@ -72,3 +74,28 @@ ssl.create_default_context()
 """
     child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert child.stdout.split() == ["True"] * 3
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "wanted"),
+    [
+        ("0::/a/b\n", {"a/memory.max": "5000\n", "a/b/memory.max": "max\n"}, 5000),
+        ("0::/a/b\n", {"a/memory.max": "5000\n", "a/b/memory.max": "4000\n"}, 4000),
+        ("0::/\n", {"memory.max": "3000\n"}, 3000),
+        ("3:cpu:/a\n2:memory:/a\n", {"memory/a/memory.limit_in_bytes": "2000\n", "cpu/a/memory.max": "1\n"}, 2000),
+        ("0::/a\n", {"a/memory.max": "max\n"}, None),
+        ("0::/a\n", {"a/memory.max": f"{1 << 62}\n"}, None),
+        (None, {}, None),
+    ],
+)
+def test_a_container_has_the_memory_that_its_groups_leave_it(
+    tmp_path: Path, own: str | None, limits: dict[str, str], wanted: int | None
+) -> None:
+    for name, text in limits.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    found = machine_bytes(tmp_path / "cgroup", tmp_path / "own")
+    assert found == (wanted or psutil.virtual_memory().total)

@@ -20,7 +20,10 @@ from serving import config, final_weights, random_dataset, randomize, serving, t
 from websockets.sync.client import connect
 
 from dlora.cloud.base_model import BaseModel
+from dlora.cloud.patience import Patience
 from dlora.cloud.quotas import QuotaLimits, Quotas
+from dlora.cloud.server import MOST_TOKENS
+from dlora.edge.dialing import Dialing, Retry
 from dlora.edge.trainer import Trainer
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
@@ -35,6 +38,7 @@ LONGEST = 16
 MAX_TOKENS = 20
 # fp32, and only the order of sums differs.
 TOLERANCE = 1e-5
+NO_QUOTA_OF_MEMORY = QuotaLimits(live_bytes=10**12)
 
 
 @dataclass
@@ -222,7 +226,7 @@ def test_quotas_bind_evaluation_and_padding(
 
 def test_what_the_server_has_no_memory_for_is_refused_for_good(model: Model, shapes: list[tuple[int, ...]]) -> None:
     with (
-        serving(model.base, live_limit=1000) as server,
+        serving(model.base, live_limit=1000, quotas=NO_QUOTA_OF_MEMORY) as server,
         training(model.bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer,
     ):
         shapes.clear()
@@ -243,7 +247,7 @@ def watched_memory(quotas: Quotas) -> Iterator[list[int]]:
 
     def watched(*given: Any) -> None:
         begin(*given)
-        seen.append(quotas.live_bytes)
+        seen.append(quotas._running_bytes)
 
     quotas._begin = watched  # type: ignore[method-assign]
     yield seen
@@ -265,7 +269,7 @@ def test_devices_share_the_memory_and_get_what_each_gets_alone(model: Model) -> 
         alone = train(server.url)
         largest = max(seen)
     with (
-        serving(model.base, live_limit=largest + largest // 2) as server,
+        serving(model.base, live_limit=largest + largest // 2, quotas=NO_QUOTA_OF_MEMORY) as server,
         watched_memory(server.server.service.quotas) as seen,
         ThreadPoolExecutor(4) as threads,
     ):
@@ -273,8 +277,70 @@ def test_devices_share_the_memory_and_get_what_each_gets_alone(model: Model) -> 
         together = [threads.submit(train, server.url, ready) for _ in range(4)]
         assert [each.result(60) for each in together] == [alone] * 4
         quotas = server.server.service.quotas
-        # One frame of each session may wait beside: it is let in whatever there is room for.
-        frames = 4 * 4 * LONGEST * model.base.embedding_size * 4
-        assert max(seen) <= largest + largest // 2 + frames
-        assert not quotas._line
+        assert max(seen) <= largest + largest // 2
+        assert not quotas.is_awaited
     assert quotas.live_bytes == 0
+
+
+def test_a_device_has_half_of_the_memory_by_default(model: Model) -> None:
+    for asked, wanted in ((None, 10**9), (12345, 12345)):
+        with serving(model.base, live_limit=2 * 10**9, quotas=QuotaLimits(live_bytes=asked)) as server:
+            assert server.server.service.quotas.limits.live_bytes == wanted
+    with serving(model.base) as server:
+        assert server.server.service.quotas.limits.live_bytes is None
+    with serving(model.base, live_limit=1000) as server:  # less than the largest micro-batch takes
+        assert server.server.service.quotas.limits.live_bytes == 1000
+
+
+@pytest.mark.parametrize("live_limit", [10**6, 10**7])
+def test_the_default_of_max_tokens_can_be_had(model: Model, live_limit: int) -> None:
+    """In whatever form: of equal sequences, and of one long and many short ones."""
+    with serving(model.base, max_tokens=None, live_limit=live_limit) as server:
+        health = server.server.health()
+        most, longest = int(str(health["max_tokens"])), min(64, int(str(health["max_tokens"])))
+        assert most < MOST_TOKENS
+        whole = [longest] * (most // longest)
+        for lengths in (whole, [longest] + [1] * (most - longest) if model.packs else whole):
+            (answer,) = send_to_server(server.url, model.base, lengths, "evaluate")
+            assert isinstance(answer, m.LabelledHiddenStates), answer
+
+
+def test_a_device_that_is_away_in_a_step_gives_up_its_memory_to_one_that_waits(model: Model) -> None:
+    """Its session would be kept for an hour; it goes as soon as another device needs what it holds."""
+    run, dataset = config(batch_size=4), random_dataset(VOCABULARY)
+    away = Dialing(retry=Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.1))
+
+    with serving(model.base) as server, watched_memory(server.server.service.quotas) as seen:
+        with training(model.bundle, server.url, run, dataset) as trainer:
+            trainer.run_step()
+        largest = max(seen)
+    with (
+        serving(
+            model.base, live_limit=largest + largest // 2, quotas=NO_QUOTA_OF_MEMORY, patience=Patience(park_s=3600.0)
+        ) as server,
+        training(model.bundle, server.url, run, dataset, away) as stalls,
+        training(model.bundle, server.url, run, dataset) as waits,
+    ):
+        forward = stalls.model._compute.forward
+        hung_up, may_go_on = threading.Event(), threading.Event()
+
+        def hang_up_and_wait(*given: Any, **more: Any) -> Any:
+            if not hung_up.is_set():
+                stalls.connection._hang_up()
+                hung_up.set()
+                assert may_go_on.wait(60)
+            return forward(*given, **more)
+
+        stalls.model._compute.forward = hang_up_and_wait  # type: ignore[method-assign]
+        with ThreadPoolExecutor(1) as thread:
+            step = thread.submit(stalls.run_step)
+            assert hung_up.wait(60)
+            waits.run_step()
+            may_go_on.set()
+            step.result(60)
+        assert stalls.steps_rerun == 1
+        assert waits.steps_rerun == 0
+        ones, others = final_weights(stalls), final_weights(waits)
+    assert {name: value.tobytes() for name, value in ones.items()} == {
+        name: value.tobytes() for name, value in others.items()
+    }

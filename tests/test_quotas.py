@@ -131,7 +131,7 @@ def test_memory_of_the_server_is_waited_for_in_line() -> None:
     first.end(0.0)
     for thread in waiting:
         thread.join(20)
-    assert begun == ["b", "c"]
+    assert sorted(begun) == ["b", "c"]
     assert quotas.live_bytes == 1000
     for session in (second, third):
         session.end(0.0)
@@ -180,6 +180,48 @@ def test_frames_that_nobody_has_read_count() -> None:
         one.unqueue(1_000_000)
         assert quotas.live_bytes == 0
         other.begin(1, 10**6)
+
+
+def test_frames_of_those_who_wait_do_not_stop_the_line() -> None:
+    quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=100)
+    first, second = quotas.open_session("a"), quotas.open_session("b")
+    first.begin(1, 60)
+    waiting = threading.Thread(target=second.begin, args=(1, 50))
+    waiting.start()
+    until(lambda: quotas.is_awaited)
+    assert second.queue(60)
+    first.end(0.0)
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert quotas.live_bytes == 110
+
+
+@pytest.mark.parametrize("ending", ["its session", "the server"])
+def test_who_waits_for_memory_hears_of_the_end(ending: str) -> None:
+    quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=100)
+    first, second = quotas.open_session("a"), quotas.open_session("b")
+    first.begin(1, 60)
+    refusals: list[RemoteProtocolError] = []
+    waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: second.begin(1, 50))))
+    waiting.start()
+    until(lambda: quotas.is_awaited)
+    if ending == "the server":
+        quotas.stop()
+    else:
+        second.close()
+    waiting.join(20)
+    assert [(refusal.code, refusal.retryable) for refusal in refusals] == [(ErrorCode.BUSY, True)]
+    assert quotas.live_bytes == 60
+
+
+def test_a_report_is_not_refused_for_memory() -> None:
+    """It takes none, and what waits behind it may be more than the quota has left."""
+    quotas = Quotas(QuotaLimits(live_bytes=5000), Clock())
+    one, other = quotas.open_session("a"), quotas.open_session("a")
+    other.begin(1, 4000)
+    assert one.queue(3000)
+    one.begin(0, 0)
+    assert refused(lambda: one.begin(1, 1)).code == ErrorCode.QUOTA_LIVE_BYTES
 
 
 def until(true: Callable[[], bool]) -> None:

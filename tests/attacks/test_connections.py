@@ -31,6 +31,7 @@ from dlora.cloud.patience import Patience
 from dlora.cloud.quotas import QuotaLimits
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
+from dlora.protocol import session as protocol_session
 from dlora.protocol.codec import Decoder, encode
 from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig
 
@@ -141,9 +142,17 @@ def test_a_siege_with_sessions(name: str, target: Target, bundle: Path, undistur
 
 
 @pytest.mark.parametrize("name", ["repeats_itself_in_a_session", "repeats_itself_in_a_step"])
-def test_who_only_repeats_itself_loses_its_session(base: BaseModel, groups: tuple[GroupSpec, ...], name: str) -> None:
-    """A frame that came before is no sign of life: it keeps no session past its deadlines."""
-    patience = Patience(exchange_s=0.3, step_s=0.3, idle_s=0.3, park_s=0.0)
+def test_who_only_repeats_itself_loses_its_session(
+    base: BaseModel,
+    groups: tuple[GroupSpec, ...],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A frame that came before is no sign of life: it keeps no session past its deadlines, however often it comes."""
+    monkeypatch.setattr(protocol_session, "MAX_REPEATS", 10**9)
+    caplog.set_level(logging.INFO, "dlora.cloud")
+    patience = Patience(exchange_s=2.0, step_s=TIMEOUT_S * 10, idle_s=2.0, park_s=0.0)
     with (
         serving(base, patience=patience) as running,
         # A byte each 0.1 ms: a whole frame again within each deadline.
@@ -151,6 +160,7 @@ def test_who_only_repeats_itself_loses_its_session(base: BaseModel, groups: tupl
     ):
         assert len(sitting) == 1
         eventually(lambda: len(running.server.service.sessions) == 0)
+    assert any("deadline" in line for line in caplog.messages), caplog.messages
 
 
 @pytest.mark.parametrize("family", FAMILIES)
