@@ -121,9 +121,11 @@ def test_training_fits_into_its_memory(bundle: Path, limit_mb: int, server: Clou
     summary = json.loads(done.stdout)
     assert summary["tokens"] == 12 * 256
     assert summary["torch_loaded"] is False
+    # Upwards only: a machine that is short of memory takes file pages back, and the peak is then lower.
+    estimate_mb = training_mb(load_manifest(bundle))
+    assert summary["peak_rss_mb"] <= 1.15 * estimate_mb
     assert summary["peak_rss_mb"] <= limit_mb
-    # Other versions of the libraries are larger or smaller; an estimate that is far off helps nobody.
-    assert training_mb(load_manifest(bundle)) == pytest.approx(summary["peak_rss_mb"], rel=0.15)
+    assert estimate_mb <= limit_mb
 
 
 def need(bundle: Path) -> None:
