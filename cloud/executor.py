@@ -219,16 +219,22 @@ class SessionExecutor:
             labelled.backward(self._to_torch(message.grad_hidden_states))
 
     def _admit(self, tokens: int, live_bytes: int) -> None:
-        """Charge what comes to its device's quotas; over them, send the device away until there is room."""
+        """Charge what comes to its device's quotas; over them, send the device away until there is room.
+
+        Not for ever: a device that comes too early again and again loses its session, as an idle one does.
+        """
+        give_up_at = math.inf
         while True:
             try:
                 self._quota.begin(tokens, live_bytes)
                 return
             except RemoteProtocolError as refusal:
-                if not refusal.retryable:
+                wait_s, now = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S), time.monotonic()
+                if not refusal.retryable or now > give_up_at:
                     raise
+                give_up_at = min(give_up_at, now + wait_s + self._idle_timeout_s)
                 self._transport.hang_up(refusal)
-                self._transport.wait_for_device(min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S))
+                self._transport.wait_for_device(wait_s)
 
     # -- Channel, for the exchange -----------------------------------------------------------------------
 

@@ -75,9 +75,10 @@ async def handle_connection(connection: GuardedConnection, caller: Caller, servi
     handshake = Session(Role.CLOUD)
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-            begun = await _Handshake(connection, caller, handshake, service).run()
-        if begun:
+            live = await _Handshake(connection, caller, handshake, service).run()
+        if live is not None:
             await connection.wait_closed()
+            live.transport.closed(connection)
     except TimeoutError:
         late = RemoteProtocolError("too slow at the handshake", m.ErrorCode.DEADLINE, retryable=True)
         await _refuse(connection, caller, late)
@@ -101,25 +102,25 @@ class _Handshake:
         self._session = session
         self._service = service
 
-    async def run(self) -> bool:
-        """Whether the connection now belongs to a session."""
+    async def run(self) -> LiveSession | None:
+        """The session that the connection now belongs to, or None."""
         hello = await self._receive()
         if not isinstance(hello, m.Hello):
-            return False
+            return None
         self._connection.limit_frames(self._service.opening_bytes)
         await self._send(self._welcome(hello))
         while True:
             match await self._receive():
                 case m.OpenSession() as opening:
                     controller = await self._off_the_loop(check_opening, opening, self._session, self._service)
-                    self._open(controller, hello.device)
-                    return True
+                    return self._open(controller, hello.device)
                 case m.ResumeSession() as request:
-                    if self._resume(request):
-                        return True
+                    live = self._resume(request)
+                    if live is not None:
+                        return live
                     await self._send(m.SessionGone())
                 case _:  # a device that only wanted to know who we are
-                    return False
+                    return None
 
     async def _receive(self) -> m.AnyMessage:
         message = None
@@ -152,17 +153,17 @@ class _Handshake:
             packs=self._service.may_pack,
         )
 
-    def _resume(self, request: m.ResumeSession) -> bool:
+    def _resume(self, request: m.ResumeSession) -> LiveSession | None:
         service = self._service
         live = service.sessions.resume(request, self._caller, self._connection, self._session)
         if live is None:
-            return False
+            return None
         self._connection.opened(live.quota)
         self._connection.limit_frames(frame_limit(service, live.session))
         logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self._caller.name)
-        return True
+        return live
 
-    def _open(self, controller: Controller, device: str) -> None:
+    def _open(self, controller: Controller, device: str) -> LiveSession:
         service, session, caller = self._service, self._session, self._caller
         if service.draining.is_set():
             raise shutting_down()
@@ -206,6 +207,7 @@ class _Handshake:
         running = asyncio.ensure_future(_run(live, executor, service))
         _running.add(running)
         running.add_done_callback(_running.discard)
+        return live
 
 
 _running: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only

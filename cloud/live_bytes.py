@@ -86,17 +86,21 @@ class LiveBytes:
 
     Attributes:
         plain: where attention needs no mask; masked: where sequences are padded or packed.
-        embedding_size: of what a device sends for each token.
+        token_bytes: of each token beside them: what came for it, and what a group's exchange has in hand.
     """
 
     plain: _Growths
     masked: _Growths
-    embedding_size: int
+    token_bytes: int
 
     @classmethod
     def measure(cls, base: BaseModel) -> Self:
         """Run a few tokens through ``base`` and weigh what they take. Changes nothing, and keeps nothing."""
-        return cls(_growths(base, masked=False), _growths(base, masked=True), base.embedding_size)
+        # A group's input as it is sent; what its frozen modules give, its deltas, and their sums.
+        widths = [group.in_features + 3 * group.out_features for group in base.groups(base.targets)]
+        exchange = max(widths, default=0)
+        token_bytes = base.embedding_size * _INPUT_BYTES + exchange * base.dtype.itemsize
+        return cls(_growths(base, masked=False), _growths(base, masked=True), token_bytes)
 
     def estimate(self, layout: Layout, lowest: GroupSpec | None) -> int:
         """Bytes that a micro-batch takes, from its first operation to its last.
@@ -129,8 +133,8 @@ class LiveBytes:
         return self.masked if layout.attention_mask is not None or layout.position_ids is not None else self.plain
 
     def _forward(self, growths: _Growths, sequences: int, length: int) -> int:
-        given = sequences * length * self.embedding_size * _INPUT_BYTES
-        return given + round(max(growth.at(sequences, length) for growth in growths.forward))
+        most = max(growth.at(sequences, length) for growth in growths.forward)
+        return sequences * length * self.token_bytes + round(most)
 
 
 def _growths(base: BaseModel, *, masked: bool) -> _Growths:

@@ -45,7 +45,7 @@ class SessionTransport:
 
     Attributes:
         losses: how often the connection was lost.
-        parked_at: since when there is none, in monotonic seconds; None while there is one.
+        parked_at: since when there is none that is open, in monotonic seconds; None while there is one.
     """
 
     def __init__(
@@ -136,6 +136,13 @@ class SessionTransport:
     @property
     def connection(self) -> ServerConnection | None:
         return self._connection
+
+    def closed(self, connection: ServerConnection) -> None:
+        """The connection has ended. The session counts as parked from now on, whatever its thread does at the moment;
+        what has come over it can still be read."""
+        with self._changed:
+            if self._connection is connection and self.parked_at is None:
+                self.parked_at = time.monotonic()
 
     def attach(self, connection: ServerConnection, missing: Callable[[], Sequence[bytearray]]) -> None:
         """Go on over another connection, with the frames that the device is ``missing``.

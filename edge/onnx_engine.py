@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import onnxruntime as ort
 
@@ -14,6 +15,9 @@ from .engine import Array, Graph
 
 # Waking a thread takes as long as half of a narrow adapter's graph: up to this width a second one makes it slower.
 _NARROW = 1024
+# The key under which a tensor in a graph says that its data lie in another file, anywhere on this device: ONNX Runtime
+# before 1.24 reads it. protobuf writes strings as they are, so a graph without these bytes names none.
+_NAMES_A_FILE: Final = b"location"
 
 
 class OnnxEngine:
@@ -36,7 +40,12 @@ class OnnxEngine:
         spec, path = self._bundle.graph_file(kind, key, self.name)
         options = _options(self._threads if _is_large(spec) else 1)
         try:
-            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            content = path.read_bytes()
+            if _NAMES_A_FILE in content:
+                raise BundleError(f"{path} takes data from another file, which no graph may; do not use this bundle")
+            session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except BundleError:
+            raise
         except Exception as error:  # onnxruntime's exceptions have no common public base
             reason = str(error).splitlines()[0][:200]
             raise BundleError(f"{path} does not load on {self.description}: {reason}; export it again") from None
@@ -55,6 +64,7 @@ def _options(threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file looks like
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

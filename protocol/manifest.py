@@ -216,9 +216,14 @@ def load_manifest(bundle: Path) -> Manifest:
     """Read a bundle's manifest and check every path in it. Raises ``BundleError`` with what to do."""
     path = bundle / MANIFEST_NAME
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
+        if not _lies_inside(bundle, MANIFEST_NAME):
+            raise BundleError(f"{path} is a link to a file outside the bundle; do not use this bundle")
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting, a device never ends
+            raise BundleError(f"{path} is no regular file; export the bundle again")
+        with path.open("rb") as file:
+            raw = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(raw) > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is too large to be a manifest; export the bundle again")
-        raw = path.read_bytes()
     except FileNotFoundError:
         reason = "has no manifest.json" if bundle.is_dir() else "does not exist"
         raise BundleError(f"{bundle} is not a bundle: it {reason}; make one with dlora-export") from None
@@ -233,8 +238,6 @@ def load_manifest(bundle: Path) -> Manifest:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
-    if not _lies_inside(bundle, MANIFEST_NAME):
-        raise BundleError(f"{path} is a link to a file outside the bundle; do not use this bundle")
     for field, name in paths_of(manifest):
         if name not in manifest.files:
             raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")

@@ -249,6 +249,8 @@ class Session:
             case m.Welcome():
                 if message.protocol_version not in PROTOCOL_VERSIONS:
                     raise _ViolationError("a version that was not offered", m.ErrorCode.VERSION)
+                if message.max_sequence_length > message.max_tokens:
+                    raise _ViolationError("a longest sequence that no micro-batch has room for")
                 self.welcome = message
             case m.OpenSession():
                 self._check_open(message)

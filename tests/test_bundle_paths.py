@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import typing
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import onnx
 import pytest
 from families import save_tiny
 from processes import run_edge
 
 from dlora.edge.bundle import Bundle
 from dlora.edge.info import describe
+from dlora.edge.onnx_engine import OnnxEngine
 from dlora.edge.tokenizer import EdgeTokenizer
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import manifest as schema
@@ -205,3 +208,49 @@ def test_every_command_refuses_it_in_one_line(bundle: Path, command: str, tmp_pa
         assert done.code == 1
     else:
         assert (done.code, len(done.errors)) == (BundleError.exit_code, 1), said
+
+
+@pytest.mark.parametrize("where", ["absolute", "up", "link"])
+def test_a_graph_that_takes_data_from_another_file(bundle: Path, where: str) -> None:
+    """Digests are right, and ONNX Runtime before 1.24 reads it: the delta, which is sent, would hold the secret."""
+    opened = Bundle.open(bundle)
+    spec = next(graph for graph in opened.manifest.graphs if graph.kind == "adapter_forward")
+    name = spec.files["onnx"]
+    tensor = onnx.TensorProto(name="secret", data_type=onnx.TensorProto.UINT8, dims=[len(SECRET)])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    if where == "link":
+        (bundle / name).with_name("weights.bin").symlink_to(bundle.parent / "secret")
+    location = {"absolute": str(bundle.parent / "secret"), "up": "../../secret", "link": "weights.bin"}[where]
+    tensor.external_data.add(key="location", value=location)
+    model = onnx.load(bundle / name, load_external_data=False)
+    model.graph.initializer.append(tensor)
+    (bundle / name).write_bytes(model.SerializeToString())
+    value = json.loads((bundle / "manifest.json").read_text())
+    content = (bundle / name).read_bytes()
+    value["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (bundle / "manifest.json").write_text(json.dumps(value))
+    with pytest.raises(BundleError, match="takes data from another file"):
+        OnnxEngine(Bundle.open(bundle)).load(spec.kind, spec.key)
+
+
+def test_no_graph_of_ours_names_a_file(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    engine = OnnxEngine(opened)
+    for graph in opened.manifest.graphs:
+        engine.load(graph.kind, graph.key)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_manifest_that_is_no_file(bundle: Path, kind: str) -> None:
+    (bundle / "manifest.json").unlink()
+    if kind == "pipe":
+        os.mkfifo(bundle / "manifest.json")
+    else:
+        (bundle / "manifest.json").mkdir()
+    refused(bundle, "is no regular file")
+
+
+def test_a_manifest_that_never_ends(bundle: Path) -> None:
+    (bundle / "manifest.json").unlink()
+    (bundle / "manifest.json").symlink_to("/dev/zero")
+    refused(bundle, "is a link to a file outside the bundle")

@@ -103,11 +103,14 @@ def test_the_estimate_is_near_what_autograd_saves(family: str) -> None:
 def test_evaluation_takes_what_its_forward_pass_has_in_hand(family: str) -> None:
     base = base_model(family)
     live_bytes = LiveBytes.measure(base)
-    ratios = {}
+    ratios, groups = {}, base.groups(base.targets)
     for name, lengths in LENGTHS.items():
         layout = layout_of(base, lengths)
         assert live_bytes.graph(layout, None) == 0
-        with torch.no_grad(), _order_of_calls(base) as order, _Alive(base, order) as alive:
+        exchange = MicroBatchExchange(
+            ZeroDeltas(groups), base, groups, live=range(len(groups)), trained=(), rows=layout.rows
+        )
+        with torch.no_grad(), exchanging(exchange), _order_of_calls(base) as order, _Alive(base, order) as alive:
             base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
         most = max(total for totals in alive.totals for _, total in totals)
         ratios[name] = live_bytes.estimate(layout, None) / (most + 2 * layout.inputs_embeds.nbytes)

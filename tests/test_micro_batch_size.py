@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from families import VOCABULARY, save_tiny, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import config, final_weights, random_dataset, randomize, serving, training
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.base_model import BaseModel
 from dlora.cloud.patience import Patience
@@ -160,8 +162,9 @@ def test_a_run_that_goes_on_at_a_smaller_server_is_cut_for_it(model: Model, shap
 BOMB = [LONGEST] + [1] * (MAX_TOKENS - LONGEST)  # MAX_TOKENS tokens; with padding four times as many
 
 
-def send_to_server(url: str, base: BaseModel, lengths: list[int], mode: Any) -> list[m.AnyMessage]:
-    """Open a session, send one micro-batch of ``lengths`` against all rules of our own, and read what follows."""
+@contextmanager
+def opened(url: str, base: BaseModel) -> Iterator[ClientConnection]:
+    """A session without adapters, over a websocket that knows no rules of ours."""
     targets = [name for name in base.targets if name.endswith(("q_proj", "v_proj"))]
     opening = m.OpenSession(
         base_fingerprint=base.fingerprint,
@@ -171,7 +174,16 @@ def send_to_server(url: str, base: BaseModel, lengths: list[int], mode: Any) -> 
         seed=0,
         total_steps=1,
     )
-    begun = m.Embeddings(
+    with connect(url, compression=None, proxy=None) as websocket:
+        websocket.send(encode(m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software="a stranger")))
+        websocket.recv()
+        websocket.send(encode(opening))
+        websocket.recv()
+        yield websocket
+
+
+def evaluation(base: BaseModel, lengths: list[int], mode: Any = "evaluate") -> m.Embeddings:
+    return m.Embeddings(
         step=0,
         micro_batch=0,
         mode=mode,
@@ -179,22 +191,20 @@ def send_to_server(url: str, base: BaseModel, lengths: list[int], mode: Any) -> 
         sequence_lengths=WireTensor.from_ints(lengths),
         label_positions=WireTensor.from_ints([0]),
     )
-    answers = []
-    with connect(url, compression=None, proxy=None) as websocket:
-        websocket.send(encode(m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software="a stranger")))
-        websocket.recv()
-        websocket.send(encode(opening))
-        websocket.recv()
-        websocket.send(encode(begun, seq=1))
-        answers.append(Decoder().decode(bytes(websocket.recv(timeout=20, decode=False))))
-    return answers
+
+
+def send_to_server(url: str, base: BaseModel, lengths: list[int], mode: Any) -> m.AnyMessage:
+    """Open a session, send one micro-batch of ``lengths`` whatever the rules say, and give the answer."""
+    with opened(url, base) as websocket:
+        websocket.send(encode(evaluation(base, lengths, mode), seq=1))
+        return Decoder().decode(bytes(websocket.recv(timeout=20, decode=False)))
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
 def test_padding_counts(model: Model, shapes: list[tuple[int, ...]], mode: str) -> None:
     with serving(model.base, max_tokens=MAX_TOKENS) as server:
         shapes.clear()
-        (answer,) = send_to_server(server.url, model.base, BOMB, mode)
+        answer = send_to_server(server.url, model.base, BOMB, mode)
     if model.packs:
         assert isinstance(answer, m.LabelledHiddenStates)
         assert shapes == [(1, MAX_TOKENS)]
@@ -214,7 +224,7 @@ def test_quotas_bind_evaluation_and_padding(
     lengths = [LONGEST, *[1] * 15] if limits.tokens_per_minute else [LONGEST] * 16
     with serving(model.base, quotas=limits) as server:
         shapes.clear()
-        (answer,) = send_to_server(server.url, model.base, lengths, mode)
+        answer = send_to_server(server.url, model.base, lengths, mode)
     if limits.tokens_per_minute and model.packs:
         assert isinstance(answer, m.LabelledHiddenStates)
         return
@@ -301,7 +311,7 @@ def test_the_default_of_max_tokens_can_be_had(model: Model, live_limit: int) -> 
         assert most < MOST_TOKENS
         whole = [longest] * (most // longest)
         for lengths in (whole, [longest] + [1] * (most - longest) if model.packs else whole):
-            (answer,) = send_to_server(server.url, model.base, lengths, "evaluate")
+            answer = send_to_server(server.url, model.base, lengths, "evaluate")
             assert isinstance(answer, m.LabelledHiddenStates), answer
 
 
@@ -344,3 +354,50 @@ def test_a_device_that_is_away_in_a_step_gives_up_its_memory_to_one_that_waits(m
     assert {name: value.tobytes() for name, value in ones.items()} == {
         name: value.tobytes() for name, value in others.items()
     }
+
+
+def test_who_leaves_while_it_waits_for_memory_is_in_nobodys_way(model: Model) -> None:
+    """Its session counts as parked at once, and makes room for another."""
+    limits = {"live_limit": 10**8, "quotas": NO_QUOTA_OF_MEMORY, "max_sessions": 1}
+    with serving(model.base, **limits, patience=Patience(park_s=3600.0)) as server:
+        service = server.server.service
+        holds = service.quotas.open_session("somebody")
+        holds.begin(1, 10**8)
+        with opened(server.url, model.base) as websocket:
+            websocket.send(encode(evaluation(model.base, [LONGEST]), seq=1))
+            eventually(lambda: service.quotas.is_awaited)
+            assert service.sessions.parked == 0
+        eventually(lambda: service.sessions.parked == 1)
+        with opened(server.url, model.base):
+            eventually(lambda: not service.quotas.is_awaited)
+        holds.end(0.0)
+
+
+def test_who_is_refused_again_and_again_loses_its_session(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its quota stays taken for longer than a session may be idle; afterwards it runs the step again."""
+    monkeypatch.setattr("dlora.cloud.quotas._RETRY_AFTER_S", 0.02)
+    caplog.set_level(logging.INFO, "dlora.cloud")
+    come_again = Dialing(retry=Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.02))
+    limits = {"quotas": QuotaLimits(live_bytes=10**8), "patience": Patience(idle_s=0.5)}
+    with (
+        serving(model.base, **limits) as server,
+        training(model.bundle, server.url, config(), random_dataset(VOCABULARY), come_again) as trainer,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        (live,) = server.server.service.sessions
+        holds = server.server.service.quotas.open_session(live.caller.name)
+        holds.begin(1, 10**8)
+        step = thread.submit(trainer.run_step)
+        eventually(lambda: any("ended at step 0: quota_live_bytes" in line for line in caplog.messages))
+        holds.end(0.0)
+        step.result(60)
+        assert trainer.steps_rerun > 0
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

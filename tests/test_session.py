@@ -328,6 +328,8 @@ T, L, W = c.TOKENS, c.LABELLED, c.WIDTH
 LONG = c.MAX_TOKENS + 1
 WRONG: list[tuple[str, State, m.AnyMessage, m.ErrorCode]] = [
     ("another version", State.GREETING, c.welcome(version=99), m.ErrorCode.VERSION),
+    ("a sequence too long for a micro-batch", State.GREETING,
+     msgspec.structs.replace(c.welcome(), max_sequence_length=c.MAX_TOKENS + 1), m.ErrorCode.PROTOCOL),
     ("a group of nothing", State.GREETED, c.open_session(groups=(GroupSpec(0, 4, ()),)), m.ErrorCode.PROTOCOL),
     ("beyond the end", State.GREETED, c.open_session(next_step=10), m.ErrorCode.PROTOCOL),
     ("too few units", State.OPENING, c.session_opened(b"\1"), m.ErrorCode.PROTOCOL),
