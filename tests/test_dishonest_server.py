@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -249,3 +251,52 @@ def test_pauses_begin_anew_once_a_micro_batch_is_through(
             trainer.settle()
     assert pauses[:2] == [0.0, 0.5]
     assert set(pauses[1:]) == {0.5}
+
+
+@contextmanager
+def takes_no_more_than(server_url: str, nbytes: int) -> Iterator[str]:
+    """A way to a server that stops taking what a device sends after so many bytes, and stays open."""
+    host, port = server_url.removeprefix("ws://").split(":")
+    ended = threading.Event()
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def forward() -> None:
+            device, _ = listener.accept()
+            with device, socket.create_connection((host, int(port))) as server:
+                threading.Thread(target=pump, args=(server, device, 1 << 30), daemon=True).start()
+                pump(device, server, nbytes)
+                ended.wait(LONG_S)
+
+        threading.Thread(target=forward, daemon=True).start()
+        try:
+            yield f"ws://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            ended.set()
+
+
+def pump(source: socket.socket, sink: socket.socket, nbytes: int) -> None:
+    with suppress(OSError):
+        while nbytes > 0 and (data := source.recv(min(nbytes, 4096))):
+            sink.sendall(data)
+            nbytes -= len(data)
+
+
+def test_who_asks_to_stop_is_not_kept_by_a_server_that_reads_nothing(bundle: Path, manifest: Manifest) -> None:
+    asked = threading.Event()
+    dialing = Dialing(retry=PATIENT, liveness=Liveness(exchange_s=1e4, open_s=1.0), should_stop=asked.is_set)
+    began = time.monotonic()
+    large = random_dataset(VOCABULARY, 99, longest=60)
+    with (
+        dishonest(manifest, says_nothing) as server,
+        takes_no_more_than(server.url, 20_000) as url,
+        training(bundle, url, config(batch_size=99), large, dialing) as trainer,
+    ):
+        assert trainer.connection._socket is not None
+        trainer.connection._socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        threading.Timer(0.5, asked.set).start()
+        with pytest.raises(StoppedError):
+            trainer.run_step()
+    assert time.monotonic() - began < LONG_S
