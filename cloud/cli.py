@@ -226,7 +226,7 @@ def serve(
         f"{server.service.max_tokens:,}", f"{server.largest_micro_batch / 1e6:,.0f}", max_sessions,
     )  # fmt: skip
     if server.largest_micro_batch > live_limit:
-        log.warning("memory: the largest micro-batches do not fit and will be refused; raise --live-mb, or lower --max-tokens")
+        log.warning("memory: the largest micro-batches do not fit; raise --live-mb, or lower --max-tokens")
 
     forget_long_lived()
 
