@@ -41,11 +41,12 @@ class OnnxEngine:
         options = _options(self._threads if _is_large(spec) else 1)
         try:
             content = path.read_bytes()
-            if _NAMES_A_FILE in content:
-                raise BundleError(f"{path} takes data from another file, which no graph may; do not use this bundle")
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read ({error.strerror}); export the bundle again") from None
+        if _NAMES_A_FILE in content:
+            raise BundleError(f"{path} takes data from another file, which no graph may; do not use this bundle")
+        try:
             session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except BundleError:
-            raise
         except Exception as error:  # onnxruntime's exceptions have no common public base
             reason = str(error).splitlines()[0][:200]
             raise BundleError(f"{path} does not load on {self.description}: {reason}; export it again") from None

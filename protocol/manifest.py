@@ -218,8 +218,7 @@ def load_manifest(bundle: Path) -> Manifest:
     try:
         if not _lies_inside(bundle, MANIFEST_NAME):
             raise BundleError(f"{path} is a link to a file outside the bundle; do not use this bundle")
-        if path.exists() and not path.is_file():  # a pipe would keep us waiting, a device never ends
-            raise BundleError(f"{path} is no regular file; export the bundle again")
+        _refuse_other_than_files(path)
         with path.open("rb") as file:
             raw = file.read(MAX_MANIFEST_BYTES + 1)
         if len(raw) > MAX_MANIFEST_BYTES:
@@ -284,13 +283,17 @@ def _lies_inside(bundle: Path, name: str) -> bool:
         return False
 
 
+def _refuse_other_than_files(path: Path) -> None:
+    """A pipe would keep us waiting, a device never ends. One that is not there is for who opens it."""
+    if path.exists() and not path.is_file():
+        raise BundleError(f"{path} is no regular file; export the bundle again")
+
+
 def check_file(bundle: Path, name: str, spec: FileSpec) -> None:
     """Raise ``BundleError`` unless the file has the size and the digest that the manifest gives."""
     path = bundle / name
     try:
-        # A pipe would keep us waiting, a device never ends.
-        if path.exists() and not path.is_file():
-            raise BundleError(f"{path} is no regular file; export the bundle again")
+        _refuse_other_than_files(path)
         if path.stat().st_size != spec.bytes:
             raise BundleError(f"{path} is damaged: its size is not the manifest's; export the bundle again")
         with path.open("rb") as file:

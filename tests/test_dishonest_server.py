@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from dishonest_server import DishonestServer, dishonest, ones
+from dishonest_server import DishonestServer, Script, dishonest, ones
 from families import VOCABULARY, save_tiny
 from processes import finish, start_edge
 from serving import config, random_dataset, training
@@ -148,16 +148,18 @@ def repeats_for_ever(server: DishonestServer, connection: ServerConnection) -> N
         time.sleep(0.4)
 
 
-def test_a_frame_that_comes_again_and_again_is_no_answer(bundle: Path, manifest: Manifest) -> None:
-    dialing = Dialing(retry=Retry(max_s=3.0, first_s=0.1, ceiling_s=0.1), liveness=Liveness(exchange_s=0.6))
+def give_up(bundle: Path, manifest: Manifest, script: Script, dialing: Dialing, text: str) -> int:
+    """That a device's step ends with ``text``, and not after very long; gives the connections that it made."""
     began = time.monotonic()
-    with (
-        dishonest(manifest, repeats_for_ever) as server,
-        pytest.raises(ConnectionFailedError, match=r"said nothing new for .* gave up after"),
-    ):
+    with dishonest(manifest, script) as server, pytest.raises(ConnectionFailedError, match=text):
         run_step(bundle, server.url, dialing)
     assert time.monotonic() - began < LONG_S
-    assert server.connections > 1
+    return server.connections
+
+
+def test_a_frame_that_comes_again_and_again_is_no_answer(bundle: Path, manifest: Manifest) -> None:
+    dialing = Dialing(retry=Retry(max_s=3.0, first_s=0.1, ceiling_s=0.1), liveness=Liveness(exchange_s=0.6))
+    assert give_up(bundle, manifest, repeats_for_ever, dialing, r"said nothing new for .* gave up after") > 1
 
 
 def floods(server: DishonestServer, connection: ServerConnection) -> None:
@@ -190,14 +192,7 @@ def says_nothing(server: DishonestServer, connection: ServerConnection) -> None:
 
 def test_silence_counts_for_how_long_a_device_tries(bundle: Path, manifest: Manifest) -> None:
     dialing = Dialing(retry=Retry(max_s=1.0), liveness=Liveness(exchange_s=10 * LONG_S))
-    began = time.monotonic()
-    with (
-        dishonest(manifest, says_nothing) as server,
-        pytest.raises(ConnectionFailedError, match=r"gave up after \d+ s \(--max-retry-s\)"),
-    ):
-        run_step(bundle, server.url, dialing)
-    assert time.monotonic() - began < LONG_S
-    assert server.connections == 1
+    assert give_up(bundle, manifest, says_nothing, dialing, r"gave up after \d+ s \(--max-retry-s\)") == 1
 
 
 def answers_once_and_hangs_up(server: DishonestServer, connection: ServerConnection) -> None:

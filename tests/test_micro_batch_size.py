@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from families import VOCABULARY, save_tiny, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import config, final_weights, random_dataset, randomize, serving, training
+from waiting import eventually
 from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.base_model import BaseModel
@@ -394,10 +394,3 @@ def test_who_is_refused_again_and_again_loses_its_session(
         holds.end(0.0)
         step.result(60)
         assert trainer.steps_rerun > 0
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from waiting import eventually
 
 from dlora.cloud.quotas import QuotaLimits, Quotas, SessionQuota
 from dlora.protocol.errors import RemoteProtocolError, UsageError
@@ -125,7 +125,7 @@ def test_memory_of_the_server_is_waited_for_in_line() -> None:
     for session, live_bytes in ((second, 700), (third, 300)):
         waiting.append(threading.Thread(target=begin, args=(session, live_bytes)))
         waiting[-1].start()
-        until(lambda: len(quotas._line) == len(waiting))
+        eventually(lambda: len(quotas._line) == len(waiting))
     first.begin(1, 0)  # a report takes none, and waits for nobody
     assert begun == []
     first.end(0.0)
@@ -145,7 +145,7 @@ def test_who_waited_for_memory_is_asked_for_its_own_quota_again() -> None:
     refusals: list[RemoteProtocolError] = []
     waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: one.begin(1, 600))))
     waiting.start()
-    until(lambda: len(quotas._line) == 1)
+    eventually(lambda: len(quotas._line) == 1)
     assert two.queue(300)  # of the same caller, without waiting
     other.end(0.0)
     waiting.join(20)
@@ -188,7 +188,7 @@ def test_frames_of_those_who_wait_do_not_stop_the_line() -> None:
     first.begin(1, 60)
     waiting = threading.Thread(target=second.begin, args=(1, 50))
     waiting.start()
-    until(lambda: quotas.is_awaited)
+    eventually(lambda: quotas.is_awaited)
     assert second.queue(60)
     first.end(0.0)
     waiting.join(20)
@@ -204,7 +204,7 @@ def test_who_waits_for_memory_hears_of_the_end(ending: str) -> None:
     refusals: list[RemoteProtocolError] = []
     waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: second.begin(1, 50))))
     waiting.start()
-    until(lambda: quotas.is_awaited)
+    eventually(lambda: quotas.is_awaited)
     if ending == "the server":
         quotas.stop()
     else:
@@ -222,14 +222,6 @@ def test_a_report_is_not_refused_for_memory() -> None:
     assert one.queue(3000)
     one.begin(0, 0)
     assert refused(lambda: one.begin(1, 1)).code == ErrorCode.QUOTA_LIVE_BYTES
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait for another thread."""
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_live_bytes_count_over_all_sessions_until_the_micro_batch_ends() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, besieged
 from families import FAMILIES, VOCABULARY, save_tiny, tiny_model
 from hostile import BINARY, TIMEOUT_S
 from serving import RunningServer, config, final_weights, random_dataset, serving, training
+from waiting import eventually
 
 from dlora.cloud import guard, handler
 from dlora.cloud.base_model import BaseModel
@@ -107,13 +107,6 @@ def again_and_again(run: Callable[[], object]) -> Iterator[list[object]]:
         done.set()
         thread.join(TIMEOUT_S)
     assert not thread.is_alive()
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.005)
 
 
 # -- abuses ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import logging
 import resource
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,6 +27,7 @@ from hostile import (
     hostile_websocket,
     request,
 )
+from waiting import eventually
 from websockets.asyncio.server import ServerConnection, serve
 
 from dlora.cloud.guard import ConnectionLimits, Guard, GuardedConnection, raise_file_limit
@@ -145,13 +145,6 @@ def says(client: HostileClient, message: bytes, *, answered: bool = True) -> Non
     client.frame(BINARY, message)
     if answered:
         assert client.hear() == (BINARY, message)
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.005)
 
 
 # -- how many --------------------------------------------------------------------------------------------
