@@ -38,13 +38,13 @@ def placed(out: Path, force: bool) -> Iterator[Path]:
     out = out.absolute()
     check_place(out, force)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    try:
+    try:  # Ctrl-C may come between any two lines: whatever there is by then vanishes
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        except OSError as error:
+            raise StorageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
         yield partial
         for path in partial.rglob("*"):
             _sync(path)
@@ -61,13 +61,13 @@ def _replace(partial: Path, out: Path) -> None:
         partial.rename(out)
         return
     old = out.parent / f".{out.name}.old-{os.getpid()}"
-    out.rename(old)
     try:
+        out.rename(old)
         partial.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if not out.exists():
+            old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

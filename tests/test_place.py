@@ -1,0 +1,53 @@
+"""A bundle's place: Ctrl-C right after a call that changes the disk leaves the old bundle whole and no scraps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlora.export.place import placed
+from dlora.protocol.manifest import MANIFEST_NAME
+
+
+def _interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, nth: int) -> None:
+    """The ``nth`` call of ``Path``'s method does its work, and then Ctrl-C arrives."""
+    real, calls = getattr(Path, name), []
+
+    def interrupted(self: Path, *arguments: Any, **options: Any) -> Any:
+        result = real(self, *arguments, **options)
+        calls.append(self)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, name, interrupted)
+
+
+def _write(out: Path, text: str) -> None:
+    with placed(out, force=True) as partial:
+        (partial / MANIFEST_NAME).write_text(text)
+
+
+@pytest.mark.parametrize(("name", "nth"), [("mkdir", 1), ("mkdir", 2), ("rename", 1), ("rename", 2)])
+def test_ctrl_c_at_any_time_leaves_a_whole_bundle_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, nth: int
+) -> None:
+    out = tmp_path / "bundle"
+    _write(out, "old")
+    with monkeypatch.context() as during:
+        _interrupt_after(during, name, nth)
+        with pytest.raises(KeyboardInterrupt):
+            _write(out, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (out / MANIFEST_NAME).read_text() == ("new" if (name, nth) == ("rename", 2) else "old")
+
+
+def test_ctrl_c_right_after_the_first_directory_was_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt_after(monkeypatch, "mkdir", 2)
+    with pytest.raises(KeyboardInterrupt):
+        _write(tmp_path / "bundle", "new")
+    assert list(tmp_path.iterdir()) == []
