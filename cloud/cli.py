@@ -18,6 +18,7 @@ from typing import Annotated
 import platformdirs
 import typer
 
+from dlora.protocol import interrupts
 from dlora.protocol.errors import StorageError, UsageError
 from dlora.protocol.version import SOFTWARE_VERSION
 
@@ -261,7 +262,8 @@ def load_key(state_dir: Path) -> bytes:
     try:
         if not path.exists():
             state_dir.mkdir(parents=True, exist_ok=True)
-            _make_key(path)
+            with interrupts.raising():
+                _make_key(path)
         key = path.read_bytes()
     except OSError as error:
         raise StorageError(f"cannot keep the ticket key in {path}: {error.strerror}; choose --state-dir") from None

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.errors import DataError
 from dlora.protocol.kill_revive import KillReviveConfig, UnitState
@@ -58,7 +59,7 @@ def open_model(
         seed=0,
         total_steps=1,
     )
-    with Connection(server, dialing) as connection:
+    with interrupts.raising(), Connection(server, dialing) as connection:
         check_base_model(bundle, connection.welcome)
 
         def open_session() -> None:

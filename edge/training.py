@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from dlora.protocol import interrupts
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
 
@@ -80,9 +81,10 @@ def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
     if run.out.exists() and not run.out.is_dir():
         raise UsageError(f"{run.out} is a file; choose another --out")
     init = load_adapter(run.init_adapter) if run.init_adapter else None
-    make_directory(run.out)
-    with locked(run.out):
-        return _train(run, reporter, init)
+    with interrupts.raising():
+        make_directory(run.out)
+        with locked(run.out):
+            return _train(run, reporter, init)
 
 
 def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Final, Literal
 import safetensors.numpy
 
 from dlora.cloud.base_model import BaseModel, find_source, load_model
+from dlora.protocol import interrupts
 from dlora.protocol.errors import UsageError
 from dlora.protocol.kill_revive import GroupSpec
 from dlora.protocol.manifest import (
@@ -106,7 +107,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None) -> Manife
     embedding, head = find_embedding(base), find_head(base)
     say("checking the cut against the whole model")
     check_cut(base, embedding, head)
-    with placed(settings.out, settings.force) as bundle:
+    with interrupts.raising(), placed(settings.out, settings.force) as bundle:
         say("writing weights and tokenizer")
         dtype = embedding_dtype(settings.head_dtype)
         embedding_spec, embedding_inputs = save_embedding(bundle, embedding, dtype)

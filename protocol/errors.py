@@ -28,12 +28,12 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import ClassVar, Final
 
-INTERRUPTED_EXIT_CODE: Final = 130
+from . import interrupts
+from .interrupts import INTERRUPTED, INTERRUPTED_EXIT_CODE
 
 
 class DloraError(Exception):
@@ -168,7 +168,7 @@ def run_command(command: Callable[[], None]) -> None:
     ``OSError`` from a full, read-only or forbidden disk counts as ``StorageError``. SIGTERM counts as Ctrl-C.
     Anything that we do not name is a bug and keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.end_at_once()
     try:
         try:
             command()
@@ -180,7 +180,7 @@ def run_command(command: Callable[[], None]) -> None:
     except DloraError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; what was saved is intact", INTERRUPTED_EXIT_CODE)
+        _fail(INTERRUPTED, INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
         # The reader of our stdout went away (`| head`): not an error, and nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -190,6 +190,8 @@ def run_command(command: Callable[[], None]) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"cannot write: {where}{error.strerror}; free space or choose another place", StorageError.exit_code)
+    finally:
+        interrupts.ignore()
 
 
 def missing_extra(error: ImportError, extra: str) -> MissingExtraError:

@@ -114,24 +114,37 @@ def withholds_signals(server: DishonestServer, connection: ServerConnection) -> 
         server.answer(connection)
 
 
+def answers_everything(server: DishonestServer, connection: ServerConnection) -> None:
+    """What an honest one says, with numbers that are made up."""
+    while True:
+        message = server.hear(connection)
+        if isinstance(message, m.StepReport):
+            units = WireTensor.from_bytes(bytes([UnitState.ACTIVE]) * BLOCKS)
+            server.say(connection, m.Signal(step=message.step, units=units, ticket=WireTensor.from_bytes(b"ticket")))
+        server.answer(connection)
+
+
 def test_a_server_that_withholds_signals_is_found_out_at_the_next_micro_batch(
     bundle: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
     """And the checkpoint that is left can be resumed: nothing of what was done is lost."""
     data = tmp_path / "data.jsonl"
     data.write_text((json.dumps({"text": "w1 w2 w3"}) + "\n") * 4)
+    options: list[object] = [
+        "--bundle", bundle, "--data", data, "--out", tmp_path / "out", "--seed", 0, "--steps", 5, "--threads", 1,
+        "--active-fraction", 1, "--wire-dtype", "fp32",
+    ]  # fmt: skip
     with dishonest(manifest, withholds_signals) as server:
-        done = finish(
-            start_edge(
-                "train", "--bundle", bundle, "--server", server.url, "--data", data, "--out", tmp_path / "out",
-                "--steps", 5, "--threads", 1, "--active-fraction", 1, "--wire-dtype", "fp32",
-            )
-        )  # fmt: skip
+        done = finish(start_edge("train", "--server", server.url, *options))
     assert done.code == ProtocolError.exit_code, done.stderr
     assert len(done.errors) == 1
     assert "the report of step 0 has no signal yet" in done.errors[0]
     assert "Traceback" not in done.stderr
     assert list((tmp_path / "out" / "checkpoints").iterdir())
+    with dishonest(manifest, answers_everything) as server:
+        resumed = finish(start_edge("train", "--resume", "--server", server.url, *options))
+    assert resumed.code == 0, resumed.stderr
+    assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").open()] == [0, 1, 2, 3, 4]
 
 
 # -- rules that it keeps, and never gets anywhere --------------------------------------------------------

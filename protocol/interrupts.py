@@ -1,0 +1,54 @@
+"""What Ctrl-C and SIGTERM do to a command, from its first line to its last.
+
+While it loads its modules, or a model, there is nothing to put in order, and libraries swallow exceptions or take them
+for faults of their own: it *ends at once*. Where it writes files or talks to a server it is *interrupted*, with
+``KeyboardInterrupt``. Once it is done, and Python clears up, both signals are *ignored*: the exit code is decided.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Final
+
+INTERRUPTED_EXIT_CODE: Final = 130
+INTERRUPTED: Final = "interrupted; what was saved is intact"
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+# A progress bar may have hidden the terminal's cursor.
+_CLEAR_LINE_AND_SHOW_CURSOR: Final = "\r\x1b[K\x1b[?25h"
+
+
+def end_at_once() -> None:
+    """From here on a signal ends this process at once, with one line and 130. For a command's main thread."""
+    for number in _SIGNALS:
+        # Whoever starts a command with SIGINT ignored, as nohup and shells in the background do, means it.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Within, a signal raises ``KeyboardInterrupt`` where it would end the process at once."""
+    ending = [number for number in _SIGNALS if signal.getsignal(number) is _end]
+    for number in ending:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in ending:
+            signal.signal(number, _end)
+
+
+def ignore() -> None:
+    """From here on signals do nothing: Python gives them back to the system before it has cleared up."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    before = _CLEAR_LINE_AND_SHOW_CURSOR if os.isatty(2) else ""
+    os.write(2, f"{before}error: {INTERRUPTED}\n".encode())
+    os._exit(INTERRUPTED_EXIT_CODE)

@@ -1,0 +1,116 @@
+"""Ctrl-C and SIGTERM at any moment of a command: one line and 130, or the result that was there already."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import save_tiny
+from processes import CLOUD, EDGE, Finished, quiet_environment
+
+from dlora.export.bundle import ExportSettings, export_bundle
+
+EXPORT = EDGE.replace("dlora-edge", "dlora-export")
+
+# Signals this process in the midst of importing a module, and as Python clears up; and, as libraries do, makes an
+# ImportError of whatever is raised meanwhile.
+SITE = """
+import atexit, os, signal, sys
+
+sent, when = int(os.environ["SENT"]), os.environ["WHEN"]
+
+class Import:
+    def find_spec(self, name, path=None, target=None):
+        if name == when:
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), sent)
+                for _ in range(1000):
+                    pass
+            except BaseException as error:
+                raise ImportError(f"{name} cannot be imported") from error
+
+class Teardown:
+    def __del__(self, kill=os.kill, pid=os.getpid(), sent=sent):
+        kill(pid, sent)
+
+if when == "at exit":
+    atexit.register(os.kill, os.getpid(), sent)
+elif when == "as Python clears up":
+    sys.kept_until_the_end = Teardown()
+else:
+    sys.meta_path.insert(0, Import())
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle, the model that it is of, and what signals a process."""
+    directory = tmp_path_factory.mktemp("interrupts")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    (directory / "site").mkdir()
+    (directory / "site" / "sitecustomize.py").write_text(SITE)
+    return directory
+
+
+def run(place: Path, sent: signal.Signals, when: str, *command: object) -> Finished:
+    """A command to its end, with a signal on the way; ``PYTHONPATH`` keeps what it had."""
+    paths = [str(place / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "SENT": str(int(sent)), "WHEN": when}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=120, check=False,
+        env={**quiet_environment(), **environment},
+    )  # fmt: skip
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+@pytest.mark.parametrize(("command", "when"), [
+    ("edge", "typer"), ("edge", "msgspec"), ("edge", "numpy"), ("edge", "tokenizers"), ("edge", "onnxruntime"),
+    ("cloud", "typer"), ("cloud", "torch"), ("cloud", "transformers"), ("cloud", "torch.distributed"),
+    ("export", "typer"), ("export", "peft"), ("export", "onnx"),
+])  # fmt: skip
+def test_while_it_imports(place: Path, tmp_path: Path, command: str, when: str, sent: signal.Signals) -> None:
+    """Once it was exit 12, as if a library were missing, and once ten minutes of a server that loaded on."""
+    commands: dict[str, list[object]] = {
+        "edge": [EDGE, "selftest", "--bundle", place / "bundle"],
+        "cloud": [CLOUD, "serve", place / "model", "--port", 0, "--state-dir", tmp_path],
+        "export": [EXPORT, place / "model", "--out", tmp_path / "out"],
+    }
+    if when == "tokenizers":
+        data = tmp_path / "data.jsonl"
+        data.write_text(json.dumps({"text": "w1 w2"}) + "\n")
+        commands["edge"] = [
+            EDGE, "train", "--bundle", place / "bundle", "--server", "ws://127.0.0.1:1", "--data", data,
+            "--out", tmp_path / "out",
+        ]  # fmt: skip
+    done = run(place, sent, when, *commands[command])
+    assert (done.code, done.stderr) == (130, "error: interrupted; what was saved is intact\n"), done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+@pytest.mark.parametrize("when", ["at exit", "as Python clears up"])
+def test_when_it_is_done(place: Path, when: str, sent: signal.Signals) -> None:
+    """The result is out and its exit code is decided."""
+    done = run(place, sent, when, EDGE, "info", place / "bundle", "--json")
+    assert (done.code, done.stderr) == (0, "")
+    assert json.loads(done.stdout)
+    failed = run(place, sent, when, EDGE, "info", place / "nothing")
+    assert failed.code not in (0, 130)
+    assert len(failed.errors) == 1
+
+
+def test_who_ignores_ctrl_c_from_the_start_goes_on(place: Path) -> None:
+    """nohup, and shells for what runs in the background."""
+    code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-S", "-c", code, EDGE, "info", place / "bundle", "--json"]
+    done = run(place, signal.SIGINT, "numpy", *command)
+    assert done.code == 0, done.stderr
