@@ -17,15 +17,7 @@ from dlora.protocol.errors import DataError
 
 Message = Mapping[str, Any]
 
-_TEMPLATE_ERRORS: Final = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
+_REASON_CHARACTERS: Final = 200
 
 
 class ChatTemplate:
@@ -48,8 +40,10 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: now().strftime(form)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the bundle's chat template does not compile ({error}); export the bundle again") from None
+        except Exception as error:  # Python's compiler has its own opinions of what Jinja makes of a template
+            raise DataError(
+                f"the bundle's chat template does not compile ({_reason(error)}); export the bundle again"
+            ) from None
         self._tokens = dict(tokens)
 
     def render(
@@ -66,26 +60,31 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,
             )
-        except _TEMPLATE_ERRORS as error:
+        except Exception as error:
             # Templates are code: whatever a message drives them into is told as a fault of that message.
-            raise DataError(f"the chat template refuses these messages ({error})") from None
+            raise DataError(f"the chat template refuses these messages ({_reason(error)})") from None
 
     def assistant_spans(
-        self, messages: Sequence[Message], text: str, *, tools: Sequence[Any] | None = None
+        self, messages: Sequence[Message], text: str, *, tools: Sequence[Any] | None = None, end: int | None = None
     ) -> list[tuple[int, int]]:
         """Character ranges of ``text`` (``render``'s) that the assistant wrote, its end-of-turn mark included.
 
         A turn begins where the rendering of what precedes it, with the generation prompt, ends; that is what
         the model sees when it is asked to answer. Raises ``DataError`` where the template rewrites earlier
         turns, so that no such place exists.
+
+        Args:
+            end: leave out turns that begin there or later. Each turn takes two renderings of all that precedes it.
         """
-        spans = []
+        spans: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             if index == 0:
                 raise DataError("the first message is the assistant's; it needs a message to answer")
             before = self.render(messages[:index], add_generation_prompt=True, tools=tools)
+            if end is not None and len(before) >= end:
+                return spans
             last = index + 1 == len(messages)
             through = text if last else self.render(messages[: index + 1], tools=tools)
             if not (text.startswith(through) and through.startswith(before)):
@@ -116,6 +115,12 @@ def _to_json(
 ) -> str:
     # Jinja's own filter escapes HTML, which no template of a chat wants.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "it asks for more memory than there is"
+    return str(error)[:_REASON_CHARACTERS] or type(error).__name__
 
 
 def _raise_exception(message: str) -> None:

@@ -6,13 +6,13 @@ import json
 import math
 from contextlib import AbstractContextManager
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dlora.protocol.errors import UsageError
+from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.version import SOFTWARE_VERSION
 
 from . import pause
@@ -120,7 +120,7 @@ TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length
 ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
 
 # A typing slip must not fill the memory, and the wire takes no more.
-MAX_UNIT, MAX_RANK, MAX_THREADS = 65_535, 4096, 1024
+MAX_UNIT, MAX_THREADS = 65_535, 1024
 MAX_COUNT, MAX_SEED = 10**9, 2**32 - 1
 KR = "Kill and Revive"
 
@@ -234,14 +234,12 @@ def train(
 
     from .bundle import Bundle
     from .config import TrainConfig
-    from .data import load_examples
     from .dialing import Liveness, check_url
     from .identity import load_device_id
-    from .memory import collect
+    from .loading import Reading, load_datasets
     from .optimizer import OptimizerConfig
     from .report import Reporter
     from .rows import parse_columns
-    from .tokenizer import EdgeTokenizer
 
     if alpha is not None and not 0 < alpha < math.inf:
         raise UsageError("--alpha must be above 0")
@@ -253,17 +251,11 @@ def train(
     check_url(server)
     opened = Bundle.open(bundle)
     spec = opened.manifest
-    tokenizer = EdgeTokenizer.open(opened)
     fields = parse_columns(columns) if columns else None
-
-    load = partial(load_examples, tokenizer=tokenizer, columns=fields, max_length=max_length, too_long=too_long.value)
-
-    dataset = load(data)
-    held_out = load(eval_data) if eval_data else None
-    # A tokenizer takes 30 MB, and training needs it no more.
-    del tokenizer, load
-    collect()
-    # Not before: the engine takes as much, and the two need not meet.
+    paths = [data, eval_data] if eval_data else [data]
+    dataset, *others = load_datasets(Reading(opened, paths, fields, max_length, too_long.value))
+    held_out = others[0] if others else None
+    # Not before: data sets are read while this process is small and has no threads.
     from .training import TrainRun, total_steps
     from .training import train as run_training
 
@@ -349,18 +341,17 @@ def evaluate(
     from dataclasses import asdict
 
     from .bundle import Bundle
-    from .data import load_examples
+    from .loading import Reading, load_datasets
     from .report import Reporter
     from .rows import parse_columns
-    from .tokenizer import EdgeTokenizer
-    from .trainer import evaluate as run_evaluation
 
     reporter = Reporter(json_output=json_output)
     credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
     opened = Bundle.open(bundle)
-    tokenizer = EdgeTokenizer.open(opened)
     fields = parse_columns(columns) if columns else None
-    dataset = load_examples(data, tokenizer, columns=fields, max_length=max_length, too_long=too_long.value)
+    (dataset,) = load_datasets(Reading(opened, [data], fields, max_length, too_long.value))
+    from .trainer import evaluate as run_evaluation
+
     with (
         _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model,
         reporter.evaluating("", len(dataset)) as advance,
@@ -389,14 +380,15 @@ def generate(
 ) -> None:
     """Answer a prompt, greedily. The whole prefix is sent for every token: slow, and for a look only."""
     from .bundle import Bundle
-    from .inference import generate_greedily
-    from .tokenizer import EdgeTokenizer
+    from .prompt import prompt_tokenizer
 
     credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
     opened = Bundle.open(bundle)
-    tokenizer = EdgeTokenizer.open(opened)
-    with _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model:
-        answer = generate_greedily(model, tokenizer, prompt, max_new_tokens)
+    with prompt_tokenizer(opened) as tokenizer:
+        from .inference import generate_greedily
+
+        with _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model:
+            answer = generate_greedily(model, tokenizer, prompt, max_new_tokens)
     print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if json_output else answer)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,13 @@ from dlora.protocol.errors import DataError
 from dlora.protocol.tensors import IntArray
 
 from .rows import FIELDS, parse_columns, read_rows
-from .tokenizer import EdgeTokenizer
+
+if TYPE_CHECKING:  # training needs data sets, and no tokenizer
+    from .tokenizer import EdgeTokenizer
 
 TooLong = Literal["error", "truncate", "skip"]
 BoolArray = npt.NDArray[np.bool_]
+MAX_PLACES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,9 @@ class Dataset:
         label_positions: int32 (labels,), counted from each example's start; label_starts: int64 (examples + 1,).
 
     Attributes:
-        skipped, truncated: how many examples were left out or cut for their length.
+        skipped, truncated: how many examples were left out or cut for their length; one that lost its whole answer
+            counts as left out.
+        left_out_places, cut_places: ``file:line`` of the first few of them.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class Dataset:
         *,
         skipped: int = 0,
         truncated: int = 0,
+        left_out_places: tuple[str, ...] = (),
+        cut_places: tuple[str, ...] = (),
     ) -> None:
         self._ids = ids
         self._starts = starts
@@ -64,6 +71,13 @@ class Dataset:
         self._label_starts = label_starts
         self.skipped = skipped
         self.truncated = truncated
+        self.left_out_places = left_out_places
+        self.cut_places = cut_places
+
+    @property
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """The four arrays that make a data set, in the order of the arguments."""
+        return self._ids, self._starts, self._label_positions, self._label_starts
 
     @classmethod
     def of(cls, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Dataset:
@@ -125,6 +139,7 @@ def load_examples(
     columns: str | Mapping[str, str] | None = None,
     max_length: int,
     too_long: TooLong = "error",
+    on_place: Callable[[str], None] = lambda _: None,
 ) -> Dataset:
     """Read and tokenize a JSONL, CSV or TSV file.
 
@@ -134,35 +149,37 @@ def load_examples(
     Args:
         columns: our field to the file's column, or the same as text, ``prompt=COLUMN,completion=COLUMN``.
         max_length: most tokens of an example; ``too_long`` says what happens to longer ones.
+        on_place: hears what is read now: the file, ``file:line`` of an example, what follows it.
 
     Raises ``DataError`` with file and line.
     """
     chosen = parse_columns(columns) if isinstance(columns, str) else columns
     building = _Builder()
     row = None
+    on_place(str(path))
     for row in read_rows(path, chosen):
+        on_place(row.place)
         try:
-            ids, is_label = _encode_row(row.fields, tokenizer)
+            encoded = _encode_row(row.fields, tokenizer, max_length, cut=too_long == "truncate")
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from None
-        cut = len(ids) > max_length
-        if cut and too_long == "error":
+        on_place(f"what follows {row.place}")
+        is_cut = encoded.tokens > max_length
+        if is_cut and too_long == "error":
             raise DataError(
-                f"{row.place}: {len(ids)} tokens, the limit is {max_length}; "
+                f"{row.place}: {encoded.tokens} tokens, the limit is {max_length}; "
                 "raise --max-length, or choose --too-long truncate or skip"
             )
-        if cut and too_long == "skip":
-            building.skipped += 1
-            continue
         # A token is a label of the row before it; the first has none.
-        positions = np.flatnonzero(is_label[1:max_length]).astype(np.int32)
+        positions = np.flatnonzero(encoded.is_label[1:]).astype(np.int32)
         if not len(positions):
-            if cut:
-                building.skipped += 1
-                continue
-            raise DataError(f"{row.place}: nothing to learn: no token of it follows another and is a label")
-        building.truncated += cut
-        building.add(ids[:max_length], positions)
+            if not is_cut:
+                raise DataError(f"{row.place}: nothing to learn: no token of it follows another and is a label")
+            building.leave_out(row.place)
+            continue
+        if is_cut:
+            building.cut(row.place)
+        building.add(encoded.ids, positions)
     if row is None:
         raise DataError(f"{path}: no examples in it")
     if not len(building):
@@ -187,11 +204,20 @@ class _Builder:
     def __init__(self) -> None:
         self._ids, self._positions = array("i"), array("i")
         self._starts, self._label_starts = array("q", [0]), array("q", [0])
-        self.skipped = 0
-        self.truncated = 0
+        self._skipped = self._truncated = 0
+        self._left_out_places: list[str] = []
+        self._cut_places: list[str] = []
 
     def __len__(self) -> int:
         return len(self._starts) - 1
+
+    def leave_out(self, place: str) -> None:
+        self._skipped += 1
+        self._left_out_places += [place][: MAX_PLACES - len(self._left_out_places)]
+
+    def cut(self, place: str) -> None:
+        self._truncated += 1
+        self._cut_places += [place][: MAX_PLACES - len(self._cut_places)]
 
     def add(self, ids: IntArray, positions: IntArray) -> None:
         self._ids.frombytes(ids.tobytes())
@@ -205,29 +231,46 @@ class _Builder:
             np.frombuffer(self._starts, np.int64),
             np.frombuffer(self._positions, np.int32),
             np.frombuffer(self._label_starts, np.int64),
-            skipped=self.skipped,
-            truncated=self.truncated,
+            skipped=self._skipped,
+            truncated=self._truncated,
+            left_out_places=tuple(self._left_out_places),
+            cut_places=tuple(self._cut_places),
         )
 
 
-def _encode_row(fields: Mapping[str, Any], tokenizer: EdgeTokenizer) -> tuple[IntArray, BoolArray]:
-    """Ids, int32 (tokens,), and which are labels, bool (tokens,)."""
+class _Encoded(NamedTuple):
+    """A row as tokens, cut to the limit: ids int32, which are labels bool; and how many there were before.
+
+    A row over the limit that is not to be cut has none of either: what its labels are may take long to find out.
+    """
+
+    ids: IntArray
+    is_label: BoolArray
+    tokens: int
+
+
+def _encode_row(fields: Mapping[str, Any], tokenizer: EdgeTokenizer, max_length: int, *, cut: bool) -> _Encoded:
     given = [name for name in FIELDS if name in fields]
     if given == ["messages"]:
-        return _encode_messages(fields["messages"], fields.get("tools"), tokenizer)
+        return _encode_messages(fields["messages"], fields.get("tools"), tokenizer, max_length, cut=cut)
     if given == ["prompt", "completion"]:
-        prompt, completion = _text(fields, "prompt"), _text(fields, "completion")
-        return _encode_text(prompt, completion, tokenizer)
+        ids, is_label = _encode_text(_text(fields, "prompt"), _text(fields, "completion"), tokenizer)
+        return _limited(ids, is_label, max_length, cut=cut)
     if given == ["text"]:
         text = _text(fields, "text")
         if not text:
             raise DataError("the text is empty")
-        return _encode_text("", text, tokenizer)
+        return _limited(*_encode_text("", text, tokenizer), max_length, cut=cut)
     found = ", ".join(map(repr, fields)) or "nothing"
     raise DataError(
         f"needs either 'messages', or 'prompt' and 'completion', or 'text'; it has {found} "
         "(--columns text=COLUMN or prompt=COLUMN,completion=COLUMN chooses)"
     )
+
+
+def _limited(ids: IntArray, is_label: BoolArray, max_length: int, *, cut: bool) -> _Encoded:
+    kept = min(len(ids), max_length) if cut or len(ids) <= max_length else 0
+    return _Encoded(ids[:kept], is_label[:kept], len(ids))
 
 
 def _encode_text(prompt: str, completion: str, tokenizer: EdgeTokenizer) -> tuple[IntArray, BoolArray]:
@@ -247,7 +290,9 @@ def _encode_text(prompt: str, completion: str, tokenizer: EdgeTokenizer) -> tupl
     return ids, is_label
 
 
-def _encode_messages(messages: Any, tools: Any, tokenizer: EdgeTokenizer) -> tuple[IntArray, BoolArray]:
+def _encode_messages(
+    messages: Any, tools: Any, tokenizer: EdgeTokenizer, max_length: int, *, cut: bool
+) -> _Encoded:
     if not isinstance(messages, list) or not messages:
         raise DataError("'messages' must be a list of at least one message")
     for number, message in enumerate(messages, 1):
@@ -264,10 +309,15 @@ def _encode_messages(messages: Any, tools: Any, tokenizer: EdgeTokenizer) -> tup
     template = tokenizer.chat_template
     text = template.render(messages, tools=tools)
     encoded = tokenizer.encode(text, add_special_tokens=False)  # templates write their own
-    is_label = np.zeros(len(encoded.ids), np.bool_)
-    for start, end in template.assistant_spans(messages, text, tools=tools):
-        is_label |= (encoded.spans[:, 0] >= start) & (encoded.spans[:, 1] <= end) & (encoded.spans[:, 1] > start)
-    return encoded.ids, is_label
+    kept = _limited(encoded.ids, np.zeros(len(encoded.ids), np.bool_), max_length, cut=cut)
+    if not len(kept.ids):
+        return kept
+    # Turns are found by rendering all that precedes them: only those of which a token is left.
+    spans = encoded.spans[: len(kept.ids)]
+    is_label = kept.is_label
+    for start, end in template.assistant_spans(messages, text, tools=tools, end=int(spans.max())):
+        is_label |= (spans[:, 0] >= start) & (spans[:, 1] <= end) & (spans[:, 1] > start)
+    return kept._replace(is_label=is_label)
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
-from dlora.protocol.errors import DataError
+from dlora.protocol.errors import DataError, RemoteProtocolError
 from dlora.protocol.kill_revive import KillReviveConfig, UnitState
 from dlora.protocol.tensors import WireDtype
 
@@ -21,8 +21,8 @@ from .connection import Connection
 from .dialing import Dialing
 from .engines import EngineName, make_engine
 from .peft_adapter import load_adapter
+from .prompt import PromptTokenizer
 from .split_model import SplitModel
-from .tokenizer import EdgeTokenizer
 from .trainer import check_base_model, load_weights
 
 
@@ -64,15 +64,20 @@ def open_model(
 
         def open_session() -> None:
             adapters.obey(connection.open(opening).units.data)
+            active = [index for index, unit in enumerate(adapters.units) if unit.state is not UnitState.KILLED]
+            if active != live:
+                raise RemoteProtocolError(
+                    f"the server calls {len(active)} units active, not the {len(live)} that were asked for; "
+                    "its fault: use another server"
+                )
 
         open_session()
-        assert sum(unit.state is UnitState.ACTIVE for unit in adapters.units) == len(live)
         yield SplitModel(
             bundle, runs, connection, adapters, wire_dtype=wire_dtype, on_signal=lambda _: None, reopen=open_session
         )
 
 
-def generate_greedily(model: SplitModel, tokenizer: EdgeTokenizer, prompt: str, max_new_tokens: int) -> str:
+def generate_greedily(model: SplitModel, tokenizer: PromptTokenizer, prompt: str, max_new_tokens: int) -> str:
     """The likeliest continuation of ``prompt``, as an assistant's turn where there is a chat template."""
     ids = tokenizer.encode_prompt(prompt)
     if not len(ids):

@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from dlora.protocol.errors import CheckpointError
+from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.tensors import FloatArray
 
 from .atomic import make_directory, storage_errors, write_atomically
@@ -28,6 +29,9 @@ CARD_NAME: Final = "README.md"
 _PREFIX: Final = "base_model.model."
 _MAX_NUMBER: Final = 2**31
 _MAX_NAME: Final = 256
+_MAX_CONFIG_BYTES: Final = 16 << 20
+# PEFT writes a pattern a module where ranks differ: 900 modules have the largest of models that are not mixtures.
+_MAX_PATTERNS, _MAX_MATCHES = 4096, 1 << 22
 
 # Settings of PEFT under which B A x is not all that the adapter does: each must be absent or falsy.
 _UNSUPPORTED: Final = {
@@ -141,22 +145,25 @@ def load_adapter(directory: Path) -> LoadedAdapter:
     config = _read_config(directory)
     _check_supported(directory, config)
     r, alpha = _rank(directory, config, "r"), _number(directory, config, "lora_alpha")
+    ranks, alphas = (_patterns(directory, config, key) for key in ("rank_pattern", "alpha_pattern"))
     halves = _read_halves(directory)
+    if (len(ranks) + len(alphas)) * len(halves) > _MAX_MATCHES:
+        raise CheckpointError(f"{directory} has too many patterns for {len(halves)} modules; name fewer")
     modules, scaling = {}, {}
     for name, found in halves.items():
         if set(found) != {"A", "B"}:
             raise CheckpointError(f"{directory}: {name} has no lora_{'B' if 'A' in found else 'A'}")
         a, b = found["A"], found["B"]
-        ranks, pattern = _of_pattern(directory, config, "rank_pattern", name)
-        rank = r if pattern is None else _rank(directory, ranks, pattern)
+        pattern = _first_match(ranks, name)
+        rank = r if pattern is None else _rank(directory, config["rank_pattern"], pattern)
         if a.ndim != 2 or b.ndim != 2:
             raise CheckpointError(f"{directory}: {name} is no linear module's LoRA")
         if a.shape[0] != rank or b.shape[1] != rank:
             raise CheckpointError(
                 f"{directory}: {name} has rank {a.shape[0]} (A) and {b.shape[1]} (B), the configuration says {rank}"
             )
-        alphas, pattern = _of_pattern(directory, config, "alpha_pattern", name)
-        module_alpha = alpha if pattern is None else _number(directory, alphas, pattern)
+        pattern = _first_match(alphas, name)
+        module_alpha = alpha if pattern is None else _number(directory, config["alpha_pattern"], pattern)
         scaling[name] = module_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         modules[name] = SavedModule(name, a, b)
     base = config.get("base_model_name_or_path")
@@ -199,7 +206,13 @@ def _json(value: Mapping[str, Any]) -> bytes:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no regular file")
+        with path.open("rb") as file:
+            content = file.read(_MAX_CONFIG_BYTES + 1)
+        if len(content) > _MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path} is too large to be a configuration")
+        return msgspec.json.decode(content, type=dict[str, Any])
     except (FileNotFoundError, NotADirectoryError):
         reason = "it has no adapter_config.json" if directory.is_dir() else "there is no such directory"
         raise CheckpointError(f"{directory} is not a PEFT adapter: {reason}") from None
@@ -274,25 +287,31 @@ def _rank(directory: Path, config: Mapping[str, Any], key: str) -> int:
     value = _number(directory, config, key)
     if value != int(value):
         raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} is a rank and must be a whole number")
+    if value > MAX_RANK:
+        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} is {value}; ranks up to {MAX_RANK} can be used")
     return int(value)
 
 
-def _of_pattern(
-    directory: Path, config: Mapping[str, Any], key: str, name: str
-) -> tuple[Mapping[str, Any], str | None]:
-    """The patterns under ``key``, and the first that matches a module, as PEFT matches them."""
+def _patterns(directory: Path, config: Mapping[str, Any], key: str) -> dict[str, re.Pattern[str]]:
+    """The patterns under ``key``, ready to match a module's whole name as PEFT matches them."""
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} must be an object")
+    if len(patterns) > _MAX_PATTERNS:
+        raise CheckpointError(f"{directory}: {key} has {len(patterns)} patterns; {_MAX_PATTERNS} can be used")
+    found = {}
     for pattern in patterns:
         if _is_slow(pattern):
             raise CheckpointError(f"{directory}: {key} has a pattern that is too complicated; name the modules instead")
         try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return patterns, pattern
+            found[pattern] = re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, OverflowError, RecursionError):
             raise CheckpointError(f"{directory}: {key} has a malformed pattern {pattern!r}") from None
-    return patterns, None
+    return found
+
+
+def _first_match(patterns: Mapping[str, re.Pattern[str]], name: str) -> str | None:
+    return next((pattern for pattern, compiled in patterns.items() if compiled.match(name)), None)
 
 
 def _is_slow(pattern: str) -> bool:

@@ -15,7 +15,8 @@ from dlora.protocol.errors import DataError, UsageError
 
 FIELDS: Final = ("messages", "prompt", "completion", "text")
 _BOM: Final = b"\xef\xbb\xbf"
-_MAX_CSV_FIELD: Final = 1 << 30
+MAX_RECORD_BYTES: Final = 8 << 20  # more than any model reads at once; tokenizing it takes 200 times as much memory
+_TOO_LONG: Final = f"more than {MAX_RECORD_BYTES >> 20} MiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +90,23 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(_MAX_CSV_FIELD)
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
+    csv.field_size_limit(MAX_RECORD_BYTES)
     # A quoted field may span lines: a record's place is where it starts.
-    start = 1
+    start, length = 1, 0
+
+    def lines_of_a_record() -> Iterator[str]:
+        nonlocal length
+        for _, line in _lines(path):
+            length += len(line)
+            if length > MAX_RECORD_BYTES:
+                raise DataError(f"{path}:{start}: a record of {_TOO_LONG}; is a quote opened there and never closed?")
+            yield line
+
+    reader = csv.reader(lines_of_a_record(), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
     try:
         for record in reader:
-            place, start = f"{path}:{start}", reader.line_num + 1
+            place, start, length = f"{path}:{start}", reader.line_num + 1, 0
             if not any(field.strip() for field in record):
                 continue
             if header is None:
@@ -121,7 +131,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line number, from 1, and text with its line end. Raises ``DataError``."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES + 1), b""), 1):
+                if len(line) > MAX_RECORD_BYTES:
+                    raise DataError(f"{path}:{number}: a line of {_TOO_LONG}; write one example a line, and cut it")
                 raw = line.removeprefix(_BOM) if number == 1 else line
                 try:
                     yield number, raw.decode()

@@ -15,6 +15,7 @@ from dlora.cloud.base_model import BaseModel, find_source, load_model
 from dlora.protocol import interrupts
 from dlora.protocol.errors import UsageError
 from dlora.protocol.kill_revive import GroupSpec
+from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.manifest import (
     MANIFEST_NAME,
     BaseModelSpec,
@@ -79,8 +80,8 @@ class ExportSettings:
 
     def check(self) -> None:
         """Raise ``UsageError`` for settings that cannot work; cheap, so that it comes before any loading."""
-        if self.rank < 1:
-            raise UsageError("--rank must be at least 1")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise UsageError(f"--rank must be at least 1 and at most {MAX_RANK}")
         if not 0 < self.alpha < float("inf"):
             raise UsageError("--alpha must be above 0")
         if self.target_modules is not None and not self.target_modules:

@@ -165,7 +165,8 @@ _STORAGE_ERRNOS: Final = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES,
 def run_command(command: Callable[[], None]) -> None:
     """Run a console command; turn a named error into one line on stderr and its exit code.
 
-    ``OSError`` from a full, read-only or forbidden disk counts as ``StorageError``. SIGTERM counts as Ctrl-C.
+    ``OSError`` from a full, read-only or forbidden disk counts as ``StorageError``, ``MemoryError`` as any
+    ``DloraError``. SIGTERM counts as Ctrl-C.
     Anything that we do not name is a bug and keeps its traceback.
     """
     interrupts.end_at_once()
@@ -181,6 +182,8 @@ def run_command(command: Callable[[], None]) -> None:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail(INTERRUPTED, INTERRUPTED_EXIT_CODE)
+    except MemoryError:
+        _fail("there is not enough memory for this; close other programs, or choose smaller settings", 1)
     except BrokenPipeError:
         # The reader of our stdout went away (`| head`): not an error, and nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

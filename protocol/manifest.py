@@ -18,6 +18,7 @@ import msgspec.inspect
 
 from .errors import BundleError
 from .kill_revive import GroupSpec
+from .limits import MAX_RANK
 from .version import BUNDLE_FORMAT
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -72,7 +73,7 @@ class BaseModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 class LoraSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PEFT's words: rank ``r``, ``lora_alpha`` and the ``target_modules`` that the user asked for."""
 
-    r: Positive
+    r: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
     lora_alpha: Annotated[float, msgspec.Meta(gt=0)]
     target_modules: tuple[str, ...]
 
@@ -119,6 +120,12 @@ class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     eos_token: str | None = None
     eos_token_id: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def all_stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        eos = () if self.eos_token_id is None else (self.eos_token_id,)
+        return tuple(dict.fromkeys((*self.stop_token_ids, *eos)))
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,0 +1,259 @@
+"""A child process for what a stranger's file makes a library do: it may ask for any memory, never end, or crash.
+
+A chat template is a program, a tokenizer nearly is one, and neither Jinja nor the tokenizers library has a limit. So
+they run in a forked child. It says where it is in a note that both processes see; whatever becomes of it is then one
+line that names that place. Memory is limited, time is not: a large data set takes long. *Standing still* is limited.
+docs/decisions/0030-strangers-files-in-a-child.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from dlora.protocol import errors
+from dlora.protocol.errors import DloraError, one_line
+
+Buffer = bytes | bytearray | memoryview
+Work = Callable[[bytes], Sequence[Buffer]]
+
+STANDSTILL_S: Final = 120
+LEAST_BYTES: Final = 1 << 30
+_TICK_S: Final = 1.0
+_NOTE: Final = struct.Struct("<QHH")  # how often it was written; length of the error's name, and of the place
+_NOTE_BYTES: Final = 16 << 10
+_LENGTH: Final = struct.Struct("<Q")
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+
+
+class Note:
+    """Where the child is, in memory that parent and child share."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _NOTE_BYTES)
+        self._count = 0
+
+    def at(self, place: str, blamed: type[DloraError]) -> None:
+        """Say what is read now, as the subject of a sentence, and what error it is if that never ends."""
+        name, text = blamed.__name__.encode(), place.encode(errors="replace")[: _NOTE_BYTES - 256]
+        self._count += 1
+        self._memory[_NOTE.size : _NOTE.size + len(name) + len(text)] = name + text
+        self._memory[: _NOTE.size] = _NOTE.pack(self._count, len(name), len(text))
+
+    @property
+    def count(self) -> int:
+        """How often something was said: as long as it grows, there is progress."""
+        return int(_NOTE.unpack(self._memory[: _NOTE.size])[0])
+
+    def error(self, what_happened: str) -> DloraError:
+        """The place, and what happened there."""
+        _, named, length = _NOTE.unpack(self._memory[: _NOTE.size])
+        text = self._memory[_NOTE.size : _NOTE.size + named + length]
+        kind = _ERRORS.get(text[:named].decode(), DloraError)
+        return _error(kind, f"{text[named:].decode(errors='replace')} {what_happened}", {})
+
+
+class Child:
+    """A forked process that answers calls until the context ends. Enter it before there are threads or an engine.
+
+    Args:
+        work: runs in the child, once a call; gets the call's bytes and returns buffers. Whatever it holds is the
+            child's own.
+        note: where it says where it is.
+
+    Ctrl-C and SIGTERM end the child with this process.
+    """
+
+    def __init__(self, work: Work, note: Note) -> None:
+        self._work = work
+        self._note = note
+        self._pid = 0
+
+    def __enter__(self) -> Child:
+        self._socket, theirs = socket.socketpair()
+        self._spare_bytes = spare_bytes()
+        # A signal between fork and what follows would unwind the parent's code in the child, or lose the child.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            self._pid = os.fork()
+            if self._pid == 0:
+                self._serve(theirs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        theirs.close()
+        self._socket.settimeout(_TICK_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+        if self._pid:
+            self._end()
+
+    def call(self, request: bytes = b"") -> list[bytearray]:
+        """What ``work`` returns for ``request``.
+
+        Raises whatever ``DloraError`` it raises, and the note's where it stands still, needs too much memory or dies.
+        """
+        try:
+            self._socket.sendall(_LENGTH.pack(len(request)) + request)
+            reply = msgspec.msgpack.decode(self._receive(), type=_Reply)
+            parts = [self._receive() for _ in range(reply.parts)]
+        except (EOFError, ConnectionError):
+            raise self._note.error(self._how_it_ended()) from None
+        if reply.out_of_memory:
+            raise self._note.error(_too_much_memory(self._spare_bytes))
+        if reply.bug:
+            raise RuntimeError(f"in the child process:\n{reply.bug}")
+        if reply.error:
+            raise _error(_ERRORS[reply.error], reply.text, reply.attributes)
+        return parts
+
+    def _receive(self) -> bytearray:
+        return self._exactly(_LENGTH.unpack(self._exactly(_LENGTH.size))[0])
+
+    def _exactly(self, size: int) -> bytearray:
+        content = bytearray(size)
+        view, still, count = memoryview(content), 0, -1
+        while view:
+            try:
+                received = self._socket.recv_into(view)
+                if not received:
+                    raise EOFError
+                view, still = view[received:], 0
+            except TimeoutError:
+                # Ticks are counted, not the clock: whoever stops both processes with Ctrl-Z may take their time.
+                still = still + 1 if self._note.count == count else 0
+                count = self._note.count
+                if still * _TICK_S >= STANDSTILL_S:
+                    raise self._note.error(
+                        f"took longer than {STANDSTILL_S} s; shorten it, or export the bundle again if its tokenizer "
+                        "or its chat template does not end"
+                    ) from None
+        return content
+
+    def _how_it_ended(self) -> str:
+        status = self._end()
+        if not os.WIFSIGNALED(status):
+            return f"ended the process that reads it (exit code {os.waitstatus_to_exitcode(status)})"
+        number = os.WTERMSIG(status)
+        if number in (signal.SIGABRT, signal.SIGKILL):  # Rust's allocator gives up; the system needs its memory back
+            return _too_much_memory(self._spare_bytes)
+        return f"crashed the library that reads it ({signal.Signals(number).name}); leave it out, or update dlora"
+
+    def _end(self) -> int:
+        """Kill and reap the child; its wait status."""
+        pid, self._pid = self._pid, 0
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if not done:
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+        return status
+
+    # -- in the child ------------------------------------------------------------------------------------
+
+    def _serve(self, theirs: socket.socket) -> NoReturn:
+        """Answer until the parent hangs up. Never returns: the parent's code above us is not ours to run."""
+        try:
+            self._socket.close()
+            _become_a_child(self._spare_bytes)
+            stream = theirs.makefile("rwb")
+            while size := stream.read(_LENGTH.size):
+                request = stream.read(_LENGTH.unpack(size)[0])
+                reply, parts = self._answer(request)
+                for part in (msgspec.msgpack.encode(reply), *parts):
+                    stream.write(_LENGTH.pack(memoryview(part).nbytes))
+                    stream.write(part)
+                stream.flush()
+        finally:
+            os._exit(0)
+
+    def _answer(self, request: bytes) -> tuple[_Reply, Sequence[Buffer]]:
+        try:
+            parts = self._work(request)
+            return _Reply(parts=len(parts)), parts
+        except DloraError as error:
+            return _Reply(error=type(error).__name__, text=one_line(str(error)), attributes=vars(error)), ()
+        except MemoryError:
+            return _Reply(out_of_memory=True), ()
+        except BaseException:
+            return _Reply(bug=traceback.format_exc()), ()
+
+
+class _Reply(msgspec.Struct, kw_only=True):
+    """How a call ended; ``parts`` buffers follow."""
+
+    parts: int = 0
+    error: str = ""
+    text: str = ""
+    attributes: dict[str, Any] = {}
+    out_of_memory: bool = False
+    bug: str = ""
+
+
+def spare_bytes() -> int:
+    """What a child may take beside what is mapped already: half of the memory that is available, but 1 GiB at least.
+
+    Half, because what it has read is there twice while it is handed over. 1 GiB, because a tokenizer of 256k words
+    takes 200 MB and a line of 1 MiB another 100; where there is less than that, the system ends the child first.
+    """
+    import psutil  # where it is used: it is slow to load
+
+    return max(LEAST_BYTES, int(psutil.virtual_memory().available) // 2)
+
+
+def _become_a_child(spare: int) -> None:
+    """Limits, and nothing of the parent's that shows: no words on its terminal, none of its signals."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # goes to the whole group; the parent ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)  # Rust says why it gives up
+    _limit(resource.RLIMIT_CORE, 0)  # text of the user's lies in this memory
+    if sys.platform == "linux":
+        _limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE + spare)
+        # Where memory does run out, or limits are ignored (qemu), let it be us whom the system ends.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
+        prctl = ctypes.CDLL(None).prctl
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(_PR_SET_DUMPABLE, 0)  # systems that pipe cores to a program ignore the limit
+
+
+def _limit(which: int, most: int) -> None:
+    with contextlib.suppress(OSError, ValueError):  # not every system has every limit
+        hard = resource.getrlimit(which)[1]
+        resource.setrlimit(which, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _too_much_memory(spare: int) -> str:
+    return (
+        f"needs more than the {spare >> 20} MiB of memory that this device has to spare for it; shorten it, close "
+        "other programs, or export the bundle again if its tokenizer or its chat template asks for so much"
+    )
+
+
+def _error(kind: type[DloraError], text: str, attributes: dict[str, Any]) -> DloraError:
+    # Not by calling it: some take more than a text.
+    error = kind.__new__(kind, text)
+    error.args = (text,)
+    vars(error).update(attributes)
+    return error
+
+
+_ERRORS: Final = {
+    name: found for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, DloraError)
+}

@@ -1,0 +1,7 @@
+"""Limits that stand at more than one door."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_RANK: Final = 4096  # of a LoRA: a typing slip, or a stranger's file, must not fill the memory
