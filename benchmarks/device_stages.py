@@ -105,7 +105,7 @@ def main() -> None:
         total_steps=options.steps,
         batch_size=2,
         grad_accum=1,
-        seed=0,
+        seed=(0,),
         rank=lora.r,
         lora_alpha=lora.lora_alpha,
         wire_dtype="fp16",

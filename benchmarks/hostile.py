@@ -121,7 +121,7 @@ def _trainer(bundle: Bundle, connection: Connection, options: argparse.Namespace
         total_steps=steps,
         batch_size=options.batch_size,
         grad_accum=1,
-        seed=0,
+        seed=(0,),
         rank=lora.r,
         lora_alpha=lora.lora_alpha,
         wire_dtype="fp16",

@@ -65,15 +65,15 @@ def main() -> None:
     bundle = Bundle.open(need_bundle(options.bundle))
     tokenizer = EdgeTokenizer.open(bundle)
     kept: dict[str, Any] = json.loads(options.keep.read_text()) if options.keep.exists() else {}
-    chosen = {name: RECIPES[name] for name in (options.only or RECIPES)}
+    chosen = options.only or list(RECIPES)
     with cloud_server(options.model, options.threads) as (url, _):
         for seed in options.seeds:
             train, test = _data(options, tokenizer, seed)
-            for name, kill_revive in chosen.items():
+            for name in chosen:
                 key = _key(name, seed, options)
                 if key in kept:
                     continue
-                kept[key] = _run(bundle, url, train, test, seed, kill_revive, options)
+                kept[key] = _run(bundle, url, train, test, seed, _kill_revive(name), options)
                 options.keep.parent.mkdir(parents=True, exist_ok=True)
                 options.keep.write_text(json.dumps(kept, indent=1) + "\n")
                 result = kept[key]
@@ -86,9 +86,14 @@ def main() -> None:
     print(json.dumps({**settings, "test_messages": options.test, "seeds": options.seeds, "recipes": table}, indent=1))
 
 
+def _kill_revive(name: str) -> KillReviveConfig:
+    """The settings of a recipe: 1/8 active where it says nothing else."""
+    return KillReviveConfig(**{"active_fraction": 0.125, **RECIPES[name]})
+
+
 def _key(name: str, seed: int, options: argparse.Namespace) -> str:
     """What a kept result is of: it holds only while the recipe, the defaults and the run's length are the same."""
-    settings = msgspec.json.encode(KillReviveConfig(**RECIPES[name]))
+    settings = msgspec.json.encode(_kill_revive(name))
     run = f"{options.steps} steps of {options.batch_size}, lr {options.lr}, {options.test} test"
     return f"{name} / seed {seed} / {run} / {hashlib.sha256(settings).hexdigest()[:8]}"
 
@@ -104,19 +109,19 @@ def _run(
     train: Dataset,
     test: Dataset,
     seed: int,
-    kill_revive: dict[str, Any],
+    kill_revive: KillReviveConfig,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     config = TrainConfig(
         total_steps=options.steps,
         batch_size=options.batch_size,
         grad_accum=1,
-        seed=seed,
+        seed=(seed,),
         rank=bundle.manifest.lora.r,
         lora_alpha=bundle.manifest.lora.lora_alpha,
         wire_dtype="fp16",
-        optimizer=OptimizerConfig(lr=options.lr, schedule="linear", warmup_steps=5),
-        kill_revive=KillReviveConfig(**kill_revive),
+        optimizer=OptimizerConfig(lr=options.lr, schedule="linear", warmup=5),
+        kill_revive=kill_revive,
     )
     started = time.perf_counter()
     with Connection(url) as connection:

@@ -134,7 +134,7 @@ def main() -> None:
         total_steps=10_000,
         batch_size=options.batch_size,
         grad_accum=1,
-        seed=0,
+        seed=(0,),
         rank=bundle.manifest.lora.r,
         lora_alpha=bundle.manifest.lora.lora_alpha,
         wire_dtype="fp16",

@@ -46,7 +46,9 @@ def main() -> None:
         ",".join(lora.target_modules), str(lora.r), str(lora.lora_alpha), "1e-3",
     )  # fmt: skip
     everything = KillReviveConfig(active_fraction=1.0)
-    eighth = KillReviveConfig(warmup_steps=options.warmup, warmup_fraction=0.0, ramp_fraction=0.0)
+    eighth = KillReviveConfig(
+        active_fraction=0.125, warmup_steps=options.warmup, warmup_fraction=0.0, ramp_fraction=0.0
+    )
     with cloud_server(options.model, options.threads) as (url, _):
         times: dict[str, list[float]] = {"peft": [], "split_all": [], "split_kr": []}
         rows: dict[str, list[Any]] = {"split_all": [], "split_kr": []}
@@ -119,7 +121,7 @@ def _trainer(
         total_steps=10 * (options.warmup + options.steps + 1),
         batch_size=options.batch_size,
         grad_accum=1,
-        seed=0,
+        seed=(0,),
         rank=bundle.manifest.lora.r,
         lora_alpha=bundle.manifest.lora.lora_alpha,
         wire_dtype=options.wire_dtype,

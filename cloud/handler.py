@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed
 
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
-from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError, UsageError
+from dlora.protocol.errors import DivergedError, RemoteProtocolError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Role, Session, choose_version
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
@@ -225,7 +225,7 @@ async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -
         )  # fmt: skip
     except (DeviceGoneError, DeviceGaveUpError) as error:
         logger.info("session %s: ended at step %d: the device left: %s", name, session.step, printable(str(error)))
-    except ProtocolError as error:
+    except (RemoteProtocolError, DivergedError) as error:
         why = as_refusal(error)
         level = logging.INFO if why.retryable else logging.WARNING
         logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, printable(str(why)))
@@ -242,12 +242,9 @@ async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -
         live.transport.end(why or DeviceGoneError("the session is closed"))
 
 
-def as_refusal(error: ProtocolError) -> RemoteProtocolError:
+def as_refusal(error: RemoteProtocolError | DivergedError) -> RemoteProtocolError:
     """What a device is told of an error that ends its session."""
-    if isinstance(error, RemoteProtocolError):
-        return error
-    assert isinstance(error, LocalProtocolError)
-    return RemoteProtocolError(str(error), m.ErrorCode.NON_FINITE)
+    return error if isinstance(error, RemoteProtocolError) else RemoteProtocolError(str(error), m.ErrorCode.NON_FINITE)
 
 
 def opening_limit(base: BaseModel) -> int:

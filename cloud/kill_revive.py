@@ -1,13 +1,7 @@
 """Kill and Revive's controller: from the device's scores to the state of every unit in the next step.
 
 One rule holds at every step: exactly ``budget(step)`` units are ACTIVE. The rest follows from three questions,
-asked for the step ``t`` that comes next (docs/kill-and-revive.md tells the whole story):
-
-::
-
-    warm-up          ramp                    steady                                  quiet
-    0 ─────────── warmup ──────────── settled ──┬────────┬────────┬──────── last_change ──── total
-    all ACTIVE       budget N -> k, cubic      ticks, each kill_every / revive_every    no change
+asked for the step ``t`` that comes next (docs/kill-and-revive.md tells the whole story, ``Schedule`` has the times):
 
 1. Does a fade end?          FADING -> KILLED.
 2. Is the budget exceeded?   The lowest ranked go, at once; only the ramp has such steps.
@@ -28,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dlora.protocol.errors import RemoteProtocolError
-from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, UnitState, group_units
+from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, Schedule, UnitState, group_units
 
 from .ticket import OVERHEAD_BYTES, open_ticket, seal_ticket
 
@@ -40,53 +34,6 @@ DRAW_FLOOR: Final = 0.1
 DRAW_IDLE_TICKS: Final = 4
 
 _KILLED, _ACTIVE, _FADING, _HELD = (np.uint8(state) for state in UnitState)
-
-
-class Schedule:
-    """When what happens in a run of ``total_steps`` steps with ``units`` units; see the picture above.
-
-    Attributes:
-        floor: k, the budget once the ramp is over.
-        warmup: the first step for which a unit may be killed.
-        settled: the first step whose budget is k.
-        last_change: the last step at whose start a state may change.
-    """
-
-    def __init__(self, config: KillReviveConfig, units: int, total_steps: int) -> None:
-        self.config = config
-        self.units = units
-        self.floor = min(units, config.budget_floor(units))
-        quiet_steps = max(1, math.floor(config.quiet_fraction * total_steps + 1e-9))
-        self.last_change = max(0, total_steps - quiet_steps)
-        self.warmup = max(config.warmup_steps, math.ceil(config.warmup_fraction * total_steps - 1e-9))
-        ramp_end = min(math.ceil(config.ramp_fraction * total_steps - 1e-9), self.last_change)
-        self.settled = max(self.warmup, ramp_end)
-
-    def budget(self, step: int) -> int:
-        """b(t): how many units are ACTIVE in ``step``; AdaLoRA's cubic schedule (arXiv 2303.10512)."""
-        step = min(step, self.last_change)
-        if step < self.warmup:
-            return self.units
-        if step >= self.settled:
-            return self.floor
-        left = 1.0 - (step - self.warmup) / (self.settled - self.warmup)
-        return self.floor + math.ceil((self.units - self.floor) * left**3 - 1e-9)
-
-    def is_kill_tick(self, step: int) -> bool:
-        """Whether trials are judged at ``step``: each kill_every steps, and a last time before the quiet phase."""
-        return self._ticks(step, self.config.kill_every) or self.settled < step == self.last_change
-
-    def is_revive_tick(self, step: int) -> bool:
-        """Whether trials may begin at ``step``: only if they can end before the quiet phase."""
-        config = self.config
-        return self._ticks(step, config.revive_every) and step + max(1, config.probation) <= self.last_change
-
-    def can_fade(self, step: int) -> bool:
-        """Whether a fade that begins at ``step`` ends by ``settled``: later, traffic is promised to be k units'."""
-        return step + self.config.kill_every <= self.settled
-
-    def _ticks(self, step: int, every: int) -> bool:
-        return every > 0 and self.settled < step <= self.last_change and (step - self.settled) % every == 0
 
 
 class Controller:
@@ -223,11 +170,11 @@ class Controller:
         return config.score in ("static", "last") or self.schedule.floor == self._states.size
 
     def _fixed_set(self) -> npt.NDArray[np.bool_]:
-        if self.config.active_fraction >= 1.0:
-            return np.ones(self._states.size, np.bool_)
         chosen = self._pinned.copy()
         if self.config.score == "static":
             chosen[list(self.config.static)] = True
+        elif self.schedule.floor == chosen.size:
+            chosen[:] = True
         else:
             others = np.flatnonzero(~chosen)[::-1]
             chosen[others[: self.schedule.floor - int(chosen.sum())]] = True

@@ -13,6 +13,8 @@ import numpy as np
 from dlora.protocol.kill_revive import GroupSpec, UnitKind, UnitState, group_units
 from dlora.protocol.tensors import ByteArray, FloatArray
 
+from .seeds import Seed
+
 
 @dataclass
 class Parameter:
@@ -92,12 +94,12 @@ class AdapterSet:
         *,
         rank: int,
         scaling: float,
-        seed: int,
+        seed: Seed,
         unit: UnitKind,
         kill_every: int,
     ) -> AdapterSet:
         """Fresh adapters, as PEFT starts them: A uniform in ±1/sqrt(in_features) (Kaiming, a = sqrt 5), B zero."""
-        rng = np.random.default_rng([seed, 0xA])
+        rng = np.random.default_rng([*seed, 0xA])
         made = []
         for group in groups:
             bound = group.in_features**-0.5

@@ -12,6 +12,7 @@ from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.tensors import IntArray
 
 from .data import Dataset, Example
+from .seeds import Seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Batches:
         batch_size: sequences of a micro-batch; grad_accum: micro-batches of a step.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, grad_accum: int, seed: int) -> None:
+    def __init__(self, dataset: Dataset, batch_size: int, grad_accum: int, seed: Seed) -> None:
         if batch_size < 1 or grad_accum < 1:
             raise ValueError("batch_size and grad_accum must be at least 1")
         self._dataset = dataset
@@ -97,7 +98,7 @@ class Batches:
 
     def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._permutation is None or self._permutation[0] != epoch:
-            drawn = np.random.default_rng([self._seed, epoch]).permutation(len(self._dataset))
+            drawn = np.random.default_rng([*self._seed, epoch]).permutation(len(self._dataset))
             self._permutation = (epoch, drawn.astype(np.int64, copy=False))
         return self._permutation[1]
 

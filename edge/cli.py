@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dlora.protocol.errors import UsageError
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.version import SOFTWARE_VERSION
 
@@ -73,6 +71,13 @@ class OnKill(StrEnum):
     hold_forward = "hold_forward"
 
 
+class Keep(StrEnum):
+    """Which adapter a run saves in the end."""
+
+    last = "last"
+    best = "best"
+
+
 class TooLong(StrEnum):
     """What happens to examples longer than --max-length."""
 
@@ -115,12 +120,14 @@ MaxRetryOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-MaxLengthOption = Annotated[int, typer.Option(help="Longest example, in tokens.", min=2)]
+MaxLengthOption = Annotated[
+    int | None, typer.Option(help="Longest example, in tokens; 512 by default, or what the model takes.", min=2)
+]
 TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: refuse, cut or leave out.")]
 ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
 
 # A typing slip must not fill the memory, and the wire takes no more.
-MAX_UNIT, MAX_THREADS = 65_535, 1024
+MAX_THREADS = 1024
 MAX_COUNT, MAX_SEED = 10**9, 2**32 - 1
 KR = "Kill and Revive"
 
@@ -159,7 +166,7 @@ def train(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.", min=1)] = 4,
     grad_accum: Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)] = 1,
-    max_length: MaxLengthOption = 512,
+    max_length: MaxLengthOption = None,
     too_long: TooLongOption = TooLong.error,
     columns: ColumnsOption = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0, max=1e3)] = 1e-3,
@@ -171,11 +178,30 @@ def train(
     max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.", min=0.0)] = 1.0,
     rank: Annotated[int | None, typer.Option(help="LoRA rank; the bundle's by default.", min=1, max=MAX_RANK)] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha; the bundle's by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of initialisation, data order and draws.", min=0, max=MAX_SEED)] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="The same number gives the same run again. By default random, and known to this device only.",
+            min=0,
+            max=MAX_SEED,
+        ),
+    ] = None,
     init_adapter: Annotated[Path | None, typer.Option(help="Start from this PEFT LoRA adapter.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     save_every: Annotated[int, typer.Option(help="Save checkpoint and adapter every so many steps.", min=1)] = 50,
-    eval_every: Annotated[int, typer.Option(help="Evaluate every so many steps; 0: before and after.", min=0)] = 0,
+    eval_every: Annotated[
+        int,
+        typer.Option(
+            help="Evaluate every so many steps; 0: before and after, or with --keep best or --patience ten times.",
+            min=0,
+        ),
+    ] = 0,
+    keep: Annotated[
+        Keep, typer.Option(help="Which adapter to save in the end: the last, or the one best on --eval.")
+    ] = Keep.last,
+    patience: Annotated[
+        int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
+    ] = None,
     wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
     threads: ThreadsOption = 0,
     engine: EngineOption = EngineChoice.auto,
@@ -191,8 +217,14 @@ def train(
     pause_when: Annotated[list[str] | None, typer.Option("--pause-when", help=pause.HELP)] = None,
     json_output: JsonOption = False,
     active_fraction: Annotated[
-        float, typer.Option(help="Share of units that stay active; 1: all.", min=0.0, max=1.0, rich_help_panel=KR)
-    ] = 0.125,
+        float,
+        typer.Option(
+            help="Share of units that stay active; 1: all. Less saves traffic and costs quality.",
+            min=0.0,
+            max=1.0,
+            rich_help_panel=KR,
+        ),
+    ] = 1.0,
     kr_score: Annotated[Score, typer.Option(help="What units are ranked by.", rich_help_panel=KR)] = Score.change,
     kr_unit: Annotated[UnitKind, typer.Option(help="What is switched.", rich_help_panel=KR)] = UnitKind.block,
     kr_warmup_steps: Annotated[
@@ -230,90 +262,52 @@ def train(
 
     Example:  dlora-edge train --bundle build/smollm2 --server ws://127.0.0.1:8765 --data chat.jsonl --out my-adapter
     """
-    from dlora.protocol.kill_revive import KillReviveConfig
-
-    from .bundle import Bundle
-    from .config import TrainConfig
-    from .dialing import Liveness, check_url
-    from .identity import load_device_id
-    from .loading import Reading, load_datasets
-    from .optimizer import OptimizerConfig
+    options = locals()
     from .report import Reporter
-    from .rows import parse_columns
+    from .run_file import RunSettings
+    from .train_command import run_train
 
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UsageError("--alpha must be above 0")
-    if eval_every and eval_data is None:
-        raise UsageError("--eval-every needs --eval, the data to evaluate on")
     reporter = Reporter(json_output=json_output)
-    pause_rules = pause.PauseRules.parse(pause_when or [])
-    credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
-    check_url(server)
-    opened = Bundle.open(bundle)
-    spec = opened.manifest
-    fields = parse_columns(columns) if columns else None
-    paths = [data, eval_data] if eval_data else [data]
-    dataset, *others = load_datasets(Reading(opened, paths, fields, max_length, too_long.value))
-    held_out = others[0] if others else None
-    # Not before: data sets are read while this process is small and has no threads.
-    from .training import TrainRun, total_steps
-    from .training import train as run_training
+    settings = RunSettings.of(options)
+    reporter.finish(run_train(settings, resume=resume, reporter=reporter))
 
-    whole = total_steps(dataset, epochs=epochs, steps=steps, batch_size=batch_size, grad_accum=grad_accum)
-    config = TrainConfig(
-        total_steps=whole,
-        batch_size=batch_size,
-        grad_accum=grad_accum,
-        seed=seed,
-        rank=rank or spec.lora.r,
-        lora_alpha=alpha if alpha is not None else spec.lora.lora_alpha,
-        wire_dtype=wire_dtype.value,
-        optimizer=OptimizerConfig(
-            lr=lr,
-            schedule=schedule.value,
-            warmup_steps=round(warmup * whole) if warmup < 1 else round(warmup),
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-        ),
-        kill_revive=KillReviveConfig(
-            active_fraction=active_fraction,
-            score=kr_score.value,
-            unit=kr_unit.value,
-            warmup_steps=kr_warmup_steps,
-            ramp_fraction=kr_ramp_fraction,
-            kill_every=kr_kill_every,
-            revive_every=kr_revive_every,
-            revive_share=kr_revive_share,
-            probation=kr_probation,
-            hysteresis=kr_hysteresis,
-            on_kill=kr_on_kill.value,
-            cost_aware=kr_cost_aware,
-            spread=kr_spread,
-            pinned=parse_units(pin, "--pin"),
-            static=parse_units(static_units, "--static-units"),
-        ),
-    )
-    run = TrainRun(
-        bundle=opened,
-        server=server,
-        dataset=dataset,
-        config=config,
-        out=out,
-        eval_dataset=held_out,
-        eval_every=eval_every,
-        save_every=save_every,
-        init_adapter=init_adapter,
-        resume=resume,
-        threads=threads,
-        engine=engine.value,
-        credentials=credentials,
-        device=load_device_id(warn=reporter.warn),
-        max_retry_s=max_retry_s,
-        liveness=Liveness(exchange_s=exchange_timeout_s),
-        pause=pause_rules,
-    )
-    summary = run_training(run, reporter)
-    reporter.finish(summary)
+
+@app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(help="The --out of a run.")],
+    steps: Annotated[
+        int | None, typer.Option(help="Make a finished run longer: its steps in all.", min=1, max=MAX_COUNT)
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="The same as passes over the data.", min=0.0)] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
+    ] = None,
+    server: Annotated[str | None, typer.Option(help="Another server than before.")] = None,
+    token_file: TokenFileOption = None,
+    max_retry_s: MaxRetryOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Go on with a run where it stopped, with the settings that it began with (run.json in its directory).
+
+    A finished run can be made longer: with --steps or --epochs, the steps that come on top are a run of their own that
+    begins with the weights and AdamW's state of the old one; schedules, and Kill and Revive, begin anew.
+
+    Example:  dlora-edge resume my-adapter --steps 400
+    """
+    from .report import Reporter
+    from .train_command import run_train, settings_of_run
+
+    reporter = Reporter(json_output=json_output)
+    changes = {
+        "steps": steps,
+        "epochs": epochs,
+        "patience": patience,
+        "server": server,
+        "token_file": token_file and str(token_file.absolute()),
+        "max_retry_s": max_retry_s,
+    }
+    settings = settings_of_run(directory, changes)
+    reporter.finish(run_train(settings, resume=True, reporter=reporter))
 
 
 @app.command()
@@ -323,7 +317,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Data to evaluate on, as for train.")],
     adapter: Annotated[Path | None, typer.Option(help="PEFT adapter; none: the base model.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
-    max_length: MaxLengthOption = 512,
+    max_length: MaxLengthOption = None,
     too_long: TooLongOption = TooLong.error,
     columns: ColumnsOption = None,
     wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
@@ -341,7 +335,7 @@ def evaluate(
     from dataclasses import asdict
 
     from .bundle import Bundle
-    from .loading import Reading, load_datasets
+    from .loading import Reading, load_datasets, usable_length
     from .report import Reporter
     from .rows import parse_columns
 
@@ -349,8 +343,9 @@ def evaluate(
     credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
     opened = Bundle.open(bundle)
     fields = parse_columns(columns) if columns else None
-    (dataset,) = load_datasets(Reading(opened, [data], fields, max_length, too_long.value))
-    from .trainer import evaluate as run_evaluation
+    longest = usable_length(max_length, opened.manifest)
+    (dataset,) = load_datasets(Reading(opened, [data], fields, longest, too_long.value))
+    from .evaluation import evaluate as run_evaluation
 
     with (
         _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model,
@@ -479,18 +474,6 @@ def _warn(line: str) -> None:
     from .report import Reporter
 
     Reporter().warn(line)
-
-
-def parse_units(text: str, option: str) -> tuple[int, ...]:
-    """``"0,3,26-29"`` to ``(0, 3, 26, 27, 28, 29)``."""
-    units: set[int] = set()
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        first, dash, last = part.partition("-")
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) <= MAX_UNIT):
-            raise UsageError(f"{option} {text!r}: write units as 0,3,26-29")
-        units.update(range(int(first), int(last) + 1))
-    return tuple(sorted(units))
 
 
 def _print(report: dict[str, Any], json_output: bool, show: Any) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any, Final
 
 import msgspec
 
+from dlora.protocol.errors import UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.tensors import WireDtype
 
 from .optimizer import OptimizerConfig
+from .seeds import Seed
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,14 +21,17 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         total_steps: optimizer steps of the whole run.
+        first_step: where this part of it begins: 0, or the end of a run that was made longer. Schedules, and Kill and
+            Revive, begin anew there.
         batch_size: sequences of a micro-batch; grad_accum: micro-batches of a step.
-        seed: of adapter initialisation, data order and kill-and-revive's draws.
+        seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
     """
 
     total_steps: int
+    first_step: int = 0
     batch_size: int
     grad_accum: int
-    seed: int
+    seed: Seed
     rank: int
     lora_alpha: float
     wire_dtype: WireDtype
@@ -36,9 +42,97 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     def scaling(self) -> float:
         return self.lora_alpha / self.rank
 
+    @property
+    def steps(self) -> int:
+        """Steps of this part of the run."""
+        return self.total_steps - self.first_step
 
-def run_digest(config: TrainConfig, manifest: Manifest, data_fingerprint: str) -> str:
-    """What a run is: settings, target modules, base model, head and data. A checkpoint goes on only with the same."""
-    base, head = manifest.base_model.fingerprint, manifest.head.dtype
-    whole = msgspec.json.encode((config, manifest.groups, base, head, data_fingerprint), order="deterministic")
-    return hashlib.sha256(whole).hexdigest()
+
+def go_on_with(config: TrainConfig, before: TrainConfig, next_step: int) -> TrainConfig:
+    """``config`` for a run of ``before`` that goes on at ``next_step``.
+
+    What the user left open is as it was. A finished run that is to have more steps begins a new part at its end.
+    Raises ``UsageError`` where one that is not finished is to be made longer.
+    """
+    first_step = before.first_step
+    if config.total_steps > before.total_steps:
+        if next_step < before.total_steps:
+            raise UsageError(
+                f"this run is at step {next_step:,} of {before.total_steps:,}, and only a finished one can be made "
+                "longer; finish it first: dlora-edge resume DIRECTORY"
+            )
+        first_step = before.total_steps
+    return msgspec.structs.replace(config, seed=config.seed or before.seed, first_step=first_step)
+
+
+class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes a run's bits. A checkpoint goes on only with the same.
+
+    Attributes:
+        base_model: fingerprint; head: how the LM head is stored; groups: SHA-256 of the exchange groups; data:
+            fingerprint of the training data.
+    """
+
+    config: TrainConfig
+    base_model: str
+    head: str
+    groups: str
+    data: str
+
+    @classmethod
+    def of(cls, config: TrainConfig, manifest: Manifest, data: str) -> RunIdentity:
+        groups = hashlib.sha256(msgspec.json.encode(manifest.groups, order="deterministic")).hexdigest()
+        return cls(
+            config=config,
+            base_model=manifest.base_model.fingerprint,
+            head=manifest.head.dtype,
+            groups=groups,
+            data=data,
+        )
+
+    def differences(self, other: RunIdentity) -> list[str]:
+        """What ``other`` has otherwise, for people: the option, what it is here and what it is there."""
+        mine, theirs = _flat(msgspec.to_builtins(self)), _flat(msgspec.to_builtins(other))
+        return [
+            _WHOLE.get(name) or f"{_option(name)} {_shown(mine[name])}, not {_shown(theirs[name])}"
+            for name in mine
+            if mine[name] != theirs[name]
+        ]
+
+
+# Digests say nothing to people.
+_WHOLE: Final = {
+    "base_model": "another base model",
+    "groups": "other target modules (--bundle)",
+    "data": "other training data (--data, --max-length, --too-long)",
+}
+_OPTIONS: Final = {
+    "head": "the bundle's head is",
+    "config.total_steps": "--steps (or what --epochs came to)",
+    "config.lora_alpha": "--alpha",
+    "config.kill_revive.active_fraction": "--active-fraction",
+    "config.kill_revive.pinned": "--pin",
+    "config.kill_revive.static": "--static-units",
+}
+
+
+def _option(name: str) -> str:
+    """The command line's name of a setting."""
+    if name in _OPTIONS:
+        return _OPTIONS[name]
+    path, _, last = name.rpartition(".")
+    prefix = "kr-" if path.endswith("kill_revive") else ""
+    return f"--{prefix}{last.replace('_', '-')}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "(none)"
+    return str(value)

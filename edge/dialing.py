@@ -22,6 +22,7 @@ from websockets.sync.client import ClientConnection, connect
 from dlora.protocol import messages as m
 from dlora.protocol.errors import (
     ConnectionFailedError,
+    DivergedError,
     DloraError,
     ModelMismatchError,
     ProtocolError,
@@ -220,7 +221,9 @@ def refusal_of(error: m.Error, url: str) -> DloraError:
             return ModelMismatchError(f"{text}; serve the model that the bundle was exported from")
         case m.ErrorCode.VERSION:
             return ProtocolError(f"{text}; update the older side")
-        case m.ErrorCode.PROTOCOL | m.ErrorCode.NON_FINITE | m.ErrorCode.DAMAGED:
+        case m.ErrorCode.NON_FINITE:
+            return DivergedError(text)
+        case m.ErrorCode.PROTOCOL | m.ErrorCode.DAMAGED:
             return ProtocolError(text)
         case _:
             return RefusedError(text, error.code, retryable=error.retryable, retry_after_s=error.retry_after_s)

@@ -46,7 +46,7 @@ def open_model(
     config = KillReviveConfig(unit="group", score="static", static=tuple(live), active_fraction=0.0)
     rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.lora.r
     adapters = AdapterSet.create(
-        manifest.groups, rank=rank, scaling=manifest.lora.lora_alpha / rank, seed=0, unit="group", kill_every=1
+        manifest.groups, rank=rank, scaling=manifest.lora.lora_alpha / rank, seed=(0,), unit="group", kill_every=1
     )
     if loaded is not None:
         load_weights(adapters, loaded)

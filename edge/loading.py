@@ -11,13 +11,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dlora.protocol.errors import BundleError, DataError
+from dlora.protocol.errors import BundleError, DataError, UsageError
+from dlora.protocol.manifest import Manifest
 
 from .bundle import Bundle
 from .child import Buffer, Child, Note
 from .data import Dataset, TooLong, load_examples
 
 TOKENIZER_PLACE: Final = "the bundle's tokenizer"
+USUAL_LENGTH: Final = 512
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,17 @@ class Reading:
     columns: Mapping[str, str] | None
     max_length: int
     too_long: TooLong
+
+
+def usable_length(asked: int | None, manifest: Manifest) -> int:
+    """The most tokens of an example: what was asked for, else ``USUAL_LENGTH`` or what the base model takes, if less.
+
+    Raises ``UsageError`` where more is asked for than the base model takes.
+    """
+    longest = manifest.base_model.max_sequence_length
+    if asked is not None and asked > longest:
+        raise UsageError(f"--max-length {asked} is over the {longest} tokens that the base model takes; lower it")
+    return min(asked or USUAL_LENGTH, longest)
 
 
 def load_datasets(reading: Reading) -> list[Dataset]:

@@ -7,7 +7,7 @@ import math
 import msgspec
 import numpy as np
 
-from dlora.protocol.errors import DloraError
+from dlora.protocol.errors import DivergedError
 from dlora.protocol.kill_revive import UnitState
 
 from .adapters import AdapterSet, Parameter
@@ -16,16 +16,24 @@ from .schedule import ScheduleName, learning_rate
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """AdamW's settings, with torch's names and defaults where it has them."""
+    """AdamW's settings, with torch's names and defaults where it has them.
+
+    Attributes:
+        warmup: steps of linear warm-up, or a share of all steps where it is below 1.
+    """
 
     lr: float = 1e-3
     schedule: ScheduleName = "constant"
-    warmup_steps: int = 0
+    warmup: float = 0.0
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of ``total_steps``."""
+        return round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
 
 
 class AdamW:
@@ -46,14 +54,14 @@ class AdamW:
             step,
             base=config.lr,
             schedule=config.schedule,
-            warmup_steps=config.warmup_steps,
+            warmup_steps=config.warmup_steps(self._total_steps),
             total_steps=self._total_steps,
         )
 
     def step(self, adapters: AdapterSet, step: int) -> float:
         """Clip, then step every active unit; returns the gradients' norm before clipping.
 
-        Raises ``DloraError`` if the gradients are not finite; nothing has changed then.
+        Raises ``DivergedError`` if the gradients are not finite; nothing has changed then.
         """
         active = [unit for unit in adapters.units if unit.state is UnitState.ACTIVE]
         trained = [(unit, adapter) for unit in active for adapter in adapters.of_unit(unit)]
@@ -65,10 +73,7 @@ class AdamW:
         ]
         norm = math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in parameters if p.grad is not None))
         if not math.isfinite(norm):
-            raise DloraError(
-                f"training diverged at step {step}: the gradients are not finite; go on from the last checkpoint "
-                "with --resume, or start anew with a lower --lr"
-            )
+            raise DivergedError("NaN or infinity in the gradients")
         limit = self.config.max_grad_norm
         clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
         lr = self.lr(step)

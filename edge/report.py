@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain outpu
     from rich.progress import Progress, TaskID
 
 _SMOOTHING = 0.9
+_STEPS_FOR_AN_ESTIMATE = 3
 
 
 class Reporter:
@@ -41,7 +42,7 @@ class Reporter:
         self._console: Console | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._pace = _Pace()
+        self._pace, self._steps = _Pace(), 0
         self._history: list[tuple[int, ByteArray]] = []
 
     def say(self, text: str) -> None:
@@ -61,7 +62,7 @@ class Reporter:
     @contextmanager
     def training(self, total_steps: int, first_step: int = 0) -> Iterator[None]:
         """Show progress inside; ``step`` moves it."""
-        self._pace = _Pace()
+        self._pace, self._steps = _Pace(), 0
         if self._every is None:
             self._every = max(1, total_steps // 20)
         with self._live("train", total_steps, first_step):
@@ -76,6 +77,10 @@ class Reporter:
         """Show a step."""
         self._pace.add(metrics)
         self.remember(metrics)
+        self._steps += 1
+        left = metrics.total_steps - metrics.step - 1
+        if self._steps == _STEPS_FOR_AN_ESTIMATE and left:
+            self.say(f"expected time: {_duration(self._pace.step_s * left)} for the {left:,} steps that are left")
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=metrics.step + 1, status=self._status(metrics))
             return

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +15,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.errors import (
     CheckpointError,
     DataError,
+    DivergedError,
     DloraError,
     ModelMismatchError,
     SessionLostError,
@@ -24,16 +25,18 @@ from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import FloatArray
 
 from .adapters import Adapter, AdapterSet, Parameter
-from .batches import Batches, MicroBatch, evaluation_batches
+from .batches import Batches, MicroBatch
 from .bundle import Bundle
 from .checkpoint import Checkpoint, save_checkpoint
-from .config import TrainConfig, run_digest
+from .config import RunIdentity, TrainConfig
 from .connection import Connection
 from .data import Dataset
 from .engine import Engine
+from .evaluation import Evaluation, evaluate
 from .metrics import StepMetrics
 from .optimizer import AdamW
-from .peft_adapter import LoadedAdapter, SavedModule, save_adapter
+from .peft_adapter import LoadedAdapter, SavedModule, load_adapter, save_adapter
+from .seeds import seed_for_server
 from .sensitivity import ModuleScore, Scorer
 from .split_model import SplitModel, unit_states
 
@@ -45,13 +48,14 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         next_step: the step that comes next.
+        run: whose step that is.
         ticket: the controller's state, before the report of the last step where that is ``unanswered``.
         fade_ages, adam_steps, states: one a unit.
         unanswered: whether the last step's report must be sent again; its scores are among the tensors.
     """
 
     next_step: int
-    digest: str
+    run: RunIdentity
     ticket: bytes
     unanswered: bool = False
     states: list[int]
@@ -59,23 +63,12 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
     adam_steps: list[int]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss a labelled token, share of tokens predicted right, and share of examples wholly right."""
-
-    loss: float
-    token_accuracy: float
-    exact_match: float
-    tokens: int
-    examples: int
-
-
 class Trainer:
     """One training run against one server.
 
     Args:
         init: a PEFT adapter to start from.
-        checkpoint: a checkpoint of this very run to go on from.
+        checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.first_step`` is there.
 
     Attributes:
         next_step: the step that comes next.
@@ -110,8 +103,8 @@ class Trainer:
             raise UsageError("no unit would be trained: name some with --static-units, or raise --active-fraction")
         if init is not None:
             load_weights(self.adapters, init)
-        self.digest = run_digest(config, manifest, dataset.fingerprint)
-        self.next_step = 0
+        self.identity = RunIdentity.of(config, manifest, dataset.fingerprint)
+        self.next_step = config.first_step
         self.steps_rerun = 0
         # The report of the last committed step, until its signal has come.
         self._unanswered: FloatArray | None = None
@@ -121,7 +114,7 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
-        self.optimizer = AdamW(engine, config.optimizer, config.total_steps)
+        self.optimizer = AdamW(engine, config.optimizer, config.steps)
         self._scorer = Scorer(config.kill_revive.score)
         self.model = SplitModel(
             bundle, engine, connection, self.adapters,
@@ -143,10 +136,13 @@ class Trainer:
         before, computed = _counters(self.connection), self.model.compute_seconds
         batches = self.batches.step_batches(step)
         labelled = sum(len(batch.labels) for batch in batches)
-        losses = self._exchange(step, batches, labelled)
+        with self._naming_the_step():
+            losses = self._exchange(self._session_step, batches, labelled)
         states = self.adapters.states()
         optimizing = time.perf_counter()
-        scores, norm = self._optimize(step)
+        learning_rate = self.optimizer.lr(self._session_step)
+        with self._naming_the_step():
+            scores, norm = self._optimize(self._session_step)
         optimized = time.perf_counter() - optimizing
         # Committed: from here on this step is done, whatever happens to the connection.
         self.next_step = step + 1
@@ -161,7 +157,7 @@ class Trainer:
             step=step,
             total_steps=self.config.total_steps,
             loss=losses / labelled,
-            learning_rate=self.optimizer.lr(step),
+            learning_rate=learning_rate,
             grad_norm=norm,
             tokens=sum(len(batch.ids) for batch in batches),
             labelled=labelled,
@@ -195,7 +191,7 @@ class Trainer:
         assert self._ticket is not None
         state = TrainerState(
             next_step=self.next_step,
-            digest=self.digest,
+            run=self.identity,
             ticket=self._ticket,
             states=[int(unit.state) for unit in units],
             fade_ages=[unit.fade_age for unit in units],
@@ -213,7 +209,6 @@ class Trainer:
     def save_adapter(self, directory: Path) -> None:
         """Write the live units as a PEFT adapter; a fading unit's scale is folded into its B."""
         self.settle()
-        lora = self.bundle.manifest.lora
         modules = []
         for group, members in enumerate(self.adapters.groups):
             scale = np.float32(self.adapters.scale(group))
@@ -222,17 +217,39 @@ class Trainer:
                     SavedModule(a.name, a.lora_A.value, a.lora_B.value * scale if scale < 1 else a.lora_B.value)
                     for a in members
                 ]
+        self._save_modules(directory, modules)
+
+    def copy_adapter(self, source: Path, directory: Path) -> None:
+        """Write an adapter of this run again, elsewhere."""
+        self._save_modules(directory, list(load_adapter(source).modules.values()))
+
+    # -- inside ------------------------------------------------------------------------------------------
+
+    def _save_modules(self, directory: Path, modules: list[SavedModule]) -> None:
         save_adapter(
             directory,
             modules,
             r=self.config.rank,
             lora_alpha=self.config.lora_alpha,
             base_model_name=self.bundle.manifest.base_model.name,
-            target_modules=list(lora.target_modules),
+            target_modules=list(self.bundle.manifest.lora.target_modules),
             fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
         )
 
-    # -- inside ------------------------------------------------------------------------------------------
+    @property
+    def _session_step(self) -> int:
+        """The step that comes next, as schedules and the server count: from the beginning of this part of the run."""
+        return self.next_step - self.config.first_step
+
+    @contextmanager
+    def _naming_the_step(self) -> Iterator[None]:
+        try:
+            yield
+        except DivergedError as error:
+            raise DivergedError(
+                f"training diverged at step {self.next_step}: {error}; start anew in another --out with a lower --lr "
+                f"than {self.config.optimizer.lr:g}: this run would diverge again"
+            ) from None
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -310,9 +327,9 @@ class Trainer:
                 groups=manifest.groups,
                 wire_dtype=self.config.wire_dtype,
                 kill_revive=self.config.kill_revive,
-                seed=self.config.seed,
-                total_steps=self.config.total_steps,
-                next_step=self.next_step - (self._unanswered is not None),
+                seed=seed_for_server(self.config.seed),
+                total_steps=self.config.steps,
+                next_step=self._session_step - (self._unanswered is not None),
                 ticket=self._ticket,
             )
         )
@@ -332,7 +349,7 @@ class Trainer:
     def _send_report(self) -> None:
         """Send the last step's report, until its signal has come."""
         if self._unanswered is not None:
-            self.model.report(self.next_step - 1, self._unanswered)
+            self.model.report(self._session_step - 1, self._unanswered)
 
     def _obey(self, signal: m.Signal) -> None:
         self.adapters.obey(unit_states(signal))
@@ -340,16 +357,10 @@ class Trainer:
         self._unanswered = None
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        try:
-            state = msgspec.convert(checkpoint.state, TrainerState)
-        except msgspec.ValidationError as error:
-            raise CheckpointError(f"{checkpoint.path} is of another version ({error}); start anew") from None
-        if state.digest != self.digest:
-            raise CheckpointError(
-                "the checkpoint belongs to a run with other settings, data, base model or head; "
-                "repeat that run's options with --resume, or start anew in another --out"
-            )
-        # The digest covers all settings, so that what follows fails only for a file that was made by hand.
+        state = trainer_state(checkpoint)
+        begins_here = self.config.first_step == state.next_step == state.run.config.total_steps
+        self._check_identity(state.run, made_longer=begins_here)
+        # The identity covers all settings, so that what follows fails only for a file that was made by hand.
         try:
             for adapter in self.adapters:
                 for name, parameter in _parameters(adapter):
@@ -360,30 +371,35 @@ class Trainer:
             for unit, unit_state, age, steps in zip(
                 self.adapters.units, state.states, state.fade_ages, state.adam_steps, strict=True
             ):
-                unit.state, unit.fade_age, unit.adam_steps = UnitState(unit_state), age, steps
-            self._unanswered = checkpoint.tensors[_SCORES] if state.unanswered else None
+                unit.adam_steps = steps
+                if not begins_here:
+                    unit.state, unit.fade_age = UnitState(unit_state), age
+            if not begins_here:
+                self._unanswered = checkpoint.tensors[_SCORES] if state.unanswered else None
+                self._ticket = state.ticket
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.path} lacks a part ({error}); start anew in another --out") from None
         self.next_step = state.next_step
-        self._ticket = state.ticket
+
+    def _check_identity(self, theirs: RunIdentity, *, made_longer: bool) -> None:
+        """Raise ``CheckpointError``, naming what differs, unless this is the run that the checkpoint is of."""
+        mine = self.identity
+        if made_longer:
+            ends = {"first_step": self.config.first_step, "total_steps": self.config.total_steps}
+            theirs = msgspec.structs.replace(theirs, config=msgspec.structs.replace(theirs.config, **ends))
+        if mine != theirs:
+            raise CheckpointError(
+                f"the run that the checkpoint is of has {'; '.join(theirs.differences(mine))}. Go on with the same: "
+                "dlora-edge resume DIRECTORY; or start anew in another --out"
+            )
 
 
-def evaluate(
-    model: SplitModel, dataset: Dataset, batch_size: int, progress: Callable[[int, int], None] | None = None
-) -> Evaluation:
-    """Loss and accuracy of the adapters as they are."""
-    losses, right, tokens, exact = 0.0, 0, 0, 0
-    for batch in evaluation_batches(dataset, batch_size):
-        found, predictions = model.evaluate(batch)
-        losses += float(found.sum(dtype=np.float64))
-        correct = predictions == batch.labels
-        right += int(correct.sum())
-        tokens += len(correct)
-        sequence = np.searchsorted(np.cumsum(batch.sequence_lengths), batch.label_positions, side="right")
-        exact += len(batch.sequence_lengths) - len(np.unique(sequence[~correct]))
-        if progress is not None:
-            progress(len(batch.sequence_lengths), len(dataset))
-    return Evaluation(losses / tokens, right / tokens, exact / len(dataset), tokens, len(dataset))
+def trainer_state(checkpoint: Checkpoint) -> TrainerState:
+    """What a checkpoint holds beside the tensors. Raises ``CheckpointError`` for one of another version."""
+    try:
+        return msgspec.convert(checkpoint.state, TrainerState)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{checkpoint.path} is of another version ({error}); start anew") from None
 
 
 def check_base_model(bundle: Bundle, welcome: m.Welcome) -> None:
@@ -407,12 +423,24 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
     Raises ``CheckpointError`` where it does not fit. A saved scaling other than this run's is folded into B.
     """
     known = {adapter.name: adapter for adapter in adapters}
+    of = f" (of {loaded.base_model_name})" if loaded.base_model_name else ""
     for name, module in loaded.modules.items():
         adapter = known.get(name)
         if adapter is None:
-            raise CheckpointError(f"the adapter has {name}, which is no target module of this bundle")
-        if module.lora_A.shape != adapter.lora_A.value.shape or module.lora_B.shape != adapter.lora_B.value.shape:
-            raise CheckpointError(f"the adapter's {name} has rank {module.lora_A.shape[0]}; train with that --rank")
+            raise CheckpointError(
+                f"the adapter{of} has {name}, which is no target module of this bundle; take an adapter of the "
+                "bundle's base model, or export a bundle with its --target-modules"
+            )
+        widths = (module.lora_A.shape[1], module.lora_B.shape[0])
+        wanted = (adapter.lora_A.value.shape[1], adapter.lora_B.value.shape[0])
+        if widths != wanted:
+            raise CheckpointError(
+                f"the adapter{of} is of another base model: its {name} goes from {widths[0]} to {widths[1]} numbers, "
+                f"the bundle's from {wanted[0]} to {wanted[1]}"
+            )
+        rank = module.lora_A.shape[0]
+        if rank != adapter.lora_A.value.shape[0]:
+            raise CheckpointError(f"the adapter's {name} has rank {rank}; train with --rank {rank}")
         ratio = loaded.scaling[name] / adapter.scaling
         adapter.lora_A.value = module.lora_A
         adapter.lora_B.value = module.lora_B if ratio == 1.0 else module.lora_B * np.float32(ratio)

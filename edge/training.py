@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
+
+import msgspec
 
 from dlora.protocol import interrupts
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
@@ -23,22 +25,25 @@ from .atomic import locked, make_directory, write_atomically
 from .bundle import Bundle
 from .checkpoint import Checkpoint, list_checkpoints, load_latest
 from .code_pages import release_code
-from .config import TrainConfig
+from .config import TrainConfig, go_on_with
 from .connection import Connection
 from .credentials import Credentials
 from .data import Dataset
 from .dialing import Dialing, Liveness, Retry
 from .engines import EngineName, make_engine
+from .held_out import HeldOut
 from .memory import peak_rss_mb
 from .metrics import MetricsLog, read_metrics
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .peft_adapter import WEIGHTS_NAME, LoadedAdapter, load_adapter
+from .plan import kill_revive_lines, run_line
 from .report import Reporter
-from .trainer import Trainer
+from .run_file import DataDigest, Keep, RunFile, RunSettings, save_run_file, versions
+from .seeds import draw_seed
+from .trainer import Trainer, trainer_state
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
-EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 MAX_STEPS = 10**9
 
@@ -48,6 +53,9 @@ class TrainRun:
     """What to run, and where to keep it.
 
     Attributes:
+        settings: what the user gave, for ``run.json``; None where there is to be none.
+        eval_every: steps between evaluations; 0: before and after only.
+        keep: which adapter is saved in the end; patience: as ``HeldOut`` has it.
         engine: what runs the graphs; ``auto`` is ONNX Runtime where it and its graphs are there.
         max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
             connection that fails ends it.
@@ -59,7 +67,10 @@ class TrainRun:
     config: TrainConfig
     out: Path
     eval_dataset: Dataset | None = None
+    settings: RunSettings | None = None
     eval_every: int = 0
+    keep: Keep = "last"
+    patience: int | None = None
     save_every: int = 50
     init_adapter: Path | None = None
     resume: bool = False
@@ -81,40 +92,61 @@ def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
     if run.out.exists() and not run.out.is_dir():
         raise UsageError(f"{run.out} is a file; choose another --out")
     init = load_adapter(run.init_adapter) if run.init_adapter else None
-    with interrupts.raising():
-        make_directory(run.out)
-        with locked(run.out):
-            return _train(run, reporter, init)
+    with interrupts.raising(), _directory(run.out), locked(run.out):
+        return _train(run, reporter, init)
+
+
+@contextlib.contextmanager
+def _directory(out: Path) -> Iterator[None]:
+    """A run's directory; one that is made here and stays empty is taken away again."""
+    is_new = not out.exists()
+    make_directory(out)
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # there is something in it
+                out.rmdir()
 
 
 def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dict[str, Any]:
     checkpoint = _find_checkpoint(run, reporter)
+    run = replace(run, config=_settled(run.config, checkpoint))
+    first_step = checkpoint.step if checkpoint else 0
+    if first_step < run.config.total_steps:
+        _say_what_it_will_do(run, first_step, reporter)
     engine = make_engine(run.bundle, run.engine, run.threads)
     started = time.perf_counter()
     stop = _Stop()
     with Connection(run.server, _dialing(run, checkpoint, reporter, stop.asked)) as connection, stop.instead_of_dying():
         trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
         release_code()
-        first_step = trainer.next_step
-        finished = _finished(run, first_step)
+        held_out = HeldOut(
+            run.out, run.eval_dataset, every=run.eval_every, patience=run.patience, trainer=trainer,
+            reporter=reporter, stop=stop.asked,
+        )  # fmt: skip
+        finished = _finished(run, trainer, held_out)
         if finished is not None:
             reporter.warn(f"this run is finished: all of its {first_step} steps are done; nothing was changed")
             return finished
-        evaluations = _Evaluations(run, trainer, reporter, stop.asked)
+        if run.settings is not None:
+            save_run_file(run.out, _run_file(run, run.settings))
         if first_step == 0:
             if init is not None:
                 _warn_of_dropped(trainer, init, reporter)
-            evaluations.add("before")
+            held_out.add("before")
         with MetricsLog(run.out / METRICS, first_step) as log:
             for metrics in read_metrics(run.out / METRICS):
                 reporter.remember(metrics)
             with reporter.training(run.config.total_steps, first_step):
-                _run_steps(run, trainer, reporter, log, evaluations, stop.asked)
+                _run_steps(run, trainer, reporter, log, held_out, stop.asked)
         trained_s = time.perf_counter() - started
-        if run.config.total_steps > 0:
-            evaluations.add("after")
+        if not held_out.is_done():
+            held_out.add("after")
         trainer.save_adapter(run.out)
-    summary = _summary(run, evaluations.rows) | {
+        if run.keep == "best":
+            held_out.keep_best()
+    summary = _summary(run, trainer.next_step, held_out) | {
         "first_step": first_step,
         "reconnects": connection.reconnects,
         "sessions_resumed": connection.resumed,
@@ -125,9 +157,33 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
     return summary
 
 
-def _finished(run: TrainRun, first_step: int) -> dict[str, Any] | None:
+def _settled(config: TrainConfig, checkpoint: Checkpoint | None) -> TrainConfig:
+    """``config`` with all that was left open: from the run that it goes on with, or drawn."""
+    if checkpoint is not None:
+        return go_on_with(config, trainer_state(checkpoint).run.config, checkpoint.step)
+    return config if config.seed else msgspec.structs.replace(config, seed=draw_seed())
+
+
+def _say_what_it_will_do(run: TrainRun, first_step: int, reporter: Reporter) -> None:
+    reporter.say(run_line(run.config, run.bundle.manifest, run.dataset, first_step))
+    for line in kill_revive_lines(run.config, run.bundle.manifest.groups):
+        reporter.say(line)
+
+
+def _run_file(run: TrainRun, settings: RunSettings) -> RunFile:
+    base = run.bundle.manifest.base_model
+    return RunFile(
+        settings=settings,
+        data=DataDigest.of(run.dataset),
+        eval_data=None if run.eval_dataset is None else DataDigest.of(run.eval_dataset),
+        base_model={"name": base.name, "fingerprint": base.fingerprint},
+        versions=versions(),
+    )
+
+
+def _finished(run: TrainRun, trainer: Trainer, held_out: HeldOut) -> dict[str, Any] | None:
     """The summary of a run that was summed up before: one that is resumed again would lose its times."""
-    if first_step != run.config.total_steps:
+    if trainer.next_step != run.config.total_steps and not held_out.is_out_of_patience():
         return None
     try:
         summary: dict[str, Any] = json.loads((run.out / SUMMARY).read_bytes())
@@ -154,7 +210,7 @@ def _run_steps(
     trainer: Trainer,
     reporter: Reporter,
     log: MetricsLog,
-    evaluations: _Evaluations,
+    held_out: HeldOut,
     stop: Callable[[], bool],
 ) -> None:
     """Step to the end; save and evaluate on the way."""
@@ -168,10 +224,14 @@ def _run_steps(
         trainer.save_adapter(run.out)
 
     while trainer.next_step < last:
-        if evaluations.due() and not stop():
+        if held_out.due() and not stop():
             # Whoever stops it stops the run, below, with all that is saved there.
             with _keeping_what_was_done(run, trainer), contextlib.suppress(StoppedError):
-                evaluations.add(f"at step {trainer.next_step}")
+                held_out.add(f"at step {trainer.next_step}")
+        if held_out.is_out_of_patience():
+            reporter.say(f"ended at step {trainer.next_step}: {run.patience} evaluations in a row were no better")
+            save()
+            return
         wait_while_paused(run.pause, sensors, say=reporter.say, should_stop=stop, on_pause=save)
         if stop():
             save()
@@ -194,58 +254,6 @@ def _keeping_what_was_done(run: TrainRun, trainer: Trainer) -> Iterator[None]:
         if trainer.next_step > 0:
             trainer.save_checkpoint(run.out / CHECKPOINTS)
         raise
-
-
-class _Evaluations:
-    """Held-out evaluations of a run, kept on disk so that a resumed run has those from before."""
-
-    def __init__(self, run: TrainRun, trainer: Trainer, reporter: Reporter, stop: Callable[[], bool]) -> None:
-        self._run = run
-        self._trainer = trainer
-        self._reporter = reporter
-        self._stop = stop
-        self._path = run.out / EVALUATIONS
-        # Those of the history that goes on; the one after the last step is made again in any case.
-        first_dropped = min(trainer.next_step + 1, run.config.total_steps)
-        self.rows: list[dict[str, Any]] = self._load(first_dropped) if trainer.next_step else []
-
-    def _load(self, first_dropped: int) -> list[dict[str, Any]]:
-        """What stands in the file of earlier steps than ``first_dropped``; it is not worth a run, so damage is told."""
-        found = []
-        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
-            try:
-                row = json.loads(line)
-                step, _ = row["step"], row["loss"]
-                if step < first_dropped:
-                    found.append(row)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                self._reporter.warn(f"{self._path} has a damaged line, which is left out")
-        return found
-
-    def due(self) -> bool:
-        """Whether one belongs between the last step and the next, and is not there."""
-        every, step = self._run.eval_every, self._trainer.next_step
-        return every > 0 and step > 0 and step % every == 0 and all(row["step"] != step for row in self.rows)
-
-    def add(self, when: str) -> None:
-        """Evaluate now, where there is held-out data. Raises ``StoppedError`` soon after somebody asked to stop."""
-        run = self._run
-        if run.eval_dataset is None:
-            return
-        with self._reporter.evaluating(when, len(run.eval_dataset)) as advance:
-
-            def after_batch(examples: int, _: int) -> None:
-                advance(examples)
-                if self._stop():
-                    raise StoppedError("stopped while evaluating; go on with --resume")
-
-            result = self._trainer.evaluate(run.eval_dataset, after_batch)
-        self._reporter.say(
-            f"held-out loss {when}: {result.loss:.4f} over {result.tokens} tokens, "
-            f"{result.token_accuracy:.1%} of tokens right"
-        )
-        self.rows.append({"step": self._trainer.next_step, **asdict(result)})
-        write_atomically(self._path, b"".join(json.dumps(row).encode() + b"\n" for row in self.rows))
 
 
 def _find_checkpoint(run: TrainRun, reporter: Reporter) -> Checkpoint | None:
@@ -285,19 +293,23 @@ def _warn_of_dropped(trainer: Trainer, init: LoadedAdapter, reporter: Reporter) 
         )
 
 
-def _summary(run: TrainRun, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(run: TrainRun, steps: int, held_out: HeldOut) -> dict[str, Any]:
     """The whole run, what came before a resumption included."""
     rows = read_metrics(run.out / METRICS)
     totals = {
         name: sum(getattr(row, name) for row in rows)
         for name in ("tokens", "labelled", "bytes_up", "bytes_down", "round_trips")
     }
-    losses = {row["step"]: row["loss"] for row in evaluations}
+    losses = {row["step"]: row["loss"] for row in held_out.rows}
+    best = held_out.best
     return {
-        "steps": run.config.total_steps,
+        "steps": steps,
         "eval_loss_before": losses.get(0),
-        "eval_loss_after": losses.get(run.config.total_steps),
-        "evaluations": evaluations,
+        "eval_loss_after": losses.get(steps),
+        "eval_loss_best": best and best["loss"],
+        "best_step": best and best["step"],
+        "keep": run.keep,
+        "evaluations": held_out.rows,
         **totals,
         "edge_compute_s": round(sum(row.edge_compute_s for row in rows), 3),
         "peak_rss_mb": round(peak_rss_mb(), 1),

@@ -18,6 +18,7 @@
     ├── CheckpointError             10   no usable checkpoint, adapter or state file
     ├── ExportError                 11   the model is not supported, or a graph is not exact enough
     ├── MissingExtraError           12   an optional dependency is not installed
+    ├── DivergedError               13   training has diverged: NaN or infinity
     └── StoppedError               130   Ctrl-C or SIGTERM, and everything was saved
     (Ctrl-C, SIGTERM)              130
 
@@ -151,6 +152,15 @@ class MissingExtraError(DloraError):
     """An optional dependency is not installed, or has no build for this machine."""
 
     exit_code = 12
+
+
+class DivergedError(DloraError):
+    """Training has diverged: there is NaN or infinity in what the device or the base model computed.
+
+    The same run does so again, whatever it goes on from; a lower learning rate helps.
+    """
+
+    exit_code = 13
 
 
 class StoppedError(DloraError):

@@ -6,6 +6,7 @@ Scores are computed on the device (``dlora.edge.sensitivity``), decisions are ma
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from enum import IntEnum
@@ -24,6 +25,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 
 MAX_UNITS: Final = 16_384
 MIN_WARMUP_STEPS: Final = 20
+MAX_STEPS: Final = 10**9
 
 
 class UnitState(IntEnum):
@@ -42,7 +44,8 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """The settings that a device chooses when it opens a session.
 
     Attributes:
-        active_fraction: rho; ``k = max(1, ceil(rho * units))`` units stay active. 1.0 turns kill-and-revive off.
+        active_fraction: rho; ``k = max(1, ceil(rho * units))`` units stay active. 1.0 turns kill-and-revive off. The
+            ``static`` policy has its own units instead.
         unit: what is switched: a whole ``block`` (all its exchange groups) or a single exchange ``group``.
         score: what the device reports and the cloud ranks by; ``random``, ``static`` and ``last`` ignore it.
         warmup_fraction: share of the steps, at least ``MIN_WARMUP_STEPS`` steps, in which nothing is killed.
@@ -61,7 +64,7 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         static: the units of the ``static`` policy; none, with an active_fraction of 0, is the bare base model.
     """
 
-    active_fraction: Fraction = 0.125
+    active_fraction: Fraction = 1.0
     unit: UnitKind = "block"
     score: ScoreName = "change"
     warmup_fraction: Fraction = 0.05
@@ -88,12 +91,80 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     def check(self, units: int) -> None:
         """Raise ``UsageError`` where the settings cannot work for ``units`` units."""
-        for name, chosen in (("pinned", self.pinned), ("static", self.static)):
+        for option, chosen in (("--pin", self.pinned), ("--static-units", self.static)):
             for unit in chosen:
                 if not 0 <= unit < units:
-                    raise UsageError(f"{name} unit {unit} does not exist; units are 0 to {units - 1}")
+                    raise UsageError(f"{option}: there is no {self.unit} {unit}; they are 0 to {units - 1}")
         if self.score == "static" and not self.static and self.active_fraction:
             raise UsageError("the policy 'static' needs the units that stay active (--static-units 26-29)")
+
+
+class Schedule:
+    """When what happens in a run of ``total_steps`` steps with ``units`` units.
+
+    ::
+
+        warm-up          ramp                    steady                                  quiet
+        0 ─────────── warmup ──────────── settled ──┬────────┬────────┬──────── last_change ──── total
+        all ACTIVE       budget N -> k, cubic      ticks, each kill_every / revive_every    no change
+
+    Attributes:
+        floor: k, the budget once the ramp is over.
+        warmup: the first step for which a unit may be killed.
+        settled: the first step whose budget is k.
+        last_change: the last step at whose start a state may change.
+    """
+
+    def __init__(self, config: KillReviveConfig, units: int, total_steps: int) -> None:
+        self.config = config
+        self.units = units
+        self.floor = min(units, config.budget_floor(units))
+        quiet_steps = max(1, math.floor(config.quiet_fraction * total_steps + 1e-9))
+        self.last_change = max(0, total_steps - quiet_steps)
+        self.warmup = max(config.warmup_steps, math.ceil(config.warmup_fraction * total_steps - 1e-9))
+        ramp_end = min(math.ceil(config.ramp_fraction * total_steps - 1e-9), self.last_change)
+        self.settled = max(self.warmup, ramp_end)
+
+    def budget(self, step: int) -> int:
+        """b(t): how many units are ACTIVE in ``step``; AdaLoRA's cubic schedule (arXiv 2303.10512)."""
+        step = min(step, self.last_change)
+        if step < self.warmup:
+            return self.units
+        if step >= self.settled:
+            return self.floor
+        left = 1.0 - (step - self.warmup) / (self.settled - self.warmup)
+        return self.floor + math.ceil((self.units - self.floor) * left**3 - 1e-9)
+
+    def is_kill_tick(self, step: int) -> bool:
+        """Whether trials are judged at ``step``: each kill_every steps, and a last time before the quiet phase."""
+        return self._ticks(step, self.config.kill_every) or self.settled < step == self.last_change
+
+    def is_revive_tick(self, step: int) -> bool:
+        """Whether trials may begin at ``step``: only if they can end before the quiet phase."""
+        config = self.config
+        return self._ticks(step, config.revive_every) and step + max(1, config.probation) <= self.last_change
+
+    @property
+    def has_trials(self) -> bool:
+        """Whether the run is long enough for warm-up, ramp and, where units are revived, at least one trial."""
+        every, trial = self.config.revive_every, max(1, self.config.probation)
+        return self.warmup < self.settled + (every + trial if every else 0) <= self.last_change
+
+    def can_fade(self, step: int) -> bool:
+        """Whether a fade that begins at ``step`` ends by ``settled``: later, traffic is promised to be k units'."""
+        return step + self.config.kill_every <= self.settled
+
+    def _ticks(self, step: int, every: int) -> bool:
+        return every > 0 and self.settled < step <= self.last_change and (step - self.settled) % every == 0
+
+
+def steps_needed(config: KillReviveConfig, units: int) -> int:
+    """The fewest steps of a run that has warm-up, ramp and trials; ``MAX_STEPS`` where none has."""
+
+    def is_enough(steps: int) -> bool:
+        return Schedule(config, units, steps).has_trials
+
+    return 1 + bisect.bisect_left(range(1, MAX_STEPS), True, key=is_enough)
 
 
 class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

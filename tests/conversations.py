@@ -63,7 +63,7 @@ def open_session(**changes: Any) -> m.OpenSession:
         "base_fingerprint": "ab" * 32,
         "groups": GROUPS,
         "wire_dtype": "fp32",
-        "kill_revive": KillReviveConfig(),
+        "kill_revive": KillReviveConfig(active_fraction=0.125),
         "seed": 1,
         "total_steps": 9,
     }

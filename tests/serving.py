@@ -74,7 +74,7 @@ def config(**changes: Any) -> TrainConfig:
         "total_steps": 6,
         "batch_size": 3,
         "grad_accum": 1,
-        "seed": 3,
+        "seed": (3,),
         "rank": 4,
         "lora_alpha": 8.0,
         "wire_dtype": "fp32",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dlora.protocol import messages as m
 from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, seal
-from dlora.protocol.errors import DamagedFrameError, LocalProtocolError, RemoteProtocolError
+from dlora.protocol.errors import DamagedFrameError, DivergedError, RemoteProtocolError
 from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
 from dlora.protocol.tensors import WireTensor, fp16_exponent
 
@@ -49,7 +49,7 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         base_fingerprint="ab" * 32,
         groups=GROUPS,
         wire_dtype="fp16",
-        kill_revive=KillReviveConfig(pinned=(1,)),
+        kill_revive=KillReviveConfig(active_fraction=0.125, pinned=(1,)),
         seed=7,
         total_steps=100,
         next_step=3,
@@ -216,7 +216,7 @@ def test_fp16_exponent_puts_the_peak_below_the_largest_half() -> None:
 def test_nan_and_infinity_are_not_sent(dtype: str, value: float) -> None:
     array = np.ones((2, 3), np.float32)
     array[1, 2] = value
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(DivergedError):
         WireTensor.from_floats(array, dtype)  # type: ignore[arg-type]
 
 

@@ -384,7 +384,7 @@ def test_holdout_is_a_partition() -> None:
 
 
 def test_each_epoch_is_each_example_once() -> None:
-    batches = Batches(numbered(11), batch_size=2, grad_accum=2, seed=3)
+    batches = Batches(numbered(11), batch_size=2, grad_accum=2, seed=(3,))
     assert batches.steps_per_epoch == 3
     epochs = []
     for epoch in range(2):
@@ -397,12 +397,12 @@ def test_each_epoch_is_each_example_once() -> None:
 
 def test_a_step_depends_on_seed_and_step_only() -> None:
     for step in (0, 7, 40):
-        one, other = (Batches(numbered(11), 2, 2, seed=3) for _ in range(2))
+        one, other = (Batches(numbered(11), 2, 2, seed=(3,)) for _ in range(2))
         for before in range(step):
             one.step_batches(before)
         for left, right in zip(one.step_batches(step), other.step_batches(step), strict=True):
             assert left.ids.tolist() == right.ids.tolist()
-    assert Batches(numbered(11), 2, 2, seed=4).step_indices(0).tolist() != other.step_indices(0).tolist()
+    assert Batches(numbered(11), 2, 2, seed=(4,)).step_indices(0).tolist() != other.step_indices(0).tolist()
 
 
 def test_packed_labels_are_the_next_token_of_the_same_sequence() -> None:
@@ -415,7 +415,7 @@ def test_packed_labels_are_the_next_token_of_the_same_sequence() -> None:
         assert (owner[batch.label_positions] == owner[batch.label_positions + 1]).all()
         assert (batch.ids.dtype, batch.labels.dtype) == (np.int64, np.int64)
         assert (batch.sequence_lengths.dtype, batch.label_positions.dtype) == (np.int32, np.int32)
-    assert Batches(dataset, 4, 1, seed=0).max_sequence_length == 10
+    assert Batches(dataset, 4, 1, seed=(0,)).max_sequence_length == 10
     assert sum(len(batch.labels) for batch in evaluation_batches(dataset, 4)) == dataset.labelled
 
 

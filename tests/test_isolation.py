@@ -82,7 +82,7 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> list[Device]:
         )
     return [
         Device(bundles[0], config(total_steps=STEPS, rank=4, wire_dtype="fp32"), 0),
-        Device(bundles[1], config(total_steps=STEPS, rank=2, wire_dtype="fp16", seed=9, kill_revive=KILLING), 1),
+        Device(bundles[1], config(total_steps=STEPS, rank=2, wire_dtype="fp16", seed=(9,), kill_revive=KILLING), 1),
     ]
 
 

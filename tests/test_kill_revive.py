@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlora.cloud.kill_revive import Controller, Schedule, unit_costs
+from dlora.cloud.kill_revive import Controller, unit_costs
 from dlora.edge.sensitivity import Scorer
 from dlora.protocol.errors import RemoteProtocolError, UsageError
-from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec, UnitState, group_units
+from dlora.protocol.kill_revive import (
+    GroupSpec,
+    KillReviveConfig,
+    Schedule,
+    TargetSpec,
+    UnitState,
+    group_units,
+    steps_needed,
+)
 
 KEY = b"a key of the server"
+EIGHTH = KillReviveConfig(active_fraction=0.125)
 
 
 def make_groups(blocks: int, groups_a_block: int = 1) -> tuple[GroupSpec, ...]:
@@ -188,9 +198,9 @@ def test_no_report_after_the_last_step() -> None:
         controller.report(3, np.zeros(8))
 
 
-@pytest.mark.parametrize("score", ["change", "random", "static", "last"])
+@pytest.mark.parametrize("score", ["change", "random", "last"])
 def test_everything_is_always_active_at_active_fraction_1(score: str) -> None:
-    config = KillReviveConfig(active_fraction=1.0, score=score, static=(0,), warmup_steps=0)
+    config = KillReviveConfig(active_fraction=1.0, score=score, warmup_steps=0)
     history = run(Controller(config, GROUPS, seed=0, total_steps=80), 80)
     assert (history == UnitState.ACTIVE).all()
 
@@ -203,33 +213,42 @@ def test_static_and_last_hold_from_the_first_step() -> None:
     assert active(KillReviveConfig(score="static", static=(2, 5), pinned=(0,))) == [0, 2, 5]
     assert active(KillReviveConfig(score="last", active_fraction=0.5)) == [4, 5, 6, 7]
     assert active(KillReviveConfig(score="last", active_fraction=0.5, pinned=(1,))) == [1, 5, 6, 7]
-    with pytest.raises(UsageError):
+    assert active(KillReviveConfig()) == list(range(8))
+    with pytest.raises(UsageError, match="--static-units"):
         active(KillReviveConfig(score="static"))
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="--pin: there is no block 8; they are 0 to 7"):
         active(KillReviveConfig(pinned=(8,)))
 
 
 def test_a_run_of_60_steps_comes_down_as_soon_as_the_warm_up_is_over() -> None:
     groups = make_groups(30)
-    history = run(Controller(KillReviveConfig(), groups, seed=0, total_steps=60), 60)
+    history = run(Controller(EIGHTH, groups, seed=0, total_steps=60), 60)
     live = (history != UnitState.KILLED).sum(axis=1)
     assert live.tolist() == [30] * 20 + [4] * 41
 
 
+def test_how_many_steps_warm_up_ramp_and_trials_need() -> None:
+    assert steps_needed(EIGHTH, 30) == 107
+    assert [Schedule(EIGHTH, 30, steps).has_trials for steps in (60, 106, 107, 400)] == [False, False, True, True]
+    never_revived = msgspec.structs.replace(EIGHTH, revive_every=0)
+    assert steps_needed(never_revived, 30) == 81  # the ramp ends after the warm-up's 20 steps
+
+
 def test_a_long_ramp_is_cubic_and_fades() -> None:
-    schedule = Schedule(KillReviveConfig(), 30, 400)
+    schedule = Schedule(EIGHTH, 30, 400)
     assert (schedule.warmup, schedule.settled, schedule.last_change, schedule.floor) == (20, 100, 380, 4)
     assert [schedule.budget(step) for step in (0, 19, 20, 60, 99, 100, 400)] == [30, 30, 30, 8, 5, 4, 4]
-    history = run(Controller(KillReviveConfig(), make_groups(30), seed=0, total_steps=400), 400)
+    history = run(Controller(EIGHTH, make_groups(30), seed=0, total_steps=400), 400)
     assert (history[:100] == UnitState.FADING).any()
     assert not (history[100:] == UnitState.FADING).any()
 
 
 def test_no_revival_when_it_is_switched_off_and_at_most_the_share_of_the_seats_otherwise() -> None:
     groups = make_groups(30)
-    without = run(Controller(KillReviveConfig(revive_every=0), groups, seed=0, total_steps=400), 400)
+    never = msgspec.structs.replace(EIGHTH, revive_every=0)
+    without = run(Controller(never, groups, seed=0, total_steps=400), 400)
     assert (without[100:] == without[100]).all()
-    history = run(Controller(KillReviveConfig(), groups, seed=0, total_steps=400), 400) == UnitState.ACTIVE
+    history = run(Controller(EIGHTH, groups, seed=0, total_steps=400), 400) == UnitState.ACTIVE
     revived = (history[1:] & ~history[:-1]).sum(axis=1)
     ticks = np.flatnonzero(revived) + 1
     assert len(ticks)

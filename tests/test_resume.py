@@ -44,7 +44,8 @@ class Place:
     def train(self, out: Path, *options: object) -> list[object]:
         return [
             "train", "--bundle", self.bundle, "--server", self.url, "--data", self.data, "--out", out,
-            "--batch-size", 3, "--steps", STEPS, "--save-every", SAVE_EVERY, "--threads", 1, "--lr", 0.01, *options,
+            "--batch-size", 3, "--steps", STEPS, "--save-every", SAVE_EVERY, "--threads", 1, "--lr", 0.01,
+            "--seed", 0, *options,
         ]  # fmt: skip
 
 
@@ -150,29 +151,40 @@ def copied(whole: Path, out: Path, *, but_last: bool = True) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    "other",
-    [("--lr", "0.02"), ("--rank", "2"), ("--wire-dtype", "fp32"), ("--active-fraction", "0.5"), ("--steps", "61")],
-    ids=lambda other: other[0],
-)
-def test_other_settings_are_refused(
-    place: Place, whole: dict[str, Path], other: tuple[str, ...], tmp_path: Path
+@pytest.mark.parametrize(("option", "value", "text"), [
+    ("--lr", "0.02", "--lr 0.01, not 0.02"),
+    ("--rank", "2", "--rank 4, not 2"),
+    ("--wire-dtype", "fp32", "--wire-dtype fp16, not fp32"),
+    ("--active-fraction", "0.5", "--active-fraction 1.0, not 0.5"),
+    ("--kr-kill-every", "7", "--kr-kill-every 25, not 7"),
+    ("--kr-score", "norm", "--kr-score change, not norm"),
+    ("--pin", "1", "--pin (none), not 1"),
+    ("--alpha", "4", "--alpha 8.0, not 4.0"),
+    ("--warmup", "5", "--warmup 0.03, not 5.0"),
+    ("--seed", "1", "--seed 0, not 1"),
+    ("--batch-size", "2", "--batch-size 3, not 2"),
+    ("--steps", "59", "--steps (or what --epochs came to) 60, not 59"),
+])  # fmt: skip
+def test_other_settings_are_refused_and_named(
+    place: Place, whole: dict[str, Path], option: str, value: str, text: str, tmp_path: Path
 ) -> None:
-    refused_as_another_run(place, copied(whole["off"], tmp_path / "out"), *KR["off"], *other)
+    out = copied(whole["off"], tmp_path / "out")
+    refused_as_another_run(place, out, text, *KR["off"], option, value)
 
 
 def test_other_data_are_refused(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(place.data.read_text().replace("w1", "w2", 1))
-    refused_as_another_run(place, copied(whole["off"], tmp_path / "out"), *KR["off"], "--data", data)
+    out = copied(whole["off"], tmp_path / "out")
+    refused_as_another_run(place, out, "other training data (--data", *KR["off"], "--data", data)
 
 
-def refused_as_another_run(place: Place, out: Path, *options: object) -> None:
+def refused_as_another_run(place: Place, out: Path, text: str, *options: object) -> None:
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     done = run_edge(*place.train(out, *options, "--resume"))
     assert done.code == 10, done.stderr
     assert len(done.errors) == 1
-    assert "other settings, data, base model or head" in done.errors[0]
+    assert f"the run that the checkpoint is of has {text}" in done.errors[0]
     assert "Traceback" not in done.stderr
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 

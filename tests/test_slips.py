@@ -98,7 +98,7 @@ def test_held_out_data_over_the_servers_limits(place: Place, tmp_path: Path) -> 
     long.write_text(json.dumps({"text": "w1 " * 80}))
     many.write_text((json.dumps({"text": "w1 " * 40}) + "\n") * 2)
     evaluate = ["evaluate", "--bundle", place.bundle, "--server", place.url, "--threads", 1, "--json", "--data"]
-    assert_fails(run_edge(*evaluate, long), DataError.exit_code, "--max-length 64")
+    assert_fails(run_edge(*evaluate, long), DataError.exit_code, "81 tokens, the limit is 64")
     done = run_edge(*evaluate, many)  # two micro-batches instead of one
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["examples"] == 2

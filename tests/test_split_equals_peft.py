@@ -69,7 +69,7 @@ def test_gradients_of_every_family(family: str, targets: tuple[str, ...] | None,
 def test_training_equals_peft_with_torch_adamw(family: str, tmp_path: Path) -> None:
     bundle = export_tiny(tmp_path, family)
     dataset = random_dataset(VOCABULARY)
-    run = config(total_steps=12, optimizer={"weight_decay": 0.01, "schedule": "cosine", "warmup_steps": 3})
+    run = config(total_steps=12, optimizer={"weight_decay": 0.01, "schedule": "cosine", "warmup": 3})
     with (
         serving(BaseModel.from_model(tiny_model(family), "tiny")) as server,
         training(bundle, server.url, run, dataset) as trainer,

@@ -18,8 +18,9 @@ from dlora.cloud.base_model import BaseModel
 from dlora.edge.bundle import Bundle
 from dlora.edge.checkpoint import list_checkpoints
 from dlora.edge.dialing import Dialing, Retry
+from dlora.edge.held_out import EVALUATIONS
 from dlora.edge.report import Reporter
-from dlora.edge.training import EVALUATIONS, SUMMARY, TrainRun, train
+from dlora.edge.training import SUMMARY, TrainRun, train
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import StoppedError
 

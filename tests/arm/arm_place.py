@@ -46,5 +46,6 @@ def train(bundle: Path, url: str, data: Path, out: Path, steps: int) -> list[obj
     """Arguments of a run on an exact wire."""
     return [
         "train", "--bundle", bundle, "--server", url, "--data", data, "--out", out, "--steps", steps,
-        "--batch-size", 2, "--lr", 1e-2, "--wire-dtype", "fp32", "--threads", 1, "--save-every", 1, "--json",
+        "--batch-size", 2, "--lr", 1e-2, "--wire-dtype", "fp32", "--threads", 1, "--save-every", 1,
+        "--seed", 0, "--json",
     ]  # fmt: skip

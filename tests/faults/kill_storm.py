@@ -78,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     train = (
         "--batch-size", 2, "--grad-accum", 2, "--steps", options.steps, "--save-every", options.save_every,
-        "--threads", options.threads, "--kr-warmup-steps", 10,
+        "--threads", options.threads, "--seed", 0, "--active-fraction", 0.125, "--kr-warmup-steps", 10,
         "--kr-kill-every", 5, "--kr-revive-every", 10, "--kr-probation", 5,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:

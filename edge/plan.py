@@ -1,0 +1,91 @@
+"""What a run will do, said before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from dlora.protocol.kill_revive import GroupSpec, Schedule, group_units, steps_needed
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.traffic import Traffic, micro_batch_traffic
+
+from .config import TrainConfig
+from .data import Dataset
+
+# benchmarks/kill_revive.py on Banking77, two seeds; docs/experiments.md has the table.
+COST_OF_AN_EIGHTH: Final = "on Banking77 1/8 had 84% and 76% of held-out messages right, all active 95% and 89%"
+
+
+def data_line(name: str, path: Path, dataset: Dataset) -> str:
+    """What was made of a data file."""
+    line = f"{name}: {path.name}, {len(dataset):,} examples, {dataset.tokens:,} tokens, {dataset.labelled:,} labelled"
+    for count, what, places in (
+        (dataset.truncated, "cut", dataset.cut_places),
+        (dataset.skipped, "left out", dataset.left_out_places),
+    ):
+        if count:
+            more = ", …" if count > len(places) else ""
+            line += f"; {count:,} {what} ({', '.join(places)}{more})"
+    return line
+
+
+def run_line(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> str:
+    """Steps, epochs, what is trained, and about how many MB will cross the wire."""
+    units = len(group_units(manifest.groups, config.kill_revive.unit))
+    per_epoch = -(-len(dataset) // (config.batch_size * config.grad_accum))
+    active = config.kill_revive.budget_floor(units)
+    what = f"all {units} {config.kill_revive.unit}s active" if active == units else f"{active} of {units} active"
+    total, mb = config.total_steps, expected_mb(config, manifest, dataset, next_step)
+    done = f" ({next_step:,} of them done)" if next_step else ""
+    return (
+        f"run: {total:,} steps{done}, {per_epoch:,} an epoch, {total / per_epoch:.1f} epochs; {what}; "
+        f"about {mb:,.{1 if mb < 10 else 0}f} MB will cross the wire"
+    )
+
+
+def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[str]:
+    """What a fraction that was asked for costs, and whether the run is long enough for it; nothing where all train."""
+    kr = config.kill_revive
+    units = len(group_units(groups, kr.unit))
+    if kr.budget_floor(units) == units:
+        return []
+    lines = [f"--active-fraction {kr.active_fraction:g} saves traffic and costs quality: {COST_OF_AN_EIGHTH}"]
+    if kr.score not in ("static", "last") and not Schedule(kr, units, config.steps).has_trials:
+        lines.append(
+            f"warning: {config.steps:,} steps are too few for warm-up, ramp and trials; use "
+            f"{steps_needed(kr, units):,} or more, or --active-fraction 1"
+        )
+    return lines
+
+
+def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:
+    """What the steps from ``next_step`` on will put on the wire, in MB of 10**6 bytes: mean micro-batches, and as many
+    units as the schedule lets be active. Units that fade come on top."""
+    kr, steps = config.kill_revive, range(next_step - config.first_step, config.steps)
+    units = len(group_units(manifest.groups, kr.unit))
+    schedule = Schedule(kr, units, config.steps)
+    share = sum(schedule.budget(step) for step in steps) / (units * max(1, len(steps)))
+    none, everything = (_mean_bytes(config, manifest, dataset, live) for live in ((), range(len(manifest.groups))))
+    return len(steps) * (none + share * (everything - none)) / 1e6
+
+
+def _mean_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset, live: Sequence[int]) -> float:
+    """Bytes of a mean step in which the groups ``live`` are trained."""
+    per_step = config.batch_size * config.grad_accum
+    sequences = len(dataset) / -(-len(dataset) // per_step)  # of a step: the last one of an epoch may be smaller
+    micro_batches = -(-sequences // config.batch_size)
+    share = sequences / micro_batches
+    traffic: Traffic = micro_batch_traffic(
+        manifest.groups,
+        live=live,
+        graded=live,
+        answered=live[1:],
+        tokens=round(share * dataset.tokens / len(dataset)),
+        sequences=round(share),
+        labelled=max(1, round(share * dataset.labelled / len(dataset))),
+        embedding_size=manifest.base_model.embedding_size,
+        hidden_size=manifest.base_model.hidden_size,
+        wire_dtype=config.wire_dtype,
+    )
+    return micro_batches * (traffic.bytes_up + traffic.bytes_down)

@@ -1,0 +1,177 @@
+"""``run.json`` in a run's directory: every setting, as the user gave it, so that the run can go on without them.
+
+Never a token: at most the name of the file that holds it.
+"""
+
+from __future__ import annotations
+
+import platform
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from dlora.protocol.errors import CheckpointError
+from dlora.protocol.kill_revive import OnKill, ScoreName, UnitKind
+from dlora.protocol.tensors import WireDtype
+from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
+
+from .atomic import write_atomically
+from .data import Dataset, TooLong
+from .engines import EngineName
+from .schedule import ScheduleName
+
+NAME = "run.json"
+LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
+
+Keep = Literal["last", "best"]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The options of ``dlora-edge train``, under their own names; paths are absolute. See ``--help``."""
+
+    bundle: Text
+    server: Text
+    data: Text
+    out: Text
+    eval_data: str | None
+    epochs: float
+    steps: int | None
+    batch_size: int
+    grad_accum: int
+    max_length: int | None
+    too_long: TooLong
+    columns: str | None
+    lr: float
+    schedule: ScheduleName
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    rank: int | None
+    alpha: float | None
+    seed: int | None
+    init_adapter: str | None
+    save_every: int
+    eval_every: int
+    keep: Keep
+    patience: int | None
+    wire_dtype: WireDtype
+    threads: int
+    engine: EngineName | Literal["auto"]
+    token_file: str | None
+    ca: str | None
+    client_cert: str | None
+    client_key: str | None
+    insecure: bool
+    max_retry_s: float | None
+    exchange_timeout_s: float
+    pause_when: list[str] | None
+    active_fraction: float
+    kr_score: ScoreName
+    kr_unit: UnitKind
+    kr_warmup_steps: int
+    kr_ramp_fraction: float
+    kr_kill_every: int
+    kr_revive_every: int
+    kr_revive_share: float
+    kr_probation: int
+    kr_hysteresis: float
+    kr_on_kill: OnKill
+    kr_cost_aware: bool
+    kr_spread: bool
+    pin: str
+    static_units: str
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> RunSettings:
+        """From a command's options, some of which may be no settings of a run."""
+        given = {name: options[name] for name in cls.__struct_fields__}
+        return msgspec.convert({name: _plain(value) for name, value in given.items()}, cls)
+
+    def path(self, name: str) -> Path | None:
+        """A setting that is a path."""
+        value = getattr(self, name)
+        return None if value is None else Path(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return value.value if isinstance(value, Enum) else value
+
+
+class DataDigest(msgspec.Struct, frozen=True):
+    """What was made of a data file: its token ids' fingerprint and its size."""
+
+    fingerprint: str
+    examples: int
+    tokens: int
+    labelled: int
+    cut: int
+    left_out: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DataDigest:
+        return cls(
+            fingerprint=dataset.fingerprint,
+            examples=len(dataset),
+            tokens=dataset.tokens,
+            labelled=dataset.labelled,
+            cut=dataset.truncated,
+            left_out=dataset.skipped,
+        )
+
+
+class RunFile(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole file.
+
+    Attributes:
+        data, eval_data: what was read.
+        base_model: name and fingerprint.
+        versions: of this software, the wire, Python and the libraries that compute.
+    """
+
+    settings: RunSettings
+    data: DataDigest
+    eval_data: DataDigest | None
+    base_model: dict[str, str]
+    versions: dict[str, Any]
+
+
+def versions() -> dict[str, Any]:
+    """What this process runs with."""
+    found: dict[str, Any] = {
+        "dlora": SOFTWARE_VERSION,
+        "wire": list(PROTOCOL_VERSIONS),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # the one-file binary carries no metadata of some
+            found[name] = None
+    return found
+
+
+def save_run_file(out: Path, run: RunFile) -> None:
+    """Write ``run.json``. Raises ``StorageError``."""
+    write_atomically(out / NAME, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+
+
+def load_run_file(out: Path) -> RunFile:
+    """Read a run's ``run.json``. Raises ``CheckpointError`` where there is none, or it is damaged."""
+    path = out / NAME
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RunFile)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{out} is no run: it has no {NAME}; give the --out of a run, or repeat its options with train --resume"
+        ) from None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); repeat the run's options with dlora-edge train --resume"
+        ) from None

@@ -1,0 +1,56 @@
+"""Training that diverges ends with a code of its own, wherever it is found, and with advice that helps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from families import save_tiny, tiny_model
+from processes import run_edge
+from serving import serving
+from test_cli import Place, assert_fails
+
+from dlora.cloud.base_model import BaseModel
+from dlora.edge.checkpoint import list_checkpoints
+from dlora.edge.dialing import refusal_of
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol import messages as m
+from dlora.protocol.errors import DivergedError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    directory = tmp_path_factory.mktemp("divergence")
+    save_tiny(directory / "model")
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    data = directory / "data.jsonl"
+    data.write_text((json.dumps({"text": "w1 w2 w3 w4"}) + "\n") * 4)
+    with serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server:
+        yield Place(directory / "bundle", data, server.url)
+
+
+def test_a_run_that_diverges(place: Place, tmp_path: Path) -> None:
+    """A decay of lr × 100 a step makes every weight 10,000 times as large, and soon something is infinite."""
+    options = {"steps": 40, "lr": 100, "weight_decay": 100, "schedule": "constant", "warmup": 0}
+    done = run_edge(*place.train(tmp_path / "out", **options))
+    assert_fails(done, DivergedError.exit_code, "training diverged at step", "NaN or infinity", "lower --lr than 100")
+    assert "--resume" not in done.errors[0], "it would diverge again"
+    assert list_checkpoints(tmp_path / "out" / "checkpoints")
+    again = run_edge("resume", tmp_path / "out")
+    assert again.code == DivergedError.exit_code
+    assert again.errors == done.errors
+
+
+def test_divergence_that_the_server_finds() -> None:
+    error = m.Error(code=m.ErrorCode.NON_FINITE, message="NaN or infinity in the base model's results", retryable=False)
+    assert isinstance(refusal_of(error, "ws://x"), DivergedError)
+
+
+def test_a_service_does_not_start_it_again() -> None:
+    unit = next((ROOT / "packaging").glob("*.service")).read_text()
+    (line,) = [line for line in unit.splitlines() if line.startswith("RestartPreventExitStatus=")]
+    assert str(DivergedError.exit_code) in line.split("=")[1].split()

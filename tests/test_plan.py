@@ -1,0 +1,132 @@
+"""What a run says before it starts, and that it comes true."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from families import save_tiny, tiny_model
+from processes import run_edge
+from serving import serving
+from test_cli import Place, assert_fails
+
+from dlora.cloud.base_model import BaseModel
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.errors import CheckpointError, UsageError
+
+BLOCKS = 8
+LONGEST = 64  # of the tiny model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    directory = tmp_path_factory.mktemp("plan")
+    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    data = directory / "data.jsonl"
+    rows = [{"prompt": "w1 w2 " * (n % 3 + 1), "completion": " w3 w4 w5"} for n in range(9)]
+    rows.insert(2, {"prompt": "w1", "completion": " w2" * 40})  # cut
+    rows.insert(4, {"prompt": "w1 " * 40, "completion": " w2"})  # nothing of the answer is left
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny")) as server:
+        yield Place(directory / "bundle", data, server.url)
+
+
+def test_what_it_says_first(place: Place, tmp_path: Path) -> None:
+    done = run_edge(
+        *place.train(tmp_path / "out", max_length=20, too_long="truncate", steps=None, epochs=3, batch_size=3), "--json"
+    )
+    assert done.code == 0, done.stderr
+    data, run, *_ = done.stderr.splitlines()
+    name = place.data
+    assert data.startswith("data: data.jsonl, 10 examples, ")
+    assert data.endswith(f"; 1 cut ({name}:3); 1 left out ({name}:5)")
+    assert run.startswith("run: 12 steps, 4 an epoch, 3.0 epochs; all 8 blocks active; about ")
+    summary = json.loads(done.stdout)
+    assert "expected time: 0:0" in done.stderr
+    assert re.search(r"for the 9 steps that are left", done.stderr)
+    assert f"{summary['tokens'] // 3:,} tokens" in data
+    assert f"{summary['labelled'] // 3:,} labelled" in data
+
+
+@pytest.mark.parametrize(("fraction", "tolerance"), [(1.0, 0.05), (0.25, 0.25)])
+def test_the_traffic_that_it_expects(place: Place, tmp_path: Path, fraction: float, tolerance: float) -> None:
+    """Fading units come on top where some are killed."""
+    done = run_edge(
+        *place.train(
+            tmp_path / "out", max_length=20, too_long="truncate", steps=200, batch_size=5, active_fraction=fraction
+        ),
+        "--json",
+    )
+    assert done.code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    (expected,) = re.findall(r"about ([\d,.]+) MB will cross", done.stderr)
+    counted = (summary["bytes_up"] + summary["bytes_down"]) / 1e6
+    assert float(expected.replace(",", "")) == pytest.approx(counted, rel=tolerance)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({}, 0),
+    ({"active_fraction": 0.25, "steps": 2}, 2),
+    ({"kr_score": "static", "static_units": "1,2", "steps": 2}, 1),
+], ids=["all active", "a fraction", "static"])  # fmt: skip
+def test_what_a_fraction_costs(place: Place, tmp_path: Path, options: dict[str, object], said: int) -> None:
+    done = run_edge(*place.train(tmp_path / "out", max_length=20, too_long="skip", **options))
+    assert done.code == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "Banking77" in line or "too few" in line]
+    assert len(lines) == said
+    if said:
+        assert "84% and 76% of held-out messages right, all active 95% and 89%" in lines[0]
+    if said == 2:
+        assert "2 steps are too few for warm-up, ramp and trials; use 107 or more, or --active-fraction 1" in lines[1]
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"pin": "8"}, ["--pin: there is no block 8; they are 0 to 7"]),
+    ({"pin": "x"}, ["--pin 'x': write units as 0,3,26-29"]),
+    ({"static_units": "0-8", "kr_score": "static"}, ["--static-units: there is no block 8"]),
+    ({"static_units": "1"}, ["--static-units needs --kr-score static"]),
+    ({"kr_score": "static"}, ["--static-units 26-29"]),
+    ({"active_fraction": 0}, ["--active-fraction 0 would train nothing"]),
+    ({"max_length": LONGEST + 1}, [f"--max-length {LONGEST + 1} is over the {LONGEST} tokens"]),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_found_before_data_and_server_are_asked(
+    place: Place, tmp_path: Path, options: dict[str, object], words: list[str]
+) -> None:
+    done = run_edge(
+        *place.train(tmp_path / "out", server="ws://127.0.0.1:1", data=tmp_path / "none.jsonl", **options)
+    )
+    assert_fails(done, UsageError.exit_code, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_would_stay_empty_is_not_left_behind(place: Place, tmp_path: Path) -> None:
+    done = run_edge(*place.train(tmp_path / "deep" / "out", server="ws://127.0.0.1:1", max_length=20, too_long="skip"))
+    assert done.code == 6, done.stderr
+    assert not (tmp_path / "deep" / "out").exists()
+    (tmp_path / "mine").mkdir()
+    done = run_edge(*place.train(tmp_path / "mine", server="ws://127.0.0.1:1", max_length=20, too_long="skip"))
+    assert done.code == 6
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_an_adapter_of_another_base_model_is_named_as_such(place: Place, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "wide", hidden_size=32, num_hidden_layers=BLOCKS)
+    export_bundle(ExportSettings(str(tmp_path / "wide"), tmp_path / "bundle", rank=4, alpha=8.0))
+    with serving(BaseModel.from_model(tiny_model("llama", hidden_size=32, num_hidden_layers=BLOCKS), "wide")) as server:
+        other = Place(tmp_path / "bundle", place.data, server.url)
+        done = run_edge(*other.train(tmp_path / "theirs", max_length=20, too_long="skip"))
+        assert done.code == 0, done.stderr
+    done = run_edge(
+        *place.train(tmp_path / "out", init_adapter=tmp_path / "theirs", max_length=20, too_long="skip")
+    )
+    assert_fails(done, CheckpointError.exit_code, "is of another base model", "numbers, the bundle's from")
+    same = run_edge(*place.train(tmp_path / "mine", max_length=20, too_long="skip"))
+    assert same.code == 0, same.stderr
+    done = run_edge(
+        *place.train(tmp_path / "out", init_adapter=tmp_path / "mine", rank=2, max_length=20, too_long="skip")
+    )
+    assert_fails(done, CheckpointError.exit_code, "has rank 4; train with --rank 4")

@@ -1,0 +1,228 @@
+"""``run.json``: what it holds and never holds, going on with nothing but a directory, and runs that are made longer."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import Finished, finish, run_edge, start_edge
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from test_resume import KR, SAVE_EVERY, STEPS, Place, assert_same_run, place, rows, wait_for_lines, whole
+
+from dlora.edge.batches import Batches
+from dlora.edge.checkpoint import list_checkpoints
+from dlora.edge.cli import train as train_command
+from dlora.edge.config import TrainConfig, go_on_with
+from dlora.edge.data import Dataset
+from dlora.edge.optimizer import OptimizerConfig
+from dlora.edge.run_file import RunSettings, load_run_file
+from dlora.edge.seeds import draw_seed, seed_for_server
+from dlora.protocol.errors import CheckpointError, UsageError
+from dlora.protocol.kill_revive import KillReviveConfig
+
+__all__ = ["place", "whole"]  # fixtures
+
+LONGER = STEPS + 40
+TOKEN = "dlora_0123abcd_" + "x" * 43
+
+
+def resume(out: Path, *options: object) -> Finished:
+    return run_edge("resume", out, *options, "--json")
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_option_of_train_is_a_setting() -> None:
+    """But those that are of one command's and not of the run's."""
+    options = set(inspect.signature(train_command).parameters)
+    assert options - set(RunSettings.__struct_fields__) == {"resume", "json_output"}
+    assert set(RunSettings.__struct_fields__) <= options
+
+
+def test_what_it_holds(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
+    out = tmp_path / "out"
+    done = run_edge(*place.train(out, "--token-file", tmp_path / "token", "--steps", 2), DLORA_TOKEN=TOKEN)
+    assert done.code == 0, done.stderr
+    assert TOKEN not in "".join(path.read_text(errors="replace") for path in out.rglob("*") if path.is_file())
+    run = load_run_file(out)
+    settings = run.settings
+    assert (settings.steps, settings.lr, settings.seed, settings.active_fraction) == (2, 0.01, 0, 1.0)
+    assert (settings.data, settings.token_file) == (str(place.data), str(tmp_path / "token"))
+    assert run.data.examples == 10
+    assert len(run.data.fingerprint) == 64
+    assert set(run.base_model) == {"name", "fingerprint"}
+    assert {"dlora", "python", "numpy", "onnxruntime"} <= set(run.versions)
+
+
+@pytest.mark.parametrize("kr", KR)
+def test_a_directory_is_all_that_resume_needs(
+    place: Place, whole: dict[str, Path], kr: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from another working directory, and where the run was told of its files by relative paths."""
+    monkeypatch.chdir(place.data.parent)
+    relative = Place(Path(place.bundle.name), Path(place.data.name), place.url)
+    process = start_edge(*relative.train(tmp_path / "out", *KR[kr]))
+    wait_for_lines(tmp_path / "out" / "metrics.jsonl", SAVE_EVERY + 4)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    monkeypatch.chdir("/")
+    resumed = resume(tmp_path / "out")
+    assert resumed.code == 0, resumed.stderr
+    assert_same_run(tmp_path / "out", whole[kr])
+    again = resume(tmp_path / "out")
+    assert again.code == 0
+    assert "this run is finished" in again.stderr
+    assert json.loads(again.stdout) == json.loads(resumed.stdout)
+
+
+def test_a_random_seed_goes_on_too(place: Place, tmp_path: Path) -> None:
+    """Without --seed two runs differ, and each goes on as itself: its seed lies in its checkpoint, and nowhere else."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    unseeded = [word for word in place.train(out, "--steps", 40) if word not in ("--seed", 0)]
+    process = start_edge(*unseeded)
+    wait_for_lines(out / "metrics.jsonl", SAVE_EVERY + 2)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process).code == 130
+    before = losses(out)
+    assert resume(out).code == 0
+    assert losses(out)[: len(before)] == before
+    assert load_run_file(out).settings.seed is None
+    assert run_edge(*[other if word == out else word for word in unseeded]).code == 0
+    assert losses(out) != losses(other)
+
+
+def test_seeds() -> None:
+    drawn = draw_seed()
+    assert len(drawn) == 4
+    assert drawn != draw_seed()
+    assert seed_for_server(drawn) == seed_for_server(drawn) != seed_for_server(draw_seed())
+    # What the server is told says neither A nor the data's order.
+    told = seed_for_server((7,))
+    assert told != 7
+    assert 0 <= told < 2**32
+
+
+# -- longer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kr", KR)
+def test_a_finished_run_is_made_longer(place: Place, whole: dict[str, Path], kr: str, tmp_path: Path) -> None:
+    """From its weights, moments and step counts; schedules, and Kill and Revive, begin anew; metrics go on."""
+    out = copied(whole[kr], tmp_path / "out")
+    done = resume(out, "--steps", LONGER)
+    assert done.code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["steps"], summary["first_step"]) == (LONGER, STEPS)
+    found = rows(out)
+    assert [row["step"] for row in found] == list(range(LONGER))
+    assert found[:STEPS] == rows(whole[kr])
+    added = found[STEPS:]
+    # Linear down to 0 over the added steps, as at the beginning; the warm-up is one step, 3% of 40.
+    assert added[0]["learning_rate"] == pytest.approx(0.0)
+    assert added[1]["learning_rate"] == pytest.approx(0.01)
+    assert added[-1]["learning_rate"] < 0.001
+    assert set(added[0]["units"]) == {"1"}, "all units take part again"
+    (step, last), *_ = list_checkpoints(out / "checkpoints")
+    state = json.loads(checkpoint_state(last))
+    assert step == LONGER
+    assert max(state["adam_steps"]) > STEPS * (kr == "off")
+    assert load_run_file(out).settings.steps == LONGER
+
+
+def test_a_longer_run_that_is_killed_goes_on_with_the_same_bits(
+    place: Place, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    undisturbed, out = copied(whole["on"], tmp_path / "undisturbed"), copied(whole["on"], tmp_path / "out")
+    assert resume(undisturbed, "--steps", LONGER).code == 0
+    process = start_edge("resume", out, "--steps", LONGER)
+    wait_for_lines(out / "metrics.jsonl", STEPS + SAVE_EVERY + 1)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    assert resume(out).code == 0  # run.json knows how long it is by now
+    assert rows(out) == rows(undisturbed)
+    (_, last), *_ = list_checkpoints(out / "checkpoints")
+    (_, wanted), *_ = list_checkpoints(undisturbed / "checkpoints")
+    for name, tensor in load_file(wanted).items():
+        assert load_file(last)[name].tobytes() == tensor.tobytes(), name
+
+
+def test_more_epochs_make_it_longer_too(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
+    """10 examples in batches of 3 are 4 steps an epoch."""
+    out = copied(whole["off"], tmp_path / "out")
+    done = resume(out, "--epochs", 16)
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 64
+
+
+def test_what_cannot_be_made_longer() -> None:
+    before = config(total_steps=60)
+    longer = config(total_steps=80, seed=())
+    assert go_on_with(longer, before, 60) == config(total_steps=80, first_step=60)
+    assert go_on_with(config(total_steps=60, seed=()), before, 20) == before
+    with pytest.raises(UsageError, match="at step 20 of 60, and only a finished one"):
+        go_on_with(longer, before, 20)
+    third = go_on_with(config(total_steps=90, seed=()), config(total_steps=80, first_step=60), 80)
+    assert (third.first_step, third.steps) == (80, 10)
+
+
+@pytest.mark.parametrize(("content", "text"), [
+    (None, "is no run: it has no run.json"), ("{", "cannot be read"), ("[]", "cannot be read"),
+    ("{}", "cannot be read"),
+])  # fmt: skip
+def test_a_directory_that_is_no_run(content: str | None, text: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    done = resume(tmp_path)
+    assert (done.code, len(done.errors)) == (CheckpointError.exit_code, 1), done.stderr
+    assert text in done.errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def config(**changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "total_steps": 60, "batch_size": 3, "grad_accum": 1, "seed": (1, 2, 3, 4), "rank": 4, "lora_alpha": 8.0,
+        "wire_dtype": "fp16", "optimizer": OptimizerConfig(), "kill_revive": KillReviveConfig(),
+    }  # fmt: skip
+    return TrainConfig(**{**settings, **changes})
+
+
+def copied(run: Path, out: Path) -> Path:
+    """A finished run, elsewhere."""
+    shutil.copytree(run, out)
+    return out
+
+
+def checkpoint_state(path: Path) -> str:
+    with safe_open(path, framework="numpy") as file:
+        return json.dumps(json.loads(file.metadata()["dlora-checkpoint"])["state"])
+
+
+def test_a_data_set_that_changed_is_named(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
+    out = copied(whole["off"], tmp_path / "out")
+    run = json.loads((out / "run.json").read_text())
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "w1 w2 w3"}) + "\n")
+    run["settings"]["data"] = str(data)
+    (out / "run.json").write_text(json.dumps(run))
+    done = resume(out)
+    assert done.code == CheckpointError.exit_code
+    assert "other training data" in done.errors[0]
+
+
+def test_the_order_of_data_is_a_runs_own() -> None:
+    numbered = Dataset.of([([n, n + 1], [0]) for n in range(40)])
+    one, other = (Batches(numbered, 4, 1, seed=draw_seed()) for _ in range(2))
+    assert one.step_indices(0).tolist() != other.step_indices(0).tolist()
+    again = [Batches(numbered, 4, 1, seed=(3,)).step_indices(0) for _ in range(2)]
+    assert np.array_equal(*again)
