@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import mmap
 import os
 import resource
@@ -222,6 +223,7 @@ def _become_a_child(spare: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)  # Rust says why it gives up
+    faulthandler.disable()
     _limit(resource.RLIMIT_CORE, 0)  # text of the user's lies in this memory
     if sys.platform == "linux":
         _limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE + spare)
