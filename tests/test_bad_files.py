@@ -326,8 +326,11 @@ def test_progress_is_no_standstill() -> None:
             time.sleep(0.25)
         return [b"done"]
 
-    with Child(work, note) as one:
+    heard: list[str] = []
+    with Child(work, note, heard.append) as one:
         assert one.call() == [b"done"]
+    assert heard
+    assert all(place.startswith("line ") for place in heard)
 
 
 def test_an_interrupt_ends_the_child_as_well() -> None:

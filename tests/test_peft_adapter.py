@@ -160,6 +160,7 @@ def edit_config(directory: Path, **changes: object) -> None:
         ({"rank_pattern": {"q_proj": 4097}}, "ranks up to 4096"),
         ({"rank_pattern": {f"x{at}": 2 for at in range(100_000)}}, "has 100000 patterns; 4096 can be used"),
         ({"alpha_pattern": {f"x{at}": 2 for at in range(4097)}}, "has 4097 patterns"),
+        ({"alpha_pattern": {"x" * 10**6: 2}}, "too complicated"),
         ({"alpha_pattern": {"q_proj": -2}}, "positive number"),
     ],
 )
