@@ -74,23 +74,17 @@ def main() -> None:
     importlib.import_module("dlora.edge.cli")
     from dlora.edge.bundle import Bundle
     from dlora.edge.config import TrainConfig
-    from dlora.edge.data import load_examples
-    from dlora.edge.memory import collect
+    from dlora.edge.loading import Reading, load_datasets
     from dlora.edge.metrics import StepMetrics
     from dlora.edge.optimizer import OptimizerConfig
     from dlora.edge.report import Reporter
-    from dlora.edge.tokenizer import EdgeTokenizer
     from dlora.protocol.kill_revive import KillReviveConfig
 
     memory.stage("imports")
     bundle = Bundle.open(options.bundle)
     memory.stage("bundle opened")
-    tokenizer = EdgeTokenizer.open(bundle)
-    dataset = load_examples(options.data, tokenizer, max_length=options.tokens // 2, too_long="truncate")
-    memory.stage("tokenizer and data")
-    del tokenizer
-    collect()
-    memory.stage("tokenizer dropped")
+    (dataset,) = load_datasets(Reading(bundle, [options.data], None, options.tokens // 2, "truncate"))
+    memory.stage("data read, by a child")
     from dlora.edge.training import TrainRun, train
 
     memory.stage("engine imported")

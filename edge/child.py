@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import mmap
 import os
 import resource
@@ -58,12 +59,19 @@ class Note:
         """How often something was said: as long as it grows, there is progress."""
         return int(_NOTE.unpack(self._memory[: _NOTE.size])[0])
 
+    @property
+    def place(self) -> str:
+        return self._read()[1]
+
     def error(self, what_happened: str) -> DloraError:
         """The place, and what happened there."""
+        name, place = self._read()
+        return _error(_ERRORS.get(name, DloraError), f"{place} {what_happened}", {})
+
+    def _read(self) -> tuple[str, str]:
         _, named, length = _NOTE.unpack(self._memory[: _NOTE.size])
         text = self._memory[_NOTE.size : _NOTE.size + named + length]
-        kind = _ERRORS.get(text[:named].decode(), DloraError)
-        return _error(kind, f"{text[named:].decode(errors='replace')} {what_happened}", {})
+        return text[:named].decode(errors="replace"), text[named:].decode(errors="replace")  # written just now, perhaps
 
 
 class Child:
@@ -73,13 +81,15 @@ class Child:
         work: runs in the child, once a call; gets the call's bytes and returns buffers. Whatever it holds is the
             child's own.
         note: where it says where it is.
+        on_tick: hears the note's place, once a second while a call goes on.
 
     Ctrl-C and SIGTERM end the child with this process.
     """
 
-    def __init__(self, work: Work, note: Note) -> None:
+    def __init__(self, work: Work, note: Note, on_tick: Callable[[str], None] = lambda _: None) -> None:
         self._work = work
         self._note = note
+        self._on_tick = on_tick
         self._pid = 0
 
     def __enter__(self) -> Child:
@@ -135,6 +145,7 @@ class Child:
                 view, still = view[received:], 0
             except TimeoutError:
                 # Ticks are counted, not the clock: whoever stops both processes with Ctrl-Z may take their time.
+                self._on_tick(self._note.place)
                 still = still + 1 if self._note.count == count else 0
                 count = self._note.count
                 if still * _TICK_S >= STANDSTILL_S:
@@ -222,6 +233,7 @@ def _become_a_child(spare: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)  # Rust says why it gives up
+    faulthandler.disable()
     _limit(resource.RLIMIT_CORE, 0)  # text of the user's lies in this memory
     if sys.platform == "linux":
         _limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE + spare)

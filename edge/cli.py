@@ -344,7 +344,8 @@ def evaluate(
     opened = Bundle.open(bundle)
     fields = parse_columns(columns) if columns else None
     longest = usable_length(max_length, opened.manifest)
-    (dataset,) = load_datasets(Reading(opened, [data], fields, longest, too_long.value))
+    with reporter.reading() as on_tick:
+        (dataset,) = load_datasets(Reading(opened, [data], fields, longest, too_long.value), on_tick)
     from .evaluation import evaluate as run_evaluation
 
     with (

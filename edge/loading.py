@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -44,14 +44,16 @@ def usable_length(asked: int | None, manifest: Manifest) -> int:
     return min(asked or USUAL_LENGTH, longest)
 
 
-def load_datasets(reading: Reading) -> list[Dataset]:
+def load_datasets(reading: Reading, on_tick: Callable[[str], None] = lambda _: None) -> list[Dataset]:
     """The data set of each file. Call it before there are threads or an engine.
+
+    ``on_tick`` hears once a second what is read now: the tokenizer, the file, ``file:line``.
 
     Raises ``DataError`` with file and line, or ``BundleError``: also where what the bundle's tokenizer and chat
     template make of a line never ends, takes all memory or crashes.
     """
     note = Note()
-    with Child(lambda _: _read(reading, note), note) as child:
+    with Child(lambda _: _read(reading, note), note, on_tick) as child:
         parts = child.call()
     per_file = len(parts) // len(reading.paths)
     return [_unpacked(parts[start : start + per_file]) for start in range(0, len(parts), per_file)]

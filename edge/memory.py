@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -46,7 +46,23 @@ def release_freed() -> None:
         _trim(0)
 
 
-def collect() -> None:
-    """Collect garbage, then ``release_freed``."""
-    gc.collect()
-    release_freed()
+@contextmanager
+def within_available() -> Iterator[None]:
+    """Within, what this machine has no memory for fails where it is asked for; Linux would grant it, and end us later.
+
+    About 0.1 ms. Other systems go without.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        machine = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        spare = sum(int(machine[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+        ours = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    except (OSError, LookupError, ValueError):  # not Linux
+        yield
+        return
+    most = ours + spare
+    resource.setrlimit(resource.RLIMIT_DATA, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Final
 
 import onnxruntime as ort
@@ -12,12 +13,15 @@ from dlora.protocol.manifest import GraphKind, GraphSpec
 
 from .bundle import Bundle
 from .engine import Array, Graph
+from .memory import within_available
+from .onnx_check import check_graph
 
 # Waking a thread takes as long as half of a narrow adapter's graph: up to this width a second one makes it slower.
 _NARROW = 1024
 # The key under which a tensor in a graph says that its data lie in another file, anywhere on this device: ONNX Runtime
 # before 1.24 reads it. protobuf writes strings as they are, so a graph without these bytes names none.
 _NAMES_A_FILE: Final = b"location"
+_REASON_CHARACTERS: Final = 200
 
 
 class OnnxEngine:
@@ -46,17 +50,40 @@ class OnnxEngine:
         if _NAMES_A_FILE in content:
             raise BundleError(f"{path} takes data from another file, which no graph may; do not use this bundle")
         try:
-            session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            check_graph(content)
+        except ValueError as error:
+            raise BundleError(f"{path} has {error}, which no graph may; export the bundle again") from None
+        try:
+            with within_available():
+                session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common public base
-            reason = str(error).splitlines()[0][:200]
-            raise BundleError(f"{path} does not load on {self.description}: {reason}; export it again") from None
+            raise BundleError(
+                f"{path} does not load on {self.description}: {_reason(error)}; export it again"
+            ) from None
         names = [output.name for output in spec.outputs]
+        most = 0
 
         def run(inputs: Mapping[str, Array]) -> list[Array]:
-            outputs: list[Array] = session.run(names, dict(inputs))
+            nonlocal most
+            size = sum(array.nbytes for array in inputs.values())
+            try:
+                # Looking at the memory takes as long as a small graph: only where more goes in than ever before.
+                with within_available() if size > most else nullcontext():
+                    outputs: list[Array] = session.run(names, dict(inputs))
+            except Exception as error:
+                raise BundleError(
+                    f"{path} fails on {self.description}: {_reason(error)}; close other programs if it needs their "
+                    "memory, or export the bundle again"
+                ) from None
+            most = max(most, size)
             return outputs
 
         return run
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= _REASON_CHARACTERS else f"… {lines[0][-_REASON_CHARACTERS:]}"
 
 
 def _options(threads: int) -> ort.SessionOptions:
@@ -64,7 +91,7 @@ def _options(threads: int) -> ort.SessionOptions:
     options.enable_cpu_mem_arena = False
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are told by us, in one line
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file looks like
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -32,6 +32,7 @@ _MAX_NAME: Final = 256
 _MAX_CONFIG_BYTES: Final = 16 << 20
 # PEFT writes a pattern a module where ranks differ: 900 modules have the largest of models that are not mixtures.
 _MAX_PATTERNS, _MAX_MATCHES = 4096, 1 << 22
+_MAX_PATTERN: Final = 1024
 
 # Settings of PEFT under which B A x is not all that the adapter does: each must be absent or falsy.
 _UNSUPPORTED: Final = {
@@ -319,6 +320,8 @@ def _is_slow(pattern: str) -> bool:
 
     Names are short, so a few repetitions and groups are fine, and repeated groups are not: ``(a|a)*``.
     """
+    if len(pattern) > _MAX_PATTERN:
+        return True
     repetitions = re.findall(r"[*+?{]", pattern)
     return len(repetitions) > 3 or pattern.count("(") > 3 or re.search(r"\)[*+?{]", pattern) is not None
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dlora.protocol.errors import one_line
@@ -18,6 +18,7 @@ from .metrics import StepMetrics
 if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain output need not pay
     from rich.console import Console
     from rich.progress import Progress, TaskID
+    from rich.status import Status
 
 _SMOOTHING = 0.9
 _STEPS_FOR_AN_ESTIMATE = 3
@@ -58,6 +59,27 @@ class Reporter:
     def warn(self, text: str) -> None:
         """One line about something that went wrong and was dealt with."""
         self.say(f"warning: {text}")
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], None]]:
+        """Show inside what is read, in a terminal; what it yields is told the place."""
+        if not self._terminal:
+            yield lambda _: None
+            return
+        with ExitStack() as shown:
+            status: Status | None = None
+
+            def on_tick(place: str) -> None:
+                nonlocal status
+                from rich.console import Console
+                from rich.markup import escape
+
+                text = f"reading {escape(one_line(place))}"
+                if status is None:  # not before the first: it is a thread, and the child that reads is forked without
+                    status = shown.enter_context(Console(file=self._stream).status(text))
+                status.update(text)
+
+            yield on_tick
 
     @contextmanager
     def training(self, total_steps: int, first_step: int = 0) -> Iterator[None]:

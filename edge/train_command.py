@@ -162,7 +162,8 @@ def _load(settings: RunSettings, bundle: Bundle, reporter: Reporter) -> tuple[Da
     max_length = usable_length(settings.max_length, bundle.manifest)
     fields = parse_columns(settings.columns) if settings.columns else None
     paths = [Path(path) for path in (settings.data, settings.eval_data) if path is not None]
-    datasets = load_datasets(Reading(bundle, paths, fields, max_length, settings.too_long))
+    with reporter.reading() as on_tick:
+        datasets = load_datasets(Reading(bundle, paths, fields, max_length, settings.too_long), on_tick)
     for name, path, dataset in zip(("data", "held out"), paths, datasets, strict=False):
         reporter.say(data_line(name, path, dataset))
     return datasets[0], datasets[1] if len(datasets) > 1 else None

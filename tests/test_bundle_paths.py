@@ -254,3 +254,10 @@ def test_a_manifest_that_never_ends(bundle: Path) -> None:
     (bundle / "manifest.json").unlink()
     (bundle / "manifest.json").symlink_to("/dev/zero")
     refused(bundle, "is a link to a file outside the bundle")
+
+
+def test_a_rank_that_fills_the_memory(bundle: Path) -> None:
+    value = json.loads((bundle / "manifest.json").read_text())
+    value["lora"]["r"] = 10**9
+    (bundle / "manifest.json").write_text(json.dumps(value))
+    refused(bundle, "lora.r")

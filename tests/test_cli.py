@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from families import save_tiny, tiny_model
 from processes import CLOUD, Finished, cloud_process, finish, quiet_environment, run_edge, start_edge
@@ -157,6 +159,39 @@ def test_data_that_cannot_be_used(place: Place, bad: str, tmp_path: Path) -> Non
 
 def test_data_that_are_not_there(place: Place, tmp_path: Path) -> None:
     assert_fails(run_edge(*place.train(tmp_path / "out", data=tmp_path / "no.jsonl")), DataError.exit_code, "no.jsonl")
+
+
+def with_template(place: Place, bundle: Path, template: str) -> Path:
+    """A copy of the bundle with this chat template, whose digest is right."""
+    shutil.copytree(place.bundle, bundle)
+    name = "tokenizer/chat_template.jinja"
+    (bundle / name).write_text(template)
+    spec = {"bytes": len(template), "sha256": hashlib.sha256(template.encode()).hexdigest()}
+    edit_manifest(bundle, lambda it: it["files"].update({name: spec}))  # type: ignore[attr-defined]
+    return bundle
+
+
+def test_a_template_that_asks_for_all_memory(place: Place, tmp_path: Path) -> None:
+    bundle = with_template(place, tmp_path / "bundle", "{{ 'a' * 10**11 }}")
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    train = place.train(tmp_path / "out", bundle=bundle, data=tmp_path / "talk.jsonl")
+    where = ["--bundle", bundle, "--server", place.url]
+    evaluate, generate = ["evaluate", *where, "--data", tmp_path / "talk.jsonl"], ["generate", *where, "--prompt", "w1"]
+    for command, said in ((train, "talk.jsonl:1"), (evaluate, "talk.jsonl:1"), (generate, "chat template")):
+        assert_fails(run_edge(*command), DataError.exit_code, said, "more memory than there is")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_a_template_loops(place: Place, tmp_path: Path, number: signal.Signals) -> None:
+    forever = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    bundle = with_template(place, tmp_path / "bundle", forever)
+    process = start_edge("generate", "--bundle", bundle, "--server", place.url, "--prompt", "w1")
+    wait_for(lambda: bool(psutil.Process(process.pid).children()))
+    (child,) = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    assert_fails(finish(process), 130, "interrupted")
+    assert not child.is_running()
 
 
 def test_a_sequence_longer_than_the_server_takes(place: Place, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from dishonest_server import DishonestServer, Script, dishonest, ones
 from families import VOCABULARY, save_tiny
-from processes import finish, start_edge
+from processes import finish, run_edge, start_edge
 from serving import config, random_dataset, training
 from websockets.sync.server import ServerConnection
 
@@ -48,6 +48,17 @@ def manifest(bundle: Path) -> Manifest:
 def run_step(bundle: Path, url: str, dialing: Dialing | None = None) -> None:
     with training(bundle, url, config(), random_dataset(VOCABULARY), dialing) as trainer:
         trainer.run_step()
+
+
+def test_units_that_are_active_without_an_adapter(bundle: Path, manifest: Manifest, tmp_path: Path) -> None:
+    """``generate`` and ``evaluate`` ask for none where they have no adapter."""
+    (tmp_path / "data.jsonl").write_text('{"text": "w1 w2"}\n')
+    with dishonest(manifest, lambda server, connection: None) as server:
+        for command in (["generate", "--prompt", "w1"], ["evaluate", "--data", tmp_path / "data.jsonl"]):
+            done = run_edge(*command, "--bundle", bundle, "--server", server.url)
+            assert done.code == ProtocolError.exit_code
+            assert done.errors == done.stderr.splitlines()
+            assert "units active, not the 0 that were asked for" in done.errors[0]
 
 
 # -- rules that it breaks --------------------------------------------------------------------------------

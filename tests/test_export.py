@@ -376,6 +376,7 @@ def test_the_command_prints_a_table(tmp_path: Path, monkeypatch: Any, capfd: Any
     [
         (["/no/such/model"], 2, "error: /no/such/model does not exist"),
         (["{model}", "--rank", "0"], 2, "error: --rank must be at least 1"),
+        (["{model}", "--rank", "1000000000"], 2, "error: --rank must be at least 1 and at most 4096"),
         (["{model}", "--alpha", "0"], 2, "error: --alpha must be above 0"),
         (["{model}", "--target-modules", ","], 2, "error: --target-modules is empty"),
         (["{model}", "--target-modules", "nope"], 11, "has no module 'nope'"),

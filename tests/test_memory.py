@@ -76,6 +76,25 @@ ssl.create_default_context()
     assert child.stdout.split() == ["True"] * 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems go without")
+def test_within_available_memory_no_more_is_granted() -> None:
+    code = """
+import psutil, resource, numpy as np
+from dlora.edge.memory import within_available
+before = resource.getrlimit(resource.RLIMIT_DATA)
+size = psutil.virtual_memory().available + psutil.swap_memory().free + (1 << 30)
+with within_available():
+    held = np.empty(1 << 20, np.uint8)
+    try:
+        np.empty(size, np.uint8)
+    except MemoryError:
+        print("refused")
+print(resource.getrlimit(resource.RLIMIT_DATA) == before)
+"""
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert child.stdout.split() == ["refused", "True"]
+
+
 @pytest.mark.parametrize(
     ("own", "limits", "wanted"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,11 @@ def edit_config(directory: Path, **changes: object) -> None:
         ({"r": "x"}, "positive number"),
         ({"rank_pattern": {"q_proj": 2}}, "the configuration says 2"),
         ({"rank_pattern": {"(": 2}}, "malformed pattern"),
+        ({"r": 10**9}, "ranks up to 4096"),
+        ({"rank_pattern": {"q_proj": 4097}}, "ranks up to 4096"),
+        ({"rank_pattern": {f"x{at}": 2 for at in range(100_000)}}, "has 100000 patterns; 4096 can be used"),
+        ({"alpha_pattern": {f"x{at}": 2 for at in range(4097)}}, "has 4097 patterns"),
+        ({"alpha_pattern": {"x" * 10**6: 2}}, "too complicated"),
         ({"alpha_pattern": {"q_proj": -2}}, "positive number"),
     ],
 )
@@ -161,6 +168,31 @@ def test_other_adapters_are_refused_by_name(tmp_path: Path, changes: dict[str, o
     save(tmp_path, random_modules(LLAMA_TARGETS))
     edit_config(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=text):
+        load_adapter(tmp_path)
+
+
+def test_each_pattern_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, random_modules({f"layers.{at}.q_proj": (4, 4) for at in range(50)}))
+    edit_config(tmp_path, alpha_pattern={f"x{at}": 2 for at in range(1000)})
+    compiled = []
+    compile_one = re.compile
+    monkeypatch.setattr(re, "compile", lambda *arguments: compiled.append(arguments) or compile_one(*arguments))
+    monkeypatch.setattr(re, "match", None)
+    assert len(load_adapter(tmp_path).modules) == 50
+    assert len(compiled) == 1000
+    monkeypatch.setattr(peft_adapter, "_MAX_MATCHES", 49_999)
+    with pytest.raises(CheckpointError, match="too many patterns for 50 modules"):
+        load_adapter(tmp_path)
+
+
+def test_a_configuration_that_never_ends_or_never_comes(tmp_path: Path) -> None:
+    save(tmp_path, random_modules(LLAMA_TARGETS))
+    (tmp_path / CONFIG_NAME).write_bytes(b" " * (17 << 20))
+    with pytest.raises(CheckpointError, match="too large"):
+        load_adapter(tmp_path)
+    (tmp_path / CONFIG_NAME).unlink()
+    os.mkfifo(tmp_path / CONFIG_NAME)
+    with pytest.raises(CheckpointError, match="no regular file"):
         load_adapter(tmp_path)
 
 

@@ -1,0 +1,377 @@
+"""Files that ask for all memory, never end or crash a library: one line that names the place."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from attacks.fuzz_manifest import manifest_of
+from waiting import eventually
+
+from dlora.edge import child
+from dlora.edge.bundle import Bundle
+from dlora.edge.chat import ChatTemplate
+from dlora.edge.child import Child, Note
+from dlora.edge.data import Dataset
+from dlora.edge.loading import Reading, load_datasets
+from dlora.edge.prompt import prompt_tokenizer
+from dlora.edge.rows import MAX_RECORD_BYTES
+from dlora.protocol import errors
+from dlora.protocol.errors import BundleError, DataError, DloraError, RefusedError, RemoteProtocolError
+from dlora.protocol.manifest import Manifest, TokenizerSpec
+
+CHAT = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+WORDS = ["<unk>", "<s>", "</s>", "user", "assistant", "a", "b", "c"]
+QUESTION, ANSWER = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}
+
+
+@pytest.fixture(autouse=True)
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children with a quarter of a gigabyte that may stand still for two seconds."""
+    monkeypatch.setattr(child, "spare_bytes", lambda: 1 << 28)
+    monkeypatch.setattr(child, "STANDSTILL_S", 2)
+
+
+def bundle_of(directory: Path, template: str | None = CHAT, **changes: object) -> Bundle:
+    """A bundle, checked already, whose ``tokenizer.json`` has these fields."""
+    tokenizer: dict[str, object] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {word: at for at, word in enumerate(WORDS)}, "unk_token": "<unk>"},
+        **changes,
+    }
+    spec = TokenizerSpec(
+        file="tokenizer.json",
+        chat_template=None if template is None else "chat.jinja",
+        bos_token="<s>",
+        eos_token="</s>",
+        eos_token_id=2,
+    )
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "chat.jinja").write_text(template or "")
+    names = ("graph.onnx", "embedding.npy", "tokenizer.json", "chat.jinja")
+    manifest = msgspec.json.decode(manifest_of(dict.fromkeys(names, b"")), type=Manifest)
+    base = msgspec.structs.replace(manifest.base_model, vocabulary_size=len(WORDS))
+    return Bundle(directory, msgspec.structs.replace(manifest, base_model=base, tokenizer=spec))
+
+
+def load(bundle: Bundle, *paths: Path, columns: dict[str, str] | None = None, **options: Any) -> list[Dataset]:
+    settings = {"max_length": 64, "too_long": "error", **options}
+    return load_datasets(Reading(bundle, paths, columns, **settings))
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def refused(kind: type[DloraError], load: Callable[[], object], *words: str) -> None:
+    """One short line of that kind, with these words."""
+    with pytest.raises(kind) as caught:
+        load()
+    said = str(caught.value)
+    for word in words:
+        assert word in said
+    assert "\n" not in said
+    assert len(said) < 500
+
+
+# -- templates -------------------------------------------------------------------------------------------------
+
+TEMPLATES = {
+    "allocates": ("{{ 'a' * 10**11 }}", "asks for more memory than there is"),
+    "doubles": (
+        "{% set all = namespace(x='a') %}{% for i in range(60) %}{% set all.x = all.x ~ all.x %}{% endfor %}",
+        "memory",
+    ),
+    "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took longer than 2 s"),
+    "counts": ("{{ 10 ** (10 ** 9) }}", "took longer than 2 s"),
+    "nests": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "does not compile"),
+    "nests less": ("{{ " + "(" * 250 + "messages" + ")" * 250 + " }}", ""),
+    "complains at length": ("{{ raise_exception('a' * 10**7) }}", "refuses these messages"),
+    "calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses these messages"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template(tmp_path: Path, name: str) -> None:
+    template, words = TEMPLATES[name]
+    path = write(tmp_path / "d.jsonl", {"messages": [QUESTION, ANSWER]})
+    bundle = bundle_of(tmp_path, template)
+    refused(DataError, lambda: load(bundle, path), f"{path}:1", words)
+
+    def generate() -> None:
+        with prompt_tokenizer(bundle) as tokenizer:
+            tokenizer.encode_prompt("a")
+
+    if name != "nests less":  # which is a template like any other, but for its assistant
+        refused(DataError, generate, words)
+
+
+# -- tokenizers ------------------------------------------------------------------------------------------------
+
+GROW = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}] * 10
+TOKENIZERS: dict[str, tuple[type[DloraError], dict[str, object], str]] = {
+    "no words": (BundleError, {"model": {"type": "BPE", "vocab": {}, "merges": []}}, "has no words"),
+    "more words than the base model": (
+        BundleError,
+        {"model": {"type": "WordLevel", "vocab": {"<unk>": 8}, "unk_token": "<unk>"}},
+        "has a token 8, its base model has 8 of them",
+    ),
+    "a bomb of a normalizer": (
+        DataError,
+        {"normalizer": {"type": "Sequence", "normalizers": GROW}},
+        "d.jsonl:1 needs more than the 256 MiB",
+    ),
+    "one that panics": (
+        BundleError,
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+        "does not work",
+    ),
+    "one without its unknown word": (
+        BundleError,
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}},
+        "does not work",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer(tmp_path: Path, name: str) -> None:
+    kind, changes, words = TOKENIZERS[name]
+    path = write(tmp_path / "d.jsonl", {"text": "a b c"})
+    refused(kind, lambda: load(bundle_of(tmp_path, **changes), path), words)
+
+
+def test_a_decoder_that_never_ends_is_the_bundles_fault(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, decoder={"type": "Sequence", "decoders": GROW})
+    with prompt_tokenizer(bundle) as tokenizer:
+        assert tokenizer.encode_prompt("b").tolist() == [3, 6, 2, 4]  # user b </s> assistant
+        refused(BundleError, lambda: tokenizer.decode([5]), "the text of the answer needs more than the 256 MiB")
+
+
+# -- data ------------------------------------------------------------------------------------------------------
+
+
+def test_data_sets_come_whole_from_the_child(tmp_path: Path) -> None:
+    long = {"text": "a b c " * 30}
+    unanswered = {"prompt": "a " * 90, "completion": "b"}
+    one = write(tmp_path / "one.jsonl", {"text": "a b"}, *[long] * 4, unanswered)
+    two = write(tmp_path / "two.jsonl", {"messages": [QUESTION, ANSWER]})
+    first, second = load(bundle_of(tmp_path), one, two, too_long="truncate")
+    assert (len(first), first.truncated, first.skipped) == (5, 4, 1)
+    assert first.cut_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
+    assert first.left_out_places == (f"{one}:6",)
+    assert first[0].ids.tolist() == [5, 6, 2]
+    assert second[0].labels.tolist() == [7, 2]
+    (skipped,) = load(bundle_of(tmp_path), one, too_long="skip")
+    assert (len(skipped), skipped.skipped, skipped.cut_places) == (1, 5, ())
+    assert skipped.left_out_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
+
+
+def test_a_line_that_is_too_long(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "' + "a " * (10 << 20) + '"}\n')
+    refused(DataError, lambda: load(bundle_of(tmp_path), path), f"{path}:2: a line of more than 8 MiB")
+
+
+def test_a_file_that_never_ends(tmp_path: Path) -> None:
+    refused(DataError, lambda: load(bundle_of(tmp_path), Path("/dev/zero")), "/dev/zero:1: a line of more than 8 MiB")
+
+
+def test_a_pipe_that_nobody_writes_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    refused(DataError, lambda: load(bundle_of(tmp_path), tmp_path / "pipe"), f"{tmp_path / 'pipe'} took longer")
+
+
+@pytest.mark.parametrize("rest", ["a line of words\n", '","x\n'], ids=["an open quote", "fields without end"])
+def test_a_csv_record_that_never_ends(tmp_path: Path, rest: str) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('text\na\n"' + rest * (MAX_RECORD_BYTES // len(rest) + 1))
+    refused(DataError, lambda: load(bundle_of(tmp_path), path), f"{path}:3: a record of more than 8 MiB", "quote")
+
+
+def test_a_csv_of_many_records_may_be_longer(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    field = "a" * (MAX_RECORD_BYTES // 2)
+    path.write_text(f"text,other\na,{field}\na,{field}\na,{field}\n")
+    assert len(load(bundle_of(tmp_path), path)[0]) == 3
+
+
+@pytest.mark.parametrize("too_long", ["error", "skip", "truncate"])
+def test_many_turns_are_rendered_as_often_as_is_needed(
+    tmp_path: Path, too_long: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dlora.edge.data import load_examples
+    from dlora.edge.tokenizer import EdgeTokenizer
+
+    path = write(tmp_path / "d.jsonl", {"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER] * 10_000})
+    rendered = []
+    render = ChatTemplate.render
+
+    def counting(self: ChatTemplate, messages: Any, **options: Any) -> str:
+        rendered.append(len(messages))
+        return render(self, messages, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", counting)
+    tokenizer = EdgeTokenizer.open(bundle_of(tmp_path))
+
+    def read() -> Dataset:
+        return load_examples(path, tokenizer, max_length=20, too_long=too_long)  # type: ignore[arg-type]
+
+    if too_long == "error":
+        refused(DataError, read, f"{path}:2: 70000 tokens, the limit is 20")
+        assert rendered == [2, 1, 20_000]  # the last turn of the first ends with its text
+        return
+    found = read()
+    assert rendered[:3] == [2, 1, 20_000]
+    if too_long == "skip":
+        assert (len(found), found.skipped, len(rendered)) == (1, 1, 3)
+    else:
+        # Seven tokens a question with its answer: of the third answer, one is within the limit of 20.
+        assert rendered[3:] == [1, 2, 3, 4, 5, 6, 7]
+        assert found[1].labels.tolist() == [7, 2, 7, 2, 7]
+
+
+# -- the child -------------------------------------------------------------------------------------------------
+
+
+def die(number: int) -> Callable[[bytes], list[bytes]]:
+    def work(request: bytes) -> list[bytes]:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+        return []
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGABRT, "needs more than the 256 MiB of memory"),
+        (signal.SIGKILL, "needs more than the 256 MiB of memory"),
+        (signal.SIGSEGV, "crashed the library that reads it (SIGSEGV)"),
+    ],
+)
+def test_a_child_that_dies(number: signal.Signals, words: str) -> None:
+    note = Note()
+    note.at("file.jsonl:7", DataError)
+    with Child(die(number), note) as one:
+        refused(DataError, one.call, f"file.jsonl:7 {words}")
+    assert one._pid == 0
+
+
+def test_errors_arrive_as_they_were_raised() -> None:
+    raised: list[DloraError] = [
+        RemoteProtocolError("one", "non_finite", retryable=True),
+        RefusedError("two", "quota", retry_after_s=3.5),
+        *(kind("text") for kind in vars(errors).values() if _takes_a_text(kind)),
+    ]
+
+    def work(request: bytes) -> list[bytes]:
+        raise raised[int(request)]
+
+    with Child(work, Note()) as one:
+        for at, error in enumerate(raised):
+            with pytest.raises(DloraError) as caught:
+                one.call(str(at).encode())
+            assert type(caught.value) is type(error)
+            assert str(caught.value) == str(error)
+            assert vars(caught.value) == vars(error)
+
+
+def _takes_a_text(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, DloraError) and kind is not RefusedError
+
+
+def test_a_bug_in_the_child_keeps_its_traceback() -> None:
+    def work(request: bytes) -> list[bytes]:
+        raise ZeroDivisionError("ours")
+
+    with Child(work, Note()) as one, pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
+        one.call()
+
+
+def test_progress_is_no_standstill() -> None:
+    note = Note()
+
+    def work(request: bytes) -> list[bytes]:
+        for at in range(16):
+            note.at(f"line {at}", DataError)
+            time.sleep(0.25)
+        return [b"done"]
+
+    heard: list[str] = []
+    with Child(work, note, heard.append) as one:
+        assert one.call() == [b"done"]
+    assert heard
+    assert all(place.startswith("line ") for place in heard)
+
+
+def test_an_interrupt_ends_the_child_as_well() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    one = Child(lambda _: time.sleep(60) or [], Note())
+    pids = []
+
+    def wait_for_it() -> None:
+        with one:
+            pids.append(one._pid)
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            one.call()
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait_for_it()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no way to ask for it")
+def test_a_child_does_not_outlive_its_parent() -> None:
+    code = (
+        "import time\nfrom dlora.edge.child import Child, Note\n"
+        "with Child(lambda _: time.sleep(600) or [], Note()) as one:\n    print(one._pid, flush=True)\n    one.call()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate(timeout=30)
+    eventually(lambda: not _runs(pid))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()  # one that nobody has reaped yet is over
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,162 @@
+"""Graphs are a stranger's programs: what is in none of ours is refused, and what takes too much memory is one line."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from attacks.fuzz_manifest import manifest_of
+from attacks.fuzz_target import mutate_bytes
+
+from dlora.edge.bundle import Bundle
+from dlora.edge.onnx_check import MAX_GRAPH_BYTES, OPERATORS, check_graph
+from dlora.edge.onnx_engine import OnnxEngine
+from dlora.export.adamw_graph import adamw_graph
+from dlora.export.adapter_graphs import adapter_graphs
+from dlora.export.embedding_graph import embedding_graph
+from dlora.export.graph import TrainingGraph
+from dlora.export.head_graph import HeadShape, head_graphs
+from dlora.protocol.errors import BundleError
+from dlora.protocol.manifest import Manifest, TensorSpec
+
+X, Y = TensorSpec("x", "fp32", ("n",)), TensorSpec("y", "fp32", ("n",))
+
+
+def every_graph() -> list[TrainingGraph]:
+    """Of every kind and variant that the exporter has."""
+    heads = [
+        HeadShape(vocabulary, hidden, dtype, bias, scale, cap)
+        for dtype, bias, scale, cap, (vocabulary, hidden) in itertools.product(
+            ("fp32", "fp16", "int8"), (False, True), (1.0, 0.5), (None, 3.0), ((97, 16), (262_144, 2048), (1, 1))
+        )
+    ]
+    others = [adamw_graph(), *(embedding_graph(9, 4, dtype, 2.0) for dtype in ("fp32", "fp16"))]
+    return [*adapter_graphs(5, 7), *others, *(graph for head in heads for graph in head_graphs(head))]
+
+
+def operators(graph: onnx.GraphProto) -> set[str]:
+    inner = (operators(attribute.g) for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
+    return {node.op_type for node in graph.node}.union(*inner)
+
+
+def test_the_operators_are_those_that_the_exporter_uses() -> None:
+    used: set[str] = set()
+    for graph in every_graph():
+        model = graph.to_onnx()
+        check_graph(model.SerializeToString(deterministic=True))
+        used |= operators(model.graph)
+    assert used == OPERATORS
+
+
+def parsed(body: str, declared: str = "(float[n] x) => (float[m] y)") -> onnx.ModelProto:
+    return onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 18]>\ngraph {declared} {{ {body} }}')
+
+
+REFUSED = {
+    "a terabyte of one number": (
+        "s = Constant <value = int64[1] {1000000000000}> () z = ConstantOfShape (s) y = Add (z, x)",
+        "the operator 'ConstantOfShape'",
+    ),
+    "a loop": (
+        "n = Constant <value = int64 {9000000000000000000}> () t = Constant <value = bool {1}> ()\n"
+        "y = Loop <body = b (int64 i, bool c, float[n] v) => (bool d, float[n] w) {"
+        " d = Identity (c) w = Identity (v) }> (n, t, x)",
+        "the operator 'Loop'",
+    ),
+    "doubling": (
+        "a = Concat <axis = 0> (x, x) b = Concat <axis = 0> (a, a) y = Concat <axis = 0> (b, b)",
+        "more than one Concat",
+    ),
+    "a loop in a loop": (
+        "y = Scan <num_scan_inputs = 1, body = one (float v) => (float w) {"
+        " w = Scan <num_scan_inputs = 1, body = two (float t) => (float u) { u = Identity (t) }> (x) }> (x)",
+        "a graph in Scan",
+    ),
+    "an operator of somebody else": ("y = com.microsoft.Add (x, x)", "the operator"),
+    "a graph where none belongs": (
+        "y = Identity <body = b (float v) => (float w) { w = Identity (v) }> (x)",
+        "a graph in Identity",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_graph_of_ours_has(name: str) -> None:
+    body, text = REFUSED[name]
+    with pytest.raises(ValueError, match=text):
+        check_graph(parsed(body).SerializeToString())
+
+
+def test_parts_of_a_model_that_no_graph_of_ours_has() -> None:
+    large = parsed("y = Identity (x)")
+    large.graph.node[0].doc_string = "x" * MAX_GRAPH_BYTES
+    weights = parsed("y = Identity (x)")
+    weights.graph.initializer.append(onnx.TensorProto(name="w", data_type=1, dims=[10**12]))
+    sparse = parsed("y = Identity (x)")
+    sparse.graph.sparse_initializer.append(onnx.SparseTensorProto(dims=[10**12]))
+    function = parsed("y = Identity (x)")
+    function.functions.append(onnx.FunctionProto(name="Add"))
+    claims = parsed("c = Constant <value = float[1] {1.0}> () y = Add (x, c)")
+    claims.graph.node[0].attribute[0].t.dims[:] = [1 << 20, 1 << 20]
+    elsewhere = parsed("c = Constant <value = float[1] {1.0}> () y = Add (x, c)")
+    elsewhere.graph.node[0].attribute[0].t.data_location = onnx.TensorProto.EXTERNAL
+    for model, text in (
+        (large, "more than 256 KiB"),
+        (weights, "field 5 in a graph"),
+        (sparse, "field 15 in a graph"),
+        (function, "field 25 in a model"),
+        (claims, "claims to be larger than it is"),
+        (elsewhere, "field 14 in a tensor"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            check_graph(model.SerializeToString())
+
+
+def test_any_bytes_are_a_graph_or_a_value_error() -> None:
+    rng = Random(0)
+    seeds = [graph.to_onnx().SerializeToString() for graph in every_graph()[:12]]
+    for _ in range(3000):
+        data = rng.choice(seeds)
+        for _ in range(rng.randrange(1, 4)):
+            data = mutate_bytes(data, rng)
+        with suppress(ValueError):
+            check_graph(data)
+
+
+def loaded(directory: Path, model: onnx.ModelProto) -> Bundle:
+    """A bundle whose embedding is this graph, of x to y."""
+    content = model.SerializeToString()
+    (directory / "graph.onnx").write_bytes(content)
+    files = {"graph.onnx": content, "tokenizer.json": b"", "embedding.npy": b""}
+    manifest = msgspec.json.decode(manifest_of(files), type=Manifest)
+    graph = msgspec.structs.replace(manifest.graphs[0], inputs=(X,), outputs=(Y,))
+    return Bundle(directory, msgspec.structs.replace(manifest, graphs=(graph,)))
+
+
+def test_a_graph_that_asks_for_a_terabyte_with_operators_of_ours(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three dimensions of one: 10,000 numbers become 10^12."""
+    axes = (("1,2", "u"), ("0,2", "v"), ("0,1", "w"))
+    body = "".join(
+        f"a{name} = Constant <value = int64[2] {{{axis}}}> () {name} = Unsqueeze (x, a{name}) " for axis, name in axes
+    )
+    model = parsed(f"{body} uv = Mul (u, v) y = Mul (uv, w)", "(float[n] x) => (float[a,b,c] y)")
+    run = OnnxEngine(loaded(tmp_path, model), threads=1).load("embedding")
+    assert run({"x": np.ones(2, np.float32)})[0].shape == (2, 2, 2)
+    with pytest.raises(BundleError, match=r"graph\.onnx fails on onnxruntime.*close other programs") as caught:
+        run({"x": np.ones(10_000, np.float32)})
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_engine_refuses_it_in_one_line(tmp_path: Path) -> None:
+    engine = OnnxEngine(loaded(tmp_path, parsed(REFUSED["a terabyte of one number"][0])))
+    with pytest.raises(BundleError, match=r"graph\.onnx has the operator 'ConstantOfShape', which no graph may"):
+        engine.load("embedding")
