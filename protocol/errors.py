@@ -30,7 +30,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Final
 
 INTERRUPTED_EXIT_CODE: Final = 130
@@ -192,12 +193,22 @@ def run_command(command: Callable[[], None]) -> None:
         _fail(f"cannot write: {where}{error.strerror}; free space or choose another place", StorageError.exit_code)
 
 
+@contextmanager
+def extra_needed(extra: str) -> Iterator[None]:
+    """Inside, a module that is not installed is a ``MissingExtraError``: commands load what they need late."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("dlora"):
+            raise
+        raise missing_extra(error, extra) from None
+
+
 def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
-    """The error for a console script whose extra is not installed, or cannot be."""
     if sys.maxsize < 2**32:
         return MissingExtraError(
             f"the module {error.name!r} is not installed, and this is a system of 32 bits: numpy and onnxruntime have "
-            "no builds for it; use a 64-bit system"
+            "no builds for it; use a 64-bit system, where getconf LONG_BIT says 64"
         )
     return MissingExtraError(
         f"the module {error.name!r} is not installed; this command needs the extra {extra!r}: "
