@@ -9,7 +9,7 @@ SHIM := build/shim/$(shell uname -m)/VERSION.json
 help: ## this list; times are of two cores, and rough
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 
-demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process: ten minutes, and two for .venv
+demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process: ten minutes
 	$(BIN)/python examples/demo.py
 
 test: .venv/.ready $(SHIM) ## every test but those of test-slow and test-arm: tens of minutes

@@ -1,6 +1,6 @@
 """What each extra of dlora takes on the disk: a fresh virtual environment for each, without pip.
 
-Prints one JSON object; sizes are in MB of 10**6 bytes, all files of site-packages as pip leaves them, bytecode included.
+Prints one JSON object; sizes are in MB of 10**6 bytes, all files of site-packages as pip leaves them, bytecode too.
 pip's own settings hold, so that a torch build for the CPU is measured where pip is told of one.
 """
 

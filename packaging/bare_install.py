@@ -1,4 +1,4 @@
-"""Runs make's targets where there is no compiler, cmake or git: in a bare Debian root, on a fresh copy of this repository.
+"""Runs make's targets where there is no compiler, cmake or git: a bare Debian root, with a copy of this repository.
 
     python3 packaging/bare_install.py                     # .venv/.ready: all that the demo needs
     python3 packaging/bare_install.py .venv/.ready demo

@@ -34,7 +34,7 @@ QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
 OPERATING = (ROOT / "docs/operating.md").read_text()
 SOURCES = [path for name in ("protocol", "edge", "cloud", "export") for path in sorted((ROOT / name).glob("*.py"))]
 OTHER_PROGRAMS = {
-    "--group", "--import-mode", "--strict",  # of pip, pytest and mypy
+    "--group", "--index-url", "--import-mode", "--strict",  # of pip, pytest and mypy
     "--now",  # of systemctl
     "--branch", "--recurse-submodules", "--build", "--target", "--whole-archive", "--no-deps",  # git, cmake, ld, pip
 }  # fmt: skip
