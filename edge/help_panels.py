@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Final
 
 from typer.core import TyperCommand
@@ -33,12 +34,15 @@ class PanelledCommand(TyperCommand):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         places = {name: panel for panel, names in PANELS.items() for name in names}
+        sizes = Counter(places.get(parameter.name or "") for parameter in self.params)
         for parameter in self.params:
-            if panel := places.get(parameter.name or ""):
+            panel = places.get(parameter.name or "")
+            if panel and sizes[panel] > 1:
                 parameter.rich_help_panel = panel  # type: ignore[attr-defined]
-            if parameter.secondary_opts:
+            if parameter.secondary_opts and getattr(parameter, "rich_help_panel", None) == KR:
                 parameter.rich_help_panel = KR_SWITCHES  # type: ignore[attr-defined]
             if metavar := METAVARS.get(parameter.name or ""):
                 parameter.metavar = metavar
-        order = [None, *PANELS, KR, KR_SWITCHES]
-        self.params.sort(key=lambda parameter: order.index(getattr(parameter, "rich_help_panel", None)))
+        order = (*PANELS, KR, KR_SWITCHES)
+        panels = {parameter.name: getattr(parameter, "rich_help_panel", None) for parameter in self.params}
+        self.params.sort(key=lambda each: order.index(panels[each.name]) if panels[each.name] in order else -1)
