@@ -36,7 +36,8 @@ SOURCES = [path for name in ("protocol", "edge", "cloud", "export") for path in 
 OTHER_PROGRAMS = {
     "--group", "--index-url", "--import-mode", "--strict",  # of pip, pytest and mypy
     "--now",  # of systemctl
-    "--branch", "--recurse-submodules", "--build", "--target", "--whole-archive", "--no-deps", "--wheel-dir",  # git, cmake, ld, pip
+    "--branch", "--recurse-submodules", "--build", "--target", "--whole-archive",  # of git, cmake and ld
+    "--no-deps", "--wheel-dir",  # of pip
 }  # fmt: skip
 PROGRAMS = {
     "dlora-edge": typer.main.get_command(dlora.edge.cli.app),
