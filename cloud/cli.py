@@ -38,7 +38,7 @@ KEY_BYTES = 32
 app = typer.Typer(
     help="Serve the frozen blocks of a language model to devices that fine-tune it.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -97,18 +97,22 @@ def serve(
         typer.Option("--insecure", help="Listen on a network without TLS, or let everybody in.", rich_help_panel=DOOR),
     ] = False,
     quota_sessions: Annotated[
-        int | None, typer.Option(help="Sessions of one device at a time.", min=1, rich_help_panel=QUOTAS)
+        int | None, typer.Option(help="Sessions of one device at a time.", metavar="N", min=1, rich_help_panel=QUOTAS)
     ] = None,
     quota_tokens_per_minute: Annotated[
-        int | None, typer.Option(help="Tokens of one device in a minute.", min=1, rich_help_panel=QUOTAS)
+        int | None, typer.Option(help="Tokens of one device in a minute.", metavar="N", min=1, rich_help_panel=QUOTAS)
     ] = None,
     quota_live_mb: Annotated[
         float | None,
-        typer.Option(help="Memory of one device's running micro-batches, MB.", min=0.001, rich_help_panel=QUOTAS),
+        typer.Option(
+            help="Memory of one device's running micro-batches, MB.", metavar="MB", min=0.001, rich_help_panel=QUOTAS
+        ),
     ] = None,
     quota_compute_s: Annotated[
         float | None,
-        typer.Option(help="Seconds of computing for one device in an hour.", min=0.001, rich_help_panel=QUOTAS),
+        typer.Option(
+            help="Seconds of computing for one device in an hour.", metavar="S", min=0.001, rich_help_panel=QUOTAS
+        ),
     ] = None,
     max_sessions: Annotated[
         int, typer.Option(help="Devices that may train at a time.", min=1, rich_help_panel=LIMITS)
@@ -165,7 +169,9 @@ def serve(
 
     Example:  dlora-cloud serve smollm2-135m --port 8765
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr
+    )
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # every end of a connection has a line of ours
     patience = Patience(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s)
     state = state_dir or platformdirs.user_state_path("dlora-cloud")

@@ -38,6 +38,7 @@ from .memory import release_unreachable
 from .patience import DeviceDeadlines, Patience
 from .quotas import QuotaLimits, Quotas
 from .sessions import Sessions
+from .source import public_name
 from .transport import wait_for_goodbyes
 
 logger = logging.getLogger("dlora.cloud")
@@ -254,7 +255,7 @@ class CloudServer:
             "status": "draining" if self.service.draining.is_set() else "ok",
             "software": SOFTWARE_VERSION,
             "protocol_versions": list(PROTOCOL_VERSIONS),
-            "base_model": base.name,
+            "base_model": public_name(base.name),
             "base_fingerprint": base.fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
             "device": str(base.device),

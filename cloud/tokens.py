@@ -28,6 +28,7 @@ FILE_NAME: Final = "tokens.sqlite"
 LOCK_TIMEOUT_S: Final = 2.0
 _TOKEN: Final = re.compile(r"dlora_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 _DEVICE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PRUNED: Final = 1  # SQLite's user_version of a file that had tokens whose records are deleted
 _TABLE: Final = """
 CREATE TABLE IF NOT EXISTS tokens (
     id TEXT PRIMARY KEY, device TEXT NOT NULL, sha256 BLOB NOT NULL,
@@ -128,15 +129,17 @@ class TokenStore:
         return ended
 
     def all(self) -> list[TokenRecord]:
-        """All tokens that were ever created, oldest first."""
+        """All tokens whose records are kept, oldest first."""
         with self._open() as database:
             rows = database.execute("SELECT id, device, created, expires, revoked FROM tokens ORDER BY created, id")
             return [TokenRecord(*row) for row in rows]
 
     def any(self) -> bool:
-        """Whether a token was ever created. Revoked ones count: revoking the last must not open the door."""
+        """Whether a token was ever created. Revoked and pruned ones count: without any the door is open."""
         with self._open() as database:
-            return database.execute("SELECT 1 FROM tokens LIMIT 1").fetchone() is not None
+            kept = database.execute("SELECT 1 FROM tokens LIMIT 1").fetchone()
+            (pruned,) = database.execute("PRAGMA user_version").fetchone()
+            return kept is not None or pruned == _PRUNED
 
     def revoke(self, device_or_id: str) -> int:
         """Revoke a token by its id, or all tokens of a device; how many were not revoked before."""
@@ -145,6 +148,19 @@ class TokenStore:
                 "UPDATE tokens SET revoked = ? WHERE (id = ? OR device = ?) AND revoked IS NULL",
                 (self._clock(), device_or_id, device_or_id),
             ).rowcount
+
+    def prune(self) -> int:
+        """Delete the records of tokens that are revoked or have expired; how many.
+
+        In the same transaction the file is marked as one that had tokens, which is what ``any`` asks for.
+        """
+        with self._open() as database:
+            pruned = database.execute(
+                "DELETE FROM tokens WHERE revoked IS NOT NULL OR expires <= ?", (self._clock(),)
+            ).rowcount
+            if pruned:
+                database.execute(f"PRAGMA user_version = {_PRUNED}")
+            return pruned
 
     def _find(self, token_id: str) -> tuple[TokenRecord, bytes] | None:
         with self._open() as database:

@@ -2,7 +2,7 @@
 
 import sys
 
-from dlora.protocol.errors import missing_extra, run_command
+from dlora.protocol.errors import extra_needed, run_command
 
 
 def main() -> None:
@@ -16,14 +16,10 @@ def _main() -> None:
 
         print(f"dlora-edge {SOFTWARE_VERSION}")
         return
-    try:
+    with extra_needed("edge"):
         from .cli import app
 
         app(prog_name="dlora-edge")
-    except ModuleNotFoundError as error:  # the commands load what they need when they run
-        if (error.name or "").startswith("dlora"):
-            raise
-        raise missing_extra(error, "edge") from None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.version import SOFTWARE_VERSION
 
 from . import pause
+from .help_panels import KR, PanelledCommand
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Fine-tune a language model that this device cannot hold. Data, labels, adapters stay here.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -123,18 +124,18 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 MaxLengthOption = Annotated[
     int | None, typer.Option(help="Longest example, in tokens; 512 by default, or what the model takes.", min=2)
 ]
-TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: refuse, cut or leave out.")]
+TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: error, truncate or skip them.")]
 ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
 
 # A typing slip must not fill the memory, and the wire takes no more.
 MAX_THREADS = 1024
 MAX_COUNT, MAX_SEED = 10**9, 2**32 - 1
-KR = "Kill and Revive"
 
 ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0, max=MAX_THREADS)]
 
 EngineOption = Annotated[
-    EngineChoice, typer.Option(help="What runs the graphs; auto: ONNX Runtime, or else what there is.")
+    EngineChoice,
+    typer.Option(help="What runs the graphs: onnx, executorch or auto, which is ONNX Runtime, or else what there is."),
 ]
 
 
@@ -153,7 +154,7 @@ def _app(
     pass
 
 
-@app.command()
+@app.command(cls=PanelledCommand)
 def train(
     bundle: BundleOption,
     server: ServerOption,
@@ -170,7 +171,9 @@ def train(
     too_long: TooLongOption = TooLong.error,
     columns: ColumnsOption = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0, max=1e3)] = 1e-3,
-    schedule: Annotated[Schedule, typer.Option(help="Learning-rate schedule after warm-up.")] = Schedule.linear,
+    schedule: Annotated[
+        Schedule, typer.Option(help="Learning rate after warm-up: constant, linear or cosine.")
+    ] = Schedule.linear,
     warmup: Annotated[
         float, typer.Option(help="Warm-up: steps, or a share of them if below 1.", min=0.0, max=MAX_COUNT)
     ] = 0.03,
@@ -202,7 +205,7 @@ def train(
     patience: Annotated[
         int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
     ] = None,
-    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
+    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire: fp16 or fp32.")] = WireDtype.fp16,
     threads: ThreadsOption = 0,
     engine: EngineOption = EngineChoice.auto,
     token_file: TokenFileOption = None,
@@ -225,7 +228,14 @@ def train(
             rich_help_panel=KR,
         ),
     ] = 1.0,
-    kr_score: Annotated[Score, typer.Option(help="What units are ranked by.", rich_help_panel=KR)] = Score.change,
+    kr_score: Annotated[
+        Score,
+        typer.Option(
+            help="What units are ranked by: change, sensitivity, grad or norm; or the plain rivals random, static or "
+            "last.",
+            rich_help_panel=KR,
+        ),
+    ] = Score.change,
     kr_unit: Annotated[UnitKind, typer.Option(help="What is switched.", rich_help_panel=KR)] = UnitKind.block,
     kr_warmup_steps: Annotated[
         int, typer.Option(help="Steps before the first kill.", min=0, max=MAX_COUNT, rich_help_panel=KR)
@@ -245,7 +255,7 @@ def train(
     kr_probation: Annotated[int, typer.Option(help="Steps on trial.", min=0, max=MAX_COUNT, rich_help_panel=KR)] = 25,
     kr_hysteresis: Annotated[float, typer.Option(help="A kill's margin.", min=0, max=1, rich_help_panel=KR)] = 0.10,
     kr_on_kill: Annotated[
-        OnKill, typer.Option(help="What a killed unit does at first.", rich_help_panel=KR)
+        OnKill, typer.Option(help="What a killed unit does at first: fade, bypass or hold_forward.", rich_help_panel=KR)
     ] = OnKill.fade,
     kr_cost_aware: Annotated[bool, typer.Option(help="Rank by score per cost.", rich_help_panel=KR)] = True,
     kr_spread: Annotated[
@@ -272,7 +282,7 @@ def train(
     reporter.finish(run_train(settings, resume=resume, reporter=reporter))
 
 
-@app.command()
+@app.command(cls=PanelledCommand)
 def resume(
     directory: Annotated[Path, typer.Argument(help="The --out of a run.")],
     steps: Annotated[
@@ -310,7 +320,7 @@ def resume(
     reporter.finish(run_train(settings, resume=True, reporter=reporter))
 
 
-@app.command()
+@app.command(cls=PanelledCommand)
 def evaluate(
     bundle: BundleOption,
     server: ServerOption,
@@ -320,7 +330,7 @@ def evaluate(
     max_length: MaxLengthOption = None,
     too_long: TooLongOption = TooLong.error,
     columns: ColumnsOption = None,
-    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
+    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire: fp16 or fp32.")] = WireDtype.fp16,
     threads: ThreadsOption = 0,
     engine: EngineOption = EngineChoice.auto,
     token_file: TokenFileOption = None,
@@ -356,14 +366,14 @@ def evaluate(
     reporter.finish(asdict(result))
 
 
-@app.command()
+@app.command(cls=PanelledCommand)
 def generate(
     bundle: BundleOption,
     server: ServerOption,
     prompt: Annotated[str, typer.Option(help="What to say to the model; a user turn where it has a chat template.")],
     adapter: Annotated[Path | None, typer.Option(help="PEFT adapter; none: the base model.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire.")] = WireDtype.fp16,
+    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire: fp16 or fp32.")] = WireDtype.fp16,
     threads: ThreadsOption = 0,
     engine: EngineOption = EngineChoice.auto,
     token_file: TokenFileOption = None,
@@ -388,7 +398,7 @@ def generate(
     print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if json_output else answer)
 
 
-@app.command()
+@app.command(cls=PanelledCommand)
 def selftest(
     bundle: BundleOption,
     threads: ThreadsOption = 0,
@@ -407,7 +417,7 @@ def selftest(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=PanelledCommand)
 def info(
     path: Annotated[Path, typer.Argument(help="A bundle, an adapter or the --out of a run.")],
     json_output: JsonOption = False,
@@ -418,7 +428,7 @@ def info(
     _print(describe(path), json_output, show)
 
 
-@app.command()
+@app.command(cls=PanelledCommand)
 def doctor(
     bundle: Annotated[Path | None, typer.Option(help="Also check this bundle, and what it takes.")] = None,
     server: Annotated[str | None, typer.Option(help="Also try this server.")] = None,

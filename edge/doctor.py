@@ -17,7 +17,7 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .credentials import Credentials
 from .engines import is_installed
-from .footprint import RUNTIME_MB, STORED_DTYPES, USUAL_TOKENS, tokens_that_fit, training_mb
+from .footprint import RUNTIME_MB, STORED_DTYPES, tokens_that_fit, training_mb, usual_tokens
 from .shim import VARIABLE, load_shim
 
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
@@ -72,7 +72,9 @@ def _check(name: str, find: Callable[[], str]) -> dict[str, Any]:
 def _python() -> str:
     machine = platform.machine()
     if sys.maxsize < 2**32:
-        raise _ProblemError(f"{machine}, 32 bits: onnxruntime has no build for it; use a 64-bit system")
+        raise _ProblemError(
+            f"{machine}, 32 bits: onnxruntime has no build for it; use a 64-bit system, where getconf LONG_BIT says 64"
+        )
     return f"{platform.python_version()} on {platform.system()} {machine}"
 
 
@@ -104,19 +106,20 @@ def _memory(bundle: Path | None) -> str:
     from dlora.protocol.manifest import load_manifest
 
     manifest = load_manifest(bundle)
-    fit = tokens_that_fit(manifest, available)
+    fit, tokens = tokens_that_fit(manifest, available), usual_tokens(manifest)
     others = ", ".join(
-        f"{dtype} {training_mb(manifest, head_dtype=dtype):,.0f}"
+        f"{dtype} {training_mb(manifest, tokens, dtype):,.0f}"
         for dtype in STORED_DTYPES
         if dtype != manifest.head.dtype
     )
     found += (
-        f"; training with this {manifest.head.dtype} head takes about {training_mb(manifest):,.0f} MB at "
-        f"{USUAL_TOKENS} tokens a micro-batch, mapped weights included (other heads: {others})"
+        f"; training with this {manifest.head.dtype} head takes about {training_mb(manifest, tokens):,.0f} MB at "
+        f"{tokens} tokens a micro-batch, mapped weights included (other heads: {others})"
     )
     if not fit:
         raise _ProblemError(f"{found}: close other programs, or export with a smaller --rank or --head-dtype int8")
-    return f"{found}; up to {fit:,} tokens fit"
+    longest = manifest.base_model.max_sequence_length
+    return f"{found}; up to {fit:,} tokens fit" + (f", {longest:,} of them a sequence" if longest < fit else "")
 
 
 def _engine() -> str:

@@ -27,6 +27,11 @@ def training_mb(manifest: Manifest, tokens: int = USUAL_TOKENS, head_dtype: Stor
     return (_fixed_bytes(manifest, head_dtype or manifest.head.dtype) + tokens * _token_bytes(manifest)) / 1e6
 
 
+def usual_tokens(manifest: Manifest) -> int:
+    """Tokens of the micro-batch that an estimate is told for: no more than the base model takes in a sequence."""
+    return min(USUAL_TOKENS, manifest.base_model.max_sequence_length)
+
+
 def tokens_that_fit(manifest: Manifest, available_mb: float) -> int:
     """The largest micro-batch, in tokens, whose estimate is within ``available_mb``; 0 where none is."""
     left = available_mb * 1e6 - _fixed_bytes(manifest, manifest.head.dtype)

@@ -153,13 +153,13 @@ class Reporter:
 
         if self._console is None:
             self._console = Console(file=self._stream)
-        columns: list[ProgressColumn] = [TextColumn("{task.description}"), MofNCompleteColumn()]
+        columns: list[ProgressColumn] = [MofNCompleteColumn()]
         if self._console.width >= 100:  # at 80 the numbers need all of it
             columns.append(BarColumn(bar_width=None))
         columns.append(TextColumn("{task.fields[status]}"))
         with Progress(*columns, console=self._console, refresh_per_second=4) as progress:
             self._progress = progress
-            self._task = progress.add_task(name, total=total, completed=done, status="")
+            self._task = progress.add_task(name, total=total, completed=done, status=name)
             try:
                 yield
             finally:
@@ -169,7 +169,7 @@ class Reporter:
         pace = self._pace
         return (
             f"loss {metrics.loss:.3f}  {pace.tokens_per_s:.0f} tok/s  "
-            f"{metrics.bytes_up / 1e6:.2f}↑ {metrics.bytes_down / 1e6:.2f}↓ MB  "
+            f"{_mb(metrics.bytes_up)}↑ {_mb(metrics.bytes_down)}↓ MB/step  "
             f"active {metrics.active_units}/{len(metrics.units) or metrics.live_units}  "
             f"eta {_duration(pace.step_s * (metrics.total_steps - metrics.step - 1))}"
         )
@@ -226,6 +226,11 @@ def _value(key: str, value: Any) -> str:
     if key.endswith("_s"):
         return f"{value:,.2f} s" if value < 120 else _duration(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _mb(size: int) -> str:
+    """Four letters of MB: the line must fit in 80 columns."""
+    return f"{size / 1e6:.2f}" if size < 9.995e6 else f"{size / 1e6:.1f}"
 
 
 def _duration(seconds: float) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +19,14 @@ FIELDS: Final = ("messages", "prompt", "completion", "text")
 _BOM: Final = b"\xef\xbb\xbf"
 MAX_RECORD_BYTES: Final = 8 << 20  # more than any model reads at once; tokenizing it takes 200 times as much memory
 _TOO_LONG: Final = f"more than {MAX_RECORD_BYTES >> 20} MiB"
+_SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs"}
+# Kind of file to the command that makes JSONL of it: here one line of text is one example.
+_TO_JSONL: Final = {
+    ".txt": "python3 -c 'import json, sys; [print(json.dumps(dict(text=line.strip()))) for line in sys.stdin "
+    "if line.strip()]' < {source} > {target}",
+    ".parquet": "python3 -c 'import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], "
+    'orient="records", lines=True)\' {source} {target}',
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +63,20 @@ def parse_columns(text: str) -> dict[str, str]:
 def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
     """The rows of a ``.csv`` or ``.tsv`` file, or of JSONL under any other name; blank lines are passed over.
 
+    A ``.csv`` may have semicolons between its fields, as spreadsheets of many countries write them: its header tells.
+
     Args:
         columns: our field to the file's column, from ``parse_columns``.
 
     Raises ``DataError`` with file and line for whatever cannot be read.
     """
     suffix = path.suffix.lower()
+    if suffix in _TO_JSONL:
+        source, target = (shlex.quote(str(each)) for each in (path, path.with_suffix(".jsonl")))
+        command = _TO_JSONL[suffix].format(source=source, target=target)
+        raise DataError(f"{path}: no {suffix} files; make JSONL of it first: {command}")
     if suffix == ".csv":
-        rows = _csv_rows(path, ",")
+        rows = _csv_rows(path, ",;")
     elif suffix == ".tsv":
         rows = _csv_rows(path, "\t")
     else:
@@ -89,7 +105,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         yield Row(place, value)
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+def _csv_rows(path: Path, delimiters: str) -> Iterator[Row]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     # A quoted field may span lines: a record's place is where it starts.
     start, length = 1, 0
@@ -102,9 +118,12 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
                 raise DataError(f"{path}:{start}: a record of {_TOO_LONG}; is a quote opened there and never closed?")
             yield line
 
-    reader = csv.reader(lines_of_a_record(), delimiter=delimiter, strict=True)
     header: list[str] | None = None
+    lines = lines_of_a_record()
+    first = next(lines, "")
     try:
+        delimiter = _find_delimiter(first, delimiters)
+        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
         for record in reader:
             place, start, length = f"{path}:{start}", reader.line_num + 1, 0
             if not any(field.strip() for field in record):
@@ -115,11 +134,18 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
                 continue
             if len(record) != len(header):
                 raise DataError(
-                    f"{place}: {len(record)} fields, the header has {len(header)}; quote fields that have commas"
+                    f"{place}: {len(record)} fields, the header has {len(header)}; "
+                    f"quote fields that have {_SEPARATORS[delimiter]}"
                 )
             yield Row(place, dict(zip(header, record, strict=True)))
     except csv.Error as error:
         raise DataError(f"{path}:{start}: not valid CSV ({error})") from None
+
+
+def _find_delimiter(header: str, delimiters: str) -> str:
+    """The first of ``delimiters`` that ``header`` has outside quotes, or the very first."""
+    fields = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in delimiters}
+    return next((delimiter for delimiter in delimiters if fields[delimiter] > 1), delimiters[0])
 
 
 def _check_header(place: str, header: list[str]) -> None:

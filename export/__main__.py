@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlora.protocol.errors import missing_extra, run_command
+from dlora.protocol.errors import extra_needed, run_command
 
 
 def main() -> None:
@@ -11,11 +11,10 @@ def main() -> None:
 
 
 def _main() -> None:
-    try:
+    with extra_needed("export"):
         from .cli import app
-    except ImportError as error:
-        raise missing_extra(error, "export") from None
-    app(prog_name="dlora-export")
+
+        app(prog_name="dlora-export")
 
 
 if __name__ == "__main__":

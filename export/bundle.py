@@ -203,7 +203,7 @@ def _rounded(error: float) -> float:
 
 def _save_golden(bundle: Path, verified: Sequence[Verified]) -> None:
     tensors = {f"{made.graph.name}.{name}": value for made in verified for name, value in made.golden.items()}
-    safetensors.numpy.save_file(tensors, bundle / _GOLDEN)
+    (bundle / _GOLDEN).write_bytes(safetensors.numpy.save(tensors))  # save_file gives mode 0600
 
 
 def _base_model_spec(base: BaseModel) -> BaseModelSpec:

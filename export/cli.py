@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .bundle import ExportSettings, export_bundle
-from .report import print_json, print_table
+from dlora.protocol.version import SOFTWARE_VERSION
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
 class HeadDtype(StrEnum):
@@ -33,7 +31,13 @@ class Engine(StrEnum):
     BOTH = "both"
 
 
-@app.command()
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"dlora-export {SOFTWARE_VERSION}")
+        raise typer.Exit
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def export(
     model: Annotated[str, typer.Argument(help="Model directory, .gguf file, hub id, or smollm2-135m.")],
     out: Annotated[Path, typer.Option(help="The bundle: a directory that will be made.")],
@@ -43,16 +47,32 @@ def export(
         str | None,
         typer.Option(help="Names, separated by commas, or all-linear; PEFT's choice for the architecture by default."),
     ] = None,
-    head_dtype: Annotated[HeadDtype, typer.Option(help="How the LM head is stored.")] = HeadDtype.FP16,
-    engine: Annotated[Engine, typer.Option(help="What the device runs graphs with.")] = Engine.ONNX,
+    head_dtype: Annotated[
+        HeadDtype, typer.Option(metavar="DTYPE", help="How the LM head is stored: fp16, fp32 or int8.")
+    ] = HeadDtype.FP16,
+    engine: Annotated[
+        Engine, typer.Option(metavar="ENGINE", help="What the device runs graphs with: onnx, executorch or both.")
+    ] = Engine.ONNX,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    """Turn a Hugging Face causal language model into a bundle that a device can train with."""
+    """Turn a Hugging Face causal language model into a bundle that a device can train with.
+
+    Example:  dlora-export smollm2-135m --out build/smollm2
+    """
+    # Not before: torch takes seconds, which --help and the shell's completion need not wait for.
+    from .bundle import ExportSettings, export_bundle
+    from .report import print_json, print_table
+
     names = None
     if target_modules is not None:
         names = tuple(dict.fromkeys(name.strip() for name in target_modules.split(",") if name.strip()))
     settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force, engine.value)
+    from rich.console import Console
+
     started = time.monotonic()
     console = Console(file=sys.stderr)
     with console.status(f"exporting {model}") as status:

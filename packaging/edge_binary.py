@@ -1,6 +1,6 @@
 """Builds ``dlora-edge`` as one file and as a folder that need no Python: ``make edge-binary ARCH=x86_64|aarch64``.
 
-aarch64 is built inside the emulated bookworm root of ``arm_root.sh``. Everything lies under build/.
+aarch64 is built inside the emulated bookworm root of ``debian_root.sh``. Everything lies under build/.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
         fail("x86_64 is built on x86_64 only")
     started = time.monotonic()
     if options.arch == "aarch64":
-        run([ARM_ROOT, "make"])
+        run([*ARM_ROOT, "make"])
     shim = find_shim(options.arch) if options.with_executorch else None
     kept = ROOT / "build" / "edge" / options.arch / "report.json"
     digest = inputs_digest(shim)

@@ -83,7 +83,7 @@ x86_64 | aarch64) ;;
 esac
 # Raspberry Pi OS of 32 bits runs on a 64-bit kernel.
 if [ "$verify" = yes ] && [ "$(getconf LONG_BIT 2>/dev/null || echo 64)" != 64 ]; then
-    fail 12 "the kernel is 64-bit $machine but the system is 32-bit; dlora-edge needs a 64-bit system"
+    fail 12 "the kernel is 64-bit $machine but the system is 32-bit (getconf LONG_BIT); dlora-edge needs a 64-bit system"
 fi
 
 if [ -z "$binary" ]; then

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGING, WORK = ROOT / "packaging", ROOT / "build" / "edge" / "work"
-ARM_ROOT = PACKAGING / "arm_root.sh"
+ARM_ROOT = [str(PACKAGING / "debian_root.sh"), "arm"]
 ARCHITECTURES = ("x86_64", "aarch64")
 TOOLS = WORK / "tools"
 # A wheel says the oldest glibc that it runs on; the arm root has 2.36.
@@ -88,7 +88,7 @@ def pip() -> list[object]:
 
 def inside(arch: str) -> list[str]:
     """What a command for ``arch`` begins with."""
-    return [str(ARM_ROOT), "run"] if arch == "aarch64" else []
+    return [*ARM_ROOT, "run"] if arch == "aarch64" else []
 
 
 def run(command: Sequence[object]) -> None:
@@ -108,5 +108,5 @@ def fail(text: str) -> None:
 
 
 if __name__ == "__main__":
-    run([ARM_ROOT, "make"])
+    run([*ARM_ROOT, "make"])
     print(arm_environment())

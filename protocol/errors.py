@@ -30,7 +30,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Final
 
 from . import interrupts
@@ -207,12 +208,22 @@ def run_command(command: Callable[[], None]) -> None:
         interrupts.ignore()
 
 
+@contextmanager
+def extra_needed(extra: str) -> Iterator[None]:
+    """Inside, a module that is not installed is a ``MissingExtraError``: commands load what they need late."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("dlora"):
+            raise
+        raise missing_extra(error, extra) from None
+
+
 def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
-    """The error for a console script whose extra is not installed, or cannot be."""
     if sys.maxsize < 2**32:
         return MissingExtraError(
             f"the module {error.name!r} is not installed, and this is a system of 32 bits: numpy and onnxruntime have "
-            "no builds for it; use a 64-bit system"
+            "no builds for it; use a 64-bit system, where getconf LONG_BIT says 64"
         )
     return MissingExtraError(
         f"the module {error.name!r} is not installed; this command needs the extra {extra!r}: "

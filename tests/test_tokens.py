@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -187,6 +188,23 @@ def test_threads_may_create_and_verify_at_the_same_time(store: TokenStore) -> No
     assert len(store.all()) == 30
 
 
+def test_pruning_the_last_record_does_not_open_the_door(store: TokenStore, clock: Clock) -> None:
+    assert store.prune() == 0
+    assert not store.any()  # there never was one
+    revoked, expired, valid = store.create("a", None), store.create("b", DAY_S), store.create("c", None)
+    store.revoke("a")
+    assert store.prune() == 1
+    clock.now += DAY_S
+    assert store.prune() == 1
+    assert refusal(store, revoked) == refusal(store, expired) == ErrorCode.TOKEN_WRONG
+    assert store.verify(valid).device == "c"
+    store.revoke("c")
+    assert (store.prune(), store.all()) == (1, [])
+    assert store.any()
+    assert TokenStore(store.path).any()  # as a server that starts later
+    assert refusal(store, valid) == ErrorCode.TOKEN_WRONG
+
+
 def assert_one_line(caught: pytest.ExceptionInfo[StorageError], path: Path) -> None:
     text = str(caught.value)
     assert "\n" not in text
@@ -302,6 +320,49 @@ class TestCommands:
         assert "revoked" in self.run(state, "list")[0]
         with pytest.raises(UsageError, match="no token to revoke"):
             self.run(state, "revoke", "phone")
+
+    def test_a_token_in_a_new_file(self, state: Path, tmp_path: Path) -> None:
+        path = tmp_path / "phone.token"
+        out, advice = self.run(state, "create", "--device", "phone", "--out", str(path))
+        token = path.read_text().removesuffix("\n")
+        assert (out, stat.S_IMODE(path.stat().st_mode)) == ("", 0o600)
+        assert str(path) in advice
+        assert token[15:] not in advice
+        assert TokenStore(state / "tokens.sqlite").verify(token).device == "phone"
+        other = tmp_path / "other.token"
+        made = json.loads(self.run(state, "create", "--device", "tablet", "--out", str(other), "--json")[0])
+        assert made["file"] == str(other)
+        assert other.read_text().strip()[15:] not in json.dumps(made)
+
+    def test_a_file_that_is_there_is_kept_and_no_token_is_made(self, state: Path, tmp_path: Path) -> None:
+        path = tmp_path / "phone.token"
+        path.write_text("somebody's\n")
+        for place, error in ((path, UsageError), (tmp_path / "nowhere" / "x", StorageError)):
+            with pytest.raises(error, match="--out"):
+                self.run(state, "create", "--device", "phone", "--out", str(place))
+        assert path.read_text() == "somebody's\n"
+        with pytest.raises(UsageError, match="is no name"):
+            self.run(state, "create", "--device", "no name", "--out", str(tmp_path / "new"))
+        assert not (tmp_path / "new").exists()
+        assert not TokenStore(state / "tokens.sqlite").any()
+
+    def test_a_full_disk_leaves_neither_file_nor_valid_token(self, state: Path, tmp_path: Path) -> None:
+        with small_disk(tmp_path) as disk:
+            with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(1024))
+            with pytest.raises(StorageError, match="choose another --out"):
+                self.run(state, "create", "--device", "phone", "--out", str(disk / "phone.token"))
+            assert not (disk / "phone.token").exists()
+        assert json.loads(self.run(state, "list", "--json")[0])[0]["state"] == "revoked"
+
+    def test_prune(self, state: Path) -> None:
+        for device in ("phone", "tablet"):
+            self.run(state, "create", "--device", device)
+        self.run(state, "revoke", "phone")
+        assert "deleted the records of 1 token\n" in self.run(state, "prune")[1]
+        assert [row["device"] for row in json.loads(self.run(state, "list", "--json")[0])] == ["tablet"]
+        assert json.loads(self.run(state, "prune", "--json")[0]) == {"pruned": 0}
 
     def test_the_variable_says_where(self, state: Path) -> None:
         done = CliRunner().invoke(app, ["create", "--device", "x"], env={"DLORA_CLOUD_STATE": str(state)})

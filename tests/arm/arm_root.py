@@ -10,7 +10,7 @@ from pathlib import Path
 from processes import Finished
 
 ROOT = Path(__file__).parents[2]
-ARM_ROOT = ROOT / "packaging" / "arm_root.sh"
+ARM_ROOT = [str(ROOT / "packaging" / "debian_root.sh"), "arm"]
 BINARIES = ROOT / "build" / "edge"
 PACKAGE = ROOT / "build" / "edge" / "work" / "aarch64" / "environment" / "bin" / "python"
 TIMEOUT_S = 1800
@@ -37,7 +37,7 @@ def entered(command: list[object], directory: Path) -> list[str]:
     assert Path(FROZEN).exists(), "no aarch64 binary; run: make test-arm"
     state = f"DLORA_EDGE_STATE={directory / 'device-state'}"
     settings = ["env", state, "OMP_WAIT_POLICY=PASSIVE", "PYTHONDONTWRITEBYTECODE=1", "DLORA_TOKEN="]
-    return [str(ARM_ROOT), "run", "--bind", str(directory), *settings, *map(str, command)]
+    return [*ARM_ROOT, "run", "--bind", str(directory), *settings, *map(str, command)]
 
 
 def run(command: list[object], directory: Path) -> Finished:

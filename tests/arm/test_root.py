@@ -22,7 +22,7 @@ def test_it_is_a_cortex_a72(tmp_path: Path) -> None:
 
 def test_nothing_is_left(tmp_path: Path) -> None:
     script = f"cd {tmp_path}; touch here; sleep 600; touch still"
-    with subprocess.Popen([ARM_ROOT, "run", "--bind", tmp_path, "sh", "-c", script]) as process:
+    with subprocess.Popen([*ARM_ROOT, "run", "--bind", tmp_path, "sh", "-c", script]) as process:
         while not (tmp_path / "here").exists():
             assert process.poll() is None
         process.kill()

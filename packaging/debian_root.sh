@@ -1,20 +1,28 @@
 #!/usr/bin/env bash
-# A Debian bookworm arm64 root under build/arm/, and commands in it under qemu-user. Nothing is installed on the host.
+# A Debian bookworm root under build/, and commands in it. Nothing is installed on the host.
 #
-#   packaging/arm_root.sh make                              unpack it (a minute), or see that it is there
-#   packaging/arm_root.sh run [--bind DIR]… COMMAND…        run a command in it; this repository and each DIR are where they are here
+#   packaging/debian_root.sh arm|bare make                          unpack it (a minute), or see that it is there
+#   packaging/debian_root.sh arm|bare run [--bind DIR]… COMMAND…    run a command in it; this repository and each DIR are where they are here
 #
+# arm: for arm64, emulated by qemu-user. bare: this machine's own kind, with Python and make and no compiler, cmake or git.
 # `run` lives in a user namespace of its own: mounts and the binfmt entry for aarch64 are in there, and end with it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=$PWD
-arm=$here/build/arm
-root=$arm/root
+kind=${1:-}
+[ $# -gt 0 ] && shift
+place=$here/build/$kind
+root=$place/root
 suite=bookworm # Raspberry Pi OS 12, Ubuntu 22.10 and newer: glibc 2.36
 # The Pi 4's processor. qemu's own default, with SVE and more, makes numpy's products wrong.
 cpu=${DLORA_ARM_CPU:-cortex-a72}
+packages="base-files bash coreutils dash findutils grep libc-bin sed mount python3 ca-certificates"
+case $kind in
 # PyInstaller wants libpython and binutils, some tests mount. What else makes the binary comes from PyPI.
-packages="base-files bash binutils coreutils dash findutils grep libc-bin sed libpython3.11 mount python3 ca-certificates"
+arm) arch=arm64 packages="$packages binutils libpython3.11" ;;
+# libstdc++6 is on every Debian, as apt needs it.
+bare) arch=$(dpkg --print-architecture) packages="$packages libstdc++6 make python3-venv" ;;
+esac
 
 ELF_AARCH64='\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00'
 ELF_MASK='\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff'
@@ -47,82 +55,82 @@ keyring() {
 # qemu, of whose package one program is kept. It must be static, as the root has other libraries; Debian 12 has that in a
 # package of its own.
 fetch_qemu() {
-    if [ -x "$arm/qemu-aarch64" ] || [ "$(uname -m)" = aarch64 ]; then return; fi
+    if [ "$arch" != arm64 ] || [ -x "$place/qemu-aarch64" ] || [ "$(uname -m)" = aarch64 ]; then return; fi
     echo "qemu-user: fetching the package" >&2
     for package in qemu-user qemu-user-static; do
-        rm -rf "$arm/fetch"
-        mkdir -p "$arm/fetch"
+        rm -rf "$place/fetch"
+        mkdir -p "$place/fetch"
         (
-            cd "$arm/fetch"
+            cd "$place/fetch"
             [ -n "$(apt-cache show --no-all-versions "$package" 2>/dev/null)" ] || apt-get -qq update
             apt-get -qq -o APT::Sandbox::User=root download "$package"
             dpkg-deb --fsys-tarfile "$package"_*.deb | tar -x --no-same-owner --wildcards './usr/bin/qemu-aarch64*'
         ) || die "apt cannot download $package; run apt-get update"
-        for program in "$arm"/fetch/usr/bin/qemu-aarch64 "$arm"/fetch/usr/bin/qemu-aarch64-static; do
+        for program in "$place"/fetch/usr/bin/qemu-aarch64 "$place"/fetch/usr/bin/qemu-aarch64-static; do
             if [ -f "$program" ] && ! readelf --program-headers "$program" | grep -q INTERP; then
-                mv "$program" "$arm/qemu-aarch64"
+                mv "$program" "$place/qemu-aarch64"
             fi
         done
-        rm -rf "$arm/fetch"
-        if [ -x "$arm/qemu-aarch64" ]; then return; fi
+        rm -rf "$place/fetch"
+        if [ -x "$place/qemu-aarch64" ]; then return; fi
     done
     die "apt has no static qemu-aarch64"
 }
 
-# An apt with a state of its own: it installs nothing, it only works out what bookworm's arm64 packages need.
+# An apt with a state of its own: it installs nothing, it only works out what bookworm's packages need.
 private_apt() {
-    apt-get -qq -o Dir::State="$arm/apt/state" -o Dir::State::status="$arm/apt/status" -o Dir::Cache="$arm/apt/cache" \
-        -o Dir::Etc::SourceList="$arm/apt/sources.list" -o Dir::Etc::SourceParts=/dev/null \
+    apt-get -qq -o Dir::State="$place/apt/state" -o Dir::State::status="$place/apt/status" -o Dir::Cache="$place/apt/cache" \
+        -o Dir::Etc::SourceList="$place/apt/sources.list" -o Dir::Etc::SourceParts=/dev/null \
         -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null \
-        -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Install-Recommends=false \
+        -o APT::Architecture=$arch -o APT::Architectures=$arch -o APT::Install-Recommends=false \
         -o APT::Sandbox::User=root -o Debug::NoLocking=true "$@"
 }
 
 make_root() {
-    stamp=$arm/root.made
-    wanted="$suite $packages"
+    stamp=$place/root.made
+    wanted="$suite $arch $packages"
     fetch_qemu
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
-    echo "Debian $suite arm64: unpacking into build/arm/root" >&2
-    rm -rf "$root" "$arm/apt" "$stamp"
-    mkdir -p "$root"/usr/{bin,sbin,lib} "$root"/{proc,sys,dev,tmp,etc,root} "$arm"/apt/state/lists/partial "$arm"/apt/cache/archives/partial
+    echo "Debian $suite $arch: unpacking into build/$kind/root" >&2
+    rm -rf "$root" "$place/apt" "$stamp"
+    mkdir -p "$root"/usr/{bin,sbin,lib} "$root"/{proc,sys,dev,tmp,etc,root} "$place"/apt/state/lists/partial "$place"/apt/cache/archives/partial
     chmod 1777 "$root/tmp"
     for folder in bin sbin lib; do ln -s "usr/$folder" "$root/$folder"; done
-    : >"$arm/apt/status"
-    mirrors | while read -r uri name; do echo "deb [arch=arm64 signed-by=$(keyring)] $uri $name main"; done >"$arm/apt/sources.list"
-    [ -s "$arm/apt/sources.list" ] || die "apt has no Debian mirror; say one: DLORA_DEBIAN_MIRROR=https://…/debian"
+    : >"$place/apt/status"
+    mirrors | while read -r uri name; do echo "deb [arch=$arch signed-by=$(keyring)] $uri $name main"; done >"$place/apt/sources.list"
+    [ -s "$place/apt/sources.list" ] || die "apt has no Debian mirror; say one: DLORA_DEBIAN_MIRROR=https://…/debian"
     private_apt update
     # shellcheck disable=SC2086  # a list
     private_apt --yes --download-only install $packages
-    for package in "$arm"/apt/cache/archives/*.deb; do
+    for package in "$place"/apt/cache/archives/*.deb; do
         # Not dpkg-deb --extract, which would put folders where bin, sbin and lib are links.
         dpkg-deb --fsys-tarfile "$package" | tar -x --keep-directory-symlink --no-same-owner -C "$root"
     done
-    rm -rf "$arm/apt"
+    rm -rf "$place/apt"
     ln -sf dash "$root/bin/sh" # what dash's own set-up would do; no package here has run its scripts
     cp /etc/resolv.conf "$root/etc/resolv.conf" 2>/dev/null || true
     printf 'root:x:0:0:root:/root:/bin/bash\n' >"$root/etc/passwd"
     printf 'root:x:0:\n' >"$root/etc/group"
     printf '127.0.0.1 localhost\n' >"$root/etc/hosts"
-    "$here/packaging/arm_root.sh" run ldconfig
-    "$here/packaging/arm_root.sh" run python3 -c 'import platform as p; print(p.machine(), p.python_version(), *p.libc_ver())' >&2
+    "$here/packaging/debian_root.sh" "$kind" run ldconfig
+    "$here/packaging/debian_root.sh" "$kind" run python3 -c 'import platform as p; print(p.machine(), p.python_version(), *p.libc_ver())' >&2
     echo "$wanted" >"$stamp"
 }
 
 run() {
-    [ -e "$root/usr/bin/python3" ] || die "no arm root in build/arm; make it: packaging/arm_root.sh make"
+    [ -e "$root/usr/bin/python3" ] || die "no root in build/$kind; make it: packaging/debian_root.sh $kind make"
     binds=$here
     while [ "${1:-}" = --bind ]; do
         binds="$binds:$2"
         shift 2
     done
-    DLORA_ROOT=$root DLORA_BINDS=$binds DLORA_QEMU=$arm/qemu-aarch64 DLORA_CPU=$cpu DLORA_CWD=${DLORA_ARM_CWD:-$here} \
-        exec unshare --user --map-root-user --mount --pid --fork --kill-child "$here/packaging/arm_root.sh" inside "$@"
+    DLORA_ROOT=$root DLORA_BINDS=$binds DLORA_QEMU=$place/qemu-aarch64 DLORA_CPU=$cpu DLORA_CWD=${DLORA_ROOT_CWD:-$here} \
+        exec unshare --user --map-root-user --mount --pid --fork --kill-child "$here/packaging/debian_root.sh" "$kind" inside "$@"
 }
 
 # In the namespaces already.
 inside() {
-    if [ "$(uname -m)" != aarch64 ]; then
+    if [ "$arch" = arm64 ] && [ "$(uname -m)" != aarch64 ]; then
         mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc 2>/dev/null ||
             die "this kernel has no binfmt_misc in user namespaces (Linux 6.7 has); build on an aarch64 machine instead"
         # Programs of 64-bit little-endian ARM, static or not. F opens qemu now, so that the root needs none.
@@ -144,9 +152,9 @@ inside() {
 
 command=${1:-}
 [ -n "$command" ] && shift
-case $command in
-make) make_root ;;
-run) run "$@" ;;
-inside) inside "$@" ;;
-*) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+case $kind-$command in
+arm-make | bare-make) make_root ;;
+arm-run | bare-run) run "$@" ;;
+arm-inside | bare-inside) inside "$@" ;;
+*) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac

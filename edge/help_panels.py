@@ -1,0 +1,48 @@
+"""How ``--help`` groups the options of commands; what is not named here comes first, the required ones among it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Final
+
+from typer.core import TyperCommand
+
+KR: Final = "Kill and Revive"
+PANELS: Final = {
+    "Data": ("eval_data", "columns", "max_length", "too_long"),
+    "Training": (
+        "epochs", "steps", "batch_size", "grad_accum", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm",
+        "rank", "alpha", "init_adapter", "seed",
+    ),
+    "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience"),
+    "Connection": (
+        "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "max_retry_s", "exchange_timeout_s",
+    ),
+    "This device": ("engine", "threads", "pause_when"),
+}  # fmt: skip
+# An option that can be said in two ways takes two columns of its panel.
+KR_SWITCHES: Final = f"{KR}, on or off"
+METAVARS: Final = {
+    "kr_score": "SCORE", "kr_on_kill": "STATE", "schedule": "SHAPE", "engine": "ENGINE", "wire_dtype": "DTYPE",
+    "too_long": "ACTION", "pause_when": "RULES",
+}  # fmt: skip
+
+
+class PanelledCommand(TyperCommand):
+    """A command whose options are in panels."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        places = {name: panel for panel, names in PANELS.items() for name in names}
+        sizes = Counter(places.get(parameter.name or "") for parameter in self.params)
+        for parameter in self.params:
+            panel = places.get(parameter.name or "")
+            if panel and sizes[panel] > 1:
+                parameter.rich_help_panel = panel  # type: ignore[attr-defined]
+            if parameter.secondary_opts and getattr(parameter, "rich_help_panel", None) == KR:
+                parameter.rich_help_panel = KR_SWITCHES  # type: ignore[attr-defined]
+            if metavar := METAVARS.get(parameter.name or ""):
+                parameter.metavar = metavar
+        order = (*PANELS, KR, KR_SWITCHES)
+        panels = {parameter.name: getattr(parameter, "rich_help_panel", None) for parameter in self.params}
+        self.params.sort(key=lambda each: order.index(panels[each.name]) if panels[each.name] in order else -1)

@@ -1,0 +1,114 @@
+"""What commands say of themselves: help, versions, names, the shell's completion; and what ``make`` alone says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import BIN, Finished, quiet_environment
+
+from dlora.protocol.version import SOFTWARE_VERSION
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("edge", "cloud", "export")
+COMMANDS = [
+    ("edge",), ("edge", "train"), ("edge", "evaluate"), ("edge", "generate"), ("edge", "selftest"), ("edge", "info"),
+    ("edge", "doctor"), ("cloud",), ("cloud", "serve"), ("cloud", "token"), ("cloud", "token", "create"),
+    ("cloud", "token", "list"), ("cloud", "token", "revoke"), ("cloud", "token", "prune"), ("export",),
+]  # fmt: skip
+
+
+def run(command: list[str], **environment: str) -> Finished:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={**quiet_environment(), **environment}, check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def command_line(part: str, *words: str) -> list[str]:
+    return [str(BIN / f"dlora-{part}"), *words]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_is_readable_in_80_columns(words: tuple[str, ...]) -> None:
+    """No name is cut off, no type is broken, and what is explained has room to be read. ``-h`` gives it everywhere."""
+    part, *rest = words
+    done = run(command_line(part, *rest, "-h"), COLUMNS="80")
+    assert done.code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in done.stdout
+    starts = [found.end() for line in lines if (found := re.match(r"│ [* ]? *--.*?  +(?=[A-Z]\w+ )", line))]
+    assert all(start <= 56 for start in starts), done.stdout  # 22 columns are left
+    for line in lines:  # a type that does not fit is broken anywhere
+        cells = re.split(r"  +", line.strip("│ "))
+        assert all(cell.count("<") == cell.count(">") for cell in cells if re.match(r"<\w+[|>]", cell)), line
+        assert all(cell.count("[") == cell.count("]") for cell in cells if re.match(r"\[-?\d", cell)), line
+
+
+def test_the_options_of_train_are_in_panels() -> None:
+    shown = run(command_line("edge", "train", "--help"), COLUMNS="80").stdout
+    panels = re.findall(r"^╭─ (.*?) ─+╮", shown, re.M)
+    assert panels == [
+        "Options", "Data", "Training", "Saving and resuming", "Connection", "This device", "Kill and Revive",
+        "Kill and Revive, on or off",
+    ]  # fmt: skip
+    first = shown[: shown.index("╭─ Data")]
+    assert re.findall(r"^│ \* +(--\w+)", first, re.M) == ["--bundle", "--server", "--data", "--out"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_version_and_name_in_both_ways_to_start(part: str) -> None:
+    module = [sys.executable, "-m", f"dlora.{part}"]
+    for command in (command_line(part), module):
+        assert run([*command, "--version"]).stdout == f"dlora-{part} {SOFTWARE_VERSION}\n"
+        assert f"Usage: dlora-{part} " in run([*command, "--help"]).stdout
+    wrong = run([*module, "--nonsense"])
+    assert (wrong.code, f"dlora-{part}" in wrong.stderr) == (2, True)
+
+
+COMPLETIONS = [("edge", "tra", "train"), ("cloud", "ser", "serve"), ("export", "--ran", "--rank")]
+
+
+@pytest.mark.parametrize(("part", "begun", "whole"), COMPLETIONS)
+def test_the_shell_completes(part: str, begun: str, whole: str, tmp_path: Path) -> None:
+    settings = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = run(command_line(part, "--install-completion", "bash"), **settings)
+    assert done.code == 0, done.stderr
+    (script,) = (tmp_path / ".bash_completions").iterdir()
+    variable = f"_DLORA_{part.upper()}_COMPLETE"
+    assert f"{variable}=complete_bash" in script.read_text()
+    asked = {variable: "complete_bash", "COMP_WORDS": f"dlora-{part} {begun}", "COMP_CWORD": "1"}
+    assert run(command_line(part), **asked).stdout.split() == [whole]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_help_and_completion_do_not_wait_for_what_computes(part: str) -> None:
+    heavy = {"torch", "transformers", "onnxruntime"}
+    code = f"import sys, dlora.{part}.cli; print(sorted({heavy!r} & set(sys.modules)))"
+    assert run([sys.executable, "-c", code]).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("part", "words"), [("cloud", ["serve", "x"]), ("export", ["x", "--out", "y"])])
+def test_a_library_that_is_missing_is_one_line(part: str, words: list[str], tmp_path: Path) -> None:
+    code = f"import sys; sys.modules['torch'] = None; from dlora.{part}.__main__ import main; main()"
+    done = run([sys.executable, "-c", code, *words], DLORA_CLOUD_STATE=str(tmp_path))
+    assert (done.code, done.stderr.count("\n")) == (12, 1), done.stderr
+    assert f"'torch' is not installed; this command needs the extra '{part}'" in done.stderr
+
+
+def test_make_alone_says_what_there_is() -> None:
+    plain, asked = (run(["make", "-C", str(ROOT), "--no-print-directory", *words]) for words in ([], ["help"]))
+    assert plain == asked
+    assert plain.code == 0
+    targets = re.findall(r"^  make ([a-z-]+) .*\S$", plain.stdout, re.M)
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY:(.*)$", makefile, re.M)
+    assert phony
+    assert sorted(targets) == sorted(set(phony[1].split()))
+    assert all(len(line) <= 100 for line in plain.stdout.splitlines())
+    assert not os.path.lexists(ROOT / "help")
