@@ -29,6 +29,10 @@ FAILURES_PER_WINDOW: Final = 10
 WINDOW_S: Final = 60.0
 MAX_ADDRESSES: Final = 4096
 STORAGE_RETRY_S: Final = 30.0
+_TOKEN_IN_QUERY: Final = (
+    "the URL has a query, and what stands in a URL gets into logs; a token belongs into the Authorization header, and "
+    "one that was sent like this should be revoked"
+)
 
 
 @dataclass(frozen=True)
@@ -98,16 +102,26 @@ class Access:
         self._required = required
         self._failures = _Failures(clock)
 
-    def admit(self, authorization: str | None, address: str, peer_certificate: Mapping[str, Any] | None) -> Caller:
+    def admit(
+        self,
+        authorization: str | None,
+        address: str,
+        peer_certificate: Mapping[str, Any] | None,
+        *,
+        has_query: bool = False,
+    ) -> Caller:
         """Who is calling.
 
         Args:
             authorization: the header's value, where there is one.
             peer_certificate: what ``ssl.SSLObject.getpeercert`` says of a certificate that it has verified.
+            has_query: whether the URL has one: that is refused, for it can only be a token.
 
         A token is checked wherever there is one; otherwise a certificate counts. Raises ``AccessDeniedError``.
         """
         try:
+            if has_query:
+                raise RemoteProtocolError(_TOKEN_IN_QUERY, ErrorCode.TOKEN_WRONG)
             return self._identify(authorization, address, peer_certificate)
         except AccessDeniedError:
             raise

@@ -31,6 +31,7 @@ from .memory import is_out_of_memory
 from .patience import DeviceDeadlines, Patience
 from .quotas import Quotas
 from .sessions import LiveSession, Sessions
+from .source import public_name
 from .transport import DeviceGoneError, SessionTransport, say_goodbye
 
 logger = logging.getLogger("dlora.cloud")
@@ -144,7 +145,7 @@ class _Handshake:
         return m.Welcome(
             protocol_version=version,
             software=f"dlora-cloud {SOFTWARE_VERSION}",
-            base_model=base.name,
+            base_model=public_name(base.name),
             base_fingerprint=base.fingerprint,
             embedding_size=base.embedding_size,
             hidden_size=base.hidden_size,

@@ -241,6 +241,7 @@ class CloudServer:
                     authorization[0] if len(authorization) == 1 else None,
                     source,
                     connection.transport.get_extra_info("peercert"),
+                    has_query="?" in request.path,
                 )
         except AccessDeniedError as denied:
             if denied.should_log:

@@ -125,6 +125,11 @@ def split_url(url: str) -> SplitResult:
         raise UsageError(
             f"--server has a user, password or token in it; leave it out and use --token-file or {TOKEN_VARIABLE}"
         )
+    if "?" in url or "#" in url:
+        raise UsageError(
+            "--server has a query (?…) or a fragment (#…), and what stands in a URL gets into logs; leave it out, and "
+            f"use --token-file or {TOKEN_VARIABLE} for a token"
+        )
     return parts
 
 

@@ -313,7 +313,10 @@ class TestCredentials:
 
     @pytest.mark.parametrize(
         "url",
-        ["wss://me:hunter2@h:1", "wss://hunter2@h", "wss://h/?t=dlora_0123abcd_hunter2", "wss://me:hunter2@[h:1"],
+        [
+            "wss://me:hunter2@h:1", "wss://hunter2@h", "wss://h/?t=dlora_0123abcd_hunter2", "wss://me:hunter2@[h:1",
+            "wss://h/?token=hunter2", "ws://localhost:1?hunter2", "wss://h/#hunter2",
+        ],
     )
     def test_a_secret_on_the_url_is_refused_and_not_repeated(self, url: str) -> None:
         for use in (Credentials().headers, Credentials().ssl_context, split_url):

@@ -16,6 +16,7 @@ from serving import config, training
 
 from dlora.edge.bundle import Bundle
 from dlora.edge.data import Dataset, load_examples
+from dlora.edge.seeds import seed_for_server
 from dlora.edge.tokenizer import EdgeTokenizer
 from dlora.edge.trainer import Trainer
 from dlora.export.bundle import ExportSettings, export_bundle
@@ -37,6 +38,8 @@ class Leak:
     dataset: Dataset
     embedding: np.ndarray
     received: list[bytes]
+    sent: list[bytes]
+    model: Path
 
 
 def marked_data(path: Path) -> None:
@@ -77,11 +80,12 @@ def leak(tmp_path_factory: pytest.TempPathFactory) -> Leak:
         assert cloud.end() == 0
     assert len(proxy.recordings) == 2
     received = [payload for recording in proxy.recordings for payload in payloads(recording.up)]
+    sent = [payload for recording in proxy.recordings for payload in payloads(recording.down)]
     requests = b"".join(bytes(each.up[: each.up.index(b"\r\n\r\n")]) for each in proxy.recordings)
     written = {str(path.relative_to(server)): path.read_bytes() for path in server.rglob("*") if path.is_file()}
     places = {RECEIVED: b"".join(received), "the HTTP requests": requests, **written}
     embedding = np.array(bundle.weight(bundle.manifest.embedding.weight), np.float32)
-    return Leak(places, scanner, dataset, embedding, received)
+    return Leak(places, scanner, dataset, embedding, received, sent, directory / "model")
 
 
 def add_adapters(scanner: Scanner, trainer: Trainer, when: str) -> None:
@@ -135,6 +139,23 @@ def test_the_scanner_finds_a_planted_canary(leak: Leak, place: str) -> None:
         middle = len(content) // 2
         spoiled = content[:middle] + canary + content[middle:]
         assert list(leak.scanner.find({place: spoiled})), canary
+
+
+def test_the_seed_that_crosses_is_not_the_adapters(leak: Leak) -> None:
+    """Whoever has the seed of A has A, and with it the rest."""
+    decoder = Decoder()
+    openings = [each for each in map(decoder.decode, leak.received) if isinstance(each, m.OpenSession)]
+    assert len(openings) == 2
+    assert openings[0].seed == openings[1].seed == seed_for_server(config().seed)
+    assert openings[0].seed not in config().seed
+    computed = np.random.default_rng([openings[0].seed, 0xA]).random(8)
+    assert not np.isin(computed, np.random.default_rng([*config().seed, 0xA]).random(8)).any()
+
+
+def test_the_server_does_not_tell_where_its_model_lies(leak: Leak) -> None:
+    welcomes = [each for each in map(Decoder().decode, leak.sent) if isinstance(each, m.Welcome)]
+    assert [welcome.base_model for welcome in welcomes] == ["model", "model"]
+    assert str(leak.model.parent).encode() not in b"".join(leak.sent)
 
 
 def test_no_message_of_the_device_has_a_field_for_them() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 import subprocess
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +107,24 @@ def test_a_wrong_token(place: Place, tmp_path: Path) -> None:
     made_up = "dlora_0badcafe_" + "A" * 43
     refused(place.train(tmp_path / "out", DLORA_TOKEN=made_up), 8, "not one of this server's")
     assert "127.0.0.1 refused: token_wrong" in place.cloud.log.read_text()
+
+
+def test_a_token_in_the_urls_query(place: Place) -> None:
+    """By a program of somebody's own: refused although it is valid, and nowhere repeated, for logs have it by now."""
+    token = place.token("careless").read_text().strip()
+    context = ssl.create_default_context(cafile=place.ca)
+    for path in (f"/?token={token}", f"/healthz?{token}"):
+        request = urllib.request.Request(
+            place.cloud.url.replace("wss://", "https://") + path, headers={"Authorization": f"Bearer {token}"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as answer:
+            urllib.request.urlopen(request, context=context, timeout=10)
+        body = answer.value.read().decode()
+        assert answer.value.code == 401
+        assert json.loads(body)["code"] == "token_wrong"
+        assert "revoked" in body
+        assert token not in body
+    assert token.rpartition("_")[2] not in place.cloud.log.read_text()
 
 
 def test_a_token_that_has_expired(place: Place, tmp_path: Path) -> None:
