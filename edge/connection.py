@@ -8,6 +8,7 @@ the session, they see ``SessionLostError`` and open another. Every other failure
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import socket
 import threading
@@ -209,11 +210,15 @@ class Connection:
         began = time.monotonic() - self._away_s
         try:
             while True:
-                pause_s = self._pause_s(lost)
                 away_s = time.monotonic() - began
-                if retry.max_s is not None and away_s + pause_s > retry.max_s:
+                left_s = math.inf if retry.max_s is None else retry.max_s - away_s
+                if left_s <= 0:
                     text = f"{lost.final}; gave up after {away_s:.0f} s (--max-retry-s)"
                     raise ConnectionFailedError(text) from None
+                if lost.retry_after_s is not None and lost.retry_after_s > left_s:
+                    text = f"{lost.final}; it is to be asked again in {lost.retry_after_s:.0f} s, and --max-retry-s"
+                    raise ConnectionFailedError(f"{text} leaves {left_s:.0f} s: raise it") from None
+                pause_s = min(self._pause_s(lost), left_s)  # all of the time is used
                 say(f"{lost.final}; trying again in {pause_s:.1f} s" if pause_s else str(lost.final))
                 self._sleep(pause_s)
                 self._failures += 1

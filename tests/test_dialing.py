@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import queue
+import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
@@ -176,3 +178,28 @@ def test_a_server_that_lies_about_its_widths(tmp_path: Path) -> None:
     check_base_model(bundle, welcome)
     with pytest.raises(ModelMismatchError, match="wide"):
         check_base_model(bundle, structs.replace(welcome, hidden_size=1 << 24))
+
+
+def test_all_of_max_retry_s_is_used_and_told() -> None:
+    """It once gave up before its first pause of half a minute, after 0 s of 2, and said so."""
+    said: list[str] = []
+    retry = Retry(max_s=2.0, at_start=True, first_s=60.0)
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+    began = time.monotonic()
+    with pytest.raises(ConnectionFailedError, match=r"gave up after 2 s \(--max-retry-s\)"):
+        Connection(f"ws://{HOST}:{port}", Dialing(retry=retry, say=said.append))
+    assert time.monotonic() - began >= 2.0
+    assert len(said) == 2, "one try at once, and one after all that is left"
+    assert said[1].endswith("trying again in 2.0 s")
+
+
+def test_a_server_that_asks_for_more_time_than_there_is() -> None:
+    def full(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.send(encode(m.Error(code="limit", message="full", retryable=True, retry_after_s=500.0)))
+        connection.recv()
+
+    text = "again in 500 s, and --max-retry-s leaves"
+    with greeting(full) as port, pytest.raises(ConnectionFailedError, match=text):
+        Connection(f"ws://{HOST}:{port}", Dialing(retry=Retry(max_s=60.0, at_start=True, first_s=60.0)))
