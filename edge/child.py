@@ -101,10 +101,11 @@ class Child:
             self._pid = os.fork()
             if self._pid == 0:
                 self._serve(theirs)
+        except OSError as error:
+            raise DloraError(f"no process can be started ({error.strerror}); close other programs") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
-        self._socket.settimeout(_TICK_S)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,8 +118,11 @@ class Child:
 
         Raises whatever ``DloraError`` it raises, and the note's where it stands still, needs too much memory or dies.
         """
+        assert self._pid, "it has ended"
         try:
+            self._socket.settimeout(None)
             self._socket.sendall(_LENGTH.pack(len(request)) + request)
+            self._socket.settimeout(_TICK_S)
             reply = msgspec.msgpack.decode(self._receive(), type=_Reply)
             parts = [self._receive() for _ in range(reply.parts)]
         except (EOFError, ConnectionError):
@@ -167,11 +171,14 @@ class Child:
     def _end(self) -> int:
         """Kill and reap the child; its wait status."""
         pid, self._pid = self._pid, 0
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if not done:
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-        return status
+        try:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done:
+                os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+            return status
+        except (ChildProcessError, ProcessLookupError):  # whoever started us ignores SIGCHLD, and the system reaps
+            return signal.SIGKILL
 
     # -- in the child ------------------------------------------------------------------------------------
 

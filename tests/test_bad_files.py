@@ -286,6 +286,17 @@ def test_a_child_that_dies(number: signal.Signals, words: str) -> None:
     assert one._pid == 0
 
 
+def test_a_child_that_the_system_reaps() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Child(die(signal.SIGABRT), Note()) as one:
+            refused(DloraError, one.call, "needs more than the 256 MiB of memory")
+        with Child(lambda _: [b"x"], Note()) as one:
+            assert one.call() == [b"x"]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_errors_arrive_as_they_were_raised() -> None:
     raised: list[DloraError] = [
         RemoteProtocolError("one", "non_finite", retryable=True),
