@@ -25,7 +25,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from dlora.protocol import errors
+from dlora.protocol import errors, interrupts
 from dlora.protocol.errors import DloraError, one_line
 
 Buffer = bytes | bytearray | memoryview
@@ -120,11 +120,13 @@ class Child:
         """
         assert self._pid, "it has ended"
         try:
-            self._socket.settimeout(None)
-            self._socket.sendall(_LENGTH.pack(len(request)) + request)
-            self._socket.settimeout(_TICK_S)
-            reply = msgspec.msgpack.decode(self._receive(), type=_Reply)
-            parts = [self._receive() for _ in range(reply.parts)]
+            # So that an interrupt leaves by way of __exit__, which ends the child: it may be in a loop.
+            with interrupts.raising():
+                self._socket.settimeout(None)
+                self._socket.sendall(_LENGTH.pack(len(request)) + request)
+                self._socket.settimeout(_TICK_S)
+                reply = msgspec.msgpack.decode(self._receive(), type=_Reply)
+                parts = [self._receive() for _ in range(reply.parts)]
         except (EOFError, ConnectionError):
             raise self._note.error(self._how_it_ended()) from None
         if reply.out_of_memory:

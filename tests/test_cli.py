@@ -83,7 +83,7 @@ def assert_fails(done: Finished, code: int, *words: str) -> None:
     assert done.stderr.splitlines()[-1] == done.errors[0]
     for word in words:
         assert word in done.errors[0]
-    assert len(done.errors[0]) < 400
+    assert len(done.errors[0]) < 500
 
 
 # -- the bundle ------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fault_proxy import Boundary, Fault, FaultProxy, Plan, fault_proxy
+from serving import config
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection, serve
 from world import Outcome, compare
 
 from dlora.edge.checkpoint import save_checkpoint
+from dlora.edge.config import RunIdentity
 from dlora.edge.trainer import TrainerState
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
@@ -134,7 +136,8 @@ def test_differences_are_seen(tmp_path: Path) -> None:
 
 
 def run_of(out: Path, *, steps: list[int], weight: float, adam_steps: int) -> Path:
-    state = TrainerState(next_step=2, digest="", ticket=b"", states=[1], fade_ages=[0], adam_steps=[adam_steps])
+    run = RunIdentity(config=config(), base_model="", head="", groups="", data="")
+    state = TrainerState(next_step=2, run=run, ticket=b"", states=[1], fade_ages=[0], adam_steps=[adam_steps])
     save_checkpoint(out / "checkpoints", 2, {"a": np.full(3, weight, np.float32)}, state)
     (out / "adapter_model.safetensors").write_bytes(np.float32(weight).tobytes())
     row = {"loss": weight, "learning_rate": 1, "grad_norm": 1, "tokens": 1, "labelled": 1, "active_units": 1}
