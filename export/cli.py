@@ -41,7 +41,10 @@ def export(
     alpha: Annotated[float, typer.Option(help="LoRA alpha; adapters are scaled by alpha / rank.")] = 16.0,
     target_modules: Annotated[
         str | None,
-        typer.Option(help="Names, separated by commas, or all-linear; PEFT's choice for the architecture by default."),
+        typer.Option(
+            help="Names, separated by commas, or all-linear. By default PEFT's choice for the architecture, or, where "
+            "it has none, attention's query and value projections."
+        ),
     ] = None,
     head_dtype: Annotated[HeadDtype, typer.Option(help="How the LM head is stored.")] = HeadDtype.FP16,
     engine: Annotated[Engine, typer.Option(help="What the device runs graphs with.")] = Engine.ONNX,
@@ -55,7 +58,13 @@ def export(
     settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force, engine.value)
     started = time.monotonic()
     console = Console(file=sys.stderr)
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
+
     with console.status(f"exporting {model}") as status:
-        manifest = export_bundle(settings, lambda doing: status.update(f"exporting {model}: {doing}"))
+        manifest = export_bundle(settings, lambda doing: status.update(f"exporting {model}: {doing}"), note)
     show = print_json if json else print_table
-    show(manifest, out, time.monotonic() - started)
+    show(manifest, out, notes, time.monotonic() - started)

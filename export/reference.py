@@ -10,9 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dlora.cloud.base_model import EmbeddingEnd, HeadEnd
 from dlora.protocol.manifest import GraphKind
-
-from .ends import EmbeddingEnd, HeadEnd
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 Reference = Callable[[Mapping[str, npt.NDArray[np.generic]]], Arrays]

@@ -11,12 +11,11 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.base_model import BaseModel, EmbeddingEnd, HeadEnd, model_code
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import StoredDtype
 
 from . import reference
-from .ends import EmbeddingEnd, HeadEnd
 from .graph import TrainingGraph
 from .head_graph import HeadShape
 from .reference import Arrays
@@ -198,7 +197,7 @@ def verify_head(
 def real_hidden_states(base: BaseModel, embedding: EmbeddingEnd, rows: int = ROWS) -> npt.NDArray[np.float32]:
     """The last hidden states of ``rows`` random tokens, float32 (rows, hidden_size)."""
     ids = torch.from_numpy(np.random.default_rng(2).integers(0, len(embedding.weight), (1, rows)))
-    with torch.no_grad():
+    with torch.no_grad(), model_code(base.name, base.architecture):
         return base.last_hidden_state(embedding(ids))[0].float().numpy()
 
 

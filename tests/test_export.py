@@ -19,17 +19,15 @@ from families import VOCABULARY, save_tiny, tiny_model
 from small_disk import small_disk
 from tokenizers import Tokenizer
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.base_model import BaseModel, HeadEnd
 from dlora.export import reference
 from dlora.export.__main__ import main
 from dlora.export.adamw_graph import adamw_graph
 from dlora.export.adapter_graphs import adapter_graphs
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.export.embedding_graph import embedding_graph
-from dlora.export.ends import HeadEnd
 from dlora.export.graph import TrainingGraph
 from dlora.export.head_graph import HeadShape, head_graphs
-from dlora.export.selection import default_target_modules, peft_target_modules, select_targets
 from dlora.export.verify import (
     HEAD_TOLERANCES,
     relative_error,
@@ -148,57 +146,6 @@ def test_a_graph_beyond_tolerance_is_refused() -> None:
 def test_nan_is_not_within_tolerance() -> None:
     nan = np.array([np.nan])
     assert not relative_error(nan, np.array([1.0])) <= 1.0
-
-
-# --- target modules -------------------------------------------------------------------------------------------------
-
-
-def test_selection_follows_peft() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    for family, wanted in (("llama", ["q_proj", "layers.0.mlp.up_proj"]), ("gpt2", ["c_proj"]), ("falcon", ["dense"])):
-        base = BaseModel.from_model(tiny_model(family), family)
-        selected = select_targets(base, wanted)
-        wrapped = get_peft_model(tiny_model(family), LoraConfig(r=2, target_modules=wanted, task_type="CAUSAL_LM"))
-        theirs = {
-            name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
-            for name, _ in wrapped.named_modules()
-            if name.endswith(".lora_A.default")
-        }
-        assert set(selected) == theirs
-
-
-def test_default_target_modules_are_pefts() -> None:
-    assert default_target_modules(BaseModel.from_model(tiny_model("llama"), "llama")) == ("q_proj", "v_proj")
-    with pytest.raises(ExportError, match=r"no default target modules for phi3; give .*qkv_proj"):
-        default_target_modules(BaseModel.from_model(tiny_model("phi3"), "phi3"))
-
-
-def test_all_linear_means_all_linear_modules_of_the_blocks() -> None:
-    base = BaseModel.from_model(tiny_model("opt"), "opt")
-    selected = select_targets(base, ["all-linear"])
-    assert len(selected) == 12
-    assert not any("project" in name for name in selected)
-    assert peft_target_modules(base, ["all-linear"], selected) == (
-        "fc1",
-        "fc2",
-        "k_proj",
-        "out_proj",
-        "q_proj",
-        "v_proj",
-    )
-
-
-@pytest.mark.parametrize(
-    ("wanted", "text"),
-    [
-        ("w_proj", r"no module 'w_proj'; target modules can be: down_proj"),
-        ("lm_head", "is not a linear module of a block"),
-    ],
-)
-def test_target_modules_that_cannot_be(wanted: str, text: str) -> None:
-    with pytest.raises(ExportError, match=text):
-        select_targets(BaseModel.from_model(tiny_model("llama"), "llama"), [wanted])
 
 
 # --- whole bundles --------------------------------------------------------------------------------------------------
