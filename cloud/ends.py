@@ -52,7 +52,11 @@ class HeadEnd:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """(…, hidden_size) to logits (…, vocabulary)."""
-        logits = hidden_states @ self.weight.T
+        return self.logits(hidden_states @ self.weight.T)
+
+    def logits(self, products: Tensor) -> Tensor:
+        """From ``h W^T`` to logits, both (…, vocabulary)."""
+        logits = products
         if self.bias is not None:
             logits = logits + self.bias
         if self.logit_scale != 1.0:

@@ -92,9 +92,9 @@ _LINEAR_ATTENTION: Final = {
 }
 
 _PLAIN_ONES: Final = (
-    "apertus", "arcee", "bitnet", "biogpt", "cohere2", "cwm", "diffllama", "ernie4_5", "exaone4", "gemma", "glm", "glm4",
-    "gpt_bigcode", "helium", "hunyuan_v1_dense", "jais2", "mpt", "nanochat", "nemotron", "olmo", "olmo3", "openai-gpt",
-    "persimmon", "phi", "seed_oss", "smollm3", "starcoder2", "vaultgemma",
+    "apertus", "arcee", "bitnet", "biogpt", "cohere2", "cwm", "diffllama", "ernie4_5", "exaone4", "gemma", "glm",
+    "glm4", "gpt_bigcode", "helium", "hunyuan_v1_dense", "jais2", "mpt", "nanochat", "nemotron", "olmo", "olmo3",
+    "openai-gpt", "persimmon", "phi", "seed_oss", "smollm3", "starcoder2", "vaultgemma",
 )  # fmt: skip
 _MIXTURES: Final = (
     "glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
