@@ -20,7 +20,7 @@ from dlora.cloud.base_model import (
     find_source,
     load_model,
 )
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import UsageError, one_line
 from dlora.protocol.kill_revive import GroupSpec
 from dlora.protocol.manifest import (
     MANIFEST_NAME,
@@ -67,7 +67,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What the user asked for; ``target_modules`` None means the default of the architecture."""
+    """What the user asked for.
+
+    Attributes:
+        target_modules: None means the default of the architecture.
+        base_model_name: what adapters call their base model; None means its hub id, or ``model`` where it has none.
+    """
 
     model: str
     out: Path
@@ -77,6 +82,7 @@ class ExportSettings:
     head_dtype: StoredDtype = "fp16"
     force: bool = False
     engine: Literal["onnx", "executorch", "both"] = "onnx"
+    base_model_name: str | None = None
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -91,6 +97,8 @@ class ExportSettings:
             raise UsageError("--alpha must be above 0")
         if self.target_modules is not None and not self.target_modules:
             raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
+        if self.base_model_name is not None and not one_line(self.base_model_name).strip():
+            raise UsageError("--base-model-name is empty; give a hub id (org/name), or leave it out")
         check_place(self.out, self.force)
         if "executorch" in self.engines:
             check_executorch()
@@ -107,6 +115,9 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
     source = find_source(settings.model)
     base = BaseModel.from_model(load_model(source), settings.model)
     tokenizer = load_tokenizer(source, base)
+    name = one_line(settings.base_model_name or source.hub_id or settings.model)
+    if name == settings.model and Path(name).exists():
+        note(f"adapters will say that their base model is {name}; --base-model-name gives it another name")
     selection = select_targets(base, settings.target_modules)
     for line in selection.notes:
         note(line)
@@ -130,7 +141,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
         manifest = Manifest(
             format=BUNDLE_FORMAT,
             software=SOFTWARE_VERSION,
-            base_model=_base_model_spec(base),
+            base_model=_base_model_spec(base, name),
             lora=LoraSpec(settings.rank, settings.alpha, selection.target_modules),
             groups=groups,
             embedding=embedding_spec,
@@ -210,9 +221,9 @@ def _save_golden(bundle: Path, verified: Sequence[Verified]) -> None:
     safetensors.numpy.save_file(tensors, bundle / _GOLDEN)
 
 
-def _base_model_spec(base: BaseModel) -> BaseModelSpec:
+def _base_model_spec(base: BaseModel, name: str) -> BaseModelSpec:
     return BaseModelSpec(
-        name=base.name,
+        name=name,
         architecture=base.architecture,
         fingerprint=base.fingerprint,
         blocks=base.blocks,

@@ -48,6 +48,10 @@ def export(
     ] = None,
     head_dtype: Annotated[HeadDtype, typer.Option(help="How the LM head is stored.")] = HeadDtype.FP16,
     engine: Annotated[Engine, typer.Option(help="What the device runs graphs with.")] = Engine.ONNX,
+    base_model_name: Annotated[
+        str | None,
+        typer.Option(help="What adapters call their base model; its hub id by default, or MODEL where it has none."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
 ) -> None:
@@ -55,7 +59,7 @@ def export(
     names = None
     if target_modules is not None:
         names = tuple(dict.fromkeys(name.strip() for name in target_modules.split(",") if name.strip()))
-    settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force, engine.value)
+    settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force, engine.value, base_model_name)
     started = time.monotonic()
     console = Console(file=sys.stderr)
     notes: list[str] = []

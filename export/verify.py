@@ -242,9 +242,10 @@ def verify(
     for name, value in exact.items():
         error = relative_error(value, golden[name])
         if rounding is not None and not error <= bounds[name]:
+            finer = "fp16 or fp32" if rounding.dtype == "int8" else "fp32"
             raise ExportError(
                 f"{rounding.dtype} is too coarse for the head of this model: {name} of {graph.name} is off by "
-                f"{error:.1e}, allowed is {bounds[name]:.0e}; use --head-dtype fp32"
+                f"{error:.1e}, allowed is {bounds[name]:.0e}; use --head-dtype {finer}"
             )
     errors: dict[str, float] = {}
     for engine, each in compiled.items():

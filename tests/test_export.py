@@ -18,7 +18,7 @@ from families import VOCABULARY, save_tiny, tiny_model
 from small_disk import small_disk
 from tokenizers import Tokenizer
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.base_model import BaseModel, find_source
 from dlora.export.__main__ import main
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.export.tolerances import relative_error
@@ -93,6 +93,30 @@ def _run_golden(bundle: Path, manifest: Manifest) -> None:
         names = [spec.name for spec in graph.outputs]
         for name, value in zip(names, session.run(names, inputs), strict=True):
             assert relative_error(value, golden[f"{stem}.out.{name}"]) <= graph.tolerance
+
+
+@pytest.mark.parametrize(
+    ("place", "said", "name"),
+    [
+        ("model", None, "{place}"),
+        ("model", "org/mine", "org/mine"),
+        ("hub/models--org--tiny/snapshots/0f1e", None, "org/tiny"),
+        ("hub/models--org--tiny/snapshots/0f1e", "org/mine", "org/mine"),
+    ],
+)
+def test_what_adapters_call_their_base_model(tmp_path: Path, place: str, said: str | None, name: str) -> None:
+    model = tmp_path / place
+    save_tiny(model)
+    notes: list[str] = []
+    settings = ExportSettings(str(model), tmp_path / "bundle", base_model_name=said)
+    manifest = export_bundle(settings, note=notes.append)
+    assert manifest.base_model.name == name.format(place=model)
+    assert [f"base model is {model};" in line for line in notes] == [True] * (name == "{place}")
+
+
+def test_an_alias_knows_its_hub_id() -> None:
+    assert find_source("smollm2-135m").hub_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert find_source("org/name").hub_id == "org/name"
 
 
 def test_exporting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -204,6 +228,7 @@ def test_the_command_prints_a_table(tmp_path: Path, monkeypatch: Any, capfd: Any
         (["/no/such/model"], 2, "error: /no/such/model does not exist"),
         (["{model}", "--rank", "0"], 2, "error: --rank must be at least 1"),
         (["{model}", "--alpha", "0"], 2, "error: --alpha must be above 0"),
+        (["{model}", "--base-model-name", " "], 2, "error: --base-model-name is empty"),
         (["{model}", "--target-modules", ","], 2, "error: --target-modules is empty"),
         (["{model}", "--target-modules", "nope"], 11, "has no module 'nope'"),
     ],

@@ -204,7 +204,7 @@ def test_a_head_that_int8_would_round_too_much_says_what_to_do() -> None:
     end.weight[:, 0] = 100.0  # one scale a row: next to this, the rest is nothing
     graph = next(graph for graph in head_graphs(shape) if graph.kind == "head_train")
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
-    with pytest.raises(ExportError, match=r"int8 is too coarse .* off by .*; use --head-dtype fp32"):
+    with pytest.raises(ExportError, match=r"int8 is too coarse .* off by .*; use --head-dtype fp16 or fp32"):
         verify_head(graph, end, _head_weights(end, "int8"), hidden)
 
 

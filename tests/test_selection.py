@@ -175,6 +175,7 @@ def test_what_an_error_offers_is_taken(family: str) -> None:
 def test_the_command_says_what_it_chose_and_left_out(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "granitemoe")
     command = [sys.executable, "-m", "dlora.export", tmp_path / "model", "--out", tmp_path / "bundle", "--json"]
+    command += ["--base-model-name", "org/tiny"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     line = "target modules are q_proj, v_proj, the default of dlora: PEFT has none for granitemoe"
