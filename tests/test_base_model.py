@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 
 import pytest
@@ -215,6 +216,16 @@ def test_a_directory_that_is_no_model(tmp_path) -> None:
         load_base_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ExportError, match="cannot be loaded"):
+        load_base_model(str(tmp_path))
+
+
+def test_a_config_that_transformers_fails_on_is_one_line(tmp_path) -> None:
+    """With an exception that no loader is meant to raise."""
+    save_tiny(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("head_dim")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 0}))
+    with pytest.raises(ExportError, match="cannot be loaded as a causal language model with transformers"):
         load_base_model(str(tmp_path))
 
 

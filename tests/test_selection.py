@@ -7,8 +7,8 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,8 +24,10 @@ from dlora.protocol.errors import ExportError
 EVERY = [*FAMILIES, *MORE_FAMILIES]
 
 
-def base_model(family: str, **changes: Any) -> BaseModel:
-    return BaseModel.from_model(tiny_model(family, **changes), family)
+@cache
+def base_model(family: str) -> BaseModel:
+    """Read only."""
+    return BaseModel.from_model(tiny_model(family), family)
 
 
 def adapted_by_peft(family: str, target_modules: tuple[str, ...]) -> set[str]:
