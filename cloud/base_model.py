@@ -18,14 +18,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dlora.protocol.errors import ExportError
+from dlora.protocol.errors import DloraError, ExportError
 from dlora.protocol.kill_revive import GroupSpec, TargetSpec
 
+from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
-from .source import ModelSource, find_source, load_model, quiet
+from .source import ModelSource, find_source, first_line, load_model, quiet
 
 # The exporter imports this module and no other of the server's.
-__all__ = ["BaseModel", "ModelSource", "TargetModule", "find_source", "load_base_model", "load_model", "quiet"]
+__all__ = [
+    "BaseModel",
+    "EmbeddingEnd",
+    "HeadEnd",
+    "ModelSource",
+    "TargetModule",
+    "find_embedding",
+    "find_head",
+    "find_source",
+    "load_base_model",
+    "load_model",
+    "model_code",
+    "quiet",
+]
 
 TRACE_TOKENS = 4
 
@@ -79,7 +93,11 @@ class BaseModel:
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str) -> Self:
-        """Freeze ``model`` and trace it. Raises ``ExportError`` where it is not a decoder-only language model."""
+        """Freeze ``model``, trace it, and check the cut.
+
+        Raises ``ExportError`` where it is not a decoder-only language model, its own code fails, no module of it can
+        be a target, or it does more at its two ends than a device can.
+        """
         config = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ExportError(
@@ -94,8 +112,12 @@ class BaseModel:
         model.eval().requires_grad_(False)
         decoder = model.base_model
         block_list = _find_blocks(model, decoder, text.num_hidden_layers, name)
-        targets, refused = _trace(model, decoder, block_list, embedding.embedding_dim)
-        return cls(
+        with model_code(name, config.model_type):
+            targets, refused = _trace(model, decoder, block_list, embedding.embedding_dim)
+        if not targets:
+            module, reason = next(iter(refused.items()), ("its blocks", "have no linear modules"))
+            raise ExportError(f"{name} ({config.model_type}) has no module that can be a target: {module} {reason}")
+        base = cls(
             name=name,
             architecture=config.model_type,
             model=model,
@@ -109,6 +131,9 @@ class BaseModel:
             targets=targets,
             refused=refused,
         )
+        with model_code(name, config.model_type):
+            check_cut(base, find_embedding(base), find_head(base))
+        return base
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,14 +216,27 @@ def _find_blocks(model: nn.Module, decoder: nn.Module, count: int, name: str) ->
 
 
 @contextmanager
-def _recorded_inputs(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Collect (name, input) of every call. The tensors are kept, so that no two of them share an ``id``."""
-    calls: list[tuple[str, Tensor]] = []
+def model_code(name: str, architecture: str) -> Iterator[None]:
+    """While the model's own code runs for the first times: what it raises becomes one line, an ``ExportError``."""
+    try:
+        yield
+    except DloraError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"{name} ({architecture}) cannot be run, its own code fails: {type(error).__name__}: {first_line(error)}"
+        ) from None
+
+
+@contextmanager
+def _recorded(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Any]]]:
+    """Collect (name, input, output) of every call. Inputs are kept, so that no two of them share an ``id``."""
+    calls: list[tuple[str, Tensor, Any]] = []
 
     def record(name: str) -> Any:
-        return lambda _module, args, kwargs: calls.append((name, args[0] if args else kwargs["input"]))
+        return lambda _module, args, kwargs, output: calls.append((name, args[0] if args else kwargs["input"], output))
 
-    handles = [module.register_forward_pre_hook(record(name), with_kwargs=True) for name, module in modules.items()]
+    handles = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in modules.items()]
     try:
         yield calls
     finally:
@@ -215,14 +253,16 @@ def _trace(
         for name, module in root.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
-    with torch.no_grad(), _recorded_inputs({name: module for name, (_, module) in linears.items()}) as calls:
+    with torch.no_grad(), _recorded({name: module for name, (_, module) in linears.items()}) as calls:
         embeds = torch.ones(1, TRACE_TOKENS, width, dtype=model.dtype, device=model.device)
         decoder(inputs_embeds=embeds, use_cache=False)
     times = dict.fromkeys(linears, 0)
-    for name, _ in calls:
+    for name, _, _ in calls:
         times[name] += 1
     refused = {
         name: f"runs {count} times in a forward pass (as experts of a mixture do), not once"
+        if count
+        else "is never called in a forward pass"
         for name, count in times.items()
         if count != 1
     }
@@ -234,7 +274,7 @@ def _trace(
     }
     input_ids: dict[tuple[int, int], int] = {}
     targets: dict[str, TargetModule] = {}
-    for name, tensor in calls:
+    for name, tensor, output in calls:
         if name in refused:
             continue
         block, module = linears[name]
@@ -243,6 +283,9 @@ def _trace(
         if tensor.shape[:-1].numel() != TRACE_TOKENS:
             # A router that sends only some tokens through an expert calls it once, but not with all of them.
             refused[name] = "does not see every token (as experts of a mixture do)"
+            continue
+        if not isinstance(output, Tensor):
+            refused[name] = "gives more than its product (as routers of a mixture may)"
             continue
         input_id = input_ids.setdefault((block, id(tensor)), len(input_ids))
         targets[name] = TargetModule(name, block, len(targets), input_id, in_features, out_features, module)

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from dlora.protocol.kill_revive import GroupSpec
 
-from .base_model import BaseModel
+from .base_model import BaseModel, model_code
 from .layout import Layout
 from .memory import machine_bytes
 
@@ -176,7 +176,12 @@ def _growth(length: int, short_bytes: int, long_bytes: int) -> _Growth:
 
 def _saved(base: BaseModel, length: int, *, masked: bool) -> list[list[int]]:
     """For each target module: the sizes in bytes of what autograd saves from its call to the next one's."""
-    with torch.enable_grad(), _order_of_calls(base) as order, _weighing(base, order) as saved:
+    with (
+        model_code(base.name, base.architecture),
+        torch.enable_grad(),
+        _order_of_calls(base) as order,
+        _weighing(base, order) as saved,
+    ):
         base.last_hidden_state(*_input(base, length, masked=masked, requires_grad=True))
     sizes: list[list[int]] = [[] for _ in base.targets]
     for called, storage in saved.values():
@@ -187,7 +192,12 @@ def _saved(base: BaseModel, length: int, *, masked: bool) -> list[list[int]]:
 
 def _alive(base: BaseModel, length: int, *, masked: bool) -> list[list[tuple[str, int]]]:
     """Each operation and the bytes of all tensors after it: up to the first target module, then between each two."""
-    with torch.no_grad(), _order_of_calls(base) as order, _Alive(base, order) as alive:
+    with (
+        model_code(base.name, base.architecture),
+        torch.no_grad(),
+        _order_of_calls(base) as order,
+        _Alive(base, order) as alive,
+    ):
         base.last_hidden_state(*_input(base, length, masked=masked, requires_grad=False))
     return alive.totals
 

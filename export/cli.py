@@ -45,7 +45,10 @@ def export(
     alpha: Annotated[float, typer.Option(help="LoRA alpha; adapters are scaled by alpha / rank.")] = 16.0,
     target_modules: Annotated[
         str | None,
-        typer.Option(help="Names, separated by commas, or all-linear; PEFT's choice for the architecture by default."),
+        typer.Option(
+            help="Names, separated by commas, or all-linear. By default PEFT's choice for the architecture, or, where "
+            "it has none, attention's query and value projections."
+        ),
     ] = None,
     head_dtype: Annotated[
         HeadDtype, typer.Option(metavar="DTYPE", help="How the LM head is stored: fp16, fp32 or int8.")
@@ -53,6 +56,10 @@ def export(
     engine: Annotated[
         Engine, typer.Option(metavar="ENGINE", help="What the device runs graphs with: onnx, executorch or both.")
     ] = Engine.ONNX,
+    base_model_name: Annotated[
+        str | None,
+        typer.Option(help="What adapters call their base model; its hub id by default, or MODEL where it has none."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
     version: Annotated[
@@ -64,18 +71,24 @@ def export(
     Example:  dlora-export smollm2-135m --out build/smollm2
     """
     # Not before: torch takes seconds, which --help and the shell's completion need not wait for.
+    from rich.console import Console
+
     from .bundle import ExportSettings, export_bundle
     from .report import print_json, print_table
 
     names = None
     if target_modules is not None:
         names = tuple(dict.fromkeys(name.strip() for name in target_modules.split(",") if name.strip()))
-    settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force, engine.value)
-    from rich.console import Console
-
+    settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force, engine.value, base_model_name)
     started = time.monotonic()
     console = Console(file=sys.stderr)
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
+
     with console.status(f"exporting {model}") as status:
-        manifest = export_bundle(settings, lambda doing: status.update(f"exporting {model}: {doing}"))
+        manifest = export_bundle(settings, lambda doing: status.update(f"exporting {model}: {doing}"), note)
     show = print_json if json else print_table
-    show(manifest, out, time.monotonic() - started)
+    show(manifest, out, notes, time.monotonic() - started)

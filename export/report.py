@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,8 +13,8 @@ from rich.table import Column, Table
 from dlora.protocol.manifest import Manifest
 
 
-def print_json(manifest: Manifest, out: Path, wall_s: float) -> None:
-    """One JSON object on stdout; sizes in bytes, times in seconds."""
+def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: float) -> None:
+    """One JSON object on stdout; sizes in bytes, times in seconds. ``notes`` is what was decided unasked."""
     base, lora = manifest.base_model, manifest.lora
     print(
         json.dumps(
@@ -27,6 +28,7 @@ def print_json(manifest: Manifest, out: Path, wall_s: float) -> None:
                 "rank": lora.r,
                 "alpha": lora.lora_alpha,
                 "target_modules": list(lora.target_modules),
+                "notes": list(notes),
                 "groups": len(manifest.groups),
                 "adapters": sum(len(group.targets) for group in manifest.groups),
                 "adapter_parameters": adapter_parameters(manifest),
@@ -51,8 +53,8 @@ def print_json(manifest: Manifest, out: Path, wall_s: float) -> None:
     )
 
 
-def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
-    """The bundle's files and graphs on stdout."""
+def print_table(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: float) -> None:
+    """The bundle's files and graphs on stdout, and what was decided unasked."""
     console = Console()
     base, lora = manifest.base_model, manifest.lora
     console.print(
@@ -64,6 +66,8 @@ def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     table = Table(
         Column("file", no_wrap=True, overflow="fold"),
         "size",

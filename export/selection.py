@@ -1,71 +1,165 @@
-"""Which modules get an adapter: the user's ``target_modules``, read as PEFT reads them."""
+"""Which modules get an adapter: the user's ``target_modules``, read as PEFT reads them, or a default."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
+from torch import nn
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.base_model import BaseModel, quiet
 from dlora.protocol.errors import ExportError
 
 ALL_LINEAR: Final = "all-linear"
 
 
-def default_target_modules(base: BaseModel) -> tuple[str, ...]:
-    """PEFT's own choice for the architecture. Raises ``ExportError`` where it has none."""
-    found = PEFT_DEFAULTS.get(base.architecture)
-    if not isinstance(found, list):
-        raise ExportError(
-            f"PEFT has no default target modules for {base.architecture}; give --target-modules with some of: "
-            f"{', '.join(_last_names(base.targets))} (or all-linear)"
-        )
-    return tuple(found)
+@dataclass(frozen=True)
+class Selection:
+    """The target modules of a bundle.
+
+    Attributes:
+        names: full names, in execution order.
+        target_modules: what to write into the adapter's config, which there selects the same.
+        notes: lines for the user on what was chosen or left out without being asked.
+    """
+
+    names: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def select_targets(base: BaseModel, target_modules: Sequence[str]) -> tuple[str, ...]:
-    """Full names of the target modules, in execution order.
+def select_targets(base: BaseModel, target_modules: Sequence[str] | None) -> Selection:
+    """The target modules that the user asked for; without any, the default of the architecture.
 
     A name selects the modules that it is, or that end in ``.`` and it; ``all-linear`` all that can be targets.
     Raises ``ExportError`` for a name that selects nothing, or a module that cannot be a target.
     """
+    refused = {**base.refused, **_refused_by_peft(base)}
+    trainable = [name for name in base.targets if name not in refused]
+    if not trainable:
+        name, reason = next(iter(refused.items()))
+        raise ExportError(f"no module of {base.name} can be a target module: {name} {reason}")
+    if target_modules is None:
+        return _default(base, trainable)
     if tuple(target_modules) == (ALL_LINEAR,):
-        if base.refused:
-            name, reason = next(iter(base.refused.items()))
-            raise ExportError(f"all-linear includes {name}, which cannot be a target module: it {reason}")
-        return tuple(base.targets)
-    everything = [name for name, _ in base.model.named_modules()]
+        return Selection(tuple(trainable), _spelled(base, trainable), _left_out(refused))
     chosen: set[str] = set()
     for wanted in target_modules:
-        matches = [name for name in everything if _matches(name, wanted)]
+        matches = _matching(base, [wanted])
         if not matches:
-            raise ExportError(
-                f"{base.name} has no module {wanted!r}; target modules can be: {', '.join(_last_names(base.targets))}"
-            )
-        chosen.update(matches)
-    # Asking for the groups names the first module that cannot be a target, and why.
-    base.groups(sorted(chosen))
-    return tuple(name for name in base.targets if name in chosen)
+            raise ExportError(f"{base.name} has no module {wanted!r}; {_offer(base, trainable)}")
+        chosen |= matches
+    wrong = sorted(chosen.difference(trainable))
+    if wrong:
+        reason = refused.get(wrong[0], "is not a linear module of a block")
+        raise ExportError(
+            f"{wrong[0]} cannot be a target module of {base.name}: it {reason}; {_offer(base, trainable)}"
+        )
+    return Selection(tuple(name for name in trainable if name in chosen), tuple(target_modules))
 
 
-def peft_target_modules(base: BaseModel, target_modules: Sequence[str], selected: Sequence[str]) -> tuple[str, ...]:
-    """What to write into the adapter's config: what the user said, but ``all-linear`` spelled out.
+def _default(base: BaseModel, trainable: Sequence[str]) -> Selection:
+    """PEFT's choice for the architecture, where it has one and all of it can be trained here; else dlora's own."""
+    theirs = PEFT_DEFAULTS.get(base.architecture)
+    why = f"PEFT has none for {base.architecture}"
+    if isinstance(theirs, list):
+        matches = _matching(base, theirs)
+        if matches and matches.issubset(trainable):
+            return Selection(tuple(name for name in trainable if name in matches), tuple(theirs))
+        why = f"not all of PEFT's for {base.architecture} can be trained here"
+    chosen = [name for name in trainable if _attention_part(name) & {"q", "v"}]
+    # Mamba's blocks begin with one projection, which stands where attention has its own.
+    chosen = chosen or [name for name in trainable if name.endswith(".in_proj")]
+    if not chosen:
+        raise ExportError(
+            f"{base.name} ({base.architecture}) has no default target modules: {why}, and dlora finds no attention; "
+            f"give --target-modules: {_offer(base, trainable)}"
+        )
+    spelled = _spelled(base, chosen)
+    shown = spelled if len(spelled) < len(chosen) else _last_parts(chosen)
+    note = f"target modules are {', '.join(shown)}, the default of dlora: {why}"
+    return Selection(tuple(chosen), spelled, (note,))
 
-    PEFT's ``all-linear`` also takes linear modules outside the blocks (OPT's ``project_in``), which no device
-    can train here.
+
+def _attention_part(name: str) -> set[str]:
+    """What attention takes from a module, by its name: ``{"q"}`` from ``q_proj``, q, k and v from ``Wqkv``.
+
+    Where the last part of the name says nothing, as in Moshi's ``q_proj.linear``, the one before it may.
     """
-    if tuple(target_modules) != (ALL_LINEAR,):
-        return tuple(target_modules)
-    short = _last_names(selected)
-    names = [name for name, _ in base.model.named_modules()]
-    matched = {name for name in names if any(_matches(name, word) for word in short)}
-    return tuple(short) if matched == set(selected) else tuple(selected)
+    *_, parent, last = name.split(".")
+    return _said_by(last) or _said_by(parent)
 
 
-def _matches(name: str, wanted: str) -> bool:
-    return name == wanted or name.endswith(f".{wanted}")
+def _said_by(word: str) -> set[str]:
+    if word == "c_attn":  # of GPT-2 and its children
+        return {"q", "k", "v"}
+    said: set[str] = set()
+    for part in word.lower().split("_"):
+        letters = {"query": "q", "key": "k", "value": "v"}.get(part, part.removeprefix("w"))
+        if set(letters) <= set("qkvz"):  # z is the gate that Qwen3-Next fuses with them
+            said.update(letters)
+    return said - {"z"}
 
 
-def _last_names(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
+def _refused_by_peft(base: BaseModel) -> dict[str, str]:
+    """Target modules that PEFT gives no LoRA in this architecture, and why.
+
+    It refuses ``out_proj`` of Mamba, and in some mixtures of experts it takes ``gate_proj``, ``up_proj`` and
+    ``down_proj`` for those of the experts, whatever else has these names. PEFT itself is asked, with a lone module of
+    each name under the base model's config.
+    """
+    refused: set[str] = set()
+    for word in _last_parts(base.targets):
+        alone = nn.Module()
+        alone.config = base.model.config  # type: ignore[assignment]
+        alone.add_module(word, nn.Linear(1, 1))
+        try:
+            with quiet():
+                inject_adapter_in_model(LoraConfig(r=1, target_modules=[word]), alone)
+        except ValueError:
+            refused.add(word)
+    reason = f"gets no LoRA from PEFT in {base.architecture} models"
+    return {name: reason for name in base.targets if name.rpartition(".")[2] in refused}
+
+
+def _left_out(refused: Mapping[str, str]) -> tuple[str, ...]:
+    """The note on what ``all-linear`` leaves out: how many modules, and one of them for each reason."""
+    if not refused:
+        return ()
+    examples = {reason: name for name, reason in reversed(refused.items())}
+    told = "; ".join(f"{name} {reason}" for reason, name in reversed(examples.items()))
+    count = f"{len(refused)} module{'s' if len(refused) > 1 else ''}"
+    return (f"all-linear leaves out {count}: {told}",)
+
+
+def _offer(base: BaseModel, trainable: Collection[str]) -> str:
+    """What ``--target-modules`` takes here, without names that would be refused."""
+    words = [word for word in _last_parts(trainable) if _matching(base, [word]).issubset(trainable)]
+    return f"target modules can be: {', '.join([*words, ALL_LINEAR])}"
+
+
+def _spelled(base: BaseModel, names: Collection[str]) -> tuple[str, ...]:
+    """Names for an adapter's config that select exactly these modules in PEFT: as short as can be.
+
+    PEFT's ``all-linear`` would also take linear modules outside the blocks (OPT's ``project_in``), and a short name
+    the modules of another part of the model (its vision tower), which no device can train here.
+    """
+    for parts in (1, 2):
+        short = _last_parts(names, parts)
+        if _matching(base, short) == set(names):
+            return tuple(short)
+    return tuple(names)
+
+
+def _matching(base: BaseModel, words: Iterable[str]) -> set[str]:
+    """The modules that PEFT takes for these names."""
+    words = tuple(words)
+    endings = tuple(f".{word}" for word in words)
+    return {name for name, _ in base.model.named_modules() if name in words or name.endswith(endings)}
+
+
+def _last_parts(names: Iterable[str], parts: int = 1) -> list[str]:
+    return sorted({".".join(name.split(".")[-parts:]) for name in names})

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dlora.cloud.base_model import EmbeddingEnd, HeadEnd
 from dlora.protocol.errors import ExportError, StorageError
 from dlora.protocol.manifest import EmbeddingSpec, HeadSpec, StoredDtype
 
-from .ends import EmbeddingEnd, HeadEnd
 from .head_graph import CALL_ROWS
 from .reference import Arrays
 

@@ -50,7 +50,7 @@ class BaseModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """The frozen pretrained model that the bundle belongs to.
 
     Attributes:
-        name: what was exported, as the user named it.
+        name: what adapters call it: its hub id where that is known, else as the user named it.
         architecture: Hugging Face ``model_type``.
         fingerprint: hex SHA-256 over the names, shapes and bfloat16 values of all parameters; a server that
             loads the model in float32 or bfloat16 computes the same.

@@ -11,7 +11,13 @@ from typing import Any, Final
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY: Final = 97  # divisible by no number of slabs
 CHAT_TEMPLATE: Final = (
@@ -70,14 +76,66 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
 """Hugging Face ``model_type`` to the arguments of its config."""
 
 
+_WITH_HEAD_DIM: Final = {**_PLAIN, "head_dim": 4}
+_EXPERTS: Final = {
+    **_WITH_HEAD_DIM,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 8),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
+}
+_MAMBA: Final = {"state_size": 4, "time_step_rank": 4}
+_LINEAR_ATTENTION: Final = {
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 4),
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+_PLAIN_ONES: Final = (
+    "apertus", "arcee", "bitnet", "biogpt", "cohere2", "cwm", "diffllama", "ernie4_5", "exaone4", "gemma", "glm",
+    "glm4", "gpt_bigcode", "helium", "hunyuan_v1_dense", "jais2", "mpt", "nanochat", "nemotron", "olmo", "olmo3",
+    "openai-gpt", "persimmon", "phi", "seed_oss", "smollm3", "starcoder2", "vaultgemma",
+)  # fmt: skip
+_MIXTURES: Final = (
+    "glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
+
+MORE_FAMILIES: Final[dict[str, dict[str, Any]]] = {
+    **dict.fromkeys(_PLAIN_ONES, _WITH_HEAD_DIM),
+    **dict.fromkeys(_MIXTURES, _EXPERTS),
+    "qwen3_next": {**_EXPERTS, **_LINEAR_ATTENTION, "head_dim": 8},
+    "mamba": {**_PLAIN, **_MAMBA},
+    "falcon_mamba": {**_PLAIN, **_MAMBA},
+    "falcon_h1": {
+        **_PLAIN,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "jamba": {**_EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+}
+"""As ``FAMILIES``: those that fewer tests run over."""
+
+REFUSED_FAMILIES: Final[dict[str, dict[str, Any]]] = {
+    "bert": _PLAIN,
+    "recurrent_gemma": {**_PLAIN, "lru_width": 16, "head_dim": 4},
+    "roberta": _PLAIN,
+    "t5": {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4},
+}
+"""As ``FAMILIES``: what dlora says no to."""
+
+
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A float32 model of about 10,000 parameters in eval mode; ``changes`` go to its config.
 
     Weights are a good deal larger than at a usual initialisation, so that every part of the model shows.
     """
-    config = CONFIG_MAPPING[family](**{**FAMILIES[family], **changes})
+    config = CONFIG_MAPPING[family](**{**(FAMILIES | MORE_FAMILIES | REFUSED_FAMILIES)[family], **changes})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

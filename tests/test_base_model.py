@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, save_tiny, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config
+from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, save_tiny, tiny_model
+from processes import CLOUD
+from transformers import PreTrainedModel
 
-from dlora.cloud.base_model import BaseModel, load_base_model
+from dlora.cloud.base_model import BaseModel, find_embedding, find_head, load_base_model
+from dlora.cloud.ends import check_cut, cut_error
+from dlora.cloud.live_bytes import LiveBytes
 from dlora.cloud.source import public_name
-from dlora.export.ends import check_cut, cut_error, find_embedding, find_head
+from dlora.export.verify import real_hidden_states
 from dlora.protocol.errors import ExportError, UsageError
 
 # family: the last names of the target modules of block 1, group by group, in the order of execution
@@ -107,8 +112,7 @@ def test_a_family_with_another_head_is_found_out() -> None:
 
 
 def test_an_encoder_decoder_is_refused_by_name(tmp_path) -> None:
-    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    save_tiny(tmp_path, "t5")
     with pytest.raises(ExportError, match=r"encoder-decoder model \(t5\)"):
         load_base_model(str(tmp_path))
 
@@ -123,21 +127,81 @@ def test_a_module_that_runs_twice_is_refused_by_name() -> None:
 
 
 def test_experts_of_a_mixture_are_refused_by_name() -> None:
-    config = AutoConfig.for_model(
-        "mixtral",
-        vocab_size=97,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    base = BaseModel.from_model(AutoModelForCausalLM.from_config(config), "mixtral")
+    base = BaseModel.from_model(tiny_model("mixtral"), "mixtral")
     assert not any("expert" in name for name in base.targets)
     assert len(base.groups([name for name in base.targets if name.endswith("q_proj")])) == 2
     with pytest.raises(ExportError, match=r"model\.layers\.0\.mlp\.experts cannot be a target .* many experts"):
         base.groups(["model.layers.0.mlp.experts"])
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_more_families_are_taken(family: str) -> None:
+    """With what they do at their two ends, which ``from_model`` checks."""
+    base = BaseModel.from_model(tiny_model(family), family)
+    assert {target.block for target in base.targets.values()} == {0, 1}
+
+
+@pytest.mark.parametrize("family", REFUSED_FAMILIES)
+def test_a_family_that_cannot_be_cut_is_refused_before_anything_is_served(family: str) -> None:
+    """``dlora-cloud serve`` loads through the same door as ``dlora-export``."""
+    with pytest.raises(ExportError, match=r"not supported|only decoder-only models are supported"):
+        BaseModel.from_model(tiny_model(family), family)
+
+
+def test_the_server_refuses_at_start_what_export_refuses(tmp_path) -> None:
+    save_tiny(tmp_path, "recurrent_gemma")
+    done = subprocess.run([CLOUD, "serve", tmp_path], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 11
+    assert "recurrent_gemma does more between token ids and logits" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_no_reason_to_refuse(family: str) -> None:
+    base = BaseModel.from_model(tiny_model(family).to(torch.bfloat16), family)
+    assert base.dtype == torch.bfloat16
+
+
+def failing(model: PreTrainedModel, error: Exception) -> PreTrainedModel:
+    """The model, whose second block raises from now on."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    model.model.layers[1].forward = fail
+    return model
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("sizes differ\nat line 3"), "RuntimeError: sizes differ"),
+        (AttributeError("no attribute 'rope'"), "AttributeError: no attribute 'rope'"),
+        (ImportError(), "ImportError: ImportError"),
+    ],
+)
+def test_a_forward_that_raises_is_one_line(error: Exception, text: str) -> None:
+    with pytest.raises(ExportError) as refused:
+        BaseModel.from_model(failing(tiny_model("llama"), error), "mine")
+    assert str(refused.value) == f"mine (llama) cannot be run, its own code fails: {text}"
+
+
+def test_a_forward_that_raises_later_is_one_line() -> None:
+    """Where the server weighs micro-batches, and where the exporter takes hidden states."""
+    base = BaseModel.from_model(tiny_model("llama"), "mine")
+    failing(base.model, RuntimeError("too long"))
+    with pytest.raises(ExportError, match=r"mine .* its own code fails: RuntimeError: too long"):
+        LiveBytes.measure(base)
+    with pytest.raises(ExportError, match=r"mine .* its own code fails: RuntimeError: too long"):
+        real_hidden_states(base, find_embedding(base))
+
+
+def test_a_model_without_targets_is_refused() -> None:
+    """As one whose blocks all run twice."""
+    model = tiny_model("llama")
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(ExportError, match=r"mine \(llama\) has no module that can be a target: .* runs 2 times"):
+        BaseModel.from_model(model, "mine")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +218,16 @@ def test_a_directory_that_is_no_model(tmp_path) -> None:
         load_base_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ExportError, match="cannot be loaded"):
+        load_base_model(str(tmp_path))
+
+
+def test_a_config_that_transformers_fails_on_is_one_line(tmp_path) -> None:
+    """With an exception that no loader is meant to raise."""
+    save_tiny(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("head_dim")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 0}))
+    with pytest.raises(ExportError, match="cannot be loaded as a causal language model with transformers"):
         load_base_model(str(tmp_path))
 
 

@@ -17,7 +17,7 @@ from families import VOCABULARY, save_tiny, tiny_model
 from processes import run_edge
 from serving import config, random_dataset, randomize, serving
 from test_cli import assert_fails
-from test_export import _head_end, _head_weights
+from test_graphs import _head_end, _head_weights
 
 from dlora.cloud.base_model import BaseModel
 from dlora.edge import shim
@@ -34,10 +34,10 @@ from dlora.export.embedding_graph import embedding_graph
 from dlora.export.head_graph import HeadShape, head_graphs
 from dlora.export.reference import adamw_scalars
 from dlora.export.to_executorch import BOUNDS
+from dlora.export.tolerances import relative_error
 from dlora.export.verify import (
     compile_executorch,
     compile_onnx,
-    relative_error,
     verify_adamw,
     verify_adapter,
     verify_head,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import safetensors.numpy
 import torch
@@ -21,187 +20,15 @@ from families import VOCABULARY, save_tiny, tiny_model
 from small_disk import small_disk
 from tokenizers import Tokenizer
 
-from dlora.cloud.base_model import BaseModel
-from dlora.export import reference
+from dlora.cloud.base_model import BaseModel, find_source
 from dlora.export.__main__ import main
-from dlora.export.adamw_graph import adamw_graph
-from dlora.export.adapter_graphs import adapter_graphs
 from dlora.export.bundle import ExportSettings, export_bundle
-from dlora.export.embedding_graph import embedding_graph
-from dlora.export.ends import HeadEnd
-from dlora.export.graph import TrainingGraph
-from dlora.export.head_graph import HeadShape, head_graphs
-from dlora.export.selection import default_target_modules, peft_target_modules, select_targets
+from dlora.export.tolerances import relative_error
 from dlora.export.verify import (
-    HEAD_TOLERANCES,
-    relative_error,
     start_session,
-    verify,
-    verify_adamw,
-    verify_adapter,
-    verify_head,
 )
-from dlora.export.weights import quantise_rows
 from dlora.protocol.errors import ExportError, StorageError, UsageError
-from dlora.protocol.manifest import Manifest, TensorSpec, check_file, load_manifest
-
-HIDDEN = 16
-
-
-# --- graphs ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(16, 24), (24, 16), (1, 1), (33, 5)])
-@pytest.mark.parametrize("rank", [1, 8])
-def test_adapter_graphs_are_autograds(shape: tuple[int, int], rank: int) -> None:
-    for graph in adapter_graphs(*shape):
-        assert verify_adapter(graph, *shape, rank, scale=2.0).error <= 2e-6
-
-
-def test_adamw_is_torchs_over_twenty_steps() -> None:
-    assert verify_adamw(adamw_graph()).error <= 2e-7
-
-
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.98), (0.0, 0.99999), (0.5, 0.9)])
-def test_adamw_recovers_what_torch_takes_for_one_minus_beta(betas: tuple[float, float]) -> None:
-    session = start_session(adamw_graph().to_onnx().SerializeToString())
-    inputs = {name: np.zeros(1, np.float32) for name in ("param", "exp_avg", "exp_avg_sq")}
-    inputs |= reference.adamw_scalars(1) | {"grad": np.ones(1, np.float32)}
-    inputs |= {f"beta{index}": np.array(beta, np.float32) for index, beta in enumerate(betas, 1)}
-    found = session.run(["new_exp_avg", "new_exp_avg_sq"], inputs)
-    assert [float(value[0]) for value in found] == [float(np.float32(1 - beta)) for beta in betas]
-
-
-def _head_end(vocabulary: int, shape: HeadShape) -> HeadEnd:
-    generator = torch.Generator().manual_seed(0)
-    return HeadEnd(
-        weight=torch.randn(vocabulary, HIDDEN, generator=generator) * 0.3,
-        bias=torch.randn(vocabulary, generator=generator) if shape.bias else None,
-        logit_scale=shape.logit_scale,
-        softcap=shape.softcap,
-        tied=False,
-    )
-
-
-def _head_weights(end: HeadEnd, dtype: str) -> dict[str, Any]:
-    inputs: dict[str, Any] = {}
-    if dtype == "int8":
-        inputs["weight"], inputs["row_scales"] = quantise_rows(end.weight)
-    else:
-        inputs["weight"] = end.weight.numpy().astype(np.float16 if dtype == "fp16" else np.float32)
-    if end.bias is not None:
-        inputs["bias"] = end.bias.numpy()
-    return inputs
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("vocabulary", [5, 48, 96, 97, 1009])
-@pytest.mark.parametrize(
-    ("bias", "logit_scale", "softcap"), [(False, 1.0, None), (True, 1.0, None), (False, 0.25, None), (True, 0.5, 3.0)]
-)
-def test_head_graphs_are_autograds(
-    dtype: Any, vocabulary: int, bias: bool, logit_scale: float, softcap: float | None
-) -> None:
-    shape = HeadShape(vocabulary, HIDDEN, dtype, bias, logit_scale, softcap)
-    end = _head_end(vocabulary, shape)
-    hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
-    for graph in head_graphs(shape):
-        verify_head(graph, end, _head_weights(end, dtype), hidden)
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "int8"])
-def test_a_head_that_is_not_fp32_is_exact_for_the_weight_it_stores(dtype: Any) -> None:
-    """The Scan adds no error of its own: against torch with the rounded weight it is as exact as the fp32 head."""
-    shape = HeadShape(97, HIDDEN, dtype, True, 0.5, 3.0)
-    end = _head_end(97, shape)
-    weights = _head_weights(end, dtype)
-    stored = weights["weight"].astype(np.float32) * weights.get("row_scales", np.ones(97, np.float32))[:, None]
-    rounded = HeadEnd(torch.from_numpy(stored), end.bias, end.logit_scale, end.softcap, tied=False)
-    hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
-    for graph in head_graphs(shape):
-        made = verify_head(graph, rounded, weights, hidden)
-        assert made.error <= max(HEAD_TOLERANCES["fp32"].values()) * 3
-
-
-def test_the_head_widens_no_more_than_a_slab() -> None:
-    for graph in head_graphs(HeadShape(49152, 576, "fp16", False, 1.0, None)):
-        model = onnx.shape_inference.infer_shapes(graph.to_onnx())
-        wide = [value for value in model.graph.value_info if _elements(value) >= 49152 * 576]
-        assert not wide
-
-
-def _elements(value: onnx.ValueInfoProto) -> int:
-    return int(np.prod([dimension.dim_value or 1 for dimension in value.type.tensor_type.shape.dim]))
-
-
-def test_every_input_must_be_used() -> None:
-    x, unused, y = (TensorSpec(name, "fp32", ("n",)) for name in ("x", "unused", "y"))
-    with pytest.raises(ExportError, match=r"does not use its inputs \['unused'\]"):
-        TrainingGraph("adamw", (x, unused), (y,), "y = Neg (x)").to_onnx()
-
-
-def test_a_graph_beyond_tolerance_is_refused() -> None:
-    graph = embedding_graph(4, 2, "fp32", 1.0)
-    inputs = {"weight": np.ones((4, 2), np.float32), "ids": np.array([1])}
-    with pytest.raises(ExportError, match="embedding is not exact enough: hidden_states is off by"):
-        verify(graph, inputs, {"hidden_states": np.full((1, 2), 1.1, np.float32)}, {"hidden_states": 1e-3})
-
-
-def test_nan_is_not_within_tolerance() -> None:
-    nan = np.array([np.nan])
-    assert not relative_error(nan, np.array([1.0])) <= 1.0
-
-
-# --- target modules -------------------------------------------------------------------------------------------------
-
-
-def test_selection_follows_peft() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    for family, wanted in (("llama", ["q_proj", "layers.0.mlp.up_proj"]), ("gpt2", ["c_proj"]), ("falcon", ["dense"])):
-        base = BaseModel.from_model(tiny_model(family), family)
-        selected = select_targets(base, wanted)
-        wrapped = get_peft_model(tiny_model(family), LoraConfig(r=2, target_modules=wanted, task_type="CAUSAL_LM"))
-        theirs = {
-            name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
-            for name, _ in wrapped.named_modules()
-            if name.endswith(".lora_A.default")
-        }
-        assert set(selected) == theirs
-
-
-def test_default_target_modules_are_pefts() -> None:
-    assert default_target_modules(BaseModel.from_model(tiny_model("llama"), "llama")) == ("q_proj", "v_proj")
-    with pytest.raises(ExportError, match=r"no default target modules for phi3; give .*qkv_proj"):
-        default_target_modules(BaseModel.from_model(tiny_model("phi3"), "phi3"))
-
-
-def test_all_linear_means_all_linear_modules_of_the_blocks() -> None:
-    base = BaseModel.from_model(tiny_model("opt"), "opt")
-    selected = select_targets(base, ["all-linear"])
-    assert len(selected) == 12
-    assert not any("project" in name for name in selected)
-    assert peft_target_modules(base, ["all-linear"], selected) == (
-        "fc1",
-        "fc2",
-        "k_proj",
-        "out_proj",
-        "q_proj",
-        "v_proj",
-    )
-
-
-@pytest.mark.parametrize(
-    ("wanted", "text"),
-    [
-        ("w_proj", r"no module 'w_proj'; target modules can be: down_proj"),
-        ("lm_head", "is not a linear module of a block"),
-    ],
-)
-def test_target_modules_that_cannot_be(wanted: str, text: str) -> None:
-    with pytest.raises(ExportError, match=text):
-        select_targets(BaseModel.from_model(tiny_model("llama"), "llama"), [wanted])
-
+from dlora.protocol.manifest import Manifest, check_file, load_manifest
 
 # --- whole bundles --------------------------------------------------------------------------------------------------
 
@@ -268,6 +95,30 @@ def _run_golden(bundle: Path, manifest: Manifest) -> None:
         names = [spec.name for spec in graph.outputs]
         for name, value in zip(names, session.run(names, inputs), strict=True):
             assert relative_error(value, golden[f"{stem}.out.{name}"]) <= graph.tolerance
+
+
+@pytest.mark.parametrize(
+    ("place", "said", "name"),
+    [
+        ("model", None, "{place}"),
+        ("model", "org/mine", "org/mine"),
+        ("hub/models--org--tiny/snapshots/0f1e", None, "org/tiny"),
+        ("hub/models--org--tiny/snapshots/0f1e", "org/mine", "org/mine"),
+    ],
+)
+def test_what_adapters_call_their_base_model(tmp_path: Path, place: str, said: str | None, name: str) -> None:
+    model = tmp_path / place
+    save_tiny(model)
+    notes: list[str] = []
+    settings = ExportSettings(str(model), tmp_path / "bundle", base_model_name=said)
+    manifest = export_bundle(settings, note=notes.append)
+    assert manifest.base_model.name == name.format(place=model)
+    assert [f"base model is {model};" in line for line in notes] == [True] * (name == "{place}")
+
+
+def test_an_alias_knows_its_hub_id() -> None:
+    assert find_source("smollm2-135m").hub_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert find_source("org/name").hub_id == "org/name"
 
 
 def test_exporting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -380,6 +231,7 @@ def test_the_command_prints_a_table(tmp_path: Path, monkeypatch: Any, capfd: Any
         (["{model}", "--rank", "0"], 2, "error: --rank must be at least 1"),
         (["{model}", "--rank", "1000000000"], 2, "error: --rank must be at least 1 and at most 4096"),
         (["{model}", "--alpha", "0"], 2, "error: --alpha must be above 0"),
+        (["{model}", "--base-model-name", " "], 2, "error: --base-model-name is empty"),
         (["{model}", "--target-modules", ","], 2, "error: --target-modules is empty"),
         (["{model}", "--target-modules", "nope"], 11, "has no module 'nope'"),
     ],

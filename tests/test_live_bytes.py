@@ -17,6 +17,7 @@ from dlora.cloud.layout import Layout, can_pack, lay_out
 from dlora.cloud.live_bytes import LiveBytes, _Alive, _order_of_calls, default_live_limit
 from dlora.cloud.server import LEAST_TOKENS, MOST_TOKENS, fitting_tokens
 from dlora.protocol.counting import cut_to_fit
+from dlora.protocol.errors import ExportError
 from dlora.protocol.kill_revive import GroupSpec
 
 # Refusing what would have fit is a nuisance, admitting what does not is an outage.
@@ -212,6 +213,6 @@ def test_the_measurement_keeps_nothing_when_the_model_fails(monkeypatch: pytest.
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(list(base.targets.values())[-1].module, "forward", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(ExportError, match="out of memory"):
         LiveBytes.measure(base)
     assert not any(target.module._forward_pre_hooks for target in base.targets.values())

@@ -8,7 +8,7 @@ import numpy as np
 import peft_reference as reference
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, save_tiny, tiny_model
+from families import FAMILIES, MORE_FAMILIES, VOCABULARY, save_tiny, tiny_model
 from peft import PeftModel
 from serving import config, final_weights, random_dataset, randomize, serving, training
 
@@ -18,14 +18,10 @@ from dlora.export.bundle import ExportSettings, export_bundle
 # fp32 throughout; sums are taken in another order.
 GRADIENT_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
-QV = ("q_proj", "v_proj")
-NO_PEFT_DEFAULT = {"phi3": ("qkv_proj",), "granite": QV, "cohere": QV, "olmo2": QV}
 
 
 def export_tiny(directory: Path, family: str, targets: tuple[str, ...] | None = None) -> Path:
     save_tiny(directory / "model", family)
-    if targets is None and family in NO_PEFT_DEFAULT:
-        targets = NO_PEFT_DEFAULT[family]
     bundle = directory / "bundle"
     export_bundle(
         ExportSettings(str(directory / "model"), bundle, rank=4, alpha=8.0, target_modules=targets, head_dtype="fp32")
@@ -33,8 +29,10 @@ def export_tiny(directory: Path, family: str, targets: tuple[str, ...] | None = 
     return bundle
 
 
-@pytest.mark.parametrize("targets", [None, ("all-linear",)], ids=["peft-default", "all-linear"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [None, ("all-linear",)], ids=["default", "all-linear"])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE_FAMILIES)]
+)
 def test_gradients_of_every_family(family: str, targets: tuple[str, ...] | None, tmp_path: Path) -> None:
     bundle = export_tiny(tmp_path, family, targets)
     dataset = random_dataset(VOCABULARY)

@@ -26,7 +26,7 @@ from dlora.protocol.tensors import WireTensor
 PLACE = Path(os.environ["DLORA_ARM_REFERENCE"])
 REFERENCE = load_file(PLACE / "reference.safetensors")
 SCALING, LR, WEIGHT_DECAY = 2.0, 1e-2, 0.1  # reference.py's
-# The export's own tolerances: sums are taken in another order. The head's is of a fp32 head.
+# As export allows a small model: sums are taken in another order. The head's is of a fp32 head.
 ADAPTER_TOLERANCE, ADAMW_TOLERANCE, HEAD_TOLERANCE = 2e-6, 2e-7, 1e-5
 
 

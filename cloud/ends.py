@@ -1,20 +1,25 @@
 """The two ends of a base model that live on the device: the token embedding and the LM head.
 
 What a family does there is read from its modules and its config, and then believed only if it gives the whole
-model's logits.
+model's logits: at export, and when a server starts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
-from dlora.cloud.base_model import BaseModel
 from dlora.protocol.errors import ExportError
 
-CUT_TOLERANCE = 1e-5
+if TYPE_CHECKING:
+    from .base_model import BaseModel
+
+# Whole and cut model run the same operations; in half precision an end may round once more than the family does.
+CUT_TOLERANCES: Final = {torch.float32: 1e-5}
+HALF_PRECISION_TOLERANCE: Final = 5e-2
 _CHECK_LENGTH = 6
 
 
@@ -47,7 +52,11 @@ class HeadEnd:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """(…, hidden_size) to logits (…, vocabulary)."""
-        logits = hidden_states @ self.weight.T
+        return self.logits(hidden_states @ self.weight.T)
+
+    def logits(self, products: Tensor) -> Tensor:
+        """From ``h W^T`` to logits, both (…, vocabulary)."""
+        logits = products
         if self.bias is not None:
             logits = logits + self.bias
         if self.logit_scale != 1.0:
@@ -94,9 +103,9 @@ def cut_error(base: BaseModel, embedding: EmbeddingEnd, head: HeadEnd) -> float:
 
 
 def check_cut(base: BaseModel, embedding: EmbeddingEnd, head: HeadEnd) -> float:
-    """``cut_error`` of a float32 base model; raises ``ExportError`` where it is above ``CUT_TOLERANCE``."""
+    """``cut_error``; raises ``ExportError`` where it is above what ``CUT_TOLERANCES`` allows for the base's dtype."""
     error = cut_error(base, embedding, head)
-    if not error <= CUT_TOLERANCE:
+    if not error <= CUT_TOLERANCES.get(base.dtype, HALF_PRECISION_TOLERANCE):
         raise ExportError(
             f"{base.name}: {base.architecture} does more between token ids and logits than dlora knows of "
             f"(its logits differ by {error:.1e}); the architecture is not supported"

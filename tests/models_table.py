@@ -1,0 +1,84 @@
+"""docs/models.md, made from the tiny models that the tests run: ``python tests/models_table.py`` writes it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, tiny_model
+
+from dlora.cloud.base_model import BaseModel
+from dlora.export.selection import select_targets
+from dlora.protocol.errors import ExportError
+
+PAGE: Final = Path(__file__).parents[1] / "docs" / "models.md"
+_TOP: Final = """\
+# Models
+
+Made by `python tests/models_table.py` from `tests/families.py`; `tests/test_models.py` fails where it is stale.
+
+dlora knows no family by name: it takes any decoder-only model of Hugging Face transformers that gives the same logits
+when it is cut at `inputs_embeds` and `last_hidden_state`. Export checks that, and so does `dlora-cloud serve` when it
+starts. A family that is not listed here is checked in the same way; it is only not among the tests.
+
+## Tried
+
+Of each family here, a tiny model with random weights is exported and trained through a server, and its gradients are
+those of PEFT in one process (`tests/test_split_equals_peft.py`), with the default target modules and with
+`all-linear`. That is on ONNX Runtime, with fp32 on the wire. ExecuTorch has the same graphs, which depend on widths and
+kind of head and not on the family; whole runs with it are tested with `llama` (`tests/test_executorch.py`). Real
+weights are tried with SmolLM2-135M (`llama`) only.
+
+- **default**: what gets an adapter without `--target-modules`. It is PEFT's own where it has one for the family, else
+  dlora's: attention's query and value projections by their names, fused or not; in a model without attention, the
+  `in_proj` of its blocks.
+- **`all-linear` leaves out**: modules of the blocks that cannot be targets, one name for each reason. Export says so,
+  too.
+- **run**: *always* by `make test`, or *slow* by `make test-slow`.
+
+| family | default | whose | `all-linear` leaves out | run |
+|---|---|---|---|---|
+"""
+_REFUSED: Final = """
+## Refused
+
+With this line and exit code 11, by `dlora-export` and by `dlora-cloud serve` when it starts:
+
+| family | error |
+|---|---|
+"""
+
+
+def accepted(family: str) -> str:
+    """The line of a family that works; errors are those of ``BaseModel`` and ``select_targets``."""
+    base = BaseModel.from_model(tiny_model(family), family)
+    default = select_targets(base, None)
+    whose = "dlora's" if default.notes else "PEFT's"
+    left_out = "; ".join(
+        f"`{name.rpartition('.')[2]}`: {reason}"
+        for note in select_targets(base, ["all-linear"]).notes
+        for name, _, reason in (part.partition(" ") for part in note.partition(": ")[2].split("; "))
+    )
+    run = "always" if family in FAMILIES else "slow"
+    names = ", ".join(f"`{name}`" for name in default.target_modules)
+    return f"| {family} | {names} | {whose} | {left_out} | {run} |"
+
+
+def refused(family: str) -> str:
+    """The line of a family that does not work, with the error but for its numbers."""
+    try:
+        BaseModel.from_model(tiny_model(family), family)
+    except ExportError as error:
+        before, _, after = str(error).partition(" (its logits differ by")
+        return f"| {family} | {before}{after.partition(')')[2]} |"
+    raise AssertionError(f"{family} is not refused")
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [accepted(family) for family in sorted([*FAMILIES, *MORE_FAMILIES])]
+    return _TOP + "\n".join(lines) + "\n" + _REFUSED + "\n".join(map(refused, sorted(REFUSED_FAMILIES))) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
