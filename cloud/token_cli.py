@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dlora.protocol import interrupts
 from dlora.protocol.errors import StorageError, UsageError
 
 from .tokens import FILE_NAME, TokenRecord, TokenStore
@@ -50,7 +51,8 @@ def create(
     if out is None:
         token = store.create(device, lifetime_s)
     else:
-        token = create_in_file(store, device, lifetime_s, out)
+        with interrupts.raising():
+            token = create_in_file(store, device, lifetime_s, out)
     record = store.verify(token)
     if json_output:
         print(json.dumps({**({"token": token} if out is None else {"file": str(out)}), **_public(record)}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -13,11 +13,10 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from dlora.protocol.errors import DataError
+from dlora.protocol.errors import DataError, first_line
 
 Message = Mapping[str, Any]
 
-_REASON_CHARACTERS: Final = 200
 
 
 class ChatTemplate:
@@ -120,7 +119,7 @@ def _to_json(
 def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "it asks for more memory than there is"
-    return str(error)[:_REASON_CHARACTERS] or type(error).__name__
+    return first_line(error)
 
 
 def _raise_exception(message: str) -> None:

@@ -227,7 +227,7 @@ def spare_bytes() -> int:
     """What a child may take beside what is mapped already: half of the memory that is available, but 1 GiB at least.
 
     Half, because what it has read is there twice while it is handed over. 1 GiB, because a tokenizer of 256k words
-    takes 200 MB and a line of 1 MiB another 100; where there is less than that, the system ends the child first.
+    takes 200 MB, and a line up to 200 times its own size; where there is less, the system ends the child first.
     """
     import psutil  # where it is used: it is slow to load
 
@@ -236,8 +236,8 @@ def spare_bytes() -> int:
 
 def _become_a_child(spare: int) -> None:
     """Limits, and nothing of the parent's that shows: no words on its terminal, none of its signals."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # goes to the whole group; the parent ends us
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # may go to the whole group; the parent ends us
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

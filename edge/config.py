@@ -21,14 +21,14 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         total_steps: optimizer steps of the whole run.
-        first_step: where this part of it begins: 0, or the end of a run that was made longer. Schedules, and Kill and
+        part_begins: where this part of it begins: 0, or the end of a run that was made longer. Schedules, and Kill and
             Revive, begin anew there.
         batch_size: sequences of a micro-batch; grad_accum: micro-batches of a step.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
     """
 
     total_steps: int
-    first_step: int = 0
+    part_begins: int = 0
     batch_size: int
     grad_accum: int
     seed: Seed
@@ -45,7 +45,14 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def steps(self) -> int:
         """Steps of this part of the run."""
-        return self.total_steps - self.first_step
+        return self.total_steps - self.part_begins
+
+
+def check_units(config: KillReviveConfig, units: int) -> None:
+    """Raise ``UsageError`` where the settings cannot work for ``units`` units, or would train none of them."""
+    config.check(units)
+    if not config.budget_floor(units):
+        raise UsageError("no unit would be trained: name some with --static-units, or raise --active-fraction")
 
 
 def go_on_with(config: TrainConfig, before: TrainConfig, next_step: int) -> TrainConfig:
@@ -54,15 +61,15 @@ def go_on_with(config: TrainConfig, before: TrainConfig, next_step: int) -> Trai
     What the user left open is as it was. A finished run that is to have more steps begins a new part at its end.
     Raises ``UsageError`` where one that is not finished is to be made longer.
     """
-    first_step = before.first_step
+    part_begins = before.part_begins
     if config.total_steps > before.total_steps:
         if next_step < before.total_steps:
             raise UsageError(
                 f"this run is at step {next_step:,} of {before.total_steps:,}, and only a finished one can be made "
-                "longer; finish it first: dlora-edge resume DIRECTORY"
+                "longer; finish it first: dlora-edge resume DIRECTORY, with a larger --patience where that ended it"
             )
-        first_step = before.total_steps
-    return msgspec.structs.replace(config, seed=config.seed or before.seed, first_step=first_step)
+        part_begins = before.total_steps
+    return msgspec.structs.replace(config, seed=config.seed or before.seed, part_begins=part_begins)
 
 
 class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +109,7 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
 # Digests say nothing to people.
 _WHOLE: Final = {
+    "config.seed": "another --seed",  # and it stays untold
     "base_model": "another base model",
     "groups": "other target modules (--bundle)",
     "data": "other training data (--data, --max-length, --too-long)",

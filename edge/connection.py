@@ -255,7 +255,7 @@ class Connection:
 
     def _raise_if_stopped(self) -> None:
         if self._dialing.should_stop():
-            raise StoppedError("stopped while the server was away; go on with --resume")
+            raise StoppedError("stopped while the server was away; go on with dlora-edge resume")
 
     def _replace_session(self, handshake: Session) -> None:
         """Go on in a new session, past its greeting; counters go on too."""
@@ -298,7 +298,7 @@ class Connection:
         if known is not None and _model_of(welcome) != _model_of(known):
             raise ModelMismatchError(
                 f"the server {self.url} came back with another base model ({welcome.base_model}); "
-                "serve the model that the bundle was exported from, and go on with --resume"
+                "serve the model that the bundle was exported from, and go on with dlora-edge resume"
             )
         return session
 

@@ -48,7 +48,7 @@ class Dataset:
         label_positions: int32 (labels,), counted from each example's start; label_starts: int64 (examples + 1,).
 
     Attributes:
-        skipped, truncated: how many examples were left out or cut for their length; one that lost its whole answer
+        left_out, cut: how many examples were left out, or cut, for their length; one that lost its whole answer
             counts as left out.
         left_out_places, cut_places: ``file:line`` of the first few of them.
     """
@@ -60,8 +60,8 @@ class Dataset:
         label_positions: IntArray,
         label_starts: npt.NDArray[np.int64],
         *,
-        skipped: int = 0,
-        truncated: int = 0,
+        left_out: int = 0,
+        cut: int = 0,
         left_out_places: tuple[str, ...] = (),
         cut_places: tuple[str, ...] = (),
     ) -> None:
@@ -69,8 +69,8 @@ class Dataset:
         self._starts = starts
         self._label_positions = label_positions
         self._label_starts = label_starts
-        self.skipped = skipped
-        self.truncated = truncated
+        self.left_out = left_out
+        self.cut = cut
         self.left_out_places = left_out_places
         self.cut_places = cut_places
 
@@ -204,7 +204,7 @@ class _Builder:
     def __init__(self) -> None:
         self._ids, self._positions = array("i"), array("i")
         self._starts, self._label_starts = array("q", [0]), array("q", [0])
-        self._skipped = self._truncated = 0
+        self._left_out = self._cut = 0
         self._left_out_places: list[str] = []
         self._cut_places: list[str] = []
 
@@ -212,11 +212,11 @@ class _Builder:
         return len(self._starts) - 1
 
     def leave_out(self, place: str) -> None:
-        self._skipped += 1
+        self._left_out += 1
         self._left_out_places += [place][: MAX_PLACES - len(self._left_out_places)]
 
     def cut(self, place: str) -> None:
-        self._truncated += 1
+        self._cut += 1
         self._cut_places += [place][: MAX_PLACES - len(self._cut_places)]
 
     def add(self, ids: IntArray, positions: IntArray) -> None:
@@ -231,8 +231,8 @@ class _Builder:
             np.frombuffer(self._starts, np.int64),
             np.frombuffer(self._positions, np.int32),
             np.frombuffer(self._label_starts, np.int64),
-            skipped=self._skipped,
-            truncated=self._truncated,
+            left_out=self._left_out,
+            cut=self._cut,
             left_out_places=tuple(self._left_out_places),
             cut_places=tuple(self._cut_places),
         )

@@ -18,9 +18,8 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from .credentials import Credentials
 from .engines import is_installed
 from .footprint import RUNTIME_MB, STORED_DTYPES, tokens_that_fit, training_mb, usual_tokens
+from .run_file import LIBRARIES
 from .shim import VARIABLE, load_shim
-
-LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
 
 
 def examine(bundle: Path | None, server: str | None, credentials: Credentials) -> dict[str, Any]:
@@ -151,7 +150,7 @@ def _server(url: str, bundle: Path | None, credentials: Credentials) -> str:
     from .bundle import Bundle
     from .connection import Connection
     from .dialing import Dialing
-    from .trainer import check_base_model
+    from .fitting import check_base_model
 
     with Connection(url, Dialing(credentials)) as connection:
         welcome = connection.welcome

@@ -11,7 +11,7 @@ import numpy as np
 
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
-from dlora.protocol.errors import DataError, RemoteProtocolError
+from dlora.protocol.errors import DataError, DivergedError, RemoteProtocolError
 from dlora.protocol.kill_revive import KillReviveConfig, UnitState
 from dlora.protocol.tensors import WireDtype
 
@@ -20,10 +20,10 @@ from .bundle import Bundle
 from .connection import Connection
 from .dialing import Dialing
 from .engines import EngineName, make_engine
+from .fitting import check_base_model, load_weights
 from .peft_adapter import load_adapter
 from .prompt import PromptTokenizer
 from .split_model import SplitModel
-from .trainer import check_base_model, load_weights
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def open_model(
         seed=0,
         total_steps=1,
     )
-    with interrupts.raising(), Connection(server, dialing) as connection:
+    with interrupts.raising(), _blaming_the_adapter(), Connection(server, dialing) as connection:
         check_base_model(bundle, connection.welcome)
 
         def open_session() -> None:
@@ -75,6 +75,15 @@ def open_model(
         yield SplitModel(
             bundle, runs, connection, adapters, wire_dtype=wire_dtype, on_signal=lambda _: None, reopen=open_session
         )
+
+
+@contextmanager
+def _blaming_the_adapter() -> Iterator[None]:
+    try:
+        yield
+    except DivergedError as error:
+        text = f"{error}: the adapter is of a run that diverged; train it anew with a lower --lr"
+        raise DivergedError(text) from None
 
 
 def generate_greedily(model: SplitModel, tokenizer: PromptTokenizer, prompt: str, max_new_tokens: int) -> str:

@@ -62,8 +62,8 @@ def load_datasets(reading: Reading, on_tick: Callable[[str], None] = lambda _: N
 class _Facts(msgspec.Struct):
     """What a data set is besides its arrays."""
 
-    skipped: int
-    truncated: int
+    left_out: int
+    cut: int
     left_out_places: tuple[str, ...]
     cut_places: tuple[str, ...]
     dtypes: tuple[str, ...]
@@ -90,8 +90,8 @@ def _read(reading: Reading, note: Note) -> list[Buffer]:
 
 def _packed(dataset: Dataset) -> list[Buffer]:
     facts = _Facts(
-        dataset.skipped,
-        dataset.truncated,
+        dataset.left_out,
+        dataset.cut,
         dataset.left_out_places,
         dataset.cut_places,
         tuple(array.dtype.str for array in dataset.arrays),
@@ -106,8 +106,8 @@ def _unpacked(parts: Sequence[Buffer]) -> Dataset:
     ]
     return Dataset(
         *arrays,
-        skipped=facts.skipped,
-        truncated=facts.truncated,
+        left_out=facts.left_out,
+        cut=facts.cut,
         left_out_places=facts.left_out_places,
         cut_places=facts.cut_places,
     )

@@ -33,7 +33,7 @@ _ATTRIBUTE: Final = {1: "", 2: "", 3: "", 4: "", 5: "tensor", 6: "graph", 7: "",
 _DIMS, _MAX_DIMS = 1, 8  # of a tensor
 _TENSOR: Final = dict.fromkeys((_DIMS, 2, 4, 5, 7, 8, 9, 10, 11, 12), "")
 
-_Field = tuple[int, int | bytes]
+_Field = tuple[int, int, int | bytes]
 
 
 def check_graph(content: bytes) -> None:
@@ -76,10 +76,12 @@ def _check_nodes(graph: bytes, operators: list[str]) -> None:
 
 def _check_tensor(tensor: bytes) -> None:
     dims: list[int] = []
-    for number, value in _fields(tensor):
+    for number, kind, value in _fields(tensor):
         if number not in _TENSOR:
             raise ValueError(f"field {number} in a tensor")
         if number == _DIMS:
+            if kind in _FIXED:  # whoever reads it passes it over
+                raise ValueError("a tensor's dimension of a wrong type")
             dims += [value] if isinstance(value, int) else _varints(value)
     if len(dims) > _MAX_DIMS or math.prod(dims) > 2 * len(tensor):  # half a byte each at the least
         raise ValueError("a tensor that claims to be larger than it is")
@@ -87,7 +89,7 @@ def _check_tensor(tensor: bytes) -> None:
 
 def _known(message: bytes, known: dict[int, str], what: str) -> Iterator[tuple[str, bytes]]:
     """The fields of a message that are looked into, by name; raises for one that may not be there."""
-    for number, value in _fields(message):
+    for number, _, value in _fields(message):
         if number not in known:
             raise ValueError(f"field {number} in {what}")
         if known[number]:
@@ -97,14 +99,14 @@ def _known(message: bytes, known: dict[int, str], what: str) -> Iterator[tuple[s
 
 
 def _fields(message: bytes) -> Iterator[_Field]:
-    """Number and value of every field: an integer, or the bytes of anything longer."""
+    """Number, wire type and value of every field: an integer, or the bytes of anything longer."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
         number, kind = key >> 3, key & 7
         if kind == 0:
             value, at = _varint(message, at)
-            yield number, value
+            yield number, kind, value
             continue
         if kind == _LENGTH_DELIMITED:
             length, at = _varint(message, at)
@@ -114,7 +116,7 @@ def _fields(message: bytes) -> Iterator[_Field]:
             raise ValueError("no protobuf")
         if at + length > len(message):
             raise ValueError("a field that is cut off")
-        yield number, message[at : at + length]
+        yield number, kind, message[at : at + length]
         at += length
 
 

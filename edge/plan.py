@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from dlora.protocol.kill_revive import GroupSpec, Schedule, group_units, steps_needed
+from dlora.protocol.kill_revive import MAX_STEPS, GroupSpec, KillReviveConfig, Schedule, group_units, steps_needed
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.traffic import Traffic, micro_batch_traffic
 
@@ -14,6 +14,7 @@ from .config import TrainConfig
 from .data import Dataset
 
 # benchmarks/kill_revive.py on Banking77, two seeds; docs/experiments.md has the table.
+_SAMPLES: Final = 1000
 COST_OF_AN_EIGHTH: Final = "on Banking77 1/8 had 84% and 76% of held-out messages right, all active 95% and 89%"
 
 
@@ -21,8 +22,8 @@ def data_line(name: str, path: Path, dataset: Dataset) -> str:
     """What was made of a data file."""
     line = f"{name}: {path.name}, {len(dataset):,} examples, {dataset.tokens:,} tokens, {dataset.labelled:,} labelled"
     for count, what, places in (
-        (dataset.truncated, "cut", dataset.cut_places),
-        (dataset.skipped, "left out", dataset.left_out_places),
+        (dataset.cut, "cut", dataset.cut_places),
+        (dataset.left_out, "left out", dataset.left_out_places),
     ):
         if count:
             more = ", …" if count > len(places) else ""
@@ -40,34 +41,51 @@ def run_line(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_ste
     done = f" ({next_step:,} of them done)" if next_step else ""
     return (
         f"run: {total:,} steps{done}, {per_epoch:,} an epoch, {total / per_epoch:.1f} epochs; {what}; "
-        f"about {mb:,.{1 if mb < 10 else 0}f} MB will cross the wire"
+        f"about {mb:,.{1 if mb < 10 else 0}f} MB for training will cross the wire"
     )
 
 
 def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[str]:
-    """What a fraction that was asked for costs, and whether the run is long enough for it; nothing where all train."""
+    """What it costs that not all units are active, and whether the run is long enough; nothing where all are."""
     kr = config.kill_revive
     units = len(group_units(groups, kr.unit))
-    if kr.budget_floor(units) == units:
+    active = kr.budget_floor(units)
+    if active == units:
         return []
-    lines = [f"--active-fraction {kr.active_fraction:g} saves traffic and costs quality: {COST_OF_AN_EIGHTH}"]
-    if kr.score not in ("static", "last") and not Schedule(kr, units, config.steps).has_trials:
+    lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality; {COST_OF_AN_EIGHTH}"]
+    if not _is_fixed(kr) and not Schedule(kr, units, config.steps).has_trials:
+        needed = steps_needed(kr, units)
+        more = f"{needed:,} steps or more, or " if needed < MAX_STEPS else ""
         lines.append(
-            f"warning: {config.steps:,} steps are too few for warm-up, ramp and trials; use "
-            f"{steps_needed(kr, units):,} or more, or --active-fraction 1"
+            f"warning: {config.steps:,} steps are too few for warm-up, ramp and trials; use {more}--active-fraction 1"
         )
     return lines
 
 
 def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:
-    """What the steps from ``next_step`` on will put on the wire, in MB of 10**6 bytes: mean micro-batches, and as many
-    units as the schedule lets be active. Units that fade come on top."""
-    kr, steps = config.kill_revive, range(next_step - config.first_step, config.steps)
-    units = len(group_units(manifest.groups, kr.unit))
-    schedule = Schedule(kr, units, config.steps)
-    share = sum(schedule.budget(step) for step in steps) / (units * max(1, len(steps)))
+    """What training from ``next_step`` on will put on the wire, in MB of 10**6 bytes: mean micro-batches, and as many
+    units as the schedule lets be active. Units that fade, and evaluations, come on top."""
+    steps = config.total_steps - next_step
+    share = _active_share(config, len(group_units(manifest.groups, config.kill_revive.unit)), steps)
     none, everything = (_mean_bytes(config, manifest, dataset, live) for live in ((), range(len(manifest.groups))))
-    return len(steps) * (none + share * (everything - none)) / 1e6
+    return steps * (none + share * (everything - none)) / 1e6
+
+
+def _active_share(config: TrainConfig, units: int, steps: int) -> float:
+    """Mean share of the units that are active in the last ``steps`` steps."""
+    kr = config.kill_revive
+    floor = kr.budget_floor(units)
+    if _is_fixed(kr) or floor == units:
+        return floor / units
+    schedule, first = Schedule(kr, units, config.steps), config.steps - steps
+    # A sample: a run may have a billion steps.
+    looked_at = range(first, first + steps, max(1, steps // _SAMPLES))
+    return sum(schedule.budget(step) for step in looked_at) / (units * max(1, len(looked_at)))
+
+
+def _is_fixed(kr: KillReviveConfig) -> bool:
+    """Whether the same units are active in every step."""
+    return kr.score in ("static", "last")
 
 
 def _mean_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset, live: Sequence[int]) -> float:

@@ -17,7 +17,7 @@ from dlora.protocol.errors import DataError, UsageError
 
 FIELDS: Final = ("messages", "prompt", "completion", "text")
 _BOM: Final = b"\xef\xbb\xbf"
-MAX_RECORD_BYTES: Final = 8 << 20  # more than any model reads at once; tokenizing it takes 200 times as much memory
+MAX_RECORD_BYTES: Final = 8 << 20  # more than any model reads at once; tokenizing takes up to 200 times as much
 _TOO_LONG: Final = f"more than {MAX_RECORD_BYTES >> 20} MiB"
 _SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs"}
 # Kind of file to the command that makes JSONL of it: here one line of text is one example.
@@ -62,6 +62,8 @@ def parse_columns(text: str) -> dict[str, str]:
 
 def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
     """The rows of a ``.csv`` or ``.tsv`` file, or of JSONL under any other name; blank lines are passed over.
+
+    ``.txt`` and ``.parquet`` files are refused, with the command that makes JSONL of them.
 
     A ``.csv`` may have semicolons between its fields, as spreadsheets of many countries write them: its header tells.
 

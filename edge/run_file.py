@@ -5,6 +5,7 @@ Never a token: at most the name of the file that holds it.
 
 from __future__ import annotations
 
+import math
 import platform
 from enum import Enum
 from importlib import metadata
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from dlora.protocol.errors import CheckpointError
+from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import OnKill, ScoreName, UnitKind
 from dlora.protocol.tensors import WireDtype
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
@@ -87,8 +88,11 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> RunSettings:
-        """From a command's options, some of which may be no settings of a run."""
+        """From a command's options, some of which may be no settings of a run. Raises ``UsageError`` for infinity."""
         given = {name: options[name] for name in cls.__struct_fields__}
+        for name, value in given.items():
+            if isinstance(value, float) and not math.isfinite(value):  # no JSON has it
+                raise UsageError(f"--{name.replace('_', '-')} {value} is no number; write one, or leave it out")
         return msgspec.convert({name: _plain(value) for name, value in given.items()}, cls)
 
     def path(self, name: str) -> Path | None:
@@ -120,8 +124,8 @@ class DataDigest(msgspec.Struct, frozen=True):
             examples=len(dataset),
             tokens=dataset.tokens,
             labelled=dataset.labelled,
-            cut=dataset.truncated,
-            left_out=dataset.skipped,
+            cut=dataset.cut,
+            left_out=dataset.left_out,
         )
 
 

@@ -1,7 +1,7 @@
 """The seed of a run: adapters start from it, and the data's order; the server's draws come from another number.
 
 Whoever knows a run's seed can compute every ``lora_A`` that it began with, and from that and what crosses the wire the
-rest. So the seed stays here, and what the server is told cannot be turned back into it.
+rest. So the seed stays here, and what the server is told says nothing of it, unless it is a number that can be guessed.
 """
 
 from __future__ import annotations

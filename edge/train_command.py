@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from dlora.protocol.errors import UsageError
-from dlora.protocol.kill_revive import KillReviveConfig, group_units
-from dlora.protocol.limits import MAX_UNIT
+from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig, group_units
 from dlora.protocol.manifest import Manifest
 
 from .bundle import Bundle
-from .config import TrainConfig
+from .config import TrainConfig, check_units
 from .credentials import Credentials
 from .dialing import Liveness, check_url
 from .identity import load_device_id
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from .data import Dataset
 
 # Of a run that is to keep its best evaluation and was not told how often to evaluate.
-EVALUATIONS = 10
+EVALUATIONS_OF_A_RUN = 10
 
 
 def run_train(settings: RunSettings, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def run_train(settings: RunSettings, *, resume: bool, reporter: Reporter) -> dic
         out=Path(settings.out),
         settings=settings,
         eval_dataset=held_out,
-        eval_every=settings.eval_every or (max(1, steps // EVALUATIONS) if keeps_best else 0),
+        eval_every=settings.eval_every or (max(1, steps // EVALUATIONS_OF_A_RUN) if keeps_best else 0),
         keep=settings.keep,
         patience=settings.patience,
         save_every=settings.save_every,
@@ -131,10 +130,7 @@ def _kill_revive(settings: RunSettings, manifest: Manifest) -> KillReviveConfig:
         static=parse_units(settings.static_units, "--static-units"),
     )
     # Before data is read and a server is asked.
-    units = len(group_units(manifest.groups, config.unit))
-    config.check(units)
-    if not config.budget_floor(units):
-        raise UsageError("no unit would be trained: name some with --static-units, or raise --active-fraction")
+    check_units(config, len(group_units(manifest.groups, config.unit)))
     return config
 
 
@@ -175,7 +171,7 @@ def parse_units(text: str, option: str) -> tuple[int, ...]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         first, dash, last = part.partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) <= MAX_UNIT):
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < MAX_UNITS):
             raise UsageError(f"{option} {text!r}: write units as 0,3,26-29")
         units.update(range(int(first), int(last) + 1))
     return tuple(sorted(units))

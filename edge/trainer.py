@@ -17,9 +17,7 @@ from dlora.protocol.errors import (
     DataError,
     DivergedError,
     DloraError,
-    ModelMismatchError,
     SessionLostError,
-    UsageError,
 )
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import FloatArray
@@ -28,11 +26,12 @@ from .adapters import Adapter, AdapterSet, Parameter
 from .batches import Batches, MicroBatch
 from .bundle import Bundle
 from .checkpoint import Checkpoint, save_checkpoint
-from .config import RunIdentity, TrainConfig
+from .config import RunIdentity, TrainConfig, check_units
 from .connection import Connection
 from .data import Dataset
 from .engine import Engine
 from .evaluation import Evaluation, evaluate
+from .fitting import check_base_model, load_weights
 from .metrics import StepMetrics
 from .optimizer import AdamW
 from .peft_adapter import LoadedAdapter, SavedModule, load_adapter, save_adapter
@@ -68,7 +67,7 @@ class Trainer:
 
     Args:
         init: a PEFT adapter to start from.
-        checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.first_step`` is there.
+        checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.part_begins`` is there.
 
     Attributes:
         next_step: the step that comes next.
@@ -98,13 +97,11 @@ class Trainer:
             unit=config.kill_revive.unit,
             kill_every=config.kill_revive.kill_every,
         )
-        config.kill_revive.check(len(self.adapters.units))
-        if not config.kill_revive.budget_floor(len(self.adapters.units)):
-            raise UsageError("no unit would be trained: name some with --static-units, or raise --active-fraction")
+        check_units(config.kill_revive, len(self.adapters.units))
         if init is not None:
             load_weights(self.adapters, init)
         self.identity = RunIdentity.of(config, manifest, dataset.fingerprint)
-        self.next_step = config.first_step
+        self.next_step = config.part_begins
         self.steps_rerun = 0
         # The report of the last committed step, until its signal has come.
         self._unanswered: FloatArray | None = None
@@ -174,14 +171,16 @@ class Trainer:
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Loss and accuracy on a data set, with the adapters as they are."""
         self._raise_failure()
-        return evaluate(self.model, dataset, self.config.batch_size, progress)
+        with self._naming_the_step():
+            return evaluate(self.model, dataset, self.config.batch_size, progress)
 
     def settle(self) -> None:
         """Wait for the signal to the last report, so that what is saved now is what the next step starts from."""
         self._raise_failure()
         while self._unanswered is not None:
             try:
-                self.model.await_signal()
+                with self._naming_the_step():
+                    self.model.await_signal()
             except SessionLostError:
                 self._open()
 
@@ -239,7 +238,7 @@ class Trainer:
     @property
     def _session_step(self) -> int:
         """The step that comes next, as schedules and the server count: from the beginning of this part of the run."""
-        return self.next_step - self.config.first_step
+        return self.next_step - self.config.part_begins
 
     @contextmanager
     def _naming_the_step(self) -> Iterator[None]:
@@ -278,13 +277,14 @@ class Trainer:
         # AdamW replaces arrays and never writes into them, so holding the old ones costs nothing.
         old = {id(adapter): (adapter.lora_A.value, adapter.lora_B.value) for adapter in adapters}
         norm = self.optimizer.step(self.adapters, step)
-        scores = np.zeros(len(self.adapters.units), np.float32)
+        scores = np.zeros(len(self.adapters.units), np.float64)
         for index, unit in enumerate(self.adapters.units):
             if unit.state is UnitState.ACTIVE:
                 scores[index] = self._scorer.unit_score(
                     self._module_score(adapter, old[id(adapter)]) for adapter in self.adapters.of_unit(unit)
                 )
-        return scores, norm
+        # A weight may be finite whose square is not.
+        return np.clip(scores, None, np.finfo(np.float32).max).astype(np.float32), norm
 
     def _module_score(self, adapter: Adapter, old: tuple[FloatArray, FloatArray]) -> ModuleScore:
         at_gradient = self._scorer.needs_gradient  # such a score belongs to the weights before the step
@@ -358,7 +358,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = trainer_state(checkpoint)
-        begins_here = self.config.first_step == state.next_step == state.run.config.total_steps
+        begins_here = self.config.part_begins == state.next_step == state.run.config.total_steps
         self._check_identity(state.run, made_longer=begins_here)
         # The identity covers all settings, so that what follows fails only for a file that was made by hand.
         try:
@@ -385,7 +385,7 @@ class Trainer:
         """Raise ``CheckpointError``, naming what differs, unless this is the run that the checkpoint is of."""
         mine = self.identity
         if made_longer:
-            ends = {"first_step": self.config.first_step, "total_steps": self.config.total_steps}
+            ends = {"part_begins": self.config.part_begins, "total_steps": self.config.total_steps}
             theirs = msgspec.structs.replace(theirs, config=msgspec.structs.replace(theirs.config, **ends))
         if mine != theirs:
             raise CheckpointError(
@@ -400,50 +400,6 @@ def trainer_state(checkpoint: Checkpoint) -> TrainerState:
         return msgspec.convert(checkpoint.state, TrainerState)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{checkpoint.path} is of another version ({error}); start anew") from None
-
-
-def check_base_model(bundle: Bundle, welcome: m.Welcome) -> None:
-    """Raise ``ModelMismatchError`` unless the server serves the base model that the bundle pins."""
-    base = bundle.manifest.base_model
-    if welcome.base_fingerprint != base.fingerprint:
-        raise ModelMismatchError(
-            f"the server serves {welcome.base_model} ({welcome.base_fingerprint[:12]}…), the bundle is of {base.name} "
-            f"({base.fingerprint[:12]}…); serve that model, or export a bundle of the server's"
-        )
-    if (welcome.embedding_size, welcome.hidden_size) != (base.embedding_size, base.hidden_size):
-        raise ModelMismatchError(
-            f"the server says that {welcome.base_model} is {welcome.embedding_size} and {welcome.hidden_size} wide, "
-            f"the bundle {base.embedding_size} and {base.hidden_size}; export a bundle of the server's"
-        )
-
-
-def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
-    """Put a saved adapter's weights in; modules that it lacks keep their start, whose delta is zero.
-
-    Raises ``CheckpointError`` where it does not fit. A saved scaling other than this run's is folded into B.
-    """
-    known = {adapter.name: adapter for adapter in adapters}
-    of = f" (of {loaded.base_model_name})" if loaded.base_model_name else ""
-    for name, module in loaded.modules.items():
-        adapter = known.get(name)
-        if adapter is None:
-            raise CheckpointError(
-                f"the adapter{of} has {name}, which is no target module of this bundle; take an adapter of the "
-                "bundle's base model, or export a bundle with its --target-modules"
-            )
-        widths = (module.lora_A.shape[1], module.lora_B.shape[0])
-        wanted = (adapter.lora_A.value.shape[1], adapter.lora_B.value.shape[0])
-        if widths != wanted:
-            raise CheckpointError(
-                f"the adapter{of} is of another base model: its {name} goes from {widths[0]} to {widths[1]} numbers, "
-                f"the bundle's from {wanted[0]} to {wanted[1]}"
-            )
-        rank = module.lora_A.shape[0]
-        if rank != adapter.lora_A.value.shape[0]:
-            raise CheckpointError(f"the adapter's {name} has rank {rank}; train with --rank {rank}")
-        ratio = loaded.scaling[name] / adapter.scaling
-        adapter.lora_A.value = module.lora_A
-        adapter.lora_B.value = module.lora_B if ratio == 1.0 else module.lora_B * np.float32(ratio)
 
 
 def _counters(connection: Connection) -> tuple[int, int, int]:

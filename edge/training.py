@@ -19,7 +19,7 @@ import msgspec
 
 from dlora.protocol import interrupts
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
-from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.kill_revive import MAX_STEPS, UnitState
 
 from .atomic import locked, make_directory, write_atomically
 from .bundle import Bundle
@@ -45,7 +45,6 @@ from .trainer import Trainer, trainer_state
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
-MAX_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,6 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
     checkpoint = _find_checkpoint(run, reporter)
     run = replace(run, config=_settled(run.config, checkpoint))
     first_step = checkpoint.step if checkpoint else 0
-    if first_step < run.config.total_steps:
-        _say_what_it_will_do(run, first_step, reporter)
     engine = make_engine(run.bundle, run.engine, run.threads)
     started = time.perf_counter()
     stop = _Stop()
@@ -127,8 +124,9 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
         )  # fmt: skip
         finished = _finished(run, trainer, held_out)
         if finished is not None:
-            reporter.warn(f"this run is finished: all of its {first_step} steps are done; nothing was changed")
+            reporter.warn(_why_it_is_finished(run, first_step))
             return finished
+        _say_what_it_will_do(run, first_step, reporter)
         if run.settings is not None:
             save_run_file(run.out, _run_file(run, run.settings))
         if first_step == 0:
@@ -187,9 +185,18 @@ def _finished(run: TrainRun, trainer: Trainer, held_out: HeldOut) -> dict[str, A
         return None
     try:
         summary: dict[str, Any] = json.loads((run.out / SUMMARY).read_bytes())
-    except (OSError, ValueError):
+        # Another's, where the run was made longer since.
+        return summary if summary["steps"] == trainer.next_step else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return summary
+
+
+def _why_it_is_finished(run: TrainRun, steps: int) -> str:
+    if steps == run.config.total_steps:
+        why = f"all of its {steps:,} steps are done"
+    else:
+        why = f"--patience ended it at step {steps:,} of {run.config.total_steps:,}, and a larger one goes on"
+    return f"this run is finished: {why}; nothing was changed"
 
 
 def _dialing(run: TrainRun, checkpoint: Checkpoint | None, reporter: Reporter, stop: Callable[[], bool]) -> Dialing:
@@ -235,7 +242,7 @@ def _run_steps(
         wait_while_paused(run.pause, sensors, say=reporter.say, should_stop=stop, on_pause=save)
         if stop():
             save()
-            raise StoppedError(f"stopped after step {trainer.next_step}; go on with --resume")
+            raise StoppedError(f"stopped after step {trainer.next_step}; go on with dlora-edge resume {run.out}")
         with _keeping_what_was_done(run, trainer):
             metrics = trainer.run_step()
         log.write(metrics)
@@ -261,7 +268,9 @@ def _find_checkpoint(run: TrainRun, reporter: Reporter) -> Checkpoint | None:
     directory = run.out / CHECKPOINTS
     if not run.resume:
         if list_checkpoints(directory):
-            raise UsageError(f"{run.out} holds a run already; go on with --resume, or choose another --out")
+            raise UsageError(
+                f"{run.out} holds a run already; go on with dlora-edge resume {run.out}, or choose another --out"
+            )
         _refuse_to_replace(run.out)
         return None
     checkpoint = load_latest(directory, warn=reporter.warn)
@@ -333,7 +342,8 @@ class _Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._ask) for number in heeded}
         try:
             yield
         finally:

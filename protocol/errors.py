@@ -220,6 +220,7 @@ def extra_needed(extra: str) -> Iterator[None]:
 
 
 def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
+    """The error for a command whose extra is not installed, or cannot be on this machine."""
     if sys.maxsize < 2**32:
         return MissingExtraError(
             f"the module {error.name!r} is not installed, and this is a system of 32 bits: numpy and onnxruntime have "
@@ -229,6 +230,12 @@ def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
         f"the module {error.name!r} is not installed; this command needs the extra {extra!r}: "
         f"pip install 'dlora[{extra}]'"
     )
+
+
+def first_line(error: BaseException, letters: int = 200) -> str:
+    """What an exception of a library says first, as one line; where it says nothing, what it is."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return one_line(lines[0])[:letters]
 
 
 def one_line(text: str) -> str:

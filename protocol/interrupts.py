@@ -24,7 +24,7 @@ _CLEAR_LINE_AND_SHOW_CURSOR: Final = "\r\x1b[K\x1b[?25h"
 def end_at_once() -> None:
     """From here on a signal ends this process at once, with one line and 130. For a command's main thread."""
     for number in _SIGNALS:
-        # Whoever starts a command with SIGINT ignored, as nohup and shells in the background do, means it.
+        # Whoever starts a command with SIGINT ignored, as scripts do for what runs in the background, means it.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
 

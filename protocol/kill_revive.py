@@ -148,7 +148,8 @@ class Schedule:
     def has_trials(self) -> bool:
         """Whether the run is long enough for warm-up, ramp and, where units are revived, at least one trial."""
         every, trial = self.config.revive_every, max(1, self.config.probation)
-        return self.warmup < self.settled + (every + trial if every else 0) <= self.last_change
+        has_ramp = self.warmup < self.settled <= self.last_change
+        return has_ramp and (not every or self.settled + every + trial <= self.last_change)
 
     def can_fade(self, step: int) -> bool:
         """Whether a fade that begins at ``step`` ends by ``settled``: later, traffic is promised to be k units'."""

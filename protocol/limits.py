@@ -5,4 +5,3 @@ from __future__ import annotations
 from typing import Final
 
 MAX_RANK: Final = 4096  # of a LoRA: a typing slip, or a stranger's file, must not fill the memory
-MAX_UNIT: Final = 2**16 - 1  # the highest number that an option may name

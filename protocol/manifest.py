@@ -239,8 +239,9 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"{path} cannot be read ({error.strerror}); export the bundle again") from None
     try:
         found = msgspec.json.decode(raw, type=_Format).format
-        if found > BUNDLE_FORMAT:
-            raise BundleError(f"{bundle} has format {found}, this dlora reads up to {BUNDLE_FORMAT}; update dlora")
+        if found != BUNDLE_FORMAT:
+            what_to_do = "update dlora" if found > BUNDLE_FORMAT else "export the bundle again"
+            raise BundleError(f"{bundle} has format {found}, this dlora reads format {BUNDLE_FORMAT}; {what_to_do}")
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None

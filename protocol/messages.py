@@ -115,7 +115,7 @@ class OpenSession(Message, frozen=True):
 
     Attributes:
         groups: the exchange groups in execution order; C refuses any that it did not trace itself.
-        total_steps: length of the whole run, which kill-and-revive's schedule needs.
+        total_steps: length of the run, or of its present part, which kill-and-revive's schedule needs.
         next_step: the step that comes next; above 0 when a run goes on.
         ticket: the last ticket that E got, where a run goes on.
     """

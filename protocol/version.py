@@ -4,8 +4,8 @@ from typing import Final
 
 SOFTWARE_VERSION: Final = "0.1.0"
 
-PROTOCOL_VERSIONS: Final = (2,)
+PROTOCOL_VERSIONS: Final = (3,)
 """Wire versions that this code speaks, newest last. See docs/protocol.md, section Evolution."""
 
-BUNDLE_FORMAT: Final = 1
+BUNDLE_FORMAT: Final = 2
 """Bundle format that this code writes, and the newest that it reads. See docs/bundle.md."""

@@ -14,6 +14,9 @@ import pytest
 # Devices of the tests, child processes too, leave the user's own state alone.
 os.environ.setdefault("DLORA_EDGE_STATE", tempfile.mkdtemp(prefix="dlora-test-"))
 
+# A shell lets what a script runs in the background ignore Ctrl-C, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Under --import-mode=importlib pytest puts no test folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,9 +40,14 @@ QUESTION, ANSWER = {"role": "user", "content": "a b"}, {"role": "assistant", "co
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children with a quarter of a gigabyte that may stand still for two seconds."""
+    """Children with a quarter of a gigabyte."""
     monkeypatch.setattr(child, "spare_bytes", lambda: 1 << 28)
-    monkeypatch.setattr(child, "STANDSTILL_S", 2)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is to stand still: it takes the libraries' loading, too, on busy cores."""
+    monkeypatch.setattr(child, "STANDSTILL_S", 5)
 
 
 def bundle_of(directory: Path, template: str | None = CHAT, **changes: object) -> Bundle:
@@ -91,7 +97,7 @@ def refused(kind: type[DloraError], load: Callable[[], object], *words: str) -> 
     for word in words:
         assert word in said
     assert "\n" not in said
-    assert len(said) < 500
+    assert len(re.sub(r"/\S+", "", said)) < 450
 
 
 # -- templates -------------------------------------------------------------------------------------------------
@@ -102,8 +108,8 @@ TEMPLATES = {
         "{% set all = namespace(x='a') %}{% for i in range(60) %}{% set all.x = all.x ~ all.x %}{% endfor %}",
         "memory",
     ),
-    "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took longer than 2 s"),
-    "counts": ("{{ 10 ** (10 ** 9) }}", "took longer than 2 s"),
+    "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took longer than 5 s"),
+    "counts": ("{{ 10 ** (10 ** 9) }}", "took longer than 5 s"),
     "nests": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "does not compile"),
     "nests less": ("{{ " + "(" * 250 + "messages" + ")" * 250 + " }}", ""),
     "complains at length": ("{{ raise_exception('a' * 10**7) }}", "refuses these messages"),
@@ -111,6 +117,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template(tmp_path: Path, name: str) -> None:
     template, words = TEMPLATES[name]
@@ -184,13 +191,13 @@ def test_data_sets_come_whole_from_the_child(tmp_path: Path) -> None:
     one = write(tmp_path / "one.jsonl", {"text": "a b"}, *[long] * 4, unanswered)
     two = write(tmp_path / "two.jsonl", {"messages": [QUESTION, ANSWER]})
     first, second = load(bundle_of(tmp_path), one, two, too_long="truncate")
-    assert (len(first), first.truncated, first.skipped) == (5, 4, 1)
+    assert (len(first), first.cut, first.left_out) == (5, 4, 1)
     assert first.cut_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
     assert first.left_out_places == (f"{one}:6",)
     assert first[0].ids.tolist() == [5, 6, 2]
     assert second[0].labels.tolist() == [7, 2]
     (skipped,) = load(bundle_of(tmp_path), one, too_long="skip")
-    assert (len(skipped), skipped.skipped, skipped.cut_places) == (1, 5, ())
+    assert (len(skipped), skipped.left_out, skipped.cut_places) == (1, 5, ())
     assert skipped.left_out_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
 
 
@@ -204,6 +211,7 @@ def test_a_file_that_never_ends(tmp_path: Path) -> None:
     refused(DataError, lambda: load(bundle_of(tmp_path), Path("/dev/zero")), "/dev/zero:1: a line of more than 8 MiB")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_pipe_that_nobody_writes_to(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     refused(DataError, lambda: load(bundle_of(tmp_path), tmp_path / "pipe"), f"{tmp_path / 'pipe'} took longer")
@@ -251,7 +259,7 @@ def test_many_turns_are_rendered_as_often_as_is_needed(
     found = read()
     assert rendered[:3] == [2, 1, 20_000]
     if too_long == "skip":
-        assert (len(found), found.skipped, len(rendered)) == (1, 1, 3)
+        assert (len(found), found.left_out, len(rendered)) == (1, 1, 3)
     else:
         # Seven tokens a question with its answer: of the third answer, one is within the limit of 20.
         assert rendered[3:] == [1, 2, 3, 4, 5, 6, 7]
@@ -328,11 +336,12 @@ def test_a_bug_in_the_child_keeps_its_traceback() -> None:
         one.call()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_progress_is_no_standstill() -> None:
     note = Note()
 
     def work(request: bytes) -> list[bytes]:
-        for at in range(16):
+        for at in range(28):  # longer than one place may take, and never in one place for long
             note.at(f"line {at}", DataError)
             time.sleep(0.25)
         return [b"done"]
@@ -386,3 +395,15 @@ def _runs(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()  # one that nobody has reaped yet is over
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_goes_to_the_whole_group_is_the_parents(number: signal.Signals) -> None:
+    """systemd and Ctrl-C tell the child as well: that it ended first must not look as if a library crashed."""
+
+    def work(request: bytes) -> list[bytes]:
+        os.kill(os.getpid(), number)
+        return [b"still here"]
+
+    with Child(work, Note()) as one:
+        assert one.call() == [b"still here"]

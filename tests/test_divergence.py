@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from families import save_tiny, tiny_model
 from processes import run_edge
+from safetensors.numpy import load_file, save_file
 from serving import serving
 from test_cli import Place, assert_fails
 
@@ -45,12 +47,27 @@ def test_a_run_that_diverges(place: Place, tmp_path: Path) -> None:
     assert again.errors == done.errors
 
 
+def test_an_adapter_of_a_run_that_diverged(place: Place, tmp_path: Path) -> None:
+    """Its weights are beyond what floats hold once they are multiplied."""
+    out = tmp_path / "out"
+    assert run_edge(*place.train(out)).code == 0
+    path = out / "adapter_model.safetensors"
+    save_file({name: np.full_like(tensor, 1e30) for name, tensor in load_file(path).items()}, path)
+    done = run_edge(
+        "evaluate", "--bundle", place.bundle, "--server", place.url, "--data", place.data, "--adapter", out,
+        "--threads", 1,
+    )  # fmt: skip
+    assert_fails(done, DivergedError.exit_code, "NaN or infinity", "the adapter is of a run that diverged")
+
+
 def test_divergence_that_the_server_finds() -> None:
     error = m.Error(code=m.ErrorCode.NON_FINITE, message="NaN or infinity in the base model's results", retryable=False)
     assert isinstance(refusal_of(error, "ws://x"), DivergedError)
 
 
 def test_a_service_does_not_start_it_again() -> None:
-    unit = next((ROOT / "packaging").glob("*.service")).read_text()
-    (line,) = [line for line in unit.splitlines() if line.startswith("RestartPreventExitStatus=")]
-    assert str(DivergedError.exit_code) in line.split("=")[1].split()
+    units = [next((ROOT / "packaging").glob("*.service")), ROOT / "docs" / "operating.md"]
+    lines = [line for unit in units for line in unit.read_text().splitlines() if line.startswith("RestartPrevent")]
+    assert len(lines) == 2
+    for line in lines:
+        assert str(DivergedError.exit_code) in line.split("=")[1].split()

@@ -205,10 +205,10 @@ def test_too_long(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r":2: \d+ tokens, the limit is 20; raise --max-length"):
         load(path, max_length=20)
     skipped = load(path, max_length=20, too_long="skip")
-    assert (len(skipped), skipped.skipped, skipped.truncated) == (1, 2, 0)
+    assert (len(skipped), skipped.left_out, skipped.cut) == (1, 2, 0)
     cut = load(path, max_length=20, too_long="truncate")
     # The third has its completion cut off, so there is nothing left to learn from it.
-    assert (len(cut), cut.skipped, cut.truncated, len(cut[1].ids)) == (2, 1, 1, 20)
+    assert (len(cut), cut.left_out, cut.cut, len(cut[1].ids)) == (2, 1, 1, 20)
     assert cut[1].label_positions.max() == 18
     with pytest.raises(DataError, match="every example is over the limit"):
         load(path, max_length=1, too_long="skip")

@@ -109,3 +109,45 @@ def test_what_needs_held_out_data(place: Place, tmp_path: Path, option: dict[str
     done = run_edge(*place.train(tmp_path / "out", **option))
     assert_fails(done, UsageError.exit_code, "needs --eval")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_patience_ended_at_its_very_end_is_made_longer(place: Place, tmp_path: Path) -> None:
+    """The part that comes on top has patience of its own."""
+    out = tmp_path / "out"
+    first = train(place, out, patience=100)
+    longer = run_edge("resume", out, "--steps", 24, "--patience", 2, "--json")
+    assert longer.code == 0, longer.stderr
+    assert first["steps"] == 20 < json.loads(longer.stdout)["steps"]
+
+
+def test_what_patience_ended_says_how_it_goes_on(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = train(place, out, patience=2)["steps"]
+    again = run_edge("resume", out, "--json")
+    assert f"--patience ended it at step {ended} of 20, and a larger one goes on" in again.stderr
+    longer = run_edge("resume", out, "--steps", 40)
+    assert_fails(longer, UsageError.exit_code, f"at step {ended} of 20", "with a larger --patience")
+
+
+def test_other_held_out_data_are_not_compared(place: Place, last: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """What was best on the old data says nothing about the new."""
+    out = tmp_path / "out"
+    train(place, out, steps=10)
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": "w70 w71 w72 w73"}) + "\n")
+    done = run(place, out, "--resume", steps=10, keep="best", eval=other)
+    assert done.code == 0, done.stderr
+    assert "evaluations of other held-out data are left out" in done.stderr
+
+
+def test_weights_of_a_history_that_did_not_happen_are_not_saved_as_the_best(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(place, out, steps=20)
+    row = json.loads((out / "best" / "evaluation.json").read_text())
+    (out / "best" / "evaluation.json").write_text(json.dumps({**row, "step": 1}))
+    (out / "summary.json").unlink()
+    last = (out / WEIGHTS).read_bytes()
+    again = run(place, out, "--resume", keep="best")
+    assert again.code == 0, again.stderr
+    assert f"the weights of step {row['step']}, the best evaluation, are gone: the last are kept" in again.stderr
+    assert (out / WEIGHTS).read_bytes() == last

@@ -110,7 +110,7 @@ def test_when_it_is_done(place: Path, when: str, sent: signal.Signals) -> None:
 
 
 def test_who_ignores_ctrl_c_from_the_start_goes_on(place: Path) -> None:
-    """nohup, and shells for what runs in the background."""
+    """Shells do so for what a script runs in the background."""
     code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     command = [sys.executable, "-S", "-c", code, EDGE, "info", place / "bundle", "--json"]
     done = run(place, signal.SIGINT, "numpy", *command)

@@ -15,7 +15,7 @@ from attacks.fuzz_manifest import manifest_of
 from attacks.fuzz_target import mutate_bytes
 
 from dlora.edge.bundle import Bundle
-from dlora.edge.onnx_check import MAX_GRAPH_BYTES, OPERATORS, check_graph
+from dlora.edge.onnx_check import MAX_GRAPH_BYTES, OPERATORS, _check_tensor, check_graph
 from dlora.edge.onnx_engine import OnnxEngine
 from dlora.export.adamw_graph import adamw_graph
 from dlora.export.adapter_graphs import adapter_graphs
@@ -116,6 +116,15 @@ def test_parts_of_a_model_that_no_graph_of_ours_has() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             check_graph(model.SerializeToString())
+
+
+def test_dimensions_are_not_hidden_behind_one_that_readers_pass_over() -> None:
+    """Of wire type 5: protobuf ignores it, and a product with its zero would be none."""
+    tensor = onnx.TensorProto(data_type=1, dims=[1 << 40]).SerializeToString()
+    with pytest.raises(ValueError, match="claims to be larger"):
+        _check_tensor(tensor)
+    with pytest.raises(ValueError, match="dimension of a wrong type"):
+        _check_tensor(b"\x0d\0\0\0\0" + tensor)
 
 
 def test_any_bytes_are_a_graph_or_a_value_error() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from families import save_tiny, tiny_model
 from processes import run_edge
@@ -14,8 +15,14 @@ from serving import serving
 from test_cli import Place, assert_fails
 
 from dlora.cloud.base_model import BaseModel
+from dlora.edge.config import TrainConfig
+from dlora.edge.data import Dataset
+from dlora.edge.optimizer import OptimizerConfig
+from dlora.edge.plan import expected_mb
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import CheckpointError, UsageError
+from dlora.protocol.kill_revive import MAX_STEPS, KillReviveConfig
+from dlora.protocol.manifest import load_manifest
 
 BLOCKS = 8
 LONGEST = 64  # of the tiny model
@@ -52,18 +59,21 @@ def test_what_it_says_first(place: Place, tmp_path: Path) -> None:
     assert f"{summary['labelled'] // 3:,} labelled" in data
 
 
-@pytest.mark.parametrize(("fraction", "tolerance"), [(1.0, 0.05), (0.25, 0.25)])
-def test_the_traffic_that_it_expects(place: Place, tmp_path: Path, fraction: float, tolerance: float) -> None:
-    """Fading units come on top where some are killed."""
+@pytest.mark.parametrize(("options", "tolerance"), [
+    ({}, 0.05),
+    ({"active_fraction": 0.25}, 0.25),  # units that fade come on top
+    ({"kr_score": "last", "active_fraction": 0.25}, 0.05),
+    ({"kr_score": "static", "static_units": "1,5"}, 0.05),
+], ids=str)  # fmt: skip
+def test_the_traffic_that_it_expects(
+    place: Place, tmp_path: Path, options: dict[str, object], tolerance: float
+) -> None:
     done = run_edge(
-        *place.train(
-            tmp_path / "out", max_length=20, too_long="truncate", steps=200, batch_size=5, active_fraction=fraction
-        ),
-        "--json",
+        *place.train(tmp_path / "out", max_length=20, too_long="truncate", steps=120, batch_size=5, **options), "--json"
     )
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)
-    (expected,) = re.findall(r"about ([\d,.]+) MB will cross", done.stderr)
+    (expected,) = re.findall(r"about ([\d,.]+) MB for training will cross", done.stderr)
     counted = (summary["bytes_up"] + summary["bytes_down"]) / 1e6
     assert float(expected.replace(",", "")) == pytest.approx(counted, rel=tolerance)
 
@@ -78,6 +88,8 @@ def test_what_a_fraction_costs(place: Place, tmp_path: Path, options: dict[str, 
     assert done.code == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "Banking77" in line or "too few" in line]
     assert len(lines) == said
+    if said == 1:
+        assert lines[0].startswith("2 of 8 blocks active: that saves traffic and costs quality")
     if said:
         assert "84% and 76% of held-out messages right, all active 95% and 89%" in lines[0]
     if said == 2:
@@ -130,3 +142,15 @@ def test_an_adapter_of_another_base_model_is_named_as_such(place: Place, tmp_pat
         *place.train(tmp_path / "out", init_adapter=tmp_path / "mine", rank=2, max_length=20, too_long="skip")
     )
     assert_fails(done, CheckpointError.exit_code, "has rank 4; train with --rank 4")
+
+
+def test_a_run_of_a_billion_steps_is_planned_at_once(place: Place) -> None:
+    """What it expects is a sample then; this test would take minutes otherwise."""
+    config = TrainConfig(
+        total_steps=MAX_STEPS, batch_size=2, grad_accum=1, seed=(0,), rank=4, lora_alpha=8.0, wire_dtype="fp16",
+        optimizer=OptimizerConfig(), kill_revive=KillReviveConfig(active_fraction=0.25),
+    )  # fmt: skip
+    dataset, manifest = Dataset.of([([1, 2, 3], [0, 1])] * 4), load_manifest(place.bundle)
+    whole = expected_mb(config, manifest, dataset, 0)
+    shorter = expected_mb(msgspec.structs.replace(config, total_steps=1000), manifest, dataset, 0)
+    assert whole == pytest.approx(shorter * 1e6, rel=0.03)

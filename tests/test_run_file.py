@@ -107,10 +107,14 @@ def test_seeds() -> None:
     assert len(drawn) == 4
     assert drawn != draw_seed()
     assert seed_for_server(drawn) == seed_for_server(drawn) != seed_for_server(draw_seed())
-    # What the server is told says neither A nor the data's order.
+    # What the server is told is another number: it draws another A, and another order of the data.
     told = seed_for_server((7,))
-    assert told != 7
     assert 0 <= told < 2**32
+    mine, theirs = (np.random.default_rng([seed, 0xA]).random(4) for seed in (7, told))
+    assert not np.isclose(mine, theirs).any()
+    numbered = Dataset.of([([n, n + 1], [0]) for n in range(40)])
+    orders = [Batches(numbered, 40, 1, seed=(seed,)).step_indices(0).tolist() for seed in (7, told)]
+    assert orders[0] != orders[1]
 
 
 # -- longer ----------------------------------------------------------------------------------------------
@@ -168,12 +172,12 @@ def test_more_epochs_make_it_longer_too(place: Place, whole: dict[str, Path], tm
 def test_what_cannot_be_made_longer() -> None:
     before = config(total_steps=60)
     longer = config(total_steps=80, seed=())
-    assert go_on_with(longer, before, 60) == config(total_steps=80, first_step=60)
+    assert go_on_with(longer, before, 60) == config(total_steps=80, part_begins=60)
     assert go_on_with(config(total_steps=60, seed=()), before, 20) == before
     with pytest.raises(UsageError, match="at step 20 of 60, and only a finished one"):
         go_on_with(longer, before, 20)
-    third = go_on_with(config(total_steps=90, seed=()), config(total_steps=80, first_step=60), 80)
-    assert (third.first_step, third.steps) == (80, 10)
+    third = go_on_with(config(total_steps=90, seed=()), config(total_steps=80, part_begins=60), 80)
+    assert (third.part_begins, third.steps) == (80, 10)
 
 
 @pytest.mark.parametrize(("content", "text"), [
@@ -220,9 +224,36 @@ def test_a_data_set_that_changed_is_named(place: Place, whole: dict[str, Path], 
     assert "other training data" in done.errors[0]
 
 
-def test_the_order_of_data_is_a_runs_own() -> None:
-    numbered = Dataset.of([([n, n + 1], [0]) for n in range(40)])
-    one, other = (Batches(numbered, 4, 1, seed=draw_seed()) for _ in range(2))
-    assert one.step_indices(0).tolist() != other.step_indices(0).tolist()
-    again = [Batches(numbered, 4, 1, seed=(3,)).step_indices(0) for _ in range(2)]
-    assert np.array_equal(*again)
+def test_a_longer_run_that_is_stopped_in_its_last_evaluation(
+    place: Place, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    """All steps are done and its summary is still that of the shorter run: it is not finished."""
+    out = copied(whole["off"], tmp_path / "out")
+    assert resume(out, "--steps", LONGER).code == 0
+    (out / "summary.json").write_bytes((whole["off"] / "summary.json").read_bytes())
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    (out / "adapter_model.safetensors").write_bytes((whole["off"] / "adapter_model.safetensors").read_bytes())
+    done = resume(out)
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == LONGER
+    assert "finished" not in done.stderr
+    assert (out / "adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.parametrize("option", [
+    ("--max-grad-norm", "inf"), ("--weight-decay", "nan"), ("--max-retry-s", "inf"), ("--epochs", "inf"),
+])  # fmt: skip
+def test_numbers_that_no_file_could_hold(place: Place, tmp_path: Path, option: tuple[str, str]) -> None:
+    """JSON has no infinity: a checkpoint with one could not be read again."""
+    done = run_edge(*place.train(tmp_path / "out", *option))
+    assert (done.code, len(done.errors)) == (UsageError.exit_code, 1) or "Invalid value" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_drawn_seed_is_not_told(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    unseeded = [word for word in place.train(out, "--steps", 2) if word not in ("--seed", 0)]
+    assert run_edge(*unseeded).code == 0
+    done = run_edge(*unseeded, "--seed", 5, "--resume")
+    assert done.code == CheckpointError.exit_code
+    assert "has another --seed. Go on" in done.errors[0]

@@ -27,7 +27,7 @@ from dlora.cloud.server import CloudServer
 from dlora.edge.bundle import Bundle
 from dlora.edge.connection import Connection
 from dlora.edge.dialing import Dialing, Retry
-from dlora.edge.trainer import check_base_model
+from dlora.edge.fitting import check_base_model
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode

@@ -59,7 +59,7 @@ def test_a_step_that_is_lost_again_and_again(
             return forward(*given, **more)
 
         monkeypatch.setattr(trainer.model._compute, "forward", lose_the_session)
-        with pytest.raises(StoppedError, match="--resume"):
+        with pytest.raises(StoppedError, match="dlora-edge resume"):
             trainer.run_step()
         assert (trainer.next_step, trainer.steps_rerun) == (0, 2)
 
@@ -114,7 +114,7 @@ def test_an_evaluation_is_given_up_and_made_up_for(
     server: RunningServer, bundle: Path, whole: Path, when: str, saved: list[int], tmp_path: Path
 ) -> None:
     reporter = Stopping(when)
-    with pytest.raises(StoppedError, match="--resume"):
+    with pytest.raises(StoppedError, match="dlora-edge resume"):
         train(run(server, bundle, tmp_path), reporter)
     assert reporter.batches_after == 1
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == saved

@@ -15,8 +15,9 @@ from dlora.cloud.base_model import BaseModel
 from dlora.edge.batches import MicroBatch, evaluation_batches
 from dlora.edge.bundle import Bundle
 from dlora.edge.data import Dataset
+from dlora.edge.evaluation import evaluate
 from dlora.edge.inference import open_model
-from dlora.edge.trainer import Trainer, evaluate
+from dlora.edge.trainer import Trainer
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import WireDtype
