@@ -24,6 +24,7 @@ from dlora.protocol.version import SOFTWARE_VERSION
 
 from . import token_cli
 from .guard import raise_file_limit
+from .listening import check_address
 from .memory import forget_long_lived, limit_arenas
 from .patience import Patience
 from .tls import check_exposure, server_context
@@ -181,6 +182,7 @@ def serve(
     if tls_cert is None and (tls_key or tls_client_ca):
         raise UsageError("--tls-key and --tls-client-ca need --tls-cert")
     tls = server_context(tls_cert, tls_key, tls_client_ca) if tls_cert else None
+    check_address(host, port)
     raise_file_limit()
     limit_arenas()
     key = load_key(state)

@@ -7,7 +7,6 @@ import bisect
 import http
 import json
 import logging
-import os
 import signal
 import ssl
 import threading
@@ -23,7 +22,6 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from dlora.protocol.errors import ConnectionFailedError
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .access import Access, AccessDeniedError, Caller
@@ -33,6 +31,7 @@ from .executor import ComputeGate, shutting_down
 from .guard import ConnectionLimits, Guard, GuardedConnection
 from .handler import Service, handle_connection, opening_limit
 from .layout import can_pack
+from .listening import cannot_listen
 from .live_bytes import LiveBytes
 from .memory import release_unreachable
 from .patience import DeviceDeadlines, Patience
@@ -142,9 +141,7 @@ class CloudServer:
                 **self.guard.settings(),
             )
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-            text = f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
-            raise ConnectionFailedError(text) from None
+            raise cannot_listen(host, port, error) from None
         self.port = next(iter(self._server.sockets)).getsockname()[1]
         self._housekeeping = [
             asyncio.create_task(each) for each in (self._recheck_access(), self._release_memory(), self._make_room())

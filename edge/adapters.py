@@ -13,7 +13,7 @@ import numpy as np
 from dlora.protocol.kill_revive import GroupSpec, UnitKind, UnitState, group_units
 from dlora.protocol.tensors import ByteArray, FloatArray
 
-from .seeds import Seed
+from .seeds import Seed, adapter_generator
 
 
 @dataclass
@@ -99,7 +99,7 @@ class AdapterSet:
         kill_every: int,
     ) -> AdapterSet:
         """Fresh adapters, as PEFT starts them: A uniform in ±1/sqrt(in_features) (Kaiming, a = sqrt 5), B zero."""
-        rng = np.random.default_rng([*seed, 0xA])
+        rng = adapter_generator(seed)
         made = []
         for group in groups:
             bound = group.in_features**-0.5

@@ -12,7 +12,7 @@ from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.tensors import IntArray
 
 from .data import Dataset, Example
-from .seeds import Seed
+from .seeds import Seed, order_generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Batches:
 
     def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._permutation is None or self._permutation[0] != epoch:
-            drawn = np.random.default_rng([*self._seed, epoch]).permutation(len(self._dataset))
+            drawn = order_generator(self._seed, epoch).permutation(len(self._dataset))
             self._permutation = (epoch, drawn.astype(np.int64, copy=False))
         return self._permutation[1]
 

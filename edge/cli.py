@@ -292,9 +292,16 @@ def resume(
     patience: Annotated[
         int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
     ] = None,
+    keep: Annotated[Keep | None, typer.Option(help="Which adapter to save in the end: the last or the best.")] = None,
     server: Annotated[str | None, typer.Option(help="Another server than before.")] = None,
     token_file: TokenFileOption = None,
-    max_retry_s: MaxRetryOption = None,
+    ca: CaOption = None,
+    client_cert: ClientCertOption = None,
+    client_key: ClientKeyOption = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads.", min=0, max=MAX_THREADS)] = None,
+    max_retry_s: Annotated[
+        float | None, typer.Option(help="Seconds that the server may be away; for ever by default.", min=0)
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Go on with a run where it stopped, with the settings that it began with (run.json in its directory).
@@ -309,13 +316,10 @@ def resume(
 
     reporter = Reporter(json_output=json_output)
     changes = {
-        "steps": steps,
-        "epochs": epochs,
-        "patience": patience,
-        "server": server,
-        "token_file": token_file and str(token_file.absolute()),
+        "steps": steps, "epochs": epochs, "patience": patience, "keep": keep, "server": server,
+        "token_file": token_file, "ca": ca, "client_cert": client_cert, "client_key": client_key, "threads": threads,
         "max_retry_s": max_retry_s,
-    }
+    }  # fmt: skip
     settings = settings_of_run(directory, changes)
     reporter.finish(run_train(settings, resume=True, reporter=reporter))
 

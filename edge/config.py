@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.tensors import WireDtype
@@ -55,8 +56,8 @@ def check_units(config: KillReviveConfig, units: int) -> None:
         raise UsageError("no unit would be trained: name some with --static-units, or raise --active-fraction")
 
 
-def go_on_with(config: TrainConfig, before: TrainConfig, next_step: int) -> TrainConfig:
-    """``config`` for a run of ``before`` that goes on at ``next_step``.
+def go_on_with(config: TrainConfig, before: TrainConfig, next_step: int, out: Path) -> TrainConfig:
+    """``config`` for the run in ``out``, of ``before``, that goes on at ``next_step``.
 
     What the user left open is as it was. A finished run that is to have more steps begins a new part at its end.
     Raises ``UsageError`` where one that is not finished is to be made longer.
@@ -66,7 +67,8 @@ def go_on_with(config: TrainConfig, before: TrainConfig, next_step: int) -> Trai
         if next_step < before.total_steps:
             raise UsageError(
                 f"this run is at step {next_step:,} of {before.total_steps:,}, and only a finished one can be made "
-                "longer; finish it first: dlora-edge resume DIRECTORY, with a larger --patience where that ended it"
+                f"longer; finish it first: dlora-edge resume {out} --steps {before.total_steps}, with a larger "
+                "--patience where that ended it"
             )
         part_begins = before.total_steps
     return msgspec.structs.replace(config, seed=config.seed or before.seed, part_begins=part_begins)
@@ -105,6 +107,18 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
             for name in mine
             if mine[name] != theirs[name]
         ]
+
+
+def check_identity(mine: RunIdentity, theirs: RunIdentity, out: Path = Path("DIRECTORY")) -> None:
+    """Raise ``CheckpointError``, naming what differs, unless ``mine`` goes on with the run ``theirs``, or after it."""
+    if mine.config.part_begins == theirs.config.total_steps:
+        ends = {"part_begins": mine.config.part_begins, "total_steps": mine.config.total_steps}
+        theirs = msgspec.structs.replace(theirs, config=msgspec.structs.replace(theirs.config, **ends))
+    if mine != theirs:
+        raise CheckpointError(
+            f"the run that the checkpoint is of has {'; '.join(theirs.differences(mine))}. Go on with the same: "
+            f"dlora-edge resume {out}; or start anew in another --out"
+        )
 
 
 # Digests say nothing to people.

@@ -145,7 +145,7 @@ def tls_failure(error: ssl.SSLError, url: str) -> ConnectionFailedError:
     """The one line for a failed TLS handshake."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectionFailedError(
-            f"the certificate of {url} is not to be trusted: {error.verify_message}; check the address, "
+            f"the certificate of {url} is not to be trusted: {error.verify_message.rstrip('.')}; check the address, "
             "the device's clock and --ca"
         )
     # A server that does not trust our certificate often only hangs up, as does one that expects no TLS.

@@ -104,7 +104,10 @@ def _memory(bundle: Path | None) -> str:
         return found
     from dlora.protocol.manifest import load_manifest
 
-    manifest = load_manifest(bundle)
+    try:
+        manifest = load_manifest(bundle)
+    except DloraError:  # which the check of the bundle tells
+        return found
     fit, tokens = tokens_that_fit(manifest, available), usual_tokens(manifest)
     others = ", ".join(
         f"{dtype} {training_mb(manifest, tokens, dtype):,.0f}"

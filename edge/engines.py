@@ -35,6 +35,12 @@ def make_engine(bundle: Bundle, name: EngineName | Literal["auto"] = "auto", thr
     return OnnxEngine(bundle, threads)
 
 
+def load_libraries(bundle: Bundle, name: EngineName | Literal["auto"]) -> None:
+    """Load what ``make_engine`` will need of ONNX Runtime, where it is there."""
+    if name != "executorch" and "onnx" in usable_engines(bundle):
+        importlib.import_module("onnxruntime")
+
+
 def usable_engines(bundle: Bundle) -> list[EngineName]:
     """The engines that both the bundle and the device have."""
     return [name for name in _wanted(bundle) if is_installed(name)]

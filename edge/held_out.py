@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from dlora.protocol.errors import StoppedError
 
@@ -26,18 +28,21 @@ class HeldOut:
     The adapter with the lowest loss so far, the untrained one included, lies in ``best/`` beside the last one.
 
     Args:
+        rows: what ``load_rows`` found.
         every: steps between evaluations; 0: none on the way.
         patience: how many evaluations in a row may be no better before the run ends; None: any number.
         stop: whether somebody asked to stop.
 
     Attributes:
         rows: step and ``Evaluation`` of each, as JSON has them.
+        bytes_up, bytes_down: what those that were made here put on the wire.
     """
 
     def __init__(
         self,
         out: Path,
         dataset: Dataset | None,
+        rows: list[dict[str, Any]],
         *,
         every: int,
         patience: int | None,
@@ -45,7 +50,8 @@ class HeldOut:
         reporter: Reporter,
         stop: Callable[[], bool],
     ) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows = rows
+        self.bytes_up = self.bytes_down = 0
         self._out = out
         self._dataset = dataset
         self._every = every
@@ -54,9 +60,6 @@ class HeldOut:
         self._reporter = reporter
         self._stop = stop
         self._data = "" if dataset is None else dataset.fingerprint
-        if trainer.next_step:
-            # Those of the history that goes on.
-            self.rows = [row for row in self._load() if row["step"] <= trainer.next_step]
 
     def due(self) -> bool:
         """Whether one belongs between the last step and the next, and is not there."""
@@ -78,7 +81,10 @@ class HeldOut:
                 if self._stop():
                     raise StoppedError(f"stopped while evaluating; go on with dlora-edge resume {self._out}")
 
+            up, down = self._trainer.traffic
             result = self._trainer.evaluate(self._dataset, after_batch)
+            self.bytes_up += self._trainer.traffic[0] - up
+            self.bytes_down += self._trainer.traffic[1] - down
         row = {"step": self._trainer.next_step, **asdict(result), "data": self._data}
         is_best = self.best is None or result.loss < self.best["loss"]
         if is_best:
@@ -98,11 +104,8 @@ class HeldOut:
         return min(self.rows, key=lambda row: float(row["loss"]), default=None)
 
     def is_out_of_patience(self) -> bool:
-        """Whether the last ``patience`` evaluations were no better than one before them in this part of the run."""
-        losses = [row["loss"] for row in self.rows if row["step"] >= self._trainer.config.part_begins]
-        if self._patience is None or not losses:
-            return False
-        return len(losses) - 1 - losses.index(min(losses)) >= self._patience
+        """Whether the run is to end, as the function of that name has it."""
+        return is_out_of_patience(self.rows, self._patience, self._trainer.config.part_begins)
 
     def keep_best(self) -> None:
         """Save the best adapter in place of the last one."""
@@ -124,19 +127,39 @@ class HeldOut:
         except (OSError, ValueError):
             return None
 
-    def _load(self) -> list[dict[str, Any]]:
-        """What stands in the file of this very data; it is not worth a run, so damage is told."""
-        path, found, others = self._out / EVALUATIONS, [], 0
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-                float(row["step"] + row["loss"])
-                if self._dataset is None or row["data"] == self._data:
-                    found.append(row)
-                else:
-                    others += 1
-            except (ValueError, TypeError, KeyError, RecursionError):
-                self._reporter.warn(f"{path} has a damaged line, which is left out")
-        if others:
-            self._reporter.warn(f"{path}: {others} evaluations of other held-out data are left out")
-        return found
+
+class _Row(msgspec.Struct):
+    """What an evaluation's line must have."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    loss: float
+    data: str
+
+
+def load_rows(out: Path, dataset: Dataset | None, next_step: int, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The evaluations of the history that goes on at ``next_step``, of this very data where there are some.
+
+    They are not worth a run, so ``warn`` is told of damage.
+    """
+    path, found, others = out / EVALUATIONS, list[dict[str, Any]](), 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            row = msgspec.json.decode(line, type=_Row)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            warn(f"{path} has a damaged line, which is left out")
+            continue
+        if row.step > next_step or next_step == 0:
+            continue
+        if dataset is None or row.data == dataset.fingerprint:
+            found.append(json.loads(line))
+        else:
+            others += 1
+    if others:
+        warn(f"{path}: {others} evaluations of other held-out data are left out")
+    return found
+
+
+def is_out_of_patience(rows: Sequence[dict[str, Any]], patience: int | None, part_begins: int) -> bool:
+    """Whether the last ``patience`` evaluations of the present part were no better than one before them in it."""
+    losses = [row["loss"] for row in rows if row["step"] >= part_begins]
+    return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience

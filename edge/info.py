@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import UsageError, one_line
 from dlora.protocol.manifest import MANIFEST_NAME, load_manifest
 
 from .peft_adapter import load_adapter
@@ -25,11 +25,12 @@ def describe(path: Path) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     """Print a description for people."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Column, Table
 
     table = Table("", Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in report.items():
-        table.add_row(f"[bold]{name.replace('_', ' ')}[/]", str(value))
+        table.add_row(f"[bold]{name.replace('_', ' ')}[/]", escape(one_line(str(value))))
     Console().print(table)
 
 

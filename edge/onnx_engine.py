@@ -14,7 +14,7 @@ from dlora.protocol.manifest import GraphKind, GraphSpec
 from .bundle import Bundle
 from .engine import Array, Graph
 from .memory import within_available
-from .onnx_check import check_graph
+from .onnx_check import MAX_GRAPH_BYTES, check_graph
 
 # Waking a thread takes as long as half of a narrow adapter's graph: up to this width a second one makes it slower.
 _NARROW = 1024
@@ -44,7 +44,9 @@ class OnnxEngine:
         spec, path = self._bundle.graph_file(kind, key, self.name)
         options = _options(self._threads if _is_large(spec) else 1)
         try:
-            content = path.read_bytes()
+            # No more than that: a sparse file may be of any size.
+            with path.open("rb") as file:
+                content = file.read(MAX_GRAPH_BYTES + 1)
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror}); export the bundle again") from None
         if _NAMES_A_FILE in content:

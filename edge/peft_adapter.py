@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,10 @@ _MAX_NUMBER: Final = 2**31
 _MAX_NAME: Final = 256
 _MAX_CONFIG_BYTES: Final = 16 << 20
 # PEFT writes a pattern a module where ranks differ: 900 modules have the largest of models that are not mixtures.
-_MAX_PATTERNS, _MAX_MATCHES = 4096, 1 << 22
+_MAX_PATTERNS: Final = 4096
 _MAX_PATTERN: Final = 1024
+_MAX_LETTERS: Final = 10**9  # that matching may look at: some seconds
+_REPETITION: Final = re.compile(r"[*+?{]")
 
 # Settings of PEFT under which B A x is not all that the adapter does: each must be absent or falsy.
 _UNSUPPORTED: Final = {
@@ -148,8 +151,7 @@ def load_adapter(directory: Path) -> LoadedAdapter:
     r, alpha = _rank(directory, config, "r"), _number(directory, config, "lora_alpha")
     ranks, alphas = (_patterns(directory, config, key) for key in ("rank_pattern", "alpha_pattern"))
     halves = _read_halves(directory)
-    if (len(ranks) + len(alphas)) * len(halves) > _MAX_MATCHES:
-        raise CheckpointError(f"{directory} has too many patterns for {len(halves)} modules; name fewer")
+    _check_matching_time(directory, [*ranks, *alphas], list(halves))
     modules, scaling = {}, {}
     for name, found in halves.items():
         if set(found) != {"A", "B"}:
@@ -197,7 +199,8 @@ def _replaced_config(path: Path) -> dict[str, Any] | None:
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    return found if isinstance(found.get("target_modules"), list) else None
+    names = found.get("target_modules")
+    return found if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -311,6 +314,20 @@ def _patterns(directory: Path, config: Mapping[str, Any], key: str) -> dict[str,
     return found
 
 
+def _check_matching_time(directory: Path, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ``CheckpointError`` where matching every pattern with every name could take long.
+
+    ``re`` may try a name's letters once for each repetition, and PEFT's ``(.*\\.)?`` in front is one more.
+    """
+    repetitions = Counter(len(_REPETITION.findall(pattern)) + 1 for pattern in patterns)
+    lengths = Counter(map(len, names))
+    letters = sum(
+        many * count * length**power for power, many in repetitions.items() for length, count in lengths.items()
+    )
+    if letters > _MAX_LETTERS:
+        raise CheckpointError(f"{directory} has too complicated patterns for {len(names)} modules; name the modules")
+
+
 def _first_match(patterns: Mapping[str, re.Pattern[str]], name: str) -> str | None:
     return next((pattern for pattern, compiled in patterns.items() if compiled.match(name)), None)
 
@@ -322,8 +339,8 @@ def _is_slow(pattern: str) -> bool:
     """
     if len(pattern) > _MAX_PATTERN:
         return True
-    repetitions = re.findall(r"[*+?{]", pattern)
-    return len(repetitions) > 3 or pattern.count("(") > 3 or re.search(r"\)[*+?{]", pattern) is not None
+    repeated_group = re.search(r"\)[*+?{]", pattern) is not None
+    return repeated_group or pattern.count("(") > 3 or len(_REPETITION.findall(pattern)) > 3
 
 
 def _card(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,8 @@ COST_OF_AN_EIGHTH: Final = "on Banking77 1/8 had 84% and 76% of held-out message
 
 def data_line(name: str, path: Path, dataset: Dataset) -> str:
     """What was made of a data file."""
-    line = f"{name}: {path.name}, {len(dataset):,} examples, {dataset.tokens:,} tokens, {dataset.labelled:,} labelled"
+    examples, tokens = _count(len(dataset), "example"), _count(dataset.tokens, "token")
+    line = f"{name}: {path.name}, {examples}, {tokens}, {dataset.labelled:,} labelled"
     for count, what, places in (
         (dataset.cut, "cut", dataset.cut_places),
         (dataset.left_out, "left out", dataset.left_out_places),
@@ -31,18 +33,46 @@ def data_line(name: str, path: Path, dataset: Dataset) -> str:
     return line
 
 
-def run_line(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> str:
+@dataclass(frozen=True)
+class Evaluations:
+    """How often a run will evaluate on which data: every so many steps (0: never), before it begins, and after."""
+
+    dataset: Dataset
+    every: int
+
+    def left(self, next_step: int, total_steps: int) -> int:
+        """How many are still to come at ``next_step``; one that belongs there counts, the one after the run too."""
+        between = (total_steps - 1) // self.every - next_step // self.every if self.every else 0
+        return between + 1 + (next_step == 0)
+
+
+def run_line(
+    config: TrainConfig, manifest: Manifest, dataset: Dataset, evaluations: Evaluations | None, next_step: int
+) -> str:
     """Steps, epochs, what is trained, and about how many MB will cross the wire."""
     units = len(group_units(manifest.groups, config.kill_revive.unit))
     per_epoch = -(-len(dataset) // (config.batch_size * config.grad_accum))
     active = config.kill_revive.budget_floor(units)
     what = f"all {units} {config.kill_revive.unit}s active" if active == units else f"{active} of {units} active"
-    total, mb = config.total_steps, expected_mb(config, manifest, dataset, next_step)
+    total = config.total_steps
     done = f" ({next_step:,} of them done)" if next_step else ""
+    traffic = f"about {_mb(expected_mb(config, manifest, dataset, next_step))} for training"
+    if evaluations is not None:
+        count = evaluations.left(next_step, total)
+        mb = count * evaluation_mb(config, manifest, evaluations.dataset)
+        traffic += f" and {_mb(mb)} for {_count(count, 'evaluation')}"
     return (
-        f"run: {total:,} steps{done}, {per_epoch:,} an epoch, {total / per_epoch:.1f} epochs; {what}; "
-        f"about {mb:,.{1 if mb < 10 else 0}f} MB for training will cross the wire"
+        f"run: {_count(total, 'step')}{done}, {per_epoch:,} an epoch, {_count(total / per_epoch, 'epoch', '.1f')}; "
+        f"{what}; {traffic} will cross the wire"
     )
+
+
+def _mb(mb: float) -> str:
+    return f"{mb:,.{1 if mb < 10 else 0}f} MB"
+
+
+def _count(number: float, what: str, form: str = "") -> str:
+    return f"{number:,{form}} {what}" + ("" if number == 1 else "s")
 
 
 def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[str]:
@@ -71,6 +101,17 @@ def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_
     return steps * (none + share * (everything - none)) / 1e6
 
 
+def evaluation_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset) -> float:
+    """What one evaluation will put on the wire, in MB of 10**6 bytes, with as many units as stay active."""
+    units = len(group_units(manifest.groups, config.kill_revive.unit))
+    share = config.kill_revive.budget_floor(units) / units
+    none, everything = (
+        _mean_bytes(config, manifest, dataset, live, grad_accum=1, trains=False)
+        for live in ((), range(len(manifest.groups)))
+    )
+    return -(-len(dataset) // config.batch_size) * (none + share * (everything - none)) / 1e6
+
+
 def _active_share(config: TrainConfig, units: int, steps: int) -> float:
     """Mean share of the units that are active in the last ``steps`` steps."""
     kr = config.kill_revive
@@ -88,17 +129,25 @@ def _is_fixed(kr: KillReviveConfig) -> bool:
     return kr.score in ("static", "last")
 
 
-def _mean_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset, live: Sequence[int]) -> float:
-    """Bytes of a mean step in which the groups ``live`` are trained."""
-    per_step = config.batch_size * config.grad_accum
+def _mean_bytes(
+    config: TrainConfig,
+    manifest: Manifest,
+    dataset: Dataset,
+    live: Sequence[int],
+    *,
+    grad_accum: int | None = None,
+    trains: bool = True,
+) -> float:
+    """Bytes of a mean step in which the groups ``live`` take part."""
+    per_step = config.batch_size * (grad_accum or config.grad_accum)
     sequences = len(dataset) / -(-len(dataset) // per_step)  # of a step: the last one of an epoch may be smaller
     micro_batches = -(-sequences // config.batch_size)
     share = sequences / micro_batches
     traffic: Traffic = micro_batch_traffic(
         manifest.groups,
         live=live,
-        graded=live,
-        answered=live[1:],
+        graded=live if trains else (),
+        answered=live[1:] if trains else (),
         tokens=round(share * dataset.tokens / len(dataset)),
         sequences=round(share),
         labelled=max(1, round(share * dataset.labelled / len(dataset))),

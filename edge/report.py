@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -44,6 +45,8 @@ class Reporter:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._pace, self._steps = _Pace(), 0
+        self._evaluation_s = 0.0
+        self._evaluations_left: Callable[[int], int] = lambda _: 0
         self._history: list[tuple[int, ByteArray]] = []
 
     def say(self, text: str) -> None:
@@ -82,9 +85,12 @@ class Reporter:
             yield on_tick
 
     @contextmanager
-    def training(self, total_steps: int, first_step: int = 0) -> Iterator[None]:
-        """Show progress inside; ``step`` moves it."""
+    def training(
+        self, total_steps: int, first_step: int = 0, evaluations_left: Callable[[int], int] | None = None
+    ) -> Iterator[None]:
+        """Show progress inside; ``step`` moves it. ``evaluations_left`` knows how many are to come at a step."""
         self._pace, self._steps = _Pace(), 0
+        self._evaluations_left = evaluations_left or (lambda _: 0)
         if self._every is None:
             self._every = max(1, total_steps // 20)
         with self._live("train", total_steps, first_step):
@@ -102,7 +108,11 @@ class Reporter:
         self._steps += 1
         left = metrics.total_steps - metrics.step - 1
         if self._steps == _STEPS_FOR_AN_ESTIMATE and left:
-            self.say(f"expected time: {_duration(self._pace.step_s * left)} for the {left:,} steps that are left")
+            evaluations = self._evaluations_left(metrics.step + 1)
+            what = f"{left:,} step{'s' * (left > 1)}"
+            if evaluations:
+                what += f" and {evaluations:,} evaluation{'s' * (evaluations > 1)}"
+            self.say(f"expected time: {_duration(self._seconds_left(metrics))} for {what}")
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=metrics.step + 1, status=self._status(metrics))
             return
@@ -113,6 +123,13 @@ class Reporter:
     @contextmanager
     def evaluating(self, when: str, examples: int) -> Iterator[Callable[[int], None]]:
         """Show progress of an evaluation; what it yields is told how many more examples are done."""
+        started = time.perf_counter()
+        with self._evaluating(when, examples) as advance:
+            yield advance
+        self._evaluation_s = time.perf_counter() - started
+
+    @contextmanager
+    def _evaluating(self, when: str, examples: int) -> Iterator[Callable[[int], None]]:
         if self._progress is not None and self._task is not None:
             # In the midst of training: the same line, not a second live display.
             progress, task, done = self._progress, self._task, 0
@@ -171,8 +188,14 @@ class Reporter:
             f"loss {metrics.loss:.3f}  {pace.tokens_per_s:.0f} tok/s  "
             f"{_mb(metrics.bytes_up)}↑ {_mb(metrics.bytes_down)}↓ MB/step  "
             f"active {metrics.active_units}/{len(metrics.units) or metrics.live_units}  "
-            f"eta {_duration(pace.step_s * (metrics.total_steps - metrics.step - 1))}"
+            f"eta {_duration(self._seconds_left(metrics))}"
         )
+
+    def _seconds_left(self, metrics: StepMetrics) -> float:
+        """Steps as fast as of late, and evaluations as long as the last one."""
+        done = metrics.step + 1
+        evaluations = self._evaluations_left(done) * self._evaluation_s
+        return self._pace.step_s * (metrics.total_steps - done) + evaluations
 
 
 class _Pace:

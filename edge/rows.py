@@ -24,9 +24,13 @@ _SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _TO_JSONL: Final = {
     ".txt": "python3 -c 'import json, sys; [print(json.dumps(dict(text=line.strip()))) for line in sys.stdin "
     "if line.strip()]' < {source} > {target}",
-    ".parquet": "python3 -c 'import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], "
+    ".parquet": "pip install pandas pyarrow; python3 -c 'import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], "
     'orient="records", lines=True)\' {source} {target}',
 }
+
+_ARRAY_TO_LINES: Final = (
+    "python3 -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]' < FILE > FILE.jsonl"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +102,14 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         place = f"{path}:{number}"
+        hint = f"; make lines of the array first: {_ARRAY_TO_LINES}" if number == 1 and line.lstrip()[0] == "[" else ""
         try:
             value = msgspec.json.decode(line)
         except (msgspec.MsgspecError, RecursionError) as error:
-            raise DataError(f"{place}: not valid JSON ({error}); each line must be one whole JSON object") from None
+            text = f"not valid JSON ({error}); each line must be one whole JSON object"
+            raise DataError(f"{place}: {text}{hint}") from None
         if not isinstance(value, dict):
-            raise DataError(f"{place}: a JSON {_kind(value)}; each line must be one JSON object")
+            raise DataError(f"{place}: a JSON {_kind(value)}; each line must be one JSON object{hint}")
         yield Row(place, value)
 
 

@@ -35,7 +35,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The options of ``dlora-edge train``, under their own names; paths are absolute. See ``--help``."""
 
     bundle: Text
-    server: Text
+    server: str
     data: Text
     out: Text
     eval_data: str | None

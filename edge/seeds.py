@@ -1,7 +1,8 @@
-"""The seed of a run: adapters start from it, and the data's order; the server's draws come from another number.
+"""The seed of a run, and the numbers that are drawn from it: adapters start from it, and the data's order.
 
 Whoever knows a run's seed can compute every ``lora_A`` that it began with, and from that and what crosses the wire the
-rest. So the seed stays here, and what the server is told says nothing of it, unless it is a number that can be guessed.
+rest. So it stays here. The server sees some of what is drawn, the order of the data at the least, and numpy's
+generators can be turned back: each use has a generator of its own, whose seed is a SHA-256 of the run's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,24 @@ def draw_seed() -> Seed:
     return tuple(secrets.randbits(32) for _ in range(_RANDOM_WORDS))
 
 
+def adapter_generator(seed: Seed) -> np.random.Generator:
+    """What every ``lora_A`` is drawn from."""
+    return _generator(seed, "lora_A")
+
+
+def order_generator(seed: Seed, epoch: int) -> np.random.Generator:
+    """What the order of an epoch's data is drawn from."""
+    return _generator(seed, f"order of epoch {epoch}")
+
+
 def seed_for_server(seed: Seed) -> int:
     """The seed of the server's draws, 0 to 2**32 - 1: the same for the same run, wherever it goes on."""
-    digest = hashlib.sha256(b"dlora server's draws\0" + np.array(seed, "<u4").tobytes()).digest()
-    return int.from_bytes(digest[:4], "little")
+    return int.from_bytes(_digest(seed, "the server's draws")[:4], "little")
+
+
+def _generator(seed: Seed, use: str) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(_digest(seed, use), "little"))
+
+
+def _digest(seed: Seed, use: str) -> bytes:
+    return hashlib.sha256(f"dlora, {use}\0".encode() + np.array(seed, "<u4").tobytes()).digest()

@@ -67,7 +67,7 @@ def run_train(settings: RunSettings, *, resume: bool, reporter: Reporter) -> dic
         out=Path(settings.out),
         settings=settings,
         eval_dataset=held_out,
-        eval_every=settings.eval_every or (max(1, steps // EVALUATIONS_OF_A_RUN) if keeps_best else 0),
+        eval_every=settings.eval_every or (-(-steps // EVALUATIONS_OF_A_RUN) if keeps_best else 0),
         keep=settings.keep,
         patience=settings.patience,
         save_every=settings.save_every,
@@ -90,7 +90,7 @@ def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
     given = {name: value for name, value in changes.items() if value is not None}
     if "epochs" in given and "steps" not in given:
         given["steps"] = None  # else the run's --steps would still count
-    return msgspec.structs.replace(settings, out=str(out.absolute()), **given)
+    return RunSettings.of({**msgspec.structs.asdict(settings), "out": out, **given})
 
 
 def _check(settings: RunSettings) -> None:

@@ -26,7 +26,7 @@ from .adapters import Adapter, AdapterSet, Parameter
 from .batches import Batches, MicroBatch
 from .bundle import Bundle
 from .checkpoint import Checkpoint, save_checkpoint
-from .config import RunIdentity, TrainConfig, check_units
+from .config import RunIdentity, TrainConfig, check_identity, check_units
 from .connection import Connection
 from .data import Dataset
 from .engine import Engine
@@ -183,6 +183,11 @@ class Trainer:
                     self.model.await_signal()
             except SessionLostError:
                 self._open()
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes up and bytes down so far, over all sessions."""
+        return _counters(self.connection)[:2]
 
     def save_checkpoint(self, directory: Path) -> None:
         """Write a checkpoint of everything the next step depends on; no server is needed. Raises ``StorageError``."""
@@ -358,8 +363,8 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = trainer_state(checkpoint)
-        begins_here = self.config.part_begins == state.next_step == state.run.config.total_steps
-        self._check_identity(state.run, made_longer=begins_here)
+        check_identity(self.identity, state.run)
+        begins_here = self.config.part_begins == state.run.config.total_steps
         # The identity covers all settings, so that what follows fails only for a file that was made by hand.
         try:
             for adapter in self.adapters:
@@ -380,18 +385,6 @@ class Trainer:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.path} lacks a part ({error}); start anew in another --out") from None
         self.next_step = state.next_step
-
-    def _check_identity(self, theirs: RunIdentity, *, made_longer: bool) -> None:
-        """Raise ``CheckpointError``, naming what differs, unless this is the run that the checkpoint is of."""
-        mine = self.identity
-        if made_longer:
-            ends = {"part_begins": self.config.part_begins, "total_steps": self.config.total_steps}
-            theirs = msgspec.structs.replace(theirs, config=msgspec.structs.replace(theirs.config, **ends))
-        if mine != theirs:
-            raise CheckpointError(
-                f"the run that the checkpoint is of has {'; '.join(theirs.differences(mine))}. Go on with the same: "
-                "dlora-edge resume DIRECTORY; or start anew in another --out"
-            )
 
 
 def trainer_state(checkpoint: Checkpoint) -> TrainerState:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -25,18 +26,18 @@ from .atomic import locked, make_directory, write_atomically
 from .bundle import Bundle
 from .checkpoint import Checkpoint, list_checkpoints, load_latest
 from .code_pages import release_code
-from .config import TrainConfig, go_on_with
+from .config import RunIdentity, TrainConfig, check_identity, go_on_with
 from .connection import Connection
 from .credentials import Credentials
 from .data import Dataset
 from .dialing import Dialing, Liveness, Retry
-from .engines import EngineName, make_engine
-from .held_out import HeldOut
+from .engines import EngineName, load_libraries, make_engine
+from .held_out import HeldOut, is_out_of_patience, load_rows
 from .memory import peak_rss_mb
 from .metrics import MetricsLog, read_metrics
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .peft_adapter import WEIGHTS_NAME, LoadedAdapter, load_adapter
-from .plan import kill_revive_lines, run_line
+from .plan import Evaluations, kill_revive_lines, run_line
 from .report import Reporter
 from .run_file import DataDigest, Keep, RunFile, RunSettings, save_run_file, versions
 from .seeds import draw_seed
@@ -91,6 +92,7 @@ def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
     if run.out.exists() and not run.out.is_dir():
         raise UsageError(f"{run.out} is a file; choose another --out")
     init = load_adapter(run.init_adapter) if run.init_adapter else None
+    load_libraries(run.bundle, run.engine)  # while an interrupt ends us at once: they take it for faults of their own
     with interrupts.raising(), _directory(run.out), locked(run.out):
         return _train(run, reporter, init)
 
@@ -110,8 +112,15 @@ def _directory(out: Path) -> Iterator[None]:
 
 def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dict[str, Any]:
     checkpoint = _find_checkpoint(run, reporter)
-    run = replace(run, config=_settled(run.config, checkpoint))
+    run = replace(run, config=_settled(run, checkpoint))
     first_step = checkpoint.step if checkpoint else 0
+    rows = load_rows(run.out, run.eval_dataset, first_step, reporter.warn)
+    # Before anything is asked of a server: none is needed for that.
+    finished = _finished(run, first_step, rows)
+    if finished is not None:
+        reporter.warn(_why_it_is_finished(run, first_step))
+        return finished
+    _say_what_it_will_do(run, first_step, reporter)
     engine = make_engine(run.bundle, run.engine, run.threads)
     started = time.perf_counter()
     stop = _Stop()
@@ -119,14 +128,9 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
         trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
         release_code()
         held_out = HeldOut(
-            run.out, run.eval_dataset, every=run.eval_every, patience=run.patience, trainer=trainer,
+            run.out, run.eval_dataset, rows, every=run.eval_every, patience=run.patience, trainer=trainer,
             reporter=reporter, stop=stop.asked,
         )  # fmt: skip
-        finished = _finished(run, trainer, held_out)
-        if finished is not None:
-            reporter.warn(_why_it_is_finished(run, first_step))
-            return finished
-        _say_what_it_will_do(run, first_step, reporter)
         if run.settings is not None:
             save_run_file(run.out, _run_file(run, run.settings))
         if first_step == 0:
@@ -136,7 +140,9 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
         with MetricsLog(run.out / METRICS, first_step) as log:
             for metrics in read_metrics(run.out / METRICS):
                 reporter.remember(metrics)
-            with reporter.training(run.config.total_steps, first_step):
+            evaluations = _evaluations(run)
+            left = partial(evaluations.left, total_steps=run.config.total_steps) if evaluations else None
+            with reporter.training(run.config.total_steps, first_step, left):
                 _run_steps(run, trainer, reporter, log, held_out, stop.asked)
         trained_s = time.perf_counter() - started
         if not held_out.is_done():
@@ -149,23 +155,35 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
         "reconnects": connection.reconnects,
         "sessions_resumed": connection.resumed,
         "steps_rerun": trainer.steps_rerun,
+        "eval_bytes_up": held_out.bytes_up,
+        "eval_bytes_down": held_out.bytes_down,
         "wall_s": round(trained_s, 3),
     }
     write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
     return summary
 
 
-def _settled(config: TrainConfig, checkpoint: Checkpoint | None) -> TrainConfig:
-    """``config`` with all that was left open: from the run that it goes on with, or drawn."""
-    if checkpoint is not None:
-        return go_on_with(config, trainer_state(checkpoint).run.config, checkpoint.step)
-    return config if config.seed else msgspec.structs.replace(config, seed=draw_seed())
+def _settled(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfig:
+    """The run's settings with all that was left open: from the run that it goes on with, or drawn.
+
+    Raises ``CheckpointError`` or ``UsageError`` where it cannot go on with that one.
+    """
+    if checkpoint is None:
+        return run.config if run.config.seed else msgspec.structs.replace(run.config, seed=draw_seed())
+    state = trainer_state(checkpoint)
+    config = go_on_with(run.config, state.run.config, checkpoint.step, run.out)
+    check_identity(RunIdentity.of(config, run.bundle.manifest, run.dataset.fingerprint), state.run, run.out)
+    return config
 
 
 def _say_what_it_will_do(run: TrainRun, first_step: int, reporter: Reporter) -> None:
-    reporter.say(run_line(run.config, run.bundle.manifest, run.dataset, first_step))
+    reporter.say(run_line(run.config, run.bundle.manifest, run.dataset, _evaluations(run), first_step))
     for line in kill_revive_lines(run.config, run.bundle.manifest.groups):
         reporter.say(line)
+
+
+def _evaluations(run: TrainRun) -> Evaluations | None:
+    return None if run.eval_dataset is None else Evaluations(run.eval_dataset, run.eval_every)
 
 
 def _run_file(run: TrainRun, settings: RunSettings) -> RunFile:
@@ -179,15 +197,15 @@ def _run_file(run: TrainRun, settings: RunSettings) -> RunFile:
     )
 
 
-def _finished(run: TrainRun, trainer: Trainer, held_out: HeldOut) -> dict[str, Any] | None:
+def _finished(run: TrainRun, steps: int, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The summary of a run that was summed up before: one that is resumed again would lose its times."""
-    if trainer.next_step != run.config.total_steps and not held_out.is_out_of_patience():
+    if steps != run.config.total_steps and not is_out_of_patience(rows, run.patience, run.config.part_begins):
         return None
     try:
         summary: dict[str, Any] = json.loads((run.out / SUMMARY).read_bytes())
         # Another's, where the run was made longer since.
-        return summary if summary["steps"] == trainer.next_step else None
-    except (OSError, ValueError, TypeError, KeyError):
+        return summary if summary["steps"] == steps else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -332,6 +350,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self._asked = False
+        self._previous: dict[int, Any] = {}
 
     def asked(self) -> bool:
         return self._asked
@@ -343,17 +362,21 @@ class _Stop:
             yield
             return
         heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        previous = {number: signal.signal(number, self._ask) for number in heeded}
+        self._previous = {number: signal.signal(number, self._ask) for number in heeded}
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for number, handler in self._previous.items():
+                if signal.getsignal(number) == self._ask:  # and not ignored by now
+                    signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if not self._asked:
+            self._asked = True
+        elif self._previous[number] is interrupts.raise_once:
+            interrupts.raise_once(number, frame)
+        else:
             raise KeyboardInterrupt
-        self._asked = True
 
 
 def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, batch_size: int, grad_accum: int) -> int:

@@ -90,5 +90,8 @@ def export(
 
     with console.status(f"exporting {model}") as status:
         manifest = export_bundle(settings, lambda doing: status.update(f"exporting {model}: {doing}"), note)
-    show = print_json if json else print_table
-    show(manifest, out, notes, time.monotonic() - started)
+    wall_s = time.monotonic() - started
+    if json:
+        print_json(manifest, out, notes, wall_s)
+    else:
+        print_table(manifest, out, wall_s)

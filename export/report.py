@@ -53,8 +53,8 @@ def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: floa
     )
 
 
-def print_table(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: float) -> None:
-    """The bundle's files and graphs on stdout, and what was decided unasked."""
+def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
+    """The bundle's files and graphs on stdout."""
     console = Console()
     base, lora = manifest.base_model, manifest.lora
     console.print(
@@ -66,8 +66,6 @@ def print_table(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: flo
         highlight=False,
         soft_wrap=True,
     )
-    for note in notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
     table = Table(
         Column("file", no_wrap=True, overflow="fold"),
         "size",

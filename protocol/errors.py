@@ -173,6 +173,9 @@ class StoppedError(DloraError):
 _STORAGE_ERRNOS: Final = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO}
 
 
+_LONGEST_LINE: Final = 2000
+
+
 def run_command(command: Callable[[], None]) -> None:
     """Run a console command; turn a named error into one line on stderr and its exit code.
 
@@ -192,6 +195,7 @@ def run_command(command: Callable[[], None]) -> None:
     except DloraError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
+        interrupts.ignore()
         _fail(INTERRUPTED, INTERRUPTED_EXIT_CODE)
     except MemoryError:
         _fail("there is not enough memory for this; close other programs, or choose smaller settings", 1)
@@ -244,5 +248,7 @@ def one_line(text: str) -> str:
 
 
 def _fail(text: str, exit_code: int) -> None:
-    print(f"error: {one_line(text)}", file=sys.stderr)
+    # A stranger's name may be a megabyte.
+    line = one_line(text)
+    print(f"error: {line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + ' …'}", file=sys.stderr)
     raise SystemExit(exit_code)

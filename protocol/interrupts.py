@@ -31,15 +31,16 @@ def end_at_once() -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Within, a signal raises ``KeyboardInterrupt`` where it would end the process at once."""
+    """Within, the first signal raises ``KeyboardInterrupt`` where it would end the process at once."""
     ending = [number for number in _SIGNALS if signal.getsignal(number) is _end]
     for number in ending:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, raise_once)
     try:
         yield
     finally:
         for number in ending:
-            signal.signal(number, _end)
+            if signal.getsignal(number) is raise_once:  # and not ignored since: then we are on our way out
+                signal.signal(number, _end)
 
 
 def ignore() -> None:
@@ -48,7 +49,14 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def raise_once(number: int, frame: FrameType | None) -> None:
+    """A handler that raises ``KeyboardInterrupt``, and ignores what comes after it."""
+    ignore()  # what follows puts things in order, and is to come to its end
+    raise KeyboardInterrupt
+
+
 def _end(number: int, frame: FrameType | None) -> None:
+    ignore()  # one line is enough
     before = _CLEAR_LINE_AND_SHOW_CURSOR if os.isatty(2) else ""
     os.write(2, f"{before}error: {INTERRUPTED}\n".encode())
     os._exit(INTERRUPTED_EXIT_CODE)

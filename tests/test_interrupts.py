@@ -73,7 +73,7 @@ def run(place: Path, sent: signal.Signals, when: str, *command: object) -> Finis
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 @pytest.mark.parametrize(("command", "when"), [
     ("edge", "typer"), ("edge", "msgspec"), ("edge", "numpy"), ("edge", "onnxruntime"),
-    ("edge", "websockets.sync.client"),
+    ("train", "websockets.sync.client"), ("train", "onnxruntime.capi"),
     ("cloud", "typer"), ("cloud", "torch"), ("cloud", "transformers"), ("cloud", "torch.distributed"),
     ("export", "typer"), ("export", "peft"), ("export", "onnx"),
 ])  # fmt: skip
@@ -84,10 +84,10 @@ def test_while_it_imports(place: Path, tmp_path: Path, command: str, when: str, 
         "cloud": [CLOUD, "serve", place / "model", "--port", 0, "--state-dir", tmp_path],
         "export": [EXPORT, place / "model", "--out", tmp_path / "out"],
     }
-    if when == "websockets.sync.client":
+    if command == "train":
         data = tmp_path / "data.jsonl"
         data.write_text(json.dumps({"text": "w1 w2"}) + "\n")
-        commands["edge"] = [
+        commands["train"] = [
             EDGE, "train", "--bundle", place / "bundle", "--server", "ws://127.0.0.1:1", "--data", data,
             "--out", tmp_path / "out",
         ]  # fmt: skip

@@ -16,14 +16,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_resume import KR, SAVE_EVERY, STEPS, Place, assert_same_run, place, rows, wait_for_lines, whole
 
-from dlora.edge.batches import Batches
 from dlora.edge.checkpoint import list_checkpoints
 from dlora.edge.cli import train as train_command
 from dlora.edge.config import TrainConfig, go_on_with
-from dlora.edge.data import Dataset
 from dlora.edge.optimizer import OptimizerConfig
 from dlora.edge.run_file import RunSettings, load_run_file
-from dlora.edge.seeds import draw_seed, seed_for_server
+from dlora.edge.seeds import adapter_generator, draw_seed, order_generator, seed_for_server
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 
@@ -107,14 +105,13 @@ def test_seeds() -> None:
     assert len(drawn) == 4
     assert drawn != draw_seed()
     assert seed_for_server(drawn) == seed_for_server(drawn) != seed_for_server(draw_seed())
-    # What the server is told is another number: it draws another A, and another order of the data.
+    # What the server is told, or sees, gives neither A nor the order: numpy's generators can be turned back.
     told = seed_for_server((7,))
     assert 0 <= told < 2**32
-    mine, theirs = (np.random.default_rng([seed, 0xA]).random(4) for seed in (7, told))
-    assert not np.isclose(mine, theirs).any()
-    numbered = Dataset.of([([n, n + 1], [0]) for n in range(40)])
-    orders = [Batches(numbered, 40, 1, seed=(seed,)).step_indices(0).tolist() for seed in (7, told)]
-    assert orders[0] != orders[1]
+    generators = [adapter_generator((7,)), *(order_generator((7,), epoch) for epoch in range(20))]
+    generators += [adapter_generator((told,)), order_generator((told,), 0)]
+    generators += [np.random.default_rng(seed) for seed in (7, told, [7, 0], [7, 0xA], [told, 0xA])]
+    assert len({generator.integers(2**63) for generator in generators}) == len(generators)
 
 
 # -- longer ----------------------------------------------------------------------------------------------
@@ -172,11 +169,12 @@ def test_more_epochs_make_it_longer_too(place: Place, whole: dict[str, Path], tm
 def test_what_cannot_be_made_longer() -> None:
     before = config(total_steps=60)
     longer = config(total_steps=80, seed=())
-    assert go_on_with(longer, before, 60) == config(total_steps=80, part_begins=60)
-    assert go_on_with(config(total_steps=60, seed=()), before, 20) == before
-    with pytest.raises(UsageError, match="at step 20 of 60, and only a finished one"):
-        go_on_with(longer, before, 20)
-    third = go_on_with(config(total_steps=90, seed=()), config(total_steps=80, part_begins=60), 80)
+    out = Path("here")
+    assert go_on_with(longer, before, 60, out) == config(total_steps=80, part_begins=60)
+    assert go_on_with(config(total_steps=60, seed=()), before, 20, out) == before
+    with pytest.raises(UsageError, match=r"at step 20 of 60, and only a finished one .* resume here --steps 60"):
+        go_on_with(longer, before, 20, out)
+    third = go_on_with(config(total_steps=90, seed=()), config(total_steps=80, part_begins=60), 80, out)
     assert (third.part_begins, third.steps) == (80, 10)
 
 
