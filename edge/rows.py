@@ -24,7 +24,8 @@ _SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _TO_JSONL: Final = {
     ".txt": "python3 -c 'import json, sys; [print(json.dumps(dict(text=line.strip()))) for line in sys.stdin "
     "if line.strip()]' < {source} > {target}",
-    ".parquet": "pip install pandas pyarrow; python3 -c 'import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], "
+    ".parquet": "pip install pandas pyarrow && python3 -c 'import pandas, sys; "
+    "pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], "
     'orient="records", lines=True)\' {source} {target}',
 }
 

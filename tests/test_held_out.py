@@ -19,8 +19,7 @@ from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import UsageError
 
 WEIGHTS = "adapter_model.safetensors"
-# A learning rate with which a tiny model learns its four lines by heart, and unlearns all others.
-OVERFITS: dict[str, object] = {"steps": 20, "lr": 0.05, "eval_every": 2}
+OVERFITS: dict[str, object] = {"steps": 20, "lr": 0.1, "schedule": "constant", "alpha": 32, "eval_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +28,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     save_tiny(directory / "model")
     export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
     data = directory / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"w{n} w{n + 1} w{n + 2} w{n + 3}"}) + "\n" for n in range(4)))
-    (directory / "held.jsonl").write_text(json.dumps({"text": "w1 w2 w60 w61 w7 w62"}) + "\n")
+    # That an answer is one word long is soon learnt, and helps; then what the words are, which are others there.
+    rows = [{"prompt": f"w{n} w{n + 1}", "completion": f" w{n + 2}"} for n in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "held.jsonl").write_text(json.dumps({"prompt": "w1 w2", "completion": " w60"}) + "\n")
     with serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server:
         yield Place(directory / "bundle", data, server.url)
 

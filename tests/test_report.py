@@ -120,7 +120,7 @@ def test_plain_lines_every_few_steps() -> None:
         reporter.warn("mind [the] gap")
     first, estimate, *lines = stream.getvalue().splitlines()
     assert first.startswith("step 1/25")
-    assert estimate == "expected time: 0:11 for the 22 steps that are left"
+    assert estimate == "expected time: 0:11 for 22 steps"
     assert [line.split()[1] for line in lines[:-1]] == ["10/25", "20/25", "25/25"]
     assert lines[0] == "step 10/25  loss 2.500  600 tok/s  0.84↑ 0.42↓ MB/step  active 4/6  eta 0:08"
     assert lines[-1] == "warning: mind [the] gap"
