@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dlora.protocol.limits import MAX_RANK
+from dlora.protocol.limits import MAX_RANK, MAX_THREADS
 from dlora.protocol.version import SOFTWARE_VERSION
 
 from . import pause
@@ -128,7 +128,6 @@ TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length
 ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
 
 # A typing slip must not fill the memory, and the wire takes no more.
-MAX_THREADS = 1024
 MAX_COUNT, MAX_SEED = 10**9, 2**32 - 1
 
 ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0, max=MAX_THREADS)]

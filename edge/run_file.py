@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from dlora.protocol.errors import CheckpointError, UsageError
-from dlora.protocol.kill_revive import OnKill, ScoreName, UnitKind
+from dlora.protocol.kill_revive import MAX_STEPS, Fraction, OnKill, ScoreName, UnitKind
+from dlora.protocol.limits import MAX_THREADS
 from dlora.protocol.tensors import WireDtype
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
@@ -28,58 +29,62 @@ NAME = "run.json"
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
 
 Keep = Literal["last", "best"]
-Text = Annotated[str, msgspec.Meta(min_length=1)]
+# As the command line has them: run.json may have been edited.
+FilePath = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]+\Z")]
+Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_STEPS)]
+Whole = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEPS)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of ``dlora-edge train``, under their own names; paths are absolute. See ``--help``."""
 
-    bundle: Text
+    bundle: FilePath
     server: str
-    data: Text
-    out: Text
-    eval_data: str | None
-    epochs: float
-    steps: int | None
-    batch_size: int
-    grad_accum: int
-    max_length: int | None
+    data: FilePath
+    out: FilePath
+    eval_data: FilePath | None
+    epochs: Amount
+    steps: Count | None
+    batch_size: Count
+    grad_accum: Count
+    max_length: Count | None
     too_long: TooLong
     columns: str | None
-    lr: float
+    lr: Amount
     schedule: ScheduleName
-    warmup: float
-    weight_decay: float
-    max_grad_norm: float
-    rank: int | None
+    warmup: Amount
+    weight_decay: Amount
+    max_grad_norm: Amount
+    rank: Count | None
     alpha: float | None
-    seed: int | None
-    init_adapter: str | None
-    save_every: int
-    eval_every: int
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] | None
+    init_adapter: FilePath | None
+    save_every: Count
+    eval_every: Whole
     keep: Keep
-    patience: int | None
+    patience: Count | None
     wire_dtype: WireDtype
-    threads: int
+    threads: Annotated[int, msgspec.Meta(ge=0, le=MAX_THREADS)]
     engine: EngineName | Literal["auto"]
-    token_file: str | None
-    ca: str | None
-    client_cert: str | None
-    client_key: str | None
+    token_file: FilePath | None
+    ca: FilePath | None
+    client_cert: FilePath | None
+    client_key: FilePath | None
     insecure: bool
-    max_retry_s: float | None
-    exchange_timeout_s: float
+    max_retry_s: Amount | None
+    exchange_timeout_s: Annotated[float, msgspec.Meta(ge=1)]
     pause_when: list[str] | None
-    active_fraction: float
+    active_fraction: Fraction
     kr_score: ScoreName
     kr_unit: UnitKind
-    kr_warmup_steps: int
-    kr_ramp_fraction: float
-    kr_kill_every: int
-    kr_revive_every: int
-    kr_revive_share: float
-    kr_probation: int
-    kr_hysteresis: float
+    kr_warmup_steps: Whole
+    kr_ramp_fraction: Fraction
+    kr_kill_every: Count
+    kr_revive_every: Whole
+    kr_revive_share: Fraction
+    kr_probation: Whole
+    kr_hysteresis: Fraction
     kr_on_kill: OnKill
     kr_cost_aware: bool
     kr_spread: bool
@@ -93,7 +98,10 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name, value in given.items():
             if isinstance(value, float) and not math.isfinite(value):  # no JSON has it
                 raise UsageError(f"--{name.replace('_', '-')} {value} is no number; write one, or leave it out")
-        return msgspec.convert({name: _plain(value) for name, value in given.items()}, cls)
+        try:
+            return msgspec.convert({name: _plain(value) for name, value in given.items()}, cls)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"an option cannot be so: {error}") from None
 
     def path(self, name: str) -> Path | None:
         """A setting that is a path."""

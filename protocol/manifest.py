@@ -151,7 +151,7 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     key: str = ""
     files: dict[str, BundlePath]
     inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
     error: float
     tolerance: float
     errors: dict[str, float] = {}
@@ -183,7 +183,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     software: str
     base_model: BaseModelSpec
     lora: LoraSpec
-    groups: tuple[GroupSpec, ...]
+    groups: Annotated[tuple[GroupSpec, ...], msgspec.Meta(min_length=1)]
     embedding: EmbeddingSpec
     head: HeadSpec
     tokenizer: TokenizerSpec
@@ -245,6 +245,11 @@ def load_manifest(bundle: Path) -> Manifest:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+    for graph in manifest.graphs:
+        if len({spec.name for spec in graph.outputs}) != len(graph.outputs):
+            raise BundleError(f"{path}: the graph {graph.kind} names an output twice; export the bundle again")
+    if not all(group.targets for group in manifest.groups):
+        raise BundleError(f"{path}: an exchange group has no target module; export the bundle again")
     for field, name in paths_of(manifest):
         if name not in manifest.files:
             raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")

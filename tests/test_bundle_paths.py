@@ -261,3 +261,17 @@ def test_a_rank_that_fills_the_memory(bundle: Path) -> None:
     value["lora"]["r"] = 10**9
     (bundle / "manifest.json").write_text(json.dumps(value))
     refused(bundle, "lora.r")
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda it: it.update(groups=[]), "groups"),
+    (lambda it: it["groups"][0].update(targets=[]), "an exchange group has no target module"),
+    (lambda it: it["graphs"][0].update(outputs=[]), "outputs"),
+    (lambda it: it["graphs"][0].update(outputs=it["graphs"][0]["outputs"] * 2), "names an output twice"),
+], ids=["no groups", "no targets", "no outputs", "outputs twice"])  # fmt: skip
+def test_a_manifest_that_makes_no_sense(bundle: Path, change: Any, words: str) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=words):
+        load_manifest(bundle)

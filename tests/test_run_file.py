@@ -255,3 +255,23 @@ def test_a_drawn_seed_is_not_told(place: Place, tmp_path: Path) -> None:
     done = run_edge(*unseeded, "--seed", 5, "--resume")
     assert done.code == CheckpointError.exit_code
     assert "has another --seed. Go on" in done.errors[0]
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("batch_size", 0), ("grad_accum", 0), ("save_every", 0), ("rank", -3), ("seed", -1), ("threads", 10**7),
+    ("exchange_timeout_s", 0), ("max_retry_s", -1), ("patience", 0), ("max_length", 0), ("data", "a\0b"),
+    ("kr_kill_every", 0), ("lr", "much"), ("token", "dlora_…"),
+])  # fmt: skip
+def test_a_run_file_that_was_edited(
+    place: Place, whole: dict[str, Path], setting: str, value: object, tmp_path: Path
+) -> None:
+    """What the command line would not take is not taken here."""
+    out = copied(whole["off"], tmp_path / "out")
+    run = json.loads((out / "run.json").read_text())
+    run["settings"][setting] = value
+    (out / "run.json").write_text(json.dumps(run))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = resume(out)
+    assert (done.code, len(done.errors)) == (CheckpointError.exit_code, 1), done.stderr
+    assert setting in done.errors[0]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
