@@ -31,6 +31,7 @@ from dlora.protocol.manifest import (
     TokenizerSpec,
     encode_manifest,
 )
+from dlora.protocol.version import BUNDLE_FORMAT
 
 WEIGHT = "embedding.npy"
 
@@ -94,7 +95,7 @@ def manifest_of(files: dict[str, bytes]) -> bytes:
     """A manifest as small as can be, of files with this content; the first is graph and golden vectors."""
     tensor = TensorSpec("ids", "int64", ("tokens",))
     manifest = Manifest(
-        format=1,
+        format=BUNDLE_FORMAT,
         software="dlora",
         base_model=BaseModelSpec(
             name="tiny",
