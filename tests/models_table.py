@@ -11,6 +11,7 @@ from dlora.cloud.base_model import BaseModel
 from dlora.export.selection import select_targets
 from dlora.protocol.errors import ExportError
 
+ON_EXECUTORCH: Final = "llama"  # tests/test_executorch.py
 PAGE: Final = Path(__file__).parents[1] / "docs" / "models.md"
 _TOP: Final = """\
 # Models
@@ -34,10 +35,11 @@ weights are tried with SmolLM2-135M (`llama`) only.
   `in_proj` of its blocks.
 - **`all-linear` leaves out**: modules of the blocks that cannot be targets, one name for each reason. Export says so,
   too.
+- **engines**: on which of them whole runs are tested.
 - **run**: *always* by `make test`, or *slow* by `make test-slow`.
 
-| family | default | whose | `all-linear` leaves out | run |
-|---|---|---|---|---|
+| family | default | whose | `all-linear` leaves out | engines | run |
+|---|---|---|---|---|---|
 """
 _REFUSED: Final = """
 ## Refused
@@ -61,7 +63,8 @@ def accepted(family: str) -> str:
     )
     run = "always" if family in FAMILIES else "slow"
     names = ", ".join(f"`{name}`" for name in default.target_modules)
-    return f"| {family} | {names} | {whose} | {left_out} | {run} |"
+    engines = "onnx, executorch" if family == ON_EXECUTORCH else "onnx"
+    return f"| {family} | {names} | {whose} | {left_out} | {engines} | {run} |"
 
 
 def refused(family: str) -> str:
