@@ -76,7 +76,7 @@ class Controller:
         self._since = np.zeros(len(units), np.int64)  # step at which a unit was last killed or revived
         self._on_trial = np.zeros(len(units), np.bool_)  # revived, and not judged since
         self._ema = np.zeros(len(units), np.float64)
-        if self._is_fixed:
+        if self.schedule.is_fixed:
             self._states[~self._fixed_set()] = _KILLED
         else:
             self._kill_over_budget(0)
@@ -112,7 +112,7 @@ class Controller:
         active = self._states == _ACTIVE
         self._ema[active] = decay * self._ema[active] + (1.0 - decay) * given[active]
         self.next_step = step + 1
-        if not self._is_fixed and self.next_step <= self.schedule.last_change:
+        if not self.schedule.is_fixed and self.next_step <= self.schedule.last_change:
             self._end_fades(self.next_step)
             self._kill_over_budget(self.next_step)
             self._tick(self.next_step)
@@ -162,12 +162,6 @@ class Controller:
         self._since = np.frombuffer(state, "<i8", units, 8 + 2 * units).astype(np.int64)
         self._ema = np.frombuffer(state, "<f8", units, 8 + 10 * units).astype(np.float64)
         return self
-
-    @property
-    def _is_fixed(self) -> bool:
-        """Whether the active set never changes: kill-and-revive is off, or the policy says so."""
-        config = self.config
-        return config.score in ("static", "last") or self.schedule.floor == self._states.size
 
     def _fixed_set(self) -> npt.NDArray[np.bool_]:
         chosen = self._pinned.copy()

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -115,7 +116,7 @@ class Dataset:
         """Tokens of each example, int64 (examples,)."""
         return np.diff(self._starts)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 over all ids, label positions and boundaries: a resumed run must find the same."""
         digest = hashlib.sha256(b"dlora data set 1\0")

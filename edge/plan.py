@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dlora.protocol.kill_revive import MAX_STEPS, GroupSpec, KillReviveConfig, Schedule, group_units, steps_needed
+from dlora.protocol.kill_revive import MAX_STEPS, GroupSpec, Schedule, group_units, steps_needed
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.traffic import Traffic, micro_batch_traffic
 
 from .config import TrainConfig
 from .data import Dataset
 
-# benchmarks/kill_revive.py on Banking77, two seeds; docs/experiments.md has the table.
 _SAMPLES: Final = 1000
+# benchmarks/kill_revive.py on Banking77, two seeds; docs/experiments.md has the table.
 COST_OF_AN_EIGHTH: Final = "on Banking77 1/8 had 84% and 76% of held-out messages right, all active 95% and 89%"
 
 
@@ -83,7 +83,8 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
     if active == units:
         return []
     lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality; {COST_OF_AN_EIGHTH}"]
-    if not _is_fixed(kr) and not Schedule(kr, units, config.steps).has_trials:
+    schedule = Schedule(kr, units, config.steps)
+    if not schedule.is_fixed and not schedule.has_trials:
         needed = steps_needed(kr, units)
         more = f"{needed:,} steps or more, or " if needed < MAX_STEPS else ""
         lines.append(
@@ -114,19 +115,12 @@ def evaluation_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset) -> 
 
 def _active_share(config: TrainConfig, units: int, steps: int) -> float:
     """Mean share of the units that are active in the last ``steps`` steps."""
-    kr = config.kill_revive
-    floor = kr.budget_floor(units)
-    if _is_fixed(kr) or floor == units:
-        return floor / units
-    schedule, first = Schedule(kr, units, config.steps), config.steps - steps
+    schedule, first = Schedule(config.kill_revive, units, config.steps), config.steps - steps
+    if schedule.is_fixed:
+        return schedule.floor / units
     # A sample: a run may have a billion steps.
     looked_at = range(first, first + steps, max(1, steps // _SAMPLES))
     return sum(schedule.budget(step) for step in looked_at) / (units * max(1, len(looked_at)))
-
-
-def _is_fixed(kr: KillReviveConfig) -> bool:
-    """Whether the same units are active in every step."""
-    return kr.score in ("static", "last")
 
 
 def _mean_bytes(

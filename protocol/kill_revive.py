@@ -125,6 +125,11 @@ class Schedule:
         ramp_end = min(math.ceil(config.ramp_fraction * total_steps - 1e-9), self.last_change)
         self.settled = max(self.warmup, ramp_end)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the active set never changes: kill-and-revive is off, or the policy says so."""
+        return self.config.score in ("static", "last") or self.floor == self.units
+
     def budget(self, step: int) -> int:
         """b(t): how many units are ACTIVE in ``step``; AdaLoRA's cubic schedule (arXiv 2303.10512)."""
         step = min(step, self.last_change)
