@@ -42,8 +42,14 @@ class Evaluations:
 
     def left(self, next_step: int, total_steps: int) -> int:
         """How many are still to come at ``next_step``; one that belongs there counts, the one after the run too."""
-        between = (total_steps - 1) // self.every - next_step // self.every if self.every else 0
-        return between + 1 + (next_step == 0)
+        return sum(map(len, self.steps_left(next_step, total_steps)))
+
+    def steps_left(self, next_step: int, total_steps: int) -> tuple[range, range, range]:
+        """How many steps are done at each of them: before the run, on the way, and after it."""
+        between = range(0)
+        if self.every:
+            between = range((next_step // self.every + 1) * self.every, total_steps, self.every)
+        return range(next_step == 0), between, range(total_steps, total_steps + 1)
 
 
 def run_line(
@@ -58,8 +64,7 @@ def run_line(
     done = f" ({next_step:,} of them done)" if next_step else ""
     traffic = f"about {_mb(expected_mb(config, manifest, dataset, next_step))} for training"
     if evaluations is not None:
-        count = evaluations.left(next_step, total)
-        mb = count * evaluation_mb(config, manifest, evaluations.dataset)
+        mb, count = evaluations_mb(config, manifest, evaluations, next_step), evaluations.left(next_step, total)
         traffic += f" and {_mb(mb)} for {_count(count, 'evaluation')}"
     return (
         f"run: {_count(total, 'step')}{done}, {per_epoch:,} an epoch, {_count(total / per_epoch, 'epoch', '.1f')}; "
@@ -96,31 +101,34 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
 def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:
     """What training from ``next_step`` on will put on the wire, in MB of 10**6 bytes: mean micro-batches, and as many
     units as the schedule lets be active. Units that fade, and evaluations, come on top."""
-    steps = config.total_steps - next_step
-    share = _active_share(config, len(group_units(manifest.groups, config.kill_revive.unit)), steps)
+    steps = range(next_step, config.total_steps)
+    share = _active_share(config, manifest, steps)
     none, everything = (_mean_bytes(config, manifest, dataset, live) for live in ((), range(len(manifest.groups))))
-    return steps * (none + share * (everything - none)) / 1e6
+    return len(steps) * (none + share * (everything - none)) / 1e6
 
 
-def evaluation_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset) -> float:
-    """What one evaluation will put on the wire, in MB of 10**6 bytes, with as many units as stay active."""
-    units = len(group_units(manifest.groups, config.kill_revive.unit))
-    share = config.kill_revive.budget_floor(units) / units
+def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: Evaluations, next_step: int) -> float:
+    """What all evaluations from ``next_step`` on will put on the wire, in MB of 10**6 bytes, likewise."""
     none, everything = (
-        _mean_bytes(config, manifest, dataset, live, grad_accum=1, trains=False)
+        _mean_bytes(config, manifest, evaluations.dataset, live, grad_accum=1, trains=False)
         for live in ((), range(len(manifest.groups)))
     )
-    return -(-len(dataset) // config.batch_size) * (none + share * (everything - none)) / 1e6
+    micro_batches = -(-len(evaluations.dataset) // config.batch_size)
+    return sum(
+        len(steps) * micro_batches * (none + _active_share(config, manifest, steps) * (everything - none)) / 1e6
+        for steps in evaluations.steps_left(next_step, config.total_steps)
+    )
 
 
-def _active_share(config: TrainConfig, units: int, steps: int) -> float:
-    """Mean share of the units that are active in the last ``steps`` steps."""
-    schedule, first = Schedule(config.kill_revive, units, config.steps), config.steps - steps
+def _active_share(config: TrainConfig, manifest: Manifest, steps: range) -> float:
+    """Mean share of the units that are active in these steps."""
+    units = len(group_units(manifest.groups, config.kill_revive.unit))
+    schedule = Schedule(config.kill_revive, units, config.steps)
     if schedule.is_fixed:
         return schedule.floor / units
     # A sample: a run may have a billion steps.
-    looked_at = range(first, first + steps, max(1, steps // _SAMPLES))
-    return sum(schedule.budget(step) for step in looked_at) / (units * max(1, len(looked_at)))
+    looked_at = steps[:: max(1, len(steps) // _SAMPLES)]
+    return sum(schedule.budget(step - config.part_begins) for step in looked_at) / (units * max(1, len(looked_at)))
 
 
 def _mean_bytes(

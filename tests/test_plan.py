@@ -155,3 +155,23 @@ def test_a_run_of_a_billion_steps_is_planned_at_once(place: Place) -> None:
     whole = expected_mb(config, manifest, dataset, 0)
     shorter = expected_mb(msgspec.structs.replace(config, total_steps=1000), manifest, dataset, 0)
     assert whole == pytest.approx(shorter * 1e6, rel=0.03)
+
+
+@pytest.mark.parametrize("options", [{}, {"active_fraction": 0.25, "kr_warmup_steps": 4}], ids=str)
+def test_evaluations_count_in_what_it_expects(place: Place, tmp_path: Path, options: dict[str, object]) -> None:
+    """Before a run all units take part, and after it those that stay active: once it was counted as if few did."""
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text((json.dumps({"text": "w1 w2 w3 w4 " * 4}) + "\n") * 64)
+    done = run_edge(
+        *place.train(
+            tmp_path / "out", eval=held_out, max_length=20, too_long="skip", steps=60, batch_size=8, eval_every=30,
+            **options,
+        ),
+        "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    (expected, count) = re.findall(r"and ([\d,.]+) MB for (\d+) evaluations", done.stderr)[0]
+    assert int(count) == len(summary["evaluations"]) == 3
+    counted = (summary["eval_bytes_up"] + summary["eval_bytes_down"]) / 1e6
+    assert float(expected.replace(",", "")) == pytest.approx(counted, rel=0.1, abs=0.05)
