@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from children import log
 
-from dlora.edge.bundle import Bundle
-from dlora.edge.engine import Engine, scalar
-from dlora.edge.engines import make_engine, usable_engines
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.choose import make_engine, usable_engines
+from dlora.edge.engine.engine import Engine, scalar
 from dlora.protocol.manifest import GraphSpec, TensorSpec
 
 Array = npt.NDArray[Any]

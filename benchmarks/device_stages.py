@@ -71,13 +71,13 @@ def main() -> None:
     memory.stage("python")
 
     # As the command imports them, and when.
-    importlib.import_module("dlora.edge.cli")
-    from dlora.edge.bundle import Bundle
-    from dlora.edge.config import TrainConfig
-    from dlora.edge.loading import Reading, load_datasets
-    from dlora.edge.metrics import StepMetrics
-    from dlora.edge.optimizer import OptimizerConfig
-    from dlora.edge.report import Reporter
+    importlib.import_module("dlora.edge.commands.app")
+    from dlora.edge.data.loading import Reading, load_datasets
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.edge.run.report import Reporter
+    from dlora.edge.training.config import TrainConfig
+    from dlora.edge.training.metrics import StepMetrics
+    from dlora.edge.training.optimizer import OptimizerConfig
     from dlora.protocol.kill_revive import KillReviveConfig
 
     memory.stage("imports")
@@ -85,7 +85,7 @@ def main() -> None:
     memory.stage("bundle opened")
     (dataset,) = load_datasets(Reading(bundle, [options.data], None, options.tokens // 2, "truncate"))
     memory.stage("data read, by a child")
-    from dlora.edge.training import TrainRun, train
+    from dlora.edge.run.run import TrainRun, train
 
     memory.stage("engine imported")
 

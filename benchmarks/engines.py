@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from dlora.edge.bundle import Bundle
-from dlora.edge.engine import Array
-from dlora.edge.engines import make_engine, usable_engines
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.choose import make_engine, usable_engines
+from dlora.edge.engine.engine import Array
 from dlora.protocol.manifest import GraphSpec, Manifest
 
 

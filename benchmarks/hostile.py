@@ -33,14 +33,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "attacks"))
 
 from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, besieged
 
-from dlora.cloud.guard import raise_file_limit
-from dlora.edge.bundle import Bundle
-from dlora.edge.config import TrainConfig
-from dlora.edge.connection import Connection
-from dlora.edge.data import Dataset
-from dlora.edge.onnx_engine import OnnxEngine
-from dlora.edge.optimizer import OptimizerConfig
-from dlora.edge.trainer import Trainer
+from dlora.cloud.door.guard import raise_file_limit
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connection import Connection
 from dlora.protocol.kill_revive import KillReviveConfig
 
 SITTING = 20

@@ -26,7 +26,7 @@ from children import cloud_server, log
 from transformers import OPTConfig, OPTForCausalLM
 from websockets.sync.client import connect
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol import messages as m
 from dlora.protocol.codec import Decoder, encode
 from dlora.protocol.counting import counted_tokens

@@ -12,7 +12,7 @@ import time
 import torch
 from peft import LoraConfig, get_peft_model
 
-from dlora.cloud.base_model import load_base_model
+from dlora.cloud.model.base_model import load_base_model
 
 
 def main(model: str, threads: int, targets: str, rank: int, alpha: float, lr: float) -> None:

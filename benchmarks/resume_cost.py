@@ -27,13 +27,13 @@ from children import QUIET_THREADS, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
-from dlora.edge.bundle import Bundle
-from dlora.edge.config import TrainConfig
-from dlora.edge.connection import Connection
-from dlora.edge.data import Dataset
-from dlora.edge.onnx_engine import OnnxEngine
-from dlora.edge.optimizer import OptimizerConfig
-from dlora.edge.trainer import Trainer
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connection import Connection
 from dlora.protocol import codec
 from dlora.protocol.codec import Prefix
 from dlora.protocol.kill_revive import KillReviveConfig

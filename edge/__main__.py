@@ -17,7 +17,7 @@ def _main() -> None:
         print(f"dlora-edge {SOFTWARE_VERSION}")
         return
     with extra_needed("edge"):
-        from .cli import app
+        from dlora.edge.commands.app import app
 
         app(prog_name="dlora-edge")
 

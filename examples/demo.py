@@ -21,8 +21,8 @@ from dialogue import write_dialogue
 from rich.console import Console
 from rich.table import Table
 
-from dlora.edge.kr_map import render_map
-from dlora.edge.metrics import history, read_metrics
+from dlora.edge.run.kr_map import render_map
+from dlora.edge.training.metrics import history, read_metrics
 
 OUT = Path("build/demo")
 BUNDLE = OUT / "bundle"

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from dlora.cloud.base_model import load_base_model
-from dlora.edge.batches import evaluation_batches
-from dlora.edge.bundle import Bundle
-from dlora.edge.data import load_examples
-from dlora.edge.tokenizer import EdgeTokenizer
+from dlora.cloud.model.base_model import load_base_model
+from dlora.edge.data.batches import evaluation_batches
+from dlora.edge.data.examples import load_examples
+from dlora.edge.data.tokenizer import EdgeTokenizer
+from dlora.edge.engine.bundle import Bundle
 
 
 def main(model: str, adapter: Path, bundle: Path, data: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import safetensors.numpy
 
-from dlora.cloud.base_model import (
+from dlora.cloud.model.base_model import (
     BaseModel,
     EmbeddingEnd,
     HeadEnd,
@@ -20,6 +20,11 @@ from dlora.cloud.base_model import (
     find_source,
     load_model,
 )
+from dlora.export.graphs.adamw_graph import adamw_graph
+from dlora.export.graphs.adapter_graphs import adapter_graphs
+from dlora.export.graphs.embedding_graph import embedding_graph
+from dlora.export.graphs.head_graph import HeadShape, head_graphs
+from dlora.export.graphs.reference import Arrays
 from dlora.protocol import interrupts
 from dlora.protocol.errors import UsageError, one_line
 from dlora.protocol.kill_revive import GroupSpec
@@ -39,12 +44,7 @@ from dlora.protocol.manifest import (
 )
 from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 
-from .adamw_graph import adamw_graph
-from .adapter_graphs import adapter_graphs
-from .embedding_graph import embedding_graph
-from .head_graph import HeadShape, head_graphs
 from .place import check_place, placed
-from .reference import Arrays
 from .selection import select_targets
 from .to_executorch import BOUNDS, check_executorch
 from .tokenizer import load_tokenizer, save_tokenizer

@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from torch import nn
 
-from dlora.cloud.base_model import BaseModel, quiet
+from dlora.cloud.model.base_model import BaseModel, quiet
 from dlora.protocol.errors import ExportError
 
 ALL_LINEAR: Final = "all-linear"

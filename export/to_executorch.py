@@ -24,13 +24,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from dlora.export.graphs.graph import TrainingGraph
+from dlora.export.graphs.head_graph import HeadShape
+from dlora.export.graphs.reference import Arrays
 from dlora.protocol.errors import ExportError, MissingExtraError
 from dlora.protocol.manifest import TensorSpec
 
-from . import torch_graphs, torch_head
-from .graph import TrainingGraph
-from .head_graph import HeadShape
-from .reference import Arrays
+from .graphs import torch_graphs, torch_head
 
 # What a program takes at most of each dynamic dimension; devices cut what is longer, all but the rank, into pieces.
 BOUNDS: Final = {"tokens": 4096, "rank": 256, "rows": 256, "n": 1 << 20}

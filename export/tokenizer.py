@@ -8,7 +8,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from dlora.cloud.base_model import BaseModel, ModelSource, quiet
+from dlora.cloud.model.base_model import BaseModel, ModelSource, quiet
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import TokenizerSpec
 

@@ -13,9 +13,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from dlora.export.graphs.reference import Arrays
 from dlora.protocol.manifest import StoredDtype
-
-from .reference import Arrays
 
 FACTOR: Final = 4.0  # of torch's own error: another order of sums; up to 3 times was seen
 FLOOR: Final = 2e-6  # and 17 units in the last place besides, where torch happens to be nearly exact

@@ -11,14 +11,14 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
-from dlora.cloud.base_model import BaseModel, EmbeddingEnd, HeadEnd, model_code
+from dlora.cloud.model.base_model import BaseModel, EmbeddingEnd, HeadEnd, model_code
+from dlora.export.graphs.graph import TrainingGraph
+from dlora.export.graphs.head_graph import HeadShape
+from dlora.export.graphs.reference import Arrays
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import StoredDtype
 
-from . import reference
-from .graph import TrainingGraph
-from .head_graph import HeadShape
-from .reference import Arrays
+from .graphs import reference
 from .to_executorch import load_program, to_executorch, torch_module
 from .tolerances import ADAMW_TOLERANCE, EMBEDDING_TOLERANCES, HEAD_ROUNDING, Rounding, allowed, relative_error
 

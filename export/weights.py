@@ -10,12 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dlora.cloud.base_model import EmbeddingEnd, HeadEnd
+from dlora.cloud.model.base_model import EmbeddingEnd, HeadEnd
+from dlora.export.graphs.head_graph import CALL_ROWS
+from dlora.export.graphs.reference import Arrays
 from dlora.protocol.errors import ExportError, StorageError
 from dlora.protocol.manifest import EmbeddingSpec, HeadSpec, StoredDtype
-
-from .head_graph import CALL_ROWS
-from .reference import Arrays
 
 FOLDER: Final = "weights"
 _EMBEDDING: Final = f"{FOLDER}/embedding.npy"

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from families import save_tiny
 
-from dlora.edge import engines
+from dlora.edge.engine import choose as engines
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, tiny_model
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel
 from dlora.export.selection import select_targets
 from dlora.protocol.errors import ExportError
 

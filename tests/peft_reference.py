@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from dlora.edge.adapters import AdapterSet
-from dlora.edge.batches import MicroBatch
+from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.data.batches import MicroBatch
 
 
 def with_adapters(model: PreTrainedModel, adapters: AdapterSet, rank: int, alpha: float) -> PeftModel:

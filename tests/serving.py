@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.server import CloudServer
-from dlora.edge.bundle import Bundle
-from dlora.edge.config import TrainConfig
-from dlora.edge.connection import Connection
-from dlora.edge.data import Dataset
-from dlora.edge.dialing import Dialing
-from dlora.edge.onnx_engine import OnnxEngine
-from dlora.edge.optimizer import OptimizerConfig
-from dlora.edge.trainer import Trainer
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.serving.server import CloudServer
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.dialing import Dialing
 from dlora.protocol.kill_revive import KillReviveConfig
 
 KEY = bytes(range(32))

@@ -18,14 +18,14 @@ import pytest
 from attacks.fuzz_manifest import manifest_of
 from waiting import eventually
 
-from dlora.edge import child
-from dlora.edge.bundle import Bundle
-from dlora.edge.chat import ChatTemplate
-from dlora.edge.child import Child, Note
-from dlora.edge.data import Dataset
-from dlora.edge.loading import Reading, load_datasets
-from dlora.edge.prompt import prompt_tokenizer
-from dlora.edge.rows import MAX_RECORD_BYTES
+from dlora.edge.data import child
+from dlora.edge.data.chat import ChatTemplate
+from dlora.edge.data.child import Child, Note
+from dlora.edge.data.examples import Dataset
+from dlora.edge.data.loading import Reading, load_datasets
+from dlora.edge.data.prompt import prompt_tokenizer
+from dlora.edge.data.rows import MAX_RECORD_BYTES
+from dlora.edge.engine.bundle import Bundle
 from dlora.protocol import errors
 from dlora.protocol.errors import BundleError, DataError, DloraError, RefusedError, RemoteProtocolError
 from dlora.protocol.manifest import Manifest, TokenizerSpec
@@ -235,8 +235,8 @@ def test_a_csv_of_many_records_may_be_longer(tmp_path: Path) -> None:
 def test_many_turns_are_rendered_as_often_as_is_needed(
     tmp_path: Path, too_long: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dlora.edge.data import load_examples
-    from dlora.edge.tokenizer import EdgeTokenizer
+    from dlora.edge.data.examples import load_examples
+    from dlora.edge.data.tokenizer import EdgeTokenizer
 
     path = write(tmp_path / "d.jsonl", {"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER] * 10_000})
     rendered = []
@@ -379,7 +379,7 @@ def test_an_interrupt_ends_the_child_as_well() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="others have no way to ask for it")
 def test_a_child_does_not_outlive_its_parent() -> None:
     code = (
-        "import time\nfrom dlora.edge.child import Child, Note\n"
+        "import time\nfrom dlora.edge.data.child import Child, Note\n"
         "with Child(lambda _: time.sleep(600) or [], Note()) as one:\n    print(one._pid, flush=True)\n    one.call()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -12,10 +12,10 @@ from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, save_tiny, tiny_
 from processes import CLOUD
 from transformers import PreTrainedModel
 
-from dlora.cloud.base_model import BaseModel, find_embedding, find_head, load_base_model
-from dlora.cloud.ends import check_cut, cut_error
-from dlora.cloud.live_bytes import LiveBytes
-from dlora.cloud.source import public_name
+from dlora.cloud.model.base_model import BaseModel, find_embedding, find_head, load_base_model
+from dlora.cloud.model.ends import check_cut, cut_error
+from dlora.cloud.model.live_bytes import LiveBytes
+from dlora.cloud.model.source import public_name
 from dlora.export.verify import real_hidden_states
 from dlora.protocol.errors import ExportError, UsageError
 

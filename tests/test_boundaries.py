@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,24 @@ def test_no_bare_names_and_no_pickle(path: Path) -> None:
     assert not _imports(ast.parse(path.read_text())) & {*PACKAGES, "pickle", "dill", "cloudpickle", "marshal", "shelve"}
 
 
+def modules_of(package: str) -> list[str]:
+    """The full names of a package's modules, at any depth; ``native`` is a program that builds C++."""
+    paths = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / package).rglob("*.py"))]
+    return [".".join(("dlora", *path.parts)) for path in paths if not {"__init__", "native"} & set(path.parts)]
+
+
+def test_every_folder_with_modules_is_a_package_that_is_installed() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    folders = {path.parent for name in PACKAGES for path in (ROOT / name).rglob("*.py")} - {ROOT / "edge" / "native"}
+    found = {".".join(("dlora", *folder.relative_to(ROOT).parts)) for folder in folders}
+    assert sorted(found) == sorted(listed)
+    assert all((folder / "__init__.py").exists() for folder in folders)
+
+
 def test_importing_the_whole_edge_leaves_torch_unloaded() -> None:
-    modules = [f"dlora.edge.{path.stem}" for path in (ROOT / "edge").glob("*.py") if path.stem != "__init__"]
+    modules = modules_of("edge")
+    assert len(modules) > 40
     code = (
         f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
         "bad = {'torch', 'transformers', 'peft', 'onnx', 'dlora.cloud', 'dlora.export'} & set(sys.modules)\n"
@@ -43,7 +60,7 @@ def test_importing_the_whole_edge_leaves_torch_unloaded() -> None:
 
 @pytest.mark.parametrize(("package", "banned"), [("protocol", {"asyncio", "websockets", "time", "torch", "socket"})])
 def test_the_protocol_has_no_sockets_and_no_clock(package: str, banned: set[str]) -> None:
-    for path in (ROOT / package).glob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         assert not _imports(ast.parse(path.read_text())) & banned, path
 
 
@@ -54,9 +71,12 @@ def test_the_protocol_has_no_sockets_and_no_clock(package: str, banned: set[str]
             "import dlora.edge.__main__ as edge; sys.argv = ['dlora-edge', '--version']; edge.main()",
             {"typer", "numpy", "rich", "psutil", "onnxruntime"},
         ),
-        ("import dlora.edge.cli", {"numpy", "rich", "psutil", "onnxruntime", "tokenizers", "websockets", "jinja2"}),
         (
-            "import dlora.edge.tokenizer, dlora.edge.data, dlora.edge.connection, dlora.edge.training",
+            "import dlora.edge.commands.app",
+            {"numpy", "rich", "psutil", "onnxruntime", "tokenizers", "websockets", "jinja2"},
+        ),
+        (
+            "import dlora.edge.data.tokenizer, dlora.edge.data.examples, dlora.edge.run.run",
             {"rich", "psutil", "jinja2", "typer"},
         ),
     ],

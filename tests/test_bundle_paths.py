@@ -21,10 +21,10 @@ import pytest
 from families import save_tiny
 from processes import run_edge
 
-from dlora.edge.bundle import Bundle
-from dlora.edge.info import describe
-from dlora.edge.onnx_engine import OnnxEngine
-from dlora.edge.tokenizer import EdgeTokenizer
+from dlora.edge.commands.info import describe
+from dlora.edge.data.tokenizer import EdgeTokenizer
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import manifest as schema
 from dlora.protocol.errors import BundleError

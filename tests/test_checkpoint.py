@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from small_disk import remount_read_only, small_disk
 
-from dlora.edge.atomic import make_directory, write_atomically
-from dlora.edge.checkpoint import Checkpoint, list_checkpoints, load_latest, save_checkpoint
+from dlora.edge.files import make_directory, write_atomically
+from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from dlora.protocol.errors import CheckpointError, StorageError
 
 
@@ -182,7 +182,7 @@ def test_a_limit_on_file_size_is_a_full_disk(tmp_path: Path) -> None:
     """Works without root, so the promise is tested everywhere."""
     save(tmp_path, 10)
     program = (
-        "import resource, signal, sys, pathlib; from dlora.edge.atomic import write_atomically\n"
+        "import resource, signal, sys, pathlib; from dlora.edge.files import write_atomically\n"
         "from dlora.protocol.errors import run_command\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -254,7 +254,7 @@ def test_killed_at_any_moment_there_is_a_whole_one(tmp_path: Path) -> None:
     """A process that saves without end is killed; each time the newest checkpoint loads."""
     program = (
         "import sys, pathlib, numpy as np, msgspec\n"
-        "from dlora.edge.checkpoint import save_checkpoint\n"
+        "from dlora.edge.training.checkpoint import save_checkpoint\n"
         "class S(msgspec.Struct): n: int\n"
         "for n in range(10**6):\n"
         "    save_checkpoint(pathlib.Path(sys.argv[1]), n, {'x': np.full(100_000, n)}, S(n))\n"

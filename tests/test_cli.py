@@ -27,7 +27,7 @@ from serving import serving
 from small_disk import remount_read_only, small_disk
 from websockets.sync.server import ServerConnection, serve
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode

@@ -24,13 +24,13 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.sync.server import Request, Response, ServerConnection, serve
 
-from dlora.cloud.base_model import BaseModel
-from dlora.edge import connection as edge
-from dlora.edge.bundle import Bundle
-from dlora.edge.connection import CONTROL_BYTES, Connection
-from dlora.edge.credentials import Credentials
-from dlora.edge.dialing import Dialing, Retry, check_url
-from dlora.edge.fitting import check_base_model
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.adapters.fitting import check_base_model
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.wire import connection as edge
+from dlora.edge.wire.connection import CONTROL_BYTES, Connection
+from dlora.edge.wire.credentials import Credentials
+from dlora.edge.wire.dialing import Dialing, Retry, check_url
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode

@@ -18,8 +18,8 @@ from processes import finish, run_edge, start_edge
 from serving import config, random_dataset, training
 from websockets.sync.server import ServerConnection
 
-from dlora.edge.connection import Connection
-from dlora.edge.dialing import Dialing, Liveness, Retry
+from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.dialing import Dialing, Liveness, Retry
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.errors import ConnectionFailedError, ProtocolError, RemoteProtocolError, StoppedError

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from serving import serving
 from test_cli import Place, assert_fails
 
-from dlora.cloud.base_model import BaseModel
-from dlora.edge.checkpoint import list_checkpoints
-from dlora.edge.dialing import refusal_of
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.training.checkpoint import list_checkpoints
+from dlora.edge.wire.dialing import refusal_of
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.errors import DivergedError

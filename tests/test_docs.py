@@ -12,16 +12,16 @@ import msgspec
 import pytest
 import typer.main
 
-import dlora.cloud.cli
-import dlora.edge.cli
+import dlora.cloud.commands.serve
+import dlora.edge.commands.app
 import dlora.export.cli
-from dlora.cloud.guard import ConnectionLimits
-from dlora.cloud.patience import Patience
-from dlora.edge.help_panels import KR
-from dlora.export.adamw_graph import adamw_graph
-from dlora.export.adapter_graphs import adapter_graphs
-from dlora.export.embedding_graph import embedding_graph
-from dlora.export.head_graph import HeadShape, head_graphs
+from dlora.cloud.door.guard import ConnectionLimits
+from dlora.cloud.serving.patience import Patience
+from dlora.edge.commands.help_panels import KR
+from dlora.export.graphs.adamw_graph import adamw_graph
+from dlora.export.graphs.adapter_graphs import adapter_graphs
+from dlora.export.graphs.embedding_graph import embedding_graph
+from dlora.export.graphs.head_graph import HeadShape, head_graphs
 from dlora.protocol import codec, errors, kill_revive, link, manifest, messages, session, tensors
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
 
@@ -32,7 +32,7 @@ BUNDLE = (ROOT / "docs/bundle.md").read_text()
 README = (ROOT / "README.md").read_text()
 QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
 OPERATING = (ROOT / "docs/operating.md").read_text()
-SOURCES = [path for name in ("protocol", "edge", "cloud", "export") for path in sorted((ROOT / name).glob("*.py"))]
+SOURCES = [path for name in ("protocol", "edge", "cloud", "export") for path in sorted((ROOT / name).rglob("*.py"))]
 OTHER_PROGRAMS = {
     "--group", "--index-url", "--import-mode", "--strict",  # of pip, pytest and mypy
     "--now",  # of systemctl
@@ -40,8 +40,8 @@ OTHER_PROGRAMS = {
     "--no-deps", "--wheel-dir",  # of pip
 }  # fmt: skip
 PROGRAMS = {
-    "dlora-edge": typer.main.get_command(dlora.edge.cli.app),
-    "dlora-cloud": typer.main.get_command(dlora.cloud.cli.app),
+    "dlora-edge": typer.main.get_command(dlora.edge.commands.app.app),
+    "dlora-cloud": typer.main.get_command(dlora.cloud.commands.serve.app),
     "dlora-export": typer.main.get_command(dlora.export.cli.app),
 }
 
@@ -157,7 +157,7 @@ def test_dtypes_and_limits() -> None:
 
 def test_the_limits_beneath_messages() -> None:
     limits = vars(ConnectionLimits(sessions=1))
-    table = re.search(r"<!-- limits of cloud/guard.py.*?-->(.*?)<!-- end of limits -->", PROTOCOL, re.S)
+    table = re.search(r"<!-- limits of cloud/door/guard.py.*?-->(.*?)<!-- end of limits -->", PROTOCOL, re.S)
     assert table
     told = {name: float(value) for name, value, _ in rows(table[1])}
     assert told == {name: value for name, value in limits.items() if name not in ("sessions", "origins")}
@@ -303,7 +303,7 @@ def test_every_option_of_kill_and_revive_is_in_the_quickstart() -> None:
 
 def test_every_option_of_the_server_that_an_operator_sets_is_told_with_its_default() -> None:
     serve = dict(all_commands())["dlora-cloud serve"]
-    cli = dlora.cloud.cli
+    cli = dlora.cloud.commands.serve
     panels = {cli.DOOR, cli.QUOTAS, cli.LIMITS, cli.PATIENCE}
     wanted = {parameter.opts[0]: parameter.default for parameter in serve.params if parameter.rich_help_panel in panels}
     told = {row[0]: row[1] for row in rows(OPERATING) if row[0].startswith("--")}

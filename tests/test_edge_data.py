@@ -14,12 +14,12 @@ import tokenizers
 from attacks.fuzz_manifest import manifest_of
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from dlora.edge.batches import Batches, evaluation_batches, pack
-from dlora.edge.bundle import Bundle
-from dlora.edge.chat import ChatTemplate
-from dlora.edge.data import Dataset, load_examples, split_holdout
-from dlora.edge.rows import parse_columns
-from dlora.edge.tokenizer import EdgeTokenizer
+from dlora.edge.data.batches import Batches, evaluation_batches, pack
+from dlora.edge.data.chat import ChatTemplate
+from dlora.edge.data.examples import Dataset, load_examples, split_holdout
+from dlora.edge.data.rows import parse_columns
+from dlora.edge.data.tokenizer import EdgeTokenizer
+from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.counting import counted_tokens
 from dlora.protocol.errors import BundleError, DataError, UsageError
 from dlora.protocol.manifest import Manifest, TokenizerSpec

@@ -19,29 +19,23 @@ from serving import config, random_dataset, randomize, serving
 from test_cli import assert_fails
 from test_graphs import _head_end, _head_weights
 
-from dlora.cloud.base_model import BaseModel
-from dlora.edge import shim
-from dlora.edge.bundle import Bundle
-from dlora.edge.connection import Connection
-from dlora.edge.executorch_engine import ExecutorchEngine
-from dlora.edge.onnx_engine import OnnxEngine
-from dlora.edge.trainer import Trainer
-from dlora.export import torch_head
-from dlora.export.adamw_graph import adamw_graph
-from dlora.export.adapter_graphs import adapter_graphs
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.engine import shim
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.executorch_engine import ExecutorchEngine
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connection import Connection
 from dlora.export.bundle import ExportSettings, export_bundle
-from dlora.export.embedding_graph import embedding_graph
-from dlora.export.head_graph import HeadShape, head_graphs
-from dlora.export.reference import adamw_scalars
+from dlora.export.graphs import torch_head
+from dlora.export.graphs.adamw_graph import adamw_graph
+from dlora.export.graphs.adapter_graphs import adapter_graphs
+from dlora.export.graphs.embedding_graph import embedding_graph
+from dlora.export.graphs.head_graph import HeadShape, head_graphs
+from dlora.export.graphs.reference import adamw_scalars
 from dlora.export.to_executorch import BOUNDS
 from dlora.export.tolerances import relative_error
-from dlora.export.verify import (
-    compile_executorch,
-    compile_onnx,
-    verify_adamw,
-    verify_adapter,
-    verify_head,
-)
+from dlora.export.verify import compile_executorch, compile_onnx, verify_adamw, verify_adapter, verify_head
 from dlora.protocol.errors import BundleError, DloraError, UsageError
 from dlora.protocol.manifest import load_manifest
 

@@ -15,7 +15,7 @@ from families import save_tiny
 from processes import run_edge
 from test_cli import assert_fails
 
-from dlora.edge import shim
+from dlora.edge.engine import shim
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.export.to_executorch import BOUNDS
 from dlora.protocol.errors import MissingExtraError

@@ -10,13 +10,13 @@ import onnx
 import pytest
 import torch
 
-from dlora.cloud.base_model import HeadEnd
-from dlora.export import reference
-from dlora.export.adamw_graph import adamw_graph
-from dlora.export.adapter_graphs import adapter_graphs
-from dlora.export.embedding_graph import embedding_graph
-from dlora.export.graph import TrainingGraph
-from dlora.export.head_graph import HeadShape, head_graphs
+from dlora.cloud.model.base_model import HeadEnd
+from dlora.export.graphs import reference
+from dlora.export.graphs.adamw_graph import adamw_graph
+from dlora.export.graphs.adapter_graphs import adapter_graphs
+from dlora.export.graphs.embedding_graph import embedding_graph
+from dlora.export.graphs.graph import TrainingGraph
+from dlora.export.graphs.head_graph import HeadShape, head_graphs
 from dlora.export.tolerances import CEILING, FLOOR, allowed, relative_error
 from dlora.export.verify import Verified, start_session, verify, verify_adamw, verify_adapter, verify_head
 from dlora.export.weights import quantise_rows

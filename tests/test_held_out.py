@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from serving import serving
 from test_cli import Place, assert_fails
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import UsageError
 

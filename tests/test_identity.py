@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_disk import remount_read_only, small_disk
 
-from dlora.edge.identity import FILE_NAME, STATE_VARIABLE, load_device_id
+from dlora.edge.wire.identity import FILE_NAME, STATE_VARIABLE, load_device_id
 
 STORMING = """
 import sys
 from pathlib import Path
-from dlora.edge.identity import load_device_id
+from dlora.edge.wire.identity import load_device_id
 print("ready", flush=True)
 sys.stdin.readline()
 print(load_device_id(Path(sys.argv[1]), print))

@@ -20,16 +20,16 @@ from serving import RunningServer, config, final_weights, random_dataset, servin
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from dlora.cloud import server as cloud_server
-from dlora.cloud import tokens as cloud_tokens
-from dlora.cloud.access import Access
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.patience import Patience
-from dlora.cloud.tokens import TokenStore
-from dlora.edge.config import TrainConfig
-from dlora.edge.connection import Connection
-from dlora.edge.credentials import Credentials
-from dlora.edge.dialing import Dialing
+from dlora.cloud.door import tokens as cloud_tokens
+from dlora.cloud.door.access import Access
+from dlora.cloud.door.tokens import TokenStore
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.serving import server as cloud_server
+from dlora.cloud.serving.patience import Patience
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.credentials import Credentials
+from dlora.edge.wire.dialing import Dialing
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
@@ -216,7 +216,7 @@ def test_a_step_leaves_no_graph_behind(base: BaseModel, tmp_path: Path) -> None:
     import gc
     import weakref
 
-    from dlora.cloud import exchange
+    from dlora.cloud.exchange import sites as exchange
 
     save_tiny(tmp_path / "model", num_hidden_layers=BLOCKS)
     bundle = tmp_path / "bundle"

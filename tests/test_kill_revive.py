@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlora.cloud.kill_revive import Controller, unit_costs
-from dlora.edge.sensitivity import Scorer
+from dlora.cloud.serving.kill_revive import Controller, unit_costs
+from dlora.edge.training.scores import Scorer
 from dlora.protocol.errors import RemoteProtocolError, UsageError
 from dlora.protocol.kill_revive import (
     GroupSpec,

@@ -10,12 +10,12 @@ import torch
 from families import FAMILIES, tiny_model
 from torch import Tensor
 
-from dlora.cloud import live_bytes as live_bytes_module
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.exchange import MicroBatchExchange, exchanging, install
-from dlora.cloud.layout import Layout, can_pack, lay_out
-from dlora.cloud.live_bytes import LiveBytes, _Alive, _order_of_calls, default_live_limit
-from dlora.cloud.server import LEAST_TOKENS, MOST_TOKENS, fitting_tokens
+from dlora.cloud.exchange.sites import MicroBatchExchange, exchanging, install
+from dlora.cloud.model import live_bytes as live_bytes_module
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.layout import Layout, can_pack, lay_out
+from dlora.cloud.model.live_bytes import LiveBytes, _Alive, _order_of_calls, default_live_limit
+from dlora.cloud.serving.server import LEAST_TOKENS, MOST_TOKENS, fitting_tokens
 from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.errors import ExportError
 from dlora.protocol.kill_revive import GroupSpec

@@ -12,7 +12,7 @@ import pytest
 from families import VOCABULARY, save_tiny, tiny_model
 from serving import RunningServer, config, random_dataset, serving, training
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel
 from dlora.export.bundle import ExportSettings, export_bundle
 
 WAIT_S = 20

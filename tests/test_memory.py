@@ -11,7 +11,7 @@ import psutil
 import pytest
 from families import save_tiny
 
-from dlora.cloud.memory import machine_bytes
+from dlora.cloud.model.memory import machine_bytes
 from dlora.export.bundle import ExportSettings, export_bundle
 
 
@@ -41,7 +41,7 @@ def test_a_released_weight_leaves_memory_and_reads_the_same(tmp_path: Path) -> N
     np.save(tmp_path / "bundle" / "weights" / "embedding.npy", large)
     code = f"""
 import pathlib
-from dlora.edge.bundle import Bundle
+from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.manifest import load_manifest
 bundle = Bundle(pathlib.Path({str(tmp_path / "bundle")!r}), load_manifest(pathlib.Path({str(tmp_path / "bundle")!r})))
 def file_mb():
@@ -63,7 +63,7 @@ def test_released_code_still_runs() -> None:
     code = """
 import ctypes, hashlib, json, ssl, zlib
 import numpy as np, onnxruntime, tokenizers, safetensors.numpy, msgspec, websockets.sync.client
-from dlora.edge.code_pages import release_code
+from dlora.edge.engine.code_pages import release_code
 def compute():
     x = np.random.default_rng(0).standard_normal((300, 300))
     return hashlib.sha256((x @ x).tobytes() + zlib.compress(x.tobytes())).hexdigest(), msgspec.json.encode([1, "a"])

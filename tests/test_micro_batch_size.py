@@ -21,12 +21,12 @@ from serving import config, final_weights, random_dataset, randomize, serving, t
 from waiting import eventually
 from websockets.sync.client import ClientConnection, connect
 
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.patience import Patience
-from dlora.cloud.quotas import QuotaLimits, Quotas
-from dlora.cloud.server import MOST_TOKENS
-from dlora.edge.dialing import Dialing, Retry
-from dlora.edge.trainer import Trainer
+from dlora.cloud.door.quotas import QuotaLimits, Quotas
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.serving.patience import Patience
+from dlora.cloud.serving.server import MOST_TOKENS
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.dialing import Dialing, Retry
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import Decoder, encode
@@ -377,7 +377,7 @@ def test_who_is_refused_again_and_again_loses_its_session(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its quota stays taken for longer than a session may be idle; afterwards it runs the step again."""
-    monkeypatch.setattr("dlora.cloud.quotas._RETRY_AFTER_S", 0.02)
+    monkeypatch.setattr("dlora.cloud.door.quotas._RETRY_AFTER_S", 0.02)
     caplog.set_level(logging.INFO, "dlora.cloud")
     come_again = Dialing(retry=Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.02))
     limits = {"quotas": QuotaLimits(live_bytes=10**8), "patience": Patience(idle_s=0.5)}

@@ -14,14 +14,14 @@ import pytest
 from attacks.fuzz_manifest import manifest_of
 from attacks.fuzz_target import mutate_bytes
 
-from dlora.edge.bundle import Bundle
-from dlora.edge.onnx_check import MAX_GRAPH_BYTES, OPERATORS, _check_tensor, check_graph
-from dlora.edge.onnx_engine import OnnxEngine
-from dlora.export.adamw_graph import adamw_graph
-from dlora.export.adapter_graphs import adapter_graphs
-from dlora.export.embedding_graph import embedding_graph
-from dlora.export.graph import TrainingGraph
-from dlora.export.head_graph import HeadShape, head_graphs
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_check import MAX_GRAPH_BYTES, OPERATORS, _check_tensor, check_graph
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.export.graphs.adamw_graph import adamw_graph
+from dlora.export.graphs.adapter_graphs import adapter_graphs
+from dlora.export.graphs.embedding_graph import embedding_graph
+from dlora.export.graphs.graph import TrainingGraph
+from dlora.export.graphs.head_graph import HeadShape, head_graphs
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import Manifest, TensorSpec
 

@@ -8,11 +8,11 @@ import torch
 from families import save_tiny
 from transformers import get_scheduler
 
-from dlora.edge.adapters import AdapterSet
-from dlora.edge.bundle import Bundle
-from dlora.edge.onnx_engine import OnnxEngine
-from dlora.edge.optimizer import AdamW, OptimizerConfig
-from dlora.edge.schedule import learning_rate
+from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.training.optimizer import AdamW, OptimizerConfig
+from dlora.edge.training.schedule import learning_rate
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import DivergedError
 from dlora.protocol.kill_revive import UnitState

@@ -16,14 +16,15 @@ from families import VOCABULARY, save_tiny, tiny_model
 from serving import config, random_dataset, serving, training
 from websockets.asyncio.server import ServerConnection
 
-from dlora.cloud import executor, transport
-from dlora.cloud.access import Caller
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.executor import ComputeGate
-from dlora.cloud.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines, Patience
-from dlora.cloud.quotas import QuotaLimits
-from dlora.cloud.transport import SessionTransport
-from dlora.edge.dialing import Dialing, Retry
+from dlora.cloud.door.access import Caller
+from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.serving import session_loop as executor
+from dlora.cloud.serving import transport
+from dlora.cloud.serving.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines, Patience
+from dlora.cloud.serving.session_loop import ComputeGate
+from dlora.cloud.serving.transport import SessionTransport
+from dlora.edge.wire.dialing import Dialing, Retry
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import UsageError
 

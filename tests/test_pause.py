@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlora.edge import pause
-from dlora.edge.pause import POLL_S, Battery, PauseRule, PauseRules, SystemSensors, wait_while_paused
+from dlora.edge.run import pause
+from dlora.edge.run.pause import POLL_S, Battery, PauseRule, PauseRules, SystemSensors, wait_while_paused
 from dlora.protocol.errors import StorageError, UsageError
 
 

@@ -17,8 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from small_disk import small_disk
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dlora.edge import peft_adapter
-from dlora.edge.peft_adapter import CONFIG_NAME, WEIGHTS_NAME, LoadedAdapter, SavedModule, load_adapter, save_adapter
+from dlora.edge.adapters import peft as peft_adapter
+from dlora.edge.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, LoadedAdapter, SavedModule, load_adapter, save_adapter
 from dlora.protocol.errors import CheckpointError, StorageError
 
 torch.set_num_threads(2)

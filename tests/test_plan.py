@@ -14,11 +14,11 @@ from processes import run_edge
 from serving import serving
 from test_cli import Place, assert_fails
 
-from dlora.cloud.base_model import BaseModel
-from dlora.edge.config import TrainConfig
-from dlora.edge.data import Dataset
-from dlora.edge.optimizer import OptimizerConfig
-from dlora.edge.plan import expected_mb
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.data.examples import Dataset
+from dlora.edge.run.plan import expected_mb
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import MAX_STEPS, KillReviveConfig

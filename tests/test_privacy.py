@@ -14,11 +14,11 @@ from processes import cloud_process
 from proxy import payloads, recording_proxy
 from serving import config, training
 
-from dlora.edge.bundle import Bundle
-from dlora.edge.data import Dataset, load_examples
+from dlora.edge.data.examples import Dataset, load_examples
+from dlora.edge.data.tokenizer import EdgeTokenizer
+from dlora.edge.engine.bundle import Bundle
 from dlora.edge.seeds import adapter_generator, seed_for_server
-from dlora.edge.tokenizer import EdgeTokenizer
-from dlora.edge.trainer import Trainer
+from dlora.edge.training.trainer import Trainer
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import Decoder

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from waiting import eventually
 
-from dlora.cloud.quotas import QuotaLimits, Quotas, SessionQuota
+from dlora.cloud.door.quotas import QuotaLimits, Quotas, SessionQuota
 from dlora.protocol.errors import RemoteProtocolError, UsageError
 from dlora.protocol.messages import ErrorCode
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from processes import CloudProcess, cloud_process, run_edge
 
-from dlora.edge.footprint import training_mb
+from dlora.edge.commands.footprint import training_mb
 from dlora.protocol.manifest import load_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -43,10 +43,10 @@ def test_fifty_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -
     import torch
     from serving import config, training
 
-    from dlora.cloud.base_model import load_base_model
-    from dlora.edge.bundle import Bundle
-    from dlora.edge.data import load_examples
-    from dlora.edge.tokenizer import EdgeTokenizer
+    from dlora.cloud.model.base_model import load_base_model
+    from dlora.edge.data.examples import load_examples
+    from dlora.edge.data.tokenizer import EdgeTokenizer
+    from dlora.edge.engine.bundle import Bundle
 
     bundle = Bundle.open(FP32)
     tokenizer = EdgeTokenizer.open(bundle)

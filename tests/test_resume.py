@@ -17,8 +17,8 @@ from processes import Finished, finish, run_edge, start_edge
 from safetensors.numpy import load_file
 from serving import serving
 
-from dlora.cloud.base_model import BaseModel
-from dlora.edge.checkpoint import list_checkpoints
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.training.checkpoint import list_checkpoints
 from dlora.export.bundle import ExportSettings, export_bundle
 
 BLOCKS = 4

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_resume import KR, SAVE_EVERY, STEPS, Place, assert_same_run, place, rows, wait_for_lines, whole
 
-from dlora.edge.checkpoint import list_checkpoints
-from dlora.edge.cli import train as train_command
-from dlora.edge.config import TrainConfig, go_on_with
-from dlora.edge.optimizer import OptimizerConfig
-from dlora.edge.run_file import RunSettings, load_run_file
+from dlora.edge.commands.app import train as train_command
+from dlora.edge.run.run_file import RunSettings, load_run_file
 from dlora.edge.seeds import adapter_generator, draw_seed, order_generator, seed_for_server
+from dlora.edge.training.checkpoint import list_checkpoints
+from dlora.edge.training.config import TrainConfig, go_on_with
+from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 

@@ -16,7 +16,7 @@ from families import FAMILIES, MORE_FAMILIES, save_tiny, tiny_model
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel
 from dlora.export import selection
 from dlora.export.selection import select_targets
 from dlora.protocol.errors import ExportError

@@ -14,7 +14,7 @@ from families import save_tiny
 from processes import run_edge
 from safetensors.numpy import load_file, save_file
 
-from dlora.edge.footprint import tokens_that_fit, training_mb, usual_tokens
+from dlora.edge.commands.footprint import tokens_that_fit, training_mb, usual_tokens
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlora.edge.sensitivity import Scorer
+from dlora.edge.training.scores import Scorer
 
 SCALING = 2.0
 

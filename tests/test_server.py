@@ -21,13 +21,13 @@ from serving import KEY, RunningServer, config, final_weights, random_dataset, s
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.patience import Patience
-from dlora.cloud.server import CloudServer
-from dlora.edge.bundle import Bundle
-from dlora.edge.connection import Connection
-from dlora.edge.dialing import Dialing, Retry
-from dlora.edge.fitting import check_base_model
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.serving.patience import Patience
+from dlora.cloud.serving.server import CloudServer
+from dlora.edge.adapters.fitting import check_base_model
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.dialing import Dialing, Retry
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode

@@ -13,11 +13,11 @@ from processes import run_edge
 from serving import random_dataset, serving
 from test_cli import Place, assert_fails
 
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.cli import check_device
-from dlora.edge.atomic import locked
-from dlora.edge.info import describe
-from dlora.edge.training import total_steps
+from dlora.cloud.commands.serve import check_device
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.commands.info import describe
+from dlora.edge.files import locked
+from dlora.edge.run.run import total_steps
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import DataError, UsageError
 

@@ -12,7 +12,7 @@ from families import FAMILIES, MORE_FAMILIES, VOCABULARY, save_tiny, tiny_model
 from peft import PeftModel
 from serving import config, final_weights, random_dataset, randomize, serving, training
 
-from dlora.cloud.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel
 from dlora.export.bundle import ExportSettings, export_bundle
 
 # fp32 throughout; sums are taken in another order.
@@ -106,7 +106,7 @@ def test_the_saved_adapter_gives_peft_the_split_loss(kill_revive: dict[str, obje
         split = trainer.evaluate(held_out)
     model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
     with torch.no_grad():
-        from dlora.edge.batches import evaluation_batches
+        from dlora.edge.data.batches import evaluation_batches
 
         batches = list(evaluation_batches(held_out, 4))
         assert split.loss == pytest.approx(reference.loss_of(model, batches).item(), rel=1e-4)

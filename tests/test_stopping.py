@@ -14,13 +14,13 @@ import pytest
 from families import VOCABULARY, save_tiny, tiny_model
 from serving import RunningServer, config, random_dataset, serving, training
 
-from dlora.cloud.base_model import BaseModel
-from dlora.edge.bundle import Bundle
-from dlora.edge.checkpoint import list_checkpoints
-from dlora.edge.dialing import Dialing, Retry
-from dlora.edge.held_out import EVALUATIONS
-from dlora.edge.report import Reporter
-from dlora.edge.training import SUMMARY, TrainRun, train
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.run.held_out import EVALUATIONS
+from dlora.edge.run.report import Reporter
+from dlora.edge.run.run import SUMMARY, TrainRun, train
+from dlora.edge.training.checkpoint import list_checkpoints
+from dlora.edge.wire.dialing import Dialing, Retry
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import StoppedError
 

@@ -19,11 +19,11 @@ from families import VOCABULARY, save_tiny, tiny_model
 from processes import CLOUD, CloudProcess, Finished, cloud_process, quiet_environment, run_edge
 from serving import config, final_weights, random_dataset, serving, training
 
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.quotas import QuotaLimits
-from dlora.edge.connection import Connection
-from dlora.edge.dialing import Dialing, Retry
-from dlora.edge.trainer import Trainer
+from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.dialing import Dialing, Retry
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import RefusedError
 

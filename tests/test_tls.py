@@ -21,10 +21,10 @@ from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatu
 from websockets.http11 import Request, Response
 from websockets.sync.client import connect
 
-from dlora.cloud.access import Access, AccessDeniedError
-from dlora.cloud.tls import check_exposure, server_context
-from dlora.cloud.tokens import TokenStore
-from dlora.edge.credentials import Credentials, refusal_in, tls_failure
+from dlora.cloud.door.access import Access, AccessDeniedError
+from dlora.cloud.door.tls import check_exposure, server_context
+from dlora.cloud.door.tokens import TokenStore
+from dlora.edge.wire.credentials import Credentials, refusal_in, tls_failure
 from dlora.protocol.errors import UsageError
 from dlora.protocol.loopback import is_loopback
 

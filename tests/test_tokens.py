@@ -17,8 +17,8 @@ import pytest
 from small_disk import remount_read_only, small_disk
 from typer.testing import CliRunner
 
-from dlora.cloud.token_cli import app, parse_lifetime
-from dlora.cloud.tokens import TokenStore
+from dlora.cloud.commands.tokens import app, parse_lifetime
+from dlora.cloud.door.tokens import TokenStore
 from dlora.protocol.errors import RemoteProtocolError, StorageError, UsageError
 from dlora.protocol.messages import ErrorCode
 
@@ -101,7 +101,7 @@ def test_an_unknown_id_costs_the_same_comparison(store: TokenStore, monkeypatch:
         compared.append((len(ours), len(theirs)))
         return ours == theirs
 
-    monkeypatch.setattr("dlora.cloud.tokens.hmac.compare_digest", compare)
+    monkeypatch.setattr("dlora.cloud.door.tokens.hmac.compare_digest", compare)
     store.verify(token)
     refusal(store, "dlora_00000000_" + token[15:])
     assert compared == [(32, 32)] * 2
@@ -159,7 +159,7 @@ def test_a_device_has_a_name_that_is_fit_for_a_log(store: TokenStore, name: str)
 def test_what_another_process_does_holds_at_once(store: TokenStore) -> None:
     token = store.create("phone", None)
     script = (
-        "import sys; from pathlib import Path; from dlora.cloud.tokens import TokenStore; "
+        "import sys; from pathlib import Path; from dlora.cloud.door.tokens import TokenStore; "
         "store = TokenStore(Path(sys.argv[1])); print(store.revoke('phone')); print(store.create('tablet', None))"
     )
     done = subprocess.run([sys.executable, "-c", script, store.path], capture_output=True, text=True, check=True)
@@ -239,7 +239,7 @@ def test_a_file_that_went_away_lets_nobody_in_and_is_not_begun_anew(store: Token
 def test_a_file_that_another_process_holds_is_not_waited_for_long(
     store: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlora.cloud.tokens.LOCK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("dlora.cloud.door.tokens.LOCK_TIMEOUT_S", 0.01)
     token = store.create("phone", None)
     holder = sqlite3.connect(store.path)
     holder.execute("BEGIN EXCLUSIVE")

@@ -11,13 +11,13 @@ from families import VOCABULARY, save_tiny, tiny_model
 from proxy import CLOSE, payloads, read_frames, recording_proxy
 from serving import RunningServer, config, random_dataset, serving, training
 
-from dlora.cloud.base_model import BaseModel
-from dlora.edge.batches import MicroBatch, evaluation_batches
-from dlora.edge.bundle import Bundle
-from dlora.edge.data import Dataset
-from dlora.edge.evaluation import evaluate
-from dlora.edge.inference import open_model
-from dlora.edge.trainer import Trainer
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.data.batches import MicroBatch, evaluation_batches
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.model.evaluation import evaluate
+from dlora.edge.model.use import open_model
+from dlora.edge.training.trainer import Trainer
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import WireDtype

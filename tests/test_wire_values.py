@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlora.cloud.wire import to_wire
+from dlora.cloud.exchange.wire import to_wire
 from dlora.protocol import messages as m
 from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode, seal
 from dlora.protocol.errors import RemoteProtocolError

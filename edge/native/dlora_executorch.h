@@ -1,4 +1,4 @@
-/* ExecuTorch programs behind a C ABI: load, describe, run. What calls it is edge/executorch_engine.py and runner/.
+/* ExecuTorch programs behind a C ABI: load, describe, run. What calls it is edge/engine/executorch_engine.py and runner/.
  *
  * - Every function that can fail returns a dlora_et_status, and writes one line about it into `message` (always
  *   ended with a zero, cut to `capacity` bytes; it may be NULL). No exception leaves this library.

@@ -12,7 +12,7 @@ from families import save_tiny
 from processes import CloudProcess, cloud_process
 from reference import write_reference
 
-from dlora.edge.bundle import Bundle
+from dlora.edge.engine.bundle import Bundle
 from dlora.export.bundle import ExportSettings, export_bundle
 
 

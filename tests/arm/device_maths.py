@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dlora.edge.adapter_compute import AdapterCompute
-from dlora.edge.adapters import Adapter, AdapterSet, Parameter, Unit
-from dlora.edge.bundle import Bundle
-from dlora.edge.engine import Array
-from dlora.edge.head import Head
-from dlora.edge.onnx_engine import OnnxEngine
-from dlora.edge.optimizer import AdamW, OptimizerConfig
+from dlora.edge.adapters.compute import AdapterCompute
+from dlora.edge.adapters.units import Adapter, AdapterSet, Parameter, Unit
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Array
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.ends import Head
+from dlora.edge.training.optimizer import AdamW, OptimizerConfig
 from dlora.protocol.tensors import WireTensor
 
 PLACE = Path(os.environ["DLORA_ARM_REFERENCE"])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from dlora.edge.bundle import Bundle
+from dlora.edge.engine.bundle import Bundle
 
 ADAMW_STEPS = 20
 LR, WEIGHT_DECAY = 1e-2, 0.1

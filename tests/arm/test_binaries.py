@@ -16,7 +16,7 @@ import pytest
 from arm_place import Place
 from arm_root import BINARIES, losses
 
-from dlora.edge.checkpoint import list_checkpoints
+from dlora.edge.training.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.arm
 ONEFILE_MB = {False: 45, True: 60}  # without and with ExecuTorch

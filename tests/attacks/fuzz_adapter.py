@@ -11,7 +11,7 @@ import numpy as np
 from attacks.fuzz_checkpoint import close_safetensors, open_safetensors
 from attacks.fuzz_target import Target, decode_json, encode_json, join, mutate_bytes, mutate_value, split
 
-from dlora.edge.peft_adapter import CONFIG_NAME, WEIGHTS_NAME, SavedModule, load_adapter, save_adapter
+from dlora.edge.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, SavedModule, load_adapter, save_adapter
 from dlora.protocol.errors import CheckpointError
 
 

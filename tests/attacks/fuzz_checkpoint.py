@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 from attacks.fuzz_target import Target, decode_json, encode_json, mutate_bytes, mutate_value
 
-from dlora.edge import checkpoint
+from dlora.edge.training import checkpoint
 from dlora.protocol.errors import CheckpointError
 
 STEP = 7

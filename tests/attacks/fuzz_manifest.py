@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from attacks.fuzz_target import Target, decode_json, encode_json, join, mutate_bytes, mutate_value, split
 
-from dlora.edge.bundle import Bundle
+from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.errors import BundleError
 from dlora.protocol.kill_revive import GroupSpec, TargetSpec
 from dlora.protocol.manifest import (

@@ -21,14 +21,15 @@ from hostile import BINARY, TIMEOUT_S
 from serving import RunningServer, config, final_weights, random_dataset, serving, training
 from waiting import eventually
 
-from dlora.cloud import guard, handler
-from dlora.cloud.base_model import BaseModel
-from dlora.cloud.executor import SessionExecutor
-from dlora.cloud.guard import ConnectionLimits, raise_file_limit
-from dlora.cloud.handler import opening_limit
-from dlora.cloud.kill_revive import Controller
-from dlora.cloud.patience import Patience
-from dlora.cloud.quotas import QuotaLimits
+from dlora.cloud.door import guard
+from dlora.cloud.door.guard import ConnectionLimits, raise_file_limit
+from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.serving import handler
+from dlora.cloud.serving.handler import opening_limit
+from dlora.cloud.serving.kill_revive import Controller
+from dlora.cloud.serving.patience import Patience
+from dlora.cloud.serving.session_loop import SessionExecutor
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol import session as protocol_session

@@ -27,10 +27,10 @@ from attacks.fuzz_target import Target, join, split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dlora.edge.bundle import Bundle
-from dlora.edge.checkpoint import load_latest
-from dlora.edge.peft_adapter import CONFIG_NAME, load_adapter
-from dlora.edge.rows import read_rows
+from dlora.edge.adapters.peft import CONFIG_NAME, load_adapter
+from dlora.edge.data.rows import read_rows
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.training.checkpoint import load_latest
 from dlora.protocol import messages as m
 from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode
 from dlora.protocol.errors import BundleError, CheckpointError, DataError, RemoteProtocolError

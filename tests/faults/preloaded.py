@@ -28,9 +28,9 @@ os.fsync = lambda descriptor: None  # type: ignore[assignment]
 
 MODULES: Final = (
     "torch", "transformers.models.llama.modeling_llama", "transformers.masking_utils", "onnxruntime", "jinja2",
-    "rich.console", "rich.progress", "rich.table", "pydantic.fields", "typer._adapters", "dlora.cloud.cli",
-    "dlora.cloud.base_model", "dlora.cloud.server", "dlora.edge.cli", "dlora.edge.report", "dlora.edge.tokenizer",
-    "dlora.edge.training",
+    "rich.console", "rich.progress", "rich.table", "pydantic.fields", "typer._adapters",
+    "dlora.cloud.commands.serve", "dlora.cloud.model.base_model", "dlora.cloud.serving.server",
+    "dlora.edge.commands.app", "dlora.edge.run.report", "dlora.edge.data.tokenizer", "dlora.edge.run.run",
 )  # fmt: skip
 for _name in MODULES:
     try:

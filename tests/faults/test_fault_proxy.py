@@ -17,9 +17,9 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection, serve
 from world import Outcome, compare
 
-from dlora.edge.checkpoint import save_checkpoint
-from dlora.edge.config import RunIdentity
-from dlora.edge.trainer import TrainerState
+from dlora.edge.training.checkpoint import save_checkpoint
+from dlora.edge.training.config import RunIdentity
+from dlora.edge.training.trainer import TrainerState
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.tensors import WireTensor

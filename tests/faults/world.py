@@ -21,7 +21,7 @@ from fault_proxy import Boundary, Fault, FaultProxy, Message, Plan, fault_proxy
 from forked import END_TIMEOUT_S, Command, Start, fork_command, free_port, wait_until_it_listens
 from safetensors.numpy import load_file
 
-from dlora.edge.checkpoint import list_checkpoints, load_latest
+from dlora.edge.training.checkpoint import list_checkpoints, load_latest
 from dlora.export.bundle import ExportSettings, export_bundle
 
 BLOCKS: Final = 4

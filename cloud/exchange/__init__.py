@@ -1,0 +1,1 @@
+"""Where autograd meets the wire."""

@@ -1,0 +1,1 @@
+"""The server: connections, sessions, and the thread that runs each."""

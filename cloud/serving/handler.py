@@ -1,0 +1,312 @@
+"""One device's connection: the handshake on the event loop, then a session in a thread of its own, or back to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from websockets.exceptions import ConnectionClosed
+
+from dlora.cloud.door.access import Caller
+from dlora.cloud.door.guard import GuardedConnection, printable
+from dlora.cloud.door.quotas import Quotas
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.live_bytes import LiveBytes
+from dlora.cloud.model.memory import is_out_of_memory
+from dlora.cloud.model.source import public_name
+from dlora.protocol import messages as m
+from dlora.protocol.codec import encode
+from dlora.protocol.errors import DivergedError, RemoteProtocolError, UsageError
+from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.session import Role, Session, choose_version
+from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
+
+from .kill_revive import Controller, ticket_bytes
+from .patience import DeviceDeadlines, Patience
+from .session_loop import ComputeGate, DeviceGaveUpError, SessionExecutor, shutting_down
+from .sessions import LiveSession, Sessions
+from .transport import DeviceGoneError, SessionTransport, say_goodbye
+
+logger = logging.getLogger("dlora.cloud")
+
+HANDSHAKE_TIMEOUT_S = 30.0
+OPENING_SPARE_BYTES = 4 << 10  # longer numbers and names than opening_limit reckons with
+MEMORY_RETRY_S = 30.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What every session of a server shares.
+
+    Attributes:
+        may_pack: whether the base model runs sequences end to end.
+        opening_bytes: the largest frame before a session is open.
+        openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
+        draining: set once the server stops: running steps are finished, nothing new is begun.
+    """
+
+    base: BaseModel
+    gate: ComputeGate
+    threads: int
+    may_pack: bool
+    live_bytes: LiveBytes
+    max_tokens: int
+    opening_bytes: int
+    ticket_key: bytes
+    sessions: Sessions
+    quotas: Quotas
+    patience: Patience
+    deadlines: DeviceDeadlines
+    pool: Executor
+    openings: Executor
+    draining: threading.Event
+
+
+async def handle_connection(connection: GuardedConnection, caller: Caller, service: Service) -> None:
+    """Serve one connection to its end; every end is logged in one line, never with payload."""
+    handshake = Session(Role.CLOUD)
+    try:
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+            live = await _Handshake(connection, caller, handshake, service).run()
+        if live is not None:
+            await connection.wait_closed()
+            live.transport.closed(connection)
+    except TimeoutError:
+        late = RemoteProtocolError("too slow at the handshake", m.ErrorCode.DEADLINE, retryable=True)
+        await _refuse(connection, caller, late)
+    except RemoteProtocolError as refusal:
+        await _refuse(connection, caller, refusal)
+    except ConnectionClosed:
+        logger.debug("%s left in the handshake", caller.name)
+
+
+async def _refuse(connection: GuardedConnection, caller: Caller, refusal: RemoteProtocolError) -> None:
+    connection.refused(refusal.code, caller.name, str(refusal))
+    await say_goodbye(connection, refusal)
+
+
+class _Handshake:
+    """From ``hello`` to a session that is open, or open again."""
+
+    def __init__(self, connection: GuardedConnection, caller: Caller, session: Session, service: Service) -> None:
+        self._connection = connection
+        self._caller = caller
+        self._session = session
+        self._service = service
+
+    async def run(self) -> LiveSession | None:
+        """The session that the connection now belongs to, or None."""
+        hello = await self._receive()
+        if not isinstance(hello, m.Hello):
+            return None
+        self._connection.limit_frames(self._service.opening_bytes)
+        await self._send(self._welcome(hello))
+        while True:
+            match await self._receive():
+                case m.OpenSession() as opening:
+                    controller = await self._off_the_loop(check_opening, opening, self._session, self._service)
+                    return self._open(controller, hello.device)
+                case m.ResumeSession() as request:
+                    live = self._resume(request)
+                    if live is not None:
+                        return live
+                    await self._send(m.SessionGone())
+                case _:  # a device that only wanted to know who we are
+                    return None
+
+    async def _receive(self) -> m.AnyMessage:
+        message = None
+        while message is None:
+            frame = await self._connection.recv(decode=False)
+            message = await self._off_the_loop(self._session.receive, frame)
+        return message
+
+    async def _off_the_loop(self, function: Callable[..., T], *given: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._service.openings, function, *given)
+
+    async def _send(self, message: m.AnyMessage) -> None:
+        await self._connection.send(self._session.send(message))
+
+    def _welcome(self, hello: m.Hello) -> m.Welcome:
+        version = choose_version(hello.protocol_versions)
+        if version is None:
+            text = f"this server speaks wire versions {list(PROTOCOL_VERSIONS)}, the device {hello.protocol_versions}"
+            raise RemoteProtocolError(text, m.ErrorCode.VERSION)
+        base, max_tokens = self._service.base, self._service.max_tokens
+        return m.Welcome(
+            protocol_version=version,
+            software=f"dlora-cloud {SOFTWARE_VERSION}",
+            base_model=public_name(base.name),
+            base_fingerprint=base.fingerprint,
+            embedding_size=base.embedding_size,
+            hidden_size=base.hidden_size,
+            max_sequence_length=min(base.max_sequence_length, max_tokens),
+            max_tokens=max_tokens,
+            packs=self._service.may_pack,
+        )
+
+    def _resume(self, request: m.ResumeSession) -> LiveSession | None:
+        service = self._service
+        live = service.sessions.resume(request, self._caller, self._connection, self._session)
+        if live is None:
+            return None
+        self._connection.opened(live.quota)
+        self._connection.limit_frames(frame_limit(service, live.session))
+        logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self._caller.name)
+        return live
+
+    def _open(self, controller: Controller, device: str) -> LiveSession:
+        service, session, caller = self._service, self._session, self._caller
+        if service.draining.is_set():
+            raise shutting_down()
+        service.sessions.drop_left_behind(caller, device)
+        with contextlib.ExitStack() as unless_opened:
+            # Before somebody else's session makes room: who may not open another displaces nobody.
+            quota = unless_opened.enter_context(service.quotas.open_session(caller.name))
+            service.sessions.make_room()
+            name = secrets.token_hex(4)
+            transport = SessionTransport(
+                asyncio.get_running_loop(),
+                self._connection,
+                name=f"{name} of {caller.name}",
+                park_s=service.patience.park_s,
+            )
+            live = LiveSession(name, caller, device, session, transport, quota)
+            executor = SessionExecutor(
+                service.base,
+                session,
+                transport,
+                controller,
+                ticket_key=service.ticket_key,
+                gate=service.gate,
+                threads=service.threads,
+                live_bytes=service.live_bytes,
+                quota=quota,
+                deadlines=service.deadlines.of(caller, device),
+                idle_timeout_s=service.patience.idle_s,
+                draining=service.draining,
+            )
+            opened = session.send(executor.opened(live.name, live.new_token()))
+            unless_opened.pop_all()
+        service.sessions.add(live)
+        self._connection.opened(quota)
+        self._connection.limit_frames(frame_limit(service, session))
+        logger.info(
+            "session %s: opened at step %d by %s with %d groups", live.name, session.step, caller.name,
+            len(session.groups),
+        )  # fmt: skip
+        transport.send(opened)
+        running = asyncio.ensure_future(_run(live, executor, service))
+        _running.add(running)
+        running.add_done_callback(_running.discard)
+        return live
+
+
+_running: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only
+
+
+async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -> None:
+    """Run a session's thread to its end, whatever connections it has on the way."""
+    session, name = live.session, live.name
+    why: Exception | None = None
+    try:
+        await asyncio.get_running_loop().run_in_executor(service.pool, executor.run)
+        logger.info(
+            "session %s: closed at step %d, %.1f MB in, %.1f MB out", name, session.step,
+            session.bytes_received / 1e6, session.bytes_sent / 1e6,
+        )  # fmt: skip
+    except (DeviceGoneError, DeviceGaveUpError) as error:
+        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, printable(str(error)))
+    except (RemoteProtocolError, DivergedError) as error:
+        why = as_refusal(error)
+        level = logging.INFO if why.retryable else logging.WARNING
+        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, printable(str(why)))
+    except Exception as error:
+        if is_out_of_memory(error):  # others may have taken it, and give it back
+            logger.error("session %s: ended at step %d: out of memory: %s", name, session.step, printable(str(error)))
+            text = "the server is out of memory; if it stays so, lower --batch-size"
+            why = RemoteProtocolError(text, m.ErrorCode.INTERNAL, retryable=True, retry_after_s=MEMORY_RETRY_S)
+        else:
+            logger.exception("session %s: internal error", name)
+            why = RemoteProtocolError("internal error; the server's log has it", m.ErrorCode.INTERNAL)
+    finally:
+        service.sessions.remove(live)
+        live.transport.end(why or DeviceGoneError("the session is closed"))
+
+
+def as_refusal(error: RemoteProtocolError | DivergedError) -> RemoteProtocolError:
+    """What a device is told of an error that ends its session."""
+    return error if isinstance(error, RemoteProtocolError) else RemoteProtocolError(str(error), m.ErrorCode.NON_FINITE)
+
+
+def opening_limit(base: BaseModel) -> int:
+    """The largest frame, in bytes, that a device can have reason to send before it has a session.
+
+    It is an ``open_session`` of all target modules there are, each group a unit of its own, all of them pinned.
+    """
+    groups = base.groups(base.targets)
+    units = tuple(range(len(groups)))
+    every = KillReviveConfig(unit="group", pinned=units, static=units)
+    largest = m.OpenSession(
+        base_fingerprint=base.fingerprint,
+        groups=groups,
+        wire_dtype="fp32",
+        kill_revive=every,
+        seed=0,
+        total_steps=0,
+        ticket=bytes(ticket_bytes(len(units))),
+    )
+    return len(encode(largest)) + OPENING_SPARE_BYTES
+
+
+def frame_limit(service: Service, session: Session) -> int:
+    """The largest frame that a device can have reason to send in this session, in bytes."""
+    base = service.base
+    width = max(base.embedding_size, base.hidden_size, *(max(g.in_features, g.out_features) for g in session.groups))
+    return CONTROL_BYTES + service.max_tokens * (width * 4 + 8)
+
+
+CONTROL_BYTES = 1 << 20
+
+
+def check_opening(opening: m.OpenSession, session: Session, service: Service) -> Controller:
+    """Check what a device asks for against the base model, and make its kill-and-revive controller.
+
+    Raises ``RemoteProtocolError``.
+    """
+    base = service.base
+    if opening.base_fingerprint != base.fingerprint:
+        text = f"this server serves {base.name} ({base.fingerprint[:12]}…), not {opening.base_fingerprint[:12]}…"
+        raise RemoteProtocolError(text, m.ErrorCode.BASE_MODEL_MISMATCH)
+    names = [target.name for group in opening.groups for target in group.targets]
+    unknown = [name for name in names if name not in base.targets]
+    if unknown or len(set(names)) != len(names) or base.groups(names) != opening.groups:
+        text = f"no such exchange groups in {base.name}" + (f": {unknown[0][:100]}" if unknown else "")
+        raise RemoteProtocolError(text, m.ErrorCode.UNKNOWN_TARGET)
+    config = opening.kill_revive
+    try:
+        config.check(len(session.unit_groups))
+    except UsageError as error:
+        raise RemoteProtocolError(str(error), m.ErrorCode.LIMIT) from None
+    if opening.ticket is not None:
+        return Controller.from_ticket(
+            opening.ticket,
+            service.ticket_key,
+            config,
+            opening.groups,
+            seed=opening.seed,
+            total_steps=opening.total_steps,
+            next_step=opening.next_step,
+        )
+    if opening.next_step:
+        raise RemoteProtocolError("a run that goes on needs its ticket", m.ErrorCode.TICKET)
+    return Controller(config, opening.groups, seed=opening.seed, total_steps=opening.total_steps)

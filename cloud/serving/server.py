@@ -1,0 +1,284 @@
+"""The websocket server: lets devices in, answers ``GET /healthz``, drains before it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import http
+import json
+import logging
+import signal
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import MappingProxyType
+from typing import cast
+from weakref import WeakKeyDictionary
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+
+from dlora.cloud.door.access import Access, AccessDeniedError, Caller
+from dlora.cloud.door.guard import ConnectionLimits, Guard, GuardedConnection
+from dlora.cloud.door.quotas import QuotaLimits, Quotas
+from dlora.cloud.exchange.sites import install
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.layout import can_pack
+from dlora.cloud.model.live_bytes import LiveBytes
+from dlora.cloud.model.memory import release_unreachable
+from dlora.cloud.model.source import public_name
+from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
+
+from .handler import Service, handle_connection, opening_limit
+from .listening import cannot_listen
+from .patience import DeviceDeadlines, Patience
+from .session_loop import ComputeGate, shutting_down
+from .sessions import Sessions
+from .transport import wait_for_goodbyes
+
+logger = logging.getLogger("dlora.cloud")
+
+PING_EVERY_S = 20.0
+# A device computes between messages and may sleep; the pong comes from its reading thread, not its compute.
+PING_TIMEOUT_S = 60.0
+RECHECK_EVERY_S = 10.0
+RELEASE_EVERY_S = 5.0
+MAKE_ROOM_EVERY_S = 1.0
+DRAIN_CHECK_S = 0.05
+LEAST_TOKENS, MOST_TOKENS = 256, 8192
+
+
+class CloudServer:
+    """Serves one base model to many devices.
+
+    Args:
+        max_sessions: devices that may train at a time; more are told to come again.
+        max_tokens: most tokens of one micro-batch; None: what ``live_limit`` allows.
+        live_limit: memory of all running micro-batches together, in bytes; None: no limit. Half of it is then the quota
+            of a device that ``quotas`` leaves out.
+        threads: torch threads of a computing session.
+        access: who may come in; by default everybody.
+        tls: speak TLS.
+        drain_s: how long running steps may take to finish once the server is asked to stop.
+
+    Attributes:
+        port: the port it listens on, once ``start`` has returned.
+        largest_micro_batch: bytes that one of ``max_tokens`` may take.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        max_sessions: int,
+        max_tokens: int | None,
+        threads: int,
+        ticket_key: bytes,
+        access: Access | None = None,
+        tls: ssl.SSLContext | None = None,
+        quotas: QuotaLimits | None = None,
+        patience: Patience | None = None,
+        limits: ConnectionLimits | None = None,
+        live_limit: int | None = None,
+        drain_s: float = 30.0,
+    ) -> None:
+        install(base)
+        patience = patience or Patience()
+        self.port = 0
+        self.scheme = "ws" if tls is None else "wss"
+        self.guard = Guard(limits or ConnectionLimits(sessions=max_sessions), tls=tls)
+        self._access = access or Access(None, required=False)
+        self._admitting = asyncio.Lock()
+        # Weak: a request that names no websocket is let in here, and refused by websockets after.
+        self._callers: WeakKeyDictionary[ServerConnection, Caller] = WeakKeyDictionary()
+        self._threads = ThreadPoolExecutor(max_sessions, thread_name_prefix="session")
+        self._drain_s = drain_s
+        self._server: Server | None = None
+        self._housekeeping: list[asyncio.Task[None]] = []
+        self._openings = ThreadPoolExecutor(1, thread_name_prefix="opening")
+        self._started = time.monotonic()
+        live_bytes, may_pack, quotas = LiveBytes.measure(base), can_pack(base), quotas or QuotaLimits()
+        # Sequences end to end are one row, whatever each of them may have.
+        longest = (max_tokens or MOST_TOKENS) if may_pack else base.max_sequence_length
+        if max_tokens is None:
+            max_tokens = fitting_tokens(live_bytes, longest, live_limit)
+        self.largest_micro_batch = live_bytes.largest(max_tokens, longest)
+        if live_limit is not None and quotas.live_bytes is None:
+            # Whoever stalls in the middle of a step must not hold up all others.
+            quotas = replace(quotas, live_bytes=min(live_limit, max(live_limit // 2, self.largest_micro_batch)))
+        self.service = Service(
+            base=base,
+            gate=ComputeGate(),  # one session computes at a time: on a CPU the cores are shared, on one GPU the device
+            threads=threads,
+            may_pack=may_pack,
+            live_bytes=live_bytes,
+            max_tokens=max_tokens,
+            opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
+            ticket_key=ticket_key,
+            sessions=Sessions(max_sessions),
+            quotas=Quotas(quotas, total_live_bytes=live_limit),
+            patience=patience,
+            deadlines=DeviceDeadlines(patience),
+            pool=self._threads,
+            openings=self._openings,
+            draining=threading.Event(),
+        )
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen. Raises ``ConnectionFailedError`` where that address cannot be had."""
+        try:
+            self._server = await serve(
+                self._handle,
+                host,
+                port,
+                process_request=self._answer_http,
+                ping_interval=PING_EVERY_S,
+                ping_timeout=PING_TIMEOUT_S,
+                **self.guard.settings(),
+            )
+        except OSError as error:
+            raise cannot_listen(host, port, error) from None
+        self.port = next(iter(self._server.sockets)).getsockname()[1]
+        self._housekeeping = [
+            asyncio.create_task(each) for each in (self._recheck_access(), self._release_memory(), self._make_room())
+        ]
+
+    async def serve_until_stopped(self, host: str, port: int) -> None:
+        """Listen until SIGINT or SIGTERM, then close every session and return."""
+        stopped = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stopped.set)
+        await self.start(host, port)
+        logger.info(
+            "listening on %s://%s:%d, health at http%s://%s:%d/healthz", self.scheme, host, self.port,
+            self.scheme.removeprefix("ws"), host, self.port,
+        )  # fmt: skip
+        await stopped.wait()
+        logger.info(
+            "stopping: %d sessions may finish their step, for at most %.0f s", len(self.service.sessions),
+            self._drain_s,
+        )  # fmt: skip
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Let running steps finish, tell every device to come again, hang up and wait for the threads to end."""
+        await self._drain()
+        for task in self._housekeeping:
+            task.cancel()
+        self.guard.hang_up()
+        if self._server is not None:
+            self._server.close()
+            await self._server.wait_closed()
+        for threads in (self._threads, self._openings):
+            await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
+
+    async def _drain(self) -> None:
+        sessions = self.service.sessions
+        self.service.draining.set()
+        until = time.monotonic() + self._drain_s
+        while len(sessions) and time.monotonic() < until:
+            for live in sessions:
+                if live.session.at_rest or live.transport.parked_at is not None:
+                    live.transport.end(shutting_down())
+            await asyncio.sleep(DRAIN_CHECK_S)
+        for live in sessions:
+            live.transport.end(shutting_down())
+        self.service.quotas.stop()
+        await wait_for_goodbyes()
+
+    async def _recheck_access(self) -> None:
+        """End the sessions of devices whose token was revoked or has expired."""
+        while True:
+            await asyncio.sleep(RECHECK_EVERY_S)
+            sessions = list(self.service.sessions)
+            try:
+                denied = await asyncio.to_thread(self._access.recheck, {live.caller for live in sessions})
+            except AccessDeniedError:  # the tokens cannot be read just now
+                continue
+            for live in sessions:
+                if live.caller in denied:
+                    live.transport.end(denied[live.caller])
+
+    async def _release_memory(self) -> None:
+        """Give freed memory back once nothing computes: sessions that stay would keep what they used."""
+        released = seen = 0
+        while True:
+            await asyncio.sleep(RELEASE_EVERY_S)
+            turns = self.service.gate.turns
+            if turns == seen != released:
+                await asyncio.to_thread(release_unreachable)
+                released = turns
+            seen = turns
+
+    async def _make_room(self) -> None:
+        """End sessions whose device is away in the middle of a step, one a second, where others wait for the memory."""
+        while True:
+            await asyncio.sleep(MAKE_ROOM_EVERY_S)
+            if self.service.quotas.is_awaited:
+                self.service.sessions.give_up_longest_parked_in_a_step()
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)
+
+    async def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+        if request.path == "/healthz":
+            return _json_response(http.HTTPStatus.OK, json.dumps(self.health(), indent=1).encode() + b"\n")
+        authorization = request.headers.get_all("Authorization")
+        source = cast(GuardedConnection, connection).source
+        try:
+            async with self._admitting:
+                # In a thread: a token file that somebody locks must not hold up the sessions that are open.
+                self._callers[connection] = await asyncio.to_thread(
+                    self._access.admit,
+                    authorization[0] if len(authorization) == 1 else None,
+                    source,
+                    connection.transport.get_extra_info("peercert"),
+                    has_query="?" in request.path,
+                )
+        except AccessDeniedError as denied:
+            if denied.should_log:
+                logger.warning("%s refused: %s: %s", source, denied.code, denied)
+            return _json_response(denied.status, denied.body(), denied.headers())
+        return None
+
+    def health(self) -> dict[str, object]:
+        """What ``/healthz`` answers."""
+        base, sessions = self.service.base, self.service.sessions
+        return {
+            "status": "draining" if self.service.draining.is_set() else "ok",
+            "software": SOFTWARE_VERSION,
+            "protocol_versions": list(PROTOCOL_VERSIONS),
+            "base_model": public_name(base.name),
+            "base_fingerprint": base.fingerprint,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "device": str(base.device),
+            "sessions": len(sessions),
+            "parked_sessions": sessions.parked,
+            "max_sessions": sessions.limit,
+            "max_tokens": self.service.max_tokens,
+            "live_mb": round(self.service.quotas.live_bytes / 1e6, 1),
+            "live_mb_limit": None if (limit := self.service.quotas.total_live_bytes) is None else round(limit / 1e6, 1),
+            "uptime_s": round(time.monotonic() - self._started, 1),
+        }
+
+
+def fitting_tokens(live_bytes: LiveBytes, longest: int, live_limit: int | None) -> int:
+    """The most tokens of a micro-batch that takes at most half of ``live_limit`` bytes, so that nobody has all of it.
+
+    At least ``LEAST_TOKENS``, at most ``MOST_TOKENS``, in steps of the former. ``longest``: tokens of a sequence.
+    """
+    if live_limit is None:
+        return MOST_TOKENS
+    tokens = range(LEAST_TOKENS, MOST_TOKENS + 1, LEAST_TOKENS)
+    fitting = bisect.bisect_right(tokens, live_limit // 2, key=lambda many: live_bytes.largest(many, longest))
+    return tokens[max(0, fitting - 1)]
+
+
+def _json_response(status: http.HTTPStatus, body: bytes, more: Mapping[str, str] = MappingProxyType({})) -> Response:
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close", **more}
+    return Response(status.value, status.phrase, Headers(headers), body)

@@ -1,0 +1,132 @@
+"""The sessions of a server: who has one, how many fit, and how a device comes back to its own.
+
+A session that is parked makes room for a new one where the server is full, for its own device's next one, and, where
+it holds memory in the middle of a step, for micro-batches that wait for that: whatever is lost with it, the device runs
+its step again elsewhere from its ticket. So parked sessions cost nothing that somebody else needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from websockets.asyncio.server import ServerConnection
+
+from dlora.cloud.door.access import Caller
+from dlora.cloud.door.quotas import SessionQuota
+from dlora.protocol import messages as m
+from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.session import Session
+
+from .transport import DeviceGoneError, SessionTransport
+
+BUSY_RETRY_S = 5.0
+
+
+@dataclass(eq=False)
+class LiveSession:
+    """One session, connected or parked.
+
+    Attributes:
+        name: in messages and logs, random.
+        caller: who may resume it.
+        device: the stable name that the device gives itself; "" for none.
+    """
+
+    name: str
+    caller: Caller
+    device: str
+    session: Session
+    transport: SessionTransport
+    quota: SessionQuota
+    token_digest: bytes = field(default=b"", repr=False)
+
+    def new_token(self) -> bytes:
+        """A token that resumes this session once; only its digest is kept."""
+        token = secrets.token_bytes(m.TOKEN_BYTES)
+        self.token_digest = hashlib.sha256(token).digest()
+        return token
+
+
+class Sessions:
+    """All sessions of a server. For the event loop.
+
+    Args:
+        limit: sessions at a time, parked ones included.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._live: dict[str, LiveSession] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[LiveSession]:
+        with self._lock:
+            return iter(list(self._live.values()))
+
+    @property
+    def parked(self) -> int:
+        """How many wait for their device."""
+        return len(self._parked())
+
+    def drop_left_behind(self, caller: Caller, device: str) -> None:
+        """End what a device has parked that opens another session; ``device`` is "" for one without a name."""
+        for live in self._parked():
+            if device and (live.caller, live.device) == (caller, device):
+                self._evict(live, "its device opened another session")
+
+    def make_room(self) -> None:
+        """Raise ``RemoteProtocolError`` (``busy``) where no other session fits."""
+        if len(self) < self.limit:
+            return
+        parked = self._parked()
+        if not parked:
+            text = f"the server is full ({self.limit} sessions)"
+            raise RemoteProtocolError(text, m.ErrorCode.BUSY, retryable=True, retry_after_s=BUSY_RETRY_S)
+        self._evict(min(parked, key=lambda live: live.transport.parked_at or 0.0), "another device needed the room")
+
+    def give_up_longest_parked_in_a_step(self) -> None:
+        """End it, where there is one that holds memory."""
+        holding = [live for live in self._parked() if live.quota.live_bytes]
+        if holding:
+            self._evict(min(holding, key=lambda live: live.transport.parked_at or 0.0), "others needed the memory")
+
+    def add(self, live: LiveSession) -> None:
+        with self._lock:
+            self._live[live.name] = live
+
+    def resume(
+        self, request: m.ResumeSession, caller: Caller, connection: ServerConnection, handshake: Session
+    ) -> LiveSession | None:
+        """Move a session over to ``connection``; None where there is no such session for that token and caller.
+
+        Raises ``RemoteProtocolError`` where the device claims to have what it cannot have.
+        """
+        live = self._live.get(request.session)
+        digest = hashlib.sha256(request.token).digest()
+        known = live.token_digest if live is not None else bytes(len(digest))
+        if not hmac.compare_digest(digest, known) or live is None or live.caller != caller:
+            return None
+        answer = handshake.send(m.SessionResumed(token=live.new_token(), received=live.session.link.received))
+        live.transport.attach(connection, lambda: [answer, *live.session.resume(handshake, request.received)])
+        return live
+
+    def remove(self, live: LiveSession) -> None:
+        """Forget a session; harmless when it is forgotten already."""
+        with self._lock:
+            self._live.pop(live.name, None)
+        live.quota.close()
+
+    def _parked(self) -> list[LiveSession]:
+        return [live for live in self if live.transport.parked_at is not None]
+
+    def _evict(self, live: LiveSession, why: str) -> None:
+        self.remove(live)
+        live.transport.end(DeviceGoneError(why))

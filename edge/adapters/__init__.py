@@ -1,0 +1,1 @@
+"""The adapters: their parameters, their units, their files."""

@@ -1,0 +1,56 @@
+"""Whether things fit together: a bundle and a server, an adapter and a bundle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dlora.edge.engine.bundle import Bundle
+from dlora.protocol import messages as m
+from dlora.protocol.errors import CheckpointError, ModelMismatchError
+
+from .peft import LoadedAdapter
+from .units import AdapterSet
+
+
+def check_base_model(bundle: Bundle, welcome: m.Welcome) -> None:
+    """Raise ``ModelMismatchError`` unless the server serves the base model that the bundle pins."""
+    base = bundle.manifest.base_model
+    if welcome.base_fingerprint != base.fingerprint:
+        raise ModelMismatchError(
+            f"the server serves {welcome.base_model} ({welcome.base_fingerprint[:12]}…), the bundle is of {base.name} "
+            f"({base.fingerprint[:12]}…); serve that model, or export a bundle of the server's"
+        )
+    if (welcome.embedding_size, welcome.hidden_size) != (base.embedding_size, base.hidden_size):
+        raise ModelMismatchError(
+            f"the server says that {welcome.base_model} is {welcome.embedding_size} and {welcome.hidden_size} wide, "
+            f"the bundle {base.embedding_size} and {base.hidden_size}; export a bundle of the server's"
+        )
+
+
+def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
+    """Put a saved adapter's weights in; modules that it lacks keep their start, whose delta is zero.
+
+    Raises ``CheckpointError`` where it does not fit. A saved scaling other than this run's is folded into B.
+    """
+    known = {adapter.name: adapter for adapter in adapters}
+    of = f" (of {loaded.base_model_name})" if loaded.base_model_name else ""
+    for name, module in loaded.modules.items():
+        adapter = known.get(name)
+        if adapter is None:
+            raise CheckpointError(
+                f"the adapter{of} has {name}, which is no target module of this bundle; take an adapter of the "
+                "bundle's base model, or export a bundle with its --target-modules"
+            )
+        widths = (module.lora_A.shape[1], module.lora_B.shape[0])
+        wanted = (adapter.lora_A.value.shape[1], adapter.lora_B.value.shape[0])
+        if widths != wanted:
+            raise CheckpointError(
+                f"the adapter{of} is of another base model: its {name} goes from {widths[0]} to {widths[1]} numbers, "
+                f"the bundle's from {wanted[0]} to {wanted[1]}"
+            )
+        rank = module.lora_A.shape[0]
+        if rank != adapter.lora_A.value.shape[0]:
+            raise CheckpointError(f"the adapter's {name} has rank {rank}; train with --rank {rank}")
+        ratio = loaded.scaling[name] / adapter.scaling
+        adapter.lora_A.value = module.lora_A
+        adapter.lora_B.value = module.lora_B if ratio == 1.0 else module.lora_B * np.float32(ratio)

@@ -1,0 +1,365 @@
+"""Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Only the modules given are written, so an adapter trained with kill-and-revive holds its live units and no more.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dlora.edge.files import make_directory, storage_errors, write_atomically
+from dlora.protocol.errors import CheckpointError
+from dlora.protocol.limits import MAX_RANK
+from dlora.protocol.tensors import FloatArray
+
+CONFIG_NAME: Final = "adapter_config.json"
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+CARD_NAME: Final = "README.md"
+_PREFIX: Final = "base_model.model."
+_MAX_NUMBER: Final = 2**31
+_MAX_NAME: Final = 256
+_MAX_CONFIG_BYTES: Final = 16 << 20
+# PEFT writes a pattern a module where ranks differ: 900 modules have the largest of models that are not mixtures.
+_MAX_PATTERNS: Final = 4096
+_MAX_PATTERN: Final = 1024
+_MAX_LETTERS: Final = 10**9  # that matching may look at: some seconds
+_REPETITION: Final = re.compile(r"[*+?{]")
+
+# Settings of PEFT under which B A x is not all that the adapter does: each must be absent or falsy.
+_UNSUPPORTED: Final = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "lora_bias": "biases in lora_B",
+    "modules_to_save": "modules saved whole (modules_to_save)",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+    "target_parameters": "targets that are parameters (target_parameters)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+}
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """The LoRA of one target module.
+
+    Attributes:
+        name: full name in the base model.
+        lora_A: float32 (r, in_features); lora_B: float32 (out_features, r).
+    """
+
+    name: str
+    lora_A: FloatArray
+    lora_B: FloatArray
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """A LoRA read from disk.
+
+    Attributes:
+        r, lora_alpha: the configuration's defaults; single modules may differ.
+        scaling: by module name, what ``lora_B @ lora_A`` is multiplied by.
+        modules: by module name.
+    """
+
+    r: int
+    lora_alpha: float
+    scaling: dict[str, float]
+    modules: dict[str, SavedModule]
+    base_model_name: str | None
+
+
+def save_adapter(
+    directory: Path,
+    modules: Sequence[SavedModule],
+    *,
+    r: int,
+    lora_alpha: float,
+    base_model_name: str,
+    target_modules: Sequence[str] = (),
+    fan_in_fan_out: bool = False,
+) -> None:
+    """Write an adapter that ``PeftModel.from_pretrained`` loads.
+
+    Args:
+        modules: at least one, all of rank ``r``; no others are written.
+        target_modules: what the user asked for, for the model card; the configuration names ``modules``.
+        fan_in_fan_out: whether the targets are ``Conv1D`` (GPT-2).
+
+    The two files cannot change at one instant, so for the moment between, the configuration names the old and
+    the new modules: PEFT gives those without weights a B of zero, and the adapter is wholly the old or the new.
+
+    Raises ``StorageError``.
+    """
+    if not modules:
+        raise ValueError("an adapter has at least one module")
+    for module in modules:
+        if module.lora_A.shape[0] != r or module.lora_B.shape[1] != r:
+            raise ValueError(f"{module.name} has not rank {r}")
+    make_directory(directory)
+    config = _config(
+        sorted(module.name for module in modules),
+        r=r,
+        lora_alpha=lora_alpha,
+        base_model_name=base_model_name,
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    tensors = {}
+    for module in modules:
+        tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = np.ascontiguousarray(module.lora_A, np.float32)
+        tensors[f"{_PREFIX}{module.name}.lora_B.weight"] = np.ascontiguousarray(module.lora_B, np.float32)
+    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+
+    old = _replaced_config(config_path)
+    if old is not None and {**old, "target_modules": None} == {**config, "target_modules": None}:
+        if old["target_modules"] != config["target_modules"]:
+            both = sorted({*old["target_modules"], *config["target_modules"]})
+            write_atomically(config_path, _json({**config, "target_modules": both}))
+    else:
+        # Another run's adapter, perhaps of another rank: between the files it would be a mixture. None is better.
+        with storage_errors(weights_path):
+            weights_path.unlink(missing_ok=True)
+        write_atomically(config_path, _json(config))
+    # PEFT and transformers look for this very "format".
+    write_atomically(weights_path, safetensors.numpy.save(tensors, {"format": "pt"}))
+    write_atomically(config_path, _json(config))
+    card = _card(modules, r, lora_alpha, base_model_name, target_modules)
+    write_atomically(directory / CARD_NAME, card.encode())
+
+
+def load_adapter(directory: Path) -> LoadedAdapter:
+    """Read a PEFT LoRA. Raises ``CheckpointError`` for anything that is not one, naming what it is instead."""
+    config = _read_config(directory)
+    _check_supported(directory, config)
+    r, alpha = _rank(directory, config, "r"), _number(directory, config, "lora_alpha")
+    ranks, alphas = (_patterns(directory, config, key) for key in ("rank_pattern", "alpha_pattern"))
+    halves = _read_halves(directory)
+    _check_matching_time(directory, [*ranks, *alphas], list(halves))
+    modules, scaling = {}, {}
+    for name, found in halves.items():
+        if set(found) != {"A", "B"}:
+            raise CheckpointError(f"{directory}: {name} has no lora_{'B' if 'A' in found else 'A'}")
+        a, b = found["A"], found["B"]
+        pattern = _first_match(ranks, name)
+        rank = r if pattern is None else _rank(directory, config["rank_pattern"], pattern)
+        if a.ndim != 2 or b.ndim != 2:
+            raise CheckpointError(f"{directory}: {name} is no linear module's LoRA")
+        if a.shape[0] != rank or b.shape[1] != rank:
+            raise CheckpointError(
+                f"{directory}: {name} has rank {a.shape[0]} (A) and {b.shape[1]} (B), the configuration says {rank}"
+            )
+        pattern = _first_match(alphas, name)
+        module_alpha = alpha if pattern is None else _number(directory, config["alpha_pattern"], pattern)
+        scaling[name] = module_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        modules[name] = SavedModule(name, a, b)
+    base = config.get("base_model_name_or_path")
+    return LoadedAdapter(r, alpha, scaling, modules, base if isinstance(base, str) else None)
+
+
+def _config(
+    names: list[str], *, r: int, lora_alpha: float, base_model_name: str, fan_in_fan_out: bool
+) -> dict[str, Any]:
+    # Defaults of whatever PEFT reads this are right for all else; keys that some version lacks would make it warn.
+    return {
+        "base_model_name_or_path": base_model_name,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "lora_alpha": int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": r,
+        "target_modules": names,
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _replaced_config(path: Path) -> dict[str, Any] | None:
+    """The configuration that a save replaces, if it has the shape of ours."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    names = found.get("target_modules")
+    return found if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no regular file")
+        with path.open("rb") as file:
+            content = file.read(_MAX_CONFIG_BYTES + 1)
+        if len(content) > _MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path} is too large to be a configuration")
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except (FileNotFoundError, NotADirectoryError):
+        reason = "it has no adapter_config.json" if directory.is_dir() else "there is no such directory"
+        raise CheckpointError(f"{directory} is not a PEFT adapter: {reason}") from None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+
+
+def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{directory} is a PEFT adapter of type {kind}; only LORA can be used")
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(f"{directory} trains biases (bias={config['bias']!r}); only bias='none' can be used")
+    for key, name in _UNSUPPORTED.items():
+        if config.get(key):
+            raise CheckpointError(f"{directory} uses {name}; only plain LoRA can be used")
+    # PiSSA and its kind change the base model's weights at the start; PEFT marks what it converted back with true.
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
+        raise CheckpointError(f"{directory} needs a changed base model (init_lora_weights={start!r}); convert it first")
+
+
+def _read_halves(directory: Path) -> dict[str, dict[str, FloatArray]]:
+    """Module name to its ``A`` and ``B``, float32."""
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
+        if (directory / "adapter_model.bin").exists():
+            raise CheckpointError(
+                f"{directory} has its weights as a pickle (adapter_model.bin), which is never loaded; "
+                "save it with safetensors"
+            )
+        raise CheckpointError(f"{directory} has no {WEIGHTS_NAME}")
+    halves: dict[str, dict[str, FloatArray]] = {}
+    try:
+        for key, tensor in _float32_tensors(path).items():
+            match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight", key)
+            if match is None or len(match[1]) > _MAX_NAME:
+                raise CheckpointError(f"{directory} has {key}, which is no part of a plain LoRA")
+            halves.setdefault(match[1], {})[match[2]] = tensor
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+    if not halves:
+        raise CheckpointError(f"{path} has no modules")
+    return halves
+
+
+def _float32_tensors(path: Path) -> dict[str, FloatArray]:
+    found = {}
+    for key, tensor in safetensors.deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
+        if tensor["dtype"] == "BF16":
+            # numpy knows no bfloat16: it is the upper half of a float32.
+            values = (np.frombuffer(tensor["data"], "<u2").astype(np.uint32) << 16).view(np.float32)
+        elif tensor["dtype"] in ("F16", "F32", "F64"):
+            width = tensor["dtype"][1:]
+            values = np.frombuffer(tensor["data"], np.dtype(f"float{width}")).astype(np.float32)
+        else:
+            raise CheckpointError(f"{path}: {key} is of type {tensor['dtype']}; only floats can be used")
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{path}: {key} has values that are not finite")
+        found[key] = values.reshape(tensor["shape"])
+    return found
+
+
+def _number(directory: Path, config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key, 8)  # PEFT's default for both
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < _MAX_NUMBER:
+        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} must be a positive number below 2**31")
+    return value
+
+
+def _rank(directory: Path, config: Mapping[str, Any], key: str) -> int:
+    value = _number(directory, config, key)
+    if value != int(value):
+        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} is a rank and must be a whole number")
+    if value > MAX_RANK:
+        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} is {value}; ranks up to {MAX_RANK} can be used")
+    return int(value)
+
+
+def _patterns(directory: Path, config: Mapping[str, Any], key: str) -> dict[str, re.Pattern[str]]:
+    """The patterns under ``key``, ready to match a module's whole name as PEFT matches them."""
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} must be an object")
+    if len(patterns) > _MAX_PATTERNS:
+        raise CheckpointError(f"{directory}: {key} has {len(patterns)} patterns; {_MAX_PATTERNS} can be used")
+    found = {}
+    for pattern in patterns:
+        if _is_slow(pattern):
+            raise CheckpointError(f"{directory}: {key} has a pattern that is too complicated; name the modules instead")
+        try:
+            found[pattern] = re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, OverflowError, RecursionError):
+            raise CheckpointError(f"{directory}: {key} has a malformed pattern {pattern!r}") from None
+    return found
+
+
+def _check_matching_time(directory: Path, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ``CheckpointError`` where matching every pattern with every name could take long.
+
+    ``re`` may try a name's letters once for each repetition, and PEFT's ``(.*\\.)?`` in front is one more.
+    """
+    repetitions = Counter(len(_REPETITION.findall(pattern)) + 1 for pattern in patterns)
+    lengths = Counter(map(len, names))
+    letters = sum(
+        many * count * length**power for power, many in repetitions.items() for length, count in lengths.items()
+    )
+    if letters > _MAX_LETTERS:
+        raise CheckpointError(f"{directory} has too complicated patterns for {len(names)} modules; name the modules")
+
+
+def _first_match(patterns: Mapping[str, re.Pattern[str]], name: str) -> str | None:
+    return next((pattern for pattern, compiled in patterns.items() if compiled.match(name)), None)
+
+
+def _is_slow(pattern: str) -> bool:
+    """Whether matching could take for ever: a pattern is a stranger's program, and ``re`` has no limit.
+
+    Names are short, so a few repetitions and groups are fine, and repeated groups are not: ``(a|a)*``.
+    """
+    if len(pattern) > _MAX_PATTERN:
+        return True
+    repeated_group = re.search(r"\)[*+?{]", pattern) is not None
+    return repeated_group or pattern.count("(") > 3 or len(_REPETITION.findall(pattern)) > 3
+
+
+def _card(
+    modules: Sequence[SavedModule], r: int, lora_alpha: float, base_model_name: str, target_modules: Sequence[str]
+) -> str:
+    asked = f" of the target modules {', '.join(target_modules)}" if target_modules else ""
+    base = msgspec.json.encode(base_model_name).decode()
+    return f"""---
+base_model: {base}
+library_name: peft
+tags: [lora, dlora]
+---
+
+# LoRA adapter
+
+Made with dlora for `{base_model_name}`: rank {r}, alpha {lora_alpha:g}, {len(modules)} modules{asked}.
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/directory")
+```
+"""

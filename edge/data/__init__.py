@@ -1,0 +1,1 @@
+"""From a file to micro-batches of tokens."""

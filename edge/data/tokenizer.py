@@ -1,0 +1,167 @@
+"""The bundle's tokenizer: text and chats to token ids and back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from dlora.edge.engine.bundle import Bundle
+from dlora.protocol.errors import BundleError, DataError
+from dlora.protocol.manifest import TokenizerSpec
+from dlora.protocol.tensors import IntArray
+
+if TYPE_CHECKING:  # Jinja takes 20 ms to import, and plain text needs none
+    from .chat import ChatTemplate
+
+_MAX_IDS: Final = 2**31  # ids are kept as int32
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Tokens of a text.
+
+    Attributes:
+        ids: int32 (tokens,).
+        spans: int32 (tokens, 2), first character and one past the last; (0, 0) for added tokens.
+        added: bool (tokens,), true where the tokenizer added a token that is not in the text.
+    """
+
+    ids: IntArray
+    spans: IntArray
+    added: npt.NDArray[np.bool_]
+
+
+class EdgeTokenizer:
+    """A ``tokenizer.json`` with its chat template.
+
+    Args:
+        spec: its special tokens, as in the manifest; chat_template: Jinja text.
+        vocabulary_size: of the base model, whose token ids are below it; None: any may be.
+        now: the date for chat templates that print it; fix it where a run must be repeatable on another day.
+
+    What a damaged tokenizer makes the tokenizers library do, within its limits and ours, is a ``BundleError``. What it
+    makes it do to the process is the business of ``child``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        spec: TokenizerSpec,
+        chat_template: str | None = None,
+        now: Callable[[], datetime] = datetime.now,
+        vocabulary_size: int | None = None,
+    ) -> None:
+        # The file may carry the settings of whoever saved it; lengths are our business.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._spec = spec
+        self._now = now
+        self._end_of_ids = _MAX_IDS if vocabulary_size is None else vocabulary_size
+        if self.vocabulary_size == 0:
+            raise BundleError("the bundle's tokenizer has no words; export the bundle again")
+        if spec.eos_token_id is not None:
+            self._check_ids(np.array([spec.eos_token_id]))
+        self._template_source = chat_template
+        self._template: ChatTemplate | None = None
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> EdgeTokenizer:
+        """The tokenizer of a bundle. Raises ``BundleError`` for a file that the tokenizers library cannot read."""
+        spec = bundle.manifest.tokenizer
+        path = bundle.file(spec.file)
+        try:
+            content = path.read_bytes()
+            with _bundle_errors(f"{path} is damaged or too new", "export again or update tokenizers"):
+                tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            chat_template = None
+            if spec.chat_template is not None:
+                path = bundle.file(spec.chat_template)
+                chat_template = path.read_text(encoding="utf-8")
+            return cls(tokenizer, spec, chat_template, vocabulary_size=bundle.manifest.base_model.vocabulary_size)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read ({error.strerror}); export the bundle again") from None
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._spec.eos_token_id
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self._spec.all_stop_token_ids
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The chat template, compiled once; raises ``DataError`` where the bundle has none."""
+        if self._template is None:
+            if self._template_source is None:
+                raise DataError("this base model has no chat template; use prompt and completion, or text")
+            from .chat import ChatTemplate
+
+            tokens = {"bos_token": self._spec.bos_token, "eos_token": self._spec.eos_token}
+            known = {name: token for name, token in tokens.items() if token is not None}
+            self._template = ChatTemplate(self._template_source, known, self._now)
+        return self._template
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Encoded:
+        """Tokens of a text; special tokens that stand in the text are recognised either way."""
+        with _bundle_errors():
+            found = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids = np.array(found.ids, np.int64)
+        self._check_ids(ids)
+        spans = np.array(found.offsets, np.int32).reshape(-1, 2)
+        return Encoded(ids.astype(np.int32), spans, np.array(found.special_tokens_mask, np.bool_))
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> IntArray:
+        """Token ids, int32 (tokens,), of a conversation, ready to be answered. Raises ``DataError``."""
+        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, prompt: str) -> IntArray:
+        """Token ids, int32 (tokens,), of what comes before an answer: a user's turn where there is a chat template."""
+        if self._template_source is not None:
+            return self.encode_chat([{"role": "user", "content": prompt}])
+        return self.encode(prompt, add_special_tokens=True).ids
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        with _bundle_errors():
+            return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+
+    def _check_ids(self, ids: npt.NDArray[np.int64]) -> None:
+        outside = ids[(ids < 0) | (ids >= self._end_of_ids)]
+        if len(outside):
+            raise BundleError(
+                f"the bundle's tokenizer has a token {outside[0]}, its base model has {self._end_of_ids} of them; "
+                "export the bundle again"
+            )
+
+
+@contextlib.contextmanager
+def _bundle_errors(
+    problem: str = "the bundle's tokenizer does not work", advice: str = "export the bundle again"
+) -> Iterator[None]:
+    """Whatever the tokenizers library raises as ``BundleError``: an ``Exception``, or where it panics not even that."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise BundleError(f"{problem} ({reason}); {advice}") from None

@@ -1,0 +1,1 @@
+"""The whole model as the device uses it."""

@@ -1,0 +1,97 @@
+"""The two ends of the base model that the device holds: token embedding, and LM head with loss and gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Array, Engine, Graph, scalar
+from dlora.edge.memory import release_freed
+from dlora.protocol.tensors import FloatArray
+
+LongArray = npt.NDArray[np.int64]
+
+
+class Embedding:
+    """Token ids (tokens,) to hidden states (tokens, embedding_size)."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self._bundle = bundle
+        self._file = bundle.manifest.embedding.weight
+        self._graph = engine.load("embedding")
+
+    def __call__(self, ids: LongArray) -> FloatArray:
+        release_freed()  # what the last step left free, else the table comes on top of it
+        (hidden_states,) = self._graph({"weight": self._bundle.weight(self._file), "ids": ids})
+        # The system maps the neighbours of each page that is touched: a few steps would bring in the whole table.
+        self._bundle.release(self._file)
+        return hidden_states
+
+
+class Head:
+    """Hidden states at labelled positions to losses, gradients, predictions or logits.
+
+    Rows go through the graphs in chunks of the manifest's ``rows``. That is when a step takes most memory: what is free
+    goes back to the system before each chunk, and the weight's pages go after the last one.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        spec = bundle.manifest.head
+        self._bundle = bundle
+        self._weights: dict[str, Array] = {"weight": bundle.weight(spec.weight)}
+        if spec.row_scales:
+            self._weights["row_scales"] = bundle.weight(spec.row_scales)
+        if spec.bias:
+            self._weights["bias"] = bundle.weight(spec.bias)
+        self._rows = spec.rows
+        self._engine = engine
+        self._graphs: dict[str, Graph] = {}
+
+    def loss_and_grad(
+        self, hidden_states: FloatArray, labels: LongArray, grad_scale: float
+    ) -> tuple[FloatArray, FloatArray]:
+        """Cross-entropy (rows,) and ``grad_scale`` times its gradient (rows, hidden_size)."""
+        graph = self._graph("head_train")
+        losses = np.empty(len(labels), np.float32)
+        grads = np.empty_like(hidden_states)
+        for rows in self._chunks(len(labels)):
+            losses[rows], grads[rows] = graph(
+                self._weights
+                | {
+                    "hidden_states": hidden_states[rows],
+                    "labels": labels[rows],
+                    "grad_scale": scalar(grad_scale),
+                }
+            )
+        return losses, grads
+
+    def loss(self, hidden_states: FloatArray, labels: LongArray) -> tuple[FloatArray, LongArray]:
+        """Cross-entropy (rows,) and the likeliest token (rows,)."""
+        graph = self._graph("head_loss")
+        losses = np.empty(len(labels), np.float32)
+        predictions = np.empty(len(labels), np.int64)
+        for rows in self._chunks(len(labels)):
+            inputs: dict[str, Array] = {"hidden_states": hidden_states[rows], "labels": labels[rows]}
+            losses[rows], predictions[rows] = graph(self._weights | inputs)
+        return losses, predictions
+
+    def logits(self, hidden_states: FloatArray) -> FloatArray:
+        """Logits (rows, vocabulary) of a few rows."""
+        (logits,) = self._graph("head_logits")(self._weights | {"hidden_states": hidden_states})
+        return logits
+
+    def _chunks(self, rows: int) -> Iterator[slice]:
+        for start in range(0, rows, self._rows):
+            release_freed()
+            yield slice(start, start + self._rows)
+        release_freed()
+        self._bundle.release(self._bundle.manifest.head.weight)
+
+    def _graph(self, kind: str) -> Graph:
+        # Loaded when first used: a run that never generates never pays for its graph.
+        if kind not in self._graphs:
+            self._graphs[kind] = self._engine.load(kind)  # type: ignore[arg-type]
+        return self._graphs[kind]

@@ -1,0 +1,1 @@
+"""A whole training run: its directory, its progress, its evaluations, its pauses."""

@@ -1,0 +1,165 @@
+"""Held-out evaluations of a run: kept on disk, the best one with its weights, and when there is no use in going on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from dlora.edge.data.examples import Dataset
+from dlora.edge.files import write_atomically
+from dlora.edge.training.trainer import Trainer
+from dlora.protocol.errors import StoppedError
+
+from .report import Reporter
+
+EVALUATIONS = "evaluations.jsonl"
+BEST = "best"
+EVALUATION = "evaluation.json"
+
+
+class HeldOut:
+    """A run's held-out data, and what was found on it; a resumed run has what was found before.
+
+    The adapter with the lowest loss so far, the untrained one included, lies in ``best/`` beside the last one.
+
+    Args:
+        rows: what ``load_rows`` found.
+        every: steps between evaluations; 0: none on the way.
+        patience: how many evaluations in a row may be no better before the run ends; None: any number.
+        stop: whether somebody asked to stop.
+
+    Attributes:
+        rows: step and ``Evaluation`` of each, as JSON has them.
+        bytes_up, bytes_down: what those that were made here put on the wire.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        dataset: Dataset | None,
+        rows: list[dict[str, Any]],
+        *,
+        every: int,
+        patience: int | None,
+        trainer: Trainer,
+        reporter: Reporter,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.rows = rows
+        self.bytes_up = self.bytes_down = 0
+        self._out = out
+        self._dataset = dataset
+        self._every = every
+        self._patience = patience
+        self._trainer = trainer
+        self._reporter = reporter
+        self._stop = stop
+        self._data = "" if dataset is None else dataset.fingerprint
+
+    def due(self) -> bool:
+        """Whether one belongs between the last step and the next, and is not there."""
+        step = self._trainer.next_step
+        return self._every > 0 and step > 0 and step % self._every == 0 and not self.is_done()
+
+    def is_done(self) -> bool:
+        """Whether there is one of the weights as they are."""
+        return any(row["step"] == self._trainer.next_step for row in self.rows)
+
+    def add(self, when: str) -> None:
+        """Evaluate now, where there is held-out data. Raises ``StoppedError`` soon after somebody asked to stop."""
+        if self._dataset is None:
+            return
+        with self._reporter.evaluating(when, len(self._dataset)) as advance:
+
+            def after_batch(examples: int, _: int) -> None:
+                advance(examples)
+                if self._stop():
+                    raise StoppedError(f"stopped while evaluating; go on with dlora-edge resume {self._out}")
+
+            up, down = self._trainer.traffic
+            result = self._trainer.evaluate(self._dataset, after_batch)
+            self.bytes_up += self._trainer.traffic[0] - up
+            self.bytes_down += self._trainer.traffic[1] - down
+        row = {"step": self._trainer.next_step, **asdict(result), "data": self._data}
+        is_best = self.best is None or result.loss < self.best["loss"]
+        if is_best:
+            # Before the row: where that is missing, both are made again.
+            self._trainer.save_adapter(self._out / BEST)
+            write_atomically(self._out / BEST / EVALUATION, json.dumps(row).encode() + b"\n")
+        self.rows.append(row)
+        write_atomically(self._out / EVALUATIONS, b"".join(json.dumps(row).encode() + b"\n" for row in self.rows))
+        self._reporter.say(
+            f"held-out loss {when}: {result.loss:.4f} over {result.tokens} tokens, "
+            f"{result.token_accuracy:.1%} of tokens right" + (", the best so far" if is_best and self.rows[1:] else "")
+        )
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The row with the lowest loss, the first of equals; None before any."""
+        return min(self.rows, key=lambda row: float(row["loss"]), default=None)
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the run is to end, as the function of that name has it."""
+        return is_out_of_patience(self.rows, self._patience, self._trainer.config.part_begins)
+
+    def keep_best(self) -> None:
+        """Save the best adapter in place of the last one."""
+        best = self.best
+        if best is None or best["step"] == self._trainer.next_step:
+            return
+        if self._saved_row() != best:  # the run went back behind them, and evaluates at other steps since
+            self._reporter.warn(f"the weights of step {best['step']}, the best evaluation, are gone: the last are kept")
+            return
+        self._trainer.copy_adapter(self._out / BEST, self._out)
+        if best["step"] == 0:
+            self._reporter.warn("no evaluation was better than the one before training; try a lower --lr, or more data")
+        self._reporter.say(f"saved: the adapter of step {best['step']}, which has the lowest held-out loss")
+
+    def _saved_row(self) -> Any:
+        """The evaluation that the adapter in ``best/`` is of; None where nobody can say."""
+        try:
+            return json.loads((self._out / BEST / EVALUATION).read_bytes())
+        except (OSError, ValueError):
+            return None
+
+
+class _Row(msgspec.Struct):
+    """What an evaluation's line must have."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    loss: float
+    data: str
+
+
+def load_rows(out: Path, dataset: Dataset | None, next_step: int, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The evaluations of the history that goes on at ``next_step``, of this very data where there are some.
+
+    They are not worth a run, so ``warn`` is told of damage.
+    """
+    path, found, others = out / EVALUATIONS, list[dict[str, Any]](), 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            row = msgspec.json.decode(line, type=_Row)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            warn(f"{path} has a damaged line, which is left out")
+            continue
+        if row.step > next_step or next_step == 0:
+            continue
+        if dataset is None or row.data == dataset.fingerprint:
+            found.append(json.loads(line))
+        else:
+            others += 1
+    if others:
+        warn(f"{path}: {others} evaluations of other held-out data are left out")
+    return found
+
+
+def is_out_of_patience(rows: Sequence[dict[str, Any]], patience: int | None, part_begins: int) -> bool:
+    """Whether the last ``patience`` evaluations of the present part were no better than one before them in it."""
+    losses = [row["loss"] for row in rows if row["step"] >= part_begins]
+    return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience

@@ -1,0 +1,159 @@
+"""What a run will do, said before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dlora.edge.data.examples import Dataset
+from dlora.edge.training.config import TrainConfig
+from dlora.protocol.kill_revive import MAX_STEPS, GroupSpec, Schedule, group_units, steps_needed
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.traffic import Traffic, micro_batch_traffic
+
+_SAMPLES: Final = 1000
+# benchmarks/kill_revive.py on Banking77, two seeds; docs/experiments.md has the table.
+COST_OF_AN_EIGHTH: Final = "on Banking77 1/8 had 84% and 76% of held-out messages right, all active 95% and 89%"
+
+
+def data_line(name: str, path: Path, dataset: Dataset) -> str:
+    """What was made of a data file."""
+    examples, tokens = _count(len(dataset), "example"), _count(dataset.tokens, "token")
+    line = f"{name}: {path.name}, {examples}, {tokens}, {dataset.labelled:,} labelled"
+    for count, what, places in (
+        (dataset.cut, "cut", dataset.cut_places),
+        (dataset.left_out, "left out", dataset.left_out_places),
+    ):
+        if count:
+            more = ", …" if count > len(places) else ""
+            line += f"; {count:,} {what} ({', '.join(places)}{more})"
+    return line
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """How often a run will evaluate on which data: every so many steps (0: never), before it begins, and after."""
+
+    dataset: Dataset
+    every: int
+
+    def left(self, next_step: int, total_steps: int) -> int:
+        """How many are still to come at ``next_step``; one that belongs there counts, the one after the run too."""
+        return sum(map(len, self.steps_left(next_step, total_steps)))
+
+    def steps_left(self, next_step: int, total_steps: int) -> tuple[range, range, range]:
+        """How many steps are done at each of them: before the run, on the way, and after it."""
+        between = range(0)
+        if self.every:
+            between = range((next_step // self.every + 1) * self.every, total_steps, self.every)
+        return range(next_step == 0), between, range(total_steps, total_steps + 1)
+
+
+def run_line(
+    config: TrainConfig, manifest: Manifest, dataset: Dataset, evaluations: Evaluations | None, next_step: int
+) -> str:
+    """Steps, epochs, what is trained, and about how many MB will cross the wire."""
+    units = len(group_units(manifest.groups, config.kill_revive.unit))
+    per_epoch = -(-len(dataset) // (config.batch_size * config.grad_accum))
+    active = config.kill_revive.budget_floor(units)
+    what = f"all {units} {config.kill_revive.unit}s active" if active == units else f"{active} of {units} active"
+    total = config.total_steps
+    done = f" ({next_step:,} of them done)" if next_step else ""
+    traffic = f"about {_mb(expected_mb(config, manifest, dataset, next_step))} for training"
+    if evaluations is not None:
+        mb, count = evaluations_mb(config, manifest, evaluations, next_step), evaluations.left(next_step, total)
+        traffic += f" and {_mb(mb)} for {_count(count, 'evaluation')}"
+    return (
+        f"run: {_count(total, 'step')}{done}, {per_epoch:,} an epoch, {_count(total / per_epoch, 'epoch', '.1f')}; "
+        f"{what}; {traffic} will cross the wire"
+    )
+
+
+def _mb(mb: float) -> str:
+    return f"{mb:,.{1 if mb < 10 else 0}f} MB"
+
+
+def _count(number: float, what: str, form: str = "") -> str:
+    return f"{number:,{form}} {what}" + ("" if number == 1 else "s")
+
+
+def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[str]:
+    """What it costs that not all units are active, and whether the run is long enough; nothing where all are."""
+    kr = config.kill_revive
+    units = len(group_units(groups, kr.unit))
+    active = kr.budget_floor(units)
+    if active == units:
+        return []
+    lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality; {COST_OF_AN_EIGHTH}"]
+    schedule = Schedule(kr, units, config.steps)
+    if not schedule.is_fixed and not schedule.has_trials:
+        needed = steps_needed(kr, units)
+        more = f"{needed:,} steps or more, or " if needed < MAX_STEPS else ""
+        lines.append(
+            f"warning: {config.steps:,} steps are too few for warm-up, ramp and trials; use {more}--active-fraction 1"
+        )
+    return lines
+
+
+def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:
+    """What training from ``next_step`` on will put on the wire, in MB of 10**6 bytes: mean micro-batches, and as many
+    units as the schedule lets be active. Units that fade, and evaluations, come on top."""
+    steps = range(next_step, config.total_steps)
+    share = _active_share(config, manifest, steps)
+    none, everything = (_mean_bytes(config, manifest, dataset, live) for live in ((), range(len(manifest.groups))))
+    return len(steps) * (none + share * (everything - none)) / 1e6
+
+
+def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: Evaluations, next_step: int) -> float:
+    """What all evaluations from ``next_step`` on will put on the wire, in MB of 10**6 bytes, likewise."""
+    none, everything = (
+        _mean_bytes(config, manifest, evaluations.dataset, live, grad_accum=1, trains=False)
+        for live in ((), range(len(manifest.groups)))
+    )
+    micro_batches = -(-len(evaluations.dataset) // config.batch_size)
+    return sum(
+        len(steps) * micro_batches * (none + _active_share(config, manifest, steps) * (everything - none)) / 1e6
+        for steps in evaluations.steps_left(next_step, config.total_steps)
+    )
+
+
+def _active_share(config: TrainConfig, manifest: Manifest, steps: range) -> float:
+    """Mean share of the units that are active in these steps."""
+    units = len(group_units(manifest.groups, config.kill_revive.unit))
+    schedule = Schedule(config.kill_revive, units, config.steps)
+    if schedule.is_fixed:
+        return schedule.floor / units
+    # A sample: a run may have a billion steps.
+    looked_at = steps[:: max(1, len(steps) // _SAMPLES)]
+    return sum(schedule.budget(step - config.part_begins) for step in looked_at) / (units * max(1, len(looked_at)))
+
+
+def _mean_bytes(
+    config: TrainConfig,
+    manifest: Manifest,
+    dataset: Dataset,
+    live: Sequence[int],
+    *,
+    grad_accum: int | None = None,
+    trains: bool = True,
+) -> float:
+    """Bytes of a mean step in which the groups ``live`` take part."""
+    per_step = config.batch_size * (grad_accum or config.grad_accum)
+    sequences = len(dataset) / -(-len(dataset) // per_step)  # of a step: the last one of an epoch may be smaller
+    micro_batches = -(-sequences // config.batch_size)
+    share = sequences / micro_batches
+    traffic: Traffic = micro_batch_traffic(
+        manifest.groups,
+        live=live,
+        graded=live if trains else (),
+        answered=live[1:] if trains else (),
+        tokens=round(share * dataset.tokens / len(dataset)),
+        sequences=round(share),
+        labelled=max(1, round(share * dataset.labelled / len(dataset))),
+        embedding_size=manifest.base_model.embedding_size,
+        hidden_size=manifest.base_model.hidden_size,
+        wire_dtype=config.wire_dtype,
+    )
+    return micro_batches * (traffic.bytes_up + traffic.bytes_down)

@@ -1,0 +1,262 @@
+"""What the user sees: progress and warnings on stderr, the result on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from dlora.edge.training.metrics import StepMetrics
+from dlora.protocol.errors import one_line
+from dlora.protocol.tensors import ByteArray
+
+from .kr_map import render_map
+
+if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain output need not pay
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from rich.status import Status
+
+_SMOOTHING = 0.9
+_STEPS_FOR_AN_ESTIMATE = 3
+
+
+class Reporter:
+    """Progress, notes and results of a command.
+
+    In a terminal there is one live line; anywhere else a plain line every ``every`` steps.
+
+    Args:
+        json_output: whether ``finish`` prints one JSON object instead of a table.
+        every: steps between plain lines; by default a twentieth of the run.
+        stream: where progress goes, stderr by default.
+    """
+
+    def __init__(self, *, json_output: bool = False, every: int | None = None, stream: TextIO | None = None) -> None:
+        self._json = json_output
+        self._every = every
+        self._stream = stream if stream is not None else sys.stderr
+        self._terminal = self._stream.isatty()
+        self._console: Console | None = None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._pace, self._steps = _Pace(), 0
+        self._evaluation_s = 0.0
+        self._evaluations_left: Callable[[int], int] = lambda _: 0
+        self._history: list[tuple[int, ByteArray]] = []
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        self._show(one_line(text))
+
+    def _show(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def warn(self, text: str) -> None:
+        """One line about something that went wrong and was dealt with."""
+        self.say(f"warning: {text}")
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], None]]:
+        """Show inside what is read, in a terminal; what it yields is told the place."""
+        if not self._terminal:
+            yield lambda _: None
+            return
+        with ExitStack() as shown:
+            status: Status | None = None
+
+            def on_tick(place: str) -> None:
+                nonlocal status
+                from rich.console import Console
+                from rich.markup import escape
+
+                text = f"reading {escape(one_line(place))}"
+                if status is None:  # not before the first: it is a thread, and the child that reads is forked without
+                    status = shown.enter_context(Console(file=self._stream).status(text))
+                status.update(text)
+
+            yield on_tick
+
+    @contextmanager
+    def training(
+        self, total_steps: int, first_step: int = 0, evaluations_left: Callable[[int], int] | None = None
+    ) -> Iterator[None]:
+        """Show progress inside; ``step`` moves it. ``evaluations_left`` knows how many are to come at a step."""
+        self._pace, self._steps = _Pace(), 0
+        self._evaluations_left = evaluations_left or (lambda _: 0)
+        if self._every is None:
+            self._every = max(1, total_steps // 20)
+        with self._live("train", total_steps, first_step):
+            yield
+
+    def remember(self, metrics: StepMetrics) -> None:
+        """Take a step of before a resumption into the map."""
+        if metrics.units:
+            self._history.append((metrics.step, metrics.states))
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Show a step."""
+        self._pace.add(metrics)
+        self.remember(metrics)
+        self._steps += 1
+        left = metrics.total_steps - metrics.step - 1
+        if self._steps == _STEPS_FOR_AN_ESTIMATE and left:
+            evaluations = self._evaluations_left(metrics.step + 1)
+            what = f"{left:,} step{'s' * (left > 1)}"
+            if evaluations:
+                what += f" and {evaluations:,} evaluation{'s' * (evaluations > 1)}"
+            self.say(f"expected time: {_duration(self._seconds_left(metrics))} for {what}")
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=metrics.step + 1, status=self._status(metrics))
+            return
+        done = metrics.step + 1
+        if done == 1 or done == metrics.total_steps or done % (self._every or 1) == 0:
+            self._show(f"step {done}/{metrics.total_steps}  {self._status(metrics)}")
+
+    @contextmanager
+    def evaluating(self, when: str, examples: int) -> Iterator[Callable[[int], None]]:
+        """Show progress of an evaluation; what it yields is told how many more examples are done."""
+        started = time.perf_counter()
+        with self._evaluating(when, examples) as advance:
+            yield advance
+        self._evaluation_s = time.perf_counter() - started
+
+    @contextmanager
+    def _evaluating(self, when: str, examples: int) -> Iterator[Callable[[int], None]]:
+        if self._progress is not None and self._task is not None:
+            # In the midst of training: the same line, not a second live display.
+            progress, task, done = self._progress, self._task, 0
+
+            def advance_within(count: int) -> None:
+                nonlocal done
+                done += count
+                progress.update(task, status=f"evaluating {done}/{examples}")
+
+            yield advance_within
+            return
+        with self._live(f"evaluate {when}".strip(), examples, 0):
+            progress_now, task_now = self._progress, self._task
+
+            def advance(count: int) -> None:
+                if progress_now is not None and task_now is not None:
+                    progress_now.advance(task_now, count)
+
+            yield advance
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Print the result on stdout: one JSON object, or a table, after the map if kill-and-revive did anything."""
+        if self._json:
+            print(json.dumps(summary, ensure_ascii=False))
+            return
+        if any((states != self._history[0][1]).any() for _, states in self._history):
+            colour = self._terminal and not os.environ.get("NO_COLOR")
+            self._show(render_map(self._history, height=40, colour=colour, name="unit"))
+        print(summary_table(summary))
+
+    @contextmanager
+    def _live(self, name: str, total: int, done: int) -> Iterator[None]:
+        if not self._terminal:
+            yield
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+
+        if self._console is None:
+            self._console = Console(file=self._stream)
+        columns: list[ProgressColumn] = [MofNCompleteColumn()]
+        if self._console.width >= 100:  # at 80 the numbers need all of it
+            columns.append(BarColumn(bar_width=None))
+        columns.append(TextColumn("{task.fields[status]}"))
+        with Progress(*columns, console=self._console, refresh_per_second=4) as progress:
+            self._progress = progress
+            self._task = progress.add_task(name, total=total, completed=done, status=name)
+            try:
+                yield
+            finally:
+                self._progress = self._task = None
+
+    def _status(self, metrics: StepMetrics) -> str:
+        pace = self._pace
+        return (
+            f"loss {metrics.loss:.3f}  {pace.tokens_per_s:.0f} tok/s  "
+            f"{_mb(metrics.bytes_up)}↑ {_mb(metrics.bytes_down)}↓ MB/step  "
+            f"active {metrics.active_units}/{len(metrics.units) or metrics.live_units}  "
+            f"eta {_duration(self._seconds_left(metrics))}"
+        )
+
+    def _seconds_left(self, metrics: StepMetrics) -> float:
+        """Steps as fast as of late, and evaluations as long as the last one."""
+        done = metrics.step + 1
+        evaluations = self._evaluations_left(done) * self._evaluation_s
+        return self._pace.step_s * (metrics.total_steps - done) + evaluations
+
+
+class _Pace:
+    """Moving averages of speed: kill-and-revive makes steps cheaper as a run goes on."""
+
+    def __init__(self) -> None:
+        self.step_s = 0.0
+        self._tokens = 0.0
+        self._weight = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._tokens / self.step_s if self.step_s else 0.0
+
+    def add(self, metrics: StepMetrics) -> None:
+        # Weights that sum to one from the first step on, as in Adam's bias correction.
+        self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
+        share = (1 - _SMOOTHING) / self._weight
+        self.step_s += share * (metrics.step_s - self.step_s)
+        self._tokens += share * (metrics.tokens - self._tokens)
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """A result as aligned lines; bytes and seconds get readable units, lists and what is None are left out."""
+    rows = [(_title(key), _value(key, value)) for key, value in _flat(summary)]
+    width = max((len(title) for title, _ in rows), default=0)
+    return "\n".join(f"{title:<{width}}  {value}" for title, value in rows)
+
+
+def _flat(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in summary.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key} ")
+        elif value is not None and not isinstance(value, (list, tuple)):
+            yield f"{prefix}{key}", value
+
+
+def _title(key: str) -> str:
+    for unit in ("_s", "_mb"):
+        key = key.removesuffix(unit)
+    return key.replace("_", " ")
+
+
+def _value(key: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return one_line(str(value))
+    if "bytes" in key and value >= 1e5:
+        return f"{value / 1e6:,.2f} MB"
+    if key.endswith("_mb"):
+        return f"{value:,.1f} MB"
+    if key.endswith("_s"):
+        return f"{value:,.2f} s" if value < 120 else _duration(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _mb(size: int) -> str:
+    """Four letters of MB: the line must fit in 80 columns."""
+    return f"{size / 1e6:.2f}" if size < 9.995e6 else f"{size / 1e6:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,391 @@
+"""A whole training run: start or resume, step, evaluate, save, stop when asked, and sum up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import msgspec
+
+from dlora.edge.adapters.peft import WEIGHTS_NAME, LoadedAdapter, load_adapter
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.choose import EngineName, load_libraries, make_engine
+from dlora.edge.engine.code_pages import release_code
+from dlora.edge.files import locked, make_directory, write_atomically
+from dlora.edge.memory import peak_rss_mb
+from dlora.edge.seeds import draw_seed
+from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints, load_latest
+from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, go_on_with
+from dlora.edge.training.metrics import MetricsLog, read_metrics
+from dlora.edge.training.trainer import Trainer, trainer_state
+from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.credentials import Credentials
+from dlora.edge.wire.dialing import Dialing, Liveness, Retry
+from dlora.protocol import interrupts
+from dlora.protocol.errors import DloraError, StoppedError, UsageError
+from dlora.protocol.kill_revive import MAX_STEPS, UnitState
+
+from .held_out import HeldOut, is_out_of_patience, load_rows
+from .pause import PauseRules, SystemSensors, wait_while_paused
+from .plan import Evaluations, kill_revive_lines, run_line
+from .report import Reporter
+from .run_file import DataDigest, Keep, RunFile, RunSettings, save_run_file, versions
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """What to run, and where to keep it.
+
+    Attributes:
+        settings: what the user gave, for ``run.json``; None where there is to be none.
+        eval_every: steps between evaluations; 0: before and after only.
+        keep: which adapter is saved in the end; patience: as ``HeldOut`` has it.
+        engine: what runs the graphs; ``auto`` is ONNX Runtime where it and its graphs are there.
+        max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
+            connection that fails ends it.
+    """
+
+    bundle: Bundle
+    server: str
+    dataset: Dataset
+    config: TrainConfig
+    out: Path
+    eval_dataset: Dataset | None = None
+    settings: RunSettings | None = None
+    eval_every: int = 0
+    keep: Keep = "last"
+    patience: int | None = None
+    save_every: int = 50
+    init_adapter: Path | None = None
+    resume: bool = False
+    threads: int = 0
+    engine: EngineName | Literal["auto"] = "auto"
+    credentials: Credentials = field(default_factory=Credentials)
+    device: str = ""
+    max_retry_s: float | None = None
+    liveness: Liveness = field(default_factory=Liveness)
+    pause: PauseRules = field(default_factory=PauseRules)
+
+
+def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
+    """Train to the end and save the adapter; returns the summary that is also in ``summary.json``.
+
+    Raises any ``DloraError``; ``StoppedError`` after the first Ctrl-C or SIGTERM, with the step under way
+    finished and saved. A second Ctrl-C stops at once; the last checkpoint stands.
+    """
+    if run.out.exists() and not run.out.is_dir():
+        raise UsageError(f"{run.out} is a file; choose another --out")
+    init = load_adapter(run.init_adapter) if run.init_adapter else None
+    load_libraries(run.bundle, run.engine)  # while an interrupt ends us at once: they take it for faults of their own
+    with interrupts.raising(), _directory(run.out), locked(run.out):
+        return _train(run, reporter, init)
+
+
+@contextlib.contextmanager
+def _directory(out: Path) -> Iterator[None]:
+    """A run's directory; one that is made here and stays empty is taken away again."""
+    is_new = not out.exists()
+    make_directory(out)
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # there is something in it
+                out.rmdir()
+
+
+def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dict[str, Any]:
+    checkpoint = _find_checkpoint(run, reporter)
+    run = replace(run, config=_settled(run, checkpoint))
+    first_step = checkpoint.step if checkpoint else 0
+    rows = load_rows(run.out, run.eval_dataset, first_step, reporter.warn)
+    # Before anything is asked of a server: none is needed for that.
+    finished = _finished(run, first_step, rows)
+    if finished is not None:
+        reporter.warn(_why_it_is_finished(run, first_step))
+        return finished
+    _say_what_it_will_do(run, first_step, reporter)
+    engine = make_engine(run.bundle, run.engine, run.threads)
+    started = time.perf_counter()
+    stop = _Stop()
+    with Connection(run.server, _dialing(run, checkpoint, reporter, stop.asked)) as connection, stop.instead_of_dying():
+        trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
+        release_code()
+        held_out = HeldOut(
+            run.out, run.eval_dataset, rows, every=run.eval_every, patience=run.patience, trainer=trainer,
+            reporter=reporter, stop=stop.asked,
+        )  # fmt: skip
+        if run.settings is not None:
+            save_run_file(run.out, _run_file(run, run.settings))
+        if first_step == 0:
+            if init is not None:
+                _warn_of_dropped(trainer, init, reporter)
+            held_out.add("before")
+        with MetricsLog(run.out / METRICS, first_step) as log:
+            for metrics in read_metrics(run.out / METRICS):
+                reporter.remember(metrics)
+            evaluations = _evaluations(run)
+            left = partial(evaluations.left, total_steps=run.config.total_steps) if evaluations else None
+            with reporter.training(run.config.total_steps, first_step, left):
+                _run_steps(run, trainer, reporter, log, held_out, stop.asked)
+        trained_s = time.perf_counter() - started
+        if not held_out.is_done():
+            held_out.add("after")
+        trainer.save_adapter(run.out)
+        if run.keep == "best":
+            held_out.keep_best()
+    summary = _summary(run, trainer.next_step, held_out) | {
+        "first_step": first_step,
+        "reconnects": connection.reconnects,
+        "sessions_resumed": connection.resumed,
+        "steps_rerun": trainer.steps_rerun,
+        "eval_bytes_up": held_out.bytes_up,
+        "eval_bytes_down": held_out.bytes_down,
+        "wall_s": round(trained_s, 3),
+    }
+    write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
+    return summary
+
+
+def _settled(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfig:
+    """The run's settings with all that was left open: from the run that it goes on with, or drawn.
+
+    Raises ``CheckpointError`` or ``UsageError`` where it cannot go on with that one.
+    """
+    if checkpoint is None:
+        return run.config if run.config.seed else msgspec.structs.replace(run.config, seed=draw_seed())
+    state = trainer_state(checkpoint)
+    config = go_on_with(run.config, state.run.config, checkpoint.step, run.out)
+    check_identity(RunIdentity.of(config, run.bundle.manifest, run.dataset.fingerprint), state.run, run.out)
+    return config
+
+
+def _say_what_it_will_do(run: TrainRun, first_step: int, reporter: Reporter) -> None:
+    reporter.say(run_line(run.config, run.bundle.manifest, run.dataset, _evaluations(run), first_step))
+    for line in kill_revive_lines(run.config, run.bundle.manifest.groups):
+        reporter.say(line)
+
+
+def _evaluations(run: TrainRun) -> Evaluations | None:
+    return None if run.eval_dataset is None else Evaluations(run.eval_dataset, run.eval_every)
+
+
+def _run_file(run: TrainRun, settings: RunSettings) -> RunFile:
+    base = run.bundle.manifest.base_model
+    return RunFile(
+        settings=settings,
+        data=DataDigest.of(run.dataset),
+        eval_data=None if run.eval_dataset is None else DataDigest.of(run.eval_dataset),
+        base_model={"name": base.name, "fingerprint": base.fingerprint},
+        versions=versions(),
+    )
+
+
+def _finished(run: TrainRun, steps: int, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The summary of a run that was summed up before: one that is resumed again would lose its times."""
+    if steps != run.config.total_steps and not is_out_of_patience(rows, run.patience, run.config.part_begins):
+        return None
+    try:
+        summary: dict[str, Any] = json.loads((run.out / SUMMARY).read_bytes())
+        # Another's, where the run was made longer since.
+        return summary if summary["steps"] == steps else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _why_it_is_finished(run: TrainRun, steps: int) -> str:
+    if steps == run.config.total_steps:
+        why = f"all of its {steps:,} steps are done"
+    else:
+        why = f"--patience ended it at step {steps:,} of {run.config.total_steps:,}, and a larger one goes on"
+    return f"this run is finished: {why}; nothing was changed"
+
+
+def _dialing(run: TrainRun, checkpoint: Checkpoint | None, reporter: Reporter, stop: Callable[[], bool]) -> Dialing:
+    """A run that has begun, in this process or an earlier one, does not end because its server is away."""
+    at_start = checkpoint is not None or bool(run.max_retry_s)
+    return Dialing(
+        credentials=run.credentials,
+        device=run.device,
+        retry=Retry(max_s=run.max_retry_s, at_start=at_start),
+        liveness=run.liveness,
+        say=reporter.warn,
+        should_stop=stop,
+    )
+
+
+def _run_steps(
+    run: TrainRun,
+    trainer: Trainer,
+    reporter: Reporter,
+    log: MetricsLog,
+    held_out: HeldOut,
+    stop: Callable[[], bool],
+) -> None:
+    """Step to the end; save and evaluate on the way."""
+    last = run.config.total_steps
+    sensors = SystemSensors()
+    if warning := run.pause.warning(sensors):
+        reporter.warn(warning)
+
+    def save() -> None:
+        trainer.save_checkpoint(run.out / CHECKPOINTS)
+        trainer.save_adapter(run.out)
+
+    while trainer.next_step < last:
+        if held_out.due() and not stop():
+            # Whoever stops it stops the run, below, with all that is saved there.
+            with _keeping_what_was_done(run, trainer), contextlib.suppress(StoppedError):
+                held_out.add(f"at step {trainer.next_step}")
+        if held_out.is_out_of_patience():
+            reporter.say(f"ended at step {trainer.next_step}: {run.patience} evaluations in a row were no better")
+            save()
+            return
+        wait_while_paused(run.pause, sensors, say=reporter.say, should_stop=stop, on_pause=save)
+        if stop():
+            save()
+            raise StoppedError(f"stopped after step {trainer.next_step}; go on with dlora-edge resume {run.out}")
+        with _keeping_what_was_done(run, trainer):
+            metrics = trainer.run_step()
+        log.write(metrics)
+        reporter.step(metrics)
+        done = trainer.next_step
+        if done % run.save_every == 0 or done == last:
+            save()
+
+
+@contextlib.contextmanager
+def _keeping_what_was_done(run: TrainRun, trainer: Trainer) -> Iterator[None]:
+    """Where there is no server, or no more of it, save a checkpoint: that needs none."""
+    try:
+        yield
+    except DloraError:
+        if trainer.next_step > 0:
+            trainer.save_checkpoint(run.out / CHECKPOINTS)
+        raise
+
+
+def _find_checkpoint(run: TrainRun, reporter: Reporter) -> Checkpoint | None:
+    """The checkpoint to go on from; raises ``UsageError`` where a run is there that nobody asked to go on with."""
+    directory = run.out / CHECKPOINTS
+    if not run.resume:
+        if list_checkpoints(directory):
+            raise UsageError(
+                f"{run.out} holds a run already; go on with dlora-edge resume {run.out}, or choose another --out"
+            )
+        _refuse_to_replace(run.out)
+        return None
+    checkpoint = load_latest(directory, warn=reporter.warn)
+    if checkpoint is None:
+        _refuse_to_replace(run.out)
+        reporter.warn(f"no checkpoint in {run.out}: starting from step 0")
+    return checkpoint
+
+
+def _refuse_to_replace(out: Path) -> None:
+    """Raise ``UsageError`` where a new run's first save would replace an adapter that it does not go on from."""
+    if (out / WEIGHTS_NAME).exists():
+        raise UsageError(f"{out} holds an adapter that has no checkpoint; choose another --out")
+
+
+def _warn_of_dropped(trainer: Trainer, init: LoadedAdapter, reporter: Reporter) -> None:
+    """An adapter to start from may have modules in units that are killed from step 0 on."""
+    adapters = trainer.adapters
+    dropped = sum(
+        adapter.name in init.modules
+        for unit in adapters.units
+        if unit.state is UnitState.KILLED
+        for adapter in adapters.of_unit(unit)
+    )
+    if dropped:
+        reporter.warn(
+            f"{dropped} of the {len(init.modules)} modules of --init-adapter belong to units that are not active: "
+            "they are left out, also of what is saved (--active-fraction 1 keeps all)"
+        )
+
+
+def _summary(run: TrainRun, steps: int, held_out: HeldOut) -> dict[str, Any]:
+    """The whole run, what came before a resumption included."""
+    rows = read_metrics(run.out / METRICS)
+    totals = {
+        name: sum(getattr(row, name) for row in rows)
+        for name in ("tokens", "labelled", "bytes_up", "bytes_down", "round_trips")
+    }
+    losses = {row["step"]: row["loss"] for row in held_out.rows}
+    best = held_out.best
+    return {
+        "steps": steps,
+        "eval_loss_before": losses.get(0),
+        "eval_loss_after": losses.get(steps),
+        "eval_loss_best": best and best["loss"],
+        "best_step": best and best["step"],
+        "keep": run.keep,
+        "evaluations": held_out.rows,
+        **totals,
+        "edge_compute_s": round(sum(row.edge_compute_s for row in rows), 3),
+        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "torch_loaded": "torch" in sys.modules,
+        "adapter_dir": str(run.out),
+    }
+
+
+class _Stop:
+    """Whether somebody asked to stop, with SIGINT or SIGTERM."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: dict[int, Any] = {}
+
+    def asked(self) -> bool:
+        return self._asked
+
+    @contextlib.contextmanager
+    def instead_of_dying(self) -> Iterator[None]:
+        """Within, the first signal asks to stop after the step, and the second one interrupts."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._ask) for number in heeded}
+        try:
+            yield
+        finally:
+            for number, handler in self._previous.items():
+                if signal.getsignal(number) == self._ask:  # and not ignored by now
+                    signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if not self._asked:
+            self._asked = True
+        elif self._previous[number] is interrupts.raise_once:
+            interrupts.raise_once(number, frame)
+        else:
+            raise KeyboardInterrupt
+
+
+def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, batch_size: int, grad_accum: int) -> int:
+    """How many optimizer steps a run has, at least 1. Raises ``UsageError`` for more than a run may have."""
+    if steps is not None:
+        return steps
+    if not epochs > 0:
+        raise UsageError("--epochs must be above 0")
+    wanted = epochs * -(-len(dataset) // (batch_size * grad_accum))
+    if not wanted <= MAX_STEPS:
+        raise UsageError(f"--epochs {epochs:g} makes more than {MAX_STEPS:,} steps; lower it")
+    return max(1, math.ceil(wanted))

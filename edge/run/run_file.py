@@ -1,0 +1,188 @@
+"""``run.json`` in a run's directory: every setting, as the user gave it, so that the run can go on without them.
+
+Never a token: at most the name of the file that holds it.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from dlora.edge.data.examples import Dataset, TooLong
+from dlora.edge.engine.choose import EngineName
+from dlora.edge.files import write_atomically
+from dlora.edge.training.schedule import ScheduleName
+from dlora.protocol.errors import CheckpointError, UsageError
+from dlora.protocol.kill_revive import MAX_STEPS, Fraction, OnKill, ScoreName, UnitKind
+from dlora.protocol.limits import MAX_THREADS
+from dlora.protocol.tensors import WireDtype
+from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
+
+NAME = "run.json"
+LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
+
+Keep = Literal["last", "best"]
+# As the command line has them: run.json may have been edited.
+FilePath = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]+\Z")]
+Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_STEPS)]
+Whole = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEPS)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The options of ``dlora-edge train``, under their own names; paths are absolute. See ``--help``."""
+
+    bundle: FilePath
+    server: str
+    data: FilePath
+    out: FilePath
+    eval_data: FilePath | None
+    epochs: Amount
+    steps: Count | None
+    batch_size: Count
+    grad_accum: Count
+    max_length: Count | None
+    too_long: TooLong
+    columns: str | None
+    lr: Amount
+    schedule: ScheduleName
+    warmup: Amount
+    weight_decay: Amount
+    max_grad_norm: Amount
+    rank: Count | None
+    alpha: float | None
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] | None
+    init_adapter: FilePath | None
+    save_every: Count
+    eval_every: Whole
+    keep: Keep
+    patience: Count | None
+    wire_dtype: WireDtype
+    threads: Annotated[int, msgspec.Meta(ge=0, le=MAX_THREADS)]
+    engine: EngineName | Literal["auto"]
+    token_file: FilePath | None
+    ca: FilePath | None
+    client_cert: FilePath | None
+    client_key: FilePath | None
+    insecure: bool
+    max_retry_s: Amount | None
+    exchange_timeout_s: Annotated[float, msgspec.Meta(ge=1)]
+    pause_when: list[str] | None
+    active_fraction: Fraction
+    kr_score: ScoreName
+    kr_unit: UnitKind
+    kr_warmup_steps: Whole
+    kr_ramp_fraction: Fraction
+    kr_kill_every: Count
+    kr_revive_every: Whole
+    kr_revive_share: Fraction
+    kr_probation: Whole
+    kr_hysteresis: Fraction
+    kr_on_kill: OnKill
+    kr_cost_aware: bool
+    kr_spread: bool
+    pin: str
+    static_units: str
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> RunSettings:
+        """From a command's options, some of which may be no settings of a run. Raises ``UsageError`` for infinity."""
+        given = {name: options[name] for name in cls.__struct_fields__}
+        for name, value in given.items():
+            if isinstance(value, float) and not math.isfinite(value):  # no JSON has it
+                raise UsageError(f"--{name.replace('_', '-')} {value} is no number; write one, or leave it out")
+        try:
+            return msgspec.convert({name: _plain(value) for name, value in given.items()}, cls)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"an option cannot be so: {error}") from None
+
+    def path(self, name: str) -> Path | None:
+        """A setting that is a path."""
+        value = getattr(self, name)
+        return None if value is None else Path(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return value.value if isinstance(value, Enum) else value
+
+
+class DataDigest(msgspec.Struct, frozen=True):
+    """What was made of a data file: its token ids' fingerprint and its size."""
+
+    fingerprint: str
+    examples: int
+    tokens: int
+    labelled: int
+    cut: int
+    left_out: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DataDigest:
+        return cls(
+            fingerprint=dataset.fingerprint,
+            examples=len(dataset),
+            tokens=dataset.tokens,
+            labelled=dataset.labelled,
+            cut=dataset.cut,
+            left_out=dataset.left_out,
+        )
+
+
+class RunFile(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole file.
+
+    Attributes:
+        data, eval_data: what was read.
+        base_model: name and fingerprint.
+        versions: of this software, the wire, Python and the libraries that compute.
+    """
+
+    settings: RunSettings
+    data: DataDigest
+    eval_data: DataDigest | None
+    base_model: dict[str, str]
+    versions: dict[str, Any]
+
+
+def versions() -> dict[str, Any]:
+    """What this process runs with."""
+    found: dict[str, Any] = {
+        "dlora": SOFTWARE_VERSION,
+        "wire": list(PROTOCOL_VERSIONS),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # the one-file binary carries no metadata of some
+            found[name] = None
+    return found
+
+
+def save_run_file(out: Path, run: RunFile) -> None:
+    """Write ``run.json``. Raises ``StorageError``."""
+    write_atomically(out / NAME, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+
+
+def load_run_file(out: Path) -> RunFile:
+    """Read a run's ``run.json``. Raises ``CheckpointError`` where there is none, or it is damaged."""
+    path = out / NAME
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RunFile)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{out} is no run: it has no {NAME}; give the --out of a run, or repeat its options with train --resume"
+        ) from None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); repeat the run's options with dlora-edge train --resume"
+        ) from None

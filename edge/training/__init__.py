@@ -1,0 +1,1 @@
+"""One training step after another, and what it needs to go on."""

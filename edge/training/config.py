@@ -1,0 +1,160 @@
+"""The settings of a training run, and what a checkpoint must agree with to go on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from dlora.edge.seeds import Seed
+from dlora.protocol.errors import CheckpointError, UsageError
+from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.tensors import WireDtype
+
+from .optimizer import OptimizerConfig
+
+
+class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings that change a run's bits.
+
+    Attributes:
+        total_steps: optimizer steps of the whole run.
+        part_begins: where this part of it begins: 0, or the end of a run that was made longer. Schedules, and Kill and
+            Revive, begin anew there.
+        batch_size: sequences of a micro-batch; grad_accum: micro-batches of a step.
+        seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
+    """
+
+    total_steps: int
+    part_begins: int = 0
+    batch_size: int
+    grad_accum: int
+    seed: Seed
+    rank: int
+    lora_alpha: float
+    wire_dtype: WireDtype
+    optimizer: OptimizerConfig
+    kill_revive: KillReviveConfig
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / self.rank
+
+    @property
+    def steps(self) -> int:
+        """Steps of this part of the run."""
+        return self.total_steps - self.part_begins
+
+
+def check_units(config: KillReviveConfig, units: int) -> None:
+    """Raise ``UsageError`` where the settings cannot work for ``units`` units, or would train none of them."""
+    config.check(units)
+    if not config.budget_floor(units):
+        raise UsageError("no unit would be trained: name some with --static-units, or raise --active-fraction")
+
+
+def go_on_with(config: TrainConfig, before: TrainConfig, next_step: int, out: Path) -> TrainConfig:
+    """``config`` for the run in ``out``, of ``before``, that goes on at ``next_step``.
+
+    What the user left open is as it was. A finished run that is to have more steps begins a new part at its end.
+    Raises ``UsageError`` where one that is not finished is to be made longer.
+    """
+    part_begins = before.part_begins
+    if config.total_steps > before.total_steps:
+        if next_step < before.total_steps:
+            raise UsageError(
+                f"this run is at step {next_step:,} of {before.total_steps:,}, and only a finished one can be made "
+                f"longer; finish it first: dlora-edge resume {out} --steps {before.total_steps}, with a larger "
+                "--patience where that ended it"
+            )
+        part_begins = before.total_steps
+    return msgspec.structs.replace(config, seed=config.seed or before.seed, part_begins=part_begins)
+
+
+class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes a run's bits. A checkpoint goes on only with the same.
+
+    Attributes:
+        base_model: fingerprint; head: how the LM head is stored; groups: SHA-256 of the exchange groups; data:
+            fingerprint of the training data.
+    """
+
+    config: TrainConfig
+    base_model: str
+    head: str
+    groups: str
+    data: str
+
+    @classmethod
+    def of(cls, config: TrainConfig, manifest: Manifest, data: str) -> RunIdentity:
+        groups = hashlib.sha256(msgspec.json.encode(manifest.groups, order="deterministic")).hexdigest()
+        return cls(
+            config=config,
+            base_model=manifest.base_model.fingerprint,
+            head=manifest.head.dtype,
+            groups=groups,
+            data=data,
+        )
+
+    def differences(self, other: RunIdentity) -> list[str]:
+        """What ``other`` has otherwise, for people: the option, what it is here and what it is there."""
+        mine, theirs = _flat(msgspec.to_builtins(self)), _flat(msgspec.to_builtins(other))
+        return [
+            _WHOLE.get(name) or f"{_option(name)} {_shown(mine[name])}, not {_shown(theirs[name])}"
+            for name in mine
+            if mine[name] != theirs[name]
+        ]
+
+
+def check_identity(mine: RunIdentity, theirs: RunIdentity, out: Path = Path("DIRECTORY")) -> None:
+    """Raise ``CheckpointError``, naming what differs, unless ``mine`` goes on with the run ``theirs``, or after it."""
+    if mine.config.part_begins == theirs.config.total_steps:
+        ends = {"part_begins": mine.config.part_begins, "total_steps": mine.config.total_steps}
+        theirs = msgspec.structs.replace(theirs, config=msgspec.structs.replace(theirs.config, **ends))
+    if mine != theirs:
+        raise CheckpointError(
+            f"the run that the checkpoint is of has {'; '.join(theirs.differences(mine))}. Go on with the same: "
+            f"dlora-edge resume {out}; or start anew in another --out"
+        )
+
+
+# Digests say nothing to people.
+_WHOLE: Final = {
+    "config.seed": "another --seed",  # and it stays untold
+    "base_model": "another base model",
+    "groups": "other target modules (--bundle)",
+    "data": "other training data (--data, --max-length, --too-long)",
+}
+_OPTIONS: Final = {
+    "head": "the bundle's head is",
+    "config.total_steps": "--steps (or what --epochs came to)",
+    "config.lora_alpha": "--alpha",
+    "config.kill_revive.active_fraction": "--active-fraction",
+    "config.kill_revive.pinned": "--pin",
+    "config.kill_revive.static": "--static-units",
+}
+
+
+def _option(name: str) -> str:
+    """The command line's name of a setting."""
+    if name in _OPTIONS:
+        return _OPTIONS[name]
+    path, _, last = name.rpartition(".")
+    prefix = "kr-" if path.endswith("kill_revive") else ""
+    return f"--{prefix}{last.replace('_', '-')}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "(none)"
+    return str(value)

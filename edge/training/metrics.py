@@ -1,0 +1,137 @@
+"""What a step cost and gained, and ``metrics.jsonl``, which keeps it: one JSON object a step."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+
+from dlora.edge.files import make_directory, storage_errors, write_atomically
+from dlora.protocol.errors import CheckpointError
+from dlora.protocol.tensors import ByteArray
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One training step.
+
+    Attributes:
+        step: counted from 0.
+        loss: mean over the step's labels.
+        grad_norm: before clipping.
+        tokens, labelled: of the step's sequences; labels among them.
+        bytes_up, bytes_down, round_trips: on the wire.
+        active_units, live_units: trained; taking part in the forward pass.
+        edge_compute_s: time that this device computed; step_s: wall time.
+        units: one digit a unit, its ``UnitState`` in this step.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    labelled: int
+    bytes_up: int
+    bytes_down: int
+    round_trips: int
+    active_units: int
+    live_units: int
+    edge_compute_s: float
+    step_s: float
+    units: str = ""
+
+    @property
+    def states(self) -> ByteArray:
+        """``units`` as uint8 (units,)."""
+        return np.frombuffer(self.units.encode(), np.uint8) - np.uint8(ord("0"))
+
+
+class MetricsLog:
+    """``metrics.jsonl``, appended to; every line reaches the system before the next step begins.
+
+    Args:
+        first_step: the step that comes next; lines of it and of later steps, from a run that went on past its
+            last checkpoint, are cut off.
+
+    Raises ``StorageError``.
+    """
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        self._path = path
+        make_directory(path.parent)
+        kept = [line for step, line in _lines(path) if step < first_step]
+        write_atomically(path, b"".join(kept))
+        with storage_errors(path):
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one step."""
+        line = msgspec.json.encode(asdict(metrics)) + b"\n"
+        with storage_errors(self._path):
+            start = self._file.seek(0, os.SEEK_END)
+            try:
+                # A filling disk takes what fits and only complains at the next write.
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(start)
+                raise
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """All whole lines of a ``metrics.jsonl``; a torn last line is left out.
+
+    Raises ``CheckpointError`` for a file that is something else.
+    """
+    try:
+        return [msgspec.json.decode(line, type=StepMetrics) for _, line in _lines(path)]
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{path} is not a metrics file of this version ({error})") from None
+
+
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in raw.splitlines(keepends=True):
+        step = _step(line) if line.endswith(b"\n") else None
+        if step is not None:
+            found.append((step, line))
+    return found
+
+
+class _Step(msgspec.Struct):
+    step: int
+
+
+def _step(line: bytes) -> int | None:
+    try:
+        return msgspec.json.decode(line, type=_Step).step
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def history(metrics: list[StepMetrics]) -> list[tuple[int, Any]]:
+    """(step, states) of the steps that recorded their units, for ``kr_map.render_map``."""
+    return [(each.step, each.states) for each in metrics if each.units]

@@ -1,0 +1,106 @@
+"""AdamW on the bundle's own graph, with a step count for each kill-and-revive unit."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+
+from dlora.edge.adapters.units import AdapterSet, Parameter
+from dlora.edge.engine.engine import Engine, scalar
+from dlora.protocol.errors import DivergedError
+from dlora.protocol.kill_revive import UnitState
+
+from .schedule import ScheduleName, learning_rate
+
+
+class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """AdamW's settings, with torch's names and defaults where it has them.
+
+    Attributes:
+        warmup: steps of linear warm-up, or a share of all steps where it is below 1.
+    """
+
+    lr: float = 1e-3
+    schedule: ScheduleName = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of ``total_steps``."""
+        return round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
+
+
+class AdamW:
+    """Steps the active units' adapters.
+
+    Scalars are computed here in double precision and given to the graph in single: within one unit in the last
+    place of ``torch.optim.AdamW`` (Loshchilov & Hutter, arXiv 1711.05101).
+    """
+
+    def __init__(self, engine: Engine, config: OptimizerConfig, total_steps: int) -> None:
+        self._graph = engine.load("adamw")
+        self.config = config
+        self._total_steps = total_steps
+
+    def lr(self, step: int) -> float:
+        config = self.config
+        return learning_rate(
+            step,
+            base=config.lr,
+            schedule=config.schedule,
+            warmup_steps=config.warmup_steps(self._total_steps),
+            total_steps=self._total_steps,
+        )
+
+    def step(self, adapters: AdapterSet, step: int) -> float:
+        """Clip, then step every active unit; returns the gradients' norm before clipping.
+
+        Raises ``DivergedError`` if the gradients are not finite; nothing has changed then.
+        """
+        active = [unit for unit in adapters.units if unit.state is UnitState.ACTIVE]
+        trained = [(unit, adapter) for unit in active for adapter in adapters.of_unit(unit)]
+        parameters = [
+            parameter
+            for _, adapter in trained
+            for parameter in (adapter.lora_A, adapter.lora_B)
+            if parameter.grad is not None
+        ]
+        norm = math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in parameters if p.grad is not None))
+        if not math.isfinite(norm):
+            raise DivergedError("NaN or infinity in the gradients")
+        limit = self.config.max_grad_norm
+        clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+        lr = self.lr(step)
+        for unit in active:
+            unit.adam_steps += 1
+        for unit, adapter in trained:
+            for parameter in (adapter.lora_A, adapter.lora_B):
+                self._update(parameter, lr, clip, unit.adam_steps)
+        return norm
+
+    def _update(self, parameter: Parameter, lr: float, clip: float, count: int) -> None:
+        if parameter.grad is None:
+            return
+        config, shape = self.config, parameter.value.shape
+        grad = parameter.grad if clip == 1.0 else parameter.grad * np.float32(clip)
+        outputs = self._graph(
+            {
+                "param": parameter.value.reshape(-1),
+                "grad": grad.reshape(-1),
+                "exp_avg": parameter.exp_avg.reshape(-1),
+                "exp_avg_sq": parameter.exp_avg_sq.reshape(-1),
+                "decay": scalar(1.0 - lr * config.weight_decay),
+                "beta1": scalar(config.beta1),
+                "beta2": scalar(config.beta2),
+                "step_size": scalar(lr / (1.0 - config.beta1**count)),
+                "sqrt_bias_correction2": scalar(math.sqrt(1.0 - config.beta2**count)),
+                "eps": scalar(config.eps),
+            }
+        )
+        parameter.value, parameter.exp_avg, parameter.exp_avg_sq = (output.reshape(shape) for output in outputs)

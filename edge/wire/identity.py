@@ -1,0 +1,92 @@
+"""Who this device is: an id of its own, made once and kept on disk.
+
+The server tells by it which sessions are one device's. It is no secret and proves nothing: tokens do.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+import platformdirs
+
+from dlora.edge.files import make_directory, write_atomically
+from dlora.protocol.errors import StorageError
+
+STATE_VARIABLE: Final = "DLORA_EDGE_STATE"
+FILE_NAME: Final = "device.json"
+
+
+class _Identity(msgspec.Struct, frozen=True):
+    """What ``device.json`` holds."""
+
+    device: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+
+
+def load_device_id(state_dir: Path | None = None, warn: Callable[[str], None] | None = None) -> str:
+    """This device's id, 32 hex digits; made and written the first time.
+
+    A device that cannot write must still train: it gets an id for this run only.
+
+    Args:
+        state_dir: where it is kept; by default ``$DLORA_EDGE_STATE``, else the user's state directory.
+        warn: told one line where a damaged file is replaced, or nothing can be kept.
+    """
+    directory = state_dir or _default_directory()
+    warn = warn or _ignore
+    try:
+        make_directory(directory)
+        with _one_at_a_time(directory):
+            return _load_or_make(directory / FILE_NAME, warn)
+    except (StorageError, OSError) as error:
+        reason = error.__cause__ or error
+        warn(
+            f"no device id can be kept in {directory} ({getattr(reason, 'strerror', None) or reason}): this run has "
+            f"one of its own; set {STATE_VARIABLE} to a directory that can be written"
+        )
+        return _new_id()
+
+
+def _load_or_make(path: Path, warn: Callable[[str], None]) -> str:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Identity).device
+    except FileNotFoundError:
+        pass
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        warn(f"{path} is damaged ({error}); this device gets a new id")
+    identity = _Identity(_new_id())
+    write_atomically(path, msgspec.json.encode(identity) + b"\n")
+    with suppress(OSError):  # phone and memory-card file systems have no modes
+        path.chmod(0o600)
+    return identity.device
+
+
+def _new_id() -> str:
+    return secrets.token_hex(16)
+
+
+def _default_directory() -> Path:
+    named = os.environ.get(STATE_VARIABLE)
+    return Path(named) if named else platformdirs.user_state_path("dlora-edge")
+
+
+def _ignore(text: str) -> None:
+    """Nobody is there to be warned."""
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Let processes that start at the same time make one id, not two."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network and phone file systems have no locks: the last to write wins there
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

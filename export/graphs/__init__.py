@@ -1,0 +1,1 @@
+"""The graphs of a bundle: ONNX text, torch modules, numpy references."""
