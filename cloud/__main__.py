@@ -1,6 +1,6 @@
 """Entry point of ``dlora-cloud``."""
 
-from dlora.protocol.errors import extra_needed, run_command
+from dlora.protocol.command import extra_needed, run_command
 
 
 def main() -> None:

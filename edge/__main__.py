@@ -2,7 +2,7 @@
 
 import sys
 
-from dlora.protocol.errors import extra_needed, run_command
+from dlora.protocol.command import extra_needed, run_command
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlora.protocol.errors import extra_needed, run_command
+from dlora.protocol.command import extra_needed, run_command
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ from dlora.export.graphs.embedding_graph import embedding_graph
 from dlora.export.graphs.head_graph import HeadShape, head_graphs
 from dlora.export.graphs.reference import Arrays
 from dlora.protocol import interrupts
-from dlora.protocol.errors import UsageError, one_line
-from dlora.protocol.kill_revive import GroupSpec
+from dlora.protocol.errors import UsageError
+from dlora.protocol.groups import GroupSpec
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.manifest import (
     MANIFEST_NAME,
@@ -42,6 +42,7 @@ from dlora.protocol.manifest import (
     StoredDtype,
     encode_manifest,
 )
+from dlora.protocol.text import one_line
 from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 
 from .place import check_place, placed

@@ -27,15 +27,9 @@ A command prints ``error: <one line>`` on stderr and exits with the code. Codes 
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import ClassVar, Final
+from typing import ClassVar
 
-from . import interrupts
-from .interrupts import INTERRUPTED, INTERRUPTED_EXIT_CODE
+from .interrupts import INTERRUPTED_EXIT_CODE
 
 
 class DloraError(Exception):
@@ -168,87 +162,3 @@ class StoppedError(DloraError):
     """The user asked to stop; everything was saved."""
 
     exit_code = INTERRUPTED_EXIT_CODE
-
-
-_STORAGE_ERRNOS: Final = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO}
-
-
-_LONGEST_LINE: Final = 2000
-
-
-def run_command(command: Callable[[], None]) -> None:
-    """Run a console command; turn a named error into one line on stderr and its exit code.
-
-    ``OSError`` from a full, read-only or forbidden disk counts as ``StorageError``, ``MemoryError`` as any
-    ``DloraError``. SIGTERM counts as Ctrl-C.
-    Anything that we do not name is a bug and keeps its traceback.
-    """
-    interrupts.end_at_once()
-    try:
-        try:
-            command()
-        except SystemExit as ended:
-            if ended.code == INTERRUPTED_EXIT_CODE:
-                # typer turns Ctrl-C into this code without a word.
-                raise KeyboardInterrupt from None
-            raise
-    except DloraError as error:
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        interrupts.ignore()
-        _fail(INTERRUPTED, INTERRUPTED_EXIT_CODE)
-    except MemoryError:
-        _fail("there is not enough memory for this; close other programs, or choose smaller settings", 1)
-    except BrokenPipeError:
-        # The reader of our stdout went away (`| head`): not an error, and nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRNOS:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"cannot write: {where}{error.strerror}; free space or choose another place", StorageError.exit_code)
-    finally:
-        interrupts.ignore()
-
-
-@contextmanager
-def extra_needed(extra: str) -> Iterator[None]:
-    """Inside, a module that is not installed is a ``MissingExtraError``: commands load what they need late."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("dlora"):
-            raise
-        raise missing_extra(error, extra) from None
-
-
-def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
-    """The error for a command whose extra is not installed, or cannot be on this machine."""
-    if sys.maxsize < 2**32:
-        return MissingExtraError(
-            f"the module {error.name!r} is not installed, and this is a system of 32 bits: numpy and onnxruntime have "
-            "no builds for it; use a 64-bit system, where getconf LONG_BIT says 64"
-        )
-    return MissingExtraError(
-        f"the module {error.name!r} is not installed; this command needs the extra {extra!r}: "
-        f"pip install 'dlora[{extra}]'"
-    )
-
-
-def first_line(error: BaseException, letters: int = 200) -> str:
-    """What an exception of a library says first, as one line; where it says nothing, what it is."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return one_line(lines[0])[:letters]
-
-
-def one_line(text: str) -> str:
-    """``text`` as one line of printable letters: some of it may be a peer's words, and must not steer a terminal."""
-    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
-
-
-def _fail(text: str, exit_code: int) -> None:
-    # A stranger's name may be a megabyte.
-    line = one_line(text)
-    print(f"error: {line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + ' …'}", file=sys.stderr)
-    raise SystemExit(exit_code)

@@ -1,23 +1,22 @@
 """Kill and Revive as both sides know it: its settings, its units, and the states a unit can be in.
 
 Scores are computed on the device (``dlora.edge.training.scores``), decisions are made in the cloud
-(``dlora.cloud.serving.kill_revive``), the device obeys. See docs/kill-and-revive.md.
+(``dlora.protocol.controller``), the device obeys. See docs/kill-and-revive.md.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Annotated, Final, Literal
 
 import msgspec
 
 from .errors import UsageError
+from .groups import UnitKind
 
 ScoreName = Literal["change", "sensitivity", "grad", "norm", "random", "static", "last"]
-UnitKind = Literal["block", "group"]
 OnKill = Literal["fade", "bypass", "hold_forward"]
 
 Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
@@ -171,33 +170,3 @@ def steps_needed(config: KillReviveConfig, units: int) -> int:
         return Schedule(config, units, steps).has_trials
 
     return 1 + bisect.bisect_left(range(1, MAX_STEPS), True, key=is_enough)
-
-
-class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One target module: its full name in the base model, as PEFT spells it, and the width of its output."""
-
-    name: str
-    out_features: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
-
-
-class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An exchange group: the target modules of one block that share one input of width ``in_features``."""
-
-    block: Annotated[int, msgspec.Meta(ge=0, le=2**16)]
-    in_features: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
-    targets: tuple[TargetSpec, ...]
-
-    @property
-    def out_features(self) -> int:
-        """Width of all target modules' outputs together."""
-        return sum(target.out_features for target in self.targets)
-
-
-def group_units(groups: Sequence[GroupSpec], kind: UnitKind) -> tuple[tuple[int, ...], ...]:
-    """The exchange groups (indices) of each unit, in execution order."""
-    if kind == "group":
-        return tuple((index,) for index in range(len(groups)))
-    blocks: dict[int, list[int]] = {}
-    for index, group in enumerate(groups):
-        blocks.setdefault(group.block, []).append(index)
-    return tuple(tuple(indices) for _, indices in sorted(blocks.items()))

@@ -17,7 +17,7 @@ import msgspec
 import msgspec.inspect
 
 from .errors import BundleError
-from .kill_revive import GroupSpec
+from .groups import GroupSpec
 from .limits import MAX_RANK
 from .version import BUNDLE_FORMAT
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from .kill_revive import GroupSpec, KillReviveConfig
+from .groups import GroupSpec
+from .kill_revive import KillReviveConfig
 from .tensors import WireDtype, WireTensor
 
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]

@@ -28,7 +28,8 @@ from . import messages as m
 from .codec import Decoder, Prefix, encode, read_prefix
 from .counting import counted_tokens
 from .errors import LocalProtocolError, RemoteProtocolError
-from .kill_revive import GroupSpec, UnitState, group_units
+from .groups import GroupSpec, group_units
+from .kill_revive import UnitState
 from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
 from .tensors import ByteArray, WireTensor

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from .codec import frame_bytes
-from .kill_revive import GroupSpec
+from .groups import GroupSpec
 from .tensors import DTYPES, WireDtype
 
 

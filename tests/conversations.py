@@ -10,7 +10,8 @@ import numpy as np
 
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
-from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
+from dlora.protocol.groups import GroupSpec, TargetSpec
+from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import Link
 from dlora.protocol.session import NUMBERED, Role, Session
 from dlora.protocol.tensors import WireTensor

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dlora.protocol import messages as m
 from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, seal
 from dlora.protocol.errors import DamagedFrameError, DivergedError, RemoteProtocolError
-from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
+from dlora.protocol.groups import GroupSpec, TargetSpec
+from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.tensors import WireTensor, fp16_exponent
 
 GOLDEN = Path(__file__).parent / "golden"

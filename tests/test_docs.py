@@ -23,6 +23,7 @@ from dlora.export.graphs.adapter_graphs import adapter_graphs
 from dlora.export.graphs.embedding_graph import embedding_graph
 from dlora.export.graphs.head_graph import HeadShape, head_graphs
 from dlora.protocol import codec, errors, kill_revive, link, manifest, messages, session, tensors
+from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,12 @@ BUNDLE = (ROOT / "docs/bundle.md").read_text()
 README = (ROOT / "README.md").read_text()
 QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
 OPERATING = (ROOT / "docs/operating.md").read_text()
-SOURCES = [path for name in ("protocol", "edge", "cloud", "export") for path in sorted((ROOT / name).rglob("*.py"))]
+SOURCES = [
+    path
+    for name in ("protocol", "edge", "cloud", "export")
+    for path in sorted((ROOT / name).rglob("*.py"))
+    if path.parent.name != "native"  # a program of its own, which builds C++
+]
 OTHER_PROGRAMS = {
     "--group", "--index-url", "--import-mode", "--strict",  # of pip, pytest and mypy
     "--now",  # of systemctl
@@ -108,7 +114,7 @@ def test_the_fields_of_a_message(kind: type[msgspec.Struct]) -> None:
     assert first_cells(section(PROTOCOL, f"`{kind.__struct_config__.tag}`")) == list(kind.__struct_fields__)
 
 
-@pytest.mark.parametrize("kind", [kill_revive.GroupSpec, kill_revive.TargetSpec, kill_revive.KillReviveConfig])
+@pytest.mark.parametrize("kind", [GroupSpec, TargetSpec, kill_revive.KillReviveConfig])
 def test_the_fields_of_a_nested_structure(kind: type[msgspec.Struct]) -> None:
     assert first_cells(section(PROTOCOL, f"`{kind.__name__}`")) == list(kind.__struct_fields__)
 
@@ -174,8 +180,8 @@ def test_the_headers_of_a_step_take_one_block() -> None:
 
 
 def test_the_traffic_example() -> None:
-    targets = (kill_revive.TargetSpec("q", 576), kill_revive.TargetSpec("v", 192))
-    groups = [kill_revive.GroupSpec(block, 576, targets) for block in range(30)]
+    targets = (TargetSpec("q", 576), TargetSpec("v", 192))
+    groups = [GroupSpec(block, 576, targets) for block in range(30)]
     table = re.search(r"<!-- example.*?-->(.*?)<!-- end of example -->", PROTOCOL, re.S)
     assert table
     assert "`77 + 18·units`" in PROTOCOL

@@ -18,7 +18,7 @@ from dlora.cloud.model.live_bytes import LiveBytes, _Alive, _order_of_calls, def
 from dlora.cloud.serving.server import LEAST_TOKENS, MOST_TOKENS, fitting_tokens
 from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.errors import ExportError
-from dlora.protocol.kill_revive import GroupSpec
+from dlora.protocol.groups import GroupSpec
 
 # Refusing what would have fit is a nuisance, admitting what does not is an outage.
 AT_LEAST, AT_MOST = 0.9, 1.5

@@ -32,7 +32,8 @@ from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.errors import DloraError, ModelMismatchError, ProtocolError, RefusedError
-from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
+from dlora.protocol.groups import GroupSpec, TargetSpec
+from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Role, Session
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS

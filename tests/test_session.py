@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
-from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, UnitState
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.kill_revive import KillReviveConfig, UnitState
 from dlora.protocol.link import MAX_REPEATS
 from dlora.protocol.session import HANDSHAKE, TRANSITIONS, Role, Session, State, choose_version
 from dlora.protocol.tensors import WireTensor

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel
-from dlora.protocol.kill_revive import GroupSpec
+from dlora.protocol.groups import GroupSpec
 
 
 class Channel(Protocol):

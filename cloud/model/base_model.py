@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dlora.protocol.errors import DloraError, ExportError, first_line
-from dlora.protocol.kill_revive import GroupSpec, TargetSpec
+from dlora.protocol.errors import DloraError, ExportError
+from dlora.protocol.groups import GroupSpec, TargetSpec
+from dlora.protocol.text import first_line
 
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint

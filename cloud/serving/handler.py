@@ -23,15 +23,16 @@ from dlora.cloud.model.memory import is_out_of_memory
 from dlora.cloud.model.source import public_name
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
+from dlora.protocol.controller import Controller
 from dlora.protocol.errors import DivergedError, RemoteProtocolError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Role, Session, choose_version
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
-from .kill_revive import Controller, ticket_bytes
 from .patience import DeviceDeadlines, Patience
 from .session_loop import ComputeGate, DeviceGaveUpError, SessionExecutor, shutting_down
 from .sessions import LiveSession, Sessions
+from .ticket import controller_of, ticket_bytes
 from .transport import DeviceGoneError, SessionTransport, say_goodbye
 
 logger = logging.getLogger("dlora.cloud")
@@ -298,7 +299,7 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
     except UsageError as error:
         raise RemoteProtocolError(str(error), m.ErrorCode.LIMIT) from None
     if opening.ticket is not None:
-        return Controller.from_ticket(
+        return controller_of(
             opening.ticket,
             service.ticket_key,
             config,

@@ -25,13 +25,14 @@ from dlora.cloud.model.layout import Layout, lay_out
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.memory import release_freed
 from dlora.protocol import messages as m
+from dlora.protocol.controller import Controller
 from dlora.protocol.counting import counted_tokens
 from dlora.protocol.errors import DamagedFrameError, RemoteProtocolError
 from dlora.protocol.session import Session
 from dlora.protocol.tensors import WireTensor
 
-from .kill_revive import Controller
 from .patience import Deadlines
+from .ticket import ticket_of
 
 
 class Transport(Protocol):
@@ -166,7 +167,7 @@ class SessionExecutor:
             raise shutting_down()
 
     def _ticket(self) -> WireTensor:
-        return WireTensor.from_bytes(self._controller.to_ticket(self._ticket_key))
+        return WireTensor.from_bytes(ticket_of(self._controller, self._ticket_key))
 
     def _run_micro_batch(self, begun: m.Embeddings) -> None:
         self._micro_batch = begun

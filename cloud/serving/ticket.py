@@ -1,5 +1,7 @@
 """Signed tickets: a controller's state as opaque bytes that the device keeps, so that any replica can go on.
 
+The controller itself is in ``dlora.protocol.controller`` and knows of no keys.
+
 ::
 
     offset  bytes
@@ -13,13 +15,54 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Sequence
 from typing import Final
 
+from dlora.protocol.controller import Controller, state_bytes
 from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.kill_revive import KillReviveConfig
 
 MAGIC: Final = b"DLKR\x01"
 DIGEST_BYTES: Final = 32
 OVERHEAD_BYTES: Final = len(MAGIC) + 2 * DIGEST_BYTES
+
+
+def ticket_of(controller: Controller, key: bytes) -> bytes:
+    """The controller's whole state, signed with ``key``; its size depends on the number of units alone."""
+    return seal_ticket(controller.state(), controller.digest, key)
+
+
+def controller_of(
+    ticket: bytes,
+    key: bytes,
+    config: KillReviveConfig,
+    groups: Sequence[GroupSpec],
+    *,
+    seed: int,
+    total_steps: int,
+    next_step: int,
+) -> Controller:
+    """The controller that ``ticket`` is of, to go on at ``next_step``.
+
+    Raises ``RemoteProtocolError`` with code ``ticket`` if it is forged, damaged, of a run with other settings, groups,
+    seed or length, or does not stand at ``next_step``.
+    """
+    controller = Controller(config, groups, seed=seed, total_steps=total_steps)
+    try:
+        controller.load_state(open_ticket(ticket, controller.digest, key))
+    except ValueError:
+        raise RemoteProtocolError("the ticket has the wrong length", code="ticket") from None
+    if controller.next_step != next_step:
+        raise RemoteProtocolError(
+            f"the ticket stands at step {controller.next_step}, the session at step {next_step}", code="ticket"
+        )
+    return controller
+
+
+def ticket_bytes(units: int) -> int:
+    """Size of a controller's ticket, in bytes."""
+    return OVERHEAD_BYTES + state_bytes(units)
 
 
 def seal_ticket(state: bytes, digest: bytes, key: bytes) -> bytes:

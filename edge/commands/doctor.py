@@ -16,7 +16,8 @@ from dlora.edge.engine.choose import is_installed
 from dlora.edge.engine.shim import VARIABLE, load_shim
 from dlora.edge.run.run_file import LIBRARIES
 from dlora.edge.wire.credentials import Credentials
-from dlora.protocol.errors import DloraError, one_line
+from dlora.protocol.errors import DloraError
+from dlora.protocol.text import one_line
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .footprint import RUNTIME_MB, STORED_DTYPES, tokens_that_fit, training_mb, usual_tokens

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dlora.edge.adapters.peft import load_adapter
-from dlora.protocol.errors import UsageError, one_line
+from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import MANIFEST_NAME, load_manifest
+from dlora.protocol.text import one_line
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.dialing import Liveness, check_url
 from dlora.edge.wire.identity import load_device_id
 from dlora.protocol.errors import UsageError
-from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig, group_units
+from dlora.protocol.groups import group_units
+from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig
 from dlora.protocol.manifest import Manifest
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from dlora.protocol.errors import DataError, first_line
+from dlora.protocol.errors import DataError
+from dlora.protocol.text import first_line
 
 Message = Mapping[str, Any]
 

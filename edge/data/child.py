@@ -26,7 +26,8 @@ from typing import Any, Final, NoReturn
 import msgspec
 
 from dlora.protocol import errors, interrupts
-from dlora.protocol.errors import DloraError, one_line
+from dlora.protocol.errors import DloraError
+from dlora.protocol.text import one_line
 
 Buffer = bytes | bytearray | memoryview
 Work = Callable[[bytes], Sequence[Buffer]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Final, Literal
 
-from dlora.protocol.errors import BundleError, MissingExtraError, missing_extra
+from dlora.protocol.command import missing_extra
+from dlora.protocol.errors import BundleError, MissingExtraError
 
 from .bundle import Bundle
 from .engine import Engine

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dlora.edge.training.metrics import StepMetrics
-from dlora.protocol.errors import one_line
 from dlora.protocol.tensors import ByteArray
+from dlora.protocol.text import one_line
 
 from .kr_map import render_map
 

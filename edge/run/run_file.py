@@ -19,7 +19,8 @@ from dlora.edge.engine.choose import EngineName
 from dlora.edge.files import write_atomically
 from dlora.edge.training.schedule import ScheduleName
 from dlora.protocol.errors import CheckpointError, UsageError
-from dlora.protocol.kill_revive import MAX_STEPS, Fraction, OnKill, ScoreName, UnitKind
+from dlora.protocol.groups import UnitKind
+from dlora.protocol.kill_revive import MAX_STEPS, Fraction, OnKill, ScoreName
 from dlora.protocol.limits import MAX_THREADS
 from dlora.protocol.tensors import WireDtype
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION

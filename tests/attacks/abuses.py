@@ -19,7 +19,8 @@ from hostile import BINARY, CLOSE, CONT, PING, PONG, TEXT, HostileClient, frame,
 
 from dlora.protocol import messages as m
 from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, seal
-from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, TargetSpec
+from dlora.protocol.groups import GroupSpec, TargetSpec
+from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import MAX_UNACKNOWLEDGED
 from dlora.protocol.session import Role, Session
 from dlora.protocol.tensors import WireTensor

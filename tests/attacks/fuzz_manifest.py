@@ -17,7 +17,7 @@ from attacks.fuzz_target import Target, decode_json, encode_json, join, mutate_b
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.errors import BundleError
-from dlora.protocol.kill_revive import GroupSpec, TargetSpec
+from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.manifest import (
     MANIFEST_NAME,
     BaseModelSpec,

@@ -27,14 +27,16 @@ from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import handler
 from dlora.cloud.serving.handler import opening_limit
-from dlora.cloud.serving.kill_revive import Controller
 from dlora.cloud.serving.patience import Patience
 from dlora.cloud.serving.session_loop import SessionExecutor
+from dlora.cloud.serving.ticket import ticket_of
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol import session as protocol_session
 from dlora.protocol.codec import Decoder, encode
-from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig
+from dlora.protocol.controller import Controller
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.kill_revive import KillReviveConfig
 
 README = Path(__file__).with_name("README.md")
 ELSEWHERE = "127.0.0.66"
@@ -166,7 +168,7 @@ def test_what_may_come_before_a_session_is_what_the_model_can_need(family: str) 
     controller = Controller(config, every, seed=0, total_steps=9)
     largest = m.OpenSession(
         base_fingerprint=base.fingerprint, groups=every, wire_dtype="fp16", kill_revive=config, seed=2**32 - 1,
-        total_steps=2**32 - 1, next_step=2**32 - 1, ticket=controller.to_ticket(bytes(32)),
+        total_steps=2**32 - 1, next_step=2**32 - 1, ticket=ticket_of(controller, bytes(32)),
     )  # fmt: skip
     assert len(encode(largest)) <= opening_limit(base) <= len(encode(largest)) + (8 << 10)
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Final, Self
+from typing import Final
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dlora.protocol.errors import RemoteProtocolError
-from dlora.protocol.kill_revive import GroupSpec, KillReviveConfig, Schedule, UnitState, group_units
-
-from .ticket import OVERHEAD_BYTES, open_ticket, seal_ticket
+from .errors import RemoteProtocolError
+from .groups import GroupSpec, group_units
+from .kill_revive import KillReviveConfig, Schedule, UnitState
 
 Floats = npt.NDArray[np.float64]
 States = npt.NDArray[np.uint8]
@@ -44,9 +43,9 @@ class Controller:
         groups: the exchange groups in execution order.
         seed: of the draws.
         total_steps: length of the run.
-        costs: float64 (units,), positive, instead of ``unit_costs``; used if ``config.cost_aware``.
 
     Attributes:
+        digest: SHA-256, 32 bytes, of all that the controller was made with: a ``state`` belongs to no other.
         next_step: the step for which ``states`` holds.
         schedule: the run's ``Schedule``.
     """
@@ -58,7 +57,6 @@ class Controller:
         *,
         seed: int,
         total_steps: int,
-        costs: Floats | None = None,
     ) -> None:
         units = group_units(groups, config.unit)
         config.check(len(units))
@@ -67,10 +65,8 @@ class Controller:
         self.schedule = Schedule(config, len(units), total_steps)
         self._seed = seed
         self._total_steps = total_steps
-        self._costs = unit_costs(groups, units) if costs is None else np.asarray(costs, np.float64)
-        if self._costs.shape != (len(units),) or not (self._costs > 0).all():
-            raise ValueError(f"costs must be {len(units)} positive numbers, one a unit")
-        self._digest = _digest(config, groups, seed, total_steps, self._costs)
+        self._costs = unit_costs(groups, units)
+        self.digest = _digest(config, groups, seed, total_steps, self._costs)
         self._pinned = np.isin(np.arange(len(units)), config.pinned)
         self._states: States = np.full(len(units), _ACTIVE)
         self._since = np.zeros(len(units), np.int64)  # step at which a unit was last killed or revived
@@ -118,50 +114,26 @@ class Controller:
             self._tick(self.next_step)
         return self.states
 
-    def to_ticket(self, key: bytes) -> bytes:
-        """The whole state, signed with ``key`` (HMAC-SHA256); its size depends on the number of units alone."""
-        state = (
+    def state(self) -> bytes:
+        """Everything that the next step's decision depends on: ``state_bytes(units)`` bytes."""
+        return (
             self.next_step.to_bytes(8, "little")
             + self._states.tobytes()
             + self._on_trial.astype(np.uint8).tobytes()
             + self._since.astype("<i8").tobytes()
             + self._ema.astype("<f8").tobytes()
         )
-        return seal_ticket(state, self._digest, key)
 
-    @classmethod
-    def from_ticket(
-        cls,
-        ticket: bytes,
-        key: bytes,
-        config: KillReviveConfig,
-        groups: Sequence[GroupSpec],
-        *,
-        seed: int,
-        total_steps: int,
-        next_step: int,
-        costs: Floats | None = None,
-    ) -> Self:
-        """The controller that wrote ``ticket``, to go on at ``next_step``.
-
-        Raises ``RemoteProtocolError`` with code ``ticket`` if it is forged, damaged, of a run with other settings,
-        groups, seed or length, or does not stand at ``next_step``.
-        """
-        self = cls(config, groups, seed=seed, total_steps=total_steps, costs=costs)
-        state = open_ticket(ticket, self._digest, key)
+    def load_state(self, state: bytes) -> None:
+        """Go on where the controller stood whose ``state`` this is. Raises ``ValueError`` for one of other units."""
         units = self._states.size
-        if len(state) != _state_bytes(units):
-            raise RemoteProtocolError("the ticket has the wrong length", code="ticket")
+        if len(state) != state_bytes(units):
+            raise ValueError(f"{len(state)} bytes are no state of {units} units")
         self.next_step = int.from_bytes(state[:8], "little")
-        if self.next_step != next_step:
-            raise RemoteProtocolError(
-                f"the ticket stands at step {self.next_step}, the session at step {next_step}", code="ticket"
-            )
         self._states = np.frombuffer(state, np.uint8, units, 8).copy()
         self._on_trial = np.frombuffer(state, np.uint8, units, 8 + units).astype(np.bool_)
         self._since = np.frombuffer(state, "<i8", units, 8 + 2 * units).astype(np.int64)
         self._ema = np.frombuffer(state, "<f8", units, 8 + 10 * units).astype(np.float64)
-        return self
 
     def _fixed_set(self) -> npt.NDArray[np.bool_]:
         chosen = self._pinned.copy()
@@ -303,11 +275,7 @@ def _digest(config: KillReviveConfig, groups: Sequence[GroupSpec], seed: int, to
     return hashlib.sha256(what).digest()
 
 
-def ticket_bytes(units: int) -> int:
-    """Size of a controller's ticket."""
-    return OVERHEAD_BYTES + _state_bytes(units)
-
-
-def _state_bytes(units: int) -> int:
+def state_bytes(units: int) -> int:
+    """Size of a controller's ``state``, in bytes."""
     # The step; then for each unit its state, whether it is on trial, since when, and its score.
     return 8 + units * (1 + 1 + 8 + 8)

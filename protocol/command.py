@@ -1,0 +1,85 @@
+"""How a console command runs and ends: errors as one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from . import interrupts
+from .errors import DloraError, MissingExtraError, StorageError
+from .interrupts import INTERRUPTED, INTERRUPTED_EXIT_CODE
+from .text import one_line
+
+_STORAGE_ERRNOS: Final = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO}
+_LONGEST_LINE: Final = 2000
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a console command; turn a named error into one line on stderr and its exit code.
+
+    ``OSError`` from a full, read-only or forbidden disk counts as ``StorageError``, ``MemoryError`` as any
+    ``DloraError``. SIGTERM counts as Ctrl-C.
+    Anything that we do not name is a bug and keeps its traceback.
+    """
+    interrupts.end_at_once()
+    try:
+        try:
+            command()
+        except SystemExit as ended:
+            if ended.code == INTERRUPTED_EXIT_CODE:
+                # typer turns Ctrl-C into this code without a word.
+                raise KeyboardInterrupt from None
+            raise
+    except DloraError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        interrupts.ignore()
+        _fail(INTERRUPTED, INTERRUPTED_EXIT_CODE)
+    except MemoryError:
+        _fail("there is not enough memory for this; close other programs, or choose smaller settings", 1)
+    except BrokenPipeError:
+        # The reader of our stdout went away (`| head`): not an error, and nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRNOS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"cannot write: {where}{error.strerror}; free space or choose another place", StorageError.exit_code)
+    finally:
+        interrupts.ignore()
+
+
+@contextmanager
+def extra_needed(extra: str) -> Iterator[None]:
+    """Inside, a module that is not installed is a ``MissingExtraError``: commands load what they need late."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("dlora"):
+            raise
+        raise missing_extra(error, extra) from None
+
+
+def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
+    """The error for a command whose extra is not installed, or cannot be on this machine."""
+    if sys.maxsize < 2**32:
+        return MissingExtraError(
+            f"the module {error.name!r} is not installed, and this is a system of 32 bits: numpy and onnxruntime have "
+            "no builds for it; use a 64-bit system, where getconf LONG_BIT says 64"
+        )
+    return MissingExtraError(
+        f"the module {error.name!r} is not installed; this command needs the extra {extra!r}: "
+        f"pip install 'dlora[{extra}]'"
+    )
+
+
+def _fail(text: str, exit_code: int) -> None:
+    # A stranger's name may be a megabyte.
+    line = one_line(text)
+    print(f"error: {line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + ' …'}", file=sys.stderr)
+    raise SystemExit(exit_code)
