@@ -132,11 +132,7 @@ def _trainer(bundle: Bundle, connection: Connection, options: argparse.Namespace
 
 
 def _bits(trainer: Trainer) -> list[bytes]:
-    return [
-        np.asarray(matrix.value).tobytes()
-        for adapter in trainer.adapters
-        for matrix in (adapter.lora_A, adapter.lora_B)
-    ]
+    return [np.asarray(parameter.value).tobytes() for parameter in trainer.adapters.parameters().values()]
 
 
 # -- the attacker ----------------------------------------------------------------------------------------

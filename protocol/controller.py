@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from .adapters import AdapterSpec, Crossing, crossings
 from .errors import RemoteProtocolError
 from .groups import GroupSpec, group_units
 from .kill_revive import KillReviveConfig, Schedule, UnitState
@@ -43,6 +44,7 @@ class Controller:
         groups: the exchange groups in execution order.
         seed: of the draws.
         total_steps: length of the run.
+        adapter: what crosses for each group, and so what it costs; LoRA by default.
 
     Attributes:
         digest: SHA-256, 32 bytes, of all that the controller was made with: a ``state`` belongs to no other.
@@ -57,7 +59,9 @@ class Controller:
         *,
         seed: int,
         total_steps: int,
+        adapter: AdapterSpec | None = None,
     ) -> None:
+        adapter = adapter or AdapterSpec()
         units = group_units(groups, config.unit)
         config.check(len(units))
         self.config = config
@@ -65,8 +69,9 @@ class Controller:
         self.schedule = Schedule(config, len(units), total_steps)
         self._seed = seed
         self._total_steps = total_steps
-        self._costs = unit_costs(groups, units)
-        self.digest = _digest(config, groups, seed, total_steps, self._costs)
+        self._costs = unit_costs(groups, units, crossings(adapter, groups))
+        made_with = (config, tuple(groups), adapter, seed, total_steps, self._costs.tobytes())
+        self.digest = hashlib.sha256(msgspec.msgpack.encode(made_with)).digest()
         self._pinned = np.isin(np.arange(len(units)), config.pinned)
         self._states: States = np.full(len(units), _ACTIVE)
         self._since = np.zeros(len(units), np.int64)  # step at which a unit was last killed or revived
@@ -250,11 +255,13 @@ class Controller:
         self._since[units] = step
 
 
-def unit_costs(groups: Sequence[GroupSpec], units: Sequence[Sequence[int]]) -> Floats:
+def unit_costs(
+    groups: Sequence[GroupSpec], units: Sequence[Sequence[int]], crossings: Sequence[Crossing]
+) -> Floats:
     """What each unit costs relative to the others: float64 (units,), positive, mean 1.
 
-    The mean of three costs, each with mean 1: numbers on the wire for each token (forward and backward, so twice
-    the widths of a group's input and outputs), round trips (two a group), and the blocks that backward must
+    The mean of three costs, each with mean 1: numbers on the wire for each row that crosses (forward and backward, so
+    twice the widths of what crosses for a group), round trips (two a group), and the blocks that backward must
     pass to reach the unit from the last block of ``groups``. ``units`` as ``group_units`` gives them.
     """
     if not units:
@@ -262,17 +269,12 @@ def unit_costs(groups: Sequence[GroupSpec], units: Sequence[Sequence[int]]) -> F
     last_block = max(group.block for group in groups)
     rows = []
     for unit in units:
-        mine = [groups[index] for index in unit]
-        numbers = sum(2 * (g.in_features + g.out_features) for g in mine)
-        rows.append((numbers, 2 * len(mine), 1 + last_block - min(g.block for g in mine)))
+        widths = [crossings[index].input_width + sum(crossings[index].output_widths) for index in unit]
+        lowest = min(groups[index].block for index in unit)
+        rows.append((2 * sum(widths), 2 * len(unit), 1 + last_block - lowest))
     table = np.array(rows, np.float64)  # (units, 3)
     costs: Floats = (table / table.mean(axis=0)).mean(axis=1)
     return costs
-
-
-def _digest(config: KillReviveConfig, groups: Sequence[GroupSpec], seed: int, total_steps: int, costs: Floats) -> bytes:
-    what = msgspec.msgpack.encode((config, tuple(groups), seed, total_steps, costs.tobytes()))
-    return hashlib.sha256(what).digest()
 
 
 def state_bytes(units: int) -> int:

@@ -5,7 +5,7 @@ lost connection both sides say how far they got, and send again what the other d
 next number only: a frame that it has already, with the same content, is passed over, because the answer to it was
 sent or is kept; with other content it is refused.
 
-The conversation is lock-step, so that few frames are ever kept. This is not TCP's reliability made again: TCP loses
+A micro-batch is lock-step, so that few frames are ever kept. This is not TCP's reliability made again: TCP loses
 what was under way when a connection breaks, and does not tell which part arrived.
 """
 
@@ -18,7 +18,7 @@ from typing import Final
 from .codec import Prefix
 from .errors import RemoteProtocolError
 
-MAX_UNACKNOWLEDGED: Final = 8  # an honest peer leaves 2, with every family of models; a frame may have 50 MB
+MAX_UNACKNOWLEDGED: Final = 8  # a micro-batch under way; an honest peer leaves 2 of each; a frame may have 50 MB
 REMEMBERED: Final = 256
 MAX_REPEATS: Final = 16  # in a row; a network that doubles frames makes one
 
@@ -38,6 +38,11 @@ class Link:
         self._outbox: deque[tuple[int, bytearray]] = deque()
         self._checksums: deque[int] = deque(maxlen=REMEMBERED)
         self._lock = threading.Lock()
+        self._most = MAX_UNACKNOWLEDGED
+
+    def allow(self, window: int) -> None:
+        """Let so many micro-batches be under way at a time."""
+        self._most = window * MAX_UNACKNOWLEDGED
 
     def keep(self, frame: bytearray) -> None:
         """Keep the frame with the next number until it is acknowledged.
@@ -46,8 +51,8 @@ class Link:
         us keep more and more.
         """
         with self._lock:
-            if len(self._outbox) >= MAX_UNACKNOWLEDGED:
-                raise RemoteProtocolError(f"the peer has acknowledged none of the last {MAX_UNACKNOWLEDGED} frames")
+            if len(self._outbox) >= self._most:
+                raise RemoteProtocolError(f"the peer has acknowledged none of the last {self._most} frames")
             self.sent += 1
             self._outbox.append((self.sent, frame))
 

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from .adapters import AdapterSpec
 from .groups import GroupSpec
 from .kill_revive import KillReviveConfig
-from .tensors import WireDtype, WireTensor
+from .tensors import WireTensor
+from .wire_codecs import Codecs
 
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Width = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
@@ -22,10 +24,12 @@ ShortText = Annotated[str, msgspec.Meta(max_length=1024)]
 Mode = Literal["train", "evaluate"]
 
 MAX_GROUPS = 16_384
+MAX_WINDOW = 64
 MAX_TICKET_BYTES = 1 << 20
 TOKEN_BYTES = 32
 MAX_RETRY_AFTER_S = 86_400
 
+Window = Annotated[int, msgspec.Meta(ge=1, le=MAX_WINDOW)]
 ResumeToken = Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
 
 
@@ -98,6 +102,7 @@ class Welcome(Message, frozen=True):
         max_sequence_length: longest sequence in tokens.
         max_tokens: most tokens of one micro-batch, as ``counting.py`` counts them.
         packs: whether C runs sequences end to end; otherwise each counts as the longest of its micro-batch.
+        window: the most micro-batches of a session that C has under way at a time.
     """
 
     protocol_version: int
@@ -109,21 +114,19 @@ class Welcome(Message, frozen=True):
     max_sequence_length: Width
     max_tokens: Width
     packs: bool
+    window: Window = 1
 
 
-class OpenSession(Message, frozen=True):
-    """E asks for a session on one base model with its own target modules and kill-and-revive settings.
+class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="train"):
+    """The purpose of a training run: C switches its units, and E reports every step.
 
     Attributes:
-        groups: the exchange groups in execution order; C refuses any that it did not trace itself.
+        seed: of C's draws.
         total_steps: length of the run, or of its present part, which kill-and-revive's schedule needs.
         next_step: the step that comes next; above 0 when a run goes on.
         ticket: the last ticket that E got, where a run goes on.
     """
 
-    base_fingerprint: ShortText
-    groups: Annotated[tuple[GroupSpec, ...], msgspec.Meta(max_length=MAX_GROUPS)]
-    wire_dtype: WireDtype
     kill_revive: KillReviveConfig
     seed: Index
     total_steps: Index
@@ -131,20 +134,46 @@ class OpenSession(Message, frozen=True):
     ticket: Annotated[bytes, msgspec.Meta(max_length=MAX_TICKET_BYTES)] | None = None
 
 
+class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="use"):
+    """The purpose of evaluating and generating: every group of the session is live, all the time."""
+
+
+Purpose = Train | Use
+
+
+class OpenSession(Message, frozen=True):
+    """E asks for a session on one base model with its own groups and adapters.
+
+    Attributes:
+        groups: the exchange groups in execution order; C refuses any that it did not trace itself.
+        adapter: what crosses for each group.
+        codecs: how each tensor crosses, by its role.
+        purpose: what the session is for.
+        window: how many micro-batches E may have under way at a time; at most what C said.
+    """
+
+    base_fingerprint: ShortText
+    groups: Annotated[tuple[GroupSpec, ...], msgspec.Meta(max_length=MAX_GROUPS)]
+    adapter: AdapterSpec
+    codecs: Codecs
+    purpose: Purpose
+    window: Window = 1
+
+
 class SessionOpened(Message, frozen=True):
     """C has opened the session.
 
     Attributes:
         session: a name for logs.
-        units: uint8 (units,), a ``UnitState`` each.
-        ticket: uint8, the controller's state, opaque and signed.
         token: resumes the session once, over another connection.
+        units: uint8 (units,), a ``UnitState`` each; only for the purpose ``train``, and so is
+        ticket: uint8, the controller's state, opaque and signed.
     """
 
     session: ShortText
-    units: WireTensor
-    ticket: WireTensor
     token: ResumeToken
+    units: WireTensor | None = None
+    ticket: WireTensor | None = None
 
 
 class ResumeSession(Message, frozen=True):
@@ -176,6 +205,21 @@ class SessionGone(Message, frozen=True):
     """C does not have that session, or not for that token; E may open another on this connection."""
 
 
+class MakeAdapterState(Message, frozen=True):
+    """E asks C to make what C keeps of each group. C answers with one ``AdapterState`` a group."""
+
+
+class AdapterState(Message, frozen=True):
+    """What C keeps of one group for the session: from C, which made it, or from E, to a C that has lost it.
+
+    Attributes:
+        tensors: fp32, of the shapes that the adapter's kind says.
+    """
+
+    group: Index
+    tensors: tuple[WireTensor, ...]
+
+
 class Embeddings(ExchangeMessage, frozen=True):
     """E starts a micro-batch: the packed embeddings of its real tokens.
 
@@ -184,23 +228,28 @@ class Embeddings(ExchangeMessage, frozen=True):
         hidden_states: (tokens, embedding_size).
         sequence_lengths: int32 (sequences,), summing to tokens.
         label_positions: int32 (labelled,), ascending rows of the packed tokens whose last hidden state E wants.
+        crossing_positions: int32 (rows,), ascending rows of the packed tokens at which adapters act: only these cross
+            at each group. None: all tokens.
+        examples: int32 (sequences,), numbers that E gives its examples, where C is to know one again.
     """
 
     mode: Mode
     hidden_states: WireTensor
     sequence_lengths: WireTensor
     label_positions: WireTensor
+    crossing_positions: WireTensor | None = None
+    examples: WireTensor | None = None
 
 
 class GroupInput(ExchangeMessage, frozen=True):
-    """C sends the input of a live exchange group: (tokens, in_features)."""
+    """C sends the input of a live exchange group: (rows, input_width), of the widths that the adapter's kind says."""
 
     group: Index
     hidden_states: WireTensor
 
 
 class GroupDelta(ExchangeMessage, frozen=True):
-    """E answers with one delta a target module, ``scale * x A^T B^T``: (tokens, out_features) each."""
+    """E answers with what the adapters give, (rows, output_width) each; for LoRA one delta a target module."""
 
     group: Index
     deltas: tuple[WireTensor, ...]
@@ -225,7 +274,7 @@ class GradHiddenStates(ExchangeMessage, frozen=True):
 
 
 class GroupGrad(ExchangeMessage, frozen=True):
-    """C sends the gradients of a group's deltas: (tokens, out_features) each.
+    """C sends the gradients of a group's deltas: (rows, output_width) each.
 
     Attributes:
         answer: whether C waits for the group's ``GroupInputGrad``. The lowest group needs none.
@@ -237,7 +286,7 @@ class GroupGrad(ExchangeMessage, frozen=True):
 
 
 class GroupInputGrad(ExchangeMessage, frozen=True):
-    """E answers with the gradient of the group's input: (tokens, in_features)."""
+    """E answers with the gradient of the group's input: (rows, input_width)."""
 
     group: Index
     grad_hidden_states: WireTensor
@@ -284,6 +333,8 @@ AnyMessage = (
     | ResumeSession
     | SessionResumed
     | SessionGone
+    | MakeAdapterState
+    | AdapterState
     | Embeddings
     | GroupInput
     | GroupDelta

@@ -1,17 +1,17 @@
-"""Tensors as they cross the wire: a dtype, a shape, a power-of-two exponent, and raw little-endian bytes."""
+"""Tensors as they cross the wire: a dtype, a shape, a power-of-two exponent, and raw little-endian bytes.
+
+How floating-point values become such a tensor is ``wire_codecs.py``.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import DivergedError, RemoteProtocolError
-
-WireDtype = Literal["fp32", "fp16"]
-"""How floating-point tensors cross the wire, as the device asks for in ``OpenSession``."""
+from .errors import RemoteProtocolError
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
@@ -25,7 +25,6 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
 }
 MAX_DIMENSIONS: Final = 4
 MAX_EXPONENT: Final = 127
-_ALWAYS_FINITE_EXPONENT: Final = 112  # any finite half times 2**112 is below float32's largest
 _FP16_HEADROOM: Final = 15  # the largest magnitude is scaled into [2**14, 2**15), well below fp16's 65504
 
 
@@ -67,21 +66,6 @@ class WireTensor:
         return self.data.nbytes
 
     @classmethod
-    def from_floats(cls, values: FloatArray, dtype: WireDtype) -> WireTensor:
-        """Put a float32 array on the wire. Raises ``DivergedError`` on NaN or infinity."""
-        if dtype == "fp32":
-            tensor = cls("fp32", np.ascontiguousarray(values, DTYPES["fp32"]))
-            if not tensor.is_finite():
-                raise DivergedError("NaN or infinity in what was to be sent")
-            return tensor
-        peak = max(float(values.max()), -float(values.min())) if values.size else 0.0
-        if not math.isfinite(peak):
-            raise DivergedError("NaN or infinity in what was to be sent")
-        exponent = fp16_exponent(peak)
-        scaled = values * np.float32(2.0**-exponent) if exponent else values
-        return cls("fp16", np.ascontiguousarray(scaled, DTYPES["fp16"]), exponent)
-
-    @classmethod
     def from_ints(cls, values: npt.ArrayLike) -> WireTensor:
         return cls("int32", np.ascontiguousarray(values, DTYPES["int32"]))
 
@@ -89,25 +73,6 @@ class WireTensor:
     def from_bytes(cls, values: bytes | ByteArray) -> WireTensor:
         data = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.ascontiguousarray(values)
         return cls("uint8", data)
-
-    def to_floats(self) -> FloatArray:
-        """The values as float32 (a view of the frame for ``fp32``; do not write into it)."""
-        if self.dtype == "fp32":
-            return self.data
-        values = self.data.astype(np.float32)
-        if self.exponent:
-            values *= np.float32(2.0**self.exponent)
-        return values
-
-    def is_finite(self) -> bool:
-        if self.dtype == "fp16" and self.exponent > _ALWAYS_FINITE_EXPONENT:
-            with np.errstate(over="ignore", invalid="ignore"):
-                return bool(np.isfinite(self.to_floats()).all())
-        if self.dtype == "fp16":
-            # Bits, not np.isfinite: halves are slow in numpy, and this runs on every tensor of every step.
-            bits = self.data.view(np.uint16)
-            return not bool(((bits & np.uint16(0x7C00)) == np.uint16(0x7C00)).any())
-        return self.dtype != "fp32" or bool(np.isfinite(self.data).all())
 
 
 def fp16_exponent(peak: float) -> int:

@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
+from .adapters import Crossing
 from .codec import frame_bytes
-from .groups import GroupSpec
-from .tensors import DTYPES, WireDtype
+from .wire_codecs import Codecs, TensorRole
 
 
 class Traffic(msgspec.Struct, frozen=True):
@@ -30,7 +30,7 @@ class Traffic(msgspec.Struct, frozen=True):
 
 
 def micro_batch_traffic(
-    groups: Sequence[GroupSpec],
+    crossings: Sequence[Crossing],
     *,
     live: Collection[int],
     graded: Collection[int],
@@ -40,34 +40,52 @@ def micro_batch_traffic(
     labelled: int,
     embedding_size: int,
     hidden_size: int,
-    wire_dtype: WireDtype,
+    codecs: Codecs,
+    rows: int | None = None,
 ) -> Traffic:
     """The traffic of one micro-batch.
 
     Args:
-        groups: all exchange groups of the session.
-        live: those that exchange in the forward pass.
+        crossings: what crosses for each exchange group of the session, as ``adapters.crossings`` gives it.
+        live: groups that exchange in the forward pass.
         graded: those whose delta gradients the device gets; empty when evaluating.
         answered: those of ``graded`` whose input gradient goes back. Where groups follow one another: all
             but the lowest.
+        rows: tokens that cross at each group; None: all, and E sends no positions.
     """
-    item = DTYPES[wire_dtype].itemsize
-    up = frame_bytes(1, [tokens * embedding_size * item, sequences * 4, labelled * 4])
-    down = frame_bytes(1, [labelled * hidden_size * item])
+
+    def nbytes(role: TensorRole, rows: int, width: int) -> int:
+        return codecs.of(role).nbytes(rows, width)
+
+    embeddings = [nbytes(TensorRole.EMBEDDINGS, tokens, embedding_size), sequences * 4, labelled * 4]
+    if rows is None:
+        rows = tokens
+    else:
+        embeddings.append(rows * 4)
+    up = frame_bytes(1, embeddings)
+    down = frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES, labelled, hidden_size)])
     for index in live:
-        group = groups[index]
-        outputs = [tokens * target.out_features * item for target in group.targets]
-        down += frame_bytes(1, [tokens * group.in_features * item])
-        up += frame_bytes(1, outputs)
+        width, outputs = crossings[index].input_width, crossings[index].output_widths
+        down += frame_bytes(1, [nbytes(TensorRole.GROUP_INPUT, rows, width)])
+        up += frame_bytes(1, [nbytes(TensorRole.DELTA, rows, output) for output in outputs])
         if index in graded:
-            down += frame_bytes(1, outputs)
+            down += frame_bytes(1, [nbytes(TensorRole.DELTA_GRAD, rows, output) for output in outputs])
         if index in answered:
-            up += frame_bytes(1, [tokens * group.in_features * item])
+            up += frame_bytes(1, [nbytes(TensorRole.INPUT_GRAD, rows, width)])
     if graded:
-        up += frame_bytes(1, [labelled * hidden_size * item])
+        up += frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES_GRAD, labelled, hidden_size)])
     # One for the embeddings, one for each answer that something follows, one for the loss's gradient.
     round_trips = 1 + len(live) + (1 + len(answered) if graded else 0)
     return Traffic(up, down, round_trips)
+
+
+def adapter_state_traffic(state_nbytes: Sequence[Sequence[int]], *, made: bool) -> Traffic:
+    """The traffic of setting up what the server keeps of each group: it is ``made`` there, or given back by the device.
+
+    ``state_nbytes``: the sizes of each group's tensors.
+    """
+    nbytes = sum(frame_bytes(1, list(sizes)) for sizes in state_nbytes)
+    return Traffic(frame_bytes(1, []), nbytes, 1) if made else Traffic(nbytes, 0, 0)
 
 
 def report_traffic(units: int, ticket_bytes: int) -> Traffic:

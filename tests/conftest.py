@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_collection_finish() -> None:
-    """Two threads for torch, where a test has loaded it: most tests must run without it."""
+    """One thread for torch, where a test has loaded it: tiny models gain nothing from two, which then wait for each other
+    for most of the time. Most tests must run without torch."""
     torch = sys.modules.get("torch")
     if torch is not None:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

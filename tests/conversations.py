@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 
 from dlora.protocol import messages as m
+from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.codec import encode
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import Link
-from dlora.protocol.session import NUMBERED, Role, Session
+from dlora.protocol.session import NUMBERED, Session
+from dlora.protocol.states import Role
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
+from dlora.protocol.wire_codecs import Codecs, encode_floats
 
 WIDTH = 4
 MAX_TOKENS = 16
@@ -38,7 +41,7 @@ FROM_EDGE = (
 
 def floats(*shape: int, dtype: Any = "fp32") -> WireTensor:
     values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) / 8 - 1
-    return WireTensor.from_floats(values, dtype)
+    return encode_floats(values, dtype)
 
 
 def hello() -> m.Hello:
@@ -63,12 +66,14 @@ def open_session(**changes: Any) -> m.OpenSession:
     settings: dict[str, Any] = {
         "base_fingerprint": "ab" * 32,
         "groups": GROUPS,
-        "wire_dtype": "fp32",
-        "kill_revive": KillReviveConfig(active_fraction=0.125),
-        "seed": 1,
-        "total_steps": 9,
+        "adapter": AdapterSpec(r=2),
+        "codecs": Codecs.all(changes.pop("wire_dtype", "fp32")),
     }
-    return m.OpenSession(**{**settings, **changes})
+    run = {"kill_revive": KillReviveConfig(active_fraction=0.125), "seed": 1, "total_steps": 9}
+    for name in ("kill_revive", "seed", "total_steps", "next_step", "ticket"):
+        if name in changes:
+            run[name] = changes.pop(name)
+    return m.OpenSession(**{**settings, "purpose": m.Train(**run), **changes})
 
 
 def session_opened(units: bytes = b"\1\1") -> m.SessionOpened:

@@ -19,9 +19,11 @@ from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.session import Role, Session, State
+from dlora.protocol.session import Session
+from dlora.protocol.states import Role, State
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
+from dlora.protocol.wire_codecs import encode_floats
 
 Script = Callable[["DishonestServer", ServerConnection], None]
 
@@ -97,29 +99,31 @@ class DishonestServer:
     def next_message(self) -> m.AnyMessage:
         """What an honest server would say next in a training micro-batch, with ones for all values."""
         session = self.session
-        assert session._begun is not None
-        place: dict[str, Any] = {"step": session._begun.step, "micro_batch": session._begun.micro_batch}
-        tokens = session._tokens
+        begun = next(iter(session.under_way.values()))
+        place: dict[str, Any] = dict(zip(("step", "micro_batch"), begun.key, strict=True))
+        tokens = begun.tokens
         if session.state is State.BACKWARD:
-            group = next(group for group in reversed(session.live) if group not in session._graded)
+            group = next(group for group in reversed(session.live) if group not in begun.graded)
             grads = tuple(ones(tokens, target.out_features) for target in session.groups[group].targets)
             return m.GroupGrad(**place, group=group, grads=grads, answer=group != session.live[0])
-        if session._asked < len(session.live):
-            group = session.live[session._asked]
+        if begun.asked < len(session.live):
+            group = session.live[begun.asked]
             return m.GroupInput(**place, group=group, hidden_states=ones(tokens, session.groups[group].in_features))
-        hidden_states = ones(session._begun.labelled, self._manifest.base_model.hidden_size)
+        hidden_states = ones(begun.labelled, self._manifest.base_model.hidden_size)
         return m.LabelledHiddenStates(**place, hidden_states=hidden_states, gradients=len(session.live))
 
     def answer(self, connection: ServerConnection) -> None:
         """All that an honest server would say now, in a training micro-batch."""
         if self.session.state is not State.IDLE:
             self.say(connection, self.next_message())
-        while self.session.state is State.BACKWARD and not self.session._unanswered:
+        while self.session.state is State.BACKWARD and not any(
+            each.unanswered for each in self.session.under_way.values()
+        ):
             self.say(connection, self.next_message())
 
 
 def ones(*shape: int) -> WireTensor:
-    return WireTensor.from_floats(np.ones(shape, np.float32), "fp32")
+    return encode_floats(np.ones(shape, np.float32), "fp32")
 
 
 def receive(connection: ServerConnection) -> bytes:

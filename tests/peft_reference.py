@@ -15,18 +15,20 @@ from dlora.edge.data.batches import MicroBatch
 
 def with_adapters(model: PreTrainedModel, adapters: AdapterSet, rank: int, alpha: float) -> PeftModel:
     """``model`` as PEFT wraps it, with the device's adapters."""
-    names = [adapter.name for adapter in adapters]
+    factors = [each for group in adapters.groups for each in group.factors()]
+    names = [each.name for each in factors]
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM"))
     wrapped.eval()
-    for adapter in adapters:
-        module = wrapped.base_model.model.get_submodule(adapter.name)
-        for half, value in (("lora_A", adapter.lora_A.value), ("lora_B", adapter.lora_B.value)):
+    for each in factors:
+        module = wrapped.base_model.model.get_submodule(each.name)
+        for half, value in (("lora_A", each.lora_A), ("lora_B", each.lora_B)):
             getattr(module, half)["default"].weight.data.copy_(torch.from_numpy(np.array(value)))
     return wrapped
 
 
-def parameter(model: PeftModel, name: str, half: str) -> torch.nn.Parameter:
-    """``lora_A`` or ``lora_B`` of a target module."""
+def parameter(model: PeftModel, full_name: str) -> torch.nn.Parameter:
+    """PEFT's own of a device's parameter: ``lora_A`` or ``lora_B`` of a target module."""
+    name, _, half = full_name.rpartition(".")
     return getattr(model.base_model.model.get_submodule(name), half)["default"].weight
 
 

@@ -94,15 +94,14 @@ def training(
 
 def final_weights(trainer: Trainer) -> dict[str, np.ndarray]:
     """Every adapter's A and B, by name."""
-    weights = {}
-    for adapter in trainer.adapters:
-        weights[f"{adapter.name}.A"] = adapter.lora_A.value
-        weights[f"{adapter.name}.B"] = adapter.lora_B.value
-    return weights
+    return {
+        name.replace(".lora_", "."): parameter.value for name, parameter in trainer.adapters.parameters().items()
+    }
 
 
 def randomize(trainer: Trainer, seed: int = 5) -> None:
     """B other than zero, so that every gradient shows."""
     rng = np.random.default_rng(seed)
-    for adapter in trainer.adapters:
-        adapter.lora_B.value = rng.normal(0, 0.3, adapter.lora_B.value.shape).astype(np.float32)
+    for name, parameter in trainer.adapters.parameters().items():
+        if name.endswith(".lora_B"):
+            parameter.value = rng.normal(0, 0.3, parameter.value.shape).astype(np.float32)

@@ -23,8 +23,10 @@ from dlora.export.graphs.adapter_graphs import adapter_graphs
 from dlora.export.graphs.embedding_graph import embedding_graph
 from dlora.export.graphs.head_graph import HeadShape, head_graphs
 from dlora.protocol import codec, errors, kill_revive, link, manifest, messages, session, tensors
+from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
+from dlora.protocol.wire_codecs import Codecs
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").rglob("*.md")])
@@ -189,7 +191,7 @@ def test_the_traffic_example() -> None:
         active, up, down, trips, per_token = (int(cell.replace(",", "")) for cell in row)
         live = range(30 - active, 30)
         step = micro_batch_traffic(
-            groups,
+            crossings(AdapterSpec(), groups),
             live=live,
             graded=live,
             answered=live[1:],
@@ -198,7 +200,7 @@ def test_the_traffic_example() -> None:
             labelled=171,
             embedding_size=576,
             hidden_size=576,
-            wire_dtype="fp16",
+            codecs=Codecs.all("fp16"),
         ) + report_traffic(30, 77 + 18 * 30)
         assert step == Traffic(up, down, trips)
         assert per_token == round((up + down) / 512)

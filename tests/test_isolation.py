@@ -36,6 +36,7 @@ from dlora.protocol.codec import encode
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
+from dlora.protocol.wire_codecs import encode_floats
 
 STEPS = 8
 WIDTH = 64
@@ -135,7 +136,7 @@ def embeddings(tokens: int) -> m.Embeddings:
         step=0,
         micro_batch=0,
         mode="train",
-        hidden_states=WireTensor.from_floats(np.ones((tokens, 16), np.float32), "fp32"),
+        hidden_states=encode_floats(np.ones((tokens, 16), np.float32), "fp32"),
         sequence_lengths=WireTensor.from_ints([WIDTH] * (tokens // WIDTH)),
         label_positions=WireTensor.from_ints([0]),
     )
@@ -165,7 +166,7 @@ def stalled_in_backward(url: str, base: BaseModel) -> Iterator[None]:
 def deltas(base: BaseModel, group: int, tokens: int) -> m.GroupDelta:
     targets = open_session(base).groups[group].targets
     zeros = tuple(
-        WireTensor.from_floats(np.zeros((tokens, target.out_features), np.float32), "fp32") for target in targets
+        encode_floats(np.zeros((tokens, target.out_features), np.float32), "fp32") for target in targets
     )
     return m.GroupDelta(step=0, micro_batch=0, group=group, deltas=zeros)
 

@@ -14,6 +14,7 @@ from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.training.optimizer import AdamW, OptimizerConfig
 from dlora.edge.training.schedule import learning_rate
 from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import DivergedError
 from dlora.protocol.kill_revive import UnitState
 
@@ -27,14 +28,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def adapters(bundle: Bundle) -> AdapterSet:
-    return AdapterSet.create(bundle.manifest.groups, rank=4, scaling=2.0, seed=(1,), unit="block", kill_every=5)
+    spec = AdapterSpec(r=4)
+    return AdapterSet.create(spec, bundle.manifest.groups, scaling=2.0, seed=(1,), unit="block", kill_every=5)
+
+
+def values(some: AdapterSet) -> list[bytes]:
+    return [parameter.value.tobytes() for parameter in some.parameters().values()]
 
 
 def set_grads(some: AdapterSet, step: int) -> None:
     rng = np.random.default_rng(step)
-    for adapter in some:
-        for parameter in (adapter.lora_A, adapter.lora_B):
-            parameter.grad = rng.normal(0, 1e-3, parameter.value.shape).astype(np.float32)
+    for parameter in some.parameters().values():
+        parameter.grad = rng.normal(0, 1e-3, parameter.value.shape).astype(np.float32)
 
 
 def test_a_revived_unit_goes_on_with_its_own_step_count(bundle: Bundle) -> None:
@@ -51,20 +56,21 @@ def test_a_revived_unit_goes_on_with_its_own_step_count(bundle: Bundle) -> None:
             done += step not in absent
         assert some.units[0].adam_steps == 10
         assert some.units[1].adam_steps == 10 + len(absent)
-        finals.append([adapter.lora_A.value.tobytes() for adapter in some.of_unit(some.units[0])])
+        (group,) = some.of_unit(some.units[0])
+        finals.append([parameter.value.tobytes() for parameter in group.parameters().values()])
     assert finals[0] == finals[1]
 
 
 def test_gradients_that_are_not_finite_change_nothing(bundle: Bundle) -> None:
     some = adapters(bundle)
-    before = [adapter.lora_A.value.tobytes() for adapter in some]
+    before = values(some)
     set_grads(some, 0)
-    last = list(some)[-1]
-    assert last.lora_B.grad is not None
-    last.lora_B.grad[0, 0] = np.nan
+    *_, last = some.parameters().values()
+    assert last.grad is not None
+    last.grad[0, 0] = np.nan
     with pytest.raises(DivergedError, match="NaN or infinity in the gradients"):
         AdamW(OnnxEngine(bundle, 1), OptimizerConfig(), 100).step(some, 7)
-    assert [adapter.lora_A.value.tobytes() for adapter in some] == before
+    assert values(some) == before
     assert [unit.adam_steps for unit in some.units] == [0, 0]
 
 

@@ -18,11 +18,11 @@ from websockets.asyncio.server import ServerConnection
 
 from dlora.cloud.door.access import Caller
 from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import session_loop as executor
 from dlora.cloud.serving import transport
 from dlora.cloud.serving.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines, Patience
-from dlora.cloud.serving.session_loop import ComputeGate
 from dlora.cloud.serving.transport import SessionTransport
 from dlora.edge.wire.dialing import Dialing, Retry
 from dlora.export.bundle import ExportSettings, export_bundle

@@ -89,11 +89,10 @@ def leak(tmp_path_factory: pytest.TempPathFactory) -> Leak:
 
 
 def add_adapters(scanner: Scanner, trainer: Trainer, when: str) -> None:
-    for adapter in trainer.adapters:
-        for half in ("lora_A", "lora_B"):
-            parameter = getattr(adapter, half)
-            for name in ("value", "exp_avg", "exp_avg_sq"):
-                scanner.add_matrix(getattr(parameter, name), f"{half} {name} of {adapter.name} {when}")
+    for full_name, parameter in trainer.adapters.parameters().items():
+        module, _, half = full_name.rpartition(".")
+        for name in ("value", "exp_avg", "exp_avg_sq"):
+            scanner.add_matrix(getattr(parameter, name), f"{half} {name} of {module} {when}")
 
 
 def test_nothing_marked_leaves_the_device(leak: Leak) -> None:

@@ -22,11 +22,11 @@ def dense(weights: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def change(now: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> float:
+    group = lora(before)
     scorer = Scorer("change")
-    part = scorer.module_score(
-        scaling=SCALING, lora_A=now["A"], lora_B=now["B"], previous_A=before["A"], previous_B=before["B"]
-    )
-    return scorer.unit_score([part])
+    remembered = scorer.before(group)
+    group.modules[0].lora_A.value, group.modules[0].lora_B.value = now["A"], now["B"]
+    return scorer.unit_score(scorer.parts(group, remembered))
 
 
 @settings(max_examples=40, deadline=None)

@@ -34,9 +34,11 @@ from dlora.protocol.codec import encode
 from dlora.protocol.errors import DloraError, ModelMismatchError, ProtocolError, RefusedError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.session import Role, Session
+from dlora.protocol.session import Session
+from dlora.protocol.states import Role
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
+from dlora.protocol.wire_codecs import encode_floats
 
 MAX_SESSIONS = 2
 
@@ -144,7 +146,7 @@ def embeddings(tokens: int = 3, **changes: object) -> m.Embeddings:
         "step": 0,
         "micro_batch": 0,
         "mode": "train",
-        "hidden_states": WireTensor.from_floats(np.ones((tokens, 16), np.float32), "fp32"),
+        "hidden_states": encode_floats(np.ones((tokens, 16), np.float32), "fp32"),
         "sequence_lengths": WireTensor.from_ints([tokens]),
         "label_positions": WireTensor.from_ints([0]),
     }
@@ -293,7 +295,7 @@ def test_values_that_overflow_in_the_base_model(server: RunningServer, base: Bas
         device.say(embeddings())
         asked = device.hear()
         assert isinstance(asked, m.GroupInput)
-        huge = WireTensor.from_floats(np.full((3, 16), 3e38, np.float32), "fp32")
+        huge = encode_floats(np.full((3, 16), 3e38, np.float32), "fp32")
         device.say(m.GroupDelta(step=0, micro_batch=0, group=asked.group, deltas=(huge,)))
         while isinstance(answer := device.hear(), m.GroupInput):
             device.say(m.GroupDelta(step=0, micro_batch=0, group=answer.group, deltas=(huge,)))
@@ -364,7 +366,7 @@ def life_of_a_device(device: RawDevice, base: BaseModel) -> Iterator[str]:
     yield "opened"
     device.say(embeddings())
     yield "embeddings"
-    delta = WireTensor.from_floats(np.ones((3, 16), np.float32), "fp32")
+    delta = encode_floats(np.ones((3, 16), np.float32), "fp32")
     for _ in range(2):
         asked = device.hear()
         assert isinstance(asked, m.GroupInput)
@@ -372,7 +374,7 @@ def life_of_a_device(device: RawDevice, base: BaseModel) -> Iterator[str]:
         yield "delta"
     device.hear()
     yield "loss"
-    grad = WireTensor.from_floats(np.ones((1, 16), np.float32), "fp32")
+    grad = encode_floats(np.ones((1, 16), np.float32), "fp32")
     device.say(m.GradHiddenStates(step=0, micro_batch=0, grad_hidden_states=grad))
     yield "gradient"
 

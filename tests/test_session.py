@@ -20,7 +20,8 @@ from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProto
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import KillReviveConfig, UnitState
 from dlora.protocol.link import MAX_REPEATS
-from dlora.protocol.session import HANDSHAKE, TRANSITIONS, Role, Session, State, choose_version
+from dlora.protocol.session import HANDSHAKE, Session, choose_version
+from dlora.protocol.states import TRANSITIONS, Role, State
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
 

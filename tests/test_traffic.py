@@ -19,9 +19,10 @@ from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.use import open_model
 from dlora.edge.training.trainer import Trainer
 from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.adapters import crossings
 from dlora.protocol.kill_revive import UnitState
-from dlora.protocol.tensors import WireDtype
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
+from dlora.protocol.wire_codecs import Codecs, WireDtype
 
 BLOCKS = 4
 NOTHING = Traffic(0, 0, 0)
@@ -66,7 +67,7 @@ def expected(
     return sum(
         (
             micro_batch_traffic(
-                groups,
+                crossings(trainer.config.adapter, groups),
                 live=live,
                 graded=graded,
                 answered=graded[1:],
@@ -75,7 +76,7 @@ def expected(
                 labelled=len(batch.labels),
                 embedding_size=trainer.bundle.manifest.base_model.embedding_size,
                 hidden_size=trainer.bundle.manifest.base_model.hidden_size,
-                wire_dtype=trainer.config.wire_dtype,
+                codecs=Codecs.all(trainer.config.wire_dtype),
             )
             for batch in batches
         ),
@@ -91,7 +92,7 @@ def even_dataset() -> Dataset:
 def check_steps(trainer: Trainer, steps: int) -> None:
     """Each step's counted traffic is the formula's; the signal of a step comes with the next one."""
     session = trainer.connection.session
-    ticket_bytes = len(trainer._ticket)
+    ticket_bytes = len(trainer.session.ticket)
     unit_count = len(trainer.adapters.units)
     waiting = 0
     for step in range(steps):
@@ -164,7 +165,7 @@ def test_without_an_adapter_no_group_exchanges(bench: Bench, wire_dtype: WireDty
     wanted = NOTHING
     for batch in evaluation_batches(dataset, 3):
         wanted += micro_batch_traffic(
-            bundle.manifest.groups,
+            (),
             live=(),
             graded=(),
             answered=(),
@@ -173,7 +174,7 @@ def test_without_an_adapter_no_group_exchanges(bench: Bench, wire_dtype: WireDty
             labelled=len(batch.labels),
             embedding_size=base.embedding_size,
             hidden_size=base.hidden_size,
-            wire_dtype=wire_dtype,
+            codecs=Codecs.all(wire_dtype),
         )
     assert counted == (wanted.bytes_up, wanted.bytes_down, wanted.round_trips)
     assert wanted.round_trips == 4  # one a micro-batch

@@ -123,7 +123,7 @@ class Quotas:
         self._sweep_at = _SWEEP_AT
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
-        self._line: deque[SessionQuota] = deque()  # who waits for memory
+        self._line: deque[object] = deque()  # the micro-batches that wait for memory
         self._stopped = False
 
     @property
@@ -156,7 +156,7 @@ class Quotas:
             caller.sessions += 1
         return SessionQuota(self, name)
 
-    def _begin(self, session: SessionQuota, tokens: int, live_bytes: int) -> None:
+    def _begin(self, session: SessionQuota, tokens: int, live_bytes: int) -> Charge:
         limits = self.limits
         if limits.tokens_per_minute is not None and tokens > limits.tokens_per_minute:
             text = f"{tokens} tokens are more than the quota of a minute, {limits.tokens_per_minute}"
@@ -180,6 +180,7 @@ class Quotas:
             session.live_bytes += live_bytes
             self.live_bytes += live_bytes
             self._running_bytes += live_bytes
+        return Charge(self, session, live_bytes)
 
     def _check(self, session: SessionQuota, tokens: int, live_bytes: int) -> None:
         """Raise ``RemoteProtocolError`` where its caller is over a quota now."""
@@ -201,15 +202,17 @@ class Quotas:
         Raises ``RemoteProtocolError`` (``busy``, retryable) where the session, or the server, ends meanwhile.
         """
 
+        place = object()
+
         def may_begin() -> bool:
             # Frames that wait do not stop the line: who stands in it reads none.
-            return self._line[0] is session and (self._fits(live_bytes) or not self._running_bytes)
+            return self._line[0] is place and (self._fits(live_bytes) or not self._running_bytes)
 
-        self._line.append(session)
+        self._line.append(place)
         try:
             self._freed.wait_for(lambda: may_begin() or self._stopped or not session.is_open)
         finally:
-            self._line.remove(session)
+            self._line.remove(place)
             self._freed.notify_all()
         if self._stopped or not session.is_open:
             raise _come_again("the session ended while it waited for memory", ErrorCode.BUSY, _RETRY_AFTER_S)
@@ -239,21 +242,35 @@ class Quotas:
         self.live_bytes -= nbytes
         self._freed.notify_all()
 
-    def _end(self, session: SessionQuota, compute_s: float) -> None:
+    def _hold(self, session: SessionQuota, nbytes: int) -> None:
+        with self._lock:
+            caller = self._caller(session.name, self._clock())
+            most, total = self.limits.live_bytes, self.total_live_bytes
+            if most is not None and caller.live_bytes + nbytes > most:
+                text = f"the adapters take {_mb(nbytes)} more of the server, and the quota is {_mb(most)}"
+                raise RemoteProtocolError(f"{text}; lower --rank", ErrorCode.QUOTA_LIVE_BYTES)
+            if total is not None and self.live_bytes + nbytes > total:
+                raise _come_again("there is no memory for the adapters", ErrorCode.BUSY, _RETRY_AFTER_S)
+            session.held_bytes += nbytes
+            caller.live_bytes += nbytes
+            self.live_bytes += nbytes
+
+    def _end(self, session: SessionQuota, live_bytes: int, compute_s: float) -> None:
         with self._lock:
             now = self._clock()
             caller = self._caller(session.name, now)
             caller.compute.add(compute_s, now)
-            self._running_bytes -= session.live_bytes
-            self._free(session, session.live_bytes)
-            session.live_bytes = 0
+            self._running_bytes -= live_bytes
+            session.live_bytes -= live_bytes
+            self._free(session, live_bytes)
 
     def _close(self, session: SessionQuota) -> None:
         with self._lock:
             if session.is_open:
                 session.is_open = False
                 self._caller(session.name, self._clock()).sessions -= 1
-                self._freed.notify_all()
+                self._free(session, session.held_bytes)
+                session.held_bytes = 0
 
     def _caller(self, name: str, now: float) -> _Caller:
         found = self._callers.get(name)
@@ -273,29 +290,35 @@ class SessionQuota:
 
     Attributes:
         name: the caller's.
-        live_bytes: of its micro-batch under way.
+        live_bytes: of its micro-batches under way.
+        held_bytes: of what the server keeps for it until it ends.
         queued_bytes: of its frames that nobody has read yet.
     """
 
     def __init__(self, quotas: Quotas, name: str) -> None:
         self.name = name
         self.live_bytes = 0
+        self.held_bytes = 0
         self.queued_bytes = 0
         self.is_open = True
         self._quotas = quotas
 
-    def begin(self, tokens: int, live_bytes: int) -> None:
-        """Charge a micro-batch, or a report of no tokens, before it runs; where it is not refused, ``end`` must follow.
+    def begin(self, tokens: int, live_bytes: int) -> Charge:
+        """Charge a micro-batch, or a report of no tokens, before it runs; what it gives must be ended.
 
         Waits until the server has the memory. Raises ``RemoteProtocolError`` (``quota_tokens``, ``quota_live_bytes``,
         ``quota_compute``, ``limit``) and charges nothing: retryable, with the time when the same will fit, or not
         retryable where it never will.
         """
-        self._quotas._begin(self, tokens, live_bytes)
+        return self._quotas._begin(self, tokens, live_bytes)
 
-    def end(self, compute_s: float) -> None:
-        """What was begun has ended, however it did: its memory is free, and it computed for ``compute_s`` seconds."""
-        self._quotas._end(self, compute_s)
+    def hold(self, nbytes: int) -> None:
+        """Count memory that the server keeps for the session until it is closed.
+
+        Raises ``RemoteProtocolError``: ``quota_live_bytes`` where it is more than the caller may have, ``busy``
+        (retryable) where the server has no room now. Nothing is counted then.
+        """
+        self._quotas._hold(self, nbytes)
 
     def queue(self, nbytes: int) -> bool:
         """Count a frame that came and that nobody has read yet; False where there is no room for it.
@@ -317,6 +340,19 @@ class SessionQuota:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Charge:
+    """What a micro-batch was charged before it ran."""
+
+    def __init__(self, quotas: Quotas, session: SessionQuota, live_bytes: int) -> None:
+        self._quotas = quotas
+        self._session = session
+        self._live_bytes = live_bytes
+
+    def end(self, compute_s: float) -> None:
+        """It has ended, however it did: its memory is free, and it computed for ``compute_s`` seconds."""
+        self._quotas._end(self._session, self._live_bytes, compute_s)
 
 
 _USED_UP: Final = {

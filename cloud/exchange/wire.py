@@ -1,36 +1,73 @@
-"""Torch tensors to wire tensors and back, with the bits that ``WireTensor.from_floats`` gives."""
+"""Torch tensors to wire tensors and back: a twin of each codec of ``protocol/wire_codecs.py``, with the same bits."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from typing import Final, Protocol
 
 import torch
 
 from dlora.protocol.errors import DivergedError
-from dlora.protocol.tensors import WireDtype, WireTensor, fp16_exponent
+from dlora.protocol.tensors import WireTensor, fp16_exponent
+from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 # Decoded frames are read-only views, and nobody here writes into them; torch warns all the same.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
-def to_wire(tensor: torch.Tensor, dtype: WireDtype) -> WireTensor:
-    """Put a floating-point tensor of any device on the wire. Raises ``DivergedError`` on NaN or infinity."""
-    values = tensor.detach().to(torch.float32)
+class TorchCodec(Protocol):
+    """One way to store a floating-point tensor, for torch."""
+
+    def encode(self, values: torch.Tensor) -> WireTensor:
+        """Put a float32 tensor of any device on the wire. Raises ``DivergedError`` on NaN or infinity."""
+
+    def decode(self, tensor: WireTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The values in ``dtype`` on ``device``."""
+
+
+class _Fp32:
+    def encode(self, values: torch.Tensor) -> WireTensor:
+        finite_peak(values)
+        return WireTensor("fp32", values.cpu().contiguous().numpy())
+
+    def decode(self, tensor: WireTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(tensor.data).to(device).to(dtype)
+
+
+class _Fp16:
+    def encode(self, values: torch.Tensor) -> WireTensor:
+        exponent = fp16_exponent(finite_peak(values))
+        if exponent:
+            values = values * 2.0**-exponent
+        return WireTensor("fp16", values.to(torch.float16).cpu().contiguous().numpy(), exponent)
+
+    def decode(self, tensor: WireTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        values = torch.from_numpy(tensor.data).to(device)
+        if tensor.exponent:
+            values = values.to(torch.float32) * 2.0**tensor.exponent
+        return values.to(dtype)
+
+
+TORCH_CODECS: Final[dict[str, TorchCodec]] = {"fp32": _Fp32(), "fp16": _Fp16()}
+"""By the names of ``dlora.protocol.wire_codecs.CODECS``."""
+
+
+def finite_peak(values: torch.Tensor) -> float:
+    """The largest magnitude; 0 for none. Raises ``DivergedError`` on NaN or infinity."""
     peak = float(values.abs().max()) if values.numel() else 0.0
     if not math.isfinite(peak):
         raise DivergedError("NaN or infinity in the base model's results")
-    if dtype == "fp32":
-        return WireTensor("fp32", values.cpu().contiguous().numpy())
-    exponent = fp16_exponent(peak)
-    if exponent:
-        values = values * 2.0**-exponent
-    return WireTensor("fp16", values.to(torch.float16).cpu().contiguous().numpy(), exponent)
+    return peak
 
 
-def from_wire(tensor: WireTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor's values in the base model's dtype, on its device."""
-    values = torch.from_numpy(tensor.data).to(device)
-    if tensor.exponent:
-        values = values.to(torch.float32) * 2.0**tensor.exponent
-    return values.to(dtype)
+def to_wire(tensor: torch.Tensor, codecs: Codecs, role: TensorRole) -> WireTensor:
+    """Put a floating-point tensor of any device and dtype on the wire. Raises ``DivergedError`` on NaN or infinity."""
+    return TORCH_CODECS[getattr(codecs, role.value)].encode(tensor.detach().to(torch.float32))
+
+
+def from_wire(
+    tensor: WireTensor, codecs: Codecs, role: TensorRole, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """The tensor's values in ``dtype`` on ``device``."""
+    return TORCH_CODECS[getattr(codecs, role.value)].decode(tensor, device, dtype)

@@ -6,32 +6,31 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import threading
 from collections.abc import Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import TypeVar
 
 from websockets.exceptions import ConnectionClosed
 
 from dlora.cloud.door.access import Caller
 from dlora.cloud.door.guard import GuardedConnection, printable
-from dlora.cloud.door.quotas import Quotas
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.memory import is_out_of_memory
 from dlora.cloud.model.source import public_name
 from dlora.protocol import messages as m
+from dlora.protocol.adapters import AdapterSpec, largest_row, largest_state_bytes
 from dlora.protocol.codec import encode
 from dlora.protocol.controller import Controller
 from dlora.protocol.errors import DivergedError, RemoteProtocolError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.session import Role, Session, choose_version
+from dlora.protocol.session import Session, choose_version
+from dlora.protocol.states import Role
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
+from dlora.protocol.wire_codecs import Codecs
 
-from .patience import DeviceDeadlines, Patience
-from .session_loop import ComputeGate, DeviceGaveUpError, SessionExecutor, shutting_down
-from .sessions import LiveSession, Sessions
+from .conversation import DeviceGaveUpError
+from .service import Service
+from .session_loop import SessionLoop, shutting_down
+from .sessions import LiveSession
 from .ticket import controller_of, ticket_bytes
 from .transport import DeviceGoneError, SessionTransport, say_goodbye
 
@@ -42,34 +41,6 @@ OPENING_SPARE_BYTES = 4 << 10  # longer numbers and names than opening_limit rec
 MEMORY_RETRY_S = 30.0
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Service:
-    """What every session of a server shares.
-
-    Attributes:
-        may_pack: whether the base model runs sequences end to end.
-        opening_bytes: the largest frame before a session is open.
-        openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
-        draining: set once the server stops: running steps are finished, nothing new is begun.
-    """
-
-    base: BaseModel
-    gate: ComputeGate
-    threads: int
-    may_pack: bool
-    live_bytes: LiveBytes
-    max_tokens: int
-    opening_bytes: int
-    ticket_key: bytes
-    sessions: Sessions
-    quotas: Quotas
-    patience: Patience
-    deadlines: DeviceDeadlines
-    pool: Executor
-    openings: Executor
-    draining: threading.Event
 
 
 async def handle_connection(connection: GuardedConnection, caller: Caller, service: Service) -> None:
@@ -153,6 +124,7 @@ class _Handshake:
             max_sequence_length=min(base.max_sequence_length, max_tokens),
             max_tokens=max_tokens,
             packs=self._service.may_pack,
+            window=self._service.window,
         )
 
     def _resume(self, request: m.ResumeSession) -> LiveSession | None:
@@ -165,7 +137,7 @@ class _Handshake:
         logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self._caller.name)
         return live
 
-    def _open(self, controller: Controller, device: str) -> LiveSession:
+    def _open(self, controller: Controller | None, device: str) -> LiveSession:
         service, session, caller = self._service, self._session, self._caller
         if service.draining.is_set():
             raise shutting_down()
@@ -182,21 +154,8 @@ class _Handshake:
                 park_s=service.patience.park_s,
             )
             live = LiveSession(name, caller, device, session, transport, quota)
-            executor = SessionExecutor(
-                service.base,
-                session,
-                transport,
-                controller,
-                ticket_key=service.ticket_key,
-                gate=service.gate,
-                threads=service.threads,
-                live_bytes=service.live_bytes,
-                quota=quota,
-                deadlines=service.deadlines.of(caller, device),
-                idle_timeout_s=service.patience.idle_s,
-                draining=service.draining,
-            )
-            opened = session.send(executor.opened(live.name, live.new_token()))
+            loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device))
+            opened = session.send(loop.opened(live.name, live.new_token()))
             unless_opened.pop_all()
         service.sessions.add(live)
         self._connection.opened(quota)
@@ -206,7 +165,7 @@ class _Handshake:
             len(session.groups),
         )  # fmt: skip
         transport.send(opened)
-        running = asyncio.ensure_future(_run(live, executor, service))
+        running = asyncio.ensure_future(_run(live, loop, service))
         _running.add(running)
         running.add_done_callback(_running.discard)
         return live
@@ -215,12 +174,12 @@ class _Handshake:
 _running: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only
 
 
-async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -> None:
+async def _run(live: LiveSession, loop: SessionLoop, service: Service) -> None:
     """Run a session's thread to its end, whatever connections it has on the way."""
     session, name = live.session, live.name
     why: Exception | None = None
     try:
-        await asyncio.get_running_loop().run_in_executor(service.pool, executor.run)
+        await asyncio.get_running_loop().run_in_executor(service.pool, loop.run)
         logger.info(
             "session %s: closed at step %d, %.1f MB in, %.1f MB out", name, session.step,
             session.bytes_received / 1e6, session.bytes_sent / 1e6,
@@ -260,27 +219,27 @@ def opening_limit(base: BaseModel) -> int:
     largest = m.OpenSession(
         base_fingerprint=base.fingerprint,
         groups=groups,
-        wire_dtype="fp32",
-        kill_revive=every,
-        seed=0,
-        total_steps=0,
-        ticket=bytes(ticket_bytes(len(units))),
+        adapter=AdapterSpec(),
+        codecs=Codecs.all("fp32"),
+        purpose=m.Train(kill_revive=every, seed=0, total_steps=0, ticket=bytes(ticket_bytes(len(units)))),
     )
     return len(encode(largest)) + OPENING_SPARE_BYTES
 
 
 def frame_limit(service: Service, session: Session) -> int:
     """The largest frame that a device can have reason to send in this session, in bytes."""
-    base = service.base
-    width = max(base.embedding_size, base.hidden_size, *(max(g.in_features, g.out_features) for g in session.groups))
-    return CONTROL_BYTES + service.max_tokens * (width * 4 + 8)
+    opening, base = session.opened_with, service.base
+    assert opening is not None
+    widest = largest_row(opening.adapter, opening.groups, base.embedding_size, base.hidden_size)
+    micro_batch = service.max_tokens * (widest * 4 + 12)
+    return CONTROL_BYTES + max(micro_batch, largest_state_bytes(opening.adapter, opening.groups))
 
 
 CONTROL_BYTES = 1 << 20
 
 
-def check_opening(opening: m.OpenSession, session: Session, service: Service) -> Controller:
-    """Check what a device asks for against the base model, and make its kill-and-revive controller.
+def check_opening(opening: m.OpenSession, session: Session, service: Service) -> Controller | None:
+    """Check what a device asks for against the base model, and make its kill-and-revive controller, where it trains.
 
     Raises ``RemoteProtocolError``.
     """
@@ -293,21 +252,30 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
     if unknown or len(set(names)) != len(names) or base.groups(names) != opening.groups:
         text = f"no such exchange groups in {base.name}" + (f": {unknown[0][:100]}" if unknown else "")
         raise RemoteProtocolError(text, m.ErrorCode.UNKNOWN_TARGET)
-    config = opening.kill_revive
+    purpose = opening.purpose
+    if not isinstance(purpose, m.Train):
+        return None
     try:
-        config.check(len(session.unit_groups))
+        purpose.kill_revive.check(len(session.unit_groups))
     except UsageError as error:
         raise RemoteProtocolError(str(error), m.ErrorCode.LIMIT) from None
-    if opening.ticket is not None:
+    if purpose.ticket is not None:
         return controller_of(
-            opening.ticket,
+            purpose.ticket,
             service.ticket_key,
-            config,
+            purpose.kill_revive,
             opening.groups,
-            seed=opening.seed,
-            total_steps=opening.total_steps,
-            next_step=opening.next_step,
+            seed=purpose.seed,
+            total_steps=purpose.total_steps,
+            next_step=purpose.next_step,
+            adapter=opening.adapter,
         )
-    if opening.next_step:
+    if purpose.next_step:
         raise RemoteProtocolError("a run that goes on needs its ticket", m.ErrorCode.TICKET)
-    return Controller(config, opening.groups, seed=opening.seed, total_steps=opening.total_steps)
+    return Controller(
+        purpose.kill_revive,
+        opening.groups,
+        seed=purpose.seed,
+        total_steps=purpose.total_steps,
+        adapter=opening.adapter,
+    )

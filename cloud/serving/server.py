@@ -25,7 +25,8 @@ from websockets.http11 import Request, Response
 from dlora.cloud.door.access import Access, AccessDeniedError, Caller
 from dlora.cloud.door.guard import ConnectionLimits, Guard, GuardedConnection
 from dlora.cloud.door.quotas import QuotaLimits, Quotas
-from dlora.cloud.exchange.sites import install
+from dlora.cloud.exchange.exchange import install
+from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import can_pack
 from dlora.cloud.model.live_bytes import LiveBytes
@@ -33,10 +34,11 @@ from dlora.cloud.model.memory import release_unreachable
 from dlora.cloud.model.source import public_name
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
-from .handler import Service, handle_connection, opening_limit
+from .handler import handle_connection, opening_limit
 from .listening import cannot_listen
 from .patience import DeviceDeadlines, Patience
-from .session_loop import ComputeGate, shutting_down
+from .service import Service
+from .session_loop import shutting_down
 from .sessions import Sessions
 from .transport import wait_for_goodbyes
 
@@ -64,6 +66,7 @@ class CloudServer:
         access: who may come in; by default everybody.
         tls: speak TLS.
         drain_s: how long running steps may take to finish once the server is asked to stop.
+        window: the most micro-batches that a session may have under way at a time.
 
     Attributes:
         port: the port it listens on, once ``start`` has returned.
@@ -85,6 +88,7 @@ class CloudServer:
         limits: ConnectionLimits | None = None,
         live_limit: int | None = None,
         drain_s: float = 30.0,
+        window: int = 1,
     ) -> None:
         install(base)
         patience = patience or Patience()
@@ -115,6 +119,7 @@ class CloudServer:
             gate=ComputeGate(),  # one session computes at a time: on a CPU the cores are shared, on one GPU the device
             threads=threads,
             may_pack=may_pack,
+            window=window,
             live_bytes=live_bytes,
             max_tokens=max_tokens,
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),

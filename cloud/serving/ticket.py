@@ -18,6 +18,7 @@ import hmac
 from collections.abc import Sequence
 from typing import Final
 
+from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.controller import Controller, state_bytes
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.groups import GroupSpec
@@ -42,13 +43,14 @@ def controller_of(
     seed: int,
     total_steps: int,
     next_step: int,
+    adapter: AdapterSpec | None = None,
 ) -> Controller:
     """The controller that ``ticket`` is of, to go on at ``next_step``.
 
     Raises ``RemoteProtocolError`` with code ``ticket`` if it is forged, damaged, of a run with other settings, groups,
     seed or length, or does not stand at ``next_step``.
     """
-    controller = Controller(config, groups, seed=seed, total_steps=total_steps)
+    controller = Controller(config, groups, seed=seed, total_steps=total_steps, adapter=adapter)
     try:
         controller.load_state(open_ticket(ticket, controller.digest, key))
     except ValueError:

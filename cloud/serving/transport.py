@@ -21,7 +21,8 @@ from websockets.exceptions import ConnectionClosed
 
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError
-from dlora.protocol.session import Role, Session
+from dlora.protocol.session import Session
+from dlora.protocol.states import Role
 
 logger = logging.getLogger("dlora.cloud")
 

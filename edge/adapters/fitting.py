@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol import messages as m
 from dlora.protocol.errors import CheckpointError, ModelMismatchError
 
+from .kind import Factors
 from .peft import LoadedAdapter
 from .units import AdapterSet
 
@@ -32,25 +31,26 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
 
     Raises ``CheckpointError`` where it does not fit. A saved scaling other than this run's is folded into B.
     """
-    known = {adapter.name: adapter for adapter in adapters}
+    widths = {
+        target.name: (group.in_features, target.out_features) for group in adapters.specs for target in group.targets
+    }
     of = f" (of {loaded.base_model_name})" if loaded.base_model_name else ""
     for name, module in loaded.modules.items():
-        adapter = known.get(name)
-        if adapter is None:
+        wanted = widths.get(name)
+        if wanted is None:
             raise CheckpointError(
                 f"the adapter{of} has {name}, which is no target module of this bundle; take an adapter of the "
                 "bundle's base model, or export a bundle with its --target-modules"
             )
-        widths = (module.lora_A.shape[1], module.lora_B.shape[0])
-        wanted = (adapter.lora_A.value.shape[1], adapter.lora_B.value.shape[0])
-        if widths != wanted:
+        found = (module.lora_A.shape[1], module.lora_B.shape[0])
+        if found != wanted:
             raise CheckpointError(
-                f"the adapter{of} is of another base model: its {name} goes from {widths[0]} to {widths[1]} numbers, "
+                f"the adapter{of} is of another base model: its {name} goes from {found[0]} to {found[1]} numbers, "
                 f"the bundle's from {wanted[0]} to {wanted[1]}"
             )
-        rank = module.lora_A.shape[0]
-        if rank != adapter.lora_A.value.shape[0]:
-            raise CheckpointError(f"the adapter's {name} has rank {rank}; train with --rank {rank}")
-        ratio = loaded.scaling[name] / adapter.scaling
-        adapter.lora_A.value = module.lora_A
-        adapter.lora_B.value = module.lora_B if ratio == 1.0 else module.lora_B * np.float32(ratio)
+    factors = {
+        name: Factors(name, module.lora_A, module.lora_B, loaded.scaling[name])
+        for name, module in loaded.modules.items()
+    }
+    for group in adapters.groups:
+        group.load_factors(factors)

@@ -1,63 +1,33 @@
-"""The device's adapters: LoRA weights, gradients and AdamW moments of every target module.
+"""All adapters of a run, by exchange group and by the units that Kill and Revive switches.
 
-All of it stays here whatever kill-and-revive does: a killed unit keeps its weights, moments and step count.
+All of it stays here whatever Kill and Revive does: a killed unit keeps its weights, moments and step count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
+from dlora.edge.data.batches import MicroBatch
 from dlora.edge.seeds import Seed, adapter_generator
+from dlora.protocol.adapters import AdapterSpec, kind_of
 from dlora.protocol.groups import GroupSpec, UnitKind, group_units
 from dlora.protocol.kill_revive import UnitState
-from dlora.protocol.tensors import ByteArray, FloatArray
+from dlora.protocol.tensors import ByteArray, FloatArray, IntArray
 
+from .kind import DeviceKind, GroupAdapters, Parameter
+from .lora import Lora
 
-@dataclass
-class Parameter:
-    """A trainable matrix, its gradient of the step under way, and its AdamW moments; float32, one shape."""
-
-    value: FloatArray
-    exp_avg: FloatArray
-    exp_avg_sq: FloatArray
-    grad: FloatArray | None = None
-
-    @classmethod
-    def of(cls, value: FloatArray) -> Parameter:
-        return cls(value, np.zeros_like(value), np.zeros_like(value))
-
-    def add_grad(self, grad: FloatArray) -> None:
-        self.grad = grad if self.grad is None else self.grad + grad
-
-
-@dataclass
-class Adapter:
-    """The LoRA of one target module: ``delta = scaling * x A^T B^T``.
-
-    Attributes:
-        lora_A: (rank, in_features); lora_B: (out_features, rank), as PEFT has them.
-    """
-
-    name: str
-    lora_A: Parameter
-    lora_B: Parameter
-    scaling: float
-
-    @property
-    def in_features(self) -> int:
-        return int(self.lora_A.value.shape[1])
-
-    @property
-    def out_features(self) -> int:
-        return int(self.lora_B.value.shape[0])
+DEVICE_KINDS: Final[dict[str, DeviceKind]] = {"lora": Lora()}
+"""By the names of ``dlora.protocol.adapters.KINDS``."""
 
 
 @dataclass
 class Unit:
-    """What kill-and-revive switches.
+    """What Kill and Revive switches.
 
     Attributes:
         adam_steps: how often its adapters were stepped, for AdamW's bias correction.
@@ -70,62 +40,66 @@ class Unit:
     fade_age: int = 0
 
 
-@dataclass
 class AdapterSet:
-    """All adapters, by exchange group and by unit.
+    """All adapters.
 
     Attributes:
-        groups: one tuple of adapters an exchange group, in the order of its target modules.
+        spec: their kind; specs: the exchange groups; groups: the adapters of each.
         kill_every: steps that fading takes.
     """
 
-    groups: list[tuple[Adapter, ...]]
-    units: list[Unit]
-    kill_every: int
-    _unit_of: dict[int, Unit] = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        specs: Sequence[GroupSpec],
+        groups: Sequence[GroupAdapters],
+        units: Sequence[Unit],
+        kill_every: int,
+    ) -> None:
+        self.spec = spec
+        self.specs = tuple(specs)
+        self.groups = tuple(groups)
+        self.units = tuple(units)
+        self.kill_every = kill_every
         self._unit_of = {group: unit for unit in self.units for group in unit.groups}
 
     @classmethod
     def create(
         cls,
+        spec: AdapterSpec,
         groups: Sequence[GroupSpec],
         *,
-        rank: int,
         scaling: float,
         seed: Seed,
         unit: UnitKind,
         kill_every: int,
     ) -> AdapterSet:
-        """Fresh adapters, as PEFT starts them: A uniform in ±1/sqrt(in_features) (Kaiming, a = sqrt 5), B zero."""
-        rng = adapter_generator(seed)
-        made = []
-        for group in groups:
-            bound = group.in_features**-0.5
-            made.append(
-                tuple(
-                    Adapter(
-                        target.name,
-                        Parameter.of(rng.uniform(-bound, bound, (rank, group.in_features)).astype(np.float32)),
-                        Parameter.of(np.zeros((target.out_features, rank), np.float32)),
-                        scaling,
-                    )
-                    for target in group.targets
-                )
-            )
-        return cls(made, [Unit(indices) for indices in group_units(groups, unit)], kill_every)
+        """Fresh adapters. Raises ``UsageError`` for a kind that there is not."""
+        kind_of(spec)
+        random, kind = adapter_generator(seed), DEVICE_KINDS[spec.kind]
+        made = [kind.create(spec, group, scaling=scaling, random=random) for group in groups]
+        return cls(spec, groups, made, [Unit(indices) for indices in group_units(groups, unit)], kill_every)
 
-    def __iter__(self) -> Iterator[Adapter]:
-        for group in self.groups:
-            yield from group
+    def parameters(self) -> dict[str, Parameter]:
+        """Everything that is trained, by full name."""
+        return {name: parameter for group in self.groups for name, parameter in group.parameters().items()}
 
-    def of_unit(self, unit: Unit) -> Iterator[Adapter]:
+    def state(self) -> dict[str, FloatArray]:
+        """All tensors that the next step depends on, by name."""
+        return {name: tensor for group in self.groups for name, tensor in group.state().items()}
+
+    def load_state(self, tensors: Mapping[str, FloatArray]) -> None:
+        """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` for one of other adapters."""
+        kind = kind_of(self.spec)
+        for group, spec in zip(self.groups, self.specs, strict=True):
+            group.load_state(tensors, server_tensors=len(kind.state_shapes(self.spec, spec)))
+
+    def of_unit(self, unit: Unit) -> Iterator[GroupAdapters]:
         for group in unit.groups:
-            yield from self.groups[group]
+            yield self.groups[group]
 
     def scale(self, group: int) -> float:
-        """What kill-and-revive multiplies a group's deltas by: 1, or less while its unit fades."""
+        """What Kill and Revive multiplies a group's effect by: 1, or less while its unit fades."""
         unit = self._unit_of[group]
         if unit.state is UnitState.KILLED:
             return 0.0
@@ -136,8 +110,8 @@ class AdapterSet:
     def is_trained(self, group: int) -> bool:
         return self._unit_of[group].state is UnitState.ACTIVE
 
-    def obey(self, states: ByteArray) -> None:
-        """Take the states of a signal. Nothing is deleted, whatever it says."""
+    def apply_signal(self, states: ByteArray) -> None:
+        """Take the states of a signal, uint8 (units,). Nothing is deleted, whatever it says."""
         for unit, state in zip(self.units, states, strict=True):
             new = UnitState(int(state))
             if new is UnitState.FADING:
@@ -147,8 +121,13 @@ class AdapterSet:
             unit.state = new
 
     def states(self) -> ByteArray:
+        """uint8 (units,), a ``UnitState`` each."""
         return np.array([unit.state for unit in self.units], np.uint8)
 
+    def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
+        """The rows of a micro-batch's tokens at which adapters act; None: all of them."""
+        return DEVICE_KINDS[self.spec.kind].crossing_positions(batch)
+
     def zero_grad(self) -> None:
-        for adapter in self:
-            adapter.lora_A.grad = adapter.lora_B.grad = None
+        for parameter in self.parameters().values():
+            parameter.grad = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from dlora.protocol.adapters import AdapterSpec, crossings, parameter_count
 from dlora.protocol.manifest import Manifest, StoredDtype
 
 RUNTIME_MB: Final = 100  # Python, the engine and its graphs, and one slab of the head
@@ -40,11 +41,7 @@ def tokens_that_fit(manifest: Manifest, available_mb: float) -> int:
 
 def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype) -> float:
     base = manifest.base_model
-    adapters = sum(
-        manifest.lora.r * (group.in_features + target.out_features)
-        for group in manifest.groups
-        for target in group.targets
-    )
+    adapters = parameter_count(AdapterSpec(r=manifest.lora.r), manifest.groups)
     # The embedding's pages go before the head's come. Row scales are a word of fp32 each.
     head = base.vocabulary_size * (base.hidden_size * STORED_DTYPES[head_dtype] + 4 * (head_dtype == "int8"))
     return RUNTIME_MB * 1e6 + adapters * 4 * _STATE_COPIES + head
@@ -53,6 +50,7 @@ def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype) -> float:
 def _token_bytes(manifest: Manifest) -> int:
     """Bytes of memory for each token of a micro-batch."""
     # Until backward a group's input is kept as it came, and z of each of its target modules.
-    kept = sum(group.in_features * _WIRE_BYTES + 4 * manifest.lora.r * len(group.targets) for group in manifest.groups)
-    widest = max(group.in_features + group.out_features for group in manifest.groups)
+    rank, widths = manifest.lora.r, crossings(AdapterSpec(r=manifest.lora.r), manifest.groups)
+    kept = sum(each.input_width * _WIRE_BYTES + 4 * rank * len(each.output_widths) for each in widths)
+    widest = max(each.input_width + sum(each.output_widths) for each in widths)
     return kept + 4 * _COPIES * (widest + manifest.base_model.hidden_size)

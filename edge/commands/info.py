@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.edge.adapters.peft import load_adapter
+from dlora.protocol.adapters import AdapterSpec, parameter_count
 from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import MANIFEST_NAME, load_manifest
 from dlora.protocol.text import one_line
@@ -51,11 +52,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "lora_alpha": manifest.lora.lora_alpha,
         "target_modules": ", ".join(manifest.lora.target_modules),
         "exchange_groups": len(manifest.groups),
-        "adapter_parameters": sum(
-            manifest.lora.r * (group.in_features + target.out_features)
-            for group in manifest.groups
-            for target in group.targets
-        ),
+        "adapter_parameters": parameter_count(AdapterSpec(r=manifest.lora.r), manifest.groups),
         "head_dtype": manifest.head.dtype,
         "graphs": len(manifest.graphs),
         "engines": ", ".join(manifest.engines),

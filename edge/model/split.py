@@ -1,79 +1,73 @@
-"""The whole model as the device uses it: its own ends and adapters here, the frozen blocks over a connection.
-
-This is the life of a micro-batch, on the device's side; docs/protocol.md has both sides.
-"""
+"""The whole model as the device uses it: its own ends and adapters here, the frozen blocks over a connection."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from dlora.edge.adapters.compute import AdapterCompute
-from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
-from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
-from dlora.protocol.errors import DataError, RemoteProtocolError, SessionLostError
-from dlora.protocol.tensors import ByteArray, FloatArray, WireDtype, WireTensor
+from dlora.protocol.errors import DataError, RemoteProtocolError
+from dlora.protocol.micro_batch import Key
+from dlora.protocol.tensors import FloatArray
+from dlora.protocol.wire_codecs import Codecs
 
 from .ends import Embedding, Head, LongArray
+from .micro_batch import DeviceParts, MicroBatchRun
+from .session import ModelSession
 
 
 class SplitModel:
     """Forward, backward and evaluation of micro-batches.
 
     Args:
-        on_signal: called with each signal as it comes, before anything of the next step is computed.
-        reopen: called where the server has forgotten the session; opens another that stands where we do.
-
-    Attributes:
-        head_seconds: spent in embedding and head so far.
+        window: how many micro-batches may be under way at a time.
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        engine: Engine,
-        connection: Connection,
-        adapters: AdapterSet,
-        *,
-        wire_dtype: WireDtype,
-        on_signal: Callable[[m.Signal], None],
-        reopen: Callable[[], None],
+        self, bundle: Bundle, engine: Engine, session: ModelSession, *, codecs: Codecs, window: int = 1
     ) -> None:
-        self.connection = connection
-        self.adapters = adapters
-        self.wire_dtype = wire_dtype
-        self.head_seconds = 0.0
-        self._embedding = Embedding(bundle, engine)
-        self._head = Head(bundle, engine)
-        self._compute = AdapterCompute(engine, adapters)
-        self._on_signal = on_signal
-        self._reopen = reopen
+        self.session = session
+        self.connection = session.connection
+        self.adapters = session.adapters
+        self._compute = AdapterCompute(engine, session.adapters)
+        self._parts = DeviceParts(
+            Embedding(bundle, engine), Head(bundle, engine), session.adapters, self._compute, codecs
+        )
+        self._window = window
         self._evaluated = 0
 
     @property
     def compute_seconds(self) -> float:
         """Seconds that this device has computed so far."""
-        return self.head_seconds + self._compute.seconds
+        return self._parts.head_seconds + self._compute.seconds
 
-    def forward_backward(self, batch: MicroBatch, *, step: int, micro_batch: int, grad_scale: float) -> FloatArray:
-        """Train on one micro-batch that the server takes: losses (labelled,), gradients added to the adapters.
+    def forward_backward(
+        self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float
+    ) -> list[FloatArray]:
+        """Train on all micro-batches of one step, which the server must take: the losses of each, (labelled,).
 
+        The adapters' gradients are added up in the order of the micro-batches, however the server's answers come.
         ``grad_scale`` is one over the labelled tokens of the whole step: the step's loss is their mean. Raises
         ``SessionLostError`` where the whole step must be run again: the server knows nothing of it any more.
         """
-        final = self._forward(batch, step=step, micro_batch=micro_batch, mode="train")
-        hidden_states = final.hidden_states.to_floats()
-        started = time.perf_counter()
-        losses, grads = self._head.loss_and_grad(hidden_states, batch.labels, grad_scale)
-        self.head_seconds += time.perf_counter() - started
-        if final.gradients:
-            self._backward(grads, step=step, micro_batch=micro_batch, gradients=final.gradients)
+        runs = deque(
+            MicroBatchRun(self._parts, batch, (step, index), self.connection.send, grad_scale=grad_scale)
+            for index, batch in enumerate(batches)
+        )
+        parameters = self.adapters.parameters()
+        losses: list[FloatArray] = []
+        for run in self._through(runs):
+            for name, grad in run.grads.items():
+                parameters[name].add_grad(grad)
+            assert run.losses is not None
+            losses.append(run.losses)
         return losses
 
     def cut(self, batch: MicroBatch) -> list[MicroBatch]:
@@ -85,8 +79,8 @@ class SplitModel:
         """Losses and likeliest tokens at the labelled positions, (labelled,) each."""
         hidden_states = self._evaluate_hidden(batch)
         started = time.perf_counter()
-        result = self._head.loss(hidden_states, batch.labels)
-        self.head_seconds += time.perf_counter() - started
+        result = self._parts.head.loss(hidden_states, batch.labels)
+        self._parts.head_seconds += time.perf_counter() - started
         return result
 
     def next_logits(self, ids: LongArray) -> FloatArray:
@@ -97,92 +91,56 @@ class SplitModel:
             label_positions=np.array([len(ids) - 1], np.int32),
             labels=np.zeros(1, np.int64),
         )
-        logits: FloatArray = self._head.logits(self._evaluate_hidden(batch))[0]
+        logits: FloatArray = self._parts.head.logits(self._evaluate_hidden(batch))[0]
         return logits
 
-    def report(self, step: int, scores: FloatArray) -> None:
-        """Report a committed step; its signal comes with the next micro-batch, or with ``await_signal``.
-
-        Both raise ``SessionLostError``; the report must then be sent again, in another session.
-        """
-        self.connection.send(m.StepReport(step=step, scores=WireTensor("fp32", scores)))
-
-    def await_signal(self) -> None:
-        """Wait for the signal to the last report, where nothing else will bring it."""
-        self._on_signal(self.connection.receive(m.Signal))
-
     def _evaluate_hidden(self, batch: MicroBatch) -> FloatArray:
-        while True:
-            try:
-                found = [self._evaluate_part(part) for part in self.cut(batch)]
-                return found[0] if len(found) == 1 else np.concatenate(found)
-            except SessionLostError:  # another server may take less at once
-                self._reopen()
-
-    def _evaluate_part(self, batch: MicroBatch) -> FloatArray:
-        step, self._evaluated = self.connection.session.step, (self._evaluated + 1) % 2**31
-        return self._forward(batch, step=step, micro_batch=self._evaluated, mode="evaluate").hidden_states.to_floats()
-
-    def _forward(self, batch: MicroBatch, *, step: int, micro_batch: int, mode: m.Mode) -> m.LabelledHiddenStates:
-        self._check_fits(batch)
-        self._compute.forget()
-        started = time.perf_counter()
-        hidden_states = self._embedding(batch.ids)
-        self.head_seconds += time.perf_counter() - started
-        self.connection.send(
-            m.Embeddings(
-                step=step,
-                micro_batch=micro_batch,
-                mode=mode,
-                hidden_states=self._to_wire(hidden_states),
-                sequence_lengths=WireTensor.from_ints(batch.sequence_lengths),
-                label_positions=WireTensor.from_ints(batch.label_positions),
+        def once() -> FloatArray:
+            # Anew for each session: another server may take less at once.
+            runs = deque(
+                MicroBatchRun(self._parts, part, self._next_key(), self.connection.send, grad_scale=None)
+                for part in self.cut(batch)
             )
-        )
-        while True:
+            found = [run.hidden_states for run in self._through(runs) if run.hidden_states is not None]
+            return found[0] if len(found) == 1 else np.concatenate(found)
+
+        return self.session.run(once)
+
+    def _next_key(self) -> Key:
+        self._evaluated = (self._evaluated + 1) % 2**31
+        return self.connection.session.step, self._evaluated
+
+    def _through(self, waiting: deque[MicroBatchRun]) -> Iterator[MicroBatchRun]:
+        """Run micro-batches, as many at a time as the window allows; gives each once it is through, in their order.
+
+        Nothing is kept of one that was given: it may hold the gradients of all adapters.
+        """
+        in_order, under_way = deque[MicroBatchRun](), dict[Key, MicroBatchRun]()
+        while waiting or in_order:
+            while waiting and len(under_way) < self._window:
+                run = waiting.popleft()
+                self._check_fits(run)
+                under_way[run.key] = run
+                in_order.append(run)
+                run.begin()
             match self.connection.receive_any():
                 case m.Signal() as signal:
-                    self._on_signal(signal)
-                case m.GroupInput(group=group, hidden_states=x):
-                    deltas = self._compute.forward(group, x, keep=mode == "train")
-                    on_wire = tuple(self._to_wire(delta) for delta in deltas)
-                    self.connection.send(m.GroupDelta(step=step, micro_batch=micro_batch, group=group, deltas=on_wire))
-                case m.LabelledHiddenStates() as final:
-                    return final
+                    self.session.take_signal(signal)
+                case m.ExchangeMessage() as message:
+                    run = under_way[message.step, message.micro_batch]  # the session's rules let no other through
+                    run.handle(message)
+                    if run.is_through:
+                        del under_way[run.key]
                 case message:
-                    raise RemoteProtocolError(f"{type(message).__name__} in the forward pass")
+                    raise RemoteProtocolError(f"{type(message).__name__} while a micro-batch is under way")
+            while in_order and in_order[0].is_through:
+                yield in_order.popleft()
 
-    def _check_fits(self, batch: MicroBatch) -> None:
+    def _check_fits(self, run: MicroBatchRun) -> None:
         """Raise ``DataError`` for what the server would refuse."""
-        welcome, longest = self.connection.welcome, int(batch.sequence_lengths.max())
-        if longest > welcome.max_sequence_length:
+        welcome = self.connection.welcome
+        if run.longest > welcome.max_sequence_length:
             raise DataError(
-                f"the data has a sequence of {longest} tokens, the server takes {welcome.max_sequence_length}; "
+                f"the data has a sequence of {run.longest} tokens, the server takes {welcome.max_sequence_length}; "
                 f"set --max-length {welcome.max_sequence_length}"
             )
-
-    def _backward(self, grad_hidden_states: FloatArray, *, step: int, micro_batch: int, gradients: int) -> None:
-        self.connection.send(
-            m.GradHiddenStates(step=step, micro_batch=micro_batch, grad_hidden_states=self._to_wire(grad_hidden_states))
-        )
-        for _ in range(gradients):
-            message = self.connection.receive(m.GroupGrad)
-            group = message.group
-            grads = [grad.to_floats() for grad in message.grads]
-            dx, dz = self._compute.input_grad(group, grads)
-            if message.answer:
-                self.connection.send(
-                    m.GroupInputGrad(
-                        step=step, micro_batch=micro_batch, group=group, grad_hidden_states=self._to_wire(dx)
-                    )
-                )
-            # After the answer has left: the server works on while we compute dA and dB.
-            self._compute.add_weight_grads(group, grads, dz)
-
-    def _to_wire(self, values: FloatArray) -> WireTensor:
-        return WireTensor.from_floats(values, self.wire_dtype)
-
-
-def unit_states(signal: m.Signal | m.SessionOpened) -> ByteArray:
-    """A copy of the states that a message carries; the frame that they lie in can go."""
-    return np.array(signal.units.data, np.uint8)

@@ -19,11 +19,41 @@ from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import Dialing
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
+from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import DataError, DivergedError, RemoteProtocolError
-from dlora.protocol.kill_revive import KillReviveConfig, UnitState
-from dlora.protocol.tensors import WireDtype
+from dlora.protocol.wire_codecs import Codecs, WireDtype
 
+from .session import ModelSession
 from .split import SplitModel
+
+
+class UseSession(ModelSession):
+    """A session that trains nothing: its groups are those that have an adapter, and all of them are live."""
+
+    def __init__(
+        self, connection: Connection, adapters: AdapterSet, codecs: Codecs, *, base_fingerprint: str
+    ) -> None:
+        super().__init__(connection, adapters)
+        self._codecs = codecs
+        self._base_fingerprint = base_fingerprint
+
+    def opening(self) -> m.OpenSession:
+        return m.OpenSession(
+            base_fingerprint=self._base_fingerprint,
+            groups=self.adapters.specs,
+            adapter=self.adapters.spec,
+            codecs=self._codecs,
+            purpose=m.Use(),
+        )
+
+    def take_opened(self, opened: m.SessionOpened) -> None:
+        pass
+
+    def go_on(self) -> None:
+        pass
+
+    def take_signal(self, signal: m.Signal) -> None:
+        raise RemoteProtocolError("a signal where nothing is trained")
 
 
 @contextmanager
@@ -42,39 +72,19 @@ def open_model(
     loaded = load_adapter(adapter) if adapter else None
     names = set(loaded.modules) if loaded else set()
     live = [index for index, group in enumerate(manifest.groups) if names & {t.name for t in group.targets}]
-    # A session of single groups in which exactly those stay active that the adapter has.
-    config = KillReviveConfig(unit="group", score="static", static=tuple(live), active_fraction=0.0)
+    groups = tuple(manifest.groups[index] for index in live)
     rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.lora.r
     adapters = AdapterSet.create(
-        manifest.groups, rank=rank, scaling=manifest.lora.lora_alpha / rank, seed=(0,), unit="group", kill_every=1
+        AdapterSpec(r=rank), groups, scaling=manifest.lora.lora_alpha / rank, seed=(0,), unit="group", kill_every=1
     )
     if loaded is not None:
         load_weights(adapters, loaded)
-    runs = make_engine(bundle, engine, threads)
-    opening = m.OpenSession(
-        base_fingerprint=manifest.base_model.fingerprint,
-        groups=manifest.groups,
-        wire_dtype=wire_dtype,
-        kill_revive=config,
-        seed=0,
-        total_steps=1,
-    )
+    runs, codecs = make_engine(bundle, engine, threads), Codecs.all(wire_dtype)
     with interrupts.raising(), _blaming_the_adapter(), Connection(server, dialing) as connection:
         check_base_model(bundle, connection.welcome)
-
-        def open_session() -> None:
-            adapters.obey(connection.open(opening).units.data)
-            active = [index for index, unit in enumerate(adapters.units) if unit.state is not UnitState.KILLED]
-            if active != live:
-                raise RemoteProtocolError(
-                    f"the server calls {len(active)} units active, not the {len(live)} that were asked for; "
-                    "its fault: use another server"
-                )
-
-        open_session()
-        yield SplitModel(
-            bundle, runs, connection, adapters, wire_dtype=wire_dtype, on_signal=lambda _: None, reopen=open_session
-        )
+        session = UseSession(connection, adapters, codecs, base_fingerprint=manifest.base_model.fingerprint)
+        session.open()
+        yield SplitModel(bundle, runs, session, codecs=codecs)
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from typing import Final
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.training.config import TrainConfig
+from dlora.protocol.adapters import crossings
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import MAX_STEPS, Schedule, steps_needed
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.traffic import Traffic, micro_batch_traffic
+from dlora.protocol.wire_codecs import Codecs
 
 _SAMPLES: Final = 1000
 # benchmarks/kill_revive.py on Banking77, two seeds; docs/experiments.md has the table.
@@ -146,7 +148,7 @@ def _mean_bytes(
     micro_batches = -(-sequences // config.batch_size)
     share = sequences / micro_batches
     traffic: Traffic = micro_batch_traffic(
-        manifest.groups,
+        crossings(config.adapter, manifest.groups),
         live=live,
         graded=live if trains else (),
         answered=live[1:] if trains else (),
@@ -155,6 +157,6 @@ def _mean_bytes(
         labelled=max(1, round(share * dataset.labelled / len(dataset))),
         embedding_size=manifest.base_model.embedding_size,
         hidden_size=manifest.base_model.hidden_size,
-        wire_dtype=config.wire_dtype,
+        codecs=Codecs.all(config.wire_dtype),
     )
     return micro_batches * (traffic.bytes_up + traffic.bytes_down)

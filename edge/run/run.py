@@ -307,12 +307,8 @@ def _refuse_to_replace(out: Path) -> None:
 def _warn_of_dropped(trainer: Trainer, init: LoadedAdapter, reporter: Reporter) -> None:
     """An adapter to start from may have modules in units that are killed from step 0 on."""
     adapters = trainer.adapters
-    dropped = sum(
-        adapter.name in init.modules
-        for unit in adapters.units
-        if unit.state is UnitState.KILLED
-        for adapter in adapters.of_unit(unit)
-    )
+    killed = {group for unit in adapters.units if unit.state is UnitState.KILLED for group in unit.groups}
+    dropped = sum(target.name in init.modules for group in killed for target in adapters.specs[group].targets)
     if dropped:
         reporter.warn(
             f"{dropped} of the {len(init.modules)} modules of --init-adapter belong to units that are not active: "

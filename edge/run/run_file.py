@@ -22,8 +22,8 @@ from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.groups import UnitKind
 from dlora.protocol.kill_revive import MAX_STEPS, Fraction, OnKill, ScoreName
 from dlora.protocol.limits import MAX_THREADS
-from dlora.protocol.tensors import WireDtype
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
+from dlora.protocol.wire_codecs import WireDtype
 
 NAME = "run.json"
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")

@@ -9,10 +9,11 @@ from typing import Any, Final
 import msgspec
 
 from dlora.edge.seeds import Seed
+from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.tensors import WireDtype
+from dlora.protocol.wire_codecs import WireDtype
 
 from .optimizer import OptimizerConfig
 
@@ -25,6 +26,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
         part_begins: where this part of it begins: 0, or the end of a run that was made longer. Schedules, and Kill and
             Revive, begin anew there.
         batch_size: sequences of a micro-batch; grad_accum: micro-batches of a step.
+        kind: of the adapters, a name of ``dlora.protocol.adapters.KINDS``.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
     """
 
@@ -33,11 +35,17 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int
     grad_accum: int
     seed: Seed
+    kind: str = "lora"
     rank: int
     lora_alpha: float
     wire_dtype: WireDtype
     optimizer: OptimizerConfig
     kill_revive: KillReviveConfig
+
+    @property
+    def adapter(self) -> AdapterSpec:
+        """The adapters of every exchange group."""
+        return AdapterSpec(kind=self.kind, r=self.rank)
 
     @property
     def scaling(self) -> float:

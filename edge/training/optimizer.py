@@ -7,7 +7,8 @@ import math
 import msgspec
 import numpy as np
 
-from dlora.edge.adapters.units import AdapterSet, Parameter
+from dlora.edge.adapters.kind import Parameter
+from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.engine.engine import Engine, scalar
 from dlora.protocol.errors import DivergedError
 from dlora.protocol.kill_revive import UnitState
@@ -64,13 +65,13 @@ class AdamW:
         Raises ``DivergedError`` if the gradients are not finite; nothing has changed then.
         """
         active = [unit for unit in adapters.units if unit.state is UnitState.ACTIVE]
-        trained = [(unit, adapter) for unit in active for adapter in adapters.of_unit(unit)]
-        parameters = [
-            parameter
-            for _, adapter in trained
-            for parameter in (adapter.lora_A, adapter.lora_B)
-            if parameter.grad is not None
+        trained = [
+            (unit, parameter)
+            for unit in active
+            for group in adapters.of_unit(unit)
+            for parameter in group.parameters().values()
         ]
+        parameters = [parameter for _, parameter in trained if parameter.grad is not None]
         norm = math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in parameters if p.grad is not None))
         if not math.isfinite(norm):
             raise DivergedError("NaN or infinity in the gradients")
@@ -79,9 +80,8 @@ class AdamW:
         lr = self.lr(step)
         for unit in active:
             unit.adam_steps += 1
-        for unit, adapter in trained:
-            for parameter in (adapter.lora_A, adapter.lora_B):
-                self._update(parameter, lr, clip, unit.adam_steps)
+        for unit, parameter in trained:
+            self._update(parameter, lr, clip, unit.adam_steps)
         return norm
 
     def _update(self, parameter: Parameter, lr: float, clip: float, count: int) -> None:

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dlora.edge.adapters.kind import Factors, GroupAdapters
 from dlora.protocol.kill_revive import ScoreName
+from dlora.protocol.tensors import FloatArray
 
 Matrix = npt.NDArray[np.floating[Any]]
 
 
-class ModuleScore(NamedTuple):
-    """One adapter's share of its unit's score.
+class Part(NamedTuple):
+    """A share of a unit's score.
 
     Attributes:
         total: a squared norm, or (``sensitivity``) a sum of absolute values.
@@ -28,7 +30,18 @@ class ModuleScore(NamedTuple):
     """
 
     total: float
-    elements: int
+    elements: int = 0
+
+
+class Before(NamedTuple):
+    """What scores need of a group's adapters from before a step.
+
+    Attributes:
+        factors: of each target module; values: of each parameter, by name.
+    """
+
+    factors: list[Factors]
+    values: dict[str, FloatArray]
 
 
 class Scorer:
@@ -36,60 +49,46 @@ class Scorer:
 
     ==============  ===============================================================================
     ``change``      ``||dW_t - dW_{t-1}||_F``, absolute
-    ``sensitivity`` mean ``|w·g|`` over A and B (AdaLoRA, arXiv 2303.10512, without its uncertainty term)
-    ``grad``        ``||g_B||_F``
+    ``sensitivity`` mean ``|w·g|`` over all parameters (AdaLoRA, arXiv 2303.10512, without its uncertainty term), at the
+                    weights that the gradients were taken at
+    ``grad``        ``||g||_F`` of what is nearest to the output; of LoRA, B
     ``norm``        ``||dW||_F``
     ==============  ===============================================================================
-
-    Attributes:
-        needs_previous: whether ``module_score`` needs A and B from before the step.
-        needs_gradient: whether it needs their gradients.
     """
 
     def __init__(self, score: ScoreName) -> None:
         self.score = score
-        self.needs_previous = score == "change"
-        self.needs_gradient = score in ("sensitivity", "grad")
 
-    def module_score(
-        self,
-        *,
-        scaling: float,
-        lora_A: Matrix,
-        lora_B: Matrix,
-        previous_A: Matrix | None = None,
-        previous_B: Matrix | None = None,
-        grad_A: Matrix | None = None,
-        grad_B: Matrix | None = None,
-    ) -> ModuleScore:
-        """Score one adapter: A (rank, in_features), B (out_features, rank), scaling = alpha / rank.
+    def before(self, group: GroupAdapters) -> Before:
+        """Remember a group before a step. Steps replace arrays and never write into them, so it costs no copies."""
+        factors = group.factors() if self.score == "change" else []
+        values = {name: parameter.value for name, parameter in group.parameters().items()}
+        return Before(factors, values)
 
-        ``previous_*`` are A and B before the step, ``grad_*`` the step's gradients; all in float32, summed in
-        float64. For ``sensitivity`` A and B should be those that the gradients were taken at. Raises
-        ``ValueError`` where something that the score needs is missing.
-        """
+    def parts(self, group: GroupAdapters, before: Before) -> list[Part]:
+        """A group's shares after a step, its gradients still there; float32 is summed in float64."""
         match self.score:
             case "change":
-                if previous_A is None or previous_B is None:
-                    raise ValueError("the score 'change' needs previous_A and previous_B")
-                return ModuleScore(_change_squared(scaling, lora_A, lora_B, previous_A, previous_B), 0)
+                pairs = zip(group.factors(), before.factors, strict=True)
+                return [Part(change_squared(after, old)) for after, old in pairs]
             case "norm":
-                return ModuleScore(scaling**2 * _product_norm_squared(_double(lora_B), _double(lora_A)), 0)
+                return [Part(norm_squared(factors)) for factors in group.factors()]
             case "grad":
-                if grad_B is None:
-                    raise ValueError("the score 'grad' needs grad_B")
-                return ModuleScore(_norm_squared(_double(grad_B)), 0)
+                parameters = group.parameters()
+                grads = [parameters[name].grad for name in group.scored_by_gradient()]
+                return [Part(_squares(_double(grad))) for grad in grads if grad is not None]
             case "sensitivity":
-                if grad_A is None or grad_B is None:
-                    raise ValueError("the score 'sensitivity' needs grad_A and grad_B")
-                total = _absolute_product(lora_A, grad_A) + _absolute_product(lora_B, grad_B)
-                return ModuleScore(total, lora_A.size + lora_B.size)
+                return [
+                    Part(_absolute_product(before.values[name], parameter.grad), parameter.grad.size)
+                    for name, parameter in group.parameters().items()
+                    if parameter.grad is not None
+                ]
             case _:
-                return ModuleScore(0.0, 0)
+                return []
 
-    def unit_score(self, modules: Iterable[ModuleScore]) -> float:
-        """The score of the unit that consists of ``modules``; 0.0 for none."""
-        parts = list(modules)
+    def unit_score(self, parts: Iterable[Part]) -> float:
+        """The score of the unit that consists of ``parts``; 0.0 for none."""
+        parts = list(parts)
         total = math.fsum(part.total for part in parts)
         if self.score == "sensitivity":
             elements = sum(part.elements for part in parts)
@@ -97,15 +96,20 @@ class Scorer:
         return math.sqrt(total)
 
 
-def _change_squared(scaling: float, lora_A: Matrix, lora_B: Matrix, previous_A: Matrix, previous_B: Matrix) -> float:
+def norm_squared(factors: Factors) -> float:
+    """``||scaling·B·A||_F²``."""
+    return factors.scaling**2 * _product_norm_squared(_double(factors.lora_B), _double(factors.lora_A))
+
+
+def change_squared(after: Factors, before: Factors) -> float:
     """``||s·B·A - s·B'·A'||_F²`` as that of ``[B - B', B'] [A; A - A']``.
 
     Equal to ``[B, -B'] [A; A']``, but its terms are as small as the step is: nothing large cancels.
     """
-    a, b, old_a, old_b = _double(lora_A), _double(lora_B), _double(previous_A), _double(previous_B)
+    a, b, old_a, old_b = (_double(m) for m in (after.lora_A, after.lora_B, before.lora_A, before.lora_B))
     wide = np.concatenate([b - old_b, old_b], axis=1)  # (out_features, 2·rank)
     tall = np.concatenate([a, a - old_a], axis=0)  # (2·rank, in_features)
-    return scaling**2 * _product_norm_squared(wide, tall)
+    return after.scaling**2 * _product_norm_squared(wide, tall)
 
 
 def _product_norm_squared(b: npt.NDArray[np.float64], a: npt.NDArray[np.float64]) -> float:
@@ -118,7 +122,7 @@ def _absolute_product(weights: Matrix, gradient: Matrix) -> float:
     return float(np.abs(weights * gradient).sum(dtype=np.float64))
 
 
-def _norm_squared(matrix: npt.NDArray[np.float64]) -> float:
+def _squares(matrix: npt.NDArray[np.float64]) -> float:
     flat = matrix.reshape(-1)
     return float(flat @ flat)
 

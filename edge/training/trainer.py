@@ -1,4 +1,4 @@
-"""The training loop: steps, reports, obedience to signals, evaluation, checkpoints and the saved adapter."""
+"""A training run against one server: its steps, evaluations, checkpoints and the saved adapter."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import numpy as np
 
 from dlora.edge.adapters.fitting import check_base_model, load_weights
 from dlora.edge.adapters.peft import LoadedAdapter, SavedModule, load_adapter, save_adapter
-from dlora.edge.adapters.units import Adapter, AdapterSet, Parameter
+from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import Batches, MicroBatch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.model.evaluation import Evaluation, evaluate
-from dlora.edge.model.split import SplitModel, unit_states
-from dlora.edge.seeds import seed_for_server
+from dlora.edge.model.split import SplitModel
 from dlora.edge.wire.connection import Connection
-from dlora.protocol import messages as m
-from dlora.protocol.errors import CheckpointError, DataError, DivergedError, DloraError, SessionLostError
+from dlora.protocol.errors import CheckpointError, DataError, DivergedError, DloraError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import FloatArray
+from dlora.protocol.wire_codecs import Codecs
 
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import RunIdentity, TrainConfig, check_identity, check_units
 from .metrics import StepMetrics
 from .optimizer import AdamW
-from .scores import ModuleScore, Scorer
+from .scores import Scorer
+from .session import RunSession
 
 _SCORES: Final = "unanswered.scores"
 
@@ -62,9 +62,9 @@ class Trainer:
     Args:
         init: a PEFT adapter to start from.
         checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.part_begins`` is there.
+        window: how many micro-batches of a step may be under way at a time.
 
     Attributes:
-        next_step: the step that comes next.
         steps_rerun: how often a step was run again, because its session was lost before it was committed.
     """
 
@@ -78,14 +78,15 @@ class Trainer:
         *,
         init: LoadedAdapter | None = None,
         checkpoint: Checkpoint | None = None,
+        window: int = 1,
     ) -> None:
         manifest = bundle.manifest
         self.bundle = bundle
         self.config = config
         self.connection = connection
         self.adapters = AdapterSet.create(
+            config.adapter,
             manifest.groups,
-            rank=config.rank,
             scaling=config.scaling,
             seed=config.seed,
             unit=config.kill_revive.unit,
@@ -95,26 +96,27 @@ class Trainer:
         if init is not None:
             load_weights(self.adapters, init)
         self.identity = RunIdentity.of(config, manifest, dataset.fingerprint)
-        self.next_step = config.part_begins
         self.steps_rerun = 0
-        # The report of the last committed step, until its signal has come.
-        self._unanswered: FloatArray | None = None
-        # Why that report could not be sent.
+        # Why the report of the last committed step could not be sent.
         self._failure: DloraError | None = None
-        self._ticket: bytes | None = None
+        self.session = RunSession(
+            connection, self.adapters, config, base_fingerprint=manifest.base_model.fingerprint, window=window
+        )
         if checkpoint is not None:
             self._restore(checkpoint)
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
         self._scorer = Scorer(config.kill_revive.score)
-        self.model = SplitModel(
-            bundle, engine, connection, self.adapters,
-            wire_dtype=config.wire_dtype, on_signal=self._obey, reopen=self._open,
-        )  # fmt: skip
+        self.model = SplitModel(bundle, engine, self.session, codecs=Codecs.all(config.wire_dtype), window=window)
         self._check_limits()
-        self._open()
+        self.session.open()
 
-    # -- the five verbs ----------------------------------------------------------------------------------
+    @property
+    def next_step(self) -> int:
+        """The step that comes next, counted over the whole run."""
+        return self.config.part_begins + self.session.step
+
+    # -- for a run ---------------------------------------------------------------------------------------
 
     def run_step(self) -> StepMetrics:
         """One optimizer step: exchange every micro-batch, step AdamW, report the scores.
@@ -128,19 +130,17 @@ class Trainer:
         batches = self.batches.step_batches(step)
         labelled = sum(len(batch.labels) for batch in batches)
         with self._naming_the_step():
-            losses = self._exchange(self._session_step, batches, labelled)
+            losses = self._exchange(batches, labelled)
         states = self.adapters.states()
         optimizing = time.perf_counter()
-        learning_rate = self.optimizer.lr(self._session_step)
+        learning_rate = self.optimizer.lr(self.session.step)
         with self._naming_the_step():
-            scores, norm = self._optimize(self._session_step)
+            scores, norm = self._optimize()
         optimized = time.perf_counter() - optimizing
-        # Committed: from here on this step is done, whatever happens to the connection.
-        self.next_step = step + 1
         self.adapters.zero_grad()
-        self._unanswered = scores
         try:
-            self._report()
+            # Committed: from here on this step is done, whatever happens to the connection.
+            self.session.report(scores)
         except DloraError as error:
             self._failure = error
         after = _counters(self.connection)
@@ -171,12 +171,8 @@ class Trainer:
     def settle(self) -> None:
         """Wait for the signal to the last report, so that what is saved now is what the next step starts from."""
         self._raise_failure()
-        while self._unanswered is not None:
-            try:
-                with self._naming_the_step():
-                    self.model.await_signal()
-            except SessionLostError:
-                self._open()
+        with self._naming_the_step():
+            self.session.settle()
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -185,35 +181,32 @@ class Trainer:
 
     def save_checkpoint(self, directory: Path) -> None:
         """Write a checkpoint of everything the next step depends on; no server is needed. Raises ``StorageError``."""
-        units = self.adapters.units
-        assert self._ticket is not None
+        units, session = self.adapters.units, self.session
+        assert session.ticket is not None
         state = TrainerState(
             next_step=self.next_step,
             run=self.identity,
-            ticket=self._ticket,
+            ticket=session.ticket,
             states=[int(unit.state) for unit in units],
             fade_ages=[unit.fade_age for unit in units],
             adam_steps=[unit.adam_steps for unit in units],
-            unanswered=self._unanswered is not None,
+            unanswered=session.unanswered is not None,
         )
-        tensors = {} if self._unanswered is None else {_SCORES: self._unanswered}
-        for adapter in self.adapters:
-            for name, parameter in _parameters(adapter):
-                tensors[f"{adapter.name}.{name}"] = parameter.value
-                tensors[f"{adapter.name}.{name}.exp_avg"] = parameter.exp_avg
-                tensors[f"{adapter.name}.{name}.exp_avg_sq"] = parameter.exp_avg_sq
+        tensors = self.adapters.state()
+        if session.unanswered is not None:
+            tensors[_SCORES] = session.unanswered
         save_checkpoint(directory, self.next_step, tensors, state)
 
     def save_adapter(self, directory: Path) -> None:
         """Write the live units as a PEFT adapter; a fading unit's scale is folded into its B."""
         self.settle()
         modules = []
-        for group, members in enumerate(self.adapters.groups):
-            scale = np.float32(self.adapters.scale(group))
+        for index, group in enumerate(self.adapters.groups):
+            scale = np.float32(self.adapters.scale(index))
             if scale > 0:
                 modules += [
-                    SavedModule(a.name, a.lora_A.value, a.lora_B.value * scale if scale < 1 else a.lora_B.value)
-                    for a in members
+                    SavedModule(name, lora_A, lora_B * scale if scale < 1 else lora_B)
+                    for name, lora_A, lora_B, _ in group.factors()
                 ]
         self._save_modules(directory, modules)
 
@@ -234,11 +227,6 @@ class Trainer:
             fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
         )
 
-    @property
-    def _session_step(self) -> int:
-        """The step that comes next, as schedules and the server count: from the beginning of this part of the run."""
-        return self.next_step - self.config.part_begins
-
     @contextmanager
     def _naming_the_step(self) -> Iterator[None]:
         try:
@@ -253,49 +241,38 @@ class Trainer:
         if self._failure is not None:
             raise self._failure
 
-    def _exchange(self, step: int, batches: list[MicroBatch], labelled: int) -> float:
+    def _exchange(self, batches: list[MicroBatch], labelled: int) -> float:
         """Forward and backward of all micro-batches: the summed losses; the gradients are in the adapters."""
-        while True:
+        tries = 0
+
+        def once() -> float:
+            nonlocal tries
+            self.steps_rerun += tries > 0
+            tries += 1
             self.adapters.zero_grad()
-            losses = 0.0
             # Anew for each session: another server may take less at once.
             parts = [part for batch in batches for part in self.model.cut(batch)]
-            try:
-                for index, part in enumerate(parts):
-                    found = self.model.forward_backward(part, step=step, micro_batch=index, grad_scale=1.0 / labelled)
-                    losses += float(found.sum(dtype=np.float64))
-                return losses
-            except SessionLostError:
-                self.steps_rerun += 1
-                self._open()
+            losses = self.model.forward_backward(parts, step=self.session.step, grad_scale=1.0 / labelled)
+            total = 0.0
+            for found in losses:
+                total += float(found.sum(dtype=np.float64))
+            return total
 
-    def _optimize(self, step: int) -> tuple[FloatArray, float]:
+        return self.session.run(once)
+
+    def _optimize(self) -> tuple[FloatArray, float]:
         """Step AdamW; returns one score a unit, 0 for units that are not trained, and the gradients' norm."""
-        units = [unit for unit in self.adapters.units if unit.state is UnitState.ACTIVE]
-        adapters = [adapter for unit in units for adapter in self.adapters.of_unit(unit)]
-        # AdamW replaces arrays and never writes into them, so holding the old ones costs nothing.
-        old = {id(adapter): (adapter.lora_A.value, adapter.lora_B.value) for adapter in adapters}
-        norm = self.optimizer.step(self.adapters, step)
+        active = [(index, unit) for index, unit in enumerate(self.adapters.units) if unit.state is UnitState.ACTIVE]
+        groups = self.adapters.groups
+        before = {group: self._scorer.before(groups[group]) for _, unit in active for group in unit.groups}
+        norm = self.optimizer.step(self.adapters, self.session.step)
         scores = np.zeros(len(self.adapters.units), np.float64)
-        for index, unit in enumerate(self.adapters.units):
-            if unit.state is UnitState.ACTIVE:
-                scores[index] = self._scorer.unit_score(
-                    self._module_score(adapter, old[id(adapter)]) for adapter in self.adapters.of_unit(unit)
-                )
+        for index, unit in active:
+            scores[index] = self._scorer.unit_score(
+                part for group in unit.groups for part in self._scorer.parts(groups[group], before[group])
+            )
         # A weight may be finite whose square is not.
         return np.clip(scores, None, np.finfo(np.float32).max).astype(np.float32), norm
-
-    def _module_score(self, adapter: Adapter, old: tuple[FloatArray, FloatArray]) -> ModuleScore:
-        at_gradient = self._scorer.needs_gradient  # such a score belongs to the weights before the step
-        return self._scorer.module_score(
-            scaling=adapter.scaling,
-            lora_A=old[0] if at_gradient else adapter.lora_A.value,
-            lora_B=old[1] if at_gradient else adapter.lora_B.value,
-            previous_A=old[0],
-            previous_B=old[1],
-            grad_A=adapter.lora_A.grad,
-            grad_B=adapter.lora_B.grad,
-        )
 
     def _check_limits(self) -> None:
         """Raise for what the server would refuse at an unlucky step hours later."""
@@ -307,66 +284,13 @@ class Trainer:
                 f"{welcome.max_sequence_length}; set --max-length {welcome.max_sequence_length}"
             )
 
-    def _open(self) -> None:
-        """Open a session where we stand, or another in place of one that the server has forgotten."""
-        while True:
-            self._open_once()
-            try:
-                self._send_report()
-                return
-            except SessionLostError:
-                continue
-
-    def _open_once(self) -> None:
-        """Before the last report, where that has no answer yet."""
-        manifest = self.bundle.manifest
-        opened = self.connection.open(
-            m.OpenSession(
-                base_fingerprint=manifest.base_model.fingerprint,
-                groups=manifest.groups,
-                wire_dtype=self.config.wire_dtype,
-                kill_revive=self.config.kill_revive,
-                seed=seed_for_server(self.config.seed),
-                total_steps=self.config.steps,
-                next_step=self._session_step - (self._unanswered is not None),
-                ticket=self._ticket,
-            )
-        )
-        states = unit_states(opened)
-        if self._ticket is None:
-            self.adapters.obey(states)
-        elif (states != self.adapters.states()).any():
-            raise CheckpointError("the server's units are not the checkpoint's: its ticket belongs to another run")
-        self._ticket = opened.ticket.data.tobytes()
-
-    def _report(self) -> None:
-        try:
-            self._send_report()
-        except SessionLostError:
-            self._open()
-
-    def _send_report(self) -> None:
-        """Send the last step's report, until its signal has come."""
-        if self._unanswered is not None:
-            self.model.report(self._session_step - 1, self._unanswered)
-
-    def _obey(self, signal: m.Signal) -> None:
-        self.adapters.obey(unit_states(signal))
-        self._ticket = signal.ticket.data.tobytes()
-        self._unanswered = None
-
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = trainer_state(checkpoint)
         check_identity(self.identity, state.run)
         begins_here = self.config.part_begins == state.run.config.total_steps
         # The identity covers all settings, so that what follows fails only for a file that was made by hand.
         try:
-            for adapter in self.adapters:
-                for name, parameter in _parameters(adapter):
-                    key = f"{adapter.name}.{name}"
-                    parameter.value = checkpoint.tensors[key]
-                    parameter.exp_avg = checkpoint.tensors[f"{key}.exp_avg"]
-                    parameter.exp_avg_sq = checkpoint.tensors[f"{key}.exp_avg_sq"]
+            self.adapters.load_state(checkpoint.tensors)
             for unit, unit_state, age, steps in zip(
                 self.adapters.units, state.states, state.fade_ages, state.adam_steps, strict=True
             ):
@@ -374,11 +298,11 @@ class Trainer:
                 if not begins_here:
                     unit.state, unit.fade_age = UnitState(unit_state), age
             if not begins_here:
-                self._unanswered = checkpoint.tensors[_SCORES] if state.unanswered else None
-                self._ticket = state.ticket
+                self.session.unanswered = checkpoint.tensors[_SCORES] if state.unanswered else None
+                self.session.ticket = state.ticket
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.path} lacks a part ({error}); start anew in another --out") from None
-        self.next_step = state.next_step
+        self.session.step = state.next_step - self.config.part_begins
 
 
 def trainer_state(checkpoint: Checkpoint) -> TrainerState:
@@ -393,7 +317,3 @@ def _counters(connection: Connection) -> tuple[int, int, int]:
     """Bytes up, bytes down and round trips so far; a lost session takes none of them with it."""
     session = connection.session
     return session.bytes_sent, session.bytes_received, session.round_trips
-
-
-def _parameters(adapter: Adapter) -> tuple[tuple[str, Parameter], tuple[str, Parameter]]:
-    return ("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)

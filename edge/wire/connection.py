@@ -20,6 +20,7 @@ from typing import Final, NoReturn, Self, TypeVar
 from websockets.sync.client import ClientConnection
 
 from dlora.protocol import messages as m
+from dlora.protocol.adapters import largest_row, largest_state_bytes
 from dlora.protocol.codec import Decoder
 from dlora.protocol.deadline import Deadline
 from dlora.protocol.errors import (
@@ -32,7 +33,8 @@ from dlora.protocol.errors import (
     SessionLostError,
     StoppedError,
 )
-from dlora.protocol.session import Role, Session, State
+from dlora.protocol.session import Session
+from dlora.protocol.states import Role, State
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .dialing import GOODBYE_TIMEOUT_S, HUNG_UP, Dialing, LostError, check_url, open_websocket, refusal_of
@@ -114,6 +116,7 @@ class Connection:
         if not isinstance(opened, m.SessionOpened):
             raise RemoteProtocolError(f"{type(opened).__name__} where SessionOpened was due")
         self._opened, self._token = opened, opened.token
+        self._allow_frames(largest_state_bytes(opening.adapter, opening.groups))
         return opened
 
     def send(self, message: m.AnyMessage) -> None:
@@ -265,10 +268,17 @@ class Connection:
         self.session = handshake
 
     def _allow_answers(self, micro_batch: m.Embeddings) -> None:
-        """Take frames as large as the answers to ``micro_batch`` may be, over this connection and those to come."""
+        """Take frames as large as the answers to ``micro_batch`` may be."""
+        opening = self.session.opened_with
+        assert opening is not None
+        widest = largest_row(opening.adapter, opening.groups, self.welcome.hidden_size)
+        tokens = micro_batch.hidden_states.shape[0]
+        self._allow_frames(tokens * widest * 4)
+
+    def _allow_frames(self, nbytes: int) -> None:
+        """Take frames with so many bytes of tensors, over this connection and those to come."""
         assert self._socket is not None
-        width = max(self.welcome.hidden_size, *(max(g.in_features, g.out_features) for g in self.session.groups))
-        needed = CONTROL_BYTES + micro_batch.hidden_states.shape[0] * width * 4
+        needed = CONTROL_BYTES + nbytes
         self._frame_bytes = min(max(self._frame_bytes, needed), MAX_FRAME_BYTES)
         protocol = self._socket.protocol
         # The name before websockets 16.

@@ -15,13 +15,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from dlora.edge.adapters.compute import AdapterCompute
-from dlora.edge.adapters.units import Adapter, AdapterSet, Parameter, Unit
+from dlora.edge.adapters.kind import Parameter
+from dlora.edge.adapters.lora import LoraGroup, LoraModule
+from dlora.edge.adapters.units import AdapterSet, Unit
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Array
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.ends import Head
 from dlora.edge.training.optimizer import AdamW, OptimizerConfig
-from dlora.protocol.tensors import WireTensor
+from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.groups import GroupSpec, TargetSpec
+from dlora.protocol.wire_codecs import encode_floats
 
 PLACE = Path(os.environ["DLORA_ARM_REFERENCE"])
 REFERENCE = load_file(PLACE / "reference.safetensors")
@@ -58,27 +62,31 @@ def test_numpy_multiplies_rightly() -> None:
 def test_adapters(bundle: Bundle, rank: int) -> None:
     saved = {name.partition(".")[2]: value for name, value in REFERENCE.items() if name.startswith(f"{rank}.")}
     targets = bundle.manifest.groups[0].targets
-    group = tuple(
-        Adapter(target.name, Parameter.of(saved[f"{index}.A"]), Parameter.of(saved[f"{index}.B"]), SCALING)
+    modules = [
+        LoraModule(target.name, Parameter.of(saved[f"{index}.A"]), Parameter.of(saved[f"{index}.B"]))
         for index, target in enumerate(targets)
+    ]
+    adapters = AdapterSet(
+        AdapterSpec(r=rank), bundle.manifest.groups[:1], [LoraGroup(modules, SCALING)], [Unit((0,))], 1
     )
-    compute = AdapterCompute(OnnxEngine(bundle, 1), AdapterSet([group], [Unit((0,))], 1))
-    deltas = compute.forward(0, WireTensor.from_floats(saved["x"], "fp32"), keep=True)
+    compute = AdapterCompute(OnnxEngine(bundle, 1), adapters)
+    deltas, kept = compute.forward(0, encode_floats(saved["x"], "fp32"))
     grads = [saved[f"{index}.grad"] for index in range(len(targets))]
     grad_x, dz = compute.input_grad(0, grads)
-    compute.add_weight_grads(0, grads, dz)
+    weight_grads = compute.weight_grads(0, kept, grads, dz)
     assert error(grad_x, saved["x.grad"]) < ADAPTER_TOLERANCE
-    for index, adapter in enumerate(group):
+    for index, module in enumerate(modules):
         assert error(deltas[index], saved[f"{index}.delta"]) < ADAPTER_TOLERANCE
-        for half, parameter in (("A", adapter.lora_A), ("B", adapter.lora_B)):
-            assert parameter.grad is not None
-            assert error(parameter.grad, saved[f"{index}.{half}.grad"]) < ADAPTER_TOLERANCE
+        for half in ("A", "B"):
+            found = weight_grads[f"{module.name}.lora_{half}"]
+            assert error(found, saved[f"{index}.{half}.grad"]) < ADAPTER_TOLERANCE
 
 
 def test_twenty_steps_of_adamw(bundle: Bundle) -> None:
     parameter = Parameter.of(REFERENCE["adamw.start"])
     still = Parameter.of(np.zeros((13, 5), np.float32))  # B: without a gradient it stays
-    one = AdapterSet([(Adapter("one", parameter, still, 1.0),)], [Unit((0,))], 1)
+    group = GroupSpec(0, 1, (TargetSpec("one", 1),))
+    one = AdapterSet(AdapterSpec(), [group], [LoraGroup([LoraModule("one", parameter, still)], 1.0)], [Unit((0,))], 1)
     config = OptimizerConfig(lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=0.0)
     optimizer = AdamW(OnnxEngine(bundle, 1), config, 100)
     for step, grad in enumerate(REFERENCE["adamw.grads"]):

@@ -22,9 +22,11 @@ from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, se
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import MAX_UNACKNOWLEDGED
-from dlora.protocol.session import Role, Session
+from dlora.protocol.session import Session
+from dlora.protocol.states import Role
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
+from dlora.protocol.wire_codecs import encode_floats
 
 Outcome = str
 DROPPED, GONE, PASSED_OVER = "dropped", "session_gone", "passed over"
@@ -404,7 +406,7 @@ def too_many_tokens(target: Target) -> Outcome:
 @stopped_by("error protocol")
 def wrong_width(target: Target) -> Outcome:
     with target.opened() as device:
-        narrow = WireTensor.from_floats(np.ones((TOKENS, 1), np.float32), "fp32")
+        narrow = encode_floats(np.ones((TOKENS, 1), np.float32), "fp32")
         return device.say_anyway(device.embeddings(hidden_states=narrow), seq=1)
 
 
@@ -427,7 +429,7 @@ def wrong_group(target: Target) -> Outcome:
         asked = device.hear()
         assert isinstance(asked, m.GroupInput)
         deltas = tuple(
-            WireTensor.from_floats(np.ones((TOKENS, out.out_features), np.float32), "fp32")
+            encode_floats(np.ones((TOKENS, out.out_features), np.float32), "fp32")
             for out in target.groups[asked.group].targets
         )
         answer = m.GroupDelta(step=0, micro_batch=0, group=len(target.groups), deltas=deltas)

@@ -20,7 +20,8 @@ from attacks.fuzz_target import Target
 from dlora.protocol import messages as m
 from dlora.protocol.codec import PREFIX_BYTES, Decoder, encode, read_prefix
 from dlora.protocol.errors import LocalProtocolError, RemoteProtocolError
-from dlora.protocol.session import NUMBERED, TRANSITIONS, Role, Session
+from dlora.protocol.session import NUMBERED, Session
+from dlora.protocol.states import TRANSITIONS, Role
 
 OPENED: Final = 2  # the settings' bit for a session that is open already; the lowest bit is the role
 AS_IT_IS, NUMBERED_ANEW, OURS = range(3)

@@ -35,7 +35,8 @@ from dlora.protocol import messages as m
 from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode
 from dlora.protocol.errors import BundleError, CheckpointError, DataError, RemoteProtocolError
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, check_file
-from dlora.protocol.session import Role, Session
+from dlora.protocol.session import Session
+from dlora.protocol.states import Role
 from dlora.protocol.tensors import DTYPES, WireTensor
 
 HERE = Path(__file__).parent

@@ -1,0 +1,249 @@
+"""Where autograd meets the wire: the exchange of one micro-batch's live groups with a device.
+
+::
+
+    x ── Join ──┬──────────── frozen linear ──── + ── y     forward: what the device needs is sent, the frozen products
+                ├──────────── frozen linear ──── + ── y     are computed while it works, then its outputs are awaited
+                │                                │
+                └ Pack ─ project ─ Await ┐       │          backward: Post's node is the youngest of those that wait for
+                                  │      ┊     Unpack       nobody, so it runs first and sends the outputs' gradients;
+                                  ▼      ┊       │          the frozen products run; then Await waits for the gradient
+                          to the device  Post ─ expand      of what was sent, and Join adds it to the rest
+                                         ▲
+                              outputs of the device
+
+``project`` and ``expand`` are the adapters' kind's own (``kinds.py``); for LoRA they change nothing.
+
+No model-specific code: each target module's ``forward`` is wrapped once, and asks a thread-local for the
+micro-batch that runs in this thread. Without one, or for a group that is not live, it is the base model's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.protocol.groups import GroupSpec
+
+from .kinds import Site
+
+
+class Channel(Protocol):
+    """The device, as the exchange sees it. Tensors have the rows that cross: (rows, width)."""
+
+    def send_input(self, group: int, x: Tensor) -> None: ...
+    def receive_outputs(self, group: int, device: torch.device) -> list[Tensor]: ...
+    def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None: ...
+    def receive_input_grad(self, group: int, device: torch.device) -> Tensor: ...
+
+
+class MicroBatchExchange:
+    """The exchange of one micro-batch.
+
+    Args:
+        groups: the session's exchange groups; sites: one each.
+        live: groups that exchange; trained: those of them whose adapters want gradients.
+        rows: int64 (rows,), where each row that crosses lies in the flattened padded batch; None where all cross as
+            they lie.
+
+    Attributes:
+        gradients: after the forward pass, how many groups will have their outputs' gradients sent.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        base: BaseModel,
+        groups: Sequence[GroupSpec],
+        sites: Sequence[Site],
+        *,
+        live: Collection[int],
+        trained: Collection[int],
+        rows: Tensor | None,
+    ) -> None:
+        self.channel = channel
+        self.rows = rows
+        self.gradients = 0
+        self._groups = groups
+        self._sites = sites
+        self._trained = trained
+        self._base = base
+        self._group_of = {target.name: index for index in live for target in groups[index].targets}
+        self._inputs: dict[int, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+
+    def run_target(self, name: str, x: Tensor) -> Tensor | None:
+        """The output of a target module, or None where its group does not exchange."""
+        group = self._group_of.get(name)
+        if group is None:
+            return None
+        if group not in self._inputs:
+            self._run_group(group, x)
+        if self._inputs[group] is not x:
+            raise RuntimeError(f"{name} did not get its group's input: the base model changed since it was traced")
+        return self._outputs.pop(name)
+
+    def _run_group(self, group: int, x: Tensor) -> None:
+        self._inputs[group] = x
+        site, targets = self._sites[group], self._groups[group].targets
+        joined, tap = _Join.apply(x) if x.requires_grad else (x, x)
+        sent = site.project(_Pack.apply(tap, self))
+        self.channel.send_input(group, sent.detach())
+        if sent.requires_grad:
+            sent = _Await.apply(sent, self, group)
+        frozen = [original_forward(self._base, target.name)(joined) for target in targets]
+        outputs = self.channel.receive_outputs(group, frozen[0].device)
+        if torch.is_grad_enabled() and (sent.requires_grad or group in self._trained):
+            # The anchor makes the outputs part of the graph where nothing below them is.
+            anchor = torch.ones((), requires_grad=True)
+            outputs = list(_Post.apply(self, group, anchor, sent, *outputs))
+            self.gradients += 1
+        deltas = site.expand(outputs)
+        for target, output, delta in zip(targets, frozen, deltas, strict=True):
+            self._outputs[target.name] = output + _Unpack.apply(delta, self, output.shape, output.dtype)
+
+    def forget(self) -> None:
+        """Drop the forward pass's tensors.
+
+        They hold the graph, whose nodes hold this exchange: a cycle through autograd's C++ that Python's collector
+        cannot see, and so a leak of every step's activations.
+        """
+        self._inputs.clear()
+        self._outputs.clear()
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(batch, length, width) or (batch * length, width) to the rows that cross, (rows, width)."""
+        flat = padded.reshape(-1, padded.shape[-1])
+        return flat if self.rows is None else flat.index_select(0, self.rows)
+
+    def unpack(self, packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """(rows, width) to ``shape`` and ``dtype``, with zeros for padding and for rows that do not cross."""
+        packed = packed.to(dtype)
+        if self.rows is None:
+            return packed.view(shape)
+        full = torch.zeros(shape, dtype=dtype, device=packed.device)
+        full.view(-1, shape[-1]).index_copy_(0, self.rows, packed)
+        return full
+
+
+class _Join(torch.autograd.Function):
+    """x, twice: for the frozen products and for the device. Its backward adds what both give, in this order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, tap: Tensor) -> Tensor:
+        return grad + tap
+
+
+class _Pack(torch.autograd.Function):
+    """The rows that cross."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: MicroBatchExchange) -> Tensor:
+        ctx.exchange, ctx.shape, ctx.dtype = exchange, x.shape, x.dtype
+        return exchange.pack(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.unpack(grad.contiguous(), ctx.shape, ctx.dtype), None
+
+
+class _Unpack(torch.autograd.Function):
+    """Rows that crossed, where they lie in the batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, packed: Tensor, exchange: MicroBatchExchange, shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.exchange, ctx.dtype = exchange, packed.dtype
+        return exchange.unpack(packed, shape, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.exchange.pack(grad).to(ctx.dtype), None, None, None
+
+
+class _Await(torch.autograd.Function):
+    """What was sent to the device; its backward waits for the device's gradient of it."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, exchange: MicroBatchExchange, group: int) -> Tensor:
+        ctx.set_materialize_grads(False)  # Post gives none: it only comes first
+        ctx.exchange, ctx.group, ctx.device, ctx.dtype = exchange, group, sent.device, sent.dtype
+        return sent.view_as(sent)
+
+    @staticmethod
+    def backward(ctx: Any, _: None) -> tuple[Tensor, None, None]:
+        exchange: MicroBatchExchange = ctx.exchange
+        return exchange.channel.receive_input_grad(ctx.group, ctx.device).to(ctx.dtype), None, None
+
+
+class _Post(torch.autograd.Function):
+    """The outputs as they came; its backward sends their gradients and waits for nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, exchange: MicroBatchExchange, group: int, anchor: Tensor, sent: Tensor, *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.group, ctx.inputs = exchange, group, 4 + len(outputs)
+        ctx.answer = sent.requires_grad
+        return tuple(output.view_as(output) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        exchange: MicroBatchExchange = ctx.exchange
+        exchange.channel.send_grads(ctx.group, grads, answer=ctx.answer)
+        # None for `sent` too: it stands among the inputs only so that Await cannot run before Post has.
+        return (None,) * ctx.inputs
+
+
+_running = threading.local()
+
+
+@contextmanager
+def exchanging(exchange: MicroBatchExchange) -> Iterator[None]:
+    """Within, target modules that run in this thread exchange."""
+    _running.exchange = exchange
+    try:
+        yield
+    finally:
+        _running.exchange = None
+        exchange.forget()
+
+
+class _Wrapped:
+    """A target module's ``forward`` that exchanges where a micro-batch runs in this thread, and the original."""
+
+    def __init__(self, name: str, original: Callable[[Tensor], Tensor]) -> None:
+        self.name = name
+        self.original = original
+
+    def __call__(self, x: Tensor) -> Tensor:
+        exchange: MicroBatchExchange | None = getattr(_running, "exchange", None)
+        output = exchange.run_target(self.name, x) if exchange is not None else None
+        return self.original(x) if output is None else output
+
+
+def install(base: BaseModel) -> None:
+    """Wrap the target modules of a base model, once. Raises ``ValueError`` if a base parameter requires grad."""
+    for name, parameter in base.model.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(f"base parameter {name} requires grad")
+    for name, target in base.targets.items():
+        if not isinstance(target.module.forward, _Wrapped):
+            target.module.forward = _Wrapped(name, target.module.forward)
+
+
+def original_forward(base: BaseModel, name: str) -> Callable[[Tensor], Tensor]:
+    """The base model's own ``forward`` of a target module."""
+    forward = base.targets[name].module.forward
+    return forward.original if isinstance(forward, _Wrapped) else forward

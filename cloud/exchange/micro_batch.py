@@ -1,0 +1,178 @@
+"""Runs one micro-batch of a session: the frozen blocks here, its groups' adapters on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.layout import Layout, lay_out
+from dlora.protocol import messages as m
+from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.micro_batch import Key, LiveGroups
+from dlora.protocol.tensors import WireTensor
+from dlora.protocol.wire_codecs import Codecs, TensorRole
+
+from .exchange import MicroBatchExchange, exchanging
+from .kinds import SITE_KINDS, Site
+from .wire import from_wire, to_wire
+
+M = TypeVar("M", bound=m.ExchangeMessage)
+
+
+class Device(Protocol):
+    """The device's end of one micro-batch."""
+
+    def send(self, message: m.ExchangeMessage) -> None:
+        """Send a message of the micro-batch; returns at once."""
+
+    def receive(self) -> m.AnyMessage:
+        """The device's next message of the micro-batch."""
+
+
+@dataclass
+class Sites:
+    """What a session has around its exchange groups.
+
+    Attributes:
+        sites: one a group, in order; fewer until the session is set up.
+    """
+
+    base: BaseModel
+    groups: Sequence[GroupSpec]
+    adapter: AdapterSpec
+    codecs: Codecs
+    sites: list[Site] = field(default_factory=list)
+
+    def make_states(self) -> list[list[WireTensor]]:
+        """Make anew what the server keeps of each group; gives it as it crosses."""
+        kind = SITE_KINDS[self.adapter.kind]
+        made = [kind.make_state(self.adapter, group, self.base) for group in self.groups]
+        return [[WireTensor("fp32", tensor.float().cpu().contiguous().numpy()) for tensor in each] for each in made]
+
+    def add(self, state: Sequence[WireTensor]) -> None:
+        """Make the next group's site, with what the server keeps of it."""
+        group = self.groups[len(self.sites)]
+        device = self.device_of(group)
+        tensors = [torch.from_numpy(each.data.copy()).to(device, self.base.dtype) for each in state]
+        self.sites.append(SITE_KINDS[self.adapter.kind].site(self.adapter, group, tensors))
+
+    def device_of(self, group: GroupSpec) -> torch.device:
+        """Where a group's modules are."""
+        weight = self.base.targets[group.targets[0].name].module.weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+
+class MicroBatchRun:
+    """One micro-batch, from its embeddings to its last gradient.
+
+    Args:
+        begun: its first message; live_groups: what takes part.
+        max_tokens: of the server, padding among them; packs: whether the base model runs sequences end to end.
+    """
+
+    def __init__(
+        self, sites: Sites, begun: m.Embeddings, live_groups: LiveGroups, *, max_tokens: int, packs: bool
+    ) -> None:
+        self.key: Key = (begun.step, begun.micro_batch)
+        self.layout: Layout = lay_out(
+            from_wire(begun.hidden_states, sites.codecs, TensorRole.EMBEDDINGS, sites.base.device, sites.base.dtype),
+            torch.from_numpy(begun.sequence_lengths.data).long(),
+            may_pack=packs,
+            max_tokens=max_tokens,
+        )
+        self._sites = sites
+        self._trains = begun.mode == "train"
+        self._live_groups = live_groups
+        self._labelled = self._rows_of(begun.label_positions)
+        self._crossing = self.layout.rows
+        if begun.crossing_positions is not None:
+            self._crossing = self._rows_of(begun.crossing_positions)
+
+    @property
+    def lowest_trained(self) -> GroupSpec | None:
+        """The lowest group whose adapters are trained; None where nothing is, as when evaluating."""
+        active = self._live_groups.active
+        return self._sites.groups[min(active)] if active and self._trains else None
+
+    def run(self, device: Device) -> None:
+        """Forward, and backward where it trains. Raises what ``device`` does, and ``DivergedError``."""
+        sites, (live, trained) = self._sites, self._live_groups
+        channel = _Channel(sites, self.key, device)
+        exchange = MicroBatchExchange(
+            channel, sites.base, sites.groups, sites.sites, live=live, trained=trained, rows=self._crossing
+        )
+        layout = self.layout
+        with torch.set_grad_enabled(self._trains), exchanging(exchange):
+            hidden = sites.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
+            labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._labelled.to(hidden.device))
+        del hidden
+        channel.send_labelled(labelled, exchange.gradients)
+        if exchange.gradients:
+            labelled.backward(channel.receive_labelled_grad(labelled))
+
+    def _rows_of(self, positions: WireTensor) -> Tensor:
+        """Where tokens lie in the flattened input, int64."""
+        found = torch.from_numpy(positions.data).long().to(self._sites.base.device)
+        return found if self.layout.rows is None else self.layout.rows.index_select(0, found)
+
+
+class _Channel:
+    """Tensors of a micro-batch to messages and back; a ``Channel`` for its exchange."""
+
+    def __init__(self, sites: Sites, key: Key, device: Device) -> None:
+        self._sites = sites
+        self._step, self._micro_batch = key
+        self._device = device
+        self._input_grads: dict[int, WireTensor] = {}  # that came while another was waited for
+
+    def send_input(self, group: int, x: Tensor) -> None:
+        hidden_states = self._to_wire(x, TensorRole.GROUP_INPUT)
+        self._device.send(
+            m.GroupInput(step=self._step, micro_batch=self._micro_batch, group=group, hidden_states=hidden_states)
+        )
+
+    def receive_outputs(self, group: int, device: torch.device) -> list[Tensor]:
+        message = self._receive(m.GroupDelta)
+        return [self._from_wire(delta, TensorRole.DELTA, device) for delta in message.deltas]
+
+    def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
+        on_wire = tuple(self._to_wire(grad, TensorRole.DELTA_GRAD) for grad in grads)
+        self._device.send(
+            m.GroupGrad(step=self._step, micro_batch=self._micro_batch, group=group, grads=on_wire, answer=answer)
+        )
+
+    def receive_input_grad(self, group: int, device: torch.device) -> Tensor:
+        while group not in self._input_grads:
+            message = self._receive(m.GroupInputGrad)
+            self._input_grads[message.group] = message.grad_hidden_states
+        return self._from_wire(self._input_grads.pop(group), TensorRole.INPUT_GRAD, device)
+
+    def send_labelled(self, hidden_states: Tensor, gradients: int) -> None:
+        on_wire = self._to_wire(hidden_states, TensorRole.LAST_HIDDEN_STATES)
+        self._device.send(
+            m.LabelledHiddenStates(
+                step=self._step, micro_batch=self._micro_batch, hidden_states=on_wire, gradients=gradients
+            )
+        )
+
+    def receive_labelled_grad(self, like: Tensor) -> Tensor:
+        message = self._receive(m.GradHiddenStates)
+        return self._from_wire(message.grad_hidden_states, TensorRole.LAST_HIDDEN_STATES_GRAD, like.device)
+
+    def _receive(self, kind: type[M]) -> M:
+        message = self._device.receive()
+        assert isinstance(message, kind)  # the session's rules let nothing else through
+        return message
+
+    def _to_wire(self, tensor: Tensor, role: TensorRole) -> WireTensor:
+        return to_wire(tensor, self._sites.codecs, role)
+
+    def _from_wire(self, tensor: WireTensor, role: TensorRole, device: torch.device) -> Tensor:
+        return from_wire(tensor, self._sites.codecs, role, device, self._sites.base.dtype)

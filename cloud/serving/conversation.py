@@ -1,0 +1,186 @@
+"""What a session says and hears, by micro-batch, with a deadline for everything that is waited for.
+
+Several threads may share a session, one a micro-batch. Whoever waits for a message reads the transport, one at a time,
+and leaves what is another's to that one. With one micro-batch at a time nothing is ever handed from thread to thread.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import defaultdict, deque
+from typing import Final, Protocol
+
+from dlora.cloud.exchange.gate import ComputeGate
+from dlora.protocol import messages as m
+from dlora.protocol.errors import DamagedFrameError, RemoteProtocolError
+from dlora.protocol.micro_batch import Key
+from dlora.protocol.session import Session
+
+from .patience import Deadlines
+
+
+class DeviceGaveUpError(Exception):
+    """The device ended the session in the middle of a micro-batch, and said why."""
+
+
+class Transport(Protocol):
+    """Frames to and from one device, blocking; see ``SessionTransport``."""
+
+    @property
+    def losses(self) -> int: ...
+    def send(self, frame: bytearray) -> None: ...
+    def receive(self, timeout_s: float, give_up_at: float = ...) -> bytes: ...
+    def hang_up(self, refusal: RemoteProtocolError) -> None: ...
+    def wait_for_device(self, extra_s: float = 0.0) -> object: ...
+
+
+class Conversation:
+    """A session over its transport."""
+
+    def __init__(self, session: Session, transport: Transport) -> None:
+        self.session = session
+        self.transport = transport
+        self._speaking = threading.RLock()  # frames leave in the order of their numbers
+        self._changed = threading.Condition()
+        self._boxes: defaultdict[Key | None, deque[m.AnyMessage]] = defaultdict(deque)
+        self._is_reading = False
+        self._failure: BaseException | None = None
+
+    def send(self, message: m.AnyMessage) -> None:
+        """Say something; returns at once."""
+        with self._speaking:
+            self.transport.send(self.session.send(message))
+
+    def fail(self, error: BaseException) -> None:
+        """Make everyone who waits for a message, now or later, raise ``error``."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    def receive(self, key: Key | None, seconds: float, give_up_at: float = math.inf) -> m.AnyMessage | None:
+        """The next message of a micro-batch, or, for None, one that begins something; None where there is none in time.
+
+        A frame that came before is no answer: it does not begin the time anew. Another connection does.
+        """
+        left_s = seconds
+        while True:
+            began, losses = time.monotonic(), self.transport.losses
+            if not self._may_read(key, min(left_s, give_up_at - began)):
+                return self._taken(key)
+            try:
+                message = self._read(left_s, give_up_at)
+            except TimeoutError:
+                return None
+            except BaseException as error:
+                self.fail(error)
+                raise
+            finally:
+                with self._changed:
+                    self._is_reading = False
+                    self._changed.notify_all()
+            if isinstance(message, m.Error):  # the device gives up, which everyone must know
+                self.fail(DeviceGaveUpError(message.message))
+                return message
+            if message is not None and (owner := _key_of(message)) == key:
+                return message
+            if message is not None:
+                with self._changed:
+                    self._boxes[owner].append(message)
+            here = self.transport.losses == losses  # else it is another connection, and was away in between
+            left_s = max(0.0, left_s - (time.monotonic() - began)) if here else seconds
+
+    def _may_read(self, key: Key | None, seconds: float) -> bool:
+        """Wait until there is a message for us, or nobody reads: whether it is our turn to read."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._boxes[key] or not self._is_reading or self._failure, min(max(0.0, seconds), _LONGEST_S)
+            )
+            if self._boxes[key]:
+                return False
+            if self._failure is not None:
+                raise self._failure
+            if self._is_reading:
+                return False
+            self._is_reading = True
+            return True
+
+    def _taken(self, key: Key | None) -> m.AnyMessage | None:
+        with self._changed:
+            box = self._boxes[key]
+            message = box.popleft() if box else None
+            if not box:
+                del self._boxes[key]
+            return message
+
+    def _read(self, seconds: float, give_up_at: float) -> m.AnyMessage | None:
+        """The next message of the device; None for one that came before, or that was damaged on its way."""
+        frame = self.transport.receive(seconds, give_up_at)
+        try:
+            with self._speaking:
+                return self.session.receive(frame)
+        except DamagedFrameError as damage:
+            self.transport.hang_up(damage)
+            return None
+
+
+class MicroBatchDevice:
+    """The device's end of one micro-batch: what the micro-batch says goes out at once, and what it waits for has a
+    deadline, after which the device is told to come again, and after longer the session ends.
+
+    Attributes:
+        waited_s: for the device so far; idle_s: for the device and for the gate.
+    """
+
+    def __init__(self, conversation: Conversation, key: Key, gate: ComputeGate, deadlines: Deadlines) -> None:
+        self.waited_s = 0.0
+        self.idle_s = 0.0
+        self._conversation = conversation
+        self._key = key
+        self._gate = gate
+        self._deadlines = deadlines
+
+    def send(self, message: m.ExchangeMessage) -> None:
+        self._conversation.send(message)  # type: ignore[arg-type]
+
+    def receive(self) -> m.AnyMessage:
+        """The device's next message of this micro-batch. Raises ``DeviceGaveUpError``, and what the transport does."""
+        transport = self._conversation.transport
+        began, losses = time.monotonic(), transport.losses
+        try:
+            with self._gate.waiting():
+                try:
+                    message = self._await_answer(began + self._deadlines.answers.seconds - self.waited_s)
+                finally:  # before the gate is waited for: what others compute is not the device's time
+                    waited_s = time.monotonic() - began
+                    self.waited_s += waited_s
+        finally:
+            self.idle_s += time.monotonic() - began
+        if transport.losses == losses:  # else it tells of the network, not of the device
+            self._deadlines.answer.observe(waited_s)
+        if isinstance(message, m.Error):
+            raise DeviceGaveUpError(message.message)
+        return message
+
+    def _await_answer(self, give_up_at: float) -> m.AnyMessage:
+        """The next message; a device that is late is told to come again, and the clock starts anew."""
+        late = RemoteProtocolError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
+        while time.monotonic() < give_up_at:
+            message = self._conversation.receive(self._key, self._deadlines.answer.seconds, give_up_at)
+            if message is not None:
+                return message
+            self._deadlines.answer.missed()
+            self._conversation.transport.hang_up(late)
+        self._deadlines.answers.missed()
+        raise late
+
+
+_LONGEST_S: Final = threading.TIMEOUT_MAX
+
+
+def _key_of(message: m.AnyMessage) -> Key | None:
+    """The micro-batch that a message belongs to; None for one that begins something."""
+    if isinstance(message, m.ExchangeMessage) and not isinstance(message, m.Embeddings):
+        return message.step, message.micro_batch
+    return None

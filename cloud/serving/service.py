@@ -1,0 +1,46 @@
+"""What every session of a server shares."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from dlora.cloud.door.quotas import Quotas
+from dlora.cloud.exchange.gate import ComputeGate
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.live_bytes import LiveBytes
+
+from .patience import DeviceDeadlines, Patience
+from .sessions import Sessions
+
+
+@dataclass(frozen=True)
+class Service:
+    """What every session of a server shares.
+
+    Attributes:
+        threads: torch threads of a computing micro-batch.
+        may_pack: whether the base model runs sequences end to end.
+        window: the most micro-batches that a session may have under way at a time.
+        opening_bytes: the largest frame before a session is open.
+        openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
+        draining: set once the server stops: running steps are finished, nothing new is begun.
+    """
+
+    base: BaseModel
+    gate: ComputeGate
+    threads: int
+    may_pack: bool
+    window: int
+    live_bytes: LiveBytes
+    max_tokens: int
+    opening_bytes: int
+    ticket_key: bytes
+    sessions: Sessions
+    quotas: Quotas
+    patience: Patience
+    deadlines: DeviceDeadlines
+    pool: Executor
+    openings: Executor
+    draining: threading.Event

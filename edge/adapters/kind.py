@@ -1,0 +1,139 @@
+"""What the device needs of an adapter kind: the adapters of one exchange group behind one interface.
+
+A new kind is a file of its own beside ``lora.py``, and a line in ``KINDS``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dlora.edge.data.batches import MicroBatch
+from dlora.edge.engine.engine import Graph
+from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.tensors import FloatArray, IntArray
+
+LoadGraph = Callable[[str, str], Graph]
+"""A graph by kind and key, loaded once."""
+
+
+@dataclass
+class Parameter:
+    """A trainable matrix, its gradient of the step under way, and its AdamW moments; float32, one shape."""
+
+    value: FloatArray
+    exp_avg: FloatArray
+    exp_avg_sq: FloatArray
+    grad: FloatArray | None = None
+
+    @classmethod
+    def of(cls, value: FloatArray) -> Parameter:
+        return cls(value, np.zeros_like(value), np.zeros_like(value))
+
+    def add_grad(self, grad: FloatArray) -> None:
+        self.grad = grad if self.grad is None else self.grad + grad
+
+
+class Factors(NamedTuple):
+    """What the adapters change of one target module's weight: ``dW = scaling · lora_B · lora_A``.
+
+    Attributes:
+        name: full name of the module.
+        lora_A: float32 (r, in_features); lora_B: float32 (out_features, r).
+    """
+
+    name: str
+    lora_A: FloatArray
+    lora_B: FloatArray
+    scaling: float
+
+
+class GroupAdapters(ABC):
+    """The adapters of one exchange group.
+
+    Attributes:
+        name: of its first target module.
+        server_state: a copy of what the server keeps of the group, float32; empty for kinds without, and until the
+            first session has made it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.server_state: tuple[FloatArray, ...] = ()
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Parameter]:
+        """What is trained, by full name, in the order of the kind's ``parameter_shapes``."""
+
+    @abstractmethod
+    def load_graphs(self, load: LoadGraph) -> None:
+        """Load what the three methods below run. Raises ``BundleError`` where the bundle has no such graph."""
+
+    @abstractmethod
+    def forward(self, x: FloatArray, scale: float) -> tuple[Sequence[FloatArray], Any]:
+        """What goes to the server, (rows, output_width) each, and what backward needs beside ``x``.
+
+        ``x`` is (rows, input_width); ``scale`` is what Kill and Revive multiplies the adapters' effect with.
+        """
+
+    @abstractmethod
+    def input_grad(self, grads: Sequence[FloatArray], scale: float) -> tuple[FloatArray, Any]:
+        """The gradient of ``x`` (rows, input_width), and what ``weight_grads`` needs of it."""
+
+    @abstractmethod
+    def weight_grads(
+        self, x: FloatArray, forward: Any, grads: Sequence[FloatArray], backward: Any, scale: float
+    ) -> dict[str, FloatArray]:
+        """The gradient of each parameter, by its name; ``forward`` and ``backward`` as those two gave them."""
+
+    @abstractmethod
+    def factors(self) -> list[Factors]:
+        """The change of each target module, for scores and for PEFT's files."""
+
+    @abstractmethod
+    def load_factors(self, factors: Mapping[str, Factors]) -> None:
+        """Start from a saved adapter; modules that it lacks keep their start. Raises ``CheckpointError``."""
+
+    def scored_by_gradient(self) -> list[str]:
+        """Names of the parameters whose gradient the score ``grad`` measures."""
+        return list(self.parameters())
+
+    def state(self) -> dict[str, FloatArray]:
+        """Everything that the next step depends on, by name."""
+        state = {}
+        for name, parameter in self.parameters().items():
+            state[name] = parameter.value
+            state[f"{name}.exp_avg"] = parameter.exp_avg
+            state[f"{name}.exp_avg_sq"] = parameter.exp_avg_sq
+        for index, tensor in enumerate(self.server_state):
+            state[f"{self.name}.server_state.{index}"] = tensor
+        return state
+
+    def load_state(self, tensors: Mapping[str, FloatArray], *, server_tensors: int) -> None:
+        """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` where a tensor is missing or of another shape.
+
+        ``server_tensors``: how many the server keeps of the group.
+        """
+        for name, parameter in self.parameters().items():
+            found = [tensors[key] for key in (name, f"{name}.exp_avg", f"{name}.exp_avg_sq")]
+            if any(tensor.shape != parameter.value.shape for tensor in found):
+                raise ValueError(f"{name} has another shape")
+            parameter.value, parameter.exp_avg, parameter.exp_avg_sq = found
+        self.server_state = tuple(tensors[f"{self.name}.server_state.{index}"] for index in range(server_tensors))
+
+
+class DeviceKind(Protocol):
+    """How the device makes the adapters of a kind."""
+
+    def create(
+        self, spec: AdapterSpec, group: GroupSpec, *, scaling: float, random: np.random.Generator
+    ) -> GroupAdapters:
+        """Fresh adapters of a group; groups are made in their order, from the same ``random``."""
+
+    def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
+        """The rows of a micro-batch's packed tokens at which adapters act, int32 ascending; None: all of them."""

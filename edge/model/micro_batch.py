@@ -1,0 +1,156 @@
+"""The device's part of one micro-batch: it begins it, and answers what the server sends.
+
+This is the life of a micro-batch, on the device's side; docs/protocol.md has both sides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlora.edge.adapters.compute import AdapterCompute, Saved
+from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.data.batches import MicroBatch
+from dlora.protocol import messages as m
+from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.micro_batch import Key
+from dlora.protocol.tensors import FloatArray, WireTensor
+from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
+
+from .ends import Embedding, Head
+
+
+@dataclass
+class DeviceParts:
+    """What a model computes on the device.
+
+    Attributes:
+        head_seconds: spent in embedding and head so far.
+    """
+
+    embedding: Embedding
+    head: Head
+    adapters: AdapterSet
+    compute: AdapterCompute
+    codecs: Codecs
+    head_seconds: float = 0.0
+
+
+class MicroBatchRun:
+    """One micro-batch under way.
+
+    Args:
+        send: sends a message to the server.
+        grad_scale: what the loss's gradient is multiplied with; None: nothing is trained.
+
+    Attributes:
+        longest: tokens of its longest sequence.
+        is_through: whether the server will send no more of it.
+        hidden_states: once they have come, the last hidden states (labelled, hidden_size).
+        losses: in training, (labelled,).
+        grads: the gradient of each parameter, by name, once it is through; summed over its micro-batch.
+    """
+
+    def __init__(
+        self,
+        parts: DeviceParts,
+        batch: MicroBatch,
+        key: Key,
+        send: Callable[[m.AnyMessage], None],
+        *,
+        grad_scale: float | None,
+    ) -> None:
+        self.key = key
+        self.longest = int(batch.sequence_lengths.max())
+        self.is_through = False
+        self.hidden_states: FloatArray | None = None
+        self.losses: FloatArray | None = None
+        self.grads: dict[str, FloatArray] = {}
+        self._parts = parts
+        self._batch = batch
+        self._step, self._micro_batch = key
+        self._send = send
+        self._grad_scale = grad_scale
+        self._saved: dict[int, Saved] = {}
+        self._to_come = 0
+
+    def begin(self) -> None:
+        """Send the embeddings."""
+        parts, batch = self._parts, self._batch
+        started = time.perf_counter()
+        hidden_states = parts.embedding(batch.ids)
+        parts.head_seconds += time.perf_counter() - started
+        positions = parts.adapters.crossing_positions(batch)
+        self._send(
+            m.Embeddings(
+                step=self._step,
+                micro_batch=self._micro_batch,
+                mode="evaluate" if self._grad_scale is None else "train",
+                hidden_states=self._to_wire(hidden_states, TensorRole.EMBEDDINGS),
+                sequence_lengths=WireTensor.from_ints(batch.sequence_lengths),
+                label_positions=WireTensor.from_ints(batch.label_positions),
+                crossing_positions=None if positions is None else WireTensor.from_ints(positions),
+            )
+        )
+
+    def handle(self, message: m.ExchangeMessage) -> None:
+        """Answer the server's next message of this micro-batch."""
+        match message:
+            case m.GroupInput():
+                self._answer_input(message)
+            case m.LabelledHiddenStates():
+                self._take_last_hidden_states(message)
+            case m.GroupGrad():
+                self._answer_grad(message)
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__} of a micro-batch from the server")
+
+    def _answer_input(self, message: m.GroupInput) -> None:
+        outputs, saved = self._parts.compute.forward(message.group, message.hidden_states)
+        if self._grad_scale is not None:
+            self._saved[message.group] = saved
+        deltas = tuple(self._to_wire(output, TensorRole.DELTA) for output in outputs)
+        self._send(m.GroupDelta(step=self._step, micro_batch=self._micro_batch, group=message.group, deltas=deltas))
+
+    def _take_last_hidden_states(self, message: m.LabelledHiddenStates) -> None:
+        hidden_states = decode_floats(message.hidden_states)
+        self._to_come = message.gradients
+        self.is_through = not self._to_come
+        if self._grad_scale is None:
+            self.hidden_states = hidden_states
+            return
+        started = time.perf_counter()
+        self.losses, grads = self._parts.head.loss_and_grad(hidden_states, self._batch.labels, self._grad_scale)
+        self._parts.head_seconds += time.perf_counter() - started
+        if self._to_come:
+            self._send(
+                m.GradHiddenStates(
+                    step=self._step,
+                    micro_batch=self._micro_batch,
+                    grad_hidden_states=self._to_wire(grads, TensorRole.LAST_HIDDEN_STATES_GRAD),
+                )
+            )
+
+    def _answer_grad(self, message: m.GroupGrad) -> None:
+        group, compute = message.group, self._parts.compute
+        grads: Sequence[FloatArray] = [decode_floats(grad) for grad in message.grads]
+        dx, backward = compute.input_grad(group, grads)
+        if message.answer:
+            self._send(
+                m.GroupInputGrad(
+                    step=self._step,
+                    micro_batch=self._micro_batch,
+                    group=group,
+                    grad_hidden_states=self._to_wire(dx, TensorRole.INPUT_GRAD),
+                )
+            )
+        # After the answer has left: the server works on while we compute the weights' gradients.
+        self.grads |= compute.weight_grads(group, self._saved.pop(group), grads, backward)
+        self._to_come -= 1
+        self.is_through = not self._to_come
+
+    def _to_wire(self, values: FloatArray, role: TensorRole) -> WireTensor:
+        return self._parts.codecs.of(role).encode(np.asarray(values))

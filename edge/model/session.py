@@ -1,0 +1,77 @@
+"""A session with a server for a model's sake: opened, set up, and opened again where the server has lost it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+
+from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.wire.connection import Connection
+from dlora.protocol import messages as m
+from dlora.protocol.adapters import kind_of
+from dlora.protocol.errors import SessionLostError
+from dlora.protocol.tensors import WireTensor
+
+T = TypeVar("T")
+
+
+class ModelSession(ABC):
+    """What a model does with a server goes through ``run``, so that a lost session is nobody else's concern."""
+
+    def __init__(self, connection: Connection, adapters: AdapterSet) -> None:
+        self.connection = connection
+        self.adapters = adapters
+
+    @abstractmethod
+    def opening(self) -> m.OpenSession:
+        """The message that opens a session where we stand now."""
+
+    @abstractmethod
+    def take_opened(self, opened: m.SessionOpened) -> None:
+        """Take what the server says of the session that it has opened."""
+
+    @abstractmethod
+    def take_signal(self, signal: m.Signal) -> None:
+        """Take a signal, before anything of the next step is computed."""
+
+    @abstractmethod
+    def go_on(self) -> None:
+        """Say again what the server must know before the next micro-batch, once a session is open."""
+
+    def open(self) -> None:
+        """Open a session where we stand, or another in place of one that the server has forgotten."""
+        while True:
+            try:
+                self.take_opened(self.connection.open(self.opening()))
+                self._set_up()
+                self.go_on()
+                return
+            except SessionLostError:
+                continue
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do some work with the server; where that loses the session, all of it again in another."""
+        while True:
+            try:
+                return work()
+            except SessionLostError:
+                self.open()
+
+    def _set_up(self) -> None:
+        """Let the server make what it keeps of each group, or give it back to one that has lost it."""
+        spec = self.adapters.spec
+        shapes = [kind_of(spec).state_shapes(spec, group) for group in self.adapters.specs]
+        if not any(shapes):
+            return
+        if all(len(group.server_state) == len(each) for group, each in zip(self.adapters.groups, shapes, strict=True)):
+            for index, group in enumerate(self.adapters.groups):
+                tensors = tuple(WireTensor("fp32", tensor) for tensor in group.server_state)
+                self.connection.send(m.AdapterState(group=index, tensors=tensors))
+            return
+        self.connection.send(m.MakeAdapterState())
+        for group in self.adapters.groups:
+            state = self.connection.receive(m.AdapterState)
+            group.server_state = tuple(np.array(tensor.data) for tensor in state.tensors)

@@ -1,0 +1,108 @@
+"""A training run's session: it stands where the run stands, and reports every committed step."""
+
+from __future__ import annotations
+
+from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.model.session import ModelSession
+from dlora.edge.seeds import seed_for_server
+from dlora.edge.wire.connection import Connection
+from dlora.protocol import messages as m
+from dlora.protocol.errors import CheckpointError, RemoteProtocolError, SessionLostError
+from dlora.protocol.tensors import ByteArray, FloatArray, WireTensor
+from dlora.protocol.wire_codecs import Codecs
+
+from .config import TrainConfig
+
+
+class RunSession(ModelSession):
+    """The session of one run, or of its present part.
+
+    A report whose signal has not come is sent again in the next session, which begins before it.
+
+    Args:
+        base_fingerprint: of the base model that the bundle pins.
+
+    Attributes:
+        step: the step that comes next, counted from the beginning of this part of the run.
+        ticket: the controller's state, before the last report where that is unanswered.
+        unanswered: the scores of the last committed step, until its signal has come.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        adapters: AdapterSet,
+        config: TrainConfig,
+        *,
+        base_fingerprint: str,
+        window: int = 1,
+    ) -> None:
+        super().__init__(connection, adapters)
+        self.step = 0
+        self.ticket: bytes | None = None
+        self.unanswered: FloatArray | None = None
+        self._config = config
+        self._base_fingerprint = base_fingerprint
+        self._window = window
+
+    def opening(self) -> m.OpenSession:
+        config = self._config
+        return m.OpenSession(
+            base_fingerprint=self._base_fingerprint,
+            groups=self.adapters.specs,
+            adapter=self.adapters.spec,
+            codecs=Codecs.all(config.wire_dtype),
+            purpose=m.Train(
+                kill_revive=config.kill_revive,
+                seed=seed_for_server(config.seed),
+                total_steps=config.steps,
+                next_step=self.step - (self.unanswered is not None),
+                ticket=self.ticket,
+            ),
+            window=self._window,
+        )
+
+    def take_opened(self, opened: m.SessionOpened) -> None:
+        states = _states(opened)
+        if self.ticket is None:
+            self.adapters.apply_signal(states)
+        elif (states != self.adapters.states()).any():
+            raise CheckpointError("the server's units are not the checkpoint's: its ticket belongs to another run")
+        assert opened.ticket is not None
+        self.ticket = opened.ticket.data.tobytes()
+
+    def take_signal(self, signal: m.Signal) -> None:
+        self.adapters.apply_signal(_states(signal))
+        self.ticket = signal.ticket.data.tobytes()
+        self.unanswered = None
+
+    def go_on(self) -> None:
+        if self.unanswered is not None:
+            self._send_report()
+
+    def report(self, scores: FloatArray) -> None:
+        """The step is committed: report its scores, float32 (units,). Its signal comes with the next micro-batch, or
+        with ``settle``."""
+        self.step += 1
+        self.unanswered = scores
+        try:
+            self._send_report()
+        except SessionLostError:
+            self.open()
+
+    def settle(self) -> None:
+        """Wait for the signal to the last report, where there is one."""
+        while self.unanswered is not None:
+            self.run(lambda: self.take_signal(self.connection.receive(m.Signal)))
+
+    def _send_report(self) -> None:
+        assert self.unanswered is not None
+        self.connection.send(m.StepReport(step=self.step - 1, scores=WireTensor("fp32", self.unanswered)))
+
+
+def _states(message: m.Signal | m.SessionOpened) -> ByteArray:
+    """A copy of the states that a message carries; the frame that they lie in can go."""
+    if message.units is None:
+        raise RemoteProtocolError("the server says nothing of the units")
+    states: ByteArray = message.units.data.copy()
+    return states

@@ -1,0 +1,136 @@
+"""Adapter kinds: what crosses the wire for an exchange group, what a device trains, and what a server keeps.
+
+A kind is known to three places by its name: here (widths and shapes, for both sides), ``dlora.edge.adapters`` (what the
+device computes) and ``dlora.cloud.exchange`` (what the server computes around the exchange). Nobody else knows one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Final, Protocol
+
+import msgspec
+
+from .errors import UsageError
+from .groups import GroupSpec
+from .limits import MAX_RANK
+
+Shape = tuple[int, ...]
+
+KindName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+
+class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The adapters of a session: all groups have the same kind and rank.
+
+    Attributes:
+        kind: a name in ``KINDS``.
+        r: the rank.
+        options: the kind's own whole numbers, by name.
+    """
+
+    kind: KindName = "lora"
+    r: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)] = 8
+    options: Annotated[dict[KindName, int], msgspec.Meta(max_length=16)] = {}
+
+
+class Crossing(msgspec.Struct, frozen=True):
+    """The widths of what crosses the wire for one exchange group, for each row that crosses.
+
+    Forward, the server sends one tensor of ``input_width`` and the device answers with one tensor for each of
+    ``output_widths``; backward, the gradients of the same tensors go the other way.
+    """
+
+    input_width: int
+    output_widths: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Numbers that cross in one direction and are the most: of the input, or of all outputs together."""
+        return max(self.input_width, sum(self.output_widths))
+
+
+class AdapterKind(Protocol):
+    """What both sides must know of a kind."""
+
+    @property
+    def name(self) -> str: ...
+
+    def check(self, spec: AdapterSpec) -> None:
+        """Raise ``UsageError`` for options that the kind does not have."""
+
+    def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
+        """What crosses for ``group``."""
+
+    def parameter_shapes(self, spec: AdapterSpec, group: GroupSpec) -> dict[str, Shape]:
+        """What the device trains for ``group``: full names and shapes, all float32, in the optimiser's order."""
+
+    def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[Shape, ...]:
+        """What the server keeps of ``group`` for the session, all float32; nothing for most kinds.
+
+        The device has a copy, and gives it to a server that has none: see ``adapter_state`` of docs/protocol.md.
+        """
+
+
+class _Lora:
+    """LoRA (Hu et al., arXiv 2106.09685): A and B of every target module on the device, full widths on the wire."""
+
+    name: Final = "lora"
+
+    def check(self, spec: AdapterSpec) -> None:
+        if spec.options:
+            raise UsageError(f"adapters of the kind lora have no options, not {', '.join(spec.options)}")
+
+    def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
+        return Crossing(group.in_features, tuple(target.out_features for target in group.targets))
+
+    def parameter_shapes(self, spec: AdapterSpec, group: GroupSpec) -> dict[str, Shape]:
+        shapes: dict[str, Shape] = {}
+        for target in group.targets:
+            shapes[f"{target.name}.lora_A"] = (spec.r, group.in_features)
+            shapes[f"{target.name}.lora_B"] = (target.out_features, spec.r)
+        return shapes
+
+    def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[Shape, ...]:
+        return ()
+
+
+KINDS: Final[dict[str, AdapterKind]] = {"lora": _Lora()}
+"""All kinds that this process knows, by name."""
+
+
+def kind_of(spec: AdapterSpec) -> AdapterKind:
+    """The kind of ``spec``. Raises ``UsageError`` where there is none of that name, or it does not take the options."""
+    kind = KINDS.get(spec.kind)
+    if kind is None:
+        raise UsageError(f"there are no adapters of the kind {spec.kind!r} here; there are: {', '.join(KINDS)}")
+    kind.check(spec)
+    return kind
+
+
+def crossings(spec: AdapterSpec, groups: Sequence[GroupSpec]) -> tuple[Crossing, ...]:
+    """What crosses for each of ``groups``."""
+    kind = kind_of(spec)
+    return tuple(kind.crossing(spec, group) for group in groups)
+
+
+def parameter_count(spec: AdapterSpec, groups: Sequence[GroupSpec]) -> int:
+    """How many numbers the device trains."""
+    kind = kind_of(spec)
+    return sum(math.prod(shape) for group in groups for shape in kind.parameter_shapes(spec, group).values())
+
+
+def state_bytes(spec: AdapterSpec, group: GroupSpec) -> int:
+    """Bytes that the server keeps of one group, all float32."""
+    return 4 * sum(math.prod(shape) for shape in kind_of(spec).state_shapes(spec, group))
+
+
+def largest_row(spec: AdapterSpec, groups: Sequence[GroupSpec], *ends: int) -> int:
+    """Numbers of the widest row that can cross in a micro-batch; ``ends`` are embedding and hidden size."""
+    return max((*ends, *(crossing.width for crossing in crossings(spec, groups))))
+
+
+def largest_state_bytes(spec: AdapterSpec, groups: Sequence[GroupSpec]) -> int:
+    """Bytes of the largest state that one message carries."""
+    return max((state_bytes(spec, group) for group in groups), default=0)

@@ -1,0 +1,197 @@
+"""One micro-batch of a conversation, as both sides hold it: the order and the shapes of its messages.
+
+It is lock-step: FORWARD, then LOSS and BACKWARD if it trains. It asks every live group, once and in execution order,
+and gives every active one its gradients: a server that leaves some out would train nothing, and nobody would notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from . import messages as m
+from .adapters import Crossing
+from .counting import counted_tokens
+from .states import TRANSITIONS, Role, State, ViolationError, check_tensor
+from .tensors import WireTensor
+from .wire_codecs import Codecs, TensorRole
+
+Key = tuple[int, int]
+"""Step and micro-batch: what every message of a micro-batch carries."""
+
+
+class Shapes(NamedTuple):
+    """What is the same for all micro-batches of a session: widths, codecs and the server's limits."""
+
+    crossings: tuple[Crossing, ...]
+    codecs: Codecs
+    welcome: m.Welcome
+
+    def check(self, tensor: WireTensor, role: TensorRole, shape: tuple[int | None, ...]) -> None:
+        """Raise ``ViolationError`` unless the tensor is stored as its role's codec says, and of this shape."""
+        check_tensor(tensor, self.codecs.of(role).dtype, shape)
+
+
+class LiveGroups(NamedTuple):
+    """Groups by what their units do.
+
+    Attributes:
+        live: those of all units that are not killed, in execution order; active: those of units that are trained.
+    """
+
+    live: tuple[int, ...] = ()
+    active: frozenset[int] = frozenset()
+
+
+class MicroBatch:
+    """One micro-batch that is under way. Not its tensors: they would outlive it.
+
+    Args:
+        begun: a message that ``check_embeddings`` passed.
+
+    Attributes:
+        key: its step and number.
+        trains: whether a backward pass follows.
+        state: FORWARD to BACKWARD, and IDLE once it is through.
+        tokens: of all its sequences; rows: that cross at each group; labelled: whose last hidden state is wanted.
+        asked: how many live groups took part in the forward pass; C waits for the last one's deltas in DELTA.
+        gradients: how many groups will have their gradients sent; graded: those that have.
+        unanswered: groups whose input gradient C waits for.
+    """
+
+    def __init__(self, begun: m.Embeddings, shapes: Shapes) -> None:
+        self.key: Key = (begun.step, begun.micro_batch)
+        self.trains = begun.mode == "train"
+        self.state = State.FORWARD
+        self.tokens = begun.hidden_states.shape[0]
+        self.rows = self.tokens if begun.crossing_positions is None else begun.crossing_positions.shape[0]
+        self.labelled = begun.label_positions.shape[0]
+        self.asked = 0
+        self.gradients = 0
+        self.graded: set[int] = set()
+        self.unanswered: set[int] = set()
+        self._shapes = shapes
+
+    @property
+    def is_through(self) -> bool:
+        """Whether its last message has been said."""
+        return self.state is State.IDLE
+
+    def advance(self, message: m.ExchangeMessage, sender: Role, groups: LiveGroups) -> None:
+        """Take the next message. Raises ``ViolationError``; nothing has changed then."""
+        who, next_state = TRANSITIONS[self.state].get(type(message), (None, self.state))
+        if who is not sender:
+            raise ViolationError("not now")
+        match message:
+            case m.GroupInput():
+                self._check_input(message, groups)
+            case m.GroupDelta():
+                self._check_delta(message, groups)
+            case m.LabelledHiddenStates():
+                self._check_labelled(message, groups)
+                next_state = State.LOSS if message.gradients else State.IDLE
+            case m.GradHiddenStates():
+                shape = (self.labelled, self._shapes.welcome.hidden_size)
+                self._shapes.check(message.grad_hidden_states, TensorRole.LAST_HIDDEN_STATES_GRAD, shape)
+            case m.GroupGrad():
+                self._check_grad(message, groups)
+                next_state = self._backward_state()
+            case m.GroupInputGrad():
+                self._check_input_grad(message)
+                next_state = self._backward_state()
+            case _:
+                raise ViolationError("not a message of a micro-batch under way")
+        self.state = next_state
+
+    def _check_input(self, message: m.GroupInput, groups: LiveGroups) -> None:
+        group, live = message.group, groups.live
+        if group not in live:
+            raise ViolationError(f"group {group} does not exist, or belongs to a killed unit")
+        if self.asked == len(live) or group != live[self.asked]:
+            raise ViolationError(f"group {group} out of turn; all live groups are asked, once, in execution order")
+        width = self._shapes.crossings[group].input_width
+        self._shapes.check(message.hidden_states, TensorRole.GROUP_INPUT, (self.rows, width))
+        self.asked += 1
+
+    def _check_delta(self, message: m.GroupDelta, groups: LiveGroups) -> None:
+        awaited = groups.live[self.asked - 1]
+        if message.group != awaited:
+            raise ViolationError(f"group {message.group} when group {awaited} was asked")
+        self._check_outputs(message.deltas, message.group, TensorRole.DELTA)
+
+    def _check_labelled(self, message: m.LabelledHiddenStates, groups: LiveGroups) -> None:
+        live, active = groups
+        if self.asked < len(live):
+            raise ViolationError(f"only {self.asked} of {len(live)} live groups were asked")
+        shape = (self.labelled, self._shapes.welcome.hidden_size)
+        self._shapes.check(message.hidden_states, TensorRole.LAST_HIDDEN_STATES, shape)
+        if message.gradients > (len(live) if self.trains else 0):
+            raise ViolationError("more gradients than groups took part")
+        if self.trains and message.gradients < len(active):
+            raise ViolationError(f"{message.gradients} gradients for {len(active)} active groups")
+        self.gradients = message.gradients
+
+    def _check_grad(self, message: m.GroupGrad, groups: LiveGroups) -> None:
+        group = message.group
+        if group not in groups.live or group in self.graded:
+            raise ViolationError(f"gradients of group {group}, which did not take part, or again")
+        to_come = self.gradients - len(self.graded)
+        if not to_come:
+            raise ViolationError("more gradients than were announced")
+        if group not in groups.active and len(groups.active - self.graded) == to_come:
+            raise ViolationError(f"gradients of group {group}, which leave none for an active one")
+        self._check_outputs(message.grads, group, TensorRole.DELTA_GRAD)
+        self.graded.add(group)
+        if message.answer:
+            self.unanswered.add(group)
+
+    def _check_input_grad(self, message: m.GroupInputGrad) -> None:
+        if message.group not in self.unanswered:
+            raise ViolationError("an input gradient that nobody asked for")
+        width = self._shapes.crossings[message.group].input_width
+        self._shapes.check(message.grad_hidden_states, TensorRole.INPUT_GRAD, (self.rows, width))
+        self.unanswered.remove(message.group)
+
+    def _check_outputs(self, tensors: Sequence[WireTensor], group: int, role: TensorRole) -> None:
+        widths = self._shapes.crossings[group].output_widths
+        if len(tensors) != len(widths):
+            raise ViolationError(f"{len(tensors)} tensors where {len(widths)} were due")
+        for tensor, width in zip(tensors, widths, strict=True):
+            self._shapes.check(tensor, role, (self.rows, width))
+
+    def _backward_state(self) -> State:
+        is_through = len(self.graded) == self.gradients and not self.unanswered
+        return State.IDLE if is_through else State.BACKWARD
+
+
+def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
+    """Raise ``ViolationError`` unless a micro-batch may begin so, as far as its own shapes and numbers say."""
+    welcome = shapes.welcome
+    shapes.check(message.hidden_states, TensorRole.EMBEDDINGS, (None, welcome.embedding_size))
+    check_tensor(message.sequence_lengths, "int32", (None,))
+    tokens, lengths = message.hidden_states.shape[0], message.sequence_lengths.data
+    if not 0 < tokens <= welcome.max_tokens:
+        raise ViolationError(f"{tokens} tokens; at most {welcome.max_tokens} fit", m.ErrorCode.LIMIT)
+    if not lengths.size or lengths.min() < 1 or int(lengths.sum(dtype=np.int64)) != tokens:
+        raise ViolationError("sequence lengths that do not add up to the tokens")
+    counted = counted_tokens(lengths, packs=welcome.packs)
+    if counted > welcome.max_tokens:
+        text = f"{tokens} tokens count as {counted} with their padding; at most {welcome.max_tokens} fit"
+        raise ViolationError(text, m.ErrorCode.LIMIT)
+    if lengths.max() > welcome.max_sequence_length:
+        limit = welcome.max_sequence_length
+        raise ViolationError(f"a sequence of {lengths.max()} tokens; at most {limit} fit", m.ErrorCode.LIMIT)
+    _check_positions(message.label_positions, tokens, "label positions")
+    if message.crossing_positions is not None:
+        _check_positions(message.crossing_positions, tokens, "crossing positions")
+    if message.examples is not None:
+        check_tensor(message.examples, "int32", (lengths.size,))
+
+
+def _check_positions(tensor: WireTensor, tokens: int, name: str) -> None:
+    check_tensor(tensor, "int32", (None,))
+    positions = tensor.data
+    if not positions.size or positions[0] < 0 or positions[-1] >= tokens or (positions[1:] <= positions[:-1]).any():
+        raise ViolationError(f"{name} that are not ascending rows of the tokens")

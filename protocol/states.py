@@ -1,0 +1,89 @@
+"""Who may say what when: the states of a conversation and of its micro-batches, and what leads from one to the next."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Final
+
+from . import messages as m
+from .tensors import WireTensor
+
+
+class Role(Enum):
+    """Which side we are."""
+
+    EDGE = "edge"
+    CLOUD = "cloud"
+
+
+class State(Enum):
+    """Where a conversation stands; from FORWARD to BACKWARD, where a micro-batch of it stands."""
+
+    START = auto()
+    GREETING = auto()
+    GREETED = auto()
+    OPENING = auto()
+    RESUMING = auto()
+    RESUMED = auto()
+    SETTING_UP = auto()
+    MAKING_STATE = auto()
+    IDLE = auto()
+    FORWARD = auto()
+    DELTA = auto()
+    LOSS = auto()
+    BACKWARD = auto()
+    CLOSED = auto()
+
+
+E, C = Role.EDGE, Role.CLOUD
+
+TRANSITIONS: Final[dict[State, dict[type, tuple[Role, State]]]] = {
+    State.START: {m.Hello: (E, State.GREETING)},
+    State.GREETING: {m.Welcome: (C, State.GREETED)},
+    State.GREETED: {
+        m.OpenSession: (E, State.OPENING),
+        m.ResumeSession: (E, State.RESUMING),
+        m.CloseSession: (E, State.CLOSED),
+    },
+    State.OPENING: {m.SessionOpened: (C, State.IDLE)},
+    State.RESUMING: {m.SessionResumed: (C, State.RESUMED), m.SessionGone: (C, State.GREETED)},
+    State.RESUMED: {},
+    State.SETTING_UP: {
+        m.AdapterState: (E, State.SETTING_UP),
+        m.MakeAdapterState: (E, State.MAKING_STATE),
+        m.CloseSession: (E, State.CLOSED),
+    },
+    State.MAKING_STATE: {m.AdapterState: (C, State.MAKING_STATE)},
+    State.IDLE: {
+        m.Embeddings: (E, State.FORWARD),
+        m.StepReport: (E, State.IDLE),
+        m.CloseSession: (E, State.CLOSED),
+    },
+    State.FORWARD: {m.GroupInput: (C, State.DELTA), m.LabelledHiddenStates: (C, State.LOSS)},
+    State.DELTA: {m.GroupDelta: (E, State.FORWARD)},
+    State.LOSS: {m.GradHiddenStates: (E, State.BACKWARD)},
+    State.BACKWARD: {m.GroupGrad: (C, State.BACKWARD), m.GroupInputGrad: (E, State.BACKWARD)},
+    State.CLOSED: {},
+}
+"""State, then message type, to (who may send it, next state). Some rules stand beside the table:
+``SessionOpened`` leads to SETTING_UP where the adapters' kind keeps state on the server, and its last ``AdapterState``
+to IDLE; ``LabelledHiddenStates`` with no gradients to come, and the last message of BACKWARD, lead to IDLE;
+C sends ``Signal`` while a ``StepReport`` is unanswered, before it asks for anything of a micro-batch; either side may
+send ``Error``."""
+
+
+class ViolationError(Exception):
+    """A message breaks a rule. Whose fault that is, knows who catches it."""
+
+    def __init__(self, text: str, code: m.ErrorCode = m.ErrorCode.PROTOCOL) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def check_tensor(tensor: WireTensor, dtype: str, shape: tuple[int | None, ...]) -> None:
+    """Raise ``ViolationError`` unless the tensor has this dtype and shape; None is any size."""
+    fits = len(tensor.shape) == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if tensor.dtype != dtype or not fits:
+        raise ViolationError(f"a tensor of {tensor.dtype} {tensor.shape} where {dtype} {shape} was due")

@@ -1,0 +1,151 @@
+"""How floating-point tensors are stored on the wire: one codec a storage, chosen by what a tensor is.
+
+The server has a twin of each codec in torch (``dlora.cloud.exchange.wire``), which gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import Final, Literal, Protocol
+
+import msgspec
+import numpy as np
+
+from .errors import DivergedError
+from .tensors import DTYPES, FloatArray, WireTensor, fp16_exponent
+
+WireDtype = Literal["fp32", "fp16"]
+"""Names of the codecs that a device can ask for."""
+
+
+class TensorRole(StrEnum):
+    """What a floating-point tensor of a micro-batch is; a field of the same name in ``Codecs`` says how it crosses."""
+
+    EMBEDDINGS = "embeddings"
+    GROUP_INPUT = "group_input"
+    DELTA = "delta"
+    DELTA_GRAD = "delta_grad"
+    INPUT_GRAD = "input_grad"
+    LAST_HIDDEN_STATES = "last_hidden_states"
+    LAST_HIDDEN_STATES_GRAD = "last_hidden_states_grad"
+
+
+class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The codec of each role, as the device asks for it in ``OpenSession``."""
+
+    embeddings: WireDtype
+    group_input: WireDtype
+    delta: WireDtype
+    delta_grad: WireDtype
+    input_grad: WireDtype
+    last_hidden_states: WireDtype
+    last_hidden_states_grad: WireDtype
+
+    @classmethod
+    def all(cls, name: WireDtype) -> Codecs:
+        """The same codec for every role."""
+        return cls(**dict.fromkeys(cls.__struct_fields__, name))
+
+    def of(self, role: TensorRole) -> Codec:
+        """The codec of a role."""
+        return CODECS[getattr(self, role.value)]
+
+
+class Codec(Protocol):
+    """One way to store a floating-point tensor.
+
+    Attributes:
+        dtype: of the stored array, a key of ``DTYPES``; no two codecs have the same.
+    """
+
+    @property
+    def dtype(self) -> str: ...
+
+    def encode(self, values: FloatArray) -> WireTensor:
+        """Put a float32 array on the wire. Raises ``DivergedError`` on NaN or infinity."""
+
+    def decode(self, tensor: WireTensor) -> FloatArray:
+        """The values as float32; maybe a view of the frame, so do not write into it."""
+
+    def is_finite(self, tensor: WireTensor) -> bool:
+        """Whether all values are finite."""
+
+    def nbytes(self, rows: int, width: int) -> int:
+        """Bytes of the stored array of (rows, width) values."""
+
+
+class _Fp32:
+    dtype: Final = "fp32"
+
+    def encode(self, values: FloatArray) -> WireTensor:
+        tensor = WireTensor("fp32", np.ascontiguousarray(values, DTYPES["fp32"]))
+        if not self.is_finite(tensor):
+            raise DivergedError(_NOT_FINITE)
+        return tensor
+
+    def decode(self, tensor: WireTensor) -> FloatArray:
+        return tensor.data
+
+    def is_finite(self, tensor: WireTensor) -> bool:
+        return bool(np.isfinite(tensor.data).all())
+
+    def nbytes(self, rows: int, width: int) -> int:
+        return 4 * rows * width
+
+
+class _Fp16:
+    """Halves with one power-of-two exponent for the whole tensor: gradients lie far below the smallest normal half,
+    and some families' activations far above the largest."""
+
+    dtype: Final = "fp16"
+
+    def encode(self, values: FloatArray) -> WireTensor:
+        peak = max(float(values.max()), -float(values.min())) if values.size else 0.0
+        if not math.isfinite(peak):
+            raise DivergedError(_NOT_FINITE)
+        exponent = fp16_exponent(peak)
+        scaled = values * np.float32(2.0**-exponent) if exponent else values
+        return WireTensor("fp16", np.ascontiguousarray(scaled, DTYPES["fp16"]), exponent)
+
+    def decode(self, tensor: WireTensor) -> FloatArray:
+        values: FloatArray = tensor.data.astype(np.float32)
+        if tensor.exponent:
+            values *= np.float32(2.0**tensor.exponent)
+        return values
+
+    def is_finite(self, tensor: WireTensor) -> bool:
+        if tensor.exponent > _ALWAYS_FINITE_EXPONENT:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return bool(np.isfinite(self.decode(tensor)).all())
+        # Bits, not np.isfinite: halves are slow in numpy, and this runs on every tensor of every step.
+        bits = tensor.data.view(np.uint16)
+        return not bool(((bits & np.uint16(0x7C00)) == np.uint16(0x7C00)).any())
+
+    def nbytes(self, rows: int, width: int) -> int:
+        return 2 * rows * width
+
+
+_NOT_FINITE: Final = "NaN or infinity in what was to be sent"
+_ALWAYS_FINITE_EXPONENT: Final = 112  # any finite half times 2**112 is below float32's largest
+
+CODECS: Final[dict[str, Codec]] = {"fp32": _Fp32(), "fp16": _Fp16()}
+"""All codecs, by name."""
+
+_BY_DTYPE: Final = {codec.dtype: codec for codec in CODECS.values()}
+
+
+def encode_floats(values: FloatArray, name: WireDtype) -> WireTensor:
+    """``values`` through the codec ``name``. Raises ``DivergedError`` on NaN or infinity."""
+    return CODECS[name].encode(values)
+
+
+def decode_floats(tensor: WireTensor) -> FloatArray:
+    """The float32 values of a tensor that some codec stored."""
+    return _BY_DTYPE[tensor.dtype].decode(tensor)
+
+
+def is_finite(tensor: WireTensor) -> bool:
+    """Whether a tensor of any dtype has neither NaN nor infinity."""
+    codec = _BY_DTYPE.get(tensor.dtype)
+    return codec is None or codec.is_finite(tensor)
