@@ -28,11 +28,12 @@ from websockets.sync.client import connect
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol import messages as m
+from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.codec import Decoder, encode
 from dlora.protocol.counting import counted_tokens
-from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
+from dlora.protocol.wire_codecs import Codecs, encode_floats
 
 REST_S = 12.0  # the server gives memory back once nothing has computed for five seconds
 
@@ -103,11 +104,10 @@ def _evaluate(url: str, pid: int, base: BaseModel, lengths: list[int]) -> dict[s
     """One micro-batch in a session of its own; seconds to its answer, and the most memory that the server had."""
     opening = m.OpenSession(
         base_fingerprint=base.fingerprint,
-        groups=base.groups([name for name in base.targets if name.endswith("q_proj")]),
-        wire_dtype="fp32",
-        kill_revive=KillReviveConfig(score="static", active_fraction=0.0),
-        seed=0,
-        total_steps=1,
+        groups=(),
+        adapter=AdapterSpec(),
+        codecs=Codecs.all("fp32"),
+        purpose=m.Use(),
     )
     rng = np.random.default_rng(0)
     hidden_states = rng.normal(0, 0.02, (sum(lengths), base.embedding_size)).astype(np.float32)
@@ -115,7 +115,7 @@ def _evaluate(url: str, pid: int, base: BaseModel, lengths: list[int]) -> dict[s
         step=0,
         micro_batch=0,
         mode="evaluate",
-        hidden_states=WireTensor.from_floats(hidden_states, "fp32"),
+        hidden_states=encode_floats(hidden_states, "fp32"),
         sequence_lengths=WireTensor.from_ints(lengths),
         label_positions=WireTensor.from_ints([0]),
     )

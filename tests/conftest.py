@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_collection_finish() -> None:
-    """One thread for torch, where a test has loaded it: tiny models gain nothing from two, which then wait for each other
-    for most of the time. Most tests must run without torch."""
+    """One thread for torch, where a test has loaded it: two would mostly wait for each other, with models this small.
+    Most tests must run without it."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)

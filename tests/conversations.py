@@ -34,8 +34,8 @@ UNITS = 2  # a block each
 TOKEN = b"t" * m.TOKEN_BYTES
 
 FROM_EDGE = (
-    m.Hello, m.OpenSession, m.ResumeSession, m.Embeddings, m.GroupDelta, m.GradHiddenStates, m.GroupInputGrad,
-    m.StepReport, m.CloseSession,
+    m.Hello, m.OpenSession, m.ResumeSession, m.MakeAdapterState, m.Embeddings, m.GroupDelta, m.GradHiddenStates,
+    m.GroupInputGrad, m.StepReport, m.CloseSession,
 )  # fmt: skip
 
 
@@ -88,6 +88,10 @@ def resume_session(received: int = 0) -> m.ResumeSession:
 
 def session_resumed(received: int = 0) -> m.SessionResumed:
     return m.SessionResumed(token=TOKEN, received=received)
+
+
+def adapter_state(group: int = 0, **changes: Any) -> m.AdapterState:
+    return m.AdapterState(group=group, **{"tensors": (floats(GROUPS[group].in_features),), **changes})
 
 
 def embeddings(step: int = 0, micro_batch: int = 0, *, mode: Any = "train", **changes: Any) -> m.Embeddings:
@@ -225,8 +229,9 @@ def everything(session: Session) -> dict[str, Any]:
     remembered = {
         name: value.tobytes() if isinstance(value, np.ndarray) else copy.deepcopy(value)
         for name, value in vars(session).items()
-        if name not in ("_decoder", "link")
+        if name not in ("_decoder", "link", "under_way")
     }
+    remembered["under_way"] = {key: copy.deepcopy(vars(each)) for key, each in session.under_way.items()}
     return remembered | {"link": (session.link.sent, session.link.received, session.link.missing(session.link.sent))}
 
 

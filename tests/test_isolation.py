@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import conversations
 import numpy as np
 import pytest
 from families import VOCABULARY, save_tiny, tiny_model
@@ -121,13 +122,10 @@ def test_twins_do_not_share_anything(base: BaseModel, devices: list[Device], alo
 
 
 def open_session(base: BaseModel) -> m.OpenSession:
-    return m.OpenSession(
+    return conversations.open_session(
         base_fingerprint=base.fingerprint,
         groups=base.groups([name for name in base.targets if name.endswith(("q_proj", "down_proj"))]),
-        wire_dtype="fp32",
         kill_revive=KillReviveConfig(active_fraction=1.0),
-        seed=0,
-        total_steps=5,
     )
 
 
@@ -217,7 +215,7 @@ def test_a_step_leaves_no_graph_behind(base: BaseModel, tmp_path: Path) -> None:
     import gc
     import weakref
 
-    from dlora.cloud.exchange import sites as exchange
+    from dlora.cloud.exchange import exchange
 
     save_tiny(tmp_path / "model", num_hidden_layers=BLOCKS)
     bundle = tmp_path / "bundle"

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlora.cloud.serving.ticket import controller_of, ticket_of
+from dlora.edge.adapters.kind import Parameter
+from dlora.edge.adapters.lora import LoraGroup, LoraModule
 from dlora.edge.training.scores import Scorer
+from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.controller import Controller, unit_costs
 from dlora.protocol.errors import RemoteProtocolError, UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
@@ -267,10 +270,11 @@ def test_a_failed_last_trial_gives_its_seat_back_to_the_best_remembered() -> Non
 
 def test_costs_count_bytes_round_trips_and_depth() -> None:
     groups = make_groups(4, 2)
-    blocks = unit_costs(groups, group_units(groups, "block"))
+    widths = crossings(AdapterSpec(), groups)
+    blocks = unit_costs(groups, group_units(groups, "block"), widths)
     np.testing.assert_allclose(blocks.mean(), 1.0)
     np.testing.assert_allclose(blocks, (2 + np.array([4, 3, 2, 1]) / 2.5) / 3)
-    single = unit_costs(groups, group_units(groups, "group"))
+    single = unit_costs(groups, group_units(groups, "group"), widths)
     np.testing.assert_allclose(single.mean(), 1.0)
     assert (single[1::2] > single[::2]).all()  # wider outputs
 
@@ -349,13 +353,12 @@ class Toy:
             weight[active] -= self.lr * hat_m / (np.sqrt(hat_v) + 1e-8)
         scores = np.zeros(self.units, np.float32)
         for unit in np.flatnonzero(active):
-            at = self.weights if scorer.needs_previous else before
-            part = scorer.module_score(
-                scaling=1.0, lora_A=at[0][unit], lora_B=at[1][unit],
-                previous_A=before[0][unit], previous_B=before[1][unit],
-                grad_A=grads[0][unit], grad_B=grads[1][unit],
-            )  # fmt: skip
-            scores[unit] = scorer.unit_score([part])
+            a, b = (Parameter.of(each[unit]) for each in before)
+            group = LoraGroup([LoraModule("one", a, b)], scaling=1.0)
+            remembered = scorer.before(group)
+            a.value, b.value = (each[unit] for each in self.weights)
+            a.grad, b.grad = (each[unit] for each in grads)
+            scores[unit] = scorer.unit_score(scorer.parts(group, remembered))
         return scores
 
 

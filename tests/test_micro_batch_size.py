@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import conversations
 import msgspec
 import numpy as np
 import pytest
@@ -165,14 +166,10 @@ BOMB = [LONGEST] + [1] * (MAX_TOKENS - LONGEST)  # MAX_TOKENS tokens; with paddi
 @contextmanager
 def opened(url: str, base: BaseModel) -> Iterator[ClientConnection]:
     """A session without adapters, over a websocket that knows no rules of ours."""
+    kill_revive = KillReviveConfig(score="static", active_fraction=0.0)
     targets = [name for name in base.targets if name.endswith(("q_proj", "v_proj"))]
-    opening = m.OpenSession(
-        base_fingerprint=base.fingerprint,
-        groups=base.groups(targets),
-        wire_dtype="fp32",
-        kill_revive=KillReviveConfig(score="static", active_fraction=0.0),
-        seed=0,
-        total_steps=1,
+    opening = conversations.open_session(
+        base_fingerprint=base.fingerprint, groups=base.groups(targets), kill_revive=kill_revive, total_steps=1
     )
     with connect(url, compression=None, proxy=None) as websocket:
         websocket.send(encode(m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software="a stranger")))

@@ -145,9 +145,10 @@ def test_the_seed_that_crosses_is_not_the_adapters(leak: Leak) -> None:
     decoder = Decoder()
     openings = [each for each in map(decoder.decode, leak.received) if isinstance(each, m.OpenSession)]
     assert len(openings) == 2
-    assert openings[0].seed == openings[1].seed == seed_for_server(config().seed)
-    assert openings[0].seed not in config().seed
-    theirs, ours = (adapter_generator(seed).random(8) for seed in ((openings[0].seed,), config().seed))
+    (told,) = {each.purpose.seed for each in openings if isinstance(each.purpose, m.Train)}
+    assert told == seed_for_server(config().seed)
+    assert told not in config().seed
+    theirs, ours = (adapter_generator(seed).random(8) for seed in ((told,), config().seed))
     assert not np.isin(theirs, ours).any()
 
 
@@ -160,13 +161,14 @@ def test_the_server_does_not_tell_where_its_model_lies(leak: Leak) -> None:
 def test_no_message_of_the_device_has_a_field_for_them() -> None:
     """What a device may say: embeddings, deltas, gradients, scores, settings, its name, and what it was given."""
     allowed = {
-        "step", "micro_batch", "group", "protocol_versions", "software", "base_fingerprint", "groups", "wire_dtype",
-        "kill_revive", "seed", "total_steps", "next_step", "ticket", "mode", "hidden_states", "sequence_lengths",
-        "label_positions", "deltas", "grad_hidden_states", "scores", "code", "message", "retryable", "retry_after_s",
-        "device", "session", "token", "received",
+        "step", "micro_batch", "group", "protocol_versions", "software", "base_fingerprint", "groups", "adapter",
+        "codecs", "purpose", "window", "tensors", "mode", "hidden_states", "sequence_lengths", "label_positions",
+        "crossing_positions", "examples", "kill_revive", "seed", "total_steps", "next_step", "ticket", "deltas",
+        "grad_hidden_states", "scores", "code", "message", "retryable", "retry_after_s", "device", "session", "token",
+        "received",
     }  # fmt: skip
     spoken = (
-        m.Hello, m.OpenSession, m.Embeddings, m.GroupDelta, m.GradHiddenStates, m.GroupInputGrad, m.StepReport,
-        m.ResumeSession, m.CloseSession, m.Error,
+        m.Hello, m.OpenSession, m.Train, m.Use, m.MakeAdapterState, m.AdapterState, m.Embeddings, m.GroupDelta,
+        m.GradHiddenStates, m.GroupInputGrad, m.StepReport, m.ResumeSession, m.CloseSession, m.Error,
     )  # fmt: skip
     assert {field for kind in spoken for field in kind.__struct_fields__} == allowed

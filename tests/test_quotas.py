@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from waiting import eventually
 
-from dlora.cloud.door.quotas import QuotaLimits, Quotas, SessionQuota
+from dlora.cloud.door.quotas import Charge, QuotaLimits, Quotas, SessionQuota
 from dlora.protocol.errors import RemoteProtocolError, UsageError
 from dlora.protocol.messages import ErrorCode
 
@@ -46,8 +46,7 @@ def test_without_limits_nothing_is_refused() -> None:
     quotas, _ = make()
     sessions = [quotas.open_session("a") for _ in range(100)]
     for session in sessions:
-        session.begin(10**9, 10**15)
-        session.end(1e9)
+        session.begin(10**9, 10**15).end(1e9)
         session.begin(10**9, 10**15)
 
 
@@ -67,8 +66,7 @@ def test_sessions_are_counted_for_each_caller_until_they_close() -> None:
 def test_tokens_are_waited_for_exactly() -> None:
     quotas, clock = make(tokens_per_minute=600)
     session = quotas.open_session("a")
-    session.begin(600, 0)
-    session.end(0.0)
+    session.begin(600, 0).end(0.0)
     error = refused(lambda: session.begin(70, 0))
     assert (error.code, error.retryable) == (ErrorCode.QUOTA_TOKENS, True)
     assert error.retry_after_s == pytest.approx(7.0, abs=0.002)
@@ -90,8 +88,7 @@ def test_what_was_not_used_is_kept_for_a_minute_and_no_longer() -> None:
 def test_a_caller_does_not_get_new_tokens_by_closing_its_session() -> None:
     quotas, _ = make(tokens_per_minute=600)
     with quotas.open_session("a") as session:
-        session.begin(600, 0)
-        session.end(0.0)
+        session.begin(600, 0).end(0.0)
     refused(lambda: quotas.open_session("a").begin(1, 0))
 
 
@@ -114,12 +111,11 @@ def test_memory_of_the_server_is_waited_for_in_line() -> None:
     """The second needs more than is free, and the third, which would fit, does not overtake it."""
     quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=1000)
     first, second, third = (quotas.open_session(name) for name in "abc")
-    first.begin(1, 600)
-    begun: list[str] = []
+    charge = first.begin(1, 600)
+    begun: dict[str, Charge] = {}
 
     def begin(session: SessionQuota, live_bytes: int) -> None:
-        session.begin(1, live_bytes)
-        begun.append(session.name)
+        begun[session.name] = session.begin(1, live_bytes)
 
     waiting = []
     for session, live_bytes in ((second, 700), (third, 300)):
@@ -127,27 +123,27 @@ def test_memory_of_the_server_is_waited_for_in_line() -> None:
         waiting[-1].start()
         eventually(lambda: len(quotas._line) == len(waiting))
     first.begin(1, 0)  # a report takes none, and waits for nobody
-    assert begun == []
-    first.end(0.0)
+    assert not begun
+    charge.end(0.0)
     for thread in waiting:
         thread.join(20)
     assert sorted(begun) == ["b", "c"]
     assert quotas.live_bytes == 1000
-    for session in (second, third):
-        session.end(0.0)
+    for charge in begun.values():
+        charge.end(0.0)
     assert quotas.live_bytes == 0
 
 
 def test_who_waited_for_memory_is_asked_for_its_own_quota_again() -> None:
     quotas = Quotas(QuotaLimits(live_bytes=700), Clock(), total_live_bytes=1000)
     other, one, two = quotas.open_session("b"), quotas.open_session("a"), quotas.open_session("a")
-    other.begin(1, 700)
+    charge = other.begin(1, 700)
     refusals: list[RemoteProtocolError] = []
     waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: one.begin(1, 600))))
     waiting.start()
     eventually(lambda: len(quotas._line) == 1)
     assert two.queue(300)  # of the same caller, without waiting
-    other.end(0.0)
+    charge.end(0.0)
     waiting.join(20)
     assert [refusal.code for refusal in refusals] == [ErrorCode.QUOTA_LIVE_BYTES]
     assert not quotas._line
@@ -167,14 +163,14 @@ def test_frames_that_nobody_has_read_count() -> None:
         Quotas(QuotaLimits(), Clock(), total_live_bytes=10**6),
     ):
         one, other = quotas.open_session("a"), quotas.open_session("a")
-        other.begin(1, 900_000)
+        charge = other.begin(1, 900_000)
         assert one.queue(2000)
         assert one.queue(500_000)
         assert quotas.live_bytes == 1_402_000
         assert not one.queue(1)
         one.unqueue(500_000)
         assert one.queue(500_000)
-        other.end(0.0)
+        charge.end(0.0)
         assert one.queue(498_000)
         assert not one.queue(1)
         one.unqueue(1_000_000)
@@ -185,12 +181,12 @@ def test_frames_that_nobody_has_read_count() -> None:
 def test_frames_of_those_who_wait_do_not_stop_the_line() -> None:
     quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=100)
     first, second = quotas.open_session("a"), quotas.open_session("b")
-    first.begin(1, 60)
+    charge = first.begin(1, 60)
     waiting = threading.Thread(target=second.begin, args=(1, 50))
     waiting.start()
     eventually(lambda: quotas.is_awaited)
     assert second.queue(60)
-    first.end(0.0)
+    charge.end(0.0)
     waiting.join(20)
     assert not waiting.is_alive()
     assert quotas.live_bytes == 110
@@ -227,24 +223,21 @@ def test_a_report_is_not_refused_for_memory() -> None:
 def test_live_bytes_count_over_all_sessions_until_the_micro_batch_ends() -> None:
     quotas, _ = make(live_bytes=1000)
     one, other = quotas.open_session("a"), quotas.open_session("a")
-    one.begin(1, 600)
+    charge = one.begin(1, 600)
     error = refused(lambda: other.begin(1, 401))
     assert (error.code, error.retryable) == (ErrorCode.QUOTA_LIVE_BYTES, True)
-    other.begin(1, 400)
-    other.end(0.0)
+    other.begin(1, 400).end(0.0)
     one.close()  # its thread has yet to let go of the graph
     refused(lambda: other.begin(1, 401))
-    one.end(0.0)
+    charge.end(0.0)
     other.begin(1, 1000)
 
 
 def test_compute_runs_over_by_one_micro_batch_and_is_waited_for() -> None:
     quotas, clock = make(compute_s_per_hour=36.0)  # 1 s in 100
     session = quotas.open_session("a")
-    session.begin(1, 0)
-    session.end(35.0)
-    session.begin(1, 0)
-    session.end(5.0)
+    session.begin(1, 0).end(35.0)
+    session.begin(1, 0).end(5.0)
     error = refused(lambda: session.begin(1, 0))
     assert (error.code, error.retryable) == (ErrorCode.QUOTA_COMPUTE, True)
     assert error.retry_after_s == pytest.approx(400.0, abs=0.002)
@@ -255,13 +248,12 @@ def test_compute_runs_over_by_one_micro_batch_and_is_waited_for() -> None:
 def test_a_refusal_for_one_thing_charges_nothing_for_another() -> None:
     quotas, clock = make(tokens_per_minute=600, live_bytes=1000, compute_s_per_hour=36.0)
     session, other = quotas.open_session("a"), quotas.open_session("a")
-    other.begin(1, 1)
+    charge = other.begin(1, 1)
     for _ in range(5):
         assert refused(lambda: session.begin(599, 1000)).code == ErrorCode.QUOTA_LIVE_BYTES
-    session.begin(599, 999)
-    session.end(36.0)
+    session.begin(599, 999).end(36.0)
     clock.now += 60.0
-    other.end(36.0)
+    charge.end(36.0)
     for _ in range(5):
         assert refused(lambda: session.begin(600, 1000)).code == ErrorCode.QUOTA_COMPUTE
     clock.now += 3600.0
@@ -271,8 +263,7 @@ def test_a_refusal_for_one_thing_charges_nothing_for_another() -> None:
 def test_of_several_reasons_the_one_that_lasts_longest_is_named() -> None:
     quotas, clock = make(tokens_per_minute=600, compute_s_per_hour=36.0)
     session = quotas.open_session("a")
-    session.begin(600, 0)
-    session.end(37.0)
+    session.begin(600, 0).end(37.0)
     error = refused(lambda: session.begin(600, 0))
     assert error.code == ErrorCode.QUOTA_COMPUTE
     clock.now += error.retry_after_s or 0.0
@@ -284,8 +275,7 @@ def test_callers_that_left_are_forgotten_once_their_buckets_have_drained() -> No
     staying = quotas.open_session("staying")
     for number in range(1000):
         with quotas.open_session(f"busy {number}") as session:
-            session.begin(600, 10)
-            session.end(1.0)
+            session.begin(600, 10).end(1.0)
     assert quotas.callers == 1001
     refused(lambda: quotas.open_session("busy 0").begin(1, 0))
     clock.now += 60.1
@@ -340,6 +330,7 @@ class AgainstTheModel(RuleBasedStateMachine):
         self.clock = Clock()
         self.quotas = Quotas(LIMITS, self.clock)
         self.models = {"a": Model(), "b": Model()}
+        self.charges: dict[int, Charge] = {}
 
     @rule(target=idle, name=NAMES)
     def open(self, name: str) -> SessionQuota | None:
@@ -381,15 +372,15 @@ class AgainstTheModel(RuleBasedStateMachine):
                 return session
         elif longest > -1e-3:
             self.clock.now += 0.01  # too close to call
-        session.begin(tokens, live_bytes)
+        self.charges[id(session)] = session.begin(tokens, live_bytes)
         model.tokens.append((self.clock.now, tokens))
         model.live[id(session)] = live_bytes
         return session
 
     @rule(target=idle, session=consumes(running), compute_s=st.floats(0.0, 40.0))
     def end(self, session: SessionQuota | None, compute_s: float) -> SessionQuota | None:
-        if session is not None:
-            session.end(compute_s)
+        if session is not None and id(session) in self.charges:
+            self.charges.pop(id(session)).end(compute_s)
             self.models[session.name].compute.append((self.clock.now, compute_s))
             self.models[session.name].live[id(session)] = 0
         return session
@@ -438,12 +429,12 @@ def test_threads_never_hold_more_than_the_quota_together() -> None:
         while True:
             try:
                 with quotas.open_session("a") as session:
-                    session.begin(7, 40)
+                    charge = session.begin(7, 40)
                     held.add(session)
                     most = max(most, len(held))
                     held.remove(session)
                     granted += 7
-                    session.end(0.0)
+                    charge.end(0.0)
             except RemoteProtocolError as error:
                 if error.code == ErrorCode.QUOTA_TOKENS:
                     return granted, most

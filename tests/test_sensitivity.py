@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dlora.edge.adapters.kind import Parameter
+from dlora.edge.adapters.lora import LoraGroup, LoraModule
 from dlora.edge.training.scores import Scorer
 
 SCALING = 2.0
@@ -15,6 +17,13 @@ SCALING = 2.0
 def adapter(rng: np.random.Generator, rank: int = 4, inputs: int = 12, outputs: int = 9) -> dict[str, np.ndarray]:
     shapes = {"A": (rank, inputs), "B": (outputs, rank)}
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def lora(*modules: dict[str, np.ndarray]) -> LoraGroup:
+    named = [
+        LoraModule(str(index), Parameter.of(each["A"]), Parameter.of(each["B"])) for index, each in enumerate(modules)
+    ]
+    return LoraGroup(named, SCALING)
 
 
 def dense(weights: dict[str, np.ndarray]) -> np.ndarray:
@@ -58,7 +67,8 @@ def test_norm_is_the_dense_norm_of_all_modules_together() -> None:
     rng = np.random.default_rng(1)
     modules = [adapter(rng), adapter(rng, rank=2, outputs=3)]
     scorer = Scorer("norm")
-    parts = [scorer.module_score(scaling=SCALING, lora_A=m["A"], lora_B=m["B"]) for m in modules]
+    group = lora(*modules)
+    parts = scorer.parts(group, scorer.before(group))
     whole = np.concatenate([dense(m).ravel() for m in modules])
     np.testing.assert_allclose(scorer.unit_score(parts), np.linalg.norm(whole), rtol=1e-12)
 
@@ -68,13 +78,13 @@ def test_sensitivity_is_the_mean_over_all_numbers_and_grad_the_norm_of_b() -> No
     modules = [(adapter(rng), adapter(rng)), (adapter(rng, outputs=3), adapter(rng, outputs=3))]
     scores = {}
     for name in ("sensitivity", "grad"):
-        scorer = Scorer(name)
-        assert scorer.needs_gradient
-        assert not scorer.needs_previous
-        scores[name] = scorer.unit_score(
-            scorer.module_score(scaling=SCALING, lora_A=w["A"], lora_B=w["B"], grad_A=g["A"], grad_B=g["B"])
-            for w, g in modules
-        )
+        scorer, group = Scorer(name), lora(*(weights for weights, _ in modules))
+        for module, (_, grads) in zip(group.modules, modules, strict=True):
+            module.lora_A.grad, module.lora_B.grad = grads["A"], grads["B"]
+        before = scorer.before(group)
+        for parameter in group.parameters().values():  # a step, which these scores do not see
+            parameter.value = parameter.value + 1
+        scores[name] = scorer.unit_score(scorer.parts(group, before))
     products = np.concatenate([np.abs(w[n] * g[n]).ravel() for w, g in modules for n in "AB"])
     gradients = np.concatenate([g["B"].ravel() for _, g in modules])
     np.testing.assert_allclose(scores["sensitivity"], products.mean(dtype=np.float64), rtol=1e-6)
@@ -83,19 +93,10 @@ def test_sensitivity_is_the_mean_over_all_numbers_and_grad_the_norm_of_b() -> No
 
 @pytest.mark.parametrize("score", ["random", "static", "last"])
 def test_policies_that_ignore_scores_cost_nothing(score: str) -> None:
-    scorer = Scorer(score)
-    weights = adapter(np.random.default_rng(3))
-    part = scorer.module_score(scaling=SCALING, lora_A=weights["A"], lora_B=weights["B"])
-    assert scorer.unit_score([part, part]) == 0.0
-    assert not scorer.needs_previous
-    assert not scorer.needs_gradient
-
-
-@pytest.mark.parametrize("score", ["change", "sensitivity", "grad"])
-def test_what_a_score_needs_must_be_there(score: str) -> None:
-    weights = adapter(np.random.default_rng(4))
-    with pytest.raises(ValueError, match=score):
-        Scorer(score).module_score(scaling=SCALING, lora_A=weights["A"], lora_B=weights["B"])
+    scorer, group = Scorer(score), lora(adapter(np.random.default_rng(3)))
+    before = scorer.before(group)
+    assert before.factors == []
+    assert scorer.unit_score(scorer.parts(group, before)) == 0.0
 
 
 @pytest.mark.parametrize("score", ["change", "sensitivity", "grad", "norm", "last"])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import conversations
 import numpy as np
 import pytest
 import torch
@@ -133,12 +134,9 @@ def open_session(base: BaseModel, **changes: object) -> m.OpenSession:
     settings = {
         "base_fingerprint": base.fingerprint,
         "groups": base.groups(names),
-        "wire_dtype": "fp32",
         "kill_revive": KillReviveConfig(active_fraction=1.0),
-        "seed": 0,
-        "total_steps": 5,
     }
-    return m.OpenSession(**{**settings, **changes})  # type: ignore[arg-type]
+    return conversations.open_session(**{**settings, **changes})
 
 
 def embeddings(tokens: int = 3, **changes: object) -> m.Embeddings:

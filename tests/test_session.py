@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlora.protocol import messages as m
+from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing
 from dlora.protocol.codec import encode
 from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from dlora.protocol.groups import GroupSpec
@@ -27,12 +28,37 @@ from dlora.protocol.version import PROTOCOL_VERSIONS
 
 E, C = Role.EDGE, Role.CLOUD
 
+KEEPING = AdapterSpec(kind="keeping", r=2)
+
+
+class Keeping:
+    """A kind that is LoRA on the wire, and for which a server keeps a vector of each group."""
+
+    name = "keeping"
+
+    def check(self, spec: AdapterSpec) -> None:
+        pass
+
+    def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
+        return KINDS["lora"].crossing(spec, group)
+
+    def parameter_shapes(self, spec: AdapterSpec, group: GroupSpec) -> dict[str, tuple[int, ...]]:
+        return KINDS["lora"].parameter_shapes(spec, group)
+
+    def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[tuple[int, ...], ...]:
+        return ((group.in_features,),)
+
+
+KINDS.setdefault("keeping", Keeping())
+
 # The shortest way to each state.
 WAYS: dict[State, list[m.AnyMessage]] = {
     State.START: [],
     State.GREETING: c.opening()[:1],
     State.GREETED: c.opening()[:2],
     State.OPENING: c.opening()[:3],
+    State.SETTING_UP: c.opening(adapter=KEEPING),
+    State.MAKING_STATE: [*c.opening(adapter=KEEPING), m.MakeAdapterState()],
     State.IDLE: c.opening(),
     State.FORWARD: [*c.opening(), c.embeddings()],
     State.DELTA: [*c.opening(), c.embeddings(), c.group_input()],
@@ -47,7 +73,7 @@ ONE_OF_EACH: dict[type, m.AnyMessage] = {
     for message in (
         *c.opening(), c.embeddings(), c.group_input(), c.group_delta(), c.labelled(gradients=3), c.grad_hidden_states(),
         c.group_grad(group=1), c.group_input_grad(group=2), c.report(), c.signal(), m.CloseSession(), c.error(),
-        c.resume_session(), c.session_resumed(), m.SessionGone(),
+        c.resume_session(), c.session_resumed(), m.SessionGone(), m.MakeAdapterState(), c.adapter_state(),
     )
 }  # fmt: skip
 
@@ -588,9 +614,9 @@ class Talk:
         training = draw(st.booleans())
         if not training:
             self.say(c.embeddings(step, draw(small), mode="evaluate"))
-            micro_batch = self.pair.sides[E]._begun.micro_batch  # type: ignore[union-attr]
+            ((_, micro_batch),) = self.pair.sides[E].under_way
         else:
-            micro_batch = self.pair.sides[E]._micro_batch
+            micro_batch = self.pair.sides[E]._next_micro_batch
             self.say(c.embeddings(step, micro_batch))
         while unsignalled:
             self.signal(unsignalled)

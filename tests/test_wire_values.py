@@ -8,26 +8,26 @@ import numpy as np
 import pytest
 import torch
 
-from dlora.cloud.exchange.wire import to_wire
+from dlora.cloud.exchange.wire import TORCH_CODECS
 from dlora.protocol import messages as m
 from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode, seal
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.session import Session
 from dlora.protocol.states import Role
 from dlora.protocol.tensors import MAX_EXPONENT, WireTensor
-from dlora.protocol.wire_codecs import WireDtype, encode_floats
+from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole, WireDtype, decode_floats, encode_floats, is_finite
 
 
 @pytest.mark.parametrize("exponent", [112, 113, 120, MAX_EXPONENT])
 @pytest.mark.parametrize("value", [1.0, 32752.0, 65504.0, -65504.0])
 def test_a_finite_half_whose_exponent_leads_beyond_float32_is_not_finite(value: float, exponent: int) -> None:
     tensor = WireTensor("fp16", np.array([value], np.float16), exponent)
-    assert tensor.is_finite() == (abs(value) * 2.0**exponent <= float(np.finfo(np.float32).max))
+    assert is_finite(tensor) == (abs(value) * 2.0**exponent <= float(np.finfo(np.float32).max))
 
 
 @pytest.mark.parametrize("peak", [3.4e38, 1e30, 1.0, 1e-30, 1e-45])
 def test_everything_that_we_send_is_finite(peak: float) -> None:
-    assert encode_floats(np.array([peak, -peak / 3, 0], np.float32), "fp16").is_finite()
+    assert is_finite(encode_floats(np.array([peak, -peak / 3, 0], np.float32), "fp16"))
 
 
 def test_an_exponent_is_an_integer() -> None:
@@ -47,8 +47,17 @@ def test_a_ticket_is_bytes_from_the_first_one_on() -> None:
         session.receive(encode(m.SessionOpened(session="one", units=units, ticket=c.floats(3), token=c.TOKEN)))
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_each_codec_of_the_device_has_a_twin_on_the_server() -> None:
+    assert list(TORCH_CODECS) == list(CODECS)
+    assert set(Codecs.__struct_fields__) == {role.value for role in TensorRole}
+
+
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("peak", [0.0, 1e-30, 3e-5, 1.0, 2.0**15, 7e4, 1e30])
-def test_both_sides_put_the_same_bits_on_the_wire(peak: float, dtype: WireDtype) -> None:
+def test_both_sides_put_the_same_bits_on_the_wire(peak: float, name: WireDtype) -> None:
     values = np.random.default_rng(0).uniform(-1, 1, (5, 7)).astype(np.float32) * np.float32(peak)
-    assert to_wire(torch.from_numpy(values), dtype) == encode_floats(values, dtype)
+    tensor = encode_floats(values, name)
+    assert TORCH_CODECS[name].encode(torch.from_numpy(values)) == tensor
+    assert tensor.nbytes == CODECS[name].nbytes(*values.shape)
+    decoded = TORCH_CODECS[name].decode(tensor, torch.device("cpu"), torch.float32)
+    assert decoded.numpy().tobytes() == np.ascontiguousarray(decode_floats(tensor)).tobytes()

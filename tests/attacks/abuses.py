@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from typing import Any
 
+import conversations
 import msgspec
 import numpy as np
 from hostile import BINARY, CLOSE, CONT, PING, PONG, TEXT, HostileClient, frame, hostile, hostile_websocket, request
@@ -86,12 +87,10 @@ class HostileDevice:
         settings: dict[str, Any] = {
             "base_fingerprint": self.session.welcome.base_fingerprint,
             "groups": self._target.groups,
-            "wire_dtype": "fp32",
             "kill_revive": KillReviveConfig(active_fraction=1.0),
             "seed": 0,
-            "total_steps": 9,
         }
-        return m.OpenSession(**{**settings, **changes})
+        return conversations.open_session(**{**settings, **changes})
 
     def embeddings(self, tokens: int = TOKENS, value: float = 1.0, **changes: Any) -> m.Embeddings:
         assert self.session.welcome is not None

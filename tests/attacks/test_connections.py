@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import conversations
 import numpy as np
 import pytest
 from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, besieged
@@ -166,7 +167,7 @@ def test_what_may_come_before_a_session_is_what_the_model_can_need(family: str) 
     units = tuple(range(len(every)))
     config = KillReviveConfig(unit="group", pinned=units, static=units, kill_every=10**9, revive_every=10**9)
     controller = Controller(config, every, seed=0, total_steps=9)
-    largest = m.OpenSession(
+    largest = conversations.open_session(
         base_fingerprint=base.fingerprint, groups=every, wire_dtype="fp16", kill_revive=config, seed=2**32 - 1,
         total_steps=2**32 - 1, next_step=2**32 - 1, ticket=ticket_of(controller, bytes(32)),
     )  # fmt: skip

@@ -203,7 +203,7 @@ GROUP = b"\xa4step\x00\xabmicro_batch\x00\xa5group\x00"
         (b"\x85\xa4type\xabgroup_input" + GROUP + b"\xadhidden_states", b"\x90"),
         (b"\x85\xa4type\xabgroup_delta" + GROUP + b"\xa6deltas", b"\x93\xa4fp32\x91\x00\x00"),
         (b"\x82\xa4type\xa5hello\xb1protocol_versions", b"\x01"),
-        (OPEN + b"\xabkill_revive\x81\xa6pinned", b"\x01"),
+        (OPEN + b"\xa7purpose\x82\xa7purpose\xa5train\xabkill_revive\x81\xa6pinned", b"\x01"),
         (OPEN + b"\xa6groups", b"\x80"),
     ],
     ids=["maps for a tensor", "arrays for a tensor", "a million tensors", "versions", "pinned units", "groups"],
