@@ -248,7 +248,9 @@ class Commit:
 def _link_packages(checkout: Path, site: Path) -> list[str]:
     """Make the packages that ``pyproject.toml`` names importable from ``site``; their names."""
     project = tomllib.loads((checkout / "pyproject.toml").read_text())
-    folders: dict[str, str] = project["tool"]["setuptools"]["package-dir"]
+    folders: dict[str, str] = project["tool"]["setuptools"].get("package-dir", {})
+    if "" in folders or not folders:
+        fail(f"{checkout}: pyproject.toml does not say in package-dir where each package is")
     linked: list[str] = []
     for name, folder in sorted(folders.items()):
         if any(name.startswith(f"{parent}.") for parent in linked):
@@ -335,7 +337,10 @@ def run_case(
         commit.run("-m", "dlora.edge", "resume", str(out), "--steps", str(STEPS))
     found = commit.run("-m", "dlora.edge", "evaluate", *run, "--data", str(material.held_out), "--adapter", str(out),
                        "--wire-dtype", "fp32", "--engine", "onnx", "--threads", "1", "--json")  # fmt: skip
-    result = read_result(out, json.loads(found))
+    try:
+        result = read_result(out, json.loads(found))
+    except (KeyError, OSError, ValueError) as error:
+        fail(f"{commit.name}: {case.name}: read_result does not know what this commit wrote: {error!r}")
     check_case(commit, case, result)
     return result
 
