@@ -1,0 +1,483 @@
+"""Do two commits give the same results, bit for bit? For a change of code that must change no number.
+
+    python benchmarks/same_results.py BEFORE [AFTER]        # git revisions; AFTER is HEAD where it is left out
+    python benchmarks/same_results.py BEFORE --worktree     # AFTER is what lies here, committed or not
+
+Both commits train tiny models with random weights, each with its own server and exporter: llama, GPT-2 and Gemma 2,
+with Kill and Revive and without, one run that is stopped and resumed, one that is made longer. Modules, messages and
+bundles may differ: each commit is driven by its command lines alone, in processes of its own. An option that only one
+of ``dlora-export`` and ``dlora-edge train`` has, such as ``--target-modules``, is given to that one.
+
+Compared are what ``adapter_model.safetensors`` holds, rank and alpha in ``adapter_config.json``, loss, gradient norm
+and units of each line of ``metrics.jsonl``, the losses in ``evaluations.jsonl``, and what ``dlora-edge evaluate`` finds
+for the saved adapter. Times and bytes on the wire are not. Models and the software that both commits stand on are those
+of this environment; everything computes with one thread.
+
+Prints one JSON object. Exit code 0: equal; 1: not equal; 2: one of the commits could not be run to the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+from children import QUIET_THREADS, log
+from safetensors.numpy import load_file
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+BLOCKS: Final = 4
+STEPS: Final = 40
+STOPPED_AFTER: Final = 12  # steps at least, of the run that is stopped
+FIRST_PART: Final = 18  # steps of the run that is made longer
+PATIENCE_S: Final = 120.0
+
+# Wide enough that the order in which numbers are summed shows in the last bits.
+_LLAMA: Final = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": BLOCKS}
+MODELS: Final[dict[str, dict[str, Any]]] = {
+    "llama": _LLAMA,
+    "gpt2": {"n_embd": 64, "n_layer": BLOCKS},
+    "gemma2": {**_LLAMA, "head_dim": 16, "query_pre_attn_scalar": 16},
+}
+"""Hugging Face ``model_type`` to changes of its tiny config."""
+
+# Exporter and device: who has an option gets it, and the device where both have it.
+SPLIT_OPTIONS: Final = {"--rank": "4", "--alpha": "8"}
+RUN_OPTIONS: Final = {
+    "--batch-size": "4",
+    "--grad-accum": "2",
+    "--lr": "0.01",
+    "--schedule": "cosine",
+    "--weight-decay": "0.01",
+    "--eval-every": "15",
+    "--wire-dtype": "fp32",
+    "--seed": "7",
+    "--engine": "onnx",
+    "--threads": "1",
+}
+# Killed from step 4 on, revived from step 16 on: see Schedule in protocol/kill_revive.py.
+KILL_REVIVE: Final = {
+    "--active-fraction": "0.5",
+    "--kr-warmup-steps": "4",
+    "--kr-kill-every": "3",
+    "--kr-revive-every": "6",
+    "--kr-probation": "3",
+    "--kr-hysteresis": "0",
+}
+BY_GROUP: Final = {**KILL_REVIVE, "--kr-unit": "group", "--kr-score": "sensitivity"}
+QV: Final = "q_proj,v_proj"
+ALL_OF_A_BLOCK: Final = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of training.
+
+    Attributes:
+        head: the head's dtype.
+        options: of the device, beside ``RUN_OPTIONS``.
+        way: in one go; stopped by a signal and resumed; or ended, and then made longer.
+    """
+
+    name: str
+    model: str
+    targets: str
+    head: str = "fp32"
+    options: Mapping[str, str] = field(default_factory=dict)
+    way: Literal["once", "resumed", "longer"] = "once"
+
+    @property
+    def has_kills(self) -> bool:
+        return "--active-fraction" in self.options
+
+    @property
+    def split_options(self) -> dict[str, str]:
+        return {**SPLIT_OPTIONS, "--target-modules": self.targets, "--head-dtype": self.head}
+
+
+CASES: Final = (
+    Case("llama", "llama", QV),
+    Case("llama, kill and revive", "llama", QV, options=KILL_REVIVE),
+    Case("llama, kill and revive, resumed", "llama", QV, options=KILL_REVIVE, way="resumed"),
+    Case("llama, kill and revive, longer", "llama", QV, options=KILL_REVIVE, way="longer"),
+    Case("llama, all modules", "llama", ALL_OF_A_BLOCK),
+    Case("llama, all modules, kill and revive by group", "llama", ALL_OF_A_BLOCK, options=BY_GROUP),
+    Case("gpt2", "gpt2", "c_attn,c_fc", head="fp16"),
+    Case("gpt2, kill and revive, held", "gpt2", "c_attn,c_fc", "fp16", {**KILL_REVIVE, "--kr-on-kill": "hold_forward"}),
+    Case("gemma2", "gemma2", ALL_OF_A_BLOCK, head="int8"),
+    Case("gemma2, kill and revive", "gemma2", ALL_OF_A_BLOCK, head="int8", options=KILL_REVIVE),
+)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What both commits begin with: a folder with one model directory a family, and data."""
+
+    models: Path
+    train: Path
+    held_out: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind: adapter weights by PEFT's names, and exact values by the place they are from."""
+
+    tensors: dict[str, npt.NDArray[Any]]
+    steps: int
+    values: dict[str, dict[str, str]]
+
+
+def fail(text: str) -> NoReturn:
+    log(f"error: {text}")
+    raise SystemExit(2)
+
+
+class Commit:
+    """A commit's command lines.
+
+    Args:
+        name: what messages call it.
+        checkout: where its files are.
+        scratch: an empty folder, for everything that it makes.
+    """
+
+    def __init__(self, name: str, checkout: Path, scratch: Path) -> None:
+        self.name = name
+        self.scratch = scratch
+        self.modules = _link_packages(checkout, scratch / "site")
+        self._environment = {
+            **os.environ,
+            **QUIET_THREADS,
+            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(scratch / "site"), os.environ.get("PYTHONPATH")))),
+            "DLORA_EDGE_STATE": str(scratch / "edge-state"),
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "200",
+            "NO_COLOR": "1",
+            "TERM": "dumb",
+        }
+        self._check_modules(checkout)
+
+    def start(self, *command: str, stderr: Path) -> subprocess.Popen[str]:
+        # In the scratch folder: python -m looks for modules in the working directory first.
+        with stderr.open("w") as log_file:
+            return subprocess.Popen(
+                [sys.executable, *command],
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                text=True,
+                env=self._environment,
+                cwd=self.scratch,
+            )
+
+    def run(self, *command: str, code: int = 0) -> str:
+        """Run a Python command to its end; what it printed."""
+        stderr = self.scratch / "stderr.txt"
+        process = self.start(*command, stderr=stderr)
+        stdout = process.communicate()[0]
+        if process.returncode != code:
+            self.give_up(command, process.returncode, stderr)
+        return stdout
+
+    def give_up(self, command: tuple[str, ...], code: int | None, stderr: Path) -> NoReturn:
+        log(stderr.read_text()[-3000:])
+        fail(f"{self.name}: {' '.join(command)} ended with {code}; its last words are above")
+
+    @functools.cache  # noqa: B019  (there are two commits, and they live as long as the program)
+    def options_of(self, *command: str) -> frozenset[str]:
+        """The options in a command's ``--help``."""
+        text = self.run("-m", *command, "--help")
+        return frozenset(re.findall(r"^[│|]? {0,4}\*? {0,3}(--[a-z][a-z-]*)\b", text, re.MULTILINE))
+
+    def split(self, options: Mapping[str, str]) -> tuple[list[str], list[str]]:
+        """Arguments of the exporter and of ``dlora-edge train``."""
+        export, train = list[str](), list[str]()
+        for option, value in options.items():
+            if option in self.options_of("dlora.edge", "train"):
+                train += (option, value)
+            elif option in self.options_of("dlora.export"):
+                export += (option, value)
+            else:
+                fail(f"{self.name}: neither dlora-export nor dlora-edge train has {option}")
+        return export, train
+
+    @contextlib.contextmanager
+    def serving(self, model: Path) -> Iterator[str]:
+        """A server of this commit; its address."""
+        stderr, state = self.scratch / "server.txt", self.scratch / "cloud-state"
+        command = ("-m", "dlora.cloud", "serve", str(model), "--port", "0", "--threads", "1", "--json",
+                   "--state-dir", str(state))  # fmt: skip
+        process = self.start(*command, stderr=stderr)
+        try:
+            assert process.stdout is not None
+            address = re.search(r"ws://[\w.]+:\d+", process.stdout.readline())
+            if address is None:
+                self.give_up(command, process.poll(), stderr)
+            yield address[0]
+        finally:
+            process.terminate()
+            process.wait(60)
+
+    def _check_modules(self, checkout: Path) -> None:
+        code = "import importlib.util as u, sys\nfor name in sys.argv[1:]: print(u.find_spec(name).origin)"
+        for name, found in zip(self.modules, self.run("-c", code, *self.modules).splitlines(), strict=True):
+            if not Path(found).resolve().is_relative_to(checkout.resolve()):
+                fail(f"{self.name}: {name} would be taken from {found}, not from {checkout}")
+
+
+def _link_packages(checkout: Path, site: Path) -> list[str]:
+    """Make the packages that ``pyproject.toml`` names importable from ``site``; their names."""
+    project = tomllib.loads((checkout / "pyproject.toml").read_text())
+    folders: dict[str, str] = project["tool"]["setuptools"].get("package-dir", {})
+    if "" in folders or not folders:
+        fail(f"{checkout}: pyproject.toml does not say in package-dir where each package is")
+    linked: list[str] = []
+    for name, folder in sorted(folders.items()):
+        if any(name.startswith(f"{parent}.") for parent in linked):
+            continue  # it comes with its parent
+        place = site.joinpath(*name.split("."))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(checkout.resolve() / folder)
+        linked.append(name)
+    return linked
+
+
+def check_out(revision: str, place: Path) -> str:
+    """A revision's files in ``place``; its whole name."""
+    git = ("git", "-C", str(ROOT))
+    found = subprocess.run([*git, "rev-parse", "--verify", f"{revision}^{{commit}}"], capture_output=True, text=True)
+    if found.returncode:
+        fail(f"{revision} is no commit of this repository")
+    archive = subprocess.run([*git, "archive", found.stdout.strip()], capture_output=True, check=True).stdout
+    place.mkdir(parents=True)
+    subprocess.run(["tar", "-x", "-C", str(place)], input=archive, check=True)
+    return found.stdout.strip()
+
+
+def make_material(place: Path) -> Material:
+    """Tiny models, and sequences of 5 to 45 tokens, in two of the three forms of data."""
+    from families import save_tiny
+
+    for family, changes in MODELS.items():
+        save_tiny(place / family, family, **changes)
+    draw = random.Random(0)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(f"w{draw.randrange(80)}" for _ in range(draw.randint(least, most)))
+
+    def write(path: Path, count: int) -> Path:
+        rows: list[dict[str, Any]] = []
+        for index in range(count):
+            if index % 3:
+                rows.append({"prompt": words(3, 30), "completion": f" {words(1, 12)}"})
+            else:
+                turns = [{"role": role, "content": words(1, 8)} for role in ("user", "assistant") * draw.randint(1, 2)]
+                rows.append({"messages": turns})
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return Material(place, write(place / "train.jsonl", 61), write(place / "held-out.jsonl", 13))
+
+
+def run_commit(commit: Commit, material: Material) -> dict[str, Result]:
+    """Every case with one commit."""
+    results: dict[str, Result] = {}
+    bundles: dict[tuple[str, ...], Path] = {}
+    for model in MODELS:
+        directory = material.models / model
+        with commit.serving(directory) as server:
+            for case in (case for case in CASES if case.model == model):
+                started = time.monotonic()
+                export, train = commit.split(case.split_options)
+                key = (model, *export)
+                if key not in bundles:
+                    bundles[key] = commit.scratch / f"bundle-{len(bundles)}"
+                    commit.run("-m", "dlora.export", str(directory), "--out", str(bundles[key]), *export)
+                results[case.name] = run_case(commit, case, material, bundles[key], server, train)
+                log(f"{commit.name}: {case.name}: {time.monotonic() - started:.1f} s")
+    return results
+
+
+def run_case(
+    commit: Commit, case: Case, material: Material, bundle: Path, server: str, split_arguments: list[str]
+) -> Result:
+    out = commit.scratch / f"run-{CASES.index(case)}"
+    run = ["--bundle", str(bundle), "--server", server]
+    steps = FIRST_PART if case.way == "longer" else STEPS
+    chosen = {**RUN_OPTIONS, **case.options, "--steps": str(steps), "--eval": str(material.held_out)}
+    arguments = [word for option in chosen.items() for word in option]
+    train = ("-m", "dlora.edge", "train", *run, "--data", str(material.train), "--out", str(out),
+             *split_arguments, *arguments)  # fmt: skip
+    if case.way == "resumed":
+        stop_on_the_way(commit, train, out / "metrics.jsonl")
+        commit.run("-m", "dlora.edge", "resume", str(out))
+    else:
+        commit.run(*train)
+    if case.way == "longer":
+        commit.run("-m", "dlora.edge", "resume", str(out), "--steps", str(STEPS))
+    found = commit.run("-m", "dlora.edge", "evaluate", *run, "--data", str(material.held_out), "--adapter", str(out),
+                       "--wire-dtype", "fp32", "--engine", "onnx", "--threads", "1", "--json")  # fmt: skip
+    try:
+        result = read_result(out, json.loads(found))
+    except (KeyError, OSError, ValueError) as error:
+        fail(f"{commit.name}: {case.name}: read_result does not know what this commit wrote: {error!r}")
+    check_case(commit, case, result)
+    return result
+
+
+def stop_on_the_way(commit: Commit, train: tuple[str, ...], metrics: Path) -> None:
+    """Train, and ask to stop in the middle; it saves and says so with 130."""
+    stderr = commit.scratch / "stopped.txt"
+    process = commit.start(*train, stderr=stderr)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= STOPPED_AFTER:
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.005)
+        process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode != 130:  # 0: it was faster than its end could be asked for
+        commit.give_up(train, process.returncode, stderr)
+
+
+def read_result(out: Path, evaluation: dict[str, Any]) -> Result:
+    """What is compared. The names of keys and files are here, and nowhere else."""
+    config = json.loads((out / "adapter_config.json").read_text())
+    steps, evaluations = _json_lines(out / "metrics.jsonl"), _json_lines(out / "evaluations.jsonl")
+    after = {f"after {row['step']} steps": exact(row["loss"]) for row in evaluations}
+    values = {
+        "adapter_config": {name: exact(config[name]) for name in ("r", "lora_alpha")},
+        "losses": {f"step {row['step']}": exact(row["loss"]) for row in steps},
+        "grad_norms": {f"step {row['step']}": exact(row["grad_norm"]) for row in steps},
+        "units": {f"step {row['step']}": row["units"] for row in steps},
+        "evaluations": {**after, "of the saved adapter": exact(evaluation["loss"])},
+    }
+    return Result(load_file(out / "adapter_model.safetensors"), len(steps), values)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def exact(number: float) -> str:
+    """A float's shortest decimals, which no other float has; it tells 0.0 from -0.0, and NaN equals itself."""
+    return repr(float(number))
+
+
+def check_case(commit: Commit, case: Case, result: Result) -> None:
+    """A run that does not do what it is here for would show nothing."""
+    if result.steps != STEPS:
+        fail(f"{commit.name}: {case.name}: metrics.jsonl has {result.steps} steps of {STEPS}")
+    if not result.tensors or len(set(result.values["losses"].values())) < STEPS // 2:
+        fail(f"{commit.name}: {case.name}: nothing was trained")
+    if bool(units_revived(result)) != case.has_kills:
+        fail(f"{commit.name}: {case.name}: {units_revived(result)} units were killed and revived later")
+
+
+def units_revived(result: Result) -> int:
+    """How many units changed their state twice at least: from trained to not trained, and back."""
+    histories = zip(*result.values["units"].values(), strict=True)
+    return sum(re.search("1[^1]+1", "".join(history)) is not None for history in histories)
+
+
+def difference_of_tensors(before: Mapping[str, npt.NDArray[Any]], after: Mapping[str, npt.NDArray[Any]]) -> str | None:
+    """Where they first differ; None where no bit does."""
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before or name not in after:
+            return f"{name}: only {'before' if name in before else 'after'}"
+        old, new = before[name], after[name]
+        if (old.dtype, old.shape) != (new.dtype, new.shape):
+            return f"{name}: {old.dtype} {old.shape} before, {new.dtype} {new.shape} after"
+        if old.tobytes() != new.tobytes():
+            bits = np.dtype(f"u{old.dtype.itemsize}")
+            differ = np.flatnonzero(old.reshape(-1).view(bits) != new.reshape(-1).view(bits))
+            first = differ[0]
+            pair = f"{exact(old.flat[first])} before, {exact(new.flat[first])} after"
+            return f"{name}: {len(differ)} of {old.size} numbers; number {first}: {pair}"
+    return None
+
+
+def difference_of_values(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:
+    """Where they first differ, in the order of ``before``; None where they are equal."""
+    for place in dict.fromkeys((*before, *after)):
+        old, new = before.get(place), after.get(place)
+        if old != new:
+            return f"{place}: {old} before, {new} after"
+    return None
+
+
+def compare(case: Case, before: Result, after: Result) -> dict[str, Any]:
+    differences = {"tensors": difference_of_tensors(before.tensors, after.tensors)}
+    for kind in before.values:
+        differences[kind] = difference_of_values(before.values[kind], after.values[kind])
+    return {
+        "case": case.name,
+        "tensors": len(before.tensors),
+        "steps": before.steps,
+        "evaluations": len(before.values["evaluations"]),
+        "units": len(before.values["units"]["step 0"]),
+        "units_revived": units_revived(before),
+        "equal": {kind: difference is None for kind, difference in differences.items()},
+        "first_differences": {kind: text for kind, text in differences.items() if text is not None},
+    }
+
+
+def main() -> None:
+    """Print one JSON object."""
+    options = _options()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="dlora-same-") as name:
+        place = Path(name)
+        hashes = {"before": check_out(options.before, place / "before" / "checkout")}
+        checkouts = {"before": place / "before" / "checkout", "after": place / "after" / "checkout"}
+        if options.worktree:
+            checkouts["after"], hashes["after"] = ROOT, "worktree"
+        else:
+            hashes["after"] = check_out(options.after, checkouts["after"])
+        commits = []
+        for side, checkout in checkouts.items():
+            scratch = place / side / "scratch"
+            scratch.mkdir(parents=True)
+            commits.append(Commit(side, checkout, scratch))
+        log("making tiny models")
+        material = make_material(place / "material")
+        before, after = (run_commit(commit, material) for commit in commits)
+    cases = [compare(case, before[case.name], after[case.name]) for case in CASES]
+    equal = all(all(case["equal"].values()) for case in cases)
+    summary = {**hashes, "equal": equal, "seconds": round(time.monotonic() - started)}
+    print(json.dumps({**summary, "cases": cases}, indent=1))
+    raise SystemExit(0 if equal else 1)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", metavar="BEFORE")
+    parser.add_argument("after", metavar="AFTER", nargs="?", default="HEAD")
+    parser.add_argument("--worktree", action="store_true", help="AFTER is this working tree")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
