@@ -1,14 +1,26 @@
-"""What a bundle, an adapter or a run's directory is, in a few lines."""
+"""``dlora-edge info``: what a bundle, an adapter or a run's directory is, in a few lines."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from dlora.edge.adapters.peft import load_adapter
+import typer
+
 from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import MANIFEST_NAME, load_manifest
 from dlora.protocol.text import one_line
+
+from .options import JsonOption
+from .output import print_report
+
+
+def info(
+    path: Annotated[Path, typer.Argument(help="A bundle, an adapter or the --out of a run.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Say what a bundle or an adapter is."""
+    print_report(describe(path), show, json_output=json_output)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -66,6 +78,8 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
+    from dlora.edge.adapters.peft import load_adapter
+
     loaded = load_adapter(path)
     blocks = sorted({int(part) for name in loaded.modules for part in name.split(".") if part.isdecimal()})
     return {
