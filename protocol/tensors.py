@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import DivergedError, RemoteProtocolError
-
-WireDtype = Literal["fp32", "fp16"]
-"""How floating-point tensors cross the wire, as the device asks for in ``OpenSession``."""
+from .wire_dtype import WireDtype
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]

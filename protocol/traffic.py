@@ -11,7 +11,8 @@ import msgspec
 
 from .codec import frame_bytes
 from .groups import GroupSpec
-from .tensors import DTYPES, WireDtype
+from .tensors import DTYPES
+from .wire_dtype import WireDtype
 
 
 class Traffic(msgspec.Struct, frozen=True):

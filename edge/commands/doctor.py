@@ -9,33 +9,21 @@ import typer
 
 from dlora.protocol.text import one_line
 
-from .options import (
-    CaOption,
-    ClientCertOption,
-    ClientKeyOption,
-    InsecureOption,
-    JsonOption,
-    TokenFileOption,
-    load_credentials,
-)
+from .options import CredentialOptions, JsonOption, with_groups
 from .output import print_report
 
 
+@with_groups
 def doctor(
     bundle: Annotated[Path | None, typer.Option(help="Also check this bundle, and what it takes.")] = None,
     server: Annotated[str | None, typer.Option(help="Also try this server.")] = None,
-    token_file: TokenFileOption = None,
-    ca: CaOption = None,
-    client_cert: ClientCertOption = None,
-    client_key: ClientKeyOption = None,
-    insecure: InsecureOption = False,
+    credential_options: CredentialOptions = CredentialOptions(),
     json_output: JsonOption = False,
 ) -> None:
     """Check this device: versions, memory, engine, bundle, server; and say what to do about each problem."""
     from .checks import examine
 
-    credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
-    report = examine(bundle, server, credentials)
+    report = examine(bundle, server, credential_options.load())
     print_report(report, show, json_output=json_output)
     if not report["ok"]:
         raise typer.Exit(1)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import load_file
 
+from dlora.edge.choices import EngineName
 from dlora.edge.engine.bundle import Bundle
-from dlora.edge.engine.choose import EngineName, make_engine, usable_engines
+from dlora.edge.engine.choose import make_engine, usable_engines
 from dlora.edge.engine.engine import Array, Graph
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import GraphSpec

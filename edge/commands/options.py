@@ -2,95 +2,39 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dlora.edge.choices import EngineChoice, TooLong
 from dlora.protocol.limits import MAX_THREADS
+from dlora.protocol.wire_dtype import WireDtype
 
 from .output import warn
 
 if TYPE_CHECKING:
     from dlora.edge.wire.credentials import Credentials
 
-
-class WireDtype(StrEnum):
-    """How hidden states and gradients cross the wire."""
-
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
-class Schedule(StrEnum):
-    """Learning-rate schedules."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class Score(StrEnum):
-    """What kill-and-revive ranks units by."""
-
-    change = "change"
-    sensitivity = "sensitivity"
-    grad = "grad"
-    norm = "norm"
-    random = "random"
-    static = "static"
-    last = "last"
-
-
-class UnitKind(StrEnum):
-    """What kill-and-revive switches."""
-
-    block = "block"
-    group = "group"
-
-
-class OnKill(StrEnum):
-    """What a killed unit does at first."""
-
-    fade = "fade"
-    bypass = "bypass"
-    hold_forward = "hold_forward"
-
-
-class Keep(StrEnum):
-    """Which adapter a run saves in the end."""
-
-    last = "last"
-    best = "best"
-
-
-class TooLong(StrEnum):
-    """What happens to examples longer than --max-length."""
-
-    error = "error"
-    truncate = "truncate"
-    skip = "skip"
-
-
-class EngineChoice(StrEnum):
-    """What runs the bundle's graphs."""
-
-    auto = "auto"
-    onnx = "onnx"
-    executorch = "executorch"
-
-
-class EnginesChoice(StrEnum):
-    """What selftest tries."""
-
-    all = "all"
-    onnx = "onnx"
-    executorch = "executorch"
-
-
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
 ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT or wss://HOST:PORT.")]
+AdapterOption = Annotated[Path | None, typer.Option(help="PEFT adapter; none: the base model.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+MaxLengthOption = Annotated[
+    int | None, typer.Option(help="Longest example, in tokens; 512 by default, or what the model takes.", min=2)
+]
+TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: error, truncate or skip them.")]
+ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
+WireDtypeOption = Annotated[WireDtype, typer.Option(help="Precision on the wire: fp16 or fp32.")]
+ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0, max=MAX_THREADS)]
+EngineOption = Annotated[
+    EngineChoice,
+    typer.Option(help="What runs the graphs: onnx, executorch or auto, which is ONNX Runtime, or else what there is."),
+]
 TokenFileOption = Annotated[
     Path | None, typer.Option(help="File with the token that lets this device in; else DLORA_TOKEN.")
 ]
@@ -106,27 +50,40 @@ MaxRetryOption = Annotated[
         min=0,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-MaxLengthOption = Annotated[
-    int | None, typer.Option(help="Longest example, in tokens; 512 by default, or what the model takes.", min=2)
-]
-TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: error, truncate or skip them.")]
-ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
-
-ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0, max=MAX_THREADS)]
-
-EngineOption = Annotated[
-    EngineChoice,
-    typer.Option(help="What runs the graphs: onnx, executorch or auto, which is ONNX Runtime, or else what there is."),
-]
 
 
-def load_credentials(
-    token_file: Path | None, ca: Path | None, client_cert: Path | None, client_key: Path | None, insecure: bool
-) -> Credentials:
-    """What the options and ``DLORA_TOKEN`` say; warns on stderr where others can read the token."""
-    from dlora.edge.wire.credentials import Credentials
+@dataclass(frozen=True)
+class CredentialOptions:
+    """What the device shows the server, and whom it trusts, as a group of options."""
 
-    return Credentials.load(
-        token_file, ca=ca, client_cert=client_cert, client_key=client_key, insecure=insecure, warn=warn
-    )
+    token_file: TokenFileOption = None
+    ca: CaOption = None
+    client_cert: ClientCertOption = None
+    client_key: ClientKeyOption = None
+    insecure: InsecureOption = False
+
+    def load(self) -> Credentials:
+        """What they and ``DLORA_TOKEN`` say; warns on stderr where others can read the token. Raises ``UsageError``."""
+        from dlora.edge.wire.credentials import Credentials
+
+        return Credentials.load(**asdict(self), warn=warn)
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` as typer takes it: a parameter that is a dataclass gives way to the options that are its fields."""
+    parameters = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {
+        name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)
+    }
+    fields = {name: inspect.signature(group, eval_str=True).parameters for name, group in groups.items()}
+    options = [option for name, each in parameters.items() for option in fields.get(name, {name: each}).values()]
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{option: given.pop(option) for option in fields[name]})
+        command(**given)
+
+    flat.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    flat.__annotations__ = {option.name: option.annotation for option in options}
+    return flat

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import (
-    BundleOption,
-    EnginesChoice,
-    JsonOption,
-    ThreadsOption,
-)
+from dlora.edge.choices import EngineName
+
+from .options import BundleOption, JsonOption, ThreadsOption
 from .output import print_report
 
 
@@ -19,8 +16,9 @@ def selftest(
     bundle: BundleOption,
     threads: ThreadsOption = 0,
     engine: Annotated[
-        EnginesChoice, typer.Option(help="Which to try; all: every one that bundle and device have, side by side.")
-    ] = EnginesChoice.all,
+        Literal["all", EngineName],
+        typer.Option(help="Which to try; all: every one that bundle and device have, side by side."),
+    ] = "all",
     json_output: JsonOption = False,
 ) -> None:
     """Run every graph of a bundle on its golden vectors: is this device right, and how fast?"""
@@ -28,7 +26,7 @@ def selftest(
 
     from .golden import run_selftest
 
-    report = run_selftest(Bundle.open(bundle), threads, engine.value)
+    report = run_selftest(Bundle.open(bundle), threads, engine)
     print_report(report, show, json_output=json_output)
     if not report["passed"]:
         raise typer.Exit(1)

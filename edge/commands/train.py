@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
+from dlora.edge.choices import Keep
 from dlora.edge.run import pause
+from dlora.edge.training.schedule import ScheduleName
+from dlora.protocol.groups import UnitKind
+from dlora.protocol.kill_revive import MAX_STEPS, OnKill, ScoreName
 from dlora.protocol.limits import MAX_RANK, MAX_THREADS
 
 from .help_panels import KR
@@ -17,29 +21,22 @@ from .options import (
     ClientCertOption,
     ClientKeyOption,
     ColumnsOption,
-    EngineChoice,
     EngineOption,
     InsecureOption,
     JsonOption,
-    Keep,
     MaxLengthOption,
     MaxRetryOption,
-    OnKill,
-    Schedule,
-    Score,
     ServerOption,
     ThreadsOption,
     TokenFileOption,
-    TooLong,
     TooLongOption,
-    UnitKind,
-    WireDtype,
+    WireDtypeOption,
 )
 
-# A typing slip must not fill the memory, and the wire takes no more.
-MAX_COUNT, MAX_SEED = 10**9, 2**32 - 1
+MAX_SEED = 2**32 - 1  # the wire takes no more
 
 
+# As long as it is wide: each option of the command is a parameter, and has its default and its help beside it.
 def train(
     bundle: BundleOption,
     server: ServerOption,
@@ -48,19 +45,19 @@ def train(
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0.0)] = 1.0,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps; overrides --epochs.", min=1, max=MAX_COUNT)
+        int | None, typer.Option(help="Optimizer steps; overrides --epochs.", min=1, max=MAX_STEPS)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.", min=1)] = 4,
     grad_accum: Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)] = 1,
     max_length: MaxLengthOption = None,
-    too_long: TooLongOption = TooLong.error,
+    too_long: TooLongOption = "error",
     columns: ColumnsOption = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0, max=1e3)] = 1e-3,
     schedule: Annotated[
-        Schedule, typer.Option(help="Learning rate after warm-up: constant, linear or cosine.")
-    ] = Schedule.linear,
+        ScheduleName, typer.Option(help="Learning rate after warm-up: constant, linear or cosine.")
+    ] = "linear",
     warmup: Annotated[
-        float, typer.Option(help="Warm-up: steps, or a share of them if below 1.", min=0.0, max=MAX_COUNT)
+        float, typer.Option(help="Warm-up: steps, or a share of them if below 1.", min=0.0, max=MAX_STEPS)
     ] = 0.03,
     weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.", min=0.0, max=1e3)] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.", min=0.0)] = 1.0,
@@ -86,13 +83,13 @@ def train(
     ] = 0,
     keep: Annotated[
         Keep, typer.Option(help="Which adapter to save in the end: the last, or the one best on --eval.")
-    ] = Keep.last,
+    ] = "last",
     patience: Annotated[
         int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
     ] = None,
-    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire: fp16 or fp32.")] = WireDtype.fp16,
+    wire_dtype: WireDtypeOption = "fp16",
     threads: ThreadsOption = 0,
-    engine: EngineOption = EngineChoice.auto,
+    engine: EngineOption = "auto",
     token_file: TokenFileOption = None,
     ca: CaOption = None,
     client_cert: ClientCertOption = None,
@@ -114,34 +111,34 @@ def train(
         ),
     ] = 1.0,
     kr_score: Annotated[
-        Score,
+        ScoreName,
         typer.Option(
             help="What units are ranked by: change, sensitivity, grad or norm; or the plain rivals random, static or "
             "last.",
             rich_help_panel=KR,
         ),
-    ] = Score.change,
-    kr_unit: Annotated[UnitKind, typer.Option(help="What is switched.", rich_help_panel=KR)] = UnitKind.block,
+    ] = "change",
+    kr_unit: Annotated[UnitKind, typer.Option(help="What is switched.", rich_help_panel=KR)] = "block",
     kr_warmup_steps: Annotated[
-        int, typer.Option(help="Steps before the first kill.", min=0, max=MAX_COUNT, rich_help_panel=KR)
+        int, typer.Option(help="Steps before the first kill.", min=0, max=MAX_STEPS, rich_help_panel=KR)
     ] = 20,
     kr_ramp_fraction: Annotated[
         float, typer.Option(help="Share of steps at which the budget is down.", min=0, max=1, rich_help_panel=KR)
     ] = 0.25,
     kr_kill_every: Annotated[
-        int, typer.Option(help="Steps between kills.", min=1, max=MAX_COUNT, rich_help_panel=KR)
+        int, typer.Option(help="Steps between kills.", min=1, max=MAX_STEPS, rich_help_panel=KR)
     ] = 25,
     kr_revive_every: Annotated[
-        int, typer.Option(help="Steps between revivals; 0: never.", min=0, max=MAX_COUNT, rich_help_panel=KR)
+        int, typer.Option(help="Steps between revivals; 0: never.", min=0, max=MAX_STEPS, rich_help_panel=KR)
     ] = 50,
     kr_revive_share: Annotated[
         float, typer.Option(help="Share of active units on trial.", min=0, max=1, rich_help_panel=KR)
     ] = 0.25,
-    kr_probation: Annotated[int, typer.Option(help="Steps on trial.", min=0, max=MAX_COUNT, rich_help_panel=KR)] = 25,
+    kr_probation: Annotated[int, typer.Option(help="Steps on trial.", min=0, max=MAX_STEPS, rich_help_panel=KR)] = 25,
     kr_hysteresis: Annotated[float, typer.Option(help="A kill's margin.", min=0, max=1, rich_help_panel=KR)] = 0.10,
     kr_on_kill: Annotated[
         OnKill, typer.Option(help="What a killed unit does at first: fade, bypass or hold_forward.", rich_help_panel=KR)
-    ] = OnKill.fade,
+    ] = "fade",
     kr_cost_aware: Annotated[bool, typer.Option(help="Rank by score per cost.", rich_help_panel=KR)] = True,
     kr_spread: Annotated[
         bool, typer.Option(help="Keep active units apart along the depth.", rich_help_panel=KR)
@@ -157,7 +154,7 @@ def train(
 
     Example:  dlora-edge train --bundle build/smollm2 --server ws://127.0.0.1:8765 --data chat.jsonl --out my-adapter
     """
-    options = locals()
+    options = locals()  # settings of a run have the names of their options
     from dlora.edge.run.report import Reporter
     from dlora.edge.run.run_file import RunSettings
 
@@ -171,7 +168,7 @@ def train(
 def resume(
     directory: Annotated[Path, typer.Argument(help="The --out of a run.")],
     steps: Annotated[
-        int | None, typer.Option(help="Make a finished run longer: its steps in all.", min=1, max=MAX_COUNT)
+        int | None, typer.Option(help="Make a finished run longer: its steps in all.", min=1, max=MAX_STEPS)
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="The same as passes over the data.", min=0.0)] = None,
     patience: Annotated[

@@ -10,50 +10,44 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import (
+    AdapterOption,
     BundleOption,
-    CaOption,
-    ClientCertOption,
-    ClientKeyOption,
     ColumnsOption,
-    EngineChoice,
+    CredentialOptions,
     EngineOption,
-    InsecureOption,
     JsonOption,
     MaxLengthOption,
     MaxRetryOption,
     ServerOption,
     ThreadsOption,
-    TokenFileOption,
-    TooLong,
     TooLongOption,
-    WireDtype,
-    load_credentials,
+    WireDtypeOption,
+    with_groups,
 )
 from .output import warn
 
 if TYPE_CHECKING:
+    from dlora.edge.choices import EngineChoice
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.model.split import SplitModel
     from dlora.edge.wire.credentials import Credentials
+    from dlora.protocol.wire_dtype import WireDtype
 
 
+@with_groups
 def evaluate(
     bundle: BundleOption,
     server: ServerOption,
     data: Annotated[Path, typer.Option(help="Data to evaluate on, as for train.")],
-    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter; none: the base model.")] = None,
+    adapter: AdapterOption = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
     max_length: MaxLengthOption = None,
-    too_long: TooLongOption = TooLong.error,
+    too_long: TooLongOption = "error",
     columns: ColumnsOption = None,
-    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire: fp16 or fp32.")] = WireDtype.fp16,
+    wire_dtype: WireDtypeOption = "fp16",
     threads: ThreadsOption = 0,
-    engine: EngineOption = EngineChoice.auto,
-    token_file: TokenFileOption = None,
-    ca: CaOption = None,
-    client_cert: ClientCertOption = None,
-    client_key: ClientKeyOption = None,
-    insecure: InsecureOption = False,
+    engine: EngineOption = "auto",
+    credential_options: CredentialOptions = CredentialOptions(),
     max_retry_s: MaxRetryOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -66,12 +60,12 @@ def evaluate(
     from dlora.edge.run.report import Reporter
 
     reporter = Reporter(json_output=json_output)
-    credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
+    credentials = credential_options.load()
     opened = Bundle.open(bundle)
     fields = parse_columns(columns) if columns else None
     longest = usable_length(max_length, opened.manifest)
     with reporter.reading() as on_tick:
-        (dataset,) = load_datasets(Reading(opened, [data], fields, longest, too_long.value), on_tick)
+        (dataset,) = load_datasets(Reading(opened, [data], fields, longest, too_long), on_tick)
     from dlora.edge.model.evaluation import evaluate as run_evaluation
 
     with (
@@ -82,20 +76,17 @@ def evaluate(
     reporter.finish(asdict(result))
 
 
+@with_groups
 def generate(
     bundle: BundleOption,
     server: ServerOption,
     prompt: Annotated[str, typer.Option(help="What to say to the model; a user turn where it has a chat template.")],
-    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter; none: the base model.")] = None,
+    adapter: AdapterOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    wire_dtype: Annotated[WireDtype, typer.Option(help="Precision on the wire: fp16 or fp32.")] = WireDtype.fp16,
+    wire_dtype: WireDtypeOption = "fp16",
     threads: ThreadsOption = 0,
-    engine: EngineOption = EngineChoice.auto,
-    token_file: TokenFileOption = None,
-    ca: CaOption = None,
-    client_cert: ClientCertOption = None,
-    client_key: ClientKeyOption = None,
-    insecure: InsecureOption = False,
+    engine: EngineOption = "auto",
+    credential_options: CredentialOptions = CredentialOptions(),
     max_retry_s: MaxRetryOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -103,7 +94,7 @@ def generate(
     from dlora.edge.data.prompt import prompt_tokenizer
     from dlora.edge.engine.bundle import Bundle
 
-    credentials = load_credentials(token_file, ca, client_cert, client_key, insecure)
+    credentials = credential_options.load()
     opened = Bundle.open(bundle)
     with prompt_tokenizer(opened) as tokenizer:
         from dlora.edge.model.use import generate_greedily
@@ -129,6 +120,4 @@ def _open_model(
 
     retry = Retry(max_s=max_retry_s, at_start=bool(max_retry_s))
     dialing = Dialing(credentials, load_device_id(warn=warn), retry, say=warn)
-    return open_model(
-        bundle, server, adapter, wire_dtype=wire_dtype.value, threads=threads, engine=engine.value, dialing=dialing
-    )
+    return open_model(bundle, server, adapter, wire_dtype=wire_dtype, threads=threads, engine=engine, dialing=dialing)

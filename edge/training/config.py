@@ -12,7 +12,7 @@ from dlora.edge.seeds import Seed
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.tensors import WireDtype
+from dlora.protocol.wire_dtype import WireDtype
 
 from .optimizer import OptimizerConfig
 
