@@ -1,4 +1,4 @@
-"""Words that a user chooses among. The command line reads them without loading what they steer."""
+"""Words that a user chooses among; read by the command line, so that nothing slow is here."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from .choices import WireDtype
 from .groups import GroupSpec
 from .kill_revive import KillReviveConfig
 from .tensors import WireTensor
-from .wire_dtype import WireDtype
 
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Width = Annotated[int, msgspec.Meta(ge=1, le=2**24)]

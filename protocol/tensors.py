@@ -8,8 +8,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from .choices import WireDtype
 from .errors import DivergedError, RemoteProtocolError
-from .wire_dtype import WireDtype
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]

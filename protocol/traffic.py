@@ -9,10 +9,10 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
+from .choices import WireDtype
 from .codec import frame_bytes
 from .groups import GroupSpec
 from .tensors import DTYPES
-from .wire_dtype import WireDtype
 
 
 class Traffic(msgspec.Struct, frozen=True):

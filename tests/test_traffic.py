@@ -19,9 +19,9 @@ from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.use import open_model
 from dlora.edge.training.trainer import Trainer
 from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
-from dlora.protocol.wire_dtype import WireDtype
 
 BLOCKS = 4
 NOTHING = Traffic(0, 0, 0)

@@ -10,11 +10,11 @@ import torch
 
 from dlora.cloud.exchange.wire import to_wire
 from dlora.protocol import messages as m
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode, seal
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.session import Role, Session
 from dlora.protocol.tensors import MAX_EXPONENT, WireTensor
-from dlora.protocol.wire_dtype import WireDtype
 
 
 @pytest.mark.parametrize("exponent", [112, 113, 120, MAX_EXPONENT])

@@ -7,9 +7,9 @@ import warnings
 
 import torch
 
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import DivergedError
 from dlora.protocol.tensors import WireTensor, fp16_exponent
-from dlora.protocol.wire_dtype import WireDtype
 
 # Decoded frames are read-only views, and nobody here writes into them; torch warns all the same.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dlora.edge.seeds import Seed, adapter_generator
-from dlora.protocol.groups import GroupSpec, UnitKind, group_units
+from dlora.protocol.choices import UnitKind
+from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import ByteArray, FloatArray
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dlora.edge.choices import EngineChoice, TooLong
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.limits import MAX_THREADS
-from dlora.protocol.wire_dtype import WireDtype
 
 from .output import warn
 

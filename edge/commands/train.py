@@ -10,9 +10,8 @@ import typer
 from dlora.edge.choices import Keep
 from dlora.edge.run import pause
 from dlora.edge.training.schedule import ScheduleName
-from dlora.protocol.groups import UnitKind
-from dlora.protocol.kill_revive import MAX_STEPS, OnKill, ScoreName
-from dlora.protocol.limits import MAX_RANK, MAX_THREADS
+from dlora.protocol.choices import OnKill, ScoreName, UnitKind
+from dlora.protocol.limits import MAX_RANK, MAX_STEPS, MAX_THREADS
 
 from .help_panels import KR
 from .options import (

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.model.split import SplitModel
     from dlora.edge.wire.credentials import Credentials
-    from dlora.protocol.wire_dtype import WireDtype
+    from dlora.protocol.choices import WireDtype
 
 
 @with_groups

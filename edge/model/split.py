@@ -17,9 +17,9 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import DataError, RemoteProtocolError, SessionLostError
 from dlora.protocol.tensors import ByteArray, FloatArray, WireTensor
-from dlora.protocol.wire_dtype import WireDtype
 
 from .ends import Embedding, Head, LongArray
 

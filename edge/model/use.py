@@ -19,9 +19,9 @@ from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import Dialing
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import DataError, DivergedError, RemoteProtocolError
 from dlora.protocol.kill_revive import KillReviveConfig, UnitState
-from dlora.protocol.wire_dtype import WireDtype
 
 from .split import SplitModel
 

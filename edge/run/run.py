@@ -36,7 +36,8 @@ from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.dialing import Dialing, Liveness, Retry
 from dlora.protocol import interrupts
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
-from dlora.protocol.kill_revive import MAX_STEPS, UnitState
+from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.limits import MAX_STEPS
 
 from .held_out import HeldOut, is_out_of_patience, load_rows
 from .pause import PauseRules, SystemSensors, wait_while_paused
@@ -51,7 +52,7 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class TrainRun:
-    """What to run, and where to keep it.
+    """What to run, and where to keep it: all that the options come to, so that there are many fields.
 
     Attributes:
         settings: what the user gave, for ``run.json``; None where there is to be none.

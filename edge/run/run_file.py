@@ -17,12 +17,11 @@ from dlora.edge.choices import EngineChoice, Keep, TooLong
 from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
 from dlora.edge.training.schedule import ScheduleName
+from dlora.protocol.choices import OnKill, ScoreName, UnitKind, WireDtype
 from dlora.protocol.errors import CheckpointError, UsageError
-from dlora.protocol.groups import UnitKind
-from dlora.protocol.kill_revive import MAX_STEPS, Fraction, OnKill, ScoreName
-from dlora.protocol.limits import MAX_THREADS
+from dlora.protocol.kill_revive import Fraction
+from dlora.protocol.limits import MAX_STEPS, MAX_THREADS
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
-from dlora.protocol.wire_dtype import WireDtype
 
 NAME = "run.json"
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")

@@ -9,10 +9,10 @@ from typing import Any, Final
 import msgspec
 
 from dlora.edge.seeds import Seed
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.wire_dtype import WireDtype
 
 from .optimizer import OptimizerConfig
 

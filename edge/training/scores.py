@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dlora.protocol.kill_revive import ScoreName
+from dlora.protocol.choices import ScoreName
 
 Matrix = npt.NDArray[np.floating[Any]]
 
