@@ -39,7 +39,7 @@ PATIENCE = "Patience"
 Dtype = Literal["float32", "bfloat16"]
 
 
-# As long as it is wide: each option of the command is a parameter, and has its default and its help beside it.
+# Long, and with many parameters: each is an option, with its default and its help beside it.
 def serve(
     model: Annotated[str, typer.Argument(help="Local directory, hub id, .gguf file, or smollm2-135m.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

@@ -35,7 +35,7 @@ from .options import (
 MAX_SEED = 2**32 - 1  # the wire takes no more
 
 
-# As long as it is wide: each option of the command is a parameter, and has its default and its help beside it.
+# Long, and with many parameters: each is an option, with its default and its help beside it.
 def train(
     bundle: BundleOption,
     server: ServerOption,
