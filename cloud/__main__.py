@@ -10,7 +10,7 @@ def main() -> None:
 
 def _main() -> None:
     with extra_needed("cloud"):
-        from dlora.cloud.commands.serve import app
+        from dlora.cloud.commands.app import app
 
         app(prog_name="dlora-cloud")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
-UnitKind = Literal["block", "group"]
+from .choices import UnitKind
 
 
 class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,22 +9,19 @@ from __future__ import annotations
 import bisect
 import math
 from enum import IntEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 import msgspec
 
+from .choices import OnKill, ScoreName, UnitKind
 from .errors import UsageError
-from .groups import UnitKind
-
-ScoreName = Literal["change", "sensitivity", "grad", "norm", "random", "static", "last"]
-OnKill = Literal["fade", "bypass", "hold_forward"]
+from .limits import MAX_STEPS
 
 Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 
 MAX_UNITS: Final = 16_384
 MIN_WARMUP_STEPS: Final = 20
-MAX_STEPS: Final = 10**9
 
 
 class UnitState(IntEnum):

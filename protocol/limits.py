@@ -5,4 +5,5 @@ from __future__ import annotations
 from typing import Final
 
 MAX_RANK: Final = 4096  # of a LoRA: a typing slip, or a stranger's file, must not fill the memory
+MAX_STEPS: Final = 10**9  # of a run
 MAX_THREADS: Final = 1024

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import msgspec
 import numpy as np
 
+from .choices import WireDtype
 from .errors import DivergedError
 from .tensors import DTYPES, FloatArray, WireTensor, fp16_exponent
-
-WireDtype = Literal["fp32", "fp16"]
-"""Names of the codecs that a device can ask for."""
 
 
 class TensorRole(StrEnum):

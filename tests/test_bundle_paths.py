@@ -21,7 +21,7 @@ import pytest
 from families import save_tiny
 from processes import run_edge
 
-from dlora.edge.commands.info import describe
+from dlora.edge.commands.description import describe
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine

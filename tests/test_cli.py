@@ -262,6 +262,19 @@ def test_an_unknown_option_is_typers_own(place: Place) -> None:
 # -- the server ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "doctor"])
+def test_a_token_file_that_is_not_there(command: str, tmp_path: Path) -> None:
+    """Every command that shows a server who it is reads the token before anything else."""
+    where = ["--bundle", tmp_path, "--server", "ws://127.0.0.1:1"]
+    needed = {
+        "train": ["--data", "x", "--out", tmp_path / "out"],
+        "evaluate": ["--data", "x"],
+        "generate": ["--prompt", "x"],
+    }
+    done = run_edge(command, *where, *needed.get(command, []), "--token-file", tmp_path / "no.token")
+    assert_fails(done, UsageError.exit_code, "--token-file", "no.token", "cannot be read")
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as found:
         return int(found.getsockname()[1])

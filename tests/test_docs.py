@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import typer.main
 
+import dlora.cloud.commands.app
 import dlora.cloud.commands.serve
 import dlora.edge.commands.app
 import dlora.export.cli
@@ -49,7 +50,7 @@ OTHER_PROGRAMS = {
 }  # fmt: skip
 PROGRAMS = {
     "dlora-edge": typer.main.get_command(dlora.edge.commands.app.app),
-    "dlora-cloud": typer.main.get_command(dlora.cloud.commands.serve.app),
+    "dlora-cloud": typer.main.get_command(dlora.cloud.commands.app.app),
     "dlora-export": typer.main.get_command(dlora.export.cli.app),
 }
 

@@ -89,7 +89,7 @@ def test_the_shell_completes(part: str, begun: str, whole: str, tmp_path: Path) 
 @pytest.mark.parametrize("part", PARTS)
 def test_help_and_completion_do_not_wait_for_what_computes(part: str) -> None:
     heavy = {"torch", "transformers", "onnxruntime"}
-    module = {"edge": "edge.commands.app", "cloud": "cloud.commands.serve", "export": "export.cli"}[part]
+    module = {"edge": "edge.commands.app", "cloud": "cloud.commands.app", "export": "export.cli"}[part]
     code = f"import sys, dlora.{module}; print(sorted({heavy!r} & set(sys.modules)))"
     assert run([sys.executable, "-c", code]).stdout == "[]\n"
 

@@ -21,7 +21,8 @@ from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import CheckpointError, UsageError
-from dlora.protocol.kill_revive import MAX_STEPS, KillReviveConfig
+from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import load_manifest
 
 BLOCKS = 8

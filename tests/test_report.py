@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from small_disk import small_disk
 
-from dlora.edge.commands.app import _warn as warn
 from dlora.edge.commands.doctor import show
+from dlora.edge.commands.output import warn
 from dlora.edge.run.kr_map import render_map
 from dlora.edge.run.report import Reporter, summary_table
 from dlora.edge.training.metrics import MetricsLog, StepMetrics, history, read_metrics

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_resume import KR, SAVE_EVERY, STEPS, Place, assert_same_run, place, rows, wait_for_lines, whole
 
-from dlora.edge.commands.app import train as train_command
+from dlora.edge.commands.train import train as train_command
 from dlora.edge.run.run_file import RunSettings, load_run_file
 from dlora.edge.seeds import adapter_generator, draw_seed, order_generator, seed_for_server
 from dlora.edge.training.checkpoint import list_checkpoints

@@ -15,7 +15,7 @@ from test_cli import Place, assert_fails
 
 from dlora.cloud.commands.serve import check_device
 from dlora.cloud.model.base_model import BaseModel
-from dlora.edge.commands.info import describe
+from dlora.edge.commands.description import describe
 from dlora.edge.files import locked
 from dlora.edge.run.run import total_steps
 from dlora.export.bundle import ExportSettings, export_bundle

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dlora.cloud.commands.serve import KEY_BYTES, load_key
+from dlora.cloud.serving.ticket_key import KEY_BYTES, load_key
 from dlora.protocol.errors import StorageError
 
 

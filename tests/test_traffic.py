@@ -20,9 +20,10 @@ from dlora.edge.model.use import open_model
 from dlora.edge.training.trainer import Trainer
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.adapters import crossings
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
-from dlora.protocol.wire_codecs import Codecs, WireDtype
+from dlora.protocol.wire_codecs import Codecs
 
 BLOCKS = 4
 NOTHING = Traffic(0, 0, 0)

@@ -10,12 +10,13 @@ import torch
 
 from dlora.cloud.exchange.wire import TORCH_CODECS
 from dlora.protocol import messages as m
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode, seal
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.session import Session
 from dlora.protocol.states import Role
 from dlora.protocol.tensors import MAX_EXPONENT, WireTensor
-from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole, WireDtype, decode_floats, encode_floats, is_finite
+from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole, decode_floats, encode_floats, is_finite
 
 
 @pytest.mark.parametrize("exponent", [112, 113, 120, MAX_EXPONENT])

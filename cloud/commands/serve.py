@@ -1,19 +1,17 @@
-"""The command line of ``dlora-cloud``."""
+"""``dlora-cloud serve``."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import re
-import secrets
+import ssl
 import sys
 import time
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import platformdirs
 import typer
@@ -24,56 +22,29 @@ from dlora.cloud.door.tokens import FILE_NAME, TokenStore
 from dlora.cloud.model.memory import forget_long_lived, limit_arenas
 from dlora.cloud.serving.listening import check_address
 from dlora.cloud.serving.patience import Patience
-from dlora.protocol import interrupts
-from dlora.protocol.errors import StorageError, UsageError
-from dlora.protocol.version import SOFTWARE_VERSION
+from dlora.cloud.serving.ticket_key import load_key
+from dlora.protocol.errors import UsageError
 
-from . import tokens as token_cli
+if TYPE_CHECKING:  # torch is loaded when a server starts
+    from dlora.cloud.model.base_model import BaseModel
+    from dlora.cloud.serving.server import CloudServer
+
+logger = logging.getLogger("dlora.cloud")
 
 DOOR = "Who may come in"
 QUOTAS = "Quotas of a device"
 LIMITS = "Limits of the whole server"
 PATIENCE = "Patience"
-KEY_BYTES = 32
 
-app = typer.Typer(
-    help="Serve the frozen blocks of a language model to devices that fine-tune it.",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
-app.add_typer(token_cli.app, name="token")
+Dtype = Literal["float32", "bfloat16"]
 
 
-class Dtype(StrEnum):
-    """The base model's dtype on the server."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"dlora-cloud {SOFTWARE_VERSION}")
-        raise typer.Exit
-
-
-@app.callback()
-def _app(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
+# Long, and with many parameters: each is an option, with its default and its help beside it.
 def serve(
     model: Annotated[str, typer.Argument(help="Local directory, hub id, .gguf file, or smollm2-135m.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8765,
-    dtype: Annotated[Dtype, typer.Option(help="The base model's dtype here.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="The base model's dtype here.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0, max=1024)] = 0,
     state_dir: Annotated[
@@ -170,46 +141,24 @@ def serve(
 
     Example:  dlora-cloud serve smollm2-135m --port 8765
     """
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr
-    )
-    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # every end of a connection has a line of ours
-    patience = Patience(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s)
+    _log_to_stderr()
     state = state_dir or platformdirs.user_state_path("dlora-cloud")
     tokens = TokenStore(state / FILE_NAME)
     authenticated = tls_client_ca is not None or tokens.any()
     check_exposure(host, tls=tls_cert is not None, authenticated=authenticated, insecure=insecure)
-    if tls_cert is None and (tls_key or tls_client_ca):
-        raise UsageError("--tls-key and --tls-client-ca need --tls-cert")
-    tls = server_context(tls_cert, tls_key, tls_client_ca) if tls_cert else None
+    tls = _tls(tls_cert, tls_key, tls_client_ca)
     check_address(host, port)
     raise_file_limit()
     limit_arenas()
     key = load_key(state)
-    # Idle OpenMP threads spin: with a device on the same cores that made a step 15 times slower. Must be set
-    # before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    import torch
+    threads = _start_torch(device, threads)
 
     from dlora.cloud.door.access import Access
     from dlora.cloud.door.quotas import QuotaLimits
-    from dlora.cloud.model.base_model import load_base_model
     from dlora.cloud.model.live_bytes import default_live_limit
     from dlora.cloud.serving.server import CloudServer
 
-    check_device(device, torch.cuda.device_count())
-    threads = threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    log = logging.getLogger("dlora.cloud")
-    log.info("loading %s", model)
-    started = time.monotonic()
-    base = load_base_model(model, dtype=getattr(torch, dtype.value), device=device)
-    log.info(
-        "loaded %s: %s, %d blocks, %.0fM parameters, fingerprint %s…, in %.1f s",
-        base.name, base.architecture, base.blocks, base.parameters / 1e6, base.fingerprint[:12],
-        time.monotonic() - started,
-    )  # fmt: skip
+    base = _load(model, dtype, device)
     quota_live_bytes = round(quota_live_mb * 1e6) if quota_live_mb else None
     live_limit = round(live_mb * 1e6) if live_mb else default_live_limit(base)
     server = CloudServer(
@@ -221,33 +170,80 @@ def serve(
         access=Access(tokens, required=authenticated),
         tls=tls,
         quotas=QuotaLimits(quota_sessions, quota_tokens_per_minute, quota_live_bytes, quota_compute_s),
-        patience=patience,
+        patience=Patience(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s),
         live_limit=live_limit,
         drain_s=drain_s,
     )
+    _say_limits(server, live_limit, max_sessions)
+    forget_long_lived()
+    asyncio.run(_serve(server, host, port, json_output=json_output))
 
-    log.info(
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr
+    )
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # every end of a connection has a line of ours
+
+
+def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> ssl.SSLContext | None:
+    if certificate is not None:
+        return server_context(certificate, key, client_ca)
+    if key or client_ca:
+        raise UsageError("--tls-key and --tls-client-ca need --tls-cert")
+    return None
+
+
+def _start_torch(device: str, threads: int) -> int:
+    """Load torch, as a server needs it; the threads it computes with. Raises ``UsageError`` without that device."""
+    # Idle OpenMP threads spin: with a device on the same cores that made a step 15 times slower. Must be set
+    # before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    import torch
+
+    check_device(device, torch.cuda.device_count())
+    threads = threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _load(model: str, dtype: Dtype, device: str) -> BaseModel:
+    import torch
+
+    from dlora.cloud.model.base_model import load_base_model
+
+    logger.info("loading %s", model)
+    started = time.monotonic()
+    base = load_base_model(model, dtype=getattr(torch, dtype), device=device)
+    logger.info(
+        "loaded %s: %s, %d blocks, %.0fM parameters, fingerprint %s…, in %.1f s",
+        base.name, base.architecture, base.blocks, base.parameters / 1e6, base.fingerprint[:12],
+        time.monotonic() - started,
+    )  # fmt: skip
+    return base
+
+
+def _say_limits(server: CloudServer, live_limit: int, max_sessions: int) -> None:
+    logger.info(
         "memory: %s MB for all running micro-batches (--live-mb), %s MB for those of one device (--quota-live-mb)",
         f"{live_limit / 1e6:,.0f}", f"{(server.service.quotas.limits.live_bytes or live_limit) / 1e6:,.0f}",
     )  # fmt: skip
-    log.info(
+    logger.info(
         "micro-batches: up to %s tokens (--max-tokens), which take %s MB; %d sessions (--max-sessions)",
         f"{server.service.max_tokens:,}", f"{server.largest_micro_batch / 1e6:,.0f}", max_sessions,
     )  # fmt: skip
     if server.largest_micro_batch > live_limit:
-        log.warning("memory: the largest micro-batches do not fit; raise --live-mb, or lower --max-tokens")
+        logger.warning("memory: the largest micro-batches do not fit; raise --live-mb, or lower --max-tokens")
 
-    forget_long_lived()
 
-    async def run() -> None:
-        serving = asyncio.create_task(server.serve_until_stopped(host, port))
-        while json_output and not server.port and not serving.done():
-            await asyncio.sleep(0.01)
-        if json_output and server.port:
-            print(json.dumps({"url": f"{server.scheme}://{host}:{server.port}", **server.health()}), flush=True)
-        await serving
-
-    asyncio.run(run())
+async def _serve(server: CloudServer, host: str, port: int, *, json_output: bool) -> None:
+    serving = asyncio.create_task(server.serve_until_stopped(host, port))
+    while json_output and not server.port and not serving.done():
+        await asyncio.sleep(0.01)
+    if json_output and server.port:
+        print(json.dumps({"url": f"{server.scheme}://{host}:{server.port}", **server.health()}), flush=True)
+    await serving
 
 
 def check_device(device: str, gpus: int) -> None:
@@ -258,42 +254,3 @@ def check_device(device: str, gpus: int) -> None:
     if device != "cpu" and int(found[1] or 0) >= gpus:
         seen = f"{gpus} CUDA devices, from cuda:0 on," if gpus else "no CUDA device"
         raise UsageError(f"--device {device}: torch sees {seen} here; use --device cpu or another one")
-
-
-def load_key(state_dir: Path) -> bytes:
-    """The key that signs kill-and-revive tickets, 32 bytes; made on first use, readable by its owner only.
-
-    It is whole and on the disk before it has its name: a key that a power cut took away would take every ticket along,
-    and an empty one would sign for anybody. Of servers that begin together, all get the same.
-    """
-    path = state_dir / "ticket.key"
-    try:
-        if not path.exists():
-            state_dir.mkdir(parents=True, exist_ok=True)
-            with interrupts.raising():
-                _make_key(path)
-        key = path.read_bytes()
-    except OSError as error:
-        raise StorageError(f"cannot keep the ticket key in {path}: {error.strerror}; choose --state-dir") from None
-    if len(key) != KEY_BYTES:
-        text = f"the ticket key {path} has {len(key)} bytes, not {KEY_BYTES}; restore it from a backup"
-        raise StorageError(f"{text}, or remove it: runs whose session is gone then cannot go on")
-    return key
-
-
-def _make_key(path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):  # another server was faster: its key counts
-            os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

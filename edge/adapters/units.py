@@ -14,7 +14,8 @@ import numpy as np
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.seeds import Seed, adapter_generator
 from dlora.protocol.adapters import AdapterSpec, kind_of
-from dlora.protocol.groups import GroupSpec, UnitKind, group_units
+from dlora.protocol.choices import UnitKind
+from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import ByteArray, FloatArray, IntArray
 

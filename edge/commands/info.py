@@ -1,26 +1,26 @@
-"""What a bundle, an adapter or a run's directory is, in a few lines."""
+"""``dlora-edge info``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from dlora.edge.adapters.peft import load_adapter
-from dlora.protocol.adapters import AdapterSpec, parameter_count
-from dlora.protocol.errors import UsageError
-from dlora.protocol.manifest import MANIFEST_NAME, load_manifest
+import typer
+
 from dlora.protocol.text import one_line
 
+from .options import JsonOption
+from .output import print_report
 
-def describe(path: Path) -> dict[str, Any]:
-    """Describe what lies at ``path``. Raises ``UsageError`` where it is neither bundle nor adapter."""
-    if (path / MANIFEST_NAME).exists():
-        return _describe_bundle(path)
-    if (path / "adapter_config.json").exists():
-        return _describe_adapter(path)
-    if not path.exists():
-        raise UsageError(f"there is no {path}")
-    raise UsageError(f"{path} is neither a bundle (manifest.json) nor a PEFT adapter (adapter_config.json)")
+
+def info(
+    path: Annotated[Path, typer.Argument(help="A bundle, an adapter or the --out of a run.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Say what a bundle or an adapter is."""
+    from .description import describe
+
+    print_report(describe(path), show, json_output=json_output)
 
 
 def show(report: dict[str, Any]) -> None:
@@ -33,56 +33,3 @@ def show(report: dict[str, Any]) -> None:
     for name, value in report.items():
         table.add_row(f"[bold]{name.replace('_', ' ')}[/]", escape(one_line(str(value))))
     Console().print(table)
-
-
-def _describe_bundle(path: Path) -> dict[str, Any]:
-    manifest = load_manifest(path)
-    base = manifest.base_model
-    return {
-        "kind": "bundle",
-        "base_model": base.name,
-        "architecture": base.architecture,
-        "parameters": base.parameters,
-        "blocks": base.blocks,
-        "hidden_size": base.hidden_size,
-        "vocabulary_size": base.vocabulary_size,
-        "max_sequence_length": base.max_sequence_length,
-        "fingerprint": base.fingerprint,
-        "r": manifest.lora.r,
-        "lora_alpha": manifest.lora.lora_alpha,
-        "target_modules": ", ".join(manifest.lora.target_modules),
-        "exchange_groups": len(manifest.groups),
-        "adapter_parameters": parameter_count(AdapterSpec(r=manifest.lora.r), manifest.groups),
-        "head_dtype": manifest.head.dtype,
-        "graphs": len(manifest.graphs),
-        "engines": ", ".join(manifest.engines),
-        "size_mb": round(sum(file.bytes for file in manifest.files.values()) / 1e6, 1),
-        "written_by": manifest.software,
-        "format": manifest.format,
-    }
-
-
-def _describe_adapter(path: Path) -> dict[str, Any]:
-    loaded = load_adapter(path)
-    blocks = sorted({int(part) for name in loaded.modules for part in name.split(".") if part.isdecimal()})
-    return {
-        "kind": "PEFT LoRA adapter",
-        "r": loaded.r,
-        "lora_alpha": loaded.lora_alpha,
-        "base_model": loaded.base_model_name,
-        "modules": len(loaded.modules),
-        "blocks": _ranges(blocks),
-        "parameters": sum(module.lora_A.size + module.lora_B.size for module in loaded.modules.values()),
-        "checkpoints": len(list(path.glob("checkpoints/checkpoint-*.safetensors"))),
-    }
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``"0-2, 5"``, as ``--pin`` takes it."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,177 +1,206 @@
-"""What ``dlora-edge train`` and ``dlora-edge resume`` do with a run's settings."""
+"""``dlora-edge train`` and ``dlora-edge resume``."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-import msgspec
+import typer
 
-from dlora.edge.data.loading import Reading, load_datasets, usable_length
-from dlora.edge.data.rows import parse_columns
-from dlora.edge.engine.bundle import Bundle
-from dlora.edge.run.pause import PauseRules
-from dlora.edge.run.plan import data_line
-from dlora.edge.run.report import Reporter
-from dlora.edge.run.run_file import RunSettings, load_run_file
-from dlora.edge.training.config import TrainConfig, check_units
-from dlora.edge.training.optimizer import OptimizerConfig
-from dlora.edge.wire.credentials import Credentials
-from dlora.edge.wire.dialing import Liveness, check_url
-from dlora.edge.wire.identity import load_device_id
-from dlora.protocol.errors import UsageError
-from dlora.protocol.groups import group_units
-from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig
-from dlora.protocol.manifest import Manifest
+from dlora.edge.choices import Keep
+from dlora.edge.run import pause
+from dlora.edge.training.schedule import ScheduleName
+from dlora.protocol.choices import OnKill, ScoreName, UnitKind
+from dlora.protocol.limits import MAX_RANK, MAX_STEPS, MAX_THREADS
 
-if TYPE_CHECKING:
-    from dlora.edge.data.examples import Dataset
+from .help_panels import KR
+from .options import (
+    BundleOption,
+    CaOption,
+    ClientCertOption,
+    ClientKeyOption,
+    ColumnsOption,
+    EngineOption,
+    InsecureOption,
+    JsonOption,
+    MaxLengthOption,
+    MaxRetryOption,
+    ServerOption,
+    ThreadsOption,
+    TokenFileOption,
+    TooLongOption,
+    WireDtypeOption,
+)
 
-# Of a run that is to keep its best evaluation and was not told how often to evaluate.
-EVALUATIONS_OF_A_RUN = 10
-
-
-def run_train(settings: RunSettings, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
-    """Check, read, train, save; the summary. Raises any ``DloraError``, for what is wrong before anything is made."""
-    _check(settings)
-    rules = PauseRules.parse(settings.pause_when or [])
-    credentials = Credentials.load(
-        settings.path("token_file"),
-        ca=settings.path("ca"),
-        client_cert=settings.path("client_cert"),
-        client_key=settings.path("client_key"),
-        insecure=settings.insecure,
-        warn=reporter.warn,
-    )
-    check_url(settings.server)
-    bundle = Bundle.open(Path(settings.bundle))
-    kill_revive = _kill_revive(settings, bundle.manifest)
-    dataset, held_out = _load(settings, bundle, reporter)
-    # Not before: data sets are read while this process is small and has no threads.
-    from dlora.edge.run.run import TrainRun, total_steps, train
-
-    steps = total_steps(
-        dataset,
-        epochs=settings.epochs,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        grad_accum=settings.grad_accum,
-    )
-    keeps_best = settings.keep == "best" or settings.patience is not None
-    run = TrainRun(
-        bundle=bundle,
-        server=settings.server,
-        dataset=dataset,
-        config=_config(settings, bundle.manifest, kill_revive, steps),
-        out=Path(settings.out),
-        settings=settings,
-        eval_dataset=held_out,
-        eval_every=settings.eval_every or (-(-steps // EVALUATIONS_OF_A_RUN) if keeps_best else 0),
-        keep=settings.keep,
-        patience=settings.patience,
-        save_every=settings.save_every,
-        init_adapter=settings.path("init_adapter"),
-        resume=resume,
-        threads=settings.threads,
-        engine=settings.engine,
-        credentials=credentials,
-        device=load_device_id(warn=reporter.warn),
-        max_retry_s=settings.max_retry_s,
-        liveness=Liveness(exchange_s=settings.exchange_timeout_s),
-        pause=rules,
-    )
-    return train(run, reporter)
+MAX_SEED = 2**32 - 1  # the wire takes no more
 
 
-def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
-    """The settings of the run in ``out``, with those of ``changes`` that are not None. Raises ``CheckpointError``."""
-    settings = load_run_file(out).settings
-    given = {name: value for name, value in changes.items() if value is not None}
-    if "epochs" in given and "steps" not in given:
-        given["steps"] = None  # else the run's --steps would still count
-    return RunSettings.of({**msgspec.structs.asdict(settings), "out": out, **given})
-
-
-def _check(settings: RunSettings) -> None:
-    """Raise ``UsageError`` for options that cannot go together."""
-    if settings.alpha is not None and not 0 < settings.alpha < math.inf:
-        raise UsageError("--alpha must be above 0")
-    if settings.eval_data is None:
-        for option, is_given in (
-            ("--eval-every", settings.eval_every),
-            ("--keep best", settings.keep == "best"),
-            ("--patience", settings.patience),
-        ):
-            if is_given:
-                raise UsageError(f"{option} needs --eval, the data to evaluate on")
-    if settings.static_units and settings.kr_score != "static":
-        raise UsageError("--static-units needs --kr-score static")
-    if settings.active_fraction == 0 and settings.kr_score != "static":
-        raise UsageError("--active-fraction 0 would train nothing; choose a share above 0, or 1 for all")
-
-
-def _kill_revive(settings: RunSettings, manifest: Manifest) -> KillReviveConfig:
-    config = KillReviveConfig(
-        active_fraction=settings.active_fraction,
-        score=settings.kr_score,
-        unit=settings.kr_unit,
-        warmup_steps=settings.kr_warmup_steps,
-        ramp_fraction=settings.kr_ramp_fraction,
-        kill_every=settings.kr_kill_every,
-        revive_every=settings.kr_revive_every,
-        revive_share=settings.kr_revive_share,
-        probation=settings.kr_probation,
-        hysteresis=settings.kr_hysteresis,
-        on_kill=settings.kr_on_kill,
-        cost_aware=settings.kr_cost_aware,
-        spread=settings.kr_spread,
-        pinned=parse_units(settings.pin, "--pin"),
-        static=parse_units(settings.static_units, "--static-units"),
-    )
-    # Before data is read and a server is asked.
-    check_units(config, len(group_units(manifest.groups, config.unit)))
-    return config
-
-
-def _config(settings: RunSettings, manifest: Manifest, kill_revive: KillReviveConfig, steps: int) -> TrainConfig:
-    return TrainConfig(
-        total_steps=steps,
-        batch_size=settings.batch_size,
-        grad_accum=settings.grad_accum,
-        seed=() if settings.seed is None else (settings.seed,),
-        rank=settings.rank or manifest.lora.r,
-        lora_alpha=settings.alpha if settings.alpha is not None else manifest.lora.lora_alpha,
-        wire_dtype=settings.wire_dtype,
-        optimizer=OptimizerConfig(
-            lr=settings.lr,
-            schedule=settings.schedule,
-            warmup=settings.warmup,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
+# Long, and with many parameters: each is an option, with its default and its help beside it.
+def train(
+    bundle: BundleOption,
+    server: ServerOption,
+    data: Annotated[Path, typer.Option(help="Training data: .jsonl (messages, prompt/completion or text) or .csv.")],
+    out: Annotated[Path, typer.Option(help="Where the PEFT adapter, checkpoints and metrics go.")],
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0.0)] = 1.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; overrides --epochs.", min=1, max=MAX_STEPS)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.", min=1)] = 4,
+    grad_accum: Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)] = 1,
+    max_length: MaxLengthOption = None,
+    too_long: TooLongOption = "error",
+    columns: ColumnsOption = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0, max=1e3)] = 1e-3,
+    schedule: Annotated[
+        ScheduleName, typer.Option(help="Learning rate after warm-up: constant, linear or cosine.")
+    ] = "linear",
+    warmup: Annotated[
+        float, typer.Option(help="Warm-up: steps, or a share of them if below 1.", min=0.0, max=MAX_STEPS)
+    ] = 0.03,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.", min=0.0, max=1e3)] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.", min=0.0)] = 1.0,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank; the bundle's by default.", min=1, max=MAX_RANK)] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha; the bundle's by default.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="The same number gives the same run again. By default random, and known to this device only.",
+            min=0,
+            max=MAX_SEED,
         ),
-        kill_revive=kill_revive,
-    )
+    ] = None,
+    init_adapter: Annotated[Path | None, typer.Option(help="Start from this PEFT LoRA adapter.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    save_every: Annotated[int, typer.Option(help="Save checkpoint and adapter every so many steps.", min=1)] = 50,
+    eval_every: Annotated[
+        int,
+        typer.Option(
+            help="Evaluate every so many steps; 0: before and after, or with --keep best or --patience ten times.",
+            min=0,
+        ),
+    ] = 0,
+    keep: Annotated[
+        Keep, typer.Option(help="Which adapter to save in the end: the last, or the one best on --eval.")
+    ] = "last",
+    patience: Annotated[
+        int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
+    ] = None,
+    wire_dtype: WireDtypeOption = "fp16",
+    threads: ThreadsOption = 0,
+    engine: EngineOption = "auto",
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    client_cert: ClientCertOption = None,
+    client_key: ClientKeyOption = None,
+    insecure: InsecureOption = False,
+    max_retry_s: MaxRetryOption = None,
+    exchange_timeout_s: Annotated[
+        float, typer.Option(help="Least seconds of silence after which the server counts as lost.", min=1)
+    ] = 120.0,
+    pause_when: Annotated[list[str] | None, typer.Option("--pause-when", help=pause.HELP)] = None,
+    json_output: JsonOption = False,
+    active_fraction: Annotated[
+        float,
+        typer.Option(
+            help="Share of units that stay active; 1: all. Less saves traffic and costs quality.",
+            min=0.0,
+            max=1.0,
+            rich_help_panel=KR,
+        ),
+    ] = 1.0,
+    kr_score: Annotated[
+        ScoreName,
+        typer.Option(
+            help="What units are ranked by: change, sensitivity, grad or norm; or the plain rivals random, static or "
+            "last.",
+            rich_help_panel=KR,
+        ),
+    ] = "change",
+    kr_unit: Annotated[UnitKind, typer.Option(help="What is switched.", rich_help_panel=KR)] = "block",
+    kr_warmup_steps: Annotated[
+        int, typer.Option(help="Steps before the first kill.", min=0, max=MAX_STEPS, rich_help_panel=KR)
+    ] = 20,
+    kr_ramp_fraction: Annotated[
+        float, typer.Option(help="Share of steps at which the budget is down.", min=0, max=1, rich_help_panel=KR)
+    ] = 0.25,
+    kr_kill_every: Annotated[
+        int, typer.Option(help="Steps between kills.", min=1, max=MAX_STEPS, rich_help_panel=KR)
+    ] = 25,
+    kr_revive_every: Annotated[
+        int, typer.Option(help="Steps between revivals; 0: never.", min=0, max=MAX_STEPS, rich_help_panel=KR)
+    ] = 50,
+    kr_revive_share: Annotated[
+        float, typer.Option(help="Share of active units on trial.", min=0, max=1, rich_help_panel=KR)
+    ] = 0.25,
+    kr_probation: Annotated[int, typer.Option(help="Steps on trial.", min=0, max=MAX_STEPS, rich_help_panel=KR)] = 25,
+    kr_hysteresis: Annotated[float, typer.Option(help="A kill's margin.", min=0, max=1, rich_help_panel=KR)] = 0.10,
+    kr_on_kill: Annotated[
+        OnKill, typer.Option(help="What a killed unit does at first: fade, bypass or hold_forward.", rich_help_panel=KR)
+    ] = "fade",
+    kr_cost_aware: Annotated[bool, typer.Option(help="Rank by score per cost.", rich_help_panel=KR)] = True,
+    kr_spread: Annotated[
+        bool, typer.Option(help="Keep active units apart along the depth.", rich_help_panel=KR)
+    ] = True,
+    pin: Annotated[str, typer.Option(help="Units never killed: 0,3,26-29.", rich_help_panel=KR)] = "",
+    static_units: Annotated[str, typer.Option(help="The units of --kr-score static.", rich_help_panel=KR)] = "",
+) -> None:
+    """Fine-tune: data and adapters here, frozen blocks on the server.
+
+    Data is JSONL, one example a line: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...};
+    or CSV with --columns. Loss counts on assistant turns, on the completion, or on the whole text. The adapter
+    is saved in PEFT's format in --out, every --save-every steps and at the end.
+
+    Example:  dlora-edge train --bundle build/smollm2 --server ws://127.0.0.1:8765 --data chat.jsonl --out my-adapter
+    """
+    options = locals()  # settings of a run have the names of their options
+    from dlora.edge.run.report import Reporter
+    from dlora.edge.run.run_file import RunSettings
+
+    from .train_settings import run_train
+
+    reporter = Reporter(json_output=json_output)
+    settings = RunSettings.of(options)
+    reporter.finish(run_train(settings, resume=resume, reporter=reporter))
 
 
-def _load(settings: RunSettings, bundle: Bundle, reporter: Reporter) -> tuple[Dataset, Dataset | None]:
-    max_length = usable_length(settings.max_length, bundle.manifest)
-    fields = parse_columns(settings.columns) if settings.columns else None
-    paths = [Path(path) for path in (settings.data, settings.eval_data) if path is not None]
-    with reporter.reading() as on_tick:
-        datasets = load_datasets(Reading(bundle, paths, fields, max_length, settings.too_long), on_tick)
-    for name, path, dataset in zip(("data", "held out"), paths, datasets, strict=False):
-        reporter.say(data_line(name, path, dataset))
-    return datasets[0], datasets[1] if len(datasets) > 1 else None
+def resume(
+    directory: Annotated[Path, typer.Argument(help="The --out of a run.")],
+    steps: Annotated[
+        int | None, typer.Option(help="Make a finished run longer: its steps in all.", min=1, max=MAX_STEPS)
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="The same as passes over the data.", min=0.0)] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
+    ] = None,
+    keep: Annotated[Keep | None, typer.Option(help="Which adapter to save in the end: the last or the best.")] = None,
+    server: Annotated[str | None, typer.Option(help="Another server than before.")] = None,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    client_cert: ClientCertOption = None,
+    client_key: ClientKeyOption = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads.", min=0, max=MAX_THREADS)] = None,
+    max_retry_s: Annotated[
+        float | None, typer.Option(help="Seconds that the server may be away; for ever by default.", min=0)
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Go on with a run where it stopped, with the settings that it began with (run.json in its directory).
 
+    A finished run can be made longer: with --steps or --epochs, the steps that come on top are a run of their own that
+    begins with the weights and AdamW's state of the old one; schedules, and Kill and Revive, begin anew.
 
-def parse_units(text: str, option: str) -> tuple[int, ...]:
-    """``"0,3,26-29"`` to ``(0, 3, 26, 27, 28, 29)``. Raises ``UsageError``."""
-    units: set[int] = set()
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        first, dash, last = part.partition("-")
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < MAX_UNITS):
-            raise UsageError(f"{option} {text!r}: write units as 0,3,26-29")
-        units.update(range(int(first), int(last) + 1))
-    return tuple(sorted(units))
+    Example:  dlora-edge resume my-adapter --steps 400
+    """
+    from dlora.edge.run.report import Reporter
+
+    from .train_settings import run_train, settings_of_run
+
+    reporter = Reporter(json_output=json_output)
+    changes = {
+        "steps": steps, "epochs": epochs, "patience": patience, "keep": keep, "server": server,
+        "token_file": token_file, "ca": ca, "client_cert": client_cert, "client_key": client_key, "threads": threads,
+        "max_retry_s": max_retry_s,
+    }  # fmt: skip
+    settings = settings_of_run(directory, changes)
+    reporter.finish(run_train(settings, resume=True, reporter=reporter))

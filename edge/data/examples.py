@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from dlora.edge.choices import TooLong
 from dlora.protocol.errors import DataError
 from dlora.protocol.tensors import IntArray
 
@@ -21,7 +22,6 @@ from .rows import FIELDS, parse_columns, read_rows
 if TYPE_CHECKING:  # training needs data sets, and no tokenizer
     from .tokenizer import EdgeTokenizer
 
-TooLong = Literal["error", "truncate", "skip"]
 BoolArray = npt.NDArray[np.bool_]
 MAX_PLACES: Final = 3
 

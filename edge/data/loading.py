@@ -11,12 +11,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dlora.edge.choices import TooLong
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.errors import BundleError, DataError, UsageError
 from dlora.protocol.manifest import Manifest
 
 from .child import Buffer, Child, Note
-from .examples import Dataset, TooLong, load_examples
+from .examples import Dataset, load_examples
 
 TOKENIZER_PLACE: Final = "the bundle's tokenizer"
 USUAL_LENGTH: Final = 512

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Final, Literal
+from typing import Final
 
+from dlora.edge.choices import EngineChoice, EngineName
 from dlora.protocol.command import missing_extra
 from dlora.protocol.errors import BundleError, MissingExtraError
 
@@ -12,11 +13,10 @@ from .bundle import Bundle
 from .engine import Engine
 from .shim import find_shim
 
-EngineName = Literal["onnx", "executorch"]
 ENGINES: Final[tuple[EngineName, ...]] = ("onnx", "executorch")  # in the order of preference
 
 
-def make_engine(bundle: Bundle, name: EngineName | Literal["auto"] = "auto", threads: int = 0) -> Engine:
+def make_engine(bundle: Bundle, name: EngineChoice = "auto", threads: int = 0) -> Engine:
     """The engine of that name; ``auto``: the first that both the bundle and the device have.
 
     Raises ``BundleError`` where the bundle has no graphs for it, and ``MissingExtraError`` where the device lacks it.
@@ -36,7 +36,7 @@ def make_engine(bundle: Bundle, name: EngineName | Literal["auto"] = "auto", thr
     return OnnxEngine(bundle, threads)
 
 
-def load_libraries(bundle: Bundle, name: EngineName | Literal["auto"]) -> None:
+def load_libraries(bundle: Bundle, name: EngineChoice) -> None:
     """Load what ``make_engine`` will need of ONNX Runtime, where it is there."""
     if name != "executorch" and "onnx" in usable_engines(bundle):
         importlib.import_module("onnxruntime")

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from dlora.edge.adapters.fitting import check_base_model, load_weights
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.choices import EngineChoice
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.engine.bundle import Bundle
-from dlora.edge.engine.choose import EngineName, make_engine
+from dlora.edge.engine.choose import make_engine
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import Dialing
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import DataError, DivergedError, RemoteProtocolError
-from dlora.protocol.wire_codecs import Codecs, WireDtype
+from dlora.protocol.wire_codecs import Codecs
 
 from .session import ModelSession
 from .split import SplitModel
@@ -64,7 +65,7 @@ def open_model(
     *,
     wire_dtype: WireDtype,
     threads: int = 0,
-    engine: EngineName | Literal["auto"] = "auto",
+    engine: EngineChoice = "auto",
     dialing: Dialing | None = None,
 ) -> Iterator[SplitModel]:
     """A split model with a saved adapter, or none; blocks without an adapter do not exchange."""

@@ -11,7 +11,8 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import crossings
 from dlora.protocol.groups import GroupSpec, group_units
-from dlora.protocol.kill_revive import MAX_STEPS, Schedule, steps_needed
+from dlora.protocol.kill_revive import Schedule, steps_needed
+from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.traffic import Traffic, micro_batch_traffic
 from dlora.protocol.wire_codecs import Codecs

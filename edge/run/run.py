@@ -14,14 +14,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from dlora.edge.adapters.peft import WEIGHTS_NAME, LoadedAdapter, load_adapter
+from dlora.edge.choices import EngineChoice, Keep
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
-from dlora.edge.engine.choose import EngineName, load_libraries, make_engine
+from dlora.edge.engine.choose import load_libraries, make_engine
 from dlora.edge.engine.code_pages import release_code
 from dlora.edge.files import locked, make_directory, write_atomically
 from dlora.edge.memory import peak_rss_mb
@@ -35,13 +36,14 @@ from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.dialing import Dialing, Liveness, Retry
 from dlora.protocol import interrupts
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
-from dlora.protocol.kill_revive import MAX_STEPS, UnitState
+from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.limits import MAX_STEPS
 
 from .held_out import HeldOut, is_out_of_patience, load_rows
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import Evaluations, kill_revive_lines, run_line
 from .report import Reporter
-from .run_file import DataDigest, Keep, RunFile, RunSettings, save_run_file, versions
+from .run_file import DataDigest, RunFile, RunSettings, save_run_file, versions
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -50,7 +52,7 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class TrainRun:
-    """What to run, and where to keep it.
+    """What to run, and where to keep it: all that the options come to, so that there are many fields.
 
     Attributes:
         settings: what the user gave, for ``run.json``; None where there is to be none.
@@ -75,7 +77,7 @@ class TrainRun:
     init_adapter: Path | None = None
     resume: bool = False
     threads: int = 0
-    engine: EngineName | Literal["auto"] = "auto"
+    engine: EngineChoice = "auto"
     credentials: Credentials = field(default_factory=Credentials)
     device: str = ""
     max_retry_s: float | None = None

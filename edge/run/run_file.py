@@ -7,28 +7,25 @@ from __future__ import annotations
 
 import math
 import platform
-from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 
-from dlora.edge.data.examples import Dataset, TooLong
-from dlora.edge.engine.choose import EngineName
+from dlora.edge.choices import EngineChoice, Keep, TooLong
+from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
 from dlora.edge.training.schedule import ScheduleName
+from dlora.protocol.choices import OnKill, ScoreName, UnitKind, WireDtype
 from dlora.protocol.errors import CheckpointError, UsageError
-from dlora.protocol.groups import UnitKind
-from dlora.protocol.kill_revive import MAX_STEPS, Fraction, OnKill, ScoreName
-from dlora.protocol.limits import MAX_THREADS
+from dlora.protocol.kill_revive import Fraction
+from dlora.protocol.limits import MAX_STEPS, MAX_THREADS
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
-from dlora.protocol.wire_codecs import WireDtype
 
 NAME = "run.json"
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
 
-Keep = Literal["last", "best"]
 # As the command line has them: run.json may have been edited.
 FilePath = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]+\Z")]
 Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_STEPS)]
@@ -66,7 +63,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     patience: Count | None
     wire_dtype: WireDtype
     threads: Annotated[int, msgspec.Meta(ge=0, le=MAX_THREADS)]
-    engine: EngineName | Literal["auto"]
+    engine: EngineChoice
     token_file: FilePath | None
     ca: FilePath | None
     client_cert: FilePath | None
@@ -110,9 +107,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value.absolute())
-    return value.value if isinstance(value, Enum) else value
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 class DataDigest(msgspec.Struct, frozen=True):

@@ -10,10 +10,10 @@ import msgspec
 
 from dlora.edge.seeds import Seed
 from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.wire_codecs import WireDtype
 
 from .optimizer import OptimizerConfig
 

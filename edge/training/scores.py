@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dlora.edge.adapters.kind import Factors, GroupAdapters
-from dlora.protocol.kill_revive import ScoreName
+from dlora.protocol.choices import ScoreName
 from dlora.protocol.tensors import FloatArray
 
 Matrix = npt.NDArray[np.floating[Any]]

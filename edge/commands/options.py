@@ -1,0 +1,89 @@
+"""Options that several commands have, each once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dlora.edge.choices import EngineChoice, TooLong
+from dlora.protocol.choices import WireDtype
+from dlora.protocol.limits import MAX_THREADS
+
+from .output import warn
+
+if TYPE_CHECKING:
+    from dlora.edge.wire.credentials import Credentials
+
+BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
+ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT or wss://HOST:PORT.")]
+AdapterOption = Annotated[Path | None, typer.Option(help="PEFT adapter; none: the base model.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+MaxLengthOption = Annotated[
+    int | None, typer.Option(help="Longest example, in tokens; 512 by default, or what the model takes.", min=2)
+]
+TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: error, truncate or skip them.")]
+ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
+WireDtypeOption = Annotated[WireDtype, typer.Option(help="Precision on the wire: fp16 or fp32.")]
+ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0, max=MAX_THREADS)]
+EngineOption = Annotated[
+    EngineChoice,
+    typer.Option(help="What runs the graphs: onnx, executorch or auto, which is ONNX Runtime, or else what there is."),
+]
+TokenFileOption = Annotated[
+    Path | None, typer.Option(help="File with the token that lets this device in; else DLORA_TOKEN.")
+]
+CaOption = Annotated[Path | None, typer.Option(help="Trust only servers that this authority signed (PEM).")]
+ClientCertOption = Annotated[Path | None, typer.Option(help="This device's certificate (PEM).")]
+ClientKeyOption = Annotated[Path | None, typer.Option(help="Its key, where that is another file (PEM).")]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="Send the token over plain ws:// all the same.")]
+MaxRetryOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that the server may be gone, or say nothing new; 0: give up as soon as it is lost. Without it: "
+        "for ever once the run has begun, but a first connection that fails ends it.",
+        min=0,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class CredentialOptions:
+    """What the device shows the server, and whom it trusts, as a group of options."""
+
+    token_file: TokenFileOption = None
+    ca: CaOption = None
+    client_cert: ClientCertOption = None
+    client_key: ClientKeyOption = None
+    insecure: InsecureOption = False
+
+    def load(self) -> Credentials:
+        """What they and ``DLORA_TOKEN`` say; warns on stderr where others can read the token. Raises ``UsageError``."""
+        from dlora.edge.wire.credentials import Credentials
+
+        return Credentials.load(**asdict(self), warn=warn)
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` as typer takes it: a parameter that is a dataclass gives way to the options that are its fields."""
+    parameters = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {
+        name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)
+    }
+    fields = {name: inspect.signature(group, eval_str=True).parameters for name, group in groups.items()}
+    options = [option for name, each in parameters.items() for option in fields.get(name, {name: each}).values()]
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{option: given.pop(option) for option in fields[name]})
+        command(**given)
+
+    flat.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    flat.__annotations__ = {option.name: option.annotation for option in options}
+    return flat

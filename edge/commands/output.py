@@ -1,0 +1,22 @@
+"""What every command prints alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+
+def warn(line: str) -> None:
+    """One line on stderr about something that went wrong and was dealt with."""
+    from dlora.edge.run.report import Reporter
+
+    Reporter().warn(line)
+
+
+def print_report(report: dict[str, Any], show: Callable[[dict[str, Any]], None], *, json_output: bool) -> None:
+    """Print a command's result: as one JSON object, or as ``show`` does for people."""
+    if json_output:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        show(report)

@@ -1,0 +1,177 @@
+"""What ``dlora-edge train`` and ``dlora-edge resume`` do with a run's settings."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from dlora.edge.data.loading import Reading, load_datasets, usable_length
+from dlora.edge.data.rows import parse_columns
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.run.pause import PauseRules
+from dlora.edge.run.plan import data_line
+from dlora.edge.run.report import Reporter
+from dlora.edge.run.run_file import RunSettings, load_run_file
+from dlora.edge.training.config import TrainConfig, check_units
+from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.wire.credentials import Credentials
+from dlora.edge.wire.dialing import Liveness, check_url
+from dlora.edge.wire.identity import load_device_id
+from dlora.protocol.errors import UsageError
+from dlora.protocol.groups import group_units
+from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig
+from dlora.protocol.manifest import Manifest
+
+if TYPE_CHECKING:
+    from dlora.edge.data.examples import Dataset
+
+# Of a run that is to keep its best evaluation and was not told how often to evaluate.
+EVALUATIONS_OF_A_RUN = 10
+
+
+def run_train(settings: RunSettings, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+    """Check, read, train, save; the summary. Raises any ``DloraError``, for what is wrong before anything is made."""
+    _check(settings)
+    rules = PauseRules.parse(settings.pause_when or [])
+    credentials = Credentials.load(
+        settings.path("token_file"),
+        ca=settings.path("ca"),
+        client_cert=settings.path("client_cert"),
+        client_key=settings.path("client_key"),
+        insecure=settings.insecure,
+        warn=reporter.warn,
+    )
+    check_url(settings.server)
+    bundle = Bundle.open(Path(settings.bundle))
+    kill_revive = _kill_revive(settings, bundle.manifest)
+    dataset, held_out = _load(settings, bundle, reporter)
+    # Not before: data sets are read while this process is small and has no threads.
+    from dlora.edge.run.run import TrainRun, total_steps, train
+
+    steps = total_steps(
+        dataset,
+        epochs=settings.epochs,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        grad_accum=settings.grad_accum,
+    )
+    keeps_best = settings.keep == "best" or settings.patience is not None
+    run = TrainRun(
+        bundle=bundle,
+        server=settings.server,
+        dataset=dataset,
+        config=_config(settings, bundle.manifest, kill_revive, steps),
+        out=Path(settings.out),
+        settings=settings,
+        eval_dataset=held_out,
+        eval_every=settings.eval_every or (-(-steps // EVALUATIONS_OF_A_RUN) if keeps_best else 0),
+        keep=settings.keep,
+        patience=settings.patience,
+        save_every=settings.save_every,
+        init_adapter=settings.path("init_adapter"),
+        resume=resume,
+        threads=settings.threads,
+        engine=settings.engine,
+        credentials=credentials,
+        device=load_device_id(warn=reporter.warn),
+        max_retry_s=settings.max_retry_s,
+        liveness=Liveness(exchange_s=settings.exchange_timeout_s),
+        pause=rules,
+    )
+    return train(run, reporter)
+
+
+def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
+    """The settings of the run in ``out``, with those of ``changes`` that are not None. Raises ``CheckpointError``."""
+    settings = load_run_file(out).settings
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "epochs" in given and "steps" not in given:
+        given["steps"] = None  # else the run's --steps would still count
+    return RunSettings.of({**msgspec.structs.asdict(settings), "out": out, **given})
+
+
+def _check(settings: RunSettings) -> None:
+    """Raise ``UsageError`` for options that cannot go together."""
+    if settings.alpha is not None and not 0 < settings.alpha < math.inf:
+        raise UsageError("--alpha must be above 0")
+    if settings.eval_data is None:
+        for option, is_given in (
+            ("--eval-every", settings.eval_every),
+            ("--keep best", settings.keep == "best"),
+            ("--patience", settings.patience),
+        ):
+            if is_given:
+                raise UsageError(f"{option} needs --eval, the data to evaluate on")
+    if settings.static_units and settings.kr_score != "static":
+        raise UsageError("--static-units needs --kr-score static")
+    if settings.active_fraction == 0 and settings.kr_score != "static":
+        raise UsageError("--active-fraction 0 would train nothing; choose a share above 0, or 1 for all")
+
+
+def _kill_revive(settings: RunSettings, manifest: Manifest) -> KillReviveConfig:
+    config = KillReviveConfig(
+        active_fraction=settings.active_fraction,
+        score=settings.kr_score,
+        unit=settings.kr_unit,
+        warmup_steps=settings.kr_warmup_steps,
+        ramp_fraction=settings.kr_ramp_fraction,
+        kill_every=settings.kr_kill_every,
+        revive_every=settings.kr_revive_every,
+        revive_share=settings.kr_revive_share,
+        probation=settings.kr_probation,
+        hysteresis=settings.kr_hysteresis,
+        on_kill=settings.kr_on_kill,
+        cost_aware=settings.kr_cost_aware,
+        spread=settings.kr_spread,
+        pinned=parse_units(settings.pin, "--pin"),
+        static=parse_units(settings.static_units, "--static-units"),
+    )
+    # Before data is read and a server is asked.
+    check_units(config, len(group_units(manifest.groups, config.unit)))
+    return config
+
+
+def _config(settings: RunSettings, manifest: Manifest, kill_revive: KillReviveConfig, steps: int) -> TrainConfig:
+    return TrainConfig(
+        total_steps=steps,
+        batch_size=settings.batch_size,
+        grad_accum=settings.grad_accum,
+        seed=() if settings.seed is None else (settings.seed,),
+        rank=settings.rank or manifest.lora.r,
+        lora_alpha=settings.alpha if settings.alpha is not None else manifest.lora.lora_alpha,
+        wire_dtype=settings.wire_dtype,
+        optimizer=OptimizerConfig(
+            lr=settings.lr,
+            schedule=settings.schedule,
+            warmup=settings.warmup,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+        ),
+        kill_revive=kill_revive,
+    )
+
+
+def _load(settings: RunSettings, bundle: Bundle, reporter: Reporter) -> tuple[Dataset, Dataset | None]:
+    max_length = usable_length(settings.max_length, bundle.manifest)
+    fields = parse_columns(settings.columns) if settings.columns else None
+    paths = [Path(path) for path in (settings.data, settings.eval_data) if path is not None]
+    with reporter.reading() as on_tick:
+        datasets = load_datasets(Reading(bundle, paths, fields, max_length, settings.too_long), on_tick)
+    for name, path, dataset in zip(("data", "held out"), paths, datasets, strict=False):
+        reporter.say(data_line(name, path, dataset))
+    return datasets[0], datasets[1] if len(datasets) > 1 else None
+
+
+def parse_units(text: str, option: str) -> tuple[int, ...]:
+    """``"0,3,26-29"`` to ``(0, 3, 26, 27, 28, 29)``. Raises ``UsageError``."""
+    units: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < MAX_UNITS):
+            raise UsageError(f"{option} {text!r}: write units as 0,3,26-29")
+        units.update(range(int(first), int(last) + 1))
+    return tuple(sorted(units))

@@ -1,0 +1,17 @@
+"""Words that a device chooses among when it opens a session; read by its command line, so that nothing slow is here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+WireDtype = Literal["fp16", "fp32"]
+"""How floating-point tensors cross the wire."""
+
+UnitKind = Literal["block", "group"]
+"""What kill-and-revive switches: all exchange groups of a block at once, or each group by itself."""
+
+ScoreName = Literal["change", "sensitivity", "grad", "norm", "random", "static", "last"]
+"""What kill-and-revive ranks units by."""
+
+OnKill = Literal["fade", "bypass", "hold_forward"]
+"""What a killed unit does at first."""
