@@ -87,13 +87,16 @@ class ModelParts:
     Make one for a model: its blocks are wrapped, and stay so. Where no part is asked for, it costs no bit.
 
     Args:
-        base: every block is tried on its own, on a few tokens: two forward passes in all.
+        base: every block is tried on its own, on a few tokens: three forward passes in all.
+
+    Attributes:
+        base: the model.
 
     Raises ``ExportError`` where blocks hand on more than hidden states, or do not run one after the other.
     """
 
     def __init__(self, base: BaseModel) -> None:
-        self._base = base
+        self.base = base
         self._running = threading.local()
         self._widths: list[int] = []  # of what goes into each block, and at last of what comes out of the last
         self._returned: list[int | None] = []  # by each block: None for a plain tensor, else how many beside it
@@ -145,10 +148,10 @@ class ModelParts:
         embeds = hidden_states
         if begin > 0:
             # Masks and positions are made from their shape; no block sees their values.
-            embeds = hidden_states.new_zeros(*hidden_states.shape[:-1], self._base.embedding_size)
+            embeds = hidden_states.new_zeros(*hidden_states.shape[:-1], self.base.embedding_size)
         try:
             with self._within(part):
-                output = self._base.decoder(inputs_embeds=embeds, attention_mask=attention_mask, **arguments)
+                output = self.base.decoder(inputs_embeds=embeds, attention_mask=attention_mask, **arguments)
         except BaseException:
             if cache is not None:
                 cache._cut(cache.length)
@@ -169,7 +172,7 @@ class ModelParts:
         As with blocks that keep a state instead, which cannot be cropped. It is tried once, on a few tokens.
         """
         if self._cache_refusal is not None:
-            base = self._base
+            base = self.base
             raise ExportError(
                 f"{base.name} ({base.architecture}) cannot run with a cache of keys and values: {self._cache_refusal}"
             )
@@ -177,25 +180,25 @@ class ModelParts:
     @cached_property
     def _cache_argument(self) -> str:
         """Empty where the decoder takes no cache."""
-        known = inspect.signature(self._base.decoder.forward).parameters
+        known = inspect.signature(self.base.decoder.forward).parameters
         return next((name for name in _CACHE_ARGUMENTS if name in known), "")
 
     @cached_property
     def _cache_refusal(self) -> str | None:
         if not self._cache_argument:
             return "its decoder takes none"
-        base = self._base
+        base = self.base
         middle = max(1, base.blocks // 2)
         caches = PartCache(0, middle), PartCache(middle, None)
         embeds = _random_embeds(base, 6)
 
         def append(first: int, last: int) -> Tensor:
-            hidden = self.run(embeds[:, first:last], end=middle, cache=caches[0])
+            hidden = self.run(embeds[:, first:last].clone(), end=middle, cache=caches[0])
             return self.run(hidden, begin=middle, cache=caches[1])
 
         try:
             with torch.no_grad():
-                wanted = base.last_hidden_state(embeds)
+                wanted = base.last_hidden_state(embeds.clone())
                 append(0, 3)
                 append(3, 5)
                 for cache in caches:
@@ -210,7 +213,7 @@ class ModelParts:
         return None if _equal(found, wanted[:, 4:]) else "it gives something else with one than without"
 
     def _part(self, hidden_states: Tensor, begin: int, end: int | None, cache: PartCache | None) -> _Part:
-        blocks = self._base.blocks
+        blocks = self.base.blocks
         if not (0 <= begin <= blocks if end is None else 0 <= begin < end <= blocks):
             raise ValueError(f"there is no part from block {begin} to before block {end} in a model of {blocks} blocks")
         width = hidden_states.shape[-1]
@@ -239,36 +242,38 @@ class ModelParts:
             self._running.part = None
 
     def _try_blocks(self) -> None:
-        base, watch = self._base, _Watch()
+        base, watch = self.base, _Watch()
         embeds = _random_embeds(base, TRACE_TOKENS)
         with torch.no_grad(), model_code(base.name, base.architecture), self._within(watch):
-            last = base.last_hidden_state(embeds)
-        if [index for index, _ in watch.outputs] != list(range(base.blocks)):
+            last = base.last_hidden_state(embeds.clone())
+        if [index for index, *_ in watch.outputs] != list(range(base.blocks)):
             self._refuse("its blocks do not run one after the other, each of them once")
         hidden = [embeds]
-        for index, output in watch.outputs:
-            first = _first(output)
+        for index, output, first in watch.outputs:
             if not isinstance(first, Tensor):
                 self._refuse(f"block {index} returns a {type(output).__name__}, not hidden states")
-            self._returned.append(None if output is first else len(output) - 1)
+            self._returned.append(len(output) - 1 if isinstance(output, tuple | list) else None)
             hidden.append(first)
         self._widths = [states.shape[-1] for states in hidden]
-        # If each of them gives on its own what it gives among the others, then so does any part.
-        for index in range(base.blocks):
-            self._try(f"block {index}", hidden[index], hidden[index + 1], index, index + 1)
+        # If each of them gives on its own what it gives among the others, then so does any part. What a block may
+        # leave behind for later ones must not help: by now it is of other tokens, and the later ones are tried first.
+        with torch.no_grad():
+            base.last_hidden_state(embeds.flip(1))
         self._try("what follows the blocks", hidden[-1], last, base.blocks, None)
+        for index in reversed(range(base.blocks)):
+            self._try(f"block {index}", hidden[index], hidden[index + 1], index, index + 1)
 
     def _try(self, name: str, given: Tensor, wanted: Tensor, begin: int, end: int | None) -> None:
         try:
             with torch.no_grad():
-                found = self.run(given, begin=begin, end=end)
+                found = self.run(given.clone(), begin=begin, end=end)
         except Exception as error:  # whatever a family does where blocks before are left out
             self._refuse(f"{name} fails on its own: {type(error).__name__}: {first_line(error)}")
         if not _equal(found, wanted):
             self._refuse(f"{name} takes more than the hidden states that come out of the block before")
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise ExportError(f"{self._base.name} ({self._base.architecture}) cannot be run in parts: {reason}")
+        raise ExportError(f"{self.base.name} ({self.base.architecture}) cannot be run in parts: {reason}")
 
 
 class _Running(Protocol):
@@ -278,14 +283,15 @@ class _Running(Protocol):
 
 
 class _Watch:
-    """Keeps what each block returns."""
+    """Keeps what each block returns, and a copy of the hidden states in it, which a later one may change in place."""
 
     def __init__(self) -> None:
-        self.outputs: list[tuple[int, Any]] = []
+        self.outputs: list[tuple[int, Any, Any]] = []
 
     def run_block(self, index: int, run: Callable[[], Any]) -> Any:
         output = run()
-        self.outputs.append((index, output))
+        first = _first(output)
+        self.outputs.append((index, output, first.clone() if isinstance(first, Tensor) else first))
         return output
 
 
