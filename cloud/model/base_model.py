@@ -73,7 +73,7 @@ class BaseModel:
     Attributes:
         name: as the user named it; architecture: Hugging Face ``model_type``.
         model: the causal language model; decoder: the part of it from ``inputs_embeds`` to ``last_hidden_state``.
-        blocks: number of transformer blocks.
+        blocks: number of transformer blocks; block_modules: themselves, in the order of execution.
         embedding_size: width of ``inputs_embeds``; hidden_size: of ``last_hidden_state``.
         targets: all modules that can be targets, by name, in execution order.
         refused: linear modules of the blocks that cannot, and why.
@@ -84,6 +84,7 @@ class BaseModel:
     model: PreTrainedModel
     decoder: nn.Module
     blocks: int
+    block_modules: tuple[nn.Module, ...]
     embedding_size: int
     hidden_size: int
     vocabulary_size: int
@@ -124,6 +125,7 @@ class BaseModel:
             model=model,
             decoder=decoder,
             blocks=len(block_list),
+            block_modules=tuple(block for _, block in block_list),
             embedding_size=embedding.embedding_dim,
             hidden_size=head.in_features,
             vocabulary_size=head.out_features,

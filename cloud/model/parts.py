@@ -1,0 +1,349 @@
+"""The base model in parts: from given hidden states, through some of its blocks, with a cache of keys and values.
+
+::
+
+    embeds ── what stands before the blocks ── 0 ── 1 ── 2 ── 3 ── final norm ── last hidden state
+
+    run(embeds, end=2)                          0 ── 1 ──▶ hidden states after block 1
+    run(hidden, begin=2)                       given ──▶ 2 ── 3 ── final norm ──▶ last hidden state
+
+No model-specific code: it is always the family's own decoder that runs, and makes masks and positions as ever. Each
+block's ``forward`` is wrapped once, and asks a thread-local for the part that runs in this thread. Without one it is
+the base model's own. A block outside the part computes nothing and hands on the hidden states that it is given.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, Final, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from dlora.protocol.errors import ExportError, first_line
+
+from .base_model import TRACE_TOKENS, BaseModel, model_code
+
+_Forward = Callable[..., Any]
+
+# Rounding only. The same operations on the same shapes are mostly equal to the bit, those of experts not everywhere.
+_TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-4}
+_TOLERANCE_OF_HALF: Final = 5e-2
+# What decoders call it: ``cache`` since transformers 5.24, ``past_key_values`` before.
+_CACHE_ARGUMENTS: Final = ("cache", "past_key_values")
+
+
+class PartCache:
+    """Keys and values of the tokens that a part of the base model has seen. Of one conversation, not for two threads.
+
+    All of them are kept, in families with a sliding window too (their masks hide the older ones), so that it can be
+    cropped to any length. Under ``torch.no_grad`` it keeps no graph.
+
+    Attributes:
+        begin: the part's first block; end: the block after its last, None for the whole rest and the final norm.
+        length: how many tokens it holds, in each row.
+    """
+
+    def __init__(self, begin: int, end: int | None) -> None:
+        self.begin = begin
+        self.end = end
+        self.length = 0
+        # Without the model's config, which would make it forget what has left the window.
+        self._cache = DynamicCache()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that it holds."""
+        tensors = [tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens. Raises ``ValueError`` where it does not hold as many."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {self.length} tokens cannot be cropped to {length}")
+        self._cut(length)
+
+    def _cut(self, length: int) -> None:
+        """To a length, and not by a number of tokens as ``DynamicCache.crop`` does.
+
+        After a forward that failed some blocks have more tokens than others, and one may have keys without values.
+        """
+        if length == 0:
+            self._cache = DynamicCache()  # which takes another number of rows, too
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        self.length = length
+
+
+class ModelParts:
+    """Runs parts of a base model, in several threads at once.
+
+    Make one for a model: its blocks are wrapped, and stay so. Where no part is asked for, it costs no bit.
+
+    Args:
+        base: every block is tried on its own, on a few tokens: three forward passes in all.
+
+    Attributes:
+        base: the model.
+
+    Raises ``ExportError`` where blocks hand on more than hidden states, or do not run one after the other.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
+        self._running = threading.local()
+        self._widths: list[int] = []  # of what goes into each block, and at last of what comes out of the last
+        self._returned: list[int | None] = []  # by each block: None for a plain tensor, else how many beside it
+        if len(set(base.block_modules)) < base.blocks:
+            self._refuse("some of its blocks are one and the same module")
+        originals = [block.forward for block in base.block_modules]
+        for index, block in enumerate(base.block_modules):
+            block.forward = self._wrap(index, block.forward)
+        try:
+            self._try_blocks()
+        except BaseException:
+            for block, original in zip(base.block_modules, originals, strict=True):
+                block.forward = original
+            raise
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        *,
+        begin: int = 0,
+        end: int | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: PartCache | None = None,
+    ) -> Tensor:
+        """Run the blocks ``begin`` to ``end - 1``, on all tokens or, with a cache, on those after the ones it holds.
+
+        Args:
+            hidden_states: in the model's dtype, (batch, length, width): what came out of block ``begin - 1``, or
+                ``inputs_embeds`` where ``begin`` is 0.
+            begin: 0 to the number of blocks, where only the final norm is left to do.
+            end: None for the rest, with the final norm.
+            attention_mask: int64 (batch, length), 1 for tokens and 0 for padding; not with a cache.
+            position_ids: int64 (1, length), starting anew at each of several packed sequences; not with a cache.
+            cache: from ``new_cache`` for these blocks; it takes the new tokens in. After an error it is as before.
+
+        Returns: (batch, length, width) after block ``end - 1``, or (batch, length, hidden_size) after the final norm.
+
+        Raises ``ValueError`` for blocks that there are not, another width, and a cache of other blocks.
+        """
+        part = self._part(hidden_states, begin, end, cache)
+        if cache is not None and (attention_mask is not None or position_ids is not None):
+            raise ValueError("with a cache there is neither padding nor packing: all rows have the same length")
+        arguments: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            arguments[self._cache_argument] = cache._cache
+        if position_ids is not None:
+            arguments["position_ids"] = position_ids
+        embeds = hidden_states
+        if begin > 0:
+            # Masks and positions are made from their shape; no block sees their values.
+            embeds = hidden_states.new_zeros(*hidden_states.shape[:-1], self.base.embedding_size)
+        try:
+            with self._within(part):
+                output = self.base.decoder(inputs_embeds=embeds, attention_mask=attention_mask, **arguments)
+        except BaseException:
+            if cache is not None:
+                cache._cut(cache.length)
+            raise
+        if cache is not None:
+            cache.length += hidden_states.shape[1]
+        last: Tensor = output.last_hidden_state if end is None else part.hidden_states
+        return last
+
+    def new_cache(self, *, begin: int = 0, end: int | None = None) -> PartCache:
+        """An empty cache for ``run`` with these blocks. Raises ``ExportError`` as ``check_cache`` does."""
+        self.check_cache()
+        return PartCache(begin, end)
+
+    def check_cache(self) -> None:
+        """Raise ``ExportError`` where the family does not go on from keys and values as from the tokens themselves.
+
+        As with blocks that keep a state instead, which cannot be cropped. It is tried once, on a few tokens.
+        """
+        if self._cache_refusal is not None:
+            base = self.base
+            raise ExportError(
+                f"{base.name} ({base.architecture}) cannot run with a cache of keys and values: {self._cache_refusal}"
+            )
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        """Empty where the decoder takes no cache."""
+        known = inspect.signature(self.base.decoder.forward).parameters
+        return next((name for name in _CACHE_ARGUMENTS if name in known), "")
+
+    @cached_property
+    def _cache_refusal(self) -> str | None:
+        if not self._cache_argument:
+            return "its decoder takes none"
+        base = self.base
+        middle = max(1, base.blocks // 2)
+        caches = PartCache(0, middle), PartCache(middle, None)
+        embeds = _random_embeds(base, 6)
+
+        def append(first: int, last: int) -> Tensor:
+            hidden = self.run(embeds[:, first:last].clone(), end=middle, cache=caches[0])
+            return self.run(hidden, begin=middle, cache=caches[1])
+
+        try:
+            with torch.no_grad():
+                wanted = base.last_hidden_state(embeds.clone())
+                append(0, 3)
+                append(3, 5)
+                for cache in caches:
+                    cache.crop(4)
+                found = append(4, 6)
+        except Exception as error:  # whatever a family does with a cache that it does not know
+            return f"it cannot go on from these alone ({type(error).__name__}: {first_line(error)})"
+        for cache in caches:
+            for index in range(base.blocks):
+                if cache._cache.get_seq_length(index) != 6:
+                    return f"block {index} keeps its past elsewhere"
+        return None if _equal(found, wanted[:, 4:]) else "it gives something else with one than without"
+
+    def _part(self, hidden_states: Tensor, begin: int, end: int | None, cache: PartCache | None) -> _Part:
+        blocks = self.base.blocks
+        if not (0 <= begin <= blocks if end is None else 0 <= begin < end <= blocks):
+            raise ValueError(f"there is no part from block {begin} to before block {end} in a model of {blocks} blocks")
+        width = hidden_states.shape[-1]
+        if width != self._widths[begin]:
+            raise ValueError(f"block {begin} takes hidden states of width {self._widths[begin]}, not {width}")
+        if cache is not None and (cache.begin, cache.end) != (begin, end):
+            raise ValueError(f"a cache of blocks {cache.begin} to {cache.end} is not one of blocks {begin} to {end}")
+        return _Part(begin, blocks if end is None else end, hidden_states, self._returned, cache)
+
+    def _wrap(self, index: int, original: _Forward) -> _Forward:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            running: _Running | None = getattr(self._running, "part", None)
+            if running is None:
+                return original(*args, **kwargs)
+            return running.run_block(index, functools.partial(original, *args, **kwargs))
+
+        return forward
+
+    @contextmanager
+    def _within(self, part: _Running) -> Iterator[None]:
+        self._running.part = part
+        try:
+            yield
+        finally:
+            self._running.part = None
+
+    def _try_blocks(self) -> None:
+        base, watch = self.base, _Watch()
+        embeds = _random_embeds(base, TRACE_TOKENS)
+        with torch.no_grad(), model_code(base.name, base.architecture), self._within(watch):
+            last = base.last_hidden_state(embeds.clone())
+        if [index for index, *_ in watch.outputs] != list(range(base.blocks)):
+            self._refuse("its blocks do not run one after the other, each of them once")
+        hidden = [embeds]
+        for index, output, first in watch.outputs:
+            if not isinstance(first, Tensor):
+                self._refuse(f"block {index} returns a {type(output).__name__}, not hidden states")
+            self._returned.append(len(output) - 1 if isinstance(output, tuple | list) else None)
+            hidden.append(first)
+        self._widths = [states.shape[-1] for states in hidden]
+        # If each of them gives on its own what it gives among the others, then so does any part. What a block may
+        # leave behind for later ones must not help: by now it is of other tokens, and the later ones are tried first.
+        with torch.no_grad():
+            base.last_hidden_state(embeds.flip(1))
+        self._try("what follows the blocks", hidden[-1], last, base.blocks, None)
+        for index in reversed(range(base.blocks)):
+            self._try(f"block {index}", hidden[index], hidden[index + 1], index, index + 1)
+
+    def _try(self, name: str, given: Tensor, wanted: Tensor, begin: int, end: int | None) -> None:
+        try:
+            with torch.no_grad():
+                found = self.run(given.clone(), begin=begin, end=end)
+        except Exception as error:  # whatever a family does where blocks before are left out
+            self._refuse(f"{name} fails on its own: {type(error).__name__}: {first_line(error)}")
+        if not _equal(found, wanted):
+            self._refuse(f"{name} takes more than the hidden states that come out of the block before")
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise ExportError(f"{self.base.name} ({self.base.architecture}) cannot be run in parts: {reason}")
+
+
+class _Running(Protocol):
+    """What a wrapped block asks; ``run`` is the block's own forward, its arguments given."""
+
+    def run_block(self, index: int, run: Callable[[], Any]) -> Any: ...
+
+
+class _Watch:
+    """Keeps what each block returns, and a copy of the hidden states in it, which a later one may change in place."""
+
+    def __init__(self) -> None:
+        self.outputs: list[tuple[int, Any, Any]] = []
+
+    def run_block(self, index: int, run: Callable[[], Any]) -> Any:
+        output = run()
+        first = _first(output)
+        self.outputs.append((index, output, first.clone() if isinstance(first, Tensor) else first))
+        return output
+
+
+class _Part:
+    """One forward pass of the blocks ``begin`` to ``end - 1``.
+
+    Attributes:
+        hidden_states: before the first of them what they are given, after the last what they give.
+    """
+
+    def __init__(
+        self, begin: int, end: int, hidden_states: Tensor, returned: list[int | None], cache: PartCache | None
+    ) -> None:
+        self.hidden_states = hidden_states
+        self._begin = begin
+        self._end = end
+        self._returned = returned
+        self._cache = cache
+
+    def run_block(self, index: int, run: Callable[[], Any]) -> Any:
+        if self._begin <= index < self._end:
+            output = run()
+            if index == self._end - 1:
+                self.hidden_states = _first(output)
+            return output
+        if self._cache is not None:
+            self._count_tokens(index, self._cache)
+        beside = self._returned[index]
+        return self.hidden_states if beside is None else (self.hidden_states, *(None,) * beside)
+
+    def _count_tokens(self, index: int, cache: PartCache) -> None:
+        """Let the block that is left out have as many keys as the others have, of one value each.
+
+        Decoders ask some block of theirs how many tokens the cache holds, to make masks and positions.
+        """
+        batch, length, _ = self.hidden_states.shape
+        counted = self.hidden_states.new_zeros(batch, 1, length, 1)
+        cache._cache.update(counted, counted, index)
+
+
+def _first(output: Any) -> Any:
+    """The hidden states that a block returns, alone or as the first of several."""
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def _random_embeds(base: BaseModel, length: int) -> Tensor:
+    """(1, length, embedding_size), as large as the model's own; the same each time."""
+    spread = float(base.model.get_input_embeddings().weight.float().std())
+    embeds = torch.randn(1, length, base.embedding_size, generator=torch.Generator().manual_seed(0)) * spread
+    return embeds.to(base.device, base.dtype)
+
+
+def _equal(found: Tensor, wanted: Tensor) -> bool:
+    error = (found.float() - wanted.float()).abs().max()
+    return bool(error <= _TOLERANCE.get(wanted.dtype, _TOLERANCE_OF_HALF) * wanted.float().abs().max())
