@@ -18,7 +18,7 @@
     ├── CheckpointError             10   no usable checkpoint, adapter or state file
     ├── ExportError                 11   the model is not supported, or a graph is not exact enough
     ├── MissingExtraError           12   an optional dependency is not installed
-    ├── DivergedError               13   training has diverged: NaN or infinity
+    ├── NonFiniteError              13   training has diverged: NaN or infinity
     └── StoppedError               130   Ctrl-C or SIGTERM, and everything was saved
     (Ctrl-C, SIGTERM)              130
 
@@ -149,8 +149,8 @@ class MissingExtraError(DloraError):
     exit_code = 12
 
 
-class DivergedError(DloraError):
-    """Training has diverged: there is NaN or infinity in what the device or the base model computed.
+class NonFiniteError(DloraError):
+    """There is NaN or infinity in what the device or the base model computed: training has diverged.
 
     The same run does so again, whatever it goes on from; a lower learning rate helps.
     """

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .errors import DivergedError, RemoteProtocolError
+from .errors import NonFiniteError, RemoteProtocolError
 
 WireDtype = Literal["fp32", "fp16"]
 """How floating-point tensors cross the wire, as the device asks for in ``OpenSession``."""
@@ -68,15 +68,15 @@ class WireTensor:
 
     @classmethod
     def from_floats(cls, values: FloatArray, dtype: WireDtype) -> WireTensor:
-        """Put a float32 array on the wire. Raises ``DivergedError`` on NaN or infinity."""
+        """Put a float32 array on the wire. Raises ``NonFiniteError`` on NaN or infinity."""
         if dtype == "fp32":
             tensor = cls("fp32", np.ascontiguousarray(values, DTYPES["fp32"]))
             if not tensor.is_finite():
-                raise DivergedError("NaN or infinity in what was to be sent")
+                raise NonFiniteError("NaN or infinity in what was to be sent")
             return tensor
         peak = max(float(values.max()), -float(values.min())) if values.size else 0.0
         if not math.isfinite(peak):
-            raise DivergedError("NaN or infinity in what was to be sent")
+            raise NonFiniteError("NaN or infinity in what was to be sent")
         exponent = fp16_exponent(peak)
         scaled = values * np.float32(2.0**-exponent) if exponent else values
         return cls("fp16", np.ascontiguousarray(scaled, DTYPES["fp16"]), exponent)

@@ -14,7 +14,7 @@ from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.training.optimizer import AdamW, OptimizerConfig
 from dlora.edge.training.schedule import learning_rate
 from dlora.export.bundle import ExportSettings, export_bundle
-from dlora.protocol.errors import DivergedError
+from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.kill_revive import UnitState
 
 
@@ -62,7 +62,7 @@ def test_gradients_that_are_not_finite_change_nothing(bundle: Bundle) -> None:
     last = list(some)[-1]
     assert last.lora_B.grad is not None
     last.lora_B.grad[0, 0] = np.nan
-    with pytest.raises(DivergedError, match="NaN or infinity in the gradients"):
+    with pytest.raises(NonFiniteError, match="NaN or infinity in the gradients"):
         AdamW(OnnxEngine(bundle, 1), OptimizerConfig(), 100).step(some, 7)
     assert [adapter.lora_A.value.tobytes() for adapter in some] == before
     assert [unit.adam_steps for unit in some.units] == [0, 0]

@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from dlora.protocol.errors import DivergedError
+from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.tensors import WireDtype, WireTensor, fp16_exponent
 
 # Decoded frames are read-only views, and nobody here writes into them; torch warns all the same.
@@ -15,11 +15,11 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 
 def to_wire(tensor: torch.Tensor, dtype: WireDtype) -> WireTensor:
-    """Put a floating-point tensor of any device on the wire. Raises ``DivergedError`` on NaN or infinity."""
+    """Put a floating-point tensor of any device on the wire. Raises ``NonFiniteError`` on NaN or infinity."""
     values = tensor.detach().to(torch.float32)
     peak = float(values.abs().max()) if values.numel() else 0.0
     if not math.isfinite(peak):
-        raise DivergedError("NaN or infinity in the base model's results")
+        raise NonFiniteError("NaN or infinity in the base model's results")
     if dtype == "fp32":
         return WireTensor("fp32", values.cpu().contiguous().numpy())
     exponent = fp16_exponent(peak)

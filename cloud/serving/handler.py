@@ -24,7 +24,7 @@ from dlora.cloud.model.source import public_name
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.controller import Controller
-from dlora.protocol.errors import DivergedError, RemoteProtocolError, UsageError
+from dlora.protocol.errors import NonFiniteError, RemoteProtocolError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Role, Session, choose_version
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
@@ -227,7 +227,7 @@ async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -
         )  # fmt: skip
     except (DeviceGoneError, DeviceGaveUpError) as error:
         logger.info("session %s: ended at step %d: the device left: %s", name, session.step, printable(str(error)))
-    except (RemoteProtocolError, DivergedError) as error:
+    except (RemoteProtocolError, NonFiniteError) as error:
         why = as_refusal(error)
         level = logging.INFO if why.retryable else logging.WARNING
         logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, printable(str(why)))
@@ -244,7 +244,7 @@ async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -
         live.transport.end(why or DeviceGoneError("the session is closed"))
 
 
-def as_refusal(error: RemoteProtocolError | DivergedError) -> RemoteProtocolError:
+def as_refusal(error: RemoteProtocolError | NonFiniteError) -> RemoteProtocolError:
     """What a device is told of an error that ends its session."""
     return error if isinstance(error, RemoteProtocolError) else RemoteProtocolError(str(error), m.ErrorCode.NON_FINITE)
 

@@ -79,7 +79,7 @@ class ComputeGate:
 class SessionExecutor:
     """Answers the messages of one open session.
 
-    Raises (from ``run``) ``RemoteProtocolError`` when the device breaks the rules, ``DivergedError`` when
+    Raises (from ``run``) ``RemoteProtocolError`` when the device breaks the rules, ``NonFiniteError`` when
     the base model's results are not finite, and whatever the transport raises when the device is lost.
 
     Args:

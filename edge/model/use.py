@@ -19,7 +19,7 @@ from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import Dialing
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
-from dlora.protocol.errors import DataError, DivergedError, RemoteProtocolError
+from dlora.protocol.errors import DataError, NonFiniteError, RemoteProtocolError
 from dlora.protocol.kill_revive import KillReviveConfig, UnitState
 from dlora.protocol.tensors import WireDtype
 
@@ -81,9 +81,9 @@ def open_model(
 def _blaming_the_adapter() -> Iterator[None]:
     try:
         yield
-    except DivergedError as error:
+    except NonFiniteError as error:
         text = f"{error}: the adapter is of a run that diverged; train it anew with a lower --lr"
-        raise DivergedError(text) from None
+        raise NonFiniteError(text) from None
 
 
 def generate_greedily(model: SplitModel, tokenizer: PromptTokenizer, prompt: str, max_new_tokens: int) -> str:

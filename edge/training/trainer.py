@@ -23,7 +23,7 @@ from dlora.edge.model.split import SplitModel, unit_states
 from dlora.edge.seeds import seed_for_server
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
-from dlora.protocol.errors import CheckpointError, DataError, DivergedError, DloraError, SessionLostError
+from dlora.protocol.errors import CheckpointError, DataError, DloraError, NonFiniteError, SessionLostError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import FloatArray
 
@@ -243,8 +243,8 @@ class Trainer:
     def _naming_the_step(self) -> Iterator[None]:
         try:
             yield
-        except DivergedError as error:
-            raise DivergedError(
+        except NonFiniteError as error:
+            raise NonFiniteError(
                 f"training diverged at step {self.next_step}: {error}; start anew in another --out with a lower --lr "
                 f"than {self.config.optimizer.lr:g}: this run would diverge again"
             ) from None
