@@ -132,12 +132,14 @@ class Guard:
 
         A line each would let a flood of connections fill the disk.
         """
-        self._refused[reason] += 1
-        now = self.clock()
-        if now - self._logged_at.get(reason, -LOG_EVERY_S) >= LOG_EVERY_S:
-            self._logged_at[reason] = now
-            count, more = self._refused.pop(reason), f": {printable(detail)}" if detail else ""
+        if count := self._count(reason):
+            more = f": {printable(detail)}" if detail else ""
             logger.warning("refused %d × %s; the last from %s%s", count, reason, who, more)
+
+    def failed(self, error: Exception, who: str) -> None:
+        """Log a bug of ours with its traceback, as seldom as refusals: a stranger may know how to call it forth."""
+        if count := self._count("internal error"):
+            logger.error("internal error × %d, before a session; the last with %s", count, who, exc_info=error)
 
     # -- for GuardedConnection ---------------------------------------------------------------------------
 
@@ -175,6 +177,15 @@ class Guard:
             del self._unfinished[connection]
             self._unfinished_bytes -= connection.received_bytes
         self._opened.discard(connection)
+
+    def _count(self, reason: str) -> int:
+        """Count one more: how many are to be logged now, or 0 for not now."""
+        self._refused[reason] += 1
+        now = self.clock()
+        if now - self._logged_at.get(reason, -LOG_EVERY_S) < LOG_EVERY_S:
+            return 0
+        self._logged_at[reason] = now
+        return self._refused.pop(reason)
 
     def _abort(self, connection: GuardedConnection, reason: str) -> None:
         self.refused(reason, connection.source)
@@ -221,6 +232,10 @@ class GuardedConnection(ServerConnection):
     def refused(self, code: str, who: str, why: str) -> None:
         """Log a refusal in the handshake, within the same bounds as those beneath messages."""
         self._guard.refused(code, who, why)
+
+    def failed(self, error: Exception, who: str) -> None:
+        """Log an error of ours in the handshake, likewise."""
+        self._guard.failed(error, who)
 
     def limit_frames(self, nbytes: int) -> None:
         """Take frames of so many bytes from now on. Call it before the message that lets the peer send them."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Final, Self
 
-from dlora.protocol.errors import RemoteProtocolError, UsageError
+from dlora.protocol.errors import RefusedError, UsageError
 from dlora.protocol.messages import ErrorCode
 
 # Of what depends on another session of the caller, nobody knows when it ends.
@@ -145,7 +145,7 @@ class Quotas:
     def open_session(self, name: str) -> SessionQuota:
         """Count a session of the caller ``name`` until it is closed.
 
-        Raises ``RemoteProtocolError`` (``quota_sessions``, retryable) where it has as many open as it may.
+        Raises ``RefusedError`` (``quota_sessions``, retryable) where it has as many open as it may.
         """
         with self._lock:
             caller = self._caller(name, self._clock())
@@ -182,7 +182,7 @@ class Quotas:
             self._running_bytes += live_bytes
 
     def _check(self, session: SessionQuota, tokens: int, live_bytes: int) -> None:
-        """Raise ``RemoteProtocolError`` where its caller is over a quota now."""
+        """Raise ``RefusedError`` where its caller is over a quota now."""
         now, most = self._clock(), self.limits.live_bytes
         caller = self._caller(session.name, now)
         room = most is None or not live_bytes or caller.live_bytes + live_bytes <= most
@@ -198,7 +198,7 @@ class Quotas:
     def _wait_for_memory(self, session: SessionQuota, live_bytes: int) -> None:
         """Wait, in line, until so much is free. Who waits here runs nothing, so that all that runs comes to its end.
 
-        Raises ``RemoteProtocolError`` (``busy``, retryable) where the session, or the server, ends meanwhile.
+        Raises ``RefusedError`` (``busy``, retryable) where the session, or the server, ends meanwhile.
         """
 
         def may_begin() -> bool:
@@ -287,7 +287,7 @@ class SessionQuota:
     def begin(self, tokens: int, live_bytes: int) -> None:
         """Charge a micro-batch, or a report of no tokens, before it runs; where it is not refused, ``end`` must follow.
 
-        Waits until the server has the memory. Raises ``RemoteProtocolError`` (``quota_tokens``, ``quota_live_bytes``,
+        Waits until the server has the memory. Raises ``RefusedError`` (``quota_tokens``, ``quota_live_bytes``,
         ``quota_compute``, ``limit``) and charges nothing: retryable, with the time when the same will fit, or not
         retryable where it never will.
         """
@@ -326,12 +326,12 @@ _USED_UP: Final = {
 }
 
 
-def _come_again(text: str, code: ErrorCode, retry_after_s: float) -> RemoteProtocolError:
-    return RemoteProtocolError(text, code, retryable=True, retry_after_s=retry_after_s)
+def _come_again(text: str, code: ErrorCode, retry_after_s: float) -> RefusedError:
+    return RefusedError(text, code, retryable=True, retry_after_s=retry_after_s)
 
 
-def _never(text: str, code: ErrorCode) -> RemoteProtocolError:
-    return RemoteProtocolError(f"{text}; lower --batch-size", code)
+def _never(text: str, code: ErrorCode) -> RefusedError:
+    return RefusedError(f"{text}; lower --batch-size", code)
 
 
 def _mb(size: int) -> str:

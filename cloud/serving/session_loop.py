@@ -27,7 +27,7 @@ from dlora.cloud.model.memory import release_freed
 from dlora.protocol import messages as m
 from dlora.protocol.controller import Controller
 from dlora.protocol.counting import counted_tokens
-from dlora.protocol.errors import DamagedFrameError, RemoteProtocolError
+from dlora.protocol.errors import DamagedFrameError, RefusedError, RemoteProtocolError
 from dlora.protocol.session import Session
 from dlora.protocol.tensors import WireTensor
 
@@ -42,7 +42,7 @@ class Transport(Protocol):
     def losses(self) -> int: ...
     def send(self, frame: bytearray) -> None: ...
     def receive(self, timeout_s: float, give_up_at: float = ...) -> bytes: ...
-    def hang_up(self, refusal: RemoteProtocolError) -> None: ...
+    def hang_up(self, refusal: RefusedError | RemoteProtocolError) -> None: ...
     def wait_for_device(self, extra_s: float = 0.0) -> object: ...
 
 
@@ -79,8 +79,9 @@ class ComputeGate:
 class SessionExecutor:
     """Answers the messages of one open session.
 
-    Raises (from ``run``) ``RemoteProtocolError`` when the device breaks the rules, ``NonFiniteError`` when
-    the base model's results are not finite, and whatever the transport raises when the device is lost.
+    Raises (from ``run``) ``RemoteProtocolError`` when the device breaks the rules, ``RefusedError`` when the server
+    says no, ``NonFiniteError`` when the base model's results are not finite, and whatever the transport raises when
+    the device is lost.
 
     Args:
         deadlines: of the device; what is learnt here holds for its next session.
@@ -150,7 +151,7 @@ class SessionExecutor:
                 self._handle_report(report)
             case None:
                 text = f"nothing came for {self._idle_timeout_s:.0f} s; go on with the ticket"
-                raise RemoteProtocolError(text, m.ErrorCode.DEADLINE, retryable=True)
+                raise RefusedError(text, m.ErrorCode.DEADLINE, retryable=True)
             case _:  # the device closes the session, or gives it up
                 return False
         return True
@@ -229,7 +230,7 @@ class SessionExecutor:
             try:
                 self._quota.begin(tokens, live_bytes)
                 return
-            except RemoteProtocolError as refusal:
+            except RefusedError as refusal:
                 wait_s, now = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S), time.monotonic()
                 if not refusal.retryable or now > give_up_at:
                     raise
@@ -293,7 +294,7 @@ class SessionExecutor:
 
     def _await_answer(self, give_up_at: float) -> m.AnyMessage:
         """The next message; a device that is late is told to come again, and the clock starts anew."""
-        late = RemoteProtocolError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
+        late = RefusedError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
         while time.monotonic() < give_up_at:
             message = self._receive_within(self._deadlines.answer.seconds, give_up_at)
             if message is not None:
@@ -324,10 +325,10 @@ class SessionExecutor:
             left_s = max(0.0, left_s - (time.monotonic() - began)) if here else seconds
 
 
-def shutting_down() -> RemoteProtocolError:
+def shutting_down() -> RefusedError:
     """What devices are told when the server stops."""
     text = "shutting down; the run goes on with its ticket once the server is back"
-    return RemoteProtocolError(text, m.ErrorCode.SHUTTING_DOWN, retryable=True)
+    return RefusedError(text, m.ErrorCode.SHUTTING_DOWN, retryable=True)
 
 
 class DeviceGaveUpError(Exception):
