@@ -349,7 +349,7 @@ class Toy:
             weight[active] -= self.lr * hat_m / (np.sqrt(hat_v) + 1e-8)
         scores = np.zeros(self.units, np.float32)
         for unit in np.flatnonzero(active):
-            at = self.weights if scorer.needs_previous else before
+            at = before if scorer.needs_gradient else self.weights
             part = scorer.module_score(
                 scaling=1.0, lora_A=at[0][unit], lora_B=at[1][unit],
                 previous_A=before[0][unit], previous_B=before[1][unit],

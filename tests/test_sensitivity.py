@@ -70,7 +70,6 @@ def test_sensitivity_is_the_mean_over_all_numbers_and_grad_the_norm_of_b() -> No
     for name in ("sensitivity", "grad"):
         scorer = Scorer(name)
         assert scorer.needs_gradient
-        assert not scorer.needs_previous
         scores[name] = scorer.unit_score(
             scorer.module_score(scaling=SCALING, lora_A=w["A"], lora_B=w["B"], grad_A=g["A"], grad_B=g["B"])
             for w, g in modules
@@ -87,7 +86,6 @@ def test_policies_that_ignore_scores_cost_nothing(score: str) -> None:
     weights = adapter(np.random.default_rng(3))
     part = scorer.module_score(scaling=SCALING, lora_A=weights["A"], lora_B=weights["B"])
     assert scorer.unit_score([part, part]) == 0.0
-    assert not scorer.needs_previous
     assert not scorer.needs_gradient
 
 

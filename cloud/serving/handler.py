@@ -15,7 +15,7 @@ from typing import TypeVar
 from websockets.exceptions import ConnectionClosed
 
 from dlora.cloud.door.access import Caller
-from dlora.cloud.door.guard import GuardedConnection, printable
+from dlora.cloud.door.guard import LOGGED_LETTERS, GuardedConnection
 from dlora.cloud.door.quotas import Quotas
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.live_bytes import LiveBytes
@@ -27,6 +27,7 @@ from dlora.protocol.controller import Controller
 from dlora.protocol.errors import NonFiniteError, RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Role, Session, choose_version
+from dlora.protocol.text import one_line
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .patience import DeviceDeadlines, Patience
@@ -229,20 +230,24 @@ async def _run(live: LiveSession, executor: SessionExecutor, service: Service) -
             session.bytes_received / 1e6, session.bytes_sent / 1e6,
         )  # fmt: skip
     except (DeviceGoneError, DeviceGaveUpError) as error:
-        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, printable(str(error)))
+        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, _for_the_log(error))
     except (RefusedError, RemoteProtocolError, NonFiniteError) as error:
         why = as_refusal(error)
         level = logging.INFO if why.retryable else logging.WARNING
-        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, printable(str(why)))
+        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, _for_the_log(why))
     except Exception as error:
         why = fault_of_ours(error)
         if why.retryable:
-            logger.error("session %s: ended at step %d: out of memory: %s", name, session.step, printable(str(error)))
+            logger.error("session %s: ended at step %d: out of memory: %s", name, session.step, _for_the_log(error))
         else:
             logger.exception("session %s: internal error", name)
     finally:
         service.sessions.remove(live)
         live.transport.end(why or DeviceGoneError("the session is closed"))
+
+
+def _for_the_log(error: Exception) -> str:
+    return one_line(str(error), LOGGED_LETTERS)
 
 
 def fault_of_ours(error: Exception) -> RefusedError:

@@ -42,13 +42,11 @@ class Scorer:
     ==============  ===============================================================================
 
     Attributes:
-        needs_previous: whether ``module_score`` needs A and B from before the step.
-        needs_gradient: whether it needs their gradients.
+        needs_gradient: whether ``module_score`` needs the gradients of A and B, and so A and B from before the step.
     """
 
     def __init__(self, score: ScoreName) -> None:
         self.score = score
-        self.needs_previous = score == "change"
         self.needs_gradient = score in ("sensitivity", "grad")
 
     def module_score(
