@@ -26,6 +26,7 @@ from dlora.cloud.serving.listening import check_address
 from dlora.cloud.serving.patience import Patience
 from dlora.protocol import interrupts
 from dlora.protocol.errors import StorageError, UsageError
+from dlora.protocol.files import sync
 from dlora.protocol.version import SOFTWARE_VERSION
 
 from . import tokens as token_cli
@@ -292,8 +293,4 @@ def _make_key(path: Path) -> None:
             os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(path.parent)
