@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dlora.protocol.errors import StorageError, UsageError
+from dlora.protocol.files import sync
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def make_directory(path: Path) -> None:
         missing = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for each in missing:
-            sync_directory(each.parent)
+            sync(each.parent)
 
 
 @contextmanager
@@ -70,19 +70,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         except BaseException:
             remove_quietly(temporary)
             raise
-        sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network and phone file systems cannot do that
-            raise
-    finally:
-        os.close(descriptor)
+        sync(path.parent)
 
 
 def remove_quietly(path: Path) -> None:

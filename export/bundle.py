@@ -178,7 +178,7 @@ def _make_graphs(
         head_spec.logit_scale,
         head_spec.softcap,
     )
-    compilers = {
+    compilers: Engines = {
         "onnx": compile_onnx,
         "executorch": partial(compile_executorch, head=shape, scale=embedding_spec.scale),
     }

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dlora.protocol.errors import StorageError, UsageError
+from dlora.protocol.files import sync
 from dlora.protocol.manifest import MANIFEST_NAME
 
 
@@ -47,11 +48,11 @@ def placed(out: Path, force: bool) -> Iterator[Path]:
             raise StorageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
         yield partial
         for path in partial.rglob("*"):
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         check_place(out, force)
         _replace(partial, out)
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -68,11 +69,3 @@ def _replace(partial: Path, out: Path) -> None:
         if not out.exists():
             old.rename(out)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -125,7 +125,7 @@ def _refused_by_peft(base: BaseModel) -> dict[str, str]:
     return {name: reason for name in base.targets if name.rpartition(".")[2] in refused}
 
 
-def _left_out(refused: Mapping[str, str]) -> tuple[str, ...]:
+def _left_out(refused: dict[str, str]) -> tuple[str, ...]:
     """The note on what ``all-linear`` leaves out: how many modules, and one of them for each reason."""
     if not refused:
         return ()

@@ -31,7 +31,7 @@ def load_tokenizer(source: ModelSource, base: BaseModel) -> Any:
             f"the tokenizer of {source.name} has no tokenizer.json, which a device needs; "
             "convert it to a fast tokenizer"
         )
-    rows = base.model.get_input_embeddings().weight.shape[0]
+    rows = base.token_embedding.weight.shape[0]
     if len(tokenizer) > rows:
         raise ExportError(
             f"the tokenizer of {source.name} has {len(tokenizer)} tokens but the embedding only {rows} rows; "

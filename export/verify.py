@@ -14,7 +14,7 @@ import torch
 from dlora.cloud.model.base_model import BaseModel, EmbeddingEnd, HeadEnd, model_code
 from dlora.export.graphs.graph import TrainingGraph
 from dlora.export.graphs.head_graph import HeadShape
-from dlora.export.graphs.reference import Arrays
+from dlora.export.graphs.reference import Arrays, Inputs
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import StoredDtype
 
@@ -111,7 +111,7 @@ def verify_adapter(
     return verified
 
 
-def _adapter(graph: TrainingGraph, inputs: Arrays, values: Arrays, dtype: torch.dtype) -> Arrays:
+def _adapter(graph: TrainingGraph, inputs: Arrays, values: Inputs, dtype: torch.dtype) -> Arrays:
     if graph.kind == "adapter_forward":
         return reference.adapter_forward(inputs, dtype)
     if graph.kind == "adapter_input_grad":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 from . import interrupts
-from .errors import DloraError, MissingExtraError, StorageError
+from .errors import DloraError, LocalProtocolError, MissingExtraError, StorageError
 from .interrupts import INTERRUPTED, INTERRUPTED_EXIT_CODE
 from .text import one_line
 
@@ -23,7 +24,7 @@ def run_command(command: Callable[[], None]) -> None:
 
     ``OSError`` from a full, read-only or forbidden disk counts as ``StorageError``, ``MemoryError`` as any
     ``DloraError``. SIGTERM counts as Ctrl-C.
-    Anything that we do not name is a bug and keeps its traceback.
+    Anything that we do not name is a bug and keeps its traceback; so does a ``LocalProtocolError``, which is one.
     """
     interrupts.end_at_once()
     try:
@@ -34,6 +35,9 @@ def run_command(command: Callable[[], None]) -> None:
                 # typer turns Ctrl-C into this code without a word.
                 raise KeyboardInterrupt from None
             raise
+    except LocalProtocolError as error:
+        traceback.print_exception(error)
+        _fail(f"a bug in dlora: {error}; please report it, with the lines above", error.exit_code)
     except DloraError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -10,19 +10,27 @@
     ├── ConnectionFailedError        6   the server cannot be reached, or was lost
     │   └── SessionLostError             … and is back without the session (never reaches the user)
     ├── ProtocolError                7   the conversation broke its rules
-    │   ├── LocalProtocolError           … and the bug is ours
+    │   ├── LocalProtocolError           … and the bug is ours: it keeps its traceback
     │   └── RemoteProtocolError          … and the fault is the peer's (carries a wire code)
     │       └── DamagedFrameError        … or the network's
-    ├── RefusedError                 8   the server said no, and why
+    ├── RefusedError                 8   the server says no, as it may, and why (carries a wire code)
     ├── StorageError                 9   the disk is full, read-only or gone
     ├── CheckpointError             10   no usable checkpoint, adapter or state file
     ├── ExportError                 11   the model is not supported, or a graph is not exact enough
     ├── MissingExtraError           12   an optional dependency is not installed
-    ├── DivergedError               13   training has diverged: NaN or infinity
+    ├── NonFiniteError              13   training has diverged: NaN or infinity
     └── StoppedError               130   Ctrl-C or SIGTERM, and everything was saved
     (Ctrl-C, SIGTERM)              130
 
 A command prints ``error: <one line>`` on stderr and exits with the code. Codes never change meaning.
+
+Whose fault an error is decides what becomes of it, on the device and in the cloud::
+
+    LocalProtocolError    its traceback, then ``error: a bug in dlora: …``   logged with its traceback, as any bug;
+                                                                             the device is told ``internal``
+    RemoteProtocolError   one line                                           one line in the log; told with its code
+    RefusedError          one line: what the server said                     one line in the log; told with its code
+    NonFiniteError        one line                                           one line in the log; ``non_finite``
 """
 
 from __future__ import annotations
@@ -75,32 +83,31 @@ class ProtocolError(DloraError):
 
 
 class LocalProtocolError(ProtocolError):
-    """We were about to send what the rules forbid: a bug of ours."""
+    """We were about to send what the rules forbid: a bug of ours, never told as anything else."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent what the rules or our limits forbid.
+    """The peer sent what the rules forbid.
 
     Attributes:
         code: the wire code (``messages.ErrorCode``) that the answer carries.
-        retryable: whether the same may succeed later.
-        retry_after_s: when to come again, in seconds, where we know.
+        retryable: whether the same may succeed later; a broken rule stays broken.
     """
 
-    def __init__(
-        self, text: str, code: str = "protocol", *, retryable: bool = False, retry_after_s: float | None = None
-    ) -> None:
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, text: str, code: str = "protocol") -> None:
         super().__init__(text)
         self.code = code
-        self.retryable = retryable
-        self.retry_after_s = retry_after_s
 
 
 class DamagedFrameError(RemoteProtocolError):
     """A frame is not what its sender wrote; over another connection the same frame may arrive whole."""
 
+    retryable = True
+
     def __init__(self, text: str) -> None:
-        super().__init__(text, "damaged", retryable=True)
+        super().__init__(text, "damaged")
 
 
 class SessionLostError(ConnectionFailedError):
@@ -108,7 +115,9 @@ class SessionLostError(ConnectionFailedError):
 
 
 class RefusedError(DloraError):
-    """The server refused, as it may.
+    """The server says no, as it may: raised where it does so, and on the device that hears of it.
+
+    Nobody broke a rule: it is full, stops, has its limits, does not know who calls, or has a bug itself.
 
     Attributes:
         code: the wire code (``messages.ErrorCode``).
@@ -149,8 +158,8 @@ class MissingExtraError(DloraError):
     exit_code = 12
 
 
-class DivergedError(DloraError):
-    """Training has diverged: there is NaN or infinity in what the device or the base model computed.
+class NonFiniteError(DloraError):
+    """There is NaN or infinity in what the device or the base model computed: training has diverged.
 
     The same run does so again, whatever it goes on from; a lower learning rate helps.
     """

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from .choices import WireDtype
-from .errors import DivergedError
+from .errors import NonFiniteError
 from .tensors import DTYPES, FloatArray, WireTensor, fp16_exponent
 
 
@@ -61,7 +61,7 @@ class Codec(Protocol):
     def dtype(self) -> str: ...
 
     def encode(self, values: FloatArray) -> WireTensor:
-        """Put a float32 array on the wire. Raises ``DivergedError`` on NaN or infinity."""
+        """Put a float32 array on the wire. Raises ``NonFiniteError`` on NaN or infinity."""
 
     def decode(self, tensor: WireTensor) -> FloatArray:
         """The values as float32; maybe a view of the frame, so do not write into it."""
@@ -79,7 +79,7 @@ class _Fp32:
     def encode(self, values: FloatArray) -> WireTensor:
         tensor = WireTensor("fp32", np.ascontiguousarray(values, DTYPES["fp32"]))
         if not self.is_finite(tensor):
-            raise DivergedError(_NOT_FINITE)
+            raise NonFiniteError(_NOT_FINITE)
         return tensor
 
     def decode(self, tensor: WireTensor) -> FloatArray:
@@ -101,7 +101,7 @@ class _Fp16:
     def encode(self, values: FloatArray) -> WireTensor:
         peak = max(float(values.max()), -float(values.min())) if values.size else 0.0
         if not math.isfinite(peak):
-            raise DivergedError(_NOT_FINITE)
+            raise NonFiniteError(_NOT_FINITE)
         exponent = fp16_exponent(peak)
         scaled = values * np.float32(2.0**-exponent) if exponent else values
         return WireTensor("fp16", np.ascontiguousarray(scaled, DTYPES["fp16"]), exponent)
@@ -134,7 +134,7 @@ _BY_DTYPE: Final = {codec.dtype: codec for codec in CODECS.values()}
 
 
 def encode_floats(values: FloatArray, name: WireDtype) -> WireTensor:
-    """``values`` through the codec ``name``. Raises ``DivergedError`` on NaN or infinity."""
+    """``values`` through the codec ``name``. Raises ``NonFiniteError`` on NaN or infinity."""
     return CODECS[name].encode(values)
 
 

@@ -307,7 +307,7 @@ def test_a_child_that_the_system_reaps() -> None:
 
 def test_errors_arrive_as_they_were_raised() -> None:
     raised: list[DloraError] = [
-        RemoteProtocolError("one", "non_finite", retryable=True),
+        RemoteProtocolError("one", "non_finite"),
         RefusedError("two", "quota", retry_after_s=3.5),
         *(kind("text") for kind in vars(errors).values() if _takes_a_text(kind)),
     ]

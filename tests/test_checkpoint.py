@@ -183,7 +183,7 @@ def test_a_limit_on_file_size_is_a_full_disk(tmp_path: Path) -> None:
     save(tmp_path, 10)
     program = (
         "import resource, signal, sys, pathlib; from dlora.edge.files import write_atomically\n"
-        "from dlora.protocol.errors import run_command\n"
+        "from dlora.protocol.command import run_command\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "run_command(lambda: write_atomically(pathlib.Path(sys.argv[1]), bytes(5000)))\n"

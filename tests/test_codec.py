@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, seal
-from dlora.protocol.errors import DamagedFrameError, DivergedError, RemoteProtocolError
+from dlora.protocol.errors import DamagedFrameError, NonFiniteError, RemoteProtocolError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.tensors import WireTensor, fp16_exponent
@@ -224,7 +224,7 @@ def test_fp16_exponent_puts_the_peak_below_the_largest_half() -> None:
 def test_nan_and_infinity_are_not_sent(dtype: str, value: float) -> None:
     array = np.ones((2, 3), np.float32)
     array[1, 2] = value
-    with pytest.raises(DivergedError):
+    with pytest.raises(NonFiniteError):
         encode_floats(array, dtype)  # type: ignore[arg-type]
 
 

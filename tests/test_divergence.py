@@ -19,7 +19,7 @@ from dlora.edge.training.checkpoint import list_checkpoints
 from dlora.edge.wire.dialing import refusal_of
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
-from dlora.protocol.errors import DivergedError
+from dlora.protocol.errors import NonFiniteError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,11 +39,11 @@ def test_a_run_that_diverges(place: Place, tmp_path: Path) -> None:
     """A decay of lr × 100 a step makes every weight 10,000 times as large, and soon something is infinite."""
     options = {"steps": 40, "lr": 100, "weight_decay": 100, "schedule": "constant", "warmup": 0}
     done = run_edge(*place.train(tmp_path / "out", **options))
-    assert_fails(done, DivergedError.exit_code, "training diverged at step", "NaN or infinity", "lower --lr than 100")
+    assert_fails(done, NonFiniteError.exit_code, "training diverged at step", "NaN or infinity", "lower --lr than 100")
     assert "--resume" not in done.errors[0], "it would diverge again"
     assert list_checkpoints(tmp_path / "out" / "checkpoints")
     again = run_edge("resume", tmp_path / "out")
-    assert again.code == DivergedError.exit_code
+    assert again.code == NonFiniteError.exit_code
     assert again.errors == done.errors
 
 
@@ -57,12 +57,12 @@ def test_an_adapter_of_a_run_that_diverged(place: Place, tmp_path: Path) -> None
         "evaluate", "--bundle", place.bundle, "--server", place.url, "--data", place.data, "--adapter", out,
         "--threads", 1,
     )  # fmt: skip
-    assert_fails(done, DivergedError.exit_code, "NaN or infinity", "the adapter is of a run that diverged")
+    assert_fails(done, NonFiniteError.exit_code, "NaN or infinity", "the adapter is of a run that diverged")
 
 
 def test_divergence_that_the_server_finds() -> None:
     error = m.Error(code=m.ErrorCode.NON_FINITE, message="NaN or infinity in the base model's results", retryable=False)
-    assert isinstance(refusal_of(error, "ws://x"), DivergedError)
+    assert isinstance(refusal_of(error, "ws://x"), NonFiniteError)
 
 
 def test_a_service_does_not_start_it_again() -> None:
@@ -70,4 +70,4 @@ def test_a_service_does_not_start_it_again() -> None:
     lines = [line for unit in units for line in unit.read_text().splitlines() if line.startswith("RestartPrevent")]
     assert len(lines) == 2
     for line in lines:
-        assert str(DivergedError.exit_code) in line.split("=")[1].split()
+        assert str(NonFiniteError.exit_code) in line.split("=")[1].split()

@@ -16,7 +16,7 @@ from dlora.edge.adapters.lora import LoraGroup, LoraModule
 from dlora.edge.training.scores import Scorer
 from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.controller import Controller, unit_costs
-from dlora.protocol.errors import RemoteProtocolError, UsageError
+from dlora.protocol.errors import RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
 from dlora.protocol.kill_revive import KillReviveConfig, Schedule, UnitState, steps_needed
 
@@ -148,7 +148,7 @@ def test_a_ticket_is_good_for_its_own_run_only() -> None:
         {"next_step": 29},
     ]
     for other in others:
-        with pytest.raises(RemoteProtocolError) as caught:
+        with pytest.raises(RefusedError) as caught:
             open_again(ticket, **other)
         assert caught.value.code == "ticket"
 
@@ -162,7 +162,7 @@ def test_a_forged_ticket_is_refused(data: st.DataObject) -> None:
         ticket[position] ^= 1 << data.draw(st.integers(0, 7))
     else:
         del ticket[data.draw(st.integers(0, len(ticket) - 1)) :]
-    with pytest.raises(RemoteProtocolError) as caught:
+    with pytest.raises(RefusedError) as caught:
         open_again(bytes(ticket), next_step=0)
     assert caught.value.code == "ticket"
 

@@ -15,7 +15,7 @@ from dlora.edge.training.optimizer import AdamW, OptimizerConfig
 from dlora.edge.training.schedule import learning_rate
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.errors import DivergedError
+from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.kill_revive import UnitState
 
 
@@ -68,7 +68,7 @@ def test_gradients_that_are_not_finite_change_nothing(bundle: Bundle) -> None:
     *_, last = some.parameters().values()
     assert last.grad is not None
     last.grad[0, 0] = np.nan
-    with pytest.raises(DivergedError, match="NaN or infinity in the gradients"):
+    with pytest.raises(NonFiniteError, match="NaN or infinity in the gradients"):
         AdamW(OnnxEngine(bundle, 1), OptimizerConfig(), 100).step(some, 7)
     assert values(some) == before
     assert [unit.adam_steps for unit in some.units] == [0, 0]

@@ -14,8 +14,8 @@ from families import FAMILIES, MORE_FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.exchange.exchange import install
+from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
 from dlora.cloud.model.parts import ModelParts
 from dlora.protocol.errors import ExportError

@@ -214,6 +214,8 @@ class Waiting:
 
         def sleep(seconds: float) -> None:
             self.slept_s += seconds
+            if self.slept_s % POLL_S == 0:
+                look()
 
         look()
         wait_while_paused(
@@ -222,7 +224,6 @@ class Waiting:
             say=self.log.append,
             should_stop=lambda: self.slept_s >= self.stop_after_s,
             on_pause=on_pause,
-            heartbeat=look,
             sleep=sleep,
         )
 

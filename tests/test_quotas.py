@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from waiting import eventually
 
 from dlora.cloud.door.quotas import Charge, QuotaLimits, Quotas, SessionQuota
-from dlora.protocol.errors import RemoteProtocolError, UsageError
+from dlora.protocol.errors import RefusedError, UsageError
 from dlora.protocol.messages import ErrorCode
 
 
@@ -28,8 +28,8 @@ class Clock:
         return self.now
 
 
-def refused(call: Callable[[], object]) -> RemoteProtocolError:
-    with pytest.raises(RemoteProtocolError) as caught:
+def refused(call: Callable[[], object]) -> RefusedError:
+    with pytest.raises(RefusedError) as caught:
         call()
     return caught.value
 
@@ -138,7 +138,7 @@ def test_who_waited_for_memory_is_asked_for_its_own_quota_again() -> None:
     quotas = Quotas(QuotaLimits(live_bytes=700), Clock(), total_live_bytes=1000)
     other, one, two = quotas.open_session("b"), quotas.open_session("a"), quotas.open_session("a")
     charge = other.begin(1, 700)
-    refusals: list[RemoteProtocolError] = []
+    refusals: list[RefusedError] = []
     waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: one.begin(1, 600))))
     waiting.start()
     eventually(lambda: len(quotas._line) == 1)
@@ -197,7 +197,7 @@ def test_who_waits_for_memory_hears_of_the_end(ending: str) -> None:
     quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=100)
     first, second = quotas.open_session("a"), quotas.open_session("b")
     first.begin(1, 60)
-    refusals: list[RemoteProtocolError] = []
+    refusals: list[RefusedError] = []
     waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: second.begin(1, 50))))
     waiting.start()
     eventually(lambda: quotas.is_awaited)
@@ -435,7 +435,7 @@ def test_threads_never_hold_more_than_the_quota_together() -> None:
                     held.remove(session)
                     granted += 7
                     charge.end(0.0)
-            except RemoteProtocolError as error:
+            except RefusedError as error:
                 if error.code == ErrorCode.QUOTA_TOKENS:
                     return granted, most
 

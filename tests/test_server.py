@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
 import time
@@ -19,9 +20,10 @@ import torch
 from families import VOCABULARY, save_tiny, tiny_model
 from processes import cloud_process
 from serving import KEY, RunningServer, config, final_weights, random_dataset, serving, training
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from dlora.cloud.door.access import Access
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.patience import Patience
 from dlora.cloud.serving.server import CloudServer
@@ -32,7 +34,8 @@ from dlora.edge.wire.dialing import Dialing, Retry
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
-from dlora.protocol.errors import DloraError, ModelMismatchError, ProtocolError, RefusedError
+from dlora.protocol.controller import Controller
+from dlora.protocol.errors import DloraError, LocalProtocolError, ModelMismatchError, ProtocolError, RefusedError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Session
@@ -430,6 +433,62 @@ def test_a_step_for_which_there_is_no_memory_is_tried_again(
     assert trainer.steps_rerun == 1
     assert max(slept) >= 30
     assert bits[0] == bits[1]
+
+
+# -- bugs of ours ----------------------------------------------------------------------------------------
+
+
+INTERNAL = ("internal", "internal error; the server's log has it", False, None)
+
+
+def one_unit_too_many(*_: object) -> np.ndarray:
+    return np.ones(3, np.uint8)  # of two
+
+
+@pytest.mark.parametrize("where", ["in the handshake", "in a session"])
+def test_a_bug_of_ours_is_logged_with_its_traceback(
+    base: BaseModel, where: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the rules forbid us to say is not the device's fault, and not a line in a log."""
+    with serving(base) as running, caplog.at_level(logging.INFO, "dlora.cloud"), raw_device(running.url) as device:
+        device.say(hello())
+        assert isinstance(device.hear(), m.Welcome)
+        if where == "in the handshake":
+            monkeypatch.setattr(Controller, "states", property(one_unit_too_many))
+        else:
+            monkeypatch.setattr(Controller, "report", one_unit_too_many)
+        device.say(open_session(base))
+        if where == "in a session":
+            assert isinstance(device.hear(), m.SessionOpened)
+            device.say(m.StepReport(step=0, scores=WireTensor.from_floats(np.ones(2, np.float32), "fp32")))
+        told = device.hear_error()
+        assert (told.code, told.message, told.retryable, told.retry_after_s) == INTERNAL
+        eventually(lambda: health(running.url)["sessions"] == 0)
+    bugs = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(bugs) == 1
+    assert "internal error" in bugs[0].getMessage()
+    assert bugs[0].exc_info is not None
+    assert isinstance(bugs[0].exc_info[1], LocalProtocolError)
+    assert bugs[0].exc_info[2] is not None, "its traceback"
+
+
+def test_a_bug_at_the_door_is_logged_with_its_traceback(
+    base: BaseModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And seldom, however many knock."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(Access, "admit", fail)
+    with serving(base) as running, caplog.at_level(logging.INFO, "dlora.cloud"):
+        for _ in range(3):
+            with pytest.raises(InvalidStatus, match="500"), raw_device(running.url):
+                pass
+    ours = [record for record in caplog.records if record.name == "dlora.cloud"]
+    assert [record.getMessage() for record in ours] == ["internal error × 1, before a session; the last with 127.0.0.1"]
+    assert ours[0].exc_info is not None
+    assert isinstance(ours[0].exc_info[1], ZeroDivisionError)
 
 
 # -- the base model --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -54,3 +55,15 @@ def test_it_has_its_name_only_when_it_is_on_the_disk(tmp_path: Path, monkeypatch
     with pytest.raises(StorageError, match="--state-dir"):
         load_key(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_cannot_sync_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def fail_for_directories(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_directories)
+    assert load_key(tmp_path) == load_key(tmp_path)

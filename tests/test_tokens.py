@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from dlora.cloud.commands.tokens import app, parse_lifetime
 from dlora.cloud.door.tokens import TokenStore
-from dlora.protocol.errors import RemoteProtocolError, StorageError, UsageError
+from dlora.protocol.errors import RefusedError, StorageError, UsageError
 from dlora.protocol.messages import ErrorCode
 
 DAY_S = 86_400.0
@@ -46,7 +46,7 @@ def store(tmp_path: Path, clock: Clock) -> TokenStore:
 
 
 def refusal(store: TokenStore, token: str) -> str:
-    with pytest.raises(RemoteProtocolError) as caught:
+    with pytest.raises(RefusedError) as caught:
         store.verify(token)
     assert not caught.value.retryable
     assert "\n" not in str(caught.value)

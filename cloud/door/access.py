@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from dlora.protocol.errors import RemoteProtocolError, StorageError
+from dlora.protocol.errors import RefusedError, StorageError
 from dlora.protocol.messages import Error, ErrorCode
 
 from .tokens import TokenStore
@@ -50,7 +50,7 @@ class Caller:
     token_id: str | None = None
 
 
-class AccessDeniedError(RemoteProtocolError):
+class AccessDeniedError(RefusedError):
     """A stranger, or one who is no longer welcome.
 
     Attributes:
@@ -121,11 +121,11 @@ class Access:
         """
         try:
             if has_query:
-                raise RemoteProtocolError(_TOKEN_IN_QUERY, ErrorCode.TOKEN_WRONG)
+                raise RefusedError(_TOKEN_IN_QUERY, ErrorCode.TOKEN_WRONG)
             return self._identify(authorization, address, peer_certificate)
         except AccessDeniedError:
             raise
-        except RemoteProtocolError as error:
+        except RefusedError as error:
             raise self._denied(error, address) from None
 
     def recheck(self, callers: Collection[Caller]) -> dict[Caller, AccessDeniedError]:
@@ -161,10 +161,10 @@ class Access:
             text = (
                 "no token and no client certificate; ask the server's operator, then use --token-file or --client-cert"
             )
-            raise RemoteProtocolError(text, ErrorCode.TOKEN_MISSING)
+            raise RefusedError(text, ErrorCode.TOKEN_MISSING)
         return Caller(address, "address")
 
-    def _denied(self, error: RemoteProtocolError, address: str) -> AccessDeniedError:
+    def _denied(self, error: RefusedError, address: str) -> AccessDeniedError:
         failures, retry_after_s = self._failures.count(address)
         if failures <= FAILURES_PER_WINDOW:
             return AccessDeniedError(str(error), error.code, status=401)

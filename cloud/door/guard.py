@@ -26,10 +26,12 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol as WebsocketProtocol
 
 from dlora.protocol.messages import ErrorCode
+from dlora.protocol.text import one_line
 
 logger = logging.getLogger("dlora.cloud")
 
 LOG_EVERY_S = 10.0
+LOGGED_LETTERS = 300  # of what a peer had a hand in
 SMALLEST_UNREAD_BYTES = 1 << 20
 
 
@@ -132,12 +134,14 @@ class Guard:
 
         A line each would let a flood of connections fill the disk.
         """
-        self._refused[reason] += 1
-        now = self.clock()
-        if now - self._logged_at.get(reason, -LOG_EVERY_S) >= LOG_EVERY_S:
-            self._logged_at[reason] = now
-            count, more = self._refused.pop(reason), f": {printable(detail)}" if detail else ""
+        if count := self._count(reason):
+            more = f": {one_line(detail, LOGGED_LETTERS)}" if detail else ""
             logger.warning("refused %d × %s; the last from %s%s", count, reason, who, more)
+
+    def failed(self, error: Exception, who: str) -> None:
+        """Log a bug of ours with its traceback, as seldom as refusals: a stranger may know how to call it forth."""
+        if count := self._count("internal error"):
+            logger.error("internal error × %d, before a session; the last with %s", count, who, exc_info=error)
 
     # -- for GuardedConnection ---------------------------------------------------------------------------
 
@@ -175,6 +179,15 @@ class Guard:
             del self._unfinished[connection]
             self._unfinished_bytes -= connection.received_bytes
         self._opened.discard(connection)
+
+    def _count(self, reason: str) -> int:
+        """Count one more: how many are to be logged now, or 0 for not now."""
+        self._refused[reason] += 1
+        now = self.clock()
+        if now - self._logged_at.get(reason, -LOG_EVERY_S) < LOG_EVERY_S:
+            return 0
+        self._logged_at[reason] = now
+        return self._refused.pop(reason)
 
     def _abort(self, connection: GuardedConnection, reason: str) -> None:
         self.refused(reason, connection.source)
@@ -222,10 +235,14 @@ class GuardedConnection(ServerConnection):
         """Log a refusal in the handshake, within the same bounds as those beneath messages."""
         self._guard.refused(code, who, why)
 
+    def failed(self, error: Exception, who: str) -> None:
+        """Log an error of ours in the handshake, likewise."""
+        self._guard.failed(error, who)
+
     def limit_frames(self, nbytes: int) -> None:
         """Take frames of so many bytes from now on. Call it before the message that lets the peer send them."""
         self._frame_limit = nbytes
-        _set_frame_limit(self.protocol, nbytes)
+        self.protocol.max_message_size = nbytes  # inside websockets, as below: what ``serve`` got as ``max_size``
 
     def abort(self) -> None:
         """Drop the connection without a word, whatever it is doing."""
@@ -352,11 +369,6 @@ def raise_file_limit() -> int:
     return hard
 
 
-def printable(text: str, longest: int = 300) -> str:
-    """What a peer had a hand in, for a log: no line of its own, and nothing that a terminal obeys."""
-    return "".join(character if character.isprintable() else "?" for character in text[:longest])
-
-
 def _source(peer: tuple[Any, ...] | None) -> str:
     if not peer:
         return "?"
@@ -381,10 +393,3 @@ def _watch_frames(protocol: WebsocketProtocol, may_come: Callable[[Frame], bool]
             receive(frame)
 
     protocol.recv_frame = watched  # type: ignore[method-assign]
-
-
-def _set_frame_limit(protocol: WebsocketProtocol, nbytes: int) -> None:
-    """Change what ``serve`` got as ``max_size``; the attribute has another name before websockets 16."""
-    name = "max_message_size" if hasattr(protocol, "max_message_size") else "max_size"
-    assert hasattr(protocol, name), "websockets keeps its frame limit elsewhere"
-    setattr(protocol, name, nbytes)

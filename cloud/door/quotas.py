@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Final, Self
 
-from dlora.protocol.errors import RemoteProtocolError, UsageError
+from dlora.protocol.errors import RefusedError, UsageError
 from dlora.protocol.messages import ErrorCode
 
 # Of what depends on another session of the caller, nobody knows when it ends.
@@ -145,7 +145,7 @@ class Quotas:
     def open_session(self, name: str) -> SessionQuota:
         """Count a session of the caller ``name`` until it is closed.
 
-        Raises ``RemoteProtocolError`` (``quota_sessions``, retryable) where it has as many open as it may.
+        Raises ``RefusedError`` (``quota_sessions``, retryable) where it has as many open as it may.
         """
         with self._lock:
             caller = self._caller(name, self._clock())
@@ -183,7 +183,7 @@ class Quotas:
         return Charge(self, session, live_bytes)
 
     def _check(self, session: SessionQuota, tokens: int, live_bytes: int) -> None:
-        """Raise ``RemoteProtocolError`` where its caller is over a quota now."""
+        """Raise ``RefusedError`` where its caller is over a quota now."""
         now, most = self._clock(), self.limits.live_bytes
         caller = self._caller(session.name, now)
         room = most is None or not live_bytes or caller.live_bytes + live_bytes <= most
@@ -199,7 +199,7 @@ class Quotas:
     def _wait_for_memory(self, session: SessionQuota, live_bytes: int) -> None:
         """Wait, in line, until so much is free. Who waits here runs nothing, so that all that runs comes to its end.
 
-        Raises ``RemoteProtocolError`` (``busy``, retryable) where the session, or the server, ends meanwhile.
+        Raises ``RefusedError`` (``busy``, retryable) where the session, or the server, ends meanwhile.
         """
 
         place = object()
@@ -248,7 +248,7 @@ class Quotas:
             most, total = self.limits.live_bytes, self.total_live_bytes
             if most is not None and caller.live_bytes + nbytes > most:
                 text = f"the adapters take {_mb(nbytes)} more of the server, and the quota is {_mb(most)}"
-                raise RemoteProtocolError(f"{text}; lower --rank", ErrorCode.QUOTA_LIVE_BYTES)
+                raise RefusedError(f"{text}; lower --rank", ErrorCode.QUOTA_LIVE_BYTES)
             if total is not None and self.live_bytes + nbytes > total:
                 raise _come_again("there is no memory for the adapters", ErrorCode.BUSY, _RETRY_AFTER_S)
             session.held_bytes += nbytes
@@ -306,7 +306,7 @@ class SessionQuota:
     def begin(self, tokens: int, live_bytes: int) -> Charge:
         """Charge a micro-batch, or a report of no tokens, before it runs; what it gives must be ended.
 
-        Waits until the server has the memory. Raises ``RemoteProtocolError`` (``quota_tokens``, ``quota_live_bytes``,
+        Waits until the server has the memory. Raises ``RefusedError`` (``quota_tokens``, ``quota_live_bytes``,
         ``quota_compute``, ``limit``) and charges nothing: retryable, with the time when the same will fit, or not
         retryable where it never will.
         """
@@ -315,7 +315,7 @@ class SessionQuota:
     def hold(self, nbytes: int) -> None:
         """Count memory that the server keeps for the session until it is closed.
 
-        Raises ``RemoteProtocolError``: ``quota_live_bytes`` where it is more than the caller may have, ``busy``
+        Raises ``RefusedError``: ``quota_live_bytes`` where it is more than the caller may have, ``busy``
         (retryable) where the server has no room now. Nothing is counted then.
         """
         self._quotas._hold(self, nbytes)
@@ -362,12 +362,12 @@ _USED_UP: Final = {
 }
 
 
-def _come_again(text: str, code: ErrorCode, retry_after_s: float) -> RemoteProtocolError:
-    return RemoteProtocolError(text, code, retryable=True, retry_after_s=retry_after_s)
+def _come_again(text: str, code: ErrorCode, retry_after_s: float) -> RefusedError:
+    return RefusedError(text, code, retryable=True, retry_after_s=retry_after_s)
 
 
-def _never(text: str, code: ErrorCode) -> RemoteProtocolError:
-    return RemoteProtocolError(f"{text}; lower --batch-size", code)
+def _never(text: str, code: ErrorCode) -> RefusedError:
+    return RefusedError(f"{text}; lower --batch-size", code)
 
 
 def _mb(size: int) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dlora.protocol.errors import RemoteProtocolError, StorageError, UsageError
+from dlora.protocol.errors import RefusedError, StorageError, UsageError
 from dlora.protocol.messages import ErrorCode
 
 FILE_NAME: Final = "tokens.sqlite"
@@ -101,7 +101,7 @@ class TokenStore:
     def verify(self, token: str) -> TokenRecord:
         """The record of a valid token.
 
-        Raises ``RemoteProtocolError`` with ``token_wrong``, ``token_expired`` or ``token_revoked``; the last two
+        Raises ``RefusedError`` with ``token_wrong``, ``token_expired`` or ``token_revoked``; the last two
         only to who has the whole secret.
         """
         parts = _TOKEN.fullmatch(token)
@@ -115,7 +115,7 @@ class TokenStore:
             raise _wrong()
         return self._check(found[0])
 
-    def check(self, token_ids: Collection[str]) -> dict[str, RemoteProtocolError]:
+    def check(self, token_ids: Collection[str]) -> dict[str, RefusedError]:
         """What ``verify`` would raise now, of tokens that verified before, for those that do not any more."""
         records = {record.id: record for record in self.all()}
         ended = {}
@@ -124,7 +124,7 @@ class TokenStore:
                 if token_id not in records:
                     raise _wrong()
                 self._check(records[token_id])
-            except RemoteProtocolError as error:
+            except RefusedError as error:
                 ended[token_id] = error
         return ended
 
@@ -174,7 +174,7 @@ class TokenStore:
         if state != "valid":
             code = ErrorCode.TOKEN_REVOKED if state == "revoked" else ErrorCode.TOKEN_EXPIRED
             text = f"the token {record.id} of {record.device} is {state}; ask the server's operator for a new one"
-            raise RemoteProtocolError(text, code)
+            raise RefusedError(text, code)
         return record
 
     @contextmanager
@@ -193,9 +193,9 @@ class TokenStore:
             ) from None
 
 
-def _wrong() -> RemoteProtocolError:
+def _wrong() -> RefusedError:
     text = "the token is not one of this server's; check it, or ask the server's operator for a new one"
-    return RemoteProtocolError(text, ErrorCode.TOKEN_WRONG)
+    return RefusedError(text, ErrorCode.TOKEN_WRONG)
 
 
 def _digest(secret: str) -> bytes:

@@ -102,7 +102,7 @@ class MicroBatchRun:
         return self._sites.groups[min(active)] if active and self._trains else None
 
     def run(self, device: Device) -> None:
-        """Forward, and backward where it trains. Raises what ``device`` does, and ``DivergedError``."""
+        """Forward, and backward where it trains. Raises what ``device`` does, and ``NonFiniteError``."""
         sites, (live, trained) = self._sites, self._live_groups
         channel = _Channel(sites, self.key, device)
         exchange = MicroBatchExchange(

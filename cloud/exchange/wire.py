@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 import torch
 
-from dlora.protocol.errors import DivergedError
+from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.tensors import WireTensor, fp16_exponent
 from dlora.protocol.wire_codecs import Codecs, TensorRole
 
@@ -20,7 +20,7 @@ class TorchCodec(Protocol):
     """One way to store a floating-point tensor, for torch."""
 
     def encode(self, values: torch.Tensor) -> WireTensor:
-        """Put a float32 tensor of any device on the wire. Raises ``DivergedError`` on NaN or infinity."""
+        """Put a float32 tensor of any device on the wire. Raises ``NonFiniteError`` on NaN or infinity."""
 
     def decode(self, tensor: WireTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The values in ``dtype`` on ``device``."""
@@ -54,15 +54,15 @@ TORCH_CODECS: Final[dict[str, TorchCodec]] = {"fp32": _Fp32(), "fp16": _Fp16()}
 
 
 def finite_peak(values: torch.Tensor) -> float:
-    """The largest magnitude; 0 for none. Raises ``DivergedError`` on NaN or infinity."""
+    """The largest magnitude; 0 for none. Raises ``NonFiniteError`` on NaN or infinity."""
     peak = float(values.abs().max()) if values.numel() else 0.0
     if not math.isfinite(peak):
-        raise DivergedError("NaN or infinity in the base model's results")
+        raise NonFiniteError("NaN or infinity in the base model's results")
     return peak
 
 
 def to_wire(tensor: torch.Tensor, codecs: Codecs, role: TensorRole) -> WireTensor:
-    """Put a floating-point tensor of any device and dtype on the wire. Raises ``DivergedError`` on NaN or infinity."""
+    """Put a floating-point tensor of any device and dtype on the wire. Raises ``NonFiniteError`` on NaN or infinity."""
     return TORCH_CODECS[getattr(codecs, role.value)].encode(tensor.detach().to(torch.float32))
 
 

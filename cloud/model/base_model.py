@@ -144,6 +144,20 @@ class BaseModel:
         return fingerprint(self.model)
 
     @property
+    def token_embedding(self) -> nn.Embedding:
+        """The module, from the model itself; ``from_model`` takes none without one."""
+        module = self.model.get_input_embeddings()
+        assert isinstance(module, nn.Embedding)
+        return module
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """Likewise."""
+        module = self.model.get_output_embeddings()
+        assert isinstance(module, nn.Linear)
+        return module
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
@@ -192,9 +206,10 @@ class BaseModel:
         Returns: (batch, length, hidden_size), after the final norm.
         """
         given = {} if position_ids is None else {"position_ids": position_ids}
-        return self.decoder(
+        hidden: Tensor = self.decoder(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **given
         ).last_hidden_state
+        return hidden
 
 
 _NO_LIMIT = 1 << 20  # ALiBi families (BLOOM) name no longest sequence
@@ -206,7 +221,7 @@ def load_base_model(name: str, dtype: torch.dtype = torch.float32, device: str |
     Raises ``UsageError`` where the path does not exist, ``MissingExtraError`` where an alias's package is not
     installed and ``ExportError`` where the model cannot be downloaded or is not supported.
     """
-    model = load_model(find_source(name), dtype).to(device)
+    model = load_model(find_source(name), dtype).to(device)  # type: ignore[arg-type]  # its decorator loses self
     return BaseModel.from_model(model, name)
 
 

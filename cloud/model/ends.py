@@ -68,14 +68,14 @@ class HeadEnd:
 
 def find_embedding(base: BaseModel) -> EmbeddingEnd:
     """The token embedding; its module's own ``embed_scale`` (Gemma) is the scale."""
-    module = base.model.get_input_embeddings()
+    module = base.token_embedding
     return EmbeddingEnd(module.weight.detach(), float(getattr(module, "embed_scale", 1.0)))
 
 
 def find_head(base: BaseModel) -> HeadEnd:
     """The LM head: Cohere multiplies logits by ``logit_scale``, Granite divides by ``logits_scaling``, Gemma caps."""
     config = base.model.config.get_text_config(decoder=True)
-    module = base.model.get_output_embeddings()
+    module = base.lm_head
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     return HeadEnd(
@@ -83,7 +83,7 @@ def find_head(base: BaseModel) -> HeadEnd:
         bias=None if module.bias is None else module.bias.detach(),
         logit_scale=scale,
         softcap=None if softcap is None else float(softcap),
-        tied=module.weight is base.model.get_input_embeddings().weight,
+        tied=module.weight is base.token_embedding.weight,
     )
 
 

@@ -19,7 +19,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in sorted(_weights(model), key=lambda item: item[0]):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         values = tensor.detach().to(torch.bfloat16).cpu().contiguous()
-        digest.update(values.view(torch.int16).numpy())
+        digest.update(values.view(torch.int16).numpy().data)
     return digest.hexdigest()
 
 

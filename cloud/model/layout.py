@@ -53,7 +53,7 @@ def can_pack(base: BaseModel) -> bool:
     """Whether the base model keeps packed sequences apart: whether it gives them what it gives padded ones."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([3, 5, 2])
-    spread = float(base.model.get_input_embeddings().weight.float().std())
+    spread = float(base.token_embedding.weight.float().std())
     tokens = torch.randn(10, base.embedding_size, generator=generator) * spread
     tokens = tokens.to(base.device, base.dtype)
     padded, packed = _pad(tokens, lengths), _pack(tokens, lengths)

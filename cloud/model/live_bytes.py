@@ -199,7 +199,8 @@ def _alive(base: BaseModel, length: int, *, masked: bool) -> list[list[tuple[str
         _Alive(base, order) as alive,
     ):
         base.last_hidden_state(*_input(base, length, masked=masked, requires_grad=False))
-    return alive.totals
+    totals: list[list[tuple[str, int]]] = alive.totals  # entering torch's mode gives Any
+    return totals
 
 
 def _input(base: BaseModel, length: int, *, masked: bool, requires_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -267,7 +268,7 @@ class _Alive(TorchDispatchMode):
     """
 
     def __init__(self, base: BaseModel, calls: _Calls) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.totals: list[list[tuple[str, int]]] = [[] for _ in range(len(base.targets) + 1)]
         self._calls = calls
         self._owned = {tensor.untyped_storage()._cdata for tensor in (*base.model.parameters(), *base.model.buffers())}

@@ -21,7 +21,7 @@ def machine_bytes(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup"
     Args:
         cgroups: where control groups are mounted; own: which ones this process is in. Version 2 of them, or 1.
     """
-    limits = [psutil.virtual_memory().total]
+    limits: list[int] = [psutil.virtual_memory().total]
     for line in own.read_text().splitlines() if own.exists() else []:
         _, controllers, path = line.split(":", 2)
         root, name = (cgroups, "memory.max") if not controllers else (cgroups / "memory", "memory.limit_in_bytes")

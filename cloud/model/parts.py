@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from dlora.protocol.errors import ExportError, first_line
+from dlora.protocol.errors import ExportError
+from dlora.protocol.text import first_line
 
 from .base_model import TRACE_TOKENS, BaseModel, model_code
 
@@ -60,8 +61,7 @@ class PartCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values that it holds."""
-        tensors = [tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values)]
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for layer in self._layers() for tensor in (layer.keys, layer.values))
 
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` tokens. Raises ``ValueError`` where it does not hold as many."""
@@ -76,9 +76,14 @@ class PartCache:
         """
         if length == 0:
             self._cache = DynamicCache()  # which takes another number of rows, too
-        for layer in self._cache.layers:
+        for layer in self._layers():
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
         self.length = length
+
+    def _layers(self) -> list[Any]:
+        """Those that hold something; what does not keep plain keys and values was refused before."""
+        layers: list[Any] = list(self._cache.layers)
+        return [layer for layer in layers if layer.keys is not None]
 
 
 class ModelParts:
@@ -339,7 +344,7 @@ def _first(output: Any) -> Any:
 
 def _random_embeds(base: BaseModel, length: int) -> Tensor:
     """(1, length, embedding_size), as large as the model's own; the same each time."""
-    spread = float(base.model.get_input_embeddings().weight.float().std())
+    spread = float(base.token_embedding.weight.float().std())
     embeds = torch.randn(1, length, base.embedding_size, generator=torch.Generator().manual_seed(0)) * spread
     return embeds.to(base.device, base.dtype)
 

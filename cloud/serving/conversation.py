@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.protocol import messages as m
-from dlora.protocol.errors import DamagedFrameError, RemoteProtocolError
+from dlora.protocol.errors import DamagedFrameError, RefusedError, RemoteProtocolError
 from dlora.protocol.micro_batch import Key
 from dlora.protocol.session import Session
 
@@ -32,7 +32,7 @@ class Transport(Protocol):
     def losses(self) -> int: ...
     def send(self, frame: bytearray) -> None: ...
     def receive(self, timeout_s: float, give_up_at: float = ...) -> bytes: ...
-    def hang_up(self, refusal: RemoteProtocolError) -> None: ...
+    def hang_up(self, refusal: RefusedError | RemoteProtocolError) -> None: ...
     def wait_for_device(self, extra_s: float = 0.0) -> object: ...
 
 
@@ -165,7 +165,7 @@ class MicroBatchDevice:
 
     def _await_answer(self, give_up_at: float) -> m.AnyMessage:
         """The next message; a device that is late is told to come again, and the clock starts anew."""
-        late = RemoteProtocolError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
+        late = RefusedError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
         while time.monotonic() < give_up_at:
             message = self._conversation.receive(self._key, self._deadlines.answer.seconds, give_up_at)
             if message is not None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from websockets.exceptions import ConnectionClosed
 
 from dlora.cloud.door.access import Caller
-from dlora.cloud.door.guard import GuardedConnection, printable
+from dlora.cloud.door.guard import LOGGED_LETTERS, GuardedConnection
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.memory import is_out_of_memory
 from dlora.cloud.model.source import public_name
@@ -20,10 +20,11 @@ from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec, largest_row, largest_state_bytes
 from dlora.protocol.codec import encode
 from dlora.protocol.controller import Controller
-from dlora.protocol.errors import DivergedError, RemoteProtocolError, UsageError
+from dlora.protocol.errors import NonFiniteError, RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Session, choose_version
 from dlora.protocol.states import Role
+from dlora.protocol.text import one_line
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from dlora.protocol.wire_codecs import Codecs
 
@@ -32,7 +33,7 @@ from .service import Service
 from .session_loop import SessionLoop, shutting_down
 from .sessions import LiveSession
 from .ticket import controller_of, ticket_bytes
-from .transport import DeviceGoneError, SessionTransport, say_goodbye
+from .transport import DeviceGoneError, SessionTransport, as_refusal, say_goodbye
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -44,7 +45,7 @@ T = TypeVar("T")
 
 
 async def handle_connection(connection: GuardedConnection, caller: Caller, service: Service) -> None:
-    """Serve one connection to its end; every end is logged in one line, never with payload."""
+    """Serve one connection to its end; every end is logged in one line, never with payload, but for bugs of ours."""
     handshake = Session(Role.CLOUD)
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
@@ -53,15 +54,18 @@ async def handle_connection(connection: GuardedConnection, caller: Caller, servi
             await connection.wait_closed()
             live.transport.closed(connection)
     except TimeoutError:
-        late = RemoteProtocolError("too slow at the handshake", m.ErrorCode.DEADLINE, retryable=True)
+        late = RefusedError("too slow at the handshake", m.ErrorCode.DEADLINE, retryable=True)
         await _refuse(connection, caller, late)
-    except RemoteProtocolError as refusal:
-        await _refuse(connection, caller, refusal)
+    except (RefusedError, RemoteProtocolError) as error:
+        await _refuse(connection, caller, as_refusal(error))
     except ConnectionClosed:
         logger.debug("%s left in the handshake", caller.name)
+    except Exception as error:
+        connection.failed(error, caller.name)
+        await say_goodbye(connection, fault_of_ours(error))
 
 
-async def _refuse(connection: GuardedConnection, caller: Caller, refusal: RemoteProtocolError) -> None:
+async def _refuse(connection: GuardedConnection, caller: Caller, refusal: RefusedError) -> None:
     connection.refused(refusal.code, caller.name, str(refusal))
     await say_goodbye(connection, refusal)
 
@@ -112,7 +116,7 @@ class _Handshake:
         version = choose_version(hello.protocol_versions)
         if version is None:
             text = f"this server speaks wire versions {list(PROTOCOL_VERSIONS)}, the device {hello.protocol_versions}"
-            raise RemoteProtocolError(text, m.ErrorCode.VERSION)
+            raise RefusedError(text, m.ErrorCode.VERSION)
         base, max_tokens = self._service.base, self._service.max_tokens
         return m.Welcome(
             protocol_version=version,
@@ -185,27 +189,33 @@ async def _run(live: LiveSession, loop: SessionLoop, service: Service) -> None:
             session.bytes_received / 1e6, session.bytes_sent / 1e6,
         )  # fmt: skip
     except (DeviceGoneError, DeviceGaveUpError) as error:
-        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, printable(str(error)))
-    except (RemoteProtocolError, DivergedError) as error:
+        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, _for_the_log(error))
+    except (RefusedError, RemoteProtocolError, NonFiniteError) as error:
         why = as_refusal(error)
         level = logging.INFO if why.retryable else logging.WARNING
-        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, printable(str(why)))
+        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, _for_the_log(why))
     except Exception as error:
-        if is_out_of_memory(error):  # others may have taken it, and give it back
-            logger.error("session %s: ended at step %d: out of memory: %s", name, session.step, printable(str(error)))
-            text = "the server is out of memory; if it stays so, lower --batch-size"
-            why = RemoteProtocolError(text, m.ErrorCode.INTERNAL, retryable=True, retry_after_s=MEMORY_RETRY_S)
+        why = fault_of_ours(error)
+        if why.retryable:
+            logger.error("session %s: ended at step %d: out of memory: %s", name, session.step, _for_the_log(error))
         else:
             logger.exception("session %s: internal error", name)
-            why = RemoteProtocolError("internal error; the server's log has it", m.ErrorCode.INTERNAL)
     finally:
         service.sessions.remove(live)
         live.transport.end(why or DeviceGoneError("the session is closed"))
 
 
-def as_refusal(error: RemoteProtocolError | DivergedError) -> RemoteProtocolError:
-    """What a device is told of an error that ends its session."""
-    return error if isinstance(error, RemoteProtocolError) else RemoteProtocolError(str(error), m.ErrorCode.NON_FINITE)
+def _for_the_log(error: Exception) -> str:
+    return one_line(str(error), LOGGED_LETTERS)
+
+
+def fault_of_ours(error: Exception) -> RefusedError:
+    """What a device is told of an error that it has no part in, a ``LocalProtocolError`` as any other: only whether it
+    may try again. It may where memory ran out: others may have taken it, and give it back."""
+    if is_out_of_memory(error):
+        text = "the server is out of memory; if it stays so, lower --batch-size"
+        return RefusedError(text, m.ErrorCode.INTERNAL, retryable=True, retry_after_s=MEMORY_RETRY_S)
+    return RefusedError("internal error; the server's log has it", m.ErrorCode.INTERNAL)
 
 
 def opening_limit(base: BaseModel) -> int:
@@ -241,24 +251,24 @@ CONTROL_BYTES = 1 << 20
 def check_opening(opening: m.OpenSession, session: Session, service: Service) -> Controller | None:
     """Check what a device asks for against the base model, and make its kill-and-revive controller, where it trains.
 
-    Raises ``RemoteProtocolError``.
+    Raises ``RefusedError``.
     """
     base = service.base
     if opening.base_fingerprint != base.fingerprint:
         text = f"this server serves {base.name} ({base.fingerprint[:12]}…), not {opening.base_fingerprint[:12]}…"
-        raise RemoteProtocolError(text, m.ErrorCode.BASE_MODEL_MISMATCH)
+        raise RefusedError(text, m.ErrorCode.BASE_MODEL_MISMATCH)
     names = [target.name for group in opening.groups for target in group.targets]
     unknown = [name for name in names if name not in base.targets]
     if unknown or len(set(names)) != len(names) or base.groups(names) != opening.groups:
         text = f"no such exchange groups in {base.name}" + (f": {unknown[0][:100]}" if unknown else "")
-        raise RemoteProtocolError(text, m.ErrorCode.UNKNOWN_TARGET)
+        raise RefusedError(text, m.ErrorCode.UNKNOWN_TARGET)
     purpose = opening.purpose
     if not isinstance(purpose, m.Train):
         return None
     try:
         purpose.kill_revive.check(len(session.unit_groups))
     except UsageError as error:
-        raise RemoteProtocolError(str(error), m.ErrorCode.LIMIT) from None
+        raise RefusedError(str(error), m.ErrorCode.LIMIT) from None
     if purpose.ticket is not None:
         return controller_of(
             purpose.ticket,
@@ -271,7 +281,7 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
             adapter=opening.adapter,
         )
     if purpose.next_step:
-        raise RemoteProtocolError("a run that goes on needs its ticket", m.ErrorCode.TICKET)
+        raise RefusedError("a run that goes on needs its ticket", m.ErrorCode.TICKET)
     return Controller(
         purpose.kill_revive,
         opening.groups,

@@ -249,6 +249,10 @@ class CloudServer:
             if denied.should_log:
                 logger.warning("%s refused: %s: %s", source, denied.code, denied)
             return _json_response(denied.status, denied.body(), denied.headers())
+        except Exception as error:
+            # Of ours. websockets answers 500, and refers the device to a log in which it is silent.
+            self.guard.failed(error, source)
+            raise
         return None
 
     def health(self) -> dict[str, object]:

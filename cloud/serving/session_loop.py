@@ -22,7 +22,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.adapters import state_bytes
 from dlora.protocol.controller import Controller
 from dlora.protocol.counting import counted_tokens
-from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.errors import RefusedError
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import decode_floats
 
@@ -36,8 +36,9 @@ from .ticket import ticket_of
 class SessionLoop:
     """Answers the messages of one open session.
 
-    Raises (from ``run``) ``RemoteProtocolError`` when the device breaks the rules, ``DivergedError`` when
-    the base model's results are not finite, and whatever the transport raises when the device is lost.
+    Raises (from ``run``) ``RemoteProtocolError`` when the device breaks the rules, ``RefusedError`` when the server
+    says no, ``NonFiniteError`` when the base model's results are not finite, and whatever the transport raises when
+    the device is lost.
 
     Args:
         controller: of Kill and Revive; None where the session does not train.
@@ -104,7 +105,7 @@ class SessionLoop:
                 pass
             case None:
                 text = f"nothing came for {idle_s:.0f} s; go on with the ticket"
-                raise RemoteProtocolError(text, m.ErrorCode.DEADLINE, retryable=True)
+                raise RefusedError(text, m.ErrorCode.DEADLINE, retryable=True)
             case _:  # the device closes the session, or gives it up
                 return False
         return True
@@ -186,7 +187,7 @@ class SessionLoop:
         while True:
             try:
                 return self._quota.begin(tokens, live_bytes)
-            except RemoteProtocolError as refusal:
+            except RefusedError as refusal:
                 wait_s, now = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S), time.monotonic()
                 if not refusal.retryable or now > give_up_at:
                     raise
@@ -195,7 +196,7 @@ class SessionLoop:
                 transport.wait_for_device(wait_s)
 
 
-def shutting_down() -> RemoteProtocolError:
+def shutting_down() -> RefusedError:
     """What devices are told when the server stops."""
     text = "shutting down; the run goes on with its ticket once the server is back"
-    return RemoteProtocolError(text, m.ErrorCode.SHUTTING_DOWN, retryable=True)
+    return RefusedError(text, m.ErrorCode.SHUTTING_DOWN, retryable=True)

@@ -19,7 +19,7 @@ from websockets.asyncio.server import ServerConnection
 from dlora.cloud.door.access import Caller
 from dlora.cloud.door.quotas import SessionQuota
 from dlora.protocol import messages as m
-from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.errors import RefusedError
 from dlora.protocol.session import Session
 
 from .transport import DeviceGoneError, SessionTransport
@@ -83,13 +83,13 @@ class Sessions:
                 self._evict(live, "its device opened another session")
 
     def make_room(self) -> None:
-        """Raise ``RemoteProtocolError`` (``busy``) where no other session fits."""
+        """Raise ``RefusedError`` (``busy``) where no other session fits."""
         if len(self) < self.limit:
             return
         parked = self._parked()
         if not parked:
             text = f"the server is full ({self.limit} sessions)"
-            raise RemoteProtocolError(text, m.ErrorCode.BUSY, retryable=True, retry_after_s=BUSY_RETRY_S)
+            raise RefusedError(text, m.ErrorCode.BUSY, retryable=True, retry_after_s=BUSY_RETRY_S)
         self._evict(min(parked, key=lambda live: live.transport.parked_at or 0.0), "another device needed the room")
 
     def give_up_longest_parked_in_a_step(self) -> None:

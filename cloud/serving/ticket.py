@@ -20,7 +20,7 @@ from typing import Final
 
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.controller import Controller, state_bytes
-from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.errors import RefusedError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 
@@ -47,16 +47,16 @@ def controller_of(
 ) -> Controller:
     """The controller that ``ticket`` is of, to go on at ``next_step``.
 
-    Raises ``RemoteProtocolError`` with code ``ticket`` if it is forged, damaged, of a run with other settings, groups,
+    Raises ``RefusedError`` with code ``ticket`` if it is forged, damaged, of a run with other settings, groups,
     seed or length, or does not stand at ``next_step``.
     """
     controller = Controller(config, groups, seed=seed, total_steps=total_steps, adapter=adapter)
     try:
         controller.load_state(open_ticket(ticket, controller.digest, key))
     except ValueError:
-        raise RemoteProtocolError("the ticket has the wrong length", code="ticket") from None
+        raise RefusedError("the ticket has the wrong length", code="ticket") from None
     if controller.next_step != next_step:
-        raise RemoteProtocolError(
+        raise RefusedError(
             f"the ticket stands at step {controller.next_step}, the session at step {next_step}", code="ticket"
         )
     return controller
@@ -76,20 +76,18 @@ def seal_ticket(state: bytes, digest: bytes, key: bytes) -> bytes:
 def open_ticket(ticket: bytes, digest: bytes, key: bytes) -> bytes:
     """The state that ``seal_ticket`` got.
 
-    Raises ``RemoteProtocolError`` with code ``ticket`` if it is not ours, was changed, or is bound to another digest.
+    Raises ``RefusedError`` with code ``ticket`` if it is not ours, was changed, or is bound to another digest.
     """
     ticket = bytes(ticket)
     if len(ticket) < OVERHEAD_BYTES or not ticket.startswith(MAGIC):
-        raise RemoteProtocolError("this is not a ticket of this version; start the run afresh", code="ticket")
+        raise RefusedError("this is not a ticket of this version; start the run afresh", code="ticket")
     body, mac = ticket[:-DIGEST_BYTES], ticket[-DIGEST_BYTES:]
     if not hmac.compare_digest(mac, _mac(body, key)):
         text = "the ticket's signature is wrong: another server's, or damaged; a server has its key in --state-dir"
-        raise RemoteProtocolError(text, code="ticket")
+        raise RefusedError(text, code="ticket")
     start = len(MAGIC)
     if not hmac.compare_digest(body[start : start + DIGEST_BYTES], digest):
-        raise RemoteProtocolError(
-            "the ticket belongs to a run with other settings, groups, seed or steps", code="ticket"
-        )
+        raise RefusedError("the ticket belongs to a run with other settings, groups, seed or steps", code="ticket")
     return body[start + DIGEST_BYTES :]
 
 

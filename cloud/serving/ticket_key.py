@@ -10,6 +10,7 @@ from typing import Final
 
 from dlora.protocol import interrupts
 from dlora.protocol.errors import StorageError
+from dlora.protocol.files import sync
 
 KEY_BYTES: Final = 32
 
@@ -46,8 +47,4 @@ def _make_key(path: Path) -> None:
             os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(path.parent)

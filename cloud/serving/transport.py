@@ -20,7 +20,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from dlora.protocol import messages as m
-from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.errors import NonFiniteError, RefusedError, RemoteProtocolError
 from dlora.protocol.session import Session
 from dlora.protocol.states import Role
 
@@ -94,14 +94,14 @@ class SessionTransport:
                 self._lose(connection)
                 del connection, receiving  # parked for long, it would keep the dead websocket
 
-    def hang_up(self, refusal: RemoteProtocolError) -> None:
+    def hang_up(self, refusal: RefusedError | RemoteProtocolError) -> None:
         """Tell the device to come again, and close the connection; the session is parked."""
         with self._changed:
             connection = self._connection
         if connection is not None:
             logger.info("session %s: sent away: %s: %s", self._name, refusal.code, refusal)
             self._lose(connection)
-            asyncio.run_coroutine_threadsafe(say_goodbye(connection, refusal), self._loop)
+            asyncio.run_coroutine_threadsafe(say_goodbye(connection, as_refusal(refusal)), self._loop)
 
     def wait_for_device(self, extra_s: float = 0.0) -> ServerConnection:
         """Wait until there is a connection. Raises as ``receive``."""
@@ -166,13 +166,16 @@ class SessionTransport:
             old.transport.abort()
 
     def end(self, why: Exception) -> None:
-        """Make the session's thread raise ``why`` where it waits for its device, now or the next time."""
+        """Make the session's thread raise ``why`` where it waits for its device, now or the next time.
+
+        The device is told of a ``RefusedError``, and of nothing else.
+        """
         with self._changed:
             self._ended = why
             connection, self._connection = self._connection, None
             self._changed.notify_all()
         if connection is not None:
-            refusal = why if isinstance(why, RemoteProtocolError) else None
+            refusal = why if isinstance(why, RefusedError) else None
             task = self._loop.create_task(say_goodbye(connection, refusal))
             _goodbyes.add(task)
             task.add_done_callback(_goodbyes.discard)
@@ -191,7 +194,18 @@ def _within_limits(retry_after_s: float | None) -> float | None:
     return None if retry_after_s is None else min(retry_after_s, m.MAX_RETRY_AFTER_S)
 
 
-async def say_goodbye(connection: ServerConnection, refusal: RemoteProtocolError | None) -> None:
+def as_refusal(error: RefusedError | RemoteProtocolError | NonFiniteError) -> RefusedError:
+    """What a device is told of an error that ends its connection or session."""
+    match error:
+        case RefusedError():
+            return error
+        case RemoteProtocolError():
+            return RefusedError(str(error), error.code, retryable=error.retryable)
+        case NonFiniteError():
+            return RefusedError(str(error), m.ErrorCode.NON_FINITE)
+
+
+async def say_goodbye(connection: ServerConnection, refusal: RefusedError | None) -> None:
     """Tell a device why it loses the connection, and close it; one that does not read is not waited for."""
     with contextlib.suppress(ConnectionClosed, TimeoutError):
         async with asyncio.timeout(GOODBYE_TIMEOUT_S):

@@ -21,7 +21,7 @@ from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import WireDtype
-from dlora.protocol.errors import DataError, DivergedError, RemoteProtocolError
+from dlora.protocol.errors import DataError, NonFiniteError, RemoteProtocolError
 from dlora.protocol.wire_codecs import Codecs
 
 from .session import ModelSession
@@ -92,9 +92,9 @@ def open_model(
 def _blaming_the_adapter() -> Iterator[None]:
     try:
         yield
-    except DivergedError as error:
+    except NonFiniteError as error:
         text = f"{error}: the adapter is of a run that diverged; train it anew with a lower --lr"
-        raise DivergedError(text) from None
+        raise NonFiniteError(text) from None
 
 
 def generate_greedily(model: SplitModel, tokenizer: PromptTokenizer, prompt: str, max_new_tokens: int) -> str:

@@ -176,7 +176,6 @@ def wait_while_paused(
     say: Callable[[str], None],
     should_stop: Callable[[], bool],
     on_pause: Callable[[], None] | None = None,
-    heartbeat: Callable[[], None] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Come back when no rule holds any more; at once where none holds, or where the user wants to stop.
@@ -185,7 +184,6 @@ def wait_while_paused(
         say: told one line when a pause begins, when its reason changes, and when it is over.
         should_stop: whether the user wants to stop; asked twice a second.
         on_pause: called once when a pause begins: the time to save, the battery may be at its end.
-        heartbeat: called before every look at the sensors.
         sleep: waits so many seconds.
     """
     reasons = rules.holding(sensors)
@@ -196,8 +194,6 @@ def wait_while_paused(
     if on_pause is not None:
         on_pause()
     while _wait(POLL_S, should_stop, sleep):
-        if heartbeat is not None:
-            heartbeat()
         reasons = rules.holding(sensors, held=reasons)
         if not reasons:
             say("going on: nothing to pause for any more")

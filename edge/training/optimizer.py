@@ -10,7 +10,7 @@ import numpy as np
 from dlora.edge.adapters.kind import Parameter
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.engine.engine import Engine, scalar
-from dlora.protocol.errors import DivergedError
+from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.kill_revive import UnitState
 
 from .schedule import ScheduleName, learning_rate
@@ -62,7 +62,7 @@ class AdamW:
     def step(self, adapters: AdapterSet, step: int) -> float:
         """Clip, then step every active unit; returns the gradients' norm before clipping.
 
-        Raises ``DivergedError`` if the gradients are not finite; nothing has changed then.
+        Raises ``NonFiniteError`` if the gradients are not finite; nothing has changed then.
         """
         active = [unit for unit in adapters.units if unit.state is UnitState.ACTIVE]
         trained = [
@@ -74,7 +74,7 @@ class AdamW:
         parameters = [parameter for _, parameter in trained if parameter.grad is not None]
         norm = math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in parameters if p.grad is not None))
         if not math.isfinite(norm):
-            raise DivergedError("NaN or infinity in the gradients")
+            raise NonFiniteError("NaN or infinity in the gradients")
         limit = self.config.max_grad_norm
         clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
         lr = self.lr(step)

@@ -21,7 +21,7 @@ from dlora.edge.engine.engine import Engine
 from dlora.edge.model.evaluation import Evaluation, evaluate
 from dlora.edge.model.split import SplitModel
 from dlora.edge.wire.connection import Connection
-from dlora.protocol.errors import CheckpointError, DataError, DivergedError, DloraError
+from dlora.protocol.errors import CheckpointError, DataError, DloraError, NonFiniteError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import FloatArray
 from dlora.protocol.wire_codecs import Codecs
@@ -231,8 +231,8 @@ class Trainer:
     def _naming_the_step(self) -> Iterator[None]:
         try:
             yield
-        except DivergedError as error:
-            raise DivergedError(
+        except NonFiniteError as error:
+            raise NonFiniteError(
                 f"training diverged at step {self.next_step}: {error}; start anew in another --out with a lower --lr "
                 f"than {self.config.optimizer.lr:g}: this run would diverge again"
             ) from None

@@ -280,11 +280,7 @@ class Connection:
         assert self._socket is not None
         needed = CONTROL_BYTES + nbytes
         self._frame_bytes = min(max(self._frame_bytes, needed), MAX_FRAME_BYTES)
-        protocol = self._socket.protocol
-        # The name before websockets 16.
-        name = "max_message_size" if hasattr(protocol, "max_message_size") else "max_size"
-        assert hasattr(protocol, name), "websockets keeps its frame limit elsewhere"
-        setattr(protocol, name, self._frame_bytes)
+        self._socket.protocol.max_message_size = self._frame_bytes  # inside websockets: what it got as ``max_size``
 
     # -- one websocket -----------------------------------------------------------------------------------
 

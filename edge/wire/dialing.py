@@ -22,9 +22,9 @@ from websockets.sync.client import ClientConnection, connect
 from dlora.protocol import messages as m
 from dlora.protocol.errors import (
     ConnectionFailedError,
-    DivergedError,
     DloraError,
     ModelMismatchError,
+    NonFiniteError,
     ProtocolError,
     RefusedError,
     UsageError,
@@ -222,7 +222,7 @@ def refusal_of(error: m.Error, url: str) -> DloraError:
         case m.ErrorCode.VERSION:
             return ProtocolError(f"{text}; update the older side")
         case m.ErrorCode.NON_FINITE:
-            return DivergedError(text)
+            return NonFiniteError(text)
         case m.ErrorCode.PROTOCOL | m.ErrorCode.DAMAGED:
             return ProtocolError(text)
         case _:

@@ -1,0 +1,87 @@
+"""Errors say whose fault it is."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from dlora.cloud.serving.transport import as_refusal
+from dlora.protocol import messages as m
+from dlora.protocol.command import run_command
+from dlora.protocol.errors import (
+    DamagedFrameError,
+    LocalProtocolError,
+    NonFiniteError,
+    ProtocolError,
+    RefusedError,
+    RemoteProtocolError,
+)
+from dlora.protocol.session import Role, Session
+from dlora.protocol.tensors import WireTensor
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_they_were() -> Iterator[None]:
+    """``run_command`` is for a process of its own, and leaves signals ignored."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ended(command: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and stderr of a command."""
+    with pytest.raises(SystemExit) as caught:
+        run_command(command)
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, capsys.readouterr().err
+
+
+def test_a_bug_of_the_devices_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def reports_before_it_greets() -> None:
+        Session(Role.EDGE).send(m.StepReport(step=0, scores=WireTensor.from_floats(np.ones(2, np.float32), "fp32")))
+
+    code, said = ended(reports_before_it_greets, capsys)
+    *traceback, last = said.splitlines()
+    assert code == LocalProtocolError.exit_code == 7
+    assert traceback[0].startswith("Traceback")
+    assert any("reports_before_it_greets" in line for line in traceback)
+    assert last.startswith("error: a bug in dlora: StepReport in START: not now; please report it")
+
+
+def test_a_fault_of_the_peers_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def hears_nonsense() -> None:
+        Session(Role.EDGE).receive(b"nonsense")
+
+    code, said = ended(hears_nonsense, capsys)
+    assert code == ProtocolError.exit_code
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RefusedError("full", "busy", retryable=True, retry_after_s=5.0), ("busy", True, 5.0)),
+        (RefusedError("forged", "ticket"), ("ticket", False, None)),
+        (RemoteProtocolError("not now"), ("protocol", False, None)),
+        (RemoteProtocolError("too long", "limit"), ("limit", False, None)),
+        (DamagedFrameError("another checksum"), ("damaged", True, None)),
+        (NonFiniteError("NaN"), ("non_finite", False, None)),
+    ],
+)
+def test_what_a_device_is_told(
+    error: RefusedError | RemoteProtocolError | NonFiniteError, told: tuple[str, bool, float | None]
+) -> None:
+    refusal = as_refusal(error)
+    assert (refusal.code, refusal.retryable, refusal.retry_after_s) == told
+    assert str(refusal) == str(error)
+
+
+def test_a_no_is_nobodys_broken_rule() -> None:
+    assert not issubclass(RefusedError, ProtocolError)
+    assert not issubclass(LocalProtocolError, RemoteProtocolError)
