@@ -20,7 +20,6 @@ from dlora.cloud.door.access import Caller
 from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving import session_loop as executor
 from dlora.cloud.serving import transport
 from dlora.cloud.serving.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines, Patience
 from dlora.cloud.serving.transport import SessionTransport
@@ -59,9 +58,9 @@ def test_a_device_answers_neither_for_the_turns_of_others_nor_pays_for_them(
         late_s += TURN_S
 
     monkeypatch.setattr(ComputeGate, "waiting", wait_for_a_long_turn)
-    monkeypatch.setattr(executor, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late_s))
+    quotas = QuotaLimits(compute_s_per_hour=1e6)
     with (
-        serving(base, quotas=QuotaLimits(compute_s_per_hour=1e6)) as server,
+        serving(base, quotas=quotas, clock=lambda: time.monotonic() + late_s) as server,
         training(bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer,
     ):
         trainer.run_step()

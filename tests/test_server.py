@@ -460,7 +460,7 @@ def test_a_bug_of_ours_is_logged_with_its_traceback(
         device.say(open_session(base))
         if where == "in a session":
             assert isinstance(device.hear(), m.SessionOpened)
-            device.say(m.StepReport(step=0, scores=WireTensor.from_floats(np.ones(2, np.float32), "fp32")))
+            device.say(m.StepReport(step=0, scores=encode_floats(np.ones(2, np.float32), "fp32")))
         told = device.hear_error()
         assert (told.code, told.message, told.retryable, told.retry_after_s) == INTERNAL
         eventually(lambda: health(running.url)["sessions"] == 0)

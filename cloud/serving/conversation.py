@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from dlora.cloud.exchange.gate import ComputeGate
@@ -39,9 +39,10 @@ class Transport(Protocol):
 class Conversation:
     """A session over its transport."""
 
-    def __init__(self, session: Session, transport: Transport) -> None:
+    def __init__(self, session: Session, transport: Transport, clock: Callable[[], float]) -> None:
         self.session = session
         self.transport = transport
+        self.clock = clock
         self._speaking = threading.RLock()  # frames leave in the order of their numbers
         self._changed = threading.Condition()
         self._boxes: defaultdict[Key | None, deque[m.AnyMessage]] = defaultdict(deque)
@@ -66,7 +67,7 @@ class Conversation:
         """
         left_s = seconds
         while True:
-            began, losses = time.monotonic(), self.transport.losses
+            began, losses = self.clock(), self.transport.losses
             if not self._may_read(key, min(left_s, give_up_at - began)):
                 return self._taken(key)
             try:
@@ -89,7 +90,7 @@ class Conversation:
                 with self._changed:
                     self._boxes[owner].append(message)
             here = self.transport.losses == losses  # else it is another connection, and was away in between
-            left_s = max(0.0, left_s - (time.monotonic() - began)) if here else seconds
+            left_s = max(0.0, left_s - (self.clock() - began)) if here else seconds
 
     def _may_read(self, key: Key | None, seconds: float) -> bool:
         """Wait until there is a message for us, or nobody reads: whether it is our turn to read."""
@@ -137,6 +138,7 @@ class MicroBatchDevice:
         self.waited_s = 0.0
         self.idle_s = 0.0
         self._conversation = conversation
+        self._clock = conversation.clock
         self._key = key
         self._gate = gate
         self._deadlines = deadlines
@@ -147,16 +149,16 @@ class MicroBatchDevice:
     def receive(self) -> m.AnyMessage:
         """The device's next message of this micro-batch. Raises ``DeviceGaveUpError``, and what the transport does."""
         transport = self._conversation.transport
-        began, losses = time.monotonic(), transport.losses
+        began, losses = self._clock(), transport.losses
         try:
             with self._gate.waiting():
                 try:
                     message = self._await_answer(began + self._deadlines.answers.seconds - self.waited_s)
                 finally:  # before the gate is waited for: what others compute is not the device's time
-                    waited_s = time.monotonic() - began
+                    waited_s = self._clock() - began
                     self.waited_s += waited_s
         finally:
-            self.idle_s += time.monotonic() - began
+            self.idle_s += self._clock() - began
         if transport.losses == losses:  # else it tells of the network, not of the device
             self._deadlines.answer.observe(waited_s)
         if isinstance(message, m.Error):
@@ -166,7 +168,7 @@ class MicroBatchDevice:
     def _await_answer(self, give_up_at: float) -> m.AnyMessage:
         """The next message; a device that is late is told to come again, and the clock starts anew."""
         late = RefusedError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
-        while time.monotonic() < give_up_at:
+        while self._clock() < give_up_at:
             message = self._conversation.receive(self._key, self._deadlines.answer.seconds, give_up_at)
             if message is not None:
                 return message

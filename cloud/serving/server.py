@@ -11,7 +11,7 @@ import signal
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import MappingProxyType
@@ -67,6 +67,7 @@ class CloudServer:
         tls: speak TLS.
         drain_s: how long running steps may take to finish once the server is asked to stop.
         window: the most micro-batches that a session may have under way at a time.
+        clock: seconds that never go back.
 
     Attributes:
         port: the port it listens on, once ``start`` has returned.
@@ -89,6 +90,7 @@ class CloudServer:
         live_limit: int | None = None,
         drain_s: float = 30.0,
         window: int = 1,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         install(base)
         patience = patience or Patience()
@@ -131,6 +133,7 @@ class CloudServer:
             pool=self._threads,
             openings=self._openings,
             draining=threading.Event(),
+            clock=clock,
         )
 
     async def start(self, host: str, port: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -25,6 +27,7 @@ class Service:
         window: the most micro-batches that a session may have under way at a time.
         opening_bytes: the largest frame before a session is open.
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
+        clock: seconds that never go back, which everything that a session waits for is measured with.
         draining: set once the server stops: running steps are finished, nothing new is begun.
     """
 
@@ -44,3 +47,4 @@ class Service:
     pool: Executor
     openings: Executor
     draining: threading.Event
+    clock: Callable[[], float] = time.monotonic

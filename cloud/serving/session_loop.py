@@ -10,7 +10,6 @@ Where a session may have several micro-batches under way, each has a thread of i
 from __future__ import annotations
 
 import math
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -54,8 +53,9 @@ class SessionLoop:
         self._session = live.session
         self._quota = live.quota
         self._controller = controller
+        self._clock = service.clock
         self._deadlines = deadlines
-        self._conversation = Conversation(live.session, live.transport)
+        self._conversation = Conversation(live.session, live.transport, service.clock)
         self._sites = Sites(service.base, opening.groups, opening.adapter, opening.codecs)
         self._window = opening.window
         self._running: set[Future[None]] = set()
@@ -88,7 +88,7 @@ class SessionLoop:
     def _answer_next(self, pool: ThreadPoolExecutor | None) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
         idle_s = self._service.patience.idle_s
-        match self._conversation.receive(None, idle_s, time.monotonic() + idle_s):
+        match self._conversation.receive(None, idle_s, self._clock() + idle_s):
             case m.Embeddings() as begun:
                 if pool is None:
                     self._run_micro_batch(begun)
@@ -118,7 +118,7 @@ class SessionLoop:
 
     def _make_sites(self) -> None:
         charge = self._admit(0, 0)
-        started = time.monotonic()
+        started = self._clock()
         try:
             with self._service.gate.computing():
                 states = self._sites.make_states()
@@ -127,7 +127,7 @@ class SessionLoop:
                 self._sites.add(tensors)
                 self._conversation.send(m.AdapterState(group=group, tensors=tuple(tensors)))
         finally:
-            charge.end(time.monotonic() - started)
+            charge.end(self._clock() - started)
 
     def _hold(self, group: int) -> None:
         """Count what the server keeps of a group in the device's quota, until the session ends."""
@@ -138,13 +138,13 @@ class SessionLoop:
     def _handle_report(self, report: m.StepReport) -> None:
         assert self._controller is not None
         charge = self._admit(0, 0)  # it is little, but a device may send nothing else
-        started = time.monotonic()
+        started = self._clock()
         try:
             units = self._controller.report(report.step, decode_floats(report.scores))
             ticket = self._ticket(self._controller)
             self._conversation.send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=ticket))
         finally:
-            charge.end(time.monotonic() - started)
+            charge.end(self._clock() - started)
         if self._service.draining.is_set():
             raise shutting_down()
 
@@ -167,13 +167,13 @@ class SessionLoop:
         charge = self._admit(tokens, service.live_bytes.estimate(run.layout, run.lowest_trained))
         transport = self._conversation.transport
         device = MicroBatchDevice(self._conversation, run.key, service.gate, self._deadlines)
-        started, losses = time.monotonic(), transport.losses
+        started, losses = self._clock(), transport.losses
         try:
             with service.gate.computing(), torch.autograd.set_multithreading_enabled(False):
-                started = time.monotonic()
+                started = self._clock()
                 run.run(device)
         finally:
-            charge.end(time.monotonic() - started - device.idle_s)
+            charge.end(self._clock() - started - device.idle_s)
         if transport.losses == losses:
             self._deadlines.answers.observe(device.waited_s)
 
@@ -188,7 +188,7 @@ class SessionLoop:
             try:
                 return self._quota.begin(tokens, live_bytes)
             except RefusedError as refusal:
-                wait_s, now = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S), time.monotonic()
+                wait_s, now = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S), self._clock()
                 if not refusal.retryable or now > give_up_at:
                     raise
                 give_up_at = min(give_up_at, now + wait_s + self._service.patience.idle_s)
