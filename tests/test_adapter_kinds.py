@@ -1,0 +1,428 @@
+"""A kind of adapter that the product does not know: added here by its three registries, and by nothing else.
+
+The server projects a group's input on three columns and expands three numbers again; what it keeps of a group is drawn
+at random, so that nobody can make it a second time. The device holds a 3×3 matrix. Every second token crosses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import VOCABULARY, save_tiny, tiny_model
+from serving import RunningServer, config, random_dataset, serving, training
+from torch import Tensor
+from waiting import eventually
+
+from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.exchange.kinds import SITE_KINDS, Site
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.serving.transport import DeviceGoneError
+from dlora.edge.adapters.kind import Factors, GroupAdapters, LoadGraph, Parameter
+from dlora.edge.adapters.units import DEVICE_KINDS
+from dlora.edge.data.batches import MicroBatch
+from dlora.edge.data.examples import Dataset
+from dlora.edge.model.session import ModelSession
+from dlora.edge.training.checkpoint import load_latest
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.dialing import Dialing, Retry
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, crossings, kind_of, state_bytes
+from dlora.protocol.errors import CheckpointError, RefusedError
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.tensors import FloatArray, IntArray
+from dlora.protocol.traffic import Traffic, adapter_state_traffic, micro_batch_traffic, report_traffic
+from dlora.protocol.wire_codecs import Codecs
+
+COLUMNS = 3
+BLOCKS = 4
+
+
+# -- one file a side ---------------------------------------------------------------------------------------
+
+
+class CoreKind:
+    """For both sides: widths and shapes."""
+
+    name = "core"
+
+    def check(self, spec: AdapterSpec) -> None:
+        pass
+
+    def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
+        return Crossing(COLUMNS, (COLUMNS,))
+
+    def parameter_shapes(self, spec: AdapterSpec, group: GroupSpec) -> dict[str, tuple[int, ...]]:
+        return {f"{group.targets[0].name}.core": (COLUMNS, COLUMNS)}
+
+    def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[tuple[int, ...], ...]:
+        return (group.in_features, COLUMNS), (COLUMNS, group.out_features)
+
+
+@dataclass
+class CoreSite:
+    project_on: Tensor
+    expand_by: Tensor
+    widths: tuple[int, ...]
+
+    def project(self, x: Tensor) -> Tensor:
+        return x @ self.project_on
+
+    def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (outputs[0] @ self.expand_by).split(self.widths, dim=-1)
+
+
+class ServersCore:
+    """For the server; ``made`` counts how many groups' state it has drawn."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, base: BaseModel) -> Sequence[Tensor]:
+        self.made += 1
+        shapes = kind_of(spec).state_shapes(spec, group)
+        return [torch.randn(shape) / shape[0] ** 0.5 for shape in shapes]
+
+    def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
+        project_on, expand_by = state
+        return CoreSite(project_on, expand_by, tuple(target.out_features for target in group.targets))
+
+
+class CoreGroup(GroupAdapters):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.core = Parameter.of(np.zeros((COLUMNS, COLUMNS), np.float32))
+
+    def parameters(self) -> dict[str, Parameter]:
+        return {f"{self.name}.core": self.core}
+
+    def load_graphs(self, load: LoadGraph) -> None:
+        pass
+
+    def forward(self, x: FloatArray, scale: float) -> tuple[list[FloatArray], None]:
+        return [np.float32(scale) * (x @ self.core.value.T)], None
+
+    def input_grad(self, grads: Sequence[FloatArray], scale: float) -> tuple[FloatArray, None]:
+        return np.float32(scale) * (grads[0] @ self.core.value), None
+
+    def weight_grads(
+        self, x: FloatArray, forward: Any, grads: Sequence[FloatArray], backward: Any, scale: float
+    ) -> dict[str, FloatArray]:
+        return {f"{self.name}.core": np.float32(scale) * (grads[0].T @ x)}
+
+    def factors(self) -> list[Factors]:
+        project_on, expand_by = self.server_state
+        return [Factors(self.name, self.core.value @ project_on.T, expand_by.T.copy(), 1.0)]
+
+    def load_factors(self, factors: Mapping[str, Factors]) -> None:
+        raise CheckpointError("a core starts from nothing")
+
+
+class DevicesCore:
+    def create(
+        self, spec: AdapterSpec, group: GroupSpec, *, scaling: float, random: np.random.Generator
+    ) -> GroupAdapters:
+        return CoreGroup(group.targets[0].name)
+
+    def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
+        return np.arange(0, len(batch.ids), 2, dtype=np.int32)
+
+
+# -- the tests ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def servers_core(monkeypatch: pytest.MonkeyPatch) -> ServersCore:
+    torch.manual_seed(3)
+    made = ServersCore()
+    monkeypatch.setitem(KINDS, "core", CoreKind())
+    monkeypatch.setitem(SITE_KINDS, "core", made)
+    monkeypatch.setitem(DEVICE_KINDS, "core", DevicesCore())
+    return made
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("kinds")
+    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
+    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0, head_dtype="fp32"))
+    return directory / "bundle"
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny")
+
+
+def run_of_cores(**changes: Any) -> TrainConfig:
+    return config(kind="core", rank=COLUMNS, **{"optimizer": {"lr": 3e-2}, **changes})
+
+
+KILLING = {
+    "active_fraction": 0.5, "on_kill": "fade", "warmup_steps": 2, "warmup_fraction": 0.0, "ramp_fraction": 0.3,
+    "kill_every": 2, "revive_every": 2, "probation": 1, "hysteresis": 0.0, "revive_share": 0.5,
+}  # fmt: skip
+
+
+def bits(trainer: Trainer) -> dict[str, bytes]:
+    return {name: tensor.tobytes() for name, tensor in trainer.adapters.state().items()}
+
+
+def lose_sessions(server: RunningServer) -> None:
+    """What a server that is started again does not have any more."""
+    for live in server.server.service.sessions:
+        server.server.service.sessions.remove(live)
+        live.transport._loop.call_soon_threadsafe(live.transport.end, DeviceGoneError("lost"))
+
+
+@pytest.mark.usefixtures("servers_core")
+def test_gradients_are_those_of_the_whole_model_in_torch(bundle: Path, base: BaseModel) -> None:
+    dataset = random_dataset(VOCABULARY)
+    with serving(base) as server, training(bundle, server.url, run_of_cores(batch_size=1), dataset) as trainer:
+        random = np.random.default_rng(0)
+        for parameter in trainer.adapters.parameters().values():
+            parameter.value = random.normal(0, 0.5, parameter.value.shape).astype(np.float32)
+        (batch,) = trainer.batches.step_batches(0)
+        losses = trainer.model.forward_backward([batch], step=0, grad_scale=1.0)[0]
+        found = {name: parameter.grad for name, parameter in trainer.adapters.parameters().items()}
+    wanted_loss, wanted = whole_model(trainer, batch)
+    assert float(losses.sum()) == pytest.approx(wanted_loss, rel=1e-5)
+    assert set(found) == set(wanted)
+    for name, grad in wanted.items():
+        assert np.abs(grad).max() > 0
+        np.testing.assert_allclose(found[name], grad, rtol=1e-4, atol=1e-5 * np.abs(grad).max(), err_msg=name)
+
+
+def whole_model(trainer: Trainer, batch: MicroBatch) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients of one sequence by autograd alone, with the change added to each module's output by a hook."""
+    model = tiny_model("llama", num_hidden_layers=BLOCKS).eval().requires_grad_(False)
+    cores: dict[str, Tensor] = {}
+    crosses = torch.zeros(len(batch.ids), 1)
+    crosses[::2] = 1
+    for group, spec in zip(trainer.adapters.groups, trainer.adapters.specs, strict=True):
+        project_on, expand_by = (torch.from_numpy(np.array(tensor)) for tensor in group.server_state)
+        ((name, parameter),) = group.parameters().items()
+        core = cores[name] = torch.from_numpy(np.array(parameter.value)).requires_grad_()
+        widths = [target.out_features for target in spec.targets]
+        for target, expand in zip(spec.targets, expand_by.split(widths, dim=-1), strict=True):
+
+            change = (project_on, core, expand)
+            model.get_submodule(target.name).register_forward_hook(
+                lambda _, args, output, change=change: output + crosses * _through(args[0], *change)
+            )
+    logits = model(input_ids=torch.from_numpy(batch.ids)[None]).logits[0]
+    labels = torch.from_numpy(np.array(batch.labels))
+    loss = torch.nn.functional.cross_entropy(logits[batch.label_positions], labels, reduction="sum")
+    loss.backward()
+    return loss.item(), {name: core.grad.numpy() for name, core in cores.items() if core.grad is not None}
+
+
+def _through(x: Tensor, project_on: Tensor, core: Tensor, expand: Tensor) -> Tensor:
+    return x @ project_on @ core.T @ expand
+
+
+def test_it_learns_and_is_killed_and_revived(bundle: Path, base: BaseModel, servers_core: ServersCore) -> None:
+    dataset = Dataset.of([([3 + index] * 6, [2, 3, 4]) for index in range(6)])
+    with serving(base) as server:
+        with training(bundle, server.url, run_of_cores(total_steps=12), dataset) as trainer:
+            losses = [trainer.run_step().loss for _ in range(12)]
+        with training(bundle, server.url, run_of_cores(total_steps=24, kill_revive=KILLING), dataset) as trainer:
+            units = [trainer.run_step().units for _ in range(24)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert servers_core.made == 2 * BLOCKS
+    history = list(itertools.pairwise(units))
+    assert any(before[unit] == "1" != after[unit] for before, after in history for unit in range(BLOCKS)), "killed"
+    assert any(before[unit] == "0" and after[unit] == "1" for before, after in history for unit in range(BLOCKS))
+
+
+@pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
+@pytest.mark.parametrize("after", range(1, 6))
+def test_a_lost_server_costs_no_bit(
+    bundle: Path, base: BaseModel, servers_core: ServersCore, kill_revive: dict[str, Any], after: int
+) -> None:
+    """Another server has another draw, and gets the first one's back."""
+    dataset, run = random_dataset(VOCABULARY), run_of_cores(total_steps=8, kill_revive=kill_revive)
+    found = []
+    with serving(base) as server:
+        for is_lost in (False, True):
+            torch.manual_seed(3)
+            with training(bundle, server.url, run, dataset, Dialing(retry=Retry(max_s=30))) as trainer:
+                losses = []
+                for step in range(8):
+                    if is_lost and step == after:
+                        lose_sessions(server)
+                    losses.append(trainer.run_step().loss)
+                trainer.settle()
+                found.append((losses, bits(trainer)))
+    assert found[0] == found[1]
+    assert servers_core.made == 2 * BLOCKS, "made once a run, never again"
+
+
+def test_a_checkpoint_goes_on_with_another_server(
+    bundle: Path, base: BaseModel, servers_core: ServersCore, tmp_path: Path
+) -> None:
+    dataset, run = random_dataset(VOCABULARY), run_of_cores(total_steps=8, kill_revive=KILLING)
+    with serving(base) as server, training(bundle, server.url, run, dataset) as trainer:
+        for step in range(8):
+            if step == 5:
+                trainer.save_checkpoint(tmp_path)
+            trainer.run_step()
+        trainer.settle()
+    checkpoint = load_latest(tmp_path)
+    assert checkpoint is not None
+    with serving(base) as server, training(bundle, server.url, run, dataset, checkpoint=checkpoint) as resumed:
+        for _ in range(3):
+            resumed.run_step()
+        resumed.settle()
+    assert bits(resumed) == bits(trainer)
+    assert servers_core.made == BLOCKS
+
+
+@pytest.mark.usefixtures("servers_core")
+@pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
+def test_its_bytes_are_the_formulas(bundle: Path, base: BaseModel, wire_dtype: Any, kill_revive: Any) -> None:
+    run = run_of_cores(total_steps=10, grad_accum=2, wire_dtype=wire_dtype, kill_revive=kill_revive)
+    with serving(base) as server, training(bundle, server.url, run, random_dataset(VOCABULARY)) as trainer:
+        assert trainer.session.ticket is not None
+        report = report_traffic(BLOCKS, len(trainer.session.ticket))
+        waiting = 0
+        for step in range(10):
+            batches = trainer.batches.step_batches(step)
+            metrics = trainer.run_step()
+            wanted = sum((expected(trainer, batch, metrics.units) for batch in batches), Traffic(0, 0, 0))
+            wanted += Traffic(report.bytes_up, waiting, 0)
+            assert (metrics.bytes_up, metrics.bytes_down, metrics.round_trips) == (
+                wanted.bytes_up, wanted.bytes_down, wanted.round_trips,
+            )  # fmt: skip
+            waiting = report.bytes_down
+
+
+def expected(trainer: Trainer, batch: MicroBatch, units: str) -> Traffic:
+    live = [unit for unit, state in enumerate(units) if state != "0"]
+    graded = [unit for unit in live if unit >= units.index("1")]
+    base_model = trainer.bundle.manifest.base_model
+    return micro_batch_traffic(
+        crossings(trainer.config.adapter, trainer.adapters.specs),
+        live=live,
+        graded=graded,
+        answered=graded[1:],
+        tokens=len(batch.ids),
+        sequences=len(batch.sequence_lengths),
+        labelled=len(batch.labels),
+        embedding_size=base_model.embedding_size,
+        hidden_size=base_model.hidden_size,
+        codecs=Codecs.all(trainer.config.wire_dtype),
+        rows=-(-len(batch.ids) // 2),
+    )
+
+
+@pytest.mark.usefixtures("servers_core")
+def test_setting_up_costs_what_the_formula_says(
+    bundle: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made by the first server, and given back to the next."""
+    counted: list[Traffic] = []
+    set_up = ModelSession._set_up
+
+    def counting(self: ModelSession) -> None:
+        session = self.connection.session
+        before = session.bytes_sent, session.bytes_received, session.round_trips
+        set_up(self)
+        after = session.bytes_sent, session.bytes_received, session.round_trips
+        counted.append(Traffic(*(now - then for now, then in zip(after, before, strict=True))))
+
+    monkeypatch.setattr(ModelSession, "_set_up", counting)
+    dialing = Dialing(retry=Retry(max_s=30))
+    dataset = random_dataset(VOCABULARY)
+    with serving(base) as server, training(bundle, server.url, run_of_cores(), dataset, dialing) as run:
+        run.run_step()
+        run.settle()
+        lose_sessions(server)
+        run.run_step()
+        run.settle()
+        sizes = [[tensor.nbytes for tensor in group.server_state] for group in run.adapters.groups]
+    assert counted == [adapter_state_traffic(sizes, made=is_made) for is_made in (True, False)]
+
+
+@pytest.mark.usefixtures("servers_core")
+def test_what_the_server_keeps_is_counted(bundle: Path, base: BaseModel) -> None:
+    dataset, run = random_dataset(VOCABULARY), run_of_cores()
+    with serving(base) as server:
+        with training(bundle, server.url, run, dataset) as trainer:
+            kept = [state_bytes(run.adapter, group) for group in trainer.adapters.specs]
+            assert server.server.service.quotas.live_bytes == sum(kept) > 0
+        eventually(lambda: server.server.service.quotas.live_bytes == 0)
+        server.server.service.quotas.limits = QuotaLimits(live_bytes=sum(kept) - 1)
+        with (
+            pytest.raises(RefusedError, match="the adapters take"),
+            training(bundle, server.url, run, dataset) as trainer,
+        ):
+            trainer.run_step()
+
+
+# -- several micro-batches at a time -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def most_under_way(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many micro-batches the device's session had under way, at each message."""
+    seen: list[int] = []
+    receive_any = Connection.receive_any
+
+    def counting(self: Connection) -> Any:
+        seen.append(len(self.session.under_way))
+        return receive_any(self)
+
+    monkeypatch.setattr(Connection, "receive_any", counting)
+    return seen
+
+
+@pytest.mark.usefixtures("servers_core")
+@pytest.mark.parametrize("kind", ["lora", "core"])
+@pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
+def test_a_window_of_two_micro_batches_changes_no_bit(
+    bundle: Path, base: BaseModel, kind: str, kill_revive: dict[str, Any], most_under_way: list[int]
+) -> None:
+    dataset = random_dataset(VOCABULARY, examples=18)
+    run = config(kind=kind, rank=COLUMNS, total_steps=6, grad_accum=3, batch_size=2, kill_revive=kill_revive)
+    found, most = [], []
+    with serving(base, window=2) as server:
+        for window in (1, 2):
+            torch.manual_seed(3)
+            most_under_way.clear()
+            with training(bundle, server.url, run, dataset, window=window) as trainer:
+                losses = [trainer.run_step().loss for _ in range(6)]
+                evaluation = trainer.evaluate(dataset)
+                trainer.settle()
+                found.append((losses, bits(trainer), evaluation))
+            most.append(max(most_under_way))
+    assert found[0] == found[1]
+    assert most == [1, 2]
+
+
+@pytest.mark.usefixtures("servers_core")
+@pytest.mark.parametrize("kind", ["lora", "core"])
+def test_a_window_of_two_survives_a_lost_server(bundle: Path, base: BaseModel, kind: str) -> None:
+    dataset = random_dataset(VOCABULARY, examples=18)
+    run = config(kind=kind, rank=COLUMNS, total_steps=6, grad_accum=3, batch_size=2)
+    found = []
+    with serving(base, window=2) as server:
+        for is_lost in (False, True):
+            torch.manual_seed(3)
+            with training(bundle, server.url, run, dataset, Dialing(retry=Retry(max_s=30)), window=2) as trainer:
+                for step in range(6):
+                    if is_lost and step == 3:
+                        lose_sessions(server)
+                    trainer.run_step()
+                trainer.settle()
+                found.append(bits(trainer))
+    assert found[0] == found[1]
