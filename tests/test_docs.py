@@ -140,7 +140,7 @@ def test_the_state_table_is_the_code() -> None:
     table = re.search(r"<!-- transitions.*?-->(.*?)<!-- end of transitions -->", PROTOCOL, re.S)
     assert table
     assert rows(table[1]) == expected
-    drawn = re.findall(r"^    ([A-Z]+) --> ([A-Z]+): ([EC]) ([a-z_]+)$", PROTOCOL, re.M)
+    drawn = re.findall(r"^    ([A-Z_]+) --> ([A-Z_]+): ([EC]) ([a-z_]+)$", PROTOCOL, re.M)
     assert [[state, kind, sender, target] for state, target, sender, kind in drawn] == expected
 
 
