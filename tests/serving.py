@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving.server import CloudServer
+from dlora.cloud.serving.server import CloudServer, ServerSettings
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
@@ -37,9 +37,9 @@ class RunningServer:
 @contextmanager
 def serving(base: BaseModel, **settings: Any) -> Iterator[RunningServer]:
     """Serve a base model until the context ends."""
-    server = CloudServer(
-        base, **{"max_sessions": 8, "max_tokens": 4096, "threads": 1, "ticket_key": KEY, "drain_s": 0.2, **settings}
-    )
+    door = {name: settings.pop(name) for name in ("ticket_key", "access", "tls") if name in settings}
+    common = {"max_sessions": 8, "max_tokens": 4096, "threads": 1, "drain_s": 0.2}
+    server = CloudServer(base, ServerSettings(**{**common, **settings}), **{"ticket_key": KEY, **door})
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

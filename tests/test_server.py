@@ -26,7 +26,7 @@ from websockets.sync.client import ClientConnection, connect
 from dlora.cloud.door.access import Access
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.patience import Patience
-from dlora.cloud.serving.server import CloudServer
+from dlora.cloud.serving.server import CloudServer, ServerSettings
 from dlora.edge.adapters.fitting import check_base_model
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.wire.connection import Connection
@@ -509,7 +509,7 @@ def test_a_base_parameter_that_requires_grad_is_refused() -> None:
     trainable = BaseModel.from_model(tiny_model("llama"), "tiny")
     next(trainable.model.parameters()).requires_grad_(True)
     with pytest.raises(ValueError, match="requires grad"):
-        CloudServer(trainable, max_sessions=1, max_tokens=8, threads=1, ticket_key=KEY)
+        CloudServer(trainable, ServerSettings(max_sessions=1, max_tokens=8, threads=1), ticket_key=KEY)
 
 
 # -- the process -----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from dlora.protocol.errors import UsageError
 
 if TYPE_CHECKING:  # torch is loaded when a server starts
     from dlora.cloud.model.base_model import BaseModel
-    from dlora.cloud.serving.server import CloudServer
+    from dlora.cloud.serving.server import CloudServer, ServerSettings
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -161,19 +161,16 @@ def serve(
     base = _load(model, dtype, device)
     quota_live_bytes = round(quota_live_mb * 1e6) if quota_live_mb else None
     live_limit = round(live_mb * 1e6) if live_mb else default_live_limit(base)
-    server = CloudServer(
-        base,
+    settings = ServerSettings(
         max_sessions=max_sessions,
         max_tokens=max_tokens,
         threads=threads,
-        ticket_key=key,
-        access=Access(tokens, required=authenticated),
-        tls=tls,
         quotas=QuotaLimits(quota_sessions, quota_tokens_per_minute, quota_live_bytes, quota_compute_s),
         patience=Patience(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s),
         live_limit=live_limit,
         drain_s=drain_s,
     )
+    server = CloudServer(base, settings, ticket_key=key, access=Access(tokens, required=authenticated), tls=tls)
     _say_limits(server, live_limit, max_sessions)
     forget_long_lived()
     asyncio.run(_serve(server, host, port, json_output=json_output))

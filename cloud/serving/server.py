@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -54,20 +54,41 @@ DRAIN_CHECK_S = 0.05
 LEAST_TOKENS, MOST_TOKENS = 256, 8192
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """How much a server takes on, and how long it waits.
+
+    Attributes:
+        max_sessions: devices that may train at a time; more are told to come again.
+        max_tokens: most tokens of one micro-batch; None: what ``live_limit`` allows.
+        threads: torch threads of a computing session.
+        live_limit: memory of all running micro-batches together, in bytes; None: no limit. Half of it is then the quota
+            of a device that ``quotas`` leaves out.
+        limits: of strangers' connections; None: as many as suit ``max_sessions``.
+        drain_s: how long running steps may take to finish once the server is asked to stop.
+        window: the most micro-batches that a session may have under way at a time.
+        clock: seconds that never go back.
+    """
+
+    max_sessions: int
+    max_tokens: int | None
+    threads: int
+    quotas: QuotaLimits = field(default_factory=QuotaLimits)
+    patience: Patience = field(default_factory=Patience)
+    limits: ConnectionLimits | None = None
+    live_limit: int | None = None
+    drain_s: float = 30.0
+    window: int = 1
+    clock: Callable[[], float] = time.monotonic
+
+
 class CloudServer:
     """Serves one base model to many devices.
 
     Args:
-        max_sessions: devices that may train at a time; more are told to come again.
-        max_tokens: most tokens of one micro-batch; None: what ``live_limit`` allows.
-        live_limit: memory of all running micro-batches together, in bytes; None: no limit. Half of it is then the quota
-            of a device that ``quotas`` leaves out.
-        threads: torch threads of a computing session.
+        ticket_key: signs tickets, 32 bytes.
         access: who may come in; by default everybody.
         tls: speak TLS.
-        drain_s: how long running steps may take to finish once the server is asked to stop.
-        window: the most micro-batches that a session may have under way at a time.
-        clock: seconds that never go back.
 
     Attributes:
         port: the port it listens on, once ``start`` has returned.
@@ -77,64 +98,60 @@ class CloudServer:
     def __init__(
         self,
         base: BaseModel,
+        settings: ServerSettings,
         *,
-        max_sessions: int,
-        max_tokens: int | None,
-        threads: int,
         ticket_key: bytes,
         access: Access | None = None,
         tls: ssl.SSLContext | None = None,
-        quotas: QuotaLimits | None = None,
-        patience: Patience | None = None,
-        limits: ConnectionLimits | None = None,
-        live_limit: int | None = None,
-        drain_s: float = 30.0,
-        window: int = 1,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         install(base)
-        patience = patience or Patience()
         self.port = 0
         self.scheme = "ws" if tls is None else "wss"
-        self.guard = Guard(limits or ConnectionLimits(sessions=max_sessions), tls=tls)
+        self.guard = Guard(settings.limits or ConnectionLimits(sessions=settings.max_sessions), tls=tls)
         self._access = access or Access(None, required=False)
         self._admitting = asyncio.Lock()
         # Weak: a request that names no websocket is let in here, and refused by websockets after.
         self._callers: WeakKeyDictionary[ServerConnection, Caller] = WeakKeyDictionary()
-        self._threads = ThreadPoolExecutor(max_sessions, thread_name_prefix="session")
-        self._drain_s = drain_s
+        self._threads = ThreadPoolExecutor(settings.max_sessions, thread_name_prefix="session")
+        self._openings = ThreadPoolExecutor(1, thread_name_prefix="opening")
+        self._drain_s = settings.drain_s
         self._server: Server | None = None
         self._housekeeping: list[asyncio.Task[None]] = []
-        self._openings = ThreadPoolExecutor(1, thread_name_prefix="opening")
         self._started = time.monotonic()
-        live_bytes, may_pack, quotas = LiveBytes.measure(base), can_pack(base), quotas or QuotaLimits()
+        self.service, self.largest_micro_batch = self._make_service(base, settings, ticket_key)
+
+    def _make_service(self, base: BaseModel, settings: ServerSettings, ticket_key: bytes) -> tuple[Service, int]:
+        """What all sessions share, and the bytes of the largest micro-batch."""
+        live_bytes, may_pack, quotas = LiveBytes.measure(base), can_pack(base), settings.quotas
+        max_tokens, live_limit = settings.max_tokens, settings.live_limit
         # Sequences end to end are one row, whatever each of them may have.
         longest = (max_tokens or MOST_TOKENS) if may_pack else base.max_sequence_length
         if max_tokens is None:
             max_tokens = fitting_tokens(live_bytes, longest, live_limit)
-        self.largest_micro_batch = live_bytes.largest(max_tokens, longest)
+        largest = live_bytes.largest(max_tokens, longest)
         if live_limit is not None and quotas.live_bytes is None:
             # Whoever stalls in the middle of a step must not hold up all others.
-            quotas = replace(quotas, live_bytes=min(live_limit, max(live_limit // 2, self.largest_micro_batch)))
-        self.service = Service(
+            quotas = replace(quotas, live_bytes=min(live_limit, max(live_limit // 2, largest)))
+        service = Service(
             base=base,
             gate=ComputeGate(),  # one session computes at a time: on a CPU the cores are shared, on one GPU the device
-            threads=threads,
+            threads=settings.threads,
             may_pack=may_pack,
-            window=window,
+            window=settings.window,
             live_bytes=live_bytes,
             max_tokens=max_tokens,
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
             ticket_key=ticket_key,
-            sessions=Sessions(max_sessions),
+            sessions=Sessions(settings.max_sessions),
             quotas=Quotas(quotas, total_live_bytes=live_limit),
-            patience=patience,
-            deadlines=DeviceDeadlines(patience),
+            patience=settings.patience,
+            deadlines=DeviceDeadlines(settings.patience),
             pool=self._threads,
             openings=self._openings,
             draining=threading.Event(),
-            clock=clock,
+            clock=settings.clock,
         )
+        return service, largest
 
     async def start(self, host: str, port: int) -> None:
         """Listen. Raises ``ConnectionFailedError`` where that address cannot be had."""

@@ -11,9 +11,7 @@ import contextlib
 import math
 import random
 import socket
-import threading
 import time
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Final, NoReturn, Self, TypeVar
 
@@ -37,12 +35,20 @@ from dlora.protocol.session import Session
 from dlora.protocol.states import Role, State
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
-from .dialing import GOODBYE_TIMEOUT_S, HUNG_UP, Dialing, LostError, check_url, open_websocket, refusal_of
+from .dialing import (
+    GOODBYE_TIMEOUT_S,
+    HUNG_UP,
+    STOP_CHECK_S,
+    Dialing,
+    LostError,
+    check_url,
+    cut_off_when_stopped,
+    open_websocket,
+    refusal_of,
+)
 
 MAX_FRAME_BYTES: Final = 1 << 30
 CONTROL_BYTES: Final = 2 << 20  # what is no tensor of tokens: a ticket, states, headers, padding
-AT_ONCE_BYTES: Final = 16 << 10  # what the system takes without asking the peer
-STOP_CHECK_S: Final = 0.2
 
 M = TypeVar("M", bound=m.Message)
 
@@ -319,33 +325,10 @@ class Connection:
     def _write(self, frame: bytearray) -> None:
         assert self._socket is not None
         try:
-            with self._cut_off_when_stopped(self._socket.socket, len(frame)):
+            with cut_off_when_stopped(self._socket.socket, len(frame), self._dialing):
                 self._socket.send(frame)
         except HUNG_UP:
             self._raise_last_words()
-
-    @contextlib.contextmanager
-    def _cut_off_when_stopped(self, tcp: socket.socket, nbytes: int) -> Iterator[None]:
-        """Within, end the connection some seconds after somebody asked to stop: writing has no deadline, and a server
-        that takes a few bytes now and then would keep us for as long as it likes."""
-        if nbytes <= AT_ONCE_BYTES:
-            yield
-            return
-        written = threading.Event()
-
-        def watch() -> None:
-            while not written.wait(STOP_CHECK_S):
-                if self._dialing.should_stop() and not written.wait(self._dialing.liveness.open_s):
-                    with contextlib.suppress(OSError):
-                        tcp.shutdown(socket.SHUT_RDWR)
-
-        watching = threading.Thread(target=watch, daemon=True)
-        watching.start()
-        try:
-            yield
-        finally:
-            written.set()
-            watching.join()
 
     def _read(self, session: Session, timeout_s: float | None = None) -> m.AnyMessage:
         """The next message that did not come before. Raises ``LostError`` or what an ``Error`` means.

@@ -11,7 +11,8 @@ import random
 import socket
 import ssl
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -33,6 +34,8 @@ from dlora.protocol.errors import (
 from .credentials import Credentials, refusal_in, split_url, tls_failure
 
 GOODBYE_TIMEOUT_S: Final = 2.0
+AT_ONCE_BYTES: Final = 16 << 10  # what the system takes without asking the peer
+STOP_CHECK_S: Final = 0.2
 
 # What websockets raises when the peer is gone. Beside its own exception it lets a failed write through, and trips
 # over an assertion of its own where the peer hangs up while we send (17.4).
@@ -227,3 +230,27 @@ def refusal_of(error: m.Error, url: str) -> DloraError:
             return ProtocolError(text)
         case _:
             return RefusedError(text, error.code, retryable=error.retryable, retry_after_s=error.retry_after_s)
+
+
+@contextlib.contextmanager
+def cut_off_when_stopped(tcp: socket.socket, nbytes: int, dialing: Dialing) -> Iterator[None]:
+    """Within, end the connection some seconds after somebody asked to stop: writing has no deadline, and a server that
+    takes a few bytes now and then would keep us for as long as it likes."""
+    if nbytes <= AT_ONCE_BYTES:
+        yield
+        return
+    written = threading.Event()
+
+    def watch() -> None:
+        while not written.wait(STOP_CHECK_S):
+            if dialing.should_stop() and not written.wait(dialing.liveness.open_s):
+                with contextlib.suppress(OSError):
+                    tcp.shutdown(socket.SHUT_RDWR)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        written.set()
+        watching.join()
