@@ -22,6 +22,7 @@ from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import transport
 from dlora.cloud.serving.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines, Patience
+from dlora.cloud.serving.tasks import Tasks
 from dlora.cloud.serving.transport import SessionTransport
 from dlora.edge.wire.dialing import Dialing, Retry
 from dlora.export.bundle import ExportSettings, export_bundle
@@ -150,7 +151,8 @@ def test_the_clock_of_an_answer_stands_while_its_device_is_away(monkeypatch: pyt
 
     async def come_back() -> bytes:
         nonlocal away_s
-        parked = Watched(asyncio.get_running_loop(), cast(ServerConnection, Answering()), name="one", park_s=60.0)
+        connection = cast(ServerConnection, Answering())
+        parked = Watched(asyncio.get_running_loop(), connection, name="one", park_s=60.0, goodbyes=Tasks())
         assert parked.connection is not None
         parked._lose(parked.connection)
         received = asyncio.get_running_loop().run_in_executor(None, parked.receive, 30.0)

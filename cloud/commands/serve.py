@@ -27,7 +27,7 @@ from dlora.protocol.errors import UsageError
 
 if TYPE_CHECKING:  # torch is loaded when a server starts
     from dlora.cloud.model.base_model import BaseModel
-    from dlora.cloud.serving.server import CloudServer, ServerSettings
+    from dlora.cloud.serving.server import CloudServer
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -156,7 +156,7 @@ def serve(
     from dlora.cloud.door.access import Access
     from dlora.cloud.door.quotas import QuotaLimits
     from dlora.cloud.model.live_bytes import default_live_limit
-    from dlora.cloud.serving.server import CloudServer
+    from dlora.cloud.serving.server import CloudServer, ServerSettings
 
     base = _load(model, dtype, device)
     quota_live_bytes = round(quota_live_mb * 1e6) if quota_live_mb else None

@@ -156,6 +156,7 @@ class _Handshake:
                 self._connection,
                 name=f"{name} of {caller.name}",
                 park_s=service.patience.park_s,
+                goodbyes=service.goodbyes,
             )
             live = LiveSession(name, caller, device, session, transport, quota)
             loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device))
@@ -169,13 +170,8 @@ class _Handshake:
             len(session.groups),
         )  # fmt: skip
         transport.send(opened)
-        running = asyncio.ensure_future(_run(live, loop, service))
-        _running.add(running)
-        running.add_done_callback(_running.discard)
+        service.running.keep(asyncio.ensure_future(_run(live, loop, service)))
         return live
-
-
-_running: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only
 
 
 async def _run(live: LiveSession, loop: SessionLoop, service: Service) -> None:

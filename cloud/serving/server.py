@@ -40,7 +40,6 @@ from .patience import DeviceDeadlines, Patience
 from .service import Service
 from .session_loop import shutting_down
 from .sessions import Sessions
-from .transport import wait_for_goodbyes
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -214,7 +213,7 @@ class CloudServer:
         for live in sessions:
             live.transport.end(shutting_down())
         self.service.quotas.stop()
-        await wait_for_goodbyes()
+        await self.service.goodbyes.wait()
 
     async def _recheck_access(self) -> None:
         """End the sessions of devices whose token was revoked or has expired."""

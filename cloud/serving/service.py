@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dlora.cloud.door.quotas import Quotas
 from dlora.cloud.exchange.gate import ComputeGate
@@ -15,6 +15,7 @@ from dlora.cloud.model.live_bytes import LiveBytes
 
 from .patience import DeviceDeadlines, Patience
 from .sessions import Sessions
+from .tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Service:
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
         clock: seconds that never go back, which everything that a session waits for is measured with.
         draining: set once the server stops: running steps are finished, nothing new is begun.
+        running: the sessions' threads; goodbyes: to devices that are told to go, until they have heard it.
     """
 
     base: BaseModel
@@ -48,3 +50,5 @@ class Service:
     openings: Executor
     draining: threading.Event
     clock: Callable[[], float] = time.monotonic
+    running: Tasks = field(default_factory=Tasks)
+    goodbyes: Tasks = field(default_factory=Tasks)

@@ -24,6 +24,8 @@ from dlora.protocol.errors import NonFiniteError, RefusedError, RemoteProtocolEr
 from dlora.protocol.session import Session
 from dlora.protocol.states import Role
 
+from .tasks import Tasks
+
 logger = logging.getLogger("dlora.cloud")
 
 GOODBYE_TIMEOUT_S = 1.0
@@ -43,6 +45,7 @@ class SessionTransport:
     Args:
         name: of session and device, for the log.
         park_s: how long a session without a connection is kept.
+        goodbyes: to devices that are told to go, until they have heard it.
 
     Attributes:
         losses: how often the connection was lost.
@@ -50,13 +53,20 @@ class SessionTransport:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, connection: ServerConnection, *, name: str, park_s: float
+        self,
+        loop: asyncio.AbstractEventLoop,
+        connection: ServerConnection,
+        *,
+        name: str,
+        park_s: float,
+        goodbyes: Tasks,
     ) -> None:
         self.losses = 0
         self.parked_at: float | None = None
         self._loop = loop
         self._name = name
         self._park_s = park_s
+        self._goodbyes = goodbyes
         self._changed = threading.Condition()
         self._connection: ServerConnection | None = connection
         self._sending: list[tuple[ServerConnection, Future[None]]] = []
@@ -176,18 +186,7 @@ class SessionTransport:
             self._changed.notify_all()
         if connection is not None:
             refusal = why if isinstance(why, RefusedError) else None
-            task = self._loop.create_task(say_goodbye(connection, refusal))
-            _goodbyes.add(task)
-            task.add_done_callback(_goodbyes.discard)
-
-
-_goodbyes: set[asyncio.Task[None]] = set()  # the loop itself keeps weak references only
-
-
-async def wait_for_goodbyes() -> None:
-    """Wait until every device that was told to go has heard it, or had its time."""
-    if _goodbyes:
-        await asyncio.wait(_goodbyes)
+            self._goodbyes.keep(self._loop.create_task(say_goodbye(connection, refusal)))
 
 
 def _within_limits(retry_after_s: float | None) -> float | None:
