@@ -25,16 +25,8 @@ MANIFEST_NAME: Final = "manifest.json"
 MAX_MANIFEST_BYTES: Final = 16 << 20
 
 StoredDtype = Literal["fp32", "fp16", "int8"]
-GraphKind = Literal[
-    "embedding",
-    "adapter_forward",
-    "adapter_input_grad",
-    "adapter_weight_grad",
-    "head_train",
-    "head_loss",
-    "head_logits",
-    "adamw",
-]
+# Open: a bundle may have graphs of kinds that a device neither knows nor needs.
+GraphKind = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_]*\Z", max_length=64)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 BundlePath = Annotated[str, msgspec.Meta(extra={"path": True})]
 
@@ -202,7 +194,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         for graph in self.graphs:
             if graph.kind == kind and graph.key == key:
                 return graph
-        raise BundleError(f"the bundle has no {kind} graph {key}; export it again")
+        wanted = f"{kind} graph of {key}" if key else f"{kind} graph"
+        raise BundleError(f"the bundle has no {wanted}, which this device needs; export it again")
 
 
 class _Format(msgspec.Struct):

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from dlora.cloud.model.base_model import BaseModel, find_source
 from dlora.export.__main__ import main
 from dlora.export.bundle import ExportSettings, export_bundle
-from dlora.export.tolerances import relative_error
+from dlora.export.graphs.tolerances import relative_error
 from dlora.export.verify import start_session
 from dlora.protocol.errors import ExportError, StorageError, UsageError
 from dlora.protocol.manifest import Manifest, check_file, load_manifest
