@@ -25,11 +25,11 @@ from dlora.protocol.groups import GroupSpec
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.manifest import (
     MANIFEST_NAME,
+    AdapterDefaults,
     BaseModelSpec,
     ExecutorchSpec,
     FileSpec,
     GraphSpec,
-    LoraSpec,
     Manifest,
     StoredDtype,
     encode_manifest,
@@ -54,7 +54,7 @@ class ExportSettings:
     """What the user asked for.
 
     Attributes:
-        target_modules: None means the default of the architecture.
+        rank, alpha, target_modules: what training has by default; target_modules None is the architecture's default.
         base_model_name: what adapters call their base model; None means its hub id, or ``model`` where it has none.
     """
 
@@ -105,7 +105,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
     selection = select_targets(base, settings.target_modules)
     for line in selection.notes:
         note(line)
-    groups = base.groups(selection.names)
+    groups = base.groups(selection.trainable)
     embedding, head = find_embedding(base), find_head(base)
     with interrupts.raising(), placed(settings.out, settings.force) as bundle:
         say("writing weights and tokenizer")
@@ -137,8 +137,9 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
             format=BUNDLE_FORMAT,
             software=SOFTWARE_VERSION,
             base_model=_base_model_spec(base, name),
-            lora=LoraSpec(settings.rank, settings.alpha, selection.target_modules),
+            defaults=AdapterDefaults(settings.rank, settings.alpha, selection.target_modules),
             groups=groups,
+            order=_order(base, groups),
             embedding=embedding_spec,
             head=head_spec,
             tokenizer=tokenizer_spec,
@@ -154,6 +155,14 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
 def _shapes(groups: Sequence[GroupSpec]) -> tuple[tuple[int, int], ...]:
     """(in_features, out_features) of the adapters that groups may have, each once."""
     return tuple(sorted({(group.in_features, target.out_features) for group in groups for target in group.targets}))
+
+
+def _order(base: BaseModel, groups: Sequence[GroupSpec]) -> tuple[int, ...]:
+    """Each module's place in execution order, as modules stand in groups; empty where they stand in it."""
+    ran = [base.targets[target.name].order for group in groups for target in group.targets]
+    places = {order: place for place, order in enumerate(sorted(ran))}
+    order = tuple(places[each] for each in ran)
+    return () if order == tuple(range(len(order))) else order
 
 
 def _save_graph(bundle: Path, made: Verified) -> GraphSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -28,6 +28,11 @@ class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def out_features(self) -> int:
         """Width of all target modules' outputs together."""
         return sum(target.out_features for target in self.targets)
+
+
+def adapter_parameters(groups: Iterable[GroupSpec], rank: int) -> int:
+    """Trainable parameters of adapters for all modules: ``rank * (in + out)`` for each."""
+    return sum(rank * (group.in_features + target.out_features) for group in groups for target in group.targets)
 
 
 def group_units(groups: Sequence[GroupSpec], kind: UnitKind) -> tuple[tuple[int, ...], ...]:

@@ -62,8 +62,8 @@ class BaseModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     parameters: Positive
 
 
-class LoraSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """PEFT's words: rank ``r``, ``lora_alpha`` and the ``target_modules`` that the user asked for."""
+class AdapterDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a run's adapters are where it says nothing else, in PEFT's words."""
 
     r: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
     lora_alpha: Annotated[float, msgspec.Meta(gt=0)]
@@ -165,7 +165,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Everything the device needs to know about a bundle.
 
     Attributes:
-        groups: the exchange groups in execution order.
+        groups: the exchange groups of all modules that can be trained, in execution order.
+        order: the place in execution order of each of their modules, as these stand in ``groups``; empty where that is
+            the order in which they stand.
         golden: safetensors file of inputs and outputs: ``<kind>[.<key>].in.<name>`` and ``….out.<name>``.
         files: every other file of the bundle.
         executorch: where graphs have a file for that engine.
@@ -174,8 +176,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     format: int
     software: str
     base_model: BaseModelSpec
-    lora: LoraSpec
+    defaults: AdapterDefaults
     groups: Annotated[tuple[GroupSpec, ...], msgspec.Meta(min_length=1)]
+    order: tuple[int, ...] = ()
     embedding: EmbeddingSpec
     head: HeadSpec
     tokenizer: TokenizerSpec
@@ -243,6 +246,9 @@ def load_manifest(bundle: Path) -> Manifest:
             raise BundleError(f"{path}: the graph {graph.kind} names an output twice; export the bundle again")
     if not all(group.targets for group in manifest.groups):
         raise BundleError(f"{path}: an exchange group has no target module; export the bundle again")
+    modules = sum(len(group.targets) for group in manifest.groups)
+    if manifest.order and sorted(manifest.order) != list(range(modules)):
+        raise BundleError(f"{path}: its order is not one of its {modules} modules; export the bundle again")
     for field, name in paths_of(manifest):
         if name not in manifest.files:
             raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")

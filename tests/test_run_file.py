@@ -275,3 +275,41 @@ def test_a_run_file_that_was_edited(
     assert (done.code, len(done.errors)) == (CheckpointError.exit_code, 1), done.stderr
     assert setting in done.errors[0]
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_modules_that_are_trained_are_settings(place: Place, tmp_path: Path) -> None:
+    """A run goes on with them; other words for the same modules will do, other modules will not."""
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    kr = ("--pin", "2", "--active-fraction", "0.5")
+    chosen = ("--target-modules", "o_proj,self_attn.k_proj", "--blocks", "1-2", *kr)
+    assert run_edge(*place.train(undisturbed, *chosen)).code == 0
+    process = start_edge(*place.train(out, *chosen))
+    wait_for_lines(out / "metrics.jsonl", SAVE_EVERY + 4)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    settings = load_run_file(out).settings
+    assert (settings.target_modules, settings.blocks, settings.pin) == ("o_proj,self_attn.k_proj", "1-2", "2")
+    assert resume(out).code == 0
+    assert rows(out) == rows(undisturbed)
+    names = {f"model.layers.{block}.self_attn.{name}" for block in (1, 2) for name in ("k_proj", "o_proj")}
+    (_, last), *_ = list_checkpoints(out / "checkpoints")
+    assert {key.rpartition(".lora_")[0] for key in load_file(last) if key.endswith(("lora_A", "lora_B"))} == names
+    assert "o_proj, self_attn.k_proj" in (out / "README.md").read_text()
+    assert all(row["units"][1] == "1" for row in rows(out)), "block 2 is the second unit, and pinned"
+    again = ["--target-modules", "k_proj,o_proj", "--blocks", "1,2", *kr, "--resume"]
+    assert run_edge(*place.train(out, *again)).code == 0
+    for other in (("q_proj", "1-2"), ("k_proj,o_proj", "1-3"), ("all-linear", "1-2")):
+        words = ["--target-modules", other[0], "--blocks", other[1], *kr, "--resume"]
+        done = run_edge(*place.train(out, *words))
+        assert (done.code, len(done.errors)) == (CheckpointError.exit_code, 1), done.stderr
+        assert "other target modules (--target-modules, --blocks, or another default in --bundle)" in done.errors[0]
+
+
+def test_an_adapter_to_start_from_needs_its_modules_trained(
+    place: Place, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    start = ("--init-adapter", whole["off"], "--steps", 2)
+    done = run_edge(*place.train(tmp_path / "out", *start, "--target-modules", "q_proj"))
+    assert (done.code, len(done.errors)) == (CheckpointError.exit_code, 1), done.stderr
+    assert "v_proj, which has no adapter here" in done.errors[0]
+    assert run_edge(*place.train(tmp_path / "out", *start, "--target-modules", "all-linear")).code == 0

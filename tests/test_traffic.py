@@ -20,6 +20,7 @@ from dlora.edge.model.use import open_model
 from dlora.edge.training.trainer import Trainer
 from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.targets import choose_groups
 from dlora.protocol.tensors import WireDtype
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
 
@@ -58,7 +59,7 @@ def expected(
     trainer: Trainer, batches: Sequence[MicroBatch], units: Sequence[int], *, train: bool = True
 ) -> Traffic:
     """The formula, for a model whose groups follow one another."""
-    groups = trainer.bundle.manifest.groups
+    groups = trainer.groups
     states = {group: units[index] for index, unit in enumerate(trainer.adapters.units) for group in unit.groups}
     live = [group for group in range(len(groups)) if states[group] != UnitState.KILLED]
     active = [group for group in live if states[group] == UnitState.ACTIVE]
@@ -164,7 +165,7 @@ def test_without_an_adapter_no_group_exchanges(bench: Bench, wire_dtype: WireDty
     wanted = NOTHING
     for batch in evaluation_batches(dataset, 3):
         wanted += micro_batch_traffic(
-            bundle.manifest.groups,
+            choose_groups(bundle.manifest),
             live=(),
             graded=(),
             answered=(),

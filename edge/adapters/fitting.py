@@ -38,8 +38,8 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
         adapter = known.get(name)
         if adapter is None:
             raise CheckpointError(
-                f"the adapter{of} has {name}, which is no target module of this bundle; take an adapter of the "
-                "bundle's base model, or export a bundle with its --target-modules"
+                f"the adapter{of} has {name}, which has no adapter here; take an adapter of the bundle's base model, "
+                "or train all of its modules (--target-modules, --blocks)"
             )
         widths = (module.lora_A.shape[1], module.lora_B.shape[0])
         wanted = (adapter.lora_A.value.shape[1], adapter.lora_B.value.shape[0])

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from dlora.protocol.groups import adapter_parameters
 from dlora.protocol.manifest import Manifest, StoredDtype
+from dlora.protocol.targets import choose_groups
 
 RUNTIME_MB: Final = 100  # Python, the engine and its graphs, and one slab of the head
 USUAL_TOKENS: Final = 256
@@ -18,7 +20,7 @@ _STATE_COPIES: Final = 4  # of an adapter: value, gradient and two moments
 
 
 def training_mb(manifest: Manifest, tokens: int = USUAL_TOKENS, head_dtype: StoredDtype | None = None) -> float:
-    """Peak of a run with all adapters active, in MB of 10**6 bytes, mapped weights included.
+    """Peak of a run of the bundle's default modules, all active, in MB of 10**6 bytes, mapped weights included.
 
     Args:
         tokens: of a micro-batch, all of them labelled.
@@ -40,11 +42,7 @@ def tokens_that_fit(manifest: Manifest, available_mb: float) -> int:
 
 def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype) -> float:
     base = manifest.base_model
-    adapters = sum(
-        manifest.lora.r * (group.in_features + target.out_features)
-        for group in manifest.groups
-        for target in group.targets
-    )
+    adapters = adapter_parameters(choose_groups(manifest), manifest.defaults.r)
     # The embedding's pages go before the head's come. Row scales are a word of fp32 each.
     head = base.vocabulary_size * (base.hidden_size * STORED_DTYPES[head_dtype] + 4 * (head_dtype == "int8"))
     return RUNTIME_MB * 1e6 + adapters * 4 * _STATE_COPIES + head
@@ -53,6 +51,7 @@ def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype) -> float:
 def _token_bytes(manifest: Manifest) -> int:
     """Bytes of memory for each token of a micro-batch."""
     # Until backward a group's input is kept as it came, and z of each of its target modules.
-    kept = sum(group.in_features * _WIRE_BYTES + 4 * manifest.lora.r * len(group.targets) for group in manifest.groups)
-    widest = max(group.in_features + group.out_features for group in manifest.groups)
+    groups = choose_groups(manifest)
+    kept = sum(group.in_features * _WIRE_BYTES + 4 * manifest.defaults.r * len(group.targets) for group in groups)
+    widest = max(group.in_features + group.out_features for group in groups)
     return kept + 4 * _COPIES * (widest + manifest.base_model.hidden_size)

@@ -21,6 +21,7 @@ from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.errors import DataError, DivergedError, RemoteProtocolError
 from dlora.protocol.kill_revive import KillReviveConfig, UnitState
+from dlora.protocol.targets import choose_groups, groups_of
 from dlora.protocol.tensors import WireDtype
 
 from .split import SplitModel
@@ -40,20 +41,20 @@ def open_model(
     """A split model with a saved adapter, or none; blocks without an adapter do not exchange."""
     manifest = bundle.manifest
     loaded = load_adapter(adapter) if adapter else None
-    names = set(loaded.modules) if loaded else set()
-    live = [index for index, group in enumerate(manifest.groups) if names & {t.name for t in group.targets}]
-    # A session of single groups in which exactly those stay active that the adapter has.
+    groups = groups_of(manifest, loaded.modules) if loaded else choose_groups(manifest)
+    live = list(range(len(groups))) if loaded else []
+    # A session of single groups, all of which stay active, or none where there is no adapter.
     config = KillReviveConfig(unit="group", score="static", static=tuple(live), active_fraction=0.0)
-    rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.lora.r
+    rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.defaults.r
     adapters = AdapterSet.create(
-        manifest.groups, rank=rank, scaling=manifest.lora.lora_alpha / rank, seed=(0,), unit="group", kill_every=1
+        groups, rank=rank, scaling=manifest.defaults.lora_alpha / rank, seed=(0,), unit="group", kill_every=1
     )
     if loaded is not None:
         load_weights(adapters, loaded)
     runs = make_engine(bundle, engine, threads)
     opening = m.OpenSession(
         base_fingerprint=manifest.base_model.fingerprint,
-        groups=manifest.groups,
+        groups=groups,
         wire_dtype=wire_dtype,
         kill_revive=config,
         seed=0,

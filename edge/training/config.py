@@ -10,8 +10,10 @@ import msgspec
 
 from dlora.edge.seeds import Seed
 from dlora.protocol.errors import CheckpointError, UsageError
+from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import choose_groups
 from dlora.protocol.tensors import WireDtype
 
 from .optimizer import OptimizerConfig
@@ -26,6 +28,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
             Revive, begin anew there.
         batch_size: sequences of a micro-batch; grad_accum: micro-batches of a step.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
+        target_modules, blocks: which modules get adapters, as ``choose_groups`` reads them; empty: the bundle's
+            default, and all blocks.
     """
 
     total_steps: int
@@ -35,6 +39,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: Seed
     rank: int
     lora_alpha: float
+    target_modules: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
     wire_dtype: WireDtype
     optimizer: OptimizerConfig
     kill_revive: KillReviveConfig
@@ -42,6 +48,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def scaling(self) -> float:
         return self.lora_alpha / self.rank
+
+    def groups(self, manifest: Manifest) -> tuple[GroupSpec, ...]:
+        """The exchange groups that are trained. Raises ``UsageError`` where the bundle has none of that kind."""
+        return choose_groups(manifest, self.target_modules, self.blocks)
 
     @property
     def steps(self) -> int:
@@ -78,8 +88,9 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """What makes a run's bits. A checkpoint goes on only with the same.
 
     Attributes:
-        base_model: fingerprint; head: how the LM head is stored; groups: SHA-256 of the exchange groups; data:
-            fingerprint of the training data.
+        config: without what ``groups`` says: the same modules may be asked for in other words.
+        base_model: fingerprint; head: how the LM head is stored; groups: SHA-256 of the exchange groups that are
+            trained; data: fingerprint of the training data.
     """
 
     config: TrainConfig
@@ -90,9 +101,9 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: TrainConfig, manifest: Manifest, data: str) -> RunIdentity:
-        groups = hashlib.sha256(msgspec.json.encode(manifest.groups, order="deterministic")).hexdigest()
+        groups = hashlib.sha256(msgspec.json.encode(config.groups(manifest), order="deterministic")).hexdigest()
         return cls(
-            config=config,
+            config=msgspec.structs.replace(config, target_modules=(), blocks=()),
             base_model=manifest.base_model.fingerprint,
             head=manifest.head.dtype,
             groups=groups,
@@ -125,7 +136,7 @@ def check_identity(mine: RunIdentity, theirs: RunIdentity, out: Path = Path("DIR
 _WHOLE: Final = {
     "config.seed": "another --seed",  # and it stays untold
     "base_model": "another base model",
-    "groups": "other target modules (--bundle)",
+    "groups": "other target modules (--target-modules, --blocks, or another default in --bundle)",
     "data": "other training data (--data, --max-length, --too-long)",
 }
 _OPTIONS: Final = {

@@ -64,6 +64,7 @@ class Trainer:
         checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.part_begins`` is there.
 
     Attributes:
+        groups: the exchange groups that are trained.
         next_step: the step that comes next.
         steps_rerun: how often a step was run again, because its session was lost before it was committed.
     """
@@ -83,8 +84,9 @@ class Trainer:
         self.bundle = bundle
         self.config = config
         self.connection = connection
+        self.groups = config.groups(manifest)
         self.adapters = AdapterSet.create(
-            manifest.groups,
+            self.groups,
             rank=config.rank,
             scaling=config.scaling,
             seed=config.seed,
@@ -230,7 +232,7 @@ class Trainer:
             r=self.config.rank,
             lora_alpha=self.config.lora_alpha,
             base_model_name=self.bundle.manifest.base_model.name,
-            target_modules=list(self.bundle.manifest.lora.target_modules),
+            target_modules=self.config.target_modules or self.bundle.manifest.defaults.target_modules,
             fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
         )
 
@@ -323,7 +325,7 @@ class Trainer:
         opened = self.connection.open(
             m.OpenSession(
                 base_fingerprint=manifest.base_model.fingerprint,
-                groups=manifest.groups,
+                groups=self.groups,
                 wire_dtype=self.config.wire_dtype,
                 kill_revive=self.config.kill_revive,
                 seed=seed_for_server(self.config.seed),
