@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from processes import Finished, finish, run_edge, start_edge
@@ -20,7 +21,7 @@ from dlora.edge.commands.app import train as train_command
 from dlora.edge.run.run_file import RunSettings, load_run_file
 from dlora.edge.seeds import adapter_generator, draw_seed, order_generator, seed_for_server
 from dlora.edge.training.checkpoint import list_checkpoints
-from dlora.edge.training.config import TrainConfig, go_on_with
+from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, go_on_with
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
@@ -298,11 +299,21 @@ def test_the_modules_that_are_trained_are_settings(place: Place, tmp_path: Path)
     assert all(row["units"][1] == "1" for row in rows(out)), "block 2 is the second unit, and pinned"
     again = ["--target-modules", "k_proj,o_proj", "--blocks", "1,2", *kr, "--resume"]
     assert run_edge(*place.train(out, *again)).code == 0
-    for other in (("q_proj", "1-2"), ("k_proj,o_proj", "1-3"), ("all-linear", "1-2")):
-        words = ["--target-modules", other[0], "--blocks", other[1], *kr, "--resume"]
-        done = run_edge(*place.train(out, *words))
+    for other, said in (
+        (["--target-modules", "q_proj", "--blocks", "1-2"], "--target-modules o_proj,self_attn.k_proj, not q_proj. Go"),
+        (["--target-modules", "o_proj,self_attn.k_proj", *kr], "--blocks 1,2, not (all). Go"),
+        ([*chosen[:4], "--pin", "1"], "has another --pin. Go"),
+        (["--blocks", "1-2"], "--target-modules o_proj,self_attn.k_proj, not (the bundle's). Go"),
+    ):
+        done = run_edge(*place.train(out, *kr, *other, "--resume"))
         assert (done.code, len(done.errors)) == (CheckpointError.exit_code, 1), done.stderr
-        assert "other target modules (--target-modules, --blocks, or another default in --bundle)" in done.errors[0]
+        assert said in done.errors[0]
+
+
+def test_a_bundle_with_another_default_is_named() -> None:
+    mine = RunIdentity(config=config(), base_model="b", head="fp16", groups="g", data="d")
+    with pytest.raises(CheckpointError, match=r"has other target modules \(--target-modules, --blocks; or another"):
+        check_identity(mine, msgspec.structs.replace(mine, groups="h"))
 
 
 def test_an_adapter_to_start_from_needs_its_modules_trained(

@@ -88,9 +88,8 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """What makes a run's bits. A checkpoint goes on only with the same.
 
     Attributes:
-        config: without what ``groups`` says: the same modules may be asked for in other words.
         base_model: fingerprint; head: how the LM head is stored; groups: SHA-256 of the exchange groups that are
-            trained; data: fingerprint of the training data.
+            trained, whatever words ``config`` has for them; data: fingerprint of the training data.
     """
 
     config: TrainConfig
@@ -103,7 +102,7 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, config: TrainConfig, manifest: Manifest, data: str) -> RunIdentity:
         groups = hashlib.sha256(msgspec.json.encode(config.groups(manifest), order="deterministic")).hexdigest()
         return cls(
-            config=msgspec.structs.replace(config, target_modules=(), blocks=()),
+            config=config,
             base_model=manifest.base_model.fingerprint,
             head=manifest.head.dtype,
             groups=groups,
@@ -113,10 +112,14 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     def differences(self, other: RunIdentity) -> list[str]:
         """What ``other`` has otherwise, for people: the option, what it is here and what it is there."""
         mine, theirs = _flat(msgspec.to_builtins(self)), _flat(msgspec.to_builtins(other))
+        differ = [name for name in mine if mine[name] != theirs[name]]
+        if "groups" in differ:
+            differ = [name for name in differ if name not in _UNITS]
+        if not _WORDS.isdisjoint(differ):
+            differ.remove("groups")
         return [
-            _WHOLE.get(name) or f"{_option(name)} {_shown(mine[name])}, not {_shown(theirs[name])}"
-            for name in mine
-            if mine[name] != theirs[name]
+            _WHOLE.get(name) or f"{_option(name)} {_shown(name, mine[name])}, not {_shown(name, theirs[name])}"
+            for name in differ
         ]
 
 
@@ -125,6 +128,9 @@ def check_identity(mine: RunIdentity, theirs: RunIdentity, out: Path = Path("DIR
     if mine.config.part_begins == theirs.config.total_steps:
         ends = {"part_begins": mine.config.part_begins, "total_steps": mine.config.total_steps}
         theirs = msgspec.structs.replace(theirs, config=msgspec.structs.replace(theirs.config, **ends))
+    if mine.groups == theirs.groups:  # the same modules, perhaps in other words
+        words = {"target_modules": mine.config.target_modules, "blocks": mine.config.blocks}
+        theirs = msgspec.structs.replace(theirs, config=msgspec.structs.replace(theirs.config, **words))
     if mine != theirs:
         raise CheckpointError(
             f"the run that the checkpoint is of has {'; '.join(theirs.differences(mine))}. Go on with the same: "
@@ -132,11 +138,16 @@ def check_identity(mine: RunIdentity, theirs: RunIdentity, out: Path = Path("DIR
         )
 
 
+_WORDS: Final = frozenset({"config.target_modules", "config.blocks"})  # for what ``groups`` is the digest of
+_UNITS: Final = frozenset({"config.kill_revive.pinned", "config.kill_revive.static"})  # which ones depends on groups
 # Digests say nothing to people.
 _WHOLE: Final = {
     "config.seed": "another --seed",  # and it stays untold
+    # Counted among the units that are trained, which are not the numbers that the user gave.
+    "config.kill_revive.pinned": "another --pin",
+    "config.kill_revive.static": "another --static-units",
     "base_model": "another base model",
-    "groups": "other target modules (--target-modules, --blocks, or another default in --bundle)",
+    "groups": "other target modules (--target-modules, --blocks; or another default in --bundle)",
     "data": "other training data (--data, --max-length, --too-long)",
 }
 _OPTIONS: Final = {
@@ -144,9 +155,8 @@ _OPTIONS: Final = {
     "config.total_steps": "--steps (or what --epochs came to)",
     "config.lora_alpha": "--alpha",
     "config.kill_revive.active_fraction": "--active-fraction",
-    "config.kill_revive.pinned": "--pin",
-    "config.kill_revive.static": "--static-units",
 }
+_OPEN: Final = {"config.target_modules": "(the bundle's)", "config.blocks": "(all)"}
 
 
 def _option(name: str) -> str:
@@ -165,7 +175,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value)) or "(none)"
+        return ",".join(map(str, value)) or _OPEN.get(name, "(none)")
     return str(value)
