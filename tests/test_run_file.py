@@ -281,7 +281,7 @@ def test_a_run_file_that_was_edited(
 def test_the_modules_that_are_trained_are_settings(place: Place, tmp_path: Path) -> None:
     """A run goes on with them; other words for the same modules will do, other modules will not."""
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    kr = ("--pin", "2", "--active-fraction", "0.5")
+    kr = ("--pin", "2", "--active-fraction", "0.5", "--eval", place.data)
     chosen = ("--target-modules", "o_proj,self_attn.k_proj", "--blocks", "1-2", *kr)
     assert run_edge(*place.train(undisturbed, *chosen)).code == 0
     process = start_edge(*place.train(out, *chosen))
@@ -297,6 +297,11 @@ def test_the_modules_that_are_trained_are_settings(place: Place, tmp_path: Path)
     assert {key.rpartition(".lora_")[0] for key in load_file(last) if key.endswith(("lora_A", "lora_B"))} == names
     assert "o_proj, self_attn.k_proj" in (out / "README.md").read_text()
     assert all(row["units"][1] == "1" for row in rows(out)), "block 2 is the second unit, and pinned"
+    where = ("--bundle", place.bundle, "--server", place.url, "--data", place.data, "--adapter", out)
+    evaluated = run_edge("evaluate", *where, "--batch-size", 3, "--json")
+    assert evaluated.code == 0, evaluated.stderr
+    after = json.loads((out / "summary.json").read_text())["eval_loss_after"]
+    assert json.loads(evaluated.stdout)["loss"] == pytest.approx(after, rel=1e-6)
     again = ["--target-modules", "k_proj,o_proj", "--blocks", "1,2", *kr, "--resume"]
     assert run_edge(*place.train(out, *again)).code == 0
     for other, said in (

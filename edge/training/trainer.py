@@ -321,10 +321,9 @@ class Trainer:
 
     def _open_once(self) -> None:
         """Before the last report, where that has no answer yet."""
-        manifest = self.bundle.manifest
         opened = self.connection.open(
             m.OpenSession(
-                base_fingerprint=manifest.base_model.fingerprint,
+                base_fingerprint=self.bundle.manifest.base_model.fingerprint,
                 groups=self.groups,
                 wire_dtype=self.config.wire_dtype,
                 kill_revive=self.config.kill_revive,
