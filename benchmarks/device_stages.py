@@ -94,14 +94,14 @@ def main() -> None:
             super().step(metrics)
             memory.stage(f"step {metrics.step}")
 
-    lora = bundle.manifest.lora
+    defaults = bundle.manifest.defaults
     config = TrainConfig(
         total_steps=options.steps,
         batch_size=2,
         grad_accum=1,
         seed=(0,),
-        rank=lora.r,
-        lora_alpha=lora.lora_alpha,
+        rank=defaults.r,
+        lora_alpha=defaults.lora_alpha,
         wire_dtype="fp16",
         optimizer=OptimizerConfig(),
         kill_revive=KillReviveConfig(active_fraction=1.0),

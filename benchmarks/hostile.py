@@ -42,6 +42,7 @@ from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.targets import choose_groups
 
 SITTING = 20
 SITTING_IN_SESSIONS = 2
@@ -113,7 +114,7 @@ def main() -> None:
 
 
 def _trainer(bundle: Bundle, connection: Connection, options: argparse.Namespace, steps: int) -> Trainer:
-    lora = bundle.manifest.lora
+    defaults = bundle.manifest.defaults
     rng = np.random.default_rng(0)
     ids = rng.integers(100, bundle.manifest.base_model.vocabulary_size, (32, options.length))
     dataset = Dataset.of([(row.tolist(), list(range(options.length // 2, options.length - 1))) for row in ids])
@@ -122,8 +123,8 @@ def _trainer(bundle: Bundle, connection: Connection, options: argparse.Namespace
         batch_size=options.batch_size,
         grad_accum=1,
         seed=(0,),
-        rank=lora.r,
-        lora_alpha=lora.lora_alpha,
+        rank=defaults.r,
+        lora_alpha=defaults.lora_alpha,
         wire_dtype="fp16",
         optimizer=OptimizerConfig(lr=1e-3),
         kill_revive=KillReviveConfig(active_fraction=1.0),
@@ -154,7 +155,7 @@ class _Attacker:
     """The whole suite at a bounded rate, between ``begin`` and ``end``."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        groups = Bundle.open(options.bundle).manifest.groups
+        groups = choose_groups(Bundle.open(options.bundle).manifest)
         addresses = [f"127.0.0.{2 + number}" for number in range(1 + options.idle // PORTS_OF_AN_ADDRESS)]
         self._targets = itertools.cycle([Target(options.attack, groups, address) for address in addresses])
         self._abuses = itertools.cycle([ABUSES[name] for name in options.only or ABUSES])

@@ -34,7 +34,7 @@ def main() -> None:
     """Print one JSON object."""
     options = _options()
     bundle = Bundle.open(need_bundle(options.bundle))
-    lora = bundle.manifest.lora
+    defaults = bundle.manifest.defaults
     rng = np.random.default_rng(0)
     vocabulary = bundle.manifest.base_model.vocabulary_size
     ids = rng.integers(100, vocabulary, (8 * options.batch_size, options.length))
@@ -43,7 +43,7 @@ def main() -> None:
     log(f"starting PEFT and the server, {options.threads} threads each")
     peft = Worker(
         str(Path(__file__).with_name("peft_process.py")), options.model, str(options.threads),
-        ",".join(lora.target_modules), str(lora.r), str(lora.lora_alpha), "1e-3",
+        ",".join(defaults.target_modules), str(defaults.r), str(defaults.lora_alpha), "1e-3",
     )  # fmt: skip
     everything = KillReviveConfig(active_fraction=1.0)
     eighth = KillReviveConfig(
@@ -87,7 +87,7 @@ def main() -> None:
         "wire_dtype": options.wire_dtype,
         "threads": options.threads,
         "steps": options.steps,
-        "target_modules": list(lora.target_modules),
+        "target_modules": list(defaults.target_modules),
         "peft": {"step_s": round(peft_s, 4), "tokens_per_s": round(tokens / peft_s, 1)},
     }
     for name, measured_rows in rows.items():
@@ -122,8 +122,8 @@ def _trainer(
         batch_size=options.batch_size,
         grad_accum=1,
         seed=(0,),
-        rank=bundle.manifest.lora.r,
-        lora_alpha=bundle.manifest.lora.lora_alpha,
+        rank=bundle.manifest.defaults.r,
+        lora_alpha=bundle.manifest.defaults.lora_alpha,
         wire_dtype=options.wire_dtype,
         optimizer=OptimizerConfig(lr=1e-3),
         kill_revive=kill_revive,

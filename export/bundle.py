@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,31 +12,24 @@ import safetensors.numpy
 
 from dlora.cloud.model.base_model import (
     BaseModel,
-    EmbeddingEnd,
-    HeadEnd,
     find_embedding,
     find_head,
     find_source,
     load_model,
 )
-from dlora.export.graphs.adamw_graph import adamw_graph
-from dlora.export.graphs.adapter_graphs import adapter_graphs
-from dlora.export.graphs.embedding_graph import embedding_graph
-from dlora.export.graphs.head_graph import HeadShape, head_graphs
-from dlora.export.graphs.reference import Arrays
+from dlora.export.graphs.registry import make_graphs
+from dlora.export.graphs.trial import Materials
 from dlora.protocol import interrupts
 from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.manifest import (
     MANIFEST_NAME,
+    AdapterDefaults,
     BaseModelSpec,
-    EmbeddingSpec,
     ExecutorchSpec,
     FileSpec,
     GraphSpec,
-    HeadSpec,
-    LoraSpec,
     Manifest,
     StoredDtype,
     encode_manifest,
@@ -49,22 +41,11 @@ from .place import check_place, placed
 from .selection import select_targets
 from .to_executorch import BOUNDS, check_executorch
 from .tokenizer import load_tokenizer, save_tokenizer
-from .verify import (
-    Engines,
-    Verified,
-    compile_executorch,
-    compile_onnx,
-    real_hidden_states,
-    verify_adamw,
-    verify_adapter,
-    verify_embedding,
-    verify_head,
-)
+from .verify import COMPILERS, Verified, real_hidden_states, verify
 from .weights import embedding_dtype, save_embedding, save_head
 
 SUFFIXES: Final = {"onnx": "onnx", "executorch": "pte"}
 _GOLDEN: Final = "golden.safetensors"
-LOGITS_ROWS: Final = 2
 Say = Callable[[str], None]
 
 
@@ -73,7 +54,7 @@ class ExportSettings:
     """What the user asked for.
 
     Attributes:
-        target_modules: None means the default of the architecture.
+        rank, alpha, target_modules: what training has by default; target_modules None is the architecture's default.
         base_model_name: what adapters call their base model; None means its hub id, or ``model`` where it has none.
     """
 
@@ -124,7 +105,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
     selection = select_targets(base, settings.target_modules)
     for line in selection.notes:
         note(line)
-    groups = base.groups(selection.names)
+    groups = base.groups(selection.trainable)
     embedding, head = find_embedding(base), find_head(base)
     with interrupts.raising(), placed(settings.out, settings.force) as bundle:
         say("writing weights and tokenizer")
@@ -132,12 +113,23 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
         embedding_spec, embedding_inputs = save_embedding(bundle, embedding, dtype)
         head_spec, head_inputs = save_head(bundle, head, settings.head_dtype, embedding_inputs)
         tokenizer_spec = save_tokenizer(bundle, tokenizer, base)
+        materials = Materials(
+            shapes=_shapes(groups),
+            rank=settings.rank,
+            scaling=settings.alpha / settings.rank,
+            embedding=embedding,
+            embedding_spec=embedding_spec,
+            embedding_weights=embedding_inputs,
+            head=head,
+            head_spec=head_spec,
+            head_weights=head_inputs,
+            hidden_states=real_hidden_states(base, embedding),
+        )
+        engines = {name: COMPILERS[name] for name in settings.engines}
         verified: list[Verified] = []
-        for made in _make_graphs(
-            base, groups, settings, (embedding_spec, embedding, embedding_inputs), (head_spec, head, head_inputs)
-        ):
-            say(f"verified {made.graph.name}")
-            verified.append(made)
+        for graph, trials in make_graphs(materials):
+            verified.append(verify(graph, trials, engines))
+            say(f"verified {graph.name}")
         graphs = tuple(_save_graph(bundle, made) for made in verified)
         _save_golden(bundle, verified)
         say("hashing")
@@ -145,8 +137,9 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
             format=BUNDLE_FORMAT,
             software=SOFTWARE_VERSION,
             base_model=_base_model_spec(base, name),
-            lora=LoraSpec(settings.rank, settings.alpha, selection.target_modules),
+            defaults=AdapterDefaults(settings.rank, settings.alpha, selection.target_modules),
             groups=groups,
+            order=_order(base, groups),
             embedding=embedding_spec,
             head=head_spec,
             tokenizer=tokenizer_spec,
@@ -159,42 +152,17 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
     return manifest
 
 
-def _make_graphs(
-    base: BaseModel,
-    groups: Sequence[GroupSpec],
-    settings: ExportSettings,
-    embedding: tuple[EmbeddingSpec, EmbeddingEnd, Arrays],
-    head: tuple[HeadSpec, HeadEnd, Arrays],
-) -> Iterator[Verified]:
-    shapes = sorted({(group.in_features, target.out_features) for group in groups for target in group.targets})
-    scale = settings.alpha / settings.rank
-    embedding_spec, embedding_end, embedding_inputs = embedding
-    head_spec, head_end, head_inputs = head
-    shape = HeadShape(
-        base.vocabulary_size,
-        base.hidden_size,
-        head_spec.dtype,
-        head_end.bias is not None,
-        head_spec.logit_scale,
-        head_spec.softcap,
-    )
-    compilers: Engines = {
-        "onnx": compile_onnx,
-        "executorch": partial(compile_executorch, head=shape, scale=embedding_spec.scale),
-    }
-    engines: Engines = {name: compilers[name] for name in settings.engines}
-    for in_features, out_features in shapes:
-        for graph in adapter_graphs(in_features, out_features):
-            yield verify_adapter(graph, in_features, out_features, settings.rank, scale, engines)
-    yield verify_adamw(adamw_graph(), engines)
-    rows, width = embedding_end.weight.shape
-    graph = embedding_graph(rows, width, embedding_spec.dtype, embedding_spec.scale)
-    yield verify_embedding(graph, embedding_end, embedding_inputs, engines)
-    hidden_states = real_hidden_states(base, embedding_end)
-    for graph in head_graphs(shape):
-        # Logits are wide, and golden vectors travel with every bundle.
-        rows = LOGITS_ROWS if graph.kind == "head_logits" else len(hidden_states)
-        yield verify_head(graph, head_end, head_inputs, hidden_states[:rows], engines)
+def _shapes(groups: Sequence[GroupSpec]) -> tuple[tuple[int, int], ...]:
+    """(in_features, out_features) of the adapters that groups may have, each once."""
+    return tuple(sorted({(group.in_features, target.out_features) for group in groups for target in group.targets}))
+
+
+def _order(base: BaseModel, groups: Sequence[GroupSpec]) -> tuple[int, ...]:
+    """Each module's place in execution order, as modules stand in groups; empty where they stand in it."""
+    ran = [base.targets[target.name].order for group in groups for target in group.targets]
+    places = {order: place for place, order in enumerate(sorted(ran))}
+    order = tuple(places[each] for each in ran)
+    return () if order == tuple(range(len(order))) else order
 
 
 def _save_graph(bundle: Path, made: Verified) -> GraphSpec:

@@ -10,12 +10,18 @@ import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
+from dlora.protocol.adapters import AdapterSpec, parameter_count
+from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import choose_groups, module_names
 
 
 def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: float) -> None:
-    """One JSON object on stdout; sizes in bytes, times in seconds. ``notes`` is what was decided unasked."""
-    base, lora = manifest.base_model, manifest.lora
+    """One JSON object on stdout; sizes in bytes, times in seconds. ``notes`` is what was decided unasked.
+
+    Groups and adapters are those of training by default; ``trainable`` has all.
+    """
+    base, defaults, groups = manifest.base_model, manifest.defaults, choose_groups(manifest)
     print(
         json.dumps(
             {
@@ -25,13 +31,18 @@ def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: floa
                 "fingerprint": base.fingerprint,
                 "parameters": base.parameters,
                 "blocks": base.blocks,
-                "rank": lora.r,
-                "alpha": lora.lora_alpha,
-                "target_modules": list(lora.target_modules),
+                "rank": defaults.r,
+                "alpha": defaults.lora_alpha,
+                "target_modules": list(defaults.target_modules),
                 "notes": list(notes),
-                "groups": len(manifest.groups),
-                "adapters": sum(len(group.targets) for group in manifest.groups),
-                "adapter_parameters": adapter_parameters(manifest),
+                "groups": len(groups),
+                "adapters": _modules(groups),
+                "adapter_parameters": parameter_count(AdapterSpec(r=defaults.r), groups),
+                "trainable": {
+                    "target_modules": module_names(manifest.groups),
+                    "groups": len(manifest.groups),
+                    "adapters": _modules(manifest.groups),
+                },
                 "head_dtype": manifest.head.dtype,
                 "graphs": [
                     {
@@ -56,13 +67,14 @@ def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: floa
 def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
     """The bundle's files and graphs on stdout."""
     console = Console()
-    base, lora = manifest.base_model, manifest.lora
+    base, defaults, groups = manifest.base_model, manifest.defaults, choose_groups(manifest)
     console.print(
         f"[bold]{base.name}[/bold] ({base.architecture}): {base.parameters:,} parameters, {base.blocks} blocks, "
         f"fingerprint {base.fingerprint[:12]}\n"
-        f"LoRA rank {lora.r}, alpha {lora.lora_alpha:g} on {', '.join(lora.target_modules)}: "
-        f"{sum(len(group.targets) for group in manifest.groups)} adapters in {len(manifest.groups)} exchange groups, "
-        f"{adapter_parameters(manifest):,} parameters",
+        f"by default LoRA rank {defaults.r}, alpha {defaults.lora_alpha:g} on {', '.join(defaults.target_modules)}: "
+        f"{_modules(groups)} adapters in {len(groups)} exchange groups, "
+        f"{parameter_count(AdapterSpec(r=defaults.r), groups):,} parameters\n"
+        f"{_modules(manifest.groups)} modules can be trained: {', '.join(module_names(manifest.groups))}",
         highlight=False,
         soft_wrap=True,
     )
@@ -93,13 +105,8 @@ def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
     console.print(f"{out}: {_size(total)}, every graph verified, {wall_s:.1f} s", highlight=False, soft_wrap=True)
 
 
-def adapter_parameters(manifest: Manifest) -> int:
-    """Number of trainable parameters, ``r * (in + out)`` for each target module."""
-    return sum(
-        manifest.lora.r * (group.in_features + target.out_features)
-        for group in manifest.groups
-        for target in group.targets
-    )
+def _modules(groups: Sequence[GroupSpec]) -> int:
+    return sum(len(group.targets) for group in groups)
 
 
 def _size(size: float) -> str:

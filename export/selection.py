@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
@@ -12,20 +11,21 @@ from torch import nn
 
 from dlora.cloud.model.base_model import BaseModel, quiet
 from dlora.protocol.errors import ExportError
-
-ALL_LINEAR: Final = "all-linear"
+from dlora.protocol.targets import ALL_LINEAR
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The target modules of a bundle.
+    """The target modules that training with a bundle has by default.
 
     Attributes:
-        names: full names, in execution order.
+        trainable: full names of all modules that can be targets, in execution order.
+        names: those of them that were selected.
         target_modules: what to write into the adapter's config, which there selects the same.
         notes: lines for the user on what was chosen or left out without being asked.
     """
 
+    trainable: tuple[str, ...]
     names: tuple[str, ...]
     target_modules: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -38,14 +38,14 @@ def select_targets(base: BaseModel, target_modules: Sequence[str] | None) -> Sel
     Raises ``ExportError`` for a name that selects nothing, or a module that cannot be a target.
     """
     refused = {**base.refused, **_refused_by_peft(base)}
-    trainable = [name for name in base.targets if name not in refused]
+    trainable = tuple(name for name in base.targets if name not in refused)
     if not trainable:
         name, reason = next(iter(refused.items()))
         raise ExportError(f"no module of {base.name} can be a target module: {name} {reason}")
     if target_modules is None:
         return _default(base, trainable)
     if tuple(target_modules) == (ALL_LINEAR,):
-        return Selection(tuple(trainable), _spelled(base, trainable), _left_out(refused))
+        return Selection(trainable, trainable, _spelled(base, trainable), _left_out(refused))
     chosen: set[str] = set()
     for wanted in target_modules:
         matches = _matching(base, [wanted])
@@ -58,17 +58,17 @@ def select_targets(base: BaseModel, target_modules: Sequence[str] | None) -> Sel
         raise ExportError(
             f"{wrong[0]} cannot be a target module of {base.name}: it {reason}; {_offer(base, trainable)}"
         )
-    return Selection(tuple(name for name in trainable if name in chosen), tuple(target_modules))
+    return Selection(trainable, tuple(name for name in trainable if name in chosen), tuple(target_modules))
 
 
-def _default(base: BaseModel, trainable: Sequence[str]) -> Selection:
+def _default(base: BaseModel, trainable: tuple[str, ...]) -> Selection:
     """PEFT's choice for the architecture, where it has one and all of it can be trained here; else dlora's own."""
     theirs = PEFT_DEFAULTS.get(base.architecture)
     why = f"PEFT has none for {base.architecture}"
     if isinstance(theirs, list):
         matches = _matching(base, theirs)
         if matches and matches.issubset(trainable):
-            return Selection(tuple(name for name in trainable if name in matches), tuple(theirs))
+            return Selection(trainable, tuple(name for name in trainable if name in matches), tuple(theirs))
         why = f"not all of PEFT's for {base.architecture} can be trained here"
     chosen = [name for name in trainable if _attention_part(name) & {"q", "v"}]
     # Mamba's blocks begin with one projection, which stands where attention has its own.
@@ -81,7 +81,7 @@ def _default(base: BaseModel, trainable: Sequence[str]) -> Selection:
     spelled = _spelled(base, chosen)
     shown = spelled if len(spelled) < len(chosen) else _last_parts(chosen)
     note = f"target modules are {', '.join(shown)}, the default of dlora: {why}"
-    return Selection(tuple(chosen), spelled, (note,))
+    return Selection(trainable, tuple(chosen), spelled, (note,))
 
 
 def _attention_part(name: str) -> set[str]:

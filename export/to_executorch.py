@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import logging
 import os
 import re
@@ -24,13 +25,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from dlora.export.graphs.arrays import Arrays
 from dlora.export.graphs.graph import TrainingGraph
-from dlora.export.graphs.head_graph import HeadShape
-from dlora.export.graphs.reference import Arrays
 from dlora.protocol.errors import ExportError, MissingExtraError
 from dlora.protocol.manifest import TensorSpec
-
-from .graphs import torch_graphs, torch_head
 
 # What a program takes at most of each dynamic dimension; devices cut what is longer, all but the rank, into pieces.
 BOUNDS: Final = {"tokens": 4096, "rank": 256, "rows": 256, "n": 1 << 20}
@@ -50,31 +48,10 @@ def check_executorch() -> str:
     )
 
 
-def torch_module(graph: TrainingGraph, head: HeadShape | None = None, scale: float = 1.0) -> nn.Module:
-    """The torch form of a graph; ``head`` for head graphs, ``scale`` for the embedding."""
-    match graph.kind:
-        case "adapter_forward":
-            return torch_graphs.AdapterForward()
-        case "adapter_input_grad":
-            return torch_graphs.AdapterInputGrad()
-        case "adapter_weight_grad":
-            return torch_graphs.AdapterWeightGrad()
-        case "adamw":
-            return torch_graphs.AdamW()
-        case "embedding":
-            return torch_graphs.Embedding(scale)
-    assert head is not None
-    makers: dict[str, Callable[[HeadShape], nn.Module]] = {
-        "head_train": torch_head.HeadTrain,
-        "head_loss": torch_head.HeadLoss,
-        "head_logits": torch_head.HeadLogits,
-    }
-    return makers[graph.kind](head)
-
-
-def to_executorch(graph: TrainingGraph, module: nn.Module) -> bytes:
+def to_executorch(graph: TrainingGraph) -> bytes:
     """The program of a graph. Raises ``ExportError`` where executorch cannot make it."""
     exir = _executorch()
+    module = graph.module()
     examples = tuple(_example(spec) for spec in graph.inputs)
     try:
         with _quietly():
@@ -133,8 +110,9 @@ def _dynamic(graph: TrainingGraph, module: nn.Module) -> Any:
     shapes = tuple(
         {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in graph.inputs
     )
-    # The head's modules take *tensors, which counts as one argument.
-    return (shapes,) if isinstance(module, torch_head._Head) else shapes
+    # *tensors, which the head's modules take, counts as one argument.
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return (shapes,) if kinds == [inspect.Parameter.VAR_POSITIONAL] else shapes
 
 
 @cache

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dlora.cloud.model.base_model import EmbeddingEnd, HeadEnd
-from dlora.export.graphs.head_graph import CALL_ROWS
-from dlora.export.graphs.reference import Arrays
+from dlora.export.graphs.arrays import Arrays
+from dlora.export.graphs.head import CALL_ROWS
 from dlora.protocol.errors import ExportError, StorageError
 from dlora.protocol.manifest import EmbeddingSpec, HeadSpec, StoredDtype
 

@@ -25,16 +25,8 @@ MANIFEST_NAME: Final = "manifest.json"
 MAX_MANIFEST_BYTES: Final = 16 << 20
 
 StoredDtype = Literal["fp32", "fp16", "int8"]
-GraphKind = Literal[
-    "embedding",
-    "adapter_forward",
-    "adapter_input_grad",
-    "adapter_weight_grad",
-    "head_train",
-    "head_loss",
-    "head_logits",
-    "adamw",
-]
+# Open: a bundle may have graphs of kinds that a device neither knows nor needs.
+GraphKind = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_]*\Z", max_length=64)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 BundlePath = Annotated[str, msgspec.Meta(extra={"path": True})]
 
@@ -70,8 +62,8 @@ class BaseModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     parameters: Positive
 
 
-class LoraSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """PEFT's words: rank ``r``, ``lora_alpha`` and the ``target_modules`` that the user asked for."""
+class AdapterDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a run's adapters are where it says nothing else, in PEFT's words."""
 
     r: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
     lora_alpha: Annotated[float, msgspec.Meta(gt=0)]
@@ -173,7 +165,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Everything the device needs to know about a bundle.
 
     Attributes:
-        groups: the exchange groups in execution order.
+        groups: the exchange groups of all modules that can be trained, in execution order.
+        order: the place in execution order of each of their modules, as these stand in ``groups``; empty where that is
+            the order in which they stand.
         golden: safetensors file of inputs and outputs: ``<kind>[.<key>].in.<name>`` and ``….out.<name>``.
         files: every other file of the bundle.
         executorch: where graphs have a file for that engine.
@@ -182,8 +176,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     format: int
     software: str
     base_model: BaseModelSpec
-    lora: LoraSpec
+    defaults: AdapterDefaults
     groups: Annotated[tuple[GroupSpec, ...], msgspec.Meta(min_length=1)]
+    order: tuple[int, ...] = ()
     embedding: EmbeddingSpec
     head: HeadSpec
     tokenizer: TokenizerSpec
@@ -202,7 +197,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         for graph in self.graphs:
             if graph.kind == kind and graph.key == key:
                 return graph
-        raise BundleError(f"the bundle has no {kind} graph {key}; export it again")
+        wanted = f"{kind} graph of {key}" if key else f"{kind} graph"
+        raise BundleError(f"the bundle has no {wanted}, which this device needs; export it again")
 
 
 class _Format(msgspec.Struct):
@@ -250,6 +246,9 @@ def load_manifest(bundle: Path) -> Manifest:
             raise BundleError(f"{path}: the graph {graph.kind} names an output twice; export the bundle again")
     if not all(group.targets for group in manifest.groups):
         raise BundleError(f"{path}: an exchange group has no target module; export the bundle again")
+    modules = sum(len(group.targets) for group in manifest.groups)
+    if manifest.order and sorted(manifest.order) != list(range(modules)):
+        raise BundleError(f"{path}: its order is not one of its {modules} modules; export the bundle again")
     for field, name in paths_of(manifest):
         if name not in manifest.files:
             raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")

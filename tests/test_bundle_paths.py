@@ -258,17 +258,19 @@ def test_a_manifest_that_never_ends(bundle: Path) -> None:
 
 def test_a_rank_that_fills_the_memory(bundle: Path) -> None:
     value = json.loads((bundle / "manifest.json").read_text())
-    value["lora"]["r"] = 10**9
+    value["defaults"]["r"] = 10**9
     (bundle / "manifest.json").write_text(json.dumps(value))
-    refused(bundle, "lora.r")
+    refused(bundle, "defaults.r")
 
 
 @pytest.mark.parametrize(("change", "words"), [
     (lambda it: it.update(groups=[]), "groups"),
     (lambda it: it["groups"][0].update(targets=[]), "an exchange group has no target module"),
+    (lambda it: it.update(order=[0, 1, 2]), "its order is not one of its 14 modules"),
+    (lambda it: it.update(order=[0] * 14), "its order is not one of its 14 modules"),
     (lambda it: it["graphs"][0].update(outputs=[]), "outputs"),
     (lambda it: it["graphs"][0].update(outputs=it["graphs"][0]["outputs"] * 2), "names an output twice"),
-], ids=["no groups", "no targets", "no outputs", "outputs twice"])  # fmt: skip
+], ids=["no groups", "no targets", "half an order", "no order", "no outputs", "outputs twice"])  # fmt: skip
 def test_a_manifest_that_makes_no_sense(bundle: Path, change: Any, words: str) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     change(manifest)

@@ -19,10 +19,11 @@ import dlora.export.cli
 from dlora.cloud.door.guard import ConnectionLimits
 from dlora.cloud.serving.patience import Patience
 from dlora.edge.commands.help_panels import KR
-from dlora.export.graphs.adamw_graph import adamw_graph
-from dlora.export.graphs.adapter_graphs import adapter_graphs
-from dlora.export.graphs.embedding_graph import embedding_graph
-from dlora.export.graphs.head_graph import HeadShape, head_graphs
+from dlora.export.graphs import registry
+from dlora.export.graphs.adamw import adamw_graph
+from dlora.export.graphs.embedding import embedding_graph
+from dlora.export.graphs.head import HeadShape, head_graphs
+from dlora.export.graphs.lora import adapter_graphs
 from dlora.protocol import codec, errors, kill_revive, link, manifest, messages, session, tensors
 from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.groups import GroupSpec, TargetSpec
@@ -234,7 +235,7 @@ def test_graph_signatures() -> None:
     head = HeadShape(96, 8, "int8", bias=True, logit_scale=2.0, softcap=3.0)
     graphs = [embedding_graph(96, 8, "fp16", 1.0), *adapter_graphs(8, 6), *head_graphs(head), adamw_graph()]
     table = rows(section(BUNDLE, "Graphs"))
-    assert sorted(row[0] for row in table) == sorted(get_args(manifest.GraphKind)) == sorted(g.kind for g in graphs)
+    assert sorted(row[0] for row in table) == sorted(registry.KINDS) == sorted(g.kind for g in graphs)
     dims = {"V": 96, "e": 8, "h": 8, "in": 8, "out": 6}
     for kind, inputs, outputs in table:
         graph = next(graph for graph in graphs if graph.kind == kind)

@@ -6,7 +6,6 @@ import ctypes
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,14 @@ from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.export.bundle import ExportSettings, export_bundle
-from dlora.export.graphs import torch_head
-from dlora.export.graphs.adamw_graph import adamw_graph
-from dlora.export.graphs.adapter_graphs import adapter_graphs
-from dlora.export.graphs.embedding_graph import embedding_graph
-from dlora.export.graphs.head_graph import HeadShape, head_graphs
-from dlora.export.graphs.reference import adamw_scalars
+from dlora.export.graphs import head_torch
+from dlora.export.graphs.adamw import adamw_graph, adamw_scalars, adamw_trials
+from dlora.export.graphs.embedding import embedding_graph
+from dlora.export.graphs.head import HeadShape, head_graphs, head_trials
+from dlora.export.graphs.lora import adapter_graphs, adapter_trials
+from dlora.export.graphs.tolerances import relative_error
 from dlora.export.to_executorch import BOUNDS
-from dlora.export.tolerances import relative_error
-from dlora.export.verify import compile_executorch, compile_onnx, verify_adamw, verify_adapter, verify_head
+from dlora.export.verify import COMPILERS, compile_executorch, verify
 from dlora.protocol.errors import BundleError, DloraError, UsageError
 from dlora.protocol.manifest import load_manifest
 
@@ -55,11 +53,13 @@ def bundle() -> Path:
 @pytest.mark.parametrize("shape", [(16, 24), (33, 5)])
 def test_adapter_programs_are_autograds(shape: tuple[int, int]) -> None:
     for graph in adapter_graphs(*shape):
-        assert verify_adapter(graph, *shape, 8, 2.0, {"executorch": compile_executorch}).error <= 2e-6
+        made = verify(graph, adapter_trials(graph, shape, 8, 2.0), {"executorch": compile_executorch})
+        assert made.error <= 2e-6
 
 
 def test_adamw_is_torchs_over_twenty_steps() -> None:
-    assert verify_adamw(adamw_graph(), {"executorch": compile_executorch}).error <= 2e-7
+    graph = adamw_graph()
+    assert verify(graph, adamw_trials(graph), {"executorch": compile_executorch}).error <= 2e-7
 
 
 @pytest.mark.parametrize(
@@ -70,26 +70,25 @@ def test_head_programs_are_autograds(
     dtype: Any, bias: bool, logit_scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In several slabs, the last one shorter."""
-    monkeypatch.setattr(torch_head, "SLABS", 2)
-    monkeypatch.setattr(torch_head, "LEAST_ROWS", 1)
+    monkeypatch.setattr(head_torch, "SLABS", 2)
+    monkeypatch.setattr(head_torch, "LEAST_ROWS", 1)
     shape = HeadShape(97, HIDDEN, dtype, bias, logit_scale, softcap)
     end = _head_end(97, shape)
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
-    both = {"onnx": compile_onnx, "executorch": partial(compile_executorch, head=shape)}
     for graph in head_graphs(shape):
-        verify_head(graph, end, _head_weights(end, dtype), hidden, both)
+        verify(graph, head_trials(graph, end, _head_weights(end, dtype), hidden), COMPILERS)
 
 
 def test_of_equal_logits_the_first_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a slab and across slabs, as ONNX's ArgMax has it."""
-    monkeypatch.setattr(torch_head, "SLABS", 3)
-    monkeypatch.setattr(torch_head, "LEAST_ROWS", 1)
+    monkeypatch.setattr(head_torch, "SLABS", 3)
+    monkeypatch.setattr(head_torch, "LEAST_ROWS", 1)
     shape = HeadShape(12, 2, "fp32", False, 1.0, None)
     graph = next(graph for graph in head_graphs(shape) if graph.kind == "head_loss")
     weight = np.zeros((12, 2), np.float32)
     weight[[2, 3, 9], 0] = 1.0
     inputs = {"weight": weight, "hidden_states": np.eye(2, dtype=np.float32), "labels": np.array([0, 1])}
-    _, predictions = compile_executorch(graph, shape).run(inputs)
+    _, predictions = compile_executorch(graph).run(inputs)
     assert predictions.tolist() == [2, 0]
 
 
@@ -97,11 +96,11 @@ def test_the_head_widens_no_more_than_a_slab(monkeypatch: pytest.MonkeyPatch) ->
     """Of what a program plans for: a slab as it is stored and as it is wide, and some (rows, slab) of its logits."""
     from executorch.exir._serialize import _deserialize_pte_binary
 
-    monkeypatch.setattr(torch_head, "SLABS", 4)
+    monkeypatch.setattr(head_torch, "SLABS", 4)
     vocabulary, hidden = 65_536, 256
     shape = HeadShape(vocabulary, hidden, "fp16", False, 1.0, None)
     graph = next(graph for graph in head_graphs(shape) if graph.kind == "head_train")
-    made = _deserialize_pte_binary(compile_executorch(graph, shape).model).program
+    made = _deserialize_pte_binary(compile_executorch(graph).model).program
     planned = sum(made.execution_plan[0].non_const_buffer_sizes)
     slab = vocabulary // 4
     assert planned <= slab * hidden * (2 + 4) + 3 * BOUNDS["rows"] * slab * 4 + (1 << 20)
@@ -110,7 +109,7 @@ def test_the_head_widens_no_more_than_a_slab(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_embedding_scales(tmp_path: Path) -> None:
     graph = embedding_graph(6, 2, "fp16", 2.5)
     weight = np.arange(12, dtype=np.float16).reshape(6, 2)
-    (found,) = compile_executorch(graph, scale=2.5).run({"weight": weight, "ids": np.array([5, 0, 5])})
+    (found,) = compile_executorch(graph).run({"weight": weight, "ids": np.array([5, 0, 5])})
     assert found.tolist() == [[25.0, 27.5], [0.0, 2.5], [25.0, 27.5]]
 
 
@@ -221,7 +220,7 @@ def test_the_shim_widens_exactly(dtype: Any, shape: tuple[int, int], tmp_path: P
     vocabulary = len(weight)
     head = HeadShape(vocabulary, hidden, dtype, False, 1.0, None)
     graph = next(graph for graph in head_graphs(head) if graph.kind == "head_logits")
-    (tmp_path / "program").write_bytes(compile_executorch(graph, head).model)
+    (tmp_path / "program").write_bytes(compile_executorch(graph).model)
     inputs: list[Any] = [weight, np.eye(hidden, dtype=np.float32)]
     if dtype == "int8":
         inputs.insert(1, np.ones(vocabulary, np.float32))

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from dlora.cloud.model.base_model import BaseModel, find_source
 from dlora.export.__main__ import main
 from dlora.export.bundle import ExportSettings, export_bundle
-from dlora.export.tolerances import relative_error
+from dlora.export.graphs.tolerances import relative_error
 from dlora.export.verify import start_session
 from dlora.protocol.errors import ExportError, StorageError, UsageError
 from dlora.protocol.manifest import Manifest, check_file, load_manifest
@@ -135,7 +135,7 @@ def test_a_bundle_is_replaced_only_with_force(tmp_path: Path) -> None:
         export_bundle(settings)
     assert _files(settings.out) == before
     export_bundle(_settings(tmp_path, rank=2, force=True))
-    assert load_manifest(settings.out).lora.r == 2
+    assert load_manifest(settings.out).defaults.r == 2
 
 
 def test_a_place_that_cannot_be(tmp_path: Path) -> None:

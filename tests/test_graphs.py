@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,14 @@ import pytest
 import torch
 
 from dlora.cloud.model.base_model import HeadEnd
-from dlora.export.graphs import reference
-from dlora.export.graphs.adamw_graph import adamw_graph
-from dlora.export.graphs.adapter_graphs import adapter_graphs
-from dlora.export.graphs.embedding_graph import embedding_graph
+from dlora.export.graphs.adamw import adamw_graph, adamw_scalars, adamw_trials
+from dlora.export.graphs.embedding import Embedding, embedding_graph
 from dlora.export.graphs.graph import TrainingGraph
-from dlora.export.graphs.head_graph import HeadShape, head_graphs
-from dlora.export.tolerances import CEILING, FLOOR, allowed, relative_error
-from dlora.export.verify import Verified, start_session, verify, verify_adamw, verify_adapter, verify_head
+from dlora.export.graphs.head import HeadShape, head_graphs, head_trials
+from dlora.export.graphs.lora import adapter_graphs, adapter_trials
+from dlora.export.graphs.tolerances import CEILING, FLOOR, allowed, relative_error
+from dlora.export.graphs.trial import Trial
+from dlora.export.verify import Verified, start_session, verify
 from dlora.export.weights import quantise_rows
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import TensorSpec
@@ -30,18 +31,19 @@ HIDDEN = 16
 @pytest.mark.parametrize("rank", [1, 8])
 def test_adapter_graphs_are_autograds(shape: tuple[int, int], rank: int) -> None:
     for graph in adapter_graphs(*shape):
-        assert verify_adapter(graph, *shape, rank, scale=2.0).error <= 2e-6
+        assert verify(graph, adapter_trials(graph, shape, rank, 2.0)).error <= 2e-6
 
 
 def test_adamw_is_torchs_over_twenty_steps() -> None:
-    assert verify_adamw(adamw_graph()).error <= 2e-7
+    graph = adamw_graph()
+    assert verify(graph, adamw_trials(graph)).error <= 2e-7
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.98), (0.0, 0.99999), (0.5, 0.9)])
 def test_adamw_recovers_what_torch_takes_for_one_minus_beta(betas: tuple[float, float]) -> None:
     session = start_session(adamw_graph().to_onnx().SerializeToString())
     inputs = {name: np.zeros(1, np.float32) for name in ("param", "exp_avg", "exp_avg_sq")}
-    inputs |= reference.adamw_scalars(1) | {"grad": np.ones(1, np.float32)}
+    inputs |= adamw_scalars(1) | {"grad": np.ones(1, np.float32)}
     inputs |= {f"beta{index}": np.array(beta, np.float32) for index, beta in enumerate(betas, 1)}
     found = session.run(["new_exp_avg", "new_exp_avg_sq"], inputs)
     assert [float(value[0]) for value in found] == [float(np.float32(1 - beta)) for beta in betas]
@@ -81,7 +83,7 @@ def test_head_graphs_are_autograds(
     end = _head_end(vocabulary, shape)
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
     for graph in head_graphs(shape):
-        verify_head(graph, end, _head_weights(end, dtype), hidden)
+        verify(graph, head_trials(graph, end, _head_weights(end, dtype), hidden))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
@@ -94,7 +96,7 @@ def test_a_head_that_is_not_fp32_is_exact_for_the_weight_it_stores(dtype: Any) -
     rounded = HeadEnd(torch.from_numpy(stored), end.bias, end.logit_scale, end.softcap, tied=False)
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
     for graph in head_graphs(shape):
-        made = verify_head(graph, rounded, weights, hidden)
+        made = verify(graph, head_trials(graph, rounded, weights, hidden))
         assert made.error <= 4 * FLOOR
 
 
@@ -112,14 +114,14 @@ def _elements(value: onnx.ValueInfoProto) -> int:
 def test_every_input_must_be_used() -> None:
     x, unused, y = (TensorSpec(name, "fp32", ("n",)) for name in ("x", "unused", "y"))
     with pytest.raises(ExportError, match=r"does not use its inputs \['unused'\]"):
-        TrainingGraph("adamw", (x, unused), (y,), "y = Neg (x)").to_onnx()
+        TrainingGraph("adamw", (x, unused), (y,), "y = Neg (x)", partial(Embedding, 1.0)).to_onnx()
 
 
 def test_a_graph_beyond_tolerance_is_refused() -> None:
     graph = embedding_graph(4, 2, "fp32", 1.0)
     inputs = {"weight": np.ones((4, 2), np.float32), "ids": np.array([1])}
     with pytest.raises(ExportError, match="embedding is not exact enough: hidden_states is off by"):
-        verify(graph, inputs, {"hidden_states": np.full((1, 2), 1.1, np.float32)}, {"hidden_states": 1e-3})
+        verify(graph, [Trial(inputs, {"hidden_states": np.full((1, 2), 1.1, np.float32)}, {"hidden_states": 1e-3})])
 
 
 def test_nan_is_not_within_tolerance() -> None:
@@ -154,7 +156,8 @@ def _verify_large(large: tuple[HeadEnd, Any], kind: str, changed: tuple[str, str
     end, hidden = large
     graph = next(graph for graph in head_graphs(LARGE) if graph.kind == kind)
     assert changed[0] in graph.body
-    return verify_head(replace(graph, body=graph.body.replace(*changed)), end, _head_weights(end, "fp32"), hidden)
+    graph = replace(graph, body=graph.body.replace(*changed))
+    return verify(graph, head_trials(graph, end, _head_weights(end, "fp32"), hidden))
 
 
 @pytest.mark.parametrize("kind", ["head_train", "head_loss", "head_logits"])
@@ -193,9 +196,10 @@ def test_the_arithmetic_of_a_rounded_head_has_no_more_room_than_that_of_fp32(dty
         slipped = Mul (d_product, slip)
         grad_hidden_states = Mul (slipped, grad_scale)"""
     wrong = replace(graph, body=graph.body.replace("grad_hidden_states = Mul (d_product, grad_scale)", slip))
-    assert verify_head(graph, end, _head_weights(end, dtype), hidden).tolerance > 1e-3
+    trials = list(head_trials(graph, end, _head_weights(end, dtype), hidden))
+    assert verify(graph, trials).tolerance > 1e-3
     with pytest.raises(ExportError, match="grad_hidden_states is off by 5"):
-        verify_head(wrong, end, _head_weights(end, dtype), hidden)
+        verify(wrong, trials)
 
 
 def test_a_head_that_int8_would_round_too_much_says_what_to_do() -> None:
@@ -205,11 +209,11 @@ def test_a_head_that_int8_would_round_too_much_says_what_to_do() -> None:
     graph = next(graph for graph in head_graphs(shape) if graph.kind == "head_train")
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
     with pytest.raises(ExportError, match=r"int8 is too coarse .* off by .*; use --head-dtype fp16 or fp32"):
-        verify_head(graph, end, _head_weights(end, "int8"), hidden)
+        verify(graph, head_trials(graph, end, _head_weights(end, "int8"), hidden))
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (4096, 11008)])
 def test_adapter_tolerances_follow_torchs_own_error(shape: tuple[int, int]) -> None:
     for graph in adapter_graphs(*shape):
-        made = verify_adapter(graph, *shape, 8, scale=2.0)
+        made = verify(graph, adapter_trials(graph, shape, 8, 2.0))
         assert FLOOR <= made.tolerance <= 1e-5

@@ -17,11 +17,11 @@ from attacks.fuzz_target import mutate_bytes
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_check import MAX_GRAPH_BYTES, OPERATORS, _check_tensor, check_graph
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.export.graphs.adamw_graph import adamw_graph
-from dlora.export.graphs.adapter_graphs import adapter_graphs
-from dlora.export.graphs.embedding_graph import embedding_graph
+from dlora.export.graphs.adamw import adamw_graph
+from dlora.export.graphs.embedding import embedding_graph
 from dlora.export.graphs.graph import TrainingGraph
-from dlora.export.graphs.head_graph import HeadShape, head_graphs
+from dlora.export.graphs.head import HeadShape, head_graphs
+from dlora.export.graphs.lora import adapter_graphs
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import Manifest, TensorSpec
 

@@ -99,9 +99,22 @@ def test_what_a_fraction_costs(place: Place, tmp_path: Path, options: dict[str, 
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"pin": "8"}, ["--pin: there is no block 8; they are 0 to 7"]),
+    ({"pin": "8"}, ["--pin: block 8 is not trained; blocks 0-7 are"]),
+    ({"pin": "8", "kr_unit": "group"}, ["--pin: there is no group 8; they are 0 to 7"]),
+    ({"pin": "1", "blocks": "4-7"}, ["--pin: block 1 is not trained; blocks 4-7 are"]),
+    ({"blocks": "8"}, ["--blocks: the bundle has nothing to train in block 8; blocks are 0-7"]),
+    ({"blocks": "x"}, ["--blocks 'x': write blocks as 0,3,26-29"]),
+    ({"blocks": ","}, ["--blocks ',': write blocks as"]),
+    ({"target_modules": "nope,q_proj"}, [
+        "no module 'nope' that can be trained; --target-modules can be: down_proj, gate_proj, k_proj, o_proj, q_proj, "
+        "up_proj, v_proj, all-linear"
+    ]),
+    ({"target_modules": "proj"}, ["no module 'proj'"]),
+    ({"target_modules": "all-linear,q_proj"}, ["no module 'all-linear'"]),
+    ({"target_modules": " , "}, ["--target-modules is empty"]),
+    ({"target_modules": "model.layers.0.self_attn.q_proj", "blocks": "1,2"}, ["in the blocks 1-2; --target-modules"]),
     ({"pin": "x"}, ["--pin 'x': write units as 0,3,26-29"]),
-    ({"static_units": "0-8", "kr_score": "static"}, ["--static-units: there is no block 8"]),
+    ({"static_units": "0-8", "kr_score": "static"}, ["--static-units: block 8 is not trained"]),
     ({"static_units": "1"}, ["--static-units needs --kr-score static"]),
     ({"kr_score": "static"}, ["--static-units 26-29"]),
     ({"active_fraction": 0}, ["--active-fraction 0 would train nothing"]),

@@ -158,7 +158,7 @@ def copied(whole: Path, out: Path, *, but_last: bool = True) -> Path:
     ("--active-fraction", "0.5", "--active-fraction 1.0, not 0.5"),
     ("--kr-kill-every", "7", "--kr-kill-every 25, not 7"),
     ("--kr-score", "norm", "--kr-score change, not norm"),
-    ("--pin", "1", "--pin (none), not 1"),
+    ("--pin", "1", "another --pin"),
     ("--alpha", "4", "--alpha 8.0, not 4.0"),
     ("--warmup", "5", "--warmup 0.03, not 5.0"),
     ("--seed", "1", "another --seed"),

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from processes import Finished, finish, run_edge, start_edge
@@ -20,7 +21,7 @@ from dlora.edge.commands.train import train as train_command
 from dlora.edge.run.run_file import RunSettings, load_run_file
 from dlora.edge.seeds import adapter_generator, draw_seed, order_generator, seed_for_server
 from dlora.edge.training.checkpoint import list_checkpoints
-from dlora.edge.training.config import TrainConfig, go_on_with
+from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, go_on_with
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
@@ -275,3 +276,56 @@ def test_a_run_file_that_was_edited(
     assert (done.code, len(done.errors)) == (CheckpointError.exit_code, 1), done.stderr
     assert setting in done.errors[0]
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_modules_that_are_trained_are_settings(place: Place, tmp_path: Path) -> None:
+    """A run goes on with them; other words for the same modules will do, other modules will not."""
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    kr = ("--pin", "2", "--active-fraction", "0.5", "--eval", place.data)
+    chosen = ("--target-modules", "o_proj,self_attn.k_proj", "--blocks", "1-2", *kr)
+    assert run_edge(*place.train(undisturbed, *chosen)).code == 0
+    process = start_edge(*place.train(out, *chosen))
+    wait_for_lines(out / "metrics.jsonl", SAVE_EVERY + 4)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    settings = load_run_file(out).settings
+    assert (settings.target_modules, settings.blocks, settings.pin) == ("o_proj,self_attn.k_proj", "1-2", "2")
+    assert resume(out).code == 0
+    assert rows(out) == rows(undisturbed)
+    names = {f"model.layers.{block}.self_attn.{name}" for block in (1, 2) for name in ("k_proj", "o_proj")}
+    (_, last), *_ = list_checkpoints(out / "checkpoints")
+    assert {key.rpartition(".lora_")[0] for key in load_file(last) if key.endswith(("lora_A", "lora_B"))} == names
+    assert "o_proj, self_attn.k_proj" in (out / "README.md").read_text()
+    assert all(row["units"][1] == "1" for row in rows(out)), "block 2 is the second unit, and pinned"
+    where = ("--bundle", place.bundle, "--server", place.url, "--data", place.data, "--adapter", out)
+    evaluated = run_edge("evaluate", *where, "--batch-size", 3, "--json")
+    assert evaluated.code == 0, evaluated.stderr
+    after = json.loads((out / "summary.json").read_text())["eval_loss_after"]
+    assert json.loads(evaluated.stdout)["loss"] == pytest.approx(after, rel=1e-6)
+    again = ["--target-modules", "k_proj,o_proj", "--blocks", "1,2", *kr, "--resume"]
+    assert run_edge(*place.train(out, *again)).code == 0
+    for other, said in (
+        (["--target-modules", "q_proj", "--blocks", "1-2"], "--target-modules o_proj,self_attn.k_proj, not q_proj. Go"),
+        (["--target-modules", "o_proj,self_attn.k_proj", *kr], "--blocks 1,2, not (all). Go"),
+        ([*chosen[:4], "--pin", "1"], "has another --pin. Go"),
+        (["--blocks", "1-2"], "--target-modules o_proj,self_attn.k_proj, not (the bundle's). Go"),
+    ):
+        done = run_edge(*place.train(out, *kr, *other, "--resume"))
+        assert (done.code, len(done.errors)) == (CheckpointError.exit_code, 1), done.stderr
+        assert said in done.errors[0]
+
+
+def test_a_bundle_with_another_default_is_named() -> None:
+    mine = RunIdentity(config=config(), base_model="b", head="fp16", groups="g", data="d")
+    with pytest.raises(CheckpointError, match=r"has other target modules \(--target-modules, --blocks; or another"):
+        check_identity(mine, msgspec.structs.replace(mine, groups="h"))
+
+
+def test_an_adapter_to_start_from_needs_its_modules_trained(
+    place: Place, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    start = ("--init-adapter", whole["off"], "--steps", 2)
+    done = run_edge(*place.train(tmp_path / "out", *start, "--target-modules", "q_proj"))
+    assert (done.code, len(done.errors)) == (CheckpointError.exit_code, 1), done.stderr
+    assert "v_proj, which has no adapter here" in done.errors[0]
+    assert run_edge(*place.train(tmp_path / "out", *start, "--target-modules", "all-linear")).code == 0

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from dlora.edge.commands.footprint import tokens_that_fit, training_mb, usual_tokens
 from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
 
 
@@ -67,10 +68,49 @@ def test_selftest_fails_on_a_golden_vector_that_differs(bundle: Path, tmp_path: 
     assert "WRONG" in shown.stdout
 
 
+def test_graphs_of_kinds_that_are_not_known_are_tried_and_otherwise_let_be(bundle: Path, tmp_path: Path) -> None:
+    """Of a later exporter, perhaps: one of the same formula under another name, with golden vectors of its own."""
+    manifest = load_manifest(bundle)
+    golden = {key: value for key, value in load_file(bundle / manifest.golden).items() if key.startswith("adamw.")}
+    new = {key.replace("adamw.", "adamw_of_tomorrow."): value for key, value in golden.items()}
+    copy = with_golden(bundle, tmp_path / "bundle", new)
+    changed = load_manifest(copy)
+    graphs = (*changed.graphs, msgspec.structs.replace(changed.graph("adamw"), kind="adamw_of_tomorrow"))
+    (copy / MANIFEST_NAME).write_bytes(encode_manifest(msgspec.structs.replace(changed, graphs=graphs)))
+    done = run_edge("selftest", "--bundle", copy, "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["graphs"][-1]["graph"] == "adamw_of_tomorrow"
+    assert run_edge("info", copy).code == run_edge("doctor", "--bundle", copy).code == 0
+
+
+@pytest.mark.parametrize(("kind", "key", "said"), [
+    ("adamw", "", "the bundle has no adamw graph, which this device needs; export it again"),
+    ("adapter_forward", "7x9", "the bundle has no adapter_forward graph of 7x9, which"),
+])  # fmt: skip
+def test_a_graph_that_a_device_needs_and_a_bundle_lacks(bundle: Path, kind: str, key: str, said: str) -> None:
+    manifest = load_manifest(bundle)
+    lacking = msgspec.structs.replace(manifest, graphs=[graph for graph in manifest.graphs if graph.kind != "adamw"])
+    with pytest.raises(BundleError, match=said):
+        lacking.graph(kind, key)
+
+
+@pytest.mark.parametrize("kind", ["", "adam w", "../adamw", "adamw\n", "x" * 65])
+def test_a_kind_is_a_plain_name(bundle: Path, tmp_path: Path, kind: str) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = load_manifest(bundle)
+    graphs = (msgspec.structs.replace(manifest.graphs[0], kind=kind), *manifest.graphs[1:])
+    (tmp_path / "bundle" / MANIFEST_NAME).write_bytes(encode_manifest(msgspec.structs.replace(manifest, graphs=graphs)))
+    with pytest.raises(BundleError, match="is damaged"):
+        load_manifest(tmp_path / "bundle")
+
+
 def test_info_of_a_bundle(bundle: Path) -> None:
     done = run_edge("info", bundle, "--json")
     report = json.loads(done.stdout)
-    assert (done.code, report["kind"], report["r"], report["blocks"]) == (0, "bundle", 4, 2)
+    assert (done.code, report["kind"], report["default_r"], report["blocks"]) == (0, "bundle", 4, 2)
+    assert report["default_target_modules"] == "q_proj, v_proj"
+    assert report["can_be_trained"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert report["exchange_groups"] == "2 by default, of 8"
     assert run_edge("info", bundle).code == 0
 
 

@@ -9,34 +9,34 @@ import peft_reference as reference
 import pytest
 import torch
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, save_tiny, tiny_model
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from serving import config, final_weights, random_dataset, randomize, serving, training
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.manifest import load_manifest
 
 # fp32 throughout; sums are taken in another order.
 GRADIENT_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 
 
-def export_tiny(directory: Path, family: str, targets: tuple[str, ...] | None = None) -> Path:
+def export_tiny(directory: Path, family: str) -> Path:
     save_tiny(directory / "model", family)
     bundle = directory / "bundle"
-    export_bundle(
-        ExportSettings(str(directory / "model"), bundle, rank=4, alpha=8.0, target_modules=targets, head_dtype="fp32")
-    )
+    export_bundle(ExportSettings(str(directory / "model"), bundle, rank=4, alpha=8.0, head_dtype="fp32"))
     return bundle
 
 
-@pytest.mark.parametrize("targets", [None, ("all-linear",)], ids=["default", "all-linear"])
+@pytest.mark.parametrize("targets", [(), ("all-linear",)], ids=["default", "all-linear"])
 @pytest.mark.parametrize(
     "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE_FAMILIES)]
 )
-def test_gradients_of_every_family(family: str, targets: tuple[str, ...] | None, tmp_path: Path) -> None:
-    bundle = export_tiny(tmp_path, family, targets)
+def test_gradients_of_every_family(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    bundle = export_tiny(tmp_path, family)
     dataset = random_dataset(VOCABULARY)
-    run = config(grad_accum=2)
+    run = config(grad_accum=2, target_modules=targets)
     with (
         serving(BaseModel.from_model(tiny_model(family), "tiny")) as server,
         training(bundle, server.url, run, dataset) as trainer,
@@ -58,15 +58,37 @@ def test_gradients_of_every_family(family: str, targets: tuple[str, ...] | None,
     assert worst < GRADIENT_TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_training_equals_peft_with_torch_adamw(family: str, tmp_path: Path) -> None:
-    bundle = export_tiny(tmp_path, family)
-    dataset = random_dataset(VOCABULARY)
-    run = config(total_steps=12, optimizer={"weight_decay": 0.01, "schedule": "cosine", "warmup": 3})
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each exported once, whatever is trained with it."""
+    return {family: export_tiny(tmp_path_factory.mktemp(family), family) for family in ("llama", "gpt2", "cohere")}
+
+
+@pytest.mark.parametrize(("family", "targets", "blocks"), [
+    ("llama", (), ()),
+    ("llama", ("q_proj", "v_proj"), ()),
+    ("llama", ("all-linear",), ()),
+    ("llama", ("all-linear",), (1,)),
+    ("llama", ("self_attn.o_proj", "model.layers.0.mlp.down_proj"), (0,)),
+    ("gpt2", (), ()),
+    ("cohere", ("o_proj", "up_proj"), ()),  # q, k and v share up's input: with them, up's group runs before o
+])  # fmt: skip
+def test_training_equals_peft_with_torch_adamw(
+    bundles: dict[str, Path], family: str, targets: tuple[str, ...], blocks: tuple[int, ...]
+) -> None:
+    bundle, dataset = bundles[family], random_dataset(VOCABULARY)
+    run = config(
+        total_steps=12,
+        target_modules=targets,
+        blocks=blocks,
+        optimizer={"weight_decay": 0.01, "schedule": "cosine", "warmup": 3},
+    )
     with (
         serving(BaseModel.from_model(tiny_model(family), "tiny")) as server,
         training(bundle, server.url, run, dataset) as trainer,
     ):
+        wanted = load_manifest(bundle).defaults.target_modules if targets == () else targets
+        assert {adapter.name for adapter in trainer.adapters} == adapted_by_peft(family, wanted, blocks)
         model = reference.with_adapters(tiny_model(family), trainer.adapters, run.rank, run.lora_alpha)
         losses = [trainer.run_step().loss for _ in range(run.total_steps)]
         learning_rates = [trainer.optimizer.lr(step) for step in range(run.total_steps)]
@@ -83,6 +105,14 @@ def test_training_equals_peft_with_torch_adamw(family: str, tmp_path: Path) -> N
     for name, parameter in trainer.adapters.parameters().items():
         wanted = reference.parameter(model, name).detach().numpy()
         assert np.linalg.norm(parameter.value - wanted) < 1e-3 * np.linalg.norm(wanted)
+
+
+def adapted_by_peft(family: str, targets: tuple[str, ...], blocks: tuple[int, ...]) -> set[str]:
+    """The modules that PEFT itself gives an adapter."""
+    names = "all-linear" if targets == ("all-linear",) else list(targets)
+    wrapped = get_peft_model(tiny_model(family), LoraConfig(r=1, target_modules=names, task_type="CAUSAL_LM"))
+    adapted = {name for name, module in wrapped.base_model.model.named_modules() if isinstance(module, LoraLayer)}
+    return {name for name in adapted if not blocks or any(f".{block}." in name for block in blocks)}
 
 
 @pytest.mark.parametrize("kill_revive", [{}, {"active_fraction": 0.5, "warmup_steps": 2, "kill_every": 2}])

@@ -60,7 +60,7 @@ def expected(
     trainer: Trainer, batches: Sequence[MicroBatch], units: Sequence[int], *, train: bool = True
 ) -> Traffic:
     """The formula, for a model whose groups follow one another."""
-    groups = trainer.bundle.manifest.groups
+    groups = trainer.groups
     states = {group: units[index] for index, unit in enumerate(trainer.adapters.units) for group in unit.groups}
     live = [group for group in range(len(groups)) if states[group] != UnitState.KILLED]
     active = [group for group in live if states[group] == UnitState.ACTIVE]

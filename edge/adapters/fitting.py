@@ -39,8 +39,8 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
         wanted = widths.get(name)
         if wanted is None:
             raise CheckpointError(
-                f"the adapter{of} has {name}, which is no target module of this bundle; take an adapter of the "
-                "bundle's base model, or export a bundle with its --target-modules"
+                f"the adapter{of} has {name}, which has no adapter here; take an adapter of the bundle's base model, "
+                "or train all of its modules (--target-modules, --blocks)"
             )
         found = (module.lora_A.shape[1], module.lora_B.shape[0])
         if found != wanted:

@@ -9,6 +9,7 @@ from dlora.edge.adapters.peft import load_adapter
 from dlora.protocol.adapters import AdapterSpec, parameter_count
 from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import MANIFEST_NAME, load_manifest
+from dlora.protocol.targets import choose_groups, module_names, number_ranges
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
     manifest = load_manifest(path)
-    base = manifest.base_model
+    base, defaults, groups = manifest.base_model, manifest.defaults, choose_groups(manifest)
     return {
         "kind": "bundle",
         "base_model": base.name,
@@ -35,11 +36,12 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "vocabulary_size": base.vocabulary_size,
         "max_sequence_length": base.max_sequence_length,
         "fingerprint": base.fingerprint,
-        "r": manifest.lora.r,
-        "lora_alpha": manifest.lora.lora_alpha,
-        "target_modules": ", ".join(manifest.lora.target_modules),
-        "exchange_groups": len(manifest.groups),
-        "adapter_parameters": parameter_count(AdapterSpec(r=manifest.lora.r), manifest.groups),
+        "can_be_trained": ", ".join(module_names(manifest.groups)),
+        "default_target_modules": ", ".join(defaults.target_modules),
+        "default_r": defaults.r,
+        "default_lora_alpha": defaults.lora_alpha,
+        "exchange_groups": f"{len(groups)} by default, of {len(manifest.groups)}",
+        "adapter_parameters": parameter_count(AdapterSpec(r=defaults.r), groups),
         "head_dtype": manifest.head.dtype,
         "graphs": len(manifest.graphs),
         "engines": ", ".join(manifest.engines),
@@ -51,25 +53,14 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
     loaded = load_adapter(path)
-    blocks = sorted({int(part) for name in loaded.modules for part in name.split(".") if part.isdecimal()})
+    blocks = {int(part) for name in loaded.modules for part in name.split(".") if part.isdecimal()}
     return {
         "kind": "PEFT LoRA adapter",
         "r": loaded.r,
         "lora_alpha": loaded.lora_alpha,
         "base_model": loaded.base_model_name,
         "modules": len(loaded.modules),
-        "blocks": _ranges(blocks),
+        "blocks": number_ranges(blocks),
         "parameters": sum(module.lora_A.size + module.lora_B.size for module in loaded.modules.values()),
         "checkpoints": len(list(path.glob("checkpoints/checkpoint-*.safetensors"))),
     }
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``"0-2, 5"``, as ``--pin`` takes it."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -9,6 +9,7 @@ from typing import Final
 
 from dlora.protocol.adapters import AdapterSpec, crossings, parameter_count
 from dlora.protocol.manifest import Manifest, StoredDtype
+from dlora.protocol.targets import choose_groups
 
 RUNTIME_MB: Final = 100  # Python, the engine and its graphs, and one slab of the head
 USUAL_TOKENS: Final = 256
@@ -19,7 +20,7 @@ _STATE_COPIES: Final = 4  # of an adapter: value, gradient and two moments
 
 
 def training_mb(manifest: Manifest, tokens: int = USUAL_TOKENS, head_dtype: StoredDtype | None = None) -> float:
-    """Peak of a run with all adapters active, in MB of 10**6 bytes, mapped weights included.
+    """Peak of a run of the bundle's default modules, all active, in MB of 10**6 bytes, mapped weights included.
 
     Args:
         tokens: of a micro-batch, all of them labelled.
@@ -41,7 +42,7 @@ def tokens_that_fit(manifest: Manifest, available_mb: float) -> int:
 
 def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype) -> float:
     base = manifest.base_model
-    adapters = parameter_count(AdapterSpec(r=manifest.lora.r), manifest.groups)
+    adapters = parameter_count(AdapterSpec(r=manifest.defaults.r), choose_groups(manifest))
     # The embedding's pages go before the head's come. Row scales are a word of fp32 each.
     head = base.vocabulary_size * (base.hidden_size * STORED_DTYPES[head_dtype] + 4 * (head_dtype == "int8"))
     return RUNTIME_MB * 1e6 + adapters * 4 * _STATE_COPIES + head
@@ -50,7 +51,8 @@ def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype) -> float:
 def _token_bytes(manifest: Manifest) -> int:
     """Bytes of memory for each token of a micro-batch."""
     # Until backward a group's input is kept as it came, and z of each of its target modules.
-    rank, widths = manifest.lora.r, crossings(AdapterSpec(r=manifest.lora.r), manifest.groups)
+    rank = manifest.defaults.r
+    widths = crossings(AdapterSpec(r=rank), choose_groups(manifest))
     kept = sum(each.input_width * _WIRE_BYTES + 4 * rank * len(each.output_widths) for each in widths)
     widest = max(each.input_width + sum(each.output_widths) for each in widths)
     return kept + 4 * _COPIES * (widest + manifest.base_model.hidden_size)

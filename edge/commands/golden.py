@@ -73,12 +73,11 @@ def _input(bundle: Bundle, golden: dict[str, Array], spec: GraphSpec, name: str)
     if key in golden:
         return golden[key]
     # The base model's weights are too large to stand in the golden file again.
-    manifest = bundle.manifest
-    files = {
-        "weight": manifest.embedding.weight if spec.kind == "embedding" else manifest.head.weight,
-        "row_scales": manifest.head.row_scales,
-        "bias": manifest.head.bias,
-    }
+    head, files = bundle.manifest.head, dict[str, str | None]()
+    if spec.kind == "embedding":
+        files = {"weight": bundle.manifest.embedding.weight}
+    elif spec.kind.startswith("head_"):
+        files = {"weight": head.weight, "row_scales": head.row_scales, "bias": head.bias}
     file = files.get(name)
     if file is None:
         raise BundleError(f"{bundle.path} has no golden vector {key}; export it again")

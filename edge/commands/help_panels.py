@@ -12,7 +12,7 @@ PANELS: Final = {
     "Data": ("eval_data", "columns", "max_length", "too_long"),
     "Training": (
         "epochs", "steps", "batch_size", "grad_accum", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm",
-        "rank", "alpha", "init_adapter", "seed",
+        "rank", "alpha", "target_modules", "blocks", "init_adapter", "seed",
     ),
     "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience"),
     "Connection": (

@@ -60,6 +60,11 @@ def train(
     ] = 0.03,
     weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.", min=0.0, max=1e3)] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.", min=0.0)] = 1.0,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(help="What gets adapters: names, separated by commas, or all-linear; the bundle's by default."),
+    ] = None,
+    blocks: Annotated[str, typer.Option(help="Adapters in these blocks only: 0,3,26-29.")] = "",
     rank: Annotated[int | None, typer.Option(help="LoRA rank; the bundle's by default.", min=1, max=MAX_RANK)] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha; the bundle's by default.")] = None,
     seed: Annotated[
@@ -142,7 +147,7 @@ def train(
     kr_spread: Annotated[
         bool, typer.Option(help="Keep active units apart along the depth.", rich_help_panel=KR)
     ] = True,
-    pin: Annotated[str, typer.Option(help="Units never killed: 0,3,26-29.", rich_help_panel=KR)] = "",
+    pin: Annotated[str, typer.Option(help="Units never killed: blocks 0,3,26-29.", rich_help_panel=KR)] = "",
     static_units: Annotated[str, typer.Option(help="The units of --kr-score static.", rich_help_panel=KR)] = "",
 ) -> None:
     """Fine-tune: data and adapters here, frozen blocks on the server.

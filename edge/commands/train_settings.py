@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,12 @@ from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.dialing import Liveness, check_url
 from dlora.edge.wire.identity import load_device_id
+from dlora.protocol.choices import UnitKind
 from dlora.protocol.errors import UsageError
-from dlora.protocol.groups import group_units
+from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig
 from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import choose_groups, number_ranges
 
 if TYPE_CHECKING:
     from dlora.edge.data.examples import Dataset
@@ -46,7 +49,8 @@ def run_train(settings: RunSettings, *, resume: bool, reporter: Reporter) -> dic
     )
     check_url(settings.server)
     bundle = Bundle.open(Path(settings.bundle))
-    kill_revive = _kill_revive(settings, bundle.manifest)
+    names, blocks = _target_modules(settings), parse_numbers(settings.blocks, "--blocks", "blocks")
+    kill_revive = _kill_revive(settings, choose_groups(bundle.manifest, names, blocks))
     dataset, held_out = _load(settings, bundle, reporter)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, total_steps, train
@@ -63,7 +67,7 @@ def run_train(settings: RunSettings, *, resume: bool, reporter: Reporter) -> dic
         bundle=bundle,
         server=settings.server,
         dataset=dataset,
-        config=_config(settings, bundle.manifest, kill_revive, steps),
+        config=_config(settings, bundle.manifest, kill_revive, steps, names, blocks),
         out=Path(settings.out),
         settings=settings,
         eval_dataset=held_out,
@@ -111,7 +115,15 @@ def _check(settings: RunSettings) -> None:
         raise UsageError("--active-fraction 0 would train nothing; choose a share above 0, or 1 for all")
 
 
-def _kill_revive(settings: RunSettings, manifest: Manifest) -> KillReviveConfig:
+def _target_modules(settings: RunSettings) -> tuple[str, ...]:
+    names = [name.strip() for name in (settings.target_modules or "").split(",")]
+    given = tuple(dict.fromkeys(filter(None, names)))
+    if settings.target_modules is not None and not given:
+        raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
+    return given
+
+
+def _kill_revive(settings: RunSettings, groups: Sequence[GroupSpec]) -> KillReviveConfig:
     config = KillReviveConfig(
         active_fraction=settings.active_fraction,
         score=settings.kr_score,
@@ -126,22 +138,31 @@ def _kill_revive(settings: RunSettings, manifest: Manifest) -> KillReviveConfig:
         on_kill=settings.kr_on_kill,
         cost_aware=settings.kr_cost_aware,
         spread=settings.kr_spread,
-        pinned=parse_units(settings.pin, "--pin"),
-        static=parse_units(settings.static_units, "--static-units"),
+        pinned=_units(settings.pin, "--pin", settings.kr_unit, groups),
+        static=_units(settings.static_units, "--static-units", settings.kr_unit, groups),
     )
     # Before data is read and a server is asked.
-    check_units(config, len(group_units(manifest.groups, config.unit)))
+    check_units(config, len(group_units(groups, config.unit)))
     return config
 
 
-def _config(settings: RunSettings, manifest: Manifest, kill_revive: KillReviveConfig, steps: int) -> TrainConfig:
+def _config(
+    settings: RunSettings,
+    manifest: Manifest,
+    kill_revive: KillReviveConfig,
+    steps: int,
+    target_modules: tuple[str, ...],
+    blocks: tuple[int, ...],
+) -> TrainConfig:
     return TrainConfig(
         total_steps=steps,
         batch_size=settings.batch_size,
         grad_accum=settings.grad_accum,
         seed=() if settings.seed is None else (settings.seed,),
-        rank=settings.rank or manifest.lora.r,
-        lora_alpha=settings.alpha if settings.alpha is not None else manifest.lora.lora_alpha,
+        rank=settings.rank or manifest.defaults.r,
+        lora_alpha=settings.alpha if settings.alpha is not None else manifest.defaults.lora_alpha,
+        target_modules=target_modules,
+        blocks=blocks,
         wire_dtype=settings.wire_dtype,
         optimizer=OptimizerConfig(
             lr=settings.lr,
@@ -165,13 +186,30 @@ def _load(settings: RunSettings, bundle: Bundle, reporter: Reporter) -> tuple[Da
     return datasets[0], datasets[1] if len(datasets) > 1 else None
 
 
-def parse_units(text: str, option: str) -> tuple[int, ...]:
-    """``"0,3,26-29"`` to ``(0, 3, 26, 27, 28, 29)``. Raises ``UsageError``."""
-    units: set[int] = set()
+def _units(text: str, option: str, kind: UnitKind, groups: Sequence[GroupSpec]) -> tuple[int, ...]:
+    """The units that the user names: a block by its number in the base model, a group by its place among the trained.
+
+    Raises ``UsageError`` for a block that is not trained.
+    """
+    numbers = parse_numbers(text, option, "units")
+    if kind == "group":
+        return numbers
+    blocks = sorted({group.block for group in groups})
+    for number in numbers:
+        if number not in blocks:
+            raise UsageError(f"{option}: block {number} is not trained; blocks {number_ranges(blocks)} are")
+    return tuple(blocks.index(number) for number in numbers)
+
+
+def parse_numbers(text: str, option: str, what: str) -> tuple[int, ...]:
+    """``"0,3,26-29"`` to ``(0, 3, 26, 27, 28, 29)``; ``what`` they number is for the ``UsageError`` that it raises."""
+    found: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         first, dash, last = part.partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < MAX_UNITS):
-            raise UsageError(f"{option} {text!r}: write units as 0,3,26-29")
-        units.update(range(int(first), int(last) + 1))
-    return tuple(sorted(units))
+            raise UsageError(f"{option} {text!r}: write {what} as 0,3,26-29")
+        found.update(range(int(first), int(last) + 1))
+    if text and not found:
+        raise UsageError(f"{option} {text!r}: write {what} as 0,3,26-29, or leave it out")
+    return tuple(sorted(found))

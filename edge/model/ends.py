@@ -93,5 +93,5 @@ class Head:
     def _graph(self, kind: str) -> Graph:
         # Loaded when first used: a run that never generates never pays for its graph.
         if kind not in self._graphs:
-            self._graphs[kind] = self._engine.load(kind)  # type: ignore[arg-type]
+            self._graphs[kind] = self._engine.load(kind)
         return self._graphs[kind]

@@ -22,6 +22,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import DataError, NonFiniteError, RemoteProtocolError
+from dlora.protocol.targets import groups_of
 from dlora.protocol.wire_codecs import Codecs
 
 from .session import ModelSession
@@ -71,13 +72,10 @@ def open_model(
     """A split model with a saved adapter, or none; blocks without an adapter do not exchange."""
     manifest = bundle.manifest
     loaded = load_adapter(adapter) if adapter else None
-    names = set(loaded.modules) if loaded else set()
-    live = [index for index, group in enumerate(manifest.groups) if names & {t.name for t in group.targets}]
-    groups = tuple(manifest.groups[index] for index in live)
-    rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.lora.r
-    adapters = AdapterSet.create(
-        AdapterSpec(r=rank), groups, scaling=manifest.lora.lora_alpha / rank, seed=(0,), unit="group", kill_every=1
-    )
+    groups = groups_of(manifest, loaded.modules) if loaded else ()
+    rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.defaults.r
+    scaling = manifest.defaults.lora_alpha / rank
+    adapters = AdapterSet.create(AdapterSpec(r=rank), groups, scaling=scaling, seed=(0,), unit="group", kill_every=1)
     if loaded is not None:
         load_weights(adapters, loaded)
     runs, codecs = make_engine(bundle, engine, threads), Codecs.all(wire_dtype)

@@ -59,7 +59,7 @@ def run_line(
     config: TrainConfig, manifest: Manifest, dataset: Dataset, evaluations: Evaluations | None, next_step: int
 ) -> str:
     """Steps, epochs, what is trained, and about how many MB will cross the wire."""
-    units = len(group_units(manifest.groups, config.kill_revive.unit))
+    units = len(group_units(config.groups(manifest), config.kill_revive.unit))
     per_epoch = -(-len(dataset) // (config.batch_size * config.grad_accum))
     active = config.kill_revive.budget_floor(units)
     what = f"all {units} {config.kill_revive.unit}s active" if active == units else f"{active} of {units} active"
@@ -106,7 +106,8 @@ def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_
     units as the schedule lets be active. Units that fade, and evaluations, come on top."""
     steps = range(next_step, config.total_steps)
     share = _active_share(config, manifest, steps)
-    none, everything = (_mean_bytes(config, manifest, dataset, live) for live in ((), range(len(manifest.groups))))
+    everyone = range(len(config.groups(manifest)))
+    none, everything = (_mean_bytes(config, manifest, dataset, live) for live in ((), everyone))
     return len(steps) * (none + share * (everything - none)) / 1e6
 
 
@@ -114,7 +115,7 @@ def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: Evaluat
     """What all evaluations from ``next_step`` on will put on the wire, in MB of 10**6 bytes, likewise."""
     none, everything = (
         _mean_bytes(config, manifest, evaluations.dataset, live, grad_accum=1, trains=False)
-        for live in ((), range(len(manifest.groups)))
+        for live in ((), range(len(config.groups(manifest))))
     )
     micro_batches = -(-len(evaluations.dataset) // config.batch_size)
     return sum(
@@ -125,7 +126,7 @@ def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: Evaluat
 
 def _active_share(config: TrainConfig, manifest: Manifest, steps: range) -> float:
     """Mean share of the units that are active in these steps."""
-    units = len(group_units(manifest.groups, config.kill_revive.unit))
+    units = len(group_units(config.groups(manifest), config.kill_revive.unit))
     schedule = Schedule(config.kill_revive, units, config.steps)
     if schedule.is_fixed:
         return schedule.floor / units
@@ -149,7 +150,7 @@ def _mean_bytes(
     micro_batches = -(-sequences // config.batch_size)
     share = sequences / micro_batches
     traffic: Traffic = micro_batch_traffic(
-        crossings(config.adapter, manifest.groups),
+        crossings(config.adapter, config.groups(manifest)),
         live=live,
         graded=live if trains else (),
         answered=live[1:] if trains else (),

@@ -180,7 +180,7 @@ def _settled(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfig:
 
 def _say_what_it_will_do(run: TrainRun, first_step: int, reporter: Reporter) -> None:
     reporter.say(run_line(run.config, run.bundle.manifest, run.dataset, _evaluations(run), first_step))
-    for line in kill_revive_lines(run.config, run.bundle.manifest.groups):
+    for line in kill_revive_lines(run.config, run.config.groups(run.bundle.manifest)):
         reporter.say(line)
 
 

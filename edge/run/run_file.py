@@ -55,6 +55,8 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_grad_norm: Amount
     rank: Count | None
     alpha: float | None
+    target_modules: str | None
+    blocks: str
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] | None
     init_adapter: FilePath | None
     save_every: Count

@@ -12,8 +12,10 @@ from dlora.edge.seeds import Seed
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import CheckpointError, UsageError
+from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import choose_groups
 
 from .optimizer import OptimizerConfig
 
@@ -28,6 +30,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
         batch_size: sequences of a micro-batch; grad_accum: micro-batches of a step.
         kind: of the adapters, a name of ``dlora.protocol.adapters.KINDS``.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
+        target_modules, blocks: which modules get adapters, as ``choose_groups`` reads them; empty: the bundle's
+            default, and all blocks.
     """
 
     total_steps: int
@@ -38,6 +42,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = "lora"
     rank: int
     lora_alpha: float
+    target_modules: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
     wire_dtype: WireDtype
     optimizer: OptimizerConfig
     kill_revive: KillReviveConfig
@@ -50,6 +56,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def scaling(self) -> float:
         return self.lora_alpha / self.rank
+
+    def groups(self, manifest: Manifest) -> tuple[GroupSpec, ...]:
+        """The exchange groups that are trained. Raises ``UsageError`` where the bundle has none of that kind."""
+        return choose_groups(manifest, self.target_modules, self.blocks)
 
     @property
     def steps(self) -> int:
@@ -86,8 +96,8 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """What makes a run's bits. A checkpoint goes on only with the same.
 
     Attributes:
-        base_model: fingerprint; head: how the LM head is stored; groups: SHA-256 of the exchange groups; data:
-            fingerprint of the training data.
+        base_model: fingerprint; head: how the LM head is stored; groups: SHA-256 of the exchange groups that are
+            trained, whatever words ``config`` has for them; data: fingerprint of the training data.
     """
 
     config: TrainConfig
@@ -98,7 +108,7 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: TrainConfig, manifest: Manifest, data: str) -> RunIdentity:
-        groups = hashlib.sha256(msgspec.json.encode(manifest.groups, order="deterministic")).hexdigest()
+        groups = hashlib.sha256(msgspec.json.encode(config.groups(manifest), order="deterministic")).hexdigest()
         return cls(
             config=config,
             base_model=manifest.base_model.fingerprint,
@@ -110,10 +120,14 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     def differences(self, other: RunIdentity) -> list[str]:
         """What ``other`` has otherwise, for people: the option, what it is here and what it is there."""
         mine, theirs = _flat(msgspec.to_builtins(self)), _flat(msgspec.to_builtins(other))
+        differ = [name for name in mine if mine[name] != theirs[name]]
+        if "groups" in differ:
+            differ = [name for name in differ if name not in _UNITS]
+        if not _WORDS.isdisjoint(differ):
+            differ.remove("groups")
         return [
-            _WHOLE.get(name) or f"{_option(name)} {_shown(mine[name])}, not {_shown(theirs[name])}"
-            for name in mine
-            if mine[name] != theirs[name]
+            _WHOLE.get(name) or f"{_option(name)} {_shown(name, mine[name])}, not {_shown(name, theirs[name])}"
+            for name in differ
         ]
 
 
@@ -122,6 +136,9 @@ def check_identity(mine: RunIdentity, theirs: RunIdentity, out: Path = Path("DIR
     if mine.config.part_begins == theirs.config.total_steps:
         ends = {"part_begins": mine.config.part_begins, "total_steps": mine.config.total_steps}
         theirs = msgspec.structs.replace(theirs, config=msgspec.structs.replace(theirs.config, **ends))
+    if mine.groups == theirs.groups:  # the same modules, perhaps in other words
+        words = {"target_modules": mine.config.target_modules, "blocks": mine.config.blocks}
+        theirs = msgspec.structs.replace(theirs, config=msgspec.structs.replace(theirs.config, **words))
     if mine != theirs:
         raise CheckpointError(
             f"the run that the checkpoint is of has {'; '.join(theirs.differences(mine))}. Go on with the same: "
@@ -129,11 +146,16 @@ def check_identity(mine: RunIdentity, theirs: RunIdentity, out: Path = Path("DIR
         )
 
 
+_WORDS: Final = frozenset({"config.target_modules", "config.blocks"})  # for what ``groups`` is the digest of
+_UNITS: Final = frozenset({"config.kill_revive.pinned", "config.kill_revive.static"})  # which ones depends on groups
 # Digests say nothing to people.
 _WHOLE: Final = {
     "config.seed": "another --seed",  # and it stays untold
+    # Counted among the units that are trained, which are not the numbers that the user gave.
+    "config.kill_revive.pinned": "another --pin",
+    "config.kill_revive.static": "another --static-units",
     "base_model": "another base model",
-    "groups": "other target modules (--bundle)",
+    "groups": "other target modules (--target-modules, --blocks; or another default in --bundle)",
     "data": "other training data (--data, --max-length, --too-long)",
 }
 _OPTIONS: Final = {
@@ -141,9 +163,8 @@ _OPTIONS: Final = {
     "config.total_steps": "--steps (or what --epochs came to)",
     "config.lora_alpha": "--alpha",
     "config.kill_revive.active_fraction": "--active-fraction",
-    "config.kill_revive.pinned": "--pin",
-    "config.kill_revive.static": "--static-units",
 }
+_OPEN: Final = {"config.target_modules": "(the bundle's)", "config.blocks": "(all)"}
 
 
 def _option(name: str) -> str:
@@ -162,7 +183,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value)) or "(none)"
+        return ",".join(map(str, value)) or _OPEN.get(name, "(none)")
     return str(value)

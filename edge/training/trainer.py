@@ -65,6 +65,7 @@ class Trainer:
         window: how many micro-batches of a step may be under way at a time.
 
     Attributes:
+        groups: the exchange groups that are trained.
         steps_rerun: how often a step was run again, because its session was lost before it was committed.
     """
 
@@ -84,9 +85,10 @@ class Trainer:
         self.bundle = bundle
         self.config = config
         self.connection = connection
+        self.groups = config.groups(manifest)
         self.adapters = AdapterSet.create(
             config.adapter,
-            manifest.groups,
+            self.groups,
             scaling=config.scaling,
             seed=config.seed,
             unit=config.kill_revive.unit,
@@ -223,7 +225,7 @@ class Trainer:
             r=self.config.rank,
             lora_alpha=self.config.lora_alpha,
             base_model_name=self.bundle.manifest.base_model.name,
-            target_modules=list(self.bundle.manifest.lora.target_modules),
+            target_modules=self.config.target_modules or self.bundle.manifest.defaults.target_modules,
             fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
         )
 

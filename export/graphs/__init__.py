@@ -1,1 +1,4 @@
-"""The graphs of a bundle: ONNX text, torch modules, numpy references."""
+"""The graphs of a bundle, one file a family of kinds: ONNX text, torch module and reference together.
+
+``registry.py`` lists the families. A new kind is one file here and one line there.
+"""

@@ -1,12 +1,13 @@
-"""A training graph: an ONNX model written as text, with every weight and state among its inputs."""
+"""A training graph in its two forms, ONNX text and torch module, with every weight and state among its inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 import onnx
+from torch import nn
 
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import GraphKind, TensorSpec
@@ -21,14 +22,16 @@ class TrainingGraph:
     """One graph of the bundle.
 
     Attributes:
-        key: widths that tell graphs of one kind apart (``"576x192"``), else empty.
         body: its nodes, in ONNX's textual syntax.
+        module: makes its torch form, of which ExecuTorch programs are made: the same inputs in the same order.
+        key: widths that tell graphs of one kind apart (``"576x192"``), else empty.
     """
 
     kind: GraphKind
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     body: str
+    module: Callable[[], nn.Module]
     key: str = ""
 
     @property

@@ -20,12 +20,12 @@ from dlora.protocol.errors import BundleError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.manifest import (
     MANIFEST_NAME,
+    AdapterDefaults,
     BaseModelSpec,
     EmbeddingSpec,
     FileSpec,
     GraphSpec,
     HeadSpec,
-    LoraSpec,
     Manifest,
     TensorSpec,
     TokenizerSpec,
@@ -108,7 +108,7 @@ def manifest_of(files: dict[str, bytes]) -> bytes:
             max_sequence_length=8,
             parameters=99,
         ),
-        lora=LoraSpec(2, 8.0, ("q_proj",)),
+        defaults=AdapterDefaults(2, 8.0, ("q_proj",)),
         groups=(GroupSpec(0, 4, (TargetSpec("layers.0.q_proj", 4),)),),
         embedding=EmbeddingSpec(WEIGHT, "fp16"),
         head=HeadSpec(weight=WEIGHT, dtype="fp16", tied=True),

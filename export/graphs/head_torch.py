@@ -1,4 +1,5 @@
-"""The head's training graphs as torch modules with explicit gradients, for ExecuTorch; ``head_graph`` has the formulas.
+"""The head's training graphs as torch modules with explicit gradients, for ExecuTorch, and what all must compute, by
+autograd. ``head.py`` has the formulas and the ONNX text.
 
 Neither the logits nor a widened weight ever exist whole. The vocabulary is walked over in slabs: each is widened,
 multiplied, and folded into a running softmax, that of online softmax (Milakov and Gimelshein, arXiv 1805.02867) with
@@ -15,13 +16,22 @@ for ExecuTorch has none, and its planner gives all slabs the same memory.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .head_graph import HeadShape
+from dlora.cloud.model.base_model import HeadEnd
+from dlora.protocol.manifest import GraphKind
 
+from .arrays import Arrays, Inputs, to_floats
+
+if TYPE_CHECKING:
+    from .head import HeadShape
+
+REFERENCE_SLAB_VALUES: Final = 1 << 24  # of a weight: 128 MB in float64
 SLABS: Final = 24  # each is ten operators, and export takes a second for thirty
 LEAST_ROWS: Final = 512  # of the vocabulary; less would be work for the interpreter only
 
@@ -147,3 +157,42 @@ class HeadLogits(_Head):
             wide = self.wide(weight, start, end)
             parts.append(self.logits(wide, scales, None if bias is None else bias[start:end], hidden)[0])
         return torch.cat(parts, 1)
+
+
+def reference(
+    inputs: Inputs, end: HeadEnd, kind: GraphKind, dtype: torch.dtype = torch.float64, stored: bool = False
+) -> Arrays:
+    """The base model's head: with its own weight, or with the ``stored`` one, which may be rounded.
+
+    Instead of ``predictions`` there are the ``logits`` that they come from.
+    """
+    hidden = torch.from_numpy(np.array(inputs["hidden_states"])).to(dtype).requires_grad_(kind == "head_train")
+    weight = torch.from_numpy(np.asarray(inputs["weight"])) if stored else end.weight
+    scales = torch.from_numpy(np.asarray(inputs["row_scales"])) if stored and "row_scales" in inputs else None
+    size = max(1, REFERENCE_SLAB_VALUES // weight.shape[1])
+    # A weight of 262,144 rows is large enough as it is: it is widened slab by slab, again for the gradient.
+    products = [
+        checkpoint(
+            _product,
+            hidden,
+            weight[start : start + size],
+            None if scales is None else scales[start : start + size],
+            use_reentrant=False,
+        )
+        for start in range(0, len(weight), size)
+    ]
+    logits = end.logits(torch.cat(products, dim=1))
+    if kind == "head_logits":
+        return to_floats(logits=logits)
+    losses = nn.functional.cross_entropy(
+        logits, torch.from_numpy(np.asarray(inputs["labels"], np.int64)), reduction="none"
+    )
+    if kind == "head_loss":
+        return to_floats(losses=losses, logits=logits)
+    (grad,) = torch.autograd.grad(losses.sum() * float(inputs["grad_scale"]), hidden)
+    return to_floats(losses=losses, grad_hidden_states=grad)
+
+
+def _product(hidden: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
+    wide = weight.to(hidden.dtype)
+    return hidden @ (wide if scales is None else wide * scales.to(hidden.dtype)[:, None]).T

@@ -18,18 +18,38 @@ arXiv 2411.09009)::
 
 so that loss = peak + log(total) - logits[label], and dh needs pulled / total and W[label] alone. A weight is read and
 widened once a call, whatever the rows. The first slab takes what the others leave over, and stands before the Scan: it
-starts the running values.
+starts the running values. ``head_torch.py`` has the same for ExecuTorch, and the reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Literal
 
-from dlora.protocol.manifest import StoredDtype, TensorSpec
+import numpy as np
+import numpy.typing as npt
+import torch
 
+from dlora.cloud.model.base_model import HeadEnd
+from dlora.protocol.errors import ExportError
+from dlora.protocol.manifest import HeadSpec, StoredDtype, TensorSpec
+
+from .arrays import Arrays
 from .graph import TrainingGraph
+from .head_torch import HeadLogits, HeadLoss, HeadTrain, reference
+from .tolerances import Rounding, allowed
+from .trial import Materials, Trial, Tried
 
+KINDS: Final = ("head_train", "head_loss", "head_logits")
+ROUNDING: Final[dict[StoredDtype, dict[str, float]]] = {
+    # What a rounded weight may change; the loss sees it only in the mean, but the gradient in every row.
+    "fp32": {"losses": 0.0, "grad_hidden_states": 0.0, "logits": 0.0},
+    "fp16": {"losses": 1e-3, "grad_hidden_states": 2e-3, "logits": 1e-3},
+    "int8": {"losses": 2e-2, "grad_hidden_states": 5e-2, "logits": 5e-2},
+}
+LOGITS_ROWS: Final = 2  # logits are wide, and golden vectors travel with every bundle
 SLAB_VALUES: Final = 1024 * 576  # of the weight: 2.4 MB when wide, which a core's caches still hold
 CALL_ROWS: Final = 128  # reading and widening the weight once a call is then an eighth of the work
 LEAST_SLABS: Final = 4  # a tiny vocabulary is cut as well, or its tests would test nothing
@@ -47,6 +67,13 @@ class HeadShape:
     bias: bool
     logit_scale: float
     softcap: float | None
+
+    @classmethod
+    def of(cls, end: HeadEnd, spec: HeadSpec) -> HeadShape:
+        """Of a base model's head, as a bundle stores it."""
+        vocabulary_size, hidden_size = end.weight.shape
+        bias = end.bias is not None
+        return cls(vocabulary_size, hidden_size, spec.dtype, bias, spec.logit_scale, spec.softcap)
 
     @property
     def slab(self) -> int:
@@ -78,15 +105,21 @@ def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
         inputs=(*weights, hidden, labels, grad_scale),
         outputs=(losses, grad),
         body=_constants(head) + _of_labels(head) + _walk(head, "pulled") + _LOSS + _gradient(head),
+        module=partial(HeadTrain, head),
     )
     loss = TrainingGraph(
         "head_loss",
         inputs=(*weights, hidden, labels),
         outputs=(losses, predictions),
         body=_constants(head) + _of_labels(head) + _walk(head, "best") + _LOSS + _PREDICTIONS,
+        module=partial(HeadLoss, head),
     )
     just_logits = TrainingGraph(
-        "head_logits", inputs=(*weights, hidden), outputs=(logits,), body=_constants(head) + _all_logits(head)
+        "head_logits",
+        inputs=(*weights, hidden),
+        outputs=(logits,),
+        body=_constants(head) + _all_logits(head),
+        module=partial(HeadLogits, head),
     )
     return train, loss, just_logits
 
@@ -255,3 +288,51 @@ def _all_logits(head: HeadShape) -> str:
         most = Reshape (by_row, most_shape)
         logits = Concat <axis = 1> (first_logits, most)
     """
+
+
+def head_trials(
+    graph: TrainingGraph, end: HeadEnd, weights: Arrays, hidden_states: npt.NDArray[np.float32]
+) -> Iterator[Trial]:
+    """Hidden states of the base model; labels are random.
+
+    The graph's arithmetic is judged with the weight that it is given. What the rounding of that weight changes comes on
+    top and has bounds of its own, ``ROUNDING``; the golden vectors have the base model's weight.
+    """
+    random = np.random.default_rng(1)
+    values: Arrays = {
+        **weights,
+        "hidden_states": hidden_states,
+        "labels": random.integers(0, len(end.weight), len(hidden_states)),
+        "grad_scale": np.array(0.125, np.float32),
+    }
+    inputs = {spec.name: values[spec.name] for spec in graph.inputs}
+    dtype: StoredDtype = graph.inputs[0].dtype  # type: ignore[assignment]
+    golden = reference(inputs, end, graph.kind)
+    exact = golden if dtype == "fp32" else reference(inputs, end, graph.kind, stored=True)
+    single = reference(inputs, end, graph.kind, torch.float32, stored=dtype != "fp32")
+    tolerances = allowed(exact, single)
+    choose = None
+    if graph.kind == "head_loss":  # logits are no output of it, but say which predictions are right
+        choose = partial(_predictions, exact["logits"], tolerances["logits"])
+        golden, exact = ({"losses": each["losses"]} for each in (golden, exact))
+    yield Trial(inputs, exact, tolerances, Rounding(dtype, golden, ROUNDING[dtype]), choose)
+
+
+def _predictions(logits: npt.NDArray[np.generic], tolerance: float, found: Mapping[str, Arrays]) -> Arrays:
+    """The tokens that all engines predict. Of two that are as good as equal, the graph's own choice is golden."""
+    first = next(iter(found.values()))["predictions"]
+    for name, outputs in found.items():
+        tokens = outputs["predictions"]
+        chosen = np.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+        worse = float((logits.max(axis=1) - chosen).max() / np.abs(logits).max())
+        if not worse <= tolerance or not np.array_equal(tokens, first):
+            raise ExportError(f"the graph head_loss predicts other tokens on {name} than elsewhere: a bug in dlora")
+    return {"predictions": first}
+
+
+def make(materials: Materials) -> Iterator[Tried]:
+    """The three graphs of the head."""
+    end, hidden_states = materials.head, materials.hidden_states
+    for graph in head_graphs(HeadShape.of(end, materials.head_spec)):
+        rows = LOGITS_ROWS if graph.kind == "head_logits" else len(hidden_states)
+        yield graph, head_trials(graph, end, materials.head_weights, hidden_states[:rows])

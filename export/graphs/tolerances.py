@@ -13,20 +13,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from dlora.export.graphs.reference import Arrays
 from dlora.protocol.manifest import StoredDtype
+
+from .arrays import Arrays
 
 FACTOR: Final = 4.0  # of torch's own error: another order of sums; up to 3 times was seen
 FLOOR: Final = 2e-6  # and 17 units in the last place besides, where torch happens to be nearly exact
 CEILING: Final = 1e-3  # whatever torch's own error is, more is no rounding
-ADAMW_TOLERANCE: Final = 2e-7  # about one unit in the last place, after 20 steps; nothing is added up
-EMBEDDING_TOLERANCES: Final[dict[str, float]] = {"fp32": 1e-7, "fp16": 1e-3}  # one product; the weight's rounding
-HEAD_ROUNDING: Final[dict[StoredDtype, dict[str, float]]] = {
-    # What a rounded weight may change; the loss sees it only in the mean, but the gradient in every row.
-    "fp32": {"losses": 0.0, "grad_hidden_states": 0.0, "logits": 0.0},
-    "fp16": {"losses": 1e-3, "grad_hidden_states": 2e-3, "logits": 1e-3},
-    "int8": {"losses": 2e-2, "grad_hidden_states": 5e-2, "logits": 5e-2},
-}
 
 
 @dataclass(frozen=True)

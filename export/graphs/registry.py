@@ -1,0 +1,34 @@
+"""All graphs of a bundle, family by family. A new family is a file of this folder and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, Protocol
+
+from . import adamw, embedding, head, lora
+from .trial import Materials, Tried
+
+
+class Family(Protocol):
+    """What a file of a family of graphs offers.
+
+    Attributes:
+        KINDS: the kinds of its graphs, as ``graphs`` of a manifest names them.
+    """
+
+    @property
+    def KINDS(self) -> tuple[str, ...]: ...
+
+    def make(self, materials: Materials, /) -> Iterator[Tried]:
+        """Its graphs of one base model, each with its trials."""
+        ...
+
+
+FAMILIES: Final[tuple[Family, ...]] = (lora, adamw, embedding, head)
+KINDS: Final = tuple(kind for family in FAMILIES for kind in family.KINDS)
+
+
+def make_graphs(materials: Materials) -> Iterator[Tried]:
+    """Every graph of a bundle with its trials, in the order of the manifest."""
+    for family in FAMILIES:
+        yield from family.make(materials)

@@ -1,0 +1,97 @@
+"""Which of the modules that a bundle lists are trained: chosen by names, read as PEFT reads them, and by blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Final
+
+from .errors import UsageError
+from .groups import GroupSpec, TargetSpec
+from .manifest import Manifest
+
+ALL_LINEAR: Final = "all-linear"
+
+
+def choose_groups(
+    manifest: Manifest, target_modules: Sequence[str] = (), blocks: Collection[int] = ()
+) -> tuple[GroupSpec, ...]:
+    """The exchange groups of the chosen modules, in execution order. A group has its chosen modules only.
+
+    Args:
+        target_modules: a name selects the modules that it is, or that end in ``.`` and it; ``all-linear``, by itself,
+            all of the bundle; none: the bundle's default.
+        blocks: of these blocks only; none: of all.
+
+    Raises ``UsageError`` for a name or a block that selects nothing, and where nothing is left.
+    """
+    names = tuple(target_modules) or manifest.defaults.target_modules
+    _check_names(manifest, target_modules)
+    _check_blocks(manifest, blocks)
+    selected = _selected(manifest, names)
+    groups = _keep(manifest, lambda group, target: target.name in selected and (not blocks or group.block in blocks))
+    if not groups:
+        within = f" in the blocks {number_ranges(blocks)}" if blocks else ""
+        raise UsageError(f"the bundle has no module {', '.join(names)}{within}; {_offer(manifest.groups)}")
+    return groups
+
+
+def groups_of(manifest: Manifest, names: Collection[str]) -> tuple[GroupSpec, ...]:
+    """The exchange groups of the modules with these full names, in execution order, and of no others."""
+    return _keep(manifest, lambda _, target: target.name in names)
+
+
+def module_names(groups: Iterable[GroupSpec]) -> list[str]:
+    """The last parts of the names of all modules, each once, in alphabetical order."""
+    return sorted({target.name.rpartition(".")[2] for group in groups for target in group.targets})
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``"0-2,5"``, as options take them."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _keep(manifest: Manifest, is_chosen: Callable[[GroupSpec, TargetSpec], bool]) -> tuple[GroupSpec, ...]:
+    """Groups run in the order of their first module. Without that module, another group may be before them: where
+    attention and MLP share their input, its output projection runs between the two."""
+    places = iter(manifest.order or range(sum(len(group.targets) for group in manifest.groups)))
+    found: list[tuple[int, GroupSpec]] = []
+    for group in manifest.groups:
+        kept = [(next(places), target) for target in group.targets]
+        kept = [(place, target) for place, target in kept if is_chosen(group, target)]
+        if kept:
+            targets = tuple(target for _, target in kept)
+            found.append((kept[0][0], GroupSpec(group.block, group.in_features, targets)))
+    return tuple(group for _, group in sorted(found, key=lambda each: each[0]))
+
+
+def _selected(manifest: Manifest, names: Sequence[str]) -> set[str]:
+    """The full names of the modules that PEFT takes for these names."""
+    modules = {target.name for group in manifest.groups for target in group.targets}
+    if tuple(names) == (ALL_LINEAR,):
+        return modules
+    endings = tuple(f".{name}" for name in names)
+    return {module for module in modules if module.endswith(endings)} | modules.intersection(names)
+
+
+def _check_names(manifest: Manifest, target_modules: Sequence[str]) -> None:
+    for name in target_modules:
+        if not _selected(manifest, [name]) or (name == ALL_LINEAR and len(target_modules) > 1):
+            raise UsageError(f"the bundle has no module {name!r} that can be trained; {_offer(manifest.groups)}")
+
+
+def _check_blocks(manifest: Manifest, blocks: Collection[int]) -> None:
+    known = {group.block for group in manifest.groups}
+    if unknown := sorted(set(blocks) - known):
+        raise UsageError(
+            f"--blocks: the bundle has nothing to train in block {unknown[0]}; blocks are {number_ranges(known)}"
+        )
+
+
+def _offer(groups: Iterable[GroupSpec]) -> str:
+    return f"--target-modules can be: {', '.join([*module_names(groups), ALL_LINEAR])}"

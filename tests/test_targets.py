@@ -1,0 +1,124 @@
+"""Which modules of a bundle are trained: names as PEFT reads them, blocks, and the order in which groups run."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import msgspec
+import pytest
+from families import FAMILIES, MORE_FAMILIES, save_tiny, tiny_model
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.protocol.errors import UsageError
+from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
+from dlora.protocol.manifest import AdapterDefaults, Manifest
+from dlora.protocol.targets import choose_groups, groups_of, module_names, number_ranges
+
+FUSED = "layers.{}.attention.qkv"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    directory = tmp_path_factory.mktemp("targets")
+    save_tiny(directory / "model")
+    return export_bundle(ExportSettings(str(directory / "model"), directory / "bundle"))
+
+
+def names_of(groups: tuple[GroupSpec, ...]) -> list[str]:
+    return [target.name for group in groups for target in group.targets]
+
+
+def test_a_bundle_lists_all_that_can_be_trained(llama: Manifest) -> None:
+    base = BaseModel.from_model(tiny_model("llama"), "llama")
+    assert llama.groups == choose_groups(llama, ["all-linear"]) == base.groups(base.targets)
+    assert llama.defaults == AdapterDefaults(8, 16.0, ("q_proj", "v_proj"))
+    wanted = {(group.in_features, target.out_features) for group in llama.groups for target in group.targets}
+    assert {graph.key for graph in llama.graphs if graph.kind == "adapter_forward"} == {f"{i}x{o}" for i, o in wanted}
+
+
+def test_the_default(llama: Manifest) -> None:
+    groups = choose_groups(llama)
+    assert groups == choose_groups(llama, ["v_proj", "q_proj"])
+    assert [name.rpartition(".")[2] for name in names_of(groups)] == ["q_proj", "v_proj"] * 2
+    assert [group.block for group in groups] == [0, 1]
+
+
+@pytest.mark.parametrize(("names", "blocks", "found"), [
+    (["v_proj"], [1], ["model.layers.1.self_attn.v_proj"]),
+    (["self_attn.v_proj"], [0], ["model.layers.0.self_attn.v_proj"]),
+    (["model.layers.1.mlp.up_proj"], [], ["model.layers.1.mlp.up_proj"]),
+    (["0.mlp.up_proj", "0.mlp.gate_proj"], [], ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]),
+], ids=str)  # fmt: skip
+def test_names_and_blocks(llama: Manifest, names: list[str], blocks: list[int], found: list[str]) -> None:
+    assert names_of(choose_groups(llama, names, blocks)) == found
+
+
+def test_units_are_counted_among_the_chosen(llama: Manifest) -> None:
+    groups = choose_groups(llama, ["all-linear"], [1])
+    assert group_units(groups, "block") == (tuple(range(len(groups))),)
+    assert group_units(groups, "group") == tuple((index,) for index in range(len(groups)))
+
+
+@pytest.mark.parametrize(("names", "blocks", "said"), [
+    (["proj"], [], "no module 'proj' that can be trained; --target-modules can be: down_proj, gate_proj, .*all-linear"),
+    (["q_proj", "lm_head"], [], "no module 'lm_head'"),
+    (["all-linear", "q_proj"], [], "no module 'all-linear'"),
+    ([""], [], "no module ''"),
+    (["q_proj"], [0, 7], "nothing to train in block 7; blocks are 0-1"),
+    (["layers.0.mlp.up_proj"], [1], "no module layers.0.mlp.up_proj in the blocks 1; --target-modules can be"),
+], ids=str)  # fmt: skip
+def test_what_selects_nothing(llama: Manifest, names: list[str], blocks: list[int], said: str) -> None:
+    with pytest.raises(UsageError, match=said) as refused:
+        choose_groups(llama, names, blocks)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_default_may_name_what_this_model_lacks(llama: Manifest) -> None:
+    """PEFT's choice for an architecture does; what the user names must be there."""
+    defaults = AdapterDefaults(8, 16.0, ("q_proj", "c_attn"))
+    assert choose_groups(msgspec.structs.replace(llama, defaults=defaults)) == choose_groups(llama, ["q_proj"])
+    with pytest.raises(UsageError, match="the bundle has no module c_attn"):
+        choose_groups(msgspec.structs.replace(llama, defaults=AdapterDefaults(8, 16.0, ("c_attn",))))
+
+
+def test_groups_of_an_adapter(llama: Manifest) -> None:
+    """Its own modules, and no others of their groups; of another model's there is nothing."""
+    names = ["model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj", "transformer.h.0.c_attn"]
+    assert names_of(groups_of(llama, names)) == [names[1], names[0]]
+    assert groups_of(llama, names[2:]) == ()
+
+
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE_FAMILIES)]
+)
+def test_any_choice_has_the_groups_that_a_server_finds(llama: Manifest, family: str, tmp_path: Path) -> None:
+    """In the same order, too: a group runs where its first chosen module does."""
+    base = BaseModel.from_model(tiny_model(family), family)
+    save_tiny(tmp_path / "model", family)
+    manifest = export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle"))
+    names = names_of(manifest.groups)
+    assert bool(manifest.order) == (family in INTERLEAVED)
+    draw = random.Random(0)
+    choices = [draw.sample(names, draw.randint(1, len(names))) for _ in range(50)]
+    for choice in [*choices, *([name] for name in names)]:
+        assert choose_groups(manifest, choice) == groups_of(manifest, choice) == base.groups(choice)
+
+
+INTERLEAVED = {"falcon", "cohere", "cohere2", "phi", "qwen2_moe", "qwen3_next"}
+"""Between two modules that share an input, one of another group runs."""
+
+
+def test_many_names_are_read_at_once(llama: Manifest) -> None:
+    groups = tuple(GroupSpec(block, 4, (TargetSpec(FUSED.format(block), 4),)) for block in range(3000))
+    large = msgspec.structs.replace(llama, groups=groups)
+    assert choose_groups(large, [FUSED.format(block) for block in range(100)]) == groups[:100]
+    defaults = AdapterDefaults(8, 16.0, tuple(names_of(groups)))
+    assert choose_groups(msgspec.structs.replace(large, defaults=defaults)) == groups
+
+
+def test_how_names_and_numbers_are_shown(llama: Manifest) -> None:
+    assert module_names(llama.groups[:1]) == ["k_proj", "q_proj", "v_proj"]
+    assert number_ranges({0, 1, 2, 5}) == "0-2,5"
+    assert number_ranges([]) == ""
