@@ -1,42 +1,23 @@
-"""A tiny bundle for both engines, exported once a test run, and copies of it with something wrong."""
+"""Copies of a bundle for ExecuTorch with something wrong, and what such tests need."""
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import importlib.util
 import shutil
-import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from families import save_tiny
 
 from dlora.edge.engine import choose as engines
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
 
 NEEDED = [
     pytest.mark.skipif(importlib.util.find_spec("executorch") is None, reason="executorch is not installed"),
     pytest.mark.skipif(not engines.is_installed("executorch"), reason="there is no shim: make shim"),
 ]
-
-
-@cache
-def tiny_bundle() -> Path:
-    """Of a llama, rank 4, fp32 head, for both engines; read only."""
-    directory = Path(tempfile.mkdtemp(prefix="dlora-executorch-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    save_tiny(directory / "model")
-    export_bundle(
-        ExportSettings(
-            str(directory / "model"), directory / "bundle", rank=4, alpha=8.0, head_dtype="fp32", engine="both"
-        )
-    )
-    return directory / "bundle"
 
 
 def copied(bundle: Path, copy: Path, **changes: Any) -> Path:

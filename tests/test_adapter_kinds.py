@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import VOCABULARY, save_tiny, tiny_model
+from families import VOCABULARY, tiny_model
 from serving import RunningServer, config, random_dataset, serving, training
+from tiny import TinyFactory
 from torch import Tensor
 from waiting import eventually
 
@@ -34,7 +35,6 @@ from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import Dialing, Retry
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, crossings, kind_of, state_bytes
 from dlora.protocol.errors import CheckpointError, RefusedError
 from dlora.protocol.groups import GroupSpec
@@ -150,16 +150,13 @@ def servers_core(monkeypatch: pytest.MonkeyPatch) -> ServersCore:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("kinds")
-    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0, head_dtype="fp32"))
-    return directory / "bundle"
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny(blocks=BLOCKS, head_dtype="fp32").bundle
 
 
 @pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny")
+def base(tiny: TinyFactory) -> BaseModel:
+    return tiny(blocks=BLOCKS).base
 
 
 def run_of_cores(**changes: Any) -> TrainConfig:

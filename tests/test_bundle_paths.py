@@ -18,14 +18,13 @@ from typing import Any
 import msgspec
 import onnx
 import pytest
-from families import save_tiny
 from processes import run_edge
+from tiny import TinyFactory
 
 from dlora.edge.commands.description import describe
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import manifest as schema
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import BundlePath, Manifest, load_manifest
@@ -77,12 +76,8 @@ def put(value: Any, place: Place, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("paths")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=2))
-    (directory / "secret").write_bytes(SECRET)
-    return directory / "bundle"
+def original(tiny: TinyFactory) -> Path:
+    return tiny().bundle
 
 
 @pytest.fixture

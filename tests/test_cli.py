@@ -21,14 +21,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from families import save_tiny, tiny_model
+from families import tiny_model
 from processes import CLOUD, Finished, cloud_process, finish, quiet_environment, run_edge, start_edge
 from serving import serving
 from small_disk import remount_read_only, small_disk
+from tiny import TinyFactory
 from websockets.sync.server import ServerConnection, serve
 
 from dlora.cloud.model.base_model import BaseModel
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.errors import (
@@ -66,14 +66,13 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("cli")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    model = tiny()
     data = directory / "good.jsonl"
     data.write_text((GOOD_ROW + "\n") * 4)
-    with serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server:
-        yield Place(directory / "bundle", data, server.url)
+    with serving(model.base) as server:
+        yield Place(model.bundle, data, server.url)
 
 
 def assert_fails(done: Finished, code: int, *words: str) -> None:

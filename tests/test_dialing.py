@@ -17,21 +17,20 @@ from typing import Any
 
 import pytest
 import trustme
-from families import VOCABULARY, save_tiny, tiny_model
+from families import VOCABULARY
 from msgspec import structs
 from serving import config, random_dataset, serving, training
+from tiny import TinyFactory
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.sync.server import Request, Response, ServerConnection, serve
 
-from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.adapters.fitting import check_base_model
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.wire import connection as edge
 from dlora.edge.wire.connection import CONTROL_BYTES, Connection
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.dialing import Dialing, Retry, check_url
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.errors import ConnectionFailedError, ModelMismatchError, UsageError
@@ -135,16 +134,14 @@ def test_before_a_session_no_large_frame_is_taken() -> None:
 
 
 def test_in_a_session_frames_as_large_as_its_answers_are_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over a connection that comes later as well; with hardly any allowance beside, so that the rest must suffice."""
     monkeypatch.setattr(edge, "CONTROL_BYTES", 4096)
-    save_tiny(tmp_path / "model")
-    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=4, alpha=8.0))
     data = random_dataset(VOCABULARY, longest=60)
     with (
-        serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server,
-        training(tmp_path / "bundle", server.url, config(batch_size=12), data, Dialing(retry=PATIENT)) as trainer,
+        serving(tiny().base) as server,
+        training(tiny().bundle, server.url, config(batch_size=12), data, Dialing(retry=PATIENT)) as trainer,
     ):
         connection, forward = trainer.connection, trainer.model._compute.forward
         largest = 0
@@ -167,11 +164,9 @@ def test_in_a_session_frames_as_large_as_its_answers_are_taken(
         assert 4096 < largest <= connection._frame_bytes < 2 * largest
 
 
-def test_a_server_that_lies_about_its_widths(tmp_path: Path) -> None:
+def test_a_server_that_lies_about_its_widths(tiny: TinyFactory) -> None:
     """The fingerprint is right, and what it calls a hidden state would be of any size."""
-    save_tiny(tmp_path / "model")
-    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=4, alpha=8.0))
-    bundle = Bundle.open(tmp_path / "bundle")
+    bundle = Bundle.open(tiny().bundle)
     base = bundle.manifest.base_model
     welcome = structs.replace(
         WELCOME, base_fingerprint=base.fingerprint, embedding_size=base.embedding_size, hidden_size=base.hidden_size

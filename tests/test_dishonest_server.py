@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 from dishonest_server import DishonestServer, Script, dishonest, ones
-from families import VOCABULARY, save_tiny
+from families import VOCABULARY
 from processes import finish, run_edge, start_edge
 from serving import config, random_dataset, training
+from tiny import TinyFactory
 from websockets.sync.server import ServerConnection
 
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import Dialing, Liveness, Retry
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.errors import ConnectionFailedError, ProtocolError, RemoteProtocolError, StoppedError
 from dlora.protocol.kill_revive import UnitState
@@ -33,11 +33,8 @@ LONG_S = 60.0  # by then a device that waits for ever has not come back
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dishonest")
-    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
-    return directory / "bundle"
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny(blocks=BLOCKS).bundle
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import save_tiny, tiny_model
 from processes import run_edge
 from safetensors.numpy import load_file, save_file
 from serving import serving
 from test_cli import Place, assert_fails
+from tiny import TinyFactory
 
-from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.training.checkpoint import list_checkpoints
 from dlora.edge.wire.dialing import refusal_of
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.errors import NonFiniteError
 
@@ -25,14 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("divergence")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    model = tiny()
     data = directory / "data.jsonl"
     data.write_text((json.dumps({"text": "w1 w2 w3 w4"}) + "\n") * 4)
-    with serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server:
-        yield Place(directory / "bundle", data, server.url)
+    with serving(model.base) as server:
+        yield Place(model.bundle, data, server.url)
 
 
 def test_a_run_that_diverges(place: Place, tmp_path: Path) -> None:

@@ -11,21 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from executorch_bundle import NEEDED, program, tiny_bundle
-from families import VOCABULARY, save_tiny, tiny_model
+from executorch_bundle import NEEDED, program
+from families import VOCABULARY
 from processes import run_edge
 from serving import config, random_dataset, randomize, serving
 from test_cli import assert_fails
 from test_graphs import _head_end, _head_weights
+from tiny import TinyFactory
 
-from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.engine import shim
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.executorch_engine import ExecutorchEngine
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.export.graphs import head_torch
 from dlora.export.graphs.adamw import adamw_graph, adamw_scalars, adamw_trials
 from dlora.export.graphs.embedding import embedding_graph
@@ -43,8 +42,8 @@ pytestmark = NEEDED
 
 
 @pytest.fixture(scope="module")
-def bundle() -> Path:
-    return tiny_bundle()
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny(head_dtype="fp32", engine="both").bundle
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------
@@ -253,8 +252,8 @@ def random_inputs(bundle: Bundle, spec: Any, sizes: dict[str, int], seed: int = 
 # -- whole runs --------------------------------------------------------------------------------------------------
 
 
-def test_thirty_steps_give_the_losses_of_onnx(bundle: Path) -> None:
-    base = BaseModel.from_model(tiny_model("llama"), "tiny")
+def test_thirty_steps_give_the_losses_of_onnx(tiny: TinyFactory, bundle: Path) -> None:
+    base = tiny().base
     run = config(total_steps=30, rank=4, lora_alpha=8.0, optimizer={"lr": 1e-2, "weight_decay": 0.01})
     losses = []
     opened = Bundle.open(bundle)
@@ -278,8 +277,10 @@ main()
 """
 
 
-def test_a_command_needs_neither_torch_nor_onnxruntime_nor_executorchs_python(bundle: Path, tmp_path: Path) -> None:
-    base = BaseModel.from_model(tiny_model("llama"), "tiny")
+def test_a_command_needs_neither_torch_nor_onnxruntime_nor_executorchs_python(
+    tiny: TinyFactory, bundle: Path, tmp_path: Path
+) -> None:
+    base = tiny().base
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 4)
     with serving(base) as server:
@@ -302,17 +303,14 @@ def test_without_onnxruntime_its_engine_names_the_extra(bundle: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("choice", ["auto", "executorch"])
-def test_a_bundle_for_executorch_alone(choice: str, tmp_path: Path) -> None:
-    save_tiny(tmp_path / "model", "gpt2")
-    export_bundle(
-        ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=2, head_dtype="int8", engine="executorch")
-    )
-    assert not list((tmp_path / "bundle").rglob("*.onnx"))
-    assert load_manifest(tmp_path / "bundle").engines == ("executorch",)
+def test_a_bundle_for_executorch_alone(tiny: TinyFactory, choice: str, tmp_path: Path) -> None:
+    model = tiny("gpt2", rank=2, head_dtype="int8", engine="executorch")
+    assert not list(model.bundle.rglob("*.onnx"))
+    assert load_manifest(model.bundle).engines == ("executorch",)
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 2)
-    with serving(BaseModel.from_model(tiny_model("gpt2"), "tiny")) as server:
-        common = ["--bundle", tmp_path / "bundle", "--server", server.url]
+    with serving(model.base) as server:
+        common = ["--bundle", model.bundle, "--server", server.url]
         done = run_edge("evaluate", *common, "--data", data, "--engine", choice, "--json")
         assert done.code == 0, done.stderr
         done = run_edge("generate", *common, "--prompt", "w1", "--max-new-tokens", 2, "--engine", choice)

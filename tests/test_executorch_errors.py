@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from executorch_bundle import NEEDED, copied, program, tiny_bundle, with_program
-from families import save_tiny
+from executorch_bundle import NEEDED, copied, program, with_program
 from processes import run_edge
 from test_cli import assert_fails
+from tiny import TinyFactory
 
 from dlora.edge.engine import shim
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.export.to_executorch import BOUNDS
 from dlora.protocol.errors import MissingExtraError
 from dlora.protocol.manifest import ExecutorchSpec, load_manifest
@@ -27,8 +26,8 @@ pytestmark = NEEDED
 
 
 @pytest.fixture(scope="module")
-def bundle() -> Path:
-    return tiny_bundle()
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny(head_dtype="fp32", engine="both").bundle
 
 
 # -- what the commands say ---------------------------------------------------------------------------------------
@@ -159,10 +158,8 @@ def test_a_shim_of_another_abi(tmp_path: Path) -> None:
         shim.Shim(tmp_path)
 
 
-def test_a_bundle_without_programs(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "model")
-    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", rank=2))
-    done = run_edge("selftest", "--bundle", tmp_path / "bundle", "--engine", "executorch")
+def test_a_bundle_without_programs(tiny: TinyFactory) -> None:
+    done = run_edge("selftest", "--bundle", tiny().bundle, "--engine", "executorch")
     assert_fails(done, 4, "has no executorch graphs; export it again with --engine both")
 
 

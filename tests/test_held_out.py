@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import save_tiny, tiny_model
 from processes import Finished, run_edge
 from safetensors.numpy import load_file
 from serving import serving
 from test_cli import Place, assert_fails
+from tiny import TinyFactory
 
-from dlora.cloud.model.base_model import BaseModel
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import UsageError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -23,17 +21,16 @@ OVERFITS: dict[str, object] = {"steps": 20, "lr": 0.1, "schedule": "constant", "
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("held-out")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    model = tiny()
     data = directory / "data.jsonl"
     # That an answer is one word long is soon learnt, and helps; then what the words are, which are others there.
     rows = [{"prompt": f"w{n} w{n + 1}", "completion": f" w{n + 2}"} for n in range(4)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / "held.jsonl").write_text(json.dumps({"prompt": "w1 w2", "completion": " w60"}) + "\n")
-    with serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server:
-        yield Place(directory / "bundle", data, server.url)
+    with serving(model.base) as server:
+        yield Place(model.bundle, data, server.url)
 
 
 def train(place: Place, out: Path, **options: object) -> dict[str, Any]:

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from families import save_tiny
 from processes import CLOUD, EDGE, Finished, quiet_environment
-
-from dlora.export.bundle import ExportSettings, export_bundle
+from tiny import TinyFactory
 
 EXPORT = EDGE.replace("dlora-edge", "dlora-export")
 
@@ -48,20 +47,25 @@ else:
 """
 
 
+@dataclass(frozen=True)
+class Place:
+    """A bundle, the model that it is of, and where what signals a process lies."""
+
+    bundle: Path
+    model: Path
+    site: Path
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle, the model that it is of, and what signals a process."""
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Place:
     directory = tmp_path_factory.mktemp("interrupts")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
-    (directory / "site").mkdir()
-    (directory / "site" / "sitecustomize.py").write_text(SITE)
-    return directory
+    (directory / "sitecustomize.py").write_text(SITE)
+    return Place(tiny().bundle, tiny().model, directory)
 
 
-def run(place: Path, sent: signal.Signals, when: str, *command: object) -> Finished:
+def run(place: Place, sent: signal.Signals, when: str, *command: object) -> Finished:
     """A command to its end, with a signal on the way; ``PYTHONPATH`` keeps what it had."""
-    paths = [str(place / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(place.site), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "SENT": str(int(sent)), "WHEN": when}
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=120, check=False,
@@ -77,18 +81,18 @@ def run(place: Path, sent: signal.Signals, when: str, *command: object) -> Finis
     ("cloud", "typer"), ("cloud", "torch"), ("cloud", "transformers"), ("cloud", "torch.distributed"),
     ("export", "typer"), ("export", "peft"), ("export", "onnx"),
 ])  # fmt: skip
-def test_while_it_imports(place: Path, tmp_path: Path, command: str, when: str, sent: signal.Signals) -> None:
+def test_while_it_imports(place: Place, tmp_path: Path, command: str, when: str, sent: signal.Signals) -> None:
     """Once it was exit 12, as if a library were missing, and once ten minutes of a server that loaded on."""
     commands: dict[str, list[object]] = {
-        "edge": [EDGE, "selftest", "--bundle", place / "bundle"],
-        "cloud": [CLOUD, "serve", place / "model", "--port", 0, "--state-dir", tmp_path],
-        "export": [EXPORT, place / "model", "--out", tmp_path / "out"],
+        "edge": [EDGE, "selftest", "--bundle", place.bundle],
+        "cloud": [CLOUD, "serve", place.model, "--port", 0, "--state-dir", tmp_path],
+        "export": [EXPORT, place.model, "--out", tmp_path / "out"],
     }
     if command == "train":
         data = tmp_path / "data.jsonl"
         data.write_text(json.dumps({"text": "w1 w2"}) + "\n")
         commands["train"] = [
-            EDGE, "train", "--bundle", place / "bundle", "--server", "ws://127.0.0.1:1", "--data", data,
+            EDGE, "train", "--bundle", place.bundle, "--server", "ws://127.0.0.1:1", "--data", data,
             "--out", tmp_path / "out",
         ]  # fmt: skip
     done = run(place, sent, when, *commands[command])
@@ -100,19 +104,19 @@ def test_while_it_imports(place: Path, tmp_path: Path, command: str, when: str, 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 @pytest.mark.parametrize("when", ["at exit", "as Python clears up"])
-def test_when_it_is_done(place: Path, when: str, sent: signal.Signals) -> None:
+def test_when_it_is_done(place: Place, when: str, sent: signal.Signals) -> None:
     """The result is out and its exit code is decided."""
-    done = run(place, sent, when, EDGE, "info", place / "bundle", "--json")
+    done = run(place, sent, when, EDGE, "info", place.bundle, "--json")
     assert (done.code, done.stderr) == (0, "")
     assert json.loads(done.stdout)
-    failed = run(place, sent, when, EDGE, "info", place / "nothing")
+    failed = run(place, sent, when, EDGE, "info", place.site / "nothing")
     assert failed.code not in (0, 130)
     assert len(failed.errors) == 1
 
 
-def test_who_ignores_ctrl_c_from_the_start_goes_on(place: Path) -> None:
+def test_who_ignores_ctrl_c_from_the_start_goes_on(place: Place) -> None:
     """Shells do so for what a script runs in the background."""
     code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
-    command = [sys.executable, "-S", "-c", code, EDGE, "info", place / "bundle", "--json"]
+    command = [sys.executable, "-S", "-c", code, EDGE, "info", place.bundle, "--json"]
     done = run(place, signal.SIGINT, "numpy", *command)
     assert done.code == 0, done.stderr

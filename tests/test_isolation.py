@@ -16,8 +16,9 @@ from pathlib import Path
 import conversations
 import numpy as np
 import pytest
-from families import VOCABULARY, save_tiny, tiny_model
+from families import VOCABULARY
 from serving import RunningServer, config, final_weights, random_dataset, serving, training
+from tiny import TinyFactory
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -31,7 +32,6 @@ from dlora.edge.training.config import TrainConfig
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.dialing import Dialing
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.kill_revive import KillReviveConfig
@@ -65,27 +65,19 @@ class Device:
 
 
 @pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny")
+def base(tiny: TinyFactory) -> BaseModel:
+    return tiny(blocks=BLOCKS).base
 
 
 @pytest.fixture(scope="module")
-def devices(tmp_path_factory: pytest.TempPathFactory) -> list[Device]:
+def devices(tiny: TinyFactory) -> list[Device]:
     """Two that differ in all that a device may choose."""
-    directory = tmp_path_factory.mktemp("isolation")
-    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
-    bundles = []
-    for name, targets in (("qv", None), ("all", ("all-linear",))):
-        bundles.append(directory / name)
-        export_bundle(
-            ExportSettings(
-                str(directory / "model"), bundles[-1], rank=4, alpha=8.0, target_modules=targets, head_dtype="fp32"
-            )
-        )
-    return [
-        Device(bundles[0], config(total_steps=STEPS, rank=4, wire_dtype="fp32"), 0),
-        Device(bundles[1], config(total_steps=STEPS, rank=2, wire_dtype="fp16", seed=(9,), kill_revive=KILLING), 1),
-    ]
+    bundle = tiny(blocks=BLOCKS, head_dtype="fp32").bundle
+    plain = config(total_steps=STEPS, rank=4, wire_dtype="fp32")
+    other = config(
+        total_steps=STEPS, rank=2, wire_dtype="fp16", seed=(9,), kill_revive=KILLING, target_modules=("all-linear",)
+    )
+    return [Device(bundle, plain, 0), Device(bundle, other, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -210,16 +202,13 @@ def eventually_sessions(server: RunningServer, count: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_step_leaves_no_graph_behind(base: BaseModel, tmp_path: Path) -> None:
+def test_a_step_leaves_no_graph_behind(base: BaseModel, devices: list[Device]) -> None:
     """Exchange and autograd graph hold each other; a cycle through C++ would leak every step's activations."""
     import gc
     import weakref
 
     from dlora.cloud.exchange import exchange
 
-    save_tiny(tmp_path / "model", num_hidden_layers=BLOCKS)
-    bundle = tmp_path / "bundle"
-    export_bundle(ExportSettings(str(tmp_path / "model"), bundle, rank=4, alpha=8.0))
     made: list[weakref.ref[exchange.MicroBatchExchange]] = []
     original = exchange.MicroBatchExchange.__init__
 
@@ -230,7 +219,7 @@ def test_a_step_leaves_no_graph_behind(base: BaseModel, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange.MicroBatchExchange, "__init__", remember)
         dataset = random_dataset(VOCABULARY)
-        with serving(base) as server, training(bundle, server.url, config(), dataset) as trainer:
+        with serving(base) as server, training(devices[0].bundle, server.url, config(), dataset) as trainer:
             for _ in range(4):
                 trainer.run_step()
             trainer.settle()

@@ -9,26 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import VOCABULARY, save_tiny, tiny_model
+from families import VOCABULARY
 from serving import RunningServer, config, random_dataset, serving, training
+from tiny import TinyFactory
 
 from dlora.cloud.model.base_model import BaseModel
-from dlora.export.bundle import ExportSettings, export_bundle
 
 WAIT_S = 20
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("liveness")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
-    return directory / "bundle"
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny().bundle
 
 
 @pytest.fixture
-def server() -> Iterator[RunningServer]:
-    with serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as running:
+def server(tiny: TinyFactory) -> Iterator[RunningServer]:
+    with serving(tiny().base) as running:
         yield running
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from families import save_tiny
+from tiny import TinyFactory
 
 from dlora.cloud.model.memory import machine_bytes
-from dlora.export.bundle import ExportSettings, export_bundle
 
 
 def test_the_peak_is_this_programs_and_not_its_parents() -> None:
@@ -34,9 +34,8 @@ def test_the_peak_stays_when_the_memory_is_given_back() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep what is mapped")
-def test_a_released_weight_leaves_memory_and_reads_the_same(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "model")
-    export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle"))
+def test_a_released_weight_leaves_memory_and_reads_the_same(tiny: TinyFactory, tmp_path: Path) -> None:
+    shutil.copytree(tiny().bundle, tmp_path / "bundle")
     large = np.ones((1 << 12, 1 << 11), np.float32)  # 34 MB
     np.save(tmp_path / "bundle" / "weights" / "embedding.npy", large)
     code = f"""

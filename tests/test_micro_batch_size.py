@@ -15,10 +15,11 @@ import conversations
 import msgspec
 import numpy as np
 import pytest
-from families import VOCABULARY, save_tiny, tiny_model
+from families import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import config, final_weights, random_dataset, randomize, serving, training
+from tiny import TinyFactory
 from waiting import eventually
 from websockets.sync.client import ClientConnection, connect
 
@@ -28,7 +29,6 @@ from dlora.cloud.serving.patience import Patience
 from dlora.cloud.serving.server import MOST_TOKENS
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.dialing import Dialing, Retry
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import Decoder, encode
 from dlora.protocol.counting import counted_tokens, cut_to_fit
@@ -55,14 +55,10 @@ class Model:
 
 
 @pytest.fixture(scope="module", params=["llama", "opt"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def model(request: pytest.FixtureRequest, tiny: TinyFactory) -> Model:
     """One that packs and one that cannot."""
-    directory = tmp_path_factory.mktemp(request.param)
-    save_tiny(directory / "model", request.param)
-    settings = ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0, head_dtype="fp32")
-    export_bundle(settings)
-    base = BaseModel.from_model(tiny_model(request.param), "tiny")
-    return Model(base, directory / "bundle", packs=request.param == "llama")
+    made = tiny(request.param, head_dtype="fp32")
+    return Model(made.base, made.bundle, packs=request.param == "llama")
 
 
 @pytest.fixture

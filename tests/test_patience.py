@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from families import VOCABULARY, save_tiny, tiny_model
+from families import VOCABULARY
 from serving import config, random_dataset, serving, training
+from tiny import TinyFactory
 from websockets.asyncio.server import ServerConnection
 
 from dlora.cloud.door.access import Caller
@@ -25,21 +26,17 @@ from dlora.cloud.serving.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines
 from dlora.cloud.serving.tasks import Tasks
 from dlora.cloud.serving.transport import SessionTransport
 from dlora.edge.wire.dialing import Dialing, Retry
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import UsageError
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("patience")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
-    return directory / "bundle"
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny().bundle
 
 
 @pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return BaseModel.from_model(tiny_model("llama"), "tiny")
+def base(tiny: TinyFactory) -> BaseModel:
+    return tiny().base
 
 
 TURN_S = 1000.0  # more than a step's least deadline

@@ -9,17 +9,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from families import save_tiny, tiny_model
 from processes import run_edge
 from serving import serving
 from test_cli import Place, assert_fails
+from tiny import TinyFactory
 
-from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.data.examples import Dataset
 from dlora.edge.run.plan import expected_mb
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.optimizer import OptimizerConfig
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.limits import MAX_STEPS
@@ -30,17 +28,16 @@ LONGEST = 64  # of the tiny model
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("plan")
-    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    model = tiny(blocks=BLOCKS)
     data = directory / "data.jsonl"
     rows = [{"prompt": "w1 w2 " * (n % 3 + 1), "completion": " w3 w4 w5"} for n in range(9)]
     rows.insert(2, {"prompt": "w1", "completion": " w2" * 40})  # cut
     rows.insert(4, {"prompt": "w1 " * 40, "completion": " w2"})  # nothing of the answer is left
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with serving(BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny")) as server:
-        yield Place(directory / "bundle", data, server.url)
+    with serving(model.base) as server:
+        yield Place(model.bundle, data, server.url)
 
 
 def test_what_it_says_first(place: Place, tmp_path: Path) -> None:
@@ -140,11 +137,10 @@ def test_a_directory_that_would_stay_empty_is_not_left_behind(place: Place, tmp_
     assert (tmp_path / "mine").is_dir()
 
 
-def test_an_adapter_of_another_base_model_is_named_as_such(place: Place, tmp_path: Path) -> None:
-    save_tiny(tmp_path / "wide", hidden_size=32, num_hidden_layers=BLOCKS)
-    export_bundle(ExportSettings(str(tmp_path / "wide"), tmp_path / "bundle", rank=4, alpha=8.0))
-    with serving(BaseModel.from_model(tiny_model("llama", hidden_size=32, num_hidden_layers=BLOCKS), "wide")) as server:
-        other = Place(tmp_path / "bundle", place.data, server.url)
+def test_an_adapter_of_another_base_model_is_named_as_such(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
+    wide = tiny(blocks=BLOCKS, hidden_size=32)
+    with serving(wide.base) as server:
+        other = Place(wide.bundle, place.data, server.url)
         done = run_edge(*other.train(tmp_path / "theirs", max_length=20, too_long="skip"))
         assert done.code == 0, done.stderr
     done = run_edge(

@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from canaries import Scanner
-from families import save_tiny
 from processes import cloud_process
 from proxy import payloads, recording_proxy
 from serving import config, training
+from tiny import TinyFactory
 
 from dlora.edge.data.examples import Dataset, load_examples
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.seeds import adapter_generator, seed_for_server
 from dlora.edge.training.trainer import Trainer
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import Decoder
 
@@ -52,11 +51,10 @@ def marked_data(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def leak(tmp_path_factory: pytest.TempPathFactory) -> Leak:
+def leak(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Leak:
     directory = tmp_path_factory.mktemp("privacy")
-    save_tiny(directory / "model")
-    path, server = directory / "bundle", directory / "server"
-    export_bundle(ExportSettings(str(directory / "model"), path, rank=RANK, alpha=8.0, head_dtype="fp32"))
+    model = tiny(rank=RANK, head_dtype="fp32")
+    path, server = model.bundle, directory / "server"
     marked_data(directory / "data.jsonl")
     bundle = Bundle.open(path)
     tokenizer = EdgeTokenizer.open(bundle)
@@ -67,7 +65,7 @@ def leak(tmp_path_factory: pytest.TempPathFactory) -> Leak:
         example = dataset[index]
         scanner.add_tokens(example.ids.tolist(), f"token ids of example {index}")
         scanner.add_tokens(example.labels.tolist(), f"labels of example {index}")
-    with cloud_process(directory / "model", server) as cloud:
+    with cloud_process(model.model, server) as cloud:
         with recording_proxy(cloud.url) as proxy:
             for wire_dtype in ("fp32", "fp16"):
                 run = config(total_steps=STEPS, rank=RANK, wire_dtype=wire_dtype)
@@ -85,7 +83,7 @@ def leak(tmp_path_factory: pytest.TempPathFactory) -> Leak:
     written = {str(path.relative_to(server)): path.read_bytes() for path in server.rglob("*") if path.is_file()}
     places = {RECEIVED: b"".join(received), "the HTTP requests": requests, **written}
     embedding = np.array(bundle.weight(bundle.manifest.embedding.weight), np.float32)
-    return Leak(places, scanner, dataset, embedding, received, sent, directory / "model")
+    return Leak(places, scanner, dataset, embedding, received, sent, model.model)
 
 
 def add_adapters(scanner: Scanner, trainer: Trainer, when: str) -> None:

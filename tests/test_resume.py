@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import save_tiny, tiny_model
 from processes import Finished, finish, run_edge, start_edge
 from safetensors.numpy import load_file
 from serving import serving
+from tiny import TinyFactory
 
-from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.training.checkpoint import list_checkpoints
-from dlora.export.bundle import ExportSettings, export_bundle
 
 BLOCKS = 4
 STEPS = 60
@@ -50,16 +48,15 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("resume")
-    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    model = tiny(blocks=BLOCKS)
     rng = np.random.default_rng(2)
     rows = [{"text": " ".join(f"w{n}" for n in rng.integers(0, 89, int(rng.integers(4, 12))))} for _ in range(10)]
     data = directory / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with serving(BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny")) as server:
-        yield Place(directory / "bundle", data, server.url)
+    with serving(model.base) as server:
+        yield Place(model.bundle, data, server.url)
 
 
 @pytest.fixture(scope="module")

@@ -10,22 +10,18 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from families import save_tiny
 from processes import run_edge
 from safetensors.numpy import load_file, save_file
+from tiny import TinyFactory
 
 from dlora.edge.commands.footprint import tokens_that_fit, training_mb, usual_tokens
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("selftest")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
-    return directory / "bundle"
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny().bundle
 
 
 def with_golden(bundle: Path, copy: Path, change: dict[str, np.ndarray]) -> Path:

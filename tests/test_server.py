@@ -17,9 +17,10 @@ import conversations
 import numpy as np
 import pytest
 import torch
-from families import VOCABULARY, save_tiny, tiny_model
+from families import VOCABULARY, tiny_model
 from processes import cloud_process
 from serving import KEY, RunningServer, config, final_weights, random_dataset, serving, training
+from tiny import TinyFactory
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -31,7 +32,6 @@ from dlora.edge.adapters.fitting import check_base_model
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import Dialing, Retry
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.controller import Controller
@@ -48,22 +48,13 @@ MAX_SESSIONS = 2
 
 
 @pytest.fixture(scope="module")
-def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("server") / "model"
-    save_tiny(directory)
-    return directory
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny(head_dtype="fp32").bundle
 
 
 @pytest.fixture(scope="module")
-def bundle(model_directory: Path) -> Path:
-    path = model_directory.parent / "bundle"
-    export_bundle(ExportSettings(str(model_directory), path, rank=4, alpha=8.0, head_dtype="fp32"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return BaseModel.from_model(tiny_model("llama"), "tiny")
+def base(tiny: TinyFactory) -> BaseModel:
+    return tiny().base
 
 
 @pytest.fixture(scope="module")
@@ -515,8 +506,8 @@ def test_a_base_parameter_that_requires_grad_is_refused() -> None:
 # -- the process -----------------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_told_to_stop(model_directory: Path, base: BaseModel, bundle: Path, tmp_path: Path) -> None:
-    with cloud_process(model_directory, tmp_path, "--drain-s", 1) as cloud:
+def test_a_server_that_is_told_to_stop(tiny: TinyFactory, base: BaseModel, bundle: Path, tmp_path: Path) -> None:
+    with cloud_process(tiny().model, tmp_path, "--drain-s", 1) as cloud:
         assert cloud.hello["base_fingerprint"] == base.fingerprint
         assert health(cloud.url)["status"] == "ok"
         with (

@@ -8,31 +8,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from families import VOCABULARY, save_tiny, tiny_model
+from families import VOCABULARY
 from processes import run_edge
 from serving import random_dataset, serving
 from test_cli import Place, assert_fails
+from tiny import TinyFactory
 
 from dlora.cloud.commands.serve import check_device
-from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.commands.description import describe
 from dlora.edge.files import locked
 from dlora.edge.run.run import total_steps
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import DataError, UsageError
 
 BLOCKS = 3
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("slips")
-    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    model = tiny(blocks=BLOCKS)
     data = directory / "good.jsonl"
     data.write_text((json.dumps({"prompt": "w1 w2 w3", "completion": " w4 w5"}) + "\n") * 4)
-    with serving(BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny"), max_tokens=70) as server:
-        yield Place(directory / "bundle", data, server.url)
+    with serving(model.base, max_tokens=70) as server:
+        yield Place(model.bundle, data, server.url)
 
 
 @pytest.mark.parametrize("option", [

@@ -8,13 +8,12 @@ import numpy as np
 import peft_reference as reference
 import pytest
 import torch
-from families import FAMILIES, MORE_FAMILIES, VOCABULARY, save_tiny, tiny_model
+from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from serving import config, final_weights, random_dataset, randomize, serving, training
+from tiny import TinyFactory
 
-from dlora.cloud.model.base_model import BaseModel
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.manifest import load_manifest
 
 # fp32 throughout; sums are taken in another order.
@@ -22,23 +21,16 @@ GRADIENT_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 
 
-def export_tiny(directory: Path, family: str) -> Path:
-    save_tiny(directory / "model", family)
-    bundle = directory / "bundle"
-    export_bundle(ExportSettings(str(directory / "model"), bundle, rank=4, alpha=8.0, head_dtype="fp32"))
-    return bundle
-
-
 @pytest.mark.parametrize("targets", [(), ("all-linear",)], ids=["default", "all-linear"])
 @pytest.mark.parametrize(
     "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE_FAMILIES)]
 )
-def test_gradients_of_every_family(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
-    bundle = export_tiny(tmp_path, family)
+def test_gradients_of_every_family(family: str, targets: tuple[str, ...], tiny: TinyFactory) -> None:
+    bundle = tiny(family, head_dtype="fp32").bundle
     dataset = random_dataset(VOCABULARY)
     run = config(grad_accum=2, target_modules=targets)
     with (
-        serving(BaseModel.from_model(tiny_model(family), "tiny")) as server,
+        serving(tiny(family).base) as server,
         training(bundle, server.url, run, dataset) as trainer,
     ):
         randomize(trainer)
@@ -58,12 +50,6 @@ def test_gradients_of_every_family(family: str, targets: tuple[str, ...], tmp_pa
     assert worst < GRADIENT_TOLERANCE
 
 
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each exported once, whatever is trained with it."""
-    return {family: export_tiny(tmp_path_factory.mktemp(family), family) for family in ("llama", "gpt2", "cohere")}
-
-
 @pytest.mark.parametrize(("family", "targets", "blocks"), [
     ("llama", (), ()),
     ("llama", ("q_proj", "v_proj"), ()),
@@ -74,9 +60,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("cohere", ("o_proj", "up_proj"), ()),  # q, k and v share up's input: with them, up's group runs before o
 ])  # fmt: skip
 def test_training_equals_peft_with_torch_adamw(
-    bundles: dict[str, Path], family: str, targets: tuple[str, ...], blocks: tuple[int, ...]
+    tiny: TinyFactory, family: str, targets: tuple[str, ...], blocks: tuple[int, ...]
 ) -> None:
-    bundle, dataset = bundles[family], random_dataset(VOCABULARY)
+    bundle, dataset = tiny(family, head_dtype="fp32").bundle, random_dataset(VOCABULARY)
     run = config(
         total_steps=12,
         target_modules=targets,
@@ -84,7 +70,7 @@ def test_training_equals_peft_with_torch_adamw(
         optimizer={"weight_decay": 0.01, "schedule": "cosine", "warmup": 3},
     )
     with (
-        serving(BaseModel.from_model(tiny_model(family), "tiny")) as server,
+        serving(tiny(family).base) as server,
         training(bundle, server.url, run, dataset) as trainer,
     ):
         wanted = load_manifest(bundle).defaults.target_modules if targets == () else targets
@@ -116,12 +102,14 @@ def adapted_by_peft(family: str, targets: tuple[str, ...], blocks: tuple[int, ..
 
 
 @pytest.mark.parametrize("kill_revive", [{}, {"active_fraction": 0.5, "warmup_steps": 2, "kill_every": 2}])
-def test_the_saved_adapter_gives_peft_the_split_loss(kill_revive: dict[str, object], tmp_path: Path) -> None:
-    bundle = export_tiny(tmp_path, "llama")
+def test_the_saved_adapter_gives_peft_the_split_loss(
+    kill_revive: dict[str, object], tiny: TinyFactory, tmp_path: Path
+) -> None:
+    bundle = tiny(head_dtype="fp32").bundle
     dataset, held_out = random_dataset(VOCABULARY), random_dataset(VOCABULARY, seed=1)
     run = config(total_steps=10, kill_revive=kill_revive)
     with (
-        serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server,
+        serving(tiny().base) as server,
         training(bundle, server.url, run, dataset) as trainer,
     ):
         for _ in range(run.total_steps):
@@ -138,11 +126,11 @@ def test_the_saved_adapter_gives_peft_the_split_loss(kill_revive: dict[str, obje
         assert 0 < len(trainer.adapters.units) > sum(unit.state > 0 for unit in trainer.adapters.units)
 
 
-def test_all_active_kill_and_revive_changes_no_bit(tmp_path: Path) -> None:
-    bundle = export_tiny(tmp_path, "llama")
+def test_all_active_kill_and_revive_changes_no_bit(tiny: TinyFactory) -> None:
+    bundle = tiny(head_dtype="fp32").bundle
     dataset = random_dataset(VOCABULARY)
     weights = []
-    with serving(BaseModel.from_model(tiny_model("llama"), "tiny")) as server:
+    with serving(tiny().base) as server:
         for kill_revive in ({"score": "change"}, {"score": "static", "static": (0, 1)}, {"score": "sensitivity"}):
             with training(bundle, server.url, config(kill_revive=kill_revive), dataset) as trainer:
                 for _ in range(6):

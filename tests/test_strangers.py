@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trustme
-from families import VOCABULARY, save_tiny, tiny_model
+from families import VOCABULARY
 from processes import CLOUD, CloudProcess, Finished, cloud_process, quiet_environment, run_edge
 from serving import config, final_weights, random_dataset, serving, training
+from tiny import TinyFactory
 
 from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import Dialing, Retry
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import RefusedError
 
 SECRET_TEXT = "w11 w12 w13 w14"
@@ -35,6 +35,7 @@ class Place:
     """A bundle, data, and a server that speaks TLS and asks for tokens."""
 
     directory: Path
+    model: Path
     bundle: Path
     cloud: CloudProcess
     ca: Path
@@ -61,10 +62,9 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("strangers")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
+    model = tiny()
     (directory / "data.jsonl").write_text((json.dumps({"text": SECRET_TEXT}) + "\n") * 4)
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(directory / "ca.pem"))
@@ -75,9 +75,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         capture_output=True, check=True,
     )  # fmt: skip
     assert first.stdout.startswith(b"dlora_")
-    with cloud_process(directory / "model", directory, "--tls-cert", directory / "server.pem") as cloud:
+    with cloud_process(model.model, directory, "--tls-cert", directory / "server.pem") as cloud:
         assert cloud.url.startswith("wss://")
-        yield Place(directory, directory / "bundle", cloud, directory / "ca.pem")
+        yield Place(directory, model.model, model.bundle, cloud, directory / "ca.pem")
 
 
 def refused(done: Finished, code: int, *words: str) -> None:
@@ -180,7 +180,7 @@ def test_a_network_is_not_listened_on_without_protection(
     place: Place, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     filled = [option.format(cert=place.directory / "server.pem", empty=tmp_path) for option in options]
-    said = place.cloud_command("serve", str(place.directory / "model"), "--port", "0", *filled, code=2)
+    said = place.cloud_command("serve", str(place.model), "--port", "0", *filled, code=2)
     for word in (*words, "--insecure"):
         assert word in said
 
@@ -202,8 +202,8 @@ class Clock:
 
 
 @pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return BaseModel.from_model(tiny_model("llama"), "tiny")
+def base(tiny: TinyFactory) -> BaseModel:
+    return tiny().base
 
 
 STEPS = 5

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import msgspec
 import pytest
-from families import FAMILIES, MORE_FAMILIES, save_tiny, tiny_model
+from families import FAMILIES, MORE_FAMILIES
+from tiny import TinyFactory
 
-from dlora.cloud.model.base_model import BaseModel
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
-from dlora.protocol.manifest import AdapterDefaults, Manifest
+from dlora.protocol.manifest import AdapterDefaults, Manifest, load_manifest
 from dlora.protocol.targets import choose_groups, groups_of, module_names, number_ranges
 
 FUSED = "layers.{}.attention.qkv"
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    directory = tmp_path_factory.mktemp("targets")
-    save_tiny(directory / "model")
-    return export_bundle(ExportSettings(str(directory / "model"), directory / "bundle"))
+def llama(tiny: TinyFactory) -> Manifest:
+    return load_manifest(tiny().bundle)
 
 
 def names_of(groups: tuple[GroupSpec, ...]) -> list[str]:
     return [target.name for group in groups for target in group.targets]
 
 
-def test_a_bundle_lists_all_that_can_be_trained(llama: Manifest) -> None:
-    base = BaseModel.from_model(tiny_model("llama"), "llama")
+def test_a_bundle_lists_all_that_can_be_trained(tiny: TinyFactory, llama: Manifest) -> None:
+    base = tiny().base
     assert llama.groups == choose_groups(llama, ["all-linear"]) == base.groups(base.targets)
-    assert llama.defaults == AdapterDefaults(8, 16.0, ("q_proj", "v_proj"))
+    assert llama.defaults == AdapterDefaults(4, 8.0, ("q_proj", "v_proj"))
     wanted = {(group.in_features, target.out_features) for group in llama.groups for target in group.targets}
     assert {graph.key for graph in llama.graphs if graph.kind == "adapter_forward"} == {f"{i}x{o}" for i, o in wanted}
 
@@ -93,11 +89,11 @@ def test_groups_of_an_adapter(llama: Manifest) -> None:
 @pytest.mark.parametrize(
     "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE_FAMILIES)]
 )
-def test_any_choice_has_the_groups_that_a_server_finds(llama: Manifest, family: str, tmp_path: Path) -> None:
+def test_any_choice_has_the_groups_that_a_server_finds(tiny: TinyFactory, family: str) -> None:
     """In the same order, too: a group runs where its first chosen module does."""
-    base = BaseModel.from_model(tiny_model(family), family)
-    save_tiny(tmp_path / "model", family)
-    manifest = export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle"))
+    # Of the fp32 head, as the tests of training make it too.
+    model = tiny(family, head_dtype="fp32")
+    base, manifest = model.base, load_manifest(model.bundle)
     names = names_of(manifest.groups)
     assert bool(manifest.order) == (family in INTERLEAVED)
     draw = random.Random(0)

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from families import VOCABULARY, save_tiny, tiny_model
+from families import VOCABULARY
 from proxy import CLOSE, payloads, read_frames, recording_proxy
 from serving import RunningServer, config, random_dataset, serving, training
+from tiny import TinyFactory
 
-from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.data.batches import MicroBatch, evaluation_batches
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.use import open_model
 from dlora.edge.training.trainer import Trainer
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.adapters import crossings
 from dlora.protocol.choices import WireDtype
 from dlora.protocol.kill_revive import UnitState
@@ -37,23 +36,14 @@ TARGETS = {
 @dataclass(frozen=True)
 class Bench:
     server: RunningServer
-    bundles: dict[str, Path]
+    bundle: Path
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    directory = tmp_path_factory.mktemp("traffic")
-    save_tiny(directory / "model", num_hidden_layers=BLOCKS)
-    bundles = {}
-    for name, targets in TARGETS.items():
-        bundles[name] = directory / name
-        export_bundle(
-            ExportSettings(
-                str(directory / "model"), bundles[name], rank=4, alpha=8.0, target_modules=targets, head_dtype="fp32"
-            )
-        )
-    with serving(BaseModel.from_model(tiny_model("llama", num_hidden_layers=BLOCKS), "tiny")) as server:
-        yield Bench(server, bundles)
+def bench(tiny: TinyFactory) -> Iterator[Bench]:
+    model = tiny(blocks=BLOCKS, head_dtype="fp32")
+    with serving(model.base) as server:
+        yield Bench(server, model.bundle)
 
 
 def expected(
@@ -126,7 +116,7 @@ def test_steps_cost_what_the_formula_says(bench: Bench, wire_dtype: WireDtype, a
         else {},
     )
     dataset = random_dataset(VOCABULARY) if padded else even_dataset()
-    with training(bench.bundles["q,v"], bench.server.url, run, dataset) as trainer:
+    with training(bench.bundle, bench.server.url, run, dataset) as trainer:
         check_steps(trainer, 2)
 
 
@@ -134,11 +124,11 @@ def test_steps_cost_what_the_formula_says(bench: Bench, wire_dtype: WireDtype, a
 @pytest.mark.parametrize("targets", ["two-groups", "all-linear"])
 def test_blocks_of_several_groups(bench: Bench, targets: str, unit: str) -> None:
     kill_revive = {"active_fraction": 0.0, "score": "static", "static": (1, 3), "unit": unit}
-    run = config(total_steps=2, kill_revive=kill_revive)
-    with training(bench.bundles[targets], bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
+    run = config(total_steps=2, kill_revive=kill_revive, target_modules=TARGETS[targets])
+    with training(bench.bundle, bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
         check_steps(trainer, 2)
-    run = config(total_steps=1, wire_dtype="fp16")
-    with training(bench.bundles[targets], bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
+    run = config(total_steps=1, wire_dtype="fp16", target_modules=TARGETS[targets])
+    with training(bench.bundle, bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
         check_steps(trainer, 1)
 
 
@@ -149,13 +139,13 @@ def test_a_run_in_which_units_come_and_go(bench: Bench, on_kill: str) -> None:
         "kill_every": 2, "revive_every": 2, "probation": 1,
     }  # fmt: skip
     run = config(total_steps=14, kill_revive=kill_revive)
-    with training(bench.bundles["q,v"], bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
+    with training(bench.bundle, bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
         check_steps(trainer, run.total_steps)
 
 
 @pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
 def test_without_an_adapter_no_group_exchanges(bench: Bench, wire_dtype: WireDtype) -> None:
-    bundle = Bundle.open(bench.bundles["q,v"])
+    bundle = Bundle.open(bench.bundle)
     dataset = random_dataset(VOCABULARY)
     base = bundle.manifest.base_model
     with open_model(bundle, bench.server.url, None, wire_dtype=wire_dtype, threads=1) as model:
@@ -183,7 +173,7 @@ def test_without_an_adapter_no_group_exchanges(bench: Bench, wire_dtype: WireDty
 
 def test_an_evaluation_costs_its_forward_pass(bench: Bench) -> None:
     dataset = random_dataset(VOCABULARY)
-    with training(bench.bundles["q,v"], bench.server.url, config(), dataset) as trainer:
+    with training(bench.bundle, bench.server.url, config(), dataset) as trainer:
         session = trainer.connection.session
         before = (session.bytes_sent, session.bytes_received, session.round_trips)
         trainer.evaluate(dataset)
@@ -205,7 +195,7 @@ def test_the_sockets_carry_the_counted_bytes_and_their_framing(bench: Bench) -> 
     dataset = Dataset.of([([3 + index % 90 for index in range(60)], [1, 2, 3])] * 30)
     run = config(total_steps=2, batch_size=30)
     with recording_proxy(bench.server.url) as proxy:
-        with training(bench.bundles["q,v"], proxy.url, run, dataset) as trainer:
+        with training(bench.bundle, proxy.url, run, dataset) as trainer:
             trainer.run_step()
             trainer.run_step()
             trainer.settle()

@@ -17,9 +17,10 @@ import conversations
 import numpy as np
 import pytest
 from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, besieged
-from families import FAMILIES, VOCABULARY, save_tiny, tiny_model
+from families import FAMILIES, VOCABULARY
 from hostile import BINARY, TIMEOUT_S
 from serving import RunningServer, config, final_weights, random_dataset, serving, training
+from tiny import TinyFactory
 from waiting import eventually
 
 from dlora.cloud.door import guard
@@ -31,7 +32,6 @@ from dlora.cloud.serving.handler import opening_limit
 from dlora.cloud.serving.patience import Patience
 from dlora.cloud.serving.session_loop import SessionExecutor
 from dlora.cloud.serving.ticket import ticket_of
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol import messages as m
 from dlora.protocol import session as protocol_session
 from dlora.protocol.codec import Decoder, encode
@@ -48,16 +48,13 @@ Bits = dict[str, bytes]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("attacks")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0, head_dtype="fp32"))
-    return directory / "bundle"
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny(head_dtype="fp32").bundle
 
 
 @pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return BaseModel.from_model(tiny_model("llama"), "tiny")
+def base(tiny: TinyFactory) -> BaseModel:
+    return tiny().base
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +158,8 @@ def test_who_only_repeats_itself_loses_its_session(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_may_come_before_a_session_is_what_the_model_can_need(family: str) -> None:
-    base = BaseModel.from_model(tiny_model(family), family)
+def test_what_may_come_before_a_session_is_what_the_model_can_need(tiny: TinyFactory, family: str) -> None:
+    base = tiny(family).base
     every = base.groups(base.targets)
     units = tuple(range(len(every)))
     config = KillReviveConfig(unit="group", pinned=units, static=units, kill_every=10**9, revive_every=10**9)

@@ -1,0 +1,131 @@
+"""A tiny base model, what lies on disk of it and its bundle, each made once a test run: the fixture ``tiny``.
+
+All tests of a process share them, so they must not change them; a test that does harm to a bundle copies it first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from dlora.protocol.manifest import load_manifest
+
+# torch is loaded by the first test that needs a model: this module comes with every test, and most need none.
+if TYPE_CHECKING:
+    from dlora.cloud.model.base_model import BaseModel
+    from dlora.protocol.manifest import StoredDtype
+
+
+Made = TypeVar("Made")
+
+
+class Weights:
+    """A model of random weights: in memory, and as ``save_pretrained`` writes it."""
+
+    def __init__(self, directory: Path, family: str, seed: int, changes: dict[str, Any]) -> None:
+        self._directory = directory
+        self._family = family
+        self._seed = seed
+        self._changes = changes
+
+    @cached_property
+    def base(self) -> BaseModel:
+        from families import tiny_model
+
+        from dlora.cloud.model.base_model import BaseModel
+
+        return BaseModel.from_model(tiny_model(self._family, self._seed, **self._changes), "tiny")
+
+    @cached_property
+    def model(self) -> Path:
+        from families import save_tiny
+
+        save_tiny(self._directory, self._family, self._seed, **self._changes)
+        return self._directory
+
+
+@dataclass
+class Tiny:
+    """A model and a bundle of it; each is made when it is first asked for."""
+
+    weights: Weights
+    directory: Path
+    settings: dict[str, Any]
+
+    @property
+    def base(self) -> BaseModel:
+        """Not to be changed."""
+        return self.weights.base
+
+    @property
+    def model(self) -> Path:
+        """A directory; not to be changed."""
+        return self.weights.model
+
+    @cached_property
+    def bundle(self) -> Path:
+        """A directory; not to be changed."""
+        from dlora.export.bundle import ExportSettings, export_bundle
+
+        export_bundle(ExportSettings(str(self.model), self.directory, **self.settings))
+        return self.directory
+
+    def check_unchanged(self) -> None:
+        """Every file of a bundle is what its manifest says."""
+        if "bundle" in vars(self):
+            for name, spec in load_manifest(self.bundle).files.items():
+                assert hashlib.sha256((self.bundle / name).read_bytes()).hexdigest() == spec.sha256, (
+                    f"a test changed {name} of the bundle that all tests share"
+                )
+
+
+class TinyFactory:
+    """Gives the ``Tiny`` of its arguments: the same one each time. All of it lies under ``directory``."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._weights: dict[Hashable, Weights] = {}
+        self._made: dict[Hashable, Tiny] = {}
+
+    def __call__(
+        self,
+        family: str = "llama",
+        *,
+        blocks: int = 2,
+        rank: int = 4,
+        alpha: float = 8.0,
+        head_dtype: StoredDtype = "fp16",
+        target_modules: tuple[str, ...] | None = None,
+        engine: Literal["onnx", "executorch", "both"] = "onnx",
+        seed: int = 0,
+        **changes: Any,
+    ) -> Tiny:
+        """``changes`` go to the config of the model."""
+        if blocks != 2:
+            changes["num_hidden_layers"] = blocks
+        model = (family, seed, *sorted(changes.items()))
+        weights = _once(
+            self._weights, model,
+            lambda: Weights(self._directory / f"weights-{len(self._weights)}" / "model", family, seed, changes),
+        )  # fmt: skip
+        settings = {
+            "rank": rank, "alpha": alpha, "head_dtype": head_dtype, "target_modules": target_modules, "engine": engine,
+        }  # fmt: skip
+        return _once(
+            self._made, (model, *settings.values()),
+            lambda: Tiny(weights, self._directory / f"bundle-{len(self._made)}", settings),
+        )  # fmt: skip
+
+    def check_unchanged(self) -> None:
+        for tiny in self._made.values():
+            tiny.check_unchanged()
+
+
+def _once(made: dict[Hashable, Made], key: Hashable, make: Callable[[], Made]) -> Made:
+    if key not in made:
+        made[key] = make()
+    return made[key]
