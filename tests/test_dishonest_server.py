@@ -55,7 +55,7 @@ def test_units_that_are_active_without_an_adapter(bundle: Path, manifest: Manife
             done = run_edge(*command, "--bundle", bundle, "--server", server.url)
             assert done.code == ProtocolError.exit_code
             assert done.errors == done.stderr.splitlines()
-            assert "units active, not the 0 that were asked for" in done.errors[0]
+            assert "units or a ticket where nothing is trained" in done.errors[0]
 
 
 # -- rules that it breaks --------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from dlora.protocol.errors import (
     RefusedError,
     RemoteProtocolError,
 )
-from dlora.protocol.session import Role, Session
-from dlora.protocol.tensors import WireTensor
+from dlora.protocol.session import Session
+from dlora.protocol.states import Role
+from dlora.protocol.wire_codecs import encode_floats
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def ended(command: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tu
 
 def test_a_bug_of_the_devices_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def reports_before_it_greets() -> None:
-        Session(Role.EDGE).send(m.StepReport(step=0, scores=WireTensor.from_floats(np.ones(2, np.float32), "fp32")))
+        Session(Role.EDGE).send(m.StepReport(step=0, scores=encode_floats(np.ones(2, np.float32), "fp32")))
 
     code, said = ended(reports_before_it_greets, capsys)
     *traceback, last = said.splitlines()

@@ -346,7 +346,7 @@ def test_the_shim_refuses_tensors_that_are_not_the_programs(bundle: Path) -> Non
 
 
 def test_the_python_and_the_header_agree() -> None:
-    header = (Path(shim.__file__).parent / "native" / "dlora_executorch.h").read_text()
+    header = (Path(shim.__file__).parents[1] / "native" / "dlora_executorch.h").read_text()
     assert f"#define DLORA_ET_ABI {shim.ABI}\n" in header
     assert f"#define DLORA_ET_MAX_DIMS {shim.MAX_DIMS}\n" in header
     assert ctypes.sizeof(shim._Tensor) == 8 + 4 + 4 + 8 * shim.MAX_DIMS

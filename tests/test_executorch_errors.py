@@ -132,7 +132,7 @@ def test_a_missing_shim(bundle: Path, tmp_path: Path) -> None:
 
 def test_where_the_shim_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(shim.VARIABLE, raising=False)
-    package = Path(shim.__file__).parent
+    package = Path(shim.__file__).parents[1]
     checkout = [package / "native" / "lib", package.parent / "build" / "shim" / platform.machine()]
     assert shim.places() == checkout
     monkeypatch.setattr(sys, "frozen", True, raising=False)

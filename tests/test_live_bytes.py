@@ -10,12 +10,14 @@ import torch
 from families import FAMILIES, tiny_model
 from torch import Tensor
 
-from dlora.cloud.exchange.sites import MicroBatchExchange, exchanging, install
+from dlora.cloud.exchange.exchange import MicroBatchExchange, exchanging, install
+from dlora.cloud.exchange.kinds import SITE_KINDS, Site
 from dlora.cloud.model import live_bytes as live_bytes_module
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
 from dlora.cloud.model.live_bytes import LiveBytes, _Alive, _order_of_calls, default_live_limit
 from dlora.cloud.serving.server import LEAST_TOKENS, MOST_TOKENS, fitting_tokens
+from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.errors import ExportError
 from dlora.protocol.groups import GroupSpec
@@ -36,14 +38,18 @@ class ZeroDeltas:
     def send_input(self, group: int, x: Tensor) -> None:
         self.tokens = len(x)
 
-    def receive_deltas(self, group: int) -> list[Tensor]:
+    def receive_outputs(self, group: int, device: torch.device) -> list[Tensor]:
         return [torch.zeros(self.tokens, target.out_features) for target in self.groups[group].targets]
 
     def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
         raise AssertionError("no backward pass here")
 
-    def receive_input_grad(self, group: int) -> Tensor:
+    def receive_input_grad(self, group: int, device: torch.device) -> Tensor:
         raise AssertionError("no backward pass here")
+
+
+def lora_sites(groups: Sequence[GroupSpec]) -> list[Site]:
+    return [SITE_KINDS["lora"].site(AdapterSpec(), group, ()) for group in groups]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +82,13 @@ def bytes_saved(base: BaseModel, groups: Sequence[GroupSpec], layout: Layout, tr
         return tensor.detach()
 
     exchange = MicroBatchExchange(
-        ZeroDeltas(groups), base, groups, live=set(range(len(groups))), trained=trained, rows=layout.rows
+        ZeroDeltas(groups),
+        base,
+        groups,
+        lora_sites(groups),
+        live=set(range(len(groups))),
+        trained=trained,
+        rows=layout.rows,
     )
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), exchanging(exchange):
         hidden = base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
@@ -109,7 +121,13 @@ def test_evaluation_takes_what_its_forward_pass_has_in_hand(family: str) -> None
         layout = layout_of(base, lengths)
         assert live_bytes.graph(layout, None) == 0
         exchange = MicroBatchExchange(
-            ZeroDeltas(groups), base, groups, live=range(len(groups)), trained=(), rows=layout.rows
+            ZeroDeltas(groups),
+            base,
+            groups,
+            lora_sites(groups),
+            live=range(len(groups)),
+            trained=(),
+            rows=layout.rows,
         )
         with torch.no_grad(), exchanging(exchange), _order_of_calls(base) as order, _Alive(base, order) as alive:
             base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)

@@ -23,7 +23,7 @@ from tiny import TinyFactory
 from waiting import eventually
 from websockets.sync.client import ClientConnection, connect
 
-from dlora.cloud.door.quotas import QuotaLimits, Quotas
+from dlora.cloud.door.quotas import Charge, QuotaLimits, Quotas
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.patience import Patience
 from dlora.cloud.serving.server import MOST_TOKENS
@@ -248,9 +248,10 @@ def watched_memory(quotas: Quotas) -> Iterator[list[int]]:
     seen: list[int] = []
     begin = quotas._begin
 
-    def watched(*given: Any) -> None:
-        begin(*given)
+    def watched(*given: Any) -> Charge:
+        charge = begin(*given)
         seen.append(quotas._running_bytes)
+        return charge
 
     quotas._begin = watched  # type: ignore[method-assign]
     yield seen
@@ -355,7 +356,7 @@ def test_who_leaves_while_it_waits_for_memory_is_in_nobodys_way(model: Model) ->
     with serving(model.base, **limits, patience=Patience(park_s=3600.0)) as server:
         service = server.server.service
         holds = service.quotas.open_session("somebody")
-        holds.begin(1, 10**8)
+        charge = holds.begin(1, 10**8)
         with opened(server.url, model.base) as websocket:
             websocket.send(encode(evaluation(model.base, [LONGEST]), seq=1))
             eventually(lambda: service.quotas.is_awaited)
@@ -363,7 +364,7 @@ def test_who_leaves_while_it_waits_for_memory_is_in_nobodys_way(model: Model) ->
         eventually(lambda: service.sessions.parked == 1)
         with opened(server.url, model.base):
             eventually(lambda: not service.quotas.is_awaited)
-        holds.end(0.0)
+        charge.end(0.0)
 
 
 def test_who_is_refused_again_and_again_loses_its_session(
@@ -381,9 +382,9 @@ def test_who_is_refused_again_and_again_loses_its_session(
     ):
         (live,) = server.server.service.sessions
         holds = server.server.service.quotas.open_session(live.caller.name)
-        holds.begin(1, 10**8)
+        charge = holds.begin(1, 10**8)
         step = thread.submit(trainer.run_step)
         eventually(lambda: any("ended at step 0: quota_live_bytes" in line for line in caplog.messages))
-        holds.end(0.0)
+        charge.end(0.0)
         step.result(60)
         assert trainer.steps_rerun > 0

@@ -106,7 +106,7 @@ def test_info_of_a_bundle(bundle: Path) -> None:
     assert (done.code, report["kind"], report["default_r"], report["blocks"]) == (0, "bundle", 4, 2)
     assert report["default_target_modules"] == "q_proj, v_proj"
     assert report["can_be_trained"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    assert report["exchange_groups"] == "2 by default, of 8"
+    assert (report["default_exchange_groups"], report["exchange_groups"]) == (2, 8)
     assert run_edge("info", bundle).code == 0
 
 

@@ -74,7 +74,8 @@ def test_training_equals_peft_with_torch_adamw(
         training(bundle, server.url, run, dataset) as trainer,
     ):
         wanted = load_manifest(bundle).defaults.target_modules if targets == () else targets
-        assert {adapter.name for adapter in trainer.adapters} == adapted_by_peft(family, wanted, blocks)
+        adapted = {each.name for group in trainer.adapters.groups for each in group.factors()}
+        assert adapted == adapted_by_peft(family, wanted, blocks)
         model = reference.with_adapters(tiny_model(family), trainer.adapters, run.rank, run.lora_alpha)
         losses = [trainer.run_step().loss for _ in range(run.total_steps)]
         learning_rates = [trainer.optimizer.lr(step) for step in range(run.total_steps)]

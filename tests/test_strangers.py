@@ -295,11 +295,11 @@ def test_a_device_that_only_reports_is_charged_for_it(place: Place, base: BaseMo
         training(place.bundle, server.url, run(), data()) as trainer,
     ):
         scores = np.ones(len(trainer.connection.session.units), np.float32)
-        trainer.model.report(0, scores)
-        trainer.model.await_signal()
-        trainer.model.report(1, scores)
+        trainer.session.report(scores)
+        trainer.session.settle()
+        trainer.session.report(scores)
         with pytest.raises(RefusedError) as told:
-            trainer.model.await_signal()
+            trainer.session.settle()
     assert (told.value.code, told.value.retryable) == ("quota_compute", True)
 
 

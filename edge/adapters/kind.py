@@ -1,6 +1,6 @@
 """What the device needs of an adapter kind: the adapters of one exchange group behind one interface.
 
-A new kind is a file of its own beside ``lora.py``, and a line in ``KINDS``.
+A new kind is a file of its own beside ``lora.py``, and a line in ``DEVICE_KINDS`` of ``units.py``.
 """
 
 from __future__ import annotations

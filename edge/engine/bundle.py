@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,10 @@ import numpy.typing as npt
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import GraphKind, GraphSpec, Manifest, check_file, load_manifest
 
-_STORED: Final = (np.dtype("<f4"), np.dtype("<f2"), np.dtype("i1"))
+_STORED: Final[dict[str, np.dtype[Any]]] = {"<f4": np.dtype("<f4"), "<f2": np.dtype("<f2"), "|i1": np.dtype("i1")}
+_MAGIC: Final = b"\x93NUMPY\x01\x00"
+# As numpy writes it.
+_HEADER: Final = re.compile(rb"\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \(([\d, ]{0,64})\), \} *\n")
 
 
 class Bundle:
@@ -74,18 +78,25 @@ class Bundle:
 
 
 def _mapped(path: Path) -> tuple[npt.NDArray[Any], mmap.mmap]:
-    """Map an ``.npy`` file, whose header is checked first: numpy may fail in any way on one that lies, or crash."""
+    """Map an ``.npy`` file, whose header is checked first: numpy may fail in any way on one that lies, or crash.
+
+    Its own reader evaluates the header as Python, which also fails now and then where several threads do so at once.
+    """
     try:
         with path.open("rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
+            if file.read(len(_MAGIC)) != _MAGIC:
                 raise ValueError("not of .npy format 1.0")
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            header = file.read(int.from_bytes(file.read(2), "little"))
             start = file.tell()
-            if dtype not in _STORED or fortran_order or min(shape, default=0) < 1:
+            found = _HEADER.fullmatch(header)
+            if found is None or found[1].decode() not in _STORED:
+                raise ValueError("not an array of weights")
+            dtype, shape = _STORED[found[1].decode()], tuple(int(size) for size in found[2].split(b",") if size.strip())
+            if min(shape, default=0) < 1:
                 raise ValueError("not an array of weights")
             if start + math.prod(shape) * dtype.itemsize != path.stat().st_size:
                 raise ValueError("its shape is not its size")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(mapping, dtype, math.prod(shape), start).reshape(shape), mapping
-    except Exception as error:  # numpy evaluates the header, and lets through whatever Python's parser raises
+    except (OSError, ValueError, OverflowError) as error:
         raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None

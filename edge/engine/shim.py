@@ -159,7 +159,7 @@ def places() -> list[Path]:
     """The directories in which the shim may be, in order."""
     if chosen := os.environ.get(VARIABLE):
         return [Path(chosen)]
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]  # dlora.edge
     frozen = getattr(sys, "_MEIPASS", None) if getattr(sys, "frozen", False) else None
     return [
         *([Path(frozen) / "dlora_executorch"] if frozen else []),

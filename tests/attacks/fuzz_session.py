@@ -22,6 +22,7 @@ from dlora.protocol.codec import PREFIX_BYTES, Decoder, encode, read_prefix
 from dlora.protocol.errors import LocalProtocolError, RemoteProtocolError
 from dlora.protocol.session import NUMBERED, Session
 from dlora.protocol.states import TRANSITIONS, Role
+from dlora.protocol.wire_codecs import is_finite
 
 OPENED: Final = 2  # the settings' bit for a session that is open already; the lowest bit is the role
 AS_IT_IS, NUMBERED_ANEW, OURS = range(3)
@@ -80,7 +81,7 @@ def _listen(session: Session, frame: bytes) -> None:
     if message is None:
         return
     for tensor in m.tensors_of(message):
-        assert tensor.is_finite()
+        assert is_finite(tensor)
     if isinstance(message, m.Embeddings):
         tokens = message.hidden_states.shape[0]
         positions, lengths = message.label_positions.data.tolist(), message.sequence_lengths.data.tolist()

@@ -30,7 +30,7 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import handler
 from dlora.cloud.serving.handler import opening_limit
 from dlora.cloud.serving.patience import Patience
-from dlora.cloud.serving.session_loop import SessionExecutor
+from dlora.cloud.serving.session_loop import SessionLoop
 from dlora.cloud.serving.ticket import ticket_of
 from dlora.protocol import messages as m
 from dlora.protocol import session as protocol_session
@@ -199,13 +199,13 @@ def test_frames_that_a_session_does_not_read_count_in_its_quota(
 ) -> None:
     """A session whose thread waits, for its turn or for memory, reads nothing; what comes meanwhile is held."""
     reading = threading.Event()
-    run = SessionExecutor.run
+    run = SessionLoop.run
 
-    def wait_and_run(executor: SessionExecutor) -> None:
+    def wait_and_run(loop: SessionLoop) -> None:
         reading.wait(TIMEOUT_S)
-        run(executor)
+        run(loop)
 
-    monkeypatch.setattr(SessionExecutor, "run", wait_and_run)
+    monkeypatch.setattr(SessionLoop, "run", wait_and_run)
     with serving(base, quotas=QuotaLimits(live_bytes=300_000)) as running:
         quotas = running.server.service.quotas
         with Target(running.url, groups).opened() as device:
