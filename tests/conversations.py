@@ -103,6 +103,16 @@ def embeddings(step: int = 0, micro_batch: int = 0, *, mode: Any = "train", **ch
     return m.Embeddings(step=step, micro_batch=micro_batch, mode=mode, **{**tensors, **changes})
 
 
+def embeddings_of(lengths: Sequence[int], width: int, value: float = 1.0, **changes: Any) -> m.Embeddings:
+    """Of sequences of these lengths, each number ``value``; the first token has a label."""
+    tensors = {
+        "hidden_states": WireTensor("fp32", np.full((sum(lengths), width), value, np.float32)),
+        "sequence_lengths": WireTensor.from_ints(list(lengths)),
+        "label_positions": WireTensor.from_ints([0]),
+    }
+    return embeddings(**{**tensors, **changes})
+
+
 def group_input(step: int = 0, micro_batch: int = 0, group: int = 0, **changes: Any) -> m.GroupInput:
     tensors = {"hidden_states": floats(TOKENS, GROUPS[min(group, 2)].in_features)}
     return m.GroupInput(step=step, micro_batch=micro_batch, group=group, **{**tensors, **changes})

@@ -35,7 +35,6 @@ from dlora.edge.wire.dialing import Dialing
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
 from dlora.protocol.wire_codecs import encode_floats
 
@@ -122,14 +121,7 @@ def open_session(base: BaseModel) -> m.OpenSession:
 
 
 def embeddings(tokens: int) -> m.Embeddings:
-    return m.Embeddings(
-        step=0,
-        micro_batch=0,
-        mode="train",
-        hidden_states=encode_floats(np.ones((tokens, 16), np.float32), "fp32"),
-        sequence_lengths=WireTensor.from_ints([WIDTH] * (tokens // WIDTH)),
-        label_positions=WireTensor.from_ints([0]),
-    )
+    return conversations.embeddings_of([WIDTH] * (tokens // WIDTH), 16)
 
 
 @contextmanager

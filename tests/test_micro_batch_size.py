@@ -34,9 +34,7 @@ from dlora.protocol.codec import Decoder, encode
 from dlora.protocol.counting import counted_tokens, cut_to_fit
 from dlora.protocol.errors import RefusedError
 from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
-from dlora.protocol.wire_codecs import encode_floats
 
 LONGEST = 16
 MAX_TOKENS = 20
@@ -176,14 +174,7 @@ def opened(url: str, base: BaseModel) -> Iterator[ClientConnection]:
 
 
 def evaluation(base: BaseModel, lengths: list[int], mode: Any = "evaluate") -> m.Embeddings:
-    return m.Embeddings(
-        step=0,
-        micro_batch=0,
-        mode=mode,
-        hidden_states=encode_floats(np.ones((sum(lengths), base.embedding_size), np.float32), "fp32"),
-        sequence_lengths=WireTensor.from_ints(lengths),
-        label_positions=WireTensor.from_ints([0]),
-    )
+    return conversations.embeddings_of(lengths, base.embedding_size, mode=mode)
 
 
 def send_to_server(url: str, base: BaseModel, lengths: list[int], mode: Any) -> m.AnyMessage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from families import save_tiny
+from tiny import TinyFactory
 from transformers import get_scheduler
 
 from dlora.edge.adapters.units import AdapterSet
@@ -13,18 +13,14 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.training.optimizer import AdamW, OptimizerConfig
 from dlora.edge.training.schedule import learning_rate
-from dlora.export.bundle import ExportSettings, export_bundle
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.kill_revive import UnitState
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    directory = tmp_path_factory.mktemp("optimizer")
-    save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4))
-    return Bundle.open(directory / "bundle")
+def bundle(tiny: TinyFactory) -> Bundle:
+    return Bundle.open(tiny().bundle)
 
 
 def adapters(bundle: Bundle) -> AdapterSet:

@@ -134,15 +134,7 @@ def open_session(base: BaseModel, **changes: object) -> m.OpenSession:
 
 
 def embeddings(tokens: int = 3, **changes: object) -> m.Embeddings:
-    settings = {
-        "step": 0,
-        "micro_batch": 0,
-        "mode": "train",
-        "hidden_states": encode_floats(np.ones((tokens, 16), np.float32), "fp32"),
-        "sequence_lengths": WireTensor.from_ints([tokens]),
-        "label_positions": WireTensor.from_ints([0]),
-    }
-    return m.Embeddings(**{**settings, **changes})  # type: ignore[arg-type]
+    return conversations.embeddings_of([tokens], 16, **changes)
 
 
 @contextmanager

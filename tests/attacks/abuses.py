@@ -94,16 +94,8 @@ class HostileDevice:
 
     def embeddings(self, tokens: int = TOKENS, value: float = 1.0, **changes: Any) -> m.Embeddings:
         assert self.session.welcome is not None
-        values = np.full((tokens, self.session.welcome.embedding_size), value, np.float32)
-        settings: dict[str, Any] = {
-            "step": 0,
-            "micro_batch": 0,
-            "mode": "train",
-            "hidden_states": WireTensor("fp32", values),
-            "sequence_lengths": WireTensor.from_ints([tokens]),
-            "label_positions": WireTensor.from_ints([0]),
-        }
-        return m.Embeddings(**{**settings, **changes})
+        width = self.session.welcome.embedding_size
+        return conversations.embeddings_of([tokens], width, value, **changes)
 
     def say(self, message: m.AnyMessage) -> None:
         """By the rules. Raises ``LocalProtocolError``, so that no abuse is a mistake."""

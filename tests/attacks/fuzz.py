@@ -97,7 +97,7 @@ def _work(name: str, directory: Path, seconds: int, seed: int) -> None:
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         rng = Random(seed)
         if rng.random() < 0.25:
-            return bytes(atheris.Mutate(data, max_size))
+            return target.sealed(bytes(atheris.Mutate(data, max_size)))[:max_size]
         return target.mutate(bytes(data), rng)[:max_size]
 
     _limit_memory()

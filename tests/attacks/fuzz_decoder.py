@@ -33,7 +33,7 @@ _DECODER: Final = Decoder()
 
 def target(_directory: Path) -> Target:
     """The target; its corpus is one frame of each message."""
-    return Target("decoder", tuple(bytes(encode(message)) for message in EXAMPLES), mutate, run)
+    return Target("decoder", tuple(bytes(encode(message)) for message in EXAMPLES), mutate, run, sealed)
 
 
 def run(data: bytes) -> None:

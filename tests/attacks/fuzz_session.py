@@ -47,7 +47,7 @@ def target(_directory: Path) -> Target:
         corpus.append(bytes([index | OPENED]) + _records(steps, role))
         corpus.append(bytes([index]) + _records(resuming, role))
         corpus.append(bytes([index]) + _records([c.hello(), c.welcome(), resume, resumed], role))
-    return Target("session", tuple(corpus), mutate, run)
+    return Target("session", tuple(corpus), mutate, run, sealed)
 
 
 def run(data: bytes) -> None:
@@ -57,7 +57,7 @@ def run(data: bytes) -> None:
     if settings & OPENED:
         for message in OPENING:
             session.send(message) if _sender(message) is role else session.receive(encode(message))
-    for kind, frame in _parsed(data[1:]):
+    for kind, frame in records(data[1:]):
         if kind == OURS:
             _speak(session, frame)
         else:
@@ -92,24 +92,29 @@ def _listen(session: Session, frame: bytes) -> None:
 
 def mutate(data: bytes, rng: Random) -> bytes:
     """Drop, repeat, move or change one record."""
-    records = list(_parsed(data[1:]))
-    if not records:
+    found = list(records(data[1:]))
+    if not found:
         return data + fuzz_decoder.mutate(b"", rng)
     settings = rng.randrange(4) if rng.random() < 0.1 else data[0]
-    at = rng.randrange(len(records))
-    kind, frame = records[at]
+    at = rng.randrange(len(found))
+    kind, frame = found[at]
     match rng.randrange(7):
         case 0:
-            del records[at]
+            del found[at]
         case 1:
-            records.insert(at, records[at])
+            found.insert(at, found[at])
         case 2:
-            records.insert(rng.randrange(len(records)), records.pop(at))
+            found.insert(rng.randrange(len(found)), found.pop(at))
         case 3:
-            records[at] = (rng.randrange(3), frame)
+            found[at] = (rng.randrange(3), frame)
         case _:
-            records[at] = (kind, fuzz_decoder.mutate(frame, rng))
-    return bytes([settings]) + b"".join(_record(*record) for record in records)
+            found[at] = (kind, fuzz_decoder.mutate(frame, rng))
+    return bytes([settings]) + b"".join(_record(*record) for record in found)
+
+
+def sealed(data: bytes) -> bytes:
+    """Each record's frame with a checksum that fits."""
+    return data[:1] + b"".join(_record(kind, fuzz_decoder.sealed(frame)) for kind, frame in records(data[1:]))
 
 
 def _records(messages: Sequence[m.AnyMessage], role: Role) -> bytes:
@@ -126,7 +131,7 @@ def _record(kind: int, frame: bytes) -> bytes:
     return bytes([kind]) + len(frame).to_bytes(4, "little") + frame
 
 
-def _parsed(data: bytes) -> Iterator[tuple[int, bytes]]:
+def records(data: bytes) -> Iterator[tuple[int, bytes]]:
     for _ in range(MAX_RECORDS):
         if len(data) < 5:
             return

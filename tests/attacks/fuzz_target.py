@@ -30,12 +30,14 @@ class Target:
         corpus: valid inputs to start from.
         mutate: one input made from another, its checksums written anew.
         run: read one input. Returns where it gave a value or the documented error; raises for anything else.
+        sealed: an input with its checksums written anew, where it has any.
     """
 
     name: str
     corpus: tuple[bytes, ...]
     mutate: Callable[[bytes, Random], bytes]
     run: Callable[[bytes], None]
+    sealed: Callable[[bytes], bytes] = bytes
 
 
 def mutate_bytes(data: bytes, rng: Random) -> bytes:

@@ -19,11 +19,12 @@ import conversations as c
 import msgspec
 import numpy as np
 import pytest
-from attacks import fuzz_checkpoint
+from attacks import fuzz_checkpoint, fuzz_session
 from attacks.fuzz import TARGETS
 from attacks.fuzz_decoder import EXAMPLES, sealed
 from attacks.fuzz_session import OPENING
-from attacks.fuzz_target import Target, join, split
+from attacks.fuzz_target import Target, join, mutate_bytes, split
+from frames import Reached
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -81,6 +82,23 @@ def test_changed_inputs(name: str, tmp_path: Path) -> None:
             pool.append(data)
 
 
+@pytest.mark.parametrize("name", ["decoder", "session"])
+def test_changed_frames_get_past_the_checksum(name: str, tmp_path: Path) -> None:
+    """Ours are sealed, and so are those of atheris; else hardly any would reach what reads a header."""
+    target, rng = made(name, tmp_path), Random(1)
+    for change in (target.mutate, lambda data, rng: target.sealed(mutate_bytes(data, rng))):
+        reached = Reached()
+        for _ in range(100):
+            for frame in frames_in(name, change(rng.choice(target.corpus), rng)):
+                reached.count(lambda frame=frame: DECODER.decode(frame))
+        assert reached.past_checksum > 50, reached
+        assert reached.parsed > 5, reached  # many changes break the padding, or a length
+
+
+def frames_in(name: str, data: bytes) -> list[bytes]:
+    return [data] if name == "decoder" else [frame for _, frame in fuzz_session.records(data[1:])]
+
+
 @pytest.mark.parametrize("path", sorted((HERE / "found").glob("*.bin")), ids=lambda path: path.stem)
 def test_what_was_found_once(path: Path, tmp_path: Path) -> None:
     made(path.stem.partition("-")[0], tmp_path).run(path.read_bytes())
@@ -88,7 +106,7 @@ def test_what_was_found_once(path: Path, tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     """Coverage-guided, in a process of its own, for two seconds."""
-    pytest.importorskip("atheris")
+    pytest.importorskip("atheris", reason="no atheris: pip install --group fuzz, then run this file again")
     command = [sys.executable, str(HERE / "fuzz.py"), "decoder", "--seconds", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
