@@ -471,30 +471,30 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     assert_fails(done, UsageError.exit_code, "nowhere")
 
 
-def test_a_state_directory_that_cannot_be_written(place: Place, tmp_path: Path) -> None:
+def test_a_state_directory_that_cannot_be_written(tiny: TinyFactory, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = run_cloud("serve", place.bundle.parent / "model", "--state-dir", tmp_path / "file", "--port", 0)
+    done = run_cloud("serve", tiny().model, "--state-dir", tmp_path / "file", "--port", 0)
     assert_fails(done, StorageError.exit_code, "--state-dir")
 
 
-def test_a_port_that_is_taken_and_a_server_that_is_interrupted(place: Place, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_and_a_server_that_is_interrupted(tiny: TinyFactory, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run_cloud(
-            "serve", place.bundle.parent / "model", "--state-dir", tmp_path, "--port", taken.getsockname()[1], "--json"
+            "serve", tiny().model, "--state-dir", tmp_path, "--port", taken.getsockname()[1], "--json"
         )
     assert_fails(done, ConnectionFailedError.exit_code, "cannot listen")
-    with cloud_process(place.bundle.parent / "model", tmp_path / "server") as cloud:
+    with cloud_process(tiny().model, tmp_path / "server") as cloud:
         assert cloud.end(signal.SIGINT) == 0
         assert "Traceback" not in cloud.log.read_text()
 
 
-def test_a_server_shows_no_path_and_dates_its_log(place: Place, tmp_path: Path) -> None:
-    with cloud_process(place.bundle.parent / "model", tmp_path) as cloud:
+def test_a_server_shows_no_path_and_dates_its_log(tiny: TinyFactory, tmp_path: Path) -> None:
+    with cloud_process(tiny().model, tmp_path) as cloud:
         with urllib.request.urlopen(cloud.url.replace("ws://", "http://") + "/healthz", timeout=10) as answer:
             body = answer.read().decode()
         log = cloud.log.read_text().splitlines()
     assert json.loads(body)["base_model"] == "model"
-    assert str(place.bundle.parent) not in body
+    assert str(tiny().model.parent) not in body
     assert log
     for line in log:
         datetime.strptime(line[:20], "%Y-%m-%d %H:%M:%S ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -17,9 +18,9 @@ from families import VOCABULARY
 from processes import finish, run_edge, start_edge
 from serving import config, random_dataset, training
 from tiny import TinyFactory
+from waiting import PassingClock
 from websockets.sync.server import ServerConnection
 
-from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import Dialing, Liveness, Retry
 from dlora.protocol import messages as m
 from dlora.protocol.errors import ConnectionFailedError, ProtocolError, RemoteProtocolError, StoppedError
@@ -222,30 +223,38 @@ def answers_once_and_hangs_up(server: DishonestServer, connection: ServerConnect
     connection.close()
 
 
+class Pauses:
+    """How long a device means to wait, as it tells it: one line when a server is lost, another when it is back."""
+
+    def __init__(self) -> None:
+        self.told: list[float] = []
+
+    def say(self, line: str) -> None:
+        if not line.startswith("connected to "):
+            pause = re.search(r"; trying again in (\S+) s$", line)
+            self.told.append(float(pause[1]) if pause else 0.0)
+
+
 def test_a_server_that_answers_once_and_hangs_up_is_tried_with_growing_pauses(
     bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pauses: list[float] = []
-
-    def sleep(connection: Connection, seconds: float) -> None:
-        pauses.append(seconds)
-        if len(pauses) == BLOCKS:
-            raise StoppedError("enough")
-
-    monkeypatch.setattr(Connection, "_sleep", sleep)
+    pauses, clock = Pauses(), PassingClock()
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     retry = Retry(max_s=None, first_s=1.0, ceiling_s=1000.0)
-    with dishonest(manifest, answers_once_and_hangs_up) as server, pytest.raises(StoppedError, match="enough"):
-        run_step(bundle, server.url, Dialing(retry=retry))
-    assert pauses == [0.0, *(2.0**power for power in range(BLOCKS - 1))]
+    dialing = Dialing(
+        retry=retry, say=pauses.say, should_stop=lambda: len(pauses.told) == BLOCKS, clock=clock, sleep=clock.sleep
+    )
+    with dishonest(manifest, answers_once_and_hangs_up) as server, pytest.raises(StoppedError, match="away"):
+        run_step(bundle, server.url, dialing)
+    assert pauses.told == [0.0, *(2.0**power for power in range(BLOCKS - 1))]
 
 
 def test_pauses_begin_anew_once_a_micro_batch_is_through(
     bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A line that breaks now and then is no server that hammers; but the pause is never none again."""
-    pauses: list[float] = []
-    monkeypatch.setattr(Connection, "_sleep", lambda connection, seconds: pauses.append(seconds))
+    pauses, clock = Pauses(), PassingClock()
+    dialing = Dialing(retry=Retry(max_s=None), say=pauses.say, clock=clock, sleep=clock.sleep)
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
 
     def breaks_at_each_report(server: DishonestServer, connection: ServerConnection) -> None:
@@ -260,13 +269,13 @@ def test_pauses_begin_anew_once_a_micro_batch_is_through(
 
     with (
         dishonest(manifest, breaks_at_each_report) as server,
-        training(bundle, server.url, config(), random_dataset(VOCABULARY), Dialing(retry=Retry(max_s=None))) as trainer,
+        training(bundle, server.url, config(), random_dataset(VOCABULARY), dialing) as trainer,
     ):
         for _ in range(3):
             trainer.run_step()
             trainer.settle()
-    assert pauses[:2] == [0.0, 0.5]
-    assert set(pauses[1:]) == {0.5}
+    assert pauses.told[:2] == [0.0, 0.5]
+    assert set(pauses.told[1:]) == {0.5}
 
 
 @contextmanager

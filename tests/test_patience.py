@@ -8,20 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from families import VOCABULARY
 from serving import config, random_dataset, serving, training
 from tiny import TinyFactory
+from waiting import PassingClock
 from websockets.asyncio.server import ServerConnection
 
 from dlora.cloud.door.access import Caller
 from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving import transport
 from dlora.cloud.serving.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines, Patience
 from dlora.cloud.serving.tasks import Tasks
 from dlora.cloud.serving.transport import SessionTransport
@@ -135,10 +134,9 @@ class Answering:
         return b"answer"
 
 
-def test_the_clock_of_an_answer_stands_while_its_device_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_of_an_answer_stands_while_its_device_is_away() -> None:
     """As after a damaged frame: the session asks for the next one when it is parked already."""
-    away_s = 0.0
-    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + away_s))
+    clock = PassingClock()
     waits = threading.Event()
 
     class Watched(SessionTransport):
@@ -147,14 +145,14 @@ def test_the_clock_of_an_answer_stands_while_its_device_is_away(monkeypatch: pyt
             return super().wait_for_device(extra_s)
 
     async def come_back() -> bytes:
-        nonlocal away_s
         connection = cast(ServerConnection, Answering())
-        parked = Watched(asyncio.get_running_loop(), connection, name="one", park_s=60.0, goodbyes=Tasks())
+        loop = asyncio.get_running_loop()
+        parked = Watched(loop, connection, name="one", park_s=60.0, goodbyes=Tasks(), clock=clock)
         assert parked.connection is not None
         parked._lose(parked.connection)
-        received = asyncio.get_running_loop().run_in_executor(None, parked.receive, 30.0)
+        received = loop.run_in_executor(None, parked.receive, 30.0)
         await asyncio.to_thread(waits.wait, 20)
-        away_s = 59.0
+        clock.sleep(59.0)
         parked.attach(cast(ServerConnection, Answering()), list)
         return await received
 

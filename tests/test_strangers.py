@@ -19,11 +19,12 @@ from families import VOCABULARY
 from processes import CLOUD, CloudProcess, Finished, cloud_process, quiet_environment, run_edge
 from serving import config, final_weights, random_dataset, serving, training
 from tiny import TinyFactory
+from waiting import PassingClock
 
 from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.serving.patience import LONGEST_S, Patience
 from dlora.edge.training.trainer import Trainer
-from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import Dialing, Retry
 from dlora.protocol.errors import RefusedError
 
@@ -188,19 +189,6 @@ def test_a_network_is_not_listened_on_without_protection(
 # -- quotas ----------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Seconds that pass when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 @pytest.fixture(scope="module")
 def base(tiny: TinyFactory) -> BaseModel:
     return tiny().base
@@ -242,20 +230,21 @@ def test_a_device_above_its_quota_waits_and_ends_with_the_same_bits(
     base: BaseModel,
     limits: QuotaLimits,
     code: str,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     wanted = undisturbed(place, base)
-    clock = Clock()
-    monkeypatch.setattr(Connection, "_sleep", lambda self, seconds: clock.sleep(seconds))
+    clock = PassingClock()
+    dialing = Dialing(retry=Retry(max_s=None), clock=clock, sleep=clock.sleep)
+    patience = Patience(idle_s=LONGEST_S, step_s=LONGEST_S)  # an hour may pass here in no time
     caplog.set_level(logging.INFO, "dlora.cloud")
-    with serving(base, quotas=limits) as server:
-        monkeypatch.setattr(server.server.service.quotas, "_clock", clock)
-        with training(place.bundle, server.url, run(), data(), dialing=PATIENT) as trainer:
-            found = after_all_steps(trainer)
-            assert trainer.connection.reconnects > 0
-            assert trainer.connection.resumed == trainer.connection.reconnects  # no step was run again
-    assert clock.now > 1030
+    with (
+        serving(base, quotas=limits, clock=clock, patience=patience) as server,
+        training(place.bundle, server.url, run(), data(), dialing=dialing) as trainer,
+    ):
+        found = after_all_steps(trainer)
+        assert trainer.connection.reconnects > 0
+        assert trainer.connection.resumed == trainer.connection.reconnects  # no step was run again
+    assert clock.slept_s > 30
     for name, value in wanted.items():
         assert (found[name] == value).all(), name
     assert code in caplog.text

@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process does."""
+"""Waiting for what another thread or process does, and a clock for those who need not wait."""
 
 from __future__ import annotations
 
@@ -14,3 +14,16 @@ def eventually(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.005)
+
+
+class PassingClock:
+    """A clock to give to what waits: it goes on as time does, and ``sleep`` moves it on at once."""
+
+    def __init__(self) -> None:
+        self.slept_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.slept_s
+
+    def sleep(self, seconds: float) -> None:
+        self.slept_s += seconds

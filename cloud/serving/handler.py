@@ -157,6 +157,7 @@ class _Handshake:
                 name=f"{name} of {caller.name}",
                 park_s=service.patience.park_s,
                 goodbyes=service.goodbyes,
+                clock=service.clock,
             )
             live = LiveSession(name, caller, device, session, transport, quota)
             loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device))

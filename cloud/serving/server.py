@@ -142,7 +142,7 @@ class CloudServer:
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
             ticket_key=ticket_key,
             sessions=Sessions(settings.max_sessions),
-            quotas=Quotas(quotas, total_live_bytes=live_limit),
+            quotas=Quotas(quotas, total_live_bytes=live_limit, clock=settings.clock),
             patience=settings.patience,
             deadlines=DeviceDeadlines(settings.patience),
             pool=self._threads,

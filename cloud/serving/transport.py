@@ -46,10 +46,11 @@ class SessionTransport:
         name: of session and device, for the log.
         park_s: how long a session without a connection is kept.
         goodbyes: to devices that are told to go, until they have heard it.
+        clock: seconds that never go back.
 
     Attributes:
         losses: how often the connection was lost.
-        parked_at: since when there is none that is open, in monotonic seconds; None while there is one.
+        parked_at: since when there is none that is open, on ``clock``; None while there is one.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class SessionTransport:
         name: str,
         park_s: float,
         goodbyes: Tasks,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.losses = 0
         self.parked_at: float | None = None
@@ -67,6 +69,7 @@ class SessionTransport:
         self._name = name
         self._park_s = park_s
         self._goodbyes = goodbyes
+        self._clock = clock
         self._changed = threading.Condition()
         self._connection: ServerConnection | None = connection
         self._sending: list[tuple[ServerConnection, Future[None]]] = []
@@ -86,17 +89,17 @@ class SessionTransport:
 
         Raises ``TimeoutError`` where a connected device says nothing for so long, ``DeviceGoneError`` where a lost one
         does not come back, and what ``end`` was given. Each connection has ``timeout_s``, but none of them any longer
-        than to ``give_up_at`` in monotonic seconds: coming and going wins nothing.
+        than to ``give_up_at`` on ``clock``: coming and going wins nothing.
         """
         while True:
             connection = self.wait_for_device()
-            until = min(time.monotonic() + timeout_s, give_up_at)
+            until = min(self._clock() + timeout_s, give_up_at)
             try:
                 receiving = None
                 self._flush(until)
                 receiving = asyncio.run_coroutine_threadsafe(connection.recv(decode=False), self._loop)
                 try:
-                    return receiving.result(max(0.0, until - time.monotonic()))
+                    return receiving.result(max(0.0, until - self._clock()))
                 except TimeoutError:
                     receiving.cancel()
                     raise
@@ -129,7 +132,7 @@ class SessionTransport:
             sending, self._sending = self._sending, []
         for connection, sent in sending:
             try:
-                sent.result(max(0.0, until - time.monotonic()))
+                sent.result(max(0.0, until - self._clock()))
             except ConnectionClosed:
                 if connection is self._connection:
                     raise
@@ -140,7 +143,7 @@ class SessionTransport:
                 self._connection = None
                 self._sending.clear()  # a dead websocket, as well
                 self.losses += 1
-                self.parked_at = time.monotonic()
+                self.parked_at = self._clock()
 
     # -- the event loop ----------------------------------------------------------------------------------
 
@@ -153,7 +156,7 @@ class SessionTransport:
         what has come over it can still be read."""
         with self._changed:
             if self._connection is connection and self.parked_at is None:
-                self.parked_at = time.monotonic()
+                self.parked_at = self._clock()
 
     def attach(self, connection: ServerConnection, missing: Callable[[], Sequence[bytearray]]) -> None:
         """Go on over another connection, with the frames that the device is ``missing``.

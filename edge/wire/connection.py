@@ -11,7 +11,6 @@ import contextlib
 import math
 import random
 import socket
-import time
 from types import TracebackType
 from typing import Final, NoReturn, Self, TypeVar
 
@@ -145,16 +144,16 @@ class Connection:
     def receive_any(self) -> m.AnyMessage:
         """The next message; an ``Error`` of the server's is raised as what it means."""
         while True:
-            started = time.monotonic()
+            started = self._dialing.clock()
             try:
                 message = self._read(self.session, self._silence_s())
             except LostError as lost:
                 if isinstance(lost, _SilentError):
                     self._deadline.missed()
-                    self._away_s += time.monotonic() - started
+                    self._away_s += self._dialing.clock() - started
                 self._come_back(lost)
                 continue
-            self._deadline.observe(time.monotonic() - started)
+            self._deadline.observe(self._dialing.clock() - started)
             self._away_s = 0.0
             if self.session.state is State.IDLE:
                 # A micro-batch is through, or a report is answered. Not at every message: a server that gives one and
@@ -183,7 +182,7 @@ class Connection:
         """
         if self._opened is None:
             raise lost.final from None
-        if time.monotonic() - self._connected_at >= self._dialing.retry.ceiling_s:
+        if self._dialing.clock() - self._connected_at >= self._dialing.retry.ceiling_s:
             self._failures = 0
         while True:
             handshake = self._dial_again(lost)
@@ -216,10 +215,10 @@ class Connection:
         self._raise_if_stopped()
         if retry.max_s == 0:
             raise lost.final from None
-        began = time.monotonic() - self._away_s
+        began = self._dialing.clock() - self._away_s
         try:
             while True:
-                away_s = time.monotonic() - began
+                away_s = self._dialing.clock() - began
                 left_s = math.inf if retry.max_s is None else retry.max_s - away_s
                 if left_s <= 0:
                     text = f"{lost.final}; gave up after {away_s:.0f} s (--max-retry-s)"
@@ -237,7 +236,7 @@ class Connection:
                 except LostError as again:
                     lost = again
         finally:
-            self._away_s = time.monotonic() - began
+            self._away_s = self._dialing.clock() - began
         self.reconnects += 1
         say(f"connected to {self.url} again after {self._away_s:.1f} s")
         return greeted
@@ -254,13 +253,13 @@ class Connection:
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, and raise ``StoppedError`` soon after somebody asked to stop; for 0 s, too: outages may be many."""
-        end = time.monotonic() + seconds
+        end = self._dialing.clock() + seconds
         while True:
             self._raise_if_stopped()
-            left = end - time.monotonic()
+            left = end - self._dialing.clock()
             if left <= 0:
                 return
-            time.sleep(min(left, STOP_CHECK_S))
+            self._dialing.sleep(min(left, STOP_CHECK_S))
 
     def _raise_if_stopped(self) -> None:
         if self._dialing.should_stop():
@@ -296,7 +295,7 @@ class Connection:
         session = Session(Role.EDGE)
         self._closing = contextlib.ExitStack()
         self._socket = open_websocket(self.url, self._dialing, self._closing, self._frame_bytes)
-        self._connected_at = time.monotonic()
+        self._connected_at = self._dialing.clock()
         hello = m.Hello(
             protocol_versions=list(PROTOCOL_VERSIONS),
             software=f"dlora-edge {SOFTWARE_VERSION}",
@@ -338,12 +337,12 @@ class Connection:
         assert self._socket is not None
         liveness = self._dialing.liveness
         timeout_s = liveness.open_s if timeout_s is None else timeout_s
-        until, stopping = time.monotonic() + timeout_s, False
+        until, stopping = self._dialing.clock() + timeout_s, False
         while True:
             if not stopping and self._dialing.should_stop():
                 # A step that the server works on is mostly over soon. One that is given up is run again with --resume.
-                until, stopping = min(until, time.monotonic() + liveness.open_s), True
-            left_s = until - time.monotonic()
+                until, stopping = min(until, self._dialing.clock() + liveness.open_s), True
+            left_s = until - self._dialing.clock()
             if left_s <= 0:
                 text = f"the server {self.url} said nothing new for {timeout_s:.0f} s {self._where()}"
                 raise _SilentError(ConnectionFailedError(text))
@@ -365,10 +364,10 @@ class Connection:
         """Why a peer went away may stand in what it said last."""
         assert self._socket is not None
         last: m.AnyMessage | None = None
-        until = time.monotonic() + GOODBYE_TIMEOUT_S
+        until = self._dialing.clock() + GOODBYE_TIMEOUT_S
         with contextlib.suppress(*HUNG_UP, TimeoutError, ProtocolError):
             while not isinstance(last, m.Error):
-                left_s = max(0.0, until - time.monotonic())
+                left_s = max(0.0, until - self._dialing.clock())
                 last = Decoder().decode(self._socket.recv(timeout=left_s, decode=False))
         if isinstance(last, m.Error):
             self._raise_refusal(last)

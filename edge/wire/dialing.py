@@ -12,6 +12,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -101,6 +102,7 @@ class Dialing:
         device: this device's stable name.
         say: told one line when the connection is lost and when it is back.
         should_stop: asked while waiting for a server; true raises ``StoppedError``.
+        clock: seconds that never go back; sleep: waits so many of them.
     """
 
     credentials: Credentials = field(default_factory=Credentials)
@@ -109,6 +111,8 @@ class Dialing:
     liveness: Liveness = field(default_factory=Liveness)
     say: Callable[[str], None] = _say_nothing
     should_stop: Callable[[], bool] = _never
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
 
 
 class LostError(Exception):
