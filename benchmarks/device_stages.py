@@ -74,7 +74,7 @@ def main() -> None:
     importlib.import_module("dlora.edge.commands.app")
     from dlora.edge.data.loading import Reading, load_datasets
     from dlora.edge.engine.bundle import Bundle
-    from dlora.edge.run.report import Reporter
+    from dlora.edge.run.report import Display
     from dlora.edge.training.config import TrainConfig
     from dlora.edge.training.metrics import StepMetrics
     from dlora.edge.training.optimizer import OptimizerConfig
@@ -89,7 +89,7 @@ def main() -> None:
 
     memory.stage("engine imported")
 
-    class Observer(Reporter):
+    class Observer(Display):
         def step(self, metrics: StepMetrics) -> None:
             super().step(metrics)
             memory.stage(f"step {metrics.step}")

@@ -31,7 +31,7 @@ from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "attacks"))
 
-from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, besieged
+from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, idle_connections
 
 from dlora.cloud.door.guard import raise_file_limit
 from dlora.edge.data.examples import Dataset
@@ -173,7 +173,7 @@ class _Attacker:
             self._open_one()
         for sieges, count in ((SIEGES, SITTING), (SITS_IN_A_SESSION, SITTING_IN_SESSIONS)):
             for make in () if self._options.only else sieges.values():
-                self._held.enter_context(besieged(next(self._targets), make, count))
+                self._held.enter_context(idle_connections(next(self._targets), make, count))
         self._stop.clear()
         rates = ((self._open_one, self._options.connections_per_s), (self._abuse_once, self._options.abuses_per_s))
         self._threads = [threading.Thread(target=self._repeat, args=pair, daemon=True) for pair in rates]

@@ -127,7 +127,7 @@ def _run(
     with Connection(url) as connection:
         trainer = Trainer(bundle, OnnxEngine(bundle, options.threads), connection, config, train)
         rows = [trainer.run_step() for _ in range(options.steps)]
-        trainer.settle()
+        trainer.wait_for_signal()
         wall_s = time.perf_counter() - started
         result = trainer.evaluate(test)
     steady = [row for row in rows if row.live_units == min(row.live_units for row in rows)]

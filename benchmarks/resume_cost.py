@@ -148,14 +148,14 @@ def main() -> None:
             trainer.run_step()
         for round_ in range(options.rounds):
             for on in (True, False, False, True) if round_ % 2 == 0 else (False, True, True, False):
-                trainer.settle()  # nothing is under way when the rules change
+                trainer.wait_for_signal()  # nothing is under way when the rules change
                 switch.turn(on)
                 server.turn(on)
                 started = time.perf_counter()
                 row = trainer.run_step()
                 times[on].append(time.perf_counter() - started)
             log(f"round {round_ + 1} of {options.rounds}: on {times[True][-1]:.3f} s, off {times[False][-1]:.3f} s")
-        trainer.settle()
+        trainer.wait_for_signal()
         switch.turn(on=True)
         server.turn(on=True)
     rounds = [(sum(times[True][at : at + 2]), sum(times[False][at : at + 2])) for at in range(0, 2 * options.rounds, 2)]

@@ -73,7 +73,7 @@ RUN_OPTIONS: Final = {
     "--engine": "onnx",
     "--threads": "1",
 }
-# Killed from step 4 on, revived from step 16 on: see Schedule in protocol/kill_revive.py.
+# Killed from step 4 on, revived from step 16 on: see Timetable in protocol/kill_revive.py.
 KILL_REVIVE: Final = {
     "--active-fraction": "0.5",
     "--kr-warmup-steps": "4",

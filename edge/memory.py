@@ -36,7 +36,7 @@ def _find_trim() -> Callable[[int], int] | None:
 _trim = _find_trim()
 
 
-def release_freed() -> None:
+def release_freed_memory() -> None:
     """Give freed memory back to the system; about a millisecond.
 
     glibc keeps what large tensors leave behind, in pieces that the next ones may not fit into: on SmolLM2 that
@@ -47,7 +47,7 @@ def release_freed() -> None:
 
 
 @contextmanager
-def within_available() -> Iterator[None]:
+def limit_memory() -> Iterator[None]:
     """Within, what this machine has no memory for fails where it is asked for; Linux would grant it, and end us later.
 
     About 0.1 ms. Other systems go without.

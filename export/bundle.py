@@ -37,7 +37,7 @@ from dlora.protocol.manifest import (
 from dlora.protocol.text import one_line
 from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 
-from .place import check_place, placed
+from .place import check_place, new_directory_for
 from .selection import select_targets
 from .to_executorch import BOUNDS, check_executorch
 from .tokenizer import load_tokenizer, save_tokenizer
@@ -107,7 +107,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
         note(line)
     groups = base.groups(selection.trainable)
     embedding, head = find_embedding(base), find_head(base)
-    with interrupts.raising(), placed(settings.out, settings.force) as bundle:
+    with interrupts.raise_on_signal(), new_directory_for(settings.out, settings.force) as bundle:
         say("writing weights and tokenizer")
         dtype = embedding_dtype(settings.head_dtype)
         embedding_spec, embedding_inputs = save_embedding(bundle, embedding, dtype)

@@ -34,7 +34,7 @@ def check_place(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def placed(out: Path, force: bool) -> Iterator[Path]:
+def new_directory_for(out: Path, force: bool) -> Iterator[Path]:
     """Yield an empty directory that becomes ``out`` when the block ends well, and vanishes when it does not."""
     out = out.absolute()
     check_place(out, force)

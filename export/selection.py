@@ -45,43 +45,43 @@ def select_targets(base: BaseModel, target_modules: Sequence[str] | None) -> Sel
     if target_modules is None:
         return _default(base, trainable)
     if tuple(target_modules) == (ALL_LINEAR,):
-        return Selection(trainable, trainable, _spelled(base, trainable), _left_out(refused))
+        return Selection(trainable, trainable, _shortest_names(base, trainable), _left_out_note(refused))
     chosen: set[str] = set()
     for wanted in target_modules:
         matches = _matching(base, [wanted])
         if not matches:
-            raise ExportError(f"{base.name} has no module {wanted!r}; {_offer(base, trainable)}")
+            raise ExportError(f"{base.name} has no module {wanted!r}; {_choices_text(base, trainable)}")
         chosen |= matches
     wrong = sorted(chosen.difference(trainable))
     if wrong:
         reason = refused.get(wrong[0], "is not a linear module of a block")
         raise ExportError(
-            f"{wrong[0]} cannot be a target module of {base.name}: it {reason}; {_offer(base, trainable)}"
+            f"{wrong[0]} cannot be a target module of {base.name}: it {reason}; {_choices_text(base, trainable)}"
         )
     return Selection(trainable, tuple(name for name in trainable if name in chosen), tuple(target_modules))
 
 
 def _default(base: BaseModel, trainable: tuple[str, ...]) -> Selection:
     """PEFT's choice for the architecture, where it has one and all of it can be trained here; else dlora's own."""
-    theirs = PEFT_DEFAULTS.get(base.architecture)
-    why = f"PEFT has none for {base.architecture}"
-    if isinstance(theirs, list):
-        matches = _matching(base, theirs)
+    peft_default = PEFT_DEFAULTS.get(base.architecture)
+    reason = f"PEFT has none for {base.architecture}"
+    if isinstance(peft_default, list):
+        matches = _matching(base, peft_default)
         if matches and matches.issubset(trainable):
-            return Selection(trainable, tuple(name for name in trainable if name in matches), tuple(theirs))
-        why = f"not all of PEFT's for {base.architecture} can be trained here"
+            return Selection(trainable, tuple(name for name in trainable if name in matches), tuple(peft_default))
+        reason = f"not all of PEFT's for {base.architecture} can be trained here"
     chosen = [name for name in trainable if _attention_part(name) & {"q", "v"}]
     # Mamba's blocks begin with one projection, which stands where attention has its own.
     chosen = chosen or [name for name in trainable if name.endswith(".in_proj")]
     if not chosen:
         raise ExportError(
-            f"{base.name} ({base.architecture}) has no default target modules: {why}, and dlora finds no attention; "
-            f"give --target-modules: {_offer(base, trainable)}"
+            f"{base.name} ({base.architecture}) has no default target modules: {reason}, and dlora finds no attention; "
+            f"give --target-modules: {_choices_text(base, trainable)}"
         )
-    spelled = _spelled(base, chosen)
-    shown = spelled if len(spelled) < len(chosen) else _last_parts(chosen)
-    note = f"target modules are {', '.join(shown)}, the default of dlora: {why}"
-    return Selection(trainable, tuple(chosen), spelled, (note,))
+    short_names = _shortest_names(base, chosen)
+    shown = short_names if len(short_names) < len(chosen) else _last_parts(chosen)
+    note = f"target modules are {', '.join(shown)}, the default of dlora: {reason}"
+    return Selection(trainable, tuple(chosen), short_names, (note,))
 
 
 def _attention_part(name: str) -> set[str]:
@@ -90,18 +90,18 @@ def _attention_part(name: str) -> set[str]:
     Where the last part of the name says nothing, as in Moshi's ``q_proj.linear``, the one before it may.
     """
     *_, parent, last = name.split(".")
-    return _said_by(last) or _said_by(parent)
+    return _attention_parts_in(last) or _attention_parts_in(parent)
 
 
-def _said_by(word: str) -> set[str]:
+def _attention_parts_in(word: str) -> set[str]:
     if word == "c_attn":  # of GPT-2 and its children
         return {"q", "k", "v"}
-    said: set[str] = set()
+    found: set[str] = set()
     for part in word.lower().split("_"):
         letters = {"query": "q", "key": "k", "value": "v"}.get(part, part.removeprefix("w"))
         if set(letters) <= set("qkvz"):  # z is the gate that Qwen3-Next fuses with them
-            said.update(letters)
-    return said - {"z"}
+            found.update(letters)
+    return found - {"z"}
 
 
 def _refused_by_peft(base: BaseModel) -> dict[str, str]:
@@ -125,23 +125,23 @@ def _refused_by_peft(base: BaseModel) -> dict[str, str]:
     return {name: reason for name in base.targets if name.rpartition(".")[2] in refused}
 
 
-def _left_out(refused: dict[str, str]) -> tuple[str, ...]:
+def _left_out_note(refused: dict[str, str]) -> tuple[str, ...]:
     """The note on what ``all-linear`` leaves out: how many modules, and one of them for each reason."""
     if not refused:
         return ()
     examples = {reason: name for name, reason in reversed(refused.items())}
-    told = "; ".join(f"{name} {reason}" for reason, name in reversed(examples.items()))
+    reasons = "; ".join(f"{name} {reason}" for reason, name in reversed(examples.items()))
     count = f"{len(refused)} module{'s' if len(refused) > 1 else ''}"
-    return (f"all-linear leaves out {count}: {told}",)
+    return (f"all-linear leaves out {count}: {reasons}",)
 
 
-def _offer(base: BaseModel, trainable: Collection[str]) -> str:
+def _choices_text(base: BaseModel, trainable: Collection[str]) -> str:
     """What ``--target-modules`` takes here, without names that would be refused."""
     words = [word for word in _last_parts(trainable) if _matching(base, [word]).issubset(trainable)]
     return f"target modules can be: {', '.join([*words, ALL_LINEAR])}"
 
 
-def _spelled(base: BaseModel, names: Collection[str]) -> tuple[str, ...]:
+def _shortest_names(base: BaseModel, names: Collection[str]) -> tuple[str, ...]:
     """Names for an adapter's config that select exactly these modules in PEFT: as short as can be.
 
     PEFT's ``all-linear`` would also take linear modules outside the blocks (OPT's ``project_in``), and a short name

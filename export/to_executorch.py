@@ -54,7 +54,7 @@ def to_executorch(graph: TrainingGraph) -> bytes:
     module = graph.module()
     examples = tuple(_example(spec) for spec in graph.inputs)
     try:
-        with _quietly():
+        with _without_output():
             exported = torch.export.export(module, examples, dynamic_shapes=_dynamic(graph, module), strict=False)
             edge = exir.to_edge(
                 exported,
@@ -81,7 +81,7 @@ def to_executorch(graph: TrainingGraph) -> bytes:
 def load_program(model: bytes) -> Callable[[Arrays], list[npt.NDArray[Any]]]:
     """The program on executorch's own Python runtime; arrays in the order of the graph's inputs."""
     _executorch()
-    with _quietly():
+    with _without_output():
         from executorch.runtime import Runtime
 
         program = Runtime.get().load_program(model)
@@ -89,7 +89,7 @@ def load_program(model: bytes) -> Callable[[Arrays], list[npt.NDArray[Any]]]:
 
     def run(inputs: Arrays) -> list[npt.NDArray[Any]]:
         with (
-            _quietly()
+            _without_output()
         ):  # mapped weights are read-only, and only read; the first run says aloud what processor it finds
             tensors = [torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape) for value in inputs.values()]
             return [output.numpy().copy() for output in method.execute(tensors)]
@@ -119,7 +119,7 @@ def _dynamic(graph: TrainingGraph, module: nn.Module) -> Any:
 def _executorch() -> Any:
     """``executorch.exir``; importing it takes seconds."""
     check_executorch()
-    with _quietly():
+    with _without_output():
         try:
             import executorch.exir
             import executorch.exir.passes
@@ -131,7 +131,7 @@ def _executorch() -> Any:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def _without_output() -> Iterator[None]:
     """Without what executorch, torchao and torch.export tell of themselves, on stderr's descriptor too."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -66,10 +66,10 @@ def encode(message: AnyMessage, *, seq: int = 0, ack: int = 0) -> bytearray:
     for tensor, start in zip(tensors, offsets, strict=True):
         if tensor.nbytes:
             view[start : start + tensor.nbytes] = tensor.data.reshape(-1).view("u1").data
-    return seal(frame)
+    return write_checksum(frame)
 
 
-def seal(frame: bytearray) -> bytearray:
+def write_checksum(frame: bytearray) -> bytearray:
     """Write the checksum into a frame that is otherwise complete; gives the same frame."""
     frame[_CHECKSUM] = _checksum(memoryview(frame)).to_bytes(4, "little")
     return frame

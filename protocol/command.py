@@ -26,7 +26,7 @@ def run_command(command: Callable[[], None]) -> None:
     ``DloraError``. SIGTERM counts as Ctrl-C.
     Anything that we do not name is a bug and keeps its traceback; so does a ``LocalProtocolError``, which is one.
     """
-    interrupts.end_at_once()
+    interrupts.exit_on_signal()
     try:
         try:
             command()
@@ -41,7 +41,7 @@ def run_command(command: Callable[[], None]) -> None:
     except DloraError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        interrupts.ignore()
+        interrupts.ignore_signals()
         _fail(INTERRUPTED, INTERRUPTED_EXIT_CODE)
     except MemoryError:
         _fail("there is not enough memory for this; close other programs, or choose smaller settings", 1)
@@ -55,7 +55,7 @@ def run_command(command: Callable[[], None]) -> None:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"cannot write: {where}{error.strerror}; free space or choose another place", StorageError.exit_code)
     finally:
-        interrupts.ignore()
+        interrupts.ignore_signals()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Kill and Revive's controller: from the device's scores to the state of every unit in the next step.
 
 One rule holds at every step: exactly ``budget(step)`` units are ACTIVE. The rest follows from three questions,
-asked for the step ``t`` that comes next (docs/kill-and-revive.md tells the whole story, ``Schedule`` has the times):
+asked for the step ``t`` that comes next (docs/kill-and-revive.md tells the whole story, ``Timetable`` has the times):
 
 1. Does a fade end?          FADING -> KILLED.
 2. Is the budget exceeded?   The lowest ranked go, at once; only the ramp has such steps.
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from .adapters import AdapterSpec, Crossing, crossings
 from .errors import RemoteProtocolError
 from .groups import GroupSpec, group_units
-from .kill_revive import KillReviveConfig, Schedule, UnitState
+from .kill_revive import KillReviveConfig, Timetable, UnitState
 
 Floats = npt.NDArray[np.float64]
 States = npt.NDArray[np.uint8]
@@ -49,7 +49,7 @@ class Controller:
     Attributes:
         digest: SHA-256, 32 bytes, of all that the controller was made with: a ``state`` belongs to no other.
         next_step: the step for which ``states`` holds.
-        schedule: the run's ``Schedule``.
+        timetable: the run's ``Timetable``.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Controller:
         config.check(len(units))
         self.config = config
         self.next_step = 0
-        self.schedule = Schedule(config, len(units), total_steps)
+        self.timetable = Timetable(config, len(units), total_steps)
         self._seed = seed
         self._total_steps = total_steps
         self._costs = unit_costs(groups, units, crossings(adapter, groups))
@@ -77,7 +77,7 @@ class Controller:
         self._since = np.zeros(len(units), np.int64)  # step at which a unit was last killed or revived
         self._on_trial = np.zeros(len(units), np.bool_)  # revived, and not judged since
         self._ema = np.zeros(len(units), np.float64)
-        if self.schedule.is_fixed:
+        if self.timetable.is_fixed:
             self._states[~self._fixed_set()] = _KILLED
         else:
             self._kill_over_budget(0)
@@ -90,7 +90,7 @@ class Controller:
     @property
     def trial_seats(self) -> int:
         """How many of the k seats units on trial may take; one unit that is not pinned always keeps its own."""
-        config, floor = self.config, self.schedule.floor
+        config, floor = self.config, self.timetable.floor
         seats = max(1, math.floor(config.revive_share * floor + 1e-9))
         return max(0, min(seats, floor - int(self._pinned.sum()) - 1, self._states.size - floor))
 
@@ -113,7 +113,7 @@ class Controller:
         active = self._states == _ACTIVE
         self._ema[active] = decay * self._ema[active] + (1.0 - decay) * given[active]
         self.next_step = step + 1
-        if not self.schedule.is_fixed and self.next_step <= self.schedule.last_change:
+        if not self.timetable.is_fixed and self.next_step <= self.timetable.last_change:
             self._end_fades(self.next_step)
             self._kill_over_budget(self.next_step)
             self._tick(self.next_step)
@@ -144,20 +144,20 @@ class Controller:
         chosen = self._pinned.copy()
         if self.config.score == "static":
             chosen[list(self.config.static)] = True
-        elif self.schedule.floor == chosen.size:
+        elif self.timetable.floor == chosen.size:
             chosen[:] = True
         else:
             others = np.flatnonzero(~chosen)[::-1]
-            chosen[others[: self.schedule.floor - int(chosen.sum())]] = True
+            chosen[others[: self.timetable.floor - int(chosen.sum())]] = True
         return chosen
 
-    def _worth(self, step: int) -> Floats:
+    def _rank_values(self, step: int) -> Floats:
         """What units are ranked by, (units,): the score's moving average, per cost where that is asked for."""
         if self.config.score == "random":
             return np.random.default_rng([self._seed, step, 0]).random(self._states.size)
         return self._ema / self._costs if self.config.cost_aware else self._ema
 
-    def _ranked(self, among: npt.NDArray[np.bool_], worth: Floats) -> npt.NDArray[np.intp]:
+    def _ranked(self, among: npt.NDArray[np.bool_], rank_values: Floats) -> npt.NDArray[np.intp]:
         """Indices of the units ``among``, best first: pinned ones, then by worth; a tie goes to the deeper unit.
 
         With ``spread``, worth counts times the gap that a unit fills: the worst is taken out, its neighbours'
@@ -165,11 +165,11 @@ class Controller:
         """
         indices = np.flatnonzero(among)
         if not self.config.spread:
-            return indices[np.lexsort((-indices, -worth[indices], ~self._pinned[indices]))]
+            return indices[np.lexsort((-indices, -rank_values[indices], ~self._pinned[indices]))]
         left, taken = indices, []
         while len(left):
             edges = np.concatenate(([-1], left, [self._states.size]))
-            crowded = worth[left] * (edges[2:] - edges[:-2])
+            crowded = rank_values[left] * (edges[2:] - edges[:-2])
             worst = np.lexsort((left, crowded, self._pinned[left]))[0]
             taken.append(left[worst])
             left = np.delete(left, worst)
@@ -181,57 +181,57 @@ class Controller:
 
     def _kill_over_budget(self, step: int) -> None:
         active = self._states == _ACTIVE
-        budget = self.schedule.budget(step)
+        budget = self.timetable.budget(step)
         if active.sum() > budget:
-            self._kill(self._ranked(active, self._worth(step))[budget:], step)
+            self._kill(self._ranked(active, self._rank_values(step))[budget:], step)
 
     def _tick(self, step: int) -> None:
-        revive, judge = self.schedule.is_revive_tick(step), self.schedule.is_kill_tick(step)
+        revive, judge = self.timetable.is_revive_tick(step), self.timetable.is_kill_tick(step)
         if not (revive or judge):
             return
-        worth = self._worth(step)
+        rank_values = self._rank_values(step)
         idle = (self._states == _KILLED) | (self._states == _HELD)
         on_probation = self._on_trial & (step - self._since < self.config.probation)
         judged = self._on_trial & ~on_probation
         self._on_trial = on_probation
-        losers = self._losers(step, worth, on_probation, judged)
+        replaceable = self._replaceable_units(step, rank_values, on_probation, judged)
         if revive:
             seats = self.trial_seats - int(on_probation.sum())
-            drawn = self._draw(step, worth, idle, min(seats, len(losers)))
-            self._swap(losers[: len(drawn)], drawn, step)
+            drawn = self._draw(step, rank_values, idle, min(seats, len(replaceable)))
+            self._swap(replaceable[: len(drawn)], drawn, step)
             self._on_trial[drawn] = True
         else:
             # No new trial can use a seat that a trial lost, so it goes back to the best that we remember.
-            failed = losers[judged[losers]]
-            best = self._ranked(idle, worth)[: len(failed)]
+            failed = replaceable[judged[replaceable]]
+            best = self._ranked(idle, rank_values)[: len(failed)]
             failed = failed[: len(best)]
-            better = worth[best] > worth[failed]
+            better = rank_values[best] > rank_values[failed]
             self._swap(failed[better], best[better], step)
 
-    def _losers(
-        self, step: int, worth: Floats, on_probation: npt.NDArray[np.bool_], judged: npt.NDArray[np.bool_]
+    def _replaceable_units(
+        self, step: int, rank_values: Floats, on_probation: npt.NDArray[np.bool_], judged: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.intp]:
         """Units that may lose their seat, worst first: clearly below the last seat that no trial may take."""
-        order = self._ranked((self._states == _ACTIVE) & ~on_probation, worth)
-        safe = self.schedule.floor - self.trial_seats
+        order = self._ranked((self._states == _ACTIVE) & ~on_probation, rank_values)
+        safe = self.timetable.floor - self.trial_seats
         if len(order) <= safe:
             return order[:0]
         rest = order[safe:]
         old_enough = judged[rest] | (step - self._since[rest] >= self.config.kill_every)
-        below = worth[rest] < worth[order[safe - 1]] * (1.0 - self.config.hysteresis)
-        losers: npt.NDArray[np.intp] = rest[old_enough & below & ~self._pinned[rest]][::-1]
-        return losers
+        below = rank_values[rest] < rank_values[order[safe - 1]] * (1.0 - self.config.hysteresis)
+        replaceable: npt.NDArray[np.intp] = rest[old_enough & below & ~self._pinned[rest]][::-1]
+        return replaceable
 
-    def _draw(self, step: int, worth: Floats, idle: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.intp]:
+    def _draw(self, step: int, rank_values: Floats, idle: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.intp]:
         """Draw ``count`` of the ``idle`` units without replacement, p ~ (I/max I + 0.1)·(1 + idle/(4·revive_every)).
 
         With ``spread``, times the distance to the nearest active unit.
         """
         indices = np.flatnonzero(idle)
-        if self.config.score == "random" or not worth[indices].any():
+        if self.config.score == "random" or not rank_values[indices].any():
             weight = np.full(len(indices), DRAW_FLOOR)
         else:
-            weight = worth[indices] / worth[indices].max() + DRAW_FLOOR
+            weight = rank_values[indices] / rank_values[indices].max() + DRAW_FLOOR
             active = np.flatnonzero(self._states == _ACTIVE)
             if self.config.spread and len(active):
                 weight = weight * np.abs(indices[:, None] - active).min(axis=1)
@@ -248,7 +248,7 @@ class Controller:
     def _kill(self, units: npt.NDArray[np.intp], step: int) -> None:
         if self.config.on_kill == "hold_forward":
             self._states[units] = _HELD
-        elif self.config.on_kill == "fade" and self.schedule.can_fade(step):
+        elif self.config.on_kill == "fade" and self.timetable.can_fade(step):
             self._states[units] = _FADING
         else:
             self._states[units] = _KILLED

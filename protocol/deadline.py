@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-REMEMBERED: Final = 64
-MOST_TIMES: Final = 10.0
+REMEMBERED_WAITS: Final = 64
+MAX_FACTOR: Final = 10.0
 
 
 class Deadline:
@@ -28,7 +28,7 @@ class Deadline:
         assert factor >= 1, factor
         self._floor_s = floor_s
         self._factor = factor
-        self._ceiling_s = MOST_TIMES * floor_s
+        self._ceiling_s = MAX_FACTOR * floor_s
         self._waits_s: tuple[float, ...] = ()  # replaced, never changed: another thread may be reading it
         self._patience = 1.0
 
@@ -44,7 +44,7 @@ class Deadline:
         More than the deadline itself counts as the deadline: nobody waited longer, so it was a clock that jumped or
         a machine that slept. For the same reason a negative wait is no error.
         """
-        self._waits_s = (*self._waits_s[1 - REMEMBERED :], min(seconds, self.seconds))
+        self._waits_s = (*self._waits_s[1 - REMEMBERED_WAITS :], min(seconds, self.seconds))
         self._patience = 1.0
 
     def missed(self) -> None:

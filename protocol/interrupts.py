@@ -21,42 +21,42 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _CLEAR_LINE_AND_SHOW_CURSOR: Final = "\r\x1b[K\x1b[?25h"
 
 
-def end_at_once() -> None:
+def exit_on_signal() -> None:
     """From here on a signal ends this process at once, with one line and 130. For a command's main thread."""
     for number in _SIGNALS:
         # Whoever starts a command with SIGINT ignored, as scripts do for what runs in the background, means it.
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _end)
+            signal.signal(number, _exit_process)
 
 
 @contextmanager
-def raising() -> Iterator[None]:
+def raise_on_signal() -> Iterator[None]:
     """Within, the first signal raises ``KeyboardInterrupt`` where it would end the process at once."""
-    ending = [number for number in _SIGNALS if signal.getsignal(number) is _end]
+    ending = [number for number in _SIGNALS if signal.getsignal(number) is _exit_process]
     for number in ending:
-        signal.signal(number, raise_once)
+        signal.signal(number, raise_interrupt)
     try:
         yield
     finally:
         for number in ending:
-            if signal.getsignal(number) is raise_once:  # and not ignored since: then we are on our way out
-                signal.signal(number, _end)
+            if signal.getsignal(number) is raise_interrupt:  # and not ignored since: then we are on our way out
+                signal.signal(number, _exit_process)
 
 
-def ignore() -> None:
+def ignore_signals() -> None:
     """From here on signals do nothing: Python gives them back to the system before it has cleared up."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def raise_once(number: int, frame: FrameType | None) -> None:
+def raise_interrupt(number: int, frame: FrameType | None) -> None:
     """A handler that raises ``KeyboardInterrupt``, and ignores what comes after it."""
-    ignore()  # what follows puts things in order, and is to come to its end
+    ignore_signals()  # what follows puts things in order, and is to come to its end
     raise KeyboardInterrupt
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    ignore()  # one line is enough
+def _exit_process(number: int, frame: FrameType | None) -> None:
+    ignore_signals()  # one line is enough
     before = _CLEAR_LINE_AND_SHOW_CURSOR if os.isatty(2) else ""
     os.write(2, f"{before}error: {INTERRUPTED}\n".encode())
     os._exit(INTERRUPTED_EXIT_CODE)

@@ -95,19 +95,19 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             raise UsageError("the policy 'static' needs the units that stay active (--static-units 26-29)")
 
 
-class Schedule:
+class Timetable:
     """When what happens in a run of ``total_steps`` steps with ``units`` units.
 
     ::
 
         warm-up          ramp                    steady                                  quiet
-        0 ─────────── warmup ──────────── settled ──┬────────┬────────┬──────── last_change ──── total
+        0 ─────────── warmup ─────────── ramp_end ──┬────────┬────────┬──────── last_change ──── total
         all ACTIVE       budget N -> k, cubic      ticks, each kill_every / revive_every    no change
 
     Attributes:
         floor: k, the budget once the ramp is over.
         warmup: the first step for which a unit may be killed.
-        settled: the first step whose budget is k.
+        ramp_end: the first step whose budget is k.
         last_change: the last step at whose start a state may change.
     """
 
@@ -118,8 +118,8 @@ class Schedule:
         quiet_steps = max(1, math.floor(config.quiet_fraction * total_steps + 1e-9))
         self.last_change = max(0, total_steps - quiet_steps)
         self.warmup = max(config.warmup_steps, math.ceil(config.warmup_fraction * total_steps - 1e-9))
-        ramp_end = min(math.ceil(config.ramp_fraction * total_steps - 1e-9), self.last_change)
-        self.settled = max(self.warmup, ramp_end)
+        ramp_fraction_end = min(math.ceil(config.ramp_fraction * total_steps - 1e-9), self.last_change)
+        self.ramp_end = max(self.warmup, ramp_fraction_end)
 
     @property
     def is_fixed(self) -> bool:
@@ -131,14 +131,14 @@ class Schedule:
         step = min(step, self.last_change)
         if step < self.warmup:
             return self.units
-        if step >= self.settled:
+        if step >= self.ramp_end:
             return self.floor
-        left = 1.0 - (step - self.warmup) / (self.settled - self.warmup)
+        left = 1.0 - (step - self.warmup) / (self.ramp_end - self.warmup)
         return self.floor + math.ceil((self.units - self.floor) * left**3 - 1e-9)
 
     def is_kill_tick(self, step: int) -> bool:
         """Whether trials are judged at ``step``: each kill_every steps, and a last time before the quiet phase."""
-        return self._ticks(step, self.config.kill_every) or self.settled < step == self.last_change
+        return self._ticks(step, self.config.kill_every) or self.ramp_end < step == self.last_change
 
     def is_revive_tick(self, step: int) -> bool:
         """Whether trials may begin at ``step``: only if they can end before the quiet phase."""
@@ -149,21 +149,21 @@ class Schedule:
     def has_trials(self) -> bool:
         """Whether the run is long enough for warm-up, ramp and, where units are revived, at least one trial."""
         every, trial = self.config.revive_every, max(1, self.config.probation)
-        has_ramp = self.warmup < self.settled <= self.last_change
-        return has_ramp and (not every or self.settled + every + trial <= self.last_change)
+        has_ramp = self.warmup < self.ramp_end <= self.last_change
+        return has_ramp and (not every or self.ramp_end + every + trial <= self.last_change)
 
     def can_fade(self, step: int) -> bool:
-        """Whether a fade that begins at ``step`` ends by ``settled``: later, traffic is promised to be k units'."""
-        return step + self.config.kill_every <= self.settled
+        """Whether a fade that begins at ``step`` ends by ``ramp_end``: later, traffic is promised to be k units'."""
+        return step + self.config.kill_every <= self.ramp_end
 
     def _ticks(self, step: int, every: int) -> bool:
-        return every > 0 and self.settled < step <= self.last_change and (step - self.settled) % every == 0
+        return every > 0 and self.ramp_end < step <= self.last_change and (step - self.ramp_end) % every == 0
 
 
 def steps_needed(config: KillReviveConfig, units: int) -> int:
     """The fewest steps of a run that has warm-up, ramp and trials; ``MAX_STEPS`` where none has."""
 
     def is_enough(steps: int) -> bool:
-        return Schedule(config, units, steps).has_trials
+        return Timetable(config, units, steps).has_trials
 
     return 1 + bisect.bisect_left(range(1, MAX_STEPS), True, key=is_enough)

@@ -19,7 +19,7 @@ from .codec import Prefix
 from .errors import RemoteProtocolError
 
 MAX_UNACKNOWLEDGED: Final = 8  # a micro-batch under way; an honest peer leaves 2 of each; a frame may have 50 MB
-REMEMBERED: Final = 256
+REMEMBERED_FRAMES: Final = 256
 MAX_REPEATS: Final = 16  # in a row; a network that doubles frames makes one
 
 
@@ -36,13 +36,13 @@ class Link:
         self.sent = 0
         self.received = 0
         self._outbox: deque[tuple[int, bytearray]] = deque()
-        self._checksums: deque[int] = deque(maxlen=REMEMBERED)
+        self._checksums: deque[int] = deque(maxlen=REMEMBERED_FRAMES)
         self._lock = threading.Lock()
-        self._most = MAX_UNACKNOWLEDGED
+        self._limit = MAX_UNACKNOWLEDGED
 
-    def allow(self, window: int) -> None:
+    def set_window(self, window: int) -> None:
         """Let so many micro-batches be under way at a time."""
-        self._most = window * MAX_UNACKNOWLEDGED
+        self._limit = window * MAX_UNACKNOWLEDGED
 
     def keep(self, frame: bytearray) -> None:
         """Keep the frame with the next number until it is acknowledged.
@@ -51,8 +51,8 @@ class Link:
         us keep more and more.
         """
         with self._lock:
-            if len(self._outbox) >= self._most:
-                raise RemoteProtocolError(f"the peer has acknowledged none of the last {self._most} frames")
+            if len(self._outbox) >= self._limit:
+                raise RemoteProtocolError(f"the peer has acknowledged none of the last {self._limit} frames")
             self.sent += 1
             self._outbox.append((self.sent, frame))
 

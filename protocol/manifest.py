@@ -221,7 +221,7 @@ def load_manifest(bundle: Path) -> Manifest:
     try:
         if not _lies_inside(bundle, MANIFEST_NAME):
             raise BundleError(f"{path} is a link to a file outside the bundle; do not use this bundle")
-        _refuse_other_than_files(path)
+        _check_is_regular_file(path)
         with path.open("rb") as file:
             raw = file.read(MAX_MANIFEST_BYTES + 1)
         if len(raw) > MAX_MANIFEST_BYTES:
@@ -295,7 +295,7 @@ def _lies_inside(bundle: Path, name: str) -> bool:
         return False
 
 
-def _refuse_other_than_files(path: Path) -> None:
+def _check_is_regular_file(path: Path) -> None:
     """A pipe would keep us waiting, a device never ends. One that is not there is for who opens it."""
     if path.exists() and not path.is_file():
         raise BundleError(f"{path} is no regular file; export the bundle again")
@@ -305,7 +305,7 @@ def check_file(bundle: Path, name: str, spec: FileSpec) -> None:
     """Raise ``BundleError`` unless the file has the size and the digest that the manifest gives."""
     path = bundle / name
     try:
-        _refuse_other_than_files(path)
+        _check_is_regular_file(path)
         if path.stat().st_size != spec.bytes:
             raise BundleError(f"{path} is damaged: its size is not the manifest's; export the bundle again")
         with path.open("rb") as file:

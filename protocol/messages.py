@@ -26,11 +26,11 @@ Mode = Literal["train", "evaluate"]
 MAX_GROUPS = 16_384
 MAX_WINDOW = 64
 MAX_TICKET_BYTES = 1 << 20
-TOKEN_BYTES = 32
+RESUME_TOKEN_BYTES = 32
 MAX_RETRY_AFTER_S = 86_400
 
 Window = Annotated[int, msgspec.Meta(ge=1, le=MAX_WINDOW)]
-ResumeToken = Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+ResumeToken = Annotated[bytes, msgspec.Meta(min_length=RESUME_TOKEN_BYTES, max_length=RESUME_TOKEN_BYTES)]
 
 
 class ErrorCode(StrEnum):
@@ -122,7 +122,7 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     Attributes:
         seed: of C's draws.
-        total_steps: length of the run, or of its present part, which kill-and-revive's schedule needs.
+        total_steps: length of the run, or of its present part, which kill-and-revive's timetable needs.
         next_step: the step that comes next; above 0 when a run goes on.
         ticket: the last ticket that E got, where a run goes on.
     """

@@ -75,14 +75,14 @@ class MicroBatch:
         self._shapes = shapes
 
     @property
-    def is_through(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether its last message has been said."""
         return self.state is State.IDLE
 
     def advance(self, message: m.ExchangeMessage, sender: Role, groups: LiveGroups) -> None:
         """Take the next message. Raises ``ViolationError``; nothing has changed then."""
-        who, next_state = TRANSITIONS[self.state].get(type(message), (None, self.state))
-        if who is not sender:
+        allowed_sender, next_state = TRANSITIONS[self.state].get(type(message), (None, self.state))
+        if allowed_sender is not sender:
             raise ViolationError("not now")
         match message:
             case m.GroupInput():
@@ -162,8 +162,8 @@ class MicroBatch:
             self._shapes.check(tensor, role, (self.rows, width))
 
     def _backward_state(self) -> State:
-        is_through = len(self.graded) == self.gradients and not self.unanswered
-        return State.IDLE if is_through else State.BACKWARD
+        is_finished = len(self.graded) == self.gradients and not self.unanswered
+        return State.IDLE if is_finished else State.BACKWARD
 
 
 def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:

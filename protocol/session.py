@@ -102,7 +102,7 @@ class Session:
         return self.live_groups.active
 
     @property
-    def at_rest(self) -> bool:
+    def is_between_steps(self) -> bool:
         """Whether no step is under way."""
         return self.state is State.IDLE and self._next_micro_batch == 0
 
@@ -193,8 +193,8 @@ class Session:
         if isinstance(message, m.ExchangeMessage) and self._state is State.IDLE:
             self._advance_micro_batch(message, sender)
             return
-        who, next_state = TRANSITIONS[self._state].get(type(message), (None, self._state))
-        if who is not sender:
+        allowed_sender, next_state = TRANSITIONS[self._state].get(type(message), (None, self._state))
+        if allowed_sender is not sender:
             raise ViolationError("not now")
         match message:
             case m.Welcome():
@@ -235,7 +235,7 @@ class Session:
         except UsageError as error:
             raise ViolationError(str(error), m.ErrorCode.LIMIT) from None
         self.opened_with = message
-        self.link.allow(message.window)
+        self.link.set_window(message.window)
         self._shapes = Shapes(widths, message.codecs, self.welcome)
         if isinstance(purpose, m.Train):
             self.unit_groups = group_units(message.groups, purpose.kill_revive.unit)
@@ -332,7 +332,7 @@ class Session:
             # C answers a report before anything that E sent after it: else the units would not be those of this step.
             raise ViolationError(f"the report of step {self._unanswered_reports[0]} has no signal yet")
         micro_batch.advance(message, sender, self.live_groups)
-        if micro_batch.is_through:
+        if micro_batch.is_finished:
             del self.under_way[key]
 
     def _begin_micro_batch(self, message: m.Embeddings, key: Key, sender: Role) -> None:

@@ -27,17 +27,17 @@ def choose_groups(
     names = tuple(target_modules) or manifest.defaults.target_modules
     _check_names(manifest, target_modules)
     _check_blocks(manifest, blocks)
-    selected = _selected(manifest, names)
-    groups = _keep(manifest, lambda group, target: target.name in selected and (not blocks or group.block in blocks))
+    selected = _matching_names(manifest, names)
+    groups = _filter(manifest, lambda group, target: target.name in selected and (not blocks or group.block in blocks))
     if not groups:
         within = f" in the blocks {number_ranges(blocks)}" if blocks else ""
-        raise UsageError(f"the bundle has no module {', '.join(names)}{within}; {_offer(manifest.groups)}")
+        raise UsageError(f"the bundle has no module {', '.join(names)}{within}; {_choices_text(manifest.groups)}")
     return groups
 
 
 def groups_of(manifest: Manifest, names: Collection[str]) -> tuple[GroupSpec, ...]:
     """The exchange groups of the modules with these full names, in execution order, and of no others."""
-    return _keep(manifest, lambda _, target: target.name in names)
+    return _filter(manifest, lambda _, target: target.name in names)
 
 
 def module_names(groups: Iterable[GroupSpec]) -> list[str]:
@@ -56,7 +56,7 @@ def number_ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _keep(manifest: Manifest, is_chosen: Callable[[GroupSpec, TargetSpec], bool]) -> tuple[GroupSpec, ...]:
+def _filter(manifest: Manifest, is_chosen: Callable[[GroupSpec, TargetSpec], bool]) -> tuple[GroupSpec, ...]:
     """Groups run in the order of their first module. Without that module, another group may be before them: where
     attention and MLP share their input, its output projection runs between the two."""
     places = iter(manifest.order or range(sum(len(group.targets) for group in manifest.groups)))
@@ -70,7 +70,7 @@ def _keep(manifest: Manifest, is_chosen: Callable[[GroupSpec, TargetSpec], bool]
     return tuple(group for _, group in sorted(found, key=lambda each: each[0]))
 
 
-def _selected(manifest: Manifest, names: Sequence[str]) -> set[str]:
+def _matching_names(manifest: Manifest, names: Sequence[str]) -> set[str]:
     """The full names of the modules that PEFT takes for these names."""
     modules = {target.name for group in manifest.groups for target in group.targets}
     if tuple(names) == (ALL_LINEAR,):
@@ -81,8 +81,8 @@ def _selected(manifest: Manifest, names: Sequence[str]) -> set[str]:
 
 def _check_names(manifest: Manifest, target_modules: Sequence[str]) -> None:
     for name in target_modules:
-        if not _selected(manifest, [name]) or (name == ALL_LINEAR and len(target_modules) > 1):
-            raise UsageError(f"the bundle has no module {name!r} that can be trained; {_offer(manifest.groups)}")
+        if not _matching_names(manifest, [name]) or (name == ALL_LINEAR and len(target_modules) > 1):
+            raise UsageError(f"the bundle has no module {name!r} that can be trained; {_choices_text(manifest.groups)}")
 
 
 def _check_blocks(manifest: Manifest, blocks: Collection[int]) -> None:
@@ -93,5 +93,5 @@ def _check_blocks(manifest: Manifest, blocks: Collection[int]) -> None:
         )
 
 
-def _offer(groups: Iterable[GroupSpec]) -> str:
+def _choices_text(groups: Iterable[GroupSpec]) -> str:
     return f"--target-modules can be: {', '.join([*module_names(groups), ALL_LINEAR])}"

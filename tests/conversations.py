@@ -31,7 +31,7 @@ GROUPS = (
 )
 ALL = (0, 1, 2)
 UNITS = 2  # a block each
-TOKEN = b"t" * m.TOKEN_BYTES
+TOKEN = b"t" * m.RESUME_TOKEN_BYTES
 
 FROM_EDGE = (
     m.Hello, m.OpenSession, m.ResumeSession, m.MakeAdapterState, m.Embeddings, m.GroupDelta, m.GradHiddenStates,

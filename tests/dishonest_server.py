@@ -64,7 +64,7 @@ class DishonestServer:
             packs=True,
         )
         connection.send(handshake.send(welcome))
-        token = bytes(m.TOKEN_BYTES)
+        token = bytes(m.RESUME_TOKEN_BYTES)
         match handshake.receive(receive(connection)):
             case m.OpenSession(purpose=purpose):
                 units = WireTensor.from_bytes(bytes([UnitState.ACTIVE]) * len(handshake.unit_groups))

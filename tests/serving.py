@@ -20,7 +20,7 @@ from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.dialing import Dialing
+from dlora.edge.wire.dialing import ConnectSettings
 from dlora.protocol.kill_revive import KillReviveConfig
 
 KEY = bytes(range(32))
@@ -84,11 +84,16 @@ def config(**changes: Any) -> TrainConfig:
 
 @contextmanager
 def training(
-    bundle: Path, url: str, run: TrainConfig, dataset: Dataset, dialing: Dialing | None = None, **settings: Any
+    bundle: Path,
+    url: str,
+    run: TrainConfig,
+    dataset: Dataset,
+    connecting: ConnectSettings | None = None,
+    **settings: Any,
 ) -> Iterator[Trainer]:
     """A device's trainer, connected; by default it gives up on the first failure."""
     opened = Bundle.open(bundle)
-    with Connection(url, dialing) as connection:
+    with Connection(url, connecting) as connection:
         yield Trainer(opened, OnnxEngine(opened, 1), connection, run, dataset, **settings)
 
 

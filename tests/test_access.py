@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlora.cloud.door.access import FAILURES_PER_WINDOW, MAX_ADDRESSES, WINDOW_S, Access, AccessDeniedError, Caller
-from dlora.cloud.door.tokens import TokenStore
+from dlora.cloud.door.tokens import BearerTokenStore
 from dlora.edge.wire.credentials import Credentials, refusal_in, split_url
 from dlora.protocol.errors import UsageError
 from dlora.protocol.messages import Error, ErrorCode
@@ -37,12 +37,12 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def tokens(tmp_path: Path, clock: Clock) -> TokenStore:
-    return TokenStore(tmp_path / "tokens.sqlite", clock)
+def tokens(tmp_path: Path, clock: Clock) -> BearerTokenStore:
+    return BearerTokenStore(tmp_path / "tokens.sqlite", clock)
 
 
 @pytest.fixture
-def access(tokens: TokenStore, clock: Clock) -> Access:
+def access(tokens: BearerTokenStore, clock: Clock) -> Access:
     return Access(tokens, required=True, clock=clock)
 
 
@@ -65,7 +65,7 @@ def count_opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return opened
 
 
-def test_what_is_no_token_is_not_looked_up(access: Access, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_token_is_not_looked_up(access: Access, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = count_opened(monkeypatch)
     for header in ("Bearer ", "Bearer dlora_0123_x", "Basic dlora_01234567_" + "x" * 43):
         assert denied(access, header).code == ErrorCode.TOKEN_WRONG
@@ -74,12 +74,12 @@ def test_what_is_no_token_is_not_looked_up(access: Access, monkeypatch: pytest.M
 
 class TestAdmission:
     @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-    def test_a_token_names_its_device(self, access: Access, tokens: TokenStore, scheme: str) -> None:
+    def test_a_token_names_its_device(self, access: Access, tokens: BearerTokenStore, scheme: str) -> None:
         token = tokens.create("phone", None)
         caller = access.admit(f"{scheme} {token}", ADDRESS, None)
         assert caller == Caller("phone", "token", token.split("_")[1])
 
-    def test_each_reason_has_its_code(self, access: Access, tokens: TokenStore, clock: Clock) -> None:
+    def test_each_reason_has_its_code(self, access: Access, tokens: BearerTokenStore, clock: Clock) -> None:
         expired, revoked = tokens.create("phone", 10), tokens.create("tablet", None)
         tokens.revoke("tablet")
         clock.now += 10
@@ -97,7 +97,7 @@ class TestAdmission:
             assert (error.status, error.code, error.retryable) == (401, code, False)
             assert error.should_log
 
-    def test_the_log_line_names_the_device_and_never_the_secret(self, access: Access, tokens: TokenStore) -> None:
+    def test_the_log_line_names_the_device_and_never_the_secret(self, access: Access, tokens: BearerTokenStore) -> None:
         token = tokens.create("phone", None)
         tokens.revoke("phone")
         error = denied(access, f"Bearer {token}")
@@ -106,7 +106,7 @@ class TestAdmission:
         for text in (str(error), repr(error), str(error.headers()), error.body().decode()):
             assert token[15:] not in text
 
-    def test_a_certificate_counts(self, access: Access) -> None:
+    def test_client_certificate_is_accepted(self, access: Access) -> None:
         assert access.admit(None, ADDRESS, CERTIFICATE) == Caller("phone-7", "certificate")
         with pytest.raises(AccessDeniedError):
             access.admit(None, ADDRESS, {"subject": ((("organizationName", "Acme"),),)})
@@ -117,26 +117,26 @@ class TestAdmission:
         assert name.isprintable()
         assert len(name) == 64
 
-    def test_a_token_is_checked_beside_a_certificate(self, access: Access, tokens: TokenStore) -> None:
+    def test_a_token_is_checked_beside_a_certificate(self, access: Access, tokens: BearerTokenStore) -> None:
         assert access.admit(f"Bearer {tokens.create('tablet', None)}", ADDRESS, CERTIFICATE).name == "tablet"
         with pytest.raises(AccessDeniedError, match="not one of"):
             access.admit("Bearer dlora_wrong", ADDRESS, CERTIFICATE)
 
-    def test_where_none_is_required_the_address_is_the_name(self, tokens: TokenStore) -> None:
+    def test_without_required_token_the_address_is_the_name(self, tokens: BearerTokenStore) -> None:
         assert Access(None, required=False).admit(None, ADDRESS, None) == Caller(ADDRESS, "address")
         assert Access(None, required=False).admit("Bearer x", ADDRESS, None) == Caller(ADDRESS, "address")
         with pytest.raises(AccessDeniedError):
             Access(tokens, required=False).admit("Bearer x", ADDRESS, None)
 
     @given(st.text() | st.from_regex(r"Bearer dlora_[0-9a-f]{8}_[\w-]{43}"))
-    def test_no_header_but_the_token_lets_in_or_trips_it(
+    def test_other_authorization_headers_are_refused(
         self, tmp_path_factory: pytest.TempPathFactory, header: str
     ) -> None:
-        store = TokenStore(tmp_path_factory.getbasetemp() / "fuzzed.sqlite")
+        store = BearerTokenStore(tmp_path_factory.getbasetemp() / "fuzzed.sqlite")
         error = denied(Access(store, required=True), header)
         assert error.code == ErrorCode.TOKEN_WRONG
 
-    def test_unreadable_tokens_close_the_door_and_name_no_path(self, access: Access, tokens: TokenStore) -> None:
+    def test_unreadable_tokens_refuse_all_and_name_no_path(self, access: Access, tokens: BearerTokenStore) -> None:
         token = tokens.create("phone", None)
         caller = access.admit(f"Bearer {token}", ADDRESS, None)
         tokens.path.write_bytes(b"garbage" * 100)
@@ -148,7 +148,7 @@ class TestAdmission:
 
 
 class TestRecheck:
-    def test_a_session_ends_once_its_token_does(self, access: Access, tokens: TokenStore, clock: Clock) -> None:
+    def test_a_session_ends_once_its_token_does(self, access: Access, tokens: BearerTokenStore, clock: Clock) -> None:
         first = access.admit(f"Bearer {tokens.create('phone', 100)}", ADDRESS, None)
         second = access.admit(f"Bearer {tokens.create('tablet', None)}", ADDRESS, None)
         assert access.recheck([first, second]) == {}
@@ -162,27 +162,27 @@ class TestRecheck:
             second: ErrorCode.TOKEN_REVOKED,
         }
 
-    def test_a_token_that_is_no_more(self, access: Access, tokens: TokenStore, tmp_path: Path) -> None:
+    def test_deleted_token_is_denied_at_recheck(self, access: Access, tokens: BearerTokenStore, tmp_path: Path) -> None:
         caller = access.admit(f"Bearer {tokens.create('phone', None)}", ADDRESS, None)
-        TokenStore(tmp_path / "other.sqlite").path.rename(tokens.path)
+        BearerTokenStore(tmp_path / "other.sqlite").path.rename(tokens.path)
         assert access.recheck([caller])[caller].code == ErrorCode.TOKEN_WRONG
 
-    def test_all_are_looked_up_at_once(
-        self, access: Access, tokens: TokenStore, monkeypatch: pytest.MonkeyPatch
+    def test_recheck_opens_the_token_file_once(
+        self, access: Access, tokens: BearerTokenStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         callers = [access.admit(f"Bearer {tokens.create('phone', None)}", ADDRESS, None) for _ in range(5)]
         opened = count_opened(monkeypatch)
         assert access.recheck(callers) == {}
         assert len(opened) == 1
 
-    def test_who_came_without_a_token_stays(self, access: Access, tokens: TokenStore) -> None:
+    def test_caller_without_token_stays_at_recheck(self, access: Access, tokens: BearerTokenStore) -> None:
         caller = access.admit(None, ADDRESS, CERTIFICATE)
         tokens.path.unlink()
         assert access.recheck([caller]) == {}
 
 
 class TestFailures:
-    def test_ten_a_minute_then_429_until_the_minute_is_over(self, access: Access, clock: Clock) -> None:
+    def test_eleventh_failure_in_a_minute_is_answered_429(self, access: Access, clock: Clock) -> None:
         for _ in range(FAILURES_PER_WINDOW):
             assert denied(access).status == 401
             clock.now += 1
@@ -193,11 +193,11 @@ class TestFailures:
         clock.now += error.retry_after_s
         assert denied(access).status == 401
 
-    def test_the_log_has_eleven_lines_a_minute_of_one_stranger(self, access: Access) -> None:
+    def test_failures_of_one_address_are_logged_eleven_times_a_minute(self, access: Access) -> None:
         assert sum(denied(access).should_log for _ in range(1000)) == FAILURES_PER_WINDOW + 1
 
-    def test_a_valid_token_passes_and_changes_nothing_for_the_stranger(
-        self, access: Access, tokens: TokenStore
+    def test_valid_token_passes_and_does_not_reset_failures(
+        self, access: Access, tokens: BearerTokenStore
     ) -> None:
         token = tokens.create("phone", None)
         for _ in range(FAILURES_PER_WINDOW + 5):
@@ -205,7 +205,7 @@ class TestFailures:
         assert access.admit(f"Bearer {token}", ADDRESS, None).name == "phone"
         assert denied(access, "Bearer wrong").status == 429
 
-    def test_addresses_count_apart_and_64_bits_of_ipv6_together(self, access: Access) -> None:
+    def test_failures_count_per_address_or_ipv6_64(self, access: Access) -> None:
         for number in range(FAILURES_PER_WINDOW):
             denied(access, address=f"2001:db8::{number:x}")
         assert denied(access, address="2001:db8::ffff").status == 429
@@ -224,7 +224,7 @@ class TestFailures:
 
 
 class TestAnswer:
-    def test_headers_and_body(self, access: Access) -> None:
+    def test_refusal_has_http_headers_and_body(self, access: Access) -> None:
         missing, wrong = denied(access), denied(access, "Bearer x")
         assert missing.headers()["WWW-Authenticate"] == 'Bearer realm="dlora"'
         assert wrong.headers()["WWW-Authenticate"] == 'Bearer realm="dlora", error="invalid_token"'
@@ -238,7 +238,7 @@ class TestAnswer:
         }
         assert wrong.body().count(b"\n") == 1
 
-    def test_the_device_reads_the_same_out_of_it(self, access: Access) -> None:
+    def test_device_reads_the_refusal_from_the_body(self, access: Access) -> None:
         for _ in range(FAILURES_PER_WINDOW + 1):
             error = denied(access)
         assert refusal_in(error.body()) == Error(
@@ -248,7 +248,7 @@ class TestAnswer:
     @given(
         st.none() | st.binary() | st.sampled_from([b"<html>401</html>", b"{}", b'{"type":"hello"}', b"\xff", b"[1]"])
     )
-    def test_another_servers_answer_is_no_refusal_of_ours(self, body: bytes | None) -> None:
+    def test_answer_of_another_server_is_not_a_refusal(self, body: bytes | None) -> None:
         assert refusal_in(body) is None
 
 
@@ -261,7 +261,7 @@ class TestCredentials:
         path.chmod(mode)
         return path
 
-    def test_the_file_goes_before_the_variable(self, tmp_path: Path) -> None:
+    def test_token_file_takes_precedence_over_the_variable(self, tmp_path: Path) -> None:
         file = self.file(tmp_path, f"\n{self.TOKEN}\r\n")
         environment = {"DLORA_TOKEN": "other"}
         found = Credentials.load(file, environment=environment)
@@ -269,7 +269,7 @@ class TestCredentials:
         assert Credentials.load(environment=environment).token == "other"
         assert Credentials.load(environment={"DLORA_TOKEN": " "}).headers("ws://h:1") == {}
 
-    def test_it_is_never_shown(self, tmp_path: Path) -> None:
+    def test_token_is_not_in_repr_or_errors(self, tmp_path: Path) -> None:
         assert self.TOKEN not in repr(Credentials(self.TOKEN))
         for text in ("", f"{self.TOKEN}\n{self.TOKEN}", f"{self.TOKEN}\u00e9", f"x: {self.TOKEN}", "A" * 5000):
             with pytest.raises(UsageError, match="holds no token") as caught:
@@ -278,7 +278,7 @@ class TestCredentials:
         with pytest.raises(UsageError, match="DLORA_TOKEN holds no token"):
             Credentials.load(environment={"DLORA_TOKEN": "a\r\nX-Evil: 1"})
 
-    def test_a_file_that_others_can_read_is_warned_of(self, tmp_path: Path) -> None:
+    def test_token_file_readable_by_others_gives_a_warning(self, tmp_path: Path) -> None:
         warnings: list[str] = []
         Credentials.load(self.file(tmp_path, self.TOKEN), warn=warnings.append)
         assert not warnings
@@ -286,18 +286,18 @@ class TestCredentials:
         assert len(warnings) == 1
         assert "chmod 600" in warnings[0]
 
-    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+    def test_missing_token_file_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="cannot be read: No such file"):
             Credentials.load(tmp_path / "none")
 
     @pytest.mark.parametrize("url", ["ws://127.0.0.1:1", "ws://[::1]:1", "ws://localhost:1", "wss://example.org"])
-    def test_it_is_sent_where_nobody_listens(self, url: str) -> None:
+    def test_token_is_sent_over_tls_and_loopback(self, url: str) -> None:
         assert Credentials(self.TOKEN).headers(url) == {"Authorization": f"Bearer {self.TOKEN}"}
 
     @pytest.mark.parametrize(
         "url", ["ws://example.org", "ws://10.0.0.1:1", "ws://127.0.0.1.example.org", "ws://[::]:1"]
     )
-    def test_it_is_not_sent_in_the_clear(self, url: str) -> None:
+    def test_token_is_not_sent_unencrypted(self, url: str) -> None:
         with pytest.raises(UsageError, match="could be read on the way") as caught:
             Credentials(self.TOKEN).headers(url)
         assert self.TOKEN not in str(caught.value)

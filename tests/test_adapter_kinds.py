@@ -34,7 +34,7 @@ from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.dialing import Dialing, Retry
+from dlora.edge.wire.dialing import ConnectSettings, Retry
 from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, crossings, kind_of, state_bytes
 from dlora.protocol.errors import CheckpointError, RefusedError
 from dlora.protocol.groups import GroupSpec
@@ -226,7 +226,7 @@ def _through(x: Tensor, project_on: Tensor, core: Tensor, expand: Tensor) -> Ten
     return x @ project_on @ core.T @ expand
 
 
-def test_it_learns_and_is_killed_and_revived(bundle: Path, base: BaseModel, servers_core: ServersCore) -> None:
+def test_core_kind_learns_with_kill_and_revive(bundle: Path, base: BaseModel, servers_core: ServersCore) -> None:
     dataset = Dataset.of([([3 + index] * 6, [2, 3, 4]) for index in range(6)])
     with serving(base) as server:
         with training(bundle, server.url, run_of_cores(total_steps=12), dataset) as trainer:
@@ -242,7 +242,7 @@ def test_it_learns_and_is_killed_and_revived(bundle: Path, base: BaseModel, serv
 
 @pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
 @pytest.mark.parametrize("after", range(1, 6))
-def test_a_lost_server_costs_no_bit(
+def test_lost_server_changes_no_bit(
     bundle: Path, base: BaseModel, servers_core: ServersCore, kill_revive: dict[str, Any], after: int
 ) -> None:
     """Another server has another draw, and gets the first one's back."""
@@ -251,19 +251,19 @@ def test_a_lost_server_costs_no_bit(
     with serving(base) as server:
         for is_lost in (False, True):
             torch.manual_seed(3)
-            with training(bundle, server.url, run, dataset, Dialing(retry=Retry(max_s=30))) as trainer:
+            with training(bundle, server.url, run, dataset, ConnectSettings(retry=Retry(max_s=30))) as trainer:
                 losses = []
                 for step in range(8):
                     if is_lost and step == after:
                         lose_sessions(server)
                     losses.append(trainer.run_step().loss)
-                trainer.settle()
+                trainer.wait_for_signal()
                 found.append((losses, bits(trainer)))
     assert found[0] == found[1]
     assert servers_core.made == 2 * BLOCKS, "made once a run, never again"
 
 
-def test_a_checkpoint_goes_on_with_another_server(
+def test_checkpoint_resumes_at_another_server(
     bundle: Path, base: BaseModel, servers_core: ServersCore, tmp_path: Path
 ) -> None:
     dataset, run = random_dataset(VOCABULARY), run_of_cores(total_steps=8, kill_revive=KILLING)
@@ -272,13 +272,13 @@ def test_a_checkpoint_goes_on_with_another_server(
             if step == 5:
                 trainer.save_checkpoint(tmp_path)
             trainer.run_step()
-        trainer.settle()
+        trainer.wait_for_signal()
     checkpoint = load_latest(tmp_path)
     assert checkpoint is not None
     with serving(base) as server, training(bundle, server.url, run, dataset, checkpoint=checkpoint) as resumed:
         for _ in range(3):
             resumed.run_step()
-        resumed.settle()
+        resumed.wait_for_signal()
     assert bits(resumed) == bits(trainer)
     assert servers_core.made == BLOCKS
 
@@ -286,7 +286,7 @@ def test_a_checkpoint_goes_on_with_another_server(
 @pytest.mark.usefixtures("servers_core")
 @pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
 @pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
-def test_its_bytes_are_the_formulas(bundle: Path, base: BaseModel, wire_dtype: Any, kill_revive: Any) -> None:
+def test_counted_bytes_match_the_formula(bundle: Path, base: BaseModel, wire_dtype: Any, kill_revive: Any) -> None:
     run = run_of_cores(total_steps=10, grad_accum=2, wire_dtype=wire_dtype, kill_revive=kill_revive)
     with serving(base) as server, training(bundle, server.url, run, random_dataset(VOCABULARY)) as trainer:
         assert trainer.session.ticket is not None
@@ -323,7 +323,7 @@ def expected(trainer: Trainer, batch: MicroBatch, units: str) -> Traffic:
 
 
 @pytest.mark.usefixtures("servers_core")
-def test_setting_up_costs_what_the_formula_says(
+def test_set_up_traffic_matches_the_formula(
     bundle: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Made by the first server, and given back to the next."""
@@ -338,20 +338,20 @@ def test_setting_up_costs_what_the_formula_says(
         counted.append(Traffic(*(now - then for now, then in zip(after, before, strict=True))))
 
     monkeypatch.setattr(ModelSession, "_set_up", counting)
-    dialing = Dialing(retry=Retry(max_s=30))
+    connecting = ConnectSettings(retry=Retry(max_s=30))
     dataset = random_dataset(VOCABULARY)
-    with serving(base) as server, training(bundle, server.url, run_of_cores(), dataset, dialing) as run:
+    with serving(base) as server, training(bundle, server.url, run_of_cores(), dataset, connecting) as run:
         run.run_step()
-        run.settle()
+        run.wait_for_signal()
         lose_sessions(server)
         run.run_step()
-        run.settle()
+        run.wait_for_signal()
         sizes = [[tensor.nbytes for tensor in group.server_state] for group in run.adapters.groups]
     assert counted == [adapter_state_traffic(sizes, made=is_made) for is_made in (True, False)]
 
 
 @pytest.mark.usefixtures("servers_core")
-def test_what_the_server_keeps_is_counted(bundle: Path, base: BaseModel) -> None:
+def test_server_state_counts_in_the_quota(bundle: Path, base: BaseModel) -> None:
     dataset, run = random_dataset(VOCABULARY), run_of_cores()
     with serving(base) as server:
         with training(bundle, server.url, run, dataset) as trainer:
@@ -399,7 +399,7 @@ def test_a_window_of_two_micro_batches_changes_no_bit(
             with training(bundle, server.url, run, dataset, window=window) as trainer:
                 losses = [trainer.run_step().loss for _ in range(6)]
                 evaluation = trainer.evaluate(dataset)
-                trainer.settle()
+                trainer.wait_for_signal()
                 found.append((losses, bits(trainer), evaluation))
             most.append(max(most_under_way))
     assert found[0] == found[1]
@@ -415,11 +415,12 @@ def test_a_window_of_two_survives_a_lost_server(bundle: Path, base: BaseModel, k
     with serving(base, window=2) as server:
         for is_lost in (False, True):
             torch.manual_seed(3)
-            with training(bundle, server.url, run, dataset, Dialing(retry=Retry(max_s=30)), window=2) as trainer:
+            connecting = ConnectSettings(retry=Retry(max_s=30))
+            with training(bundle, server.url, run, dataset, connecting, window=2) as trainer:
                 for step in range(6):
                     if is_lost and step == 3:
                         lose_sessions(server)
                     trainer.run_step()
-                trainer.settle()
+                trainer.wait_for_signal()
                 found.append(bits(trainer))
     assert found[0] == found[1]

@@ -47,7 +47,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what is to stand still: it takes the libraries' loading, too, on busy cores."""
-    monkeypatch.setattr(child, "STANDSTILL_S", 5)
+    monkeypatch.setattr(child, "NO_PROGRESS_S", 5)
 
 
 def bundle_of(directory: Path, template: str | None = CHAT, **changes: object) -> Bundle:
@@ -119,7 +119,7 @@ TEMPLATES = {
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template(tmp_path: Path, name: str) -> None:
+def test_harmful_template_is_refused(tmp_path: Path, name: str) -> None:
     template, words = TEMPLATES[name]
     path = write(tmp_path / "d.jsonl", {"messages": [QUESTION, ANSWER]})
     bundle = bundle_of(tmp_path, template)
@@ -169,13 +169,13 @@ TOKENIZERS: dict[str, tuple[type[DloraError], dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_tokenizer(tmp_path: Path, name: str) -> None:
+def test_harmful_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
     kind, changes, words = TOKENIZERS[name]
     path = write(tmp_path / "d.jsonl", {"text": "a b c"})
     refused(kind, lambda: load(bundle_of(tmp_path, **changes), path), words)
 
 
-def test_a_decoder_that_never_ends_is_the_bundles_fault(tmp_path: Path) -> None:
+def test_endless_decoder_is_a_bundle_error(tmp_path: Path) -> None:
     bundle = bundle_of(tmp_path, decoder={"type": "Sequence", "decoders": GROW})
     with prompt_tokenizer(bundle) as tokenizer:
         assert tokenizer.encode_prompt("b").tolist() == [3, 6, 2, 4]  # user b </s> assistant
@@ -185,7 +185,7 @@ def test_a_decoder_that_never_ends_is_the_bundles_fault(tmp_path: Path) -> None:
 # -- data ------------------------------------------------------------------------------------------------------
 
 
-def test_data_sets_come_whole_from_the_child(tmp_path: Path) -> None:
+def test_child_returns_data_sets_unchanged(tmp_path: Path) -> None:
     long = {"text": "a b c " * 30}
     unanswered = {"prompt": "a " * 90, "completion": "b"}
     one = write(tmp_path / "one.jsonl", {"text": "a b"}, *[long] * 4, unanswered)
@@ -201,30 +201,30 @@ def test_data_sets_come_whole_from_the_child(tmp_path: Path) -> None:
     assert skipped.left_out_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
 
 
-def test_a_line_that_is_too_long(tmp_path: Path) -> None:
+def test_too_long_line_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}\n{"text": "' + "a " * (10 << 20) + '"}\n')
     refused(DataError, lambda: load(bundle_of(tmp_path), path), f"{path}:2: a line of more than 8 MiB")
 
 
-def test_a_file_that_never_ends(tmp_path: Path) -> None:
+def test_endless_file_is_refused(tmp_path: Path) -> None:
     refused(DataError, lambda: load(bundle_of(tmp_path), Path("/dev/zero")), "/dev/zero:1: a line of more than 8 MiB")
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_pipe_that_nobody_writes_to(tmp_path: Path) -> None:
+def test_pipe_without_writer_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     refused(DataError, lambda: load(bundle_of(tmp_path), tmp_path / "pipe"), f"{tmp_path / 'pipe'} took longer")
 
 
 @pytest.mark.parametrize("rest", ["a line of words\n", '","x\n'], ids=["an open quote", "fields without end"])
-def test_a_csv_record_that_never_ends(tmp_path: Path, rest: str) -> None:
+def test_endless_csv_record_is_refused(tmp_path: Path, rest: str) -> None:
     path = tmp_path / "d.csv"
     path.write_text('text\na\n"' + rest * (MAX_RECORD_BYTES // len(rest) + 1))
     refused(DataError, lambda: load(bundle_of(tmp_path), path), f"{path}:3: a record of more than 8 MiB", "quote")
 
 
-def test_a_csv_of_many_records_may_be_longer(tmp_path: Path) -> None:
+def test_csv_file_may_be_longer_than_the_record_limit(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     field = "a" * (MAX_RECORD_BYTES // 2)
     path.write_text(f"text,other\na,{field}\na,{field}\na,{field}\n")
@@ -232,7 +232,7 @@ def test_a_csv_of_many_records_may_be_longer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("too_long", ["error", "skip", "truncate"])
-def test_many_turns_are_rendered_as_often_as_is_needed(
+def test_chat_is_rendered_as_often_as_needed(
     tmp_path: Path, too_long: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dlora.edge.data.examples import load_examples
@@ -286,15 +286,15 @@ def die(number: int) -> Callable[[bytes], list[bytes]]:
         (signal.SIGSEGV, "crashed the library that reads it (SIGSEGV)"),
     ],
 )
-def test_a_child_that_dies(number: signal.Signals, words: str) -> None:
+def test_dead_child_is_an_error_that_names_the_place(number: signal.Signals, words: str) -> None:
     note = Note()
-    note.at("file.jsonl:7", DataError)
+    note.set_place("file.jsonl:7", DataError)
     with Child(die(number), note) as one:
         refused(DataError, one.call, f"file.jsonl:7 {words}")
     assert one._pid == 0
 
 
-def test_a_child_that_the_system_reaps() -> None:
+def test_child_reaped_by_the_system_is_handled() -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         with Child(die(signal.SIGABRT), Note()) as one:
@@ -305,7 +305,7 @@ def test_a_child_that_the_system_reaps() -> None:
         signal.signal(signal.SIGCHLD, before)
 
 
-def test_errors_arrive_as_they_were_raised() -> None:
+def test_errors_of_the_child_arrive_unchanged() -> None:
     raised: list[DloraError] = [
         RemoteProtocolError("one", "non_finite"),
         RefusedError("two", "quota", retry_after_s=3.5),
@@ -337,12 +337,12 @@ def test_a_bug_in_the_child_keeps_its_traceback() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_progress_is_no_standstill() -> None:
+def test_child_that_makes_progress_is_not_stopped() -> None:
     note = Note()
 
     def work(request: bytes) -> list[bytes]:
         for at in range(28):  # longer than one place may take, and never in one place for long
-            note.at(f"line {at}", DataError)
+            note.set_place(f"line {at}", DataError)
             time.sleep(0.25)
         return [b"done"]
 
@@ -398,7 +398,7 @@ def _runs(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_goes_to_the_whole_group_is_the_parents(number: signal.Signals) -> None:
+def test_signal_to_the_process_group_is_handled_by_the_parent(number: signal.Signals) -> None:
     """systemd and Ctrl-C tell the child as well: that it ended first must not look as if a library crashed."""
 
     def work(request: bytes) -> list[bytes]:

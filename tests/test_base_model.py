@@ -63,12 +63,12 @@ def test_the_cut_model_gives_the_whole_models_logits(base: BaseModel) -> None:
     assert check_cut(base, find_embedding(base), find_head(base)) <= 1e-6
 
 
-def test_it_is_frozen_and_in_eval_mode(base: BaseModel) -> None:
+def test_base_model_is_frozen_and_in_eval_mode(base: BaseModel) -> None:
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not any(module.training for module in base.model.modules())
 
 
-def test_sizes(base: BaseModel) -> None:
+def test_sizes_match_the_model(base: BaseModel) -> None:
     assert base.blocks == 2
     assert base.embedding_size == base.model.get_input_embeddings().weight.shape[1]
     hidden = base.last_hidden_state(torch.zeros(1, 3, base.embedding_size))
@@ -101,7 +101,7 @@ def test_one_changed_weight_changes_the_fingerprint() -> None:
     assert BaseModel.from_model(model, "a").fingerprint != before
 
 
-def test_a_family_with_another_head_is_found_out() -> None:
+def test_family_with_another_head_is_refused() -> None:
     model = tiny_model("granite")
     base = BaseModel.from_model(model, "granite")
     embedding, head = find_embedding(base), find_head(base)
@@ -135,7 +135,7 @@ def test_experts_of_a_mixture_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_more_families_are_taken(family: str) -> None:
+def test_more_families_are_accepted(family: str) -> None:
     """With what they do at their two ends, which ``from_model`` checks."""
     base = BaseModel.from_model(tiny_model(family), family)
     assert {target.block for target in base.targets.values()} == {0, 1}
@@ -148,7 +148,7 @@ def test_a_family_that_cannot_be_cut_is_refused_before_anything_is_served(family
         BaseModel.from_model(tiny_model(family), family)
 
 
-def test_the_server_refuses_at_start_what_export_refuses(tmp_path) -> None:
+def test_server_refuses_the_same_models_as_export(tmp_path) -> None:
     save_tiny(tmp_path, "recurrent_gemma")
     done = subprocess.run([CLOUD, "serve", tmp_path], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 11
@@ -157,7 +157,7 @@ def test_the_server_refuses_at_start_what_export_refuses(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_is_no_reason_to_refuse(family: str) -> None:
+def test_half_precision_model_is_accepted(family: str) -> None:
     base = BaseModel.from_model(tiny_model(family).to(torch.bfloat16), family)
     assert base.dtype == torch.bfloat16
 
@@ -208,12 +208,12 @@ def test_a_model_without_targets_is_refused() -> None:
     ("name", "text"),
     [("./nowhere", "does not exist"), ("/no/such/model", "does not exist"), ("missing.gguf", "does not exist")],
 )
-def test_a_path_that_does_not_exist(name: str, text: str) -> None:
+def test_missing_path_is_an_error(name: str, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         load_base_model(name)
 
 
-def test_a_directory_that_is_no_model(tmp_path) -> None:
+def test_directory_without_model_is_an_error(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"no config\.json"):
         load_base_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
@@ -238,7 +238,7 @@ def test_loading_is_quiet(tmp_path, capfd) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_public_name_tells_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_name_has_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     names = {

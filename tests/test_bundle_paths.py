@@ -139,7 +139,7 @@ def refused(bundle: Path, text: str) -> None:
         assert str(SECRET) not in str(caught.value)
 
 
-def test_the_walk_finds_the_fields_that_the_docs_call_paths() -> None:
+def test_path_fields_are_those_of_the_docs() -> None:
     documented = set()
     for struct, table in re.findall(r"^### `(\w+)`\n(.*?)(?=^#|\Z)", DOCS, re.MULTILINE | re.DOTALL):
         for field, kind in re.findall(r"^\| `(\w+)` \| ([^|]*) \|", table, re.MULTILINE):
@@ -156,25 +156,25 @@ def test_the_walk_finds_the_fields_that_the_docs_call_paths() -> None:
 
 @pytest.mark.parametrize("way", OUTSIDE)
 @pytest.mark.parametrize("place", FIELDS, ids=".".join)
-def test_a_path_that_leads_out(bundle: Path, place: Place, way: str) -> None:
+def test_path_outside_the_bundle_is_refused(bundle: Path, place: Place, way: str) -> None:
     write(bundle, place, OUTSIDE[way](bundle), listed=True)
     refused(bundle, "names a file outside the bundle")
 
 
 @pytest.mark.parametrize("place", [place for place in FIELDS if place != ("files", "keys")], ids=".".join)
-def test_a_path_that_the_files_do_not_list(bundle: Path, place: Place) -> None:
+def test_path_that_is_not_in_files_is_refused(bundle: Path, place: Place) -> None:
     (bundle / "unlisted").write_bytes(SECRET)
     write(bundle, place, "unlisted", listed=False)
     refused(bundle, "which its files do not list")
 
 
-def test_a_manifest_that_is_a_link(bundle: Path) -> None:
+def test_manifest_that_is_a_link_is_refused(bundle: Path) -> None:
     (bundle / "manifest.json").rename(bundle.parent / "elsewhere.json")
     (bundle / "manifest.json").symlink_to(bundle.parent / "elsewhere.json")
     refused(bundle, "is a link to a file outside the bundle")
 
 
-def test_links_within_a_bundle_are_its_own_business(bundle: Path) -> None:
+def test_links_inside_a_bundle_are_allowed(bundle: Path) -> None:
     """As some stores of files keep them. A bundle that is a link itself, or lies under one, is none of ours either."""
     (bundle / "tokenizer" / "tokenizer.json").rename(bundle / "blob")
     (bundle / "tokenizer" / "tokenizer.json").symlink_to("../blob")
@@ -183,7 +183,7 @@ def test_links_within_a_bundle_are_its_own_business(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["info", "selftest", "doctor", "train", "evaluate", "generate"])
-def test_every_command_refuses_it_in_one_line(bundle: Path, command: str, tmp_path: Path) -> None:
+def test_every_command_refuses_an_outside_path_in_one_line(bundle: Path, command: str, tmp_path: Path) -> None:
     write(bundle, ("tokenizer", "chat_template"), "../secret", listed=True)
     (tmp_path / "data.jsonl").write_text('{"text": "w1 w2"}\n')
     nobody = ["--server", "ws://127.0.0.1:9"]
@@ -206,7 +206,7 @@ def test_every_command_refuses_it_in_one_line(bundle: Path, command: str, tmp_pa
 
 
 @pytest.mark.parametrize("where", ["absolute", "up", "link"])
-def test_a_graph_that_takes_data_from_another_file(bundle: Path, where: str) -> None:
+def test_graph_with_external_data_is_refused(bundle: Path, where: str) -> None:
     """Digests are right, and ONNX Runtime before 1.24 reads it: the delta, which is sent, would hold the secret."""
     opened = Bundle.open(bundle)
     spec = next(graph for graph in opened.manifest.graphs if graph.kind == "adapter_forward")
@@ -228,7 +228,7 @@ def test_a_graph_that_takes_data_from_another_file(bundle: Path, where: str) -> 
         OnnxEngine(Bundle.open(bundle)).load(spec.kind, spec.key)
 
 
-def test_no_graph_of_ours_names_a_file(bundle: Path) -> None:
+def test_exported_graphs_name_no_file(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     engine = OnnxEngine(opened)
     for graph in opened.manifest.graphs:
@@ -236,7 +236,7 @@ def test_no_graph_of_ours_names_a_file(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_a_manifest_that_is_no_file(bundle: Path, kind: str) -> None:
+def test_manifest_that_is_no_regular_file_is_refused(bundle: Path, kind: str) -> None:
     (bundle / "manifest.json").unlink()
     if kind == "pipe":
         os.mkfifo(bundle / "manifest.json")
@@ -245,13 +245,13 @@ def test_a_manifest_that_is_no_file(bundle: Path, kind: str) -> None:
     refused(bundle, "is no regular file")
 
 
-def test_a_manifest_that_never_ends(bundle: Path) -> None:
+def test_endless_manifest_is_refused(bundle: Path) -> None:
     (bundle / "manifest.json").unlink()
     (bundle / "manifest.json").symlink_to("/dev/zero")
     refused(bundle, "is a link to a file outside the bundle")
 
 
-def test_a_rank_that_fills_the_memory(bundle: Path) -> None:
+def test_huge_rank_is_refused(bundle: Path) -> None:
     value = json.loads((bundle / "manifest.json").read_text())
     value["defaults"]["r"] = 10**9
     (bundle / "manifest.json").write_text(json.dumps(value))
@@ -266,7 +266,7 @@ def test_a_rank_that_fills_the_memory(bundle: Path) -> None:
     (lambda it: it["graphs"][0].update(outputs=[]), "outputs"),
     (lambda it: it["graphs"][0].update(outputs=it["graphs"][0]["outputs"] * 2), "names an output twice"),
 ], ids=["no groups", "no targets", "half an order", "no order", "no outputs", "outputs twice"])  # fmt: skip
-def test_a_manifest_that_makes_no_sense(bundle: Path, change: Any, words: str) -> None:
+def test_inconsistent_manifest_is_refused(bundle: Path, change: Any, words: str) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     change(manifest)
     (bundle / "manifest.json").write_text(json.dumps(manifest))

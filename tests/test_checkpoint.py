@@ -48,7 +48,7 @@ def load(directory: Path) -> Checkpoint:
     return found
 
 
-def test_round_trip_is_bitwise(tmp_path: Path) -> None:
+def test_save_and_load_gives_the_same_bits(tmp_path: Path) -> None:
     tensors = save(tmp_path, 20)
     found = load(tmp_path)
     assert (found.step, found.path.name) == (20, "checkpoint-000020.safetensors")
@@ -61,28 +61,28 @@ def test_round_trip_is_bitwise(tmp_path: Path) -> None:
         assert found.tensors[name].flags.writeable
 
 
-def test_same_state_same_bytes(tmp_path: Path) -> None:
+def test_same_state_gives_the_same_file(tmp_path: Path) -> None:
     save(tmp_path / "one", 5)
     save(tmp_path / "two", 5)
     one, two = (load(tmp_path / name).path.read_bytes() for name in ("one", "two"))
     assert one == two
 
 
-def test_none_where_there_is_none(tmp_path: Path) -> None:
+def test_load_latest_is_none_without_checkpoints(tmp_path: Path) -> None:
     assert load_latest(tmp_path) is None
     assert load_latest(tmp_path / "no") is None
     (tmp_path / "checkpoint-x.safetensors").write_text("not ours")
     assert load_latest(tmp_path) is None
 
 
-def test_the_last_two_are_kept(tmp_path: Path) -> None:
+def test_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30, 1_000_000):
         save(tmp_path, step)
     assert steps(tmp_path) == [1_000_000, 30]
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".safetensors"] * 2
 
 
-def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+def test_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
     save(tmp_path, 10)
     save(tmp_path, 20)
     damage(tmp_path, 20)
@@ -92,7 +92,7 @@ def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
     assert steps(tmp_path) == [40, 30]
 
 
-def test_going_back_deletes_what_did_not_happen(tmp_path: Path) -> None:
+def test_saving_an_earlier_step_deletes_later_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 10)
     save(tmp_path, 20)
     save(tmp_path, 15)
@@ -106,7 +106,7 @@ def damage(directory: Path, step: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_one_is_passed_over_with_a_word(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path) -> None:
     save(tmp_path, 10)
     save(tmp_path, 20)
     damage(tmp_path, 20)
@@ -121,7 +121,7 @@ def test_a_damaged_one_is_passed_over_with_a_word(tmp_path: Path) -> None:
         load_latest(tmp_path)
 
 
-def test_every_flipped_byte_is_seen(tmp_path: Path) -> None:
+def test_every_changed_byte_is_detected(tmp_path: Path) -> None:
     save(tmp_path, 1, size=2)
     path = load(tmp_path).path
     whole = path.read_bytes()
@@ -131,7 +131,7 @@ def test_every_flipped_byte_is_seen(tmp_path: Path) -> None:
             load_latest(tmp_path)
 
 
-def test_every_torn_file_is_seen(tmp_path: Path) -> None:
+def test_every_truncated_file_is_detected(tmp_path: Path) -> None:
     save(tmp_path, 1, size=2)
     path = load(tmp_path).path
     whole = path.read_bytes()
@@ -141,7 +141,7 @@ def test_every_torn_file_is_seen(tmp_path: Path) -> None:
             load_latest(tmp_path)
 
 
-def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
+def test_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 10)
     load(tmp_path).path.rename(tmp_path / "checkpoint-000099.safetensors")
     with pytest.raises(CheckpointError):
@@ -154,7 +154,7 @@ def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
         load_latest(tmp_path)
 
 
-def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path) -> None:
+def test_full_disk_leaves_earlier_checkpoints(tmp_path: Path) -> None:
     with small_disk(tmp_path) as disk:
         save(disk, 10)
         save(disk, 20)
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path) -> None:
         assert {path.name for path in disk.iterdir()} == {path.name for _, path in list_checkpoints(disk)}
 
 
-def test_a_read_only_disk(tmp_path: Path) -> None:
+def test_read_only_disk_is_a_storage_error(tmp_path: Path) -> None:
     with small_disk(tmp_path) as disk:
         save(disk, 10)
         remount_read_only(disk)
@@ -197,14 +197,14 @@ def test_a_limit_on_file_size_is_a_full_disk(tmp_path: Path) -> None:
     assert load(tmp_path).step == 10
 
 
-def test_a_directory_in_the_way(tmp_path: Path) -> None:
+def test_file_in_place_of_directory_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError):
         save(tmp_path / "file", 1)
 
 
 @pytest.mark.parametrize("step", [7, 10, 37])
-def test_what_a_killed_process_left_is_removed(tmp_path: Path, step: int) -> None:
+def test_leftover_of_a_killed_process_is_removed(tmp_path: Path, step: int) -> None:
     (tmp_path / f".checkpoint-{step:06d}.safetensors.tmp").write_bytes(b"half")
     save(tmp_path, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000010.safetensors"]
@@ -231,7 +231,7 @@ def test_new_directories_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
-def test_a_file_system_that_cannot_sync_directories(
+def test_save_works_where_directories_cannot_be_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     sync = os.fsync
@@ -250,7 +250,7 @@ def test_a_file_system_that_cannot_sync_directories(
             save(tmp_path / "run", 10)
 
 
-def test_killed_at_any_moment_there_is_a_whole_one(tmp_path: Path) -> None:
+def test_newest_checkpoint_loads_after_a_kill_at_any_time(tmp_path: Path) -> None:
     """A process that saves without end is killed; each time the newest checkpoint loads."""
     program = (
         "import sys, pathlib, numpy as np, msgspec\n"

@@ -127,7 +127,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_bundle_that_cannot_be_used(place: Place, damage: str, tmp_path: Path) -> None:
+def test_unusable_bundle_is_a_one_line_error(place: Place, damage: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(place.bundle, bundle)
     harm, word = DAMAGE[damage]
@@ -151,7 +151,7 @@ BAD_DATA: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("bad", BAD_DATA)
-def test_data_that_cannot_be_used(place: Place, bad: str, tmp_path: Path) -> None:
+def test_unusable_data_is_a_one_line_error(place: Place, bad: str, tmp_path: Path) -> None:
     content, words = BAD_DATA[bad]
     (tmp_path / "bad.jsonl").write_text(content)
     done = run_edge(*place.train(tmp_path / "out", data=tmp_path / "bad.jsonl", max_length=20))
@@ -159,7 +159,7 @@ def test_data_that_cannot_be_used(place: Place, bad: str, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_text_files_come_with_the_command_that_converts_them(place: Place, tmp_path: Path) -> None:
+def test_text_file_error_has_the_command_that_converts_it(place: Place, tmp_path: Path) -> None:
     path = tmp_path / "my notes.txt"
     path.write_text('w1 w2\n\n"w3" w4\n')
     done = run_edge(*place.train(tmp_path / "out", data=path))
@@ -170,13 +170,13 @@ def test_text_files_come_with_the_command_that_converts_them(place: Place, tmp_p
     assert run_edge(*place.train(tmp_path / "out", data=path.with_suffix(".jsonl"))).code == 0
 
 
-def test_parquet_files_come_with_the_command_that_converts_them(place: Place, tmp_path: Path) -> None:
+def test_parquet_file_error_has_the_command_that_converts_it(place: Place, tmp_path: Path) -> None:
     (tmp_path / "chat.parquet").write_bytes(b"PAR1")
     done = run_edge(*place.train(tmp_path / "out", data=tmp_path / "chat.parquet"))
     assert_fails(done, DataError.exit_code, "chat.parquet: no .parquet files", "read_parquet", "chat.jsonl")
 
 
-def test_data_that_are_not_there(place: Place, tmp_path: Path) -> None:
+def test_missing_data_file_is_a_one_line_error(place: Place, tmp_path: Path) -> None:
     assert_fails(run_edge(*place.train(tmp_path / "out", data=tmp_path / "no.jsonl")), DataError.exit_code, "no.jsonl")
 
 
@@ -190,7 +190,7 @@ def with_template(place: Place, bundle: Path, template: str) -> Path:
     return bundle
 
 
-def test_a_template_that_asks_for_all_memory(place: Place, tmp_path: Path) -> None:
+def test_template_that_takes_all_memory_is_an_error(place: Place, tmp_path: Path) -> None:
     bundle = with_template(place, tmp_path / "bundle", "{{ 'a' * 10**11 }}")
     talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
@@ -202,7 +202,7 @@ def test_a_template_that_asks_for_all_memory(place: Place, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_while_a_template_loops(place: Place, tmp_path: Path, number: signal.Signals) -> None:
+def test_interrupt_ends_a_looping_template(place: Place, tmp_path: Path, number: signal.Signals) -> None:
     forever = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     bundle = with_template(place, tmp_path / "bundle", forever)
     process = start_edge("generate", "--bundle", bundle, "--server", place.url, "--prompt", "w1")
@@ -213,7 +213,7 @@ def test_an_interrupt_while_a_template_loops(place: Place, tmp_path: Path, numbe
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_a_sequence_longer_than_the_server_takes(place: Place, tmp_path: Path) -> None:
+def test_too_long_sequence_is_an_error(place: Place, tmp_path: Path) -> None:
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "w1 w2 " * 50}) + "\n")  # the model has 64 positions
     done = run_edge(*place.train(tmp_path / "out", data=tmp_path / "long.jsonl"))
     assert_fails(done, DataError.exit_code, "64")
@@ -238,13 +238,13 @@ def test_a_sequence_longer_than_the_server_takes(place: Place, tmp_path: Path) -
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_options_that_contradict(
+def test_contradicting_options_are_a_usage_error(
     place: Place, changes: dict[str, object], words: tuple[str, ...], tmp_path: Path
 ) -> None:
     assert_fails(run_edge(*place.train(tmp_path / "out", **changes)), UsageError.exit_code, *words)
 
 
-def test_an_adapter_that_is_not_there(place: Place, tmp_path: Path) -> None:
+def test_missing_adapter_is_a_one_line_error(place: Place, tmp_path: Path) -> None:
     done = run_edge(*place.train(tmp_path / "out", init_adapter=tmp_path / "nowhere"))
     assert_fails(done, CheckpointError.exit_code, "nowhere")
     done = run_edge("evaluate", "--bundle", place.bundle, "--server", place.url, "--data", place.data,
@@ -252,7 +252,7 @@ def test_an_adapter_that_is_not_there(place: Place, tmp_path: Path) -> None:
     assert_fails(done, CheckpointError.exit_code, "nowhere")
 
 
-def test_an_unknown_option_is_typers_own(place: Place) -> None:
+def test_unknown_option_is_reported_by_typer(place: Place) -> None:
     done = run_edge("train", "--nonsense")
     assert done.code == 2
     assert "Traceback" not in done.stderr
@@ -262,7 +262,7 @@ def test_an_unknown_option_is_typers_own(place: Place) -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "generate", "doctor"])
-def test_a_token_file_that_is_not_there(command: str, tmp_path: Path) -> None:
+def test_missing_token_file_is_reported_first(command: str, tmp_path: Path) -> None:
     """Every command that shows a server who it is reads the token before anything else."""
     where = ["--bundle", tmp_path, "--server", "ws://127.0.0.1:1"]
     needed = {
@@ -288,13 +288,13 @@ def fake_server(answer: Callable[[ServerConnection], None]) -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_server_that_is_not_there(place: Place, tmp_path: Path) -> None:
+def test_unreachable_server_is_a_one_line_error(place: Place, tmp_path: Path) -> None:
     url = f"ws://127.0.0.1:{free_port()}"
     done = run_edge(*place.train(tmp_path / "out", server=url))
     assert_fails(done, ConnectionFailedError.exit_code, url, "dlora-cloud serve")
 
 
-def test_a_server_of_another_version(place: Place, tmp_path: Path) -> None:
+def test_server_that_refuses_the_version_is_an_error(place: Place, tmp_path: Path) -> None:
     def refuse(connection: ServerConnection) -> None:
         connection.recv()
         connection.send(encode(m.Error(code="version", message="this server speaks wire versions [9]")))
@@ -304,7 +304,7 @@ def test_a_server_of_another_version(place: Place, tmp_path: Path) -> None:
     assert_fails(done, ProtocolError.exit_code, "versions [9]", "update")
 
 
-def test_a_server_that_claims_another_version(place: Place, tmp_path: Path) -> None:
+def test_server_that_answers_with_another_version_is_an_error(place: Place, tmp_path: Path) -> None:
     def welcome(connection: ServerConnection) -> None:
         connection.recv()
         connection.send(
@@ -322,7 +322,7 @@ def test_a_server_that_claims_another_version(place: Place, tmp_path: Path) -> N
     assert_fails(done, ProtocolError.exit_code, "version")
 
 
-def test_a_websocket_server_that_is_no_dlora(place: Place, tmp_path: Path) -> None:
+def test_other_websocket_server_is_an_error(place: Place, tmp_path: Path) -> None:
     def chat(connection: ServerConnection) -> None:
         connection.recv()
         connection.send("hello, I am a chat")
@@ -332,13 +332,13 @@ def test_a_websocket_server_that_is_no_dlora(place: Place, tmp_path: Path) -> No
     assert_fails(done, ProtocolError.exit_code)
 
 
-def test_a_server_that_hangs_up(place: Place, tmp_path: Path) -> None:
+def test_server_that_closes_at_once_is_an_error(place: Place, tmp_path: Path) -> None:
     with fake_server(lambda connection: connection.close()) as url:
         done = run_edge(*place.train(tmp_path / "out", server=url))
     assert_fails(done, ConnectionFailedError.exit_code, url, "is it a dlora server?")
 
 
-def test_a_port_that_speaks_something_else(place: Place, tmp_path: Path) -> None:
+def test_port_with_another_protocol_is_an_error(place: Place, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def speak() -> None:
@@ -353,7 +353,7 @@ def test_a_port_that_speaks_something_else(place: Place, tmp_path: Path) -> None
     assert_fails(done, ConnectionFailedError.exit_code, url, "no dlora server")
 
 
-def test_a_server_of_another_model(place: Place, tmp_path: Path) -> None:
+def test_server_of_another_model_is_an_error(place: Place, tmp_path: Path) -> None:
     with serving(BaseModel.from_model(tiny_model("llama", seed=7), "another")) as server:
         done = run_edge(*place.train(tmp_path / "out", server=server.url))
     assert_fails(done, ModelMismatchError.exit_code, "another", "export a bundle")
@@ -362,7 +362,7 @@ def test_a_server_of_another_model(place: Place, tmp_path: Path) -> None:
 # -- the disk --------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_harms_nothing_saved(place: Place, tmp_path: Path) -> None:
+def test_full_disk_leaves_saved_files_intact(place: Place, tmp_path: Path) -> None:
     with small_disk(tmp_path) as disk:
         out = disk / "out"
         options = {"steps": 60, "save_every": 1, "rank": 4}
@@ -398,7 +398,7 @@ def wait_for(holds: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_a_read_only_disk(place: Place, tmp_path: Path) -> None:
+def test_read_only_disk_is_a_one_line_error(place: Place, tmp_path: Path) -> None:
     with small_disk(tmp_path) as disk:
         remount_read_only(disk)
         done = run_edge(*place.train(disk / "out"))
@@ -444,7 +444,7 @@ def serving_frames(url: str, device: ServerConnection) -> Iterator[None]:
         yield
 
 
-def test_an_interrupt_while_it_starts(place: Place, tmp_path: Path) -> None:
+def test_interrupt_during_start_is_a_one_line_error(place: Place, tmp_path: Path) -> None:
     """Ctrl-C before there is anything to save, where typer would end without a word."""
     with socket.create_server(("127.0.0.1", 0)) as listener:  # takes the connection, and says nothing
         process = start_edge(*place.train(tmp_path / "out", server=f"ws://127.0.0.1:{listener.getsockname()[1]}"))
@@ -466,18 +466,18 @@ def run_cloud(*arguments: object) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_model_is_a_one_line_error(tmp_path: Path) -> None:
     done = run_cloud("serve", tmp_path / "nowhere", "--state-dir", tmp_path, "--port", 0)
     assert_fails(done, UsageError.exit_code, "nowhere")
 
 
-def test_a_state_directory_that_cannot_be_written(tiny: TinyFactory, tmp_path: Path) -> None:
+def test_unwritable_state_directory_is_a_one_line_error(tiny: TinyFactory, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = run_cloud("serve", tiny().model, "--state-dir", tmp_path / "file", "--port", 0)
     assert_fails(done, StorageError.exit_code, "--state-dir")
 
 
-def test_a_port_that_is_taken_and_a_server_that_is_interrupted(tiny: TinyFactory, tmp_path: Path) -> None:
+def test_taken_port_and_interrupted_server_are_one_line_errors(tiny: TinyFactory, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run_cloud(
             "serve", tiny().model, "--state-dir", tmp_path, "--port", taken.getsockname()[1], "--json"
@@ -500,7 +500,7 @@ def test_a_server_shows_no_path_and_dates_its_log(tiny: TinyFactory, tmp_path: P
         datetime.strptime(line[:20], "%Y-%m-%d %H:%M:%S ")
 
 
-def test_a_library_that_is_missing_is_one_line(place: Place) -> None:
+def test_missing_library_is_a_one_line_error(place: Place) -> None:
     code = "import sys; sys.modules['onnxruntime'] = None; from dlora.edge.__main__ import main; main()"
     command = [sys.executable, "-c", code, "selftest", "--bundle", str(place.bundle)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -508,7 +508,7 @@ def test_a_library_that_is_missing_is_one_line(place: Place) -> None:
     assert "'onnxruntime' is not installed" in ended.stderr
 
 
-def test_a_system_of_32_bits_is_one_line() -> None:
+def test_32_bit_system_is_a_one_line_error() -> None:
     """armv7: pip finds neither numpy nor onnxruntime, and no extra would help."""
     code = (
         "import sys; sys.maxsize = 2**31 - 1; sys.modules['typer'] = None\nfrom dlora.edge.__main__ import main; main()"

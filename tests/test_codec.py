@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, seal
+from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, write_checksum
 from dlora.protocol.errors import DamagedFrameError, NonFiniteError, RemoteProtocolError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
@@ -68,10 +68,10 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         session="0badcafe",
         units=WireTensor.from_bytes(b"\x01\x00"),
         ticket=WireTensor.from_bytes(b"signed"),
-        token=bytes(range(m.TOKEN_BYTES)),
+        token=bytes(range(m.RESUME_TOKEN_BYTES)),
     ),
-    "resume_session": m.ResumeSession(session="0badcafe", token=bytes(range(m.TOKEN_BYTES)), received=7),
-    "session_resumed": m.SessionResumed(token=bytes(range(m.TOKEN_BYTES)), received=9),
+    "resume_session": m.ResumeSession(session="0badcafe", token=bytes(range(m.RESUME_TOKEN_BYTES)), received=7),
+    "session_resumed": m.SessionResumed(token=bytes(range(m.RESUME_TOKEN_BYTES)), received=9),
     "session_gone": m.SessionGone(),
     "embeddings": m.Embeddings(
         step=3,
@@ -159,7 +159,7 @@ def test_changed_headers_are_refused(change: dict[str, object]) -> None:
     length = read_prefix(frame).header_length
     header = msgspec.msgpack.encode(msgspec.msgpack.decode(frame[PREFIX_BYTES : PREFIX_BYTES + length]) | change)
     block = len(header).to_bytes(4, "little") + frame[4:PREFIX_BYTES] + header
-    changed = seal(bytearray(block + bytes(-len(block) % HEADER_BLOCK) + frame[HEADER_BLOCK:]))
+    changed = write_checksum(bytearray(block + bytes(-len(block) % HEADER_BLOCK) + frame[HEADER_BLOCK:]))
     with pytest.raises(RemoteProtocolError):
         Decoder().decode(changed)
 
@@ -168,7 +168,7 @@ def test_padding_must_be_zero() -> None:
     frame = bytearray(encode(EXAMPLES["group_delta"]))
     frame[HEADER_BLOCK - 1] = 1
     with pytest.raises(RemoteProtocolError, match="padding"):
-        Decoder().decode(seal(frame))
+        Decoder().decode(write_checksum(frame))
 
 
 def test_garbage_gives_a_message_or_the_documented_error() -> None:
@@ -205,7 +205,7 @@ def test_a_changed_byte_under_a_right_checksum_gives_a_message_or_the_documented
     frame = encode(EXAMPLES[name])
     frame[where % len(frame)] = value
     with contextlib.suppress(RemoteProtocolError):
-        Decoder().decode(seal(frame))
+        Decoder().decode(write_checksum(frame))
 
 
 @given(

@@ -30,7 +30,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.wire import connection as edge
 from dlora.edge.wire.connection import CONTROL_BYTES, Connection
 from dlora.edge.wire.credentials import Credentials
-from dlora.edge.wire.dialing import Dialing, Retry, check_url
+from dlora.edge.wire.dialing import ConnectSettings, Retry, check_url
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.errors import ConnectionFailedError, ModelMismatchError, UsageError
@@ -61,7 +61,7 @@ def greeting(answer: Callable[[ServerConnection], None] = greet, **settings: Any
 
 
 @pytest.mark.parametrize("location", ["http://portal.example/login", "/login", "ws://[::1", "ws://h:99999/"])
-def test_a_portals_redirect_is_not_followed(location: str) -> None:
+def test_http_redirect_is_not_followed(location: str) -> None:
     asked: list[str] = []
 
     def redirect(connection: ServerConnection, request: Request) -> Response | None:
@@ -76,12 +76,12 @@ def test_a_portals_redirect_is_not_followed(location: str) -> None:
         url = f"ws://{HOST}:{port}"
         with pytest.raises(ConnectionFailedError, match="HTTP 302"):
             Connection(url)
-        with Connection(url, Dialing(retry=PATIENT)) as connection:
+        with Connection(url, ConnectSettings(retry=PATIENT)) as connection:
             assert connection.reconnects == 1
     assert asked == ["/"] * 4
 
 
-def test_a_certificate_that_is_not_to_be_trusted_now_may_be_later(tmp_path: Path) -> None:
+def test_untrusted_certificate_is_retried_during_a_run(tmp_path: Path) -> None:
     """A clock that is wrong for a while, or a portal, is no reason to end a run; a first try ends at once."""
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -102,24 +102,24 @@ def test_a_certificate_that_is_not_to_be_trusted_now_may_be_later(tmp_path: Path
     with greeting(ssl=expired) as port:
         url = f"wss://{HOST}:{port}"
         with pytest.raises(ConnectionFailedError, match="not to be trusted"):
-            Connection(url, Dialing(credentials))
-        with Connection(url, Dialing(credentials, retry=PATIENT, say=said.append)) as connection:
+            Connection(url, ConnectSettings(credentials))
+        with Connection(url, ConnectSettings(credentials, retry=PATIENT, say=said.append)) as connection:
             assert connection.reconnects == 1
     assert sum("not to be trusted" in line for line in said) == 2
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".org"])
-def test_a_name_that_cannot_be(host: str) -> None:
+def test_invalid_host_name_is_a_usage_error(host: str) -> None:
     with pytest.raises(UsageError, match="no websocket address"):
         check_url(f"ws://{host}:8765")
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "[fe80::1%eth0]", "example.org.", "bücher.de"])
-def test_a_name_that_can(host: str) -> None:
+def test_valid_host_name_is_accepted(host: str) -> None:
     check_url(f"ws://{host}:8765")
 
 
-def test_before_a_session_no_large_frame_is_taken() -> None:
+def test_large_frame_before_a_session_is_refused() -> None:
     def greet_at_length(connection: ServerConnection) -> None:
         connection.recv()
         connection.send(bytes(CONTROL_BYTES + 1))
@@ -133,7 +133,7 @@ def test_before_a_session_no_large_frame_is_taken() -> None:
     assert closed.get(timeout=10) == CloseCode.MESSAGE_TOO_BIG
 
 
-def test_in_a_session_frames_as_large_as_its_answers_are_taken(
+def test_frame_limit_in_a_session_fits_its_answers(
     tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over a connection that comes later as well; with hardly any allowance beside, so that the rest must suffice."""
@@ -141,7 +141,7 @@ def test_in_a_session_frames_as_large_as_its_answers_are_taken(
     data = random_dataset(VOCABULARY, longest=60)
     with (
         serving(tiny().base) as server,
-        training(tiny().bundle, server.url, config(batch_size=12), data, Dialing(retry=PATIENT)) as trainer,
+        training(tiny().bundle, server.url, config(batch_size=12), data, ConnectSettings(retry=PATIENT)) as trainer,
     ):
         connection, forward = trainer.connection, trainer.model._compute.forward
         largest = 0
@@ -153,7 +153,7 @@ def test_in_a_session_frames_as_large_as_its_answers_are_taken(
 
         def hang_up_once(*given: Any, **more: Any) -> Any:
             if not connection.resumed:
-                connection._hang_up()
+                connection._disconnect()
             return forward(*given, **more)
 
         receive = connection.session.receive
@@ -164,7 +164,7 @@ def test_in_a_session_frames_as_large_as_its_answers_are_taken(
         assert 4096 < largest <= connection._frame_bytes < 2 * largest
 
 
-def test_a_server_that_lies_about_its_widths(tiny: TinyFactory) -> None:
+def test_server_with_a_wrong_hidden_size_is_refused(tiny: TinyFactory) -> None:
     """The fingerprint is right, and what it calls a hidden state would be of any size."""
     bundle = Bundle.open(tiny().bundle)
     base = bundle.manifest.base_model
@@ -176,7 +176,7 @@ def test_a_server_that_lies_about_its_widths(tiny: TinyFactory) -> None:
         check_base_model(bundle, structs.replace(welcome, hidden_size=1 << 24))
 
 
-def test_all_of_max_retry_s_is_used_and_told() -> None:
+def test_retries_use_all_of_max_retry_s() -> None:
     """It once gave up before its first pause of half a minute, after 0 s of 2, and said so."""
     said: list[str] = []
     retry = Retry(max_s=2.0, at_start=True, first_s=60.0)
@@ -185,7 +185,7 @@ def test_all_of_max_retry_s_is_used_and_told() -> None:
         taken.bind((HOST, 0))
         began = time.monotonic()
         with pytest.raises(ConnectionFailedError, match=r"gave up after (\d+) s \(--max-retry-s\)") as caught:
-            Connection(f"ws://{HOST}:{taken.getsockname()[1]}", Dialing(retry=retry, say=said.append))
+            Connection(f"ws://{HOST}:{taken.getsockname()[1]}", ConnectSettings(retry=retry, say=said.append))
         took = time.monotonic() - began
     (after,) = re.findall(r"gave up after (\d+) s", str(caught.value))
     assert took >= 2.0
@@ -195,7 +195,7 @@ def test_all_of_max_retry_s_is_used_and_told() -> None:
     assert 0 < float(pause) <= 2
 
 
-def test_a_server_that_asks_for_more_time_than_there_is() -> None:
+def test_retry_after_beyond_max_retry_s_ends_the_run() -> None:
     def full(connection: ServerConnection) -> None:
         connection.recv()
         connection.send(encode(m.Error(code="limit", message="full", retryable=True, retry_after_s=500.0)))
@@ -203,4 +203,4 @@ def test_a_server_that_asks_for_more_time_than_there_is() -> None:
 
     text = "again in 500 s, and --max-retry-s leaves"
     with greeting(full) as port, pytest.raises(ConnectionFailedError, match=text):
-        Connection(f"ws://{HOST}:{port}", Dialing(retry=Retry(max_s=60.0, at_start=True, first_s=60.0)))
+        Connection(f"ws://{HOST}:{port}", ConnectSettings(retry=Retry(max_s=60.0, at_start=True, first_s=60.0)))

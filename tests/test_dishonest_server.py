@@ -21,7 +21,7 @@ from tiny import TinyFactory
 from waiting import PassingClock
 from websockets.sync.server import ServerConnection
 
-from dlora.edge.wire.dialing import Dialing, Liveness, Retry
+from dlora.edge.wire.dialing import ConnectSettings, Liveness, Retry
 from dlora.protocol import messages as m
 from dlora.protocol.errors import ConnectionFailedError, ProtocolError, RemoteProtocolError, StoppedError
 from dlora.protocol.kill_revive import UnitState
@@ -43,12 +43,12 @@ def manifest(bundle: Path) -> Manifest:
     return load_manifest(bundle)
 
 
-def run_step(bundle: Path, url: str, dialing: Dialing | None = None) -> None:
-    with training(bundle, url, config(), random_dataset(VOCABULARY), dialing) as trainer:
+def run_step(bundle: Path, url: str, connecting: ConnectSettings | None = None) -> None:
+    with training(bundle, url, config(), random_dataset(VOCABULARY), connecting) as trainer:
         trainer.run_step()
 
 
-def test_units_that_are_active_without_an_adapter(bundle: Path, manifest: Manifest, tmp_path: Path) -> None:
+def test_active_unit_without_adapter_is_refused(bundle: Path, manifest: Manifest, tmp_path: Path) -> None:
     """``generate`` and ``evaluate`` ask for none where they have no adapter."""
     (tmp_path / "data.jsonl").write_text('{"text": "w1 w2"}\n')
     with dishonest(manifest, lambda server, connection: None) as server:
@@ -84,7 +84,7 @@ def skips_groups(asked: int) -> Callable[[DishonestServer, ServerConnection], No
 
 
 @pytest.mark.parametrize("asked", [0, 1, BLOCKS - 1])
-def test_groups_that_were_not_asked(bundle: Path, manifest: Manifest, asked: int) -> None:
+def test_group_that_was_not_asked_is_an_error(bundle: Path, manifest: Manifest, asked: int) -> None:
     with (
         dishonest(manifest, skips_groups(asked)) as server,
         pytest.raises(RemoteProtocolError, match=f"only {asked} of {BLOCKS} live groups were asked"),
@@ -106,7 +106,7 @@ def promises_too_few_gradients(server: DishonestServer, connection: ServerConnec
     server.hear(connection)
 
 
-def test_an_active_group_without_its_gradients(bundle: Path, manifest: Manifest) -> None:
+def test_active_group_without_gradients_is_an_error(bundle: Path, manifest: Manifest) -> None:
     with (
         dishonest(manifest, promises_too_few_gradients) as server,
         pytest.raises(RemoteProtocolError, match=f"{BLOCKS - 1} gradients for {BLOCKS} active groups"),
@@ -133,7 +133,7 @@ def answers_everything(server: DishonestServer, connection: ServerConnection) ->
         server.answer(connection)
 
 
-def test_a_server_that_withholds_signals_is_found_out_at_the_next_micro_batch(
+def test_missing_signal_is_an_error_at_the_next_micro_batch(
     bundle: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
     """And the checkpoint that is left can be resumed: nothing of what was done is lost."""
@@ -170,18 +170,18 @@ def repeats_for_ever(server: DishonestServer, connection: ServerConnection) -> N
         time.sleep(0.4)
 
 
-def give_up(bundle: Path, manifest: Manifest, script: Script, dialing: Dialing, text: str) -> int:
+def give_up(bundle: Path, manifest: Manifest, script: Script, connecting: ConnectSettings, text: str) -> int:
     """That a device's step ends with ``text``, and not after very long; gives the connections that it made."""
     began = time.monotonic()
     with dishonest(manifest, script) as server, pytest.raises(ConnectionFailedError, match=text):
-        run_step(bundle, server.url, dialing)
+        run_step(bundle, server.url, connecting)
     assert time.monotonic() - began < LONG_S
     return server.connections
 
 
-def test_a_frame_that_comes_again_and_again_is_no_answer(bundle: Path, manifest: Manifest) -> None:
-    dialing = Dialing(retry=Retry(max_s=3.0, first_s=0.1, ceiling_s=0.1), liveness=Liveness(exchange_s=0.6))
-    assert give_up(bundle, manifest, repeats_for_ever, dialing, r"said nothing new for .* gave up after") > 1
+def test_repeated_frame_does_not_count_as_an_answer(bundle: Path, manifest: Manifest) -> None:
+    connecting = ConnectSettings(retry=Retry(max_s=3.0, first_s=0.1, ceiling_s=0.1), liveness=Liveness(exchange_s=0.6))
+    assert give_up(bundle, manifest, repeats_for_ever, connecting, r"said nothing new for .* gave up after") > 1
 
 
 def floods(server: DishonestServer, connection: ServerConnection) -> None:
@@ -191,19 +191,19 @@ def floods(server: DishonestServer, connection: ServerConnection) -> None:
         connection.send(question)
 
 
-def test_a_flood_of_frames_that_came_before(bundle: Path, manifest: Manifest) -> None:
+def test_flood_of_repeated_frames_is_an_error(bundle: Path, manifest: Manifest) -> None:
     with dishonest(manifest, floods) as server, pytest.raises(RemoteProtocolError, match="that came before, and anoth"):
         run_step(bundle, server.url)
 
 
-def test_who_asks_to_stop_is_not_kept_by_a_server_that_repeats_itself(bundle: Path, manifest: Manifest) -> None:
+def test_stop_works_while_the_server_repeats_frames(bundle: Path, manifest: Manifest) -> None:
     asked = threading.Event()
-    dialing = Dialing(retry=PATIENT, liveness=Liveness(exchange_s=1e4, open_s=1.0), should_stop=asked.is_set)
+    connecting = ConnectSettings(retry=PATIENT, liveness=Liveness(exchange_s=1e4, open_s=1.0), should_stop=asked.is_set)
     began = time.monotonic()
     with dishonest(manifest, repeats_for_ever) as server:
         threading.Timer(0.5, asked.set).start()
         with pytest.raises(StoppedError):
-            run_step(bundle, server.url, dialing)
+            run_step(bundle, server.url, connecting)
     assert time.monotonic() - began < LONG_S
 
 
@@ -212,9 +212,9 @@ def says_nothing(server: DishonestServer, connection: ServerConnection) -> None:
     connection.recv()
 
 
-def test_silence_counts_for_how_long_a_device_tries(bundle: Path, manifest: Manifest) -> None:
-    dialing = Dialing(retry=Retry(max_s=1.0), liveness=Liveness(exchange_s=10 * LONG_S))
-    assert give_up(bundle, manifest, says_nothing, dialing, r"gave up after \d+ s \(--max-retry-s\)") == 1
+def test_silence_counts_in_max_retry_s(bundle: Path, manifest: Manifest) -> None:
+    connecting = ConnectSettings(retry=Retry(max_s=1.0), liveness=Liveness(exchange_s=10 * LONG_S))
+    assert give_up(bundle, manifest, says_nothing, connecting, r"gave up after \d+ s \(--max-retry-s\)") == 1
 
 
 def answers_once_and_hangs_up(server: DishonestServer, connection: ServerConnection) -> None:
@@ -235,26 +235,26 @@ class Pauses:
             self.told.append(float(pause[1]) if pause else 0.0)
 
 
-def test_a_server_that_answers_once_and_hangs_up_is_tried_with_growing_pauses(
+def test_pauses_grow_for_a_server_that_answers_once_and_closes(
     bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses, clock = Pauses(), PassingClock()
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     retry = Retry(max_s=None, first_s=1.0, ceiling_s=1000.0)
-    dialing = Dialing(
+    connecting = ConnectSettings(
         retry=retry, say=pauses.say, should_stop=lambda: len(pauses.told) == BLOCKS, clock=clock, sleep=clock.sleep
     )
     with dishonest(manifest, answers_once_and_hangs_up) as server, pytest.raises(StoppedError, match="away"):
-        run_step(bundle, server.url, dialing)
+        run_step(bundle, server.url, connecting)
     assert pauses.told == [0.0, *(2.0**power for power in range(BLOCKS - 1))]
 
 
-def test_pauses_begin_anew_once_a_micro_batch_is_through(
+def test_pauses_start_short_again_after_a_finished_micro_batch(
     bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A line that breaks now and then is no server that hammers; but the pause is never none again."""
     pauses, clock = Pauses(), PassingClock()
-    dialing = Dialing(retry=Retry(max_s=None), say=pauses.say, clock=clock, sleep=clock.sleep)
+    connecting = ConnectSettings(retry=Retry(max_s=None), say=pauses.say, clock=clock, sleep=clock.sleep)
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
 
     def breaks_at_each_report(server: DishonestServer, connection: ServerConnection) -> None:
@@ -269,11 +269,11 @@ def test_pauses_begin_anew_once_a_micro_batch_is_through(
 
     with (
         dishonest(manifest, breaks_at_each_report) as server,
-        training(bundle, server.url, config(), random_dataset(VOCABULARY), dialing) as trainer,
+        training(bundle, server.url, config(), random_dataset(VOCABULARY), connecting) as trainer,
     ):
         for _ in range(3):
             trainer.run_step()
-            trainer.settle()
+            trainer.wait_for_signal()
     assert pauses.told[:2] == [0.0, 0.5]
     assert set(pauses.told[1:]) == {0.5}
 
@@ -309,15 +309,15 @@ def pump(source: socket.socket, sink: socket.socket, nbytes: int) -> None:
             nbytes -= len(data)
 
 
-def test_who_asks_to_stop_is_not_kept_by_a_server_that_reads_nothing(bundle: Path, manifest: Manifest) -> None:
+def test_stop_works_while_the_server_reads_nothing(bundle: Path, manifest: Manifest) -> None:
     asked = threading.Event()
-    dialing = Dialing(retry=PATIENT, liveness=Liveness(exchange_s=1e4, open_s=1.0), should_stop=asked.is_set)
+    connecting = ConnectSettings(retry=PATIENT, liveness=Liveness(exchange_s=1e4, open_s=1.0), should_stop=asked.is_set)
     began = time.monotonic()
     large = random_dataset(VOCABULARY, 99, longest=60)
     with (
         dishonest(manifest, says_nothing) as server,
         takes_no_more_than(server.url, 20_000) as url,
-        training(bundle, url, config(batch_size=99), large, dialing) as trainer,
+        training(bundle, url, config(batch_size=99), large, connecting) as trainer,
     ):
         assert trainer.connection._socket is not None
         trainer.connection._socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)

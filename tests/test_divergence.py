@@ -32,7 +32,7 @@ def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield Place(model.bundle, data, server.url)
 
 
-def test_a_run_that_diverges(place: Place, tmp_path: Path) -> None:
+def test_diverging_run_ends_with_an_error(place: Place, tmp_path: Path) -> None:
     """A decay of lr × 100 a step makes every weight 10,000 times as large, and soon something is infinite."""
     options = {"steps": 40, "lr": 100, "weight_decay": 100, "schedule": "constant", "warmup": 0}
     done = run_edge(*place.train(tmp_path / "out", **options))
@@ -44,7 +44,7 @@ def test_a_run_that_diverges(place: Place, tmp_path: Path) -> None:
     assert again.errors == done.errors
 
 
-def test_an_adapter_of_a_run_that_diverged(place: Place, tmp_path: Path) -> None:
+def test_diverged_adapter_is_an_error_in_evaluation(place: Place, tmp_path: Path) -> None:
     """Its weights are beyond what floats hold once they are multiplied."""
     out = tmp_path / "out"
     assert run_edge(*place.train(out)).code == 0
@@ -57,12 +57,12 @@ def test_an_adapter_of_a_run_that_diverged(place: Place, tmp_path: Path) -> None
     assert_fails(done, NonFiniteError.exit_code, "NaN or infinity", "the adapter is of a run that diverged")
 
 
-def test_divergence_that_the_server_finds() -> None:
+def test_non_finite_error_of_the_server_is_a_non_finite_error() -> None:
     error = m.Error(code=m.ErrorCode.NON_FINITE, message="NaN or infinity in the base model's results", retryable=False)
     assert isinstance(refusal_of(error, "ws://x"), NonFiniteError)
 
 
-def test_a_service_does_not_start_it_again() -> None:
+def test_service_does_not_restart_a_diverged_run() -> None:
     units = [next((ROOT / "packaging").glob("*.service")), ROOT / "docs" / "operating.md"]
     lines = [line for unit in units for line in unit.read_text().splitlines() if line.startswith("RestartPrevent")]
     assert len(lines) == 2

@@ -17,7 +17,7 @@ import dlora.cloud.commands.serve
 import dlora.edge.commands.app
 import dlora.export.cli
 from dlora.cloud.door.guard import ConnectionLimits
-from dlora.cloud.serving.patience import Patience
+from dlora.cloud.serving.patience import SessionTimeouts
 from dlora.edge.commands.help_panels import KR
 from dlora.export.graphs import registry
 from dlora.export.graphs.adamw import adamw_graph
@@ -114,16 +114,16 @@ def test_every_message_and_no_other_has_a_section() -> None:
 
 
 @pytest.mark.parametrize("kind", MESSAGES.values(), ids=MESSAGES)
-def test_the_fields_of_a_message(kind: type[msgspec.Struct]) -> None:
+def test_message_fields_match_the_docs(kind: type[msgspec.Struct]) -> None:
     assert first_cells(section(PROTOCOL, f"`{kind.__struct_config__.tag}`")) == list(kind.__struct_fields__)
 
 
 @pytest.mark.parametrize("kind", [GroupSpec, TargetSpec, kill_revive.KillReviveConfig])
-def test_the_fields_of_a_nested_structure(kind: type[msgspec.Struct]) -> None:
+def test_nested_structure_fields_match_the_docs(kind: type[msgspec.Struct]) -> None:
     assert first_cells(section(PROTOCOL, f"`{kind.__name__}`")) == list(kind.__struct_fields__)
 
 
-def test_kill_and_revive_defaults() -> None:
+def test_kill_and_revive_defaults_match_the_docs() -> None:
     config = kill_revive.KillReviveConfig()
     for field, type_, *_ in rows(section(PROTOCOL, "`KillReviveConfig`")):
         default = re.split(r"[,;] ", type_)[-1].strip("`")
@@ -132,7 +132,7 @@ def test_kill_and_revive_defaults() -> None:
         assert said == value or float(default) == value, field
 
 
-def test_the_state_table_is_the_code() -> None:
+def test_state_table_matches_the_code() -> None:
     expected = [
         [state.name, str(kind.__struct_config__.tag), sender.name[0], target.name]  # type: ignore[attr-defined]
         for state, transitions in session.TRANSITIONS.items()
@@ -145,19 +145,19 @@ def test_the_state_table_is_the_code() -> None:
     assert [[state, kind, sender, target] for state, target, sender, kind in drawn] == expected
 
 
-def test_unit_states() -> None:
+def test_unit_states_match_the_docs() -> None:
     found = [(int(value), name) for value, name, *_ in rows(section(PROTOCOL, "Unit states"))]
     assert found == [(state.value, state.name) for state in kill_revive.UnitState]
 
 
-def test_error_codes() -> None:
+def test_error_codes_match_the_docs() -> None:
     table = rows(section(PROTOCOL, "Errors"))
     assert [row[0] for row in table] == list(messages.ErrorCode)
     known = {kind.exit_code for kind in error_tree()}
     assert all(int(row[3]) in known for row in table)
 
 
-def test_dtypes_and_limits() -> None:
+def test_dtypes_and_limits_match_the_docs() -> None:
     assert first_cells(section(PROTOCOL, "Tensors")) == list(tensors.DTYPES)
     for name, value, _ in rows(section(PROTOCOL, "Limits")):
         modules = [module for module in (codec, link, tensors, messages, kill_revive) if hasattr(module, name)]
@@ -165,7 +165,7 @@ def test_dtypes_and_limits() -> None:
         assert getattr(modules[0], name) == int(value), name
 
 
-def test_the_limits_beneath_messages() -> None:
+def test_connection_limits_match_the_docs() -> None:
     limits = vars(ConnectionLimits(sessions=1))
     table = re.search(r"<!-- limits of cloud/door/guard.py.*?-->(.*?)<!-- end of limits -->", PROTOCOL, re.S)
     assert table
@@ -173,7 +173,7 @@ def test_the_limits_beneath_messages() -> None:
     assert told == {name: value for name, value in limits.items() if name not in ("sessions", "origins")}
 
 
-def test_the_headers_of_a_step_take_one_block() -> None:
+def test_headers_of_a_step_fit_in_one_block() -> None:
     targets = int(re.search(r"checked up to (\d+) target modules", PROTOCOL)[1])  # type: ignore[index]
     descriptor = ["fp16", [2**31 - 1] * 2, -tensors.MAX_EXPONENT]
     for kind, extra in ((messages.GroupDelta, {}), (messages.GroupGrad, {"answer": True})):
@@ -183,7 +183,7 @@ def test_the_headers_of_a_step_take_one_block() -> None:
         assert codec.PREFIX_BYTES + len(header) <= codec.HEADER_BLOCK
 
 
-def test_the_traffic_example() -> None:
+def test_traffic_example_matches_the_formula() -> None:
     targets = (TargetSpec("q", 576), TargetSpec("v", 192))
     groups = [GroupSpec(block, 576, targets) for block in range(30)]
     table = re.search(r"<!-- example.*?-->(.*?)<!-- end of example -->", PROTOCOL, re.S)
@@ -219,11 +219,11 @@ MANIFEST_TYPES = [
 
 
 @pytest.mark.parametrize("kind", MANIFEST_TYPES)
-def test_the_fields_of_the_manifest(kind: type[msgspec.Struct]) -> None:
+def test_manifest_fields_match_the_docs(kind: type[msgspec.Struct]) -> None:
     assert first_cells(section(BUNDLE, f"`{kind.__name__}`")) == list(kind.__struct_fields__)
 
 
-def test_defaults_of_the_manifest() -> None:
+def test_manifest_defaults_match_the_docs() -> None:
     for kind in MANIFEST_TYPES:
         defaults = {field.name: field.default for field in msgspec.structs.fields(kind)}
         for name, type_, _ in rows(section(BUNDLE, f"`{kind.__name__}`")):
@@ -231,7 +231,7 @@ def test_defaults_of_the_manifest() -> None:
                 assert defaults[name] == int(said[1]), name
 
 
-def test_graph_signatures() -> None:
+def test_graph_signatures_match_the_docs() -> None:
     head = HeadShape(96, 8, "int8", bias=True, logit_scale=2.0, softcap=3.0)
     graphs = [embedding_graph(96, 8, "fp16", 1.0), *adapter_graphs(8, 6), *head_graphs(head), adamw_graph()]
     table = rows(section(BUNDLE, "Graphs"))
@@ -258,12 +258,12 @@ def error_tree() -> list[type[errors.DloraError]]:
 
 
 @pytest.mark.parametrize("text", [README, QUICKSTART], ids=["README", "quickstart"])
-def test_exit_codes(text: str) -> None:
+def test_exit_codes_match_the_docs(text: str) -> None:
     listed = [int(row[0]) for row in rows(section(text, "Exit codes"))]
     assert listed == sorted({0, *(kind.exit_code for kind in error_tree()), errors.INTERRUPTED_EXIT_CODE})
 
 
-def test_exit_codes_are_named_rightly() -> None:
+def test_exit_codes_in_texts_match_the_errors() -> None:
     codes = {kind.__name__: kind.exit_code for kind in error_tree()}
     for code, name, _ in rows(section(QUICKSTART, "Exit codes")):
         assert codes.get(name.split("`")[0], int(code)) == int(code), name
@@ -275,7 +275,7 @@ def shell_lines(text: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("document", DOCS, ids=name_of)
-def test_options_exist(document: Path) -> None:
+def test_options_in_command_lines_exist(document: Path) -> None:
     text = document.read_text()
     for line in shell_lines(text):
         for name, command in all_commands():
@@ -288,7 +288,7 @@ def test_options_exist(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCS, ids=name_of)
-def test_options_exist_where_a_command_is_named_in_passing(document: Path) -> None:
+def test_options_beside_a_command_in_prose_exist(document: Path) -> None:
     for line in re.findall(r"`(dlora-(?:edge|cloud|export)(?: [^`]*)?)`", document.read_text()):
         name, command = next(item for item in all_commands() if f"{line} ".startswith(f"{item[0]} "))
         assert line == name or not hasattr(command, "commands"), f"no such command: {line}"
@@ -296,7 +296,7 @@ def test_options_exist_where_a_command_is_named_in_passing(document: Path) -> No
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_errors_advise_options_that_exist(path: Path) -> None:
+def test_options_in_error_texts_exist(path: Path) -> None:
     said = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
     for text in filter(lambda value: isinstance(value, str), said):
         pips = {"--no-deps"} if "pip install" in text else set()
@@ -311,10 +311,10 @@ def test_every_option_of_kill_and_revive_is_in_the_quickstart() -> None:
         assert f"`{option}`" in told, option
 
 
-def test_every_option_of_the_server_that_an_operator_sets_is_told_with_its_default() -> None:
+def test_server_options_are_documented_with_their_defaults() -> None:
     serve = dict(all_commands())["dlora-cloud serve"]
     cli = dlora.cloud.commands.serve
-    panels = {cli.DOOR, cli.QUOTAS, cli.LIMITS, cli.PATIENCE}
+    panels = {cli.DOOR, cli.QUOTAS, cli.LIMITS, cli.TIMEOUTS}
     wanted = {parameter.opts[0]: parameter.default for parameter in serve.params if parameter.rich_help_panel in panels}
     told = {row[0]: row[1] for row in rows(OPERATING) if row[0].startswith("--")}
     assert list(told) == list(wanted)
@@ -322,12 +322,12 @@ def test_every_option_of_the_server_that_an_operator_sets_is_told_with_its_defau
         assert told[option] == (f"{default:g}" if default else ""), option
 
 
-def test_the_deadlines() -> None:
+def test_deadlines_match_the_docs() -> None:
     told = {float(seconds) for seconds in re.findall(r"\| (\d+) s", section(PROTOCOL, "Deadlines"))}
-    assert told >= set(vars(Patience()).values())
+    assert told >= set(vars(SessionTimeouts()).values())
 
 
-def test_make_targets_exist() -> None:
+def test_make_targets_in_docs_exist() -> None:
     makefile = ROOT / "Makefile"
     if not makefile.exists():
         pytest.skip("there is no Makefile yet")
@@ -360,7 +360,7 @@ def test_links_resolve(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCS, ids=name_of)
-def test_source_files_that_are_named_exist(document: Path) -> None:
+def test_source_files_named_in_docs_exist(document: Path) -> None:
     for path in re.findall(r"`((?:protocol|edge|cloud|export|tests|docs)/[\w./-]+\.(?:py|md))`", document.read_text()):
         assert (ROOT / path).exists(), path
 

@@ -111,7 +111,7 @@ def learned(dataset: Dataset, index: int = 0) -> str:
 @pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, FUSSY, REWRITES])
 @pytest.mark.parametrize("tools", [None, [{"name": "add", "description": "a < b"}]])
 @pytest.mark.parametrize("prompt", [False, True])
-def test_renders_as_transformers_does(template: str, tools: list[object] | None, prompt: bool) -> None:
+def test_template_renders_as_transformers_does(template: str, tools: list[object] | None, prompt: bool) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=train_tokenizer(), bos_token="<s>", eos_token="</s>"
@@ -149,7 +149,7 @@ def test_template_errors_name_the_line(tmp_path: Path, template: str | None, mes
     assert str(caught.value).startswith(f"{path}:1: ")
 
 
-def test_rewriting_template_is_fine_with_one_answer(tmp_path: Path) -> None:
+def test_template_that_rewrites_history_works_with_one_answer(tmp_path: Path) -> None:
     dataset = load(write(tmp_path / "d.jsonl", {"messages": TALK[:2]}), edge_tokenizer(REWRITES))
     assert learned(dataset) == "<think></think>It is 4, né? 🙂<|im_end|>"
 
@@ -177,19 +177,19 @@ def test_messages_label_the_assistant_only(tmp_path: Path) -> None:
         ("say 🙂", "🙂", "🙂</s>"),
     ],
 )
-def test_completion_is_labelled_and_ended(tmp_path: Path, prompt: str, completion: str, expected: str) -> None:
+def test_completion_is_labelled_and_ends_with_eos(tmp_path: Path, prompt: str, completion: str, expected: str) -> None:
     dataset = load(write(tmp_path / "d.jsonl", {"prompt": prompt, "completion": completion}))
     assert learned(dataset) == expected
     assert TOKENIZER.decode(dataset[0].ids, skip_special_tokens=False) == f"<s>{prompt}{completion}</s>"
 
 
-def test_text_is_labelled_whole(tmp_path: Path) -> None:
+def test_whole_text_is_labelled(tmp_path: Path) -> None:
     dataset = load(write(tmp_path / "d.jsonl", {"text": "the answer", "id": 7}))
     assert learned(dataset) == "the answer</s>"
     assert dataset[0].label_positions.tolist() == list(range(len(dataset[0].ids) - 1))
 
 
-def test_eos_of_the_tokenizer_itself_is_not_doubled(tmp_path: Path) -> None:
+def test_eos_added_by_the_tokenizer_is_not_added_twice(tmp_path: Path) -> None:
     inner = train_tokenizer()
     inner.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
@@ -200,7 +200,7 @@ def test_eos_of_the_tokenizer_itself_is_not_doubled(tmp_path: Path) -> None:
     assert dataset[0].ids.tolist().count(1) == 1
 
 
-def test_too_long(tmp_path: Path) -> None:
+def test_too_long_example_is_refused_skipped_or_cut(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", {"text": "no"}, {"text": "yes " * 50}, {"prompt": "a" * 90, "completion": "b"})
     with pytest.raises(DataError, match=r":2: \d+ tokens, the limit is 20; raise --max-length"):
         load(path, max_length=20)
@@ -217,7 +217,7 @@ def test_too_long(tmp_path: Path) -> None:
 # -- files ----------------------------------------------------------------------------------------------------
 
 
-def test_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
+def test_bom_crlf_and_blank_lines_are_read(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "yes"}\r\n\r\n  \n{"text": "no"}')
     dataset = load(path)
@@ -253,7 +253,7 @@ def test_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
         (b"\n\n", "no examples in it"),
     ],
 )
-def test_bad_lines_are_named(tmp_path: Path, content: bytes, text: str) -> None:
+def test_error_names_the_bad_line(tmp_path: Path, content: bytes, text: str) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -263,14 +263,14 @@ def test_bad_lines_are_named(tmp_path: Path, content: bytes, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_missing_file_and_directory(tmp_path: Path) -> None:
+def test_missing_file_and_directory_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         load(tmp_path / "no.jsonl")
     with pytest.raises(DataError, match="a directory; give one file"):
         load(tmp_path)
 
 
-def test_nothing_to_learn_from_a_single_token(tmp_path: Path) -> None:
+def test_example_of_one_token_is_refused(tmp_path: Path) -> None:
     inner = train_tokenizer()
     inner.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     tokenizer = EdgeTokenizer(inner, TokenizerSpec(file=""))
@@ -278,7 +278,7 @@ def test_nothing_to_learn_from_a_single_token(tmp_path: Path) -> None:
         load(write(tmp_path / "d.jsonl", {"text": "a"}), tokenizer)
 
 
-def test_csv_columns(tmp_path: Path) -> None:
+def test_csv_columns_are_mapped(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_bytes(b'\xef\xbb\xbftext,category\r\n"what, is\nthe sum", yes\r\n\r\nthe answer, no\r\n')
     dataset = load(path, columns="prompt=text,completion=category")
@@ -288,7 +288,7 @@ def test_csv_columns(tmp_path: Path) -> None:
         load(path, columns={"prompt": "text", "completion": "label"})
 
 
-def test_a_csv_with_semicolons(tmp_path: Path) -> None:
+def test_csv_with_semicolons_is_read(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_text('"text, or ""what""";category\n"what; is, the sum"; yes\n')
     columns = {"prompt": 'text, or "what"', "completion": "category"}
@@ -303,7 +303,7 @@ def test_a_csv_with_semicolons(tmp_path: Path) -> None:
         load(path)
 
 
-def test_columns_serve_jsonl_too(tmp_path: Path) -> None:
+def test_columns_option_works_for_jsonl(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", {"conversation": TALK[:2], "text": "x"})
     assert learned(load(path, columns="messages=conversation")) == "It is 4, né? 🙂<|im_end|>\n"
 
@@ -320,7 +320,7 @@ def test_columns_serve_jsonl_too(tmp_path: Path) -> None:
         (b"body\nx\n", ":2: needs either"),
     ],
 )
-def test_bad_csv_is_named(tmp_path: Path, content: bytes, text: str) -> None:
+def test_error_names_the_bad_csv_row(tmp_path: Path, content: bytes, text: str) -> None:
     path = tmp_path / "d.csv"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -329,12 +329,12 @@ def test_bad_csv_is_named(tmp_path: Path, content: bytes, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "text", "text=", "prompt=a", "body=a", "text=a,prompt=b,completion=c"])
-def test_bad_column_option(text: str) -> None:
+def test_bad_columns_option_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="--columns"):
         parse_columns(text)
 
 
-def test_damaged_tokenizer_file(tmp_path: Path) -> None:
+def test_damaged_tokenizer_file_is_a_bundle_error(tmp_path: Path) -> None:
     bundle = bundle_with(tmp_path, TokenizerSpec(file="tokenizer.json"))
     with pytest.raises(BundleError, match="cannot be read"):
         EdgeTokenizer.open(bundle)
@@ -351,7 +351,7 @@ def bundle_with(directory: Path, spec: TokenizerSpec) -> Bundle:
     return Bundle(directory, msgspec.structs.replace(manifest, base_model=base, tokenizer=spec))
 
 
-def test_opens_from_a_bundle(tmp_path: Path) -> None:
+def test_tokenizer_opens_from_a_bundle(tmp_path: Path) -> None:
     train_tokenizer().save(str(tmp_path / "tokenizer.json"))
     bundle = bundle_with(tmp_path, SPEC)
     with pytest.raises(BundleError, match=r"chat\.jinja cannot be read"):
@@ -362,7 +362,7 @@ def test_opens_from_a_bundle(tmp_path: Path) -> None:
     assert opened.stop_token_ids == (1,)
 
 
-def test_prompt_for_generation() -> None:
+def test_prompt_is_encoded_for_generation() -> None:
     text = TOKENIZER.decode(TOKENIZER.encode_prompt("hi"), skip_special_tokens=False)
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     bare = edge_tokenizer(None)
@@ -377,7 +377,7 @@ def numbered(count: int) -> Dataset:
     return Dataset.of([([index] * (index + 2), range(index + 1)) for index in range(count)])
 
 
-def test_fingerprint_sees_ids_labels_and_boundaries() -> None:
+def test_fingerprint_depends_on_ids_labels_and_boundaries() -> None:
     variants = [
         Dataset.of([([1, 2, 3, 4], [0, 2])]),
         Dataset.of([([1, 2, 3, 5], [0, 2])]),
@@ -388,7 +388,7 @@ def test_fingerprint_sees_ids_labels_and_boundaries() -> None:
     assert Dataset.of([([1, 2, 3, 4], [0, 2])]).fingerprint == variants[0].fingerprint
 
 
-def test_holdout_is_a_partition() -> None:
+def test_holdout_splits_the_data_without_overlap() -> None:
     train, held = split_holdout(numbered(10), 0.3, seed=1)
     assert (len(train), len(held)) == (7, 3)
     assert sorted(int(example.ids[0]) for part in (train, held) for example in part) == list(range(10))
@@ -398,7 +398,7 @@ def test_holdout_is_a_partition() -> None:
         split_holdout(numbered(1), 0.5, seed=0)
 
 
-def test_each_epoch_is_each_example_once() -> None:
+def test_each_epoch_has_each_example_once() -> None:
     batches = Batches(numbered(11), batch_size=2, grad_accum=2, seed=(3,))
     assert batches.steps_per_epoch == 3
     epochs = []
@@ -435,7 +435,7 @@ def test_packed_labels_are_the_next_token_of_the_same_sequence() -> None:
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_a_micro_batch_is_cut_to_what_a_server_takes(packs: bool) -> None:
+def test_micro_batch_is_cut_to_the_servers_limit(packs: bool) -> None:
     whole = pack(list(numbered(9)))  # sequences of 2 to 10 tokens
     assert whole.cut(max_tokens=1000, packs=packs) == [whole]
     for limit in (1, 7, 10, 20, 33):

@@ -42,7 +42,7 @@ def ended(command: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tu
     return caught.value.code, capsys.readouterr().err
 
 
-def test_a_bug_of_the_devices_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_local_protocol_error_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def reports_before_it_greets() -> None:
         Session(Role.EDGE).send(m.StepReport(step=0, scores=encode_floats(np.ones(2, np.float32), "fp32")))
 
@@ -54,11 +54,11 @@ def test_a_bug_of_the_devices_keeps_its_traceback(capsys: pytest.CaptureFixture[
     assert last.startswith("error: a bug in dlora: StepReport in START: not now; please report it")
 
 
-def test_a_fault_of_the_peers_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def hears_nonsense() -> None:
+def test_remote_protocol_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def receives_invalid_bytes() -> None:
         Session(Role.EDGE).receive(b"nonsense")
 
-    code, said = ended(hears_nonsense, capsys)
+    code, said = ended(receives_invalid_bytes, capsys)
     assert code == ProtocolError.exit_code
     assert said.startswith("error: ")
     assert said.count("\n") == 1
@@ -75,7 +75,7 @@ def test_a_fault_of_the_peers_is_one_line(capsys: pytest.CaptureFixture[str]) ->
         (NonFiniteError("NaN"), ("non_finite", False, None)),
     ],
 )
-def test_what_a_device_is_told(
+def test_as_refusal_keeps_code_and_text(
     error: RefusedError | RemoteProtocolError | NonFiniteError, told: tuple[str, bool, float | None]
 ) -> None:
     refusal = as_refusal(error)
@@ -83,6 +83,6 @@ def test_what_a_device_is_told(
     assert str(refusal) == str(error)
 
 
-def test_a_no_is_nobodys_broken_rule() -> None:
+def test_refused_error_is_not_a_protocol_error() -> None:
     assert not issubclass(RefusedError, ProtocolError)
     assert not issubclass(LocalProtocolError, RemoteProtocolError)

@@ -50,13 +50,13 @@ def bundle(tiny: TinyFactory) -> Path:
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (33, 5)])
-def test_adapter_programs_are_autograds(shape: tuple[int, int]) -> None:
+def test_adapter_programs_match_autograd(shape: tuple[int, int]) -> None:
     for graph in adapter_graphs(*shape):
         made = verify(graph, adapter_trials(graph, shape, 8, 2.0), {"executorch": compile_executorch})
         assert made.error <= 2e-6
 
 
-def test_adamw_is_torchs_over_twenty_steps() -> None:
+def test_adamw_program_matches_torch_over_twenty_steps() -> None:
     graph = adamw_graph()
     assert verify(graph, adamw_trials(graph), {"executorch": compile_executorch}).error <= 2e-7
 
@@ -65,7 +65,7 @@ def test_adamw_is_torchs_over_twenty_steps() -> None:
     ("dtype", "bias", "logit_scale", "softcap"),
     [("fp32", False, 1.0, None), ("fp16", True, 1.0, 3.0), ("int8", True, 0.5, 3.0)],
 )
-def test_head_programs_are_autograds(
+def test_head_programs_match_autograd(
     dtype: Any, bias: bool, logit_scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In several slabs, the last one shorter."""
@@ -78,7 +78,7 @@ def test_head_programs_are_autograds(
         verify(graph, head_trials(graph, end, _head_weights(end, dtype), hidden), COMPILERS)
 
 
-def test_of_equal_logits_the_first_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_of_equal_logits_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a slab and across slabs, as ONNX's ArgMax has it."""
     monkeypatch.setattr(head_torch, "SLABS", 3)
     monkeypatch.setattr(head_torch, "LEAST_ROWS", 1)
@@ -91,7 +91,7 @@ def test_of_equal_logits_the_first_is_predicted(monkeypatch: pytest.MonkeyPatch)
     assert predictions.tolist() == [2, 0]
 
 
-def test_the_head_widens_no_more_than_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_program_widens_one_slab_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what a program plans for: a slab as it is stored and as it is wide, and some (rows, slab) of its logits."""
     from executorch.exir._serialize import _deserialize_pte_binary
 
@@ -105,7 +105,7 @@ def test_the_head_widens_no_more_than_a_slab(monkeypatch: pytest.MonkeyPatch) ->
     assert planned <= slab * hidden * (2 + 4) + 3 * BOUNDS["rows"] * slab * 4 + (1 << 20)
 
 
-def test_the_embedding_scales(tmp_path: Path) -> None:
+def test_embedding_program_scales(tmp_path: Path) -> None:
     graph = embedding_graph(6, 2, "fp16", 2.5)
     weight = np.arange(12, dtype=np.float16).reshape(6, 2)
     (found,) = compile_executorch(graph).run({"weight": weight, "ids": np.array([5, 0, 5])})
@@ -115,7 +115,7 @@ def test_the_embedding_scales(tmp_path: Path) -> None:
 # -- the engine on the device ------------------------------------------------------------------------------------
 
 
-def test_both_engines_give_the_same(bundle: Path) -> None:
+def test_both_engines_give_the_same_outputs(bundle: Path) -> None:
     """Every graph, at other sizes than export tried, inputs that are no C arrays among them."""
     opened = Bundle.open(bundle)
     both = OnnxEngine(opened, 1), ExecutorchEngine(opened, 1)
@@ -140,7 +140,7 @@ def test_inputs_beyond_the_bounds_are_cut(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 33])
-def test_threads_share_the_heads_rows(bundle: Path, rows: int) -> None:
+def test_head_rows_are_split_among_threads(bundle: Path, rows: int) -> None:
     opened = Bundle.open(bundle)
     spec = opened.manifest.graph("head_train")
     inputs = random_inputs(opened, spec, {"rows": rows})
@@ -151,14 +151,14 @@ def test_threads_share_the_heads_rows(bundle: Path, rows: int) -> None:
     assert [value.tobytes() for value in again] == [value.tobytes() for value in shared]
 
 
-def test_no_tokens_are_no_work(bundle: Path) -> None:
+def test_empty_inputs_give_empty_outputs(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     spec = next(spec for spec in opened.manifest.graphs if spec.kind == "adapter_weight_grad")
     found = ExecutorchEngine(opened, 1).load(spec.kind, spec.key)(random_inputs(opened, spec, {"tokens": 0, "rank": 2}))
     assert not any(value.any() for value in found)
 
 
-def test_a_rank_beyond_the_bound_says_which_option_to_lower(bundle: Path) -> None:
+def test_rank_beyond_the_bound_names_the_option_to_lower(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     spec = next(spec for spec in opened.manifest.graphs if spec.kind == "adapter_forward")
     inputs = random_inputs(opened, spec, {"tokens": 2, "rank": BOUNDS["rank"] + 1})
@@ -180,7 +180,7 @@ def test_programs_may_be_used_by_many_threads(bundle: Path) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(outputs, wanted[index % len(cases)], strict=True))
 
 
-def test_the_shims_own_kernels_at_every_remainder(tmp_path: Path) -> None:
+def test_shim_kernels_are_right_at_every_remainder(tmp_path: Path) -> None:
     """Widths, ranks and tokens that make no whole tile or vector, and more than a block of the inner dimension."""
     random = np.random.default_rng(0)
     wide, narrow = 45, 41
@@ -208,7 +208,7 @@ def test_the_shims_own_kernels_at_every_remainder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("fp16", (70, 11)), ("int8", (13, 5))])
-def test_the_shim_widens_exactly(dtype: Any, shape: tuple[int, int], tmp_path: Path) -> None:
+def test_shim_widens_stored_weights_exactly(dtype: Any, shape: tuple[int, int], tmp_path: Path) -> None:
     """Every value of a stored weight, infinities and the smallest among them, through the logits of unit vectors."""
     vocabulary, hidden = shape
     weight = {
@@ -252,7 +252,7 @@ def random_inputs(bundle: Bundle, spec: Any, sizes: dict[str, int], seed: int = 
 # -- whole runs --------------------------------------------------------------------------------------------------
 
 
-def test_thirty_steps_give_the_losses_of_onnx(tiny: TinyFactory, bundle: Path) -> None:
+def test_thirty_steps_match_the_losses_of_onnx(tiny: TinyFactory, bundle: Path) -> None:
     base = tiny().base
     run = config(total_steps=30, rank=4, lora_alpha=8.0, optimizer={"lr": 1e-2, "weight_decay": 0.01})
     losses = []
@@ -303,7 +303,7 @@ def test_without_onnxruntime_its_engine_names_the_extra(bundle: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("choice", ["auto", "executorch"])
-def test_a_bundle_for_executorch_alone(tiny: TinyFactory, choice: str, tmp_path: Path) -> None:
+def test_bundle_for_executorch_alone_works(tiny: TinyFactory, choice: str, tmp_path: Path) -> None:
     model = tiny("gpt2", rank=2, head_dtype="int8", engine="executorch")
     assert not list(model.bundle.rglob("*.onnx"))
     assert load_manifest(model.bundle).engines == ("executorch",)
@@ -323,7 +323,7 @@ def test_a_bundle_for_executorch_alone(tiny: TinyFactory, choice: str, tmp_path:
 # -- the C ABI ---------------------------------------------------------------------------------------------------
 
 
-def test_the_shim_refuses_tensors_that_are_not_the_programs(bundle: Path) -> None:
+def test_shim_refuses_tensors_of_wrong_shape_or_dtype(bundle: Path) -> None:
     name, _ = program(bundle, "adapter_forward")
     loaded = shim.load_shim().load(bundle / name)
     x, lora_a, lora_b = (np.ones(shape, np.float32) for shape in ((3, HIDDEN), (2, HIDDEN), (HIDDEN, 2)))
@@ -345,7 +345,7 @@ def test_the_shim_refuses_tensors_that_are_not_the_programs(bundle: Path) -> Non
     assert np.array_equal(delta, np.full((3, HIDDEN), 2.0 * HIDDEN, np.float32))
 
 
-def test_the_python_and_the_header_agree() -> None:
+def test_python_and_c_header_agree() -> None:
     header = (Path(shim.__file__).parents[1] / "native" / "dlora_executorch.h").read_text()
     assert f"#define DLORA_ET_ABI {shim.ABI}\n" in header
     assert f"#define DLORA_ET_MAX_DIMS {shim.MAX_DIMS}\n" in header

@@ -33,7 +33,7 @@ def bundle(tiny: TinyFactory) -> Path:
 # -- what the commands say ---------------------------------------------------------------------------------------
 
 
-def test_selftest_has_both_side_by_side(bundle: Path) -> None:
+def test_selftest_reports_both_engines(bundle: Path) -> None:
     done = run_edge("selftest", "--bundle", bundle, "--json")
     report = json.loads(done.stdout)
     assert (done.code, set(report["engines"])) == (0, {"onnx", "executorch"})
@@ -54,7 +54,7 @@ def test_info_and_doctor_name_the_engines(bundle: Path) -> None:
     assert "for executorch and onnx" in found["bundle"]
 
 
-def test_the_manifest_has_every_engines_error_and_the_bounds(bundle: Path) -> None:
+def test_manifest_has_errors_of_each_engine_and_bounds(bundle: Path) -> None:
     manifest = load_manifest(bundle)
     assert manifest.executorch is not None
     assert manifest.executorch.bounds == BOUNDS
@@ -78,7 +78,7 @@ def damages(content: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("damage", ["empty", "no program", "text", "cut", "headless"])
-def test_a_damaged_program(bundle: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_program_is_a_one_line_error(bundle: Path, tmp_path: Path, damage: str) -> None:
     """Its digest passes: whoever damaged it wrote the manifest as well."""
     name, content = program(bundle, "adapter_forward")
     wrong = with_program(bundle, tmp_path / "bundle", name, damages(content)[damage])
@@ -86,7 +86,7 @@ def test_a_damaged_program(bundle: Path, tmp_path: Path, damage: str) -> None:
     assert_fails(done, 4, name.rpartition("/")[2], "is damaged", "export the bundle again")
 
 
-def test_a_program_in_anothers_place(bundle: Path, tmp_path: Path) -> None:
+def test_program_of_another_graph_is_an_error(bundle: Path, tmp_path: Path) -> None:
     name, _ = program(bundle, "adapter_forward")
     _, other = program(bundle, "adapter_input_grad")
     wrong = with_program(bundle, tmp_path / "bundle", name, other)
@@ -94,7 +94,7 @@ def test_a_program_in_anothers_place(bundle: Path, tmp_path: Path) -> None:
     assert_fails(done, 4, "is not the graph that the manifest describes")
 
 
-def test_a_program_of_operators_that_this_executorch_does_not_have(bundle: Path, tmp_path: Path) -> None:
+def test_program_with_unknown_operators_is_an_error(bundle: Path, tmp_path: Path) -> None:
     name, content = program(bundle, "adapter_forward")
     assert content.count(b"aten::linear") == 1
     wrong = with_program(bundle, tmp_path / "bundle", name, content.replace(b"aten::linear", b"aten::lonear"))
@@ -102,26 +102,26 @@ def test_a_program_of_operators_that_this_executorch_does_not_have(bundle: Path,
     assert_fails(done, 4, "is not for ExecuTorch 1.")
 
 
-def test_a_bundle_of_a_newer_executorch(bundle: Path, tmp_path: Path) -> None:
+def test_bundle_of_a_newer_executorch_is_an_error(bundle: Path, tmp_path: Path) -> None:
     wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("97.0.0", dict(BOUNDS)))
     done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
     assert_fails(done, 4, "executorch 97.0.0", "update the engine")
 
 
-def test_a_bundle_without_its_bounds(bundle: Path, tmp_path: Path) -> None:
+def test_bundle_without_bounds_is_an_error(bundle: Path, tmp_path: Path) -> None:
     wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("1.5.1", {"rank": 256, "rows": 256}))
     done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
     assert_fails(done, 4, "has no bounds for n, tokens; export it again")
 
 
 @pytest.mark.parametrize("most", [255, 257])
-def test_bounds_that_are_not_the_programs(bundle: Path, tmp_path: Path, most: int) -> None:
+def test_bounds_that_differ_from_the_program_are_an_error(bundle: Path, tmp_path: Path, most: int) -> None:
     wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("1.5.1", {**BOUNDS, "rank": most}))
     done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
     assert_fails(done, 4, "is not the graph that the manifest describes")
 
 
-def test_a_missing_shim(bundle: Path, tmp_path: Path) -> None:
+def test_missing_shim_is_an_error_that_says_how_to_build_it(bundle: Path, tmp_path: Path) -> None:
     arguments = ["selftest", "--bundle", bundle, "--engine", "executorch"]
     done = run_edge(*arguments, DLORA_EXECUTORCH_DIR=str(tmp_path))
     assert_fails(done, 12, "ExecuTorch engine not installed", str(tmp_path), "make shim")
@@ -130,7 +130,7 @@ def test_a_missing_shim(bundle: Path, tmp_path: Path) -> None:
     assert (done.code, list(json.loads(done.stdout)["engines"])) == (0, ["onnx"])
 
 
-def test_where_the_shim_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shim_is_searched_in_these_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(shim.VARIABLE, raising=False)
     package = Path(shim.__file__).parents[1]
     checkout = [package / "native" / "lib", package.parent / "build" / "shim" / platform.machine()]
@@ -142,7 +142,7 @@ def test_where_the_shim_is_looked_for(tmp_path: Path, monkeypatch: pytest.Monkey
     assert shim.places() == [Path("/chosen")]
 
 
-def test_a_shim_that_is_not_one(bundle: Path, tmp_path: Path) -> None:
+def test_file_that_is_no_library_is_an_error(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / shim.LIBRARY).write_bytes(b"\x7fELF and no more")
     arguments = ["selftest", "--bundle", bundle, "--engine", "executorch"]
     assert_fails(run_edge(*arguments, DLORA_EXECUTORCH_DIR=str(tmp_path)), 12, "does not load", "make shim")
@@ -150,7 +150,7 @@ def test_a_shim_that_is_not_one(bundle: Path, tmp_path: Path) -> None:
     assert [check["check"] for check in report["checks"] if not check["ok"]] == ["executorch"]
 
 
-def test_a_shim_of_another_abi(tmp_path: Path) -> None:
+def test_shim_of_another_abi_is_an_error(tmp_path: Path) -> None:
     compiler = shutil.which("g++") or pytest.skip("no g++")
     (tmp_path / "other.c").write_text("int dlora_et_abi(void) { return 99; }")
     subprocess.run([compiler, "-shared", "-x", "c", tmp_path / "other.c", "-o", tmp_path / shim.LIBRARY], check=True)
@@ -158,7 +158,7 @@ def test_a_shim_of_another_abi(tmp_path: Path) -> None:
         shim.Shim(tmp_path)
 
 
-def test_a_bundle_without_programs(tiny: TinyFactory) -> None:
+def test_bundle_without_programs_is_an_error(tiny: TinyFactory) -> None:
     done = run_edge("selftest", "--bundle", tiny().bundle, "--engine", "executorch")
     assert_fails(done, 4, "has no executorch graphs; export it again with --engine both")
 
@@ -206,7 +206,7 @@ def test_the_native_runner_checks_forward_backward_and_adamw(bundle: Path, runne
     ("damage", "code", "said"),
     [("golden", 1, "WRONG"), ("program", 2, "error: "), ("no golden", 2, "is no safetensors file")],
 )
-def test_the_native_runner_notices(
+def test_native_runner_detects_damage(
     bundle: Path, runner: Path, tmp_path: Path, damage: str, code: int, said: str
 ) -> None:
     from safetensors.numpy import load_file, save_file

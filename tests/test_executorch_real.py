@@ -17,13 +17,13 @@ BUNDLE = ROOT / "build" / "smollm2-both"  # fp32 head
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), *NEEDED]
 
 
-def test_every_graph_is_right_on_both() -> None:
+def test_every_graph_is_right_on_both_engines() -> None:
     done = run_edge("selftest", "--bundle", BUNDLE, "--json", timeout_s=300)
     report = json.loads(done.stdout)
     assert (done.code, set(report["engines"])) == (0, {"onnx", "executorch"})
 
 
-def test_thirty_steps_give_the_losses_of_onnx(tmp_path: Path) -> None:
+def test_thirty_steps_of_the_real_model_match_onnx(tmp_path: Path) -> None:
     code = "import pathlib, sys, dialogue; dialogue.write_dialogue(pathlib.Path(sys.argv[1]), 48, 0)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT / "examples")
     losses = []

@@ -104,7 +104,7 @@ def _run_golden(bundle: Path, manifest: Manifest) -> None:
         ("hub/models--org--tiny/snapshots/0f1e", "org/mine", "org/mine"),
     ],
 )
-def test_what_adapters_call_their_base_model(tmp_path: Path, place: str, said: str | None, name: str) -> None:
+def test_base_model_name_of_adapters_is_set(tmp_path: Path, place: str, said: str | None, name: str) -> None:
     model = tmp_path / place
     save_tiny(model)
     notes: list[str] = []
@@ -114,7 +114,7 @@ def test_what_adapters_call_their_base_model(tmp_path: Path, place: str, said: s
     assert [f"base model is {model};" in line for line in notes] == [True] * (name == "{place}")
 
 
-def test_an_alias_knows_its_hub_id() -> None:
+def test_alias_gives_the_hub_id() -> None:
     assert find_source("smollm2-135m").hub_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert find_source("org/name").hub_id == "org/name"
 
@@ -138,14 +138,14 @@ def test_a_bundle_is_replaced_only_with_force(tmp_path: Path) -> None:
     assert load_manifest(settings.out).defaults.r == 2
 
 
-def test_a_place_that_cannot_be(tmp_path: Path) -> None:
+def test_output_path_inside_a_file_is_a_usage_error(tmp_path: Path) -> None:
     """Found before anything is loaded: there is no such model either."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         export_bundle(ExportSettings("no-such-model", tmp_path / "file" / "bundle"))
 
 
-def test_a_full_disk_while_weights_are_written(tmp_path: Path) -> None:
+def test_full_disk_during_export_is_a_storage_error(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", vocab_size=20_000)
     with small_disk(tmp_path) as disk, pytest.raises(StorageError, match="free space"):
         export_bundle(ExportSettings(str(tmp_path / "model"), disk / "bundle", rank=2, alpha=4.0))
@@ -160,7 +160,7 @@ def test_another_directory_is_never_replaced(tmp_path: Path) -> None:
     assert (settings.out / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_failure_half_way_leaves_the_old_bundle_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_export_leaves_only_the_old_bundle(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e6
@@ -234,7 +234,7 @@ def test_the_command_prints_a_table(tmp_path: Path, monkeypatch: Any, capfd: Any
         (["{model}", "--target-modules", "nope"], 11, "has no module 'nope'"),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(
+def test_user_error_is_one_line_and_an_exit_code(
     tmp_path: Path, monkeypatch: Any, capfd: Any, arguments: list[str], code: int, text: str
 ) -> None:
     settings = _settings(tmp_path)

@@ -29,18 +29,18 @@ HIDDEN = 16
 
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16), (1, 1), (33, 5)])
 @pytest.mark.parametrize("rank", [1, 8])
-def test_adapter_graphs_are_autograds(shape: tuple[int, int], rank: int) -> None:
+def test_adapter_graphs_match_autograd(shape: tuple[int, int], rank: int) -> None:
     for graph in adapter_graphs(*shape):
         assert verify(graph, adapter_trials(graph, shape, rank, 2.0)).error <= 2e-6
 
 
-def test_adamw_is_torchs_over_twenty_steps() -> None:
+def test_adamw_graph_matches_torch_over_twenty_steps() -> None:
     graph = adamw_graph()
     assert verify(graph, adamw_trials(graph)).error <= 2e-7
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.98), (0.0, 0.99999), (0.5, 0.9)])
-def test_adamw_recovers_what_torch_takes_for_one_minus_beta(betas: tuple[float, float]) -> None:
+def test_adamw_uses_the_same_one_minus_beta_as_torch(betas: tuple[float, float]) -> None:
     session = start_session(adamw_graph().to_onnx().SerializeToString())
     inputs = {name: np.zeros(1, np.float32) for name in ("param", "exp_avg", "exp_avg_sq")}
     inputs |= adamw_scalars(1) | {"grad": np.ones(1, np.float32)}
@@ -76,7 +76,7 @@ def _head_weights(end: HeadEnd, dtype: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("bias", "logit_scale", "softcap"), [(False, 1.0, None), (True, 1.0, None), (False, 0.25, None), (True, 0.5, 3.0)]
 )
-def test_head_graphs_are_autograds(
+def test_head_graphs_match_autograd(
     dtype: Any, vocabulary: int, bias: bool, logit_scale: float, softcap: float | None
 ) -> None:
     shape = HeadShape(vocabulary, HIDDEN, dtype, bias, logit_scale, softcap)
@@ -100,7 +100,7 @@ def test_a_head_that_is_not_fp32_is_exact_for_the_weight_it_stores(dtype: Any) -
         assert made.error <= 4 * FLOOR
 
 
-def test_the_head_widens_no_more_than_a_slab() -> None:
+def test_head_graph_widens_one_slab_at_most() -> None:
     for graph in head_graphs(HeadShape(49152, 576, "fp16", False, 1.0, None)):
         model = onnx.shape_inference.infer_shapes(graph.to_onnx())
         wide = [value for value in model.graph.value_info if _elements(value) >= 49152 * 576]
@@ -129,7 +129,7 @@ def test_nan_is_not_within_tolerance() -> None:
     assert not relative_error(nan, np.array([1.0])) <= 1.0
 
 
-def test_a_graph_may_be_a_few_times_as_far_off_as_torch_but_never_far() -> None:
+def test_tolerance_is_a_few_times_torchs_error_and_limited() -> None:
     exact = {"x": np.array([1.0])}
     for error, tolerance in ((0.0, FLOOR), (1e-5, FLOOR + 4e-5), (0.1, CEILING)):
         found = allowed(exact, {"x": np.array([1.0 + error])})["x"]
@@ -186,7 +186,7 @@ def test_a_large_head_that_is_wrong_is_refused(large: tuple[HeadEnd, Any], chang
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
-def test_the_arithmetic_of_a_rounded_head_has_no_more_room_than_that_of_fp32(dtype: Any) -> None:
+def test_rounded_head_has_the_arithmetic_tolerance_of_fp32(dtype: Any) -> None:
     """A slip of 5e-4 is below what rounding may cost, and refused all the same."""
     shape = HeadShape(97, HIDDEN, dtype, False, 1.0, None)
     end = _head_end(97, shape)
@@ -202,7 +202,7 @@ def test_the_arithmetic_of_a_rounded_head_has_no_more_room_than_that_of_fp32(dty
         verify(wrong, trials)
 
 
-def test_a_head_that_int8_would_round_too_much_says_what_to_do() -> None:
+def test_head_with_too_large_int8_error_says_what_to_do() -> None:
     shape = HeadShape(97, HIDDEN, "int8", False, 1.0, None)
     end = _head_end(97, shape)
     end.weight[:, 0] = 100.0  # one scale a row: next to this, the rest is nothing

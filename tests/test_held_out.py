@@ -59,7 +59,7 @@ def last(place: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return out, train(place, out)
 
 
-def test_the_best_lies_beside_the_last(place: Place, last: tuple[Path, dict[str, Any]]) -> None:
+def test_best_adapter_is_saved_beside_the_last(place: Place, last: tuple[Path, dict[str, Any]]) -> None:
     out, summary = last
     losses = {row["step"]: row["loss"] for row in summary["evaluations"]}
     assert sorted(losses) == list(range(0, 21, 2))
@@ -70,7 +70,7 @@ def test_the_best_lies_beside_the_last(place: Place, last: tuple[Path, dict[str,
     assert loss_of(place, out / "best") == pytest.approx(summary["eval_loss_best"], abs=2e-3)
 
 
-def test_the_best_is_saved_where_asked(place: Place, last: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_keep_best_saves_the_best_adapter(place: Place, last: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Nothing else changes: the checkpoint is of the last step, so that the run can be made longer."""
     out = tmp_path / "out"
     summary = train(place, out, keep="best")
@@ -97,19 +97,21 @@ def test_patience_ends_a_run(place: Place, last: tuple[Path, dict[str, Any]], tm
     assert json.loads(on.stdout)["steps"] == 20
 
 
-def test_who_wants_the_best_is_evaluated_on_the_way(place: Place, tmp_path: Path) -> None:
+def test_keep_best_evaluates_during_the_run(place: Place, tmp_path: Path) -> None:
     summary = train(place, tmp_path / "out", keep="best", eval_every=0)
     assert [row["step"] for row in summary["evaluations"]] == list(range(0, 21, 2))
 
 
 @pytest.mark.parametrize("option", [{"keep": "best"}, {"patience": 3}, {"eval_every": 2}], ids=str)
-def test_what_needs_held_out_data(place: Place, tmp_path: Path, option: dict[str, object]) -> None:
+def test_options_that_need_held_out_data_are_refused_without(
+    place: Place, tmp_path: Path, option: dict[str, object]
+) -> None:
     done = run_edge(*place.train(tmp_path / "out", **option))
     assert_fails(done, UsageError.exit_code, "needs --eval")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_patience_ended_at_its_very_end_is_made_longer(place: Place, tmp_path: Path) -> None:
+def test_run_that_patience_ended_at_its_last_step_can_be_made_longer(place: Place, tmp_path: Path) -> None:
     """The part that comes on top has patience of its own."""
     out = tmp_path / "out"
     first = train(place, out, patience=100)
@@ -118,7 +120,7 @@ def test_a_run_that_patience_ended_at_its_very_end_is_made_longer(place: Place, 
     assert first["steps"] == 20 < json.loads(longer.stdout)["steps"]
 
 
-def test_what_patience_ended_says_how_it_goes_on(place: Place, tmp_path: Path) -> None:
+def test_run_ended_by_patience_says_how_to_continue(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = train(place, out, patience=2)["steps"]
     again = run_edge("resume", out, "--json")
@@ -127,7 +129,9 @@ def test_what_patience_ended_says_how_it_goes_on(place: Place, tmp_path: Path) -
     assert_fails(longer, UsageError.exit_code, f"at step {ended} of 20", "with a larger --patience")
 
 
-def test_other_held_out_data_are_not_compared(place: Place, last: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_evaluations_on_other_data_are_not_compared(
+    place: Place, last: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     """What was best on the old data says nothing about the new."""
     out = tmp_path / "out"
     train(place, out, steps=10)
@@ -138,7 +142,7 @@ def test_other_held_out_data_are_not_compared(place: Place, last: tuple[Path, di
     assert "evaluations of other held-out data are left out" in done.stderr
 
 
-def test_weights_of_a_history_that_did_not_happen_are_not_saved_as_the_best(place: Place, tmp_path: Path) -> None:
+def test_keep_best_ignores_weights_of_undone_steps(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(place, out, steps=20)
     row = json.loads((out / "best" / "evaluation.json").read_text())

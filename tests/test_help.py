@@ -75,7 +75,7 @@ COMPLETIONS = [("edge", "tra", "train"), ("cloud", "ser", "serve"), ("export", "
 
 
 @pytest.mark.parametrize(("part", "begun", "whole"), COMPLETIONS)
-def test_the_shell_completes(part: str, begun: str, whole: str, tmp_path: Path) -> None:
+def test_shell_completion_works(part: str, begun: str, whole: str, tmp_path: Path) -> None:
     settings = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     done = run(command_line(part, "--install-completion", "bash"), **settings)
     assert done.code == 0, done.stderr
@@ -87,7 +87,7 @@ def test_the_shell_completes(part: str, begun: str, whole: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_help_and_completion_do_not_wait_for_what_computes(part: str) -> None:
+def test_help_and_completion_load_no_compute_libraries(part: str) -> None:
     heavy = {"torch", "transformers", "onnxruntime"}
     module = {"edge": "edge.commands.app", "cloud": "cloud.commands.app", "export": "export.cli"}[part]
     code = f"import sys, dlora.{module}; print(sorted({heavy!r} & set(sys.modules)))"
@@ -95,14 +95,14 @@ def test_help_and_completion_do_not_wait_for_what_computes(part: str) -> None:
 
 
 @pytest.mark.parametrize(("part", "words"), [("cloud", ["serve", "x"]), ("export", ["x", "--out", "y"])])
-def test_a_library_that_is_missing_is_one_line(part: str, words: list[str], tmp_path: Path) -> None:
+def test_missing_library_in_help_is_a_one_line_error(part: str, words: list[str], tmp_path: Path) -> None:
     code = f"import sys; sys.modules['torch'] = None; from dlora.{part}.__main__ import main; main()"
     done = run([sys.executable, "-c", code, *words], DLORA_CLOUD_STATE=str(tmp_path))
     assert (done.code, done.stderr.count("\n")) == (12, 1), done.stderr
     assert f"'torch' is not installed; this command needs the extra '{part}'" in done.stderr
 
 
-def test_make_alone_says_what_there_is() -> None:
+def test_make_without_target_lists_the_targets() -> None:
     plain, asked = (run(["make", "-C", str(ROOT), "--no-print-directory", *words]) for words in ([], ["help"]))
     assert plain == asked
     assert plain.code == 0

@@ -30,7 +30,7 @@ def _refuse(text: str) -> None:
     pytest.fail(text)
 
 
-def test_it_is_made_once_and_kept(tmp_path: Path) -> None:
+def test_device_id_is_made_once_and_kept(tmp_path: Path) -> None:
     state = tmp_path / "not" / "there" / "yet"
     made = load_device_id(state, _refuse)
     assert re.fullmatch("[0-9a-f]{32}", made)
@@ -38,19 +38,19 @@ def test_it_is_made_once_and_kept(tmp_path: Path) -> None:
     assert load_device_id(tmp_path / "another", _refuse) != made
 
 
-def test_only_the_owner_reads_it_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_device_id_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     load_device_id(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
     assert stat.S_IMODE((tmp_path / FILE_NAME).stat().st_mode) == 0o600
 
 
-def test_the_environment_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_sets_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "named"))
     made = load_device_id()
     assert json.loads((tmp_path / "named" / FILE_NAME).read_text()) == {"device": made}
 
 
-def test_by_default_it_is_in_the_users_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_id_is_in_the_users_state_directory_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(STATE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     load_device_id()
@@ -80,7 +80,7 @@ def test_a_damaged_file_is_one_warning_and_a_new_id(tmp_path: Path, damage: byte
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0), st.binary(max_size=3))
-def test_whatever_a_bad_disk_makes_of_it_the_device_has_an_id(tmp_path: Path, at: int, patch: bytes) -> None:
+def test_device_has_an_id_on_any_disk_error(tmp_path: Path, at: int, patch: bytes) -> None:
     whole = b'{"device":"0123456789abcdef0123456789abcdef"}\n'
     at %= len(whole) + 1
     (tmp_path / FILE_NAME).write_bytes(whole[:at] + patch + whole[at + len(patch) + 1 :])
@@ -99,7 +99,7 @@ def test_a_device_that_cannot_write_trains_under_an_id_of_this_run(tmp_path: Pat
     assert "\n" not in warnings[0]
 
 
-def test_what_stands_there_and_cannot_be_read_is_left_alone(tmp_path: Path) -> None:
+def test_unreadable_id_file_is_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).mkdir()
     warnings: list[str] = []
     load_device_id(tmp_path, warnings.append)

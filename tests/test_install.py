@@ -82,7 +82,7 @@ def test_install_run_uninstall(binary: Path, tmp_path: Path) -> None:
     one_line(install("--root", root, "--uninstall"), 1, "is not installed")
 
 
-def test_the_folder(folder: Path, binary: Path, tmp_path: Path) -> None:
+def test_folder_installs_and_runs(folder: Path, binary: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     assert install("--root", root, "--binary", folder, "--prefix", "/opt/dlora", "--user", "trainer").code == 0
     program = root / "opt/dlora/bin/dlora-edge"
@@ -107,14 +107,14 @@ def test_the_folder(folder: Path, binary: Path, tmp_path: Path) -> None:
         ("aarch64", 32, "the system is 32-bit (getconf LONG_BIT)"),  # Raspberry Pi OS of 32 bits on its 64-bit kernel
     ],
 )
-def test_machines_that_cannot_run_it(machine: str, bits: int, said: str, folder: Path, tmp_path: Path) -> None:
+def test_unsupported_machine_is_refused(machine: str, bits: int, said: str, folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     done = install("--root", root, "--binary", folder, machine=machine, bits=bits, tmp_path=tmp_path)
     one_line(done, 12, said)
     assert not root.exists()
 
 
-def test_a_binary_of_another_architecture(tmp_path: Path) -> None:
+def test_binary_of_another_architecture_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "dlora-edge"
     other.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xf3\x00" + bytes(100))  # riscv
     other.chmod(0o755)
@@ -136,15 +136,15 @@ def test_a_binary_of_another_architecture(tmp_path: Path) -> None:
         (["--binary", "/bin/true", "--root", "/nonexistent"], 1, "something else than dlora-edge"),
     ],
 )
-def test_wrong_options(arguments: list[str], code: int, said: str) -> None:
+def test_wrong_options_are_refused(arguments: list[str], code: int, said: str) -> None:
     one_line(install(*arguments), code, said)
 
 
-def test_help() -> None:
+def test_help_prints_usage() -> None:
     assert "--uninstall" in install("--help").stdout
 
 
-def test_systemd_finds_nothing_wrong_with_the_unit(folder: Path, tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(folder: Path, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("there is no systemd-analyze")
     root = tmp_path / "root"
@@ -169,7 +169,7 @@ def test_a_relative_binary_is_the_one_that_was_verified(tmp_path: Path, monkeypa
     one_line(install("--root", tmp_path / "root", "--binary", "prog"), 1, "something else than dlora-edge")
 
 
-def test_a_script_alone_harms_no_unit(tmp_path: Path) -> None:
+def test_install_of_the_script_alone_keeps_the_unit(tmp_path: Path) -> None:
     root = tmp_path / "root"
     binary = executable(tmp_path / "given" / "dlora-edge", STAND_IN)
     assert install("--root", root, "--binary", binary).code == 0

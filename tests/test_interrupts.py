@@ -81,7 +81,9 @@ def run(place: Place, sent: signal.Signals, when: str, *command: object) -> Fini
     ("cloud", "typer"), ("cloud", "torch"), ("cloud", "transformers"), ("cloud", "torch.distributed"),
     ("export", "typer"), ("export", "peft"), ("export", "onnx"),
 ])  # fmt: skip
-def test_while_it_imports(place: Place, tmp_path: Path, command: str, when: str, sent: signal.Signals) -> None:
+def test_signal_during_imports_ends_with_one_line_and_130(
+    place: Place, tmp_path: Path, command: str, when: str, sent: signal.Signals
+) -> None:
     """Once it was exit 12, as if a library were missing, and once ten minutes of a server that loaded on."""
     commands: dict[str, list[object]] = {
         "edge": [EDGE, "selftest", "--bundle", place.bundle],
@@ -104,7 +106,7 @@ def test_while_it_imports(place: Place, tmp_path: Path, command: str, when: str,
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 @pytest.mark.parametrize("when", ["at exit", "as Python clears up"])
-def test_when_it_is_done(place: Place, when: str, sent: signal.Signals) -> None:
+def test_signal_after_the_result_is_ignored(place: Place, when: str, sent: signal.Signals) -> None:
     """The result is out and its exit code is decided."""
     done = run(place, sent, when, EDGE, "info", place.bundle, "--json")
     assert (done.code, done.stderr) == (0, "")
@@ -114,7 +116,7 @@ def test_when_it_is_done(place: Place, when: str, sent: signal.Signals) -> None:
     assert len(failed.errors) == 1
 
 
-def test_who_ignores_ctrl_c_from_the_start_goes_on(place: Place) -> None:
+def test_command_started_with_sigint_ignored_continues(place: Place) -> None:
     """Shells do so for what a script runs in the background."""
     code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     command = [sys.executable, "-S", "-c", code, EDGE, "info", place.bundle, "--json"]

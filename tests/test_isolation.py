@@ -24,14 +24,14 @@ from websockets.sync.client import connect
 
 from dlora.cloud.door import tokens as cloud_tokens
 from dlora.cloud.door.access import Access
-from dlora.cloud.door.tokens import TokenStore
+from dlora.cloud.door.tokens import BearerTokenStore
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import server as cloud_server
-from dlora.cloud.serving.patience import Patience
+from dlora.cloud.serving.patience import SessionTimeouts
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
-from dlora.edge.wire.dialing import Dialing
+from dlora.edge.wire.dialing import ConnectSettings
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.kill_revive import KillReviveConfig
@@ -59,7 +59,7 @@ class Device:
             if ready is not None:
                 ready.wait(30)
             losses = [trainer.run_step().loss for _ in range(self.run.total_steps)]
-            trainer.settle()
+            trainer.wait_for_signal()
         return {name: value.tobytes() for name, value in final_weights(trainer).items()}, losses
 
 
@@ -99,12 +99,12 @@ def test_alone_is_deterministic(base: BaseModel, devices: list[Device], alone: l
         assert devices[1].train(server.url) == alone[1]
 
 
-def test_two_at_once_get_what_each_gets_alone(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
+def test_two_at_once_get_the_same_bits_as_alone(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
     with serving(base) as server:
         assert train_at_once(server.url, devices) == alone
 
 
-def test_twins_do_not_share_anything(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
+def test_twin_devices_share_nothing(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
     with serving(base) as server:
         assert train_at_once(server.url, [devices[0]] * 3) == [alone[0]] * 3
 
@@ -177,10 +177,10 @@ def never_reading(url: str, base: BaseModel) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("stall", [stalled_in_forward, stalled_in_backward, never_reading])
-def test_a_third_that_stalls_changes_neither(
+def test_stalled_device_changes_no_bit_of_others(
     base: BaseModel, devices: list[Device], alone: list[object], stall: object
 ) -> None:
-    with serving(base, max_tokens=GLUTTONS_TOKENS, patience=Patience(park_s=0)) as server:
+    with serving(base, max_tokens=GLUTTONS_TOKENS, timeouts=SessionTimeouts(park_s=0)) as server:
         with stall(server.url, base):  # type: ignore[operator]
             assert train_at_once(server.url, devices) == alone
             eventually_sessions(server, 1)
@@ -214,34 +214,34 @@ def test_a_step_leaves_no_graph_behind(base: BaseModel, devices: list[Device]) -
         with serving(base) as server, training(devices[0].bundle, server.url, config(), dataset) as trainer:
             for _ in range(4):
                 trainer.run_step()
-            trainer.settle()
+            trainer.wait_for_signal()
             gc.collect()
             alive = [ref for ref in made if ref() is not None]
     assert len(made) == 4
     assert not alive
 
 
-def test_a_locked_token_file_holds_up_no_session(
+def test_locked_token_file_delays_no_session(
     base: BaseModel, devices: list[Device], alone: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the look at the tokens of running sessions nor a device that comes: the event loop never waits for it."""
-    tokens = TokenStore(tmp_path / "tokens.sqlite")
+    tokens = BearerTokenStore(tmp_path / "tokens.sqlite")
     token = tokens.create("phone", None)
     used_by: set[str] = set()
-    opened = TokenStore._open
+    opened = BearerTokenStore._open
 
-    def watched(store: TokenStore) -> AbstractContextManager[sqlite3.Connection]:
+    def watched(store: BearerTokenStore) -> AbstractContextManager[sqlite3.Connection]:
         used_by.add(threading.current_thread().name.rstrip("0123456789"))
         return opened(store)
 
-    monkeypatch.setattr(TokenStore, "_open", watched)
+    monkeypatch.setattr(BearerTokenStore, "_open", watched)
     monkeypatch.setattr(cloud_server, "RECHECK_EVERY_S", 0.01)
     monkeypatch.setattr(cloud_tokens, "LOCK_TIMEOUT_S", 0.1)
-    device, dialing = devices[0], Dialing(credentials=Credentials(token=token))
+    device, connecting = devices[0], ConnectSettings(credentials=Credentials(token=token))
     data = random_dataset(VOCABULARY, seed=device.data_seed)
     with (
         serving(base, access=Access(tokens, required=True)) as server,
-        training(device.bundle, server.url, device.run, data, dialing) as trainer,
+        training(device.bundle, server.url, device.run, data, connecting) as trainer,
     ):
         with closing(sqlite3.connect(tokens.path)) as other:
             other.execute("BEGIN EXCLUSIVE")
@@ -249,7 +249,7 @@ def test_a_locked_token_file_holds_up_no_session(
                 connect(server.url, proxy=None, additional_headers={"Authorization": f"Bearer {token}"})
             assert refused.value.response.status_code == 503
             losses = [trainer.run_step().loss for _ in range(device.run.total_steps)]
-            trainer.settle()
+            trainer.wait_for_signal()
         weights = {name: value.tobytes() for name, value in final_weights(trainer).items()}
     assert (weights, losses) == alone[0]
     assert used_by == {"asyncio_"}  # to_thread's

@@ -18,7 +18,7 @@ from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.controller import Controller, unit_costs
 from dlora.protocol.errors import RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
-from dlora.protocol.kill_revive import KillReviveConfig, Schedule, UnitState, steps_needed
+from dlora.protocol.kill_revive import KillReviveConfig, Timetable, UnitState, steps_needed
 
 KEY = b"a key of the server"
 EIGHTH = KillReviveConfig(active_fraction=0.125)
@@ -74,12 +74,12 @@ runs = {
 
 @settings(max_examples=150, deadline=None)
 @given(**runs)
-def test_what_always_holds(
+def test_controller_invariants_hold(
     config: KillReviveConfig, blocks: int, groups_a_block: int, seed: int, total: int
 ) -> None:
     groups = make_groups(blocks, groups_a_block)
     controller = Controller(config, groups, seed=seed, total_steps=total)
-    schedule = controller.schedule
+    timetable = controller.timetable
     history = run(controller, total)
     active = (history == UnitState.ACTIVE).sum(axis=1)
     assert history.shape[1] == len(group_units(groups, config.unit))
@@ -88,12 +88,12 @@ def test_what_always_holds(
         assert (history == history[0]).all()
         assert active[0] == config.budget_floor(history.shape[1])
     else:
-        assert active.tolist() == [schedule.budget(step) for step in range(total + 1)]
+        assert active.tolist() == [timetable.budget(step) for step in range(total + 1)]
     # Traffic is promised: once the ramp is over, nothing else exchanges, unless the user wants it held.
     if config.on_kill != "hold_forward":
         live = (history != UnitState.KILLED).sum(axis=1)
-        assert (live[schedule.settled :] == active[schedule.settled :]).all()
-    assert (history[schedule.last_change :] == history[-1]).all()
+        assert (live[timetable.ramp_end :] == active[timetable.ramp_end :]).all()
+    assert (history[timetable.last_change :] == history[-1]).all()
     assert not controller._on_trial.any()  # whoever was tried was judged
     # Fades last kill_every steps and end in KILLED.
     fading = history == UnitState.FADING
@@ -108,7 +108,7 @@ def test_what_always_holds(
 
 @settings(max_examples=60, deadline=None)
 @given(cut=st.floats(0, 1), **runs)
-def test_a_ticket_goes_on_as_if_nothing_had_happened(
+def test_controller_from_ticket_continues_identically(
     config: KillReviveConfig, blocks: int, groups_a_block: int, seed: int, total: int, cut: float
 ) -> None:
     groups = make_groups(blocks, groups_a_block)
@@ -133,7 +133,7 @@ def open_again(ticket: bytes, key: bytes = KEY, **changes: Any) -> Controller:
     return controller_of(ticket, key, **arguments)
 
 
-def test_a_ticket_is_good_for_its_own_run_only() -> None:
+def test_ticket_is_valid_for_its_own_run_only() -> None:
     controller = Controller(CONFIG, GROUPS, seed=1, total_steps=60)
     run(controller, 30)
     ticket = ticket_of(controller, KEY)
@@ -216,30 +216,30 @@ def test_static_and_last_hold_from_the_first_step() -> None:
         active(KillReviveConfig(pinned=(8,)))
 
 
-def test_a_run_of_60_steps_comes_down_as_soon_as_the_warm_up_is_over() -> None:
+def test_run_of_60_steps_reaches_its_budget_after_warm_up() -> None:
     groups = make_groups(30)
     history = run(Controller(EIGHTH, groups, seed=0, total_steps=60), 60)
     live = (history != UnitState.KILLED).sum(axis=1)
     assert live.tolist() == [30] * 20 + [4] * 41
 
 
-def test_how_many_steps_warm_up_ramp_and_trials_need() -> None:
+def test_steps_needed_covers_warm_up_ramp_and_trials() -> None:
     assert steps_needed(EIGHTH, 30) == 107
-    assert [Schedule(EIGHTH, 30, steps).has_trials for steps in (60, 106, 107, 400)] == [False, False, True, True]
+    assert [Timetable(EIGHTH, 30, steps).has_trials for steps in (60, 106, 107, 400)] == [False, False, True, True]
     never_revived = msgspec.structs.replace(EIGHTH, revive_every=0)
     assert steps_needed(never_revived, 30) == 81  # the ramp ends after the warm-up's 20 steps
 
 
 def test_a_long_ramp_is_cubic_and_fades() -> None:
-    schedule = Schedule(EIGHTH, 30, 400)
-    assert (schedule.warmup, schedule.settled, schedule.last_change, schedule.floor) == (20, 100, 380, 4)
-    assert [schedule.budget(step) for step in (0, 19, 20, 60, 99, 100, 400)] == [30, 30, 30, 8, 5, 4, 4]
+    timetable = Timetable(EIGHTH, 30, 400)
+    assert (timetable.warmup, timetable.ramp_end, timetable.last_change, timetable.floor) == (20, 100, 380, 4)
+    assert [timetable.budget(step) for step in (0, 19, 20, 60, 99, 100, 400)] == [30, 30, 30, 8, 5, 4, 4]
     history = run(Controller(EIGHTH, make_groups(30), seed=0, total_steps=400), 400)
     assert (history[:100] == UnitState.FADING).any()
     assert not (history[100:] == UnitState.FADING).any()
 
 
-def test_no_revival_when_it_is_switched_off_and_at_most_the_share_of_the_seats_otherwise() -> None:
+def test_trials_take_at_most_the_revive_share() -> None:
     groups = make_groups(30)
     never = msgspec.structs.replace(EIGHTH, revive_every=0)
     without = run(Controller(never, groups, seed=0, total_steps=400), 400)
@@ -253,7 +253,7 @@ def test_no_revival_when_it_is_switched_off_and_at_most_the_share_of_the_seats_o
     assert revived.max() <= 2
 
 
-def test_a_failed_last_trial_gives_its_seat_back_to_the_best_remembered() -> None:
+def test_failed_last_trial_is_replaced_by_the_best_idle_unit() -> None:
     config = KillReviveConfig(active_fraction=0.5, warmup_steps=5, ramp_fraction=0.0, kill_every=5, revive_every=10,
                               probation=10, cost_aware=False, spread=False)  # fmt: skip
     worth = np.array([8, 7, 6, 5, 4, 1, 1, 1], np.float32)
@@ -279,7 +279,7 @@ def test_costs_count_bytes_round_trips_and_depth() -> None:
     assert (single[1::2] > single[::2]).all()  # wider outputs
 
 
-def test_cost_awareness_prefers_the_deeper_of_equals() -> None:
+def test_cost_aware_prefers_the_deeper_of_equal_units() -> None:
     def survivors(cost_aware: bool) -> list[int]:
         config = KillReviveConfig(active_fraction=0.25, warmup_steps=5, ramp_fraction=0.0, cost_aware=cost_aware,
                                   spread=False)  # fmt: skip
@@ -292,7 +292,7 @@ def test_cost_awareness_prefers_the_deeper_of_equals() -> None:
     assert survivors(False) == [0, 1]
 
 
-def test_spread_keeps_units_apart_and_still_minds_their_worth() -> None:
+def test_spread_keeps_units_apart_and_still_ranks_them() -> None:
     def survivors(scores: np.ndarray, **changes: object) -> list[int]:
         config = KillReviveConfig(active_fraction=0.125, ramp_fraction=0.0, cost_aware=False, **changes)
         controller = Controller(config, make_groups(32), seed=0, total_steps=100)
@@ -310,7 +310,7 @@ def test_spread_keeps_units_apart_and_still_minds_their_worth() -> None:
     assert 13 in survivors(one)
 
 
-def test_no_groups_no_units() -> None:
+def test_controller_without_groups_has_no_units() -> None:
     controller = Controller(KillReviveConfig(), (), seed=0, total_steps=10)
     assert controller.report(0, np.zeros(0)).shape == (0,)
 
@@ -391,7 +391,7 @@ def planted_hits(score: str, seed: int) -> tuple[float, float]:
     return float(np.mean(hits[0])), float(np.mean(hits[1]))
 
 
-def test_planted_units_are_found_and_found_again_and_random_does_not() -> None:
+def test_scores_find_the_important_units_and_random_does_not() -> None:
     found = {
         score: np.mean([planted_hits(score, seed) for seed in range(6)], axis=0)
         for score in ("change", "sensitivity", "random")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dlora.protocol.codec import Prefix, encode, read_prefix
 from dlora.protocol.errors import RemoteProtocolError
-from dlora.protocol.link import MAX_UNACKNOWLEDGED, REMEMBERED, Link
+from dlora.protocol.link import MAX_UNACKNOWLEDGED, REMEMBERED_FRAMES, Link
 
 
 class Side:
@@ -35,7 +35,7 @@ class Side:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_whatever_the_connections_do_each_frame_arrives_once(data: st.DataObject) -> None:
+def test_each_frame_arrives_once_over_lossy_connections(data: st.DataObject) -> None:
     """Two sides talk; a frame is lost with the connection, or comes twice; then both resume."""
     here, there = Side(), Side()
     for step in range(data.draw(st.integers(1, 25))):
@@ -57,7 +57,7 @@ def test_whatever_the_connections_do_each_frame_arrives_once(data: st.DataObject
         assert side.delivered == list(range(1, peer.link.sent + 1))
 
 
-def test_the_outbox_holds_what_is_not_acknowledged() -> None:
+def test_outbox_holds_unacknowledged_frames() -> None:
     here, there = Side(), Side()
     frames = [here.send(step) for step in range(3)]
     assert here.link.missing(0) == frames
@@ -80,7 +80,7 @@ def test_a_peer_that_never_acknowledges_is_not_given_more_memory() -> None:
         here.send(0)
 
 
-def test_the_same_number_with_other_content_is_refused() -> None:
+def test_same_number_with_other_content_is_refused() -> None:
     there = Side()
     there.receive(encode(c.report(0), seq=1))
     assert not there.receive(encode(c.report(0), seq=1))
@@ -90,7 +90,7 @@ def test_the_same_number_with_other_content_is_refused() -> None:
 
 def test_a_repeat_from_too_long_ago_is_refused() -> None:
     there = Side()
-    for seq in range(1, REMEMBERED + 2):
+    for seq in range(1, REMEMBERED_FRAMES + 2):
         there.receive(encode(c.report(seq), seq=seq))
     assert not there.receive(encode(c.report(2), seq=2))
     with pytest.raises(RemoteProtocolError):
@@ -101,6 +101,6 @@ def test_a_repeat_from_too_long_ago_is_refused() -> None:
     ("prefix", "text"),
     [(Prefix(0, 2, 0, 7), "1 comes next"), (Prefix(0, 1, 1, 7), "never sent"), (Prefix(0, 0, 0, 7), "other content")],
 )
-def test_what_cannot_be_is_refused(prefix: Prefix, text: str) -> None:
+def test_impossible_frame_numbers_are_refused(prefix: Prefix, text: str) -> None:
     with pytest.raises(RemoteProtocolError, match=text):
         Side().link.is_repeat(prefix)

@@ -15,7 +15,7 @@ from dlora.cloud.exchange.kinds import SITE_KINDS, Site
 from dlora.cloud.model import live_bytes as live_bytes_module
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
-from dlora.cloud.model.live_bytes import LiveBytes, _Alive, _order_of_calls, default_live_limit
+from dlora.cloud.model.live_bytes import LiveBytes, _order_of_calls, _TensorByteCounter, default_live_limit
 from dlora.cloud.serving.server import LEAST_TOKENS, MOST_TOKENS, fitting_tokens
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.counting import cut_to_fit
@@ -38,13 +38,13 @@ class ZeroDeltas:
     def send_input(self, group: int, x: Tensor) -> None:
         self.tokens = len(x)
 
-    def receive_outputs(self, group: int, device: torch.device) -> list[Tensor]:
+    def receive_outputs(self, group: int, torch_device: torch.device) -> list[Tensor]:
         return [torch.zeros(self.tokens, target.out_features) for target in self.groups[group].targets]
 
     def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
         raise AssertionError("no backward pass here")
 
-    def receive_input_grad(self, group: int, device: torch.device) -> Tensor:
+    def receive_input_grad(self, group: int, torch_device: torch.device) -> Tensor:
         raise AssertionError("no backward pass here")
 
 
@@ -129,7 +129,12 @@ def test_evaluation_takes_what_its_forward_pass_has_in_hand(family: str) -> None
             trained=(),
             rows=layout.rows,
         )
-        with torch.no_grad(), exchanging(exchange), _order_of_calls(base) as order, _Alive(base, order) as alive:
+        with (
+            torch.no_grad(),
+            exchanging(exchange),
+            _order_of_calls(base) as order,
+            _TensorByteCounter(base, order) as alive,
+        ):
             base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
         most = max(total for totals in alive.totals for _, total in totals)
         ratios[name] = live_bytes.estimate(layout, None) / (most + 2 * layout.inputs_embeds.nbytes)
@@ -174,7 +179,7 @@ def test_the_default_of_max_tokens_leaves_room_for_two() -> None:
     assert fitting_tokens(live_bytes, longest, 2 * most - 1) == wanted - LEAST_TOKENS
 
 
-def test_what_micro_batches_may_take_is_half_of_what_the_model_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_live_limit_is_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_model("llama")
     weights = sum(parameter.nbytes for parameter in base.model.parameters())
     monkeypatch.setattr(live_bytes_module, "machine_bytes", lambda: 10**9 + weights)
@@ -200,7 +205,7 @@ def test_attention_that_keeps_its_scores_grows_with_the_square(implementation: s
     assert (long > 3 * short) == quadratic
 
 
-def test_it_knows_the_width_of_bfloat16() -> None:
+def test_estimate_uses_the_width_of_bfloat16() -> None:
     model = tiny_model("llama")
     single = LiveBytes.measure(BaseModel.from_model(model, "llama"))
     half_base = BaseModel.from_model(model.to(torch.bfloat16), "llama")

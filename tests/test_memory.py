@@ -15,7 +15,7 @@ from tiny import TinyFactory
 from dlora.cloud.model.memory import machine_bytes
 
 
-def test_the_peak_is_this_programs_and_not_its_parents() -> None:
+def test_peak_memory_excludes_the_parent_process() -> None:
     """Linux hands ``ru_maxrss`` down through exec: a small device started by a large test run looked large."""
     ours = np.ones(500 * 10**6, np.uint8)
     code = "from dlora.edge.memory import peak_rss_mb; print(peak_rss_mb())"
@@ -24,7 +24,7 @@ def test_the_peak_is_this_programs_and_not_its_parents() -> None:
     assert ours[-1] == 1
 
 
-def test_the_peak_stays_when_the_memory_is_given_back() -> None:
+def test_peak_memory_stays_after_release() -> None:
     code = (
         "from dlora.edge.memory import peak_rss_mb; import numpy as np\n"
         "before = peak_rss_mb(); held = np.ones(300 * 10**6, np.uint8); del held; print(peak_rss_mb() - before)"
@@ -76,13 +76,13 @@ ssl.create_default_context()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems go without")
-def test_within_available_memory_no_more_is_granted() -> None:
+def test_allocation_beyond_available_memory_fails() -> None:
     code = """
 import psutil, resource, numpy as np
-from dlora.edge.memory import within_available
+from dlora.edge.memory import limit_memory
 before = resource.getrlimit(resource.RLIMIT_DATA)
 size = psutil.virtual_memory().available + psutil.swap_memory().free + (1 << 30)
-with within_available():
+with limit_memory():
     held = np.empty(1 << 20, np.uint8)
     try:
         np.empty(size, np.uint8)
@@ -106,7 +106,7 @@ print(resource.getrlimit(resource.RLIMIT_DATA) == before)
         (None, {}, None),
     ],
 )
-def test_a_container_has_the_memory_that_its_groups_leave_it(
+def test_machine_bytes_respects_control_groups(
     tmp_path: Path, own: str | None, limits: dict[str, str], wanted: int | None
 ) -> None:
     for name, text in limits.items():

@@ -25,10 +25,10 @@ from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.door.quotas import Charge, QuotaLimits, Quotas
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving.patience import Patience
+from dlora.cloud.serving.patience import SessionTimeouts
 from dlora.cloud.serving.server import MOST_TOKENS
 from dlora.edge.training.trainer import Trainer
-from dlora.edge.wire.dialing import Dialing, Retry
+from dlora.edge.wire.dialing import ConnectSettings, Retry
 from dlora.protocol import messages as m
 from dlora.protocol.codec import Decoder, encode
 from dlora.protocol.counting import counted_tokens, cut_to_fit
@@ -77,7 +77,7 @@ lengths_strategy = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
 
 @given(lengths_strategy, st.booleans(), st.integers(1, 100))
-def test_a_cut_keeps_all_in_order_and_fits(lengths: list[int], packs: bool, most: int) -> None:
+def test_cut_micro_batch_keeps_order_and_fits(lengths: list[int], packs: bool, most: int) -> None:
     runs = cut_to_fit(lengths, max_tokens=most, packs=packs)
     assert [index for run in runs for index in run] == list(range(len(lengths)))
     for run in runs:
@@ -85,7 +85,7 @@ def test_a_cut_keeps_all_in_order_and_fits(lengths: list[int], packs: bool, most
         assert counted <= most or len(run) == 1
 
 
-def test_what_counts() -> None:
+def test_counted_tokens_include_padding_if_not_packed() -> None:
     lengths = np.array([256] + [1] * 7936, np.int32)
     assert counted_tokens(lengths, packs=True) == 8192
     assert counted_tokens(lengths, packs=False) == 7937 * 256
@@ -148,7 +148,7 @@ def test_a_run_that_goes_on_at_a_smaller_server_is_cut_for_it(model: Model, shap
         trainer.connection.session.welcome = smaller
         shapes.clear()
         trainer.run_step()
-        trainer.settle()
+        trainer.wait_for_signal()
     assert max(sequences * length for sequences, length in shapes) <= MAX_TOKENS
 
 
@@ -185,7 +185,7 @@ def send_to_server(url: str, base: BaseModel, lengths: list[int], mode: Any) -> 
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
-def test_padding_counts(model: Model, shapes: list[tuple[int, ...]], mode: str) -> None:
+def test_padding_counts_in_max_tokens(model: Model, shapes: list[tuple[int, ...]], mode: str) -> None:
     with serving(model.base, max_tokens=MAX_TOKENS) as server:
         shapes.clear()
         answer = send_to_server(server.url, model.base, BOMB, mode)
@@ -218,7 +218,7 @@ def test_quotas_bind_evaluation_and_padding(
     assert shapes == []
 
 
-def test_what_the_server_has_no_memory_for_is_refused_for_good(model: Model, shapes: list[tuple[int, ...]]) -> None:
+def test_micro_batch_beyond_memory_is_refused_for_good(model: Model, shapes: list[tuple[int, ...]]) -> None:
     with (
         serving(model.base, live_limit=1000, quotas=NO_QUOTA_OF_MEMORY) as server,
         training(model.bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer,
@@ -248,7 +248,7 @@ def watched_memory(quotas: Quotas) -> Iterator[list[int]]:
     yield seen
 
 
-def test_devices_share_the_memory_and_get_what_each_gets_alone(model: Model) -> None:
+def test_devices_share_memory_and_get_the_same_bits_as_alone(model: Model) -> None:
     run, dataset = config(batch_size=4, total_steps=4), random_dataset(VOCABULARY)
 
     def train(url: str, ready: threading.Barrier | None = None) -> dict[str, bytes]:
@@ -257,7 +257,7 @@ def test_devices_share_the_memory_and_get_what_each_gets_alone(model: Model) -> 
                 ready.wait(20)
             for _ in range(run.total_steps):
                 trainer.run_step()
-            trainer.settle()
+            trainer.wait_for_signal()
         return {name: value.tobytes() for name, value in final_weights(trainer).items()}
 
     with serving(model.base) as server, watched_memory(server.server.service.quotas) as seen:
@@ -273,7 +273,7 @@ def test_devices_share_the_memory_and_get_what_each_gets_alone(model: Model) -> 
         assert [each.result(60) for each in together] == [alone] * 4
         quotas = server.server.service.quotas
         assert max(seen) <= largest + largest // 2
-        assert not quotas.is_awaited
+        assert not quotas.has_waiting
     assert quotas.live_bytes == 0
 
 
@@ -288,7 +288,7 @@ def test_a_device_has_half_of_the_memory_by_default(model: Model) -> None:
 
 
 @pytest.mark.parametrize("live_limit", [10**6, 10**7])
-def test_the_default_of_max_tokens_can_be_had(model: Model, live_limit: int) -> None:
+def test_default_max_tokens_fit_in_memory(model: Model, live_limit: int) -> None:
     """In whatever form: of equal sequences, and of one long and many short ones."""
     with serving(model.base, max_tokens=None, live_limit=live_limit) as server:
         health = server.server.health()
@@ -300,10 +300,10 @@ def test_the_default_of_max_tokens_can_be_had(model: Model, live_limit: int) -> 
             assert isinstance(answer, m.LabelledHiddenStates), answer
 
 
-def test_a_device_that_is_away_in_a_step_gives_up_its_memory_to_one_that_waits(model: Model) -> None:
+def test_parked_session_in_a_step_frees_its_memory_for_others(model: Model) -> None:
     """Its session would be kept for an hour; it goes as soon as another device needs what it holds."""
     run, dataset = config(batch_size=4), random_dataset(VOCABULARY)
-    away = Dialing(retry=Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.1))
+    away = ConnectSettings(retry=Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.1))
 
     with serving(model.base) as server, watched_memory(server.server.service.quotas) as seen:
         with training(model.bundle, server.url, run, dataset) as trainer:
@@ -311,7 +311,10 @@ def test_a_device_that_is_away_in_a_step_gives_up_its_memory_to_one_that_waits(m
         largest = max(seen)
     with (
         serving(
-            model.base, live_limit=largest + largest // 2, quotas=NO_QUOTA_OF_MEMORY, patience=Patience(park_s=3600.0)
+            model.base,
+            live_limit=largest + largest // 2,
+            quotas=NO_QUOTA_OF_MEMORY,
+            timeouts=SessionTimeouts(park_s=3600.0),
         ) as server,
         training(model.bundle, server.url, run, dataset, away) as stalls,
         training(model.bundle, server.url, run, dataset) as waits,
@@ -321,7 +324,7 @@ def test_a_device_that_is_away_in_a_step_gives_up_its_memory_to_one_that_waits(m
 
         def hang_up_and_wait(*given: Any, **more: Any) -> Any:
             if not hung_up.is_set():
-                stalls.connection._hang_up()
+                stalls.connection._disconnect()
                 hung_up.set()
                 assert may_go_on.wait(60)
             return forward(*given, **more)
@@ -341,31 +344,31 @@ def test_a_device_that_is_away_in_a_step_gives_up_its_memory_to_one_that_waits(m
     }
 
 
-def test_who_leaves_while_it_waits_for_memory_is_in_nobodys_way(model: Model) -> None:
+def test_device_that_leaves_while_waiting_for_memory_frees_its_place(model: Model) -> None:
     """Its session counts as parked at once, and makes room for another."""
     limits = {"live_limit": 10**8, "quotas": NO_QUOTA_OF_MEMORY, "max_sessions": 1}
-    with serving(model.base, **limits, patience=Patience(park_s=3600.0)) as server:
+    with serving(model.base, **limits, timeouts=SessionTimeouts(park_s=3600.0)) as server:
         service = server.server.service
         holds = service.quotas.open_session("somebody")
         charge = holds.begin(1, 10**8)
         with opened(server.url, model.base) as websocket:
             websocket.send(encode(evaluation(model.base, [LONGEST]), seq=1))
-            eventually(lambda: service.quotas.is_awaited)
+            eventually(lambda: service.quotas.has_waiting)
             assert service.sessions.parked == 0
         eventually(lambda: service.sessions.parked == 1)
         with opened(server.url, model.base):
-            eventually(lambda: not service.quotas.is_awaited)
+            eventually(lambda: not service.quotas.has_waiting)
         charge.end(0.0)
 
 
-def test_who_is_refused_again_and_again_loses_its_session(
+def test_device_over_quota_for_too_long_loses_its_session(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its quota stays taken for longer than a session may be idle; afterwards it runs the step again."""
     monkeypatch.setattr("dlora.cloud.door.quotas._RETRY_AFTER_S", 0.02)
     caplog.set_level(logging.INFO, "dlora.cloud")
-    come_again = Dialing(retry=Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.02))
-    limits = {"quotas": QuotaLimits(live_bytes=10**8), "patience": Patience(idle_s=0.5)}
+    come_again = ConnectSettings(retry=Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.02))
+    limits = {"quotas": QuotaLimits(live_bytes=10**8), "timeouts": SessionTimeouts(idle_s=0.5)}
     with (
         serving(model.base, **limits) as server,
         training(model.bundle, server.url, config(), random_dataset(VOCABULARY), come_again) as trainer,

@@ -127,7 +127,7 @@ def test_no_module_turns_data_into_code(name: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_walk_covers_the_folder(folder: str) -> None:
+def test_check_covers_every_folder(folder: str) -> None:
     assert any(name.startswith(f"{folder}/") for name in SOURCES)
 
 
@@ -178,7 +178,7 @@ def test_the_walk_covers_the_folder(folder: str) -> None:
         "def f():\n    t.load(path)\nimport torch as t",
     ],
 )
-def test_the_walk_finds(source: str) -> None:
+def test_check_finds_forbidden_code(source: str) -> None:
     assert forbidden(source)
 
 
@@ -200,5 +200,5 @@ def test_the_walk_finds(source: str) -> None:
         "'import pickle; eval(text)'",
     ],
 )
-def test_the_walk_passes(source: str) -> None:
+def test_check_accepts_allowed_code(source: str) -> None:
     assert forbidden(source) == []

@@ -87,13 +87,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_graph_of_ours_has(name: str) -> None:
+def test_graph_with_a_forbidden_part_is_refused(name: str) -> None:
     body, text = REFUSED[name]
     with pytest.raises(ValueError, match=text):
         check_graph(parsed(body).SerializeToString())
 
 
-def test_parts_of_a_model_that_no_graph_of_ours_has() -> None:
+def test_model_with_a_forbidden_part_is_refused() -> None:
     large = parsed("y = Identity (x)")
     large.graph.node[0].doc_string = "x" * MAX_GRAPH_BYTES
     weights = parsed("y = Identity (x)")
@@ -118,7 +118,7 @@ def test_parts_of_a_model_that_no_graph_of_ours_has() -> None:
             check_graph(model.SerializeToString())
 
 
-def test_dimensions_are_not_hidden_behind_one_that_readers_pass_over() -> None:
+def test_dimension_of_a_wrong_wire_type_is_refused() -> None:
     """Of wire type 5: protobuf ignores it, and a product with its zero would be none."""
     tensor = onnx.TensorProto(data_type=1, dims=[1 << 40]).SerializeToString()
     with pytest.raises(ValueError, match="claims to be larger"):
@@ -127,7 +127,7 @@ def test_dimensions_are_not_hidden_behind_one_that_readers_pass_over() -> None:
         _check_tensor(b"\x0d\0\0\0\0" + tensor)
 
 
-def test_any_bytes_are_a_graph_or_a_value_error() -> None:
+def test_any_bytes_pass_or_raise_value_error() -> None:
     rng = Random(0)
     seeds = [graph.to_onnx().SerializeToString() for graph in every_graph()[:12]]
     for _ in range(3000):
@@ -148,7 +148,7 @@ def loaded(directory: Path, model: onnx.ModelProto) -> Bundle:
     return Bundle(directory, msgspec.structs.replace(manifest, graphs=(graph,)))
 
 
-def test_a_graph_that_asks_for_a_terabyte_with_operators_of_ours(
+def test_graph_that_needs_a_terabyte_is_an_error(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Three dimensions of one: 10,000 numbers become 10^12."""
@@ -165,7 +165,7 @@ def test_a_graph_that_asks_for_a_terabyte_with_operators_of_ours(
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_engine_refuses_it_in_one_line(tmp_path: Path) -> None:
+def test_engine_refuses_a_forbidden_graph_in_one_line(tmp_path: Path) -> None:
     engine = OnnxEngine(loaded(tmp_path, parsed(REFUSED["a terabyte of one number"][0])))
     with pytest.raises(BundleError, match=r"graph\.onnx has the operator 'ConstantOfShape', which no graph may"):
         engine.load("embedding")

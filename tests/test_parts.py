@@ -127,7 +127,7 @@ def test_the_gradient_at_given_hidden_states_is_that_of_the_whole(parts: ModelPa
 
 
 @torch.no_grad()
-def test_what_is_switched_off_costs_no_bit(parts: ModelParts) -> None:
+def test_wrapped_blocks_change_no_bit_of_the_whole(parts: ModelParts) -> None:
     wrapped, plain = parts.base, deeper(parts.base.name)
     for (_, layout), (_, same) in zip(layouts(wrapped), layouts(plain), strict=True):
         assert all(map(torch.equal, run_whole(wrapped, layout), run_whole(plain, same)))
@@ -138,7 +138,7 @@ def tokens_one_by_one(append: Callable[[Tensor], Tensor], embeds: Tensor) -> Ten
 
 
 @torch.no_grad()
-def test_all_but_one_token_and_then_the_last(parts: ModelParts) -> None:
+def test_cache_gives_the_last_token_as_the_whole_does(parts: ModelParts) -> None:
     base = parts.base
     embeds = embeds_of(base)
     wanted = base.last_hidden_state(embeds)
@@ -149,7 +149,7 @@ def test_all_but_one_token_and_then_the_last(parts: ModelParts) -> None:
 
 
 @torch.no_grad()
-def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(parts: ModelParts) -> None:
+def test_cropped_cache_continues_as_a_shorter_one(parts: ModelParts) -> None:
     base = parts.base
     embeds, others = embeds_of(base), embeds_of(base, seed=1)
     wanted = base.last_hidden_state(embeds)
@@ -325,7 +325,7 @@ def test_a_cache_counts_its_bytes_and_starts_anew_with_other_rows() -> None:
     assert torch.equal(parts.run(embeds, cache=cache), base.last_hidden_state(embeds))
 
 
-def test_what_does_not_fit_is_said_before_anything_runs() -> None:
+def test_inputs_that_do_not_fit_are_refused_before_running() -> None:
     base = deeper("opt")  # whose embeddings are narrower than its blocks
     parts = ModelParts(base)
     embeds, hidden = embeds_of(base), torch.zeros(1, 2, 16)

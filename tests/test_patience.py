@@ -21,10 +21,10 @@ from dlora.cloud.door.access import Caller
 from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving.patience import LONGEST_S, MAX_DEVICES, DeviceDeadlines, Patience
+from dlora.cloud.serving.patience import MAX_DEVICES, MAX_WAIT_S, DeviceDeadlines, SessionTimeouts
 from dlora.cloud.serving.tasks import Tasks
 from dlora.cloud.serving.transport import SessionTransport
-from dlora.edge.wire.dialing import Dialing, Retry
+from dlora.edge.wire.dialing import ConnectSettings, Retry
 from dlora.protocol.errors import UsageError
 
 
@@ -41,7 +41,7 @@ def base(tiny: TinyFactory) -> BaseModel:
 TURN_S = 1000.0  # more than a step's least deadline
 
 
-def test_a_device_answers_neither_for_the_turns_of_others_nor_pays_for_them(
+def test_wait_for_other_devices_counts_in_no_deadline_or_quota(
     base: BaseModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late_s = 0.0
@@ -61,29 +61,29 @@ def test_a_device_answers_neither_for_the_turns_of_others_nor_pays_for_them(
         training(bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer,
     ):
         trainer.run_step()
-        trainer.settle()
+        trainer.wait_for_signal()
         assert late_s > 2 * TURN_S
         (caller,) = server.server.service.quotas._callers.values()
         assert caller.compute._used < TURN_S
 
 
 @pytest.mark.parametrize(
-    ("patience", "answer_s"),
+    ("timeouts", "answer_s"),
     [
         # Each answer is in time and all of them together are not, again in every session: one must be the last.
-        (Patience(exchange_s=60.0, step_s=0.05), 0.1),
+        (SessionTimeouts(exchange_s=60.0, step_s=0.05), 0.1),
         # One answer outlasts the deadline and the parking.
-        (Patience(exchange_s=0.05, park_s=0.05), 0.3),
+        (SessionTimeouts(exchange_s=0.05, park_s=0.05), 0.3),
     ],
     ids=["all answers", "one answer"],
 )
 def test_deadlines_that_a_device_missed_are_longer_in_its_next_session(
-    base: BaseModel, bundle: Path, patience: Patience, answer_s: float
+    base: BaseModel, bundle: Path, timeouts: SessionTimeouts, answer_s: float
 ) -> None:
-    dialing = Dialing(device="slow", retry=Retry(max_s=30, first_s=0.01, ceiling_s=0.1))
+    connecting = ConnectSettings(device_id="slow", retry=Retry(max_s=30, first_s=0.01, ceiling_s=0.1))
     with (
-        serving(base, patience=patience) as server,
-        training(bundle, server.url, config(), random_dataset(VOCABULARY), dialing) as trainer,
+        serving(base, timeouts=timeouts) as server,
+        training(bundle, server.url, config(), random_dataset(VOCABULARY), connecting) as trainer,
     ):
         forward = trainer.model._compute.forward
 
@@ -100,30 +100,30 @@ def test_deadlines_that_a_device_missed_are_longer_in_its_next_session(
 PHONE = Caller("phone", "token", "1234abcd")
 
 
-def test_what_was_learnt_is_one_devices_and_bounded() -> None:
-    devices = DeviceDeadlines(Patience())
+def test_deadlines_are_kept_per_device_and_bounded() -> None:
+    devices = DeviceDeadlines(SessionTimeouts())
     devices.of(PHONE, "a").answers.missed()
-    assert devices.of(PHONE, "a").answers.seconds == 2 * Patience.step_s
-    assert devices.of(PHONE, "b").answers.seconds == Patience.step_s
-    assert devices.of(Caller("phone", "address"), "a").answers.seconds == Patience.step_s
+    assert devices.of(PHONE, "a").answers.seconds == 2 * SessionTimeouts.step_s
+    assert devices.of(PHONE, "b").answers.seconds == SessionTimeouts.step_s
+    assert devices.of(Caller("phone", "address"), "a").answers.seconds == SessionTimeouts.step_s
     for number in range(MAX_DEVICES - 1):
         devices.of(PHONE, f"{number}")
-    assert devices.of(PHONE, "a").answers.seconds == Patience.step_s  # forgotten
+    assert devices.of(PHONE, "a").answers.seconds == SessionTimeouts.step_s  # forgotten
     devices.of(PHONE, "a").answers.missed()
     for number in range(MAX_DEVICES - 1):
         devices.of(PHONE, f"other {number}")
-    assert devices.of(PHONE, "a").answers.seconds == 2 * Patience.step_s
+    assert devices.of(PHONE, "a").answers.seconds == 2 * SessionTimeouts.step_s
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 1e9, 0.0])
 @pytest.mark.parametrize("name", ["exchange_s", "step_s", "idle_s", "park_s"])
-def test_nobody_waits_for_ever(name: str, value: float) -> None:
+def test_invalid_timeouts_are_refused(name: str, value: float) -> None:
     if (name, value) == ("park_s", 0.0):
-        Patience(park_s=0.0)
+        SessionTimeouts(park_s=0.0)
         return
     with pytest.raises(UsageError, match=name):
-        Patience(**{name: value})
-    assert threading.TIMEOUT_MAX > 2 * LONGEST_S
+        SessionTimeouts(**{name: value})
+    assert threading.TIMEOUT_MAX > 2 * MAX_WAIT_S
 
 
 class Answering:
@@ -134,7 +134,7 @@ class Answering:
         return b"answer"
 
 
-def test_the_clock_of_an_answer_stands_while_its_device_is_away() -> None:
+def test_answer_deadline_stops_while_the_device_is_away() -> None:
     """As after a damaged frame: the session asks for the next one when it is parked already."""
     clock = PassingClock()
     waits = threading.Event()
@@ -147,7 +147,7 @@ def test_the_clock_of_an_answer_stands_while_its_device_is_away() -> None:
     async def come_back() -> bytes:
         connection = cast(ServerConnection, Answering())
         loop = asyncio.get_running_loop()
-        parked = Watched(loop, connection, name="one", park_s=60.0, goodbyes=Tasks(), clock=clock)
+        parked = Watched(loop, connection, name="one", park_s=60.0, closing_tasks=Tasks(), clock=clock)
         assert parked.connection is not None
         parked._lose(parked.connection)
         received = loop.run_in_executor(None, parked.receive, 30.0)

@@ -21,7 +21,7 @@ from dlora.protocol.errors import StorageError, UsageError
 
 
 @dataclass
-class Said:
+class FakeSensors:
     """Sensors that say what a test lets them."""
 
     charge: Battery | None = None
@@ -42,8 +42,8 @@ class Said:
         return self.costly
 
 
-def _on_battery(percent: float) -> Said:
-    return Said(charge=Battery(percent, plugged=False))
+def _on_battery(percent: float) -> FakeSensors:
+    return FakeSensors(charge=Battery(percent, plugged=False))
 
 
 # -- the grammar -----------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_rules_come_repeated_or_with_commas_and_keep_their_order() -> None:
         "memory<99999999999999999GB", "metered<1", "metered=yes", "battery=<20", "battery<20 temperature>80",
     ],
 )  # fmt: skip
-def test_what_cannot_be_meant_is_refused_in_one_line_that_says_what_is_known(text: str) -> None:
+def test_invalid_rule_is_refused_with_the_known_rules(text: str) -> None:
     with pytest.raises(UsageError) as refused:
         PauseRules.parse(["battery<20", text])
     assert text in str(refused.value)
@@ -81,38 +81,38 @@ def test_any_text_is_a_rule_or_a_usage_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "sensors", "why"),
+    ("rule", "sensors", "reason"),
     [
         ("battery<20", _on_battery(14), "battery at 14 % (below 20 %) and not charging"),
         ("battery<20", _on_battery(20), None),
-        ("battery<20", Said(charge=Battery(14, plugged=True)), None),
-        ("temperature>80", Said(celsius=83.5), "temperature at 83.5 °C (above 80 °C)"),
-        ("temperature>80", Said(celsius=80), None),
-        ("memory<200MB", Said(memory=150e6), "150.0 MB of memory available (below 200 MB)"),
-        ("memory<200MB", Said(memory=200e6), None),
-        ("metered", Said(costly=True), "the network is metered"),
-        ("metered", Said(costly=False), None),
+        ("battery<20", FakeSensors(charge=Battery(14, plugged=True)), None),
+        ("temperature>80", FakeSensors(celsius=83.5), "temperature at 83.5 °C (above 80 °C)"),
+        ("temperature>80", FakeSensors(celsius=80), None),
+        ("memory<200MB", FakeSensors(memory=150e6), "150.0 MB of memory available (below 200 MB)"),
+        ("memory<200MB", FakeSensors(memory=200e6), None),
+        ("metered", FakeSensors(costly=True), "the network is metered"),
+        ("metered", FakeSensors(costly=False), None),
     ],
 )
-def test_a_rule_says_why(rule: str, sensors: Said, why: str | None) -> None:
-    assert PauseRules.parse([rule]).why(sensors) == why
+def test_rule_gives_its_reason(rule: str, sensors: FakeSensors, reason: str | None) -> None:
+    assert PauseRules.parse([rule]).reason(sensors) == reason
 
 
-def test_the_first_rule_that_holds_speaks() -> None:
+def test_reason_is_of_the_first_rule_that_holds() -> None:
     rules = PauseRules.parse(["battery<20,temperature>80,metered"])
-    assert rules.why(Said(celsius=90, costly=True)) == "temperature at 90 °C (above 80 °C)"
-    assert rules.why(Said(celsius=20, costly=True)) == "the network is metered"
+    assert rules.reason(FakeSensors(celsius=90, costly=True)) == "temperature at 90 °C (above 80 °C)"
+    assert rules.reason(FakeSensors(celsius=20, costly=True)) == "the network is metered"
 
 
-def test_rules_without_a_sensor_never_hold_and_are_named_once() -> None:
+def test_rule_without_sensor_never_holds_and_gives_a_warning() -> None:
     rules = PauseRules.parse(["battery<20,memory<1MB,metered"])
-    sensors = Said(memory=5e8)
-    assert rules.why(sensors) is None
+    sensors = FakeSensors(memory=5e8)
+    assert rules.reason(sensors) is None
     warning = rules.warning(sensors)
     assert warning is not None
     assert "battery<20,metered:" in warning
     assert "memory" not in warning
-    assert rules.warning(Said(charge=Battery(50, plugged=True), memory=5e8, costly=False)) is None
+    assert rules.warning(FakeSensors(charge=Battery(50, plugged=True), memory=5e8, costly=False)) is None
 
 
 # -- margins ---------------------------------------------------------------------------------------------
@@ -123,15 +123,15 @@ class Margin:
     """A rule, its sensor, where it starts to hold and where it lets go."""
 
     rule: str
-    sensors: Callable[[float], Said]
+    sensors: Callable[[float], FakeSensors]
     starts: float
     ends: float
 
 
 MARGINS = {
     "battery": Margin("battery<20", _on_battery, 20, 23),
-    "temperature": Margin("temperature>80", lambda celsius: Said(celsius=celsius), 80, 75),
-    "memory": Margin("memory<200MB", lambda size: Said(memory=size), 200e6, 220e6),
+    "temperature": Margin("temperature>80", lambda celsius: FakeSensors(celsius=celsius), 80, 75),
+    "memory": Margin("memory<200MB", lambda size: FakeSensors(memory=size), 200e6, 220e6),
 }
 
 
@@ -141,13 +141,13 @@ def _states(margin: Margin, values: list[float]) -> Iterator[tuple[float, bool, 
     held: dict[PauseRule, str] = {}
     for value in values:
         before = bool(held)
-        held = rules.holding(margin.sensors(value), held)
+        held = rules.holding_rules(margin.sensors(value), held)
         yield value, before, bool(held)
 
 
 @pytest.mark.parametrize("margin", MARGINS.values(), ids=MARGINS)
 @given(data=st.data())
-def test_it_starts_beyond_the_threshold_and_ends_clear_of_it(margin: Margin, data: st.DataObject) -> None:
+def test_rule_holds_until_clear_of_the_threshold(margin: Margin, data: st.DataObject) -> None:
     side = 1 if margin.starts < margin.ends else -1
     values = data.draw(st.lists(st.floats(margin.starts * 0.7, margin.starts * 1.3)))
     for value, before, now in _states(margin, values):
@@ -159,7 +159,7 @@ def test_it_starts_beyond_the_threshold_and_ends_clear_of_it(margin: Margin, dat
 
 @pytest.mark.parametrize("margin", MARGINS.values(), ids=MARGINS)
 @given(data=st.data())
-def test_a_value_that_trembles_by_less_than_the_margin_never_flaps(margin: Margin, data: st.DataObject) -> None:
+def test_small_changes_do_not_switch_a_rule(margin: Margin, data: st.DataObject) -> None:
     width = abs(margin.ends - margin.starts) * 0.99
     low = data.draw(st.floats(margin.starts * 0.7, margin.starts * 1.3))
     values = data.draw(st.lists(st.floats(low, low + width)))
@@ -168,27 +168,27 @@ def test_a_value_that_trembles_by_less_than_the_margin_never_flaps(margin: Margi
 
 def test_a_full_battery_always_ends_the_pause() -> None:
     rules = PauseRules.parse(["battery<99"])
-    held = rules.holding(_on_battery(50))
-    assert rules.holding(_on_battery(99.5), held)
-    assert not rules.holding(_on_battery(100), held)
+    held = rules.holding_rules(_on_battery(50))
+    assert rules.holding_rules(_on_battery(99.5), held)
+    assert not rules.holding_rules(_on_battery(100), held)
 
 
-def test_the_mains_ends_the_pause_without_a_margin() -> None:
+def test_mains_power_ends_the_pause_at_once() -> None:
     rules = PauseRules.parse(["battery<20"])
-    assert not rules.holding(Said(charge=Battery(5, plugged=True)), rules.holding(_on_battery(5)))
+    assert not rules.holding_rules(FakeSensors(charge=Battery(5, plugged=True)), rules.holding_rules(_on_battery(5)))
 
 
 def test_the_margin_is_only_for_the_rule_that_held() -> None:
     rules = PauseRules.parse(["battery<20,temperature>80"])
-    held = rules.holding(Said(charge=Battery(10, plugged=False), celsius=78))
+    held = rules.holding_rules(FakeSensors(charge=Battery(10, plugged=False), celsius=78))
     assert [rule.text for rule in held] == ["battery<20"]
-    assert not rules.holding(Said(charge=Battery(30, plugged=False), celsius=78), held)
+    assert not rules.holding_rules(FakeSensors(charge=Battery(30, plugged=False), celsius=78), held)
 
 
-def test_a_sensor_that_falls_silent_changes_nothing() -> None:
+def test_sensor_without_reading_keeps_the_state() -> None:
     rules = PauseRules.parse(["metered"])
-    assert not rules.holding(Said(costly=None))
-    assert rules.holding(Said(costly=None), rules.holding(Said(costly=True)))
+    assert not rules.holding_rules(FakeSensors(costly=None))
+    assert rules.holding_rules(FakeSensors(costly=None), rules.holding_rules(FakeSensors(costly=True)))
 
 
 # -- waiting ---------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_a_sensor_that_falls_silent_changes_nothing() -> None:
 class Waiting:
     """A wait in which the sensors say one thing after the other, one at each look; records what happened."""
 
-    readings: list[Said]
+    readings: list[FakeSensors]
     rule: str = "battery<20,temperature>80"
     stop_after_s: float = float("inf")
     slept_s: float = 0.0
@@ -207,7 +207,7 @@ class Waiting:
     def run(self, on_pause: Callable[[], None] | None = None) -> None:
         readings = iter(self.readings)
         rules = PauseRules.parse([self.rule])
-        sensors = Said()
+        sensors = FakeSensors()
 
         def look() -> None:
             sensors.__dict__.update(next(readings).__dict__)
@@ -228,14 +228,14 @@ class Waiting:
         )
 
 
-def test_nothing_holds_nothing_happens() -> None:
+def test_no_rule_holds_no_pause() -> None:
     waiting = Waiting([_on_battery(50)])
     waiting.run(on_pause=lambda: waiting.log.append("saved"))
     assert waiting.log == []
     assert waiting.slept_s == 0
 
 
-def test_it_says_why_once_saves_polls_and_goes_on() -> None:
+def test_pause_prints_its_reason_saves_once_and_ends() -> None:
     waiting = Waiting([_on_battery(14), _on_battery(19), _on_battery(22), _on_battery(23)])
     waiting.run(on_pause=lambda: waiting.log.append("saved"))
     assert waiting.log == [
@@ -246,9 +246,9 @@ def test_it_says_why_once_saves_polls_and_goes_on() -> None:
     assert waiting.slept_s == 3 * POLL_S
 
 
-def test_it_says_so_when_the_reason_is_another_one() -> None:
-    hot = Said(charge=Battery(90, plugged=False), celsius=90)
-    waiting = Waiting([_on_battery(14), hot, hot, Said(celsius=70)])
+def test_pause_prints_a_changed_reason() -> None:
+    hot = FakeSensors(charge=Battery(90, plugged=False), celsius=90)
+    waiting = Waiting([_on_battery(14), hot, hot, FakeSensors(celsius=70)])
     waiting.run()
     assert waiting.log[1:] == [
         "still paused: temperature at 90 °C (above 80 °C)",
@@ -256,20 +256,20 @@ def test_it_says_so_when_the_reason_is_another_one() -> None:
     ]
 
 
-def test_a_wish_to_stop_ends_it_at_once_and_without_another_look() -> None:
+def test_stop_request_ends_the_pause_at_once() -> None:
     waiting = Waiting([_on_battery(14)], stop_after_s=1.0)
     waiting.run()
     assert waiting.slept_s == 1.0
     assert len(waiting.log) == 1
 
 
-def test_a_wish_to_stop_from_before_is_not_slept_over() -> None:
+def test_earlier_stop_request_prevents_the_pause() -> None:
     waiting = Waiting([_on_battery(14)], stop_after_s=0.0)
     waiting.run()
     assert waiting.slept_s == 0
 
 
-def test_a_save_that_fails_is_not_slept_over() -> None:
+def test_failed_save_ends_the_pause() -> None:
     def fail() -> None:
         raise StorageError("full")
 
@@ -282,14 +282,14 @@ def test_a_save_that_fails_is_not_slept_over() -> None:
 # -- this system's sensors -------------------------------------------------------------------------------
 
 
-def test_this_machine_is_read_without_an_error() -> None:
+def test_sensors_of_this_machine_are_read_without_error() -> None:
     sensors = SystemSensors()
     assert (sensors.available_memory() or 0) > 0
     PauseRules.parse(["battery<20,temperature>80,memory<1MB,metered"]).warning(sensors)
 
 
 @pytest.mark.parametrize(("plugged", "expected"), [(True, True), (False, False), (None, False)])
-def test_the_battery_is_psutils(monkeypatch: pytest.MonkeyPatch, plugged: bool | None, expected: bool) -> None:
+def test_battery_is_read_from_psutil(monkeypatch: pytest.MonkeyPatch, plugged: bool | None, expected: bool) -> None:
     found = SimpleNamespace(percent=41.5, power_plugged=plugged)
     monkeypatch.setattr(psutil, "sensors_battery", lambda: found, raising=False)
     assert SystemSensors().battery() == Battery(41.5, expected)
@@ -347,18 +347,18 @@ def nmcli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
         ("echo 'Error: NetworkManager is not running.' >&2; exit 8", None),
     ],
 )
-def test_the_network_is_network_managers(nmcli: Callable[[str], Path], script: str, metered: bool | None) -> None:
+def test_metered_is_read_from_network_manager(nmcli: Callable[[str], Path], script: str, metered: bool | None) -> None:
     calls = nmcli(script)
     assert SystemSensors().metered() is metered
     assert calls.read_text().startswith("C -t -f METERED general\n")
 
 
-def test_without_network_manager_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metered_is_unknown_without_network_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert SystemSensors().metered() is None
 
 
-def test_a_network_manager_that_hangs_is_not_waited_for(
+def test_network_manager_call_has_a_timeout(
     nmcli: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nmcli("exec sleep 60")
@@ -366,7 +366,7 @@ def test_a_network_manager_that_hangs_is_not_waited_for(
     assert SystemSensors().metered() is None
 
 
-def test_the_network_is_not_asked_at_every_step(nmcli: Callable[[str], Path]) -> None:
+def test_metered_is_read_at_most_every_ten_seconds(nmcli: Callable[[str], Path]) -> None:
     calls = nmcli("echo yes")
     steps = iter((0.0, 3.0, 9.9, 10.0, 12.0))
     sensors = SystemSensors(clock=lambda: next(steps))

@@ -164,7 +164,7 @@ def edit_config(directory: Path, **changes: object) -> None:
         ({"alpha_pattern": {"q_proj": -2}}, "positive number"),
     ],
 )
-def test_other_adapters_are_refused_by_name(tmp_path: Path, changes: dict[str, object], text: str) -> None:
+def test_unsupported_adapters_are_refused_by_name(tmp_path: Path, changes: dict[str, object], text: str) -> None:
     save(tmp_path, random_modules(LLAMA_TARGETS))
     edit_config(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=text):
@@ -189,7 +189,7 @@ def test_each_pattern_is_compiled_once(tmp_path: Path, monkeypatch: pytest.Monke
         load_adapter(tmp_path / "slow")
 
 
-def test_a_configuration_that_never_ends_or_never_comes(tmp_path: Path) -> None:
+def test_huge_or_piped_configuration_is_refused(tmp_path: Path) -> None:
     save(tmp_path, random_modules(LLAMA_TARGETS))
     (tmp_path / CONFIG_NAME).write_bytes(b" " * (17 << 20))
     with pytest.raises(CheckpointError, match="too large"):
@@ -210,14 +210,14 @@ def test_a_configuration_that_never_ends_or_never_comes(tmp_path: Path) -> None:
         ({}, "no modules"),
     ],
 )
-def test_odd_weights_are_refused(tmp_path: Path, tensors: dict[str, Any], text: str) -> None:
+def test_invalid_weights_are_refused(tmp_path: Path, tensors: dict[str, Any], text: str) -> None:
     save(tmp_path, random_modules(LLAMA_TARGETS))
     safetensors.numpy.save_file(tensors, tmp_path / WEIGHTS_NAME)
     with pytest.raises(CheckpointError, match=text):
         load_adapter(tmp_path)
 
 
-def test_missing_and_damaged_files(tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         load_adapter(tmp_path / "no")
     with pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
@@ -256,7 +256,7 @@ def states_of_a_save(
 
 
 @pytest.mark.parametrize(("before", "after"), [((0,), (0, 1)), ((0, 1), (1,)), ((0,), (1,)), ((0, 1), (0, 1))])
-def test_between_the_files_it_is_wholly_the_old_or_the_new(
+def test_interrupted_save_leaves_the_old_or_the_new_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[int, ...], after: tuple[int, ...]
 ) -> None:
     old = [random_modules(LLAMA_TARGETS)[index] for index in before]
@@ -275,7 +275,7 @@ def test_between_the_files_it_is_wholly_the_old_or_the_new(
     assert json.loads((tmp_path / CONFIG_NAME).read_text())["target_modules"] == sorted(m.name for m in new)
 
 
-def test_another_runs_adapter_is_never_mixed_with_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_over_another_adapter_never_mixes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, random_modules(LLAMA_TARGETS))
     new = random_modules(LLAMA_TARGETS, r=5, seed=1)
     for config, loaded in states_of_a_save(tmp_path, monkeypatch, new, r=5):

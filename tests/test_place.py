@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dlora.export.place import placed
+from dlora.export.place import new_directory_for
 from dlora.protocol.manifest import MANIFEST_NAME
 
 
@@ -26,12 +26,12 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, nth: int) -> No
 
 
 def _write(out: Path, text: str) -> None:
-    with placed(out, force=True) as partial:
+    with new_directory_for(out, force=True) as partial:
         (partial / MANIFEST_NAME).write_text(text)
 
 
 @pytest.mark.parametrize(("name", "nth"), [("mkdir", 1), ("mkdir", 2), ("rename", 1), ("rename", 2)])
-def test_ctrl_c_at_any_time_leaves_a_whole_bundle_and_nothing_else(
+def test_ctrl_c_at_any_time_leaves_only_a_whole_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, nth: int
 ) -> None:
     out = tmp_path / "bundle"

@@ -40,7 +40,7 @@ def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield Place(model.bundle, data, server.url)
 
 
-def test_what_it_says_first(place: Place, tmp_path: Path) -> None:
+def test_plan_has_data_and_run_lines(place: Place, tmp_path: Path) -> None:
     done = run_edge(
         *place.train(tmp_path / "out", max_length=20, too_long="truncate", steps=None, epochs=3, batch_size=3), "--json"
     )
@@ -63,7 +63,7 @@ def test_what_it_says_first(place: Place, tmp_path: Path) -> None:
     ({"kr_score": "last", "active_fraction": 0.25}, 0.05),
     ({"kr_score": "static", "static_units": "1,5"}, 0.05),
 ], ids=str)  # fmt: skip
-def test_the_traffic_that_it_expects(
+def test_expected_traffic_is_near_the_counted(
     place: Place, tmp_path: Path, options: dict[str, object], tolerance: float
 ) -> None:
     done = run_edge(
@@ -81,7 +81,7 @@ def test_the_traffic_that_it_expects(
     ({"active_fraction": 0.25, "steps": 2}, 2),
     ({"kr_score": "static", "static_units": "1,2", "steps": 2}, 1),
 ], ids=["all active", "a fraction", "static"])  # fmt: skip
-def test_what_a_fraction_costs(place: Place, tmp_path: Path, options: dict[str, object], said: int) -> None:
+def test_note_on_active_fraction_is_shown(place: Place, tmp_path: Path, options: dict[str, object], said: int) -> None:
     done = run_edge(*place.train(tmp_path / "out", max_length=20, too_long="skip", **options))
     assert done.code == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "Banking77" in line or "too few" in line]
@@ -117,7 +117,7 @@ def test_what_a_fraction_costs(place: Place, tmp_path: Path, options: dict[str, 
     ({"active_fraction": 0}, ["--active-fraction 0 would train nothing"]),
     ({"max_length": LONGEST + 1}, [f"--max-length {LONGEST + 1} is over the {LONGEST} tokens"]),
 ])  # fmt: skip
-def test_settings_that_cannot_be_are_found_before_data_and_server_are_asked(
+def test_invalid_settings_are_refused_before_data_and_server(
     place: Place, tmp_path: Path, options: dict[str, object], words: list[str]
 ) -> None:
     done = run_edge(
@@ -127,7 +127,7 @@ def test_settings_that_cannot_be_are_found_before_data_and_server_are_asked(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_that_would_stay_empty_is_not_left_behind(place: Place, tmp_path: Path) -> None:
+def test_empty_run_directory_is_removed(place: Place, tmp_path: Path) -> None:
     done = run_edge(*place.train(tmp_path / "deep" / "out", server="ws://127.0.0.1:1", max_length=20, too_long="skip"))
     assert done.code == 6, done.stderr
     assert not (tmp_path / "deep" / "out").exists()
@@ -168,7 +168,7 @@ def test_a_run_of_a_billion_steps_is_planned_at_once(place: Place) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"active_fraction": 0.25, "kr_warmup_steps": 4}], ids=str)
-def test_evaluations_count_in_what_it_expects(place: Place, tmp_path: Path, options: dict[str, object]) -> None:
+def test_expected_traffic_includes_evaluations(place: Place, tmp_path: Path, options: dict[str, object]) -> None:
     """Before a run all units take part, and after it those that stay active: once it was counted as if few did."""
     held_out = tmp_path / "held.jsonl"
     held_out.write_text((json.dumps({"text": "w1 w2 w3 w4 " * 4}) + "\n") * 64)

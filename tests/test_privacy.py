@@ -93,11 +93,11 @@ def add_adapters(scanner: Scanner, trainer: Trainer, when: str) -> None:
             scanner.add_matrix(getattr(parameter, name), f"{half} {name} of {module} {when}")
 
 
-def test_nothing_marked_leaves_the_device(leak: Leak) -> None:
+def test_no_private_data_leaves_the_device(leak: Leak) -> None:
     assert list(leak.scanner.find(leak.places)) == []
 
 
-def test_the_recorder_sees_what_does_leave(leak: Leak) -> None:
+def test_recorder_finds_what_is_sent(leak: Leak) -> None:
     """The embeddings cross, as the docs say: a recorder that missed them would miss a canary too."""
     decoder = Decoder()
     messages = [decoder.decode(payload) for payload in leak.received]
@@ -110,7 +110,7 @@ def test_the_recorder_sees_what_does_leave(leak: Leak) -> None:
     assert found == {f"embedding {token}" for token in tokens}
 
 
-def test_the_server_writes_its_keys_and_its_log_and_nothing_else(leak: Leak) -> None:
+def test_server_writes_only_keys_and_log(leak: Leak) -> None:
     assert set(leak.places) - {RECEIVED, "the HTTP requests"} == {"log", "state/ticket.key", "state/tokens.sqlite"}
     assert len(leak.places["state/ticket.key"]) == 32
     assert b"closed at step" in leak.places["log"]
@@ -138,7 +138,7 @@ def test_the_scanner_finds_a_planted_canary(leak: Leak, place: str) -> None:
         assert list(leak.scanner.find({place: spoiled})), canary
 
 
-def test_the_seed_that_crosses_is_not_the_adapters(leak: Leak) -> None:
+def test_seed_that_is_sent_is_not_the_adapters_seed(leak: Leak) -> None:
     """Whoever has the seed of A has A, and with it the rest."""
     decoder = Decoder()
     openings = [each for each in map(decoder.decode, leak.received) if isinstance(each, m.OpenSession)]
@@ -150,13 +150,13 @@ def test_the_seed_that_crosses_is_not_the_adapters(leak: Leak) -> None:
     assert not np.isin(theirs, ours).any()
 
 
-def test_the_server_does_not_tell_where_its_model_lies(leak: Leak) -> None:
+def test_server_does_not_send_its_model_path(leak: Leak) -> None:
     welcomes = [each for each in map(Decoder().decode, leak.sent) if isinstance(each, m.Welcome)]
     assert [welcome.base_model for welcome in welcomes] == ["model", "model"]
     assert str(leak.model.parent).encode() not in b"".join(leak.sent)
 
 
-def test_no_message_of_the_device_has_a_field_for_them() -> None:
+def test_device_messages_have_only_known_fields() -> None:
     """What a device may say: embeddings, deltas, gradients, scores, settings, its name, and what it was given."""
     allowed = {
         "step", "micro_batch", "group", "protocol_versions", "software", "base_fingerprint", "groups", "adapter",

@@ -63,7 +63,7 @@ def test_sessions_are_counted_for_each_caller_until_they_close() -> None:
     quotas.open_session("a")
 
 
-def test_tokens_are_waited_for_exactly() -> None:
+def test_wait_for_tokens_is_exact() -> None:
     quotas, clock = make(tokens_per_minute=600)
     session = quotas.open_session("a")
     session.begin(600, 0).end(0.0)
@@ -77,7 +77,7 @@ def test_tokens_are_waited_for_exactly() -> None:
     session.begin(70, 0)
 
 
-def test_what_was_not_used_is_kept_for_a_minute_and_no_longer() -> None:
+def test_unused_tokens_are_kept_for_one_minute() -> None:
     quotas, clock = make(tokens_per_minute=600)
     session = quotas.open_session("a")
     clock.now += 3600.0
@@ -99,7 +99,9 @@ def test_a_caller_does_not_get_new_tokens_by_closing_its_session() -> None:
         ({"live_bytes": 1000}, (1, 1001), ErrorCode.QUOTA_LIVE_BYTES),
     ],
 )
-def test_what_can_never_fit_is_refused_for_good(limit: dict[str, float], batch: tuple[int, int], code: str) -> None:
+def test_micro_batch_beyond_the_quota_is_refused_for_good(
+    limit: dict[str, float], batch: tuple[int, int], code: str
+) -> None:
     session = make(**limit)[0].open_session("a")
     error = refused(lambda: session.begin(*batch))
     assert (error.code, error.retryable, error.retry_after_s) == (code, False, None)
@@ -107,7 +109,7 @@ def test_what_can_never_fit_is_refused_for_good(limit: dict[str, float], batch: 
     session.begin(*(min(amount, most) for amount, most in zip(batch, (600, 1000), strict=True)))
 
 
-def test_memory_of_the_server_is_waited_for_in_line() -> None:
+def test_waiters_for_memory_are_served_in_order() -> None:
     """The second needs more than is free, and the third, which would fit, does not overtake it."""
     quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=1000)
     first, second, third = (quotas.open_session(name) for name in "abc")
@@ -134,7 +136,7 @@ def test_memory_of_the_server_is_waited_for_in_line() -> None:
     assert quotas.live_bytes == 0
 
 
-def test_who_waited_for_memory_is_asked_for_its_own_quota_again() -> None:
+def test_quota_is_checked_again_after_waiting_for_memory() -> None:
     quotas = Quotas(QuotaLimits(live_bytes=700), Clock(), total_live_bytes=1000)
     other, one, two = quotas.open_session("b"), quotas.open_session("a"), quotas.open_session("a")
     charge = other.begin(1, 700)
@@ -149,14 +151,14 @@ def test_who_waited_for_memory_is_asked_for_its_own_quota_again() -> None:
     assert not quotas._line
 
 
-def test_what_the_server_never_has_is_refused_for_good() -> None:
+def test_more_than_the_servers_memory_is_refused_for_good() -> None:
     session = Quotas(QuotaLimits(), Clock(), total_live_bytes=1000).open_session("a")
     error = refused(lambda: session.begin(1, 1001))
     assert (error.code, error.retryable) == (ErrorCode.LIMIT, False)
     session.begin(1, 1000)
 
 
-def test_frames_that_nobody_has_read_count() -> None:
+def test_unread_frames_count_in_the_quota() -> None:
     """One finds room in any case, so that a session can always go on; more only where there is room."""
     for quotas in (
         Quotas(QuotaLimits(live_bytes=10**6), Clock()),
@@ -178,13 +180,13 @@ def test_frames_that_nobody_has_read_count() -> None:
         other.begin(1, 10**6)
 
 
-def test_frames_of_those_who_wait_do_not_stop_the_line() -> None:
+def test_frames_of_waiting_sessions_do_not_block_others() -> None:
     quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=100)
     first, second = quotas.open_session("a"), quotas.open_session("b")
     charge = first.begin(1, 60)
     waiting = threading.Thread(target=second.begin, args=(1, 50))
     waiting.start()
-    eventually(lambda: quotas.is_awaited)
+    eventually(lambda: quotas.has_waiting)
     assert second.queue(60)
     charge.end(0.0)
     waiting.join(20)
@@ -193,14 +195,14 @@ def test_frames_of_those_who_wait_do_not_stop_the_line() -> None:
 
 
 @pytest.mark.parametrize("ending", ["its session", "the server"])
-def test_who_waits_for_memory_hears_of_the_end(ending: str) -> None:
+def test_wait_for_memory_ends_when_the_server_stops(ending: str) -> None:
     quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=100)
     first, second = quotas.open_session("a"), quotas.open_session("b")
     first.begin(1, 60)
     refusals: list[RefusedError] = []
     waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: second.begin(1, 50))))
     waiting.start()
-    eventually(lambda: quotas.is_awaited)
+    eventually(lambda: quotas.has_waiting)
     if ending == "the server":
         quotas.stop()
     else:
@@ -233,7 +235,7 @@ def test_live_bytes_count_over_all_sessions_until_the_micro_batch_ends() -> None
     other.begin(1, 1000)
 
 
-def test_compute_runs_over_by_one_micro_batch_and_is_waited_for() -> None:
+def test_compute_quota_is_exceeded_by_one_micro_batch_at_most() -> None:
     quotas, clock = make(compute_s_per_hour=36.0)  # 1 s in 100
     session = quotas.open_session("a")
     session.begin(1, 0).end(35.0)
@@ -270,7 +272,7 @@ def test_of_several_reasons_the_one_that_lasts_longest_is_named() -> None:
     session.begin(600, 0)
 
 
-def test_callers_that_left_are_forgotten_once_their_buckets_have_drained() -> None:
+def test_callers_without_usage_are_forgotten() -> None:
     quotas, clock = make(tokens_per_minute=600)
     staying = quotas.open_session("staying")
     for number in range(1000):
@@ -408,7 +410,7 @@ TestAgainstTheModel.settings = settings(max_examples=60, stateful_step_count=40,
 
 
 @pytest.fixture
-def hasty_threads() -> Iterator[None]:
+def frequent_thread_switches() -> Iterator[None]:
     """Threads that take turns so often that what is not locked comes apart."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -416,7 +418,7 @@ def hasty_threads() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-@pytest.mark.usefixtures("hasty_threads")
+@pytest.mark.usefixtures("frequent_thread_switches")
 def test_threads_never_hold_more_than_the_quota_together() -> None:
     quotas, _ = make(sessions=4, live_bytes=100, tokens_per_minute=20_000)
     held: set[SessionQuota] = set()

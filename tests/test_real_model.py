@@ -79,7 +79,7 @@ def test_fifty_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -
     ("bundle", "wire_dtype", "tolerance"), [(FP32, "fp32", 1e-4), (FP16, "fp16", 2e-3)], ids=["fp32", "fp16"]
 )
 @pytest.mark.parametrize("active_fraction", [1.0, 0.125])
-def test_the_saved_adapter_in_peft(
+def test_saved_adapter_gives_the_same_loss_in_peft(
     bundle: Path,
     wire_dtype: str,
     tolerance: float,

@@ -19,7 +19,7 @@ from small_disk import small_disk
 from dlora.edge.commands.doctor import show
 from dlora.edge.commands.output import warn
 from dlora.edge.run.kr_map import render_map
-from dlora.edge.run.report import Reporter, summary_table
+from dlora.edge.run.report import Display, summary_table
 from dlora.edge.training.metrics import MetricsLog, StepMetrics, history, read_metrics
 from dlora.protocol.errors import CheckpointError, StorageError
 from dlora.protocol.kill_revive import UnitState
@@ -56,7 +56,7 @@ def states(*rows: str) -> list[tuple[int, Any]]:
 # -- metrics.jsonl ---------------------------------------------------------------------------------------------
 
 
-def test_each_step_is_on_disk_before_the_next(tmp_path: Path) -> None:
+def test_each_step_is_written_before_the_next(tmp_path: Path) -> None:
     path = tmp_path / "out" / "metrics.jsonl"
     with MetricsLog(path) as log:
         for step in range(3):
@@ -66,7 +66,7 @@ def test_each_step_is_on_disk_before_the_next(tmp_path: Path) -> None:
     assert (first["step"], first["loss"], first["units"]) == (2, 2 / 3, "011120")
 
 
-def test_resuming_cuts_off_what_did_not_happen(tmp_path: Path) -> None:
+def test_metrics_of_undone_steps_are_removed_at_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
         for step in range(10):
@@ -96,7 +96,7 @@ def write_many(log: MetricsLog) -> None:
         log.write(metrics(step))
 
 
-def test_a_full_disk_tears_no_line(tmp_path: Path) -> None:
+def test_full_disk_leaves_whole_lines_in_metrics(tmp_path: Path) -> None:
     with small_disk(tmp_path) as disk:
         path = disk / "metrics.jsonl"
         (disk / "ballast").write_bytes(bytes(990_000))
@@ -109,15 +109,15 @@ def test_a_full_disk_tears_no_line(tmp_path: Path) -> None:
 # -- progress --------------------------------------------------------------------------------------------------
 
 
-def test_plain_lines_every_few_steps() -> None:
+def test_plain_progress_is_printed_every_few_steps() -> None:
     stream = io.StringIO()
-    reporter = Reporter(every=10, stream=stream)
-    with reporter.training(25):
+    display = Display(every=10, stream=stream)
+    with display.training(25):
         for step in range(25):
-            reporter.step(metrics(step, total=25))
-        with reporter.evaluating("in between", 3) as advance:
+            display.step(metrics(step, total=25))
+        with display.evaluating("in between", 3) as advance:
             advance(3)
-        reporter.warn("mind [the] gap")
+        display.warn("mind [the] gap")
     first, estimate, *lines = stream.getvalue().splitlines()
     assert first.startswith("step 1/25")
     assert estimate == "expected time: 0:11 for 22 steps"
@@ -130,11 +130,11 @@ EVIL = "a [/peer]'s\n\twords\x1b[2J\x1b]0;title\x07 \x9b1m\u202eend\r"
 PLAIN = "a [/peer]'s words[2J]0;title 1mend"
 
 
-def test_no_words_of_a_peer_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_of_a_peer_are_removed(capsys: pytest.CaptureFixture[str]) -> None:
     stream = io.StringIO()
-    reporter = Reporter(stream=stream)
-    reporter.say(EVIL)
-    reporter.warn(EVIL)
+    display = Display(stream=stream)
+    display.say(EVIL)
+    display.warn(EVIL)
     assert stream.getvalue() == f"{PLAIN}\nwarning: {PLAIN}\n"
     warn(EVIL)
     assert capsys.readouterr().err == f"warning: {PLAIN}\n"
@@ -168,8 +168,8 @@ def shown_in_a_terminal(program: str, columns: int) -> str:
 def test_a_terminal_gets_one_live_line() -> None:
     """Notes stand above the line, and plain lines do not appear."""
     text = shown_in_a_terminal(
-        "from dlora.edge.run.report import Reporter; import test_report as t\n"
-        "r = Reporter()\n"
+        "from dlora.edge.run.report import Display; import test_report as t\n"
+        "r = Display()\n"
         "with r.training(5):\n"
         "    with r.evaluating('', 7) as advance: advance(7)\n"
         "    r.say('a [note]')\n"
@@ -185,8 +185,8 @@ def test_a_terminal_gets_one_live_line() -> None:
 
 def test_the_live_line_of_a_long_run_fits_in_80_columns() -> None:
     text = shown_in_a_terminal(
-        "from dlora.edge.run.report import Reporter; import test_report as t\n"
-        "r = Reporter()\n"
+        "from dlora.edge.run.report import Display; import test_report as t\n"
+        "r = Display()\n"
         "big = dict(bytes_up=23_400_000, bytes_down=12_300_000, step_s=4.0, tokens=4800, units='1' * 30)\n"
         "with r.training(2000): r.step(t.metrics(999, total=2000, active_units=30, **big))\n",
         columns=80,
@@ -194,11 +194,11 @@ def test_the_live_line_of_a_long_run_fits_in_80_columns() -> None:
     assert "1000/2000 loss 2.500  1200 tok/s  23.4↑ 12.3↓ MB/step  active 30/30  eta 1:06:40" in text
 
 
-def test_results(capsys: pytest.CaptureFixture[str]) -> None:
+def test_result_is_printed_as_json_or_table(capsys: pytest.CaptureFixture[str]) -> None:
     summary = {"steps": 20, "loss": 1.25, "wire": {"bytes_up": 5_000_000}, "none": None, "list": [1], "wall_s": 200.4}
-    Reporter(json_output=True).finish(summary)
+    Display(json_output=True).finish(summary)
     assert json.loads(capsys.readouterr().out) == summary
-    Reporter().finish(summary)
+    Display().finish(summary)
     assert capsys.readouterr().out.splitlines() == [
         "steps          20",
         "loss           1.25",
@@ -211,11 +211,11 @@ def test_results(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_map_is_shown_once_something_was_killed(capsys: pytest.CaptureFixture[str]) -> None:
     for units, shown in (("11", False), ("10", True)):
         stream = io.StringIO()
-        reporter = Reporter(stream=stream)
-        with reporter.training(2):
-            reporter.step(metrics(0, total=2, units="11"))
-            reporter.step(metrics(1, total=2, units=units))
-        reporter.finish({"steps": 2})
+        display = Display(stream=stream)
+        with display.training(2):
+            display.step(metrics(0, total=2, units="11"))
+            display.step(metrics(1, total=2, units=units))
+        display.finish({"steps": 2})
         assert ("unit 0 ██" in stream.getvalue()) is shown
     assert "steps" in capsys.readouterr().out
 
@@ -228,7 +228,7 @@ def test_plain_progress_does_not_import_rich() -> None:
 # -- the map ---------------------------------------------------------------------------------------------------
 
 
-def test_map_of_a_few_steps() -> None:
+def test_map_shows_states_of_a_few_steps() -> None:
     assert render_map(states("1111", "1121", "1131", "1101", "0101")).splitlines() == [
         " block 3 █████",
         " block 2 █▒─··",
@@ -245,14 +245,14 @@ def test_states_last_until_the_next_entry() -> None:
     assert render_map([(0, both), (3, second), (4, second)]) == full
 
 
-def test_a_column_shows_the_commonest_state_and_a_row_the_liveliest() -> None:
+def test_map_column_shows_the_commonest_and_row_the_most_active_state() -> None:
     text = render_map(states("1111", "1000", "1000", "1000", "1000", "1000"), width=11, height=2)
     assert text.splitlines()[:2] == ["     2–3 ··", "     0–1 ██"]
 
 
 @pytest.mark.parametrize(("units", "steps"), [(1, 1), (1, 500), (30, 1), (30, 120), (200, 5000)])
 @pytest.mark.parametrize("colour", [False, True])
-def test_any_size_fits(units: int, steps: int, colour: bool) -> None:
+def test_map_of_any_size_fits(units: int, steps: int, colour: bool) -> None:
     rng = np.random.default_rng(0)
     rows = [(step, rng.integers(0, 4, units).astype(np.uint8)) for step in range(0, steps, 1 + steps // 300)]
     text = render_map(rows, width=80, height=40, colour=colour)

@@ -103,7 +103,7 @@ def interrupted(place: Place, out: Path, options: tuple[str, ...], number: int, 
 
 
 @pytest.mark.parametrize("kr", KR)
-def test_stopped_and_resumed(place: Place, whole: dict[str, Path], kr: str, tmp_path: Path) -> None:
+def test_stopped_run_resumes_with_the_same_bits(place: Place, whole: dict[str, Path], kr: str, tmp_path: Path) -> None:
     stopped = interrupted(place, tmp_path, KR[kr], signal.SIGINT, after=13)
     assert stopped.code == 130, stopped.stderr
     assert stopped.errors == [stopped.stderr.splitlines()[-1]]
@@ -118,7 +118,7 @@ def test_stopped_and_resumed(place: Place, whole: dict[str, Path], kr: str, tmp_
 
 
 @pytest.mark.parametrize("kr", KR)
-def test_killed_and_resumed(place: Place, whole: dict[str, Path], kr: str, tmp_path: Path) -> None:
+def test_killed_run_resumes_with_the_same_bits(place: Place, whole: dict[str, Path], kr: str, tmp_path: Path) -> None:
     killed = interrupted(place, tmp_path, KR[kr], signal.SIGKILL, after=SAVE_EVERY + 4)
     assert killed.code == -signal.SIGKILL
     resumed = run_edge(*place.train(tmp_path, *KR[kr], "--resume", "--json"))
@@ -127,7 +127,7 @@ def test_killed_and_resumed(place: Place, whole: dict[str, Path], kr: str, tmp_p
     assert_same_run(tmp_path, whole[kr])
 
 
-def test_kill_and_revive_did_something(whole: dict[str, Path]) -> None:
+def test_reference_run_kills_units(whole: dict[str, Path]) -> None:
     units = {row["units"] for row in rows(whole["on"])}
     assert len(units) > 2
     assert "1" * BLOCKS in units
@@ -186,7 +186,7 @@ def refused_as_another_run(place: Place, out: Path, text: str, *options: object)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_a_damaged_newest_checkpoint(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_newest_checkpoint_is_skipped(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
     out = copied(whole["on"], tmp_path / "out", but_last=False)
     done = run_edge(*place.train(out, *KR["on"], "--resume"))
     assert done.code == 0, done.stderr
@@ -196,7 +196,7 @@ def test_a_damaged_newest_checkpoint(place: Place, whole: dict[str, Path], tmp_p
     assert_same_run(out, whole["on"])
 
 
-def test_all_checkpoints_damaged(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
+def test_all_checkpoints_damaged_is_an_error(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
     out = copied(whole["off"], tmp_path / "out")
     for _, path in list_checkpoints(out / "checkpoints"):
         path.write_bytes(path.read_bytes()[:-9])

@@ -21,7 +21,7 @@ from dlora.edge.commands.train import train as train_command
 from dlora.edge.run.run_file import RunSettings, load_run_file
 from dlora.edge.seeds import adapter_generator, draw_seed, order_generator, seed_for_server
 from dlora.edge.training.checkpoint import list_checkpoints
-from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, go_on_with
+from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
@@ -47,7 +47,7 @@ def test_every_option_of_train_is_a_setting() -> None:
     assert set(RunSettings.__struct_fields__) <= options
 
 
-def test_what_it_holds(place: Place, tmp_path: Path) -> None:
+def test_run_file_holds_settings_and_no_secrets(place: Place, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(0o600)
     out = tmp_path / "out"
@@ -65,7 +65,7 @@ def test_what_it_holds(place: Place, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kr", KR)
-def test_a_directory_is_all_that_resume_needs(
+def test_resume_needs_only_the_directory(
     place: Place, whole: dict[str, Path], kr: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also from another working directory, and where the run was told of its files by relative paths."""
@@ -85,7 +85,7 @@ def test_a_directory_is_all_that_resume_needs(
     assert json.loads(again.stdout) == json.loads(resumed.stdout)
 
 
-def test_a_random_seed_goes_on_too(place: Place, tmp_path: Path) -> None:
+def test_random_seed_is_kept_at_resume(place: Place, tmp_path: Path) -> None:
     """Without --seed two runs differ, and each goes on as itself: its seed lies in its checkpoint, and nowhere else."""
     out, other = tmp_path / "out", tmp_path / "other"
     unseeded = [word for word in place.train(out, "--steps", 40) if word not in ("--seed", 0)]
@@ -101,7 +101,7 @@ def test_a_random_seed_goes_on_too(place: Place, tmp_path: Path) -> None:
     assert losses(out) != losses(other)
 
 
-def test_seeds() -> None:
+def test_server_seed_does_not_reveal_the_drawn_seed() -> None:
     drawn = draw_seed()
     assert len(drawn) == 4
     assert drawn != draw_seed()
@@ -159,7 +159,7 @@ def test_a_longer_run_that_is_killed_goes_on_with_the_same_bits(
         assert load_file(last)[name].tobytes() == tensor.tobytes(), name
 
 
-def test_more_epochs_make_it_longer_too(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
+def test_finished_run_is_made_longer_by_epochs(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
     """10 examples in batches of 3 are 4 steps an epoch."""
     out = copied(whole["off"], tmp_path / "out")
     done = resume(out, "--epochs", 16)
@@ -167,15 +167,15 @@ def test_more_epochs_make_it_longer_too(place: Place, whole: dict[str, Path], tm
     assert json.loads(done.stdout)["steps"] == 64
 
 
-def test_what_cannot_be_made_longer() -> None:
+def test_run_with_other_settings_cannot_be_made_longer() -> None:
     before = config(total_steps=60)
     longer = config(total_steps=80, seed=())
     out = Path("here")
-    assert go_on_with(longer, before, 60, out) == config(total_steps=80, part_begins=60)
-    assert go_on_with(config(total_steps=60, seed=()), before, 20, out) == before
+    assert continued_config(longer, before, 60, out) == config(total_steps=80, part_begins=60)
+    assert continued_config(config(total_steps=60, seed=()), before, 20, out) == before
     with pytest.raises(UsageError, match=r"at step 20 of 60, and only a finished one .* resume here --steps 60"):
-        go_on_with(longer, before, 20, out)
-    third = go_on_with(config(total_steps=90, seed=()), config(total_steps=80, part_begins=60), 80, out)
+        continued_config(longer, before, 20, out)
+    third = continued_config(config(total_steps=90, seed=()), config(total_steps=80, part_begins=60), 80, out)
     assert (third.part_begins, third.steps) == (80, 10)
 
 
@@ -183,7 +183,7 @@ def test_what_cannot_be_made_longer() -> None:
     (None, "is no run: it has no run.json"), ("{", "cannot be read"), ("[]", "cannot be read"),
     ("{}", "cannot be read"),
 ])  # fmt: skip
-def test_a_directory_that_is_no_run(content: str | None, text: str, tmp_path: Path) -> None:
+def test_directory_without_run_is_an_error(content: str | None, text: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     done = resume(tmp_path)
@@ -211,7 +211,7 @@ def checkpoint_state(path: Path) -> str:
         return json.dumps(json.loads(file.metadata()["dlora-checkpoint"])["state"])
 
 
-def test_a_data_set_that_changed_is_named(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
+def test_changed_data_set_is_named_in_the_error(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
     out = copied(whole["off"], tmp_path / "out")
     run = json.loads((out / "run.json").read_text())
     data = tmp_path / "data.jsonl"
@@ -223,7 +223,7 @@ def test_a_data_set_that_changed_is_named(place: Place, whole: dict[str, Path], 
     assert "other training data" in done.errors[0]
 
 
-def test_a_longer_run_that_is_stopped_in_its_last_evaluation(
+def test_longer_run_stopped_in_its_last_evaluation_is_not_finished(
     place: Place, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     """All steps are done and its summary is still that of the shorter run: it is not finished."""
@@ -242,14 +242,14 @@ def test_a_longer_run_that_is_stopped_in_its_last_evaluation(
 @pytest.mark.parametrize("option", [
     ("--max-grad-norm", "inf"), ("--weight-decay", "nan"), ("--max-retry-s", "inf"), ("--epochs", "inf"),
 ])  # fmt: skip
-def test_numbers_that_no_file_could_hold(place: Place, tmp_path: Path, option: tuple[str, str]) -> None:
+def test_infinite_and_nan_options_are_refused(place: Place, tmp_path: Path, option: tuple[str, str]) -> None:
     """JSON has no infinity: a checkpoint with one could not be read again."""
     done = run_edge(*place.train(tmp_path / "out", *option))
     assert (done.code, len(done.errors)) == (UsageError.exit_code, 1) or "Invalid value" in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_drawn_seed_is_not_told(place: Place, tmp_path: Path) -> None:
+def test_drawn_seed_is_not_in_error_texts(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     unseeded = [word for word in place.train(out, "--steps", 2) if word not in ("--seed", 0)]
     assert run_edge(*unseeded).code == 0
@@ -263,7 +263,7 @@ def test_a_drawn_seed_is_not_told(place: Place, tmp_path: Path) -> None:
     ("exchange_timeout_s", 0), ("max_retry_s", -1), ("patience", 0), ("max_length", 0), ("data", "a\0b"),
     ("kr_kill_every", 0), ("lr", "much"), ("token", "dlora_…"),
 ])  # fmt: skip
-def test_a_run_file_that_was_edited(
+def test_invalid_edited_run_file_is_refused(
     place: Place, whole: dict[str, Path], setting: str, value: object, tmp_path: Path
 ) -> None:
     """What the command line would not take is not taken here."""

@@ -55,13 +55,13 @@ def test_names_are_read_as_peft_reads_them(family: str, wanted: tuple[str, ...])
 
 @pytest.mark.parametrize("wanted", [None, ("all-linear",)], ids=["default", "all-linear"])
 @pytest.mark.parametrize("family", EVERY)
-def test_peft_finds_the_same_modules_by_what_the_adapter_will_say(family: str, wanted: tuple[str, ...] | None) -> None:
+def test_peft_selects_the_same_modules_by_the_saved_names(family: str, wanted: tuple[str, ...] | None) -> None:
     selected = select_targets(base_model(family), wanted)
     assert set(selected.names) == adapted_by_peft(family, selected.target_modules)
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_the_default_is_pefts_where_it_has_one_else_attentions_queries_and_values(family: str) -> None:
+def test_default_is_pefts_or_else_queries_and_values(family: str) -> None:
     selected = select_targets(base_model(family), None)
     if isinstance(PEFT_DEFAULTS.get(family), list):
         assert selected.target_modules == tuple(PEFT_DEFAULTS[family])
@@ -90,7 +90,7 @@ def test_the_default_is_pefts_where_it_has_one_else_attentions_queries_and_value
         ("mlp.w1", ""), ("mlp.up_proj", ""), ("attention.dense", ""),
     ],
 )  # fmt: skip
-def test_what_attention_takes_from_a_module_is_in_its_name(name: str, part: str) -> None:
+def test_attention_part_is_read_from_the_module_name(name: str, part: str) -> None:
     assert selection._attention_part(f"model.layers.0.{name}") == set(part)
 
 
@@ -103,7 +103,7 @@ def test_a_default_of_pefts_that_cannot_be_trained_whole_is_not_taken(monkeypatc
     )
 
 
-def test_a_module_elsewhere_that_has_the_name_of_a_default_is_left_alone() -> None:
+def test_module_outside_the_blocks_is_not_selected() -> None:
     """As of a vision tower: what the adapter says then tells the two apart."""
     model = tiny_model("phi3")
     model.qkv_proj = torch.nn.Linear(2, 2)
@@ -113,7 +113,7 @@ def test_a_module_elsewhere_that_has_the_name_of_a_default_is_left_alone() -> No
     assert selected.target_modules == ("self_attn.qkv_proj",)
 
 
-def test_no_attention_and_no_in_projection_is_one_line_with_what_may_be_given() -> None:
+def test_no_default_is_a_one_line_error_with_the_choices() -> None:
     base = base_model("mamba")
     others = replace(base, targets={name: target for name, target in base.targets.items() if "in_proj" not in name})
     text = "PEFT has none for mamba, and dlora finds no attention; give --target-modules: target modules can be: x_proj"
@@ -158,13 +158,13 @@ def test_all_linear_leaves_out_what_peft_refuses(family: str) -> None:
         ("mixtral", "experts", "it holds the weights of many experts in one tensor"),
     ],
 )
-def test_target_modules_that_cannot_be(family: str, wanted: str, text: str) -> None:
+def test_invalid_target_modules_are_refused(family: str, wanted: str, text: str) -> None:
     with pytest.raises(ExportError, match=text):
         select_targets(base_model(family), [wanted])
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_what_an_error_offers_is_taken(family: str) -> None:
+def test_choices_in_an_error_are_accepted(family: str) -> None:
     base = base_model(family)
     with pytest.raises(ExportError) as refused:
         select_targets(base, ["nothing"])
@@ -174,7 +174,7 @@ def test_what_an_error_offers_is_taken(family: str) -> None:
         assert select_targets(base, [word]).names
 
 
-def test_the_command_says_what_it_chose_and_left_out(tmp_path: Path) -> None:
+def test_export_prints_chosen_and_left_out_modules(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "granitemoe")
     command = [sys.executable, "-m", "dlora.export", tmp_path / "model", "--out", tmp_path / "bundle", "--json"]
     command += ["--base-model-name", "org/tiny"]

@@ -40,11 +40,11 @@ def with_golden(bundle: Path, copy: Path, change: dict[str, np.ndarray]) -> Path
 def test_selftest_passes_and_says_how_fast(bundle: Path) -> None:
     done = run_edge("selftest", "--bundle", bundle, "--json")
     assert done.code == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["passed"]
-    assert len(report["graphs"]) == len(load_manifest(bundle).graphs)
-    assert all(graph["passed"] and graph["ms"] >= 0 for graph in report["graphs"])
-    assert all(graph["error"] <= 2 * graph["tolerance"] for graph in report["graphs"])
+    result = json.loads(done.stdout)
+    assert result["passed"]
+    assert len(result["graphs"]) == len(load_manifest(bundle).graphs)
+    assert all(graph["passed"] and graph["ms"] >= 0 for graph in result["graphs"])
+    assert all(graph["error"] <= 2 * graph["tolerance"] for graph in result["graphs"])
 
 
 def test_selftest_fails_on_a_golden_vector_that_differs(bundle: Path, tmp_path: Path) -> None:
@@ -55,16 +55,16 @@ def test_selftest_fails_on_a_golden_vector_that_differs(bundle: Path, tmp_path: 
     copy = with_golden(bundle, tmp_path / "bundle", {key: wrong})
     done = run_edge("selftest", "--bundle", copy, "--json")
     assert done.code == 1
-    report = json.loads(done.stdout)
-    assert not report["passed"]
-    assert [row["graph"] for row in report["graphs"] if not row["passed"]] == ["adapter_forward"]
+    result = json.loads(done.stdout)
+    assert not result["passed"]
+    assert [row["graph"] for row in result["graphs"] if not row["passed"]] == ["adapter_forward"]
     assert "Traceback" not in done.stderr
     shown = run_edge("selftest", "--bundle", copy)
     assert shown.code == 1
     assert "WRONG" in shown.stdout
 
 
-def test_graphs_of_kinds_that_are_not_known_are_tried_and_otherwise_let_be(bundle: Path, tmp_path: Path) -> None:
+def test_selftest_runs_graphs_of_unknown_kinds(bundle: Path, tmp_path: Path) -> None:
     """Of a later exporter, perhaps: one of the same formula under another name, with golden vectors of its own."""
     manifest = load_manifest(bundle)
     golden = {key: value for key, value in load_file(bundle / manifest.golden).items() if key.startswith("adamw.")}
@@ -83,7 +83,7 @@ def test_graphs_of_kinds_that_are_not_known_are_tried_and_otherwise_let_be(bundl
     ("adamw", "", "the bundle has no adamw graph, which this device needs; export it again"),
     ("adapter_forward", "7x9", "the bundle has no adapter_forward graph of 7x9, which"),
 ])  # fmt: skip
-def test_a_graph_that_a_device_needs_and_a_bundle_lacks(bundle: Path, kind: str, key: str, said: str) -> None:
+def test_missing_graph_is_a_bundle_error(bundle: Path, kind: str, key: str, said: str) -> None:
     manifest = load_manifest(bundle)
     lacking = msgspec.structs.replace(manifest, graphs=[graph for graph in manifest.graphs if graph.kind != "adamw"])
     with pytest.raises(BundleError, match=said):
@@ -91,7 +91,7 @@ def test_a_graph_that_a_device_needs_and_a_bundle_lacks(bundle: Path, kind: str,
 
 
 @pytest.mark.parametrize("kind", ["", "adam w", "../adamw", "adamw\n", "x" * 65])
-def test_a_kind_is_a_plain_name(bundle: Path, tmp_path: Path, kind: str) -> None:
+def test_graph_kind_must_be_a_plain_name(bundle: Path, tmp_path: Path, kind: str) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     manifest = load_manifest(bundle)
     graphs = (msgspec.structs.replace(manifest.graphs[0], kind=kind), *manifest.graphs[1:])
@@ -100,26 +100,26 @@ def test_a_kind_is_a_plain_name(bundle: Path, tmp_path: Path, kind: str) -> None
         load_manifest(tmp_path / "bundle")
 
 
-def test_info_of_a_bundle(bundle: Path) -> None:
+def test_info_describes_a_bundle(bundle: Path) -> None:
     done = run_edge("info", bundle, "--json")
-    report = json.loads(done.stdout)
-    assert (done.code, report["kind"], report["default_r"], report["blocks"]) == (0, "bundle", 4, 2)
-    assert report["default_target_modules"] == "q_proj, v_proj"
-    assert report["can_be_trained"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    assert (report["default_exchange_groups"], report["exchange_groups"]) == (2, 8)
+    result = json.loads(done.stdout)
+    assert (done.code, result["kind"], result["default_r"], result["blocks"]) == (0, "bundle", 4, 2)
+    assert result["default_target_modules"] == "q_proj, v_proj"
+    assert result["can_be_trained"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert (result["default_exchange_groups"], result["exchange_groups"]) == (2, 8)
     assert run_edge("info", bundle).code == 0
 
 
-def test_doctor_is_well_with_a_bundle(bundle: Path) -> None:
+def test_doctor_passes_with_a_bundle(bundle: Path) -> None:
     done = run_edge("doctor", "--bundle", bundle, "--json")
-    report = json.loads(done.stdout)
-    assert done.code == 0, report
-    assert {check["check"] for check in report["checks"]} >= {"python", "memory", "engine", "bundle", "no torch"}
+    result = json.loads(done.stdout)
+    assert done.code == 0, result
+    assert {check["check"] for check in result["checks"]} >= {"python", "memory", "engine", "bundle", "no torch"}
 
 
-def test_doctor_says_what_training_takes_and_what_fits(bundle: Path) -> None:
-    report = json.loads(run_edge("doctor", "--bundle", bundle, "--json").stdout)
-    (found,) = (check["found"] for check in report["checks"] if check["check"] == "memory")
+def test_doctor_estimates_training_memory_and_micro_batch(bundle: Path) -> None:
+    result = json.loads(run_edge("doctor", "--bundle", bundle, "--json").stdout)
+    (found,) = (check["found"] for check in result["checks"] if check["check"] == "memory")
     manifest = load_manifest(bundle)
     assert f"this fp16 head takes about {training_mb(manifest, 64):,.0f} MB at 64 tokens" in found
     assert f"fp32 {training_mb(manifest, 64, 'fp32'):,.0f}" in found
@@ -133,7 +133,7 @@ def test_estimates_are_for_no_longer_sequence_than_the_model_takes(bundle: Path)
     assert usual_tokens(msgspec.structs.replace(manifest, base_model=long)) == 256
 
 
-def test_what_fits_is_what_the_estimate_says(bundle: Path) -> None:
+def test_tokens_that_fit_matches_the_estimate(bundle: Path) -> None:
     manifest = load_manifest(bundle)
     estimates = [training_mb(manifest, head_dtype=dtype) for dtype in ("int8", "fp16", "fp32")]
     assert estimates == sorted(estimates)
@@ -142,13 +142,13 @@ def test_what_fits_is_what_the_estimate_says(bundle: Path) -> None:
     assert tokens_that_fit(manifest, 50.0) == 0  # less than the runtime alone
 
 
-def test_doctor_says_what_is_wrong_and_goes_on(bundle: Path, tmp_path: Path) -> None:
+def test_doctor_reports_problems_and_continues(bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     next((tmp_path / "bundle").rglob("*.onnx")).unlink()
     done = run_edge("doctor", "--bundle", tmp_path / "bundle", "--server", "ws://127.0.0.1:9", "--json")
-    report = json.loads(done.stdout)
-    assert (done.code, report["ok"]) == (1, False)
-    wrong = {check["check"]: check["found"] for check in report["checks"] if not check["ok"]}
+    result = json.loads(done.stdout)
+    assert (done.code, result["ok"]) == (1, False)
+    wrong = {check["check"]: check["found"] for check in result["checks"] if not check["ok"]}
     assert set(wrong) == {"bundle", "server"}
     assert "export the bundle again" in wrong["bundle"]
     assert "dlora-cloud serve" in wrong["server"]

@@ -92,7 +92,7 @@ def test_sensitivity_is_the_mean_over_all_numbers_and_grad_the_norm_of_b() -> No
 
 
 @pytest.mark.parametrize("score", ["random", "static", "last"])
-def test_policies_that_ignore_scores_cost_nothing(score: str) -> None:
+def test_policies_without_scores_compute_nothing(score: str) -> None:
     scorer, group = Scorer(score), lora(adapter(np.random.default_rng(3)))
     before = scorer.before(group)
     assert before.factors == []

@@ -27,12 +27,12 @@ from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.door.access import Access
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving.patience import Patience
+from dlora.cloud.serving.patience import SessionTimeouts
 from dlora.cloud.serving.server import CloudServer, ServerSettings
 from dlora.edge.adapters.fitting import check_base_model
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.dialing import Dialing, Retry
+from dlora.edge.wire.dialing import ConnectSettings, Retry
 from dlora.protocol import messages as m
 from dlora.protocol.codec import encode
 from dlora.protocol.controller import Controller
@@ -61,7 +61,7 @@ def base(tiny: TinyFactory) -> BaseModel:
 @pytest.fixture(scope="module")
 def server(base: BaseModel) -> Iterator[RunningServer]:
     # A device that leaves is forgotten at once: these tests count what is left behind.
-    with serving(base, max_sessions=MAX_SESSIONS, max_tokens=64, patience=Patience(park_s=0)) as running:
+    with serving(base, max_sessions=MAX_SESSIONS, max_tokens=64, timeouts=SessionTimeouts(park_s=0)) as running:
         yield running
 
 
@@ -151,7 +151,7 @@ def opened_device(url: str, base: BaseModel) -> Iterator[RawDevice]:
 # -- health ----------------------------------------------------------------------------------------------
 
 
-def test_healthz(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+def test_healthz_describes_the_server(server: RunningServer, base: BaseModel, bundle: Path) -> None:
     with opened_device(server.url, base):
         found = health(server.url)
     assert found["status"] == "ok"
@@ -169,7 +169,7 @@ def test_plain_http_is_told_that_this_is_a_websocket(server: RunningServer, bund
 # -- refusals --------------------------------------------------------------------------------------------
 
 
-def test_a_version_that_it_does_not_speak(server: RunningServer, bundle: Path) -> None:
+def test_unknown_wire_version_is_refused(server: RunningServer, bundle: Path) -> None:
     with raw_device(server.url) as device:
         device.say(hello([98, 99]))
         refusal = device.hear_error()
@@ -220,7 +220,7 @@ UP = TargetSpec("model.layers.0.mlp.up_proj", 24)
     ],
     ids=["unknown", "two inputs in one", "width", "block", "twice", "order", "output width"],
 )
-def test_groups_that_it_did_not_trace_itself(
+def test_unknown_exchange_groups_are_refused(
     server: RunningServer, base: BaseModel, bundle: Path, groups: tuple[GroupSpec, ...]
 ) -> None:
     with raw_device(server.url) as device:
@@ -240,7 +240,7 @@ def test_groups_that_it_did_not_trace_itself(
     ],
     ids=["pinned", "static", "no ticket", "forged ticket"],
 )
-def test_settings_that_cannot_work(
+def test_invalid_session_settings_are_refused(
     server: RunningServer, base: BaseModel, bundle: Path, changes: dict[str, object], code: m.ErrorCode
 ) -> None:
     with raw_device(server.url) as device:
@@ -250,7 +250,7 @@ def test_settings_that_cannot_work(
         assert device.hear_error().code == code
 
 
-def test_a_full_server_says_when_to_come_again(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+def test_full_server_refuses_with_a_retry_time(server: RunningServer, base: BaseModel, bundle: Path) -> None:
     with opened_device(server.url, base), opened_device(server.url, base) as second:
         with pytest.raises(RefusedError) as refused, training(bundle, server.url, config(), random_dataset(VOCABULARY)):
             pass
@@ -262,20 +262,20 @@ def test_a_full_server_says_when_to_come_again(server: RunningServer, base: Base
             pass
 
 
-def test_more_tokens_than_it_takes(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+def test_too_many_tokens_are_refused(server: RunningServer, base: BaseModel, bundle: Path) -> None:
     with opened_device(server.url, base) as device:
         device.socket.send(encode(embeddings(65), seq=1))
         assert device.hear_error().code == m.ErrorCode.LIMIT
 
 
-def test_not_a_number(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+def test_nan_is_refused(server: RunningServer, base: BaseModel, bundle: Path) -> None:
     with opened_device(server.url, base) as device:
         poison = WireTensor("fp32", np.full((3, 16), np.nan, np.float32))
         device.socket.send(encode(embeddings(hidden_states=poison), seq=1))
         assert device.hear_error().code == m.ErrorCode.NON_FINITE
 
 
-def test_values_that_overflow_in_the_base_model(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+def test_overflow_in_the_base_model_is_refused(server: RunningServer, base: BaseModel, bundle: Path) -> None:
     with opened_device(server.url, base) as device:
         device.say(embeddings())
         asked = device.hear()
@@ -306,7 +306,9 @@ def test_values_that_overflow_in_the_base_model(server: RunningServer, base: Bas
     ids=["empty", "short", "garbage", "text", "too early", "far too early", "ones", "zeros"],
 )
 @pytest.mark.parametrize("opened", [False, True], ids=["first", "in a session"])
-def test_nonsense(server: RunningServer, base: BaseModel, bundle: Path, frame: bytes | str, opened: bool) -> None:
+def test_invalid_frame_is_refused(
+    server: RunningServer, base: BaseModel, bundle: Path, frame: bytes | str, opened: bool
+) -> None:
     with opened_device(server.url, base) if opened else raw_device(server.url) as device:
         device.socket.send(frame)
         if opened and isinstance(frame, bytearray):
@@ -321,7 +323,7 @@ def test_nonsense(server: RunningServer, base: BaseModel, bundle: Path, frame: b
         assert device.hear_error().code == wanted
 
 
-def test_a_frame_that_is_too_large(server: RunningServer, bundle: Path) -> None:
+def test_too_large_frame_is_refused(server: RunningServer, bundle: Path) -> None:
     with raw_device(server.url) as device:
         with suppress(ConnectionClosed):  # it may hang up before it has read all
             device.socket.send(bytes(9 << 20))
@@ -332,7 +334,9 @@ def test_a_frame_that_is_too_large(server: RunningServer, bundle: Path) -> None:
 
 @pytest.mark.parametrize("after", ["hello", "opened", "embeddings", "delta", "loss", "gradient"])
 @pytest.mark.parametrize("politely", [True, False], ids=["closing", "vanishing"])
-def test_a_device_that_leaves(server: RunningServer, base: BaseModel, bundle: Path, after: str, politely: bool) -> None:
+def test_session_ends_when_the_device_leaves(
+    server: RunningServer, base: BaseModel, bundle: Path, after: str, politely: bool
+) -> None:
     with raw_device(server.url) as device:
         for message in life_of_a_device(device, base):
             if message == after:
@@ -364,7 +368,7 @@ def life_of_a_device(device: RawDevice, base: BaseModel) -> Iterator[str]:
     yield "gradient"
 
 
-def test_a_device_that_gives_up_and_says_why(server: RunningServer, base: BaseModel, bundle: Path) -> None:
+def test_session_ends_when_the_device_sends_an_error(server: RunningServer, base: BaseModel, bundle: Path) -> None:
     with opened_device(server.url, base) as device:
         device.say(embeddings())
         device.hear()
@@ -394,7 +398,7 @@ def no_memory_for_python() -> object:
 
 
 @pytest.mark.parametrize("fail", [no_memory_for_torch, no_memory_for_python])
-def test_a_step_for_which_there_is_no_memory_is_tried_again(
+def test_step_without_memory_is_retried(
     base: BaseModel, bundle: Path, fail: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, failures = BaseModel.last_hidden_state, 0
@@ -405,12 +409,12 @@ def test_a_step_for_which_there_is_no_memory_is_tried_again(
         return fail() if failures == 1 else forward(*given)  # type: ignore[arg-type]
 
     clock = PassingClock()
-    dialing = Dialing(retry=Retry(max_s=600), clock=clock, sleep=clock.sleep)
+    connecting = ConnectSettings(retry=Retry(max_s=600), clock=clock, sleep=clock.sleep)
     bits = []
     with serving(base) as running:
         for last_hidden_state in (forward, fails_once):
             monkeypatch.setattr(BaseModel, "last_hidden_state", last_hidden_state)
-            with training(bundle, running.url, config(), random_dataset(VOCABULARY), dialing) as trainer:
+            with training(bundle, running.url, config(), random_dataset(VOCABULARY), connecting) as trainer:
                 trainer.run_step()
                 bits.append({name: value.tobytes() for name, value in final_weights(trainer).items()})
     assert trainer.steps_rerun == 1
@@ -429,7 +433,7 @@ def one_unit_too_many(*_: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("where", ["in the handshake", "in a session"])
-def test_a_bug_of_ours_is_logged_with_its_traceback(
+def test_internal_error_is_logged_with_its_traceback(
     base: BaseModel, where: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the rules forbid us to say is not the device's fault, and not a line in a log."""
@@ -455,7 +459,7 @@ def test_a_bug_of_ours_is_logged_with_its_traceback(
     assert bugs[0].exc_info[2] is not None, "its traceback"
 
 
-def test_a_bug_at_the_door_is_logged_with_its_traceback(
+def test_internal_error_before_a_session_is_logged_with_its_traceback(
     base: BaseModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And seldom, however many knock."""
@@ -498,7 +502,9 @@ def test_a_base_parameter_that_requires_grad_is_refused() -> None:
 # -- the process -----------------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_told_to_stop(tiny: TinyFactory, base: BaseModel, bundle: Path, tmp_path: Path) -> None:
+def test_stopping_server_finishes_steps_and_refuses_devices(
+    tiny: TinyFactory, base: BaseModel, bundle: Path, tmp_path: Path
+) -> None:
     with cloud_process(tiny().model, tmp_path, "--drain-s", 1) as cloud:
         assert cloud.hello["base_fingerprint"] == base.fingerprint
         assert health(cloud.url)["status"] == "ok"
@@ -521,7 +527,7 @@ def test_a_server_that_is_told_to_stop(tiny: TinyFactory, base: BaseModel, bundl
         assert "stopping: 2 sessions" in log
 
 
-def test_a_protocol_error_is_one(server: RunningServer, bundle: Path) -> None:
+def test_protocol_error_of_the_server_raises_protocol_error(server: RunningServer, bundle: Path) -> None:
     """What a device raises when the server says that it broke the rules."""
     with Connection(server.url) as connection:
         connection._socket.send(encode(hello()))

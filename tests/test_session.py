@@ -91,7 +91,7 @@ def refuses(session: Session, act: Callable[[], object], kind: type[ProtocolErro
 # -- whole conversations ---------------------------------------------------------------------------------
 
 
-def test_a_whole_run() -> None:
+def test_whole_run_is_legal() -> None:
     pair = Pair(c.opening(kill_revive=c.NONE_NEED_BE_ACTIVE))
     states = [b"\1\1", b"\0\1", b"\1\0", b"\0\0"]
     for step, units in enumerate(states):
@@ -122,7 +122,7 @@ def test_round_trips_are_counted_where_one_side_waits() -> None:
 
 
 @pytest.mark.parametrize("when", range(2))
-def test_the_next_micro_batch_may_overtake_the_signal(when: int) -> None:
+def test_next_micro_batch_may_come_before_the_signal(when: int) -> None:
     pair = Pair([*c.opening(), *c.forward(), *c.backward(), c.report(0)])
     rest = [c.embeddings(1), c.group_input(1), c.group_delta(1)]
     for message in rest[:when]:
@@ -170,7 +170,7 @@ MIDDLE: dict[str, list[m.AnyMessage]] = {
 
 
 @pytest.mark.parametrize("place", MIDDLE)
-def test_no_signal_in_the_middle_of_a_micro_batch(place: str) -> None:
+def test_signal_in_the_middle_of_a_micro_batch_is_refused(place: str) -> None:
     """No conversation of honest sides leads there, as groups wait for signals: so the device's session is told."""
     pair = Pair([*c.opening(), c.embeddings(), *MIDDLE[place]])
     for side in pair.sides.values():
@@ -191,7 +191,7 @@ def test_no_signal_in_the_middle_of_a_micro_batch(place: str) -> None:
         (c.NONE_NEED_BE_ACTIVE, b"\0\0", True),
     ],
 )
-def test_no_signal_kills_more_than_the_device_allows(config: KillReviveConfig, units: bytes, fits: bool) -> None:
+def test_signal_that_kills_too_many_units_is_refused(config: KillReviveConfig, units: bytes, fits: bool) -> None:
     """A server that means harm cannot silence a device's adapters, or those that it pinned."""
     pair = Pair([*c.opening(kill_revive=config), c.report()])
     if fits:
@@ -267,7 +267,7 @@ def test_an_error_closes_from_every_state(state: State, sender: Role) -> None:
 
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize("state", State)
-def test_what_the_table_does_not_name_is_refused_on_both_sides(state: State, role: Role) -> None:
+def test_message_not_in_the_state_table_is_refused_on_both_sides(state: State, role: Role) -> None:
     allowed = {kind: who for kind, (who, _) in TRANSITIONS[state].items()}
     for kind, message in ONE_OF_EACH.items():
         if kind is m.Error and state is not State.CLOSED:
@@ -298,7 +298,7 @@ def last_of_handshake(state: State, role: Role) -> m.AnyMessage | None:
 
 
 @pytest.mark.parametrize("role", Role)
-def test_a_handshake_that_comes_twice_is_passed_over_after_resuming_as_well(role: Role) -> None:
+def test_repeated_handshake_message_is_ignored_also_after_resuming(role: Role) -> None:
     handshake = Pair(WAYS[State.RESUMED]).sides[role]
     session = Pair(WAYS[State.DELTA]).sides[role]
     opening = c.session_opened() if role is E else c.open_session()
@@ -319,14 +319,14 @@ def refuses_endless_repeats(listener: Session, frame: bytearray) -> None:
 
 
 @pytest.mark.parametrize("role", Role)
-def test_a_handshake_again_and_again_is_refused(role: Role) -> None:
+def test_endless_repeated_handshake_is_refused(role: Role) -> None:
     hello, welcome = WAYS[State.GREETED]
     listener = Pair(WAYS[State.GREETED]).sides[role]
     refuses_endless_repeats(listener, encode(welcome if role is E else hello))
 
 
 @pytest.mark.parametrize("role", Role)
-def test_a_frame_again_and_again_is_refused_until_a_new_one_comes(role: Role) -> None:
+def test_endless_repeated_frame_is_refused(role: Role) -> None:
     pair = Pair(c.opening())
     heard: dict[Role, bytearray] = {}
 
@@ -431,7 +431,7 @@ def test_wrong_content_is_refused_with_its_code(state: State, message: m.AnyMess
         refuses(pair.sides[sender], lambda: pair.sides[sender].send(message), LocalProtocolError)
 
 
-def test_without_packing_each_sequence_counts_as_the_longest() -> None:
+def test_sequences_count_as_the_longest_without_packing() -> None:
     lengths = [5, 1, 1, 1]  # 8 tokens, or 20 with padding; 16 fit
     long = c.embeddings(hidden_states=f(8, W), sequence_lengths=ints(lengths), label_positions=ints([0, 2]))
     for mode in ("train", "evaluate"):
@@ -498,7 +498,7 @@ def test_every_active_group_is_promised_its_gradients(gradients: int) -> None:
     pair.say(c.labelled(1, gradients=2))
 
 
-def test_parallel_blocks_with_units_of_one_group() -> None:
+def test_parallel_blocks_exchange_gradients_in_any_order() -> None:
     """Where groups stand side by side, the first may have no gradient while a later one has, and in any order."""
     config = KillReviveConfig(active_fraction=0.3, unit="group")
     opening = [*c.opening(kill_revive=config)[:-1], c.session_opened(b"\1\1\1")]

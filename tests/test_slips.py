@@ -37,7 +37,7 @@ def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     {"alpha": "nan"}, {"alpha": 0}, {"alpha": "inf"}, {"lr": "inf"}, {"steps": 10**12}, {"seed": 2**32},
     {"rank": 10**6}, {"threads": 10**6}, {"warmup": "inf"}, {"kr_kill_every": 10**10},
 ], ids=str)  # fmt: skip
-def test_numbers_that_cannot_be_meant(place: Place, tmp_path: Path, option: dict[str, object]) -> None:
+def test_out_of_range_numbers_are_usage_errors(place: Place, tmp_path: Path, option: dict[str, object]) -> None:
     done = run_edge(*place.train(tmp_path / "out", **option))
     assert done.code == UsageError.exit_code, done.stderr
     assert f"--{next(iter(option)).replace('_', '-')}" in done.stderr
@@ -46,7 +46,7 @@ def test_numbers_that_cannot_be_meant(place: Place, tmp_path: Path, option: dict
 
 
 @pytest.mark.parametrize("epochs", [math.inf, 1e300])
-def test_more_epochs_than_a_run_may_have(epochs: float) -> None:
+def test_too_many_epochs_are_a_usage_error(epochs: float) -> None:
     with pytest.raises(UsageError, match="--epochs"):
         total_steps(random_dataset(VOCABULARY), epochs=epochs, steps=None, batch_size=4, grad_accum=1)
 
@@ -54,13 +54,13 @@ def test_more_epochs_than_a_run_may_have(epochs: float) -> None:
 @pytest.mark.parametrize(("device", "gpus", "text"), [
     ("gpu", 1, "write cpu"), ("cuda:x", 1, "write cpu"), ("cuda", 0, "no CUDA device"), ("cuda:2", 2, "cuda:0"),
 ])  # fmt: skip
-def test_a_device_that_is_not_there(device: str, gpus: int, text: str) -> None:
+def test_missing_torch_device_is_a_usage_error(device: str, gpus: int, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         check_device(device, gpus)
     check_device("cpu", gpus)
 
 
-def test_out_is_taken(place: Place, tmp_path: Path) -> None:
+def test_out_that_holds_something_else_is_refused(place: Place, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert_fails(run_edge(*place.train(tmp_path / "file")), UsageError.exit_code, "is a file", "--out")
     adapter = tmp_path / "adapter"
@@ -71,7 +71,7 @@ def test_out_is_taken(place: Place, tmp_path: Path) -> None:
     assert (adapter / "adapter_model.safetensors").read_bytes() == b"somebody's work"
 
 
-def test_two_runs_into_one_out(place: Place, tmp_path: Path) -> None:
+def test_second_run_in_the_same_directory_is_refused(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with locked(out):
@@ -79,7 +79,7 @@ def test_two_runs_into_one_out(place: Place, tmp_path: Path) -> None:
     assert run_edge(*place.train(out)).code == 0
 
 
-def test_an_init_adapter_that_is_not_all_used_is_told(place: Place, tmp_path: Path) -> None:
+def test_partly_used_init_adapter_gives_a_warning(place: Place, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert run_edge(*place.train(first)).code == 0
     kept = place.train(second, init_adapter=first, active_fraction=0.3, kr_score="last")
@@ -90,7 +90,7 @@ def test_an_init_adapter_that_is_not_all_used_is_told(place: Place, tmp_path: Pa
     assert describe(second)["blocks"] == str(BLOCKS - 1)
 
 
-def test_held_out_data_over_the_servers_limits(place: Place, tmp_path: Path) -> None:
+def test_held_out_data_beyond_the_servers_limits_are_an_error(place: Place, tmp_path: Path) -> None:
     """As for training data: exit code 3, and what to do. The server takes 64 tokens a sequence, 70 a micro-batch."""
     long, many = tmp_path / "long.jsonl", tmp_path / "many.jsonl"
     long.write_text(json.dumps({"text": "w1 " * 80}))

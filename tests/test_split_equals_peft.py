@@ -25,7 +25,9 @@ LOSS_TOLERANCE = 1e-5
 @pytest.mark.parametrize(
     "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE_FAMILIES)]
 )
-def test_gradients_of_every_family(family: str, targets: tuple[str, ...], tiny: TinyFactory) -> None:
+def test_gradients_match_the_whole_model_in_every_family(
+    family: str, targets: tuple[str, ...], tiny: TinyFactory
+) -> None:
     bundle = tiny(family, head_dtype="fp32").bundle
     dataset = random_dataset(VOCABULARY)
     run = config(grad_accum=2, target_modules=targets)

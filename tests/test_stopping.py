@@ -17,10 +17,10 @@ from tiny import TinyFactory
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.held_out import EVALUATIONS
-from dlora.edge.run.report import Reporter
+from dlora.edge.run.report import Display
 from dlora.edge.run.run import SUMMARY, TrainRun, train
 from dlora.edge.training.checkpoint import list_checkpoints
-from dlora.edge.wire.dialing import Dialing, Retry
+from dlora.edge.wire.dialing import ConnectSettings, Retry
 from dlora.protocol.errors import StoppedError
 
 STEPS = 6
@@ -37,21 +37,21 @@ def server(tiny: TinyFactory) -> Iterator[RunningServer]:
         yield running
 
 
-def test_a_step_that_is_lost_again_and_again(
+def test_stop_works_while_each_step_loses_its_session(
     server: RunningServer, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is there each time, so that no pause is ever due; and each time it knows nothing of the session."""
     lost = 0
-    dialing = Dialing(retry=Retry(max_s=None), should_stop=lambda: lost == 3)
-    with training(bundle, server.url, config(), random_dataset(VOCABULARY), dialing) as trainer:
+    connecting = ConnectSettings(retry=Retry(max_s=None), should_stop=lambda: lost == 3)
+    with training(bundle, server.url, config(), random_dataset(VOCABULARY), connecting) as trainer:
         forward = trainer.model._compute.forward
 
         def lose_the_session(*given: Any, **more: Any) -> Any:
             nonlocal lost
             lost += 1
             assert lost < 10, "it was asked to stop"
-            trainer.connection._token = bytes(32)
-            trainer.connection._hang_up()
+            trainer.connection._resume_token = bytes(32)
+            trainer.connection._disconnect()
             return forward(*given, **more)
 
         monkeypatch.setattr(trainer.model._compute, "forward", lose_the_session)
@@ -60,7 +60,7 @@ def test_a_step_that_is_lost_again_and_again(
         assert (trainer.next_step, trainer.steps_rerun) == (0, 2)
 
 
-class Stopping(Reporter):
+class Stopping(Display):
     """Asks the run to stop, as a user does, in the first batch of one evaluation."""
 
     def __init__(self, when: str = "") -> None:
@@ -106,13 +106,13 @@ def whole(server: RunningServer, bundle: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize(("when", "saved"), [("before", []), ("at step 2", [2]), ("at step 4", [4]), ("after", [6, 4])])
-def test_an_evaluation_is_given_up_and_made_up_for(
+def test_stopped_evaluation_is_made_again_at_resume(
     server: RunningServer, bundle: Path, whole: Path, when: str, saved: list[int], tmp_path: Path
 ) -> None:
-    reporter = Stopping(when)
+    display = Stopping(when)
     with pytest.raises(StoppedError, match="dlora-edge resume"):
-        train(run(server, bundle, tmp_path), reporter)
-    assert reporter.batches_after == 1
+        train(run(server, bundle, tmp_path), display)
+    assert display.batches_after == 1
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == saved
     assert (tmp_path / "adapter_model.safetensors").exists() == bool(saved)
     summary = train(run(server, bundle, tmp_path, resume=True), Stopping())
@@ -124,9 +124,9 @@ def test_an_evaluation_is_given_up_and_made_up_for(
 
 def test_a_finished_run_keeps_its_summary(server: RunningServer, bundle: Path, whole: Path) -> None:
     before, summary = evaluations(whole), (whole / SUMMARY).read_bytes()
-    reporter = Stopping()
-    assert train(run(server, bundle, whole, resume=True), reporter) == json.loads(summary)
-    assert "this run is finished" in reporter.said
+    display = Stopping()
+    assert train(run(server, bundle, whole, resume=True), display) == json.loads(summary)
+    assert "this run is finished" in display.said
     assert (evaluations(whole), (whole / SUMMARY).read_bytes()) == (before, summary)
 
 
@@ -150,7 +150,7 @@ def test_a_damaged_evaluation_is_left_out(server: RunningServer, bundle: Path, t
     path = tmp_path / EVALUATIONS
     _, at_2 = path.read_bytes().splitlines()
     path.write_bytes(damage + b"\n" + at_2 + b"\n")
-    reporter = Stopping()
-    train(run(server, bundle, tmp_path, resume=True), reporter)
-    assert reporter.said.count("has a damaged line") == 1
+    display = Stopping()
+    train(run(server, bundle, tmp_path, resume=True), display)
+    assert display.said.count("has a damaged line") == 1
     assert [row["step"] for row in evaluations(tmp_path)] == [2, 4, 6]

@@ -25,7 +25,7 @@ from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.patience import LONGEST_S, Patience
 from dlora.edge.training.trainer import Trainer
-from dlora.edge.wire.dialing import Dialing, Retry
+from dlora.edge.wire.dialing import ConnectSettings, Retry
 from dlora.protocol.errors import RefusedError
 
 SECRET_TEXT = "w11 w12 w13 w14"
@@ -89,7 +89,7 @@ def refused(done: Finished, code: int, *words: str) -> None:
         assert word in done.errors[0]
 
 
-def test_with_a_token_it_trains(place: Place, tmp_path: Path) -> None:
+def test_device_with_a_token_trains(place: Place, tmp_path: Path) -> None:
     token = place.token("phone")
     done = place.train(tmp_path / "out", "--token-file", token)
     assert done.code == 0, done.stderr
@@ -99,18 +99,18 @@ def test_with_a_token_it_trains(place: Place, tmp_path: Path) -> None:
         assert secret not in log
 
 
-def test_without_a_token(place: Place, tmp_path: Path) -> None:
+def test_device_without_token_is_refused(place: Place, tmp_path: Path) -> None:
     refused(place.train(tmp_path / "out"), 8, "refused", "no token", "--token-file")
     assert "127.0.0.1 refused: token_missing" in place.cloud.log.read_text()
 
 
-def test_a_wrong_token(place: Place, tmp_path: Path) -> None:
+def test_wrong_token_is_refused(place: Place, tmp_path: Path) -> None:
     made_up = "dlora_0badcafe_" + "A" * 43
     refused(place.train(tmp_path / "out", DLORA_TOKEN=made_up), 8, "not one of this server's")
     assert "127.0.0.1 refused: token_wrong" in place.cloud.log.read_text()
 
 
-def test_a_token_in_the_urls_query(place: Place) -> None:
+def test_token_in_the_url_is_refused(place: Place) -> None:
     """By a program of somebody's own: refused although it is valid, and nowhere repeated, for logs have it by now."""
     token = place.token("careless").read_text().strip()
     context = ssl.create_default_context(cafile=place.ca)
@@ -128,7 +128,7 @@ def test_a_token_in_the_urls_query(place: Place) -> None:
     assert token.rpartition("_")[2] not in place.cloud.log.read_text()
 
 
-def test_a_token_that_has_expired(place: Place, tmp_path: Path) -> None:
+def test_expired_token_is_refused(place: Place, tmp_path: Path) -> None:
     token = place.token("guest", "--expires", "30m")
     # Half an hour later: an expiry is a row in the table.
     import sqlite3
@@ -141,7 +141,7 @@ def test_a_token_that_has_expired(place: Place, tmp_path: Path) -> None:
     assert "of guest is expired" in log
 
 
-def test_a_token_that_was_revoked_while_the_server_runs(place: Place, tmp_path: Path) -> None:
+def test_revoked_token_is_refused_while_the_server_runs(place: Place, tmp_path: Path) -> None:
     token = place.token("lost-phone")
     assert place.train(tmp_path / "out", "--token-file", token).code == 0
     place.cloud_command("token", "revoke", "lost-phone")
@@ -151,7 +151,7 @@ def test_a_token_that_was_revoked_while_the_server_runs(place: Place, tmp_path: 
     assert token.read_text().strip() not in json.dumps(listed)
 
 
-def test_a_certificate_of_somebody_else(place: Place, tmp_path: Path) -> None:
+def test_unknown_server_certificate_is_refused(place: Place, tmp_path: Path) -> None:
     other = trustme.CA()
     other.cert_pem.write_to_path(str(tmp_path / "other.pem"))
     token = place.token("careful")
@@ -160,7 +160,7 @@ def test_a_certificate_of_somebody_else(place: Place, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("server", ["ws://192.0.2.1:8765", "ws://example.org:8765"])
-def test_a_token_is_not_sent_in_the_clear(place: Place, tmp_path: Path, server: str) -> None:
+def test_token_is_not_sent_unencrypted(place: Place, tmp_path: Path, server: str) -> None:
     done = run_edge(
         "train", "--bundle", place.bundle, "--server", server, "--data", place.directory / "data.jsonl",
         "--out", tmp_path / "out", "--token-file", place.token("shy"),
@@ -177,7 +177,7 @@ def test_a_token_is_not_sent_in_the_clear(place: Place, tmp_path: Path, server: 
     ],
     ids=["plain", "plain IPv6", "TLS, but everybody"],
 )
-def test_a_network_is_not_listened_on_without_protection(
+def test_server_refuses_a_network_without_protection(
     place: Place, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     filled = [option.format(cert=place.directory / "server.pem", empty=tmp_path) for option in options]
@@ -195,7 +195,7 @@ def base(tiny: TinyFactory) -> BaseModel:
 
 
 STEPS = 5
-PATIENT = Dialing(retry=Retry(max_s=None))
+PATIENT = ConnectSettings(retry=Retry(max_s=None))
 
 
 def undisturbed(place: Place, base: BaseModel) -> dict[str, np.ndarray]:
@@ -234,12 +234,12 @@ def test_a_device_above_its_quota_waits_and_ends_with_the_same_bits(
 ) -> None:
     wanted = undisturbed(place, base)
     clock = PassingClock()
-    dialing = Dialing(retry=Retry(max_s=None), clock=clock, sleep=clock.sleep)
+    connecting = ConnectSettings(retry=Retry(max_s=None), clock=clock, sleep=clock.sleep)
     patience = Patience(idle_s=LONGEST_S, step_s=LONGEST_S)  # an hour may pass here in no time
     caplog.set_level(logging.INFO, "dlora.cloud")
     with (
         serving(base, quotas=limits, clock=clock, patience=patience) as server,
-        training(place.bundle, server.url, run(), data(), dialing=dialing) as trainer,
+        training(place.bundle, server.url, run(), data(), connecting=connecting) as trainer,
     ):
         found = after_all_steps(trainer)
         assert trainer.connection.reconnects > 0
@@ -251,7 +251,7 @@ def test_a_device_above_its_quota_waits_and_ends_with_the_same_bits(
     assert "127.0.0.1" in caplog.text
 
 
-def test_a_device_that_does_not_wait_is_told_the_code_and_when_to_come_again(place: Place, base: BaseModel) -> None:
+def test_refusal_over_quota_has_code_and_retry_time(place: Place, base: BaseModel) -> None:
     with (
         serving(base, quotas=QuotaLimits(tokens_per_minute=40)) as server,
         training(place.bundle, server.url, run(), data()) as trainer,
@@ -268,10 +268,12 @@ def test_a_device_that_does_not_wait_is_told_the_code_and_when_to_come_again(pla
     [(QuotaLimits(tokens_per_minute=4), "quota_tokens"), (QuotaLimits(live_bytes=100), "quota_live_bytes")],
     ids=["tokens", "live bytes"],
 )
-def test_what_can_never_fit_is_refused_for_good(place: Place, base: BaseModel, limits: QuotaLimits, code: str) -> None:
+def test_micro_batch_beyond_the_quota_is_refused_for_good(
+    place: Place, base: BaseModel, limits: QuotaLimits, code: str
+) -> None:
     with (
         serving(base, quotas=limits) as server,
-        training(place.bundle, server.url, run(), data(), dialing=PATIENT) as trainer,
+        training(place.bundle, server.url, run(), data(), connecting=PATIENT) as trainer,
         pytest.raises(RefusedError, match="--batch-size") as told,
     ):
         trainer.run_step()
@@ -285,14 +287,14 @@ def test_a_device_that_only_reports_is_charged_for_it(place: Place, base: BaseMo
     ):
         scores = np.ones(len(trainer.connection.session.units), np.float32)
         trainer.session.report(scores)
-        trainer.session.settle()
+        trainer.session.wait_for_signal()
         trainer.session.report(scores)
         with pytest.raises(RefusedError) as told:
-            trainer.session.settle()
+            trainer.session.wait_for_signal()
     assert (told.value.code, told.value.retryable) == ("quota_compute", True)
 
 
-def test_more_sessions_than_a_device_may_have(place: Place, base: BaseModel) -> None:
+def test_too_many_sessions_of_a_device_are_refused(place: Place, base: BaseModel) -> None:
     with (
         serving(base, quotas=QuotaLimits(sessions=1)) as server,
         training(place.bundle, server.url, run(), data()) as first,

@@ -26,7 +26,7 @@ def names_of(groups: tuple[GroupSpec, ...]) -> list[str]:
     return [target.name for group in groups for target in group.targets]
 
 
-def test_a_bundle_lists_all_that_can_be_trained(tiny: TinyFactory, llama: Manifest) -> None:
+def test_bundle_lists_all_trainable_modules(tiny: TinyFactory, llama: Manifest) -> None:
     base = tiny().base
     assert llama.groups == choose_groups(llama, ["all-linear"]) == base.groups(base.targets)
     assert llama.defaults == AdapterDefaults(4, 8.0, ("q_proj", "v_proj"))
@@ -34,7 +34,7 @@ def test_a_bundle_lists_all_that_can_be_trained(tiny: TinyFactory, llama: Manife
     assert {graph.key for graph in llama.graphs if graph.kind == "adapter_forward"} == {f"{i}x{o}" for i, o in wanted}
 
 
-def test_the_default(llama: Manifest) -> None:
+def test_default_target_modules_are_chosen(llama: Manifest) -> None:
     groups = choose_groups(llama)
     assert groups == choose_groups(llama, ["v_proj", "q_proj"])
     assert [name.rpartition(".")[2] for name in names_of(groups)] == ["q_proj", "v_proj"] * 2
@@ -47,11 +47,11 @@ def test_the_default(llama: Manifest) -> None:
     (["model.layers.1.mlp.up_proj"], [], ["model.layers.1.mlp.up_proj"]),
     (["0.mlp.up_proj", "0.mlp.gate_proj"], [], ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]),
 ], ids=str)  # fmt: skip
-def test_names_and_blocks(llama: Manifest, names: list[str], blocks: list[int], found: list[str]) -> None:
+def test_names_and_blocks_select_groups(llama: Manifest, names: list[str], blocks: list[int], found: list[str]) -> None:
     assert names_of(choose_groups(llama, names, blocks)) == found
 
 
-def test_units_are_counted_among_the_chosen(llama: Manifest) -> None:
+def test_units_are_numbered_among_the_chosen_groups(llama: Manifest) -> None:
     groups = choose_groups(llama, ["all-linear"], [1])
     assert group_units(groups, "block") == (tuple(range(len(groups))),)
     assert group_units(groups, "group") == tuple((index,) for index in range(len(groups)))
@@ -65,13 +65,13 @@ def test_units_are_counted_among_the_chosen(llama: Manifest) -> None:
     (["q_proj"], [0, 7], "nothing to train in block 7; blocks are 0-1"),
     (["layers.0.mlp.up_proj"], [1], "no module layers.0.mlp.up_proj in the blocks 1; --target-modules can be"),
 ], ids=str)  # fmt: skip
-def test_what_selects_nothing(llama: Manifest, names: list[str], blocks: list[int], said: str) -> None:
+def test_selection_of_nothing_is_a_usage_error(llama: Manifest, names: list[str], blocks: list[int], said: str) -> None:
     with pytest.raises(UsageError, match=said) as refused:
         choose_groups(llama, names, blocks)
     assert "\n" not in str(refused.value)
 
 
-def test_a_default_may_name_what_this_model_lacks(llama: Manifest) -> None:
+def test_default_may_name_a_missing_module(llama: Manifest) -> None:
     """PEFT's choice for an architecture does; what the user names must be there."""
     defaults = AdapterDefaults(8, 16.0, ("q_proj", "c_attn"))
     assert choose_groups(msgspec.structs.replace(llama, defaults=defaults)) == choose_groups(llama, ["q_proj"])
@@ -79,7 +79,7 @@ def test_a_default_may_name_what_this_model_lacks(llama: Manifest) -> None:
         choose_groups(msgspec.structs.replace(llama, defaults=AdapterDefaults(8, 16.0, ("c_attn",))))
 
 
-def test_groups_of_an_adapter(llama: Manifest) -> None:
+def test_groups_of_an_adapter_have_its_modules_only(llama: Manifest) -> None:
     """Its own modules, and no others of their groups; of another model's there is nothing."""
     names = ["model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj", "transformer.h.0.c_attn"]
     assert names_of(groups_of(llama, names)) == [names[1], names[0]]
@@ -106,7 +106,7 @@ INTERLEAVED = {"falcon", "cohere", "cohere2", "phi", "qwen2_moe", "qwen3_next"}
 """Between two modules that share an input, one of another group runs."""
 
 
-def test_many_names_are_read_at_once(llama: Manifest) -> None:
+def test_many_names_are_matched_quickly(llama: Manifest) -> None:
     groups = tuple(GroupSpec(block, 4, (TargetSpec(FUSED.format(block), 4),)) for block in range(3000))
     large = msgspec.structs.replace(llama, groups=groups)
     assert choose_groups(large, [FUSED.format(block) for block in range(100)]) == groups[:100]
@@ -114,7 +114,7 @@ def test_many_names_are_read_at_once(llama: Manifest) -> None:
     assert choose_groups(msgspec.structs.replace(large, defaults=defaults)) == groups
 
 
-def test_how_names_and_numbers_are_shown(llama: Manifest) -> None:
+def test_module_names_and_number_ranges_are_short(llama: Manifest) -> None:
     assert module_names(llama.groups[:1]) == ["k_proj", "q_proj", "v_proj"]
     assert number_ranges({0, 1, 2, 5}) == "0-2,5"
     assert number_ranges([]) == ""

@@ -14,7 +14,7 @@ from dlora.cloud.serving.ticket_key import KEY_BYTES, load_key
 from dlora.protocol.errors import StorageError
 
 
-def test_it_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
+def test_key_is_made_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     key = load_key(tmp_path / "new" / "state")
     assert len(key) == KEY_BYTES
     assert load_key(tmp_path / "new" / "state") == key
@@ -23,7 +23,7 @@ def test_it_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 31, 33])
-def test_one_that_is_not_whole_signs_nothing(size: int, tmp_path: Path) -> None:
+def test_key_of_wrong_size_is_an_error(size: int, tmp_path: Path) -> None:
     path = tmp_path / "ticket.key"
     path.write_bytes(bytes(size))
     with pytest.raises(StorageError, match=f"has {size} bytes"):
@@ -31,7 +31,7 @@ def test_one_that_is_not_whole_signs_nothing(size: int, tmp_path: Path) -> None:
     assert path.read_bytes() == bytes(size)
 
 
-def test_of_two_servers_that_begin_together_both_get_the_first_ones(
+def test_two_servers_that_start_together_share_one_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first: list[bytes] = []
@@ -47,7 +47,7 @@ def test_of_two_servers_that_begin_together_both_get_the_first_ones(
     assert [path.name for path in tmp_path.iterdir()] == ["ticket.key"]
 
 
-def test_it_has_its_name_only_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_file_appears_only_after_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
@@ -57,7 +57,7 @@ def test_it_has_its_name_only_when_it_is_on_the_disk(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_that_cannot_sync_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_is_made_where_directories_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sync = os.fsync
 
     def fail_for_directories(descriptor: int) -> None:

@@ -23,7 +23,7 @@ from websockets.sync.client import connect
 
 from dlora.cloud.door.access import Access, AccessDeniedError
 from dlora.cloud.door.tls import check_exposure, server_context
-from dlora.cloud.door.tokens import TokenStore
+from dlora.cloud.door.tokens import BearerTokenStore
 from dlora.edge.wire.credentials import Credentials, refusal_in, tls_failure
 from dlora.protocol.errors import UsageError
 from dlora.protocol.loopback import is_loopback
@@ -125,12 +125,12 @@ def failure(port: int, credentials: Credentials) -> str:
 
 
 @pytest.fixture
-def tokens(tmp_path: Path) -> TokenStore:
-    return TokenStore(tmp_path / "tokens.sqlite")
+def tokens(tmp_path: Path) -> BearerTokenStore:
+    return BearerTokenStore(tmp_path / "tokens.sqlite")
 
 
 class TestConnections:
-    def test_a_trusted_server_and_a_valid_token(self, pki: Path, tokens: TokenStore) -> None:
+    def test_trusted_server_and_valid_token_connect(self, pki: Path, tokens: BearerTokenStore) -> None:
         token = tokens.create("phone", None)
         with serving(server_context(pki / "server.pem", pki / "server.key"), Access(tokens, required=True)) as port:
             assert call(port, Credentials(token, ca=pki / "ca.pem")) == "phone"
@@ -153,7 +153,7 @@ class TestConnections:
             ("elsewhere", "ca.pem", "IP address mismatch"),
         ],
     )
-    def test_a_server_that_is_not_to_be_trusted(self, pki: Path, server: str, ca: str | None, words: str) -> None:
+    def test_untrusted_server_is_refused(self, pki: Path, server: str, ca: str | None, words: str) -> None:
         context = server_context(pki / f"{server}.pem", pki / f"{server}.key")
         with serving(context, Access(None, required=False)) as port:
             for insecure in (False, True):
@@ -162,7 +162,7 @@ class TestConnections:
                 assert "not to be trusted" in line
                 assert words in line
 
-    def test_client_certificates(self, pki: Path) -> None:
+    def test_client_certificates_are_checked(self, pki: Path) -> None:
         context = server_context(pki / "server.pem", pki / "server.key", pki / "ca.pem")
         with serving(context, Access(None, required=True)) as port:
             ca = pki / "ca.pem"
@@ -180,14 +180,14 @@ class TestConnections:
                 call(port, forged)
             assert call(port, good) == "phone"
 
-    def test_a_strangers_certificate_is_named_where_the_handshake_tells(self, pki: Path) -> None:
+    def test_unknown_client_certificate_is_named_in_the_error(self, pki: Path) -> None:
         context = server_context(pki / "server.pem", pki / "server.key", pki / "ca.pem")
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         with serving(context, Access(None, required=True)) as port:
             forged = Credentials(ca=pki / "ca.pem", client_cert=pki / "stranger-both.pem")
             assert "does it not trust --client-cert?" in failure(port, forged)
 
-    def test_tls_to_a_plain_server_and_plain_to_a_tls_server(self, pki: Path) -> None:
+    def test_tls_and_plain_mismatch_is_explained(self, pki: Path) -> None:
         with serving(None, Access(None, required=False)) as port:
             assert "is it ws://" in failure(port, Credentials(ca=pki / "ca.pem"))
         context = server_context(pki / "server.pem", pki / "server.key")
@@ -230,7 +230,9 @@ class TestFiles:
             ("server.pem", "server.key", "none.pem", "--tls-client-ca .* cannot be read"),
         ],
     )
-    def test_the_servers(self, pki: Path, cert: str, key: str | None, client_ca: str | None, words: str) -> None:
+    def test_invalid_server_certificate_files_are_usage_errors(
+        self, pki: Path, cert: str, key: str | None, client_ca: str | None, words: str
+    ) -> None:
         with pytest.raises(UsageError, match=words):
             server_context(pki / cert, key and pki / key, client_ca and pki / client_ca)
 
@@ -249,12 +251,14 @@ class TestFiles:
             ({"client_cert": "garbage.pem", "client_key": "device.key"}, "is not in PEM form"),
         ],
     )
-    def test_the_devices(self, pki: Path, files: dict[str, str], words: str) -> None:
+    def test_invalid_device_certificate_files_are_usage_errors(
+        self, pki: Path, files: dict[str, str], words: str
+    ) -> None:
         credentials = Credentials.load(environment={}, **{name: pki / file for name, file in files.items()})
         with pytest.raises(UsageError, match=words):
             credentials.ssl_context("wss://h")
 
-    def test_tls_options_without_tls(self, pki: Path) -> None:
+    def test_tls_options_without_tls_are_usage_errors(self, pki: Path) -> None:
         assert Credentials().ssl_context("ws://h") is None
         with pytest.raises(UsageError, match="for wss://"):
             Credentials(ca=pki / "ca.pem").ssl_context("ws://h")
@@ -265,7 +269,7 @@ class TestFiles:
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST", "127.0.0.1", "127.8.9.10", "::1", "[::1]", "::ffff:127.0.0.1"]
 )
-def test_loopback(host: str) -> None:
+def test_loopback_needs_no_protection(host: str) -> None:
     assert is_loopback(host)
     check_exposure(host, tls=False, authenticated=False, insecure=False)
 
@@ -274,7 +278,7 @@ def test_loopback(host: str) -> None:
     "host",
     ["", "0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "127.0.0.1.nip.io", "0x7f.1", "127"],
 )
-def test_the_open_net_wants_tls_and_a_token(host: str) -> None:
+def test_network_needs_tls_and_a_token(host: str) -> None:
     assert not is_loopback(host)
     with pytest.raises(UsageError, match="--tls-cert"):
         check_exposure(host, tls=False, authenticated=True, insecure=False)

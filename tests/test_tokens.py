@@ -18,7 +18,7 @@ from small_disk import remount_read_only, small_disk
 from typer.testing import CliRunner
 
 from dlora.cloud.commands.tokens import app, parse_lifetime
-from dlora.cloud.door.tokens import TokenStore
+from dlora.cloud.door.tokens import BearerTokenStore
 from dlora.protocol.errors import RefusedError, StorageError, UsageError
 from dlora.protocol.messages import ErrorCode
 
@@ -41,11 +41,11 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> TokenStore:
-    return TokenStore(tmp_path / "state" / "tokens.sqlite", clock)
+def store(tmp_path: Path, clock: Clock) -> BearerTokenStore:
+    return BearerTokenStore(tmp_path / "state" / "tokens.sqlite", clock)
 
 
-def refusal(store: TokenStore, token: str) -> str:
+def refusal(store: BearerTokenStore, token: str) -> str:
     with pytest.raises(RefusedError) as caught:
         store.verify(token)
     assert not caught.value.retryable
@@ -53,7 +53,7 @@ def refusal(store: TokenStore, token: str) -> str:
     return caught.value.code
 
 
-def test_a_token_has_256_random_bits_and_names_its_device(store: TokenStore) -> None:
+def test_a_token_has_256_random_bits_and_names_its_device(store: BearerTokenStore) -> None:
     first, second = store.create("phone", DAY_S), store.create("phone", None)
     assert re.fullmatch(r"dlora_[0-9a-f]{8}_[A-Za-z0-9_-]{43}", first)
     assert first.split("_", 2)[2] != second.split("_", 2)[2]
@@ -61,14 +61,14 @@ def test_a_token_has_256_random_bits_and_names_its_device(store: TokenStore) -> 
     assert store.verify(first).id == first.split("_")[1]
 
 
-def test_the_secret_is_nowhere_in_the_file_and_the_file_is_its_owners(store: TokenStore) -> None:
+def test_the_secret_is_nowhere_in_the_file_and_the_file_is_its_owners(store: BearerTokenStore) -> None:
     secret = store.create("phone", None).split("_", 2)[2]
     assert secret.encode() not in store.path.read_bytes()
     assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
     assert [path.name for path in store.path.parent.iterdir()] == ["tokens.sqlite"]
 
 
-def test_every_other_secret_is_wrong(store: TokenStore) -> None:
+def test_every_other_secret_is_wrong(store: BearerTokenStore) -> None:
     token, other = store.create("phone", None), store.create("tablet", None)
     swapped = token[:15] + other[15:]
     for wrong in (
@@ -86,14 +86,14 @@ def test_every_other_secret_is_wrong(store: TokenStore) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 20, 41])
-def test_another_character_makes_it_wrong(store: TokenStore, position: int) -> None:
+def test_another_character_makes_it_wrong(store: BearerTokenStore, position: int) -> None:
     token = store.create("phone", None)
     at = 15 + position
     changed = token[:at] + ("A" if token[at] != "A" else "B") + token[at + 1 :]
     assert refusal(store, changed) == ErrorCode.TOKEN_WRONG
 
 
-def test_an_unknown_id_costs_the_same_comparison(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_id_takes_the_same_comparison(store: BearerTokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     token = store.create("phone", None)
     compared: list[tuple[int, int]] = []
 
@@ -109,7 +109,7 @@ def test_an_unknown_id_costs_the_same_comparison(store: TokenStore, monkeypatch:
     assert compared == [(32, 32)] * 2
 
 
-def test_it_expires_to_the_second(store: TokenStore, clock: Clock) -> None:
+def test_token_expires_to_the_second(store: BearerTokenStore, clock: Clock) -> None:
     token, eternal = store.create("phone", 60), store.create("phone", None)
     clock.now += 59.5
     store.verify(token)
@@ -119,8 +119,8 @@ def test_it_expires_to_the_second(store: TokenStore, clock: Clock) -> None:
     store.verify(eternal)
 
 
-def test_revoked_goes_before_expired_and_only_the_right_secret_learns_of_either(
-    store: TokenStore, clock: Clock
+def test_only_the_right_secret_learns_that_a_token_is_revoked_or_expired(
+    store: BearerTokenStore, clock: Clock
 ) -> None:
     token = store.create("phone", 60)
     clock.now += 61
@@ -129,7 +129,7 @@ def test_revoked_goes_before_expired_and_only_the_right_secret_learns_of_either(
     assert refusal(store, token[:15] + "A" * 43) == ErrorCode.TOKEN_WRONG
 
 
-def test_revoking_a_device_takes_all_its_tokens_and_an_id_takes_one(store: TokenStore) -> None:
+def test_revoking_a_device_takes_all_its_tokens_and_an_id_takes_one(store: BearerTokenStore) -> None:
     tokens = [store.create("phone", None) for _ in range(3)]
     kept = store.create("tablet", None)
     assert store.revoke(tokens[0].split("_")[1]) == 1
@@ -141,7 +141,7 @@ def test_revoking_a_device_takes_all_its_tokens_and_an_id_takes_one(store: Token
     store.verify(kept)
 
 
-def test_any_stays_true_when_the_last_token_is_revoked(store: TokenStore) -> None:
+def test_any_stays_true_when_the_last_token_is_revoked(store: BearerTokenStore) -> None:
     assert not store.any()
     store.create("phone", None)
     store.revoke("phone")
@@ -150,26 +150,26 @@ def test_any_stays_true_when_the_last_token_is_revoked(store: TokenStore) -> Non
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a\nb", "-x", "x" * 65, "naïve", "../up"])
-def test_a_device_has_a_name_that_is_fit_for_a_log(store: TokenStore, name: str) -> None:
+def test_a_device_has_a_name_that_is_fit_for_a_log(store: BearerTokenStore, name: str) -> None:
     with pytest.raises(UsageError, match="is no name"):
         store.create(name, None)
     assert not store.any()
 
 
-def test_what_another_process_does_holds_at_once(store: TokenStore) -> None:
+def test_changes_of_another_process_apply_at_once(store: BearerTokenStore) -> None:
     token = store.create("phone", None)
     script = (
-        "import sys; from pathlib import Path; from dlora.cloud.door.tokens import TokenStore; "
-        "store = TokenStore(Path(sys.argv[1])); print(store.revoke('phone')); print(store.create('tablet', None))"
+        "import sys; from pathlib import Path; from dlora.cloud.door.tokens import BearerTokenStore; "
+        "store = BearerTokenStore(Path(sys.argv[1])); print(store.revoke('phone')); print(store.create('tablet', None))"
     )
     done = subprocess.run([sys.executable, "-c", script, store.path], capture_output=True, text=True, check=True)
     revoked, created = done.stdout.split()
     assert revoked == "1"
     assert refusal(store, token) == ErrorCode.TOKEN_REVOKED
-    assert TokenStore(store.path).verify(created).device == "tablet"
+    assert BearerTokenStore(store.path).verify(created).device == "tablet"
 
 
-def test_threads_may_create_and_verify_at_the_same_time(store: TokenStore) -> None:
+def test_threads_may_create_and_verify_at_the_same_time(store: BearerTokenStore) -> None:
     failures: list[Exception] = []
 
     def work(device: str) -> None:
@@ -188,7 +188,7 @@ def test_threads_may_create_and_verify_at_the_same_time(store: TokenStore) -> No
     assert len(store.all()) == 30
 
 
-def test_pruning_the_last_record_does_not_open_the_door(store: TokenStore, clock: Clock) -> None:
+def test_pruning_the_last_record_still_requires_tokens(store: BearerTokenStore, clock: Clock) -> None:
     assert store.prune() == 0
     assert not store.any()  # there never was one
     revoked, expired, valid = store.create("a", None), store.create("b", DAY_S), store.create("c", None)
@@ -201,7 +201,7 @@ def test_pruning_the_last_record_does_not_open_the_door(store: TokenStore, clock
     store.revoke("c")
     assert (store.prune(), store.all()) == (1, [])
     assert store.any()
-    assert TokenStore(store.path).any()  # as a server that starts later
+    assert BearerTokenStore(store.path).any()  # as a server that starts later
     assert refusal(store, valid) == ErrorCode.TOKEN_WRONG
 
 
@@ -212,7 +212,7 @@ def assert_one_line(caught: pytest.ExceptionInfo[StorageError], path: Path) -> N
 
 
 @pytest.mark.parametrize("damage", ["garbage", "torn", "no table"])
-def test_a_damaged_file_is_one_clear_line_and_lets_nobody_in(store: TokenStore, damage: str) -> None:
+def test_damaged_token_file_is_one_line_and_refuses_all(store: BearerTokenStore, damage: str) -> None:
     token = store.create("phone", None)
     if damage == "garbage":
         store.path.write_bytes(os.urandom(8192))
@@ -227,7 +227,7 @@ def test_a_damaged_file_is_one_clear_line_and_lets_nobody_in(store: TokenStore, 
         assert_one_line(caught, store.path)
 
 
-def test_a_file_that_went_away_lets_nobody_in_and_is_not_begun_anew(store: TokenStore) -> None:
+def test_missing_token_file_refuses_all_and_is_not_made_again(store: BearerTokenStore) -> None:
     token = store.create("phone", None)
     store.path.unlink()
     with pytest.raises(StorageError) as caught:
@@ -236,8 +236,8 @@ def test_a_file_that_went_away_lets_nobody_in_and_is_not_begun_anew(store: Token
     assert not store.path.exists()
 
 
-def test_a_file_that_another_process_holds_is_not_waited_for_long(
-    store: TokenStore, monkeypatch: pytest.MonkeyPatch
+def test_locked_token_file_is_an_error_after_a_short_wait(
+    store: BearerTokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dlora.cloud.door.tokens.LOCK_TIMEOUT_S", 0.01)
     token = store.create("phone", None)
@@ -250,16 +250,16 @@ def test_a_file_that_another_process_holds_is_not_waited_for_long(
     store.verify(token)
 
 
-def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+def test_unwritable_directory_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="choose --state-dir") as caught:
-        TokenStore(tmp_path / "file" / "tokens.sqlite")
+        BearerTokenStore(tmp_path / "file" / "tokens.sqlite")
     assert_one_line(caught, tmp_path / "file")
 
 
 def test_a_read_only_disk_still_verifies_and_refuses_to_revoke(tmp_path: Path) -> None:
     with small_disk(tmp_path) as disk:
-        store = TokenStore(disk / "tokens.sqlite")
+        store = BearerTokenStore(disk / "tokens.sqlite")
         token = store.create("phone", None)
         remount_read_only(disk)
         assert store.verify(token).device == "phone"
@@ -270,12 +270,12 @@ def test_a_read_only_disk_still_verifies_and_refuses_to_revoke(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("text", "seconds"), [("90d", 90 * DAY_S), ("12h", 43_200.0), ("30m", 1800.0), ("never", None)]
 )
-def test_lifetimes(text: str, seconds: float | None) -> None:
+def test_lifetimes_are_parsed(text: str, seconds: float | None) -> None:
     assert parse_lifetime(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "90", "d", "0d", "-1d", "1.5h", "90 d", "1w", "999999d", "٣d", "90d\n"])
-def test_what_is_no_lifetime_is_refused(text: str) -> None:
+def test_invalid_lifetime_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--expires"):
         parse_lifetime(text)
 
@@ -294,23 +294,23 @@ class TestCommands:
     def test_create_prints_the_token_alone_and_the_advice_beside(self, state: Path) -> None:
         out, advice = self.run(state, "create", "--device", "phone")
         token = out.removesuffix("\n")
-        record = TokenStore(state / "tokens.sqlite").verify(token)
+        record = BearerTokenStore(state / "tokens.sqlite").verify(token)
         assert record.device == "phone"
         assert record.expires is not None
         assert record.expires - record.created == 90 * DAY_S
         assert "--token-file" in advice
         assert token[15:] not in advice
 
-    def test_json(self, state: Path) -> None:
+    def test_json_output_has_the_token_record(self, state: Path) -> None:
         made = json.loads(self.run(state, "create", "--device", "phone", "--expires", "never", "--json")[0])
-        assert TokenStore(state / "tokens.sqlite").verify(made["token"]).id == made["id"]
+        assert BearerTokenStore(state / "tokens.sqlite").verify(made["token"]).id == made["id"]
         assert made["expires"] is None
         out, _ = self.run(state, "list", "--json")
         assert json.loads(out) == [{name: made[name] for name in made if name != "token"}]
         assert set(json.loads(out)[0]) == {"id", "device", "state", "created", "expires", "revoked"}
         assert made["token"][15:] not in out
 
-    def test_list_and_revoke(self, state: Path) -> None:
+    def test_list_and_revoke_print_the_tokens(self, state: Path) -> None:
         token = self.run(state, "create", "--device", "phone")[0].strip()
         out, _ = self.run(state, "list")
         assert "phone" in out
@@ -321,20 +321,20 @@ class TestCommands:
         with pytest.raises(UsageError, match="no token to revoke"):
             self.run(state, "revoke", "phone")
 
-    def test_a_token_in_a_new_file(self, state: Path, tmp_path: Path) -> None:
+    def test_create_writes_the_token_to_a_new_file(self, state: Path, tmp_path: Path) -> None:
         path = tmp_path / "phone.token"
         out, advice = self.run(state, "create", "--device", "phone", "--out", str(path))
         token = path.read_text().removesuffix("\n")
         assert (out, stat.S_IMODE(path.stat().st_mode)) == ("", 0o600)
         assert str(path) in advice
         assert token[15:] not in advice
-        assert TokenStore(state / "tokens.sqlite").verify(token).device == "phone"
+        assert BearerTokenStore(state / "tokens.sqlite").verify(token).device == "phone"
         other = tmp_path / "other.token"
         made = json.loads(self.run(state, "create", "--device", "tablet", "--out", str(other), "--json")[0])
         assert made["file"] == str(other)
         assert other.read_text().strip()[15:] not in json.dumps(made)
 
-    def test_a_file_that_is_there_is_kept_and_no_token_is_made(self, state: Path, tmp_path: Path) -> None:
+    def test_existing_file_is_kept_and_no_token_is_created(self, state: Path, tmp_path: Path) -> None:
         path = tmp_path / "phone.token"
         path.write_text("somebody's\n")
         for place, error in ((path, UsageError), (tmp_path / "nowhere" / "x", StorageError)):
@@ -344,7 +344,7 @@ class TestCommands:
         with pytest.raises(UsageError, match="is no name"):
             self.run(state, "create", "--device", "no name", "--out", str(tmp_path / "new"))
         assert not (tmp_path / "new").exists()
-        assert not TokenStore(state / "tokens.sqlite").any()
+        assert not BearerTokenStore(state / "tokens.sqlite").any()
 
     def test_a_full_disk_leaves_neither_file_nor_valid_token(self, state: Path, tmp_path: Path) -> None:
         with small_disk(tmp_path) as disk:
@@ -356,7 +356,7 @@ class TestCommands:
             assert not (disk / "phone.token").exists()
         assert json.loads(self.run(state, "list", "--json")[0])[0]["state"] == "revoked"
 
-    def test_prune(self, state: Path) -> None:
+    def test_prune_deletes_revoked_records(self, state: Path) -> None:
         for device in ("phone", "tablet"):
             self.run(state, "create", "--device", device)
         self.run(state, "revoke", "phone")
@@ -364,7 +364,7 @@ class TestCommands:
         assert [row["device"] for row in json.loads(self.run(state, "list", "--json")[0])] == ["tablet"]
         assert json.loads(self.run(state, "prune", "--json")[0]) == {"pruned": 0}
 
-    def test_the_variable_says_where(self, state: Path) -> None:
+    def test_environment_variable_sets_the_state_directory(self, state: Path) -> None:
         done = CliRunner().invoke(app, ["create", "--device", "x"], env={"DLORA_CLOUD_STATE": str(state)})
         assert done.exit_code == 0
         assert (state / "tokens.sqlite").exists()

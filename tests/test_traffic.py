@@ -99,7 +99,7 @@ def check_steps(trainer: Trainer, steps: int) -> None:
         ), f"step {step}, units {metrics.units}"
         waiting = report.bytes_down
     before = session.bytes_received
-    trainer.settle()
+    trainer.wait_for_signal()
     assert session.bytes_received - before == waiting
 
 
@@ -122,7 +122,7 @@ def test_steps_cost_what_the_formula_says(bench: Bench, wire_dtype: WireDtype, a
 
 @pytest.mark.parametrize("unit", ["block", "group"])
 @pytest.mark.parametrize("targets", ["two-groups", "all-linear"])
-def test_blocks_of_several_groups(bench: Bench, targets: str, unit: str) -> None:
+def test_traffic_of_blocks_with_several_groups_matches_the_formula(bench: Bench, targets: str, unit: str) -> None:
     kill_revive = {"active_fraction": 0.0, "score": "static", "static": (1, 3), "unit": unit}
     run = config(total_steps=2, kill_revive=kill_revive, target_modules=TARGETS[targets])
     with training(bench.bundle, bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
@@ -133,7 +133,7 @@ def test_blocks_of_several_groups(bench: Bench, targets: str, unit: str) -> None
 
 
 @pytest.mark.parametrize("on_kill", ["fade", "hold_forward", "bypass"])
-def test_a_run_in_which_units_come_and_go(bench: Bench, on_kill: str) -> None:
+def test_traffic_of_killed_and_revived_units_matches_the_formula(bench: Bench, on_kill: str) -> None:
     kill_revive = {
         "active_fraction": 0.25, "on_kill": on_kill, "warmup_steps": 2, "warmup_fraction": 0.0, "ramp_fraction": 0.5,
         "kill_every": 2, "revive_every": 2, "probation": 1,
@@ -198,7 +198,7 @@ def test_the_sockets_carry_the_counted_bytes_and_their_framing(bench: Bench) -> 
         with training(bench.bundle, proxy.url, run, dataset) as trainer:
             trainer.run_step()
             trainer.run_step()
-            trainer.settle()
+            trainer.wait_for_signal()
             session = trainer.connection.session
         (recording,) = proxy.recordings
     for raw, counted, masked in (

@@ -11,7 +11,7 @@ import torch
 from dlora.cloud.exchange.wire import TORCH_CODECS
 from dlora.protocol import messages as m
 from dlora.protocol.choices import WireDtype
-from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode, seal
+from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode, write_checksum
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.session import Session
 from dlora.protocol.states import Role
@@ -21,7 +21,7 @@ from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole, decode_floats
 
 @pytest.mark.parametrize("exponent", [112, 113, 120, MAX_EXPONENT])
 @pytest.mark.parametrize("value", [1.0, 32752.0, 65504.0, -65504.0])
-def test_a_finite_half_whose_exponent_leads_beyond_float32_is_not_finite(value: float, exponent: int) -> None:
+def test_half_with_an_exponent_beyond_float32_is_not_finite(value: float, exponent: int) -> None:
     tensor = WireTensor("fp16", np.array([value], np.float16), exponent)
     assert is_finite(tensor) == (abs(value) * 2.0**exponent <= float(np.finfo(np.float32).max))
 
@@ -35,7 +35,7 @@ def test_an_exponent_is_an_integer() -> None:
     header = msgspec.msgpack.encode({"type": "step_report", "step": 0, "scores": ["fp16", [0], True]})
     frame = bytearray((len(header).to_bytes(4, "little") + bytes(12) + header).ljust(HEADER_BLOCK, b"\0"))
     with pytest.raises(RemoteProtocolError, match="exponent"):
-        Decoder().decode(seal(frame))
+        Decoder().decode(write_checksum(frame))
 
 
 def test_a_ticket_is_bytes_from_the_first_one_on() -> None:
@@ -48,7 +48,7 @@ def test_a_ticket_is_bytes_from_the_first_one_on() -> None:
         session.receive(encode(m.SessionOpened(session="one", units=units, ticket=c.floats(3), token=c.TOKEN)))
 
 
-def test_each_codec_of_the_device_has_a_twin_on_the_server() -> None:
+def test_server_has_each_codec_of_the_device() -> None:
     assert list(TORCH_CODECS) == list(CODECS)
     assert set(Codecs.__struct_fields__) == {role.value for role in TensorRole}
 

@@ -18,10 +18,10 @@ import typer
 
 from dlora.cloud.door.guard import raise_file_limit
 from dlora.cloud.door.tls import check_exposure, server_context
-from dlora.cloud.door.tokens import FILE_NAME, TokenStore
-from dlora.cloud.model.memory import forget_long_lived, limit_arenas
+from dlora.cloud.door.tokens import FILE_NAME, BearerTokenStore
+from dlora.cloud.model.memory import freeze_gc, limit_arenas
 from dlora.cloud.serving.listening import check_address
-from dlora.cloud.serving.patience import Patience
+from dlora.cloud.serving.patience import SessionTimeouts
 from dlora.cloud.serving.ticket_key import load_key
 from dlora.protocol.errors import UsageError
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("dlora.cloud")
 DOOR = "Who may come in"
 QUOTAS = "Quotas of a device"
 LIMITS = "Limits of the whole server"
-PATIENCE = "Patience"
+TIMEOUTS = "Patience"
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -108,26 +108,26 @@ def serve(
     ] = None,
     park_s: Annotated[
         float,
-        typer.Option(help="Seconds that a session is kept whose device is away.", min=0, rich_help_panel=PATIENCE),
+        typer.Option(help="Seconds that a session is kept whose device is away.", min=0, rich_help_panel=TIMEOUTS),
     ] = 120.0,
     exchange_timeout_s: Annotated[
         float,
         typer.Option(
-            help="Least seconds for one answer of a device; slow ones get more.", min=0.1, rich_help_panel=PATIENCE
+            help="Least seconds for one answer of a device; slow ones get more.", min=0.1, rich_help_panel=TIMEOUTS
         ),
     ] = 120.0,
     step_timeout_s: Annotated[
         float,
-        typer.Option(help="Least seconds for all answers of a micro-batch.", min=0.1, rich_help_panel=PATIENCE),
+        typer.Option(help="Least seconds for all answers of a micro-batch.", min=0.1, rich_help_panel=TIMEOUTS),
     ] = 900.0,
     idle_timeout_s: Annotated[
         float,
-        typer.Option(help="Seconds that a session may do nothing.", min=0.1, rich_help_panel=PATIENCE),
+        typer.Option(help="Seconds that a session may do nothing.", min=0.1, rich_help_panel=TIMEOUTS),
     ] = 3600.0,
     drain_s: Annotated[
         float,
         typer.Option(
-            help="Seconds that running steps may take when the server stops.", min=0, rich_help_panel=PATIENCE
+            help="Seconds that running steps may take when the server stops.", min=0, rich_help_panel=TIMEOUTS
         ),
     ] = 30.0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object once it listens.")] = False,
@@ -143,7 +143,7 @@ def serve(
     """
     _log_to_stderr()
     state = state_dir or platformdirs.user_state_path("dlora-cloud")
-    tokens = TokenStore(state / FILE_NAME)
+    tokens = BearerTokenStore(state / FILE_NAME)
     authenticated = tls_client_ca is not None or tokens.any()
     check_exposure(host, tls=tls_cert is not None, authenticated=authenticated, insecure=insecure)
     tls = _tls(tls_cert, tls_key, tls_client_ca)
@@ -166,13 +166,13 @@ def serve(
         max_tokens=max_tokens,
         threads=threads,
         quotas=QuotaLimits(quota_sessions, quota_tokens_per_minute, quota_live_bytes, quota_compute_s),
-        patience=Patience(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s),
+        timeouts=SessionTimeouts(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s),
         live_limit=live_limit,
         drain_s=drain_s,
     )
     server = CloudServer(base, settings, ticket_key=key, access=Access(tokens, required=authenticated), tls=tls)
-    _say_limits(server, live_limit, max_sessions)
-    forget_long_lived()
+    _log_limits(server, live_limit, max_sessions)
+    freeze_gc()
     asyncio.run(_serve(server, host, port, json_output=json_output))
 
 
@@ -221,7 +221,7 @@ def _load(model: str, dtype: Dtype, device: str) -> BaseModel:
     return base
 
 
-def _say_limits(server: CloudServer, live_limit: int, max_sessions: int) -> None:
+def _log_limits(server: CloudServer, live_limit: int, max_sessions: int) -> None:
     logger.info(
         "memory: %s MB for all running micro-batches (--live-mb), %s MB for those of one device (--quota-live-mb)",
         f"{live_limit / 1e6:,.0f}", f"{(server.service.quotas.limits.live_bytes or live_limit) / 1e6:,.0f}",

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dlora.cloud.door.tokens import FILE_NAME, TokenRecord, TokenStore
+from dlora.cloud.door.tokens import FILE_NAME, BearerTokenRecord, BearerTokenStore
 from dlora.protocol import interrupts
 from dlora.protocol.errors import StorageError, UsageError
 
@@ -50,7 +50,7 @@ def create(
     if out is None:
         token = store.create(device, lifetime_s)
     else:
-        with interrupts.raising():
+        with interrupts.raise_on_signal():
             token = create_in_file(store, device, lifetime_s, out)
     record = store.verify(token)
     if json_output:
@@ -106,7 +106,7 @@ def prune(state_dir: StateDirOption = None, json_output: JsonOption = False) -> 
     print(f"deleted the records of {pruned} token{'' if pruned == 1 else 's'}", file=sys.stderr)
 
 
-def create_in_file(store: TokenStore, device: str, lifetime_s: float | None, path: Path) -> str:
+def create_in_file(store: BearerTokenStore, device: str, lifetime_s: float | None, path: Path) -> str:
     """A new token, also in a new file with mode 0600. Where the file cannot be written there is no token either.
 
     Raises ``UsageError`` where there is such a file already, ``StorageError`` where it cannot be written.
@@ -142,11 +142,11 @@ def parse_lifetime(text: str) -> float | None:
     return float(int(found[1]) * _UNITS_S[found[2]])
 
 
-def _store(state_dir: Path | None) -> TokenStore:
-    return TokenStore((state_dir or platformdirs.user_state_path("dlora-cloud")) / FILE_NAME)
+def _store(state_dir: Path | None) -> BearerTokenStore:
+    return BearerTokenStore((state_dir or platformdirs.user_state_path("dlora-cloud")) / FILE_NAME)
 
 
-def _public(record: TokenRecord) -> dict[str, object]:
+def _public(record: BearerTokenRecord) -> dict[str, object]:
     return {**asdict(record), "state": record.state(time.time())}
 
 

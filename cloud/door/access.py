@@ -21,7 +21,7 @@ import msgspec
 from dlora.protocol.errors import RefusedError, StorageError
 from dlora.protocol.messages import Error, ErrorCode
 
-from .tokens import TokenStore
+from .tokens import BearerTokenStore
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -96,7 +96,7 @@ class Access:
     """
 
     def __init__(
-        self, tokens: TokenStore | None, *, required: bool, clock: Callable[[], float] = time.monotonic
+        self, tokens: BearerTokenStore | None, *, required: bool, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._tokens = tokens
         self._required = required
@@ -139,7 +139,7 @@ class Access:
         try:
             ended = self._tokens.check(token_ids)
         except StorageError as error:
-            raise _closed(error) from None
+            raise _tokens_unreadable(error) from None
         return {
             caller: AccessDeniedError(str(ended[caller.token_id]), ended[caller.token_id].code, status=401)
             for caller in callers
@@ -152,7 +152,7 @@ class Access:
             try:
                 record = self._tokens.verify(token.strip() if scheme.lower() == "bearer" else "")
             except StorageError as error:
-                raise _closed(error) from None
+                raise _tokens_unreadable(error) from None
             return Caller(record.device, "token", record.id)
         name = _common_name(certificate)
         if name:
@@ -197,7 +197,7 @@ class _Failures:
         return failures + 1, max(1.0, start + WINDOW_S - now)
 
 
-def _closed(error: StorageError) -> AccessDeniedError:
+def _tokens_unreadable(error: StorageError) -> AccessDeniedError:
     """No tokens, no way in. The device only learns that it may come again; the log has the path."""
     logger.error("%s", error)
     return AccessDeniedError(

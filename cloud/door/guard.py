@@ -48,7 +48,7 @@ class ConnectionLimits:
         waiting_frames: messages that nobody has taken yet; the conversation has a few in flight.
         unread_frames: answers that a device has not read yet, in largest frames.
         handshake_s: time for TLS, and again for the websocket's handshake.
-        goodbye_s: time for a peer that is told to go.
+        close_s: time for a peer that is told to go.
         origins: pages that may connect; devices are no browsers and name none.
     """
 
@@ -61,7 +61,7 @@ class ConnectionLimits:
     waiting_frames: int = 64
     unread_frames: int = 4
     handshake_s: float = 10.0
-    goodbye_s: float = 5.0
+    close_s: float = 5.0
     origins: tuple[str, ...] = ()
 
 
@@ -117,31 +117,31 @@ class Guard:
             "max_size": limits.first_frame_bytes,
             "max_queue": 4,
             "open_timeout": limits.handshake_s,
-            "close_timeout": limits.goodbye_s,
+            "close_timeout": limits.close_s,
             "server_header": None,
         }
 
-    def hang_up(self) -> None:
+    def abort_unfinished(self) -> None:
         """Abort all without a session, and all that come: nobody who dawdles delays a server that stops."""
         self._closed = True
         for connection in list(self._unfinished):
             connection.abort()
 
-    def refused(self, reason: str, who: str, detail: str = "") -> None:
+    def log_refusal(self, reason: str, peer: str, detail: str = "") -> None:
         """Log why a peer was refused, each reason at most once in ``LOG_EVERY_S``, with how many there were.
 
-        ``reason`` is one of few; ``who`` and ``detail`` are of the last of them.
+        ``reason`` is one of few; ``peer`` and ``detail`` are of the last of them.
 
         A line each would let a flood of connections fill the disk.
         """
         if count := self._count(reason):
             more = f": {one_line(detail, LOGGED_LETTERS)}" if detail else ""
-            logger.warning("refused %d × %s; the last from %s%s", count, reason, who, more)
+            logger.warning("refused %d × %s; the last from %s%s", count, reason, peer, more)
 
-    def failed(self, error: Exception, who: str) -> None:
+    def log_bug(self, error: Exception, peer: str) -> None:
         """Log a bug of ours with its traceback, as seldom as refusals: a stranger may know how to call it forth."""
         if count := self._count("internal error"):
-            logger.error("internal error × %d, before a session; the last with %s", count, who, exc_info=error)
+            logger.error("internal error × %d, before a session; the last with %s", count, peer, exc_info=error)
 
     # -- for GuardedConnection ---------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class Guard:
                 "too many connections without a session",
             )
 
-    def received(self, connection: GuardedConnection, nbytes: int) -> None:
+    def count_received(self, connection: GuardedConnection, nbytes: int) -> None:
         if connection in self._unfinished:
             connection.received_bytes += nbytes
             self._unfinished_bytes += nbytes
@@ -169,7 +169,7 @@ class Guard:
                 greediest = max(self._unfinished, key=lambda waiting: waiting.received_bytes)
                 self._abort(greediest, "too many bytes without a session")
 
-    def finished(self, connection: GuardedConnection) -> None:
+    def move_to_opened(self, connection: GuardedConnection) -> None:
         if connection in self._unfinished:
             self.forget(connection)
             self._opened.add(connection)
@@ -190,7 +190,7 @@ class Guard:
         return self._refused.pop(reason)
 
     def _abort(self, connection: GuardedConnection, reason: str) -> None:
-        self.refused(reason, connection.source)
+        self.log_refusal(reason, connection.source)
         connection.abort()
 
 
@@ -211,15 +211,15 @@ class GuardedConnection(ServerConnection):
         self._guard = guard
         self._tcp: asyncio.Transport | None = None
         self._made = False
-        self._early = bytearray()
-        self._securing: asyncio.Task[None] | None = None
-        self._leaving: asyncio.TimerHandle | None = None
+        self._early_bytes = bytearray()
+        self._tls_handshake: asyncio.Task[None] | None = None
+        self._close_timer: asyncio.TimerHandle | None = None
         self._frame_limit = guard.limits.first_frame_bytes
         self._window_began = guard.clock()
         self._controls = 0
         self._waiting: deque[int] = deque()  # of each message that nobody has taken yet, the bytes that count
         self._queue: FrameQueue | None = None
-        _watch_frames(protocol, self._may_come)
+        _watch_frames(protocol, self._check_frame)
 
     # -- for the server ----------------------------------------------------------------------------------
 
@@ -229,15 +229,15 @@ class GuardedConnection(ServerConnection):
         ``queue`` counts the messages that come from now on, until they are taken.
         """
         self._queue = queue
-        self._guard.finished(self)
+        self._guard.move_to_opened(self)
 
-    def refused(self, code: str, who: str, why: str) -> None:
+    def log_refusal(self, code: str, peer: str, detail: str) -> None:
         """Log a refusal in the handshake, within the same bounds as those beneath messages."""
-        self._guard.refused(code, who, why)
+        self._guard.log_refusal(code, peer, detail)
 
-    def failed(self, error: Exception, who: str) -> None:
+    def log_bug(self, error: Exception, peer: str) -> None:
         """Log an error of ours in the handshake, likewise."""
-        self._guard.failed(error, who)
+        self._guard.log_bug(error, peer)
 
     def limit_frames(self, nbytes: int) -> None:
         """Take frames of so many bytes from now on. Call it before the message that lets the peer send them."""
@@ -253,7 +253,7 @@ class GuardedConnection(ServerConnection):
     async def recv(self, decode: bool | None = None) -> Any:
         """As ``ServerConnection.recv``."""
         message = await super().recv(decode)
-        self._taken(self._waiting.popleft())
+        self._count_taken(self._waiting.popleft())
         return message
 
     async def send(self, message: Any, **how: Any) -> None:
@@ -270,18 +270,18 @@ class GuardedConnection(ServerConnection):
         if self._guard.tls is None:
             self._begin(transport)
         else:
-            self._securing = self.loop.create_task(self._secure(self._tcp, self._guard.tls))
+            self._tls_handshake = self.loop.create_task(self._start_tls(self._tcp, self._guard.tls))
 
     def data_received(self, data: bytes) -> None:
         if not self._made:
-            self._early += data
+            self._early_bytes += data
             return
-        self._guard.received(self, len(data))
+        self._guard.count_received(self, len(data))
         super().data_received(data)
         self._check_unread()
-        if self.protocol.close_expected() and self._leaving is None:
+        if self.protocol.close_expected() and self._close_timer is None:
             # websockets waits for its peer to close as well, and finds out with the next keepalive ping.
-            self._leaving = self.loop.call_later(self._guard.limits.goodbye_s, self.abort)
+            self._close_timer = self.loop.call_later(self._guard.limits.close_s, self.abort)
 
     def eof_received(self) -> None:
         if self._made:
@@ -289,12 +289,12 @@ class GuardedConnection(ServerConnection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._guard.forget(self)
-        if self._leaving is not None:
-            self._leaving.cancel()
+        if self._close_timer is not None:
+            self._close_timer.cancel()
         if self._made:
             super().connection_lost(exc)
         # What has come stays to be read, but for as long as nobody does it is held for nobody.
-        self._taken(sum(self._waiting))
+        self._count_taken(sum(self._waiting))
         self._waiting = deque(0 for _ in self._waiting)
 
     # ----------------------------------------------------------------------------------------------------
@@ -303,13 +303,13 @@ class GuardedConnection(ServerConnection):
         self._made = True
         super().connection_made(transport)
 
-    async def _secure(self, tcp: asyncio.Transport, context: ssl.SSLContext) -> None:
+    async def _start_tls(self, tcp: asyncio.Transport, context: ssl.SSLContext) -> None:
         try:
             secure = await self.loop.start_tls(
                 tcp, self, context, server_side=True, ssl_handshake_timeout=self._guard.limits.handshake_s
             )
         except OSError as error:  # of which TLS's, timeouts and lost connections are
-            self._guard.refused("no TLS handshake", self.source)
+            self._guard.log_refusal("no TLS handshake", self.source)
             logger.debug("TLS handshake: %s", error)
             self.abort()
             return
@@ -317,11 +317,11 @@ class GuardedConnection(ServerConnection):
             self.abort()
             return
         self._begin(secure)
-        if self._early:  # the client may send its request along with the end of its handshake
-            self.data_received(bytes(self._early))
-            self._early.clear()
+        if self._early_bytes:  # the client may send its request along with the end of its handshake
+            self.data_received(bytes(self._early_bytes))
+            self._early_bytes.clear()
 
-    def _may_come(self, frame: Frame) -> bool:
+    def _check_frame(self, frame: Frame) -> bool:
         match frame.opcode:
             case Opcode.PING | Opcode.PONG:
                 now = self._guard.clock()
@@ -345,19 +345,19 @@ class GuardedConnection(ServerConnection):
                 pass
         return True
 
-    def _taken(self, nbytes: int) -> None:
+    def _count_taken(self, nbytes: int) -> None:
         if self._queue is not None and nbytes:
             self._queue.unqueue(nbytes)
 
     def _refuse(self, code: ErrorCode, reason: str) -> bool:
-        self._guard.refused(reason, self.source)
+        self._guard.log_refusal(reason, self.source)
         self.protocol.fail(1008, code)
         return False
 
     def _check_unread(self) -> None:
         most = max(self._guard.limits.unread_frames * self._frame_limit, SMALLEST_UNREAD_BYTES)
         if not self.transport.is_closing() and self.transport.get_write_buffer_size() > most:
-            self._guard.refused("answers that nobody reads", self.source)
+            self._guard.log_refusal("answers that nobody reads", self.source)
             self.abort()
 
 
@@ -381,15 +381,15 @@ def _source(peer: tuple[Any, ...] | None) -> str:
 # -- websockets' insides: it offers no other way. tests/attacks/test_guard.py fails where these change. ---
 
 
-def _watch_frames(protocol: WebsocketProtocol, may_come: Callable[[Frame], bool]) -> None:
-    """Ask ``may_come`` about each frame before websockets answers or queues it.
+def _watch_frames(protocol: WebsocketProtocol, check_frame: Callable[[Frame], bool]) -> None:
+    """Ask ``check_frame`` about each frame before websockets answers or queues it.
 
     ``events_received`` tells of them only when a whole read, which may hold 40,000 pings, was answered.
     """
     receive = protocol.recv_frame
 
     def watched(frame: Frame) -> None:
-        if may_come(frame):
+        if check_frame(frame):
             receive(frame)
 
     protocol.recv_frame = watched  # type: ignore[method-assign]

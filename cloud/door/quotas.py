@@ -132,7 +132,7 @@ class Quotas:
         return len(self._callers)
 
     @property
-    def is_awaited(self) -> bool:
+    def has_waiting(self) -> bool:
         """Whether a micro-batch waits for memory."""
         return bool(self._line)
 
@@ -152,7 +152,7 @@ class Quotas:
             most = self.limits.sessions
             if most is not None and caller.sessions >= most:
                 text = f"the quota is {most} open at a time; close another session, or come again later"
-                raise _come_again(text, ErrorCode.QUOTA_SESSIONS, _RETRY_AFTER_S)
+                raise _refused_for_now(text, ErrorCode.QUOTA_SESSIONS, _RETRY_AFTER_S)
             caller.sessions += 1
         return SessionQuota(self, name)
 
@@ -160,14 +160,14 @@ class Quotas:
         limits = self.limits
         if limits.tokens_per_minute is not None and tokens > limits.tokens_per_minute:
             text = f"{tokens} tokens are more than the quota of a minute, {limits.tokens_per_minute}"
-            raise _never(text, ErrorCode.QUOTA_TOKENS)
+            raise _refused_for_good(text, ErrorCode.QUOTA_TOKENS)
         if limits.live_bytes is not None and live_bytes > limits.live_bytes:
             text = f"a micro-batch takes {_mb(live_bytes)} of the server, and the quota is {_mb(limits.live_bytes)}"
-            raise _never(text, ErrorCode.QUOTA_LIVE_BYTES)
+            raise _refused_for_good(text, ErrorCode.QUOTA_LIVE_BYTES)
         total = self.total_live_bytes
         if total is not None and live_bytes > total:
             text = f"a micro-batch takes {_mb(live_bytes)} of the server, which has {_mb(total)} for all of them"
-            raise _never(text, ErrorCode.LIMIT)
+            raise _refused_for_good(text, ErrorCode.LIMIT)
         with self._lock:
             self._check(session, tokens, live_bytes)
             if live_bytes:
@@ -194,7 +194,7 @@ class Quotas:
         }
         code = max(waits_s, key=waits_s.__getitem__)
         if waits_s[code] > 0.0:
-            raise _come_again(_USED_UP[code], code, waits_s[code] + _ROUNDING_S)
+            raise _refused_for_now(_USED_UP[code], code, waits_s[code] + _ROUNDING_S)
 
     def _wait_for_memory(self, session: SessionQuota, live_bytes: int) -> None:
         """Wait, in line, until so much is free. Who waits here runs nothing, so that all that runs comes to its end.
@@ -215,7 +215,7 @@ class Quotas:
             self._line.remove(place)
             self._freed.notify_all()
         if self._stopped or not session.is_open:
-            raise _come_again("the session ended while it waited for memory", ErrorCode.BUSY, _RETRY_AFTER_S)
+            raise _refused_for_now("the session ended while it waited for memory", ErrorCode.BUSY, _RETRY_AFTER_S)
 
     def _fits(self, live_bytes: int) -> bool:
         return self.total_live_bytes is None or self.live_bytes + live_bytes <= self.total_live_bytes
@@ -250,7 +250,7 @@ class Quotas:
                 text = f"the adapters take {_mb(nbytes)} more of the server, and the quota is {_mb(most)}"
                 raise RefusedError(f"{text}; lower --rank", ErrorCode.QUOTA_LIVE_BYTES)
             if total is not None and self.live_bytes + nbytes > total:
-                raise _come_again("there is no memory for the adapters", ErrorCode.BUSY, _RETRY_AFTER_S)
+                raise _refused_for_now("there is no memory for the adapters", ErrorCode.BUSY, _RETRY_AFTER_S)
             session.held_bytes += nbytes
             caller.live_bytes += nbytes
             self.live_bytes += nbytes
@@ -362,11 +362,11 @@ _USED_UP: Final = {
 }
 
 
-def _come_again(text: str, code: ErrorCode, retry_after_s: float) -> RefusedError:
+def _refused_for_now(text: str, code: ErrorCode, retry_after_s: float) -> RefusedError:
     return RefusedError(text, code, retryable=True, retry_after_s=retry_after_s)
 
 
-def _never(text: str, code: ErrorCode) -> RefusedError:
+def _refused_for_good(text: str, code: ErrorCode) -> RefusedError:
     return RefusedError(f"{text}; lower --batch-size", code)
 
 

@@ -38,7 +38,7 @@ CREATE TABLE IF NOT EXISTS tokens (
 
 
 @dataclass(frozen=True)
-class TokenRecord:
+class BearerTokenRecord:
     """What is known of a token, without its secret. Times are seconds since 1970, UTC.
 
     Attributes:
@@ -59,7 +59,7 @@ class TokenRecord:
         return "expired" if self.expires is not None and self.expires <= now else "valid"
 
 
-class TokenStore:
+class BearerTokenStore:
     """The tokens of one server.
 
     Nothing is cached and every call opens the file anew, so what another process creates or revokes, even by
@@ -98,7 +98,7 @@ class TokenStore:
             )
         return f"dlora_{name}_{secret}"
 
-    def verify(self, token: str) -> TokenRecord:
+    def verify(self, token: str) -> BearerTokenRecord:
         """The record of a valid token.
 
         Raises ``RefusedError`` with ``token_wrong``, ``token_expired`` or ``token_revoked``; the last two
@@ -128,11 +128,11 @@ class TokenStore:
                 ended[token_id] = error
         return ended
 
-    def all(self) -> list[TokenRecord]:
+    def all(self) -> list[BearerTokenRecord]:
         """All tokens whose records are kept, oldest first."""
         with self._open() as database:
             rows = database.execute("SELECT id, device, created, expires, revoked FROM tokens ORDER BY created, id")
-            return [TokenRecord(*row) for row in rows]
+            return [BearerTokenRecord(*row) for row in rows]
 
     def any(self) -> bool:
         """Whether a token was ever created. Revoked and pruned ones count: without any the door is open."""
@@ -162,14 +162,14 @@ class TokenStore:
                 database.execute(f"PRAGMA user_version = {_PRUNED}")
             return pruned
 
-    def _find(self, token_id: str) -> tuple[TokenRecord, bytes] | None:
+    def _find(self, token_id: str) -> tuple[BearerTokenRecord, bytes] | None:
         with self._open() as database:
             row = database.execute(
                 "SELECT id, device, created, expires, revoked, sha256 FROM tokens WHERE id = ?", (token_id,)
             ).fetchone()
-        return (TokenRecord(*row[:-1]), row[-1]) if row else None
+        return (BearerTokenRecord(*row[:-1]), row[-1]) if row else None
 
-    def _check(self, record: TokenRecord) -> TokenRecord:
+    def _check(self, record: BearerTokenRecord) -> BearerTokenRecord:
         state = record.state(self._clock())
         if state != "valid":
             code = ErrorCode.TOKEN_REVOKED if state == "revoked" else ErrorCode.TOKEN_EXPIRED

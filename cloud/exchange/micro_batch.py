@@ -58,11 +58,11 @@ class Sites:
     def add(self, state: Sequence[WireTensor]) -> None:
         """Make the next group's site, with what the server keeps of it."""
         group = self.groups[len(self.sites)]
-        device = self.device_of(group)
-        tensors = [torch.from_numpy(each.data.copy()).to(device, self.base.dtype) for each in state]
+        torch_device = self.torch_device_of(group)
+        tensors = [torch.from_numpy(each.data.copy()).to(torch_device, self.base.dtype) for each in state]
         self.sites.append(SITE_KINDS[self.adapter.kind].site(self.adapter, group, tensors))
 
-    def device_of(self, group: GroupSpec) -> torch.device:
+    def torch_device_of(self, group: GroupSpec) -> torch.device:
         """Where a group's modules are."""
         weight = self.base.targets[group.targets[0].name].module.weight
         assert isinstance(weight, Tensor)
@@ -138,9 +138,9 @@ class _Channel:
             m.GroupInput(step=self._step, micro_batch=self._micro_batch, group=group, hidden_states=hidden_states)
         )
 
-    def receive_outputs(self, group: int, device: torch.device) -> list[Tensor]:
+    def receive_outputs(self, group: int, torch_device: torch.device) -> list[Tensor]:
         message = self._receive(m.GroupDelta)
-        return [self._from_wire(delta, TensorRole.DELTA, device) for delta in message.deltas]
+        return [self._from_wire(delta, TensorRole.DELTA, torch_device) for delta in message.deltas]
 
     def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
         on_wire = tuple(self._to_wire(grad, TensorRole.DELTA_GRAD) for grad in grads)
@@ -148,11 +148,11 @@ class _Channel:
             m.GroupGrad(step=self._step, micro_batch=self._micro_batch, group=group, grads=on_wire, answer=answer)
         )
 
-    def receive_input_grad(self, group: int, device: torch.device) -> Tensor:
+    def receive_input_grad(self, group: int, torch_device: torch.device) -> Tensor:
         while group not in self._input_grads:
             message = self._receive(m.GroupInputGrad)
             self._input_grads[message.group] = message.grad_hidden_states
-        return self._from_wire(self._input_grads.pop(group), TensorRole.INPUT_GRAD, device)
+        return self._from_wire(self._input_grads.pop(group), TensorRole.INPUT_GRAD, torch_device)
 
     def send_labelled(self, hidden_states: Tensor, gradients: int) -> None:
         on_wire = self._to_wire(hidden_states, TensorRole.LAST_HIDDEN_STATES)
@@ -174,5 +174,5 @@ class _Channel:
     def _to_wire(self, tensor: Tensor, role: TensorRole) -> WireTensor:
         return to_wire(tensor, self._sites.codecs, role)
 
-    def _from_wire(self, tensor: WireTensor, role: TensorRole, device: torch.device) -> Tensor:
-        return from_wire(tensor, self._sites.codecs, role, device, self._sites.base.dtype)
+    def _from_wire(self, tensor: WireTensor, role: TensorRole, torch_device: torch.device) -> Tensor:
+        return from_wire(tensor, self._sites.codecs, role, torch_device, self._sites.base.dtype)

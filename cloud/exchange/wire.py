@@ -22,7 +22,7 @@ class TorchCodec(Protocol):
     def encode(self, values: torch.Tensor) -> WireTensor:
         """Put a float32 tensor of any device on the wire. Raises ``NonFiniteError`` on NaN or infinity."""
 
-    def decode(self, tensor: WireTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The values in ``dtype`` on ``device``."""
 
 
@@ -31,8 +31,8 @@ class _Fp32:
         finite_peak(values)
         return WireTensor("fp32", values.cpu().contiguous().numpy())
 
-    def decode(self, tensor: WireTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(tensor.data).to(device).to(dtype)
+    def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(tensor.data).to(torch_device).to(dtype)
 
 
 class _Fp16:
@@ -42,8 +42,8 @@ class _Fp16:
             values = values * 2.0**-exponent
         return WireTensor("fp16", values.to(torch.float16).cpu().contiguous().numpy(), exponent)
 
-    def decode(self, tensor: WireTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        values = torch.from_numpy(tensor.data).to(device)
+    def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        values = torch.from_numpy(tensor.data).to(torch_device)
         if tensor.exponent:
             values = values.to(torch.float32) * 2.0**tensor.exponent
         return values.to(dtype)
@@ -67,7 +67,7 @@ def to_wire(tensor: torch.Tensor, codecs: Codecs, role: TensorRole) -> WireTenso
 
 
 def from_wire(
-    tensor: WireTensor, codecs: Codecs, role: TensorRole, device: torch.device, dtype: torch.dtype
+    tensor: WireTensor, codecs: Codecs, role: TensorRole, torch_device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     """The tensor's values in ``dtype`` on ``device``."""
-    return TORCH_CODECS[getattr(codecs, role.value)].decode(tensor, device, dtype)
+    return TORCH_CODECS[getattr(codecs, role.value)].decode(tensor, torch_device, dtype)

@@ -180,7 +180,7 @@ def _saved(base: BaseModel, length: int, *, masked: bool) -> list[list[int]]:
         model_code(base.name, base.architecture),
         torch.enable_grad(),
         _order_of_calls(base) as order,
-        _weighing(base, order) as saved,
+        _record_saved_tensors(base, order) as saved,
     ):
         base.last_hidden_state(*_input(base, length, masked=masked, requires_grad=True))
     sizes: list[list[int]] = [[] for _ in base.targets]
@@ -196,7 +196,7 @@ def _alive(base: BaseModel, length: int, *, masked: bool) -> list[list[tuple[str
         model_code(base.name, base.architecture),
         torch.no_grad(),
         _order_of_calls(base) as order,
-        _Alive(base, order) as alive,
+        _TensorByteCounter(base, order) as alive,
     ):
         base.last_hidden_state(*_input(base, length, masked=masked, requires_grad=False))
     totals: list[list[tuple[str, int]]] = alive.totals  # entering torch's mode gives Any
@@ -239,7 +239,7 @@ def _order_of_calls(base: BaseModel) -> Iterator[_Calls]:
 
 
 @contextmanager
-def _weighing(base: BaseModel, calls: _Calls) -> Iterator[dict[int, tuple[int, torch.UntypedStorage]]]:
+def _record_saved_tensors(base: BaseModel, calls: _Calls) -> Iterator[dict[int, tuple[int, torch.UntypedStorage]]]:
     """Collect what autograd saves: by address, how many target modules were called before, and the storage.
 
     A storage that is saved several times counts where it is saved last: a graph that begins lower holds it, too.
@@ -260,7 +260,7 @@ def _weighing(base: BaseModel, calls: _Calls) -> Iterator[dict[int, tuple[int, t
         yield saved
 
 
-class _Alive(TorchDispatchMode):
+class _TensorByteCounter(TorchDispatchMode):
     """Follows the bytes of all tensors that a model makes, from each operation to the next.
 
     Attributes:

@@ -45,7 +45,7 @@ def limit_arenas() -> None:
         libc.mallopt(_M_ARENA_MAX, _ARENAS)
 
 
-def release_freed() -> None:
+def release_freed_memory() -> None:
     """Give freed memory back to the system.
 
     A session's activations come in pieces that the next one's do not fit into, and glibc keeps them: a server of
@@ -56,17 +56,17 @@ def release_freed() -> None:
         libc.malloc_trim(0)
 
 
-def release_unreachable() -> None:
+def collect_garbage() -> None:
     """Give back what nobody can reach any more, too: websockets' connections are cycles, and hold their last frame.
 
     Python looks for cycles by their number, and a few that hold 50 MB each are none. It holds up every thread; call
-    ``forget_long_lived`` once, so that it is quick.
+    ``freeze_gc`` once, so that it is quick.
     """
     gc.collect()
-    release_freed()
+    release_freed_memory()
 
 
-def forget_long_lived() -> None:
+def freeze_gc() -> None:
     """Leave out what is there now, such as a model and its libraries, when cycles are looked for."""
     gc.collect()
     gc.freeze()

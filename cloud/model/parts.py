@@ -247,14 +247,14 @@ class ModelParts:
             self._running.part = None
 
     def _try_blocks(self) -> None:
-        base, watch = self.base, _Watch()
+        base, recorder = self.base, _Recorder()
         embeds = _random_embeds(base, TRACE_TOKENS)
-        with torch.no_grad(), model_code(base.name, base.architecture), self._within(watch):
+        with torch.no_grad(), model_code(base.name, base.architecture), self._within(recorder):
             last = base.last_hidden_state(embeds.clone())
-        if [index for index, *_ in watch.outputs] != list(range(base.blocks)):
+        if [index for index, *_ in recorder.outputs] != list(range(base.blocks)):
             self._refuse("its blocks do not run one after the other, each of them once")
         hidden = [embeds]
-        for index, output, first in watch.outputs:
+        for index, output, first in recorder.outputs:
             if not isinstance(first, Tensor):
                 self._refuse(f"block {index} returns a {type(output).__name__}, not hidden states")
             self._returned.append(len(output) - 1 if isinstance(output, tuple | list) else None)
@@ -287,7 +287,7 @@ class _Running(Protocol):
     def run_block(self, index: int, run: Callable[[], Any]) -> Any: ...
 
 
-class _Watch:
+class _Recorder:
     """Keeps what each block returns, and a copy of the hidden states in it, which a later one may change in place."""
 
     def __init__(self) -> None:

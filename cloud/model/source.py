@@ -140,13 +140,13 @@ def quiet() -> Iterator[None]:
 
 
 def _cannot_load(source: ModelSource, error: Exception) -> ExportError:
-    why = first_line(error)
+    reason = first_line(error)
     if Path(source.location).exists():
         return ExportError(
             f"{source.name} cannot be loaded as a causal language model with transformers "
-            f"{transformers.__version__}: {why}"
+            f"{transformers.__version__}: {reason}"
         )
     return ExportError(
         f"{source.name} is not a local path and cannot be downloaded from the Hugging Face hub: "
-        f"check the name and the network ({why})"
+        f"check the name and the network ({reason})"
     )

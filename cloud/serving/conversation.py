@@ -29,10 +29,10 @@ class Transport(Protocol):
     """Frames to and from one device, blocking; see ``SessionTransport``."""
 
     @property
-    def losses(self) -> int: ...
+    def times_lost(self) -> int: ...
     def send(self, frame: bytearray) -> None: ...
     def receive(self, timeout_s: float, give_up_at: float = ...) -> bytes: ...
-    def hang_up(self, refusal: RefusedError | RemoteProtocolError) -> None: ...
+    def disconnect(self, refusal: RefusedError | RemoteProtocolError) -> None: ...
     def wait_for_device(self, extra_s: float = 0.0) -> object: ...
 
 
@@ -43,7 +43,7 @@ class Conversation:
         self.session = session
         self.transport = transport
         self.clock = clock
-        self._speaking = threading.RLock()  # frames leave in the order of their numbers
+        self._send_lock = threading.RLock()  # frames leave in the order of their numbers
         self._changed = threading.Condition()
         self._boxes: defaultdict[Key | None, deque[m.AnyMessage]] = defaultdict(deque)
         self._is_reading = False
@@ -51,7 +51,7 @@ class Conversation:
 
     def send(self, message: m.AnyMessage) -> None:
         """Say something; returns at once."""
-        with self._speaking:
+        with self._send_lock:
             self.transport.send(self.session.send(message))
 
     def fail(self, error: BaseException) -> None:
@@ -67,9 +67,9 @@ class Conversation:
         """
         left_s = seconds
         while True:
-            began, losses = self.clock(), self.transport.losses
-            if not self._may_read(key, min(left_s, give_up_at - began)):
-                return self._taken(key)
+            began, times_lost = self.clock(), self.transport.times_lost
+            if not self._wait_for_turn_to_read(key, min(left_s, give_up_at - began)):
+                return self._pop_message(key)
             try:
                 message = self._read(left_s, give_up_at)
             except TimeoutError:
@@ -89,14 +89,15 @@ class Conversation:
             if message is not None:
                 with self._changed:
                     self._boxes[owner].append(message)
-            here = self.transport.losses == losses  # else it is another connection, and was away in between
+            here = self.transport.times_lost == times_lost  # else it is another connection, and was away in between
             left_s = max(0.0, left_s - (self.clock() - began)) if here else seconds
 
-    def _may_read(self, key: Key | None, seconds: float) -> bool:
+    def _wait_for_turn_to_read(self, key: Key | None, seconds: float) -> bool:
         """Wait until there is a message for us, or nobody reads: whether it is our turn to read."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._boxes[key] or not self._is_reading or self._failure, min(max(0.0, seconds), _LONGEST_S)
+                lambda: self._boxes[key] or not self._is_reading or self._failure,
+                min(max(0.0, seconds), _MAX_LOCK_WAIT_S),
             )
             if self._boxes[key]:
                 return False
@@ -107,7 +108,7 @@ class Conversation:
             self._is_reading = True
             return True
 
-    def _taken(self, key: Key | None) -> m.AnyMessage | None:
+    def _pop_message(self, key: Key | None) -> m.AnyMessage | None:
         with self._changed:
             box = self._boxes[key]
             message = box.popleft() if box else None
@@ -119,10 +120,10 @@ class Conversation:
         """The next message of the device; None for one that came before, or that was damaged on its way."""
         frame = self.transport.receive(seconds, give_up_at)
         try:
-            with self._speaking:
+            with self._send_lock:
                 return self.session.receive(frame)
         except DamagedFrameError as damage:
-            self.transport.hang_up(damage)
+            self.transport.disconnect(damage)
             return None
 
 
@@ -149,7 +150,7 @@ class MicroBatchDevice:
     def receive(self) -> m.AnyMessage:
         """The device's next message of this micro-batch. Raises ``DeviceGaveUpError``, and what the transport does."""
         transport = self._conversation.transport
-        began, losses = self._clock(), transport.losses
+        began, times_lost = self._clock(), transport.times_lost
         try:
             with self._gate.waiting():
                 try:
@@ -159,7 +160,7 @@ class MicroBatchDevice:
                     self.waited_s += waited_s
         finally:
             self.idle_s += self._clock() - began
-        if transport.losses == losses:  # else it tells of the network, not of the device
+        if transport.times_lost == times_lost:  # else it tells of the network, not of the device
             self._deadlines.answer.observe(waited_s)
         if isinstance(message, m.Error):
             raise DeviceGaveUpError(message.message)
@@ -173,12 +174,12 @@ class MicroBatchDevice:
             if message is not None:
                 return message
             self._deadlines.answer.missed()
-            self._conversation.transport.hang_up(late)
+            self._conversation.transport.disconnect(late)
         self._deadlines.answers.missed()
         raise late
 
 
-_LONGEST_S: Final = threading.TIMEOUT_MAX
+_MAX_LOCK_WAIT_S: Final = threading.TIMEOUT_MAX
 
 
 def _key_of(message: m.AnyMessage) -> Key | None:

@@ -33,7 +33,7 @@ from .service import Service
 from .session_loop import SessionLoop, shutting_down
 from .sessions import LiveSession
 from .ticket import controller_of, ticket_bytes
-from .transport import DeviceGoneError, SessionTransport, as_refusal, say_goodbye
+from .transport import DeviceGoneError, SessionTransport, as_refusal, close_with_error
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -61,13 +61,13 @@ async def handle_connection(connection: GuardedConnection, caller: Caller, servi
     except ConnectionClosed:
         logger.debug("%s left in the handshake", caller.name)
     except Exception as error:
-        connection.failed(error, caller.name)
-        await say_goodbye(connection, fault_of_ours(error))
+        connection.log_bug(error, caller.name)
+        await close_with_error(connection, as_internal_error(error))
 
 
 async def _refuse(connection: GuardedConnection, caller: Caller, refusal: RefusedError) -> None:
-    connection.refused(refusal.code, caller.name, str(refusal))
-    await say_goodbye(connection, refusal)
+    connection.log_refusal(refusal.code, caller.name, str(refusal))
+    await close_with_error(connection, refusal)
 
 
 class _Handshake:
@@ -89,7 +89,7 @@ class _Handshake:
         while True:
             match await self._receive():
                 case m.OpenSession() as opening:
-                    controller = await self._off_the_loop(check_opening, opening, self._session, self._service)
+                    controller = await self._run_in_thread(check_opening, opening, self._session, self._service)
                     return self._open(controller, hello.device)
                 case m.ResumeSession() as request:
                     live = self._resume(request)
@@ -103,10 +103,10 @@ class _Handshake:
         message = None
         while message is None:
             frame = await self._connection.recv(decode=False)
-            message = await self._off_the_loop(self._session.receive, frame)
+            message = await self._run_in_thread(self._session.receive, frame)
         return message
 
-    async def _off_the_loop(self, function: Callable[..., T], *given: object) -> T:
+    async def _run_in_thread(self, function: Callable[..., T], *given: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._service.openings, function, *given)
 
     async def _send(self, message: m.AnyMessage) -> None:
@@ -141,28 +141,28 @@ class _Handshake:
         logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self._caller.name)
         return live
 
-    def _open(self, controller: Controller | None, device: str) -> LiveSession:
+    def _open(self, controller: Controller | None, device_id: str) -> LiveSession:
         service, session, caller = self._service, self._session, self._caller
         if service.draining.is_set():
             raise shutting_down()
-        service.sessions.drop_left_behind(caller, device)
-        with contextlib.ExitStack() as unless_opened:
+        service.sessions.end_parked_of_device(caller, device_id)
+        with contextlib.ExitStack() as undo:
             # Before somebody else's session makes room: who may not open another displaces nobody.
-            quota = unless_opened.enter_context(service.quotas.open_session(caller.name))
+            quota = undo.enter_context(service.quotas.open_session(caller.name))
             service.sessions.make_room()
             name = secrets.token_hex(4)
             transport = SessionTransport(
                 asyncio.get_running_loop(),
                 self._connection,
                 name=f"{name} of {caller.name}",
-                park_s=service.patience.park_s,
-                goodbyes=service.goodbyes,
+                park_s=service.timeouts.park_s,
+                closing_tasks=service.closing_tasks,
                 clock=service.clock,
             )
-            live = LiveSession(name, caller, device, session, transport, quota)
-            loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device))
-            opened = session.send(loop.opened(live.name, live.new_token()))
-            unless_opened.pop_all()
+            live = LiveSession(name, caller, device_id, session, transport, quota)
+            loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device_id))
+            opened = session.send(loop.opened(live.name, live.new_resume_token()))
+            undo.pop_all()
         service.sessions.add(live)
         self._connection.opened(quota)
         self._connection.limit_frames(frame_limit(service, session))
@@ -178,7 +178,7 @@ class _Handshake:
 async def _run(live: LiveSession, loop: SessionLoop, service: Service) -> None:
     """Run a session's thread to its end, whatever connections it has on the way."""
     session, name = live.session, live.name
-    why: Exception | None = None
+    refusal: Exception | None = None
     try:
         await asyncio.get_running_loop().run_in_executor(service.pool, loop.run)
         logger.info(
@@ -186,27 +186,27 @@ async def _run(live: LiveSession, loop: SessionLoop, service: Service) -> None:
             session.bytes_received / 1e6, session.bytes_sent / 1e6,
         )  # fmt: skip
     except (DeviceGoneError, DeviceGaveUpError) as error:
-        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, _for_the_log(error))
+        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, _log_text(error))
     except (RefusedError, RemoteProtocolError, NonFiniteError) as error:
-        why = as_refusal(error)
-        level = logging.INFO if why.retryable else logging.WARNING
-        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, why.code, _for_the_log(why))
+        refusal = as_refusal(error)
+        level = logging.INFO if refusal.retryable else logging.WARNING
+        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, refusal.code, _log_text(refusal))
     except Exception as error:
-        why = fault_of_ours(error)
-        if why.retryable:
-            logger.error("session %s: ended at step %d: out of memory: %s", name, session.step, _for_the_log(error))
+        refusal = as_internal_error(error)
+        if refusal.retryable:
+            logger.error("session %s: ended at step %d: out of memory: %s", name, session.step, _log_text(error))
         else:
             logger.exception("session %s: internal error", name)
     finally:
         service.sessions.remove(live)
-        live.transport.end(why or DeviceGoneError("the session is closed"))
+        live.transport.end(refusal or DeviceGoneError("the session is closed"))
 
 
-def _for_the_log(error: Exception) -> str:
+def _log_text(error: Exception) -> str:
     return one_line(str(error), LOGGED_LETTERS)
 
 
-def fault_of_ours(error: Exception) -> RefusedError:
+def as_internal_error(error: Exception) -> RefusedError:
     """What a device is told of an error that it has no part in, a ``LocalProtocolError`` as any other: only whether it
     may try again. It may where memory ran out: others may have taken it, and give it back."""
     if is_out_of_memory(error):

@@ -15,11 +15,11 @@ from dlora.protocol.deadline import Deadline
 from dlora.protocol.errors import UsageError
 
 MAX_DEVICES: Final = 4096
-LONGEST_S: Final = 365 * 86_400.0  # a lock cannot wait for ever, nor for a number that is none
+MAX_WAIT_S: Final = 365 * 86_400.0  # a lock cannot wait for ever, nor for a number that is none
 
 
 @dataclass(frozen=True)
-class Patience:
+class SessionTimeouts:
     """How long a session waits for its device, in seconds. Raises ``UsageError`` where that cannot be.
 
     Attributes:
@@ -37,8 +37,8 @@ class Patience:
     def __post_init__(self) -> None:
         for limit in fields(self):
             value = getattr(self, limit.name)
-            if not (0 < value <= LONGEST_S or (value == 0 and limit.name == "park_s")):
-                text = f"the patience {limit.name} must be above 0 and at most {LONGEST_S:.0f} s, a year, not {value}"
+            if not (0 < value <= MAX_WAIT_S or (value == 0 and limit.name == "park_s")):
+                text = f"the patience {limit.name} must be above 0 and at most {MAX_WAIT_S:.0f} s, a year, not {value}"
                 raise UsageError(text)
 
 
@@ -59,14 +59,14 @@ class Deadlines:
 class DeviceDeadlines:
     """The deadlines of the devices that opened a session last, at most ``MAX_DEVICES``. For the event loop."""
 
-    patience: Patience
+    timeouts: SessionTimeouts
     _devices: OrderedDict[tuple[Caller, str], Deadlines] = field(default_factory=OrderedDict)
 
-    def of(self, caller: Caller, device: str) -> Deadlines:
+    def of(self, caller: Caller, device_id: str) -> Deadlines:
         """Those of a device, by its own name too: one caller may have several. Its sessions share them."""
-        key = caller, device
+        key = caller, device_id
         if key not in self._devices:
-            self._devices[key] = Deadlines(Deadline(self.patience.exchange_s), Deadline(self.patience.step_s))
+            self._devices[key] = Deadlines(Deadline(self.timeouts.exchange_s), Deadline(self.timeouts.step_s))
             if len(self._devices) > MAX_DEVICES:
                 self._devices.popitem(last=False)
         self._devices.move_to_end(key)

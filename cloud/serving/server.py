@@ -30,13 +30,13 @@ from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import can_pack
 from dlora.cloud.model.live_bytes import LiveBytes
-from dlora.cloud.model.memory import release_unreachable
+from dlora.cloud.model.memory import collect_garbage
 from dlora.cloud.model.source import public_name
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .handler import handle_connection, opening_limit
 from .listening import cannot_listen
-from .patience import DeviceDeadlines, Patience
+from .patience import DeviceDeadlines, SessionTimeouts
 from .service import Service
 from .session_loop import shutting_down
 from .sessions import Sessions
@@ -48,7 +48,7 @@ PING_EVERY_S = 20.0
 PING_TIMEOUT_S = 60.0
 RECHECK_EVERY_S = 10.0
 RELEASE_EVERY_S = 5.0
-MAKE_ROOM_EVERY_S = 1.0
+END_PARKED_EVERY_S = 1.0
 DRAIN_CHECK_S = 0.05
 LEAST_TOKENS, MOST_TOKENS = 256, 8192
 
@@ -73,7 +73,7 @@ class ServerSettings:
     max_tokens: int | None
     threads: int
     quotas: QuotaLimits = field(default_factory=QuotaLimits)
-    patience: Patience = field(default_factory=Patience)
+    timeouts: SessionTimeouts = field(default_factory=SessionTimeouts)
     limits: ConnectionLimits | None = None
     live_limit: int | None = None
     drain_s: float = 30.0
@@ -143,8 +143,8 @@ class CloudServer:
             ticket_key=ticket_key,
             sessions=Sessions(settings.max_sessions),
             quotas=Quotas(quotas, total_live_bytes=live_limit, clock=settings.clock),
-            patience=settings.patience,
-            deadlines=DeviceDeadlines(settings.patience),
+            timeouts=settings.timeouts,
+            deadlines=DeviceDeadlines(settings.timeouts),
             pool=self._threads,
             openings=self._openings,
             draining=threading.Event(),
@@ -168,7 +168,7 @@ class CloudServer:
             raise cannot_listen(host, port, error) from None
         self.port = next(iter(self._server.sockets)).getsockname()[1]
         self._housekeeping = [
-            asyncio.create_task(each) for each in (self._recheck_access(), self._release_memory(), self._make_room())
+            asyncio.create_task(each) for each in (self._recheck_access(), self._release_memory(), self._end_parked())
         ]
 
     async def serve_until_stopped(self, host: str, port: int) -> None:
@@ -194,7 +194,7 @@ class CloudServer:
         await self._drain()
         for task in self._housekeeping:
             task.cancel()
-        self.guard.hang_up()
+        self.guard.abort_unfinished()
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
@@ -207,13 +207,13 @@ class CloudServer:
         until = time.monotonic() + self._drain_s
         while len(sessions) and time.monotonic() < until:
             for live in sessions:
-                if live.session.at_rest or live.transport.parked_at is not None:
+                if live.session.is_between_steps or live.transport.parked_at is not None:
                     live.transport.end(shutting_down())
             await asyncio.sleep(DRAIN_CHECK_S)
         for live in sessions:
             live.transport.end(shutting_down())
         self.service.quotas.stop()
-        await self.service.goodbyes.wait()
+        await self.service.closing_tasks.wait()
 
     async def _recheck_access(self) -> None:
         """End the sessions of devices whose token was revoked or has expired."""
@@ -235,16 +235,16 @@ class CloudServer:
             await asyncio.sleep(RELEASE_EVERY_S)
             turns = self.service.gate.turns
             if turns == seen != released:
-                await asyncio.to_thread(release_unreachable)
+                await asyncio.to_thread(collect_garbage)
                 released = turns
             seen = turns
 
-    async def _make_room(self) -> None:
+    async def _end_parked(self) -> None:
         """End sessions whose device is away in the middle of a step, one a second, where others wait for the memory."""
         while True:
-            await asyncio.sleep(MAKE_ROOM_EVERY_S)
-            if self.service.quotas.is_awaited:
-                self.service.sessions.give_up_longest_parked_in_a_step()
+            await asyncio.sleep(END_PARKED_EVERY_S)
+            if self.service.quotas.has_waiting:
+                self.service.sessions.end_longest_parked_in_step()
 
     async def _handle(self, connection: ServerConnection) -> None:
         await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)
@@ -270,7 +270,7 @@ class CloudServer:
             return _json_response(denied.status, denied.body(), denied.headers())
         except Exception as error:
             # Of ours. websockets answers 500, and refers the device to a log in which it is silent.
-            self.guard.failed(error, source)
+            self.guard.log_bug(error, source)
             raise
         return None
 

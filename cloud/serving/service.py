@@ -13,7 +13,7 @@ from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.live_bytes import LiveBytes
 
-from .patience import DeviceDeadlines, Patience
+from .patience import DeviceDeadlines, SessionTimeouts
 from .sessions import Sessions
 from .tasks import Tasks
 
@@ -30,7 +30,7 @@ class Service:
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
         clock: seconds that never go back, which everything that a session waits for is measured with.
         draining: set once the server stops: running steps are finished, nothing new is begun.
-        running: the sessions' threads; goodbyes: to devices that are told to go, until they have heard it.
+        running: the sessions' threads; closing_tasks: to devices that are told to go, until they have heard it.
     """
 
     base: BaseModel
@@ -44,11 +44,11 @@ class Service:
     ticket_key: bytes
     sessions: Sessions
     quotas: Quotas
-    patience: Patience
+    timeouts: SessionTimeouts
     deadlines: DeviceDeadlines
     pool: Executor
     openings: Executor
     draining: threading.Event
     clock: Callable[[], float] = time.monotonic
     running: Tasks = field(default_factory=Tasks)
-    goodbyes: Tasks = field(default_factory=Tasks)
+    closing_tasks: Tasks = field(default_factory=Tasks)

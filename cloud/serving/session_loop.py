@@ -16,7 +16,7 @@ import torch
 
 from dlora.cloud.door.quotas import Charge
 from dlora.cloud.exchange.micro_batch import MicroBatchRun, Sites
-from dlora.cloud.model.memory import release_freed
+from dlora.cloud.model.memory import release_freed_memory
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import state_bytes
 from dlora.protocol.controller import Controller
@@ -83,11 +83,11 @@ class SessionLoop:
                 while self._answer_next(pool):
                     pass
         finally:
-            release_freed()
+            release_freed_memory()
 
     def _answer_next(self, pool: ThreadPoolExecutor | None) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
-        idle_s = self._service.patience.idle_s
+        idle_s = self._service.timeouts.idle_s
         match self._conversation.receive(None, idle_s, self._clock() + idle_s):
             case m.Embeddings() as begun:
                 if pool is None:
@@ -167,14 +167,14 @@ class SessionLoop:
         charge = self._admit(tokens, service.live_bytes.estimate(run.layout, run.lowest_trained))
         transport = self._conversation.transport
         device = MicroBatchDevice(self._conversation, run.key, service.gate, self._deadlines)
-        started, losses = self._clock(), transport.losses
+        started, times_lost = self._clock(), transport.times_lost
         try:
             with service.gate.computing(), torch.autograd.set_multithreading_enabled(False):
                 started = self._clock()
                 run.run(device)
         finally:
             charge.end(self._clock() - started - device.idle_s)
-        if transport.losses == losses:
+        if transport.times_lost == times_lost:
             self._deadlines.answers.observe(device.waited_s)
 
     def _admit(self, tokens: int, live_bytes: int) -> Charge:
@@ -191,8 +191,8 @@ class SessionLoop:
                 wait_s, now = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S), self._clock()
                 if not refusal.retryable or now > give_up_at:
                     raise
-                give_up_at = min(give_up_at, now + wait_s + self._service.patience.idle_s)
-                transport.hang_up(refusal)
+                give_up_at = min(give_up_at, now + wait_s + self._service.timeouts.idle_s)
+                transport.disconnect(refusal)
                 transport.wait_for_device(wait_s)
 
 

@@ -34,21 +34,21 @@ class LiveSession:
     Attributes:
         name: in messages and logs, random.
         caller: who may resume it.
-        device: the stable name that the device gives itself; "" for none.
+        device_id: the stable name that the device gives itself; "" for none.
     """
 
     name: str
     caller: Caller
-    device: str
+    device_id: str
     session: Session
     transport: SessionTransport
     quota: SessionQuota
-    token_digest: bytes = field(default=b"", repr=False)
+    resume_token_digest: bytes = field(default=b"", repr=False)
 
-    def new_token(self) -> bytes:
+    def new_resume_token(self) -> bytes:
         """A token that resumes this session once; only its digest is kept."""
-        token = secrets.token_bytes(m.TOKEN_BYTES)
-        self.token_digest = hashlib.sha256(token).digest()
+        token = secrets.token_bytes(m.RESUME_TOKEN_BYTES)
+        self.resume_token_digest = hashlib.sha256(token).digest()
         return token
 
 
@@ -76,10 +76,10 @@ class Sessions:
         """How many wait for their device."""
         return len(self._parked())
 
-    def drop_left_behind(self, caller: Caller, device: str) -> None:
-        """End what a device has parked that opens another session; ``device`` is "" for one without a name."""
+    def end_parked_of_device(self, caller: Caller, device_id: str) -> None:
+        """End what a device has parked that opens another session; ``device_id`` is "" for one without a name."""
         for live in self._parked():
-            if device and (live.caller, live.device) == (caller, device):
+            if device_id and (live.caller, live.device_id) == (caller, device_id):
                 self._evict(live, "its device opened another session")
 
     def make_room(self) -> None:
@@ -92,7 +92,7 @@ class Sessions:
             raise RefusedError(text, m.ErrorCode.BUSY, retryable=True, retry_after_s=BUSY_RETRY_S)
         self._evict(min(parked, key=lambda live: live.transport.parked_at or 0.0), "another device needed the room")
 
-    def give_up_longest_parked_in_a_step(self) -> None:
+    def end_longest_parked_in_step(self) -> None:
         """End it, where there is one that holds memory."""
         holding = [live for live in self._parked() if live.quota.live_bytes]
         if holding:
@@ -111,10 +111,10 @@ class Sessions:
         """
         live = self._live.get(request.session)
         digest = hashlib.sha256(request.token).digest()
-        known = live.token_digest if live is not None else bytes(len(digest))
+        known = live.resume_token_digest if live is not None else bytes(len(digest))
         if not hmac.compare_digest(digest, known) or live is None or live.caller != caller:
             return None
-        answer = handshake.send(m.SessionResumed(token=live.new_token(), received=live.session.link.received))
+        answer = handshake.send(m.SessionResumed(token=live.new_resume_token(), received=live.session.link.received))
         live.transport.attach(connection, lambda: [answer, *live.session.resume(handshake, request.received)])
         return live
 
@@ -127,6 +127,6 @@ class Sessions:
     def _parked(self) -> list[LiveSession]:
         return [live for live in self if live.transport.parked_at is not None]
 
-    def _evict(self, live: LiveSession, why: str) -> None:
+    def _evict(self, live: LiveSession, reason: str) -> None:
         self.remove(live)
-        live.transport.end(DeviceGoneError(why))
+        live.transport.end(DeviceGoneError(reason))

@@ -31,7 +31,7 @@ OVERHEAD_BYTES: Final = len(MAGIC) + 2 * DIGEST_BYTES
 
 def ticket_of(controller: Controller, key: bytes) -> bytes:
     """The controller's whole state, signed with ``key``; its size depends on the number of units alone."""
-    return seal_ticket(controller.state(), controller.digest, key)
+    return sign_ticket(controller.state(), controller.digest, key)
 
 
 def controller_of(
@@ -52,7 +52,7 @@ def controller_of(
     """
     controller = Controller(config, groups, seed=seed, total_steps=total_steps, adapter=adapter)
     try:
-        controller.load_state(open_ticket(ticket, controller.digest, key))
+        controller.load_state(verify_ticket(ticket, controller.digest, key))
     except ValueError:
         raise RefusedError("the ticket has the wrong length", code="ticket") from None
     if controller.next_step != next_step:
@@ -67,14 +67,14 @@ def ticket_bytes(units: int) -> int:
     return OVERHEAD_BYTES + state_bytes(units)
 
 
-def seal_ticket(state: bytes, digest: bytes, key: bytes) -> bytes:
+def sign_ticket(state: bytes, digest: bytes, key: bytes) -> bytes:
     """Sign ``state``, bound to ``digest`` (SHA-256, 32 bytes): ``len(state) + OVERHEAD_BYTES`` bytes."""
     body = MAGIC + digest + state
     return body + _mac(body, key)
 
 
-def open_ticket(ticket: bytes, digest: bytes, key: bytes) -> bytes:
-    """The state that ``seal_ticket`` got.
+def verify_ticket(ticket: bytes, digest: bytes, key: bytes) -> bytes:
+    """The state that ``sign_ticket`` got.
 
     Raises ``RefusedError`` with code ``ticket`` if it is not ours, was changed, or is bound to another digest.
     """

@@ -25,7 +25,7 @@ def load_key(state_dir: Path) -> bytes:
     try:
         if not path.exists():
             state_dir.mkdir(parents=True, exist_ok=True)
-            with interrupts.raising():
+            with interrupts.raise_on_signal():
                 _make_key(path)
         key = path.read_bytes()
     except OSError as error:

@@ -28,7 +28,7 @@ from .tasks import Tasks
 
 logger = logging.getLogger("dlora.cloud")
 
-GOODBYE_TIMEOUT_S = 1.0
+CLOSE_TIMEOUT_S = 1.0
 
 
 class DeviceGoneError(Exception):
@@ -45,11 +45,11 @@ class SessionTransport:
     Args:
         name: of session and device, for the log.
         park_s: how long a session without a connection is kept.
-        goodbyes: to devices that are told to go, until they have heard it.
+        closing_tasks: to devices that are told to go, until they have heard it.
         clock: seconds that never go back.
 
     Attributes:
-        losses: how often the connection was lost.
+        times_lost: how often the connection was lost.
         parked_at: since when there is none that is open, on ``clock``; None while there is one.
     """
 
@@ -60,15 +60,15 @@ class SessionTransport:
         *,
         name: str,
         park_s: float,
-        goodbyes: Tasks,
+        closing_tasks: Tasks,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.losses = 0
+        self.times_lost = 0
         self.parked_at: float | None = None
         self._loop = loop
         self._name = name
         self._park_s = park_s
-        self._goodbyes = goodbyes
+        self._closing_tasks = closing_tasks
         self._clock = clock
         self._changed = threading.Condition()
         self._connection: ServerConnection | None = connection
@@ -107,14 +107,14 @@ class SessionTransport:
                 self._lose(connection)
                 del connection, receiving  # parked for long, it would keep the dead websocket
 
-    def hang_up(self, refusal: RefusedError | RemoteProtocolError) -> None:
+    def disconnect(self, refusal: RefusedError | RemoteProtocolError) -> None:
         """Tell the device to come again, and close the connection; the session is parked."""
         with self._changed:
             connection = self._connection
         if connection is not None:
-            logger.info("session %s: sent away: %s: %s", self._name, refusal.code, refusal)
+            logger.info("session %s: disconnected, to connect again later: %s: %s", self._name, refusal.code, refusal)
             self._lose(connection)
-            asyncio.run_coroutine_threadsafe(say_goodbye(connection, as_refusal(refusal)), self._loop)
+            asyncio.run_coroutine_threadsafe(close_with_error(connection, as_refusal(refusal)), self._loop)
 
     def wait_for_device(self, extra_s: float = 0.0) -> ServerConnection:
         """Wait until there is a connection. Raises as ``receive``."""
@@ -142,7 +142,7 @@ class SessionTransport:
             if self._connection is connection:
                 self._connection = None
                 self._sending.clear()  # a dead websocket, as well
-                self.losses += 1
+                self.times_lost += 1
                 self.parked_at = self._clock()
 
     # -- the event loop ----------------------------------------------------------------------------------
@@ -174,22 +174,22 @@ class SessionTransport:
                 sending = asyncio.run_coroutine_threadsafe(connection.send(frame), self._loop)
                 self._sending.append((connection, sending))
             self._changed.notify_all()
-            self.losses += old is not None
+            self.times_lost += old is not None
         if old is not None:
             old.transport.abort()
 
-    def end(self, why: Exception) -> None:
-        """Make the session's thread raise ``why`` where it waits for its device, now or the next time.
+    def end(self, error: Exception) -> None:
+        """Make the session's thread raise ``error`` where it waits for its device, now or the next time.
 
         The device is told of a ``RefusedError``, and of nothing else.
         """
         with self._changed:
-            self._ended = why
+            self._ended = error
             connection, self._connection = self._connection, None
             self._changed.notify_all()
         if connection is not None:
-            refusal = why if isinstance(why, RefusedError) else None
-            self._goodbyes.keep(self._loop.create_task(say_goodbye(connection, refusal)))
+            refusal = error if isinstance(error, RefusedError) else None
+            self._closing_tasks.keep(self._loop.create_task(close_with_error(connection, refusal)))
 
 
 def _within_limits(retry_after_s: float | None) -> float | None:
@@ -207,10 +207,10 @@ def as_refusal(error: RefusedError | RemoteProtocolError | NonFiniteError) -> Re
             return RefusedError(str(error), m.ErrorCode.NON_FINITE)
 
 
-async def say_goodbye(connection: ServerConnection, refusal: RefusedError | None) -> None:
+async def close_with_error(connection: ServerConnection, refusal: RefusedError | None) -> None:
     """Tell a device why it loses the connection, and close it; one that does not read is not waited for."""
     with contextlib.suppress(ConnectionClosed, TimeoutError):
-        async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
             if refusal is not None:
                 error = m.Error(
                     code=refusal.code,

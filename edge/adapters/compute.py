@@ -23,7 +23,7 @@ class Saved:
     its adapters kept."""
 
     x: WireTensor
-    kept: Any
+    for_backward: Any
 
 
 class AdapterCompute:
@@ -44,8 +44,8 @@ class AdapterCompute:
         """What a group's adapters answer to x (rows, input_width): (rows, output_width) each."""
 
         def compute() -> tuple[Sequence[FloatArray], Saved]:
-            outputs, kept = self._adapters.groups[group].forward(decode_floats(x), self._adapters.scale(group))
-            return outputs, Saved(x, kept)
+            outputs, for_backward = self._adapters.groups[group].forward(decode_floats(x), self._adapters.scale(group))
+            return outputs, Saved(x, for_backward)
 
         return self._timed(compute)
 
@@ -61,7 +61,7 @@ class AdapterCompute:
             return {}
         return self._timed(
             lambda: self._adapters.groups[group].weight_grads(
-                decode_floats(saved.x), saved.kept, grads, backward, self._adapters.scale(group)
+                decode_floats(saved.x), saved.for_backward, grads, backward, self._adapters.scale(group)
             )
         )
 

@@ -139,7 +139,7 @@ def save_adapter(
     # PEFT and transformers look for this very "format".
     write_atomically(weights_path, safetensors.numpy.save(tensors, {"format": "pt"}))
     write_atomically(config_path, _json(config))
-    card = _card(modules, r, lora_alpha, base_model_name, target_modules)
+    card = _model_card(modules, r, lora_alpha, base_model_name, target_modules)
     write_atomically(directory / CARD_NAME, card.encode())
 
 
@@ -149,10 +149,10 @@ def load_adapter(directory: Path) -> LoadedAdapter:
     _check_supported(directory, config)
     r, alpha = _rank(directory, config, "r"), _number(directory, config, "lora_alpha")
     ranks, alphas = (_patterns(directory, config, key) for key in ("rank_pattern", "alpha_pattern"))
-    halves = _read_halves(directory)
-    _check_matching_time(directory, [*ranks, *alphas], list(halves))
+    pairs = _read_lora_pairs(directory)
+    _check_matching_time(directory, [*ranks, *alphas], list(pairs))
     modules, scaling = {}, {}
-    for name, found in halves.items():
+    for name, found in pairs.items():
         if set(found) != {"A", "B"}:
             raise CheckpointError(f"{directory}: {name} has no lora_{'B' if 'A' in found else 'A'}")
         a, b = found["A"], found["B"]
@@ -238,7 +238,7 @@ def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{directory} needs a changed base model (init_lora_weights={start!r}); convert it first")
 
 
-def _read_halves(directory: Path) -> dict[str, dict[str, FloatArray]]:
+def _read_lora_pairs(directory: Path) -> dict[str, dict[str, FloatArray]]:
     """Module name to its ``A`` and ``B``, float32."""
     path = directory / WEIGHTS_NAME
     if not path.is_file():
@@ -248,18 +248,18 @@ def _read_halves(directory: Path) -> dict[str, dict[str, FloatArray]]:
                 "save it with safetensors"
             )
         raise CheckpointError(f"{directory} has no {WEIGHTS_NAME}")
-    halves: dict[str, dict[str, FloatArray]] = {}
+    pairs: dict[str, dict[str, FloatArray]] = {}
     try:
         for key, tensor in _float32_tensors(path).items():
             match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight", key)
             if match is None or len(match[1]) > _MAX_NAME:
                 raise CheckpointError(f"{directory} has {key}, which is no part of a plain LoRA")
-            halves.setdefault(match[1], {})[match[2]] = tensor
+            pairs.setdefault(match[1], {})[match[2]] = tensor
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error})") from None
-    if not halves:
+    if not pairs:
         raise CheckpointError(f"{path} has no modules")
-    return halves
+    return pairs
 
 
 def _float32_tensors(path: Path) -> dict[str, FloatArray]:
@@ -342,7 +342,7 @@ def _is_slow(pattern: str) -> bool:
     return repeated_group or pattern.count("(") > 3 or len(_REPETITION.findall(pattern)) > 3
 
 
-def _card(
+def _model_card(
     modules: Sequence[SavedModule], r: int, lora_alpha: float, base_model_name: str, target_modules: Sequence[str]
 ) -> str:
     asked = f" of the target modules {', '.join(target_modules)}" if target_modules else ""

@@ -22,7 +22,7 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from .footprint import RUNTIME_MB, STORED_DTYPES, tokens_that_fit, training_mb, usual_tokens
 
 
-def examine(bundle: Path | None, server: str | None, credentials: Credentials) -> dict[str, Any]:
+def run_checks(bundle: Path | None, server: str | None, credentials: Credentials) -> dict[str, Any]:
     """Run every check; one that fails carries what to do."""
     checks = [
         _check("python", _python),
@@ -140,9 +140,9 @@ def _server(url: str, bundle: Path | None, credentials: Credentials) -> str:
     from dlora.edge.adapters.fitting import check_base_model
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.wire.connection import Connection
-    from dlora.edge.wire.dialing import Dialing
+    from dlora.edge.wire.dialing import ConnectSettings
 
-    with Connection(url, Dialing(credentials)) as connection:
+    with Connection(url, ConnectSettings(credentials)) as connection:
         welcome = connection.welcome
         if bundle is not None:
             check_base_model(Bundle.open(bundle), welcome)

@@ -10,7 +10,7 @@ import typer
 from dlora.protocol.text import one_line
 
 from .options import CredentialOptions, JsonOption, with_groups
-from .output import print_report
+from .output import print_result
 
 
 @with_groups
@@ -21,22 +21,22 @@ def doctor(
     json_output: JsonOption = False,
 ) -> None:
     """Check this device: versions, memory, engine, bundle, server; and say what to do about each problem."""
-    from .checks import examine
+    from .checks import run_checks
 
-    report = examine(bundle, server, credential_options.load())
-    print_report(report, show, json_output=json_output)
-    if not report["ok"]:
+    result = run_checks(bundle, server, credential_options.load())
+    print_result(result, show, json_output=json_output)
+    if not result["ok"]:
         raise typer.Exit(1)
 
 
-def show(report: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
     """Print the checks for people."""
     from rich.console import Console
     from rich.markup import escape
 
     console = Console()
-    console.print(f"dlora-edge {report['software']}, wire versions {report['protocol_versions']}")
-    for check in report["checks"]:
+    console.print(f"dlora-edge {result['software']}, wire versions {result['protocol_versions']}")
+    for check in result["checks"]:
         mark = "[green]ok[/]     " if check["ok"] else "[red]PROBLEM[/]"
         found = escape(one_line(check["found"]))
         console.print(f"{mark} [bold]{check['check']}[/]: {found}", highlight=False, soft_wrap=True)

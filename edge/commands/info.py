@@ -10,7 +10,7 @@ import typer
 from dlora.protocol.text import one_line
 
 from .options import JsonOption
-from .output import print_report
+from .output import print_result
 
 
 def info(
@@ -20,16 +20,16 @@ def info(
     """Say what a bundle or an adapter is."""
     from .description import describe
 
-    print_report(describe(path), show, json_output=json_output)
+    print_result(describe(path), show, json_output=json_output)
 
 
-def show(report: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
     """Print a description for people."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
 
     table = Table("", Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in report.items():
+    for name, value in result.items():
         table.add_row(f"[bold]{name.replace('_', ' ')}[/]", escape(one_line(str(value))))
     Console().print(table)

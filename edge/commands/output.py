@@ -9,14 +9,14 @@ from typing import Any
 
 def warn(line: str) -> None:
     """One line on stderr about something that went wrong and was dealt with."""
-    from dlora.edge.run.report import Reporter
+    from dlora.edge.run.report import Display
 
-    Reporter().warn(line)
+    Display().warn(line)
 
 
-def print_report(report: dict[str, Any], show: Callable[[dict[str, Any]], None], *, json_output: bool) -> None:
+def print_result(result: dict[str, Any], show: Callable[[dict[str, Any]], None], *, json_output: bool) -> None:
     """Print a command's result: as one JSON object, or as ``show`` does for people."""
     if json_output:
-        print(json.dumps(report, indent=1, ensure_ascii=False))
+        print(json.dumps(result, indent=1, ensure_ascii=False))
     else:
-        show(report)
+        show(result)

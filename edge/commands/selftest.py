@@ -9,7 +9,7 @@ import typer
 from dlora.edge.choices import EngineName
 
 from .options import BundleOption, JsonOption, ThreadsOption
-from .output import print_report
+from .output import print_result
 
 
 def selftest(
@@ -26,37 +26,37 @@ def selftest(
 
     from .golden import run_selftest
 
-    report = run_selftest(Bundle.open(bundle), threads, engine)
-    print_report(report, show, json_output=json_output)
-    if not report["passed"]:
+    result = run_selftest(Bundle.open(bundle), threads, engine)
+    print_result(result, show, json_output=json_output)
+    if not result["passed"]:
         raise typer.Exit(1)
 
 
-def show(report: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
     """Print a self-test for people."""
     from rich.console import Console
     from rich.table import Table
 
-    several = len(report["engines"]) > 1
-    table = Table(title=f"{report['bundle']} on {report['engine']}", title_justify="left")
+    several = len(result["engines"]) > 1
+    table = Table(title=f"{result['bundle']} on {result['engine']}", title_justify="left")
     for name in ("graph", "key"):
         table.add_column(name, overflow="fold")  # names that are cut look alike
     table.add_column("tolerance", justify="right")
-    for name in report["engines"]:
+    for name in result["engines"]:
         for column in ("error", "ms"):
             table.add_column(f"{name} {column}" if several else column, justify="right")
     table.add_column("")
-    for row in report["graphs"]:
+    for row in result["graphs"]:
         verdict = "[green]ok[/]" if row["passed"] else "[red]WRONG[/]"
         found = [
             cell
-            for name in report["engines"]
+            for name in result["engines"]
             for cell in (f"{row['engines'][name]['error']:.1e}", f"{row['engines'][name]['ms']:.2f}")
         ]
         table.add_row(row["graph"], row["key"], f"{row['tolerance']:.1e}", *found, verdict)
     console = Console()
     console.print(table)
-    if report["passed"]:
+    if result["passed"]:
         console.print("Every graph gives what torch gave at export.")
     else:
         console.print("[red]Some graphs are wrong on this device:[/] do not train here; update the engine.")

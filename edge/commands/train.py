@@ -159,14 +159,14 @@ def train(
     Example:  dlora-edge train --bundle build/smollm2 --server ws://127.0.0.1:8765 --data chat.jsonl --out my-adapter
     """
     options = locals()  # settings of a run have the names of their options
-    from dlora.edge.run.report import Reporter
+    from dlora.edge.run.report import Display
     from dlora.edge.run.run_file import RunSettings
 
     from .train_settings import run_train
 
-    reporter = Reporter(json_output=json_output)
+    display = Display(json_output=json_output)
     settings = RunSettings.of(options)
-    reporter.finish(run_train(settings, resume=resume, reporter=reporter))
+    display.finish(run_train(settings, resume=resume, display=display))
 
 
 def resume(
@@ -197,15 +197,15 @@ def resume(
 
     Example:  dlora-edge resume my-adapter --steps 400
     """
-    from dlora.edge.run.report import Reporter
+    from dlora.edge.run.report import Display
 
     from .train_settings import run_train, settings_of_run
 
-    reporter = Reporter(json_output=json_output)
+    display = Display(json_output=json_output)
     changes = {
         "steps": steps, "epochs": epochs, "patience": patience, "keep": keep, "server": server,
         "token_file": token_file, "ca": ca, "client_cert": client_cert, "client_key": client_key, "threads": threads,
         "max_retry_s": max_retry_s,
     }  # fmt: skip
     settings = settings_of_run(directory, changes)
-    reporter.finish(run_train(settings, resume=True, reporter=reporter))
+    display.finish(run_train(settings, resume=True, display=display))

@@ -14,7 +14,7 @@ from dlora.edge.data.rows import parse_columns
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.pause import PauseRules
 from dlora.edge.run.plan import data_line
-from dlora.edge.run.report import Reporter
+from dlora.edge.run.report import Display
 from dlora.edge.run.run_file import RunSettings, load_run_file
 from dlora.edge.training.config import TrainConfig, check_units
 from dlora.edge.training.optimizer import OptimizerConfig
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 EVALUATIONS_OF_A_RUN = 10
 
 
-def run_train(settings: RunSettings, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[str, Any]:
     """Check, read, train, save; the summary. Raises any ``DloraError``, for what is wrong before anything is made."""
     _check(settings)
     rules = PauseRules.parse(settings.pause_when or [])
@@ -45,13 +45,13 @@ def run_train(settings: RunSettings, *, resume: bool, reporter: Reporter) -> dic
         client_cert=settings.path("client_cert"),
         client_key=settings.path("client_key"),
         insecure=settings.insecure,
-        warn=reporter.warn,
+        warn=display.warn,
     )
     check_url(settings.server)
     bundle = Bundle.open(Path(settings.bundle))
     names, blocks = _target_modules(settings), parse_numbers(settings.blocks, "--blocks", "blocks")
     kill_revive = _kill_revive(settings, choose_groups(bundle.manifest, names, blocks))
-    dataset, held_out = _load(settings, bundle, reporter)
+    dataset, held_out = _load(settings, bundle, display)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, total_steps, train
 
@@ -80,12 +80,12 @@ def run_train(settings: RunSettings, *, resume: bool, reporter: Reporter) -> dic
         threads=settings.threads,
         engine=settings.engine,
         credentials=credentials,
-        device=load_device_id(warn=reporter.warn),
+        device_id=load_device_id(warn=display.warn),
         max_retry_s=settings.max_retry_s,
         liveness=Liveness(exchange_s=settings.exchange_timeout_s),
         pause=rules,
     )
-    return train(run, reporter)
+    return train(run, display)
 
 
 def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
@@ -175,14 +175,14 @@ def _config(
     )
 
 
-def _load(settings: RunSettings, bundle: Bundle, reporter: Reporter) -> tuple[Dataset, Dataset | None]:
+def _load(settings: RunSettings, bundle: Bundle, display: Display) -> tuple[Dataset, Dataset | None]:
     max_length = usable_length(settings.max_length, bundle.manifest)
     fields = parse_columns(settings.columns) if settings.columns else None
     paths = [Path(path) for path in (settings.data, settings.eval_data) if path is not None]
-    with reporter.reading() as on_tick:
+    with display.reading() as on_tick:
         datasets = load_datasets(Reading(bundle, paths, fields, max_length, settings.too_long), on_tick)
     for name, path, dataset in zip(("data", "held out"), paths, datasets, strict=False):
-        reporter.say(data_line(name, path, dataset))
+        display.say(data_line(name, path, dataset))
     return datasets[0], datasets[1] if len(datasets) > 1 else None
 
 

@@ -57,23 +57,23 @@ def evaluate(
     from dlora.edge.data.loading import Reading, load_datasets, usable_length
     from dlora.edge.data.rows import parse_columns
     from dlora.edge.engine.bundle import Bundle
-    from dlora.edge.run.report import Reporter
+    from dlora.edge.run.report import Display
 
-    reporter = Reporter(json_output=json_output)
+    display = Display(json_output=json_output)
     credentials = credential_options.load()
     opened = Bundle.open(bundle)
     fields = parse_columns(columns) if columns else None
     longest = usable_length(max_length, opened.manifest)
-    with reporter.reading() as on_tick:
+    with display.reading() as on_tick:
         (dataset,) = load_datasets(Reading(opened, [data], fields, longest, too_long), on_tick)
     from dlora.edge.model.evaluation import evaluate as run_evaluation
 
     with (
         _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model,
-        reporter.evaluating("", len(dataset)) as advance,
+        display.evaluating("", len(dataset)) as advance,
     ):
         result = run_evaluation(model, dataset, batch_size, lambda done, _: advance(done))
-    reporter.finish(asdict(result))
+    display.finish(asdict(result))
 
 
 @with_groups
@@ -115,9 +115,11 @@ def _open_model(
     max_retry_s: float | None,
 ) -> AbstractContextManager[SplitModel]:
     from dlora.edge.model.use import open_model
-    from dlora.edge.wire.dialing import Dialing, Retry
+    from dlora.edge.wire.dialing import ConnectSettings, Retry
     from dlora.edge.wire.identity import load_device_id
 
     retry = Retry(max_s=max_retry_s, at_start=bool(max_retry_s))
-    dialing = Dialing(credentials, load_device_id(warn=warn), retry, say=warn)
-    return open_model(bundle, server, adapter, wire_dtype=wire_dtype, threads=threads, engine=engine, dialing=dialing)
+    connecting = ConnectSettings(credentials, load_device_id(warn=warn), retry, say=warn)
+    return open_model(
+        bundle, server, adapter, wire_dtype=wire_dtype, threads=threads, engine=engine, connecting=connecting
+    )

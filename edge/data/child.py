@@ -32,8 +32,8 @@ from dlora.protocol.text import one_line
 Buffer = bytes | bytearray | memoryview
 Work = Callable[[bytes], Sequence[Buffer]]
 
-STANDSTILL_S: Final = 120
-LEAST_BYTES: Final = 1 << 30
+NO_PROGRESS_S: Final = 120
+MIN_SPARE_BYTES: Final = 1 << 30
 _TICK_S: Final = 1.0
 _NOTE: Final = struct.Struct("<QHH")  # how often it was written; length of the error's name, and of the place
 _NOTE_BYTES: Final = 16 << 10
@@ -48,9 +48,9 @@ class Note:
         self._memory = mmap.mmap(-1, _NOTE_BYTES)
         self._count = 0
 
-    def at(self, place: str, blamed: type[DloraError]) -> None:
+    def set_place(self, place: str, error_type: type[DloraError]) -> None:
         """Say what is read now, as the subject of a sentence, and what error it is if that never ends."""
-        name, text = blamed.__name__.encode(), place.encode(errors="replace")[: _NOTE_BYTES - 256]
+        name, text = error_type.__name__.encode(), place.encode(errors="replace")[: _NOTE_BYTES - 256]
         self._count += 1
         self._memory[_NOTE.size : _NOTE.size + len(name) + len(text)] = name + text
         self._memory[: _NOTE.size] = _NOTE.pack(self._count, len(name), len(text))
@@ -94,25 +94,25 @@ class Child:
         self._pid = 0
 
     def __enter__(self) -> Child:
-        self._socket, theirs = socket.socketpair()
+        self._socket, child_socket = socket.socketpair()
         self._spare_bytes = spare_bytes()
         # A signal between fork and what follows would unwind the parent's code in the child, or lose the child.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self._pid = os.fork()
             if self._pid == 0:
-                self._serve(theirs)
+                self._serve(child_socket)
         except OSError as error:
             raise DloraError(f"no process can be started ({error.strerror}); close other programs") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        theirs.close()
+        child_socket.close()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
         if self._pid:
-            self._end()
+            self._kill()
 
     def call(self, request: bytes = b"") -> list[bytearray]:
         """What ``work`` returns for ``request``.
@@ -122,14 +122,14 @@ class Child:
         assert self._pid, "it has ended"
         try:
             # So that an interrupt leaves by way of __exit__, which ends the child: it may be in a loop.
-            with interrupts.raising():
+            with interrupts.raise_on_signal():
                 self._socket.settimeout(None)
                 self._socket.sendall(_LENGTH.pack(len(request)) + request)
                 self._socket.settimeout(_TICK_S)
                 reply = msgspec.msgpack.decode(self._receive(), type=_Reply)
                 parts = [self._receive() for _ in range(reply.parts)]
         except (EOFError, ConnectionError):
-            raise self._note.error(self._how_it_ended()) from None
+            raise self._note.error(self._exit_reason()) from None
         if reply.out_of_memory:
             raise self._note.error(_too_much_memory(self._spare_bytes))
         if reply.bug:
@@ -139,9 +139,9 @@ class Child:
         return parts
 
     def _receive(self) -> bytearray:
-        return self._exactly(_LENGTH.unpack(self._exactly(_LENGTH.size))[0])
+        return self._receive_exactly(_LENGTH.unpack(self._receive_exactly(_LENGTH.size))[0])
 
-    def _exactly(self, size: int) -> bytearray:
+    def _receive_exactly(self, size: int) -> bytearray:
         content = bytearray(size)
         view, still, count = memoryview(content), 0, -1
         while view:
@@ -155,15 +155,15 @@ class Child:
                 self._on_tick(self._note.place)
                 still = still + 1 if self._note.count == count else 0
                 count = self._note.count
-                if still * _TICK_S >= STANDSTILL_S:
+                if still * _TICK_S >= NO_PROGRESS_S:
                     raise self._note.error(
-                        f"took longer than {STANDSTILL_S} s; shorten it, or export the bundle again if its tokenizer "
+                        f"took longer than {NO_PROGRESS_S} s; shorten it, or export the bundle again if its tokenizer "
                         "or its chat template does not end"
                     ) from None
         return content
 
-    def _how_it_ended(self) -> str:
-        status = self._end()
+    def _exit_reason(self) -> str:
+        status = self._kill()
         if not os.WIFSIGNALED(status):
             return f"ended the process that reads it (exit code {os.waitstatus_to_exitcode(status)})"
         number = os.WTERMSIG(status)
@@ -171,7 +171,7 @@ class Child:
             return _too_much_memory(self._spare_bytes)
         return f"crashed the library that reads it ({signal.Signals(number).name}); leave it out, or update dlora"
 
-    def _end(self) -> int:
+    def _kill(self) -> int:
         """Kill and reap the child; its wait status."""
         pid, self._pid = self._pid, 0
         try:
@@ -185,12 +185,12 @@ class Child:
 
     # -- in the child ------------------------------------------------------------------------------------
 
-    def _serve(self, theirs: socket.socket) -> NoReturn:
+    def _serve(self, child_socket: socket.socket) -> NoReturn:
         """Answer until the parent hangs up. Never returns: the parent's code above us is not ours to run."""
         try:
             self._socket.close()
-            _become_a_child(self._spare_bytes)
-            stream = theirs.makefile("rwb")
+            _set_up_child(self._spare_bytes)
+            stream = child_socket.makefile("rwb")
             while size := stream.read(_LENGTH.size):
                 request = stream.read(_LENGTH.unpack(size)[0])
                 reply, parts = self._answer(request)
@@ -232,17 +232,17 @@ def spare_bytes() -> int:
     """
     import psutil  # where it is used: it is slow to load
 
-    return max(LEAST_BYTES, int(psutil.virtual_memory().available) // 2)
+    return max(MIN_SPARE_BYTES, int(psutil.virtual_memory().available) // 2)
 
 
-def _become_a_child(spare: int) -> None:
+def _set_up_child(spare: int) -> None:
     """Limits, and nothing of the parent's that shows: no words on its terminal, none of its signals."""
     for number in (signal.SIGINT, signal.SIGTERM):  # may go to the whole group; the parent ends us
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)  # Rust says why it gives up
+    null_device = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_device, 1)
+    os.dup2(null_device, 2)  # Rust says why it gives up
     faulthandler.disable()
     _limit(resource.RLIMIT_CORE, 0)  # text of the user's lies in this memory
     if sys.platform == "linux":

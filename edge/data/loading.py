@@ -71,7 +71,7 @@ class _Facts(msgspec.Struct):
 
 
 def _read(reading: Reading, note: Note) -> list[Buffer]:
-    note.at(TOKENIZER_PLACE, BundleError)
+    note.set_place(TOKENIZER_PLACE, BundleError)
     from .tokenizer import EdgeTokenizer  # here, in the child: it takes 30 MB, and training needs none
 
     tokenizer = EdgeTokenizer.open(reading.bundle)
@@ -83,7 +83,7 @@ def _read(reading: Reading, note: Note) -> list[Buffer]:
             columns=reading.columns,
             max_length=reading.max_length,
             too_long=reading.too_long,
-            on_place=lambda place: note.at(place, DataError),
+            on_place=lambda place: note.set_place(place, DataError),
         )
         parts += _packed(dataset)
     return parts

@@ -51,7 +51,7 @@ class PromptTokenizer:
 def prompt_tokenizer(bundle: Bundle) -> Iterator[PromptTokenizer]:
     """A bundle's tokenizer, in a child that lives as long as the context. Enter it before there is an engine."""
     note = Note()
-    with Child(_answers(bundle, note), note) as child:
+    with Child(_tokenizer_worker(bundle, note), note) as child:
         yield PromptTokenizer(child, bundle.manifest.tokenizer.all_stop_token_ids)
 
 
@@ -63,10 +63,10 @@ class _Decode(msgspec.Struct, tag=True):
     ids: tuple[int, ...]
 
 
-def _answers(bundle: Bundle, note: Note) -> Work:
+def _tokenizer_worker(bundle: Bundle, note: Note) -> Work:
     @cache
     def tokenizer() -> EdgeTokenizer:
-        note.at(TOKENIZER_PLACE, BundleError)
+        note.set_place(TOKENIZER_PLACE, BundleError)
         from .tokenizer import EdgeTokenizer  # here, in the child
 
         return EdgeTokenizer.open(bundle)
@@ -75,9 +75,9 @@ def _answers(bundle: Bundle, note: Note) -> Work:
         opened = tokenizer()
         call: _Encode | _Decode = msgspec.msgpack.decode(request, type=_Encode | _Decode)
         if isinstance(call, _Encode):
-            note.at("the prompt", DataError)
+            note.set_place("the prompt", DataError)
             return (opened.encode_prompt(call.prompt).tobytes(),)
-        note.at("the text of the answer", BundleError)
+        note.set_place("the text of the answer", BundleError)
         return (opened.decode(call.ids).encode(),)
 
     return answer

@@ -56,7 +56,7 @@ class ExecutorchEngine:
         threads = self._threads if kind in ("head_train", "head_loss") else 1
         if threads > 1 and self._workers is None:
             self._workers = ThreadPoolExecutor(threads, "head")
-        return _Cut(spec, self._bounds, _Programs(self._shim, path, spec, self._bounds), threads, self._workers)
+        return _CutGraph(spec, self._bounds, _Programs(self._shim, path, spec, self._bounds), threads, self._workers)
 
 
 class _Programs:
@@ -82,7 +82,7 @@ class _Programs:
             raise BundleError(f"{self._path} is not the graph that the manifest describes; export the bundle again")
 
 
-class _Cut:
+class _CutGraph:
     """A graph that takes any number of tokens, rows or parameters: in pieces where programs take fewer.
 
     Outputs that have the dimension are put together again. Those that do not, gradients of weights, are sums over it.
@@ -105,7 +105,7 @@ class _Cut:
         self._dimension = next((name for name in _CUT if name in named), None)
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
-        arrays = [_as_wanted(inputs[tensor.name], tensor) for tensor in self._spec.inputs]
+        arrays = [_contiguous(inputs[tensor.name], tensor) for tensor in self._spec.inputs]
         sizes = self._sizes(arrays)
         if 0 in sizes.values():
             return [np.zeros(_shape(tensor, sizes), dtype_of(tensor.dtype)) for tensor in self._spec.outputs]
@@ -119,14 +119,14 @@ class _Cut:
         if self._threads > 1 and self._workers is not None:
             for index in range(min(self._threads, len(pieces))):
                 self._programs[index]  # loaded here: not by two threads at once
-            found = list(self._workers.map(lambda index: self._every(index, pieces), range(self._threads)))
+            found = list(self._workers.map(lambda index: self._run_pieces(index, pieces), range(self._threads)))
             results = [found[index % self._threads][index // self._threads] for index in range(len(pieces))]
         else:
             results = [self._run(0, *piece) for piece in pieces]
         by_output = zip(*results, strict=True)
         return [self._joined(tensor, parts) for tensor, parts in zip(self._spec.outputs, by_output, strict=True)]
 
-    def _every(self, worker: int, pieces: Sequence[tuple[list[Array], Mapping[str, int]]]) -> list[list[Array]]:
+    def _run_pieces(self, worker: int, pieces: Sequence[tuple[list[Array], Mapping[str, int]]]) -> list[list[Array]]:
         return [self._run(worker, *piece) for piece in pieces[worker :: self._threads]]
 
     def _run(self, program: int, arrays: list[Array], sizes: Mapping[str, int]) -> list[Array]:
@@ -172,7 +172,7 @@ class _Cut:
         return total
 
 
-def _as_wanted(array: Array, tensor: TensorSpec) -> Array:
+def _contiguous(array: Array, tensor: TensorSpec) -> Array:
     """The array itself where it lies as programs want it; of another dtype it would be a bug of ours."""
     assert array.dtype == dtype_of(tensor.dtype), tensor.name
     return np.asarray(array, order="C")

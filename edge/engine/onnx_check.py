@@ -2,7 +2,7 @@
 
 A graph is a stranger's program. ONNX has operators that loop for ever, or make a terabyte of one number, and ONNX
 Runtime has no limit. So a graph holds the few things that training graphs are made of (docs/bundle.md) and nothing
-else; what these still ask for too much of fails where it is allocated (``memory.within_available``). There is no
+else; what these still ask for too much of fails where it is allocated (``memory.limit_memory``). There is no
 ``onnx`` on the device: this reads as much of protobuf's encoding (protobuf.dev/programming-guides/encoding) as it
 takes, with the field numbers of onnx.proto.
 """
@@ -41,7 +41,7 @@ def check_graph(content: bytes) -> None:
     if len(content) > MAX_GRAPH_BYTES:
         raise ValueError(f"more than {MAX_GRAPH_BYTES >> 10} KiB")
     operators: list[str] = []
-    for _, graph in _known(content, _MODEL, "a model"):
+    for _, graph in _known_fields(content, _MODEL, "a model"):
         _check_nodes(graph, operators)
     for operator in _ONCE:
         if operators.count(operator) > 1:
@@ -49,10 +49,10 @@ def check_graph(content: bytes) -> None:
 
 
 def _check_nodes(graph: bytes, operators: list[str]) -> None:
-    for _, node in _known(graph, _GRAPH, "a graph"):
+    for _, node in _known_fields(graph, _GRAPH, "a graph"):
         found = {"op_type": b"", "domain": b""}
         attributes = []
-        for name, value in _known(node, _NODE, "a node"):
+        for name, value in _known_fields(node, _NODE, "a node"):
             if name == "attribute":
                 attributes.append(value)
             else:
@@ -62,7 +62,7 @@ def _check_nodes(graph: bytes, operators: list[str]) -> None:
             raise ValueError(f"the operator {operator!r}")
         operators.append(operator)
         for attribute in attributes:
-            held = list(_known(attribute, _ATTRIBUTE, "an attribute"))
+            held = list(_known_fields(attribute, _ATTRIBUTE, "an attribute"))
             if len(held) > 1:
                 raise ValueError("an attribute of two values")
             for name, value in held:
@@ -87,7 +87,7 @@ def _check_tensor(tensor: bytes) -> None:
         raise ValueError("a tensor that claims to be larger than it is")
 
 
-def _known(message: bytes, known: dict[int, str], what: str) -> Iterator[tuple[str, bytes]]:
+def _known_fields(message: bytes, known: dict[int, str], what: str) -> Iterator[tuple[str, bytes]]:
     """The fields of a message that are looked into, by name; raises for one that may not be there."""
     for number, _, value in _fields(message):
         if number not in known:

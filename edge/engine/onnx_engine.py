@@ -8,7 +8,7 @@ from typing import Final
 
 import onnxruntime as ort
 
-from dlora.edge.memory import within_available
+from dlora.edge.memory import limit_memory
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import GraphKind, GraphSpec
 
@@ -56,7 +56,7 @@ class OnnxEngine:
         except ValueError as error:
             raise BundleError(f"{path} has {error}, which no graph may; export the bundle again") from None
         try:
-            with within_available():
+            with limit_memory():
                 session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common public base
             raise BundleError(
@@ -70,7 +70,7 @@ class OnnxEngine:
             size = sum(array.nbytes for array in inputs.values())
             try:
                 # Looking at the memory takes as long as a small graph: only where more goes in than ever before.
-                with within_available() if size > most else nullcontext():
+                with limit_memory() if size > most else nullcontext():
                     outputs: list[Array] = session.run(names, dict(inputs))
             except Exception as error:
                 raise BundleError(

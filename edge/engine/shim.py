@@ -78,7 +78,7 @@ class Program:
             len(message),
         )
         if status != _OK:
-            raise DloraError(f"a graph failed on ExecuTorch: {_said(message)}")
+            raise DloraError(f"a graph failed on ExecuTorch: {_text_of(message)}")
 
     def _describe(self, side: int, index: int) -> tuple[str, tuple[int, ...]]:
         tensor = _Tensor()
@@ -115,14 +115,14 @@ class Shim:
         self._library.dlora_et_free.restype = None
         for name in ("dlora_et_count", "dlora_et_describe", "dlora_et_run"):
             function = getattr(self._library, name)
-            function.argtypes = [ctypes.c_void_p, *[_ANYTHING] * _ARGUMENTS[name]]
+            function.argtypes = [ctypes.c_void_p, *[_ANY_ARGUMENT] * _ARGUMENTS[name]]
         self.version: str = self._library.dlora_et_version().decode()
 
     def set_threads(self, threads: int) -> None:
         """Threads that ExecuTorch's own kernels share, in the whole process."""
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         if self._library.dlora_et_set_threads(threads, message, len(message)) != _OK:
-            raise DloraError(f"ExecuTorch: {_said(message)}")
+            raise DloraError(f"ExecuTorch: {_text_of(message)}")
 
     def load(self, path: Path) -> Program:
         """Load a program. Raises ``BundleError`` with what to do."""
@@ -130,7 +130,7 @@ class Shim:
         status = self._library.dlora_et_load(os.fsencode(path), ctypes.byref(handle), message, len(message))
         if status == _OK:
             return Program(self._library, handle)
-        reason = _said(message)
+        reason = _text_of(message)
         if status in (_UNREADABLE, _DAMAGED):
             raise BundleError(f"{path} is damaged ({reason}); export the bundle again")
         if status == _INCOMPATIBLE:
@@ -138,7 +138,7 @@ class Shim:
         raise DloraError(f"{path} does not load on ExecuTorch {self.version}: {reason}")
 
 
-class _Anything:
+class _AnyArgument:
     """Lets ctypes convert an argument as it would without ``argtypes``."""
 
     @classmethod
@@ -146,7 +146,7 @@ class _Anything:
         return value
 
 
-_ANYTHING: Final = _Anything
+_ANY_ARGUMENT: Final = _AnyArgument
 _ARGUMENTS: Final = {"dlora_et_count": 2, "dlora_et_describe": 3, "dlora_et_run": 6}
 
 
@@ -186,5 +186,5 @@ def load_shim() -> Shim:
     return Shim(find_shim())
 
 
-def _said(message: ctypes.Array[ctypes.c_char]) -> str:
+def _text_of(message: ctypes.Array[ctypes.c_char]) -> str:
     return " ".join(message.value.decode(errors="replace").split())

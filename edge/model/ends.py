@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Array, Engine, Graph, scalar
-from dlora.edge.memory import release_freed
+from dlora.edge.memory import release_freed_memory
 from dlora.protocol.tensors import FloatArray
 
 LongArray = npt.NDArray[np.int64]
@@ -24,7 +24,7 @@ class Embedding:
         self._graph = engine.load("embedding")
 
     def __call__(self, ids: LongArray) -> FloatArray:
-        release_freed()  # what the last step left free, else the table comes on top of it
+        release_freed_memory()  # what the last step left free, else the table comes on top of it
         (hidden_states,) = self._graph({"weight": self._bundle.weight(self._file), "ids": ids})
         # The system maps the neighbours of each page that is touched: a few steps would bring in the whole table.
         self._bundle.release(self._file)
@@ -85,9 +85,9 @@ class Head:
 
     def _chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self._rows):
-            release_freed()
+            release_freed_memory()
             yield slice(start, start + self._rows)
-        release_freed()
+        release_freed_memory()
         self._bundle.release(self._bundle.manifest.head.weight)
 
     def _graph(self, kind: str) -> Graph:

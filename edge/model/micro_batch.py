@@ -48,7 +48,7 @@ class MicroBatchRun:
 
     Attributes:
         longest: tokens of its longest sequence.
-        is_through: whether the server will send no more of it.
+        is_finished: whether the server will send no more of it.
         hidden_states: once they have come, the last hidden states (labelled, hidden_size).
         losses: in training, (labelled,).
         grads: the gradient of each parameter, by name, once it is through; summed over its micro-batch.
@@ -65,7 +65,7 @@ class MicroBatchRun:
     ) -> None:
         self.key = key
         self.longest = int(batch.sequence_lengths.max())
-        self.is_through = False
+        self.is_finished = False
         self.hidden_states: FloatArray | None = None
         self.losses: FloatArray | None = None
         self.grads: dict[str, FloatArray] = {}
@@ -102,7 +102,7 @@ class MicroBatchRun:
             case m.GroupInput():
                 self._answer_input(message)
             case m.LabelledHiddenStates():
-                self._take_last_hidden_states(message)
+                self._handle_last_hidden_states(message)
             case m.GroupGrad():
                 self._answer_grad(message)
             case _:
@@ -115,10 +115,10 @@ class MicroBatchRun:
         deltas = tuple(self._to_wire(output, TensorRole.DELTA) for output in outputs)
         self._send(m.GroupDelta(step=self._step, micro_batch=self._micro_batch, group=message.group, deltas=deltas))
 
-    def _take_last_hidden_states(self, message: m.LabelledHiddenStates) -> None:
+    def _handle_last_hidden_states(self, message: m.LabelledHiddenStates) -> None:
         hidden_states = decode_floats(message.hidden_states)
         self._to_come = message.gradients
-        self.is_through = not self._to_come
+        self.is_finished = not self._to_come
         if self._grad_scale is None:
             self.hidden_states = hidden_states
             return
@@ -150,7 +150,7 @@ class MicroBatchRun:
         # After the answer has left: the server works on while we compute the weights' gradients.
         self.grads |= compute.weight_grads(group, self._saved.pop(group), grads, backward)
         self._to_come -= 1
-        self.is_through = not self._to_come
+        self.is_finished = not self._to_come
 
     def _to_wire(self, values: FloatArray, role: TensorRole) -> WireTensor:
         return self._parts.codecs.of(role).encode(np.asarray(values))

@@ -26,28 +26,28 @@ class ModelSession(ABC):
         self.adapters = adapters
 
     @abstractmethod
-    def opening(self) -> m.OpenSession:
+    def opening_message(self) -> m.OpenSession:
         """The message that opens a session where we stand now."""
 
     @abstractmethod
-    def take_opened(self, opened: m.SessionOpened) -> None:
+    def handle_opened(self, opened: m.SessionOpened) -> None:
         """Take what the server says of the session that it has opened."""
 
     @abstractmethod
-    def take_signal(self, signal: m.Signal) -> None:
+    def handle_signal(self, signal: m.Signal) -> None:
         """Take a signal, before anything of the next step is computed."""
 
     @abstractmethod
-    def go_on(self) -> None:
+    def send_unanswered(self) -> None:
         """Say again what the server must know before the next micro-batch, once a session is open."""
 
     def open(self) -> None:
         """Open a session where we stand, or another in place of one that the server has forgotten."""
         while True:
             try:
-                self.take_opened(self.connection.open(self.opening()))
+                self.handle_opened(self.connection.open(self.opening_message()))
                 self._set_up()
-                self.go_on()
+                self.send_unanswered()
                 return
             except SessionLostError:
                 continue

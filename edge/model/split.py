@@ -63,7 +63,7 @@ class SplitModel:
         )
         parameters = self.adapters.parameters()
         losses: list[FloatArray] = []
-        for run in self._through(runs):
+        for run in self._run_all(runs):
             for name, grad in run.grads.items():
                 parameters[name].add_grad(grad)
             assert run.losses is not None
@@ -95,22 +95,22 @@ class SplitModel:
         return logits
 
     def _evaluate_hidden(self, batch: MicroBatch) -> FloatArray:
-        def once() -> FloatArray:
+        def attempt() -> FloatArray:
             # Anew for each session: another server may take less at once.
             runs = deque(
                 MicroBatchRun(self._parts, part, self._next_key(), self.connection.send, grad_scale=None)
                 for part in self.cut(batch)
             )
-            found = [run.hidden_states for run in self._through(runs) if run.hidden_states is not None]
+            found = [run.hidden_states for run in self._run_all(runs) if run.hidden_states is not None]
             return found[0] if len(found) == 1 else np.concatenate(found)
 
-        return self.session.run(once)
+        return self.session.run(attempt)
 
     def _next_key(self) -> Key:
         self._evaluated = (self._evaluated + 1) % 2**31
         return self.connection.session.step, self._evaluated
 
-    def _through(self, waiting: deque[MicroBatchRun]) -> Iterator[MicroBatchRun]:
+    def _run_all(self, waiting: deque[MicroBatchRun]) -> Iterator[MicroBatchRun]:
         """Run micro-batches, as many at a time as the window allows; gives each once it is through, in their order.
 
         Nothing is kept of one that was given: it may hold the gradients of all adapters.
@@ -125,15 +125,15 @@ class SplitModel:
                 run.begin()
             match self.connection.receive_any():
                 case m.Signal() as signal:
-                    self.session.take_signal(signal)
+                    self.session.handle_signal(signal)
                 case m.ExchangeMessage() as message:
                     run = under_way[message.step, message.micro_batch]  # the session's rules let no other through
                     run.handle(message)
-                    if run.is_through:
+                    if run.is_finished:
                         del under_way[run.key]
                 case message:
                     raise RemoteProtocolError(f"{type(message).__name__} while a micro-batch is under way")
-            while in_order and in_order[0].is_through:
+            while in_order and in_order[0].is_finished:
                 yield in_order.popleft()
 
     def _check_fits(self, run: MicroBatchRun) -> None:

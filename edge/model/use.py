@@ -16,7 +16,7 @@ from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
 from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.dialing import Dialing
+from dlora.edge.wire.dialing import ConnectSettings
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
@@ -39,7 +39,7 @@ class UseSession(ModelSession):
         self._codecs = codecs
         self._base_fingerprint = base_fingerprint
 
-    def opening(self) -> m.OpenSession:
+    def opening_message(self) -> m.OpenSession:
         return m.OpenSession(
             base_fingerprint=self._base_fingerprint,
             groups=self.adapters.specs,
@@ -48,13 +48,13 @@ class UseSession(ModelSession):
             purpose=m.Use(),
         )
 
-    def take_opened(self, opened: m.SessionOpened) -> None:
+    def handle_opened(self, opened: m.SessionOpened) -> None:
         pass
 
-    def go_on(self) -> None:
+    def send_unanswered(self) -> None:
         pass
 
-    def take_signal(self, signal: m.Signal) -> None:
+    def handle_signal(self, signal: m.Signal) -> None:
         raise RemoteProtocolError("a signal where nothing is trained")
 
 
@@ -67,7 +67,7 @@ def open_model(
     wire_dtype: WireDtype,
     threads: int = 0,
     engine: EngineChoice = "auto",
-    dialing: Dialing | None = None,
+    connecting: ConnectSettings | None = None,
 ) -> Iterator[SplitModel]:
     """A split model with a saved adapter, or none; blocks without an adapter do not exchange."""
     manifest = bundle.manifest
@@ -79,7 +79,7 @@ def open_model(
     if loaded is not None:
         load_weights(adapters, loaded)
     runs, codecs = make_engine(bundle, engine, threads), Codecs.all(wire_dtype)
-    with interrupts.raising(), _blaming_the_adapter(), Connection(server, dialing) as connection:
+    with interrupts.raise_on_signal(), _name_adapter_in_error(), Connection(server, connecting) as connection:
         check_base_model(bundle, connection.welcome)
         session = UseSession(connection, adapters, codecs, base_fingerprint=manifest.base_model.fingerprint)
         session.open()
@@ -87,7 +87,7 @@ def open_model(
 
 
 @contextmanager
-def _blaming_the_adapter() -> Iterator[None]:
+def _name_adapter_in_error() -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:

@@ -15,7 +15,7 @@ from dlora.edge.files import write_atomically
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import StoppedError
 
-from .report import Reporter
+from .report import Display
 
 EVALUATIONS = "evaluations.jsonl"
 BEST = "best"
@@ -47,7 +47,7 @@ class HeldOut:
         every: int,
         patience: int | None,
         trainer: Trainer,
-        reporter: Reporter,
+        display: Display,
         stop: Callable[[], bool],
     ) -> None:
         self.rows = rows
@@ -57,11 +57,11 @@ class HeldOut:
         self._every = every
         self._patience = patience
         self._trainer = trainer
-        self._reporter = reporter
+        self._display = display
         self._stop = stop
         self._data = "" if dataset is None else dataset.fingerprint
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether one belongs between the last step and the next, and is not there."""
         step = self._trainer.next_step
         return self._every > 0 and step > 0 and step % self._every == 0 and not self.is_done()
@@ -74,7 +74,7 @@ class HeldOut:
         """Evaluate now, where there is held-out data. Raises ``StoppedError`` soon after somebody asked to stop."""
         if self._dataset is None:
             return
-        with self._reporter.evaluating(when, len(self._dataset)) as advance:
+        with self._display.evaluating(when, len(self._dataset)) as advance:
 
             def after_batch(examples: int, _: int) -> None:
                 advance(examples)
@@ -93,7 +93,7 @@ class HeldOut:
             write_atomically(self._out / BEST / EVALUATION, json.dumps(row).encode() + b"\n")
         self.rows.append(row)
         write_atomically(self._out / EVALUATIONS, b"".join(json.dumps(row).encode() + b"\n" for row in self.rows))
-        self._reporter.say(
+        self._display.say(
             f"held-out loss {when}: {result.loss:.4f} over {result.tokens} tokens, "
             f"{result.token_accuracy:.1%} of tokens right" + (", the best so far" if is_best and self.rows[1:] else "")
         )
@@ -113,12 +113,12 @@ class HeldOut:
         if best is None or best["step"] == self._trainer.next_step:
             return
         if self._saved_row() != best:  # the run went back behind them, and evaluates at other steps since
-            self._reporter.warn(f"the weights of step {best['step']}, the best evaluation, are gone: the last are kept")
+            self._display.warn(f"the weights of step {best['step']}, the best evaluation, are gone: the last are kept")
             return
         self._trainer.copy_adapter(self._out / BEST, self._out)
         if best["step"] == 0:
-            self._reporter.warn("no evaluation was better than the one before training; try a lower --lr, or more data")
-        self._reporter.say(f"saved: the adapter of step {best['step']}, which has the lowest held-out loss")
+            self._display.warn("no evaluation was better than the one before training; try a lower --lr, or more data")
+        self._display.say(f"saved: the adapter of step {best['step']}, which has the lowest held-out loss")
 
     def _saved_row(self) -> Any:
         """The evaluation that the adapter in ``best/`` is of; None where nobody can say."""

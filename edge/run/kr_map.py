@@ -47,8 +47,8 @@ def render_map(
     first, end = int(steps[0]), int(steps[-1]) + 1
     label = max(len(name) + 1 + len(str(states.shape[1] - 1)), 8)
     columns = max(1, min(end - first, width - label - 1))
-    cells = _in_steps(steps, states, first, end, columns)  # (columns, units)
-    rows = _in_units(cells, height)
+    cells = _states_by_column(steps, states, first, end, columns)  # (columns, units)
+    rows = _states_by_row(cells, height)
     lines = [
         f"{_row_label(name, units):>{label}} {_paint(row, colour)}"
         for units, row in reversed(list(zip(_unit_ranges(cells.shape[1], len(rows)), rows, strict=True)))
@@ -61,7 +61,7 @@ def render_map(
     return "\n".join([*lines, f"{'':>{label}} {legend}"])
 
 
-def _in_steps(steps: np.ndarray, states: ByteArray, first: int, end: int, columns: int) -> ByteArray:
+def _states_by_column(steps: np.ndarray, states: ByteArray, first: int, end: int, columns: int) -> ByteArray:
     """The commonest state of each unit in each column, uint8 (columns, units)."""
     edges = np.linspace(first, end, columns + 1).round().astype(np.int64)
     cells = np.empty((columns, states.shape[1]), np.uint8)
@@ -73,7 +73,7 @@ def _in_steps(steps: np.ndarray, states: ByteArray, first: int, end: int, column
     return cells
 
 
-def _in_units(cells: ByteArray, height: int | None) -> list[list[UnitState]]:
+def _states_by_row(cells: ByteArray, height: int | None) -> list[list[UnitState]]:
     """Rows of states, unit 0 first; where units share a row, the liveliest shows."""
     units = cells.shape[1]
     order = np.zeros(max(UnitState) + 1, np.uint8)

@@ -24,7 +24,7 @@ HELP: Final = (
     "Several with commas, or the option again; quote it, < and > mean something to the shell."
 )
 
-_NAP_S: Final = 0.5  # how long Ctrl-C may go unnoticed
+_STOP_CHECK_S: Final = 0.5  # how long Ctrl-C may go unnoticed
 _METERED_EVERY_S: Final = 10.0
 _NMCLI_TIMEOUT_S: Final = 2.0
 _PLAUSIBLE_C: Final = (0.0, 120.0)  # inputs of a sensor chip that lead nowhere read 0, 127 or 255
@@ -126,7 +126,7 @@ class PauseRule:
     threshold: float
     gauge: _Gauge = field(compare=False)
 
-    def why(self, sensors: Sensors, *, held: bool = False) -> str | None:
+    def reason(self, sensors: Sensors, *, held: bool = False) -> str | None:
         """Why training pauses by this rule, as a sentence; None where it does not hold.
 
         Args:
@@ -152,21 +152,21 @@ class PauseRules:
         parts = (part.strip() for text in texts for part in text.split(","))
         return cls(tuple(_parse(part) for part in parts if part))
 
-    def why(self, sensors: Sensors) -> str | None:
+    def reason(self, sensors: Sensors) -> str | None:
         """Why training must pause now, by the first rule that holds; None where none does."""
-        return next(iter(self.holding(sensors).values()), None)
+        return next(iter(self.holding_rules(sensors).values()), None)
 
-    def holding(self, sensors: Sensors, held: Container[PauseRule] = ()) -> dict[PauseRule, str]:
+    def holding_rules(self, sensors: Sensors, held: Container[PauseRule] = ()) -> dict[PauseRule, str]:
         """The rules that hold now and why, in order; ``held`` are those that held at the last look."""
-        found = {rule: rule.why(sensors, held=rule in held) for rule in self.rules}
-        return {rule: why for rule, why in found.items() if why is not None}
+        found = {rule: rule.reason(sensors, held=rule in held) for rule in self.rules}
+        return {rule: reason for rule, reason in found.items() if reason is not None}
 
     def warning(self, sensors: Sensors) -> str | None:
         """One line about the rules that can never hold here, for want of a sensor; None where there are none."""
-        blind = [rule.text for rule in self.rules if rule.gauge.read(sensors) is None]
-        if not blind:
+        without_sensor = [rule.text for rule in self.rules if rule.gauge.read(sensors) is None]
+        if not without_sensor:
             return None
-        return f"--pause-when {','.join(blind)}: this device has no such sensor, training never pauses for it"
+        return f"--pause-when {','.join(without_sensor)}: this device has no such sensor, training never pauses for it"
 
 
 def wait_while_paused(
@@ -186,29 +186,29 @@ def wait_while_paused(
         on_pause: called once when a pause begins: the time to save, the battery may be at its end.
         sleep: waits so many seconds.
     """
-    reasons = rules.holding(sensors)
+    reasons = rules.holding_rules(sensors)
     if not reasons:
         return
-    told = next(iter(reasons))
-    say(f"paused: {reasons[told]}; goes on by itself")
+    announced = next(iter(reasons))
+    say(f"paused: {reasons[announced]}; goes on by itself")
     if on_pause is not None:
         on_pause()
     while _wait(POLL_S, should_stop, sleep):
-        reasons = rules.holding(sensors, held=reasons)
+        reasons = rules.holding_rules(sensors, held=reasons)
         if not reasons:
             say("going on: nothing to pause for any more")
             return
-        if told not in reasons:
-            told = next(iter(reasons))
-            say(f"still paused: {reasons[told]}")
+        if announced not in reasons:
+            announced = next(iter(reasons))
+            say(f"still paused: {reasons[announced]}")
 
 
 def _wait(seconds: float, should_stop: Callable[[], bool], sleep: Callable[[float], None]) -> bool:
     """Sleep in naps; False as soon as the user wants to stop. A signal does not end Python's own sleep."""
-    for _ in range(round(seconds / _NAP_S)):
+    for _ in range(round(seconds / _STOP_CHECK_S)):
         if should_stop():
             return False
-        sleep(_NAP_S)
+        sleep(_STOP_CHECK_S)
     return not should_stop()
 
 
@@ -225,19 +225,19 @@ class SystemSensors:
         self._metered: bool | None = None
 
     def battery(self) -> Battery | None:
-        found = _quietly(lambda psutil: psutil.sensors_battery())
+        found = _read_or_none(lambda psutil: psutil.sensors_battery())
         # psutil does not know the mains in every device; unknown counts as unplugged, to be on the safe side.
         return None if found is None else Battery(found.percent, found.power_plugged is True)
 
     def temperature_c(self) -> float | None:
         """The hottest sensor, in °C; psutil falls back to /sys/class/thermal by itself where there is no hwmon."""
-        found = _quietly(lambda psutil: psutil.sensors_temperatures()) or {}
+        found = _read_or_none(lambda psutil: psutil.sensors_temperatures()) or {}
         low, high = _PLAUSIBLE_C
         readings = (reading.current for readings in found.values() for reading in readings)
         return max((celsius for celsius in readings if low < celsius < high), default=None)
 
     def available_memory(self) -> float | None:
-        found = _quietly(lambda psutil: psutil.virtual_memory())
+        found = _read_or_none(lambda psutil: psutil.virtual_memory())
         return None if found is None else float(found.available)
 
     def metered(self) -> bool | None:
@@ -248,7 +248,7 @@ class SystemSensors:
         return self._metered
 
 
-def _quietly(read: Callable[[Any], Any]) -> Any:
+def _read_or_none(read: Callable[[Any], Any]) -> Any:
     """What psutil says; None for a reading that this system lacks or refuses."""
     import psutil  # slow to load, and most runs have no rules
 

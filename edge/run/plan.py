@@ -11,7 +11,7 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import crossings
 from dlora.protocol.groups import GroupSpec, group_units
-from dlora.protocol.kill_revive import Schedule, steps_needed
+from dlora.protocol.kill_revive import Timetable, steps_needed
 from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.traffic import Traffic, micro_batch_traffic
@@ -43,11 +43,11 @@ class Evaluations:
     dataset: Dataset
     every: int
 
-    def left(self, next_step: int, total_steps: int) -> int:
+    def count_left(self, next_step: int, total_steps: int) -> int:
         """How many are still to come at ``next_step``; one that belongs there counts, the one after the run too."""
-        return sum(map(len, self.steps_left(next_step, total_steps)))
+        return sum(map(len, self.steps_at_each(next_step, total_steps)))
 
-    def steps_left(self, next_step: int, total_steps: int) -> tuple[range, range, range]:
+    def steps_at_each(self, next_step: int, total_steps: int) -> tuple[range, range, range]:
         """How many steps are done at each of them: before the run, on the way, and after it."""
         between = range(0)
         if self.every:
@@ -67,7 +67,7 @@ def run_line(
     done = f" ({next_step:,} of them done)" if next_step else ""
     traffic = f"about {_mb(expected_mb(config, manifest, dataset, next_step))} for training"
     if evaluations is not None:
-        mb, count = evaluations_mb(config, manifest, evaluations, next_step), evaluations.left(next_step, total)
+        mb, count = evaluations_mb(config, manifest, evaluations, next_step), evaluations.count_left(next_step, total)
         traffic += f" and {_mb(mb)} for {_count(count, 'evaluation')}"
     return (
         f"run: {_count(total, 'step')}{done}, {per_epoch:,} an epoch, {_count(total / per_epoch, 'epoch', '.1f')}; "
@@ -91,8 +91,8 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
     if active == units:
         return []
     lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality; {COST_OF_AN_EIGHTH}"]
-    schedule = Schedule(kr, units, config.steps)
-    if not schedule.is_fixed and not schedule.has_trials:
+    timetable = Timetable(kr, units, config.steps)
+    if not timetable.is_fixed and not timetable.has_trials:
         needed = steps_needed(kr, units)
         more = f"{needed:,} steps or more, or " if needed < MAX_STEPS else ""
         lines.append(
@@ -103,7 +103,7 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
 
 def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:
     """What training from ``next_step`` on will put on the wire, in MB of 10**6 bytes: mean micro-batches, and as many
-    units as the schedule lets be active. Units that fade, and evaluations, come on top."""
+    units as the timetable lets be active. Units that fade, and evaluations, come on top."""
     steps = range(next_step, config.total_steps)
     share = _active_share(config, manifest, steps)
     everyone = range(len(config.groups(manifest)))
@@ -120,19 +120,19 @@ def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: Evaluat
     micro_batches = -(-len(evaluations.dataset) // config.batch_size)
     return sum(
         len(steps) * micro_batches * (none + _active_share(config, manifest, steps) * (everything - none)) / 1e6
-        for steps in evaluations.steps_left(next_step, config.total_steps)
+        for steps in evaluations.steps_at_each(next_step, config.total_steps)
     )
 
 
 def _active_share(config: TrainConfig, manifest: Manifest, steps: range) -> float:
     """Mean share of the units that are active in these steps."""
     units = len(group_units(config.groups(manifest), config.kill_revive.unit))
-    schedule = Schedule(config.kill_revive, units, config.steps)
-    if schedule.is_fixed:
-        return schedule.floor / units
+    timetable = Timetable(config.kill_revive, units, config.steps)
+    if timetable.is_fixed:
+        return timetable.floor / units
     # A sample: a run may have a billion steps.
     looked_at = steps[:: max(1, len(steps) // _SAMPLES)]
-    return sum(schedule.budget(step - config.part_begins) for step in looked_at) / (units * max(1, len(looked_at)))
+    return sum(timetable.budget(step - config.part_begins) for step in looked_at) / (units * max(1, len(looked_at)))
 
 
 def _mean_bytes(

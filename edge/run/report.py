@@ -25,7 +25,7 @@ _SMOOTHING = 0.9
 _STEPS_FOR_AN_ESTIMATE = 3
 
 
-class Reporter:
+class Display:
     """Progress, notes and results of a command.
 
     In a terminal there is one live line; anywhere else a plain line every ``every`` steps.
@@ -44,7 +44,7 @@ class Reporter:
         self._console: Console | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._pace, self._steps = _Pace(), 0
+        self._speed, self._steps = _Speed(), 0
         self._evaluation_s = 0.0
         self._evaluations_left: Callable[[int], int] = lambda _: 0
         self._history: list[tuple[int, ByteArray]] = []
@@ -89,22 +89,22 @@ class Reporter:
         self, total_steps: int, first_step: int = 0, evaluations_left: Callable[[int], int] | None = None
     ) -> Iterator[None]:
         """Show progress inside; ``step`` moves it. ``evaluations_left`` knows how many are to come at a step."""
-        self._pace, self._steps = _Pace(), 0
+        self._speed, self._steps = _Speed(), 0
         self._evaluations_left = evaluations_left or (lambda _: 0)
         if self._every is None:
             self._every = max(1, total_steps // 20)
         with self._live("train", total_steps, first_step):
             yield
 
-    def remember(self, metrics: StepMetrics) -> None:
+    def add_to_map(self, metrics: StepMetrics) -> None:
         """Take a step of before a resumption into the map."""
         if metrics.units:
             self._history.append((metrics.step, metrics.states))
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a step."""
-        self._pace.add(metrics)
-        self.remember(metrics)
+        self._speed.add(metrics)
+        self.add_to_map(metrics)
         self._steps += 1
         left = metrics.total_steps - metrics.step - 1
         if self._steps == _STEPS_FOR_AN_ESTIMATE and left:
@@ -183,9 +183,9 @@ class Reporter:
                 self._progress = self._task = None
 
     def _status(self, metrics: StepMetrics) -> str:
-        pace = self._pace
+        speed = self._speed
         return (
-            f"loss {metrics.loss:.3f}  {pace.tokens_per_s:.0f} tok/s  "
+            f"loss {metrics.loss:.3f}  {speed.tokens_per_s:.0f} tok/s  "
             f"{_mb(metrics.bytes_up)}↑ {_mb(metrics.bytes_down)}↓ MB/step  "
             f"active {metrics.active_units}/{len(metrics.units) or metrics.live_units}  "
             f"eta {_duration(self._seconds_left(metrics))}"
@@ -195,10 +195,10 @@ class Reporter:
         """Steps as fast as of late, and evaluations as long as the last one."""
         done = metrics.step + 1
         evaluations = self._evaluations_left(done) * self._evaluation_s
-        return self._pace.step_s * (metrics.total_steps - done) + evaluations
+        return self._speed.step_s * (metrics.total_steps - done) + evaluations
 
 
-class _Pace:
+class _Speed:
     """Moving averages of speed: kill-and-revive makes steps cheaper as a run goes on."""
 
     def __init__(self) -> None:

@@ -28,12 +28,12 @@ from dlora.edge.files import locked, make_directory, write_atomically
 from dlora.edge.memory import peak_rss_mb
 from dlora.edge.seeds import draw_seed
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints, load_latest
-from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, go_on_with
+from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
 from dlora.edge.training.metrics import MetricsLog, read_metrics
 from dlora.edge.training.trainer import Trainer, trainer_state
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
-from dlora.edge.wire.dialing import Dialing, Liveness, Retry
+from dlora.edge.wire.dialing import ConnectSettings, Liveness, Retry
 from dlora.protocol import interrupts
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
@@ -42,7 +42,7 @@ from dlora.protocol.limits import MAX_STEPS
 from .held_out import HeldOut, is_out_of_patience, load_rows
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import Evaluations, kill_revive_lines, run_line
-from .report import Reporter
+from .report import Display
 from .run_file import DataDigest, RunFile, RunSettings, save_run_file, versions
 
 CHECKPOINTS = "checkpoints"
@@ -79,13 +79,13 @@ class TrainRun:
     threads: int = 0
     engine: EngineChoice = "auto"
     credentials: Credentials = field(default_factory=Credentials)
-    device: str = ""
+    device_id: str = ""
     max_retry_s: float | None = None
     liveness: Liveness = field(default_factory=Liveness)
     pause: PauseRules = field(default_factory=PauseRules)
 
 
-def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
+def train(run: TrainRun, display: Display) -> dict[str, Any]:
     """Train to the end and save the adapter; returns the summary that is also in ``summary.json``.
 
     Raises any ``DloraError``; ``StoppedError`` after the first Ctrl-C or SIGTERM, with the step under way
@@ -95,12 +95,12 @@ def train(run: TrainRun, reporter: Reporter) -> dict[str, Any]:
         raise UsageError(f"{run.out} is a file; choose another --out")
     init = load_adapter(run.init_adapter) if run.init_adapter else None
     load_libraries(run.bundle, run.engine)  # while an interrupt ends us at once: they take it for faults of their own
-    with interrupts.raising(), _directory(run.out), locked(run.out):
-        return _train(run, reporter, init)
+    with interrupts.raise_on_signal(), _run_directory(run.out), locked(run.out):
+        return _train(run, display, init)
 
 
 @contextlib.contextmanager
-def _directory(out: Path) -> Iterator[None]:
+def _run_directory(out: Path) -> Iterator[None]:
     """A run's directory; one that is made here and stays empty is taken away again."""
     is_new = not out.exists()
     make_directory(out)
@@ -112,40 +112,43 @@ def _directory(out: Path) -> Iterator[None]:
                 out.rmdir()
 
 
-def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dict[str, Any]:
-    checkpoint = _find_checkpoint(run, reporter)
-    run = replace(run, config=_settled(run, checkpoint))
+def _train(run: TrainRun, display: Display, init: LoadedAdapter | None) -> dict[str, Any]:
+    checkpoint = _find_checkpoint(run, display)
+    run = replace(run, config=_complete_config(run, checkpoint))
     first_step = checkpoint.step if checkpoint else 0
-    rows = load_rows(run.out, run.eval_dataset, first_step, reporter.warn)
+    rows = load_rows(run.out, run.eval_dataset, first_step, display.warn)
     # Before anything is asked of a server: none is needed for that.
-    finished = _finished(run, first_step, rows)
+    finished = _summary_of_finished_run(run, first_step, rows)
     if finished is not None:
-        reporter.warn(_why_it_is_finished(run, first_step))
+        display.warn(_finished_text(run, first_step))
         return finished
-    _say_what_it_will_do(run, first_step, reporter)
+    _print_plan(run, first_step, display)
     engine = make_engine(run.bundle, run.engine, run.threads)
     started = time.perf_counter()
-    stop = _Stop()
-    with Connection(run.server, _dialing(run, checkpoint, reporter, stop.asked)) as connection, stop.instead_of_dying():
+    stop = _StopRequest()
+    with (
+        Connection(run.server, _connect_settings(run, checkpoint, display, stop.is_requested)) as connection,
+        stop.stop_on_signal(),
+    ):
         trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
         release_code()
         held_out = HeldOut(
             run.out, run.eval_dataset, rows, every=run.eval_every, patience=run.patience, trainer=trainer,
-            reporter=reporter, stop=stop.asked,
+            display=display, stop=stop.is_requested,
         )  # fmt: skip
         if run.settings is not None:
             save_run_file(run.out, _run_file(run, run.settings))
         if first_step == 0:
             if init is not None:
-                _warn_of_dropped(trainer, init, reporter)
+                _warn_of_dropped_modules(trainer, init, display)
             held_out.add("before")
         with MetricsLog(run.out / METRICS, first_step) as log:
             for metrics in read_metrics(run.out / METRICS):
-                reporter.remember(metrics)
+                display.add_to_map(metrics)
             evaluations = _evaluations(run)
-            left = partial(evaluations.left, total_steps=run.config.total_steps) if evaluations else None
-            with reporter.training(run.config.total_steps, first_step, left):
-                _run_steps(run, trainer, reporter, log, held_out, stop.asked)
+            left = partial(evaluations.count_left, total_steps=run.config.total_steps) if evaluations else None
+            with display.training(run.config.total_steps, first_step, left):
+                _run_steps(run, trainer, display, log, held_out, stop.is_requested)
         trained_s = time.perf_counter() - started
         if not held_out.is_done():
             held_out.add("after")
@@ -165,7 +168,7 @@ def _train(run: TrainRun, reporter: Reporter, init: LoadedAdapter | None) -> dic
     return summary
 
 
-def _settled(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfig:
+def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfig:
     """The run's settings with all that was left open: from the run that it goes on with, or drawn.
 
     Raises ``CheckpointError`` or ``UsageError`` where it cannot go on with that one.
@@ -173,15 +176,15 @@ def _settled(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfig:
     if checkpoint is None:
         return run.config if run.config.seed else msgspec.structs.replace(run.config, seed=draw_seed())
     state = trainer_state(checkpoint)
-    config = go_on_with(run.config, state.run.config, checkpoint.step, run.out)
+    config = continued_config(run.config, state.run.config, checkpoint.step, run.out)
     check_identity(RunIdentity.of(config, run.bundle.manifest, run.dataset.fingerprint), state.run, run.out)
     return config
 
 
-def _say_what_it_will_do(run: TrainRun, first_step: int, reporter: Reporter) -> None:
-    reporter.say(run_line(run.config, run.bundle.manifest, run.dataset, _evaluations(run), first_step))
+def _print_plan(run: TrainRun, first_step: int, display: Display) -> None:
+    display.say(run_line(run.config, run.bundle.manifest, run.dataset, _evaluations(run), first_step))
     for line in kill_revive_lines(run.config, run.config.groups(run.bundle.manifest)):
-        reporter.say(line)
+        display.say(line)
 
 
 def _evaluations(run: TrainRun) -> Evaluations | None:
@@ -199,7 +202,7 @@ def _run_file(run: TrainRun, settings: RunSettings) -> RunFile:
     )
 
 
-def _finished(run: TrainRun, steps: int, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _summary_of_finished_run(run: TrainRun, steps: int, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The summary of a run that was summed up before: one that is resumed again would lose its times."""
     if steps != run.config.total_steps and not is_out_of_patience(rows, run.patience, run.config.part_begins):
         return None
@@ -211,23 +214,25 @@ def _finished(run: TrainRun, steps: int, rows: list[dict[str, Any]]) -> dict[str
         return None
 
 
-def _why_it_is_finished(run: TrainRun, steps: int) -> str:
+def _finished_text(run: TrainRun, steps: int) -> str:
     if steps == run.config.total_steps:
-        why = f"all of its {steps:,} steps are done"
+        reason = f"all of its {steps:,} steps are done"
     else:
-        why = f"--patience ended it at step {steps:,} of {run.config.total_steps:,}, and a larger one goes on"
-    return f"this run is finished: {why}; nothing was changed"
+        reason = f"--patience ended it at step {steps:,} of {run.config.total_steps:,}, and a larger one goes on"
+    return f"this run is finished: {reason}; nothing was changed"
 
 
-def _dialing(run: TrainRun, checkpoint: Checkpoint | None, reporter: Reporter, stop: Callable[[], bool]) -> Dialing:
+def _connect_settings(
+    run: TrainRun, checkpoint: Checkpoint | None, display: Display, stop: Callable[[], bool]
+) -> ConnectSettings:
     """A run that has begun, in this process or an earlier one, does not end because its server is away."""
     at_start = checkpoint is not None or bool(run.max_retry_s)
-    return Dialing(
+    return ConnectSettings(
         credentials=run.credentials,
-        device=run.device,
+        device_id=run.device_id,
         retry=Retry(max_s=run.max_retry_s, at_start=at_start),
         liveness=run.liveness,
-        say=reporter.warn,
+        say=display.warn,
         should_stop=stop,
     )
 
@@ -235,7 +240,7 @@ def _dialing(run: TrainRun, checkpoint: Checkpoint | None, reporter: Reporter, s
 def _run_steps(
     run: TrainRun,
     trainer: Trainer,
-    reporter: Reporter,
+    display: Display,
     log: MetricsLog,
     held_out: HeldOut,
     stop: Callable[[], bool],
@@ -244,36 +249,36 @@ def _run_steps(
     last = run.config.total_steps
     sensors = SystemSensors()
     if warning := run.pause.warning(sensors):
-        reporter.warn(warning)
+        display.warn(warning)
 
     def save() -> None:
         trainer.save_checkpoint(run.out / CHECKPOINTS)
         trainer.save_adapter(run.out)
 
     while trainer.next_step < last:
-        if held_out.due() and not stop():
+        if held_out.is_due() and not stop():
             # Whoever stops it stops the run, below, with all that is saved there.
-            with _keeping_what_was_done(run, trainer), contextlib.suppress(StoppedError):
+            with _save_on_error(run, trainer), contextlib.suppress(StoppedError):
                 held_out.add(f"at step {trainer.next_step}")
         if held_out.is_out_of_patience():
-            reporter.say(f"ended at step {trainer.next_step}: {run.patience} evaluations in a row were no better")
+            display.say(f"ended at step {trainer.next_step}: {run.patience} evaluations in a row were no better")
             save()
             return
-        wait_while_paused(run.pause, sensors, say=reporter.say, should_stop=stop, on_pause=save)
+        wait_while_paused(run.pause, sensors, say=display.say, should_stop=stop, on_pause=save)
         if stop():
             save()
             raise StoppedError(f"stopped after step {trainer.next_step}; go on with dlora-edge resume {run.out}")
-        with _keeping_what_was_done(run, trainer):
+        with _save_on_error(run, trainer):
             metrics = trainer.run_step()
         log.write(metrics)
-        reporter.step(metrics)
+        display.step(metrics)
         done = trainer.next_step
         if done % run.save_every == 0 or done == last:
             save()
 
 
 @contextlib.contextmanager
-def _keeping_what_was_done(run: TrainRun, trainer: Trainer) -> Iterator[None]:
+def _save_on_error(run: TrainRun, trainer: Trainer) -> Iterator[None]:
     """Where there is no server, or no more of it, save a checkpoint: that needs none."""
     try:
         yield
@@ -283,7 +288,7 @@ def _keeping_what_was_done(run: TrainRun, trainer: Trainer) -> Iterator[None]:
         raise
 
 
-def _find_checkpoint(run: TrainRun, reporter: Reporter) -> Checkpoint | None:
+def _find_checkpoint(run: TrainRun, display: Display) -> Checkpoint | None:
     """The checkpoint to go on from; raises ``UsageError`` where a run is there that nobody asked to go on with."""
     directory = run.out / CHECKPOINTS
     if not run.resume:
@@ -293,10 +298,10 @@ def _find_checkpoint(run: TrainRun, reporter: Reporter) -> Checkpoint | None:
             )
         _refuse_to_replace(run.out)
         return None
-    checkpoint = load_latest(directory, warn=reporter.warn)
+    checkpoint = load_latest(directory, warn=display.warn)
     if checkpoint is None:
         _refuse_to_replace(run.out)
-        reporter.warn(f"no checkpoint in {run.out}: starting from step 0")
+        display.warn(f"no checkpoint in {run.out}: starting from step 0")
     return checkpoint
 
 
@@ -306,13 +311,13 @@ def _refuse_to_replace(out: Path) -> None:
         raise UsageError(f"{out} holds an adapter that has no checkpoint; choose another --out")
 
 
-def _warn_of_dropped(trainer: Trainer, init: LoadedAdapter, reporter: Reporter) -> None:
+def _warn_of_dropped_modules(trainer: Trainer, init: LoadedAdapter, display: Display) -> None:
     """An adapter to start from may have modules in units that are killed from step 0 on."""
     adapters = trainer.adapters
     killed = {group for unit in adapters.units if unit.state is UnitState.KILLED for group in unit.groups}
     dropped = sum(target.name in init.modules for group in killed for target in adapters.specs[group].targets)
     if dropped:
-        reporter.warn(
+        display.warn(
             f"{dropped} of the {len(init.modules)} modules of --init-adapter belong to units that are not active: "
             "they are left out, also of what is saved (--active-fraction 1 keeps all)"
         )
@@ -343,36 +348,36 @@ def _summary(run: TrainRun, steps: int, held_out: HeldOut) -> dict[str, Any]:
     }
 
 
-class _Stop:
+class _StopRequest:
     """Whether somebody asked to stop, with SIGINT or SIGTERM."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
         self._previous: dict[int, Any] = {}
 
-    def asked(self) -> bool:
-        return self._asked
+    def is_requested(self) -> bool:
+        return self._requested
 
     @contextlib.contextmanager
-    def instead_of_dying(self) -> Iterator[None]:
+    def stop_on_signal(self) -> Iterator[None]:
         """Within, the first signal asks to stop after the step, and the second one interrupts."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._ask) for number in heeded}
+        handled = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle_signal) for number in handled}
         try:
             yield
         finally:
             for number, handler in self._previous.items():
-                if signal.getsignal(number) == self._ask:  # and not ignored by now
+                if signal.getsignal(number) == self._handle_signal:  # and not ignored by now
                     signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if not self._asked:
-            self._asked = True
-        elif self._previous[number] is interrupts.raise_once:
-            interrupts.raise_once(number, frame)
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._requested:
+            self._requested = True
+        elif self._previous[number] is interrupts.raise_interrupt:
+            interrupts.raise_interrupt(number, frame)
         else:
             raise KeyboardInterrupt
 

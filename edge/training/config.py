@@ -74,7 +74,7 @@ def check_units(config: KillReviveConfig, units: int) -> None:
         raise UsageError("no unit would be trained: name some with --static-units, or raise --active-fraction")
 
 
-def go_on_with(config: TrainConfig, before: TrainConfig, next_step: int, out: Path) -> TrainConfig:
+def continued_config(config: TrainConfig, before: TrainConfig, next_step: int, out: Path) -> TrainConfig:
     """``config`` for the run in ``out``, of ``before``, that goes on at ``next_step``.
 
     What the user left open is as it was. A finished run that is to have more steps begins a new part at its end.

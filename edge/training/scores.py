@@ -21,7 +21,7 @@ from dlora.protocol.tensors import FloatArray
 Matrix = npt.NDArray[np.floating[Any]]
 
 
-class Part(NamedTuple):
+class ScorePart(NamedTuple):
     """A share of a unit's score.
 
     Attributes:
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     elements: int = 0
 
 
-class Before(NamedTuple):
+class BeforeStep(NamedTuple):
     """What scores need of a group's adapters from before a step.
 
     Attributes:
@@ -59,34 +59,34 @@ class Scorer:
     def __init__(self, score: ScoreName) -> None:
         self.score = score
 
-    def before(self, group: GroupAdapters) -> Before:
+    def before(self, group: GroupAdapters) -> BeforeStep:
         """Remember a group before a step. Steps replace arrays and never write into them, so it costs no copies."""
         factors = group.factors() if self.score == "change" else []
         values = {name: parameter.value for name, parameter in group.parameters().items()}
-        return Before(factors, values)
+        return BeforeStep(factors, values)
 
-    def parts(self, group: GroupAdapters, before: Before) -> list[Part]:
+    def parts(self, group: GroupAdapters, before: BeforeStep) -> list[ScorePart]:
         """A group's shares after a step, its gradients still there; float32 is summed in float64."""
         match self.score:
             case "change":
                 pairs = zip(group.factors(), before.factors, strict=True)
-                return [Part(change_squared(after, old)) for after, old in pairs]
+                return [ScorePart(change_squared(after, old)) for after, old in pairs]
             case "norm":
-                return [Part(norm_squared(factors)) for factors in group.factors()]
+                return [ScorePart(norm_squared(factors)) for factors in group.factors()]
             case "grad":
                 parameters = group.parameters()
                 grads = [parameters[name].grad for name in group.scored_by_gradient()]
-                return [Part(_squares(_double(grad))) for grad in grads if grad is not None]
+                return [ScorePart(_squares(_double(grad))) for grad in grads if grad is not None]
             case "sensitivity":
                 return [
-                    Part(_absolute_product(before.values[name], parameter.grad), parameter.grad.size)
+                    ScorePart(_absolute_product(before.values[name], parameter.grad), parameter.grad.size)
                     for name, parameter in group.parameters().items()
                     if parameter.grad is not None
                 ]
             case _:
                 return []
 
-    def unit_score(self, parts: Iterable[Part]) -> float:
+    def unit_score(self, parts: Iterable[ScorePart]) -> float:
         """The score of the unit that consists of ``parts``; 0.0 for none."""
         parts = list(parts)
         total = math.fsum(part.total for part in parts)

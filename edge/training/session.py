@@ -45,7 +45,7 @@ class RunSession(ModelSession):
         self._base_fingerprint = base_fingerprint
         self._window = window
 
-    def opening(self) -> m.OpenSession:
+    def opening_message(self) -> m.OpenSession:
         config = self._config
         return m.OpenSession(
             base_fingerprint=self._base_fingerprint,
@@ -62,7 +62,7 @@ class RunSession(ModelSession):
             window=self._window,
         )
 
-    def take_opened(self, opened: m.SessionOpened) -> None:
+    def handle_opened(self, opened: m.SessionOpened) -> None:
         states = _states(opened)
         if self.ticket is None:
             self.adapters.apply_signal(states)
@@ -71,18 +71,18 @@ class RunSession(ModelSession):
         assert opened.ticket is not None
         self.ticket = opened.ticket.data.tobytes()
 
-    def take_signal(self, signal: m.Signal) -> None:
+    def handle_signal(self, signal: m.Signal) -> None:
         self.adapters.apply_signal(_states(signal))
         self.ticket = signal.ticket.data.tobytes()
         self.unanswered = None
 
-    def go_on(self) -> None:
+    def send_unanswered(self) -> None:
         if self.unanswered is not None:
             self._send_report()
 
     def report(self, scores: FloatArray) -> None:
         """The step is committed: report its scores, float32 (units,). Its signal comes with the next micro-batch, or
-        with ``settle``."""
+        with ``wait_for_signal``."""
         self.step += 1
         self.unanswered = scores
         try:
@@ -90,10 +90,10 @@ class RunSession(ModelSession):
         except SessionLostError:
             self.open()
 
-    def settle(self) -> None:
+    def wait_for_signal(self) -> None:
         """Wait for the signal to the last report, where there is one."""
         while self.unanswered is not None:
-            self.run(lambda: self.take_signal(self.connection.receive(m.Signal)))
+            self.run(lambda: self.handle_signal(self.connection.receive(m.Signal)))
 
     def _send_report(self) -> None:
         assert self.unanswered is not None

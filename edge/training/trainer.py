@@ -131,12 +131,12 @@ class Trainer:
         before, computed = _counters(self.connection), self.model.compute_seconds
         batches = self.batches.step_batches(step)
         labelled = sum(len(batch.labels) for batch in batches)
-        with self._naming_the_step():
+        with self._name_step_in_error():
             losses = self._exchange(batches, labelled)
         states = self.adapters.states()
         optimizing = time.perf_counter()
         learning_rate = self.optimizer.lr(self.session.step)
-        with self._naming_the_step():
+        with self._name_step_in_error():
             scores, norm = self._optimize()
         optimized = time.perf_counter() - optimizing
         self.adapters.zero_grad()
@@ -167,14 +167,14 @@ class Trainer:
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Loss and accuracy on a data set, with the adapters as they are."""
         self._raise_failure()
-        with self._naming_the_step():
+        with self._name_step_in_error():
             return evaluate(self.model, dataset, self.config.batch_size, progress)
 
-    def settle(self) -> None:
+    def wait_for_signal(self) -> None:
         """Wait for the signal to the last report, so that what is saved now is what the next step starts from."""
         self._raise_failure()
-        with self._naming_the_step():
-            self.session.settle()
+        with self._name_step_in_error():
+            self.session.wait_for_signal()
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -201,7 +201,7 @@ class Trainer:
 
     def save_adapter(self, directory: Path) -> None:
         """Write the live units as a PEFT adapter; a fading unit's scale is folded into its B."""
-        self.settle()
+        self.wait_for_signal()
         modules = []
         for index, group in enumerate(self.adapters.groups):
             scale = np.float32(self.adapters.scale(index))
@@ -230,7 +230,7 @@ class Trainer:
         )
 
     @contextmanager
-    def _naming_the_step(self) -> Iterator[None]:
+    def _name_step_in_error(self) -> Iterator[None]:
         try:
             yield
         except NonFiniteError as error:
@@ -247,7 +247,7 @@ class Trainer:
         """Forward and backward of all micro-batches: the summed losses; the gradients are in the adapters."""
         tries = 0
 
-        def once() -> float:
+        def attempt() -> float:
             nonlocal tries
             self.steps_rerun += tries > 0
             tries += 1
@@ -260,7 +260,7 @@ class Trainer:
                 total += float(found.sum(dtype=np.float64))
             return total
 
-        return self.session.run(once)
+        return self.session.run(attempt)
 
     def _optimize(self) -> tuple[FloatArray, float]:
         """Step AdamW; returns one score a unit, 0 for units that are not trained, and the gradients' norm."""

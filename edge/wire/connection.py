@@ -35,13 +35,13 @@ from dlora.protocol.states import Role, State
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .dialing import (
-    GOODBYE_TIMEOUT_S,
-    HUNG_UP,
+    CLOSE_TIMEOUT_S,
+    PEER_GONE,
     STOP_CHECK_S,
-    Dialing,
-    LostError,
+    ConnectionLostError,
+    ConnectSettings,
+    abort_when_stopped,
     check_url,
-    cut_off_when_stopped,
     open_websocket,
     refusal_of,
 )
@@ -52,7 +52,7 @@ CONTROL_BYTES: Final = 2 << 20  # what is no tensor of tokens: a ticket, states,
 M = TypeVar("M", bound=m.Message)
 
 
-class _SilentError(LostError):
+class _AnswerTimeoutError(ConnectionLostError):
     """Nothing came in time."""
 
 
@@ -65,18 +65,18 @@ class Connection:
             stood.
     """
 
-    def __init__(self, url: str, dialing: Dialing | None = None) -> None:
+    def __init__(self, url: str, connecting: ConnectSettings | None = None) -> None:
         """Connect and greet. Raises ``UsageError``, ``ConnectionFailedError``, ``ProtocolError``, ``RefusedError``."""
         self.url = check_url(url)
         self.session = Session(Role.EDGE)
         self.reconnects = 0
         self.resumed = 0
-        self._dialing = dialing or Dialing()  # no credentials, no second try
-        self._deadline = Deadline(self._dialing.liveness.exchange_s)
+        self._connecting = connecting or ConnectSettings()  # no credentials, no second try
+        self._deadline = Deadline(self._connecting.liveness.exchange_s)
         self._closing = contextlib.ExitStack()
         self._socket: ClientConnection | None = None
         self._opened: m.SessionOpened | None = None
-        self._token = b""
+        self._resume_token = b""
         self._frame_bytes = CONTROL_BYTES  # the largest frame that the server can have reason to send
         # The present outage: it begins with the silence before it is noticed, and ends with the next message of the
         # session. A server that lets us in and no more is as good as away.
@@ -85,11 +85,11 @@ class Connection:
         self._failures = 0
         self._connected_at = 0.0
         try:
-            self.session = self._dial()
-        except LostError as lost:
-            if not self._dialing.retry.at_start:
+            self.session = self._connect()
+        except ConnectionLostError as lost:
+            if not self._connecting.retry.at_start:
                 raise lost.final from None
-            self.session = self._dial_again(lost)
+            self.session = self._connect_again(lost)
 
     def __enter__(self) -> Self:
         return self
@@ -114,13 +114,13 @@ class Connection:
                 self._write(self.session.send(opening))
                 opened = self._read(self.session)
                 break
-            except LostError as lost:
-                if self._opened is None and not self._dialing.retry.at_start:
+            except ConnectionLostError as lost:
+                if self._opened is None and not self._connecting.retry.at_start:
                     raise lost.final from None
-                self._replace_session(self._dial_again(lost))
+                self._replace_session(self._connect_again(lost))
         if not isinstance(opened, m.SessionOpened):
             raise RemoteProtocolError(f"{type(opened).__name__} where SessionOpened was due")
-        self._opened, self._token = opened, opened.token
+        self._opened, self._resume_token = opened, opened.token
         self._allow_frames(largest_state_bytes(opening.adapter, opening.groups))
         return opened
 
@@ -131,8 +131,8 @@ class Connection:
             self._allow_answers(message)
         try:
             self._write(frame)
-        except LostError as lost:
-            self._come_back(lost)
+        except ConnectionLostError as lost:
+            self._reconnect_and_resume(lost)
 
     def receive(self, kind: type[M]) -> M:
         """The next message, which must be of ``kind`` (a union is written as a common base)."""
@@ -144,16 +144,16 @@ class Connection:
     def receive_any(self) -> m.AnyMessage:
         """The next message; an ``Error`` of the server's is raised as what it means."""
         while True:
-            started = self._dialing.clock()
+            started = self._connecting.clock()
             try:
-                message = self._read(self.session, self._silence_s())
-            except LostError as lost:
-                if isinstance(lost, _SilentError):
+                message = self._read(self.session, self._answer_timeout_s())
+            except ConnectionLostError as lost:
+                if isinstance(lost, _AnswerTimeoutError):
                     self._deadline.missed()
-                    self._away_s += self._dialing.clock() - started
-                self._come_back(lost)
+                    self._away_s += self._connecting.clock() - started
+                self._reconnect_and_resume(lost)
                 continue
-            self._deadline.observe(self._dialing.clock() - started)
+            self._deadline.observe(self._connecting.clock() - started)
             self._away_s = 0.0
             if self.session.state is State.IDLE:
                 # A micro-batch is through, or a report is answered. Not at every message: a server that gives one and
@@ -163,33 +163,33 @@ class Connection:
 
     def close(self) -> None:
         """Say goodbye where the rules allow it, and hang up."""
-        with contextlib.suppress(DloraError, LostError):
+        with contextlib.suppress(DloraError, ConnectionLostError):
             self._write(self.session.send(m.CloseSession()))
-        with contextlib.suppress(*HUNG_UP):
+        with contextlib.suppress(*PEER_GONE):
             self._closing.close()
 
     # -- coming back -------------------------------------------------------------------------------------
 
-    def _silence_s(self) -> float:
+    def _answer_timeout_s(self) -> float:
         """How long a message may take: no longer than an outage may."""
-        deadline_s, longest_s = self._deadline.seconds, self._dialing.retry.max_s
+        deadline_s, longest_s = self._deadline.seconds, self._connecting.retry.max_s
         return min(deadline_s, longest_s) if longest_s else deadline_s
 
-    def _come_back(self, lost: LostError) -> None:
+    def _reconnect_and_resume(self, lost: ConnectionLostError) -> None:
         """Connect again and resume the session.
 
         Raises ``SessionLostError`` where it is gone; the connection is then past the greeting, for ``open``.
         """
         if self._opened is None:
             raise lost.final from None
-        if self._dialing.clock() - self._connected_at >= self._dialing.retry.ceiling_s:
+        if self._connecting.clock() - self._connected_at >= self._connecting.retry.ceiling_s:
             self._failures = 0
         while True:
-            handshake = self._dial_again(lost)
+            handshake = self._connect_again(lost)
             try:
                 resumed = self._resume(handshake)
                 break
-            except LostError as again:
+            except ConnectionLostError as again:
                 lost = again
         if not resumed:
             self._replace_session(handshake)
@@ -199,26 +199,28 @@ class Connection:
     def _resume(self, handshake: Session) -> bool:
         """Whether the server still has the session; what it lacks is then sent again."""
         assert self._opened is not None
-        resume = m.ResumeSession(session=self._opened.session, token=self._token, received=self.session.link.received)
+        resume = m.ResumeSession(
+            session=self._opened.session, token=self._resume_token, received=self.session.link.received
+        )
         self._write(handshake.send(resume))
-        resumed = self._read(handshake, self._dialing.liveness.open_s)
+        resumed = self._read(handshake, self._connecting.liveness.open_s)
         if not isinstance(resumed, m.SessionResumed):
             return False
-        self._token = resumed.token
+        self._resume_token = resumed.token
         for frame in self.session.resume(handshake, resumed.received):
             self._write(frame)
         return True
 
-    def _dial_again(self, lost: LostError) -> Session:
+    def _connect_again(self, lost: ConnectionLostError) -> Session:
         """Connect and greet, with pauses, until it works or patience ends."""
-        retry, say = self._dialing.retry, self._dialing.say
+        retry, say = self._connecting.retry, self._connecting.say
         self._raise_if_stopped()
         if retry.max_s == 0:
             raise lost.final from None
-        began = self._dialing.clock() - self._away_s
+        began = self._connecting.clock() - self._away_s
         try:
             while True:
-                away_s = self._dialing.clock() - began
+                away_s = self._connecting.clock() - began
                 left_s = math.inf if retry.max_s is None else retry.max_s - away_s
                 if left_s <= 0:
                     text = f"{lost.final}; gave up after {away_s:.0f} s (--max-retry-s)"
@@ -231,19 +233,19 @@ class Connection:
                 self._sleep(pause_s)
                 self._failures += 1
                 try:
-                    greeted = self._dial()
+                    greeted = self._connect()
                     break
-                except LostError as again:
+                except ConnectionLostError as again:
                     lost = again
         finally:
-            self._away_s = self._dialing.clock() - began
+            self._away_s = self._connecting.clock() - began
         self.reconnects += 1
         say(f"connected to {self.url} again after {self._away_s:.1f} s")
         return greeted
 
-    def _pause_s(self, lost: LostError) -> float:
+    def _pause_s(self, lost: ConnectionLostError) -> float:
         """How long to wait now: as the server asks, but never so little that we would hammer at it."""
-        retry = self._dialing.retry
+        retry = self._connecting.retry
         own_s = retry.pause_s(self._failures) if self._failures else 0.0
         if lost.retry_after_s is None:
             return own_s
@@ -253,16 +255,16 @@ class Connection:
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, and raise ``StoppedError`` soon after somebody asked to stop; for 0 s, too: outages may be many."""
-        end = self._dialing.clock() + seconds
+        end = self._connecting.clock() + seconds
         while True:
             self._raise_if_stopped()
-            left = end - self._dialing.clock()
+            left = end - self._connecting.clock()
             if left <= 0:
                 return
-            self._dialing.sleep(min(left, STOP_CHECK_S))
+            self._connecting.sleep(min(left, STOP_CHECK_S))
 
     def _raise_if_stopped(self) -> None:
-        if self._dialing.should_stop():
+        if self._connecting.should_stop():
             raise StoppedError("stopped while the server was away; go on with dlora-edge resume")
 
     def _replace_session(self, handshake: Session) -> None:
@@ -289,20 +291,20 @@ class Connection:
 
     # -- one websocket -----------------------------------------------------------------------------------
 
-    def _dial(self) -> Session:
-        """Connect and greet once. Raises ``LostError`` for what may pass."""
-        self._hang_up()
+    def _connect(self) -> Session:
+        """Connect and greet once. Raises ``ConnectionLostError`` for what may pass."""
+        self._disconnect()
         session = Session(Role.EDGE)
         self._closing = contextlib.ExitStack()
-        self._socket = open_websocket(self.url, self._dialing, self._closing, self._frame_bytes)
-        self._connected_at = self._dialing.clock()
+        self._socket = open_websocket(self.url, self._connecting, self._closing, self._frame_bytes)
+        self._connected_at = self._connecting.clock()
         hello = m.Hello(
             protocol_versions=list(PROTOCOL_VERSIONS),
             software=f"dlora-edge {SOFTWARE_VERSION}",
-            device=self._dialing.device,
+            device=self._connecting.device_id,
         )
         self._write(session.send(hello))
-        welcome = self._read(session, self._dialing.liveness.open_s)
+        welcome = self._read(session, self._connecting.liveness.open_s)
         if not isinstance(welcome, m.Welcome):
             raise RemoteProtocolError(f"{type(welcome).__name__} where Welcome was due")
         known = self.session.welcome
@@ -313,80 +315,80 @@ class Connection:
             )
         return session
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         """Leave the connection without waiting for the peer's part of the goodbye: it may be gone."""
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.socket.shutdown(socket.SHUT_RDWR)
-        with contextlib.suppress(*HUNG_UP):
+        with contextlib.suppress(*PEER_GONE):
             self._closing.close()
 
     def _write(self, frame: bytearray) -> None:
         assert self._socket is not None
         try:
-            with cut_off_when_stopped(self._socket.socket, len(frame), self._dialing):
+            with abort_when_stopped(self._socket.socket, len(frame), self._connecting):
                 self._socket.send(frame)
-        except HUNG_UP:
-            self._raise_last_words()
+        except PEER_GONE:
+            self._raise_last_error()
 
     def _read(self, session: Session, timeout_s: float | None = None) -> m.AnyMessage:
-        """The next message that did not come before. Raises ``LostError`` or what an ``Error`` means.
+        """The next message that did not come before. Raises ``ConnectionLostError`` or what an ``Error`` means.
 
         A frame that came before is no answer: it does not begin the time anew.
         """
         assert self._socket is not None
-        liveness = self._dialing.liveness
+        liveness = self._connecting.liveness
         timeout_s = liveness.open_s if timeout_s is None else timeout_s
-        until, stopping = self._dialing.clock() + timeout_s, False
+        until, stopping = self._connecting.clock() + timeout_s, False
         while True:
-            if not stopping and self._dialing.should_stop():
+            if not stopping and self._connecting.should_stop():
                 # A step that the server works on is mostly over soon. One that is given up is run again with --resume.
-                until, stopping = min(until, self._dialing.clock() + liveness.open_s), True
-            left_s = until - self._dialing.clock()
+                until, stopping = min(until, self._connecting.clock() + liveness.open_s), True
+            left_s = until - self._connecting.clock()
             if left_s <= 0:
-                text = f"the server {self.url} said nothing new for {timeout_s:.0f} s {self._where()}"
-                raise _SilentError(ConnectionFailedError(text))
+                text = f"the server {self.url} said nothing new for {timeout_s:.0f} s {self._where_in_run()}"
+                raise _AnswerTimeoutError(ConnectionFailedError(text))
             try:
                 frame = self._socket.recv(timeout=min(left_s, STOP_CHECK_S), decode=False)
                 message = session.receive(bytes(frame))
             except TimeoutError:
                 continue
-            except HUNG_UP:
-                raise self._lost() from None
+            except PEER_GONE:
+                raise self._lost_error() from None
             except DamagedFrameError as error:
-                raise LostError(error) from None
+                raise ConnectionLostError(error) from None
             if isinstance(message, m.Error):
                 self._raise_refusal(message)
             if message is not None:
                 return message
 
-    def _raise_last_words(self) -> NoReturn:
+    def _raise_last_error(self) -> NoReturn:
         """Why a peer went away may stand in what it said last."""
         assert self._socket is not None
         last: m.AnyMessage | None = None
-        until = self._dialing.clock() + GOODBYE_TIMEOUT_S
-        with contextlib.suppress(*HUNG_UP, TimeoutError, ProtocolError):
+        until = self._connecting.clock() + CLOSE_TIMEOUT_S
+        with contextlib.suppress(*PEER_GONE, TimeoutError, ProtocolError):
             while not isinstance(last, m.Error):
-                left_s = max(0.0, until - self._dialing.clock())
+                left_s = max(0.0, until - self._connecting.clock())
                 last = Decoder().decode(self._socket.recv(timeout=left_s, decode=False))
         if isinstance(last, m.Error):
             self._raise_refusal(last)
-        raise self._lost() from None
+        raise self._lost_error() from None
 
     def _raise_refusal(self, error: m.Error) -> NoReturn:
         refusal = refusal_of(error, self.url)
         if error.retryable:
-            raise LostError(refusal, error.retry_after_s) from None
+            raise ConnectionLostError(refusal, error.retry_after_s) from None
         raise refusal from None
 
-    def _lost(self) -> LostError:
+    def _lost_error(self) -> ConnectionLostError:
         if self.session.welcome is None:
             text = f"{self.url} hung up before it greeted; is it a dlora server?"
         else:
-            text = f"lost the server {self.url} {self._where()}"
-        return LostError(ConnectionFailedError(text))
+            text = f"lost the server {self.url} {self._where_in_run()}"
+        return ConnectionLostError(ConnectionFailedError(text))
 
-    def _where(self) -> str:
+    def _where_in_run(self) -> str:
         return f"at step {self.session.step}" if self._opened is not None else "before a session was open"
 
 

@@ -1,6 +1,6 @@
 """Reaching a server: one websocket, and what every way of not getting one means.
 
-What may pass is a ``LostError``, which carries what to raise where nothing more is tried.
+What may pass is a ``ConnectionLostError``, which carries what to raise where nothing more is tried.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from dlora.protocol.errors import (
 
 from .credentials import Credentials, refusal_in, split_url, tls_failure
 
-GOODBYE_TIMEOUT_S: Final = 2.0
-AT_ONCE_BYTES: Final = 16 << 10  # what the system takes without asking the peer
+CLOSE_TIMEOUT_S: Final = 2.0
+UNBLOCKED_BYTES: Final = 16 << 10  # what the system takes without asking the peer
 STOP_CHECK_S: Final = 0.2
 
 # What websockets raises when the peer is gone. Beside its own exception it lets a failed write through, and trips
 # over an assertion of its own where the peer hangs up while we send (17.4).
-HUNG_UP: Final = (ConnectionClosed, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, AssertionError)
+PEER_GONE: Final = (ConnectionClosed, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, AssertionError)
 
 # Its own account of the same, with a traceback, is not for our users.
-_silent = logging.getLogger("dlora.edge.websocket")
-_silent.addHandler(logging.NullHandler())
-_silent.propagate = False
+_muted_logger = logging.getLogger("dlora.edge.websocket")
+_muted_logger.addHandler(logging.NullHandler())
+_muted_logger.propagate = False
 
 
 @dataclass(frozen=True)
@@ -86,36 +86,36 @@ class Liveness:
     ping_timeout_s: float = 60.0
 
 
-def _say_nothing(line: str) -> None:
+def _ignore_line(line: str) -> None:
     pass
 
 
-def _never() -> bool:
+def _never_stop() -> bool:
     return False
 
 
 @dataclass(frozen=True)
-class Dialing:
+class ConnectSettings:
     """How to reach a server, and what to do when it is gone.
 
     Attributes:
-        device: this device's stable name.
+        device_id: this device's stable name.
         say: told one line when the connection is lost and when it is back.
         should_stop: asked while waiting for a server; true raises ``StoppedError``.
         clock: seconds that never go back; sleep: waits so many of them.
     """
 
     credentials: Credentials = field(default_factory=Credentials)
-    device: str = ""
+    device_id: str = ""
     retry: Retry = field(default_factory=Retry)
     liveness: Liveness = field(default_factory=Liveness)
-    say: Callable[[str], None] = _say_nothing
-    should_stop: Callable[[], bool] = _never
+    say: Callable[[str], None] = _ignore_line
+    should_stop: Callable[[], bool] = _never_stop
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
 
-class LostError(Exception):
+class ConnectionLostError(Exception):
     """The connection is of no more use; another one may be.
 
     Attributes:
@@ -159,12 +159,15 @@ class _NoRedirects(ClientConnection):
             raise _OtherAnswerError(error.response) from None
 
 
-def open_websocket(url: str, dialing: Dialing, closing: contextlib.ExitStack, frame_bytes: int) -> ClientConnection:
+def open_websocket(
+    url: str, connecting: ConnectSettings, closing: contextlib.ExitStack, frame_bytes: int
+) -> ClientConnection:
     """Open a websocket, which ``closing`` will close; it takes frames of ``frame_bytes`` at most.
 
-    Raises ``LostError`` for what may pass; ``UsageError``, and what a server that refuses means, for what may not.
+    Raises ``ConnectionLostError`` for what may pass; ``UsageError``, and what a server that refuses means, for what
+    may not.
     """
-    liveness, credentials = dialing.liveness, dialing.credentials
+    liveness, credentials = connecting.liveness, connecting.credentials
     try:
         websocket = closing.enter_context(
             connect(
@@ -176,31 +179,31 @@ def open_websocket(url: str, dialing: Dialing, closing: contextlib.ExitStack, fr
                 open_timeout=liveness.open_s,
                 ping_interval=liveness.ping_every_s,
                 ping_timeout=liveness.ping_timeout_s,
-                close_timeout=GOODBYE_TIMEOUT_S,
+                close_timeout=CLOSE_TIMEOUT_S,
                 proxy=None,
-                logger=_silent,
+                logger=_muted_logger,
                 create_connection=_NoRedirects,
             )
         )
     except InvalidURI:
         raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT") from None
     except _OtherAnswerError as error:
-        raise _refused_at_door(error.response, url) from None
-    except (InvalidHandshake, EOFError, *HUNG_UP) as error:
+        raise _http_refusal(error.response, url) from None
+    except (InvalidHandshake, EOFError, *PEER_GONE) as error:
         reason = str(error) or "it hung up"
         over_tls = "; is it wss://?" if url.startswith("ws://") else ""
         text = f"{url} answers, but is no dlora server ({reason}){over_tls}"
-        raise LostError(ConnectionFailedError(text)) from None
+        raise ConnectionLostError(ConnectionFailedError(text)) from None
     except TimeoutError:
         text = f"{url} did not answer in {liveness.open_s:g} s; is it a dlora server?"
-        raise LostError(ConnectionFailedError(text)) from None
+        raise ConnectionLostError(ConnectionFailedError(text)) from None
     except ssl.SSLError as error:
-        raise LostError(tls_failure(error, url)) from None
+        raise ConnectionLostError(tls_failure(error, url)) from None
     except OSError as error:
         reason = error.strerror or str(error)
         nobody = "check the address" if isinstance(error, socket.gaierror) else "start it: dlora-cloud serve MODEL"
         text = f"cannot reach {url}: {reason}; {nobody}"
-        raise LostError(ConnectionFailedError(text)) from None
+        raise ConnectionLostError(ConnectionFailedError(text)) from None
     if sys.platform == "linux":
         # Writing has no deadline of its own: a server that stands still would hold up a large frame, and the pings that
         # wait behind it, for ever.
@@ -210,14 +213,14 @@ def open_websocket(url: str, dialing: Dialing, closing: contextlib.ExitStack, fr
     return websocket
 
 
-def _refused_at_door(response: Response, url: str) -> Exception:
+def _http_refusal(response: Response, url: str) -> Exception:
     """What to raise for an HTTP answer other than 101: a server that lets nobody in says why as the wire does."""
     found = refusal_in(response.body)
     if found is None:
         text = f"{url} answers, but is no dlora server (HTTP {response.status_code})"
-        return LostError(ConnectionFailedError(text))
+        return ConnectionLostError(ConnectionFailedError(text))
     refusal = refusal_of(found, url)
-    return LostError(refusal, found.retry_after_s) if found.retryable else refusal
+    return ConnectionLostError(refusal, found.retry_after_s) if found.retryable else refusal
 
 
 def refusal_of(error: m.Error, url: str) -> DloraError:
@@ -237,17 +240,17 @@ def refusal_of(error: m.Error, url: str) -> DloraError:
 
 
 @contextlib.contextmanager
-def cut_off_when_stopped(tcp: socket.socket, nbytes: int, dialing: Dialing) -> Iterator[None]:
+def abort_when_stopped(tcp: socket.socket, nbytes: int, connecting: ConnectSettings) -> Iterator[None]:
     """Within, end the connection some seconds after somebody asked to stop: writing has no deadline, and a server that
     takes a few bytes now and then would keep us for as long as it likes."""
-    if nbytes <= AT_ONCE_BYTES:
+    if nbytes <= UNBLOCKED_BYTES:
         yield
         return
     written = threading.Event()
 
     def watch() -> None:
         while not written.wait(STOP_CHECK_S):
-            if dialing.should_stop() and not written.wait(dialing.liveness.open_s):
+            if connecting.should_stop() and not written.wait(connecting.liveness.open_s):
                 with contextlib.suppress(OSError):
                     tcp.shutdown(socket.SHUT_RDWR)
 

@@ -39,10 +39,10 @@ def load_device_id(state_dir: Path | None = None, warn: Callable[[str], None] | 
         warn: told one line where a damaged file is replaced, or nothing can be kept.
     """
     directory = state_dir or _default_directory()
-    warn = warn or _ignore
+    warn = warn or _ignore_warning
     try:
         make_directory(directory)
-        with _one_at_a_time(directory):
+        with _lock(directory):
             return _load_or_make(directory / FILE_NAME, warn)
     except (StorageError, OSError) as error:
         reason = error.__cause__ or error
@@ -76,12 +76,12 @@ def _default_directory() -> Path:
     return Path(named) if named else platformdirs.user_state_path("dlora-edge")
 
 
-def _ignore(text: str) -> None:
+def _ignore_warning(text: str) -> None:
     """Nobody is there to be warned."""
 
 
 @contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
+def _lock(directory: Path) -> Iterator[None]:
     """Let processes that start at the same time make one id, not two."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -22,7 +22,7 @@ from dlora.protocol.manifest import TensorSpec
 
 from .arrays import Arrays, normal, to_floats
 from .graph import TrainingGraph
-from .trial import Materials, Run, Trial, Tried
+from .trial import GraphWithTrials, Materials, Run, Trial
 
 KINDS: Final = ("adamw",)
 TOLERANCE: Final = 2e-7  # about one unit in the last place, after 20 steps; nothing is added up
@@ -143,7 +143,7 @@ def adamw_trials(graph: TrainingGraph) -> Iterator[Trial]:
     yield Trial(inputs_of_last_step, exact, dict.fromkeys(exact, TOLERANCE))
 
 
-def make(_: Materials) -> Iterator[Tried]:
+def make(_: Materials) -> Iterator[GraphWithTrials]:
     """The one graph of this family."""
     graph = adamw_graph()
     yield graph, adamw_trials(graph)

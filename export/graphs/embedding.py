@@ -15,7 +15,7 @@ from dlora.protocol.manifest import TensorSpec
 
 from .arrays import Arrays, Inputs, to_floats
 from .graph import TrainingGraph
-from .trial import Materials, Trial, Tried
+from .trial import GraphWithTrials, Materials, Trial
 
 KINDS: Final = ("embedding",)
 TOLERANCES: Final[dict[str, float]] = {"fp32": 1e-7, "fp16": 1e-3}  # one product; the weight's rounding
@@ -67,7 +67,7 @@ def embedding_trials(graph: TrainingGraph, end: EmbeddingEnd, weights: Arrays) -
     yield Trial(inputs, exact, dict.fromkeys(exact, TOLERANCES[graph.inputs[0].dtype]))
 
 
-def make(materials: Materials) -> Iterator[Tried]:
+def make(materials: Materials) -> Iterator[GraphWithTrials]:
     """The one graph of this family."""
     spec, end = materials.embedding_spec, materials.embedding
     rows, width = end.weight.shape

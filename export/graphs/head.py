@@ -40,7 +40,7 @@ from .arrays import Arrays
 from .graph import TrainingGraph
 from .head_torch import HeadLogits, HeadLoss, HeadTrain, reference
 from .tolerances import Rounding, allowed
-from .trial import Materials, Trial, Tried
+from .trial import GraphWithTrials, Materials, Trial
 
 KINDS: Final = ("head_train", "head_loss", "head_logits")
 ROUNDING: Final[dict[StoredDtype, dict[str, float]]] = {
@@ -330,7 +330,7 @@ def _predictions(logits: npt.NDArray[np.generic], tolerance: float, found: Mappi
     return {"predictions": first}
 
 
-def make(materials: Materials) -> Iterator[Tried]:
+def make(materials: Materials) -> Iterator[GraphWithTrials]:
     """The three graphs of the head."""
     end, hidden_states = materials.head, materials.hidden_states
     for graph in head_graphs(HeadShape.of(end, materials.head_spec)):

@@ -29,7 +29,7 @@ from dlora.protocol.manifest import TensorSpec, adapter_key
 from .arrays import Arrays, Inputs, normal, to_floats, to_tensors
 from .graph import TrainingGraph
 from .tolerances import allowed
-from .trial import Materials, Trial, Tried
+from .trial import GraphWithTrials, Materials, Trial
 
 KINDS: Final = ("adapter_forward", "adapter_input_grad", "adapter_weight_grad")
 TOKENS: Final = 7
@@ -154,7 +154,7 @@ def adapter_trials(graph: TrainingGraph, shape: tuple[int, int], rank: int, scal
         yield Trial({spec.name: values[spec.name] for spec in graph.inputs}, exact, allowed(exact, single))
 
 
-def make(materials: Materials) -> Iterator[Tried]:
+def make(materials: Materials) -> Iterator[GraphWithTrials]:
     """Three graphs of every shape."""
     for shape in materials.shapes:
         for graph in adapter_graphs(*shape):

@@ -63,5 +63,5 @@ class Materials:
     hidden_states: npt.NDArray[np.float32]
 
 
-Tried = tuple[TrainingGraph, Iterable[Trial]]
+GraphWithTrials = tuple[TrainingGraph, Iterable[Trial]]
 """A graph and its trials. The last one's inputs and outputs become the golden vectors."""

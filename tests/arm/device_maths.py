@@ -45,11 +45,11 @@ def error(found: Array, wanted: Array) -> float:
     return float(np.abs(found.astype(np.float64) - wanted).max() / np.abs(wanted).max())
 
 
-def test_this_is_aarch64() -> None:
+def test_machine_is_aarch64() -> None:
     assert platform.machine() == "aarch64"
 
 
-def test_numpy_multiplies_rightly() -> None:
+def test_numpy_matrix_product_is_exact() -> None:
     """It does not under every processor that qemu offers: ``-cpu max`` was wrong by more than 1."""
     rng = np.random.default_rng(0)
     left, right = rng.normal(size=(70, 130)), rng.normal(size=(130, 90))
@@ -59,7 +59,7 @@ def test_numpy_multiplies_rightly() -> None:
 
 
 @pytest.mark.parametrize("rank", [4, 7])
-def test_adapters(bundle: Bundle, rank: int) -> None:
+def test_adapter_graphs_match_reference(bundle: Bundle, rank: int) -> None:
     saved = {name.partition(".")[2]: value for name, value in REFERENCE.items() if name.startswith(f"{rank}.")}
     targets = bundle.manifest.groups[0].targets
     modules = [
@@ -82,7 +82,7 @@ def test_adapters(bundle: Bundle, rank: int) -> None:
             assert error(found, saved[f"{index}.{half}.grad"]) < ADAPTER_TOLERANCE
 
 
-def test_twenty_steps_of_adamw(bundle: Bundle) -> None:
+def test_twenty_adamw_steps_match_reference(bundle: Bundle) -> None:
     parameter = Parameter.of(REFERENCE["adamw.start"])
     still = Parameter.of(np.zeros((13, 5), np.float32))  # B: without a gradient it stays
     group = GroupSpec(0, 1, (TargetSpec("one", 1),))
@@ -95,7 +95,7 @@ def test_twenty_steps_of_adamw(bundle: Bundle) -> None:
     assert error(parameter.value, REFERENCE["adamw.end"]) < ADAMW_TOLERANCE
 
 
-def test_the_head(bundle: Bundle) -> None:
+def test_head_graph_matches_reference(bundle: Bundle) -> None:
     head = Head(bundle, OnnxEngine(bundle, 1))
     labels = REFERENCE["head.labels"]
     losses, grads = head.loss_and_grad(REFERENCE["head.hidden"], labels, 1.0)

@@ -38,7 +38,7 @@ def test_the_arm_binary_is_small_and_runs_on_debian_12() -> None:
 
 
 @pytest.mark.slow
-def test_it_starts_quickly_on_this_machine() -> None:
+def test_binary_starts_within_time_limit() -> None:
     """Processor time: that of the clock is in the report too, and says more of what else is running."""
     found = report("x86_64")
     assert found["onedir_start"]["cpu_s"] <= ONEDIR_START_S
@@ -71,7 +71,7 @@ def wait_until(true: Callable[[], bool]) -> None:
     [lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)],
     ids=["ctrl-c", "term"],
 )
-def test_one_signal_stops_after_the_step(place: Place, tmp_path: Path, send: Callable[[int], None]) -> None:
+def test_one_signal_stops_training_after_the_step(place: Place, tmp_path: Path, send: Callable[[int], None]) -> None:
     """The single file is two processes: Ctrl-C goes to both, and twice would mean at once, without saving."""
     with training(place, tmp_path) as process:
         send(process.pid)
@@ -82,7 +82,7 @@ def test_one_signal_stops_after_the_step(place: Place, tmp_path: Path, send: Cal
 
 
 @pytest.mark.slow
-def test_killing_it_leaves_nothing_running(place: Place, tmp_path: Path) -> None:
+def test_killed_binary_leaves_no_process(place: Place, tmp_path: Path) -> None:
     with training(place, tmp_path) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 1

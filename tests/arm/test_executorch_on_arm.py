@@ -34,7 +34,9 @@ def both(place: Place) -> Path:
     return bundle
 
 
-def test_without_it_that_is_one_line(device: Device, place: Place, both: Path, with_executorch: bool) -> None:
+def test_missing_executorch_is_a_one_line_error(
+    device: Device, place: Place, both: Path, with_executorch: bool
+) -> None:
     if with_executorch:
         pytest.skip("this binary has ExecuTorch")
     done = device(*_train(place, both, "none"), "--engine", "executorch")

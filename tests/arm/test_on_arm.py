@@ -34,20 +34,20 @@ def well(done: Finished) -> str:
     return done.stdout
 
 
-def test_maths_against_torch(place: Place) -> None:
+def test_numerical_results_match_torch(place: Place) -> None:
     settings = [f"DLORA_ARM_REFERENCE={place.directory}"]
     command = ["env", *settings, PACKAGE, "-m", "pytest", "-p", "no:cacheprovider", "tests/arm/device_maths.py"]
     done = run(command, place.directory)
     assert done.code == 0, done.stdout + done.stderr
 
 
-def test_doctor_and_selftest(device: Device, place: Place) -> None:
+def test_doctor_and_selftest_pass(device: Device, place: Place) -> None:
     report = json.loads(well(device("doctor", "--bundle", place.bundle, "--server", place.server.url, "--json")))
     assert "aarch64" in report["checks"][0]["found"]
     assert json.loads(well(device("selftest", "--bundle", place.bundle, "--threads", 1, "--json")))["passed"]
 
 
-def test_steps_are_those_of_this_machine(
+def test_training_steps_match_this_machine(
     device: Device, place: Place, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = place.directory / f"out-{len(list(place.directory.glob('out-*')))}"
@@ -58,7 +58,7 @@ def test_steps_are_those_of_this_machine(
     assert (out / "adapter_model.safetensors").stat().st_size == (here / "adapter_model.safetensors").stat().st_size
 
 
-def test_killed_and_resumed(place: Place) -> None:
+def test_killed_run_resumes_with_the_same_steps(place: Place) -> None:
     """SIGKILL to everything in the root, then ``--resume``: the steps of a run that nobody disturbed."""
     out, whole = place.directory / "killed", place.directory / "whole"
     device = Device((FROZEN,), place.directory)
@@ -83,7 +83,7 @@ def test_killed_and_resumed(place: Place) -> None:
         (["info", "/nonexistent"], 2, "error: "),
     ],
 )
-def test_errors_are_a_line_and_a_code(place: Place, arguments: list[str], code: int, said: str) -> None:
+def test_errors_are_one_line_and_an_exit_code(place: Place, arguments: list[str], code: int, said: str) -> None:
     done = Device((FROZEN,), place.directory)(*arguments)
     assert done.code == code, done.stderr
     assert said in done.stderr
@@ -92,7 +92,7 @@ def test_errors_are_a_line_and_a_code(place: Place, arguments: list[str], code: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES)
-def test_suites_without_torch(place: Place, suite: str) -> None:
+def test_suites_that_need_no_torch_pass(place: Place, suite: str) -> None:
     command = [PACKAGE, "-m", "pytest", "-p", "no:cacheprovider", f"tests/test_{suite}.py", "--timeout", 1200]
     done = run(["env", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis", *command], place.directory)
     assert done.code == 0, done.stdout[-3000:]
@@ -105,14 +105,16 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProce
 
 
 @pytest.mark.slow
-def test_selftest_of_the_real_bundle(device: Device) -> None:
+def test_selftest_passes_on_the_real_bundle(device: Device) -> None:
     for bundle in (REAL_BUNDLE, ROOT / "build" / "smollm2"):
         report = json.loads(well(device("selftest", "--bundle", bundle, "--threads", 2, "--json")))
         assert report["passed"]
 
 
 @pytest.mark.slow
-def test_three_real_steps(device: Device, place: Place, real_server: CloudProcess, tmp_path: Path) -> None:
+def test_three_steps_of_the_real_model_match(
+    device: Device, place: Place, real_server: CloudProcess, tmp_path: Path
+) -> None:
     """Few labels: the head is the slow part under emulation."""
     pairs = [
         ("Where is my card? ", "card_arrival"),

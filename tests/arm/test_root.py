@@ -14,13 +14,13 @@ from arm_root import ARM_ROOT, ROOT, run
 pytestmark = pytest.mark.arm
 
 
-def test_it_is_a_cortex_a72(tmp_path: Path) -> None:
+def test_emulated_processor_is_a_cortex_a72(tmp_path: Path) -> None:
     said = run(["cat", "/proc/cpuinfo"], tmp_path).stdout
     assert "CPU implementer\t: 0x41" in said  # Arm
     assert "CPU part\t: 0xd08" in said  # Cortex-A72
 
 
-def test_nothing_is_left(tmp_path: Path) -> None:
+def test_killed_emulated_root_leaves_nothing(tmp_path: Path) -> None:
     script = f"cd {tmp_path}; touch here; sleep 600; touch still"
     with subprocess.Popen([*ARM_ROOT, "run", "--bind", tmp_path, "sh", "-c", script]) as process:
         while not (tmp_path / "here").exists():

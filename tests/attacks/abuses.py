@@ -19,7 +19,7 @@ import numpy as np
 from hostile import BINARY, CLOSE, CONT, PING, PONG, TEXT, HostileClient, frame, hostile, hostile_websocket, request
 
 from dlora.protocol import messages as m
-from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, seal
+from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, write_checksum
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import MAX_UNACKNOWLEDGED
@@ -134,7 +134,7 @@ def raw_frame(header: bytes, tensors: bytes = b"", *, seq: int = 0, header_lengt
     """A frame with any header and a checksum that is right."""
     prefix = struct.pack("<IIII", len(header) if header_length is None else header_length, seq, 0, 0)
     padding = -(PREFIX_BYTES + len(header)) % HEADER_BLOCK
-    return seal(bytearray(prefix + header + bytes(padding) + tensors))
+    return write_checksum(bytearray(prefix + header + bytes(padding) + tensors))
 
 
 # -- over at once ----------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def forged_ticket(target: Target) -> Outcome:
 @stopped_by(GONE)
 def session_of_another(target: Target) -> Outcome:
     with target.opened() as victim, target.greeted() as device:
-        device.say(m.ResumeSession(session=victim.name, token=bytes(m.TOKEN_BYTES), received=0))
+        device.say(m.ResumeSession(session=victim.name, token=bytes(m.RESUME_TOKEN_BYTES), received=0))
         return GONE if isinstance(device.hear(), m.SessionGone) else "resumed"
 
 
@@ -580,7 +580,7 @@ def reads_nothing(target: Target, held: ExitStack) -> tuple[HostileClient, bytes
 
 
 @contextmanager
-def besieged(target: Target, make: Sitting, count: int, every_s: float = 0.01) -> Iterator[list[HostileClient]]:
+def idle_connections(target: Target, make: Sitting, count: int, every_s: float = 0.01) -> Iterator[list[HostileClient]]:
     """``count`` connections that sit on the server, whether or not it has dropped some of them by now."""
     stop = threading.Event()
     with ExitStack() as held:

@@ -10,11 +10,11 @@ import conversations as c
 from attacks.fuzz_target import Target, decode_msgpack, encode_msgpack, mutate_bytes, mutate_value
 
 from dlora.protocol import messages as m
-from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, seal
+from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, write_checksum
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.tensors import WireTensor
 
-TOKEN: Final = bytes(range(m.TOKEN_BYTES))
+TOKEN: Final = bytes(range(m.RESUME_TOKEN_BYTES))
 SESSION_OPENED: Final = m.SessionOpened(
     session="one", units=WireTensor.from_bytes(b"\1\1"), ticket=WireTensor.from_bytes(b"signed"), token=TOKEN
 )
@@ -68,7 +68,7 @@ def mutate(data: bytes, rng: Random) -> bytes:
 
 def sealed(frame: bytes) -> bytes:
     """With a checksum that fits, where there is room for one."""
-    return bytes(seal(bytearray(frame))) if len(frame) >= PREFIX_BYTES else frame
+    return bytes(write_checksum(bytearray(frame))) if len(frame) >= PREFIX_BYTES else frame
 
 
 def _frame(old: bytes, header: bytes, tensors: bytes) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 import conversations
 import numpy as np
 import pytest
-from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, besieged
+from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, idle_connections
 from families import FAMILIES, VOCABULARY
 from hostile import BINARY, TIMEOUT_S
 from serving import RunningServer, config, final_weights, random_dataset, serving, training
@@ -29,7 +29,7 @@ from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import handler
 from dlora.cloud.serving.handler import opening_limit
-from dlora.cloud.serving.patience import Patience
+from dlora.cloud.serving.patience import SessionTimeouts
 from dlora.cloud.serving.session_loop import SessionLoop
 from dlora.cloud.serving.ticket import ticket_of
 from dlora.protocol import messages as m
@@ -114,7 +114,9 @@ def again_and_again(run: Callable[[], object]) -> Iterator[list[object]]:
 
 
 @pytest.mark.parametrize("name", ABUSES)
-def test_an_abuse(name: str, target: Target, bundle: Path, undisturbed: Bits) -> None:
+def test_abusive_device_is_stopped_and_others_are_undisturbed(
+    name: str, target: Target, bundle: Path, undisturbed: Bits
+) -> None:
     run, expected = ABUSES[name]
     with again_and_again(lambda: run(target)) as outcomes:
         bits = train(bundle, target.url)
@@ -123,20 +125,22 @@ def test_an_abuse(name: str, target: Target, bundle: Path, undisturbed: Bits) ->
 
 
 @pytest.mark.parametrize("name", SIEGES)
-def test_a_siege(name: str, target: Target, bundle: Path, undisturbed: Bits) -> None:
-    with besieged(target, SIEGES[name], 40):
+def test_many_idle_connections_do_not_disturb_a_device(
+    name: str, target: Target, bundle: Path, undisturbed: Bits
+) -> None:
+    with idle_connections(target, SIEGES[name], 40):
         assert train(bundle, target.url) == undisturbed
 
 
 @pytest.mark.parametrize("name", SITS_IN_A_SESSION)
-def test_a_siege_with_sessions(name: str, target: Target, bundle: Path, undisturbed: Bits) -> None:
-    with besieged(target, SITS_IN_A_SESSION[name], MAX_SESSIONS // 2) as sitting:
+def test_many_idle_sessions_do_not_disturb_a_device(name: str, target: Target, bundle: Path, undisturbed: Bits) -> None:
+    with idle_connections(target, SITS_IN_A_SESSION[name], MAX_SESSIONS // 2) as sitting:
         assert len(sitting) == MAX_SESSIONS // 2
         assert train(bundle, target.url) == undisturbed
 
 
 @pytest.mark.parametrize("name", ["repeats_itself_in_a_session", "repeats_itself_in_a_step"])
-def test_who_only_repeats_itself_loses_its_session(
+def test_device_that_only_repeats_frames_loses_its_session(
     base: BaseModel,
     groups: tuple[GroupSpec, ...],
     name: str,
@@ -146,11 +150,11 @@ def test_who_only_repeats_itself_loses_its_session(
     """A frame that came before is no sign of life: it keeps no session past its deadlines, however often it comes."""
     monkeypatch.setattr(protocol_session, "MAX_REPEATS", 10**9)
     caplog.set_level(logging.INFO, "dlora.cloud")
-    patience = Patience(exchange_s=2.0, step_s=TIMEOUT_S * 10, idle_s=2.0, park_s=0.0)
+    timeouts = SessionTimeouts(exchange_s=2.0, step_s=TIMEOUT_S * 10, idle_s=2.0, park_s=0.0)
     with (
-        serving(base, patience=patience) as running,
+        serving(base, timeouts=timeouts) as running,
         # A byte each 0.1 ms: a whole frame again within each deadline.
-        besieged(Target(running.url, groups), SITS_IN_A_SESSION[name], 1, every_s=1e-4) as sitting,
+        idle_connections(Target(running.url, groups), SITS_IN_A_SESSION[name], 1, every_s=1e-4) as sitting,
     ):
         assert len(sitting) == 1
         eventually(lambda: len(running.server.service.sessions) == 0)
@@ -158,7 +162,7 @@ def test_who_only_repeats_itself_loses_its_session(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_may_come_before_a_session_is_what_the_model_can_need(tiny: TinyFactory, family: str) -> None:
+def test_frame_limit_before_a_session_fits_the_model(tiny: TinyFactory, family: str) -> None:
     base = tiny(family).base
     every = base.groups(base.targets)
     units = tuple(range(len(every)))
@@ -171,7 +175,7 @@ def test_what_may_come_before_a_session_is_what_the_model_can_need(tiny: TinyFac
     assert len(encode(largest)) <= opening_limit(base) <= len(encode(largest)) + (8 << 10)
 
 
-def test_what_comes_before_a_session_is_decoded_off_the_event_loop(
+def test_frames_before_a_session_are_decoded_in_a_thread(
     base: BaseModel, groups: tuple[GroupSpec, ...], bundle: Path, undisturbed: Bits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: dict[str, set[str]] = {"decoded": set(), "checked": set()}
@@ -194,7 +198,7 @@ def test_what_comes_before_a_session_is_decoded_off_the_event_loop(
     assert threads == {"decoded": {"opening_0"}, "checked": {"opening_0"}}
 
 
-def test_frames_that_a_session_does_not_read_count_in_its_quota(
+def test_unread_frames_of_a_session_count_in_its_quota(
     base: BaseModel, groups: tuple[GroupSpec, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A session whose thread waits, for its turn or for memory, reads nothing; what comes meanwhile is held."""
@@ -218,12 +222,12 @@ def test_frames_that_a_session_does_not_read_count_in_its_quota(
         reading.set()
 
 
-def test_a_thousand_idle_connections(
+def test_thousand_idle_connections_do_not_disturb_a_device(
     server: RunningServer, groups: tuple[GroupSpec, ...], bundle: Path, undisturbed: Bits
 ) -> None:
     """From the honest device's own address, which is the worst case."""
     guard = server.server.guard
-    with besieged(Target(server.url, groups), SIEGES["idle_websocket"], 1000) as sitting:
+    with idle_connections(Target(server.url, groups), SIEGES["idle_websocket"], 1000) as sitting:
         assert len(sitting) == 1000
         eventually(lambda: guard.unfinished <= guard.limits.unfinished)
         assert train(bundle, server.url) == undisturbed
@@ -231,11 +235,11 @@ def test_a_thousand_idle_connections(
     eventually(lambda: guard.unfinished == 0)
 
 
-def test_devices_that_come_in_the_middle_of_a_flood(
+def test_devices_that_connect_during_a_flood_train(
     server: RunningServer, groups: tuple[GroupSpec, ...], bundle: Path, undisturbed: Bits
 ) -> None:
     def flood() -> None:
-        with besieged(Target(server.url, groups), SIEGES["idle_socket"], 500):
+        with idle_connections(Target(server.url, groups), SIEGES["idle_socket"], 500):
             pass
 
     with again_and_again(flood):
@@ -243,7 +247,7 @@ def test_devices_that_come_in_the_middle_of_a_flood(
             assert train(bundle, server.url) == undisturbed
 
 
-def test_a_small_server_under_siege(
+def test_small_server_serves_among_many_hostile_connections(
     base: BaseModel, groups: tuple[GroupSpec, ...], bundle: Path, undisturbed: Bits
 ) -> None:
     """With room for four strangers, and all kinds of them at once."""
@@ -254,7 +258,7 @@ def test_a_small_server_under_siege(
     ):
         target = Target(running.url, groups, source=ELSEWHERE)
         for sitting in SIEGES.values():
-            held.enter_context(besieged(target, sitting, 9))
+            held.enter_context(idle_connections(target, sitting, 9))
         assert train(bundle, running.url) == undisturbed
         assert running.server.guard.unfinished <= 4
 
@@ -262,7 +266,9 @@ def test_a_small_server_under_siege(
 # -- what is left ----------------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_of_them(target: Target, server: RunningServer, bundle: Path, undisturbed: Bits) -> None:
+def test_server_keeps_nothing_of_hostile_connections(
+    target: Target, server: RunningServer, bundle: Path, undisturbed: Bits
+) -> None:
     for run, _ in ABUSES.values():
         run(target)
     eventually(lambda: server.server.guard.unfinished == 0)
@@ -306,7 +312,7 @@ def test_a_flood_of_handshakes_does_not_fill_the_log(
     assert all(text.isprintable() for text in refusals)
 
 
-def test_the_readme_has_each_of_them() -> None:
+def test_readme_lists_each_abuse() -> None:
     rows = {
         cells[0].strip(" `"): cells[2]
         for line in README.read_text().splitlines()

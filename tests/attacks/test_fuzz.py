@@ -68,7 +68,7 @@ def checkpoint(tmp_path: Path) -> Target:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_changed_inputs(name: str, tmp_path: Path) -> None:
+def test_mutated_inputs_raise_only_documented_errors(name: str, tmp_path: Path) -> None:
     """What ``fuzz.py`` does, without coverage: chains of mutations, always the same ones."""
     target = made(name, tmp_path)
     rng = Random(0)
@@ -100,11 +100,11 @@ def frames_in(name: str, data: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "found").glob("*.bin")), ids=lambda path: path.stem)
-def test_what_was_found_once(path: Path, tmp_path: Path) -> None:
+def test_inputs_that_failed_before_pass(path: Path, tmp_path: Path) -> None:
     made(path.stem.partition("-")[0], tmp_path).run(path.read_bytes())
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_fuzz_command_runs(tmp_path: Path) -> None:
     """Coverage-guided, in a process of its own, for two seconds."""
     pytest.importorskip("atheris", reason="no atheris: pip install --group fuzz, then run this file again")
     command = [sys.executable, str(HERE / "fuzz.py"), "decoder", "--seconds", "2"]
@@ -178,7 +178,7 @@ FRAMES = {"message": any_message(), "seq": INDEX, "where": st.integers(0, 2**16)
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(**FRAMES)
-def test_frames(message: m.AnyMessage, seq: int, where: int, flip: int) -> None:
+def test_mutated_frames_decode_or_are_refused(message: m.AnyMessage, seq: int, where: int, flip: int) -> None:
     check_frame(message, seq, where, flip)
 
 
@@ -186,12 +186,14 @@ def test_frames(message: m.AnyMessage, seq: int, where: int, flip: int) -> None:
 @pytest.mark.timeout(1200)
 @settings(max_examples=100_000, deadline=None, database=None)
 @given(**FRAMES)
-def test_a_hundred_thousand_frames(message: m.AnyMessage, seq: int, where: int, flip: int) -> None:
+def test_hundred_thousand_mutated_frames_decode_or_are_refused(
+    message: m.AnyMessage, seq: int, where: int, flip: int
+) -> None:
     check_frame(message, seq, where, flip)
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
-def test_every_truncation_and_every_flipped_byte_is_seen(message: m.AnyMessage) -> None:
+def test_truncated_or_changed_frame_is_refused(message: m.AnyMessage) -> None:
     frame = encode(message, seq=3, ack=2)
     decoder = Decoder()
     for at in range(len(frame)):
@@ -226,7 +228,7 @@ GROUP = b"\xa4step\x00\xabmicro_batch\x00\xa5group\x00"
     ],
     ids=["maps for a tensor", "arrays for a tensor", "a million tensors", "versions", "pinned units", "groups"],
 )
-def test_a_small_frame_never_becomes_much_memory(fields: bytes, fill: bytes) -> None:
+def test_small_frame_never_takes_much_memory(fields: bytes, fill: bytes) -> None:
     """msgpack's empty map is one byte on the wire and 64 in memory."""
     frame = header_of(fields, fill, ((1 << 22) - 200) // len(fill))
     tracemalloc.start()
@@ -241,7 +243,7 @@ def test_a_small_frame_never_becomes_much_memory(fields: bytes, fill: bytes) -> 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.binary(max_size=40))
-def test_bytes_below_a_prefix(data: bytes) -> None:
+def test_frame_shorter_than_its_prefix_is_refused(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         Decoder().decode(sealed(data) if len(data) < PREFIX_BYTES else data[: PREFIX_BYTES - 1])
 
@@ -285,12 +287,12 @@ def check_embeddings(positions: list[int], lengths: list[int]) -> None:
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.lists(EDGES, max_size=5), st.lists(EDGES, min_size=1, max_size=3) | st.just([c.TOKENS]))
-def test_embeddings_are_taken_exactly_when_they_are_valid(positions: list[int], lengths: list[int]) -> None:
+def test_embeddings_are_accepted_only_if_valid(positions: list[int], lengths: list[int]) -> None:
     check_embeddings(positions, lengths)
 
 
 @pytest.mark.parametrize("positions", [[0, 2**31 - 1, -2, 1], [1, -(2**31)]])
-def test_positions_whose_differences_overflow(positions: list[int]) -> None:
+def test_positions_whose_differences_overflow_are_refused(positions: list[int]) -> None:
     # As int32, each difference of neighbours is positive.
     check_embeddings(positions, [c.TOKENS])
 
@@ -314,7 +316,9 @@ def damaged(whole: bytes, where: int, flip: int) -> bytes:
 
 @ONE_FILE
 @given(where=PLACE, flip=st.integers(0, 255))
-def test_a_damaged_checkpoint_is_the_same_or_refused(tmp_path: Path, checkpoint: Target, where: int, flip: int) -> None:
+def test_damaged_checkpoint_loads_unchanged_or_is_refused(
+    tmp_path: Path, checkpoint: Target, where: int, flip: int
+) -> None:
     path = tmp_path / f"checkpoint-{fuzz_checkpoint.STEP:06d}.safetensors"
     whole = checkpoint.corpus[0]
     path.write_bytes(whole)
@@ -334,7 +338,7 @@ def test_a_damaged_checkpoint_is_the_same_or_refused(tmp_path: Path, checkpoint:
 
 @ONE_FILE
 @given(where=PLACE, flip=st.integers(0, 255), part=st.integers(0, 1))
-def test_a_damaged_adapter_is_an_adapter_or_refused(adapter: Target, where: int, flip: int, part: int) -> None:
+def test_damaged_adapter_loads_or_is_refused(adapter: Target, where: int, flip: int, part: int) -> None:
     """PEFT's files have no digest, so a changed weight cannot be told; a changed shape, name or kind can."""
     files = list(split(adapter.corpus[0]))
     files[part] = damaged(files[part], where, flip)
@@ -343,7 +347,7 @@ def test_a_damaged_adapter_is_an_adapter_or_refused(adapter: Target, where: int,
 
 @ONE_FILE
 @given(where=PLACE, flip=st.integers(0, 255))
-def test_a_damaged_manifest_is_a_manifest_or_refused(manifest: Target, where: int, flip: int) -> None:
+def test_damaged_manifest_loads_or_is_refused(manifest: Target, where: int, flip: int) -> None:
     described, weight = split(manifest.corpus[0])
     manifest.run(join(damaged(described, where, flip), weight))
 
@@ -359,7 +363,7 @@ def test_a_damaged_file_of_a_bundle_is_refused(tmp_path: Path, manifest: Target,
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "embedding.npy/x", "../x", "/dev/zero", "."])
-def test_names_of_files_in_a_manifest(tmp_path: Path, manifest: Target, name: str) -> None:
+def test_unsafe_file_names_in_a_manifest_are_refused(tmp_path: Path, manifest: Target, name: str) -> None:
     described, weight = split(manifest.corpus[0])
     value = json.loads(described)
     value["files"][name] = {"bytes": 0, "sha256": "0" * 64}
@@ -369,7 +373,7 @@ def test_names_of_files_in_a_manifest(tmp_path: Path, manifest: Target, name: st
         Bundle.open(tmp_path)
 
 
-def test_a_pipe_in_a_bundle_does_not_keep_us_waiting(tmp_path: Path) -> None:
+def test_pipe_in_a_bundle_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(BundleError, match="no regular file"):
         check_file(tmp_path, "pipe", FileSpec(0, "0" * 64))
@@ -389,7 +393,7 @@ def test_a_pipe_in_a_bundle_does_not_keep_us_waiting(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("adapter")
-def test_settings_of_an_adapter(tmp_path: Path, changes: dict[str, object], text: str) -> None:
+def test_invalid_adapter_settings_are_refused(tmp_path: Path, changes: dict[str, object], text: str) -> None:
     config = json.loads((tmp_path / CONFIG_NAME).read_text())
     (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, **changes}))
     with pytest.raises(CheckpointError, match=text):
@@ -403,7 +407,7 @@ MARKS = st.lists(st.sampled_from('",\n\ra\0{}[]1:'), max_size=60)
 @given(
     st.binary(max_size=60) | MARKS.map(lambda marks: "".join(marks).encode()), st.sampled_from(("csv", "tsv", "jsonl"))
 )
-def test_training_files(tmp_path: Path, content: bytes, suffix: str) -> None:
+def test_any_training_file_gives_rows_or_a_data_error(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"data.{suffix}"
     path.write_bytes(content)
     with suppress(DataError):

@@ -120,7 +120,7 @@ def echoing(
 
     async def stop(listening: Any) -> None:
         listening.close()
-        guard.hang_up()
+        guard.abort_unfinished()
         await listening.wait_closed()
 
     try:
@@ -136,7 +136,7 @@ def echoing(
 @pytest.fixture(scope="module")
 def echo() -> Iterator[EchoServer]:
     """One server for whatever needs no limits of its own."""
-    with echoing(goodbye_s=1.0) as server:
+    with echoing(close_s=1.0) as server:
         yield server
 
 
@@ -150,7 +150,7 @@ def says(client: HostileClient, message: bytes, *, answered: bool = True) -> Non
 # -- how many --------------------------------------------------------------------------------------------
 
 
-def test_the_oldest_without_a_session_makes_room() -> None:
+def test_oldest_connection_without_session_is_dropped() -> None:
     with echoing(unfinished=3) as server, ExitStack() as held:
         clients = []
         for _ in range(5):
@@ -162,7 +162,7 @@ def test_the_oldest_without_a_session_makes_room() -> None:
         assert server.guard.unfinished == 3
 
 
-def test_it_makes_no_difference_what_they_have_said() -> None:
+def test_oldest_is_dropped_whatever_it_has_sent() -> None:
     with echoing(unfinished=3) as server, ExitStack() as held:
         silent = held.enter_context(hostile(server.url))
         half = held.enter_context(hostile(server.url))
@@ -173,7 +173,7 @@ def test_it_makes_no_difference_what_they_have_said() -> None:
         assert half.goodbye().how in DROPPED
 
 
-def test_a_session_is_never_in_the_way() -> None:
+def test_connection_with_session_is_never_dropped() -> None:
     with echoing(sessions=2, unfinished=2) as server, ExitStack() as held:
         devices = [held.enter_context(hostile_websocket(server.url)) for _ in range(2)]
         for device in devices:
@@ -194,7 +194,7 @@ def test_a_flood_from_one_address_costs_another_nothing() -> None:
         assert (server.guard.opened, server.guard.unfinished) == (1, 2)
 
 
-def test_together_they_never_exceed_the_sum() -> None:
+def test_connections_never_exceed_sessions_plus_unfinished() -> None:
     """Where more sessions are open than were announced (resumed before the old connection was missed)."""
     with echoing(sessions=1, unfinished=2) as server, ExitStack() as held:
         for _ in range(3):
@@ -203,7 +203,7 @@ def test_together_they_never_exceed_the_sum() -> None:
             assert late.goodbye().how in DROPPED
 
 
-def test_bytes_without_a_session() -> None:
+def test_bytes_before_a_session_are_limited() -> None:
     with echoing(unfinished_bytes=100 * KIB) as server, ExitStack() as held:
         clients = [held.enter_context(hostile_websocket(server.url)) for _ in range(3)]
         clients[0].send(frame(BINARY, bytes(30 * KIB), length=60 * KIB))
@@ -217,7 +217,7 @@ def test_bytes_without_a_session() -> None:
         assert clients[0].hear() == (BINARY, bytes(60 * KIB))
 
 
-def test_what_they_held_is_given_back() -> None:
+def test_bytes_of_closed_connections_are_released() -> None:
     with echoing(unfinished_bytes=100 * KIB) as server:
         for _ in range(9):
             with hostile_websocket(server.url) as client:
@@ -229,7 +229,7 @@ def test_what_they_held_is_given_back() -> None:
 # -- frames ----------------------------------------------------------------------------------------------
 
 
-def test_frames_grow_with_what_was_negotiated(echo: EchoServer) -> None:
+def test_frame_limit_follows_negotiation(echo: EchoServer) -> None:
     with hostile_websocket(echo.url) as client:
         says(client, bytes(64 * KIB))
         says(client, b"limit 1000000")
@@ -257,7 +257,7 @@ def test_a_frame_that_claims_too_much_is_refused_before_it_comes(echo: EchoServe
     ],
     ids=["fragment", "continuation", "10,000 empty fragments", "text", "bad text", "text fragment"],
 )
-def test_frames_that_no_device_sends(echo: EchoServer, frames: bytes) -> None:
+def test_frames_that_no_device_sends_are_refused(echo: EchoServer, frames: bytes) -> None:
     with hostile_websocket(echo.url) as client:
         client.send(frames)
         assert client.goodbye() == PROTOCOL
@@ -281,7 +281,7 @@ def test_what_websockets_refuses_by_itself(echo: EchoServer, broken: bytes) -> N
 
 
 @pytest.mark.parametrize("opcode", [PING, PONG])
-def test_a_flood_of_pings(opcode: int) -> None:
+def test_ping_flood_is_refused(opcode: int) -> None:
     clock = Clock()
     with echoing(clock=clock) as server, hostile_websocket(server.url) as client:
         for _ in range(3):
@@ -299,14 +299,14 @@ def test_a_flood_of_pings(opcode: int) -> None:
         assert found[1][2:] == b"flood"
 
 
-def test_messages_faster_than_they_are_taken(echo: EchoServer) -> None:
+def test_messages_that_come_faster_than_read_are_refused(echo: EchoServer) -> None:
     with hostile_websocket(echo.url) as client:
         client.frame(BINARY, b"hold")
         client.send(frame(BINARY) * 1000)
         assert client.goodbye() == FLOOD
 
 
-def test_messages_that_nobody_takes_count_until_somebody_does() -> None:
+def test_unread_messages_count_until_read() -> None:
     with echoing() as server, hostile_websocket(server.url) as client:
         server.room.nbytes = 10 * KIB
         says(client, b"open")
@@ -321,7 +321,7 @@ def test_messages_that_nobody_takes_count_until_somebody_does() -> None:
         eventually(lambda: server.room.taken == 0)
 
 
-def test_what_a_lost_connection_had_waiting_is_given_back() -> None:
+def test_unread_bytes_of_a_lost_connection_are_released() -> None:
     with echoing() as server:
         with hostile_websocket(server.url) as client:
             says(client, b"open")
@@ -331,28 +331,28 @@ def test_what_a_lost_connection_had_waiting_is_given_back() -> None:
         eventually(lambda: server.room.taken == 0)
 
 
-def test_many_messages_that_are_taken(echo: EchoServer) -> None:
+def test_many_messages_that_are_read_are_accepted(echo: EchoServer) -> None:
     with hostile_websocket(echo.url) as client:
         for number in range(200):
             says(client, b"%d" % number)
 
 
-def test_a_peer_that_reads_nothing() -> None:
+def test_peer_that_reads_nothing_is_dropped() -> None:
     with echoing() as server, hostile_websocket(server.url, receive_buffer=4096) as client:
         client.frame(BINARY, b"pour 2000")
         eventually(lambda: server.guard.unfinished == 0)
         assert server.most_unread < 2 * MIB
 
 
-def test_a_peer_that_reads_slowly_gets_it_all(echo: EchoServer) -> None:
+def test_peer_that_reads_slowly_gets_everything(echo: EchoServer) -> None:
     with hostile_websocket(echo.url, receive_buffer=4096) as client:
         client.frame(BINARY, b"pour 15")
         for _ in range(15):
             assert client.hear() == (BINARY, bytes(60 * KIB))
 
 
-def test_one_that_is_told_to_go_and_stays() -> None:
-    with echoing(goodbye_s=0.05) as server, hostile_websocket(server.url) as client:
+def test_peer_that_does_not_close_is_dropped() -> None:
+    with echoing(close_s=0.05) as server, hostile_websocket(server.url) as client:
         client.frame(TEXT, b"hello")
         eventually(lambda: server.guard.unfinished == 0)
         assert client.goodbye() == PROTOCOL  # it had been told
@@ -389,7 +389,7 @@ def test_browsers_are_refused(echo: EchoServer) -> None:
     ],
     ids=["huge header", "many headers", "huge path", "POST", "TLS hello", "zeros", "version", "key", "no upgrade"],
 )
-def test_no_websocket_without_its_handshake(echo: EchoServer, nonsense: bytes) -> None:
+def test_invalid_http_handshake_is_refused(echo: EchoServer, nonsense: bytes) -> None:
     with hostile(echo.url) as client:
         client.send(nonsense)
         try:
@@ -407,7 +407,7 @@ def test_compression_is_not_negotiated(echo: EchoServer) -> None:
         assert client.goodbye().code == 1002
 
 
-def test_slow_in_the_middle_of_http() -> None:
+def test_slow_http_request_is_dropped() -> None:
     with echoing(handshake_s=0.05) as server, hostile(server.url) as client:
         client.send(request()[:-5])
         assert client.goodbye().how in DROPPED
@@ -449,7 +449,7 @@ def test_tls_handshakes_count_before_they_are_done(server_tls: ssl.SSLContext, c
         assert server.guard.unfinished <= 3
 
 
-def test_slow_in_the_middle_of_tls(server_tls: ssl.SSLContext) -> None:
+def test_slow_tls_handshake_is_dropped(server_tls: ssl.SSLContext) -> None:
     with echoing(server_tls, handshake_s=0.05) as server, hostile(server.url) as client:
         client.send(HALF_A_TLS_HELLO)
         assert client.goodbye().how in DROPPED
@@ -457,15 +457,15 @@ def test_slow_in_the_middle_of_tls(server_tls: ssl.SSLContext) -> None:
 
 
 @pytest.mark.parametrize("nonsense", [request(), bytes(100_000)], ids=["plain HTTP", "zeros"])
-def test_what_is_no_tls(server_tls: ssl.SSLContext, nonsense: bytes) -> None:
+def test_connection_without_tls_handshake_is_dropped(server_tls: ssl.SSLContext, nonsense: bytes) -> None:
     with echoing(server_tls) as server, hostile(server.url) as client:
         client.send(nonsense)
         client.goodbye()
         eventually(lambda: server.guard.unfinished == 0)
 
 
-def test_large_messages_over_tls(server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> None:
-    with echoing(server_tls, goodbye_s=0.2) as server, hostile_websocket(server.url, tls=client_tls) as client:
+def test_large_messages_pass_over_tls(server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> None:
+    with echoing(server_tls, close_s=0.2) as server, hostile_websocket(server.url, tls=client_tls) as client:
         says(client, b"limit 3000000")
         says(client, bytes(3_000_000))
         client.frame(TEXT, b"hello")
@@ -473,7 +473,7 @@ def test_large_messages_over_tls(server_tls: ssl.SSLContext, client_tls: ssl.SSL
         eventually(lambda: server.guard.unfinished == 0)
 
 
-def test_a_server_that_stops_waits_for_nobody_who_dawdles(server_tls: ssl.SSLContext) -> None:
+def test_stopping_server_does_not_wait_for_slow_peers(server_tls: ssl.SSLContext) -> None:
     with ExitStack() as held:
         with echoing(server_tls, handshake_s=3600.0) as server:
             clients = [held.enter_context(hostile(server.url)) for _ in range(3)]
@@ -487,7 +487,7 @@ def test_a_server_that_stops_waits_for_nobody_who_dawdles(server_tls: ssl.SSLCon
 # -- the log, and files ----------------------------------------------------------------------------------
 
 
-def test_the_log_says_why_and_never_what(echo: EchoServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_has_reasons_and_no_content(echo: EchoServer, caplog: pytest.LogCaptureFixture) -> None:
     with echoing() as server, caplog.at_level(logging.INFO), hostile_websocket(server.url) as client:
         client.frame(TEXT, b"my secret")
         client.goodbye()
@@ -502,9 +502,9 @@ def test_a_flood_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.WARNING, "dlora.cloud"):
         for _ in range(2):
             for number in range(1000):
-                guard.refused("a text frame", f"10.0.0.{number % 9}")
+                guard.log_refusal("a text frame", f"10.0.0.{number % 9}")
             clock.now += 10
-        guard.refused("a flood of pings", "10.0.0.1")
+        guard.log_refusal("a flood of pings", "10.0.0.1")
     assert caplog.messages == [
         "refused 1 × a text frame; the last from 10.0.0.0",
         "refused 1000 × a text frame; the last from 10.0.0.0",
@@ -512,7 +512,7 @@ def test_a_flood_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None
     ]
 
 
-def test_as_many_files_as_may_be() -> None:
+def test_file_limit_is_raised_to_the_maximum() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], 512), before[1]))

@@ -46,10 +46,10 @@ class Clocks:
         self._shifts[0] += wall
         self._shifts[1] += monotonic
 
-    def put_in(self) -> None:
+    def apply_to_this_process(self) -> None:
         """Give this process these clocks."""
         preloaded = importlib.import_module("preloaded")
-        preloaded.obey(self._shifts)
+        preloaded.apply_clock_shift(self._shifts)
 
 
 @dataclass
@@ -205,7 +205,7 @@ def _run(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    clocks.put_in()
+    clocks.apply_to_this_process()
     if gate is not None:
         _watch(gate, watched)
     sys.argv = [f"dlora-{package}", *arguments]

@@ -16,7 +16,7 @@ _shifts: list[Sequence[float]] = [(0.0, 0.0)]
 _wall, _monotonic = time.time, time.monotonic
 
 
-def obey(shifts: Sequence[float]) -> None:
+def apply_clock_shift(shifts: Sequence[float]) -> None:
     """Take the wall clock's and the monotonic clock's shift, in seconds, from here from now on."""
     _shifts[0] = shifts
 

@@ -64,7 +64,7 @@ def test_frames_of_megabytes_pass_unchanged(echo_url: str) -> None:
     assert proxy.struck == []
 
 
-def test_one_bit_of_one_message(echo_url: str) -> None:
+def test_proxy_changes_one_bit_of_one_message(echo_url: str) -> None:
     with fault_proxy(echo_url) as proxy, device(proxy) as connection:
         proxy.plan(Plan(Fault.CORRUPT, Boundary("step_report", step=1, direction="up", nth=1)))
         answers = []
@@ -78,7 +78,7 @@ def test_one_bit_of_one_message(echo_url: str) -> None:
     assert int(np.unpackbits(flipped).sum()) == 1
 
 
-def test_twice(echo_url: str) -> None:
+def test_proxy_sends_a_message_twice(echo_url: str) -> None:
     with fault_proxy(echo_url) as proxy, device(proxy) as connection:
         proxy.plan(Plan(Fault.DUPLICATE, Boundary(direction="up")))
         connection.send(report(0))
@@ -88,7 +88,7 @@ def test_twice(echo_url: str) -> None:
 
 
 @pytest.mark.parametrize("fault", [Fault.CUT_LINK, Fault.TRUNCATE], ids=lambda fault: fault.name.lower())
-def test_the_connection_ends(echo_url: str, fault: Fault) -> None:
+def test_proxy_ends_the_connection(echo_url: str, fault: Fault) -> None:
     with fault_proxy(echo_url) as proxy:
         proxy.plan(Plan(fault, Boundary(step=1, direction="down")))
         with device(proxy) as connection:
@@ -102,7 +102,7 @@ def test_the_connection_ends(echo_url: str, fault: Fault) -> None:
             assert connection.recv() == report(1)
 
 
-def test_half_open_says_nothing(echo_url: str) -> None:
+def test_half_open_connection_passes_nothing(echo_url: str) -> None:
     with fault_proxy(echo_url) as proxy, device(proxy) as connection:
         proxy.harm(Fault.HALF_OPEN)
         connection.send(report(0))
@@ -113,7 +113,7 @@ def test_half_open_says_nothing(echo_url: str) -> None:
             assert other.recv() == report(0)
 
 
-def test_the_strike_comes_before_the_frame(echo_url: str) -> None:
+def test_fault_happens_before_the_frame_is_sent(echo_url: str) -> None:
     order: list[str] = []
     with fault_proxy(echo_url, lambda fault: order.append(fault.name)) as proxy, device(proxy) as connection:
         proxy.plan(Plan(Fault.CLOCK_JUMP, Boundary(direction="up")))
@@ -123,7 +123,7 @@ def test_the_strike_comes_before_the_frame(echo_url: str) -> None:
     assert order == ["CLOCK_JUMP", "frame"]
 
 
-def test_differences_are_seen(tmp_path: Path) -> None:
+def test_compare_finds_each_difference(tmp_path: Path) -> None:
     wanted = run_of(tmp_path / "wanted", steps=[0, 1], weight=1.0, adam_steps=2)
     same, other = Outcome(), Outcome()
     compare(same, run_of(tmp_path / "same", steps=[0, 1], weight=1.0, adam_steps=2), wanted, {0: {b"a"}})

@@ -16,7 +16,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.lower())
-def test_every_kind_of_boundary(whole: Matrix, fault: Fault) -> None:
+def test_each_fault_at_each_kind_of_boundary_changes_no_bit(whole: Matrix, fault: Fault) -> None:
     cells = list(whole.run(whole.cases(fault)))
     wrong = {str(cell.case): cell.outcome.wrong for cell in cells if cell.outcome.wrong}
     assert not wrong
@@ -26,12 +26,12 @@ def test_every_kind_of_boundary(whole: Matrix, fault: Fault) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.lower())
-def test_every_boundary(whole: Matrix, fault: Fault) -> None:
+def test_each_fault_at_each_boundary_changes_no_bit(whole: Matrix, fault: Fault) -> None:
     cells = list(whole.run(whole.cases(fault, thorough=True)))
     assert not {str(cell.case): cell.outcome.wrong for cell in cells if cell.outcome.wrong}
 
 
-def test_the_step_is_worth_disturbing(whole: Matrix) -> None:
+def test_reference_step_has_all_message_kinds(whole: Matrix) -> None:
     """All kinds of messages are in it, and units are killed and revived around it."""
     kinds = {case.place for case in whole.cases(Fault.CUT_LINK)}
     assert kinds >= {

@@ -36,7 +36,9 @@ def reference(place: Place, running: Replicas) -> Reference:
     [Fault.KILL_SERVER, Fault.KILL_DEVICE, Fault.FREEZE_SERVER, Fault.FREEZE_DEVICE],
     ids=lambda f: f.name.lower(),
 )
-def test_killed_or_frozen(place: Place, running: Replicas, reference: Reference, fault: Fault, tmp_path: Path) -> None:
+def test_killed_or_frozen_process_changes_no_bit(
+    place: Place, running: Replicas, reference: Reference, fault: Fault, tmp_path: Path
+) -> None:
     message = random.Random(fault.name).randrange(12)
     scene = Scene(place, running, tmp_path / "out", DEVICE)
     scene.proxy.plan(Plan(fault, Boundary(step=2, nth=message)))
@@ -55,7 +57,7 @@ def test_killed_or_frozen(place: Place, running: Replicas, reference: Reference,
     )
 
 
-def test_a_storm_of_kills(place: Place, running: Replicas, reference: Reference, tmp_path: Path) -> None:
+def test_repeated_kills_change_no_bit(place: Place, running: Replicas, reference: Reference, tmp_path: Path) -> None:
     result = storm(place, running, reference, tmp_path / "out", DEVICE, kills=3, steps=5, seed=1)
     assert result["bit_equal"], result["wrong"]
     assert (result["kills_server"], result["kills_device"]) == (1, 2)
