@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, save_tiny, tiny_model
 from processes import CLOUD
+from tiny import TinyFactory
 from transformers import PreTrainedModel
 
 from dlora.cloud.model.base_model import BaseModel, find_embedding, find_head, load_base_model
@@ -35,8 +36,8 @@ GROUPS = {
 
 
 @pytest.fixture(params=FAMILIES)
-def base(request: pytest.FixtureRequest) -> BaseModel:
-    return BaseModel.from_model(tiny_model(request.param), request.param)
+def base(request: pytest.FixtureRequest, tiny: TinyFactory) -> BaseModel:
+    return tiny(request.param).base
 
 
 def test_groups_are_the_modules_that_share_a_tensor(base: BaseModel) -> None:
@@ -44,7 +45,7 @@ def test_groups_are_the_modules_that_share_a_tensor(base: BaseModel) -> None:
     assert [group.block for group in groups] == sorted(group.block for group in groups)
     assert {group.block for group in groups} == {0, 1}
     second = [[target.name.rpartition(".")[2] for target in group.targets] for group in groups if group.block == 1]
-    assert second == GROUPS[base.name]
+    assert second == GROUPS[base.architecture]
     modules = dict(base.model.named_modules())
     for target in base.targets.values():
         assert modules[target.name] is target.module
@@ -135,9 +136,9 @@ def test_experts_of_a_mixture_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_more_families_are_accepted(family: str) -> None:
+def test_more_families_are_taken(tiny: TinyFactory, family: str) -> None:
     """With what they do at their two ends, which ``from_model`` checks."""
-    base = BaseModel.from_model(tiny_model(family), family)
+    base = tiny(family).base
     assert {target.block for target in base.targets.values()} == {0, 1}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import safetensors.numpy
 import torch
@@ -23,7 +24,6 @@ from tokenizers import Tokenizer
 from dlora.cloud.model.base_model import BaseModel, find_source
 from dlora.export.__main__ import main
 from dlora.export.bundle import ExportSettings, export_bundle
-from dlora.export.graphs.tolerances import relative_error
 from dlora.export.verify import start_session
 from dlora.protocol.errors import ExportError, StorageError, UsageError
 from dlora.protocol.manifest import Manifest, check_file, load_manifest
@@ -91,8 +91,19 @@ def _run_golden(bundle: Path, manifest: Manifest) -> None:
             for spec in graph.inputs
         }
         names = [spec.name for spec in graph.outputs]
-        for name, value in zip(names, session.run(names, inputs), strict=True):
-            assert relative_error(value, golden[f"{stem}.out.{name}"]) <= graph.tolerance
+        found = dict(zip(names, session.run(names, inputs), strict=True))
+        scaling: dict[str, Any] = {"logit_scale": manifest.head.logit_scale, "softcap": manifest.head.softcap}
+        wanted = oracles.expected(graph.kind, inputs, embedding_scale=manifest.embedding.scale, **scaling)
+        oracles.assert_near(found, wanted, oracles.HEAD)
+        told = {name: golden[f"{stem}.out.{name}"] for name in names}
+        dtypes = {"head": manifest.head.dtype, "embedding": manifest.embedding.dtype}
+        stored = dtypes.get(graph.kind.partition("_")[0], "fp32")
+        rounding = oracles.ROUNDING[stored]  # what is told is of the base model's own weights
+        oracles.assert_near(told, wanted, oracles.HEAD + rounding)
+        assert graph.tolerance <= 2 * oracles.HEAD + rounding
+        if graph.kind == "head_loss":
+            oracles.assert_predicts(found["predictions"], wanted["logits"])
+            assert (told["predictions"] == found["predictions"]).all()
 
 
 @pytest.mark.parametrize(

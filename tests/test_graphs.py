@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
+import oracles
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from dlora.export.graphs.head import HeadShape, head_graphs, head_trials
 from dlora.export.graphs.lora import adapter_graphs, adapter_trials
 from dlora.export.graphs.tolerances import CEILING, FLOOR, allowed, relative_error
 from dlora.export.graphs.trial import Trial
-from dlora.export.verify import Verified, start_session, verify
+from dlora.export.verify import COMPILERS, Compiled, Verified, compile_onnx, start_session, verify
 from dlora.export.weights import quantise_rows
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import TensorSpec
@@ -31,12 +33,79 @@ HIDDEN = 16
 @pytest.mark.parametrize("rank", [1, 8])
 def test_adapter_graphs_match_autograd(shape: tuple[int, int], rank: int) -> None:
     for graph in adapter_graphs(*shape):
-        assert verify(graph, adapter_trials(graph, shape, rank, 2.0)).error <= 2e-6
+        for tokens in (1, 5, 7):
+            inputs = adapter_inputs(graph, shape, rank, tokens)
+            oracles.assert_near(outputs_of(graph, inputs), oracles.expected(graph.kind, inputs), oracles.SUMS)
 
 
-def test_adamw_graph_matches_torch_over_twenty_steps() -> None:
-    graph = adamw_graph()
-    assert verify(graph, adamw_trials(graph)).error <= 2e-7
+def test_adamw_is_torchs_over_twenty_steps() -> None:
+    check_adamw(compile_onnx(adamw_graph()))
+
+
+def check_adamw(compiled: Compiled) -> None:
+    """Each step from the state that the last one left: near float64's path, and nearer to torch's in float32."""
+    random = np.random.default_rng(3)
+    param, grads = random.standard_normal(257, np.float32), random.standard_normal((20, 257), np.float32)
+    state = {"param": param, "exp_avg": np.zeros_like(param), "exp_avg_sq": np.zeros_like(param)}
+    for step, grad in enumerate(grads, 1):
+        given = {**state, "grad": grad, **adamw_scalars(step)}
+        state = dict(zip(state, compiled.run({name: given[name] for name in ADAMW_INPUTS}), strict=True))
+    found = {f"new_{name}": value for name, value in state.items()}
+    rates = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    oracles.assert_near(found, oracles.adamw_steps(param, grads, **rates), oracles.ADAMW)
+    weight = torch.nn.Parameter(torch.from_numpy(param.copy()))
+    optimizer = torch.optim.AdamW([weight], **rates)
+    for grad in grads:
+        weight.grad = torch.from_numpy(grad)
+        optimizer.step()
+    assert oracles.relative_error(found["new_param"], weight.detach().numpy()) <= 2e-7  # a unit in the last place
+
+
+ADAMW_INPUTS = [spec.name for spec in adamw_graph().inputs]
+
+
+def adapter_inputs(graph: TrainingGraph, shape: tuple[int, int], rank: int, tokens: int) -> oracles.Arrays:
+    random = np.random.default_rng(tokens)
+    sizes = {"in": shape[0], "out": shape[1], "rank": rank, "tokens": tokens}
+    wanted = {
+        "x": ("tokens", "in"), "grad": ("tokens", "out"), "z": ("tokens", "rank"), "dz": ("tokens", "rank"),
+        "lora_A": ("rank", "in"), "lora_B": ("out", "rank"),
+    }  # fmt: skip
+    values = {name: random.standard_normal([sizes[size] for size in of], np.float32) for name, of in wanted.items()}
+    values["scale"] = np.array(2.0, np.float32)
+    return {spec.name: values[spec.name] for spec in graph.inputs}
+
+
+def outputs_of(graph: TrainingGraph, inputs: oracles.Arrays, compiled: Compiled | None = None) -> oracles.Arrays:
+    found = (compiled or compile_onnx(graph)).run(inputs)
+    return {spec.name: value for spec, value in zip(graph.outputs, found, strict=True)}
+
+
+def test_what_export_takes_for_exact_is_what_the_tests_do() -> None:
+    """Its references, against which it tries every bundle's graphs, and its golden outputs."""
+    for graph in adapter_graphs(33, 5):
+        for trial in adapter_trials(graph, (33, 5), 8, 2.0):
+            assert not callable(trial.inputs)
+            wanted = oracles.expected(graph.kind, trial.inputs)
+            oracles.assert_near(trial.exact, wanted, oracles.SUMS)  # z and dz are inputs in float32
+            assert max(trial.tolerances.values()) <= 2 * oracles.HEAD
+    for dtype in ("fp32", "fp16", "int8"):
+        shape = HeadShape(97, HIDDEN, dtype, True, 0.5, 3.0)  # type: ignore[arg-type]
+        end = _head_end(97, shape)
+        hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
+        for graph in head_graphs(shape):
+            (trial,) = head_trials(graph, end, _head_weights(end, dtype), hidden)
+            assert not callable(trial.inputs)
+            wanted = oracles.expected(graph.kind, trial.inputs, logit_scale=0.5, softcap=3.0)
+            oracles.assert_near(trial.exact, wanted, 2e-7)  # they are kept in float32
+            assert trial.rounding is not None
+            whole = {**trial.inputs, "weight": end.weight.numpy()}
+            whole.pop("row_scales", None)
+            golden = oracles.expected(graph.kind, whole, logit_scale=0.5, softcap=3.0)
+            oracles.assert_near(trial.rounding.golden, golden, 2e-7)  # they are kept in float32
+            assert max(trial.rounding.bounds.values()) <= oracles.ROUNDING[dtype]
+    (trial,) = adamw_trials(adamw_graph())
+    assert max(trial.tolerances.values()) <= oracles.ADAMW
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.98), (0.0, 0.99999), (0.5, 0.9)])
@@ -82,13 +151,31 @@ def test_head_graphs_match_autograd(
     shape = HeadShape(vocabulary, HIDDEN, dtype, bias, logit_scale, softcap)
     end = _head_end(vocabulary, shape)
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
+    check_head(shape, end, hidden, COMPILERS["onnx"])
+
+
+def check_head(shape: HeadShape, end: HeadEnd, hidden: oracles.Array, compile_graph: Callable[..., Compiled]) -> None:
+    """Exact for the weight that is stored, and as near to the whole weight's as its rounding allows."""
+    scaling: dict[str, Any] = {"logit_scale": shape.logit_scale, "softcap": shape.softcap}
+    labels = np.random.default_rng(1).integers(0, shape.vocabulary_size, len(hidden))
     for graph in head_graphs(shape):
-        verify(graph, head_trials(graph, end, _head_weights(end, dtype), hidden))
+        values = {
+            **_head_weights(end, shape.dtype), "hidden_states": hidden, "labels": labels,
+            "grad_scale": np.array(0.125, np.float32),
+        }  # fmt: skip
+        inputs = {spec.name: values[spec.name] for spec in graph.inputs}
+        found, stored = outputs_of(graph, inputs, compile_graph(graph)), oracles.expected(graph.kind, inputs, **scaling)
+        oracles.assert_near(found, stored, oracles.HEAD)
+        if "predictions" in found:
+            oracles.assert_predicts(found["predictions"], stored["logits"])
+        whole = {name: value for name, value in inputs.items() if name != "row_scales"} | {"weight": end.weight.numpy()}
+        bound = oracles.HEAD + oracles.ROUNDING[shape.dtype]
+        oracles.assert_near(found, oracles.expected(graph.kind, whole, **scaling), bound)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 def test_a_head_that_is_not_fp32_is_exact_for_the_weight_it_stores(dtype: Any) -> None:
-    """The Scan adds no error of its own: against torch with the rounded weight it is as exact as the fp32 head."""
+    """The Scan adds no error of its own: by export's own account, too, it is as exact as the fp32 head."""
     shape = HeadShape(97, HIDDEN, dtype, True, 0.5, 3.0)
     end = _head_end(97, shape)
     weights = _head_weights(end, dtype)
