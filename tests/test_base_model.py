@@ -136,7 +136,7 @@ def test_experts_of_a_mixture_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_more_families_are_taken(tiny: TinyFactory, family: str) -> None:
+def test_more_families_are_accepted(tiny: TinyFactory, family: str) -> None:
     """With what they do at their two ends, which ``from_model`` checks."""
     base = tiny(family).base
     assert {target.block for target in base.targets.values()} == {0, 1}

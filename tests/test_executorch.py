@@ -60,7 +60,7 @@ def test_adapter_programs_match_autograd(shape: tuple[int, int]) -> None:
             oracles.assert_near(found, oracles.expected(graph.kind, inputs), oracles.SUMS)
 
 
-def test_adamw_is_torchs_over_twenty_steps() -> None:
+def test_adamw_program_matches_torch_over_twenty_steps() -> None:
     check_adamw(compile_executorch(adamw_graph()))
 
 

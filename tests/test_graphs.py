@@ -38,7 +38,7 @@ def test_adapter_graphs_match_autograd(shape: tuple[int, int], rank: int) -> Non
             oracles.assert_near(outputs_of(graph, inputs), oracles.expected(graph.kind, inputs), oracles.SUMS)
 
 
-def test_adamw_is_torchs_over_twenty_steps() -> None:
+def test_adamw_graph_matches_torch_over_twenty_steps() -> None:
     check_adamw(compile_onnx(adamw_graph()))
 
 

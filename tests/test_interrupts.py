@@ -87,7 +87,9 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
     ("cloud", "torch.distributed", INT), ("export", "typer", INT), ("export", "typer", TERM), ("export", "peft", INT),
     ("export", "onnx", TERM),
 ], ids=lambda value: value.name if isinstance(value, signal.Signals) else value)  # fmt: skip
-def test_while_it_imports(place: Place, tmp_path: Path, command: str, when: str, sent: signal.Signals) -> None:
+def test_signal_during_imports_ends_with_one_line_and_130(
+    place: Place, tmp_path: Path, command: str, when: str, sent: signal.Signals
+) -> None:
     """Once it was exit 12, as if a library were missing, and once ten minutes of a server that loaded on."""
     commands: dict[str, list[object]] = {
         "edge": [EDGE, "selftest", "--bundle", place.bundle],
