@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 from hypothesis import strategies as st
 
-from dlora.protocol.codec import ALIGNMENT, HEADER_BLOCK, PREFIX_BYTES, seal
+from dlora.protocol.codec import ALIGNMENT, HEADER_BLOCK, PREFIX_BYTES, write_checksum
 from dlora.protocol.errors import DamagedFrameError, RemoteProtocolError
 
 _NUMBERS = st.integers(0, 3) | st.sampled_from((-1, 2**31 - 1, 2**32, 2**64 - 1))
@@ -27,7 +27,7 @@ def _of_header(header: bytes, tail: bytes) -> bytes:
     """A frame that is right as far as it can be without knowing what is in ``header``: length, padding, checksum."""
     start = len(header).to_bytes(4, "little") + bytes(PREFIX_BYTES - 4) + header
     padded = start.ljust(-(-len(start) // HEADER_BLOCK) * HEADER_BLOCK, b"\0")
-    return bytes(seal(bytearray(padded + tail)))
+    return bytes(write_checksum(bytearray(padded + tail)))
 
 
 def _headers(types: Sequence[str]) -> st.SearchStrategy[bytes]:
@@ -42,7 +42,7 @@ def _changed(frame: bytes, changes: Sequence[tuple[int, int]], cut: int) -> byte
     changed = bytearray(frame)
     for where, value in changes:
         changed[where % len(changed)] = value
-    return bytes(seal(changed[: max(PREFIX_BYTES, len(changed) - cut)]))
+    return bytes(write_checksum(changed[: max(PREFIX_BYTES, len(changed) - cut)]))
 
 
 def frames(valid: Sequence[bytes], types: Sequence[str]) -> st.SearchStrategy[bytes]:

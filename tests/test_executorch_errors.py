@@ -132,7 +132,7 @@ def test_missing_shim_is_an_error_that_says_how_to_build_it(bundle: Path, tmp_pa
 
 def test_shim_is_searched_in_these_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(shim.VARIABLE, raising=False)
-    package = Path(shim.__file__).parents[1]
+    package = Path(shim.__file__).resolve().parents[1]
     checkout = [package / "native" / "lib", package.parent / "build" / "shim" / platform.machine()]
     assert shim.places() == checkout
     monkeypatch.setattr(sys, "frozen", True, raising=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -70,7 +71,8 @@ def test_resume_needs_only_the_directory(
 ) -> None:
     """Also from another working directory, and where the run was told of its files by relative paths."""
     monkeypatch.chdir(place.data.parent)
-    relative = Place(Path(place.bundle.name), Path(place.data.name), place.url)
+    bundle = Path(os.path.relpath(place.bundle, place.data.parent))
+    relative = Place(bundle, Path(place.data.name), place.url)
     process = start_edge(*relative.train(tmp_path / "out", *KR[kr]))
     wait_for_lines(tmp_path / "out" / "metrics.jsonl", SAVE_EVERY + 4)
     process.send_signal(signal.SIGKILL)

@@ -23,7 +23,7 @@ from waiting import PassingClock
 
 from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving.patience import LONGEST_S, Patience
+from dlora.cloud.serving.patience import MAX_WAIT_S, SessionTimeouts
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.dialing import ConnectSettings, Retry
 from dlora.protocol.errors import RefusedError
@@ -235,10 +235,10 @@ def test_a_device_above_its_quota_waits_and_ends_with_the_same_bits(
     wanted = undisturbed(place, base)
     clock = PassingClock()
     connecting = ConnectSettings(retry=Retry(max_s=None), clock=clock, sleep=clock.sleep)
-    patience = Patience(idle_s=LONGEST_S, step_s=LONGEST_S)  # an hour may pass here in no time
+    timeouts = SessionTimeouts(idle_s=MAX_WAIT_S, step_s=MAX_WAIT_S)  # an hour may pass here in no time
     caplog.set_level(logging.INFO, "dlora.cloud")
     with (
-        serving(base, quotas=limits, clock=clock, patience=patience) as server,
+        serving(base, quotas=limits, clock=clock, timeouts=timeouts) as server,
         training(place.bundle, server.url, run(), data(), connecting=connecting) as trainer,
     ):
         found = after_all_steps(trainer)
