@@ -12,11 +12,12 @@ help: ## this list; times are of two cores, and rough
 demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process: ten minutes
 	$(BIN)/python examples/demo.py
 
-test: .venv/.ready $(SHIM) ## every test but those of test-slow and test-arm: tens of minutes
-	$(BIN)/pytest -m "not slow and not arm"
+TEST_PROCESSES ?= 2
+test: .venv/.ready $(SHIM) ## every test but those of test-slow and test-arm: ten minutes
+	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm"
 
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: half as long again
-	$(BIN)/pytest -m "not slow and not arm" --cov=edge --cov=cloud --cov=export --cov=protocol --cov-report=term
+	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm" --cov=edge --cov=cloud --cov=export --cov=protocol --cov-report=term
 
 test-slow: ## the tests on the real model: tens of minutes
 test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/manifest.json \
