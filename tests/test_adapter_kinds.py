@@ -36,7 +36,7 @@ from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.dialing import ConnectSettings, Retry
 from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, crossings, kind_of, state_bytes
-from dlora.protocol.errors import CheckpointError, RefusedError
+from dlora.protocol.errors import CheckpointError, NonFiniteError, RefusedError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.tensors import FloatArray, IntArray
 from dlora.protocol.traffic import Traffic, adapter_state_traffic, micro_batch_traffic, report_traffic
@@ -424,3 +424,23 @@ def test_a_window_of_two_survives_a_lost_server(bundle: Path, base: BaseModel, k
                 trainer.wait_for_signal()
                 found.append(bits(trainer))
     assert found[0] == found[1]
+
+
+def test_a_failure_in_one_of_two_micro_batches_ends_the_session_at_once(
+    bundle: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the session's own thread waits for what the device says next."""
+    forward = BaseModel.last_hidden_state
+    calls = itertools.count()
+
+    def fail_at_the_third(self: BaseModel, *given: Any) -> Tensor:
+        hidden = forward(self, *given)
+        return hidden * float("nan") if next(calls) == 2 else hidden
+
+    run = config(rank=COLUMNS, grad_accum=3, batch_size=2)
+    dataset = random_dataset(VOCABULARY, examples=18)
+    with serving(base, window=2) as server, training(bundle, server.url, run, dataset, window=2) as trainer:
+        monkeypatch.setattr(BaseModel, "last_hidden_state", fail_at_the_third)
+        with pytest.raises(NonFiniteError, match="NaN or infinity in the base model's results"):
+            trainer.run_step()
+        eventually(lambda: len(server.server.service.sessions) == 0)

@@ -51,6 +51,7 @@ class SessionLoop:
         assert opening is not None
         self._service = service
         self._session = live.session
+        self._transport = live.transport
         self._quota = live.quota
         self._controller = controller
         self._clock = service.clock
@@ -156,8 +157,9 @@ class SessionLoop:
     def _run_or_fail(self, begun: m.Embeddings) -> None:
         try:
             self._run_micro_batch(begun)
-        except BaseException as error:  # of a thread that nobody waits for
+        except Exception as error:  # of a thread that nobody waits for, while another may wait for the device
             self._conversation.fail(error)
+            self._transport.interrupt(error)
 
     def _run_micro_batch(self, begun: m.Embeddings) -> None:
         service, packs = self._service, self._service.may_pack

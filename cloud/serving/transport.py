@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
@@ -74,6 +74,7 @@ class SessionTransport:
         self._connection: ServerConnection | None = connection
         self._sending: list[tuple[ServerConnection, Future[None]]] = []
         self._ended: Exception | None = None
+        self._receiving: Future[bytes] | None = None
 
     # -- the session's thread ----------------------------------------------------------------------------
 
@@ -97,15 +98,27 @@ class SessionTransport:
             try:
                 receiving = None
                 self._flush(until)
-                receiving = asyncio.run_coroutine_threadsafe(connection.recv(decode=False), self._loop)
+                receiving = self._begin_to_receive(connection)
                 try:
                     return receiving.result(max(0.0, until - self._clock()))
                 except TimeoutError:
                     receiving.cancel()
                     raise
+                finally:
+                    self._receiving = None  # it holds the frame
+            except CancelledError:
+                if self._ended is None:
+                    raise
             except ConnectionClosed:
                 self._lose(connection)
                 del connection, receiving  # parked for long, it would keep the dead websocket
+
+    def _begin_to_receive(self, connection: ServerConnection) -> Future[bytes]:
+        with self._changed:
+            if self._ended is not None:
+                raise self._ended
+            self._receiving = asyncio.run_coroutine_threadsafe(connection.recv(decode=False), self._loop)
+            return self._receiving
 
     def disconnect(self, refusal: RefusedError | RemoteProtocolError) -> None:
         """Tell the device to come again, and close the connection; the session is parked."""
@@ -144,6 +157,14 @@ class SessionTransport:
                 self._sending.clear()  # a dead websocket, as well
                 self.times_lost += 1
                 self.parked_at = self._clock()
+
+    def interrupt(self, error: Exception) -> None:
+        """Make ``receive`` raise ``error``, in whichever thread waits there now or will; the connection stays."""
+        with self._changed:
+            self._ended = self._ended or error
+            self._changed.notify_all()
+            if self._receiving is not None:
+                self._receiving.cancel()
 
     # -- the event loop ----------------------------------------------------------------------------------
 
