@@ -74,7 +74,7 @@ def main() -> None:
     importlib.import_module("dlora.edge.commands.app")
     from dlora.edge.data.loading import Reading, load_datasets
     from dlora.edge.engine.bundle import Bundle
-    from dlora.edge.run.report import Display
+    from dlora.edge.run.display import Display
     from dlora.edge.training.config import TrainConfig
     from dlora.edge.training.metrics import StepMetrics
     from dlora.edge.training.optimizer import OptimizerConfig

@@ -29,8 +29,8 @@ from websockets.sync.client import connect
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.codec import Decoder, encode
 from dlora.protocol.counting import counted_tokens
+from dlora.protocol.frames import Decoder, encode
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
 from dlora.protocol.wire_codecs import Codecs, encode_floats

@@ -34,8 +34,8 @@ from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
-from dlora.protocol import codec
-from dlora.protocol.codec import Prefix
+from dlora.protocol import frames
+from dlora.protocol.frames import Prefix
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import Link
 
@@ -52,7 +52,7 @@ class Switch:
         self._off.close()
         if not on:
             enter = self._off.enter_context
-            enter(mock.patch.object(codec, "zlib", SimpleNamespace(crc32=lambda data, start=0: 0)))
+            enter(mock.patch.object(frames, "zlib", SimpleNamespace(crc32=lambda data, start=0: 0)))
             enter(mock.patch.object(Link, "keep", _count))
             enter(mock.patch.object(Link, "is_repeat", _is_new))
             enter(mock.patch.object(Link, "accept", _take))

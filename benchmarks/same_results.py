@@ -48,7 +48,7 @@ BLOCKS: Final = 4
 STEPS: Final = 40
 STOPPED_AFTER: Final = 12  # steps at least, of the run that is stopped
 FIRST_PART: Final = 18  # steps of the run that is made longer
-PATIENCE_S: Final = 120.0
+TIMEOUT_S: Final = 120.0
 
 # Wide enough that the order in which numbers are summed shows in the last bits.
 _LLAMA: Final = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": BLOCKS}
@@ -348,13 +348,13 @@ def stop_on_the_way(commit: Commit, train: tuple[str, ...], metrics: Path) -> No
     stderr = commit.scratch / "stopped.txt"
     process = commit.start(*train, stderr=stderr)
     try:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while process.poll() is None and time.monotonic() < deadline:
             if metrics.exists() and metrics.read_bytes().count(b"\n") >= STOPPED_AFTER:
                 process.send_signal(signal.SIGTERM)
                 break
             time.sleep(0.005)
-        process.communicate(timeout=PATIENCE_S)
+        process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
         process.wait()

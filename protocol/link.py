@@ -15,8 +15,8 @@ import threading
 from collections import deque
 from typing import Final
 
-from .codec import Prefix
 from .errors import RemoteProtocolError
+from .frames import Prefix
 
 MAX_UNACKNOWLEDGED: Final = 8  # a micro-batch under way; an honest peer leaves 2 of each; a frame may have 50 MB
 REMEMBERED_FRAMES: Final = 256

@@ -14,7 +14,7 @@ import numpy as np
 from . import messages as m
 from .adapters import Crossing
 from .counting import counted_tokens
-from .states import TRANSITIONS, Role, State, ViolationError, check_tensor
+from .states import TRANSITIONS, Side, State, ViolationError, check_tensor
 from .tensors import WireTensor
 from .wire_codecs import Codecs, TensorRole
 
@@ -79,7 +79,7 @@ class MicroBatch:
         """Whether its last message has been said."""
         return self.state is State.IDLE
 
-    def advance(self, message: m.ExchangeMessage, sender: Role, groups: LiveGroups) -> None:
+    def advance(self, message: m.ExchangeMessage, sender: Side, groups: LiveGroups) -> None:
         """Take the next message. Raises ``ViolationError``; nothing has changed then."""
         allowed_sender, next_state = TRANSITIONS[self.state].get(type(message), (None, self.state))
         if allowed_sender is not sender:

@@ -23,14 +23,14 @@ import numpy as np
 
 from . import messages as m
 from .adapters import crossings, kind_of
-from .codec import Decoder, Prefix, encode, read_prefix
 from .errors import LocalProtocolError, RemoteProtocolError, UsageError
+from .frames import Decoder, Prefix, encode, read_prefix
 from .groups import GroupSpec, group_units
 from .kill_revive import UnitState
 from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
 from .micro_batch import Key, LiveGroups, MicroBatch, Shapes, check_embeddings
-from .states import TRANSITIONS, C, E, Role, State, ViolationError, check_tensor
+from .states import TRANSITIONS, C, E, Side, State, ViolationError, check_tensor
 from .tensors import ByteArray, WireTensor
 from .version import PROTOCOL_VERSIONS
 from .wire_codecs import is_finite
@@ -56,8 +56,8 @@ class Session:
         link: the numbers of the session's frames, and those that the peer may lack.
     """
 
-    def __init__(self, role: Role) -> None:
-        self.role = role
+    def __init__(self, side: Side) -> None:
+        self.side = side
         self.step = 0
         self.units: ByteArray = np.zeros(0, np.uint8)
         self.unit_groups: tuple[tuple[int, ...], ...] = ()
@@ -107,6 +107,11 @@ class Session:
         return self.state is State.IDLE and self._next_micro_batch == 0
 
     @property
+    def may_close(self) -> bool:
+        """Whether the device may say goodbye now."""
+        return m.CloseSession in TRANSITIONS[self._state] and not self.under_way
+
+    @property
     def shapes(self) -> Shapes:
         """Widths, codecs and limits of an open session."""
         assert self._shapes is not None
@@ -115,7 +120,7 @@ class Session:
     def send(self, message: AnyMessage) -> bytearray:
         """Check a message of ours and give its frame. Raises ``LocalProtocolError``: a bug of ours."""
         try:
-            self._advance(message, self.role)
+            self._advance(message, self.side)
         except ViolationError as error:
             raise LocalProtocolError(f"{type(message).__name__} in {self.state.name}: {error}") from None
         if isinstance(message, NUMBERED):
@@ -148,7 +153,7 @@ class Session:
             # Before anything changes: a refused message leaves the session as it was.
             if not all(is_finite(tensor) for tensor in m.tensors_of(message)):
                 raise ViolationError("NaN or infinity", m.ErrorCode.NON_FINITE)
-            self._advance(message, C if self.role is E else E)
+            self._advance(message, C if self.side is E else E)
         except ViolationError as error:
             text = f"{type(message).__name__} in {self.state.name}: {error}"
             raise RemoteProtocolError(text, error.code) from None
@@ -181,7 +186,7 @@ class Session:
 
     # -- the rules ---------------------------------------------------------------------------------------
 
-    def _advance(self, message: AnyMessage, sender: Role) -> None:
+    def _advance(self, message: AnyMessage, sender: Side) -> None:
         if self._state is State.CLOSED:
             raise ViolationError("the conversation is over")
         if isinstance(message, m.Error):
@@ -289,7 +294,7 @@ class Session:
         if int(active.sum()) < config.budget_floor(len(active)) or not active[list(config.pinned)].all():
             raise ViolationError("fewer active units than the device asked for")
 
-    def _check_signal(self, message: m.Signal, sender: Role) -> None:
+    def _check_signal(self, message: m.Signal, sender: Side) -> None:
         if sender is not C or not self._unanswered_reports:
             raise ViolationError("a signal that answers no report")
         if any(each.state is not State.FORWARD or each.asked for each in self.under_way.values()):
@@ -320,7 +325,7 @@ class Session:
 
     # -- micro-batches -----------------------------------------------------------------------------------
 
-    def _advance_micro_batch(self, message: m.ExchangeMessage, sender: Role) -> None:
+    def _advance_micro_batch(self, message: m.ExchangeMessage, sender: Side) -> None:
         key = (message.step, message.micro_batch)
         if isinstance(message, m.Embeddings):
             self._begin_micro_batch(message, key, sender)
@@ -335,7 +340,7 @@ class Session:
         if micro_batch.is_finished:
             del self.under_way[key]
 
-    def _begin_micro_batch(self, message: m.Embeddings, key: Key, sender: Role) -> None:
+    def _begin_micro_batch(self, message: m.Embeddings, key: Key, sender: Side) -> None:
         assert self.opened_with is not None
         if sender is not E or len(self.under_way) == self.opened_with.window or key in self.under_way:
             raise ViolationError("not now")

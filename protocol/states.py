@@ -9,7 +9,7 @@ from . import messages as m
 from .tensors import WireTensor
 
 
-class Role(Enum):
+class Side(Enum):
     """Which side we are."""
 
     EDGE = "edge"
@@ -35,9 +35,9 @@ class State(Enum):
     CLOSED = auto()
 
 
-E, C = Role.EDGE, Role.CLOUD
+E, C = Side.EDGE, Side.CLOUD
 
-TRANSITIONS: Final[dict[State, dict[type, tuple[Role, State]]]] = {
+TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
     State.START: {m.Hello: (E, State.GREETING)},
     State.GREETING: {m.Welcome: (C, State.GREETED)},
     State.GREETED: {

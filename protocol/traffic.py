@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from .adapters import Crossing
-from .codec import frame_bytes
+from .frames import frame_bytes
 from .wire_codecs import Codecs, TensorRole
 
 

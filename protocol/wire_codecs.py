@@ -1,6 +1,6 @@
 """How floating-point tensors are stored on the wire: one codec a storage, chosen by what a tensor is.
 
-The server has a twin of each codec in torch (``dlora.cloud.exchange.wire``), which gives the same bits.
+The server has a twin of each codec in torch (``dlora.cloud.exchange.torch_codecs``), which gives the same bits.
 """
 
 from __future__ import annotations

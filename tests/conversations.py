@@ -10,12 +10,12 @@ import numpy as np
 
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.codec import encode
+from dlora.protocol.frames import encode
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import Link
 from dlora.protocol.session import NUMBERED, Session
-from dlora.protocol.states import Role
+from dlora.protocol.states import Side
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
 from dlora.protocol.wire_codecs import Codecs, encode_floats
@@ -199,11 +199,11 @@ class Pair:
     """A device's and a server's session, and what each thinks of the other's frames."""
 
     def __init__(self, messages: Sequence[m.AnyMessage] = ()) -> None:
-        self.sides = {role: Session(role) for role in Role}
+        self.sides = {side: Session(side) for side in Side}
         for message in messages:
             self.say(message)
 
-    def say(self, message: m.AnyMessage, sender: Role | None = None) -> None:
+    def say(self, message: m.AnyMessage, sender: Side | None = None) -> None:
         """One side sends, the other receives the same; both must stand at the same place before and after."""
         if sender is None:
             sender = sender_of(message)
@@ -211,7 +211,7 @@ class Pair:
         frame = speaker.send(message)
         assert listener.receive(frame) == message
         assert listener.bytes_received == speaker.bytes_sent
-        assert shared(self.sides[Role.EDGE]) == shared(self.sides[Role.CLOUD])
+        assert shared(self.sides[Side.EDGE]) == shared(self.sides[Side.CLOUD])
 
 
 def frame_for(listener: Session, message: m.AnyMessage) -> bytearray:
@@ -226,12 +226,12 @@ def hear(listener: Session, message: m.AnyMessage) -> m.AnyMessage | None:
     return listener.receive(frame_for(listener, message))
 
 
-def sender_of(message: m.AnyMessage) -> Role:
-    return Role.EDGE if isinstance(message, FROM_EDGE) else Role.CLOUD
+def sender_of(message: m.AnyMessage) -> Side:
+    return Side.EDGE if isinstance(message, FROM_EDGE) else Side.CLOUD
 
 
-def other(role: Role) -> Role:
-    return Role.CLOUD if role is Role.EDGE else Role.EDGE
+def other(side: Side) -> Side:
+    return Side.CLOUD if side is Side.EDGE else Side.EDGE
 
 
 def everything(session: Session) -> dict[str, Any]:
@@ -256,6 +256,6 @@ def copy_link(link: Link) -> Link:
 
 def shared(session: Session) -> dict[str, Any]:
     """What both sides must agree on."""
-    own = {"role", "bytes_sent", "bytes_received", "round_trips", "_sent_since_received", "link",
+    own = {"side", "bytes_sent", "bytes_received", "round_trips", "_sent_since_received", "link",
            "_last_of_handshake", "_repeats"}  # fmt: skip
     return {name: value for name, value in everything(session).items() if name not in own}

@@ -16,11 +16,11 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 from dlora.protocol import messages as m
-from dlora.protocol.codec import encode
+from dlora.protocol.frames import encode
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.session import Session
-from dlora.protocol.states import Role, State
+from dlora.protocol.states import Side, State
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
 from dlora.protocol.wire_codecs import encode_floats
@@ -39,7 +39,7 @@ class DishonestServer:
     def __init__(self, manifest: Manifest, script: Script) -> None:
         self.url = ""
         self.connections = 0
-        self.session = Session(Role.CLOUD)
+        self.session = Session(Side.CLOUD)
         self._manifest = manifest
         self._script = script
 
@@ -50,7 +50,7 @@ class DishonestServer:
             self._script(self, connection)
 
     def _greet(self, connection: ServerConnection) -> None:
-        handshake, base = Session(Role.CLOUD), self._manifest.base_model
+        handshake, base = Session(Side.CLOUD), self._manifest.base_model
         handshake.receive(receive(connection))
         welcome = m.Welcome(
             protocol_version=PROTOCOL_VERSIONS[-1],

@@ -19,8 +19,8 @@ from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.dialing import ConnectSettings
 from dlora.protocol.kill_revive import KillReviveConfig
 
 KEY = bytes(range(32))

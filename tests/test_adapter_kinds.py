@@ -33,8 +33,8 @@ from dlora.edge.model.session import ModelSession
 from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.dialing import ConnectSettings, Retry
 from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, crossings, kind_of, state_bytes
 from dlora.protocol.errors import CheckpointError, NonFiniteError, RefusedError
 from dlora.protocol.groups import GroupSpec
@@ -119,7 +119,7 @@ class CoreGroup(GroupAdapters):
         return {f"{self.name}.core": np.float32(scale) * (grads[0].T @ x)}
 
     def factors(self) -> list[Factors]:
-        project_on, expand_by = self.server_state
+        project_on, expand_by = self.adapter_state
         return [Factors(self.name, self.core.value @ project_on.T, expand_by.T.copy(), 1.0)]
 
     def load_factors(self, factors: Mapping[str, Factors]) -> None:
@@ -205,7 +205,7 @@ def whole_model(trainer: Trainer, batch: MicroBatch) -> tuple[float, dict[str, n
     crosses = torch.zeros(len(batch.ids), 1)
     crosses[::2] = 1
     for group, spec in zip(trainer.adapters.groups, trainer.adapters.specs, strict=True):
-        project_on, expand_by = (torch.from_numpy(np.array(tensor)) for tensor in group.server_state)
+        project_on, expand_by = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state)
         ((name, parameter),) = group.parameters().items()
         core = cores[name] = torch.from_numpy(np.array(parameter.value)).requires_grad_()
         widths = [target.out_features for target in spec.targets]
@@ -346,7 +346,7 @@ def test_set_up_traffic_matches_the_formula(
         lose_sessions(server)
         run.run_step()
         run.wait_for_signal()
-        sizes = [[tensor.nbytes for tensor in group.server_state] for group in run.adapters.groups]
+        sizes = [[tensor.nbytes for tensor in group.adapter_state] for group in run.adapters.groups]
     assert counted == [adapter_state_traffic(sizes, made=is_made) for is_made in (True, False)]
 
 

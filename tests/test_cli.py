@@ -30,7 +30,6 @@ from websockets.sync.server import ServerConnection, serve
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol import messages as m
-from dlora.protocol.codec import encode
 from dlora.protocol.errors import (
     BundleError,
     CheckpointError,
@@ -41,6 +40,7 @@ from dlora.protocol.errors import (
     StorageError,
     UsageError,
 )
+from dlora.protocol.frames import encode
 
 GOOD_ROW = json.dumps({"prompt": "w1 w2 w3", "completion": " w4 w5"})
 

@@ -21,7 +21,7 @@ from tiny import TinyFactory
 from waiting import PassingClock
 from websockets.sync.server import ServerConnection
 
-from dlora.edge.wire.dialing import ConnectSettings, Liveness, Retry
+from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.protocol import messages as m
 from dlora.protocol.errors import ConnectionFailedError, ProtocolError, RemoteProtocolError, StoppedError
 from dlora.protocol.kill_revive import UnitState

@@ -15,7 +15,7 @@ from test_cli import Place, assert_fails
 from tiny import TinyFactory
 
 from dlora.edge.training.checkpoint import list_checkpoints
-from dlora.edge.wire.dialing import refusal_of
+from dlora.edge.wire.connecting import refusal_of
 from dlora.protocol import messages as m
 from dlora.protocol.errors import NonFiniteError
 

@@ -17,14 +17,14 @@ import dlora.cloud.commands.serve
 import dlora.edge.commands.app
 import dlora.export.cli
 from dlora.cloud.door.guard import ConnectionLimits
-from dlora.cloud.serving.patience import SessionTimeouts
+from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.commands.help_panels import KR
 from dlora.export.graphs import registry
 from dlora.export.graphs.adamw import adamw_graph
 from dlora.export.graphs.embedding import embedding_graph
 from dlora.export.graphs.head import HeadShape, head_graphs
 from dlora.export.graphs.lora import adapter_graphs
-from dlora.protocol import codec, errors, kill_revive, link, manifest, messages, session, tensors
+from dlora.protocol import errors, frames, kill_revive, link, manifest, messages, session, tensors
 from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
@@ -160,7 +160,7 @@ def test_error_codes_match_the_docs() -> None:
 def test_dtypes_and_limits_match_the_docs() -> None:
     assert first_cells(section(PROTOCOL, "Tensors")) == list(tensors.DTYPES)
     for name, value, _ in rows(section(PROTOCOL, "Limits")):
-        modules = [module for module in (codec, link, tensors, messages, kill_revive) if hasattr(module, name)]
+        modules = [module for module in (frames, link, tensors, messages, kill_revive) if hasattr(module, name)]
         assert modules, name
         assert getattr(modules[0], name) == int(value), name
 
@@ -180,7 +180,7 @@ def test_headers_of_a_step_fit_in_one_block() -> None:
         fields = dict.fromkeys(("step", "micro_batch", "group"), 2**32 - 1)
         listed = {"deltas" if kind is messages.GroupDelta else "grads": [descriptor] * targets}
         header = msgspec.msgpack.encode({"type": kind.__struct_config__.tag, **fields, **listed, **extra})
-        assert codec.PREFIX_BYTES + len(header) <= codec.HEADER_BLOCK
+        assert frames.PREFIX_BYTES + len(header) <= frames.HEADER_BLOCK
 
 
 def test_traffic_example_matches_the_formula() -> None:

@@ -20,7 +20,7 @@ from dlora.protocol.errors import (
     RemoteProtocolError,
 )
 from dlora.protocol.session import Session
-from dlora.protocol.states import Role
+from dlora.protocol.states import Side
 from dlora.protocol.wire_codecs import encode_floats
 
 
@@ -44,7 +44,7 @@ def ended(command: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tu
 
 def test_local_protocol_error_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def reports_before_it_greets() -> None:
-        Session(Role.EDGE).send(m.StepReport(step=0, scores=encode_floats(np.ones(2, np.float32), "fp32")))
+        Session(Side.EDGE).send(m.StepReport(step=0, scores=encode_floats(np.ones(2, np.float32), "fp32")))
 
     code, said = ended(reports_before_it_greets, capsys)
     *traceback, last = said.splitlines()
@@ -56,7 +56,7 @@ def test_local_protocol_error_keeps_its_traceback(capsys: pytest.CaptureFixture[
 
 def test_remote_protocol_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def receives_invalid_bytes() -> None:
-        Session(Role.EDGE).receive(b"nonsense")
+        Session(Side.EDGE).receive(b"nonsense")
 
     code, said = ended(receives_invalid_bytes, capsys)
     assert code == ProtocolError.exit_code

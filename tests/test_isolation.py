@@ -27,13 +27,13 @@ from dlora.cloud.door.access import Access
 from dlora.cloud.door.tokens import BearerTokenStore
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import server as cloud_server
-from dlora.cloud.serving.patience import SessionTimeouts
+from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.training.config import TrainConfig
+from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
-from dlora.edge.wire.dialing import ConnectSettings
 from dlora.protocol import messages as m
-from dlora.protocol.codec import encode
+from dlora.protocol.frames import encode
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.version import PROTOCOL_VERSIONS
 from dlora.protocol.wire_codecs import encode_floats

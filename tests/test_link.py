@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlora.protocol.codec import Prefix, encode, read_prefix
 from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.frames import Prefix, encode, read_prefix
 from dlora.protocol.link import MAX_UNACKNOWLEDGED, REMEMBERED_FRAMES, Link
 
 

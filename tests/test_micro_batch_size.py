@@ -25,14 +25,14 @@ from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.door.quotas import Charge, QuotaLimits, Quotas
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving.patience import SessionTimeouts
 from dlora.cloud.serving.server import MOST_TOKENS
+from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.training.trainer import Trainer
-from dlora.edge.wire.dialing import ConnectSettings, Retry
+from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol import messages as m
-from dlora.protocol.codec import Decoder, encode
 from dlora.protocol.counting import counted_tokens, cut_to_fit
 from dlora.protocol.errors import RefusedError
+from dlora.protocol.frames import Decoder, encode
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.version import PROTOCOL_VERSIONS
 

@@ -20,7 +20,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.seeds import adapter_generator, seed_for_server
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol import messages as m
-from dlora.protocol.codec import Decoder
+from dlora.protocol.frames import Decoder
 
 STEPS = 5
 SECRET = "CanaryZebra4711"

@@ -27,20 +27,20 @@ from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.door.access import Access
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving.patience import SessionTimeouts
 from dlora.cloud.serving.server import CloudServer, ServerSettings
+from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.adapters.fitting import check_base_model
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.dialing import ConnectSettings, Retry
 from dlora.protocol import messages as m
-from dlora.protocol.codec import encode
 from dlora.protocol.controller import Controller
 from dlora.protocol.errors import DloraError, LocalProtocolError, ModelMismatchError, ProtocolError, RefusedError
+from dlora.protocol.frames import encode
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Session
-from dlora.protocol.states import Role
+from dlora.protocol.states import Side
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
 from dlora.protocol.wire_codecs import encode_floats
@@ -96,7 +96,7 @@ class RawDevice:
 
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
-        self.session = Session(Role.EDGE)
+        self.session = Session(Side.EDGE)
 
     def say(self, *messages: m.AnyMessage) -> None:
         for message in messages:

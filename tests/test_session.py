@@ -11,23 +11,23 @@ import msgspec
 import numpy as np
 import pytest
 from conversations import Pair
-from frames import Reached, frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_frames import Reached, frames
 
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing
-from dlora.protocol.codec import encode
 from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
+from dlora.protocol.frames import encode
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import KillReviveConfig, UnitState
 from dlora.protocol.link import MAX_REPEATS
 from dlora.protocol.session import HANDSHAKE, Session, choose_version
-from dlora.protocol.states import TRANSITIONS, Role, State
+from dlora.protocol.states import TRANSITIONS, Side, State
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
 
-E, C = Role.EDGE, Role.CLOUD
+E, C = Side.EDGE, Side.CLOUD
 
 KEEPING = AdapterSpec(kind="keeping", r=2)
 
@@ -203,11 +203,11 @@ def test_signal_that_kills_too_many_units_is_refused(config: KillReviveConfig, u
 
 def test_a_third_report_waits_for_a_signal() -> None:
     pair = Pair([*c.opening(), c.report(0), c.report(1)])
-    for role, act in (
+    for side, act in (
         (E, pair.sides[E].send),
         (C, lambda message: c.hear(pair.sides[C], message)),
     ):
-        refuses(pair.sides[role], lambda act=act: act(c.report(2)), ProtocolError)
+        refuses(pair.sides[side], lambda act=act: act(c.report(2)), ProtocolError)
     for message in (c.signal(0), c.report(2), c.signal(1), c.signal(2)):
         pair.say(message)
 
@@ -248,8 +248,8 @@ def test_the_answers_may_come_after_the_last_gradient() -> None:
 
 
 @pytest.mark.parametrize("state", [state for state in State if state is not State.CLOSED])
-@pytest.mark.parametrize("sender", Role)
-def test_an_error_closes_from_every_state(state: State, sender: Role) -> None:
+@pytest.mark.parametrize("sender", Side)
+def test_an_error_closes_from_every_state(state: State, sender: Side) -> None:
     pair = Pair(WAYS[state])
     pair.say(c.error(), sender)
     assert {side.state for side in pair.sides.values()} == {State.CLOSED}
@@ -262,12 +262,21 @@ def test_an_error_closes_from_every_state(state: State, sender: Role) -> None:
         )
 
 
+@pytest.mark.parametrize("state", State)
+def test_device_knows_when_it_may_say_goodbye(state: State) -> None:
+    session = Pair(WAYS[state]).sides[E]
+    assert session.may_close is (m.CloseSession in TRANSITIONS[state])
+    if session.may_close:
+        session.send(m.CloseSession())
+    assert not session.may_close
+
+
 # -- what is not in the table ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("side", Side)
 @pytest.mark.parametrize("state", State)
-def test_message_not_in_the_state_table_is_refused_on_both_sides(state: State, role: Role) -> None:
+def test_message_not_in_the_state_table_is_refused_on_both_sides(state: State, side: Side) -> None:
     allowed = {kind: who for kind, (who, _) in TRANSITIONS[state].items()}
     for kind, message in ONE_OF_EACH.items():
         if kind is m.Error and state is not State.CLOSED:
@@ -275,38 +284,38 @@ def test_message_not_in_the_state_table_is_refused_on_both_sides(state: State, r
         way = WAYS[state]
         if state is State.FORWARD and kind is m.LabelledHiddenStates:
             way = [*c.opening(), *list(c.forward())[:-1]]  # once all groups were asked
-        session = Pair(way).sides[role]
+        session = Pair(way).sides[side]
         assert session.state is state
         send, receive = lambda: session.send(message), lambda: c.hear(session, message)  # noqa: B023
-        if allowed.get(kind) is role:
+        if allowed.get(kind) is side:
             send()
         else:
             refuses(session, send, LocalProtocolError)
-        session = Pair(way).sides[role]
-        if allowed.get(kind) is c.other(role):
+        session = Pair(way).sides[side]
+        if allowed.get(kind) is c.other(side):
             receive()
-        elif message == last_of_handshake(state, role):
+        elif message == last_of_handshake(state, side):
             assert receive() is None
         else:
             assert refuses(session, receive, RemoteProtocolError).code == m.ErrorCode.PROTOCOL
 
 
-def last_of_handshake(state: State, role: Role) -> m.AnyMessage | None:
+def last_of_handshake(state: State, side: Side) -> m.AnyMessage | None:
     """What this side heard last of a handshake that goes on: it may come twice."""
-    heard = [message for message in WAYS[state] if isinstance(message, HANDSHAKE) and c.sender_of(message) is not role]
+    heard = [message for message in WAYS[state] if isinstance(message, HANDSHAKE) and c.sender_of(message) is not side]
     return heard[-1] if heard and state is not State.CLOSED else None
 
 
-@pytest.mark.parametrize("role", Role)
-def test_repeated_handshake_message_is_ignored_also_after_resuming(role: Role) -> None:
-    handshake = Pair(WAYS[State.RESUMED]).sides[role]
-    session = Pair(WAYS[State.DELTA]).sides[role]
-    opening = c.session_opened() if role is E else c.open_session()
+@pytest.mark.parametrize("side", Side)
+def test_repeated_handshake_message_is_ignored_also_after_resuming(side: Side) -> None:
+    handshake = Pair(WAYS[State.RESUMED]).sides[side]
+    session = Pair(WAYS[State.DELTA]).sides[side]
+    opening = c.session_opened() if side is E else c.open_session()
     assert c.hear(session, opening) is None
     session.resume(handshake, session.link.sent)
     counted = {"bytes_received": 0, "_repeats": 0}
     before = c.everything(session) | counted
-    assert c.hear(session, c.session_resumed() if role is E else c.resume_session()) is None
+    assert c.hear(session, c.session_resumed() if side is E else c.resume_session()) is None
     assert c.everything(session) | counted == before
     refuses(session, lambda: c.hear(session, opening), RemoteProtocolError)
 
@@ -318,17 +327,17 @@ def refuses_endless_repeats(listener: Session, frame: bytearray) -> None:
     assert "that came before, and another" in str(error)
 
 
-@pytest.mark.parametrize("role", Role)
-def test_endless_repeated_handshake_is_refused(role: Role) -> None:
+@pytest.mark.parametrize("side", Side)
+def test_endless_repeated_handshake_is_refused(side: Side) -> None:
     hello, welcome = WAYS[State.GREETED]
-    listener = Pair(WAYS[State.GREETED]).sides[role]
-    refuses_endless_repeats(listener, encode(welcome if role is E else hello))
+    listener = Pair(WAYS[State.GREETED]).sides[side]
+    refuses_endless_repeats(listener, encode(welcome if side is E else hello))
 
 
-@pytest.mark.parametrize("role", Role)
-def test_endless_repeated_frame_is_refused(role: Role) -> None:
+@pytest.mark.parametrize("side", Side)
+def test_endless_repeated_frame_is_refused(side: Side) -> None:
     pair = Pair(c.opening())
-    heard: dict[Role, bytearray] = {}
+    heard: dict[Side, bytearray] = {}
 
     def say(message: m.AnyMessage) -> None:
         speaker = c.sender_of(message)
@@ -337,10 +346,10 @@ def test_endless_repeated_frame_is_refused(role: Role) -> None:
 
     for message in (c.embeddings(), c.group_input()):
         say(message)
-    refuses_endless_repeats(pair.sides[role], heard[role])
+    refuses_endless_repeats(pair.sides[side], heard[side])
     for message in (c.group_delta(), c.group_input(group=1)):
         say(message)
-    refuses_endless_repeats(pair.sides[role], heard[role])
+    refuses_endless_repeats(pair.sides[side], heard[side])
 
 
 # -- right message, wrong content ------------------------------------------------------------------------
@@ -577,11 +586,11 @@ class Talk:
     def say(self, message: m.AnyMessage) -> None:
         if self.noise:
             for _ in range(self.draw(st.integers(0, 2))):
-                self.disturb(self.draw(anything), self.draw(st.sampled_from(Role)))
+                self.disturb(self.draw(anything), self.draw(st.sampled_from(Side)))
         self.pair.say(message)
 
-    def disturb(self, message: m.AnyMessage, role: Role) -> None:
-        session = self.pair.sides[role]
+    def disturb(self, message: m.AnyMessage, side: Side) -> None:
+        session = self.pair.sides[side]
         for act in (lambda: session.send(message), lambda: c.hear(session, message)):
             before = c.everything(session)
             kept = {name: value for name, value in vars(session).items() if name not in ("_decoder", "link")}

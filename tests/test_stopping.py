@@ -16,11 +16,11 @@ from serving import RunningServer, config, random_dataset, serving, training
 from tiny import TinyFactory
 
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.run.display import Display
 from dlora.edge.run.held_out import EVALUATIONS
-from dlora.edge.run.report import Display
 from dlora.edge.run.run import SUMMARY, TrainRun, train
 from dlora.edge.training.checkpoint import list_checkpoints
-from dlora.edge.wire.dialing import ConnectSettings, Retry
+from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.errors import StoppedError
 
 STEPS = 6

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from dlora.cloud.exchange.wire import TORCH_CODECS
+from dlora.cloud.exchange.torch_codecs import TORCH_CODECS
 from dlora.protocol import messages as m
 from dlora.protocol.choices import WireDtype
-from dlora.protocol.codec import HEADER_BLOCK, Decoder, encode, write_checksum
 from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.frames import HEADER_BLOCK, Decoder, encode, write_checksum
 from dlora.protocol.session import Session
-from dlora.protocol.states import Role
+from dlora.protocol.states import Side
 from dlora.protocol.tensors import MAX_EXPONENT, WireTensor
 from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole, decode_floats, encode_floats, is_finite
 
@@ -39,7 +39,7 @@ def test_an_exponent_is_an_integer() -> None:
 
 
 def test_a_ticket_is_bytes_from_the_first_one_on() -> None:
-    session = Session(Role.EDGE)
+    session = Session(Side.EDGE)
     session.send(c.hello())
     session.receive(encode(c.welcome()))
     session.send(c.open_session())

@@ -21,8 +21,8 @@ from dlora.cloud.door.tls import check_exposure, server_context
 from dlora.cloud.door.tokens import FILE_NAME, BearerTokenStore
 from dlora.cloud.model.memory import freeze_gc, limit_arenas
 from dlora.cloud.serving.listening import check_address
-from dlora.cloud.serving.patience import SessionTimeouts
 from dlora.cloud.serving.ticket_key import load_key
+from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.protocol.errors import UsageError
 
 if TYPE_CHECKING:  # torch is loaded when a server starts
@@ -34,7 +34,7 @@ logger = logging.getLogger("dlora.cloud")
 DOOR = "Who may come in"
 QUOTAS = "Quotas of a device"
 LIMITS = "Limits of the whole server"
-TIMEOUTS = "Patience"
+TIMEOUTS = "Timeouts"
 
 Dtype = Literal["float32", "bfloat16"]
 

@@ -20,7 +20,7 @@ from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 from .exchange import MicroBatchExchange, exchanging
 from .kinds import SITE_KINDS, Site
-from .wire import from_wire, to_wire
+from .torch_codecs import from_wire, to_wire
 
 M = TypeVar("M", bound=m.ExchangeMessage)
 

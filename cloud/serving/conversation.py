@@ -18,7 +18,7 @@ from dlora.protocol.errors import DamagedFrameError, RefusedError, RemoteProtoco
 from dlora.protocol.micro_batch import Key
 from dlora.protocol.session import Session
 
-from .patience import Deadlines
+from .timeouts import Deadlines
 
 
 class DeviceGaveUpError(Exception):

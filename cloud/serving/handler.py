@@ -18,12 +18,12 @@ from dlora.cloud.model.memory import is_out_of_memory
 from dlora.cloud.model.source import public_name
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec, largest_row, largest_state_bytes
-from dlora.protocol.codec import encode
 from dlora.protocol.controller import Controller
 from dlora.protocol.errors import NonFiniteError, RefusedError, RemoteProtocolError, UsageError
+from dlora.protocol.frames import encode
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Session, choose_version
-from dlora.protocol.states import Role
+from dlora.protocol.states import Side
 from dlora.protocol.text import one_line
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from dlora.protocol.wire_codecs import Codecs
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 async def handle_connection(connection: GuardedConnection, caller: Caller, service: Service) -> None:
     """Serve one connection to its end; every end is logged in one line, never with payload, but for bugs of ours."""
-    handshake = Session(Role.CLOUD)
+    handshake = Session(Side.CLOUD)
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
             live = await _Handshake(connection, caller, handshake, service).run()

@@ -36,10 +36,10 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .handler import handle_connection, opening_limit
 from .listening import cannot_listen
-from .patience import DeviceDeadlines, SessionTimeouts
 from .service import Service
 from .session_loop import shutting_down
 from .sessions import Sessions
+from .timeouts import DeviceDeadlines, SessionTimeouts
 
 logger = logging.getLogger("dlora.cloud")
 

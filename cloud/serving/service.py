@@ -13,9 +13,9 @@ from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.live_bytes import LiveBytes
 
-from .patience import DeviceDeadlines, SessionTimeouts
 from .sessions import Sessions
 from .tasks import Tasks
+from .timeouts import DeviceDeadlines, SessionTimeouts
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import decode_floats
 
 from .conversation import Conversation, MicroBatchDevice
-from .patience import Deadlines
 from .service import Service
 from .sessions import LiveSession
 from .ticket import ticket_of
+from .timeouts import Deadlines
 
 
 class SessionLoop:

@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from dlora.protocol import messages as m
 from dlora.protocol.errors import NonFiniteError, RefusedError, RemoteProtocolError
 from dlora.protocol.session import Session
-from dlora.protocol.states import Role
+from dlora.protocol.states import Side
 
 from .tasks import Tasks
 
@@ -239,7 +239,7 @@ async def close_with_error(connection: ServerConnection, refusal: RefusedError |
                     retryable=refusal.retryable,
                     retry_after_s=_within_limits(refusal.retry_after_s),
                 )
-                await connection.send(Session(Role.CLOUD).send(error))
+                await connection.send(Session(Side.CLOUD).send(error))
             code = 1000 if refusal is None else 1001 if refusal.code == m.ErrorCode.SHUTTING_DOWN else 1008
             await connection.close(code, refusal.code if refusal else "")
             return

@@ -58,13 +58,13 @@ class GroupAdapters(ABC):
 
     Attributes:
         name: of its first target module.
-        server_state: a copy of what the server keeps of the group, float32; empty for kinds without, and until the
+        adapter_state: a copy of what the server keeps of the group, float32; empty for kinds without, and until the
             first session has made it.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.server_state: tuple[FloatArray, ...] = ()
+        self.adapter_state: tuple[FloatArray, ...] = ()
 
     @abstractmethod
     def parameters(self) -> dict[str, Parameter]:
@@ -110,8 +110,8 @@ class GroupAdapters(ABC):
             state[name] = parameter.value
             state[f"{name}.exp_avg"] = parameter.exp_avg
             state[f"{name}.exp_avg_sq"] = parameter.exp_avg_sq
-        for index, tensor in enumerate(self.server_state):
-            state[f"{self.name}.server_state.{index}"] = tensor
+        for index, tensor in enumerate(self.adapter_state):
+            state[f"{self.name}.adapter_state.{index}"] = tensor
         return state
 
     def load_state(self, tensors: Mapping[str, FloatArray], *, server_tensors: int) -> None:
@@ -124,7 +124,7 @@ class GroupAdapters(ABC):
             if any(tensor.shape != parameter.value.shape for tensor in found):
                 raise ValueError(f"{name} has another shape")
             parameter.value, parameter.exp_avg, parameter.exp_avg_sq = found
-        self.server_state = tuple(tensors[f"{self.name}.server_state.{index}"] for index in range(server_tensors))
+        self.adapter_state = tuple(tensors[f"{self.name}.adapter_state.{index}"] for index in range(server_tensors))
 
 
 class DeviceKind(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 def warn(line: str) -> None:
     """One line on stderr about something that went wrong and was dealt with."""
-    from dlora.edge.run.report import Display
+    from dlora.edge.run.display import Display
 
     Display().warn(line)
 

@@ -159,7 +159,7 @@ def train(
     Example:  dlora-edge train --bundle build/smollm2 --server ws://127.0.0.1:8765 --data chat.jsonl --out my-adapter
     """
     options = locals()  # settings of a run have the names of their options
-    from dlora.edge.run.report import Display
+    from dlora.edge.run.display import Display
     from dlora.edge.run.run_file import RunSettings
 
     from .train_settings import run_train
@@ -197,7 +197,7 @@ def resume(
 
     Example:  dlora-edge resume my-adapter --steps 400
     """
-    from dlora.edge.run.report import Display
+    from dlora.edge.run.display import Display
 
     from .train_settings import run_train, settings_of_run
 

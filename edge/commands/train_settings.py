@@ -12,14 +12,14 @@ import msgspec
 from dlora.edge.data.loading import Reading, load_datasets, usable_length
 from dlora.edge.data.rows import parse_columns
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.run.display import Display
 from dlora.edge.run.pause import PauseRules
 from dlora.edge.run.plan import data_line
-from dlora.edge.run.report import Display
 from dlora.edge.run.run_file import RunSettings, load_run_file
 from dlora.edge.training.config import TrainConfig, check_units
 from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.wire.connecting import Liveness, check_url
 from dlora.edge.wire.credentials import Credentials
-from dlora.edge.wire.dialing import Liveness, check_url
 from dlora.edge.wire.identity import load_device_id
 from dlora.protocol.choices import UnitKind
 from dlora.protocol.errors import UsageError

@@ -57,7 +57,8 @@ def evaluate(
     from dlora.edge.data.loading import Reading, load_datasets, usable_length
     from dlora.edge.data.rows import parse_columns
     from dlora.edge.engine.bundle import Bundle
-    from dlora.edge.run.report import Display
+    from dlora.edge.run.display import Display
+    from dlora.edge.run.plan import data_line
 
     display = Display(json_output=json_output)
     credentials = credential_options.load()
@@ -66,6 +67,7 @@ def evaluate(
     longest = usable_length(max_length, opened.manifest)
     with display.reading() as on_tick:
         (dataset,) = load_datasets(Reading(opened, [data], fields, longest, too_long), on_tick)
+    display.say(data_line("data", data, dataset))
     from dlora.edge.model.evaluation import evaluate as run_evaluation
 
     with (
@@ -115,7 +117,7 @@ def _open_model(
     max_retry_s: float | None,
 ) -> AbstractContextManager[SplitModel]:
     from dlora.edge.model.use import open_model
-    from dlora.edge.wire.dialing import ConnectSettings, Retry
+    from dlora.edge.wire.connecting import ConnectSettings, Retry
     from dlora.edge.wire.identity import load_device_id
 
     retry = Retry(max_s=max_retry_s, at_start=bool(max_retry_s))

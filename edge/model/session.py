@@ -66,12 +66,12 @@ class ModelSession(ABC):
         shapes = [kind_of(spec).state_shapes(spec, group) for group in self.adapters.specs]
         if not any(shapes):
             return
-        if all(len(group.server_state) == len(each) for group, each in zip(self.adapters.groups, shapes, strict=True)):
+        if all(len(group.adapter_state) == len(each) for group, each in zip(self.adapters.groups, shapes, strict=True)):
             for index, group in enumerate(self.adapters.groups):
-                tensors = tuple(WireTensor("fp32", tensor) for tensor in group.server_state)
+                tensors = tuple(WireTensor("fp32", tensor) for tensor in group.adapter_state)
                 self.connection.send(m.AdapterState(group=index, tensors=tensors))
             return
         self.connection.send(m.MakeAdapterState())
         for group in self.adapters.groups:
             state = self.connection.receive(m.AdapterState)
-            group.server_state = tuple(np.array(tensor.data) for tensor in state.tensors)
+            group.adapter_state = tuple(np.array(tensor.data) for tensor in state.tensors)

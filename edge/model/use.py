@@ -15,8 +15,8 @@ from dlora.edge.choices import EngineChoice
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
+from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.dialing import ConnectSettings
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec

@@ -15,7 +15,7 @@ from dlora.edge.files import write_atomically
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import StoppedError
 
-from .report import Display
+from .display import Display
 
 EVALUATIONS = "evaluations.jsonl"
 BEST = "best"

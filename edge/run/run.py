@@ -31,18 +31,18 @@ from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints, load_la
 from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
 from dlora.edge.training.metrics import MetricsLog, read_metrics
 from dlora.edge.training.trainer import Trainer, trainer_state
+from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
-from dlora.edge.wire.dialing import ConnectSettings, Liveness, Retry
 from dlora.protocol import interrupts
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.limits import MAX_STEPS
 
+from .display import Display
 from .held_out import HeldOut, is_out_of_patience, load_rows
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import Evaluations, kill_revive_lines, run_line
-from .report import Display
 from .run_file import DataDigest, RunFile, RunSettings, save_run_file, versions
 
 CHECKPOINTS = "checkpoints"

@@ -30,8 +30,8 @@ from .checkpoint import Checkpoint, save_checkpoint
 from .config import RunIdentity, TrainConfig, check_identity, check_units
 from .metrics import StepMetrics
 from .optimizer import AdamW
+from .run_session import RunSession
 from .scores import Scorer
-from .session import RunSession
 
 _SCORES: Final = "unanswered.scores"
 

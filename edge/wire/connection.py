@@ -18,7 +18,6 @@ from websockets.sync.client import ClientConnection
 
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import largest_row, largest_state_bytes
-from dlora.protocol.codec import Decoder
 from dlora.protocol.deadline import Deadline
 from dlora.protocol.errors import (
     ConnectionFailedError,
@@ -30,11 +29,12 @@ from dlora.protocol.errors import (
     SessionLostError,
     StoppedError,
 )
+from dlora.protocol.frames import Decoder
 from dlora.protocol.session import Session
-from dlora.protocol.states import Role, State
+from dlora.protocol.states import Side, State
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
-from .dialing import (
+from .connecting import (
     CLOSE_TIMEOUT_S,
     PEER_GONE,
     STOP_CHECK_S,
@@ -68,7 +68,7 @@ class Connection:
     def __init__(self, url: str, connecting: ConnectSettings | None = None) -> None:
         """Connect and greet. Raises ``UsageError``, ``ConnectionFailedError``, ``ProtocolError``, ``RefusedError``."""
         self.url = check_url(url)
-        self.session = Session(Role.EDGE)
+        self.session = Session(Side.EDGE)
         self.reconnects = 0
         self.resumed = 0
         self._connecting = connecting or ConnectSettings()  # no credentials, no second try
@@ -163,8 +163,10 @@ class Connection:
 
     def close(self) -> None:
         """Say goodbye where the rules allow it, and hang up."""
-        with contextlib.suppress(DloraError, ConnectionLostError):
-            self._write(self.session.send(m.CloseSession()))
+        if self.session.may_close:
+            goodbye = self.session.send(m.CloseSession())
+            with contextlib.suppress(DloraError, ConnectionLostError):
+                self._write(goodbye)
         with contextlib.suppress(*PEER_GONE):
             self._closing.close()
 
@@ -212,7 +214,7 @@ class Connection:
         return True
 
     def _connect_again(self, lost: ConnectionLostError) -> Session:
-        """Connect and greet, with pauses, until it works or patience ends."""
+        """Connect and greet, with pauses, until it works or its time is up."""
         retry, say = self._connecting.retry, self._connecting.say
         self._raise_if_stopped()
         if retry.max_s == 0:
@@ -294,7 +296,7 @@ class Connection:
     def _connect(self) -> Session:
         """Connect and greet once. Raises ``ConnectionLostError`` for what may pass."""
         self._disconnect()
-        session = Session(Role.EDGE)
+        session = Session(Side.EDGE)
         self._closing = contextlib.ExitStack()
         self._socket = open_websocket(self.url, self._connecting, self._closing, self._frame_bytes)
         self._connected_at = self._connecting.clock()

@@ -19,12 +19,12 @@ import numpy as np
 from hostile import BINARY, CLOSE, CONT, PING, PONG, TEXT, HostileClient, frame, hostile, hostile_websocket, request
 
 from dlora.protocol import messages as m
-from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, write_checksum
+from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, write_checksum
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import MAX_UNACKNOWLEDGED
 from dlora.protocol.session import Session
-from dlora.protocol.states import Role
+from dlora.protocol.states import Side
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
 from dlora.protocol.wire_codecs import encode_floats
@@ -74,7 +74,7 @@ class HostileDevice:
 
     def __init__(self, client: HostileClient, target: Target) -> None:
         self.client = client
-        self.session = Session(Role.EDGE)
+        self.session = Session(Side.EDGE)
         self.name = ""
         self._target = target
 

@@ -10,8 +10,8 @@ import conversations as c
 from attacks.fuzz_target import Target, decode_msgpack, encode_msgpack, mutate_bytes, mutate_value
 
 from dlora.protocol import messages as m
-from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, write_checksum
 from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, write_checksum
 from dlora.protocol.tensors import WireTensor
 
 TOKEN: Final = bytes(range(m.RESUME_TOKEN_BYTES))

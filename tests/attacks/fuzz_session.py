@@ -18,16 +18,16 @@ from attacks.fuzz_decoder import RESUMING, SESSION_OPENED
 from attacks.fuzz_target import Target
 
 from dlora.protocol import messages as m
-from dlora.protocol.codec import PREFIX_BYTES, Decoder, encode, read_prefix
 from dlora.protocol.errors import LocalProtocolError, RemoteProtocolError
+from dlora.protocol.frames import PREFIX_BYTES, Decoder, encode, read_prefix
 from dlora.protocol.session import NUMBERED, Session
-from dlora.protocol.states import TRANSITIONS, Role
+from dlora.protocol.states import TRANSITIONS, Side
 from dlora.protocol.wire_codecs import is_finite
 
 OPENED: Final = 2  # the settings' bit for a session that is open already; the lowest bit is the role
 AS_IT_IS, NUMBERED_ANEW, OURS = range(3)
 MAX_RECORDS: Final = 64
-ROLES: Final = (Role.EDGE, Role.CLOUD)
+ROLES: Final = (Side.EDGE, Side.CLOUD)
 OPENING: Final[tuple[m.AnyMessage, ...]] = (c.hello(), c.welcome(), c.open_session(), SESSION_OPENED)
 _DECODER: Final = Decoder()
 _SENDERS: Final = {kind: role for row in TRANSITIONS.values() for kind, (role, _) in row.items()}
@@ -117,14 +117,14 @@ def sealed(data: bytes) -> bytes:
     return data[:1] + b"".join(_record(kind, fuzz_decoder.sealed(frame)) for kind, frame in records(data[1:]))
 
 
-def _records(messages: Sequence[m.AnyMessage], role: Role) -> bytes:
+def _records(messages: Sequence[m.AnyMessage], role: Side) -> bytes:
     return b"".join(
         _record(OURS if _sender(message) is role else NUMBERED_ANEW, bytes(encode(message))) for message in messages
     )
 
 
-def _sender(message: m.AnyMessage) -> Role:
-    return _SENDERS.get(type(message), Role.CLOUD)
+def _sender(message: m.AnyMessage) -> Side:
+    return _SENDERS.get(type(message), Side.CLOUD)
 
 
 def _record(kind: int, frame: bytes) -> bytes:

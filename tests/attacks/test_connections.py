@@ -29,13 +29,13 @@ from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import handler
 from dlora.cloud.serving.handler import opening_limit
-from dlora.cloud.serving.patience import SessionTimeouts
 from dlora.cloud.serving.session_loop import SessionLoop
 from dlora.cloud.serving.ticket import ticket_of
+from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.protocol import messages as m
 from dlora.protocol import session as protocol_session
-from dlora.protocol.codec import Decoder, encode
 from dlora.protocol.controller import Controller
+from dlora.protocol.frames import Decoder, encode
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 

@@ -24,20 +24,20 @@ from attacks.fuzz import TARGETS
 from attacks.fuzz_decoder import EXAMPLES, sealed
 from attacks.fuzz_session import OPENING
 from attacks.fuzz_target import Target, join, mutate_bytes, split
-from frames import Reached
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_frames import Reached
 
 from dlora.edge.adapters.peft import CONFIG_NAME, load_adapter
 from dlora.edge.data.rows import read_rows
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.training.checkpoint import load_latest
 from dlora.protocol import messages as m
-from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode
 from dlora.protocol.errors import BundleError, CheckpointError, DataError, RemoteProtocolError
+from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, check_file
 from dlora.protocol.session import Session
-from dlora.protocol.states import Role
+from dlora.protocol.states import Side
 from dlora.protocol.tensors import DTYPES, WireTensor
 
 HERE = Path(__file__).parent
@@ -254,7 +254,7 @@ EDGES = st.sampled_from((0, 1, 2, 3, 2**31 - 1, 2**31 - 2, -1, -2, -(2**31)))
 
 
 def ready_for_embeddings() -> Session:
-    session = Session(Role.CLOUD)
+    session = Session(Side.CLOUD)
     for message in OPENING:
         if isinstance(message, c.FROM_EDGE):
             session.receive(encode(message))

@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from dlora.protocol import messages as m
-from dlora.protocol.codec import Decoder
 from dlora.protocol.errors import ProtocolError
+from dlora.protocol.frames import Decoder
 
 BINARY: Final = 2
 DELAY_S: Final = 0.05

@@ -30,7 +30,7 @@ MODULES: Final = (
     "torch", "transformers.models.llama.modeling_llama", "transformers.masking_utils", "onnxruntime", "jinja2",
     "rich.console", "rich.progress", "rich.table", "pydantic.fields", "typer._adapters",
     "dlora.cloud.commands.app", "dlora.cloud.model.base_model", "dlora.cloud.serving.server",
-    "dlora.edge.commands.app", "dlora.edge.run.report", "dlora.edge.data.tokenizer", "dlora.edge.run.run",
+    "dlora.edge.commands.app", "dlora.edge.run.display", "dlora.edge.data.tokenizer", "dlora.edge.run.run",
 )  # fmt: skip
 for _name in MODULES:
     try:

@@ -21,7 +21,7 @@ from dlora.edge.training.checkpoint import save_checkpoint
 from dlora.edge.training.config import RunIdentity
 from dlora.edge.training.trainer import TrainerState
 from dlora.protocol import messages as m
-from dlora.protocol.codec import encode
+from dlora.protocol.frames import encode
 from dlora.protocol.tensors import WireTensor
 
 

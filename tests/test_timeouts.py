@@ -21,10 +21,10 @@ from dlora.cloud.door.access import Caller
 from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving.patience import MAX_DEVICES, MAX_WAIT_S, DeviceDeadlines, SessionTimeouts
 from dlora.cloud.serving.tasks import Tasks
+from dlora.cloud.serving.timeouts import MAX_DEVICES, MAX_WAIT_S, DeviceDeadlines, SessionTimeouts
 from dlora.cloud.serving.transport import SessionTransport
-from dlora.edge.wire.dialing import ConnectSettings, Retry
+from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.errors import UsageError
 
 

@@ -18,8 +18,8 @@ from small_disk import small_disk
 
 from dlora.edge.commands.doctor import show
 from dlora.edge.commands.output import warn
+from dlora.edge.run.display import Display, summary_table
 from dlora.edge.run.kr_map import render_map
-from dlora.edge.run.report import Display, summary_table
 from dlora.edge.training.metrics import MetricsLog, StepMetrics, history, read_metrics
 from dlora.protocol.errors import CheckpointError, StorageError
 from dlora.protocol.kill_revive import UnitState
@@ -168,7 +168,7 @@ def shown_in_a_terminal(program: str, columns: int) -> str:
 def test_a_terminal_gets_one_live_line() -> None:
     """Notes stand above the line, and plain lines do not appear."""
     text = shown_in_a_terminal(
-        "from dlora.edge.run.report import Display; import test_report as t\n"
+        "from dlora.edge.run.display import Display; import test_display as t\n"
         "r = Display()\n"
         "with r.training(5):\n"
         "    with r.evaluating('', 7) as advance: advance(7)\n"
@@ -185,7 +185,7 @@ def test_a_terminal_gets_one_live_line() -> None:
 
 def test_the_live_line_of_a_long_run_fits_in_80_columns() -> None:
     text = shown_in_a_terminal(
-        "from dlora.edge.run.report import Display; import test_report as t\n"
+        "from dlora.edge.run.display import Display; import test_display as t\n"
         "r = Display()\n"
         "big = dict(bytes_up=23_400_000, bytes_down=12_300_000, step_s=4.0, tokens=4800, units='1' * 30)\n"
         "with r.training(2000): r.step(t.metrics(999, total=2000, active_units=30, **big))\n",
@@ -221,7 +221,7 @@ def test_the_map_is_shown_once_something_was_killed(capsys: pytest.CaptureFixtur
 
 
 def test_plain_progress_does_not_import_rich() -> None:
-    program = "import sys, dlora.edge.run.report; sys.exit('rich' in sys.modules)"
+    program = "import sys, dlora.edge.run.display; sys.exit('rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

@@ -28,12 +28,12 @@ from websockets.sync.server import Request, Response, ServerConnection, serve
 from dlora.edge.adapters.fitting import check_base_model
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.wire import connection as edge
+from dlora.edge.wire.connecting import ConnectSettings, Retry, check_url
 from dlora.edge.wire.connection import CONTROL_BYTES, Connection
 from dlora.edge.wire.credentials import Credentials
-from dlora.edge.wire.dialing import ConnectSettings, Retry, check_url
 from dlora.protocol import messages as m
-from dlora.protocol.codec import encode
 from dlora.protocol.errors import ConnectionFailedError, ModelMismatchError, UsageError
+from dlora.protocol.frames import encode
 from dlora.protocol.version import PROTOCOL_VERSIONS
 
 HOST = "127.0.0.1"

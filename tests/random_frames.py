@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import msgspec
 from hypothesis import strategies as st
 
-from dlora.protocol.codec import ALIGNMENT, HEADER_BLOCK, PREFIX_BYTES, write_checksum
 from dlora.protocol.errors import DamagedFrameError, RemoteProtocolError
+from dlora.protocol.frames import ALIGNMENT, HEADER_BLOCK, PREFIX_BYTES, write_checksum
 
 _NUMBERS = st.integers(0, 3) | st.sampled_from((-1, 2**31 - 1, 2**32, 2**64 - 1))
 _DESCRIPTORS = st.tuples(

@@ -38,7 +38,7 @@ class SessionTimeouts:
         for limit in fields(self):
             value = getattr(self, limit.name)
             if not (0 < value <= MAX_WAIT_S or (value == 0 and limit.name == "park_s")):
-                text = f"the patience {limit.name} must be above 0 and at most {MAX_WAIT_S:.0f} s, a year, not {value}"
+                text = f"the timeout {limit.name} must be above 0 and at most {MAX_WAIT_S:.0f} s, a year, not {value}"
                 raise UsageError(text)
 
 

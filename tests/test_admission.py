@@ -23,9 +23,9 @@ from waiting import PassingClock
 
 from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving.patience import MAX_WAIT_S, SessionTimeouts
+from dlora.cloud.serving.timeouts import MAX_WAIT_S, SessionTimeouts
 from dlora.edge.training.trainer import Trainer
-from dlora.edge.wire.dialing import ConnectSettings, Retry
+from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.errors import RefusedError
 
 SECRET_TEXT = "w11 w12 w13 w14"

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from frames import Reached, frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_frames import Reached, frames
 
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.codec import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, write_checksum
 from dlora.protocol.errors import DamagedFrameError, NonFiniteError, RemoteProtocolError
+from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, write_checksum
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.tensors import WireTensor, fp16_exponent
