@@ -29,9 +29,10 @@ import numpy as np
 from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "attacks"))
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path[:0] = [str(TESTS / "attacks"), str(TESTS)]
 
-from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, idle_connections
+from abuses import ABUSES, IDLE_ATTACKS, IDLE_ATTACKS_IN_A_SESSION, Target, idle_connections
 
 from dlora.cloud.door.guard import raise_file_limit
 from dlora.edge.data.examples import Dataset
@@ -171,7 +172,7 @@ class _Attacker:
         self._outcomes.clear()
         for _ in range(self._options.idle):
             self._open_one()
-        for sieges, count in ((SIEGES, SITTING), (SITS_IN_A_SESSION, SITTING_IN_SESSIONS)):
+        for sieges, count in ((IDLE_ATTACKS, SITTING), (IDLE_ATTACKS_IN_A_SESSION, SITTING_IN_SESSIONS)):
             for make in () if self._options.only else sieges.values():
                 self._held.enter_context(idle_connections(next(self._targets), make, count))
         self._stop.clear()
@@ -194,7 +195,7 @@ class _Attacker:
 
     def _open_one(self) -> None:
         with suppress(OSError, AssertionError):  # it may be dropped before it stands
-            SIEGES["idle_websocket"](next(self._targets), self._held)
+            IDLE_ATTACKS["idle_websocket"](next(self._targets), self._held)
             self._connections += 1
 
     def _abuse_once(self) -> None:

@@ -1,4 +1,4 @@
-"""Kill and Revive against its rivals: held-out loss and accuracy against bytes, device compute and time.
+"""Kill and Revive against its baselines: held-out loss and accuracy against bytes, device compute and time.
 
 Banking77 (--data, never in the repository): ten intents, named by the model itself after a message. Every recipe
 trains a fresh adapter with the same data, order, seed and learning rate, over a real websocket against one server.

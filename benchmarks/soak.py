@@ -33,8 +33,8 @@ _TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(_TESTS / "faults"), str(_TESTS)]
 
 from fault_proxy import Fault  # noqa: E402
+from fault_run import LONG_S, FaultRun, Place, Reference, Replicas, compare, make_place, record, replicas  # noqa: E402
 from forked import fork_command, spawn_command  # noqa: E402
-from world import LONG_S, Place, Reference, Replicas, Scene, compare, make_place, record, replicas  # noqa: E402
 
 A, B = 0, 1
 SEEDS = 4
@@ -69,7 +69,7 @@ class Device:
     def __init__(
         self, number: int, place: Place, running: Replicas, references: list[Reference], tally: Tally, steps: int
     ) -> None:
-        self.scene: Scene | None = None
+        self.fault_run: FaultRun | None = None
         self._number = number
         self._place = place
         self._running = running
@@ -91,21 +91,21 @@ class Device:
         seed = (self._number + run) % SEEDS
         out = self._place.directory / f"device-{self._number}" / f"run-{run}" / "out"
         # It starts at A or B, and may be moved.
-        self.scene = Scene(
+        self.fault_run = FaultRun(
             self._place, self._running, out, (*DEVICE, "--seed", seed), seed=run, at=(self._number + run) % 2,
             most_restarts=1000, timeout_s=LONG_S,
         )  # fmt: skip
-        outcome = self.scene.run()
-        scene, self.scene = self.scene, None
+        outcome = self.fault_run.run()
+        fault_run, self.fault_run = self.fault_run, None
         if not outcome.wrong:
-            compare(outcome, out, self._references[seed].out, scene.proxy.reports)
+            compare(outcome, out, self._references[seed].out, fault_run.proxy.reports)
         with self._tally.lock:
             self._tally.runs += 1
             self._tally.steps += self._steps * (not outcome.wrong)
             self._tally.lost += outcome.steps_lost
             self._tally.doubled += outcome.steps_doubled
             self._tally.wrong += [f"device {self._number}, run {run}: {each}" for each in outcome.wrong]
-            self._tally.faults.update(fault.name.lower() for fault in scene.proxy.struck)
+            self._tally.faults.update(fault.name.lower() for fault in fault_run.proxy.done)
             self._tally.recoveries[outcome.recovery] += 1
 
 
@@ -180,14 +180,14 @@ def _do_harm(
     on_b = threading.Thread()
     while not stop.wait(options.fault_every_s):
         fault = chance.choice(ON_A_DEVICE if on_b.is_alive() else FAULTS)
-        scenes = [scene for device in devices if (scene := device.scene) is not None]
+        runs = [fault_run for device in devices if (fault_run := device.fault_run) is not None]
         if fault in (Fault.KILL_SERVER, Fault.RESTART_SERVER):
             with tally.lock:
                 tally.faults[fault.name.lower()] += 1
             on_b = threading.Thread(target=running.kill if fault is Fault.KILL_SERVER else running.restart, args=(B,))
             on_b.start()
-        elif scenes:
-            chance.choice(scenes).proxy.harm(fault)
+        elif runs:
+            chance.choice(runs).proxy.do_fault(fault)
     if on_b.ident is not None:
         on_b.join()
 

@@ -48,7 +48,7 @@ def release_freed_memory() -> None:
 
 @contextmanager
 def limit_memory() -> Iterator[None]:
-    """Within, what this machine has no memory for fails where it is asked for; Linux would grant it, and end us later.
+    """Within, an allocation above the free memory fails at once; else Linux grants it, and kills the process later.
 
     About 0.1 ms. Other systems go without.
     """

@@ -1,8 +1,9 @@
 """The seed of a run, and the numbers that are drawn from it: adapters start from it, and the data's order.
 
 Whoever knows a run's seed can compute every ``lora_A`` that it began with, and from that and what crosses the wire the
-rest. So it stays here. The server sees some of what is drawn, the order of the data at the least, and numpy's
-generators can be turned back: each use has a generator of its own, whose seed is a SHA-256 of the run's.
+rest. So it stays here. The server sees some of what is drawn, the order of the data at the least, and the state of
+numpy's generators can be computed from what they give: each use has a generator of its own, whose seed is a SHA-256 of
+the run's.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from dlora.cloud.model.base_model import (
     find_source,
     load_model,
 )
+from dlora.export.graphs.graph_test import Materials
 from dlora.export.graphs.registry import make_graphs
-from dlora.export.graphs.trial import Materials
 from dlora.protocol import interrupts
 from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec
@@ -37,7 +37,7 @@ from dlora.protocol.manifest import (
 from dlora.protocol.text import one_line
 from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 
-from .place import check_place, new_directory_for
+from .output_directory import check_output_path, new_directory_for
 from .selection import select_targets
 from .to_executorch import BOUNDS, check_executorch
 from .tokenizer import load_tokenizer, save_tokenizer
@@ -83,13 +83,14 @@ class ExportSettings:
             raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
         if self.base_model_name is not None and not one_line(self.base_model_name).strip():
             raise UsageError("--base-model-name is empty; give a hub id (org/name), or leave it out")
-        check_place(self.out, self.force)
+        check_output_path(self.out, self.force)
         if "executorch" in self.engines:
             check_executorch()
 
 
 def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say = lambda _: None) -> Manifest:
-    """Export a bundle to ``settings.out``; ``say`` hears what is being done, ``note`` what was decided unasked.
+    """Export a bundle to ``settings.out``; ``say`` is called with what is being done, ``note`` with choices
+    that nobody asked for.
 
     Raises ``UsageError``, ``MissingExtraError`` or ``ExportError``; nothing is left behind then, and a bundle that
     was there before is intact.
@@ -127,8 +128,8 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
         )
         engines = {name: COMPILERS[name] for name in settings.engines}
         verified: list[Verified] = []
-        for graph, trials in make_graphs(materials):
-            verified.append(verify(graph, trials, engines))
+        for graph, tests in make_graphs(materials):
+            verified.append(verify(graph, tests, engines))
             say(f"verified {graph.name}")
         graphs = tuple(_save_graph(bundle, made) for made in verified)
         _save_golden(bundle, verified)

@@ -14,8 +14,8 @@ import torch
 from dlora.cloud.model.base_model import BaseModel, EmbeddingEnd, model_code
 from dlora.export.graphs.arrays import Arrays
 from dlora.export.graphs.graph import TrainingGraph
+from dlora.export.graphs.graph_test import GraphTest, Run
 from dlora.export.graphs.tolerances import relative_error
-from dlora.export.graphs.trial import Run, Trial
 from dlora.protocol.errors import ExportError
 
 from .to_executorch import load_program, to_executorch
@@ -94,50 +94,50 @@ def real_hidden_states(base: BaseModel, embedding: EmbeddingEnd, rows: int = ROW
         return base.last_hidden_state(embedding(ids))[0].float().numpy()
 
 
-def verify(graph: TrainingGraph, trials: Iterable[Trial], engines: Engines = ONNX_ONLY) -> Verified:
-    """Run ``graph`` on every engine through all its trials; errors and golden vectors are the last one's.
+def verify(graph: TrainingGraph, tests: Iterable[GraphTest], engines: Engines = ONNX_ONLY) -> Verified:
+    """Run ``graph`` on every engine through all its tests; errors and golden vectors are the last one's.
 
     Raises ``ExportError`` where an output is beyond its tolerance, or what rounding costs beyond its bound.
     """
     compiled = {name: compile_graph(graph) for name, compile_graph in engines.items()}
-    for trial in trials:
-        verified = _verify(graph, trial, compiled)
+    for test in tests:
+        verified = _verify(graph, test, compiled)
     return verified
 
 
-def _verify(graph: TrainingGraph, trial: Trial, compiled: Mapping[str, Compiled]) -> Verified:
-    golden = dict(trial.exact if trial.rounding is None else trial.rounding.golden)
-    bounds = _check_rounding(graph, trial, golden)
+def _verify(graph: TrainingGraph, test: GraphTest, compiled: Mapping[str, Compiled]) -> Verified:
+    golden = dict(test.exact if test.rounding is None else test.rounding.golden)
+    bounds = _check_rounding(graph, test, golden)
     errors: dict[str, float] = {}
     given: list[Arrays] = []
     found: dict[str, Arrays] = {}
     for engine, each in compiled.items():
-        given.append(trial.inputs(each.run) if callable(trial.inputs) else trial.inputs)
+        given.append(test.inputs(each.run) if callable(test.inputs) else test.inputs)
         outputs = dict(zip([spec.name for spec in graph.outputs], each.run(given[-1]), strict=True))
-        for name, value in trial.exact.items():
+        for name, value in test.exact.items():
             error = relative_error(outputs[name], value)
-            if not error <= trial.tolerances[name]:
+            if not error <= test.tolerances[name]:
                 raise ExportError(
                     f"the graph {graph.name} is not exact enough: {name} is off by {error:.1e} on {engine}, "
-                    f"allowed is {trial.tolerances[name]:.0e}; no bundle was written"
+                    f"allowed is {test.tolerances[name]:.0e}; no bundle was written"
                 )
             errors[engine] = max(errors.get(engine, 0.0), relative_error(outputs[name], golden[name]))
         found[engine] = outputs
-    if trial.choose is not None:
-        golden |= trial.choose(found)
+    if test.choose is not None:
+        golden |= test.choose(found)
     vectors = {f"in.{name}": value for name, value in given[0].items() if name not in _WEIGHT_INPUTS}
     vectors |= {f"out.{name}": value for name, value in golden.items()}
     models = {engine: each.model for engine, each in compiled.items()}
-    tolerance = max(trial.tolerances[name] + bounds[name] for name in trial.exact)
+    tolerance = max(test.tolerances[name] + bounds[name] for name in test.exact)
     return Verified(graph, models, errors, tolerance, vectors)
 
 
-def _check_rounding(graph: TrainingGraph, trial: Trial, golden: Arrays) -> Mapping[str, float]:
+def _check_rounding(graph: TrainingGraph, test: GraphTest, golden: Arrays) -> Mapping[str, float]:
     """How far the golden outputs may be from the exact ones, by the output's name; all of them are within that."""
-    if trial.rounding is None:
-        return dict.fromkeys(trial.exact, 0.0)
-    dtype, bounds = trial.rounding.dtype, trial.rounding.bounds
-    for name, value in trial.exact.items():
+    if test.rounding is None:
+        return dict.fromkeys(test.exact, 0.0)
+    dtype, bounds = test.rounding.dtype, test.rounding.bounds
+    for name, value in test.exact.items():
         error = relative_error(value, golden[name])
         if not error <= bounds[name]:
             finer = "fp16 or fp32" if dtype == "int8" else "fp32"

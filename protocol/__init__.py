@@ -1,1 +1,1 @@
-"""The two contracts that the device and the server share: the wire and the bundle. Knows neither."""
+"""The wire, between device and server, and the bundle, between exporter and device. Imports no other dlora package."""

@@ -20,18 +20,18 @@ def counted_tokens(lengths: IntArray, *, packs: bool) -> int:
 
 
 def cut_to_fit(lengths: Sequence[int], *, max_tokens: int, packs: bool) -> list[range]:
-    """Cut sequences, in their order, into as few runs as count as ``max_tokens`` at most; gives their indices.
+    """Cut sequences, in their order, into as few pieces as count as ``max_tokens`` at most; gives their indices.
 
-    A sequence that is too long by itself is a run by itself.
+    A sequence that is too long by itself is a piece by itself.
     """
-    runs: list[range] = []
+    pieces: list[range] = []
     start, total, longest = 0, 0, 0
     for index, length in enumerate(lengths):
         total, longest = total + length, max(longest, length)
         counted = total if packs else (index + 1 - start) * longest
         if counted > max_tokens and index > start:
-            runs.append(range(start, index))
+            pieces.append(range(start, index))
             start, total, longest = index, length, length
     if lengths:
-        runs.append(range(start, len(lengths)))
-    return runs
+        pieces.append(range(start, len(lengths)))
+    return pieces

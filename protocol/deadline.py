@@ -16,11 +16,11 @@ class Deadline:
     over soon, and a peer that is given up too early costs more than one that is given up late. Nothing measured yet:
     ``floor_s``.
 
-    It has no clock; whoever waits measures. Several threads may wait for the same peer.
+    It has no clock; the caller measures. Several threads may wait for the same peer.
 
     Args:
         floor_s: never less, in seconds.
-        factor: how many times longer than ever lately counts as never, at least 1.
+        factor: the deadline is this many times the longest recent wait; at least 1.
     """
 
     def __init__(self, floor_s: float, factor: float = 10.0) -> None:
@@ -30,13 +30,13 @@ class Deadline:
         self._factor = factor
         self._ceiling_s = MAX_FACTOR * floor_s
         self._waits_s: tuple[float, ...] = ()  # replaced, never changed: another thread may be reading it
-        self._patience = 1.0
+        self._multiplier = 1.0
 
     @property
     def seconds(self) -> float:
         """How long to wait the next time."""
         measured_s = max(self._floor_s, self._factor * max(self._waits_s, default=0.0))
-        return min(self._ceiling_s, measured_s * self._patience)
+        return min(self._ceiling_s, measured_s * self._multiplier)
 
     def observe(self, seconds: float) -> None:
         """It happened, after so long.
@@ -45,9 +45,9 @@ class Deadline:
         a machine that slept. For the same reason a negative wait is no error.
         """
         self._waits_s = (*self._waits_s[1 - REMEMBERED_WAITS :], min(seconds, self.seconds))
-        self._patience = 1.0
+        self._multiplier = 1.0
 
     def missed(self) -> None:
         """It did not happen in time: the next deadline is twice this one, until one is met."""
         if self.seconds < self._ceiling_s:
-            self._patience *= 2
+            self._multiplier *= 2

@@ -1,4 +1,4 @@
-"""What a power cut leaves of files."""
+"""Writes files and directories so that they survive a power cut."""
 
 from __future__ import annotations
 

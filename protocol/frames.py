@@ -76,7 +76,7 @@ def write_checksum(frame: bytearray) -> bytearray:
 
 
 def read_prefix(frame: bytes | bytearray | memoryview) -> Prefix:
-    """Raises ``RemoteProtocolError`` for a frame that is too short to have one."""
+    """The prefix of a frame. Raises ``DamagedFrameError`` for one that is too short."""
     if len(frame) < PREFIX_BYTES:
         raise DamagedFrameError("a frame shorter than its prefix")
     return Prefix._make(_PREFIX.unpack_from(frame))

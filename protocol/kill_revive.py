@@ -21,7 +21,7 @@ Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 
 MAX_UNITS: Final = 16_384
-MIN_WARMUP_STEPS: Final = 20
+DEFAULT_WARMUP_STEPS: Final = 20
 
 
 class UnitState(IntEnum):
@@ -41,10 +41,11 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     Attributes:
         active_fraction: rho; ``k = max(1, ceil(rho * units))`` units stay active. 1.0 turns kill-and-revive off. The
-            ``static`` policy has its own units instead.
+            baseline ``static`` has its own units instead.
         unit: what is switched: a whole ``block`` (all its exchange groups) or a single exchange ``group``.
         score: what the device reports and the cloud ranks by; ``random``, ``static`` and ``last`` ignore it.
-        warmup_fraction: share of the steps, at least ``MIN_WARMUP_STEPS`` steps, in which nothing is killed.
+        warmup_fraction: share of the steps, from the first on, in which nothing is killed.
+        warmup_steps: the least number of such steps, where the share is less.
         ramp_fraction: share of the steps at which the cubic budget reaches ``k``.
         kill_every, revive_every: ticks, in steps. revive_every 0: never revive.
         revive_share: share of ``k`` (at least one unit) that revived units may take.
@@ -57,14 +58,14 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             crowd together.
         on_kill: what a killed unit does at first, see ``UnitState``.
         pinned: units that are never killed.
-        static: the units of the ``static`` policy; none, with an active_fraction of 0, is the bare base model.
+        static: the units of the baseline ``static``; none, with an active_fraction of 0, is the bare base model.
     """
 
     active_fraction: Fraction = 1.0
     unit: UnitKind = "block"
     score: ScoreName = "change"
     warmup_fraction: Fraction = 0.05
-    warmup_steps: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = MIN_WARMUP_STEPS
+    warmup_steps: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = DEFAULT_WARMUP_STEPS
     ramp_fraction: Fraction = 0.25
     kill_every: Annotated[int, msgspec.Meta(ge=1, le=10**9)] = 25
     revive_every: Count = 50
@@ -92,7 +93,7 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
                 if not 0 <= unit < units:
                     raise UsageError(f"{option}: there is no {self.unit} {unit}; they are 0 to {units - 1}")
         if self.score == "static" and not self.static and self.active_fraction:
-            raise UsageError("the policy 'static' needs the units that stay active (--static-units 26-29)")
+            raise UsageError("--kr-score static needs --static-units, such as 26-29")
 
 
 class Timetable:
@@ -123,7 +124,7 @@ class Timetable:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the active set never changes: kill-and-revive is off, or the policy says so."""
+        """Whether the active set never changes: kill-and-revive is off, or the score is ``static``."""
         return self.config.score in ("static", "last") or self.floor == self.units
 
     def budget(self, step: int) -> int:
@@ -146,7 +147,7 @@ class Timetable:
         return self._ticks(step, config.revive_every) and step + max(1, config.probation) <= self.last_change
 
     @property
-    def has_trials(self) -> bool:
+    def is_long_enough(self) -> bool:
         """Whether the run is long enough for warm-up, ramp and, where units are revived, at least one trial."""
         every, trial = self.config.revive_every, max(1, self.config.probation)
         has_ramp = self.warmup < self.ramp_end <= self.last_change
@@ -164,6 +165,6 @@ def steps_needed(config: KillReviveConfig, units: int) -> int:
     """The fewest steps of a run that has warm-up, ramp and trials; ``MAX_STEPS`` where none has."""
 
     def is_enough(steps: int) -> bool:
-        return Timetable(config, units, steps).has_trials
+        return Timetable(config, units, steps).is_long_enough
 
     return 1 + bisect.bisect_left(range(1, MAX_STEPS), True, key=is_enough)

@@ -1,4 +1,4 @@
-"""Limits that stand at more than one door."""
+"""Limits that several modules check."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Link:
         self._drop(prefix.ack)
 
     def missing(self, received: int) -> list[bytearray]:
-        """The frames that a peer lacks which has ``received``, in order.
+        """The frames after number ``received``, which the peer lacks, in order.
 
         Raises ``RemoteProtocolError`` if it cannot be: it acknowledged more before, or got what was never sent.
         """

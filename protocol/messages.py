@@ -72,7 +72,8 @@ class ExchangeMessage(Message, frozen=True):
     """Base of the messages of a micro-batch.
 
     Attributes:
-        step: the optimizer step, counted from 0 over the whole run.
+        step: the optimizer step, counted from 0 in the present part of the run; one that is made longer begins a
+            new part.
         micro_batch: the micro-batch within the step.
     """
 
@@ -166,8 +167,8 @@ class SessionOpened(Message, frozen=True):
     Attributes:
         session: a name for logs.
         token: resumes the session once, over another connection.
-        units: uint8 (units,), a ``UnitState`` each; only for the purpose ``train``, and so is
-        ticket: uint8, the controller's state, opaque and signed.
+        units: uint8 (units,), a ``UnitState`` each; only for the purpose ``train``.
+        ticket: uint8, the controller's state, opaque and signed; only for the purpose ``train``.
     """
 
     session: ShortText

@@ -57,7 +57,7 @@ class MicroBatch:
         state: FORWARD to BACKWARD, and IDLE once it is through.
         tokens: of all its sequences; rows: that cross at each group; labelled: whose last hidden state is wanted.
         asked: how many live groups took part in the forward pass; C waits for the last one's deltas in DELTA.
-        gradients: how many groups will have their gradients sent; graded: those that have.
+        gradients: how many groups will have their gradients sent; grads_sent: those that have.
         unanswered: groups whose input gradient C waits for.
     """
 
@@ -70,7 +70,7 @@ class MicroBatch:
         self.labelled = begun.label_positions.shape[0]
         self.asked = 0
         self.gradients = 0
-        self.graded: set[int] = set()
+        self.grads_sent: set[int] = set()
         self.unanswered: set[int] = set()
         self._shapes = shapes
 
@@ -135,15 +135,15 @@ class MicroBatch:
 
     def _check_grad(self, message: m.GroupGrad, groups: LiveGroups) -> None:
         group = message.group
-        if group not in groups.live or group in self.graded:
+        if group not in groups.live or group in self.grads_sent:
             raise ViolationError(f"gradients of group {group}, which did not take part, or again")
-        to_come = self.gradients - len(self.graded)
+        to_come = self.gradients - len(self.grads_sent)
         if not to_come:
             raise ViolationError("more gradients than were announced")
-        if group not in groups.active and len(groups.active - self.graded) == to_come:
+        if group not in groups.active and len(groups.active - self.grads_sent) == to_come:
             raise ViolationError(f"gradients of group {group}, which leave none for an active one")
         self._check_outputs(message.grads, group, TensorRole.DELTA_GRAD)
-        self.graded.add(group)
+        self.grads_sent.add(group)
         if message.answer:
             self.unanswered.add(group)
 
@@ -162,7 +162,7 @@ class MicroBatch:
             self._shapes.check(tensor, role, (self.rows, width))
 
     def _backward_state(self) -> State:
-        is_finished = len(self.graded) == self.gradients and not self.unanswered
+        is_finished = len(self.grads_sent) == self.gradients and not self.unanswered
         return State.IDLE if is_finished else State.BACKWARD
 
 

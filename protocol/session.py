@@ -108,7 +108,7 @@ class Session:
 
     @property
     def may_close(self) -> bool:
-        """Whether the device may say goodbye now."""
+        """Whether the device may send ``CloseSession`` now."""
         return m.CloseSession in TRANSITIONS[self._state] and not self.under_way
 
     @property
@@ -118,7 +118,8 @@ class Session:
         return self._shapes
 
     def send(self, message: AnyMessage) -> bytearray:
-        """Check a message of ours and give its frame. Raises ``LocalProtocolError``: a bug of ours."""
+        """Check a message of ours and give its frame. Raises ``LocalProtocolError``: a bug of ours; and
+        ``RemoteProtocolError`` where the peer acknowledges too little for the outbox to take it."""
         try:
             self._advance(message, self.side)
         except ViolationError as error:
@@ -193,7 +194,7 @@ class Session:
             self._before_error, self._state = self._state, State.CLOSED
             return
         if isinstance(message, m.Signal):
-            self._check_signal(message, sender)
+            self._take_signal(message, sender)
             return
         if isinstance(message, m.ExchangeMessage) and self._state is State.IDLE:
             self._advance_micro_batch(message, sender)
@@ -209,13 +210,13 @@ class Session:
                     raise ViolationError("a longest sequence that no micro-batch has room for")
                 self.welcome = message
             case m.OpenSession():
-                self._check_open(message)
+                self._take_open(message)
             case m.SessionOpened():
-                next_state = self._check_opened(message)
+                next_state = self._take_opened(message)
             case m.AdapterState():
-                next_state = self._check_adapter_state(message)
+                next_state = self._take_adapter_state(message)
             case m.StepReport():
-                self._check_report(message)
+                self._take_report(message)
             case m.CloseSession():
                 if self.under_way:
                     raise ViolationError("a micro-batch is under way")
@@ -225,7 +226,7 @@ class Session:
 
     # -- opening -----------------------------------------------------------------------------------------
 
-    def _check_open(self, message: m.OpenSession) -> None:
+    def _take_open(self, message: m.OpenSession) -> None:
         assert self.welcome is not None
         for group in message.groups:
             if not group.targets:
@@ -248,7 +249,7 @@ class Session:
         else:
             self.live_groups = LiveGroups(tuple(range(len(message.groups))))
 
-    def _check_opened(self, message: m.SessionOpened) -> State:
+    def _take_opened(self, message: m.SessionOpened) -> State:
         assert self.opened_with is not None
         if isinstance(self.opened_with.purpose, m.Train):
             if message.units is None or message.ticket is None:
@@ -268,7 +269,7 @@ class Session:
         kind = kind_of(adapter)
         return any(kind.state_shapes(adapter, group) for group in self.groups)
 
-    def _check_adapter_state(self, message: m.AdapterState) -> State:
+    def _take_adapter_state(self, message: m.AdapterState) -> State:
         assert self.opened_with is not None
         if message.group != self._states_set_up:
             raise ViolationError(f"the state of group {message.group} when group {self._states_set_up} comes next")
@@ -294,7 +295,7 @@ class Session:
         if int(active.sum()) < config.budget_floor(len(active)) or not active[list(config.pinned)].all():
             raise ViolationError("fewer active units than the device asked for")
 
-    def _check_signal(self, message: m.Signal, sender: Side) -> None:
+    def _take_signal(self, message: m.Signal, sender: Side) -> None:
         if sender is not C or not self._unanswered_reports:
             raise ViolationError("a signal that answers no report")
         if any(each.state is not State.FORWARD or each.asked for each in self.under_way.values()):
@@ -312,7 +313,7 @@ class Session:
         live = tuple(group for group in sorted(states) if states[group] != UnitState.KILLED)
         self.live_groups = LiveGroups(live, frozenset(group for group in live if states[group] == UnitState.ACTIVE))
 
-    def _check_report(self, message: m.StepReport) -> None:
+    def _take_report(self, message: m.StepReport) -> None:
         assert self.opened_with is not None
         if not isinstance(self.opened_with.purpose, m.Train):
             raise ViolationError("a report where nothing is trained")

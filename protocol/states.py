@@ -10,7 +10,7 @@ from .tensors import WireTensor
 
 
 class Side(Enum):
-    """Which side we are."""
+    """The device or the server."""
 
     EDGE = "edge"
     CLOUD = "cloud"
@@ -73,7 +73,7 @@ send ``Error``."""
 
 
 class ViolationError(Exception):
-    """A message breaks a rule. Whose fault that is, knows who catches it."""
+    """A message breaks a rule. The code that catches it decides whose fault that is."""
 
     def __init__(self, text: str, code: m.ErrorCode = m.ErrorCode.PROTOCOL) -> None:
         super().__init__(text)

@@ -47,13 +47,13 @@ def module_names(groups: Iterable[GroupSpec]) -> list[str]:
 
 def number_ranges(numbers: Iterable[int]) -> str:
     """``[0, 1, 2, 5]`` as ``"0-2,5"``, as options take them."""
-    runs: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
         else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+            ranges.append([number])
+    return ",".join(str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges)
 
 
 def _filter(manifest: Manifest, is_chosen: Callable[[GroupSpec, TargetSpec], bool]) -> tuple[GroupSpec, ...]:

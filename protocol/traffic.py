@@ -33,7 +33,7 @@ def micro_batch_traffic(
     crossings: Sequence[Crossing],
     *,
     live: Collection[int],
-    graded: Collection[int],
+    with_grads: Collection[int],
     answered: Collection[int],
     tokens: int,
     sequences: int,
@@ -48,8 +48,8 @@ def micro_batch_traffic(
     Args:
         crossings: what crosses for each exchange group of the session, as ``adapters.crossings`` gives it.
         live: groups that exchange in the forward pass.
-        graded: those whose delta gradients the device gets; empty when evaluating.
-        answered: those of ``graded`` whose input gradient goes back. Where groups follow one another: all
+        with_grads: those whose delta gradients the device gets; empty when evaluating.
+        answered: those of ``with_grads`` whose input gradient goes back. Where groups follow one another: all
             but the lowest.
         rows: tokens that cross at each group; None: all, and E sends no positions.
     """
@@ -68,14 +68,14 @@ def micro_batch_traffic(
         width, outputs = crossings[index].input_width, crossings[index].output_widths
         down += frame_bytes(1, [nbytes(TensorRole.GROUP_INPUT, rows, width)])
         up += frame_bytes(1, [nbytes(TensorRole.DELTA, rows, output) for output in outputs])
-        if index in graded:
+        if index in with_grads:
             down += frame_bytes(1, [nbytes(TensorRole.DELTA_GRAD, rows, output) for output in outputs])
         if index in answered:
             up += frame_bytes(1, [nbytes(TensorRole.INPUT_GRAD, rows, width)])
-    if graded:
+    if with_grads:
         up += frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES_GRAD, labelled, hidden_size)])
     # One for the embeddings, one for each answer that something follows, one for the loss's gradient.
-    round_trips = 1 + len(live) + (1 + len(answered) if graded else 0)
+    round_trips = 1 + len(live) + (1 + len(answered) if with_grads else 0)
     return Traffic(up, down, round_trips)
 
 

@@ -105,7 +105,7 @@ class DishonestServer:
         place: dict[str, Any] = dict(zip(("step", "micro_batch"), begun.key, strict=True))
         tokens = begun.tokens
         if session.state is State.BACKWARD:
-            group = next(group for group in reversed(session.live) if group not in begun.graded)
+            group = next(group for group in reversed(session.live) if group not in begun.grads_sent)
             grads = tuple(ones(tokens, target.out_features) for target in session.groups[group].targets)
             return m.GroupGrad(**place, group=group, grads=grads, answer=group != session.live[0])
         if begun.asked < len(session.live):

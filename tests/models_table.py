@@ -56,7 +56,7 @@ def accepted(family: str) -> str:
     base = BaseModel.from_model(tiny_model(family), family)
     default = select_targets(base, None)
     whose = "dlora's" if default.notes else "PEFT's"
-    left_out = "; ".join(
+    skipped = "; ".join(
         f"`{name.rpartition('.')[2]}`: {reason}"
         for note in select_targets(base, ["all-linear"]).notes
         for name, _, reason in (part.partition(" ") for part in note.partition(": ")[2].split("; "))
@@ -64,7 +64,7 @@ def accepted(family: str) -> str:
     run = "always" if family in FAMILIES else "slow"
     names = ", ".join(f"`{name}`" for name in default.target_modules)
     engines = "onnx, executorch" if family == ON_EXECUTORCH else "onnx"
-    return f"| {family} | {names} | {whose} | {left_out} | {engines} | {run} |"
+    return f"| {family} | {names} | {whose} | {skipped} | {engines} | {run} |"
 
 
 def refused(family: str) -> str:

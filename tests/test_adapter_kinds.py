@@ -204,7 +204,7 @@ def whole_model(trainer: Trainer, batch: MicroBatch) -> tuple[float, dict[str, n
     cores: dict[str, Tensor] = {}
     crosses = torch.zeros(len(batch.ids), 1)
     crosses[::2] = 1
-    for group, spec in zip(trainer.adapters.groups, trainer.adapters.specs, strict=True):
+    for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
         project_on, expand_by = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state)
         ((name, parameter),) = group.parameters().items()
         core = cores[name] = torch.from_numpy(np.array(parameter.value)).requires_grad_()
@@ -305,13 +305,13 @@ def test_counted_bytes_match_the_formula(bundle: Path, base: BaseModel, wire_dty
 
 def expected(trainer: Trainer, batch: MicroBatch, units: str) -> Traffic:
     live = [unit for unit, state in enumerate(units) if state != "0"]
-    graded = [unit for unit in live if unit >= units.index("1")]
+    with_grads = [unit for unit in live if unit >= units.index("1")]
     base_model = trainer.bundle.manifest.base_model
     return micro_batch_traffic(
-        crossings(trainer.config.adapter, trainer.adapters.specs),
+        crossings(trainer.config.adapter, trainer.adapters.group_specs),
         live=live,
-        graded=graded,
-        answered=graded[1:],
+        with_grads=with_grads,
+        answered=with_grads[1:],
         tokens=len(batch.ids),
         sequences=len(batch.sequence_lengths),
         labelled=len(batch.labels),
@@ -355,7 +355,7 @@ def test_server_state_counts_in_the_quota(bundle: Path, base: BaseModel) -> None
     dataset, run = random_dataset(VOCABULARY), run_of_cores()
     with serving(base) as server:
         with training(bundle, server.url, run, dataset) as trainer:
-            kept = [state_bytes(run.adapter, group) for group in trainer.adapters.specs]
+            kept = [state_bytes(run.adapter, group) for group in trainer.adapters.group_specs]
             assert server.server.service.quotas.live_bytes == sum(kept) > 0
         eventually(lambda: server.server.service.quotas.live_bytes == 0)
         server.server.service.quotas.limits = QuotaLimits(live_bytes=sum(kept) - 1)

@@ -24,7 +24,7 @@ from dlora.edge.data.child import Child, Note
 from dlora.edge.data.examples import Dataset
 from dlora.edge.data.loading import Reading, load_datasets
 from dlora.edge.data.prompt import prompt_tokenizer
-from dlora.edge.data.rows import MAX_RECORD_BYTES
+from dlora.edge.data.records import MAX_RECORD_BYTES
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol import errors
 from dlora.protocol.errors import BundleError, DataError, DloraError, RefusedError, RemoteProtocolError
@@ -191,14 +191,14 @@ def test_child_returns_data_sets_unchanged(tmp_path: Path) -> None:
     one = write(tmp_path / "one.jsonl", {"text": "a b"}, *[long] * 4, unanswered)
     two = write(tmp_path / "two.jsonl", {"messages": [QUESTION, ANSWER]})
     first, second = load(bundle_of(tmp_path), one, two, too_long="truncate")
-    assert (len(first), first.cut, first.left_out) == (5, 4, 1)
-    assert first.cut_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
-    assert first.left_out_places == (f"{one}:6",)
+    assert (len(first), first.truncated, first.skipped) == (5, 4, 1)
+    assert first.truncated_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
+    assert first.skipped_places == (f"{one}:6",)
     assert first[0].ids.tolist() == [5, 6, 2]
     assert second[0].labels.tolist() == [7, 2]
     (skipped,) = load(bundle_of(tmp_path), one, too_long="skip")
-    assert (len(skipped), skipped.left_out, skipped.cut_places) == (1, 5, ())
-    assert skipped.left_out_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
+    assert (len(skipped), skipped.skipped, skipped.truncated_places) == (1, 5, ())
+    assert skipped.skipped_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
 
 
 def test_too_long_line_is_refused(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_chat_is_rendered_as_often_as_needed(
     found = read()
     assert rendered[:3] == [2, 1, 20_000]
     if too_long == "skip":
-        assert (len(found), found.left_out, len(rendered)) == (1, 1, 3)
+        assert (len(found), found.skipped, len(rendered)) == (1, 1, 3)
     else:
         # Seven tokens a question with its answer: of the third answer, one is within the limit of 20.
         assert rendered[3:] == [1, 2, 3, 4, 5, 6, 7]

@@ -27,7 +27,7 @@ def _imports(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_bare_names_and_no_pickle(path: Path) -> None:
+def test_imports_begin_with_dlora_and_never_with_pickle(path: Path) -> None:
     # From the repository root `import protocol` works too, and gives other classes than dlora.protocol.
     assert not _imports(ast.parse(path.read_text())) & {*PACKAGES, "pickle", "dill", "cloudpickle", "marshal", "shelve"}
 

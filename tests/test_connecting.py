@@ -25,7 +25,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.sync.server import Request, Response, ServerConnection, serve
 
-from dlora.edge.adapters.fitting import check_base_model
+from dlora.edge.adapters.compatibility import check_base_model
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.wire import connection as edge
 from dlora.edge.wire.connecting import ConnectSettings, Retry, check_url

@@ -195,7 +195,7 @@ def test_traffic_example_matches_the_formula() -> None:
         step = micro_batch_traffic(
             crossings(AdapterSpec(), groups),
             live=live,
-            graded=live,
+            with_grads=live,
             answered=live[1:],
             tokens=512,
             sequences=4,

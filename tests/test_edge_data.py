@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from dlora.edge.data.batches import Batches, evaluation_batches, pack
 from dlora.edge.data.chat import ChatTemplate
 from dlora.edge.data.examples import Dataset, load_examples, split_holdout
-from dlora.edge.data.rows import parse_columns
+from dlora.edge.data.records import parse_columns
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.counting import counted_tokens
@@ -205,10 +205,10 @@ def test_too_long_example_is_refused_skipped_or_cut(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r":2: \d+ tokens, the limit is 20; raise --max-length"):
         load(path, max_length=20)
     skipped = load(path, max_length=20, too_long="skip")
-    assert (len(skipped), skipped.left_out, skipped.cut) == (1, 2, 0)
+    assert (len(skipped), skipped.skipped, skipped.truncated) == (1, 2, 0)
     cut = load(path, max_length=20, too_long="truncate")
     # The third has its completion cut off, so there is nothing left to learn from it.
-    assert (len(cut), cut.left_out, cut.cut, len(cut[1].ids)) == (2, 1, 1, 20)
+    assert (len(cut), cut.skipped, cut.truncated, len(cut[1].ids)) == (2, 1, 1, 20)
     assert cut[1].label_positions.max() == 18
     with pytest.raises(DataError, match="every example is over the limit"):
         load(path, max_length=1, too_long="skip")

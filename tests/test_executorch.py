@@ -107,7 +107,7 @@ def test_head_program_widens_one_slab_at_most(monkeypatch: pytest.MonkeyPatch) -
     assert planned <= slab * hidden * (2 + 4) + 3 * BOUNDS["rows"] * slab * 4 + (1 << 20)
 
 
-def test_embedding_program_scales(tmp_path: Path) -> None:
+def test_embedding_program_multiplies_by_its_scale(tmp_path: Path) -> None:
     graph = embedding_graph(6, 2, "fp16", 2.5)
     weight = np.arange(12, dtype=np.float16).reshape(6, 2)
     (found,) = compile_executorch(graph).run({"weight": weight, "ids": np.array([5, 0, 5])})

@@ -134,12 +134,12 @@ def test_shim_is_searched_in_these_directories(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delenv(shim.VARIABLE, raising=False)
     package = Path(shim.__file__).resolve().parents[1]
     checkout = [package / "native" / "lib", package.parent / "build" / "shim" / platform.machine()]
-    assert shim.places() == checkout
+    assert shim.shim_directories() == checkout
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     monkeypatch.setattr(sys, "_MEIPASS", str(tmp_path), raising=False)
-    assert shim.places() == [tmp_path / "dlora_executorch", *checkout]
+    assert shim.shim_directories() == [tmp_path / "dlora_executorch", *checkout]
     monkeypatch.setenv(shim.VARIABLE, "/chosen")
-    assert shim.places() == [Path("/chosen")]
+    assert shim.shim_directories() == [Path("/chosen")]
 
 
 def test_file_that_is_no_library_is_an_error(bundle: Path, tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from dlora.cloud.model.base_model import HeadEnd
-from dlora.export.graphs.adamw import adamw_graph, adamw_scalars, adamw_trials
+from dlora.export.graphs.adamw import adamw_graph, adamw_scalars, adamw_tests
 from dlora.export.graphs.embedding import Embedding, embedding_graph
 from dlora.export.graphs.graph import TrainingGraph
-from dlora.export.graphs.head import HeadShape, head_graphs, head_trials
-from dlora.export.graphs.lora import adapter_graphs, adapter_trials
+from dlora.export.graphs.graph_test import GraphTest
+from dlora.export.graphs.head import HeadShape, head_graphs, head_tests
+from dlora.export.graphs.lora import adapter_graphs, adapter_tests
 from dlora.export.graphs.tolerances import CEILING, FLOOR, allowed, relative_error
-from dlora.export.graphs.trial import Trial
 from dlora.export.verify import COMPILERS, Compiled, Verified, compile_onnx, start_session, verify
 from dlora.export.weights import quantise_rows
 from dlora.protocol.errors import ExportError
@@ -81,31 +81,31 @@ def outputs_of(graph: TrainingGraph, inputs: oracles.Arrays, compiled: Compiled 
     return {spec.name: value for spec, value in zip(graph.outputs, found, strict=True)}
 
 
-def test_what_export_takes_for_exact_is_what_the_tests_do() -> None:
+def test_references_of_export_match_those_of_the_tests() -> None:
     """Its references, against which it tries every bundle's graphs, and its golden outputs."""
     for graph in adapter_graphs(33, 5):
-        for trial in adapter_trials(graph, (33, 5), 8, 2.0):
-            assert not callable(trial.inputs)
-            wanted = oracles.expected(graph.kind, trial.inputs)
-            oracles.assert_near(trial.exact, wanted, oracles.SUMS)  # z and dz are inputs in float32
-            assert max(trial.tolerances.values()) <= 2 * oracles.HEAD
+        for test in adapter_tests(graph, (33, 5), 8, 2.0):
+            assert not callable(test.inputs)
+            wanted = oracles.expected(graph.kind, test.inputs)
+            oracles.assert_near(test.exact, wanted, oracles.SUMS)  # z and dz are inputs in float32
+            assert max(test.tolerances.values()) <= 2 * oracles.HEAD
     for dtype in ("fp32", "fp16", "int8"):
         shape = HeadShape(97, HIDDEN, dtype, True, 0.5, 3.0)  # type: ignore[arg-type]
         end = _head_end(97, shape)
         hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
         for graph in head_graphs(shape):
-            (trial,) = head_trials(graph, end, _head_weights(end, dtype), hidden)
-            assert not callable(trial.inputs)
-            wanted = oracles.expected(graph.kind, trial.inputs, logit_scale=0.5, softcap=3.0)
-            oracles.assert_near(trial.exact, wanted, 2e-7)  # they are kept in float32
-            assert trial.rounding is not None
-            whole = {**trial.inputs, "weight": end.weight.numpy()}
+            (test,) = head_tests(graph, end, _head_weights(end, dtype), hidden)
+            assert not callable(test.inputs)
+            wanted = oracles.expected(graph.kind, test.inputs, logit_scale=0.5, softcap=3.0)
+            oracles.assert_near(test.exact, wanted, 2e-7)  # they are kept in float32
+            assert test.rounding is not None
+            whole = {**test.inputs, "weight": end.weight.numpy()}
             whole.pop("row_scales", None)
             golden = oracles.expected(graph.kind, whole, logit_scale=0.5, softcap=3.0)
-            oracles.assert_near(trial.rounding.golden, golden, 2e-7)  # they are kept in float32
-            assert max(trial.rounding.bounds.values()) <= oracles.ROUNDING[dtype]
-    (trial,) = adamw_trials(adamw_graph())
-    assert max(trial.tolerances.values()) <= oracles.ADAMW
+            oracles.assert_near(test.rounding.golden, golden, 2e-7)  # they are kept in float32
+            assert max(test.rounding.bounds.values()) <= oracles.ROUNDING[dtype]
+    (test,) = adamw_tests(adamw_graph())
+    assert max(test.tolerances.values()) <= oracles.ADAMW
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.98), (0.0, 0.99999), (0.5, 0.9)])
@@ -183,7 +183,7 @@ def test_a_head_that_is_not_fp32_is_exact_for_the_weight_it_stores(dtype: Any) -
     rounded = HeadEnd(torch.from_numpy(stored), end.bias, end.logit_scale, end.softcap, tied=False)
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
     for graph in head_graphs(shape):
-        made = verify(graph, head_trials(graph, rounded, weights, hidden))
+        made = verify(graph, head_tests(graph, rounded, weights, hidden))
         assert made.error <= 4 * FLOOR
 
 
@@ -208,7 +208,7 @@ def test_a_graph_beyond_tolerance_is_refused() -> None:
     graph = embedding_graph(4, 2, "fp32", 1.0)
     inputs = {"weight": np.ones((4, 2), np.float32), "ids": np.array([1])}
     with pytest.raises(ExportError, match="embedding is not exact enough: hidden_states is off by"):
-        verify(graph, [Trial(inputs, {"hidden_states": np.full((1, 2), 1.1, np.float32)}, {"hidden_states": 1e-3})])
+        verify(graph, [GraphTest(inputs, {"hidden_states": np.full((1, 2), 1.1, np.float32)}, {"hidden_states": 1e-3})])
 
 
 def test_nan_is_not_within_tolerance() -> None:
@@ -244,7 +244,7 @@ def _verify_large(large: tuple[HeadEnd, Any], kind: str, changed: tuple[str, str
     graph = next(graph for graph in head_graphs(LARGE) if graph.kind == kind)
     assert changed[0] in graph.body
     graph = replace(graph, body=graph.body.replace(*changed))
-    return verify(graph, head_trials(graph, end, _head_weights(end, "fp32"), hidden))
+    return verify(graph, head_tests(graph, end, _head_weights(end, "fp32"), hidden))
 
 
 @pytest.mark.parametrize("kind", ["head_train", "head_loss", "head_logits"])
@@ -258,8 +258,11 @@ def test_a_large_head_is_as_exact_as_float32_can_be(large: tuple[HeadEnd, Any], 
 @pytest.mark.parametrize(
     "changed",
     [
-        ("total = Add (next_faded_total", "total = Add (next_more_total"),
-        ("next_pulled = Gemm (next_d_product, next_wide, next_faded_pulled)", "next_pulled = Identity (before_pulled)"),
+        ("total = Add (next_rescaled_total", "total = Add (next_more_total"),
+        (
+            "next_weighted_rows = Gemm (next_d_product, next_wide, next_rescaled_rows)",
+            "next_weighted_rows = Identity (before_weighted_rows)",
+        ),
         ("grad_hidden_states = Mul (d_product, grad_scale)", """
             slip = Constant <value = float {1.001}> ()
             slipped = Mul (d_product, slip)
@@ -283,10 +286,10 @@ def test_rounded_head_has_the_arithmetic_tolerance_of_fp32(dtype: Any) -> None:
         slipped = Mul (d_product, slip)
         grad_hidden_states = Mul (slipped, grad_scale)"""
     wrong = replace(graph, body=graph.body.replace("grad_hidden_states = Mul (d_product, grad_scale)", slip))
-    trials = list(head_trials(graph, end, _head_weights(end, dtype), hidden))
-    assert verify(graph, trials).tolerance > 1e-3
+    tests = list(head_tests(graph, end, _head_weights(end, dtype), hidden))
+    assert verify(graph, tests).tolerance > 1e-3
     with pytest.raises(ExportError, match="grad_hidden_states is off by 5"):
-        verify(wrong, trials)
+        verify(wrong, tests)
 
 
 def test_head_with_too_large_int8_error_says_what_to_do() -> None:
@@ -296,11 +299,11 @@ def test_head_with_too_large_int8_error_says_what_to_do() -> None:
     graph = next(graph for graph in head_graphs(shape) if graph.kind == "head_train")
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
     with pytest.raises(ExportError, match=r"int8 is too coarse .* off by .*; use --head-dtype fp16 or fp32"):
-        verify(graph, head_trials(graph, end, _head_weights(end, "int8"), hidden))
+        verify(graph, head_tests(graph, end, _head_weights(end, "int8"), hidden))
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (4096, 11008)])
 def test_adapter_tolerances_follow_torchs_own_error(shape: tuple[int, int]) -> None:
     for graph in adapter_graphs(*shape):
-        made = verify(graph, adapter_trials(graph, shape, 8, 2.0))
+        made = verify(graph, adapter_tests(graph, shape, 8, 2.0))
         assert FLOOR <= made.tolerance <= 1e-5

@@ -94,7 +94,7 @@ def train_at_once(url: str, devices: list[Device]) -> list[tuple[dict[str, bytes
         return [each.result(20) for each in [threads.submit(device.train, url, ready) for device in devices]]
 
 
-def test_alone_is_deterministic(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
+def test_a_device_alone_gets_the_same_bits_twice(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
     with serving(base) as server:
         assert devices[1].train(server.url) == alone[1]
 
@@ -104,7 +104,7 @@ def test_two_at_once_get_the_same_bits_as_alone(base: BaseModel, devices: list[D
         assert train_at_once(server.url, devices) == alone
 
 
-def test_twin_devices_share_nothing(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
+def test_equal_devices_at_once_get_the_same_bits(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
     with serving(base) as server:
         assert train_at_once(server.url, [devices[0]] * 3) == [alone[0]] * 3
 

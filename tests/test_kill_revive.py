@@ -225,7 +225,7 @@ def test_run_of_60_steps_reaches_its_budget_after_warm_up() -> None:
 
 def test_steps_needed_covers_warm_up_ramp_and_trials() -> None:
     assert steps_needed(EIGHTH, 30) == 107
-    assert [Timetable(EIGHTH, 30, steps).has_trials for steps in (60, 106, 107, 400)] == [False, False, True, True]
+    assert [Timetable(EIGHTH, 30, steps).is_long_enough for steps in (60, 106, 107, 400)] == [False, False, True, True]
     never_revived = msgspec.structs.replace(EIGHTH, revive_every=0)
     assert steps_needed(never_revived, 30) == 81  # the ramp ends after the warm-up's 20 steps
 

@@ -10,13 +10,13 @@ import torch
 from families import FAMILIES, tiny_model
 from torch import Tensor
 
-from dlora.cloud.exchange.exchange import MicroBatchExchange, exchanging, install
+from dlora.cloud.exchange.exchange import MicroBatchExchange, exchanging, wrap_target_modules
 from dlora.cloud.exchange.kinds import SITE_KINDS, Site
 from dlora.cloud.model import live_bytes as live_bytes_module
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
 from dlora.cloud.model.live_bytes import LiveBytes, _order_of_calls, _TensorByteCounter, default_live_limit
-from dlora.cloud.serving.server import LEAST_TOKENS, MOST_TOKENS, fitting_tokens
+from dlora.cloud.serving.server import LEAST_TOKENS, MOST_TOKENS, default_max_tokens
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.errors import ExportError
@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 def base_model(family: str, **changes: object) -> BaseModel:
     base = BaseModel.from_model(tiny_model(family, **changes), family)
-    install(base)
+    wrap_target_modules(base)
     return base
 
 
@@ -113,7 +113,7 @@ def test_the_estimate_is_near_what_autograd_saves(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_evaluation_takes_what_its_forward_pass_has_in_hand(family: str) -> None:
+def test_evaluation_estimate_is_near_the_peak_of_its_forward_pass(family: str) -> None:
     base = base_model(family)
     live_bytes = LiveBytes.measure(base)
     ratios, groups = {}, base.groups(base.targets)
@@ -170,16 +170,16 @@ def test_no_micro_batch_takes_more_than_the_largest(family: str) -> None:
 def test_the_default_of_max_tokens_leaves_room_for_two() -> None:
     base = base_model("llama")
     live_bytes, longest = LiveBytes.measure(base), base.max_sequence_length
-    assert fitting_tokens(live_bytes, longest, None) == MOST_TOKENS
-    assert fitting_tokens(live_bytes, longest, 10**12) == MOST_TOKENS
-    assert fitting_tokens(live_bytes, longest, 1) == LEAST_TOKENS
+    assert default_max_tokens(live_bytes, longest, None) == MOST_TOKENS
+    assert default_max_tokens(live_bytes, longest, 10**12) == MOST_TOKENS
+    assert default_max_tokens(live_bytes, longest, 1) == LEAST_TOKENS
     wanted = 10 * LEAST_TOKENS
     most = live_bytes.largest(wanted, longest)
-    assert fitting_tokens(live_bytes, longest, 2 * most) == wanted
-    assert fitting_tokens(live_bytes, longest, 2 * most - 1) == wanted - LEAST_TOKENS
+    assert default_max_tokens(live_bytes, longest, 2 * most) == wanted
+    assert default_max_tokens(live_bytes, longest, 2 * most - 1) == wanted - LEAST_TOKENS
 
 
-def test_default_live_limit_is_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_live_limit_is_half_of_what_the_model_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_model("llama")
     weights = sum(parameter.nbytes for parameter in base.model.parameters())
     monkeypatch.setattr(live_bytes_module, "machine_bytes", lambda: 10**9 + weights)

@@ -201,7 +201,7 @@ def test_padding_counts_in_max_tokens(model: Model, shapes: list[tuple[int, ...]
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
 @pytest.mark.parametrize("limits", [QuotaLimits(tokens_per_minute=64), QuotaLimits(live_bytes=20_000)], ids=str)
-def test_quotas_bind_evaluation_and_padding(
+def test_quotas_count_evaluation_and_padding(
     model: Model, shapes: list[tuple[int, ...]], limits: QuotaLimits, mode: str
 ) -> None:
     """With room for the micro-batch's tokens, but not for its padding, and not for what evaluation has in hand."""
@@ -350,7 +350,7 @@ def test_device_that_leaves_while_waiting_for_memory_frees_its_place(model: Mode
     with serving(model.base, **limits, timeouts=SessionTimeouts(park_s=3600.0)) as server:
         service = server.server.service
         holds = service.quotas.open_session("somebody")
-        charge = holds.begin(1, 10**8)
+        charge = holds.charge(1, 10**8)
         with opened(server.url, model.base) as websocket:
             websocket.send(encode(evaluation(model.base, [LONGEST]), seq=1))
             eventually(lambda: service.quotas.has_waiting)
@@ -376,7 +376,7 @@ def test_device_over_quota_for_too_long_loses_its_session(
     ):
         (live,) = server.server.service.sessions
         holds = server.server.service.quotas.open_session(live.caller.name)
-        charge = holds.begin(1, 10**8)
+        charge = holds.charge(1, 10**8)
         step = thread.submit(trainer.run_step)
         eventually(lambda: any("ended at step 0: quota_live_bytes" in line for line in caplog.messages))
         charge.end(0.0)

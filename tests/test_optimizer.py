@@ -72,7 +72,7 @@ def test_gradients_that_are_not_finite_change_nothing(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_schedules_are_hugging_faces(schedule: str, warmup: int) -> None:
+def test_schedules_match_those_of_hugging_face(schedule: str, warmup: int) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=20)

@@ -14,7 +14,7 @@ from families import FAMILIES, MORE_FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dlora.cloud.exchange.exchange import install
+from dlora.cloud.exchange.exchange import wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
 from dlora.cloud.model.parts import ModelParts
@@ -357,6 +357,6 @@ def test_target_modules_may_be_wrapped_as_well() -> None:
     base = deeper("llama")
     embeds = embeds_of(base)
     wanted = base.last_hidden_state(embeds)
-    install(base)
+    wrap_target_modules(base)
     parts = ModelParts(base)
     assert torch.equal(parts.run(parts.run(embeds, end=2), begin=2), wanted)

@@ -228,7 +228,7 @@ class Waiting:
         )
 
 
-def test_no_rule_holds_no_pause() -> None:
+def test_no_pause_where_no_rule_holds() -> None:
     waiting = Waiting([_on_battery(50)])
     waiting.run(on_pause=lambda: waiting.log.append("saved"))
     assert waiting.log == []

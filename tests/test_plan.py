@@ -48,7 +48,7 @@ def test_plan_has_data_and_run_lines(place: Place, tmp_path: Path) -> None:
     data, run, *_ = done.stderr.splitlines()
     name = place.data
     assert data.startswith("data: data.jsonl, 10 examples, ")
-    assert data.endswith(f"; 1 cut ({name}:3); 1 left out ({name}:5)")
+    assert data.endswith(f"; 1 truncated ({name}:3); 1 skipped ({name}:5)")
     assert run.startswith("run: 12 steps, 4 an epoch, 3.0 epochs; all 8 blocks active; about ")
     summary = json.loads(done.stdout)
     assert "expected time: 0:0" in done.stderr

@@ -46,8 +46,8 @@ def test_without_limits_nothing_is_refused() -> None:
     quotas, _ = make()
     sessions = [quotas.open_session("a") for _ in range(100)]
     for session in sessions:
-        session.begin(10**9, 10**15).end(1e9)
-        session.begin(10**9, 10**15)
+        session.charge(10**9, 10**15).end(1e9)
+        session.charge(10**9, 10**15)
 
 
 def test_sessions_are_counted_for_each_caller_until_they_close() -> None:
@@ -66,30 +66,30 @@ def test_sessions_are_counted_for_each_caller_until_they_close() -> None:
 def test_wait_for_tokens_is_exact() -> None:
     quotas, clock = make(tokens_per_minute=600)
     session = quotas.open_session("a")
-    session.begin(600, 0).end(0.0)
-    error = refused(lambda: session.begin(70, 0))
+    session.charge(600, 0).end(0.0)
+    error = refused(lambda: session.charge(70, 0))
     assert (error.code, error.retryable) == (ErrorCode.QUOTA_TOKENS, True)
     assert error.retry_after_s == pytest.approx(7.0, abs=0.002)
     clock.now += 6.9
-    assert refused(lambda: session.begin(70, 0)).retry_after_s == pytest.approx(0.1, abs=0.002)
-    quotas.open_session("b").begin(600, 0)
+    assert refused(lambda: session.charge(70, 0)).retry_after_s == pytest.approx(0.1, abs=0.002)
+    quotas.open_session("b").charge(600, 0)
     clock.now += 0.101
-    session.begin(70, 0)
+    session.charge(70, 0)
 
 
 def test_unused_tokens_are_kept_for_one_minute() -> None:
     quotas, clock = make(tokens_per_minute=600)
     session = quotas.open_session("a")
     clock.now += 3600.0
-    session.begin(600, 0)
-    refused(lambda: session.begin(1, 0))
+    session.charge(600, 0)
+    refused(lambda: session.charge(1, 0))
 
 
 def test_a_caller_does_not_get_new_tokens_by_closing_its_session() -> None:
     quotas, _ = make(tokens_per_minute=600)
     with quotas.open_session("a") as session:
-        session.begin(600, 0).end(0.0)
-    refused(lambda: quotas.open_session("a").begin(1, 0))
+        session.charge(600, 0).end(0.0)
+    refused(lambda: quotas.open_session("a").charge(1, 0))
 
 
 @pytest.mark.parametrize(
@@ -103,28 +103,28 @@ def test_micro_batch_beyond_the_quota_is_refused_for_good(
     limit: dict[str, float], batch: tuple[int, int], code: str
 ) -> None:
     session = make(**limit)[0].open_session("a")
-    error = refused(lambda: session.begin(*batch))
+    error = refused(lambda: session.charge(*batch))
     assert (error.code, error.retryable, error.retry_after_s) == (code, False, None)
     assert "lower --batch-size" in str(error)
-    session.begin(*(min(amount, most) for amount, most in zip(batch, (600, 1000), strict=True)))
+    session.charge(*(min(amount, most) for amount, most in zip(batch, (600, 1000), strict=True)))
 
 
 def test_waiters_for_memory_are_served_in_order() -> None:
     """The second needs more than is free, and the third, which would fit, does not overtake it."""
     quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=1000)
     first, second, third = (quotas.open_session(name) for name in "abc")
-    charge = first.begin(1, 600)
+    charge = first.charge(1, 600)
     begun: dict[str, Charge] = {}
 
     def begin(session: SessionQuota, live_bytes: int) -> None:
-        begun[session.name] = session.begin(1, live_bytes)
+        begun[session.name] = session.charge(1, live_bytes)
 
     waiting = []
     for session, live_bytes in ((second, 700), (third, 300)):
         waiting.append(threading.Thread(target=begin, args=(session, live_bytes)))
         waiting[-1].start()
         eventually(lambda: len(quotas._line) == len(waiting))
-    first.begin(1, 0)  # a report takes none, and waits for nobody
+    first.charge(1, 0)  # a report takes none, and waits for nobody
     assert not begun
     charge.end(0.0)
     for thread in waiting:
@@ -139,12 +139,12 @@ def test_waiters_for_memory_are_served_in_order() -> None:
 def test_quota_is_checked_again_after_waiting_for_memory() -> None:
     quotas = Quotas(QuotaLimits(live_bytes=700), Clock(), total_live_bytes=1000)
     other, one, two = quotas.open_session("b"), quotas.open_session("a"), quotas.open_session("a")
-    charge = other.begin(1, 700)
+    charge = other.charge(1, 700)
     refusals: list[RefusedError] = []
-    waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: one.begin(1, 600))))
+    waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: one.charge(1, 600))))
     waiting.start()
     eventually(lambda: len(quotas._line) == 1)
-    assert two.queue(300)  # of the same caller, without waiting
+    assert two.add(300)  # of the same caller, without waiting
     charge.end(0.0)
     waiting.join(20)
     assert [refusal.code for refusal in refusals] == [ErrorCode.QUOTA_LIVE_BYTES]
@@ -153,9 +153,9 @@ def test_quota_is_checked_again_after_waiting_for_memory() -> None:
 
 def test_more_than_the_servers_memory_is_refused_for_good() -> None:
     session = Quotas(QuotaLimits(), Clock(), total_live_bytes=1000).open_session("a")
-    error = refused(lambda: session.begin(1, 1001))
+    error = refused(lambda: session.charge(1, 1001))
     assert (error.code, error.retryable) == (ErrorCode.LIMIT, False)
-    session.begin(1, 1000)
+    session.charge(1, 1000)
 
 
 def test_unread_frames_count_in_the_quota() -> None:
@@ -165,29 +165,29 @@ def test_unread_frames_count_in_the_quota() -> None:
         Quotas(QuotaLimits(), Clock(), total_live_bytes=10**6),
     ):
         one, other = quotas.open_session("a"), quotas.open_session("a")
-        charge = other.begin(1, 900_000)
-        assert one.queue(2000)
-        assert one.queue(500_000)
+        charge = other.charge(1, 900_000)
+        assert one.add(2000)
+        assert one.add(500_000)
         assert quotas.live_bytes == 1_402_000
-        assert not one.queue(1)
-        one.unqueue(500_000)
-        assert one.queue(500_000)
+        assert not one.add(1)
+        one.remove(500_000)
+        assert one.add(500_000)
         charge.end(0.0)
-        assert one.queue(498_000)
-        assert not one.queue(1)
-        one.unqueue(1_000_000)
+        assert one.add(498_000)
+        assert not one.add(1)
+        one.remove(1_000_000)
         assert quotas.live_bytes == 0
-        other.begin(1, 10**6)
+        other.charge(1, 10**6)
 
 
 def test_frames_of_waiting_sessions_do_not_block_others() -> None:
     quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=100)
     first, second = quotas.open_session("a"), quotas.open_session("b")
-    charge = first.begin(1, 60)
+    charge = first.charge(1, 60)
     waiting = threading.Thread(target=second.begin, args=(1, 50))
     waiting.start()
     eventually(lambda: quotas.has_waiting)
-    assert second.queue(60)
+    assert second.add(60)
     charge.end(0.0)
     waiting.join(20)
     assert not waiting.is_alive()
@@ -198,9 +198,9 @@ def test_frames_of_waiting_sessions_do_not_block_others() -> None:
 def test_wait_for_memory_ends_when_the_server_stops(ending: str) -> None:
     quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=100)
     first, second = quotas.open_session("a"), quotas.open_session("b")
-    first.begin(1, 60)
+    first.charge(1, 60)
     refusals: list[RefusedError] = []
-    waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: second.begin(1, 50))))
+    waiting = threading.Thread(target=lambda: refusals.append(refused(lambda: second.charge(1, 50))))
     waiting.start()
     eventually(lambda: quotas.has_waiting)
     if ending == "the server":
@@ -216,60 +216,60 @@ def test_a_report_is_not_refused_for_memory() -> None:
     """It takes none, and what waits behind it may be more than the quota has left."""
     quotas = Quotas(QuotaLimits(live_bytes=5000), Clock())
     one, other = quotas.open_session("a"), quotas.open_session("a")
-    other.begin(1, 4000)
-    assert one.queue(3000)
-    one.begin(0, 0)
-    assert refused(lambda: one.begin(1, 1)).code == ErrorCode.QUOTA_LIVE_BYTES
+    other.charge(1, 4000)
+    assert one.add(3000)
+    one.charge(0, 0)
+    assert refused(lambda: one.charge(1, 1)).code == ErrorCode.QUOTA_LIVE_BYTES
 
 
 def test_live_bytes_count_over_all_sessions_until_the_micro_batch_ends() -> None:
     quotas, _ = make(live_bytes=1000)
     one, other = quotas.open_session("a"), quotas.open_session("a")
-    charge = one.begin(1, 600)
-    error = refused(lambda: other.begin(1, 401))
+    charge = one.charge(1, 600)
+    error = refused(lambda: other.charge(1, 401))
     assert (error.code, error.retryable) == (ErrorCode.QUOTA_LIVE_BYTES, True)
-    other.begin(1, 400).end(0.0)
+    other.charge(1, 400).end(0.0)
     one.close()  # its thread has yet to let go of the graph
-    refused(lambda: other.begin(1, 401))
+    refused(lambda: other.charge(1, 401))
     charge.end(0.0)
-    other.begin(1, 1000)
+    other.charge(1, 1000)
 
 
 def test_compute_quota_is_exceeded_by_one_micro_batch_at_most() -> None:
     quotas, clock = make(compute_s_per_hour=36.0)  # 1 s in 100
     session = quotas.open_session("a")
-    session.begin(1, 0).end(35.0)
-    session.begin(1, 0).end(5.0)
-    error = refused(lambda: session.begin(1, 0))
+    session.charge(1, 0).end(35.0)
+    session.charge(1, 0).end(5.0)
+    error = refused(lambda: session.charge(1, 0))
     assert (error.code, error.retryable) == (ErrorCode.QUOTA_COMPUTE, True)
     assert error.retry_after_s == pytest.approx(400.0, abs=0.002)
     clock.now += error.retry_after_s or 0.0
-    session.begin(1, 0)
+    session.charge(1, 0)
 
 
 def test_a_refusal_for_one_thing_charges_nothing_for_another() -> None:
     quotas, clock = make(tokens_per_minute=600, live_bytes=1000, compute_s_per_hour=36.0)
     session, other = quotas.open_session("a"), quotas.open_session("a")
-    charge = other.begin(1, 1)
+    charge = other.charge(1, 1)
     for _ in range(5):
-        assert refused(lambda: session.begin(599, 1000)).code == ErrorCode.QUOTA_LIVE_BYTES
-    session.begin(599, 999).end(36.0)
+        assert refused(lambda: session.charge(599, 1000)).code == ErrorCode.QUOTA_LIVE_BYTES
+    session.charge(599, 999).end(36.0)
     clock.now += 60.0
     charge.end(36.0)
     for _ in range(5):
-        assert refused(lambda: session.begin(600, 1000)).code == ErrorCode.QUOTA_COMPUTE
+        assert refused(lambda: session.charge(600, 1000)).code == ErrorCode.QUOTA_COMPUTE
     clock.now += 3600.0
-    session.begin(600, 1000)
+    session.charge(600, 1000)
 
 
 def test_of_several_reasons_the_one_that_lasts_longest_is_named() -> None:
     quotas, clock = make(tokens_per_minute=600, compute_s_per_hour=36.0)
     session = quotas.open_session("a")
-    session.begin(600, 0).end(37.0)
-    error = refused(lambda: session.begin(600, 0))
+    session.charge(600, 0).end(37.0)
+    error = refused(lambda: session.charge(600, 0))
     assert error.code == ErrorCode.QUOTA_COMPUTE
     clock.now += error.retry_after_s or 0.0
-    session.begin(600, 0)
+    session.charge(600, 0)
 
 
 def test_callers_without_usage_are_forgotten() -> None:
@@ -277,18 +277,18 @@ def test_callers_without_usage_are_forgotten() -> None:
     staying = quotas.open_session("staying")
     for number in range(1000):
         with quotas.open_session(f"busy {number}") as session:
-            session.begin(600, 10).end(1.0)
+            session.charge(600, 10).end(1.0)
     assert quotas.callers == 1001
-    refused(lambda: quotas.open_session("busy 0").begin(1, 0))
+    refused(lambda: quotas.open_session("busy 0").charge(1, 0))
     clock.now += 60.1
-    staying.begin(600, 10)
+    staying.charge(600, 10)
     for number in range(5000):
         quotas.open_session(f"passing {number}").close()
     assert quotas.callers <= 2100
     for number in range(5000):
         quotas.open_session(f"passing again {number}").close()
     assert quotas.callers <= 100
-    refused(lambda: staying.begin(1, 0))
+    refused(lambda: staying.charge(1, 0))
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
@@ -355,7 +355,7 @@ class AgainstTheModel(RuleBasedStateMachine):
         if session is None:
             return None
         if tokens > 120 or live_bytes > 100:
-            assert not refused(lambda: session.begin(tokens, live_bytes)).retryable
+            assert not refused(lambda: session.charge(tokens, live_bytes)).retryable
             return session
         model, now = self.models[session.name], self.clock.now
         missing = {
@@ -365,7 +365,7 @@ class AgainstTheModel(RuleBasedStateMachine):
         }
         longest = max(missing.values())
         if longest > 1e-3:
-            error = refused(lambda: session.begin(tokens, live_bytes))
+            error = refused(lambda: session.charge(tokens, live_bytes))
             assert error.retryable
             assert error.retry_after_s == pytest.approx(longest, abs=2e-3)
             assert missing[ErrorCode(error.code)] == pytest.approx(longest, abs=2e-3)
@@ -374,7 +374,7 @@ class AgainstTheModel(RuleBasedStateMachine):
                 return session
         elif longest > -1e-3:
             self.clock.now += 0.01  # too close to call
-        self.charges[id(session)] = session.begin(tokens, live_bytes)
+        self.charges[id(session)] = session.charge(tokens, live_bytes)
         model.tokens.append((self.clock.now, tokens))
         model.live[id(session)] = live_bytes
         return session
@@ -431,7 +431,7 @@ def test_threads_never_hold_more_than_the_quota_together() -> None:
         while True:
             try:
                 with quotas.open_session("a") as session:
-                    charge = session.begin(7, 40)
+                    charge = session.charge(7, 40)
                     held.add(session)
                     most = max(most, len(held))
                     held.remove(session)
@@ -446,5 +446,5 @@ def test_threads_never_hold_more_than_the_quota_together() -> None:
     assert sum(granted for granted, _ in results) == 19_999  # the clock stands: the minute's and no more
     assert max(most for _, most in results) <= 2
     with quotas.open_session("a") as session:
-        session.begin(1, 100)
-        refused(lambda: session.begin(1, 0))
+        session.charge(1, 100)
+        refused(lambda: session.charge(1, 0))

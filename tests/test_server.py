@@ -29,7 +29,7 @@ from dlora.cloud.door.access import Access
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.server import CloudServer, ServerSettings
 from dlora.cloud.serving.timeouts import SessionTimeouts
-from dlora.edge.adapters.fitting import check_base_model
+from dlora.edge.adapters.compatibility import check_base_model
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.connection import Connection

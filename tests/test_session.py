@@ -263,7 +263,7 @@ def test_an_error_closes_from_every_state(state: State, sender: Side) -> None:
 
 
 @pytest.mark.parametrize("state", State)
-def test_device_knows_when_it_may_say_goodbye(state: State) -> None:
+def test_may_close_only_where_the_table_allows_it(state: State) -> None:
     session = Pair(WAYS[state]).sides[E]
     assert session.may_close is (m.CloseSession in TRANSITIONS[state])
     if session.may_close:
@@ -500,7 +500,7 @@ def test_fading_and_held_units_are_asked_and_need_no_gradients() -> None:
 
 
 @pytest.mark.parametrize("gradients", [0, 1])
-def test_every_active_group_is_promised_its_gradients(gradients: int) -> None:
+def test_every_active_group_must_get_its_gradients(gradients: int) -> None:
     config = KillReviveConfig(active_fraction=0.5)
     pair = Pair([*c.opening(kill_revive=config), c.report(0), c.signal(0, b"\3\1"), *list(c.forward(1))[:-1]])
     refused_on_both_sides(pair, c.labelled(1, gradients=gradients), f"{gradients} gradients for 2 active groups")
@@ -637,13 +637,13 @@ class Talk:
             self.say(c.group_delta(step, micro_batch, group))
         active = [group for group in live if units[c.GROUPS[group].block] == UnitState.ACTIVE]
         more = [group for group in live if group not in active]
-        graded = active + (draw(st.permutations(more))[: draw(st.integers(0, len(more)))] if more else [])
-        gradients = len(graded) if training else 0
+        with_grads = active + (draw(st.permutations(more))[: draw(st.integers(0, len(more)))] if more else [])
+        gradients = len(with_grads) if training else 0
         self.say(c.labelled(step, micro_batch, gradients))
         if not gradients:
             return
         self.say(c.grad_hidden_states(step, micro_batch))
-        to_send, to_answer = list(draw(st.permutations(graded))), []
+        to_send, to_answer = list(draw(st.permutations(with_grads))), []
         while to_send or to_answer:
             if to_send and (not to_answer or draw(st.booleans())):
                 group, answer = to_send.pop(), draw(st.booleans())

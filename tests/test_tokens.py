@@ -61,7 +61,7 @@ def test_a_token_has_256_random_bits_and_names_its_device(store: BearerTokenStor
     assert store.verify(first).id == first.split("_")[1]
 
 
-def test_the_secret_is_nowhere_in_the_file_and_the_file_is_its_owners(store: BearerTokenStore) -> None:
+def test_the_file_has_no_secret_and_only_its_owner_can_read_it(store: BearerTokenStore) -> None:
     secret = store.create("phone", None).split("_", 2)[2]
     assert secret.encode() not in store.path.read_bytes()
     assert stat.S_IMODE(store.path.stat().st_mode) == 0o600

@@ -54,14 +54,14 @@ def expected(
     states = {group: units[index] for index, unit in enumerate(trainer.adapters.units) for group in unit.groups}
     live = [group for group in range(len(groups)) if states[group] != UnitState.KILLED]
     active = [group for group in live if states[group] == UnitState.ACTIVE]
-    graded = [group for group in live if group >= min(active)] if train else []
+    with_grads = [group for group in live if group >= min(active)] if train else []
     return sum(
         (
             micro_batch_traffic(
                 crossings(trainer.config.adapter, groups),
                 live=live,
-                graded=graded,
-                answered=graded[1:],
+                with_grads=with_grads,
+                answered=with_grads[1:],
                 tokens=len(batch.ids),
                 sequences=len(batch.sequence_lengths),
                 labelled=len(batch.labels),
@@ -158,7 +158,7 @@ def test_without_an_adapter_no_group_exchanges(bench: Bench, wire_dtype: WireDty
         wanted += micro_batch_traffic(
             (),
             live=(),
-            graded=(),
+            with_grads=(),
             answered=(),
             tokens=len(batch.ids),
             sequences=len(batch.sequence_lengths),

@@ -38,7 +38,7 @@ def test_an_exponent_is_an_integer() -> None:
         Decoder().decode(write_checksum(frame))
 
 
-def test_a_ticket_is_bytes_from_the_first_one_on() -> None:
+def test_the_first_ticket_must_be_uint8() -> None:
     session = Session(Side.EDGE)
     session.send(c.hello())
     session.receive(encode(c.welcome()))

@@ -247,7 +247,7 @@ def check_device(device: str, gpus: int) -> None:
     """Raise ``UsageError`` unless a model can be put on ``device`` of a machine with that many GPUs."""
     found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
     if found is None:
-        raise UsageError(f"--device {device!r} is none; write cpu, cuda or cuda:N")
+        raise UsageError(f"--device {device!r} is no device; write cpu, cuda or cuda:N")
     if device != "cpu" and int(found[1] or 0) >= gpus:
         seen = f"{gpus} CUDA devices, from cuda:0 on," if gpus else "no CUDA device"
         raise UsageError(f"--device {device}: torch sees {seen} here; use --device cpu or another one")

@@ -1,7 +1,7 @@
 """Who may come in: a token, a client certificate or, on loopback, an address; and what strangers are told.
 
-No sockets and no time but the injected clock. Where the tokens' file is locked it waits: not for an
-event loop. ``Access.admit`` is for one thread at a time.
+No sockets and no time but the injected clock. Where the tokens' file is locked it blocks: do not
+call it on an event loop. ``Access.admit`` is for one thread at a time.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Caller:
 
 
 class AccessDeniedError(RefusedError):
-    """A stranger, or one who is no longer welcome.
+    """A stranger, or one whose token was revoked or has expired.
 
     Attributes:
         status: of the HTTP answer: 401, 429, or 503 where the tokens cannot be read.
-        should_log: whether it deserves a line of its own; False for a stranger who knocks on and on.
+        should_log: whether it deserves a line of its own; False for a stranger who fails again and again.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ from dlora.protocol.text import one_line
 logger = logging.getLogger("dlora.cloud")
 
 LOG_EVERY_S = 10.0
-LOGGED_LETTERS = 300  # of what a peer had a hand in
+LOGGED_CHARACTERS = 300  # of what a peer had a hand in
 SMALLEST_UNREAD_BYTES = 1 << 20
 
 
@@ -65,11 +65,11 @@ class ConnectionLimits:
     origins: tuple[str, ...] = ()
 
 
-class FrameQueue(Protocol):
+class UnreadBytes(Protocol):
     """What counts the bytes of messages that nobody has taken yet; see ``SessionQuota``."""
 
-    def queue(self, nbytes: int) -> bool: ...
-    def unqueue(self, nbytes: int) -> None: ...
+    def add(self, nbytes: int) -> bool: ...
+    def remove(self, nbytes: int) -> None: ...
 
 
 class Guard:
@@ -113,7 +113,7 @@ class Guard:
         return {
             "create_connection": partial(GuardedConnection, self),
             "origins": [*limits.origins, None],  # None: no Origin header at all
-            "compression": None,  # hidden states do not compress, and a compression bomb is no wish of ours
+            "compression": None,  # hidden states do not compress, and a compression bomb could exhaust memory
             "max_size": limits.first_frame_bytes,
             "max_queue": 4,
             "open_timeout": limits.handshake_s,
@@ -122,7 +122,7 @@ class Guard:
         }
 
     def abort_unfinished(self) -> None:
-        """Abort all without a session, and all that come: nobody who dawdles delays a server that stops."""
+        """Abort all without a session, and all that come: a slow peer must not delay a server that stops."""
         self._closed = True
         for connection in list(self._unfinished):
             connection.abort()
@@ -135,11 +135,11 @@ class Guard:
         A line each would let a flood of connections fill the disk.
         """
         if count := self._count(reason):
-            more = f": {one_line(detail, LOGGED_LETTERS)}" if detail else ""
+            more = f": {one_line(detail, LOGGED_CHARACTERS)}" if detail else ""
             logger.warning("refused %d × %s; the last from %s%s", count, reason, peer, more)
 
     def log_bug(self, error: Exception, peer: str) -> None:
-        """Log a bug of ours with its traceback, as seldom as refusals: a stranger may know how to call it forth."""
+        """Log a bug of ours with its traceback, as seldom as refusals: a stranger may know how to trigger it."""
         if count := self._count("internal error"):
             logger.error("internal error × %d, before a session; the last with %s", count, peer, exc_info=error)
 
@@ -218,17 +218,17 @@ class GuardedConnection(ServerConnection):
         self._window_began = guard.clock()
         self._controls = 0
         self._waiting: deque[int] = deque()  # of each message that nobody has taken yet, the bytes that count
-        self._queue: FrameQueue | None = None
+        self._unread: UnreadBytes | None = None
         _watch_frames(protocol, self._check_frame)
 
     # -- for the server ----------------------------------------------------------------------------------
 
-    def opened(self, queue: FrameQueue) -> None:
+    def session_opened(self, unread: UnreadBytes) -> None:
         """A session was opened or resumed: this connection does not count as a stranger's any more.
 
-        ``queue`` counts the messages that come from now on, until they are taken.
+        ``unread`` counts the messages that come from now on, until they are taken.
         """
-        self._queue = queue
+        self._unread = unread
         self._guard.move_to_opened(self)
 
     def log_refusal(self, code: str, peer: str, detail: str) -> None:
@@ -335,8 +335,8 @@ class GuardedConnection(ServerConnection):
             case Opcode.BINARY | Opcode.CONT:
                 if not frame.fin or frame.opcode is Opcode.CONT:
                     return self._refuse(ErrorCode.PROTOCOL, "a message in fragments")
-                counted = len(frame.data) if self._queue is not None else 0
-                if self._queue is not None and not self._queue.queue(counted):
+                counted = len(frame.data) if self._unread is not None else 0
+                if self._unread is not None and not self._unread.add(counted):
                     return self._refuse(ErrorCode.FLOOD, "more messages than there is memory for")
                 self._waiting.append(counted)
                 if len(self._waiting) > self._guard.limits.waiting_frames:
@@ -346,8 +346,8 @@ class GuardedConnection(ServerConnection):
         return True
 
     def _count_taken(self, nbytes: int) -> None:
-        if self._queue is not None and nbytes:
-            self._queue.unqueue(nbytes)
+        if self._unread is not None and nbytes:
+            self._unread.remove(nbytes)
 
     def _refuse(self, code: ErrorCode, reason: str) -> bool:
         self._guard.log_refusal(reason, self.source)

@@ -303,8 +303,8 @@ class SessionQuota:
         self.is_open = True
         self._quotas = quotas
 
-    def begin(self, tokens: int, live_bytes: int) -> Charge:
-        """Charge a micro-batch, or a report of no tokens, before it runs; what it gives must be ended.
+    def charge(self, tokens: int, live_bytes: int) -> Charge:
+        """Charge a micro-batch, or a report of no tokens, before it runs; the charge must be ended.
 
         Waits until the server has the memory. Raises ``RefusedError`` (``quota_tokens``, ``quota_live_bytes``,
         ``quota_compute``, ``limit``) and charges nothing: retryable, with the time when the same will fit, or not
@@ -320,14 +320,14 @@ class SessionQuota:
         """
         self._quotas._hold(self, nbytes)
 
-    def queue(self, nbytes: int) -> bool:
+    def add(self, nbytes: int) -> bool:
         """Count a frame that came and that nobody has read yet; False where there is no room for it.
 
         One frame of a session always finds room: its conversation is lock-step, so that more is not needed.
         """
         return self._quotas._queue(self, nbytes)
 
-    def unqueue(self, nbytes: int) -> None:
+    def remove(self, nbytes: int) -> None:
         """It was read, or dropped."""
         self._quotas._unqueue(self, nbytes)
 

@@ -58,12 +58,12 @@ def check_exposure(host: str, *, tls: bool, authenticated: bool, insecure: bool)
     if not tls:
         raise UsageError(
             f"--host {host} is not loopback, and what devices send could be read on the way; give --tls-cert and "
-            "--tls-key, or listen on 127.0.0.1 behind a proxy that speaks TLS, or say --insecure"
+            "--tls-key, or listen on 127.0.0.1 behind a proxy that speaks TLS, or add --insecure"
         )
     if not authenticated:
         raise UsageError(
             f"--host {host} is not loopback, and anybody could train; create a token first: dlora-cloud token create "
-            "--device NAME, or give --tls-client-ca, or say --insecure"
+            "--device NAME, or give --tls-client-ca, or add --insecure"
         )
 
 

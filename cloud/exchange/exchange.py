@@ -2,15 +2,16 @@
 
 ::
 
-    x ── Join ──┬──────────── frozen linear ──── + ── y     forward: what the device needs is sent, the frozen products
-                ├──────────── frozen linear ──── + ── y     are computed while it works, then its outputs are awaited
-                │                                │
-                └ Pack ─ project ─ Await ┐       │          backward: Post's node is the youngest of those that wait for
-                                  │      ┊     Unpack       nobody, so it runs first and sends the outputs' gradients;
-                                  ▼      ┊       │          the frozen products run; then Await waits for the gradient
-                          to the device  Post ─ expand      of what was sent, and Join adds it to the rest
-                                         ▲
-                              outputs of the device
+    x ── Fork ──┬──────────── frozen linear ────────── + ── y   forward: what the device needs is sent, the frozen
+                ├──────────── frozen linear ────────── + ── y   products are computed while it works, then its outputs
+                │                                      │        are awaited
+                └ Pack ─ project ─ AwaitInputGrad ┐  Unpack
+                                  │               ┊    │        backward: of the nodes that are ready autograd runs the
+                                  ▼               ┊  expand     one created last, SendGrads; then the frozen products;
+                          to the device           ┊    │        then AwaitInputGrad waits for the gradient of what was
+                                                 SendGrads      sent, and Fork adds it to the rest
+                                                     ▲
+                                          outputs of the device
 
 ``project`` and ``expand`` are the adapters' kind's own (``kinds.py``); for LoRA they change nothing.
 
@@ -92,17 +93,17 @@ class MicroBatchExchange:
     def _run_group(self, group: int, x: Tensor) -> None:
         self._inputs[group] = x
         site, targets = self._sites[group], self._groups[group].targets
-        joined, tap = _Join.apply(x) if x.requires_grad else (x, x)
+        joined, tap = _Fork.apply(x) if x.requires_grad else (x, x)
         sent = site.project(_Pack.apply(tap, self))
         self.channel.send_input(group, sent.detach())
         if sent.requires_grad:
-            sent = _Await.apply(sent, self, group)
+            sent = _AwaitInputGrad.apply(sent, self, group)
         frozen = [original_forward(self._base, target.name)(joined) for target in targets]
         outputs = self.channel.receive_outputs(group, frozen[0].device)
         if torch.is_grad_enabled() and (sent.requires_grad or group in self._trained):
             # The anchor makes the outputs part of the graph where nothing below them is.
             anchor = torch.ones((), requires_grad=True)
-            outputs = list(_Post.apply(self, group, anchor, sent, *outputs))
+            outputs = list(_SendGrads.apply(self, group, anchor, sent, *outputs))
             self.gradients += 1
         deltas = site.expand(outputs)
         for target, output, delta in zip(targets, frozen, deltas, strict=True):
@@ -132,7 +133,7 @@ class MicroBatchExchange:
         return full
 
 
-class _Join(torch.autograd.Function):
+class _Fork(torch.autograd.Function):
     """x, twice: for the frozen products and for the device. Its backward adds what both give, in this order."""
 
     @staticmethod
@@ -172,12 +173,12 @@ class _Unpack(torch.autograd.Function):
         return ctx.exchange.pack(grad).to(ctx.dtype), None, None, None
 
 
-class _Await(torch.autograd.Function):
+class _AwaitInputGrad(torch.autograd.Function):
     """What was sent to the device; its backward waits for the device's gradient of it."""
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor, exchange: MicroBatchExchange, group: int) -> Tensor:
-        ctx.set_materialize_grads(False)  # Post gives none: it only comes first
+        ctx.set_materialize_grads(False)  # SendGrads gives none: it only comes first
         ctx.exchange, ctx.group, ctx.device, ctx.dtype = exchange, group, sent.device, sent.dtype
         return sent.view_as(sent)
 
@@ -187,7 +188,7 @@ class _Await(torch.autograd.Function):
         return exchange.channel.receive_input_grad(ctx.group, ctx.device).to(ctx.dtype), None, None
 
 
-class _Post(torch.autograd.Function):
+class _SendGrads(torch.autograd.Function):
     """The outputs as they came; its backward sends their gradients and waits for nothing."""
 
     @staticmethod
@@ -202,7 +203,7 @@ class _Post(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         exchange: MicroBatchExchange = ctx.exchange
         exchange.channel.send_grads(ctx.group, grads, answer=ctx.answer)
-        # None for `sent` too: it stands among the inputs only so that Await cannot run before Post has.
+        # None for `sent` too: it stands among the inputs only so that AwaitInputGrad cannot run before SendGrads has.
         return (None,) * ctx.inputs
 
 
@@ -233,7 +234,7 @@ class _Wrapped:
         return self.original(x) if output is None else output
 
 
-def install(base: BaseModel) -> None:
+def wrap_target_modules(base: BaseModel) -> None:
     """Wrap the target modules of a base model, once. Raises ``ValueError`` if a base parameter requires grad."""
     for name, parameter in base.model.named_parameters():
         if parameter.requires_grad:

@@ -11,21 +11,21 @@ class ComputeGate:
     """Lets ``width`` micro-batches compute at a time; the others wait their turn.
 
     Attributes:
-        turns: how often a micro-batch has begun or ended to compute so far.
+        changes: how often a micro-batch has begun or ended to compute so far.
     """
 
     def __init__(self, width: int = 1) -> None:
-        self.turns = 0
+        self.changes = 0
         self._free = threading.Semaphore(width)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         with self._free:
-            self.turns += 1
+            self.changes += 1
             try:
                 yield
             finally:
-                self.turns += 1
+                self.changes += 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

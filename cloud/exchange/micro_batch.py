@@ -25,7 +25,7 @@ from .torch_codecs import from_wire, to_wire
 M = TypeVar("M", bound=m.ExchangeMessage)
 
 
-class Device(Protocol):
+class DeviceMessages(Protocol):
     """The device's end of one micro-batch."""
 
     def send(self, message: m.ExchangeMessage) -> None:
@@ -101,7 +101,7 @@ class MicroBatchRun:
         active = self._live_groups.active
         return self._sites.groups[min(active)] if active and self._trains else None
 
-    def run(self, device: Device) -> None:
+    def run(self, device: DeviceMessages) -> None:
         """Forward, and backward where it trains. Raises what ``device`` does, and ``NonFiniteError``."""
         sites, (live, trained) = self._sites, self._live_groups
         channel = _Channel(sites, self.key, device)
@@ -126,7 +126,7 @@ class MicroBatchRun:
 class _Channel:
     """Tensors of a micro-batch to messages and back; a ``Channel`` for its exchange."""
 
-    def __init__(self, sites: Sites, key: Key, device: Device) -> None:
+    def __init__(self, sites: Sites, key: Key, device: DeviceMessages) -> None:
         self._sites = sites
         self._step, self._micro_batch = key
         self._device = device

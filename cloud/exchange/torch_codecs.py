@@ -23,7 +23,7 @@ class TorchCodec(Protocol):
         """Put a float32 tensor of any device on the wire. Raises ``NonFiniteError`` on NaN or infinity."""
 
     def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """The values in ``dtype`` on ``device``."""
+        """The values in ``dtype`` on ``torch_device``."""
 
 
 class _Fp32:
@@ -69,5 +69,5 @@ def to_wire(tensor: torch.Tensor, codecs: Codecs, role: TensorRole) -> WireTenso
 def from_wire(
     tensor: WireTensor, codecs: Codecs, role: TensorRole, torch_device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The tensor's values in ``dtype`` on ``device``."""
+    """The tensor's values in ``dtype`` on ``torch_device``."""
     return TORCH_CODECS[getattr(codecs, role.value)].decode(tensor, torch_device, dtype)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from websockets.exceptions import ConnectionClosed
 
 from dlora.cloud.door.access import Caller
-from dlora.cloud.door.guard import LOGGED_LETTERS, GuardedConnection
+from dlora.cloud.door.guard import LOGGED_CHARACTERS, GuardedConnection
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.memory import is_out_of_memory
 from dlora.cloud.model.source import public_name
@@ -28,10 +28,10 @@ from dlora.protocol.text import one_line
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from dlora.protocol.wire_codecs import Codecs
 
-from .conversation import DeviceGaveUpError
+from .message_router import DeviceGaveUpError
 from .service import Service
 from .session_loop import SessionLoop, shutting_down
-from .sessions import LiveSession
+from .sessions import ServerSession
 from .ticket import controller_of, ticket_bytes
 from .transport import DeviceGoneError, SessionTransport, as_refusal, close_with_error
 
@@ -52,7 +52,7 @@ async def handle_connection(connection: GuardedConnection, caller: Caller, servi
             live = await _Handshake(connection, caller, handshake, service).run()
         if live is not None:
             await connection.wait_closed()
-            live.transport.closed(connection)
+            live.transport.handle_closed(connection)
     except TimeoutError:
         late = RefusedError("too slow at the handshake", m.ErrorCode.DEADLINE, retryable=True)
         await _refuse(connection, caller, late)
@@ -79,7 +79,7 @@ class _Handshake:
         self._session = session
         self._service = service
 
-    async def run(self) -> LiveSession | None:
+    async def run(self) -> ServerSession | None:
         """The session that the connection now belongs to, or None."""
         hello = await self._receive()
         if not isinstance(hello, m.Hello):
@@ -131,17 +131,17 @@ class _Handshake:
             window=self._service.window,
         )
 
-    def _resume(self, request: m.ResumeSession) -> LiveSession | None:
+    def _resume(self, request: m.ResumeSession) -> ServerSession | None:
         service = self._service
         live = service.sessions.resume(request, self._caller, self._connection, self._session)
         if live is None:
             return None
-        self._connection.opened(live.quota)
+        self._connection.session_opened(live.quota)
         self._connection.limit_frames(frame_limit(service, live.session))
         logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self._caller.name)
         return live
 
-    def _open(self, controller: Controller | None, device_id: str) -> LiveSession:
+    def _open(self, controller: Controller | None, device_id: str) -> ServerSession:
         service, session, caller = self._service, self._session, self._caller
         if service.draining.is_set():
             raise shutting_down()
@@ -159,12 +159,12 @@ class _Handshake:
                 closing_tasks=service.closing_tasks,
                 clock=service.clock,
             )
-            live = LiveSession(name, caller, device_id, session, transport, quota)
+            live = ServerSession(name, caller, device_id, session, transport, quota)
             loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device_id))
-            opened = session.send(loop.opened(live.name, live.new_resume_token()))
+            opened = session.send(loop.opened_message(live.name, live.new_resume_token()))
             undo.pop_all()
         service.sessions.add(live)
-        self._connection.opened(quota)
+        self._connection.session_opened(quota)
         self._connection.limit_frames(frame_limit(service, session))
         logger.info(
             "session %s: opened at step %d by %s with %d groups", live.name, session.step, caller.name,
@@ -175,7 +175,7 @@ class _Handshake:
         return live
 
 
-async def _run(live: LiveSession, loop: SessionLoop, service: Service) -> None:
+async def _run(live: ServerSession, loop: SessionLoop, service: Service) -> None:
     """Run a session's thread to its end, whatever connections it has on the way."""
     session, name = live.session, live.name
     refusal: Exception | None = None
@@ -186,7 +186,7 @@ async def _run(live: LiveSession, loop: SessionLoop, service: Service) -> None:
             session.bytes_received / 1e6, session.bytes_sent / 1e6,
         )  # fmt: skip
     except (DeviceGoneError, DeviceGaveUpError) as error:
-        logger.info("session %s: ended at step %d: the device left: %s", name, session.step, _log_text(error))
+        logger.info("session %s: ended at step %d: %s", name, session.step, _log_text(error))
     except (RefusedError, RemoteProtocolError, NonFiniteError) as error:
         refusal = as_refusal(error)
         level = logging.INFO if refusal.retryable else logging.WARNING
@@ -203,7 +203,7 @@ async def _run(live: LiveSession, loop: SessionLoop, service: Service) -> None:
 
 
 def _log_text(error: Exception) -> str:
-    return one_line(str(error), LOGGED_LETTERS)
+    return one_line(str(error), LOGGED_CHARACTERS)
 
 
 def as_internal_error(error: Exception) -> RefusedError:

@@ -25,7 +25,7 @@ from websockets.http11 import Request, Response
 from dlora.cloud.door.access import Access, AccessDeniedError, Caller
 from dlora.cloud.door.guard import ConnectionLimits, Guard, GuardedConnection
 from dlora.cloud.door.quotas import QuotaLimits, Quotas
-from dlora.cloud.exchange.exchange import install
+from dlora.cloud.exchange.exchange import wrap_target_modules
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import can_pack
@@ -103,7 +103,7 @@ class CloudServer:
         access: Access | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        install(base)
+        wrap_target_modules(base)
         self.port = 0
         self.scheme = "ws" if tls is None else "wss"
         self.guard = Guard(settings.limits or ConnectionLimits(sessions=settings.max_sessions), tls=tls)
@@ -126,7 +126,7 @@ class CloudServer:
         # Sequences end to end are one row, whatever each of them may have.
         longest = (max_tokens or MOST_TOKENS) if may_pack else base.max_sequence_length
         if max_tokens is None:
-            max_tokens = fitting_tokens(live_bytes, longest, live_limit)
+            max_tokens = default_max_tokens(live_bytes, longest, live_limit)
         largest = live_bytes.largest(max_tokens, longest)
         if live_limit is not None and quotas.live_bytes is None:
             # Whoever stalls in the middle of a step must not hold up all others.
@@ -233,11 +233,11 @@ class CloudServer:
         released = seen = 0
         while True:
             await asyncio.sleep(RELEASE_EVERY_S)
-            turns = self.service.gate.turns
-            if turns == seen != released:
+            changes = self.service.gate.changes
+            if changes == seen != released:
                 await asyncio.to_thread(collect_garbage)
-                released = turns
-            seen = turns
+                released = changes
+            seen = changes
 
     async def _end_parked(self) -> None:
         """End sessions whose device is away in the middle of a step, one a second, where others wait for the memory."""
@@ -295,7 +295,7 @@ class CloudServer:
         }
 
 
-def fitting_tokens(live_bytes: LiveBytes, longest: int, live_limit: int | None) -> int:
+def default_max_tokens(live_bytes: LiveBytes, longest: int, live_limit: int | None) -> int:
     """The most tokens of a micro-batch that takes at most half of ``live_limit`` bytes, so that nobody has all of it.
 
     At least ``LEAST_TOKENS``, at most ``MOST_TOKENS``, in steps of the former. ``longest``: tokens of a sequence.

@@ -25,9 +25,9 @@ from dlora.protocol.errors import RefusedError
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import decode_floats
 
-from .conversation import Conversation, MicroBatchDevice
+from .message_router import MessageRouter, MicroBatchMessages
 from .service import Service
-from .sessions import LiveSession
+from .sessions import ServerSession
 from .ticket import ticket_of
 from .timeouts import Deadlines
 
@@ -45,7 +45,7 @@ class SessionLoop:
     """
 
     def __init__(
-        self, service: Service, live: LiveSession, controller: Controller | None, deadlines: Deadlines
+        self, service: Service, live: ServerSession, controller: Controller | None, deadlines: Deadlines
     ) -> None:
         opening = live.session.opened_with
         assert opening is not None
@@ -56,7 +56,7 @@ class SessionLoop:
         self._controller = controller
         self._clock = service.clock
         self._deadlines = deadlines
-        self._conversation = Conversation(live.session, live.transport, service.clock)
+        self._router = MessageRouter(live.session, live.transport, service.clock)
         self._sites = Sites(service.base, opening.groups, opening.adapter, opening.codecs)
         self._window = opening.window
         self._running: set[Future[None]] = set()
@@ -64,7 +64,7 @@ class SessionLoop:
             for _ in opening.groups:
                 self._sites.add(())
 
-    def opened(self, name: str, token: bytes) -> m.SessionOpened:
+    def opened_message(self, name: str, token: bytes) -> m.SessionOpened:
         """The message that opens the session, with the controller's states and ticket where it trains."""
         if self._controller is None:
             return m.SessionOpened(session=name, token=token)
@@ -89,7 +89,7 @@ class SessionLoop:
     def _answer_next(self, pool: ThreadPoolExecutor | None) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
         idle_s = self._service.timeouts.idle_s
-        match self._conversation.receive(None, idle_s, self._clock() + idle_s):
+        match self._router.receive(None, idle_s, self._clock() + idle_s):
             case m.Embeddings() as begun:
                 if pool is None:
                     self._run_micro_batch(begun)
@@ -126,7 +126,7 @@ class SessionLoop:
             for group, tensors in enumerate(states):
                 self._hold(group)
                 self._sites.add(tensors)
-                self._conversation.send(m.AdapterState(group=group, tensors=tuple(tensors)))
+                self._router.send(m.AdapterState(group=group, tensors=tuple(tensors)))
         finally:
             charge.end(self._clock() - started)
 
@@ -143,7 +143,7 @@ class SessionLoop:
         try:
             units = self._controller.report(report.step, decode_floats(report.scores))
             ticket = self._ticket(self._controller)
-            self._conversation.send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=ticket))
+            self._router.send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=ticket))
         finally:
             charge.end(self._clock() - started)
         if self._service.draining.is_set():
@@ -158,7 +158,7 @@ class SessionLoop:
         try:
             self._run_micro_batch(begun)
         except Exception as error:  # of a thread that nobody waits for, while another may wait for the device
-            self._conversation.fail(error)
+            self._router.fail(error)
             self._transport.interrupt(error)
 
     def _run_micro_batch(self, begun: m.Embeddings) -> None:
@@ -167,8 +167,8 @@ class SessionLoop:
         tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
         del begun
         charge = self._admit(tokens, service.live_bytes.estimate(run.layout, run.lowest_trained))
-        transport = self._conversation.transport
-        device = MicroBatchDevice(self._conversation, run.key, service.gate, self._deadlines)
+        transport = self._router.transport
+        device = MicroBatchMessages(self._router, run.key, service.gate, self._deadlines)
         started, times_lost = self._clock(), transport.times_lost
         try:
             with service.gate.computing(), torch.autograd.set_multithreading_enabled(False):
@@ -177,7 +177,7 @@ class SessionLoop:
         finally:
             charge.end(self._clock() - started - device.idle_s)
         if transport.times_lost == times_lost:
-            self._deadlines.answers.observe(device.waited_s)
+            self._deadlines.all_answers.observe(device.waited_s)
 
     def _admit(self, tokens: int, live_bytes: int) -> Charge:
         """Charge what comes to its device's quotas; over them, send the device away until there is room.
@@ -185,10 +185,10 @@ class SessionLoop:
         Not for ever: a device that comes too early again and again loses its session, as an idle one does.
         """
         give_up_at = math.inf
-        transport = self._conversation.transport
+        transport = self._router.transport
         while True:
             try:
-                return self._quota.begin(tokens, live_bytes)
+                return self._quota.charge(tokens, live_bytes)
             except RefusedError as refusal:
                 wait_s, now = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S), self._clock()
                 if not refusal.retryable or now > give_up_at:

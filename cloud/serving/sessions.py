@@ -28,7 +28,7 @@ BUSY_RETRY_S = 5.0
 
 
 @dataclass(eq=False)
-class LiveSession:
+class ServerSession:
     """One session, connected or parked.
 
     Attributes:
@@ -61,13 +61,13 @@ class Sessions:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._live: dict[str, LiveSession] = {}
+        self._live: dict[str, ServerSession] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._live)
 
-    def __iter__(self) -> Iterator[LiveSession]:
+    def __iter__(self) -> Iterator[ServerSession]:
         with self._lock:
             return iter(list(self._live.values()))
 
@@ -83,28 +83,33 @@ class Sessions:
                 self._evict(live, "its device opened another session")
 
     def make_room(self) -> None:
-        """Raise ``RefusedError`` (``busy``) where no other session fits."""
+        """Where the server is full, end the session that was parked longest.
+
+        Raises ``RefusedError`` (``busy``) where none is parked.
+        """
         if len(self) < self.limit:
             return
         parked = self._parked()
         if not parked:
             text = f"the server is full ({self.limit} sessions)"
             raise RefusedError(text, m.ErrorCode.BUSY, retryable=True, retry_after_s=BUSY_RETRY_S)
-        self._evict(min(parked, key=lambda live: live.transport.parked_at or 0.0), "another device needed the room")
+        longest = min(parked, key=lambda live: live.transport.parked_at or 0.0)
+        self._evict(longest, "another device needed the room")
 
     def end_longest_parked_in_step(self) -> None:
         """End it, where there is one that holds memory."""
         holding = [live for live in self._parked() if live.quota.live_bytes]
         if holding:
-            self._evict(min(holding, key=lambda live: live.transport.parked_at or 0.0), "others needed the memory")
+            longest = min(holding, key=lambda live: live.transport.parked_at or 0.0)
+            self._evict(longest, "others needed the memory")
 
-    def add(self, live: LiveSession) -> None:
+    def add(self, live: ServerSession) -> None:
         with self._lock:
             self._live[live.name] = live
 
     def resume(
         self, request: m.ResumeSession, caller: Caller, connection: ServerConnection, handshake: Session
-    ) -> LiveSession | None:
+    ) -> ServerSession | None:
         """Move a session over to ``connection``; None where there is no such session for that token and caller.
 
         Raises ``RemoteProtocolError`` where the device claims to have what it cannot have.
@@ -118,15 +123,15 @@ class Sessions:
         live.transport.attach(connection, lambda: [answer, *live.session.resume(handshake, request.received)])
         return live
 
-    def remove(self, live: LiveSession) -> None:
+    def remove(self, live: ServerSession) -> None:
         """Forget a session; harmless when it is forgotten already."""
         with self._lock:
             self._live.pop(live.name, None)
         live.quota.close()
 
-    def _parked(self) -> list[LiveSession]:
+    def _parked(self) -> list[ServerSession]:
         return [live for live in self if live.transport.parked_at is not None]
 
-    def _evict(self, live: LiveSession, reason: str) -> None:
+    def _evict(self, live: ServerSession, reason: str) -> None:
         self.remove(live)
-        live.transport.end(DeviceGoneError(reason))
+        live.transport.end(DeviceGoneError(f"evicted: {reason}"))

@@ -47,12 +47,12 @@ class Deadlines:
     """One device's, within a micro-batch.
 
     Attributes:
-        answer: of one answer.
-        answers: of all answers together.
+        one_answer: of one answer.
+        all_answers: of all answers together.
     """
 
-    answer: Deadline
-    answers: Deadline
+    one_answer: Deadline
+    all_answers: Deadline
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class SessionTransport:
     def connection(self) -> ServerConnection | None:
         return self._connection
 
-    def closed(self, connection: ServerConnection) -> None:
+    def handle_closed(self, connection: ServerConnection) -> None:
         """The connection has ended. The session counts as parked from now on, whatever its thread does at the moment;
         what has come over it can still be read."""
         with self._changed:
@@ -183,7 +183,7 @@ class SessionTransport:
         """Go on over another connection, with the frames that the device is ``missing``.
 
         They are asked for while the session's thread cannot send: a frame that it makes meanwhile is either among them
-        or goes over the new connection. The old one is dropped without a goodbye: a device that comes back no longer
+        or goes over the new connection. The old one is dropped without an ``Error``: a device that comes back no longer
         reads it.
         """
         with self._changed:

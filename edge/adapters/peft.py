@@ -33,7 +33,7 @@ _MAX_CONFIG_BYTES: Final = 16 << 20
 # PEFT writes a pattern a module where ranks differ: 900 modules have the largest of models that are not mixtures.
 _MAX_PATTERNS: Final = 4096
 _MAX_PATTERN: Final = 1024
-_MAX_LETTERS: Final = 10**9  # that matching may look at: some seconds
+_MAX_CHARACTERS: Final = 10**9  # that matching may look at: some seconds
 _REPETITION: Final = re.compile(r"[*+?{]")
 
 # Settings of PEFT under which B A x is not all that the adapter does: each must be absent or falsy.
@@ -316,14 +316,14 @@ def _patterns(directory: Path, config: Mapping[str, Any], key: str) -> dict[str,
 def _check_matching_time(directory: Path, patterns: Sequence[str], names: Sequence[str]) -> None:
     """Raise ``CheckpointError`` where matching every pattern with every name could take long.
 
-    ``re`` may try a name's letters once for each repetition, and PEFT's ``(.*\\.)?`` in front is one more.
+    ``re`` may try a name's characters once for each repetition, and PEFT's ``(.*\\.)?`` in front is one more.
     """
     repetitions = Counter(len(_REPETITION.findall(pattern)) + 1 for pattern in patterns)
     lengths = Counter(map(len, names))
-    letters = sum(
+    characters = sum(
         many * count * length**power for power, many in repetitions.items() for length, count in lengths.items()
     )
-    if letters > _MAX_LETTERS:
+    if characters > _MAX_CHARACTERS:
         raise CheckpointError(f"{directory} has too complicated patterns for {len(names)} modules; name the modules")
 
 

@@ -45,20 +45,20 @@ class AdapterSet:
     """All adapters.
 
     Attributes:
-        spec: their kind; specs: the exchange groups; groups: the adapters of each.
+        adapter_spec: their kind; group_specs: the exchange groups; groups: the adapters of each.
         kill_every: steps that fading takes.
     """
 
     def __init__(
         self,
-        spec: AdapterSpec,
-        specs: Sequence[GroupSpec],
+        adapter_spec: AdapterSpec,
+        group_specs: Sequence[GroupSpec],
         groups: Sequence[GroupAdapters],
         units: Sequence[Unit],
         kill_every: int,
     ) -> None:
-        self.spec = spec
-        self.specs = tuple(specs)
+        self.adapter_spec = adapter_spec
+        self.group_specs = tuple(group_specs)
         self.groups = tuple(groups)
         self.units = tuple(units)
         self.kill_every = kill_every
@@ -67,7 +67,7 @@ class AdapterSet:
     @classmethod
     def create(
         cls,
-        spec: AdapterSpec,
+        adapter_spec: AdapterSpec,
         groups: Sequence[GroupSpec],
         *,
         scaling: float,
@@ -76,10 +76,10 @@ class AdapterSet:
         kill_every: int,
     ) -> AdapterSet:
         """Fresh adapters. Raises ``UsageError`` for a kind that there is not."""
-        kind_of(spec)
-        random, kind = adapter_generator(seed), DEVICE_KINDS[spec.kind]
-        made = [kind.create(spec, group, scaling=scaling, random=random) for group in groups]
-        return cls(spec, groups, made, [Unit(indices) for indices in group_units(groups, unit)], kill_every)
+        kind_of(adapter_spec)
+        random, kind = adapter_generator(seed), DEVICE_KINDS[adapter_spec.kind]
+        made = [kind.create(adapter_spec, group, scaling=scaling, random=random) for group in groups]
+        return cls(adapter_spec, groups, made, [Unit(indices) for indices in group_units(groups, unit)], kill_every)
 
     def parameters(self) -> dict[str, Parameter]:
         """Everything that is trained, by full name."""
@@ -91,9 +91,9 @@ class AdapterSet:
 
     def load_state(self, tensors: Mapping[str, FloatArray]) -> None:
         """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` for one of other adapters."""
-        kind = kind_of(self.spec)
-        for group, spec in zip(self.groups, self.specs, strict=True):
-            group.load_state(tensors, server_tensors=len(kind.state_shapes(self.spec, spec)))
+        kind = kind_of(self.adapter_spec)
+        for group, adapter_spec in zip(self.groups, self.group_specs, strict=True):
+            group.load_state(tensors, server_tensors=len(kind.state_shapes(self.adapter_spec, adapter_spec)))
 
     def of_unit(self, unit: Unit) -> Iterator[GroupAdapters]:
         for group in unit.groups:
@@ -127,7 +127,7 @@ class AdapterSet:
 
     def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
         """The rows of a micro-batch's tokens at which adapters act; None: all of them."""
-        return DEVICE_KINDS[self.spec.kind].crossing_positions(batch)
+        return DEVICE_KINDS[self.adapter_spec.kind].crossing_positions(batch)
 
     def zero_grad(self) -> None:
         for parameter in self.parameters().values():

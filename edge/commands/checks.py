@@ -137,7 +137,7 @@ def _bundle(path: Path) -> str:
 
 
 def _server(url: str, bundle: Path | None, credentials: Credentials) -> str:
-    from dlora.edge.adapters.fitting import check_base_model
+    from dlora.edge.adapters.compatibility import check_base_model
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.wire.connecting import ConnectSettings
     from dlora.edge.wire.connection import Connection

@@ -117,7 +117,7 @@ def train(
     kr_score: Annotated[
         ScoreName,
         typer.Option(
-            help="What units are ranked by: change, sensitivity, grad or norm; or the plain rivals random, static or "
+            help="What units are ranked by: change, sensitivity, grad or norm; or the baselines random, static or "
             "last.",
             rich_help_panel=KR,
         ),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dlora.edge.data.loading import Reading, load_datasets, usable_length
-from dlora.edge.data.rows import parse_columns
+from dlora.edge.data.loading import Reading, load_datasets, resolve_max_length
+from dlora.edge.data.records import parse_columns
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.display import Display
 from dlora.edge.run.pause import PauseRules
@@ -176,7 +176,7 @@ def _config(
 
 
 def _load(settings: RunSettings, bundle: Bundle, display: Display) -> tuple[Dataset, Dataset | None]:
-    max_length = usable_length(settings.max_length, bundle.manifest)
+    max_length = resolve_max_length(settings.max_length, bundle.manifest)
     fields = parse_columns(settings.columns) if settings.columns else None
     paths = [Path(path) for path in (settings.data, settings.eval_data) if path is not None]
     with display.reading() as on_tick:

@@ -54,8 +54,8 @@ def evaluate(
     """Loss and accuracy of an adapter, or of the base model, on held-out data."""
     from dataclasses import asdict
 
-    from dlora.edge.data.loading import Reading, load_datasets, usable_length
-    from dlora.edge.data.rows import parse_columns
+    from dlora.edge.data.loading import Reading, load_datasets, resolve_max_length
+    from dlora.edge.data.records import parse_columns
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.run.display import Display
     from dlora.edge.run.plan import data_line
@@ -64,7 +64,7 @@ def evaluate(
     credentials = credential_options.load()
     opened = Bundle.open(bundle)
     fields = parse_columns(columns) if columns else None
-    longest = usable_length(max_length, opened.manifest)
+    longest = resolve_max_length(max_length, opened.manifest)
     with display.reading() as on_tick:
         (dataset,) = load_datasets(Reading(opened, [data], fields, longest, too_long), on_tick)
     display.say(data_line("data", data, dataset))

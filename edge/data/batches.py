@@ -36,18 +36,18 @@ class MicroBatch:
 
         A sequence that is too long by itself stays as it is. Losses and gradients of the parts add up to the whole's.
         """
-        runs = cut_to_fit(self.sequence_lengths.tolist(), max_tokens=max_tokens, packs=packs)
-        if len(runs) <= 1:
+        pieces = cut_to_fit(self.sequence_lengths.tolist(), max_tokens=max_tokens, packs=packs)
+        if len(pieces) <= 1:
             return [self]
         ends = np.cumsum(self.sequence_lengths, dtype=np.int64)
         parts = []
-        for run in runs:
-            first, end = int(ends[run.start] - self.sequence_lengths[run.start]), int(ends[run.stop - 1])
+        for piece in pieces:
+            first, end = int(ends[piece.start] - self.sequence_lengths[piece.start]), int(ends[piece.stop - 1])
             labels = slice(*np.searchsorted(self.label_positions, [first, end]).tolist())
             parts.append(
                 MicroBatch(
                     ids=self.ids[first:end],
-                    sequence_lengths=self.sequence_lengths[run.start : run.stop],
+                    sequence_lengths=self.sequence_lengths[piece.start : piece.stop],
                     label_positions=(self.label_positions[labels] - first).astype(np.int32, copy=False),
                     labels=self.labels[labels],
                 )

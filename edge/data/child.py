@@ -82,7 +82,7 @@ class Child:
         work: runs in the child, once a call; gets the call's bytes and returns buffers. Whatever it holds is the
             child's own.
         note: where it says where it is.
-        on_tick: hears the note's place, once a second while a call goes on.
+        on_tick: is called with the note's place, once a second while a call goes on.
 
     Ctrl-C and SIGTERM end the child with this process.
     """

@@ -17,7 +17,7 @@ from dlora.edge.choices import TooLong
 from dlora.protocol.errors import DataError
 from dlora.protocol.tensors import IntArray
 
-from .rows import FIELDS, parse_columns, read_rows
+from .records import FIELDS, parse_columns, read_records
 
 if TYPE_CHECKING:  # training needs data sets, and no tokenizer
     from .tokenizer import EdgeTokenizer
@@ -49,9 +49,8 @@ class Dataset:
         label_positions: int32 (labels,), counted from each example's start; label_starts: int64 (examples + 1,).
 
     Attributes:
-        left_out, cut: how many examples were left out, or cut, for their length; one that lost its whole answer
-            counts as left out.
-        left_out_places, cut_places: ``file:line`` of the first few of them.
+        skipped, truncated: how many examples were, for their length; one that lost its whole answer was skipped.
+        skipped_places, truncated_places: ``file:line`` of the first few of them.
     """
 
     def __init__(
@@ -61,19 +60,19 @@ class Dataset:
         label_positions: IntArray,
         label_starts: npt.NDArray[np.int64],
         *,
-        left_out: int = 0,
-        cut: int = 0,
-        left_out_places: tuple[str, ...] = (),
-        cut_places: tuple[str, ...] = (),
+        skipped: int = 0,
+        truncated: int = 0,
+        skipped_places: tuple[str, ...] = (),
+        truncated_places: tuple[str, ...] = (),
     ) -> None:
         self._ids = ids
         self._starts = starts
         self._label_positions = label_positions
         self._label_starts = label_starts
-        self.left_out = left_out
-        self.cut = cut
-        self.left_out_places = left_out_places
-        self.cut_places = cut_places
+        self.skipped = skipped
+        self.truncated = truncated
+        self.skipped_places = skipped_places
+        self.truncated_places = truncated_places
 
     @property
     def arrays(self) -> tuple[npt.NDArray[Any], ...]:
@@ -144,44 +143,44 @@ def load_examples(
 ) -> Dataset:
     """Read and tokenize a JSONL, CSV or TSV file.
 
-    A row has ``messages`` (loss on the assistant's turns), ``prompt`` and ``completion`` (loss on the
+    A record has ``messages`` (loss on the assistant's turns), ``prompt`` and ``completion`` (loss on the
     completion), or ``text`` (loss on all of it). The last two end with the end-of-sequence token.
 
     Args:
         columns: our field to the file's column, or the same as text, ``prompt=COLUMN,completion=COLUMN``.
         max_length: most tokens of an example; ``too_long`` says what happens to longer ones.
-        on_place: hears what is read now: the file, ``file:line`` of an example, what follows it.
+        on_place: is called with what is read now: the file, ``file:line`` of an example, what follows it.
 
     Raises ``DataError`` with file and line.
     """
     chosen = parse_columns(columns) if isinstance(columns, str) else columns
     building = _Builder()
-    row = None
+    record = None
     on_place(str(path))
-    for row in read_rows(path, chosen):
-        on_place(row.place)
+    for record in read_records(path, chosen):
+        on_place(record.place)
         try:
-            encoded = _encode_row(row.fields, tokenizer, max_length, cut=too_long == "truncate")
+            encoded = _encode_record(record.fields, tokenizer, max_length, truncate=too_long == "truncate")
         except DataError as error:
-            raise DataError(f"{row.place}: {error}") from None
-        on_place(f"what follows {row.place}")
-        is_cut = encoded.tokens > max_length
-        if is_cut and too_long == "error":
+            raise DataError(f"{record.place}: {error}") from None
+        on_place(f"what follows {record.place}")
+        is_too_long = encoded.tokens > max_length
+        if is_too_long and too_long == "error":
             raise DataError(
-                f"{row.place}: {encoded.tokens} tokens, the limit is {max_length}; "
+                f"{record.place}: {encoded.tokens} tokens, the limit is {max_length}; "
                 "raise --max-length, or choose --too-long truncate or skip"
             )
         # A token is a label of the row before it; the first has none.
         positions = np.flatnonzero(encoded.is_label[1:]).astype(np.int32)
         if not len(positions):
-            if not is_cut:
-                raise DataError(f"{row.place}: nothing to learn: no token of it follows another and is a label")
-            building.leave_out(row.place)
+            if not is_too_long:
+                raise DataError(f"{record.place}: nothing to learn: no token of it follows another and is a label")
+            building.skip(record.place)
             continue
-        if is_cut:
-            building.cut(row.place)
+        if is_too_long:
+            building.truncate(record.place)
         building.add(encoded.ids, positions)
-    if row is None:
+    if record is None:
         raise DataError(f"{path}: no examples in it")
     if not len(building):
         raise DataError(f"{path}: every example is over the limit of {max_length} tokens; raise --max-length")
@@ -205,20 +204,20 @@ class _Builder:
     def __init__(self) -> None:
         self._ids, self._positions = array("i"), array("i")
         self._starts, self._label_starts = array("q", [0]), array("q", [0])
-        self._left_out = self._cut = 0
-        self._left_out_places: list[str] = []
-        self._cut_places: list[str] = []
+        self._skipped = self._truncated = 0
+        self._skipped_places: list[str] = []
+        self._truncated_places: list[str] = []
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def leave_out(self, place: str) -> None:
-        self._left_out += 1
-        self._left_out_places += [place][: MAX_PLACES - len(self._left_out_places)]
+    def skip(self, place: str) -> None:
+        self._skipped += 1
+        self._skipped_places += [place][: MAX_PLACES - len(self._skipped_places)]
 
-    def cut(self, place: str) -> None:
-        self._cut += 1
-        self._cut_places += [place][: MAX_PLACES - len(self._cut_places)]
+    def truncate(self, place: str) -> None:
+        self._truncated += 1
+        self._truncated_places += [place][: MAX_PLACES - len(self._truncated_places)]
 
     def add(self, ids: IntArray, positions: IntArray) -> None:
         self._ids.frombytes(ids.tobytes())
@@ -232,17 +231,18 @@ class _Builder:
             np.frombuffer(self._starts, np.int64),
             np.frombuffer(self._positions, np.int32),
             np.frombuffer(self._label_starts, np.int64),
-            left_out=self._left_out,
-            cut=self._cut,
-            left_out_places=tuple(self._left_out_places),
-            cut_places=tuple(self._cut_places),
+            skipped=self._skipped,
+            truncated=self._truncated,
+            skipped_places=tuple(self._skipped_places),
+            truncated_places=tuple(self._truncated_places),
         )
 
 
 class _Encoded(NamedTuple):
-    """A row as tokens, cut to the limit: ids int32, which are labels bool; and how many there were before.
+    """A record as tokens, truncated to the limit: ids int32, which are labels bool; and how many there were before.
 
-    A row over the limit that is not to be cut has none of either: what its labels are may take long to find out.
+    A record over the limit that is not to be truncated has none of either: what its labels are may take long to find
+    out.
     """
 
     ids: IntArray
@@ -250,18 +250,18 @@ class _Encoded(NamedTuple):
     tokens: int
 
 
-def _encode_row(fields: Mapping[str, Any], tokenizer: EdgeTokenizer, max_length: int, *, cut: bool) -> _Encoded:
+def _encode_record(fields: Mapping[str, Any], tokenizer: EdgeTokenizer, max_length: int, *, truncate: bool) -> _Encoded:
     given = [name for name in FIELDS if name in fields]
     if given == ["messages"]:
-        return _encode_messages(fields["messages"], fields.get("tools"), tokenizer, max_length, cut=cut)
+        return _encode_messages(fields["messages"], fields.get("tools"), tokenizer, max_length, truncate=truncate)
     if given == ["prompt", "completion"]:
         ids, is_label = _encode_text(_text(fields, "prompt"), _text(fields, "completion"), tokenizer)
-        return _limited(ids, is_label, max_length, cut=cut)
+        return _limited(ids, is_label, max_length, truncate=truncate)
     if given == ["text"]:
         text = _text(fields, "text")
         if not text:
             raise DataError("the text is empty")
-        return _limited(*_encode_text("", text, tokenizer), max_length, cut=cut)
+        return _limited(*_encode_text("", text, tokenizer), max_length, truncate=truncate)
     found = ", ".join(map(repr, fields)) or "nothing"
     raise DataError(
         f"needs either 'messages', or 'prompt' and 'completion', or 'text'; it has {found} "
@@ -269,8 +269,8 @@ def _encode_row(fields: Mapping[str, Any], tokenizer: EdgeTokenizer, max_length:
     )
 
 
-def _limited(ids: IntArray, is_label: BoolArray, max_length: int, *, cut: bool) -> _Encoded:
-    kept = min(len(ids), max_length) if cut or len(ids) <= max_length else 0
+def _limited(ids: IntArray, is_label: BoolArray, max_length: int, *, truncate: bool) -> _Encoded:
+    kept = min(len(ids), max_length) if truncate or len(ids) <= max_length else 0
     return _Encoded(ids[:kept], is_label[:kept], len(ids))
 
 
@@ -292,7 +292,7 @@ def _encode_text(prompt: str, completion: str, tokenizer: EdgeTokenizer) -> tupl
 
 
 def _encode_messages(
-    messages: Any, tools: Any, tokenizer: EdgeTokenizer, max_length: int, *, cut: bool
+    messages: Any, tools: Any, tokenizer: EdgeTokenizer, max_length: int, *, truncate: bool
 ) -> _Encoded:
     if not isinstance(messages, list) or not messages:
         raise DataError("'messages' must be a list of at least one message")
@@ -310,7 +310,7 @@ def _encode_messages(
     template = tokenizer.chat_template
     text = template.render(messages, tools=tools)
     encoded = tokenizer.encode(text, add_special_tokens=False)  # templates write their own
-    kept = _limited(encoded.ids, np.zeros(len(encoded.ids), np.bool_), max_length, cut=cut)
+    kept = _limited(encoded.ids, np.zeros(len(encoded.ids), np.bool_), max_length, truncate=truncate)
     if not len(kept.ids):
         return kept
     # Turns are found by rendering all that precedes them: only those of which a token is left.

@@ -20,7 +20,7 @@ from .child import Buffer, Child, Note
 from .examples import Dataset, load_examples
 
 TOKENIZER_PLACE: Final = "the bundle's tokenizer"
-USUAL_LENGTH: Final = 512
+DEFAULT_MAX_LENGTH: Final = 512
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,22 @@ class Reading:
     too_long: TooLong
 
 
-def usable_length(asked: int | None, manifest: Manifest) -> int:
-    """The most tokens of an example: what was asked for, else ``USUAL_LENGTH`` or what the base model takes, if less.
+def resolve_max_length(asked: int | None, manifest: Manifest) -> int:
+    """The most tokens of an example: what was asked for, else ``DEFAULT_MAX_LENGTH``,
+    or what the base model takes if that is less.
 
     Raises ``UsageError`` where more is asked for than the base model takes.
     """
     longest = manifest.base_model.max_sequence_length
     if asked is not None and asked > longest:
         raise UsageError(f"--max-length {asked} is over the {longest} tokens that the base model takes; lower it")
-    return min(asked or USUAL_LENGTH, longest)
+    return min(asked or DEFAULT_MAX_LENGTH, longest)
 
 
 def load_datasets(reading: Reading, on_tick: Callable[[str], None] = lambda _: None) -> list[Dataset]:
     """The data set of each file. Call it before there are threads or an engine.
 
-    ``on_tick`` hears once a second what is read now: the tokenizer, the file, ``file:line``.
+    ``on_tick`` is called once a second with what is read now: the tokenizer, the file, ``file:line``.
 
     Raises ``DataError`` with file and line, or ``BundleError``: also where what the bundle's tokenizer and chat
     template make of a line never ends, takes all memory or crashes.
@@ -63,10 +64,10 @@ def load_datasets(reading: Reading, on_tick: Callable[[str], None] = lambda _: N
 class _Facts(msgspec.Struct):
     """What a data set is besides its arrays."""
 
-    left_out: int
-    cut: int
-    left_out_places: tuple[str, ...]
-    cut_places: tuple[str, ...]
+    skipped: int
+    truncated: int
+    skipped_places: tuple[str, ...]
+    truncated_places: tuple[str, ...]
     dtypes: tuple[str, ...]
 
 
@@ -91,10 +92,10 @@ def _read(reading: Reading, note: Note) -> list[Buffer]:
 
 def _packed(dataset: Dataset) -> list[Buffer]:
     facts = _Facts(
-        dataset.left_out,
-        dataset.cut,
-        dataset.left_out_places,
-        dataset.cut_places,
+        dataset.skipped,
+        dataset.truncated,
+        dataset.skipped_places,
+        dataset.truncated_places,
         tuple(array.dtype.str for array in dataset.arrays),
     )
     return [msgspec.msgpack.encode(facts), *(array.data.cast("B") for array in dataset.arrays)]
@@ -107,8 +108,8 @@ def _unpacked(parts: Sequence[Buffer]) -> Dataset:
     ]
     return Dataset(
         *arrays,
-        left_out=facts.left_out,
-        cut=facts.cut,
-        left_out_places=facts.left_out_places,
-        cut_places=facts.cut_places,
+        skipped=facts.skipped,
+        truncated=facts.truncated,
+        skipped_places=facts.skipped_places,
+        truncated_places=facts.truncated_places,
     )

@@ -155,7 +155,7 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return _DTYPES[name]
 
 
-def places() -> list[Path]:
+def shim_directories() -> list[Path]:
     """The directories in which the shim may be, in order."""
     if chosen := os.environ.get(VARIABLE):
         return [Path(chosen)]
@@ -170,7 +170,7 @@ def places() -> list[Path]:
 
 def find_shim() -> Path:
     """The directory of the shim. Raises ``MissingExtraError``."""
-    tried = places()
+    tried = shim_directories()
     for place in tried:
         if (place / LIBRARY).is_file():
             return place

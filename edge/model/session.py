@@ -1,4 +1,4 @@
-"""A session with a server for a model's sake: opened, set up, and opened again where the server has lost it."""
+"""The session through which a model uses the server: opened, set up, and opened again where the server has lost it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ModelSession(ABC):
 
     @abstractmethod
     def send_unanswered(self) -> None:
-        """Say again what the server must know before the next micro-batch, once a session is open."""
+        """Send again what the server must know before the next micro-batch, once a session is open."""
 
     def open(self) -> None:
         """Open a session where we stand, or another in place of one that the server has forgotten."""
@@ -62,8 +62,8 @@ class ModelSession(ABC):
 
     def _set_up(self) -> None:
         """Let the server make what it keeps of each group, or give it back to one that has lost it."""
-        spec = self.adapters.spec
-        shapes = [kind_of(spec).state_shapes(spec, group) for group in self.adapters.specs]
+        spec = self.adapters.adapter_spec
+        shapes = [kind_of(spec).state_shapes(spec, group) for group in self.adapters.group_specs]
         if not any(shapes):
             return
         if all(len(group.adapter_state) == len(each) for group, each in zip(self.adapters.groups, shapes, strict=True)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlora.edge.adapters.fitting import check_base_model, load_weights
+from dlora.edge.adapters.compatibility import check_base_model, load_weights
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.choices import EngineChoice
@@ -42,8 +42,8 @@ class UseSession(ModelSession):
     def opening_message(self) -> m.OpenSession:
         return m.OpenSession(
             base_fingerprint=self._base_fingerprint,
-            groups=self.adapters.specs,
-            adapter=self.adapters.spec,
+            groups=self.adapters.group_specs,
+            adapter=self.adapters.adapter_spec,
             codecs=self._codecs,
             purpose=m.Use(),
         )
@@ -78,12 +78,12 @@ def open_model(
     adapters = AdapterSet.create(AdapterSpec(r=rank), groups, scaling=scaling, seed=(0,), unit="group", kill_every=1)
     if loaded is not None:
         load_weights(adapters, loaded)
-    runs, codecs = make_engine(bundle, engine, threads), Codecs.all(wire_dtype)
+    loaded_engine, codecs = make_engine(bundle, engine, threads), Codecs.all(wire_dtype)
     with interrupts.raise_on_signal(), _name_adapter_in_error(), Connection(server, connecting) as connection:
         check_base_model(bundle, connection.welcome)
         session = UseSession(connection, adapters, codecs, base_fingerprint=manifest.base_model.fingerprint)
         session.open()
-        yield SplitModel(bundle, runs, session, codecs=codecs)
+        yield SplitModel(bundle, loaded_engine, session, codecs=codecs)
 
 
 @contextmanager

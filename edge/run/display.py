@@ -65,7 +65,7 @@ class Display:
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[str], None]]:
-        """Show inside what is read, in a terminal; what it yields is told the place."""
+        """Show inside what is read, in a terminal; what it yields is called with the place."""
         if not self._terminal:
             yield lambda _: None
             return
@@ -122,7 +122,7 @@ class Display:
 
     @contextmanager
     def evaluating(self, when: str, examples: int) -> Iterator[Callable[[int], None]]:
-        """Show progress of an evaluation; what it yields is told how many more examples are done."""
+        """Show progress of an evaluation; what it yields is called with how many more examples are done."""
         started = time.perf_counter()
         with self._evaluating(when, examples) as advance:
             yield advance
@@ -252,7 +252,7 @@ def _value(key: str, value: Any) -> str:
 
 
 def _mb(size: int) -> str:
-    """Four letters of MB: the line must fit in 80 columns."""
+    """Four characters of MB: the line must fit in 80 columns."""
     return f"{size / 1e6:.2f}" if size < 9.995e6 else f"{size / 1e6:.1f}"
 
 

@@ -28,13 +28,13 @@ class HeldOut:
     The adapter with the lowest loss so far, the untrained one included, lies in ``best/`` beside the last one.
 
     Args:
-        rows: what ``load_rows`` found.
+        evaluations: what ``load_evaluations`` found.
         every: steps between evaluations; 0: none on the way.
         patience: how many evaluations in a row may be no better before the run ends; None: any number.
-        stop: whether somebody asked to stop.
+        should_stop: whether somebody asked to stop.
 
     Attributes:
-        rows: step and ``Evaluation`` of each, as JSON has them.
+        evaluations: step and ``Evaluation`` of each, as JSON has them.
         bytes_up, bytes_down: what those that were made here put on the wire.
     """
 
@@ -42,15 +42,15 @@ class HeldOut:
         self,
         out: Path,
         dataset: Dataset | None,
-        rows: list[dict[str, Any]],
+        evaluations: list[dict[str, Any]],
         *,
         every: int,
         patience: int | None,
         trainer: Trainer,
         display: Display,
-        stop: Callable[[], bool],
+        should_stop: Callable[[], bool],
     ) -> None:
-        self.rows = rows
+        self.evaluations = evaluations
         self.bytes_up = self.bytes_down = 0
         self._out = out
         self._dataset = dataset
@@ -58,7 +58,7 @@ class HeldOut:
         self._patience = patience
         self._trainer = trainer
         self._display = display
-        self._stop = stop
+        self._should_stop = should_stop
         self._data = "" if dataset is None else dataset.fingerprint
 
     def is_due(self) -> bool:
@@ -67,8 +67,8 @@ class HeldOut:
         return self._every > 0 and step > 0 and step % self._every == 0 and not self.is_done()
 
     def is_done(self) -> bool:
-        """Whether there is one of the weights as they are."""
-        return any(row["step"] == self._trainer.next_step for row in self.rows)
+        """Whether the present weights were evaluated."""
+        return any(row["step"] == self._trainer.next_step for row in self.evaluations)
 
     def add(self, when: str) -> None:
         """Evaluate now, where there is held-out data. Raises ``StoppedError`` soon after somebody asked to stop."""
@@ -78,7 +78,7 @@ class HeldOut:
 
             def after_batch(examples: int, _: int) -> None:
                 advance(examples)
-                if self._stop():
+                if self._should_stop():
                     raise StoppedError(f"stopped while evaluating; go on with dlora-edge resume {self._out}")
 
             up, down = self._trainer.traffic
@@ -88,31 +88,33 @@ class HeldOut:
         row = {"step": self._trainer.next_step, **asdict(result), "data": self._data}
         is_best = self.best is None or result.loss < self.best["loss"]
         if is_best:
-            # Before the row: where that is missing, both are made again.
+            # Before the line: where that is missing, both are made again.
             self._trainer.save_adapter(self._out / BEST)
             write_atomically(self._out / BEST / EVALUATION, json.dumps(row).encode() + b"\n")
-        self.rows.append(row)
-        write_atomically(self._out / EVALUATIONS, b"".join(json.dumps(row).encode() + b"\n" for row in self.rows))
+        self.evaluations.append(row)
+        lines = b"".join(json.dumps(each).encode() + b"\n" for each in self.evaluations)
+        write_atomically(self._out / EVALUATIONS, lines)
         self._display.say(
             f"held-out loss {when}: {result.loss:.4f} over {result.tokens} tokens, "
-            f"{result.token_accuracy:.1%} of tokens right" + (", the best so far" if is_best and self.rows[1:] else "")
+            f"{result.token_accuracy:.1%} of tokens right"
+            + (", the best so far" if is_best and self.evaluations[1:] else "")
         )
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The row with the lowest loss, the first of equals; None before any."""
-        return min(self.rows, key=lambda row: float(row["loss"]), default=None)
+        """The evaluation with the lowest loss, the first of equals; None before any."""
+        return min(self.evaluations, key=lambda row: float(row["loss"]), default=None)
 
     def is_out_of_patience(self) -> bool:
         """Whether the run is to end, as the function of that name has it."""
-        return is_out_of_patience(self.rows, self._patience, self._trainer.config.part_begins)
+        return is_out_of_patience(self.evaluations, self._patience, self._trainer.config.part_begins)
 
     def keep_best(self) -> None:
         """Save the best adapter in place of the last one."""
         best = self.best
         if best is None or best["step"] == self._trainer.next_step:
             return
-        if self._saved_row() != best:  # the run went back behind them, and evaluates at other steps since
+        if self._saved_row() != best:  # the run was resumed from an earlier step, and evaluates at other steps since
             self._display.warn(f"the weights of step {best['step']}, the best evaluation, are gone: the last are kept")
             return
         self._trainer.copy_adapter(self._out / BEST, self._out)
@@ -128,7 +130,7 @@ class HeldOut:
             return None
 
 
-class _Row(msgspec.Struct):
+class _Line(msgspec.Struct):
     """What an evaluation's line must have."""
 
     step: Annotated[int, msgspec.Meta(ge=0)]
@@ -136,17 +138,19 @@ class _Row(msgspec.Struct):
     data: str
 
 
-def load_rows(out: Path, dataset: Dataset | None, next_step: int, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+def load_evaluations(
+    out: Path, dataset: Dataset | None, next_step: int, warn: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """The evaluations of the history that goes on at ``next_step``, of this very data where there are some.
 
-    They are not worth a run, so ``warn`` is told of damage.
+    They are not worth a run, so ``warn`` is called with what is damaged.
     """
     path, found, others = out / EVALUATIONS, list[dict[str, Any]](), 0
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            row = msgspec.json.decode(line, type=_Row)
+            row = msgspec.json.decode(line, type=_Line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            warn(f"{path} has a damaged line, which is left out")
+            warn(f"{path} has a damaged line, which is not counted")
             continue
         if row.step > next_step or next_step == 0:
             continue
@@ -155,11 +159,11 @@ def load_rows(out: Path, dataset: Dataset | None, next_step: int, warn: Callable
         else:
             others += 1
     if others:
-        warn(f"{path}: {others} evaluations of other held-out data are left out")
+        warn(f"{path}: {others} evaluations of other held-out data are not counted")
     return found
 
 
-def is_out_of_patience(rows: Sequence[dict[str, Any]], patience: int | None, part_begins: int) -> bool:
+def is_out_of_patience(evaluations: Sequence[dict[str, Any]], patience: int | None, part_begins: int) -> bool:
     """Whether the last ``patience`` evaluations of the present part were no better than one before them in it."""
-    losses = [row["loss"] for row in rows if row["step"] >= part_begins]
+    losses = [row["loss"] for row in evaluations if row["step"] >= part_begins]
     return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience

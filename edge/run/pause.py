@@ -56,14 +56,14 @@ class Sensors(Protocol):
 
 @dataclass(frozen=True)
 class _Gauge:
-    """What a kind of rule measures, when it holds and how it is told.
+    """What a kind of rule measures, when it holds and how it is worded.
 
     Attributes:
         sign: "<" where the rule holds below its threshold, ">" above.
         units: what may follow the number, and its factor.
         thresholds: the lowest and highest that make sense.
         read: the value now.
-        clear: from a threshold, the one at which a rule that holds lets go.
+        release_threshold: from a threshold, the one at which a rule that holds lets go.
         sentence: from value and threshold, why training pauses.
     """
 
@@ -71,7 +71,7 @@ class _Gauge:
     units: dict[str, float]
     thresholds: tuple[float, float]
     read: Callable[[Sensors], float | None]
-    clear: Callable[[float], float]
+    release_threshold: Callable[[float], float]
     sentence: Callable[[float, float], str]
 
 
@@ -88,7 +88,7 @@ _GAUGES: Final = {
         units={"": 1, "%": 1},
         thresholds=(1, 100),
         read=_charge,
-        clear=lambda percent: min(percent + 3, 100),
+        release_threshold=lambda percent: min(percent + 3, 100),
         sentence=lambda now, limit: f"battery at {now:.3g} % (below {limit:g} %) and not charging",
     ),
     "temperature": _Gauge(
@@ -96,7 +96,7 @@ _GAUGES: Final = {
         units={"": 1, "C": 1, "°C": 1},
         thresholds=(10, 120),
         read=lambda sensors: sensors.temperature_c(),
-        clear=lambda celsius: celsius - 5,
+        release_threshold=lambda celsius: celsius - 5,
         sentence=lambda now, limit: f"temperature at {now:.4g} °C (above {limit:g} °C)",
     ),
     "memory": _Gauge(
@@ -104,7 +104,7 @@ _GAUGES: Final = {
         units=_BYTES,
         thresholds=(1e6, 1e15),
         read=lambda sensors: sensors.available_memory(),
-        clear=lambda size: size * 1.1,
+        release_threshold=lambda size: size * 1.1,
         sentence=lambda now, limit: f"{now / 1e6:,.1f} MB of memory available (below {limit / 1e6:,.10g} MB)",
     ),
     "metered": _Gauge(
@@ -112,7 +112,7 @@ _GAUGES: Final = {
         units={"": 1},
         thresholds=(0, 0),
         read=lambda sensors: sensors.metered(),
-        clear=lambda nothing: nothing,
+        release_threshold=lambda nothing: nothing,
         sentence=lambda now, limit: "the network is metered",
     ),
 }
@@ -135,7 +135,7 @@ class PauseRule:
         now = self.gauge.read(sensors)
         if now is None:
             return f"{self.text} held, and its sensor is silent now" if held else None
-        limit = self.gauge.clear(self.threshold) if held else self.threshold
+        limit = self.gauge.release_threshold(self.threshold) if held else self.threshold
         holds = now < limit if self.gauge.sign == "<" else now > limit
         return self.gauge.sentence(now, limit) if holds else None
 
@@ -181,7 +181,7 @@ def wait_while_paused(
     """Come back when no rule holds any more; at once where none holds, or where the user wants to stop.
 
     Args:
-        say: told one line when a pause begins, when its reason changes, and when it is over.
+        say: called with one line when a pause begins, when its reason changes, and when it is over.
         should_stop: whether the user wants to stop; asked twice a second.
         on_pause: called once when a pause begins: the time to save, the battery may be at its end.
         sleep: waits so many seconds.
@@ -288,5 +288,5 @@ def _parse(text: str) -> PauseRule:
     threshold = float(match[3] or 0) * (factor or 0)
     lowest, highest = gauge.thresholds
     if factor is None or not lowest <= threshold <= highest:
-        raise UsageError(f"--pause-when {text!r}: no such threshold; write {GRAMMAR}")
+        raise UsageError(f"--pause-when {text!r}: threshold or unit not allowed; write {GRAMMAR}")
     return PauseRule(text, threshold, gauge)

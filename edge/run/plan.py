@@ -19,7 +19,7 @@ from dlora.protocol.wire_codecs import Codecs
 
 _SAMPLES: Final = 1000
 # benchmarks/kill_revive.py on Banking77, two seeds; docs/experiments.md has the table.
-COST_OF_AN_EIGHTH: Final = "on Banking77 1/8 had 84% and 76% of held-out messages right, all active 95% and 89%"
+QUALITY_AT_ONE_EIGHTH: Final = "on Banking77 1/8 had 84% and 76% of held-out messages right, all active 95% and 89%"
 
 
 def data_line(name: str, path: Path, dataset: Dataset) -> str:
@@ -27,8 +27,8 @@ def data_line(name: str, path: Path, dataset: Dataset) -> str:
     examples, tokens = _count(len(dataset), "example"), _count(dataset.tokens, "token")
     line = f"{name}: {path.name}, {examples}, {tokens}, {dataset.labelled:,} labelled"
     for count, what, places in (
-        (dataset.cut, "cut", dataset.cut_places),
-        (dataset.left_out, "left out", dataset.left_out_places),
+        (dataset.truncated, "truncated", dataset.truncated_places),
+        (dataset.skipped, "skipped", dataset.skipped_places),
     ):
         if count:
             more = ", …" if count > len(places) else ""
@@ -37,7 +37,7 @@ def data_line(name: str, path: Path, dataset: Dataset) -> str:
 
 
 @dataclass(frozen=True)
-class Evaluations:
+class EvaluationPlan:
     """How often a run will evaluate on which data: every so many steps (0: never), before it begins, and after."""
 
     dataset: Dataset
@@ -45,9 +45,9 @@ class Evaluations:
 
     def count_left(self, next_step: int, total_steps: int) -> int:
         """How many are still to come at ``next_step``; one that belongs there counts, the one after the run too."""
-        return sum(map(len, self.steps_at_each(next_step, total_steps)))
+        return sum(map(len, self.evaluation_steps(next_step, total_steps)))
 
-    def steps_at_each(self, next_step: int, total_steps: int) -> tuple[range, range, range]:
+    def evaluation_steps(self, next_step: int, total_steps: int) -> tuple[range, range, range]:
         """How many steps are done at each of them: before the run, on the way, and after it."""
         between = range(0)
         if self.every:
@@ -56,7 +56,7 @@ class Evaluations:
 
 
 def run_line(
-    config: TrainConfig, manifest: Manifest, dataset: Dataset, evaluations: Evaluations | None, next_step: int
+    config: TrainConfig, manifest: Manifest, dataset: Dataset, evaluations: EvaluationPlan | None, next_step: int
 ) -> str:
     """Steps, epochs, what is trained, and about how many MB will cross the wire."""
     units = len(group_units(config.groups(manifest), config.kill_revive.unit))
@@ -90,9 +90,9 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
     active = kr.budget_floor(units)
     if active == units:
         return []
-    lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality; {COST_OF_AN_EIGHTH}"]
+    lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality; {QUALITY_AT_ONE_EIGHTH}"]
     timetable = Timetable(kr, units, config.steps)
-    if not timetable.is_fixed and not timetable.has_trials:
+    if not timetable.is_fixed and not timetable.is_long_enough:
         needed = steps_needed(kr, units)
         more = f"{needed:,} steps or more, or " if needed < MAX_STEPS else ""
         lines.append(
@@ -111,7 +111,7 @@ def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_
     return len(steps) * (none + share * (everything - none)) / 1e6
 
 
-def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: Evaluations, next_step: int) -> float:
+def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: EvaluationPlan, next_step: int) -> float:
     """What all evaluations from ``next_step`` on will put on the wire, in MB of 10**6 bytes, likewise."""
     none, everything = (
         _mean_bytes(config, manifest, evaluations.dataset, live, grad_accum=1, trains=False)
@@ -120,7 +120,7 @@ def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: Evaluat
     micro_batches = -(-len(evaluations.dataset) // config.batch_size)
     return sum(
         len(steps) * micro_batches * (none + _active_share(config, manifest, steps) * (everything - none)) / 1e6
-        for steps in evaluations.steps_at_each(next_step, config.total_steps)
+        for steps in evaluations.evaluation_steps(next_step, config.total_steps)
     )
 
 
@@ -152,7 +152,7 @@ def _mean_bytes(
     traffic: Traffic = micro_batch_traffic(
         crossings(config.adapter, config.groups(manifest)),
         live=live,
-        graded=live if trains else (),
+        with_grads=live if trains else (),
         answered=live[1:] if trains else (),
         tokens=round(share * dataset.tokens / len(dataset)),
         sequences=round(share),

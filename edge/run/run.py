@@ -40,9 +40,9 @@ from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.limits import MAX_STEPS
 
 from .display import Display
-from .held_out import HeldOut, is_out_of_patience, load_rows
+from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
-from .plan import Evaluations, kill_revive_lines, run_line
+from .plan import EvaluationPlan, kill_revive_lines, run_line
 from .run_file import DataDigest, RunFile, RunSettings, save_run_file, versions
 
 CHECKPOINTS = "checkpoints"
@@ -116,7 +116,7 @@ def _train(run: TrainRun, display: Display, init: LoadedAdapter | None) -> dict[
     checkpoint = _find_checkpoint(run, display)
     run = replace(run, config=_complete_config(run, checkpoint))
     first_step = checkpoint.step if checkpoint else 0
-    rows = load_rows(run.out, run.eval_dataset, first_step, display.warn)
+    rows = load_evaluations(run.out, run.eval_dataset, first_step, display.warn)
     # Before anything is asked of a server: none is needed for that.
     finished = _summary_of_finished_run(run, first_step, rows)
     if finished is not None:
@@ -134,7 +134,7 @@ def _train(run: TrainRun, display: Display, init: LoadedAdapter | None) -> dict[
         release_code()
         held_out = HeldOut(
             run.out, run.eval_dataset, rows, every=run.eval_every, patience=run.patience, trainer=trainer,
-            display=display, stop=stop.is_requested,
+            display=display, should_stop=stop.is_requested,
         )  # fmt: skip
         if run.settings is not None:
             save_run_file(run.out, _run_file(run, run.settings))
@@ -187,8 +187,8 @@ def _print_plan(run: TrainRun, first_step: int, display: Display) -> None:
         display.say(line)
 
 
-def _evaluations(run: TrainRun) -> Evaluations | None:
-    return None if run.eval_dataset is None else Evaluations(run.eval_dataset, run.eval_every)
+def _evaluations(run: TrainRun) -> EvaluationPlan | None:
+    return None if run.eval_dataset is None else EvaluationPlan(run.eval_dataset, run.eval_every)
 
 
 def _run_file(run: TrainRun, settings: RunSettings) -> RunFile:
@@ -315,7 +315,7 @@ def _warn_of_dropped_modules(trainer: Trainer, init: LoadedAdapter, display: Dis
     """An adapter to start from may have modules in units that are killed from step 0 on."""
     adapters = trainer.adapters
     killed = {group for unit in adapters.units if unit.state is UnitState.KILLED for group in unit.groups}
-    dropped = sum(target.name in init.modules for group in killed for target in adapters.specs[group].targets)
+    dropped = sum(target.name in init.modules for group in killed for target in adapters.group_specs[group].targets)
     if dropped:
         display.warn(
             f"{dropped} of the {len(init.modules)} modules of --init-adapter belong to units that are not active: "
@@ -330,7 +330,7 @@ def _summary(run: TrainRun, steps: int, held_out: HeldOut) -> dict[str, Any]:
         name: sum(getattr(row, name) for row in rows)
         for name in ("tokens", "labelled", "bytes_up", "bytes_down", "round_trips")
     }
-    losses = {row["step"]: row["loss"] for row in held_out.rows}
+    losses = {row["step"]: row["loss"] for row in held_out.evaluations}
     best = held_out.best
     return {
         "steps": steps,
@@ -339,7 +339,7 @@ def _summary(run: TrainRun, steps: int, held_out: HeldOut) -> dict[str, Any]:
         "eval_loss_best": best and best["loss"],
         "best_step": best and best["step"],
         "keep": run.keep,
-        "evaluations": held_out.rows,
+        "evaluations": held_out.evaluations,
         **totals,
         "edge_compute_s": round(sum(row.edge_compute_s for row in rows), 3),
         "peak_rss_mb": round(peak_rss_mb(), 1),

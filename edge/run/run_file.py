@@ -100,7 +100,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         try:
             return msgspec.convert({name: _plain(value) for name, value in given.items()}, cls)
         except msgspec.ValidationError as error:
-            raise UsageError(f"an option cannot be so: {error}") from None
+            raise UsageError(f"an option has a value that is not allowed: {error}") from None
 
     def path(self, name: str) -> Path | None:
         """A setting that is a path."""
@@ -119,8 +119,8 @@ class DataDigest(msgspec.Struct, frozen=True):
     examples: int
     tokens: int
     labelled: int
-    cut: int
-    left_out: int
+    truncated: int
+    skipped: int
 
     @classmethod
     def of(cls, dataset: Dataset) -> DataDigest:
@@ -129,8 +129,8 @@ class DataDigest(msgspec.Struct, frozen=True):
             examples=len(dataset),
             tokens=dataset.tokens,
             labelled=dataset.labelled,
-            cut=dataset.cut,
-            left_out=dataset.left_out,
+            truncated=dataset.truncated,
+            skipped=dataset.skipped,
         )
 
 

@@ -72,8 +72,8 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
 def save_checkpoint(directory: Path, step: int, tensors: Mapping[str, Array], state: msgspec.Struct) -> Path:
     """Write a checkpoint, then delete all but the last two that verify.
 
-    Later checkpoints than ``step`` are deleted too: the run went back behind them, so they belong to a history
-    that did not happen.
+    Later checkpoints than ``step`` are deleted too: the run was resumed from an earlier step, and they are not of
+    the run as it goes on now.
 
     Raises ``StorageError``; the earlier checkpoints are then as they were.
     """
@@ -93,7 +93,7 @@ def load_latest(directory: Path, warn: Callable[[str], None] | None = None) -> C
     """The newest checkpoint that verifies; None where there is none at all.
 
     Args:
-        warn: told one line about each newer one that is damaged.
+        warn: called with one line about each newer one that is damaged.
 
     Raises ``CheckpointError`` where there are some and every one is damaged.
     """

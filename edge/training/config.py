@@ -58,7 +58,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.lora_alpha / self.rank
 
     def groups(self, manifest: Manifest) -> tuple[GroupSpec, ...]:
-        """The exchange groups that are trained. Raises ``UsageError`` where the bundle has none of that kind."""
+        """The exchange groups that are trained. Raises ``UsageError`` where the bundle has no such module or block."""
         return choose_groups(manifest, self.target_modules, self.blocks)
 
     @property

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from dlora.edge.adapters.fitting import check_base_model, load_weights
+from dlora.edge.adapters.compatibility import check_base_model, load_weights
 from dlora.edge.adapters.peft import LoadedAdapter, SavedModule, load_adapter, save_adapter
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import Batches, MicroBatch
@@ -30,8 +30,8 @@ from .checkpoint import Checkpoint, save_checkpoint
 from .config import RunIdentity, TrainConfig, check_identity, check_units
 from .metrics import StepMetrics
 from .optimizer import AdamW
-from .run_session import RunSession
 from .scores import Scorer
+from .train_session import TrainSession
 
 _SCORES: Final = "unanswered.scores"
 
@@ -101,7 +101,7 @@ class Trainer:
         self.steps_rerun = 0
         # Why the report of the last committed step could not be sent.
         self._failure: DloraError | None = None
-        self.session = RunSession(
+        self.session = TrainSession(
             connection, self.adapters, config, base_fingerprint=manifest.base_model.fingerprint, window=window
         )
         if checkpoint is not None:

@@ -1,6 +1,6 @@
-"""Reaching a server: one websocket, and what every way of not getting one means.
+"""Connects one websocket, and turns each failure into an error.
 
-What may pass is a ``ConnectionLostError``, which carries what to raise where nothing more is tried.
+A failure that may be temporary is a ``ConnectionLostError``, which carries what to raise where nothing more is tried.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ConnectSettings:
 
     Attributes:
         device_id: this device's stable name.
-        say: told one line when the connection is lost and when it is back.
+        say: called with one line when the connection is lost and when it is back.
         should_stop: asked while waiting for a server; true raises ``StoppedError``.
         clock: seconds that never go back; sleep: waits so many of them.
     """
@@ -116,10 +116,11 @@ class ConnectSettings:
 
 
 class ConnectionLostError(Exception):
-    """The connection is of no more use; another one may be.
+    """This connection is lost; another one may work.
 
     Attributes:
         final: what to raise where nothing more is tried.
+        retry_after_s: seconds that the server asks to wait; None where it did not say.
     """
 
     def __init__(self, final: DloraError, retry_after_s: float | None = None) -> None:
@@ -160,14 +161,14 @@ class _NoRedirects(ClientConnection):
 
 
 def open_websocket(
-    url: str, connecting: ConnectSettings, closing: contextlib.ExitStack, frame_bytes: int
+    url: str, settings: ConnectSettings, closing: contextlib.ExitStack, frame_bytes: int
 ) -> ClientConnection:
     """Open a websocket, which ``closing`` will close; it takes frames of ``frame_bytes`` at most.
 
     Raises ``ConnectionLostError`` for what may pass; ``UsageError``, and what a server that refuses means, for what
     may not.
     """
-    liveness, credentials = connecting.liveness, connecting.credentials
+    liveness, credentials = settings.liveness, settings.credentials
     try:
         websocket = closing.enter_context(
             connect(
@@ -224,7 +225,7 @@ def _http_refusal(response: Response, url: str) -> Exception:
 
 
 def refusal_of(error: m.Error, url: str) -> DloraError:
-    """What an ``Error`` of the server's means to the user."""
+    """The error to raise for an ``Error`` of the server at ``url``."""
     text = f"the server {url} refused: {error.message}"
     match error.code:
         case m.ErrorCode.BASE_MODEL_MISMATCH | m.ErrorCode.UNKNOWN_TARGET:
@@ -240,7 +241,7 @@ def refusal_of(error: m.Error, url: str) -> DloraError:
 
 
 @contextlib.contextmanager
-def abort_when_stopped(tcp: socket.socket, nbytes: int, connecting: ConnectSettings) -> Iterator[None]:
+def abort_when_stopped(tcp: socket.socket, nbytes: int, settings: ConnectSettings) -> Iterator[None]:
     """Within, end the connection some seconds after somebody asked to stop: writing has no deadline, and a server that
     takes a few bytes now and then would keep us for as long as it likes."""
     if nbytes <= UNBLOCKED_BYTES:
@@ -250,7 +251,7 @@ def abort_when_stopped(tcp: socket.socket, nbytes: int, connecting: ConnectSetti
 
     def watch() -> None:
         while not written.wait(STOP_CHECK_S):
-            if connecting.should_stop() and not written.wait(connecting.liveness.open_s):
+            if settings.should_stop() and not written.wait(settings.liveness.open_s):
                 with contextlib.suppress(OSError):
                     tcp.shutdown(socket.SHUT_RDWR)
 

@@ -71,8 +71,8 @@ class Connection:
         self.session = Session(Side.EDGE)
         self.reconnects = 0
         self.resumed = 0
-        self._connecting = connecting or ConnectSettings()  # no credentials, no second try
-        self._deadline = Deadline(self._connecting.liveness.exchange_s)
+        self._settings = connecting or ConnectSettings()  # no credentials, no second try
+        self._deadline = Deadline(self._settings.liveness.exchange_s)
         self._closing = contextlib.ExitStack()
         self._socket: ClientConnection | None = None
         self._opened: m.SessionOpened | None = None
@@ -87,7 +87,7 @@ class Connection:
         try:
             self.session = self._connect()
         except ConnectionLostError as lost:
-            if not self._connecting.retry.at_start:
+            if not self._settings.retry.at_start:
                 raise lost.final from None
             self.session = self._connect_again(lost)
 
@@ -115,7 +115,7 @@ class Connection:
                 opened = self._read(self.session)
                 break
             except ConnectionLostError as lost:
-                if self._opened is None and not self._connecting.retry.at_start:
+                if self._opened is None and not self._settings.retry.at_start:
                     raise lost.final from None
                 self._replace_session(self._connect_again(lost))
         if not isinstance(opened, m.SessionOpened):
@@ -144,16 +144,16 @@ class Connection:
     def receive_any(self) -> m.AnyMessage:
         """The next message; an ``Error`` of the server's is raised as what it means."""
         while True:
-            started = self._connecting.clock()
+            started = self._settings.clock()
             try:
                 message = self._read(self.session, self._answer_timeout_s())
             except ConnectionLostError as lost:
                 if isinstance(lost, _AnswerTimeoutError):
                     self._deadline.missed()
-                    self._away_s += self._connecting.clock() - started
+                    self._away_s += self._settings.clock() - started
                 self._reconnect_and_resume(lost)
                 continue
-            self._deadline.observe(self._connecting.clock() - started)
+            self._deadline.observe(self._settings.clock() - started)
             self._away_s = 0.0
             if self.session.state is State.IDLE:
                 # A micro-batch is through, or a report is answered. Not at every message: a server that gives one and
@@ -162,11 +162,11 @@ class Connection:
             return message
 
     def close(self) -> None:
-        """Say goodbye where the rules allow it, and hang up."""
+        """Send ``CloseSession`` where the rules allow it, and close the websocket."""
         if self.session.may_close:
-            goodbye = self.session.send(m.CloseSession())
+            close_frame = self.session.send(m.CloseSession())
             with contextlib.suppress(DloraError, ConnectionLostError):
-                self._write(goodbye)
+                self._write(close_frame)
         with contextlib.suppress(*PEER_GONE):
             self._closing.close()
 
@@ -174,7 +174,7 @@ class Connection:
 
     def _answer_timeout_s(self) -> float:
         """How long a message may take: no longer than an outage may."""
-        deadline_s, longest_s = self._deadline.seconds, self._connecting.retry.max_s
+        deadline_s, longest_s = self._deadline.seconds, self._settings.retry.max_s
         return min(deadline_s, longest_s) if longest_s else deadline_s
 
     def _reconnect_and_resume(self, lost: ConnectionLostError) -> None:
@@ -184,7 +184,7 @@ class Connection:
         """
         if self._opened is None:
             raise lost.final from None
-        if self._connecting.clock() - self._connected_at >= self._connecting.retry.ceiling_s:
+        if self._settings.clock() - self._connected_at >= self._settings.retry.ceiling_s:
             self._failures = 0
         while True:
             handshake = self._connect_again(lost)
@@ -205,7 +205,7 @@ class Connection:
             session=self._opened.session, token=self._resume_token, received=self.session.link.received
         )
         self._write(handshake.send(resume))
-        resumed = self._read(handshake, self._connecting.liveness.open_s)
+        resumed = self._read(handshake, self._settings.liveness.open_s)
         if not isinstance(resumed, m.SessionResumed):
             return False
         self._resume_token = resumed.token
@@ -215,14 +215,14 @@ class Connection:
 
     def _connect_again(self, lost: ConnectionLostError) -> Session:
         """Connect and greet, with pauses, until it works or its time is up."""
-        retry, say = self._connecting.retry, self._connecting.say
+        retry, say = self._settings.retry, self._settings.say
         self._raise_if_stopped()
         if retry.max_s == 0:
             raise lost.final from None
-        began = self._connecting.clock() - self._away_s
+        began = self._settings.clock() - self._away_s
         try:
             while True:
-                away_s = self._connecting.clock() - began
+                away_s = self._settings.clock() - began
                 left_s = math.inf if retry.max_s is None else retry.max_s - away_s
                 if left_s <= 0:
                     text = f"{lost.final}; gave up after {away_s:.0f} s (--max-retry-s)"
@@ -240,14 +240,14 @@ class Connection:
                 except ConnectionLostError as again:
                     lost = again
         finally:
-            self._away_s = self._connecting.clock() - began
+            self._away_s = self._settings.clock() - began
         self.reconnects += 1
         say(f"connected to {self.url} again after {self._away_s:.1f} s")
         return greeted
 
     def _pause_s(self, lost: ConnectionLostError) -> float:
         """How long to wait now: as the server asks, but never so little that we would hammer at it."""
-        retry = self._connecting.retry
+        retry = self._settings.retry
         own_s = retry.pause_s(self._failures) if self._failures else 0.0
         if lost.retry_after_s is None:
             return own_s
@@ -257,16 +257,16 @@ class Connection:
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, and raise ``StoppedError`` soon after somebody asked to stop; for 0 s, too: outages may be many."""
-        end = self._connecting.clock() + seconds
+        end = self._settings.clock() + seconds
         while True:
             self._raise_if_stopped()
-            left = end - self._connecting.clock()
+            left = end - self._settings.clock()
             if left <= 0:
                 return
-            self._connecting.sleep(min(left, STOP_CHECK_S))
+            self._settings.sleep(min(left, STOP_CHECK_S))
 
     def _raise_if_stopped(self) -> None:
-        if self._connecting.should_stop():
+        if self._settings.should_stop():
             raise StoppedError("stopped while the server was away; go on with dlora-edge resume")
 
     def _replace_session(self, handshake: Session) -> None:
@@ -298,15 +298,15 @@ class Connection:
         self._disconnect()
         session = Session(Side.EDGE)
         self._closing = contextlib.ExitStack()
-        self._socket = open_websocket(self.url, self._connecting, self._closing, self._frame_bytes)
-        self._connected_at = self._connecting.clock()
+        self._socket = open_websocket(self.url, self._settings, self._closing, self._frame_bytes)
+        self._connected_at = self._settings.clock()
         hello = m.Hello(
             protocol_versions=list(PROTOCOL_VERSIONS),
             software=f"dlora-edge {SOFTWARE_VERSION}",
-            device=self._connecting.device_id,
+            device=self._settings.device_id,
         )
         self._write(session.send(hello))
-        welcome = self._read(session, self._connecting.liveness.open_s)
+        welcome = self._read(session, self._settings.liveness.open_s)
         if not isinstance(welcome, m.Welcome):
             raise RemoteProtocolError(f"{type(welcome).__name__} where Welcome was due")
         known = self.session.welcome
@@ -318,7 +318,7 @@ class Connection:
         return session
 
     def _disconnect(self) -> None:
-        """Leave the connection without waiting for the peer's part of the goodbye: it may be gone."""
+        """Leave the connection without waiting for the peer to close its side: it may be gone."""
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.socket.shutdown(socket.SHUT_RDWR)
@@ -328,7 +328,7 @@ class Connection:
     def _write(self, frame: bytearray) -> None:
         assert self._socket is not None
         try:
-            with abort_when_stopped(self._socket.socket, len(frame), self._connecting):
+            with abort_when_stopped(self._socket.socket, len(frame), self._settings):
                 self._socket.send(frame)
         except PEER_GONE:
             self._raise_last_error()
@@ -339,14 +339,14 @@ class Connection:
         A frame that came before is no answer: it does not begin the time anew.
         """
         assert self._socket is not None
-        liveness = self._connecting.liveness
+        liveness = self._settings.liveness
         timeout_s = liveness.open_s if timeout_s is None else timeout_s
-        until, stopping = self._connecting.clock() + timeout_s, False
+        until, stopping = self._settings.clock() + timeout_s, False
         while True:
-            if not stopping and self._connecting.should_stop():
+            if not stopping and self._settings.should_stop():
                 # A step that the server works on is mostly over soon. One that is given up is run again with --resume.
-                until, stopping = min(until, self._connecting.clock() + liveness.open_s), True
-            left_s = until - self._connecting.clock()
+                until, stopping = min(until, self._settings.clock() + liveness.open_s), True
+            left_s = until - self._settings.clock()
             if left_s <= 0:
                 text = f"the server {self.url} said nothing new for {timeout_s:.0f} s {self._where_in_run()}"
                 raise _AnswerTimeoutError(ConnectionFailedError(text))
@@ -368,10 +368,10 @@ class Connection:
         """Why a peer went away may stand in what it said last."""
         assert self._socket is not None
         last: m.AnyMessage | None = None
-        until = self._connecting.clock() + CLOSE_TIMEOUT_S
+        until = self._settings.clock() + CLOSE_TIMEOUT_S
         with contextlib.suppress(*PEER_GONE, TimeoutError, ProtocolError):
             while not isinstance(last, m.Error):
-                left_s = max(0.0, until - self._connecting.clock())
+                left_s = max(0.0, until - self._settings.clock())
                 last = Decoder().decode(self._socket.recv(timeout=left_s, decode=False))
         if isinstance(last, m.Error):
             self._raise_refusal(last)

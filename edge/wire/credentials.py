@@ -55,7 +55,7 @@ class Credentials:
         """Credentials with the token of ``token_file``, else of the variable ``DLORA_TOKEN``, else without one.
 
         Args:
-            warn: told one line where others can read the file.
+            warn: called with one line where others can read the file.
 
         Raises ``UsageError``; its text never holds the token.
         """
@@ -77,7 +77,7 @@ class Credentials:
         if self.token is None:
             return {}
         if parts.scheme != "wss" and not self.insecure and not is_loopback(parts.hostname or ""):
-            raise UsageError(f"the token could be read on the way to {url}; write wss://, or say --insecure")
+            raise UsageError(f"the token could be read on the way to {url}; write wss://, or add --insecure")
         return {"Authorization": f"Bearer {self.token}"}
 
     def ssl_context(self, url: str) -> ssl.SSLContext | None:

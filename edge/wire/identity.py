@@ -36,7 +36,7 @@ def load_device_id(state_dir: Path | None = None, warn: Callable[[str], None] | 
 
     Args:
         state_dir: where it is kept; by default ``$DLORA_EDGE_STATE``, else the user's state directory.
-        warn: told one line where a damaged file is replaced, or nothing can be kept.
+        warn: called with one line where a damaged file is replaced, or nothing can be kept.
     """
     directory = state_dir or _default_directory()
     warn = warn or _ignore_warning

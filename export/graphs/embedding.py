@@ -15,7 +15,7 @@ from dlora.protocol.manifest import TensorSpec
 
 from .arrays import Arrays, Inputs, to_floats
 from .graph import TrainingGraph
-from .trial import GraphWithTrials, Materials, Trial
+from .graph_test import GraphTest, GraphWithTests, Materials
 
 KINDS: Final = ("embedding",)
 TOLERANCES: Final[dict[str, float]] = {"fp32": 1e-7, "fp16": 1e-3}  # one product; the weight's rounding
@@ -60,16 +60,16 @@ def reference(inputs: Inputs, end: EmbeddingEnd) -> Arrays:
     return to_floats(hidden_states=end(torch.from_numpy(np.asarray(inputs["ids"], np.int64))))
 
 
-def embedding_trials(graph: TrainingGraph, end: EmbeddingEnd, weights: Arrays) -> Iterator[Trial]:
+def embedding_tests(graph: TrainingGraph, end: EmbeddingEnd, weights: Arrays) -> Iterator[GraphTest]:
     """Random tokens."""
     inputs = {**weights, "ids": np.random.default_rng(0).integers(0, len(end.weight), TOKENS)}
     exact = reference(inputs, end)
-    yield Trial(inputs, exact, dict.fromkeys(exact, TOLERANCES[graph.inputs[0].dtype]))
+    yield GraphTest(inputs, exact, dict.fromkeys(exact, TOLERANCES[graph.inputs[0].dtype]))
 
 
-def make(materials: Materials) -> Iterator[GraphWithTrials]:
+def make(materials: Materials) -> Iterator[GraphWithTests]:
     """The one graph of this family."""
     spec, end = materials.embedding_spec, materials.embedding
     rows, width = end.weight.shape
     graph = embedding_graph(rows, width, spec.dtype, spec.scale)
-    yield graph, embedding_trials(graph, end, materials.embedding_weights)
+    yield graph, embedding_tests(graph, end, materials.embedding_weights)

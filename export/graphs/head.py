@@ -14,11 +14,11 @@ arXiv 2411.09009)::
 
     peak'   = max(peak, max(logits of the slab))
     total'  = total  * exp(peak - peak') + sum(p)                       p = exp(logits of the slab - peak')
-    pulled' = pulled * exp(peak - peak') + (p * cap') W_slab
+    weighted_rows' = weighted_rows * exp(peak - peak') + (p * cap') W_slab
 
-so that loss = peak + log(total) - logits[label], and dh needs pulled / total and W[label] alone. A weight is read and
-widened once a call, whatever the rows. The first slab takes what the others leave over, and stands before the Scan: it
-starts the running values. ``head_torch.py`` has the same for ExecuTorch, and the reference.
+so that loss = peak + log(total) - logits[label], and dh needs weighted_rows / total and W[label] alone. A weight is
+read and widened once a call, whatever the rows. The first slab takes what the others leave over, and stands
+before the Scan: it starts the running values. ``head_torch.py`` has the same for ExecuTorch, and the reference.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from dlora.protocol.manifest import HeadSpec, StoredDtype, TensorSpec
 
 from .arrays import Arrays
 from .graph import TrainingGraph
+from .graph_test import GraphTest, GraphWithTests, Materials
 from .head_torch import HeadLogits, HeadLoss, HeadTrain, reference
 from .tolerances import Rounding, allowed
-from .trial import GraphWithTrials, Materials, Trial
 
 KINDS: Final = ("head_train", "head_loss", "head_logits")
 ROUNDING: Final[dict[StoredDtype, dict[str, float]]] = {
@@ -54,7 +54,7 @@ SLAB_VALUES: Final = 1024 * 576  # of the weight: 2.4 MB when wide, which a core
 CALL_ROWS: Final = 128  # reading and widening the weight once a call is then an eighth of the work
 LEAST_SLABS: Final = 4  # a tiny vocabulary is cut as well, or its tests would test nothing
 
-_Folded = Literal["pulled", "best"]  # what a walk over the vocabulary brings home beside the softmax
+_Folded = Literal["weighted_rows", "best"]  # what a walk over the vocabulary gives beside the softmax
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
         "head_train",
         inputs=(*weights, hidden, labels, grad_scale),
         outputs=(losses, grad),
-        body=_constants(head) + _of_labels(head) + _walk(head, "pulled") + _LOSS + _gradient(head),
+        body=_constants(head) + _of_labels(head) + _walk(head, "weighted_rows") + _LOSS + _gradient(head),
         module=partial(HeadTrain, head),
     )
     loss = TrainingGraph(
@@ -200,7 +200,8 @@ def _backward(head: HeadShape, p: str, value: str, result: str) -> str:
 
 
 def _walk(head: HeadShape, folded: _Folded) -> str:
-    """``peak`` and ``total`` (rows, 1) of the softmax, and ``pulled`` (rows, hidden_size) or ``best`` (rows, 1)."""
+    """``peak`` and ``total`` (rows, 1) of the softmax, and ``weighted_rows`` (rows, hidden_size) or
+    ``best`` (rows, 1)."""
     lines = _slab(head, folded, "first_", None, "zero", "first")
     names = ("peak", "total", folded)
     if head.first == head.vocabulary_size:
@@ -229,15 +230,15 @@ def _slab(head: HeadShape, folded: _Folded, p: str, before: str | None, start: s
         lines += f"{p}peak = Identity ({p}top)\n"
     else:
         lines += f"{p}peak = Max ({before}peak, {p}top)\n"
-        lines += f"{p}fallen = Sub ({before}peak, {p}peak)\n{p}fade = Exp ({p}fallen)\n"
+        lines += f"{p}peak_change = Sub ({before}peak, {p}peak)\n{p}rescale = Exp ({p}peak_change)\n"
     lines += f"{p}below = Sub ({p}logits, {p}peak)\n{p}p = Exp ({p}below)\n"
     lines += _plus(before, p, "total", f"ReduceSum ({p}p, axis_1)")
-    if folded == "pulled":
+    if folded == "weighted_rows":
         lines += _backward(head, p, f"{p}p", f"{p}d_product")
         if before is None:
-            return lines + f"{p}pulled = Gemm ({p}d_product, {p}wide)\n"
-        lines += f"{p}faded_pulled = Mul ({before}pulled, {p}fade)\n"
-        return lines + f"{p}pulled = Gemm ({p}d_product, {p}wide, {p}faded_pulled)\n"
+            return lines + f"{p}weighted_rows = Gemm ({p}d_product, {p}wide)\n"
+        lines += f"{p}rescaled_rows = Mul ({before}weighted_rows, {p}rescale)\n"
+        return lines + f"{p}weighted_rows = Gemm ({p}d_product, {p}wide, {p}rescaled_rows)\n"
     lines += f"{p}place = ArgMax <axis = 1> ({p}logits)\n{p}found = Add ({p}place, {start})\n"
     if before is None:
         return lines + f"{p}best = Identity ({p}found)\n"
@@ -248,8 +249,8 @@ def _slab(head: HeadShape, folded: _Folded, p: str, before: str | None, start: s
 def _plus(before: str | None, p: str, name: str, value: str) -> str:
     if before is None:
         return f"{p}{name} = {value}\n"
-    return f"{p}more_{name} = {value}\n{p}faded_{name} = Mul ({before}{name}, {p}fade)\n" + (
-        f"{p}{name} = Add ({p}faded_{name}, {p}more_{name})\n"
+    return f"{p}more_{name} = {value}\n{p}rescaled_{name} = Mul ({before}{name}, {p}rescale)\n" + (
+        f"{p}{name} = Add ({p}rescaled_{name}, {p}more_{name})\n"
     )
 
 
@@ -264,8 +265,8 @@ _PREDICTIONS: Final = "predictions = Squeeze (best, axis_1)\n"
 
 
 def _gradient(head: HeadShape) -> str:
-    lines = "expected = Div (pulled, total)\n" + _backward(head, "label_", "label_wide", "label_pull")
-    lines += "d_product = Sub (expected, label_pull)\n"
+    lines = "expected = Div (weighted_rows, total)\n" + _backward(head, "label_", "label_wide", "label_row")
+    lines += "d_product = Sub (expected, label_row)\n"
     value = "d_product"
     if head.logit_scale != 1.0:
         lines += f"d_scaled = Mul ({value}, logit_scale)\n"
@@ -290,9 +291,9 @@ def _all_logits(head: HeadShape) -> str:
     """
 
 
-def head_trials(
+def head_tests(
     graph: TrainingGraph, end: HeadEnd, weights: Arrays, hidden_states: npt.NDArray[np.float32]
-) -> Iterator[Trial]:
+) -> Iterator[GraphTest]:
     """Hidden states of the base model; labels are random.
 
     The graph's arithmetic is judged with the weight that it is given. What the rounding of that weight changes comes on
@@ -315,7 +316,7 @@ def head_trials(
     if graph.kind == "head_loss":  # logits are no output of it, but say which predictions are right
         choose = partial(_predictions, exact["logits"], tolerances["logits"])
         golden, exact = ({"losses": each["losses"]} for each in (golden, exact))
-    yield Trial(inputs, exact, tolerances, Rounding(dtype, golden, ROUNDING[dtype]), choose)
+    yield GraphTest(inputs, exact, tolerances, Rounding(dtype, golden, ROUNDING[dtype]), choose)
 
 
 def _predictions(logits: npt.NDArray[np.generic], tolerance: float, found: Mapping[str, Arrays]) -> Arrays:
@@ -330,9 +331,9 @@ def _predictions(logits: npt.NDArray[np.generic], tolerance: float, found: Mappi
     return {"predictions": first}
 
 
-def make(materials: Materials) -> Iterator[GraphWithTrials]:
+def make(materials: Materials) -> Iterator[GraphWithTests]:
     """The three graphs of the head."""
     end, hidden_states = materials.head, materials.hidden_states
     for graph in head_graphs(HeadShape.of(end, materials.head_spec)):
         rows = LOGITS_ROWS if graph.kind == "head_logits" else len(hidden_states)
-        yield graph, head_trials(graph, end, materials.head_weights, hidden_states[:rows])
+        yield graph, head_tests(graph, end, materials.head_weights, hidden_states[:rows])

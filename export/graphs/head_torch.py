@@ -7,11 +7,11 @@ the gradient's product folded in, as cut cross-entropy does it (Wijmans et al., 
 
     peak'   = max(peak, max(logits of the slab))
     total'  = total  * exp(peak - peak') + sum(p)                p = exp(logits of the slab - peak')
-    pulled' = pulled * exp(peak - peak') + (p * cap') W_slab
+    weighted_rows' = weighted_rows * exp(peak - peak') + (p * cap') W_slab
 
-so that loss = peak + log(total) - logit of the label, and dh = (pulled / total - cap' W[label]) times the scales. The
-label's logit comes from its row of the weight: nothing scatters or gathers along the vocabulary. The loop is unrolled,
-for ExecuTorch has none, and its planner gives all slabs the same memory.
+so that loss = peak + log(total) - logit of the label, and dh = (weighted_rows / total - cap' W[label]) times the
+scales. The label's logit comes from its row of the weight: nothing scatters or gathers along the vocabulary. The loop
+is unrolled, for ExecuTorch has none, and its planner gives all slabs the same memory.
 """
 
 from __future__ import annotations
@@ -110,16 +110,16 @@ class HeadTrain(_Head):
                 power = power * slope
             if scales is not None:
                 power = power * scales
-            pulled = torch.mm(power, wide)
+            weighted_rows = torch.mm(power, wide)
             if running is not None:
-                fade = torch.exp(running[0] - peak)
-                total, pulled = running[1] * fade + total, running[2] * fade + pulled
-            running = peak, total, pulled
+                rescale = torch.exp(running[0] - peak)
+                total, weighted_rows = running[1] * rescale + total, running[2] * rescale + weighted_rows
+            running = peak, total, weighted_rows
         assert running is not None
-        peak, total, pulled = running
-        label_logit, label_pull = self.of_labels(weight, row_scales, bias, hidden, labels)
+        peak, total, weighted_rows = running
+        label_logit, label_row = self.of_labels(weight, row_scales, bias, hidden, labels)
         losses = (peak + torch.log(total) - label_logit).squeeze(1)
-        return losses, (pulled / total - label_pull) * (grad_scale * self.head.logit_scale)
+        return losses, (weighted_rows / total - label_row) * (grad_scale * self.head.logit_scale)
 
 
 class HeadLoss(_Head):

@@ -28,8 +28,8 @@ from dlora.protocol.manifest import TensorSpec, adapter_key
 
 from .arrays import Arrays, Inputs, normal, to_floats, to_tensors
 from .graph import TrainingGraph
+from .graph_test import GraphTest, GraphWithTests, Materials
 from .tolerances import allowed
-from .trial import GraphWithTrials, Materials, Trial
 
 KINDS: Final = ("adapter_forward", "adapter_input_grad", "adapter_weight_grad")
 TOKENS: Final = 7
@@ -136,7 +136,7 @@ def _delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> Tensor:
     return scale * (x @ lora_a.T @ lora_b.T)
 
 
-def adapter_trials(graph: TrainingGraph, shape: tuple[int, int], rank: int, scaling: float) -> Iterator[Trial]:
+def adapter_tests(graph: TrainingGraph, shape: tuple[int, int], rank: int, scaling: float) -> Iterator[GraphTest]:
     """Random tokens through an adapter of (in, out) features; before that, another rank and number of tokens."""
     in_features, out_features = shape
     for tokens, some_rank in ((TOKENS - 2, rank + 3), (TOKENS, rank)):
@@ -151,11 +151,11 @@ def adapter_trials(graph: TrainingGraph, shape: tuple[int, int], rank: int, scal
         values["z"] = values["x"] @ values["lora_A"].T
         values["dz"] = values["scale"] * (values["grad"] @ values["lora_B"])
         exact, single = (reference(graph, values, dtype) for dtype in (torch.float64, torch.float32))
-        yield Trial({spec.name: values[spec.name] for spec in graph.inputs}, exact, allowed(exact, single))
+        yield GraphTest({spec.name: values[spec.name] for spec in graph.inputs}, exact, allowed(exact, single))
 
 
-def make(materials: Materials) -> Iterator[GraphWithTrials]:
+def make(materials: Materials) -> Iterator[GraphWithTests]:
     """Three graphs of every shape."""
     for shape in materials.shapes:
         for graph in adapter_graphs(*shape):
-            yield graph, adapter_trials(graph, shape, materials.rank, materials.scaling)
+            yield graph, adapter_tests(graph, shape, materials.rank, materials.scaling)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final, Protocol
 
 from . import adamw, embedding, head, lora
-from .trial import GraphWithTrials, Materials
+from .graph_test import GraphWithTests, Materials
 
 
 class Family(Protocol):
@@ -19,8 +19,8 @@ class Family(Protocol):
     @property
     def KINDS(self) -> tuple[str, ...]: ...
 
-    def make(self, materials: Materials, /) -> Iterator[GraphWithTrials]:
-        """Its graphs of one base model, each with its trials."""
+    def make(self, materials: Materials, /) -> Iterator[GraphWithTests]:
+        """Its graphs of one base model, each with its tests."""
         ...
 
 
@@ -28,7 +28,7 @@ FAMILIES: Final[tuple[Family, ...]] = (lora, adamw, embedding, head)
 KINDS: Final = tuple(kind for family in FAMILIES for kind in family.KINDS)
 
 
-def make_graphs(materials: Materials) -> Iterator[GraphWithTrials]:
-    """Every graph of a bundle with its trials, in the order of the manifest."""
+def make_graphs(materials: Materials) -> Iterator[GraphWithTests]:
+    """Every graph of a bundle with its tests, in the order of the manifest."""
     for family in FAMILIES:
         yield from family.make(materials)

@@ -1,7 +1,7 @@
 """Every abuse of the server that we know, one function each, and what must stop it.
 
-``ABUSES`` are over at once: each gives an ``Outcome``, such as ``close 1009`` or ``error non_finite``. ``SIEGES`` hold
-on: each is a context in which connections sit on the server. README.md has them as tables.
+``ABUSES`` are over at once: each gives an ``Outcome``, such as ``close 1009`` or ``error non_finite``. ``IDLE_ATTACKS``
+hold on: each is a context in which connections sit on the server. README.md has them as tables.
 """
 
 from __future__ import annotations
@@ -474,49 +474,49 @@ def never_acknowledges(target: Target) -> Outcome:
 
 # -- holding on ------------------------------------------------------------------------------------------
 
-Sitting = Callable[[Target, ExitStack], tuple[HostileClient, bytes]]
-SIEGES: dict[str, Sitting] = {}
+IdleAttack = Callable[[Target, ExitStack], tuple[HostileClient, bytes]]
+IDLE_ATTACKS: dict[str, IdleAttack] = {}
 """Each makes one connection that stays, and says what it goes on sending, a byte now and then."""
 
 
-def sits(make: Sitting) -> Sitting:
-    SIEGES[make.__name__] = make
+def idle_attack(make: IdleAttack) -> IdleAttack:
+    IDLE_ATTACKS[make.__name__] = make
     return make
 
 
-@sits
+@idle_attack
 def idle_socket(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     return held.enter_context(target.socket()), b""
 
 
-@sits
+@idle_attack
 def idle_websocket(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     return held.enter_context(target.websocket()), b""
 
 
-@sits
+@idle_attack
 def idle_after_hello(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     return held.enter_context(target.greeted()).client, b""
 
 
-@sits
+@idle_attack
 def half_a_tls_hello(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     client = held.enter_context(target.socket())
     client.send(HALF_A_TLS_HELLO)
     return client, b""
 
 
-@sits
+@idle_attack
 def slow_http(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     return held.enter_context(target.socket()), request(X="x" * 4000)
 
 
-@sits
+@idle_attack
 def slow_frame(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     return held.enter_context(target.websocket()), frame(BINARY, bytes(60_000))
 
 
-@sits
+@idle_attack
 def most_of_a_frame(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     """As much of the server's memory as a stranger gets: 64 KiB are allowed, and never end."""
     client = held.enter_context(target.greeted()).client
@@ -524,21 +524,21 @@ def most_of_a_frame(target: Target, held: ExitStack) -> tuple[HostileClient, byt
     return client, b""
 
 
-SITS_IN_A_SESSION: dict[str, Sitting] = {}
+IDLE_ATTACKS_IN_A_SESSION: dict[str, IdleAttack] = {}
 """The same with a session each, of which a server has only so many."""
 
 
-def sits_in_a_session(make: Sitting) -> Sitting:
-    SITS_IN_A_SESSION[make.__name__] = make
+def idle_attack_in_a_session(make: IdleAttack) -> IdleAttack:
+    IDLE_ATTACKS_IN_A_SESSION[make.__name__] = make
     return make
 
 
-@sits_in_a_session
+@idle_attack_in_a_session
 def silent_in_a_session(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     return held.enter_context(target.opened()).client, b""
 
 
-@sits_in_a_session
+@idle_attack_in_a_session
 def silent_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened())
     device.say(device.embeddings())
@@ -546,13 +546,13 @@ def silent_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, by
     return device.client, b""
 
 
-@sits_in_a_session
+@idle_attack_in_a_session
 def slow_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened())
     return device.client, frame(BINARY, device.session.send(device.embeddings(30)))
 
 
-@sits_in_a_session
+@idle_attack_in_a_session
 def repeats_itself_in_a_session(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened())
     scores = WireTensor("fp32", np.ones(len(target.groups), np.float32))
@@ -562,7 +562,7 @@ def repeats_itself_in_a_session(target: Target, held: ExitStack) -> tuple[Hostil
     return device.client, frame(BINARY, report)
 
 
-@sits_in_a_session
+@idle_attack_in_a_session
 def repeats_itself_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened())
     begun = device.session.send(device.embeddings())
@@ -571,7 +571,7 @@ def repeats_itself_in_a_step(target: Target, held: ExitStack) -> tuple[HostileCl
     return device.client, frame(BINARY, begun)
 
 
-@sits_in_a_session
+@idle_attack_in_a_session
 def reads_nothing(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened(receive_buffer=4096))
     assert device.session.welcome is not None
@@ -580,7 +580,9 @@ def reads_nothing(target: Target, held: ExitStack) -> tuple[HostileClient, bytes
 
 
 @contextmanager
-def idle_connections(target: Target, make: Sitting, count: int, every_s: float = 0.01) -> Iterator[list[HostileClient]]:
+def idle_connections(
+    target: Target, make: IdleAttack, count: int, every_s: float = 0.01
+) -> Iterator[list[HostileClient]]:
     """``count`` connections that sit on the server, whether or not it has dropped some of them by now."""
     stop = threading.Event()
     with ExitStack() as held:

@@ -1,7 +1,7 @@
 """A websocket client that keeps no rules: raw sockets and a framing of its own.
 
 What the peer answers is read as it is; a connection that was closed, reset or never answered all end as a
-``Goodbye``, so that a test names the way in which a server got rid of it.
+``Ending``, so that a test names the way in which a server got rid of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 TIMEOUT_S = 20.0
 
 
-class Goodbye(NamedTuple):
+class Ending(NamedTuple):
     """How a connection ended: ``close`` frame with a code, or none (``eof``, ``reset``)."""
 
     how: str
@@ -97,16 +97,16 @@ class HostileClient:
         self._unread = self._unread[length:]
         return opcode, payload
 
-    def goodbye(self) -> Goodbye:
+    def goodbye(self) -> Ending:
         """Read until the server gets rid of us."""
         try:
             while (heard := self.hear()) is not None:
                 if heard[0] == CLOSE:
                     code = struct.unpack("!H", heard[1][:2])[0] if heard[1] else 1005
-                    return Goodbye("close", code, heard[1][2:].decode())
+                    return Ending("close", code, heard[1][2:].decode())
         except ConnectionError:
-            return Goodbye("reset")
-        return Goodbye("eof")
+            return Ending("reset")
+        return Ending("eof")
 
     def _read(self) -> bool:
         data = self.socket.recv(1 << 16)

@@ -16,7 +16,7 @@ from typing import Any
 import conversations
 import numpy as np
 import pytest
-from abuses import ABUSES, SIEGES, SITS_IN_A_SESSION, Target, idle_connections
+from abuses import ABUSES, IDLE_ATTACKS, IDLE_ATTACKS_IN_A_SESSION, Target, idle_connections
 from families import FAMILIES, VOCABULARY
 from hostile import BINARY, TIMEOUT_S
 from serving import RunningServer, config, final_weights, random_dataset, serving, training
@@ -124,17 +124,17 @@ def test_abusive_device_is_stopped_and_others_are_undisturbed(
     assert bits == undisturbed
 
 
-@pytest.mark.parametrize("name", SIEGES)
+@pytest.mark.parametrize("name", IDLE_ATTACKS)
 def test_many_idle_connections_do_not_disturb_a_device(
     name: str, target: Target, bundle: Path, undisturbed: Bits
 ) -> None:
-    with idle_connections(target, SIEGES[name], 40):
+    with idle_connections(target, IDLE_ATTACKS[name], 40):
         assert train(bundle, target.url) == undisturbed
 
 
-@pytest.mark.parametrize("name", SITS_IN_A_SESSION)
+@pytest.mark.parametrize("name", IDLE_ATTACKS_IN_A_SESSION)
 def test_many_idle_sessions_do_not_disturb_a_device(name: str, target: Target, bundle: Path, undisturbed: Bits) -> None:
-    with idle_connections(target, SITS_IN_A_SESSION[name], MAX_SESSIONS // 2) as sitting:
+    with idle_connections(target, IDLE_ATTACKS_IN_A_SESSION[name], MAX_SESSIONS // 2) as sitting:
         assert len(sitting) == MAX_SESSIONS // 2
         assert train(bundle, target.url) == undisturbed
 
@@ -154,7 +154,7 @@ def test_device_that_only_repeats_frames_loses_its_session(
     with (
         serving(base, timeouts=timeouts) as running,
         # A byte each 0.1 ms: a whole frame again within each deadline.
-        idle_connections(Target(running.url, groups), SITS_IN_A_SESSION[name], 1, every_s=1e-4) as sitting,
+        idle_connections(Target(running.url, groups), IDLE_ATTACKS_IN_A_SESSION[name], 1, every_s=1e-4) as sitting,
     ):
         assert len(sitting) == 1
         eventually(lambda: len(running.server.service.sessions) == 0)
@@ -227,7 +227,7 @@ def test_thousand_idle_connections_do_not_disturb_a_device(
 ) -> None:
     """From the honest device's own address, which is the worst case."""
     guard = server.server.guard
-    with idle_connections(Target(server.url, groups), SIEGES["idle_websocket"], 1000) as sitting:
+    with idle_connections(Target(server.url, groups), IDLE_ATTACKS["idle_websocket"], 1000) as sitting:
         assert len(sitting) == 1000
         eventually(lambda: guard.unfinished <= guard.limits.unfinished)
         assert train(bundle, server.url) == undisturbed
@@ -239,7 +239,7 @@ def test_devices_that_connect_during_a_flood_train(
     server: RunningServer, groups: tuple[GroupSpec, ...], bundle: Path, undisturbed: Bits
 ) -> None:
     def flood() -> None:
-        with idle_connections(Target(server.url, groups), SIEGES["idle_socket"], 500):
+        with idle_connections(Target(server.url, groups), IDLE_ATTACKS["idle_socket"], 500):
             pass
 
     with again_and_again(flood):
@@ -257,7 +257,7 @@ def test_small_server_serves_among_many_hostile_connections(
         ExitStack() as held,
     ):
         target = Target(running.url, groups, source=ELSEWHERE)
-        for sitting in SIEGES.values():
+        for sitting in IDLE_ATTACKS.values():
             held.enter_context(idle_connections(target, sitting, 9))
         assert train(bundle, running.url) == undisturbed
         assert running.server.guard.unfinished <= 4
@@ -318,6 +318,6 @@ def test_readme_lists_each_abuse() -> None:
         for line in README.read_text().splitlines()
         if line.startswith("| `") and len(cells := line.strip("|").split("|")) > 2
     }
-    assert set(rows) == {*ABUSES, *SIEGES, *SITS_IN_A_SESSION}
+    assert set(rows) == {*ABUSES, *IDLE_ATTACKS, *IDLE_ATTACKS_IN_A_SESSION}
     for name, (_, expected) in ABUSES.items():
         assert all(f"`{outcome}`" in rows[name] for outcome in expected), name

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from random_frames import Reached
 
 from dlora.edge.adapters.peft import CONFIG_NAME, load_adapter
-from dlora.edge.data.rows import read_rows
+from dlora.edge.data.records import read_records
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.training.checkpoint import load_latest
 from dlora.protocol import messages as m
@@ -411,4 +411,4 @@ def test_any_training_file_gives_rows_or_a_data_error(tmp_path: Path, content: b
     path = tmp_path / f"data.{suffix}"
     path.write_bytes(content)
     with suppress(DataError):
-        assert all(isinstance(row.fields, dict) for row in read_rows(path))
+        assert all(isinstance(row.fields, dict) for row in read_records(path))

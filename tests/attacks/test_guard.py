@@ -20,7 +20,7 @@ from hostile import (
     PONG,
     TEXT,
     TIMEOUT_S,
-    Goodbye,
+    Ending,
     HostileClient,
     frame,
     hostile,
@@ -33,8 +33,8 @@ from websockets.asyncio.server import ServerConnection, serve
 from dlora.cloud.door.guard import ConnectionLimits, Guard, GuardedConnection, raise_file_limit
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-FLOOD = Goodbye("close", 1008, "flood")
-PROTOCOL = Goodbye("close", 1008, "protocol")
+FLOOD = Ending("close", 1008, "flood")
+PROTOCOL = Ending("close", 1008, "protocol")
 DROPPED = ("eof", "reset")
 
 
@@ -55,13 +55,13 @@ class Room:
         self.nbytes = nbytes
         self.taken = 0
 
-    def queue(self, nbytes: int) -> bool:
+    def add(self, nbytes: int) -> bool:
         if self.taken + nbytes > self.nbytes:
             return False
         self.taken += nbytes
         return True
 
-    def unqueue(self, nbytes: int) -> None:
+    def remove(self, nbytes: int) -> None:
         self.taken -= nbytes
 
 
@@ -81,7 +81,7 @@ class EchoServer:
         async for message in connection:
             match bytes(message).split():
                 case [b"open"]:
-                    connection.opened(self.room)
+                    connection.session_opened(self.room)
                 case [b"limit", size]:
                     connection.limit_frames(int(size))
                 case [b"hold"]:
@@ -274,7 +274,7 @@ def test_frames_that_no_device_sends_are_refused(echo: EchoServer, frames: bytes
     ],
     ids=["unmasked", "reserved bit", "unknown opcode", "long ping", "ping in fragments"],
 )
-def test_what_websockets_refuses_by_itself(echo: EchoServer, broken: bytes) -> None:
+def test_broken_websocket_frames_are_refused(echo: EchoServer, broken: bytes) -> None:
     with hostile_websocket(echo.url) as client:
         client.send(broken)
         assert client.goodbye().code == 1002

@@ -1,4 +1,4 @@
-"""A TCP proxy between a device and a server that reads along, and does one planned harm at one planned message.
+"""A TCP proxy between a device and a server that reads along, and does one planned fault at one planned message.
 
 It is the real thing in the middle: real sockets, whole websocket frames. What happens is decided by counting messages,
 never by a clock, so that a plan hits the same message in every run.
@@ -94,7 +94,7 @@ class Plan:
     done: bool = False
     seen: int = 0
 
-    def strikes(self, message: Message) -> bool:
+    def matches(self, message: Message) -> bool:
         if self.done or not self.boundary.is_like(message):
             return False
         self.seen += 1
@@ -114,7 +114,7 @@ class FaultProxy:
         messages: all that went through, in order, where ``keep_messages``; counts: how many of each name.
         reports: by step, the scores of every report of it. More than one means that a step was run twice and
             was not the same.
-        struck: the faults so far, in order; connections: of devices so far.
+        done: the faults so far, in order; connections: of devices so far.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class FaultProxy:
         self.counts: Counter[str] = Counter()
         self.messages: list[Message] = []
         self.reports: dict[int, set[bytes]] = {}
-        self.struck: list[Fault] = []
+        self.done: list[Fault] = []
         self.connections = 0
         self._strike = strike
         self._keep_messages = keep_messages
@@ -143,7 +143,7 @@ class FaultProxy:
         self._accepting.start()
 
     def plan(self, *plans: Plan) -> None:
-        """Add plans; each strikes once."""
+        """Add plans; each is done once."""
         with self._lock:
             self._plans += plans
 
@@ -151,14 +151,14 @@ class FaultProxy:
         """Where connections go from now on."""
         self._server = (urlsplit(server_url).hostname, urlsplit(server_url).port)
 
-    def harm(self, fault: Fault) -> None:
+    def do_fault(self, fault: Fault) -> None:
         """Do it now, or to the next frame."""
         if fault in ON_A_FRAME:
             self.plan(Plan(fault))
             return
         if not self._snapshot() and fault in (Fault.CUT_LINK, Fault.HALF_OPEN):
             return  # there is nothing that it could happen to
-        self.struck.append(fault)
+        self.done.append(fault)
         if fault is Fault.HALF_OPEN:
             for link in self._snapshot():
                 link.silent = True
@@ -174,7 +174,7 @@ class FaultProxy:
 
     @property
     def pending(self) -> list[Plan]:
-        """The plans that have not struck."""
+        """The plans that are not done."""
         with self._lock:
             return [plan for plan in self._plans if not plan.done]
 
@@ -188,12 +188,12 @@ class FaultProxy:
     # -- one frame -------------------------------------------------------------------------------------------
 
     def pass_on(self, link: _Link, direction: Direction, frame: bytearray, message: Message | None) -> None:
-        """Send a frame, and harm it or its connection where that is planned."""
+        """Send a frame, and damage it or its connection where that is planned."""
         fault, when = self._planned(message)
         if fault is None:
             link.send(direction, frame)
             return
-        self.struck.append(fault)
+        self.done.append(fault)
         match fault:
             case Fault.DUPLICATE:
                 link.send(direction, frame + frame)
@@ -234,9 +234,9 @@ class FaultProxy:
         if message is None:
             return None, ""
         with self._lock:
-            # All of them count, and at most one strikes: two faults at one message are one after the other.
-            striking = [plan for plan in self._plans if plan.strikes(message)]
-        return (striking[0].fault, striking[0].when) if striking else (None, "")
+            # All of them count, and at most one is done: two faults at one message are one after the other.
+            matching = [plan for plan in self._plans if plan.matches(message)]
+        return (matching[0].fault, matching[0].when) if matching else (None, "")
 
     # -- connections -----------------------------------------------------------------------------------------
 

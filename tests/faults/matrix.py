@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from fault_proxy import ON_A_FRAME, Boundary, Fault, Plan
-from world import AtFile, Outcome, Place, Reference, Replicas, disturb, make_place, record, replicas
+from fault_run import AtFile, Outcome, Place, Reference, Replicas, make_place, record, replicas, run_with_fault
 
 STEP: Final = 2
 """The step that is disturbed; a unit was killed before it and one is revived after it."""
@@ -97,7 +97,7 @@ class Matrix:
         running = self._idle.get()
         started = time.perf_counter()
         try:
-            outcome = disturb(
+            outcome = run_with_fault(
                 self._place, running, self.reference, self._directory / f"run-{next(self._names)}" / "out", case.fault,
                 case.boundary, when=case.when, more=[Plan(Fault.CUT_LINK, each) for each in case.more], options=DEVICE,
             )  # fmt: skip

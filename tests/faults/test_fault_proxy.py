@@ -1,4 +1,4 @@
-"""The proxy does the harm that was planned, where it was planned, and no other; and harm does not go unseen."""
+"""The proxy does the fault that was planned, where it was planned, and no other; and none goes unseen."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fault_proxy import Boundary, Fault, FaultProxy, Plan, fault_proxy
+from fault_run import Outcome, compare
 from serving import config
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection, serve
-from world import Outcome, compare
 
 from dlora.edge.training.checkpoint import save_checkpoint
 from dlora.edge.training.config import RunIdentity
@@ -61,7 +61,7 @@ def test_frames_of_megabytes_pass_unchanged(echo_url: str) -> None:
         connection.send(b"no message of ours")
         assert connection.recv() == b"no message of ours"
     assert proxy.counts == {"step_report": 8}
-    assert proxy.struck == []
+    assert proxy.done == []
 
 
 def test_proxy_changes_one_bit_of_one_message(echo_url: str) -> None:
@@ -104,7 +104,7 @@ def test_proxy_ends_the_connection(echo_url: str, fault: Fault) -> None:
 
 def test_half_open_connection_passes_nothing(echo_url: str) -> None:
     with fault_proxy(echo_url) as proxy, device(proxy) as connection:
-        proxy.harm(Fault.HALF_OPEN)
+        proxy.do_fault(Fault.HALF_OPEN)
         connection.send(report(0))
         with pytest.raises(TimeoutError):
             connection.recv(timeout=0.1)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import Boundary, Fault, Plan
+from fault_run import FaultRun, Place, Reference, Replicas, compare, make_place, record, replicas
 from forked import spawn_command
-from kill_storm import storm
 from matrix import DEVICE, SERVER
-from world import Place, Reference, Replicas, Scene, compare, make_place, record, replicas
+from repeated_kills import storm
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,11 @@ def test_killed_or_frozen_process_changes_no_bit(
     place: Place, running: Replicas, reference: Reference, fault: Fault, tmp_path: Path
 ) -> None:
     message = random.Random(fault.name).randrange(12)
-    scene = Scene(place, running, tmp_path / "out", DEVICE)
-    scene.proxy.plan(Plan(fault, Boundary(step=2, nth=message)))
-    outcome = scene.run()
+    fault_run = FaultRun(place, running, tmp_path / "out", DEVICE)
+    fault_run.proxy.plan(Plan(fault, Boundary(step=2, nth=message)))
+    outcome = fault_run.run()
     if not outcome.wrong:
-        compare(outcome, tmp_path / "out", reference.out, scene.proxy.reports)
+        compare(outcome, tmp_path / "out", reference.out, fault_run.proxy.reports)
     assert not outcome.wrong
     assert (
         outcome.recovery

@@ -1,4 +1,4 @@
-"""A small world to do harm in: two replicas of a server, a device that trains, a proxy between; and what came of it."""
+"""One run with faults: two replicas of a server, a device that trains, a proxy between them; and what came of it."""
 
 from __future__ import annotations
 
@@ -218,8 +218,8 @@ def start_device(
     )  # fmt: skip
 
 
-class Scene:
-    """One disturbed run: a device at a proxy, and who is struck when a fault is due."""
+class FaultRun:
+    """One disturbed run: a device at a proxy, and what each planned fault does to it."""
 
     def __init__(
         self,
@@ -247,12 +247,12 @@ class Scene:
     def run(self, at_file: AtFile | None = None, fault: Fault | None = None) -> Outcome:
         """Train to the end, starting the device again whenever it was killed or its disk was full."""
         outcome = Outcome()
-        struck = threading.Event()
+        done = threading.Event()
 
         def at(text: str, counter: Iterator[int] = itertools.count()) -> None:
-            if at_file is not None and fault is not None and next(counter) == at_file.nth and not struck.is_set():
-                struck.set()
-                self.proxy.harm(fault)
+            if at_file is not None and fault is not None and next(counter) == at_file.nth and not done.is_set():
+                done.set()
+                self.proxy.do_fault(fault)
 
         try:
             while True:
@@ -280,8 +280,8 @@ class Scene:
         return outcome
 
     def _excused(self) -> set[int]:
-        struck = set(self.proxy.struck)
-        return {-signal.SIGKILL for _ in struck & {Fault.KILL_DEVICE}} | {9 for _ in struck & {Fault.FULL_DISK}}
+        done = set(self.proxy.done)
+        return {-signal.SIGKILL for _ in done & {Fault.KILL_DEVICE}} | {9 for _ in done & {Fault.FULL_DISK}}
 
     def _recovery(self, outcome: Outcome) -> str:
         counts = self.proxy.counts
@@ -326,7 +326,7 @@ class Scene:
         self._behind[-1].start()
 
 
-def disturb(
+def run_with_fault(
     place: Place,
     running: Replicas,
     reference: Reference,
@@ -339,17 +339,17 @@ def disturb(
     options: Sequence[object] = (),
 ) -> Outcome:
     """One fault at one boundary of a run (and ``more``), held against the run without."""
-    scene = Scene(place, running, out, options)
-    scene.proxy.plan(*more)
+    fault_run = FaultRun(place, running, out, options)
+    fault_run.proxy.plan(*more)
     if isinstance(boundary, Boundary):
-        scene.proxy.plan(Plan(fault, boundary, when))
-        outcome = scene.run()
+        fault_run.proxy.plan(Plan(fault, boundary, when))
+        outcome = fault_run.run()
     else:
-        outcome = scene.run(boundary, fault)
-    if not scene.proxy.struck or scene.proxy.pending:
-        outcome.wrong.append("the fault never struck")
+        outcome = fault_run.run(boundary, fault)
+    if not fault_run.proxy.done or fault_run.proxy.pending:
+        outcome.wrong.append("the fault never happened")
     if not outcome.wrong:
-        compare(outcome, out, reference.out, scene.proxy.reports)
+        compare(outcome, out, reference.out, fault_run.proxy.reports)
     return outcome
 
 

@@ -32,7 +32,9 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
     Raises ``CheckpointError`` where it does not fit. A saved scaling other than this run's is folded into B.
     """
     widths = {
-        target.name: (group.in_features, target.out_features) for group in adapters.specs for target in group.targets
+        target.name: (group.in_features, target.out_features)
+        for group in adapters.group_specs
+        for target in group.targets
     }
     of = f" (of {loaded.base_model_name})" if loaded.base_model_name else ""
     for name, module in loaded.modules.items():

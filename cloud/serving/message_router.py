@@ -1,4 +1,4 @@
-"""What a session says and hears, by micro-batch, with a deadline for everything that is waited for.
+"""Gives the messages of a session to its micro-batches, with a deadline for everything that is waited for.
 
 Several threads may share a session, one a micro-batch. Whoever waits for a message reads the transport, one at a time,
 and leaves what is another's to that one. With one micro-batch at a time nothing is ever handed from thread to thread.
@@ -36,8 +36,8 @@ class Transport(Protocol):
     def wait_for_device(self, extra_s: float = 0.0) -> object: ...
 
 
-class Conversation:
-    """A session over its transport."""
+class MessageRouter:
+    """Sends a session's messages over its transport, and gives each that comes to the micro-batch that it is of."""
 
     def __init__(self, session: Session, transport: Transport, clock: Callable[[], float]) -> None:
         self.session = session
@@ -50,7 +50,7 @@ class Conversation:
         self._failure: BaseException | None = None
 
     def send(self, message: m.AnyMessage) -> None:
-        """Say something; returns at once."""
+        """Send a message; returns at once."""
         with self._send_lock:
             self.transport.send(self.session.send(message))
 
@@ -127,7 +127,7 @@ class Conversation:
             return None
 
 
-class MicroBatchDevice:
+class MicroBatchMessages:
     """The device's end of one micro-batch: what the micro-batch says goes out at once, and what it waits for has a
     deadline, after which the device is told to come again, and after longer the session ends.
 
@@ -135,33 +135,33 @@ class MicroBatchDevice:
         waited_s: for the device so far; idle_s: for the device and for the gate.
     """
 
-    def __init__(self, conversation: Conversation, key: Key, gate: ComputeGate, deadlines: Deadlines) -> None:
+    def __init__(self, router: MessageRouter, key: Key, gate: ComputeGate, deadlines: Deadlines) -> None:
         self.waited_s = 0.0
         self.idle_s = 0.0
-        self._conversation = conversation
-        self._clock = conversation.clock
+        self._router = router
+        self._clock = router.clock
         self._key = key
         self._gate = gate
         self._deadlines = deadlines
 
     def send(self, message: m.ExchangeMessage) -> None:
-        self._conversation.send(message)  # type: ignore[arg-type]
+        self._router.send(message)  # type: ignore[arg-type]
 
     def receive(self) -> m.AnyMessage:
         """The device's next message of this micro-batch. Raises ``DeviceGaveUpError``, and what the transport does."""
-        transport = self._conversation.transport
+        transport = self._router.transport
         began, times_lost = self._clock(), transport.times_lost
         try:
             with self._gate.waiting():
                 try:
-                    message = self._await_answer(began + self._deadlines.answers.seconds - self.waited_s)
+                    message = self._await_answer(began + self._deadlines.all_answers.seconds - self.waited_s)
                 finally:  # before the gate is waited for: what others compute is not the device's time
                     waited_s = self._clock() - began
                     self.waited_s += waited_s
         finally:
             self.idle_s += self._clock() - began
         if transport.times_lost == times_lost:  # else it tells of the network, not of the device
-            self._deadlines.answer.observe(waited_s)
+            self._deadlines.one_answer.observe(waited_s)
         if isinstance(message, m.Error):
             raise DeviceGaveUpError(message.message)
         return message
@@ -170,12 +170,12 @@ class MicroBatchDevice:
         """The next message; a device that is late is told to come again, and the clock starts anew."""
         late = RefusedError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
         while self._clock() < give_up_at:
-            message = self._conversation.receive(self._key, self._deadlines.answer.seconds, give_up_at)
+            message = self._router.receive(self._key, self._deadlines.one_answer.seconds, give_up_at)
             if message is not None:
                 return message
-            self._deadlines.answer.missed()
-            self._conversation.transport.disconnect(late)
-        self._deadlines.answers.missed()
+            self._deadlines.one_answer.missed()
+            self._router.transport.disconnect(late)
+        self._deadlines.all_answers.missed()
         raise late
 
 

@@ -1,6 +1,6 @@
 """Kill server and device, SIGKILL, many times in one run, at random messages; then compare with a run without.
 
-    python tests/faults/kill_storm.py --kills 20 --steps 60 --model smollm2-135m
+    python tests/faults/repeated_kills.py --kills 20 --steps 60 --model smollm2-135m
 
 Devices go on with --resume, servers are started again on the same port. Prints one JSON object.
 """
@@ -20,8 +20,20 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from fault_proxy import Boundary, Fault, Plan  # noqa: E402
+from fault_run import (  # noqa: E402
+    LONG_S,
+    FaultRun,
+    Outcome,
+    Place,
+    Reference,
+    Replicas,
+    compare,
+    make_place,
+    record,
+    replicas,
+    write_data,
+)
 from forked import spawn_command  # noqa: E402
-from world import LONG_S, Outcome, Place, Reference, Replicas, Scene, compare, make_place, record, replicas, write_data  # noqa: E402
 
 MESSAGES = 8
 """Every step has at least so many messages, whatever is killed and revived."""
@@ -42,24 +54,24 @@ def storm(
     chance = random.Random(seed)
     victims = [(Fault.KILL_DEVICE, Fault.KILL_SERVER)[index % 2] for index in range(kills)]
     chance.shuffle(victims)
-    scene = Scene(place, running, out, options, most_restarts=kills, timeout_s=LONG_S)
-    scene.proxy.plan(
+    fault_run = FaultRun(place, running, out, options, most_restarts=kills, timeout_s=LONG_S)
+    fault_run.proxy.plan(
         *(Plan(victim, Boundary(step=chance.randrange(steps), nth=chance.randrange(MESSAGES))) for victim in victims)
     )
     started = time.perf_counter()
-    outcome: Outcome = scene.run()
+    outcome: Outcome = fault_run.run()
     if not outcome.wrong:
-        compare(outcome, out, reference.out, scene.proxy.reports)
-    struck = scene.proxy.struck
+        compare(outcome, out, reference.out, fault_run.proxy.reports)
+    done = fault_run.proxy.done
     return {
-        "kills_server": struck.count(Fault.KILL_SERVER),
-        "kills_device": struck.count(Fault.KILL_DEVICE),
+        "kills_server": done.count(Fault.KILL_SERVER),
+        "kills_device": done.count(Fault.KILL_DEVICE),
         "steps": steps,
         "bit_equal": not outcome.wrong,
         "steps_lost": outcome.steps_lost,
         "steps_doubled": outcome.steps_doubled,
         "device_restarts": outcome.restarts,
-        "sessions_opened": scene.proxy.counts["session_opened"],
+        "sessions_opened": fault_run.proxy.counts["session_opened"],
         "wrong": outcome.wrong,
         "wall_s": round(time.perf_counter() - started, 1),
     }

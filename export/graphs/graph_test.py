@@ -20,7 +20,7 @@ Run = Callable[[Arrays], list[npt.NDArray[np.generic]]]
 
 
 @dataclass(frozen=True)
-class Trial:
+class GraphTest:
     """Inputs of a graph, the right outputs for them, and how far from these an engine's may be.
 
     Attributes:
@@ -63,5 +63,5 @@ class Materials:
     hidden_states: npt.NDArray[np.float32]
 
 
-GraphWithTrials = tuple[TrainingGraph, Iterable[Trial]]
-"""A graph and its trials. The last one's inputs and outputs become the golden vectors."""
+GraphWithTests = tuple[TrainingGraph, Iterable[GraphTest]]
+"""A graph and its tests. The last one's inputs and outputs become the golden vectors."""

@@ -35,7 +35,7 @@ _ARRAY_TO_LINES: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Record:
     """One record of a file.
 
     Attributes:
@@ -65,8 +65,8 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
-def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
-    """The rows of a ``.csv`` or ``.tsv`` file, or of JSONL under any other name; blank lines are passed over.
+def read_records(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Record]:
+    """The records of a ``.csv`` or ``.tsv`` file, or of JSONL under any other name; blank lines are passed over.
 
     ``.txt`` and ``.parquet`` files are refused, with the command that makes JSONL of them.
 
@@ -83,22 +83,22 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[
         command = _TO_JSONL[suffix].format(source=source, target=target)
         raise DataError(f"{path}: no {suffix} files; make JSONL of it first: {command}")
     if suffix == ".csv":
-        rows = _csv_rows(path, ",;")
+        records = _csv_records(path, ",;")
     elif suffix == ".tsv":
-        rows = _csv_rows(path, "\t")
+        records = _csv_records(path, "\t")
     else:
-        rows = _jsonl_rows(path)
+        records = _jsonl_records(path)
     if columns is None:
-        yield from rows
+        yield from records
         return
-    for row in rows:
+    for record in records:
         for theirs in columns.values():
-            if theirs not in row.fields:
-                raise DataError(f"{row.place}: no column {theirs!r}; there are {_listed(row.fields)}")
-        yield Row(row.place, {ours: row.fields[theirs] for ours, theirs in columns.items()})
+            if theirs not in record.fields:
+                raise DataError(f"{record.place}: no column {theirs!r}; there are {_listed(record.fields)}")
+        yield Record(record.place, {ours: record.fields[theirs] for ours, theirs in columns.items()})
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_records(path: Path) -> Iterator[Record]:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -111,10 +111,10 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             raise DataError(f"{place}: {text}{hint}") from None
         if not isinstance(value, dict):
             raise DataError(f"{place}: a JSON {_kind(value)}; each line must be one JSON object{hint}")
-        yield Row(place, value)
+        yield Record(place, value)
 
 
-def _csv_rows(path: Path, delimiters: str) -> Iterator[Row]:
+def _csv_records(path: Path, delimiters: str) -> Iterator[Record]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     # A quoted field may span lines: a record's place is where it starts.
     start, length = 1, 0
@@ -146,7 +146,7 @@ def _csv_rows(path: Path, delimiters: str) -> Iterator[Row]:
                     f"{place}: {len(record)} fields, the header has {len(header)}; "
                     f"quote fields that have {_SEPARATORS[delimiter]}"
                 )
-            yield Row(place, dict(zip(header, record, strict=True)))
+            yield Record(place, dict(zip(header, record, strict=True)))
     except csv.Error as error:
         raise DataError(f"{path}:{start}: not valid CSV ({error})") from None
 

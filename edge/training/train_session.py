@@ -14,7 +14,7 @@ from dlora.protocol.wire_codecs import Codecs
 from .config import TrainConfig
 
 
-class RunSession(ModelSession):
+class TrainSession(ModelSession):
     """The session of one run, or of its present part.
 
     A report whose signal has not come is sent again in the next session, which begins before it.
@@ -49,8 +49,8 @@ class RunSession(ModelSession):
         config = self._config
         return m.OpenSession(
             base_fingerprint=self._base_fingerprint,
-            groups=self.adapters.specs,
-            adapter=self.adapters.spec,
+            groups=self.adapters.group_specs,
+            adapter=self.adapters.adapter_spec,
             codecs=Codecs.all(config.wire_dtype),
             purpose=m.Train(
                 kill_revive=config.kill_revive,

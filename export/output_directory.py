@@ -13,7 +13,7 @@ from dlora.protocol.files import sync
 from dlora.protocol.manifest import MANIFEST_NAME
 
 
-def check_place(out: Path, force: bool) -> None:
+def check_output_path(out: Path, force: bool) -> None:
     """Raise ``UsageError`` where a bundle may not be written at ``out``.
 
     Even with ``force`` only a bundle or an empty directory is replaced, never another directory.
@@ -37,7 +37,7 @@ def check_place(out: Path, force: bool) -> None:
 def new_directory_for(out: Path, force: bool) -> Iterator[Path]:
     """Yield an empty directory that becomes ``out`` when the block ends well, and vanishes when it does not."""
     out = out.absolute()
-    check_place(out, force)
+    check_output_path(out, force)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:  # Ctrl-C may come between any two lines: whatever there is by then vanishes
         try:
@@ -50,7 +50,7 @@ def new_directory_for(out: Path, force: bool) -> Iterator[Path]:
         for path in partial.rglob("*"):
             sync(path)
         sync(partial)
-        check_place(out, force)
+        check_output_path(out, force)
         _replace(partial, out)
         sync(out.parent)
     finally:

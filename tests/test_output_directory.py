@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dlora.export.place import new_directory_for
+from dlora.export.output_directory import new_directory_for
 from dlora.protocol.manifest import MANIFEST_NAME
 
 
