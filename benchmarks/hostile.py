@@ -29,8 +29,8 @@ import numpy as np
 from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS / "attacks"), str(TESTS)]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "attacks"))
 
 from abuses import ABUSES, IDLE_ATTACKS, IDLE_ATTACKS_IN_A_SESSION, Target, idle_connections
 
