@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import safetensors.numpy
 
@@ -20,9 +19,7 @@ from dlora.cloud.model.base_model import (
 from dlora.export.graphs.graph_test import Materials
 from dlora.export.graphs.registry import make_graphs
 from dlora.protocol import interrupts
-from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec
-from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.manifest import (
     MANIFEST_NAME,
     AdapterDefaults,
@@ -31,15 +28,16 @@ from dlora.protocol.manifest import (
     FileSpec,
     GraphSpec,
     Manifest,
-    StoredDtype,
     encode_manifest,
 )
 from dlora.protocol.text import one_line
 from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 
-from .output_directory import check_output_path, new_directory_for
+from .installed import check_executorch
+from .output_directory import new_directory_for
 from .selection import select_targets
-from .to_executorch import BOUNDS, check_executorch
+from .settings import ExportSettings
+from .to_executorch import BOUNDS
 from .tokenizer import load_tokenizer, save_tokenizer
 from .verify import COMPILERS, Verified, real_hidden_states, verify
 from .weights import embedding_dtype, save_embedding, save_head
@@ -47,45 +45,6 @@ from .weights import embedding_dtype, save_embedding, save_head
 SUFFIXES: Final = {"onnx": "onnx", "executorch": "pte"}
 _GOLDEN: Final = "golden.safetensors"
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """What the user asked for.
-
-    Attributes:
-        rank, alpha, target_modules: what training has by default; target_modules None is the architecture's default.
-        base_model_name: what adapters call their base model; None means its hub id, or ``model`` where it has none.
-    """
-
-    model: str
-    out: Path
-    rank: int = 8
-    alpha: float = 16.0
-    target_modules: tuple[str, ...] | None = None
-    head_dtype: StoredDtype = "fp16"
-    force: bool = False
-    engine: Literal["onnx", "executorch", "both"] = "onnx"
-    base_model_name: str | None = None
-
-    @property
-    def engines(self) -> tuple[str, ...]:
-        """The names of the engines that the bundle is for."""
-        return tuple(SUFFIXES) if self.engine == "both" else (self.engine,)
-
-    def check(self) -> None:
-        """Raise ``UsageError`` for settings that cannot work; cheap, so that it comes before any loading."""
-        if not 1 <= self.rank <= MAX_RANK:
-            raise UsageError(f"--rank must be at least 1 and at most {MAX_RANK}")
-        if not 0 < self.alpha < float("inf"):
-            raise UsageError("--alpha must be above 0")
-        if self.target_modules is not None and not self.target_modules:
-            raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
-        if self.base_model_name is not None and not one_line(self.base_model_name).strip():
-            raise UsageError("--base-model-name is empty; give a hub id (org/name), or leave it out")
-        check_output_path(self.out, self.force)
-        if "executorch" in self.engines:
-            check_executorch()
 
 
 def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say = lambda _: None) -> Manifest:

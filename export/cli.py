@@ -71,16 +71,19 @@ def export(
 
     Example:  dlora-export smollm2-135m --out build/smollm2
     """
-    # Not before: torch takes seconds, which --help and the shell's completion need not wait for.
-    from rich.console import Console
-
-    from .bundle import ExportSettings, export_bundle
-    from .report import print_json, print_table
+    from .settings import ExportSettings
 
     names = None
     if target_modules is not None:
         names = tuple(dict.fromkeys(name.strip() for name in target_modules.split(",") if name.strip()))
     settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force, engine.value, base_model_name)
+    settings.check()
+    # Not before: torch takes seconds, which --help, the shell's completion and mistakes need not wait for.
+    from rich.console import Console
+
+    from .bundle import export_bundle
+    from .report import print_json, print_table
+
     started = time.monotonic()
     console = Console(file=sys.stderr)
     notes: list[str] = []

@@ -14,14 +14,16 @@ from dlora.protocol.manifest import MANIFEST_NAME
 
 
 def check_output_path(out: Path, force: bool) -> None:
-    """Raise ``UsageError`` where a bundle may not be written at ``out``.
+    """Raise ``UsageError`` where a bundle may not be written at ``out``, ``StorageError`` where none can be.
 
     Even with ``force`` only a bundle or an empty directory is replaced, never another directory.
     """
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"{above} is a file; choose another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write {out}: {above} is not writable; choose another --out")
     if not out.exists():
-        above = next(folder for folder in out.absolute().parents if folder.exists())
-        if not above.is_dir():
-            raise UsageError(f"{above} is a file; choose another --out")
         return
     if not out.is_dir():
         raise UsageError(f"{out} is a file; choose another --out")

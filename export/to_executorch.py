@@ -8,16 +8,13 @@ a run does not need, so generous bounds cost address space and no memory.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -30,22 +27,12 @@ from dlora.export.graphs.graph import TrainingGraph
 from dlora.protocol.errors import ExportError, MissingExtraError
 from dlora.protocol.manifest import TensorSpec
 
+from .installed import check_executorch
+
 # What a program takes at most of each dynamic dimension; devices cut what is longer, all but the rank, into pieces.
 BOUNDS: Final = {"tokens": 4096, "rank": 256, "rows": 256, "n": 1 << 20}
 _EXAMPLE: Final = {"tokens": 7, "rank": 5, "rows": 6, "n": 9}  # all different, so that none is taken for another
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8, "int64": torch.int64}
-
-
-def check_executorch() -> str:
-    """The version of executorch that is installed. Raises ``MissingExtraError``."""
-    spec = importlib.util.find_spec("executorch")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(place) / "version.py"
-        if path.exists() and (found := re.search(r"__version__ = ['\"]([^'\"+]+)", path.read_text())):
-            return found[1]
-    raise MissingExtraError(
-        "executorch is not installed; --engine executorch needs the extra 'executorch': pip install 'dlora[executorch]'"
-    )
 
 
 def to_executorch(graph: TrainingGraph) -> bytes:

@@ -79,8 +79,12 @@ def test_the_protocol_has_no_sockets_and_no_clock(package: str, banned: set[str]
             "import dlora.edge.data.tokenizer, dlora.edge.data.examples, dlora.edge.run.run",
             {"rich", "psutil", "jinja2", "typer"},
         ),
+        (
+            "import dlora.export.cli, dlora.export.settings, dlora.cloud.commands.serve, dlora.cloud.model.source",
+            {"torch", "transformers", "onnx", "onnxruntime", "executorch"},
+        ),
     ],
-    ids=["version", "command line", "training on plain text"],
+    ids=["version", "command line", "training on plain text", "checks of serve and export"],
 )
 def test_what_is_slow_to_load_is_loaded_where_it_is_used(start: str, not_loaded: set[str]) -> None:
     code = f"import sys\n{start}\nloaded = {not_loaded!r} & set(sys.modules)\nassert not loaded, loaded"

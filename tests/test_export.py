@@ -18,12 +18,13 @@ import pytest
 import safetensors.numpy
 import torch
 from families import VOCABULARY, save_tiny, tiny_model
-from small_disk import small_disk
+from small_disk import remount_read_only, small_disk
 from tokenizers import Tokenizer
 
 from dlora.cloud.model.base_model import BaseModel, find_source
 from dlora.export.__main__ import main
-from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.export.bundle import export_bundle
+from dlora.export.settings import ExportSettings
 from dlora.export.verify import start_session
 from dlora.protocol.errors import ExportError, StorageError, UsageError
 from dlora.protocol.manifest import Manifest, check_file, load_manifest
@@ -154,6 +155,14 @@ def test_output_path_inside_a_file_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         export_bundle(ExportSettings("no-such-model", tmp_path / "file" / "bundle"))
+
+
+def test_read_only_output_directory_is_a_storage_error(tmp_path: Path) -> None:
+    """Found before anything is loaded, too."""
+    with small_disk(tmp_path) as disk:
+        remount_read_only(disk)
+        with pytest.raises(StorageError, match="is not writable; choose another --out"):
+            export_bundle(ExportSettings("no-such-model", disk / "a" / "bundle"))
 
 
 def test_full_disk_during_export_is_a_storage_error(tmp_path: Path) -> None:
@@ -296,7 +305,7 @@ def test_a_missing_model_package_is_one_line() -> None:
 def test_a_missing_extra_is_one_line() -> None:
     code = "import sys; sys.modules['torch'] = None; from dlora.export.__main__ import main; main()"
     ended = subprocess.run(
-        [sys.executable, "-c", code, "model", "--out", "x"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, "org/name", "--out", "x"], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 12
     assert ended.stderr == (

@@ -69,7 +69,8 @@ class Tiny:
     @cached_property
     def bundle(self) -> Path:
         """A directory; not to be changed."""
-        from dlora.export.bundle import ExportSettings, export_bundle
+        from dlora.export.bundle import export_bundle
+        from dlora.export.settings import ExportSettings
 
         export_bundle(ExportSettings(str(self.model), self.directory, **self.settings))
         return self.directory

@@ -20,6 +20,7 @@ from dlora.cloud.door.guard import raise_file_limit
 from dlora.cloud.door.tls import check_exposure, server_context
 from dlora.cloud.door.tokens import FILE_NAME, BearerTokenStore
 from dlora.cloud.model.memory import freeze_gc, limit_arenas
+from dlora.cloud.model.source import find_source
 from dlora.cloud.serving.listening import check_address
 from dlora.cloud.serving.ticket_key import load_key
 from dlora.cloud.serving.timeouts import SessionTimeouts
@@ -148,6 +149,7 @@ def serve(
     check_exposure(host, tls=tls_cert is not None, authenticated=authenticated, insecure=insecure)
     tls = _tls(tls_cert, tls_key, tls_client_ca)
     check_address(host, port)
+    find_source(model)
     raise_file_limit()
     limit_arenas()
     key = load_key(state)

@@ -24,9 +24,9 @@ from dlora.protocol.text import first_line
 
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
-from .source import ModelSource, find_source, load_model, quiet
+from .loading import load_model, quiet
+from .source import ModelSource, find_source
 
-# The exporter imports this module and no other of the server's.
 __all__ = [
     "BaseModel",
     "EmbeddingEnd",

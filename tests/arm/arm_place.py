@@ -13,7 +13,8 @@ from processes import CloudProcess, cloud_process
 from reference import write_reference
 
 from dlora.edge.engine.bundle import Bundle
-from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.export.bundle import export_bundle
+from dlora.export.settings import ExportSettings
 
 
 @dataclass(frozen=True)

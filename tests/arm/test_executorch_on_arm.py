@@ -10,7 +10,8 @@ from arm_place import Place
 from arm_root import BINARIES, FROZEN, Device, losses
 from processes import Finished
 
-from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.export.bundle import export_bundle
+from dlora.export.settings import ExportSettings
 
 pytestmark = [pytest.mark.arm, pytest.mark.timeout(3600)]
 

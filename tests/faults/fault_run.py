@@ -22,7 +22,8 @@ from forked import END_TIMEOUT_S, Command, Start, fork_command, free_port, wait_
 from safetensors.numpy import load_file
 
 from dlora.edge.training.checkpoint import list_checkpoints, load_latest
-from dlora.export.bundle import ExportSettings, export_bundle
+from dlora.export.bundle import export_bundle
+from dlora.export.settings import ExportSettings
 
 BLOCKS: Final = 4
 STEPS: Final = 5

@@ -1,0 +1,75 @@
+"""Loads a base model quietly."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from dlora.protocol.errors import DloraError, ExportError
+from dlora.protocol.text import first_line
+
+from .source import ModelSource
+
+
+def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load the causal language model of ``source``.
+
+    Raises ``ExportError`` where it cannot be had, is not decoder-only, or is not a language model.
+    """
+    with quiet():
+        try:
+            if source.gguf_file is None:
+                config = AutoConfig.from_pretrained(source.location)
+                if getattr(config, "is_encoder_decoder", False):
+                    raise ExportError(
+                        f"{source.name} is an encoder-decoder model ({config.model_type}); "
+                        "only decoder-only models are supported"
+                    )
+            return AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf_file, dtype=dtype)
+        except DloraError:
+            raise
+        except Exception as error:  # a family's own code may raise anything
+            raise _cannot_load(source, error) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and notices: stderr is ours.
+
+    The bar of the GGUF reader obeys no setting, hence the redirection.
+    """
+    verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _cannot_load(source: ModelSource, error: Exception) -> ExportError:
+    reason = first_line(error)
+    if Path(source.location).exists():
+        return ExportError(
+            f"{source.name} cannot be loaded as a causal language model with transformers "
+            f"{transformers.__version__}: {reason}"
+        )
+    return ExportError(
+        f"{source.name} is not a local path and cannot be downloaded from the Hugging Face hub: "
+        f"check the name and the network ({reason})"
+    )

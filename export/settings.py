@@ -1,0 +1,58 @@
+"""What a bundle is to be, and whether it can be: without loading torch, so that a mistake is an error at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from dlora.cloud.model.source import find_source
+from dlora.protocol.errors import UsageError
+from dlora.protocol.limits import MAX_RANK
+from dlora.protocol.manifest import StoredDtype
+from dlora.protocol.text import one_line
+
+from .installed import check_executorch
+from .output_directory import check_output_path
+
+ENGINES: Final = ("onnx", "executorch")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What the user asked for.
+
+    Attributes:
+        rank, alpha, target_modules: what training has by default; target_modules None is the architecture's default.
+        base_model_name: what adapters call their base model; None means its hub id, or ``model`` where it has none.
+    """
+
+    model: str
+    out: Path
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] | None = None
+    head_dtype: StoredDtype = "fp16"
+    force: bool = False
+    engine: Literal["onnx", "executorch", "both"] = "onnx"
+    base_model_name: str | None = None
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The names of the engines that the bundle is for."""
+        return ENGINES if self.engine == "both" else (self.engine,)
+
+    def check(self) -> None:
+        """Raise ``UsageError``, ``StorageError`` or ``MissingExtraError`` for settings that cannot work."""
+        if not 1 <= self.rank <= MAX_RANK:
+            raise UsageError(f"--rank must be at least 1 and at most {MAX_RANK}")
+        if not 0 < self.alpha < float("inf"):
+            raise UsageError("--alpha must be above 0")
+        if self.target_modules is not None and not self.target_modules:
+            raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
+        if self.base_model_name is not None and not one_line(self.base_model_name).strip():
+            raise UsageError("--base-model-name is empty; give a hub id (org/name), or leave it out")
+        check_output_path(self.out, self.force)
+        if "executorch" in self.engines:
+            check_executorch()
+        find_source(self.model)
