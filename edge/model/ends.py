@@ -16,7 +16,7 @@ LongArray = npt.NDArray[np.int64]
 
 
 class Embedding:
-    """Token ids (tokens,) to hidden states (tokens, embedding_size)."""
+    """Token ids int64 (tokens,) to hidden states float32 (tokens, embedding_size)."""
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self._bundle = bundle
@@ -53,7 +53,7 @@ class Head:
     def loss_and_grad(
         self, hidden_states: FloatArray, labels: LongArray, grad_scale: float
     ) -> tuple[FloatArray, FloatArray]:
-        """Cross-entropy (rows,) and ``grad_scale`` times its gradient (rows, hidden_size)."""
+        """Cross-entropy (rows,) and ``grad_scale`` times its gradient (rows, hidden_size), both float32."""
         graph = self._graph("head_train")
         losses = np.empty(len(labels), np.float32)
         grads = np.empty_like(hidden_states)
@@ -69,7 +69,7 @@ class Head:
         return losses, grads
 
     def loss(self, hidden_states: FloatArray, labels: LongArray) -> tuple[FloatArray, LongArray]:
-        """Cross-entropy (rows,) and the likeliest token (rows,)."""
+        """Cross-entropy float32 (rows,) and the likeliest token int64 (rows,)."""
         graph = self._graph("head_loss")
         losses = np.empty(len(labels), np.float32)
         predictions = np.empty(len(labels), np.int64)

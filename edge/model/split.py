@@ -76,7 +76,10 @@ class SplitModel:
         return batch.cut(max_tokens=welcome.max_tokens, packs=welcome.packs)
 
     def evaluate(self, batch: MicroBatch) -> tuple[FloatArray, LongArray]:
-        """Losses and likeliest tokens at the labelled positions, (labelled,) each."""
+        """Losses float32 and likeliest tokens int64 at the labelled positions, (labelled,) each.
+
+        Raises what ``Connection`` raises, and ``DataError`` where a sequence is longer than the server takes.
+        """
         hidden_states = self._evaluate_hidden(batch)
         started = time.perf_counter()
         result = self._parts.head.loss(hidden_states, batch.labels)
@@ -84,7 +87,7 @@ class SplitModel:
         return result
 
     def next_logits(self, ids: LongArray) -> FloatArray:
-        """Logits (vocabulary,) of the token that follows ``ids``. The whole prefix crosses the wire each time."""
+        """Logits float32 (vocabulary,) of the token that follows ``ids``. The whole prefix crosses the wire each time."""
         batch = MicroBatch(
             ids=ids,
             sequence_lengths=np.array([len(ids)], np.int32),

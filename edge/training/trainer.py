@@ -125,6 +125,9 @@ class Trainer:
 
         A lost session costs the exchange of this step, which is run again; the optimizer steps once. Where the step is
         done and only its report fails, that is raised by what is asked for next.
+
+        Raises what ``Connection`` raises, ``NonFiniteError`` where the run diverges, ``DataError`` for an example that
+        the server does not take.
         """
         self._raise_failure()
         step, started = self.next_step, time.perf_counter()
@@ -165,7 +168,7 @@ class Trainer:
         )
 
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
-        """Loss and accuracy on a data set, with the adapters as they are."""
+        """Loss and accuracy on a data set, with the adapters as they are. Raises as ``run_step`` does."""
         self._raise_failure()
         with self._name_step_in_error():
             return evaluate(self.model, dataset, self.config.batch_size, progress)
@@ -200,7 +203,10 @@ class Trainer:
         save_checkpoint(directory, self.next_step, tensors, state)
 
     def save_adapter(self, directory: Path) -> None:
-        """Write the live units as a PEFT adapter; a fading unit's scale is folded into its B."""
+        """Write the live units as a PEFT adapter; a fading unit's scale is folded into its B.
+
+        Raises ``StorageError``, and as ``run_step`` does where the last signal has not come.
+        """
         self.wait_for_signal()
         modules = []
         for index, group in enumerate(self.adapters.groups):
