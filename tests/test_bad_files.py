@@ -377,9 +377,12 @@ def test_an_interrupt_ends_the_child_as_well() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others have no way to ask for it")
-def test_a_child_does_not_outlive_its_parent() -> None:
+@pytest.mark.parametrize("start_s", [0, 1])
+def test_a_child_does_not_outlive_its_parent(start_s: int) -> None:
+    """Nor where the parent is killed while the child still sets itself up."""
     code = (
-        "import time\nfrom dlora.edge.data.child import Child, Note\n"
+        "import os, time\nfrom dlora.edge.data import child\nfrom dlora.edge.data.child import Child, Note\n"
+        f"path = child.Path\nchild.Path = lambda name: time.sleep({start_s}) or path(name)\n"
         "with Child(lambda _: time.sleep(600) or [], Note()) as one:\n    print(one._pid, flush=True)\n    one.call()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -26,6 +26,7 @@ from processes import CLOUD, Finished, cloud_process, finish, quiet_environment,
 from serving import serving
 from small_disk import remount_read_only, small_disk
 from tiny import TinyFactory
+from waiting import eventually
 from websockets.sync.server import ServerConnection, serve
 
 from dlora.cloud.model.base_model import BaseModel
@@ -206,11 +207,11 @@ def test_interrupt_ends_a_looping_template(place: Place, tmp_path: Path, number:
     forever = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     bundle = with_template(place, tmp_path / "bundle", forever)
     process = start_edge("generate", "--bundle", bundle, "--server", place.url, "--prompt", "w1")
-    wait_for(lambda: bool(psutil.Process(process.pid).children()))
+    eventually(lambda: bool(psutil.Process(process.pid).children()))
     (child,) = psutil.Process(process.pid).children()
     process.send_signal(number)
     assert_fails(finish(process), 130, "interrupted")
-    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_too_long_sequence_is_an_error(place: Place, tmp_path: Path) -> None:
@@ -367,7 +368,7 @@ def test_full_disk_leaves_saved_files_intact(place: Place, tmp_path: Path) -> No
         out = disk / "out"
         options = {"steps": 60, "save_every": 1, "rank": 4}
         process = start_edge(*place.train(out, **options))
-        wait_for(lambda: (out / "adapter_model.safetensors").exists())
+        eventually(lambda: (out / "adapter_model.safetensors").exists())
         kept = set(fill(disk))
         done = finish(process)
         assert_fails(done, StorageError.exit_code, "cannot write", "space")
@@ -389,13 +390,6 @@ def fill(disk: Path) -> Iterator[Path]:
             except OSError:
                 pass
         yield path
-
-
-def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_read_only_disk_is_a_one_line_error(place: Place, tmp_path: Path) -> None:
@@ -420,7 +414,7 @@ def test_a_second_interrupt_stops_at_once(place: Place, tmp_path: Path) -> None:
     with fake_server(go_silent) as url:
         process = start_edge(*place.train(tmp_path / "out", server=url))
         assert greeted.wait(20)
-        wait_for(lambda: (tmp_path / "out" / "metrics.jsonl").exists())
+        eventually(lambda: (tmp_path / "out" / "metrics.jsonl").exists())
         time.sleep(0.3)
         for _ in range(2):
             process.send_signal(signal.SIGINT)

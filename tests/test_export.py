@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path, sent: signal.Sign
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         while not any(path.name.startswith(".bundle.partial") for path in tmp_path.iterdir()):
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(sent)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -184,7 +184,7 @@ def test_frames_of_waiting_sessions_do_not_block_others() -> None:
     quotas = Quotas(QuotaLimits(), Clock(), total_live_bytes=100)
     first, second = quotas.open_session("a"), quotas.open_session("b")
     charge = first.charge(1, 60)
-    waiting = threading.Thread(target=second.begin, args=(1, 50))
+    waiting = threading.Thread(target=second.charge, args=(1, 50))
     waiting.start()
     eventually(lambda: quotas.has_waiting)
     assert second.add(60)

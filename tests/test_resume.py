@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from processes import Finished, finish, run_edge, start_edge
 from safetensors.numpy import load_file
 from serving import serving
 from tiny import TinyFactory
+from waiting import eventually
 
 from dlora.edge.training.checkpoint import list_checkpoints
 
@@ -88,10 +88,7 @@ def assert_same_run(out: Path, wanted: Path) -> None:
 
 
 def wait_for_lines(path: Path, count: int) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert time.monotonic() < deadline, "the run did not get there"
-        time.sleep(0.002)
+    eventually(lambda: path.exists() and path.read_bytes().count(b"\n") >= count)
 
 
 def interrupted(place: Place, out: Path, options: tuple[str, ...], number: int, after: int) -> Finished:

@@ -21,7 +21,7 @@ from families import VOCABULARY, tiny_model
 from processes import cloud_process
 from serving import KEY, RunningServer, config, final_weights, random_dataset, serving, training
 from tiny import TinyFactory
-from waiting import PassingClock
+from waiting import PassingClock, eventually
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -82,13 +82,6 @@ def health(url: str) -> dict[str, object]:
     with urllib.request.urlopen(url.replace("ws://", "http://") + "/healthz", timeout=10) as answer:
         assert answer.headers["Content-Type"] == "application/json"
         return dict(json.load(answer))
-
-
-def eventually(holds: Callable[[], bool], within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 class RawDevice:

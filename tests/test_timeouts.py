@@ -102,17 +102,17 @@ PHONE = Caller("phone", "token", "1234abcd")
 
 def test_deadlines_are_kept_per_device_and_bounded() -> None:
     devices = DeviceDeadlines(SessionTimeouts())
-    devices.of(PHONE, "a").answers.missed()
-    assert devices.of(PHONE, "a").answers.seconds == 2 * SessionTimeouts.step_s
-    assert devices.of(PHONE, "b").answers.seconds == SessionTimeouts.step_s
-    assert devices.of(Caller("phone", "address"), "a").answers.seconds == SessionTimeouts.step_s
+    devices.of(PHONE, "a").all_answers.missed()
+    assert devices.of(PHONE, "a").all_answers.seconds == 2 * SessionTimeouts.step_s
+    assert devices.of(PHONE, "b").all_answers.seconds == SessionTimeouts.step_s
+    assert devices.of(Caller("phone", "address"), "a").all_answers.seconds == SessionTimeouts.step_s
     for number in range(MAX_DEVICES - 1):
         devices.of(PHONE, f"{number}")
-    assert devices.of(PHONE, "a").answers.seconds == SessionTimeouts.step_s  # forgotten
-    devices.of(PHONE, "a").answers.missed()
+    assert devices.of(PHONE, "a").all_answers.seconds == SessionTimeouts.step_s  # forgotten
+    devices.of(PHONE, "a").all_answers.missed()
     for number in range(MAX_DEVICES - 1):
         devices.of(PHONE, f"other {number}")
-    assert devices.of(PHONE, "a").answers.seconds == 2 * SessionTimeouts.step_s
+    assert devices.of(PHONE, "a").all_answers.seconds == 2 * SessionTimeouts.step_s
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 1e9, 0.0])

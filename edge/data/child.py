@@ -95,7 +95,7 @@ class Child:
 
     def __enter__(self) -> Child:
         self._socket, child_socket = socket.socketpair()
-        self._spare_bytes = spare_bytes()
+        self._spare_bytes, self._parent = spare_bytes(), os.getpid()
         # A signal between fork and what follows would unwind the parent's code in the child, or lose the child.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
@@ -189,7 +189,7 @@ class Child:
         """Answer until the parent hangs up. Never returns: the parent's code above us is not ours to run."""
         try:
             self._socket.close()
-            _set_up_child(self._spare_bytes)
+            _set_up_child(self._parent, self._spare_bytes)
             stream = child_socket.makefile("rwb")
             while size := stream.read(_LENGTH.size):
                 request = stream.read(_LENGTH.unpack(size)[0])
@@ -235,7 +235,7 @@ def spare_bytes() -> int:
     return max(MIN_SPARE_BYTES, int(psutil.virtual_memory().available) // 2)
 
 
-def _set_up_child(spare: int) -> None:
+def _set_up_child(parent: int, spare: int) -> None:
     """Limits, and nothing of the parent's that shows: no words on its terminal, none of its signals."""
     for number in (signal.SIGINT, signal.SIGTERM):  # may go to the whole group; the parent ends us
         signal.signal(number, signal.SIG_IGN)
@@ -252,6 +252,8 @@ def _set_up_child(spare: int) -> None:
             Path("/proc/self/oom_score_adj").write_text("1000")
         prctl = ctypes.CDLL(None).prctl
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before we asked to be ended with it
+            os._exit(1)
         prctl(_PR_SET_DUMPABLE, 0)  # systems that pipe cores to a program ignore the limit
 
 

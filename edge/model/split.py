@@ -87,7 +87,7 @@ class SplitModel:
         return result
 
     def next_logits(self, ids: LongArray) -> FloatArray:
-        """Logits float32 (vocabulary,) of the token that follows ``ids``. The whole prefix crosses the wire each time."""
+        """Logits float32 (vocabulary,) of the token that follows ``ids``. The whole prefix crosses each time."""
         batch = MicroBatch(
             ids=ids,
             sequence_lengths=np.array([len(ids)], np.int32),
