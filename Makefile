@@ -12,8 +12,8 @@ help: ## this list; times are of two cores, and rough
 demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process: ten minutes
 	$(BIN)/python examples/demo.py
 
-TEST_PROCESSES ?= 2
-test: .venv/.ready $(SHIM) ## every test but those of test-slow and test-arm: ten minutes
+TEST_PROCESSES ?= 3
+test: .venv/.ready $(SHIM) ## every test but those of test-slow and test-arm: seven minutes
 	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm"
 
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: half as long again

@@ -94,8 +94,8 @@ def test_help_and_completion_load_no_compute_libraries(part: str) -> None:
     assert run([sys.executable, "-c", code]).stdout == "[]\n"
 
 
-@pytest.mark.parametrize(("part", "words"), [("cloud", ["serve", "x"]), ("export", ["x", "--out", "y"])])
-def test_missing_library_in_help_is_a_one_line_error(part: str, words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part", "words"), [("cloud", ["serve", "org/name"]), ("export", ["org/name", "--out", "y"])])
+def test_missing_library_is_a_one_line_error(part: str, words: list[str], tmp_path: Path) -> None:
     code = f"import sys; sys.modules['torch'] = None; from dlora.{part}.__main__ import main; main()"
     done = run([sys.executable, "-c", code, *words], DLORA_CLOUD_STATE=str(tmp_path))
     assert (done.code, done.stderr.count("\n")) == (12, 1), done.stderr
