@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -14,11 +14,14 @@ from families import FAMILIES, MORE_FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dlora.cloud.exchange.exchange import wrap_target_modules
+from dlora.cloud.exchange.exchange import MicroBatchExchange, exchanging, wrap_target_modules
+from dlora.cloud.exchange.kinds import SITE_KINDS
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
 from dlora.cloud.model.parts import ModelParts
+from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import ExportError
+from dlora.protocol.groups import GroupSpec
 
 BLOCKS = 3  # with one below and one above the one in the middle
 LENGTH = 9  # more than twice the windows of families that have one
@@ -360,3 +363,63 @@ def test_target_modules_may_be_wrapped_as_well() -> None:
     wrap_target_modules(base)
     parts = ModelParts(base)
     assert torch.equal(parts.run(parts.run(embeds, end=2), begin=2), wanted)
+
+
+class LocalLora:
+    """A device in this process, one fixed LoRA a target module."""
+
+    def __init__(self, groups: Sequence[GroupSpec]) -> None:
+        torch.manual_seed(7)
+        self._adapters = [
+            [(torch.randn(4, group.in_features), torch.randn(each.out_features, 4)) for each in group.targets]
+            for group in groups
+        ]
+        self._inputs: dict[int, Tensor] = {}
+
+    def send_input(self, group: int, x: Tensor) -> None:
+        self._inputs[group] = x
+
+    def receive_outputs(self, group: int, torch_device: torch.device) -> list[Tensor]:
+        return [self._inputs[group] @ a.T @ b.T / 50 for a, b in self._adapters[group]]
+
+    def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
+        raise AssertionError("nothing is trained")
+
+    def receive_input_grad(self, group: int, torch_device: torch.device) -> Tensor:
+        raise AssertionError("nothing is trained")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_parts_exchange_their_live_groups(family: str) -> None:
+    """As the whole model does, bit for bit; and with a cache a token at a time, as generation will."""
+    base = deeper(family)
+    groups = base.groups(base.targets)
+    wrap_target_modules(base)
+    parts = ModelParts(base)
+    embeds = embeds_of(base, 1)
+
+    def run(*cuts: tuple[int, int | None]) -> Tensor:
+        hidden = embeds
+        with exchanging(exchange_of(base, groups)):
+            for begin, end in cuts:
+                hidden = parts.run(hidden, begin=begin, end=end)
+        return hidden
+
+    with exchanging(exchange_of(base, groups)):
+        whole = base.last_hidden_state(embeds)
+    assert not torch.equal(whole, base.last_hidden_state(embeds))  # the adapters do something
+    assert torch.equal(run((0, None)), whole)
+    assert torch.equal(run((0, 1), (1, None)), whole)
+    cache, rows = parts.new_cache(), []
+    for first, end in ((0, LENGTH - 2), (LENGTH - 2, LENGTH - 1), (LENGTH - 1, LENGTH)):
+        with exchanging(exchange_of(base, groups)):
+            rows.append(parts.run(embeds[:, first:end], cache=cache))
+    assert_near(torch.cat(rows, dim=1), whole, 1e-5)
+
+
+def exchange_of(base: BaseModel, groups: Sequence[GroupSpec]) -> MicroBatchExchange:
+    spec = AdapterSpec(r=4)
+    sites = [SITE_KINDS["lora"].site(spec, group, ()) for group in groups]
+    channel, live = LocalLora(groups), set(range(len(groups)))
+    return MicroBatchExchange(channel, base, groups, sites, live=live, trained=(), rows=None)
