@@ -69,6 +69,12 @@ def test_out_that_holds_something_else_is_refused(place: Place, tmp_path: Path) 
     for more in ([], ["--resume"]):
         assert_fails(run_edge(*place.train(adapter), *more), UsageError.exit_code, "holds an adapter", "--out")
     assert (adapter / "adapter_model.safetensors").read_bytes() == b"somebody's work"
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "README.md").write_text("somebody's words")
+    for more in ([], ["--resume"]):
+        assert_fails(run_edge(*place.train(notes), *more), UsageError.exit_code, "not empty and holds no run")
+    assert [path.name for path in notes.iterdir()] == ["README.md"]
 
 
 def test_second_run_in_the_same_directory_is_refused(place: Place, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from canaries import Scanner
-from processes import cloud_process
+from processes import cloud_process, run_edge
 from proxy import payloads, recording_proxy
 from serving import config, training
 from tiny import TinyFactory
@@ -108,6 +108,15 @@ def test_recorder_finds_what_is_sent(leak: Leak) -> None:
         rows.add_matrix(leak.embedding[token : token + 1], f"embedding {token}")
     found = {line.split(",")[0] for line in rows.find({RECEIVED: leak.places[RECEIVED]})}
     assert found == {f"embedding {token}" for token in tokens}
+
+
+def test_onnxruntime_reports_nothing_to_its_maker(tiny: TinyFactory, tmp_path: Path) -> None:
+    """Its packages do by default, and keep an id of the device for it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    done = run_edge("selftest", "--bundle", tiny().bundle, "--engine", "onnx", HOME=str(home), XDG_CACHE_HOME="")
+    assert done.code == 0, done.stderr
+    assert not [path for path in home.rglob("*") if "onnx" in path.name.lower()]
 
 
 def test_server_writes_only_keys_and_log(leak: Leak) -> None:

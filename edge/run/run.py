@@ -43,7 +43,7 @@ from .display import Display
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import EvaluationPlan, kill_revive_lines, run_line
-from .run_file import DataDigest, RunFile, RunSettings, save_run_file, versions
+from .run_file import RUN_FILE, DataDigest, RunFile, RunSettings, save_run_file, versions
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -306,9 +306,12 @@ def _find_checkpoint(run: TrainRun, display: Display) -> Checkpoint | None:
 
 
 def _refuse_to_replace(out: Path) -> None:
-    """Raise ``UsageError`` where a new run's first save would replace an adapter that it does not go on from."""
+    """Raise ``UsageError`` where a new run might replace files that are not those of a run that came to nothing."""
     if (out / WEIGHTS_NAME).exists():
         raise UsageError(f"{out} holds an adapter that has no checkpoint; choose another --out")
+    others = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    if others and not (out / RUN_FILE).exists():
+        raise UsageError(f"{out} is not empty and holds no run; choose another --out")
 
 
 def _warn_of_dropped_modules(trainer: Trainer, init: LoadedAdapter, display: Display) -> None:

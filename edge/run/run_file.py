@@ -23,7 +23,7 @@ from dlora.protocol.kill_revive import Fraction
 from dlora.protocol.limits import MAX_STEPS, MAX_THREADS
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
-NAME = "run.json"
+RUN_FILE = "run.json"
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
 
 # As the command line has them: run.json may have been edited.
@@ -168,17 +168,17 @@ def versions() -> dict[str, Any]:
 
 def save_run_file(out: Path, run: RunFile) -> None:
     """Write ``run.json``. Raises ``StorageError``."""
-    write_atomically(out / NAME, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+    write_atomically(out / RUN_FILE, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
 
 
 def load_run_file(out: Path) -> RunFile:
     """Read a run's ``run.json``. Raises ``CheckpointError`` where there is none, or it is damaged."""
-    path = out / NAME
+    path = out / RUN_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=RunFile)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
-            f"{out} is no run: it has no {NAME}; give the --out of a run, or repeat its options with train --resume"
+            f"{out} is no run: it has no {RUN_FILE}; give the --out of a run, or repeat its options with train --resume"
         ) from None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(
