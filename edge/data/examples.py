@@ -183,7 +183,8 @@ def load_examples(
     if record is None:
         raise DataError(f"{path}: no examples in it")
     if not len(building):
-        raise DataError(f"{path}: every example is over the limit of {max_length} tokens; raise --max-length")
+        left = ", and truncated to it none has a label" if too_long == "truncate" else ""
+        raise DataError(f"{path}: every example is over the limit of {max_length} tokens{left}; raise --max-length")
     return building.dataset()
 
 

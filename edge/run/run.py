@@ -216,7 +216,7 @@ def _summary_of_finished_run(run: TrainRun, steps: int, rows: list[dict[str, Any
 
 def _finished_text(run: TrainRun, steps: int) -> str:
     if steps == run.config.total_steps:
-        reason = f"all of its {steps:,} steps are done"
+        reason = f"all of its {steps:,} steps are done, and a larger --steps goes on"
     else:
         reason = f"--patience ended it at step {steps:,} of {run.config.total_steps:,}, and a larger one goes on"
     return f"this run is finished: {reason}; nothing was changed"
