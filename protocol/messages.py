@@ -207,14 +207,16 @@ class SessionGone(Message, frozen=True):
 
 
 class MakeAdapterState(Message, frozen=True):
-    """E asks C to make what C keeps of each group. C answers with one ``AdapterState`` a group."""
+    """E asks C to make what C keeps of a group. C answers with the group's ``AdapterState``."""
+
+    group: Index
 
 
 class AdapterState(Message, frozen=True):
     """What C keeps of one group for the session: from C, which made it, or from E, to a C that has lost it.
 
     Attributes:
-        tensors: fp32, of the shapes that the adapter's kind says.
+        tensors: fp32, of the shapes that the adapter's kind says; none where C says that it has taken E's.
     """
 
     group: Index

@@ -103,8 +103,14 @@ class Session:
 
     @property
     def is_between_steps(self) -> bool:
-        """Whether no step is under way."""
-        return self.state is State.IDLE and self._next_micro_batch == 0
+        """Whether no step is under way, nor a part of the set-up that the server computes."""
+        return self.state is State.SETTING_UP or (self.state is State.IDLE and self._next_micro_batch == 0)
+
+    @property
+    def window(self) -> int:
+        """How many micro-batches may be under way at a time, once the session is opened."""
+        assert self.opened_with is not None
+        return self.opened_with.window
 
     @property
     def may_close(self) -> bool:
@@ -213,8 +219,10 @@ class Session:
                 self._take_open(message)
             case m.SessionOpened():
                 next_state = self._take_opened(message)
+            case m.MakeAdapterState():
+                self._check_group_to_set_up(message.group)
             case m.AdapterState():
-                next_state = self._take_adapter_state(message)
+                next_state = self._take_adapter_state(message, next_state)
             case m.StepReport():
                 self._take_report(message)
             case m.CloseSession():
@@ -269,18 +277,25 @@ class Session:
         kind = kind_of(adapter)
         return any(kind.state_shapes(adapter, group) for group in self.groups)
 
-    def _take_adapter_state(self, message: m.AdapterState) -> State:
+    def _check_group_to_set_up(self, group: int) -> None:
+        if group != self._states_set_up:
+            raise ViolationError(f"the state of group {group} when group {self._states_set_up} comes next")
+
+    def _take_adapter_state(self, message: m.AdapterState, next_state: State) -> State:
         assert self.opened_with is not None
-        if message.group != self._states_set_up:
-            raise ViolationError(f"the state of group {message.group} when group {self._states_set_up} comes next")
+        self._check_group_to_set_up(message.group)
         adapter = self.opened_with.adapter
         shapes = kind_of(adapter).state_shapes(adapter, self.groups[message.group])
+        if self._state is State.TAKING_STATE:
+            shapes = ()  # C has E's
         if len(message.tensors) != len(shapes):
             raise ViolationError(f"{len(message.tensors)} tensors where {len(shapes)} were due")
         for tensor, shape in zip(message.tensors, shapes, strict=True):
             check_tensor(tensor, "fp32", shape)
+        if self._state is State.SETTING_UP:
+            return next_state
         self._states_set_up += 1
-        return State.IDLE if self._states_set_up == len(self.groups) else self._state
+        return State.IDLE if self._states_set_up == len(self.groups) else next_state
 
     # -- Kill and Revive ---------------------------------------------------------------------------------
 
@@ -349,7 +364,8 @@ class Session:
         if trains and not isinstance(self.opened_with.purpose, m.Train):
             raise ViolationError("a micro-batch that trains, in a session that does not")
         if message.step != self.step or (trains and message.micro_batch != self._next_micro_batch):
-            raise ViolationError(f"step {message.step} when step {self.step} comes next")
+            next_one = f"step {self.step}, micro-batch {self._next_micro_batch}"
+            raise ViolationError(f"step {message.step}, micro-batch {message.micro_batch} when {next_one} comes next")
         check_embeddings(message, self.shapes)
         self.under_way[key] = MicroBatch(message, self.shapes)
         self._next_micro_batch += trains

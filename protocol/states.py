@@ -27,6 +27,7 @@ class State(Enum):
     RESUMED = auto()
     SETTING_UP = auto()
     MAKING_STATE = auto()
+    TAKING_STATE = auto()
     IDLE = auto()
     FORWARD = auto()
     DELTA = auto()
@@ -49,11 +50,12 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
     State.RESUMING: {m.SessionResumed: (C, State.RESUMED), m.SessionGone: (C, State.GREETED)},
     State.RESUMED: {},
     State.SETTING_UP: {
-        m.AdapterState: (E, State.SETTING_UP),
+        m.AdapterState: (E, State.TAKING_STATE),
         m.MakeAdapterState: (E, State.MAKING_STATE),
         m.CloseSession: (E, State.CLOSED),
     },
-    State.MAKING_STATE: {m.AdapterState: (C, State.MAKING_STATE)},
+    State.MAKING_STATE: {m.AdapterState: (C, State.SETTING_UP)},
+    State.TAKING_STATE: {m.AdapterState: (C, State.SETTING_UP)},
     State.IDLE: {
         m.Embeddings: (E, State.FORWARD),
         m.StepReport: (E, State.IDLE),
@@ -66,7 +68,7 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
     State.CLOSED: {},
 }
 """State, then message type, to (who may send it, next state). Some rules stand beside the table:
-``SessionOpened`` leads to SETTING_UP where the adapters' kind keeps state on the server, and its last ``AdapterState``
+``SessionOpened`` leads to SETTING_UP where the adapters' kind keeps state on the server, and C's last ``AdapterState``
 to IDLE; ``LabelledHiddenStates`` with no gradients to come, and the last message of BACKWARD, lead to IDLE;
 C sends ``Signal`` while a ``StepReport`` is unanswered, before it asks for anything of a micro-batch; either side may
 send ``Error``."""

@@ -84,8 +84,10 @@ def adapter_state_traffic(state_nbytes: Sequence[Sequence[int]], *, made: bool) 
 
     ``state_nbytes``: the sizes of each group's tensors.
     """
-    nbytes = sum(frame_bytes(1, list(sizes)) for sizes in state_nbytes)
-    return Traffic(frame_bytes(1, []), nbytes, 1) if made else Traffic(nbytes, 0, 0)
+    groups = len(state_nbytes)
+    with_state = sum(frame_bytes(1, list(sizes)) for sizes in state_nbytes)
+    without = groups * frame_bytes(1, [])
+    return Traffic(without, with_state, groups) if made else Traffic(with_state, without, groups)
 
 
 def report_traffic(units: int, ticket_bytes: int) -> Traffic:

@@ -15,7 +15,7 @@ from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import Link
 from dlora.protocol.session import NUMBERED, Session
-from dlora.protocol.states import Side
+from dlora.protocol.states import Side, State
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
 from dlora.protocol.wire_codecs import Codecs, encode_floats
@@ -206,7 +206,8 @@ class Pair:
     def say(self, message: m.AnyMessage, sender: Side | None = None) -> None:
         """One side sends, the other receives the same; both must stand at the same place before and after."""
         if sender is None:
-            sender = sender_of(message)
+            gives_back = isinstance(message, m.AdapterState) and self.sides[Side.EDGE].state is State.SETTING_UP
+            sender = Side.EDGE if gives_back else sender_of(message)
         speaker, listener = self.sides[sender], self.sides[other(sender)]
         frame = speaker.send(message)
         assert listener.receive(frame) == message

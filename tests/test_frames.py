@@ -62,7 +62,7 @@ EXAMPLES: dict[str, m.AnyMessage] = {
             ticket=b"ticket",
         ),
     ),
-    "make_adapter_state": m.MakeAdapterState(),
+    "make_adapter_state": m.MakeAdapterState(group=3),
     "adapter_state": m.AdapterState(group=1, tensors=(floats(2, 3), floats(3))),
     "session_opened": m.SessionOpened(
         session="0badcafe",

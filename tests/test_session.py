@@ -59,7 +59,8 @@ WAYS: dict[State, list[m.AnyMessage]] = {
     State.GREETED: c.opening()[:2],
     State.OPENING: c.opening()[:3],
     State.SETTING_UP: c.opening(adapter=KEEPING),
-    State.MAKING_STATE: [*c.opening(adapter=KEEPING), m.MakeAdapterState()],
+    State.MAKING_STATE: [*c.opening(adapter=KEEPING), m.MakeAdapterState(group=0)],
+    State.TAKING_STATE: [*c.opening(adapter=KEEPING), c.adapter_state()],
     State.IDLE: c.opening(),
     State.FORWARD: [*c.opening(), c.embeddings()],
     State.DELTA: [*c.opening(), c.embeddings(), c.group_input()],
@@ -74,7 +75,7 @@ ONE_OF_EACH: dict[type, m.AnyMessage] = {
     for message in (
         *c.opening(), c.embeddings(), c.group_input(), c.group_delta(), c.labelled(gradients=3), c.grad_hidden_states(),
         c.group_grad(group=1), c.group_input_grad(group=2), c.report(), c.signal(), m.CloseSession(), c.error(),
-        c.resume_session(), c.session_resumed(), m.SessionGone(), m.MakeAdapterState(), c.adapter_state(),
+        c.resume_session(), c.session_resumed(), m.SessionGone(), m.MakeAdapterState(group=0), c.adapter_state(),
     )
 }  # fmt: skip
 
@@ -278,9 +279,11 @@ def test_may_close_only_where_the_table_allows_it(state: State) -> None:
 @pytest.mark.parametrize("state", State)
 def test_message_not_in_the_state_table_is_refused_on_both_sides(state: State, side: Side) -> None:
     allowed = {kind: who for kind, (who, _) in TRANSITIONS[state].items()}
-    for kind, message in ONE_OF_EACH.items():
+    for kind, example in ONE_OF_EACH.items():
         if kind is m.Error and state is not State.CLOSED:
             continue
+        is_answer = kind is m.AdapterState and state is State.TAKING_STATE
+        message = c.adapter_state(tensors=()) if is_answer else example
         way = WAYS[state]
         if state is State.FORWARD and kind is m.LabelledHiddenStates:
             way = [*c.opening(), *list(c.forward())[:-1]]  # once all groups were asked

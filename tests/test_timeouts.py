@@ -140,9 +140,9 @@ def test_answer_deadline_stops_while_the_device_is_away() -> None:
     waits = threading.Event()
 
     class Watched(SessionTransport):
-        def wait_for_device(self, extra_s: float = 0.0) -> ServerConnection:
+        def wait_for_device(self) -> ServerConnection:
             waits.set()
-            return super().wait_for_device(extra_s)
+            return super().wait_for_device()
 
     async def come_back() -> bytes:
         connection = cast(ServerConnection, Answering())

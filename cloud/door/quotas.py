@@ -244,12 +244,20 @@ class Quotas:
 
     def _hold(self, session: SessionQuota, nbytes: int) -> None:
         with self._lock:
+            if not session.is_open:  # nobody would free it
+                raise _refused_for_now("the session ended meanwhile", ErrorCode.BUSY, _RETRY_AFTER_S)
             caller = self._caller(session.name, self._clock())
-            most, total = self.limits.live_bytes, self.total_live_bytes
-            if most is not None and caller.live_bytes + nbytes > most:
-                text = f"the adapters take {_mb(nbytes)} more of the server, and the quota is {_mb(most)}"
+            most, total, alone = self.limits.live_bytes, self.total_live_bytes, session.held_bytes + nbytes
+            if most is not None and alone > most:
+                text = f"the adapters take {_mb(alone)} and more of the server, and the quota is {_mb(most)}"
                 raise RefusedError(f"{text}; lower --rank", ErrorCode.QUOTA_LIVE_BYTES)
-            if total is not None and self.live_bytes + nbytes > total:
+            if total is not None and alone > total:
+                text = f"the adapters take {_mb(alone)} and more of the server, which has {_mb(total)} for all devices"
+                raise RefusedError(f"{text}; lower --rank", ErrorCode.LIMIT)
+            if most is not None and caller.live_bytes + nbytes > most:
+                code = ErrorCode.QUOTA_LIVE_BYTES
+                raise _refused_for_now(_USED_UP[code], code, _RETRY_AFTER_S)
+            if not self._fits(nbytes):
                 raise _refused_for_now("there is no memory for the adapters", ErrorCode.BUSY, _RETRY_AFTER_S)
             session.held_bytes += nbytes
             caller.live_bytes += nbytes
@@ -315,8 +323,8 @@ class SessionQuota:
     def hold(self, nbytes: int) -> None:
         """Count memory that the server keeps for the session until it is closed.
 
-        Raises ``RefusedError``: ``quota_live_bytes`` where it is more than the caller may have, ``busy``
-        (retryable) where the server has no room now. Nothing is counted then.
+        Raises ``RefusedError``, and counts nothing: ``quota_live_bytes`` or ``limit`` where it is more than the caller
+        may have, or the server has; retryable, ``quota_live_bytes`` or ``busy``, where others take the room now.
         """
         self._quotas._hold(self, nbytes)
 

@@ -49,11 +49,10 @@ class Sites:
     codecs: Codecs
     sites: list[Site] = field(default_factory=list)
 
-    def make_states(self) -> list[list[WireTensor]]:
-        """Make anew what the server keeps of each group; gives it as it crosses."""
-        kind = SITE_KINDS[self.adapter.kind]
-        made = [kind.make_state(self.adapter, group, self.base) for group in self.groups]
-        return [[WireTensor("fp32", tensor.float().cpu().contiguous().numpy()) for tensor in each] for each in made]
+    def make_state(self) -> tuple[WireTensor, ...]:
+        """Make anew what the server keeps of the next group; gives it as it crosses."""
+        made = SITE_KINDS[self.adapter.kind].make_state(self.adapter, self.groups[len(self.sites)], self.base)
+        return tuple(WireTensor("fp32", tensor.float().cpu().contiguous().numpy()) for tensor in made)
 
     def add(self, state: Sequence[WireTensor]) -> None:
         """Make the next group's site, with what the server keeps of it."""

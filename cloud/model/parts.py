@@ -47,14 +47,16 @@ class PartCache:
     cropped to any length. Under ``torch.no_grad`` it keeps no graph.
 
     Attributes:
+        base: the model.
         begin: the part's first block; end: the block after its last, None for the whole rest and the final norm.
         length: how many tokens it holds, in each row.
     """
 
-    def __init__(self, begin: int, end: int | None) -> None:
+    def __init__(self, base: BaseModel, begin: int, end: int | None) -> None:
         self.begin = begin
         self.end = end
         self.length = 0
+        self.base = base
         # Without the model's config, which would make it forget what has left the window.
         self._cache = DynamicCache()
 
@@ -140,7 +142,8 @@ class ModelParts:
 
         Returns: (batch, length, width) after block ``end - 1``, or (batch, length, hidden_size) after the final norm.
 
-        Raises ``ValueError`` for blocks that there are not, another width, and a cache of other blocks.
+        Raises ``ValueError`` for blocks that there are not, another width, no tokens, and a cache of other blocks or of
+        another model.
         """
         part = self._part(hidden_states, begin, end, cache)
         if cache is not None and (attention_mask is not None or position_ids is not None):
@@ -167,9 +170,13 @@ class ModelParts:
         return last
 
     def new_cache(self, *, begin: int = 0, end: int | None = None) -> PartCache:
-        """An empty cache for ``run`` with these blocks. Raises ``ExportError`` as ``check_cache`` does."""
+        """An empty cache for ``run`` with these blocks.
+
+        Raises ``ExportError`` as ``check_cache`` does, and ``ValueError`` for blocks that there are not.
+        """
         self.check_cache()
-        return PartCache(begin, end)
+        self._check_blocks(begin, end)
+        return PartCache(self.base, begin, end)
 
     def check_cache(self) -> None:
         """Raise ``ExportError`` where the family does not go on from keys and values as from the tokens themselves.
@@ -194,7 +201,7 @@ class ModelParts:
             return "its decoder takes none"
         base = self.base
         middle = max(1, base.blocks // 2)
-        caches = PartCache(0, middle), PartCache(middle, None)
+        caches = PartCache(base, 0, middle), PartCache(base, middle, None)
         embeds = _random_embeds(base, 6)
 
         def append(first: int, last: int) -> Tensor:
@@ -218,15 +225,22 @@ class ModelParts:
         return None if _equal(found, wanted[:, 4:]) else "it gives something else with one than without"
 
     def _part(self, hidden_states: Tensor, begin: int, end: int | None, cache: PartCache | None) -> _Part:
-        blocks = self.base.blocks
-        if not (0 <= begin <= blocks if end is None else 0 <= begin < end <= blocks):
-            raise ValueError(f"there is no part from block {begin} to before block {end} in a model of {blocks} blocks")
+        self._check_blocks(begin, end)
+        if not hidden_states.shape[1]:
+            raise ValueError("there are no tokens to run")
         width = hidden_states.shape[-1]
         if width != self._widths[begin]:
             raise ValueError(f"block {begin} takes hidden states of width {self._widths[begin]}, not {width}")
+        if cache is not None and cache.base is not self.base:
+            raise ValueError("a cache of another model")
         if cache is not None and (cache.begin, cache.end) != (begin, end):
             raise ValueError(f"a cache of blocks {cache.begin} to {cache.end} is not one of blocks {begin} to {end}")
-        return _Part(begin, blocks if end is None else end, hidden_states, self._returned, cache)
+        return _Part(begin, self.base.blocks if end is None else end, hidden_states, self._returned, cache)
+
+    def _check_blocks(self, begin: int, end: int | None) -> None:
+        blocks = self.base.blocks
+        if not (0 <= begin <= blocks if end is None else 0 <= begin < end <= blocks):
+            raise ValueError(f"there is no part from block {begin} to before block {end} in a model of {blocks} blocks")
 
     def _wrap(self, index: int, original: _Forward) -> _Forward:
         @functools.wraps(original)

@@ -199,7 +199,10 @@ async def _run(live: ServerSession, loop: SessionLoop, service: Service) -> None
             logger.exception("session %s: internal error", name)
     finally:
         service.sessions.remove(live)
-        live.transport.end(refusal or DeviceGoneError("the session is closed"))
+        # Without the frames that it came through: they hold tensors, and the transport keeps the error.
+        ended = refusal or DeviceGoneError("the session is closed")
+        ended.__traceback__ = ended.__context__ = ended.__cause__ = None
+        live.transport.end(ended)
 
 
 def _log_text(error: Exception) -> str:

@@ -33,7 +33,7 @@ class Transport(Protocol):
     def send(self, frame: bytearray) -> None: ...
     def receive(self, timeout_s: float, give_up_at: float = ...) -> bytes: ...
     def disconnect(self, refusal: RefusedError | RemoteProtocolError) -> None: ...
-    def wait_for_device(self, extra_s: float = 0.0) -> object: ...
+    def wait_for_device(self) -> object: ...
 
 
 class MessageRouter:
@@ -59,6 +59,16 @@ class MessageRouter:
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Forget what came, and why the session failed.
+
+        An error holds the frames that it came through, and they the graph of a micro-batch, whose nodes hold this
+        router: a cycle through autograd's C++ that Python's collector cannot see.
+        """
+        with self._changed:
+            self._failure = None
+            self._boxes.clear()
 
     def receive(self, key: Key | None, seconds: float, give_up_at: float = math.inf) -> m.AnyMessage | None:
         """The next message of a micro-batch, or, for None, one that begins something; None where there is none in time.
@@ -96,10 +106,10 @@ class MessageRouter:
         """Wait until there is a message for us, or nobody reads: whether it is our turn to read."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._boxes[key] or not self._is_reading or self._failure,
+                lambda: self._boxes.get(key) or not self._is_reading or self._failure,
                 min(max(0.0, seconds), _MAX_LOCK_WAIT_S),
             )
-            if self._boxes[key]:
+            if self._boxes.get(key):
                 return False
             if self._failure is not None:
                 raise self._failure
@@ -110,10 +120,10 @@ class MessageRouter:
 
     def _pop_message(self, key: Key | None) -> m.AnyMessage | None:
         with self._changed:
-            box = self._boxes[key]
+            box = self._boxes.get(key)
             message = box.popleft() if box else None
             if not box:
-                del self._boxes[key]
+                self._boxes.pop(key, None)
             return message
 
     def _read(self, seconds: float, give_up_at: float) -> m.AnyMessage | None:

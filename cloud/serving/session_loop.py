@@ -10,6 +10,7 @@ Where a session may have several micro-batches under way, each has a thread of i
 from __future__ import annotations
 
 import math
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -60,6 +61,8 @@ class SessionLoop:
         self._sites = Sites(service.base, opening.groups, opening.adapter, opening.codecs)
         self._window = opening.window
         self._running: set[Future[None]] = set()
+        self._charged = 0  # micro-batches of this session that run
+        self._discharged = threading.Condition()
         if not live.session.has_adapter_state:
             for _ in opening.groups:
                 self._sites.add(())
@@ -84,6 +87,7 @@ class SessionLoop:
                 while self._answer_next(pool):
                     pass
         finally:
+            self._router.close()
             release_freed_memory()
 
     def _answer_next(self, pool: ThreadPoolExecutor | None) -> bool:
@@ -100,8 +104,8 @@ class SessionLoop:
                 self._handle_report(report)
             case m.AdapterState() as state:
                 self._add_site(state)
-            case m.MakeAdapterState():
-                self._make_sites()
+            case m.MakeAdapterState(group=group):
+                self._make_site(group)
             case None if self._running:
                 pass
             case None:
@@ -116,17 +120,17 @@ class SessionLoop:
     def _add_site(self, state: m.AdapterState) -> None:
         self._hold(state.group)
         self._sites.add(state.tensors)
+        self._router.send(m.AdapterState(group=state.group, tensors=()))
 
-    def _make_sites(self) -> None:
+    def _make_site(self, group: int) -> None:
         charge = self._admit(0, 0)
         started = self._clock()
         try:
+            self._hold(group)
             with self._service.gate.computing():
-                states = self._sites.make_states()
-            for group, tensors in enumerate(states):
-                self._hold(group)
+                tensors = self._sites.make_state()
                 self._sites.add(tensors)
-                self._router.send(m.AdapterState(group=group, tensors=tuple(tensors)))
+            self._router.send(m.AdapterState(group=group, tensors=tensors))
         finally:
             charge.end(self._clock() - started)
 
@@ -167,6 +171,8 @@ class SessionLoop:
         tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
         del begun
         charge = self._admit(tokens, service.live_bytes.estimate(run.layout, run.lowest_trained))
+        with self._discharged:
+            self._charged += 1
         transport = self._router.transport
         device = MicroBatchMessages(self._router, run.key, service.gate, self._deadlines)
         started, times_lost = self._clock(), transport.times_lost
@@ -176,13 +182,17 @@ class SessionLoop:
                 run.run(device)
         finally:
             charge.end(self._clock() - started - device.idle_s)
+            with self._discharged:
+                self._charged -= 1
+                self._discharged.notify_all()
         if transport.times_lost == times_lost:
             self._deadlines.all_answers.observe(device.waited_s)
 
     def _admit(self, tokens: int, live_bytes: int) -> Charge:
         """Charge what comes to its device's quotas; over them, send the device away until there is room.
 
-        Not for ever: a device that comes too early again and again loses its session, as an idle one does.
+        Not while another micro-batch of the session is under way, which needs its device: that one is waited for first.
+        And not for ever: a device that comes too early again and again loses its session, as an idle one does.
         """
         give_up_at = math.inf
         transport = self._router.transport
@@ -190,12 +200,22 @@ class SessionLoop:
             try:
                 return self._quota.charge(tokens, live_bytes)
             except RefusedError as refusal:
-                wait_s, now = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S), self._clock()
+                now = self._clock()
                 if not refusal.retryable or now > give_up_at:
                     raise
+                if self._wait_for_other_micro_batches():
+                    continue
+                wait_s = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S)
                 give_up_at = min(give_up_at, now + wait_s + self._service.timeouts.idle_s)
                 transport.disconnect(refusal)
-                transport.wait_for_device(wait_s)
+                transport.wait_for_device()
+
+    def _wait_for_other_micro_batches(self) -> bool:
+        """Wait until one that runs has ended; False where none does."""
+        with self._discharged:
+            running = self._charged
+            self._discharged.wait_for(lambda: self._charged < running or not running)
+            return running > 0
 
 
 def shutting_down() -> RefusedError:

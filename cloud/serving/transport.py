@@ -75,6 +75,7 @@ class SessionTransport:
         self._sending: list[tuple[ServerConnection, Future[None]]] = []
         self._ended: Exception | None = None
         self._receiving: Future[bytes] | None = None
+        self._sent_away_s = 0.0  # how much longer than park_s it may stay away, as it was told to
 
     # -- the session's thread ----------------------------------------------------------------------------
 
@@ -121,22 +122,31 @@ class SessionTransport:
             return self._receiving
 
     def disconnect(self, refusal: RefusedError | RemoteProtocolError) -> None:
-        """Tell the device to come again, and close the connection; the session is parked."""
+        """Tell the device to come again, and close the connection; the session is parked.
+
+        For as long as any other from the time on at which the device is told to come.
+        """
         with self._changed:
             connection = self._connection
+            self._sent_away_s = _within_limits(getattr(refusal, "retry_after_s", None)) or 0.0
         if connection is not None:
             logger.info("session %s: disconnected, to connect again later: %s: %s", self._name, refusal.code, refusal)
             self._lose(connection)
             asyncio.run_coroutine_threadsafe(close_with_error(connection, as_refusal(refusal)), self._loop)
 
-    def wait_for_device(self, extra_s: float = 0.0) -> ServerConnection:
+    def wait_for_device(self) -> ServerConnection:
         """Wait until there is a connection. Raises as ``receive``."""
         with self._changed:
-            self._changed.wait_for(lambda: self._connection or self._ended, self._park_s + extra_s)
+            began = self._clock()
+            while self._connection is None and self._ended is None:
+                # Another thread may send the device away meanwhile, for longer.
+                left_s = began + self._park_s + self._sent_away_s - self._clock()
+                if left_s <= 0:
+                    raise DeviceGoneError(f"it did not come back within {self._park_s + self._sent_away_s:.0f} s")
+                self._changed.wait(left_s)
             if self._ended is not None:
                 raise self._ended
-            if self._connection is None:
-                raise DeviceGoneError(f"it did not come back within {self._park_s + extra_s:.0f} s")
+            assert self._connection is not None
             return self._connection
 
     def _flush(self, until: float) -> None:
@@ -189,7 +199,7 @@ class SessionTransport:
         with self._changed:
             frames = missing()
             old, self._connection = self._connection, connection
-            self.parked_at = None
+            self.parked_at, self._sent_away_s = None, 0.0
             self._sending.clear()
             for frame in frames:
                 sending = asyncio.run_coroutine_threadsafe(connection.send(frame), self._loop)

@@ -114,17 +114,20 @@ class GroupAdapters(ABC):
             state[f"{self.name}.adapter_state.{index}"] = tensor
         return state
 
-    def load_state(self, tensors: Mapping[str, FloatArray], *, server_tensors: int) -> None:
+    def load_state(self, tensors: Mapping[str, FloatArray], *, kept_by_server: Sequence[tuple[int, ...]]) -> None:
         """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` where a tensor is missing or of another shape.
 
-        ``server_tensors``: how many the server keeps of the group.
+        ``kept_by_server``: the shapes of what the server keeps of the group.
         """
         for name, parameter in self.parameters().items():
             found = [tensors[key] for key in (name, f"{name}.exp_avg", f"{name}.exp_avg_sq")]
             if any(tensor.shape != parameter.value.shape for tensor in found):
                 raise ValueError(f"{name} has another shape")
             parameter.value, parameter.exp_avg, parameter.exp_avg_sq = found
-        self.adapter_state = tuple(tensors[f"{self.name}.adapter_state.{index}"] for index in range(server_tensors))
+        kept = [tensors[f"{self.name}.adapter_state.{index}"] for index in range(len(kept_by_server))]
+        if [(each.shape, each.dtype) for each in kept] != [(shape, np.dtype(np.float32)) for shape in kept_by_server]:
+            raise ValueError(f"what the server keeps of {self.name} has another shape, or is not float32")
+        self.adapter_state = tuple(kept)
 
 
 class DeviceKind(Protocol):

@@ -92,8 +92,8 @@ class AdapterSet:
     def load_state(self, tensors: Mapping[str, FloatArray]) -> None:
         """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` for one of other adapters."""
         kind = kind_of(self.adapter_spec)
-        for group, adapter_spec in zip(self.groups, self.group_specs, strict=True):
-            group.load_state(tensors, server_tensors=len(kind.state_shapes(self.adapter_spec, adapter_spec)))
+        for group, group_spec in zip(self.groups, self.group_specs, strict=True):
+            group.load_state(tensors, kept_by_server=kind.state_shapes(self.adapter_spec, group_spec))
 
     def of_unit(self, unit: Unit) -> Iterator[GroupAdapters]:
         for group in unit.groups:

@@ -207,7 +207,9 @@ def parse_numbers(text: str, option: str, what: str) -> tuple[int, ...]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         first, dash, last = part.partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < MAX_UNITS):
+        # Nine digits are enough; int() refuses thousands.
+        is_number = all(each.isdecimal() and len(each) < 10 for each in (first, last))
+        if not (is_number and int(first) <= int(last) < MAX_UNITS):
             raise UsageError(f"{option} {text!r}: write {what} as 0,3,26-29")
         found.update(range(int(first), int(last) + 1))
     if text and not found:

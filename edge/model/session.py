@@ -66,12 +66,12 @@ class ModelSession(ABC):
         shapes = [kind_of(spec).state_shapes(spec, group) for group in self.adapters.group_specs]
         if not any(shapes):
             return
-        if all(len(group.adapter_state) == len(each) for group, each in zip(self.adapters.groups, shapes, strict=True)):
-            for index, group in enumerate(self.adapters.groups):
+        for index, (group, each) in enumerate(zip(self.adapters.groups, shapes, strict=True)):
+            if len(group.adapter_state) == len(each):
                 tensors = tuple(WireTensor("fp32", tensor) for tensor in group.adapter_state)
                 self.connection.send(m.AdapterState(group=index, tensors=tensors))
-            return
-        self.connection.send(m.MakeAdapterState())
-        for group in self.adapters.groups:
-            state = self.connection.receive(m.AdapterState)
-            group.adapter_state = tuple(np.array(tensor.data) for tensor in state.tensors)
+                self.connection.receive(m.AdapterState)
+            else:
+                self.connection.send(m.MakeAdapterState(group=index))
+                state = self.connection.receive(m.AdapterState)
+                group.adapter_state = tuple(np.array(tensor.data) for tensor in state.tensors)

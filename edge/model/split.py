@@ -24,15 +24,9 @@ from .session import ModelSession
 
 
 class SplitModel:
-    """Forward, backward and evaluation of micro-batches.
+    """Forward, backward and evaluation of micro-batches."""
 
-    Args:
-        window: how many micro-batches may be under way at a time.
-    """
-
-    def __init__(
-        self, bundle: Bundle, engine: Engine, session: ModelSession, *, codecs: Codecs, window: int = 1
-    ) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, session: ModelSession, *, codecs: Codecs) -> None:
         self.session = session
         self.connection = session.connection
         self.adapters = session.adapters
@@ -40,7 +34,6 @@ class SplitModel:
         self._parts = DeviceParts(
             Embedding(bundle, engine), Head(bundle, engine), session.adapters, self._compute, codecs
         )
-        self._window = window
         self._evaluated = 0
 
     @property
@@ -119,8 +112,9 @@ class SplitModel:
         Nothing is kept of one that was given: it may hold the gradients of all adapters.
         """
         in_order, under_way = deque[MicroBatchRun](), dict[Key, MicroBatchRun]()
+        window = self.connection.session.window
         while waiting or in_order:
-            while waiting and len(under_way) < self._window:
+            while waiting and len(under_way) < window:
                 run = waiting.popleft()
                 self._check_fits(run)
                 under_way[run.key] = run

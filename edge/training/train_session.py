@@ -59,7 +59,7 @@ class TrainSession(ModelSession):
                 next_step=self.step - (self.unanswered is not None),
                 ticket=self.ticket,
             ),
-            window=self._window,
+            window=min(self._window, self.connection.welcome.window),
         )
 
     def handle_opened(self, opened: m.SessionOpened) -> None:

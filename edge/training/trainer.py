@@ -62,7 +62,7 @@ class Trainer:
     Args:
         init: a PEFT adapter to start from.
         checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.part_begins`` is there.
-        window: how many micro-batches of a step may be under way at a time.
+        window: how many micro-batches of a step may be under way at a time, where the server allows as many.
 
     Attributes:
         groups: the exchange groups that are trained.
@@ -109,7 +109,7 @@ class Trainer:
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
         self._scorer = Scorer(config.kill_revive.score)
-        self.model = SplitModel(bundle, engine, self.session, codecs=Codecs.all(config.wire_dtype), window=window)
+        self.model = SplitModel(bundle, engine, self.session, codecs=Codecs.all(config.wire_dtype))
         self._check_limits()
         self.session.open()
 
