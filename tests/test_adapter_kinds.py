@@ -21,7 +21,7 @@ from tiny import TinyFactory
 from torch import Tensor
 from waiting import eventually
 
-from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.door.quotas import QuotaLimits, SessionQuota
 from dlora.cloud.exchange.kinds import SITE_KINDS, Site
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.transport import DeviceGoneError
@@ -366,6 +366,19 @@ def test_server_state_counts_in_the_quota(bundle: Path, base: BaseModel) -> None
             trainer.run_step()
 
 
+@pytest.mark.usefixtures("servers_core")
+def test_a_model_of_many_groups_is_set_up(tiny: TinyFactory) -> None:
+    """More groups than frames may be unacknowledged: made, and given back."""
+    model = tiny(blocks=12)
+    run, dataset = run_of_cores(total_steps=2), random_dataset(VOCABULARY)
+    with serving(model.base) as server:
+        with training(model.bundle, server.url, run, dataset, ConnectSettings(retry=Retry(max_s=30))) as trainer:
+            trainer.run_step()
+            lose_sessions(server)
+            trainer.run_step()
+        assert len(trainer.adapters.groups) == 12
+
+
 # -- several micro-batches at a time -------------------------------------------------------------------------
 
 
@@ -444,3 +457,39 @@ def test_a_failure_in_one_of_two_micro_batches_ends_the_session_at_once(
         with pytest.raises(NonFiniteError, match="NaN or infinity in the base model's results"):
             trainer.run_step()
         eventually(lambda: len(server.server.service.sessions) == 0)
+
+
+def test_a_server_with_a_smaller_window_is_used_with_that(bundle: Path, base: BaseModel) -> None:
+    run = config(total_steps=2, grad_accum=3, batch_size=2)
+    dataset = random_dataset(VOCABULARY, examples=18)
+    found = []
+    with serving(base) as server:
+        for window in (1, 2):
+            with training(bundle, server.url, run, dataset, window=window) as trainer:
+                trainer.run_step()
+                trainer.wait_for_signal()
+                found.append(bits(trainer))
+    assert found[0] == found[1]
+
+
+def test_two_micro_batches_share_a_quota_of_one(
+    bundle: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for the first, which needs its device; nobody is sent away."""
+    charged: list[int] = []
+    charge = SessionQuota.charge
+
+    def recording(self: SessionQuota, tokens: int, live_bytes: int) -> Any:
+        charged.append(live_bytes)
+        return charge(self, tokens, live_bytes)
+
+    monkeypatch.setattr(SessionQuota, "charge", recording)
+    run = config(total_steps=3, grad_accum=3, batch_size=2)
+    dataset = random_dataset(VOCABULARY, examples=18)
+    with serving(base, window=2) as server, training(bundle, server.url, run, dataset, window=2) as trainer:
+        trainer.run_step()
+        server.server.service.quotas.limits = QuotaLimits(live_bytes=int(1.6 * max(charged)))
+        for _ in range(2):
+            trainer.run_step()
+        assert trainer.connection.resumed == 0
+        assert trainer.steps_rerun == 0

@@ -344,6 +344,12 @@ def test_inputs_that_do_not_fit_are_refused_before_running() -> None:
         parts.run(hidden, begin=1, attention_mask=torch.ones(1, 2, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="a cache of 0 tokens cannot be cropped to 1"):
         cache.crop(1)
+    with pytest.raises(ValueError, match="a cache of another model"):
+        ModelParts(deeper("opt")).run(hidden, begin=1, cache=cache)
+    with pytest.raises(ValueError, match="there are no tokens"):
+        parts.run(hidden[:, :0], begin=1)
+    with pytest.raises(ValueError, match="there is no part"):
+        parts.new_cache(begin=4)
 
 
 @torch.no_grad()

@@ -101,6 +101,7 @@ def test_note_on_active_fraction_is_shown(place: Place, tmp_path: Path, options:
     ({"pin": "1", "blocks": "4-7"}, ["--pin: block 1 is not trained; blocks 4-7 are"]),
     ({"blocks": "8"}, ["--blocks: the bundle has nothing to train in block 8; blocks are 0-7"]),
     ({"blocks": "x"}, ["--blocks 'x': write blocks as 0,3,26-29"]),
+    ({"blocks": "9" * 5000}, ["write blocks as 0,3,26-29"]),
     ({"blocks": ","}, ["--blocks ',': write blocks as"]),
     ({"target_modules": "nope,q_proj"}, [
         "no module 'nope' that can be trained; --target-modules can be: down_proj, gate_proj, k_proj, o_proj, q_proj, "

@@ -448,3 +448,40 @@ def test_threads_never_hold_more_than_the_quota_together() -> None:
     with quotas.open_session("a") as session:
         session.charge(1, 100)
         refused(lambda: session.charge(1, 0))
+
+
+# -- what is kept for a session --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "taken", "code", "retryable"),
+    [
+        ({"live_bytes": 100}, 0, ErrorCode.QUOTA_LIVE_BYTES, False),
+        ({"live_bytes": 200}, 100, ErrorCode.QUOTA_LIVE_BYTES, True),
+        ({"total": 100}, 0, ErrorCode.LIMIT, False),
+        ({"total": 200}, 100, ErrorCode.BUSY, True),
+    ],
+)
+def test_what_is_kept_is_refused_for_good_only_where_it_never_fits(
+    limit: dict[str, int], taken: int, code: str, retryable: bool
+) -> None:
+    quotas = Quotas(QuotaLimits(live_bytes=limit.get("live_bytes")), Clock(), total_live_bytes=limit.get("total"))
+    other, session = quotas.open_session("a"), quotas.open_session("a")
+    charge = other.charge(1, taken)
+    session.hold(90)
+    error = refused(lambda: session.hold(20))
+    assert (error.code, error.retryable) == (code, retryable)
+    assert quotas.live_bytes == taken + 90
+    charge.end(0.0)
+    if retryable:
+        session.hold(20)
+
+
+def test_nothing_is_kept_for_a_session_that_was_closed() -> None:
+    """Its thread may still be making it: nobody would free it."""
+    quotas, _ = make()
+    session = quotas.open_session("a")
+    session.hold(10)
+    session.close()
+    assert refused(lambda: session.hold(10)).retryable
+    assert quotas.live_bytes == 0

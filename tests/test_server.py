@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
@@ -26,6 +27,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.door.access import Access
+from dlora.cloud.exchange.exchange import MicroBatchExchange
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.server import CloudServer, ServerSettings
 from dlora.cloud.serving.timeouts import SessionTimeouts
@@ -526,3 +528,25 @@ def test_protocol_error_of_the_server_raises_protocol_error(server: RunningServe
         connection._socket.send(encode(hello()))
         with pytest.raises(ProtocolError, match="Hello in GREETED"):
             connection.receive(m.SessionOpened)
+
+
+@pytest.mark.parametrize("reason", ["it went away", "its token was revoked"])
+def test_a_session_that_ends_in_a_micro_batch_leaves_no_graph_behind(
+    server: RunningServer, base: BaseModel, reason: str
+) -> None:
+    """The error that ends it holds the frames that it came through, they the graph, and that the exchange."""
+
+    def exchanges() -> list[object]:
+        gc.collect()
+        return [each for each in gc.get_objects() if type(each) is MicroBatchExchange]
+
+    before = len(exchanges())
+    for _ in range(3):
+        with raw_device(server.url) as device:
+            assert list(life_of_a_device(device, base))[-1] == "gradient"
+            assert isinstance(device.hear(), m.GroupGrad)
+            if reason == "its token was revoked":
+                (live,) = server.server.service.sessions
+                live.transport.end(RefusedError(reason, m.ErrorCode.TOKEN_REVOKED))
+        eventually(lambda: health(server.url)["sessions"] == 0)
+    eventually(lambda: len(exchanges()) == before)

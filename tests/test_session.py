@@ -689,3 +689,29 @@ def test_random_bytes_never_change_the_state() -> None:
     receive()
     assert reached.past_checksum > 20, reached
     assert reached.parsed > 10, reached
+
+
+def test_set_up_may_stop_between_groups() -> None:
+    """So that a server that stops need not wait for it."""
+    pair = Pair(c.opening(adapter=KEEPING))
+    assert pair.sides[C].is_between_steps
+    pair.say(m.MakeAdapterState(group=0))
+    assert not pair.sides[C].is_between_steps
+    pair.say(c.adapter_state(0))
+    assert pair.sides[C].is_between_steps
+
+
+def test_set_up_takes_each_group_once_and_in_order() -> None:
+    pair = Pair(c.opening(adapter=KEEPING))
+    for message in (m.MakeAdapterState(group=1), c.adapter_state(1)):
+        refuses(pair.sides[E], lambda message=message: pair.sides[E].send(message), LocalProtocolError)
+        error = refuses(pair.sides[C], lambda message=message: c.hear(pair.sides[C], message), RemoteProtocolError)
+        assert "group 1 when group 0 comes next" in str(error)
+    for group in range(len(c.GROUPS)):
+        if group % 2:
+            pair.say(c.adapter_state(group), sender=E)
+            pair.say(c.adapter_state(group, tensors=()))
+        else:
+            pair.say(m.MakeAdapterState(group=group))
+            pair.say(c.adapter_state(group))
+    assert pair.sides[E].state is pair.sides[C].state is State.IDLE

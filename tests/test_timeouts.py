@@ -25,7 +25,7 @@ from dlora.cloud.serving.tasks import Tasks
 from dlora.cloud.serving.timeouts import MAX_DEVICES, MAX_WAIT_S, DeviceDeadlines, SessionTimeouts
 from dlora.cloud.serving.transport import SessionTransport
 from dlora.edge.wire.connecting import ConnectSettings, Retry
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import RefusedError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,28 @@ def test_answer_deadline_stops_while_the_device_is_away() -> None:
         received = loop.run_in_executor(None, parked.receive, 30.0)
         await asyncio.to_thread(waits.wait, 20)
         clock.sleep(59.0)
+        parked.attach(cast(ServerConnection, Answering()), list)
+        return await received
+
+    assert asyncio.run(come_back()) == b"answer"
+
+
+def test_a_device_that_was_sent_away_is_waited_for_in_every_thread() -> None:
+    """Parked from the time on at which it was told to come, also for the thread that waits for its next message."""
+    clock = PassingClock()
+
+    async def come_back() -> bytes:
+        connection = cast(ServerConnection, Answering())
+        loop = asyncio.get_running_loop()
+        parked = SessionTransport(loop, connection, name="one", park_s=1.0, closing_tasks=Tasks(), clock=clock)
+        parked.disconnect(RefusedError("come later", "quota_tokens", retryable=True, retry_after_s=100.0))
+        received = loop.run_in_executor(None, parked.receive, 300.0)
+        for _ in range(9):
+            await asyncio.sleep(0.01)
+            clock.sleep(10.0)
+            with parked._changed:
+                parked._changed.notify_all()
+        assert not received.done()
         parked.attach(cast(ServerConnection, Answering()), list)
         return await received
 

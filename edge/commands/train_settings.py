@@ -210,8 +210,8 @@ def parse_numbers(text: str, option: str, what: str) -> tuple[int, ...]:
         # Nine digits are enough; int() refuses thousands.
         is_number = all(each.isdecimal() and len(each) < 10 for each in (first, last))
         if not (is_number and int(first) <= int(last) < MAX_UNITS):
-            raise UsageError(f"{option} {text!r}: write {what} as 0,3,26-29")
+            raise UsageError(f"{option} {text[:80]!r}: write {what} as 0,3,26-29")
         found.update(range(int(first), int(last) + 1))
     if text and not found:
-        raise UsageError(f"{option} {text!r}: write {what} as 0,3,26-29, or leave it out")
+        raise UsageError(f"{option} {text[:80]!r}: write {what} as 0,3,26-29, or leave it out")
     return tuple(sorted(found))
