@@ -45,7 +45,7 @@ class LiveGroups(NamedTuple):
     active: frozenset[int] = frozenset()
 
 
-class MicroBatch:
+class MicroBatchRules:
     """One micro-batch that is under way. Not its tensors: they would outlive it.
 
     Args:

@@ -29,7 +29,7 @@ from .groups import GroupSpec, group_units
 from .kill_revive import UnitState
 from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
-from .micro_batch import Key, LiveGroups, MicroBatch, Shapes, check_embeddings
+from .micro_batch import Key, LiveGroups, MicroBatchRules, Shapes, check_embeddings
 from .states import TRANSITIONS, C, E, Side, State, ViolationError, check_tensor
 from .tensors import ByteArray, WireTensor
 from .version import PROTOCOL_VERSIONS
@@ -62,7 +62,7 @@ class Session:
         self.units: ByteArray = np.zeros(0, np.uint8)
         self.unit_groups: tuple[tuple[int, ...], ...] = ()
         self.live_groups = LiveGroups()
-        self.under_way: dict[Key, MicroBatch] = {}
+        self.under_way: dict[Key, MicroBatchRules] = {}
         self.welcome: m.Welcome | None = None
         self.opened_with: m.OpenSession | None = None
         self.bytes_sent = 0
@@ -367,7 +367,7 @@ class Session:
             next_one = f"step {self.step}, micro-batch {self._next_micro_batch}"
             raise ViolationError(f"step {message.step}, micro-batch {message.micro_batch} when {next_one} comes next")
         check_embeddings(message, self.shapes)
-        self.under_way[key] = MicroBatch(message, self.shapes)
+        self.under_way[key] = MicroBatchRules(message, self.shapes)
         self._next_micro_batch += trains
 
 
