@@ -61,8 +61,7 @@ class SessionLoop:
         self._sites = Sites(service.base, opening.groups, opening.adapter, opening.codecs)
         self._window = opening.window
         self._running: set[Future[None]] = set()
-        self._charged = 0  # micro-batches of this session that run
-        self._discharged = threading.Condition()
+        self._charge_ended = threading.Condition()
         if not live.session.has_adapter_state:
             for _ in opening.groups:
                 self._sites.add(())
@@ -171,8 +170,6 @@ class SessionLoop:
         tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
         del begun
         charge = self._admit(tokens, service.live_bytes.estimate(run.layout, run.lowest_trained))
-        with self._discharged:
-            self._charged += 1
         transport = self._router.transport
         device = MicroBatchMessages(self._router, run.key, service.gate, self._deadlines)
         started, times_lost = self._clock(), transport.times_lost
@@ -182,9 +179,8 @@ class SessionLoop:
                 run.run(device)
         finally:
             charge.end(self._clock() - started - device.idle_s)
-            with self._discharged:
-                self._charged -= 1
-                self._discharged.notify_all()
+            with self._charge_ended:
+                self._charge_ended.notify_all()
         if transport.times_lost == times_lost:
             self._deadlines.all_answers.observe(device.waited_s)
 
@@ -212,10 +208,10 @@ class SessionLoop:
 
     def _wait_for_other_micro_batches(self) -> bool:
         """Wait until one that runs has ended; False where none does."""
-        with self._discharged:
-            running = self._charged
-            self._discharged.wait_for(lambda: self._charged < running or not running)
-            return running > 0
+        with self._charge_ended:
+            taken = self._quota.live_bytes
+            self._charge_ended.wait_for(lambda: self._quota.live_bytes < taken or not taken)
+            return taken > 0
 
 
 def shutting_down() -> RefusedError:
