@@ -134,7 +134,7 @@ def _show(summary: dict[str, Any]) -> None:
         f"dlora-cloud serve {MODEL} --port 8765",
         f"dlora-edge generate --bundle {BUNDLE} --adapter {ADAPTER} --server ws://127.0.0.1:8765 --prompt 'Hello'",
     ):
-        console.print(f"  {BIN / command}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {BIN}/{command}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
