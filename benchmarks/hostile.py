@@ -172,8 +172,8 @@ class _Attacker:
         self._outcomes.clear()
         for _ in range(self._options.idle):
             self._open_one()
-        for sieges, count in ((IDLE_ATTACKS, SITTING), (IDLE_ATTACKS_IN_A_SESSION, SITTING_IN_SESSIONS)):
-            for make in () if self._options.only else sieges.values():
+        for attacks, count in ((IDLE_ATTACKS, SITTING), (IDLE_ATTACKS_IN_A_SESSION, SITTING_IN_SESSIONS)):
+            for make in () if self._options.only else attacks.values():
                 self._held.enter_context(idle_connections(next(self._targets), make, count))
         self._stop.clear()
         rates = ((self._open_one, self._options.connections_per_s), (self._abuse_once, self._options.abuses_per_s))

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, MORE_FAMILIES, tiny_model
+from test_live_bytes import ZeroDeltas, lora_sites
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dlora.cloud.exchange.exchange import MicroBatchExchange, exchanging, wrap_target_modules
-from dlora.cloud.exchange.kinds import SITE_KINDS
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
 from dlora.cloud.model.parts import ModelParts
-from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import ExportError
 from dlora.protocol.groups import GroupSpec
 
@@ -371,10 +370,11 @@ def test_target_modules_may_be_wrapped_as_well() -> None:
     assert torch.equal(parts.run(parts.run(embeds, end=2), begin=2), wanted)
 
 
-class LocalLora:
+class LocalLora(ZeroDeltas):
     """A device in this process, one fixed LoRA a target module."""
 
     def __init__(self, groups: Sequence[GroupSpec]) -> None:
+        super().__init__(groups)
         torch.manual_seed(7)
         self._adapters = [
             [(torch.randn(4, group.in_features), torch.randn(each.out_features, 4)) for each in group.targets]
@@ -387,12 +387,6 @@ class LocalLora:
 
     def receive_outputs(self, group: int, torch_device: torch.device) -> list[Tensor]:
         return [self._inputs[group] @ a.T @ b.T / 50 for a, b in self._adapters[group]]
-
-    def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
-        raise AssertionError("nothing is trained")
-
-    def receive_input_grad(self, group: int, torch_device: torch.device) -> Tensor:
-        raise AssertionError("nothing is trained")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -425,7 +419,5 @@ def test_parts_exchange_their_live_groups(family: str) -> None:
 
 
 def exchange_of(base: BaseModel, groups: Sequence[GroupSpec]) -> MicroBatchExchange:
-    spec = AdapterSpec(r=4)
-    sites = [SITE_KINDS["lora"].site(spec, group, ()) for group in groups]
     channel, live = LocalLora(groups), set(range(len(groups)))
-    return MicroBatchExchange(channel, base, groups, sites, live=live, trained=(), rows=None)
+    return MicroBatchExchange(channel, base, groups, lora_sites(groups), live=live, trained=(), rows=None)

@@ -116,9 +116,9 @@ def _train(run: TrainRun, display: Display, init: LoadedAdapter | None) -> dict[
     checkpoint = _find_checkpoint(run, display)
     run = replace(run, config=_complete_config(run, checkpoint))
     first_step = checkpoint.step if checkpoint else 0
-    rows = load_evaluations(run.out, run.eval_dataset, first_step, display.warn)
+    earlier = load_evaluations(run.out, run.eval_dataset, first_step, display.warn)
     # Before anything is asked of a server: none is needed for that.
-    finished = _summary_of_finished_run(run, first_step, rows)
+    finished = _summary_of_finished_run(run, first_step, earlier)
     if finished is not None:
         display.warn(_finished_text(run, first_step))
         return finished
@@ -133,7 +133,7 @@ def _train(run: TrainRun, display: Display, init: LoadedAdapter | None) -> dict[
         trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
         release_code()
         held_out = HeldOut(
-            run.out, run.eval_dataset, rows, every=run.eval_every, patience=run.patience, trainer=trainer,
+            run.out, run.eval_dataset, earlier, every=run.eval_every, patience=run.patience, trainer=trainer,
             display=display, should_stop=stop.is_requested,
         )  # fmt: skip
         if run.settings is not None:
@@ -202,9 +202,11 @@ def _run_file(run: TrainRun, settings: RunSettings) -> RunFile:
     )
 
 
-def _summary_of_finished_run(run: TrainRun, steps: int, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _summary_of_finished_run(
+    run: TrainRun, steps: int, evaluations: list[dict[str, Any]]
+) -> dict[str, Any] | None:
     """The summary of a run that was summed up before: one that is resumed again would lose its times."""
-    if steps != run.config.total_steps and not is_out_of_patience(rows, run.patience, run.config.part_begins):
+    if steps != run.config.total_steps and not is_out_of_patience(evaluations, run.patience, run.config.part_begins):
         return None
     try:
         summary: dict[str, Any] = json.loads((run.out / SUMMARY).read_bytes())
