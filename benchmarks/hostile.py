@@ -6,8 +6,8 @@ of the medians; ``bit_equal`` compares the adapter with that of an undisturbed r
 In an attacked block the attacker holds 10,000 idle connections (made before the clock runs, from several loopback
 addresses, as one has too few ports), opens ``--connections-per-s`` more, commits ``--abuses-per-s`` of
 tests/attacks/abuses.py in turn, and holds every idle attack, those with sessions too. It is a process of its own,
-at normal priority, but its rates are bounded: on the server's own cores an unbounded one would measure how the kernel divides
-CPU time among whoever wants it, which no server decides. What an abuse costs the server is measured all the same.
+at normal priority, but its rates are bounded: on the server's own cores an unbounded one would measure how the kernel
+divides CPU time among whoever wants it, which no server decides. What an abuse costs the server is measured all the same.
 """
 
 from __future__ import annotations
