@@ -7,7 +7,7 @@ In an attacked block the attacker holds 10,000 idle connections (made before the
 addresses, as one has too few ports), opens ``--connections-per-s`` more, commits ``--abuses-per-s`` of
 tests/attacks/abuses.py in turn, and holds every idle attack, those with sessions too. It is a process of its own,
 at normal priority, but its rates are bounded: on the server's own cores an unbounded one would measure how the kernel
-divides CPU time among whoever wants it, which no server decides. What an abuse costs the server is measured all the same.
+divides CPU time among those who want it, which no server decides. What an abuse costs it is measured all the same.
 """
 
 from __future__ import annotations
