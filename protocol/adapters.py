@@ -57,17 +57,21 @@ class AdapterKind(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def server_makes_state(self) -> bool:
+        """Whether the server can make ``state_shapes``; otherwise the device gives it from the first session on."""
+
     def check(self, spec: AdapterSpec) -> None:
         """Raise ``UsageError`` for options that the kind does not have."""
 
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
-        """What crosses for ``group``."""
+        """What crosses for ``group``. Raises ``UsageError`` where its modules are too narrow for the rank."""
 
     def parameter_shapes(self, spec: AdapterSpec, group: GroupSpec) -> dict[str, Shape]:
         """What the device trains for ``group``: full names and shapes, all float32, in the optimiser's order."""
 
     def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[Shape, ...]:
-        """What the server keeps of ``group`` for the session, all float32; nothing for most kinds.
+        """What the server keeps of ``group`` for the session; nothing for ``lora``.
 
         The device has a copy, and gives it to a server that has none: see ``adapter_state`` of docs/protocol.md.
         """
@@ -77,10 +81,10 @@ class _Lora:
     """LoRA (Hu et al., arXiv 2106.09685): A and B of every target module on the device, full widths on the wire."""
 
     name: Final = "lora"
+    server_makes_state: Final = False
 
     def check(self, spec: AdapterSpec) -> None:
-        if spec.options:
-            raise UsageError(f"adapters of the kind lora have no options, not {', '.join(spec.options)}")
+        _check_no_options(spec)
 
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         return Crossing(group.in_features, tuple(target.out_features for target in group.targets))
@@ -96,7 +100,58 @@ class _Lora:
         return ()
 
 
-KINDS: Final[dict[str, AdapterKind]] = {"lora": _Lora()}
+class _Ffa:
+    """FFA-LoRA (Sun et al., arXiv 2403.12313): A is frozen and the server's, one for all target modules of a group; B
+    of every module is on the device."""
+
+    name: Final = "ffa"
+    server_makes_state: Final = False
+
+    def check(self, spec: AdapterSpec) -> None:
+        _check_no_options(spec)
+
+    def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
+        return Crossing(spec.r, tuple(target.out_features for target in group.targets))
+
+    def parameter_shapes(self, spec: AdapterSpec, group: GroupSpec) -> dict[str, Shape]:
+        return {f"{target.name}.lora_B": (target.out_features, spec.r) for target in group.targets}
+
+    def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[Shape, ...]:
+        return ((spec.r, group.in_features),)
+
+
+class _Bottleneck:
+    """A frozen A, and a frozen B stacked over a group's target modules, on the server; one core R a group, r by r, on
+    the device: ``dW_j = scaling · B_j R A`` (LoRA-XS, Bałazy et al., arXiv 2405.17604, with A and R shared)."""
+
+    name: Final = "bottleneck"
+    server_makes_state: Final = True
+
+    def check(self, spec: AdapterSpec) -> None:
+        _check_no_options(spec)
+
+    def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
+        narrowest = min(group.in_features, group.out_features)
+        if spec.r > narrowest:
+            raise UsageError(
+                f"{group.targets[0].name} and what shares its input are {narrowest} wide, and a bottleneck is no wider "
+                f"than that: --rank {spec.r} is too large"
+            )
+        return Crossing(spec.r, (spec.r,))
+
+    def parameter_shapes(self, spec: AdapterSpec, group: GroupSpec) -> dict[str, Shape]:
+        return {f"{group.targets[0].name}.core": (spec.r, spec.r)}
+
+    def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[Shape, ...]:
+        return (spec.r, group.in_features), (group.out_features, spec.r)
+
+
+def _check_no_options(spec: AdapterSpec) -> None:
+    if spec.options:
+        raise UsageError(f"adapters of the kind {spec.kind} have no options, not {', '.join(spec.options)}")
+
+
+KINDS: Final[dict[str, AdapterKind]] = {"lora": _Lora(), "ffa": _Ffa(), "bottleneck": _Bottleneck()}
 """All kinds that this process knows, by name."""
 
 
@@ -122,7 +177,7 @@ def parameter_count(spec: AdapterSpec, groups: Sequence[GroupSpec]) -> int:
 
 
 def state_bytes(spec: AdapterSpec, group: GroupSpec) -> int:
-    """Bytes that the server keeps of one group, all float32."""
+    """Bytes that the server keeps of one group, as float32: the most that they are, there and on the wire."""
     return 4 * sum(math.prod(shape) for shape in kind_of(spec).state_shapes(spec, group))
 
 

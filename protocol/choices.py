@@ -7,6 +7,13 @@ from typing import Literal
 WireDtype = Literal["fp16", "fp32"]
 """How floating-point tensors cross the wire."""
 
+KindChoice = Literal["lora", "bottleneck", "ffa"]
+"""Kinds of adapters, by the names of ``adapters.KINDS``."""
+
+Basis = Literal["gradient", "weights", "random"]
+"""What the frozen A and B of bottleneck adapters are: singular vectors of the base model's gradient on some of the
+data, or of its weights; or drawn at random."""
+
 UnitKind = Literal["block", "group"]
 """What kill-and-revive switches: all exchange groups of a block at once, or each group by itself."""
 

@@ -132,7 +132,8 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """One graph: where it is, what goes in and out, and how far it was from torch when exported.
 
     Attributes:
-        key: widths that tell graphs of one kind apart, ``"576x192"`` for adapters (in x out), else empty.
+        key: widths that tell graphs of one kind apart: ``"576x192"`` (in x out) for adapters, ``"192"`` (out) for
+            cores that are not square; else empty.
         files: engine (``onnx``, ``executorch``) to path.
         error: largest error seen at export on any engine, relative to the largest magnitude of the output; tolerance:
             its bound.
@@ -208,6 +209,11 @@ class _Format(msgspec.Struct):
 def adapter_key(in_features: int, out_features: int) -> str:
     """The key of the adapter graphs of one shape."""
     return f"{in_features}x{out_features}"
+
+
+def core_key(width: int | None) -> str:
+    """The key of the graphs of a trained matrix of ``width`` rows; None: as many as its rank."""
+    return "" if width is None else str(width)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -21,7 +21,7 @@ from .wire_codecs import Codecs
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Width = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
 ShortText = Annotated[str, msgspec.Meta(max_length=1024)]
-Mode = Literal["train", "evaluate"]
+Mode = Literal["train", "evaluate", "basis"]
 
 MAX_GROUPS = 16_384
 MAX_WINDOW = 64
@@ -207,7 +207,8 @@ class SessionGone(Message, frozen=True):
 
 
 class MakeAdapterState(Message, frozen=True):
-    """E asks C to make what C keeps of a group. C answers with the group's ``AdapterState``."""
+    """E asks C to make what C keeps of a group. C answers with the group's ``AdapterState``: made from the gradients of
+    this session's micro-batches of the mode ``basis``, or, where there were none, from the base model's weights."""
 
     group: Index
 
@@ -216,7 +217,7 @@ class AdapterState(Message, frozen=True):
     """What C keeps of one group for the session: from C, which made it, or from E, to a C that has lost it.
 
     Attributes:
-        tensors: fp32, of the shapes that the adapter's kind says; none where C says that it has taken E's.
+        tensors: of the shapes that the adapter's kind says; none where C says that it has taken E's.
     """
 
     group: Index
@@ -227,7 +228,8 @@ class Embeddings(ExchangeMessage, frozen=True):
     """E starts a micro-batch: the packed embeddings of its real tokens.
 
     Attributes:
-        mode: ``train`` if a backward pass will follow, else ``evaluate``.
+        mode: ``train`` if a backward pass with the groups will follow; ``evaluate`` if none will; ``basis``, while the
+            session is set up, if one of the base model alone will, from whose gradients C makes its adapter state.
         hidden_states: (tokens, embedding_size).
         sequence_lengths: int32 (sequences,), summing to tokens.
         label_positions: int32 (labelled,), ascending rows of the packed tokens whose last hidden state E wants.
@@ -263,7 +265,8 @@ class LabelledHiddenStates(ExchangeMessage, frozen=True):
 
     Attributes:
         hidden_states: (labelled, hidden_size).
-        gradients: how many ``GroupGrad`` will follow a ``GradHiddenStates``; at 0, E sends none.
+        gradients: how many ``GroupGrad`` will follow a ``GradHiddenStates``; at 0, E sends that only in the mode
+            ``basis``.
     """
 
     hidden_states: WireTensor

@@ -53,7 +53,7 @@ class MicroBatchRules:
 
     Attributes:
         key: its step and number.
-        trains: whether a backward pass follows.
+        mode: as its first message says; trains: whether a backward pass with the groups follows.
         state: FORWARD to BACKWARD, and IDLE once it is through.
         tokens: of all its sequences; rows: that cross at each group; labelled: whose last hidden state is wanted.
         asked: how many live groups took part in the forward pass; C waits for the last one's deltas in DELTA.
@@ -63,6 +63,7 @@ class MicroBatchRules:
 
     def __init__(self, begun: m.Embeddings, shapes: Shapes) -> None:
         self.key: Key = (begun.step, begun.micro_batch)
+        self.mode = begun.mode
         self.trains = begun.mode == "train"
         self.state = State.FORWARD
         self.tokens = begun.hidden_states.shape[0]
@@ -91,10 +92,11 @@ class MicroBatchRules:
                 self._check_delta(message, groups)
             case m.LabelledHiddenStates():
                 self._check_labelled(message, groups)
-                next_state = State.LOSS if message.gradients else State.IDLE
+                next_state = State.LOSS if message.gradients or self.mode == "basis" else State.IDLE
             case m.GradHiddenStates():
                 shape = (self.labelled, self._shapes.welcome.hidden_size)
                 self._shapes.check(message.grad_hidden_states, TensorRole.LAST_HIDDEN_STATES_GRAD, shape)
+                next_state = State.IDLE if self.mode == "basis" else next_state
             case m.GroupGrad():
                 self._check_grad(message, groups)
                 next_state = self._backward_state()

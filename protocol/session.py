@@ -33,10 +33,12 @@ from .micro_batch import Key, LiveGroups, MicroBatchRules, Shapes, check_embeddi
 from .states import TRANSITIONS, C, E, Side, State, ViolationError, check_tensor
 from .tensors import ByteArray, WireTensor
 from .version import PROTOCOL_VERSIONS
-from .wire_codecs import is_finite
+from .wire_codecs import TensorRole, is_finite
 
 NUMBERED: Final = (m.ExchangeMessage, m.MakeAdapterState, m.AdapterState, m.StepReport, m.Signal)
 """What the link numbers: the messages of a session that change what the two sides hold."""
+
+_WITH_MICRO_BATCHES: Final = (State.IDLE, State.SETTING_UP)
 
 HANDSHAKE: Final = (
     m.Hello, m.Welcome, m.OpenSession, m.SessionOpened, m.ResumeSession, m.SessionResumed, m.SessionGone,
@@ -83,7 +85,7 @@ class Session:
     @property
     def state(self) -> State:
         """Where the conversation stands; with micro-batches under way, where the oldest of them does."""
-        if self._state is State.IDLE and self.under_way:
+        if self.under_way and self._state in _WITH_MICRO_BATCHES:
             return next(iter(self.under_way.values())).state
         return self._state
 
@@ -202,12 +204,14 @@ class Session:
         if isinstance(message, m.Signal):
             self._take_signal(message, sender)
             return
-        if isinstance(message, m.ExchangeMessage) and self._state is State.IDLE:
+        if isinstance(message, m.ExchangeMessage) and self._state in _WITH_MICRO_BATCHES:
             self._advance_micro_batch(message, sender)
             return
         allowed_sender, next_state = TRANSITIONS[self._state].get(type(message), (None, self._state))
         if allowed_sender is not sender:
             raise ViolationError("not now")
+        if self._state is State.SETTING_UP and self.under_way:
+            raise ViolationError("a micro-batch is under way")
         match message:
             case m.Welcome():
                 if message.protocol_version not in PROTOCOL_VERSIONS:
@@ -221,6 +225,7 @@ class Session:
                 next_state = self._take_opened(message)
             case m.MakeAdapterState():
                 self._check_group_to_set_up(message.group)
+                self._check_server_makes_state()
             case m.AdapterState():
                 next_state = self._take_adapter_state(message, next_state)
             case m.StepReport():
@@ -277,6 +282,12 @@ class Session:
         kind = kind_of(adapter)
         return any(kind.state_shapes(adapter, group) for group in self.groups)
 
+    def _check_server_makes_state(self) -> None:
+        assert self.opened_with is not None
+        kind = kind_of(self.opened_with.adapter)
+        if not kind.server_makes_state:
+            raise ViolationError(f"the adapter state of the kind {kind.name} comes from the device")
+
     def _check_group_to_set_up(self, group: int) -> None:
         if group != self._states_set_up:
             raise ViolationError(f"the state of group {group} when group {self._states_set_up} comes next")
@@ -291,7 +302,7 @@ class Session:
         if len(message.tensors) != len(shapes):
             raise ViolationError(f"{len(message.tensors)} tensors where {len(shapes)} were due")
         for tensor, shape in zip(message.tensors, shapes, strict=True):
-            check_tensor(tensor, "fp32", shape)
+            self.shapes.check(tensor, TensorRole.ADAPTER_STATE, shape)
         if self._state is State.SETTING_UP:
             return next_state
         self._states_set_up += 1
@@ -352,7 +363,7 @@ class Session:
         if sender is C and self._unanswered_reports:
             # C answers a report before anything that E sent after it: else the units would not be those of this step.
             raise ViolationError(f"the report of step {self._unanswered_reports[0]} has no signal yet")
-        micro_batch.advance(message, sender, self.live_groups)
+        micro_batch.advance(message, sender, LiveGroups() if micro_batch.mode == "basis" else self.live_groups)
         if micro_batch.is_finished:
             del self.under_way[key]
 
@@ -361,8 +372,14 @@ class Session:
         if sender is not E or len(self.under_way) == self.opened_with.window or key in self.under_way:
             raise ViolationError("not now")
         trains = message.mode == "train"
-        if trains and not isinstance(self.opened_with.purpose, m.Train):
+        if message.mode != "evaluate" and not isinstance(self.opened_with.purpose, m.Train):
             raise ViolationError("a micro-batch that trains, in a session that does not")
+        if (message.mode == "basis") is not (self._state is State.SETTING_UP):
+            raise ViolationError(f"a micro-batch of the mode {message.mode} in {self._state.name}")
+        if self._state is State.SETTING_UP:
+            self._check_server_makes_state()
+            if self._states_set_up or self.under_way:  # one at a time: their gradients are summed, and order rounds
+                raise ViolationError("not now")
         if message.step != self.step or (trains and message.micro_batch != self._next_micro_batch):
             next_one = f"step {self.step}, micro-batch {self._next_micro_batch}"
             raise ViolationError(f"step {message.step}, micro-batch {message.micro_batch} when {next_one} comes next")

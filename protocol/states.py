@@ -69,7 +69,9 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
 }
 """State, then message type, to (who may send it, next state). Some rules stand beside the table:
 ``SessionOpened`` leads to SETTING_UP where the adapters' kind keeps state on the server, and C's last ``AdapterState``
-to IDLE; ``LabelledHiddenStates`` with no gradients to come, and the last message of BACKWARD, lead to IDLE;
+to IDLE; in SETTING_UP, before the first state, micro-batches of the mode ``basis`` may be run, one at a time, which
+``GradHiddenStates`` ends; ``LabelledHiddenStates`` with no gradients to come, and the last message of BACKWARD, lead
+to IDLE;
 C sends ``Signal`` while a ``StepReport`` is unanswered, before it asks for anything of a micro-batch; either side may
 send ``Error``."""
 

@@ -35,6 +35,19 @@ def choose_groups(
     return groups
 
 
+def spread_blocks(manifest: Manifest, count: int) -> tuple[int, ...]:
+    """``count`` of the blocks that have something to train, evenly over the upper half of them, the last one included;
+    fewer where there are fewer."""
+    known = sorted({group.block for group in manifest.groups})
+    step = max(1, round(len(known) / 2 / count))
+    return tuple(sorted(known[-1 - index * step] for index in range(count) if index * step < len(known)))
+
+
+def last_blocks(manifest: Manifest, count: int) -> tuple[int, ...]:
+    """The last ``count`` blocks that have something to train."""
+    return tuple(sorted({group.block for group in manifest.groups})[-count:])
+
+
 def groups_of(manifest: Manifest, names: Collection[str]) -> tuple[GroupSpec, ...]:
     """The exchange groups of the modules with these full names, in execution order, and of no others."""
     return _filter(manifest, lambda _, target: target.name in names)

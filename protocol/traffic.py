@@ -79,6 +79,21 @@ def micro_batch_traffic(
     return Traffic(up, down, round_trips)
 
 
+def basis_traffic(
+    *, tokens: int, sequences: int, labelled: int, embedding_size: int, hidden_size: int, codecs: Codecs
+) -> Traffic:
+    """The traffic of one micro-batch of the mode ``basis``: no group exchanges, and the loss's gradient goes back."""
+
+    def nbytes(role: TensorRole, rows: int, width: int) -> int:
+        return codecs.of(role).nbytes(rows, width)
+
+    embeddings = [nbytes(TensorRole.EMBEDDINGS, tokens, embedding_size), sequences * 4, labelled * 4]
+    up = frame_bytes(1, embeddings)
+    up += frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES_GRAD, labelled, hidden_size)])
+    down = frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES, labelled, hidden_size)])
+    return Traffic(up, down, 1)
+
+
 def adapter_state_traffic(state_nbytes: Sequence[Sequence[int]], *, made: bool) -> Traffic:
     """The traffic of setting up what the server keeps of each group: it is ``made`` there, or given back by the device.
 

@@ -18,7 +18,7 @@ from .tensors import DTYPES, FloatArray, WireTensor, fp16_exponent
 
 
 class TensorRole(StrEnum):
-    """What a floating-point tensor of a micro-batch is; a field of the same name in ``Codecs`` says how it crosses."""
+    """What a floating-point tensor is; a field of the same name in ``Codecs`` says how it crosses."""
 
     EMBEDDINGS = "embeddings"
     GROUP_INPUT = "group_input"
@@ -27,6 +27,7 @@ class TensorRole(StrEnum):
     INPUT_GRAD = "input_grad"
     LAST_HIDDEN_STATES = "last_hidden_states"
     LAST_HIDDEN_STATES_GRAD = "last_hidden_states_grad"
+    ADAPTER_STATE = "adapter_state"
 
 
 class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -39,6 +40,7 @@ class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     input_grad: WireDtype
     last_hidden_states: WireDtype
     last_hidden_states_grad: WireDtype
+    adapter_state: WireDtype
 
     @classmethod
     def all(cls, name: WireDtype) -> Codecs:

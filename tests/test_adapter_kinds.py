@@ -322,11 +322,8 @@ def expected(trainer: Trainer, batch: MicroBatch, units: str) -> Traffic:
     )
 
 
-@pytest.mark.usefixtures("servers_core")
-def test_set_up_traffic_matches_the_formula(
-    bundle: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Made by the first server, and given back to the next."""
+def count_set_up_traffic(monkeypatch: pytest.MonkeyPatch) -> list[Traffic]:
+    """What each setting up will have put on the wire."""
     counted: list[Traffic] = []
     set_up = ModelSession._set_up
 
@@ -338,6 +335,15 @@ def test_set_up_traffic_matches_the_formula(
         counted.append(Traffic(*(now - then for now, then in zip(after, before, strict=True))))
 
     monkeypatch.setattr(ModelSession, "_set_up", counting)
+    return counted
+
+
+@pytest.mark.usefixtures("servers_core")
+def test_set_up_traffic_matches_the_formula(
+    bundle: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made by the first server, and given back to the next."""
+    counted = count_set_up_traffic(monkeypatch)
     connecting = ConnectSettings(retry=Retry(max_s=30))
     dataset = random_dataset(VOCABULARY)
     with serving(base) as server, training(bundle, server.url, run_of_cores(), dataset, connecting) as run:

@@ -10,8 +10,9 @@ import torch
 from families import FAMILIES, tiny_model
 from torch import Tensor
 
-from dlora.cloud.exchange.exchange import MicroBatchExchange, exchanging, wrap_target_modules
+from dlora.cloud.exchange.exchange import MicroBatchExchange
 from dlora.cloud.exchange.kinds import SITE_KINDS, Site
+from dlora.cloud.exchange.target_modules import exchanging, wrap_target_modules
 from dlora.cloud.model import live_bytes as live_bytes_module
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out

@@ -15,7 +15,8 @@ from test_live_bytes import ZeroDeltas, lora_sites
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dlora.cloud.exchange.exchange import MicroBatchExchange, exchanging, wrap_target_modules
+from dlora.cloud.exchange.exchange import MicroBatchExchange
+from dlora.cloud.exchange.target_modules import exchanging, wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
 from dlora.cloud.model.parts import ModelParts

@@ -161,8 +161,9 @@ class Quotas:
         if limits.tokens_per_minute is not None and tokens > limits.tokens_per_minute:
             text = f"{tokens} tokens are more than the quota of a minute, {limits.tokens_per_minute}"
             raise _refused_for_good(text, ErrorCode.QUOTA_TOKENS)
-        if limits.live_bytes is not None and live_bytes > limits.live_bytes:
-            text = f"a micro-batch takes {_mb(live_bytes)} of the server, and the quota is {_mb(limits.live_bytes)}"
+        if limits.live_bytes is not None and live_bytes and live_bytes + session.held_bytes > limits.live_bytes:
+            kept = f", beside {_mb(session.held_bytes)} for the adapters" if session.held_bytes else ""
+            text = f"a micro-batch takes {_mb(live_bytes)} of the server{kept}; the quota is {_mb(limits.live_bytes)}"
             raise _refused_for_good(text, ErrorCode.QUOTA_LIVE_BYTES)
         total = self.total_live_bytes
         if total is not None and live_bytes > total:
@@ -263,6 +264,12 @@ class Quotas:
             caller.live_bytes += nbytes
             self.live_bytes += nbytes
 
+    def _release(self, session: SessionQuota, nbytes: int) -> None:
+        with self._lock:
+            if session.is_open:
+                session.held_bytes -= nbytes
+                self._free(session, nbytes)
+
     def _end(self, session: SessionQuota, live_bytes: int, compute_s: float) -> None:
         with self._lock:
             now = self._clock()
@@ -327,6 +334,10 @@ class SessionQuota:
         may have, or the server has; retryable, ``quota_live_bytes`` or ``busy``, where others take the room now.
         """
         self._quotas._hold(self, nbytes)
+
+    def release(self, nbytes: int) -> None:
+        """Count no more what was held, before the session is closed."""
+        self._quotas._release(self, nbytes)
 
     def add(self, nbytes: int) -> bool:
         """Count a frame that came and that nobody has read yet; False where there is no room for it.

@@ -15,15 +15,12 @@
 
 ``project`` and ``expand`` are the adapters' kind's own (``kinds.py``); for LoRA they change nothing.
 
-No model-specific code: each target module's ``forward`` is wrapped once, and asks a thread-local for the
-micro-batch that runs in this thread. Without one, or for a group that is not live, it is the base model's own.
+Whose target modules ask for it, and how, is ``target_modules.py``.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +30,7 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
 
 from .kinds import Site
+from .target_modules import original_forward
 
 
 class Channel(Protocol):
@@ -205,46 +203,3 @@ class _SendGrads(torch.autograd.Function):
         exchange.channel.send_grads(ctx.group, grads, answer=ctx.answer)
         # None for `sent` too: it stands among the inputs only so that AwaitInputGrad cannot run before SendGrads has.
         return (None,) * ctx.inputs
-
-
-_running = threading.local()
-
-
-@contextmanager
-def exchanging(exchange: MicroBatchExchange) -> Iterator[None]:
-    """Within, target modules that run in this thread exchange."""
-    _running.exchange = exchange
-    try:
-        yield
-    finally:
-        _running.exchange = None
-        exchange.forget()
-
-
-class _Wrapped:
-    """A target module's ``forward`` that exchanges where a micro-batch runs in this thread, and the original."""
-
-    def __init__(self, name: str, original: Callable[[Tensor], Tensor]) -> None:
-        self.name = name
-        self.original = original
-
-    def __call__(self, x: Tensor) -> Tensor:
-        exchange: MicroBatchExchange | None = getattr(_running, "exchange", None)
-        output = exchange.run_target(self.name, x) if exchange is not None else None
-        return self.original(x) if output is None else output
-
-
-def wrap_target_modules(base: BaseModel) -> None:
-    """Wrap the target modules of a base model, once. Raises ``ValueError`` if a base parameter requires grad."""
-    for name, parameter in base.model.named_parameters():
-        if parameter.requires_grad:
-            raise ValueError(f"base parameter {name} requires grad")
-    for name, target in base.targets.items():
-        if not isinstance(target.module.forward, _Wrapped):
-            target.module.forward = _Wrapped(name, target.module.forward)
-
-
-def original_forward(base: BaseModel, name: str) -> Callable[[Tensor], Tensor]:
-    """The base model's own ``forward`` of a target module."""
-    forward = base.targets[name].module.forward
-    return forward.original if isinstance(forward, _Wrapped) else forward

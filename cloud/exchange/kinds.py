@@ -8,6 +8,7 @@ Both halves are ordinary torch on both sides of what crosses the wire, and autog
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec
+
+from .sketch import GroupSketch, weight_basis
 
 
 class Site(Protocol):
@@ -27,11 +30,28 @@ class Site(Protocol):
         """What the device gave, (rows, output_width) each, to one delta a target module, (rows, out_features)."""
 
 
+@dataclass(frozen=True)
+class MadeFrom:
+    """What a group's state is made from.
+
+    Attributes:
+        seed: of random draws, the group's own.
+        gradient: of the session's micro-batches of the mode ``basis``; None where there were none.
+    """
+
+    base: BaseModel
+    seed: int
+    gradient: GroupSketch | None
+
+
 class SiteKind(Protocol):
     """How a server makes the sites of a kind."""
 
-    def make_state(self, spec: AdapterSpec, group: GroupSpec, base: BaseModel) -> Sequence[Tensor]:
-        """What the server keeps of a group, made anew: float32, of the kind's ``state_shapes``."""
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> Sequence[Tensor]:
+        """What the server keeps of a group, made anew: float32, of the kind's ``state_shapes``.
+
+        Only where the kind's ``server_makes_state``.
+        """
 
     def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
         """The site of a group with its ``state``, which is in the base model's dtype, on the group's device."""
@@ -48,12 +68,59 @@ class _LoraSite:
 
 
 class _Lora:
-    def make_state(self, spec: AdapterSpec, group: GroupSpec, base: BaseModel) -> Sequence[Tensor]:
-        return ()
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> Sequence[Tensor]:
+        raise NotImplementedError
 
     def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
         return _LoraSite()
 
 
-SITE_KINDS: Final[dict[str, SiteKind]] = {"lora": _Lora()}
+class _FfaSite:
+    """A is here: ``z = A x`` goes to the device, whole deltas come back."""
+
+    def __init__(self, lora_a: Tensor) -> None:
+        self._lora_a = lora_a
+
+    def project(self, x: Tensor) -> Tensor:
+        return x @ self._lora_a.T
+
+    def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return outputs
+
+
+class _Ffa:
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> Sequence[Tensor]:
+        raise NotImplementedError
+
+    def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
+        (lora_a,) = state
+        return _FfaSite(lora_a)
+
+
+class _BottleneckSite:
+    """A and B are here: ``A x`` goes to the device, and B spreads what comes back over the target modules."""
+
+    def __init__(self, lora_a: Tensor, lora_b: Tensor, widths: Sequence[int]) -> None:
+        self._lora_a = lora_a
+        self._lora_b = lora_b.split(list(widths))
+
+    def project(self, x: Tensor) -> Tensor:
+        return x @ self._lora_a.T
+
+    def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [outputs[0] @ lora_b.T for lora_b in self._lora_b]
+
+
+class _Bottleneck:
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> Sequence[Tensor]:
+        if made_from.gradient is not None:
+            return made_from.gradient.basis()
+        return weight_basis(made_from.base, group, spec.r, made_from.seed)
+
+    def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
+        lora_a, lora_b = state
+        return _BottleneckSite(lora_a, lora_b, [target.out_features for target in group.targets])
+
+
+SITE_KINDS: Final[dict[str, SiteKind]] = {"lora": _Lora(), "ffa": _Ffa(), "bottleneck": _Bottleneck()}
 """By the names of ``dlora.protocol.adapters.KINDS``."""

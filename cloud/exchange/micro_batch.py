@@ -18,8 +18,11 @@ from dlora.protocol.micro_batch import Key, LiveGroups
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole
 
-from .exchange import MicroBatchExchange, exchanging
-from .kinds import SITE_KINDS, Site
+from .basis import BasisExchange
+from .exchange import MicroBatchExchange
+from .kinds import SITE_KINDS, MadeFrom, Site
+from .sketch import GroupSketch, sketch_bytes
+from .target_modules import TargetRunner, exchanging
 from .torch_codecs import from_wire, to_wire
 
 M = TypeVar("M", bound=m.ExchangeMessage)
@@ -40,25 +43,49 @@ class Sites:
     """What a session has around its exchange groups.
 
     Attributes:
+        seed: of the server's draws.
         sites: one a group, in order; fewer until the session is set up.
+        sketches: of the base model's gradient, one a group, from the first micro-batch of the mode ``basis`` on; each
+            goes once the group's state is made.
     """
 
     base: BaseModel
     groups: Sequence[GroupSpec]
     adapter: AdapterSpec
     codecs: Codecs
+    seed: int = 0
     sites: list[Site] = field(default_factory=list)
+    sketches: list[GroupSketch | None] = field(default_factory=list)
+
+    @property
+    def sketch_bytes(self) -> int:
+        """What ``begin_sketches`` takes."""
+        return sum(sketch_bytes(group, self.adapter.r) for group in self.groups)
+
+    def begin_sketches(self) -> None:
+        """Make room for the base model's gradient at every group."""
+        self.sketches = [
+            GroupSketch(group, self.adapter.r, self.seed + index, self.torch_device_of(group))
+            for index, group in enumerate(self.groups)
+        ]
 
     def make_state(self) -> tuple[WireTensor, ...]:
         """Make anew what the server keeps of the next group; gives it as it crosses."""
-        made = SITE_KINDS[self.adapter.kind].make_state(self.adapter, self.groups[len(self.sites)], self.base)
-        return tuple(WireTensor("fp32", tensor.float().cpu().contiguous().numpy()) for tensor in made)
+        index = len(self.sites)
+        gradient = self.sketches[index] if self.sketches else None
+        made_from = MadeFrom(self.base, self.seed + index, gradient)
+        made = SITE_KINDS[self.adapter.kind].make_state(self.adapter, self.groups[index], made_from)
+        return tuple(to_wire(tensor, self.codecs, TensorRole.ADAPTER_STATE) for tensor in made)
 
     def add(self, state: Sequence[WireTensor]) -> None:
         """Make the next group's site, with what the server keeps of it."""
-        group = self.groups[len(self.sites)]
-        torch_device = self.torch_device_of(group)
-        tensors = [torch.from_numpy(each.data.copy()).to(torch_device, self.base.dtype) for each in state]
+        index = len(self.sites)
+        group = self.groups[index]
+        if self.sketches:
+            self.sketches[index] = None
+        role, torch_device, dtype = TensorRole.ADAPTER_STATE, self.torch_device_of(group), self.base.dtype
+        # Copies: what came is a view of its frame.
+        tensors = [from_wire(each, self.codecs, role, torch_device, dtype).clone() for each in state]
         self.sites.append(SITE_KINDS[self.adapter.kind].site(self.adapter, group, tensors))
 
     def torch_device_of(self, group: GroupSpec) -> torch.device:
@@ -87,7 +114,7 @@ class MicroBatchRun:
             max_tokens=max_tokens,
         )
         self._sites = sites
-        self._trains = begun.mode == "train"
+        self._mode = begun.mode
         self._live_groups = live_groups
         self._labelled = self._rows_of(begun.label_positions)
         self._crossing = self.layout.rows
@@ -96,25 +123,49 @@ class MicroBatchRun:
 
     @property
     def lowest_trained(self) -> GroupSpec | None:
-        """The lowest group whose adapters are trained; None where nothing is, as when evaluating."""
+        """The lowest group that wants gradients; None where none does, as when evaluating."""
+        if self._mode == "basis":
+            return self._sites.groups[0]
         active = self._live_groups.active
-        return self._sites.groups[min(active)] if active and self._trains else None
+        return self._sites.groups[min(active)] if active and self._mode == "train" else None
+
+    @property
+    def sketched_bytes(self) -> int:
+        """In the mode ``basis``: what goes into the groups' modules, kept until the backward pass."""
+        if self._mode != "basis":
+            return 0
+        inputs = sum(group.in_features for group in self._sites.groups)
+        return self.layout.inputs_embeds.shape[:-1].numel() * inputs * self._sites.base.dtype.itemsize
 
     def run(self, device: DeviceMessages) -> None:
         """Forward, and backward where it trains. Raises what ``device`` does, and ``NonFiniteError``."""
+        if self._mode == "basis":
+            self._run_basis(_Channel(self._sites, self.key, device))
+            return
         sites, (live, trained) = self._sites, self._live_groups
         channel = _Channel(sites, self.key, device)
         exchange = MicroBatchExchange(
             channel, sites.base, sites.groups, sites.sites, live=live, trained=trained, rows=self._crossing
         )
-        layout = self.layout
-        with torch.set_grad_enabled(self._trains), exchanging(exchange):
-            hidden = sites.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
-            labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._labelled.to(hidden.device))
-        del hidden
+        labelled = self._run_blocks(exchange)
         channel.send_labelled(labelled, exchange.gradients)
         if exchange.gradients:
             labelled.backward(channel.receive_labelled_grad(labelled))
+
+    def _run_basis(self, channel: _Channel) -> None:
+        """The base model alone, forward and backward: its gradients go into the sketches."""
+        sites = self._sites
+        sketches = [sketch for sketch in sites.sketches if sketch is not None]
+        labelled = self._run_blocks(BasisExchange(sites.base, sites.groups, sketches))
+        channel.send_labelled(labelled, 0)
+        labelled.backward(channel.receive_labelled_grad(labelled))
+
+    def _run_blocks(self, runner: TargetRunner) -> Tensor:
+        """The last hidden states at the labelled positions."""
+        sites, layout = self._sites, self.layout
+        with torch.set_grad_enabled(self._mode != "evaluate"), exchanging(runner):
+            hidden = sites.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
+            return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._labelled.to(hidden.device))
 
     def _rows_of(self, positions: WireTensor) -> Tensor:
         """Where tokens lie in the flattened input, int64."""

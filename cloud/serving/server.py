@@ -25,8 +25,8 @@ from websockets.http11 import Request, Response
 from dlora.cloud.door.access import Access, AccessDeniedError, Caller
 from dlora.cloud.door.guard import ConnectionLimits, Guard, GuardedConnection
 from dlora.cloud.door.quotas import QuotaLimits, Quotas
-from dlora.cloud.exchange.exchange import wrap_target_modules
 from dlora.cloud.exchange.gate import ComputeGate
+from dlora.cloud.exchange.target_modules import wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import can_pack
 from dlora.cloud.model.live_bytes import LiveBytes

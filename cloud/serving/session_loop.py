@@ -58,7 +58,8 @@ class SessionLoop:
         self._clock = service.clock
         self._deadlines = deadlines
         self._router = MessageRouter(live.session, live.transport, service.clock)
-        self._sites = Sites(service.base, opening.groups, opening.adapter, opening.codecs)
+        seed = opening.purpose.seed if isinstance(opening.purpose, m.Train) else 0
+        self._sites = Sites(service.base, opening.groups, opening.adapter, opening.codecs, seed)
         self._window = opening.window
         self._running: set[Future[None]] = set()
         self._charge_ended = threading.Condition()
@@ -120,6 +121,7 @@ class SessionLoop:
         self._hold(state.group)
         self._sites.add(state.tensors)
         self._router.send(m.AdapterState(group=state.group, tensors=()))
+        self._release_sketches()
 
     def _make_site(self, group: int) -> None:
         charge = self._admit(0, 0)
@@ -132,6 +134,13 @@ class SessionLoop:
             self._router.send(m.AdapterState(group=group, tensors=tensors))
         finally:
             charge.end(self._clock() - started)
+        self._release_sketches()
+
+    def _release_sketches(self) -> None:
+        """Once every group has its state, nothing is kept of the gradients that they were made from."""
+        if self._sites.sketches and len(self._sites.sites) == len(self._sites.groups):
+            self._sites.sketches = []
+            self._quota.release(self._sites.sketch_bytes)
 
     def _hold(self, group: int) -> None:
         """Count what the server keeps of a group in the device's quota, until the session ends."""
@@ -166,10 +175,13 @@ class SessionLoop:
 
     def _run_micro_batch(self, begun: m.Embeddings) -> None:
         service, packs = self._service, self._service.may_pack
+        if begun.mode == "basis" and not self._sites.sketches:
+            self._quota.hold(self._sites.sketch_bytes)
+            self._sites.begin_sketches()
         run = MicroBatchRun(self._sites, begun, self._session.live_groups, max_tokens=service.max_tokens, packs=packs)
         tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
         del begun
-        charge = self._admit(tokens, service.live_bytes.estimate(run.layout, run.lowest_trained))
+        charge = self._admit(tokens, service.live_bytes.estimate(run.layout, run.lowest_trained) + run.sketched_bytes)
         transport = self._router.transport
         device = MicroBatchMessages(self._router, run.key, service.gate, self._deadlines)
         started, times_lost = self._clock(), transport.times_lost

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol import messages as m
+from dlora.protocol.adapters import kind_of
 from dlora.protocol.errors import CheckpointError, ModelMismatchError
 
 from .kind import Factors
+from .parts import Parts
 from .peft import LoadedAdapter
 from .units import AdapterSet
 
@@ -31,6 +33,7 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
 
     Raises ``CheckpointError`` where it does not fit. A saved scaling other than this run's is folded into B.
     """
+    spec, parts = adapters.adapter_spec, loaded.parts
     widths = {
         target.name: (group.in_features, target.out_features)
         for group in adapters.group_specs
@@ -50,9 +53,31 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
                 f"the adapter{of} is of another base model: its {name} goes from {found[0]} to {found[1]} numbers, "
                 f"the bundle's from {wanted[0]} to {wanted[1]}"
             )
+    if parts is not None and parts.kind == spec.kind:
+        if parts.r != spec.r:
+            raise CheckpointError(f"the adapter{of} has rank {parts.r}; train with --rank {parts.r}")
+        _load_parts(adapters, parts, of)
+        return
     factors = {
         name: Factors(name, module.lora_A, module.lora_B, loaded.scaling[name])
         for name, module in loaded.modules.items()
     }
     for group in adapters.groups:
         group.load_factors(factors)
+
+
+def _load_parts(adapters: AdapterSet, parts: Parts, of: str) -> None:
+    """Go on from what an adapter was trained as."""
+    kind, spec = kind_of(adapters.adapter_spec), adapters.adapter_spec
+    try:
+        loaded: set[str] = set()
+        for group, group_spec in zip(adapters.groups, adapters.group_specs, strict=True):
+            kept = kind.state_shapes(spec, group_spec)
+            loaded |= group.load_parts(parts.tensors, ratio=parts.scaling / adapters.scaling, kept=kept)
+        if loaded != set(parts.tensors):
+            raise ValueError("parts of groups that are not here")
+    except ValueError:
+        raise CheckpointError(
+            f"the adapter{of} was trained with other target modules in its groups; train the same ones "
+            "(--target-modules all-linear, or as they were)"
+        ) from None

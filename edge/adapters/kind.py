@@ -95,9 +95,45 @@ class GroupAdapters(ABC):
     def factors(self) -> list[Factors]:
         """The change of each target module, for scores and for PEFT's files."""
 
+    def factors_for_scores(self) -> list[Factors]:
+        """Factors whose norms are those of the change, and whose differences' are those of its changes."""
+        return self.factors()
+
     @abstractmethod
     def load_factors(self, factors: Mapping[str, Factors]) -> None:
         """Start from a saved adapter; modules that it lacks keep their start. Raises ``CheckpointError``."""
+
+    def parts(self, scale: float) -> dict[str, FloatArray]:
+        """What was trained, times ``scale``, and what the server keeps, by name: see ``parts.py``."""
+        parts = {name: parameter.value * np.float32(scale) for name, parameter in self.parameters().items()}
+        return parts | self._named_adapter_state()
+
+    def load_parts(
+        self, tensors: Mapping[str, FloatArray], *, ratio: float, kept: Sequence[tuple[int, ...]]
+    ) -> set[str]:
+        """Start from ``parts``, what was trained times ``ratio``; gives the names of its own. A group that has none
+        there keeps its start.
+
+        ``kept``: the shapes of what the server keeps. Raises ``ValueError`` where a tensor is missing, or of another
+        shape.
+        """
+        names = [*self.parameters(), *self._state_names(len(kept))]
+        found = [tensors[name] for name in names if name in tensors]
+        if not found:
+            return set()
+        wanted = [parameter.value.shape for parameter in self.parameters().values()] + list(kept)
+        if [tensor.shape for tensor in found] != wanted:
+            raise ValueError(f"{self.name} has other parts")
+        for parameter, tensor in zip(self.parameters().values(), found, strict=False):
+            parameter.value = tensor if ratio == 1.0 else tensor * np.float32(ratio)
+        self.adapter_state = tuple(found[len(self.parameters()) :])
+        return set(names)
+
+    def _named_adapter_state(self) -> dict[str, FloatArray]:
+        return dict(zip(self._state_names(len(self.adapter_state)), self.adapter_state, strict=True))
+
+    def _state_names(self, count: int) -> list[str]:
+        return [f"{self.name}.adapter_state.{index}" for index in range(count)]
 
     def scored_by_gradient(self) -> list[str]:
         """Names of the parameters whose gradient the score ``grad`` measures."""
@@ -110,9 +146,7 @@ class GroupAdapters(ABC):
             state[name] = parameter.value
             state[f"{name}.exp_avg"] = parameter.exp_avg
             state[f"{name}.exp_avg_sq"] = parameter.exp_avg_sq
-        for index, tensor in enumerate(self.adapter_state):
-            state[f"{self.name}.adapter_state.{index}"] = tensor
-        return state
+        return state | self._named_adapter_state()
 
     def load_state(self, tensors: Mapping[str, FloatArray], *, kept_by_server: Sequence[tuple[int, ...]]) -> None:
         """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` where a tensor is missing or of another shape.
@@ -124,7 +158,7 @@ class GroupAdapters(ABC):
             if any(tensor.shape != parameter.value.shape for tensor in found):
                 raise ValueError(f"{name} has another shape")
             parameter.value, parameter.exp_avg, parameter.exp_avg_sq = found
-        kept = [tensors[f"{self.name}.adapter_state.{index}"] for index in range(len(kept_by_server))]
+        kept = [tensors[name] for name in self._state_names(len(kept_by_server))]
         if [(each.shape, each.dtype) for each in kept] != [(shape, np.dtype(np.float32)) for shape in kept_by_server]:
             raise ValueError(f"what the server keeps of {self.name} has another shape, or is not float32")
         self.adapter_state = tuple(kept)
@@ -137,6 +171,9 @@ class DeviceKind(Protocol):
         self, spec: AdapterSpec, group: GroupSpec, *, scaling: float, random: np.random.Generator
     ) -> GroupAdapters:
         """Fresh adapters of a group; groups are made in their order, from the same ``random``."""
+
+    def draw_state(self, spec: AdapterSpec, group: GroupSpec, random: np.random.Generator) -> tuple[FloatArray, ...]:
+        """What the server is to keep of a group, drawn here: of the kind's ``state_shapes``."""
 
     def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
         """The rows of a micro-batch's packed tokens at which adapters act, int32 ascending; None: all of them."""

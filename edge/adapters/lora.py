@@ -143,5 +143,8 @@ class Lora:
             scaling,
         )
 
+    def draw_state(self, spec: AdapterSpec, group: GroupSpec, random: np.random.Generator) -> tuple[FloatArray, ...]:
+        return ()
+
     def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
         return None

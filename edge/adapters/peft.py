@@ -23,6 +23,8 @@ from dlora.protocol.errors import CheckpointError
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.tensors import FloatArray
 
+from .parts import Parts, load_parts, save_parts
+
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 CARD_NAME: Final = "README.md"
@@ -76,6 +78,7 @@ class LoadedAdapter:
         r, lora_alpha: the configuration's defaults; single modules may differ.
         scaling: by module name, what ``lora_B @ lora_A`` is multiplied by.
         modules: by module name.
+        parts: what it was trained as, where that is another kind than ``lora``.
     """
 
     r: int
@@ -83,6 +86,7 @@ class LoadedAdapter:
     scaling: dict[str, float]
     modules: dict[str, SavedModule]
     base_model_name: str | None
+    parts: Parts | None = None
 
 
 def save_adapter(
@@ -94,6 +98,7 @@ def save_adapter(
     base_model_name: str,
     target_modules: Sequence[str] = (),
     fan_in_fan_out: bool = False,
+    parts: Parts | None = None,
 ) -> None:
     """Write an adapter that ``PeftModel.from_pretrained`` loads.
 
@@ -101,6 +106,7 @@ def save_adapter(
         modules: at least one, all of rank ``r``; no others are written.
         target_modules: what the user asked for, for the model card; the configuration names ``modules``.
         fan_in_fan_out: whether the targets are ``Conv1D`` (GPT-2).
+        parts: what it was trained as, where that is another kind than ``lora``.
 
     The two files cannot change at one instant, so for the moment between, the configuration names the old and
     the new modules: PEFT gives those without weights a B of zero, and the adapter is wholly the old or the new.
@@ -137,8 +143,10 @@ def save_adapter(
             weights_path.unlink(missing_ok=True)
         write_atomically(config_path, _json(config))
     # PEFT and transformers look for this very "format".
-    write_atomically(weights_path, safetensors.numpy.save(tensors, {"format": "pt"}))
+    weights = safetensors.numpy.save(tensors, {"format": "pt"})
+    write_atomically(weights_path, weights)
     write_atomically(config_path, _json(config))
+    save_parts(directory, parts, weights)
     card = _model_card(modules, r, lora_alpha, base_model_name, target_modules)
     write_atomically(directory / CARD_NAME, card.encode())
 
@@ -169,7 +177,9 @@ def load_adapter(directory: Path) -> LoadedAdapter:
         scaling[name] = module_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         modules[name] = SavedModule(name, a, b)
     base = config.get("base_model_name_or_path")
-    return LoadedAdapter(r, alpha, scaling, modules, base if isinstance(base, str) else None)
+    with storage_errors(directory / WEIGHTS_NAME):
+        parts = load_parts(directory, (directory / WEIGHTS_NAME).read_bytes())
+    return LoadedAdapter(r, alpha, scaling, modules, base if isinstance(base, str) else None, parts)
 
 
 def _config(

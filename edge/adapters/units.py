@@ -13,16 +13,18 @@ import numpy as np
 
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.seeds import Seed, adapter_generator
-from dlora.protocol.adapters import AdapterSpec, kind_of
+from dlora.protocol.adapters import AdapterSpec, crossings, kind_of
 from dlora.protocol.choices import UnitKind
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import ByteArray, FloatArray, IntArray
 
+from .bottleneck import Bottleneck
+from .ffa import Ffa
 from .kind import DeviceKind, GroupAdapters, Parameter
 from .lora import Lora
 
-DEVICE_KINDS: Final[dict[str, DeviceKind]] = {"lora": Lora()}
+DEVICE_KINDS: Final[dict[str, DeviceKind]] = {"lora": Lora(), "ffa": Ffa(), "bottleneck": Bottleneck()}
 """By the names of ``dlora.protocol.adapters.KINDS``."""
 
 
@@ -46,6 +48,7 @@ class AdapterSet:
 
     Attributes:
         adapter_spec: their kind; group_specs: the exchange groups; groups: the adapters of each.
+        scaling: alpha over rank, of all.
         kill_every: steps that fading takes.
     """
 
@@ -55,9 +58,12 @@ class AdapterSet:
         group_specs: Sequence[GroupSpec],
         groups: Sequence[GroupAdapters],
         units: Sequence[Unit],
+        *,
+        scaling: float,
         kill_every: int,
     ) -> None:
         self.adapter_spec = adapter_spec
+        self.scaling = scaling
         self.group_specs = tuple(group_specs)
         self.groups = tuple(groups)
         self.units = tuple(units)
@@ -74,12 +80,21 @@ class AdapterSet:
         seed: Seed,
         unit: UnitKind,
         kill_every: int,
+        draws_state: bool = False,
     ) -> AdapterSet:
-        """Fresh adapters. Raises ``UsageError`` for a kind that there is not."""
-        kind_of(adapter_spec)
+        """Fresh adapters. Raises ``UsageError`` for a kind that there is not, or a rank that its groups cannot have.
+
+        ``draws_state``: whether the device draws what the server is to keep, where the server could make it too.
+        """
+        draws_state |= not kind_of(adapter_spec).server_makes_state
+        crossings(adapter_spec, groups)
         random, kind = adapter_generator(seed), DEVICE_KINDS[adapter_spec.kind]
         made = [kind.create(adapter_spec, group, scaling=scaling, random=random) for group in groups]
-        return cls(adapter_spec, groups, made, [Unit(indices) for indices in group_units(groups, unit)], kill_every)
+        if draws_state:
+            for group, adapters in zip(groups, made, strict=True):
+                adapters.adapter_state = kind.draw_state(adapter_spec, group, random)
+        units = [Unit(indices) for indices in group_units(groups, unit)]
+        return cls(adapter_spec, groups, made, units, scaling=scaling, kill_every=kill_every)
 
     def parameters(self) -> dict[str, Parameter]:
         """Everything that is trained, by full name."""
@@ -94,6 +109,14 @@ class AdapterSet:
         kind = kind_of(self.adapter_spec)
         for group, group_spec in zip(self.groups, self.group_specs, strict=True):
             group.load_state(tensors, kept_by_server=kind.state_shapes(self.adapter_spec, group_spec))
+
+    def parts(self) -> dict[str, FloatArray]:
+        """What the live groups consist of, by name, where the server keeps a part of them; see ``parts.py``."""
+        named: dict[str, FloatArray] = {}
+        for index, group in enumerate(self.groups):
+            if group.adapter_state and self.scale(index) > 0:
+                named |= group.parts(self.scale(index))
+        return named
 
     def of_unit(self, unit: Unit) -> Iterator[GroupAdapters]:
         for group in unit.groups:

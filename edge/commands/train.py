@@ -10,7 +10,7 @@ import typer
 from dlora.edge.choices import Keep
 from dlora.edge.run import pause
 from dlora.edge.training.schedule import ScheduleName
-from dlora.protocol.choices import OnKill, ScoreName, UnitKind
+from dlora.protocol.choices import Basis, KindChoice, OnKill, ScoreName, UnitKind
 from dlora.protocol.limits import MAX_RANK, MAX_STEPS, MAX_THREADS
 
 from .help_panels import KR
@@ -51,7 +51,9 @@ def train(
     max_length: MaxLengthOption = None,
     too_long: TooLongOption = "error",
     columns: ColumnsOption = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0, max=1e3)] = 1e-3,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; by default the kind's.", min=0.0, max=1e3)
+    ] = None,
     schedule: Annotated[
         ScheduleName, typer.Option(help="Learning rate after warm-up: constant, linear or cosine.")
     ] = "linear",
@@ -60,13 +62,44 @@ def train(
     ] = 0.03,
     weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.", min=0.0, max=1e3)] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.", min=0.0)] = 1.0,
+    kind: Annotated[
+        KindChoice | None,
+        typer.Option(
+            help="lora: A and B on the device. bottleneck: a small core on the device, between a frozen A and B on the "
+            "server: little traffic. ffa: B on the device, a frozen A on the server. By default lora, or what "
+            "--init-adapter is."
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="By default the bundle's; 64 for a bottleneck.", min=1, max=MAX_RANK)
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="By default the bundle's; the rank for a bottleneck.")
+    ] = None,
     target_modules: Annotated[
         str | None,
-        typer.Option(help="What gets adapters: names, separated by commas, or all-linear; the bundle's by default."),
+        typer.Option(
+            help="What gets adapters: names, separated by commas, or all-linear. By default the bundle's; all-linear "
+            "for a bottleneck."
+        ),
     ] = None,
-    blocks: Annotated[str, typer.Option(help="Adapters in these blocks only: 0,3,26-29.")] = "",
-    rank: Annotated[int | None, typer.Option(help="LoRA rank; the bundle's by default.", min=1, max=MAX_RANK)] = None,
-    alpha: Annotated[float | None, typer.Option(help="LoRA alpha; the bundle's by default.")] = None,
+    blocks: Annotated[
+        str,
+        typer.Option(
+            help="Adapters in these blocks only: 0,3,26-29; spread:8, eight over the upper half; or last:4. By default "
+            "all; spread:8 for a bottleneck."
+        ),
+    ] = "",
+    basis: Annotated[
+        Basis,
+        typer.Option(
+            help="A and B of a bottleneck: top singular vectors of the base model's gradient on some of the data, or "
+            "of its weights; or random."
+        ),
+    ] = "gradient",
+    basis_steps: Annotated[
+        int, typer.Option(help="Steps whose data --basis gradient takes.", min=1, max=MAX_STEPS)
+    ] = 8,
     seed: Annotated[
         int | None,
         typer.Option(

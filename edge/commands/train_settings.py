@@ -24,9 +24,11 @@ from dlora.edge.wire.identity import load_device_id
 from dlora.protocol.choices import UnitKind
 from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec, group_units
-from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig
+from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups, number_ranges
+
+from .adapter_settings import blocks_of, choose_adapters, parse_numbers, target_modules_of
 
 if TYPE_CHECKING:
     from dlora.edge.data.examples import Dataset
@@ -49,8 +51,9 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     )
     check_url(settings.server)
     bundle = Bundle.open(Path(settings.bundle))
-    names, blocks = _target_modules(settings), parse_numbers(settings.blocks, "--blocks", "blocks")
-    kill_revive = _kill_revive(settings, choose_groups(bundle.manifest, names, blocks))
+    settings = choose_adapters(settings, bundle.manifest)
+    groups = choose_groups(bundle.manifest, target_modules_of(settings), blocks_of(settings, bundle.manifest))
+    kill_revive = _kill_revive(settings, groups)
     dataset, held_out = _load(settings, bundle, display)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, total_steps, train
@@ -67,7 +70,7 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         bundle=bundle,
         server=settings.server,
         dataset=dataset,
-        config=_config(settings, bundle.manifest, kill_revive, steps, names, blocks),
+        config=_config(settings, bundle.manifest, kill_revive, steps),
         out=Path(settings.out),
         settings=settings,
         eval_dataset=held_out,
@@ -115,14 +118,6 @@ def _check(settings: RunSettings) -> None:
         raise UsageError("--active-fraction 0 would train nothing; choose a share above 0, or 1 for all")
 
 
-def _target_modules(settings: RunSettings) -> tuple[str, ...]:
-    names = [name.strip() for name in (settings.target_modules or "").split(",")]
-    given = tuple(dict.fromkeys(filter(None, names)))
-    if settings.target_modules is not None and not given:
-        raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
-    return given
-
-
 def _kill_revive(settings: RunSettings, groups: Sequence[GroupSpec]) -> KillReviveConfig:
     config = KillReviveConfig(
         active_fraction=settings.active_fraction,
@@ -151,18 +146,24 @@ def _config(
     manifest: Manifest,
     kill_revive: KillReviveConfig,
     steps: int,
-    target_modules: tuple[str, ...],
-    blocks: tuple[int, ...],
 ) -> TrainConfig:
+    """Of settings that ``choose_adapters`` has completed."""
+    assert settings.kind is not None
+    assert settings.rank is not None
+    assert settings.alpha is not None
+    assert settings.lr is not None
     return TrainConfig(
         total_steps=steps,
         batch_size=settings.batch_size,
         grad_accum=settings.grad_accum,
         seed=() if settings.seed is None else (settings.seed,),
-        rank=settings.rank or manifest.defaults.r,
-        lora_alpha=settings.alpha if settings.alpha is not None else manifest.defaults.lora_alpha,
-        target_modules=target_modules,
-        blocks=blocks,
+        kind=settings.kind,
+        basis=settings.basis,
+        basis_steps=settings.basis_steps,
+        rank=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=target_modules_of(settings),
+        blocks=blocks_of(settings, manifest),
         wire_dtype=settings.wire_dtype,
         optimizer=OptimizerConfig(
             lr=settings.lr,
@@ -199,19 +200,3 @@ def _units(text: str, option: str, kind: UnitKind, groups: Sequence[GroupSpec]) 
         if number not in blocks:
             raise UsageError(f"{option}: block {number} is not trained; blocks {number_ranges(blocks)} are")
     return tuple(blocks.index(number) for number in numbers)
-
-
-def parse_numbers(text: str, option: str, what: str) -> tuple[int, ...]:
-    """``"0,3,26-29"`` to ``(0, 3, 26, 27, 28, 29)``; ``what`` they number is for the ``UsageError`` that it raises."""
-    found: set[int] = set()
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        first, dash, last = part.partition("-")
-        last = last if dash else first
-        # Nine digits are enough; int() refuses thousands.
-        is_number = all(each.isdecimal() and len(each) < 10 for each in (first, last))
-        if not (is_number and int(first) <= int(last) < MAX_UNITS):
-            raise UsageError(f"{option} {text[:80]!r}: write {what} as 0,3,26-29")
-        found.update(range(int(first), int(last) + 1))
-    if text and not found:
-        raise UsageError(f"{option} {text[:80]!r}: write {what} as 0,3,26-29, or leave it out")
-    return tuple(sorted(found))

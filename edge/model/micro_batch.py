@@ -44,7 +44,8 @@ class MicroBatchRun:
 
     Args:
         send: sends a message to the server.
-        grad_scale: what the loss's gradient is multiplied with; None: nothing is trained.
+        mode: what it is for.
+        grad_scale: what the loss's gradient is multiplied with, where there is one.
 
     Attributes:
         longest: tokens of its longest sequence.
@@ -61,7 +62,8 @@ class MicroBatchRun:
         key: Key,
         send: Callable[[m.AnyMessage], None],
         *,
-        grad_scale: float | None,
+        mode: m.Mode,
+        grad_scale: float = 0.0,
     ) -> None:
         self.key = key
         self.longest = int(batch.sequence_lengths.max())
@@ -73,6 +75,7 @@ class MicroBatchRun:
         self._batch = batch
         self._step, self._micro_batch = key
         self._send = send
+        self._mode = mode
         self._grad_scale = grad_scale
         self._saved: dict[int, Saved] = {}
         self._to_come = 0
@@ -88,7 +91,7 @@ class MicroBatchRun:
             m.Embeddings(
                 step=self._step,
                 micro_batch=self._micro_batch,
-                mode="evaluate" if self._grad_scale is None else "train",
+                mode=self._mode,
                 hidden_states=self._to_wire(hidden_states, TensorRole.EMBEDDINGS),
                 sequence_lengths=WireTensor.from_ints(batch.sequence_lengths),
                 label_positions=WireTensor.from_ints(batch.label_positions),
@@ -110,7 +113,7 @@ class MicroBatchRun:
 
     def _answer_input(self, message: m.GroupInput) -> None:
         outputs, saved = self._parts.compute.forward(message.group, message.hidden_states)
-        if self._grad_scale is not None:
+        if self._mode == "train":
             self._saved[message.group] = saved
         deltas = tuple(self._to_wire(output, TensorRole.DELTA) for output in outputs)
         self._send(m.GroupDelta(step=self._step, micro_batch=self._micro_batch, group=message.group, deltas=deltas))
@@ -119,13 +122,13 @@ class MicroBatchRun:
         hidden_states = decode_floats(message.hidden_states)
         self._to_come = message.gradients
         self.is_finished = not self._to_come
-        if self._grad_scale is None:
+        if self._mode == "evaluate":
             self.hidden_states = hidden_states
             return
         started = time.perf_counter()
         self.losses, grads = self._parts.head.loss_and_grad(hidden_states, self._batch.labels, self._grad_scale)
         self._parts.head_seconds += time.perf_counter() - started
-        if self._to_come:
+        if self._to_come or self._mode == "basis":
             self._send(
                 m.GradHiddenStates(
                     step=self._step,

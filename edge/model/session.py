@@ -8,12 +8,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from dlora.edge.adapters.kind import GroupAdapters
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
-from dlora.protocol.adapters import kind_of
 from dlora.protocol.errors import SessionLostError
-from dlora.protocol.tensors import WireTensor
+from dlora.protocol.wire_codecs import Codec, TensorRole, decode_floats
 
 T = TypeVar("T")
 
@@ -60,18 +60,31 @@ class ModelSession(ABC):
             except SessionLostError:
                 self.open()
 
+    @abstractmethod
+    def run_basis_pass(self) -> None:
+        """Let the server learn from gradients what it will keep of the groups, where it is to make that from them."""
+
     def _set_up(self) -> None:
-        """Let the server make what it keeps of each group, or give it back to one that has lost it."""
-        spec = self.adapters.adapter_spec
-        shapes = [kind_of(spec).state_shapes(spec, group) for group in self.adapters.group_specs]
-        if not any(shapes):
+        """Let the server make what it keeps of each group, or give it to one that has not made it, or has lost it."""
+        if not self.connection.session.has_adapter_state:
             return
-        for index, (group, each) in enumerate(zip(self.adapters.groups, shapes, strict=True)):
-            if len(group.adapter_state) == len(each):
-                tensors = tuple(WireTensor("fp32", tensor) for tensor in group.adapter_state)
-                self.connection.send(m.AdapterState(group=index, tensors=tensors))
-                self.connection.receive(m.AdapterState)
+        opening = self.connection.session.opened_with
+        assert opening is not None
+        codec, groups = opening.codecs.of(TensorRole.ADAPTER_STATE), self.adapters.groups
+        if not all(group.adapter_state for group in groups):
+            self.run_basis_pass()
+        for index, group in enumerate(groups):
+            if group.adapter_state:
+                self._give_state(index, group, codec)
             else:
                 self.connection.send(m.MakeAdapterState(group=index))
                 state = self.connection.receive(m.AdapterState)
-                group.adapter_state = tuple(np.array(tensor.data) for tensor in state.tensors)
+                # Copies: what came is a view of its frame.
+                group.adapter_state = tuple(np.array(decode_floats(tensor)) for tensor in state.tensors)
+
+    def _give_state(self, index: int, group: GroupAdapters, codec: Codec) -> None:
+        """What the server then has is what the codec leaves of it, which is what we go on with, too."""
+        tensors = tuple(codec.encode(tensor) for tensor in group.adapter_state)
+        self.connection.send(m.AdapterState(group=index, tensors=tensors))
+        self.connection.receive(m.AdapterState)
+        group.adapter_state = tuple(np.array(decode_floats(tensor)) for tensor in tensors)

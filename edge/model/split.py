@@ -51,7 +51,7 @@ class SplitModel:
         ``SessionLostError`` where the whole step must be run again: the server knows nothing of it any more.
         """
         runs = deque(
-            MicroBatchRun(self._parts, batch, (step, index), self.connection.send, grad_scale=grad_scale)
+            MicroBatchRun(self._parts, batch, (step, index), self.connection.send, mode="train", grad_scale=grad_scale)
             for index, batch in enumerate(batches)
         )
         parameters = self.adapters.parameters()
@@ -62,6 +62,18 @@ class SplitModel:
             assert run.losses is not None
             losses.append(run.losses)
         return losses
+
+    def run_basis_pass(self, batches: Sequence[MicroBatch]) -> None:
+        """Let the server take the base model's gradients on these micro-batches, while its session is set up.
+
+        Raises as ``forward_backward`` does.
+        """
+        for batch in batches:
+            for part in self.cut(batch):
+                key, grad_scale = self._next_key(), 1.0 / len(part.labels)
+                run = MicroBatchRun(self._parts, part, key, self.connection.send, mode="basis", grad_scale=grad_scale)
+                for _ in self._run_all(deque([run])):
+                    pass
 
     def cut(self, batch: MicroBatch) -> list[MicroBatch]:
         """``batch`` in parts that the server takes, each a micro-batch of its own; itself where it fits."""
@@ -94,7 +106,7 @@ class SplitModel:
         def attempt() -> FloatArray:
             # Anew for each session: another server may take less at once.
             runs = deque(
-                MicroBatchRun(self._parts, part, self._next_key(), self.connection.send, grad_scale=None)
+                MicroBatchRun(self._parts, part, self._next_key(), self.connection.send, mode="evaluate")
                 for part in self.cut(batch)
             )
             found = [run.hidden_states for run in self._run_all(runs) if run.hidden_states is not None]

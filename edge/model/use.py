@@ -51,6 +51,9 @@ class UseSession(ModelSession):
     def handle_opened(self, opened: m.SessionOpened) -> None:
         pass
 
+    def run_basis_pass(self) -> None:
+        pass
+
     def send_unanswered(self) -> None:
         pass
 
@@ -73,9 +76,12 @@ def open_model(
     manifest = bundle.manifest
     loaded = load_adapter(adapter) if adapter else None
     groups = groups_of(manifest, loaded.modules) if loaded else ()
-    rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.defaults.r
-    scaling = manifest.defaults.lora_alpha / rank
-    adapters = AdapterSet.create(AdapterSpec(r=rank), groups, scaling=scaling, seed=(0,), unit="group", kill_every=1)
+    if loaded and loaded.parts:
+        spec, scaling = AdapterSpec(loaded.parts.kind, loaded.parts.r), loaded.parts.scaling
+    else:
+        rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.defaults.r
+        spec, scaling = AdapterSpec(r=rank), manifest.defaults.lora_alpha / rank
+    adapters = AdapterSet.create(spec, groups, scaling=scaling, seed=(0,), unit="group", kill_every=1)
     if loaded is not None:
         load_weights(adapters, loaded)
     loaded_engine, codecs = make_engine(bundle, engine, threads), Codecs.all(wire_dtype)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.training.config import TrainConfig
-from dlora.protocol.adapters import crossings
+from dlora.protocol.adapters import crossings, kind_of, parameter_count
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import Timetable, steps_needed
 from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.traffic import Traffic, micro_batch_traffic
-from dlora.protocol.wire_codecs import Codecs
+from dlora.protocol.targets import module_names, number_ranges
+from dlora.protocol.traffic import adapter_state_traffic, basis_traffic, micro_batch_traffic
+from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 _SAMPLES: Final = 1000
 # benchmarks/kill_revive.py on Banking77, two seeds; docs/experiments.md has the table.
@@ -65,13 +66,27 @@ def run_line(
     what = f"all {units} {config.kill_revive.unit}s active" if active == units else f"{active} of {units} active"
     total = config.total_steps
     done = f" ({next_step:,} of them done)" if next_step else ""
-    traffic = f"about {_mb(expected_mb(config, manifest, dataset, next_step))} for training"
+    mb = expected_mb(config, manifest, dataset, next_step) + set_up_mb(config, manifest, dataset, next_step)
+    traffic = f"about {_mb(mb)} for training"
     if evaluations is not None:
         mb, count = evaluations_mb(config, manifest, evaluations, next_step), evaluations.count_left(next_step, total)
         traffic += f" and {_mb(mb)} for {_count(count, 'evaluation')}"
     return (
         f"run: {_count(total, 'step')}{done}, {per_epoch:,} an epoch, {_count(total / per_epoch, 'epoch', '.1f')}; "
         f"{what}; {traffic} will cross the wire"
+    )
+
+
+def adapters_line(config: TrainConfig, manifest: Manifest) -> str:
+    """What is trained, and how fast: the kind, its size, where it stands and the learning rate."""
+    groups = config.groups(manifest)
+    blocks = {group.block for group in groups}
+    every = manifest.base_model.blocks
+    where = "" if len(blocks) == every else f" of {every} ({number_ranges(blocks)})"
+    return (
+        f"adapters: {config.kind}, rank {config.rank}, {', '.join(module_names(groups))} in "
+        f"{_count(len(blocks), 'block')}{where}; {_count(parameter_count(config.adapter, groups), 'number')} to train, "
+        f"learning rate {config.optimizer.lr:g}"
     )
 
 
@@ -111,6 +126,24 @@ def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_
     return len(steps) * (none + share * (everything - none)) / 1e6
 
 
+def set_up_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:
+    """What setting up what the server keeps will put on the wire, in MB of 10**6 bytes: nothing for ``lora``."""
+    codecs, groups, kind = Codecs.all(config.wire_dtype), config.groups(manifest), kind_of(config.adapter)
+    codec = codecs.of(TensorRole.ADAPTER_STATE)
+    sizes = [
+        [codec.nbytes(*shape) for shape in kind.state_shapes(config.adapter, group)]
+        for group in groups
+    ]
+    if not any(sizes):
+        return 0.0
+    traffic = adapter_state_traffic(sizes, made=True)
+    total = float(traffic.bytes_up + traffic.bytes_down)
+    if kind.server_makes_state and config.basis == "gradient" and next_step == 0:
+        steps = min(config.basis_steps, config.total_steps)
+        total += steps * _mean_bytes(config, manifest, dataset, (), is_basis=True)
+    return total / 1e6
+
+
 def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: EvaluationPlan, next_step: int) -> float:
     """What all evaluations from ``next_step`` on will put on the wire, in MB of 10**6 bytes, likewise."""
     none, everything = (
@@ -143,22 +176,29 @@ def _mean_bytes(
     *,
     grad_accum: int | None = None,
     trains: bool = True,
+    is_basis: bool = False,
 ) -> float:
-    """Bytes of a mean step in which the groups ``live`` take part."""
+    """Bytes of a mean step in which the groups ``live`` take part, or whose gradients a basis is made of."""
     per_step = config.batch_size * (grad_accum or config.grad_accum)
     sequences = len(dataset) / -(-len(dataset) // per_step)  # of a step: the last one of an epoch may be smaller
     micro_batches = -(-sequences // config.batch_size)
     share = sequences / micro_batches
-    traffic: Traffic = micro_batch_traffic(
-        crossings(config.adapter, config.groups(manifest)),
-        live=live,
-        with_grads=live if trains else (),
-        answered=live[1:] if trains else (),
-        tokens=round(share * dataset.tokens / len(dataset)),
-        sequences=round(share),
-        labelled=max(1, round(share * dataset.labelled / len(dataset))),
-        embedding_size=manifest.base_model.embedding_size,
-        hidden_size=manifest.base_model.hidden_size,
-        codecs=Codecs.all(config.wire_dtype),
-    )
+    mean_micro_batch: dict[str, Any] = {
+        "tokens": round(share * dataset.tokens / len(dataset)),
+        "sequences": round(share),
+        "labelled": max(1, round(share * dataset.labelled / len(dataset))),
+        "embedding_size": manifest.base_model.embedding_size,
+        "hidden_size": manifest.base_model.hidden_size,
+        "codecs": Codecs.all(config.wire_dtype),
+    }
+    if is_basis:
+        traffic = basis_traffic(**mean_micro_batch)
+    else:
+        traffic = micro_batch_traffic(
+            crossings(config.adapter, config.groups(manifest)),
+            live=live,
+            with_grads=live if trains else (),
+            answered=live[1:] if trains else (),
+            **mean_micro_batch,
+        )
     return micro_batches * (traffic.bytes_up + traffic.bytes_down)

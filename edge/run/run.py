@@ -42,7 +42,7 @@ from dlora.protocol.limits import MAX_STEPS
 from .display import Display
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
-from .plan import EvaluationPlan, kill_revive_lines, run_line
+from .plan import EvaluationPlan, adapters_line, kill_revive_lines, run_line
 from .run_file import RUN_FILE, DataDigest, RunFile, RunSettings, save_run_file, versions
 
 CHECKPOINTS = "checkpoints"
@@ -183,6 +183,7 @@ def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfi
 
 def _print_plan(run: TrainRun, first_step: int, display: Display) -> None:
     display.say(run_line(run.config, run.bundle.manifest, run.dataset, _evaluations(run), first_step))
+    display.say(adapters_line(run.config, run.bundle.manifest))
     for line in kill_revive_lines(run.config, run.config.groups(run.bundle.manifest)):
         display.say(line)
 

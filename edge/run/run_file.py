@@ -17,7 +17,7 @@ from dlora.edge.choices import EngineChoice, Keep, TooLong
 from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
 from dlora.edge.training.schedule import ScheduleName
-from dlora.protocol.choices import OnKill, ScoreName, UnitKind, WireDtype
+from dlora.protocol.choices import Basis, KindChoice, OnKill, ScoreName, UnitKind, WireDtype
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import Fraction
 from dlora.protocol.limits import MAX_STEPS, MAX_THREADS
@@ -34,7 +34,10 @@ Amount = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The options of ``dlora-edge train``, under their own names; paths are absolute. See ``--help``."""
+    """The options of ``dlora-edge train``, under their own names; paths are absolute. See ``--help``.
+
+    What adapters are, and the learning rate, may be left open; a run's own file has what was chosen.
+    """
 
     bundle: FilePath
     server: str
@@ -48,11 +51,14 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_length: Count | None
     too_long: TooLong
     columns: str | None
-    lr: Amount
+    lr: Amount | None
     schedule: ScheduleName
     warmup: Amount
     weight_decay: Amount
     max_grad_norm: Amount
+    kind: KindChoice | None
+    basis: Basis
+    basis_steps: Count
     rank: Count | None
     alpha: float | None
     target_modules: str | None

@@ -10,7 +10,7 @@ import msgspec
 
 from dlora.edge.seeds import Seed
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.choices import WireDtype
+from dlora.protocol.choices import Basis, WireDtype
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import KillReviveConfig
@@ -29,6 +29,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
             Revive, begin anew there.
         batch_size: sequences of a micro-batch; grad_accum: micro-batches of a step.
         kind: of the adapters, a name of ``dlora.protocol.adapters.KINDS``.
+        basis: what a server makes its part of them from; basis_steps: the gradient's, of so many steps' data.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
         target_modules, blocks: which modules get adapters, as ``choose_groups`` reads them; empty: the bundle's
             default, and all blocks.
@@ -40,6 +41,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     grad_accum: int
     seed: Seed
     kind: str = "lora"
+    basis: Basis = "gradient"
+    basis_steps: int = 8
     rank: int
     lora_alpha: float
     target_modules: tuple[str, ...] = ()

@@ -61,7 +61,7 @@ class Scorer:
 
     def before(self, group: GroupAdapters) -> BeforeStep:
         """Remember a group before a step. Steps replace arrays and never write into them, so it costs no copies."""
-        factors = group.factors() if self.score == "change" else []
+        factors = group.factors_for_scores() if self.score == "change" else []
         values = {name: parameter.value for name, parameter in group.parameters().items()}
         return BeforeStep(factors, values)
 
@@ -69,10 +69,10 @@ class Scorer:
         """A group's shares after a step, its gradients still there; float32 is summed in float64."""
         match self.score:
             case "change":
-                pairs = zip(group.factors(), before.factors, strict=True)
+                pairs = zip(group.factors_for_scores(), before.factors, strict=True)
                 return [ScorePart(change_squared(after, old)) for after, old in pairs]
             case "norm":
-                return [ScorePart(norm_squared(factors)) for factors in group.factors()]
+                return [ScorePart(norm_squared(factors)) for factors in group.factors_for_scores()]
             case "grad":
                 parameters = group.parameters()
                 grads = [parameters[name].grad for name in group.scored_by_gradient()]

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from dlora.edge.adapters.compatibility import check_base_model, load_weights
+from dlora.edge.adapters.parts import Parts
 from dlora.edge.adapters.peft import LoadedAdapter, SavedModule, load_adapter, save_adapter
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import Batches, MicroBatch
@@ -93,6 +94,7 @@ class Trainer:
             seed=config.seed,
             unit=config.kill_revive.unit,
             kill_every=config.kill_revive.kill_every,
+            draws_state=config.basis == "random",
         )
         check_units(config.kill_revive, len(self.adapters.units))
         if init is not None:
@@ -111,6 +113,8 @@ class Trainer:
         self._scorer = Scorer(config.kill_revive.score)
         self.model = SplitModel(bundle, engine, self.session, codecs=Codecs.all(config.wire_dtype))
         self._check_limits()
+        if config.basis == "gradient":
+            self.session.basis_pass = self._run_basis_pass
         self.session.open()
 
     @property
@@ -216,15 +220,25 @@ class Trainer:
                     SavedModule(name, lora_A, lora_B * scale if scale < 1 else lora_B)
                     for name, lora_A, lora_B, _ in group.factors()
                 ]
-        self._save_modules(directory, modules)
+        parts = self.adapters.parts()
+        config = self.config
+        self._save_modules(
+            directory, modules, Parts(config.kind, config.rank, config.scaling, parts) if parts else None
+        )
 
     def copy_adapter(self, source: Path, directory: Path) -> None:
         """Write an adapter of this run again, elsewhere."""
-        self._save_modules(directory, list(load_adapter(source).modules.values()))
+        loaded = load_adapter(source)
+        self._save_modules(directory, list(loaded.modules.values()), loaded.parts)
 
     # -- inside ------------------------------------------------------------------------------------------
 
-    def _save_modules(self, directory: Path, modules: list[SavedModule]) -> None:
+    def _run_basis_pass(self) -> None:
+        """The base model's gradients on the data of the first steps."""
+        for step in range(min(self.config.basis_steps, self.batches.steps_per_epoch)):
+            self.model.run_basis_pass(self.batches.step_batches(step))
+
+    def _save_modules(self, directory: Path, modules: list[SavedModule], parts: Parts | None) -> None:
         save_adapter(
             directory,
             modules,
@@ -233,6 +247,7 @@ class Trainer:
             base_model_name=self.bundle.manifest.base_model.name,
             target_modules=self.config.target_modules or self.bundle.manifest.defaults.target_modules,
             fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
+            parts=parts,
         )
 
     @contextmanager

@@ -67,7 +67,12 @@ def test_adapter_graphs_match_reference(bundle: Bundle, rank: int) -> None:
         for index, target in enumerate(targets)
     ]
     adapters = AdapterSet(
-        AdapterSpec(r=rank), bundle.manifest.groups[:1], [LoraGroup(modules, SCALING)], [Unit((0,))], 1
+        AdapterSpec(r=rank),
+        bundle.manifest.groups[:1],
+        [LoraGroup(modules, SCALING)],
+        [Unit((0,))],
+        scaling=SCALING,
+        kill_every=1,
     )
     compute = AdapterCompute(OnnxEngine(bundle, 1), adapters)
     deltas, kept = compute.forward(0, encode_floats(saved["x"], "fp32"))
@@ -86,7 +91,8 @@ def test_twenty_adamw_steps_match_reference(bundle: Bundle) -> None:
     parameter = Parameter.of(REFERENCE["adamw.start"])
     still = Parameter.of(np.zeros((13, 5), np.float32))  # B: without a gradient it stays
     group = GroupSpec(0, 1, (TargetSpec("one", 1),))
-    one = AdapterSet(AdapterSpec(), [group], [LoraGroup([LoraModule("one", parameter, still)], 1.0)], [Unit((0,))], 1)
+    lora = LoraGroup([LoraModule("one", parameter, still)], 1.0)
+    one = AdapterSet(AdapterSpec(), [group], [lora], [Unit((0,))], scaling=1.0, kill_every=1)
     config = OptimizerConfig(lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=0.0)
     optimizer = AdamW(OnnxEngine(bundle, 1), config, 100)
     for step, grad in enumerate(REFERENCE["adamw.grads"]):

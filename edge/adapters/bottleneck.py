@@ -1,0 +1,86 @@
+"""Bottleneck adapters on the device: one core R a group, r by r, between a frozen A and a frozen B of the server's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dlora.edge.data.batches import MicroBatch
+from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.errors import CheckpointError
+from dlora.protocol.groups import GroupSpec, TargetSpec
+from dlora.protocol.manifest import core_key
+from dlora.protocol.tensors import FloatArray, IntArray
+
+from .core import Core
+from .kind import Factors, GroupAdapters, LoadGraph, Parameter
+
+
+class BottleneckGroup(GroupAdapters):
+    """``dW_j = scaling · B_j R A`` of every target module j of a group; ``adapter_state`` is A and the stacked B."""
+
+    def __init__(self, targets: Sequence[TargetSpec], core: Core, scaling: float) -> None:
+        super().__init__(targets[0].name)
+        self.targets = tuple(targets)
+        self.core = core
+        self.scaling = scaling
+
+    def parameters(self) -> dict[str, Parameter]:
+        return {f"{self.name}.core": self.core.parameter}
+
+    def load_graphs(self, load: LoadGraph) -> None:
+        self.core.load_graphs(load)
+
+    def forward(self, x: FloatArray, scale: float) -> tuple[list[FloatArray], None]:
+        """``R u`` (rows, r) of the server's ``u = A x`` (rows, r)."""
+        return [self.core.forward(x, self.scaling * scale)], None
+
+    def input_grad(self, grads: Sequence[FloatArray], scale: float) -> tuple[FloatArray, None]:
+        return self.core.input_grad(grads[0], self.scaling * scale), None
+
+    def weight_grads(
+        self, x: FloatArray, forward: Any, grads: Sequence[FloatArray], backward: Any, scale: float
+    ) -> dict[str, FloatArray]:
+        return {f"{self.name}.core": self.core.weight_grad(x, grads[0], self.scaling * scale)}
+
+    def factors(self) -> list[Factors]:
+        """``lora_A`` is A, ``lora_B`` is ``B_j R``, of each target module."""
+        lora_a, lora_b = self.adapter_state
+        core = self.core.parameter.value
+        ends = np.cumsum([target.out_features for target in self.targets])
+        return [
+            Factors(target.name, lora_a, rows @ core, self.scaling)
+            for target, rows in zip(self.targets, np.split(lora_b, ends[:-1]), strict=True)
+        ]
+
+    def factors_for_scores(self) -> list[Factors]:
+        """R alone: A's rows and B's columns are orthonormal, so that its norm is that of the whole change."""
+        core = self.core.parameter.value
+        return [Factors(self.name, np.eye(len(core), dtype=np.float32), core, self.scaling)]
+
+    def load_factors(self, factors: Mapping[str, Factors]) -> None:
+        raise CheckpointError(
+            "a bottleneck adapter starts only from one that a bottleneck run has saved: of another, the server would "
+            "have to be sent B; start from this one with --kind lora"
+        )
+
+
+class Bottleneck:
+    """Makes bottleneck adapters: R begins at zero, and the server makes A and B."""
+
+    def create(
+        self, spec: AdapterSpec, group: GroupSpec, *, scaling: float, random: np.random.Generator
+    ) -> GroupAdapters:
+        core = Core(Parameter.of(np.zeros((spec.r, spec.r), np.float32)), core_key(None))
+        return BottleneckGroup(group.targets, core, scaling)
+
+    def draw_state(self, spec: AdapterSpec, group: GroupSpec, random: np.random.Generator) -> tuple[FloatArray, ...]:
+        """A and B with orthonormal rows and columns."""
+        lora_a = np.linalg.qr(random.standard_normal((group.in_features, spec.r)))[0].T
+        lora_b = np.linalg.qr(random.standard_normal((group.out_features, spec.r)))[0]
+        return np.ascontiguousarray(lora_a, np.float32), np.ascontiguousarray(lora_b, np.float32)
+
+    def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
+        return None

@@ -1,0 +1,82 @@
+"""What an adapter was trained as, beside the LoRA that it amounts to: so that another run can go on from it.
+
+PEFT's files have ``lora_A`` and ``lora_B`` of every module. Of the kinds whose server keeps a part, that is not enough:
+a server would have to be sent what was never sent. ``adapter_parts.safetensors`` has what the device trained and a copy
+of what the server kept, apart; PEFT does not look at it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dlora.edge.files import storage_errors, write_atomically
+from dlora.protocol.adapters import KINDS
+from dlora.protocol.errors import CheckpointError
+from dlora.protocol.tensors import FloatArray
+
+PARTS_NAME: Final = "adapter_parts.safetensors"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An adapter as it was trained.
+
+    Attributes:
+        kind, r, scaling: of all its groups.
+        tensors: the trained matrices and what the server kept, float32, by the names of ``GroupAdapters.parts``.
+    """
+
+    kind: str
+    r: int
+    scaling: float
+    tensors: Mapping[str, FloatArray]
+
+
+def save_parts(directory: Path, parts: Parts | None, weights: bytes) -> None:
+    """Write the parts of an adapter whose PEFT weights are ``weights``; None: it has none. Raises ``StorageError``."""
+    path = directory / PARTS_NAME
+    if parts is None:
+        with storage_errors(path):
+            path.unlink(missing_ok=True)
+        return
+    about = {
+        "kind": parts.kind, "r": str(parts.r), "scaling": repr(parts.scaling), "weights": _digest(weights),
+    }  # fmt: skip
+    tensors = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in parts.tensors.items()}
+    write_atomically(path, safetensors.numpy.save(tensors, about))
+
+
+def load_parts(directory: Path, weights: bytes) -> Parts | None:
+    """The parts of the adapter whose PEFT weights are ``weights``.
+
+    None where there are none, or where they are those of other weights: of an adapter that was changed since, or whose
+    saving was cut short between the two files. It is an ordinary LoRA then. Raises ``CheckpointError`` for a file that
+    is damaged.
+    """
+    path = directory / PARTS_NAME
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            about = file.metadata() or {}
+            if about.get("weights") != _digest(weights):
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        parts = Parts(KINDS[about["kind"]].name, int(about["r"]), float(about["scaling"]), tensors)
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it, and the adapter is an ordinary LoRA") from None
+    if not all(tensor.dtype == np.float32 and np.isfinite(tensor).all() for tensor in tensors.values()):
+        raise CheckpointError(f"{path} has values that are not finite float32; delete it, and it is an ordinary LoRA")
+    return parts
+
+
+def _digest(weights: bytes) -> str:
+    return hashlib.sha256(weights).hexdigest()

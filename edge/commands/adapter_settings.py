@@ -1,0 +1,92 @@
+"""What adapters a run has: its options, completed once with what they leave open, before anything is made."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from dlora.edge.run.run_file import RunSettings
+from dlora.edge.training.defaults import DEFAULTS, default_alpha, default_rank, default_target_modules
+from dlora.protocol.choices import KindChoice
+from dlora.protocol.errors import UsageError
+from dlora.protocol.kill_revive import MAX_UNITS
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import choose_groups, groups_of, last_blocks, number_ranges, spread_blocks
+
+if TYPE_CHECKING:
+    from dlora.edge.adapters.peft import LoadedAdapter
+
+_COUNTED: Final = {"spread": spread_blocks, "last": last_blocks}
+
+
+def choose_adapters(settings: RunSettings, manifest: Manifest) -> RunSettings:
+    """``settings`` with kind, rank, alpha, target modules, blocks and learning rate, as ``run.json`` keeps them.
+
+    What is left open is that of ``--init-adapter`` where it is of a kind that starts only from its own, or the kind's
+    default. Raises ``UsageError`` for modules or blocks that the bundle does not have, ``CheckpointError`` for an
+    adapter that cannot be read.
+    """
+    init = _init_adapter(settings)
+    parts = init.parts if init is not None else None
+    kind: KindChoice = settings.kind or msgspec.convert("lora" if parts is None else parts.kind, KindChoice)
+    defaults = DEFAULTS[kind]
+    settings = msgspec.structs.replace(
+        settings,
+        kind=kind,
+        lr=defaults.lr if settings.lr is None else settings.lr,
+        target_modules=",".join(target_modules_of(settings) or default_target_modules(kind, manifest)),
+    )
+    blocks = settings.blocks
+    if not blocks and init is not None and parts is not None and parts.kind == kind:
+        blocks = number_ranges({group.block for group in groups_of(manifest, init.modules)})
+    settings = msgspec.structs.replace(settings, blocks=blocks or defaults.blocks)
+    numbers = blocks_of(settings, manifest)
+    settings = msgspec.structs.replace(settings, blocks=number_ranges(numbers))
+    groups = choose_groups(manifest, target_modules_of(settings), numbers)
+    rank = settings.rank
+    if rank is None:
+        rank = parts.r if parts is not None and parts.kind == kind else default_rank(kind, manifest, groups)
+    alpha = default_alpha(kind, manifest, rank) if settings.alpha is None else settings.alpha
+    return msgspec.structs.replace(settings, rank=rank, alpha=alpha)
+
+
+def target_modules_of(settings: RunSettings) -> tuple[str, ...]:
+    """The names that a user gave; none: none were given. Raises ``UsageError`` where there is only nothing."""
+    names = [name.strip() for name in (settings.target_modules or "").split(",")]
+    given = tuple(dict.fromkeys(filter(None, names)))
+    if settings.target_modules is not None and not given:
+        raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
+    return given
+
+
+def blocks_of(settings: RunSettings, manifest: Manifest) -> tuple[int, ...]:
+    """The blocks that a user chose; none: all. Raises ``UsageError``."""
+    counted = re.fullmatch(r"\s*(spread|last):([1-9][0-9]{0,4})\s*", settings.blocks)
+    if counted is not None:
+        return _COUNTED[counted[1]](manifest, int(counted[2]))
+    return parse_numbers(settings.blocks, "--blocks", "blocks")
+
+
+def _init_adapter(settings: RunSettings) -> LoadedAdapter | None:
+    from dlora.edge.adapters.peft import load_adapter
+
+    return None if settings.init_adapter is None else load_adapter(Path(settings.init_adapter))
+
+
+def parse_numbers(text: str, option: str, what: str) -> tuple[int, ...]:
+    """``"0,3,26-29"`` to ``(0, 3, 26, 27, 28, 29)``; ``what`` they number is for the ``UsageError`` that it raises."""
+    found: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        # Nine digits are enough; int() refuses thousands.
+        is_number = all(each.isdecimal() and len(each) < 10 for each in (first, last))
+        if not (is_number and int(first) <= int(last) < MAX_UNITS):
+            raise UsageError(f"{option} {text[:80]!r}: write {what} as 0,3,26-29")
+        found.update(range(int(first), int(last) + 1))
+    if text and not found:
+        raise UsageError(f"{option} {text[:80]!r}: write {what} as 0,3,26-29, or leave it out")
+    return tuple(sorted(found))

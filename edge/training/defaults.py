@@ -1,0 +1,58 @@
+"""What a run's adapters are where its user leaves it open: chosen once, before the first step, and written down.
+
+The figures behind these are in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from dlora.protocol.choices import KindChoice
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import ALL_LINEAR
+
+
+@dataclass(frozen=True)
+class KindDefaults:
+    """Defaults of one kind.
+
+    Attributes:
+        lr: peak learning rate.
+        r: the rank; None: the bundle's.
+        target_modules: None: the bundle's.
+        blocks: as ``--blocks`` has them; empty: all.
+    """
+
+    lr: float
+    r: int | None = None
+    target_modules: str | None = None
+    blocks: str = ""
+
+
+DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
+    "lora": KindDefaults(lr=1e-3),
+    "ffa": KindDefaults(lr=1e-3),
+    "bottleneck": KindDefaults(lr=5e-3, r=64, target_modules=ALL_LINEAR, blocks="spread:8"),
+}
+
+
+def default_rank(kind: KindChoice, manifest: Manifest, groups: tuple[GroupSpec, ...]) -> int:
+    """The rank of a run that names none; a bottleneck is no wider than what it stands in."""
+    r = DEFAULTS[kind].r
+    if r is None:
+        return manifest.defaults.r
+    return min(r, *(min(group.in_features, group.out_features) for group in groups))
+
+
+def default_alpha(kind: KindChoice, manifest: Manifest, rank: int) -> float:
+    """The bundle's for LoRA; for a bottleneck, whose A and B are orthonormal, the rank: a scaling of 1."""
+    return float(rank) if kind == "bottleneck" else manifest.defaults.lora_alpha
+
+
+def default_target_modules(kind: KindChoice, manifest: Manifest) -> tuple[str, ...]:
+    """Names, as ``choose_groups`` reads them."""
+    named = DEFAULTS[kind].target_modules
+    return manifest.defaults.target_modules if named is None else (named,)
+

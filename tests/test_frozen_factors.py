@@ -1,0 +1,446 @@
+"""The kinds whose server keeps a part: ``bottleneck`` and ``ffa``, against torch, PEFT and an undisturbed run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import peft_reference
+import pytest
+import torch
+from families import VOCABULARY, tiny_model
+from peft import PeftModel
+from serving import RunningServer, config, random_dataset, serving, training
+from test_adapter_kinds import KILLING, bits, count_set_up_traffic, lose_sessions
+from tiny import TinyFactory
+from torch import Tensor
+from waiting import eventually
+
+from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.exchange.sketch import GroupSketch, sketch_bytes, weight_basis
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.adapters.parts import PARTS_NAME
+from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.data.batches import MicroBatch, evaluation_batches
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.model.evaluation import evaluate
+from dlora.edge.model.use import open_model
+from dlora.edge.training.checkpoint import load_latest
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connecting import ConnectSettings, Retry
+from dlora.protocol.adapters import crossings, state_bytes
+from dlora.protocol.errors import CheckpointError, RefusedError, UsageError
+from dlora.protocol.groups import GroupSpec, TargetSpec
+from dlora.protocol.traffic import Traffic, adapter_state_traffic, basis_traffic, micro_batch_traffic, report_traffic
+from dlora.protocol.wire_codecs import Codecs, TensorRole
+
+BLOCKS = 4
+KINDS = ["bottleneck", "ffa"]
+FROM_LOST = ConnectSettings(retry=Retry(max_s=30))
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny(blocks=BLOCKS, head_dtype="fp32").bundle
+
+
+@pytest.fixture(scope="module")
+def base(tiny: TinyFactory) -> BaseModel:
+    return tiny(blocks=BLOCKS).base
+
+
+@pytest.fixture(scope="module")
+def server(base: BaseModel) -> Iterator[RunningServer]:
+    with serving(base) as running:
+        yield running
+
+
+def run_of(kind: str, **changes: Any) -> TrainConfig:
+    settings = {"optimizer": {"lr": 3e-2}, "target_modules": ("all-linear",), "lora_alpha": 4.0, "basis_steps": 2}
+    return config(kind=kind, **{**settings, **changes})
+
+
+def randomize(trainer: Trainer) -> None:
+    """What is trained, away from zero, so that every gradient shows."""
+    random = np.random.default_rng(0)
+    for parameter in trainer.adapters.parameters().values():
+        parameter.value = random.normal(0, 0.3, parameter.value.shape).astype(np.float32)
+
+
+# -- against torch and PEFT ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_torch(bundle: Path, server: RunningServer, kind: str) -> None:
+    dataset = random_dataset(VOCABULARY)
+    with training(bundle, server.url, run_of(kind, lora_alpha=6.0, batch_size=1), dataset) as trainer:
+        randomize(trainer)
+        (batch,) = trainer.batches.step_batches(0)
+        losses = trainer.model.forward_backward([batch], step=0, grad_scale=1.0)[0]
+        found = {name: parameter.grad for name, parameter in trainer.adapters.parameters().items()}
+    wanted_loss, wanted = whole_model(trainer, batch)
+    assert float(losses.sum()) == pytest.approx(wanted_loss, rel=1e-5)
+    assert set(found) == set(wanted)
+    for name, grad in wanted.items():
+        assert np.abs(grad).max() > 0, name
+        np.testing.assert_allclose(found[name], grad, rtol=1e-4, atol=1e-5 * np.abs(grad).max(), err_msg=name)
+
+
+def whole_model(trainer: Trainer, batch: MicroBatch) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients of one sequence by autograd alone; a hook adds each module's change, as its kind has it."""
+    model = tiny_model("llama", num_hidden_layers=BLOCKS).eval().requires_grad_(False)
+    scaling, kind = trainer.config.scaling, trainer.config.kind
+    leaves = {
+        name: torch.from_numpy(np.array(parameter.value)).requires_grad_()
+        for name, parameter in trainer.adapters.parameters().items()
+    }
+    for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
+        state = [torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state]
+        first = 0
+        for target in spec.targets:
+            if kind == "bottleneck":
+                rows = state[1][first : first + target.out_features]
+                lora_b = rows @ leaves[f"{spec.targets[0].name}.core"]
+            else:
+                lora_b = leaves[f"{target.name}.lora_B"]
+            first += target.out_features
+            model.get_submodule(target.name).register_forward_hook(_adding(state[0], lora_b, scaling))
+    logits = model(input_ids=torch.from_numpy(batch.ids)[None]).logits[0]
+    labels = torch.from_numpy(np.array(batch.labels))
+    loss = torch.nn.functional.cross_entropy(logits[batch.label_positions], labels, reduction="sum")
+    loss.backward()
+    return loss.item(), {name: leaf.grad.numpy() for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def _adding(lora_a: Tensor, lora_b: Tensor, scaling: float) -> Callable[[Any, Any, Tensor], Tensor]:
+    return lambda _, args, output: output + scaling * (args[0] @ lora_a.T @ lora_b.T)
+
+
+@pytest.mark.parametrize(("wire_dtype", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_gives_the_loss_of_the_saved_adapter(
+    bundle: Path, server: RunningServer, kind: str, wire_dtype: str, tolerance: float, tmp_path: Path
+) -> None:
+    dataset = random_dataset(VOCABULARY)
+    with training(bundle, server.url, run_of(kind, wire_dtype=wire_dtype), dataset) as trainer:
+        randomize(trainer)
+        trainer.run_step()
+        loss = trainer.evaluate(dataset).loss
+        trainer.save_adapter(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
+    with torch.no_grad():
+        batches = list(evaluation_batches(dataset, 4))
+        assert peft_reference.loss_of(model, batches).item() == pytest.approx(loss, abs=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_adapter_is_used_as_what_it_was_trained_as(
+    bundle: Path, server: RunningServer, kind: str, tmp_path: Path
+) -> None:
+    """The same loss, for a kind's own traffic, and again as an ordinary LoRA, where that is all that is left of it."""
+    dataset = random_dataset(VOCABULARY)
+    with training(bundle, server.url, run_of(kind), dataset) as trainer:
+        randomize(trainer)
+        loss = trainer.evaluate(dataset).loss
+        trainer.save_adapter(tmp_path)
+        own_width = crossings(trainer.config.adapter, trainer.groups)[0].input_width
+    losses, widths = [], []
+    for _ in range(2):
+        with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as model:
+            losses.append(evaluate(model, dataset, 4).loss)
+            opened = model.session.connection.session.opened_with
+            widths.append(crossings(opened.adapter, opened.groups)[0].input_width)
+        (tmp_path / PARTS_NAME).unlink(missing_ok=True)
+    assert losses == pytest.approx([loss, loss], abs=1e-5)
+    assert widths[0] == own_width < widths[1]
+
+
+# -- the basis -----------------------------------------------------------------------------------------------
+
+
+def test_basis_is_the_gradients_top_singular_vectors(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+    dataset = random_dataset(VOCABULARY)
+    run = run_of("bottleneck", rank=3)
+    with training(bundle, server.url, run, dataset) as trainer:
+        batches = [batch for step in range(run.basis_steps) for batch in trainer.batches.step_batches(step)]
+        model = tiny_model("llama", num_hidden_layers=BLOCKS).eval()
+        (sum(peft_reference.loss_of(model, [batch]) for batch in batches)).backward()
+        for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
+            gradient = torch.cat([model.get_submodule(target.name).weight.grad for target in spec.targets]).double()
+            lora_a, lora_b = (torch.from_numpy(np.array(tensor)).double() for tensor in group.adapter_state)
+            # A tiny random model's gradient has nearly all of its singular values: the worst case for a sketch.
+            held = torch.linalg.norm(lora_b.T @ gradient @ lora_a.T) ** 2
+            best = (torch.linalg.svdvals(gradient)[:3] ** 2).sum()
+            assert float(held) > 0.9 * float(best), spec.targets[0].name
+            for factor in (lora_a @ lora_a.T, lora_b.T @ lora_b):
+                torch.testing.assert_close(factor, torch.eye(3).double(), atol=1e-5, rtol=0)
+
+
+def test_sketch_holds_what_the_best_basis_holds() -> None:
+    """Of a gradient that falls off as those of models do; in parts, and with modules that share their input."""
+    torch.manual_seed(0)
+    falling = torch.logspace(0, -4, 40)
+    x, grads = (torch.randn(400, 40) * falling @ torch.linalg.qr(torch.randn(width, 40))[0].T for width in (64, 90))
+    group = GroupSpec(0, 64, (TargetSpec("a", 30), TargetSpec("b", 60)))
+    sketch = GroupSketch(group, 8, 0, torch.device("cpu"))
+    for rows in torch.arange(400).split(130):
+        sketch.add(x[rows], grads[rows, :30], 0)
+        sketch.add(x[rows], grads[rows, 30:], 30)
+    lora_a, lora_b = sketch.basis()
+    gradient = grads.T @ x
+    best = (torch.linalg.svdvals(gradient)[:8] ** 2).sum()
+    assert float(torch.linalg.norm(lora_b.T @ gradient @ lora_a.T) ** 2) > 0.9999 * float(best)
+    held = (sketch._range, sketch._co_range, sketch._omega, sketch._psi)
+    assert sum(tensor.nbytes for tensor in held) <= sketch_bytes(group, 8)
+
+
+def test_sketch_is_smaller_than_a_large_models_gradient() -> None:
+    down = GroupSpec(0, 11_008, (TargetSpec("down", 4096),))
+    assert sketch_bytes(down, 64) < 4 * 11_008 * 4096 / 2
+
+
+@pytest.mark.parametrize("basis", ["weights", "random"])
+def test_other_bases(bundle: Path, server: RunningServer, base: BaseModel, basis: str) -> None:
+    dataset = random_dataset(VOCABULARY)
+    with training(bundle, server.url, run_of("bottleneck", basis=basis), dataset) as trainer:
+        for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
+            lora_a, lora_b = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state)
+            weights = torch.cat([base.targets[target.name].module.weight for target in spec.targets]).detach()
+            held = float(torch.linalg.norm(lora_b.T @ weights @ lora_a.T) ** 2)
+            best = float((torch.linalg.svdvals(weights)[:4] ** 2).sum())
+            assert (held > 0.95 * best) is (basis == "weights"), (spec.targets[0].name, held, best)
+            torch.testing.assert_close(lora_a @ lora_a.T, torch.eye(4), atol=1e-5, rtol=0)
+        assert trainer.run_step().loss > 0
+
+
+def test_weight_basis_is_the_same_again(base: BaseModel) -> None:
+    group = base.groups([name for name in base.targets if name.endswith(("q_proj", "v_proj"))])[0]
+    first, second = (weight_basis(base, group, 4, 1) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_too_large_a_rank_is_one_line(bundle: Path, server: RunningServer) -> None:
+    with (
+        pytest.raises(UsageError, match="wide, and a bottleneck is no wider than that: --rank 500 is too large"),
+        training(bundle, server.url, run_of("bottleneck", rank=500), random_dataset(VOCABULARY)),
+    ):
+        pass
+
+
+# -- learning, and coming back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learns_with_kill_and_revive(bundle: Path, server: RunningServer, kind: str) -> None:
+    dataset = Dataset.of([([3 + index] * 6, [2, 3, 4]) for index in range(6)])
+    with training(bundle, server.url, run_of(kind, total_steps=30), dataset) as trainer:
+        losses = [trainer.run_step().loss for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+    with training(bundle, server.url, run_of(kind, total_steps=24, kill_revive=KILLING), dataset) as trainer:
+        units = [trainer.run_step().units for _ in range(24)]
+    assert any("0" in each for each in units)
+    history = list(itertools.pairwise(units))
+    assert any(before[unit] == "0" and after[unit] == "1" for before, after in history for unit in range(BLOCKS))
+
+
+@pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lost_server_changes_no_bit(
+    bundle: Path, server: RunningServer, kind: str, kill_revive: dict[str, Any]
+) -> None:
+    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=8, kill_revive=kill_revive, wire_dtype="fp16")
+    found = []
+    for lost_after in (None, 0, 3, 6):
+        with training(bundle, server.url, run, dataset, FROM_LOST) as trainer:
+            losses = []
+            for step in range(8):
+                if step == lost_after:
+                    lose_sessions(server)
+                losses.append(trainer.run_step().loss)
+            trainer.wait_for_signal()
+            found.append((losses, bits(trainer)))
+    assert all(each == found[0] for each in found[1:])
+
+
+@pytest.mark.parametrize("messages", range(1, 12))
+def test_server_lost_while_it_is_set_up_changes_no_bit(
+    bundle: Path, server: RunningServer, messages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each message of the set-up: in the basis pass, between two groups, and after some have their state."""
+    dataset, run = random_dataset(VOCABULARY), run_of("bottleneck", blocks=(2, 3), total_steps=2)
+    found = []
+    for is_lost in (False, True):
+        with monkeypatch.context() as patch:
+            if is_lost:
+                lose_after(messages, server, patch)
+            with training(bundle, server.url, run, dataset, FROM_LOST) as trainer:
+                losses = [trainer.run_step().loss for _ in range(2)]
+                trainer.wait_for_signal()
+                found.append((losses, bits(trainer)))
+    assert found[0] == found[1]
+
+
+def lose_after(messages: int, server: RunningServer, patch: pytest.MonkeyPatch) -> None:
+    """Lose the server's sessions once, after so many messages of the device's after the opening one."""
+    from dlora.edge.wire.connection import Connection
+
+    send, sent = Connection.send, 0
+
+    def counting(self: Connection, message: Any) -> None:
+        nonlocal sent
+        send(self, message)
+        sent += 1
+        if sent == messages:
+            lose_sessions(server)
+
+    patch.setattr(Connection, "send", counting)
+
+
+@pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_is_the_uninterrupted_one(
+    bundle: Path, server: RunningServer, kind: str, kill_revive: dict[str, Any], tmp_path: Path
+) -> None:
+    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=8, kill_revive=kill_revive)
+    with training(bundle, server.url, run, dataset) as trainer:
+        whole = [trainer.run_step().loss for _ in range(8)]
+        trainer.wait_for_signal()
+        wanted = bits(trainer)
+    with training(bundle, server.url, run, dataset) as trainer:
+        losses = [trainer.run_step().loss for _ in range(4)]
+        trainer.save_checkpoint(tmp_path)
+    with training(bundle, server.url, run, dataset, checkpoint=load_latest(tmp_path)) as trainer:
+        losses += [trainer.run_step().loss for _ in range(4)]
+        trainer.wait_for_signal()
+        assert (losses, bits(trainer)) == (whole, wanted)
+
+
+# -- starting from another -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_starts_from_an_adapter_of_its_own_kind(
+    bundle: Path, server: RunningServer, kind: str, tmp_path: Path
+) -> None:
+    """It has that one's loss, at another scaling, and a basis of no other data."""
+    dataset = random_dataset(VOCABULARY)
+    with training(bundle, server.url, run_of(kind), dataset) as trainer:
+        randomize(trainer)
+        loss = trainer.evaluate(dataset).loss
+        trainer.save_adapter(tmp_path)
+        before = trainer.adapters.groups[0].adapter_state[0].tobytes()
+    other, init = random_dataset(VOCABULARY, seed=9), load_adapter(tmp_path)
+    with training(bundle, server.url, run_of(kind, lora_alpha=9.0), other, init=init) as trainer:
+        assert trainer.evaluate(dataset).loss == pytest.approx(loss, abs=1e-5)
+        assert trainer.adapters.groups[0].adapter_state[0].tobytes() == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_starts_from_no_other(bundle: Path, server: RunningServer, kind: str, tmp_path: Path) -> None:
+    dataset = random_dataset(VOCABULARY)
+    with training(bundle, server.url, run_of(kind), dataset) as trainer:
+        trainer.save_adapter(tmp_path / "own")
+    with training(bundle, server.url, run_of("lora"), dataset) as trainer:
+        trainer.save_adapter(tmp_path / "lora")
+    assert not (tmp_path / "lora" / PARTS_NAME).exists()
+    for name, changes, message in (
+        ("lora", {}, "start from this one with --kind lora"),
+        ("own", {"rank": 3}, "rank 4; train with --rank 4"),
+        ("own", {"target_modules": ("q_proj", "v_proj", "k_proj", "o_proj", "up_proj", "down_proj")}, "has no adapter"),
+    ):
+        init = load_adapter(tmp_path / name)
+        with (
+            pytest.raises(CheckpointError, match=message),
+            training(bundle, server.url, run_of(kind, **changes), dataset, init=init),
+        ):
+            pass
+    # The other way round it is a LoRA like any other.
+    init = load_adapter(tmp_path / "own")
+    with training(bundle, server.url, run_of("lora"), dataset, init=init) as trainer:
+        assert trainer.run_step().loss > 0
+
+
+def test_parts_of_other_weights_are_passed_over(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+    """PEFT may have saved the adapter again since, or our own saving was cut short between the two files."""
+    dataset = random_dataset(VOCABULARY)
+    with training(bundle, server.url, run_of("bottleneck"), dataset) as trainer:
+        trainer.save_adapter(tmp_path)
+        parts = (tmp_path / PARTS_NAME).read_bytes()
+        randomize(trainer)
+        trainer.save_adapter(tmp_path)
+    assert load_adapter(tmp_path).parts is not None
+    (tmp_path / PARTS_NAME).write_bytes(parts)
+    assert load_adapter(tmp_path).parts is None
+    (tmp_path / PARTS_NAME).write_bytes(parts[:100])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_adapter(tmp_path)
+
+
+# -- what it costs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_traffic_is_the_formulas(
+    bundle: Path, server: RunningServer, kind: str, wire_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What setting up costs, and a step."""
+    counted = count_set_up_traffic(monkeypatch)
+    dataset, run = random_dataset(VOCABULARY), run_of(kind, wire_dtype=wire_dtype)
+    codecs = Codecs.all(run.wire_dtype)
+    with training(bundle, server.url, run, dataset) as trainer:
+        metrics = trainer.run_step()
+    base = trainer.bundle.manifest.base_model
+    widths = {"embedding_size": base.embedding_size, "hidden_size": base.hidden_size, "codecs": codecs}
+    sizes = [
+        [codecs.of(TensorRole.ADAPTER_STATE).nbytes(*tensor.shape) for tensor in group.adapter_state]
+        for group in trainer.adapters.groups
+    ]
+    set_up = adapter_state_traffic(sizes, made=kind == "bottleneck")
+    if kind == "bottleneck":
+        for step in range(run.basis_steps):
+            for batch in trainer.batches.step_batches(step):
+                set_up += basis_traffic(**_sizes(batch), **widths)
+    assert counted == [set_up]
+    (batch,) = trainer.batches.step_batches(0)
+    live = range(len(trainer.groups))
+    exchanged = {"live": live, "with_grads": live, "answered": live[1:]}
+    wanted = micro_batch_traffic(crossings(run.adapter, trainer.groups), **exchanged, **_sizes(batch), **widths)
+    # Its signal comes with the next step.
+    wanted += Traffic(report_traffic(len(trainer.adapters.units), 0).bytes_up, 0, 0)
+    assert (metrics.bytes_up, metrics.bytes_down, metrics.round_trips) == tuple(msgspec.structs.astuple(wanted))
+
+
+def _sizes(batch: MicroBatch) -> dict[str, int]:
+    return {"tokens": len(batch.ids), "sequences": len(batch.sequence_lengths), "labelled": len(batch.labels)}
+
+
+def test_numbers_a_token_and_group_are_four_ranks(bundle: Path, server: RunningServer) -> None:
+    with training(bundle, server.url, run_of("bottleneck"), random_dataset(VOCABULARY)) as trainer:
+        for crossing in crossings(trainer.config.adapter, trainer.groups):
+            assert (crossing.input_width, crossing.output_widths) == (4, (4,))
+
+
+def test_what_the_basis_takes_is_counted_and_given_back(bundle: Path, base: BaseModel) -> None:
+    dataset, run = random_dataset(VOCABULARY), run_of("bottleneck")
+    groups = run.groups(Bundle.open(bundle).manifest)
+    kept = sum(state_bytes(run.adapter, group) for group in groups)
+    sketches = sum(sketch_bytes(group, run.rank) for group in groups)
+    for limit, message in ((sketches - 1, "lower --rank"), (sketches + 1, "beside .* for the adapters.*--batch-size")):
+        with (
+            serving(base, quotas=QuotaLimits(live_bytes=limit)) as server,
+            pytest.raises(RefusedError, match=message),
+            training(bundle, server.url, run, dataset),
+        ):
+            pass
+    with serving(base) as server, training(bundle, server.url, run, dataset) as trainer:
+        quotas = server.server.service.quotas
+        eventually(lambda: quotas.live_bytes == kept)
+        trainer.run_step()
+        eventually(lambda: quotas.live_bytes == kept)
