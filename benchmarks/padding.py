@@ -107,6 +107,7 @@ def _evaluate(url: str, pid: int, base: BaseModel, lengths: list[int]) -> dict[s
         groups=(),
         adapter=AdapterSpec(),
         codecs=Codecs.all("fp32"),
+        evaluation_codecs=Codecs.all("fp32"),
         purpose=m.Use(),
     )
     rng = np.random.default_rng(0)

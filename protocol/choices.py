@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-WireDtype = Literal["fp16", "fp32"]
+WireDtype = Literal["int8", "fp16", "fp32"]
 """How floating-point tensors cross the wire."""
 
 KindChoice = Literal["lora", "bottleneck", "ffa"]

@@ -148,7 +148,7 @@ class OpenSession(Message, frozen=True):
     Attributes:
         groups: the exchange groups in execution order; C refuses any that it did not trace itself.
         adapter: what crosses for each group.
-        codecs: how each tensor crosses, by its role.
+        codecs: how each tensor crosses, by its role; evaluation_codecs: in micro-batches of the mode ``evaluate``.
         purpose: what the session is for.
         window: how many micro-batches E may have under way at a time; at most what C said.
     """
@@ -157,8 +157,13 @@ class OpenSession(Message, frozen=True):
     groups: Annotated[tuple[GroupSpec, ...], msgspec.Meta(max_length=MAX_GROUPS)]
     adapter: AdapterSpec
     codecs: Codecs
+    evaluation_codecs: Codecs
     purpose: Purpose
     window: Window = 1
+
+    def codecs_of(self, mode: Mode) -> Codecs:
+        """How the tensors of a micro-batch of this mode cross."""
+        return self.evaluation_codecs if mode == "evaluate" else self.codecs
 
 
 class SessionOpened(Message, frozen=True):

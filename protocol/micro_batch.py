@@ -23,7 +23,7 @@ Key = tuple[int, int]
 
 
 class Shapes(NamedTuple):
-    """What is the same for all micro-batches of a session: widths, codecs and the server's limits."""
+    """What is the same for all micro-batches of a session and a mode: widths, codecs and the server's limits."""
 
     crossings: tuple[Crossing, ...]
     codecs: Codecs

@@ -121,7 +121,7 @@ class Session:
 
     @property
     def shapes(self) -> Shapes:
-        """Widths, codecs and limits of an open session."""
+        """Widths, codecs and limits of an open session; codecs of micro-batches that do not evaluate."""
         assert self._shapes is not None
         return self._shapes
 
@@ -383,8 +383,9 @@ class Session:
         if message.step != self.step or (trains and message.micro_batch != self._next_micro_batch):
             next_one = f"step {self.step}, micro-batch {self._next_micro_batch}"
             raise ViolationError(f"step {message.step}, micro-batch {message.micro_batch} when {next_one} comes next")
-        check_embeddings(message, self.shapes)
-        self.under_way[key] = MicroBatchRules(message, self.shapes)
+        shapes = self.shapes._replace(codecs=self.opened_with.codecs_of(message.mode))
+        check_embeddings(message, shapes)
+        self.under_way[key] = MicroBatchRules(message, shapes)
         self._next_micro_batch += trains
 
 

@@ -20,9 +20,11 @@ ByteArray = npt.NDArray[np.uint8]
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "fp32": np.dtype("<f4"),
     "fp16": np.dtype("<f2"),
+    "int8": np.dtype("u1"),  # of each row, its integers and then the bytes of its scale
     "int32": np.dtype("<i4"),
     "uint8": np.dtype("u1"),
 }
+SCALE_BYTES: Final = 2  # of a row of int8: a bfloat16
 MAX_DIMENSIONS: Final = 4
 MAX_EXPONENT: Final = 127
 _FP16_HEADROOM: Final = 15  # the largest magnitude is scaled into [2**14, 2**15), well below fp16's 65504
@@ -35,7 +37,8 @@ class WireTensor:
         dtype: a key of ``DTYPES``.
         exponent: the value is ``data * 2**exponent``. Only ``fp16`` uses it: gradients lie far below the
             smallest normal fp16 and some families' activations far above the largest.
-        data: the stored array, C-contiguous, of any shape with at most ``MAX_DIMENSIONS`` dimensions.
+        data: the stored array, C-contiguous, of any shape with at most ``MAX_DIMENSIONS`` dimensions; of ``int8``
+            (rows, width + ``SCALE_BYTES``).
     """
 
     __slots__ = ("data", "dtype", "exponent")
@@ -59,6 +62,10 @@ class WireTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the values; the scales of ``int8`` do not count."""
+        if self.dtype == "int8":
+            rows, stored = self.data.shape
+            return rows, stored - SCALE_BYTES
         return self.data.shape
 
     @property
@@ -98,6 +105,10 @@ def parse_descriptor(descriptor: Any, frame: memoryview, offset: int) -> tuple[W
         raise RemoteProtocolError("malformed tensor shape")
     if type(exponent) is not int or abs(exponent) > MAX_EXPONENT or (exponent and dtype != "fp16"):
         raise RemoteProtocolError("malformed tensor exponent")
+    if dtype == "int8":
+        if len(shape) != 2:
+            raise RemoteProtocolError("malformed tensor shape")
+        shape = [shape[0], shape[1] + SCALE_BYTES]
     count = math.prod(shape)
     end = offset + count * DTYPES[dtype].itemsize
     if end > len(frame):

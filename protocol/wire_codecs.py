@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 
 from .choices import WireDtype
-from .errors import NonFiniteError
-from .tensors import DTYPES, FloatArray, WireTensor, fp16_exponent
+from .errors import NonFiniteError, UsageError
+from .tensors import DTYPES, SCALE_BYTES, FloatArray, WireTensor, fp16_exponent
 
 
 class TensorRole(StrEnum):
@@ -46,6 +46,34 @@ class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def all(cls, name: WireDtype) -> Codecs:
         """The same codec for every role."""
         return cls(**dict.fromkeys(cls.__struct_fields__, name))
+
+    @classmethod
+    def parse(cls, text: str) -> Codecs:
+        """What a user asks for: ``int8``, ``fp16`` or ``fp32`` for all roles that it is good for, and then other ones
+        for some: ``int8,embeddings=fp16,last_hidden_states=fp16``. Raises ``UsageError``.
+
+        What the server keeps never crosses as int8: it is stored and sent again, and must then be the same bits.
+        """
+        first, *others = (part.strip() for part in text.split(","))
+        if first not in CODECS:
+            raise UsageError(f"--wire-dtype {text[:80]}: begin with one of {', '.join(CODECS)}")
+        chosen = dict.fromkeys(cls.__struct_fields__, first)
+        if first == "int8":
+            chosen[TensorRole.ADAPTER_STATE] = "fp16"
+        for other in others:
+            role, _, name = other.partition("=")
+            if role not in chosen or name not in CODECS or (role, name) == (TensorRole.ADAPTER_STATE, "int8"):
+                raise UsageError(
+                    f"--wire-dtype {text[:80]}: write others as ROLE=DTYPE, with a role of {', '.join(chosen)}, and "
+                    f"{', '.join(CODECS)}; {TensorRole.ADAPTER_STATE} takes no int8"
+                )
+            chosen[role] = name
+        return msgspec.convert(chosen, cls)
+
+    def for_evaluation(self) -> Codecs:
+        """How evaluations of a run with these cross: as fp32 where all of them are, else as fp16, so that what is
+        measured is the adapter and not its wire."""
+        return Codecs.all("fp32" if self == Codecs.all("fp32") else "fp16")
 
     def of(self, role: TensorRole) -> Codec:
         """The codec of a role."""
@@ -126,10 +154,51 @@ class _Fp16:
         return 2 * rows * width
 
 
+class _Int8:
+    """Integers from -127 to 127, with one scale a row: a token's largest magnitude over 127, rounded up to bfloat16.
+
+    Of each row alone and as it comes: a scale that were fixed in advance would be far off for some tokens.
+    """
+
+    dtype: Final = "int8"
+
+    def encode(self, values: FloatArray) -> WireTensor:
+        peaks = np.abs(values).max(axis=1, keepdims=True, initial=0.0).astype(np.float32, copy=False)
+        if not np.isfinite(peaks).all():
+            raise NonFiniteError(_NOT_FINITE)
+        # Rounded up, so that no value is beyond 127; never 0, so that a row of zeros divides.
+        scales = np.maximum(peaks / np.float32(127), _LEAST_SCALE)
+        upper = (scales.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)
+        stored = np.empty((values.shape[0], values.shape[1] + SCALE_BYTES), np.uint8)
+        stored[:, -SCALE_BYTES:] = upper.astype("<u2").view(np.uint8)
+        scales = (upper << np.uint32(16)).view(np.float32)
+        stored[:, :-SCALE_BYTES] = np.rint(values / scales).astype(np.int8).view(np.uint8)
+        return WireTensor("int8", stored)
+
+    def decode(self, tensor: WireTensor) -> FloatArray:
+        values: FloatArray = tensor.data[:, :-SCALE_BYTES].view(np.int8).astype(np.float32)
+        values *= self._scales(tensor)
+        return values
+
+    def is_finite(self, tensor: WireTensor) -> bool:
+        # 128 times such a scale is finite.
+        return bool((np.abs(self._scales(tensor)) < _FINITE_SCALE).all())
+
+    def nbytes(self, rows: int, width: int) -> int:
+        return rows * (width + SCALE_BYTES)
+
+    def _scales(self, tensor: WireTensor) -> FloatArray:
+        upper = np.ascontiguousarray(tensor.data[:, -SCALE_BYTES:]).view("<u2").astype(np.uint32)
+        scales: FloatArray = (upper << np.uint32(16)).view(np.float32)
+        return scales
+
+
+_LEAST_SCALE: Final = np.float32(1e-30)
+_FINITE_SCALE: Final = np.float32(2.0**120)
 _NOT_FINITE: Final = "NaN or infinity in what was to be sent"
 _ALWAYS_FINITE_EXPONENT: Final = 112  # any finite half times 2**112 is below float32's largest
 
-CODECS: Final[dict[str, Codec]] = {"fp32": _Fp32(), "fp16": _Fp16()}
+CODECS: Final[dict[str, Codec]] = {"int8": _Int8(), "fp16": _Fp16(), "fp32": _Fp32()}
 """All codecs, by name."""
 
 _BY_DTYPE: Final = {codec.dtype: codec for codec in CODECS.values()}

@@ -67,7 +67,8 @@ def open_session(**changes: Any) -> m.OpenSession:
         "base_fingerprint": "ab" * 32,
         "groups": GROUPS,
         "adapter": AdapterSpec(r=2),
-        "codecs": Codecs.all(changes.pop("wire_dtype", "fp32")),
+        "codecs": Codecs.all(changes.get("wire_dtype", "fp32")),
+        "evaluation_codecs": Codecs.all(changes.pop("wire_dtype", "fp32")),
     }
     run = {"kill_revive": KillReviveConfig(active_fraction=0.125), "seed": 1, "total_steps": 9}
     for name in ("kill_revive", "seed", "total_steps", "next_step", "ticket"):

@@ -35,6 +35,8 @@ GROUPS = (
 
 SEQ, ACK = 5, 4
 
+_INT8_GRADS = floats(3, 6, dtype="int8"), floats(3, 2, dtype="int8")
+
 # One of each; the golden files are only ever added to.
 EXAMPLES: dict[str, m.AnyMessage] = {
     "hello": m.Hello(protocol_versions=[2], software="dlora-edge 0.1.0", device="5eed" * 8),
@@ -53,7 +55,8 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         base_fingerprint="ab" * 32,
         groups=GROUPS,
         adapter=AdapterSpec(kind="lora", r=8),
-        codecs=Codecs.all("fp16"),
+        codecs=Codecs.parse("int8"),
+        evaluation_codecs=Codecs.all("fp16"),
         purpose=m.Train(
             kill_revive=KillReviveConfig(active_fraction=0.125, pinned=(1,)),
             seed=7,
@@ -85,7 +88,7 @@ EXAMPLES: dict[str, m.AnyMessage] = {
     "group_delta": m.GroupDelta(step=3, micro_batch=0, group=0, deltas=(floats(3, 6), floats(3, 2))),
     "labelled_hidden_states": m.LabelledHiddenStates(step=3, micro_batch=0, hidden_states=floats(2, 6), gradients=2),
     "grad_hidden_states": m.GradHiddenStates(step=3, micro_batch=0, grad_hidden_states=floats(2, 6, dtype="fp16")),
-    "group_grad": m.GroupGrad(step=3, micro_batch=0, group=0, grads=(floats(3, 6), floats(3, 2)), answer=False),
+    "group_grad": m.GroupGrad(step=3, micro_batch=0, group=0, grads=_INT8_GRADS, answer=False),
     "group_input_grad": m.GroupInputGrad(step=3, micro_batch=0, group=1, grad_hidden_states=floats(3, 6)),
     "step_report": m.StepReport(step=3, scores=WireTensor("fp32", np.array([0.5, 0.0], np.float32))),
     "signal": m.Signal(step=3, units=WireTensor.from_bytes(b"\x01\x02"), ticket=WireTensor.from_bytes(b"signed")),

@@ -11,11 +11,11 @@ import torch
 from dlora.cloud.exchange.torch_codecs import TORCH_CODECS
 from dlora.protocol import messages as m
 from dlora.protocol.choices import WireDtype
-from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.errors import RemoteProtocolError, UsageError
 from dlora.protocol.frames import HEADER_BLOCK, Decoder, encode, write_checksum
 from dlora.protocol.session import Session
 from dlora.protocol.states import Side
-from dlora.protocol.tensors import MAX_EXPONENT, WireTensor
+from dlora.protocol.tensors import MAX_EXPONENT, SCALE_BYTES, WireTensor
 from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole, decode_floats, encode_floats, is_finite
 
 
@@ -62,3 +62,47 @@ def test_both_sides_put_the_same_bits_on_the_wire(peak: float, name: WireDtype) 
     assert tensor.nbytes == CODECS[name].nbytes(*values.shape)
     decoded = TORCH_CODECS[name].decode(tensor, torch.device("cpu"), torch.float32)
     assert decoded.numpy().tobytes() == np.ascontiguousarray(decode_floats(tensor)).tobytes()
+
+
+def test_int8_keeps_each_row_to_its_own_scale() -> None:
+    """A row that is a million times larger than the next costs that one nothing."""
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((64, 48)) * 10.0 ** rng.uniform(-12, 12, (64, 1))).astype(np.float32)
+    values[5] = 0
+    decoded = decode_floats(encode_floats(values, "int8"))
+    # Half a unit of a scale that is at most 1/128 above its row's peak over 127.
+    assert (np.abs(decoded - values) <= np.abs(values).max(axis=1, keepdims=True) / 127 * 0.504).all()
+    assert not decoded[5].any()
+
+
+@pytest.mark.parametrize("scale", [2.0**120, -(2.0**121), np.inf, np.nan])
+def test_int8_with_too_large_a_scale_is_not_finite(scale: float) -> None:
+    tensor = encode_floats(np.ones((2, 3), np.float32), "int8")
+    assert is_finite(tensor)
+    data = tensor.data.copy()
+    data[1, -SCALE_BYTES:] = np.array([scale], "<f4").view(np.uint8)[2:]
+    assert not is_finite(WireTensor("int8", data))
+
+
+@pytest.mark.parametrize("shape", [[6], [1, 2, 3], []])
+def test_int8_has_two_dimensions(shape: list[int]) -> None:
+    header = msgspec.msgpack.encode({"type": "step_report", "step": 0, "scores": ["int8", shape, 0]})
+    frame = bytearray((len(header).to_bytes(4, "little") + bytes(12) + header).ljust(HEADER_BLOCK, b"\0"))
+    with pytest.raises(RemoteProtocolError, match="shape"):
+        Decoder().decode(write_checksum(frame))
+
+
+def test_codecs_as_users_write_them() -> None:
+    assert Codecs.parse("fp16") == Codecs.all("fp16")
+    int8 = Codecs.parse("int8")
+    assert int8.adapter_state == "fp16"
+    assert {getattr(int8, role.value) for role in TensorRole if role is not TensorRole.ADAPTER_STATE} == {"int8"}
+    assert Codecs.parse("int8, embeddings=fp16,last_hidden_states=fp32").embeddings == "fp16"
+    for text in ("int4", "", "fp16,embeddings", "fp16,nothing=int8", "fp16,embeddings=int4", "int8,adapter_state=int8"):
+        with pytest.raises(UsageError, match="--wire-dtype"):
+            Codecs.parse(text)
+
+
+def test_evaluations_cross_as_fp16_unless_all_is_fp32() -> None:
+    for text, name in (("int8", "fp16"), ("fp16", "fp16"), ("fp32,embeddings=int8", "fp16"), ("fp32", "fp32")):
+        assert Codecs.parse(text).for_evaluation() == Codecs.all(name)

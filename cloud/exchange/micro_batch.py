@@ -43,6 +43,7 @@ class Sites:
     """What a session has around its exchange groups.
 
     Attributes:
+        opening: what the device asked for.
         seed: of the server's draws.
         sites: one a group, in order; fewer until the session is set up.
         sketches: of the base model's gradient, one a group, from the first micro-batch of the mode ``basis`` on; each
@@ -50,12 +51,18 @@ class Sites:
     """
 
     base: BaseModel
-    groups: Sequence[GroupSpec]
-    adapter: AdapterSpec
-    codecs: Codecs
+    opening: m.OpenSession
     seed: int = 0
     sites: list[Site] = field(default_factory=list)
     sketches: list[GroupSketch | None] = field(default_factory=list)
+
+    @property
+    def groups(self) -> Sequence[GroupSpec]:
+        return self.opening.groups
+
+    @property
+    def adapter(self) -> AdapterSpec:
+        return self.opening.adapter
 
     @property
     def sketch_bytes(self) -> int:
@@ -75,7 +82,7 @@ class Sites:
         gradient = self.sketches[index] if self.sketches else None
         made_from = MadeFrom(self.base, self.seed + index, gradient)
         made = SITE_KINDS[self.adapter.kind].make_state(self.adapter, self.groups[index], made_from)
-        return tuple(to_wire(tensor, self.codecs, TensorRole.ADAPTER_STATE) for tensor in made)
+        return tuple(to_wire(tensor, self.opening.codecs, TensorRole.ADAPTER_STATE) for tensor in made)
 
     def add(self, state: Sequence[WireTensor]) -> None:
         """Make the next group's site, with what the server keeps of it."""
@@ -83,9 +90,10 @@ class Sites:
         group = self.groups[index]
         if self.sketches:
             self.sketches[index] = None
-        role, torch_device, dtype = TensorRole.ADAPTER_STATE, self.torch_device_of(group), self.base.dtype
+        role, codecs = TensorRole.ADAPTER_STATE, self.opening.codecs
+        torch_device, dtype = self.torch_device_of(group), self.base.dtype
         # Copies: what came is a view of its frame.
-        tensors = [from_wire(each, self.codecs, role, torch_device, dtype).clone() for each in state]
+        tensors = [from_wire(each, codecs, role, torch_device, dtype).clone() for each in state]
         self.sites.append(SITE_KINDS[self.adapter.kind].site(self.adapter, group, tensors))
 
     def torch_device_of(self, group: GroupSpec) -> torch.device:
@@ -107,8 +115,9 @@ class MicroBatchRun:
         self, sites: Sites, begun: m.Embeddings, live_groups: LiveGroups, *, max_tokens: int, packs: bool
     ) -> None:
         self.key: Key = (begun.step, begun.micro_batch)
+        self._codecs = sites.opening.codecs_of(begun.mode)
         self.layout: Layout = lay_out(
-            from_wire(begun.hidden_states, sites.codecs, TensorRole.EMBEDDINGS, sites.base.device, sites.base.dtype),
+            from_wire(begun.hidden_states, self._codecs, TensorRole.EMBEDDINGS, sites.base.device, sites.base.dtype),
             torch.from_numpy(begun.sequence_lengths.data).long(),
             may_pack=packs,
             max_tokens=max_tokens,
@@ -140,10 +149,10 @@ class MicroBatchRun:
     def run(self, device: DeviceMessages) -> None:
         """Forward, and backward where it trains. Raises what ``device`` does, and ``NonFiniteError``."""
         if self._mode == "basis":
-            self._run_basis(_Channel(self._sites, self.key, device))
+            self._run_basis(_Channel(self._sites, self._codecs, self.key, device))
             return
         sites, (live, trained) = self._sites, self._live_groups
-        channel = _Channel(sites, self.key, device)
+        channel = _Channel(sites, self._codecs, self.key, device)
         exchange = MicroBatchExchange(
             channel, sites.base, sites.groups, sites.sites, live=live, trained=trained, rows=self._crossing
         )
@@ -176,8 +185,9 @@ class MicroBatchRun:
 class _Channel:
     """Tensors of a micro-batch to messages and back; a ``Channel`` for its exchange."""
 
-    def __init__(self, sites: Sites, key: Key, device: DeviceMessages) -> None:
+    def __init__(self, sites: Sites, codecs: Codecs, key: Key, device: DeviceMessages) -> None:
         self._sites = sites
+        self._codecs = codecs
         self._step, self._micro_batch = key
         self._device = device
         self._input_grads: dict[int, WireTensor] = {}  # that came while another was waited for
@@ -222,7 +232,7 @@ class _Channel:
         return message
 
     def _to_wire(self, tensor: Tensor, role: TensorRole) -> WireTensor:
-        return to_wire(tensor, self._sites.codecs, role)
+        return to_wire(tensor, self._codecs, role)
 
     def _from_wire(self, tensor: WireTensor, role: TensorRole, torch_device: torch.device) -> Tensor:
-        return from_wire(tensor, self._sites.codecs, role, torch_device, self._sites.base.dtype)
+        return from_wire(tensor, self._codecs, role, torch_device, self._sites.base.dtype)

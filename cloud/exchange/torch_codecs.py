@@ -9,7 +9,7 @@ from typing import Final, Protocol
 import torch
 
 from dlora.protocol.errors import NonFiniteError
-from dlora.protocol.tensors import WireTensor, fp16_exponent
+from dlora.protocol.tensors import SCALE_BYTES, WireTensor, fp16_exponent
 from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 # Decoded frames are read-only views, and nobody here writes into them; torch warns all the same.
@@ -49,7 +49,24 @@ class _Fp16:
         return values.to(dtype)
 
 
-TORCH_CODECS: Final[dict[str, TorchCodec]] = {"fp32": _Fp32(), "fp16": _Fp16()}
+class _Int8:
+    def encode(self, values: torch.Tensor) -> WireTensor:
+        finite_peak(values)
+        peaks = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
+        scales = (peaks / 127).clamp_min(1e-30)
+        upper = (scales.view(torch.int32) + 0xFFFF) >> 16
+        integers = torch.round(values / (upper << 16).view(torch.float32)).to(torch.int8)
+        stored = torch.cat([integers.view(torch.uint8), upper.to(torch.int16).view(torch.uint8)], 1)
+        return WireTensor("int8", stored.cpu().contiguous().numpy())
+
+    def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        stored = torch.from_numpy(tensor.data).to(torch_device)
+        integers = stored[:, :-SCALE_BYTES].view(torch.int8).to(torch.float32)
+        upper = stored[:, -SCALE_BYTES:].contiguous().view(torch.int16).to(torch.int32)
+        return (integers * (upper << 16).view(torch.float32)).to(dtype)
+
+
+TORCH_CODECS: Final[dict[str, TorchCodec]] = {"int8": _Int8(), "fp16": _Fp16(), "fp32": _Fp32()}
 """By the names of ``dlora.protocol.wire_codecs.CODECS``."""
 
 

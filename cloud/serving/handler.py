@@ -231,6 +231,7 @@ def opening_limit(base: BaseModel) -> int:
         groups=groups,
         adapter=AdapterSpec(),
         codecs=Codecs.all("fp32"),
+        evaluation_codecs=Codecs.all("fp32"),
         purpose=m.Train(kill_revive=every, seed=0, total_steps=0, ticket=bytes(ticket_bytes(len(units)))),
     )
     return len(encode(largest)) + OPENING_SPARE_BYTES

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dlora.edge.choices import EngineChoice, TooLong
-from dlora.protocol.choices import WireDtype
 from dlora.protocol.limits import MAX_THREADS
 
 from .output import warn
@@ -29,7 +28,10 @@ MaxLengthOption = Annotated[
 ]
 TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: error, truncate or skip them.")]
 ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
-WireDtypeOption = Annotated[WireDtype, typer.Option(help="Precision on the wire: fp16 or fp32.")]
+WireDtypeOption = Annotated[
+    str,
+    typer.Option(help="Precision on the wire: int8, fp16 or fp32; and others for some roles: int8,embeddings=fp16."),
+]
 ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0, max=MAX_THREADS)]
 EngineOption = Annotated[
     EngineChoice,

@@ -27,6 +27,7 @@ from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups, number_ranges
+from dlora.protocol.wire_codecs import Codecs
 
 from .adapter_settings import blocks_of, choose_adapters, parse_numbers, target_modules_of
 
@@ -101,7 +102,8 @@ def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
 
 
 def _check(settings: RunSettings) -> None:
-    """Raise ``UsageError`` for options that cannot go together."""
+    """Raise ``UsageError`` for options that cannot be, or cannot go together."""
+    Codecs.parse(settings.wire_dtype)
     if settings.alpha is not None and not 0 < settings.alpha < math.inf:
         raise UsageError("--alpha must be above 0")
     if settings.eval_data is None:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.model.split import SplitModel
     from dlora.edge.wire.credentials import Credentials
-    from dlora.protocol.choices import WireDtype
 
 
 @with_groups
@@ -59,8 +58,10 @@ def evaluate(
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.run.display import Display
     from dlora.edge.run.plan import data_line
+    from dlora.protocol.wire_codecs import Codecs
 
     display = Display(json_output=json_output)
+    Codecs.parse(wire_dtype)  # before data is read
     credentials = credential_options.load()
     opened = Bundle.open(bundle)
     fields = parse_columns(columns) if columns else None
@@ -110,7 +111,7 @@ def _open_model(
     bundle: Bundle,
     server: str,
     adapter: Path | None,
-    wire_dtype: WireDtype,
+    wire_dtype: str,
     threads: int,
     engine: EngineChoice,
     credentials: Credentials,

@@ -35,7 +35,6 @@ class DeviceParts:
     head: Head
     adapters: AdapterSet
     compute: AdapterCompute
-    codecs: Codecs
     head_seconds: float = 0.0
 
 
@@ -44,7 +43,7 @@ class MicroBatchRun:
 
     Args:
         send: sends a message to the server.
-        mode: what it is for.
+        mode: what it is for; codecs: how its tensors cross.
         grad_scale: what the loss's gradient is multiplied with, where there is one.
 
     Attributes:
@@ -63,6 +62,7 @@ class MicroBatchRun:
         send: Callable[[m.AnyMessage], None],
         *,
         mode: m.Mode,
+        codecs: Codecs,
         grad_scale: float = 0.0,
     ) -> None:
         self.key = key
@@ -76,6 +76,7 @@ class MicroBatchRun:
         self._step, self._micro_batch = key
         self._send = send
         self._mode = mode
+        self._codecs = codecs
         self._grad_scale = grad_scale
         self._saved: dict[int, Saved] = {}
         self._to_come = 0
@@ -156,4 +157,4 @@ class MicroBatchRun:
         self.is_finished = not self._to_come
 
     def _to_wire(self, values: FloatArray, role: TensorRole) -> WireTensor:
-        return self._parts.codecs.of(role).encode(np.asarray(values))
+        return self._codecs.of(role).encode(np.asarray(values))

@@ -16,7 +16,6 @@ from dlora.protocol import messages as m
 from dlora.protocol.errors import DataError, RemoteProtocolError
 from dlora.protocol.micro_batch import Key
 from dlora.protocol.tensors import FloatArray
-from dlora.protocol.wire_codecs import Codecs
 
 from .ends import Embedding, Head, LongArray
 from .micro_batch import DeviceParts, MicroBatchRun
@@ -26,14 +25,12 @@ from .session import ModelSession
 class SplitModel:
     """Forward, backward and evaluation of micro-batches."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, session: ModelSession, *, codecs: Codecs) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, session: ModelSession) -> None:
         self.session = session
         self.connection = session.connection
         self.adapters = session.adapters
         self._compute = AdapterCompute(engine, session.adapters)
-        self._parts = DeviceParts(
-            Embedding(bundle, engine), Head(bundle, engine), session.adapters, self._compute, codecs
-        )
+        self._parts = DeviceParts(Embedding(bundle, engine), Head(bundle, engine), session.adapters, self._compute)
         self._evaluated = 0
 
     @property
@@ -51,7 +48,7 @@ class SplitModel:
         ``SessionLostError`` where the whole step must be run again: the server knows nothing of it any more.
         """
         runs = deque(
-            MicroBatchRun(self._parts, batch, (step, index), self.connection.send, mode="train", grad_scale=grad_scale)
+            self._micro_batch(batch, (step, index), "train", grad_scale)
             for index, batch in enumerate(batches)
         )
         parameters = self.adapters.parameters()
@@ -70,8 +67,7 @@ class SplitModel:
         """
         for batch in batches:
             for part in self.cut(batch):
-                key, grad_scale = self._next_key(), 1.0 / len(part.labels)
-                run = MicroBatchRun(self._parts, part, key, self.connection.send, mode="basis", grad_scale=grad_scale)
+                run = self._micro_batch(part, self._next_key(), "basis", grad_scale=1.0 / len(part.labels))
                 for _ in self._run_all(deque([run])):
                     pass
 
@@ -106,13 +102,18 @@ class SplitModel:
         def attempt() -> FloatArray:
             # Anew for each session: another server may take less at once.
             runs = deque(
-                MicroBatchRun(self._parts, part, self._next_key(), self.connection.send, mode="evaluate")
-                for part in self.cut(batch)
+                self._micro_batch(part, self._next_key(), "evaluate") for part in self.cut(batch)
             )
             found = [run.hidden_states for run in self._run_all(runs) if run.hidden_states is not None]
             return found[0] if len(found) == 1 else np.concatenate(found)
 
         return self.session.run(attempt)
+
+    def _micro_batch(self, batch: MicroBatch, key: Key, mode: m.Mode, grad_scale: float = 0.0) -> MicroBatchRun:
+        opening, send = self.connection.session.opened_with, self.connection.send
+        assert opening is not None
+        codecs = opening.codecs_of(mode)
+        return MicroBatchRun(self._parts, batch, key, send, mode=mode, codecs=codecs, grad_scale=grad_scale)
 
     def _next_key(self) -> Key:
         self._evaluated = (self._evaluated + 1) % 2**31

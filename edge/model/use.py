@@ -20,7 +20,6 @@ from dlora.edge.wire.connection import Connection
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import DataError, NonFiniteError, RemoteProtocolError
 from dlora.protocol.targets import groups_of
 from dlora.protocol.wire_codecs import Codecs
@@ -45,6 +44,7 @@ class UseSession(ModelSession):
             groups=self.adapters.group_specs,
             adapter=self.adapters.adapter_spec,
             codecs=self._codecs,
+            evaluation_codecs=self._codecs,
             purpose=m.Use(),
         )
 
@@ -67,7 +67,7 @@ def open_model(
     server: str,
     adapter: Path | None,
     *,
-    wire_dtype: WireDtype,
+    wire_dtype: str,
     threads: int = 0,
     engine: EngineChoice = "auto",
     connecting: ConnectSettings | None = None,
@@ -84,12 +84,12 @@ def open_model(
     adapters = AdapterSet.create(spec, groups, scaling=scaling, seed=(0,), unit="group", kill_every=1)
     if loaded is not None:
         load_weights(adapters, loaded)
-    loaded_engine, codecs = make_engine(bundle, engine, threads), Codecs.all(wire_dtype)
+    loaded_engine, codecs = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype)
     with interrupts.raise_on_signal(), _name_adapter_in_error(), Connection(server, connecting) as connection:
         check_base_model(bundle, connection.welcome)
         session = UseSession(connection, adapters, codecs, base_fingerprint=manifest.base_model.fingerprint)
         session.open()
-        yield SplitModel(bundle, loaded_engine, session, codecs=codecs)
+        yield SplitModel(bundle, loaded_engine, session)
 
 
 @contextmanager

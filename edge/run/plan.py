@@ -16,7 +16,7 @@ from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import module_names, number_ranges
 from dlora.protocol.traffic import adapter_state_traffic, basis_traffic, micro_batch_traffic
-from dlora.protocol.wire_codecs import Codecs, TensorRole
+from dlora.protocol.wire_codecs import TensorRole
 
 _SAMPLES: Final = 1000
 # benchmarks/kill_revive.py on Banking77, two seeds; docs/experiments.md has the table.
@@ -128,7 +128,7 @@ def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_
 
 def set_up_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:
     """What setting up what the server keeps will put on the wire, in MB of 10**6 bytes: nothing for ``lora``."""
-    codecs, groups, kind = Codecs.all(config.wire_dtype), config.groups(manifest), kind_of(config.adapter)
+    codecs, groups, kind = config.codecs, config.groups(manifest), kind_of(config.adapter)
     codec = codecs.of(TensorRole.ADAPTER_STATE)
     sizes = [
         [codec.nbytes(*shape) for shape in kind.state_shapes(config.adapter, group)]
@@ -189,7 +189,7 @@ def _mean_bytes(
         "labelled": max(1, round(share * dataset.labelled / len(dataset))),
         "embedding_size": manifest.base_model.embedding_size,
         "hidden_size": manifest.base_model.hidden_size,
-        "codecs": Codecs.all(config.wire_dtype),
+        "codecs": config.codecs if trains else config.codecs.for_evaluation(),
     }
     if is_basis:
         traffic = basis_traffic(**mean_micro_batch)

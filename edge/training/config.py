@@ -10,12 +10,13 @@ import msgspec
 
 from dlora.edge.seeds import Seed
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.choices import Basis, WireDtype
+from dlora.protocol.choices import Basis
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups
+from dlora.protocol.wire_codecs import Codecs
 
 from .optimizer import OptimizerConfig
 
@@ -31,6 +32,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
         kind: of the adapters, a name of ``dlora.protocol.adapters.KINDS``.
         basis: what a server makes its part of them from; basis_steps: the gradient's, of so many steps' data.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
+        wire_dtype: as ``Codecs.parse`` reads it; evaluations cross as ``for_evaluation`` says.
         target_modules, blocks: which modules get adapters, as ``choose_groups`` reads them; empty: the bundle's
             default, and all blocks.
     """
@@ -47,7 +49,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_alpha: float
     target_modules: tuple[str, ...] = ()
     blocks: tuple[int, ...] = ()
-    wire_dtype: WireDtype
+    wire_dtype: str
     optimizer: OptimizerConfig
     kill_revive: KillReviveConfig
 
@@ -55,6 +57,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     def adapter(self) -> AdapterSpec:
         """The adapters of every exchange group."""
         return AdapterSpec(kind=self.kind, r=self.rank)
+
+    @property
+    def codecs(self) -> Codecs:
+        """How tensors cross. Raises ``UsageError``."""
+        return Codecs.parse(self.wire_dtype)
 
     @property
     def scaling(self) -> float:

@@ -11,7 +11,6 @@ from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
 from dlora.protocol.errors import CheckpointError, RemoteProtocolError, SessionLostError
 from dlora.protocol.tensors import ByteArray, FloatArray, WireTensor
-from dlora.protocol.wire_codecs import Codecs
 
 from .config import TrainConfig
 
@@ -55,7 +54,8 @@ class TrainSession(ModelSession):
             base_fingerprint=self._base_fingerprint,
             groups=self.adapters.group_specs,
             adapter=self.adapters.adapter_spec,
-            codecs=Codecs.all(config.wire_dtype),
+            codecs=config.codecs,
+            evaluation_codecs=config.codecs.for_evaluation(),
             purpose=m.Train(
                 kill_revive=config.kill_revive,
                 seed=seed_for_server(config.seed),

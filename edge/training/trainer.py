@@ -25,7 +25,6 @@ from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import CheckpointError, DataError, DloraError, NonFiniteError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import FloatArray
-from dlora.protocol.wire_codecs import Codecs
 
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import RunIdentity, TrainConfig, check_identity, check_units
@@ -111,7 +110,7 @@ class Trainer:
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
         self._scorer = Scorer(config.kill_revive.score)
-        self.model = SplitModel(bundle, engine, self.session, codecs=Codecs.all(config.wire_dtype))
+        self.model = SplitModel(bundle, engine, self.session)
         self._check_limits()
         if config.basis == "gradient":
             self.session.basis_pass = self._run_basis_pass
