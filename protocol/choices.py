@@ -10,6 +10,9 @@ WireDtype = Literal["int8", "fp16", "fp32"]
 KindChoice = Literal["lora", "bottleneck", "ffa"]
 """Kinds of adapters, by the names of ``adapters.KINDS``."""
 
+Adapt = Literal["all", "answer"]
+"""Where adapters act: at all tokens, or from the beginning of the answer on."""
+
 Basis = Literal["gradient", "weights", "random"]
 """What the frozen A and B of bottleneck adapters are: singular vectors of the base model's gradient on some of the
 data, or of its weights; or drawn at random."""

@@ -239,7 +239,7 @@ class Embeddings(ExchangeMessage, frozen=True):
         sequence_lengths: int32 (sequences,), summing to tokens.
         label_positions: int32 (labelled,), ascending rows of the packed tokens whose last hidden state E wants.
         crossing_positions: int32 (rows,), ascending rows of the packed tokens at which adapters act: only these cross
-            at each group. None: all tokens.
+            at each group, and there may be none. None: all tokens.
         examples: int32 (sequences,), numbers that E gives its examples, where C is to know one again.
     """
 

@@ -186,6 +186,8 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
         limit = welcome.max_sequence_length
         raise ViolationError(f"a sequence of {lengths.max()} tokens; at most {limit} fit", m.ErrorCode.LIMIT)
     _check_positions(message.label_positions, tokens, "label positions")
+    if not message.label_positions.shape[0]:
+        raise ViolationError("no label positions")
     if message.crossing_positions is not None:
         _check_positions(message.crossing_positions, tokens, "crossing positions")
     if message.examples is not None:
@@ -195,5 +197,7 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
 def _check_positions(tensor: WireTensor, tokens: int, name: str) -> None:
     check_tensor(tensor, "int32", (None,))
     positions = tensor.data
-    if not positions.size or positions[0] < 0 or positions[-1] >= tokens or (positions[1:] <= positions[:-1]).any():
+    if not positions.size:
+        return
+    if positions[0] < 0 or positions[-1] >= tokens or (positions[1:] <= positions[:-1]).any():
         raise ViolationError(f"{name} that are not ascending rows of the tokens")

@@ -80,7 +80,14 @@ def micro_batch_traffic(
 
 
 def basis_traffic(
-    *, tokens: int, sequences: int, labelled: int, embedding_size: int, hidden_size: int, codecs: Codecs
+    *,
+    tokens: int,
+    sequences: int,
+    labelled: int,
+    embedding_size: int,
+    hidden_size: int,
+    codecs: Codecs,
+    rows: int | None = None,
 ) -> Traffic:
     """The traffic of one micro-batch of the mode ``basis``: no group exchanges, and the loss's gradient goes back."""
 
@@ -88,6 +95,8 @@ def basis_traffic(
         return codecs.of(role).nbytes(rows, width)
 
     embeddings = [nbytes(TensorRole.EMBEDDINGS, tokens, embedding_size), sequences * 4, labelled * 4]
+    if rows is not None:
+        embeddings.append(rows * 4)
     up = frame_bytes(1, embeddings)
     up += frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES_GRAD, labelled, hidden_size)])
     down = frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES, labelled, hidden_size)])

@@ -22,11 +22,11 @@ from torch import Tensor
 from waiting import eventually
 
 from dlora.cloud.door.quotas import QuotaLimits, SessionQuota
-from dlora.cloud.exchange.kinds import SITE_KINDS, Site
+from dlora.cloud.exchange.kinds import SITE_KINDS, MadeFrom, Site
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.transport import DeviceGoneError
 from dlora.edge.adapters.kind import Factors, GroupAdapters, LoadGraph, Parameter
-from dlora.edge.adapters.units import DEVICE_KINDS
+from dlora.edge.adapters.units import DEVICE_KINDS, AdapterSet
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.model.session import ModelSession
@@ -53,6 +53,7 @@ class CoreKind:
     """For both sides: widths and shapes."""
 
     name = "core"
+    server_makes_state = True
 
     def check(self, spec: AdapterSpec) -> None:
         pass
@@ -86,7 +87,7 @@ class ServersCore:
     def __init__(self) -> None:
         self.made = 0
 
-    def make_state(self, spec: AdapterSpec, group: GroupSpec, base: BaseModel) -> Sequence[Tensor]:
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> Sequence[Tensor]:
         self.made += 1
         shapes = kind_of(spec).state_shapes(spec, group)
         return [torch.randn(shape) / shape[0] ** 0.5 for shape in shapes]
@@ -132,8 +133,12 @@ class DevicesCore:
     ) -> GroupAdapters:
         return CoreGroup(group.targets[0].name)
 
-    def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
-        return np.arange(0, len(batch.ids), 2, dtype=np.int32)
+    def draw_state(self, spec: AdapterSpec, group: GroupSpec, random: np.random.Generator) -> tuple[FloatArray, ...]:
+        raise NotImplementedError
+
+
+def every_second_row(adapters: AdapterSet, batch: MicroBatch) -> IntArray:
+    return np.arange(0, len(batch.ids), 2, dtype=np.int32)
 
 
 # -- the tests ---------------------------------------------------------------------------------------------
@@ -146,6 +151,7 @@ def servers_core(monkeypatch: pytest.MonkeyPatch) -> ServersCore:
     monkeypatch.setitem(KINDS, "core", CoreKind())
     monkeypatch.setitem(SITE_KINDS, "core", made)
     monkeypatch.setitem(DEVICE_KINDS, "core", DevicesCore())
+    monkeypatch.setattr(AdapterSet, "crossing_positions", every_second_row)
     return made
 
 
@@ -160,7 +166,7 @@ def base(tiny: TinyFactory) -> BaseModel:
 
 
 def run_of_cores(**changes: Any) -> TrainConfig:
-    return config(kind="core", rank=COLUMNS, **{"optimizer": {"lr": 3e-2}, **changes})
+    return config(kind="core", basis="weights", rank=COLUMNS, **{"optimizer": {"lr": 3e-2}, **changes})
 
 
 KILLING = {

@@ -24,9 +24,13 @@ class BasisExchange:
 
     Args:
         sketches: one a group.
+        rows: int64 (rows,), where each row at which adapters act lies in the flattened padded batch; None: all.
     """
 
-    def __init__(self, base: BaseModel, groups: Sequence[GroupSpec], sketches: Sequence[GroupSketch]) -> None:
+    def __init__(
+        self, base: BaseModel, groups: Sequence[GroupSpec], sketches: Sequence[GroupSketch], rows: Tensor | None
+    ) -> None:
+        self.rows = rows
         self._base = base
         self._places = {name: (sketch, first) for name, sketch, first in _places(groups, sketches)}
 
@@ -38,7 +42,7 @@ class BasisExchange:
         output = original_forward(self._base, name)(x)
         # The anchor begins the graph at the lowest group: nothing below it needs a gradient.
         anchor = torch.ones((), requires_grad=True)
-        sketched: Tensor = _Sketched.apply(output, x.detach(), anchor, sketch, first)  # type: ignore[no-untyped-call]
+        sketched: Tensor = _Sketched.apply(output, x.detach(), anchor, self, sketch, first)  # type: ignore[no-untyped-call]
         return sketched
 
     def forget(self) -> None:
@@ -58,12 +62,17 @@ class _Sketched(torch.autograd.Function):
     """A target module's output as it is; its backward adds to a sketch, and hands the gradient on."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, sketch: GroupSketch, first: int) -> Tensor:
-        ctx.x, ctx.sketch, ctx.first = x, sketch, first
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, exchange: BasisExchange, sketch: GroupSketch, first: int
+    ) -> Tensor:
+        ctx.x, ctx.exchange, ctx.sketch, ctx.first = x, exchange, sketch, first
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, ctx.x = ctx.x, None
-        ctx.sketch.add(x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), ctx.first)
-        return grad, None, None, None, None
+        flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad)]
+        if ctx.exchange.rows is not None:
+            flat = [tensor.index_select(0, ctx.exchange.rows) for tensor in flat]
+        ctx.sketch.add(*flat, ctx.first)
+        return grad, None, None, None, None, None

@@ -165,7 +165,7 @@ class MicroBatchRun:
         """The base model alone, forward and backward: its gradients go into the sketches."""
         sites = self._sites
         sketches = [sketch for sketch in sites.sketches if sketch is not None]
-        labelled = self._run_blocks(BasisExchange(sites.base, sites.groups, sketches))
+        labelled = self._run_blocks(BasisExchange(sites.base, sites.groups, sketches, self._crossing))
         channel.send_labelled(labelled, 0)
         labelled.backward(channel.receive_labelled_grad(labelled))
 

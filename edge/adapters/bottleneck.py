@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dlora.edge.data.batches import MicroBatch
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.manifest import core_key
-from dlora.protocol.tensors import FloatArray, IntArray
+from dlora.protocol.tensors import FloatArray
 
 from .core import Core
 from .kind import Factors, GroupAdapters, LoadGraph, Parameter
@@ -81,6 +80,3 @@ class Bottleneck:
         lora_a = np.linalg.qr(random.standard_normal((group.in_features, spec.r)))[0].T
         lora_b = np.linalg.qr(random.standard_normal((group.out_features, spec.r)))[0]
         return np.ascontiguousarray(lora_a, np.float32), np.ascontiguousarray(lora_b, np.float32)
-
-    def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
-        return None

@@ -28,11 +28,20 @@ def check_base_model(bundle: Bundle, welcome: m.Welcome) -> None:
         )
 
 
-def load_weights(adapters: AdapterSet, loaded: LoadedAdapter) -> None:
+def load_weights(adapters: AdapterSet, loaded: LoadedAdapter, invocation: tuple[int, ...]) -> None:
     """Put a saved adapter's weights in; modules that it lacks keep their start, whose delta is zero.
 
     Raises ``CheckpointError`` where it does not fit. A saved scaling other than this run's is folded into B.
+
+    Args:
+        invocation: the tokens from which on ``adapters`` act; none: everywhere.
     """
+    if loaded.invocation != invocation:
+        where = "everywhere; train with --adapt all" if not loaded.invocation else (
+            f"from its own invocation on (tokens {', '.join(map(str, loaded.invocation))}); train with --adapt answer, "
+            "on data whose answers begin so"
+        )
+        raise CheckpointError(f"the adapter acts {where}")
     spec, parts = adapters.adapter_spec, loaded.parts
     widths = {
         target.name: (group.in_features, target.out_features)

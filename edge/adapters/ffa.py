@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dlora.edge.data.batches import MicroBatch
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import core_key
-from dlora.protocol.tensors import FloatArray, IntArray
+from dlora.protocol.tensors import FloatArray
 
 from .core import Core
 from .kind import Factors, GroupAdapters, LoadGraph, Parameter
@@ -87,6 +86,3 @@ class Ffa:
     def draw_state(self, spec: AdapterSpec, group: GroupSpec, random: np.random.Generator) -> tuple[FloatArray, ...]:
         bound = group.in_features**-0.5
         return (random.uniform(-bound, bound, (spec.r, group.in_features)).astype(np.float32),)
-
-    def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
-        return None

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.engine import Graph
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec
-from dlora.protocol.tensors import FloatArray, IntArray
+from dlora.protocol.tensors import FloatArray
 
 LoadGraph = Callable[[str, str], Graph]
 """A graph by kind and key, loaded once."""
@@ -174,6 +173,3 @@ class DeviceKind(Protocol):
 
     def draw_state(self, spec: AdapterSpec, group: GroupSpec, random: np.random.Generator) -> tuple[FloatArray, ...]:
         """What the server is to keep of a group, drawn here: of the kind's ``state_shapes``."""
-
-    def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
-        """The rows of a micro-batch's packed tokens at which adapters act, int32 ascending; None: all of them."""

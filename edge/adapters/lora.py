@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.engine import Array, Graph, scalar
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import adapter_key
-from dlora.protocol.tensors import FloatArray, IntArray
+from dlora.protocol.tensors import FloatArray
 
 from .kind import Factors, GroupAdapters, LoadGraph, Parameter
 
@@ -145,6 +144,3 @@ class Lora:
 
     def draw_state(self, spec: AdapterSpec, group: GroupSpec, random: np.random.Generator) -> tuple[FloatArray, ...]:
         return ()
-
-    def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
-        return None

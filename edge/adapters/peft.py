@@ -31,6 +31,7 @@ CARD_NAME: Final = "README.md"
 _PREFIX: Final = "base_model.model."
 _MAX_NUMBER: Final = 2**31
 _MAX_NAME: Final = 256
+_MAX_INVOCATION: Final = 256
 _MAX_CONFIG_BYTES: Final = 16 << 20
 # PEFT writes a pattern a module where ranks differ: 900 modules have the largest of models that are not mixtures.
 _MAX_PATTERNS: Final = 4096
@@ -48,7 +49,6 @@ _UNSUPPORTED: Final = {
     "trainable_token_indices": "trained tokens (trainable_token_indices)",
     "target_parameters": "targets that are parameters (target_parameters)",
     "layer_replication": "replicated layers (layer_replication)",
-    "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
@@ -79,6 +79,7 @@ class LoadedAdapter:
         scaling: by module name, what ``lora_B @ lora_A`` is multiplied by.
         modules: by module name.
         parts: what it was trained as, where that is another kind than ``lora``.
+        invocation: the tokens from which on it acts (activated LoRA); none: everywhere.
     """
 
     r: int
@@ -87,6 +88,7 @@ class LoadedAdapter:
     modules: dict[str, SavedModule]
     base_model_name: str | None
     parts: Parts | None = None
+    invocation: tuple[int, ...] = ()
 
 
 def save_adapter(
@@ -99,6 +101,7 @@ def save_adapter(
     target_modules: Sequence[str] = (),
     fan_in_fan_out: bool = False,
     parts: Parts | None = None,
+    invocation: tuple[int, ...] = (),
 ) -> None:
     """Write an adapter that ``PeftModel.from_pretrained`` loads.
 
@@ -107,6 +110,7 @@ def save_adapter(
         target_modules: what the user asked for, for the model card; the configuration names ``modules``.
         fan_in_fan_out: whether the targets are ``Conv1D`` (GPT-2).
         parts: what it was trained as, where that is another kind than ``lora``.
+        invocation: the tokens from which on it acts; none: everywhere.
 
     The two files cannot change at one instant, so for the moment between, the configuration names the old and
     the new modules: PEFT gives those without weights a B of zero, and the adapter is wholly the old or the new.
@@ -125,6 +129,7 @@ def save_adapter(
         lora_alpha=lora_alpha,
         base_model_name=base_model_name,
         fan_in_fan_out=fan_in_fan_out,
+        invocation=invocation,
     )
     tensors = {}
     for module in modules:
@@ -147,7 +152,7 @@ def save_adapter(
     write_atomically(weights_path, weights)
     write_atomically(config_path, _json(config))
     save_parts(directory, parts, weights)
-    card = _model_card(modules, r, lora_alpha, base_model_name, target_modules)
+    card = _model_card(modules, r, lora_alpha, base_model_name, target_modules, acts_on_answers=bool(invocation))
     write_atomically(directory / CARD_NAME, card.encode())
 
 
@@ -176,17 +181,24 @@ def load_adapter(directory: Path) -> LoadedAdapter:
         module_alpha = alpha if pattern is None else _number(directory, config["alpha_pattern"], pattern)
         scaling[name] = module_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         modules[name] = SavedModule(name, a, b)
+    invocation = _invocation(directory, config)
     base = config.get("base_model_name_or_path")
     with storage_errors(directory / WEIGHTS_NAME):
         parts = load_parts(directory, (directory / WEIGHTS_NAME).read_bytes())
-    return LoadedAdapter(r, alpha, scaling, modules, base if isinstance(base, str) else None, parts)
+    return LoadedAdapter(r, alpha, scaling, modules, base if isinstance(base, str) else None, parts, invocation)
 
 
 def _config(
-    names: list[str], *, r: int, lora_alpha: float, base_model_name: str, fan_in_fan_out: bool
+    names: list[str],
+    *,
+    r: int,
+    lora_alpha: float,
+    base_model_name: str,
+    fan_in_fan_out: bool,
+    invocation: tuple[int, ...],
 ) -> dict[str, Any]:
     # Defaults of whatever PEFT reads this are right for all else; keys that some version lacks would make it warn.
-    return {
+    return ({"alora_invocation_tokens": list(invocation)} if invocation else {}) | {
         "base_model_name_or_path": base_model_name,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
@@ -296,6 +308,14 @@ def _number(directory: Path, config: Mapping[str, Any], key: str) -> float:
     return value
 
 
+def _invocation(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    found = config.get("alora_invocation_tokens") or []
+    is_right = isinstance(found, list) and len(found) <= _MAX_INVOCATION
+    if not is_right or not all(type(token) is int and 0 <= token < _MAX_NUMBER for token in found):
+        raise CheckpointError(f"{directory}: alora_invocation_tokens in {CONFIG_NAME} must be some token ids")
+    return tuple(found)
+
+
 def _rank(directory: Path, config: Mapping[str, Any], key: str) -> int:
     value = _number(directory, config, key)
     if value != int(value):
@@ -353,8 +373,20 @@ def _is_slow(pattern: str) -> bool:
 
 
 def _model_card(
-    modules: Sequence[SavedModule], r: int, lora_alpha: float, base_model_name: str, target_modules: Sequence[str]
+    modules: Sequence[SavedModule],
+    r: int,
+    lora_alpha: float,
+    base_model_name: str,
+    target_modules: Sequence[str],
+    *,
+    acts_on_answers: bool,
 ) -> str:
+    about = ""
+    if acts_on_answers:
+        about = """
+It is an activated LoRA: it acts from the beginning of the answer on (`alora_invocation_tokens`), and the prompt is the
+base model's own. PEFT 0.18 or newer loads it so, and cannot merge it into the base model.
+"""
     asked = f" of the target modules {', '.join(target_modules)}" if target_modules else ""
     base = msgspec.json.encode(base_model_name).decode()
     return f"""---
@@ -366,7 +398,7 @@ tags: [lora, dlora]
 # LoRA adapter
 
 Made with dlora for `{base_model_name}`: rank {r}, alpha {lora_alpha:g}, {len(modules)} modules{asked}.
-
+{about}
 ```python
 from peft import PeftModel
 

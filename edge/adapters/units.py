@@ -150,7 +150,7 @@ class AdapterSet:
 
     def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
         """The rows of a micro-batch's tokens at which adapters act; None: all of them."""
-        return DEVICE_KINDS[self.adapter_spec.kind].crossing_positions(batch)
+        return batch.crossing_positions
 
     def zero_grad(self) -> None:
         for parameter in self.parameters().values():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from dlora.edge.data.invocation import find_invocation
 from dlora.edge.run.run_file import RunSettings
 from dlora.edge.training.defaults import DEFAULTS, default_alpha, default_rank, default_target_modules
 from dlora.protocol.choices import KindChoice
@@ -18,6 +20,7 @@ from dlora.protocol.targets import choose_groups, groups_of, last_blocks, number
 
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
+    from dlora.edge.data.examples import Dataset
 
 _COUNTED: Final = {"spread": spread_blocks, "last": last_blocks}
 
@@ -37,6 +40,7 @@ def choose_adapters(settings: RunSettings, manifest: Manifest) -> RunSettings:
         settings,
         kind=kind,
         lr=defaults.lr if settings.lr is None else settings.lr,
+        wire_dtype=settings.wire_dtype or defaults.wire_dtype,
         target_modules=",".join(target_modules_of(settings) or default_target_modules(kind, manifest)),
     )
     blocks = settings.blocks
@@ -51,6 +55,34 @@ def choose_adapters(settings: RunSettings, manifest: Manifest) -> RunSettings:
         rank = parts.r if parts is not None and parts.kind == kind else default_rank(kind, manifest, groups)
     alpha = default_alpha(kind, manifest, rank) if settings.alpha is None else settings.alpha
     return msgspec.structs.replace(settings, rank=rank, alpha=alpha)
+
+
+def choose_where_adapters_act(
+    settings: RunSettings, datasets: Sequence[Dataset], say: Callable[[str], None]
+) -> tuple[RunSettings, tuple[int, ...], list[Dataset]]:
+    """``settings`` with what ``--adapt`` is, the invocation, and the data as it is trained on.
+
+    The first of ``datasets`` is trained on. Raises ``UsageError`` where ``--adapt answer`` was asked for and its data
+    have no invocation.
+    """
+    assert settings.kind is not None
+    adapt = settings.adapt or DEFAULTS[settings.kind].adapt
+    if adapt == "all":
+        return msgspec.structs.replace(settings, adapt=adapt), (), list(datasets)
+    cut = [dataset.one_answer_each() for dataset in datasets]
+    try:
+        invocation = find_invocation(cut[0])
+    except UsageError:
+        if settings.adapt is not None:
+            raise
+        return msgspec.structs.replace(settings, adapt="all"), (), list(datasets)
+    if len(cut[0]) > len(datasets[0]):
+        say(f"each answer is an example of its own: {len(cut[0]):,} of {len(datasets[0]):,} conversations")
+    say(
+        f"adapters act from the {len(invocation)} tokens on that begin an answer (activated LoRA): PEFT loads them so, "
+        "and cannot merge them into the base model; --adapt all gives some that can be merged"
+    )
+    return msgspec.structs.replace(settings, adapt=adapt), invocation, cut
 
 
 def target_modules_of(settings: RunSettings) -> tuple[str, ...]:

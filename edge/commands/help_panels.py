@@ -14,7 +14,7 @@ PANELS: Final = {
         "epochs", "steps", "batch_size", "grad_accum", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm",
         "seed",
     ),
-    "Adapters": ("kind", "rank", "alpha", "target_modules", "blocks", "basis", "basis_steps", "init_adapter"),
+    "Adapters": ("kind", "rank", "alpha", "target_modules", "blocks", "adapt", "basis", "basis_steps", "init_adapter"),
     "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience"),
     "Connection": (
         "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "max_retry_s", "exchange_timeout_s",
@@ -25,7 +25,7 @@ PANELS: Final = {
 KR_SWITCHES: Final = f"{KR}, on or off"
 METAVARS: Final = {
     "kr_score": "SCORE", "kr_on_kill": "STATE", "schedule": "SHAPE", "engine": "ENGINE", "wire_dtype": "DTYPE",
-    "too_long": "ACTION", "kind": "KIND", "basis": "BASIS", "pause_when": "RULES",
+    "too_long": "ACTION", "kind": "KIND", "basis": "BASIS", "adapt": "WHERE", "pause_when": "RULES",
 }  # fmt: skip
 
 

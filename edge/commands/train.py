@@ -10,7 +10,7 @@ import typer
 from dlora.edge.choices import Keep
 from dlora.edge.run import pause
 from dlora.edge.training.schedule import ScheduleName
-from dlora.protocol.choices import Basis, KindChoice, OnKill, ScoreName, UnitKind
+from dlora.protocol.choices import Adapt, Basis, KindChoice, OnKill, ScoreName, UnitKind
 from dlora.protocol.limits import MAX_RANK, MAX_STEPS, MAX_THREADS
 
 from .help_panels import KR
@@ -29,7 +29,6 @@ from .options import (
     ThreadsOption,
     TokenFileOption,
     TooLongOption,
-    WireDtypeOption,
 )
 
 MAX_SEED = 2**32 - 1  # the wire takes no more
@@ -90,6 +89,13 @@ def train(
             "all; spread:8 for a bottleneck."
         ),
     ] = "",
+    adapt: Annotated[
+        Adapt | None,
+        typer.Option(
+            help="Where adapters act: all, or answer: from the beginning of the answer on, so that prompts cross at no "
+            "block. By default all; answer for a bottleneck, where the prompts have a common end."
+        ),
+    ] = None,
     basis: Annotated[
         Basis,
         typer.Option(
@@ -124,7 +130,13 @@ def train(
     patience: Annotated[
         int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
     ] = None,
-    wire_dtype: WireDtypeOption = "fp16",
+    wire_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision on the wire: int8, fp16 or fp32; and others for some roles: int8,embeddings=fp16. By "
+            "default fp16; int8 for a bottleneck."
+        ),
+    ] = None,
     threads: ThreadsOption = 0,
     engine: EngineOption = "auto",
     token_file: TokenFileOption = None,

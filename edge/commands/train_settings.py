@@ -29,7 +29,13 @@ from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups, number_ranges
 from dlora.protocol.wire_codecs import Codecs
 
-from .adapter_settings import blocks_of, choose_adapters, parse_numbers, target_modules_of
+from .adapter_settings import (
+    blocks_of,
+    choose_adapters,
+    choose_where_adapters_act,
+    parse_numbers,
+    target_modules_of,
+)
 
 if TYPE_CHECKING:
     from dlora.edge.data.examples import Dataset
@@ -55,7 +61,8 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     settings = choose_adapters(settings, bundle.manifest)
     groups = choose_groups(bundle.manifest, target_modules_of(settings), blocks_of(settings, bundle.manifest))
     kill_revive = _kill_revive(settings, groups)
-    dataset, held_out = _load(settings, bundle, display)
+    loaded = _load(settings, bundle, display)
+    settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(settings, loaded, display.say)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, total_steps, train
 
@@ -71,10 +78,10 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         bundle=bundle,
         server=settings.server,
         dataset=dataset,
-        config=_config(settings, bundle.manifest, kill_revive, steps),
+        config=_config(settings, bundle.manifest, kill_revive, steps, invocation),
         out=Path(settings.out),
         settings=settings,
-        eval_dataset=held_out,
+        eval_dataset=evaluated[0] if evaluated else None,
         eval_every=settings.eval_every or (-(-steps // EVALUATIONS_OF_A_RUN) if keeps_best else 0),
         keep=settings.keep,
         patience=settings.patience,
@@ -103,7 +110,8 @@ def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
 
 def _check(settings: RunSettings) -> None:
     """Raise ``UsageError`` for options that cannot be, or cannot go together."""
-    Codecs.parse(settings.wire_dtype)
+    if settings.wire_dtype is not None:
+        Codecs.parse(settings.wire_dtype)
     if settings.alpha is not None and not 0 < settings.alpha < math.inf:
         raise UsageError("--alpha must be above 0")
     if settings.eval_data is None:
@@ -148,12 +156,14 @@ def _config(
     manifest: Manifest,
     kill_revive: KillReviveConfig,
     steps: int,
+    invocation: tuple[int, ...],
 ) -> TrainConfig:
     """Of settings that ``choose_adapters`` has completed."""
     assert settings.kind is not None
     assert settings.rank is not None
     assert settings.alpha is not None
     assert settings.lr is not None
+    assert settings.wire_dtype is not None
     return TrainConfig(
         total_steps=steps,
         batch_size=settings.batch_size,
@@ -162,6 +172,7 @@ def _config(
         kind=settings.kind,
         basis=settings.basis,
         basis_steps=settings.basis_steps,
+        invocation=invocation,
         rank=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=target_modules_of(settings),
@@ -178,7 +189,8 @@ def _config(
     )
 
 
-def _load(settings: RunSettings, bundle: Bundle, display: Display) -> tuple[Dataset, Dataset | None]:
+def _load(settings: RunSettings, bundle: Bundle, display: Display) -> list[Dataset]:
+    """The data to train on, and those to evaluate on where there are some."""
     max_length = resolve_max_length(settings.max_length, bundle.manifest)
     fields = parse_columns(settings.columns) if settings.columns else None
     paths = [Path(path) for path in (settings.data, settings.eval_data) if path is not None]
@@ -186,7 +198,7 @@ def _load(settings: RunSettings, bundle: Bundle, display: Display) -> tuple[Data
         datasets = load_datasets(Reading(bundle, paths, fields, max_length, settings.too_long), on_tick)
     for name, path, dataset in zip(("data", "held out"), paths, datasets, strict=False):
         display.say(data_line(name, path, dataset))
-    return datasets[0], datasets[1] if len(datasets) > 1 else None
+    return datasets
 
 
 def _units(text: str, option: str, kind: UnitKind, groups: Sequence[GroupSpec]) -> tuple[int, ...]:

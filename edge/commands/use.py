@@ -75,6 +75,8 @@ def evaluate(
         _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model,
         display.evaluating("", len(dataset)) as advance,
     ):
+        if model.invocation:
+            dataset = dataset.one_answer_each()
         result = run_evaluation(model, dataset, batch_size, lambda done, _: advance(done))
     display.finish(asdict(result))
 

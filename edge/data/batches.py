@@ -24,12 +24,14 @@ class MicroBatch:
         sequence_lengths: int32 (sequences,), their sum is tokens.
         label_positions: int32 (labels,), ascending rows of the packed order whose next token is a label.
         labels: int64 (labels,), those next tokens.
+        crossing_positions: int32 (rows,), ascending rows at which adapters act; None: all.
     """
 
     ids: npt.NDArray[np.int64]
     sequence_lengths: IntArray
     label_positions: IntArray
     labels: npt.NDArray[np.int64]
+    crossing_positions: IntArray | None = None
 
     def cut(self, *, max_tokens: int, packs: bool) -> list[MicroBatch]:
         """This micro-batch as few that count as ``max_tokens`` at most each, in order; itself where it fits.
@@ -44,12 +46,16 @@ class MicroBatch:
         for piece in pieces:
             first, end = int(ends[piece.start] - self.sequence_lengths[piece.start]), int(ends[piece.stop - 1])
             labels = slice(*np.searchsorted(self.label_positions, [first, end]).tolist())
+            crossing = self.crossing_positions
+            if crossing is not None:
+                crossing = crossing[slice(*np.searchsorted(crossing, [first, end]).tolist())] - np.int32(first)
             parts.append(
                 MicroBatch(
                     ids=self.ids[first:end],
                     sequence_lengths=self.sequence_lengths[piece.start : piece.stop],
                     label_positions=(self.label_positions[labels] - first).astype(np.int32, copy=False),
                     labels=self.labels[labels],
+                    crossing_positions=crossing,
                 )
             )
         return parts
@@ -120,4 +126,16 @@ def pack(examples: Sequence[Example]) -> MicroBatch:
             [example.label_positions + start for example, start in zip(examples, starts, strict=True)]
         ).astype(np.int32, copy=False),
         labels=np.concatenate([example.labels for example in examples]),
+        crossing_positions=_crossing_positions(examples, starts),
     )
+
+
+def _crossing_positions(examples: Sequence[Example], starts: IntArray) -> IntArray | None:
+    if all(example.acts_from is None for example in examples):
+        return None
+    rows = [start + np.arange(*_ends(example.crossing_rows)) for example, start in zip(examples, starts, strict=True)]
+    return np.concatenate(rows).astype(np.int32)
+
+
+def _ends(rows: range) -> tuple[int, int]:
+    return rows.start, rows.stop

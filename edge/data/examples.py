@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # training needs data sets, and no tokenizer
 
 BoolArray = npt.NDArray[np.bool_]
 MAX_PLACES: Final = 3
+_SAMPLE: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,30 @@ class Example:
         ids: int32 (tokens,).
         label_positions: int32 (labels,), ascending rows whose *next* token is a label.
         labels: int64 (labels,), ``ids[label_positions + 1]``.
+        acts_from: the row from which adapters act; None: all of them.
     """
 
     ids: IntArray
     label_positions: IntArray
     labels: npt.NDArray[np.int64]
+    acts_from: int | None = None
+
+    @property
+    def crossing_rows(self) -> range:
+        """The rows at which adapters act: the last ones that predict a label among them, and none after those."""
+        return range(self.acts_from or 0, int(self.label_positions[-1]) + 1)
+
+
+def last_occurrence(ids: IntArray, tokens: Sequence[int]) -> int:
+    """Where ``tokens`` begin for the last time in ``ids``; its length where they do not occur."""
+    starts = len(ids) - len(tokens) + 1
+    if starts <= 0:
+        return len(ids)
+    matches = np.ones(starts, np.bool_)
+    for offset, token in enumerate(tokens):
+        matches &= ids[offset : offset + starts] == token
+    found = np.flatnonzero(matches)
+    return int(found[-1]) if found.size else len(ids)
 
 
 class Dataset:
@@ -49,6 +70,8 @@ class Dataset:
         label_positions: int32 (labels,), counted from each example's start; label_starts: int64 (examples + 1,).
 
     Attributes:
+        assistant_header: the tokens with which the chat template begins an answer; none where it had no part in this.
+        invocation: the tokens from which on adapters act (``invocation.py``); none: they act everywhere.
         skipped, truncated: how many examples were, for their length; one that lost its whole answer was skipped.
         skipped_places, truncated_places: ``file:line`` of the first few of them.
     """
@@ -64,7 +87,10 @@ class Dataset:
         truncated: int = 0,
         skipped_places: tuple[str, ...] = (),
         truncated_places: tuple[str, ...] = (),
+        assistant_header: tuple[int, ...] = (),
     ) -> None:
+        self.assistant_header = assistant_header
+        self.invocation: tuple[int, ...] = ()
         self._ids = ids
         self._starts = starts
         self._label_positions = label_positions
@@ -95,7 +121,8 @@ class Dataset:
             raise IndexError(index)
         ids = self._ids[self._starts[index] : self._starts[index + 1]]
         positions = self._label_positions[self._label_starts[index] : self._label_starts[index + 1]]
-        return Example(ids, positions, ids[positions + 1].astype(np.int64))
+        acts_from = last_occurrence(ids, self.invocation) if self.invocation else None
+        return Example(ids, positions, ids[positions + 1].astype(np.int64), acts_from)
 
     def __iter__(self) -> Iterator[Example]:
         for index in range(len(self)):
@@ -123,13 +150,48 @@ class Dataset:
             digest.update(np.ascontiguousarray(part).astype(part.dtype.newbyteorder("<"), copy=False).data)
         return digest.hexdigest()
 
+    @property
+    def mean_crossing_rows(self) -> float:
+        """At how many rows of an example adapters act, about: the tokens of it that cross at each exchange group."""
+        if not self.invocation:
+            return self.tokens / len(self)
+        sample = range(0, len(self), -(-len(self) // _SAMPLE))
+        return sum(len(self[index].crossing_rows) for index in sample) / len(sample)
+
+    def acting_on_answers(self, invocation: tuple[int, ...]) -> Dataset:
+        """The same examples, with adapters that act from the last ``invocation`` on."""
+        acting = copy.copy(self)
+        acting.invocation = invocation
+        return acting
+
+    def one_answer_each(self) -> Dataset:
+        """Each answer an example of its own, with all that comes before it; itself where there are no more already."""
+        if all(_is_one_run(example.label_positions) for example in self):
+            return self
+        building = _Builder()
+        for example in self:
+            gaps = np.flatnonzero(np.diff(example.label_positions) > 1) + 1
+            for answer in np.split(example.label_positions, gaps):
+                building.add(example.ids[: answer[-1] + 2], answer)
+        made = building.dataset()
+        made.assistant_header = self.assistant_header
+        for name in ("skipped", "truncated", "skipped_places", "truncated_places"):
+            setattr(made, name, getattr(self, name))
+        return made
+
     def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Dataset:
         """The examples of ``indices``, in that order, copied."""
         building = _Builder()
         for index in indices:
             example = self[int(index)]
             building.add(example.ids, example.label_positions)
-        return building.dataset()
+        made = building.dataset()
+        made.assistant_header, made.invocation = self.assistant_header, self.invocation
+        return made
+
+
+def _is_one_run(positions: IntArray) -> bool:
+    return int(positions[-1] - positions[0]) + 1 == len(positions)
 
 
 def load_examples(
@@ -156,6 +218,7 @@ def load_examples(
     chosen = parse_columns(columns) if isinstance(columns, str) else columns
     building = _Builder()
     record = None
+    is_chat = True
     on_place(str(path))
     for record in read_records(path, chosen):
         on_place(record.place)
@@ -164,6 +227,7 @@ def load_examples(
         except DataError as error:
             raise DataError(f"{record.place}: {error}") from None
         on_place(f"what follows {record.place}")
+        is_chat &= "messages" in record.fields
         is_too_long = encoded.tokens > max_length
         if is_too_long and too_long == "error":
             raise DataError(
@@ -185,7 +249,11 @@ def load_examples(
     if not len(building):
         left = ", and truncated to it none has a label" if too_long == "truncate" else ""
         raise DataError(f"{path}: every example is over the limit of {max_length} tokens{left}; raise --max-length")
-    return building.dataset()
+    dataset = building.dataset()
+    if is_chat:
+        on_place("the chat template")
+        dataset.assistant_header = tokenizer.assistant_header()
+    return dataset
 
 
 def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

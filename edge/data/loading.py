@@ -68,6 +68,7 @@ class _Facts(msgspec.Struct):
     truncated: int
     skipped_places: tuple[str, ...]
     truncated_places: tuple[str, ...]
+    assistant_header: tuple[int, ...]
     dtypes: tuple[str, ...]
 
 
@@ -96,6 +97,7 @@ def _packed(dataset: Dataset) -> list[Buffer]:
         dataset.truncated,
         dataset.skipped_places,
         dataset.truncated_places,
+        dataset.assistant_header,
         tuple(array.dtype.str for array in dataset.arrays),
     )
     return [msgspec.msgpack.encode(facts), *(array.data.cast("B") for array in dataset.arrays)]
@@ -112,4 +114,5 @@ def _unpacked(parts: Sequence[Buffer]) -> Dataset:
         truncated=facts.truncated,
         skipped_places=facts.skipped_places,
         truncated_places=facts.truncated_places,
+        assistant_header=facts.assistant_header,
     )

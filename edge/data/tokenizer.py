@@ -131,6 +131,17 @@ class EdgeTokenizer:
         text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False).ids
 
+    def assistant_header(self) -> tuple[int, ...]:
+        """The tokens with which the chat template begins an answer; none where it has no such beginning."""
+        asked = [{"role": "user", "content": "."}]
+        try:
+            before, after = (self.chat_template.render(asked, add_generation_prompt=added) for added in (False, True))
+        except DataError:
+            return ()
+        if not after.startswith(before):
+            return ()
+        return tuple(self.encode(after[len(before) :], add_special_tokens=False).ids.tolist())
+
     def encode_prompt(self, prompt: str) -> IntArray:
         """Token ids, int32 (tokens,), of what comes before an answer: a user's turn where there is a chat template."""
         if self._template_source is not None:

@@ -27,13 +27,13 @@ class Evaluation:
 def evaluate(
     model: SplitModel, dataset: Dataset, batch_size: int, progress: Callable[[int, int], None] | None = None
 ) -> Evaluation:
-    """Loss and accuracy of the adapters as they are.
+    """Loss and accuracy of the adapters as they are, which act where the model says.
 
     ``progress`` is called after each micro-batch with the number of its examples, and of all.
     Raises what ``SplitModel.evaluate`` raises.
     """
     losses, right, tokens, exact = 0.0, 0, 0, 0
-    for batch in evaluation_batches(dataset, batch_size):
+    for batch in evaluation_batches(dataset.acting_on_answers(model.invocation), batch_size):
         found, predictions = model.evaluate(batch)
         losses += float(found.sum(dtype=np.float64))
         correct = predictions == batch.labels

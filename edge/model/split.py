@@ -23,10 +23,17 @@ from .session import ModelSession
 
 
 class SplitModel:
-    """Forward, backward and evaluation of micro-batches."""
+    """Forward, backward and evaluation of micro-batches.
 
-    def __init__(self, bundle: Bundle, engine: Engine, session: ModelSession) -> None:
+    Attributes:
+        invocation: the tokens from which on the adapters act; none: everywhere.
+    """
+
+    def __init__(
+        self, bundle: Bundle, engine: Engine, session: ModelSession, invocation: tuple[int, ...] = ()
+    ) -> None:
         self.session = session
+        self.invocation = invocation
         self.connection = session.connection
         self.adapters = session.adapters
         self._compute = AdapterCompute(engine, session.adapters)
@@ -87,13 +94,18 @@ class SplitModel:
         self._parts.head_seconds += time.perf_counter() - started
         return result
 
-    def next_logits(self, ids: LongArray) -> FloatArray:
-        """Logits float32 (vocabulary,) of the token that follows ``ids``. The whole prefix crosses each time."""
+    def next_logits(self, ids: LongArray, acts_from: int | None = None) -> FloatArray:
+        """Logits float32 (vocabulary,) of the token that follows ``ids``. The whole prefix crosses each time.
+
+        ``acts_from``: the row from which the adapters act; None: all of them.
+        """
+        crossing = None if acts_from is None else np.arange(acts_from, len(ids), dtype=np.int32)
         batch = MicroBatch(
             ids=ids,
             sequence_lengths=np.array([len(ids)], np.int32),
             label_positions=np.array([len(ids) - 1], np.int32),
             labels=np.zeros(1, np.int64),
+            crossing_positions=crossing,
         )
         logits: FloatArray = self._parts.head.logits(self._evaluate_hidden(batch))[0]
         return logits

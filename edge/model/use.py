@@ -12,6 +12,7 @@ from dlora.edge.adapters.compatibility import check_base_model, load_weights
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.choices import EngineChoice
+from dlora.edge.data.examples import last_occurrence
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
@@ -83,13 +84,13 @@ def open_model(
         spec, scaling = AdapterSpec(r=rank), manifest.defaults.lora_alpha / rank
     adapters = AdapterSet.create(spec, groups, scaling=scaling, seed=(0,), unit="group", kill_every=1)
     if loaded is not None:
-        load_weights(adapters, loaded)
+        load_weights(adapters, loaded, loaded.invocation)
     loaded_engine, codecs = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype)
     with interrupts.raise_on_signal(), _name_adapter_in_error(), Connection(server, connecting) as connection:
         check_base_model(bundle, connection.welcome)
         session = UseSession(connection, adapters, codecs, base_fingerprint=manifest.base_model.fingerprint)
         session.open()
-        yield SplitModel(bundle, loaded_engine, session)
+        yield SplitModel(bundle, loaded_engine, session, loaded.invocation if loaded else ())
 
 
 @contextmanager
@@ -106,13 +107,14 @@ def generate_greedily(model: SplitModel, tokenizer: PromptTokenizer, prompt: str
     ids = tokenizer.encode_prompt(prompt)
     if not len(ids):
         raise DataError("the prompt is empty; say something")
+    acts_from = last_occurrence(ids, model.invocation) if model.invocation else None
     produced: list[int] = []
     limit = model.connection.welcome.max_sequence_length
     if len(ids) >= limit:
         raise DataError(f"the prompt has {len(ids)} tokens, the server takes {limit}; say less")
     while len(produced) < max_new_tokens and len(ids) + len(produced) < limit:
         whole = np.array([*ids, *produced], np.int64)
-        token = int(model.next_logits(whole).argmax())
+        token = int(model.next_logits(whole, acts_from).argmax())
         if token in tokenizer.stop_token_ids:
             break
         produced.append(token)

@@ -191,14 +191,18 @@ def _mean_bytes(
         "hidden_size": manifest.base_model.hidden_size,
         "codecs": config.codecs if trains else config.codecs.for_evaluation(),
     }
+    rows = None
+    if config.invocation:
+        rows = round(share * dataset.acting_on_answers(config.invocation).mean_crossing_rows)
     if is_basis:
-        traffic = basis_traffic(**mean_micro_batch)
+        traffic = basis_traffic(rows=rows, **mean_micro_batch)
     else:
         traffic = micro_batch_traffic(
             crossings(config.adapter, config.groups(manifest)),
             live=live,
             with_grads=live if trains else (),
             answered=live[1:] if trains else (),
+            rows=rows,
             **mean_micro_batch,
         )
     return micro_batches * (traffic.bytes_up + traffic.bytes_down)

@@ -31,6 +31,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
         batch_size: sequences of a micro-batch; grad_accum: micro-batches of a step.
         kind: of the adapters, a name of ``dlora.protocol.adapters.KINDS``.
         basis: what a server makes its part of them from; basis_steps: the gradient's, of so many steps' data.
+        invocation: the tokens from which on adapters act, as PEFT's activated LoRA has them; none: they act everywhere.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
         wire_dtype: as ``Codecs.parse`` reads it; evaluations cross as ``for_evaluation`` says.
         target_modules, blocks: which modules get adapters, as ``choose_groups`` reads them; empty: the bundle's
@@ -45,6 +46,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = "lora"
     basis: Basis = "gradient"
     basis_steps: int = 8
+    invocation: tuple[int, ...] = ()
     rank: int
     lora_alpha: float
     target_modules: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from dlora.protocol.choices import KindChoice
+from dlora.protocol.choices import Adapt, KindChoice
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import ALL_LINEAR
@@ -23,9 +23,13 @@ class KindDefaults:
         r: the rank; None: the bundle's.
         target_modules: None: the bundle's.
         blocks: as ``--blocks`` has them; empty: all.
+        adapt: where they act; ``answer`` only on data that has an invocation.
+        wire_dtype: how tensors cross, as ``--wire-dtype`` has it.
     """
 
     lr: float
+    wire_dtype: str = "fp16"
+    adapt: Adapt = "all"
     r: int | None = None
     target_modules: str | None = None
     blocks: str = ""
@@ -34,7 +38,9 @@ class KindDefaults:
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     "lora": KindDefaults(lr=1e-3),
     "ffa": KindDefaults(lr=1e-3),
-    "bottleneck": KindDefaults(lr=5e-3, r=64, target_modules=ALL_LINEAR, blocks="spread:8"),
+    "bottleneck": KindDefaults(
+        lr=5e-3, r=64, target_modules=ALL_LINEAR, blocks="spread:8", adapt="answer", wire_dtype="int8"
+    ),
 }
 
 

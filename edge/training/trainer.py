@@ -82,6 +82,7 @@ class Trainer:
         window: int = 1,
     ) -> None:
         manifest = bundle.manifest
+        dataset = dataset.acting_on_answers(config.invocation)
         self.bundle = bundle
         self.config = config
         self.connection = connection
@@ -97,7 +98,7 @@ class Trainer:
         )
         check_units(config.kill_revive, len(self.adapters.units))
         if init is not None:
-            load_weights(self.adapters, init)
+            load_weights(self.adapters, init, config.invocation)
         self.identity = RunIdentity.of(config, manifest, dataset.fingerprint)
         self.steps_rerun = 0
         # Why the report of the last committed step could not be sent.
@@ -110,7 +111,7 @@ class Trainer:
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
         self._scorer = Scorer(config.kill_revive.score)
-        self.model = SplitModel(bundle, engine, self.session)
+        self.model = SplitModel(bundle, engine, self.session, config.invocation)
         self._check_limits()
         if config.basis == "gradient":
             self.session.basis_pass = self._run_basis_pass
@@ -247,6 +248,7 @@ class Trainer:
             target_modules=self.config.target_modules or self.bundle.manifest.defaults.target_modules,
             fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
             parts=parts,
+            invocation=self.config.invocation,
         )
 
     @contextmanager

@@ -1,0 +1,262 @@
+"""Adapters that act on answers only: PEFT's activated LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import VOCABULARY, tiny_model
+from peft import PeftModel
+from peft_reference import loss_of
+from serving import RunningServer, config, serving, training
+from test_frozen_factors import randomize
+from tiny import TinyFactory
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.data.batches import evaluation_batches, pack
+from dlora.edge.data.examples import Dataset, last_occurrence
+from dlora.edge.data.invocation import find_invocation
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.model.evaluation import evaluate
+from dlora.edge.model.use import open_model
+from dlora.edge.training.config import TrainConfig
+from dlora.protocol.adapters import crossings
+from dlora.protocol.errors import CheckpointError, UsageError
+from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
+
+BLOCKS = 4
+INVOCATION = (7, 8)
+KINDS = ["lora", "bottleneck", "ffa"]
+
+
+def answered(prompt: list[int], answer: list[int], tail: tuple[int, ...] = INVOCATION) -> tuple[list[int], list[int]]:
+    """An example of ``prompt``, ``tail`` and ``answer``, whose tokens are labels."""
+    ids = [*prompt, *tail, *answer]
+    return ids, list(range(len(ids) - len(answer) - 1, len(ids) - 1))
+
+
+def random_answers(examples: int = 9, seed: int = 0) -> Dataset:
+    rng = np.random.default_rng(seed)
+    return Dataset.of(
+        [
+            answered(rng.integers(9, VOCABULARY, rng.integers(1, 7)).tolist(), rng.integers(9, VOCABULARY, 3).tolist())
+            for _ in range(examples)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny(blocks=BLOCKS, head_dtype="fp32").bundle
+
+
+@pytest.fixture(scope="module")
+def base(tiny: TinyFactory) -> BaseModel:
+    return tiny(blocks=BLOCKS).base
+
+
+@pytest.fixture(scope="module")
+def server(base: BaseModel) -> Iterator[RunningServer]:
+    with serving(base) as running:
+        yield running
+
+
+def run_of(kind: str, **changes: Any) -> TrainConfig:
+    settings = {"target_modules": ("all-linear",), "lora_alpha": 4.0, "invocation": INVOCATION, "basis_steps": 1}
+    return config(kind=kind, **{**settings, **changes})
+
+
+# -- the invocation ------------------------------------------------------------------------------------------
+
+
+def test_invocation_is_the_shortest_tail_that_no_answer_contains() -> None:
+    shared = [answered([9, 10], [20, 21]), answered([11], [22])]
+    assert find_invocation(Dataset.of(shared)) == (8,)
+    assert find_invocation(Dataset.of([*shared, answered([12], [8, 23])])) == (7, 8)
+    # In a prompt it may stand before: the last occurrence counts.
+    assert find_invocation(Dataset.of([*shared, answered([8, 8], [24])])) == (8,)
+
+
+def test_invocation_is_the_templates_header_where_that_fits() -> None:
+    dataset = Dataset.of([answered([9, 10], [20, 21]), answered([11], [22])])
+    dataset.assistant_header = (7, 8)
+    assert find_invocation(dataset) == (7, 8)
+    dataset.assistant_header = (6, 8)  # tokenised in another way here
+    assert find_invocation(dataset) == (8,)
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [
+        [answered([9], [20]), answered([9], [20], tail=(10,))],
+        [answered([9], [20, 8]), answered([10], [7, 8, 20]), answered([9, 7, 8], [9, 7, 8])],
+        [answered([], [3, 4, 5], tail=(3,)), ([3, 4, 5], [0, 1])],
+    ],
+    ids=["nothing in common", "in the answers, too", "no prompts"],
+)
+def test_data_without_an_invocation_are_refused(examples: list[tuple[list[int], list[int]]]) -> None:
+    with pytest.raises(UsageError, match="--adapt all"):
+        find_invocation(Dataset.of(examples))
+
+
+def test_last_occurrence() -> None:
+    ids = np.array([7, 8, 7, 8, 7], np.int32)
+    tokens = [(7, 8), (7,), (8, 8), (7, 8, 7, 8, 7), (7,) * 9]
+    assert [last_occurrence(ids, each) for each in tokens] == [2, 4, 5, 0, 5]
+
+
+def test_each_answer_becomes_an_example() -> None:
+    ids = list(range(10, 30))
+    both, one = (ids, [2, 3, 8, 9, 10]), ([5, 6, 7], [1])
+    cut = Dataset.of([both, one]).one_answer_each()
+    assert [(each.ids.tolist(), each.label_positions.tolist()) for each in cut] == [
+        (ids[:5], [2, 3]), (ids[:12], [8, 9, 10]), ([5, 6, 7], [1]),
+    ]  # fmt: skip
+    assert cut.one_answer_each() is cut
+    assert sum(len(each.labels) for each in cut) == 6
+
+
+def test_rows_that_cross_end_with_the_last_label() -> None:
+    dataset = Dataset.of([answered([9, 10], [20, 21]), ([9, 7, 8, 20, 21, 22], [2, 3])]).acting_on_answers(INVOCATION)
+    batch = pack(list(dataset))
+    assert batch.crossing_positions is not None
+    assert batch.crossing_positions.tolist() == [2, 3, 4, 7, 8, 9]
+    parts = batch.cut(max_tokens=6, packs=True)
+    crossing = [part.crossing_positions for part in parts]
+    assert [positions.tolist() for positions in crossing if positions is not None] == [[2, 3, 4], [1, 2, 3]]
+
+
+# -- against PEFT --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wire_dtype", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-3), ("int8", 2e-3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_gives_the_loss_of_the_saved_adapter(
+    bundle: Path, server: RunningServer, kind: str, wire_dtype: str, tolerance: float, tmp_path: Path
+) -> None:
+    """In data where it is invoked, in some where it is not, and in some where it is invoked twice."""
+    dataset = random_answers()
+    with training(bundle, server.url, run_of(kind, wire_dtype=wire_dtype), dataset) as trainer:
+        randomize(trainer)
+        trainer.run_step()
+        others = [([9, 10, 11, 12], [1, 2]), ([7, 8, 9, 7, 8, 10, 11], [1, 2, 4, 5])]
+        held_out = Dataset.of([*others, answered([9, 9], [10, 30]), *others])
+        loss = trainer.evaluate(held_out).loss
+        trainer.save_adapter(tmp_path)
+    assert load_adapter(tmp_path).invocation == INVOCATION
+    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
+    with torch.no_grad():
+        assert loss_of(model, list(evaluation_batches(held_out, 2))).item() == pytest.approx(loss, abs=tolerance)
+    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as opened:
+        assert evaluate(opened, held_out, 3).loss == pytest.approx(loss, abs=tolerance)
+    assert "cannot merge" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_uninvoked_adapter_is_the_base_model(bundle: Path, server: RunningServer, kind: str) -> None:
+    """No row crosses at all."""
+    with training(bundle, server.url, run_of(kind), random_answers()) as trainer:
+        randomize(trainer)
+        uninvoked = Dataset.of([([9, 10, 11, 12], [1, 2]), ([8, 7, 9], [0, 1])])
+        loss = trainer.evaluate(uninvoked).loss
+    model = tiny_model("llama", num_hidden_layers=BLOCKS).eval()
+    with torch.no_grad():
+        assert loss_of(model, list(evaluation_batches(uninvoked, 2))).item() == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_peft(bundle: Path, server: RunningServer, kind: str, tmp_path: Path) -> None:
+    """Of each module's lora_B, which PEFT has of every kind; of a core by way of it."""
+    dataset = random_answers()
+    with training(bundle, server.url, run_of(kind), dataset) as trainer:
+        randomize(trainer)
+        trainer.save_adapter(tmp_path)
+        (batch,) = trainer.batches.step_batches(0)
+        trainer.model.forward_backward([batch], step=0, grad_scale=1 / len(batch.labels))
+        found = {name: parameter.grad for name, parameter in trainer.adapters.parameters().items()}
+        states = {group.name: group.adapter_state for group in trainer.adapters.groups}
+    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path, is_trainable=True)
+    loss_of(model, [batch]).backward()
+    for spec in trainer.groups:
+        grads = {
+            target.name: model.base_model.model.get_submodule(target.name).lora_B["default"].weight.grad.numpy()
+            for target in spec.targets
+        }
+        if kind == "bottleneck":
+            stacked = np.concatenate(list(grads.values()))
+            grads = {f"{spec.targets[0].name}.core": states[spec.targets[0].name][1].T @ stacked}
+        else:
+            grads = {f"{name}.lora_B": grad for name, grad in grads.items()}
+        for name, grad in grads.items():
+            np.testing.assert_allclose(found[name], grad, rtol=1e-3, atol=1e-4 * np.abs(grad).max(), err_msg=name)
+
+
+def test_generation_acts_from_the_prompts_invocation_on(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+    with training(bundle, server.url, run_of("bottleneck"), random_answers()) as trainer:
+        randomize(trainer)
+        trainer.save_adapter(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
+    ids = np.array([9, 10, 7, 8, 11, 12], np.int64)
+    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as opened, torch.no_grad():
+        logits = opened.next_logits(ids, last_occurrence(ids.astype(np.int32), opened.invocation))
+        wanted = model(input_ids=torch.from_numpy(ids)[None]).logits[0, -1].numpy()
+        everywhere = opened.next_logits(ids)
+    np.testing.assert_allclose(logits, wanted, atol=1e-3 * np.abs(wanted).max())
+    assert np.abs(everywhere - wanted).max() > 1e-3 * np.abs(wanted).max()
+
+
+# -- what crosses, and what fits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wire_dtype", ["int8", "fp16"])
+def test_only_answers_cross(bundle: Path, server: RunningServer, wire_dtype: str) -> None:
+    dataset, run = random_answers(), run_of("bottleneck", wire_dtype=wire_dtype)
+    with training(bundle, server.url, run, dataset) as trainer:
+        metrics = trainer.run_step()
+        (batch,) = trainer.batches.step_batches(0)
+    base = trainer.bundle.manifest.base_model
+    live = range(len(trainer.groups))
+    wanted = micro_batch_traffic(
+        crossings(run.adapter, trainer.groups), live=live, with_grads=live, answered=live[1:], tokens=len(batch.ids),
+        sequences=3, labelled=len(batch.labels), embedding_size=base.embedding_size, hidden_size=base.hidden_size,
+        codecs=run.codecs, rows=3 * (len(INVOCATION) + 2),
+    )  # fmt: skip
+    wanted += Traffic(report_traffic(len(trainer.adapters.units), 0).bytes_up, 0, 0)
+    assert (metrics.bytes_up, metrics.bytes_down) == (wanted.bytes_up, wanted.bytes_down)
+
+
+def test_int8_run_evaluates_over_fp16(bundle: Path, server: RunningServer) -> None:
+    dataset = random_answers()
+    bytes_of = {}
+    for wire_dtype in ("int8", "fp16", "fp32"):
+        with training(bundle, server.url, run_of("bottleneck", wire_dtype=wire_dtype), dataset) as trainer:
+            before = trainer.traffic
+            trainer.evaluate(dataset)
+            bytes_of[wire_dtype] = [now - then for now, then in zip(trainer.traffic, before, strict=True)]
+    assert bytes_of["int8"] == bytes_of["fp16"] != bytes_of["fp32"]
+
+
+def test_an_adapter_acts_where_it_did_when_a_run_starts_from_it(
+    bundle: Path, server: RunningServer, tmp_path: Path
+) -> None:
+    dataset = random_answers()
+    with training(bundle, server.url, run_of("lora"), dataset) as trainer:
+        trainer.save_adapter(tmp_path / "answers")
+    with training(bundle, server.url, run_of("lora", invocation=()), dataset) as trainer:
+        trainer.save_adapter(tmp_path / "all")
+    for name, invocation, message in (
+        ("answers", (), "train with --adapt answer"),
+        ("answers", (8,), "train with --adapt answer"),
+        ("all", INVOCATION, "train with --adapt all"),
+    ):
+        init = load_adapter(tmp_path / name)
+        with (
+            pytest.raises(CheckpointError, match=message),
+            training(bundle, server.url, run_of("lora", invocation=invocation), dataset, init=init),
+        ):
+            pass
