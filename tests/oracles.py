@@ -44,6 +44,12 @@ def expected(
             found = _adapter_input_grad(**given)
         case "adapter_weight_grad":
             found = _adapter_weight_grad(**given)
+        case "core_forward":
+            found = {"out": given["scale"] * (given["z"] @ given["core"].T)}
+        case "core_input_grad":
+            found = {"dz": given["scale"] * (given["grad"] @ given["core"])}
+        case "core_weight_grad":
+            found = {"grad_core": given["scale"] * (given["grad"].T @ given["z"])}
         case "adamw":
             found = _adamw(**given)
         case "embedding":

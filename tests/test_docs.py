@@ -21,6 +21,7 @@ from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.commands.help_panels import KR
 from dlora.export.graphs import registry
 from dlora.export.graphs.adamw import adamw_graph
+from dlora.export.graphs.core import core_graphs
 from dlora.export.graphs.embedding import embedding_graph
 from dlora.export.graphs.head import HeadShape, head_graphs
 from dlora.export.graphs.lora import adapter_graphs
@@ -233,7 +234,8 @@ def test_manifest_defaults_match_the_docs() -> None:
 
 def test_graph_signatures_match_the_docs() -> None:
     head = HeadShape(96, 8, "int8", bias=True, logit_scale=2.0, softcap=3.0)
-    graphs = [embedding_graph(96, 8, "fp16", 1.0), *adapter_graphs(8, 6), *head_graphs(head), adamw_graph()]
+    adapters = [*adapter_graphs(8, 6), *core_graphs(6)]
+    graphs = [embedding_graph(96, 8, "fp16", 1.0), *adapters, *head_graphs(head), adamw_graph()]
     table = rows(section(BUNDLE, "Graphs"))
     assert sorted(row[0] for row in table) == sorted(registry.KINDS) == sorted(g.kind for g in graphs)
     dims = {"V": 96, "e": 8, "h": 8, "in": 8, "out": 6}

@@ -169,7 +169,8 @@ def test_device_messages_have_only_known_fields() -> None:
     """What a device may say: embeddings, deltas, gradients, scores, settings, its name, and what it was given."""
     allowed = {
         "step", "micro_batch", "group", "protocol_versions", "software", "base_fingerprint", "groups", "adapter",
-        "codecs", "purpose", "window", "tensors", "mode", "hidden_states", "sequence_lengths", "label_positions",
+        "codecs", "evaluation_codecs", "purpose", "window", "tensors",
+        "mode", "hidden_states", "sequence_lengths", "label_positions",
         "crossing_positions", "examples", "kill_revive", "seed", "total_steps", "next_step", "ticket", "deltas",
         "grad_hidden_states", "scores", "code", "message", "retryable", "retry_after_s", "device", "session", "token",
         "received",

@@ -310,7 +310,7 @@ def test_the_modules_that_are_trained_are_settings(place: Place, tmp_path: Path)
         (["--target-modules", "q_proj", "--blocks", "1-2"], "--target-modules o_proj,self_attn.k_proj, not q_proj. Go"),
         (["--target-modules", "o_proj,self_attn.k_proj", *kr], "--blocks 1,2, not (all). Go"),
         ([*chosen[:4], "--pin", "1"], "has another --pin. Go"),
-        (["--blocks", "1-2"], "--target-modules o_proj,self_attn.k_proj, not (the bundle's). Go"),
+        (["--blocks", "1-2"], "--target-modules o_proj,self_attn.k_proj, not q_proj,v_proj. Go"),
     ):
         done = run_edge(*place.train(out, *kr, *other, "--resume"))
         assert (done.code, len(done.errors)) == (CheckpointError.exit_code, 1), done.stderr

@@ -36,6 +36,7 @@ class Keeping:
     """A kind that is LoRA on the wire, and for which a server keeps a vector of each group."""
 
     name = "keeping"
+    server_makes_state = True
 
     def check(self, spec: AdapterSpec) -> None:
         pass
@@ -715,3 +716,70 @@ def test_set_up_takes_each_group_once_and_in_order() -> None:
             pair.say(m.MakeAdapterState(group=group))
             pair.say(c.adapter_state(group))
     assert pair.sides[E].state is pair.sides[C].state is State.IDLE
+
+
+BOTTLENECK = AdapterSpec(kind="bottleneck", r=2)
+
+
+def basis_micro_batch(micro_batch: int = 0) -> list[m.AnyMessage]:
+    begun = c.embeddings(mode="basis", micro_batch=micro_batch)
+    return [begun, c.labelled(0, micro_batch), c.grad_hidden_states(0, micro_batch)]
+
+
+def test_basis_pass_comes_before_the_first_state() -> None:
+    """As many micro-batches as the device likes, one at a time, and no group takes part."""
+    pair = Pair(c.opening(adapter=BOTTLENECK))
+    for micro_batch in (3, 0):
+        for message in basis_micro_batch(micro_batch):
+            pair.say(message)
+        assert pair.sides[C].state is State.SETTING_UP
+    for group in range(len(c.GROUPS)):
+        pair.say(m.MakeAdapterState(group=group))
+        pair.say(c.adapter_state(group, tensors=bottleneck_state(group)))
+    assert pair.sides[E].state is pair.sides[C].state is State.IDLE
+
+
+def bottleneck_state(group: int) -> tuple[WireTensor, ...]:
+    spec = c.GROUPS[group]
+    return c.floats(2, spec.in_features), c.floats(spec.out_features, 2)
+
+
+def refused_by_both(pair: Pair, message: m.AnyMessage, text: str) -> None:
+    sender = c.sender_of(message)
+    assert text in str(refuses(pair.sides[sender], lambda: pair.sides[sender].send(message), LocalProtocolError))
+    listener = pair.sides[c.other(sender)]
+    assert text in str(refuses(listener, lambda: c.hear(listener, message), RemoteProtocolError))
+
+
+def test_basis_pass_has_rules_of_its_own() -> None:
+    start, end, grad = basis_micro_batch()
+    pair = Pair(c.opening(adapter=BOTTLENECK))
+    for mode in ("train", "evaluate"):
+        refused_by_both(pair, c.embeddings(mode=mode), f"of the mode {mode} in SETTING_UP")
+    pair.say(start)
+    refused_by_both(pair, c.embeddings(mode="basis", micro_batch=1), "not now")
+    refused_by_both(pair, m.MakeAdapterState(group=0), "under way")
+    refused_by_both(pair, m.CloseSession(), "under way")
+    refused_by_both(pair, c.group_input(), "group 0 does not exist")
+    refused_by_both(pair, c.labelled(gradients=1), "more gradients")
+    pair.say(end)
+    pair.say(grad)
+    pair.say(m.MakeAdapterState(group=0))
+    pair.say(c.adapter_state(0, tensors=bottleneck_state(0)))
+    refused_by_both(pair, start, "not now")
+
+
+def test_no_basis_pass_where_it_would_come_to_nothing() -> None:
+    """In a session that only uses, in one that is set up, and for a kind whose state the device gives."""
+    opened = m.SessionOpened(session="one", token=c.TOKEN)
+    use = Pair([*c.opening()[:2], c.open_session(adapter=BOTTLENECK, purpose=m.Use()), opened])
+    refused_by_both(use, basis_micro_batch()[0], "in a session that does not")
+    refused_by_both(Pair(c.opening()), basis_micro_batch()[0], "of the mode basis in IDLE")
+    given = Pair(c.opening(adapter=AdapterSpec(kind="ffa", r=2)))
+    for message in (basis_micro_batch()[0], m.MakeAdapterState(group=0)):
+        refused_by_both(given, message, "comes from the device")
+
+
+def test_bottleneck_wider_than_its_group_is_refused() -> None:
+    pair = Pair(c.opening()[:2])
+    refused_by_both(pair, c.open_session(adapter=AdapterSpec(kind="bottleneck", r=64)), "no wider")

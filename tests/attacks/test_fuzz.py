@@ -38,7 +38,7 @@ from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, check_file
 from dlora.protocol.session import Session
 from dlora.protocol.states import Side
-from dlora.protocol.tensors import DTYPES, WireTensor
+from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor
 
 HERE = Path(__file__).parent
 INPUTS = 1500
@@ -148,6 +148,8 @@ def any_message(draw: st.DrawFn) -> m.AnyMessage:
 
 def tensor(dtype: str, shape: tuple[int, ...], exponent: int, bits: bytes) -> WireTensor:
     """``bits`` over and over."""
+    if dtype == "int8":  # in memory it has two dimensions, whatever a frame may say
+        shape = shape[0] if shape else 1, math.prod(shape[1:]) + SCALE_BYTES
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     data = np.frombuffer((bits * (nbytes + 1))[:nbytes], DTYPES[dtype]).reshape(shape)
     return WireTensor(dtype, data, exponent)

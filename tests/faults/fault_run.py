@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 from dlora.edge.training.checkpoint import list_checkpoints, load_latest
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
+from dlora.protocol.choices import KindChoice
 
 BLOCKS: Final = 4
 STEPS: Final = 5
@@ -37,6 +38,14 @@ TRAIN: Final[tuple[object, ...]] = (
     "--active-fraction", 0.5, "--kr-warmup-steps", 1, "--kr-ramp-fraction", 0, "--kr-kill-every", 1,
     "--kr-revive-every", 2, "--kr-probation", 1,
 )  # fmt: skip
+OF_KIND: Final[dict[KindChoice, tuple[object, ...]]] = {
+    "lora": (),
+    "bottleneck": (
+        "--kind", "bottleneck", "--rank", 4, "--blocks", "0-3", "--basis-steps", 1, "--adapt", "answer",
+        "--wire-dtype", "int8",
+    ),
+    "ffa": ("--kind", "ffa", "--adapt", "answer", "--wire-dtype", "int8"),
+}  # fmt: skip
 # What a step did. Its traffic and its times depend on what happened to it.
 SAME: Final = ("step", "loss", "learning_rate", "grad_norm", "tokens", "labelled", "active_units", "units")
 
@@ -64,19 +73,23 @@ class Place:
         return self.directory / "data.jsonl"
 
 
-def make_place(directory: Path) -> Place:
-    """A tiny Llama, exported."""
+def make_place(directory: Path, kind: KindChoice = "lora") -> Place:
+    """A tiny Llama, exported, and how its adapters of a kind are trained."""
     save_tiny(directory / "model", num_hidden_layers=BLOCKS)
     export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
-    write_data(directory / "data.jsonl")
-    return Place(directory)
+    write_data(directory / "data.jsonl", answers=kind != "lora")
+    return Place(directory, train=(*TRAIN, *OF_KIND[kind]))
 
 
-def write_data(path: Path, seed: int = 2, rows: int = 12) -> None:
-    """Sentences of words that the tiny tokenizer knows."""
+def write_data(path: Path, seed: int = 2, rows: int = 12, *, answers: bool = False) -> None:
+    """Sentences of words that the tiny tokenizer knows; with ``answers``, their first two words ask for the others."""
     rng = np.random.default_rng(seed)
     lines = [" ".join(f"w{n}" for n in rng.integers(0, 89, int(rng.integers(4, 12)))) for _ in range(rows)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    records: list[dict[str, str]] = [{"text": line} for line in lines]
+    if answers:
+        halves = [line.split(" ", 2) for line in lines]
+        records = [{"prompt": f"{one} {two} w89", "completion": f" {rest}"} for one, two, rest in halves]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 class Replicas:
@@ -186,6 +199,21 @@ class Reference:
         saves = [nth for nth, text in enumerate(self.files) if f"checkpoint-{step + 1:06d}" in text and "open" in text]
         later = [nth for nth, text in enumerate(self.files) if f"checkpoint-{step + 2:06d}" in text]
         found += [AtFile(nth, self.files[nth]) for nth in range(saves[0], later[0])]
+        return found
+
+
+    def set_up_boundaries(self) -> list[Boundary | AtFile]:
+        """Every message before the first step's own, where the server keeps something of the adapters."""
+        names = [message.name for message in self.messages]
+        if "adapter_state" not in names:
+            return []
+        last = max(index for index, name in enumerate(names) if name == "adapter_state")
+        counted: dict[str, itertools.count[int]] = {}
+        found: list[Boundary | AtFile] = []
+        for message in self.messages[: last + 1]:
+            if message.name not in ("hello", "welcome", "open_session", "session_opened"):
+                nth = next(counted.setdefault(message.name, itertools.count()))
+                found.append(Boundary(message.name, message.step, nth=nth))
         return found
 
 

@@ -15,6 +15,8 @@ from typing import Final, Literal
 from fault_proxy import ON_A_FRAME, Boundary, Fault, Plan
 from fault_run import AtFile, Outcome, Place, Reference, Replicas, make_place, record, replicas, run_with_fault
 
+from dlora.protocol.choices import KindChoice
+
 STEP: Final = 2
 """The step that is disturbed; a unit was killed before it and one is revived after it."""
 # Silence must be found in a fraction of a second.
@@ -38,7 +40,7 @@ class Case:
     def place(self) -> str:
         """The row of the table that it belongs to: what kind of boundary it is."""
         if isinstance(self.boundary, Boundary):
-            return str(self.boundary.name)
+            return f"{self.boundary.name}, setting up" if self.boundary.step == 0 else str(self.boundary.name)
         return "checkpoint" if "checkpoint" in self.boundary.name else "saved adapter"
 
     def __str__(self) -> str:
@@ -59,9 +61,9 @@ class Cell:
 class Matrix:
     """Runs cases, ``workers`` at a time, each with replicas of its own."""
 
-    def __init__(self, directory: Path, workers: int = 2) -> None:
+    def __init__(self, directory: Path, workers: int = 2, kind: KindChoice = "lora") -> None:
         self._directory = directory
-        self._place = make_place(directory)
+        self._place = make_place(directory, kind)
         self._closing = ExitStack()
         self._idle: queue.Queue[Replicas] = queue.Queue()
         self._workers = workers
@@ -74,7 +76,7 @@ class Matrix:
 
     def cases(self, fault: Fault, *, thorough: bool = False) -> list[Case]:
         """All of a fault's cases; or the first of each kind."""
-        boundaries = self.reference.boundaries(STEP)
+        boundaries = self.reference.boundaries(STEP) + self.reference.set_up_boundaries()
         cases = [Case(fault, boundary) for boundary in boundaries]
         if thorough and fault not in ON_A_FRAME:
             cases += [Case(fault, boundary, "after") for boundary in boundaries if isinstance(boundary, Boundary)]
@@ -107,8 +109,8 @@ class Matrix:
 
 
 @contextmanager
-def matrix(directory: Path, workers: int = 2) -> Iterator[Matrix]:
-    found = Matrix(directory, workers)
+def matrix(directory: Path, workers: int = 2, kind: KindChoice = "lora") -> Iterator[Matrix]:
+    found = Matrix(directory, workers, kind)
     try:
         yield found
     finally:

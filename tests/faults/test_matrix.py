@@ -8,6 +8,8 @@ import pytest
 from fault_proxy import Fault
 from matrix import FAULTS, Matrix, matrix
 
+from dlora.protocol.choices import KindChoice
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
@@ -21,6 +23,32 @@ def test_each_fault_at_each_kind_of_boundary_changes_no_bit(whole: Matrix, fault
     wrong = {str(cell.case): cell.outcome.wrong for cell in cells if cell.outcome.wrong}
     assert not wrong
     assert sum(cell.outcome.steps_lost + cell.outcome.steps_doubled for cell in cells) == 0
+
+
+@pytest.fixture(scope="module")
+def bottleneck(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    """Of a kind of which the server keeps a part: activated, over int8."""
+    with matrix(tmp_path_factory.mktemp("faults-bottleneck"), kind="bottleneck") as found:
+        yield found
+
+
+@pytest.mark.parametrize("fault", [Fault.KILL_SERVER, Fault.CUT_LINK], ids=lambda fault: fault.name.lower())
+def test_faults_change_no_bit_of_bottlenecks(bottleneck: Matrix, fault: Fault) -> None:
+    """Nor where the server is being set up."""
+    cells = list(bottleneck.run(bottleneck.cases(fault)))
+    assert not {str(cell.case): cell.outcome.wrong for cell in cells if cell.outcome.wrong}
+    assert {cell.case.place for cell in cells} >= {"adapter_state", "make_adapter_state", "embeddings, setting up"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["bottleneck", "ffa"])
+def test_each_fault_changes_no_bit_of_the_kinds_that_the_server_keeps_a_part_of(
+    tmp_path_factory: pytest.TempPathFactory, kind: KindChoice
+) -> None:
+    with matrix(tmp_path_factory.mktemp(f"faults-{kind}"), kind=kind) as found:
+        cells = [cell for fault in FAULTS for cell in found.run(found.cases(fault))]
+    assert not {str(cell.case): cell.outcome.wrong for cell in cells if cell.outcome.wrong}
 
 
 @pytest.mark.slow
