@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import os
 import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,7 +130,7 @@ def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) 
     )
     validation, test = (_first(part, settings.rows) for part in (data.validation, data.test))
     few = _first(validation, CURVE_ROWS)
-    stops = {max(1, round(share * steps)) for share in CURVE}
+    stops = {round(share * steps) for share in CURVE}
     rows: list[StepMetrics] = []
     curve: list[Point] = []
     scores: dict[str, Score] = {}
@@ -145,12 +146,15 @@ def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) 
                     trainer.wait_for_signal()  # its bytes are the step's, not the evaluation's
                     cost = meter.cost()
                     with meter.aside():
-                        loss = round(_evaluate(trainer, few, settings.batch_size).loss, 5)
+                        loss = score(_evaluate(trainer, few, settings.batch_size)).loss
                     curve.append(Point(len(rows), cost.bytes, loss, cost.round_trips, *cost.seconds))
+            trainer.wait_for_signal()
             cost = meter.cost()
             with meter.aside():
-                scores["validation"] = _evaluate(trainer, validation, settings.batch_size)
-                scores["test"] = _evaluate(trainer, test, settings.batch_size, keep_rows=True)
+                found = _evaluate(trainer, validation, settings.batch_size)
+                tested = _evaluate(trainer, test, settings.batch_size)
+            curve.append(Point(len(rows), cost.bytes, score(found[:CURVE_ROWS]).loss, cost.round_trips, *cost.seconds))
+            scores = {"validation": score(found), "test": score(tested, keep_rows=True)}
         except NonFiniteError as error:
             log(f"diverged: {error}")
             cost = meter.cost()
@@ -241,27 +245,40 @@ class Meter:
             self.evaluation = self.evaluation.plus(Cost.now(self.trainer).plus(before, -1))
 
 
-def _evaluate(trainer: Trainer, dataset: Dataset, batch_size: int, *, keep_rows: bool = False) -> Score:
+class Row(NamedTuple):
+    """A held-out row: its summed loss, its labels, and whether all of them were likeliest."""
+
+    loss: float
+    labels: int
+    is_right: bool
+
+
+def _evaluate(trainer: Trainer, dataset: Dataset, batch_size: int) -> list[Row]:
     """As ``Trainer.evaluate``, but row by row."""
-    losses, labels, wrong = [], [], []
+    rows: list[Row] = []
     for batch in evaluation_batches(dataset, batch_size):
-        found, predictions = trainer.model.evaluate(batch)
-        count = len(batch.sequence_lengths)
-        row = np.searchsorted(np.cumsum(batch.sequence_lengths), batch.label_positions, side="right")
-        losses.append(np.bincount(row, weights=found, minlength=count))
-        labels.append(np.bincount(row, minlength=count))
-        wrong.append(np.bincount(row, weights=predictions != batch.labels, minlength=count))
-    loss, label, right = np.concatenate(losses), np.concatenate(labels), np.concatenate(wrong) == 0
-    if not np.isfinite(loss).all():
-        raise NonFiniteError("NaN or infinity in a held-out loss")
+        losses, predictions = trainer.model.evaluate(batch)
+        ends = np.searchsorted(batch.label_positions, np.cumsum(batch.sequence_lengths))
+        is_right, start = predictions == batch.labels, 0
+        for end in ends.tolist():
+            loss = float(losses[start:end].sum(dtype=np.float64))
+            if not math.isfinite(loss):
+                raise NonFiniteError("NaN or infinity in a held-out loss")
+            rows.append(Row(loss, end - start, bool(is_right[start:end].all())))
+            start = end
+    return rows
+
+
+def score(rows: Sequence[Row], *, keep_rows: bool = False) -> Score:
+    """Mean loss a label and share of right rows; ``keep_rows``: and each row's."""
     kept = Rows(
-        losses=[round(1000 * float(each)) for each in loss],
-        labels=[int(each) for each in label],
-        right="".join("1" if each else "0" for each in right),
+        losses=[round(1000 * row.loss) for row in rows],
+        labels=[row.labels for row in rows],
+        right="".join("1" if row.is_right else "0" for row in rows),
     )
     return Score(
-        loss=round(float(loss.sum() / label.sum()), 5),
-        accuracy=round(float(right.mean()), 5),
+        loss=round(math.fsum(row.loss for row in rows) / sum(row.labels for row in rows), 5),
+        accuracy=round(sum(row.is_right for row in rows) / len(rows), 5),
         rows=kept if keep_rows else None,
     )
 

@@ -14,7 +14,7 @@ from economy_data import SETS
 from economy_recipes import GRID, RECIPES
 
 CHOOSING_SEED: Final = 0
-CURVE: Final = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a run's steps after which it is evaluated
+CURVE: Final = (0.1, 0.25, 0.5, 0.75)  # shares of a run's steps after which it is evaluated, and at its end
 CURVE_ROWS: Final = 100
 
 
@@ -173,8 +173,8 @@ class Plan:
     """
 
     def __init__(self, model: str, dtype: str, *, quick: bool = False) -> None:
-        self._model = model
-        self._dtype = dtype
+        self.model = model
+        self.dtype = dtype
         self._quick = quick
 
     def settings(self, set_name: str, recipe_name: str, lr: float, seed: int) -> Settings:
@@ -189,8 +189,8 @@ class Plan:
             kill_revive=recipe.kill_revive,
             steps=20 if self._quick else SETS[set_name].steps,
             rows=40 if self._quick else None,
-            model=self._model,
-            dtype=self._dtype,
+            model=self.model,
+            dtype=self.dtype,
         )
 
     def find(self, finished: Finished, set_name: str, recipe_name: str, lr: float, seed: int) -> Run | None:
