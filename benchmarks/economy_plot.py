@@ -45,11 +45,11 @@ class Axis:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             found = [step * 10.0**power for power in range(first, last + 1) for step in steps]
         else:
-            rough = (self.high - self.low) / 6
+            rough = (self.high - self.low) / 8
             power = 10.0 ** math.floor(math.log10(rough))
-            step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+            step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
             found = [step * number for number in range(math.floor(self.low / step), math.ceil(self.high / step) + 1)]
-        return [value for value in found if self.low <= value <= self.high]
+        return [value for value in found if 0.9999 * self.low <= value <= 1.0001 * self.high]
 
 
 def plot(title: str, series: Sequence[Series], y_title: str) -> str:
@@ -78,6 +78,7 @@ def plot(title: str, series: Sequence[Series], y_title: str) -> str:
         f'transform="rotate(-90 16 {TOP + PLOT_HEIGHT / 2})">{escape(y_title)}{log_text}</text>',
     ]
     taken: list[tuple[float, float]] = []
+    labels: list[str] = []  # over all lines
     for index, each in enumerate(series):
         places = [(x_axis.place(x), y_axis.place(y)) for x, y in each.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -87,16 +88,16 @@ def plot(title: str, series: Sequence[Series], y_title: str) -> str:
         x, y = _free_place(places[-1], taken)
         taken.append((x, y))
         value = _loss_text(each.points[-1][1])
-        parts.append(f'<text class="m{index} value" x="{x:.1f}" y="{y + 4:.1f}">{value}</text>')
+        labels.append(f'<text class="m{index} value" x="{x:.1f}" y="{y + 4:.1f}">{value}</text>')
         x, y = LEFT + (index % 2) * (WIDTH - LEFT) / 2, legend_top + LEGEND_LINE * (index // 2)
         parts.append(f'<line class="line l{index}" x1="{x}" y1="{y - 4}" x2="{x + 22}" y2="{y - 4}"/>')
         parts += [_marker(index, x + 11, y - 4, 4.0), f'<text x="{x + 30}" y="{y}">{escape(each.name)}</text>']
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return "\n".join([*parts, *labels, "</svg>"]) + "\n"
 
 
 def _style(count: int) -> str:
     def colours(palette: Sequence[str], page: str, text: str, grid: str) -> str:
-        lines = [f".page{{fill:{page}}}text{{fill:{text}}}.grid{{stroke:{grid}}}"]
+        lines = [f".page{{fill:{page}}}text{{fill:{text}}}.grid{{stroke:{grid}}}.value{{stroke:{page}}}"]
         for index in range(count):
             colour = palette[index % len(palette)]
             lines.append(f".l{index}{{stroke:{colour}}}.m{index}{{fill:{colour}}}")
@@ -104,7 +105,8 @@ def _style(count: int) -> str:
 
     return (
         "text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif}.title{font-size:15px;font-weight:600}"
-        ".value{font-weight:600}.line{fill:none;stroke-width:2}.grid{stroke-width:1}"
+        ".value{font-weight:600;paint-order:stroke;stroke-width:4px;stroke-linejoin:round}"
+        ".line{fill:none;stroke-width:2}.grid{stroke-width:1}"
         + colours(LIGHT, "#ffffff", "#24292f", "#d8dee4")
         + f"@media(prefers-color-scheme:dark){{{colours(DARK, '#0d1117', '#e6edf3', '#30363d')}}}"
     )

@@ -80,7 +80,7 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
     for set_name in SETS:
         section = list(_set_lines(find, set_name, folder))
         if section:
-            lines += [f"## {SETS[set_name].title[0].upper()}{SETS[set_name].title[1:]}\n", *section]
+            lines += [f"## {_capitalized(SETS[set_name].title)}\n", *section]
     lines += ["## What is missing\n", *([f"- {each}" for each in missing] or ["Nothing."])]
     text = "\n".join(lines).rstrip() + "\n"
     (docs / "benchmarks.md").write_text(text, encoding="utf-8")
@@ -241,4 +241,10 @@ def _plot(set_name: str, drawn: Sequence[Result]) -> str:
     for result in drawn:
         points = tuple((float(point.bytes), point.loss) for point in _curve(result))
         series.append(Series(f"{RECIPES[result.recipe].title}, lr {result.lr:g}", points))
-    return plot(f"{SETS[set_name].title}: held-out loss against bytes", series, "mean loss a label, validation rows")
+    return plot(
+        f"{_capitalized(SETS[set_name].title)}: loss against bytes", series, "mean loss a label, validation rows"
+    )
+
+
+def _capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
