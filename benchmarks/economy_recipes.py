@@ -96,7 +96,7 @@ RECIPES: Final[dict[str, Recipe]] = {
     SECOND: Recipe(
         "bottleneck r 128, answer, int8 (the second)",
         _bottleneck(128, "answer", "int8"),
-        default_lr=2e-3,
+        default_lr=5e-3,
         bars=("dialogue",),
         sets=("dialogue",),
     ),

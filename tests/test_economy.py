@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import msgspec
@@ -106,6 +107,12 @@ def test_what_exists_today_lacks_nothing() -> None:
         assert RECIPES[name].missing() == []
 
 
+def test_the_rate_without_lr_is_the_commands() -> None:
+    defaults = pytest.importorskip("dlora.edge.training.defaults", reason="all kinds have one default still")
+    for recipe in RECIPES.values():
+        assert recipe.default_lr == defaults.DEFAULTS[recipe.adapter.get("kind", "lora")].lr, recipe.title
+
+
 def test_every_recipe_is_run_on_all_its_sets_and_what_bars_rest_on_first() -> None:
     pairs = list(order())
     assert sorted(pairs) == sorted((name, recipe) for recipe in RECIPES for name in RECIPES[recipe].sets)
@@ -178,7 +185,14 @@ def test_a_set_with_a_rate_of_its_own_has_no_grid() -> None:
 
 def test_another_recipe_set_seed_or_rate_is_another_run() -> None:
     settings = PLAN.settings("b10", BASELINE, 1e-3, 0)
-    changes = [{"recipe": "x"}, {"set": "b20"}, {"seed": 1}, {"lr": 2e-3}, {"adapter": {"rank": 9}}, {"dtype": "x"}]
+    changes: list[dict[str, Any]] = [
+        {"recipe": "x"},
+        {"set": "b20"},
+        {"seed": 1},
+        {"lr": 2e-3},
+        {"adapter": {"rank": 9}},
+        {"dtype": "x"},
+    ]
     others = {msgspec.structs.replace(settings, **change).digest for change in changes}
     assert len(others | {settings.digest}) == len(changes) + 1
 
