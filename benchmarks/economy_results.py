@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -137,13 +138,16 @@ def _difference(gaps: Any, weights: Any) -> Difference:
 
     A row's gap is its mean over the seeds: the seeds of a row are not independent, so they are drawn together.
     """
-    rng = np.random.default_rng(0)
-    ratios = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        drawn = rng.integers(0, len(gaps), len(gaps))
-        ratios[index] = gaps[drawn].sum() / weights[drawn].sum()
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    counts = _resamples(len(gaps))
+    low, high = np.percentile(counts @ gaps / (counts @ weights), [2.5, 97.5])
     return Difference(float(gaps.sum() / weights.sum()), float(low), float(high))
+
+
+@cache
+def _resamples(rows: int) -> Any:
+    """How often each row is drawn in each resample, the same for all differences: (resamples, rows)."""
+    drawn = np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), RESAMPLES)
+    return drawn.astype(np.float64)
 
 
 # -- the bars --------------------------------------------------------------------------------------------
