@@ -46,6 +46,7 @@ bench: .venv/.ready build/smollm2/manifest.json build/smollm2-int8/manifest.json
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/kill_revive.py
 	$(BIN)/python benchmarks/device.py
+	$(BIN)/python benchmarks/economy.py
 
 build/smollm2/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2

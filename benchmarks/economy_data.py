@@ -1,0 +1,165 @@
+"""The sets of ``economy.py``: rows to train on, to choose the learning rate by, and to test on, as JSONL.
+
+What is drawn is drawn from constants, so that a set is the same in every run; only the order of training depends on a
+run's seed. The data sets are not in the repository, but for the dialogue, which installs with a package.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dlora.edge.data.examples import Dataset, load_examples
+from dlora.edge.data.tokenizer import EdgeTokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from dialogue import write_dialogue
+
+Rows = list[dict[str, Any]]
+Parts = tuple[Rows, Rows, Rows]  # train, validation, test
+
+MAX_LENGTH: Final = 512
+PARTS: Final = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class BenchmarkSet:
+    """One set.
+
+    Attributes:
+        rows: makes its parts of the data folder.
+        steps: of a run, of 8 rows each; None: one epoch.
+        fixed_lr: the rate of every recipe, where none is chosen.
+        unit: what a row of it is called.
+        loss_bar: how far above the baseline's a mean loss is still not worse; a share of it where ``relative``.
+    """
+
+    title: str
+    rows: Callable[[Path], Parts]
+    steps: int | None = None
+    fixed_lr: float | None = None
+    unit: str = "messages"
+    loss_bar: float = 0.02
+    relative: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """A set as tokens."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hex digest of all three parts."""
+        parts = (self.train, self.validation, self.test)
+        return hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()[:12]
+
+
+def load(name: str, folder: Path, work: Path, tokenizer: EdgeTokenizer) -> Data:
+    """A set as tokens, by way of JSONL files in ``work``."""
+    work.mkdir(parents=True, exist_ok=True)
+    found = []
+    for part, rows in zip(PARTS, SETS[name].rows(folder), strict=True):
+        path = work / f"{name}-{part}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        found.append(load_examples(path, tokenizer, max_length=MAX_LENGTH))
+    return Data(*found)
+
+
+def _banking(first: int, count: int, validation: int) -> Callable[[Path], Parts]:
+    """``count`` intents of Banking77, from the ``first`` on in an order that is drawn once."""
+
+    def rows(folder: Path) -> Parts:
+        tables = {name: _banking_rows(folder / "banking77" / f"{name}.csv") for name in ("train", "test")}
+        intents = sorted({intent for _, intent in tables["train"]})
+        chosen = set(np.random.default_rng(77).permutation(intents)[first : first + count].tolist())
+        train, test = (
+            [
+                {"prompt": f"Message: {text}\nIntent:", "completion": " " + intent.replace("_", " ")}
+                for text, intent in tables[name]
+                if intent in chosen
+            ]
+            for name in ("train", "test")
+        )
+        return *_hold_out(train, validation), _hold_out(test, len(test))[1]
+
+    return rows
+
+
+def _banking_rows(path: Path) -> list[tuple[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [(row["text"], row["category"]) for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        raise _missing(path) from None
+
+
+def _dialogue(lines: int | None) -> Callable[[Path], Parts]:
+    """The demo's dialogue and its 96 held-out answers; ``lines`` of its training rows, or all of them."""
+
+    def rows(_: Path) -> Parts:
+        with tempfile.TemporaryDirectory() as folder:
+            train, test = (_json_lines(path) for path in write_dialogue(Path(folder), 96, seed=0))
+        kept, validation = _hold_out(train, 100)
+        return kept[:lines], validation, test
+
+    return rows
+
+
+def _commonsense(name: str) -> Callable[[Path], Parts]:
+    """A task in the form of LLM-Adapters: 1,200 rows to train on, 200 to validate, 500 of the test rows."""
+
+    def rows(folder: Path) -> Parts:
+        train, test = (_commonsense_rows(folder / "commonsense" / name / f"{part}.json") for part in ("train", "test"))
+        kept, validation = _hold_out(train, 200)
+        return kept[:1200], validation, _hold_out(test, 500)[1]
+
+    return rows
+
+
+def _commonsense_rows(path: Path) -> Rows:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _missing(path) from None
+    return [{"prompt": row["instruction"] + "\n", "completion": row["output"]} for row in found]
+
+
+def _hold_out(rows: Sequence[dict[str, Any]], count: int) -> tuple[Rows, Rows]:
+    """The rows in a drawn order: the others, and ``count`` held out."""
+    shuffled = [rows[index] for index in np.random.default_rng(0).permutation(len(rows))]
+    return shuffled[count:], shuffled[:count]
+
+
+def _json_lines(path: Path) -> Rows:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _missing(path: Path) -> SystemExit:
+    return SystemExit(f"error: {path} is not there; give the folder that holds banking77/ and commonsense/ as --data")
+
+
+SETS: Final[dict[str, BenchmarkSet]] = {
+    "chat60": BenchmarkSet("60 chat lines, 40 steps", _dialogue(60), 40, unit="answers", loss_bar=0.025, relative=True),
+    "b10": BenchmarkSet("Banking77, 10 intents, one epoch", _banking(0, 10, 160)),
+    "dialogue": BenchmarkSet(
+        "the demo's dialogue, 120 steps", _dialogue(None), 120, unit="answers", loss_bar=0.025, relative=True
+    ),
+    "b20": BenchmarkSet("Banking77, 20 other intents, one epoch", _banking(10, 20, 200)),
+    "arc_easy": BenchmarkSet("ARC-Easy, 150 steps", _commonsense("arc_easy"), 150, unit="questions"),
+    "boolq": BenchmarkSet("BoolQ, 150 steps", _commonsense("boolq"), 150, unit="questions"),
+    "dialogue500": BenchmarkSet("the demo's dialogue, 500 steps", _dialogue(None), 500, 4e-3, unit="answers"),
+}

@@ -1,0 +1,250 @@
+"""``docs/benchmarks.md``, ``economy.json`` and the plots, of the runs that are finished."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from economy_data import SETS
+from economy_plot import Series, plot
+from economy_recipes import BASELINE, GRID, LONG_SET, RECIPES, order
+from economy_results import (
+    BARS,
+    Difference,
+    Find,
+    Rate,
+    Result,
+    accuracy_difference,
+    find_result,
+    is_not_worse,
+    loss_difference,
+    measure_bars,
+)
+from economy_runs import Finished, Plan, Point
+
+INTRO = """# Benchmarks: what a run costs, and what it is worth
+
+    python benchmarks/economy.py              # hours, in pieces: what is finished is never made again
+    python benchmarks/economy.py --quick      # a taste in minutes, kept apart
+    python benchmarks/economy.py --report     # this page, of the runs that stand in economy-runs.jsonl
+
+These commands write this page, [economy.json](benchmarks/economy.json) and the plots; each run is a line of
+[economy-runs.jsonl](benchmarks/economy-runs.jsonl).
+
+**What is compared.** Recipes: what is trained, and how it crosses. Each trains a fresh adapter for SmolLM2-135M over
+a real websocket; runs of two recipes with one seed see the same rows in the same order. The baseline is LoRA of rank 8
+on q and v of all 30 blocks, fp16 on the wire. One epoch where a set's title says nothing else, 8 rows a step, AdamW,
+3 % warm-up, then linear to 0. Three seeds where a bar rests on a recipe, one elsewhere.
+
+**Rates.** Every recipe chooses its learning rate by the loss on validation rows, which are neither trained nor tested
+on, with seed 0 and from one grid: {grid}. It begins at the rate of a user who gives none and goes outward while that
+gains something: the best has both its neighbours tried. Each table has the chosen rate and the one without `--lr`.
+Every run is tested, whatever its rate; that chooses nothing. What choosing costs is not counted.
+
+**What is counted.** *Loss* is the mean a label, *right* the share of rows whose every label is the likeliest token,
+which is what greedy decoding writes. Tested on are all test rows of the intents, the demo's 96 held-out answers, and
+500 rows of the others. *Bytes a token* are all frames both ways, from the greeting to the last step, over the tokens
+trained on: set-up, adapter state, embeddings, the head's rows, retries, reports; not evaluations, nor the 2 to 14
+bytes that websockets add a frame. *Round trips* are the median of the steps. *CPU* is the processor's time of the
+device's whole process, *time* the clock's, both without evaluations.
+
+**Differences** are to the baseline at the same kind of rate, ours minus theirs, with 95 % intervals: a bootstrap over
+rows, seeds pooled. They say what other test rows would change, not what other seeds would. *Not worse* is a mean loss
+at most 0.02 above the baseline's and at most 1.5 points less right; with dialogue, a loss at most 2.5 % above.
+
+**Where.** Two shared cores of an AMD EPYC, loopback, 2 threads for the server and 2 for the device, beside other work
+and at low priority: times are rough. The server's base model is {dtype}. bfloat16 is 24 % faster here than float32:
+0.93 instead of 1.15 s a step, medians of 12 steps of Banking77, all adapters active, taking turns; the losses of these
+steps differ by 1 % at most.
+"""
+
+
+def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
+    """Write all of it; returns the bars and what is missing. Plots of sets without a finished run stay as they are."""
+
+    @cache
+    def find(set_name: str, recipe: str, rate: Rate) -> Result | None:
+        return find_result(finished, plan, set_name, recipe, rate)
+
+    folder = docs / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    bars = measure_bars(find)
+    _save_bars(folder / "economy.json", bars)
+    missing = list(_missing(finished, plan))
+    lines = [INTRO.format(grid=", ".join(f"{rate:g}" for rate in GRID), dtype=plan.dtype)]
+    lines += ["## Bars\n", *_bar_lines(find, bars)]
+    for set_name in SETS:
+        section = list(_set_lines(find, set_name, folder))
+        if section:
+            lines += [f"## {_capitalized(SETS[set_name].title)}\n", *section]
+    lines += ["## What is missing\n", *([f"- {each}" for each in missing] or ["Nothing."])]
+    text = "\n".join(lines).rstrip() + "\n"
+    (docs / "benchmarks.md").write_text(text, encoding="utf-8")
+    return {"runs": len(finished), "bars": bars, "missing": missing}
+
+
+def _save_bars(path: Path, bars: dict[str, Any]) -> None:
+    """Ours anew; other benchmarks' entries stay."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    others = {name: entry for name, entry in before.items() if name not in BARS}
+    path.write_text(json.dumps({**bars, **others}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _missing(finished: Finished, plan: Plan) -> Iterator[str]:
+    """A line for each recipe that is not finished on all its sets."""
+    for recipe in RECIPES:
+        sets = [set_name for set_name, name in order() if name == recipe]
+        unfinished = [set_name for set_name in sets if plan.next(finished, set_name, recipe) is not None]
+        if unfinished:
+            lacking = RECIPES[recipe].missing()
+            why = f"; this version of dlora has no {', '.join(lacking)}" if lacking else ""
+            yield f"{recipe}: not finished on {', '.join(unfinished)}{why}"
+
+
+# -- bars ------------------------------------------------------------------------------------------------
+
+
+def _bar_lines(find: Find, bars: dict[str, Any]) -> Iterator[str]:
+    if not bars:
+        yield "No bar has all its runs yet.\n"
+        return
+    yield "| | bar | value | without `--lr` | holds |\n|---|---|---|---|---|"
+    for name, entry in bars.items():
+        plain = BARS[name].measure(find, "default")
+        sign = "≤" if BARS[name].most else "≥"
+        yield (
+            f"| {name}: {BARS[name].what} | {sign} {entry['bar']:.4g} | {entry['value']:.4g} | "
+            f"{'' if plain is None else f'{plain[1]:.4g}'} | {'yes' if entry['holds'] else 'no: ' + entry['reason']} |"
+        )
+    yield ""
+
+
+# -- one set ---------------------------------------------------------------------------------------------
+
+
+def _set_lines(find: Find, set_name: str, folder: Path) -> Iterator[str]:
+    names = [name for name in RECIPES if any(find(set_name, name, rate) for rate in ("chosen", "default"))]
+    if not names:
+        return
+    drawn = [found for name in names if (found := find(set_name, name, "chosen")) is not None]
+    if drawn:
+        picture = folder / f"economy-{set_name}.svg"
+        picture.write_text(_plot(set_name, drawn), encoding="utf-8")
+        yield f"![Held-out loss against bytes: {SETS[set_name].title}](benchmarks/{picture.name})\n"
+    if set_name == LONG_SET:
+        yield from _wire_lines(find, names)
+        return
+    yield (
+        "| recipe | rate | loss | right | loss, difference | right, difference in points | not worse | bytes a token "
+        "| fewer | round trips a step | CPU, s | time, s | seeds |\n" + 13 * "|---" + "|"
+    )
+    for name in names:
+        for rate in ("chosen", "default"):
+            result = find(set_name, name, rate)
+            if result is not None:
+                yield _row(result, find(set_name, BASELINE, rate), rate)
+    yield ""
+    yield from _same_quality_lines(set_name, drawn)
+
+
+def _row(result: Result, baseline: Result | None, rate: Rate) -> str:
+    """A line of the table; differences only where the baseline has some of its seeds."""
+    if rate == "chosen":
+        shown = f"{result.lr:g}" + (", at the grid's end" if result.lr in (GRID[0], GRID[-1]) else "")
+    else:
+        shown = f"{result.lr:g}, without `--lr`"
+    cells = [RECIPES[result.recipe].title, shown, f"{result.loss:.4f}", f"{result.accuracy:.1%}"]
+    common = [] if baseline is None else [seed for seed in result.seeds if seed in baseline.seeds]
+    if baseline is None or not common or result.recipe == BASELINE:
+        cells += ["", "", "", f"{result.bytes_per_token:,.0f}", ""]
+    else:
+        ours, theirs = result.of_seeds(common), baseline.of_seeds(common)
+        cells += [
+            _interval(loss_difference(ours, theirs), 3),
+            _interval(accuracy_difference(ours, theirs), 1),
+            "yes" if is_not_worse(ours, theirs) else "no",
+            f"{result.bytes_per_token:,.0f}",
+            f"{ours.fewer_bytes(theirs):.1f} %",
+        ]
+    cells += [
+        f"{result.mean(lambda run: run.round_trips_per_step):.0f}",
+        f"{result.mean(lambda run: run.device_cpu_s):.0f}",
+        f"{result.mean(lambda run: run.wall_s):.0f}",
+        ", ".join(map(str, result.seeds)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(found: Difference | None, digits: int) -> str:
+    return "" if found is None else f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+
+
+def _wire_lines(find: Find, names: Sequence[str]) -> Iterator[str]:
+    yield "| recipe | rate | loss of the last 50 steps | by seed | bytes a token |\n|---|---|---|---|---|"
+    for name in names:
+        result = find(LONG_SET, name, "chosen")
+        if result is not None:
+            losses = [run.train_loss_last or float("nan") for run in result.runs]
+            cells = [f"{result.lr:g}", f"{statistics.mean(losses):.4f}", ", ".join(f"{loss:.4f}" for loss in losses)]
+            yield f"| {RECIPES[name].title} | {' | '.join(cells)} | {result.bytes_per_token:,.0f} |"
+    yield ""
+
+
+def _same_quality_lines(set_name: str, drawn: Sequence[Result]) -> Iterator[str]:
+    """What it takes to come to the quality at which the baseline ends, within the set's bar."""
+    baseline = next((result for result in drawn if result.recipe == BASELINE), None)
+    if baseline is None:
+        return
+    of_set, end = SETS[set_name], _curve(baseline)[-1].loss
+    target = end * (1 + of_set.loss_bar) if of_set.relative else end + of_set.loss_bar
+    rows = []
+    for result in drawn:
+        point = next((point for point in _curve(result) if point.loss <= target), None)
+        if point is None:
+            cells = ["not reached", "", "", "", ""]
+        else:
+            cells = [f"{point.step}", f"{point.bytes / 1e6:,.1f}", f"{point.round_trips:,}"]
+            cells += [f"{point.cpu_s:.0f}", f"{point.wall_s:.0f}"]
+        rows.append(f"| {RECIPES[result.recipe].title} | {' | '.join(cells)} |")
+    yield (
+        "To the same quality, at the chosen rates: the first of a run's five evaluations whose loss on at most 100 "
+        f"validation rows is {target:.4f} or less, the baseline's last and the bar.\n"
+    )
+    yield "| recipe | steps | MB | round trips | CPU, s | time, s |\n|---|---|---|---|---|---|"
+    yield from rows
+    yield ""
+
+
+def _curve(result: Result) -> list[Point]:
+    """A result's evaluations, means over its seeds."""
+    means = []
+    for points in zip(*(run.curve for run in result.runs), strict=True):
+        means.append(
+            Point(
+                step=points[0].step,
+                bytes=round(statistics.mean(point.bytes for point in points)),
+                loss=statistics.mean(point.loss for point in points),
+                round_trips=round(statistics.mean(point.round_trips for point in points)),
+                cpu_s=statistics.mean(point.cpu_s for point in points),
+                wall_s=statistics.mean(point.wall_s for point in points),
+            )
+        )
+    return means
+
+
+def _plot(set_name: str, drawn: Sequence[Result]) -> str:
+    series = []
+    for result in drawn:
+        points = tuple((float(point.bytes), point.loss) for point in _curve(result))
+        series.append(Series(f"{RECIPES[result.recipe].title}, lr {result.lr:g}", points))
+    return plot(
+        f"{_capitalized(SETS[set_name].title)}: loss against bytes", series, "mean loss a label, validation rows"
+    )
+
+
+def _capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]

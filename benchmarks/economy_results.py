@@ -1,0 +1,313 @@
+"""What finished runs of ``economy.py`` come to: means of a recipe on a set, differences with intervals, the bars."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final, Literal
+
+import numpy as np
+from economy_data import SETS
+from economy_recipes import BASELINE, DEFAULT, FP16_ALL, FP32_WIRE, INTENTS, LONG_SET, RECIPES, SECOND
+from economy_runs import Finished, Plan, Run, Score
+
+Rate = Literal["chosen", "default"]
+
+RESAMPLES: Final = 4000
+
+
+@dataclass(frozen=True)
+class Result:
+    """The finished runs of one recipe on one set with one rate; at least one, and none of them diverged."""
+
+    set_name: str
+    recipe: str
+    lr: float
+    runs: tuple[Run, ...]
+
+    def mean(self, value: Callable[[Run], float]) -> float:
+        return statistics.mean(value(run) for run in self.runs)
+
+    @property
+    def loss(self) -> float:
+        return self.mean(lambda run: test_score(run).loss)
+
+    @property
+    def accuracy(self) -> float:
+        return self.mean(lambda run: test_score(run).accuracy)
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.mean(lambda run: run.bytes_per_token)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(run.settings.seed for run in self.runs)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all its seeds are there."""
+        return set(self.seeds) >= set(RECIPES[self.recipe].seeds(self.set_name))
+
+    def of_seeds(self, seeds: Sequence[int]) -> Result:
+        """The same, of these seeds only."""
+        kept = tuple(run for run in self.runs if run.settings.seed in seeds)
+        return Result(self.set_name, self.recipe, self.lr, kept)
+
+    def fewer_bytes(self, baseline: Result) -> float:
+        """Percent fewer bytes a token than ``baseline``."""
+        return 100 * (1 - self.bytes_per_token / baseline.bytes_per_token)
+
+
+def find_result(finished: Finished, plan: Plan, set_name: str, recipe: str, rate: Rate) -> Result | None:
+    """What is finished of a recipe with its chosen rate or with the one of a user who gives none.
+
+    None where the rate is not chosen yet, or no run of it ended well.
+    """
+    lr = plan.chosen_lr(finished, set_name, recipe) if rate == "chosen" else RECIPES[recipe].default_lr
+    if lr is None:
+        return None
+    found = [plan.find(finished, set_name, recipe, lr, seed) for seed in RECIPES[recipe].seeds(set_name)]
+    runs = tuple(run for run in found if run is not None and run.test is not None)
+    return Result(set_name, recipe, lr, runs) if runs else None
+
+
+def test_score(run: Run) -> Score:
+    """Of a run that did not diverge."""
+    assert run.test is not None
+    return run.test
+
+
+# -- differences -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far ours is above theirs, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def times(self, factor: float) -> Difference:
+        return Difference(self.mean * factor, self.low * factor, self.high * factor)
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def loss_difference(ours: Result, theirs: Result) -> Difference | None:
+    """Of the mean loss a label; None where no seed is in both."""
+    pairs = _pairs(ours, theirs)
+    if not pairs:
+        return None
+    labels = np.array(_rows(pairs[0][0]).labels, np.float64)
+    gaps = [np.subtract(_rows(one).losses, _rows(other).losses) / 1000 for one, other in pairs]
+    return _difference(np.mean(gaps, axis=0), labels)
+
+
+def accuracy_difference(ours: Result, theirs: Result) -> Difference | None:
+    """Of the share of rows that are right, in points; None where no seed is in both."""
+    pairs = _pairs(ours, theirs)
+    if not pairs:
+        return None
+    gaps = [100 * (_right(one) - _right(other)) for one, other in pairs]
+    return _difference(np.mean(gaps, axis=0), np.ones(len(gaps[0])))
+
+
+def _pairs(ours: Result, theirs: Result) -> list[tuple[Score, Score]]:
+    others = {run.settings.seed: test_score(run) for run in theirs.runs}
+    return [(test_score(run), others[run.settings.seed]) for run in ours.runs if run.settings.seed in others]
+
+
+def _rows(score: Score) -> Any:
+    assert score.rows is not None
+    return score.rows
+
+
+def _right(score: Score) -> Any:
+    return np.array(list(_rows(score).right), np.float64)
+
+
+def _difference(gaps: Any, weights: Any) -> Difference:
+    """Sum of ``gaps`` over sum of ``weights``, one of each a row; the interval is a bootstrap over rows.
+
+    A row's gap is its mean over the seeds: the seeds of a row are not independent, so they are drawn together.
+    """
+    counts = _resamples(len(gaps))
+    low, high = np.percentile(counts @ gaps / (counts @ weights), [2.5, 97.5])
+    return Difference(float(gaps.sum() / weights.sum()), float(low), float(high))
+
+
+@cache
+def _resamples(rows: int) -> Any:
+    """How often each row is drawn in each resample, the same for all differences: (resamples, rows)."""
+    drawn = np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), RESAMPLES)
+    return drawn.astype(np.float64)
+
+
+# -- the bars --------------------------------------------------------------------------------------------
+
+Measured = tuple[float, float] | None  # a bar and what was found, where all that it takes is there
+Find = Callable[[str, str, Rate], Result | None]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A number that has to be reached.
+
+    Attributes:
+        measure: gives bar and value of what ``find_result`` finds, with chosen rates or without ``--lr``.
+        most: whether the bar is the most that is allowed, and not the least.
+        what: for people, with its unit.
+        pairs: (set, recipe) of the runs that it takes.
+    """
+
+    what: str
+    measure: Callable[[Find, Rate], Measured]
+    most: bool
+    pairs: tuple[tuple[str, str], ...]
+
+    def holds(self, bar: float, value: float) -> bool:
+        return value <= bar if self.most else value >= bar
+
+    @property
+    def command(self) -> str:
+        return "python benchmarks/economy.py --only " + " ".join(f"{name}/{recipe}" for name, recipe in self.pairs)
+
+
+def _pair(find: Find, rate: Rate, set_name: str, recipe: str, against: str = BASELINE) -> tuple[Result, Result] | None:
+    """A recipe and what it is compared with, with the same seeds; None unless all the recipe's are there in both."""
+    ours, theirs = find(set_name, recipe, rate), find(set_name, against, rate)
+    if ours is None or theirs is None or not ours.is_complete or not set(theirs.seeds) >= set(ours.seeds):
+        return None
+    return ours, theirs.of_seeds(ours.seeds)
+
+
+def loss_above(ours: Result, theirs: Result, set_name: str) -> float:
+    """How far a mean loss is above another: in nats a label, or in percent where the set's bar is relative."""
+    gap = ours.loss - theirs.loss
+    return 100 * gap / theirs.loss if SETS[set_name].relative else gap
+
+
+def is_not_worse(ours: Result, theirs: Result) -> bool:
+    """Loss and accuracy within the set's bars, of results with the same seeds."""
+    of_set = SETS[ours.set_name]
+    allowed = 100 * of_set.loss_bar if of_set.relative else of_set.loss_bar
+    is_close = loss_above(ours, theirs, ours.set_name) <= allowed
+    return is_close and (of_set.relative or 100 * (ours.accuracy - theirs.accuracy) >= ACCURACY_BAR)
+
+
+ACCURACY_BAR: Final = -1.5  # points
+
+
+def _loss(set_name: str, recipe: str, bar: float) -> Bar:
+    def measure(find: Find, rate: Rate) -> Measured:
+        pair = _pair(find, rate, set_name, recipe)
+        return None if pair is None else (bar, loss_above(*pair, set_name))
+
+    unit = "%" if SETS[set_name].relative else "nats a label"
+    what = f"{SETS[set_name].title}: {RECIPES[recipe].title}: mean loss above the baseline's, {unit}"
+    return Bar(what, measure, True, _baseline_and(set_name, recipe))
+
+
+def _accuracy(set_name: str, recipe: str) -> Bar:
+    def measure(find: Find, rate: Rate) -> Measured:
+        pair = _pair(find, rate, set_name, recipe)
+        return None if pair is None else (ACCURACY_BAR, 100 * (pair[0].accuracy - pair[1].accuracy))
+
+    what = f"{SETS[set_name].title}: {RECIPES[recipe].title}: accuracy above the baseline's, points"
+    return Bar(what, measure, False, _baseline_and(set_name, recipe))
+
+
+def _traffic(set_names: Sequence[str], recipe: str, bar: float) -> Bar:
+    """The least saving of the sets."""
+
+    def measure(find: Find, rate: Rate) -> Measured:
+        pairs = [_pair(find, rate, set_name, recipe) for set_name in set_names]
+        savings = [pair[0].fewer_bytes(pair[1]) for pair in pairs if pair is not None]
+        return (bar, min(savings)) if len(savings) == len(set_names) else None
+
+    titles = ", ".join(SETS[set_name].title for set_name in set_names)
+    what = f"{titles}: {RECIPES[recipe].title}: fewer bytes a token than the baseline, %"
+    return Bar(what, measure, False, tuple(pair for name in set_names for pair in _baseline_and(name, recipe)))
+
+
+def _chat_loss() -> Bar:
+    """The bar is the noise: half of the difference's 95 % interval."""
+
+    def measure(find: Find, rate: Rate) -> Measured:
+        pair = _pair(find, rate, "chat60", DEFAULT)
+        found = None if pair is None else loss_difference(*pair)
+        return None if found is None else (found.half_width, found.mean)
+
+    what = f"{SETS['chat60'].title}: {RECIPES[DEFAULT].title}: mean loss above the baseline's; half its interval"
+    return Bar(what, measure, True, _baseline_and("chat60", DEFAULT))
+
+
+def _chat_traffic() -> Bar:
+    def measure(find: Find, rate: Rate) -> Measured:
+        pair = _pair(find, rate, "chat60", DEFAULT)
+        return None if pair is None else (6.0, 100 - pair[0].fewer_bytes(pair[1]))
+
+    what = f"{SETS['chat60'].title}: {RECIPES[DEFAULT].title}: bytes a token, % of the baseline's"
+    return Bar(what, measure, True, _baseline_and("chat60", DEFAULT))
+
+
+def _wire_loss() -> Bar:
+    """int8 against fp32 with the same seeds: the training loss of the last 50 steps."""
+
+    def measure(find: Find, rate: Rate) -> Measured:
+        pair = _pair(find, rate, LONG_SET, DEFAULT, FP32_WIRE)
+        if pair is None:
+            return None
+        ours, theirs = (each.mean(lambda run: run.train_loss_last or math.inf) for each in pair)
+        return 0.7, 100 * (ours / theirs - 1)
+
+    what = f"{SETS[LONG_SET].title}: int8 on the wire: mean loss of the last 50 steps above that of fp32, %"
+    return Bar(what, measure, True, ((LONG_SET, DEFAULT), (LONG_SET, FP32_WIRE)))
+
+
+def _baseline_and(set_name: str, recipe: str) -> tuple[tuple[str, str], ...]:
+    return (set_name, BASELINE), (set_name, recipe)
+
+
+BARS: Final[dict[str, Bar]] = {
+    **{f"{name}_loss": _loss(name, DEFAULT, 0.02) for name in INTENTS},
+    **{f"{name}_accuracy": _accuracy(name, DEFAULT) for name in INTENTS},
+    **{f"{name}_traffic": _traffic([name], DEFAULT, 97.0) for name in INTENTS},
+    "dialogue_loss": _loss("dialogue", DEFAULT, 2.5),
+    "dialogue_traffic": _traffic(["dialogue"], DEFAULT, 95.5),
+    "second_loss": _loss("dialogue", SECOND, 1.0),
+    "second_traffic": _traffic(["dialogue"], SECOND, 92.0),
+    "fp16_all_traffic": _traffic([*INTENTS, "dialogue"], FP16_ALL, 88.0),
+    "chat60_loss": _chat_loss(),
+    "chat60_traffic": _chat_traffic(),
+    "int8_loss": _wire_loss(),
+}
+
+
+def measure_bars(finder: Find) -> dict[str, dict[str, Any]]:
+    """Each bar whose runs are there, as ``economy.json`` has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, bar in BARS.items():
+        measured = bar.measure(finder, "chosen")
+        if measured is None:
+            continue
+        wanted, value = measured
+        holds = bar.holds(wanted, value)
+        reason = "" if holds else f"{value:.4g} where {'at most' if bar.most else 'at least'} {wanted:.4g} is wanted"
+        if name == "fp16_all_traffic" and holds and (worse := _worse_sets(finder, FP16_ALL)):
+            holds, reason = False, f"worse than the baseline on {', '.join(worse)}"  # the saving is for being not worse
+        entry: dict[str, Any] = {"bar": round(wanted, 4), "value": round(value, 4), "holds": holds}
+        found[name] = {**entry, "command": bar.command, **({} if holds else {"reason": reason})}
+    return found
+
+
+def _worse_sets(find: Find, recipe: str) -> list[str]:
+    pairs = [_pair(find, "chosen", set_name, recipe) for set_name in RECIPES[recipe].bars]
+    return [pair[0].set_name for pair in pairs if pair is not None and not is_not_worse(*pair)]

@@ -1,0 +1,253 @@
+"""Finished runs of ``economy.py``: what a run is, the file that keeps them, and which one comes next."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from economy_data import SETS
+from economy_recipes import GRID, RECIPES
+
+CHOOSING_SEED: Final = 0
+CURVE: Final = (0.1, 0.25, 0.5, 0.75)  # shares of a run's steps after which it is evaluated, and at its end
+CURVE_ROWS: Final = 100
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What makes a run: with the same there is no second one.
+
+    A field that is added must have a default that is what runs were before: then those that are there still count.
+
+    Attributes:
+        adapter, kill_revive: the recipe's, as it was when the run was made.
+        steps: None: one epoch.
+        warmup: as ``OptimizerConfig`` has it; it and ``schedule`` are what the command takes by default.
+        dtype: of the base model on the server.
+        rows: most rows of each evaluation; None: all.
+    """
+
+    set: str
+    recipe: str
+    seed: int
+    lr: float
+    adapter: dict[str, Any]
+    kill_revive: dict[str, Any]
+    steps: int | None
+    model: str
+    dtype: str
+    batch_size: int = 8
+    schedule: str = "linear"
+    warmup: float = 0.03
+    rows: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Short hex digest of all of it."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:12]
+
+
+class Rows(msgspec.Struct, frozen=True, kw_only=True):
+    """Each held-out row: its loss in thousandths of a nat, its labels, and ``1`` where all of them were likeliest."""
+
+    losses: list[int]
+    labels: list[int]
+    right: str
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True):
+    """Mean loss a label, and the share of rows whose every label was the likeliest token, as greedy decoding has it."""
+
+    loss: float
+    accuracy: float
+    rows: Rows | None = None
+
+
+class Point(msgspec.Struct, frozen=True, array_like=True):
+    """What a run had cost at a step, and its loss on at most 100 validation rows."""
+
+    step: int
+    bytes: int
+    loss: float
+    round_trips: int
+    cpu_s: float
+    wall_s: float
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished run.
+
+    Attributes:
+        settings, digest: what was run.
+        data: fingerprint of the set's tokens; commit: of dlora; date: when it was finished.
+        steps, tokens, labelled: done, sent through the model, and labels among them.
+        bytes_up, bytes_down: of all frames but those of evaluations: greeting, session, adapter state and steps.
+        set_up_bytes: those before the first step; report_bytes: those of reports and their signals.
+        evaluation_bytes: of evaluations, which are not in any other number.
+        bytes_per_token: up and down.
+        round_trips_per_step: median.
+        edge_compute_s: what the device's graphs took; device_cpu_s: processor time of its whole process.
+        train_loss_last: mean loss of the last 50 steps.
+        reconnects, steps_rerun: 0 where nothing went wrong; their bytes are counted.
+        validation, test: None where the run diverged.
+    """
+
+    digest: str
+    settings: Settings
+    data: str
+    commit: str
+    date: str
+    steps: int
+    tokens: int
+    labelled: int
+    bytes_up: int
+    bytes_down: int
+    set_up_bytes: int
+    report_bytes: int
+    evaluation_bytes: int
+    bytes_per_token: float
+    round_trips_per_step: float
+    edge_compute_s: float
+    device_cpu_s: float
+    wall_s: float
+    train_loss_last: float | None
+    reconnects: int
+    steps_rerun: int
+    curve: list[Point]
+    validation: Score | None
+    test: Score | None
+
+    @property
+    def validation_loss(self) -> float:
+        """Infinite where the run diverged."""
+        return math.inf if self.validation is None else self.validation.loss
+
+
+Finished = Mapping[str, Run]  # by digest
+
+
+class RunsFile:
+    """A JSON line for each finished run, appended to.
+
+    A last line that is torn, because its writer was killed, is no run; the next one takes its place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, Run] = {}
+        self._whole = 0
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                run = msgspec.json.decode(line, type=Run)
+            except msgspec.MsgspecError as error:
+                if number == len(lines) and not line.endswith(b"\n"):
+                    break
+                raise SystemExit(f"error: {path}:{number} is not a run ({error})") from None
+            if not line.endswith(b"\n"):
+                break
+            self.runs[run.digest] = run
+            self._whole += len(line)
+
+    def append(self, run: Run) -> None:
+        """Keep a run; it is on the disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.truncate(self._whole)
+            file.write(msgspec.json.encode(run) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            self._whole = file.tell()
+        self.runs[run.digest] = run
+
+
+class Plan:
+    """Which runs there are to be, of what is finished.
+
+    Args:
+        model, dtype: of the server; quick: short runs of few rows, with nothing but the first rate.
+    """
+
+    def __init__(self, model: str, dtype: str, *, quick: bool = False) -> None:
+        self.model = model
+        self.dtype = dtype
+        self._quick = quick
+
+    def settings(self, set_name: str, recipe_name: str, lr: float, seed: int) -> Settings:
+        """The settings of one run."""
+        recipe = RECIPES[recipe_name]
+        return Settings(
+            set=set_name,
+            recipe=recipe_name,
+            seed=seed,
+            lr=lr,
+            adapter=recipe.adapter,
+            kill_revive=recipe.kill_revive,
+            steps=20 if self._quick else SETS[set_name].steps,
+            rows=40 if self._quick else None,
+            model=self.model,
+            dtype=self.dtype,
+        )
+
+    def find(self, finished: Finished, set_name: str, recipe_name: str, lr: float, seed: int) -> Run | None:
+        """A finished run."""
+        return finished.get(self.settings(set_name, recipe_name, lr, seed).digest)
+
+    def tried(self, finished: Finished, set_name: str, recipe_name: str) -> dict[float, float]:
+        """Validation losses of the grid's rates, as far as they were tried."""
+        runs = {rate: self.find(finished, set_name, recipe_name, rate, CHOOSING_SEED) for rate in GRID}
+        return {rate: run.validation_loss for rate, run in runs.items() if run is not None}
+
+    def chosen_lr(self, finished: Finished, set_name: str, recipe_name: str) -> float | None:
+        """The rate of a recipe on a set; None where it is not chosen yet, or nothing of the grid converged."""
+        fixed = SETS[set_name].fixed_lr
+        if fixed is not None:
+            return fixed
+        tried = self.tried(finished, set_name, recipe_name)
+        if self._quick or next_rate(tried, RECIPES[recipe_name].default_lr) is not None:
+            return None
+        return best_rate(tried)
+
+    def next(self, finished: Finished, set_name: str, recipe_name: str) -> Settings | None:
+        """The next run of a recipe on a set: to choose its rate, then with every seed; None where all are there."""
+        return next(self._open(finished, set_name, recipe_name), None)
+
+    def _open(self, finished: Finished, set_name: str, recipe_name: str) -> Iterator[Settings]:
+        recipe = RECIPES[recipe_name]
+        if SETS[set_name].fixed_lr is None and not self._quick:
+            rate = next_rate(self.tried(finished, set_name, recipe_name), recipe.default_lr)
+            if rate is not None:
+                yield self.settings(set_name, recipe_name, rate, CHOOSING_SEED)
+        for rate in self.rates(finished, set_name, recipe_name):
+            for seed in (0,) if self._quick else recipe.seeds(set_name):
+                if self.find(finished, set_name, recipe_name, rate, seed) is None:
+                    yield self.settings(set_name, recipe_name, rate, seed)
+
+    def rates(self, finished: Finished, set_name: str, recipe_name: str) -> list[float]:
+        """The rates that are reported: the chosen one, and the one of a user who gives none."""
+        chosen = self.chosen_lr(finished, set_name, recipe_name)
+        default = [] if SETS[set_name].fixed_lr is not None else [RECIPES[recipe_name].default_lr]
+        return list(dict.fromkeys(([] if chosen is None else [chosen]) + default))
+
+
+def next_rate(tried: Mapping[float, float], start: float, grid: Sequence[float] = GRID) -> float | None:
+    """The rate to try next, of those tried so far and their validation losses; None where the best is known.
+
+    From the grid's rate that is nearest to ``start`` outward while that gains something: the best so far must have both
+    its neighbours tried, the larger one first.
+    """
+    if not tried:
+        return min(grid, key=lambda rate: abs(math.log(rate / start)))
+    best = grid.index(min(tried, key=lambda rate: (tried[rate], rate)))
+    neighbours = [grid[place] for place in (best + 1, best - 1) if 0 <= place < len(grid)]
+    return next((rate for rate in neighbours if rate not in tried), None)
+
+
+def best_rate(tried: Mapping[float, float]) -> float | None:
+    """The rate with the lowest validation loss; None where no run converged."""
+    finite = {rate: loss for rate, loss in tried.items() if math.isfinite(loss)}
+    return min(finite, key=lambda rate: (finite[rate], rate), default=None)

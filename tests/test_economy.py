@@ -1,0 +1,420 @@
+"""benchmarks/economy.py without its hours: which runs there are to be, what keeps them, and what they come to."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import msgspec
+import numpy as np
+import pytest
+
+from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.protocol.manifest import AdapterDefaults
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from economy_data import SETS
+from economy_plot import Axis, Series, plot
+from economy_recipes import BASELINE, DEFAULT, FP16_ALL, FP32_WIRE, GRID, LONG_SET, RECIPES, SECOND, order, train_config
+from economy_report import write_report
+from economy_results import BARS, Rate, Result, accuracy_difference, find_result, loss_difference, measure_bars
+from economy_runs import Plan, Point, Rows, Run, RunsFile, Score, Settings, best_rate, next_rate
+
+PLAN = Plan("tiny", "float32")
+ROWS = 200
+
+
+def finished_run(
+    settings: Settings,
+    loss: float,
+    *,
+    validation: float | None = None,
+    accuracy: float = 0.9,
+    bytes_per_token: float = 1000.0,
+    train_loss: float = 1.0,
+) -> Run:
+    """A run of two labels a row, with the same loss for each, and each tenth row wrong for an accuracy of 0.9."""
+    wrong = round(1 / (1 - accuracy)) if accuracy < 1 else ROWS + 1
+    right = "".join("0" if index % wrong == 0 else "1" for index in range(ROWS))
+    rows = Rows(losses=[round(2000 * loss)] * ROWS, labels=[2] * ROWS, right=right)
+    total = round(100 * bytes_per_token)
+    return Run(
+        digest=settings.digest, settings=settings, data="data", commit="", date="2026-11-26", steps=10, tokens=100,
+        labelled=20, bytes_up=total // 2, bytes_down=total - total // 2, set_up_bytes=10, report_bytes=10,
+        evaluation_bytes=0, bytes_per_token=bytes_per_token, round_trips_per_step=9, edge_compute_s=1.0,
+        device_cpu_s=2.0, wall_s=3.0, train_loss_last=train_loss, reconnects=0, steps_rerun=0,
+        curve=[Point(5, total // 2, 2 * loss, 45, 1.0, 1.5), Point(10, total, loss, 90, 2.0, 3.0)],
+        validation=Score(loss=loss if validation is None else validation, accuracy=accuracy),
+        test=Score(loss=loss, accuracy=right.count("1") / ROWS, rows=rows),
+    )  # fmt: skip
+
+
+def kept(runs: Sequence[Run]) -> dict[str, Run]:
+    return {run.digest: run for run in runs}
+
+
+def all_runs(made: Callable[[str, str, Settings], Run]) -> dict[str, Run]:
+    """Every run of every recipe on every set, as a benchmark that goes on to the end makes them."""
+    found: dict[str, Run] = {}
+    for set_name, recipe in order():
+        while (settings := PLAN.next(found, set_name, recipe)) is not None:
+            run = made(set_name, recipe, settings)
+            assert run.digest not in found
+            found[run.digest] = run
+    return found
+
+
+def finder(found: dict[str, Run]) -> Callable[[str, str, Rate], Result | None]:
+    return lambda set_name, recipe, rate: find_result(found, PLAN, set_name, recipe, rate)
+
+
+def made(set_name: str, recipe: str, settings: Settings) -> Run:
+    """Rates have their best at 4e-3; the new kinds are a little worse, and save a lot."""
+    far = abs(math.log2(settings.lr / 4e-3))
+    loss = 0.5 + 0.1 * far + (0.0 if recipe == BASELINE else 0.01)
+    return finished_run(settings, loss, bytes_per_token=160_000 if recipe == BASELINE else 3_200)
+
+
+# -- recipes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_makes_a_config_or_says_what_it_lacks(name: str) -> None:
+    recipe = RECIPES[name]
+    if not recipe.missing():
+        config = train_config(
+            recipe,
+            steps=40,
+            batch_size=8,
+            seed=1,
+            optimizer=OptimizerConfig(lr=recipe.default_lr),
+            defaults=AdapterDefaults(r=8, lora_alpha=16.0, target_modules=("q_proj", "v_proj")),
+        )
+        assert (config.total_steps, config.seed, config.grad_accum) == (40, (1,), 1)
+        assert config.kill_revive.budget_floor(30) in (1, 4, 30)
+        for field, value in recipe.adapter.items():
+            assert getattr(config, field) == value
+    assert set(recipe.bars) <= set(recipe.sets) <= set(SETS)
+
+
+def test_what_exists_today_lacks_nothing() -> None:
+    for name in (BASELINE, "change-1/8", "random-1/8", "static-1/8", "last-1/8", "one-block"):
+        assert RECIPES[name].missing() == []
+
+
+def test_the_rate_without_lr_is_the_commands() -> None:
+    defaults = pytest.importorskip("dlora.edge.training.defaults", reason="all kinds have one default still")
+    for recipe in RECIPES.values():
+        assert recipe.default_lr == defaults.DEFAULTS[recipe.adapter.get("kind", "lora")].lr, recipe.title
+
+
+def test_every_recipe_is_run_on_all_its_sets_and_what_bars_rest_on_first() -> None:
+    pairs = list(order())
+    assert sorted(pairs) == sorted((name, recipe) for recipe in RECIPES for name in RECIPES[recipe].sets)
+    barred = [name in RECIPES[recipe].bars for name, recipe in pairs]
+    assert barred == sorted(barred, reverse=True)
+    assert pairs[0] == ("chat60", BASELINE)
+
+
+def test_seeds_are_three_where_a_bar_stands_and_one_elsewhere() -> None:
+    assert RECIPES[DEFAULT].seeds("b10") == (0, 1, 2)
+    assert RECIPES[DEFAULT].seeds("boolq") == RECIPES["random-1/8"].seeds("b10") == (0,)
+
+
+# -- learning rates --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("best", "tries"), [(1e-3, 3), (5e-4, 3), (4e-3, 4), (3.2e-2, 6)])
+def test_rates_go_outward_while_that_gains_something(best: float, tries: int) -> None:
+    tried: dict[float, float] = {}
+    while (rate := next_rate(tried, 1e-3)) is not None:
+        assert rate not in tried
+        tried[rate] = 1 + abs(math.log2(rate / best))
+    assert best_rate(tried) == best
+    assert len(tried) == tries
+
+
+def test_rates_begin_at_the_nearest_of_the_grid() -> None:
+    assert next_rate({}, 5e-3) == 4e-3
+    assert next_rate({}, 1.0) == GRID[-1]
+
+
+def test_a_run_that_diverges_is_the_worst() -> None:
+    tried: dict[float, float] = {}
+    while (rate := next_rate(tried, 4e-3)) is not None:
+        tried[rate] = math.inf if rate > 1e-3 else 1.0
+    assert best_rate(tried) == 5e-4
+    assert best_rate({1e-3: math.inf}) is None
+
+
+# -- runs ------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_chooses_its_rate_and_then_has_every_seed_with_it_and_with_its_default() -> None:
+    found: dict[str, Run] = {}
+    asked = []
+    while (settings := PLAN.next(found, "b10", BASELINE)) is not None:
+        asked.append((settings.lr, settings.seed))
+        found |= kept([made("b10", BASELINE, settings)])
+    assert asked[:4] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0)]
+    assert asked[4:] == [(4e-3, 1), (4e-3, 2), (1e-3, 1), (1e-3, 2)]
+    assert PLAN.chosen_lr(found, "b10", BASELINE) == 4e-3
+
+
+def test_the_test_rows_choose_nothing() -> None:
+    runs = [
+        finished_run(PLAN.settings("b10", BASELINE, lr, 0), loss=test, validation=validation)
+        for lr, test, validation in ((5e-4, 0.1, 3.0), (1e-3, 0.9, 1.0), (2e-3, 0.1, 2.0))
+    ]
+    assert PLAN.chosen_lr(kept(runs), "b10", BASELINE) == 1e-3
+
+
+def test_a_set_with_a_rate_of_its_own_has_no_grid() -> None:
+    found: dict[str, Run] = {}
+    asked = []
+    while (settings := PLAN.next(found, LONG_SET, FP32_WIRE)) is not None:
+        asked.append((settings.lr, settings.seed))
+        found |= kept([made(LONG_SET, FP32_WIRE, settings)])
+    assert asked == [(SETS[LONG_SET].fixed_lr, seed) for seed in (0, 1, 2)]
+
+
+def test_another_recipe_set_seed_or_rate_is_another_run() -> None:
+    settings = PLAN.settings("b10", BASELINE, 1e-3, 0)
+    changes: list[dict[str, Any]] = [
+        {"recipe": "x"},
+        {"set": "b20"},
+        {"seed": 1},
+        {"lr": 2e-3},
+        {"adapter": {"rank": 9}},
+        {"dtype": "x"},
+    ]
+    others = {msgspec.structs.replace(settings, **change).digest for change in changes}
+    assert len(others | {settings.digest}) == len(changes) + 1
+
+
+def test_the_baseline_is_the_one_whose_runs_are_committed() -> None:
+    """These runs took hours. A new field of ``Settings`` has a default that leaves them as they are."""
+    settings = Plan("smollm2-135m", "bfloat16").settings("b10", BASELINE, 1e-3, 0)
+    assert settings.digest == "44c18781e1da"
+
+
+def test_finished_runs_are_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "docs" / "runs.jsonl"
+    file = RunsFile(path)
+    runs = [made("b10", BASELINE, PLAN.settings("b10", BASELINE, 1e-3, seed)) for seed in (0, 1)]
+    for run in runs:
+        file.append(run)
+    assert RunsFile(path).runs == file.runs == kept(runs)
+    assert PLAN.next(RunsFile(path).runs, "b10", BASELINE) != runs[0].settings
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_torn_last_line_is_no_run_and_is_written_over(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "runs.jsonl"
+    runs = [made("b10", BASELINE, PLAN.settings("b10", BASELINE, 1e-3, seed)) for seed in (0, 1, 2)]
+    for run in runs[:2]:
+        RunsFile(path).append(run)
+    path.write_bytes(path.read_bytes()[:-cut])
+    file = RunsFile(path)
+    assert file.runs == kept(runs[:1])
+    file.append(runs[2])
+    assert RunsFile(path).runs == kept([runs[0], runs[2]])
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    RunsFile(path).append(made("b10", BASELINE, PLAN.settings("b10", BASELINE, 1e-3, 0)))
+    path.write_bytes(b"{}\n" + path.read_bytes())
+    with pytest.raises(SystemExit, match=r"runs\.jsonl:1 "):
+        RunsFile(path)
+
+
+# -- differences -----------------------------------------------------------------------------------------
+
+
+def result_of(losses: Sequence[Sequence[float]], right: Sequence[str]) -> Result:
+    runs = []
+    for seed, (each, marks) in enumerate(zip(losses, right, strict=True)):
+        rows = Rows(losses=[round(1000 * loss) for loss in each], labels=[1] * len(each), right=marks)
+        run = made("b10", BASELINE, PLAN.settings("b10", BASELINE, 1e-3, seed))
+        accuracy = marks.count("1") / len(marks)
+        runs.append(msgspec.structs.replace(run, test=Score(loss=float(np.mean(each)), accuracy=accuracy, rows=rows)))
+    return Result("b10", BASELINE, 1e-3, tuple(runs))
+
+
+def test_intervals_are_of_pairs_and_as_wide_as_theory_says() -> None:
+    """Rows differ wildly, and their differences little: the interval is 1.96 standard errors of these to each side."""
+    rng = np.random.default_rng(0)
+    theirs = rng.exponential(3.0, 400)
+    gaps = rng.normal(0.05, 0.1, 400)
+    ones = "1" * 400
+    found = loss_difference(result_of([(theirs + gaps).tolist()], [ones]), result_of([theirs.tolist()], [ones]))
+    assert found is not None
+    assert found.mean == pytest.approx(gaps.mean(), abs=1e-4)
+    expected = 1.96 * gaps.std() / math.sqrt(400)
+    assert found.half_width == pytest.approx(expected, rel=0.08)  # 4,000 resamples
+    assert found.low < found.mean < found.high
+
+
+def test_accuracy_differs_in_points_and_seeds_are_pooled() -> None:
+    ours = result_of([[1.0] * 4, [1.0] * 4], ["1111", "1100"])
+    theirs = result_of([[1.0] * 4, [1.0] * 4], ["1110", "1110"])
+    found = accuracy_difference(ours, theirs)
+    assert found is not None
+    assert found.mean == pytest.approx(0.0)
+    assert found.low < 0 < found.high
+
+
+def test_only_seeds_that_both_have_are_compared() -> None:
+    ours, theirs = result_of([[1.0, 1.0]], ["11"]), result_of([[0.5, 0.5], [9.0, 9.0]], ["11", "11"])
+    found = loss_difference(ours, theirs)
+    assert found is not None
+    assert found.mean == pytest.approx(0.5)
+    assert loss_difference(ours, theirs.of_seeds([1])) is None
+
+
+# -- bars ------------------------------------------------------------------------------------------------
+
+
+def test_every_bar_of_the_list_is_there_once_all_is_run() -> None:
+    bars = measure_bars(finder(all_runs(made)))
+    assert list(bars) == list(BARS) == [
+        "b10_loss", "b20_loss", "b10_accuracy", "b20_accuracy", "b10_traffic", "b20_traffic", "dialogue_loss",
+        "dialogue_traffic", "second_loss", "second_traffic", "fp16_all_traffic", "chat60_loss", "chat60_traffic",
+        "int8_loss",
+    ]  # fmt: skip
+    for name, entry in bars.items():
+        assert set(entry) == {"bar", "value", "holds", "command"} | (set() if entry["holds"] else {"reason"}), name
+        assert entry["command"].startswith("python benchmarks/economy.py --only ")
+
+
+def test_the_bars_arithmetic() -> None:
+    bars = measure_bars(finder(all_runs(made)))
+    assert bars["b10_loss"]["value"] == pytest.approx(0.01)
+    assert bars["b10_loss"]["holds"]
+    assert bars["b10_accuracy"]["value"] == pytest.approx(0.0)
+    assert bars["b10_traffic"]["value"] == bars["fp16_all_traffic"]["value"] == pytest.approx(98.0)
+    assert bars["chat60_traffic"] == {**bars["chat60_traffic"], "bar": 6.0, "value": 2.0, "holds": True}
+    assert bars["dialogue_loss"]["value"] == pytest.approx(2.0)  # 0.01 of 0.5, in percent
+    assert bars["dialogue_loss"]["holds"]
+    assert not bars["second_loss"]["holds"]
+    assert bars["second_loss"]["reason"] == "2 where at most 1 is wanted"
+    # All rows differ by the same, so that there is no noise.
+    assert bars["chat60_loss"] == {**bars["chat60_loss"], "bar": 0.0, "value": 0.01, "holds": False}
+
+
+def test_int8_is_measured_by_the_last_training_losses() -> None:
+    def with_losses(set_name: str, recipe: str, settings: Settings) -> Run:
+        run = made(set_name, recipe, settings)
+        loss = 1.005 if recipe == DEFAULT else 1.0
+        return msgspec.structs.replace(run, train_loss_last=loss + settings.seed)
+
+    entry = measure_bars(finder(all_runs(with_losses)))["int8_loss"]
+    assert entry["value"] == pytest.approx(100 * 0.005 / 2)
+    assert entry["holds"]
+
+
+def test_the_least_saving_of_the_sets_counts_and_only_for_what_is_not_worse() -> None:
+    def one_saves_less(set_name: str, recipe: str, settings: Settings) -> Run:
+        saves_less = (set_name, recipe) == ("b20", FP16_ALL)
+        return finished_run(settings, 0.5, bytes_per_token=32_000) if saves_less else made(set_name, recipe, settings)
+
+    entry = measure_bars(finder(all_runs(one_saves_less)))["fp16_all_traffic"]
+    assert (entry["value"], entry["holds"]) == (80.0, False)
+
+    def one_is_worse(set_name: str, recipe: str, settings: Settings) -> Run:
+        is_worse = (set_name, recipe) == ("b20", FP16_ALL)
+        return finished_run(settings, 0.9, bytes_per_token=3_200) if is_worse else made(set_name, recipe, settings)
+
+    entry = measure_bars(finder(all_runs(one_is_worse)))["fp16_all_traffic"]
+    assert entry["holds"] is False
+    assert entry["reason"] == "worse than the baseline on b20"
+
+
+def test_a_bar_whose_runs_are_not_all_there_is_left_out() -> None:
+    found = all_runs(made)
+    last = PLAN.settings("b10", DEFAULT, 4e-3, 2)
+    del found[last.digest]
+    bars = measure_bars(finder(found))
+    assert not {"b10_loss", "b10_accuracy", "b10_traffic"} & set(bars)
+    assert {"b20_loss", "dialogue_loss"} <= set(bars)
+
+
+# -- the page --------------------------------------------------------------------------------------------
+
+
+def test_the_report_keeps_other_benchmarks_bars(tmp_path: Path) -> None:
+    other = {"bar": 1, "value": 1, "holds": True, "command": "another"}
+    (tmp_path / "benchmarks").mkdir()
+    path = tmp_path / "benchmarks" / "economy.json"
+    path.write_text(json.dumps({"other": other, "b10_loss": other}))
+    assert write_report({}, PLAN, tmp_path)["bars"] == {}
+    assert json.loads(path.read_text()) == {"other": other}
+
+
+def test_the_page_has_every_set_and_says_what_is_missing(tmp_path: Path) -> None:
+    found = all_runs(made)
+    assert write_report(found, PLAN, tmp_path)["missing"] == []
+    text = (tmp_path / "benchmarks.md").read_text()
+    for name, of_set in SETS.items():
+        assert of_set.title[1:] in text
+        assert f"(benchmarks/economy-{name}.svg)" in text
+        ElementTree.parse(tmp_path / "benchmarks" / f"economy-{name}.svg")
+    assert "Nothing." in text
+    assert "nan" not in text
+    tables = [line for line in text.splitlines() if line.startswith("| ")]
+    assert sum("without `--lr`" in line for line in tables) > 20
+    del found[PLAN.settings("dialogue", SECOND, 4e-3, 2).digest]
+    missing = write_report(found, PLAN, tmp_path)["missing"]
+    assert [line.split(";")[0] for line in missing] == [f"{SECOND}: not finished on dialogue"]
+
+
+def test_a_diverged_run_is_finished_and_has_no_line(tmp_path: Path) -> None:
+    runs = []
+    for rate in GRID:
+        run = made("b10", BASELINE, PLAN.settings("b10", BASELINE, rate, 0))
+        runs.append(msgspec.structs.replace(run, validation=None, test=None, curve=[], train_loss_last=None))
+    found = kept(runs)
+    assert PLAN.chosen_lr(found, "b10", BASELINE) is None
+    assert find_result(found, PLAN, "b10", BASELINE, "default") is None
+    write_report(found, PLAN, tmp_path)
+
+
+# -- plots -----------------------------------------------------------------------------------------------
+
+
+def test_the_plot_is_well_formed_has_both_colour_schemes_and_labels_every_end() -> None:
+    series = [
+        Series(f"recipe <{index}> & more", tuple((10.0 ** (4 + step), (index + 1) / (step + 1)) for step in range(5)))
+        for index in range(8)
+    ]
+    text = plot("a title & <more>", series, "loss")
+    root = ElementTree.fromstring(text)
+    texts = ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    for each in series:
+        assert each.name in texts
+        assert f"{each.points[-1][1]:.3f}" in texts or f"{each.points[-1][1]:.2f}" in texts
+    assert "prefers-color-scheme:dark" in text
+    assert any(label.endswith("MB") for label in texts)
+
+
+def test_one_point_makes_a_plot_too() -> None:
+    ElementTree.fromstring(plot("title", [Series("one", ((1e6, 0.5),))], "loss"))
+
+
+@pytest.mark.parametrize(
+    ("axis", "ticks"),
+    [
+        (Axis(0.9e6, 60e6, 0, 100, True), [1e6, 2e6, 5e6, 1e7, 2e7, 5e7]),
+        (Axis(1.6, 2.2, 100, 0, False), [1.6, 1.7, 1.8, 1.9, 2.0, 2.1, 2.2]),
+    ],
+)
+def test_ticks_are_round_and_within_the_axis(axis: Axis, ticks: list[float]) -> None:
+    assert axis.ticks() == pytest.approx(ticks)
+    assert axis.place(axis.low) == axis.start
+    assert axis.place(axis.high) == pytest.approx(axis.end)
