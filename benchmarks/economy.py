@@ -37,6 +37,7 @@ from economy_runs import CURVE, CURVE_ROWS, Finished, Plan, Point, Rows, Run, Ru
 
 from dlora.edge.data.batches import evaluation_batches
 from dlora.edge.data.examples import Dataset
+from dlora.edge.data.invocation import find_invocation
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
@@ -118,8 +119,9 @@ def _summary(result: Run) -> str:
 def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) -> Run:
     """Train once, evaluate on the way and on all held-out rows. A run that diverges has no scores."""
     steps = total_steps(data.train, epochs=1, steps=settings.steps, batch_size=settings.batch_size, grad_accum=1)
+    recipe = RECIPES[settings.recipe]
     config = train_config(
-        RECIPES[settings.recipe],
+        recipe,
         steps=steps,
         batch_size=settings.batch_size,
         seed=settings.seed,
@@ -127,6 +129,7 @@ def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) 
             {"lr": settings.lr, "schedule": settings.schedule, "warmup": settings.warmup}, OptimizerConfig
         ),
         defaults=bundle.manifest.defaults,
+        invocation=find_invocation(data.train) if recipe.acts_on_answers else (),
     )
     validation, test = (_first(part, settings.rows) for part in (data.validation, data.test))
     few = _first(validation, CURVE_ROWS)
@@ -256,7 +259,7 @@ class Row(NamedTuple):
 def _evaluate(trainer: Trainer, dataset: Dataset, batch_size: int) -> list[Row]:
     """As ``Trainer.evaluate``, but row by row."""
     rows: list[Row] = []
-    for batch in evaluation_batches(dataset, batch_size):
+    for batch in evaluation_batches(dataset.acting_on_answers(trainer.config.invocation), batch_size):
         losses, predictions = trainer.model.evaluate(batch)
         ends = np.searchsorted(batch.label_positions, np.cumsum(batch.sequence_lengths))
         is_right, start = predictions == batch.labels, 0
