@@ -57,6 +57,8 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
     blocks = {int(part) for name in loaded.modules for part in name.split(".") if part.isdecimal()}
     return {
         "kind": "PEFT LoRA adapter",
+        "trained_as": loaded.parts.kind if loaded.parts is not None else "lora",
+        "acts": "from its invocation on" if loaded.invocation else "everywhere",
         "r": loaded.r,
         "lora_alpha": loaded.lora_alpha,
         "base_model": loaded.base_model_name,

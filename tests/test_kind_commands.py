@@ -1,0 +1,156 @@
+"""Runs of the other kinds by the real commands: what they choose, write down, go on with, and refuse."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import Finished, finish, run_edge, start_edge
+from safetensors.numpy import load_file
+from serving import serving
+from test_resume import SAVE_EVERY, Place, assert_same_run, rows, wait_for_lines
+from tiny import TinyFactory
+
+from dlora.edge.adapters.parts import PARTS_NAME
+from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.run.run_file import load_run_file
+from dlora.edge.training.checkpoint import list_checkpoints
+
+BLOCKS = 4
+RANK = 4
+BOTTLENECK = ("--kind", "bottleneck", "--rank", RANK)
+
+
+@pytest.fixture(scope="module")
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    directory = tmp_path_factory.mktemp("kinds")
+    model = tiny(blocks=BLOCKS)
+    rng = np.random.default_rng(2)
+    words = [[f"w{n}" for n in rng.integers(0, 80, int(rng.integers(5, 11)))] for _ in range(10)]
+    records = [{"prompt": " ".join([*line[:3], "w88 w89"]), "completion": " " + " ".join(line[3:])} for line in words]
+    data = directory / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with serving(model.base) as server:
+        yield Place(model.bundle, data, server.url)
+
+
+def summary(done: Finished) -> dict[str, Any]:
+    assert done.code == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    done = run_edge(*place.train(out, *BOTTLENECK, "--eval", place.data, "--json"))
+    assert done.code == 0, done.stderr
+    assert "adapters: bottleneck, rank 4" in done.stderr
+    assert "activated LoRA" in done.stderr
+    assert "cannot merge" in done.stderr
+    assert json.loads(done.stdout)["eval_loss_after"] < json.loads(done.stdout)["eval_loss_before"]
+    return out
+
+
+def test_what_was_left_open_is_chosen_once_and_written_down(whole: Path) -> None:
+    settings = load_run_file(whole).settings
+    assert (settings.kind, settings.rank, settings.alpha) == ("bottleneck", RANK, float(RANK))
+    assert (settings.target_modules, settings.blocks) == ("all-linear", "0-3")
+    assert (settings.adapt, settings.wire_dtype) == ("answer", "int8")
+    config = json.loads((whole / "adapter_config.json").read_text())
+    assert len(config["alora_invocation_tokens"]) == 1
+    _, checkpoint = list_checkpoints(whole / "checkpoints")[-1]
+    assert sum("adapter_state" in name for name in load_file(checkpoint)) == 2 * 4 * BLOCKS
+
+
+@pytest.mark.parametrize("at", ["after a checkpoint", "before the first"])
+def test_killed_run_goes_on_to_the_same_bits(place: Place, whole: Path, at: str, tmp_path: Path) -> None:
+    """Before the first checkpoint it begins anew, with a basis of its own that is the same."""
+    out = tmp_path / "out"
+    process = start_edge(*place.train(out, *BOTTLENECK, "--eval", place.data))
+    wanted = SAVE_EVERY + 3 if at == "after a checkpoint" else 2
+    metrics = out / "metrics.jsonl"
+    wait_for_lines(metrics, wanted)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    assert run_edge("resume", out).code == 0
+    assert_same_run(out, whole)
+    assert load_adapter(out).parts is not None
+
+
+def test_saved_adapter_evaluates_and_answers(place: Place, whole: Path) -> None:
+    where = ("--bundle", place.bundle, "--server", place.url, "--adapter", whole)
+    after = json.loads((whole / "summary.json").read_text())["eval_loss_after"]
+    for wire_dtype, tolerance in (("fp16", 1e-5), ("int8", 0.1)):
+        done = run_edge("evaluate", *where, "--data", place.data, "--wire-dtype", wire_dtype, "--json")
+        assert summary(done)["loss"] == pytest.approx(after, abs=tolerance)
+    assert run_edge("generate", *where, "--prompt", "w1 w2 w88 w89", "--max-new-tokens", 3).code == 0
+    assert "bottleneck" in run_edge("info", whole).stdout
+
+
+def test_run_that_starts_from_it_takes_its_kind_rank_and_blocks(place: Place, whole: Path, tmp_path: Path) -> None:
+    options = ("--init-adapter", whole, "--eval", place.data, "--steps", 2, "--json")
+    done = run_edge(*place.train(tmp_path / "on", *options))
+    before = json.loads((whole / "summary.json").read_text())["eval_loss_after"]
+    assert summary(done)["eval_loss_before"] == pytest.approx(before, abs=1e-5)
+    settings = load_run_file(tmp_path / "on").settings
+    assert (settings.kind, settings.rank, settings.blocks) == ("bottleneck", RANK, "0-3")
+
+
+def test_run_starts_from_no_lora_but_as_a_lora(place: Place, whole: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "lora"
+    assert run_edge(*place.train(lora, "--steps", 1)).code == 0
+    done = run_edge(*place.train(tmp_path / "no", *BOTTLENECK, "--adapt", "all", "--init-adapter", lora, "--steps", 1))
+    assert done.code == 10
+    assert "--kind lora" in done.errors[0]
+    done = run_edge(*place.train(tmp_path / "off", *BOTTLENECK, "--adapt", "all", "--init-adapter", whole))
+    assert done.code == 10
+    assert "--adapt answer" in done.errors[0]
+    as_lora = ("--kind", "lora", "--rank", RANK, "--target-modules", "all-linear", "--adapt", "answer", "--steps", 1)
+    done = run_edge(*place.train(tmp_path / "yes", *as_lora, "--init-adapter", whole, "--eval", place.data, "--json"))
+    before = json.loads((whole / "summary.json").read_text())["eval_loss_after"]
+    assert summary(done)["eval_loss_before"] == pytest.approx(before, abs=1e-3)
+    assert not (tmp_path / "yes" / PARTS_NAME).exists()
+
+
+def test_data_without_answers_are_trained_everywhere_or_refused(place: Place, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "w1 w2 w3"}\n{"text": "w4 w5"}\n')
+    words = place.train(tmp_path / "out", *BOTTLENECK, "--steps", 1)
+    options = [texts if word == place.data else word for word in words]
+    assert run_edge(*options).code == 0
+    assert load_run_file(tmp_path / "out").settings.adapt == "all"
+    other = [tmp_path / "other" if word == tmp_path / "out" else word for word in options]
+    done = run_edge(*other, "--adapt", "answer")
+    assert done.code == 2
+    assert "--adapt all" in done.errors[0]
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--wire-dtype", "int4"), "begin with one of int8, fp16, fp32"),
+        (("--wire-dtype", "int8,nothing=fp16"), "ROLE=DTYPE"),
+        (("--blocks", "spread:0"), "write blocks as"),
+        (("--kind", "bottleneck", "--rank", "4000"), "no wider than that"),
+    ],
+)
+def test_what_cannot_be_is_one_line(place: Place, options: tuple[str, ...], text: str, tmp_path: Path) -> None:
+    done = run_edge(*place.train(tmp_path / "out", *options))
+    assert done.code == 2, done.stderr
+    assert text in done.errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_are_chosen_by_number(place: Place, tmp_path: Path) -> None:
+    for blocks, chosen in (("spread:2", "2-3"), ("last:1", "3"), ("spread:9", "0-3")):
+        out = tmp_path / chosen
+        out = out if not out.exists() else tmp_path / f"{chosen}-again"
+        assert run_edge(*place.train(out, "--steps", 1, "--blocks", blocks)).code == 0
+        assert load_run_file(out).settings.blocks == chosen
+        assert {row["units"] for row in rows(out)} == {"1" * len(range(int(chosen[0]), int(chosen[-1]) + 1))}
