@@ -10,6 +10,9 @@ WireDtype = Literal["int8", "fp16", "fp32"]
 KindChoice = Literal["lora", "bottleneck", "ffa"]
 """Kinds of adapters, by the names of ``adapters.KINDS``."""
 
+Send = Literal["embeddings", "token-ids"]
+"""What a micro-batch begins with on the wire: embeddings that the device has looked up, or the tokens themselves."""
+
 Adapt = Literal["all", "answer"]
 """Where adapters act: at all tokens, or from the beginning of the answer on."""
 

@@ -230,25 +230,33 @@ class AdapterState(Message, frozen=True):
 
 
 class Embeddings(ExchangeMessage, frozen=True):
-    """E starts a micro-batch: the packed embeddings of its real tokens.
+    """E starts a micro-batch: the packed embeddings of its real tokens, or the tokens themselves.
 
     Attributes:
         mode: ``train`` if a backward pass with the groups will follow; ``evaluate`` if none will; ``basis``, while the
             session is set up, if one of the base model alone will, from whose gradients C makes its adapter state.
-        hidden_states: (tokens, embedding_size).
+        hidden_states: (tokens, embedding_size); None where ``token_ids`` is there.
         sequence_lengths: int32 (sequences,), summing to tokens.
         label_positions: int32 (labelled,), ascending rows of the packed tokens whose last hidden state E wants.
         crossing_positions: int32 (rows,), ascending rows of the packed tokens at which adapters act: only these cross
             at each group, and there may be none. None: all tokens.
         examples: int32 (sequences,), numbers that E gives its examples, where C is to know one again.
+        token_ids: int32 (tokens,), which C looks up; only where the device's user asked for it.
     """
 
     mode: Mode
-    hidden_states: WireTensor
+    hidden_states: WireTensor | None
     sequence_lengths: WireTensor
     label_positions: WireTensor
     crossing_positions: WireTensor | None = None
     examples: WireTensor | None = None
+    token_ids: WireTensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its sequences."""
+        given = self.hidden_states if self.token_ids is None else self.token_ids
+        return 0 if given is None else given.shape[0]
 
 
 class GroupInput(ExchangeMessage, frozen=True):

@@ -66,7 +66,7 @@ class MicroBatchRules:
         self.mode = begun.mode
         self.trains = begun.mode == "train"
         self.state = State.FORWARD
-        self.tokens = begun.hidden_states.shape[0]
+        self.tokens = begun.tokens
         self.rows = self.tokens if begun.crossing_positions is None else begun.crossing_positions.shape[0]
         self.labelled = begun.label_positions.shape[0]
         self.asked = 0
@@ -171,9 +171,14 @@ class MicroBatchRules:
 def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
     """Raise ``ViolationError`` unless a micro-batch may begin so, as far as its own shapes and numbers say."""
     welcome = shapes.welcome
-    shapes.check(message.hidden_states, TensorRole.EMBEDDINGS, (None, welcome.embedding_size))
+    if (message.hidden_states is None) is (message.token_ids is None):
+        raise ViolationError("neither embeddings nor token ids, or both")
+    if message.hidden_states is not None:
+        shapes.check(message.hidden_states, TensorRole.EMBEDDINGS, (None, welcome.embedding_size))
+    if message.token_ids is not None:
+        check_tensor(message.token_ids, "int32", (None,))
     check_tensor(message.sequence_lengths, "int32", (None,))
-    tokens, lengths = message.hidden_states.shape[0], message.sequence_lengths.data
+    tokens, lengths = message.tokens, message.sequence_lengths.data
     if not 0 < tokens <= welcome.max_tokens:
         raise ViolationError(f"{tokens} tokens; at most {welcome.max_tokens} fit", m.ErrorCode.LIMIT)
     if not lengths.size or lengths.min() < 1 or int(lengths.sum(dtype=np.int64)) != tokens:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from .adapters import Crossing
+from .choices import Send
 from .frames import frame_bytes
 from .wire_codecs import Codecs, TensorRole
 
@@ -42,6 +43,7 @@ def micro_batch_traffic(
     hidden_size: int,
     codecs: Codecs,
     rows: int | None = None,
+    send: Send = "embeddings",
 ) -> Traffic:
     """The traffic of one micro-batch.
 
@@ -52,17 +54,15 @@ def micro_batch_traffic(
         answered: those of ``with_grads`` whose input gradient goes back. Where groups follow one another: all
             but the lowest.
         rows: tokens that cross at each group; None: all, and E sends no positions.
+        send: what E begins with.
     """
 
     def nbytes(role: TensorRole, rows: int, width: int) -> int:
         return codecs.of(role).nbytes(rows, width)
 
-    embeddings = [nbytes(TensorRole.EMBEDDINGS, tokens, embedding_size), sequences * 4, labelled * 4]
+    up = frame_bytes(1, _begins_with(tokens, sequences, labelled, embedding_size, codecs, rows, send))
     if rows is None:
         rows = tokens
-    else:
-        embeddings.append(rows * 4)
-    up = frame_bytes(1, embeddings)
     down = frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES, labelled, hidden_size)])
     for index in live:
         width, outputs = crossings[index].input_width, crossings[index].output_widths
@@ -79,6 +79,17 @@ def micro_batch_traffic(
     return Traffic(up, down, round_trips)
 
 
+def _begins_with(
+    tokens: int, sequences: int, labelled: int, embedding_size: int, codecs: Codecs, rows: int | None, send: Send
+) -> list[int]:
+    """The sizes of the tensors of ``Embeddings``, in their order."""
+    sizes = [] if send == "token-ids" else [codecs.of(TensorRole.EMBEDDINGS).nbytes(tokens, embedding_size)]
+    sizes += [sequences * 4, labelled * 4]
+    if rows is not None:
+        sizes.append(rows * 4)
+    return [*sizes, tokens * 4] if send == "token-ids" else sizes
+
+
 def basis_traffic(
     *,
     tokens: int,
@@ -88,16 +99,14 @@ def basis_traffic(
     hidden_size: int,
     codecs: Codecs,
     rows: int | None = None,
+    send: Send = "embeddings",
 ) -> Traffic:
     """The traffic of one micro-batch of the mode ``basis``: no group exchanges, and the loss's gradient goes back."""
 
     def nbytes(role: TensorRole, rows: int, width: int) -> int:
         return codecs.of(role).nbytes(rows, width)
 
-    embeddings = [nbytes(TensorRole.EMBEDDINGS, tokens, embedding_size), sequences * 4, labelled * 4]
-    if rows is not None:
-        embeddings.append(rows * 4)
-    up = frame_bytes(1, embeddings)
+    up = frame_bytes(1, _begins_with(tokens, sequences, labelled, embedding_size, codecs, rows, send))
     up += frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES_GRAD, labelled, hidden_size)])
     down = frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES, labelled, hidden_size)])
     return Traffic(up, down, 1)

@@ -13,6 +13,7 @@ from families import VOCABULARY, tiny_model
 from peft import PeftModel
 from peft_reference import loss_of
 from serving import RunningServer, config, serving, training
+from test_adapter_kinds import bits
 from test_frozen_factors import randomize
 from tiny import TinyFactory
 
@@ -26,7 +27,7 @@ from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.use import open_model
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import crossings
-from dlora.protocol.errors import CheckpointError, UsageError
+from dlora.protocol.errors import CheckpointError, ProtocolError, UsageError
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
 
 BLOCKS = 4
@@ -260,3 +261,38 @@ def test_an_adapter_acts_where_it_did_when_a_run_starts_from_it(
             training(bundle, server.url, run_of("lora", invocation=invocation), dataset, init=init),
         ):
             pass
+
+
+# -- token ids -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_ids_in_place_of_embeddings_give_the_same_run(bundle: Path, server: RunningServer, kind: str) -> None:
+    """The tiny bundle's embeddings are the base model's, to the bit."""
+    found = []
+    for send in ("embeddings", "token-ids"):
+        run = run_of(kind, send=send, total_steps=3)
+        with training(bundle, server.url, run, random_answers()) as trainer:
+            metrics = [trainer.run_step() for _ in range(3)]
+            trainer.wait_for_signal()
+            found.append(([each.loss for each in metrics], bits(trainer)))
+    assert found[0] == found[1]
+    batch = trainer.batches.step_batches(0)[0]
+    base = trainer.bundle.manifest.base_model
+    live = range(len(trainer.groups))
+    wanted = micro_batch_traffic(
+        crossings(run.adapter, trainer.groups), live=live, with_grads=live, answered=live[1:], tokens=len(batch.ids),
+        sequences=3, labelled=len(batch.labels), embedding_size=base.embedding_size, hidden_size=base.hidden_size,
+        codecs=run.codecs, rows=3 * (len(INVOCATION) + 2), send="token-ids",
+    )  # fmt: skip
+    report = report_traffic(len(trainer.adapters.units), 0).bytes_up
+    assert metrics[0].bytes_up == wanted.bytes_up + report
+
+
+def test_token_that_the_base_model_does_not_have_is_refused(bundle: Path, server: RunningServer) -> None:
+    beyond = Dataset.of([answered([VOCABULARY + 5], [9])])
+    with (
+        training(bundle, server.url, run_of("lora", send="token-ids"), random_answers()) as trainer,
+        pytest.raises(ProtocolError, match="a token that the base model"),
+    ):
+        trainer.evaluate(beyond)

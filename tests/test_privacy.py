@@ -171,7 +171,8 @@ def test_device_messages_have_only_known_fields() -> None:
         "step", "micro_batch", "group", "protocol_versions", "software", "base_fingerprint", "groups", "adapter",
         "codecs", "evaluation_codecs", "purpose", "window", "tensors",
         "mode", "hidden_states", "sequence_lengths", "label_positions",
-        "crossing_positions", "examples", "kill_revive", "seed", "total_steps", "next_step", "ticket", "deltas",
+        "crossing_positions", "examples", "token_ids",
+        "kill_revive", "seed", "total_steps", "next_step", "ticket", "deltas",
         "grad_hidden_states", "scores", "code", "message", "retryable", "retry_after_s", "device", "session", "token",
         "received",
     }  # fmt: skip

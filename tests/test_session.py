@@ -783,3 +783,14 @@ def test_no_basis_pass_where_it_would_come_to_nothing() -> None:
 def test_bottleneck_wider_than_its_group_is_refused() -> None:
     pair = Pair(c.opening()[:2])
     refused_by_both(pair, c.open_session(adapter=AdapterSpec(kind="bottleneck", r=64)), "no wider")
+
+
+def test_a_micro_batch_begins_with_embeddings_or_with_tokens() -> None:
+    tokens = WireTensor.from_ints([5, 6, 7, 8])
+    shapes = {"sequence_lengths": WireTensor.from_ints([4])}
+    pair = Pair(c.opening())
+    given = c.embeddings().hidden_states
+    refused_by_both(pair, c.embeddings(hidden_states=None), "neither embeddings nor token ids")
+    refused_by_both(pair, c.embeddings(hidden_states=given, token_ids=tokens), "or both")
+    refused_by_both(pair, c.embeddings(hidden_states=None, token_ids=c.floats(4), **shapes), "int32")
+    pair.say(c.embeddings(hidden_states=None, token_ids=tokens, **shapes))

@@ -9,10 +9,11 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel, find_embedding
 from dlora.cloud.model.layout import Layout, lay_out
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.micro_batch import Key, LiveGroups
 from dlora.protocol.tensors import WireTensor
@@ -96,6 +97,21 @@ class Sites:
         tensors = [from_wire(each, codecs, role, torch_device, dtype).clone() for each in state]
         self.sites.append(SITE_KINDS[self.adapter.kind].site(self.adapter, group, tensors))
 
+    def embeddings(self, begun: m.Embeddings) -> Tensor:
+        """What a micro-batch begins with, (tokens, embedding_size), in the base model's dtype on its device.
+
+        Raises ``RemoteProtocolError`` for a token that the base model does not have.
+        """
+        base = self.base
+        if begun.token_ids is not None:
+            ids = begun.token_ids.data
+            if ids.min() < 0 or ids.max() >= base.vocabulary_size:
+                raise RemoteProtocolError(f"a token that the base model's {base.vocabulary_size} do not have")
+            return find_embedding(base)(torch.from_numpy(ids).long().to(base.device)).to(base.dtype)
+        assert begun.hidden_states is not None  # the session's rules
+        codecs = self.opening.codecs_of(begun.mode)
+        return from_wire(begun.hidden_states, codecs, TensorRole.EMBEDDINGS, base.device, base.dtype)
+
     def torch_device_of(self, group: GroupSpec) -> torch.device:
         """Where a group's modules are."""
         weight = self.base.targets[group.targets[0].name].module.weight
@@ -117,7 +133,7 @@ class MicroBatchRun:
         self.key: Key = (begun.step, begun.micro_batch)
         self._codecs = sites.opening.codecs_of(begun.mode)
         self.layout: Layout = lay_out(
-            from_wire(begun.hidden_states, self._codecs, TensorRole.EMBEDDINGS, sites.base.device, sites.base.dtype),
+            sites.embeddings(begun),
             torch.from_numpy(begun.sequence_lengths.data).long(),
             may_pack=packs,
             max_tokens=max_tokens,

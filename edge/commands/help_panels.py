@@ -17,7 +17,8 @@ PANELS: Final = {
     "Adapters": ("kind", "rank", "alpha", "target_modules", "blocks", "adapt", "basis", "basis_steps", "init_adapter"),
     "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience"),
     "Connection": (
-        "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "max_retry_s", "exchange_timeout_s",
+        "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "send", "max_retry_s",
+        "exchange_timeout_s",
     ),
     "This device": ("engine", "threads", "pause_when"),
 }  # fmt: skip
@@ -25,6 +26,7 @@ PANELS: Final = {
 KR_SWITCHES: Final = f"{KR}, on or off"
 METAVARS: Final = {
     "kr_score": "SCORE", "kr_on_kill": "STATE", "schedule": "SHAPE", "engine": "ENGINE", "wire_dtype": "DTYPE",
+    "send": "WHAT",
     "too_long": "ACTION", "kind": "KIND", "basis": "BASIS", "adapt": "WHERE", "pause_when": "RULES",
 }  # fmt: skip
 

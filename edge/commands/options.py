@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dlora.edge.choices import EngineChoice, TooLong
+from dlora.protocol.choices import Send
 from dlora.protocol.limits import MAX_THREADS
 
 from .output import warn
@@ -28,6 +29,13 @@ MaxLengthOption = Annotated[
 ]
 TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: error, truncate or skip them.")]
 ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
+SendOption = Annotated[
+    Send,
+    typer.Option(
+        help="What says a text to the server: embeddings, or token-ids, a hundredth of their size. The server can find "
+        "the tokens either way; SECURITY.md says how."
+    ),
+]
 WireDtypeOption = Annotated[
     str,
     typer.Option(help="Precision on the wire: int8, fp16 or fp32; and others for some roles: int8,embeddings=fp16."),

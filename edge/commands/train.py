@@ -25,6 +25,7 @@ from .options import (
     JsonOption,
     MaxLengthOption,
     MaxRetryOption,
+    SendOption,
     ServerOption,
     ThreadsOption,
     TokenFileOption,
@@ -137,6 +138,7 @@ def train(
             "default fp16; int8 for a bottleneck."
         ),
     ] = None,
+    send: SendOption = "embeddings",
     threads: ThreadsOption = 0,
     engine: EngineOption = "auto",
     token_file: TokenFileOption = None,

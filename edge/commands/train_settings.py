@@ -178,6 +178,7 @@ def _config(
         target_modules=target_modules_of(settings),
         blocks=blocks_of(settings, manifest),
         wire_dtype=settings.wire_dtype,
+        send=settings.send,
         optimizer=OptimizerConfig(
             lr=settings.lr,
             schedule=settings.schedule,

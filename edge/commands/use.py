@@ -18,6 +18,7 @@ from .options import (
     JsonOption,
     MaxLengthOption,
     MaxRetryOption,
+    SendOption,
     ServerOption,
     ThreadsOption,
     TooLongOption,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.model.split import SplitModel
     from dlora.edge.wire.credentials import Credentials
+    from dlora.protocol.choices import Send
 
 
 @with_groups
@@ -44,6 +46,7 @@ def evaluate(
     too_long: TooLongOption = "error",
     columns: ColumnsOption = None,
     wire_dtype: WireDtypeOption = "fp16",
+    send: SendOption = "embeddings",
     threads: ThreadsOption = 0,
     engine: EngineOption = "auto",
     credential_options: CredentialOptions = CredentialOptions(),
@@ -72,7 +75,7 @@ def evaluate(
     from dlora.edge.model.evaluation import evaluate as run_evaluation
 
     with (
-        _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model,
+        _open_model(opened, server, adapter, wire_dtype, send, threads, engine, credentials, max_retry_s) as model,
         display.evaluating("", len(dataset)) as advance,
     ):
         if model.invocation:
@@ -89,6 +92,7 @@ def generate(
     adapter: AdapterOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     wire_dtype: WireDtypeOption = "fp16",
+    send: SendOption = "embeddings",
     threads: ThreadsOption = 0,
     engine: EngineOption = "auto",
     credential_options: CredentialOptions = CredentialOptions(),
@@ -104,7 +108,7 @@ def generate(
     with prompt_tokenizer(opened) as tokenizer:
         from dlora.edge.model.use import generate_greedily
 
-        with _open_model(opened, server, adapter, wire_dtype, threads, engine, credentials, max_retry_s) as model:
+        with _open_model(opened, server, adapter, wire_dtype, send, threads, engine, credentials, max_retry_s) as model:
             answer = generate_greedily(model, tokenizer, prompt, max_new_tokens)
     print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if json_output else answer)
 
@@ -114,6 +118,7 @@ def _open_model(
     server: str,
     adapter: Path | None,
     wire_dtype: str,
+    send: Send,
     threads: int,
     engine: EngineChoice,
     credentials: Credentials,
@@ -126,5 +131,12 @@ def _open_model(
     retry = Retry(max_s=max_retry_s, at_start=bool(max_retry_s))
     connecting = ConnectSettings(credentials, load_device_id(warn=warn), retry, say=warn)
     return open_model(
-        bundle, server, adapter, wire_dtype=wire_dtype, threads=threads, engine=engine, connecting=connecting
+        bundle,
+        server,
+        adapter,
+        wire_dtype=wire_dtype,
+        send=send,
+        threads=threads,
+        engine=engine,
+        connecting=connecting,
     )

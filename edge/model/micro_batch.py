@@ -28,6 +28,7 @@ class DeviceParts:
     """What a model computes on the device.
 
     Attributes:
+        sends_token_ids: whether the server looks tokens up, and not the device.
         head_seconds: spent in embedding and head so far.
     """
 
@@ -35,6 +36,7 @@ class DeviceParts:
     head: Head
     adapters: AdapterSet
     compute: AdapterCompute
+    sends_token_ids: bool = False
     head_seconds: float = 0.0
 
 
@@ -82,10 +84,12 @@ class MicroBatchRun:
         self._to_come = 0
 
     def begin(self) -> None:
-        """Send the embeddings."""
+        """Send the embeddings, or the tokens."""
         parts, batch = self._parts, self._batch
         started = time.perf_counter()
-        hidden_states = parts.embedding(batch.ids)
+        hidden_states = None
+        if not parts.sends_token_ids:
+            hidden_states = self._to_wire(parts.embedding(batch.ids), TensorRole.EMBEDDINGS)
         parts.head_seconds += time.perf_counter() - started
         positions = parts.adapters.crossing_positions(batch)
         self._send(
@@ -93,10 +97,11 @@ class MicroBatchRun:
                 step=self._step,
                 micro_batch=self._micro_batch,
                 mode=self._mode,
-                hidden_states=self._to_wire(hidden_states, TensorRole.EMBEDDINGS),
+                hidden_states=hidden_states,
                 sequence_lengths=WireTensor.from_ints(batch.sequence_lengths),
                 label_positions=WireTensor.from_ints(batch.label_positions),
                 crossing_positions=None if positions is None else WireTensor.from_ints(positions),
+                token_ids=WireTensor.from_ints(batch.ids) if parts.sends_token_ids else None,
             )
         )
 

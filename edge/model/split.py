@@ -13,6 +13,7 @@ from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.protocol import messages as m
+from dlora.protocol.choices import Send
 from dlora.protocol.errors import DataError, RemoteProtocolError
 from dlora.protocol.micro_batch import Key
 from dlora.protocol.tensors import FloatArray
@@ -30,14 +31,26 @@ class SplitModel:
     """
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, session: ModelSession, invocation: tuple[int, ...] = ()
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        session: ModelSession,
+        *,
+        invocation: tuple[int, ...] = (),
+        send: Send = "embeddings",
     ) -> None:
         self.session = session
         self.invocation = invocation
         self.connection = session.connection
         self.adapters = session.adapters
         self._compute = AdapterCompute(engine, session.adapters)
-        self._parts = DeviceParts(Embedding(bundle, engine), Head(bundle, engine), session.adapters, self._compute)
+        self._parts = DeviceParts(
+            Embedding(bundle, engine),
+            Head(bundle, engine),
+            session.adapters,
+            self._compute,
+            sends_token_ids=send == "token-ids",
+        )
         self._evaluated = 0
 
     @property

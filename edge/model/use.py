@@ -21,6 +21,7 @@ from dlora.edge.wire.connection import Connection
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.choices import Send
 from dlora.protocol.errors import DataError, NonFiniteError, RemoteProtocolError
 from dlora.protocol.targets import groups_of
 from dlora.protocol.wire_codecs import Codecs
@@ -69,6 +70,7 @@ def open_model(
     adapter: Path | None,
     *,
     wire_dtype: str,
+    send: Send = "embeddings",
     threads: int = 0,
     engine: EngineChoice = "auto",
     connecting: ConnectSettings | None = None,
@@ -90,7 +92,9 @@ def open_model(
         check_base_model(bundle, connection.welcome)
         session = UseSession(connection, adapters, codecs, base_fingerprint=manifest.base_model.fingerprint)
         session.open()
-        yield SplitModel(bundle, loaded_engine, session, loaded.invocation if loaded else ())
+        yield SplitModel(
+            bundle, loaded_engine, session, invocation=loaded.invocation if loaded else (), send=send
+        )
 
 
 @contextmanager

@@ -190,6 +190,7 @@ def _mean_bytes(
         "embedding_size": manifest.base_model.embedding_size,
         "hidden_size": manifest.base_model.hidden_size,
         "codecs": config.codecs if trains else config.codecs.for_evaluation(),
+        "send": config.send,
     }
     rows = None
     if config.invocation:

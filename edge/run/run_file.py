@@ -17,7 +17,7 @@ from dlora.edge.choices import EngineChoice, Keep, TooLong
 from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
 from dlora.edge.training.schedule import ScheduleName
-from dlora.protocol.choices import Adapt, Basis, KindChoice, OnKill, ScoreName, UnitKind
+from dlora.protocol.choices import Adapt, Basis, KindChoice, OnKill, ScoreName, Send, UnitKind
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import Fraction
 from dlora.protocol.limits import MAX_STEPS, MAX_THREADS
@@ -70,6 +70,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     keep: Keep
     patience: Count | None
     wire_dtype: str | None
+    send: Send
     adapt: Adapt | None
     threads: Annotated[int, msgspec.Meta(ge=0, le=MAX_THREADS)]
     engine: EngineChoice

@@ -10,7 +10,7 @@ import msgspec
 
 from dlora.edge.seeds import Seed
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.choices import Basis
+from dlora.protocol.choices import Basis, Send
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import KillReviveConfig
@@ -34,6 +34,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
         invocation: the tokens from which on adapters act, as PEFT's activated LoRA has them; none: they act everywhere.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
         wire_dtype: as ``Codecs.parse`` reads it; evaluations cross as ``for_evaluation`` says.
+        send: what a micro-batch begins with on the wire.
         target_modules, blocks: which modules get adapters, as ``choose_groups`` reads them; empty: the bundle's
             default, and all blocks.
     """
@@ -52,6 +53,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     target_modules: tuple[str, ...] = ()
     blocks: tuple[int, ...] = ()
     wire_dtype: str
+    send: Send = "embeddings"
     optimizer: OptimizerConfig
     kill_revive: KillReviveConfig
 

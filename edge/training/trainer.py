@@ -111,7 +111,9 @@ class Trainer:
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
         self._scorer = Scorer(config.kill_revive.score)
-        self.model = SplitModel(bundle, engine, self.session, config.invocation)
+        self.model = SplitModel(
+            bundle, engine, self.session, invocation=config.invocation, send=config.send
+        )
         self._check_limits()
         if config.basis == "gradient":
             self.session.basis_pass = self._run_basis_pass

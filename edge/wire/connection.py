@@ -281,7 +281,7 @@ class Connection:
         opening = self.session.opened_with
         assert opening is not None
         widest = largest_row(opening.adapter, opening.groups, self.welcome.hidden_size)
-        tokens = micro_batch.hidden_states.shape[0]
+        tokens = micro_batch.tokens
         self._allow_frames(tokens * widest * 4)
 
     def _allow_frames(self, nbytes: int) -> None:
