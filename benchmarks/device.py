@@ -73,7 +73,8 @@ def _memory(bundles: list[Path], options: argparse.Namespace) -> dict[str, Any]:
                 "device_stages.py", "--bundle", bundle, "--server", url, "--data", data, "--out", out / "stages",
                 "--tokens", options.tokens, "--steps", options.steps, "--threads", options.threads,
             )  # fmt: skip
-            command = [BIN / "dlora-edge", "train", "--bundle", bundle, "--server", url, "--data", data]
+            command = [BIN / "dlora-edge", "train", "--kind", "lora", "--bundle", bundle, "--server", url]
+            command += ["--data", data]
             command += ["--out", out / "command", "--steps", options.steps, "--batch-size", 2, "--too-long", "truncate"]
             command += ["--max-length", options.tokens // 2, "--threads", options.threads, "--json"]
             command += ["--active-fraction", 0.125, "--seed", 0]

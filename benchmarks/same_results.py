@@ -210,6 +210,8 @@ class Commit:
     def split(self, options: Mapping[str, str]) -> tuple[list[str], list[str]]:
         """Arguments of the exporter and of ``dlora-edge train``."""
         export, train = list[str](), list[str]()
+        if "--kind" in self.options_of("dlora.edge", "train"):
+            train += ("--kind", "lora")  # what there was alone before
         for option, value in options.items():
             if option in self.options_of("dlora.edge", "train"):
                 train += (option, value)

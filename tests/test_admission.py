@@ -57,7 +57,8 @@ class Place:
 
     def train(self, out: Path, *options: object, **environment: str) -> Finished:
         return run_edge(
-            "train", "--bundle", self.bundle, "--server", self.cloud.url, "--data", self.directory / "data.jsonl",
+            "train", "--kind", "lora", "--bundle", self.bundle,
+            "--server", self.cloud.url, "--data", self.directory / "data.jsonl",
             "--out", out, "--steps", 2, "--threads", 1, "--ca", self.ca, *options, **environment,
         )  # fmt: skip
 
@@ -162,7 +163,8 @@ def test_unknown_server_certificate_is_refused(place: Place, tmp_path: Path) -> 
 @pytest.mark.parametrize("server", ["ws://192.0.2.1:8765", "ws://example.org:8765"])
 def test_token_is_not_sent_unencrypted(place: Place, tmp_path: Path, server: str) -> None:
     done = run_edge(
-        "train", "--bundle", place.bundle, "--server", server, "--data", place.directory / "data.jsonl",
+        "train", "--kind", "lora", "--bundle", place.bundle, "--server", server,
+        "--data", place.directory / "data.jsonl",
         "--out", tmp_path / "out", "--token-file", place.token("shy"),
     )  # fmt: skip
     refused(done, 2, "the token could be read", "wss://")

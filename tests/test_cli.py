@@ -58,7 +58,7 @@ class Place:
         """``dlora-edge train`` with these options; None leaves one out."""
         options: dict[str, object] = {
             "bundle": self.bundle, "server": self.url, "data": self.data, "out": out, "steps": 2, "batch_size": 2,
-            "threads": 1, "seed": 0, **changes,
+            "threads": 1, "seed": 0, "kind": "lora", **changes,
         }  # fmt: skip
         words: list[object] = ["train"]
         for name, value in options.items():

@@ -287,8 +287,8 @@ def test_a_command_needs_neither_torch_nor_onnxruntime_nor_executorchs_python(
     data.write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 4)
     with serving(base) as server:
         arguments = [
-            "train", "--bundle", bundle, "--server", server.url, "--data", data, "--out", tmp_path / "out",
-            "--steps", 2, "--engine", "executorch", "--json",
+            "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", data,
+            "--out", tmp_path / "out", "--steps", 2, "--engine", "executorch", "--json",
         ]  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", NO_TORCH, *map(str, arguments)], capture_output=True, text=True, check=False

@@ -31,8 +31,9 @@ def test_thirty_steps_of_the_real_model_match_onnx(tmp_path: Path) -> None:
         for engine in ("onnx", "executorch"):
             out = tmp_path / engine
             done = run_edge(
-                "train", "--bundle", BUNDLE, "--server", server.url, "--data", tmp_path / "train.jsonl", "--out", out,
-                "--steps", 30, "--batch-size", 2, "--max-length", 128, "--too-long", "truncate", "--threads", 2,
+                "train", "--kind", "lora", "--bundle", BUNDLE, "--server", server.url, "--data",
+                tmp_path / "train.jsonl", "--out", out, "--steps", 30,
+                "--batch-size", 2, "--max-length", 128, "--too-long", "truncate", "--threads", 2,
                 "--wire-dtype", "fp32", "--engine", engine, "--seed", 0, "--json", timeout_s=900,
             )  # fmt: skip
             assert done.code == 0, done.stderr

@@ -91,8 +91,9 @@ def test_saved_adapter_gives_the_same_loss_in_peft(
     """PEFT gives the device's evaluation loss, with kill-and-revive on and off."""
     need(bundle)
     done = run_edge(
-        "train", "--bundle", bundle, "--server", server.url, "--data", data[0], "--eval", data[1], "--out", tmp_path,
-        "--steps", 8, "--batch-size", 4, "--lr", 2e-3, "--wire-dtype", wire_dtype, "--kr-warmup-steps", 3,
+        "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", data[0], "--eval",
+        data[1], "--out", tmp_path, "--steps", 8,
+        "--batch-size", 4, "--lr", 2e-3, "--wire-dtype", wire_dtype, "--kr-warmup-steps", 3,
         "--active-fraction", active_fraction, "--seed", 0, "--json", timeout_s=900,
     )  # fmt: skip
     assert done.code == 0, done.stderr
@@ -112,7 +113,7 @@ def test_training_fits_into_its_memory(bundle: Path, limit_mb: int, server: Clou
     rows = [" ".join(words[start : start + 140]) for start in range(0, 1400, 70)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     done = run_edge(
-        "train", "--bundle", bundle, "--server", server.url, "--data", tmp_path / "text.jsonl",
+        "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", tmp_path / "text.jsonl",
         "--out", tmp_path / "out", "--steps", 12, "--batch-size", 2, "--max-length", 128, "--too-long", "truncate",
         "--active-fraction", 0.125, "--kr-warmup-steps", 8, "--threads", 2, "--json", timeout_s=900,
     )  # fmt: skip

@@ -41,7 +41,7 @@ class Place:
 
     def train(self, out: Path, *options: object) -> list[object]:
         return [
-            "train", "--bundle", self.bundle, "--server", self.url, "--data", self.data, "--out", out,
+            "train", "--kind", "lora", "--bundle", self.bundle, "--server", self.url, "--data", self.data, "--out", out,
             "--batch-size", 3, "--steps", STEPS, "--save-every", SAVE_EVERY, "--threads", 1, "--lr", 0.01,
             "--seed", 0, *options,
         ]  # fmt: skip

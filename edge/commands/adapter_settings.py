@@ -11,7 +11,7 @@ import msgspec
 
 from dlora.edge.data.invocation import find_invocation
 from dlora.edge.run.run_file import RunSettings
-from dlora.edge.training.defaults import DEFAULTS, default_alpha, default_rank, default_target_modules
+from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import UsageError
 from dlora.protocol.kill_revive import MAX_UNITS
@@ -34,7 +34,9 @@ def choose_adapters(settings: RunSettings, manifest: Manifest) -> RunSettings:
     """
     init = _init_adapter(settings)
     parts = init.parts if init is not None else None
-    kind: KindChoice = settings.kind or msgspec.convert("lora" if parts is None else parts.kind, KindChoice)
+    kind: KindChoice = settings.kind or DEFAULT_KIND
+    if settings.kind is None and init is not None:
+        kind = msgspec.convert("lora" if parts is None else parts.kind, KindChoice)
     defaults = DEFAULTS[kind]
     settings = msgspec.structs.replace(
         settings,

@@ -65,9 +65,9 @@ def train(
     kind: Annotated[
         KindChoice | None,
         typer.Option(
-            help="lora: A and B on the device. bottleneck: a small core on the device, between a frozen A and B on the "
-            "server: little traffic. ffa: B on the device, a frozen A on the server. By default lora, or what "
-            "--init-adapter is."
+            help="bottleneck: a small core on the device, between a frozen A and B on the server: little traffic. "
+            "lora: A and B on the device. ffa: B on the device, a frozen A on the server. By default bottleneck, or "
+            "what --init-adapter is."
         ),
     ] = None,
     rank: Annotated[

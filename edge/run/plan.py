@@ -90,6 +90,14 @@ def adapters_line(config: TrainConfig, manifest: Manifest) -> str:
     )
 
 
+def basis_lines(config: TrainConfig) -> list[str]:
+    """What comes before the first step, where the server makes a part of the adapters from the data's gradients."""
+    if config.basis != "gradient" or not kind_of(config.adapter).server_makes_state:
+        return []
+    steps = min(config.basis_steps, config.steps)
+    return [f"first, the server makes A and B from the base model's gradient on the data of {_count(steps, 'step')}"]
+
+
 def _mb(mb: float) -> str:
     return f"{mb:,.{1 if mb < 10 else 0}f} MB"
 

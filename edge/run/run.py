@@ -42,7 +42,7 @@ from dlora.protocol.limits import MAX_STEPS
 from .display import Display
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
-from .plan import EvaluationPlan, adapters_line, kill_revive_lines, run_line
+from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines, run_line
 from .run_file import RUN_FILE, DataDigest, RunFile, RunSettings, save_run_file, versions
 
 CHECKPOINTS = "checkpoints"
@@ -131,6 +131,7 @@ def _train(run: TrainRun, display: Display, init: LoadedAdapter | None) -> dict[
         stop.stop_on_signal(),
     ):
         trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
+        set_up_up, set_up_down = trainer.traffic
         release_code()
         held_out = HeldOut(
             run.out, run.eval_dataset, earlier, every=run.eval_every, patience=run.patience, trainer=trainer,
@@ -160,6 +161,8 @@ def _train(run: TrainRun, display: Display, init: LoadedAdapter | None) -> dict[
         "reconnects": connection.reconnects,
         "sessions_resumed": connection.resumed,
         "steps_rerun": trainer.steps_rerun,
+        "set_up_bytes_up": set_up_up,
+        "set_up_bytes_down": set_up_down,
         "eval_bytes_up": held_out.bytes_up,
         "eval_bytes_down": held_out.bytes_down,
         "wall_s": round(trained_s, 3),
@@ -184,6 +187,9 @@ def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfi
 def _print_plan(run: TrainRun, first_step: int, display: Display) -> None:
     display.say(run_line(run.config, run.bundle.manifest, run.dataset, _evaluations(run), first_step))
     display.say(adapters_line(run.config, run.bundle.manifest))
+    if first_step == 0:
+        for line in basis_lines(run.config):
+            display.say(line)
     for line in kill_revive_lines(run.config, run.config.groups(run.bundle.manifest)):
         display.say(line)
 

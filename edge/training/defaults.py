@@ -35,6 +35,8 @@ class KindDefaults:
     blocks: str = ""
 
 
+DEFAULT_KIND: Final[KindChoice] = "bottleneck"
+
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     "lora": KindDefaults(lr=1e-3),
     "ffa": KindDefaults(lr=1e-3),

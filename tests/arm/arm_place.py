@@ -46,7 +46,7 @@ def tiny_place(directory: Path) -> Iterator[Place]:
 def train(bundle: Path, url: str, data: Path, out: Path, steps: int) -> list[object]:
     """Arguments of a run on an exact wire."""
     return [
-        "train", "--bundle", bundle, "--server", url, "--data", data, "--out", out, "--steps", steps,
+        "train", "--kind", "lora", "--bundle", bundle, "--server", url, "--data", data, "--out", out, "--steps", steps,
         "--batch-size", 2, "--lr", 1e-2, "--wire-dtype", "fp32", "--threads", 1, "--save-every", 1,
         "--seed", 0, "--json",
     ]  # fmt: skip

@@ -39,7 +39,7 @@ TRAIN: Final[tuple[object, ...]] = (
     "--kr-revive-every", 2, "--kr-probation", 1,
 )  # fmt: skip
 OF_KIND: Final[dict[KindChoice, tuple[object, ...]]] = {
-    "lora": (),
+    "lora": ("--kind", "lora"),
     "bottleneck": (
         "--kind", "bottleneck", "--rank", 4, "--blocks", "0-3", "--basis-steps", 1, "--adapt", "answer",
         "--wire-dtype", "int8",
