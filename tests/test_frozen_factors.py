@@ -432,7 +432,8 @@ def test_what_the_basis_takes_is_counted_and_given_back(bundle: Path, base: Base
     groups = run.groups(Bundle.open(bundle).manifest)
     kept = sum(state_bytes(run.adapter, group) for group in groups)
     sketches = sum(sketch_bytes(group, run.rank) for group in groups)
-    for limit, message in ((sketches - 1, "lower --rank"), (sketches + 1, "beside .* for the adapters.*--batch-size")):
+    limits = [(sketches - 1, "lower --rank"), (sketches + 1, "beside .* for the adapters.*--batch-size")]
+    for limit, message in limits:
         with (
             serving(base, quotas=QuotaLimits(live_bytes=limit)) as server,
             pytest.raises(RefusedError, match=message),

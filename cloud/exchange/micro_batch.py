@@ -77,6 +77,14 @@ class Sites:
             for index, group in enumerate(self.groups)
         ]
 
+    @property
+    def making_bytes(self) -> int:
+        """What ``make_state`` takes beside what it gives, about: copies of a sketch in float64, or of weights."""
+        group = self.groups[len(self.sites)]
+        if self.sketches:
+            return 4 * sketch_bytes(group, self.adapter.r)
+        return 2 * 4 * group.in_features * group.out_features
+
     def make_state(self) -> tuple[WireTensor, ...]:
         """Make anew what the server keeps of the next group; gives it as it crosses."""
         index = len(self.sites)

@@ -125,12 +125,14 @@ class SessionLoop:
 
     def _make_site(self, group: int) -> None:
         charge = self._admit(0, 0)
-        started = self._clock()
+        started, making_bytes = self._clock(), self._sites.making_bytes
         try:
             self._hold(group)
+            self._quota.hold(making_bytes)
             with self._service.gate.computing():
                 tensors = self._sites.make_state()
                 self._sites.add(tensors)
+            self._quota.release(making_bytes)
             self._router.send(m.AdapterState(group=group, tensors=tensors))
         finally:
             charge.end(self._clock() - started)
