@@ -7,7 +7,7 @@ as a few times the rank, and one pass over the data makes them::
     Y = G Ω      W = Ψ G      Q = orth(Y)      G ≈ Q (Ψ Q)⁺ W
 
 (Tropp, Yurtsever, Udell and Cevher, arXiv 1609.00048, algorithm 4, with k = 3r + 1 and l = 2k + 1: on SmolLM2 they
-hold 99.96 % or more of what the best r singular vectors hold.) The idea of the gradient's singular vectors as a basis
+hold 99.8 % or more of what the best r singular vectors hold.) The idea of the gradient's singular vectors as a basis
 is that of LoRA-SB (Ponkshe et al., arXiv 2411.19557).
 """
 
