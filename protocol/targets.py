@@ -36,9 +36,16 @@ def choose_groups(
 
 
 def spread_blocks(manifest: Manifest, count: int) -> tuple[int, ...]:
-    """``count`` of the blocks that have something to train, evenly over the upper half of them, the last one included;
-    fewer where there are fewer."""
-    known = sorted({group.block for group in manifest.groups})
+    """``count`` of the blocks that have something to train, as ``spread`` chooses them."""
+    return spread({group.block for group in manifest.groups}, count)
+
+
+def spread(numbers: Iterable[int], count: int) -> tuple[int, ...]:
+    """``count`` of ``numbers``, evenly over the upper half of them, the last one included; fewer where there are fewer.
+
+    The upper half, because the server's backward pass ends at the lowest; spread, because neighbours do the same work.
+    """
+    known = sorted(numbers)
     step = max(1, round(len(known) / 2 / count))
     return tuple(sorted(known[-1 - index * step] for index in range(count) if index * step < len(known)))
 

@@ -154,3 +154,11 @@ def test_blocks_are_chosen_by_number(place: Place, tmp_path: Path) -> None:
         assert run_edge(*place.train(out, "--steps", 1, "--blocks", blocks)).code == 0
         assert load_run_file(out).settings.blocks == chosen
         assert {row["units"] for row in rows(out)} == {"1" * len(range(int(chosen[0]), int(chosen[-1]) + 1))}
+
+
+def test_static_units_are_spread_by_default(place: Place, tmp_path: Path) -> None:
+    static = ("--steps", 2, "--kind", "lora", "--kr-score", "static", "--active-fraction")
+    for fraction, units in ((0.5, "0011"), (0.25, "0001"), (1, "1111")):
+        out = tmp_path / units
+        assert run_edge(*place.train(out, *static, fraction)).code == 0
+        assert {row["units"] for row in rows(out)} == {units}

@@ -114,7 +114,7 @@ def test_note_on_active_fraction_is_shown(place: Place, tmp_path: Path, options:
     ({"pin": "x"}, ["--pin 'x': write units as 0,3,26-29"]),
     ({"static_units": "0-8", "kr_score": "static"}, ["--static-units: block 8 is not trained"]),
     ({"static_units": "1"}, ["--static-units needs --kr-score static"]),
-    ({"kr_score": "static"}, ["needs --static-units, such as 26-29"]),
+    ({"kr_score": "static", "active_fraction": 0}, ["no unit would be trained: name some with --static-units"]),
     ({"active_fraction": 0}, ["--active-fraction 0 would train nothing"]),
     ({"max_length": LONGEST + 1}, [f"--max-length {LONGEST + 1} is over the {LONGEST} tokens"]),
 ])  # fmt: skip

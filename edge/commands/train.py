@@ -195,7 +195,10 @@ def train(
         bool, typer.Option(help="Keep active units apart along the depth.", rich_help_panel=KR)
     ] = True,
     pin: Annotated[str, typer.Option(help="Units never killed: blocks 0,3,26-29.", rich_help_panel=KR)] = "",
-    static_units: Annotated[str, typer.Option(help="The units of --kr-score static.", rich_help_panel=KR)] = "",
+    static_units: Annotated[
+        str,
+        typer.Option(help="The units of --kr-score static; by default spread over the upper half.", rich_help_panel=KR),
+    ] = "",
 ) -> None:
     """Fine-tune: data and adapters here, frozen blocks on the server.
 

@@ -26,7 +26,7 @@ from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import choose_groups, number_ranges
+from dlora.protocol.targets import choose_groups, number_ranges, spread
 from dlora.protocol.wire_codecs import Codecs
 
 from .adapter_settings import (
@@ -129,6 +129,10 @@ def _check(settings: RunSettings) -> None:
 
 
 def _kill_revive(settings: RunSettings, groups: Sequence[GroupSpec]) -> KillReviveConfig:
+    units = len(group_units(groups, settings.kr_unit))
+    static = _units(settings.static_units, "--static-units", settings.kr_unit, groups)
+    if settings.kr_score == "static" and not static and settings.active_fraction:
+        static = spread(range(units), max(1, math.ceil(settings.active_fraction * units - 1e-9)))
     config = KillReviveConfig(
         active_fraction=settings.active_fraction,
         score=settings.kr_score,
@@ -144,10 +148,9 @@ def _kill_revive(settings: RunSettings, groups: Sequence[GroupSpec]) -> KillRevi
         cost_aware=settings.kr_cost_aware,
         spread=settings.kr_spread,
         pinned=_units(settings.pin, "--pin", settings.kr_unit, groups),
-        static=_units(settings.static_units, "--static-units", settings.kr_unit, groups),
+        static=static,
     )
-    # Before data is read and a server is asked.
-    check_units(config, len(group_units(groups, config.unit)))
+    check_units(config, units)  # before data is read and a server is asked
     return config
 
 
