@@ -97,8 +97,9 @@ def test_invocation_is_the_templates_header_where_that_fits() -> None:
         [answered([9], [20]), answered([9], [20], tail=(10,))],
         [answered([9], [20, 8]), answered([10], [7, 8, 20]), answered([9, 7, 8], [9, 7, 8])],
         [answered([], [3, 4, 5], tail=(3,)), ([3, 4, 5], [0, 1])],
+        [([1, 4, 5], [0, 1]), ([1, 6], [0])],
     ],
-    ids=["nothing in common", "in the answers, too", "no prompts"],
+    ids=["nothing in common", "in the answers, too", "no prompts", "texts that begin alike"],
 )
 def test_data_without_an_invocation_are_refused(examples: list[tuple[list[int], list[int]]]) -> None:
     with pytest.raises(UsageError, match="--adapt all"):

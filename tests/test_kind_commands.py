@@ -39,6 +39,11 @@ def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield Place(model.bundle, data, server.url)
 
 
+def without_kind(words: list[object]) -> list[object]:
+    """``dlora-edge train`` as a user types it."""
+    return [word for word in words if word not in ("--kind", "lora")]
+
+
 def summary(done: Finished) -> dict[str, Any]:
     assert done.code == 0, done.stderr
     return dict(json.loads(done.stdout))
@@ -94,7 +99,7 @@ def test_saved_adapter_evaluates_and_answers(place: Place, whole: Path) -> None:
 
 def test_run_that_starts_from_it_takes_its_kind_rank_and_blocks(place: Place, whole: Path, tmp_path: Path) -> None:
     options = ("--init-adapter", whole, "--eval", place.data, "--steps", 2, "--json")
-    done = run_edge(*place.train(tmp_path / "on", *options))
+    done = run_edge(*without_kind(place.train(tmp_path / "on", *options)))
     before = json.loads((whole / "summary.json").read_text())["eval_loss_after"]
     assert summary(done)["eval_loss_before"] == pytest.approx(before, abs=1e-5)
     settings = load_run_file(tmp_path / "on").settings
@@ -154,6 +159,14 @@ def test_blocks_are_chosen_by_number(place: Place, tmp_path: Path) -> None:
         assert run_edge(*place.train(out, "--steps", 1, "--blocks", blocks)).code == 0
         assert load_run_file(out).settings.blocks == chosen
         assert {row["units"] for row in rows(out)} == {"1" * len(range(int(chosen[0]), int(chosen[-1]) + 1))}
+
+
+def test_a_run_without_options_is_of_the_default_recipe(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_edge(*without_kind(place.train(out, "--steps", 1))).code == 0
+    settings = load_run_file(out).settings
+    assert (settings.kind, settings.adapt, settings.wire_dtype) == ("bottleneck", "answer", "int8")
+    assert settings.rank == 16, "the tiny model's width: less than 64"
 
 
 def test_static_units_are_spread_by_default(place: Place, tmp_path: Path) -> None:

@@ -81,8 +81,8 @@ def choose_where_adapters_act(
     if len(cut[0]) > len(datasets[0]):
         say(f"each answer is an example of its own: {len(cut[0]):,} of {len(datasets[0]):,} conversations")
     say(
-        f"adapters act from the {len(invocation)} tokens on that begin an answer (activated LoRA): PEFT loads them so, "
-        "and cannot merge them into the base model; --adapt all gives some that can be merged"
+        "adapters act from the beginning of the answer on (activated LoRA): PEFT loads them so, and cannot merge them "
+        "into the base model; --adapt all gives some that can be merged"
     )
     return msgspec.structs.replace(settings, adapt=adapt), invocation, cut
 

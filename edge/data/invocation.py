@@ -19,7 +19,8 @@ def find_invocation(dataset: Dataset) -> tuple[int, ...]:
     """The tokens that every prompt of ``dataset`` ends with and no answer contains: the chat template's header of an
     assistant's turn, or the shortest that will do.
 
-    ``dataset`` has one answer an example. Raises ``UsageError`` where there are none.
+    ``dataset`` has one answer an example. Raises ``UsageError`` where there are none, also where nothing comes before
+    them in any example: adapters would act everywhere after all.
     """
     header = dataset.assistant_header
     tail = _common_tail(dataset)
@@ -27,7 +28,9 @@ def find_invocation(dataset: Dataset) -> tuple[int, ...]:
     if header and tail[-len(header) :] == header:
         shortest_first.insert(0, header)
     for tokens in shortest_first:
-        if all(last_occurrence(example.ids, tokens) == _answer_start(example) - len(tokens) for example in dataset):
+        starts = [_answer_start(example) - len(tokens) for example in dataset]
+        found = (last_occurrence(example.ids, tokens) for example in dataset)
+        if any(starts) and all(start == each for start, each in zip(starts, found, strict=True)):
             return tokens
     what = "no answer contains" if tail else "all prompts share"
     raise UsageError(
