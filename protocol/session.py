@@ -249,6 +249,8 @@ class Session:
             raise ViolationError("next_step lies after the end of the run")
         if message.window > self.welcome.window:
             raise ViolationError(f"a window of {message.window} micro-batches; at most {self.welcome.window} fit")
+        if any(codecs.adapter_state == "int8" for codecs in (message.codecs, message.evaluation_codecs)):
+            raise ViolationError("adapter state as int8, which is not the same bits when it is stored again")
         try:
             widths = crossings(message.adapter, message.groups)
         except UsageError as error:

@@ -46,8 +46,11 @@ def spread(numbers: Iterable[int], count: int) -> tuple[int, ...]:
     The upper half, because the server's backward pass ends at the lowest; spread, because neighbours do the same work.
     """
     known = sorted(numbers)
-    step = max(1, round(len(known) / 2 / count))
-    return tuple(sorted(known[-1 - index * step] for index in range(count) if index * step < len(known)))
+    half = len(known) - len(known) // 2  # of an odd number the larger one
+    if count >= half:
+        return tuple(known[-count:])
+    gap = (half - 1) / max(1, count - 1)
+    return tuple(sorted(known[-1 - round(index * gap)] for index in range(count)))
 
 
 def last_blocks(manifest: Manifest, count: int) -> tuple[int, ...]:

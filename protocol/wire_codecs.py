@@ -16,6 +16,9 @@ from .choices import WireDtype
 from .errors import NonFiniteError, UsageError
 from .tensors import DTYPES, SCALE_BYTES, FloatArray, WireTensor, fp16_exponent
 
+INT8_SCALE_LIMIT: Final = 2.0**120
+"""A row of int8 has a smaller scale than this: 128 times it is finite."""
+
 
 class TensorRole(StrEnum):
     """What a floating-point tensor is; a field of the same name in ``Codecs`` says how it crosses."""
@@ -168,6 +171,8 @@ class _Int8:
             raise NonFiniteError(_NOT_FINITE)
         # Rounded up, so that no value is beyond 127; never 0, so that a row of zeros divides.
         scales = np.maximum(peaks / np.float32(127), _LEAST_SCALE)
+        if scales.size and scales.max() >= INT8_SCALE_LIMIT:
+            raise NonFiniteError("values that are too large for int8 in what was to be sent")
         upper = (scales.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)
         stored = np.empty((values.shape[0], values.shape[1] + SCALE_BYTES), np.uint8)
         stored[:, -SCALE_BYTES:] = upper.astype("<u2").view(np.uint8)
@@ -181,8 +186,7 @@ class _Int8:
         return values
 
     def is_finite(self, tensor: WireTensor) -> bool:
-        # 128 times such a scale is finite.
-        return bool((np.abs(self._scales(tensor)) < _FINITE_SCALE).all())
+        return bool((np.abs(self._scales(tensor)) < INT8_SCALE_LIMIT).all())
 
     def nbytes(self, rows: int, width: int) -> int:
         return rows * (width + SCALE_BYTES)
@@ -194,7 +198,6 @@ class _Int8:
 
 
 _LEAST_SCALE: Final = np.float32(1e-30)
-_FINITE_SCALE: Final = np.float32(2.0**120)
 _NOT_FINITE: Final = "NaN or infinity in what was to be sent"
 _ALWAYS_FINITE_EXPONENT: Final = 112  # any finite half times 2**112 is below float32's largest
 

@@ -21,10 +21,10 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.data.batches import evaluation_batches, pack
 from dlora.edge.data.examples import Dataset, last_occurrence
-from dlora.edge.data.invocation import find_invocation
+from dlora.edge.data.invocation import find_invocation, uninvoked_line
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.evaluation import evaluate
-from dlora.edge.model.use import open_model
+from dlora.edge.model.use import generate_greedily, open_model
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import crossings
 from dlora.protocol.errors import CheckpointError, ProtocolError, UsageError
@@ -91,6 +91,15 @@ def test_invocation_is_the_templates_header_where_that_fits() -> None:
     assert find_invocation(dataset) == (8,)
 
 
+def test_invocation_is_one_that_held_out_answers_do_not_contain_either() -> None:
+    dataset, held_out = Dataset.of([answered([9], [20]), answered([10], [21])]), Dataset.of([answered([9], [8, 20])])
+    assert find_invocation(dataset) == (8,)
+    assert find_invocation(dataset, [held_out]) == (7, 8)
+    worse = Dataset.of([answered([9], [7, 8, 20]), answered([9], [20])])
+    assert "1 of 2 examples" in str(uninvoked_line(worse, find_invocation(dataset, [worse])))
+    assert uninvoked_line(dataset, (7, 8)) is None
+
+
 @pytest.mark.parametrize(
     "examples",
     [
@@ -120,6 +129,9 @@ def test_each_answer_becomes_an_example() -> None:
         (ids[:5], [2, 3]), (ids[:12], [8, 9, 10]), ([5, 6, 7], [1]),
     ]  # fmt: skip
     assert cut.one_answer_each() is cut
+    # What follows an answer goes: a conversation cut short in its next header is no reason to find no invocation.
+    (trailing,) = Dataset.of([([9, *INVOCATION, 20, 5, *INVOCATION], [2])]).one_answer_each()
+    assert trailing.ids.tolist() == [9, *INVOCATION, 20]
     assert sum(len(each.labels) for each in cut) == 6
 
 
@@ -210,6 +222,34 @@ def test_generation_acts_from_the_prompts_invocation_on(bundle: Path, server: Ru
         everywhere = opened.next_logits(ids)
     np.testing.assert_allclose(logits, wanted, atol=1e-3 * np.abs(wanted).max())
     assert np.abs(everywhere - wanted).max() > 1e-3 * np.abs(wanted).max()
+
+
+class OneWord:
+    """A tokenizer whose prompts are numbers."""
+
+    stop_token_ids = ()
+
+    def encode_prompt(self, prompt: str) -> np.ndarray:
+        return np.array([int(word) for word in prompt.split()], np.int32)
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def test_uninvoked_generation_is_the_base_models(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+    """Also at the tokens that it has produced; and the user is told."""
+    with training(bundle, server.url, run_of("bottleneck"), random_answers()) as trainer:
+        randomize(trainer)
+        trainer.save_adapter(tmp_path)
+    answers, said = {}, list[str]()
+    for adapter in (None, tmp_path):
+        with open_model(Bundle.open(bundle), server.url, adapter, wire_dtype="fp32") as model:
+            for prompt in ("9 10 11", "9 7 8"):
+                tokenizer: Any = OneWord()
+                answers[adapter, prompt] = generate_greedily(model, tokenizer, prompt, 6, said.append)
+    assert answers[None, "9 10 11"] == answers[tmp_path, "9 10 11"]
+    assert answers[None, "9 7 8"] != answers[tmp_path, "9 7 8"]
+    assert said == ["the prompt does not contain this adapter's invocation, so the adapter does nothing"]
 
 
 # -- what crosses, and what fits -----------------------------------------------------------------------------

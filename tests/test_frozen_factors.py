@@ -14,6 +14,8 @@ import pytest
 import torch
 from families import VOCABULARY, tiny_model
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from serving import RunningServer, config, random_dataset, serving, training
 from test_adapter_kinds import KILLING, bits, count_set_up_traffic, lose_sessions
 from tiny import TinyFactory
@@ -35,7 +37,7 @@ from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.adapters import crossings, state_bytes
-from dlora.protocol.errors import CheckpointError, RefusedError, UsageError
+from dlora.protocol.errors import CheckpointError, RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.traffic import Traffic, adapter_state_traffic, basis_traffic, micro_batch_traffic, report_traffic
 from dlora.protocol.wire_codecs import Codecs, TensorRole
@@ -233,6 +235,35 @@ def test_too_large_a_rank_is_one_line(bundle: Path, server: RunningServer) -> No
         pass
 
 
+def test_a_window_of_two_makes_the_same_basis(bundle: Path, base: BaseModel) -> None:
+    """One micro-batch of a basis pass at a time, whatever may be under way otherwise."""
+    dataset, run = random_dataset(VOCABULARY, examples=24), run_of("bottleneck", basis_steps=8)
+    found = set()
+    with serving(base, window=2) as server:
+        for window in (1, 2, 2, 2):
+            with training(bundle, server.url, run, dataset, window=window) as trainer:
+                found.add(b"".join(tensor.tobytes() for g in trainer.adapters.groups for tensor in g.adapter_state))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("damage", [0.0, 2.0, 1e30])
+def test_basis_that_is_none_is_refused(bundle: Path, server: RunningServer, damage: float) -> None:
+    with training(bundle, server.url, run_of("bottleneck"), random_dataset(VOCABULARY)) as trainer:
+        group = trainer.adapters.groups[0]
+        lora_a, lora_b = group.adapter_state
+        group.check_made_state((lora_a, lora_b))
+        for state in ((lora_a * np.float32(damage), lora_b), (lora_a, lora_b * np.float32(damage))):
+            with pytest.raises(RemoteProtocolError, match="not orthonormal"):
+                group.check_made_state(state)
+
+
+def test_basis_is_made_from_no_data_twice() -> None:
+    """Of fewer steps' data than asked for, where the data, or the run, have no more."""
+    run = run_of("bottleneck", basis_steps=8, total_steps=50, batch_size=3)
+    assert [run.basis_pass_steps(examples) for examples in (1, 6, 60)] == [1, 2, 8]
+    assert run_of("bottleneck", basis_steps=8, total_steps=2).basis_pass_steps(60) == 2
+
+
 # -- learning, and coming back -------------------------------------------------------------------------------
 
 
@@ -378,6 +409,21 @@ def test_parts_of_other_weights_are_passed_over(bundle: Path, server: RunningSer
     (tmp_path / PARTS_NAME).write_bytes(parts)
     assert load_adapter(tmp_path).parts is None
     (tmp_path / PARTS_NAME).write_bytes(parts[:100])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"r": "-3"}, {"scaling": "0.0"}, {"scaling": "nan"}, {"kind": "other"}, {"r": "x"}], ids=str
+)
+def test_parts_made_by_hand_are_refused(
+    bundle: Path, server: RunningServer, changes: dict[str, str], tmp_path: Path
+) -> None:
+    with training(bundle, server.url, run_of("bottleneck"), random_dataset(VOCABULARY)) as trainer:
+        trainer.save_adapter(tmp_path)
+    with safe_open(tmp_path / PARTS_NAME, "np") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / PARTS_NAME, {**about, **changes})
     with pytest.raises(CheckpointError, match="is damaged"):
         load_adapter(tmp_path)
 

@@ -104,6 +104,7 @@ def test_run_that_starts_from_it_takes_its_kind_rank_and_blocks(place: Place, wh
     assert summary(done)["eval_loss_before"] == pytest.approx(before, abs=1e-5)
     settings = load_run_file(tmp_path / "on").settings
     assert (settings.kind, settings.rank, settings.blocks) == ("bottleneck", RANK, "0-3")
+    assert load_adapter(tmp_path / "on").invocation == load_adapter(whole).invocation
 
 
 def test_run_starts_from_no_lora_but_as_a_lora(place: Place, whole: Path, tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_what_cannot_be_is_one_line(place: Place, options: tuple[str, ...], text
 
 
 def test_blocks_are_chosen_by_number(place: Place, tmp_path: Path) -> None:
-    for blocks, chosen in (("spread:2", "2-3"), ("last:1", "3"), ("spread:9", "0-3")):
+    for blocks, chosen in (("spread:2", "2-3"), ("last:1", "3"), ("spread:9", "0-3"), ("all", "0-3")):
         out = tmp_path / chosen
         out = out if not out.exists() else tmp_path / f"{chosen}-again"
         assert run_edge(*place.train(out, "--steps", 1, "--blocks", blocks)).code == 0

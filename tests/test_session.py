@@ -26,6 +26,7 @@ from dlora.protocol.session import HANDSHAKE, Session, choose_version
 from dlora.protocol.states import TRANSITIONS, Side, State
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
+from dlora.protocol.wire_codecs import Codecs
 
 E, C = Side.EDGE, Side.CLOUD
 
@@ -794,3 +795,9 @@ def test_a_micro_batch_begins_with_embeddings_or_with_tokens() -> None:
     refused_by_both(pair, c.embeddings(hidden_states=given, token_ids=tokens), "or both")
     refused_by_both(pair, c.embeddings(hidden_states=None, token_ids=c.floats(4), **shapes), "int32")
     pair.say(c.embeddings(hidden_states=None, token_ids=tokens, **shapes))
+
+
+def test_adapter_state_never_crosses_as_int8() -> None:
+    pair = Pair(c.opening()[:2])
+    codecs = msgspec.structs.replace(Codecs.all("fp16"), adapter_state="int8")
+    refused_by_both(pair, c.open_session(codecs=codecs), "adapter state as int8")

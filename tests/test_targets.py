@@ -12,7 +12,7 @@ from tiny import TinyFactory
 from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
 from dlora.protocol.manifest import AdapterDefaults, Manifest, load_manifest
-from dlora.protocol.targets import choose_groups, groups_of, module_names, number_ranges
+from dlora.protocol.targets import choose_groups, groups_of, module_names, number_ranges, spread
 
 FUSED = "layers.{}.attention.qkv"
 
@@ -118,3 +118,15 @@ def test_module_names_and_number_ranges_are_short(llama: Manifest) -> None:
     assert module_names(llama.groups[:1]) == ["k_proj", "q_proj", "v_proj"]
     assert number_ranges({0, 1, 2, 5}) == "0-2,5"
     assert number_ranges([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("blocks", "count", "chosen"),
+    [
+        (30, 8, [15, 17, 19, 21, 23, 25, 27, 29]), (30, 1, [29]), (30, 2, [15, 29]),
+        (32, 8, [16, 18, 20, 22, 25, 27, 29, 31]),
+        (40, 8, [20, 23, 25, 28, 31, 34, 36, 39]), (10, 8, [2, 3, 4, 5, 6, 7, 8, 9]), (3, 9, [0, 1, 2]), (5, 2, [2, 4]),
+    ],
+)  # fmt: skip
+def test_blocks_are_spread_over_the_upper_half(blocks: int, count: int, chosen: list[int]) -> None:
+    assert list(spread(range(blocks), count)) == chosen

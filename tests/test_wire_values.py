@@ -11,7 +11,7 @@ import torch
 from dlora.cloud.exchange.torch_codecs import TORCH_CODECS
 from dlora.protocol import messages as m
 from dlora.protocol.choices import WireDtype
-from dlora.protocol.errors import RemoteProtocolError, UsageError
+from dlora.protocol.errors import NonFiniteError, RemoteProtocolError, UsageError
 from dlora.protocol.frames import HEADER_BLOCK, Decoder, encode, write_checksum
 from dlora.protocol.session import Session
 from dlora.protocol.states import Side
@@ -106,3 +106,36 @@ def test_codecs_as_users_write_them() -> None:
 def test_evaluations_cross_as_fp16_unless_all_is_fp32() -> None:
     for text, name in (("int8", "fp16"), ("fp16", "fp16"), ("fp32,embeddings=int8", "fp16"), ("fp32", "fp32")):
         assert Codecs.parse(text).for_evaluation() == Codecs.all(name)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+def test_int8_of_any_shape_is_the_same_on_both_sides(rows: int, width: int) -> None:
+    """As it comes in a frame, too: a single row is as long as it is wide, and its scale may begin at an odd byte."""
+    values = np.random.default_rng(rows * 10 + width).standard_normal((rows, width)).astype(np.float32)
+    tensor = encode_floats(values, "int8")
+    assert TORCH_CODECS["int8"].encode(torch.from_numpy(values)) == tensor
+    frame = encode(m.GroupInput(step=0, micro_batch=0, group=0, hidden_states=tensor), seq=1, ack=0)
+    message = Decoder().decode(frame)
+    assert isinstance(message, m.GroupInput)
+    for received in (tensor, message.hidden_states):
+        decoded = TORCH_CODECS["int8"].decode(received, torch.device("cpu"), torch.float32).numpy()
+        assert decoded.tobytes() == np.ascontiguousarray(decode_floats(received)).tobytes()
+        assert decoded.shape == (rows, width)
+
+
+def test_what_is_too_large_for_int8_is_not_sent() -> None:
+    values = np.full((1, 3), 3e38, np.float32)
+    for send in (lambda: encode_floats(values, "int8"), lambda: TORCH_CODECS["int8"].encode(torch.from_numpy(values))):
+        with pytest.raises(NonFiniteError, match="too large for int8"):
+            send()
+
+
+def test_fp16_of_what_was_fp16_twice_is_the_same() -> None:
+    """Where the largest value rounds up to a power of two, the exponent of the second time is another."""
+    codec = CODECS["fp16"]
+    values = np.array([0.99999, *(np.arange(1, 40) * 2.0**-31)], np.float32)
+    once = codec.encode(values)
+    twice = codec.encode(codec.decode(once))
+    assert twice != once
+    assert codec.encode(codec.decode(twice)) == twice

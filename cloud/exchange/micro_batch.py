@@ -91,7 +91,12 @@ class Sites:
         gradient = self.sketches[index] if self.sketches else None
         made_from = MadeFrom(self.base, self.seed + index, gradient)
         made = SITE_KINDS[self.adapter.kind].make_state(self.adapter, self.groups[index], made_from)
-        return tuple(to_wire(tensor, self.opening.codecs, TensorRole.ADAPTER_STATE) for tensor in made)
+        codecs, role = self.opening.codecs, TensorRole.ADAPTER_STATE
+        # Twice: where rounding makes the largest value a power of two, the second time's exponent is another. What
+        # leaves here must be the same bits when the device gives it back.
+        once = (to_wire(tensor, codecs, role) for tensor in made)
+        again = (from_wire(tensor, codecs, role, torch.device("cpu"), torch.float32) for tensor in once)
+        return tuple(to_wire(tensor, codecs, role) for tensor in again)
 
     def add(self, state: Sequence[WireTensor]) -> None:
         """Make the next group's site, with what the server keeps of it."""

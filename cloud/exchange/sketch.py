@@ -36,7 +36,7 @@ class GroupSketch:
 
     def __init__(self, group: GroupSpec, r: int, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
-        wide, tall = _sketch_sizes(r)
+        wide, tall = _sketch_sizes(group, r)
         self.r = r
         self._omega = torch.randn(group.in_features, wide, generator=generator).to(device)
         self._psi = torch.randn(tall, group.out_features, generator=generator).to(device)
@@ -62,19 +62,20 @@ class GroupSketch:
         # Few numbers, and badly conditioned where the gradient has a low rank: in float64 it costs nothing.
         q, _ = torch.linalg.qr(self._range.double())
         q, mixed, co_range = q.cpu(), (self._psi.double() @ q).cpu(), self._co_range.double().cpu()
-        core = torch.linalg.lstsq(mixed, co_range, driver="gelsd").solution
+        # Well conditioned whatever the gradient's rank is: q is orthonormal, and psi is random.
+        core = torch.linalg.lstsq(mixed, co_range, driver="gels").solution
         u, _, right = torch.linalg.svd(core, full_matrices=False)
         return right[: self.r].float(), (q @ u[:, : self.r]).float()
 
 
 def sketch_bytes(group: GroupSpec, r: int) -> int:
     """What a ``GroupSketch`` takes, its test matrices among it."""
-    wide, tall = _sketch_sizes(r)
-    return 4 * 2 * (wide + tall) * max(group.in_features, group.out_features)
+    wide, tall = _sketch_sizes(group, r)
+    return 4 * (wide + tall) * (group.in_features + group.out_features)
 
 
-def _sketch_sizes(r: int) -> tuple[int, int]:
-    wide = 3 * r + 1
+def _sketch_sizes(group: GroupSpec, r: int) -> tuple[int, int]:
+    wide = min(3 * r + 1, group.in_features, group.out_features)
     return wide, 2 * wide + 1
 
 

@@ -10,7 +10,7 @@ import torch
 
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.tensors import SCALE_BYTES, WireTensor, fp16_exponent
-from dlora.protocol.wire_codecs import Codecs, TensorRole
+from dlora.protocol.wire_codecs import INT8_SCALE_LIMIT, Codecs, TensorRole
 
 # Decoded frames are read-only views, and nobody here writes into them; torch warns all the same.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -53,7 +53,10 @@ class _Int8:
     def encode(self, values: torch.Tensor) -> WireTensor:
         finite_peak(values)
         peaks = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
-        scales = (peaks / 127).clamp_min(1e-30)
+        # By a tensor: kernels multiply by the reciprocal of a Python number, which rounds otherwise.
+        scales = (peaks / torch.full_like(peaks, 127)).clamp_min(1e-30)
+        if scales.numel() and float(scales.max()) >= INT8_SCALE_LIMIT:
+            raise NonFiniteError("values that are too large for int8 in the base model's results")
         upper = (scales.view(torch.int32) + 0xFFFF) >> 16
         integers = torch.round(values / (upper << 16).view(torch.float32)).to(torch.int8)
         stored = torch.cat([integers.view(torch.uint8), upper.to(torch.int16).view(torch.uint8)], 1)
@@ -61,9 +64,11 @@ class _Int8:
 
     def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         stored = torch.from_numpy(tensor.data).to(torch_device)
-        integers = stored[:, :-SCALE_BYTES].view(torch.int8).to(torch.float32)
-        upper = stored[:, -SCALE_BYTES:].contiguous().view(torch.int16).to(torch.int32)
-        return (integers * (upper << 16).view(torch.float32)).to(dtype)
+        integers = stored[:, :-SCALE_BYTES].to(torch.int8).to(torch.float32)
+        # By arithmetic: a row may begin at any byte, and torch views no pair of bytes at an odd one.
+        low, high = (stored[:, place].to(torch.int32) for place in (-2, -1))
+        scales = ((high << 24) | (low << 16)).view(torch.float32).unsqueeze(1)
+        return (integers * scales).to(dtype)
 
 
 TORCH_CODECS: Final[dict[str, TorchCodec]] = {"int8": _Int8(), "fp16": _Fp16(), "fp32": _Fp32()}

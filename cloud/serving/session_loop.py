@@ -95,7 +95,8 @@ class SessionLoop:
         idle_s = self._service.timeouts.idle_s
         match self._router.receive(None, idle_s, self._clock() + idle_s):
             case m.Embeddings() as begun:
-                if pool is None:
+                # Of a basis pass one at a time, and none beside what is made of them: sums round by their order.
+                if pool is None or begun.mode == "basis":
                     self._run_micro_batch(begun)
                 else:
                     self._running.add(running := pool.submit(self._run_or_fail, begun))

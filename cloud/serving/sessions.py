@@ -98,7 +98,7 @@ class Sessions:
 
     def end_longest_parked_in_step(self) -> None:
         """End it, where there is one that holds memory."""
-        holding = [live for live in self._parked() if live.quota.live_bytes]
+        holding = [live for live in self._parked() if live.quota.live_bytes or live.quota.held_bytes]
         if holding:
             longest = min(holding, key=lambda live: live.transport.parked_at or 0.0)
             self._evict(longest, "others needed the memory")

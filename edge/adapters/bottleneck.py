@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.errors import CheckpointError
+from dlora.protocol.errors import CheckpointError, RemoteProtocolError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.manifest import core_key
 from dlora.protocol.tensors import FloatArray
 
 from .core import Core
 from .kind import Factors, GroupAdapters, LoadGraph, Parameter
+
+_NOT_ORTHONORMAL: Final = 0.05  # rounding to fp16 costs some thousandths
 
 
 class BottleneckGroup(GroupAdapters):
@@ -58,6 +60,14 @@ class BottleneckGroup(GroupAdapters):
         """R alone: A's rows and B's columns are orthonormal, so that its norm is that of the whole change."""
         core = self.core.parameter.value
         return [Factors(self.name, np.eye(len(core), dtype=np.float32), core, self.scaling)]
+
+    def check_made_state(self, state: Sequence[FloatArray]) -> None:
+        """A's rows and B's columns are orthonormal: with others, zeros say, nothing would be trained unnoticed."""
+        for factor in (state[0], state[1].T):
+            with np.errstate(over="ignore", invalid="ignore"):
+                error = np.abs(factor @ factor.T - np.eye(len(factor), dtype=np.float32)).max()
+            if not error <= _NOT_ORTHONORMAL:
+                raise RemoteProtocolError(f"a basis for {self.name} that is not orthonormal")
 
     def load_factors(self, factors: Mapping[str, Factors]) -> None:
         raise CheckpointError(

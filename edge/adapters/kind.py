@@ -102,6 +102,9 @@ class GroupAdapters(ABC):
     def load_factors(self, factors: Mapping[str, Factors]) -> None:
         """Start from a saved adapter; modules that it lacks keep their start. Raises ``CheckpointError``."""
 
+    def check_made_state(self, state: Sequence[FloatArray]) -> None:  # noqa: B027  # most have nothing to check
+        """Raise ``RemoteProtocolError`` for what a server cannot have made as the kind says."""
+
     def parts(self, scale: float) -> dict[str, FloatArray]:
         """What was trained, times ``scale``, and what the server keeps, by name: see ``parts.py``."""
         parts = {name: parameter.value * np.float32(scale) for name, parameter in self.parameters().items()}

@@ -8,6 +8,7 @@ of what the server kept, apart; PEFT does not look at it.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import safetensors.numpy
 from dlora.edge.files import storage_errors, write_atomically
 from dlora.protocol.adapters import KINDS
 from dlora.protocol.errors import CheckpointError
+from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.tensors import FloatArray
 
 PARTS_NAME: Final = "adapter_parts.safetensors"
@@ -71,6 +73,8 @@ def load_parts(directory: Path, weights: bytes) -> Parts | None:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
         parts = Parts(KINDS[about["kind"]].name, int(about["r"]), float(about["scaling"]), tensors)
+        if not (1 <= parts.r <= MAX_RANK and 0 < parts.scaling < math.inf):
+            raise ValueError("a rank or a scaling that cannot be")
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it, and the adapter is an ordinary LoRA") from None
     if not all(tensor.dtype == np.float32 and np.isfinite(tensor).all() for tensor in tensors.values()):

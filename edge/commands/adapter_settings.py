@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from dlora.edge.data.invocation import find_invocation
+from dlora.edge.data.invocation import find_invocation, uninvoked, uninvoked_line
 from dlora.edge.run.run_file import RunSettings
 from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import UsageError
 from dlora.protocol.kill_revive import MAX_UNITS
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import choose_groups, groups_of, last_blocks, number_ranges, spread_blocks
+from dlora.protocol.targets import choose_groups, groups_of, last_blocks, module_names, number_ranges, spread_blocks
 
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
@@ -43,11 +43,14 @@ def choose_adapters(settings: RunSettings, manifest: Manifest) -> RunSettings:
         kind=kind,
         lr=defaults.lr if settings.lr is None else settings.lr,
         wire_dtype=settings.wire_dtype or defaults.wire_dtype,
-        target_modules=",".join(target_modules_of(settings) or default_target_modules(kind, manifest)),
     )
-    blocks = settings.blocks
-    if not blocks and init is not None and parts is not None and parts.kind == kind:
-        blocks = number_ranges({group.block for group in groups_of(manifest, init.modules)})
+    names, blocks = target_modules_of(settings), settings.blocks
+    if init is not None and parts is not None and parts.kind == kind:
+        trained = groups_of(manifest, init.modules)
+        names = names or tuple(module_names(trained))
+        blocks = blocks or number_ranges({group.block for group in trained})
+    names = names or default_target_modules(kind, manifest)
+    settings = msgspec.structs.replace(settings, target_modules=",".join(names))
     settings = msgspec.structs.replace(settings, blocks=blocks or defaults.blocks)
     numbers = blocks_of(settings, manifest)
     settings = msgspec.structs.replace(settings, blocks=number_ranges(numbers))
@@ -68,16 +71,26 @@ def choose_where_adapters_act(
     have no invocation.
     """
     assert settings.kind is not None
+    init = _init_adapter(settings)
     adapt = settings.adapt or DEFAULTS[settings.kind].adapt
+    if settings.adapt is None and init is not None:
+        adapt = "answer" if init.invocation else "all"
     if adapt == "all":
         return msgspec.structs.replace(settings, adapt=adapt), (), list(datasets)
     cut = [dataset.one_answer_each() for dataset in datasets]
     try:
-        invocation = find_invocation(cut[0])
+        if init is not None and init.invocation and not uninvoked(cut[0], init.invocation):
+            invocation = init.invocation
+        else:
+            invocation = find_invocation(cut[0], cut[1:])
     except UsageError:
-        if settings.adapt is not None:
+        if settings.adapt is not None or init is not None:
             raise
+        say("adapters act at all tokens: the prompts have no common end that begins the answers (--adapt)")
         return msgspec.structs.replace(settings, adapt="all"), (), list(datasets)
+    for dataset in cut[1:]:
+        if line := uninvoked_line(dataset, invocation):
+            say(line)
     if len(cut[0]) > len(datasets[0]):
         say(f"each answer is an example of its own: {len(cut[0]):,} of {len(datasets[0]):,} conversations")
     say(
@@ -98,6 +111,8 @@ def target_modules_of(settings: RunSettings) -> tuple[str, ...]:
 
 def blocks_of(settings: RunSettings, manifest: Manifest) -> tuple[int, ...]:
     """The blocks that a user chose; none: all. Raises ``UsageError``."""
+    if settings.blocks.strip() == "all":
+        return tuple(sorted({group.block for group in manifest.groups}))
     counted = re.fullmatch(r"\s*(spread|last):([1-9][0-9]{0,4})\s*", settings.blocks)
     if counted is not None:
         return _COUNTED[counted[1]](manifest, int(counted[2]))

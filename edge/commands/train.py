@@ -86,15 +86,15 @@ def train(
     blocks: Annotated[
         str,
         typer.Option(
-            help="Adapters in these blocks only: 0,3,26-29; spread:8, eight over the upper half; or last:4. By default "
-            "all; spread:8 for a bottleneck."
+            help="Adapters in these blocks only: 0,3,26-29; spread:8, eight over the upper half; last:4; or all. By "
+            "default all; spread:8 for a bottleneck."
         ),
     ] = "",
     adapt: Annotated[
         Adapt | None,
         typer.Option(
-            help="Where adapters act: all, or answer: from the beginning of the answer on, so that prompts cross at no "
-            "block. By default all; answer for a bottleneck, where the prompts have a common end."
+            help="Where adapters act: all, or answer: from the beginning of the answer on, so that what comes before "
+            "crosses at no block. By default all; answer for a bottleneck, where the prompts have a common end."
         ),
     ] = None,
     basis: Annotated[

@@ -56,6 +56,7 @@ def evaluate(
     """Loss and accuracy of an adapter, or of the base model, on held-out data."""
     from dataclasses import asdict
 
+    from dlora.edge.data.invocation import uninvoked_line
     from dlora.edge.data.loading import Reading, load_datasets, resolve_max_length
     from dlora.edge.data.records import parse_columns
     from dlora.edge.engine.bundle import Bundle
@@ -74,13 +75,13 @@ def evaluate(
     display.say(data_line("data", data, dataset))
     from dlora.edge.model.evaluation import evaluate as run_evaluation
 
-    with (
-        _open_model(opened, server, adapter, wire_dtype, send, threads, engine, credentials, max_retry_s) as model,
-        display.evaluating("", len(dataset)) as advance,
-    ):
+    with _open_model(opened, server, adapter, wire_dtype, send, threads, engine, credentials, max_retry_s) as model:
         if model.invocation:
             dataset = dataset.one_answer_each()
-        result = run_evaluation(model, dataset, batch_size, lambda done, _: advance(done))
+            if line := uninvoked_line(dataset, model.invocation):
+                display.warn(line)
+        with display.evaluating("", len(dataset)) as advance:
+            result = run_evaluation(model, dataset, batch_size, lambda done, _: advance(done))
     display.finish(asdict(result))
 
 
@@ -109,7 +110,7 @@ def generate(
         from dlora.edge.model.use import generate_greedily
 
         with _open_model(opened, server, adapter, wire_dtype, send, threads, engine, credentials, max_retry_s) as model:
-            answer = generate_greedily(model, tokenizer, prompt, max_new_tokens)
+            answer = generate_greedily(model, tokenizer, prompt, max_new_tokens, warn)
     print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if json_output else answer)
 
 

@@ -84,6 +84,11 @@ class Batches:
         return -(-len(self._dataset) // self._sequences_per_step)
 
     @property
+    def examples(self) -> int:
+        """Of the data set."""
+        return len(self._dataset)
+
+    @property
     def max_sequence_length(self) -> int:
         """Tokens of the longest example."""
         return int(self._dataset.lengths.max())

@@ -165,8 +165,8 @@ class Dataset:
         return acting
 
     def one_answer_each(self) -> Dataset:
-        """Each answer an example of its own, with all that comes before it; itself where there are no more already."""
-        if all(_is_one_run(example.label_positions) for example in self):
+        """Each answer an example of its own, with all that comes before it and nothing after; itself where it is so."""
+        if all(_is_one_answer(example) for example in self):
             return self
         building = _Builder()
         for example in self:
@@ -190,8 +190,10 @@ class Dataset:
         return made
 
 
-def _is_one_run(positions: IntArray) -> bool:
-    return int(positions[-1] - positions[0]) + 1 == len(positions)
+def _is_one_answer(example: Example) -> bool:
+    positions = example.label_positions
+    is_one_run = int(positions[-1] - positions[0]) + 1 == len(positions)
+    return is_one_run and int(positions[-1]) + 2 == len(example.ids)
 
 
 def load_examples(

@@ -6,6 +6,7 @@ the first token of the invocation's last occurrence on, and everything before it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from dlora.protocol.errors import UsageError
@@ -15,28 +16,46 @@ from .examples import Dataset, Example, last_occurrence
 MAX_TOKENS: Final = 64  # of an invocation; headers of templates have two to eight
 
 
-def find_invocation(dataset: Dataset) -> tuple[int, ...]:
+def find_invocation(dataset: Dataset, held_out: Sequence[Dataset] = ()) -> tuple[int, ...]:
     """The tokens that every prompt of ``dataset`` ends with and no answer contains: the chat template's header of an
-    assistant's turn, or the shortest that will do.
+    assistant's turn, or the shortest that will do, in ``held_out`` as well where there are such.
 
-    ``dataset`` has one answer an example. Raises ``UsageError`` where there are none, also where nothing comes before
+    All of them have one answer an example. Raises ``UsageError`` where there are none, also where nothing comes before
     them in any example: adapters would act everywhere after all.
     """
     header = dataset.assistant_header
     tail = _common_tail(dataset)
-    shortest_first = [tail[-length:] for length in range(1, len(tail) + 1)]
+    candidates = [tail[-length:] for length in range(1, len(tail) + 1)]
     if header and tail[-len(header) :] == header:
-        shortest_first.insert(0, header)
-    for tokens in shortest_first:
-        starts = [_answer_start(example) - len(tokens) for example in dataset]
-        found = (last_occurrence(example.ids, tokens) for example in dataset)
-        if any(starts) and all(start == each for start, each in zip(starts, found, strict=True)):
-            return tokens
-    what = "no answer contains" if tail else "all prompts share"
-    raise UsageError(
-        f"--adapt answer: the prompts have no last tokens that {what}, so nothing can say where an answer begins; use "
-        "--adapt all, or end every prompt with the same words"
+        candidates.insert(0, header)
+    found = [tokens for tokens in candidates if not uninvoked(dataset, tokens) and _has_prompts(dataset, tokens)]
+    if not found:
+        what = "no answer contains" if tail else "all prompts share"
+        raise UsageError(
+            f"--adapt answer: the prompts have no last tokens that {what}, so nothing can say where an answer begins; "
+            "use --adapt all, or end every prompt with the same words"
+        )
+    return min(found, key=lambda tokens: sum(uninvoked(each, tokens) for each in held_out))
+
+
+def uninvoked(dataset: Dataset, tokens: tuple[int, ...]) -> int:
+    """How many examples do not begin their answer after the last ``tokens``: adapters do not act on all of it there."""
+    return sum(last_occurrence(each.ids, tokens) != _answer_start(each) - len(tokens) for each in dataset)
+
+
+def uninvoked_line(dataset: Dataset, tokens: tuple[int, ...]) -> str | None:
+    """What to tell a user of them; None where there are none."""
+    count = uninvoked(dataset, tokens)
+    if not count:
+        return None
+    return (
+        f"warning: in {count:,} of {len(dataset):,} examples the prompt does not end with the adapter's invocation, or "
+        "the answer contains it: there the adapter does not act on the whole answer"
     )
+
+
+def _has_prompts(dataset: Dataset, tokens: tuple[int, ...]) -> bool:
+    return any(_answer_start(example) > len(tokens) for example in dataset)
 
 
 def _common_tail(dataset: Dataset) -> tuple[int, ...]:

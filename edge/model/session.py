@@ -80,11 +80,15 @@ class ModelSession(ABC):
                 self.connection.send(m.MakeAdapterState(group=index))
                 state = self.connection.receive(m.AdapterState)
                 # Copies: what came is a view of its frame.
-                group.adapter_state = tuple(np.array(decode_floats(tensor)) for tensor in state.tensors)
+                made = tuple(np.array(decode_floats(tensor)) for tensor in state.tensors)
+                group.check_made_state(made)
+                group.adapter_state = made
 
     def _give_state(self, index: int, group: GroupAdapters, codec: Codec) -> None:
         """What the server then has is what the codec leaves of it, which is what we go on with, too."""
-        tensors = tuple(codec.encode(tensor) for tensor in group.adapter_state)
+        # Twice: where rounding makes the largest value a power of two, the second time's exponent is another.
+        once = (codec.encode(tensor) for tensor in group.adapter_state)
+        tensors = tuple(codec.encode(codec.decode(tensor)) for tensor in once)
         self.connection.send(m.AdapterState(group=index, tensors=tensors))
         self.connection.receive(m.AdapterState)
         group.adapter_state = tuple(np.array(decode_floats(tensor)) for tensor in tensors)

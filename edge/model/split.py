@@ -112,7 +112,7 @@ class SplitModel:
 
         ``acts_from``: the row from which the adapters act; None: all of them.
         """
-        crossing = None if acts_from is None else np.arange(acts_from, len(ids), dtype=np.int32)
+        crossing = None if acts_from is None else np.arange(min(acts_from, len(ids)), len(ids), dtype=np.int32)
         batch = MicroBatch(
             ids=ids,
             sequence_lengths=np.array([len(ids)], np.int32),

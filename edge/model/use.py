@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,16 +106,28 @@ def _name_adapter_in_error() -> Iterator[None]:
         raise NonFiniteError(text) from None
 
 
-def generate_greedily(model: SplitModel, tokenizer: PromptTokenizer, prompt: str, max_new_tokens: int) -> str:
-    """The likeliest continuation of ``prompt``, as an assistant's turn where there is a chat template."""
+def generate_greedily(
+    model: SplitModel,
+    tokenizer: PromptTokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    warn: Callable[[str], None] = lambda _: None,
+) -> str:
+    """The likeliest continuation of ``prompt``, as an assistant's turn where there is a chat template.
+
+    An adapter that the prompt does not invoke does nothing, as in PEFT: ``warn`` is told.
+    """
     ids = tokenizer.encode_prompt(prompt)
     if not len(ids):
         raise DataError("the prompt is empty; say something")
-    acts_from = last_occurrence(ids, model.invocation) if model.invocation else None
-    produced: list[int] = []
     limit = model.connection.welcome.max_sequence_length
     if len(ids) >= limit:
         raise DataError(f"the prompt has {len(ids)} tokens, the server takes {limit}; say less")
+    acts_from = last_occurrence(ids, model.invocation) if model.invocation else None
+    if acts_from == len(ids):
+        warn("the prompt does not contain this adapter's invocation, so the adapter does nothing")
+        acts_from = limit
+    produced: list[int] = []
     while len(produced) < max_new_tokens and len(ids) + len(produced) < limit:
         whole = np.array([*ids, *produced], np.int64)
         token = int(model.next_logits(whole, acts_from).argmax())

@@ -188,7 +188,7 @@ def _print_plan(run: TrainRun, first_step: int, display: Display) -> None:
     display.say(run_line(run.config, run.bundle.manifest, run.dataset, _evaluations(run), first_step))
     display.say(adapters_line(run.config, run.bundle.manifest))
     if first_step == 0:
-        for line in basis_lines(run.config):
+        for line in basis_lines(run.config, run.dataset):
             display.say(line)
     for line in kill_revive_lines(run.config, run.config.groups(run.bundle.manifest)):
         display.say(line)

@@ -67,6 +67,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
         """How tensors cross. Raises ``UsageError``."""
         return Codecs.parse(self.wire_dtype)
 
+    def basis_pass_steps(self, examples: int) -> int:
+        """How many steps' data a basis is made from, of a data set of so many examples: never one twice."""
+        return min(self.basis_steps, self.steps, -(-examples // (self.batch_size * self.grad_accum)))
+
     @property
     def scaling(self) -> float:
         return self.lora_alpha / self.rank

@@ -237,8 +237,9 @@ class Trainer:
 
     def _run_basis_pass(self) -> None:
         """The base model's gradients on the data of the first steps."""
-        for step in range(min(self.config.basis_steps, self.batches.steps_per_epoch)):
-            self.model.run_basis_pass(self.batches.step_batches(step))
+        with self._name_step_in_error():
+            for step in range(self.config.basis_pass_steps(self.batches.examples)):
+                self.model.run_basis_pass(self.batches.step_batches(step))
 
     def _save_modules(self, directory: Path, modules: list[SavedModule], parts: Parts | None) -> None:
         save_adapter(
