@@ -112,7 +112,7 @@ def save_adapter(
         parts: what it was trained as, where that is another kind than ``lora``.
         invocation: the tokens from which on it acts; none: everywhere.
 
-    The two files cannot change at one instant, so for the moment between, the configuration names the old and
+    PEFT's two files cannot change at one instant, so for the moment between, the configuration names the old and
     the new modules: PEFT gives those without weights a B of zero, and the adapter is wholly the old or the new.
 
     Raises ``StorageError``.

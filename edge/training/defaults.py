@@ -1,6 +1,7 @@
 """What a run's adapters are where its user leaves it open: chosen once, before the first step, and written down.
 
-The figures behind these are in docs/benchmarks.md.
+What the command chooses; the structures of runs and of the wire (``TrainConfig``, ``AdapterSpec``) have LoRA where nothing is
+said. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations
