@@ -1,7 +1,7 @@
 """What a run's adapters are where its user leaves it open: chosen once, before the first step, and written down.
 
-What the command chooses; the structures of runs and of the wire (``TrainConfig``, ``AdapterSpec``) have LoRA where nothing is
-said. Figures: docs/benchmarks.md.
+What the command chooses; the structures of runs and of the wire (``TrainConfig``, ``AdapterSpec``) have LoRA where
+nothing is said. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     "lora": KindDefaults(lr=1e-3),
     "ffa": KindDefaults(lr=1e-3),
     "bottleneck": KindDefaults(
-        lr=5e-3, r=64, target_modules=ALL_LINEAR, blocks="spread:8", adapt="answer", wire_dtype="int8"
+        lr=8e-3, r=64, target_modules=ALL_LINEAR, blocks="spread:8", adapt="answer", wire_dtype="int8"
     ),
 }
 
