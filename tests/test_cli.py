@@ -228,7 +228,6 @@ def test_too_long_sequence_is_an_error(place: Place, tmp_path: Path) -> None:
         ({"pin": "5-2"}, ("--pin",)),
         ({"pin": "1-"}, ("--pin",)),
         ({"pin": "0-999999999999"}, ("--pin",)),
-        ({"kr_score": "static", "active_fraction": 0.5}, ("--static-units",)),
         ({"kr_score": "static", "active_fraction": 0}, ("--static-units",)),
         ({"columns": "prompt=a"}, ("columns",)),
         ({"columns": "nonsense"}, ("columns",)),

@@ -100,7 +100,7 @@ def test_signal_during_imports_ends_with_one_line_and_130(
         data = tmp_path / "data.jsonl"
         data.write_text(json.dumps({"text": "w1 w2"}) + "\n")
         commands["train"] = [
-            EDGE, "train", "--bundle", place.bundle, "--server", "ws://127.0.0.1:1", "--data", data,
+            EDGE, "train", "--kind", "lora", "--bundle", place.bundle, "--server", "ws://127.0.0.1:1", "--data", data,
             "--out", tmp_path / "out",
         ]  # fmt: skip
     done = run(place, sent, when, *commands[command])
