@@ -41,9 +41,10 @@ lint: .venv/.ready ## ruff, mypy, import rules: one minute
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: ## speed and traffic against PEFT, policies, the device alone: an hour or more
-bench: .venv/.ready build/smollm2/manifest.json build/smollm2-int8/manifest.json
+bench: ## speed, traffic and losses against PEFT, policies, the device alone: an hour or more
+bench: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-int8/manifest.json
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/peft_losses.py --bundle-fp32 build/smollm2-fp32
 	$(BIN)/python benchmarks/kill_revive.py
 	$(BIN)/python benchmarks/device.py
 	$(BIN)/python benchmarks/economy.py

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bars import FILE, write_bars
 from economy_data import SETS
 from economy_plot import Series, plot
 from economy_recipes import BASELINE, GRID, LONG_SET, RECIPES, order
@@ -73,7 +73,7 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
     folder = docs / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     bars = measure_bars(find)
-    _save_bars(folder / "economy.json", bars)
+    write_bars(docs / FILE, bars, forget=BARS)  # of ours, those whose runs are not all there any more
     missing = list(_missing(finished, plan))
     lines = [INTRO.format(grid=", ".join(f"{rate:g}" for rate in GRID), dtype=plan.dtype)]
     lines += ["## Bars\n", *_bar_lines(find, bars)]
@@ -85,13 +85,6 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
     text = "\n".join(lines).rstrip() + "\n"
     (docs / "benchmarks.md").write_text(text, encoding="utf-8")
     return {"runs": len(finished), "bars": bars, "missing": missing}
-
-
-def _save_bars(path: Path, bars: dict[str, Any]) -> None:
-    """Ours anew; other benchmarks' entries stay."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    others = {name: entry for name, entry in before.items() if name not in BARS}
-    path.write_text(json.dumps({**bars, **others}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _missing(finished: Finished, plan: Plan) -> Iterator[str]:

@@ -1,7 +1,8 @@
-"""How long a training step takes: PEFT in one process, the split with all adapters active, and at 1/8.
+"""How long a training step takes: PEFT in one process, and the split, all active, 1/8 active, and the default recipe.
 
-All three take turns in one run on the same batches; medians are printed. The device runs in this process, the
-server in another, over loopback; each has --threads threads, and they take turns, as PEFT's one process does.
+All take turns in one run on the same batches; medians are printed. The device runs in this process, the server in
+another, over loopback; each has --threads threads, and they take turns, as PEFT's one process does. What has to be
+reached is written into docs/benchmarks/economy.json.
 """
 
 from __future__ import annotations
@@ -11,124 +12,233 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+from bars import FILE, Entry, at_most, write_bars
 from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
+
+from economy_recipes import DEFAULT, RECIPES, train_config
+from step_costs import EndsClock, adapter_flops_table, round_trips
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.memory import peak_rss_mb
 from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import choose_groups, spread_blocks
+
+COMMAND: Final = "python benchmarks/step.py"
+INVOCATION: Final = (98, 99)
+"""What each sequence has before its labels: where the default recipe's adapters begin to act."""
+FIRST_RANDOM: Final = 100
+"""Other tokens begin here, so that none of them is of the invocation."""
 
 
 def main() -> None:
-    """Print one JSON object."""
+    """Print one JSON object, and write the bars."""
     options = _options()
     bundle = Bundle.open(need_bundle(options.bundle))
     defaults = bundle.manifest.defaults
-    rng = np.random.default_rng(0)
-    vocabulary = bundle.manifest.base_model.vocabulary_size
-    ids = rng.integers(100, vocabulary, (8 * options.batch_size, options.length))
-    first = round(options.length * (1 - options.labelled))
+    ids, first = _tokens(bundle.manifest.base_model.vocabulary_size, options)
     dataset = Dataset.of([(row.tolist(), list(range(first - 1, options.length - 1))) for row in ids])
     log(f"starting PEFT and the server, {options.threads} threads each")
     peft = Worker(
         str(Path(__file__).with_name("peft_process.py")), options.model, str(options.threads),
         ",".join(defaults.target_modules), str(defaults.r), str(defaults.lora_alpha), "1e-3",
     )  # fmt: skip
-    everything = KillReviveConfig(active_fraction=1.0)
-    eighth = KillReviveConfig(
-        active_fraction=0.125, warmup_steps=options.warmup, warmup_fraction=0.0, ramp_fraction=0.0
-    )
-    with cloud_server(options.model, options.threads) as (url, _):
-        times: dict[str, list[float]] = {"peft": [], "split_all": [], "split_kr": []}
-        rows: dict[str, list[Any]] = {"split_all": [], "split_kr": []}
-        cpu: dict[str, list[float]] = {"split_all": [], "split_kr": []}
-        with Connection(url) as first_connection, Connection(url) as second_connection:
-            trainers = {
-                "split_all": _trainer(bundle, first_connection, dataset, everything, options),
-                "split_kr": _trainer(bundle, second_connection, dataset, eighth, options),
-            }
-            for step in range(options.warmup + options.steps + 1):
-                measured = step > options.warmup
-                batch = trainers["split_all"].batches.step_indices(step)
-                chosen = ids[np.concatenate(batch)] if isinstance(batch, list) else ids[np.ravel(batch)]
-                labels = np.where(np.arange(options.length) >= first, chosen, -100)
-                found = peft.ask({"ids": chosen.tolist(), "labels": labels.tolist()})
-                if measured:
-                    times["peft"].append(found["step_s"])
-                for name, trainer in trainers.items():
-                    started, used = time.perf_counter(), time.process_time()
-                    row = trainer.run_step()
-                    if measured:
-                        times[name].append(time.perf_counter() - started)
-                        cpu[name].append(time.process_time() - used)
-                        rows[name].append(row)
-                log(
-                    f"step {step}{'' if measured else ' (warm-up)'}: PEFT {found['step_s']:.2f} s, "
-                    + ", ".join(f"{name} {(times[name] or [float('nan')])[-1]:.2f} s" for name in rows)
-                )
-    peft.close()
-    peft_s = statistics.median(times["peft"])
-    tokens = options.batch_size * options.length
-    result: dict[str, Any] = {
-        "model": options.model,
-        "tokens_per_step": tokens,
-        "labelled_per_step": rows["split_all"][0].labelled,
-        "wire_dtype": options.wire_dtype,
-        "threads": options.threads,
-        "steps": options.steps,
-        "target_modules": list(defaults.target_modules),
-        "peft": {"step_s": round(peft_s, 4), "tokens_per_s": round(tokens / peft_s, 1)},
-    }
-    for name, measured_rows in rows.items():
-        step_s = statistics.median(times[name])
-        last = measured_rows[-1]
-        result[name] = {
-            "step_s": round(step_s, 4),
-            "tokens_per_s": round(tokens / step_s, 1),
-            "bytes_per_token": round((last.bytes_up + last.bytes_down) / tokens, 1),
-            "round_trips": last.round_trips,
-            "active_units": last.active_units,
-            "units": last.units,
-            "edge_compute_s": round(statistics.median(row.edge_compute_s for row in measured_rows), 4),
-            "edge_cpu_s": round(statistics.median(cpu[name]), 4),
+    peft_s: list[float] = []
+    with cloud_server(options.model, options.threads) as (url, _), ExitStack() as connections:
+        devices = {
+            name: Device(bundle, connections.enter_context(Connection(url)), config, dataset, options.threads)
+            for name, config in _configs(bundle.manifest, options).items()
         }
-    # Of each round, then the median: the three of a round saw the same machine.
-    result["ratio_all"] = _ratio(times["split_all"], times["peft"])
-    result["ratio_kr"] = _ratio(times["split_kr"], times["peft"])
-    result["edge_peak_rss_mb"] = round(peak_rss_mb(), 1)
+        for step in range(options.warmup + options.steps + 1):
+            measured = step > options.warmup
+            chosen = ids[devices["split_all"].trainer.batches.step_indices(step)]
+            labels = np.where(np.arange(options.length) >= first, chosen, -100)
+            found = peft.ask({"ids": chosen.tolist(), "labels": labels.tolist()})
+            if measured:
+                peft_s.append(found["step_s"])
+            seconds = {name: device.run_step(keep=measured) for name, device in devices.items()}
+            log(
+                f"step {step}{'' if measured else ' (warm-up)'}: PEFT {found['step_s']:.2f} s, "
+                + ", ".join(f"{name} {each:.2f} s" for name, each in seconds.items())
+            )
+    peft.close()
+    result = _result(bundle.manifest, peft_s, devices, options)
+    write_bars(options.docs / FILE, _bars(result))
     print(json.dumps(result, indent=1))
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
+def _tokens(vocabulary: int, options: argparse.Namespace) -> tuple[Any, int]:
+    """Eight batches of random sequences, (sequences, length), and where the labels of each begin."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(FIRST_RANDOM, vocabulary, (8 * options.batch_size, options.length))
+    first = max(len(INVOCATION), round(options.length * (1 - options.labelled)))
+    ids[:, first - len(INVOCATION) : first] = INVOCATION
+    return ids, first
 
 
-def _trainer(
-    bundle: Bundle, connection: Connection, dataset: Dataset, kill_revive: KillReviveConfig, options: argparse.Namespace
-) -> Trainer:
-    config = TrainConfig(
-        total_steps=10 * (options.warmup + options.steps + 1),
+def _configs(manifest: Manifest, options: argparse.Namespace) -> dict[str, TrainConfig]:
+    """What is compared with PEFT."""
+    eighth = KillReviveConfig(
+        active_fraction=0.125, warmup_steps=options.warmup, warmup_fraction=0.0, ramp_fraction=0.0
+    )
+    return {
+        "split_all": _lora(manifest, KillReviveConfig(active_fraction=1.0), options),
+        "split_kr": _lora(manifest, eighth, options),
+        "split_default": train_config(
+            RECIPES[DEFAULT],
+            steps=_total_steps(options),
+            batch_size=options.batch_size,
+            seed=0,
+            optimizer=OptimizerConfig(lr=RECIPES[DEFAULT].default_lr),
+            defaults=manifest.defaults,
+            invocation=INVOCATION,
+        ),
+    }
+
+
+def _lora(manifest: Manifest, kill_revive: KillReviveConfig, options: argparse.Namespace) -> TrainConfig:
+    return TrainConfig(
+        total_steps=_total_steps(options),
         batch_size=options.batch_size,
         grad_accum=1,
         seed=(0,),
-        rank=bundle.manifest.defaults.r,
-        lora_alpha=bundle.manifest.defaults.lora_alpha,
+        kind="lora",
+        rank=manifest.defaults.r,
+        lora_alpha=manifest.defaults.lora_alpha,
         wire_dtype=options.wire_dtype,
         optimizer=OptimizerConfig(lr=1e-3),
         kill_revive=kill_revive,
     )
-    return Trainer(bundle, OnnxEngine(bundle, options.threads), connection, config, dataset)
+
+
+def _total_steps(options: argparse.Namespace) -> int:
+    return 10 * (int(options.warmup) + int(options.steps) + 1)
+
+
+class Device:
+    """A run of the split, and what its steps took.
+
+    Attributes:
+        set_up_s: from nothing to the first step: where the server makes A and B, its passes over some data as well.
+        step_s: by the clock; cpu_s: the process's; ends_s: of that, in embedding and head. One a step that is kept.
+    """
+
+    def __init__(
+        self, bundle: Bundle, connection: Connection, config: TrainConfig, dataset: Dataset, threads: int
+    ) -> None:
+        started = time.perf_counter()
+        self.trainer = Trainer(bundle, OnnxEngine(bundle, threads), connection, config, dataset)
+        self.set_up_s = time.perf_counter() - started
+        self.step_s: list[float] = []
+        self.cpu_s: list[float] = []
+        self.ends_s: list[float] = []
+        self.rows: list[StepMetrics] = []
+        self._ends = EndsClock(self.trainer.model)
+
+    def run_step(self, *, keep: bool) -> float:
+        """Seconds of one step."""
+        started, used, ends = time.perf_counter(), time.process_time(), self._ends.seconds
+        row = self.trainer.run_step()
+        seconds, cpu = time.perf_counter() - started, time.process_time() - used
+        if keep:
+            self.step_s.append(seconds)
+            self.cpu_s.append(cpu)
+            self.ends_s.append(self._ends.seconds - ends)
+            self.rows.append(row)
+        return seconds
+
+    @property
+    def cpu_without_ends_s(self) -> list[float]:
+        return [cpu - ends for cpu, ends in zip(self.cpu_s, self.ends_s, strict=True)]
+
+    def result(self) -> dict[str, Any]:
+        """As JSON has it."""
+        step_s, last = statistics.median(self.step_s), self.rows[-1]
+        (batch,) = self.trainer.batches.step_batches(last.step)
+        acting = len(batch.ids) if batch.crossing_positions is None else len(batch.crossing_positions)
+        return {
+            "kind": self.trainer.config.kind,
+            "wire_dtype": self.trainer.config.wire_dtype,
+            "step_s": round(step_s, 4),
+            "tokens_per_s": round(last.tokens / step_s, 1),
+            "bytes_per_token": round((last.bytes_up + last.bytes_down) / last.tokens, 1),
+            "round_trips": last.round_trips,
+            "rows_with_adapters": acting,
+            "active_units": last.active_units,
+            "units": last.units,
+            "edge_compute_s": round(statistics.median(row.edge_compute_s for row in self.rows), 4),
+            "edge_cpu_s": round(statistics.median(self.cpu_s), 4),
+            "edge_cpu_without_ends_s": round(statistics.median(self.cpu_without_ends_s), 4),
+            "set_up_s": round(self.set_up_s, 1),
+        }
+
+
+# -- what it comes to --------------------------------------------------------------------------------------
+
+
+def _result(
+    manifest: Manifest, peft_s: Sequence[float], devices: dict[str, Device], options: argparse.Namespace
+) -> dict[str, Any]:
+    every, eighth, default = (devices[name] for name in ("split_all", "split_kr", "split_default"))
+    median = statistics.median(peft_s)
+    tokens = options.batch_size * options.length
+    return {
+        "model": options.model,
+        "tokens_per_step": tokens,
+        "labelled_per_step": every.rows[0].labelled,
+        "wire_dtype": options.wire_dtype,
+        "threads": options.threads,
+        "steps": options.steps,
+        "target_modules": list(manifest.defaults.target_modules),
+        "peft": {"step_s": round(median, 4), "tokens_per_s": round(tokens / median, 1)},
+        **{name: device.result() for name, device in devices.items()},
+        # Of each round, then the median: all of a round saw the same machine.
+        "ratio_all": _ratio(every.step_s, peft_s),
+        "ratio_kr": _ratio(eighth.step_s, peft_s),
+        "ratio_default": _ratio(default.step_s, peft_s),
+        "cpu_ratio_default": _ratio(every.cpu_without_ends_s, default.cpu_without_ends_s),
+        "round_trips_by_formula": _round_trips(manifest, default.trainer.config),
+        "adapter_flops_per_row": adapter_flops_table(),
+        "edge_peak_rss_mb": round(peak_rss_mb(), 1),
+    }
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
+
+
+def _round_trips(manifest: Manifest, default: TrainConfig) -> dict[str, Any]:
+    """Of a step of the default recipe, and of the same in fewer blocks."""
+    found = {}
+    for blocks in (default.blocks, spread_blocks(manifest, 4), spread_blocks(manifest, 2)):
+        groups = choose_groups(manifest, default.target_modules, blocks)
+        found[str(len(blocks))] = {"blocks": list(blocks), "round_trips": round_trips(default.adapter, groups)}
+    return found
+
+
+def _bars(result: dict[str, Any]) -> dict[str, Entry]:
+    """What has to be reached. ``cpu_default`` has the default's CPU as a share of that of all active, without ends."""
+    return {
+        "step_default": at_most(0.9, result["ratio_default"], COMMAND),
+        "step_all": at_most(1.1, result["ratio_all"], COMMAND),
+        "cpu_default": at_most(1 / 3, 1 / result["cpu_ratio_default"], COMMAND),
+        "round_trips": at_most(65, result["split_default"]["round_trips"], COMMAND),
+    }
 
 
 def _options() -> argparse.Namespace:
@@ -141,7 +251,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--wire-dtype", choices=("fp16", "fp32"), default="fp16")
+    parser.add_argument("--wire-dtype", choices=("fp16", "fp32"), default="fp16", help="of LoRA")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="the bars go into its benchmarks/economy.json")
     return parser.parse_args()
 
 

@@ -100,7 +100,7 @@ SCRIPT_OPTIONS = {
     option
     for folder in ("benchmarks", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
-    for option in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', path.read_text())
+    for option in re.findall(r'add_argument\(\s*"(--[a-z0-9-]+)"', path.read_text())
 } | set(re.findall(r"^  (--[a-z-]+) ", (ROOT / "packaging" / "install.sh").read_text(), re.M))
 MESSAGES = {kind.__struct_config__.tag: kind for kind in get_args(messages.AnyMessage)}
 
@@ -286,7 +286,7 @@ def test_options_in_command_lines_exist(document: Path) -> None:
                 break
         else:
             assert not line.startswith("dlora"), line
-    assert set(re.findall(r"(?<![\w<!-])--[a-z][a-z-]*", text)) <= ALL_OPTIONS | SCRIPT_OPTIONS | OTHER_PROGRAMS
+    assert set(re.findall(r"(?<![\w<!-])--[a-z][a-z0-9-]*", text)) <= ALL_OPTIONS | SCRIPT_OPTIONS | OTHER_PROGRAMS
 
 
 @pytest.mark.parametrize("document", DOCS, ids=name_of)
