@@ -34,6 +34,7 @@ from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.use import open_model
 from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.scores import change_squared, norm_squared
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.adapters import crossings, state_bytes
@@ -491,3 +492,16 @@ def test_what_the_basis_takes_is_counted_and_given_back(bundle: Path, base: Base
         eventually(lambda: quotas.live_bytes == kept)
         trainer.run_step()
         eventually(lambda: quotas.live_bytes == kept)
+
+
+def test_scores_of_cores_are_those_of_the_whole_change(bundle: Path, server: RunningServer) -> None:
+    with training(bundle, server.url, run_of("bottleneck", lora_alpha=10.0), random_dataset(VOCABULARY)) as trainer:
+        group = trainer.adapters.groups[0]
+        before, old = group.changes(), [each.lora_B @ each.lora_A for each in group.factors()]
+        randomize(trainer)
+        new = [each.lora_B @ each.lora_A for each in group.factors()]
+        scaling = group.factors()[0].scaling
+        changed = scaling**2 * sum(float(np.square(a - b).sum()) for a, b in zip(new, old, strict=True))
+        whole = scaling**2 * sum(float(np.square(each).sum()) for each in new)
+        assert change_squared(group.changes()[0], before[0]) == pytest.approx(changed, rel=1e-4)
+        assert norm_squared(group.changes()[0]) == pytest.approx(whole, rel=1e-4)

@@ -14,7 +14,7 @@ from dlora.protocol.manifest import core_key
 from dlora.protocol.tensors import FloatArray
 
 from .core import Core
-from .kind import Factors, GroupAdapters, LoadGraph, Parameter
+from .kind import Change, Factors, GroupAdapters, LoadGraph, Parameter
 
 _NOT_ORTHONORMAL: Final = 0.05  # rounding to fp16 costs some thousandths
 
@@ -56,10 +56,9 @@ class BottleneckGroup(GroupAdapters):
             for target, rows in zip(self.targets, np.split(lora_b, ends[:-1]), strict=True)
         ]
 
-    def factors_for_scores(self) -> list[Factors]:
+    def changes(self) -> list[Change]:
         """R alone: A's rows and B's columns are orthonormal, so that its norm is that of the whole change."""
-        core = self.core.parameter.value
-        return [Factors(self.name, np.eye(len(core), dtype=np.float32), core, self.scaling)]
+        return [Change(None, self.core.parameter.value, self.scaling)]
 
     def check_made_state(self, state: Sequence[FloatArray]) -> None:
         """A's rows and B's columns are orthonormal: with others, zeros say, nothing would be trained unnoticed."""

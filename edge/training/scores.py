@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dlora.edge.adapters.kind import Factors, GroupAdapters
+from dlora.edge.adapters.kind import Change, Factors, GroupAdapters
 from dlora.protocol.choices import ScoreName
 from dlora.protocol.tensors import FloatArray
 
@@ -37,10 +37,10 @@ class BeforeStep(NamedTuple):
     """What scores need of a group's adapters from before a step.
 
     Attributes:
-        factors: of each target module; values: of each parameter, by name.
+        changes: as ``GroupAdapters.changes``; values: of each parameter, by name.
     """
 
-    factors: list[Factors]
+    changes: list[Change]
     values: dict[str, FloatArray]
 
 
@@ -61,18 +61,18 @@ class Scorer:
 
     def before(self, group: GroupAdapters) -> BeforeStep:
         """Remember a group before a step. Steps replace arrays and never write into them, so it costs no copies."""
-        factors = group.factors_for_scores() if self.score == "change" else []
+        changes = group.changes() if self.score == "change" else []
         values = {name: parameter.value for name, parameter in group.parameters().items()}
-        return BeforeStep(factors, values)
+        return BeforeStep(changes, values)
 
     def parts(self, group: GroupAdapters, before: BeforeStep) -> list[ScorePart]:
         """A group's shares after a step, its gradients still there; float32 is summed in float64."""
         match self.score:
             case "change":
-                pairs = zip(group.factors_for_scores(), before.factors, strict=True)
+                pairs = zip(group.changes(), before.changes, strict=True)
                 return [ScorePart(change_squared(after, old)) for after, old in pairs]
             case "norm":
-                return [ScorePart(norm_squared(factors)) for factors in group.factors_for_scores()]
+                return [ScorePart(norm_squared(change)) for change in group.changes()]
             case "grad":
                 parameters = group.parameters()
                 grads = [parameters[name].grad for name in group.scored_by_gradient()]
@@ -96,16 +96,20 @@ class Scorer:
         return math.sqrt(total)
 
 
-def norm_squared(factors: Factors) -> float:
+def norm_squared(factors: Change | Factors) -> float:
     """``||scaling·B·A||_F²``."""
+    if factors.lora_A is None:
+        return factors.scaling**2 * _elementwise_squares(_double(factors.lora_B))
     return factors.scaling**2 * _product_norm_squared(_double(factors.lora_B), _double(factors.lora_A))
 
 
-def change_squared(after: Factors, before: Factors) -> float:
+def change_squared(after: Change | Factors, before: Change | Factors) -> float:
     """``||s·B·A - s·B'·A'||_F²`` as that of ``[B - B', B'] [A; A - A']``.
 
     Equal to ``[B, -B'] [A; A']``, but its terms are as small as the step is: nothing large cancels.
     """
+    if after.lora_A is None or before.lora_A is None:  # both, or neither: they are of one group
+        return after.scaling**2 * _elementwise_squares(_double(after.lora_B) - _double(before.lora_B))
     a, b, old_a, old_b = (_double(m) for m in (after.lora_A, after.lora_B, before.lora_A, before.lora_B))
     wide = np.concatenate([b - old_b, old_b], axis=1)  # (out_features, 2·rank)
     tall = np.concatenate([a, a - old_a], axis=0)  # (2·rank, in_features)
@@ -120,6 +124,11 @@ def _product_norm_squared(b: npt.NDArray[np.float64], a: npt.NDArray[np.float64]
 
 def _absolute_product(weights: Matrix, gradient: Matrix) -> float:
     return float(np.abs(weights * gradient).sum(dtype=np.float64))
+
+
+def _elementwise_squares(matrix: npt.NDArray[np.float64]) -> float:
+    """Not as a product: BLAS takes threads for so many numbers, and they spin for longer than they compute."""
+    return float(np.square(matrix).sum())
 
 
 def _squares(matrix: npt.NDArray[np.float64]) -> float:
