@@ -95,7 +95,7 @@ def test_sensitivity_is_the_mean_over_all_numbers_and_grad_the_norm_of_b() -> No
 def test_policies_without_scores_compute_nothing(score: str) -> None:
     scorer, group = Scorer(score), lora(adapter(np.random.default_rng(3)))
     before = scorer.before(group)
-    assert before.factors == []
+    assert before.changes == []
     assert scorer.unit_score(scorer.parts(group, before)) == 0.0
 
 
