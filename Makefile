@@ -13,7 +13,7 @@ demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process
 	$(BIN)/python examples/demo.py
 
 TEST_PROCESSES ?= 3
-test: .venv/.ready $(SHIM) ## every test but those of test-slow and test-arm: seven minutes
+test: .venv/.ready $(SHIM) ## every test but those of test-slow and test-arm: eight minutes
 	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm"
 
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice as long
@@ -41,7 +41,7 @@ lint: .venv/.ready ## ruff, mypy, import rules: one minute
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: ## speed, traffic and losses against PEFT, policies, the device alone: an hour or more
+bench: ## speed, traffic and losses against PEFT, recipes, the device alone: hours
 bench: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-int8/manifest.json
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/peft_losses.py --bundle-fp32 build/smollm2-fp32
