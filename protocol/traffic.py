@@ -60,9 +60,15 @@ def micro_batch_traffic(
     def nbytes(role: TensorRole, rows: int, width: int) -> int:
         return codecs.of(role).nbytes(rows, width)
 
-    up = frame_bytes(1, _begins_with(tokens, sequences, labelled, embedding_size, codecs, rows, send))
+    sizes = [] if send == "token-ids" else [nbytes(TensorRole.EMBEDDINGS, tokens, embedding_size)]
+    sizes += [sequences * 4, labelled * 4]
     if rows is None:
         rows = tokens
+    else:
+        sizes.append(rows * 4)
+    if send == "token-ids":
+        sizes.append(tokens * 4)
+    up = frame_bytes(1, sizes)
     down = frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES, labelled, hidden_size)])
     for index in live:
         width, outputs = crossings[index].input_width, crossings[index].output_widths
@@ -79,17 +85,6 @@ def micro_batch_traffic(
     return Traffic(up, down, round_trips)
 
 
-def _begins_with(
-    tokens: int, sequences: int, labelled: int, embedding_size: int, codecs: Codecs, rows: int | None, send: Send
-) -> list[int]:
-    """The sizes of the tensors of ``Embeddings``, in their order."""
-    sizes = [] if send == "token-ids" else [codecs.of(TensorRole.EMBEDDINGS).nbytes(tokens, embedding_size)]
-    sizes += [sequences * 4, labelled * 4]
-    if rows is not None:
-        sizes.append(rows * 4)
-    return [*sizes, tokens * 4] if send == "token-ids" else sizes
-
-
 def basis_traffic(
     *,
     tokens: int,
@@ -102,14 +97,22 @@ def basis_traffic(
     send: Send = "embeddings",
 ) -> Traffic:
     """The traffic of one micro-batch of the mode ``basis``: no group exchanges, and the loss's gradient goes back."""
-
-    def nbytes(role: TensorRole, rows: int, width: int) -> int:
-        return codecs.of(role).nbytes(rows, width)
-
-    up = frame_bytes(1, _begins_with(tokens, sequences, labelled, embedding_size, codecs, rows, send))
-    up += frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES_GRAD, labelled, hidden_size)])
-    down = frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES, labelled, hidden_size)])
-    return Traffic(up, down, 1)
+    without_grad = micro_batch_traffic(
+        (),
+        live=(),
+        with_grads=(),
+        answered=(),
+        tokens=tokens,
+        sequences=sequences,
+        labelled=labelled,
+        embedding_size=embedding_size,
+        hidden_size=hidden_size,
+        codecs=codecs,
+        rows=rows,
+        send=send,
+    )
+    grad = codecs.of(TensorRole.LAST_HIDDEN_STATES_GRAD).nbytes(labelled, hidden_size)
+    return without_grad + Traffic(frame_bytes(1, [grad]), 0, 0)
 
 
 def adapter_state_traffic(state_nbytes: Sequence[Sequence[int]], *, made: bool) -> Traffic:

@@ -162,7 +162,8 @@ def load_adapter(directory: Path) -> LoadedAdapter:
     _check_supported(directory, config)
     r, alpha = _rank(directory, config, "r"), _number(directory, config, "lora_alpha")
     ranks, alphas = (_patterns(directory, config, key) for key in ("rank_pattern", "alpha_pattern"))
-    pairs = _read_lora_pairs(directory)
+    weights = _read_weights(directory)
+    pairs = _lora_pairs(directory, weights)
     _check_matching_time(directory, [*ranks, *alphas], list(pairs))
     modules, scaling = {}, {}
     for name, found in pairs.items():
@@ -183,8 +184,7 @@ def load_adapter(directory: Path) -> LoadedAdapter:
         modules[name] = SavedModule(name, a, b)
     invocation = _invocation(directory, config)
     base = config.get("base_model_name_or_path")
-    with storage_errors(directory / WEIGHTS_NAME):
-        parts = load_parts(directory, (directory / WEIGHTS_NAME).read_bytes())
+    parts = load_parts(directory, weights)
     return LoadedAdapter(r, alpha, scaling, modules, base if isinstance(base, str) else None, parts, invocation)
 
 
@@ -260,8 +260,7 @@ def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{directory} needs a changed base model (init_lora_weights={start!r}); convert it first")
 
 
-def _read_lora_pairs(directory: Path) -> dict[str, dict[str, FloatArray]]:
-    """Module name to its ``A`` and ``B``, float32."""
+def _read_weights(directory: Path) -> bytes:
     path = directory / WEIGHTS_NAME
     if not path.is_file():
         if (directory / "adapter_model.bin").exists():
@@ -270,23 +269,32 @@ def _read_lora_pairs(directory: Path) -> dict[str, dict[str, FloatArray]]:
                 "save it with safetensors"
             )
         raise CheckpointError(f"{directory} has no {WEIGHTS_NAME}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+
+
+def _lora_pairs(directory: Path, weights: bytes) -> dict[str, dict[str, FloatArray]]:
+    """Module name to its ``A`` and ``B``, float32."""
+    path = directory / WEIGHTS_NAME
     pairs: dict[str, dict[str, FloatArray]] = {}
     try:
-        for key, tensor in _float32_tensors(path).items():
+        for key, tensor in _float32_tensors(path, weights).items():
             match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight", key)
             if match is None or len(match[1]) > _MAX_NAME:
                 raise CheckpointError(f"{directory} has {key}, which is no part of a plain LoRA")
             pairs.setdefault(match[1], {})[match[2]] = tensor
-    except (safetensors.SafetensorError, OSError) as error:
+    except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error})") from None
     if not pairs:
         raise CheckpointError(f"{path} has no modules")
     return pairs
 
 
-def _float32_tensors(path: Path) -> dict[str, FloatArray]:
+def _float32_tensors(path: Path, weights: bytes) -> dict[str, FloatArray]:
     found = {}
-    for key, tensor in safetensors.deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
+    for key, tensor in safetensors.deserialize(weights):  # type: ignore[no-untyped-call]
         if tensor["dtype"] == "BF16":
             # numpy knows no bfloat16: it is the upper half of a float32.
             values = (np.frombuffer(tensor["data"], "<u2").astype(np.uint32) << 16).view(np.float32)

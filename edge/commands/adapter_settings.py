@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -25,14 +24,12 @@ if TYPE_CHECKING:
 _COUNTED: Final = {"spread": spread_blocks, "last": last_blocks}
 
 
-def choose_adapters(settings: RunSettings, manifest: Manifest) -> RunSettings:
+def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapter | None) -> RunSettings:
     """``settings`` with kind, rank, alpha, target modules, blocks and learning rate, as ``run.json`` keeps them.
 
-    What is left open is that of ``--init-adapter`` where it is of a kind that starts only from its own, or the kind's
-    default. Raises ``UsageError`` for modules or blocks that the bundle does not have, ``CheckpointError`` for an
-    adapter that cannot be read.
+    What is left open is that of ``init``, the adapter to start from, where it is of a kind that starts only from its
+    own, or the kind's default. Raises ``UsageError`` for modules or blocks that the bundle does not have.
     """
-    init = _init_adapter(settings)
     parts = init.parts if init is not None else None
     kind: KindChoice = settings.kind or DEFAULT_KIND
     if settings.kind is None and init is not None:
@@ -50,8 +47,7 @@ def choose_adapters(settings: RunSettings, manifest: Manifest) -> RunSettings:
         names = names or tuple(module_names(trained))
         blocks = blocks or number_ranges({group.block for group in trained})
     names = names or default_target_modules(kind, manifest)
-    settings = msgspec.structs.replace(settings, target_modules=",".join(names))
-    settings = msgspec.structs.replace(settings, blocks=blocks or defaults.blocks)
+    settings = msgspec.structs.replace(settings, target_modules=",".join(names), blocks=blocks or defaults.blocks)
     numbers = blocks_of(settings, manifest)
     settings = msgspec.structs.replace(settings, blocks=number_ranges(numbers))
     groups = choose_groups(manifest, target_modules_of(settings), numbers)
@@ -63,7 +59,7 @@ def choose_adapters(settings: RunSettings, manifest: Manifest) -> RunSettings:
 
 
 def choose_where_adapters_act(
-    settings: RunSettings, datasets: Sequence[Dataset], say: Callable[[str], None]
+    settings: RunSettings, init: LoadedAdapter | None, datasets: Sequence[Dataset], say: Callable[[str], None]
 ) -> tuple[RunSettings, tuple[int, ...], list[Dataset]]:
     """``settings`` with what ``--adapt`` is, the invocation, and the data as it is trained on.
 
@@ -71,7 +67,6 @@ def choose_where_adapters_act(
     have no invocation.
     """
     assert settings.kind is not None
-    init = _init_adapter(settings)
     adapt = settings.adapt or DEFAULTS[settings.kind].adapt
     if settings.adapt is None and init is not None:
         adapt = "answer" if init.invocation else "all"
@@ -117,12 +112,6 @@ def blocks_of(settings: RunSettings, manifest: Manifest) -> tuple[int, ...]:
     if counted is not None:
         return _COUNTED[counted[1]](manifest, int(counted[2]))
     return parse_numbers(settings.blocks, "--blocks", "blocks")
-
-
-def _init_adapter(settings: RunSettings) -> LoadedAdapter | None:
-    from dlora.edge.adapters.peft import load_adapter
-
-    return None if settings.init_adapter is None else load_adapter(Path(settings.init_adapter))
 
 
 def parse_numbers(text: str, option: str, what: str) -> tuple[int, ...]:

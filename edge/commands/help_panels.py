@@ -26,8 +26,7 @@ PANELS: Final = {
 KR_SWITCHES: Final = f"{KR}, on or off"
 METAVARS: Final = {
     "kr_score": "SCORE", "kr_on_kill": "STATE", "schedule": "SHAPE", "engine": "ENGINE", "wire_dtype": "DTYPE",
-    "send": "WHAT",
-    "too_long": "ACTION", "kind": "KIND", "basis": "BASIS", "adapt": "WHERE", "pause_when": "RULES",
+    "send": "WHAT", "too_long": "ACTION", "kind": "KIND", "basis": "BASIS", "adapt": "WHERE", "pause_when": "RULES",
 }  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from .adapter_settings import (
 )
 
 if TYPE_CHECKING:
+    from dlora.edge.adapters.peft import LoadedAdapter
     from dlora.edge.data.examples import Dataset
 
 # Of a run that is to keep its best evaluation and was not told how often to evaluate.
@@ -58,11 +59,12 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     )
     check_url(settings.server)
     bundle = Bundle.open(Path(settings.bundle))
-    settings = choose_adapters(settings, bundle.manifest)
+    init = _init_adapter(settings)
+    settings = choose_adapters(settings, bundle.manifest, init)
     groups = choose_groups(bundle.manifest, target_modules_of(settings), blocks_of(settings, bundle.manifest))
     kill_revive = _kill_revive(settings, groups)
     loaded = _load(settings, bundle, display)
-    settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(settings, loaded, display.say)
+    settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(settings, init, loaded, display.say)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, total_steps, train
 
@@ -86,7 +88,7 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         keep=settings.keep,
         patience=settings.patience,
         save_every=settings.save_every,
-        init_adapter=settings.path("init_adapter"),
+        init=init,
         resume=resume,
         threads=settings.threads,
         engine=settings.engine,
@@ -126,6 +128,13 @@ def _check(settings: RunSettings) -> None:
         raise UsageError("--static-units needs --kr-score static")
     if settings.active_fraction == 0 and settings.kr_score != "static":
         raise UsageError("--active-fraction 0 would train nothing; choose a share above 0, or 1 for all")
+
+
+def _init_adapter(settings: RunSettings) -> LoadedAdapter | None:
+    from dlora.edge.adapters.peft import load_adapter
+
+    path = settings.path("init_adapter")
+    return None if path is None else load_adapter(path)
 
 
 def _kill_revive(settings: RunSettings, groups: Sequence[GroupSpec]) -> KillReviveConfig:

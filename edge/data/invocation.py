@@ -6,6 +6,7 @@ the first token of the invocation's last occurrence on, and everything before it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -28,14 +29,22 @@ def find_invocation(dataset: Dataset, held_out: Sequence[Dataset] = ()) -> tuple
     candidates = [tail[-length:] for length in range(1, len(tail) + 1)]
     if header and tail[-len(header) :] == header:
         candidates.insert(0, header)
-    found = [tokens for tokens in candidates if not uninvoked(dataset, tokens) and _has_prompts(dataset, tokens)]
-    if not found:
+    best: tuple[int, ...] = ()
+    fewest = math.inf
+    for tokens in candidates:
+        if _has_prompts(dataset, tokens) and not uninvoked(dataset, tokens):
+            count = sum(uninvoked(each, tokens) for each in held_out)
+            if count < fewest:
+                best, fewest = tokens, count
+            if not count:
+                break
+    if not best:
         what = "no answer contains" if tail else "all prompts share"
         raise UsageError(
             f"--adapt answer: the prompts have no last tokens that {what}, so nothing can say where an answer begins; "
             "use --adapt all, or end every prompt with the same words"
         )
-    return min(found, key=lambda tokens: sum(uninvoked(each, tokens) for each in held_out))
+    return best
 
 
 def uninvoked(dataset: Dataset, tokens: tuple[int, ...]) -> int:

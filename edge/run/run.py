@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from dlora.edge.adapters.peft import WEIGHTS_NAME, LoadedAdapter, load_adapter
+from dlora.edge.adapters.peft import WEIGHTS_NAME, LoadedAdapter
 from dlora.edge.choices import EngineChoice, Keep
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
@@ -57,6 +57,7 @@ class TrainRun:
     Attributes:
         settings: what the user gave, for ``run.json``; None where there is to be none.
         eval_every: steps between evaluations; 0: before and after only.
+        init: an adapter to start from.
         keep: which adapter is saved in the end; patience: as ``HeldOut`` has it.
         engine: what runs the graphs; ``auto`` is ONNX Runtime where it and its graphs are there.
         max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
@@ -74,7 +75,7 @@ class TrainRun:
     keep: Keep = "last"
     patience: int | None = None
     save_every: int = 50
-    init_adapter: Path | None = None
+    init: LoadedAdapter | None = None
     resume: bool = False
     threads: int = 0
     engine: EngineChoice = "auto"
@@ -93,10 +94,9 @@ def train(run: TrainRun, display: Display) -> dict[str, Any]:
     """
     if run.out.exists() and not run.out.is_dir():
         raise UsageError(f"{run.out} is a file; choose another --out")
-    init = load_adapter(run.init_adapter) if run.init_adapter else None
     load_libraries(run.bundle, run.engine)  # while an interrupt ends us at once: they take it for faults of their own
     with interrupts.raise_on_signal(), _run_directory(run.out), locked(run.out):
-        return _train(run, display, init)
+        return _train(run, display)
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def _run_directory(out: Path) -> Iterator[None]:
                 out.rmdir()
 
 
-def _train(run: TrainRun, display: Display, init: LoadedAdapter | None) -> dict[str, Any]:
+def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     checkpoint = _find_checkpoint(run, display)
     run = replace(run, config=_complete_config(run, checkpoint))
     first_step = checkpoint.step if checkpoint else 0
@@ -130,7 +130,7 @@ def _train(run: TrainRun, display: Display, init: LoadedAdapter | None) -> dict[
         Connection(run.server, _connect_settings(run, checkpoint, display, stop.is_requested)) as connection,
         stop.stop_on_signal(),
     ):
-        trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=init, checkpoint=checkpoint)
+        trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=run.init, checkpoint=checkpoint)
         set_up_up, set_up_down = trainer.traffic
         release_code()
         held_out = HeldOut(
@@ -140,8 +140,8 @@ def _train(run: TrainRun, display: Display, init: LoadedAdapter | None) -> dict[
         if run.settings is not None:
             save_run_file(run.out, _run_file(run, run.settings))
         if first_step == 0:
-            if init is not None:
-                _warn_of_dropped_modules(trainer, init, display)
+            if run.init is not None:
+                _warn_of_dropped_modules(trainer, run.init, display)
             held_out.add("before")
         with MetricsLog(run.out / METRICS, first_step) as log:
             for metrics in read_metrics(run.out / METRICS):

@@ -64,4 +64,3 @@ def default_target_modules(kind: KindChoice, manifest: Manifest) -> tuple[str, .
     """Names, as ``choose_groups`` reads them."""
     named = DEFAULTS[kind].target_modules
     return manifest.defaults.target_modules if named is None else (named,)
-

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dlora.edge.adapters.kind import Change, Factors, GroupAdapters
+from dlora.edge.adapters.kind import Change, GroupAdapters
 from dlora.protocol.choices import ScoreName
 from dlora.protocol.tensors import FloatArray
 
@@ -96,14 +96,14 @@ class Scorer:
         return math.sqrt(total)
 
 
-def norm_squared(factors: Change | Factors) -> float:
+def norm_squared(factors: Change) -> float:
     """``||scaling·B·A||_F²``."""
     if factors.lora_A is None:
         return factors.scaling**2 * _elementwise_squares(_double(factors.lora_B))
     return factors.scaling**2 * _product_norm_squared(_double(factors.lora_B), _double(factors.lora_A))
 
 
-def change_squared(after: Change | Factors, before: Change | Factors) -> float:
+def change_squared(after: Change, before: Change) -> float:
     """``||s·B·A - s·B'·A'||_F²`` as that of ``[B - B', B'] [A; A - A']``.
 
     Equal to ``[B, -B'] [A; A']``, but its terms are as small as the step is: nothing large cancels.
