@@ -77,7 +77,7 @@ def _memory(bundles: list[Path], options: argparse.Namespace) -> dict[str, Any]:
             command += ["--data", data]
             command += ["--out", out / "command", "--steps", options.steps, "--batch-size", 2, "--too-long", "truncate"]
             command += ["--max-length", options.tokens // 2, "--threads", options.threads, "--json"]
-            command += ["--active-fraction", 0.125, "--seed", 0]
+            command += ["--active-fraction", 0.125, "--kr-score", "change", "--seed", 0]
             summary = _json_of(command, {})
             found[str(bundle)] = {"command_peak_rss_mb": summary["peak_rss_mb"], **stages}
     return found

@@ -75,6 +75,7 @@ RUN_OPTIONS: Final = {
 }
 # Killed from step 4 on, revived from step 16 on: see Timetable in protocol/kill_revive.py.
 KILL_REVIVE: Final = {
+    "--kr-score": "change",
     "--active-fraction": "0.5",
     "--kr-warmup-steps": "4",
     "--kr-kill-every": "3",

@@ -57,8 +57,8 @@ def main() -> None:
         _run(
             "dlora-edge", "train", "--bundle", str(BUNDLE), "--server", url, "--data", str(train),
             "--eval", str(held_out), "--out", str(ADAPTER), "--steps", str(STEPS), "--batch-size", str(BATCH_SIZE),
-            "--kind", "lora", "--lr", "2e-3", "--active-fraction", "0.125", "--seed", "0", "--json",
-            stdout=subprocess.DEVNULL,
+            "--kind", "lora", "--lr", "2e-3", "--active-fraction", "0.125", "--kr-score", "change", "--seed", "0",
+            "--json", stdout=subprocess.DEVNULL,
         )  # fmt: skip
         after = _output(*ask, "--adapter", str(ADAPTER)).strip()
     _title("5", "Compare", "the same adapter, loaded by PEFT into the whole model in one process")

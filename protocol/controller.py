@@ -7,6 +7,9 @@ asked for the step ``t`` that comes next (docs/kill-and-revive.md tells the whol
 2. Is the budget exceeded?   The lowest ranked go, at once; only the ramp has such steps.
 3. Is it a tick?             Units on trial are judged, and new trials begin; always one seat for one seat.
 
+A run without warm-up and ramp begins with k units, evenly along the depth; the first report says of every unit what the
+device knows of it by then, and from step 1 on the k best are active.
+
 Everything is deterministic: random draws come from ``(seed, t)``, and there is no other random state.
 """
 
@@ -23,7 +26,7 @@ import numpy.typing as npt
 
 from .adapters import AdapterSpec, Crossing, crossings
 from .errors import RemoteProtocolError
-from .groups import GroupSpec, group_units
+from .groups import GroupSpec, evenly, group_units
 from .kill_revive import KillReviveConfig, Timetable, UnitState
 
 Floats = npt.NDArray[np.float64]
@@ -79,6 +82,8 @@ class Controller:
         self._ema = np.zeros(len(units), np.float64)
         if self.timetable.is_fixed:
             self._states[~self._fixed_set()] = _KILLED
+        elif self.timetable.begins_at_floor:
+            self._states[~self._first_set()] = _KILLED
         else:
             self._kill_over_budget(0)
 
@@ -97,7 +102,8 @@ class Controller:
     def report(self, step: int, scores: npt.ArrayLike) -> States:
         """Take the scores of ``step``, (units,), and return the states for ``step + 1``, uint8 (units,).
 
-        The scores of units that were not ACTIVE are ignored. Raises ``RemoteProtocolError`` unless ``step`` is
+        The scores of units that were not ACTIVE are ignored, but for those of step 0 where the run began without
+        warm-up. Raises ``RemoteProtocolError`` unless ``step`` is
         ``next_step`` and a step of the run, and the scores are finite, not negative and as many as the units.
         """
         given = np.asarray(scores, np.float64)
@@ -110,10 +116,15 @@ class Controller:
         if (given < 0).any():
             raise RemoteProtocolError(f"a score of step {step} is negative")
         decay = self.config.ema if step else 0.0
-        active = self._states == _ACTIVE
-        self._ema[active] = decay * self._ema[active] + (1.0 - decay) * given[active]
+        scored = self._states == _ACTIVE
+        is_first_choice = step == 0 and self.timetable.begins_at_floor
+        if is_first_choice:
+            scored[:] = True
+        self._ema[scored] = decay * self._ema[scored] + (1.0 - decay) * given[scored]
         self.next_step = step + 1
         if not self.timetable.is_fixed and self.next_step <= self.timetable.last_change:
+            if is_first_choice:
+                self._choose_best(self.next_step)
             self._end_fades(self.next_step)
             self._kill_over_budget(self.next_step)
             self._tick(self.next_step)
@@ -150,6 +161,23 @@ class Controller:
             others = np.flatnonzero(~chosen)[::-1]
             chosen[others[: self.timetable.floor - int(chosen.sum())]] = True
         return chosen
+
+    def _first_set(self) -> npt.NDArray[np.bool_]:
+        """The pinned units, and others evenly along the depth."""
+        chosen = self._pinned.copy()
+        count = self.timetable.floor - int(chosen.sum())
+        chosen[list(evenly(np.flatnonzero(~chosen).tolist(), count))] = True
+        return chosen
+
+    def _choose_best(self, step: int) -> None:
+        """Swap what is active for the best of all units; of equals, those stay that are."""
+        rank_values = self._rank_values(step)
+        if not rank_values[self._states != _ACTIVE].any():
+            return
+        best = self._ranked(np.ones(self._states.size, np.bool_), rank_values)[: self.timetable.floor]
+        is_best = np.isin(np.arange(self._states.size), best)
+        is_active = self._states == _ACTIVE
+        self._swap(np.flatnonzero(is_active & ~is_best), np.flatnonzero(is_best & ~is_active), step)
 
     def _rank_values(self, step: int) -> Floats:
         """What units are ranked by, (units,): the score's moving average, per cost where that is asked for."""

@@ -38,3 +38,9 @@ def group_units(groups: Sequence[GroupSpec], kind: UnitKind) -> tuple[tuple[int,
     for index, group in enumerate(groups):
         blocks.setdefault(group.block, []).append(index)
     return tuple(tuple(indices) for _, indices in sorted(blocks.items()))
+
+
+def evenly(numbers: Sequence[int], count: int) -> tuple[int, ...]:
+    """``count`` of the ascending ``numbers``, at most as many as there are, evenly over them; the last one included."""
+    gap = (len(numbers) - 1) / max(1, count - 1)
+    return tuple(sorted(numbers[-1 - round(index * gap)] for index in range(count)))

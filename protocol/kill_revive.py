@@ -127,6 +127,11 @@ class Timetable:
         """Whether the active set never changes: kill-and-revive is off, or the score is ``static``."""
         return self.config.score in ("static", "last") or self.floor == self.units
 
+    @property
+    def begins_at_floor(self) -> bool:
+        """Whether the budget is k from step 0 on: no warm-up, no ramp."""
+        return self.ramp_end == 0
+
     def budget(self, step: int) -> int:
         """b(t): how many units are ACTIVE in ``step``; AdaLoRA's cubic schedule (arXiv 2303.10512)."""
         step = min(step, self.last_change)
@@ -150,7 +155,7 @@ class Timetable:
     def is_long_enough(self) -> bool:
         """Whether the run is long enough for warm-up, ramp and, where units are revived, at least one trial."""
         every, trial = self.config.revive_every, max(1, self.config.probation)
-        has_ramp = self.warmup < self.ramp_end <= self.last_change
+        has_ramp = self.begins_at_floor or self.warmup < self.ramp_end <= self.last_change
         return has_ramp and (not every or self.ramp_end + every + trial <= self.last_change)
 
     def can_fade(self, step: int) -> bool:

@@ -223,10 +223,13 @@ class AdapterState(Message, frozen=True):
 
     Attributes:
         tensors: of the shapes that the adapter's kind says; none where C says that it has taken E's.
+        gradient_norm: of C, which made it from gradients: the norm of that of the group's parameters, summed over the
+            micro-batches of the mode ``basis``; 0.0 in all others.
     """
 
     group: Index
     tensors: tuple[WireTensor, ...]
+    gradient_norm: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
 
 
 class Embeddings(ExchangeMessage, frozen=True):

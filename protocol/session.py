@@ -16,6 +16,7 @@ gives the checked message. The rules are one table (``states.py``); ``docs/proto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -301,6 +302,8 @@ class Session:
         shapes = kind_of(adapter).state_shapes(adapter, self.groups[message.group])
         if self._state is State.TAKING_STATE:
             shapes = ()  # C has E's
+        if not math.isfinite(message.gradient_norm):
+            raise ViolationError("a gradient's norm that is not finite", m.ErrorCode.NON_FINITE)
         if len(message.tensors) != len(shapes):
             raise ViolationError(f"{len(message.tensors)} tensors where {len(shapes)} were due")
         for tensor, shape in zip(message.tensors, shapes, strict=True):

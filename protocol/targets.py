@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
 
+from .choices import UnitKind
 from .errors import UsageError
-from .groups import GroupSpec, TargetSpec
+from .groups import GroupSpec, TargetSpec, evenly, group_units
 from .manifest import Manifest
 
 ALL_LINEAR: Final = "all-linear"
@@ -46,11 +47,17 @@ def spread(numbers: Iterable[int], count: int) -> tuple[int, ...]:
     The upper half, because the server's backward pass ends at the lowest; spread, because neighbours do the same work.
     """
     known = sorted(numbers)
-    half = len(known) - len(known) // 2  # of an odd number the larger one
-    if count >= half:
-        return tuple(known[-count:])
-    gap = (half - 1) / max(1, count - 1)
-    return tuple(sorted(known[-1 - round(index * gap)] for index in range(count)))
+    half = len(known) // 2  # of an odd number the upper one is the larger
+    return tuple(known[-count:]) if count >= len(known) - half else evenly(known[half:], count)
+
+
+def spread_units(manifest: Manifest, groups: Sequence[GroupSpec], kind: UnitKind, count: int) -> tuple[int, ...]:
+    """``count`` units of ``groups``, evenly over those in the upper half of the base model's blocks, the last one
+    included; where there are fewer, the last ``count``."""
+    half = manifest.base_model.blocks // 2
+    units = group_units(groups, kind)
+    upper = [index for index, unit in enumerate(units) if groups[unit[0]].block >= half]
+    return evenly(upper, count) if count <= len(upper) else tuple(range(len(units)))[-count:]
 
 
 def last_blocks(manifest: Manifest, count: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from waiting import eventually
 
 from dlora.cloud.door.quotas import QuotaLimits, SessionQuota
-from dlora.cloud.exchange.kinds import SITE_KINDS, MadeFrom, Site
+from dlora.cloud.exchange.kinds import SITE_KINDS, MadeFrom, MadeState, Site
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.transport import DeviceGoneError
 from dlora.edge.adapters.kind import Factors, GroupAdapters, LoadGraph, Parameter
@@ -87,10 +87,10 @@ class ServersCore:
     def __init__(self) -> None:
         self.made = 0
 
-    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> Sequence[Tensor]:
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> MadeState:
         self.made += 1
         shapes = kind_of(spec).state_shapes(spec, group)
-        return [torch.randn(shape) / shape[0] ** 0.5 for shape in shapes]
+        return MadeState([torch.randn(shape) / shape[0] ** 0.5 for shape in shapes])
 
     def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
         project_on, expand_by = state

@@ -195,10 +195,11 @@ def test_sketch_holds_what_the_best_basis_holds() -> None:
     for rows in torch.arange(400).split(130):
         sketch.add(x[rows], grads[rows, :30], 0)
         sketch.add(x[rows], grads[rows, 30:], 30)
-    lora_a, lora_b = sketch.basis()
+    lora_a, lora_b, norm = sketch.basis()
     gradient = grads.T @ x
     best = (torch.linalg.svdvals(gradient)[:8] ** 2).sum()
     assert float(torch.linalg.norm(lora_b.T @ gradient @ lora_a.T) ** 2) > 0.9999 * float(best)
+    assert norm == pytest.approx(float(torch.linalg.norm(lora_b.T @ gradient @ lora_a.T)), rel=1e-4)
     held = (sketch._range, sketch._co_range, sketch._omega, sketch._psi)
     assert sum(tensor.nbytes for tensor in held) <= sketch_bytes(group, 8)
 
@@ -206,6 +207,28 @@ def test_sketch_holds_what_the_best_basis_holds() -> None:
 def test_sketch_is_smaller_than_a_large_models_gradient() -> None:
     down = GroupSpec(0, 11_008, (TargetSpec("down", 4096),))
     assert sketch_bytes(down, 64) < 4 * 11_008 * 4096 / 2
+
+
+def test_basis_pass_says_what_the_first_gradients_are(bundle: Path, server: RunningServer) -> None:
+    """Of the same batch: the norm that the server gives with a basis is that of the core's gradient in step 0."""
+    run = run_of(
+        "bottleneck", basis_steps=1, wire_dtype="fp32", optimizer={"lr": 3e-2, "max_grad_norm": 0.0},
+        kill_revive={"score": "grad"},
+    )  # fmt: skip
+    dataset = random_dataset(VOCABULARY)
+    with training(bundle, server.url, run, dataset) as trainer:
+        norms = np.array([group.gradient_norm for group in trainer.adapters.groups])
+        trainer.run_step()
+        moments = [group.parameters()[f"{group.name}.core"].exp_avg for group in trainer.adapters.groups]
+        np.testing.assert_allclose(run.scaling * norms, [np.linalg.norm(m) / 0.1 for m in moments], rtol=0.03)
+        reported = trainer.session.unanswered
+        assert reported is not None
+        by_unit = [
+            run.scaling * np.linalg.norm(norms[list(unit.groups)]) for unit in trainer.adapters.units
+        ]
+        np.testing.assert_allclose(reported, by_unit, rtol=1e-6)
+        trainer.run_step()
+        assert (trainer.session.unanswered != reported).any()
 
 
 @pytest.mark.parametrize("basis", ["weights", "random"])

@@ -201,6 +201,39 @@ def test_everything_is_always_active_at_active_fraction_1(score: str) -> None:
     assert (history == UnitState.ACTIVE).all()
 
 
+AT_FLOOR = KillReviveConfig(active_fraction=0.375, warmup_steps=0, warmup_fraction=0.0, ramp_fraction=0.0,
+                            score="grad", cost_aware=False, revive_every=10, probation=5, kill_every=5)  # fmt: skip
+
+
+def test_a_run_without_warm_up_begins_with_units_evenly_along_the_depth() -> None:
+    def first(**changes: object) -> list[int]:
+        config = msgspec.structs.replace(AT_FLOOR, **changes)
+        return np.flatnonzero(Controller(config, GROUPS, seed=0, total_steps=80).states).tolist()
+
+    assert first() == [0, 3, 7]
+    assert first(active_fraction=0.125) == [7]
+    assert first(active_fraction=0.5, pinned=(3, 4)) == [0, 3, 4, 7]
+    assert first(pinned=(0, 1, 2)) == [0, 1, 2]
+
+
+def test_the_first_report_of_a_run_without_warm_up_chooses_among_all_units() -> None:
+    scores = np.array([1, 8, 1, 1, 9, 1, 1, 7], np.float64)
+    controller = Controller(AT_FLOOR, GROUPS, seed=0, total_steps=80)
+    assert np.flatnonzero(controller.report(0, scores) == UnitState.ACTIVE).tolist() == [1, 4, 7]
+    # From then on a killed unit's score counts no more.
+    after = controller.report(1, scores * [1, 1, 1, 1, 1, 100, 1, 1])
+    assert np.flatnonzero(after == UnitState.ACTIVE).tolist() == [1, 4, 7]
+
+
+def test_the_first_report_that_scores_active_units_alone_changes_nothing() -> None:
+    controller = Controller(AT_FLOOR, GROUPS, seed=0, total_steps=80)
+    before = controller.states
+    assert (controller.report(0, np.where(before == UnitState.ACTIVE, 0.5, 0.0)) == before).all()
+    with_warm_up = msgspec.structs.replace(AT_FLOOR, warmup_steps=1)
+    controller = Controller(with_warm_up, GROUPS, seed=0, total_steps=80)
+    assert (controller.states == UnitState.ACTIVE).all()
+
+
 def test_static_and_last_hold_from_the_first_step() -> None:
     def active(config: KillReviveConfig) -> list[int]:
         return np.flatnonzero(Controller(config, GROUPS, seed=0, total_steps=80).states).tolist()

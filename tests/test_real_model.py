@@ -94,7 +94,7 @@ def test_saved_adapter_gives_the_same_loss_in_peft(
         "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", data[0], "--eval",
         data[1], "--out", tmp_path, "--steps", 8,
         "--batch-size", 4, "--lr", 2e-3, "--wire-dtype", wire_dtype, "--kr-warmup-steps", 3,
-        "--active-fraction", active_fraction, "--seed", 0, "--json", timeout_s=900,
+        "--active-fraction", active_fraction, "--kr-score", "change", "--seed", 0, "--json", timeout_s=900,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -115,7 +115,8 @@ def test_training_fits_into_its_memory(bundle: Path, limit_mb: int, server: Clou
     done = run_edge(
         "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", tmp_path / "text.jsonl",
         "--out", tmp_path / "out", "--steps", 12, "--batch-size", 2, "--max-length", 128, "--too-long", "truncate",
-        "--active-fraction", 0.125, "--kr-warmup-steps", 8, "--threads", 2, "--json", timeout_s=900,
+        "--active-fraction", 0.125, "--kr-score", "change", "--kr-warmup-steps", 8, "--threads", 2, "--json",
+        timeout_s=900,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)

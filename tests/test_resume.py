@@ -23,8 +23,8 @@ BLOCKS = 4
 STEPS = 60
 SAVE_EVERY = 20
 KILLING = (
-    "--active-fraction", "0.5", "--kr-warmup-steps", "6", "--kr-kill-every", "5", "--kr-revive-every", "5",
-    "--kr-probation", "5",
+    "--active-fraction", "0.5", "--kr-score", "change", "--kr-warmup-steps", "6", "--kr-kill-every", "5",
+    "--kr-revive-every", "5", "--kr-probation", "5",
 )  # fmt: skip
 KR = {"off": ("--active-fraction", "1"), "on": KILLING}
 # What a step did. Its traffic depends on where the run was saved, its times on the machine.
@@ -151,7 +151,7 @@ def copied(whole: Path, out: Path, *, but_last: bool = True) -> Path:
     ("--wire-dtype", "fp32", "--wire-dtype fp16, not fp32"),
     ("--active-fraction", "0.5", "--active-fraction 1.0, not 0.5"),
     ("--kr-kill-every", "7", "--kr-kill-every 25, not 7"),
-    ("--kr-score", "norm", "--kr-score change, not norm"),
+    ("--kr-score", "norm", "--kr-score static, not norm"),
     ("--pin", "1", "another --pin"),
     ("--alpha", "4", "--alpha 8.0, not 4.0"),
     ("--warmup", "5", "--warmup 0.03, not 5.0"),

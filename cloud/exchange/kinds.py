@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -44,14 +44,24 @@ class MadeFrom:
     gradient: GroupSketch | None
 
 
+class MadeState(NamedTuple):
+    """What the server keeps of a group, made anew.
+
+    Attributes:
+        tensors: float32, of the kind's ``state_shapes``.
+        gradient_norm: of the gradient that the group's parameters would have had, summed over what it was made from;
+            0.0 where that were no gradients.
+    """
+
+    tensors: Sequence[Tensor]
+    gradient_norm: float = 0.0
+
+
 class SiteKind(Protocol):
     """How a server makes the sites of a kind."""
 
-    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> Sequence[Tensor]:
-        """What the server keeps of a group, made anew: float32, of the kind's ``state_shapes``.
-
-        Only where the kind's ``server_makes_state``.
-        """
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> MadeState:
+        """What the server keeps of a group, where the kind's ``server_makes_state``."""
 
     def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
         """The site of a group with its ``state``, which is in the base model's dtype, on the group's device."""
@@ -68,7 +78,7 @@ class _LoraSite:
 
 
 class _Lora:
-    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> Sequence[Tensor]:
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> MadeState:
         raise NotImplementedError
 
     def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
@@ -89,7 +99,7 @@ class _FfaSite:
 
 
 class _Ffa:
-    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> Sequence[Tensor]:
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> MadeState:
         raise NotImplementedError
 
     def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
@@ -112,10 +122,11 @@ class _BottleneckSite:
 
 
 class _Bottleneck:
-    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> Sequence[Tensor]:
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> MadeState:
         if made_from.gradient is not None:
-            return made_from.gradient.basis()
-        return weight_basis(made_from.base, group, spec.r, made_from.seed)
+            lora_a, lora_b, gradient_norm = made_from.gradient.basis()
+            return MadeState((lora_a, lora_b), gradient_norm)
+        return MadeState(weight_basis(made_from.base, group, spec.r, made_from.seed))
 
     def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
         lora_a, lora_b = state

@@ -85,7 +85,7 @@ class Sites:
             return 4 * sketch_bytes(group, self.adapter.r)
         return 2 * 4 * group.in_features * group.out_features
 
-    def make_state(self) -> tuple[WireTensor, ...]:
+    def make_state(self) -> m.AdapterState:
         """Make anew what the server keeps of the next group; gives it as it crosses."""
         index = len(self.sites)
         gradient = self.sketches[index] if self.sketches else None
@@ -94,9 +94,10 @@ class Sites:
         codecs, role = self.opening.codecs, TensorRole.ADAPTER_STATE
         # Twice: where rounding makes the largest value a power of two, the second time's exponent is another. What
         # leaves here must be the same bits when the device gives it back.
-        once = (to_wire(tensor, codecs, role) for tensor in made)
+        once = (to_wire(tensor, codecs, role) for tensor in made.tensors)
         again = (from_wire(tensor, codecs, role, torch.device("cpu"), torch.float32) for tensor in once)
-        return tuple(to_wire(tensor, codecs, role) for tensor in again)
+        tensors = tuple(to_wire(tensor, codecs, role) for tensor in again)
+        return m.AdapterState(group=index, tensors=tensors, gradient_norm=made.gradient_norm)
 
     def add(self, state: Sequence[WireTensor]) -> None:
         """Make the next group's site, with what the server keeps of it."""

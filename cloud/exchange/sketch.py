@@ -55,8 +55,9 @@ class GroupSketch:
         self._range[outputs] += grad.T @ (x @ self._omega)
         self._co_range += (self._psi[:, outputs] @ grad.T) @ x
 
-    def basis(self) -> tuple[Tensor, Tensor]:
-        """A (r, in_features) and B (out_features, r), orthonormal. Raises ``NonFiniteError``."""
+    def basis(self) -> tuple[Tensor, Tensor, float]:
+        """A (r, in_features) and B (out_features, r), orthonormal, and the norm of the gradient between them,
+        ``||Bᵀ G Aᵀ||_F``. Raises ``NonFiniteError``."""
         if not (torch.isfinite(self._range).all() and torch.isfinite(self._co_range).all()):
             raise NonFiniteError("NaN or infinity in the base model's gradients")
         # Few numbers, and badly conditioned where the gradient has a low rank: in float64 it costs nothing.
@@ -64,8 +65,9 @@ class GroupSketch:
         q, mixed, co_range = q.cpu(), (self._psi.double() @ q).cpu(), self._co_range.double().cpu()
         # Well conditioned whatever the gradient's rank is: q is orthonormal, and psi is random.
         core = torch.linalg.lstsq(mixed, co_range, driver="gels").solution
-        u, _, right = torch.linalg.svd(core, full_matrices=False)
-        return right[: self.r].float(), (q @ u[:, : self.r]).float()
+        u, values, right = torch.linalg.svd(core, full_matrices=False)
+        norm = float(torch.linalg.vector_norm(values[: self.r]))
+        return right[: self.r].float(), (q @ u[:, : self.r]).float(), norm
 
 
 def sketch_bytes(group: GroupSpec, r: int) -> int:

@@ -131,10 +131,10 @@ class SessionLoop:
             self._hold(group)
             self._quota.hold(making_bytes)
             with self._service.gate.computing():
-                tensors = self._sites.make_state()
-                self._sites.add(tensors)
+                made = self._sites.make_state()
+                self._sites.add(made.tensors)
             self._quota.release(making_bytes)
-            self._router.send(m.AdapterState(group=group, tensors=tensors))
+            self._router.send(made)
         finally:
             charge.end(self._clock() - started)
         self._release_sketches()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -13,7 +13,7 @@ from dlora.edge.run.run_file import RunSettings
 from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import UsageError
-from dlora.protocol.kill_revive import MAX_UNITS
+from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups, groups_of, last_blocks, module_names, number_ranges, spread_blocks
 
@@ -40,6 +40,7 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
         kind=kind,
         lr=defaults.lr if settings.lr is None else settings.lr,
         wire_dtype=settings.wire_dtype or defaults.wire_dtype,
+        **_schedule(settings, warms_up=defaults.warms_up),
     )
     names, blocks = target_modules_of(settings), settings.blocks
     if init is not None and parts is not None and parts.kind == kind:
@@ -56,6 +57,16 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
         rank = parts.r if parts is not None and parts.kind == kind else default_rank(kind, manifest, groups)
     alpha = default_alpha(kind, manifest, rank) if settings.alpha is None else settings.alpha
     return msgspec.structs.replace(settings, rank=rank, alpha=alpha)
+
+
+def _schedule(settings: RunSettings, *, warms_up: bool) -> dict[str, Any]:
+    """How Kill and Revive begins, where that is left open."""
+    usual = KillReviveConfig()
+    steps, ramp = (usual.warmup_steps, usual.ramp_fraction) if warms_up else (0, 0.0)
+    return {
+        "kr_warmup_steps": steps if settings.kr_warmup_steps is None else settings.kr_warmup_steps,
+        "kr_ramp_fraction": ramp if settings.kr_ramp_fraction is None else settings.kr_ramp_fraction,
+    }
 
 
 def choose_where_adapters_act(

@@ -164,18 +164,30 @@ def train(
     kr_score: Annotated[
         ScoreName,
         typer.Option(
-            help="What units are ranked by: change, sensitivity, grad or norm; or the baselines random, static or "
-            "last.",
+            help="Which units are active: static, the same all the time; by what they are ranked by: grad, change, "
+            "sensitivity or norm; or random or last, to compare with.",
             rich_help_panel=KR,
         ),
-    ] = "change",
+    ] = "static",
     kr_unit: Annotated[UnitKind, typer.Option(help="What is switched.", rich_help_panel=KR)] = "block",
     kr_warmup_steps: Annotated[
-        int, typer.Option(help="Steps before the first kill.", min=0, max=MAX_STEPS, rich_help_panel=KR)
-    ] = 20,
+        int | None,
+        typer.Option(
+            help="Steps before the first kill; by default 20, none for a bottleneck.",
+            min=0,
+            max=MAX_STEPS,
+            rich_help_panel=KR,
+        ),
+    ] = None,
     kr_ramp_fraction: Annotated[
-        float, typer.Option(help="Share of steps at which the budget is down.", min=0, max=1, rich_help_panel=KR)
-    ] = 0.25,
+        float | None,
+        typer.Option(
+            help="Share of steps at which the budget is down; by default 0.25, 0 for a bottleneck.",
+            min=0,
+            max=1,
+            rich_help_panel=KR,
+        ),
+    ] = None,
     kr_kill_every: Annotated[
         int, typer.Option(help="Steps between kills.", min=1, max=MAX_STEPS, rich_help_panel=KR)
     ] = 25,

@@ -17,6 +17,7 @@ from dlora.edge.run.pause import PauseRules
 from dlora.edge.run.plan import data_line
 from dlora.edge.run.run_file import RunSettings, load_run_file
 from dlora.edge.training.config import TrainConfig, check_units
+from dlora.edge.training.defaults import DEFAULTS
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.wire.connecting import Liveness, check_url
 from dlora.edge.wire.credentials import Credentials
@@ -26,7 +27,7 @@ from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import choose_groups, number_ranges, spread
+from dlora.protocol.targets import choose_groups, number_ranges, spread_units
 from dlora.protocol.wire_codecs import Codecs
 
 from .adapter_settings import (
@@ -62,7 +63,7 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     init = _init_adapter(settings)
     settings = choose_adapters(settings, bundle.manifest, init)
     groups = choose_groups(bundle.manifest, target_modules_of(settings), blocks_of(settings, bundle.manifest))
-    kill_revive = _kill_revive(settings, groups)
+    kill_revive = _kill_revive(settings, bundle.manifest, groups)
     loaded = _load(settings, bundle, display)
     settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(settings, init, loaded, display.say)
     # Not before: data sets are read while this process is small and has no threads.
@@ -137,16 +138,22 @@ def _init_adapter(settings: RunSettings) -> LoadedAdapter | None:
     return None if path is None else load_adapter(path)
 
 
-def _kill_revive(settings: RunSettings, groups: Sequence[GroupSpec]) -> KillReviveConfig:
+def _kill_revive(settings: RunSettings, manifest: Manifest, groups: Sequence[GroupSpec]) -> KillReviveConfig:
+    """Of settings that ``choose_adapters`` has completed. Raises ``UsageError`` for what these groups cannot do."""
+    assert settings.kind is not None
+    assert settings.kr_warmup_steps is not None
+    assert settings.kr_ramp_fraction is not None
     units = len(group_units(groups, settings.kr_unit))
     static = _units(settings.static_units, "--static-units", settings.kr_unit, groups)
     if settings.kr_score == "static" and not static and settings.active_fraction:
-        static = spread(range(units), max(1, math.ceil(settings.active_fraction * units - 1e-9)))
+        count = max(1, math.ceil(settings.active_fraction * units - 1e-9))
+        static = spread_units(manifest, groups, settings.kr_unit, count)
     config = KillReviveConfig(
         active_fraction=settings.active_fraction,
         score=settings.kr_score,
         unit=settings.kr_unit,
         warmup_steps=settings.kr_warmup_steps,
+        **({} if DEFAULTS[settings.kind].warms_up else {"warmup_fraction": 0.0}),
         ramp_fraction=settings.kr_ramp_fraction,
         kill_every=settings.kr_kill_every,
         revive_every=settings.kr_revive_every,

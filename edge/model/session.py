@@ -61,8 +61,9 @@ class ModelSession(ABC):
                 self.open()
 
     @abstractmethod
-    def run_basis_pass(self) -> None:
-        """Let the server learn from gradients what it will keep of the groups, where it is to make that from them."""
+    def run_basis_pass(self) -> int:
+        """Let the server learn from gradients what it will keep of the groups, where it is to make that from them; how
+        many micro-batches that were."""
 
     def _set_up(self) -> None:
         """Let the server make what it keeps of each group, or give it to one that has not made it, or has lost it."""
@@ -71,8 +72,9 @@ class ModelSession(ABC):
         opening = self.connection.session.opened_with
         assert opening is not None
         codec, groups = opening.codecs.of(TensorRole.ADAPTER_STATE), self.adapters.groups
+        micro_batches = 0
         if not all(group.adapter_state for group in groups):
-            self.run_basis_pass()
+            micro_batches = self.run_basis_pass()
         for index, group in enumerate(groups):
             if group.adapter_state:
                 self._give_state(index, group, codec)
@@ -83,6 +85,8 @@ class ModelSession(ABC):
                 made = tuple(np.array(decode_floats(tensor)) for tensor in state.tensors)
                 group.check_made_state(made)
                 group.adapter_state = made
+                if micro_batches:
+                    group.gradient_norm = float(np.float32(state.gradient_norm / micro_batches))
 
     def _give_state(self, index: int, group: GroupAdapters, codec: Codec) -> None:
         """What the server then has is what the codec leaves of it, which is what we go on with, too."""

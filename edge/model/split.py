@@ -80,16 +80,18 @@ class SplitModel:
             losses.append(run.losses)
         return losses
 
-    def run_basis_pass(self, batches: Sequence[MicroBatch]) -> None:
-        """Let the server take the base model's gradients on these micro-batches, while its session is set up.
+    def run_basis_pass(self, batches: Sequence[MicroBatch]) -> int:
+        """Let the server take the base model's gradients on these micro-batches, while its session is set up; how many
+        it took them as.
 
         Raises as ``forward_backward`` does.
         """
-        for batch in batches:
-            for part in self.cut(batch):
-                run = self._micro_batch(part, self._next_key(), "basis", grad_scale=1.0 / len(part.labels))
-                for _ in self._run_all(deque([run])):
-                    pass
+        parts = [part for batch in batches for part in self.cut(batch)]
+        for part in parts:
+            run = self._micro_batch(part, self._next_key(), "basis", grad_scale=1.0 / len(part.labels))
+            for _ in self._run_all(deque([run])):
+                pass
+        return len(parts)
 
     def cut(self, batch: MicroBatch) -> list[MicroBatch]:
         """``batch`` in parts that the server takes, each a micro-batch of its own; itself where it fits."""

@@ -53,8 +53,8 @@ class UseSession(ModelSession):
     def handle_opened(self, opened: m.SessionOpened) -> None:
         pass
 
-    def run_basis_pass(self) -> None:
-        pass
+    def run_basis_pass(self) -> int:
+        return 0
 
     def send_unanswered(self) -> None:
         pass

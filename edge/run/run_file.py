@@ -85,8 +85,8 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     active_fraction: Fraction
     kr_score: ScoreName
     kr_unit: UnitKind
-    kr_warmup_steps: Whole
-    kr_ramp_fraction: Fraction
+    kr_warmup_steps: Whole | None
+    kr_ramp_fraction: Fraction | None
     kr_kill_every: Count
     kr_revive_every: Whole
     kr_revive_share: Fraction

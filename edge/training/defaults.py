@@ -26,6 +26,7 @@ class KindDefaults:
         blocks: as ``--blocks`` has them; empty: all.
         adapt: where they act; ``answer`` only on data that has an invocation.
         wire_dtype: how tensors cross, as ``--wire-dtype`` has it.
+        warms_up: whether Kill and Revive begins with all units active.
     """
 
     lr: float
@@ -34,6 +35,7 @@ class KindDefaults:
     r: int | None = None
     target_modules: str | None = None
     blocks: str = ""
+    warms_up: bool = True
 
 
 DEFAULT_KIND: Final[KindChoice] = "bottleneck"
@@ -42,7 +44,13 @@ DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     "lora": KindDefaults(lr=1e-3),
     "ffa": KindDefaults(lr=1e-3),
     "bottleneck": KindDefaults(
-        lr=8e-3, r=64, target_modules=ALL_LINEAR, blocks="spread:8", adapt="answer", wire_dtype="int8"
+        lr=8e-3,
+        r=64,
+        target_modules=ALL_LINEAR,
+        blocks="spread:8",
+        adapt="answer",
+        wire_dtype="int8",
+        warms_up=False,  # the basis pass says of every unit, once, what a warm-up would
     ),
 }
 

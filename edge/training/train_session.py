@@ -24,7 +24,8 @@ class TrainSession(ModelSession):
         base_fingerprint: of the base model that the bundle pins.
 
     Attributes:
-        basis_pass: what the server is to learn from, before it makes what it keeps of the groups; None: nothing.
+        basis_pass: what the server is to learn from, before it makes what it keeps of the groups, and how many
+            micro-batches that were; None: nothing.
         step: the step that comes next, counted from the beginning of this part of the run.
         ticket: the controller's state, before the last report where that is unanswered.
         unanswered: the scores of the last committed step, until its signal has come.
@@ -40,7 +41,7 @@ class TrainSession(ModelSession):
         window: int = 1,
     ) -> None:
         super().__init__(connection, adapters)
-        self.basis_pass: Callable[[], None] | None = None
+        self.basis_pass: Callable[[], int] | None = None
         self.step = 0
         self.ticket: bytes | None = None
         self.unanswered: FloatArray | None = None
@@ -66,9 +67,8 @@ class TrainSession(ModelSession):
             window=min(self._window, self.connection.welcome.window),
         )
 
-    def run_basis_pass(self) -> None:
-        if self.basis_pass is not None:
-            self.basis_pass()
+    def run_basis_pass(self) -> int:
+        return 0 if self.basis_pass is None else self.basis_pass()
 
     def handle_opened(self, opened: m.SessionOpened) -> None:
         states = _states(opened)

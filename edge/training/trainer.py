@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from dlora.edge.adapters.compatibility import check_base_model, load_weights
 from dlora.edge.adapters.parts import Parts
@@ -235,11 +237,11 @@ class Trainer:
 
     # -- inside ------------------------------------------------------------------------------------------
 
-    def _run_basis_pass(self) -> None:
-        """The base model's gradients on the data of the first steps."""
+    def _run_basis_pass(self) -> int:
+        """The base model's gradients on the data of the first steps; gives the number of micro-batches."""
+        steps = range(self.config.basis_pass_steps(self.batches.examples))
         with self._name_step_in_error():
-            for step in range(self.config.basis_pass_steps(self.batches.examples)):
-                self.model.run_basis_pass(self.batches.step_batches(step))
+            return sum(self.model.run_basis_pass(self.batches.step_batches(step)) for step in steps)
 
     def _save_modules(self, directory: Path, modules: list[SavedModule], parts: Parts | None) -> None:
         save_adapter(
@@ -293,13 +295,23 @@ class Trainer:
         groups = self.adapters.groups
         before = {group: self._scorer.before(groups[group]) for _, unit in active for group in unit.groups}
         norm = self.optimizer.step(self.adapters, self.session.step)
-        scores = np.zeros(len(self.adapters.units), np.float64)
-        for index, unit in active:
-            scores[index] = self._scorer.unit_score(
-                part for group in unit.groups for part in self._scorer.parts(groups[group], before[group])
-            )
+        scores = self._first_scores()
+        if not scores.any():
+            for index, unit in active:
+                scores[index] = self._scorer.unit_score(
+                    part for group in unit.groups for part in self._scorer.parts(groups[group], before[group])
+                )
         # A weight may be finite whose square is not.
         return np.clip(scores, None, np.finfo(np.float32).max).astype(np.float32), norm
+
+    def _first_scores(self) -> npt.NDArray[np.float64]:
+        """Zeros; in the first step, what the basis pass says of each unit, where that is what units are scored by."""
+        scores = np.zeros(len(self.adapters.units), np.float64)
+        if self.session.step == 0 and self._scorer.score == "grad":
+            for index, unit in enumerate(self.adapters.units):
+                norms = [group.gradient_norm for group in self.adapters.of_unit(unit)]
+                scores[index] = self.adapters.scaling * math.hypot(*norms)
+        return scores
 
     def _check_limits(self) -> None:
         """Raise for what the server would refuse at an unlucky step hours later."""

@@ -34,7 +34,7 @@ FULL_DISK_BYTES: Final = 4096  # a log and metrics fit, a checkpoint does not
 # Kills and revivals within five steps, so that signals and tickets matter.
 TRAIN: Final[tuple[object, ...]] = (
     "--batch-size", 2, "--grad-accum", 2, "--steps", STEPS, "--save-every", 1, "--threads", 1, "--lr", 0.01,
-    "--seed", 0,
+    "--seed", 0, "--kr-score", "change",
     "--active-fraction", 0.5, "--kr-warmup-steps", 1, "--kr-ramp-fraction", 0, "--kr-kill-every", 1,
     "--kr-revive-every", 2, "--kr-probation", 1,
 )  # fmt: skip
