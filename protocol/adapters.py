@@ -176,6 +176,11 @@ def parameter_count(spec: AdapterSpec, groups: Sequence[GroupSpec]) -> int:
     return sum(math.prod(shape) for group in groups for shape in kind.parameter_shapes(spec, group).values())
 
 
+def parameter_bytes(spec: AdapterSpec, group: GroupSpec) -> int:
+    """Bytes of what the device trains for one group, as float32."""
+    return 4 * sum(math.prod(shape) for shape in kind_of(spec).parameter_shapes(spec, group).values())
+
+
 def state_bytes(spec: AdapterSpec, group: GroupSpec) -> int:
     """Bytes that the server keeps of one group, as float32: the most that they are, there and on the wire."""
     return 4 * sum(math.prod(shape) for shape in kind_of(spec).state_shapes(spec, group))

@@ -26,5 +26,6 @@ UnitKind = Literal["block", "group"]
 ScoreName = Literal["change", "sensitivity", "grad", "norm", "random", "static", "last"]
 """What kill-and-revive ranks units by."""
 
-OnKill = Literal["fade", "bypass", "hold_forward"]
-"""What a killed unit does at first."""
+OnKill = Literal["fade", "bypass", "hold_forward", "give_to_server"]
+"""What becomes of a killed unit: its effect ends, step by step or at once; or it stays, computed by the device, or by
+the server, which is given what the unit has learnt."""

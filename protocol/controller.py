@@ -3,7 +3,7 @@
 One rule holds at every step: exactly ``budget(step)`` units are ACTIVE. The rest follows from three questions,
 asked for the step ``t`` that comes next (docs/kill-and-revive.md tells the whole story, ``Timetable`` has the times):
 
-1. Does a fade end?          FADING -> KILLED.
+1. Does a fade end?          FADING -> KILLED; and HELD -> GIVEN, where the device gives the server what it held.
 2. Is the budget exceeded?   The lowest ranked go, at once; only the ramp has such steps.
 3. Is it a tick?             Units on trial are judged, and new trials begin; always one seat for one seat.
 
@@ -36,7 +36,7 @@ States = npt.NDArray[np.uint8]
 DRAW_FLOOR: Final = 0.1
 DRAW_IDLE_TICKS: Final = 4
 
-_KILLED, _ACTIVE, _FADING, _HELD = (np.uint8(state) for state in UnitState)
+_KILLED, _ACTIVE, _FADING, _HELD, _GIVEN = (np.uint8(state) for state in UnitState)
 
 
 class Controller:
@@ -81,9 +81,9 @@ class Controller:
         self._on_trial = np.zeros(len(units), np.bool_)  # revived, and not judged since
         self._ema = np.zeros(len(units), np.float64)
         if self.timetable.is_fixed:
-            self._states[~self._fixed_set()] = _KILLED
+            self._kill(np.flatnonzero(~self._fixed_set()), 0)
         elif self.timetable.begins_at_floor:
-            self._states[~self._first_set()] = _KILLED
+            self._kill(np.flatnonzero(~self._first_set()), 0)
         else:
             self._kill_over_budget(0)
 
@@ -122,6 +122,8 @@ class Controller:
             scored[:] = True
         self._ema[scored] = decay * self._ema[scored] + (1.0 - decay) * given[scored]
         self.next_step = step + 1
+        if self.config.gives_to_server:
+            self._states[self._states == _HELD] = _GIVEN
         if not self.timetable.is_fixed and self.next_step <= self.timetable.last_change:
             if is_first_choice:
                 self._choose_best(self.next_step)
@@ -218,7 +220,7 @@ class Controller:
         if not (revive or judge):
             return
         rank_values = self._rank_values(step)
-        idle = (self._states == _KILLED) | (self._states == _HELD)
+        idle = np.isin(self._states, (_KILLED, _HELD, _GIVEN))
         on_probation = self._on_trial & (step - self._since < self.config.probation)
         judged = self._on_trial & ~on_probation
         self._on_trial = on_probation
@@ -274,9 +276,9 @@ class Controller:
         self._since[into] = step
 
     def _kill(self, units: npt.NDArray[np.intp], step: int) -> None:
-        if self.config.on_kill == "hold_forward":
+        if self.config.on_kill == "hold_forward" or self.config.gives_to_server:
             self._states[units] = _HELD
-        elif self.config.on_kill == "fade" and self.timetable.can_fade(step):
+        elif self.config.on_kill == "fade" and step and self.timetable.can_fade(step):
             self._states[units] = _FADING
         else:
             self._states[units] = _KILLED

@@ -27,13 +27,18 @@ DEFAULT_WARMUP_STEPS: Final = 20
 class UnitState(IntEnum):
     """What a unit does in a step.
 
-    Live units (all but ``KILLED``) exchange in the forward pass. Only ``ACTIVE`` ones are trained.
+    Live units (``LIVE``) exchange in the forward pass. Only ``ACTIVE`` ones are trained.
     """
 
     KILLED = 0
     ACTIVE = 1
     FADING = 2  # its scale goes 1 -> 0 over kill_every steps; not trained
     HELD = 3  # it keeps its effect on the forward pass; not trained
+    GIVEN = 4  # the server has its parameters and applies them, so that nothing of it crosses; not trained
+
+
+LIVE: Final = frozenset({UnitState.ACTIVE, UnitState.FADING, UnitState.HELD})
+"""States in which a unit exchanges."""
 
 
 class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -79,6 +84,11 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     on_kill: OnKill = "fade"
     pinned: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_UNITS)] = ()
     static: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_UNITS)] = ()
+
+    @property
+    def gives_to_server(self) -> bool:
+        """Whether the device hands the parameters of killed units over: HELD is then a state of one step."""
+        return self.on_kill == "give_to_server"
 
     def budget_floor(self, units: int) -> int:
         """``k``: how many of ``units`` units stay active once the budget has come down."""

@@ -232,6 +232,19 @@ class AdapterState(Message, frozen=True):
     gradient_norm: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
 
 
+class GroupParameters(Message, frozen=True):
+    """E gives C what it trains of a group whose unit is killed, for C to apply until the unit is revived; C answers
+    with the same of no tensors. Only where E asked for ``on_kill`` ``give_to_server``.
+
+    Attributes:
+        tensors: of the adapter kind's ``parameter_shapes``, in that order, with the scaling in what is nearest to the
+            output: stored as adapter state is.
+    """
+
+    group: Index
+    tensors: tuple[WireTensor, ...]
+
+
 class Embeddings(ExchangeMessage, frozen=True):
     """E starts a micro-batch: the packed embeddings of its real tokens, or the tokens themselves.
 
@@ -357,6 +370,7 @@ AnyMessage = (
     | SessionGone
     | MakeAdapterState
     | AdapterState
+    | GroupParameters
     | Embeddings
     | GroupInput
     | GroupDelta

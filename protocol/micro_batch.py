@@ -38,11 +38,13 @@ class LiveGroups(NamedTuple):
     """Groups by what their units do.
 
     Attributes:
-        live: those of all units that are not killed, in execution order; active: those of units that are trained.
+        live: those of all units that exchange, in execution order; active: those of units that are trained.
+        given: those that C applies by itself.
     """
 
     live: tuple[int, ...] = ()
     active: frozenset[int] = frozenset()
+    given: frozenset[int] = frozenset()
 
 
 class MicroBatchRules:
@@ -124,7 +126,7 @@ class MicroBatchRules:
         self._check_outputs(message.deltas, message.group, TensorRole.DELTA)
 
     def _check_labelled(self, message: m.LabelledHiddenStates, groups: LiveGroups) -> None:
-        live, active = groups
+        live, active, _ = groups
         if self.asked < len(live):
             raise ViolationError(f"only {self.asked} of {len(live)} live groups were asked")
         shape = (self.labelled, self._shapes.welcome.hidden_size)

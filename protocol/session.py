@@ -20,23 +20,23 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
-
 from . import messages as m
 from .adapters import crossings, kind_of
 from .errors import LocalProtocolError, RemoteProtocolError, UsageError
 from .frames import Decoder, Prefix, encode, read_prefix
-from .groups import GroupSpec, group_units
-from .kill_revive import UnitState
+from .groups import GroupSpec
 from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
 from .micro_batch import Key, LiveGroups, MicroBatchRules, Shapes, check_embeddings
 from .states import TRANSITIONS, C, E, Side, State, ViolationError, check_tensor
-from .tensors import ByteArray, WireTensor
+from .tensors import WireTensor
+from .units import Units
 from .version import PROTOCOL_VERSIONS
 from .wire_codecs import TensorRole, is_finite
 
-NUMBERED: Final = (m.ExchangeMessage, m.MakeAdapterState, m.AdapterState, m.StepReport, m.Signal)
+NUMBERED: Final = (
+    m.ExchangeMessage, m.MakeAdapterState, m.AdapterState, m.GroupParameters, m.StepReport, m.Signal,
+)  # fmt: skip
 """What the link numbers: the messages of a session that change what the two sides hold."""
 
 _WITH_MICRO_BATCHES: Final = (State.IDLE, State.SETTING_UP)
@@ -51,8 +51,7 @@ class Session:
 
     Attributes:
         step: the optimizer step that comes next or is under way.
-        units: uint8 (units,), the ``UnitState`` of each unit as last signalled; empty where the session does not train.
-        live_groups: the exchange groups that take part, by what their units do.
+        units: what Kill and Revive switches, and so which groups take part.
         under_way: the micro-batches that have begun and are not through, oldest first.
         bytes_sent, bytes_received: sizes of all frames so far (without the websocket's own framing).
         round_trips: how often we received after having sent.
@@ -62,9 +61,7 @@ class Session:
     def __init__(self, side: Side) -> None:
         self.side = side
         self.step = 0
-        self.units: ByteArray = np.zeros(0, np.uint8)
-        self.unit_groups: tuple[tuple[int, ...], ...] = ()
-        self.live_groups = LiveGroups()
+        self.units = Units()
         self.under_way: dict[Key, MicroBatchRules] = {}
         self.welcome: m.Welcome | None = None
         self.opened_with: m.OpenSession | None = None
@@ -96,13 +93,13 @@ class Session:
 
     @property
     def live(self) -> tuple[int, ...]:
-        """The groups of all units that are not killed, in execution order."""
-        return self.live_groups.live
+        """The groups of all units that exchange, in execution order."""
+        return self.units.live_groups.live
 
     @property
     def active(self) -> frozenset[int]:
         """The groups of all units that are trained."""
-        return self.live_groups.active
+        return self.units.live_groups.active
 
     @property
     def is_between_steps(self) -> bool:
@@ -211,7 +208,7 @@ class Session:
         allowed_sender, next_state = TRANSITIONS[self._state].get(type(message), (None, self._state))
         if allowed_sender is not sender:
             raise ViolationError("not now")
-        if self._state is State.SETTING_UP and self.under_way:
+        if self.under_way and (self._state is State.SETTING_UP or isinstance(message, m.GroupParameters)):
             raise ViolationError("a micro-batch is under way")
         match message:
             case m.Welcome():
@@ -229,6 +226,8 @@ class Session:
                 self._check_server_makes_state()
             case m.AdapterState():
                 next_state = self._take_adapter_state(message, next_state)
+            case m.GroupParameters():
+                self._take_parameters(message)
             case m.StepReport():
                 self._take_report(message)
             case m.CloseSession():
@@ -259,20 +258,18 @@ class Session:
         self.opened_with = message
         self.link.set_window(message.window)
         self._shapes = Shapes(widths, message.codecs, self.welcome)
+        self.units = Units(message)
         if isinstance(purpose, m.Train):
-            self.unit_groups = group_units(message.groups, purpose.kill_revive.unit)
             self.step = purpose.next_step
-        else:
-            self.live_groups = LiveGroups(tuple(range(len(message.groups))))
 
     def _take_opened(self, message: m.SessionOpened) -> State:
         assert self.opened_with is not None
         if isinstance(self.opened_with.purpose, m.Train):
             if message.units is None or message.ticket is None:
                 raise ViolationError("no units, or no ticket, for a run that trains")
-            self._check_units(message.units)
+            self.units.check(message.units)
             check_tensor(message.ticket, "uint8", (None,))
-            self._take_units(message.units.data)
+            self.units.take(message.units.data)
         elif message.units is not None or message.ticket is not None:
             raise ViolationError("units or a ticket where nothing is trained")
         return State.SETTING_UP if self.has_adapter_state else State.IDLE
@@ -304,27 +301,20 @@ class Session:
             shapes = ()  # C has E's
         if not math.isfinite(message.gradient_norm):
             raise ViolationError("a gradient's norm that is not finite", m.ErrorCode.NON_FINITE)
-        if len(message.tensors) != len(shapes):
-            raise ViolationError(f"{len(message.tensors)} tensors where {len(shapes)} were due")
-        for tensor, shape in zip(message.tensors, shapes, strict=True):
-            self.shapes.check(tensor, TensorRole.ADAPTER_STATE, shape)
+        self._check_tensors(message.tensors, shapes)
         if self._state is State.SETTING_UP:
             return next_state
         self._states_set_up += 1
         return State.IDLE if self._states_set_up == len(self.groups) else next_state
 
-    # -- Kill and Revive ---------------------------------------------------------------------------------
+    def _check_tensors(self, tensors: Sequence[WireTensor], shapes: Sequence[tuple[int, ...]]) -> None:
+        """Of what C keeps of a group."""
+        if len(tensors) != len(shapes):
+            raise ViolationError(f"{len(tensors)} tensors where {len(shapes)} were due")
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            self.shapes.check(tensor, TensorRole.ADAPTER_STATE, shape)
 
-    def _check_units(self, units: WireTensor) -> None:
-        check_tensor(units, "uint8", (len(self.unit_groups),))
-        if units.data.size and int(units.data.max()) > max(UnitState):
-            raise ViolationError("an unknown unit state")
-        assert self.opened_with is not None
-        assert isinstance(self.opened_with.purpose, m.Train)
-        config = self.opened_with.purpose.kill_revive
-        active = units.data == UnitState.ACTIVE
-        if int(active.sum()) < config.budget_floor(len(active)) or not active[list(config.pinned)].all():
-            raise ViolationError("fewer active units than the device asked for")
+    # -- Kill and Revive ---------------------------------------------------------------------------------
 
     def _take_signal(self, message: m.Signal, sender: Side) -> None:
         if sender is not C or not self._unanswered_reports:
@@ -333,16 +323,17 @@ class Session:
             raise ViolationError("a signal in the middle of a micro-batch")
         if message.step != self._unanswered_reports[0]:
             raise ViolationError("a signal for another step")
-        self._check_units(message.units)
+        self.units.check_signal(message.units)
         check_tensor(message.ticket, "uint8", (None,))
         del self._unanswered_reports[0]
-        self._take_units(message.units.data)
+        self.units.take(message.units.data)
 
-    def _take_units(self, units: ByteArray) -> None:
-        self.units = units
-        states = {group: state for state, groups in zip(units, self.unit_groups, strict=True) for group in groups}
-        live = tuple(group for group in sorted(states) if states[group] != UnitState.KILLED)
-        self.live_groups = LiveGroups(live, frozenset(group for group in live if states[group] == UnitState.ACTIVE))
+    def _take_parameters(self, message: m.GroupParameters) -> None:
+        shapes = self.units.check_parameters(message)
+        is_answer = self._state is State.TAKING_PARAMETERS
+        self._check_tensors(message.tensors, () if is_answer else shapes)
+        if is_answer:
+            self.units.given.add(message.group)
 
     def _take_report(self, message: m.StepReport) -> None:
         assert self.opened_with is not None
@@ -350,7 +341,8 @@ class Session:
             raise ViolationError("a report where nothing is trained")
         if self.under_way or message.step != self.step or len(self._unanswered_reports) > 1:
             raise ViolationError(f"a report of step {message.step} when step {self.step} was under way")
-        check_tensor(message.scores, "fp32", (len(self.unit_groups),))
+        self.units.check_given_before_report()
+        check_tensor(message.scores, "fp32", (len(self.units.groups),))
         self._unanswered_reports.append(message.step)
         self.step += 1
         self._next_micro_batch = 0
@@ -368,7 +360,7 @@ class Session:
         if sender is C and self._unanswered_reports:
             # C answers a report before anything that E sent after it: else the units would not be those of this step.
             raise ViolationError(f"the report of step {self._unanswered_reports[0]} has no signal yet")
-        micro_batch.advance(message, sender, LiveGroups() if micro_batch.mode == "basis" else self.live_groups)
+        micro_batch.advance(message, sender, LiveGroups() if micro_batch.mode == "basis" else self.units.live_groups)
         if micro_batch.is_finished:
             del self.under_way[key]
 
@@ -385,6 +377,7 @@ class Session:
             self._check_server_makes_state()
             if self._states_set_up or self.under_way:  # one at a time: their gradients are summed, and order rounds
                 raise ViolationError("not now")
+        self.units.check_given_before_micro_batch()
         if message.step != self.step or (trains and message.micro_batch != self._next_micro_batch):
             next_one = f"step {self.step}, micro-batch {self._next_micro_batch}"
             raise ViolationError(f"step {message.step}, micro-batch {message.micro_batch} when {next_one} comes next")

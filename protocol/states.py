@@ -28,6 +28,7 @@ class State(Enum):
     SETTING_UP = auto()
     MAKING_STATE = auto()
     TAKING_STATE = auto()
+    TAKING_PARAMETERS = auto()
     IDLE = auto()
     FORWARD = auto()
     DELTA = auto()
@@ -56,8 +57,10 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
     },
     State.MAKING_STATE: {m.AdapterState: (C, State.SETTING_UP)},
     State.TAKING_STATE: {m.AdapterState: (C, State.SETTING_UP)},
+    State.TAKING_PARAMETERS: {m.GroupParameters: (C, State.IDLE)},
     State.IDLE: {
         m.Embeddings: (E, State.FORWARD),
+        m.GroupParameters: (E, State.TAKING_PARAMETERS),
         m.StepReport: (E, State.IDLE),
         m.CloseSession: (E, State.CLOSED),
     },

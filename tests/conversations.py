@@ -95,6 +95,20 @@ def adapter_state(group: int = 0, **changes: Any) -> m.AdapterState:
     return m.AdapterState(group=group, **{"tensors": (floats(GROUPS[group].in_features),), **changes})
 
 
+GIVES = KillReviveConfig(active_fraction=0.5, on_kill="give_to_server")
+
+
+def parameters(group: int = 0, r: int = 2) -> m.GroupParameters:
+    """What a device gives of a group's LoRAs."""
+    width, targets = GROUPS[group].in_features, GROUPS[group].targets
+    shapes = [shape for target in targets for shape in ((r, width), (target.out_features, r))]
+    return m.GroupParameters(group=group, tensors=tuple(floats(*shape) for shape in shapes))
+
+
+def parameters_taken(group: int = 0) -> m.GroupParameters:
+    return m.GroupParameters(group=group, tensors=())
+
+
 def embeddings(step: int = 0, micro_batch: int = 0, *, mode: Any = "train", **changes: Any) -> m.Embeddings:
     tensors = {
         "hidden_states": floats(TOKENS, WIDTH),
@@ -229,6 +243,8 @@ def hear(listener: Session, message: m.AnyMessage) -> m.AnyMessage | None:
 
 
 def sender_of(message: m.AnyMessage) -> Side:
+    if isinstance(message, m.GroupParameters):
+        return Side.EDGE if message.tensors else Side.CLOUD
     return Side.EDGE if isinstance(message, FROM_EDGE) else Side.CLOUD
 
 
@@ -241,8 +257,9 @@ def everything(session: Session) -> dict[str, Any]:
     remembered = {
         name: value.tobytes() if isinstance(value, np.ndarray) else copy.deepcopy(value)
         for name, value in vars(session).items()
-        if name not in ("_decoder", "link", "under_way")
+        if name not in ("_decoder", "link", "under_way", "units")
     }
+    remembered["units"] = copy.deepcopy(vars(session.units) | {"states": session.units.states.tobytes()})
     remembered["under_way"] = {key: copy.deepcopy(vars(each)) for key, each in session.under_way.items()}
     return remembered | {"link": (session.link.sent, session.link.received, session.link.missing(session.link.sent))}
 

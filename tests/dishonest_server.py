@@ -67,7 +67,7 @@ class DishonestServer:
         token = bytes(m.RESUME_TOKEN_BYTES)
         match handshake.receive(receive(connection)):
             case m.OpenSession(purpose=purpose):
-                units = WireTensor.from_bytes(bytes([UnitState.ACTIVE]) * len(handshake.unit_groups))
+                units = WireTensor.from_bytes(bytes([UnitState.ACTIVE]) * len(handshake.units.groups))
                 ticket = WireTensor.from_bytes(b"ticket")
                 opened = m.SessionOpened(session="one", units=units, ticket=ticket, token=token)
                 # With units where nothing is trained, against the rules.

@@ -287,7 +287,7 @@ def test_a_device_that_only_reports_is_charged_for_it(place: Place, base: BaseMo
         serving(base, quotas=QuotaLimits(compute_s_per_hour=1e-9)) as server,
         training(place.bundle, server.url, run(), data()) as trainer,
     ):
-        scores = np.ones(len(trainer.connection.session.units), np.float32)
+        scores = np.ones(len(trainer.connection.session.units.states), np.float32)
         trainer.session.report(scores)
         trainer.session.wait_for_signal()
         trainer.session.report(scores)

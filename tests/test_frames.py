@@ -66,7 +66,8 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         ),
     ),
     "make_adapter_state": m.MakeAdapterState(group=3),
-    "adapter_state": m.AdapterState(group=1, tensors=(floats(2, 3), floats(3))),
+    "adapter_state": m.AdapterState(group=1, tensors=(floats(2, 3), floats(3)), gradient_norm=0.5),
+    "group_parameters": m.GroupParameters(group=2, tensors=(floats(2, 2),)),
     "session_opened": m.SessionOpened(
         session="0badcafe",
         units=WireTensor.from_bytes(b"\x01\x00"),

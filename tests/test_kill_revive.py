@@ -18,7 +18,7 @@ from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.controller import Controller, unit_costs
 from dlora.protocol.errors import RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
-from dlora.protocol.kill_revive import KillReviveConfig, Timetable, UnitState, steps_needed
+from dlora.protocol.kill_revive import LIVE, KillReviveConfig, Timetable, UnitState, steps_needed
 
 KEY = b"a key of the server"
 EIGHTH = KillReviveConfig(active_fraction=0.125)
@@ -59,7 +59,7 @@ configs = st.builds(
     hysteresis=st.sampled_from([0.0, 0.1]),
     quiet_fraction=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     cost_aware=st.booleans(),
-    on_kill=st.sampled_from(["fade", "bypass", "hold_forward"]),
+    on_kill=st.sampled_from(["fade", "bypass", "hold_forward", "give_to_server"]),
     pinned=st.sampled_from([(), (1,), (0, 2), (1, 1)]),
     static=st.just((0, 3)),
 )
@@ -85,15 +85,26 @@ def test_controller_invariants_hold(
     assert history.shape[1] == len(group_units(groups, config.unit))
     assert (history[:, list(config.pinned)] == UnitState.ACTIVE).all()
     if config.score in ("static", "last"):
-        assert (history == history[0]).all()
+        assert (history[1:] == history[-1]).all()
+        assert (active == active[0]).all()
         assert active[0] == config.budget_floor(history.shape[1])
     else:
         assert active.tolist() == [timetable.budget(step) for step in range(total + 1)]
     # Traffic is promised: once the ramp is over, nothing else exchanges, unless the user wants it held.
     if config.on_kill != "hold_forward":
-        live = (history != UnitState.KILLED).sum(axis=1)
+        live = np.isin(history, list(LIVE))
+        if config.gives_to_server:
+            # But for the one step in which the server is given what a unit has learnt.
+            held = history == UnitState.HELD
+            assert (history[1:][held[:-1]] != UnitState.HELD).all()
+            assert not (history == UnitState.KILLED).any()
+            given = history == UnitState.GIVEN
+            assert (held[:-1] | given[:-1])[given[1:]].all()
+            live &= ~held
+        live = live.sum(axis=1)
         assert (live[timetable.ramp_end :] == active[timetable.ramp_end :]).all()
-    assert (history[timetable.last_change :] == history[-1]).all()
+    settled = timetable.last_change + config.gives_to_server
+    assert (history[settled:] == history[-1]).all()
     assert not controller._on_trial.any()  # whoever was tried was judged
     # Fades last kill_every steps and end in KILLED.
     fading = history == UnitState.FADING

@@ -168,7 +168,9 @@ def test_a_run_of_a_billion_steps_is_planned_at_once(place: Place) -> None:
     assert whole == pytest.approx(shorter * 1e6, rel=0.03)
 
 
-@pytest.mark.parametrize("options", [{}, {"active_fraction": 0.25, "kr_score": "change", "kr_warmup_steps": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"active_fraction": 0.25, "kr_score": "change", "kr_warmup_steps": 4}], ids=str
+)
 def test_expected_traffic_includes_evaluations(place: Place, tmp_path: Path, options: dict[str, object]) -> None:
     """Before a run all units take part, and after it those that stay active: once it was counted as if few did."""
     held_out = tmp_path / "held.jsonl"

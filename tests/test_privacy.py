@@ -169,7 +169,7 @@ def test_device_messages_have_only_known_fields() -> None:
     """What a device may say: embeddings, deltas, gradients, scores, settings, its name, and what it was given."""
     allowed = {
         "step", "micro_batch", "group", "protocol_versions", "software", "base_fingerprint", "groups", "adapter",
-        "codecs", "evaluation_codecs", "purpose", "window", "tensors",
+        "codecs", "evaluation_codecs", "purpose", "window", "tensors", "gradient_norm",
         "mode", "hidden_states", "sequence_lengths", "label_positions",
         "crossing_positions", "examples", "token_ids",
         "kill_revive", "seed", "total_steps", "next_step", "ticket", "deltas",
@@ -177,7 +177,8 @@ def test_device_messages_have_only_known_fields() -> None:
         "received",
     }  # fmt: skip
     spoken = (
-        m.Hello, m.OpenSession, m.Train, m.Use, m.MakeAdapterState, m.AdapterState, m.Embeddings, m.GroupDelta,
-        m.GradHiddenStates, m.GroupInputGrad, m.StepReport, m.ResumeSession, m.CloseSession, m.Error,
+        m.Hello, m.OpenSession, m.Train, m.Use, m.MakeAdapterState, m.AdapterState, m.GroupParameters,
+        m.Embeddings, m.GroupDelta, m.GradHiddenStates, m.GroupInputGrad, m.StepReport, m.ResumeSession, m.CloseSession,
+        m.Error,
     )  # fmt: skip
     assert {field for kind in spoken for field in kind.__struct_fields__} == allowed

@@ -20,7 +20,7 @@ from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing
 from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from dlora.protocol.frames import encode
 from dlora.protocol.groups import GroupSpec
-from dlora.protocol.kill_revive import KillReviveConfig, UnitState
+from dlora.protocol.kill_revive import LIVE, KillReviveConfig, UnitState
 from dlora.protocol.link import MAX_REPEATS
 from dlora.protocol.session import HANDSHAKE, Session, choose_version
 from dlora.protocol.states import TRANSITIONS, Side, State
@@ -63,6 +63,9 @@ WAYS: dict[State, list[m.AnyMessage]] = {
     State.SETTING_UP: c.opening(adapter=KEEPING),
     State.MAKING_STATE: [*c.opening(adapter=KEEPING), m.MakeAdapterState(group=0)],
     State.TAKING_STATE: [*c.opening(adapter=KEEPING), c.adapter_state()],
+    State.TAKING_PARAMETERS: [
+        *c.opening(kill_revive=c.GIVES), c.report(), c.signal(units=b"\3\1"), c.parameters(),
+    ],
     State.IDLE: c.opening(),
     State.FORWARD: [*c.opening(), c.embeddings()],
     State.DELTA: [*c.opening(), c.embeddings(), c.group_input()],
@@ -78,6 +81,7 @@ ONE_OF_EACH: dict[type, m.AnyMessage] = {
         *c.opening(), c.embeddings(), c.group_input(), c.group_delta(), c.labelled(gradients=3), c.grad_hidden_states(),
         c.group_grad(group=1), c.group_input_grad(group=2), c.report(), c.signal(), m.CloseSession(), c.error(),
         c.resume_session(), c.session_resumed(), m.SessionGone(), m.MakeAdapterState(group=0), c.adapter_state(),
+        c.parameters(),
     )
 }  # fmt: skip
 
@@ -98,7 +102,7 @@ def test_whole_run_is_legal() -> None:
     pair = Pair(c.opening(kill_revive=c.NONE_NEED_BE_ACTIVE))
     states = [b"\1\1", b"\0\1", b"\1\0", b"\0\0"]
     for step, units in enumerate(states):
-        assert pair.sides[E].units.tobytes() == units
+        assert pair.sides[E].units.states.tobytes() == units
         live = [group for group in c.ALL if units[c.GROUPS[group].block]]
         for micro_batch in range(2):
             for message in c.forward(step, micro_batch, live):
@@ -225,7 +229,7 @@ def test_a_signal_for_another_step_is_refused_and_the_right_one_still_comes() ->
             RemoteProtocolError,
         )
     pair.say(c.signal(0, b"\0\1"))
-    assert pair.sides[E].units.tolist() == [UnitState.KILLED, UnitState.ACTIVE]
+    assert pair.sides[E].units.states.tolist() == [UnitState.KILLED, UnitState.ACTIVE]
 
 
 @pytest.mark.parametrize("answers", [(1, 2), (2, 1)])
@@ -287,6 +291,11 @@ def test_message_not_in_the_state_table_is_refused_on_both_sides(state: State, s
         is_answer = kind is m.AdapterState and state is State.TAKING_STATE
         message = c.adapter_state(tensors=()) if is_answer else example
         way = WAYS[state]
+        if kind is m.GroupParameters:
+            if state is State.IDLE:
+                way = WAYS[State.TAKING_PARAMETERS][:-1]  # once a unit is held
+            elif state is State.TAKING_PARAMETERS:
+                message = c.parameters_taken()
         if state is State.FORWARD and kind is m.LabelledHiddenStates:
             way = [*c.opening(), *list(c.forward())[:-1]]  # once all groups were asked
         session = Pair(way).sides[side]
@@ -529,6 +538,70 @@ def test_an_evaluation_has_no_gradients() -> None:
     refused_on_both_sides(Pair(way), c.labelled(gradients=1), "more gradients than groups took part")
 
 
+# -- units whose parameters the server is given -----------------------------------------------------------------
+
+HELD = [*c.opening(kill_revive=c.GIVES), c.report(0), c.signal(0, b"\1\3")]
+GIVING = [c.parameters(1), c.parameters_taken(1), c.parameters(2), c.parameters_taken(2)]
+
+
+def test_a_killed_unit_is_held_for_a_step_and_then_given() -> None:
+    pair = Pair([*HELD, *c.forward(1, gradients=3), *c.backward(1), *GIVING, c.report(1), c.signal(1, b"\1\4")])
+    for side in pair.sides.values():
+        assert side.live == (0,)
+        assert side.units.live_groups.given == {1, 2}
+    for message in (*c.forward(2, live=(0,)), *c.backward(2, live=(0,)), *c.forward(2, 9, (0,), mode="evaluate")):
+        pair.say(message)
+    # Revived: it exchanges again, and what the server had of it is gone.
+    for message in (c.report(2), c.signal(2, b"\3\1")):
+        pair.say(message)
+    assert pair.sides[C].units.given == set()
+    assert pair.sides[C].units.groups_to_give == [0]
+
+
+def test_what_a_killed_unit_has_learnt_is_given_in_order_and_before_the_report() -> None:
+    pair = Pair(HELD)
+    refused_by_both(pair, c.report(1), "a report before the parameters of group 1")
+    refused_by_both(pair, c.parameters(0), "the parameters of group 0, which are not due")
+    refused_by_both(pair, c.parameters(2), "the parameters of group 2, which are not due")
+    refused_by_both(pair, c.parameters(1, r=3), "where fp32 (2, 4) was due")
+    for message in GIVING:
+        pair.say(message)
+    refused_by_both(pair, c.parameters(1), "not due")
+    pair.say(c.report(1))
+
+
+def test_nothing_is_given_in_the_middle_of_a_micro_batch() -> None:
+    refused_by_both(Pair([*HELD, c.embeddings(1)]), c.parameters(1), "under way")
+
+
+def test_a_server_without_what_it_is_to_apply_gets_it_first() -> None:
+    """As after it was restarted."""
+    opening = [*c.opening(kill_revive=c.GIVES, next_step=3, ticket=b"signed")[:-1], c.session_opened(b"\1\4")]
+    pair = Pair(opening)
+    refused_by_both(pair, c.embeddings(3), "a micro-batch before the parameters of group 1")
+    for message in (*GIVING, *c.forward(3, live=(0,)), *c.backward(3, live=(0,))):
+        pair.say(message)
+
+
+@pytest.mark.parametrize("on_kill", ["fade", "bypass", "hold_forward"])
+def test_a_server_cannot_ask_for_what_was_not_offered(on_kill: Any) -> None:
+    """What a device has learnt leaves it only where its user chose that."""
+    config = KillReviveConfig(active_fraction=0.5, on_kill=on_kill)
+    refused_on_both_sides(
+        Pair(c.opening(kill_revive=config)[:-1]), c.session_opened(b"\1\4"), "which the device did not ask for"
+    )
+    pair = Pair([*c.opening(kill_revive=config), c.report(0)])
+    refused_on_both_sides(pair, c.signal(0, b"\1\4"), "which the device did not ask for")
+    pair.say(c.signal(0, b"\1\3"))
+    assert pair.sides[E].units.groups_to_give == []
+    refused_by_both(pair, c.parameters(1), "not due")
+
+
+def test_a_unit_is_not_said_to_be_given_that_was_not() -> None:
+    pair = Pair([*c.opening(kill_revive=c.GIVES), c.report(0)])
+    refused_on_both_sides(pair, c.signal(0, b"\1\4"), "group 1 given to the server, which the device has not done")
+
+
 HALF_HELD = [*c.opening(kill_revive=KillReviveConfig(active_fraction=0.5)), c.report(0), c.signal(0, b"\3\1")]
 
 
@@ -608,7 +681,9 @@ class Talk:
                 vars(session).update(kept)
 
     def run(self) -> None:
-        for message in c.opening(kill_revive=c.NONE_NEED_BE_ACTIVE):
+        gives = self.draw(st.booleans())
+        on_kill: Any = "give_to_server" if gives else "fade"
+        for message in c.opening(kill_revive=msgspec.structs.replace(c.NONE_NEED_BE_ACTIVE, on_kill=on_kill)):
             self.say(message)
         unsignalled: list[int] = []
         step = 0
@@ -617,12 +692,20 @@ class Talk:
                 self.micro_batch(step, micro_batch, unsignalled)
             if len(unsignalled) == 2:
                 self.signal(unsignalled)
+            for group in self.pair.sides[E].units.groups_to_give:
+                self.say(c.parameters(group))
+                self.say(c.parameters_taken(group))
             self.say(c.report(step))
             unsignalled.append(step)
         self.say(m.CloseSession() if self.draw(st.booleans()) else c.error())
 
     def signal(self, unsignalled: list[int]) -> None:
-        self.say(c.signal(unsignalled.pop(0), self.draw(unit_states)))
+        units = self.pair.sides[E].units
+        states = [
+            state if state != UnitState.GIVEN or units.given.issuperset(groups) else UnitState.HELD
+            for state, groups in zip(self.draw(unit_states), units.groups, strict=True)
+        ]
+        self.say(c.signal(unsignalled.pop(0), bytes(states)))
 
     def micro_batch(self, step: int, micro_batch: int, unsignalled: list[int]) -> None:
         draw = self.draw
@@ -635,8 +718,8 @@ class Talk:
             self.say(c.embeddings(step, micro_batch))
         while unsignalled:
             self.signal(unsignalled)
-        units = self.pair.sides[E].units
-        live = [group for group in c.ALL if units[c.GROUPS[group].block] != UnitState.KILLED]
+        units = self.pair.sides[E].units.states
+        live = [group for group in c.ALL if units[c.GROUPS[group].block] in LIVE]
         for group in live:
             self.say(c.group_input(step, micro_batch, group))
             self.say(c.group_delta(step, micro_batch, group))

@@ -18,11 +18,11 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.use import open_model
 from dlora.edge.training.trainer import Trainer
-from dlora.protocol.adapters import crossings
+from dlora.protocol.adapters import crossings, kind_of
 from dlora.protocol.choices import WireDtype
-from dlora.protocol.kill_revive import UnitState
-from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
-from dlora.protocol.wire_codecs import Codecs
+from dlora.protocol.kill_revive import LIVE, UnitState
+from dlora.protocol.traffic import Traffic, adapter_state_traffic, micro_batch_traffic, report_traffic
+from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 BLOCKS = 4
 NOTHING = Traffic(0, 0, 0)
@@ -52,7 +52,7 @@ def expected(
     """The formula, for a model whose groups follow one another."""
     groups = trainer.groups
     states = {group: units[index] for index, unit in enumerate(trainer.adapters.units) for group in unit.groups}
-    live = [group for group in range(len(groups)) if states[group] != UnitState.KILLED]
+    live = [group for group in range(len(groups)) if states[group] in LIVE]
     active = [group for group in live if states[group] == UnitState.ACTIVE]
     with_grads = [group for group in live if group >= min(active)] if train else []
     return sum(
@@ -75,6 +75,20 @@ def expected(
     )
 
 
+def given_traffic(trainer: Trainer, units: Sequence[int]) -> Traffic:
+    """Of the step in which killed units are held, where the server is then given what they have learnt."""
+    if not trainer.config.kill_revive.gives_to_server:
+        return NOTHING
+    spec, codec = trainer.config.adapter, trainer.config.codecs.of(TensorRole.ADAPTER_STATE)
+    held = [unit.groups for unit, state in zip(trainer.adapters.units, units, strict=True) if state == UnitState.HELD]
+    sizes = [
+        [codec.nbytes(*shape) for shape in kind_of(spec).parameter_shapes(spec, trainer.groups[group]).values()]
+        for groups in held
+        for group in groups
+    ]
+    return adapter_state_traffic(sizes, made=False)
+
+
 def even_dataset() -> Dataset:
     """Sequences of one length: the server has no padding to leave out."""
     return Dataset.of([([3 + index] * 6, [2, 3, 4]) for index in range(12)])
@@ -90,7 +104,8 @@ def check_steps(trainer: Trainer, steps: int) -> None:
         batches = trainer.batches.step_batches(step)
         metrics = trainer.run_step()
         report = report_traffic(unit_count, ticket_bytes)
-        wanted = expected(trainer, batches, [int(digit) for digit in metrics.units])
+        units = [int(digit) for digit in metrics.units]
+        wanted = expected(trainer, batches, units) + given_traffic(trainer, units)
         wanted += Traffic(report.bytes_up, waiting, 0)
         assert (metrics.bytes_up, metrics.bytes_down, metrics.round_trips) == (
             wanted.bytes_up,
@@ -132,7 +147,7 @@ def test_traffic_of_blocks_with_several_groups_matches_the_formula(bench: Bench,
         check_steps(trainer, 1)
 
 
-@pytest.mark.parametrize("on_kill", ["fade", "hold_forward", "bypass"])
+@pytest.mark.parametrize("on_kill", ["fade", "hold_forward", "bypass", "give_to_server"])
 def test_traffic_of_killed_and_revived_units_matches_the_formula(bench: Bench, on_kill: str) -> None:
     kill_revive = {
         "active_fraction": 0.25, "on_kill": on_kill, "warmup_steps": 2, "warmup_fraction": 0.0, "ramp_fraction": 0.5,

@@ -20,7 +20,7 @@ Whose target modules ask for it, and how, is ``target_modules.py``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +48,7 @@ class MicroBatchExchange:
     Args:
         groups: the session's exchange groups; sites: one each.
         live: groups that exchange; trained: those of them whose adapters want gradients.
+        given: groups that are applied here, with their parameters as ``Site.compute_outputs`` takes them.
         rows: int64 (rows,), where each row that crosses lies in the flattened padded batch; None where all cross as
             they lie.
 
@@ -64,6 +65,7 @@ class MicroBatchExchange:
         *,
         live: Collection[int],
         trained: Collection[int],
+        given: Mapping[int, Sequence[Tensor]],
         rows: Tensor | None,
     ) -> None:
         self.channel = channel
@@ -72,8 +74,9 @@ class MicroBatchExchange:
         self._groups = groups
         self._sites = sites
         self._trained = trained
+        self._given = given
         self._base = base
-        self._group_of = {target.name: index for index in live for target in groups[index].targets}
+        self._group_of = {target.name: index for index in (*live, *given) for target in groups[index].targets}
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
 
@@ -83,7 +86,10 @@ class MicroBatchExchange:
         if group is None:
             return None
         if group not in self._inputs:
-            self._run_group(group, x)
+            if group in self._given:
+                self._apply_given(group, x)
+            else:
+                self._run_group(group, x)
         if self._inputs[group] is not x:
             raise RuntimeError(f"{name} did not get its group's input: the base model changed since it was traced")
         return self._outputs.pop(name)
@@ -106,6 +112,15 @@ class MicroBatchExchange:
         deltas = site.expand(outputs)
         for target, output, delta in zip(targets, frozen, deltas, strict=True):
             self._outputs[target.name] = output + _Unpack.apply(delta, self, output.shape, output.dtype)
+
+    def _apply_given(self, group: int, x: Tensor) -> None:
+        """As ``_run_group``, with what the device has given in its place."""
+        self._inputs[group] = x
+        site = self._sites[group]
+        deltas = site.expand(site.compute_outputs(site.project(_Pack.apply(x, self)), self._given[group]))
+        for target, delta in zip(self._groups[group].targets, deltas, strict=True):
+            frozen = original_forward(self._base, target.name)(x)
+            self._outputs[target.name] = frozen + _Unpack.apply(delta, self, frozen.shape, frozen.dtype)
 
     def forget(self) -> None:
         """Drop the forward pass's tensors.

@@ -29,6 +29,12 @@ class Site(Protocol):
     def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the device gave, (rows, output_width) each, to one delta a target module, (rows, out_features)."""
 
+    def compute_outputs(self, sent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the device would give for ``sent``, what ``project`` made: (rows, output_width) each.
+
+        ``parameters``: of the kind's ``parameter_shapes``, the scaling in what is nearest to the output.
+        """
+
 
 @dataclass(frozen=True)
 class MadeFrom:
@@ -76,6 +82,10 @@ class _LoraSite:
     def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return outputs
 
+    def compute_outputs(self, sent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        pairs = zip(parameters[::2], parameters[1::2], strict=True)
+        return [sent @ lora_a.T @ lora_b.T for lora_a, lora_b in pairs]
+
 
 class _Lora:
     def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> MadeState:
@@ -96,6 +106,9 @@ class _FfaSite:
 
     def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return outputs
+
+    def compute_outputs(self, sent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [sent @ lora_b.T for lora_b in parameters]
 
 
 class _Ffa:
@@ -119,6 +132,10 @@ class _BottleneckSite:
 
     def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return [outputs[0] @ lora_b.T for lora_b in self._lora_b]
+
+    def compute_outputs(self, sent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        (core,) = parameters
+        return [sent @ core.T]
 
 
 class _Bottleneck:

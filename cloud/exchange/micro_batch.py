@@ -49,6 +49,7 @@ class Sites:
         sites: one a group, in order; fewer until the session is set up.
         sketches: of the base model's gradient, one a group, from the first micro-batch of the mode ``basis`` on; each
             goes once the group's state is made.
+        parameters: what devices would train, of groups that the device has given; as ``Site.compute_outputs`` takes it.
     """
 
     base: BaseModel
@@ -56,6 +57,7 @@ class Sites:
     seed: int = 0
     sites: list[Site] = field(default_factory=list)
     sketches: list[GroupSketch | None] = field(default_factory=list)
+    parameters: dict[int, Sequence[Tensor]] = field(default_factory=dict)
 
     @property
     def groups(self) -> Sequence[GroupSpec]:
@@ -102,14 +104,21 @@ class Sites:
     def add(self, state: Sequence[WireTensor]) -> None:
         """Make the next group's site, with what the server keeps of it."""
         index = len(self.sites)
-        group = self.groups[index]
         if self.sketches:
             self.sketches[index] = None
+        kind, group = SITE_KINDS[self.adapter.kind], self.groups[index]
+        self.sites.append(kind.site(self.adapter, group, self._kept(index, state)))
+
+    def take_parameters(self, given: m.GroupParameters) -> None:
+        """Keep what the device has learnt of a group, to apply it."""
+        self.parameters[given.group] = self._kept(given.group, given.tensors)
+
+    def _kept(self, group: int, tensors: Sequence[WireTensor]) -> list[Tensor]:
+        """Tensors that came, in the base model's dtype, where the group's modules are."""
         role, codecs = TensorRole.ADAPTER_STATE, self.opening.codecs
-        torch_device, dtype = self.torch_device_of(group), self.base.dtype
+        torch_device, dtype = self.torch_device_of(self.groups[group]), self.base.dtype
         # Copies: what came is a view of its frame.
-        tensors = [from_wire(each, codecs, role, torch_device, dtype).clone() for each in state]
-        self.sites.append(SITE_KINDS[self.adapter.kind].site(self.adapter, group, tensors))
+        return [from_wire(each, codecs, role, torch_device, dtype).clone() for each in tensors]
 
     def embeddings(self, begun: m.Embeddings) -> Tensor:
         """What a micro-batch begins with, (tokens, embedding_size), in the base model's dtype on its device.
@@ -181,10 +190,17 @@ class MicroBatchRun:
         if self._mode == "basis":
             self._run_basis(_Channel(self._sites, self._codecs, self.key, device))
             return
-        sites, (live, trained) = self._sites, self._live_groups
+        sites, groups = self._sites, self._live_groups
         channel = _Channel(sites, self._codecs, self.key, device)
         exchange = MicroBatchExchange(
-            channel, sites.base, sites.groups, sites.sites, live=live, trained=trained, rows=self._crossing
+            channel,
+            sites.base,
+            sites.groups,
+            sites.sites,
+            live=groups.live,
+            trained=groups.active,
+            given={group: sites.parameters[group] for group in groups.given},
+            rows=self._crossing,
         )
         labelled = self._run_blocks(exchange)
         channel.send_labelled(labelled, exchange.gradients)

@@ -17,7 +17,7 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.memory import is_out_of_memory
 from dlora.cloud.model.source import public_name
 from dlora.protocol import messages as m
-from dlora.protocol.adapters import AdapterSpec, largest_row, largest_state_bytes
+from dlora.protocol.adapters import AdapterSpec, largest_row, largest_state_bytes, parameter_bytes
 from dlora.protocol.controller import Controller
 from dlora.protocol.errors import NonFiniteError, RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.frames import encode
@@ -243,7 +243,10 @@ def frame_limit(service: Service, session: Session) -> int:
     assert opening is not None
     widest = largest_row(opening.adapter, opening.groups, base.embedding_size, base.hidden_size)
     micro_batch = service.max_tokens * (widest * 4 + 12)
-    return CONTROL_BYTES + max(micro_batch, largest_state_bytes(opening.adapter, opening.groups))
+    kept = largest_state_bytes(opening.adapter, opening.groups)
+    if isinstance(opening.purpose, m.Train) and opening.purpose.kill_revive.gives_to_server:
+        kept = max(kept, *(parameter_bytes(opening.adapter, group) for group in opening.groups))
+    return CONTROL_BYTES + max(micro_batch, kept)
 
 
 CONTROL_BYTES = 1 << 20
@@ -267,7 +270,7 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
     if not isinstance(purpose, m.Train):
         return None
     try:
-        purpose.kill_revive.check(len(session.unit_groups))
+        purpose.kill_revive.check(len(session.units.groups))
     except UsageError as error:
         raise RefusedError(str(error), m.ErrorCode.LIMIT) from None
     if purpose.ticket is not None:

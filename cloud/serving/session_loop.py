@@ -19,7 +19,7 @@ from dlora.cloud.door.quotas import Charge
 from dlora.cloud.exchange.micro_batch import MicroBatchRun, Sites
 from dlora.cloud.model.memory import release_freed_memory
 from dlora.protocol import messages as m
-from dlora.protocol.adapters import state_bytes
+from dlora.protocol.adapters import parameter_bytes, state_bytes
 from dlora.protocol.controller import Controller
 from dlora.protocol.counting import counted_tokens
 from dlora.protocol.errors import RefusedError
@@ -107,6 +107,8 @@ class SessionLoop:
                 self._add_site(state)
             case m.MakeAdapterState(group=group):
                 self._make_site(group)
+            case m.GroupParameters() as given:
+                self._take_parameters(given)
             case None if self._running:
                 pass
             case None:
@@ -149,6 +151,17 @@ class SessionLoop:
         """Count what the server keeps of a group in the device's quota, until the session ends."""
         self._quota.hold(state_bytes(self._sites.adapter, self._sites.groups[group]))
 
+    def _take_parameters(self, given: m.GroupParameters) -> None:
+        """Of a group whose unit is killed: the server applies them until it is revived."""
+        charge = self._admit(0, 0)
+        started = self._clock()
+        try:
+            self._quota.hold(parameter_bytes(self._sites.adapter, self._sites.groups[given.group]))
+            self._sites.take_parameters(given)
+            self._router.send(m.GroupParameters(group=given.group, tensors=()))
+        finally:
+            charge.end(self._clock() - started)
+
     # -- reports -----------------------------------------------------------------------------------------
 
     def _handle_report(self, report: m.StepReport) -> None:
@@ -159,6 +172,9 @@ class SessionLoop:
             units = self._controller.report(report.step, decode_floats(report.scores))
             ticket = self._ticket(self._controller)
             self._router.send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=ticket))
+            for group in self._sites.parameters.keys() - self._session.units.given:
+                del self._sites.parameters[group]
+                self._quota.release(parameter_bytes(self._sites.adapter, self._sites.groups[group]))
         finally:
             charge.end(self._clock() - started)
         if self._service.draining.is_set():
@@ -181,7 +197,8 @@ class SessionLoop:
         if begun.mode == "basis" and not self._sites.sketches:
             self._quota.hold(self._sites.sketch_bytes)
             self._sites.begin_sketches()
-        run = MicroBatchRun(self._sites, begun, self._session.live_groups, max_tokens=service.max_tokens, packs=packs)
+        live_groups = self._session.units.live_groups
+        run = MicroBatchRun(self._sites, begun, live_groups, max_tokens=service.max_tokens, packs=packs)
         tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
         del begun
         charge = self._admit(tokens, service.live_bytes.estimate(run.layout, run.lowest_trained) + run.sketched_bytes)

@@ -56,6 +56,9 @@ class BottleneckGroup(GroupAdapters):
             for target, rows in zip(self.targets, np.split(lora_b, ends[:-1]), strict=True)
         ]
 
+    def given_to_server(self) -> list[FloatArray]:
+        return [self.core.parameter.value * np.float32(self.scaling)]
+
     def changes(self) -> list[Change]:
         """R alone: A's rows and B's columns are orthonormal, so that its norm is that of the whole change."""
         return [Change(None, self.core.parameter.value, self.scaling)]

@@ -56,6 +56,9 @@ class FfaGroup(GroupAdapters):
             for (name, core), grad in zip(self.cores.items(), grads, strict=True)
         }
 
+    def given_to_server(self) -> list[FloatArray]:
+        return [core.parameter.value * np.float32(self.scaling) for core in self.cores.values()]
+
     def factors(self) -> list[Factors]:
         (lora_a,) = self.adapter_state
         return [Factors(name, lora_a, core.parameter.value, self.scaling) for name, core in self.cores.items()]

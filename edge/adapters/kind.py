@@ -113,6 +113,11 @@ class GroupAdapters(ABC):
         return [Change(each.lora_A, each.lora_B, each.scaling) for each in self.factors()]
 
     @abstractmethod
+    def given_to_server(self) -> list[FloatArray]:
+        """What a server needs to apply this group by itself: of the kind's ``parameter_shapes``, the scaling in what is
+        nearest to the output."""
+
+    @abstractmethod
     def load_factors(self, factors: Mapping[str, Factors]) -> None:
         """Start from a saved adapter; modules that it lacks keep their start. Raises ``CheckpointError``."""
 

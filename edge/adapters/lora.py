@@ -103,6 +103,10 @@ class LoraGroup(GroupAdapters):
             )
         return found
 
+    def given_to_server(self) -> list[FloatArray]:
+        pairs = ((module.lora_A.value, module.lora_B.value * np.float32(self.scaling)) for module in self.modules)
+        return [matrix for pair in pairs for matrix in pair]
+
     def factors(self) -> list[Factors]:
         return [Factors(m.name, m.lora_A.value, m.lora_B.value, self.scaling) for m in self.modules]
 

@@ -18,17 +18,19 @@ CHARACTERS: Final = {
     UnitState.ACTIVE: "█",
     UnitState.FADING: "▒",
     UnitState.HELD: "─",
+    UnitState.GIVEN: "∘",
     UnitState.KILLED: "·",
 }
 _COLOURS: Final = {
     UnitState.ACTIVE: "\x1b[32m",
     UnitState.FADING: "\x1b[33m",
     UnitState.HELD: "\x1b[36m",
+    UnitState.GIVEN: "\x1b[2;36m",
     UnitState.KILLED: "\x1b[2m",
 }
 _RESET: Final = "\x1b[0m"
 # Where several units or steps share a character, the state that comes first here wins a tie.
-_RANK: Final = (UnitState.ACTIVE, UnitState.FADING, UnitState.HELD, UnitState.KILLED)
+_RANK: Final = (UnitState.ACTIVE, UnitState.FADING, UnitState.HELD, UnitState.GIVEN, UnitState.KILLED)
 
 
 def render_map(

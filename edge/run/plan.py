@@ -19,7 +19,7 @@ from dlora.protocol.traffic import adapter_state_traffic, basis_traffic, micro_b
 from dlora.protocol.wire_codecs import TensorRole
 
 _SAMPLES: Final = 1000
-# benchmarks/kill_revive.py on Banking77, two seeds, lora on q and v, scored by change: docs/experiments.md has the table.
+# benchmarks/kill_revive.py on Banking77, two seeds, lora on q and v, by change: docs/experiments.md has the table.
 QUALITY_AT_ONE_EIGHTH: Final = "on Banking77 1/8 had 84% and 76% of held-out messages right, all active 95% and 89%"
 
 

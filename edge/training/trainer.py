@@ -25,7 +25,7 @@ from dlora.edge.model.evaluation import Evaluation, evaluate
 from dlora.edge.model.split import SplitModel
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import CheckpointError, DataError, DloraError, NonFiniteError
-from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.kill_revive import LIVE, UnitState
 from dlora.protocol.tensors import FloatArray
 
 from .checkpoint import Checkpoint, save_checkpoint
@@ -169,7 +169,7 @@ class Trainer:
             bytes_down=after[1] - before[1],
             round_trips=after[2] - before[2],
             active_units=int((states == UnitState.ACTIVE).sum()),
-            live_units=int((states != UnitState.KILLED).sum()),
+            live_units=int(np.isin(states, list(LIVE)).sum()),
             edge_compute_s=self.model.compute_seconds - computed + optimized,
             step_s=time.perf_counter() - started,
             units="".join(map(str, states)),

@@ -463,7 +463,7 @@ def never_acknowledges(target: Target) -> Outcome:
     with target.greeted() as device:
         device.say(device.opening(total_steps=99))
         device.hear()
-        scores = WireTensor("fp32", np.ones(len(device.session.units), np.float32))
+        scores = WireTensor("fp32", np.ones(len(device.session.units.states), np.float32))
         for step in range(MAX_UNACKNOWLEDGED):
             report = m.StepReport(step=step, scores=scores)
             device.session.send(report)

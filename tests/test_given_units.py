@@ -1,0 +1,158 @@
+"""Killed units whose parameters the server is given: their effect stays, and nothing of them crosses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from families import VOCABULARY
+from serving import RunningServer, config, random_dataset, serving, training
+from test_adapter_kinds import bits, lose_sessions
+from test_frozen_factors import randomize
+from tiny import TinyFactory
+from waiting import eventually
+
+from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.model.evaluation import evaluate
+from dlora.edge.model.use import open_model
+from dlora.edge.training.checkpoint import load_latest
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.wire.connecting import ConnectSettings, Retry
+from dlora.protocol.adapters import parameter_bytes, state_bytes
+from dlora.protocol.kill_revive import UnitState
+
+BLOCKS: Final = 4
+STEPS: Final = 12
+FROM_LOST: Final = ConnectSettings(retry=Retry(max_s=30))
+# From step 0 on two of four, and others every second step: drawn, so that rounding decides nothing.
+RANDOM: Final = {
+    "active_fraction": 0.5, "score": "random", "warmup_steps": 0, "warmup_fraction": 0.0, "ramp_fraction": 0.0,
+    "kill_every": 1, "revive_every": 2, "revive_share": 0.5, "probation": 1, "quiet_fraction": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny(blocks=BLOCKS, head_dtype="fp32").bundle
+
+
+@pytest.fixture(scope="module")
+def server(tiny: TinyFactory) -> Iterator[RunningServer]:
+    with serving(tiny(blocks=BLOCKS).base) as running:
+        yield running
+
+
+def run_of(kind: str, on_kill: str, **changes: Any) -> TrainConfig:
+    settings = {
+        "optimizer": {"lr": 3e-2}, "target_modules": ("all-linear",), "lora_alpha": 6.0, "basis_steps": 2,
+        "total_steps": STEPS, "kill_revive": {**RANDOM, "on_kill": on_kill}, **changes,
+    }  # fmt: skip
+    return config(kind=kind, **settings)
+
+
+@pytest.mark.parametrize("invocation", [(), (5,)], ids=["all", "answer"])
+@pytest.mark.parametrize("kind", ["lora", "ffa", "bottleneck"])
+def test_server_computes_what_the_device_would(
+    bundle: Path, server: RunningServer, kind: str, invocation: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Step for step the losses of a run whose killed units are held, which computes them on the device."""
+    dataset = random_dataset(VOCABULARY)
+    with training(bundle, server.url, run_of(kind, "fade", kill_revive={}, invocation=invocation), dataset) as trainer:
+        randomize(trainer)
+        trainer.save_adapter(tmp_path / "init")
+    init = load_adapter(tmp_path / "init")
+    found, units = {}, {}
+    for on_kill in ("hold_forward", "give_to_server", "bypass"):
+        run = run_of(kind, on_kill, invocation=invocation)
+        with training(bundle, server.url, run, dataset, init=init) as trainer:
+            rows = [trainer.run_step() for _ in range(STEPS)]
+            found[on_kill] = np.array([*(row.loss for row in rows), trainer.evaluate(dataset).loss])
+            units[on_kill] = [row.units for row in rows]
+            trainer.save_adapter(tmp_path / on_kill)
+    # AdamW doubles what rounding begins with.
+    np.testing.assert_allclose(found["give_to_server"][:6], found["hold_forward"][:6], rtol=1e-5)
+    np.testing.assert_allclose(found["give_to_server"], found["hold_forward"], rtol=1e-2)
+    assert np.abs(found["bypass"] - found["hold_forward"]).max() > 1e-3
+    assert {"4", "1"} <= {state for row in units["give_to_server"][1:] for state in row}
+    as_held = [row.replace("4", "3") for row in units["give_to_server"]]
+    assert as_held == units["hold_forward"]
+    # What is saved has the units that the server applied.
+    saved = load_adapter(tmp_path / "give_to_server")
+    assert set(saved.modules) == set(load_adapter(tmp_path / "hold_forward").modules)
+    with open_model(trainer.bundle, server.url, tmp_path / "give_to_server", wire_dtype="fp32", threads=1) as model:
+        used = evaluate(model, dataset, run.batch_size).loss
+    assert used == pytest.approx(found["give_to_server"][-1], rel=2e-5)
+
+
+@pytest.mark.parametrize("score", ["static", "last", "change", "grad"])
+def test_units_of_an_adapter_to_start_from_keep_their_effect(
+    bundle: Path, server: RunningServer, score: str, tmp_path: Path
+) -> None:
+    """Also those that are never active: the first step has all of it."""
+    dataset = random_dataset(VOCABULARY)
+    with training(bundle, server.url, run_of("bottleneck", "fade", kill_revive={}), dataset) as trainer:
+        randomize(trainer)
+        trainer.save_adapter(tmp_path)
+        wanted = trainer.evaluate(dataset).loss
+    static = {"static": (1, 3)} if score == "static" else {}
+    for on_kill, keeps in (("give_to_server", True), ("bypass", False)):
+        kill_revive = {**RANDOM, "score": score, "on_kill": on_kill, **static}
+        run = run_of("bottleneck", on_kill, kill_revive=kill_revive, optimizer={"lr": 1e-6})
+        with training(bundle, server.url, run, dataset, init=load_adapter(tmp_path)) as trainer:
+            assert (trainer.evaluate(dataset).loss == pytest.approx(wanted, abs=1e-5)) is keeps
+            trainer.run_step()
+            trainer.wait_for_signal()
+            states = trainer.adapters.states()
+            assert (states == UnitState.GIVEN).any() is np.bool_(keeps)
+            assert (trainer.evaluate(dataset).loss == pytest.approx(wanted, abs=2e-3)) is keeps
+
+
+@pytest.mark.parametrize("kind", ["lora", "ffa", "bottleneck"])
+def test_lost_server_and_resumed_run_change_no_bit(
+    bundle: Path, server: RunningServer, kind: str, tmp_path: Path
+) -> None:
+    dataset, run = random_dataset(VOCABULARY), run_of(kind, "give_to_server", wire_dtype="fp16")
+    with training(bundle, server.url, run, dataset) as trainer:
+        whole = [trainer.run_step().loss for _ in range(STEPS)]
+        trainer.wait_for_signal()
+        wanted = bits(trainer)
+    for lost_after in range(STEPS):
+        with training(bundle, server.url, run, dataset, FROM_LOST) as trainer:
+            losses = []
+            for step in range(STEPS):
+                if step == lost_after:
+                    lose_sessions(server)
+                losses.append(trainer.run_step().loss)
+            trainer.wait_for_signal()
+            assert (losses, bits(trainer)) == (whole, wanted), lost_after
+    for saved_after in (1, 3, 6):
+        directory = tmp_path / str(saved_after)
+        with training(bundle, server.url, run, dataset) as trainer:
+            losses = [trainer.run_step().loss for _ in range(saved_after)]
+            trainer.save_checkpoint(directory)
+        with training(bundle, server.url, run, dataset, checkpoint=load_latest(directory)) as trainer:
+            losses += [trainer.run_step().loss for _ in range(STEPS - saved_after)]
+            trainer.wait_for_signal()
+            assert (losses, bits(trainer)) == (whole, wanted), saved_after
+
+
+def test_what_a_server_is_given_counts_until_the_unit_is_revived(bundle: Path, server: RunningServer) -> None:
+    run, dataset = run_of("bottleneck", "give_to_server"), random_dataset(VOCABULARY)
+    with training(bundle, server.url, run, dataset) as trainer:
+        kept = sum(state_bytes(run.adapter, group) for group in trainer.groups)
+        for _ in range(STEPS):
+            trainer.run_step()
+            trainer.wait_for_signal()
+            (live,) = server.server.service.sessions
+            states = trainer.adapters.states()
+            given = [
+                group
+                for unit, state in zip(trainer.adapters.units, states, strict=True)
+                for group in unit.groups
+                if state == UnitState.GIVEN
+            ]
+            wanted = kept + sum(parameter_bytes(run.adapter, trainer.groups[group]) for group in given)
+            eventually(lambda: live.quota.held_bytes == wanted)  # noqa: B023  # it is given back after the signal
