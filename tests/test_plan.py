@@ -77,6 +77,28 @@ def test_expected_traffic_is_near_the_counted(
     assert float(expected.replace(",", "")) == pytest.approx(counted, rel=tolerance)
 
 
+def test_as_many_units_are_active_as_a_tokens_bytes_allow(place: Place, tmp_path: Path) -> None:
+    cut = {"max_length": 20, "too_long": "truncate", "batch_size": 5}
+
+    def run(name: str, **options: object) -> tuple[float, float]:
+        """Counted bytes a token, and the share of units that was active."""
+        done = run_edge(*place.train(tmp_path / name, steps=10, **cut, **options), "--json")
+        assert done.code == 0, done.stderr
+        summary = json.loads(done.stdout)
+        settings = json.loads((tmp_path / name / "run.json").read_text())["settings"]
+        return (summary["bytes_up"] + summary["bytes_down"]) / summary["tokens"], settings["active_fraction"]
+
+    spent, _ = run("three", active_fraction=3 / 8)
+    assert run("enough", bytes_per_token=round(1.03 * spent))[1] == 3 / 8
+    below, fraction = run("less", bytes_per_token=round(0.9 * spent))
+    assert fraction == 2 / 8
+    assert below < spent
+    assert run("much", bytes_per_token=10**6)[1] == 1
+    done = run_edge(*place.train(tmp_path / "little", bytes_per_token=9, **cut))
+    assert (done.code, len(done.stderr.splitlines())) == (2, 2), done.stderr
+    assert re.search(r"--bytes-per-token 9 is too little: one block of the 8 costs [\d,]+ on these data", done.stderr)
+
+
 @pytest.mark.parametrize(("options", "said"), [
     ({}, 0),
     ({"active_fraction": 0.25, "kr_score": "change", "steps": 2}, 2),
@@ -116,6 +138,7 @@ def test_note_on_active_fraction_is_shown(place: Place, tmp_path: Path, options:
     ({"static_units": "1", "kr_score": "last"}, ["--static-units needs --kr-score static"]),
     ({"kr_score": "static", "active_fraction": 0}, ["no unit would be trained: name some with --static-units"]),
     ({"active_fraction": 0, "kr_score": "grad"}, ["--active-fraction 0 would train nothing"]),
+    ({"bytes_per_token": 9, "active_fraction": 0.5}, ["--bytes-per-token chooses how many units are active"]),
     ({"max_length": LONGEST + 1}, [f"--max-length {LONGEST + 1} is over the {LONGEST} tokens"]),
 ])  # fmt: skip
 def test_invalid_settings_are_refused_before_data_and_server(

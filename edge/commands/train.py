@@ -161,6 +161,16 @@ def train(
             rich_help_panel=KR,
         ),
     ] = 1.0,
+    bytes_per_token: Annotated[
+        int | None,
+        typer.Option(
+            help="In place of --active-fraction: as many units as keep a step within so many bytes a token, up and "
+            "down together.",
+            min=1,
+            max=MAX_STEPS,
+            rich_help_panel=KR,
+        ),
+    ] = None,
     kr_score: Annotated[
         ScoreName,
         typer.Option(
@@ -200,7 +210,12 @@ def train(
     kr_probation: Annotated[int, typer.Option(help="Steps on trial.", min=0, max=MAX_STEPS, rich_help_panel=KR)] = 25,
     kr_hysteresis: Annotated[float, typer.Option(help="A kill's margin.", min=0, max=1, rich_help_panel=KR)] = 0.10,
     kr_on_kill: Annotated[
-        OnKill, typer.Option(help="What a killed unit does at first: fade, bypass or hold_forward.", rich_help_panel=KR)
+        OnKill,
+        typer.Option(
+            help="What becomes of a killed unit's effect: fade or bypass, it ends; hold_forward, it stays, for its "
+            "forward traffic; give_to_server, the server gets what it has learnt and applies it without traffic.",
+            rich_help_panel=KR,
+        ),
     ] = "fade",
     kr_cost_aware: Annotated[bool, typer.Option(help="Rank by score per cost.", rich_help_panel=KR)] = True,
     kr_spread: Annotated[

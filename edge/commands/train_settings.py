@@ -14,7 +14,7 @@ from dlora.edge.data.records import parse_columns
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.display import Display
 from dlora.edge.run.pause import PauseRules
-from dlora.edge.run.plan import data_line
+from dlora.edge.run.plan import data_line, units_within
 from dlora.edge.run.run_file import RunSettings, load_run_file
 from dlora.edge.training.config import TrainConfig, check_units
 from dlora.edge.training.defaults import DEFAULTS
@@ -66,6 +66,10 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     kill_revive = _kill_revive(settings, bundle.manifest, groups)
     loaded = _load(settings, bundle, display)
     settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(settings, init, loaded, display.say)
+    if settings.bytes_per_token is not None:
+        of_one_step = _config(settings, bundle.manifest, kill_revive, 1, invocation)
+        settings = _within_budget(settings, of_one_step, bundle.manifest, dataset)
+        kill_revive = _kill_revive(settings, bundle.manifest, groups)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, total_steps, train
 
@@ -125,6 +129,8 @@ def _check(settings: RunSettings) -> None:
         ):
             if is_given:
                 raise UsageError(f"{option} needs --eval, the data to evaluate on")
+    if settings.bytes_per_token is not None and (settings.active_fraction != 1 or settings.static_units):
+        raise UsageError("--bytes-per-token chooses how many units are active; leave the options out that do so too")
     if settings.static_units and settings.kr_score != "static":
         raise UsageError("--static-units needs --kr-score static")
     if settings.active_fraction == 0 and settings.kr_score != "static":
@@ -168,6 +174,16 @@ def _kill_revive(settings: RunSettings, manifest: Manifest, groups: Sequence[Gro
     )
     check_units(config, units)  # before data is read and a server is asked
     return config
+
+
+def _within_budget(
+    settings: RunSettings, config: TrainConfig, manifest: Manifest, dataset: Dataset
+) -> RunSettings:
+    """``settings`` with ``active_fraction`` in place of ``bytes_per_token``. Raises ``UsageError``."""
+    assert settings.bytes_per_token is not None
+    count = units_within(config, manifest, dataset, settings.bytes_per_token)
+    units = len(group_units(config.groups(manifest), config.kill_revive.unit))
+    return msgspec.structs.replace(settings, active_fraction=count / units, bytes_per_token=None)
 
 
 def _config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Final
 from dlora.edge.data.examples import Dataset
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import crossings, kind_of, parameter_count
+from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import Timetable, steps_needed
 from dlora.protocol.limits import MAX_STEPS
@@ -124,6 +126,32 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
             f"warning: {config.steps:,} steps are too few for warm-up, ramp and trials; use {more}--active-fraction 1"
         )
     return lines
+
+
+def units_within(config: TrainConfig, manifest: Manifest, dataset: Dataset, bytes_per_token: int) -> int:
+    """How many units may be active for a mean step to cost at most so many bytes a token, both ways; without the
+    report, which is some hundred bytes a step. Where units differ, the costliest count.
+
+    Raises ``UsageError`` where one is too many.
+    """
+    groups = config.groups(manifest)
+    widths = [crossing.input_width + sum(crossing.output_widths) for crossing in crossings(config.adapter, groups)]
+    units = sorted(
+        group_units(groups, config.kill_revive.unit), key=lambda unit: -sum(widths[group] for group in unit)
+    )
+
+    def cost(count: int) -> float:
+        live = sorted(group for unit in units[:count] for group in unit)
+        per_step = config.batch_size * config.grad_accum
+        steps_an_epoch = -(-len(dataset) // per_step)
+        return _mean_bytes(config, manifest, dataset, live) * steps_an_epoch / dataset.tokens
+
+    if cost(1) > bytes_per_token:
+        raise UsageError(
+            f"--bytes-per-token {bytes_per_token:,} is too little: one {config.kill_revive.unit} of the "
+            f"{len(units)} costs {math.ceil(cost(1)):,} on these data"
+        )
+    return max(count for count in range(1, len(units) + 1) if cost(count) <= bytes_per_token)
 
 
 def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:

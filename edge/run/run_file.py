@@ -83,6 +83,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     exchange_timeout_s: Annotated[float, msgspec.Meta(ge=1)]
     pause_when: list[str] | None
     active_fraction: Fraction
+    bytes_per_token: Count | None
     kr_score: ScoreName
     kr_unit: UnitKind
     kr_warmup_steps: Whole | None
