@@ -42,7 +42,7 @@ OF_KIND: Final[dict[KindChoice, tuple[object, ...]]] = {
     "lora": ("--kind", "lora"),
     "bottleneck": (
         "--kind", "bottleneck", "--rank", 4, "--blocks", "0-3", "--basis-steps", 1, "--adapt", "answer",
-        "--wire-dtype", "int8",
+        "--wire-dtype", "int8", "--kr-on-kill", "give_to_server",
     ),
     "ffa": ("--kind", "ffa", "--adapt", "answer", "--wire-dtype", "int8"),
 }  # fmt: skip
@@ -189,13 +189,16 @@ class Reference:
     files: list[str]
 
     def boundaries(self, step: int) -> list[Boundary | AtFile]:
-        """Every message of a step, and every operation on a file when it is saved."""
+        """Every message of a step, and every operation on a file when it is saved; and, of whichever step, what the
+        server is given of killed units."""
         found: list[Boundary | AtFile] = []
         counted: dict[str, itertools.count[int]] = {}
         for message in self.messages:
             if message.step == step:
                 nth = next(counted.setdefault(message.name, itertools.count()))
                 found.append(Boundary(message.name, step, nth=nth))
+        given = sum(message.name == "group_parameters" for message in self.messages)
+        found += [Boundary("group_parameters", nth=nth) for nth in range(given)]
         saves = [nth for nth, text in enumerate(self.files) if f"checkpoint-{step + 1:06d}" in text and "open" in text]
         later = [nth for nth, text in enumerate(self.files) if f"checkpoint-{step + 2:06d}" in text]
         found += [AtFile(nth, self.files[nth]) for nth in range(saves[0], later[0])]
