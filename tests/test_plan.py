@@ -103,7 +103,8 @@ def test_as_many_units_are_active_as_a_tokens_bytes_allow(place: Place, tmp_path
     ({}, 0),
     ({"active_fraction": 0.25, "kr_score": "change", "steps": 2}, 2),
     ({"static_units": "1,2", "steps": 2}, 1),
-], ids=["all active", "a fraction", "static"])  # fmt: skip
+    ({"static_units": "1,2", "kr_on_kill": "give_to_server", "steps": 2}, 1),
+], ids=["all active", "a fraction", "static", "given"])  # fmt: skip
 def test_note_on_active_fraction_is_shown(place: Place, tmp_path: Path, options: dict[str, object], said: int) -> None:
     done = run_edge(*place.train(tmp_path / "out", max_length=20, too_long="skip", **options))
     assert done.code == 0, done.stderr
@@ -111,6 +112,8 @@ def test_note_on_active_fraction_is_shown(place: Place, tmp_path: Path, options:
     assert len(lines) == said
     if said == 1:
         assert lines[0].startswith("2 of 8 blocks active: that saves traffic and costs quality")
+    is_said = "the server is given what killed blocks have learnt, and applies it" in done.stderr
+    assert is_said is ("kr_on_kill" in options)
     if said == 2:
         assert "84% and 76% of held-out messages right, all active 95% and 89%" in lines[0]
         text = "2 steps are too few for warm-up, ramp and trials; use 107 steps or more, or --active-fraction 1"

@@ -118,6 +118,8 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
     lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality"]
     if (config.kind, kr.score) == ("lora", "change"):
         lines[0] += f"; {QUALITY_AT_ONE_EIGHTH}"
+    if kr.gives_to_server:
+        lines.append(f"the server is given what killed {kr.unit}s have learnt, and applies it (SECURITY.md)")
     timetable = Timetable(kr, units, config.steps)
     if not timetable.is_fixed and not timetable.is_long_enough:
         needed = steps_needed(kr, units)
