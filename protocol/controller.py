@@ -48,6 +48,7 @@ class Controller:
         seed: of the draws.
         total_steps: length of the run.
         adapter: what crosses for each group, and so what it costs; LoRA by default.
+        learnt: units that have an effect before step 0.
 
     Attributes:
         digest: SHA-256, 32 bytes, of all that the controller was made with: a ``state`` belongs to no other.
@@ -63,6 +64,7 @@ class Controller:
         seed: int,
         total_steps: int,
         adapter: AdapterSpec | None = None,
+        learnt: Sequence[int] = (),
     ) -> None:
         adapter = adapter or AdapterSpec()
         units = group_units(groups, config.unit)
@@ -80,10 +82,11 @@ class Controller:
         self._since = np.zeros(len(units), np.int64)  # step at which a unit was last killed or revived
         self._on_trial = np.zeros(len(units), np.bool_)  # revived, and not judged since
         self._ema = np.zeros(len(units), np.float64)
+        has_learnt = np.isin(np.arange(len(units)), learnt)
         if self.timetable.is_fixed:
-            self._kill(np.flatnonzero(~self._fixed_set()), 0)
+            self._begin_with(self._fixed_set(), has_learnt)
         elif self.timetable.begins_at_floor:
-            self._kill(np.flatnonzero(~self._first_set()), 0)
+            self._begin_with(self._first_set(has_learnt), has_learnt)
         else:
             self._kill_over_budget(0)
 
@@ -120,6 +123,11 @@ class Controller:
         is_first_choice = step == 0 and self.timetable.begins_at_floor
         if is_first_choice:
             scored[:] = True
+        elif step == 1 and self.timetable.begins_at_floor:
+            # What came with the first report was a mean of many batches; from here on it is in one step's measure.
+            before = self._ema[scored].sum()
+            self._ema *= given[scored].sum() / before if before else 1.0
+            decay = 0.0
         self._ema[scored] = decay * self._ema[scored] + (1.0 - decay) * given[scored]
         self.next_step = step + 1
         if self.config.gives_to_server:
@@ -164,15 +172,22 @@ class Controller:
             chosen[others[: self.timetable.floor - int(chosen.sum())]] = True
         return chosen
 
-    def _first_set(self) -> npt.NDArray[np.bool_]:
-        """The pinned units, and others evenly along the depth."""
+    def _first_set(self, has_learnt: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """The pinned units; of the others first those that have learnt something; each time evenly along the depth."""
         chosen = self._pinned.copy()
-        count = self.timetable.floor - int(chosen.sum())
-        chosen[list(evenly(np.flatnonzero(~chosen).tolist(), count))] = True
+        for among in (has_learnt, ~has_learnt):
+            left = np.flatnonzero(among & ~chosen).tolist()
+            count = min(len(left), self.timetable.floor - int(chosen.sum()))
+            chosen[list(evenly(left, count))] = True
         return chosen
 
+    def _begin_with(self, chosen: npt.NDArray[np.bool_], has_learnt: npt.NDArray[np.bool_]) -> None:
+        """The others are killed from step 0 on; those that have learnt nothing have no effect that could be kept."""
+        self._states[~chosen] = _KILLED
+        self._kill(np.flatnonzero(~chosen & has_learnt), 0)
+
     def _choose_best(self, step: int) -> None:
-        """Swap what is active for the best of all units; of equals, those stay that are."""
+        """Swap what is active for the best of all units, where the report said something of the others."""
         rank_values = self._rank_values(step)
         if not rank_values[self._states != _ACTIVE].any():
             return
@@ -253,7 +268,8 @@ class Controller:
         return replaceable
 
     def _draw(self, step: int, rank_values: Floats, idle: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.intp]:
-        """Draw ``count`` of the ``idle`` units without replacement, p ~ (I/max I + 0.1)·(1 + idle/(4·revive_every)).
+        """Draw ``count`` of the ``idle`` units without replacement, p ~ (I/max I + 0.1)·(1 + idle/(4·revive_every)),
+        with I = max I for a unit that was never scored.
 
         With ``spread``, times the distance to the nearest active unit.
         """
@@ -262,6 +278,7 @@ class Controller:
             weight = np.full(len(indices), DRAW_FLOOR)
         else:
             weight = rank_values[indices] / rank_values[indices].max() + DRAW_FLOOR
+            weight[rank_values[indices] == 0] = 1.0 + DRAW_FLOOR  # never scored: it may be the best
             active = np.flatnonzero(self._states == _ACTIVE)
             if self.config.spread and len(active):
                 weight = weight * np.abs(indices[:, None] - active).min(axis=1)

@@ -42,5 +42,5 @@ def group_units(groups: Sequence[GroupSpec], kind: UnitKind) -> tuple[tuple[int,
 
 def evenly(numbers: Sequence[int], count: int) -> tuple[int, ...]:
     """``count`` of the ascending ``numbers``, at most as many as there are, evenly over them; the last one included."""
-    gap = (len(numbers) - 1) / max(1, count - 1)
-    return tuple(sorted(numbers[-1 - round(index * gap)] for index in range(count)))
+    gaps = (-(-index * len(numbers) // count) for index in range(count))  # rounded up
+    return tuple(sorted(numbers[-1 - gap] for gap in gaps))

@@ -14,7 +14,7 @@ import msgspec
 
 from .adapters import AdapterSpec
 from .groups import GroupSpec
-from .kill_revive import KillReviveConfig
+from .kill_revive import MAX_UNITS, KillReviveConfig
 from .tensors import WireTensor
 from .wire_codecs import Codecs
 
@@ -126,6 +126,7 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         total_steps: length of the run, or of its present part, which kill-and-revive's timetable needs.
         next_step: the step that comes next; above 0 when a run goes on.
         ticket: the last ticket that E got, where a run goes on.
+        learnt: units whose adapters have an effect before step 0, from an adapter to start from or an earlier part.
     """
 
     kill_revive: KillReviveConfig
@@ -133,6 +134,7 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     total_steps: Index
     next_step: Index = 0
     ticket: Annotated[bytes, msgspec.Meta(max_length=MAX_TICKET_BYTES)] | None = None
+    learnt: Annotated[tuple[Index, ...], msgspec.Meta(max_length=MAX_UNITS)] = ()
 
 
 class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="use"):

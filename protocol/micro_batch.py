@@ -34,7 +34,7 @@ class Shapes(NamedTuple):
         check_tensor(tensor, self.codecs.of(role).dtype, shape)
 
 
-class LiveGroups(NamedTuple):
+class GroupStates(NamedTuple):
     """Groups by what their units do.
 
     Attributes:
@@ -82,7 +82,7 @@ class MicroBatchRules:
         """Whether its last message has been said."""
         return self.state is State.IDLE
 
-    def advance(self, message: m.ExchangeMessage, sender: Side, groups: LiveGroups) -> None:
+    def advance(self, message: m.ExchangeMessage, sender: Side, groups: GroupStates) -> None:
         """Take the next message. Raises ``ViolationError``; nothing has changed then."""
         allowed_sender, next_state = TRANSITIONS[self.state].get(type(message), (None, self.state))
         if allowed_sender is not sender:
@@ -109,7 +109,7 @@ class MicroBatchRules:
                 raise ViolationError("not a message of a micro-batch under way")
         self.state = next_state
 
-    def _check_input(self, message: m.GroupInput, groups: LiveGroups) -> None:
+    def _check_input(self, message: m.GroupInput, groups: GroupStates) -> None:
         group, live = message.group, groups.live
         if group not in live:
             raise ViolationError(f"group {group} does not exist, or belongs to a killed unit")
@@ -119,13 +119,13 @@ class MicroBatchRules:
         self._shapes.check(message.hidden_states, TensorRole.GROUP_INPUT, (self.rows, width))
         self.asked += 1
 
-    def _check_delta(self, message: m.GroupDelta, groups: LiveGroups) -> None:
+    def _check_delta(self, message: m.GroupDelta, groups: GroupStates) -> None:
         awaited = groups.live[self.asked - 1]
         if message.group != awaited:
             raise ViolationError(f"group {message.group} when group {awaited} was asked")
         self._check_outputs(message.deltas, message.group, TensorRole.DELTA)
 
-    def _check_labelled(self, message: m.LabelledHiddenStates, groups: LiveGroups) -> None:
+    def _check_labelled(self, message: m.LabelledHiddenStates, groups: GroupStates) -> None:
         live, active, _ = groups
         if self.asked < len(live):
             raise ViolationError(f"only {self.asked} of {len(live)} live groups were asked")
@@ -137,7 +137,7 @@ class MicroBatchRules:
             raise ViolationError(f"{message.gradients} gradients for {len(active)} active groups")
         self.gradients = message.gradients
 
-    def _check_grad(self, message: m.GroupGrad, groups: LiveGroups) -> None:
+    def _check_grad(self, message: m.GroupGrad, groups: GroupStates) -> None:
         group = message.group
         if group not in groups.live or group in self.grads_sent:
             raise ViolationError(f"gradients of group {group}, which did not take part, or again")

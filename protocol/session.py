@@ -27,7 +27,7 @@ from .frames import Decoder, Prefix, encode, read_prefix
 from .groups import GroupSpec
 from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
-from .micro_batch import Key, LiveGroups, MicroBatchRules, Shapes, check_embeddings
+from .micro_batch import GroupStates, Key, MicroBatchRules, Shapes, check_embeddings
 from .states import TRANSITIONS, C, E, Side, State, ViolationError, check_tensor
 from .tensors import WireTensor
 from .units import Units
@@ -94,12 +94,12 @@ class Session:
     @property
     def live(self) -> tuple[int, ...]:
         """The groups of all units that exchange, in execution order."""
-        return self.units.live_groups.live
+        return self.units.group_states.live
 
     @property
     def active(self) -> frozenset[int]:
         """The groups of all units that are trained."""
-        return self.units.live_groups.active
+        return self.units.group_states.active
 
     @property
     def is_between_steps(self) -> bool:
@@ -267,7 +267,7 @@ class Session:
         if isinstance(self.opened_with.purpose, m.Train):
             if message.units is None or message.ticket is None:
                 raise ViolationError("no units, or no ticket, for a run that trains")
-            self.units.check(message.units)
+            self.units.check_opened(message.units)
             check_tensor(message.ticket, "uint8", (None,))
             self.units.take(message.units.data)
         elif message.units is not None or message.ticket is not None:
@@ -333,7 +333,7 @@ class Session:
         is_answer = self._state is State.TAKING_PARAMETERS
         self._check_tensors(message.tensors, () if is_answer else shapes)
         if is_answer:
-            self.units.given.add(message.group)
+            self.units.handed_over.add(message.group)
 
     def _take_report(self, message: m.StepReport) -> None:
         assert self.opened_with is not None
@@ -360,7 +360,7 @@ class Session:
         if sender is C and self._unanswered_reports:
             # C answers a report before anything that E sent after it: else the units would not be those of this step.
             raise ViolationError(f"the report of step {self._unanswered_reports[0]} has no signal yet")
-        micro_batch.advance(message, sender, LiveGroups() if micro_batch.mode == "basis" else self.units.live_groups)
+        micro_batch.advance(message, sender, GroupStates() if micro_batch.mode == "basis" else self.units.group_states)
         if micro_batch.is_finished:
             del self.under_way[key]
 
@@ -377,7 +377,8 @@ class Session:
             self._check_server_makes_state()
             if self._states_set_up or self.under_way:  # one at a time: their gradients are summed, and order rounds
                 raise ViolationError("not now")
-        self.units.check_given_before_micro_batch()
+        if message.mode != "basis":
+            self.units.check_given_before_micro_batch()
         if message.step != self.step or (trains and message.micro_batch != self._next_micro_batch):
             next_one = f"step {self.step}, micro-batch {self._next_micro_batch}"
             raise ViolationError(f"step {message.step}, micro-batch {message.micro_batch} when {next_one} comes next")

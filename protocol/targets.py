@@ -51,13 +51,16 @@ def spread(numbers: Iterable[int], count: int) -> tuple[int, ...]:
     return tuple(known[-count:]) if count >= len(known) - half else evenly(known[half:], count)
 
 
-def spread_units(manifest: Manifest, groups: Sequence[GroupSpec], kind: UnitKind, count: int) -> tuple[int, ...]:
+def spread_units(
+    manifest: Manifest, groups: Sequence[GroupSpec], kind: UnitKind, count: int, *, beside: Collection[int] = ()
+) -> tuple[int, ...]:
     """``count`` units of ``groups``, evenly over those in the upper half of the base model's blocks, the last one
-    included; where there are fewer, the last ``count``."""
+    included; where there are fewer, the last ``count``. None of ``beside``, which are chosen already."""
     half = manifest.base_model.blocks // 2
     units = group_units(groups, kind)
-    upper = [index for index, unit in enumerate(units) if groups[unit[0]].block >= half]
-    return evenly(upper, count) if count <= len(upper) else tuple(range(len(units)))[-count:]
+    left = [index for index in range(len(units)) if index not in beside]
+    upper = [index for index in left if groups[units[index][0]].block >= half]
+    return evenly(upper, count) if count <= len(upper) else tuple(left[len(left) - count :])
 
 
 def last_blocks(manifest: Manifest, count: int) -> tuple[int, ...]:

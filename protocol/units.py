@@ -11,7 +11,7 @@ from . import messages as m
 from .adapters import kind_of
 from .groups import group_units
 from .kill_revive import LIVE, KillReviveConfig, UnitState
-from .micro_batch import LiveGroups
+from .micro_batch import GroupStates
 from .states import ViolationError, check_tensor
 from .tensors import ByteArray, WireTensor
 
@@ -22,15 +22,15 @@ class Units:
     Attributes:
         states: uint8 (units,), the ``UnitState`` of each as last signalled.
         groups: the exchange groups of each unit.
-        live_groups: the exchange groups that take part, by what their units do.
-        given: the groups whose parameters E has given C, as long as their units are HELD or GIVEN.
+        group_states: the exchange groups that take part, by what their units do.
+        handed_over: the groups whose parameters E has given C, as long as their units are HELD or GIVEN.
     """
 
     def __init__(self, opened_with: m.OpenSession | None = None) -> None:
         self.states: ByteArray = np.zeros(0, np.uint8)
         self.groups: tuple[tuple[int, ...], ...] = ()
-        self.live_groups = LiveGroups()
-        self.given: set[int] = set()
+        self.group_states = GroupStates()
+        self.handed_over: set[int] = set()
         self._opened_with = opened_with
         self._config: KillReviveConfig | None = None
         if opened_with is None:
@@ -39,7 +39,7 @@ class Units:
             self._config = opened_with.purpose.kill_revive
             self.groups = group_units(opened_with.groups, self._config.unit)
         else:
-            self.live_groups = LiveGroups(tuple(range(len(opened_with.groups))))
+            self.group_states = GroupStates(tuple(range(len(opened_with.groups))))
 
     @property
     def groups_to_give(self) -> list[int]:
@@ -47,7 +47,7 @@ class Units:
         before the next report. In their order."""
         if self._config is None or not self._config.gives_to_server:
             return []
-        return sorted(self._groups_in(UnitState.HELD, UnitState.GIVEN) - self.given)
+        return sorted(self._groups_in(UnitState.HELD, UnitState.GIVEN) - self.handed_over)
 
     def check(self, states: WireTensor) -> None:
         """Raise ``ViolationError`` for states that C may not say of these units."""
@@ -59,25 +59,36 @@ class Units:
         if not config.gives_to_server and (states.data == UnitState.GIVEN).any():
             raise ViolationError("units given to the server, which the device did not ask for")
         active = states.data == UnitState.ACTIVE
+        if config.score == "static" and not active[list(config.static)].all():
+            raise ViolationError("a unit is not active that the device has named")
         if int(active.sum()) < config.budget_floor(len(active)) or not active[list(config.pinned)].all():
             raise ViolationError("fewer active units than the device asked for")
+
+    def check_opened(self, states: WireTensor) -> None:
+        """The same of an opened session: where a run begins, E has given nothing."""
+        self.check(states)
+        assert self._opened_with is not None
+        purpose = self._opened_with.purpose
+        assert isinstance(purpose, m.Train)
+        if purpose.ticket is None and (states.data == UnitState.GIVEN).any():
+            raise ViolationError("units given to the server before the run's first step")
 
     def check_signal(self, states: WireTensor) -> None:
         """The same of a signal, by which no unit becomes GIVEN that E has not given."""
         self.check(states)
         for state, groups in zip(states.data.tolist(), self.groups, strict=True):
-            if state == UnitState.GIVEN and not self.given.issuperset(groups):
+            if state == UnitState.GIVEN and not self.handed_over.issuperset(groups):
                 raise ViolationError(f"group {groups[0]} given to the server, which the device has not done")
 
     def take(self, states: ByteArray) -> None:
         """What C has said of the units from now on."""
         self.states = states
-        self.live_groups = LiveGroups(
+        self.group_states = GroupStates(
             tuple(sorted(self._groups_in(*LIVE))),
             frozenset(self._groups_in(UnitState.ACTIVE)),
             frozenset(self._groups_in(UnitState.GIVEN)),
         )
-        self.given &= self._groups_in(UnitState.HELD, UnitState.GIVEN)
+        self.handed_over &= self._groups_in(UnitState.HELD, UnitState.GIVEN)
 
     def check_parameters(self, message: m.GroupParameters) -> tuple[tuple[int, ...], ...]:
         """The shapes that E must give of this group. Raises ``ViolationError`` where it is not the next to be given."""
@@ -95,7 +106,7 @@ class Units:
 
     def check_given_before_micro_batch(self) -> None:
         """Raise ``ViolationError`` where C could not apply what it is to apply."""
-        if missing := self.live_groups.given - self.given:
+        if missing := self.group_states.given - self.handed_over:
             raise ViolationError(f"a micro-batch before the parameters of group {min(missing)}")
 
     def _groups_in(self, *states: UnitState) -> set[int]:

@@ -119,6 +119,9 @@ class CoreGroup(GroupAdapters):
     ) -> dict[str, FloatArray]:
         return {f"{self.name}.core": np.float32(scale) * (grads[0].T @ x)}
 
+    def given_to_server(self) -> list[FloatArray]:
+        raise NotImplementedError
+
     def factors(self) -> list[Factors]:
         project_on, expand_by = self.adapter_state
         return [Factors(self.name, self.core.value @ project_on.T, expand_by.T.copy(), 1.0)]

@@ -217,7 +217,7 @@ def test_basis_pass_says_what_the_first_gradients_are(bundle: Path, server: Runn
     )  # fmt: skip
     dataset = random_dataset(VOCABULARY)
     with training(bundle, server.url, run, dataset) as trainer:
-        norms = np.array([group.gradient_norm for group in trainer.adapters.groups])
+        norms = np.array([group.first_gradient_norm for group in trainer.adapters.groups])
         trainer.run_step()
         moments = [group.parameters()[f"{group.name}.core"].exp_avg for group in trainer.adapters.groups]
         np.testing.assert_allclose(run.scaling * norms, [np.linalg.norm(m) / 0.1 for m in moments], rtol=0.03)

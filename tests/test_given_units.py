@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import pytest
 from families import VOCABULARY
@@ -15,6 +16,7 @@ from test_frozen_factors import randomize
 from tiny import TinyFactory
 from waiting import eventually
 
+from dlora.cloud.serving.session_loop import SessionLoop
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.use import open_model
@@ -139,20 +141,63 @@ def test_lost_server_and_resumed_run_change_no_bit(
             assert (losses, bits(trainer)) == (whole, wanted), saved_after
 
 
-def test_what_a_server_is_given_counts_until_the_unit_is_revived(bundle: Path, server: RunningServer) -> None:
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_all_that_a_server_may_be_given_counts_from_the_beginning(
+    bundle: Path, server: RunningServer, kind: str
+) -> None:
+    """So that a run that begins is not refused in the middle."""
+    dataset = random_dataset(VOCABULARY)
+    for on_kill, is_given in (("give_to_server", True), ("bypass", False)):
+        run = run_of(kind, on_kill)
+        with training(bundle, server.url, run, dataset) as trainer:
+            wanted = sum(state_bytes(run.adapter, group) for group in trainer.groups)
+            wanted += is_given * sum(parameter_bytes(run.adapter, group) for group in trainer.groups)
+            (live,) = [each for each in server.server.service.sessions if each.transport.parked_at is None]
+            eventually(lambda: live.quota.held_bytes == wanted)  # noqa: B023  # once the sketches are gone
+            trainer.run_step()
+            assert live.quota.held_bytes == wanted
+
+
+def test_a_server_forgets_what_a_revived_unit_gave_it(
+    bundle: Path, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops: list[SessionLoop] = []
+    run_loop = SessionLoop.run
+    monkeypatch.setattr(SessionLoop, "run", lambda self: loops.append(self) or run_loop(self))
     run, dataset = run_of("bottleneck", "give_to_server"), random_dataset(VOCABULARY)
+    counts = set()
     with training(bundle, server.url, run, dataset) as trainer:
-        kept = sum(state_bytes(run.adapter, group) for group in trainer.groups)
         for _ in range(STEPS):
             trainer.run_step()
             trainer.wait_for_signal()
-            (live,) = server.server.service.sessions
             states = trainer.adapters.states()
-            given = [
-                group
-                for unit, state in zip(trainer.adapters.units, states, strict=True)
-                for group in unit.groups
-                if state == UnitState.GIVEN
-            ]
-            wanted = kept + sum(parameter_bytes(run.adapter, trainer.groups[group]) for group in given)
-            eventually(lambda: live.quota.held_bytes == wanted)  # noqa: B023  # it is given back after the signal
+            units = zip(trainer.adapters.units, states, strict=True)
+            given = {group for unit, state in units if state == UnitState.GIVEN for group in unit.groups}
+            held = {group for unit, state in zip(trainer.adapters.units, states, strict=True)
+                    if state == UnitState.HELD for group in unit.groups}  # fmt: skip
+            eventually(lambda: given <= loops[-1]._sites.parameters.keys() <= given | held)  # noqa: B023
+            counts.add(len(given))
+    assert len(counts) > 1
+
+
+@pytest.mark.parametrize("score", ["grad", "random"])
+def test_a_longer_run_begins_with_what_was_active_at_the_end(
+    bundle: Path, server: RunningServer, score: str, tmp_path: Path
+) -> None:
+    """With all that it had learnt: nothing is lost between two parts, and no old basis pass chooses again."""
+    dataset = random_dataset(VOCABULARY)
+    run = run_of("bottleneck", "bypass", kill_revive={**RANDOM, "score": score}, optimizer={"lr": 0.1})
+    with training(bundle, server.url, run, dataset) as trainer:
+        for _ in range(STEPS):
+            trainer.run_step()
+        trainer.wait_for_signal()
+        wanted, states = trainer.evaluate(dataset).loss, trainer.adapters.states()
+        trainer.save_checkpoint(tmp_path)
+    longer = msgspec.structs.replace(run, total_steps=2 * STEPS, part_begins=STEPS)
+    with training(bundle, server.url, longer, dataset, checkpoint=load_latest(tmp_path)) as trainer:
+        assert (trainer.adapters.states() == states).all()
+        assert trainer.evaluate(dataset).loss == pytest.approx(wanted, abs=1e-5)
+        trainer.run_step()
+        reported = trainer.session.unanswered
+        assert reported is not None
+        assert ((reported > 0) <= (states == UnitState.ACTIVE)).all()

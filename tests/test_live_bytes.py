@@ -89,6 +89,7 @@ def bytes_saved(base: BaseModel, groups: Sequence[GroupSpec], layout: Layout, tr
         lora_sites(groups),
         live=set(range(len(groups))),
         trained=trained,
+        given={},
         rows=layout.rows,
     )
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), exchanging(exchange):
@@ -128,6 +129,7 @@ def test_evaluation_estimate_is_near_the_peak_of_its_forward_pass(family: str) -
             lora_sites(groups),
             live=range(len(groups)),
             trained=(),
+            given={},
             rows=layout.rows,
         )
         with (

@@ -392,7 +392,7 @@ class LocalLora(ZeroDeltas):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_parts_exchange_their_live_groups(family: str) -> None:
+def test_parts_exchange_their_group_states(family: str) -> None:
     """As the whole model does, bit for bit; and with a cache a token at a time, as generation will."""
     base = deeper(family)
     groups = base.groups(base.targets)
@@ -421,4 +421,4 @@ def test_parts_exchange_their_live_groups(family: str) -> None:
 
 def exchange_of(base: BaseModel, groups: Sequence[GroupSpec]) -> MicroBatchExchange:
     channel, live = LocalLora(groups), set(range(len(groups)))
-    return MicroBatchExchange(channel, base, groups, lora_sites(groups), live=live, trained=(), rows=None)
+    return MicroBatchExchange(channel, base, groups, lora_sites(groups), live=live, trained=(), given={}, rows=None)

@@ -194,7 +194,8 @@ def test_signal_in_the_middle_of_a_micro_batch_is_refused(place: str) -> None:
         (KillReviveConfig(active_fraction=1.0), b"\1\0", False),
         (KillReviveConfig(active_fraction=0.5, pinned=(1,)), b"\0\1", True),
         (KillReviveConfig(active_fraction=0.5, pinned=(1,)), b"\1\0", False),
-        (KillReviveConfig(score="static", static=(0,), active_fraction=0.0), b"\0\1", True),
+        (KillReviveConfig(score="static", static=(0,), active_fraction=0.0), b"\1\0", True),
+        (KillReviveConfig(score="static", static=(0,), active_fraction=0.0), b"\0\1", False),
         (c.NONE_NEED_BE_ACTIVE, b"\0\0", True),
     ],
 )
@@ -548,13 +549,13 @@ def test_a_killed_unit_is_held_for_a_step_and_then_given() -> None:
     pair = Pair([*HELD, *c.forward(1, gradients=3), *c.backward(1), *GIVING, c.report(1), c.signal(1, b"\1\4")])
     for side in pair.sides.values():
         assert side.live == (0,)
-        assert side.units.live_groups.given == {1, 2}
+        assert side.units.group_states.given == {1, 2}
     for message in (*c.forward(2, live=(0,)), *c.backward(2, live=(0,)), *c.forward(2, 9, (0,), mode="evaluate")):
         pair.say(message)
     # Revived: it exchanges again, and what the server had of it is gone.
     for message in (c.report(2), c.signal(2, b"\3\1")):
         pair.say(message)
-    assert pair.sides[C].units.given == set()
+    assert pair.sides[C].units.handed_over == set()
     assert pair.sides[C].units.groups_to_give == [0]
 
 
@@ -595,6 +596,11 @@ def test_a_server_cannot_ask_for_what_was_not_offered(on_kill: Any) -> None:
     pair.say(c.signal(0, b"\1\3"))
     assert pair.sides[E].units.groups_to_give == []
     refused_by_both(pair, c.parameters(1), "not due")
+
+
+def test_nothing_is_given_before_the_first_step() -> None:
+    pair = Pair(c.opening(kill_revive=c.GIVES)[:-1])
+    refused_on_both_sides(pair, c.session_opened(b"\1\4"), "given to the server before the run's first step")
 
 
 def test_a_unit_is_not_said_to_be_given_that_was_not() -> None:
@@ -702,7 +708,7 @@ class Talk:
     def signal(self, unsignalled: list[int]) -> None:
         units = self.pair.sides[E].units
         states = [
-            state if state != UnitState.GIVEN or units.given.issuperset(groups) else UnitState.HELD
+            state if state != UnitState.GIVEN or units.handed_over.issuperset(groups) else UnitState.HELD
             for state, groups in zip(self.draw(unit_states), units.groups, strict=True)
         ]
         self.say(c.signal(unsignalled.pop(0), bytes(states)))

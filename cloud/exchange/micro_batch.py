@@ -15,7 +15,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.groups import GroupSpec
-from dlora.protocol.micro_batch import Key, LiveGroups
+from dlora.protocol.micro_batch import GroupStates, Key
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole
 
@@ -146,12 +146,12 @@ class MicroBatchRun:
     """One micro-batch, from its embeddings to its last gradient.
 
     Args:
-        begun: its first message; live_groups: what takes part.
+        begun: its first message; group_states: what takes part.
         max_tokens: of the server, padding among them; packs: whether the base model runs sequences end to end.
     """
 
     def __init__(
-        self, sites: Sites, begun: m.Embeddings, live_groups: LiveGroups, *, max_tokens: int, packs: bool
+        self, sites: Sites, begun: m.Embeddings, group_states: GroupStates, *, max_tokens: int, packs: bool
     ) -> None:
         self.key: Key = (begun.step, begun.micro_batch)
         self._codecs = sites.opening.codecs_of(begun.mode)
@@ -163,7 +163,7 @@ class MicroBatchRun:
         )
         self._sites = sites
         self._mode = begun.mode
-        self._live_groups = live_groups
+        self._group_states = group_states
         self._labelled = self._rows_of(begun.label_positions)
         self._crossing = self.layout.rows
         if begun.crossing_positions is not None:
@@ -174,7 +174,7 @@ class MicroBatchRun:
         """The lowest group that wants gradients; None where none does, as when evaluating."""
         if self._mode == "basis":
             return self._sites.groups[0]
-        active = self._live_groups.active
+        active = self._group_states.active
         return self._sites.groups[min(active)] if active and self._mode == "train" else None
 
     @property
@@ -190,7 +190,7 @@ class MicroBatchRun:
         if self._mode == "basis":
             self._run_basis(_Channel(self._sites, self._codecs, self.key, device))
             return
-        sites, groups = self._sites, self._live_groups
+        sites, groups = self._sites, self._group_states
         channel = _Channel(sites, self._codecs, self.key, device)
         exchange = MicroBatchExchange(
             channel,

@@ -161,11 +161,12 @@ class _Handshake:
             )
             live = ServerSession(name, caller, device_id, session, transport, quota)
             loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device_id))
+            limit = frame_limit(service, session)
             opened = session.send(loop.opened_message(live.name, live.new_resume_token()))
             undo.pop_all()
         service.sessions.add(live)
         self._connection.session_opened(quota)
-        self._connection.limit_frames(frame_limit(service, session))
+        self._connection.limit_frames(limit)
         logger.info(
             "session %s: opened at step %d by %s with %d groups", live.name, session.step, caller.name,
             len(session.groups),
@@ -245,7 +246,7 @@ def frame_limit(service: Service, session: Session) -> int:
     micro_batch = service.max_tokens * (widest * 4 + 12)
     kept = largest_state_bytes(opening.adapter, opening.groups)
     if isinstance(opening.purpose, m.Train) and opening.purpose.kill_revive.gives_to_server:
-        kept = max(kept, *(parameter_bytes(opening.adapter, group) for group in opening.groups))
+        kept = max((kept, *(parameter_bytes(opening.adapter, group) for group in opening.groups)))
     return CONTROL_BYTES + max(micro_batch, kept)
 
 
@@ -269,6 +270,8 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
     purpose = opening.purpose
     if not isinstance(purpose, m.Train):
         return None
+    if not opening.groups:
+        raise RefusedError("a run that trains nothing: no exchange groups", m.ErrorCode.LIMIT)
     try:
         purpose.kill_revive.check(len(session.units.groups))
     except UsageError as error:
@@ -292,4 +295,5 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
         seed=purpose.seed,
         total_steps=purpose.total_steps,
         adapter=opening.adapter,
+        learnt=purpose.learnt,
     )

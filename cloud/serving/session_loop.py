@@ -63,8 +63,11 @@ class SessionLoop:
         self._window = opening.window
         self._running: set[Future[None]] = set()
         self._charge_ended = threading.Condition()
+        purpose = opening.purpose
+        self._is_given = isinstance(purpose, m.Train) and purpose.kill_revive.gives_to_server
         if not live.session.has_adapter_state:
-            for _ in opening.groups:
+            for group in range(len(opening.groups)):
+                self._hold(group)
                 self._sites.add(())
 
     def opened_message(self, name: str, token: bytes) -> m.SessionOpened:
@@ -148,15 +151,16 @@ class SessionLoop:
             self._quota.release(self._sites.sketch_bytes)
 
     def _hold(self, group: int) -> None:
-        """Count what the server keeps of a group in the device's quota, until the session ends."""
-        self._quota.hold(state_bytes(self._sites.adapter, self._sites.groups[group]))
+        """Count what the server keeps of a group in the device's quota, until the session ends: what it may be given
+        as well, so that a run that begins is not refused in the middle."""
+        adapter, spec = self._sites.adapter, self._sites.groups[group]
+        self._quota.hold(state_bytes(adapter, spec) + (parameter_bytes(adapter, spec) if self._is_given else 0))
 
     def _take_parameters(self, given: m.GroupParameters) -> None:
         """Of a group whose unit is killed: the server applies them until it is revived."""
         charge = self._admit(0, 0)
         started = self._clock()
         try:
-            self._quota.hold(parameter_bytes(self._sites.adapter, self._sites.groups[given.group]))
             self._sites.take_parameters(given)
             self._router.send(m.GroupParameters(group=given.group, tensors=()))
         finally:
@@ -172,9 +176,8 @@ class SessionLoop:
             units = self._controller.report(report.step, decode_floats(report.scores))
             ticket = self._ticket(self._controller)
             self._router.send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=ticket))
-            for group in self._sites.parameters.keys() - self._session.units.given:
+            for group in self._sites.parameters.keys() - self._session.units.handed_over:
                 del self._sites.parameters[group]
-                self._quota.release(parameter_bytes(self._sites.adapter, self._sites.groups[group]))
         finally:
             charge.end(self._clock() - started)
         if self._service.draining.is_set():
@@ -197,8 +200,8 @@ class SessionLoop:
         if begun.mode == "basis" and not self._sites.sketches:
             self._quota.hold(self._sites.sketch_bytes)
             self._sites.begin_sketches()
-        live_groups = self._session.units.live_groups
-        run = MicroBatchRun(self._sites, begun, live_groups, max_tokens=service.max_tokens, packs=packs)
+        group_states = self._session.units.group_states
+        run = MicroBatchRun(self._sites, begun, group_states, max_tokens=service.max_tokens, packs=packs)
         tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
         del begun
         charge = self._admit(tokens, service.live_bytes.estimate(run.layout, run.lowest_trained) + run.sketched_bytes)

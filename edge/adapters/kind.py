@@ -71,13 +71,14 @@ class GroupAdapters(ABC):
         name: of its first target module.
         adapter_state: a copy of what the server keeps of the group, float32; empty for kinds without, and until the
             first session has made it.
-        gradient_norm: of its parameters, as the basis pass has found it; 0.0 where there was none. A float32.
+        first_gradient_norm: of its parameters' gradient in the basis pass, a mean over micro-batches; 0.0 where there
+            was none. A float32.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.adapter_state: tuple[FloatArray, ...] = ()
-        self.gradient_norm = 0.0
+        self.first_gradient_norm = 0.0
 
     @abstractmethod
     def parameters(self) -> dict[str, Parameter]:
@@ -167,8 +168,8 @@ class GroupAdapters(ABC):
             state[name] = parameter.value
             state[f"{name}.exp_avg"] = parameter.exp_avg
             state[f"{name}.exp_avg_sq"] = parameter.exp_avg_sq
-        if self.gradient_norm:
-            state[f"{self.name}.gradient_norm"] = np.array([self.gradient_norm], np.float32)
+        if self.first_gradient_norm:
+            state[f"{self.name}.first_gradient_norm"] = np.array([self.first_gradient_norm], np.float32)
         return state | self._named_adapter_state()
 
     def load_state(self, tensors: Mapping[str, FloatArray], *, kept_by_server: Sequence[tuple[int, ...]]) -> None:
@@ -185,7 +186,7 @@ class GroupAdapters(ABC):
         if [(each.shape, each.dtype) for each in kept] != [(shape, np.dtype(np.float32)) for shape in kept_by_server]:
             raise ValueError(f"what the server keeps of {self.name} has another shape, or is not float32")
         self.adapter_state = tuple(kept)
-        self.gradient_norm = float(tensors.get(f"{self.name}.gradient_norm", np.zeros(1, np.float32))[0])
+        self.first_gradient_norm = float(tensors.get(f"{self.name}.first_gradient_norm", np.zeros(1, np.float32))[0])
 
 
 class DeviceKind(Protocol):

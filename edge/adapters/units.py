@@ -35,12 +35,14 @@ class Unit:
     Attributes:
         adam_steps: how often its adapters were stepped, for AdamW's bias correction.
         fade_age: steps since it began to fade.
+        has_learnt: whether it had an effect before the first step of this part of the run.
     """
 
     groups: tuple[int, ...]
     state: UnitState = UnitState.ACTIVE
     adam_steps: int = 0
     fade_age: int = 0
+    has_learnt: bool = False
 
 
 class AdapterSet:

@@ -164,8 +164,8 @@ def train(
     bytes_per_token: Annotated[
         int | None,
         typer.Option(
-            help="In place of --active-fraction: as many units as keep a step within so many bytes a token, up and "
-            "down together.",
+            help="In place of --active-fraction: as many units as keep a step of the steady state within so many bytes "
+            "a token, up and down together.",
             min=1,
             max=MAX_STEPS,
             rich_help_panel=KR,

@@ -131,6 +131,8 @@ def _check(settings: RunSettings) -> None:
                 raise UsageError(f"{option} needs --eval, the data to evaluate on")
     if settings.bytes_per_token is not None and (settings.active_fraction != 1 or settings.static_units):
         raise UsageError("--bytes-per-token chooses how many units are active; leave the options out that do so too")
+    if settings.bytes_per_token is not None and settings.kr_on_kill == "hold_forward":
+        raise UsageError("--bytes-per-token cannot be kept with --kr-on-kill hold_forward: every unit exchanges")
     if settings.static_units and settings.kr_score != "static":
         raise UsageError("--static-units needs --kr-score static")
     if settings.active_fraction == 0 and settings.kr_score != "static":
@@ -150,10 +152,11 @@ def _kill_revive(settings: RunSettings, manifest: Manifest, groups: Sequence[Gro
     assert settings.kr_warmup_steps is not None
     assert settings.kr_ramp_fraction is not None
     units = len(group_units(groups, settings.kr_unit))
+    pinned = _units(settings.pin, "--pin", settings.kr_unit, groups)
     static = _units(settings.static_units, "--static-units", settings.kr_unit, groups)
     if settings.kr_score == "static" and not static and settings.active_fraction:
-        count = max(1, math.ceil(settings.active_fraction * units - 1e-9))
-        static = spread_units(manifest, groups, settings.kr_unit, count)
+        count = max(1, math.ceil(settings.active_fraction * units - 1e-9)) - len(pinned)
+        static = spread_units(manifest, groups, settings.kr_unit, max(0, count), beside=pinned) or pinned
     config = KillReviveConfig(
         active_fraction=settings.active_fraction,
         score=settings.kr_score,
@@ -169,7 +172,7 @@ def _kill_revive(settings: RunSettings, manifest: Manifest, groups: Sequence[Gro
         on_kill=settings.kr_on_kill,
         cost_aware=settings.kr_cost_aware,
         spread=settings.kr_spread,
-        pinned=_units(settings.pin, "--pin", settings.kr_unit, groups),
+        pinned=pinned,
         static=static,
     )
     check_units(config, units)  # before data is read and a server is asked
@@ -181,8 +184,10 @@ def _within_budget(
 ) -> RunSettings:
     """``settings`` with ``active_fraction`` in place of ``bytes_per_token``. Raises ``UsageError``."""
     assert settings.bytes_per_token is not None
-    count = units_within(config, manifest, dataset, settings.bytes_per_token)
     units = len(group_units(config.groups(manifest), config.kill_revive.unit))
+    count = units_within(config, manifest, dataset, settings.bytes_per_token)
+    if count < len(config.kill_revive.pinned):
+        raise UsageError(f"--bytes-per-token {settings.bytes_per_token:,} is too little for all that --pin names")
     return msgspec.structs.replace(settings, active_fraction=count / units, bytes_per_token=None)
 
 

@@ -86,7 +86,8 @@ class ModelSession(ABC):
                 group.check_made_state(made)
                 group.adapter_state = made
                 if micro_batches:
-                    group.gradient_norm = float(np.float32(state.gradient_norm / micro_batches))
+                    norm = min(state.gradient_norm / micro_batches, float(np.finfo(np.float32).max))
+                    group.first_gradient_norm = float(np.float32(norm))
 
     def _give_state(self, index: int, group: GroupAdapters, codec: Codec) -> None:
         """What the server then has is what the codec leaves of it, which is what we go on with, too."""

@@ -64,6 +64,7 @@ class TrainSession(ModelSession):
                 total_steps=config.steps,
                 next_step=self.step - (self.unanswered is not None),
                 ticket=self.ticket,
+                learnt=tuple(index for index, unit in enumerate(self.adapters.units) if unit.has_learnt),
             ),
             window=min(self._window, self.connection.welcome.window),
         )

@@ -101,6 +101,9 @@ class Trainer:
         check_units(config.kill_revive, len(self.adapters.units))
         if init is not None:
             load_weights(self.adapters, init, config.invocation)
+            for unit in self.adapters.units:
+                targets = (target for group in unit.groups for target in self.groups[group].targets)
+                unit.has_learnt = any(target.name in init.modules for target in targets)
         self.identity = RunIdentity.of(config, manifest, dataset.fingerprint)
         self.steps_rerun = 0
         # Why the report of the last committed step could not be sent.
@@ -307,9 +310,10 @@ class Trainer:
     def _first_scores(self) -> npt.NDArray[np.float64]:
         """Zeros; in the first step, what the basis pass says of each unit, where that is what units are scored by."""
         scores = np.zeros(len(self.adapters.units), np.float64)
-        if self.session.step == 0 and self._scorer.score == "grad":
+        has_norms = all(group.first_gradient_norm for group in self.adapters.groups)
+        if self.next_step == 0 and has_norms and self._scorer.score == "grad":
             for index, unit in enumerate(self.adapters.units):
-                norms = [group.gradient_norm for group in self.adapters.of_unit(unit)]
+                norms = [group.first_gradient_norm for group in self.adapters.of_unit(unit)]
                 scores[index] = self.adapters.scaling * math.hypot(*norms)
         return scores
 
@@ -334,6 +338,7 @@ class Trainer:
                 self.adapters.units, state.states, state.fade_ages, state.adam_steps, strict=True
             ):
                 unit.adam_steps = steps
+                unit.has_learnt |= begins_here and unit_state != UnitState.KILLED
                 if not begins_here:
                     unit.state, unit.fade_age = UnitState(unit_state), age
             if not begins_here:
