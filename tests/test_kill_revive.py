@@ -249,7 +249,7 @@ def test_a_run_without_warm_up_begins_with_what_has_learnt_something() -> None:
     assert first("bypass", (2,)) == [0, 0, 1, 1, 0, 0, 0, 1]
     for on_kill in ("give_to_server", "hold_forward"):
         assert first(on_kill, ()) == [0, 1, 0, 0, 1, 0, 0, 1]
-        assert first(on_kill, (0, 1, 2, 3)) == [3, 1, 1, 1, 0, 0, 0, 0]
+        assert first(on_kill, (0, 1, 2, 3)) == [1, 1, 3, 1, 0, 0, 0, 0]
     static = KillReviveConfig(score="static", static=(5,), on_kill="give_to_server")
     assert Controller(static, GROUPS, seed=0, total_steps=9, learnt=(4,)).states.tolist() == [0, 0, 0, 0, 3, 1, 0, 0]
 
