@@ -130,6 +130,6 @@ def _gap_lines(where: str, found: Mapping[str, Gap]) -> Iterator[str]:
     yield "| score | by seed | median | their spread | beats them |\n|---|---|---|---|---|"
     for name, each in found.items():
         gaps_by_seed = ", ".join(f"{value:+.4f}" for value in each.by_seed.values())
-        beats = "yes" if each.beats else "no"
+        beats = {True: "yes", False: "no", None: "not all seeds yet"}[each.beats]
         yield f"| `{name}` | {gaps_by_seed} | {each.median:+.4f} | {each.spread:.4f} | {beats} |"
     yield ""

@@ -39,13 +39,14 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
         by_seed: of each seed that all of them have, the rivals compared seed by seed.
         median: of them.
         spread: the larger of the two rivals' ranges over these seeds.
-        beats: whether the median is below 0 by more than the spread.
+        beats: whether the median is below 0 by more than the spread; None until all of ``SEEDS`` are there: with one, there
+            is no spread.
     """
 
     by_seed: dict[int, float]
     median: float
     spread: float
-    beats: bool
+    beats: bool | None
 
 
 # -- of a run --------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def gap(ours: Losses, rivals: Sequence[Losses]) -> Gap | None:
         by_seed={seed: round(value, 5) for seed, value in gaps.items()},
         median=round(median, 5),
         spread=round(spread, 5),
-        beats=median < -spread,
+        beats=median < -spread if set(seeds) >= set(SEEDS) else None,
     )
 
 

@@ -155,13 +155,15 @@ def test_a_gap_is_to_the_better_rival_of_each_seed() -> None:
     assert found.by_seed == pytest.approx({0: -0.1, 1: 0.1, 2: -0.2})
     assert found.median == pytest.approx(-0.1)
     assert found.spread == pytest.approx(0.4)  # the second's 0.6 - 0.2
-    assert not found.beats
+    assert found.beats is False
 
 
 def test_only_seeds_that_all_have_are_compared() -> None:
     found = gap({0: 0.1, 2: 0.3}, [{0: 0.2, 1: 9.0}, {0: 0.3, 1: 0.1, 2: 0.1}])
     assert found is not None
     assert list(found.by_seed) == [0]
+    assert found.median < -found.spread
+    assert found.beats is None
     assert gap({2: 0.1}, [{0: 0.2}]) is None
 
 
