@@ -39,8 +39,8 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
         by_seed: of each seed that all of them have, the rivals compared seed by seed.
         median: of them.
         spread: the larger of the two rivals' ranges over these seeds.
-        beats: whether the median is below 0 by more than the spread; None until all of ``SEEDS`` are there: with one, there
-            is no spread.
+        beats: whether the median is below 0 by more than the spread; None until all of ``SEEDS`` are there: with
+            one, there is no spread.
     """
 
     by_seed: dict[int, float]
