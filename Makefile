@@ -48,6 +48,7 @@ bench: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
 	$(BIN)/python benchmarks/kill_revive.py
 	$(BIN)/python benchmarks/device.py
 	$(BIN)/python benchmarks/economy.py
+	$(BIN)/python benchmarks/drift.py
 
 build/smollm2/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2

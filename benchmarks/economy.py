@@ -12,31 +12,22 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import math
 import os
 import signal
-import statistics
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, Self
 
 from children import QUIET_THREADS, cloud_server, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
 import msgspec
-import numpy as np
 from economy_data import Data, load
+from economy_measure import Meter, evaluate_rows, first, last_loss, score, trained_fields
 from economy_recipes import BASELINE, DEFAULT, RECIPES, order, train_config
 from economy_report import write_report
-from economy_runs import CURVE, CURVE_ROWS, Finished, Plan, Point, Rows, Run, RunsFile, Score, Settings
+from economy_runs import CURVE, CURVE_ROWS, Finished, Plan, Point, Run, RunsFile, Score, Settings
 
-from dlora.edge.data.batches import evaluation_batches
-from dlora.edge.data.examples import Dataset
 from dlora.edge.data.invocation import find_invocation
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
@@ -47,7 +38,6 @@ from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import NonFiniteError
-from dlora.protocol.traffic import report_traffic
 
 QUICK = (f"b10/{BASELINE}", f"b10/{DEFAULT}", "b10/static-1/8", "b10/one-block")
 
@@ -131,8 +121,8 @@ def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) 
         defaults=bundle.manifest.defaults,
         invocation=find_invocation(data.train) if recipe.acts_on_answers else (),
     )
-    validation, test = (_first(part, settings.rows) for part in (data.validation, data.test))
-    few = _first(validation, CURVE_ROWS)
+    validation, test = (first(part, settings.rows) for part in (data.validation, data.test))
+    few = first(validation, CURVE_ROWS)
     stops = {round(share * steps) for share in CURVE}
     rows: list[StepMetrics] = []
     curve: list[Point] = []
@@ -149,150 +139,27 @@ def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) 
                     trainer.wait_for_signal()  # its bytes are the step's, not the evaluation's
                     cost = meter.cost()
                     with meter.aside():
-                        loss = score(_evaluate(trainer, few, settings.batch_size)).loss
+                        loss = score(evaluate_rows(trainer, few, settings.batch_size)).loss
                     curve.append(Point(len(rows), cost.bytes, loss, cost.round_trips, *cost.seconds))
             trainer.wait_for_signal()
             cost = meter.cost()
             with meter.aside():
-                found = _evaluate(trainer, validation, settings.batch_size)
-                tested = _evaluate(trainer, test, settings.batch_size)
+                found = evaluate_rows(trainer, validation, settings.batch_size)
+                tested = evaluate_rows(trainer, test, settings.batch_size)
             curve.append(Point(len(rows), cost.bytes, score(found[:CURVE_ROWS]).loss, cost.round_trips, *cost.seconds))
             scores = {"validation": score(found), "test": score(tested, keep_rows=True)}
         except NonFiniteError as error:
             log(f"diverged: {error}")
             cost = meter.cost()
-        assert trainer.session.ticket is not None
-        report = report_traffic(len(trainer.adapters.units), len(trainer.session.ticket))
-        tokens = sum(row.tokens for row in rows)
         return Run(
-            digest=settings.digest,
-            settings=settings,
+            **trained_fields(settings, trainer, rows, cost, set_up_bytes=set_up),
             data=data.fingerprint,
-            commit=_commit(),
-            date=datetime.now(UTC).strftime("%Y-%m-%d"),
-            steps=len(rows),
-            tokens=tokens,
-            labelled=sum(row.labelled for row in rows),
-            bytes_up=cost.bytes_up,
-            bytes_down=cost.bytes_down,
-            set_up_bytes=set_up,
-            report_bytes=len(rows) * (report.bytes_up + report.bytes_down),
             evaluation_bytes=meter.evaluation.bytes,
-            bytes_per_token=round(cost.bytes / max(1, tokens), 1),
-            round_trips_per_step=statistics.median(row.round_trips for row in rows) if rows else 0,
-            edge_compute_s=round(sum(row.edge_compute_s for row in rows), 2),
-            device_cpu_s=cost.seconds[0],
-            wall_s=cost.seconds[1],
-            train_loss_last=round(statistics.mean(row.loss for row in rows[-50:]), 6) if scores else None,
-            reconnects=connection.reconnects,
-            steps_rerun=trainer.steps_rerun,
+            train_loss_last=last_loss(rows) if scores else None,
             curve=curve,
             validation=scores.get("validation"),
             test=scores.get("test"),
         )
-
-
-class Cost(NamedTuple):
-    """What was spent so far."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    round_trips: int = 0
-    cpu_s: float = 0.0
-    wall_s: float = 0.0
-
-    @classmethod
-    def now(cls, trainer: Trainer | None) -> Self:
-        session = None if trainer is None else trainer.connection.session
-        counted = (session.bytes_sent, session.bytes_received, session.round_trips) if session else (0, 0, 0)
-        return cls(*counted, time.process_time(), time.perf_counter())
-
-    @property
-    def bytes(self) -> int:
-        return self.bytes_up + self.bytes_down
-
-    @property
-    def seconds(self) -> tuple[float, float]:
-        """Of the processor and by the clock."""
-        return round(self.cpu_s, 2), round(self.wall_s, 1)
-
-    def plus(self, other: Cost, sign: int = 1) -> Cost:
-        up, down, trips, cpu, wall = (mine + sign * theirs for mine, theirs in zip(self, other, strict=True))
-        return Cost(int(up), int(down), int(trips), cpu, wall)
-
-
-class Meter:
-    """What training has cost since the meter was made, and apart from it what evaluations have.
-
-    Attributes:
-        trainer: whose connection is counted, once there is one.
-        evaluation: the cost of all that was done ``aside``.
-    """
-
-    def __init__(self) -> None:
-        self.trainer: Trainer | None = None
-        self.evaluation = Cost()
-        self._began = Cost.now(None)
-
-    def cost(self) -> Cost:
-        """What training has cost so far."""
-        return Cost.now(self.trainer).plus(self._began, -1).plus(self.evaluation, -1)
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is done meanwhile is no training."""
-        before = Cost.now(self.trainer)
-        try:
-            yield
-        finally:
-            self.evaluation = self.evaluation.plus(Cost.now(self.trainer).plus(before, -1))
-
-
-class Row(NamedTuple):
-    """A held-out row: its summed loss, its labels, and whether all of them were likeliest."""
-
-    loss: float
-    labels: int
-    is_right: bool
-
-
-def _evaluate(trainer: Trainer, dataset: Dataset, batch_size: int) -> list[Row]:
-    """As ``Trainer.evaluate``, but row by row."""
-    rows: list[Row] = []
-    for batch in evaluation_batches(dataset.acting_on_answers(trainer.config.invocation), batch_size):
-        losses, predictions = trainer.model.evaluate(batch)
-        ends = np.searchsorted(batch.label_positions, np.cumsum(batch.sequence_lengths))
-        is_right, start = predictions == batch.labels, 0
-        for end in ends.tolist():
-            loss = float(losses[start:end].sum(dtype=np.float64))
-            if not math.isfinite(loss):
-                raise NonFiniteError("NaN or infinity in a held-out loss")
-            rows.append(Row(loss, end - start, bool(is_right[start:end].all())))
-            start = end
-    return rows
-
-
-def score(rows: Sequence[Row], *, keep_rows: bool = False) -> Score:
-    """Mean loss a label and share of right rows; ``keep_rows``: and each row's."""
-    kept = Rows(
-        losses=[round(1000 * row.loss) for row in rows],
-        labels=[row.labels for row in rows],
-        right="".join("1" if row.is_right else "0" for row in rows),
-    )
-    return Score(
-        loss=round(math.fsum(row.loss for row in rows) / sum(row.labels for row in rows), 5),
-        accuracy=round(sum(row.is_right for row in rows) / len(rows), 5),
-        rows=kept if keep_rows else None,
-    )
-
-
-def _first(dataset: Dataset, count: int | None) -> Dataset:
-    return dataset if count is None or count >= len(dataset) else dataset.subset(range(count))
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 # -- the command -------------------------------------------------------------------------------------------

@@ -69,16 +69,21 @@ class Data:
 
 def load(name: str, folder: Path, work: Path, tokenizer: EdgeTokenizer) -> Data:
     """A set as tokens, by way of JSONL files in ``work``."""
+    return load_parts(name, SETS[name].rows(folder), work, tokenizer)
+
+
+def load_parts(name: str, parts: Parts, work: Path, tokenizer: EdgeTokenizer) -> Data:
+    """Rows as tokens, by way of JSONL files in ``work`` that begin with ``name``."""
     work.mkdir(parents=True, exist_ok=True)
     found = []
-    for part, rows in zip(PARTS, SETS[name].rows(folder), strict=True):
+    for part, rows in zip(PARTS, parts, strict=True):
         path = work / f"{name}-{part}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         found.append(load_examples(path, tokenizer, max_length=MAX_LENGTH))
     return Data(*found)
 
 
-def _banking(first: int, count: int, validation: int) -> Callable[[Path], Parts]:
+def banking(first: int, count: int, validation: int) -> Callable[[Path], Parts]:
     """``count`` intents of Banking77, from the ``first`` on in an order that is drawn once."""
 
     def rows(folder: Path) -> Parts:
@@ -154,11 +159,11 @@ def _missing(path: Path) -> SystemExit:
 
 SETS: Final[dict[str, BenchmarkSet]] = {
     "chat60": BenchmarkSet("60 chat lines, 40 steps", _dialogue(60), 40, unit="answers", loss_bar=0.025, relative=True),
-    "b10": BenchmarkSet("Banking77, 10 intents, one epoch", _banking(0, 10, 160)),
+    "b10": BenchmarkSet("Banking77, 10 intents, one epoch", banking(0, 10, 160)),
     "dialogue": BenchmarkSet(
         "the demo's dialogue, 120 steps", _dialogue(None), 120, unit="answers", loss_bar=0.025, relative=True
     ),
-    "b20": BenchmarkSet("Banking77, 20 other intents, one epoch", _banking(10, 20, 200)),
+    "b20": BenchmarkSet("Banking77, 20 other intents, one epoch", banking(10, 20, 200)),
     "arc_easy": BenchmarkSet("ARC-Easy, 150 steps", _commonsense("arc_easy"), 150, unit="questions"),
     "boolq": BenchmarkSet("BoolQ, 150 steps", _commonsense("boolq"), 150, unit="questions"),
     "dialogue500": BenchmarkSet("the demo's dialogue, 500 steps", _dialogue(None), 500, 4e-3, unit="answers"),

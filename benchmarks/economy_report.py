@@ -25,6 +25,9 @@ from economy_results import (
     measure_bars,
 )
 from economy_runs import Finished, Plan, Point
+from sections import section_of, with_section
+
+DRIFT = "Data that drift"  # a section that drift.py writes
 
 INTRO = """# Benchmarks: what a run costs, and what it is worth
 
@@ -83,7 +86,9 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
             lines += [f"## {_capitalized(SETS[set_name].title)}\n", *section]
     lines += ["## What is missing\n", *([f"- {each}" for each in missing] or ["Nothing."])]
     text = "\n".join(lines).rstrip() + "\n"
-    (docs / "benchmarks.md").write_text(text, encoding="utf-8")
+    page = docs / "benchmarks.md"
+    of_drift = section_of(page.read_text(encoding="utf-8"), DRIFT) if page.exists() else ""
+    page.write_text(with_section(text, DRIFT, of_drift), encoding="utf-8")
     return {"runs": len(finished), "bars": bars, "missing": missing}
 
 

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 from economy_data import SETS
@@ -78,12 +78,12 @@ class Point(msgspec.Struct, frozen=True, array_like=True):
     wall_s: float
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One finished run.
+class Trained(msgspec.Struct, frozen=True, kw_only=True):
+    """What one finished run was, and what it cost.
 
     Attributes:
         settings, digest: what was run.
-        data: fingerprint of the set's tokens; commit: of dlora; date: when it was finished.
+        data: fingerprint of the tokens; commit: of dlora; date: when it was finished.
         steps, tokens, labelled: done, sent through the model, and labels among them.
         bytes_up, bytes_down: of all frames but those of evaluations: greeting, session, adapter state and steps.
         set_up_bytes: those before the first step; report_bytes: those of reports and their signals.
@@ -91,9 +91,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         bytes_per_token: up and down.
         round_trips_per_step: median.
         edge_compute_s: what the device's graphs took; device_cpu_s: processor time of its whole process.
-        train_loss_last: mean loss of the last 50 steps.
+        train_loss_last: mean loss of the last 50 steps; None where the run diverged.
         reconnects, steps_rerun: 0 where nothing went wrong; their bytes are counted.
-        validation, test: None where the run diverged.
     """
 
     digest: str
@@ -117,6 +116,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     train_loss_last: float | None
     reconnects: int
     steps_rerun: int
+
+
+class Run(Trained, frozen=True, kw_only=True):
+    """One finished run; ``validation`` and ``test`` are None where it diverged."""
+
     curve: list[Point]
     validation: Score | None
     test: Score | None
@@ -129,21 +133,26 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 Finished = Mapping[str, Run]  # by digest
 
+AnyTrained = TypeVar("AnyTrained", bound=Trained)
 
-class RunsFile:
+
+class TrainedFile(Generic[AnyTrained]):
     """A JSON line for each finished run, appended to.
 
     A last line that is torn, because its writer was killed, is no run; the next one takes its place.
+
+    Args:
+        kind: of the runs.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[AnyTrained]) -> None:
         self.path = path
-        self.runs: dict[str, Run] = {}
+        self.runs: dict[str, AnyTrained] = {}
         self._whole = 0
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
-                run = msgspec.json.decode(line, type=Run)
+                run = msgspec.json.decode(line, type=kind)
             except msgspec.MsgspecError as error:
                 if number == len(lines) and not line.endswith(b"\n"):
                     break
@@ -153,7 +162,7 @@ class RunsFile:
             self.runs[run.digest] = run
             self._whole += len(line)
 
-    def append(self, run: Run) -> None:
+    def append(self, run: AnyTrained) -> None:
         """Keep a run; it is on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
@@ -163,6 +172,13 @@ class RunsFile:
             os.fsync(file.fileno())
             self._whole = file.tell()
         self.runs[run.digest] = run
+
+
+class RunsFile(TrainedFile[Run]):
+    """The runs of ``economy.py``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Run)
 
 
 class Plan:

@@ -1,0 +1,165 @@
+"""What a run of ``economy.py`` or ``drift.py`` costs and what it is worth, measured beside the trainer."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from economy_runs import Rows, Score, Settings
+
+from dlora.edge.data.batches import evaluation_batches
+from dlora.edge.data.examples import Dataset
+from dlora.edge.training.metrics import StepMetrics
+from dlora.edge.training.trainer import Trainer
+from dlora.protocol.errors import NonFiniteError
+from dlora.protocol.traffic import report_traffic
+
+
+class Cost(NamedTuple):
+    """What was spent so far."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    round_trips: int = 0
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+
+    @classmethod
+    def now(cls, trainer: Trainer | None) -> Self:
+        session = None if trainer is None else trainer.connection.session
+        counted = (session.bytes_sent, session.bytes_received, session.round_trips) if session else (0, 0, 0)
+        return cls(*counted, time.process_time(), time.perf_counter())
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_up + self.bytes_down
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Of the processor and by the clock."""
+        return round(self.cpu_s, 2), round(self.wall_s, 1)
+
+    def plus(self, other: Cost, sign: int = 1) -> Cost:
+        up, down, trips, cpu, wall = (mine + sign * theirs for mine, theirs in zip(self, other, strict=True))
+        return Cost(int(up), int(down), int(trips), cpu, wall)
+
+
+class Meter:
+    """What training has cost since the meter was made, and apart from it what evaluations have.
+
+    Attributes:
+        trainer: whose connection is counted, once there is one.
+        evaluation: the cost of all that was done ``aside``.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.evaluation = Cost()
+        self._began = Cost.now(None)
+
+    def cost(self) -> Cost:
+        """What training has cost so far."""
+        return Cost.now(self.trainer).plus(self._began, -1).plus(self.evaluation, -1)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done meanwhile is no training."""
+        before = Cost.now(self.trainer)
+        try:
+            yield
+        finally:
+            self.evaluation = self.evaluation.plus(Cost.now(self.trainer).plus(before, -1))
+
+
+class Row(NamedTuple):
+    """A held-out row: its summed loss, its labels, and whether all of them were likeliest."""
+
+    loss: float
+    labels: int
+    is_right: bool
+
+
+def evaluate_rows(trainer: Trainer, dataset: Dataset, batch_size: int) -> list[Row]:
+    """As ``Trainer.evaluate``, but row by row."""
+    rows: list[Row] = []
+    for batch in evaluation_batches(dataset.acting_on_answers(trainer.config.invocation), batch_size):
+        losses, predictions = trainer.model.evaluate(batch)
+        ends = np.searchsorted(batch.label_positions, np.cumsum(batch.sequence_lengths))
+        is_right, start = predictions == batch.labels, 0
+        for end in ends.tolist():
+            loss = float(losses[start:end].sum(dtype=np.float64))
+            if not math.isfinite(loss):
+                raise NonFiniteError("NaN or infinity in a held-out loss")
+            rows.append(Row(loss, end - start, bool(is_right[start:end].all())))
+            start = end
+    return rows
+
+
+def score(rows: Sequence[Row], *, keep_rows: bool = False) -> Score:
+    """Mean loss a label and share of right rows; ``keep_rows``: and each row's."""
+    kept = Rows(
+        losses=[round(1000 * row.loss) for row in rows],
+        labels=[row.labels for row in rows],
+        right="".join("1" if row.is_right else "0" for row in rows),
+    )
+    return Score(
+        loss=round(math.fsum(row.loss for row in rows) / sum(row.labels for row in rows), 5),
+        accuracy=round(sum(row.is_right for row in rows) / len(rows), 5),
+        rows=kept if keep_rows else None,
+    )
+
+
+def first(dataset: Dataset, count: int | None) -> Dataset:
+    """The first rows of a data set; None: all."""
+    return dataset if count is None or count >= len(dataset) else dataset.subset(range(count))
+
+
+def trained_fields(
+    settings: Settings, trainer: Trainer, rows: Sequence[StepMetrics], cost: Cost, *, set_up_bytes: int
+) -> dict[str, Any]:
+    """The fields of ``Trained``, but for what evaluations took and found.
+
+    Args:
+        rows: of the steps; cost: of training, all of it.
+        set_up_bytes: those before the first step.
+    """
+    assert trainer.session.ticket is not None
+    report = report_traffic(len(trainer.adapters.units), len(trainer.session.ticket))
+    tokens = sum(row.tokens for row in rows)
+    return {
+        "digest": settings.digest,
+        "settings": settings,
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "steps": len(rows),
+        "tokens": tokens,
+        "labelled": sum(row.labelled for row in rows),
+        "bytes_up": cost.bytes_up,
+        "bytes_down": cost.bytes_down,
+        "set_up_bytes": set_up_bytes,
+        "report_bytes": len(rows) * (report.bytes_up + report.bytes_down),
+        "bytes_per_token": round(cost.bytes / max(1, tokens), 1),
+        "round_trips_per_step": statistics.median(row.round_trips for row in rows) if rows else 0,
+        "edge_compute_s": round(sum(row.edge_compute_s for row in rows), 2),
+        "device_cpu_s": cost.seconds[0],
+        "wall_s": cost.seconds[1],
+        "reconnects": trainer.connection.reconnects,
+        "steps_rerun": trainer.steps_rerun,
+    }
+
+
+def last_loss(rows: Sequence[StepMetrics]) -> float:
+    """Mean training loss of the last 50 steps."""
+    return round(statistics.mean(row.loss for row in rows[-50:]), 6)
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
