@@ -230,10 +230,12 @@ def test_unknown_exchange_groups_are_refused(
     [
         ({"kill_revive": KillReviveConfig(pinned=(7,))}, m.ErrorCode.LIMIT),
         ({"kill_revive": KillReviveConfig(score="static")}, m.ErrorCode.LIMIT),
+        ({"groups": ()}, m.ErrorCode.LIMIT),
+        ({"groups": (), "kill_revive": KillReviveConfig(on_kill="give_to_server")}, m.ErrorCode.LIMIT),
         ({"next_step": 2}, m.ErrorCode.TICKET),
         ({"next_step": 2, "ticket": b"forged"}, m.ErrorCode.TICKET),
     ],
-    ids=["pinned", "static", "no ticket", "forged ticket"],
+    ids=["pinned", "static", "no groups", "no groups to give", "no ticket", "forged ticket"],
 )
 def test_invalid_session_settings_are_refused(
     server: RunningServer, base: BaseModel, bundle: Path, changes: dict[str, object], code: m.ErrorCode
@@ -243,6 +245,7 @@ def test_invalid_session_settings_are_refused(
         device.hear()
         device.say(open_session(base, **changes))
         assert device.hear_error().code == code
+    eventually(lambda: health(server.url)["sessions"] == 0)
 
 
 def test_full_server_refuses_with_a_retry_time(server: RunningServer, base: BaseModel, bundle: Path) -> None:

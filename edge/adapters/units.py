@@ -113,7 +113,7 @@ class AdapterSet:
             group.load_state(tensors, kept_by_server=kind.state_shapes(self.adapter_spec, group_spec))
 
     def parts(self) -> dict[str, FloatArray]:
-        """What the live groups consist of, by name, where the server keeps a part of them; see ``parts.py``."""
+        """What groups with an effect consist of, by name, where the server keeps a part of them; see ``parts.py``."""
         named: dict[str, FloatArray] = {}
         for index, group in enumerate(self.groups):
             if group.adapter_state and self.scale(index) > 0:

@@ -156,7 +156,8 @@ def _kill_revive(settings: RunSettings, manifest: Manifest, groups: Sequence[Gro
     static = _units(settings.static_units, "--static-units", settings.kr_unit, groups)
     if settings.kr_score == "static" and not static and settings.active_fraction:
         count = max(1, math.ceil(settings.active_fraction * units - 1e-9)) - len(pinned)
-        static = spread_units(manifest, groups, settings.kr_unit, max(0, count), beside=pinned) or pinned
+        spread = spread_units(manifest, groups, settings.kr_unit, max(0, count), beside=pinned)
+        static = tuple(sorted({*pinned, *spread}))
     config = KillReviveConfig(
         active_fraction=settings.active_fraction,
         score=settings.kr_score,

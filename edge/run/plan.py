@@ -124,8 +124,9 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
     if not timetable.is_fixed and not timetable.is_long_enough:
         needed = steps_needed(kr, units)
         more = f"{needed:,} steps or more, or " if needed < MAX_STEPS else ""
+        what = "trials" if timetable.begins_at_floor else "warm-up, ramp and trials"
         lines.append(
-            f"warning: {config.steps:,} steps are too few for warm-up, ramp and trials; use {more}--active-fraction 1"
+            f"warning: {config.steps:,} steps are too few for {what}; use {more}--active-fraction 1"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""``run.json`` in a run's directory: every setting, as the user gave it, so that the run can go on without them.
+"""``run.json`` in a run's directory: every setting, as given or chosen, so that the run can go on without them.
 
 Never a token: at most the name of the file that holds it.
 """

@@ -143,6 +143,8 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
             differ = [name for name in differ if name not in _UNITS]
         if not _WORDS.isdisjoint(differ):
             differ.remove("groups")
+        if not _LEADS_TO_STATIC.isdisjoint(differ):
+            differ = [name for name in differ if name != "config.kill_revive.static"]
         return [
             _WHOLE.get(name) or f"{_option(name)} {_shown(name, mine[name])}, not {_shown(name, theirs[name])}"
             for name in differ
@@ -165,6 +167,7 @@ def check_identity(mine: RunIdentity, theirs: RunIdentity, out: Path = Path("DIR
 
 
 _WORDS: Final = frozenset({"config.target_modules", "config.blocks"})  # for what ``groups`` is the digest of
+_LEADS_TO_STATIC: Final = frozenset({"config.kill_revive.pinned", "config.kill_revive.active_fraction"})
 _UNITS: Final = frozenset({"config.kill_revive.pinned", "config.kill_revive.static"})  # which ones depends on groups
 # Digests say nothing to people.
 _WHOLE: Final = {

@@ -214,7 +214,7 @@ class Trainer:
         save_checkpoint(directory, self.next_step, tensors, state)
 
     def save_adapter(self, directory: Path) -> None:
-        """Write the live units as a PEFT adapter; a fading unit's scale is folded into its B.
+        """Write the units that have an effect as a PEFT adapter; a fading unit's scale is folded into its B.
 
         Raises ``StorageError``, and as ``run_step`` does where the last signal has not come.
         """

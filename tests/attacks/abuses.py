@@ -341,6 +341,12 @@ def groups_twice(target: Target) -> Outcome:
         return device.say_anyway(device.opening(groups=(*target.groups, *target.groups)))
 
 
+@stopped_by("error limit")
+def run_without_groups(target: Target) -> Outcome:
+    with target.greeted() as device:
+        return device.say_anyway(device.opening(groups=()))
+
+
 @stopped_by("error unknown_target")
 def forged_line_in_the_log(target: Target) -> Outcome:
     with target.greeted() as device:
