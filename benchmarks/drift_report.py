@@ -30,7 +30,8 @@ same budget? Task A is Banking77 with ten intents, task B the same with ten othe
 trains one epoch on B, with the same recipe, rate, rows and order. *Given to the server*: what a unit knows when it is
 not active stays in effect and crosses no more (`--kr-on-kill give_to_server`); *bypassed*: it is lost.
 No warm-up, no ramp; kills each {ticks.kill_every} steps, revivals each {ticks.revive_every}, {ticks.revive_share:.0%}
-of the active units on trial, for {ticks.probation} steps. These were set before the first run; nothing was tuned.
+of the active units on trial, for {ticks.probation} steps. They were set without looking at losses, and changed once:
+with revivals each 10 steps one of the two seats is on trial nearly all the time.
 `static` is what it is by default; another choice of two blocks stands beside it, and is no rival.
 
 **What counts.** The loss on B's test rows. A score beats its rivals if the median over three seeds of its loss above
