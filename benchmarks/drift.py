@@ -26,7 +26,7 @@ import msgspec
 from drift_report import write_report
 from drift_runs import TASKS, VARIANTS, Plan, Run, Task, Ticks, changed_units, steps_held
 from economy_data import Data, banking, load_parts
-from economy_measure import Meter, evaluate_rows, first, last_loss, score, trained_fields
+from economy_measure import Meter, add_place_options, evaluate_rows, first, last_loss, score, trained_fields
 from economy_recipes import DEFAULT, RECIPES, train_config
 from economy_runs import Score, Settings, TrainedFile
 
@@ -230,15 +230,10 @@ def _given_bytes(trainer: Trainer, units: list[str]) -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_data = Path(os.environ.get("DLORA_DATA", "../shared/data"))
-    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", type=Path, default=default_data)
+    add_place_options(parser)
     parser.add_argument("--runs", type=Path, help="docs/benchmarks/drift-runs.jsonl by default")
     parser.add_argument("--docs", type=Path, help="where the report goes: docs by default")
     parser.add_argument("--work", type=Path, help="for the tasks as JSONL, and the adapters of task A")
-    parser.add_argument("--dtype", default="bfloat16", help="of the base model on the server")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", choices=list(VARIANTS))
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument("--report", action="store_true", help="make no runs, write what stands there")

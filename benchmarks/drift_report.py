@@ -10,11 +10,9 @@ from typing import Any, Final
 from bars import FILE, write_bars
 from drift_results import BAR, Gap, Range, gaps, loss_b, mean_loss, summary, to_json, verdict
 from drift_runs import FIRST, VARIANTS, Finished, Plan, Run
-from sections import with_section
+from sections import DRIFT, with_section
 
 from dlora.edge.files import write_atomically
-
-TITLE: Final = "Data that drift"
 
 INTRO: Final = """\
     python benchmarks/drift.py                # hours, in pieces: what is finished is never made again
@@ -82,7 +80,7 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
     page = docs / "benchmarks.md"
     before = page.read_text(encoding="utf-8") if page.exists() else ""
     section = "\n".join(_lines(runs, plan, report))
-    write_atomically(page, with_section(before, TITLE, section).encode())
+    write_atomically(page, with_section(before, DRIFT, section).encode())
     return report
 
 
@@ -93,7 +91,7 @@ def _missing(finished: Finished, plan: Plan) -> Iterator[str]:
 
 
 def _lines(runs: Mapping[str, Sequence[Run]], plan: Plan, report: dict[str, Any]) -> Iterator[str]:
-    yield f"## {TITLE}\n"
+    yield f"## {DRIFT}\n"
     yield INTRO.format(ticks=plan.ticks)
     bar = report["verdict"]
     if bar is None:

@@ -23,7 +23,7 @@ os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREA
 
 import msgspec
 from economy_data import Data, load
-from economy_measure import Meter, evaluate_rows, first, last_loss, score, trained_fields
+from economy_measure import Meter, add_place_options, evaluate_rows, first, last_loss, score, trained_fields
 from economy_recipes import BASELINE, DEFAULT, RECIPES, order, train_config
 from economy_report import write_report
 from economy_runs import CURVE, CURVE_ROWS, Finished, Plan, Point, Run, RunsFile, Score, Settings
@@ -167,15 +167,10 @@ def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_data = Path(os.environ.get("DLORA_DATA", "../shared/data"))
-    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", type=Path, default=default_data)
+    add_place_options(parser)
     parser.add_argument("--runs", type=Path, help="docs/benchmarks/economy-runs.jsonl by default")
     parser.add_argument("--docs", type=Path, help="where the report goes: docs by default")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks/economy"), help="for the sets as JSONL")
-    parser.add_argument("--dtype", default="bfloat16", help="of the base model on the server")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], metavar="SET/RECIPE", help="a set alone, or with * as well")
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument("--report", action="store_true", help="make no runs, write what stands there")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
 import statistics
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -20,6 +23,16 @@ from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.traffic import report_traffic
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """Where runs are made: model, bundle, data and server."""
+    default_data = Path(os.environ.get("DLORA_DATA", "../shared/data"))
+    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", type=Path, default=default_data)
+    parser.add_argument("--dtype", default="bfloat16", help="of the base model on the server")
+    parser.add_argument("--threads", type=int, default=2)
 
 
 class Cost(NamedTuple):

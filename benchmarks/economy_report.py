@@ -25,9 +25,7 @@ from economy_results import (
     measure_bars,
 )
 from economy_runs import Finished, Plan, Point
-from sections import section_of, with_section
-
-DRIFT = "Data that drift"  # a section that drift.py writes
+from sections import DRIFT, section_of, with_section
 
 INTRO = """# Benchmarks: what a run costs, and what it is worth
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+DRIFT: Final = "Data that drift"
+"""What ``drift.py`` writes into the page of ``economy.py``, which keeps it."""
+
 
 def section_of(page: str, title: str) -> str:
     """The section of this title, its heading included; empty where there is none."""

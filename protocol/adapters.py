@@ -50,6 +50,11 @@ class Crossing(msgspec.Struct, frozen=True):
         """Numbers that cross in one direction and are the most: of the input, or of all outputs together."""
         return max(self.input_width, sum(self.output_widths))
 
+    @property
+    def total_width(self) -> int:
+        """Numbers that cross in a forward pass, both ways together; in a backward pass as many."""
+        return self.input_width + sum(self.output_widths)
+
 
 class AdapterKind(Protocol):
     """What both sides must know of a kind."""
@@ -178,7 +183,7 @@ def parameter_count(spec: AdapterSpec, groups: Sequence[GroupSpec]) -> int:
 
 def parameter_bytes(spec: AdapterSpec, group: GroupSpec) -> int:
     """Bytes of what the device trains for one group, as float32."""
-    return 4 * sum(math.prod(shape) for shape in kind_of(spec).parameter_shapes(spec, group).values())
+    return 4 * parameter_count(spec, (group,))
 
 
 def state_bytes(spec: AdapterSpec, group: GroupSpec) -> int:

@@ -316,7 +316,7 @@ def unit_costs(
     last_block = max(group.block for group in groups)
     rows = []
     for unit in units:
-        widths = [crossings[index].input_width + sum(crossings[index].output_widths) for index in unit]
+        widths = [crossings[index].total_width for index in unit]
         lowest = min(groups[index].block for index in unit)
         rows.append((2 * sum(widths), 2 * len(unit), 1 + last_block - lowest))
     table = np.array(rows, np.float64)  # (units, 3)

@@ -13,7 +13,7 @@ from dlora.protocol.groups import evenly
 from dlora.protocol.kill_revive import KillReviveConfig, Timetable, UnitState
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from drift_report import COLUMNS, TITLE
+from drift_report import COLUMNS
 from drift_report import write_report as write_drift
 from drift_results import MEASURES, NONE_BEATS, gap, gaps, loss_b, mean_loss, summary, verdict
 from drift_runs import (
@@ -34,7 +34,7 @@ from drift_runs import (
 from economy_report import write_report as write_economy
 from economy_runs import Plan as EconomyPlan
 from economy_runs import Score, Settings, TrainedFile
-from sections import section_of, with_section
+from sections import DRIFT, section_of, with_section
 
 PLAN = Plan("tiny", "float32")
 UNITS = 8
@@ -235,7 +235,7 @@ def test_both_tools_write_one_page_and_keep_each_others_part(tmp_path: Path) -> 
     write_drift(kept(all_runs()), PLAN, tmp_path)
     both = page.read_text()
     assert both.startswith(alone)
-    assert NONE_BEATS in section_of(both, TITLE)
+    assert NONE_BEATS in section_of(both, DRIFT)
     write_economy({}, other, tmp_path)
     assert page.read_text() == both
     write_drift(kept(all_runs()), PLAN, tmp_path)

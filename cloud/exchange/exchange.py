@@ -109,18 +109,20 @@ class MicroBatchExchange:
             anchor = torch.ones((), requires_grad=True)
             outputs = list(_SendGrads.apply(self, group, anchor, sent, *outputs))
             self.gradients += 1
-        deltas = site.expand(outputs)
-        for target, output, delta in zip(targets, frozen, deltas, strict=True):
-            self._outputs[target.name] = output + _Unpack.apply(delta, self, output.shape, output.dtype)
+        self._keep_outputs(group, frozen, site.expand(outputs))
 
     def _apply_given(self, group: int, x: Tensor) -> None:
         """As ``_run_group``, with what the device has given in its place."""
         self._inputs[group] = x
         site = self._sites[group]
-        deltas = site.expand(site.compute_outputs(site.project(_Pack.apply(x, self)), self._given[group]))
-        for target, delta in zip(self._groups[group].targets, deltas, strict=True):
-            frozen = original_forward(self._base, target.name)(x)
-            self._outputs[target.name] = frozen + _Unpack.apply(delta, self, frozen.shape, frozen.dtype)
+        outputs = site.compute_outputs(site.project(_Pack.apply(x, self)), self._given[group])
+        frozen = [original_forward(self._base, target.name)(x) for target in self._groups[group].targets]
+        self._keep_outputs(group, frozen, site.expand(outputs))
+
+    def _keep_outputs(self, group: int, frozen: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
+        """What a group's target modules will give when they are asked: their frozen products and the deltas."""
+        for target, output, delta in zip(self._groups[group].targets, frozen, deltas, strict=True):
+            self._outputs[target.name] = output + _Unpack.apply(delta, self, output.shape, output.dtype)
 
     def forget(self) -> None:
         """Drop the forward pass's tensors.

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -130,9 +132,8 @@ class SessionLoop:
         self._release_sketches()
 
     def _make_site(self, group: int) -> None:
-        charge = self._admit(0, 0)
-        started, making_bytes = self._clock(), self._sites.making_bytes
-        try:
+        making_bytes = self._sites.making_bytes
+        with self._charged():
             self._hold(group)
             self._quota.hold(making_bytes)
             with self._service.gate.computing():
@@ -140,8 +141,6 @@ class SessionLoop:
                 self._sites.add(made.tensors)
             self._quota.release(making_bytes)
             self._router.send(made)
-        finally:
-            charge.end(self._clock() - started)
         self._release_sketches()
 
     def _release_sketches(self) -> None:
@@ -158,28 +157,20 @@ class SessionLoop:
 
     def _take_parameters(self, given: m.GroupParameters) -> None:
         """Of a group whose unit is killed: the server applies them until it is revived."""
-        charge = self._admit(0, 0)
-        started = self._clock()
-        try:
+        with self._charged():
             self._sites.take_parameters(given)
             self._router.send(m.GroupParameters(group=given.group, tensors=()))
-        finally:
-            charge.end(self._clock() - started)
 
     # -- reports -----------------------------------------------------------------------------------------
 
     def _handle_report(self, report: m.StepReport) -> None:
         assert self._controller is not None
-        charge = self._admit(0, 0)  # it is little, but a device may send nothing else
-        started = self._clock()
-        try:
+        with self._charged():
             units = self._controller.report(report.step, decode_floats(report.scores))
             ticket = self._ticket(self._controller)
             self._router.send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=ticket))
             for group in self._sites.parameters.keys() - self._session.units.handed_over:
                 del self._sites.parameters[group]
-        finally:
-            charge.end(self._clock() - started)
         if self._service.draining.is_set():
             raise shutting_down()
 
@@ -218,6 +209,16 @@ class SessionLoop:
                 self._charge_ended.notify_all()
         if transport.times_lost == times_lost:
             self._deadlines.all_answers.observe(device.waited_s)
+
+    @contextmanager
+    def _charged(self) -> Iterator[None]:
+        """Charge work of no tokens and its time: it is little, but a device may send nothing else."""
+        charge = self._admit(0, 0)
+        started = self._clock()
+        try:
+            yield
+        finally:
+            charge.end(self._clock() - started)
 
     def _admit(self, tokens: int, live_bytes: int) -> Charge:
         """Charge what comes to its device's quotas; over them, send the device away until there is room.

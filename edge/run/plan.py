@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,23 +139,24 @@ def units_within(config: TrainConfig, manifest: Manifest, dataset: Dataset, byte
     Raises ``UsageError`` where one is too many.
     """
     groups = config.groups(manifest)
-    widths = [crossing.input_width + sum(crossing.output_widths) for crossing in crossings(config.adapter, groups)]
+    widths = [crossing.total_width for crossing in crossings(config.adapter, groups)]
     units = sorted(
         group_units(groups, config.kill_revive.unit), key=lambda unit: -sum(widths[group] for group in unit)
     )
 
-    def cost(count: int) -> float:
+    def cost(count: int) -> int:
         live = sorted(group for unit in units[:count] for group in unit)
         per_step = config.batch_size * config.grad_accum
         steps_an_epoch = -(-len(dataset) // per_step)
-        return _mean_bytes(config, manifest, dataset, live) * steps_an_epoch / dataset.tokens
+        return math.ceil(_mean_bytes(config, manifest, dataset, live) * steps_an_epoch / dataset.tokens)
 
-    if cost(1) > bytes_per_token:
+    count = bisect.bisect_right(range(1, len(units) + 1), bytes_per_token, key=cost)
+    if not count:
         raise UsageError(
             f"--bytes-per-token {bytes_per_token:,} is too little: one {config.kill_revive.unit} of the "
-            f"{len(units)} costs {math.ceil(cost(1)):,} on these data"
+            f"{len(units)} costs {cost(1):,} on these data"
         )
-    return max(count for count in range(1, len(units) + 1) if cost(count) <= bytes_per_token)
+    return count
 
 
 def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:
