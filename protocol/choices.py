@@ -16,9 +16,9 @@ Send = Literal["embeddings", "token-ids"]
 Adapt = Literal["all", "answer"]
 """Where adapters act: at all tokens, or from the beginning of the answer on."""
 
-Basis = Literal["gradient", "weights", "random"]
-"""What the frozen A and B of bottleneck adapters are: singular vectors of the base model's gradient on some of the
-data, or of its weights; or drawn at random."""
+Basis = Literal["data", "weights", "random"]
+"""What the frozen A and B of bottleneck adapters are: the directions in which the base model's hidden states and
+gradients vary most on some of the data, or those of its weights; or drawn at random."""
 
 UnitKind = Literal["block", "group"]
 """What kill-and-revive switches: all exchange groups of a block at once, or each group by itself."""

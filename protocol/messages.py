@@ -214,8 +214,9 @@ class SessionGone(Message, frozen=True):
 
 
 class MakeAdapterState(Message, frozen=True):
-    """E asks C to make what C keeps of a group. C answers with the group's ``AdapterState``: made from the gradients of
-    this session's micro-batches of the mode ``basis``, or, where there were none, from the base model's weights."""
+    """E asks C to make what C keeps of a group. C answers with the group's ``AdapterState``: made from what the base
+    model has computed in this session's micro-batches of the mode ``basis``, or, where there were none, from its
+    weights."""
 
     group: Index
 
@@ -225,8 +226,8 @@ class AdapterState(Message, frozen=True):
 
     Attributes:
         tensors: of the shapes that the adapter's kind says; none where C says that it has taken E's.
-        gradient_norm: of C, which made it from gradients: the norm of that of the group's parameters, summed over the
-            micro-batches of the mode ``basis``; 0.0 in all others.
+        gradient_norm: of C, which made it from the mode ``basis``: about the norm of the gradient of the group's
+            parameters, summed over those micro-batches; 0.0 in all others.
     """
 
     group: Index

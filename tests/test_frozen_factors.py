@@ -38,7 +38,7 @@ from dlora.edge.training.scores import change_squared, norm_squared
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.adapters import crossings, state_bytes
-from dlora.protocol.errors import CheckpointError, RefusedError, RemoteProtocolError, UsageError
+from dlora.protocol.errors import CheckpointError, NonFiniteError, RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.traffic import Traffic, adapter_state_traffic, basis_traffic, micro_batch_traffic, report_traffic
 from dlora.protocol.wire_codecs import Codecs, TensorRole
@@ -167,50 +167,90 @@ def test_saved_adapter_is_used_as_what_it_was_trained_as(
 # -- the basis -----------------------------------------------------------------------------------------------
 
 
-def test_basis_is_the_gradients_top_singular_vectors(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+def test_basis_is_what_the_data_vary_most_in(bundle: Path, server: RunningServer) -> None:
+    """Against torch, which holds all that goes into the modules, and all gradients of what comes out."""
     dataset = random_dataset(VOCABULARY)
     run = run_of("bottleneck", rank=3)
     with training(bundle, server.url, run, dataset) as trainer:
         batches = [batch for step in range(run.basis_steps) for batch in trainer.batches.step_batches(step)]
         model = tiny_model("llama", num_hidden_layers=BLOCKS).eval()
-        (sum(peft_reference.loss_of(model, [batch]) for batch in batches)).backward()
+        seen: dict[str, list[torch.Tensor]] = {}
+        for spec in trainer.adapters.group_specs:
+            for target in spec.targets:
+                _keep_rows(model.get_submodule(target.name), target.name, seen)
+        for batch in batches:
+            peft_reference.loss_of(model, [batch]).backward()
         for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
-            gradient = torch.cat([model.get_submodule(target.name).weight.grad for target in spec.targets]).double()
             lora_a, lora_b = (torch.from_numpy(np.array(tensor)).double() for tensor in group.adapter_state)
-            # A tiny random model's gradient has nearly all of its singular values: the worst case for a sketch.
-            held = torch.linalg.norm(lora_b.T @ gradient @ lora_a.T) ** 2
-            best = (torch.linalg.svdvals(gradient)[:3] ** 2).sum()
-            assert float(held) > 0.9 * float(best), spec.targets[0].name
-            for factor in (lora_a @ lora_a.T, lora_b.T @ lora_b):
-                torch.testing.assert_close(factor, torch.eye(3).double(), atol=1e-5, rtol=0)
+            x = torch.cat(seen[spec.targets[0].name])
+            grads = torch.cat([torch.cat(seen[f"{target.name}.grad"]) for target in spec.targets], dim=1)
+            # A tiny random model's rows go in nearly all directions: the worst case for a sketch.
+            for basis, rows in ((lora_a, x), (lora_b.T, grads)):
+                assert _share_held(basis, rows) > 0.8, spec.targets[0].name
+                torch.testing.assert_close(basis @ basis.T, torch.eye(3).double(), atol=1e-5, rtol=0)
+
+
+def _keep_rows(module: torch.nn.Module, name: str, seen: dict[str, list[torch.Tensor]]) -> None:
+    """Keep the rows that go into a module, and the gradients of those that come out."""
+
+    def keep(_: object, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen.setdefault(name, []).append(given[0].detach().flatten(0, -2).double())
+        output.register_hook(lambda grad: seen.setdefault(f"{name}.grad", []).append(grad.flatten(0, -2).double()))
+
+    module.register_forward_hook(keep)
+
+
+def _share_held(basis: torch.Tensor, rows: torch.Tensor) -> float:
+    """Of the squared norm of rows that the best directions hold, what those of a basis (r, width) hold."""
+    best = (torch.linalg.svdvals(rows)[: len(basis)] ** 2).sum()
+    return float(torch.linalg.norm(rows @ basis.T) ** 2 / best)
 
 
 def test_sketch_holds_what_the_best_basis_holds() -> None:
-    """Of a gradient that falls off as those of models do; in parts, and with modules that share their input."""
+    """Of rows that fall off as those of models do, in parts."""
     torch.manual_seed(0)
-    falling = torch.logspace(0, -4, 40)
+    falling = torch.logspace(0, -2, 40)
     x, grads = (torch.randn(400, 40) * falling @ torch.linalg.qr(torch.randn(width, 40))[0].T for width in (64, 90))
     group = GroupSpec(0, 64, (TargetSpec("a", 30), TargetSpec("b", 60)))
     sketch = GroupSketch(group, 8, 0, torch.device("cpu"))
     for rows in torch.arange(400).split(130):
-        sketch.add(x[rows], grads[rows, :30], 0)
-        sketch.add(x[rows], grads[rows, 30:], 30)
+        sketch.add(x[rows], grads[rows])
     lora_a, lora_b, norm = sketch.basis()
-    gradient = grads.T @ x
-    best = (torch.linalg.svdvals(gradient)[:8] ** 2).sum()
-    assert float(torch.linalg.norm(lora_b.T @ gradient @ lora_a.T) ** 2) > 0.9999 * float(best)
-    assert norm == pytest.approx(float(torch.linalg.norm(lora_b.T @ gradient @ lora_a.T)), rel=1e-4)
-    held = (sketch._range, sketch._co_range, sketch._omega, sketch._psi)
-    assert sum(tensor.nbytes for tensor in held) <= sketch_bytes(group, 8)
+    assert _share_held(lora_a, x) > 0.99
+    assert _share_held(lora_b.T, grads) > 0.99
+    assert norm == pytest.approx(float(torch.linalg.norm(lora_b.T @ grads.T @ x @ lora_a.T)), rel=0.1)
+    held = [each for moments in (sketch._inputs, sketch._grads) for each in (moments.omega, moments.product)]
+    assert sum(tensor.nbytes for tensor in (*held, sketch._gradient)) == sketch_bytes(group, 8)
 
 
-def test_sketch_is_smaller_than_a_large_models_gradient() -> None:
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_basis_of_few_rows_is_orthonormal(rows: int) -> None:
+    """The rest of it is any directions."""
+    torch.manual_seed(0)
+    sketch = GroupSketch(GroupSpec(0, 30, (TargetSpec("a", 20),)), 8, 0, torch.device("cpu"))
+    x, grads = torch.randn(rows, 30), torch.randn(rows, 20)
+    sketch.add(x, grads)
+    lora_a, lora_b, norm = sketch.basis()
+    for basis, held in ((lora_a, x), (lora_b.T, grads)):
+        torch.testing.assert_close(basis @ basis.T, torch.eye(8), atol=1e-5, rtol=0)
+        torch.testing.assert_close(held @ basis.T @ basis, held, atol=1e-4, rtol=0)
+    assert norm == pytest.approx(float(torch.linalg.norm(grads.T @ x)), rel=1e-3)
+
+
+def test_sketch_of_what_is_not_finite_is_refused() -> None:
+    sketch = GroupSketch(GroupSpec(0, 30, (TargetSpec("a", 20),)), 8, 0, torch.device("cpu"))
+    sketch.add(torch.ones(3, 30), torch.full((3, 20), torch.inf))
+    with pytest.raises(NonFiniteError, match="hidden states or gradients"):
+        sketch.basis()
+
+
+def test_sketch_is_smaller_than_a_large_models_weights() -> None:
     down = GroupSpec(0, 11_008, (TargetSpec("down", 4096),))
     assert sketch_bytes(down, 64) < 4 * 11_008 * 4096 / 2
 
 
 def test_basis_pass_says_what_the_first_gradients_are(bundle: Path, server: RunningServer) -> None:
-    """Of the same batch: the norm that the server gives with a basis is that of the core's gradient in step 0."""
+    """Of the same batch: the norm that the server gives with a basis is about that of the core's gradient in step 0."""
     run = run_of(
         "bottleneck", basis_steps=1, wire_dtype="fp32", optimizer={"lr": 3e-2, "max_grad_norm": 0.0},
         kill_revive={"score": "grad"},
@@ -220,7 +260,7 @@ def test_basis_pass_says_what_the_first_gradients_are(bundle: Path, server: Runn
         norms = np.array([group.first_gradient_norm for group in trainer.adapters.groups])
         trainer.run_step()
         moments = [group.parameters()[f"{group.name}.core"].exp_avg for group in trainer.adapters.groups]
-        np.testing.assert_allclose(run.scaling * norms, [np.linalg.norm(m) / 0.1 for m in moments], rtol=0.03)
+        np.testing.assert_allclose(run.scaling * norms, [np.linalg.norm(m) / 0.1 for m in moments], rtol=0.25)
         reported = trainer.session.unanswered
         assert reported is not None
         by_unit = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlora.cloud.exchange.exchange import MicroBatchExchange
 from dlora.cloud.exchange.kinds import SITE_KINDS, Site
-from dlora.cloud.exchange.target_modules import exchanging, wrap_target_modules
+from dlora.cloud.exchange.target_modules import running_targets, wrap_target_modules
 from dlora.cloud.model import live_bytes as live_bytes_module
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
@@ -92,7 +92,7 @@ def bytes_saved(base: BaseModel, groups: Sequence[GroupSpec], layout: Layout, tr
         given={},
         rows=layout.rows,
     )
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), exchanging(exchange):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), running_targets(exchange):
         hidden = base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
         assert hidden.requires_grad
     unique = {storage.data_ptr(): storage.nbytes() for storage in saved if storage.data_ptr() not in weights}
@@ -134,7 +134,7 @@ def test_evaluation_estimate_is_near_the_peak_of_its_forward_pass(family: str) -
         )
         with (
             torch.no_grad(),
-            exchanging(exchange),
+            running_targets(exchange),
             _order_of_calls(base) as order,
             _TensorByteCounter(base, order) as alive,
         ):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dlora.cloud.exchange.exchange import MicroBatchExchange
-from dlora.cloud.exchange.target_modules import exchanging, wrap_target_modules
+from dlora.cloud.exchange.target_modules import running_targets, wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
 from dlora.cloud.model.parts import ModelParts
@@ -402,19 +402,19 @@ def test_parts_exchange_their_group_states(family: str) -> None:
 
     def run(*cuts: tuple[int, int | None]) -> Tensor:
         hidden = embeds
-        with exchanging(exchange_of(base, groups)):
+        with running_targets(exchange_of(base, groups)):
             for begin, end in cuts:
                 hidden = parts.run(hidden, begin=begin, end=end)
         return hidden
 
-    with exchanging(exchange_of(base, groups)):
+    with running_targets(exchange_of(base, groups)):
         whole = base.last_hidden_state(embeds)
     assert not torch.equal(whole, base.last_hidden_state(embeds))  # the adapters do something
     assert torch.equal(run((0, None)), whole)
     assert torch.equal(run((0, 1), (1, None)), whole)
     cache, rows = parts.new_cache(), []
     for first, end in ((0, LENGTH - 2), (LENGTH - 2, LENGTH - 1), (LENGTH - 1, LENGTH)):
-        with exchanging(exchange_of(base, groups)):
+        with running_targets(exchange_of(base, groups)):
             rows.append(parts.run(embeds[:, first:end], cache=cache))
     assert_near(torch.cat(rows, dim=1), whole, 1e-5)
 

@@ -1,12 +1,12 @@
-"""The base model's own micro-batches, from whose gradients the frozen A and B of bottleneck adapters are made.
+"""The base model's own micro-batches, from which the frozen A and B of bottleneck adapters are made.
 
-No adapter takes part and nothing crosses at the groups: an ordinary forward and backward pass, in which each group's
-gradient goes into its sketch.
+No adapter takes part and nothing crosses at the groups: an ordinary forward and backward pass, in which what goes
+into a group's modules, and the gradients of what comes out of them, go into its sketch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
 
 from .sketch import GroupSketch
-from .target_modules import original_forward
+from .target_modules import GroupRunner
 
 
-class BasisExchange:
-    """Runs target modules as the base model does, and sketches their gradients on the way back.
+class BasisPass(GroupRunner):
+    """Runs target modules as the base model does, and sketches their inputs and gradients on the way back.
 
     Args:
         sketches: one a group.
@@ -30,49 +30,36 @@ class BasisExchange:
     def __init__(
         self, base: BaseModel, groups: Sequence[GroupSpec], sketches: Sequence[GroupSketch], rows: Tensor | None
     ) -> None:
+        super().__init__(base, groups, range(len(groups)))
         self.rows = rows
-        self._base = base
-        self._places = {name: (sketch, first) for name, sketch, first in _places(groups, sketches)}
+        self._sketches = sketches
 
-    def run_target(self, name: str, x: Tensor) -> Tensor | None:
-        """The output of a target module, or None where nothing is learnt of it."""
-        if name not in self._places:
-            return None
-        sketch, first = self._places[name]
-        output = original_forward(self._base, name)(x)
+    def run_group(self, group: int, x: Tensor) -> Sequence[Tensor]:
         # The anchor begins the graph at the lowest group: nothing below it needs a gradient.
         anchor = torch.ones((), requires_grad=True)
-        sketched: Tensor = _Sketched.apply(output, x.detach(), anchor, self, sketch, first)  # type: ignore[no-untyped-call]
-        return sketched
+        outputs: Sequence[Tensor] = _Sketched.apply(self, group, x.detach(), anchor, *self.run_frozen(group, x))  # type: ignore[no-untyped-call]
+        return outputs
 
-    def forget(self) -> None:
-        """Nothing is kept of a forward pass."""
-
-
-def _places(groups: Sequence[GroupSpec], sketches: Sequence[GroupSketch]) -> Iterator[tuple[str, GroupSketch, int]]:
-    """Each target module's name, its group's sketch, and where its outputs begin among the group's."""
-    for group, sketch in zip(groups, sketches, strict=True):
-        first = 0
-        for target in group.targets:
-            yield target.name, sketch, first
-            first += target.out_features
+    def sketch(self, group: int, x: Tensor, grads: Sequence[Tensor]) -> None:
+        """Add what one group's modules got and the gradients of what they gave, as they lie in the padded batch."""
+        flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, *grads)]
+        if self.rows is not None:
+            flat = [tensor.index_select(0, self.rows) for tensor in flat]
+        self._sketches[group].add(flat[0], torch.cat(flat[1:], dim=1))
 
 
 class _Sketched(torch.autograd.Function):
-    """A target module's output as it is; its backward adds to a sketch, and hands the gradient on."""
+    """What a group's modules gave, as it is; its backward adds to a sketch, and hands the gradients on."""
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, exchange: BasisExchange, sketch: GroupSketch, first: int
-    ) -> Tensor:
-        ctx.x, ctx.exchange, ctx.sketch, ctx.first = x, exchange, sketch, first
-        return output.view_as(output)
+        ctx: Any, runner: BasisPass, group: int, x: Tensor, anchor: Tensor, *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.runner, ctx.group, ctx.x = runner, group, x
+        return tuple(output.view_as(output) for output in outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, ctx.x = ctx.x, None
-        flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad)]
-        if ctx.exchange.rows is not None:
-            flat = [tensor.index_select(0, ctx.exchange.rows) for tensor in flat]
-        ctx.sketch.add(*flat, ctx.first)
-        return grad, None, None, None, None, None
+        ctx.runner.sketch(ctx.group, x, grads)
+        return None, None, None, None, *grads

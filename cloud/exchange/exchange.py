@@ -30,7 +30,7 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
 
 from .kinds import Site
-from .target_modules import original_forward
+from .target_modules import GroupRunner
 
 
 class Channel(Protocol):
@@ -42,7 +42,7 @@ class Channel(Protocol):
     def receive_input_grad(self, group: int, torch_device: torch.device) -> Tensor: ...
 
 
-class MicroBatchExchange:
+class MicroBatchExchange(GroupRunner):
     """The exchange of one micro-batch.
 
     Args:
@@ -68,70 +68,44 @@ class MicroBatchExchange:
         given: Mapping[int, Sequence[Tensor]],
         rows: Tensor | None,
     ) -> None:
+        super().__init__(base, groups, (*live, *given))
         self.channel = channel
         self.rows = rows
         self.gradients = 0
-        self._groups = groups
         self._sites = sites
         self._trained = trained
         self._given = given
-        self._base = base
-        self._group_of = {target.name: index for index in (*live, *given) for target in groups[index].targets}
-        self._inputs: dict[int, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
 
-    def run_target(self, name: str, x: Tensor) -> Tensor | None:
-        """The output of a target module, or None where its group does not exchange."""
-        group = self._group_of.get(name)
-        if group is None:
-            return None
-        if group not in self._inputs:
-            if group in self._given:
-                self._apply_given(group, x)
-            else:
-                self._run_group(group, x)
-        if self._inputs[group] is not x:
-            raise RuntimeError(f"{name} did not get its group's input: the base model changed since it was traced")
-        return self._outputs.pop(name)
+    def run_group(self, group: int, x: Tensor) -> list[Tensor]:
+        """What a group's target modules give: their frozen products and the deltas."""
+        frozen, deltas = self._apply_given(group, x) if group in self._given else self._exchange(group, x)
+        return [
+            output + _Unpack.apply(delta, self, output.shape, output.dtype)
+            for output, delta in zip(frozen, deltas, strict=True)
+        ]
 
-    def _run_group(self, group: int, x: Tensor) -> None:
-        self._inputs[group] = x
-        site, targets = self._sites[group], self._groups[group].targets
+    def _exchange(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The frozen products, and the deltas that the device gives."""
+        site = self._sites[group]
         joined, tap = _Fork.apply(x) if x.requires_grad else (x, x)
         sent = site.project(_Pack.apply(tap, self))
         self.channel.send_input(group, sent.detach())
         if sent.requires_grad:
             sent = _AwaitInputGrad.apply(sent, self, group)
-        frozen = [original_forward(self._base, target.name)(joined) for target in targets]
+        frozen = self.run_frozen(group, joined)
         outputs = self.channel.receive_outputs(group, frozen[0].device)
         if torch.is_grad_enabled() and (sent.requires_grad or group in self._trained):
             # The anchor makes the outputs part of the graph where nothing below them is.
             anchor = torch.ones((), requires_grad=True)
             outputs = list(_SendGrads.apply(self, group, anchor, sent, *outputs))
             self.gradients += 1
-        self._keep_outputs(group, frozen, site.expand(outputs))
+        return frozen, site.expand(outputs)
 
-    def _apply_given(self, group: int, x: Tensor) -> None:
-        """As ``_run_group``, with what the device has given in its place."""
-        self._inputs[group] = x
+    def _apply_given(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """As ``_exchange``, with what the device has given in its place."""
         site = self._sites[group]
         outputs = site.compute_outputs(site.project(_Pack.apply(x, self)), self._given[group])
-        frozen = [original_forward(self._base, target.name)(x) for target in self._groups[group].targets]
-        self._keep_outputs(group, frozen, site.expand(outputs))
-
-    def _keep_outputs(self, group: int, frozen: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
-        """What a group's target modules will give when they are asked: their frozen products and the deltas."""
-        for target, output, delta in zip(self._groups[group].targets, frozen, deltas, strict=True):
-            self._outputs[target.name] = output + _Unpack.apply(delta, self, output.shape, output.dtype)
-
-    def forget(self) -> None:
-        """Drop the forward pass's tensors.
-
-        They hold the graph, whose nodes hold this exchange: a cycle through autograd's C++ that Python's collector
-        cannot see, and so a leak of every step's activations.
-        """
-        self._inputs.clear()
-        self._outputs.clear()
+        return self.run_frozen(group, x), site.expand(outputs)
 
     def pack(self, padded: Tensor) -> Tensor:
         """(batch, length, width) or (batch * length, width) to the rows that cross, (rows, width)."""

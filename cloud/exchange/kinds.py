@@ -42,12 +42,12 @@ class MadeFrom:
 
     Attributes:
         seed: of random draws, the group's own.
-        gradient: of the session's micro-batches of the mode ``basis``; None where there were none.
+        sketch: of the session's micro-batches of the mode ``basis``; None where there were none.
     """
 
     base: BaseModel
     seed: int
-    gradient: GroupSketch | None
+    sketch: GroupSketch | None
 
 
 class MadeState(NamedTuple):
@@ -55,8 +55,8 @@ class MadeState(NamedTuple):
 
     Attributes:
         tensors: float32, of the kind's ``state_shapes``.
-        gradient_norm: of the gradient that the group's parameters would have had, summed over what it was made from;
-            0.0 where that were no gradients.
+        gradient_norm: of the gradient that the group's parameters would have had, summed over what it was made from,
+            about; 0.0 where that were no gradients.
     """
 
     tensors: Sequence[Tensor]
@@ -140,8 +140,8 @@ class _BottleneckSite:
 
 class _Bottleneck:
     def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> MadeState:
-        if made_from.gradient is not None:
-            lora_a, lora_b, gradient_norm = made_from.gradient.basis()
+        if made_from.sketch is not None:
+            lora_a, lora_b, gradient_norm = made_from.sketch.basis()
             return MadeState((lora_a, lora_b), gradient_norm)
         return MadeState(weight_basis(made_from.base, group, spec.r, made_from.seed))
 

@@ -19,11 +19,11 @@ from dlora.protocol.micro_batch import GroupStates, Key
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole
 
-from .basis import BasisExchange
+from .basis import BasisPass
 from .exchange import MicroBatchExchange
 from .kinds import SITE_KINDS, MadeFrom, Site
 from .sketch import GroupSketch, sketch_bytes
-from .target_modules import TargetRunner, exchanging
+from .target_modules import GroupRunner, running_targets
 from .torch_codecs import from_wire, to_wire
 
 M = TypeVar("M", bound=m.ExchangeMessage)
@@ -47,8 +47,8 @@ class Sites:
         opening: what the device asked for.
         seed: of the server's draws.
         sites: one a group, in order; fewer until the session is set up.
-        sketches: of the base model's gradient, one a group, from the first micro-batch of the mode ``basis`` on; each
-            goes once the group's state is made.
+        sketches: of what the base model computes at each group, from the first micro-batch of the mode ``basis`` on;
+            each goes once the group's state is made.
         parameters: what devices would train, of groups that the device has given; as ``Site.compute_outputs`` takes it.
     """
 
@@ -73,7 +73,7 @@ class Sites:
         return sum(sketch_bytes(group, self.adapter.r) for group in self.groups)
 
     def begin_sketches(self) -> None:
-        """Make room for the base model's gradient at every group."""
+        """Make room for a sketch of every group."""
         self.sketches = [
             GroupSketch(group, self.adapter.r, self.seed + index, self.torch_device_of(group))
             for index, group in enumerate(self.groups)
@@ -90,8 +90,8 @@ class Sites:
     def make_state(self) -> m.AdapterState:
         """Make anew what the server keeps of the next group; gives it as it crosses."""
         index = len(self.sites)
-        gradient = self.sketches[index] if self.sketches else None
-        made_from = MadeFrom(self.base, self.seed + index, gradient)
+        sketch = self.sketches[index] if self.sketches else None
+        made_from = MadeFrom(self.base, self.seed + index, sketch)
         made = SITE_KINDS[self.adapter.kind].make_state(self.adapter, self.groups[index], made_from)
         codecs, role = self.opening.codecs, TensorRole.ADAPTER_STATE
         # Twice: where rounding makes the largest value a power of two, the second time's exponent is another. What
@@ -179,11 +179,13 @@ class MicroBatchRun:
 
     @property
     def sketched_bytes(self) -> int:
-        """In the mode ``basis``: what goes into the groups' modules, kept until the backward pass."""
+        """In the mode ``basis``: what goes into the groups' modules, kept until the backward pass; and there, of one
+        group at a time, its rows in float32."""
         if self._mode != "basis":
             return 0
-        inputs = sum(group.in_features for group in self._sites.groups)
-        return self.layout.inputs_embeds.shape[:-1].numel() * inputs * self._sites.base.dtype.itemsize
+        groups, rows = self._sites.groups, self.layout.inputs_embeds.shape[:-1].numel()
+        kept = self._sites.base.dtype.itemsize * sum(group.in_features for group in groups)
+        return rows * (kept + 4 * max(group.in_features + group.out_features for group in groups))
 
     def run(self, device: DeviceMessages) -> None:
         """Forward, and backward where it trains. Raises what ``device`` does, and ``NonFiniteError``."""
@@ -208,17 +210,17 @@ class MicroBatchRun:
             labelled.backward(channel.receive_labelled_grad(labelled))
 
     def _run_basis(self, channel: _Channel) -> None:
-        """The base model alone, forward and backward: its gradients go into the sketches."""
+        """The base model alone, forward and backward: what it computes at the groups goes into the sketches."""
         sites = self._sites
         sketches = [sketch for sketch in sites.sketches if sketch is not None]
-        labelled = self._run_blocks(BasisExchange(sites.base, sites.groups, sketches, self._crossing))
+        labelled = self._run_blocks(BasisPass(sites.base, sites.groups, sketches, self._crossing))
         channel.send_labelled(labelled, 0)
         labelled.backward(channel.receive_labelled_grad(labelled))
 
-    def _run_blocks(self, runner: TargetRunner) -> Tensor:
+    def _run_blocks(self, runner: GroupRunner) -> Tensor:
         """The last hidden states at the labelled positions."""
         sites, layout = self._sites, self.layout
-        with torch.set_grad_enabled(self._mode != "evaluate"), exchanging(runner):
+        with torch.set_grad_enabled(self._mode != "evaluate"), running_targets(runner):
             hidden = sites.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
             return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._labelled.to(hidden.device))
 

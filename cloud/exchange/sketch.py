@@ -1,14 +1,15 @@
-"""The frozen A and B of bottleneck adapters: top singular vectors of the base model's gradient, or of its weights.
+"""The frozen A and B of bottleneck adapters: directions in which a device's own data vary most, or those of weights.
 
-The gradient of a group's weight is a sum of outer products, of what goes into its modules and of the gradients of what
-comes out of them: both are here in an ordinary backward pass. It is never held whole. Two sketches of it are, as narrow
-as a few times the rank, and one pass over the data makes them::
+A holds what goes into a group's modules best: the top eigenvectors of ``Σ x xᵀ`` over rows x, which is what EVA takes
+for LoRA's A (Paischer et al., arXiv 2410.07170). B holds the gradients of what comes out of them, in the same way: of
+``Σ g gᵀ``, stacked over the modules. Both are here in an ordinary backward pass of the base model. Rows count one by
+one: a gradient summed over a batch has far fewer directions than those of its tokens have, and a basis of its singular
+vectors is worse for what comes later in training (docs/decisions/0037-*.md).
 
-    Y = G Ω      W = Ψ G      Q = orth(Y)      G ≈ Q (Ψ Q)⁺ W
+Neither matrix is held, which would be larger than the weights. A sketch of each is, as wide as a few times the rank,
+and one pass over the data makes it (Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736)::
 
-(Tropp, Yurtsever, Udell and Cevher, arXiv 1609.00048, algorithm 4, with k = 3r + 1 and l = 2k + 1: on SmolLM2 they
-hold 99.8 % or more of what the best r singular vectors hold.) The idea of the gradient's singular vectors as a basis
-is that of LoRA-SB (Ponkshe et al., arXiv 2411.19557).
+    Y = M Ω      M ≈ Y (Ωᵀ Y)⁺ Yᵀ
 """
 
 from __future__ import annotations
@@ -27,8 +28,40 @@ _POWER_ITERATIONS: Final = 4
 _OVERSAMPLED: Final = 10
 
 
+class MomentSketch:
+    """A sketch of ``Σ v vᵀ`` over rows v: (width, width) in (width, columns).
+
+    Args:
+        generator: draws the test matrix, on the CPU.
+    """
+
+    def __init__(self, width: int, columns: int, generator: torch.Generator, device: torch.device) -> None:
+        self.omega = torch.linalg.qr(torch.randn(width, columns, generator=generator))[0].to(device)
+        self.product = torch.zeros_like(self.omega)
+
+    def add(self, rows: Tensor) -> Tensor:
+        """Add rows, float32 (rows, width); gives ``rows Ω``."""
+        mixed: Tensor = rows @ self.omega
+        self.product += rows.T @ mixed
+        return mixed
+
+    def top_eigenvectors(self, r: int) -> Tensor:
+        """The r of the largest eigenvalues, float64 (width, r) on the CPU, orthonormal. Raises ``NonFiniteError``."""
+        if not torch.isfinite(self.product).all():
+            raise NonFiniteError("NaN or infinity in the base model's hidden states or gradients")
+        # Few numbers, and badly conditioned where the rows have few directions: in float64 it costs nothing.
+        omega, product = self.omega.cpu().double(), self.product.cpu().double()
+        mixed = omega.T @ product
+        values, vectors = torch.linalg.eigh((mixed + mixed.T) / 2)
+        # What float32 sums leave beside the rows' own directions is noise.
+        is_noise = values <= values[-1].clamp_min(0.0) * len(values) * torch.finfo(torch.float32).eps
+        roots = torch.where(is_noise, 0.0, values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
+        left: Tensor = torch.linalg.svd(product @ (vectors * roots), full_matrices=False)[0]
+        return left[:, :r]
+
+
 class GroupSketch:
-    """The gradient of one group's weights, stacked over its modules: (out_features, in_features), as two sketches.
+    """What is learnt of one group: sketches of what goes in and of the gradients of what comes out.
 
     Args:
         seed: of the random test matrices; the same one, data and machine give the same basis.
@@ -36,49 +69,37 @@ class GroupSketch:
 
     def __init__(self, group: GroupSpec, r: int, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
-        wide, tall = _sketch_sizes(group, r)
         self.r = r
-        self._omega = torch.randn(group.in_features, wide, generator=generator).to(device)
-        self._psi = torch.randn(tall, group.out_features, generator=generator).to(device)
-        self._range = torch.zeros(group.out_features, wide, device=device)
-        self._co_range = torch.zeros(tall, group.in_features, device=device)
+        self._inputs = MomentSketch(group.in_features, _columns(group.in_features, r), generator, device)
+        self._grads = MomentSketch(group.out_features, _columns(group.out_features, r), generator, device)
+        self._gradient = torch.zeros(self._grads.omega.shape[1], self._inputs.omega.shape[1], device=device)
 
-    def add(self, x: Tensor, grad: Tensor, first: int) -> None:
-        """Add the gradient that one module's rows give: ``gradᵀ x``.
+    def add(self, x: Tensor, grads: Tensor) -> None:
+        """Add rows.
 
         Args:
-            x: (rows, in_features), what went in; grad: (rows, width), the gradient of what came out.
-            first: where the module's outputs begin among the group's.
+            x: (rows, in_features), what went into the group's modules.
+            grads: (rows, out_features), the gradients of what came out of them, one module's beside the other's.
         """
-        x, grad = x.float(), grad.float()
-        outputs = slice(first, first + grad.shape[1])
-        self._range[outputs] += grad.T @ (x @ self._omega)
-        self._co_range += (self._psi[:, outputs] @ grad.T) @ x
+        self._gradient += self._grads.add(grads.float()).T @ self._inputs.add(x.float())
 
     def basis(self) -> tuple[Tensor, Tensor, float]:
-        """A (r, in_features) and B (out_features, r), orthonormal, and the norm of the gradient between them,
-        ``||Bᵀ G Aᵀ||_F``. Raises ``NonFiniteError``."""
-        if not (torch.isfinite(self._range).all() and torch.isfinite(self._co_range).all()):
-            raise NonFiniteError("NaN or infinity in the base model's gradients")
-        # Few numbers, and badly conditioned where the gradient has a low rank: in float64 it costs nothing.
-        q, _ = torch.linalg.qr(self._range.double())
-        q, mixed, co_range = q.cpu(), (self._psi.double() @ q).cpu(), self._co_range.double().cpu()
-        # Well conditioned whatever the gradient's rank is: q is orthonormal, and psi is random.
-        core = torch.linalg.lstsq(mixed, co_range, driver="gels").solution
-        u, values, right = torch.linalg.svd(core, full_matrices=False)
-        norm = float(torch.linalg.vector_norm(values[: self.r]))
-        return right[: self.r].float(), (q @ u[:, : self.r]).float(), norm
+        """A (r, in_features) and B (out_features, r), orthonormal; and about the norm of the gradient G of the group's
+        weights between them, ``||Bᵀ G Aᵀ||_F``: it is known as ``Ωᵀ G Ω``. Raises ``NonFiniteError``."""
+        lora_a, lora_b = self._inputs.top_eigenvectors(self.r), self._grads.top_eigenvectors(self.r)
+        left, right = self._grads.omega.cpu().double().T @ lora_b, self._inputs.omega.cpu().double().T @ lora_a
+        core = torch.linalg.pinv(left) @ self._gradient.cpu().double() @ torch.linalg.pinv(right).T
+        return lora_a.T.float().contiguous(), lora_b.float(), float(torch.linalg.matrix_norm(core))
 
 
 def sketch_bytes(group: GroupSpec, r: int) -> int:
     """What a ``GroupSketch`` takes, its test matrices among it."""
-    wide, tall = _sketch_sizes(group, r)
-    return 4 * (wide + tall) * (group.in_features + group.out_features)
+    into, out = _columns(group.in_features, r), _columns(group.out_features, r)
+    return 4 * (2 * into * group.in_features + 2 * out * group.out_features + into * out)
 
 
-def _sketch_sizes(group: GroupSpec, r: int) -> tuple[int, int]:
-    wide = min(3 * r + 1, group.in_features, group.out_features)
-    return wide, 2 * wide + 1
+def _columns(width: int, r: int) -> int:
+    return min(3 * r + 1, width)
 
 
 def weight_basis(base: BaseModel, group: GroupSpec, r: int, seed: int) -> tuple[Tensor, Tensor]:

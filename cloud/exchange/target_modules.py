@@ -7,37 +7,73 @@ that runs in this thread. Without one, or where that has nothing to say of the m
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel
+from dlora.protocol.groups import GroupSpec
 
 
-class TargetRunner(Protocol):
-    """Who runs target modules in place of their own ``forward``."""
+class GroupRunner(ABC):
+    """Runs the target modules of some groups in place of their own ``forward``: all of a group when one is called.
+
+    Args:
+        groups: of the session; taking_part: those of them that are run here.
+    """
+
+    def __init__(self, base: BaseModel, groups: Sequence[GroupSpec], taking_part: Collection[int]) -> None:
+        self._base = base
+        self._groups = groups
+        self._group_of = {target.name: index for index in taking_part for target in groups[index].targets}
+        self._inputs: dict[int, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def run_group(self, group: int, x: Tensor) -> Sequence[Tensor]:
+        """What a group's target modules give for ``x``, in their order."""
 
     def run_target(self, name: str, x: Tensor) -> Tensor | None:
         """The output of a target module, or None for the base model's own."""
+        group = self._group_of.get(name)
+        if group is None:
+            return None
+        if group not in self._inputs:
+            self._inputs[group] = x
+            names = (target.name for target in self._groups[group].targets)
+            self._outputs.update(zip(names, self.run_group(group, x), strict=True))
+        if self._inputs[group] is not x:
+            raise RuntimeError(f"{name} did not get its group's input: the base model changed since it was traced")
+        return self._outputs.pop(name)
+
+    def run_frozen(self, group: int, x: Tensor) -> list[Tensor]:
+        """What the base model's own modules of a group give."""
+        return [original_forward(self._base, target.name)(x) for target in self._groups[group].targets]
 
     def forget(self) -> None:
-        """Drop the forward pass's tensors."""
+        """Drop the forward pass's tensors.
+
+        They hold the graph, whose nodes hold this runner: a cycle through autograd's C++ that Python's collector
+        cannot see, and so a leak of every step's activations.
+        """
+        self._inputs.clear()
+        self._outputs.clear()
 
 
 _running = threading.local()
 
 
 @contextmanager
-def exchanging(exchange: TargetRunner) -> Iterator[None]:
-    """Within, ``exchange`` runs the target modules that are called in this thread."""
-    _running.exchange = exchange
+def running_targets(runner: GroupRunner) -> Iterator[None]:
+    """Within, ``runner`` runs the target modules that are called in this thread."""
+    _running.runner = runner
     try:
         yield
     finally:
-        _running.exchange = None
-        exchange.forget()
+        _running.runner = None
+        runner.forget()
 
 
 class _Wrapped:
@@ -48,8 +84,8 @@ class _Wrapped:
         self.original = original
 
     def __call__(self, x: Tensor) -> Tensor:
-        exchange: TargetRunner | None = getattr(_running, "exchange", None)
-        output = exchange.run_target(self.name, x) if exchange is not None else None
+        runner: GroupRunner | None = getattr(_running, "runner", None)
+        output = runner.run_target(self.name, x) if runner is not None else None
         return self.original(x) if output is None else output
 
 

@@ -100,12 +100,12 @@ def train(
     basis: Annotated[
         Basis,
         typer.Option(
-            help="A and B of a bottleneck: top singular vectors of the base model's gradient on some of the data, or "
-            "of its weights; or random."
+            help="A and B of a bottleneck: the directions in which hidden states and gradients of some of your data "
+            "vary most, which the server finds; those of the base model's weights; or random."
         ),
-    ] = "gradient",
+    ] = "data",
     basis_steps: Annotated[
-        int, typer.Option(help="Steps whose data --basis gradient takes.", min=1, max=MAX_STEPS)
+        int, typer.Option(help="Steps whose data --basis data takes.", min=1, max=MAX_STEPS)
     ] = 8,
     seed: Annotated[
         int | None,

@@ -81,8 +81,8 @@ class SplitModel:
         return losses
 
     def run_basis_pass(self, batches: Sequence[MicroBatch]) -> int:
-        """Let the server take the base model's gradients on these micro-batches, while its session is set up; how many
-        it took them as.
+        """Let the server see what the base model computes on these micro-batches, while its session is set up; how
+        many it took them as.
 
         Raises as ``forward_backward`` does.
         """

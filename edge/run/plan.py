@@ -94,11 +94,11 @@ def adapters_line(config: TrainConfig, manifest: Manifest) -> str:
 
 
 def basis_lines(config: TrainConfig, dataset: Dataset) -> list[str]:
-    """What comes before the first step, where the server makes a part of the adapters from the data's gradients."""
-    if config.basis != "gradient" or not kind_of(config.adapter).server_makes_state:
+    """What comes before the first step, where the server makes a part of the adapters from the data."""
+    if config.basis != "data" or not kind_of(config.adapter).server_makes_state:
         return []
     steps = config.basis_pass_steps(len(dataset))
-    return [f"first, the server makes A and B from the base model's gradient on the data of {_count(steps, 'step')}"]
+    return [f"first, the server makes A and B from what the base model computes on the data of {_count(steps, 'step')}"]
 
 
 def _mb(mb: float) -> str:
@@ -181,7 +181,7 @@ def set_up_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_st
         return 0.0
     traffic = adapter_state_traffic(sizes, made=True)
     total = float(traffic.bytes_up + traffic.bytes_down)
-    if kind.server_makes_state and config.basis == "gradient" and next_step == 0:
+    if kind.server_makes_state and config.basis == "data" and next_step == 0:
         steps = config.basis_pass_steps(len(dataset))
         total += steps * _mean_bytes(config, manifest, dataset, (), is_basis=True)
     return total / 1e6

@@ -30,7 +30,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
             Revive, begin anew there.
         batch_size: sequences of a micro-batch; grad_accum: micro-batches of a step.
         kind: of the adapters, a name of ``dlora.protocol.adapters.KINDS``.
-        basis: what a server makes its part of them from; basis_steps: the gradient's, of so many steps' data.
+        basis: what a server makes its part of them from; basis_steps: how many steps' data it takes for ``data``.
         invocation: the tokens from which on adapters act, as PEFT's activated LoRA has them; none: they act everywhere.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
         wire_dtype: as ``Codecs.parse`` reads it; evaluations cross as ``for_evaluation`` says.
@@ -45,7 +45,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     grad_accum: int
     seed: Seed
     kind: str = "lora"
-    basis: Basis = "gradient"
+    basis: Basis = "data"
     basis_steps: int = 8
     invocation: tuple[int, ...] = ()
     rank: int

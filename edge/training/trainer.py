@@ -120,7 +120,7 @@ class Trainer:
             bundle, engine, self.session, invocation=config.invocation, send=config.send
         )
         self._check_limits()
-        if config.basis == "gradient":
+        if config.basis == "data":
             self.session.basis_pass = self._run_basis_pass
         self.session.open()
 
@@ -241,7 +241,7 @@ class Trainer:
     # -- inside ------------------------------------------------------------------------------------------
 
     def _run_basis_pass(self) -> int:
-        """The base model's gradients on the data of the first steps; gives the number of micro-batches."""
+        """Let the server see the data of the first steps; gives the number of micro-batches."""
         steps = range(self.config.basis_pass_steps(self.batches.examples))
         with self._name_step_in_error():
             return sum(self.model.run_basis_pass(self.batches.step_batches(step)) for step in steps)
