@@ -22,7 +22,6 @@ from children import QUIET_THREADS, cloud_server, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
-import msgspec
 from drift_report import write_report
 from drift_runs import TASKS, VARIANTS, Plan, Run, Task, Ticks, changed_units, steps_held
 from economy_data import Data, banking, load_parts
@@ -37,7 +36,6 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.run.run import total_steps
 from dlora.edge.training.metrics import StepMetrics
-from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapters import kind_of
@@ -165,9 +163,7 @@ def run(place: Place, settings: Settings, *, init: LoadedAdapter | None, out: Pa
         steps=steps,
         batch_size=batch_size,
         seed=settings.seed,
-        optimizer=msgspec.convert(
-            {"lr": settings.lr, "schedule": settings.schedule, "warmup": settings.warmup}, OptimizerConfig
-        ),
+        optimizer=settings.optimizer,
         defaults=place.bundle.manifest.defaults,
         invocation=place.tasks.invocation,
     )

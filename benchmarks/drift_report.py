@@ -10,6 +10,7 @@ from typing import Any, Final
 from bars import FILE, write_bars
 from drift_results import BAR, Gap, Range, gaps, loss_b, mean_loss, summary, to_json, verdict
 from drift_runs import FIRST, VARIANTS, Finished, Plan, Run
+from economy_recipes import DEFAULT, RECIPES
 from sections import DRIFT, with_section
 
 from dlora.edge.files import write_atomically
@@ -23,10 +24,10 @@ These commands write this section and [drift.json](benchmarks/drift.json); each 
 [drift-runs.jsonl](benchmarks/drift-runs.jsonl).
 
 **What is asked.** On a task that drifts, does an adaptive score of Kill and Revive beat `random` and `static` with the
-same budget? Task A is Banking77 with ten intents, task B the same with ten others. Each seed trains the default recipe
-(bottleneck r 64, answer, int8; 8 blocks, all active, rate 0.008, one epoch) on A, once; from its adapter each variant
-trains one epoch on B, with the same recipe, rate, rows and order. *Given to the server*: what a unit knows when it is
-not active stays in effect and crosses no more (`--kr-on-kill give_to_server`); *bypassed*: it is lost.
+same budget? Task A is Banking77 with ten intents, task B the same with ten others. Each seed trains
+{title} in 8 blocks, all active, rate {rate:g}, one epoch on A, once; from its adapter
+each variant trains one epoch on B, with the same recipe, rate, rows and order. *Given to the server*: what a unit
+knows when it is not active stays in effect and crosses no more (`--kr-on-kill give_to_server`); *bypassed*: it is lost.
 No warm-up, no ramp; kills each {ticks.kill_every} steps, revivals each {ticks.revive_every}, {ticks.revive_share:.0%}
 of the active units on trial, for {ticks.probation} steps. They were set without looking at losses, and changed once:
 with revivals each 10 steps one of the two seats is on trial nearly all the time.
@@ -92,7 +93,8 @@ def _missing(finished: Finished, plan: Plan) -> Iterator[str]:
 
 def _lines(runs: Mapping[str, Sequence[Run]], plan: Plan, report: dict[str, Any]) -> Iterator[str]:
     yield f"## {DRIFT}\n"
-    yield INTRO.format(ticks=plan.ticks)
+    recipe = RECIPES[DEFAULT]
+    yield INTRO.format(ticks=plan.ticks, title=recipe.title, rate=recipe.default_lr)
     bar = report["verdict"]
     if bar is None:
         yield "**Answer.** Not all runs that it takes are there yet.\n"

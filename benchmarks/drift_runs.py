@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, Literal, NamedTuple
 
+import msgspec
 from economy_recipes import DEFAULT, RECIPES
 from economy_runs import Score, Settings, Trained
 
@@ -173,7 +174,8 @@ class Plan:
 
     def first(self, seed: int) -> Settings:
         """The settings of the run on task A."""
-        return self._settings("a", FIRST, {"active_fraction": 1.0}, seed)
+        begun = self._settings("a", FIRST, {"active_fraction": 1.0}, seed)
+        return msgspec.structs.replace(begun, weight_decay=RECIPES[DEFAULT].weight_decay)
 
     def settings(self, variant: str, seed: int) -> Settings:
         """The settings of a run on task B."""

@@ -21,7 +21,6 @@ from children import QUIET_THREADS, cloud_server, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
-import msgspec
 from economy_data import Data, load
 from economy_measure import Meter, add_place_options, evaluate_rows, first, last_loss, score, trained_fields
 from economy_recipes import BASELINE, DEFAULT, RECIPES, order, train_config
@@ -34,7 +33,6 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.run.run import total_steps
 from dlora.edge.training.metrics import StepMetrics
-from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import NonFiniteError
@@ -115,9 +113,7 @@ def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) 
         steps=steps,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        optimizer=msgspec.convert(
-            {"lr": settings.lr, "schedule": settings.schedule, "warmup": settings.warmup}, OptimizerConfig
-        ),
+        optimizer=settings.optimizer,
         defaults=bundle.manifest.defaults,
         invocation=find_invocation(data.train) if recipe.acts_on_answers else (),
     )

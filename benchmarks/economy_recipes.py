@@ -19,10 +19,10 @@ GRID: Final = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 """The learning rates that every recipe chooses among."""
 
 BASELINE: Final = "lora-qv-all"
-DEFAULT: Final = "bottleneck-64-answer-int8"
-SECOND: Final = "bottleneck-128-answer-int8"
+DEFAULT: Final = "bottleneck-96-answer-int8"
+SECOND: Final = "bottleneck-192-answer-int8"
 FP16_ALL: Final = "bottleneck-64-all-fp16"
-FP32_WIRE: Final = "bottleneck-64-answer-fp32"
+FP32_WIRE: Final = "bottleneck-96-answer-fp32"
 
 INTENTS: Final = ("b10", "b20")
 BARRED_SETS: Final = ("chat60", "b10", "dialogue", "b20")  # the cheapest first
@@ -39,7 +39,7 @@ class Recipe:
         adapter: fields of ``TrainConfig``, and ``adapt``. What is not there: the bundle's rank and alpha, fp16 on the
             wire, adapters that act at all tokens.
         kill_revive: fields of ``KillReviveConfig``.
-        default_lr: the learning rate of a user who gives none.
+        default_lr, weight_decay: the optimizer's of a user who gives none.
         bars: the sets on which a bar rests on this recipe; there it has three seeds, elsewhere one.
         sets: where it is run.
     """
@@ -48,6 +48,7 @@ class Recipe:
     adapter: dict[str, Any] = field(default_factory=dict)
     kill_revive: dict[str, Any] = field(default_factory=lambda: {"active_fraction": 1.0})
     default_lr: float = 1e-3
+    weight_decay: float = 0.0
     bars: tuple[str, ...] = ()
     sets: tuple[str, ...] = BARRED_SETS + OTHER_SETS
 
@@ -74,6 +75,7 @@ def _bottleneck(rank: int, adapt: str, wire: str) -> dict[str, Any]:
     """One core a group, in eight blocks spread evenly over the upper half, the last one included."""
     return {
         "kind": "bottleneck",
+        "basis": "data",
         "rank": rank,
         "lora_alpha": float(rank),
         "target_modules": ("all-linear",),
@@ -83,39 +85,33 @@ def _bottleneck(rank: int, adapt: str, wire: str) -> dict[str, Any]:
     }
 
 
+def _bottleneck_recipe(
+    title: str, adapter: dict[str, Any], bars: tuple[str, ...], sets: tuple[str, ...] | None = None
+) -> Recipe:
+    """With the command's optimizer; run where bars rest on it, if nothing else is said."""
+    return Recipe(title, adapter, default_lr=8e-3, weight_decay=1.0, bars=bars, sets=bars if sets is None else sets)
+
+
 def _static(*blocks: int) -> dict[str, Any]:
     return {"score": "static", "static": blocks}
 
 
 RECIPES: Final[dict[str, Recipe]] = {
     BASELINE: Recipe("all active, lora r 8 on q, v", {"rank": 8}, bars=BARRED_SETS),
-    DEFAULT: Recipe(
-        "bottleneck r 64, answer, int8 (the default)",
-        _bottleneck(64, "answer", "int8"),
-        default_lr=8e-3,
+    DEFAULT: _bottleneck_recipe(
+        "bottleneck r 96, answer, int8 (the default)",
+        _bottleneck(96, "answer", "int8"),
         bars=(*BARRED_SETS, LONG_SET),
         sets=(*BARRED_SETS, *OTHER_SETS, LONG_SET),
     ),
-    SECOND: Recipe(
-        "bottleneck r 128, answer, int8 (the second)",
-        _bottleneck(128, "answer", "int8"),
-        default_lr=8e-3,
-        bars=("dialogue",),
-        sets=("dialogue",),
+    SECOND: _bottleneck_recipe(
+        "bottleneck r 192, answer, int8 (the second)", _bottleneck(192, "answer", "int8"), bars=("dialogue",)
     ),
-    FP16_ALL: Recipe(
-        "bottleneck r 64, all positions, fp16",
-        _bottleneck(64, "all", "fp16"),
-        default_lr=8e-3,
-        bars=(*INTENTS, "dialogue"),
-        sets=(*INTENTS, "dialogue"),
+    FP16_ALL: _bottleneck_recipe(
+        "bottleneck r 64, all positions, fp16", _bottleneck(64, "all", "fp16"), bars=(*INTENTS, "dialogue")
     ),
-    FP32_WIRE: Recipe(
-        "bottleneck r 64, answer, fp32",
-        _bottleneck(64, "answer", "fp32"),
-        default_lr=8e-3,
-        bars=(LONG_SET,),
-        sets=(LONG_SET,),
+    FP32_WIRE: _bottleneck_recipe(
+        "bottleneck r 96, answer, fp32", _bottleneck(96, "answer", "fp32"), bars=(LONG_SET,)
     ),
     # ---- Kill and Revive at 1/8, its baselines with as much traffic, and as little as can be trained.
     "change-1/8": Recipe("Kill and Revive, 1/8 active", {"rank": 8}, {"active_fraction": 0.125}),

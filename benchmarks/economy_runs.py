@@ -13,6 +13,9 @@ import msgspec
 from economy_data import SETS
 from economy_recipes import GRID, RECIPES
 
+from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.training.schedule import ScheduleName
+
 CHOOSING_SEED: Final = 0
 CURVE: Final = (0.1, 0.25, 0.5, 0.75)  # shares of a run's steps after which it is evaluated, and at its end
 CURVE_ROWS: Final = 100
@@ -43,7 +46,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     batch_size: int = 8
     schedule: str = "linear"
     warmup: float = 0.03
+    weight_decay: float = 0.0
     rows: int | None = None
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Its optimizer's settings."""
+        return OptimizerConfig(
+            lr=self.lr,
+            schedule=msgspec.convert(self.schedule, ScheduleName),
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+        )
 
     @property
     def digest(self) -> str:
@@ -207,6 +221,8 @@ class Plan:
             rows=40 if self._quick else None,
             model=self.model,
             dtype=self.dtype,
+            # Left out where it is nothing: msgspec leaves out the default itself, and not what equals it.
+            **({"weight_decay": recipe.weight_decay} if recipe.weight_decay else {}),
         )
 
     def find(self, finished: Finished, set_name: str, recipe_name: str, lr: float, seed: int) -> Run | None:

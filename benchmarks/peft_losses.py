@@ -61,10 +61,10 @@ class Case:
 CASES: Final = {
     "bottleneck": Case(
         "peft_bottleneck",
-        Recipe("bottleneck r 64, all positions", {**RECIPES[DEFAULT].adapter, "adapt": "all"}, default_lr=1e-2),
+        Recipe("bottleneck r 96, all positions", {**RECIPES[DEFAULT].adapter, "adapt": "all"}, default_lr=1e-2),
     ),
     "bottleneck-answer": Case(
-        "peft_bottleneck", Recipe("bottleneck r 64, answer", RECIPES[DEFAULT].adapter, default_lr=1e-2)
+        "peft_bottleneck", Recipe("bottleneck r 96, answer", RECIPES[DEFAULT].adapter, default_lr=1e-2)
     ),
     "ffa": Case("peft_ffa", Recipe("ffa r 8 on q, v", {"kind": "ffa"}, default_lr=1e-2)),
     "activated": Case("peft_activated", Recipe("lora r 8 on q, v, answer", {"adapt": "answer"}, default_lr=5e-3)),

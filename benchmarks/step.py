@@ -104,7 +104,7 @@ def _configs(manifest: Manifest, options: argparse.Namespace) -> dict[str, Train
             steps=_total_steps(options),
             batch_size=options.batch_size,
             seed=0,
-            optimizer=OptimizerConfig(lr=RECIPES[DEFAULT].default_lr),
+            optimizer=OptimizerConfig(lr=RECIPES[DEFAULT].default_lr, weight_decay=RECIPES[DEFAULT].weight_decay),
             defaults=manifest.defaults,
             invocation=INVOCATION,
         ),

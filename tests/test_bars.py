@@ -30,7 +30,7 @@ from step_costs import (
 )
 
 COMMAND = "python benchmarks/step.py"
-DEFAULT = AdapterSpec("bottleneck", 64)
+DEFAULT = AdapterSpec("bottleneck", 96)
 
 
 def read(path: Path) -> dict[str, Any]:

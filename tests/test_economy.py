@@ -107,9 +107,11 @@ def test_no_recipe_lacks_anything() -> None:
     assert not {name: recipe.missing() for name, recipe in RECIPES.items() if recipe.missing()}
 
 
-def test_the_rate_without_lr_is_the_commands() -> None:
+def test_what_a_user_gets_who_says_nothing_is_the_commands() -> None:
     for recipe in RECIPES.values():
-        assert recipe.default_lr == DEFAULTS[recipe.adapter.get("kind", "lora")].lr, recipe.title
+        of_kind = DEFAULTS[recipe.adapter.get("kind", "lora")]
+        assert (recipe.default_lr, recipe.weight_decay) == (of_kind.lr, of_kind.weight_decay), recipe.title
+    assert RECIPES[DEFAULT].adapter["rank"] == DEFAULTS["bottleneck"].r
 
 
 def test_every_recipe_is_run_on_all_its_sets_and_what_bars_rest_on_first() -> None:

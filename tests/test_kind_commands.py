@@ -20,6 +20,7 @@ from dlora.edge.adapters.parts import PARTS_NAME
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.run.run_file import load_run_file
 from dlora.edge.training.checkpoint import list_checkpoints
+from dlora.edge.training.defaults import DEFAULTS
 
 BLOCKS = 4
 RANK = 4
@@ -66,6 +67,7 @@ def test_what_was_left_open_is_chosen_once_and_written_down(whole: Path) -> None
     assert (settings.kind, settings.rank, settings.alpha) == ("bottleneck", RANK, float(RANK))
     assert (settings.target_modules, settings.blocks) == ("all-linear", "0-3")
     assert (settings.adapt, settings.wire_dtype) == ("answer", "int8")
+    assert settings.weight_decay == DEFAULTS["bottleneck"].weight_decay > 0
     config = json.loads((whole / "adapter_config.json").read_text())
     assert len(config["alora_invocation_tokens"]) == 1
     _, checkpoint = list_checkpoints(whole / "checkpoints")[-1]
@@ -104,6 +106,7 @@ def test_run_that_starts_from_it_takes_its_kind_rank_and_blocks(place: Place, wh
     assert summary(done)["eval_loss_before"] == pytest.approx(before, abs=1e-5)
     settings = load_run_file(tmp_path / "on").settings
     assert (settings.kind, settings.rank, settings.blocks) == ("bottleneck", RANK, "0-3")
+    assert settings.weight_decay == 0.0  # it would unlearn what the adapter knows
     assert load_adapter(tmp_path / "on").invocation == load_adapter(whole).invocation
 
 

@@ -25,7 +25,7 @@ _COUNTED: Final = {"spread": spread_blocks, "last": last_blocks}
 
 
 def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapter | None) -> RunSettings:
-    """``settings`` with kind, rank, alpha, target modules, blocks and learning rate, as ``run.json`` keeps them.
+    """``settings`` with kind, rank, alpha, target modules, blocks and optimizer, as ``run.json`` keeps them.
 
     What is left open is that of ``init``, the adapter to start from, where it is of a kind that starts only from its
     own, or the kind's default. Raises ``UsageError`` for modules or blocks that the bundle does not have.
@@ -35,10 +35,12 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
     if settings.kind is None and init is not None:
         kind = msgspec.convert("lora" if parts is None else parts.kind, KindChoice)
     defaults = DEFAULTS[kind]
+    weight_decay = defaults.weight_decay if init is None else 0.0
     settings = msgspec.structs.replace(
         settings,
         kind=kind,
         lr=defaults.lr if settings.lr is None else settings.lr,
+        weight_decay=weight_decay if settings.weight_decay is None else settings.weight_decay,
         wire_dtype=settings.wire_dtype or defaults.wire_dtype,
         **_schedule(settings, warms_up=defaults.warms_up),
     )

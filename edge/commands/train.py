@@ -60,7 +60,12 @@ def train(
     warmup: Annotated[
         float, typer.Option(help="Warm-up: steps, or a share of them if below 1.", min=0.0, max=MAX_STEPS)
     ] = 0.03,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.", min=0.0, max=1e3)] = 0.0,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(
+            help="AdamW's decoupled weight decay; by default the kind's, and 0 with --init-adapter.", min=0.0, max=1e3
+        ),
+    ] = None,
     max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.", min=0.0)] = 1.0,
     kind: Annotated[
         KindChoice | None,
@@ -71,7 +76,7 @@ def train(
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="By default the bundle's; 64 for a bottleneck.", min=1, max=MAX_RANK)
+        int | None, typer.Option(help="By default the bundle's; 96 for a bottleneck.", min=1, max=MAX_RANK)
     ] = None,
     alpha: Annotated[
         float | None, typer.Option(help="By default the bundle's; the rank for a bottleneck.")

@@ -204,6 +204,7 @@ def _config(
     assert settings.rank is not None
     assert settings.alpha is not None
     assert settings.lr is not None
+    assert settings.weight_decay is not None
     assert settings.wire_dtype is not None
     return TrainConfig(
         total_steps=steps,

@@ -86,10 +86,11 @@ def adapters_line(config: TrainConfig, manifest: Manifest) -> str:
     blocks = {group.block for group in groups}
     every = manifest.base_model.blocks
     where = "" if len(blocks) == every else f" of {every} ({number_ranges(blocks)})"
+    decay = f", weight decay {config.optimizer.weight_decay:g}" if config.optimizer.weight_decay else ""
     return (
         f"adapters: {config.kind}, rank {config.rank}, {', '.join(module_names(groups))} in "
         f"{_count(len(blocks), 'block')}{where}; {_count(parameter_count(config.adapter, groups), 'number')} to train, "
-        f"learning rate {config.optimizer.lr:g}"
+        f"learning rate {config.optimizer.lr:g}{decay}"
     )
 
 

@@ -54,7 +54,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lr: Amount | None
     schedule: ScheduleName
     warmup: Amount
-    weight_decay: Amount
+    weight_decay: Amount | None
     max_grad_norm: Amount
     kind: KindChoice | None
     basis: Basis

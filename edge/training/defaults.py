@@ -21,6 +21,7 @@ class KindDefaults:
 
     Attributes:
         lr: peak learning rate.
+        weight_decay: AdamW's, of adapters that begin at zero; one to start from would be unlearnt by it.
         r: the rank; None: the bundle's.
         target_modules: None: the bundle's.
         blocks: as ``--blocks`` has them; empty: all.
@@ -30,6 +31,7 @@ class KindDefaults:
     """
 
     lr: float
+    weight_decay: float = 0.0
     wire_dtype: str = "fp16"
     adapt: Adapt = "all"
     r: int | None = None
@@ -45,7 +47,8 @@ DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     "ffa": KindDefaults(lr=1e-3),
     "bottleneck": KindDefaults(
         lr=8e-3,
-        r=64,
+        weight_decay=1.0,
+        r=96,
         target_modules=ALL_LINEAR,
         blocks="spread:8",
         adapt="answer",
