@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -27,6 +28,10 @@ from economy_results import (
 from economy_runs import Finished, Plan, Point
 from sections import DRIFT, section_of, with_section
 
+from dlora.edge.files import write_atomically
+
+RESULTS = "economy-results.json"
+
 INTRO = """# Benchmarks: what a run costs, and what it is worth
 
     python benchmarks/economy.py              # hours, in pieces: what is finished is never made again
@@ -34,12 +39,14 @@ INTRO = """# Benchmarks: what a run costs, and what it is worth
     python benchmarks/economy.py --report     # this page, of the runs that stand in economy-runs.jsonl
 
 These commands write this page, [economy.json](benchmarks/economy.json) and the plots; each run is a line of
-[economy-runs.jsonl](benchmarks/economy-runs.jsonl).
+[economy-runs.jsonl](benchmarks/economy-runs.jsonl), and what they come to stands in
+[economy-results.json](benchmarks/economy-results.json) as well.
 
 **What is compared.** Recipes: what is trained, and how it crosses. Each trains a fresh adapter for SmolLM2-135M over
 a real websocket; runs of two recipes with one seed see the same rows in the same order. The baseline is LoRA of rank 8
-on q and v of all 30 blocks, fp16 on the wire. One epoch where a set's title says nothing else, 8 rows a step, AdamW,
-3 % warm-up, then linear to 0. Three seeds where a bar rests on a recipe, one elsewhere.
+on q and v of all 30 blocks, fp16 on the wire. One epoch where a set's title says nothing else, 8 rows a step, AdamW
+with the command's weight decay (1 for bottlenecks, 0 for LoRA), 3 % warm-up, then linear to 0. Three seeds where a bar
+rests on a recipe, one elsewhere.
 
 **Rates.** Every recipe chooses its learning rate by the loss on validation rows, which are neither trained nor tested
 on, with seed 0 and from one grid: {grid}. It begins at the rate of a user who gives none and goes outward while that
@@ -75,6 +82,7 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     bars = measure_bars(find)
     write_bars(docs / FILE, bars, forget=BARS)  # of ours, those whose runs are not all there any more
+    write_atomically(folder / RESULTS, (json.dumps(_results(find), indent=1) + "\n").encode())
     missing = list(_missing(finished, plan))
     lines = [INTRO.format(grid=", ".join(f"{rate:g}" for rate in GRID), dtype=plan.dtype)]
     lines += ["## Bars\n", *_bar_lines(find, bars)]
@@ -88,6 +96,25 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
     of_drift = section_of(page.read_text(encoding="utf-8"), DRIFT) if page.exists() else ""
     page.write_text(with_section(text, DRIFT, of_drift), encoding="utf-8")
     return {"runs": len(finished), "bars": bars, "missing": missing}
+
+
+def _results(find: Find) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """By set, recipe, and how the rate was chosen."""
+    found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    rates: tuple[Rate, ...] = ("chosen", "default")
+    for set_name, recipe in order():
+        for rate in rates:
+            result = find(set_name, recipe, rate)
+            if result is not None:
+                found.setdefault(set_name, {}).setdefault(recipe, {})[rate] = {
+                    "lr": result.lr,
+                    "loss": round(result.loss, 4),
+                    "accuracy": round(result.accuracy, 4),
+                    "bytes_per_token": round(result.bytes_per_token, 1),
+                    "seeds": result.seeds,
+                    "command": f"python benchmarks/economy.py --only {set_name}/{recipe}",
+                }
+    return found
 
 
 def _missing(finished: Finished, plan: Plan) -> Iterator[str]:
