@@ -26,8 +26,9 @@ These commands write this section and [drift.json](benchmarks/drift.json); each 
 **What is asked.** On a task that drifts, does an adaptive score of Kill and Revive beat `random` and `static` with the
 same budget? Task A is Banking77 with ten intents, task B the same with ten others. Each seed trains
 {title} in 8 blocks, all active, rate {rate:g}, one epoch on A, once; from its adapter
-each variant trains one epoch on B, with the same recipe, rate, rows and order. *Given to the server*: what a unit
-knows when it is not active stays in effect and crosses no more (`--kr-on-kill give_to_server`); *bypassed*: it is lost.
+each variant trains one epoch on B, with the same recipe, rate, rows and order, and without weight decay, as the
+command has it. *Given to the server*: what a unit knows when it is not active stays in effect and crosses no more
+(`--kr-on-kill give_to_server`); *bypassed*: it is lost.
 No warm-up, no ramp; kills each {ticks.kill_every} steps, revivals each {ticks.revive_every}, {ticks.revive_share:.0%}
 of the active units on trial, for {ticks.probation} steps. They were set without looking at losses, and changed once:
 with revivals each 10 steps one of the two seats is on trial nearly all the time.

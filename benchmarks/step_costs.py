@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, ParamSpec, TypeVar, cast
 
+from economy_recipes import DEFAULT, RECIPES
+
 from dlora.edge.model.ends import Embedding
 from dlora.edge.model.split import SplitModel
 from dlora.protocol.adapters import AdapterSpec, crossings, parameter_count
@@ -71,11 +73,11 @@ def adapter_flops(spec: AdapterSpec, groups: Sequence[GroupSpec]) -> int:
 
 def adapter_flops_table() -> dict[str, dict[str, float]]:
     """By hidden size: LoRA of rank 8 on q and v of all blocks, the default recipe, and how many times less that is."""
-    table = {}
+    table, rank = {}, RECIPES[DEFAULT].adapter["rank"]
     for widths in (SMOLLM2, LLAMA_3_8B):
         every, eight = range(widths.blocks), range(widths.blocks - 8, widths.blocks)
         lora = adapter_flops(AdapterSpec("lora", 8), widths.groups(every, ("q_proj", "v_proj")))
-        core = adapter_flops(AdapterSpec("bottleneck", 64), widths.groups(eight, ALL_MODULES))
+        core = adapter_flops(AdapterSpec("bottleneck", rank), widths.groups(eight, ALL_MODULES))
         table[str(widths.hidden)] = {"lora": lora, "bottleneck": core, "ratio": round(lora / core, 2)}
     return table
 

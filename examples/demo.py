@@ -21,8 +21,10 @@ from dialogue import write_dialogue
 from rich.console import Console
 from rich.table import Table
 
+from dlora.edge.commands.adapter_settings import parse_numbers
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.kr_map import render_map
+from dlora.edge.run.run_file import load_run_file
 from dlora.edge.training.metrics import StepMetrics, history, read_metrics
 from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.targets import choose_groups
@@ -65,7 +67,9 @@ def main() -> None:
         _run(
             "dlora-edge", "train", "--bundle", str(BUNDLE), "--server", url, "--data", str(train),
             "--eval", str(held_out), "--out", str(ADAPTER), "--steps", str(STEPS), "--batch-size", str(BATCH_SIZE),
-            "--active-fraction", "0.5", "--kr-score", "grad", "--seed", "0", "--json", stdout=subprocess.DEVNULL,
+            "--active-fraction", "0.5", "--kr-score", "change", "--kr-kill-every", "10", "--kr-revive-every", "20",
+            "--kr-probation", "10", "--kr-on-kill", "hold_forward", "--seed", "0",
+            "--json", stdout=subprocess.DEVNULL,
         )  # fmt: skip
         after = _output(*ask, "--adapter", str(ADAPTER)).strip()
     _title("5", "Compare", "the same adapter, loaded by PEFT into the whole model in one process")
@@ -141,7 +145,8 @@ def _tokens(rows: Sequence[StepMetrics]) -> int:
 def _show(summary: dict[str, Any]) -> None:
     rows = history(read_metrics(ADAPTER / "metrics.jsonl"))
     console.print("\n[bold]Which blocks were trained, step by step[/] (rows: blocks, the last on top)")
-    print(render_map(rows, height=32, colour=console.is_terminal, name="block"))
+    blocks = parse_numbers(load_run_file(ADAPTER).settings.blocks, "--blocks", "blocks")
+    print(render_map(rows, colour=console.is_terminal, numbers=blocks))
     wire, edge, peft, answer = (summary[key] for key in ("wire", "edge", "peft", "answer"))
     gain = 1 - summary["eval_loss_after"] / summary["eval_loss_before"]
     saved = 1 - wire["bytes_per_token_steady"] / wire["bytes_per_token_all_active"]
@@ -161,7 +166,7 @@ def _show(summary: dict[str, Any]) -> None:
         table.add_row(f"[bold]{name}[/]", value, f"[dim]{note}[/]")
     console.print(table)
     console.print("\n[bold]What it is to be compared with[/] (docs/benchmarks.md; as many steps, the same answers)")
-    benchmarked = json.loads(BENCHMARKED.read_text())["dialogue"]
+    benchmarked = json.loads(BENCHMARKED.read_text()).get("dialogue", {})
     for recipe, what in COMPARED.items():
         if found := benchmarked.get(recipe, {}).get("chosen"):
             seeds = f"mean of {len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else "one seed"

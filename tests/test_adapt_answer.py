@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from answers import INVOCATION, answered, random_answers
 from families import VOCABULARY, tiny_model
 from peft import PeftModel
 from peft_reference import loss_of
@@ -31,24 +32,7 @@ from dlora.protocol.errors import CheckpointError, ProtocolError, UsageError
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
 
 BLOCKS = 4
-INVOCATION = (7, 8)
 KINDS = ["lora", "bottleneck", "ffa"]
-
-
-def answered(prompt: list[int], answer: list[int], tail: tuple[int, ...] = INVOCATION) -> tuple[list[int], list[int]]:
-    """An example of ``prompt``, ``tail`` and ``answer``, whose tokens are labels."""
-    ids = [*prompt, *tail, *answer]
-    return ids, list(range(len(ids) - len(answer) - 1, len(ids) - 1))
-
-
-def random_answers(examples: int = 9, seed: int = 0) -> Dataset:
-    rng = np.random.default_rng(seed)
-    return Dataset.of(
-        [
-            answered(rng.integers(9, VOCABULARY, rng.integers(1, 7)).tolist(), rng.integers(9, VOCABULARY, 3).tolist())
-            for _ in range(examples)
-        ]
-    )
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from families import VOCABULARY
 from serving import config, random_dataset, serving, training
 from tiny import TinyFactory
 
+from dlora.edge.training.defaults import DEFAULTS
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import StorageError
 
@@ -30,7 +31,7 @@ from step_costs import (
 )
 
 COMMAND = "python benchmarks/step.py"
-DEFAULT = AdapterSpec("bottleneck", 96)
+DEFAULT = AdapterSpec("bottleneck", DEFAULTS["bottleneck"].r or 0)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def test_flops_are_those_of_the_products(widths: Widths) -> None:
         for m, n in ((8, widths.hidden), (out_features, 8)):
             lora += 2 * m * n + 2 * n * m + 2 * m * n
     for _ in range(8 * 4):
-        bottleneck += 3 * 2 * 64 * 64
+        bottleneck += 3 * 2 * DEFAULT.r * DEFAULT.r
     found = adapter_flops_table()[str(widths.hidden)]
     assert (found["lora"], found["bottleneck"]) == (lora, bottleneck)
     assert found["ratio"] == pytest.approx(lora / bottleneck, abs=0.01)

@@ -246,7 +246,11 @@ def test_states_last_until_the_next_entry() -> None:
 
 
 def test_map_column_shows_the_commonest_and_row_the_most_active_state() -> None:
-    text = render_map(states("1111", "1000", "1000", "1000", "1000", "1000"), width=11, height=2)
+    several = states("1111", "1000", "1000", "1000", "1000", "1000")
+    numbered = render_map(several, width=11, height=2, numbers=(15, 17, 19, 21))
+    assert [line.split()[0] for line in numbered.splitlines()[:2]] == ["19–21", "15–17"]
+    assert render_map(several, numbers=(15, 17, 19, 21)).splitlines()[0].startswith("block 21 ")
+    text = render_map(several, width=11, height=2)
     assert text.splitlines()[:2] == ["     2–3 ··", "     0–1 ██"]
 
 

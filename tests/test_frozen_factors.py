@@ -12,6 +12,7 @@ import numpy as np
 import peft_reference
 import pytest
 import torch
+from answers import INVOCATION, random_answers
 from families import VOCABULARY, tiny_model
 from peft import PeftModel
 from safetensors import safe_open
@@ -23,7 +24,9 @@ from torch import Tensor
 from waiting import eventually
 
 from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.exchange.basis import BasisPass
 from dlora.cloud.exchange.sketch import GroupSketch, sketch_bytes, weight_basis
+from dlora.cloud.exchange.target_modules import running_targets, wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.adapters.parts import PARTS_NAME
 from dlora.edge.adapters.peft import load_adapter
@@ -167,10 +170,13 @@ def test_saved_adapter_is_used_as_what_it_was_trained_as(
 # -- the basis -----------------------------------------------------------------------------------------------
 
 
-def test_basis_is_what_the_data_vary_most_in(bundle: Path, server: RunningServer) -> None:
+@pytest.mark.parametrize("invocation", [(), INVOCATION], ids=["all rows", "answers"])
+def test_basis_is_what_the_data_vary_most_in(
+    bundle: Path, server: RunningServer, invocation: tuple[int, ...]
+) -> None:
     """Against torch, which holds all that goes into the modules, and all gradients of what comes out."""
-    dataset = random_dataset(VOCABULARY)
-    run = run_of("bottleneck", rank=3)
+    dataset = random_answers() if invocation else random_dataset(VOCABULARY)
+    run = run_of("bottleneck", rank=3, invocation=invocation)
     with training(bundle, server.url, run, dataset) as trainer:
         batches = [batch for step in range(run.basis_steps) for batch in trainer.batches.step_batches(step)]
         model = tiny_model("llama", num_hidden_layers=BLOCKS).eval()
@@ -178,16 +184,32 @@ def test_basis_is_what_the_data_vary_most_in(bundle: Path, server: RunningServer
         for spec in trainer.adapters.group_specs:
             for target in spec.targets:
                 _keep_rows(model.get_submodule(target.name), target.name, seen)
+        acting: list[torch.Tensor] = []
         for batch in batches:
             peft_reference.loss_of(model, [batch]).backward()
+            acting.append(_rows_that_act(batch))
         for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
             lora_a, lora_b = (torch.from_numpy(np.array(tensor)).double() for tensor in group.adapter_state)
-            x = torch.cat(seen[spec.targets[0].name])
-            grads = torch.cat([torch.cat(seen[f"{target.name}.grad"]) for target in spec.targets], dim=1)
+            x = _joined(seen[spec.targets[0].name], acting)
+            grads = torch.cat([_joined(seen[f"{target.name}.grad"], acting) for target in spec.targets], dim=1)
             # A tiny random model's rows go in nearly all directions: the worst case for a sketch.
             for basis, rows in ((lora_a, x), (lora_b.T, grads)):
                 assert _share_held(basis, rows) > 0.8, spec.targets[0].name
                 torch.testing.assert_close(basis @ basis.T, torch.eye(3).double(), atol=1e-5, rtol=0)
+    if invocation:
+        assert all(len(rows) < len(batch.ids) for rows, batch in zip(acting, batches, strict=True))
+
+
+def _rows_that_act(batch: MicroBatch) -> torch.Tensor:
+    """Where they lie in the reference's padded batch."""
+    longest, lengths = int(batch.sequence_lengths.max()), batch.sequence_lengths.tolist()
+    padded = np.concatenate([index * longest + np.arange(length) for index, length in enumerate(lengths)])
+    return torch.from_numpy(padded if batch.crossing_positions is None else padded[batch.crossing_positions])
+
+
+def _joined(seen: list[torch.Tensor], rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of all micro-batches."""
+    return torch.cat([each[chosen] for each, chosen in zip(seen, rows, strict=True)])
 
 
 def _keep_rows(module: torch.nn.Module, name: str, seen: dict[str, list[torch.Tensor]]) -> None:
@@ -221,6 +243,36 @@ def test_sketch_holds_what_the_best_basis_holds() -> None:
     assert norm == pytest.approx(float(torch.linalg.norm(lora_b.T @ grads.T @ x @ lora_a.T)), rel=0.1)
     held = [each for moments in (sketch._inputs, sketch._grads) for each in (moments.omega, moments.product)]
     assert sum(tensor.nbytes for tensor in (*held, sketch._gradient)) == sketch_bytes(group, 8)
+
+
+def test_one_large_row_does_not_hide_the_others() -> None:
+    """Some tokens' hidden states are thousands of times as large as all others."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 64) @ torch.diag(torch.logspace(0, -2, 64))
+    x[7] *= 1e4
+    sketch = GroupSketch(GroupSpec(0, 64, (TargetSpec("a", 20),)), 8, 0, torch.device("cpu"))
+    sketch.add(x, torch.randn(500, 20))
+    lora_a, _, _ = sketch.basis()
+    large = torch.nn.functional.normalize(x[7], dim=0)
+    assert float((lora_a @ large).norm()) > 0.999
+    others = x - torch.outer(x @ large, large)
+    kept = torch.linalg.norm(others @ lora_a.T) ** 2
+    assert float(kept / (torch.linalg.svdvals(others)[:7] ** 2).sum()) > 0.97
+
+
+def test_a_model_may_change_outputs_in_place() -> None:
+    """As OLMo clamps queries, keys and values; its gradients are those of the model alone."""
+    base = BaseModel.from_model(tiny_model("olmo", clip_qkv=0.5), "olmo")
+    embeds = torch.randn(2, 5, base.embedding_size, requires_grad=True)
+    alone, *_ = torch.autograd.grad(base.last_hidden_state(embeds).square().sum(), embeds)
+    groups = base.groups(base.targets)
+    sketches = [GroupSketch(group, 4, 0, torch.device("cpu")) for group in groups]
+    wrap_target_modules(base)
+    with running_targets(BasisPass(base, groups, sketches, None)):
+        hidden = base.last_hidden_state(embeds)
+    found, *_ = torch.autograd.grad(hidden.square().sum(), embeds)
+    torch.testing.assert_close(found, alone)
+    assert all(sketch.basis()[2] > 0 for sketch in sketches)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])

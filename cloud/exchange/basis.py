@@ -56,7 +56,8 @@ class _Sketched(torch.autograd.Function):
         ctx: Any, runner: BasisPass, group: int, x: Tensor, anchor: Tensor, *outputs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.runner, ctx.group, ctx.x = runner, group, x
-        return tuple(output.view_as(output) for output in outputs)
+        ctx.mark_dirty(*outputs)  # as they are, and not views: some models change them in place
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -22,7 +22,7 @@ from dlora.protocol.wire_codecs import Codecs, TensorRole
 from .basis import BasisPass
 from .exchange import MicroBatchExchange
 from .kinds import SITE_KINDS, MadeFrom, Site
-from .sketch import GroupSketch, sketch_bytes
+from .sketch import GroupSketch, bytes_a_row, sketch_bytes
 from .target_modules import GroupRunner, running_targets
 from .torch_codecs import from_wire, to_wire
 
@@ -179,13 +179,14 @@ class MicroBatchRun:
 
     @property
     def sketched_bytes(self) -> int:
-        """In the mode ``basis``: what goes into the groups' modules, kept until the backward pass; and there, of one
-        group at a time, its rows in float32."""
+        """In the mode ``basis``: what goes into the groups' modules, kept until the backward pass; and what one group
+        at a time takes there."""
         if self._mode != "basis":
             return 0
-        groups, rows = self._sites.groups, self.layout.inputs_embeds.shape[:-1].numel()
-        kept = self._sites.base.dtype.itemsize * sum(group.in_features for group in groups)
-        return rows * (kept + 4 * max(group.in_features + group.out_features for group in groups))
+        sites, rows = self._sites, self.layout.inputs_embeds.shape[:-1].numel()
+        itemsize = sites.base.dtype.itemsize
+        kept = itemsize * sum(group.in_features for group in sites.groups)
+        return rows * (kept + max(bytes_a_row(group, sites.adapter.r, itemsize) for group in sites.groups))
 
     def run(self, device: DeviceMessages) -> None:
         """Forward, and backward where it trains. Raises what ``device`` does, and ``NonFiniteError``."""

@@ -24,6 +24,7 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.groups import GroupSpec
 
+_NOISE: Final = 1e-10  # of the largest eigenvalue: float32 sums of rows that are none leave less
 _POWER_ITERATIONS: Final = 4
 _OVERSAMPLED: Final = 10
 
@@ -42,7 +43,7 @@ class MomentSketch:
     def add(self, rows: Tensor) -> Tensor:
         """Add rows, float32 (rows, width); gives ``rows Ω``."""
         mixed: Tensor = rows @ self.omega
-        self.product += rows.T @ mixed
+        self.product.addmm_(rows.T, mixed)
         return mixed
 
     def top_eigenvectors(self, r: int) -> Tensor:
@@ -53,8 +54,8 @@ class MomentSketch:
         omega, product = self.omega.cpu().double(), self.product.cpu().double()
         mixed = omega.T @ product
         values, vectors = torch.linalg.eigh((mixed + mixed.T) / 2)
-        # What float32 sums leave beside the rows' own directions is noise.
-        is_noise = values <= values[-1].clamp_min(0.0) * len(values) * torch.finfo(torch.float32).eps
+        # No higher: beside one row that is ten thousand times as large as others, theirs are at 1e-8.
+        is_noise = values <= _NOISE * values[-1].clamp_min(0.0)
         roots = torch.where(is_noise, 0.0, values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
         left: Tensor = torch.linalg.svd(product @ (vectors * roots), full_matrices=False)[0]
         return left[:, :r]
@@ -84,8 +85,8 @@ class GroupSketch:
         self._gradient += self._grads.add(grads.float()).T @ self._inputs.add(x.float())
 
     def basis(self) -> tuple[Tensor, Tensor, float]:
-        """A (r, in_features) and B (out_features, r), orthonormal; and about the norm of the gradient G of the group's
-        weights between them, ``||Bᵀ G Aᵀ||_F``: it is known as ``Ωᵀ G Ω``. Raises ``NonFiniteError``."""
+        """A (r, in_features) and B (out_features, r), orthonormal; and an estimate of the norm of the gradient G of the
+        group's weights between them, ``||Bᵀ G Aᵀ||_F``: of G only ``Ωᵀ G Ω`` is kept. Raises ``NonFiniteError``."""
         lora_a, lora_b = self._inputs.top_eigenvectors(self.r), self._grads.top_eigenvectors(self.r)
         left, right = self._grads.omega.cpu().double().T @ lora_b, self._inputs.omega.cpu().double().T @ lora_a
         core = torch.linalg.pinv(left) @ self._gradient.cpu().double() @ torch.linalg.pinv(right).T
@@ -96,6 +97,13 @@ def sketch_bytes(group: GroupSpec, r: int) -> int:
     """What a ``GroupSketch`` takes, its test matrices among it."""
     into, out = _columns(group.in_features, r), _columns(group.out_features, r)
     return 4 * (2 * into * group.in_features + 2 * out * group.out_features + into * out)
+
+
+def bytes_a_row(group: GroupSpec, r: int, itemsize: int) -> int:
+    """What ``GroupSketch.add`` and who calls it take for each row beside the row itself: copies of it of ``itemsize``
+    bytes a number, in float32, and mixed."""
+    mixed = _columns(group.in_features, r) + _columns(group.out_features, r)
+    return (2 * itemsize + 4) * (group.in_features + group.out_features) + 4 * mixed
 
 
 def _columns(width: int, r: int) -> int:

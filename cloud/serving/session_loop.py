@@ -144,7 +144,7 @@ class SessionLoop:
         self._release_sketches()
 
     def _release_sketches(self) -> None:
-        """Once every group has its state, nothing is kept of the gradients that they were made from."""
+        """Once every group has its state, nothing is kept of what they were made from."""
         if self._sites.sketches and len(self._sites.sites) == len(self._sites.groups):
             self._sites.sketches = []
             self._quota.release(self._sites.sketch_bytes)

@@ -63,7 +63,10 @@ def train(
     weight_decay: Annotated[
         float | None,
         typer.Option(
-            help="AdamW's decoupled weight decay; by default the kind's, and 0 with --init-adapter.", min=0.0, max=1e3
+            help="AdamW's decoupled weight decay; by default 1 for a bottleneck, 0 for other kinds and with "
+            "--init-adapter.",
+            min=0.0,
+            max=1e3,
         ),
     ] = None,
     max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.", min=0.0)] = 1.0,
@@ -105,8 +108,8 @@ def train(
     basis: Annotated[
         Basis,
         typer.Option(
-            help="A and B of a bottleneck: the directions in which hidden states and gradients of some of your data "
-            "vary most, which the server finds; those of the base model's weights; or random."
+            help="A and B of a bottleneck. data: the directions in which hidden states (A) and gradients (B) of some "
+            "of your data vary most; weights: those of the base model's weights; random."
         ),
     ] = "data",
     basis_steps: Annotated[

@@ -34,7 +34,13 @@ _RANK: Final = (UnitState.ACTIVE, UnitState.FADING, UnitState.HELD, UnitState.GI
 
 
 def render_map(
-    history: History, *, width: int = 80, height: int | None = None, colour: bool = False, name: str = "block"
+    history: History,
+    *,
+    width: int = 80,
+    height: int | None = None,
+    colour: bool = False,
+    name: str = "block",
+    numbers: Sequence[int] | None = None,
 ) -> str:
     """A map of units (rows, the deepest on top) over steps (columns), with an axis and a legend.
 
@@ -42,17 +48,18 @@ def render_map(
         history: at least one entry.
         width, height: most characters and most lines of the map's body; steps and units share characters to fit.
         colour: whether to colour the characters (ANSI); they differ without colour as well.
-        name: what a unit is.
+        name: what a unit is; numbers: what each is called, ascending; by default from 0.
     """
     steps = np.array([step for step, _ in history])
     states = np.stack([entry for _, entry in history])  # (entries, units)
     first, end = int(steps[0]), int(steps[-1]) + 1
-    label = max(len(name) + 1 + len(str(states.shape[1] - 1)), 8)
+    numbers = range(states.shape[1]) if numbers is None else numbers
+    label = max(len(name) + 1 + len(str(numbers[-1])), 8)
     columns = max(1, min(end - first, width - label - 1))
     cells = _states_by_column(steps, states, first, end, columns)  # (columns, units)
     rows = _states_by_row(cells, height)
     lines = [
-        f"{_row_label(name, units):>{label}} {_paint(row, colour)}"
+        f"{_row_label(name, numbers[slice(*units)]):>{label}} {_paint(row, colour)}"
         for units, row in reversed(list(zip(_unit_ranges(cells.shape[1], len(rows)), rows, strict=True)))
     ]
     start, stop = str(first), str(end - 1)
@@ -91,9 +98,8 @@ def _unit_ranges(units: int, rows: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _row_label(name: str, units: tuple[int, int]) -> str:
-    start, stop = units
-    return f"{name} {start}" if stop == start + 1 else f"{start}–{stop - 1}"
+def _row_label(name: str, numbers: Sequence[int]) -> str:
+    return f"{name} {numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
 
 
 def _paint(row: Sequence[UnitState], colour: bool) -> str:

@@ -222,7 +222,7 @@ def _mean_bytes(
     trains: bool = True,
     is_basis: bool = False,
 ) -> float:
-    """Bytes of a mean step in which the groups ``live`` take part, or whose gradients a basis is made of."""
+    """Bytes of a mean step in which the groups ``live`` take part, or that a basis is made of."""
     per_step = config.batch_size * (grad_accum or config.grad_accum)
     sequences = len(dataset) / -(-len(dataset) // per_step)  # of a step: the last one of an epoch may be smaller
     micro_batches = -(-sequences // config.batch_size)

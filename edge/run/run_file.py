@@ -36,7 +36,7 @@ Amount = Annotated[float, msgspec.Meta(ge=0)]
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of ``dlora-edge train``, under their own names; paths are absolute. See ``--help``.
 
-    What adapters are, and the learning rate, may be left open; a run's own file has what was chosen.
+    What adapters are, the learning rate and the weight decay may be left open; a run's own file has what was chosen.
     """
 
     bundle: FilePath

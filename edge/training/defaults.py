@@ -21,7 +21,7 @@ class KindDefaults:
 
     Attributes:
         lr: peak learning rate.
-        weight_decay: AdamW's, of adapters that begin at zero; one to start from would be unlearnt by it.
+        weight_decay: AdamW's, of adapters that begin at zero; it would make one that a run starts from forget.
         r: the rank; None: the bundle's.
         target_modules: None: the bundle's.
         blocks: as ``--blocks`` has them; empty: all.
