@@ -165,12 +165,14 @@ def _show(summary: dict[str, Any]) -> None:
     ):
         table.add_row(f"[bold]{name}[/]", value, f"[dim]{note}[/]")
     console.print(table)
-    console.print("\n[bold]What it is to be compared with[/] (docs/benchmarks.md; as many steps, the same answers)")
+    heading = "[bold]What half of the blocks cost, and what it is compared with[/]"
+    console.print(f"\n{heading} (docs/benchmarks.md; as many steps, the same answers)", soft_wrap=True)
     benchmarked = json.loads(BENCHMARKED.read_text()).get("dialogue", {})
     for recipe, what in COMPARED.items():
         if found := benchmarked.get(recipe, {}).get("chosen"):
             seeds = f"mean of {len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else "one seed"
-            console.print(f"held-out loss {found['loss']:.3f}, {what}, {seeds}: [dim]{found['command']}[/]")
+            line = f"held-out loss {found['loss']:.3f}, {what}, {seeds}: [dim]{found['command']}[/]"
+            console.print(line, soft_wrap=True)
     console.print(f"\n[bold]{answer['question']}[/]\n  before: {answer['before']}\n  after:  {answer['after']}")
     console.print(
         f"\nThe adapter is in {summary['adapter_dir']}, in PEFT's format; all numbers in {OUT / 'summary.json'}."
