@@ -11,9 +11,8 @@ import random
 import socket
 import ssl
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -35,7 +34,6 @@ from dlora.protocol.errors import (
 from .credentials import Credentials, refusal_in, split_url, tls_failure
 
 CLOSE_TIMEOUT_S: Final = 2.0
-UNBLOCKED_BYTES: Final = 16 << 10  # what the system takes without asking the peer
 STOP_CHECK_S: Final = 0.2
 
 # What websockets raises when the peer is gone. Beside its own exception it lets a failed write through, and trips
@@ -238,27 +236,3 @@ def refusal_of(error: m.Error, url: str) -> DloraError:
             return ProtocolError(text)
         case _:
             return RefusedError(text, error.code, retryable=error.retryable, retry_after_s=error.retry_after_s)
-
-
-@contextlib.contextmanager
-def abort_when_stopped(tcp: socket.socket, nbytes: int, settings: ConnectSettings) -> Iterator[None]:
-    """Within, end the connection some seconds after somebody asked to stop: writing has no deadline, and a server that
-    takes a few bytes now and then would keep us for as long as it likes."""
-    if nbytes <= UNBLOCKED_BYTES:
-        yield
-        return
-    written = threading.Event()
-
-    def watch() -> None:
-        while not written.wait(STOP_CHECK_S):
-            if settings.should_stop() and not written.wait(settings.liveness.open_s):
-                with contextlib.suppress(OSError):
-                    tcp.shutdown(socket.SHUT_RDWR)
-
-    watching = threading.Thread(target=watch, daemon=True)
-    watching.start()
-    try:
-        yield
-    finally:
-        written.set()
-        watching.join()

@@ -40,11 +40,11 @@ from .connecting import (
     STOP_CHECK_S,
     ConnectionLostError,
     ConnectSettings,
-    abort_when_stopped,
     check_url,
     open_websocket,
     refusal_of,
 )
+from .write_watch import WriteWatch
 
 MAX_FRAME_BYTES: Final = 1 << 30
 CONTROL_BYTES: Final = 2 << 20  # what is no tensor of tokens: a ticket, states, headers, padding
@@ -74,6 +74,7 @@ class Connection:
         self._settings = connecting or ConnectSettings()  # no credentials, no second try
         self._deadline = Deadline(self._settings.liveness.exchange_s)
         self._closing = contextlib.ExitStack()
+        self._watch = WriteWatch(self._settings.should_stop, STOP_CHECK_S, grace_s=self._settings.liveness.open_s)
         self._socket: ClientConnection | None = None
         self._opened: m.SessionOpened | None = None
         self._resume_token = b""
@@ -167,6 +168,7 @@ class Connection:
             close_frame = self.session.send(m.CloseSession())
             with contextlib.suppress(DloraError, ConnectionLostError):
                 self._write(close_frame)
+        self._watch.close()
         with contextlib.suppress(*PEER_GONE):
             self._closing.close()
 
@@ -328,7 +330,7 @@ class Connection:
     def _write(self, frame: bytearray) -> None:
         assert self._socket is not None
         try:
-            with abort_when_stopped(self._socket.socket, len(frame), self._settings):
+            with self._watch.writing(self._socket.socket, len(frame)):
                 self._socket.send(frame)
         except PEER_GONE:
             self._raise_last_error()
