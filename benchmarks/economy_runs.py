@@ -44,7 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str
     dtype: str
     batch_size: int = 8
-    schedule: str = "linear"
+    schedule: ScheduleName = "linear"
     warmup: float = 0.03
     weight_decay: float = 0.0
     rows: int | None = None
@@ -53,10 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def optimizer(self) -> OptimizerConfig:
         """Its optimizer's settings."""
         return OptimizerConfig(
-            lr=self.lr,
-            schedule=msgspec.convert(self.schedule, ScheduleName),
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
+            lr=self.lr, schedule=self.schedule, warmup=self.warmup, weight_decay=self.weight_decay
         )
 
     @property

@@ -37,6 +37,7 @@ ADAPTER = OUT / "adapter"
 MODEL = "smollm2-135m"
 QUESTION = "What is your favourite food?"
 STEPS, BATCH_SIZE, HELD_OUT = 120, 8, 96
+WIRE_DTYPE = "int8"
 BENCHMARKED = Path("docs/benchmarks/economy-results.json")
 # Names there. The savings are against the first: LoRA of the bundle's rank and modules, all active, fp16 on the wire.
 COMPARED = {"lora-qv-all": "all-active LoRA", "bottleneck-96-answer-int8": "this recipe with all its blocks active"}
@@ -67,8 +68,9 @@ def main() -> None:
         _run(
             "dlora-edge", "train", "--bundle", str(BUNDLE), "--server", url, "--data", str(train),
             "--eval", str(held_out), "--out", str(ADAPTER), "--steps", str(STEPS), "--batch-size", str(BATCH_SIZE),
-            "--active-fraction", "0.5", "--kr-score", "change", "--kr-kill-every", "10", "--kr-revive-every", "20",
-            "--kr-probation", "10", "--kr-on-kill", "hold_forward", "--seed", "0",
+            "--kind", "bottleneck", "--rank", "96", "--blocks", "spread:8", "--adapt", "answer",
+            "--wire-dtype", WIRE_DTYPE, "--active-fraction", "0.5", "--kr-score", "change", "--kr-kill-every", "10",
+            "--kr-revive-every", "20", "--kr-probation", "10", "--kr-on-kill", "hold_forward", "--seed", "0",
             "--json", stdout=subprocess.DEVNULL,
         )  # fmt: skip
         after = _output(*ask, "--adapter", str(ADAPTER)).strip()
@@ -100,7 +102,7 @@ def _summary(
         "wall_s": round(wall_s, 1),
         "train_wall_s": trained["wall_s"],
         "wire": {
-            "dtype": "int8",
+            "dtype": WIRE_DTYPE,
             "bytes_per_token_steady": per_token(steady),
             "bytes_per_token_all_active": round(_all_active_lora_bytes(rows) / _tokens(rows), 1),
             "bytes_per_token_whole_run": per_token(rows, set_up),
@@ -119,11 +121,11 @@ def _all_active_lora_bytes(rows: Sequence[StepMetrics]) -> int:
     manifest = Bundle.open(BUNDLE).manifest
     defaults = manifest.defaults
     groups = choose_groups(manifest, defaults.target_modules, ())
-    everyone = range(len(groups))
+    widths, everyone = crossings(AdapterSpec("lora", defaults.r), groups), range(len(groups))
     total = 0
     for row in rows:
         traffic = micro_batch_traffic(
-            crossings(AdapterSpec("lora", defaults.r), groups),
+            widths,
             live=everyone,
             with_grads=everyone,
             answered=everyone[1:],
