@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import msgspec
@@ -44,6 +41,7 @@ from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines, run_line
 from .run_file import RUN_FILE, DataDigest, RunFile, RunSettings, save_run_file, versions
+from .stop import StopRequest
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -125,7 +123,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     _print_plan(run, first_step, display)
     engine = make_engine(run.bundle, run.engine, run.threads)
     started = time.perf_counter()
-    stop = _StopRequest()
+    stop = StopRequest()
     with (
         Connection(run.server, _connect_settings(run, checkpoint, display, stop.is_requested)) as connection,
         stop.stop_on_signal(),
@@ -358,40 +356,6 @@ def _summary(run: TrainRun, steps: int, held_out: HeldOut) -> dict[str, Any]:
         "torch_loaded": "torch" in sys.modules,
         "adapter_dir": str(run.out),
     }
-
-
-class _StopRequest:
-    """Whether somebody asked to stop, with SIGINT or SIGTERM."""
-
-    def __init__(self) -> None:
-        self._requested = False
-        self._previous: dict[int, Any] = {}
-
-    def is_requested(self) -> bool:
-        return self._requested
-
-    @contextlib.contextmanager
-    def stop_on_signal(self) -> Iterator[None]:
-        """Within, the first signal asks to stop after the step, and the second one interrupts."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        handled = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._handle_signal) for number in handled}
-        try:
-            yield
-        finally:
-            for number, handler in self._previous.items():
-                if signal.getsignal(number) == self._handle_signal:  # and not ignored by now
-                    signal.signal(number, handler)
-
-    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._requested:
-            self._requested = True
-        elif self._previous[number] is interrupts.raise_interrupt:
-            interrupts.raise_interrupt(number, frame)
-        else:
-            raise KeyboardInterrupt
 
 
 def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, batch_size: int, grad_accum: int) -> int:
