@@ -183,6 +183,18 @@ def test_a_terminal_gets_one_live_line() -> None:
     assert "step 1/5" not in text
 
 
+def test_a_terminal_shows_how_far_a_basis_is() -> None:
+    text = shown_in_a_terminal(
+        "from dlora.edge.run.display import Display\n"
+        "r = Display()\n"
+        "with r.making_basis() as on_step:\n"
+        "    for done in (0, 1, 0, 1, 2): on_step(done, 3)\n",  # once, it lost its session and began again
+        columns=100,
+    )
+    assert "making A and B" in text
+    assert "2/3" in text
+
+
 def test_the_live_line_of_a_long_run_fits_in_80_columns() -> None:
     text = shown_in_a_terminal(
         "from dlora.edge.run.display import Display; import test_display as t\n"
@@ -216,8 +228,18 @@ def test_the_map_is_shown_once_something_was_killed(capsys: pytest.CaptureFixtur
             display.step(metrics(0, total=2, units="11"))
             display.step(metrics(1, total=2, units=units))
         display.finish({"steps": 2})
-        assert ("unit 0 ██" in stream.getvalue()) is shown
+        assert ("group 0 ██" in stream.getvalue()) is shown
     assert "steps" in capsys.readouterr().out
+
+
+def test_the_map_of_a_run_has_the_numbers_of_its_blocks() -> None:
+    stream = io.StringIO()
+    display = Display(stream=stream)
+    with display.training(2, blocks=(15, 29)):
+        display.step(metrics(0, total=2, units="11"))
+        display.step(metrics(1, total=2, units="10"))
+    display.finish({})
+    assert [line.split("block")[1][:3] for line in stream.getvalue().splitlines() if "block" in line] == [" 29", " 15"]
 
 
 def test_plain_progress_does_not_import_rich() -> None:

@@ -7,6 +7,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,27 @@ def run(server: RunningServer, bundle: Path, out: Path, *, resume: bool = False)
         config=config(total_steps=STEPS), eval_dataset=random_dataset(VOCABULARY, seed=1), eval_every=2,
         save_every=4, threads=1, resume=resume,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("asked_at", [0, 1])
+def test_a_run_stops_between_the_steps_of_its_basis_pass(
+    server: RunningServer, bundle: Path, tmp_path: Path, asked_at: int
+) -> None:
+    class StoppingAtBasis(Stopping):
+        @contextmanager
+        def making_basis(self) -> Iterator[Callable[[int, int], None]]:
+            def on_step(done: int, steps: int) -> None:
+                assert steps == 3
+                assert done <= asked_at, "it was asked to stop"
+                if done == asked_at:
+                    signal.raise_signal(signal.SIGINT)
+
+            yield on_step
+
+    settings = replace(run(server, bundle, tmp_path / "out"), config=config(kind="bottleneck", basis_steps=3))
+    with pytest.raises(StoppedError, match="before the first step"):
+        train(settings, StoppingAtBasis())
+    assert not (tmp_path / "out").exists()
 
 
 def evaluations(out: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -48,6 +48,7 @@ class Display:
         self._evaluation_s = 0.0
         self._evaluations_left: Callable[[int], int] = lambda _: 0
         self._history: list[tuple[int, ByteArray]] = []
+        self._blocks: Sequence[int] | None = None
 
     def say(self, text: str) -> None:
         """One line for the user."""
@@ -85,10 +86,33 @@ class Display:
             yield on_tick
 
     @contextmanager
+    def making_basis(self) -> Iterator[Callable[[int, int], None]]:
+        """Show progress inside, in a terminal; what it yields is called with the steps done and the steps in all."""
+        with ExitStack() as shown:
+
+            def on_step(done: int, steps: int) -> None:
+                if self._terminal and self._progress is None:  # only a run that makes one calls this
+                    shown.enter_context(self._live("making A and B", steps, done))
+                if self._progress is not None and self._task is not None:
+                    self._progress.update(self._task, completed=done)
+
+            yield on_step
+
+    @contextmanager
     def training(
-        self, total_steps: int, first_step: int = 0, evaluations_left: Callable[[int], int] | None = None
+        self,
+        total_steps: int,
+        first_step: int = 0,
+        evaluations_left: Callable[[int], int] | None = None,
+        blocks: Sequence[int] | None = None,
     ) -> Iterator[None]:
-        """Show progress inside; ``step`` moves it. ``evaluations_left`` knows how many are to come at a step."""
+        """Show progress inside; ``step`` moves it.
+
+        Args:
+            evaluations_left: knows how many are to come at a step.
+            blocks: the number of each unit in the base model, where units are blocks.
+        """
+        self._blocks = blocks
         self._speed, self._steps = _Speed(), 0
         self._evaluations_left = evaluations_left or (lambda _: 0)
         if self._every is None:
@@ -157,7 +181,8 @@ class Display:
             return
         if any((states != self._history[0][1]).any() for _, states in self._history):
             colour = self._terminal and not os.environ.get("NO_COLOR")
-            self._show(render_map(self._history, height=40, colour=colour, name="unit"))
+            name = "group" if self._blocks is None else "block"
+            self._show(render_map(self._history, height=40, colour=colour, name=name, numbers=self._blocks))
         print(summary_table(summary))
 
     @contextmanager

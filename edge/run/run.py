@@ -128,7 +128,17 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         Connection(run.server, _connect_settings(run, checkpoint, display, stop.is_requested)) as connection,
         stop.stop_on_signal(),
     ):
-        trainer = Trainer(run.bundle, engine, connection, run.config, run.dataset, init=run.init, checkpoint=checkpoint)
+        with display.making_basis() as on_basis_step:
+
+            def before_basis_step(done: int, steps: int) -> None:
+                if stop.is_requested():
+                    raise StoppedError("stopped before the first step: nothing is kept; the same command begins anew")
+                on_basis_step(done, steps)
+
+            trainer = Trainer(
+                run.bundle, engine, connection, run.config, run.dataset, init=run.init, checkpoint=checkpoint,
+                before_basis_step=before_basis_step,
+            )  # fmt: skip
         set_up_up, set_up_down = trainer.traffic
         release_code()
         held_out = HeldOut(
@@ -146,7 +156,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                 display.add_to_map(metrics)
             evaluations = _evaluations(run)
             left = partial(evaluations.count_left, total_steps=run.config.total_steps) if evaluations else None
-            with display.training(run.config.total_steps, first_step, left):
+            with display.training(run.config.total_steps, first_step, left, _blocks(run)):
                 _run_steps(run, trainer, display, log, held_out, stop.is_requested)
         trained_s = time.perf_counter() - started
         if not held_out.is_done():
@@ -190,6 +200,13 @@ def _print_plan(run: TrainRun, first_step: int, display: Display) -> None:
             display.say(line)
     for line in kill_revive_lines(run.config, run.config.groups(run.bundle.manifest)):
         display.say(line)
+
+
+def _blocks(run: TrainRun) -> list[int] | None:
+    """The number of each unit in the base model, where units are blocks."""
+    if run.config.kill_revive.unit != "block":
+        return None
+    return sorted({group.block for group in run.config.groups(run.bundle.manifest)})
 
 
 def _evaluations(run: TrainRun) -> EvaluationPlan | None:

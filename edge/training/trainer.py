@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -65,6 +66,8 @@ class Trainer:
         init: a PEFT adapter to start from.
         checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.part_begins`` is there.
         window: how many micro-batches of a step may be under way at a time, where the server allows as many.
+        before_basis_step: called before each step's data that a basis is made from, with how many are done and how
+            many there are; what it raises ends the run before its first step.
 
     Attributes:
         groups: the exchange groups that are trained.
@@ -82,6 +85,7 @@ class Trainer:
         init: LoadedAdapter | None = None,
         checkpoint: Checkpoint | None = None,
         window: int = 1,
+        before_basis_step: Callable[[int, int], None] = lambda done, steps: None,
     ) -> None:
         manifest = bundle.manifest
         dataset = dataset.acting_on_answers(config.invocation)
@@ -121,7 +125,7 @@ class Trainer:
         )
         self._check_limits()
         if config.basis == "data":
-            self.session.basis_pass = self._run_basis_pass
+            self.session.basis_pass = partial(self._run_basis_pass, before_basis_step)
         self.session.open()
 
     @property
@@ -240,11 +244,14 @@ class Trainer:
 
     # -- inside ------------------------------------------------------------------------------------------
 
-    def _run_basis_pass(self) -> int:
+    def _run_basis_pass(self, before_step: Callable[[int, int], None]) -> int:
         """Let the server see the data of the first steps; gives the number of micro-batches."""
-        steps = range(self.config.basis_pass_steps(self.batches.examples))
+        steps, micro_batches = self.config.basis_pass_steps(self.batches.examples), 0
         with self._name_step_in_error():
-            return sum(self.model.run_basis_pass(self.batches.step_batches(step)) for step in steps)
+            for step in range(steps):
+                before_step(step, steps)
+                micro_batches += self.model.run_basis_pass(self.batches.step_batches(step))
+        return micro_batches
 
     def _save_modules(self, directory: Path, modules: list[SavedModule], parts: Parts | None) -> None:
         save_adapter(
