@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,8 +54,9 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path``, durably. Raises ``StorageError`` and leaves the old file as it was.
+def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Replace ``path`` by ``content``, whole or in pieces, durably. Raises ``StorageError`` and leaves the old file as
+    it was.
 
     One writer a file: the temporary name is fixed, so that what a killed process left is written over.
     """
@@ -63,7 +64,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     with storage_errors(path):
         try:
             with temporary.open("wb") as file:
-                file.write(content)
+                file.writelines((content,) if isinstance(content, bytes) else content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -107,6 +107,9 @@ def test_run_that_starts_from_it_takes_its_kind_rank_and_blocks(place: Place, wh
     settings = load_run_file(tmp_path / "on").settings
     assert (settings.kind, settings.rank, settings.blocks) == ("bottleneck", RANK, "0-3")
     assert settings.weight_decay == 0.0  # it would unlearn what the adapter knows
+    assert (settings.basis, load_run_file(whole).settings.basis) == (None, "data")
+    done = run_edge(*without_kind(place.train(tmp_path / "no", *options, "--basis", "weights")))
+    assert (done.code, "--init-adapter has its basis" in done.errors[0]) == (2, True)
     assert load_adapter(tmp_path / "on").invocation == load_adapter(whole).invocation
 
 
@@ -147,6 +150,8 @@ def test_data_without_answers_are_trained_everywhere_or_refused(place: Place, tm
         (("--wire-dtype", "int8,nothing=fp16"), "ROLE=DTYPE"),
         (("--blocks", "spread:0"), "write blocks as"),
         (("--kind", "bottleneck", "--rank", "4000"), "no wider than that"),
+        (("--kind", "lora", "--basis", "data", "--basis-steps", "2"), "--basis and --basis-steps: --kind lora has no"),
+        (("--kind", "bottleneck", "--basis", "random", "--basis-steps", "2"), "takes no data"),
     ],
 )
 def test_what_cannot_be_is_one_line(place: Place, options: tuple[str, ...], text: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from processes import CloudProcess, cloud_process, run_edge
 
 from dlora.edge.commands.footprint import training_mb
+from dlora.protocol.choices import KindChoice
 from dlora.protocol.manifest import load_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -105,15 +106,20 @@ def test_saved_adapter_gives_the_same_loss_in_peft(
     assert json.loads(check.stdout)["loss"] == pytest.approx(summary["eval_loss_after"], abs=tolerance)
 
 
-@pytest.mark.parametrize(("bundle", "limit_mb"), [(FP16, 200), (INT8, 160)], ids=["fp16", "int8"])
-def test_training_fits_into_its_memory(bundle: Path, limit_mb: int, server: CloudProcess, tmp_path: Path) -> None:
-    """256 tokens a step, every one of them labelled, all adapters active and then four units; and doctor knew."""
+@pytest.mark.parametrize(
+    ("bundle", "kind", "limit_mb"),
+    [(FP16, "lora", 200), (FP16, "bottleneck", 200), (INT8, "lora", 160), (INT8, "bottleneck", 175)],
+)
+def test_training_fits_into_its_memory(
+    bundle: Path, kind: KindChoice, limit_mb: int, server: CloudProcess, tmp_path: Path
+) -> None:
+    """256 tokens a step, every one of them labelled, all adapters active and then an eighth; and doctor knew."""
     need(bundle)
     words = (ROOT / "LICENSE").read_text().split()
     rows = [" ".join(words[start : start + 140]) for start in range(0, 1400, 70)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     done = run_edge(
-        "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", tmp_path / "text.jsonl",
+        "train", "--kind", kind, "--bundle", bundle, "--server", server.url, "--data", tmp_path / "text.jsonl",
         "--out", tmp_path / "out", "--steps", 12, "--batch-size", 2, "--max-length", 128, "--too-long", "truncate",
         "--active-fraction", 0.125, "--kr-score", "change", "--kr-warmup-steps", 8, "--threads", 2, "--json",
         timeout_s=900,
@@ -123,7 +129,7 @@ def test_training_fits_into_its_memory(bundle: Path, limit_mb: int, server: Clou
     assert summary["tokens"] == 12 * 256
     assert summary["torch_loaded"] is False
     # Upwards only: a machine that is short of memory takes file pages back, and the peak is then lower.
-    estimate_mb = training_mb(load_manifest(bundle))
+    estimate_mb = training_mb(load_manifest(bundle), kind=kind)
     assert summary["peak_rss_mb"] <= 1.15 * estimate_mb
     assert summary["peak_rss_mb"] <= limit_mb
     assert estimate_mb <= limit_mb

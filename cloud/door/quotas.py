@@ -251,10 +251,10 @@ class Quotas:
             most, total, alone = self.limits.live_bytes, self.total_live_bytes, session.held_bytes + nbytes
             if most is not None and alone > most:
                 text = f"the adapters take {_mb(alone)} and more of the server, and the quota is {_mb(most)}"
-                raise RefusedError(f"{text}; lower --rank", ErrorCode.QUOTA_LIVE_BYTES)
+                raise RefusedError(f"{text}; lower --rank, or train fewer --blocks", ErrorCode.QUOTA_LIVE_BYTES)
             if total is not None and alone > total:
                 text = f"the adapters take {_mb(alone)} and more of the server, which has {_mb(total)} for all devices"
-                raise RefusedError(f"{text}; lower --rank", ErrorCode.LIMIT)
+                raise RefusedError(f"{text}; lower --rank, or train fewer --blocks", ErrorCode.LIMIT)
             if most is not None and caller.live_bytes + nbytes > most:
                 code = ErrorCode.QUOTA_LIVE_BYTES
                 raise _refused_for_now(_USED_UP[code], code, _RETRY_AFTER_S)

@@ -16,9 +16,9 @@ from typing import Final
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from dlora.edge.files import storage_errors, write_atomically
+from dlora.edge.tensor_file import safetensors_chunks
 from dlora.protocol.adapters import KINDS
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.limits import MAX_RANK
@@ -42,18 +42,21 @@ class Parts:
     tensors: Mapping[str, FloatArray]
 
 
-def save_parts(directory: Path, parts: Parts | None, weights: bytes) -> None:
-    """Write the parts of an adapter whose PEFT weights are ``weights``; None: it has none. Raises ``StorageError``."""
+def save_parts(directory: Path, parts: Parts | None, weights: Path) -> None:
+    """Write the parts of an adapter whose PEFT weights are the file ``weights``; None: it has none.
+
+    Raises ``StorageError``.
+    """
     path = directory / PARTS_NAME
     if parts is None:
         with storage_errors(path):
             path.unlink(missing_ok=True)
         return
-    about = {
-        "kind": parts.kind, "r": str(parts.r), "scaling": repr(parts.scaling), "weights": _digest(weights),
-    }  # fmt: skip
+    with storage_errors(weights), weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    about = {"kind": parts.kind, "r": str(parts.r), "scaling": repr(parts.scaling), "weights": digest}
     tensors = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in parts.tensors.items()}
-    write_atomically(path, safetensors.numpy.save(tensors, about))
+    write_atomically(path, safetensors_chunks(tensors, about))
 
 
 def load_parts(directory: Path, weights: bytes) -> Parts | None:
@@ -69,7 +72,7 @@ def load_parts(directory: Path, weights: bytes) -> Parts | None:
     try:
         with safetensors.safe_open(path, "np") as file:
             about = file.metadata() or {}
-            if about.get("weights") != _digest(weights):
+            if about.get("weights") != hashlib.sha256(weights).hexdigest():
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
         parts = Parts(KINDS[about["kind"]].name, int(about["r"]), float(about["scaling"]), tensors)
@@ -80,7 +83,3 @@ def load_parts(directory: Path, weights: bytes) -> Parts | None:
     if not all(tensor.dtype == np.float32 and np.isfinite(tensor).all() for tensor in tensors.values()):
         raise CheckpointError(f"{path} has values that are not finite float32; delete it, and it is an ordinary LoRA")
     return parts
-
-
-def _digest(weights: bytes) -> str:
-    return hashlib.sha256(weights).hexdigest()

@@ -16,9 +16,9 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from dlora.edge.files import make_directory, storage_errors, write_atomically
+from dlora.edge.tensor_file import safetensors_chunks
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.tensors import FloatArray
@@ -148,10 +148,9 @@ def save_adapter(
             weights_path.unlink(missing_ok=True)
         write_atomically(config_path, _json(config))
     # PEFT and transformers look for this very "format".
-    weights = safetensors.numpy.save(tensors, {"format": "pt"})
-    write_atomically(weights_path, weights)
+    write_atomically(weights_path, safetensors_chunks(tensors, {"format": "pt"}))
     write_atomically(config_path, _json(config))
-    save_parts(directory, parts, weights)
+    save_parts(directory, parts, weights_path)
     card = _model_card(modules, r, lora_alpha, base_model_name, target_modules, acts_on_answers=bool(invocation))
     write_atomically(directory / CARD_NAME, card.encode())
 

@@ -10,7 +10,13 @@ import msgspec
 
 from dlora.edge.data.invocation import find_invocation, uninvoked, uninvoked_line
 from dlora.edge.run.run_file import RunSettings
-from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules
+from dlora.edge.training.defaults import (
+    DEFAULT_KIND,
+    DEFAULTS,
+    default_alpha,
+    default_rank,
+    default_target_modules,
+)
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import UsageError
 from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig
@@ -43,6 +49,7 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
         weight_decay=weight_decay if settings.weight_decay is None else settings.weight_decay,
         wire_dtype=settings.wire_dtype or defaults.wire_dtype,
         **_schedule(settings, warms_up=defaults.warms_up),
+        **_basis(settings, kind, has_one=init is not None),
     )
     names, blocks = target_modules_of(settings), settings.blocks
     if init is not None and parts is not None and parts.kind == kind:
@@ -51,7 +58,7 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
         blocks = blocks or number_ranges({group.block for group in trained})
     names = names or default_target_modules(kind, manifest)
     settings = msgspec.structs.replace(settings, target_modules=",".join(names), blocks=blocks or defaults.blocks)
-    numbers = blocks_of(settings, manifest)
+    numbers = parse_blocks(settings.blocks, manifest)
     settings = msgspec.structs.replace(settings, blocks=number_ranges(numbers))
     groups = choose_groups(manifest, target_modules_of(settings), numbers)
     rank = settings.rank
@@ -69,6 +76,24 @@ def _schedule(settings: RunSettings, *, warms_up: bool) -> dict[str, Any]:
         "kr_warmup_steps": steps if settings.kr_warmup_steps is None else settings.kr_warmup_steps,
         "kr_ramp_fraction": ramp if settings.kr_ramp_fraction is None else settings.kr_ramp_fraction,
     }
+
+
+def _basis(settings: RunSettings, kind: KindChoice, *, has_one: bool) -> dict[str, Any]:
+    """What the server makes A and B from. Raises ``UsageError`` where it makes none."""
+    defaults = DEFAULTS[kind]
+    given = {"--basis": settings.basis, "--basis-steps": settings.basis_steps}
+    options = " and ".join(option for option, value in given.items() if value is not None)
+    if defaults.basis is None or has_one:
+        if options:
+            why = f"--kind {kind} has no basis" if defaults.basis is None else "--init-adapter has its basis"
+            raise UsageError(f"{options}: {why}; leave that out")
+        return {}
+    basis = settings.basis or defaults.basis
+    if basis == "data":
+        return {"basis": basis, "basis_steps": settings.basis_steps or defaults.basis_steps}
+    if settings.basis_steps is not None:
+        raise UsageError(f"--basis-steps: a basis of {basis} takes no data; leave that out")
+    return {"basis": basis}
 
 
 def choose_where_adapters_act(
@@ -117,14 +142,14 @@ def target_modules_of(settings: RunSettings) -> tuple[str, ...]:
     return given
 
 
-def blocks_of(settings: RunSettings, manifest: Manifest) -> tuple[int, ...]:
-    """The blocks that a user chose; none: all. Raises ``UsageError``."""
-    if settings.blocks.strip() == "all":
+def parse_blocks(text: str, manifest: Manifest) -> tuple[int, ...]:
+    """The blocks that ``--blocks`` names; none: all. Raises ``UsageError``."""
+    if text.strip() == "all":
         return tuple(sorted({group.block for group in manifest.groups}))
-    counted = re.fullmatch(r"\s*(spread|last):([1-9][0-9]{0,4})\s*", settings.blocks)
+    counted = re.fullmatch(r"\s*(spread|last):([1-9][0-9]{0,4})\s*", text)
     if counted is not None:
         return _COUNTED[counted[1]](manifest, int(counted[2]))
-    return parse_numbers(settings.blocks, "--blocks", "blocks")
+    return parse_numbers(text, "--blocks", "blocks")
 
 
 def parse_numbers(text: str, option: str, what: str) -> tuple[int, ...]:

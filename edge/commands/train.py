@@ -106,15 +106,15 @@ def train(
         ),
     ] = None,
     basis: Annotated[
-        Basis,
+        Basis | None,
         typer.Option(
-            help="A and B of a bottleneck. data: the directions in which hidden states (A) and gradients (B) of some "
-            "of your data vary most; weights: those of the base model's weights; random."
+            help="A and B of a bottleneck. data, the default: the directions in which hidden states (A) and gradients "
+            "(B) of some of your data vary most; weights: those of the base model's weights; random."
         ),
-    ] = "data",
+    ] = None,
     basis_steps: Annotated[
-        int, typer.Option(help="Steps whose data --basis data takes.", min=1, max=MAX_STEPS)
-    ] = 8,
+        int | None, typer.Option(help="Steps whose data --basis data takes; by default 8.", min=1, max=MAX_STEPS)
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(

@@ -31,9 +31,9 @@ from dlora.protocol.targets import choose_groups, number_ranges, spread_units
 from dlora.protocol.wire_codecs import Codecs
 
 from .adapter_settings import (
-    blocks_of,
     choose_adapters,
     choose_where_adapters_act,
+    parse_blocks,
     parse_numbers,
     target_modules_of,
 )
@@ -62,7 +62,7 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     bundle = Bundle.open(Path(settings.bundle))
     init = _init_adapter(settings)
     settings = choose_adapters(settings, bundle.manifest, init)
-    groups = choose_groups(bundle.manifest, target_modules_of(settings), blocks_of(settings, bundle.manifest))
+    groups = choose_groups(bundle.manifest, target_modules_of(settings), parse_blocks(settings.blocks, bundle.manifest))
     kill_revive = _kill_revive(settings, bundle.manifest, groups)
     loaded = _load(settings, bundle, display)
     settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(settings, init, loaded, display.say)
@@ -212,13 +212,13 @@ def _config(
         grad_accum=settings.grad_accum,
         seed=() if settings.seed is None else (settings.seed,),
         kind=settings.kind,
-        basis=settings.basis,
-        basis_steps=settings.basis_steps,
+        basis=settings.basis or "data",  # which nothing asks for where none is made
+        basis_steps=settings.basis_steps or DEFAULTS[settings.kind].basis_steps,
         invocation=invocation,
         rank=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=target_modules_of(settings),
-        blocks=blocks_of(settings, manifest),
+        blocks=parse_blocks(settings.blocks, manifest),
         wire_dtype=settings.wire_dtype,
         send=settings.send,
         optimizer=OptimizerConfig(

@@ -57,8 +57,8 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     weight_decay: Amount | None
     max_grad_norm: Amount
     kind: KindChoice | None
-    basis: Basis
-    basis_steps: Count
+    basis: Basis | None
+    basis_steps: Count | None
     rank: Count | None
     alpha: float | None
     target_modules: str | None

@@ -18,9 +18,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import safetensors
-import safetensors.numpy
 
 from dlora.edge.files import make_directory, remove_quietly, write_atomically
+from dlora.edge.tensor_file import safetensors_chunks
 from dlora.protocol.errors import CheckpointError
 
 Array = npt.NDArray[Any]
@@ -84,7 +84,7 @@ def save_checkpoint(directory: Path, step: int, tensors: Mapping[str, Array], st
     whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     raw = msgspec.json.encode(state)
     header = _Header(FORMAT, step, _digest(whole, step, raw), msgspec.Raw(raw))
-    write_atomically(path, safetensors.numpy.save(whole, {_KEY: msgspec.json.encode(header).decode()}))
+    write_atomically(path, safetensors_chunks(whole, {_KEY: msgspec.json.encode(header).decode()}))
     _delete_old(directory, step)
     return path
 

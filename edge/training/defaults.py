@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from dlora.protocol.choices import Adapt, KindChoice
+from dlora.protocol.choices import Adapt, Basis, KindChoice
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import ALL_LINEAR
@@ -22,6 +22,8 @@ class KindDefaults:
     Attributes:
         lr: peak learning rate.
         weight_decay: AdamW's, of adapters that begin at zero; it would make one that a run starts from forget.
+        basis: what the server makes its part from; None: it makes none.
+        basis_steps: how many steps' data a basis of ``data`` is made from.
         r: the rank; None: the bundle's.
         target_modules: None: the bundle's.
         blocks: as ``--blocks`` has them; empty: all.
@@ -34,6 +36,8 @@ class KindDefaults:
     weight_decay: float = 0.0
     wire_dtype: str = "fp16"
     adapt: Adapt = "all"
+    basis: Basis | None = None
+    basis_steps: int = 8
     r: int | None = None
     target_modules: str | None = None
     blocks: str = ""
@@ -52,6 +56,7 @@ DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
         target_modules=ALL_LINEAR,
         blocks="spread:8",
         adapt="answer",
+        basis="data",
         wire_dtype="int8",
         warms_up=False,  # the basis pass says of every unit, once, what a warm-up would
     ),
