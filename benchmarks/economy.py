@@ -21,7 +21,8 @@ from children import QUIET_THREADS, cloud_server, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
-from economy_data import Data, load
+import msgspec
+from economy_data import SETS, Data, load
 from economy_measure import Meter, add_place_options, evaluate_rows, first, last_loss, score, trained_fields
 from economy_recipes import BASELINE, DEFAULT, RECIPES, order, train_config
 from economy_report import write_report
@@ -32,9 +33,11 @@ from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.run.run import total_steps
+from dlora.edge.training.learning_rate import choose_learning_rate
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
+from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import NonFiniteError
 
 QUICK = (f"b10/{BASELINE}", f"b10/{DEFAULT}", "b10/static-1/8", "b10/one-block")
@@ -65,6 +68,7 @@ def _make_runs(runs: RunsFile, plan: Plan, options: argparse.Namespace) -> None:
                 data[settings.set] = load(settings.set, options.data, options.work, tokenizer)
             _check_data(runs.runs, settings.set, data[settings.set])
             log(f"{_name(settings)} …")
+            _check_rate(settings, data[settings.set])
             result = run(bundle, url, data[settings.set], settings, options.threads)
             runs.append(result)
             log(f"{_name(settings)}: {_summary(result)}")
@@ -86,6 +90,18 @@ def _check_data(finished: Finished, set_name: str, data: Data) -> None:
     """Runs with different rows are not to be compared."""
     if any(run.settings.set == set_name and run.data != data.fingerprint for run in finished.values()):
         raise SystemExit(f"error: the finished runs of {set_name} were made with other data; choose another --runs")
+
+
+def _check_rate(settings: Settings, data: Data) -> None:
+    """The report says of one rate that it is what a user gets who gives none."""
+    recipe, of_set = RECIPES[settings.recipe], SETS[settings.set]
+    if of_set.fixed_lr is not None or settings.rows is not None:
+        return
+    steps = total_steps(data.train, epochs=1, steps=of_set.steps, batch_size=settings.batch_size, grad_accum=1)
+    passes = steps / -(-len(data.train) // settings.batch_size)
+    chosen = choose_learning_rate(msgspec.convert(recipe.kind, KindChoice), data.train, passes).lr
+    if chosen != recipe.usual_lr(settings.set):
+        raise SystemExit(f"error: on {settings.set} the command chooses {chosen:g}: correct economy_recipes.py")
 
 
 def _name(settings: Settings) -> str:

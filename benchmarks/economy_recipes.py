@@ -29,6 +29,10 @@ BARRED_SETS: Final = ("chat60", "b10", "dialogue", "b20")  # the cheapest first
 OTHER_SETS: Final = ("arc_easy", "boolq")
 LONG_SET: Final = "dialogue500"
 
+PASSED_AGAIN: Final = {"chat60": 2e-3, "dialogue": 4e-3}
+"""What the command chooses for a bottleneck on the sets that a run passes over more than once (``learning_rate.py``);
+``economy.py`` checks it against the data."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,7 +43,7 @@ class Recipe:
         adapter: fields of ``TrainConfig``, and ``adapt``. What is not there: the bundle's rank and alpha, fp16 on the
             wire, adapters that act at all tokens.
         kill_revive: fields of ``KillReviveConfig``.
-        default_lr, weight_decay: the optimizer's of a user who gives none.
+        default_lr, weight_decay: the optimizer's of a user who gives none, on data that are passed over once.
         bars: the sets on which a bar rests on this recipe; there it has three seeds, elsewhere one.
         sets: where it is run.
     """
@@ -56,6 +60,14 @@ class Recipe:
         """The seeds of its runs on a set."""
         return (0, 1, 2) if set_name in self.bars else (0,)
 
+    def usual_lr(self, set_name: str) -> float:
+        """The rate of a user who gives none, on this set."""
+        return PASSED_AGAIN.get(set_name, self.default_lr) if self.kind == "bottleneck" else self.default_lr
+
+    @property
+    def kind(self) -> str:
+        return str(self.adapter.get("kind", "lora"))
+
     @property
     def acts_on_answers(self) -> bool:
         return self.adapter.get("adapt") == "answer"
@@ -64,8 +76,8 @@ class Recipe:
         """What of the recipe this version of dlora does not have; nothing where it can be run."""
         known, found = {*TrainConfig.__struct_fields__, "adapt"}, []
         found += [f"TrainConfig.{name}" for name in self.adapter if name not in known]
-        if (kind := self.adapter.get("kind", "lora")) not in KINDS:
-            found.append(f"the kind {kind!r}")
+        if self.kind not in KINDS:
+            found.append(f"the kind {self.kind!r}")
         if (codec := self.adapter.get("wire_dtype", "fp16")) not in CODECS:
             found.append(f"the codec {codec!r}")
         return found

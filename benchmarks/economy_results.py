@@ -67,7 +67,7 @@ def find_result(finished: Finished, plan: Plan, set_name: str, recipe: str, rate
 
     None where the rate is not chosen yet, or no run of it ended well.
     """
-    lr = plan.chosen_lr(finished, set_name, recipe) if rate == "chosen" else RECIPES[recipe].default_lr
+    lr = plan.chosen_lr(finished, set_name, recipe) if rate == "chosen" else RECIPES[recipe].usual_lr(set_name)
     if lr is None:
         return None
     found = [plan.find(finished, set_name, recipe, lr, seed) for seed in RECIPES[recipe].seeds(set_name)]

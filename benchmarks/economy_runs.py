@@ -237,7 +237,7 @@ class Plan:
         if fixed is not None:
             return fixed
         tried = self.tried(finished, set_name, recipe_name)
-        if self._quick or next_rate(tried, RECIPES[recipe_name].default_lr) is not None:
+        if self._quick or next_rate(tried, RECIPES[recipe_name].usual_lr(set_name)) is not None:
             return None
         return best_rate(tried)
 
@@ -248,7 +248,7 @@ class Plan:
     def _open(self, finished: Finished, set_name: str, recipe_name: str) -> Iterator[Settings]:
         recipe = RECIPES[recipe_name]
         if SETS[set_name].fixed_lr is None and not self._quick:
-            rate = next_rate(self.tried(finished, set_name, recipe_name), recipe.default_lr)
+            rate = next_rate(self.tried(finished, set_name, recipe_name), recipe.usual_lr(set_name))
             if rate is not None:
                 yield self.settings(set_name, recipe_name, rate, CHOOSING_SEED)
         for rate in self.rates(finished, set_name, recipe_name):
@@ -259,7 +259,7 @@ class Plan:
     def rates(self, finished: Finished, set_name: str, recipe_name: str) -> list[float]:
         """The rates that are reported: the chosen one, and the one of a user who gives none."""
         chosen = self.chosen_lr(finished, set_name, recipe_name)
-        default = [] if SETS[set_name].fixed_lr is not None else [RECIPES[recipe_name].default_lr]
+        default = [] if SETS[set_name].fixed_lr is not None else [RECIPES[recipe_name].usual_lr(set_name)]
         return list(dict.fromkeys(([] if chosen is None else [chosen]) + default))
 
 

@@ -17,6 +17,7 @@ from dlora.edge.training.defaults import (
     default_rank,
     default_target_modules,
 )
+from dlora.edge.training.learning_rate import choose_learning_rate
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import UsageError
 from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig
@@ -31,7 +32,7 @@ _COUNTED: Final = {"spread": spread_blocks, "last": last_blocks}
 
 
 def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapter | None) -> RunSettings:
-    """``settings`` with kind, rank, alpha, target modules, blocks and optimizer, as ``run.json`` keeps them.
+    """``settings`` with kind, rank, alpha, target modules, blocks and weight decay, as ``run.json`` keeps them.
 
     What is left open is that of ``init``, the adapter to start from, where it is of a kind that starts only from its
     own, or the kind's default. Raises ``UsageError`` for modules or blocks that the bundle does not have.
@@ -45,7 +46,6 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
     settings = msgspec.structs.replace(
         settings,
         kind=kind,
-        lr=defaults.lr if settings.lr is None else settings.lr,
         weight_decay=weight_decay if settings.weight_decay is None else settings.weight_decay,
         wire_dtype=settings.wire_dtype or defaults.wire_dtype,
         **_schedule(settings, warms_up=defaults.warms_up),
@@ -66,6 +66,17 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
         rank = parts.r if parts is not None and parts.kind == kind else default_rank(kind, manifest, groups)
     alpha = default_alpha(kind, manifest, rank) if settings.alpha is None else settings.alpha
     return msgspec.structs.replace(settings, rank=rank, alpha=alpha)
+
+
+def choose_rate(settings: RunSettings, dataset: Dataset, passes: float, say: Callable[[str], None]) -> RunSettings:
+    """``settings`` with a learning rate, as ``run.json`` keeps it; one that is not the kind's own is said, with why."""
+    assert settings.kind is not None
+    if settings.lr is not None:
+        return settings
+    chosen = choose_learning_rate(settings.kind, dataset, passes)
+    if chosen.reason:
+        say(f"learning rate {chosen.lr:g}, not {DEFAULTS[settings.kind].lr:g}: {chosen.reason} (--lr)")
+    return msgspec.structs.replace(settings, lr=chosen.lr)
 
 
 def _schedule(settings: RunSettings, *, warms_up: bool) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from dlora.protocol.wire_codecs import Codecs
 
 from .adapter_settings import (
     choose_adapters,
+    choose_rate,
     choose_where_adapters_act,
     parse_blocks,
     parse_numbers,
@@ -66,10 +67,6 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     kill_revive = _kill_revive(settings, bundle.manifest, groups)
     loaded = _load(settings, bundle, display)
     settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(settings, init, loaded, display.say)
-    if settings.bytes_per_token is not None:
-        of_one_step = _config(settings, bundle.manifest, kill_revive, 1, invocation)
-        settings = _within_budget(settings, of_one_step, bundle.manifest, dataset)
-        kill_revive = _kill_revive(settings, bundle.manifest, groups)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, total_steps, train
 
@@ -80,6 +77,12 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         batch_size=settings.batch_size,
         grad_accum=settings.grad_accum,
     )
+    steps_a_pass = -(-len(dataset) // (settings.batch_size * settings.grad_accum))
+    settings = choose_rate(settings, dataset, steps / steps_a_pass, display.say)
+    if settings.bytes_per_token is not None:
+        of_one_step = _config(settings, bundle.manifest, kill_revive, 1, invocation)
+        settings = _within_budget(settings, of_one_step, bundle.manifest, dataset)
+        kill_revive = _kill_revive(settings, bundle.manifest, groups)
     keeps_best = settings.keep == "best" or settings.patience is not None
     run = TrainRun(
         bundle=bundle,

@@ -20,7 +20,7 @@ class KindDefaults:
     """Defaults of one kind.
 
     Attributes:
-        lr: peak learning rate.
+        lr: peak learning rate; lr_falls_with_passes: as ``learning_rate.py`` has it.
         weight_decay: AdamW's, of adapters that begin at zero; it would make one that a run starts from forget.
         basis: what the server makes its part from; None: it makes none.
         basis_steps: how many steps' data a basis of ``data`` is made from.
@@ -33,6 +33,7 @@ class KindDefaults:
     """
 
     lr: float
+    lr_falls_with_passes: bool = False
     weight_decay: float = 0.0
     wire_dtype: str = "fp16"
     adapt: Adapt = "all"
@@ -51,6 +52,7 @@ DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     "ffa": KindDefaults(lr=1e-3),
     "bottleneck": KindDefaults(
         lr=8e-3,
+        lr_falls_with_passes=True,
         weight_decay=1.0,
         r=96,
         target_modules=ALL_LINEAR,
