@@ -178,6 +178,22 @@ def test_a_run_without_options_is_of_the_default_recipe(place: Place, tmp_path: 
     assert settings.rank == 16, "the tiny model's width: less than 64"
 
 
+def test_rate_that_nobody_named_is_chosen_from_the_data_once(place: Place, tmp_path: Path) -> None:
+    """Ten examples in steps of three: four steps a pass."""
+    usual = DEFAULTS["bottleneck"].lr
+    for steps, lr in ((4, usual), (16, usual / 4)):
+        out = tmp_path / str(steps)
+        words = without_kind(place.train(out, "--steps", steps))
+        at = words.index("--lr")
+        done = run_edge(*words[:at], *words[at + 2 :])
+        assert done.code == 0
+        assert load_run_file(out).settings.lr == pytest.approx(lr)
+        reason = f"learning rate {lr:g}, not {usual:g}: 4.0 passes over 10 different examples (--lr)"
+        assert (reason in done.stderr) is (lr != usual)
+    assert run_edge("resume", out, "--steps", 40).code == 0
+    assert load_run_file(out).settings.lr == pytest.approx(lr)
+
+
 def test_static_units_are_spread_by_default(place: Place, tmp_path: Path) -> None:
     static = ("--steps", 2, "--kind", "lora", "--kr-score", "static", "--active-fraction")
     for fraction, units in ((0.5, "0011"), (0.25, "0001"), (1, "1111")):
