@@ -178,7 +178,8 @@ def test_read_only_disk_is_a_storage_error(tmp_path: Path) -> None:
         assert load(disk).step == 10
 
 
-def test_a_limit_on_file_size_is_a_full_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["bytes(5000)", "(bytes(800), bytes(800))"])
+def test_a_limit_on_file_size_is_a_full_disk(tmp_path: Path, content: str) -> None:
     """Works without root, so the promise is tested everywhere."""
     save(tmp_path, 10)
     program = (
@@ -186,7 +187,7 @@ def test_a_limit_on_file_size_is_a_full_disk(tmp_path: Path) -> None:
         "from dlora.protocol.command import run_command\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "run_command(lambda: write_atomically(pathlib.Path(sys.argv[1]), bytes(5000)))\n"
+        f"run_command(lambda: write_atomically(pathlib.Path(sys.argv[1]), {content}))\n"
     )
     path = load(tmp_path).path
     # Without coverage, whose own file is larger.

@@ -14,14 +14,29 @@ import msgspec
 import numpy as np
 import pytest
 
+from dlora.edge.data.batches import steps_an_epoch
+from dlora.edge.data.examples import Dataset
 from dlora.edge.training.defaults import DEFAULTS
+from dlora.edge.training.learning_rate import choose_learning_rate
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.protocol.manifest import AdapterDefaults
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from economy_data import SETS
 from economy_plot import Axis, Series, plot
-from economy_recipes import BASELINE, DEFAULT, FP16_ALL, FP32_WIRE, GRID, LONG_SET, RECIPES, SECOND, order, train_config
+from economy_recipes import (
+    BASELINE,
+    DEFAULT,
+    FP16_ALL,
+    FP32_WIRE,
+    GRID,
+    LONG_SET,
+    PASSED_AGAIN,
+    RECIPES,
+    SECOND,
+    order,
+    train_config,
+)
 from economy_report import write_report
 from economy_results import BARS, Rate, Result, accuracy_difference, find_result, loss_difference, measure_bars
 from economy_runs import Plan, Point, Rows, Run, RunsFile, Score, Settings, best_rate, next_rate
@@ -112,6 +127,17 @@ def test_what_a_user_gets_who_says_nothing_is_the_commands() -> None:
         of_kind = DEFAULTS[recipe.adapter.get("kind", "lora")]
         assert (recipe.default_lr, recipe.weight_decay) == (of_kind.lr, of_kind.weight_decay), recipe.title
     assert RECIPES[DEFAULT].adapter["rank"] == DEFAULTS["bottleneck"].r
+
+
+@pytest.mark.parametrize("set_name", PASSED_AGAIN)
+def test_what_a_user_gets_on_few_data_is_the_commands(set_name: str) -> None:
+    rows, _, _ = SETS[set_name].rows(Path())
+    texts = [[message["content"].encode() for message in row["messages"]] for row in rows]
+    data = Dataset.of([(list(b"".join(text)), range(len(text[0]) - 1, sum(map(len, text)) - 1)) for text in texts])
+    epochs = (SETS[set_name].steps or 0) / steps_an_epoch(len(data), 8)
+    assert choose_learning_rate("bottleneck", data, epochs).lr == PASSED_AGAIN[set_name]
+    assert RECIPES[DEFAULT].usual_lr(set_name) == PASSED_AGAIN[set_name]
+    assert RECIPES[BASELINE].usual_lr(set_name) == DEFAULTS["lora"].lr
 
 
 def test_every_recipe_is_run_on_all_its_sets_and_what_bars_rest_on_first() -> None:

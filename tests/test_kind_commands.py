@@ -188,10 +188,20 @@ def test_rate_that_nobody_named_is_chosen_from_the_data_once(place: Place, tmp_p
         done = run_edge(*words[:at], *words[at + 2 :])
         assert done.code == 0
         assert load_run_file(out).settings.lr == pytest.approx(lr)
-        reason = f"learning rate {lr:g}, not {usual:g}: 4.0 passes over 10 different examples (--lr)"
+        reason = f"learning rate {lr:g}, not {usual:g}: 4.0 passes over 10 different examples, 10 with answers of their"
         assert (reason in done.stderr) is (lr != usual)
-    assert run_edge("resume", out, "--steps", 40).code == 0
-    assert load_run_file(out).settings.lr == pytest.approx(lr)
+    for resume in (("resume", out, "--steps", 40), (*words[:at], *words[at + 2 :], "--steps", 80, "--resume")):
+        done = run_edge(*resume)
+        assert (done.code, "learning rate 0.0005" in done.stderr) == (0, False), done.stderr
+        assert load_run_file(out).settings.lr == pytest.approx(lr)
+
+
+def test_the_map_has_the_numbers_of_the_blocks(place: Place, tmp_path: Path) -> None:
+    kills = ("--active-fraction", 0.5, "--kr-score", "random", "--kr-kill-every", 1, "--kr-revive-every", 2)
+    done = run_edge(*place.train(tmp_path / "out", *BOTTLENECK, "--blocks", "1,3", *kills, "--kr-probation", 1))
+    assert done.code == 0, done.stderr
+    shown = [line.split()[:2] for line in done.stderr.splitlines() if line.strip().startswith("block ")]
+    assert shown == [["block", "3"], ["block", "1"]]
 
 
 def test_static_units_are_spread_by_default(place: Place, tmp_path: Path) -> None:

@@ -16,21 +16,30 @@ def examples(count: int, answers: int, copies: int = 1) -> Dataset:
     return Dataset.of([([1, 100 + n, 2, 3, n % answers], [3]) for n in range(count)] * copies)
 
 
-@pytest.mark.parametrize(("passes", "halvings"), [(0.1, 0), (1, 0), (1.4, 0), (1.74, 1), (2.8, 1), (5, 2), (40, 5)])
-def test_half_of_it_for_each_doubling_of_passes_over_answers_of_their_own(passes: float, halvings: int) -> None:
-    chosen = choose_learning_rate("bottleneck", examples(60, 60), passes)
+@pytest.mark.parametrize(
+    ("epochs", "halvings"), [(0.1, 0), (1, 0), (1.4, 0), (1.74, 1), (2.8, 1), (5, 2), (8, 3), (400, 3)]
+)
+def test_half_of_it_for_each_doubling_of_passes_over_answers_of_their_own(epochs: float, halvings: int) -> None:
+    chosen = choose_learning_rate("bottleneck", examples(60, 60), epochs)
     assert chosen.lr == USUAL / 2**halvings
-    assert chosen.reason == (f"{passes:.1f} passes over 60 different examples" if halvings else "")
+    reason = f"{epochs:.1f} passes over 60 different examples, 60 with answers of their own"
+    assert chosen.reason == (reason if halvings else "")
 
 
-@pytest.mark.parametrize("passes", [1, 5, 40])
-def test_all_of_it_where_examples_share_their_answers(passes: float) -> None:
-    assert choose_learning_rate("bottleneck", examples(60, 10), passes).lr == USUAL
+@pytest.mark.parametrize("epochs", [1, 5, 40])
+def test_all_of_it_where_examples_share_their_answers(epochs: float) -> None:
+    assert choose_learning_rate("bottleneck", examples(60, 10), epochs).lr == USUAL
+    assert choose_learning_rate("bottleneck", examples(60, 15), epochs).lr == USUAL
 
 
-@pytest.mark.parametrize("passes", [1, 5, 40])
-def test_lora_has_one_rate(passes: float) -> None:
-    assert choose_learning_rate("lora", examples(60, 60), passes).lr == DEFAULTS["lora"].lr
+def test_an_answer_that_few_examples_share_is_learnt_by_heart_as_well() -> None:
+    """As where each example stands there twice, with another system prompt."""
+    assert choose_learning_rate("bottleneck", examples(60, 30), 5).lr == USUAL / 4
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 40])
+def test_lora_has_one_rate(epochs: float) -> None:
+    assert choose_learning_rate("lora", examples(60, 60), epochs).lr == DEFAULTS["lora"].lr
 
 
 def test_copies_of_an_example_are_passes() -> None:
@@ -38,8 +47,8 @@ def test_copies_of_an_example_are_passes() -> None:
 
 
 def test_an_example_is_counted_once_and_an_answer_where_it_is() -> None:
-    assert different_examples(examples(6, 6)) == (6, 1.0)
-    assert different_examples(examples(6, 6, copies=3)) == (6, 1.0)
-    assert different_examples(examples(6, 4)) == (6, pytest.approx(2 / 6))
-    assert different_examples(examples(6, 1)) == (6, 0.0)
-    assert different_examples(Dataset.of([([1, 2, 3], [0]), ([1, 2, 3], [1])])) == (1, 1.0)
+    assert different_examples(examples(6, 6)) == (6, 6)
+    assert different_examples(examples(6, 6, copies=9)) == (6, 6)
+    assert different_examples(examples(9, 2)) == (9, 0)
+    assert different_examples(examples(9, 4)) == (9, 9)
+    assert different_examples(Dataset.of([([1, 2, 3], [0]), ([1, 2, 3], [1])])) == (1, 1)

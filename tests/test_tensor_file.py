@@ -12,6 +12,7 @@ TENSORS = {
     "a": np.arange(5, dtype=np.float16),
     "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,
     "step": np.array(7, np.int64),
+    "big": np.arange(4, dtype=">f4"),
     "none": np.zeros((0, 3), np.float32),
     "states": np.arange(3, dtype=np.uint8),
     "é": np.ones(1, np.float64),
@@ -25,7 +26,7 @@ def test_file_is_the_libraries() -> None:
     read = safetensors.numpy.load(written)
     assert read.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype.newbyteorder("="), tensor.shape)
         assert (read[name] == tensor).all()
 
 

@@ -15,6 +15,7 @@ import psutil
 from dlora.edge.engine.choose import is_installed
 from dlora.edge.engine.shim import VARIABLE, load_shim
 from dlora.edge.run.run_file import LIBRARIES
+from dlora.edge.training.defaults import DEFAULT_KIND
 from dlora.edge.wire.credentials import Credentials
 from dlora.protocol.errors import DloraError
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
@@ -102,11 +103,12 @@ def _memory(bundle: Path | None) -> str:
         if dtype != manifest.head.dtype
     )
     found += (
-        f"; training with this {manifest.head.dtype} head takes about {training_mb(manifest, tokens):,.0f} MB at "
+        f"; training a {DEFAULT_KIND} with this {manifest.head.dtype} head takes about "
+        f"{training_mb(manifest, tokens):,.0f} MB at "
         f"{tokens} tokens a micro-batch, mapped weights included (other heads: {others})"
     )
     if not fit:
-        raise _ProblemError(f"{found}: close other programs, or export with a smaller --rank or --head-dtype int8")
+        raise _ProblemError(f"{found}: close other programs, or export with --head-dtype int8")
     longest = manifest.base_model.max_sequence_length
     return f"{found}; up to {fit:,} tokens fit" + (f", {longest:,} of them a sequence" if longest < fit else "")
 

@@ -54,8 +54,8 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate; by default 1e-3, or 8e-3 for a bottleneck and less where it passes over the same "
-            "few data often.",
+            help="Peak learning rate; by default 1e-3, or 8e-3 for a bottleneck, halved for each doubling of passes "
+            "over examples whose answers are their own.",
             min=0.0,
             max=1e3,
         ),

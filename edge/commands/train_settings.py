@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.loading import Reading, load_datasets, resolve_max_length
 from dlora.edge.data.records import parse_columns
 from dlora.edge.engine.bundle import Bundle
@@ -23,7 +24,7 @@ from dlora.edge.wire.connecting import Liveness, check_url
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.identity import load_device_id
 from dlora.protocol.choices import UnitKind
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
@@ -62,6 +63,8 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     check_url(settings.server)
     bundle = Bundle.open(Path(settings.bundle))
     init = _init_adapter(settings)
+    if resume and settings.lr is None:
+        settings = msgspec.structs.replace(settings, lr=_rate_of_run(Path(settings.out)))
     settings = choose_adapters(settings, bundle.manifest, init)
     groups = choose_groups(bundle.manifest, target_modules_of(settings), parse_blocks(settings.blocks, bundle.manifest))
     kill_revive = _kill_revive(settings, bundle.manifest, groups)
@@ -77,8 +80,8 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         batch_size=settings.batch_size,
         grad_accum=settings.grad_accum,
     )
-    steps_a_pass = -(-len(dataset) // (settings.batch_size * settings.grad_accum))
-    settings = choose_rate(settings, dataset, steps / steps_a_pass, display.say)
+    epochs = steps / steps_an_epoch(len(dataset), settings.batch_size * settings.grad_accum)
+    settings = choose_rate(settings, dataset, epochs, display.say)
     if settings.bytes_per_token is not None:
         of_one_step = _config(settings, bundle.manifest, kill_revive, 1, invocation)
         settings = _within_budget(settings, of_one_step, bundle.manifest, dataset)
@@ -116,6 +119,14 @@ def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
     if "epochs" in given and "steps" not in given:
         given["steps"] = None  # else the run's --steps would still count
     return RunSettings.of({**msgspec.structs.asdict(settings), "out": out, **given})
+
+
+def _rate_of_run(out: Path) -> float | None:
+    """The learning rate of the run to go on with: as many more steps as it is to have, it was chosen once."""
+    try:
+        return load_run_file(out).settings.lr
+    except CheckpointError:
+        return None
 
 
 def _check(settings: RunSettings) -> None:

@@ -61,6 +61,11 @@ class MicroBatch:
         return parts
 
 
+def steps_an_epoch(examples: int, examples_a_step: int) -> int:
+    """Steps that one pass over so many examples takes; the last may be smaller."""
+    return -(-examples // examples_a_step)
+
+
 class Batches:
     """The micro-batches of every step of a run.
 
@@ -81,7 +86,7 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._dataset) // self._sequences_per_step)
+        return steps_an_epoch(len(self._dataset), self._sequences_per_step)
 
     @property
     def examples(self) -> int:

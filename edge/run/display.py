@@ -97,6 +97,9 @@ class Display:
                     self._progress.update(self._task, completed=done)
 
             yield on_step
+            if self._progress is not None and self._task is not None:
+                (task,) = self._progress.tasks
+                self._progress.update(self._task, completed=task.total)
 
     @contextmanager
     def training(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import crossings, kind_of, parameter_count
@@ -64,7 +65,7 @@ def run_line(
 ) -> str:
     """Steps, epochs, what is trained, and about how many MB will cross the wire."""
     units = len(group_units(config.groups(manifest), config.kill_revive.unit))
-    per_epoch = -(-len(dataset) // (config.batch_size * config.grad_accum))
+    per_epoch = steps_an_epoch(len(dataset), config.batch_size * config.grad_accum)
     active = config.kill_revive.budget_floor(units)
     what = f"all {units} {config.kill_revive.unit}s active" if active == units else f"{active} of {units} active"
     total = config.total_steps
@@ -148,8 +149,8 @@ def units_within(config: TrainConfig, manifest: Manifest, dataset: Dataset, byte
     def cost(count: int) -> int:
         live = sorted(group for unit in units[:count] for group in unit)
         per_step = config.batch_size * config.grad_accum
-        steps_an_epoch = -(-len(dataset) // per_step)
-        return math.ceil(_mean_bytes(config, manifest, dataset, live) * steps_an_epoch / dataset.tokens)
+        steps = steps_an_epoch(len(dataset), per_step)
+        return math.ceil(_mean_bytes(config, manifest, dataset, live) * steps / dataset.tokens)
 
     count = bisect.bisect_right(range(1, len(units) + 1), bytes_per_token, key=cost)
     if not count:
@@ -224,7 +225,8 @@ def _mean_bytes(
 ) -> float:
     """Bytes of a mean step in which the groups ``live`` take part, or that a basis is made of."""
     per_step = config.batch_size * (grad_accum or config.grad_accum)
-    sequences = len(dataset) / -(-len(dataset) // per_step)  # of a step: the last one of an epoch may be smaller
+    # Of a step: the last one of an epoch may be smaller.
+    sequences = len(dataset) / steps_an_epoch(len(dataset), per_step)
     micro_batches = -(-sequences // config.batch_size)
     share = sequences / micro_batches
     mean_micro_batch: dict[str, Any] = {

@@ -17,6 +17,7 @@ import msgspec
 
 from dlora.edge.adapters.peft import WEIGHTS_NAME, LoadedAdapter
 from dlora.edge.choices import EngineChoice, Keep
+from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import load_libraries, make_engine
@@ -381,7 +382,7 @@ def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, batch_siz
         return steps
     if not epochs > 0:
         raise UsageError("--epochs must be above 0")
-    wanted = epochs * -(-len(dataset) // (batch_size * grad_accum))
+    wanted = epochs * steps_an_epoch(len(dataset), batch_size * grad_accum)
     if not wanted <= MAX_STEPS:
         raise UsageError(f"--epochs {epochs:g} makes more than {MAX_STEPS:,} steps; lower it")
     return max(1, math.ceil(wanted))

@@ -1,14 +1,14 @@
 """The peak learning rate of a run that names none.
 
-A core learns by heart quickly. Where a run passes over the same few answers again and again, half the rate for each
-doubling of passes does best on held-out data; where many examples share an answer, as in classification, all of the
-rate does. Figures: docs/decisions/0038-a-rate-for-few-data.md.
+A core learns by heart quickly. Where a run passes over the same answers again and again, half the rate for each
+doubling of passes does best on held-out data; where many examples share an answer, as in classification, all of it.
+Figures: docs/decisions/0038-half-the-rate-for-twice-the-passes.md.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from dlora.edge.data.examples import Dataset
 from dlora.protocol.choices import KindChoice
 
 from .defaults import DEFAULTS
+
+CLASS_EXAMPLES: Final = 4
+"""An answer that so many different examples have is a class; with fewer, it is their own."""
+MOST_HALVINGS: Final = 3  # measured up to five passes, where two are right
 
 
 class ChosenRate(NamedTuple):
@@ -25,27 +29,28 @@ class ChosenRate(NamedTuple):
     reason: str = ""
 
 
-def choose_learning_rate(kind: KindChoice, dataset: Dataset, passes: float) -> ChosenRate:
-    """The kind's, or half of it for each doubling of passes over answers that occur once; of training data only.
+def choose_learning_rate(kind: KindChoice, dataset: Dataset, epochs: float) -> ChosenRate:
+    """The kind's, or half of it for each doubling of passes over examples whose answers are their own.
 
     Args:
-        passes: of the whole run over the data set.
+        epochs: of the whole run. Held-out data have no part in this.
     """
     defaults = DEFAULTS[kind]
     if not defaults.lr_falls_with_passes:
         return ChosenRate(defaults.lr)
-    different, share = different_examples(dataset)
-    passes *= len(dataset) / different
-    halvings = round(math.log2(1 + share * max(0.0, passes - 1)))
+    different, own = different_examples(dataset)
+    passes = epochs * len(dataset) / different
+    halvings = min(MOST_HALVINGS, round(math.log2(1 + own / different * max(0.0, passes - 1))))
     if not halvings:
         return ChosenRate(defaults.lr)
-    return ChosenRate(defaults.lr / 2**halvings, f"{passes:.1f} passes over {different:,} different examples")
+    reason = f"{passes:.1f} passes over {different:,} different examples, {own:,} with answers of their own"
+    return ChosenRate(defaults.lr / 2**halvings, reason)
 
 
-def different_examples(dataset: Dataset) -> tuple[int, float]:
-    """How many examples there are, the same one counted once, and the share of them whose answer no other has."""
+def different_examples(dataset: Dataset) -> tuple[int, int]:
+    """How many examples there are, the same one counted once, and how many of them have an answer of their own."""
     hashes = ((hash(each.ids.tobytes()), hash(each.labels.tobytes())) for each in dataset)
     found = np.fromiter(hashes, np.dtype((np.int64, 2)), len(dataset))
     _, first = np.unique(found[:, 0], return_index=True)
     _, counts = np.unique(found[first, 1], return_counts=True)
-    return len(first), float((counts == 1).sum()) / len(first)
+    return len(first), int(counts[counts < CLASS_EXAMPLES].sum())

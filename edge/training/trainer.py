@@ -74,6 +74,7 @@ class Trainer:
         steps_rerun: how often a step was run again, because its session was lost before it was committed.
     """
 
+    # Nine parameters: four that a run is made of, the connection, and four that most runs leave out.
     def __init__(
         self,
         bundle: Bundle,
