@@ -197,11 +197,11 @@ def test_rate_that_nobody_named_is_chosen_from_the_data_once(place: Place, tmp_p
 
 
 def test_the_map_has_the_numbers_of_the_blocks(place: Place, tmp_path: Path) -> None:
-    kills = ("--active-fraction", 0.5, "--kr-score", "random", "--kr-kill-every", 1, "--kr-revive-every", 2)
-    done = run_edge(*place.train(tmp_path / "out", *BOTTLENECK, "--blocks", "1,3", *kills, "--kr-probation", 1))
+    kills = ("--active-fraction", 0.6, "--kr-score", "random", "--kr-kill-every", 1, "--kr-revive-every", 2)
+    done = run_edge(*place.train(tmp_path / "out", *BOTTLENECK, "--blocks", "1-3", *kills, "--kr-probation", 1))
     assert done.code == 0, done.stderr
     shown = [line.split()[:2] for line in done.stderr.splitlines() if line.strip().startswith("block ")]
-    assert shown == [["block", "3"], ["block", "1"]]
+    assert shown == [["block", "3"], ["block", "2"], ["block", "1"]]
 
 
 def test_static_units_are_spread_by_default(place: Place, tmp_path: Path) -> None:
