@@ -50,7 +50,9 @@ rests on a recipe, one elsewhere.
 
 **Rates.** Every recipe chooses its learning rate by the loss on validation rows, which are neither trained nor tested
 on, with seed 0 and from one grid: {grid}. It begins at the rate of a user who gives none and goes outward while that
-gains something: the best has both its neighbours tried. Each table has the chosen rate and the one without `--lr`.
+gains something: the best has both its neighbours tried. Each table has the chosen rate and the one without `--lr`:
+0.001 for LoRA, and for a bottleneck what the command chooses of the training data
+([decision 0038](decisions/0038-half-the-rate-for-twice-the-passes.md)).
 Every run is tested, whatever its rate; that chooses nothing. What choosing costs is not counted.
 
 **What is counted.** *Loss* is the mean a label, *right* the share of rows whose every label is the likeliest token,
