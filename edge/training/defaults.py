@@ -49,7 +49,7 @@ DEFAULT_KIND: Final[KindChoice] = "bottleneck"
 
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     "lora": KindDefaults(lr=1e-3),
-    "ffa": KindDefaults(lr=1e-3),
+    "ffa": KindDefaults(lr=1.6e-2),
     "bottleneck": KindDefaults(
         lr=8e-3,
         lr_falls_with_passes=True,
