@@ -54,8 +54,8 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. By default 8e-3 for a bottleneck, halved for each doubling of passes over examples "
-            "whose answers are their own; 1e-3 for lora, 1.6e-2 for ffa.",
+            help="Peak learning rate. By default 8e-3 for a bottleneck, halved for each doubling of passes over "
+            "examples whose answers are their own; 1e-3 for lora, 1.6e-2 for ffa.",
             min=0.0,
             max=1e3,
         ),
