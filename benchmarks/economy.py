@@ -28,7 +28,6 @@ from economy_recipes import BASELINE, DEFAULT, RECIPES, order, train_config
 from economy_report import write_report
 from economy_runs import CURVE, CURVE_ROWS, Finished, Plan, Point, Run, RunsFile, Score, Settings
 
-from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.invocation import find_invocation
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
@@ -99,8 +98,8 @@ def _check_rate(settings: Settings, data: Data) -> None:
     if of_set.fixed_lr is not None or settings.rows is not None:
         return
     steps = total_steps(data.train, epochs=1, steps=of_set.steps, batch_size=settings.batch_size, grad_accum=1)
-    epochs = steps / steps_an_epoch(len(data.train), settings.batch_size)
-    chosen = choose_learning_rate(msgspec.convert(recipe.kind, KindChoice), data.train, epochs).lr
+    kind = msgspec.convert(recipe.kind, KindChoice)
+    chosen = choose_learning_rate(kind, data.train, steps=steps, examples_a_step=settings.batch_size).lr
     if chosen != recipe.usual_lr(settings.set):
         raise SystemExit(f"error: on {settings.set} the command chooses {chosen:g}: correct economy_recipes.py")
 

@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.training.defaults import DEFAULTS
 from dlora.edge.training.learning_rate import choose_learning_rate
@@ -134,8 +133,8 @@ def test_what_a_user_gets_on_few_data_is_the_commands(set_name: str) -> None:
     rows, _, _ = SETS[set_name].rows(Path())
     texts = [[message["content"].encode() for message in row["messages"]] for row in rows]
     data = Dataset.of([(list(b"".join(text)), range(len(text[0]) - 1, sum(map(len, text)) - 1)) for text in texts])
-    epochs = (SETS[set_name].steps or 0) / steps_an_epoch(len(data), 8)
-    assert choose_learning_rate("bottleneck", data, epochs).lr == PASSED_AGAIN[set_name]
+    chosen = choose_learning_rate("bottleneck", data, steps=SETS[set_name].steps or 0, examples_a_step=8)
+    assert chosen.lr == PASSED_AGAIN[set_name]
     assert RECIPES[DEFAULT].usual_lr(set_name) == PASSED_AGAIN[set_name]
     assert RECIPES[BASELINE].usual_lr(set_name) == DEFAULTS["lora"].lr
 

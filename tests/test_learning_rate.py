@@ -17,33 +17,41 @@ def examples(count: int, answers: int, copies: int = 1) -> Dataset:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "halvings"), [(0.1, 0), (1, 0), (1.4, 0), (1.74, 1), (2.8, 1), (5, 2), (8, 3), (400, 3)]
+    ("steps", "halvings"), [(6, 0), (60, 0), (84, 0), (105, 1), (168, 1), (300, 2), (480, 3), (9999, 3)]
 )
-def test_half_of_it_for_each_doubling_of_passes_over_answers_of_their_own(epochs: float, halvings: int) -> None:
-    chosen = choose_learning_rate("bottleneck", examples(60, 60), epochs)
+def test_half_of_it_for_each_doubling_of_passes_over_answers_of_their_own(steps: int, halvings: int) -> None:
+    chosen = choose_learning_rate("bottleneck", examples(60, 60), steps=steps, examples_a_step=1)
     assert chosen.lr == USUAL / 2**halvings
-    reason = f"{epochs:.1f} passes over 60 different examples, 60 with answers of their own"
+    reason = f"{steps / 60:.1f} passes over 60 different examples, 60 with answers of their own"
     assert chosen.reason == (reason if halvings else "")
 
 
-@pytest.mark.parametrize("epochs", [1, 5, 40])
-def test_all_of_it_where_examples_share_their_answers(epochs: float) -> None:
-    assert choose_learning_rate("bottleneck", examples(60, 10), epochs).lr == USUAL
-    assert choose_learning_rate("bottleneck", examples(60, 15), epochs).lr == USUAL
+@pytest.mark.parametrize(("steps", "halvings"), [(5, 0), (15, 0), (16, 1), (31, 1), (32, 2), (64, 3)])
+def test_a_run_of_few_steps_keeps_more_of_it(steps: int, halvings: int) -> None:
+    assert choose_learning_rate("bottleneck", examples(8, 8), steps=steps, examples_a_step=8).lr == USUAL / 2**halvings
+
+
+@pytest.mark.parametrize("steps", [60, 300, 9999])
+def test_all_of_it_where_examples_share_their_answers(steps: int) -> None:
+    for answers in (10, 15):
+        chosen = choose_learning_rate("bottleneck", examples(60, answers), steps=steps, examples_a_step=1)
+        assert chosen.lr == USUAL
 
 
 def test_an_answer_that_few_examples_share_is_learnt_by_heart_as_well() -> None:
     """As where each example stands there twice, with another system prompt."""
-    assert choose_learning_rate("bottleneck", examples(60, 30), 5).lr == USUAL / 4
+    assert choose_learning_rate("bottleneck", examples(60, 30), steps=300, examples_a_step=1).lr == USUAL / 4
 
 
-@pytest.mark.parametrize("epochs", [1, 5, 40])
-def test_lora_has_one_rate(epochs: float) -> None:
-    assert choose_learning_rate("lora", examples(60, 60), epochs).lr == DEFAULTS["lora"].lr
+@pytest.mark.parametrize("steps", [60, 300, 9999])
+def test_lora_has_one_rate(steps: int) -> None:
+    assert choose_learning_rate("lora", examples(60, 60), steps=steps, examples_a_step=1).lr == DEFAULTS["lora"].lr
 
 
 def test_copies_of_an_example_are_passes() -> None:
-    assert choose_learning_rate("bottleneck", examples(60, 60, copies=5), 1.0).lr == USUAL / 4
+    dataset = examples(60, 60, copies=5)
+    assert choose_learning_rate("bottleneck", dataset, steps=300, examples_a_step=1).lr == USUAL / 4
+    assert choose_learning_rate("bottleneck", dataset, steps=38, examples_a_step=8).lr == USUAL / 4
 
 
 def test_an_example_is_counted_once_and_an_answer_where_it_is() -> None:

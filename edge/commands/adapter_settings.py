@@ -68,14 +68,16 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
     return msgspec.structs.replace(settings, rank=rank, alpha=alpha)
 
 
-def choose_rate(settings: RunSettings, dataset: Dataset, epochs: float, say: Callable[[str], None]) -> RunSettings:
+def choose_rate(settings: RunSettings, dataset: Dataset, steps: int, say: Callable[[str], None]) -> RunSettings:
     """``settings`` with a learning rate, as ``run.json`` keeps it; one that is not the kind's own is said, with why."""
     assert settings.kind is not None
     if settings.lr is not None:
         return settings
-    chosen = choose_learning_rate(settings.kind, dataset, epochs)
+    examples_a_step = settings.batch_size * settings.grad_accum
+    chosen = choose_learning_rate(settings.kind, dataset, steps=steps, examples_a_step=examples_a_step)
     if chosen.reason:
-        say(f"learning rate {chosen.lr:g}, not {DEFAULTS[settings.kind].lr:g}: {chosen.reason} (--lr)")
+        usual = DEFAULTS[settings.kind].lr
+        say(f"learning rate {chosen.lr:g}: {chosen.reason}; --lr {usual:g} would learn them by heart")
     return msgspec.structs.replace(settings, lr=chosen.lr)
 
 

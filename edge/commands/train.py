@@ -119,7 +119,10 @@ def train(
         ),
     ] = None,
     basis_steps: Annotated[
-        int | None, typer.Option(help="Steps whose data --basis data takes; by default 8.", min=1, max=MAX_STEPS)
+        int | None,
+        typer.Option(
+            help="Steps whose data --basis data takes: by default 8, and no example twice.", min=1, max=MAX_STEPS
+        ),
     ] = None,
     seed: Annotated[
         int | None,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.loading import Reading, load_datasets, resolve_max_length
 from dlora.edge.data.records import parse_columns
 from dlora.edge.engine.bundle import Bundle
@@ -80,8 +79,7 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         batch_size=settings.batch_size,
         grad_accum=settings.grad_accum,
     )
-    epochs = steps / steps_an_epoch(len(dataset), settings.batch_size * settings.grad_accum)
-    settings = choose_rate(settings, dataset, epochs, display.say)
+    settings = choose_rate(settings, dataset, steps, display.say)
     if settings.bytes_per_token is not None:
         of_one_step = _config(settings, bundle.manifest, kill_revive, 1, invocation)
         settings = _within_budget(settings, of_one_step, bundle.manifest, dataset)

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.protocol.choices import KindChoice
 
@@ -19,7 +20,9 @@ from .defaults import DEFAULTS
 
 CLASS_EXAMPLES: Final = 4
 """An answer that so many different examples have is a class; with fewer, it is their own."""
-MOST_HALVINGS: Final = 3  # measured up to five passes, where two are right
+MOST_HALVINGS: Final = 3  # measured up to nine passes
+LEAST_STEPS: Final = 8
+"""A run's steps at its rate are never less than so many at the kind's own: with less, it learns too little."""
 
 
 class ChosenRate(NamedTuple):
@@ -29,18 +32,21 @@ class ChosenRate(NamedTuple):
     reason: str = ""
 
 
-def choose_learning_rate(kind: KindChoice, dataset: Dataset, epochs: float) -> ChosenRate:
+def choose_learning_rate(kind: KindChoice, dataset: Dataset, *, steps: int, examples_a_step: int) -> ChosenRate:
     """The kind's, or half of it for each doubling of passes over examples whose answers are their own.
 
+    Held-out data have no part in this.
+
     Args:
-        epochs: of the whole run. Held-out data have no part in this.
+        steps: of the whole run.
     """
     defaults = DEFAULTS[kind]
     if not defaults.lr_falls_with_passes:
         return ChosenRate(defaults.lr)
     different, own = different_examples(dataset)
-    passes = epochs * len(dataset) / different
-    halvings = min(MOST_HALVINGS, round(math.log2(1 + own / different * max(0.0, passes - 1))))
+    passes = steps / steps_an_epoch(len(dataset), examples_a_step) * len(dataset) / different
+    wanted = round(math.log2(1 + own / different * max(0.0, passes - 1)))
+    halvings = min(wanted, MOST_HALVINGS, math.floor(math.log2(max(1.0, steps / LEAST_STEPS))))
     if not halvings:
         return ChosenRate(defaults.lr)
     reason = f"{passes:.1f} passes over {different:,} different examples, {own:,} with answers of their own"
