@@ -88,7 +88,9 @@ def serving(context: ssl.SSLContext | None, access: Access) -> Iterator[int]:
         await connection.send(names[connection])
 
     async def start() -> int:
-        server = await serve_websocket(greet, HOST, 0, ssl=context, process_request=admit, compression=None)
+        server = await serve_websocket(
+            greet, HOST, 0, ssl=context, process_request=admit, compression=None, open_timeout=60
+        )
         servers.append(server)
         return next(iter(server.sockets)).getsockname()[1]
 
