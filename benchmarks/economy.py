@@ -67,8 +67,8 @@ def _make_runs(runs: RunsFile, plan: Plan, options: argparse.Namespace) -> None:
             if settings.set not in data:
                 data[settings.set] = load(settings.set, options.data, options.work, tokenizer)
             _check_data(runs.runs, settings.set, data[settings.set])
-            log(f"{_name(settings)} …")
             _check_rate(settings, data[settings.set])
+            log(f"{_name(settings)} …")
             result = run(bundle, url, data[settings.set], settings, options.threads)
             runs.append(result)
             log(f"{_name(settings)}: {_summary(result)}")
@@ -94,10 +94,10 @@ def _check_data(finished: Finished, set_name: str, data: Data) -> None:
 
 def _check_rate(settings: Settings, data: Data) -> None:
     """The report says of one rate that it is what a user gets who gives none."""
-    recipe, of_set = RECIPES[settings.recipe], SETS[settings.set]
-    if of_set.fixed_lr is not None or settings.rows is not None:
+    recipe = RECIPES[settings.recipe]
+    if SETS[settings.set].fixed_lr is not None or settings.rows is not None:
         return
-    steps = total_steps(data.train, epochs=1, steps=of_set.steps, batch_size=settings.batch_size, grad_accum=1)
+    steps = total_steps(data.train, epochs=1, steps=settings.steps, batch_size=settings.batch_size, grad_accum=1)
     kind = msgspec.convert(recipe.kind, KindChoice)
     chosen = choose_learning_rate(kind, data.train, steps=steps, examples_a_step=settings.batch_size).lr
     if chosen != recipe.usual_lr(settings.set):

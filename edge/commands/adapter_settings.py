@@ -10,13 +10,7 @@ import msgspec
 
 from dlora.edge.data.invocation import find_invocation, uninvoked, uninvoked_line
 from dlora.edge.run.run_file import RunSettings
-from dlora.edge.training.defaults import (
-    DEFAULT_KIND,
-    DEFAULTS,
-    default_alpha,
-    default_rank,
-    default_target_modules,
-)
+from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules
 from dlora.edge.training.learning_rate import choose_learning_rate
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import UsageError
