@@ -120,7 +120,7 @@ def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
 
 
 def _rate_of_run(out: Path) -> float | None:
-    """The rate of the run to go on with: chosen once, however many steps it is to have now; None where there is none."""
+    """The rate of the run to go on with: chosen once, however many steps it has now; None where there is none."""
     try:
         return load_run_file(out).settings.lr
     except CheckpointError:

@@ -49,7 +49,8 @@ def choose_learning_rate(kind: KindChoice, dataset: Dataset, *, steps: int, exam
     halvings = min(wanted, MOST_HALVINGS, math.floor(math.log2(max(1.0, steps / LEAST_STEPS))))
     if not halvings:
         return ChosenRate(defaults.lr)
-    reason = f"{passes:.1f} passes over {different:,} different examples, {own:,} with answers of their own"
+    examples = f"{different:,} different example{'s' * (different > 1)}"
+    reason = f"{passes:.1f} passes over {examples}, {own:,} with answers of their own"
     return ChosenRate(defaults.lr / 2**halvings, reason)
 
 
