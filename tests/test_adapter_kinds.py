@@ -123,7 +123,7 @@ class CoreGroup(GroupAdapters):
         raise NotImplementedError
 
     def factors(self) -> list[Factors]:
-        project_on, expand_by = self.adapter_state
+        project_on, expand_by = self.adapter_state_values()
         return [Factors(self.name, self.core.value @ project_on.T, expand_by.T.copy(), 1.0)]
 
     def load_factors(self, factors: Mapping[str, Factors]) -> None:
@@ -214,7 +214,7 @@ def whole_model(trainer: Trainer, batch: MicroBatch) -> tuple[float, dict[str, n
     crosses = torch.zeros(len(batch.ids), 1)
     crosses[::2] = 1
     for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
-        project_on, expand_by = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state)
+        project_on, expand_by = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state_values())
         ((name, parameter),) = group.parameters().items()
         core = cores[name] = torch.from_numpy(np.array(parameter.value)).requires_grad_()
         widths = [target.out_features for target in spec.targets]

@@ -107,7 +107,7 @@ def whole_model(trainer: Trainer, batch: MicroBatch) -> tuple[float, dict[str, n
         for name, parameter in trainer.adapters.parameters().items()
     }
     for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
-        state = [torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state]
+        state = [torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state_values()]
         first = 0
         for target in spec.targets:
             if kind == "bottleneck":
@@ -189,7 +189,7 @@ def test_basis_is_what_the_data_vary_most_in(
             peft_reference.loss_of(model, [batch]).backward()
             acting.append(_rows_that_act(batch))
         for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
-            lora_a, lora_b = (torch.from_numpy(np.array(tensor)).double() for tensor in group.adapter_state)
+            lora_a, lora_b = (torch.from_numpy(np.array(tensor)).double() for tensor in group.adapter_state_values())
             x = _joined(seen[spec.targets[0].name], acting)
             grads = torch.cat([_joined(seen[f"{target.name}.grad"], acting) for target in spec.targets], dim=1)
             # A tiny random model's rows go in nearly all directions: the worst case for a sketch.
@@ -328,7 +328,7 @@ def test_other_bases(bundle: Path, server: RunningServer, base: BaseModel, basis
     dataset = random_dataset(VOCABULARY)
     with training(bundle, server.url, run_of("bottleneck", basis=basis), dataset) as trainer:
         for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
-            lora_a, lora_b = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state)
+            lora_a, lora_b = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state_values())
             weights = torch.cat([base.targets[target.name].module.weight for target in spec.targets]).detach()
             held = float(torch.linalg.norm(lora_b.T @ weights @ lora_a.T) ** 2)
             best = float((torch.linalg.svdvals(weights)[:4] ** 2).sum())
@@ -358,7 +358,7 @@ def test_a_window_of_two_makes_the_same_basis(bundle: Path, base: BaseModel) -> 
     with serving(base, window=2) as server:
         for window in (1, 2, 2, 2):
             with training(bundle, server.url, run, dataset, window=window) as trainer:
-                found.add(b"".join(tensor.tobytes() for g in trainer.adapters.groups for tensor in g.adapter_state))
+                found.add(b"".join(tensor.data.tobytes() for g in trainer.adapters.groups for tensor in g.adapter_state))
     assert len(found) == 1
 
 
@@ -366,7 +366,7 @@ def test_a_window_of_two_makes_the_same_basis(bundle: Path, base: BaseModel) -> 
 def test_basis_that_is_none_is_refused(bundle: Path, server: RunningServer, damage: float) -> None:
     with training(bundle, server.url, run_of("bottleneck"), random_dataset(VOCABULARY)) as trainer:
         group = trainer.adapters.groups[0]
-        lora_a, lora_b = group.adapter_state
+        lora_a, lora_b = group.adapter_state_values()
         group.check_made_state((lora_a, lora_b))
         for state in ((lora_a * np.float32(damage), lora_b), (lora_a, lora_b * np.float32(damage))):
             with pytest.raises(RemoteProtocolError, match="not orthonormal"):
@@ -481,11 +481,11 @@ def test_run_starts_from_an_adapter_of_its_own_kind(
         randomize(trainer)
         loss = trainer.evaluate(dataset).loss
         trainer.save_adapter(tmp_path)
-        before = trainer.adapters.groups[0].adapter_state[0].tobytes()
+        before = trainer.adapters.groups[0].adapter_state[0].data.tobytes()
     other, init = random_dataset(VOCABULARY, seed=9), load_adapter(tmp_path)
     with training(bundle, server.url, run_of(kind, lora_alpha=9.0), other, init=init) as trainer:
         assert trainer.evaluate(dataset).loss == pytest.approx(loss, abs=1e-5)
-        assert trainer.adapters.groups[0].adapter_state[0].tobytes() == before
+        assert trainer.adapters.groups[0].adapter_state[0].data.tobytes() == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -561,7 +561,7 @@ def test_traffic_is_the_formulas(
     base = trainer.bundle.manifest.base_model
     widths = {"embedding_size": base.embedding_size, "hidden_size": base.hidden_size, "codecs": codecs}
     sizes = [
-        [codecs.of(TensorRole.ADAPTER_STATE).nbytes(*tensor.shape) for tensor in group.adapter_state]
+        [codecs.of(TensorRole.ADAPTER_STATE).nbytes(*tensor.shape) for tensor in group.adapter_state_values()]
         for group in trainer.adapters.groups
     ]
     set_up = adapter_state_traffic(sizes, made=kind == "bottleneck")

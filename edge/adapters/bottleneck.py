@@ -48,7 +48,7 @@ class BottleneckGroup(GroupAdapters):
 
     def factors(self) -> list[Factors]:
         """``lora_A`` is A, ``lora_B`` is ``B_j R``, of each target module."""
-        lora_a, lora_b = self.adapter_state
+        lora_a, lora_b = self.adapter_state_values()
         core = self.core.parameter.value
         ends = np.cumsum([target.out_features for target in self.targets])
         return [

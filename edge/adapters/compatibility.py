@@ -82,7 +82,8 @@ def _load_parts(adapters: AdapterSet, parts: Parts, of: str) -> None:
         loaded: set[str] = set()
         for group, group_spec in zip(adapters.groups, adapters.group_specs, strict=True):
             kept = kind.state_shapes(spec, group_spec)
-            loaded |= group.load_parts(parts.tensors, ratio=parts.scaling / adapters.scaling, kept=kept)
+            ratio = parts.scaling / adapters.scaling
+            loaded |= group.load_parts(parts.tensors, ratio=ratio, kept_by_server=kept)
         if loaded != set(parts.tensors):
             raise ValueError("parts of groups that are not here")
     except ValueError:

@@ -60,7 +60,7 @@ class FfaGroup(GroupAdapters):
         return [core.parameter.value * np.float32(self.scaling) for core in self.cores.values()]
 
     def factors(self) -> list[Factors]:
-        (lora_a,) = self.adapter_state
+        (lora_a,) = self.adapter_state_values()
         return [Factors(name, lora_a, core.parameter.value, self.scaling) for name, core in self.cores.items()]
 
     def load_factors(self, factors: Mapping[str, Factors]) -> None:

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from dlora.edge.engine.engine import Graph
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec
-from dlora.protocol.tensors import FloatArray
+from dlora.protocol.tensors import DTYPES, MAX_EXPONENT, FloatArray, WireTensor
+from dlora.protocol.wire_codecs import decode_floats, is_finite
+
+Array = npt.NDArray[Any]
 
 LoadGraph = Callable[[str, str], Graph]
 """A graph by kind and key, loaded once."""
@@ -69,15 +73,15 @@ class GroupAdapters(ABC):
 
     Attributes:
         name: of its first target module.
-        adapter_state: a copy of what the server keeps of the group, float32; empty for kinds without, and until the
-            first session has made it.
+        adapter_state: a copy of what the server keeps of the group, as it crosses: half the memory where that is fp16,
+            and the same bits for every server. Empty for kinds without, and until the first session has made it.
         first_gradient_norm: of its parameters' gradient in the basis pass, a mean over micro-batches; 0.0 where there
             was none. A float32.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.adapter_state: tuple[FloatArray, ...] = ()
+        self.adapter_state: tuple[WireTensor, ...] = ()
         self.first_gradient_norm = 0.0
 
     @abstractmethod
@@ -125,45 +129,77 @@ class GroupAdapters(ABC):
     def check_made_state(self, state: Sequence[FloatArray]) -> None:  # noqa: B027  # most have nothing to check
         """Raise ``RemoteProtocolError`` for what a server cannot have made as the kind says."""
 
-    def parts(self, scale: float) -> dict[str, FloatArray]:
+    def adapter_state_values(self) -> list[FloatArray]:
+        """``adapter_state`` as float32, to compute with."""
+        return [decode_floats(tensor) for tensor in self.adapter_state]
+
+    def parts(self, scale: float) -> dict[str, Array]:
         """What was trained, times ``scale``, and what the server keeps, by name: see ``parts.py``."""
-        parts = {name: parameter.value * np.float32(scale) for name, parameter in self.parameters().items()}
-        return parts | self._named_adapter_state()
+        trained = {name: parameter.value * np.float32(scale) for name, parameter in self.parameters().items()}
+        return trained | self._named_adapter_state()
 
     def load_parts(
-        self, tensors: Mapping[str, FloatArray], *, ratio: float, kept: Sequence[tuple[int, ...]]
+        self, tensors: Mapping[str, Array], *, ratio: float, kept_by_server: Sequence[tuple[int, ...]]
     ) -> set[str]:
         """Start from ``parts``, what was trained times ``ratio``; gives the names of its own. A group that has none
         there keeps its start.
 
-        ``kept``: the shapes of what the server keeps. Raises ``ValueError`` where a tensor is missing, or of another
-        shape.
+        ``kept_by_server``: the shapes of what the server keeps. Raises ``ValueError`` where a tensor is missing, or of
+        another shape or dtype.
         """
-        names = [*self.parameters(), *self._state_names(len(kept))]
-        found = [tensors[name] for name in names if name in tensors]
+        names = {*self.parameters(), *self._state_names(len(kept_by_server))}
+        found = names & set(tensors)
         if not found:
             return set()
-        wanted = [parameter.value.shape for parameter in self.parameters().values()] + list(kept)
-        if [tensor.shape for tensor in found] != wanted:
+        if found != names:
             raise ValueError(f"{self.name} has other parts")
-        for parameter, tensor in zip(self.parameters().values(), found, strict=False):
-            parameter.value = tensor if ratio == 1.0 else tensor * np.float32(ratio)
-        self.adapter_state = tuple(found[len(self.parameters()) :])
-        return set(names)
+        for name, parameter in self.parameters().items():
+            value = tensors[name]
+            if (value.shape, value.dtype) != (parameter.value.shape, np.dtype(np.float32)):
+                raise ValueError(f"{name} has another shape or dtype")
+            parameter.value = value if ratio == 1.0 else value * np.float32(ratio)
+        self._load_adapter_state(tensors, kept_by_server)
+        return names
 
-    def _named_adapter_state(self) -> dict[str, FloatArray]:
-        return dict(zip(self._state_names(len(self.adapter_state)), self.adapter_state, strict=True))
+    def _named_adapter_state(self) -> dict[str, Array]:
+        if not self.adapter_state:
+            return {}
+        exponents = np.array([tensor.exponent for tensor in self.adapter_state], np.int8)
+        arrays = [*(tensor.data for tensor in self.adapter_state), exponents]
+        return dict(zip(self._state_names(len(self.adapter_state)), arrays, strict=True))
+
+    def _load_adapter_state(self, tensors: Mapping[str, Array], kept_by_server: Sequence[tuple[int, ...]]) -> None:
+        """Raises ``KeyError`` or ``ValueError`` where it is not what ``_named_adapter_state`` gives."""
+        if not kept_by_server:
+            return
+        *arrays, exponents = (tensors[name] for name in self._state_names(len(kept_by_server)))
+        if (exponents.shape, exponents.dtype) != ((len(arrays),), np.dtype(np.int8)):
+            raise ValueError(f"what the server keeps of {self.name} has other exponents")
+        state = []
+        for array, exponent, shape in zip(arrays, exponents.tolist(), kept_by_server, strict=True):
+            dtype = next((name for name in ("fp16", "fp32") if DTYPES[name] == array.dtype), None)
+            if dtype is None or array.shape != shape or abs(exponent) > MAX_EXPONENT:
+                raise ValueError(f"what the server keeps of {self.name} has another shape or dtype")
+            state.append(WireTensor(dtype, array, exponent))
+        if not all(map(is_finite, state)):
+            raise ValueError(f"what the server keeps of {self.name} is not finite")
+        self.adapter_state = tuple(state)
 
     def _state_names(self, count: int) -> list[str]:
-        return [f"{self.name}.adapter_state.{index}" for index in range(count)]
+        """Of the ``count`` tensors, and of their exponents."""
+        if not count:
+            return []
+        return [f"{self.name}.adapter_state.{index}" for index in range(count)] + [
+            f"{self.name}.adapter_state.exponents"
+        ]
 
     def scored_by_gradient(self) -> list[str]:
         """Names of the parameters whose gradient the score ``grad`` measures."""
         return list(self.parameters())
 
-    def state(self) -> dict[str, FloatArray]:
+    def state(self) -> dict[str, Array]:
         """Everything that the next step depends on, by name."""
-        state = {}
+        state: dict[str, Array] = {}
         for name, parameter in self.parameters().items():
             state[name] = parameter.value
             state[f"{name}.exp_avg"] = parameter.exp_avg
@@ -172,7 +208,7 @@ class GroupAdapters(ABC):
             state[f"{self.name}.first_gradient_norm"] = np.array([self.first_gradient_norm], np.float32)
         return state | self._named_adapter_state()
 
-    def load_state(self, tensors: Mapping[str, FloatArray], *, kept_by_server: Sequence[tuple[int, ...]]) -> None:
+    def load_state(self, tensors: Mapping[str, Array], *, kept_by_server: Sequence[tuple[int, ...]]) -> None:
         """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` where a tensor is missing or of another shape.
 
         ``kept_by_server``: the shapes of what the server keeps of the group.
@@ -182,10 +218,7 @@ class GroupAdapters(ABC):
             if any(tensor.shape != parameter.value.shape for tensor in found):
                 raise ValueError(f"{name} has another shape")
             parameter.value, parameter.exp_avg, parameter.exp_avg_sq = found
-        kept = [tensors[name] for name in self._state_names(len(kept_by_server))]
-        if [(each.shape, each.dtype) for each in kept] != [(shape, np.dtype(np.float32)) for shape in kept_by_server]:
-            raise ValueError(f"what the server keeps of {self.name} has another shape, or is not float32")
-        self.adapter_state = tuple(kept)
+        self._load_adapter_state(tensors, kept_by_server)
         self.first_gradient_norm = float(tensors.get(f"{self.name}.first_gradient_norm", np.zeros(1, np.float32))[0])
 
 

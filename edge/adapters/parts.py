@@ -22,7 +22,8 @@ from dlora.edge.tensor_file import safetensors_chunks
 from dlora.protocol.adapters import KINDS
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.limits import MAX_RANK
-from dlora.protocol.tensors import FloatArray
+
+from .kind import Array
 
 PARTS_NAME: Final = "adapter_parts.safetensors"
 
@@ -33,13 +34,14 @@ class Parts:
 
     Attributes:
         kind, r, scaling: of all its groups.
-        tensors: the trained matrices and what the server kept, float32, by the names of ``GroupAdapters.parts``.
+        tensors: the trained matrices, float32, and what the server kept, as it crosses, by the names of
+            ``GroupAdapters.parts``.
     """
 
     kind: str
     r: int
     scaling: float
-    tensors: Mapping[str, FloatArray]
+    tensors: Mapping[str, Array]
 
 
 def save_parts(directory: Path, parts: Parts | None, weights: Path) -> None:
@@ -55,8 +57,7 @@ def save_parts(directory: Path, parts: Parts | None, weights: Path) -> None:
     with storage_errors(weights), weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     about = {"kind": parts.kind, "r": str(parts.r), "scaling": repr(parts.scaling), "weights": digest}
-    tensors = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in parts.tensors.items()}
-    write_atomically(path, safetensors_chunks(tensors, about))
+    write_atomically(path, safetensors_chunks(parts.tensors, about))
 
 
 def load_parts(directory: Path, weights: bytes) -> Parts | None:
@@ -80,6 +81,6 @@ def load_parts(directory: Path, weights: bytes) -> Parts | None:
             raise ValueError("a rank or a scaling that cannot be")
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it, and the adapter is an ordinary LoRA") from None
-    if not all(tensor.dtype == np.float32 and np.isfinite(tensor).all() for tensor in tensors.values()):
-        raise CheckpointError(f"{path} has values that are not finite float32; delete it, and it is an ordinary LoRA")
+    if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+        raise CheckpointError(f"{path} has values that are not finite; delete it, and it is an ordinary LoRA")
     return parts

@@ -17,11 +17,12 @@ from dlora.protocol.adapters import AdapterSpec, crossings, kind_of
 from dlora.protocol.choices import UnitKind
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import UnitState
-from dlora.protocol.tensors import ByteArray, FloatArray, IntArray
+from dlora.protocol.tensors import ByteArray, IntArray
+from dlora.protocol.wire_codecs import encode_floats
 
 from .bottleneck import Bottleneck
 from .ffa import Ffa
-from .kind import DeviceKind, GroupAdapters, Parameter
+from .kind import Array, DeviceKind, GroupAdapters, Parameter
 from .lora import Lora
 
 DEVICE_KINDS: Final[dict[str, DeviceKind]] = {"lora": Lora(), "ffa": Ffa(), "bottleneck": Bottleneck()}
@@ -94,7 +95,8 @@ class AdapterSet:
         made = [kind.create(adapter_spec, group, scaling=scaling, random=random) for group in groups]
         if draws_state:
             for group, adapters in zip(groups, made, strict=True):
-                adapters.adapter_state = kind.draw_state(adapter_spec, group, random)
+                drawn = kind.draw_state(adapter_spec, group, random)
+                adapters.adapter_state = tuple(encode_floats(tensor, "fp32") for tensor in drawn)
         units = [Unit(indices) for indices in group_units(groups, unit)]
         return cls(adapter_spec, groups, made, units, scaling=scaling, kill_every=kill_every)
 
@@ -102,19 +104,19 @@ class AdapterSet:
         """Everything that is trained, by full name."""
         return {name: parameter for group in self.groups for name, parameter in group.parameters().items()}
 
-    def state(self) -> dict[str, FloatArray]:
+    def state(self) -> dict[str, Array]:
         """All tensors that the next step depends on, by name."""
         return {name: tensor for group in self.groups for name, tensor in group.state().items()}
 
-    def load_state(self, tensors: Mapping[str, FloatArray]) -> None:
+    def load_state(self, tensors: Mapping[str, Array]) -> None:
         """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` for one of other adapters."""
         kind = kind_of(self.adapter_spec)
         for group, group_spec in zip(self.groups, self.group_specs, strict=True):
             group.load_state(tensors, kept_by_server=kind.state_shapes(self.adapter_spec, group_spec))
 
-    def parts(self) -> dict[str, FloatArray]:
+    def parts(self) -> dict[str, Array]:
         """What groups with an effect consist of, by name, where the server keeps a part of them; see ``parts.py``."""
-        named: dict[str, FloatArray] = {}
+        named: dict[str, Array] = {}
         for index, group in enumerate(self.groups):
             if group.adapter_state and self.scale(index) > 0:
                 named |= group.parts(self.scale(index))

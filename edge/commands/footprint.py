@@ -66,7 +66,7 @@ def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype, kind: KindChoice) 
     kept = sum(math.prod(shape) for group in groups for shape in kind_of(spec).state_shapes(spec, group))
     # The embedding's pages go before the head's come. Row scales are a word of fp32 each.
     head = base.vocabulary_size * (base.hidden_size * STORED_DTYPES[head_dtype] + 4 * (head_dtype == "int8"))
-    return RUNTIME_MB * 1e6 + 4 * (trained * _TRAINED_COPIES + kept) + head
+    return RUNTIME_MB * 1e6 + 4 * trained * _TRAINED_COPIES + _WIRE_BYTES * kept + head
 
 
 def _token_bytes(manifest: Manifest, kind: KindChoice) -> int:

@@ -13,6 +13,7 @@ from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
 from dlora.protocol.errors import SessionLostError
+from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codec, TensorRole, decode_floats
 
 T = TypeVar("T")
@@ -81,19 +82,21 @@ class ModelSession(ABC):
             else:
                 self.connection.send(m.MakeAdapterState(group=index))
                 state = self.connection.receive(m.AdapterState)
+                group.check_made_state([decode_floats(tensor) for tensor in state.tensors])
                 # Copies: what came is a view of its frame.
-                made = tuple(np.array(decode_floats(tensor)) for tensor in state.tensors)
-                group.check_made_state(made)
-                group.adapter_state = made
+                group.adapter_state = tuple(
+                    WireTensor(tensor.dtype, tensor.data.copy(), tensor.exponent) for tensor in state.tensors
+                )
                 if micro_batches:
                     norm = min(state.gradient_norm / micro_batches, float(np.finfo(np.float32).max))
                     group.first_gradient_norm = float(np.float32(norm))
 
     def _give_state(self, index: int, group: GroupAdapters, codec: Codec) -> None:
         """What the server then has is what the codec leaves of it, which is what we go on with, too."""
-        # Twice: where rounding makes the largest value a power of two, the second time's exponent is another.
-        once = (codec.encode(tensor) for tensor in group.adapter_state)
-        tensors = tuple(codec.encode(codec.decode(tensor)) for tensor in once)
+        tensors = tuple(
+            tensor if tensor.dtype == codec.dtype else codec.encode(decode_floats(tensor))
+            for tensor in group.adapter_state
+        )
         self.connection.send(m.AdapterState(group=index, tensors=tensors))
         self.connection.receive(m.AdapterState)
-        group.adapter_state = tuple(np.array(decode_floats(tensor)) for tensor in tensors)
+        group.adapter_state = tensors

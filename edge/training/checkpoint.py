@@ -26,7 +26,7 @@ from dlora.protocol.errors import CheckpointError
 Array = npt.NDArray[Any]
 
 KEPT: Final = 2
-FORMAT: Final = 1
+FORMAT: Final = 2
 _KEY: Final = "dlora-checkpoint"
 _NAME: Final = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 
