@@ -106,10 +106,8 @@ def test_saved_adapter_gives_the_same_loss_in_peft(
     assert json.loads(check.stdout)["loss"] == pytest.approx(summary["eval_loss_after"], abs=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("bundle", "kind", "limit_mb"),
-    [(FP16, "lora", 200), (FP16, "bottleneck", 200), (INT8, "lora", 160), (INT8, "bottleneck", 175)],
-)
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+@pytest.mark.parametrize(("bundle", "limit_mb"), [(FP16, 200), (INT8, 160)])
 def test_training_fits_into_its_memory(
     bundle: Path, kind: KindChoice, limit_mb: int, server: CloudProcess, tmp_path: Path
 ) -> None:
