@@ -19,8 +19,8 @@
     ├── ExportError                 11   the model is not supported, or a graph is not exact enough
     ├── MissingExtraError           12   an optional dependency is not installed
     ├── NonFiniteError              13   training has diverged: NaN or infinity
-    └── StoppedError               130   Ctrl-C or SIGTERM, and everything was saved
-    (Ctrl-C, SIGTERM)              130
+    └── StoppedError               130   Ctrl-C, SIGTERM or SIGHUP, and everything was saved
+    (Ctrl-C, SIGTERM, SIGHUP)      130
 
 A command prints ``error: <one line>`` on stderr and exits with the code. Codes never change meaning.
 

@@ -1,14 +1,16 @@
-"""What Ctrl-C and SIGTERM do to a command, from its first line to its last.
+"""What Ctrl-C, SIGTERM and a terminal that is closed (SIGHUP) do to a command, from its first line to its last.
 
 While it loads its modules, or a model, there is nothing to put in order, and libraries swallow exceptions or take them
 for faults of their own: it *ends at once*. Where it writes files or talks to a server it is *interrupted*, with
-``KeyboardInterrupt``. Once it is done, and Python clears up, both signals are *ignored*: the exit code is decided.
+``KeyboardInterrupt``. Once it is done, and Python clears up, all three are *ignored*: the exit code is decided.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,23 +18,27 @@ from typing import Final
 
 INTERRUPTED_EXIT_CODE: Final = 130
 INTERRUPTED: Final = "interrupted; what was saved is intact"
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A progress bar may have hidden the terminal's cursor.
 _CLEAR_LINE_AND_SHOW_CURSOR: Final = "\r\x1b[K\x1b[?25h"
 
 
+def not_ignored() -> list[signal.Signals]:
+    """The signals that this process obeys. Whoever starts it with one ignored means it: scripts do so with SIGINT for
+    what runs in the background, ``nohup`` with SIGHUP."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def exit_on_signal() -> None:
     """From here on a signal ends this process at once, with one line and 130. For a command's main thread."""
-    for number in _SIGNALS:
-        # Whoever starts a command with SIGINT ignored, as scripts do for what runs in the background, means it.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _exit_process)
+    for number in not_ignored():
+        signal.signal(number, _exit_process)
 
 
 @contextmanager
 def raise_on_signal() -> Iterator[None]:
     """Within, the first signal raises ``KeyboardInterrupt`` where it would end the process at once."""
-    ending = [number for number in _SIGNALS if signal.getsignal(number) is _exit_process]
+    ending = [number for number in SIGNALS if signal.getsignal(number) is _exit_process]
     for number in ending:
         signal.signal(number, raise_interrupt)
     try:
@@ -45,17 +51,30 @@ def raise_on_signal() -> Iterator[None]:
 
 def ignore_signals() -> None:
     """From here on signals do nothing: Python gives them back to the system before it has cleared up."""
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def leave_closed_terminal() -> None:
+    """Let what is still printed go nowhere where it went to a terminal that is closed: writing there fails, and would
+    end what is about to save its work."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # it was closed by whoever started us
+            if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
+                null_device = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null_device, number)
+                os.close(null_device)
 
 
 def raise_interrupt(number: int, frame: FrameType | None) -> None:
     """A handler that raises ``KeyboardInterrupt``, and ignores what comes after it."""
+    leave_closed_terminal()
     ignore_signals()  # what follows puts things in order, and is to come to its end
     raise KeyboardInterrupt
 
 
 def _exit_process(number: int, frame: FrameType | None) -> None:
+    leave_closed_terminal()
     ignore_signals()  # one line is enough
     before = _CLEAR_LINE_AND_SHOW_CURSOR if os.isatty(2) else ""
     os.write(2, f"{before}error: {INTERRUPTED}\n".encode())

@@ -358,7 +358,8 @@ def test_a_window_of_two_makes_the_same_basis(bundle: Path, base: BaseModel) -> 
     with serving(base, window=2) as server:
         for window in (1, 2, 2, 2):
             with training(bundle, server.url, run, dataset, window=window) as trainer:
-                found.add(b"".join(tensor.data.tobytes() for g in trainer.adapters.groups for tensor in g.adapter_state))
+                tensors = [tensor for group in trainer.adapters.groups for tensor in group.adapter_state]
+                found.add(b"".join(tensor.data.tobytes() for tensor in tensors))
     assert len(found) == 1
 
 

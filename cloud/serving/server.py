@@ -7,7 +7,6 @@ import bisect
 import http
 import json
 import logging
-import signal
 import ssl
 import threading
 import time
@@ -32,6 +31,7 @@ from dlora.cloud.model.layout import can_pack
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.memory import collect_garbage
 from dlora.cloud.model.source import public_name
+from dlora.protocol import interrupts
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .handler import handle_connection, opening_limit
@@ -172,11 +172,16 @@ class CloudServer:
         ]
 
     async def serve_until_stopped(self, host: str, port: int) -> None:
-        """Listen until SIGINT or SIGTERM, then close every session and return."""
+        """Listen until SIGINT, SIGTERM or SIGHUP, then close every session and return."""
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stopped.set)
+
+        def stop() -> None:
+            interrupts.leave_closed_terminal()
+            stopped.set()
+
+        for number in interrupts.not_ignored():
+            loop.add_signal_handler(number, stop)
         await self.start(host, port)
         logger.info(
             "listening on %s://%s:%d, health at http%s://%s:%d/healthz", self.scheme, host, self.port,

@@ -84,7 +84,7 @@ class Child:
         note: where it says where it is.
         on_tick: is called with the note's place, once a second while a call goes on.
 
-    Ctrl-C and SIGTERM end the child with this process.
+    The signals that end this process end the child with it.
     """
 
     def __init__(self, work: Work, note: Note, on_tick: Callable[[str], None] = lambda _: None) -> None:
@@ -97,7 +97,7 @@ class Child:
         self._socket, child_socket = socket.socketpair()
         self._spare_bytes, self._parent = spare_bytes(), os.getpid()
         # A signal between fork and what follows would unwind the parent's code in the child, or lose the child.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
         try:
             self._pid = os.fork()
             if self._pid == 0:
@@ -237,9 +237,9 @@ def spare_bytes() -> int:
 
 def _set_up_child(parent: int, spare: int) -> None:
     """Limits, and nothing of the parent's that shows: no words on its terminal, none of its signals."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # may go to the whole group; the parent ends us
+    for number in interrupts.SIGNALS:  # may go to the whole group; the parent ends us
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, 1)
     os.dup2(null_device, 2)  # Rust says why it gives up

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: the first asks to stop when the step is done, the second interrupts."""
+"""Ctrl-C, SIGTERM, SIGHUP while a run trains: the first asks to stop when the step is done, the second interrupts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dlora.protocol import interrupts
 
 
 class StopRequest:
-    """Whether somebody asked to stop, with SIGINT or SIGTERM."""
+    """Whether somebody asked to stop, with a signal."""
 
     def __init__(self) -> None:
         self._requested = False
@@ -28,8 +28,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handled = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._handle_signal) for number in handled}
+        self._previous = {number: signal.signal(number, self._handle_signal) for number in interrupts.not_ignored()}
         try:
             yield
         finally:
@@ -39,7 +38,10 @@ class StopRequest:
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._requested:
+            interrupts.leave_closed_terminal()
             self._requested = True
+        elif number == signal.SIGHUP:
+            pass  # it comes twice, from the system and from the shell, and nobody is there to insist
         elif self._previous[number] is interrupts.raise_interrupt:
             interrupts.raise_interrupt(number, frame)
         else:
