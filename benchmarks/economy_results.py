@@ -36,6 +36,10 @@ class Result:
         return self.mean(lambda run: test_score(run).loss)
 
     @property
+    def validation_loss(self) -> float:
+        return self.mean(lambda run: math.inf if run.validation is None else run.validation.loss)
+
+    @property
     def accuracy(self) -> float:
         return self.mean(lambda run: test_score(run).accuracy)
 
@@ -299,8 +303,11 @@ def measure_bars(finder: Find) -> dict[str, dict[str, Any]]:
         if measured is None:
             continue
         wanted, value = measured
-        holds = bar.holds(wanted, value)
-        reason = "" if holds else f"{value:.4g} where {'at most' if bar.most else 'at least'} {wanted:.4g} is wanted"
+        holds, limit = bar.holds(wanted, value), "at most" if bar.most else "at least"
+        reason = "" if holds else f"{value:.4g} where {limit} {wanted:.4g} is wanted"
+        plain = bar.measure(finder, "default")
+        if holds and plain is not None and not bar.holds(*plain):  # what a user gets who gives no rate
+            holds, reason = False, f"{plain[1]:.4g} without --lr, where {limit} {plain[0]:.4g} is wanted"
         if name == "fp16_all_traffic" and holds and (worse := _worse_sets(finder, FP16_ALL)):
             holds, reason = False, f"worse than the baseline on {', '.join(worse)}"  # the saving is for being not worse
         entry: dict[str, Any] = {"bar": round(wanted, 4), "value": round(value, 4), "holds": holds}

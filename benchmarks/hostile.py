@@ -120,6 +120,7 @@ def _trainer(bundle: Bundle, connection: Connection, options: argparse.Namespace
     ids = rng.integers(100, bundle.manifest.base_model.vocabulary_size, (32, options.length))
     dataset = Dataset.of([(row.tolist(), list(range(options.length // 2, options.length - 1))) for row in ids])
     config = TrainConfig(
+        kind="lora",
         total_steps=steps,
         batch_size=options.batch_size,
         grad_accum=1,

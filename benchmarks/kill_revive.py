@@ -113,6 +113,7 @@ def _run(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     config = TrainConfig(
+        kind="lora",
         total_steps=options.steps,
         batch_size=options.batch_size,
         grad_accum=1,

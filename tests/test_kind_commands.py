@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,17 @@ def test_killed_run_goes_on_to_the_same_bits(place: Place, whole: Path, at: str,
     assert run_edge("resume", out).code == 0
     assert_same_run(out, whole)
     assert load_adapter(out).parts is not None
+
+
+def test_run_keeps_its_invocation_with_other_held_out_data(place: Place, whole: Path, tmp_path: Path) -> None:
+    """These would have had another one chosen: an answer contains it."""
+    out, other = tmp_path / "out", tmp_path / "other.jsonl"
+    shutil.copytree(whole, out)
+    other.write_text(json.dumps({"prompt": "w1 w2 w88 w89", "completion": " w3 w89 w4"}) + "\n")
+    done = run_edge(*place.train(out, *BOTTLENECK, "--eval", other, "--resume"))
+    assert done.code == 0, done.stderr
+    assert "1 of 1 examples" in done.stderr
+    assert load_run_file(out).invocation == load_run_file(whole).invocation == load_adapter(out).invocation
 
 
 def test_saved_adapter_evaluates_and_answers(place: Place, whole: Path) -> None:

@@ -392,7 +392,8 @@ def _model_card(
     if acts_on_answers:
         about = """
 It is an activated LoRA: it acts from the beginning of the answer on (`alora_invocation_tokens`), and the prompt is the
-base model's own. PEFT 0.18 or newer loads it so, and cannot merge it into the base model.
+base model's own. PEFT 0.18 or newer loads it so, and cannot merge it into the base model: `dlora-edge train
+--adapt all` gives one that can be merged.
 """
     asked = f" of the target modules {', '.join(target_modules)}" if target_modules else ""
     base = msgspec.json.encode(base_model_name).decode()

@@ -104,12 +104,16 @@ def _basis(settings: RunSettings, kind: KindChoice, *, has_one: bool) -> dict[st
 
 
 def choose_where_adapters_act(
-    settings: RunSettings, init: LoadedAdapter | None, datasets: Sequence[Dataset], say: Callable[[str], None]
+    settings: RunSettings,
+    init: LoadedAdapter | None,
+    datasets: Sequence[Dataset],
+    known: tuple[int, ...],
+    say: Callable[[str], None],
 ) -> tuple[RunSettings, tuple[int, ...], list[Dataset]]:
     """``settings`` with what ``--adapt`` is, the invocation, and the data as it is trained on.
 
-    The first of ``datasets`` is trained on. Raises ``UsageError`` where ``--adapt answer`` was asked for and its data
-    have no invocation.
+    The first of ``datasets`` is trained on. ``known`` is the invocation of the run that goes on; else none. Raises
+    ``UsageError`` where ``--adapt answer`` was asked for and its data have no invocation.
     """
     assert settings.kind is not None
     adapt = settings.adapt or DEFAULTS[settings.kind].adapt
@@ -119,8 +123,9 @@ def choose_where_adapters_act(
         return msgspec.structs.replace(settings, adapt=adapt), (), list(datasets)
     cut = [dataset.one_answer_each() for dataset in datasets]
     try:
-        if init is not None and init.invocation and not uninvoked(cut[0], init.invocation):
-            invocation = init.invocation
+        known = known or (init.invocation if init is not None else ())
+        if known and not uninvoked(cut[0], known):
+            invocation = known
         else:
             invocation = find_invocation(cut[0], cut[1:])
     except UsageError:

@@ -15,7 +15,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.display import Display
 from dlora.edge.run.pause import PauseRules
 from dlora.edge.run.plan import data_line, units_within
-from dlora.edge.run.run_file import RunSettings, load_run_file
+from dlora.edge.run.run_file import RunFile, RunSettings, load_run_file
 from dlora.edge.training.config import TrainConfig, check_units
 from dlora.edge.training.defaults import DEFAULTS
 from dlora.edge.training.optimizer import OptimizerConfig
@@ -62,13 +62,15 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     check_url(settings.server)
     bundle = Bundle.open(Path(settings.bundle))
     init = _init_adapter(settings)
-    if resume and settings.lr is None:
-        settings = msgspec.structs.replace(settings, lr=_rate_of_run(Path(settings.out)))
+    begun = _begun(Path(settings.out)) if resume else None
+    if begun is not None and settings.lr is None:
+        settings = msgspec.structs.replace(settings, lr=begun.settings.lr)
     settings = choose_adapters(settings, bundle.manifest, init)
     groups = choose_groups(bundle.manifest, target_modules_of(settings), parse_blocks(settings.blocks, bundle.manifest))
     kill_revive = _kill_revive(settings, bundle.manifest, groups)
     loaded = _load(settings, bundle, display)
-    settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(settings, init, loaded, display.say)
+    known = begun.invocation if begun is not None else ()
+    settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(settings, init, loaded, known, display.say)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, total_steps, train
 
@@ -119,10 +121,11 @@ def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
     return RunSettings.of({**msgspec.structs.asdict(settings), "out": out, **given})
 
 
-def _rate_of_run(out: Path) -> float | None:
-    """The rate of the run to go on with: chosen once, however many steps it has now; None where there is none."""
+def _begun(out: Path) -> RunFile | None:
+    """The run to go on with, whose rate and invocation were chosen once, whatever its steps and held-out data are now;
+    None where there is none."""
     try:
-        return load_run_file(out).settings.lr
+        return load_run_file(out)
     except CheckpointError:
         return None
 

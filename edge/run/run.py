@@ -221,6 +221,7 @@ def _run_file(run: TrainRun, settings: RunSettings) -> RunFile:
         data=DataDigest.of(run.dataset),
         eval_data=None if run.eval_dataset is None else DataDigest.of(run.eval_dataset),
         base_model={"name": base.name, "fingerprint": base.fingerprint},
+        invocation=run.config.invocation,
         versions=versions(),
     )
 

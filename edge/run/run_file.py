@@ -149,6 +149,7 @@ class RunFile(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         data, eval_data: what was read.
         base_model: name and fingerprint.
+        invocation: the tokens from which on adapters act, where they act on answers.
         versions: of this software, the wire, Python and the libraries that compute.
     """
 
@@ -156,6 +157,7 @@ class RunFile(msgspec.Struct, frozen=True, kw_only=True):
     data: DataDigest
     eval_data: DataDigest | None
     base_model: dict[str, str]
+    invocation: tuple[int, ...]
     versions: dict[str, Any]
 
 
