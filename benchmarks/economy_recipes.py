@@ -28,6 +28,7 @@ INTENTS: Final = ("b10", "b20")
 BARRED_SETS: Final = ("chat60", "b10", "dialogue", "b20")  # the cheapest first
 OTHER_SETS: Final = ("arc_easy", "boolq")
 LONG_SET: Final = "dialogue500"
+KILL_REVIVE_SETS: Final = ("chat60", "b10", "dialogue")  # few data, classes, open text
 
 PASSED_AGAIN: Final = {"chat60": 2e-3, "dialogue": 4e-3}
 """What the command chooses for a bottleneck on the sets that a run passes over more than once (``learning_rate.py``);
@@ -104,6 +105,11 @@ def _bottleneck_recipe(
     return Recipe(title, adapter, default_lr=8e-3, weight_decay=1.0, bars=bars, sets=bars if sets is None else sets)
 
 
+def _kill_revive_recipe(title: str, kill_revive: dict[str, Any]) -> Recipe:
+    """LoRA as the baseline's, in some blocks at a time."""
+    return Recipe(title, {"rank": 8}, kill_revive, sets=KILL_REVIVE_SETS)
+
+
 def _static(*blocks: int) -> dict[str, Any]:
     return {"score": "static", "static": blocks}
 
@@ -126,11 +132,11 @@ RECIPES: Final[dict[str, Recipe]] = {
         "bottleneck r 96, answer, fp32", _bottleneck(96, "answer", "fp32"), bars=(LONG_SET,)
     ),
     # ---- Kill and Revive at 1/8, its baselines with as much traffic, and as little as can be trained.
-    "change-1/8": Recipe("Kill and Revive, 1/8 active", {"rank": 8}, {"active_fraction": 0.125}),
-    "random-1/8": Recipe("random, 1/8 active", {"rank": 8}, {"active_fraction": 0.125, "score": "random"}),
-    "static-1/8": Recipe("static: blocks 17, 21, 25, 29", {"rank": 8}, _static(17, 21, 25, 29)),
-    "last-1/8": Recipe("the last four blocks", {"rank": 8}, {"active_fraction": 0.125, "score": "last"}),
-    "one-block": Recipe("one block: 22", {"rank": 8}, _static(22)),
+    "change-1/8": _kill_revive_recipe("Kill and Revive, 1/8 active", {"active_fraction": 0.125}),
+    "random-1/8": _kill_revive_recipe("random, 1/8 active", {"active_fraction": 0.125, "score": "random"}),
+    "static-1/8": _kill_revive_recipe("static: blocks 17, 21, 25, 29", _static(17, 21, 25, 29)),
+    "last-1/8": _kill_revive_recipe("the last four blocks", {"active_fraction": 0.125, "score": "last"}),
+    "one-block": _kill_revive_recipe("one block: 22", _static(22)),
 }
 
 
@@ -158,7 +164,8 @@ def train_config(
 
     ``invocation``: of the data, where the recipe acts on answers.
     """
-    filled = {"rank": defaults.r, "lora_alpha": defaults.lora_alpha, "wire_dtype": "fp16", **recipe.adapter}
+    usual = {"kind": "lora", "rank": defaults.r, "lora_alpha": defaults.lora_alpha, "wire_dtype": "fp16"}
+    filled = {**usual, **recipe.adapter}
     filled.pop("adapt", None)
     return msgspec.convert(
         {
