@@ -87,7 +87,8 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
     write_atomically(folder / RESULTS, (json.dumps(_results(find), indent=1) + "\n").encode())
     missing = list(_missing(finished, plan))
     lines = [INTRO.format(grid=", ".join(f"{rate:g}" for rate in GRID), dtype=plan.dtype)]
-    lines += ["## Bars\n", *_bar_lines(find, bars)]
+    lines += ["## Bars\n", "A bar holds where it does at the chosen rates and without `--lr`.\n"]
+    lines += _bar_lines(find, bars)
     for set_name in SETS:
         section = list(_set_lines(find, set_name, folder))
         if section:

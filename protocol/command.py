@@ -23,7 +23,7 @@ def run_command(command: Callable[[], None]) -> None:
     """Run a console command; turn a named error into one line on stderr and its exit code.
 
     ``OSError`` from a full, read-only or forbidden disk counts as ``StorageError``, ``MemoryError`` as any
-    ``DloraError``. SIGTERM counts as Ctrl-C.
+    ``DloraError``. SIGTERM and SIGHUP count as Ctrl-C.
     Anything that we do not name is a bug and keeps its traceback; so does a ``LocalProtocolError``, which is one.
     """
     interrupts.exit_on_signal()
@@ -85,5 +85,9 @@ def missing_extra(error: ImportError, extra: str) -> MissingExtraError:
 def _fail(text: str, exit_code: int) -> None:
     # A stranger's name may be a megabyte.
     line = one_line(text)
-    print(f"error: {line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + ' …'}", file=sys.stderr)
+    said = f"error: {line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + ' …'}"
+    try:
+        print(said, file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it any more; the exit code stays
+        interrupts.leave_closed_output()
     raise SystemExit(exit_code)

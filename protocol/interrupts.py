@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -55,12 +55,14 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def leave_closed_terminal() -> None:
-    """Let what is still printed go nowhere where it went to a terminal that is closed: writing there fails, and would
-    end what is about to save its work."""
+def leave_closed_output() -> None:
+    """Let what is still printed go nowhere where nobody can read it any more: a terminal that is closed, a pipe whose
+    reader has ended. Writing there fails, and would end what is about to save its work."""
     for number in (1, 2):
         with contextlib.suppress(OSError):  # it was closed by whoever started us
-            if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
+            output = select.poll()
+            output.register(number, 0)  # errors and hang-ups are told unasked
+            if any(events & (select.POLLERR | select.POLLHUP) for _, events in output.poll(0)):
                 null_device = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null_device, number)
                 os.close(null_device)
@@ -68,14 +70,15 @@ def leave_closed_terminal() -> None:
 
 def raise_interrupt(number: int, frame: FrameType | None) -> None:
     """A handler that raises ``KeyboardInterrupt``, and ignores what comes after it."""
-    leave_closed_terminal()
+    leave_closed_output()
     ignore_signals()  # what follows puts things in order, and is to come to its end
     raise KeyboardInterrupt
 
 
 def _exit_process(number: int, frame: FrameType | None) -> None:
-    leave_closed_terminal()
+    leave_closed_output()
     ignore_signals()  # one line is enough
     before = _CLEAR_LINE_AND_SHOW_CURSOR if os.isatty(2) else ""
-    os.write(2, f"{before}error: {INTERRUPTED}\n".encode())
+    with contextlib.suppress(OSError):  # nobody reads it: end all the same
+        os.write(2, f"{before}error: {INTERRUPTED}\n".encode())
     os._exit(INTERRUPTED_EXIT_CODE)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dlora.protocol import interrupts
+
 if TYPE_CHECKING:
     from tiny import TinyFactory
 
@@ -20,6 +22,7 @@ os.environ.setdefault("DLORA_EDGE_STATE", tempfile.mkdtemp(prefix="dlora-test-")
 
 # A shell lets what a script runs in the background ignore Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 
 # Under --import-mode=importlib pytest puts no test folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,7 +39,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
     """A command that a test runs in this process leaves signals as a command does that is done: ignored."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -7,17 +7,23 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
+import shlex
 import signal
 import subprocess
 import termios
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from processes import CLOUD, EDGE, END_TIMEOUT_S, START_TIMEOUT_S, cloud_process, quiet_environment
 from tiny import TinyFactory
+from waiting import eventually
 
 from dlora.edge.training.checkpoint import list_checkpoints
 
@@ -27,13 +33,12 @@ EXIT_CODE = 130
 class Terminal:
     """A command in a terminal of its own, in the foreground; one that ignores SIGHUP is as under ``nohup``."""
 
-    def __init__(self, *command: object, ignores: bool) -> None:
+    def __init__(self, command: Sequence[object], *, ignores: bool) -> None:
         self._screen, other_end = pty.openpty()
 
         def take_terminal() -> None:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            if ignores:
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores else signal.SIG_DFL)
 
         self.process = subprocess.Popen(
             list(map(str, command)), stdin=other_end, stdout=other_end, stderr=other_end, env=quiet_environment(),
@@ -53,19 +58,27 @@ class Terminal:
                 except OSError:  # the command has ended
                     raise AssertionError(self.shown) from None
 
-    def end(self) -> None:
-        """With SIGTERM."""
-        self.process.terminate()
+    def show_to_its_end(self) -> None:
         with contextlib.suppress(OSError):  # it has ended
             while os.read(self._screen, 65536):
                 pass
-        os.close(self._screen)
 
     def close(self) -> None:
         """The system sends SIGHUP, and so does the shell."""
         os.close(self._screen)
+        self.process.send_signal(signal.SIGHUP)
+
+
+@contextmanager
+def terminal(*command: object, ignores: bool = False) -> Iterator[Terminal]:
+    """A command in a terminal; in the end it is no more, whatever happened."""
+    window = Terminal(command, ignores=ignores)
+    try:
+        yield window
+    finally:
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGHUP)
+            os.killpg(window.process.pid, signal.SIGKILL)
+        window.process.wait(END_TIMEOUT_S)
 
 
 @pytest.fixture
@@ -78,37 +91,82 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("ignored", [False, True], ids=["obeyed", "under nohup"])
 def test_run_saves_its_step(tiny: TinyFactory, data: Path, tmp_path: Path, ignored: bool) -> None:
     out = tmp_path / "out"
-    metrics = out / "metrics.jsonl"
-    with cloud_process(tiny().model, tmp_path / "server") as server:
-        terminal = Terminal(
-            EDGE, "train", "--bundle", tiny().bundle, "--server", server.url, "--data", data, "--out", out, "--steps",
-            100_000, "--save-every", 100_000, "--kind", "lora", "--seed", 0, ignores=ignored,
-        )  # fmt: skip
-        terminal.show_until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
+    with (
+        cloud_process(tiny().model, tmp_path / "server") as server,
+        terminal(*train(tiny().bundle, server.url, data, out), ignores=ignored) as window,
+    ):
+        window.show_until(lambda: steps_of(out) > 0)
         if ignored:
-            check_that_it_goes_on(terminal, lambda: metrics.stat().st_size)
+            window.process.send_signal(signal.SIGHUP)
+            done = steps_of(out)
+            window.show_until(lambda: steps_of(out) > done + 5)  # one may have been under way
+            window.process.terminate()
+            window.show_to_its_end()
         else:
-            terminal.close()
-        assert terminal.process.wait(END_TIMEOUT_S) == EXIT_CODE
+            window.close()
+        assert window.process.wait(END_TIMEOUT_S) == EXIT_CODE
     (step, _), *_ = list_checkpoints(out / "checkpoints")
-    assert step == len(metrics.read_text().splitlines()) > 0
+    assert step == steps_of(out) > 0
+
+
+def test_run_that_is_stopping_saves_though_its_terminal_is_closed(
+    tiny: TinyFactory, data: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C in a step that takes long, and then the window is closed."""
+    out = tmp_path / "out"
+    with (
+        cloud_process(tiny().model, tmp_path / "server") as server,
+        terminal(*train(tiny().bundle, server.url, data, out)) as window,
+    ):
+        window.show_until(lambda: steps_of(out) > 0)
+        server.process.send_signal(signal.SIGSTOP)
+        window.show_until(lambda: psutil.Process(server.process.pid).status() == psutil.STATUS_STOPPED)
+        window.process.send_signal(signal.SIGINT)
+        window.close()
+        server.process.send_signal(signal.SIGCONT)
+        assert window.process.wait(END_TIMEOUT_S) == EXIT_CODE
+    assert list_checkpoints(out / "checkpoints")
+
+
+def test_run_whose_reader_ends_with_the_terminal_saves(tiny: TinyFactory, data: Path, tmp_path: Path) -> None:
+    """``dlora-edge train … 2>&1 | tee log``."""
+    out = tmp_path / "out"
+    command = shlex.join(map(str, train(tiny().bundle, "URL", data, out)))
+    with cloud_process(tiny().model, tmp_path / "server") as server:
+        piped = f"{command.replace('URL', server.url)} --json 2>&1 | tee {tmp_path / 'log'}; wait"
+        with terminal("bash", "-c", piped) as window:
+            window.show_until(lambda: steps_of(out) > 0)
+            window.close()
+            eventually(lambda: bool(list_checkpoints(out / "checkpoints")))
+    (step, _), *_ = list_checkpoints(out / "checkpoints")
+    assert step == steps_of(out)
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["obeyed", "under nohup"])
 def test_server_drains(tiny: TinyFactory, tmp_path: Path, ignored: bool) -> None:
-    terminal = Terminal(CLOUD, "serve", tiny().model, "--port", 0, "--state-dir", tmp_path, ignores=ignored)
-    terminal.show_until(lambda: "listening on" in terminal.shown)
-    if ignored:
-        check_that_it_goes_on(terminal, lambda: time.monotonic_ns())
-    else:
-        terminal.close()
-    assert terminal.process.wait(END_TIMEOUT_S) == 0
+    command = (CLOUD, "serve", tiny().model, "--port", 0, "--state-dir", tmp_path)
+    with terminal(*command, ignores=ignored) as window:
+        window.show_until(lambda: "listening on" in window.shown)
+        if ignored:
+            window.process.send_signal(signal.SIGHUP)
+            (health,) = re.findall(r"http://\S+/healthz", window.shown)
+            ends = time.monotonic() + 1
+            while time.monotonic() < ends:  # one that drained would listen no more
+                with urllib.request.urlopen(health) as answer:
+                    assert json.load(answer)["status"] == "ok"
+        else:
+            window.close()
+            assert window.process.wait(END_TIMEOUT_S) == 0
 
 
-def check_that_it_goes_on(terminal: Terminal, progress: Callable[[], int]) -> None:
-    """Past a SIGHUP; and end it with SIGTERM then."""
-    before = progress()
-    terminal.process.send_signal(signal.SIGHUP)
-    terminal.show_until(lambda: progress() > before)
-    assert terminal.process.poll() is None
-    terminal.end()
+def train(bundle: Path, url: str, data: Path, out: Path) -> tuple[object, ...]:
+    """A run that ends only when it is told to."""
+    return (
+        EDGE, "train", "--bundle", bundle, "--server", url, "--data", data, "--out", out, "--steps", 100_000,
+        "--save-every", 100_000, "--kind", "lora", "--seed", 0,
+    )  # fmt: skip
+
+
+def steps_of(out: Path) -> int:
+    metrics = out / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.is_file() else 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dlora.cloud.serving.transport import as_refusal
+from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.command import run_command
 from dlora.protocol.errors import (
@@ -27,8 +28,7 @@ from dlora.protocol.wire_codecs import encode_floats
 @pytest.fixture(autouse=True)
 def _signals_as_they_were() -> Iterator[None]:
     """``run_command`` is for a process of its own, and leaves signals ignored."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

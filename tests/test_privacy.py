@@ -186,13 +186,13 @@ def test_device_messages_have_only_known_fields() -> None:
     assert {field for kind in spoken for field in kind.__struct_fields__} == allowed
 
 
-@pytest.mark.parametrize(("wire_dtype", "error"), [("fp32", 1e-4), ("fp16", 1e-2), ("int8", 0.1)])
+@pytest.mark.parametrize(("wire_dtype", "error"), [("fp32", 1e-5), ("fp16", 1e-3), ("int8", 1e-2)])
 @pytest.mark.parametrize("kind", ["bottleneck", "ffa"])
 def test_what_crosses_gives_a_server_what_was_trained(
     tiny: TinyFactory, kind: str, wire_dtype: str, error: float
 ) -> None:
-    """As SECURITY.md says: a core and B are the solution of least squares, of what crosses at a few more rows than the
-    rank."""
+    """As SECURITY.md says: a core and B, times the scaling, are the solution of least squares, of what crosses in one
+    step."""
     model = tiny(blocks=2)
     run = config(kind=kind, target_modules=("all-linear",), wire_dtype=wire_dtype, total_steps=2)
     with (

@@ -133,12 +133,13 @@ def serve(
     ] = 30.0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object once it listens.")] = False,
 ) -> None:
-    """Serve one base model over a websocket until SIGINT or SIGTERM.
+    """Serve one base model over a websocket until SIGINT, SIGTERM or SIGHUP.
 
     Devices with different ranks, target modules and active adapters share the one base; no bundle is needed.
-    The server never gets token ids, labels, adapter weights or optimizer state. GET /healthz answers on the same
-    port. A network is listened on only with --tls-cert and with tokens (dlora-cloud token create) or
-    --tls-client-ca. Once there is a token, every device needs one. SIGTERM lets running steps finish.
+    The server never gets labels or optimizer state, and token ids or parts of an adapter only where a device's
+    user asks for that. GET /healthz answers on the same port. A network is listened on only with --tls-cert and
+    with tokens (dlora-cloud token create) or --tls-client-ca. Once there is a token, every device needs one.
+    Steps under way are finished when the server is asked to stop.
 
     Example:  dlora-cloud serve smollm2-135m --port 8765
     """

@@ -177,7 +177,7 @@ class CloudServer:
         loop = asyncio.get_running_loop()
 
         def stop() -> None:
-            interrupts.leave_closed_terminal()
+            interrupts.leave_closed_output()
             stopped.set()
 
         for number in interrupts.not_ignored():

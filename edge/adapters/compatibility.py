@@ -8,7 +8,7 @@ from dlora.protocol.adapters import kind_of
 from dlora.protocol.errors import CheckpointError, ModelMismatchError
 
 from .kind import Factors
-from .parts import Parts
+from .parts import PARTS_NAME, Parts
 from .peft import LoadedAdapter
 from .units import AdapterSet
 
@@ -86,8 +86,8 @@ def _load_parts(adapters: AdapterSet, parts: Parts, of: str) -> None:
             loaded |= group.load_parts(parts.tensors, ratio=ratio, kept_by_server=kept)
         if loaded != set(parts.tensors):
             raise ValueError("parts of groups that are not here")
-    except ValueError:
+    except ValueError as error:
         raise CheckpointError(
-            f"the adapter{of} was trained with other target modules in its groups; train the same ones "
-            "(--target-modules all-linear, or as they were)"
+            f"the adapter{of} has other parts than these groups ({error}); train the same target modules "
+            f"(--target-modules all-linear, or as they were), or delete its {PARTS_NAME}, and it is an ordinary LoRA"
         ) from None

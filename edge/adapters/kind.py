@@ -74,7 +74,7 @@ class GroupAdapters(ABC):
     Attributes:
         name: of its first target module.
         adapter_state: a copy of what the server keeps of the group, as it crosses: half the memory where that is fp16,
-            and the same bits for every server. Empty for kinds without, and until the first session has made it.
+            and then the same bits for every server. Empty for kinds without, and until the first session has made it.
         first_gradient_norm: of its parameters' gradient in the basis pass, a mean over micro-batches; 0.0 where there
             was none. A float32.
     """
@@ -178,7 +178,8 @@ class GroupAdapters(ABC):
         state = []
         for array, exponent, shape in zip(arrays, exponents.tolist(), kept_by_server, strict=True):
             dtype = next((name for name in ("fp16", "fp32") if DTYPES[name] == array.dtype), None)
-            if dtype is None or array.shape != shape or abs(exponent) > MAX_EXPONENT:
+            is_exponent = abs(exponent) <= MAX_EXPONENT if dtype == "fp16" else exponent == 0
+            if dtype is None or array.shape != shape or not is_exponent:
                 raise ValueError(f"what the server keeps of {self.name} has another shape or dtype")
             state.append(WireTensor(dtype, array, exponent))
         if not all(map(is_finite, state)):

@@ -64,7 +64,8 @@ def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype, kind: KindChoice) 
     spec, groups = _adapters(manifest, kind)
     trained = parameter_count(spec, groups)
     kept = sum(math.prod(shape) for group in groups for shape in kind_of(spec).state_shapes(spec, group))
-    # The embedding's pages go before the head's come. Row scales are a word of fp32 each.
+    # What the server keeps stays as it crosses: fp16 by default. The embedding's pages go before the head's come. Row
+    # scales are a word of fp32 each.
     head = base.vocabulary_size * (base.hidden_size * STORED_DTYPES[head_dtype] + 4 * (head_dtype == "int8"))
     return RUNTIME_MB * 1e6 + 4 * trained * _TRAINED_COPIES + _WIRE_BYTES * kept + head
 

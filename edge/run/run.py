@@ -88,7 +88,7 @@ class TrainRun:
 def train(run: TrainRun, display: Display) -> dict[str, Any]:
     """Train to the end and save the adapter; returns the summary that is also in ``summary.json``.
 
-    Raises any ``DloraError``; ``StoppedError`` after the first Ctrl-C or SIGTERM, with the step under way
+    Raises any ``DloraError``; ``StoppedError`` after the first Ctrl-C, SIGTERM or SIGHUP, with the step under way
     finished and saved. A second Ctrl-C stops at once; the last checkpoint stands.
     """
     if run.out.exists() and not run.out.is_dir():

@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM, SIGHUP while a run trains: the first asks to stop when the step is done, the second interrupts."""
+"""Ctrl-C, SIGTERM, SIGHUP while a run trains: the first asks to stop when the step is done, the second interrupts;
+SIGHUP only asks."""
 
 from __future__ import annotations
 
@@ -17,14 +18,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._requested = False
+        self._asked = False  # with SIGINT or SIGTERM
         self._previous: dict[int, Any] = {}
 
     def is_requested(self) -> bool:
+        if self._requested:
+            interrupts.leave_closed_output()  # of `| tee log`, the reader may end a little later than we are told to
         return self._requested
 
     @contextlib.contextmanager
     def stop_on_signal(self) -> Iterator[None]:
-        """Within, the first signal asks to stop after the step, and the second one interrupts."""
+        """Within, signals ask to stop after the step, and the second SIGINT or SIGTERM interrupts."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -37,11 +41,12 @@ class StopRequest:
                     signal.signal(number, handler)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._requested:
-            interrupts.leave_closed_terminal()
-            self._requested = True
-        elif number == signal.SIGHUP:
-            pass  # it comes twice, from the system and from the shell, and nobody is there to insist
+        interrupts.leave_closed_output()
+        self._requested = True
+        if number == signal.SIGHUP:
+            return  # the system sends it, and the shell again: nobody insists
+        if not self._asked:
+            self._asked = True
         elif self._previous[number] is interrupts.raise_interrupt:
             interrupts.raise_interrupt(number, frame)
         else:
