@@ -545,6 +545,30 @@ def test_parts_made_by_hand_are_refused(
         load_adapter(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("wire_dtype", "exponents"),
+    [("fp32", [3, 0]), ("fp16", [-128, 0]), ("fp16", [127, 127]), ("fp16", [0]), ("fp16", [0.0, 0.0])],
+    ids=str,
+)
+def test_parts_with_exponents_that_cannot_be_are_refused(
+    bundle: Path, server: RunningServer, wire_dtype: str, exponents: list[float], tmp_path: Path
+) -> None:
+    """Before anything is sent: a server that has nothing to do with it would refuse them."""
+    run, dataset = run_of("bottleneck", wire_dtype=wire_dtype), random_dataset(VOCABULARY)
+    with training(bundle, server.url, run, dataset) as trainer:
+        trainer.save_adapter(tmp_path)
+    with safe_open(tmp_path / PARTS_NAME, "np") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.endswith(".exponents"))
+    tensors[name] = np.array(exponents, np.int8 if isinstance(exponents[0], int) else np.float32)
+    save_file(tensors, tmp_path / PARTS_NAME, about)
+    with (
+        pytest.raises(CheckpointError, match="other parts than these groups"),
+        training(bundle, server.url, run, dataset, init=load_adapter(tmp_path)),
+    ):
+        pass
+
+
 # -- what it costs -------------------------------------------------------------------------------------------
 
 
