@@ -115,7 +115,7 @@ def test_note_on_active_fraction_is_shown(place: Place, tmp_path: Path, options:
     is_said = "the server is given what killed blocks have learnt, and applies it" in done.stderr
     assert is_said is ("kr_on_kill" in options)
     if said == 2:
-        assert "84% and 76% of held-out messages right, all active 95% and 89%" in lines[0]
+        assert "1/8 had 91% of test messages right, all active 98%" in lines[0]
         text = "2 steps are too few for warm-up, ramp and trials; use 107 steps or more, or --active-fraction 1"
         assert text in lines[1]
 
