@@ -164,7 +164,7 @@ def train_config(
 
     ``invocation``: of the data, where the recipe acts on answers.
     """
-    usual = {"kind": "lora", "rank": defaults.r, "lora_alpha": defaults.lora_alpha, "wire_dtype": "fp16"}
+    usual = {"kind": recipe.kind, "rank": defaults.r, "lora_alpha": defaults.lora_alpha, "wire_dtype": "fp16"}
     filled = {**usual, **recipe.adapter}
     filled.pop("adapt", None)
     return msgspec.convert(

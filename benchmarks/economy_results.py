@@ -37,7 +37,7 @@ class Result:
 
     @property
     def validation_loss(self) -> float:
-        return self.mean(lambda run: math.inf if run.validation is None else run.validation.loss)
+        return self.mean(lambda run: validation_score(run).loss)
 
     @property
     def accuracy(self) -> float:
@@ -83,6 +83,12 @@ def test_score(run: Run) -> Score:
     """Of a run that did not diverge."""
     assert run.test is not None
     return run.test
+
+
+def validation_score(run: Run) -> Score:
+    """Of a run that did not diverge."""
+    assert run.validation is not None
+    return run.validation
 
 
 # -- differences -----------------------------------------------------------------------------------------

@@ -90,6 +90,11 @@ def fp16_exponent(peak: float) -> int:
     return max(-MAX_EXPONENT + 1, min(MAX_EXPONENT - 1, exponent))
 
 
+def is_exponent(exponent: int, dtype: str) -> bool:
+    """Whether a tensor of ``dtype`` may have this exponent."""
+    return abs(exponent) <= MAX_EXPONENT and (not exponent or dtype == "fp16")
+
+
 def parse_descriptor(descriptor: Any, frame: memoryview, offset: int) -> tuple[WireTensor, int]:
     """View the tensor that ``descriptor`` names at ``offset`` of ``frame``; return it and its end.
 
@@ -103,7 +108,7 @@ def parse_descriptor(descriptor: Any, frame: memoryview, offset: int) -> tuple[W
             raise RemoteProtocolError("malformed tensor descriptor")
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
         raise RemoteProtocolError("malformed tensor shape")
-    if type(exponent) is not int or abs(exponent) > MAX_EXPONENT or (exponent and dtype != "fp16"):
+    if type(exponent) is not int or not is_exponent(exponent, dtype):
         raise RemoteProtocolError("malformed tensor exponent")
     if dtype == "int8":
         if len(shape) != 2:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from dlora.cloud.serving.transport import as_refusal
-from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.command import run_command
 from dlora.protocol.errors import (
@@ -23,15 +21,6 @@ from dlora.protocol.errors import (
 from dlora.protocol.session import Session
 from dlora.protocol.states import Side
 from dlora.protocol.wire_codecs import encode_floats
-
-
-@pytest.fixture(autouse=True)
-def _signals_as_they_were() -> Iterator[None]:
-    """``run_command`` is for a process of its own, and leaves signals ignored."""
-    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def ended(command: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

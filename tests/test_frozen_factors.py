@@ -586,7 +586,7 @@ def test_traffic_is_the_formulas(
     base = trainer.bundle.manifest.base_model
     widths = {"embedding_size": base.embedding_size, "hidden_size": base.hidden_size, "codecs": codecs}
     sizes = [
-        [codecs.of(TensorRole.ADAPTER_STATE).nbytes(*tensor.shape) for tensor in group.adapter_state_values()]
+        [codecs.of(TensorRole.ADAPTER_STATE).nbytes(*tensor.shape) for tensor in group.adapter_state]
         for group in trainer.adapters.groups
     ]
     set_up = adapter_state_traffic(sizes, made=kind == "bottleneck")

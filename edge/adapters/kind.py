@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from dlora.edge.engine.engine import Graph
+from dlora.edge.engine.engine import Array, Graph
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec
-from dlora.protocol.tensors import DTYPES, MAX_EXPONENT, FloatArray, WireTensor
+from dlora.protocol.tensors import DTYPES, FloatArray, WireTensor, is_exponent
 from dlora.protocol.wire_codecs import decode_floats, is_finite
-
-Array = npt.NDArray[Any]
 
 LoadGraph = Callable[[str, str], Graph]
 """A graph by kind and key, loaded once."""
@@ -178,8 +175,7 @@ class GroupAdapters(ABC):
         state = []
         for array, exponent, shape in zip(arrays, exponents.tolist(), kept_by_server, strict=True):
             dtype = next((name for name in ("fp16", "fp32") if DTYPES[name] == array.dtype), None)
-            is_exponent = abs(exponent) <= MAX_EXPONENT if dtype == "fp16" else exponent == 0
-            if dtype is None or array.shape != shape or not is_exponent:
+            if dtype is None or array.shape != shape or not is_exponent(exponent, dtype):
                 raise ValueError(f"what the server keeps of {self.name} has another shape or dtype")
             state.append(WireTensor(dtype, array, exponent))
         if not all(map(is_finite, state)):

@@ -17,13 +17,12 @@ from typing import Final
 import numpy as np
 import safetensors
 
+from dlora.edge.engine.engine import Array
 from dlora.edge.files import storage_errors, write_atomically
 from dlora.edge.tensor_file import safetensors_chunks
 from dlora.protocol.adapters import KINDS
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.limits import MAX_RANK
-
-from .kind import Array
 
 PARTS_NAME: Final = "adapter_parts.safetensors"
 

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from dlora.edge.data.batches import MicroBatch
+from dlora.edge.engine.engine import Array
 from dlora.edge.seeds import Seed, adapter_generator
 from dlora.protocol.adapters import AdapterSpec, crossings, kind_of
 from dlora.protocol.choices import UnitKind
@@ -22,7 +23,7 @@ from dlora.protocol.wire_codecs import encode_floats
 
 from .bottleneck import Bottleneck
 from .ffa import Ffa
-from .kind import Array, DeviceKind, GroupAdapters, Parameter
+from .kind import DeviceKind, GroupAdapters, Parameter
 from .lora import Lora
 
 DEVICE_KINDS: Final[dict[str, DeviceKind]] = {"lora": Lora(), "ffa": Ffa(), "bottleneck": Bottleneck()}

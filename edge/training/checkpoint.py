@@ -16,14 +16,12 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import safetensors
 
+from dlora.edge.engine.engine import Array
 from dlora.edge.files import make_directory, remove_quietly, write_atomically
 from dlora.edge.tensor_file import safetensors_chunks
 from dlora.protocol.errors import CheckpointError
-
-Array = npt.NDArray[Any]
 
 KEPT: Final = 2
 FORMAT: Final = 2
