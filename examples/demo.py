@@ -183,8 +183,8 @@ def _show(summary: dict[str, Any]) -> None:
     console.print(f"\n[bold]{answer['question']}[/]\n  before: {answer['before']}\n  after:  {answer['after']}")
     console.print(
         f"\nThe adapter is in {summary['adapter_dir']}, in PEFT's format; all numbers in {OUT / 'summary.json'}."
-        "\nText, labels, adapter and optimiser state were never transmitted or stored by the server; that is data"
-        "\nminimisation, not secrecy from whoever runs it."
+        "\nText, labels, adapter and optimiser state were never transmitted or stored by the server; that is data "
+        "minimisation, not secrecy from whoever runs it."
     )
     console.print("\nAsk it something else, in two terminals:", highlight=False)
     for command in (
