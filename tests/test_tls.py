@@ -146,6 +146,20 @@ class TestConnections:
                 assert refusal is not None
                 assert refusal.code == code
 
+    def test_server_sends_no_session_ticket(self, pki: Path) -> None:
+        """While one comes, a device's two threads cannot both use its TLS connection."""
+        url, credentials = f"wss://{HOST}", Credentials(None, ca=pki / "ca.pem")
+        context = server_context(pki / "server.pem", pki / "server.key")
+        with (
+            serving(context, Access(None, required=False)) as port,
+            connect(f"{url}:{port}", ssl=credentials.ssl_context(url), proxy=None, open_timeout=60) as connection,
+        ):
+            connection.recv(timeout=10)
+            assert isinstance(connection.socket, ssl.SSLSocket)
+            assert connection.socket.version() == "TLSv1.3"
+            assert connection.socket.session is not None
+            assert not connection.socket.session.has_ticket
+
     @pytest.mark.parametrize(
         ("server", "ca", "words"),
         [

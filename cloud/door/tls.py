@@ -24,6 +24,10 @@ def server_context(cert: Path, key: Path | None, client_ca: Path | None = None) 
             _check_readable(option, path)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Devices take up no TLS session again. A ticket would come just as a device's threads begin to read and to write,
+    # and OpenSSL takes no two in one connection while it handles one: once in some thousand times the device stood
+    # still (docs/experiments.md).
+    context.num_tickets = 0
 
     def refuse_password() -> str:  # without it OpenSSL would ask for one on the terminal
         raise UsageError(f"--tls-key {key or cert} is encrypted; decrypt it: openssl pkey -in {key or cert} -out KEY")
