@@ -86,6 +86,7 @@ def serving(context: ssl.SSLContext | None, access: Access) -> Iterator[int]:
 
     async def greet(connection: ServerConnection) -> None:
         await connection.send(names[connection])
+        await connection.wait_closed()  # the device closes: it may look at its socket until then
 
     async def start() -> int:
         server = await serve_websocket(
