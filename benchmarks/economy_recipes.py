@@ -28,7 +28,6 @@ INTENTS: Final = ("b10", "b20")
 BARRED_SETS: Final = ("chat60", "b10", "dialogue", "b20")  # the cheapest first
 OTHER_SETS: Final = ("arc_easy", "boolq")
 LONG_SET: Final = "dialogue500"
-KILL_REVIVE_SETS: Final = ("chat60", "b10", "dialogue")  # few data, classes, open text
 
 PASSED_AGAIN: Final = {"chat60": 2e-3, "dialogue": 4e-3}
 """What the command chooses for a bottleneck on the sets that a run passes over more than once (``learning_rate.py``);
@@ -107,7 +106,7 @@ def _bottleneck_recipe(
 
 def _kill_revive_recipe(title: str, kill_revive: dict[str, Any]) -> Recipe:
     """LoRA as the baseline's, in some blocks at a time."""
-    return Recipe(title, {"rank": 8}, kill_revive, sets=KILL_REVIVE_SETS)
+    return Recipe(title, {"rank": 8}, kill_revive)
 
 
 def _static(*blocks: int) -> dict[str, Any]:
