@@ -103,10 +103,16 @@ def test_graph_kind_must_be_a_plain_name(bundle: Path, tmp_path: Path, kind: str
 def test_info_describes_a_bundle(bundle: Path) -> None:
     done = run_edge("info", bundle, "--json")
     result = json.loads(done.stdout)
-    assert (done.code, result["kind"], result["default_r"], result["blocks"]) == (0, "bundle", 4, 2)
-    assert result["default_target_modules"] == "q_proj, v_proj"
+    assert (done.code, result["kind"], result["lora_r"], result["blocks"]) == (0, "bundle", 4, 2)
+    assert result["lora_target_modules"] == "q_proj, v_proj"
     assert result["can_be_trained"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    assert (result["default_exchange_groups"], result["exchange_groups"]) == (2, 8)
+    assert (result["lora_exchange_groups"], result["exchange_groups"]) == (2, 8)
+    assert (result["default_kind"], result["default_blocks"], result["default_exchange_groups"]) == (
+        "bottleneck",
+        "0-1",
+        8,
+    )
+    assert result["default_target_modules"] == result["can_be_trained"]
     assert run_edge("info", bundle).code == 0
 
 

@@ -12,8 +12,10 @@ from dlora.edge.data.invocation import find_invocation, uninvoked, uninvoked_lin
 from dlora.edge.run.run_file import RunSettings
 from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules
 from dlora.edge.training.learning_rate import choose_learning_rate
+from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import UsageError
+from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups, groups_of, last_blocks, module_names, number_ranges, spread_blocks
@@ -60,6 +62,13 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
         rank = parts.r if parts is not None and parts.kind == kind else default_rank(kind, manifest, groups)
     alpha = default_alpha(kind, manifest, rank) if settings.alpha is None else settings.alpha
     return msgspec.structs.replace(settings, rank=rank, alpha=alpha)
+
+
+def default_adapters(kind: KindChoice, manifest: Manifest) -> tuple[AdapterSpec, tuple[GroupSpec, ...]]:
+    """What a run has that names no more than the kind: what crosses for a group, and its groups."""
+    blocks = parse_blocks(DEFAULTS[kind].blocks, manifest)
+    groups = choose_groups(manifest, default_target_modules(kind, manifest), blocks)
+    return AdapterSpec(kind, default_rank(kind, manifest, groups)), groups
 
 
 def choose_rate(settings: RunSettings, dataset: Dataset, steps: int, say: Callable[[str], None]) -> RunSettings:

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from dlora.edge.adapters.peft import load_adapter
-from dlora.protocol.adapters import AdapterSpec, parameter_count
+from dlora.edge.training.defaults import DEFAULT_KIND
+from dlora.protocol.adapters import parameter_count
+from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import UsageError
-from dlora.protocol.manifest import MANIFEST_NAME, load_manifest
-from dlora.protocol.targets import choose_groups, module_names, number_ranges
+from dlora.protocol.manifest import MANIFEST_NAME, Manifest, load_manifest
+from dlora.protocol.targets import module_names, number_ranges
+
+from .adapter_settings import default_adapters
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -25,7 +29,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
     manifest = load_manifest(path)
-    base, defaults, groups = manifest.base_model, manifest.defaults, choose_groups(manifest)
+    base = manifest.base_model
     return {
         "kind": "bundle",
         "base_model": base.name,
@@ -38,17 +42,27 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "fingerprint": base.fingerprint,
         "exchange_groups": len(manifest.groups),
         "can_be_trained": ", ".join(module_names(manifest.groups)),
-        "default_target_modules": ", ".join(defaults.target_modules),
-        "default_r": defaults.r,
-        "default_lora_alpha": defaults.lora_alpha,
-        "default_exchange_groups": len(groups),
-        "default_adapter_parameters": parameter_count(AdapterSpec(r=defaults.r), groups),
+        "default_kind": DEFAULT_KIND,
+        **_defaults("default", DEFAULT_KIND, manifest),
+        **_defaults("lora", "lora", manifest),
         "head_dtype": manifest.head.dtype,
         "graphs": len(manifest.graphs),
         "engines": ", ".join(manifest.engines),
         "size_mb": round(sum(file.bytes for file in manifest.files.values()) / 1e6, 1),
         "written_by": manifest.software,
         "format": manifest.format,
+    }
+
+
+def _defaults(prefix: str, kind: KindChoice, manifest: Manifest) -> dict[str, Any]:
+    """What a run of a kind has where its user names nothing else."""
+    spec, groups = default_adapters(kind, manifest)
+    return {
+        f"{prefix}_target_modules": ", ".join(module_names(groups)),
+        f"{prefix}_blocks": number_ranges({group.block for group in groups}),
+        f"{prefix}_r": spec.r,
+        f"{prefix}_exchange_groups": len(groups),
+        f"{prefix}_trained_parameters": parameter_count(spec, groups),
     }
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS, default_rank, default_target_modules
-from dlora.protocol.adapters import AdapterSpec, crossings, kind_of, parameter_count
+from dlora.edge.training.defaults import DEFAULT_KIND
+from dlora.protocol.adapters import crossings, kind_of, parameter_count
 from dlora.protocol.choices import KindChoice
-from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest, StoredDtype
-from dlora.protocol.targets import choose_groups
 
-from .adapter_settings import parse_blocks
+from .adapter_settings import default_adapters
 
 RUNTIME_MB: Final = 100  # Python, the engine and its graphs, and one slab of the head
 USUAL_TOKENS: Final = 256
@@ -53,15 +51,9 @@ def tokens_that_fit(manifest: Manifest, available_mb: float) -> int:
     return max(0, int(left // _token_bytes(manifest, DEFAULT_KIND)))
 
 
-def _adapters(manifest: Manifest, kind: KindChoice) -> tuple[AdapterSpec, tuple[GroupSpec, ...]]:
-    blocks = parse_blocks(DEFAULTS[kind].blocks, manifest)
-    groups = choose_groups(manifest, default_target_modules(kind, manifest), blocks)
-    return AdapterSpec(kind, default_rank(kind, manifest, groups)), groups
-
-
 def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype, kind: KindChoice) -> float:
     base = manifest.base_model
-    spec, groups = _adapters(manifest, kind)
+    spec, groups = default_adapters(kind, manifest)
     trained = parameter_count(spec, groups)
     kept = sum(math.prod(shape) for group in groups for shape in kind_of(spec).state_shapes(spec, group))
     # What the server keeps stays as it crosses: fp16 by default. The embedding's pages go before the head's come. Row
@@ -73,7 +65,7 @@ def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype, kind: KindChoice) 
 def _token_bytes(manifest: Manifest, kind: KindChoice) -> int:
     """Bytes of memory for each token of a micro-batch."""
     # Until backward a group's input is kept as it came, and z of each of its target modules.
-    spec, groups = _adapters(manifest, kind)
+    spec, groups = default_adapters(kind, manifest)
     widths = crossings(spec, groups)
     kept = sum(each.input_width * _WIRE_BYTES + 4 * spec.r * len(each.output_widths) for each in widths)
     widest = max(each.input_width + sum(each.output_widths) for each in widths)
