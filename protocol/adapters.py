@@ -140,7 +140,7 @@ class _Bottleneck:
         if spec.r > narrowest:
             raise UsageError(
                 f"{group.targets[0].name} and what shares its input are {narrowest} wide, and a bottleneck is no wider "
-                f"than that: --rank {spec.r} is too large"
+                f"than that: --rank {spec.r} is too large; lower it, or leave these out of --target-modules"
             )
         return Crossing(spec.r, (spec.r,))
 

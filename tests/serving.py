@@ -110,3 +110,10 @@ def randomize(trainer: Trainer, seed: int = 5) -> None:
     for name, parameter in trainer.adapters.parameters().items():
         if name.endswith(".lora_B"):
             parameter.value = rng.normal(0, 0.3, parameter.value.shape).astype(np.float32)
+
+
+def randomize_all(trainer: Trainer, seed: int = 0) -> None:
+    """What is trained, of any kind, away from zero, so that every gradient shows."""
+    random = np.random.default_rng(seed)
+    for parameter in trainer.adapters.parameters().values():
+        parameter.value = random.normal(0, 0.3, parameter.value.shape).astype(np.float32)

@@ -17,7 +17,7 @@ from families import VOCABULARY, tiny_model
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from serving import RunningServer, config, random_dataset, serving, training
+from serving import RunningServer, config, random_dataset, randomize_all, serving, training
 from test_adapter_kinds import KILLING, bits, count_set_up_traffic, lose_sessions
 from tiny import TinyFactory
 from torch import Tensor
@@ -72,13 +72,6 @@ def run_of(kind: str, **changes: Any) -> TrainConfig:
     return config(kind=kind, **{**settings, **changes})
 
 
-def randomize(trainer: Trainer) -> None:
-    """What is trained, away from zero, so that every gradient shows."""
-    random = np.random.default_rng(0)
-    for parameter in trainer.adapters.parameters().values():
-        parameter.value = random.normal(0, 0.3, parameter.value.shape).astype(np.float32)
-
-
 # -- against torch and PEFT ----------------------------------------------------------------------------------
 
 
@@ -86,7 +79,7 @@ def randomize(trainer: Trainer) -> None:
 def test_gradients_are_those_of_torch(bundle: Path, server: RunningServer, kind: str) -> None:
     dataset = random_dataset(VOCABULARY)
     with training(bundle, server.url, run_of(kind, lora_alpha=6.0, batch_size=1), dataset) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         (batch,) = trainer.batches.step_batches(0)
         losses = trainer.model.forward_backward([batch], step=0, grad_scale=1.0)[0]
         found = {name: parameter.grad for name, parameter in trainer.adapters.parameters().items()}
@@ -135,7 +128,7 @@ def test_peft_gives_the_loss_of_the_saved_adapter(
 ) -> None:
     dataset = random_dataset(VOCABULARY)
     with training(bundle, server.url, run_of(kind, wire_dtype=wire_dtype), dataset) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         trainer.run_step()
         loss = trainer.evaluate(dataset).loss
         trainer.save_adapter(tmp_path)
@@ -152,7 +145,7 @@ def test_saved_adapter_is_used_as_what_it_was_trained_as(
     """The same loss, for a kind's own traffic, and again as an ordinary LoRA, where that is all that is left of it."""
     dataset = random_dataset(VOCABULARY)
     with training(bundle, server.url, run_of(kind), dataset) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         loss = trainer.evaluate(dataset).loss
         trainer.save_adapter(tmp_path)
         own_width = crossings(trainer.config.adapter, trainer.groups)[0].input_width
@@ -479,7 +472,7 @@ def test_run_starts_from_an_adapter_of_its_own_kind(
     """It has that one's loss, at another scaling, and a basis of no other data."""
     dataset = random_dataset(VOCABULARY)
     with training(bundle, server.url, run_of(kind), dataset) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         loss = trainer.evaluate(dataset).loss
         trainer.save_adapter(tmp_path)
         before = trainer.adapters.groups[0].adapter_state[0].data.tobytes()
@@ -520,7 +513,7 @@ def test_parts_of_other_weights_are_passed_over(bundle: Path, server: RunningSer
     with training(bundle, server.url, run_of("bottleneck"), dataset) as trainer:
         trainer.save_adapter(tmp_path)
         parts = (tmp_path / PARTS_NAME).read_bytes()
-        randomize(trainer)
+        randomize_all(trainer)
         trainer.save_adapter(tmp_path)
     assert load_adapter(tmp_path).parts is not None
     (tmp_path / PARTS_NAME).write_bytes(parts)
@@ -638,7 +631,7 @@ def test_scores_of_cores_are_those_of_the_whole_change(bundle: Path, server: Run
     with training(bundle, server.url, run_of("bottleneck", lora_alpha=10.0), random_dataset(VOCABULARY)) as trainer:
         group = trainer.adapters.groups[0]
         before, old = group.changes(), [each.lora_B @ each.lora_A for each in group.factors()]
-        randomize(trainer)
+        randomize_all(trainer)
         new = [each.lora_B @ each.lora_A for each in group.factors()]
         scaling = group.factors()[0].scaling
         changed = scaling**2 * sum(float(np.square(a - b).sum()) for a, b in zip(new, old, strict=True))

@@ -11,9 +11,10 @@ import torch
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from serving import config, final_weights, random_dataset, randomize, serving, training
+from serving import config, final_weights, random_dataset, randomize, randomize_all, serving, training
 from tiny import TinyFactory
 
+from dlora.edge.training.defaults import default_target_modules
 from dlora.protocol.manifest import load_manifest
 
 # fp32 throughout; sums are taken in another order.
@@ -21,10 +22,13 @@ GRADIENT_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("targets", [(), ("all-linear",)], ids=["default", "all-linear"])
-@pytest.mark.parametrize(
+IN_EVERY_FAMILY = pytest.mark.parametrize(
     "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE_FAMILIES)]
 )
+
+
+@pytest.mark.parametrize("targets", [(), ("all-linear",)], ids=["default", "all-linear"])
+@IN_EVERY_FAMILY
 def test_gradients_match_the_whole_model_in_every_family(
     family: str, targets: tuple[str, ...], tiny: TinyFactory
 ) -> None:
@@ -50,6 +54,41 @@ def test_gradients_match_the_whole_model_in_every_family(
         assert np.abs(wanted).max() > 0, f"{name} has no gradient: the test shows nothing"
         worst = max(worst, float(np.linalg.norm(parameter.grad - wanted) / np.linalg.norm(wanted)))
     assert worst < GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "ffa"])
+@IN_EVERY_FAMILY
+def test_gradients_of_the_other_kinds_match_the_whole_model_in_every_family(
+    family: str, kind: str, tiny: TinyFactory
+) -> None:
+    """A bottleneck's with the basis that the server makes of gradients, as the command has it by default."""
+    bundle = tiny(family, head_dtype="fp32").bundle
+    targets = default_target_modules("bottleneck", load_manifest(bundle))
+    run = config(kind=kind, grad_accum=2, target_modules=targets, basis_steps=2)
+    with (
+        serving(tiny(family).base) as server,
+        training(bundle, server.url, run, random_dataset(VOCABULARY)) as trainer,
+    ):
+        randomize_all(trainer)
+        batches = trainer.batches.step_batches(0)
+        labelled = sum(len(batch.labels) for batch in batches)
+        losses = trainer.model.forward_backward(batches, step=0, grad_scale=1 / labelled)
+    model = reference.with_adapters(tiny_model(family), trainer.adapters, run.rank, run.lora_alpha)
+    loss = reference.loss_of(model, batches)
+    loss.backward()
+    assert float(sum(part.sum() for part in losses)) / labelled == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
+    for group in trainer.adapters.groups:
+        grads = {each.name: reference.parameter(model, f"{each.name}.lora_B").grad for each in group.factors()}
+        wanted = {f"{name}.lora_B": grad.numpy() for name, grad in grads.items()}
+        if kind == "bottleneck":  # lora_B is the rows of the stacked B times the core
+            lora_b = torch.from_numpy(np.array(group.adapter_state_values()[1]))
+            rows = lora_b.split([len(grad) for grad in grads.values()])
+            core = sum(part.T @ grad for part, grad in zip(rows, grads.values(), strict=True))
+            wanted = {f"{group.name}.core": core.numpy()}
+        for name, parameter in group.parameters().items():
+            assert np.abs(wanted[name]).max() > 0, f"{name} has no gradient: the test shows nothing"
+            error = np.linalg.norm(parameter.grad - wanted[name]) / np.linalg.norm(wanted[name])
+            assert error < GRADIENT_TOLERANCE, name
 
 
 @pytest.mark.parametrize(("family", "targets", "blocks"), [

@@ -37,7 +37,9 @@ class BasisPass(GroupRunner):
     def run_group(self, group: int, x: Tensor) -> Sequence[Tensor]:
         # The anchor begins the graph at the lowest group: nothing below it needs a gradient.
         anchor = torch.ones((), requires_grad=True)
-        outputs: Sequence[Tensor] = _Sketched.apply(self, group, x.detach(), anchor, *self.run_frozen(group, x))  # type: ignore[no-untyped-call]
+        # A biased linear gives a view, which ``mark_dirty`` takes none of.
+        given = [output.clone() if output._is_view() else output for output in self.run_frozen(group, x)]
+        outputs: Sequence[Tensor] = _Sketched.apply(self, group, x.detach(), anchor, *given)  # type: ignore[no-untyped-call]
         return outputs
 
     def sketch(self, group: int, x: Tensor, grads: Sequence[Tensor]) -> None:

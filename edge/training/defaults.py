@@ -12,7 +12,7 @@ from typing import Final
 from dlora.protocol.choices import Adapt, Basis, KindChoice
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import ALL_LINEAR
+from dlora.protocol.targets import ALL_LINEAR, choose_groups, module_names
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class KindDefaults:
 
 DEFAULT_KIND: Final[KindChoice] = "bottleneck"
 
+_NARROWEST: Final = 8
+
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     "lora": KindDefaults(lr=1e-3),
     "ffa": KindDefaults(lr=1.6e-2),
@@ -66,11 +68,15 @@ DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
 
 
 def default_rank(kind: KindChoice, manifest: Manifest, groups: tuple[GroupSpec, ...]) -> int:
-    """The rank of a run that names none; a bottleneck is no wider than what it stands in."""
+    """The rank of a run that names none; a bottleneck is no wider than what it stands in.
+
+    A group that is ``_is_narrow`` does not count: with it the rank is refused, and no other is made useless.
+    """
     r = DEFAULTS[kind].r
     if r is None:
         return manifest.defaults.r
-    return min(r, *(min(group.in_features, group.out_features) for group in groups))
+    wide = [group for group in groups if not _is_narrow(group)] or groups
+    return min(r, *(min(group.in_features, group.out_features) for group in wide))
 
 
 def default_alpha(kind: KindChoice, manifest: Manifest, rank: int) -> float:
@@ -79,6 +85,17 @@ def default_alpha(kind: KindChoice, manifest: Manifest, rank: int) -> float:
 
 
 def default_target_modules(kind: KindChoice, manifest: Manifest) -> tuple[str, ...]:
-    """Names, as ``choose_groups`` reads them."""
+    """Names, as ``choose_groups`` reads them. Of ``all-linear`` those are left out that ``_is_narrow``."""
     named = DEFAULTS[kind].target_modules
-    return manifest.defaults.target_modules if named is None else (named,)
+    if named is None:
+        return manifest.defaults.target_modules
+    groups = choose_groups(manifest, (named,))
+    narrow = {name for group in groups if _is_narrow(group) for name in module_names([group])}
+    wide = tuple(name for name in module_names(groups) if name not in narrow)
+    return wide if narrow and wide else (named,)
+
+
+def _is_narrow(group: GroupSpec) -> bool:
+    """Whether a core would have next to nothing to do there, as beside the gate of a shared expert, which gives one
+    number."""
+    return min(group.in_features, group.out_features) < _NARROWEST
