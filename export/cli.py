@@ -41,12 +41,12 @@ def _version(wanted: bool) -> None:
 def export(
     model: Annotated[str, typer.Argument(help="Model directory, .gguf file, hub id, or smollm2-135m.")],
     out: Annotated[Path, typer.Option(help="The bundle: a directory that will be made.")],
-    rank: Annotated[int, typer.Option(help="LoRA rank of training by default.")] = 8,
+    rank: Annotated[int, typer.Option(help="Rank of training with --kind lora or ffa, by default.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA alpha, likewise; adapters are scaled by alpha / rank.")] = 16.0,
     target_modules: Annotated[
         str | None,
         typer.Option(
-            help="What dlora-edge train trains unless it is told otherwise: names, separated by commas, or all-linear. "
+            help="What dlora-edge train --kind lora or ffa trains by default: names, separated by commas, or all-linear. "
             "By default PEFT's choice for the architecture, or, where it has none, attention's query and value "
             "projections. The bundle lists all modules that can be trained."
         ),

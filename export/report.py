@@ -19,7 +19,7 @@ from dlora.protocol.targets import choose_groups, module_names
 def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: float) -> None:
     """One JSON object on stdout; sizes in bytes, times in seconds. ``notes`` is what was decided unasked.
 
-    Groups and adapters are those of training by default; ``trainable`` has all.
+    Groups and adapters are those of LoRA by default; ``trainable`` has all.
     """
     base, defaults, groups = manifest.base_model, manifest.defaults, choose_groups(manifest)
     print(
@@ -71,7 +71,7 @@ def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
     console.print(
         f"[bold]{base.name}[/bold] ({base.architecture}): {base.parameters:,} parameters, {base.blocks} blocks, "
         f"fingerprint {base.fingerprint[:12]}\n"
-        f"by default LoRA rank {defaults.r}, alpha {defaults.lora_alpha:g} on {', '.join(defaults.target_modules)}: "
+        f"--kind lora: rank {defaults.r}, alpha {defaults.lora_alpha:g} on {', '.join(defaults.target_modules)}: "
         f"{_modules(groups)} adapters in {len(groups)} exchange groups, "
         f"{parameter_count(AdapterSpec(r=defaults.r), groups):,} parameters\n"
         f"{_modules(manifest.groups)} modules can be trained: {', '.join(module_names(manifest.groups))}",

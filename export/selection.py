@@ -16,7 +16,7 @@ from dlora.protocol.targets import ALL_LINEAR
 
 @dataclass(frozen=True)
 class Selection:
-    """The target modules that training with a bundle has by default.
+    """The target modules that training of LoRA with a bundle has by default.
 
     Attributes:
         trainable: full names of all modules that can be targets, in execution order.

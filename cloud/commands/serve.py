@@ -136,10 +136,10 @@ def serve(
     """Serve one base model over a websocket until SIGINT, SIGTERM or SIGHUP.
 
     Devices with different ranks, target modules and active adapters share the one base; no bundle is needed.
-    The server never gets labels or optimizer state, and token ids or parts of an adapter only where a device's
-    user asks for that. GET /healthz answers on the same port. A network is listened on only with --tls-cert and
-    with tokens (dlora-cloud token create) or --tls-client-ca. Once there is a token, every device needs one.
-    Steps under way are finished when the server is asked to stop.
+    The server never gets optimizer state, and token ids (labels are among them) or what is trained of an adapter
+    only where a device's user asks for that. GET /healthz answers on the same port. A network is listened on only
+    with --tls-cert and with tokens (dlora-cloud token create) or --tls-client-ca. Once there is a token, every
+    device needs one. Steps under way are finished when the server is asked to stop.
 
     Example:  dlora-cloud serve smollm2-135m --port 8765
     """
