@@ -46,9 +46,9 @@ def export(
     target_modules: Annotated[
         str | None,
         typer.Option(
-            help="What dlora-edge train --kind lora or ffa trains by default: names, separated by commas, or all-linear. "
-            "By default PEFT's choice for the architecture, or, where it has none, attention's query and value "
-            "projections. The bundle lists all modules that can be trained."
+            help="What dlora-edge train --kind lora or ffa trains by default: names, separated by commas, or "
+            "all-linear. By default PEFT's choice for the architecture, or, where it has none, attention's query and "
+            "value projections. The bundle lists all modules that can be trained."
         ),
     ] = None,
     head_dtype: Annotated[

@@ -23,7 +23,7 @@ class ExportSettings:
     """What the user asked for.
 
     Attributes:
-        rank, alpha, target_modules: what training of LoRA has by default; target_modules None is the architecture's default.
+        rank, alpha, target_modules: LoRA's defaults in training; target_modules None is the architecture's default.
         base_model_name: what adapters call their base model; None means its hub id, or ``model`` where it has none.
     """
 

@@ -26,13 +26,14 @@ starts. A family that is not listed here is checked in the same way; it is only 
 
 Of each family here, a tiny model with random weights is exported and trained through a server, and its gradients are
 those of PEFT in one process (`tests/test_split_equals_peft.py`): of `lora` with its default target modules and with
-`all-linear`, of `bottleneck` and `ffa` with `all-linear`. That is on ONNX Runtime, with fp32 on the wire. ExecuTorch has the same graphs, which depend on widths and
-kind of head and not on the family; whole runs with it are tested with `llama` (`tests/test_executorch.py`). Real
-weights are tried with SmolLM2-135M (`llama`) only.
+`all-linear`, of `bottleneck` and `ffa` with `all-linear`. That is on ONNX Runtime, with fp32 on the wire. ExecuTorch
+has the same graphs, which depend on widths and kind of head and not on the family; whole runs with it are tested with
+`llama` (`tests/test_executorch.py`). Real weights are tried with SmolLM2-135M (`llama`) only.
 
-- **LoRA's default**: what gets an adapter with `--kind lora` or `ffa` and without `--target-modules`. It is PEFT's own where it has one for the family, else
-  dlora's: attention's query and value projections by their names, fused or not; in a model without attention, the
-  `in_proj` of its blocks.
+- **LoRA's default**: what gets an adapter with `--kind lora` or `ffa` and without `--target-modules`. It is PEFT's own
+  where it has one for the family, else dlora's: attention's query and value projections by their names, fused or not;
+  in a model without attention, the `in_proj` of its blocks. A bottleneck takes `all-linear`, without gates that give
+  fewer than eight numbers (`shared_expert_gate` of qwen3_next).
 - **`all-linear` leaves out**: modules of the blocks that cannot be targets, one name for each reason. Export says so,
   too.
 - **engines**: on which of them whole runs are tested.

@@ -48,6 +48,8 @@ from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 BLOCKS = 4
 KINDS = ["bottleneck", "ffa"]
+STEPS = 16  # with KILLING a unit fades in two of them,
+IN_FADE = 4  # before and after this one begins
 FROM_LOST = ConnectSettings(retry=Retry(max_s=30))
 
 
@@ -395,17 +397,19 @@ def test_learns_with_kill_and_revive(bundle: Path, server: RunningServer, kind: 
 def test_lost_server_changes_no_bit(
     bundle: Path, server: RunningServer, kind: str, kill_revive: dict[str, Any]
 ) -> None:
-    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=8, kill_revive=kill_revive, wire_dtype="fp16")
+    run = run_of(kind, total_steps=STEPS, kill_revive=kill_revive, wire_dtype="fp16")
+    dataset = random_dataset(VOCABULARY)
     found = []
-    for lost_after in (None, 0, 3, 6):
+    for lost_after in (None, 0, IN_FADE, 7):
         with training(bundle, server.url, run, dataset, FROM_LOST) as trainer:
-            losses = []
-            for step in range(8):
+            steps = []
+            for step in range(STEPS):
                 if step == lost_after:
                     lose_sessions(server)
-                losses.append(trainer.run_step().loss)
+                steps.append(trainer.run_step())
             trainer.wait_for_signal()
-            found.append((losses, bits(trainer)))
+            found.append(([each.loss for each in steps], bits(trainer)))
+        assert ("2" in steps[IN_FADE - 1].units + steps[IN_FADE].units) is bool(kill_revive)
     assert all(each == found[0] for each in found[1:])
 
 
@@ -448,18 +452,42 @@ def lose_after(messages: int, server: RunningServer, patch: pytest.MonkeyPatch) 
 def test_resumed_run_is_the_uninterrupted_one(
     bundle: Path, server: RunningServer, kind: str, kill_revive: dict[str, Any], tmp_path: Path
 ) -> None:
-    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=8, kill_revive=kill_revive)
+    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=STEPS, kill_revive=kill_revive)
     with training(bundle, server.url, run, dataset) as trainer:
-        whole = [trainer.run_step().loss for _ in range(8)]
+        whole = [trainer.run_step() for _ in range(STEPS)]
         trainer.wait_for_signal()
         wanted = bits(trainer)
+    assert all(("2" in each.units) is bool(kill_revive) for each in whole[IN_FADE - 1 : IN_FADE + 1])
     with training(bundle, server.url, run, dataset) as trainer:
-        losses = [trainer.run_step().loss for _ in range(4)]
+        losses = [trainer.run_step().loss for _ in range(IN_FADE)]
         trainer.save_checkpoint(tmp_path)
     with training(bundle, server.url, run, dataset, checkpoint=load_latest(tmp_path)) as trainer:
-        losses += [trainer.run_step().loss for _ in range(4)]
+        losses += [trainer.run_step().loss for _ in range(STEPS - IN_FADE)]
         trainer.wait_for_signal()
-        assert (losses, bits(trainer)) == (whole, wanted)
+        assert (losses, bits(trainer)) == ([each.loss for each in whole], wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_saved_in_a_fade_is_as_weak_as_the_run_has_it(
+    bundle: Path, server: RunningServer, kind: str, tmp_path: Path
+) -> None:
+    """In PEFT, and used as what it was trained as."""
+    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=STEPS, kill_revive=KILLING)
+    with training(bundle, server.url, run, dataset) as trainer:
+        randomize_all(trainer)
+        for _ in range(IN_FADE):
+            trainer.run_step()
+        trainer.wait_for_signal()
+        loss = trainer.evaluate(dataset).loss
+        (unit,) = [unit for unit in trainer.adapters.units if unit.state == 2]
+        assert 0 < trainer.adapters.scale(unit.groups[0]) < 1
+        trainer.save_adapter(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
+    with torch.no_grad():
+        found = peft_reference.loss_of(model, list(evaluation_batches(dataset, 4))).item()
+    assert found == pytest.approx(loss, abs=1e-4)
+    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as used:
+        assert evaluate(used, dataset, 4).loss == pytest.approx(loss, abs=1e-5)
 
 
 # -- starting from another -----------------------------------------------------------------------------------

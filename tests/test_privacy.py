@@ -28,14 +28,22 @@ STEPS = 5
 SECRET = "CanaryZebra4711"
 RANK = 8
 RECEIVED = "what the server received"
+REQUESTS = "the HTTP requests"
+RUNS = (("lora", "fp32"), ("lora", "fp16"), ("bottleneck", "fp32"), ("bottleneck", "int8"), ("ffa", "fp16"))
+SEEDS = [(3 + index,) for index in range(len(RUNS))]  # with the same, ffa would hand over the A that lora begins with
 
 
 @dataclass(frozen=True)
 class Leak:
-    """All that left the device, all that must not have, and what may be seen."""
+    """All that left the device, all that must not have, and what may be seen.
+
+    Attributes:
+        scanner: finds what must be nowhere; kept: what a server may hold, and not write down.
+    """
 
     places: dict[str, bytes]
     scanner: Scanner
+    kept: Scanner
     dataset: Dataset
     embedding: np.ndarray
     received: list[bytes]
@@ -61,7 +69,7 @@ def leak(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Leak:
     bundle = Bundle.open(path)
     tokenizer = EdgeTokenizer.open(bundle)
     dataset = load_examples(directory / "data.jsonl", tokenizer, max_length=64)
-    scanner = Scanner()
+    scanner, kept = Scanner(), Scanner()
     scanner.add_text(SECRET)
     for index in range(len(dataset)):
         example = dataset[index]
@@ -69,23 +77,26 @@ def leak(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Leak:
         scanner.add_tokens(example.labels.tolist(), f"labels of example {index}")
     with cloud_process(model.model, server) as cloud:
         with recording_proxy(cloud.url) as proxy:
-            for wire_dtype in ("fp32", "fp16"):
-                run = config(total_steps=STEPS, rank=RANK, wire_dtype=wire_dtype)
+            for (kind, wire_dtype), seed in zip(RUNS, SEEDS, strict=True):
+                run = config(
+                    kind=kind, total_steps=STEPS, rank=RANK, wire_dtype=wire_dtype, basis_steps=2, seed=seed
+                )
                 with training(path, proxy.url, run, dataset) as trainer:
                     for step in range(STEPS):
                         trainer.run_step()
                         add_adapters(scanner, trainer, f"after step {step}, {wire_dtype}")
-                    trainer.save_checkpoint(directory / "checkpoints")
+                    add_what_the_server_keeps(kept, trainer)
+                    trainer.save_checkpoint(directory / kind)
                     trainer.save_adapter(directory / "adapter")
         assert cloud.end() == 0
-    assert len(proxy.recordings) == 2
+    assert len(proxy.recordings) == len(RUNS)
     received = [payload for recording in proxy.recordings for payload in payloads(recording.up)]
     sent = [payload for recording in proxy.recordings for payload in payloads(recording.down)]
     requests = b"".join(bytes(each.up[: each.up.index(b"\r\n\r\n")]) for each in proxy.recordings)
     written = {str(path.relative_to(server)): path.read_bytes() for path in server.rglob("*") if path.is_file()}
-    places = {RECEIVED: b"".join(received), "the HTTP requests": requests, **written}
+    places = {RECEIVED: b"".join(received), REQUESTS: requests, **written}
     embedding = np.array(bundle.weight(bundle.manifest.embedding.weight), np.float32)
-    return Leak(places, scanner, dataset, embedding, received, sent, model.model)
+    return Leak(places, scanner, kept, dataset, embedding, received, sent, model.model)
 
 
 def add_adapters(scanner: Scanner, trainer: Trainer, when: str) -> None:
@@ -95,8 +106,22 @@ def add_adapters(scanner: Scanner, trainer: Trainer, when: str) -> None:
             scanner.add_matrix(getattr(parameter, name), f"{half} {name} of {module} {when}")
 
 
+def add_what_the_server_keeps(scanner: Scanner, trainer: Trainer) -> None:
+    """A and B of a ``bottleneck``, A of ``ffa``."""
+    for group in trainer.adapters.groups:
+        for index, tensor in enumerate(group.adapter_state_values()):
+            scanner.add_matrix(np.asarray(tensor, np.float32), f"tensor {index} that the server keeps of {group.name}")
+
+
 def test_no_private_data_leaves_the_device(leak: Leak) -> None:
     assert list(leak.scanner.find(leak.places)) == []
+
+
+def test_server_writes_down_nothing_of_what_it_keeps(leak: Leak) -> None:
+    assert len(leak.kept.patterns) > 1000
+    written = {place: content for place, content in leak.places.items() if place not in (RECEIVED, REQUESTS)}
+    assert list(leak.kept.find(written)) == []
+    assert list(leak.kept.find(leak.places)), "ffa's A is drawn by the device, and crosses"
 
 
 def test_recorder_finds_what_is_sent(leak: Leak) -> None:
@@ -122,7 +147,7 @@ def test_onnxruntime_reports_nothing_to_its_maker(tiny: TinyFactory, tmp_path: P
 
 
 def test_server_writes_only_keys_and_log(leak: Leak) -> None:
-    assert set(leak.places) - {RECEIVED, "the HTTP requests"} == {"log", "state/ticket.key", "state/tokens.sqlite"}
+    assert set(leak.places) - {RECEIVED, REQUESTS} == {"log", "state/ticket.key", "state/tokens.sqlite"}
     assert len(leak.places["state/ticket.key"]) == 32
     assert b"closed at step" in leak.places["log"]
 
@@ -130,10 +155,13 @@ def test_server_writes_only_keys_and_log(leak: Leak) -> None:
 @pytest.mark.parametrize("place", [RECEIVED, "log"])
 def test_the_scanner_finds_a_planted_canary(leak: Leak, place: str) -> None:
     ids, labels = leak.dataset[2].ids, leak.dataset[2].labels
-    adapter_rows = [pattern for pattern, name in leak.scanner.patterns.items() if name.startswith("lora_B value")]
-    moments = [pattern for pattern, name in leak.scanner.patterns.items() if name.startswith("lora_A exp_avg_sq")]
+    adapter_rows, moments, cores = (
+        [pattern for pattern, name in leak.scanner.patterns.items() if name.startswith(start)]
+        for start in ("lora_B value", "lora_A exp_avg_sq", "core value")
+    )
     assert adapter_rows
     assert moments
+    assert cores
     planted = [
         f"prompt was {SECRET}".encode(),
         ids[2:8].astype(np.int32).tobytes(),
@@ -141,6 +169,7 @@ def test_the_scanner_finds_a_planted_canary(leak: Leak, place: str) -> None:
         str(ids.tolist()).encode(),
         adapter_rows[0],
         moments[-1],
+        cores[-1],
     ]
     content = leak.places[place]
     for canary in planted:
@@ -153,17 +182,19 @@ def test_seed_that_is_sent_is_not_the_adapters_seed(leak: Leak) -> None:
     """Whoever has the seed of A has A, and with it the rest."""
     decoder = Decoder()
     openings = [each for each in map(decoder.decode, leak.received) if isinstance(each, m.OpenSession)]
-    assert len(openings) == 2
-    (told,) = {each.purpose.seed for each in openings if isinstance(each.purpose, m.Train)}
-    assert told == seed_for_server(config().seed)
-    assert told not in config().seed
-    theirs, ours = (adapter_generator(seed).random(8) for seed in ((told,), config().seed))
-    assert not np.isin(theirs, ours).any()
+    assert [each.adapter.kind for each in openings] == [kind for kind, _ in RUNS]
+    for opening, seed in zip(openings, SEEDS, strict=True):
+        assert isinstance(opening.purpose, m.Train)
+        told = opening.purpose.seed
+        assert told == seed_for_server(seed)
+        assert told not in seed
+        theirs, ours = (adapter_generator(each).random(8) for each in ((told,), seed))
+        assert not np.isin(theirs, ours).any()
 
 
 def test_server_does_not_send_its_model_path(leak: Leak) -> None:
     welcomes = [each for each in map(Decoder().decode, leak.sent) if isinstance(each, m.Welcome)]
-    assert [welcome.base_model for welcome in welcomes] == ["model", "model"]
+    assert [welcome.base_model for welcome in welcomes] == ["model"] * len(RUNS)
     assert str(leak.model.parent).encode() not in b"".join(leak.sent)
 
 
