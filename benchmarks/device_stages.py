@@ -96,6 +96,7 @@ def main() -> None:
 
     defaults = bundle.manifest.defaults
     config = TrainConfig(
+        kind="lora",
         total_steps=options.steps,
         batch_size=2,
         grad_accum=1,

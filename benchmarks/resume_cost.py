@@ -131,6 +131,7 @@ def main() -> None:
     first = options.length * 2 // 3
     dataset = Dataset.of([(row.tolist(), list(range(first - 1, options.length - 1))) for row in ids])
     config = TrainConfig(
+        kind="lora",
         total_steps=10_000,
         batch_size=options.batch_size,
         grad_accum=1,

@@ -172,7 +172,8 @@ def _show(summary: dict[str, Any]) -> None:
         table.add_row(f"[bold]{name}[/]", value, f"[dim]{note}[/]")
     console.print(table)
     heading = "[bold]What half of the blocks cost, and what it is compared with[/]"
-    console.print(f"\n{heading} (docs/benchmarks.md; as many steps, the same answers)", soft_wrap=True)
+    about = "docs/benchmarks.md; as many steps, the same answers, 100 rows less to train on"
+    console.print(f"\n{heading} ({about})", soft_wrap=True)
     benchmarked = json.loads(BENCHMARKED.read_text()).get("dialogue", {})
     for (recipe, rate), what in COMPARED.items():
         if found := benchmarked.get(recipe, {}).get(rate):

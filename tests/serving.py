@@ -71,6 +71,7 @@ def config(**changes: Any) -> TrainConfig:
     kill_revive = KillReviveConfig(**{"active_fraction": 1.0, **changes.pop("kill_revive", {})})
     optimizer = OptimizerConfig(**{"lr": 1e-2, **changes.pop("optimizer", {})})
     settings: dict[str, Any] = {
+        "kind": "lora",
         "total_steps": 6,
         "batch_size": 3,
         "grad_accum": 1,

@@ -185,8 +185,8 @@ def test_an_adapter_of_another_base_model_is_named_as_such(place: Place, tiny: T
 def test_a_run_of_a_billion_steps_is_planned_at_once(place: Place) -> None:
     """What it expects is a sample then; this test would take minutes otherwise."""
     config = TrainConfig(
-        total_steps=MAX_STEPS, batch_size=2, grad_accum=1, seed=(0,), rank=4, lora_alpha=8.0, wire_dtype="fp16",
-        optimizer=OptimizerConfig(), kill_revive=KillReviveConfig(active_fraction=0.25),
+        kind="lora", total_steps=MAX_STEPS, batch_size=2, grad_accum=1, seed=(0,), rank=4, lora_alpha=8.0,
+        wire_dtype="fp16", optimizer=OptimizerConfig(), kill_revive=KillReviveConfig(active_fraction=0.25),
     )  # fmt: skip
     dataset, manifest = Dataset.of([([1, 2, 3], [0, 1])] * 4), load_manifest(place.bundle)
     whole = expected_mb(config, manifest, dataset, 0)

@@ -196,8 +196,9 @@ def test_directory_without_run_is_an_error(content: str | None, text: str, tmp_p
 
 def config(**changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {
-        "total_steps": 60, "batch_size": 3, "grad_accum": 1, "seed": (1, 2, 3, 4), "rank": 4, "lora_alpha": 8.0,
-        "wire_dtype": "fp16", "optimizer": OptimizerConfig(), "kill_revive": KillReviveConfig(),
+        "kind": "lora", "total_steps": 60, "batch_size": 3, "grad_accum": 1, "seed": (1, 2, 3, 4),
+        "rank": 4, "lora_alpha": 8.0, "wire_dtype": "fp16",
+        "optimizer": OptimizerConfig(), "kill_revive": KillReviveConfig(),
     }  # fmt: skip
     return TrainConfig(**{**settings, **changes})
 
