@@ -21,6 +21,8 @@ from fault_proxy import Boundary, Fault, FaultProxy, Message, Plan, fault_proxy
 from forked import END_TIMEOUT_S, Command, Start, fork_command, free_port, wait_until_it_listens
 from safetensors.numpy import load_file
 
+from dlora.edge.adapters.parts import PARTS_NAME
+from dlora.edge.adapters.peft import WEIGHTS_NAME
 from dlora.edge.training.checkpoint import list_checkpoints, load_latest
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
@@ -400,8 +402,10 @@ def compare(outcome: Outcome, out: Path, wanted: Path, reports: dict[int, set[by
         outcome.wrong.append(f"steps {steps}, AdamW's steps differ by {extra}")
     if rows != wanted_rows:
         outcome.wrong.append("metrics differ")
-    if (out / "adapter_model.safetensors").read_bytes() != (wanted / "adapter_model.safetensors").read_bytes():
-        outcome.wrong.append("the adapter differs")
+    for name in (WEIGHTS_NAME, PARTS_NAME):
+        found, undisturbed = (each / name for each in (out, wanted))
+        if undisturbed.exists() and found.read_bytes() != undisturbed.read_bytes():
+            outcome.wrong.append(f"{name} differs")
     tensors, wanted_tensors = (load_file(list_checkpoints(each / "checkpoints")[0][1]) for each in (out, wanted))
     if any(tensors[name].tobytes() != wanted_tensors[name].tobytes() for name in wanted_tensors):
         outcome.wrong.append("AdamW's state differs")

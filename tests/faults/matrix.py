@@ -15,6 +15,7 @@ from typing import Final, Literal
 from fault_proxy import ON_A_FRAME, Boundary, Fault, Plan
 from fault_run import AtFile, Outcome, Place, Reference, Replicas, make_place, record, replicas, run_with_fault
 
+from dlora.edge.adapters.parts import PARTS_NAME
 from dlora.protocol.choices import KindChoice
 
 STEP: Final = 2
@@ -122,6 +123,7 @@ def _first_of_each(cases: Sequence[Case]) -> Iterator[Case]:
     for case in cases:
         # Before the new checkpoint is opened, renamed, and the oldest removed are three different things.
         kind = case.boundary.name.split(" ")[0] + case.place if isinstance(case.boundary, AtFile) else case.place
-        if kind not in seen and case.place != "saved adapter":
+        # Of a saved adapter, the file that no PEFT adapter has.
+        if kind not in seen and (case.place != "saved adapter" or PARTS_NAME in str(case.boundary.name)):
             seen.add(kind)
             yield case

@@ -38,7 +38,7 @@ def test_faults_change_no_bit_of_bottlenecks(bottleneck: Matrix, fault: Fault) -
     cells = list(bottleneck.run(bottleneck.cases(fault)))
     assert not {str(cell.case): cell.outcome.wrong for cell in cells if cell.outcome.wrong}
     assert {cell.case.place for cell in cells} >= {
-        "adapter_state", "make_adapter_state", "embeddings, setting up", "group_parameters",
+        "adapter_state", "make_adapter_state", "embeddings, setting up", "group_parameters", "saved adapter",
     }  # fmt: skip
 
 
