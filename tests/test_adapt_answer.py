@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from answers import INVOCATION, answered, random_answers
 from families import VOCABULARY, tiny_model
 from peft import PeftModel
 from peft_reference import loss_of
-from serving import RunningServer, config, serving, training
+from processes import run_edge
+from serving import RunningServer, config, randomize_all, serving, training
 from test_adapter_kinds import bits
-from test_frozen_factors import randomize
+from test_cli import Place
 from tiny import TinyFactory
 
 from dlora.cloud.model.base_model import BaseModel
@@ -54,6 +56,17 @@ def server(base: BaseModel) -> Iterator[RunningServer]:
 def run_of(kind: str, **changes: Any) -> TrainConfig:
     settings = {"target_modules": ("all-linear",), "lora_alpha": 4.0, "invocation": INVOCATION, "basis_steps": 1}
     return config(kind=kind, **{**settings, **changes})
+
+
+def test_start_says_what_becomes_of_conversations(tiny: TinyFactory, server: RunningServer, tmp_path: Path) -> None:
+    said = [{"role": role, "content": word} for role, word in (("user", "w1"), ("assistant", "w2 w3")) * 2]
+    data = tmp_path / "data.jsonl"
+    data.write_text((json.dumps({"messages": said}) + "\n") * 3)
+    place = Place(tiny(blocks=BLOCKS, head_dtype="fp32").bundle, data, server.url)
+    done = run_edge(*place.train(tmp_path / "out", kind=None))
+    assert done.code == 0, done.stderr
+    assert "each answer is an example of its own: 6 of 3 conversations" in done.stderr
+    assert "PEFT loads them so, and cannot merge them" in done.stderr
 
 
 # -- the invocation ------------------------------------------------------------------------------------------
@@ -140,7 +153,7 @@ def test_peft_gives_the_loss_of_the_saved_adapter(
     """In data where it is invoked, in some where it is not, and in some where it is invoked twice."""
     dataset = random_answers()
     with training(bundle, server.url, run_of(kind, wire_dtype=wire_dtype), dataset) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         trainer.run_step()
         others = [([9, 10, 11, 12], [1, 2]), ([7, 8, 9, 7, 8, 10, 11], [1, 2, 4, 5])]
         held_out = Dataset.of([*others, answered([9, 9], [10, 30]), *others])
@@ -159,7 +172,7 @@ def test_peft_gives_the_loss_of_the_saved_adapter(
 def test_uninvoked_adapter_is_the_base_model(bundle: Path, server: RunningServer, kind: str) -> None:
     """No row crosses at all."""
     with training(bundle, server.url, run_of(kind), random_answers()) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         uninvoked = Dataset.of([([9, 10, 11, 12], [1, 2]), ([8, 7, 9], [0, 1])])
         loss = trainer.evaluate(uninvoked).loss
     model = tiny_model("llama", num_hidden_layers=BLOCKS).eval()
@@ -172,7 +185,7 @@ def test_gradients_are_those_of_peft(bundle: Path, server: RunningServer, kind: 
     """Of each module's lora_B, which PEFT has of every kind; of a core by way of it."""
     dataset = random_answers()
     with training(bundle, server.url, run_of(kind), dataset) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         trainer.save_adapter(tmp_path)
         (batch,) = trainer.batches.step_batches(0)
         trainer.model.forward_backward([batch], step=0, grad_scale=1 / len(batch.labels))
@@ -196,7 +209,7 @@ def test_gradients_are_those_of_peft(bundle: Path, server: RunningServer, kind: 
 
 def test_generation_acts_from_the_prompts_invocation_on(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
     with training(bundle, server.url, run_of("bottleneck"), random_answers()) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         trainer.save_adapter(tmp_path)
     model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
     ids = np.array([9, 10, 7, 8, 11, 12], np.int64)
@@ -223,7 +236,7 @@ class OneWord:
 def test_uninvoked_generation_is_the_base_models(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
     """Also at the tokens that it has produced; and the user is told."""
     with training(bundle, server.url, run_of("bottleneck"), random_answers()) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         trainer.save_adapter(tmp_path)
     answers, said = {}, list[str]()
     for adapter in (None, tmp_path):

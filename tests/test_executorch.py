@@ -15,7 +15,7 @@ import pytest
 from executorch_bundle import NEEDED, program
 from families import VOCABULARY
 from processes import run_edge
-from serving import config, random_dataset, randomize, serving
+from serving import config, random_dataset, randomize_all, serving
 from test_cli import assert_fails
 from test_graphs import _head_end, adapter_inputs, check_adamw, check_head, outputs_of
 from tiny import TinyFactory
@@ -254,15 +254,17 @@ def random_inputs(bundle: Bundle, spec: Any, sizes: dict[str, int], seed: int = 
 # -- whole runs --------------------------------------------------------------------------------------------------
 
 
-def test_thirty_steps_match_the_losses_of_onnx(tiny: TinyFactory, bundle: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora", "bottleneck", "ffa"])
+def test_thirty_steps_match_the_losses_of_onnx(tiny: TinyFactory, bundle: Path, kind: str) -> None:
     base = tiny().base
-    run = config(total_steps=30, rank=4, lora_alpha=8.0, optimizer={"lr": 1e-2, "weight_decay": 0.01})
+    optimizer = {"lr": 1e-2, "weight_decay": 0.01}
+    run = config(kind=kind, total_steps=30, rank=4, lora_alpha=8.0, optimizer=optimizer, basis_steps=2)
     losses = []
     opened = Bundle.open(bundle)
     for engine in (OnnxEngine(opened, 1), ExecutorchEngine(opened, 2)):
         with serving(base) as server, Connection(server.url) as connection:
             trainer = Trainer(opened, engine, connection, run, random_dataset(VOCABULARY))
-            randomize(trainer)
+            randomize_all(trainer)
             losses.append([trainer.run_step().loss for _ in range(run.total_steps)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 

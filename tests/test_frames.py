@@ -37,7 +37,7 @@ SEQ, ACK = 5, 4
 
 _INT8_GRADS = floats(3, 6, dtype="int8"), floats(3, 2, dtype="int8")
 
-# One of each; the golden files are only ever added to.
+# One of each, and what more there is of some; the golden files are only ever added to.
 EXAMPLES: dict[str, m.AnyMessage] = {
     "hello": m.Hello(protocol_versions=[2], software="dlora-edge 0.1.0", device="5eed" * 8),
     "welcome": m.Welcome(
@@ -65,6 +65,28 @@ EXAMPLES: dict[str, m.AnyMessage] = {
             ticket=b"ticket",
         ),
     ),
+    "open_session_bottleneck": m.OpenSession(
+        base_fingerprint="ab" * 32,
+        groups=GROUPS,
+        adapter=AdapterSpec(kind="bottleneck", r=2),
+        codecs=Codecs.parse("int8"),
+        evaluation_codecs=Codecs.all("fp16"),
+        purpose=m.Train(
+            kill_revive=KillReviveConfig(active_fraction=0.5, score="static", on_kill="give_to_server", warmup_steps=0),
+            seed=7,
+            total_steps=100,
+            learnt=(0, 1),
+        ),
+        window=2,
+    ),
+    "open_session_use": m.OpenSession(
+        base_fingerprint="ab" * 32,
+        groups=GROUPS[1:],
+        adapter=AdapterSpec(kind="ffa", r=8),
+        codecs=Codecs.all("fp16"),
+        evaluation_codecs=Codecs.all("fp16"),
+        purpose=m.Use(),
+    ),
     "make_adapter_state": m.MakeAdapterState(group=3),
     "adapter_state": m.AdapterState(group=1, tensors=(floats(2, 3), floats(3)), gradient_norm=0.5),
     "group_parameters": m.GroupParameters(group=2, tensors=(floats(2, 2),)),
@@ -84,6 +106,26 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         hidden_states=floats(3, 6, dtype="fp16"),
         sequence_lengths=WireTensor.from_ints([2, 1]),
         label_positions=WireTensor.from_ints([0, 2]),
+    ),
+    "embeddings_answers": m.Embeddings(
+        step=3,
+        micro_batch=0,
+        mode="train",
+        hidden_states=floats(3, 6, dtype="int8"),
+        sequence_lengths=WireTensor.from_ints([2, 1]),
+        label_positions=WireTensor.from_ints([1, 2]),
+        crossing_positions=WireTensor.from_ints([1, 2]),
+        examples=WireTensor.from_ints([4, 9]),
+    ),
+    "embeddings_basis_of_token_ids": m.Embeddings(
+        step=0,
+        micro_batch=1,
+        mode="basis",
+        hidden_states=None,
+        sequence_lengths=WireTensor.from_ints([3]),
+        label_positions=WireTensor.from_ints([1]),
+        crossing_positions=WireTensor.from_ints([]),
+        token_ids=WireTensor.from_ints([7, 300, 49151]),
     ),
     "group_input": m.GroupInput(step=3, micro_batch=0, group=1, hidden_states=floats(3, 6)),
     "group_delta": m.GroupDelta(step=3, micro_batch=0, group=0, deltas=(floats(3, 6), floats(3, 2))),

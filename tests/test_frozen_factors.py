@@ -655,6 +655,19 @@ def test_what_the_basis_takes_is_counted_and_given_back(bundle: Path, base: Base
         eventually(lambda: quotas.live_bytes == kept)
 
 
+@pytest.mark.parametrize("basis", ["data", "weights"])
+def test_what_the_basis_computes_is_charged(bundle: Path, base: BaseModel, basis: str) -> None:
+    """Of micro-batches, and of making what the server keeps: after the first of them the quota is used up."""
+    run = run_of("bottleneck", basis=basis)
+    with (
+        serving(base, quotas=QuotaLimits(compute_s_per_hour=1e-6)) as server,
+        pytest.raises(RefusedError) as refused,
+        training(bundle, server.url, run, random_dataset(VOCABULARY)),
+    ):
+        pass
+    assert refused.value.code == "quota_compute"
+
+
 def test_scores_of_cores_are_those_of_the_whole_change(bundle: Path, server: RunningServer) -> None:
     with training(bundle, server.url, run_of("bottleneck", lora_alpha=10.0), random_dataset(VOCABULARY)) as trainer:
         group = trainer.adapters.groups[0]

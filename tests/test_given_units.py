@@ -10,9 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 from families import VOCABULARY
-from serving import RunningServer, config, random_dataset, serving, training
+from serving import RunningServer, config, random_dataset, randomize_all, serving, training
 from test_adapter_kinds import bits, lose_sessions
-from test_frozen_factors import randomize
 from tiny import TinyFactory
 from waiting import eventually
 
@@ -63,7 +62,7 @@ def test_server_computes_what_the_device_would(
     """Step for step the losses of a run whose killed units are held, which computes them on the device."""
     dataset = random_dataset(VOCABULARY)
     with training(bundle, server.url, run_of(kind, "fade", kill_revive={}, invocation=invocation), dataset) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         trainer.save_adapter(tmp_path / "init")
     init = load_adapter(tmp_path / "init")
     found, units = {}, {}
@@ -96,7 +95,7 @@ def test_units_of_an_adapter_to_start_from_keep_their_effect(
     """Also those that are never active: the first step has all of it."""
     dataset = random_dataset(VOCABULARY)
     with training(bundle, server.url, run_of("bottleneck", "fade", kill_revive={}), dataset) as trainer:
-        randomize(trainer)
+        randomize_all(trainer)
         trainer.save_adapter(tmp_path)
         wanted = trainer.evaluate(dataset).loss
     static = {"static": (1, 3)} if score == "static" else {}
