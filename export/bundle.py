@@ -35,7 +35,7 @@ from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 
 from .installed import check_executorch
 from .output_directory import new_directory_for
-from .selection import select_targets
+from .selection import can_be_activated, select_targets
 from .settings import ExportSettings
 from .to_executorch import BOUNDS
 from .tokenizer import load_tokenizer, save_tokenizer
@@ -100,6 +100,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
             defaults=AdapterDefaults(settings.rank, settings.alpha, selection.target_modules),
             groups=groups,
             order=_order(base, groups),
+            without_activation=tuple(name for name in selection.trainable if not can_be_activated(base, name)),
             embedding=embedding_spec,
             head=head_spec,
             tokenizer=tokenizer_spec,

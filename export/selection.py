@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
@@ -12,6 +13,9 @@ from torch import nn
 from dlora.cloud.model.base_model import BaseModel, quiet
 from dlora.protocol.errors import ExportError
 from dlora.protocol.targets import ALL_LINEAR
+
+# For MPT, PEFT's forward is one of its own, in which no adapter is ever activated.
+_PEFT_IGNORES_INVOCATION: Final = ("mpt",)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ def select_targets(base: BaseModel, target_modules: Sequence[str] | None) -> Sel
             f"{wrong[0]} cannot be a target module of {base.name}: it {reason}; {_choices_text(base, trainable)}"
         )
     return Selection(trainable, tuple(name for name in trainable if name in chosen), tuple(target_modules))
+
+
+def can_be_activated(base: BaseModel, name: str) -> bool:
+    """Whether PEFT gives a target module an activated LoRA, whose deltas begin at an invocation."""
+    return base.architecture not in _PEFT_IGNORES_INVOCATION and base.targets[name].sees_sequences
 
 
 def _default(base: BaseModel, trainable: tuple[str, ...]) -> Selection:

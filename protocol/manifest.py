@@ -169,6 +169,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         groups: the exchange groups of all modules that can be trained, in execution order.
         order: the place in execution order of each of their modules, as these stand in ``groups``; empty where that is
             the order in which they stand.
+        without_activation: full names of those of their modules to which PEFT gives no activated LoRA.
         golden: safetensors file of inputs and outputs: ``<kind>[.<key>].in.<name>`` and ``….out.<name>``.
         files: every other file of the bundle.
         executorch: where graphs have a file for that engine.
@@ -180,6 +181,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     defaults: AdapterDefaults
     groups: Annotated[tuple[GroupSpec, ...], msgspec.Meta(min_length=1)]
     order: tuple[int, ...] = ()
+    without_activation: tuple[str, ...] = ()
     embedding: EmbeddingSpec
     head: HeadSpec
     tokenizer: TokenizerSpec

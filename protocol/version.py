@@ -7,5 +7,5 @@ SOFTWARE_VERSION: Final = "0.1.0"
 PROTOCOL_VERSIONS: Final = (7,)
 """Wire versions that this code speaks, newest last. See docs/protocol.md, section Evolution."""
 
-BUNDLE_FORMAT: Final = 3
+BUNDLE_FORMAT: Final = 4
 """Bundle format that this code writes, and the newest that it reads. See docs/bundle.md."""

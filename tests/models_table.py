@@ -8,8 +8,9 @@ from typing import Final
 from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, tiny_model
 
 from dlora.cloud.model.base_model import BaseModel
-from dlora.export.selection import select_targets
+from dlora.export.selection import can_be_activated, select_targets
 from dlora.protocol.errors import ExportError
+from dlora.protocol.targets import module_names
 
 ON_EXECUTORCH: Final = "llama"  # tests/test_executorch.py
 PAGE: Final = Path(__file__).parents[1] / "docs" / "models.md"
@@ -36,11 +37,13 @@ has the same graphs, which depend on widths and kind of head and not on the fami
   fewer than eight numbers (`shared_expert_gate` of qwen3_next).
 - **`all-linear` leaves out**: modules of the blocks that cannot be targets, one name for each reason. Export says so,
   too.
+- **`--adapt answer` leaves out**: modules to which PEFT gives no activated LoRA, mostly because what they are given is
+  not (batch, length, width) in memory. Who names them gets `--adapt all`, and so does a model that has no others.
 - **engines**: on which of them whole runs are tested.
 - **run**: *always* by `make test`, or *slow* by `make test-slow`.
 
-| family | LoRA's default | whose | `all-linear` leaves out | engines | run |
-|---|---|---|---|---|---|
+| family | LoRA's default | whose | `all-linear` leaves out | `--adapt answer` leaves out | engines | run |
+|---|---|---|---|---|---|---|
 """
 _REFUSED: Final = """
 ## Refused
@@ -65,7 +68,9 @@ def accepted(family: str) -> str:
     run = "always" if family in FAMILIES else "slow"
     names = ", ".join(f"`{name}`" for name in default.target_modules)
     engines = "onnx, executorch" if family == ON_EXECUTORCH else "onnx"
-    return f"| {family} | {names} | {whose} | {skipped} | {engines} | {run} |"
+    without = [name for name in default.trainable if not can_be_activated(base, name)]
+    inactive = ", ".join(f"`{name}`" for name in (module_names(base.groups(without)) if without else ()))
+    return f"| {family} | {names} | {whose} | {skipped} | {inactive} | {engines} | {run} |"
 
 
 def refused(family: str) -> str:

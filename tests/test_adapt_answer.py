@@ -17,7 +17,7 @@ from peft_reference import loss_of
 from processes import run_edge
 from serving import RunningServer, config, randomize_all, serving, training
 from test_adapter_kinds import bits
-from test_cli import Place
+from test_cli import Place, assert_fails
 from tiny import TinyFactory
 
 from dlora.cloud.model.base_model import BaseModel
@@ -67,6 +67,28 @@ def test_start_says_what_becomes_of_conversations(tiny: TinyFactory, server: Run
     assert done.code == 0, done.stderr
     assert "each answer is an example of its own: 6 of 3 conversations" in done.stderr
     assert "PEFT loads them so, and cannot merge them" in done.stderr
+
+
+def test_modules_that_peft_does_not_activate_get_no_activated_adapter(tiny: TinyFactory, tmp_path: Path) -> None:
+    """OPT flattens what it gives to fc1 and fc2."""
+    model = tiny("opt", head_dtype="fp32")
+    data = tmp_path / "data.jsonl"
+    data.write_text((json.dumps({"prompt": "w1 w2 w3", "completion": " w4 w5"}) + "\n") * 4)
+    with serving(model.base) as server:
+        place = Place(model.bundle, data, server.url)
+        done = run_edge(*place.train(tmp_path / "default", kind=None))
+        assert done.code == 0, done.stderr
+        assert "PEFT has no activated LoRA for fc1, fc2 of this base model: these get no adapters" in done.stderr
+        trained = load_adapter(tmp_path / "default")
+        assert trained.invocation
+        assert {name.rpartition(".")[2] for name in trained.modules} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+        named = {"kind": None, "target_modules": "fc1,q_proj"}
+        done = run_edge(*place.train(tmp_path / "named", **named))
+        assert done.code == 0, done.stderr
+        assert "adapters act at all tokens: PEFT has no activated LoRA for fc1 of this base model" in done.stderr
+        assert not load_adapter(tmp_path / "named").invocation
+        refused = run_edge(*place.train(tmp_path / "refused", **named, adapt="answer"))
+    assert_fails(refused, UsageError.exit_code, "no activated LoRA for fc1", "leave these out of --target-modules")
 
 
 # -- the invocation ------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def with_gate(manifest: Manifest) -> Manifest:
 def test_rank_is_no_larger_than_the_narrowest_group(manifest: Manifest) -> None:
     spec, groups = default_adapters("bottleneck", manifest)
     assert spec.r == min(min(group.in_features, group.out_features) for group in groups) == 16
-    assert default_target_modules("bottleneck", manifest) == ("all-linear",)
+    assert default_target_modules("bottleneck", manifest, "answer") == ("all-linear",)
 
 
 def test_gate_gets_no_core_and_changes_no_rank(manifest: Manifest) -> None:

@@ -54,6 +54,8 @@ class TargetModule:
         block: the block it belongs to.
         order: its place in the order of execution.
         input_id: modules of the same number receive the same tensor.
+        sees_sequences: whether it is given (batch, length, width) as such, and not flattened or turned over, as PEFT's
+            activated LoRA must have it to know where a sequence begins.
         module: ``nn.Linear``, or ``Conv1D`` whose weight is (in_features, out_features).
     """
 
@@ -63,6 +65,7 @@ class TargetModule:
     input_id: int
     in_features: int
     out_features: int
+    sees_sequences: bool
     module: nn.Module
 
 
@@ -306,5 +309,12 @@ def _trace(
             refused[name] = "gives more than its product (as routers of a mixture may)"
             continue
         input_id = input_ids.setdefault((block, id(tensor)), len(input_ids))
-        targets[name] = TargetModule(name, block, len(targets), input_id, in_features, out_features, module)
+        targets[name] = TargetModule(
+            name, block, len(targets), input_id, in_features, out_features, _is_of_sequences(tensor), module
+        )
     return targets, refused
+
+
+def _is_of_sequences(tensor: Tensor) -> bool:
+    """Whether it is (batch, length, width), and a view of it (batch * length, width)."""
+    return tensor.ndim == 3 and tensor.stride(0) == tensor.shape[1] * tensor.stride(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -52,7 +52,7 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
         trained = groups_of(manifest, init.modules)
         names = names or tuple(module_names(trained))
         blocks = blocks or number_ranges({group.block for group in trained})
-    names = names or default_target_modules(kind, manifest)
+    names = names or default_target_modules(kind, manifest, settings.adapt or defaults.adapt)
     settings = msgspec.structs.replace(settings, target_modules=",".join(names), blocks=blocks or defaults.blocks)
     numbers = parse_blocks(settings.blocks, manifest)
     settings = msgspec.structs.replace(settings, blocks=number_ranges(numbers))
@@ -67,7 +67,7 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
 def default_adapters(kind: KindChoice, manifest: Manifest) -> tuple[AdapterSpec, tuple[GroupSpec, ...]]:
     """What a run has that names no more than the kind: what crosses for a group, and its groups."""
     blocks = parse_blocks(DEFAULTS[kind].blocks, manifest)
-    groups = choose_groups(manifest, default_target_modules(kind, manifest), blocks)
+    groups = choose_groups(manifest, default_target_modules(kind, manifest, DEFAULTS[kind].adapt), blocks)
     return AdapterSpec(kind, default_rank(kind, manifest, groups)), groups
 
 
@@ -114,6 +114,7 @@ def _basis(settings: RunSettings, kind: KindChoice, *, has_one: bool) -> dict[st
 
 def choose_where_adapters_act(
     settings: RunSettings,
+    manifest: Manifest,
     init: LoadedAdapter | None,
     datasets: Sequence[Dataset],
     known: tuple[int, ...],
@@ -122,7 +123,8 @@ def choose_where_adapters_act(
     """``settings`` with what ``--adapt`` is, the invocation, and the data as it is trained on.
 
     The first of ``datasets`` is trained on. ``known`` is the invocation of the run that goes on; else none. Raises
-    ``UsageError`` where ``--adapt answer`` was asked for and its data have no invocation.
+    ``UsageError`` where ``--adapt answer`` was asked for and its data have no invocation, or PEFT no activated LoRA for
+    the modules.
     """
     assert settings.kind is not None
     adapt = settings.adapt or DEFAULTS[settings.kind].adapt
@@ -130,6 +132,13 @@ def choose_where_adapters_act(
         adapt = "answer" if init.invocation else "all"
     if adapt == "all":
         return msgspec.structs.replace(settings, adapt=adapt), (), list(datasets)
+    is_asked_for = settings.adapt is not None or init is not None
+    if without := _chosen_without_activation(settings, manifest):
+        reason = f"PEFT has no activated LoRA for {without} of this base model"
+        if is_asked_for:
+            raise UsageError(f"{reason}; leave these out of --target-modules, or take --adapt all")
+        say(f"adapters act at all tokens: {reason} (--adapt)")
+        return msgspec.structs.replace(settings, adapt="all"), (), list(datasets)
     cut = [dataset.one_answer_each() for dataset in datasets]
     try:
         known = known or (init.invocation if init is not None else ())
@@ -138,7 +147,7 @@ def choose_where_adapters_act(
         else:
             invocation = find_invocation(cut[0], cut[1:])
     except UsageError:
-        if settings.adapt is not None or init is not None:
+        if is_asked_for:
             raise
         say("adapters act at all tokens: the prompts have no common end that begins the answers (--adapt)")
         return msgspec.structs.replace(settings, adapt="all"), (), list(datasets)
@@ -147,11 +156,24 @@ def choose_where_adapters_act(
             say(line)
     if len(cut[0]) > len(datasets[0]):
         say(f"each answer is an example of its own: {len(cut[0]):,} of {len(datasets[0]):,} conversations")
+    if without := _last_parts(manifest.without_activation):
+        say(f"PEFT has no activated LoRA for {without} of this base model: these get no adapters (--adapt all)")
     say(
         "adapters act from the beginning of the answer on (activated LoRA): PEFT loads them so, and cannot merge them "
         "into the base model; --adapt all gives some that can be merged"
     )
     return msgspec.structs.replace(settings, adapt=adapt), invocation, cut
+
+
+def _chosen_without_activation(settings: RunSettings, manifest: Manifest) -> str:
+    """The modules that are to have adapters, and to which PEFT gives no activated LoRA: the ends of their names."""
+    groups = choose_groups(manifest, target_modules_of(settings), parse_blocks(settings.blocks, manifest))
+    chosen = {target.name for group in groups for target in group.targets}
+    return _last_parts(chosen.intersection(manifest.without_activation))
+
+
+def _last_parts(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def target_modules_of(settings: RunSettings) -> tuple[str, ...]:

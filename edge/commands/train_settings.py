@@ -70,7 +70,9 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     kill_revive = _kill_revive(settings, bundle.manifest, groups)
     loaded = _load(settings, bundle, display)
     known = begun.invocation if begun is not None else ()
-    settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(settings, init, loaded, known, display.say)
+    settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(
+        settings, bundle.manifest, init, loaded, known, display.say
+    )
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, total_steps, train
 

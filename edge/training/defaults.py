@@ -84,15 +84,22 @@ def default_alpha(kind: KindChoice, manifest: Manifest, rank: int) -> float:
     return float(rank) if kind == "bottleneck" else manifest.defaults.lora_alpha
 
 
-def default_target_modules(kind: KindChoice, manifest: Manifest) -> tuple[str, ...]:
-    """Names, as ``choose_groups`` reads them. Of ``all-linear`` those are left out that ``_is_narrow``."""
+def default_target_modules(kind: KindChoice, manifest: Manifest, adapt: Adapt) -> tuple[str, ...]:
+    """Names, as ``choose_groups`` reads them.
+
+    Left out are groups that are too narrow for a bottleneck (``_is_narrow``), and, of adapters that act on answers,
+    modules to which PEFT gives no activated LoRA.
+    """
     named = DEFAULTS[kind].target_modules
-    if named is None:
-        return manifest.defaults.target_modules
-    groups = choose_groups(manifest, (named,))
-    narrow = {name for group in groups if _is_narrow(group) for name in module_names([group])}
-    wide = tuple(name for name in module_names(groups) if name not in narrow)
-    return wide if narrow and wide else (named,)
+    names = manifest.defaults.target_modules if named is None else (named,)
+    groups = choose_groups(manifest, names)
+    left_out: set[str] = set()
+    if DEFAULTS[kind].r is not None:
+        left_out |= set(module_names(group for group in groups if _is_narrow(group)))
+    if adapt == "answer":
+        left_out |= {name.rpartition(".")[2] for name in manifest.without_activation}
+    kept = tuple(name for name in module_names(groups) if name not in left_out)
+    return kept if kept and left_out.intersection(module_names(groups)) else names
 
 
 def _is_narrow(group: GroupSpec) -> bool:
