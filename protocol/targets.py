@@ -73,6 +73,20 @@ def groups_of(manifest: Manifest, names: Collection[str]) -> tuple[GroupSpec, ..
     return _filter(manifest, lambda _, target: target.name in names)
 
 
+def names_selecting(
+    manifest: Manifest, groups: tuple[GroupSpec, ...], blocks: Collection[int] = ()
+) -> tuple[str, ...]:
+    """Names that select these groups' modules, and no others: as short as can be.
+
+    Args:
+        groups: as ``groups_of`` gives them.
+        blocks: that the names will be looked for in; none: in all.
+    """
+    short = tuple(module_names(groups))
+    is_exact = choose_groups(manifest, short, blocks) == groups
+    return short if is_exact else tuple(target.name for group in groups for target in group.targets)
+
+
 def module_names(groups: Iterable[GroupSpec]) -> list[str]:
     """The last parts of the names of all modules, each once, in alphabetical order."""
     return sorted({target.name.rpartition(".")[2] for group in groups for target in group.targets})

@@ -10,7 +10,7 @@ from dlora.edge.commands.adapter_settings import default_adapters
 from dlora.edge.training.defaults import default_rank, default_target_modules
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.manifest import Manifest, load_manifest
-from dlora.protocol.targets import choose_groups, module_names
+from dlora.protocol.targets import choose_groups, groups_of, module_names, names_selecting
 
 GATE = TargetSpec("model.layers.1.mlp.shared_expert_gate", 1)
 
@@ -43,6 +43,28 @@ def test_rank_that_a_gate_cannot_have_is_not_lowered_for_it(manifest: Manifest) 
     gated = with_gate(manifest)
     assert default_rank("bottleneck", gated, choose_groups(gated, ("all-linear",))) == 16
     assert default_rank("bottleneck", gated, choose_groups(gated, ("shared_expert_gate",))) == 1
+
+
+def test_one_module_without_activation_leaves_out_no_other(manifest: Manifest) -> None:
+    """Also where others have the same last part: the down_proj of another block."""
+    without = "model.layers.1.mlp.down_proj"
+    changed = msgspec.structs.replace(manifest, without_activation=(without,))
+    every = {target.name for group in manifest.groups for target in group.targets}
+    names = default_target_modules("bottleneck", changed, "answer")
+    chosen = {target.name for group in choose_groups(changed, names) for target in group.targets}
+    assert chosen == every - {without}
+    assert default_target_modules("bottleneck", changed, "all") == ("all-linear",)
+    assert default_target_modules("lora", changed, "answer") == manifest.defaults.target_modules
+
+
+def test_names_are_the_last_parts_where_these_select_the_same(manifest: Manifest) -> None:
+    groups = choose_groups(manifest, ("gate_proj", "up_proj"))
+    assert names_selecting(manifest, groups) == ("gate_proj", "up_proj")
+    assert names_selecting(manifest, groups[:1], {0}) == ("gate_proj", "up_proj")
+    assert len(names_selecting(manifest, groups[:1])) == 2
+    assert choose_groups(manifest, names_selecting(manifest, groups[:1])) == groups[:1]
+    mixed = groups_of(manifest, {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.gate_proj"})
+    assert choose_groups(manifest, names_selecting(manifest, mixed)) == mixed
 
 
 def test_lora_has_what_the_bundle_says(manifest: Manifest) -> None:

@@ -13,12 +13,19 @@ from dlora.edge.run.run_file import RunSettings
 from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules
 from dlora.edge.training.learning_rate import choose_learning_rate
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.choices import KindChoice
+from dlora.protocol.choices import Adapt, KindChoice
 from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import MAX_UNITS, KillReviveConfig
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import choose_groups, groups_of, last_blocks, module_names, number_ranges, spread_blocks
+from dlora.protocol.targets import (
+    choose_groups,
+    groups_of,
+    last_blocks,
+    names_selecting,
+    number_ranges,
+    spread_blocks,
+)
 
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
@@ -50,8 +57,9 @@ def choose_adapters(settings: RunSettings, manifest: Manifest, init: LoadedAdapt
     names, blocks = target_modules_of(settings), settings.blocks
     if init is not None and parts is not None and parts.kind == kind:
         trained = groups_of(manifest, init.modules)
-        names = names or tuple(module_names(trained))
-        blocks = blocks or number_ranges({group.block for group in trained})
+        own_blocks = {group.block for group in trained}
+        names = names or names_selecting(manifest, trained, own_blocks)
+        blocks = blocks or number_ranges(own_blocks)
     names = names or default_target_modules(kind, manifest, settings.adapt or defaults.adapt)
     settings = msgspec.structs.replace(settings, target_modules=",".join(names), blocks=blocks or defaults.blocks)
     numbers = parse_blocks(settings.blocks, manifest)
@@ -119,26 +127,26 @@ def choose_where_adapters_act(
     datasets: Sequence[Dataset],
     known: tuple[int, ...],
     say: Callable[[str], None],
-) -> tuple[RunSettings, tuple[int, ...], list[Dataset]]:
-    """``settings`` with what ``--adapt`` is, the invocation, and the data as it is trained on.
+) -> tuple[Adapt, tuple[int, ...], list[Dataset]]:
+    """What ``--adapt`` is, the invocation, and the data as it is trained on.
 
-    The first of ``datasets`` is trained on. ``known`` is the invocation of the run that goes on; else none. Raises
-    ``UsageError`` where ``--adapt answer`` was asked for and its data have no invocation, or PEFT no activated LoRA for
-    the modules.
+    ``settings`` are as ``choose_adapters`` has completed them. The first of ``datasets`` is trained on. ``known`` is
+    the invocation of the run that goes on; else none. Raises ``UsageError`` where ``--adapt answer`` was asked for and
+    its data have no invocation, or PEFT no activated LoRA for the modules.
     """
     assert settings.kind is not None
     adapt = settings.adapt or DEFAULTS[settings.kind].adapt
     if settings.adapt is None and init is not None:
         adapt = "answer" if init.invocation else "all"
     if adapt == "all":
-        return msgspec.structs.replace(settings, adapt=adapt), (), list(datasets)
+        return "all", (), list(datasets)
     is_asked_for = settings.adapt is not None or init is not None
     if without := _chosen_without_activation(settings, manifest):
         reason = f"PEFT has no activated LoRA for {without} of this base model"
         if is_asked_for:
             raise UsageError(f"{reason}; leave these out of --target-modules, or take --adapt all")
         say(f"adapters act at all tokens: {reason} (--adapt)")
-        return msgspec.structs.replace(settings, adapt="all"), (), list(datasets)
+        return "all", (), list(datasets)
     cut = [dataset.one_answer_each() for dataset in datasets]
     try:
         known = known or (init.invocation if init is not None else ())
@@ -150,30 +158,53 @@ def choose_where_adapters_act(
         if is_asked_for:
             raise
         say("adapters act at all tokens: the prompts have no common end that begins the answers (--adapt)")
-        return msgspec.structs.replace(settings, adapt="all"), (), list(datasets)
+        return "all", (), list(datasets)
     for dataset in cut[1:]:
         if line := uninvoked_line(dataset, invocation):
             say(line)
     if len(cut[0]) > len(datasets[0]):
         say(f"each answer is an example of its own: {len(cut[0]):,} of {len(datasets[0]):,} conversations")
-    if without := _last_parts(manifest.without_activation):
-        say(f"PEFT has no activated LoRA for {without} of this base model: these get no adapters (--adapt all)")
+    if line := _left_out_line(settings, manifest):
+        say(line)
     say(
         "adapters act from the beginning of the answer on (activated LoRA): PEFT loads them so, and cannot merge them "
         "into the base model; --adapt all gives some that can be merged"
     )
-    return msgspec.structs.replace(settings, adapt=adapt), invocation, cut
+    return "answer", invocation, cut
 
 
 def _chosen_without_activation(settings: RunSettings, manifest: Manifest) -> str:
     """The modules that are to have adapters, and to which PEFT gives no activated LoRA: the ends of their names."""
-    groups = choose_groups(manifest, target_modules_of(settings), parse_blocks(settings.blocks, manifest))
-    chosen = {target.name for group in groups for target in group.targets}
-    return _last_parts(chosen.intersection(manifest.without_activation))
+    chosen = _chosen(manifest, target_modules_of(settings), settings.blocks)
+    return _ends(chosen.intersection(manifest.without_activation))
 
 
-def _last_parts(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+def _left_out_line(settings: RunSettings, manifest: Manifest) -> str | None:
+    """What to say of modules that get no adapters because PEFT does not activate them; None where there are none."""
+    assert settings.kind is not None
+    names = target_modules_of(settings)
+    if names != default_target_modules(settings.kind, manifest, "answer"):
+        return None
+    chosen = _chosen(manifest, names, settings.blocks)
+    everywhere = _chosen(manifest, default_target_modules(settings.kind, manifest, "all"), settings.blocks)
+    left_out = everywhere - chosen
+    if not left_out:
+        return None
+    without = _ends(left_out, chosen)
+    return f"PEFT has no activated LoRA for {without} of this base model: these get no adapters (--adapt all)"
+
+
+def _chosen(manifest: Manifest, names: tuple[str, ...], blocks: str) -> set[str]:
+    """The full names of the modules that get adapters."""
+    groups = choose_groups(manifest, names, parse_blocks(blocks, manifest))
+    return {target.name for group in groups for target in group.targets}
+
+
+def _ends(names: Iterable[str], others: Iterable[str] = ()) -> str:
+    """The last parts of the names, each once, and the one before where it would be one of ``others`` as well."""
+    taken = {name.rpartition(".")[2] for name in others}
+    ends = {name.rpartition(".")[2]: name for name in names}
+    return ", ".join(sorted(".".join(name.split(".")[-2:]) if end in taken else end for end, name in ends.items()))
 
 
 def target_modules_of(settings: RunSettings) -> tuple[str, ...]:

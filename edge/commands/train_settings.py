@@ -65,14 +65,16 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     begun = _begun(Path(settings.out)) if resume else None
     if begun is not None and settings.lr is None:
         settings = msgspec.structs.replace(settings, lr=begun.settings.lr)
-    settings = choose_adapters(settings, bundle.manifest, init)
-    groups = choose_groups(bundle.manifest, target_modules_of(settings), parse_blocks(settings.blocks, bundle.manifest))
-    kill_revive = _kill_revive(settings, bundle.manifest, groups)
+    manifest = bundle.manifest
+    completed = choose_adapters(settings, manifest, init)
+    _kill_revive(completed, manifest)  # before data are read, so that what cannot be is said at once
     loaded = _load(settings, bundle, display)
     known = begun.invocation if begun is not None else ()
-    settings, invocation, (dataset, *evaluated) = choose_where_adapters_act(
-        settings, bundle.manifest, init, loaded, known, display.say
+    adapt, invocation, (dataset, *evaluated) = choose_where_adapters_act(
+        completed, manifest, init, loaded, known, display.say
     )
+    settings = choose_adapters(msgspec.structs.replace(settings, adapt=adapt), manifest, init)
+    kill_revive = _kill_revive(settings, manifest)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, total_steps, train
 
@@ -85,15 +87,15 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     )
     settings = choose_rate(settings, dataset, steps, display.say)
     if settings.bytes_per_token is not None:
-        of_one_step = _config(settings, bundle.manifest, kill_revive, 1, invocation)
-        settings = _within_budget(settings, of_one_step, bundle.manifest, dataset)
-        kill_revive = _kill_revive(settings, bundle.manifest, groups)
+        of_one_step = _config(settings, manifest, kill_revive, 1, invocation)
+        settings = _within_budget(settings, of_one_step, manifest, dataset)
+        kill_revive = _kill_revive(settings, manifest)
     keeps_best = settings.keep == "best" or settings.patience is not None
     run = TrainRun(
         bundle=bundle,
         server=settings.server,
         dataset=dataset,
-        config=_config(settings, bundle.manifest, kill_revive, steps, invocation),
+        config=_config(settings, manifest, kill_revive, steps, invocation),
         out=Path(settings.out),
         settings=settings,
         eval_dataset=evaluated[0] if evaluated else None,
@@ -163,11 +165,12 @@ def _init_adapter(settings: RunSettings) -> LoadedAdapter | None:
     return None if path is None else load_adapter(path)
 
 
-def _kill_revive(settings: RunSettings, manifest: Manifest, groups: Sequence[GroupSpec]) -> KillReviveConfig:
-    """Of settings that ``choose_adapters`` has completed. Raises ``UsageError`` for what these groups cannot do."""
+def _kill_revive(settings: RunSettings, manifest: Manifest) -> KillReviveConfig:
+    """Of settings that ``choose_adapters`` has completed. Raises ``UsageError`` for what their groups cannot do."""
     assert settings.kind is not None
     assert settings.kr_warmup_steps is not None
     assert settings.kr_ramp_fraction is not None
+    groups = choose_groups(manifest, target_modules_of(settings), parse_blocks(settings.blocks, manifest))
     units = len(group_units(groups, settings.kr_unit))
     pinned = _units(settings.pin, "--pin", settings.kr_unit, groups)
     static = _units(settings.static_units, "--static-units", settings.kr_unit, groups)

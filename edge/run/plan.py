@@ -61,16 +61,25 @@ class EvaluationPlan:
 
 
 def run_line(
-    config: TrainConfig, manifest: Manifest, dataset: Dataset, evaluations: EvaluationPlan | None, next_step: int
+    config: TrainConfig,
+    manifest: Manifest,
+    dataset: Dataset,
+    evaluations: EvaluationPlan | None,
+    next_step: int,
+    *,
+    has_state: bool,
 ) -> str:
-    """Steps, epochs, what is trained, and about how many MB will cross the wire."""
+    """Steps, epochs, what is trained, and about how many MB will cross the wire.
+
+    ``has_state``: whether the device has what the server keeps, of an earlier part of the run or of another run.
+    """
     units = len(group_units(config.groups(manifest), config.kill_revive.unit))
     per_epoch = steps_an_epoch(len(dataset), config.batch_size * config.grad_accum)
     active = config.kill_revive.budget_floor(units)
     what = f"all {units} {config.kill_revive.unit}s active" if active == units else f"{active} of {units} active"
     total = config.total_steps
     done = f" ({next_step:,} of them done)" if next_step else ""
-    mb = expected_mb(config, manifest, dataset, next_step) + set_up_mb(config, manifest, dataset, next_step)
+    mb = expected_mb(config, manifest, dataset, next_step) + set_up_mb(config, manifest, dataset, has_state=has_state)
     traffic = f"about {_mb(mb)} for training"
     if evaluations is not None:
         mb, count = evaluations_mb(config, manifest, evaluations, next_step), evaluations.count_left(next_step, total)
@@ -171,7 +180,7 @@ def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_
     return len(steps) * (none + share * (everything - none)) / 1e6
 
 
-def set_up_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:
+def set_up_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, *, has_state: bool) -> float:
     """What setting up what the server keeps will put on the wire, in MB of 10**6 bytes: nothing for ``lora``."""
     codecs, groups, kind = config.codecs, config.groups(manifest), kind_of(config.adapter)
     codec = codecs.of(TensorRole.ADAPTER_STATE)
@@ -181,9 +190,9 @@ def set_up_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_st
     ]
     if not any(sizes):
         return 0.0
-    traffic = adapter_state_traffic(sizes, made=True)
+    traffic = adapter_state_traffic(sizes, made=kind.server_makes_state and not has_state)
     total = float(traffic.bytes_up + traffic.bytes_down)
-    if kind.server_makes_state and config.basis == "data" and next_step == 0:
+    if kind.server_makes_state and config.basis == "data" and not has_state:
         steps = config.basis_pass_steps(len(dataset))
         total += steps * _mean_bytes(config, manifest, dataset, (), is_basis=True)
     return total / 1e6

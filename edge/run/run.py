@@ -194,12 +194,13 @@ def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfi
 
 
 def _print_plan(run: TrainRun, first_step: int, display: Display) -> None:
-    display.say(run_line(run.config, run.bundle.manifest, run.dataset, _evaluations(run), first_step))
-    display.say(adapters_line(run.config, run.bundle.manifest))
-    if first_step == 0:
+    manifest, has_state = run.bundle.manifest, first_step > 0 or run.init is not None
+    display.say(run_line(run.config, manifest, run.dataset, _evaluations(run), first_step, has_state=has_state))
+    display.say(adapters_line(run.config, manifest))
+    if not has_state:
         for line in basis_lines(run.config, run.dataset):
             display.say(line)
-    for line in kill_revive_lines(run.config, run.config.groups(run.bundle.manifest)):
+    for line in kill_revive_lines(run.config, run.config.groups(manifest)):
         display.say(line)
 
 

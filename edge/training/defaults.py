@@ -12,7 +12,7 @@ from typing import Final
 from dlora.protocol.choices import Adapt, Basis, KindChoice
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import ALL_LINEAR, choose_groups, module_names
+from dlora.protocol.targets import ALL_LINEAR, choose_groups, groups_of, names_selecting
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,17 @@ def default_target_modules(kind: KindChoice, manifest: Manifest, adapt: Adapt) -
     """Names, as ``choose_groups`` reads them.
 
     Left out are groups that are too narrow for a bottleneck (``_is_narrow``), and, of adapters that act on answers,
-    modules to which PEFT gives no activated LoRA.
+    modules to which PEFT gives no activated LoRA; where nothing is left then, none of them is left out.
     """
     named = DEFAULTS[kind].target_modules
     names = manifest.defaults.target_modules if named is None else (named,)
     groups = choose_groups(manifest, names)
-    left_out: set[str] = set()
+    left_out = set(manifest.without_activation) if adapt == "answer" else set()
     if DEFAULTS[kind].r is not None:
-        left_out |= set(module_names(group for group in groups if _is_narrow(group)))
-    if adapt == "answer":
-        left_out |= {name.rpartition(".")[2] for name in manifest.without_activation}
-    kept = tuple(name for name in module_names(groups) if name not in left_out)
-    return kept if kept and left_out.intersection(module_names(groups)) else names
+        left_out |= {target.name for group in groups if _is_narrow(group) for target in group.targets}
+    all_of_them = {target.name for group in groups for target in group.targets}
+    kept = all_of_them - left_out
+    return names_selecting(manifest, groups_of(manifest, kept)) if kept and kept != all_of_them else names
 
 
 def _is_narrow(group: GroupSpec) -> bool:
