@@ -17,6 +17,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection, serve
 
+from dlora.edge.adapters.parts import PARTS_NAME
+from dlora.edge.adapters.peft import WEIGHTS_NAME
 from dlora.edge.training.checkpoint import save_checkpoint
 from dlora.edge.training.config import RunIdentity
 from dlora.edge.training.trainer import TrainerState
@@ -131,7 +133,7 @@ def test_compare_finds_each_difference(tmp_path: Path) -> None:
     compare(other, run_of(tmp_path / "other", steps=[1, 1], weight=2.0, adam_steps=3), wanted, {0: {b"a", b"b"}})
     assert (other.steps_lost, other.steps_doubled) == (1, 2)
     text = "; ".join(other.wrong)
-    for part in ("AdamW's steps differ by 1", "metrics", "the adapter", "AdamW's state", "other scores"):
+    for part in ("AdamW's steps differ by 1", "metrics", WEIGHTS_NAME, PARTS_NAME, "AdamW's state", "other scores"):
         assert part in text
 
 
@@ -139,7 +141,8 @@ def run_of(out: Path, *, steps: list[int], weight: float, adam_steps: int) -> Pa
     run = RunIdentity(config=config(), base_model="", head="", groups="", data="")
     state = TrainerState(next_step=2, run=run, ticket=b"", states=[1], fade_ages=[0], adam_steps=[adam_steps])
     save_checkpoint(out / "checkpoints", 2, {"a": np.full(3, weight, np.float32)}, state)
-    (out / "adapter_model.safetensors").write_bytes(np.float32(weight).tobytes())
+    for name in (WEIGHTS_NAME, PARTS_NAME):
+        (out / name).write_bytes(np.float32(weight).tobytes())
     row = {"loss": weight, "learning_rate": 1, "grad_norm": 1, "tokens": 1, "labelled": 1, "active_units": 1}
     (out / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "units": "1", **row}) + "\n" for n in steps))
     return out
