@@ -84,7 +84,12 @@ def names_selecting(
     """
     short = tuple(module_names(groups))
     is_exact = choose_groups(manifest, short, blocks) == groups
-    return short if is_exact else tuple(target.name for group in groups for target in group.targets)
+    return short if is_exact else tuple(target_names(groups))
+
+
+def target_names(groups: Iterable[GroupSpec]) -> list[str]:
+    """The full names of all modules, group after group."""
+    return [target.name for group in groups for target in group.targets]
 
 
 def module_names(groups: Iterable[GroupSpec]) -> list[str]:
@@ -119,7 +124,7 @@ def _filter(manifest: Manifest, is_chosen: Callable[[GroupSpec, TargetSpec], boo
 
 def _matching_names(manifest: Manifest, names: Sequence[str]) -> set[str]:
     """The full names of the modules that PEFT takes for these names."""
-    modules = {target.name for group in manifest.groups for target in group.targets}
+    modules = set(target_names(manifest.groups))
     if tuple(names) == (ALL_LINEAR,):
         return modules
     endings = tuple(f".{name}" for name in names)

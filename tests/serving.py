@@ -107,14 +107,12 @@ def final_weights(trainer: Trainer) -> dict[str, np.ndarray]:
 
 def randomize(trainer: Trainer, seed: int = 5) -> None:
     """B other than zero, so that every gradient shows."""
+    randomize_all(trainer, seed, ending=".lora_B")
+
+
+def randomize_all(trainer: Trainer, seed: int = 0, ending: str = "") -> None:
+    """What is trained, of any kind, away from zero, so that every gradient shows; or what has names that end so."""
     rng = np.random.default_rng(seed)
     for name, parameter in trainer.adapters.parameters().items():
-        if name.endswith(".lora_B"):
+        if name.endswith(ending):
             parameter.value = rng.normal(0, 0.3, parameter.value.shape).astype(np.float32)
-
-
-def randomize_all(trainer: Trainer, seed: int = 0) -> None:
-    """What is trained, of any kind, away from zero, so that every gradient shows."""
-    random = np.random.default_rng(seed)
-    for parameter in trainer.adapters.parameters().values():
-        parameter.value = random.normal(0, 0.3, parameter.value.shape).astype(np.float32)

@@ -17,7 +17,7 @@ from peft_reference import loss_of
 from processes import run_edge
 from serving import RunningServer, config, randomize_all, serving, training
 from test_adapter_kinds import bits
-from test_cli import Place, assert_fails
+from test_cli import GOOD_ROW, Place, assert_fails
 from tiny import TinyFactory
 
 from dlora.cloud.model.base_model import BaseModel
@@ -73,7 +73,7 @@ def test_modules_that_peft_does_not_activate_get_no_activated_adapter(tiny: Tiny
     """OPT flattens what it gives to fc1 and fc2."""
     model = tiny("opt", head_dtype="fp32")
     data = tmp_path / "data.jsonl"
-    data.write_text((json.dumps({"prompt": "w1 w2 w3", "completion": " w4 w5"}) + "\n") * 4)
+    data.write_text((GOOD_ROW + "\n") * 4)
     with serving(model.base) as server:
         place = Place(model.bundle, data, server.url)
         done = run_edge(*place.train(tmp_path / "default", kind=None))
@@ -99,7 +99,7 @@ def test_run_from_a_bottleneck_trains_its_modules_and_makes_no_basis(tiny: TinyF
     """GPT-2 has a c_proj in attention and another in the MLP."""
     model = tiny("gpt2", head_dtype="fp32")
     data = tmp_path / "data.jsonl"
-    data.write_text((json.dumps({"prompt": "w1 w2 w3", "completion": " w4 w5"}) + "\n") * 4)
+    data.write_text((GOOD_ROW + "\n") * 4)
     with serving(model.base) as server:
         place = Place(model.bundle, data, server.url)
         first = run_edge(*place.train(tmp_path / "first", kind=None, target_modules="attn.c_proj"))

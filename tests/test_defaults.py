@@ -10,7 +10,7 @@ from dlora.edge.commands.adapter_settings import default_adapters
 from dlora.edge.training.defaults import default_rank, default_target_modules
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.manifest import Manifest, load_manifest
-from dlora.protocol.targets import choose_groups, groups_of, module_names, names_selecting
+from dlora.protocol.targets import choose_groups, groups_of, module_names, names_selecting, target_names
 
 GATE = TargetSpec("model.layers.1.mlp.shared_expert_gate", 1)
 
@@ -49,9 +49,9 @@ def test_one_module_without_activation_leaves_out_no_other(manifest: Manifest) -
     """Also where others have the same last part: the down_proj of another block."""
     without = "model.layers.1.mlp.down_proj"
     changed = msgspec.structs.replace(manifest, without_activation=(without,))
-    every = {target.name for group in manifest.groups for target in group.targets}
+    every = set(target_names(manifest.groups))
     names = default_target_modules("bottleneck", changed, "answer")
-    chosen = {target.name for group in choose_groups(changed, names) for target in group.targets}
+    chosen = set(target_names(choose_groups(changed, names)))
     assert chosen == every - {without}
     assert default_target_modules("bottleneck", changed, "all") == ("all-linear",)
     assert default_target_modules("lora", changed, "answer") == manifest.defaults.target_modules

@@ -15,9 +15,11 @@ from peft.tuners.lora import LoraLayer
 from serving import config, final_weights, random_dataset, randomize, randomize_all, serving, training
 from tiny import TinyFactory
 
+from dlora.edge.data.batches import MicroBatch, evaluation_batches
 from dlora.edge.training.defaults import default_target_modules
+from dlora.edge.training.trainer import Trainer
 from dlora.protocol.manifest import load_manifest
-from dlora.protocol.targets import choose_groups
+from dlora.protocol.targets import choose_groups, target_names
 
 # fp32 throughout; sums are taken in another order.
 GRADIENT_TOLERANCE = 1e-4
@@ -42,13 +44,10 @@ def test_gradients_match_the_whole_model_in_every_family(
         training(bundle, server.url, run, dataset) as trainer,
     ):
         randomize(trainer)
-        batches = trainer.batches.step_batches(0)
-        labelled = sum(len(batch.labels) for batch in batches)
-        losses = trainer.model.forward_backward(batches, step=0, grad_scale=1 / labelled)
+        batches, split_loss = run_first_step(trainer)
     model = reference.with_adapters(tiny_model(family), trainer.adapters, run.rank, run.lora_alpha)
     loss = reference.loss_of(model, batches)
     loss.backward()
-    split_loss = float(sum(part.sum() for part in losses)) / labelled
     assert split_loss == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
     worst = 0.0
     for name, parameter in trainer.adapters.parameters().items():
@@ -56,6 +55,14 @@ def test_gradients_match_the_whole_model_in_every_family(
         assert np.abs(wanted).max() > 0, f"{name} has no gradient: the test shows nothing"
         worst = max(worst, float(np.linalg.norm(parameter.grad - wanted) / np.linalg.norm(wanted)))
     assert worst < GRADIENT_TOLERANCE
+
+
+def run_first_step(trainer: Trainer) -> tuple[list[MicroBatch], float]:
+    """Gradients of the first step, which the trainer's parameters then have: its micro-batches, and its mean loss."""
+    batches = trainer.batches.step_batches(0)
+    labelled = sum(len(batch.labels) for batch in batches)
+    losses = trainer.model.forward_backward(batches, step=0, grad_scale=1 / labelled)
+    return batches, float(sum(part.sum() for part in losses)) / labelled
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "ffa"])
@@ -67,7 +74,7 @@ def test_gradients_of_the_other_kinds_match_the_whole_model_in_every_family(
     bundle = tiny(family, head_dtype="fp32").bundle
     manifest = load_manifest(bundle)
     targets = default_target_modules("bottleneck", manifest, "answer")
-    chosen = {target.name for group in choose_groups(manifest, targets) for target in group.targets}
+    chosen = set(target_names(choose_groups(manifest, targets)))
     invocation = () if kind == "ffa" or chosen.intersection(manifest.without_activation) else INVOCATION
     assert invocation or kind == "ffa" or family == "mpt"
     run = config(kind=kind, grad_accum=2, target_modules=targets, invocation=invocation, basis_steps=2)
@@ -77,14 +84,12 @@ def test_gradients_of_the_other_kinds_match_the_whole_model_in_every_family(
         training(bundle, server.url, run, dataset) as trainer,
     ):
         randomize_all(trainer)
-        batches = trainer.batches.step_batches(0)
-        labelled = sum(len(batch.labels) for batch in batches)
-        losses = trainer.model.forward_backward(batches, step=0, grad_scale=1 / labelled)
+        batches, split_loss = run_first_step(trainer)
         trainer.save_adapter(tmp_path)
     model = PeftModel.from_pretrained(tiny_model(family).eval(), tmp_path, is_trainable=True)
     loss = reference.loss_of(model, batches)
     loss.backward()
-    assert float(sum(part.sum() for part in losses)) / labelled == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
+    assert split_loss == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
     for group in trainer.adapters.groups:
         grads = {each.name: reference.parameter(model, f"{each.name}.lora_B").grad for each in group.factors()}
         wanted = {f"{name}.lora_B": grad.numpy() for name, grad in grads.items()}
@@ -166,8 +171,6 @@ def test_the_saved_adapter_gives_peft_the_split_loss(
         split = trainer.evaluate(held_out)
     model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
     with torch.no_grad():
-        from dlora.edge.data.batches import evaluation_batches
-
         batches = list(evaluation_batches(held_out, 4))
         assert split.loss == pytest.approx(reference.loss_of(model, batches).item(), rel=1e-4)
     if kill_revive:

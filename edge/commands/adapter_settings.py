@@ -25,6 +25,7 @@ from dlora.protocol.targets import (
     names_selecting,
     number_ranges,
     spread_blocks,
+    target_names,
 )
 
 if TYPE_CHECKING:
@@ -196,8 +197,7 @@ def _left_out_line(settings: RunSettings, manifest: Manifest) -> str | None:
 
 def _chosen(manifest: Manifest, names: tuple[str, ...], blocks: str) -> set[str]:
     """The full names of the modules that get adapters."""
-    groups = choose_groups(manifest, names, parse_blocks(blocks, manifest))
-    return {target.name for group in groups for target in group.targets}
+    return set(target_names(choose_groups(manifest, names, parse_blocks(blocks, manifest))))
 
 
 def _ends(names: Iterable[str], others: Iterable[str] = ()) -> str:

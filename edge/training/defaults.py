@@ -12,7 +12,7 @@ from typing import Final
 from dlora.protocol.choices import Adapt, Basis, KindChoice
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import ALL_LINEAR, choose_groups, groups_of, names_selecting
+from dlora.protocol.targets import ALL_LINEAR, choose_groups, groups_of, names_selecting, target_names
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def default_target_modules(kind: KindChoice, manifest: Manifest, adapt: Adapt) -
     groups = choose_groups(manifest, names)
     left_out = set(manifest.without_activation) if adapt == "answer" else set()
     if DEFAULTS[kind].r is not None:
-        left_out |= {target.name for group in groups if _is_narrow(group) for target in group.targets}
-    all_of_them = {target.name for group in groups for target in group.targets}
+        left_out.update(target_names(filter(_is_narrow, groups)))
+    all_of_them = set(target_names(groups))
     kept = all_of_them - left_out
     return names_selecting(manifest, groups_of(manifest, kept)) if kept and kept != all_of_them else names
 
