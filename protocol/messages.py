@@ -7,12 +7,12 @@ device (edge), ``C`` the server (cloud).
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from .adapters import AdapterSpec
+from .error_codes import ErrorCode as ErrorCode
 from .groups import GroupSpec
 from .kill_revive import MAX_UNITS, KillReviveConfig
 from .tensors import WireTensor
@@ -21,7 +21,8 @@ from .wire_codecs import Codecs
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Width = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
 ShortText = Annotated[str, msgspec.Meta(max_length=1024)]
-Mode = Literal["train", "evaluate", "basis"]
+Mode = Literal["train", "evaluate", "basis", "decode"]
+WITHOUT_GRADIENTS: tuple[Mode, ...] = ("evaluate", "decode")
 
 MAX_GROUPS = 16_384
 MAX_WINDOW = 64
@@ -31,33 +32,6 @@ MAX_RETRY_AFTER_S = 86_400
 
 Window = Annotated[int, msgspec.Meta(ge=1, le=MAX_WINDOW)]
 ResumeToken = Annotated[bytes, msgspec.Meta(min_length=RESUME_TOKEN_BYTES, max_length=RESUME_TOKEN_BYTES)]
-
-
-class ErrorCode(StrEnum):
-    """Why the server refused or closed; stable names. ``retryable`` of ``Error`` says whether to come again."""
-
-    PROTOCOL = "protocol"
-    VERSION = "version"
-    BASE_MODEL_MISMATCH = "base_model_mismatch"
-    UNKNOWN_TARGET = "unknown_target"
-    LIMIT = "limit"
-    NON_FINITE = "non_finite"
-    TICKET = "ticket"
-    DAMAGED = "damaged"
-    DEADLINE = "deadline"
-    FLOOD = "flood"
-    TOKEN_MISSING = "token_missing"
-    TOKEN_WRONG = "token_wrong"
-    TOKEN_EXPIRED = "token_expired"
-    TOKEN_REVOKED = "token_revoked"
-    TOO_MANY_FAILURES = "too_many_failures"
-    QUOTA_SESSIONS = "quota_sessions"
-    QUOTA_TOKENS = "quota_tokens"
-    QUOTA_LIVE_BYTES = "quota_live_bytes"
-    QUOTA_COMPUTE = "quota_compute"
-    BUSY = "busy"
-    SHUTTING_DOWN = "shutting_down"
-    INTERNAL = "internal"
 
 
 def _tag(name: str) -> str:
@@ -104,6 +78,7 @@ class Welcome(Message, frozen=True):
         max_tokens: most tokens of one micro-batch, as ``counting.py`` counts them.
         packs: whether C runs sequences end to end; otherwise each counts as the longest of its micro-batch.
         window: the most micro-batches of a session that C has under way at a time.
+        max_context_length: the longest conversation, in tokens, whose keys and values C keeps; 0: it keeps none.
     """
 
     protocol_version: int
@@ -116,6 +91,7 @@ class Welcome(Message, frozen=True):
     max_tokens: Width
     packs: bool
     window: Window = 1
+    max_context_length: Index = 0
 
 
 class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="train"):
@@ -138,7 +114,14 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="use"):
-    """The purpose of evaluating and generating: every group of the session is live, all the time."""
+    """The purpose of evaluating and generating: every group of the session is live, all the time.
+
+    Attributes:
+        context_length: for how many tokens C is to keep keys and values, so that micro-batches of the mode ``decode``
+            go on from them; 0: none.
+    """
+
+    context_length: Index = 0
 
 
 Purpose = Train | Use
@@ -150,7 +133,7 @@ class OpenSession(Message, frozen=True):
     Attributes:
         groups: the exchange groups in execution order; C refuses any that it did not trace itself.
         adapter: what crosses for each group.
-        codecs: how each tensor crosses, by its role; evaluation_codecs: in micro-batches of the mode ``evaluate``.
+        codecs: how each tensor crosses, by its role; evaluation_codecs: in micro-batches without gradients.
         purpose: what the session is for.
         window: how many micro-batches E may have under way at a time; at most what C said.
     """
@@ -165,7 +148,7 @@ class OpenSession(Message, frozen=True):
 
     def codecs_of(self, mode: Mode) -> Codecs:
         """How the tensors of a micro-batch of this mode cross."""
-        return self.evaluation_codecs if mode == "evaluate" else self.codecs
+        return self.evaluation_codecs if mode in WITHOUT_GRADIENTS else self.codecs
 
 
 class SessionOpened(Message, frozen=True):
@@ -253,7 +236,9 @@ class Embeddings(ExchangeMessage, frozen=True):
 
     Attributes:
         mode: ``train`` if a backward pass with the groups will follow; ``evaluate`` if none will; ``basis``, while the
-            session is set up, if one of the base model alone will, from whose gradients C makes its adapter state.
+            session is set up, if one of the base model alone will, from whose gradients C makes its adapter state;
+            ``decode`` if none will, and its one sequence goes on from the first ``position`` tokens that C holds keys
+            and values of. C forgets those after them, and takes these in.
         hidden_states: (tokens, embedding_size); None where ``token_ids`` is there.
         sequence_lengths: int32 (sequences,), summing to tokens.
         label_positions: int32 (labelled,), ascending rows of the packed tokens whose last hidden state E wants.
@@ -261,6 +246,7 @@ class Embeddings(ExchangeMessage, frozen=True):
             at each group, and there may be none. None: all tokens.
         examples: int32 (sequences,), numbers that E gives its examples, where C is to know one again.
         token_ids: int32 (tokens,), which C looks up; only where the device's user asked for it.
+        position: of the first token in the conversation; only in the mode ``decode``.
     """
 
     mode: Mode
@@ -270,6 +256,7 @@ class Embeddings(ExchangeMessage, frozen=True):
     crossing_positions: WireTensor | None = None
     examples: WireTensor | None = None
     token_ids: WireTensor | None = None
+    position: Index | None = None
 
     @property
     def tokens(self) -> int:

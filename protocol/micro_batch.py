@@ -58,6 +58,8 @@ class MicroBatchRules:
         mode: as its first message says; trains: whether a backward pass with the groups follows.
         state: FORWARD to BACKWARD, and IDLE once it is through.
         tokens: of all its sequences; rows: that cross at each group; labelled: whose last hidden state is wanted.
+        position: of its first token in the conversation, in the mode ``decode``.
+        exchanges: whether groups take part.
         asked: how many live groups took part in the forward pass; C waits for the last one's deltas in DELTA.
         gradients: how many groups will have their gradients sent; grads_sent: those that have.
         unanswered: groups whose input gradient C waits for.
@@ -71,6 +73,8 @@ class MicroBatchRules:
         self.tokens = begun.tokens
         self.rows = self.tokens if begun.crossing_positions is None else begun.crossing_positions.shape[0]
         self.labelled = begun.label_positions.shape[0]
+        self.position = begun.position or 0
+        self.exchanges = does_exchange(begun)
         self.asked = 0
         self.gradients = 0
         self.grads_sent: set[int] = set()
@@ -170,6 +174,14 @@ class MicroBatchRules:
         return State.IDLE if is_finished else State.BACKWARD
 
 
+def does_exchange(begun: m.Embeddings) -> bool:
+    """Whether groups take part in a micro-batch: not in the mode ``basis``, and not where no adapter acts on any token
+    and nothing is trained, as in the beginning of a prompt."""
+    if begun.mode in m.WITHOUT_GRADIENTS:
+        return begun.crossing_positions is None or begun.crossing_positions.shape[0] > 0
+    return begun.mode != "basis"
+
+
 def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
     """Raise ``ViolationError`` unless a micro-batch may begin so, as far as its own shapes and numbers say."""
     welcome = shapes.welcome
@@ -199,6 +211,23 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
         _check_positions(message.crossing_positions, tokens, "crossing positions")
     if message.examples is not None:
         check_tensor(message.examples, "int32", (lengths.size,))
+    if (message.mode == "decode") is (message.position is None) or (message.mode == "decode" and lengths.size > 1):
+        raise ViolationError("a position belongs to the one sequence of the mode decode")
+
+
+def check_position(begun: m.Embeddings, purpose: m.Purpose, cached_tokens: int) -> None:
+    """Raise ``ViolationError`` unless C can go on from there with these tokens, in the mode ``decode``.
+
+    ``cached_tokens``: of how many it holds keys and values.
+    """
+    if not isinstance(purpose, m.Use) or not purpose.context_length:
+        raise ViolationError("a micro-batch of the mode decode, in a session that has no context length")
+    assert begun.position is not None
+    if begun.position > cached_tokens:
+        raise ViolationError(f"tokens from position {begun.position} on, where only {cached_tokens} are held")
+    if begun.position + begun.tokens > purpose.context_length:
+        text = f"a conversation of {begun.position + begun.tokens} tokens; this session has room for "
+        raise ViolationError(f"{text}{purpose.context_length}", m.ErrorCode.LIMIT)
 
 
 def _check_positions(tensor: WireTensor, tokens: int, name: str) -> None:

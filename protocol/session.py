@@ -27,7 +27,7 @@ from .frames import Decoder, Prefix, encode, read_prefix
 from .groups import GroupSpec
 from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
-from .micro_batch import GroupStates, Key, MicroBatchRules, Shapes, check_embeddings
+from .micro_batch import GroupStates, Key, MicroBatchRules, Shapes, check_embeddings, check_position
 from .states import TRANSITIONS, C, E, Side, State, ViolationError, check_tensor
 from .tensors import WireTensor
 from .units import Units
@@ -52,6 +52,7 @@ class Session:
     Attributes:
         step: the optimizer step that comes next or is under way.
         units: what Kill and Revive switches, and so which groups take part.
+        cached_tokens: of how many tokens C holds keys and values.
         under_way: the micro-batches that have begun and are not through, oldest first.
         bytes_sent, bytes_received: sizes of all frames so far (without the websocket's own framing).
         round_trips: how often we received after having sent.
@@ -62,6 +63,7 @@ class Session:
         self.side = side
         self.step = 0
         self.units = Units()
+        self.cached_tokens = 0
         self.under_way: dict[Key, MicroBatchRules] = {}
         self.welcome: m.Welcome | None = None
         self.opened_with: m.OpenSession | None = None
@@ -247,6 +249,9 @@ class Session:
         purpose = message.purpose
         if isinstance(purpose, m.Train) and purpose.next_step > purpose.total_steps:
             raise ViolationError("next_step lies after the end of the run")
+        if isinstance(purpose, m.Use) and purpose.context_length > self.welcome.max_context_length:
+            text = f"a context of {purpose.context_length} tokens; at most {self.welcome.max_context_length} fit"
+            raise ViolationError(text, m.ErrorCode.LIMIT)
         if message.window > self.welcome.window:
             raise ViolationError(f"a window of {message.window} micro-batches; at most {self.welcome.window} fit")
         if any(codecs.adapter_state == "int8" for codecs in (message.codecs, message.evaluation_codecs)):
@@ -360,16 +365,18 @@ class Session:
         if sender is C and self._unanswered_reports:
             # C answers a report before anything that E sent after it: else the units would not be those of this step.
             raise ViolationError(f"the report of step {self._unanswered_reports[0]} has no signal yet")
-        micro_batch.advance(message, sender, GroupStates() if micro_batch.mode == "basis" else self.units.group_states)
+        micro_batch.advance(message, sender, self.units.group_states if micro_batch.exchanges else GroupStates())
         if micro_batch.is_finished:
             del self.under_way[key]
+            if micro_batch.mode == "decode":
+                self.cached_tokens = micro_batch.position + micro_batch.tokens
 
     def _begin_micro_batch(self, message: m.Embeddings, key: Key, sender: Side) -> None:
         assert self.opened_with is not None
         if sender is not E or len(self.under_way) == self.opened_with.window or key in self.under_way:
             raise ViolationError("not now")
-        trains = message.mode == "train"
-        if message.mode != "evaluate" and not isinstance(self.opened_with.purpose, m.Train):
+        trains, purpose = message.mode == "train", self.opened_with.purpose
+        if message.mode not in m.WITHOUT_GRADIENTS and not isinstance(purpose, m.Train):
             raise ViolationError("a micro-batch that trains, in a session that does not")
         if (message.mode == "basis") is not (self._state is State.SETTING_UP):
             raise ViolationError(f"a micro-batch of the mode {message.mode} in {self._state.name}")
@@ -384,6 +391,8 @@ class Session:
             raise ViolationError(f"step {message.step}, micro-batch {message.micro_batch} when {next_one} comes next")
         shapes = self.shapes._replace(codecs=self.opened_with.codecs_of(message.mode))
         check_embeddings(message, shapes)
+        if message.mode == "decode":
+            check_position(message, purpose, self.cached_tokens)
         self.under_way[key] = MicroBatchRules(message, shapes)
         self._next_micro_batch += trains
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from answers import INVOCATION, answered, random_answers
 from families import VOCABULARY, tiny_model
+from generating import generated
 from peft import PeftModel
 from peft_reference import loss_of
 from processes import run_edge
@@ -26,8 +27,9 @@ from dlora.edge.data.batches import evaluation_batches, pack
 from dlora.edge.data.examples import Dataset, last_occurrence
 from dlora.edge.data.invocation import find_invocation, uninvoked_line
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.model.context import Context
 from dlora.edge.model.evaluation import evaluate
-from dlora.edge.model.use import generate_greedily, open_model
+from dlora.edge.model.use import open_model
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import crossings
 from dlora.protocol.errors import CheckpointError, ProtocolError, UsageError
@@ -255,39 +257,29 @@ def test_generation_acts_from_the_prompts_invocation_on(bundle: Path, server: Ru
     model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
     ids = np.array([9, 10, 7, 8, 11, 12], np.int64)
     with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as opened, torch.no_grad():
-        logits = opened.next_logits(ids, last_occurrence(ids.astype(np.int32), opened.invocation))
+        logits = Context(opened).logits(ids, last_occurrence(ids.astype(np.int32), opened.invocation))[0]
         wanted = model(input_ids=torch.from_numpy(ids)[None]).logits[0, -1].numpy()
-        everywhere = opened.next_logits(ids)
+        everywhere = Context(opened).logits(ids)[0]
     np.testing.assert_allclose(logits, wanted, atol=1e-3 * np.abs(wanted).max())
     assert np.abs(everywhere - wanted).max() > 1e-3 * np.abs(wanted).max()
 
 
-class OneWord:
-    """A tokenizer whose prompts are numbers."""
-
-    stop_token_ids = ()
-
-    def encode_prompt(self, prompt: str) -> np.ndarray:
-        return np.array([int(word) for word in prompt.split()], np.int32)
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
-
-
 def test_uninvoked_generation_is_the_base_models(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
-    """Also at the tokens that it has produced; and the user is told."""
+    """Also at the tokens that it has produced, with and without a cache."""
     with training(bundle, server.url, run_of("bottleneck"), random_answers()) as trainer:
         randomize_all(trainer)
         trainer.save_adapter(tmp_path)
-    answers, said = {}, list[str]()
-    for adapter in (None, tmp_path):
-        with open_model(Bundle.open(bundle), server.url, adapter, wire_dtype="fp32") as model:
-            for prompt in ("9 10 11", "9 7 8"):
-                tokenizer: Any = OneWord()
-                answers[adapter, prompt] = generate_greedily(model, tokenizer, prompt, 6, said.append)
-    assert answers[None, "9 10 11"] == answers[tmp_path, "9 10 11"]
-    assert answers[None, "9 7 8"] != answers[tmp_path, "9 7 8"]
-    assert said == ["the prompt does not contain this adapter's invocation, so the adapter does nothing"]
+    for context_length in (0, 20):
+        answers = {}
+        for adapter in (None, tmp_path):
+            opening = open_model(
+                Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=context_length
+            )
+            with opening as model:
+                for prompt in ((9, 10, 11), (9, 7, 8)):
+                    answers[adapter, prompt] = generated(model, prompt, 6)
+        assert answers[None, (9, 10, 11)] == answers[tmp_path, (9, 10, 11)]
+        assert answers[None, (9, 7, 8)] != answers[tmp_path, (9, 7, 8)]
 
 
 # -- what crosses, and what fits -----------------------------------------------------------------------------

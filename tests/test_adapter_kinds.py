@@ -375,7 +375,7 @@ def test_server_state_counts_in_the_quota(bundle: Path, base: BaseModel) -> None
         eventually(lambda: server.server.service.quotas.live_bytes == 0)
         server.server.service.quotas.limits = QuotaLimits(live_bytes=sum(kept) - 1)
         with (
-            pytest.raises(RefusedError, match="the adapters take"),
+            pytest.raises(RefusedError, match="the adapters that it keeps takes"),
             training(bundle, server.url, run, dataset) as trainer,
         ):
             trainer.run_step()

@@ -127,7 +127,7 @@ def test_harmful_template_is_refused(tmp_path: Path, name: str) -> None:
 
     def generate() -> None:
         with prompt_tokenizer(bundle) as tokenizer:
-            tokenizer.encode_prompt("a")
+            tokenizer.encode_chat([{"role": "user", "content": "a"}])
 
     if name != "nests less":  # which is a template like any other, but for its assistant
         refused(DataError, generate, words)
@@ -178,7 +178,8 @@ def test_harmful_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
 def test_endless_decoder_is_a_bundle_error(tmp_path: Path) -> None:
     bundle = bundle_of(tmp_path, decoder={"type": "Sequence", "decoders": GROW})
     with prompt_tokenizer(bundle) as tokenizer:
-        assert tokenizer.encode_prompt("b").tolist() == [3, 6, 2, 4]  # user b </s> assistant
+        asked = [{"role": "user", "content": "b"}]
+        assert tokenizer.encode_chat(asked).tolist() == [3, 6, 2, 4]  # user b </s> assistant
         refused(BundleError, lambda: tokenizer.decode([5]), "the text of the answer needs more than the 256 MiB")
 
 

@@ -363,10 +363,12 @@ def test_tokenizer_opens_from_a_bundle(tmp_path: Path) -> None:
 
 
 def test_prompt_is_encoded_for_generation() -> None:
-    text = TOKENIZER.decode(TOKENIZER.encode_prompt("hi"), skip_special_tokens=False)
+    asked = [{"role": "user", "content": "hi"}]
+    text = TOKENIZER.decode(TOKENIZER.encode_chat(asked), skip_special_tokens=False)
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     bare = edge_tokenizer(None)
-    assert bare.decode(bare.encode_prompt("hi"), skip_special_tokens=False) == "<s>hi"
+    assert bare.decode(bare.encode_prompt_text("hi"), skip_special_tokens=False) == "<s>hi"
+    assert bare.encode_prompt_text("hi ").tolist() == bare.encode_prompt_text("hi").tolist()
 
 
 # -- the data set and its batches ------------------------------------------------------------------------------

@@ -243,23 +243,23 @@ class Quotas:
         self.live_bytes -= nbytes
         self._freed.notify_all()
 
-    def _hold(self, session: SessionQuota, nbytes: int) -> None:
+    def _hold(self, session: SessionQuota, nbytes: int, what: str, advice: str) -> None:
         with self._lock:
             if not session.is_open:  # nobody would free it
                 raise _refused_for_now("the session ended meanwhile", ErrorCode.BUSY, _RETRY_AFTER_S)
             caller = self._caller(session.name, self._clock())
             most, total, alone = self.limits.live_bytes, self.total_live_bytes, session.held_bytes + nbytes
             if most is not None and alone > most:
-                text = f"the adapters take {_mb(alone)} and more of the server, and the quota is {_mb(most)}"
-                raise RefusedError(f"{text}; lower --rank, or train fewer --blocks", ErrorCode.QUOTA_LIVE_BYTES)
+                text = f"{what} takes {_mb(alone)} and more of the server, and the quota is {_mb(most)}"
+                raise RefusedError(f"{text}; {advice}", ErrorCode.QUOTA_LIVE_BYTES)
             if total is not None and alone > total:
-                text = f"the adapters take {_mb(alone)} and more of the server, which has {_mb(total)} for all devices"
-                raise RefusedError(f"{text}; lower --rank, or train fewer --blocks", ErrorCode.LIMIT)
+                text = f"{what} takes {_mb(alone)} and more of the server, which has {_mb(total)} for all devices"
+                raise RefusedError(f"{text}; {advice}", ErrorCode.LIMIT)
             if most is not None and caller.live_bytes + nbytes > most:
                 code = ErrorCode.QUOTA_LIVE_BYTES
                 raise _refused_for_now(_USED_UP[code], code, _RETRY_AFTER_S)
             if not self._fits(nbytes):
-                raise _refused_for_now("there is no memory for the adapters", ErrorCode.BUSY, _RETRY_AFTER_S)
+                raise _refused_for_now(f"there is no memory for {what}", ErrorCode.BUSY, _RETRY_AFTER_S)
             session.held_bytes += nbytes
             caller.live_bytes += nbytes
             self.live_bytes += nbytes
@@ -327,13 +327,19 @@ class SessionQuota:
         """
         return self._quotas._begin(self, tokens, live_bytes)
 
-    def hold(self, nbytes: int) -> None:
-        """Count memory that the server keeps for the session until it is closed.
+    def hold(
+        self,
+        nbytes: int,
+        what: str = "the part of the adapters that it keeps",
+        advice: str = "lower --rank, or train fewer --blocks",
+    ) -> None:
+        """Count memory that the server keeps for the session until it is closed: for ``what``, which ``advice`` makes
+        smaller.
 
         Raises ``RefusedError``, and counts nothing: ``quota_live_bytes`` or ``limit`` where it is more than the caller
         may have, or the server has; retryable, ``quota_live_bytes`` or ``busy``, where others take the room now.
         """
-        self._quotas._hold(self, nbytes)
+        self._quotas._hold(self, nbytes, what, advice)
 
     def release(self, nbytes: int) -> None:
         """Count no more what was held, before the session is closed."""

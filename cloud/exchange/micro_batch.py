@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel, find_embedding
+from dlora.cloud.model.cache import PartCache
+from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.layout import Layout, lay_out
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.groups import GroupSpec
-from dlora.protocol.micro_batch import GroupStates, Key
+from dlora.protocol.micro_batch import GroupStates, Key, does_exchange
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole
 
@@ -50,6 +52,7 @@ class Sites:
         sketches: of what the base model computes at each group, from the first micro-batch of the mode ``basis`` on;
             each goes once the group's state is made.
         parameters: what devices would train, of groups that the device has given; as ``Site.compute_outputs`` takes it.
+        decoding, cache: of a session with a context length, the conversation's keys and values.
     """
 
     base: BaseModel
@@ -58,6 +61,8 @@ class Sites:
     sites: list[Site] = field(default_factory=list)
     sketches: list[GroupSketch | None] = field(default_factory=list)
     parameters: dict[int, Sequence[Tensor]] = field(default_factory=dict)
+    decoding: Decoding | None = None
+    cache: PartCache | None = None
 
     @property
     def groups(self) -> Sequence[GroupSpec]:
@@ -163,7 +168,8 @@ class MicroBatchRun:
         )
         self._sites = sites
         self._mode = begun.mode
-        self._group_states = group_states
+        self._position = begun.position or 0
+        self._group_states = group_states if does_exchange(begun) else GroupStates()
         self._labelled = self._rows_of(begun.label_positions)
         self._crossing = self.layout.rows
         if begun.crossing_positions is not None:
@@ -176,6 +182,11 @@ class MicroBatchRun:
             return self._sites.groups[0]
         active = self._group_states.active
         return self._sites.groups[min(active)] if active and self._mode == "train" else None
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that its last one sees, in the mode ``decode``; 0 in all others."""
+        return self._position + self.layout.inputs_embeds.shape[1] if self._mode == "decode" else 0
 
     @property
     def sketched_bytes(self) -> int:
@@ -221,8 +232,13 @@ class MicroBatchRun:
     def _run_blocks(self, runner: GroupRunner) -> Tensor:
         """The last hidden states at the labelled positions."""
         sites, layout = self._sites, self.layout
-        with torch.set_grad_enabled(self._mode != "evaluate"), running_targets(runner):
-            hidden = sites.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
+        with torch.set_grad_enabled(self._mode not in m.WITHOUT_GRADIENTS), running_targets(runner):
+            if self._mode == "decode":
+                assert sites.decoding is not None  # the session's rules
+                assert sites.cache is not None
+                hidden = sites.decoding.append(layout.inputs_embeds, sites.cache, self._position)
+            else:
+                hidden = sites.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
             return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._labelled.to(hidden.device))
 
     def _rows_of(self, positions: WireTensor) -> Tensor:

@@ -66,6 +66,9 @@ class _Growth:
     def at(self, sequences: int, length: int) -> float:
         return self.constant + sequences * length * (self.linear + self.quadratic * length)
 
+    def of_context(self, length: int, context_length: int) -> float:
+        return self.constant + context_length * (self.linear + self.quadratic * length)
+
 
 @dataclass(frozen=True)
 class _Growths:
@@ -102,14 +105,19 @@ class LiveBytes:
         token_bytes = base.embedding_size * _INPUT_BYTES + exchange * base.dtype.itemsize
         return cls(_growths(base, masked=False), _growths(base, masked=True), token_bytes)
 
-    def estimate(self, layout: Layout, lowest: GroupSpec | None) -> int:
+    def estimate(self, layout: Layout, lowest: GroupSpec | None, context_length: int = 0) -> int:
         """Bytes that a micro-batch takes, from its first operation to its last.
 
         Args:
             layout: the micro-batch's input.
             lowest: the lowest group whose adapters are trained; None where nothing is, as when evaluating.
+            context_length: tokens that the last one sees, where the input goes on from some before it.
         """
         sequences, length, _ = layout.inputs_embeds.shape
+        if context_length > length:
+            # Attention may copy the keys and values of all that is seen: less than what all of it takes in a pass.
+            most = max(growth.of_context(length, context_length) for growth in self._of(layout).forward)
+            return sequences * (length * self.token_bytes + round(most))
         return self.graph(layout, lowest) + self._forward(self._of(layout), sequences, length)
 
     def graph(self, layout: Layout, lowest: GroupSpec | None) -> int:

@@ -24,12 +24,12 @@ from typing import Any, Final, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from dlora.protocol.errors import ExportError
 from dlora.protocol.text import first_line
 
 from .base_model import TRACE_TOKENS, BaseModel, model_code
+from .cache import PartCache
 
 _Forward = Callable[..., Any]
 
@@ -38,54 +38,6 @@ _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-4}
 _TOLERANCE_OF_HALF: Final = 5e-2
 # What decoders call it: ``cache`` since transformers 5.24, ``past_key_values`` before.
 _CACHE_ARGUMENTS: Final = ("cache", "past_key_values")
-
-
-class PartCache:
-    """Keys and values of the tokens that a part of the base model has seen. Of one conversation, not for two threads.
-
-    All of them are kept, in families with a sliding window too (their masks hide the older ones), so that it can be
-    cropped to any length. Under ``torch.no_grad`` it keeps no graph.
-
-    Attributes:
-        base: the model.
-        begin: the part's first block; end: the block after its last, None for the whole rest and the final norm.
-        length: how many tokens it holds, in each row.
-    """
-
-    def __init__(self, base: BaseModel, begin: int, end: int | None) -> None:
-        self.begin = begin
-        self.end = end
-        self.length = 0
-        self.base = base
-        # Without the model's config, which would make it forget what has left the window.
-        self._cache = DynamicCache()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values that it holds."""
-        return sum(tensor.nbytes for layer in self._layers() for tensor in (layer.keys, layer.values))
-
-    def crop(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens. Raises ``ValueError`` where it does not hold as many."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"a cache of {self.length} tokens cannot be cropped to {length}")
-        self._cut(length)
-
-    def _cut(self, length: int) -> None:
-        """To a length, and not by a number of tokens as ``DynamicCache.crop`` does.
-
-        After a forward that failed some blocks have more tokens than others, and one may have keys without values.
-        """
-        if length == 0:
-            self._cache = DynamicCache()  # which takes another number of rows, too
-        for layer in self._layers():
-            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
-        self.length = length
-
-    def _layers(self) -> list[Any]:
-        """Those that hold something; what does not keep plain keys and values was refused before."""
-        layers: list[Any] = list(self._cache.layers)
-        return [layer for layer in layers if layer.keys is not None]
 
 
 class ModelParts:
@@ -150,7 +102,7 @@ class ModelParts:
             raise ValueError("with a cache there is neither padding nor packing: all rows have the same length")
         arguments: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
-            arguments[self._cache_argument] = cache._cache
+            arguments[self._cache_argument] = cache.decoder_cache
         if position_ids is not None:
             arguments["position_ids"] = position_ids
         embeds = hidden_states
@@ -162,21 +114,32 @@ class ModelParts:
                 output = self.base.decoder(inputs_embeds=embeds, attention_mask=attention_mask, **arguments)
         except BaseException:
             if cache is not None:
-                cache._cut(cache.length)
+                cache.cut(cache.length)
             raise
         if cache is not None:
             cache.length += hidden_states.shape[1]
         last: Tensor = output.last_hidden_state if end is None else part.hidden_states
         return last
 
-    def new_cache(self, *, begin: int = 0, end: int | None = None) -> PartCache:
-        """An empty cache for ``run`` with these blocks.
+    def new_cache(self, *, begin: int = 0, end: int | None = None, room: int = 0) -> PartCache:
+        """An empty cache for ``run`` with these blocks; ``room`` as ``PartCache`` takes it.
 
         Raises ``ExportError`` as ``check_cache`` does, and ``ValueError`` for blocks that there are not.
         """
         self.check_cache()
         self._check_blocks(begin, end)
-        return PartCache(self.base, begin, end)
+        return PartCache(self.base, begin, end, room)
+
+    @cached_property
+    def cache_bytes_per_token(self) -> int:
+        """What a cache of all blocks takes for a token, in bytes.
+
+        Raises ``ExportError`` as ``check_cache`` does.
+        """
+        cache = self.new_cache()
+        with torch.no_grad():
+            self.run(_random_embeds(self.base, 1), cache=cache)
+        return cache.nbytes
 
     def check_cache(self) -> None:
         """Raise ``ExportError`` where the family does not go on from keys and values as from the tokens themselves.
@@ -220,7 +183,7 @@ class ModelParts:
             return f"it cannot go on from these alone ({type(error).__name__}: {first_line(error)})"
         for cache in caches:
             for index in range(base.blocks):
-                if cache._cache.get_seq_length(index) != 6:
+                if cache.decoder_cache.get_seq_length(index) != 6:
                     return f"block {index} keeps its past elsewhere"
         return None if _equal(found, wanted[:, 4:]) else "it gives something else with one than without"
 
@@ -348,7 +311,7 @@ class _Part:
         """
         batch, length, _ = self.hidden_states.shape
         counted = self.hidden_states.new_zeros(batch, 1, length, 1)
-        cache._cache.update(counted, counted, index)
+        cache.decoder_cache.update(counted, counted, index)
 
 
 def _first(output: Any) -> Any:

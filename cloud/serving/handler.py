@@ -117,7 +117,7 @@ class _Handshake:
         if version is None:
             text = f"this server speaks wire versions {list(PROTOCOL_VERSIONS)}, the device {hello.protocol_versions}"
             raise RefusedError(text, m.ErrorCode.VERSION)
-        base, max_tokens = self._service.base, self._service.max_tokens
+        base, max_tokens, decoding = self._service.base, self._service.max_tokens, self._service.decoding
         return m.Welcome(
             protocol_version=version,
             software=f"dlora-cloud {SOFTWARE_VERSION}",
@@ -129,6 +129,7 @@ class _Handshake:
             max_tokens=max_tokens,
             packs=self._service.may_pack,
             window=self._service.window,
+            max_context_length=decoding.max_context_length if decoding is not None else 0,
         )
 
     def _resume(self, request: m.ResumeSession) -> ServerSession | None:

@@ -27,6 +27,7 @@ from dlora.cloud.door.quotas import QuotaLimits, Quotas
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.exchange.target_modules import wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.layout import can_pack
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.memory import collect_garbage
@@ -138,10 +139,12 @@ class CloudServer:
             may_pack=may_pack,
             window=settings.window,
             live_bytes=live_bytes,
+            # At most half of what a device may have, so that there is room to compute.
+            decoding=Decoding.of(base, None if quotas.live_bytes is None else quotas.live_bytes // 2),
             max_tokens=max_tokens,
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
             ticket_key=ticket_key,
-            sessions=Sessions(settings.max_sessions),
+            sessions=Sessions(settings.max_sessions, settings.clock),
             quotas=Quotas(quotas, total_live_bytes=live_limit, clock=settings.clock),
             timeouts=settings.timeouts,
             deadlines=DeviceDeadlines(settings.timeouts),
@@ -245,11 +248,11 @@ class CloudServer:
             seen = changes
 
     async def _end_parked(self) -> None:
-        """End sessions whose device is away in the middle of a step, one a second, where others wait for the memory."""
+        """Where others wait for memory, end a session a second that holds some and does nothing."""
         while True:
             await asyncio.sleep(END_PARKED_EVERY_S)
             if self.service.quotas.has_waiting:
-                self.service.sessions.end_longest_parked_in_step()
+                self.service.sessions.make_memory_free()
 
     async def _handle(self, connection: ServerConnection) -> None:
         await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from dlora.cloud.door.quotas import Quotas
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.live_bytes import LiveBytes
 
 from .sessions import Sessions
@@ -26,6 +27,7 @@ class Service:
         threads: torch threads of a computing micro-batch.
         may_pack: whether the base model runs sequences end to end.
         window: the most micro-batches that a session may have under way at a time.
+        decoding: what keeps conversations; None where the base model cannot.
         opening_bytes: the largest frame before a session is open.
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
         clock: seconds that never go back, which everything that a session waits for is measured with.
@@ -39,6 +41,7 @@ class Service:
     may_pack: bool
     window: int
     live_bytes: LiveBytes
+    decoding: Decoding | None
     max_tokens: int
     opening_bytes: int
     ticket_key: bytes

@@ -53,6 +53,7 @@ class SessionLoop:
         opening = live.session.opened_with
         assert opening is not None
         self._service = service
+        self._live = live
         self._session = live.session
         self._transport = live.transport
         self._quota = live.quota
@@ -71,6 +72,8 @@ class SessionLoop:
             for group in range(len(opening.groups)):
                 self._hold(group)
                 self._sites.add(())
+        if isinstance(purpose, m.Use) and purpose.context_length:
+            self._make_cache(purpose.context_length)
 
     def opened_message(self, name: str, token: bytes) -> m.SessionOpened:
         """The message that opens the session, with the controller's states and ticket where it trains."""
@@ -97,8 +100,11 @@ class SessionLoop:
 
     def _answer_next(self, pool: ThreadPoolExecutor | None) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
-        idle_s = self._service.timeouts.idle_s
-        match self._router.receive(None, idle_s, self._clock() + idle_s):
+        idle_s, now = self._service.timeouts.idle_s, self._clock()
+        self._live.idle_since = now
+        message = self._router.receive(None, idle_s, now + idle_s)
+        self._live.idle_since = None
+        match message:
             case m.Embeddings() as begun:
                 # Of a basis pass one at a time, and none beside what is made of them: sums round by their order.
                 if pool is None or begun.mode == "basis":
@@ -124,6 +130,22 @@ class SessionLoop:
         return True
 
     # -- set-up ------------------------------------------------------------------------------------------
+
+    def _make_cache(self, context_length: int) -> None:
+        """Make room for a conversation's keys and values; idle ones, of this caller or of all, give way."""
+        decoding, sessions = self._service.decoding, self._service.sessions
+        assert decoding is not None  # the session's rules
+        nbytes = decoding.bytes_per_token * context_length
+        while True:
+            try:
+                self._quota.hold(nbytes, "the conversation", "ask for a shorter one")
+                break
+            except RefusedError as refusal:
+                of_caller = refusal.code == m.ErrorCode.QUOTA_LIVE_BYTES
+                if not refusal.retryable or not sessions.end_idle(self._live.caller if of_caller else None):
+                    raise
+        self._live.cache_bytes = nbytes
+        self._sites.decoding, self._sites.cache = decoding, decoding.new_cache(context_length)
 
     def _add_site(self, state: m.AdapterState) -> None:
         self._hold(state.group)
@@ -195,7 +217,8 @@ class SessionLoop:
         run = MicroBatchRun(self._sites, begun, group_states, max_tokens=service.max_tokens, packs=packs)
         tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
         del begun
-        charge = self._admit(tokens, service.live_bytes.estimate(run.layout, run.lowest_trained) + run.sketched_bytes)
+        live_bytes = service.live_bytes.estimate(run.layout, run.lowest_trained, run.context_length)
+        charge = self._admit(tokens, live_bytes + run.sketched_bytes)
         transport = self._router.transport
         device = MicroBatchMessages(self._router, run.key, service.gate, self._deadlines)
         started, times_lost = self._clock(), transport.times_lost

@@ -11,7 +11,8 @@ import hashlib
 import hmac
 import secrets
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from websockets.asyncio.server import ServerConnection
@@ -25,6 +26,7 @@ from dlora.protocol.session import Session
 from .transport import DeviceGoneError, SessionTransport
 
 BUSY_RETRY_S = 5.0
+IDLE_S = 5.0  # a conversation that says nothing for so long gives way: between two tokens it never does
 
 
 @dataclass(eq=False)
@@ -35,6 +37,8 @@ class ServerSession:
         name: in messages and logs, random.
         caller: who may resume it.
         device_id: the stable name that the device gives itself; "" for none.
+        cache_bytes: of the keys and values that are kept for it.
+        idle_since: since when it waits for its device to begin something; None while a micro-batch of it is under way.
     """
 
     name: str
@@ -43,6 +47,8 @@ class ServerSession:
     session: Session
     transport: SessionTransport
     quota: SessionQuota
+    cache_bytes: int = 0
+    idle_since: float | None = None
     resume_token_digest: bytes = field(default=b"", repr=False)
 
     def new_resume_token(self) -> bytes:
@@ -57,10 +63,12 @@ class Sessions:
 
     Args:
         limit: sessions at a time, parked ones included.
+        clock: as the service's.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit = limit
+        self._clock = clock
         self._live: dict[str, ServerSession] = {}
         self._lock = threading.Lock()
 
@@ -83,25 +91,44 @@ class Sessions:
                 self._evict(live, "its device opened another session")
 
     def make_room(self) -> None:
-        """Where the server is full, end the session that was parked longest.
+        """Where the server is full, end the session that was parked longest, or else as ``end_idle``.
 
-        Raises ``RefusedError`` (``busy``) where none is parked.
+        Raises ``RefusedError`` (``busy``) where there is none to be ended.
         """
         if len(self) < self.limit:
             return
         parked = self._parked()
         if not parked:
+            if self.end_idle():
+                return
             text = f"the server is full ({self.limit} sessions)"
             raise RefusedError(text, m.ErrorCode.BUSY, retryable=True, retry_after_s=BUSY_RETRY_S)
         longest = min(parked, key=lambda live: live.transport.parked_at or 0.0)
         self._evict(longest, "another device needed the room")
 
-    def end_longest_parked_in_step(self) -> None:
-        """End it, where there is one that holds memory."""
+    def make_memory_free(self) -> None:
+        """End the session that was parked longest of those that hold memory; where there is none, as ``end_idle``."""
         holding = [live for live in self._parked() if live.quota.live_bytes or live.quota.held_bytes]
         if holding:
             longest = min(holding, key=lambda live: live.transport.parked_at or 0.0)
             self._evict(longest, "others needed the memory")
+        else:
+            self.end_idle()
+
+    def end_idle(self, caller: Caller | None = None) -> bool:
+        """End the session with keys and values that has been idle longest, ``caller``'s or anybody's; False where none
+        has been for long enough. Its device opens another once it goes on, and sends its conversation again."""
+        now = self._clock()
+        idle = [
+            (live.idle_since, live)
+            for live in self
+            if live.cache_bytes and live.idle_since is not None and now - live.idle_since >= IDLE_S
+            if caller is None or live.caller == caller
+        ]
+        if not idle:
+            return False
+        self._evict(min(idle, key=lambda each: each[0])[1], "others needed the memory of its idle conversation")
+        return True
 
     def add(self, live: ServerSession) -> None:
         with self._lock:

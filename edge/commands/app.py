@@ -8,7 +8,7 @@ import typer
 
 from dlora.protocol.version import SOFTWARE_VERSION
 
-from . import doctor, info, selftest, train, use
+from . import doctor, evaluate, generate, info, selftest, train
 from .help_panels import PanelledCommand
 
 app = typer.Typer(
@@ -37,6 +37,6 @@ def _app(
 
 # In the order in which --help shows them.
 for command in (
-    train.train, train.resume, use.evaluate, use.generate, selftest.selftest, info.info, doctor.doctor,
+    train.train, train.resume, evaluate.evaluate, generate.generate, selftest.selftest, info.info, doctor.doctor,
 ):  # fmt: skip
     app.command(cls=PanelledCommand)(command)

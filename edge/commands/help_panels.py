@@ -16,6 +16,7 @@ PANELS: Final = {
     ),
     "Adapters": ("kind", "rank", "alpha", "target_modules", "blocks", "adapt", "basis", "basis_steps", "init_adapter"),
     "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience"),
+    "Choice of tokens": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     "Connection": (
         "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "send", "max_retry_s",
         "exchange_timeout_s",

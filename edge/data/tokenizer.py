@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 import tokenizers
+from tokenizers import decoders
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.errors import BundleError, DataError
@@ -71,6 +72,7 @@ class EdgeTokenizer:
             self._check_ids(np.array([spec.eos_token_id]))
         self._template_source = chat_template
         self._template: ChatTemplate | None = None
+        self._streams: dict[int, decoders.DecodeStream] = {}
 
     @classmethod
     def open(cls, bundle: Bundle) -> EdgeTokenizer:
@@ -126,9 +128,15 @@ class EdgeTokenizer:
         spans = np.array(found.offsets, np.int32).reshape(-1, 2)
         return Encoded(ids.astype(np.int32), spans, np.array(found.special_tokens_mask, np.bool_))
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> IntArray:
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+    ) -> IntArray:
         """Token ids, int32 (tokens,), of a conversation, ready to be answered. Raises ``DataError``."""
-        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         return self.encode(text, add_special_tokens=False).ids
 
     def assistant_header(self) -> tuple[int, ...]:
@@ -142,16 +150,27 @@ class EdgeTokenizer:
             return ()
         return tuple(self.encode(after[len(before) :], add_special_tokens=False).ids.tolist())
 
-    def encode_prompt(self, prompt: str) -> IntArray:
-        """Token ids, int32 (tokens,), of what comes before an answer: a user's turn where there is a chat template."""
-        if self._template_source is not None:
-            return self.encode_chat([{"role": "user", "content": prompt}])
-        return self.encode(prompt, add_special_tokens=True).ids
+    def encode_prompt_text(self, prompt: str) -> IntArray:
+        """Token ids, int32 (tokens,), of a text that is to be continued, encoded as prompts of data are: without the
+        blanks at its end, which make one token with what follows, and without tokens that the tokenizer adds there."""
+        encoded = self.encode(prompt.rstrip(" "), add_special_tokens=True)
+        in_text = np.flatnonzero(~encoded.added)
+        return encoded.ids[: in_text[-1] + 1] if len(in_text) else encoded.ids
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
         with _bundle_errors():
             return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+
+    def decode_step(self, stream: int, token: int) -> str:
+        """What a token adds to the text of the ``stream`` so far, special tokens left out."""
+        text = self._streams.setdefault(stream, decoders.DecodeStream(skip_special_tokens=True))
+        with _bundle_errors():
+            return text.step(self._tokenizer, token) or ""
+
+    def end_stream(self, stream: int) -> None:
+        """Forget a stream."""
+        self._streams.pop(stream, None)
 
     def _check_ids(self, ids: npt.NDArray[np.int64]) -> None:
         outside = ids[(ids < 0) | (ids >= self._end_of_ids)]

@@ -23,11 +23,14 @@ class Embedding:
         self._file = bundle.manifest.embedding.weight
         self._graph = engine.load("embedding")
 
-    def __call__(self, ids: LongArray) -> FloatArray:
-        release_freed_memory()  # what the last step left free, else the table comes on top of it
+    def __call__(self, ids: LongArray, *, keep_table: bool = False) -> FloatArray:
+        """``keep_table``: where the next tokens come at once. It may be the LM head's weight, too."""
+        if not keep_table:
+            release_freed_memory()  # what the last step left free, else the table comes on top of it
         (hidden_states,) = self._graph({"weight": self._bundle.weight(self._file), "ids": ids})
-        # The system maps the neighbours of each page that is touched: a few steps would bring in the whole table.
-        self._bundle.release(self._file)
+        if not keep_table:
+            # The system maps the neighbours of each page that is touched: a few steps would bring in the whole table.
+            self._bundle.release(self._file)
         return hidden_states
 
 
@@ -83,12 +86,16 @@ class Head:
         (logits,) = self._graph("head_logits")(self._weights | {"hidden_states": hidden_states})
         return logits
 
+    def release(self) -> None:
+        """Give back what ``logits`` left in memory for the next call."""
+        release_freed_memory()
+        self._bundle.release(self._bundle.manifest.head.weight)
+
     def _chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self._rows):
             release_freed_memory()
             yield slice(start, start + self._rows)
-        release_freed_memory()
-        self._bundle.release(self._bundle.manifest.head.weight)
+        self.release()
 
     def _graph(self, kind: str) -> Graph:
         # Loaded when first used: a run that never generates never pays for its graph.

@@ -46,6 +46,7 @@ class MicroBatchRun:
     Args:
         send: sends a message to the server.
         mode: what it is for; codecs: how its tensors cross.
+        position: of its first token in the conversation, in the mode ``decode``.
         grad_scale: what the loss's gradient is multiplied with, where there is one.
 
     Attributes:
@@ -66,6 +67,7 @@ class MicroBatchRun:
         mode: m.Mode,
         codecs: Codecs,
         grad_scale: float = 0.0,
+        position: int | None = None,
     ) -> None:
         self.key = key
         self.longest = int(batch.sequence_lengths.max())
@@ -80,6 +82,7 @@ class MicroBatchRun:
         self._mode = mode
         self._codecs = codecs
         self._grad_scale = grad_scale
+        self._position = position
         self._saved: dict[int, Saved] = {}
         self._to_come = 0
 
@@ -89,7 +92,9 @@ class MicroBatchRun:
         started = time.perf_counter()
         hidden_states = None
         if not parts.sends_token_ids:
-            hidden_states = self._to_wire(parts.embedding(batch.ids), TensorRole.EMBEDDINGS)
+            hidden_states = self._to_wire(
+                parts.embedding(batch.ids, keep_table=self._mode == "decode"), TensorRole.EMBEDDINGS
+            )
         parts.head_seconds += time.perf_counter() - started
         positions = parts.adapters.crossing_positions(batch)
         self._send(
@@ -102,6 +107,7 @@ class MicroBatchRun:
                 label_positions=WireTensor.from_ints(batch.label_positions),
                 crossing_positions=None if positions is None else WireTensor.from_ints(positions),
                 token_ids=WireTensor.from_ints(batch.ids) if parts.sends_token_ids else None,
+                position=self._position,
             )
         )
 
@@ -128,7 +134,7 @@ class MicroBatchRun:
         hidden_states = decode_floats(message.hidden_states)
         self._to_come = message.gradients
         self.is_finished = not self._to_come
-        if self._mode == "evaluate":
+        if self._mode in m.WITHOUT_GRADIENTS:
             self.hidden_states = hidden_states
             return
         started = time.perf_counter()

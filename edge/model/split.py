@@ -68,7 +68,7 @@ class SplitModel:
         ``SessionLostError`` where the whole step must be run again: the server knows nothing of it any more.
         """
         runs = deque(
-            self._micro_batch(batch, (step, index), "train", grad_scale)
+            self._micro_batch(batch, (step, index), "train", grad_scale=grad_scale)
             for index, batch in enumerate(batches)
         )
         parameters = self.adapters.parameters()
@@ -109,20 +109,37 @@ class SplitModel:
         self._parts.head_seconds += time.perf_counter() - started
         return result
 
-    def next_logits(self, ids: LongArray, acts_from: int | None = None) -> FloatArray:
-        """Logits float32 (vocabulary,) of the token that follows ``ids``. The whole prefix crosses each time.
+    def logits(self, batch: MicroBatch) -> FloatArray:
+        """Logits float32 (labelled, vocabulary) at the labelled positions, of which there are few. Raises as
+        ``evaluate``."""
+        return self._logits(self._evaluate_hidden(batch))
 
-        ``acts_from``: the row from which the adapters act; None: all of them.
+    def decode(self, parts: Sequence[MicroBatch], position: int) -> FloatArray:
+        """Logits float32 (labelled, vocabulary) at the labelled positions of the last part.
+
+        Args:
+            parts: the tokens that follow the first ``position`` of those that the server holds, one sequence each, as
+                many as it takes at once.
+
+        Raises what ``Connection`` raises: with ``SessionLostError`` the server holds no tokens any more.
         """
-        crossing = None if acts_from is None else np.arange(min(acts_from, len(ids)), len(ids), dtype=np.int32)
-        batch = MicroBatch(
-            ids=ids,
-            sequence_lengths=np.array([len(ids)], np.int32),
-            label_positions=np.array([len(ids) - 1], np.int32),
-            labels=np.zeros(1, np.int64),
-            crossing_positions=crossing,
-        )
-        logits: FloatArray = self._parts.head.logits(self._evaluate_hidden(batch))[0]
+        hidden_states: FloatArray | None = None
+        for part in parts:
+            run = self._micro_batch(part, self._next_key(), "decode", position=position)
+            for _ in self._run_all(deque([run])):
+                hidden_states = run.hidden_states
+            position += len(part.ids)
+        assert hidden_states is not None
+        return self._logits(hidden_states)
+
+    def release_weights(self) -> None:
+        """Let the pages of the two ends' weights go, which ``decode`` keeps for the next token."""
+        self._parts.head.release()
+
+    def _logits(self, hidden_states: FloatArray) -> FloatArray:
+        started = time.perf_counter()
+        logits = self._parts.head.logits(hidden_states)
+        self._parts.head_seconds += time.perf_counter() - started
         return logits
 
     def _evaluate_hidden(self, batch: MicroBatch) -> FloatArray:
@@ -136,11 +153,15 @@ class SplitModel:
 
         return self.session.run(attempt)
 
-    def _micro_batch(self, batch: MicroBatch, key: Key, mode: m.Mode, grad_scale: float = 0.0) -> MicroBatchRun:
+    def _micro_batch(
+        self, batch: MicroBatch, key: Key, mode: m.Mode, *, grad_scale: float = 0.0, position: int | None = None
+    ) -> MicroBatchRun:
         opening, send = self.connection.session.opened_with, self.connection.send
         assert opening is not None
         codecs = opening.codecs_of(mode)
-        return MicroBatchRun(self._parts, batch, key, send, mode=mode, codecs=codecs, grad_scale=grad_scale)
+        return MicroBatchRun(
+            self._parts, batch, key, send, mode=mode, codecs=codecs, grad_scale=grad_scale, position=position
+        )
 
     def _next_key(self) -> Key:
         self._evaluated = (self._evaluated + 1) % 2**31

@@ -1,19 +1,15 @@
-"""Using an adapter without training it: an open model for evaluation, and greedy answers."""
+"""Using an adapter without training it: an open model, to evaluate or to generate with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
 
 from dlora.edge.adapters.compatibility import check_base_model, load_weights
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.choices import EngineChoice
-from dlora.edge.data.examples import last_occurrence
-from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
 from dlora.edge.wire.connecting import ConnectSettings
@@ -22,7 +18,7 @@ from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import Send
-from dlora.protocol.errors import DataError, NonFiniteError, RemoteProtocolError
+from dlora.protocol.errors import NonFiniteError, RemoteProtocolError
 from dlora.protocol.targets import groups_of
 from dlora.protocol.wire_codecs import Codecs
 
@@ -31,12 +27,24 @@ from .split import SplitModel
 
 
 class UseSession(ModelSession):
-    """A session that trains nothing: its groups are those that have an adapter, and all of them are live."""
+    """A session that trains nothing: its groups are those that have an adapter, and all of them are live.
+
+    Args:
+        context_length: for how many tokens of a conversation the server is to keep keys and values, or fewer where it
+            has no room for as many.
+    """
 
     def __init__(
-        self, connection: Connection, adapters: AdapterSet, codecs: Codecs, *, base_fingerprint: str
+        self,
+        connection: Connection,
+        adapters: AdapterSet,
+        codecs: Codecs,
+        *,
+        base_fingerprint: str,
+        context_length: int = 0,
     ) -> None:
         super().__init__(connection, adapters)
+        self._context_length = context_length
         self._codecs = codecs
         self._base_fingerprint = base_fingerprint
 
@@ -47,7 +55,7 @@ class UseSession(ModelSession):
             adapter=self.adapters.adapter_spec,
             codecs=self._codecs,
             evaluation_codecs=self._codecs,
-            purpose=m.Use(),
+            purpose=m.Use(context_length=min(self._context_length, self.connection.welcome.max_context_length)),
         )
 
     def handle_opened(self, opened: m.SessionOpened) -> None:
@@ -70,12 +78,16 @@ def open_model(
     adapter: Path | None,
     *,
     wire_dtype: str,
+    context_length: int = 0,
     send: Send = "embeddings",
     threads: int = 0,
     engine: EngineChoice = "auto",
     connecting: ConnectSettings | None = None,
 ) -> Iterator[SplitModel]:
-    """A split model with a saved adapter, or none; blocks without an adapter do not exchange."""
+    """A split model with a saved adapter, or none; blocks without an adapter do not exchange.
+
+    ``context_length``: as ``UseSession`` takes it.
+    """
     manifest = bundle.manifest
     loaded = load_adapter(adapter) if adapter else None
     groups = groups_of(manifest, loaded.modules) if loaded else ()
@@ -90,7 +102,13 @@ def open_model(
     loaded_engine, codecs = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype)
     with interrupts.raise_on_signal(), _name_adapter_in_error(), Connection(server, connecting) as connection:
         check_base_model(bundle, connection.welcome)
-        session = UseSession(connection, adapters, codecs, base_fingerprint=manifest.base_model.fingerprint)
+        session = UseSession(
+            connection,
+            adapters,
+            codecs,
+            base_fingerprint=manifest.base_model.fingerprint,
+            context_length=context_length,
+        )
         session.open()
         yield SplitModel(
             bundle, loaded_engine, session, invocation=loaded.invocation if loaded else (), send=send
@@ -104,34 +122,3 @@ def _name_adapter_in_error() -> Iterator[None]:
     except NonFiniteError as error:
         text = f"{error}: the adapter is of a run that diverged; train it anew with a lower --lr"
         raise NonFiniteError(text) from None
-
-
-def generate_greedily(
-    model: SplitModel,
-    tokenizer: PromptTokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    warn: Callable[[str], None] = lambda _: None,
-) -> str:
-    """The likeliest continuation of ``prompt``, as an assistant's turn where there is a chat template.
-
-    An adapter that the prompt does not invoke does nothing, as in PEFT: ``warn`` is told.
-    """
-    ids = tokenizer.encode_prompt(prompt)
-    if not len(ids):
-        raise DataError("the prompt is empty; say something")
-    limit = model.connection.welcome.max_sequence_length
-    if len(ids) >= limit:
-        raise DataError(f"the prompt has {len(ids)} tokens, the server takes {limit}; say less")
-    acts_from = last_occurrence(ids, model.invocation) if model.invocation else None
-    if acts_from == len(ids):
-        warn("the prompt does not contain this adapter's invocation, so the adapter does nothing")
-        acts_from = limit
-    produced: list[int] = []
-    while len(produced) < max_new_tokens and len(ids) + len(produced) < limit:
-        whole = np.array([*ids, *produced], np.int64)
-        token = int(model.next_logits(whole, acts_from).argmax())
-        if token in tokenizer.stop_token_ids:
-            break
-        produced.append(token)
-    return tokenizer.decode(produced).strip()

@@ -1,0 +1,138 @@
+"""``dlora-edge generate``: an answer to a prompt, as it comes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dlora.protocol.errors import DataError, UsageError
+
+from .model_options import ModelOptions
+from .options import CredentialOptions, JsonOption, with_groups
+from .output import warn
+from .sampling_options import DraftOption, MaxNewTokensOption, SamplingOptions, StopOption
+
+if TYPE_CHECKING:
+    from dlora.edge.data.prompt import Message, PromptTokenizer
+    from dlora.edge.generation.generate import Counters
+    from dlora.edge.generation.sampling import Choice
+
+
+@with_groups
+def generate(
+    model_options: ModelOptions,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What to say to the model; a user's turn where it has a chat template. Without it: stdin."),
+    ] = None,
+    messages: Annotated[
+        Path | None, typer.Option(help="A conversation to answer: a JSON list of messages with role and content.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told to be, before the prompt.")] = None,
+    no_chat_template: Annotated[
+        bool, typer.Option("--no-chat-template", help="Continue the prompt as it stands.")
+    ] = False,
+    max_new_tokens: MaxNewTokensOption = 256,
+    sampling_options: SamplingOptions = SamplingOptions(),
+    stop: StopOption = None,
+    draft: DraftOption = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: each token with so many likeliest in its place.", min=0, max=20)
+    ] = None,
+    credential_options: CredentialOptions = CredentialOptions(),
+    json_output: JsonOption = False,
+) -> None:
+    """Answer a prompt with the base model or an adapter, token by token.
+
+    Prompt, answer, adapter and the choice of tokens stay here; the server sees hidden states, and keeps keys and values
+    of the conversation until the command ends. What that tells it: SECURITY.md.
+    """
+    from dlora.edge.data.prompt import prompt_tokenizer
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.protocol.wire_codecs import Codecs
+
+    Codecs.parse(model_options.wire_dtype)
+    if prompt is not None and messages is not None:
+        raise UsageError("give --prompt or --messages, not both")
+    conversation = None if messages is None else _read_messages(messages)
+    text = _read_stdin() if prompt is None and messages is None else prompt
+    sampling = sampling_options.sampling(logprobs=logprobs if json_output else None)
+    credentials = credential_options.load()
+    opened = Bundle.open(model_options.bundle)
+    with prompt_tokenizer(opened) as tokenizer:
+        from dlora.edge.generation.answer import TextAnswer
+        from dlora.edge.generation.prompt import Prompt
+        from dlora.edge.model.context import Context
+
+        if text is None:
+            asked = Prompt(messages=conversation)
+        else:
+            asked = Prompt.of_text(text, tokenizer, system=system, as_it_is=no_chat_template)
+        context_length = len(asked.encode(tokenizer)) + max_new_tokens
+        with model_options.open(opened, credentials, context_length=context_length) as model:
+            answer = TextAnswer(
+                Context(model),
+                tokenizer,
+                asked.encode(tokenizer, model.invocation, warn),
+                sampling,
+                max_new_tokens=max_new_tokens,
+                stop=stop or (),
+                draft_length=draft,
+            )
+            for piece in answer:
+                if not json_output:
+                    print(piece, end="", flush=True)
+            tokens = [] if logprobs is None else [_token(choice, tokenizer) for choice in answer.choices]
+    if json_output:
+        result: dict[str, Any] = {"prompt": text if conversation is None else conversation, "answer": answer.text}
+        result |= {"finish_reason": answer.finish_reason, **asdict(answer.counters)}
+        print(json.dumps(result | ({"logprobs": tokens} if tokens else {}), ensure_ascii=False))
+    else:
+        print(flush=True)
+        print(summary_line(answer.counters), file=sys.stderr)
+
+
+def summary_line(counters: Counters) -> str:
+    """What an answer took, for people."""
+    tokens, later_s = counters.tokens, counters.seconds - counters.first_token_s
+    rate = f", {(tokens - 1) / later_s:.1f} tokens/s" if tokens > 1 and later_s > 0 else ""
+    each = max(1, tokens)
+    drafts = f", {counters.accepted} of {counters.drafted} drafted tokens right" if counters.drafted else ""
+    return (
+        f"{tokens} tokens{rate}, the first after {counters.first_token_s:.2f} s; a token took "
+        f"{counters.round_trips / each:.2f} round trips and {counters.bytes_sent / each / 1e3:.1f} KB up, "
+        f"{counters.bytes_received / each / 1e3:.1f} KB down{drafts}"
+    )
+
+
+def _token(choice: Choice, tokenizer: PromptTokenizer) -> dict[str, Any]:
+    top = [{"token": tokenizer.decode([token]), "id": token, "logprob": logprob} for token, logprob in choice.top]
+    return {"token": tokenizer.decode([choice.token]), "id": choice.token, "logprob": choice.logprob, "top": top}
+
+
+def _read_messages(path: Path) -> tuple[Message, ...]:
+    from dlora.edge.generation.prompt import check_messages
+
+    try:
+        return check_messages(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON in UTF-8 ({error})") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _read_stdin() -> str:
+    """The prompt that is piped in, without its last line end."""
+    if sys.stdin.isatty():
+        raise UsageError("nothing is asked; give --prompt or --messages, or pipe a prompt in")
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise DataError("the prompt is not UTF-8; say it in another way") from None

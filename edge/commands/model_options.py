@@ -1,0 +1,61 @@
+"""What says which model is used, by every command that uses one without training it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .options import (
+    AdapterOption,
+    BundleOption,
+    EngineOption,
+    MaxRetryOption,
+    SendOption,
+    ServerOption,
+    ThreadsOption,
+    WireDtypeOption,
+)
+from .output import warn
+
+if TYPE_CHECKING:
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.edge.model.split import SplitModel
+    from dlora.edge.wire.credentials import Credentials
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A bundle, a server and an adapter, as a group of options."""
+
+    bundle: BundleOption
+    server: ServerOption
+    adapter: AdapterOption = None
+    wire_dtype: WireDtypeOption = "fp16"
+    send: SendOption = "embeddings"
+    threads: ThreadsOption = 0
+    engine: EngineOption = "auto"
+    max_retry_s: MaxRetryOption = None
+
+    def open(
+        self, bundle: Bundle, credentials: Credentials, *, context_length: int = 0
+    ) -> AbstractContextManager[SplitModel]:
+        """The model, connected; ``bundle`` is the one that these name, and ``context_length`` as ``open_model`` has
+        it."""
+        from dlora.edge.model.use import open_model
+        from dlora.edge.wire.connecting import ConnectSettings, Retry
+        from dlora.edge.wire.identity import load_device_id
+
+        retry = Retry(max_s=self.max_retry_s, at_start=bool(self.max_retry_s))
+        connecting = ConnectSettings(credentials, load_device_id(warn=warn), retry, say=warn)
+        return open_model(
+            bundle,
+            self.server,
+            self.adapter,
+            wire_dtype=self.wire_dtype,
+            context_length=context_length,
+            send=self.send,
+            threads=self.threads,
+            engine=self.engine,
+            connecting=connecting,
+        )

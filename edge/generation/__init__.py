@@ -1,0 +1,1 @@
+"""Text from a split model: tokens are chosen here, from true logits."""
