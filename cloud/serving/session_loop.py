@@ -258,12 +258,18 @@ class SessionLoop:
                 now = self._clock()
                 if not refusal.retryable or now > give_up_at:
                     raise
-                if self._wait_for_other_micro_batches():
+                if self._wait_for_other_micro_batches() or self._end_idle_conversation(refusal):
                     continue
                 wait_s = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S)
                 give_up_at = min(give_up_at, now + wait_s + self._service.timeouts.idle_s)
                 transport.disconnect(refusal)
                 transport.wait_for_device()
+
+    def _end_idle_conversation(self, refusal: RefusedError) -> bool:
+        """Whether another conversation of this device was idle, and has given its memory for what was refused."""
+        if refusal.code != m.ErrorCode.QUOTA_LIVE_BYTES:
+            return False
+        return self._transport.run_on_loop(lambda: self._service.sessions.end_idle(self._live.caller))
 
     def _wait_for_other_micro_batches(self) -> bool:
         """Wait until one that runs has ended; False where none does."""

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from typing import TypeVar
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
@@ -25,6 +26,8 @@ from dlora.protocol.session import Session
 from dlora.protocol.states import Side
 
 from .tasks import Tasks
+
+T = TypeVar("T")
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -148,6 +151,14 @@ class SessionTransport:
                 raise self._ended
             assert self._connection is not None
             return self._connection
+
+    def run_on_loop(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives, which is for the event loop."""
+
+        async def run() -> T:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
     def _flush(self, until: float) -> None:
         """Wait for what was sent to leave. Raises ``ConnectionClosed`` or ``TimeoutError`` if it does not."""

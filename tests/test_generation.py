@@ -1,0 +1,425 @@
+"""Generation through the split gives the tokens of PEFT's ``generate``: of every kind, with drafts and without."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from answers import INVOCATION, random_answers
+from canaries import Scanner
+from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
+from generating import generated
+from peft import PeftModel
+from proxy import payloads, recording_proxy
+from serving import RunningServer, config, random_dataset, randomize_all, serving, training
+from test_parts import WITHOUT_CACHE
+from tiny import TinyFactory
+from waiting import PassingClock, eventually
+
+from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.serving.sessions import IDLE_S
+from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.generation.generate import TokenAnswer
+from dlora.edge.generation.sampling import Sampling
+from dlora.edge.model.context import Context
+from dlora.edge.model.split import SplitModel
+from dlora.edge.model.use import open_model
+from dlora.edge.wire.connecting import ConnectSettings, Retry
+from dlora.protocol.errors import DataError, DloraError, RefusedError
+
+PROMPTS = [[9, 10, 11, 7, 8], [5, 6, 5, 6, 5, 6, 7, 8], [7, 8, 20, 21, 22, 7, 8, 12]]  # each invokes at 7, 8
+TOKENS = 24
+LONG = {"max_position_embeddings": 256}
+
+
+def train_adapter(bundle: Path, server: RunningServer, out: Path, kind: str, adapt: str, **changes: object) -> None:
+    """An adapter of random weights, large enough to change what is said."""
+    answers = adapt == "answer"
+    run = config(kind=kind, invocation=INVOCATION if answers else (), basis_steps=2 if answers else 0, **changes)
+    dataset = random_answers() if answers else random_dataset(VOCABULARY)
+    with training(bundle, server.url, run, dataset) as trainer:
+        for _ in range(run.total_steps if "kill_revive" in changes else 1):
+            trainer.run_step()
+        randomize_all(trainer)
+        trainer.save_adapter(out)
+
+
+def generated_by_peft(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    with torch.no_grad():
+        found = model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    return found[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny("llama", head_dtype="fp32", blocks=3, **LONG).bundle
+
+
+@pytest.fixture(scope="module")
+def server(tiny: TinyFactory) -> Iterator[RunningServer]:
+    with serving(tiny("llama", blocks=3, **LONG).base, max_sessions=16) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def adapter(bundle: Path, server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adapter")
+    train_adapter(bundle, server, out, "lora", "all")
+    return out
+
+
+# -- the same tokens as PEFT --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "adapt"), [
+    ("lora", "all"), ("lora", "answer"), ("ffa", "all"), ("ffa", "answer"), ("bottleneck", "all"),
+    ("bottleneck", "answer"),
+])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gemma3_text", "qwen3", "bloom", "phi3"])
+def test_greedy_tokens_are_those_of_peft(
+    family: str, kind: str, adapt: str, tiny: TinyFactory, tmp_path: Path
+) -> None:
+    """Without drafts, with the length that pays, and with long ones that mostly miss."""
+    untied = {"tie_word_embeddings": False}  # else some repeat one token for ever
+    bundle = tiny(family, head_dtype="fp32", **untied).bundle
+    with serving(tiny(family, **untied).base) as server:
+        train_adapter(bundle, server, tmp_path, kind, adapt)
+        model = PeftModel.from_pretrained(tiny_model(family, **untied), tmp_path).eval()
+        opening = open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32", context_length=64)
+        with opening as opened:
+            context = Context(opened)
+            for prompt in PROMPTS:
+                wanted = generated_by_peft(model, prompt, TOKENS)
+                for draft_length in (0, None, 5):
+                    assert generated(context, prompt, TOKENS, draft_length=draft_length) == wanted
+            bare = tiny_model(family, **untied)
+            assert wanted != generated_by_peft(bare, prompt, TOKENS)  # the adapter does something
+
+
+@pytest.mark.parametrize("active_fraction", [0.3, 1.0])
+def test_an_adapter_of_a_run_with_kill_and_revive_gives_pefts_tokens(
+    active_fraction: float, bundle: Path, server: RunningServer, tmp_path: Path
+) -> None:
+    """Killed units are no part of it, and cost no round trip."""
+    kill_revive = {"active_fraction": active_fraction, "on_kill": "bypass", "warmup_steps": 1, "warmup_fraction": 0.0,
+                   "ramp_fraction": 0.3, "kill_every": 1}  # fmt: skip
+    train_adapter(bundle, server, tmp_path, "lora", "all", kill_revive=kill_revive)
+    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=3, **LONG), tmp_path).eval()
+    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32", context_length=64) as opened:
+        groups = len(opened.adapters.groups)
+        assert groups == (3 if active_fraction == 1.0 else 1)
+        answer = TokenAnswer(
+            Context(opened), np.array(PROMPTS[0]), Sampling(), max_new_tokens=8, stop_token_ids=(), draft_length=0
+        )
+        assert [choice.token for choice in answer] == generated_by_peft(model, PROMPTS[0], 8)
+        assert answer.counters.round_trips == 8 * (1 + groups)
+
+
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE_FAMILIES)]
+)
+def test_every_family_gives_the_tokens_of_its_own_generate(family: str, tiny: TinyFactory) -> None:
+    """Those without keys and values get the whole text each time."""
+    model = tiny_model(family)
+    with (
+        serving(tiny(family).base) as server,
+        open_model(
+            Bundle.open(tiny(family, head_dtype="fp32").bundle), server.url, None, wire_dtype="fp32", context_length=64
+        ) as opened,
+    ):
+        context = Context(opened)
+        for prompt in PROMPTS:
+            wanted = generated_by_peft(model, prompt, 12)
+            for draft_length in (0, 3):
+                assert generated(context, prompt, 12, draft_length=draft_length) == wanted
+            if family not in WITHOUT_CACHE:
+                assert opened.connection.session.cached_tokens >= len(prompt) + 11
+
+
+@pytest.mark.parametrize("send", ["embeddings", "token-ids"])
+@pytest.mark.parametrize("wire_dtype", ["fp16", "int8"])
+def test_drafts_change_nothing_on_narrower_wires(
+    wire_dtype: str, send: str, bundle: Path, server: RunningServer, adapter: Path
+) -> None:
+    opening = open_model(
+        Bundle.open(bundle), server.url, adapter, wire_dtype=wire_dtype, context_length=64,
+        send=send,  # type: ignore[arg-type]
+    )  # fmt: skip
+    with opening as opened:
+        plain, drafted = (generated(opened, PROMPTS[1], TOKENS, draft_length=length) for length in (0, 4))
+    assert plain == drafted
+
+
+# -- the conversation that the server keeps -----------------------------------------------------------------
+
+
+def test_a_second_turn_sends_only_what_is_new(bundle: Path, server: RunningServer, adapter: Path) -> None:
+    with open_model(Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=128) as opened:
+        context = Context(opened)
+        first = generated(context, PROMPTS[0], 6)
+        second = [*PROMPTS[0], *first, 30, 31, 32]
+        sent = opened.connection.session.bytes_sent
+        answer = TokenAnswer(context, np.array(second), Sampling(), max_new_tokens=6, stop_token_ids=(), draft_length=0)
+        found = [choice.token for choice in answer]
+        # The last token of the first answer was chosen, and not yet sent.
+        assert answer.counters.reused_tokens == len(PROMPTS[0]) + 5
+        assert answer.counters.bytes_sent == opened.connection.session.bytes_sent - sent
+        assert found == generated(opened, second, 6)  # in a context that knows nothing
+
+
+def test_what_adapters_no_longer_act_on_is_sent_again(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+    """An adapter acts from the last invocation on: the answer before it is the base model's in the next turn."""
+    train_adapter(bundle, server, tmp_path, "lora", "answer")
+    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=3, **LONG), tmp_path).eval()
+    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32", context_length=128) as opened:
+        context = Context(opened)
+        first = generated(context, PROMPTS[0], 6)
+        second = [*PROMPTS[0], *first, 30, 31, *INVOCATION]
+        answer = TokenAnswer(context, np.array(second), Sampling(), max_new_tokens=6, stop_token_ids=())
+        assert [choice.token for choice in answer] == generated_by_peft(model, second, 6)
+        assert answer.counters.reused_tokens == PROMPTS[0].index(INVOCATION[0])
+
+
+def test_a_prompt_before_the_invocation_exchanges_nothing(
+    bundle: Path, server: RunningServer, tmp_path: Path
+) -> None:
+    """But for the invocation's few tokens; and where the prompt does not invoke, not even those."""
+    train_adapter(bundle, server, tmp_path, "lora", "answer")
+    invoked, uninvoked = [*range(20, 60), *INVOCATION], [*range(20, 60), 9, 9]
+    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32", context_length=64) as opened:
+        counted = {}
+        for name, prompt in (("invoked", invoked), ("uninvoked", uninvoked)):
+            answer = TokenAnswer(
+                Context(opened), np.array(prompt), Sampling(), max_new_tokens=1, stop_token_ids=(), draft_length=0
+            )
+            assert len(list(answer)) == 1
+            counted[name] = answer.counters
+        groups = opened.adapters.group_specs
+    assert counted["uninvoked"].round_trips == 1
+    assert counted["invoked"].round_trips == 1 + len(groups)
+    down = counted["invoked"].bytes_received - counted["uninvoked"].bytes_received
+    assert down <= len(groups) * 256 + sum(len(INVOCATION) * group.in_features * 4 + 64 for group in groups)
+
+
+def test_a_long_prompt_crosses_in_parts_that_the_server_takes(tiny: TinyFactory, bundle: Path) -> None:
+    prompt = [int(token) for token in np.random.default_rng(0).integers(3, VOCABULARY, 100)]
+    found = []
+    for max_tokens in (4096, 16):
+        with (
+            serving(tiny("llama", blocks=3, **LONG).base, max_tokens=max_tokens) as server,
+            open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=128) as opened,
+        ):
+            found.append(generated(opened, prompt, 12, draft_length=4))
+    assert found[0] == found[1]
+
+
+def test_a_conversation_ends_where_its_room_does(bundle: Path, server: RunningServer) -> None:
+    with open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=16) as opened:
+        answer = TokenAnswer(
+            Context(opened), np.array(PROMPTS[0]), Sampling(), max_new_tokens=50, stop_token_ids=(), draft_length=3
+        )
+        assert len(list(answer)) == 16 - len(PROMPTS[0])
+        assert answer.finish_reason == "length"
+        with pytest.raises(DataError, match="the prompt has 16 tokens, the server takes 16; say less"):
+            generated(opened, [5] * 16, 1)
+        with pytest.raises(DataError, match="the prompt is empty"):
+            generated(opened, [], 1)
+
+
+# -- lost servers -------------------------------------------------------------------------------------------
+
+SAMPLING = Sampling(temperature=0.9, top_p=0.95, top_k=40, seed=11)
+
+
+@pytest.mark.parametrize("draft_length", [0, 4])
+def test_a_lost_session_is_prefilled_again_with_the_same_tokens(
+    draft_length: int, bundle: Path, server: RunningServer, adapter: Path
+) -> None:
+    retry = ConnectSettings(retry=Retry(max_s=30))
+    opening = open_model(
+        Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=128, connecting=retry
+    )
+    with opening as opened:
+        wanted = generated(opened, PROMPTS[1], TOKENS, sampling=SAMPLING)
+        answer = TokenAnswer(
+            Context(opened), np.array(PROMPTS[1]), SAMPLING, max_new_tokens=TOKENS, stop_token_ids=(),
+            draft_length=draft_length,
+        )  # fmt: skip
+        found = []
+        for choice in answer:
+            found.append(choice.token)
+            if len(found) in (3, 11):
+                for live in server.server.service.sessions:
+                    server.server.service.sessions._evict(live, "a test")
+        assert found == wanted
+        assert opened.connection.reconnects == 2
+
+
+def test_another_seed_gives_another_answer(bundle: Path, server: RunningServer, adapter: Path) -> None:
+    with open_model(Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=128) as opened:
+        answers = [
+            generated(opened, PROMPTS[1], TOKENS, sampling=Sampling(temperature=0.9, seed=seed), draft_length=draft)
+            for seed, draft in ((1, 0), (1, 4), (2, 0))
+        ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+# -- the server's memory ------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_counted_by_the_formula(tiny: TinyFactory, bundle: Path) -> None:
+    """Keys and values of 2 heads of 4 numbers, in each of three blocks; freed when the session closes."""
+    with serving(tiny("llama", blocks=3, **LONG).base) as server:
+        quotas = server.server.service.quotas
+        with open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=100) as opened:
+            assert quotas.live_bytes == 100 * 3 * 2 * (2 * 4) * 4
+            generated(opened, PROMPTS[0], 8)
+            (live,) = server.server.service.sessions
+            assert live.cache_bytes == 100 * 3 * 2 * (2 * 4) * 4
+        eventually(lambda: quotas.live_bytes == 0)
+
+
+def test_more_than_the_quota_is_refused_in_one_line(tiny: TinyFactory, bundle: Path) -> None:
+    base = tiny("llama", blocks=3, **LONG).base
+    with serving(base, quotas=QuotaLimits(live_bytes=60_000)) as server:
+        # Half of the quota is for computing: the server says how long a conversation may be, and it is no longer.
+        room = 30_000 // (3 * 2 * 8 * 4)
+        with open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=1000) as opened:
+            assert Context(opened).limit == room == opened.connection.welcome.max_context_length
+            with (
+                pytest.raises(RefusedError, match="quota of live bytes is taken") as refused,
+                open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=1000),
+                open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=1000),
+            ):
+                pass
+        assert refused.value.retryable
+
+
+@pytest.mark.parametrize("for_another", [True, False], ids=["for another", "to compute"])
+def test_an_idle_conversation_gives_way_and_comes_back(
+    for_another: bool, tiny: TinyFactory, bundle: Path, adapter: Path
+) -> None:
+    """Where the quota has room for two conversations and a little, or for two alone."""
+    clock, base = PassingClock(), tiny("llama", blocks=3, **LONG).base
+    tokens, token_bytes = 240, 3 * 2 * (2 * 4) * 4
+    quota = 2 * tokens * token_bytes + (token_bytes * tokens - 1 if for_another else 100)
+    retry = ConnectSettings(retry=Retry(max_s=30))
+
+    def opening() -> AbstractContextManager[SplitModel]:
+        return open_model(
+            Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=tokens, connecting=retry
+        )
+
+    with serving(base, clock=clock, quotas=QuotaLimits(live_bytes=quota)) as server:
+        sessions = server.server.service.sessions
+        with opening() as first:
+            wanted = generated(first, PROMPTS[0], 12)
+            answer = TokenAnswer(
+                Context(first), np.array(PROMPTS[0]), Sampling(), max_new_tokens=12, stop_token_ids=(), draft_length=0
+            )
+            found = []
+            for choice in answer:
+                found.append(choice.token)
+                if len(found) == 5:
+                    with ExitStack() as others:
+                        second = others.enter_context(opening())
+                        assert len(sessions) == 2
+                        clock.sleep(IDLE_S + 1)
+                        if for_another:
+                            generated(second, PROMPTS[0], 1)  # it is not idle
+                            others.enter_context(opening())
+                        else:
+                            assert generated(second, PROMPTS[0], 12) == wanted
+                        assert len(sessions) == (2 if for_another else 1)
+                    eventually(lambda: not len(sessions))
+            assert found == wanted
+            assert first.connection.reconnects == 1
+
+
+# -- beside others ------------------------------------------------------------------------------------------
+
+
+def test_eight_conversations_and_a_run_each_get_what_they_get_alone(
+    tiny: TinyFactory, bundle: Path, adapter: Path
+) -> None:
+    run, dataset = config(total_steps=10), random_dataset(VOCABULARY)
+    sampled = [Sampling(temperature=0.8, seed=seed) for seed in range(8)]
+
+    def train(url: str) -> list[float]:
+        with training(bundle, url, run, dataset) as trainer:
+            return [trainer.run_step().loss for _ in range(run.total_steps)]
+
+    def answer(url: str, sampling: Sampling) -> list[int]:
+        with open_model(
+            Bundle.open(bundle), url, adapter, wire_dtype="fp32", context_length=128, threads=1
+        ) as opened:
+            return generated(opened, PROMPTS[0], 40, sampling=sampling, draft_length=2)
+
+    found: dict[int, object] = {}
+    with serving(tiny("llama", blocks=3, **LONG).base, max_sessions=16) as server:
+        losses = train(server.url)
+        alone = [answer(server.url, sampling) for sampling in sampled]
+        jobs = [threading.Thread(target=lambda: found.update({-1: train(server.url)}))]
+        for index, sampling in enumerate(sampled):
+            jobs.append(
+                threading.Thread(
+                    target=lambda index=index, sampling=sampling: found.update({index: answer(server.url, sampling)})
+                )
+            )
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join(120)
+    assert found == {-1: losses, **dict(enumerate(alone))}
+    assert len({tuple(each) for each in alone}) > 1
+
+
+# -- what crosses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16", "int8"])
+def test_no_token_logit_or_adapter_value_crosses(
+    wire_dtype: str, bundle: Path, server: RunningServer, adapter: Path
+) -> None:
+    scanner = Scanner()
+    for module in load_adapter(adapter).modules.values():
+        scanner.add_matrix(module.lora_A, f"{module.name} A")
+        scanner.add_matrix(module.lora_B, f"{module.name} B")
+    with recording_proxy(server.url) as proxy:
+        with open_model(
+            Bundle.open(bundle), proxy.url, adapter, wire_dtype=wire_dtype, context_length=128
+        ) as opened:
+            context, prompt = Context(opened), [*PROMPTS[2], *range(40, 52)]
+            found = generated(context, prompt, TOKENS, draft_length=3)
+            scanner.add_tokens([*prompt, *found], "the conversation")
+            for length in (len(prompt), len(prompt) + 8):
+                logits = context.logits(np.array([*prompt, *found])[:length])
+                scanner.add_matrix(np.concatenate([logits, np.zeros_like(logits)]), f"logits after {length}")
+        sent = b"".join(payloads(proxy.recordings[0].up))
+    assert len(sent) > 10_000
+    assert list(scanner.find({"the wire": sent})) == []
+
+
+def test_a_conversation_that_outgrows_its_server_is_refused_in_one_line(bundle: Path, server: RunningServer) -> None:
+    """A server that took over and has less room."""
+    with (
+        open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=16) as opened,
+        pytest.raises(DloraError, match="the conversation has 17 tokens, the server has room for 16; begin anew"),
+    ):
+        Context(opened).logits(np.full(17, 5))
