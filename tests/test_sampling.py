@@ -1,0 +1,139 @@
+"""Tokens are chosen as transformers' ``generate`` chooses them, from one number a token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dlora.edge.generation.drafts import MAX_DRAFT, DraftLength, look_up_draft
+from dlora.edge.generation.sampling import Sampler, Sampling
+from dlora.protocol.errors import UsageError
+
+VOCABULARY = 50
+PROMPT = [3, 7, 7, 9]
+
+
+def logits_of(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 2, VOCABULARY).astype(np.float32)
+
+
+def probabilities_of_transformers(sampling: Sampling, logits: np.ndarray, before: list[int]) -> np.ndarray:
+    steps = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    steps.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        steps.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        steps.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        steps.append(MinPLogitsWarper(sampling.min_p))
+    return steps(torch.tensor([before]), torch.from_numpy(logits)[None]).softmax(-1)[0].double().numpy()
+
+
+@pytest.mark.parametrize("settings", [
+    {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.1}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 1.0, "repetition_penalty": 1.5, "top_p": 0.95},
+], ids=lambda settings: " ".join(settings))  # fmt: skip
+def test_tokens_have_the_probabilities_that_transformers_gives_them(settings: dict[str, float]) -> None:
+    """Over many seeds; and a token that is left out there never comes."""
+    logits = logits_of(1)
+    wanted = probabilities_of_transformers(Sampling(**settings), logits, PROMPT)  # type: ignore[arg-type]
+    draws = 4000
+    counts = np.zeros(VOCABULARY)
+    for seed in range(draws):
+        sampling = Sampling(**settings, seed=seed)  # type: ignore[arg-type]
+        counts[Sampler(sampling, PROMPT).choose(logits).token] += 1
+    assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(wanted))
+    spread = np.sqrt(wanted * (1 - wanted) / draws)
+    assert (np.abs(counts / draws - wanted) <= 5 * spread + 1e-9).all()  # the seeds are fixed
+
+
+def test_greedy_takes_the_likeliest_after_penalties() -> None:
+    logits = np.zeros(VOCABULARY, np.float32)
+    logits[[7, 20]] = 2.0, 1.5
+    assert Sampler(Sampling(), PROMPT).choose(logits).token == 7
+    assert Sampler(Sampling(repetition_penalty=1.5), PROMPT).choose(logits).token == 20
+    # OpenAI's penalties are of what was answered, not of what was asked.
+    sampler = Sampler(Sampling(presence_penalty=1.0), PROMPT)
+    assert [sampler.choose(logits).token for _ in range(3)] == [7, 20, 7]
+    sampler = Sampler(Sampling(frequency_penalty=0.4), PROMPT)
+    assert [sampler.choose(logits).token for _ in range(4)] == [7, 7, 20, 7]
+    assert Sampler(Sampling(logit_bias={7: -100, 10**9: 5}), PROMPT).choose(logits).token == 20
+
+
+def test_only_allowed_tokens_are_chosen() -> None:
+    allowed = np.zeros(VOCABULARY, np.bool_)
+    allowed[[4, 5]] = True
+    for seed in range(50):
+        for temperature in (0.0, 1.0):
+            sampler = Sampler(Sampling(temperature=temperature, seed=seed), PROMPT)
+            assert sampler.choose(logits_of(seed), allowed).token in (4, 5)
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = logits_of(3)
+    choice = Sampler(Sampling(temperature=0.5, top_k=1, logprobs=4), PROMPT).choose(logits)
+    wanted = torch.from_numpy(logits).double().log_softmax(-1)
+    assert choice.logprob == pytest.approx(wanted[choice.token].item())
+    top = wanted.topk(4)
+    assert [token for token, _ in choice.top] == top.indices.tolist()
+    assert [logprob for _, logprob in choice.top] == pytest.approx(top.values.tolist())
+
+
+def test_a_token_depends_on_the_seed_and_its_place_only() -> None:
+    sampling = Sampling(temperature=1.0, seed=5)
+    first, second = Sampler(sampling, PROMPT), Sampler(sampling, [1])
+    tokens = [first.choose(logits_of(index)).token for index in range(20)]
+    assert tokens == [second.choose(logits_of(index)).token for index in range(20)]
+    unseeded = {Sampler(Sampling(temperature=1.0), PROMPT).choose(np.zeros(50_000)).token for _ in range(4)}
+    assert len(unseeded) > 1
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("temperature", -1), ("top_p", 1.5), ("top_p", 0.0), ("min_p", -0.1), ("repetition_penalty", 0.0),
+    ("top_k", -1), ("logprobs", 21), ("seed", -1), ("temperature", float("nan")),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_named(setting: str, value: float) -> None:
+    with pytest.raises(UsageError, match=setting):
+        Sampling(**{setting: value})
+
+
+# -- drafts -------------------------------------------------------------------------------------------------
+
+
+def drafted(ids: list[int], most: int) -> list[int]:
+    return look_up_draft(np.array(ids, np.int64), most).tolist()
+
+
+def test_a_draft_is_what_followed_the_same_tokens() -> None:
+    assert drafted([1, 2, 3, 4, 5, 1, 2], 3) == [3, 4, 5]
+    assert drafted([1, 2, 3, 9, 1, 2, 4, 8, 1, 2], 2) == [4, 8]  # the last time counts
+    assert drafted([7, 1, 2, 3, 5, 9, 1, 2, 4, 7, 1, 2], 1) == [3]  # and a longer match more than a later one
+    assert drafted([5, 5, 5], 4) == [5]  # no further than what is known
+    assert drafted([1, 2, 3], 4) == drafted([1], 4) == drafted([1, 2, 1, 2], 0) == []
+
+
+def test_drafts_are_as_long_as_they_pay() -> None:
+    assert DraftLength(3).length == 3
+    slow, quick, hopeless = DraftLength(), DraftLength(), DraftLength()
+    for _ in range(40):
+        for drafts, step_s, hits in ((slow, 1.0, True), (quick, 0.01, True), (hopeless, 1.0, False)):
+            drafts.observe(0, 0, step_s)
+            drafts.observe(4, 4 if hits else 0, step_s + 4 * 0.009)
+    assert slow.length == MAX_DRAFT  # over a slow network a token more costs nothing
+    assert 0 < quick.length < MAX_DRAFT
+    assert hopeless.length <= 1
+    for _ in range(200):  # what was learnt of another part of the text fades
+        hopeless.observe(0, 0, 1.0)
+    assert hopeless.length > 1
