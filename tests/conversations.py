@@ -23,6 +23,7 @@ from dlora.protocol.wire_codecs import Codecs, encode_floats
 WIDTH = 4
 MAX_TOKENS = 16
 MAX_LENGTH = 8
+MAX_CONTEXT = 20
 TOKENS, LABELLED = 3, 2
 GROUPS = (
     GroupSpec(0, WIDTH, (TargetSpec("layers.0.q", 4), TargetSpec("layers.0.v", 2))),
@@ -59,6 +60,7 @@ def welcome(version: int = PROTOCOL_VERSIONS[-1], *, packs: bool = True) -> m.We
         max_sequence_length=MAX_LENGTH,
         max_tokens=MAX_TOKENS,
         packs=packs,
+        max_context_length=MAX_CONTEXT,
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import conversations as c
 import msgspec
 import numpy as np
 import pytest
-from conversations import Pair
+from conversations import MAX_CONTEXT, TOKENS, Pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_frames import Reached, frames
@@ -890,3 +890,70 @@ def test_adapter_state_never_crosses_as_int8() -> None:
     pair = Pair(c.opening()[:2])
     codecs = msgspec.structs.replace(Codecs.all("fp16"), adapter_state="int8")
     refused_by_both(pair, c.open_session(codecs=codecs), "adapter state as int8")
+
+
+# -- what the server keeps of a conversation ------------------------------------------------------------------
+
+
+def using(context_length: int = MAX_CONTEXT, **changes: Any) -> list[m.AnyMessage]:
+    opened = m.SessionOpened(session="one", token=c.TOKEN)
+    return [*c.opening()[:2], c.open_session(purpose=m.Use(context_length=context_length), **changes), opened]
+
+
+def decoding(position: int | None, tokens: int = TOKENS, **changes: Any) -> m.Embeddings:
+    tensors = {"hidden_states": c.floats(tokens, c.WIDTH), "sequence_lengths": WireTensor.from_ints([tokens])}
+    return c.embeddings(mode="decode", position=position, **{**tensors, **changes})
+
+
+def decoded(position: int, tokens: int = TOKENS) -> Iterator[m.AnyMessage]:
+    yield decoding(position, tokens)
+    for group in c.ALL:
+        yield c.group_input(group=group, hidden_states=c.floats(tokens, c.GROUPS[group].in_features))
+        deltas = tuple(c.floats(tokens, target.out_features) for target in c.GROUPS[group].targets)
+        yield c.group_delta(group=group, deltas=deltas)
+    yield c.labelled()
+
+
+def test_a_conversation_goes_on_from_any_position_that_is_held() -> None:
+    """Whatever came after it is forgotten."""
+    pair = Pair(using())
+    for position, tokens in ((0, 3), (3, 8), (11, 3), (4, 3), (7, 3), (0, 3)):
+        for message in decoded(position, tokens):
+            pair.say(message)
+        assert [side.cached_tokens for side in pair.sides.values()] == [position + tokens] * 2
+    refused_by_both(pair, decoding(4), "tokens from position 4 on, where only 3 are held")
+    pair.say(decoding(3))
+    refused_by_both(pair, decoding(3, micro_batch=1), "not now")
+
+
+def test_a_conversation_stays_within_its_room() -> None:
+    pair = Pair(using(context_length=5))
+    for message in decoded(0):
+        pair.say(message)
+    refused_by_both(pair, decoding(3), "a conversation of 6 tokens; this session has room for 5")
+    for message in decoded(2):
+        pair.say(message)
+    greeted = Pair(c.opening()[:2])
+    refused_by_both(greeted, using(context_length=MAX_CONTEXT + 1)[2], "a context of 21 tokens; at most 20 fit")
+
+
+def test_only_a_conversation_has_a_position() -> None:
+    pair = Pair(using())
+    for message in (decoding(None), c.embeddings(mode="evaluate", position=0)):
+        refused_by_both(pair, message, "a position belongs to")
+    two = WireTensor.from_ints([1, TOKENS - 1])
+    refused_by_both(pair, decoding(0, sequence_lengths=two), "a position belongs to the one sequence")
+    for other in (Pair(using(context_length=0)), Pair(c.opening())):
+        refused_by_both(other, decoding(0), "in a session that has no context length")
+    for mode in ("train", "basis"):
+        refused_by_both(pair, c.embeddings(mode=mode), "a micro-batch that trains, in a session that does not")
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "decode"])
+def test_where_no_row_crosses_no_group_is_asked(mode: str) -> None:
+    nothing = WireTensor.from_ints([])
+    begun = decoding(0) if mode == "decode" else c.embeddings(mode=mode)
+    pair = Pair([*using(), msgspec.structs.replace(begun, crossing_positions=nothing)])
+    refused_by_both(pair, c.group_input(hidden_states=c.floats(0, c.WIDTH)), "does not exist, or belongs to a killed")
+    pair.say(c.labelled())
+    assert pair.sides[E].state is State.IDLE

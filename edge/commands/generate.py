@@ -122,7 +122,7 @@ def _read_messages(path: Path) -> tuple[Message, ...]:
         return check_messages(json.loads(path.read_bytes()))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON in UTF-8 ({error})") from None
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
