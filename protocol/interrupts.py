@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -37,8 +38,10 @@ def exit_on_signal() -> None:
 
 @contextmanager
 def raise_on_signal() -> Iterator[None]:
-    """Within, the first signal raises ``KeyboardInterrupt`` where it would end the process at once."""
-    ending = [number for number in SIGNALS if signal.getsignal(number) is _exit_process]
+    """Within, the first signal raises ``KeyboardInterrupt`` where it would end the process at once. Only in the main
+    thread, which alone gets signals."""
+    is_main = threading.current_thread() is threading.main_thread()
+    ending = [number for number in SIGNALS if is_main and signal.getsignal(number) is _exit_process]
     for number in ending:
         signal.signal(number, raise_interrupt)
     try:

@@ -38,15 +38,26 @@ class ModelOptions:
     max_retry_s: MaxRetryOption = None
 
     def open(
-        self, bundle: Bundle, credentials: Credentials, *, context_length: int = 0
+        self,
+        bundle: Bundle,
+        credentials: Credentials,
+        *,
+        context_length: int = 0,
+        longest_outage_s: float | None = None,
     ) -> AbstractContextManager[SplitModel]:
-        """The model, connected; ``bundle`` is the one that these name, and ``context_length`` as ``open_model`` has
-        it."""
+        """The model, connected.
+
+        Args:
+            bundle: the one that these name.
+            context_length: as ``open_model`` has it.
+            longest_outage_s: of the server, from the first connection on, where these say nothing.
+        """
         from dlora.edge.model.use import open_model
         from dlora.edge.wire.connecting import ConnectSettings, Retry
         from dlora.edge.wire.identity import load_device_id
 
-        retry = Retry(max_s=self.max_retry_s, at_start=bool(self.max_retry_s))
+        longest_s = longest_outage_s if self.max_retry_s is None else self.max_retry_s
+        retry = Retry(max_s=longest_s, at_start=bool(self.max_retry_s))
         connecting = ConnectSettings(credentials, load_device_id(warn=warn), retry, say=warn)
         return open_model(
             bundle,

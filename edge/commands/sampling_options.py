@@ -29,6 +29,10 @@ DraftOption = Annotated[
     ),
 ]  # fmt: skip
 
+ContextLengthOption = Annotated[
+    int, typer.Option(help="Longest conversation, in tokens; the server has room for it reserved.", min=16)
+]
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -54,3 +58,11 @@ class SamplingOptions:
             seed=self.seed,
             logprobs=logprobs,
         )
+
+
+@dataclass(frozen=True)
+class ChatSamplingOptions(SamplingOptions):
+    """The same for conversations, which one would not have each answer twice."""
+
+    temperature: TemperatureOption = 0.7
+    top_p: TopPOption = 0.95

@@ -85,6 +85,9 @@ class Child:
         on_tick: is called with the note's place, once a second while a call goes on.
 
     The signals that end this process end the child with it.
+
+    Attributes:
+        is_lost: whether it has died or stands still, so that it answers no more.
     """
 
     def __init__(self, work: Work, note: Note, on_tick: Callable[[str], None] = lambda _: None) -> None:
@@ -92,6 +95,8 @@ class Child:
         self._note = note
         self._on_tick = on_tick
         self._pid = 0
+        self._no_progress_s: float = NO_PROGRESS_S
+        self.is_lost = False
 
     def __enter__(self) -> Child:
         self._socket, child_socket = socket.socketpair()
@@ -119,7 +124,8 @@ class Child:
 
         Raises whatever ``DloraError`` it raises, and the note's where it stands still, needs too much memory or dies.
         """
-        assert self._pid, "it has ended"
+        if not self._pid:
+            raise self._note.error("ended the process that reads it before")
         try:
             # So that an interrupt leaves by way of __exit__, which ends the child: it may be in a loop.
             with interrupts.raise_on_signal():
@@ -129,6 +135,7 @@ class Child:
                 reply = msgspec.msgpack.decode(self._receive(), type=_Reply)
                 parts = [self._receive() for _ in range(reply.parts)]
         except (EOFError, ConnectionError):
+            self.is_lost = True
             raise self._note.error(self._exit_reason()) from None
         if reply.out_of_memory:
             raise self._note.error(_too_much_memory(self._spare_bytes))
@@ -155,10 +162,11 @@ class Child:
                 self._on_tick(self._note.place)
                 still = still + 1 if self._note.count == count else 0
                 count = self._note.count
-                if still * _TICK_S >= NO_PROGRESS_S:
+                if still * _TICK_S >= self._no_progress_s:
+                    self.is_lost = True
                     raise self._note.error(
-                        f"took longer than {NO_PROGRESS_S} s; shorten it, or export the bundle again if its tokenizer "
-                        "or its chat template does not end"
+                        f"took longer than {self._no_progress_s:.0f} s; shorten it, or export the bundle again if its "
+                        "tokenizer or its chat template does not end"
                     ) from None
         return content
 
@@ -211,6 +219,38 @@ class Child:
             return _Reply(out_of_memory=True), ()
         except BaseException:
             return _Reply(bug=traceback.format_exc()), ()
+
+
+class ReplacedChild(Child):
+    """A child in whose place another comes where something ends it, or makes it stand still.
+
+    It forks only once, before there are threads: a process that never touches what is a stranger's, and that has the
+    child which does. Arguments as of ``Child``.
+    """
+
+    def __init__(self, work: Work, note: Note, on_tick: Callable[[str], None] = lambda _: None) -> None:
+        super().__init__(_replacing(work, note), note, on_tick)
+        self._no_progress_s = 2 * NO_PROGRESS_S  # the process between gives up before, and tells what it was
+
+
+def _replacing(work: Work, note: Note) -> Work:
+    """``work`` in a child of the process that runs this, a new one each time the last has ended."""
+    children: list[Child] = []
+
+    def answer(request: bytes) -> Sequence[Buffer]:
+        if not children:
+            child = Child(work, note)
+            children.append(child.__enter__())
+        child = children[0]
+        try:
+            return child.call(request)
+        except DloraError:
+            if child.is_lost:
+                children.clear()
+                child.__exit__()
+            raise
+
+    return answer
 
 
 class _Reply(msgspec.Struct, kw_only=True):

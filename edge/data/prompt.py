@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,26 +16,31 @@ import numpy.typing as npt
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.errors import BundleError, DataError
 
-from .child import Buffer, Child, Note, Work
+from .child import Buffer, Child, Note, ReplacedChild, Work
 from .loading import TOKENIZER_PLACE
 
 if TYPE_CHECKING:
+    from .constraint import Matchers
     from .tokenizer import EdgeTokenizer
 
 Message = Mapping[str, Any]
 
 
 class PromptTokenizer:
-    """What generation needs of a bundle's tokenizer; all of it raises ``DataError`` or ``BundleError``.
+    """What generation needs of a bundle's tokenizer; all of it raises ``DataError`` or ``BundleError``. For threads.
 
     Attributes:
         stop_token_ids: tokens that end an answer.
         has_chat_template: whether it can make a prompt of messages.
     """
 
-    def __init__(self, child: Child, stop_token_ids: tuple[int, ...], *, has_chat_template: bool) -> None:
+    def __init__(
+        self, child: Child, stop_token_ids: tuple[int, ...], *, vocabulary_size: int, has_chat_template: bool
+    ) -> None:
         self._child = child
-        self._streams = count()
+        self._lock = threading.Lock()
+        self._numbers = count()
+        self._vocabulary_size = vocabulary_size
         self.stop_token_ids = stop_token_ids
         self.has_chat_template = has_chat_template
 
@@ -51,67 +57,137 @@ class PromptTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
-        (text,) = self._child.call(msgspec.msgpack.encode(_Decode(tuple(ids))))
+        (text,) = self.call(_Decode(tuple(ids)))
         return text.decode()
 
     def stream(self) -> TextStream:
         """A text that grows token by token."""
-        return TextStream(self._child, next(self._streams))
+        return TextStream(self, next(self._numbers))
 
-    def _encode(self, request: _Chat | _Text) -> npt.NDArray[np.int64]:
+    def constrain(self, schema: Mapping[str, Any]) -> Constraint:
+        """What keeps an answer to JSON of a JSON schema.
+
+        Raises ``MissingExtraError`` without llguidance, and ``DataError`` for a schema that it cannot obey.
+        """
+        constraint = Constraint(self, next(self._numbers), self._vocabulary_size)
+        self.call(_Constrain(constraint.number, msgspec.json.encode(schema).decode()))
+        return constraint
+
+    def call(self, request: _Request) -> list[bytearray]:
+        """What the child answers."""
         try:
             encoded = msgspec.msgpack.encode(request)
         except UnicodeEncodeError:
             raise DataError("the prompt is not UTF-8; say it in another way") from None
-        (ids,) = self._child.call(encoded)
+        with self._lock:
+            return self._child.call(encoded)
+
+    def _encode(self, request: _Chat | _Text) -> npt.NDArray[np.int64]:
+        (ids,) = self.call(request)
         return np.frombuffer(ids, np.int32).astype(np.int64)
 
 
 class TextStream:
     """The text of tokens as they come, special tokens left out."""
 
-    def __init__(self, child: Child, number: int) -> None:
-        self._child = child
+    def __init__(self, tokenizer: PromptTokenizer, number: int) -> None:
+        self._tokenizer = tokenizer
         self._number = number
 
     def push(self, token: int) -> str:
         """What the next token adds: nothing where it ends in the middle of a character."""
-        (text,) = self._child.call(msgspec.msgpack.encode(_Step(self._number, token)))
+        (text,) = self._tokenizer.call(_Step(self._number, token))
         return text.decode()
 
     def close(self) -> None:
         """Forget it."""
-        self._child.call(msgspec.msgpack.encode(_EndOfStream(self._number)))
+        self._tokenizer.call(_Forget(self._number))
+
+
+class Constraint:
+    """Which tokens may come next in an answer.
+
+    Attributes:
+        number: of it, in the child.
+    """
+
+    def __init__(self, tokenizer: PromptTokenizer, number: int, vocabulary_size: int) -> None:
+        self.number = number
+        self._tokenizer = tokenizer
+        self._vocabulary_size = vocabulary_size
+        self._accepted: int | None = None
+
+    def accept(self, token: int) -> None:
+        """It came."""
+        self._accepted = token
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """bool (vocabulary,), after what was accepted."""
+        (bits,) = self._tokenizer.call(_Allowed(self.number, self._accepted))
+        self._accepted = None
+        found = np.zeros(self._vocabulary_size, np.bool_)
+        unpacked = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: self._vocabulary_size]
+        found[: len(unpacked)] = unpacked
+        return found
+
+    def close(self) -> None:
+        """Forget it."""
+        self._tokenizer.call(_Forget(self.number))
 
 
 @contextmanager
-def prompt_tokenizer(bundle: Bundle) -> Iterator[PromptTokenizer]:
-    """A bundle's tokenizer, in a child that lives as long as the context. Enter it before there is an engine."""
+def prompt_tokenizer(bundle: Bundle, *, for_long: bool = False) -> Iterator[PromptTokenizer]:
+    """A bundle's tokenizer, in a child that lives as long as the context. Enter it before there is an engine.
+
+    ``for_long``: whether another child takes its place where something ends it, as a server needs.
+    """
     note, spec = Note(), bundle.manifest.tokenizer
-    with Child(_tokenizer_worker(bundle, note), note) as child:
-        yield PromptTokenizer(child, spec.all_stop_token_ids, has_chat_template=spec.chat_template is not None)
+    with (ReplacedChild if for_long else Child)(_tokenizer_worker(bundle, note), note) as child:
+        yield PromptTokenizer(
+            child,
+            spec.all_stop_token_ids,
+            vocabulary_size=bundle.manifest.base_model.vocabulary_size,
+            has_chat_template=spec.chat_template is not None,
+        )
 
 
-class _Chat(msgspec.Struct, tag=True):
+class _Request(msgspec.Struct, tag=True):
+    """To the child."""
+
+
+class _Chat(_Request):
     messages: list[dict[str, Any]]
     tools: list[Any] | None
 
 
-class _Text(msgspec.Struct, tag=True):
+class _Text(_Request):
     text: str
 
 
-class _Decode(msgspec.Struct, tag=True):
+class _Decode(_Request):
     ids: tuple[int, ...]
 
 
-class _Step(msgspec.Struct, tag=True):
+class _Step(_Request):
     stream: int
     token: int
 
 
-class _EndOfStream(msgspec.Struct, tag=True):
-    stream: int
+class _Constrain(_Request):
+    number: int
+    schema: str
+
+
+class _Allowed(_Request):
+    number: int
+    accepted: int | None
+
+
+class _Forget(_Request):
+    number: int
+
+
+_AnyRequest = _Chat | _Text | _Decode | _Step | _Constrain | _Allowed | _Forget
 
 
 def _tokenizer_worker(bundle: Bundle, note: Note) -> Work:
@@ -122,23 +198,38 @@ def _tokenizer_worker(bundle: Bundle, note: Note) -> Work:
 
         return EdgeTokenizer.open(bundle)
 
+    @cache
+    def matchers() -> Matchers:
+        from .constraint import Matchers
+
+        return Matchers(bundle)
+
     def answer(request: bytes) -> Sequence[Buffer]:
-        opened = tokenizer()
-        match msgspec.msgpack.decode(request, type=_Chat | _Text | _Decode | _Step | _EndOfStream):
+        match msgspec.msgpack.decode(request, type=_AnyRequest):
             case _Chat(messages, tools):
+                opened = tokenizer()
                 note.set_place("the prompt", DataError)
                 return (opened.encode_chat(messages, tools=tools).tobytes(),)
             case _Text(text):
+                opened = tokenizer()
                 note.set_place("the prompt", DataError)
                 return (opened.encode_prompt_text(text).tobytes(),)
             case _Decode(ids):
                 note.set_place("the text of the answer", BundleError)
-                return (opened.decode(ids).encode(),)
+                return (tokenizer().decode(ids).encode(),)
             case _Step(stream, token):
                 note.set_place("the text of the answer", BundleError)
-                return (opened.decode_step(stream, token).encode(),)
-            case _EndOfStream(stream):
-                opened.end_stream(stream)
+                return (tokenizer().decode_step(stream, token).encode(),)
+            case _Constrain(number, schema):
+                note.set_place("the JSON schema", DataError)
+                matchers().begin(number, schema)
+            case _Allowed(number, accepted):
+                note.set_place("the JSON schema", DataError)
+                return (matchers().allowed(number, accepted),)
+            case _Forget(number):
+                tokenizer().end_stream(number)
+                if matchers.cache_info().currsize:
+                    matchers().end(number)
         return ()
 
     return answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from dlora.edge.data.prompt import PromptTokenizer
+from dlora.edge.data.prompt import Constraint, PromptTokenizer
 from dlora.edge.model.context import Context
 from dlora.edge.model.ends import LongArray
 
@@ -19,7 +19,7 @@ class TextAnswer:
     Args:
         prompt: int64 (tokens,), all that comes before it.
         stop: texts that end it.
-        draft_length, should_stop: as ``TokenAnswer`` takes them.
+        draft_length, constraint, should_stop: as ``TokenAnswer`` takes them.
 
     Attributes:
         choices: the tokens that it consists of, so far.
@@ -37,6 +37,7 @@ class TextAnswer:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         draft_length: int | None = None,
+        constraint: Constraint | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.choices: list[Choice] = []
@@ -48,6 +49,7 @@ class TextAnswer:
             max_new_tokens=max_new_tokens,
             stop_token_ids=tokenizer.stop_token_ids,
             draft_length=draft_length,
+            constraint=constraint,
             should_stop=should_stop,
         )
 

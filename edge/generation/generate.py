@@ -10,9 +10,11 @@ from typing import Literal
 import numpy as np
 
 from dlora.edge.data.examples import last_occurrence
+from dlora.edge.data.prompt import Constraint
 from dlora.edge.model.context import Context
 from dlora.edge.model.ends import LongArray
 from dlora.protocol.errors import DataError
+from dlora.protocol.tensors import FloatArray
 
 from .drafts import DraftLength, look_up_draft
 from .sampling import Choice, Sampler, Sampling
@@ -52,6 +54,7 @@ class TokenAnswer:
         prompt: int64 (tokens,), all that comes before the answer.
         stop_token_ids: tokens that end it.
         draft_length: the longest draft; None: what pays.
+        constraint: which tokens it may have; None: any.
         should_stop: whether the user wants no more; asked before each step.
 
     Attributes:
@@ -71,6 +74,7 @@ class TokenAnswer:
         max_new_tokens: int,
         stop_token_ids: Collection[int],
         draft_length: int | None = None,
+        constraint: Constraint | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         if not len(prompt):
@@ -86,6 +90,7 @@ class TokenAnswer:
         self._most = min(max_new_tokens, context.limit - len(prompt))
         self._stop_token_ids = frozenset(stop_token_ids)
         self._draft_length = DraftLength(draft_length)
+        self._constraint = constraint
         self._should_stop = should_stop
         self._acts_from = _acts_from(prompt, context.model.invocation)
 
@@ -130,7 +135,7 @@ class TokenAnswer:
         seconds = time.perf_counter() - started
         accepted = 0
         for row, drafted in zip(rows, (*draft, None), strict=True):
-            choice = self._sampler.choose(row)
+            choice = self._choose(row)
             self._ids = np.append(self._ids, choice.token)
             accepted += int(choice.token == drafted)
             yield choice
@@ -140,6 +145,14 @@ class TokenAnswer:
             self._draft_length.observe(len(draft), accepted, seconds)
         self.counters.drafted += len(draft)
         self.counters.accepted += accepted
+
+
+    def _choose(self, row: FloatArray) -> Choice:
+        if self._constraint is None:
+            return self._sampler.choose(row)
+        choice = self._sampler.choose(row, self._constraint.allowed())
+        self._constraint.accept(choice.token)
+        return choice
 
 
 def _acts_from(prompt: LongArray, invocation: tuple[int, ...]) -> int:

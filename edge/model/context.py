@@ -61,7 +61,7 @@ class Context:
             self.reused = 0
             return self.model.logits(_part(ids, 0, len(ids), acts_from, count))
         # Keys and values differ where adapters act and where they do not.
-        same = _common_prefix(self._held, ids[: self.model.connection.session.cached_tokens])
+        same = common_prefix(self._held, ids[: self.model.connection.session.cached_tokens])
         if self._held_act_from != acts_from:
             same = min(same, self._held_act_from, acts_from)
         self.reused = position = min(same, len(ids) - count)
@@ -89,7 +89,8 @@ def _part(ids: LongArray, start: int, end: int, acts_from: int, count: int) -> M
     )
 
 
-def _common_prefix(one: LongArray, other: LongArray) -> int:
+def common_prefix(one: LongArray, other: LongArray) -> int:
+    """How many tokens both begin with alike."""
     shorter = min(len(one), len(other))
     differ = np.flatnonzero(one[:shorter] != other[:shorter])
     return int(differ[0]) if len(differ) else shorter

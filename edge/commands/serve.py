@@ -1,0 +1,97 @@
+"""``dlora-edge serve``: the model, and adapters, for any client that speaks OpenAI's API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from dlora.protocol.command import extra_needed
+from dlora.protocol.errors import UsageError
+
+from .model_options import ModelOptions
+from .options import CredentialOptions, JsonOption, with_groups
+from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
+
+if TYPE_CHECKING:
+    from dlora.edge.endpoint.running import Listening
+
+LONGEST_OUTAGE_S: Final = 60.0  # a client waits for its answer, and gives up itself
+
+
+@dataclass(frozen=True)
+class DoorOptions:
+    """Who may come in, as a group of options."""
+
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+    ] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8080
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that clients show; else DLORA_API_KEY.")
+    ] = None
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Web page that may use it, https://HOST; may be given several times.")
+    ] = None
+
+    def listening(self) -> Listening:
+        """Checked. Raises ``UsageError``."""
+        from dlora.edge.endpoint.running import Listening
+
+        return Listening.checked(self.host, self.port, self.api_key_file, self.cors or ())
+
+
+@with_groups
+def serve(
+    model_options: ModelOptions,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Directory of adapters; each subdirectory is a model by its name.")
+    ] = None,
+    door_options: DoorOptions = DoorOptions(),
+    parallel: Annotated[int, typer.Option(help="Answers at a time, each with its own session.", min=1, max=64)] = 2,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are told to come again.", min=0)] = 32,
+    context_length: ContextLengthOption = 4096,
+    max_new_tokens: MaxNewTokensOption = 1024,
+    sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
+    draft: DraftOption = None,
+    credential_options: CredentialOptions = CredentialOptions(),
+    json_output: JsonOption = False,
+) -> None:
+    """Serve OpenAI's API on this device: http://127.0.0.1:8080/v1 in any client.
+
+    Each adapter is a model, and so is the plain base model. Prompts, answers and adapters stay here; the server of the
+    base model sees hidden states, and keeps keys and values of the last conversations. What that tells it: SECURITY.md.
+    """
+    with extra_needed("serve"):
+        from dlora.edge.data.prompt import prompt_tokenizer
+        from dlora.edge.endpoint.running import ServeSettings, run
+        from dlora.edge.engine.bundle import Bundle
+        from dlora.protocol.wire_codecs import Codecs
+
+    Codecs.parse(model_options.wire_dtype)
+    listening = door_options.listening()
+    sampling = sampling_options.sampling()
+    credentials = credential_options.load()
+    if adapters is not None and not adapters.is_dir():
+        raise UsageError(f"--adapters {adapters} is no directory")
+    opened = Bundle.open(model_options.bundle)
+    with prompt_tokenizer(opened, for_long=True) as tokenizer:
+        settings = ServeSettings(
+            bundle=opened,
+            tokenizer=tokenizer,
+            open_model=lambda path: replace(model_options, adapter=path).open(
+                opened, credentials, context_length=context_length, longest_outage_s=LONGEST_OUTAGE_S
+            ),
+            adapter=model_options.adapter,
+            adapters=adapters,
+            listening=listening,
+            parallel=parallel,
+            queue=queue,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            draft_length=draft,
+            json_output=json_output,
+        )
+        run(settings)

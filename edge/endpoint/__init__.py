@@ -1,0 +1,1 @@
+"""An HTTP server on the device that speaks OpenAI's API."""

@@ -1,0 +1,393 @@
+"""The HTTP side: routes, who may come in, and answers as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dlora.edge.generation.sampling import Sampling
+from dlora.protocol.errors import DloraError
+
+from .answers import End, Generation, Piece
+from .errors import RequestError, as_request_error
+from .formats import ChatFormat, CompletionFormat, Format, Json
+from .requests import GenerationRequest, read_chat, read_completion
+from .slots import ServedAdapter, Slots
+from .tools import ToolForm
+
+MAX_BODY_BYTES: Final = 8 << 20
+PING_EVERY_S: Final = 15.0
+UNREAD_S: Final = 60.0  # a client that takes nothing for so long has left
+_LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "[::1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What a server answers with.
+
+    Attributes:
+        base_name: what clients call the plain base model.
+        adapters: gives the adapters that there are now; the first of all models is the default one.
+        defaults: how tokens are chosen where a request says nothing.
+        knows_tools, tool_form: as ``read_chat`` takes them.
+        api_key: who does not show it is refused; None: everybody may come in.
+        hosts: names under which browsers may reach the server; None: any.
+        origins: web pages whose scripts may use it.
+        log: is told of each request in one line, never of its content.
+        problem: why it cannot answer yet; None once it can.
+    """
+
+    base_name: str
+    adapters: Callable[[], Sequence[ServedAdapter]]
+    generation: Generation
+    slots: Slots
+    defaults: Sampling
+    knows_tools: bool
+    tool_form: ToolForm | None
+    api_key: str | None
+    hosts: Sequence[str] | None
+    origins: Sequence[str]
+    log: Callable[[str], None]
+    problem: Callable[[], str | None]
+
+
+def make_app(served: Served) -> Starlette:
+    """The application."""
+    endpoint = _Endpoint(served)
+    routes = [
+        Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
+        Route("/v1/completions", endpoint.completion, methods=["POST"]),
+        Route("/v1/models", endpoint.models),
+        Route("/v1/models/{name:path}", endpoint.model),
+        Route("/health", endpoint.health),
+    ]
+    middleware = [Middleware(_Door, served=served)]
+    if served.origins:
+        cors = Middleware(CORSMiddleware, allow_origins=list(served.origins), allow_methods=["*"], allow_headers=["*"])
+        middleware.insert(0, cors)
+    handlers = {RequestError: _error_response, 404: _not_found, 405: _wrong_method}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # type: ignore[arg-type]
+
+
+def _error_response(_: Request, error: RequestError) -> Response:
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def _not_found(request: Request, _: Exception) -> Response:
+    return _error_response(request, RequestError(404, f"there is no {request.method} {request.url.path} here"))
+
+
+def _wrong_method(request: Request, _: Exception) -> Response:
+    return _error_response(request, RequestError(405, f"{request.url.path} takes no {request.method}"))
+
+
+class _Door:
+    """Lets requests in. A page in a browser of this machine can send requests to any port of it: it has an origin, or
+    comes under a name that is not ours."""
+
+    def __init__(self, app: ASGIApp, served: Served) -> None:
+        self._app = app
+        self._served = served
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            self._check(request)
+        except RequestError as error:
+            await _error_response(request, error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, request: Request) -> None:
+        served = self._served
+        origin = request.headers.get("origin")
+        if origin is not None and origin not in served.origins and "*" not in served.origins:
+            raise RequestError(403, "pages of other sites may not use this server; allow this one with --cors")
+        host = request.headers.get("host", "").rsplit(":", 1)[0] if "host" in request.headers else ""
+        if served.hosts is not None and host not in served.hosts:
+            raise RequestError(403, f"this server is not called {host!r}; use its address")
+        if served.api_key is None or request.url.path == "/health":
+            return
+        shown = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if not hmac.compare_digest(shown, served.api_key.encode()):
+            raise RequestError(401, "give the server's key, as Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def local_hosts(host: str) -> Sequence[str] | None:
+    """The names of a server that only its own machine reaches; None for one that listens to others."""
+    return _LOCAL_HOSTS if host in ("127.0.0.1", "::1", "localhost") else None
+
+
+class _Endpoint:
+    def __init__(self, served: Served) -> None:
+        self._served = served
+
+    async def health(self, _: Request) -> Response:
+        problem = self._served.problem()
+        if problem is not None:
+            return JSONResponse({"status": "loading", "reason": problem}, 503)
+        slots = self._served.slots
+        return JSONResponse({"status": "ok", "answering": slots.busy, "waiting": slots.waiting})
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_model_entry(each) for each in self._models()]})
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(_model_entry(self._find(request.path_params["name"])))
+
+    async def chat(self, request: Request) -> Response:
+        served = self._served
+        asked = read_chat(
+            await _body(request), served.defaults, knows_tools=served.knows_tools, tool_form=served.tool_form
+        )
+        return await self._answer(request, asked, ChatFormat)
+
+    async def completion(self, request: Request) -> Response:
+        asked = read_completion(await _body(request), self._served.defaults)
+        return await self._answer(request, asked, CompletionFormat)
+
+    def _models(self) -> list[ServedAdapter]:
+        return [*self._served.adapters(), ServedAdapter(self._served.base_name, None)]
+
+    def _find(self, name: str) -> ServedAdapter:
+        models = self._models()
+        found = next((each for each in models if each.name == name), None) if name else models[0]
+        if found is None:
+            known = ", ".join(each.name for each in models[:8])
+            raise RequestError(404, f"there is no model {name[:100]!r}; there are {known}", code="model_not_found",
+                               param="model")  # fmt: skip
+        return found
+
+    async def _answer(self, request: Request, asked: GenerationRequest, form: type[Format]) -> Response:
+        served = self._served
+        if (problem := served.problem()) is not None:
+            raise RequestError(503, f"not ready yet: {problem}", retry_after_s=5)
+        adapter = self._find(asked.model)
+        format_ = form(asked, adapter.name, served.generation.tokenizer)
+        log = self._log(request, format_)
+        events = _Events(served, adapter, asked, request)
+        try:
+            first = await events.start()
+        except RequestError:
+            await events.close()
+            raise
+        if asked.stream:
+            return _EventStream(events, first, format_, with_usage=asked.with_usage, log=log)
+        try:
+            for _ in format_.take(first):
+                pass
+            async for event in events:
+                for _ in format_.take(event):
+                    pass
+        finally:
+            await events.close()
+        log()
+        return JSONResponse(await asyncio.to_thread(format_.whole))
+
+    def _log(self, request: Request, format_: Format) -> Callable[[], None]:
+        began = time.monotonic()
+
+        def log() -> None:
+            counters = format_.counters()
+            prompt, tokens = sum(each.prompt_tokens for each in counters), sum(each.tokens for each in counters)
+            self._served.log(
+                f"{request.url.path}: {tokens} tokens after {prompt} of a prompt, {time.monotonic() - began:.1f} s, "
+                f"{sum(each.bytes_sent + each.bytes_received for each in counters) / 1e3:.0f} KB"
+            )
+
+        return log
+
+
+async def _body(request: Request) -> bytes:
+    """Raises ``RequestError`` (413) for one that is too large, before all of it has come."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise RequestError(413, f"a request may have {MAX_BODY_BYTES >> 20} MB")
+    return bytes(body)
+
+
+class _Events:
+    """What comes of one request, for the event loop; the answers are made in a slot's thread.
+
+    They are given up as soon as the client has left, between two steps with the server.
+    """
+
+    def __init__(self, served: Served, adapter: ServedAdapter, asked: GenerationRequest, request: Request) -> None:
+        self._served = served
+        self._adapter = adapter
+        self._asked = asked
+        self._queue: asyncio.Queue[Piece | End | Exception | None] = asyncio.Queue()
+        self._cancelled = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._running = asyncio.create_task(self._run())
+        self._watching = asyncio.create_task(self._watch(request))
+
+    async def start(self) -> Piece | End:
+        """The first of them. Raises ``RequestError`` where there is none."""
+        return await anext(self)
+
+    def __aiter__(self) -> AsyncIterator[Piece | End]:
+        return self
+
+    async def __anext__(self) -> Piece | End:
+        event = await self._queue.get()
+        if event is None:
+            raise StopAsyncIteration
+        if isinstance(event, RequestError):
+            raise event
+        if isinstance(event, DloraError):
+            raise as_request_error(event) from None
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    async def close(self) -> None:
+        """Give up what is not done yet, and wait until it has ended."""
+        self._cancelled.set()
+        self._watching.cancel()
+        if not self._running.done() and self._queue.empty() and not self._is_in_slot:
+            self._running.cancel()  # it still stands in line
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._running
+
+    _is_in_slot = False
+
+    async def _run(self) -> None:
+        served, asked = self._served, self._asked
+        try:
+            ids = await asyncio.to_thread(asked.prompts[0].encode, served.generation.tokenizer)
+            async with served.slots.take(self._adapter, ids) as slot:
+                self._is_in_slot = True
+
+                def work() -> None:
+                    for event in served.generation.run(slot, self._adapter, asked, self._cancelled.is_set):
+                        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+                await asyncio.shield(self._loop.run_in_executor(slot.thread, work))
+            self._queue.put_nowait(None)
+        except Exception as error:
+            self._queue.put_nowait(error)
+
+    async def _watch(self, request: Request) -> None:
+        """The body was read: what comes next is that the client leaves."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._cancelled.set()
+        if not self._is_in_slot:
+            self._running.cancel()
+            self._queue.put_nowait(RequestError(499, "the client left"))
+
+
+class _EventStream(Response):
+    """Server-sent events: a chunk each, comments while nothing comes, and ``[DONE]``."""
+
+    def __init__(
+        self,
+        events: _Events,
+        first: Piece | End,
+        format_: Format,
+        *,
+        with_usage: bool,
+        log: Callable[[], None],
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(media_type="text/event-stream", headers=headers)
+        del self.headers["content-length"]
+        self._events = events
+        self._first = first
+        self._format = format_
+        self._with_usage = with_usage
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for text in self._texts():
+                # A client that does not read fills the socket's buffer, and then this waits.
+                await asyncio.wait_for(
+                    send({"type": "http.response.body", "body": text, "more_body": True}), UNREAD_S
+                )
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            self._log()
+        except (TimeoutError, OSError):
+            pass  # the client has left: the connection closes
+        finally:
+            await self._events.close()
+
+    async def _texts(self) -> AsyncIterator[bytes]:
+        for chunk in self._format.first_chunks():
+            yield _event(chunk)
+        for chunk in self._format.take(self._first):
+            yield _event(chunk)
+        async for made in _with_pings(self._chunks()):
+            yield made
+        yield b"data: [DONE]\n\n"
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        try:
+            async for event in self._events:
+                for chunk in self._format.take(event):
+                    yield _event(chunk)
+        except RequestError as error:
+            yield _event(error.body())
+            return
+        if self._with_usage:
+            yield _event(self._format.usage_chunk())
+
+
+async def _with_pings(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """``chunks``, and a comment whenever nothing has come for a while: proxies close what is silent."""
+    waiting: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            if waiting is None:
+                waiting = asyncio.ensure_future(_next(chunks))
+            done, _ = await asyncio.wait({waiting}, timeout=PING_EVERY_S)
+            if not done:
+                yield b": ping\n\n"
+                continue
+            try:
+                made = waiting.result()
+            except StopAsyncIteration:
+                return
+            waiting = None
+            yield made
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+
+
+def _next(chunks: AsyncIterator[bytes]) -> Awaitable[bytes]:
+    return anext(chunks)
+
+
+def _event(chunk: Json) -> bytes:
+    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _model_entry(adapter: ServedAdapter) -> dict[str, Any]:
+    created = adapter.version // 10**9
+    return {"id": adapter.name, "object": "model", "created": created, "owned_by": "dlora"}

@@ -1,0 +1,68 @@
+"""What a client is told that asked for something that cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dlora.protocol.errors import (
+    BundleError,
+    CheckpointError,
+    ConnectionFailedError,
+    DataError,
+    DloraError,
+    MissingExtraError,
+    ModelMismatchError,
+    RefusedError,
+    UsageError,
+)
+
+
+class RequestError(Exception):
+    """A request that is refused.
+
+    Attributes:
+        status: of the HTTP answer; code, param: as OpenAI's errors have them.
+        retry_after_s: when it may be asked again; None: the same will be refused again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        text: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """In OpenAI's form."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def as_request_error(error: DloraError) -> RequestError:
+    """What an error of ours is for the client whose request met it: its own fault, or the server's."""
+    text = str(error)
+    match error:
+        case DataError() | UsageError():
+            code = "context_length_exceeded" if "say less" in text or "begin anew" in text else None
+            return RequestError(400, text, code=code)
+        case MissingExtraError():
+            return RequestError(400, text, param="response_format")
+        case CheckpointError() | ModelMismatchError():
+            return RequestError(409, text, param="model")
+        case ConnectionFailedError():
+            return RequestError(503, text, retry_after_s=10)
+        case RefusedError():
+            return RequestError(503, text, retry_after_s=round(error.retry_after_s or 10))
+        case BundleError():
+            return RequestError(500, text)
+        case _:
+            return RequestError(502, text)

@@ -1,0 +1,215 @@
+"""Answers in OpenAI's form: whole, and in chunks."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dlora.edge.data.prompt import PromptTokenizer
+from dlora.edge.generation.generate import Counters
+from dlora.edge.generation.sampling import Choice
+
+from .answers import End, Piece
+from .requests import GenerationRequest
+from .tools import ToolCall, may_begin_call, parse_tool_calls
+
+Json = dict[str, Any]
+
+
+@dataclass
+class _Answer:
+    """One answer so far; ``shown``: characters of it that the client has."""
+
+    text: str = ""
+    shown: int = 0
+    choices: list[Choice] = field(default_factory=list)
+    end: End | None = None
+
+
+class Format(ABC):
+    """Makes the HTTP answer to one request out of what comes.
+
+    Args:
+        name: of the model, as the client knows it.
+        tokenizer: for the texts of single tokens.
+    """
+
+    object_name: str
+    prefix: str
+
+    def __init__(self, request: GenerationRequest, name: str, tokenizer: PromptTokenizer) -> None:
+        self._request = request
+        self._tokenizer = tokenizer
+        self._answers = [_Answer() for _ in range(request.choices * len(request.prompts))]
+        self._head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}", "object": self.object_name, "created": int(time.time()),
+            "model": name,
+        }  # fmt: skip
+
+    def take(self, event: Piece | End) -> Iterator[Json]:
+        """Take what comes; gives the chunks that a client that streams gets for it."""
+        answer = self._answers[event.index]
+        if isinstance(event, Piece):
+            answer.text += event.text
+            answer.choices += event.choices
+            yield from self._chunks(event, answer)
+        else:
+            answer.end = event
+            yield from self._last_chunks(event, answer)
+
+    def usage_chunk(self) -> Json:
+        """The chunk after all others, for who asked for it."""
+        return {**self._chunk_head(), "choices": [], "usage": self.usage()}
+
+    def whole(self) -> Json:
+        """The answer to a client that does not stream."""
+        choices = [self._whole_choice(index, answer) for index, answer in enumerate(self._answers)]
+        return {**self._head, "choices": choices, "usage": self.usage()}
+
+    def usage(self) -> Json:
+        """Tokens of prompts and answers; and those of prompts that the server held already."""
+        counters = [answer.end.counters for answer in self._answers if answer.end is not None]
+        firsts = counters[:: self._request.choices]  # OpenAI counts a prompt once, however many answers it has
+        prompt, completion = sum(each.prompt_tokens for each in firsts), sum(each.tokens for each in counters)
+        return {
+            "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(each.reused_tokens for each in firsts)},
+        }  # fmt: skip
+
+    def counters(self) -> Sequence[Counters]:
+        """Of the answers that have ended."""
+        return [answer.end.counters for answer in self._answers if answer.end is not None]
+
+    @abstractmethod
+    def first_chunks(self) -> Iterator[Json]:
+        """Before anything has come."""
+
+    @abstractmethod
+    def _chunks(self, piece: Piece, answer: _Answer) -> Iterator[Json]: ...
+
+    @abstractmethod
+    def _last_chunks(self, end: End, answer: _Answer) -> Iterator[Json]: ...
+
+    @abstractmethod
+    def _whole_choice(self, index: int, answer: _Answer) -> Json: ...
+
+    def _chunk_head(self) -> Json:
+        return self._head
+
+    def _token_text(self, token: int) -> str:
+        return self._tokenizer.decode([token])
+
+
+class ChatFormat(Format):
+    """``/v1/chat/completions``."""
+
+    object_name = "chat.completion"
+    prefix = "chatcmpl"
+
+    def first_chunks(self) -> Iterator[Json]:
+        for index in range(len(self._answers)):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+
+    def _chunks(self, piece: Piece, answer: _Answer) -> Iterator[Json]:
+        ready = len(answer.text)
+        if self._request.tool_form is not None:  # what may be a tool call waits for its end
+            ready = max(answer.shown, may_begin_call(answer.text, self._request.tool_form))
+        text, answer.shown = answer.text[answer.shown : ready], ready
+        if text or (piece.choices and self._request.sampling.logprobs is not None):
+            yield self._chunk(piece.index, {"content": text}, logprobs=self._logprobs(piece.choices))
+
+    def _last_chunks(self, end: End, answer: _Answer) -> Iterator[Json]:
+        text, calls = self._parse(answer)
+        if calls:
+            given = [{"index": number, **_tool_call(call)} for number, call in enumerate(calls)]
+            yield self._chunk(end.index, {"tool_calls": given})
+        elif rest := text[answer.shown :]:
+            yield self._chunk(end.index, {"content": rest})
+        yield self._chunk(end.index, {}, "tool_calls" if calls else end.finish_reason)
+
+    def _whole_choice(self, index: int, answer: _Answer) -> Json:
+        assert answer.end is not None
+        text, calls = self._parse(answer)
+        message: Json = {"role": "assistant", "content": text or (None if calls else "")}
+        if calls:
+            message["tool_calls"] = [_tool_call(call) for call in calls]
+        reason = "tool_calls" if calls else answer.end.finish_reason
+        return {
+            "index": index, "message": message, "finish_reason": reason, "logprobs": self._logprobs(answer.choices),
+        }  # fmt: skip
+
+    def _parse(self, answer: _Answer) -> tuple[str, list[ToolCall]]:
+        form = self._request.tool_form
+        return (answer.text, []) if form is None else parse_tool_calls(answer.text, form)
+
+    def _chunk_head(self) -> Json:
+        return {**self._head, "object": "chat.completion.chunk"}
+
+    def _chunk(self, index: int, delta: Json, reason: str | None = None, logprobs: Json | None = None) -> Json:
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+        return {**self._chunk_head(), "choices": [choice]}
+
+    def _logprobs(self, choices: Sequence[Choice]) -> Json | None:
+        if self._request.sampling.logprobs is None:
+            return None
+        return {"content": [
+            {**self._token(each.token, each.logprob), "top_logprobs": [self._token(*top) for top in each.top]}
+            for each in choices
+        ]}  # fmt: skip
+
+    def _token(self, token: int, logprob: float | None) -> Json:
+        text = self._token_text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+class CompletionFormat(Format):
+    """``/v1/completions``."""
+
+    object_name = "text_completion"
+    prefix = "cmpl"
+
+    def first_chunks(self) -> Iterator[Json]:
+        if self._request.echo:
+            for index in range(len(self._answers)):
+                yield self._chunk(index, self._prompt(index))
+
+    def _chunks(self, piece: Piece, answer: _Answer) -> Iterator[Json]:
+        yield self._chunk(piece.index, piece.text, logprobs=self._logprobs(piece.choices))
+
+    def _last_chunks(self, end: End, answer: _Answer) -> Iterator[Json]:
+        yield self._chunk(end.index, "", end.finish_reason)
+
+    def _whole_choice(self, index: int, answer: _Answer) -> Json:
+        assert answer.end is not None
+        text = (self._prompt(index) if self._request.echo else "") + answer.text
+        return {
+            "index": index, "text": text, "finish_reason": answer.end.finish_reason,
+            "logprobs": self._logprobs(answer.choices),
+        }  # fmt: skip
+
+    def _prompt(self, index: int) -> str:
+        return self._request.prompts[index // self._request.choices].text or ""
+
+    def _chunk(self, index: int, text: str, reason: str | None = None, logprobs: Json | None = None) -> Json:
+        choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
+        return {**self._head, "choices": [choice]}
+
+    def _logprobs(self, choices: Sequence[Choice]) -> Json | None:
+        if self._request.sampling.logprobs is None:
+            return None
+        return {
+            "tokens": [self._token_text(each.token) for each in choices],
+            "token_logprobs": [each.logprob for each in choices],
+            "top_logprobs": [
+                {self._token_text(token): logprob for token, logprob in each.top} for each in choices
+            ],
+        }
+
+
+def _tool_call(call: ToolCall) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

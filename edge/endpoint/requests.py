@@ -1,0 +1,253 @@
+"""What clients ask for: OpenAI's request bodies, checked, as prompts and settings of ours. Unknown keys are fine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+import msgspec
+
+from dlora.edge.data.prompt import Message
+from dlora.edge.generation.prompt import Prompt
+from dlora.edge.generation.sampling import Sampling
+from dlora.edge.generation.text import MAX_STOPS
+from dlora.protocol.errors import UsageError
+
+from .errors import RequestError
+from .tools import ToolForm
+
+MAX_CHOICES: Final = 16
+MAX_PROMPTS: Final = 64
+_ROLES: Final = {"developer": "system", "function": "tool"}  # what templates call them
+
+Schema = Mapping[str, Any]
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool = False
+
+
+class _JsonSchema(msgspec.Struct):
+    schema: dict[str, Any] = {}
+
+
+class _ResponseFormat(msgspec.Struct):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: _JsonSchema | None = None
+
+
+class _Common(msgspec.Struct, kw_only=True):
+    """What chats and completions have alike; None is the server's default."""
+
+    model: str = ""
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    response_format: _ResponseFormat | None = None
+
+
+class _Chat(_Common, kw_only=True):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+
+
+class _Completion(_Common, kw_only=True):
+    prompt: str | list[str]
+    logprobs: int | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One request.
+
+    Attributes:
+        model: the adapter's name, or the base model's; "" for the default one.
+        prompts: each of them is answered ``choices`` times.
+        max_new_tokens: of each answer; None: the server's default.
+        stop: texts that end an answer.
+        schema: the JSON schema that answers must obey; None: none.
+        tool_form: how the model writes tool calls, where it was given tools.
+        echo: whether a completion begins with its prompt.
+        stream: whether the answer is to come token by token; with_usage: and what it took at its end.
+    """
+
+    model: str
+    prompts: tuple[Prompt, ...]
+    sampling: Sampling
+    choices: int
+    max_new_tokens: int | None
+    stop: tuple[str, ...]
+    schema: Schema | None
+    tool_form: ToolForm | None = None
+    echo: bool = False
+    stream: bool
+    with_usage: bool
+
+
+def read_chat(body: bytes, defaults: Sampling, *, knows_tools: bool, tool_form: ToolForm | None) -> GenerationRequest:
+    """A request of ``/v1/chat/completions``. Raises ``RequestError``.
+
+    ``knows_tools``: whether the chat template has them; ``tool_form``: how answers then call them.
+    """
+    asked = _decode(body, _Chat)
+    tools = _tools(asked, knows_tools=knows_tools)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise RequestError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    logprobs = asked.top_logprobs or 0 if asked.logprobs else None
+    prompt = Prompt(messages=_messages(asked.messages), tools=tools)
+    if len(asked.messages) == 1 and isinstance(content := prompt.messages[0].get("content"), str):  # type: ignore[index]
+        prompt = replace(prompt, text=content)
+    request = _common(asked, defaults, (prompt,), logprobs)
+    limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
+    return replace(request, max_new_tokens=_limit(limit), tool_form=tool_form if tools else None)
+
+
+def read_completion(body: bytes, defaults: Sampling) -> GenerationRequest:
+    """A request of ``/v1/completions``: its prompts are continued as they stand. Raises ``RequestError``."""
+    asked = _decode(body, _Completion)
+    texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+    if not 0 < len(texts) <= MAX_PROMPTS:
+        raise RequestError(400, f"prompt must be one text or up to {MAX_PROMPTS}", param="prompt")
+    if asked.suffix:
+        raise RequestError(400, "suffix is not supported: the model only continues a text", param="suffix")
+    if asked.best_of is not None and asked.best_of != (asked.n or 1):
+        raise RequestError(400, "best_of is not supported; use n", param="best_of")
+    prompts = tuple(Prompt(messages=None, text=text) for text in texts)
+    request = _common(asked, defaults, prompts, asked.logprobs)
+    return replace(request, max_new_tokens=_limit(asked.max_tokens), echo=bool(asked.echo))
+
+
+def _decode(body: bytes, kind: type[Any]) -> Any:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = str(error)
+        param = text.rsplit("`$.", 1)[-1].split("`")[0] if "`$." in text else None
+        raise RequestError(400, f"the body is not a request that can be answered: {text}", param=param) from None
+
+
+def _common(asked: _Common, defaults: Sampling, prompts: tuple[Prompt, ...], logprobs: int | None) -> GenerationRequest:
+    choices = 1 if asked.n is None else asked.n
+    if not 1 <= choices <= MAX_CHOICES:
+        raise RequestError(400, f"n must be from 1 to {MAX_CHOICES}, not {choices}", param="n")
+    stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+    if len(stop) > MAX_STOPS or not all(stop):
+        raise RequestError(400, f"stop must be at most {MAX_STOPS} texts, none of them empty", param="stop")
+    given = {
+        name: value
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+                     "frequency_penalty", "seed")
+        if (value := getattr(asked, name)) is not None
+    }  # fmt: skip
+    try:
+        sampling = replace(defaults, **given, logit_bias=_logit_bias(asked.logit_bias), logprobs=logprobs)
+    except UsageError as error:
+        param = str(error).split(" ", 1)[0]
+        raise RequestError(400, str(error), param=param) from None
+    return GenerationRequest(
+        model=asked.model,
+        prompts=prompts,
+        sampling=sampling,
+        choices=choices,
+        max_new_tokens=None,
+        stop=stop,
+        schema=_schema(asked.response_format),
+        stream=bool(asked.stream),
+        with_usage=asked.stream_options is not None and asked.stream_options.include_usage,
+    )
+
+
+def _limit(tokens: int | None) -> int | None:
+    if tokens is not None and tokens < 1:
+        raise RequestError(400, f"max_tokens must be at least 1, not {tokens}", param="max_tokens")
+    return tokens
+
+
+def _logit_bias(asked: Mapping[str, float] | None) -> dict[int, float]:
+    try:
+        return {int(token): max(-100.0, min(100.0, bias)) for token, bias in (asked or {}).items()}
+    except ValueError:
+        raise RequestError(400, "logit_bias must map token ids to numbers", param="logit_bias") from None
+
+
+def _schema(asked: _ResponseFormat | None) -> Schema | None:
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return {"type": "object"}
+    if asked.json_schema is None:
+        raise RequestError(400, "response_format json_schema needs its json_schema", param="response_format")
+    return asked.json_schema.schema
+
+
+def _messages(found: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    if not found:
+        raise RequestError(400, "messages must have at least one message", param="messages")
+    return tuple(_message(number, message) for number, message in enumerate(found))
+
+
+def _message(number: int, found: Mapping[str, Any]) -> Message:
+    """As chat templates take them: contents as text, arguments of tool calls as objects."""
+    param, role = f"messages[{number}]", found.get("role")
+    if not isinstance(role, str):
+        raise RequestError(400, f"{param} has no role", param=f"{param}.role")
+    content = found.get("content")
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        if not all(isinstance(part, str) for part in parts):
+            raise RequestError(400, f"{param} has content that is no text; only text is understood", param=param)
+        content = "\n".join(parts)  # type: ignore[arg-type]
+    elif content is not None and not isinstance(content, str):
+        raise RequestError(400, f"{param} has content that is no text", param=f"{param}.content")
+    message = {**found, "role": _ROLES.get(role, role), "content": content}
+    if found.get("tool_calls"):
+        message["tool_calls"] = [_call(param, call) for call in found["tool_calls"]]
+        message["content"] = content or ""
+    elif content is None:
+        raise RequestError(400, f"{param} has no content", param=f"{param}.content")
+    return message
+
+
+def _call(param: str, found: Any) -> Mapping[str, Any]:
+    function = found.get("function") if isinstance(found, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError(400, f"{param} has a tool call without a function", param=f"{param}.tool_calls")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            raise RequestError(400, f"{param} has a tool call whose arguments are not JSON", param=param) from None
+    return {**found, "function": {**function, "arguments": arguments}}
+
+
+def _tools(asked: _Chat, *, knows_tools: bool) -> tuple[Any, ...] | None:
+    if not asked.tools or asked.tool_choice == "none":
+        return None
+    if asked.tool_choice not in (None, "auto"):
+        raise RequestError(400, "tool_choice can be auto or none: a call cannot be forced", param="tool_choice")
+    if not knows_tools:
+        raise RequestError(400, "this model's chat template knows no tools", param="tools")
+    return tuple(asked.tools)

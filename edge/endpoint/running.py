@@ -1,0 +1,230 @@
+"""The server's process: it listens, connects to the base model's server, and ends when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+
+from dlora.edge.adapters.peft import WEIGHTS_NAME
+from dlora.edge.data.prompt import PromptTokenizer
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.generation.sampling import Sampling
+from dlora.edge.model.split import SplitModel
+from dlora.protocol import interrupts
+from dlora.protocol.errors import ConnectionFailedError, DloraError, RefusedError, UsageError
+from dlora.protocol.text import one_line
+
+from .answers import Generation
+from .app import Served, local_hosts, make_app
+from .slots import ServedAdapter, Slots
+from .tools import tool_form
+
+_KEY_VARIABLE = "DLORA_API_KEY"
+_RETRY_S = 2.0
+_GRACE_S = 3
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where a server listens, and whom it lets in."""
+
+    host: str
+    port: int
+    api_key: str | None
+    origins: tuple[str, ...]
+
+    @classmethod
+    def checked(cls, host: str, port: int, key_file: Path | None, origins: Sequence[str]) -> Listening:
+        """Raises ``UsageError``."""
+        key = os.environ.get(_KEY_VARIABLE) or None
+        if key_file is not None:
+            try:
+                key = key_file.read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"--api-key-file {key_file} cannot be read ({error})") from None
+        if key is not None and (len(key) < 8 or not key.isascii() or any(each.isspace() for each in key)):
+            raise UsageError("the key must be at least 8 ASCII characters without blanks")
+        if local_hosts(host) is None and key is None:
+            raise UsageError(f"--host {host} lets others in: give them a key with --api-key-file")
+        return cls(host, port, key, tuple(origin.rstrip("/") for origin in origins))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Everything that ``run`` needs.
+
+    Attributes:
+        open_model: opens the model with the adapter of a directory; None: without.
+        adapter: one adapter; adapters: a directory of them.
+    """
+
+    bundle: Bundle
+    tokenizer: PromptTokenizer
+    open_model: Callable[[Path | None], AbstractContextManager[SplitModel]]
+    adapter: Path | None
+    adapters: Path | None
+    listening: Listening
+    parallel: int
+    queue: int
+    max_new_tokens: int
+    sampling: Sampling
+    draft_length: int | None
+    json_output: bool
+
+    def served_adapters(self) -> list[ServedAdapter]:
+        """What there is now, the single one first."""
+        paths = [] if self.adapter is None else [self.adapter]
+        if self.adapters is not None:
+            paths += sorted(path for path in self.adapters.iterdir() if not path.name.startswith("."))
+        found = []
+        for path in paths:
+            try:
+                version = (path / WEIGHTS_NAME).stat().st_mtime_ns
+            except OSError:
+                continue
+            found.append(ServedAdapter(path.resolve().name, path, version))
+        return found
+
+
+def run(settings: ServeSettings) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP.
+
+    Raises ``ConnectionFailedError`` where it cannot listen, and what the base model's server refuses for good.
+    """
+    listener = _listen(settings.listening)
+    asyncio.run(_Running(settings, listener).serve())
+
+
+def _listen(listening: Listening) -> socket.socket:
+    host, port = listening.host, listening.port
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        text = f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
+        raise ConnectionFailedError(text) from None
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: uvicorn sends them again once it has ended, which would end us a second time."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Running:
+    def __init__(self, settings: ServeSettings, listener: socket.socket) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._problem: str | None = "connecting to the base model's server"
+        self._failure: DloraError | None = None
+        self._slots = Slots(settings.parallel, settings.queue)
+        spec = settings.bundle.manifest.tokenizer
+        template = None
+        if spec.chat_template is not None:
+            template = settings.bundle.file(spec.chat_template).read_text(encoding="utf-8")
+        generation = Generation(
+            settings.tokenizer,
+            lambda adapter: settings.open_model(adapter.path),
+            settings.max_new_tokens,
+            settings.draft_length,
+            _log,
+        )
+        served = Served(
+            base_name=settings.bundle.manifest.base_model.name,
+            adapters=settings.served_adapters,
+            generation=generation,
+            slots=self._slots,
+            defaults=settings.sampling,
+            knows_tools=template is not None and "tools" in template,
+            tool_form=tool_form(template),
+            api_key=settings.listening.api_key,
+            hosts=local_hosts(settings.listening.host) if settings.listening.api_key is None else None,
+            origins=settings.listening.origins,
+            log=_log,
+            problem=lambda: self._problem,
+        )
+        self._served = served
+        self._server = _Server(
+            uvicorn.Config(
+                make_app(served),
+                http="h11",
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE_S,
+                h11_max_incomplete_event_size=64 << 10,
+            )
+        )
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in interrupts.not_ignored():
+            loop.add_signal_handler(number, self._stop)
+        connecting = asyncio.create_task(self._connect())
+        self._announce()
+        try:
+            await self._server.serve(sockets=[self._listener])
+        finally:
+            connecting.cancel()
+            await self._slots.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _stop(self) -> None:
+        interrupts.leave_closed_output()
+        self._server.should_exit = True
+
+    async def _connect(self) -> None:
+        """Open the first model, so that a mistake shows at once, and the first request need not wait for it."""
+        adapters = self._settings.served_adapters()
+        adapter = adapters[0] if adapters else ServedAdapter(self._served.base_name, None)
+        while True:
+            async with self._slots.take(adapter, np.zeros(0, np.int64)) as slot:
+                opening = asyncio.get_running_loop().run_in_executor(
+                    slot.thread, slot.context, adapter, self._served.generation.open_model
+                )
+                try:
+                    await asyncio.shield(opening)
+                    break
+                except DloraError as error:
+                    may_pass = isinstance(error, ConnectionFailedError) or (
+                        isinstance(error, RefusedError) and error.retryable
+                    )
+                    if not may_pass:
+                        self._failure = error
+                        self._server.should_exit = True
+                        return
+                    if self._problem != str(error):
+                        _log(f"warning: {error}; trying again")
+                    self._problem = str(error)
+            await asyncio.sleep(_RETRY_S)
+        self._problem = None
+        _log("ready")
+
+    def _announce(self) -> None:
+        host, port = self._listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        names = [*(each.name for each in self._settings.served_adapters()), self._served.base_name]
+        if self._settings.json_output:
+            print(json.dumps({"url": url, "models": names}), flush=True)
+        _log(f"listening on {url}; models: {', '.join(names)}")
+
+
+def _log(text: str) -> None:
+    print(one_line(text), file=sys.stderr, flush=True)

@@ -1,0 +1,162 @@
+"""Open models that requests use one after the other: a few at a time, each with the conversation that it had last.
+
+A slot is a thread with a model, that is an adapter and a session of its own. A request gets the free slot that knows
+most of its conversation already, so that the next turn of a chat sends only what is new. Where all are taken it waits
+in line; where the line is full it is refused at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from dlora.edge.model.context import Context, common_prefix
+from dlora.edge.model.ends import LongArray
+from dlora.edge.model.split import SplitModel
+from dlora.protocol.errors import DloraError
+
+from .errors import RequestError
+
+QUEUE_RETRY_S: Final = 5
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """What a request names.
+
+    Attributes:
+        name: as clients spell it; path: None for the plain base model.
+        version: of its files: another one is opened anew.
+    """
+
+    name: str
+    path: Path | None
+    version: int = 0
+
+
+OpenModel = Callable[[ServedAdapter], AbstractContextManager[SplitModel]]
+
+
+class Slot:
+    """One open model. All but ``knows`` is for its thread.
+
+    Attributes:
+        adapter: what is open; None: nothing.
+        used_at: when it was last given to a request.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.thread = ThreadPoolExecutor(1, f"slot-{number}")
+        self.adapter: ServedAdapter | None = None
+        self.used_at = 0.0
+        self._ids: LongArray = np.zeros(0, np.int64)
+        self._context: Context | None = None
+        self._open = ExitStack()
+
+    def knows(self, adapter: ServedAdapter, ids: LongArray) -> int:
+        """How well it fits a request: the tokens that it has already, from 1 on; -1 where it has another adapter open,
+        0 where it has none."""
+        if self.adapter is None:
+            return 0
+        return 1 + common_prefix(self._ids, ids) if self.adapter == adapter else -1
+
+    def context(self, adapter: ServedAdapter, open_model: OpenModel) -> Context:
+        """The conversation of ``adapter``, opened where it is not. Raises what ``open_model`` does."""
+        if self._context is None or self.adapter != adapter:
+            self.close()
+            self._context = Context(self._open.enter_context(open_model(adapter)))
+            self.adapter = adapter
+        return self._context
+
+    def remember(self, ids: LongArray) -> None:
+        """What the conversation is now."""
+        self._ids = ids
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.adapter, self._context = None, None
+        self.remember(np.zeros(0, np.int64))
+        with contextlib.suppress(DloraError):
+            self._open.close()
+
+
+class Slots:
+    """A few slots and a line. For the event loop.
+
+    Args:
+        count: how many requests are answered at a time.
+        queue: how many wait; more are refused with 429.
+    """
+
+    def __init__(self, count: int, queue: int) -> None:
+        self._free = [Slot(number) for number in range(count)]
+        self._all = tuple(self._free)
+        self._queue = queue
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._promised = 0  # free slots for whom who waited will come
+
+    @property
+    def busy(self) -> int:
+        """How many are in use."""
+        return len(self._all) - len(self._free)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests stand in line."""
+        return len(self._waiting)
+
+    @asynccontextmanager
+    async def take(self, adapter: ServedAdapter, ids: LongArray) -> AsyncIterator[Slot]:
+        """A slot for a request with this prompt. Raises ``RequestError`` (429) where the line is full."""
+        await self._wait_for_free()
+        # Of those that are open with another adapter the one that was used longest ago gives way.
+        slot = max(self._free, key=lambda each: (each.knows(adapter, ids), -each.used_at))
+        self._free.remove(slot)
+        slot.used_at = time.monotonic()
+        try:
+            yield slot
+        finally:
+            self._free.append(slot)
+            self._wake_next()
+
+    async def _wait_for_free(self) -> None:
+        if len(self._free) > self._promised:
+            return
+        if len(self._waiting) >= self._queue:
+            text = f"{self.busy} answers are under way and {len(self._waiting)} requests wait; come again"
+            raise RequestError(429, text, code="queue_full", retry_after_s=QUEUE_RETRY_S)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            else:  # our turn came, and we left: the next one's
+                self._promised -= 1
+                self._wake_next()
+            raise
+        self._promised -= 1
+
+    def _wake_next(self) -> None:
+        """Promise a free slot to who waits longest, so that nobody who comes now takes it first."""
+        if self._waiting and len(self._free) > self._promised:
+            self._promised += 1
+            self._waiting.popleft().set_result(None)
+
+    async def close(self) -> None:
+        """Close all that is open, once what runs there has ended."""
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(slot.thread, slot.close) for slot in self._all))
+        for slot in self._all:
+            slot.thread.shutdown(wait=False)
