@@ -5,10 +5,15 @@ The grammar's work is llguidance's, which is optional: the device does without i
 
 from __future__ import annotations
 
+from typing import Final
+
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.command import missing_extra
 from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.text import first_line
+
+# As Python's json writes it. Where any blanks may come, small models write them for ever.
+_SPACING: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Matchers:
@@ -37,7 +42,8 @@ class Matchers:
         """Begin an answer that has to be JSON of a schema, itself JSON. Raises ``DataError`` for one that cannot be."""
         matcher_class = self._llguidance.LLMatcher
         try:
-            matcher = matcher_class(self._tokenizer, matcher_class.grammar_from_json_schema(schema), log_level=0)
+            grammar = matcher_class.grammar_from_json_schema(schema, defaults=_SPACING)
+            matcher = matcher_class(self._tokenizer, grammar, log_level=0)
         except Exception as error:
             raise DataError(f"this JSON schema cannot be obeyed ({first_line(error)})") from None
         if matcher.is_error():

@@ -1,0 +1,537 @@
+"""``dlora-edge serve`` as clients meet it: OpenAI's own client, and raw HTTP for what that would never send."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from families import tiny_model
+from processes import BIN, END_TIMEOUT_S, cloud_process, quiet_environment, run_edge
+from serving import RunningServer, config, random_dataset, randomize_all, serving, training
+from test_cli import assert_fails, free_port
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from waiting import eventually
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.export.bundle import export_bundle
+from dlora.export.settings import ExportSettings
+from dlora.protocol.errors import ConnectionFailedError, ModelMismatchError, UsageError
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<|python_tag|>")
+VOCABULARY = 256 + len(SPECIAL)
+TEMPLATE = (
+    "{% if tools %}<s>tools <|python_tag|> {{ tools | tojson }}</s>{% endif %}"
+    "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
+ASK = [{"role": "user", "content": "Say something."}]
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, so that anything can be said, JSON too."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: number for number, word in enumerate((*SPECIAL, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(words, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@dataclass
+class Place:
+    bundle: Path
+    model: Path
+    adapters: Path
+    cloud: RunningServer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A bundle, a server of its base model, and two adapters beside a directory that is none."""
+    directory = tmp_path_factory.mktemp("endpoint")
+    model, bundle, adapters = (directory / name for name in ("model", "bundle", "adapters"))
+    tiny = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=2048)
+    tiny.save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    export_bundle(ExportSettings(str(model), bundle, rank=4, alpha=8.0, head_dtype="fp32"))
+    (adapters / "broken").mkdir(parents=True)
+    with serving(BaseModel.from_model(tiny, "tiny"), max_sessions=16) as cloud:
+        for seed, name in enumerate(("first", "second")):
+            with training(bundle, cloud.url, config(), random_dataset(VOCABULARY)) as trainer:
+                randomize_all(trainer, seed)
+                trainer.save_adapter(adapters / name)
+        yield Place(bundle, model, adapters, cloud)
+
+
+@dataclass
+class Endpoint:
+    url: str
+    port: int
+    models: list[str]
+    process: subprocess.Popen[str]
+
+    def client(self, key: str = "none", **settings: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=60, **settings)
+
+    def request(
+        self, path: str, body: bytes | dict[str, Any] | None = None, method: str = "POST", **headers: str
+    ) -> tuple[int, dict[str, Any]]:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        connection.request(method, path, content, headers)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    def is_ready(self) -> bool:
+        return self.request("/health", method="GET")[0] == 200
+
+
+@contextmanager
+def endpoint_process(place: Place, *arguments: object, server: str | None = None) -> Iterator[Endpoint]:
+    """``dlora-edge serve`` on a free port."""
+    command = [
+        BIN / "dlora-edge", "serve", "--bundle", place.bundle, "--server", server or place.cloud.url, "--port", 0,
+        "--json", "--threads", 1, "--wire-dtype", "fp32", *arguments,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet_environment()
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        hello = json.loads(line)
+        yield Endpoint(hello["url"], int(re.findall(r":(\d+)/", hello["url"])[0]), hello["models"], process)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=END_TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def endpoint(place: Place) -> Iterator[Endpoint]:
+    with endpoint_process(place, "--adapters", place.adapters, "--queue", 8) as running:
+        eventually(running.is_ready)
+        yield running
+
+
+# -- what clients ask for -----------------------------------------------------------------------------------
+
+
+def test_a_chat_gets_the_answer_that_generate_gives(place: Place, endpoint: Endpoint, tmp_path: Path) -> None:
+    """Of each adapter and of the plain model, each of them another."""
+    base = endpoint.models[-1]
+    assert endpoint.models == [each.id for each in endpoint.client().models.list()] == ["first", "second", base]
+    messages = tmp_path / "messages.json"
+    messages.write_text(json.dumps(ASK))
+    answers = {}
+    for model in endpoint.models:
+        adapter = [] if model == base else ["--adapter", place.adapters / model]
+        done = run_edge(
+            "generate", "--bundle", place.bundle, "--server", place.cloud.url, *adapter, "--messages", messages,
+            "--max-new-tokens", 16, "--wire-dtype", "fp32", "--json",
+        )  # fmt: skip
+        wanted = json.loads(done.stdout)
+        found = endpoint.client().chat.completions.create(
+            model=model, messages=ASK, max_tokens=16, temperature=0
+        )  # fmt: skip
+        assert found.choices[0].message.content == wanted["answer"]
+        assert (found.choices[0].finish_reason, found.model) == (wanted["finish_reason"], model)
+        assert found.usage.prompt_tokens == wanted["prompt_tokens"]
+        assert found.usage.total_tokens == wanted["prompt_tokens"] + found.usage.completion_tokens
+        answers[model] = found.choices[0].message.content
+    assert len(set(answers.values())) == 3
+
+
+def test_a_stream_has_the_same_text_and_says_what_it_took(endpoint: Endpoint) -> None:
+    asked: dict[str, Any] = {"model": "first", "messages": ASK, "max_completion_tokens": 30, "seed": 3}
+    whole = endpoint.client().chat.completions.create(**asked)
+    with_usage = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(endpoint.client().chat.completions.create(**asked, **with_usage))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert len(chunks) > 10
+    connection = HTTPConnection("127.0.0.1", endpoint.port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps({**asked, "stream": True}))
+    answer = connection.getresponse()
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert answer.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_choices_stop_and_seed(endpoint: Endpoint) -> None:
+    client = endpoint.client()
+    asked: dict[str, Any] = {"model": "first", "messages": ASK, "max_tokens": 40, "temperature": 1.2}
+    once, again, other = (client.chat.completions.create(**asked, seed=seed, n=2) for seed in (5, 5, 8))
+    texts = [[choice.message.content for choice in each.choices] for each in (once, again, other)]
+    assert texts[0] == texts[1]
+    assert len({*texts[0], *texts[2]}) == 4
+    assert once.usage.prompt_tokens == again.usage.prompt_tokens  # once for both choices
+    stop = texts[0][0][4:6]
+    stopped = client.chat.completions.create(**asked, seed=5, stop=["nowhere", stop]).choices[0]
+    assert stopped.message.content == texts[0][0][: texts[0][0].index(stop)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_logprobs_are_of_each_token(endpoint: Endpoint) -> None:
+    client = endpoint.client()
+    asked: dict[str, Any] = {"model": "first", "messages": ASK, "max_tokens": 12, "temperature": 0, "logprobs": True}
+    found = client.chat.completions.create(**asked, top_logprobs=3)
+    content = found.choices[0].logprobs.content
+    assert len(content) == found.usage.completion_tokens
+    assert all(each.top_logprobs[0].logprob == each.logprob for each in content)  # the likeliest was taken
+    assert all(len(each.top_logprobs) == 3 for each in content)
+    streamed = [
+        token
+        for chunk in client.chat.completions.create(**asked, top_logprobs=3, stream=True)
+        for token in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
+    ]
+    assert [each.logprob for each in streamed] == [each.logprob for each in content]
+
+
+def test_completions_continue_texts(endpoint: Endpoint) -> None:
+    client = endpoint.client()
+    asked: dict[str, Any] = {"model": "second", "max_tokens": 10, "temperature": 0}
+    both = client.completions.create(**asked, prompt=["one", "another"], logprobs=2)
+    alone = [client.completions.create(**asked, prompt=prompt).choices[0].text for prompt in ("one", "another")]
+    assert [choice.text for choice in both.choices] == alone
+    assert len(both.choices[0].logprobs.tokens) == 10
+    echoed = client.completions.create(**asked, prompt="one", echo=True, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in echoed) == "one" + alone[0]
+
+
+def test_the_next_turn_sends_only_what_is_new(endpoint: Endpoint) -> None:
+    client = endpoint.client()
+    asked: dict[str, Any] = {"model": "first", "max_tokens": 8, "temperature": 0}
+    messages = [{"role": "user", "content": "A question that nobody else asks"}]
+    first = client.chat.completions.create(**asked, messages=messages)
+    messages += [{"role": "assistant", "content": "whatever"}, {"role": "user", "content": "And then?"}]
+    second = client.chat.completions.create(**asked, messages=messages)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert first.usage.prompt_tokens - 12 <= cached <= first.usage.prompt_tokens + 8
+    assert first.usage.prompt_tokens_details.cached_tokens < 8
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_an_answer_obeys_its_schema(endpoint: Endpoint, temperature: float) -> None:
+    """Even of a model of random weights."""
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    found = endpoint.client().chat.completions.create(
+        model="first", messages=ASK, max_tokens=200, temperature=temperature, seed=1, response_format=form,
+        presence_penalty=2,
+    )  # fmt: skip
+    person = json.loads(found.choices[0].message.content)
+    assert set(person) == {"name", "age"}
+    assert isinstance(person["age"], int)
+    assert found.choices[0].finish_reason == "stop"
+
+
+def test_any_object_is_an_answer_to_json_object(endpoint: Endpoint) -> None:
+    found = endpoint.client().chat.completions.create(
+        model="first", messages=ASK, max_tokens=24, temperature=1, seed=2, response_format={"type": "json_object"}
+    )
+    assert found.choices[0].message.content.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_are_told_to_the_model_and_its_calls_are_parsed(endpoint: Endpoint, stream: bool) -> None:
+    """A schema makes the model of random weights say what a trained one would: its template is of Llama 3's form."""
+    call = {
+        "type": "object",
+        "properties": {
+            "name": {"const": "add"},
+            "parameters": {
+                "type": "object", "properties": {"x": {"enum": [7]}}, "required": ["x"], "additionalProperties": False,
+            },
+        },
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "call", "schema": call}}
+    asked: dict[str, Any] = {
+        "model": "first", "messages": ASK, "max_tokens": 200, "temperature": 0, "tools": [TOOL],
+        "response_format": form, "presence_penalty": 1,
+    }  # fmt: skip
+    if stream:
+        chunks = list(endpoint.client().chat.completions.create(**asked, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip() == ""
+        (calls,) = [chunk.choices[0].delta.tool_calls for chunk in chunks if chunk.choices[0].delta.tool_calls]
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        choice = endpoint.client().chat.completions.create(**asked).choices[0]
+        calls, reason = choice.message.tool_calls, choice.finish_reason
+        assert not choice.message.content
+    assert reason == "tool_calls"
+    assert [(each.function.name, json.loads(each.function.arguments)) for each in calls] == [("add", {"x": 7})]
+
+
+def test_tools_and_their_results_are_part_of_the_prompt(endpoint: Endpoint) -> None:
+    def tokens(messages: list[dict[str, Any]], **more: Any) -> int:
+        found = endpoint.client().chat.completions.create(model="first", messages=messages, max_tokens=1, **more)
+        return int(found.usage.prompt_tokens)
+
+    plain = tokens(ASK)
+    assert tokens(ASK, tools=[TOOL]) > plain + len(json.dumps(TOOL)) - 10
+    assert tokens(ASK, tools=[TOOL], tool_choice="none") == plain
+    called = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"x": 7}'}}
+    result = {"role": "tool", "tool_call_id": "c", "content": "8"}
+    told = tokens([*ASK, {"role": "assistant", "content": None, "tool_calls": [called]}, result])
+    assert told > plain + len('{"x": 7}')
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Say something."}]}]
+    assert tokens(parts) == plain
+    assert tokens([{"role": "developer", "content": "x"}, *ASK]) == tokens([{"role": "system", "content": "x"}, *ASK])
+
+
+# -- what cannot be -----------------------------------------------------------------------------------------
+
+CHAT = "/v1/chat/completions"
+GOOD: dict[str, Any] = {"model": "first", "messages": ASK, "max_tokens": 1}
+BAD_REQUESTS: dict[str, tuple[str, Any, int, str]] = {
+    "no JSON": (CHAT, b"{", 400, "the body is not a request"),
+    "no UTF-8": (CHAT, b'{"model": "\xff"}', 400, "the body is not a request"),
+    "nothing": (CHAT, b"", 400, "the body is not a request"),
+    "deep": (CHAT, b"[" * 200_000, 400, "the body is not a request"),
+    "no messages": (CHAT, {"model": "first"}, 400, "`messages`"),
+    "empty messages": (CHAT, {**GOOD, "messages": []}, 400, "at least one message"),
+    "no role": (CHAT, {**GOOD, "messages": [{"content": "x"}]}, 400, "has no role"),
+    "no content": (CHAT, {**GOOD, "messages": [{"role": "user"}]}, 400, "has no content"),
+    "an image": (CHAT, {**GOOD, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text"),
+    "an unknown model": (CHAT, {**GOOD, "model": "nobody"}, 404, "there is no model 'nobody'; there are first, second"),
+    "a directory": (CHAT, {**GOOD, "model": "../adapters/first"}, 404, "there is no model"),
+    "what is no adapter": (CHAT, {**GOOD, "model": "broken"}, 404, "there is no model"),
+    "hot": (CHAT, {**GOOD, "temperature": -1}, 400, "temperature must be from 0"),
+    "a text for a number": (CHAT, {**GOOD, "temperature": "x"}, 400, "temperature"),
+    "no tokens": (CHAT, {**GOOD, "max_tokens": 0}, 400, "max_tokens must be at least 1"),
+    "many choices": (CHAT, {**GOOD, "n": 1000}, 400, "n must be from 1"),
+    "an empty stop": (CHAT, {**GOOD, "stop": [""]}, 400, "stop must be"),
+    "too long": (CHAT, {**GOOD, "messages": [{"role": "user", "content": "x" * 3000}]}, 400, "say less"),
+    "forced tools": (CHAT, {**GOOD, "tools": [TOOL], "tool_choice": "required"}, 400, "cannot be forced"),
+    "broken arguments": (
+        CHAT,
+        {**GOOD, "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        400,
+        "not JSON",
+    ),
+    "an impossible schema": (
+        CHAT,
+        {**GOOD, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+        400,
+        "this JSON schema cannot be obeyed",
+    ),
+    "a schema that is missing": (CHAT, {**GOOD, "response_format": {"type": "json_schema"}}, 400, "needs its json_"),
+    "a suffix": ("/v1/completions", {"model": "first", "prompt": "x", "suffix": "y"}, 400, "suffix is not supported"),
+    "tokens": ("/v1/completions", {"model": "first", "prompt": [1, 2]}, 400, "prompt"),
+    "large": (CHAT, b" " * (9 << 20), 413, "8 MB"),
+    "elsewhere": ("/v1/embeddings", {"input": "x"}, 404, "there is no POST /v1/embeddings here"),
+    "GET": (CHAT, None, 405, "takes no GET"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_is_refused_in_one_line(endpoint: Endpoint, name: str) -> None:
+    path, body, status, words = BAD_REQUESTS[name]
+    found, answer = endpoint.request(path, body, method="GET" if body is None else "POST")
+    assert found == status, answer
+    assert words in answer["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert endpoint.request(CHAT, {**GOOD, "unknown_key": {"x": 1}, "user": "me"})[0] == 200
+
+
+def test_the_openai_client_raises_what_its_users_expect(endpoint: Endpoint) -> None:
+    create = endpoint.client().chat.completions.create
+    with pytest.raises(openai.NotFoundError, match="there is no model"):
+        create(model="nobody", messages=ASK)
+    with pytest.raises(openai.BadRequestError) as too_long:
+        create(model="first", messages=[{"role": "user", "content": "x" * 3000}])
+    assert too_long.value.code == "context_length_exceeded"
+
+
+def test_pages_of_other_sites_are_kept_out(place: Place, endpoint: Endpoint) -> None:
+    evil = "evil.example"
+    for headers in ({"Origin": f"https://{evil}"}, {"Host": evil}, {"Host": f"{evil}:{endpoint.port}"}):
+        status, answer = endpoint.request(CHAT, GOOD, **headers)
+        assert status == 403, headers
+        assert "access-control-allow-origin" not in answer
+    assert endpoint.request("/health", method="GET", Host=f"localhost:{endpoint.port}")[0] == 200
+    with endpoint_process(place, "--cors", "https://chat.example") as allowing:
+        eventually(allowing.is_ready)
+        connection = HTTPConnection("127.0.0.1", allowing.port, timeout=60)
+        connection.request("POST", CHAT, json.dumps({**GOOD, "model": ""}), {"Origin": "https://chat.example"})
+        answer = connection.getresponse()
+        assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (200, "https://chat.example")
+        assert allowing.request(CHAT, GOOD, Origin="https://evil.example")[0] == 403
+
+
+def test_a_key_lets_in_who_has_it(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("a-long-secret\n")
+    with endpoint_process(place, "--api-key-file", tmp_path / "key", "--adapters", place.adapters) as locked:
+        eventually(locked.is_ready)  # which everybody may ask
+        with pytest.raises(openai.AuthenticationError):
+            locked.client("wrong").models.list()
+        assert locked.request(CHAT, GOOD)[0] == 401
+        found = locked.client("a-long-secret").chat.completions.create(model="first", messages=ASK, max_tokens=2)
+        assert found.usage.completion_tokens == 2
+
+
+# -- clients and servers that come and go -------------------------------------------------------------------
+
+
+def stream_raw(endpoint: Endpoint, tokens: int, receive_buffer: int | None = None) -> socket.socket:
+    """A client that has asked for a stream."""
+    client = socket.socket()
+    if receive_buffer is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.connect(("127.0.0.1", endpoint.port))
+    body = json.dumps({**GOOD, "max_tokens": tokens, "stream": True, "temperature": 0, "logit_bias": {"2": -100}})
+    client.sendall(
+        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    )
+    return client
+
+
+def answering(endpoint: Endpoint) -> int:
+    return int(endpoint.request("/health", method="GET")[1]["answering"])
+
+
+def test_an_answer_is_given_up_when_its_client_leaves(endpoint: Endpoint) -> None:
+    clients = [stream_raw(endpoint, 1900) for _ in range(2)]
+    for client in clients:
+        assert client.recv(10)
+    assert answering(endpoint) == 2
+    for client in clients:
+        client.close()
+    eventually(lambda: answering(endpoint) == 0)
+    assert endpoint.request(CHAT, GOOD)[0] == 200
+
+
+def test_a_client_that_never_reads_holds_up_nobody(endpoint: Endpoint) -> None:
+    client = stream_raw(endpoint, 1500, receive_buffer=1024)
+    try:
+        for _ in range(4):
+            assert endpoint.request(CHAT, GOOD)[0] == 200
+        eventually(lambda: answering(endpoint) == 0)  # the answer is made, whoever reads it
+    finally:
+        client.close()
+
+
+def test_two_hundred_requests_at_once_are_answered_or_told_to_come_again(endpoint: Endpoint) -> None:
+    with ThreadPoolExecutor(200) as pool:
+        found = list(pool.map(lambda _: endpoint.request(CHAT, {**GOOD, "max_tokens": 4}), range(200)))
+    statuses = [status for status, _ in found]
+    assert set(statuses) == {200, 429}
+    refusal = next(answer for status, answer in found if status == 429)
+    assert refusal["error"]["code"] == "queue_full"
+    assert endpoint.request(CHAT, GOOD)[0] == 200
+    assert endpoint.process.poll() is None
+
+
+def test_each_of_many_conversations_gets_what_it_gets_alone(place: Place) -> None:
+    with endpoint_process(place, "--adapters", place.adapters, "--parallel", 8) as wide:
+        eventually(wide.is_ready)
+
+        def ask(number: int) -> str:
+            found = wide.client().chat.completions.create(
+                model=("first", "second")[number % 2], max_tokens=24, seed=number,
+                messages=[{"role": "user", "content": f"Question {number}"}],
+            )  # fmt: skip
+            return str(found.choices[0].message.content)
+
+        alone = [ask(number) for number in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(ask, range(8))) == alone
+        assert len(set(alone)) == 8
+
+
+def test_a_tokenizer_that_is_killed_is_replaced(endpoint: Endpoint) -> None:
+    """Whatever a text makes it do: one request fails, and not the server."""
+    (between,) = psutil.Process(endpoint.process.pid).children()
+    (tokenizer,) = between.children()
+    tokenizer.kill()
+    status, answer = endpoint.request(CHAT, GOOD)
+    assert status in (400, 500)  # it was nobody's fault that we know of
+    assert "memory" in answer["error"]["message"]
+    assert endpoint.request(CHAT, GOOD)[0] == 200
+
+
+def test_a_model_server_that_is_killed_and_started_again_is_not_noticed(place: Place, tmp_path: Path) -> None:
+    port = free_port()
+    arguments = ["--adapters", place.adapters]
+    with endpoint_process(place, *arguments, server=f"ws://127.0.0.1:{port}") as waiting:
+        status, answer = waiting.request(CHAT, GOOD)
+        assert status == 503
+        assert "not ready yet" in answer["error"]["message"]
+        asked = {**GOOD, "max_tokens": 1200, "seed": 1, "logit_bias": {"2": -100}}
+        with cloud_process(place.model, tmp_path, "--port", port):
+            eventually(waiting.is_ready)
+            wanted = waiting.request(CHAT, asked)[1]["choices"]
+            found: list[Any] = []
+            thread = threading.Thread(target=lambda: found.append(waiting.request(CHAT, asked)))
+            thread.start()
+            eventually(lambda: answering(waiting) == 1)
+        assert not found  # the context has ended: that server is gone
+        with cloud_process(place.model, tmp_path, "--port", port):
+            thread.join(60)
+        assert found[0] == (200, {**found[0][1], "choices": wanted})
+
+
+def test_it_ends_when_it_is_told_to(place: Place) -> None:
+    with endpoint_process(place) as running:
+        eventually(running.is_ready)
+        client = stream_raw(running, 1900)  # and nobody is waited for
+        assert client.recv(10)
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(20) == 0
+        client.close()
+
+
+# -- mistakes at the start ----------------------------------------------------------------------------------
+
+
+def test_mistakes_at_the_start_are_one_line(place: Place, tmp_path: Path) -> None:
+    where = ["serve", "--bundle", place.bundle, "--server", place.cloud.url]
+    assert_fails(run_edge(*where, "--host", "0.0.0.0"), UsageError.exit_code, "--api-key-file")
+    assert_fails(run_edge(*where, "--adapters", tmp_path / "no"), UsageError.exit_code, "is no directory")
+    assert_fails(run_edge(*where, "--api-key-file", tmp_path / "no"), UsageError.exit_code, "cannot be read")
+    (tmp_path / "key").write_text("short")
+    assert_fails(run_edge(*where, "--api-key-file", tmp_path / "key"), UsageError.exit_code, "at least 8")
+    assert_fails(run_edge(*where, "--top-p", 2), UsageError.exit_code, "top_p")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run_edge(*where, "--port", taken.getsockname()[1])
+        assert_fails(done, ConnectionFailedError.exit_code, "cannot listen on", "choose another --port")
+
+
+def test_a_server_of_another_model_ends_it_at_once(place: Place) -> None:
+    with serving(BaseModel.from_model(tiny_model("llama", seed=9), "another")) as other:
+        done = run_edge("serve", "--bundle", place.bundle, "--server", other.url, "--port", 0)
+    assert_fails(done, ModelMismatchError.exit_code, "the server serves")
