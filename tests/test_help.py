@@ -16,7 +16,8 @@ from dlora.protocol.version import SOFTWARE_VERSION
 ROOT = Path(__file__).parents[1]
 PARTS = ("edge", "cloud", "export")
 COMMANDS = [
-    ("edge",), ("edge", "train"), ("edge", "evaluate"), ("edge", "generate"), ("edge", "selftest"), ("edge", "info"),
+    ("edge",), ("edge", "train"), ("edge", "evaluate"), ("edge", "generate"), ("edge", "chat"), ("edge", "serve"),
+    ("edge", "selftest"), ("edge", "info"),
     ("edge", "doctor"), ("cloud",), ("cloud", "serve"), ("cloud", "token"), ("cloud", "token", "create"),
     ("cloud", "token", "list"), ("cloud", "token", "revoke"), ("cloud", "token", "prune"), ("export",),
 ]  # fmt: skip

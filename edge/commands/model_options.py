@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ class ModelOptions:
         *,
         context_length: int = 0,
         longest_outage_s: float | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> AbstractContextManager[SplitModel]:
         """The model, connected.
 
@@ -51,6 +53,7 @@ class ModelOptions:
             bundle: the one that these name.
             context_length: as ``open_model`` has it.
             longest_outage_s: of the server, from the first connection on, where these say nothing.
+            should_stop: asked while the server is waited for.
         """
         from dlora.edge.model.use import open_model
         from dlora.edge.wire.connecting import ConnectSettings, Retry
@@ -58,7 +61,7 @@ class ModelOptions:
 
         longest_s = longest_outage_s if self.max_retry_s is None else self.max_retry_s
         retry = Retry(max_s=longest_s, at_start=bool(self.max_retry_s))
-        connecting = ConnectSettings(credentials, load_device_id(warn=warn), retry, say=warn)
+        connecting = ConnectSettings(credentials, load_device_id(warn=warn), retry, say=warn, should_stop=should_stop)
         return open_model(
             bundle,
             self.server,

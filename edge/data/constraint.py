@@ -5,7 +5,7 @@ The grammar's work is llguidance's, which is optional: the device does without i
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.command import missing_extra
@@ -13,7 +13,7 @@ from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.text import first_line
 
 # As Python's json writes it. Where any blanks may come, small models write them for ever.
-_SPACING: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SPACING: Final[Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Matchers:

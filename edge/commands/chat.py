@@ -1,0 +1,273 @@
+"""``dlora-edge chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from dlora.protocol.errors import DloraError, StoppedError, UsageError
+
+from .generate import summary_line
+from .model_options import ModelOptions
+from .options import CredentialOptions, with_groups
+from .output import warn
+from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
+
+if TYPE_CHECKING:
+    from dlora.edge.generation.conversation import Conversation
+    from dlora.edge.model.context import Context
+    from dlora.edge.model.split import SplitModel
+
+HELP: Final = '''\
+/adapter NAME  use another adapter, a directory or one of --adapters; none: the plain base model
+/reset         begin anew
+/save FILE     write the conversation as JSON, which is also what train takes as a line of data
+/system TEXT   begin anew, with this as what the model is told to be
+/help          this
+/exit          leave; so does Ctrl-D
+"""            begin and end a text of several lines
+Ctrl-C         stop the answer'''
+
+
+@with_groups
+def chat(
+    model_options: ModelOptions,
+    adapters: Annotated[Path | None, typer.Option(help="Directory of adapters for /adapter.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
+    max_new_tokens: MaxNewTokensOption = 1024,
+    context_length: ContextLengthOption = 4096,
+    sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
+    draft: DraftOption = None,
+    credential_options: CredentialOptions = CredentialOptions(),
+) -> None:
+    """Talk to the model, with an adapter or without; /help tells what else can be said.
+
+    What is said stays here, and is kept nowhere unless you say /save; the server sees hidden states. What that tells
+    it: SECURITY.md.
+    """
+    from dataclasses import replace
+
+    from dlora.edge.data.prompt import prompt_tokenizer
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.protocol.wire_codecs import Codecs
+
+    Codecs.parse(model_options.wire_dtype)
+    sampling = sampling_options.sampling()
+    credentials = credential_options.load()
+    opened = Bundle.open(model_options.bundle)
+    with prompt_tokenizer(opened) as tokenizer:
+        from dlora.edge.generation.conversation import Conversation
+
+        stopping = _Stopping()
+        conversation = Conversation(
+            tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens, draft_length=draft, say=_note
+        )
+
+        def open_model(adapter: Path | None) -> contextlib.AbstractContextManager[SplitModel]:
+            options = replace(model_options, adapter=adapter)
+            return options.open(opened, credentials, context_length=context_length, should_stop=stopping.is_asked)
+
+        with _OpenModel(open_model, model_options.adapter) as model, stopping.handling():
+            model.context()  # a mistake shows before anything is said
+            _Chat(conversation, model, stopping, adapters).run()
+
+
+class _Stopping:
+    """Ctrl-C: it stops an answer that is being made, and otherwise leaves the line that is being written."""
+
+    def __init__(self) -> None:
+        self.is_answering = False
+        self._asked = False
+
+    def is_asked(self) -> bool:
+        return self._asked
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        self.is_answering, self._asked = True, False
+        try:
+            yield
+        finally:
+            self.is_answering, self._asked = False, False
+
+    @contextmanager
+    def handling(self) -> Iterator[None]:
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_answering or self._asked:  # a second one does not wait for the server
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+class _OpenModel:
+    """The model in use, opened when it is needed, and again after a failure."""
+
+    def __init__(
+        self, open_model: Callable[[Path | None], contextlib.AbstractContextManager[SplitModel]], adapter: Path | None
+    ) -> None:
+        self._open_model = open_model
+        self._open = ExitStack()
+        self._context: Context | None = None
+        self.adapter = adapter
+
+    def __enter__(self) -> _OpenModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def context(self) -> Context:
+        """Raises what ``open_model`` does."""
+        from dlora.edge.model.context import Context
+
+        if self._context is None:
+            self._context = Context(self._open.enter_context(self._open_model(self.adapter)))
+        return self._context
+
+    def use(self, adapter: Path | None) -> None:
+        """Another adapter; where it cannot be opened, the one from before stays."""
+        before, self.adapter = self.adapter, adapter
+        self.close()
+        try:
+            self.context()
+        except DloraError:
+            self.adapter = before
+            raise
+
+    def close(self) -> None:
+        self._context = None
+        with contextlib.suppress(DloraError):
+            self._open.close()
+
+
+class _Chat:
+    def __init__(
+        self, conversation: Conversation, model: _OpenModel, stopping: _Stopping, adapters: Path | None
+    ) -> None:
+        self._conversation = conversation
+        self._model = model
+        self._stopping = stopping
+        self._adapters = adapters
+
+    def run(self) -> None:
+        """Until the user leaves."""
+        is_terminal = sys.stdin.isatty()
+        if is_terminal:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  # gives ``input`` its history and its keys
+            _note("/help tells what can be said; Ctrl-D leaves")
+        while (text := _read(is_terminal=is_terminal)) is not None:
+            try:
+                if text.startswith("/"):
+                    if text.split()[0] in ("/exit", "/quit", "/bye"):
+                        return
+                    self._obey(text)
+                elif text.strip():
+                    self._answer(text)
+            except StoppedError:
+                _note("stopped")
+            except DloraError as error:
+                _note(f"error: {error}")
+
+    def _obey(self, text: str) -> None:
+        word, _, rest = text.partition(" ")
+        rest = rest.strip()
+        match word:
+            case "/help":
+                print(HELP)
+            case "/reset":
+                self._conversation.reset()
+                _note("begun anew")
+            case "/system" if rest:
+                self._conversation.reset(rest)
+                _note("begun anew")
+            case "/save" if rest:
+                self._save(Path(rest).expanduser())
+            case "/adapter" if rest:
+                self._model.use(self._find_adapter(rest))
+                _note(f"now with {self._model.adapter or 'the plain base model'}")
+            case _:
+                raise UsageError(f"{text.split()[0]} is not understood, or lacks a word after it; /help tells what is")
+
+    def _find_adapter(self, name: str) -> Path | None:
+        if name == "none":
+            return None
+        if self._adapters is not None and (self._adapters / name).is_dir():
+            return self._adapters / name
+        return Path(name).expanduser()
+
+    def _save(self, path: Path) -> None:
+        from dlora.edge.files import write_atomically
+
+        content = json.dumps({"messages": self._conversation.messages}, ensure_ascii=False)
+        write_atomically(path, f"{content}\n".encode())
+        _note(f"saved to {path}")
+
+    def _answer(self, text: str) -> None:
+        with self._stopping.answering():
+            try:
+                context = self._model.context()
+                answer = self._conversation.ask(text, context, self._stopping.is_asked)
+                for piece in answer:
+                    print(piece, end="", flush=True)
+            except BaseException:
+                # In the middle of a step: that session cannot go on. What was asked can be asked again.
+                self._model.close()
+                self._conversation.forget_last()
+                print(flush=True)
+                raise
+        print(flush=True)
+        self._conversation.keep(answer.text)
+        context.model.release_weights()
+        stopped = "stopped; " if answer.finish_reason == "cancelled" else ""
+        _note(f"{stopped}{summary_line(answer.counters)}")
+
+
+def _read(*, is_terminal: bool) -> str | None:
+    """What the user says next; None where that is nothing any more."""
+    text = _read_line("> ", is_terminal=is_terminal)
+    if text is None or not text.startswith('"""'):
+        return text
+    lines = [text[3:]]
+    while not lines[-1].endswith('"""'):
+        line = _read_line(". ", is_terminal=is_terminal)
+        if line is None:
+            break
+        lines.append(line)
+    return "\n".join(lines).removesuffix('"""').strip("\n")
+
+
+def _read_line(prompt: str, *, is_terminal: bool) -> str | None:
+    while True:
+        try:
+            return input(prompt if is_terminal else "")
+        except EOFError:
+            if is_terminal:
+                print()
+            return None
+        except UnicodeDecodeError:
+            warn("this is not UTF-8; say it in another way")
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print()  # another line
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,101 @@
+"""A conversation that grows turn by turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from dlora.edge.data.prompt import PromptTokenizer
+from dlora.edge.model.context import Context
+
+from .answer import TextAnswer
+from .prompt import Prompt
+from .sampling import Sampling
+
+_ROOM_FOR_ANSWER: Final = 32  # tokens that must be left for an answer
+
+
+class Conversation:
+    """What was said so far, and how it goes on.
+
+    Args:
+        system: what the model is told to be; None: nothing.
+        max_new_tokens, draft_length: of each answer, as ``TokenAnswer`` takes them.
+        say: is told in one line what the user should know.
+
+    Attributes:
+        messages: in OpenAI's form, the system's first.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PromptTokenizer,
+        *,
+        system: str | None,
+        sampling: Sampling,
+        max_new_tokens: int,
+        draft_length: int | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self._tokenizer = tokenizer
+        self._system = system
+        self._sampling = sampling
+        self._max_new_tokens = max_new_tokens
+        self._draft_length = draft_length
+        self._say = say
+        self.reset()
+
+    def reset(self, system: str | None = None) -> None:
+        """Forget what was said; ``system``: from now on, None as before."""
+        self._system = self._system if system is None else system
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+
+    def ask(self, text: str, context: Context, should_stop: Callable[[], bool]) -> TextAnswer:
+        """The answer to another turn of the user's. It becomes part of the conversation with ``keep``.
+
+        Where all of it has no room any more, the oldest turns are left out. Raises ``DataError`` where this one alone
+        has none.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        ids = self._encode(asked, context)
+        while len(ids) + _ROOM_FOR_ANSWER > context.limit and self._drop_oldest(asked):
+            ids = self._encode(asked, context)
+        answer = TextAnswer(
+            context,
+            self._tokenizer,
+            ids,
+            self._sampling,
+            max_new_tokens=self._max_new_tokens,
+            draft_length=self._draft_length,
+            should_stop=should_stop,
+        )
+        self.messages = asked
+        return answer
+
+    def keep(self, answer: str) -> None:
+        """What was answered to the last turn, or as much of it as came."""
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def forget_last(self) -> None:
+        """Take back the user's last turn, which got no answer."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages.pop()
+
+    def _encode(self, messages: list[dict[str, Any]], context: Context) -> Any:
+        if not self._tokenizer.has_chat_template:  # the texts, one after the other
+            text = "\n".join(str(message["content"]) for message in messages)
+            prompt = Prompt(messages=None, text=f"{text}\n")
+        else:
+            alone = str(messages[0]["content"]) if len(messages) == 1 else None
+            prompt = Prompt(messages=tuple(messages), text=alone)
+        return prompt.encode(self._tokenizer, context.model.invocation, self._say)
+
+    def _drop_oldest(self, messages: list[dict[str, Any]]) -> bool:
+        """Leave out the oldest turn and its answer; False where only the last is left."""
+        first = 1 if messages[0]["role"] == "system" else 0
+        if len(messages) - first < 3:
+            return False
+        del messages[first : first + 2]
+        self._say("the conversation is longer than its room: its oldest turn is left out from now on")
+        return True

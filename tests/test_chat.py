@@ -1,0 +1,177 @@
+"""``dlora-edge chat`` in a terminal, and piped: what is said, stopped, saved and taken back."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from families import VOCABULARY
+from processes import BIN, END_TIMEOUT_S, Finished, quiet_environment, run_edge
+from serving import RunningServer, config, random_dataset, randomize_all, serving, training
+from test_cli import assert_fails, free_port
+from tiny import TinyFactory
+
+from dlora.protocol.errors import CheckpointError, ConnectionFailedError
+
+LONG = {"max_position_embeddings": 2048}
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny("llama", head_dtype="fp32", **LONG).bundle
+
+
+@pytest.fixture(scope="module")
+def server(tiny: TinyFactory) -> Iterator[RunningServer]:
+    with serving(tiny("llama", **LONG).base) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def adapters(bundle: Path, server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("adapters")
+    with training(bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer:
+        randomize_all(trainer)
+        trainer.save_adapter(directory / "mine")
+    return directory
+
+
+def chat_command(bundle: Path, server: RunningServer, *arguments: object) -> list[str]:
+    words = ["chat", "--bundle", bundle, "--server", server.url, "--wire-dtype", "fp32", "--temperature", 0, *arguments]
+    return [str(BIN / "dlora-edge"), *map(str, words)]
+
+
+def say(command: list[str], *lines: str) -> Finished:
+    done = subprocess.run(
+        command, input="".join(f"{line}\n" for line in lines), capture_output=True, text=True, timeout=END_TIMEOUT_S,
+        env=quiet_environment(), check=False,
+    )  # fmt: skip
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_conversation_is_answered_turn_by_turn(
+    bundle: Path, server: RunningServer, adapters: Path, tmp_path: Path
+) -> None:
+    """Each answer is the one that ``generate`` gives to all that was said before it."""
+    saved = tmp_path / "talk.json"
+    command = chat_command(bundle, server, "--system", "w9", "--adapter", adapters / "mine", "--max-new-tokens", 9)
+    done = say(command, "w5 w6", '"""w7', 'w8"""', f"/save {saved}", "/exit", "never said")
+    assert done.code == 0, done.stderr
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["content"] for message in messages[:2]] == ["w9", "w5 w6"]
+    assert messages[3]["content"] == "w7\nw8"
+    assert done.stdout.splitlines() == [messages[2]["content"], messages[4]["content"]]
+    for last in (1, 3):
+        (tmp_path / "asked.json").write_text(json.dumps(messages[: last + 1]))
+        wanted = run_edge(
+            "generate", "--bundle", bundle, "--server", server.url, "--adapter", adapters / "mine",
+            "--messages", tmp_path / "asked.json", "--max-new-tokens", 9, "--wire-dtype", "fp32",
+        )  # fmt: skip
+        assert wanted.stdout == f"{messages[last + 1]['content']}\n"
+    assert done.stderr.count("tokens/s") == 2
+
+
+def test_another_adapter_and_a_new_beginning(bundle: Path, server: RunningServer, adapters: Path) -> None:
+    command = chat_command(bundle, server, "--adapters", adapters, "--max-new-tokens", 9)
+    done = say(command, "w5 w6", "/adapter mine", "/reset", "w5 w6", "/adapter none", "/reset", "w5 w6")
+    plain, mine, again = done.stdout.splitlines()
+    assert plain == again != mine
+    assert "now with" in done.stderr
+
+
+def test_mistakes_do_not_end_the_conversation(bundle: Path, server: RunningServer) -> None:
+    command = chat_command(bundle, server, "--max-new-tokens", 4)
+    done = say(command, "/nonsense", "/save", "/adapter nowhere", "/save /nowhere/x", "w5", "/help", "w " * 3000, "w5")
+    assert done.code == 0, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [words in line for line, words in zip(errors, (
+        "/nonsense is not understood", "/save is not understood", "nowhere is not a PEFT adapter", "/nowhere",
+        "say less",
+    ), strict=True)] == [True] * 5  # fmt: skip
+    assert "/reset" in done.stdout
+    assert done.stderr.count("tokens/s") == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_old_turns_are_left_out_where_there_is_no_room(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+    command = chat_command(bundle, server, "--max-new-tokens", 4, "--context-length", 80)
+    turns = [f"w{number} " * 12 for number in range(10, 16)]
+    done = say(command, *turns, f"/save {tmp_path / 'talk.json'}")
+    assert done.code == 0, done.stderr
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert messages[-2]["content"] == turns[-1]
+    assert 2 <= len(messages) < 12
+    assert messages[0]["role"] == "user"
+    assert "its oldest turn is left out" in done.stderr
+    assert len(done.stdout.splitlines()) == len(turns)
+
+
+class Terminal:
+    """A process in a terminal of its own."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._terminal, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env={**quiet_environment(), "TERM": "dumb"},
+        )  # fmt: skip
+        os.close(theirs)
+
+    def wait_for(self, text: str) -> None:
+        """Read until it stands there, after all that was waited for before."""
+        deadline = time.monotonic() + END_TIMEOUT_S
+        seen = ""
+        while text not in seen:
+            ready, _, _ = select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{text!r} did not come after {seen!r}"
+            seen += os.read(self._terminal, 4096).decode(errors="replace")
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> int:
+        try:
+            return self.process.wait(END_TIMEOUT_S)
+        finally:
+            self.process.kill()
+            os.close(self._terminal)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+    terminal = Terminal(chat_command(bundle, server, "--max-new-tokens", 1900, "--draft", 0))
+    terminal.wait_for("> ")
+    terminal.interrupt()  # leaves the line that is being written
+    terminal.wait_for("> ")
+    terminal.type("w5 w6\n")
+    terminal.wait_for("w5 w6\r\nw")  # the answer has begun
+    terminal.interrupt()
+    terminal.wait_for("stopped; ")
+    terminal.wait_for("> ")
+    terminal.type(f"/save {tmp_path / 'talk.json'}\n")
+    terminal.wait_for("saved to")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[1]["content"]
+
+
+def test_mistakes_at_the_start_are_one_line(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+    where = ["chat", "--bundle", bundle]
+    done = run_edge(*where, "--server", f"ws://127.0.0.1:{free_port()}")
+    assert_fails(done, ConnectionFailedError.exit_code, "dlora-cloud serve")
+    done = run_edge(*where, "--server", server.url, "--adapter", tmp_path / "nowhere")
+    assert_fails(done, CheckpointError.exit_code, "nowhere")
