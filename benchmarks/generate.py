@@ -1,0 +1,323 @@
+"""How quickly answers come: PEFT's ``generate`` in one process, and the split, over loopback and slower networks.
+
+Three parts, of which --only chooses: ``speed`` (tokens a second, first token, bytes and round trips a token, with
+drafts and without, at several round-trip times), ``equal`` (the same tokens as PEFT's, of every kind of adapter) and
+``memory`` (of the device's process in a chat of 2,000 tokens, and in training). What has to be reached is written into
+docs/benchmarks/generate.json. Adapters are trained for a few steps: what they cost does not depend on what they say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from bars import Entry, at_most, write_bars
+from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
+
+os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
+
+from delaying_proxy import delaying_proxy
+
+from dlora.edge.data.prompt import prompt_tokenizer
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.generation.generate import Counters, TokenAnswer
+from dlora.edge.generation.sampling import Sampling
+from dlora.edge.model.context import Context
+from dlora.edge.model.use import open_model
+
+FILE: Final = Path("benchmarks") / "generate.json"  # in docs
+COMMAND: Final = "python benchmarks/generate.py"
+ROUND_TRIPS_S: Final = (0.0, 0.02, 0.08)
+QUESTIONS: Final = (
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "Explain in two sentences why the sky is blue.",
+    "List five fruits, one a line.",
+    "Repeat this three times: the quick brown fox jumps over the lazy dog.",
+    "Write a Python function that adds two numbers, and then one that subtracts them.",
+    "Who wrote Hamlet, and when?",
+    "Translate into French: good morning, my friend.",
+    "What should I cook tonight with rice, eggs and spinach?",
+    "Tell me a joke about computers.",
+)
+# Adapters by what they exchange: the options that train them.
+RECIPES: Final[dict[str, list[str]]] = {
+    "lora_1_group": ["--kind", "lora", "--target-modules", "q_proj,v_proj", "--blocks", "29"],
+    "lora_4_groups": ["--kind", "lora", "--target-modules", "q_proj,v_proj", "--blocks", "spread:4"],
+    "default": [],
+    "lora_all": ["--kind", "lora", "--target-modules", "q_proj,v_proj"],
+}
+KINDS: Final[dict[str, list[str]]] = {
+    "lora": ["--kind", "lora"],
+    "lora, acting on answers": ["--kind", "lora", "--adapt", "answer"],
+    "lora, an eighth active": ["--kind", "lora", "--active-fraction", "0.125", "--kr-score", "change",
+                               "--kr-warmup-steps", "2", "--kr-on-kill", "bypass"],
+    "ffa": ["--kind", "ffa"],
+    "bottleneck": ["--kind", "bottleneck", "--adapt", "all"],
+    "bottleneck, acting on answers": ["--kind", "bottleneck", "--adapt", "answer"],
+    "bottleneck, half active": ["--kind", "bottleneck", "--adapt", "answer", "--active-fraction", "0.5",
+                                "--kr-score", "change", "--kr-warmup-steps", "2", "--kr-on-kill", "bypass"],
+}  # fmt: skip
+
+
+def main() -> None:
+    """Print one JSON object, and write the bars."""
+    options = _options()
+    result: dict[str, Any] = {"threads": options.threads, "wire_dtype": options.wire_dtype}
+    bars: dict[str, Entry] = {}
+    with tempfile.TemporaryDirectory() as work, cloud_server(options.model, options.threads) as (url, _):
+        place = Place(options, Path(work), url)
+        if "speed" in options.only:
+            result["speed"] = place.measure_speed()
+            bars |= _speed_bars(result["speed"])
+        if "equal" in options.only:
+            result["equal"] = place.compare_tokens()
+            command = f"{COMMAND} --only equal"
+            bars["equal_tokens"] = at_most(0, result["equal"]["different_answers"], command)
+        if "memory" in options.only:
+            result["memory"] = place.measure_memory()
+            bars["memory"] = at_most(1.1, result["memory"]["ratio"], f"{COMMAND} --only memory")
+    write_bars(options.docs / FILE, bars)
+    print(json.dumps(result, indent=1))
+
+
+class Place:
+    """A server, and adapters that were trained with it."""
+
+    def __init__(self, options: argparse.Namespace, work: Path, url: str) -> None:
+        self._options = options
+        self._work = work
+        self._url = url
+        with prompt_tokenizer(Bundle.open(need_bundle(options.bundle))) as tokenizer:
+            self._prompts = [
+                tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS
+            ]
+            self._stop = tokenizer.stop_token_ids
+
+    # -- speed -------------------------------------------------------------------------------------------
+
+    def measure_speed(self) -> dict[str, Any]:
+        options = self._options
+        bundle = Bundle.open(options.bundle)
+        found: dict[str, Any] = {}
+        adapters: dict[str, Path | None] = {"base_model": None}
+        adapters |= {name: self._train(options.bundle, name, recipe) for name, recipe in RECIPES.items()}
+        prompts = self._prompts[: options.prompts]
+        with self._peft() as peft:
+            for name, adapter in adapters.items():
+                theirs, ours = [], []
+                with self._open(bundle, adapter, self._url) as context:
+                    self._answer(context, prompts[0], 4, 0)  # loads what is loaded when first used
+                    for ids in prompts:  # taking turns
+                        request = {"adapter": adapter and str(adapter), "ids": ids.tolist(), "tokens": options.tokens}
+                        theirs.append(peft.ask(request))
+                        ours.append(self._answer(context, ids, len(theirs[-1]["tokens"]), 0))
+                        log(f"{name}: PEFT {_rate_of_peft(theirs[-1]):.1f} tokens/s, split {_rate(ours[-1]):.1f}")
+                found[name] = {
+                    "groups": len(context.model.adapters.groups),
+                    "peft_tokens_per_s": round(statistics.median(map(_rate_of_peft, theirs)), 2),
+                    "peft_first_token_s": round(statistics.median(each["first_s"] for each in theirs), 3),
+                    "loopback": _summary(ours),
+                    "networks": self._measure_networks(bundle, name, adapter),
+                }
+        return found
+
+    def _measure_networks(self, bundle: Bundle, name: str, adapter: Path | None) -> list[dict[str, Any]]:
+        options, rows = self._options, []
+        for round_trip_s in ROUND_TRIPS_S:
+            with (
+                delaying_proxy(self._url, round_trip_s) as url,
+                self._open(bundle, adapter, url) as context,
+            ):
+                started = time.perf_counter()
+                self._answer(context, self._prompts[0], 2, 0)
+                a_token_s = (time.perf_counter() - started) / 3
+                tokens = int(np.clip(options.seconds / a_token_s, 8, options.tokens))
+                for draft_length in (0, None):
+                    answers = [self._answer(context, ids, tokens, draft_length) for ids in self._prompts[:: 3]]
+                    row = {"round_trip_ms": round(round_trip_s * 1e3), "drafts": draft_length is None}
+                    rows.append({**row, **_summary(answers)})
+                    log(f"{name}: {json.dumps(rows[-1])}")
+        return rows
+
+    @contextmanager
+    def _open(
+        self, bundle: Bundle, adapter: Path | None, url: str, wire_dtype: str | None = None
+    ) -> Iterator[Context]:
+        opening = open_model(
+            bundle, url, adapter, wire_dtype=wire_dtype or self._options.wire_dtype, context_length=512,
+            threads=self._options.threads,
+        )  # fmt: skip
+        with opening as model:
+            yield Context(model)
+
+    def _answer(self, context: Context, ids: Any, tokens: int, draft_length: int | None) -> Counters:
+        answer = TokenAnswer(
+            context, ids, Sampling(), max_new_tokens=tokens, stop_token_ids=(), draft_length=draft_length
+        )
+        for _ in answer:
+            pass
+        context.logits(np.array([0]))  # the next answer's prompt is not held
+        return answer.counters
+
+    # -- equal -------------------------------------------------------------------------------------------
+
+    def compare_tokens(self) -> dict[str, Any]:
+        """Of each kind of adapter, each question's answer with drafts and without, fp32 throughout."""
+        bundle_path = need_bundle(self._options.fp32_bundle)
+        bundle, different, compared = Bundle.open(bundle_path), [], 0
+        with self._peft() as peft:
+            for name, recipe in {"base model": None, **KINDS}.items():
+                adapter = None if recipe is None else self._train(bundle_path, name, recipe)
+                with self._open(bundle, adapter, self._url, "fp32") as context:
+                    for number, ids in enumerate(self._prompts):
+                        request = {"adapter": adapter and str(adapter), "ids": ids.tolist(), "tokens": 64}
+                        wanted = [token for token in peft.ask(request)["tokens"] if token not in self._stop]
+                        for draft_length in (0, None, 4):
+                            answer = TokenAnswer(
+                                context, ids, Sampling(), max_new_tokens=64, stop_token_ids=self._stop,
+                                draft_length=draft_length,
+                            )  # fmt: skip
+                            found = [choice.token for choice in answer]
+                            compared += 1
+                            if found != wanted:
+                                different.append({"adapter": name, "question": number, "draft": draft_length})
+                log(f"{name}: {compared} answers compared, {len(different)} differ")
+        return {"compared_answers": compared, "different_answers": len(different), "different": different}
+
+    # -- memory ------------------------------------------------------------------------------------------
+
+    def measure_memory(self) -> dict[str, Any]:
+        """Of the default recipe: the peak in training, and in a chat of 2,000 tokens and more."""
+        options = self._options
+        out = self._work / "memory"
+        trained = json.loads(self._run_edge("train", *self._training(options.bundle, out, []), "--json"))
+        command = [
+            sys.executable, "-m", "dlora.edge", "chat", "--bundle", str(options.bundle), "--server", self._url,
+            "--adapter", str(out), "--threads", str(options.threads), "--max-new-tokens", "200",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdin is not None
+        assert process.stderr is not None
+        tokens = turn = 0
+        while tokens < 2000:
+            process.stdin.write(QUESTIONS[turn % len(QUESTIONS)] + "\n")
+            process.stdin.flush()
+            while not (answered := re.match(r"(\d+) tokens", line := process.stderr.readline())):
+                if not line:
+                    raise SystemExit("error: the chat ended before its time")
+            tokens, turn = tokens + int(answered[1]) + len(self._prompts[turn % len(QUESTIONS)]), turn + 1
+            log(f"{tokens} tokens of chat")
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        chat_mb = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1e3
+        process.stdin.close()
+        process.wait(30)
+        return {
+            "training_peak_mb": trained["peak_rss_mb"], "chat_peak_mb": round(chat_mb, 1), "tokens": tokens,
+            "ratio": chat_mb / trained["peak_rss_mb"],
+        }  # fmt: skip
+
+    # -- adapters ----------------------------------------------------------------------------------------
+
+    def _train(self, bundle: Path, name: str, recipe: Sequence[str]) -> Path:
+        out = self._work / re.sub(r"\W+", "-", f"{bundle.name}-{name}")
+        self._run_edge("train", *self._training(bundle, out, recipe), "--wire-dtype", "fp32")
+        return out
+
+    def _training(self, bundle: Path, out: Path, recipe: Sequence[str]) -> list[str]:
+        data = self._work / "data.jsonl"
+        if not data.exists():
+            lines = [
+                {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+                for number, question in enumerate(QUESTIONS)
+                for answer in (f"Well, number {number}: {question.lower()} I would say so, my friend, any day.",)
+            ]
+            data.write_text("".join(json.dumps(line) + "\n" for line in lines * 4))
+        return [
+            "--bundle", str(bundle), "--server", self._url, "--data", str(data), "--out", str(out), "--steps", "12",
+            "--lr", "2e-3", "--seed", "0", *recipe,
+        ]  # fmt: skip
+
+    def _run_edge(self, *arguments: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "dlora.edge", *arguments], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        return done.stdout
+
+    @contextmanager
+    def _peft(self) -> Iterator[Worker]:
+        options = self._options
+        stop = ",".join(map(str, self._stop))
+        peft = Worker(
+            str(Path(__file__).with_name("peft_generate.py")), options.model, str(options.threads), stop
+        )
+        try:
+            yield peft
+        finally:
+            peft.close()
+
+
+def _rate(counters: Counters) -> float:
+    """Tokens a second after the first."""
+    return (counters.tokens - 1) / (counters.seconds - counters.first_token_s)
+
+
+def _rate_of_peft(answer: dict[str, Any]) -> float:
+    return float((len(answer["tokens"]) - 1) / (answer["s"] - answer["first_s"]))
+
+
+def _summary(answers: Sequence[Counters]) -> dict[str, Any]:
+    tokens = sum(each.tokens for each in answers)
+    drafted = sum(each.drafted for each in answers)
+    return {
+        "tokens_per_s": round(statistics.median(map(_rate, answers)), 2),
+        "first_token_s": round(statistics.median(each.first_token_s for each in answers), 3),
+        "bytes_per_token": round(sum(each.bytes_sent + each.bytes_received for each in answers) / tokens),
+        "round_trips_per_token": round(sum(each.round_trips for each in answers) / tokens, 2),
+        "drafts_right": round(sum(each.accepted for each in answers) / drafted, 2) if drafted else None,
+    }
+
+
+def _speed_bars(speed: dict[str, Any]) -> dict[str, Entry]:
+    """Times: how much longer the split takes. 0.8 of PEFT's tokens a second is 1.25 times its time."""
+    command, bars = f"{COMMAND} --only speed", {}
+    for name in ("lora_4_groups", "default"):
+        row = speed[name]
+        time_ratio = row["peft_tokens_per_s"] / row["loopback"]["tokens_per_s"]
+        first_ratio = row["loopback"]["first_token_s"] / row["peft_first_token_s"]
+        bars[f"{name}_time_per_token"] = at_most(1.25, time_ratio, command)
+        bars[f"{name}_first_token"] = at_most(1.3, first_ratio, command)
+    return bars
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
+    parser.add_argument("--fp32-bundle", type=Path, default=Path("build/smollm2-fp32"), help="for --only equal")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--only", nargs="+", choices=["speed", "equal", "memory"], default=["speed", "equal", "memory"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--wire-dtype", default="fp16")
+    parser.add_argument("--prompts", type=int, default=5, help="questions that are compared with PEFT's speed")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--seconds", type=float, default=10.0, help="that an answer over a slow network may take")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
