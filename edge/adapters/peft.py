@@ -23,11 +23,11 @@ from dlora.protocol.errors import CheckpointError
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.tensors import FloatArray
 
+from .model_card import CARD_NAME, model_card
 from .parts import Parts, load_parts, save_parts
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
-CARD_NAME: Final = "README.md"
 _PREFIX: Final = "base_model.model."
 _MAX_NUMBER: Final = 2**31
 _MAX_NAME: Final = 256
@@ -151,7 +151,7 @@ def save_adapter(
     write_atomically(weights_path, safetensors_chunks(tensors, {"format": "pt"}))
     write_atomically(config_path, _json(config))
     save_parts(directory, parts, weights_path)
-    card = _model_card(modules, r, lora_alpha, base_model_name, target_modules, acts_on_answers=bool(invocation))
+    card = model_card(len(modules), r, lora_alpha, base_model_name, target_modules, acts_on_answers=bool(invocation))
     write_atomically(directory / CARD_NAME, card.encode())
 
 
@@ -377,39 +377,3 @@ def _is_slow(pattern: str) -> bool:
         return True
     repeated_group = re.search(r"\)[*+?{]", pattern) is not None
     return repeated_group or pattern.count("(") > 3 or len(_REPETITION.findall(pattern)) > 3
-
-
-def _model_card(
-    modules: Sequence[SavedModule],
-    r: int,
-    lora_alpha: float,
-    base_model_name: str,
-    target_modules: Sequence[str],
-    *,
-    acts_on_answers: bool,
-) -> str:
-    about = ""
-    if acts_on_answers:
-        about = """
-It is an activated LoRA: it acts from the beginning of the answer on (`alora_invocation_tokens`), and the prompt is the
-base model's own. PEFT 0.18 or newer loads it so, and cannot merge it into the base model: `dlora-edge train
---adapt all` gives one that can be merged.
-"""
-    asked = f" of the target modules {', '.join(target_modules)}" if target_modules else ""
-    base = msgspec.json.encode(base_model_name).decode()
-    return f"""---
-base_model: {base}
-library_name: peft
-tags: [lora, dlora]
----
-
-# LoRA adapter
-
-Made with dlora for `{base_model_name}`: rank {r}, alpha {lora_alpha:g}, {len(modules)} modules{asked}.
-{about}
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/directory")
-```
-"""
