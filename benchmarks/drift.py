@@ -29,7 +29,7 @@ from economy_measure import Meter, add_place_options, evaluate_rows, first, last
 from economy_recipes import DEFAULT, RECIPES, train_config
 from economy_runs import Score, Settings, TrainedFile
 
-from dlora.edge.adapters.peft import WEIGHTS_NAME, LoadedAdapter, load_adapter
+from dlora.edge.adapters.peft import LoadedAdapter, load_adapter
 from dlora.edge.data.invocation import find_invocation
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
@@ -38,6 +38,7 @@ from dlora.edge.run.run import total_steps
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
+from dlora.protocol.adapter_record import WEIGHTS_NAME
 from dlora.protocol.adapters import kind_of
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.frames import frame_bytes

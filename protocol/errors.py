@@ -65,7 +65,7 @@ class BundleError(DloraError):
 
 
 class ModelMismatchError(DloraError):
-    """The server's base model is not the one that the bundle was exported from."""
+    """The server's base model, or that of an adapter, is not the one that the bundle was exported from."""
 
     exit_code = 5
 

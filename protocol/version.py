@@ -1,4 +1,4 @@
-"""The versions of the two contracts: the wire and the bundle."""
+"""The versions of the contracts: the wire, the bundle, and what lies beside a saved adapter."""
 
 from typing import Final
 
@@ -9,3 +9,6 @@ PROTOCOL_VERSIONS: Final = (8,)
 
 BUNDLE_FORMAT: Final = 4
 """Bundle format that this code writes, and the newest that it reads. See docs/bundle.md."""
+
+ADAPTER_FORMAT: Final = 1
+"""Format of ``dlora_adapter.json`` that this code writes, and the newest that it reads. See docs/howto/adapters.md."""

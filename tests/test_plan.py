@@ -18,7 +18,8 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.run.plan import expected_mb
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.optimizer import OptimizerConfig
-from dlora.protocol.errors import CheckpointError, UsageError
+from dlora.protocol.adapter_record import RECORD_NAME
+from dlora.protocol.errors import CheckpointError, ModelMismatchError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import load_manifest
@@ -170,9 +171,11 @@ def test_an_adapter_of_another_base_model_is_named_as_such(place: Place, tiny: T
         other = Place(wide.bundle, place.data, server.url)
         done = run_edge(*other.train(tmp_path / "theirs", max_length=20, too_long="skip"))
         assert done.code == 0, done.stderr
-    done = run_edge(
-        *place.train(tmp_path / "out", init_adapter=tmp_path / "theirs", max_length=20, too_long="skip")
-    )
+    from_theirs = place.train(tmp_path / "out", init_adapter=tmp_path / "theirs", max_length=20, too_long="skip")
+    done = run_edge(*from_theirs)
+    assert_fails(done, ModelMismatchError.exit_code, "the adapter was trained on", "take an adapter of that base model")
+    (tmp_path / "theirs" / RECORD_NAME).unlink()  # as PEFT saves: no fingerprint
+    done = run_edge(*from_theirs)
     assert_fails(done, CheckpointError.exit_code, "is of another base model", "numbers, the bundle's from")
     same = run_edge(*place.train(tmp_path / "mine", max_length=20, too_long="skip"))
     assert same.code == 0, same.stderr

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import kind_of
 from dlora.protocol.errors import CheckpointError, ModelMismatchError
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.manifest import Manifest
 
 from .kind import Factors
 from .parts import PARTS_NAME, Parts
@@ -28,6 +32,22 @@ def check_base_model(bundle: Bundle, welcome: m.Welcome) -> None:
         )
 
 
+def check_adapter(manifest: Manifest, loaded: LoadedAdapter) -> None:
+    """Raise ``ModelMismatchError`` where an adapter says that it is of other weights than those the bundle is of."""
+    base, record = manifest.base_model, loaded.record
+    if record is not None and record.base_fingerprint != base.fingerprint:
+        raise ModelMismatchError(
+            f"the adapter was trained on {record.base_model} ({record.base_fingerprint[:12]}…), the bundle is of "
+            f"{base.name} ({base.fingerprint[:12]}…); take an adapter of that base model, or a bundle of the adapter's"
+        )
+
+
+def check_fit(manifest: Manifest, loaded: LoadedAdapter) -> None:
+    """Raise ``ModelMismatchError`` or ``CheckpointError`` unless a bundle's model can use an adapter."""
+    check_adapter(manifest, loaded)
+    _check_modules(manifest.groups, loaded, "take an adapter of the bundle's base model")
+
+
 def load_weights(adapters: AdapterSet, loaded: LoadedAdapter, invocation: tuple[int, ...]) -> None:
     """Put a saved adapter's weights in; modules that it lacks keep their start, whose delta is zero.
 
@@ -43,25 +63,11 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter, invocation: tuple[
         )
         raise CheckpointError(f"the adapter acts {where}")
     spec, parts = adapters.adapter_spec, loaded.parts
-    widths = {
-        target.name: (group.in_features, target.out_features)
-        for group in adapters.group_specs
-        for target in group.targets
-    }
-    of = f" (of {loaded.base_model_name})" if loaded.base_model_name else ""
-    for name, module in loaded.modules.items():
-        wanted = widths.get(name)
-        if wanted is None:
-            raise CheckpointError(
-                f"the adapter{of} has {name}, which has no adapter here; take an adapter of the bundle's base model, "
-                "or train all of its modules (--target-modules, --blocks)"
-            )
-        found = (module.lora_A.shape[1], module.lora_B.shape[0])
-        if found != wanted:
-            raise CheckpointError(
-                f"the adapter{of} is of another base model: its {name} goes from {found[0]} to {found[1]} numbers, "
-                f"the bundle's from {wanted[0]} to {wanted[1]}"
-            )
+    _check_modules(
+        adapters.group_specs, loaded,
+        "take an adapter of the bundle's base model, or train all of its modules (--target-modules, --blocks)",
+    )  # fmt: skip
+    of = _of(loaded)
     if parts is not None and parts.kind == spec.kind:
         if parts.r != spec.r:
             raise CheckpointError(f"the adapter{of} has rank {parts.r}; train with --rank {parts.r}")
@@ -73,6 +79,26 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter, invocation: tuple[
     }
     for group in adapters.groups:
         group.load_factors(factors)
+
+
+def _check_modules(groups: Sequence[GroupSpec], loaded: LoadedAdapter, advice: str) -> None:
+    """Raise ``CheckpointError`` where a module is none of those of ``groups``, or has other widths."""
+    widths = {target.name: (group.in_features, target.out_features) for group in groups for target in group.targets}
+    of = _of(loaded)
+    for name, module in loaded.modules.items():
+        wanted = widths.get(name)
+        if wanted is None:
+            raise CheckpointError(f"the adapter{of} has {name}, which has no adapter here; {advice}")
+        found = (module.lora_A.shape[1], module.lora_B.shape[0])
+        if found != wanted:
+            raise CheckpointError(
+                f"the adapter{of} is of another base model: its {name} goes from {found[0]} to {found[1]} numbers, "
+                f"the bundle's from {wanted[0]} to {wanted[1]}"
+            )
+
+
+def _of(loaded: LoadedAdapter) -> str:
+    return f" (of {loaded.base_model_name})" if loaded.base_model_name else ""
 
 
 def _load_parts(adapters: AdapterSet, parts: Parts, of: str) -> None:

@@ -7,7 +7,6 @@ of what the server kept, apart; PEFT does not look at it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,8 +42,8 @@ class Parts:
     tensors: Mapping[str, Array]
 
 
-def save_parts(directory: Path, parts: Parts | None, weights: Path) -> None:
-    """Write the parts of an adapter whose PEFT weights are the file ``weights``; None: it has none.
+def save_parts(directory: Path, parts: Parts | None, weights_sha256: str) -> None:
+    """Write the parts of an adapter whose PEFT weights have that digest; None: it has none.
 
     Raises ``StorageError``.
     """
@@ -53,14 +52,12 @@ def save_parts(directory: Path, parts: Parts | None, weights: Path) -> None:
         with storage_errors(path):
             path.unlink(missing_ok=True)
         return
-    with storage_errors(weights), weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    about = {"kind": parts.kind, "r": str(parts.r), "scaling": repr(parts.scaling), "weights": digest}
+    about = {"kind": parts.kind, "r": str(parts.r), "scaling": repr(parts.scaling), "weights": weights_sha256}
     write_atomically(path, safetensors_chunks(parts.tensors, about))
 
 
-def load_parts(directory: Path, weights: bytes) -> Parts | None:
-    """The parts of the adapter whose PEFT weights are ``weights``.
+def load_parts(directory: Path, weights_sha256: str) -> Parts | None:
+    """The parts of the adapter whose PEFT weights have that digest.
 
     None where there are none, or where they are those of other weights: of an adapter that was changed since, or whose
     saving was cut short between the two files. It is an ordinary LoRA then. Raises ``CheckpointError`` for a file that
@@ -72,7 +69,7 @@ def load_parts(directory: Path, weights: bytes) -> Parts | None:
     try:
         with safetensors.safe_open(path, "np") as file:
             about = file.metadata() or {}
-            if about.get("weights") != hashlib.sha256(weights).hexdigest():
+            if about.get("weights") != weights_sha256:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
         parts = Parts(KINDS[about["kind"]].name, int(about["r"]), float(about["scaling"]), tensors)

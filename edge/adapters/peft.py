@@ -5,10 +5,10 @@ Only the modules given are written, so an adapter trained with kill-and-revive h
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,25 +19,29 @@ import safetensors
 
 from dlora.edge.files import make_directory, storage_errors, write_atomically
 from dlora.edge.tensor_file import safetensors_chunks
+from dlora.protocol.adapter_record import (
+    CONFIG_NAME,
+    RECORD_NAME,
+    WEIGHTS_NAME,
+    AdapterRecord,
+    TrainingRecord,
+    encode_record,
+    load_record,
+)
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.tensors import FloatArray
+from dlora.protocol.version import ADAPTER_FORMAT, SOFTWARE_VERSION
 
 from .model_card import CARD_NAME, model_card
 from .parts import Parts, load_parts, save_parts
+from .patterns import check_matching_time, first_match, read_patterns
 
-CONFIG_NAME: Final = "adapter_config.json"
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 _MAX_NUMBER: Final = 2**31
 _MAX_NAME: Final = 256
 _MAX_INVOCATION: Final = 256
 _MAX_CONFIG_BYTES: Final = 16 << 20
-# PEFT writes a pattern a module where ranks differ: 900 modules have the largest of models that are not mixtures.
-_MAX_PATTERNS: Final = 4096
-_MAX_PATTERN: Final = 1024
-_MAX_CHARACTERS: Final = 10**9  # that matching may look at: some seconds
-_REPETITION: Final = re.compile(r"[*+?{]")
 
 # Settings of PEFT under which B A x is not all that the adapter does: each must be absent or falsy.
 _UNSUPPORTED: Final = {
@@ -80,6 +84,8 @@ class LoadedAdapter:
         modules: by module name.
         parts: what it was trained as, where that is another kind than ``lora``.
         invocation: the tokens from which on it acts (activated LoRA); none: everywhere.
+        weights_sha256: of the file of weights.
+        record: what was written about it where it was trained; None: its base model's fingerprint is unknown.
     """
 
     r: int
@@ -89,6 +95,8 @@ class LoadedAdapter:
     base_model_name: str | None
     parts: Parts | None = None
     invocation: tuple[int, ...] = ()
+    weights_sha256: str = ""
+    record: AdapterRecord | None = None
 
 
 def save_adapter(
@@ -102,6 +110,8 @@ def save_adapter(
     fan_in_fan_out: bool = False,
     parts: Parts | None = None,
     invocation: tuple[int, ...] = (),
+    base_fingerprint: str | None = None,
+    training: TrainingRecord | None = None,
 ) -> None:
     """Write an adapter that ``PeftModel.from_pretrained`` loads.
 
@@ -111,9 +121,12 @@ def save_adapter(
         fan_in_fan_out: whether the targets are ``Conv1D`` (GPT-2).
         parts: what it was trained as, where that is another kind than ``lora``.
         invocation: the tokens from which on it acts; none: everywhere.
+        base_fingerprint: of the base model, for ``dlora_adapter.json``; None: there will be no such file.
+        training: what it learnt, for the same.
 
     PEFT's two files cannot change at one instant, so for the moment between, the configuration names the old and
-    the new modules: PEFT gives those without weights a B of zero, and the adapter is wholly the old or the new.
+    the new modules: PEFT gives those without weights a B of zero, and the adapter is wholly the old or the new. The
+    record has the digests of both for as long.
 
     Raises ``StorageError``.
     """
@@ -136,9 +149,24 @@ def save_adapter(
         tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = np.ascontiguousarray(module.lora_A, np.float32)
         tensors[f"{_PREFIX}{module.name}.lora_B.weight"] = np.ascontiguousarray(module.lora_B, np.float32)
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    # PEFT and transformers look for this very "format".
+    digest = _sha256(safetensors_chunks(tensors, {"format": "pt"}))
+    record = None
+    if base_fingerprint is not None:
+        record = AdapterRecord(
+            format=ADAPTER_FORMAT,
+            software=SOFTWARE_VERSION,
+            base_model=base_model_name,
+            base_fingerprint=base_fingerprint,
+            kind=parts.kind if parts is not None else "lora",
+            rank=r,
+            weights_sha256=digest,
+            training=training,
+        )
 
     old = _replaced_config(config_path)
     if old is not None and {**old, "target_modules": None} == {**config, "target_modules": None}:
+        _write_record(directory, record, replaces=weights_path)
         if old["target_modules"] != config["target_modules"]:
             both = sorted({*old["target_modules"], *config["target_modules"]})
             write_atomically(config_path, _json({**config, "target_modules": both}))
@@ -146,30 +174,38 @@ def save_adapter(
         # Another run's adapter, perhaps of another rank: between the files it would be a mixture. None is better.
         with storage_errors(weights_path):
             weights_path.unlink(missing_ok=True)
+        _write_record(directory, record)
         write_atomically(config_path, _json(config))
-    # PEFT and transformers look for this very "format".
     write_atomically(weights_path, safetensors_chunks(tensors, {"format": "pt"}))
     write_atomically(config_path, _json(config))
-    save_parts(directory, parts, weights_path)
-    card = model_card(len(modules), r, lora_alpha, base_model_name, target_modules, acts_on_answers=bool(invocation))
+    save_parts(directory, parts, digest)
+    _write_record(directory, record)
+    card = model_card(
+        len(modules), r, lora_alpha, base_model_name, target_modules, acts_on_answers=bool(invocation), record=record
+    )
     write_atomically(directory / CARD_NAME, card.encode())
 
 
 def load_adapter(directory: Path) -> LoadedAdapter:
-    """Read a PEFT LoRA. Raises ``CheckpointError`` for anything that is not one, naming what it is instead."""
+    """Read a PEFT LoRA. Raises ``CheckpointError`` for anything that is not one, naming what it is instead, and for one
+    whose weights are not those that its record was written about."""
     config = _read_config(directory)
     _check_supported(directory, config)
     r, alpha = _rank(directory, config, "r"), _number(directory, config, "lora_alpha")
-    ranks, alphas = (_patterns(directory, config, key) for key in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (read_patterns(directory, config, key) for key in ("rank_pattern", "alpha_pattern"))
     weights = _read_weights(directory)
+    digest = _sha256((weights,))
+    record = load_record(directory)
+    if record is not None:
+        record.check_weights(directory, digest)
     pairs = _lora_pairs(directory, weights)
-    _check_matching_time(directory, [*ranks, *alphas], list(pairs))
+    check_matching_time(directory, [*ranks, *alphas], list(pairs))
     modules, scaling = {}, {}
     for name, found in pairs.items():
         if set(found) != {"A", "B"}:
             raise CheckpointError(f"{directory}: {name} has no lora_{'B' if 'A' in found else 'A'}")
         a, b = found["A"], found["B"]
-        pattern = _first_match(ranks, name)
+        pattern = first_match(ranks, name)
         rank = r if pattern is None else _rank(directory, config["rank_pattern"], pattern)
         if a.ndim != 2 or b.ndim != 2:
             raise CheckpointError(f"{directory}: {name} is no linear module's LoRA")
@@ -177,14 +213,37 @@ def load_adapter(directory: Path) -> LoadedAdapter:
             raise CheckpointError(
                 f"{directory}: {name} has rank {a.shape[0]} (A) and {b.shape[1]} (B), the configuration says {rank}"
             )
-        pattern = _first_match(alphas, name)
+        pattern = first_match(alphas, name)
         module_alpha = alpha if pattern is None else _number(directory, config["alpha_pattern"], pattern)
         scaling[name] = module_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         modules[name] = SavedModule(name, a, b)
     invocation = _invocation(directory, config)
     base = config.get("base_model_name_or_path")
-    parts = load_parts(directory, weights)
-    return LoadedAdapter(r, alpha, scaling, modules, base if isinstance(base, str) else None, parts, invocation)
+    parts = load_parts(directory, digest)
+    base_name = base if isinstance(base, str) else None
+    return LoadedAdapter(r, alpha, scaling, modules, base_name, parts, invocation, digest, record)
+
+
+def _sha256(chunks: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_record(directory: Path, record: AdapterRecord | None, *, replaces: Path | None = None) -> None:
+    """Write what is said of an adapter, before and after its weights are: ``replaces``, the file that these are to
+    replace, counts as well until then."""
+    path = directory / RECORD_NAME
+    if record is None:
+        with storage_errors(path):
+            path.unlink(missing_ok=True)
+        return
+    if replaces is not None and replaces.is_file():
+        with storage_errors(replaces), replaces.open("rb") as file:
+            old = hashlib.file_digest(file, "sha256").hexdigest()
+        record = msgspec.structs.replace(record, replaces_sha256=old, training=None)
+    write_atomically(path, encode_record(record))
 
 
 def _config(
@@ -330,50 +389,3 @@ def _rank(directory: Path, config: Mapping[str, Any], key: str) -> int:
     if value > MAX_RANK:
         raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} is {value}; ranks up to {MAX_RANK} can be used")
     return int(value)
-
-
-def _patterns(directory: Path, config: Mapping[str, Any], key: str) -> dict[str, re.Pattern[str]]:
-    """The patterns under ``key``, ready to match a module's whole name as PEFT matches them."""
-    patterns = config.get(key) or {}
-    if not isinstance(patterns, dict):
-        raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} must be an object")
-    if len(patterns) > _MAX_PATTERNS:
-        raise CheckpointError(f"{directory}: {key} has {len(patterns)} patterns; {_MAX_PATTERNS} can be used")
-    found = {}
-    for pattern in patterns:
-        if _is_slow(pattern):
-            raise CheckpointError(f"{directory}: {key} has a pattern that is too complicated; name the modules instead")
-        try:
-            found[pattern] = re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, OverflowError, RecursionError):
-            raise CheckpointError(f"{directory}: {key} has a malformed pattern {pattern!r}") from None
-    return found
-
-
-def _check_matching_time(directory: Path, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Raise ``CheckpointError`` where matching every pattern with every name could take long.
-
-    ``re`` may try a name's characters once for each repetition, and PEFT's ``(.*\\.)?`` in front is one more.
-    """
-    repetitions = Counter(len(_REPETITION.findall(pattern)) + 1 for pattern in patterns)
-    lengths = Counter(map(len, names))
-    characters = sum(
-        many * count * length**power for power, many in repetitions.items() for length, count in lengths.items()
-    )
-    if characters > _MAX_CHARACTERS:
-        raise CheckpointError(f"{directory} has too complicated patterns for {len(names)} modules; name the modules")
-
-
-def _first_match(patterns: Mapping[str, re.Pattern[str]], name: str) -> str | None:
-    return next((pattern for pattern, compiled in patterns.items() if compiled.match(name)), None)
-
-
-def _is_slow(pattern: str) -> bool:
-    """Whether matching could take for ever: a pattern is a stranger's program, and ``re`` has no limit.
-
-    Names are short, so a few repetitions and groups are fine, and repeated groups are not: ``(a|a)*``.
-    """
-    if len(pattern) > _MAX_PATTERN:
-        return True
-    repeated_group = re.search(r"\)[*+?{]", pattern) is not None
-    return repeated_group or pattern.count("(") > 3 or len(_REPETITION.findall(pattern)) > 3

@@ -61,7 +61,7 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     )
     check_url(settings.server)
     bundle = Bundle.open(Path(settings.bundle))
-    init = _init_adapter(settings)
+    init = _init_adapter(settings, bundle.manifest)
     begun = _begun(Path(settings.out)) if resume else None
     if begun is not None and settings.lr is None:
         settings = msgspec.structs.replace(settings, lr=begun.settings.lr)
@@ -158,11 +158,17 @@ def _check(settings: RunSettings) -> None:
         raise UsageError("--active-fraction 0 would train nothing; choose a share above 0, or 1 for all")
 
 
-def _init_adapter(settings: RunSettings) -> LoadedAdapter | None:
+def _init_adapter(settings: RunSettings, manifest: Manifest) -> LoadedAdapter | None:
+    """The adapter to start from. Raises ``ModelMismatchError`` where it is of another base model."""
+    from dlora.edge.adapters.compatibility import check_adapter
     from dlora.edge.adapters.peft import load_adapter
 
     path = settings.path("init_adapter")
-    return None if path is None else load_adapter(path)
+    if path is None:
+        return None
+    loaded = load_adapter(path)
+    check_adapter(manifest, loaded)
+    return loaded
 
 
 def _kill_revive(settings: RunSettings, manifest: Manifest) -> KillReviveConfig:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dlora.edge.adapters.compatibility import check_base_model, load_weights
+from dlora.edge.adapters.compatibility import check_adapter, check_base_model, load_weights
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.choices import EngineChoice
@@ -90,6 +90,8 @@ def open_model(
     """
     manifest = bundle.manifest
     loaded = load_adapter(adapter) if adapter else None
+    if loaded is not None:
+        check_adapter(manifest, loaded)
     groups = groups_of(manifest, loaded.modules) if loaded else ()
     if loaded and loaded.parts:
         spec, scaling = AdapterSpec(loaded.parts.kind, loaded.parts.r), loaded.parts.scaling

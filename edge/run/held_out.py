@@ -16,6 +16,7 @@ from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import StoppedError
 
 from .display import Display
+from .saving import AdapterSaver
 
 EVALUATIONS = "evaluations.jsonl"
 BEST = "best"
@@ -47,6 +48,7 @@ class HeldOut:
         every: int,
         patience: int | None,
         trainer: Trainer,
+        saver: AdapterSaver,
         display: Display,
         should_stop: Callable[[], bool],
     ) -> None:
@@ -57,6 +59,7 @@ class HeldOut:
         self._every = every
         self._patience = patience
         self._trainer = trainer
+        self._saver = saver
         self._display = display
         self._should_stop = should_stop
         self._data = "" if dataset is None else dataset.fingerprint
@@ -89,7 +92,7 @@ class HeldOut:
         is_best = self.best is None or result.loss < self.best["loss"]
         if is_best:
             # Before the line: where that is missing, both are made again.
-            self._trainer.save_adapter(self._out / BEST)
+            self._saver.save(self._out / BEST, row)
             write_atomically(self._out / BEST / EVALUATION, json.dumps(row).encode() + b"\n")
         self.evaluations.append(row)
         lines = b"".join(json.dumps(each).encode() + b"\n" for each in self.evaluations)
@@ -117,7 +120,7 @@ class HeldOut:
         if self._saved_row() != best:  # the run was resumed from an earlier step, and evaluates at other steps since
             self._display.warn(f"the weights of step {best['step']}, the best evaluation, are gone: the last are kept")
             return
-        self._trainer.copy_adapter(self._out / BEST, self._out)
+        self._saver.copy(self._out / BEST, self._out)
         if best["step"] == 0:
             self._display.warn("no evaluation was better than the one before training; try a lower --lr, or more data")
         self._display.say(f"saved: the adapter of step {best['step']}, which has the lowest held-out loss")

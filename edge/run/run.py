@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from dlora.edge.adapters.peft import WEIGHTS_NAME, LoadedAdapter
+from dlora.edge.adapters.peft import LoadedAdapter
 from dlora.edge.choices import EngineChoice, Keep
 from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
@@ -33,6 +33,7 @@ from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
 from dlora.protocol import interrupts
+from dlora.protocol.adapter_record import WEIGHTS_NAME
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.limits import MAX_STEPS
@@ -42,6 +43,7 @@ from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines, run_line
 from .run_file import RUN_FILE, DataDigest, RunFile, RunSettings, save_run_file, versions
+from .saving import AdapterSaver
 from .stop import StopRequest
 
 CHECKPOINTS = "checkpoints"
@@ -142,9 +144,10 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             )  # fmt: skip
         set_up_up, set_up_down = trainer.traffic
         release_code()
+        saver = AdapterSaver(trainer, run.dataset, earlier)
         held_out = HeldOut(
             run.out, run.eval_dataset, earlier, every=run.eval_every, patience=run.patience, trainer=trainer,
-            display=display, should_stop=stop.is_requested,
+            saver=saver, display=display, should_stop=stop.is_requested,
         )  # fmt: skip
         if run.settings is not None:
             save_run_file(run.out, _run_file(run, run.settings))
@@ -155,14 +158,15 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         with MetricsLog(run.out / METRICS, first_step) as log:
             for metrics in read_metrics(run.out / METRICS):
                 display.add_to_map(metrics)
+                saver.add(metrics)
             evaluations = _evaluations(run)
             left = partial(evaluations.count_left, total_steps=run.config.total_steps) if evaluations else None
             with display.training(run.config.total_steps, first_step, left, _blocks(run)):
-                _run_steps(run, trainer, display, log, held_out, stop.is_requested)
+                _run_steps(run, trainer, saver, display, log, held_out, stop.is_requested)
         trained_s = time.perf_counter() - started
         if not held_out.is_done():
             held_out.add("after")
-        trainer.save_adapter(run.out)
+        saver.save(run.out)
         if run.keep == "best":
             held_out.keep_best()
     summary = _summary(run, trainer.next_step, held_out) | {
@@ -267,6 +271,7 @@ def _connect_settings(
 def _run_steps(
     run: TrainRun,
     trainer: Trainer,
+    saver: AdapterSaver,
     display: Display,
     log: MetricsLog,
     held_out: HeldOut,
@@ -280,7 +285,7 @@ def _run_steps(
 
     def save() -> None:
         trainer.save_checkpoint(run.out / CHECKPOINTS)
-        trainer.save_adapter(run.out)
+        saver.save(run.out)
 
     while trainer.next_step < last:
         if held_out.is_due() and not stop():
@@ -298,6 +303,7 @@ def _run_steps(
         with _save_on_error(run, trainer):
             metrics = trainer.run_step()
         log.write(metrics)
+        saver.add(metrics)
         display.step(metrics)
         done = trainer.next_step
         if done % run.save_every == 0 or done == last:

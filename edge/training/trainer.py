@@ -25,6 +25,7 @@ from dlora.edge.engine.engine import Engine
 from dlora.edge.model.evaluation import Evaluation, evaluate
 from dlora.edge.model.split import SplitModel
 from dlora.edge.wire.connection import Connection
+from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DataError, DloraError, NonFiniteError
 from dlora.protocol.kill_revive import LIVE, UnitState
 from dlora.protocol.tensors import FloatArray
@@ -218,10 +219,11 @@ class Trainer:
             tensors[_SCORES] = session.unanswered
         save_checkpoint(directory, self.next_step, tensors, state)
 
-    def save_adapter(self, directory: Path) -> None:
+    def save_adapter(self, directory: Path, training: TrainingRecord | None = None) -> None:
         """Write the units that have an effect as a PEFT adapter; a fading unit's scale is folded into its B.
 
-        Raises ``StorageError``, and as ``run_step`` does where the last signal has not come.
+        ``training``: what is to be said of what it learnt. Raises ``StorageError``, and as ``run_step`` does where the
+        last signal has not come.
         """
         self.wait_for_signal()
         modules = []
@@ -235,13 +237,14 @@ class Trainer:
         parts = self.adapters.parts()
         config = self.config
         self._save_modules(
-            directory, modules, Parts(config.kind, config.rank, config.scaling, parts) if parts else None
+            directory, modules, Parts(config.kind, config.rank, config.scaling, parts) if parts else None, training
         )
 
     def copy_adapter(self, source: Path, directory: Path) -> None:
         """Write an adapter of this run again, elsewhere."""
         loaded = load_adapter(source)
-        self._save_modules(directory, list(loaded.modules.values()), loaded.parts)
+        training = loaded.record.training if loaded.record is not None else None
+        self._save_modules(directory, list(loaded.modules.values()), loaded.parts, training)
 
     # -- inside ------------------------------------------------------------------------------------------
 
@@ -254,7 +257,9 @@ class Trainer:
                 micro_batches += self.model.run_basis_pass(self.batches.step_batches(step))
         return micro_batches
 
-    def _save_modules(self, directory: Path, modules: list[SavedModule], parts: Parts | None) -> None:
+    def _save_modules(
+        self, directory: Path, modules: list[SavedModule], parts: Parts | None, training: TrainingRecord | None
+    ) -> None:
         save_adapter(
             directory,
             modules,
@@ -265,6 +270,8 @@ class Trainer:
             fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
             parts=parts,
             invocation=self.config.invocation,
+            base_fingerprint=self.bundle.manifest.base_model.fingerprint,
+            training=training,
         )
 
     @contextmanager

@@ -1,0 +1,106 @@
+"""Saves a run's adapter with what is known of it by then: what it was trained with, what it learnt, what that took."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dlora.edge.data.examples import Dataset
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.defaults import DEFAULTS
+from dlora.edge.training.metrics import StepMetrics
+from dlora.edge.training.trainer import Trainer
+from dlora.protocol.adapter_record import Setting, TrainingRecord
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import number_ranges
+
+from .run_file import LIBRARIES, versions
+
+
+class AdapterSaver:
+    """Saves the adapter of a run.
+
+    Args:
+        evaluations: the run's held-out evaluations so far, as ``HeldOut`` has them; it appends to this very list.
+    """
+
+    def __init__(self, trainer: Trainer, dataset: Dataset, evaluations: Sequence[dict[str, Any]]) -> None:
+        self._trainer = trainer
+        self._dataset = dataset
+        self._evaluations = evaluations
+        self._tokens = self._labelled = self._bytes = self._round_trips = 0
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Count a step, of this start of the run or an earlier one."""
+        self._tokens += metrics.tokens
+        self._labelled += metrics.labelled
+        self._bytes += metrics.bytes_up + metrics.bytes_down
+        self._round_trips += metrics.round_trips
+
+    def save(self, directory: Path, evaluation: dict[str, Any] | None = None) -> None:
+        """Save the adapter as it is now; ``evaluation``: of it, where the list has it not yet. Raises as the trainer's
+        does."""
+        self._trainer.save_adapter(directory, self._record([*self._evaluations, *([evaluation] if evaluation else [])]))
+
+    def copy(self, source: Path, directory: Path) -> None:
+        """Save an adapter of this run, with what was said of it, elsewhere."""
+        self._trainer.copy_adapter(source, directory)
+
+    def _record(self, evaluations: list[dict[str, Any]]) -> TrainingRecord:
+        steps, config = self._trainer.next_step, self._trainer.config
+        of_step = {row["step"]: row for row in evaluations}
+        here = of_step.get(steps, {})
+        found = versions()
+        libraries = {name: str(found[name]) for name in LIBRARIES if found[name] and name in sys.modules}
+        return TrainingRecord(
+            steps=steps,
+            examples=len(self._dataset),
+            tokens=self._tokens,
+            labelled=self._labelled,
+            eval_loss_before=of_step.get(0, {}).get("loss"),
+            eval_loss_after=here.get("loss"),
+            eval_tokens=here.get("tokens"),
+            bytes_per_token=round(self._bytes / max(1, self._tokens), 1),
+            round_trips_per_step=round(self._round_trips / max(1, steps), 2),
+            recipe=recipe(config, self._trainer.bundle.manifest),
+            versions={"python": str(found["python"]), **libraries},
+        )
+
+
+def recipe(config: TrainConfig, manifest: Manifest) -> dict[str, Setting]:
+    """The options of ``dlora-edge train`` that make an adapter what it is; no seed, for it stays on the device."""
+    optimizer, kill_revive = config.optimizer, config.kill_revive
+    groups = config.groups(manifest)
+    found: dict[str, Setting] = {
+        "kind": config.kind,
+        "rank": config.rank,
+        "alpha": config.lora_alpha,
+        "target_modules": ",".join(config.target_modules or manifest.defaults.target_modules),
+        "blocks": number_ranges({group.block for group in groups}),
+        "adapt": "answer" if config.invocation else "all",
+    }
+    if any(name == config.kind and defaults.basis for name, defaults in DEFAULTS.items()):
+        found["basis"] = config.basis
+        if config.basis == "data":
+            found["basis_steps"] = config.basis_steps
+    found |= {
+        "steps": config.total_steps,
+        "batch_size": config.batch_size,
+        "grad_accum": config.grad_accum,
+        "lr": optimizer.lr,
+        "schedule": optimizer.schedule,
+        "warmup": optimizer.warmup,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "wire_dtype": config.wire_dtype,
+    }
+    if kill_revive.active_fraction < 1:
+        found |= {
+            "active_fraction": kill_revive.active_fraction,
+            "kr_score": kill_revive.score,
+            "kr_unit": kill_revive.unit,
+            "kr_on_kill": kill_revive.on_kill,
+        }
+    return found
