@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dlora.protocol.errors import StorageError, UsageError
@@ -49,6 +49,21 @@ def locked(directory: Path) -> Iterator[None]:
     except OSError:
         pass  # some network and phone file systems have no locks: nothing to hold then
     try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def turn_in(directory: Path) -> Iterator[None]:
+    """Wait until no other process has its turn in a directory, and have it: for what takes a moment.
+
+    Raises ``OSError`` where the directory cannot be opened.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network and phone file systems have no locks: the last to write wins there
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

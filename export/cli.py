@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,11 @@ import typer
 
 from dlora.protocol.version import SOFTWARE_VERSION
 
+from .subcommand import CommandWithSubcommands
+
 app = typer.Typer(pretty_exceptions_enable=False)
+merge_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class HeadDtype(StrEnum):
@@ -21,6 +26,14 @@ class HeadDtype(StrEnum):
     FP16 = "fp16"
     FP32 = "fp32"
     INT8 = "int8"
+
+
+class Dtype(StrEnum):
+    """Of a merged model's weights."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 class Engine(StrEnum):
@@ -37,9 +50,17 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+MODEL_HELP = "Model directory, .gguf file, hub id, or smollm2-135m."
+
+
+def _complete(begun: str) -> list[str]:
+    """What the shell offers for MODEL."""
+    return [word for word in ("merge", "smollm2-135m") if word.startswith(begun)]
+
+
+@app.command(cls=CommandWithSubcommands, context_settings=HELP)
 def export(
-    model: Annotated[str, typer.Argument(help="Model directory, .gguf file, hub id, or smollm2-135m.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, autocompletion=_complete)],
     out: Annotated[Path, typer.Option(help="The bundle: a directory that will be made.")],
     rank: Annotated[int, typer.Option(help="Rank of training with --kind lora or ffa, by default.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA alpha, likewise; adapters are scaled by alpha / rank.")] = 16.0,
@@ -70,6 +91,8 @@ def export(
     """Turn a Hugging Face causal language model into a bundle that a device can train with.
 
     Example:  dlora-export smollm2-135m --out build/smollm2
+
+    The other way, an adapter into a model's weights:  dlora-export merge --help
     """
     from .settings import ExportSettings
 
@@ -99,3 +122,37 @@ def export(
         print_json(manifest, out, notes, wall_s)
     else:
         print_table(manifest, out, wall_s)
+
+
+@merge_app.command(context_settings=HELP)
+def merge(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    adapter: Annotated[Path, typer.Option(help="PEFT LoRA, as dlora-edge train saves it.")],
+    out: Annotated[Path, typer.Option(help="The merged model: a directory that will be made.")],
+    dtype: Annotated[
+        Dtype, typer.Option(metavar="DTYPE", help="Of its weights: float32, bfloat16 or float16.")
+    ] = Dtype.FLOAT32,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a merged model that is there already.")] = False,
+) -> None:
+    """Put an adapter into the weights of its base model: a model of transformers' own, with the tokenizer.
+
+    Example:  dlora-export merge smollm2-135m --adapter my-adapter --out build/merged
+    """
+    from .merge_settings import MergeSettings
+
+    settings = MergeSettings(model, adapter, out, dtype.value, force)
+    settings.check()
+    # Not before, as above.
+    from rich.console import Console
+
+    from .merge import merge_adapter
+    from .report import print_merged
+
+    started = time.monotonic()
+    with Console(file=sys.stderr).status(f"merging into {model}") as status:
+        merged = merge_adapter(settings, lambda doing: status.update(f"merging into {model}: {doing}"))
+    print_merged(asdict(merged), settings.dtype, out, time.monotonic() - started, json_output=json)
+
+
+CommandWithSubcommands.commands["merge"] = typer.main.get_command(merge_app)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -14,6 +15,7 @@ from dlora.protocol.adapters import AdapterSpec, parameter_count
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups, module_names
+from dlora.protocol.text import one_line
 
 
 def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: float) -> None:
@@ -103,6 +105,19 @@ def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
         )
     total = sum(spec.bytes for spec in manifest.files.values())
     console.print(f"{out}: {_size(total)}, every graph verified, {wall_s:.1f} s", highlight=False, soft_wrap=True)
+
+
+def print_merged(merged: Mapping[str, Any], dtype: str, out: Path, wall_s: float, *, json_output: bool) -> None:
+    """What was merged, the fields of ``Merged``: sizes in bytes, times in seconds."""
+    if json_output:
+        print(json.dumps({"model": str(out), **merged, "dtype": dtype, "wall_s": round(wall_s, 3)}))
+        return
+    checked = "the adapter's own" if merged["is_checked"] else "which the adapter says nothing of"
+    print(
+        f"{one_line(merged['base_model'])}, fingerprint {merged['fingerprint'][:12]}, {checked}: "
+        f"{merged['modules']} modules merged\n"
+        f"{out}: {_size(sum(merged['bytes'].values()))} in {dtype}, {wall_s:.1f} s"
+    )
 
 
 def _modules(groups: Sequence[GroupSpec]) -> int:

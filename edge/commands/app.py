@@ -8,7 +8,7 @@ import typer
 
 from dlora.protocol.version import SOFTWARE_VERSION
 
-from . import chat, doctor, evaluate, generate, info, selftest, serve, train
+from . import adapters, chat, doctor, evaluate, generate, info, selftest, serve, train
 from .help_panels import PanelledCommand
 
 app = typer.Typer(
@@ -41,3 +41,4 @@ for command in (
     selftest.selftest, info.info, doctor.doctor,
 ):  # fmt: skip
     app.command(cls=PanelledCommand)(command)
+app.add_typer(adapters.app, name="adapters")

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
 ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT or wss://HOST:PORT.")]
 AdapterOption = Annotated[Path | None, typer.Option(help="PEFT adapter; none: the base model.")]
+AdaptersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapters",
+        envvar="DLORA_ADAPTERS",
+        help="Directory of adapters; ~/.local/share/dlora/adapters by default.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 MaxLengthOption = Annotated[
     int | None, typer.Option(help="Longest example, in tokens; 512 by default, or what the model takes.", min=2)

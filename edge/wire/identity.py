@@ -5,18 +5,17 @@ The server tells by it which sessions are one device's. It is no secret and prov
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
 import platformdirs
 
-from dlora.edge.files import make_directory, write_atomically
+from dlora.edge.files import make_directory, turn_in, write_atomically
 from dlora.protocol.errors import StorageError
 
 STATE_VARIABLE: Final = "DLORA_EDGE_STATE"
@@ -42,7 +41,7 @@ def load_device_id(state_dir: Path | None = None, warn: Callable[[str], None] | 
     warn = warn or _ignore_warning
     try:
         make_directory(directory)
-        with _lock(directory):
+        with turn_in(directory):
             return _load_or_make(directory / FILE_NAME, warn)
     except (StorageError, OSError) as error:
         reason = error.__cause__ or error
@@ -78,15 +77,3 @@ def _default_directory() -> Path:
 
 def _ignore_warning(text: str) -> None:
     """Nobody is there to be warned."""
-
-
-@contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Let processes that start at the same time make one id, not two."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network and phone file systems have no locks: the last to write wins there
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,231 @@
+"""``dlora-edge adapters``: the adapters of a directory, by name."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dlora.protocol.errors import DloraError, UsageError
+from dlora.protocol.text import one_line
+
+from .help_panels import PanelledCommand
+from .options import AdaptersOption, JsonOption
+from .output import print_result
+
+if TYPE_CHECKING:
+    from dlora.edge.adapters.about import AdapterAbout
+    from dlora.edge.adapters.store import AdapterStore
+    from dlora.protocol.manifest import Manifest
+
+app = typer.Typer(
+    help="Keep adapters by name in a directory: list, show, import, export, remove.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+FitOption = Annotated[Path | None, typer.Option("--bundle", help="Bundle that adapters must fit.")]
+NameArgument = Annotated[str, typer.Argument(help="An adapter's name.")]
+
+
+@app.command("list", cls=PanelledCommand)
+def list_adapters(adapters: AdaptersOption = None, bundle: FitOption = None, json_output: JsonOption = False) -> None:
+    """List the adapters; with --bundle, say which of them fit it. All of their files are read and checked."""
+    store, manifest = _store(adapters), _manifest(bundle)
+    found = [_entry(store, name, manifest) for name in store.entries()]
+    result = {"directory": str(store.directory), "adapters": found}
+    print_result(result, lambda _: _print_list(store, found), json_output=json_output)
+
+
+@app.command(cls=PanelledCommand)
+def show(
+    adapter: Annotated[str, typer.Argument(metavar="NAME|PATH", help="An adapter's name, or a directory.")],
+    adapters: AdaptersOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Say all that is known of an adapter: what it is of, what it learnt, its digests."""
+    from dlora.edge.adapters.about import about_adapter
+    from dlora.edge.adapters.store import is_name
+
+    from .info import show as print_fields
+
+    store = _store(adapters)
+    is_path = not is_name(adapter) or (adapter not in store.entries() and Path(adapter).is_dir())
+    about = about_adapter(Path(adapter)) if is_path else store.show(adapter)
+    print_result(_result(about), lambda _: print_fields(_fields(about)), json_output=json_output)
+
+
+@app.command("import", cls=PanelledCommand)
+def import_adapter(
+    path: Annotated[Path, typer.Argument(help="A PEFT adapter, or the --out of a run.")],
+    name: Annotated[str | None, typer.Option(help="What to call it; the directory's name by default.")] = None,
+    adapters: AdaptersOption = None,
+    bundle: FitOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the adapter of that name.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Copy an adapter into the directory, after all of it was read and checked.
+
+    Example:  dlora-edge adapters import my-adapter --name support --bundle build/smollm2
+    """
+    from dlora.edge.adapters.store import is_name
+    from dlora.protocol import interrupts
+
+    store, manifest = _store(adapters), _manifest(bundle)
+    chosen = path.absolute().name if name is None else name
+    if name is None and not is_name(chosen):
+        raise UsageError(f"{chosen[:80]!r} cannot be the name of an adapter; give one with --name")
+    with interrupts.raise_on_signal():
+        about = store.add(path, chosen, manifest=manifest, force=force)
+    result = {**_result(about), "path": str(store.path(chosen))}
+    print_result(result, lambda _: print(one_line(f"imported {chosen}: {_in_words(about)}")), json_output=json_output)
+
+
+@app.command(cls=PanelledCommand)
+def export(
+    name: NameArgument,
+    path: Annotated[Path, typer.Argument(help="A directory that will be made.")],
+    adapters: AdaptersOption = None,
+    with_parts: Annotated[
+        bool, typer.Option("--with-parts", help="With what another run of dlora can go on from.")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Write an adapter as PEFT does: configuration, weights and model card."""
+    from dlora.protocol import interrupts
+
+    with interrupts.raise_on_signal():
+        _store(adapters).export(name, path, with_parts=with_parts)
+    files = sorted(each.name for each in path.iterdir())
+    result = {"name": name, "path": str(path), "files": files}
+    print_result(result, lambda _: print(f"exported {name} to {path}: {', '.join(files)}"), json_output=json_output)
+
+
+@app.command(cls=PanelledCommand)
+def remove(
+    name: NameArgument,
+    adapters: AdaptersOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Remove an adapter from the directory."""
+    from dlora.edge.adapters.store import check_name
+    from dlora.protocol import interrupts
+
+    store = _store(adapters)
+    check_name(name)
+    if name not in store.entries():
+        store.path(name)  # says that there is none
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(f"nobody can be asked whether {name} is to be removed; give --yes")
+        if not typer.confirm(f"Remove {store.directory / name}?", err=True):
+            print_result({"removed": None}, lambda _: print("nothing was removed"), json_output=json_output)
+            return
+    with interrupts.raise_on_signal():
+        store.remove(name)
+    print_result({"removed": name}, lambda _: print(f"removed {name}"), json_output=json_output)
+
+
+def _store(directory: Path | None) -> AdapterStore:
+    from dlora.edge.adapters.store import AdapterStore, default_directory
+
+    return AdapterStore(directory or default_directory())
+
+
+def _manifest(bundle: Path | None) -> Manifest | None:
+    from dlora.protocol.manifest import load_manifest
+
+    return None if bundle is None else load_manifest(bundle)
+
+
+def _entry(store: AdapterStore, name: str, manifest: Manifest | None) -> dict[str, Any]:
+    """An adapter as ``list`` has it; of one that cannot be used, why."""
+    from dlora.edge.adapters.about import about_loaded
+    from dlora.edge.adapters.compatibility import check_fit
+
+    try:
+        loaded = store.load(name)
+        entry: dict[str, Any] = _result(about_loaded(loaded, store.path(name), name))
+    except DloraError as error:
+        return {"name": name, "error": str(error)}
+    if manifest is not None:
+        try:
+            check_fit(manifest, loaded)
+            entry |= {"fits": True}
+        except DloraError as error:
+            entry |= {"fits": False, "reason": str(error)}
+    return entry
+
+
+def _result(about: AdapterAbout) -> dict[str, Any]:
+    import msgspec
+
+    found: dict[str, Any] = msgspec.to_builtins(asdict(about))
+    return found
+
+
+def _fields(about: AdapterAbout) -> dict[str, Any]:
+    """What ``show`` tells people, by name."""
+    from dlora.edge.adapters.model_card import recipe_line
+
+    fields = {name: "unknown" if value is None else value for name, value in asdict(about).items()}
+    del fields["training"], fields["bytes"]
+    fields["size"] = _size(about.bytes)
+    training = about.training
+    if training is None:
+        return {**fields, "training": "unknown"}
+    losses = (training.eval_loss_before, training.eval_loss_after)
+    before, after = ("unknown" if loss is None else f"{loss:.4f}" for loss in losses)
+    return {
+        **fields,
+        "held-out loss": f"{before} before, {after} after",
+        "trained": f"{training.steps:,} steps, {training.examples:,} examples, {training.tokens:,} tokens",
+        "traffic": f"{training.bytes_per_token:,.0f} bytes a token, {training.round_trips_per_step:,.1f} round trips a "
+        "step",
+        "recipe": recipe_line(training),
+        "versions": ", ".join(f"{name} {version}" for name, version in training.versions.items()),
+    }
+
+
+def _print_list(store: AdapterStore, found: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    console = Console()
+    usable = [entry for entry in found if "error" not in entry]
+    if not found:
+        print(f"there are no adapters in {store.directory}; dlora-edge adapters import PATH adds one")
+    if usable:
+        columns = ["kind", "rank", "modules", "acts on", "base model", "size", "weights"]
+        columns += ["fits"] if any("fits" in entry for entry in usable) else []
+        name_column = Column("name", overflow="fold", min_width=min(16, max(len(entry["name"]) for entry in usable)))
+        others = (Column(name, overflow="fold", no_wrap=name != "base model") for name in columns)
+        table = Table(name_column, *others, box=None)
+        for entry in usable:
+            cells = [
+                entry["name"], entry["kind"], entry["rank"], entry["modules"], entry["acts_on"],
+                entry["base_model"] or "unknown", _size(entry["bytes"]), entry["weights_sha256"][:8],
+            ]  # fmt: skip
+            cells += [{True: "yes", False: "no"}[entry["fits"]]] if "fits" in entry else []
+            table.add_row(*(escape(one_line(str(cell))) for cell in cells))
+        console.print(table, highlight=False)
+    for entry in found:
+        for key, said in (("error", "cannot be used"), ("reason", "does not fit")):
+            if key in entry:
+                print(f"{one_line(entry['name'])} {said}: {one_line(entry[key])}")
+
+
+def _in_words(about: AdapterAbout) -> str:
+    return (
+        f"{about.kind} of rank {about.rank}, {about.modules} modules, acts on {about.acts_on}, "
+        f"of {about.base_model or 'an unknown base model'}, {_size(about.bytes)}"
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
