@@ -25,10 +25,11 @@ from dlora.export.graphs.core import core_graphs
 from dlora.export.graphs.embedding import embedding_graph
 from dlora.export.graphs.head import HeadShape, head_graphs
 from dlora.export.graphs.lora import adapter_graphs
-from dlora.protocol import errors, frames, kill_revive, link, manifest, messages, session, tensors
+from dlora.protocol import adapter_record, errors, frames, kill_revive, link, manifest, messages, session, tensors
 from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
+from dlora.protocol.version import ADAPTER_FORMAT
 from dlora.protocol.wire_codecs import Codecs
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,7 @@ PROTOCOL = (ROOT / "docs/protocol.md").read_text()
 BUNDLE = (ROOT / "docs/bundle.md").read_text()
 README = (ROOT / "README.md").read_text()
 QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
+ADAPTERS = (ROOT / "docs/howto/adapters.md").read_text()
 OPERATING = (ROOT / "docs/operating.md").read_text()
 SOURCES = [
     path
@@ -54,7 +56,9 @@ PROGRAMS = {
     "dlora-edge": typer.main.get_command(dlora.edge.commands.app.app),
     "dlora-cloud": typer.main.get_command(dlora.cloud.commands.app.app),
     "dlora-export": typer.main.get_command(dlora.export.cli.app),
+    "dlora-export merge": typer.main.get_command(dlora.export.cli.merge_app),
 }
+WITH_SUBCOMMANDS = {"dlora-export"}  # it is a command itself
 
 
 def name_of(document: Path) -> str:
@@ -91,7 +95,8 @@ def all_commands() -> Iterator[tuple[str, Any]]:
     """Each program and, at any depth, its commands; the longest names first."""
     found = list(PROGRAMS.items())
     for name, command in found:
-        found += [(f"{name} {word}", sub) for word, sub in getattr(command, "commands", {}).items()]
+        if name not in WITH_SUBCOMMANDS:
+            found += [(f"{name} {word}", sub) for word, sub in getattr(command, "commands", {}).items()]
     yield from sorted(found, key=lambda item: -len(item[0]))
 
 
@@ -249,6 +254,13 @@ def test_graph_signatures_match_the_docs() -> None:
                 assert (f"{spec.name}` int64" in f"`{cell}") == (spec.dtype == "int64"), (kind, spec.name)
 
 
+@pytest.mark.parametrize("kind", [adapter_record.AdapterRecord, adapter_record.TrainingRecord])
+def test_adapter_record_fields_match_the_docs(kind: type[msgspec.Struct]) -> None:
+    cells = [cell for row in first_cells(section(ADAPTERS, f"`{kind.__name__}`")) for cell in row.split("`, `")]
+    assert cells == list(kind.__struct_fields__)
+    assert f"format {ADAPTER_FORMAT}." in section(ADAPTERS, "The record")
+
+
 # -- exit codes, options, programs -----------------------------------------------------------------------
 
 
@@ -293,7 +305,8 @@ def test_options_in_command_lines_exist(document: Path) -> None:
 def test_options_beside_a_command_in_prose_exist(document: Path) -> None:
     for line in re.findall(r"`(dlora-(?:edge|cloud|export)(?: [^`]*)?)`", document.read_text()):
         name, command = next(item for item in all_commands() if f"{line} ".startswith(f"{item[0]} "))
-        assert line == name or not hasattr(command, "commands"), f"no such command: {line}"
+        is_group = hasattr(command, "commands") and name not in WITH_SUBCOMMANDS
+        assert line == name or not is_group, f"no such command: {line}"
         assert set(re.findall(r"--[a-z][a-z-]*", line)) <= options_of(command), line
 
 

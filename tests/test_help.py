@@ -17,9 +17,11 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("edge", "cloud", "export")
 COMMANDS = [
     ("edge",), ("edge", "train"), ("edge", "evaluate"), ("edge", "generate"), ("edge", "chat"), ("edge", "serve"),
-    ("edge", "selftest"), ("edge", "info"),
-    ("edge", "doctor"), ("cloud",), ("cloud", "serve"), ("cloud", "token"), ("cloud", "token", "create"),
+    ("edge", "selftest"), ("edge", "info"), ("edge", "doctor"), ("edge", "adapters"), ("edge", "adapters", "list"),
+    ("edge", "adapters", "show"), ("edge", "adapters", "import"), ("edge", "adapters", "export"),
+    ("edge", "adapters", "remove"), ("cloud",), ("cloud", "serve"), ("cloud", "token"), ("cloud", "token", "create"),
     ("cloud", "token", "list"), ("cloud", "token", "revoke"), ("cloud", "token", "prune"), ("export",),
+    ("export", "merge"),
 ]  # fmt: skip
 
 
@@ -72,7 +74,10 @@ def test_version_and_name_in_both_ways_to_start(part: str) -> None:
     assert (wrong.code, f"dlora-{part}" in wrong.stderr) == (2, True)
 
 
-COMPLETIONS = [("edge", "tra", "train"), ("cloud", "ser", "serve"), ("export", "--ran", "--rank")]
+COMPLETIONS = [
+    ("edge", "tra", "train"), ("edge", "adapters im", "import"), ("cloud", "ser", "serve"),
+    ("export", "--ran", "--rank"), ("export", "mer", "merge"), ("export", "merge --ad", "--adapter"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("part", "begun", "whole"), COMPLETIONS)
@@ -83,7 +88,7 @@ def test_shell_completion_works(part: str, begun: str, whole: str, tmp_path: Pat
     (script,) = (tmp_path / ".bash_completions").iterdir()
     variable = f"_DLORA_{part.upper()}_COMPLETE"
     assert f"{variable}=complete_bash" in script.read_text()
-    asked = {variable: "complete_bash", "COMP_WORDS": f"dlora-{part} {begun}", "COMP_CWORD": "1"}
+    asked = {variable: "complete_bash", "COMP_WORDS": f"dlora-{part} {begun}", "COMP_CWORD": str(len(begun.split()))}
     assert run(command_line(part), **asked).stdout.split() == [whole]
 
 

@@ -107,7 +107,7 @@ def _training(training: TrainingRecord) -> list[str]:
         "",
         "## Training",
         "",
-        f"{training.steps:,} steps over {training.examples:,} examples: {training.tokens:,} tokens, "
+        f"{training.steps:,} steps, with data of {training.examples:,} examples: {training.tokens:,} tokens, "
         f"{training.labelled:,} of them with a label.",
         "",
         "| | |",
