@@ -53,6 +53,7 @@ def merge_adapter(settings: MergeSettings, say: Callable[[str], None] = lambda _
     source = find_source(settings.model)
     # In float32 whatever comes out: a sum is rounded once.
     base = BaseModel.from_model(load_model(source), settings.model)
+    _forget_quantisation(base)
     fingerprint = base.fingerprint
     if adapter.record is not None and adapter.record.base_fingerprint != fingerprint:
         raise ModelMismatchError(
@@ -81,11 +82,11 @@ def merge_adapter(settings: MergeSettings, say: Callable[[str], None] = lambda _
             "dtype": settings.dtype,
         }
         (directory / MERGED_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(about), indent=2) + b"\n")
-        sizes = {
-            path.relative_to(directory).as_posix(): path.stat().st_size
-            for path in sorted(directory.rglob("*"))
-            if path.is_file()
-        }
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        mode = (directory / MERGED_NAME).stat().st_mode
+        for path in files:
+            path.chmod(mode)  # safetensors gives its files 0600
+        sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
     return Merged(
         base_model=source.hub_id or settings.model,
         fingerprint=fingerprint,
@@ -94,6 +95,22 @@ def merge_adapter(settings: MergeSettings, say: Callable[[str], None] = lambda _
         adapter_sha256=adapter.weights_sha256,
         bytes=sizes,
     )
+
+
+def _forget_quantisation(base: BaseModel) -> None:
+    """A GGUF file's weights are floats once they are loaded, but transformers would save no model that it calls
+    quantised. Raises ``ExportError`` for one whose weights are still no floats."""
+    quantizer = getattr(base.model, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    method = quantizer.quantization_config.quant_method
+    method = str(getattr(method, "value", method))
+    if method != "gguf" or not all(weight.is_floating_point() for weight in base.model.parameters()):
+        raise ExportError(
+            f"{base.name} is quantised ({method}), and nothing can be merged into such weights; give the model that it "
+            "was made from"
+        )
+    quantizer.remove_quantization_config(base.model)
 
 
 def _merge(base: BaseModel, adapter: AdapterFiles) -> tuple[int, nn.Module]:

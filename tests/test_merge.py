@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from test_cli import assert_fails
 from tiny import TinyFactory
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.fingerprint import fingerprint
-from dlora.export.merge import merge_adapter
+from dlora.export.merge import _forget_quantisation, merge_adapter
 from dlora.export.merge_settings import MERGED_NAME, MergeSettings
 from dlora.protocol.adapter_record import RECORD_NAME, WEIGHTS_NAME
 from dlora.protocol.errors import CheckpointError, ExportError, ModelMismatchError, UsageError
@@ -109,6 +111,25 @@ def test_command_merges_says_what_and_replaces_only_its_own(tiny: TinyFactory, l
     done = run_export(*words[:-1], tmp_path / "mine", "--force")
     assert_fails(done, UsageError.exit_code, "is not empty and not a merged model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "mine"]
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(tiny: TinyFactory, lora: Path, tmp_path: Path) -> None:
+    merge_adapter(MergeSettings(str(tiny().model), lora, tmp_path / "merged"))
+    (tmp_path / "usual").write_text("")
+    assert {path.stat().st_mode for path in (tmp_path / "merged").iterdir()} == {(tmp_path / "usual").stat().st_mode}
+
+
+def test_quantised_models_are_refused_but_for_floats_of_a_gguf_file(tiny: TinyFactory) -> None:
+    base = BaseModel.from_model(tiny_model("llama"), "tiny")
+    forgotten = []
+    base.model.hf_quantizer = SimpleNamespace(
+        quantization_config=SimpleNamespace(quant_method="gguf"), remove_quantization_config=forgotten.append
+    )
+    _forget_quantisation(base)
+    assert forgotten == [base.model]
+    base.model.hf_quantizer.quantization_config.quant_method = "bitsandbytes"
+    with pytest.raises(ExportError, match="is quantised"):
+        _forget_quantisation(base)
 
 
 def test_export_is_as_it_was_beside_merge(tmp_path: Path) -> None:

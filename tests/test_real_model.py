@@ -135,3 +135,31 @@ def test_training_fits_into_its_memory(
 
 def need(bundle: Path) -> None:
     assert (bundle / "manifest.json").exists(), f"no bundle in {bundle}; run: make test-slow"
+
+
+def test_merged_model_of_a_gguf_file_equals_peft(tmp_path: Path) -> None:
+    """transformers would not save what it calls quantised, though its weights are floats by then."""
+    import torch
+    from peft import PeftModel
+    from test_peft_adapter import random_modules
+    from transformers import AutoModelForCausalLM
+
+    from dlora.cloud.model.base_model import find_source, load_model
+    from dlora.edge.adapters.peft import save_adapter
+    from dlora.export.merge import merge_adapter
+    from dlora.export.merge_settings import MergeSettings
+
+    need(FP16)
+    modules = random_modules({f"model.layers.{block}.self_attn.q_proj": (576, 576) for block in (3, 29)}, r=4)
+    fingerprint = load_manifest(FP16).base_model.fingerprint
+    save_adapter(
+        tmp_path / "adapter", modules, r=4, lora_alpha=0.1, base_model_name=MODEL, base_fingerprint=fingerprint
+    )
+    assert merge_adapter(MergeSettings(MODEL, tmp_path / "adapter", tmp_path / "merged")).is_checked
+    ids = torch.arange(100, 140)[None]
+    merged, base = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), load_model(find_source(MODEL))
+    with torch.no_grad():
+        found, alone = merged(ids).logits, base(ids).logits
+        theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
+    assert (theirs - alone).abs().max() > 0.1
+    torch.testing.assert_close(found, theirs, rtol=1e-3, atol=1e-3)
