@@ -124,6 +124,7 @@ def test_list_with_a_bundle_says_what_does_not_fit(store: Path, tiny: TinyFactor
     (store / "good" / RECORD_NAME).unlink()
     listed = json.loads(adapters("list", "--bundle", other, "--json", store=store).stdout)["adapters"]
     assert [each["fits"] for each in listed if each["name"] == "good"] == [True], "nobody can know better"
+    assert re.search(r"good .* likely", adapters("list", "--bundle", other, store=store).stdout)
     done = adapters("list", "--bundle", store, store=store)
     assert_fails(done, BundleError.exit_code, "manifest.json")
 

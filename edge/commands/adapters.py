@@ -211,7 +211,9 @@ def _print_list(store: AdapterStore, found: list[dict[str, Any]]) -> None:
                 entry["name"], entry["kind"], entry["rank"], entry["modules"], entry["acts_on"],
                 entry["base_model"] or "unknown", _size(entry["bytes"]), entry["weights_sha256"][:8],
             ]  # fmt: skip
-            cells += [{True: "yes", False: "no"}[entry["fits"]]] if "fits" in entry else []
+            if "fits" in entry:  # without a fingerprint, only names and widths of modules tell
+                fits = "yes" if entry["base_fingerprint"] is not None else "likely"
+                cells.append(fits if entry["fits"] else "no")
             table.add_row(*(escape(one_line(str(cell))) for cell in cells))
         console.print(table, highlight=False)
     for entry in found:
