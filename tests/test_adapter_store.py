@@ -157,7 +157,7 @@ def test_card_is_what_peft_writes_and_more(tmp_path: Path) -> None:
     "name",
     [
         'a"b: c', "x\n---\nlicense: mit", "- [x]", "# no", "naïve/模型", "`code` | <b>", "\x1b[31m", "a" * 1000,
-        "%TAG", "yes", "\u2028next", "😀/model", "---", "{a: 1}", "C:\\model",
+        "x\n# A heading of theirs\n", "%TAG", "yes", "\u2028next", "😀/model", "---", "{a: 1}", "C:\\model",
     ],
 )  # fmt: skip
 def test_strangers_names_stay_names_in_the_card(tmp_path: Path, name: str) -> None:
@@ -175,6 +175,7 @@ def test_strangers_names_stay_names_in_the_card(tmp_path: Path, name: str) -> No
     assert card.data.base_model == shown
     assert set(card.data.to_dict()) == {"base_model", "library_name", "pipeline_tag", "tags"}
     assert "license" not in card.data.to_dict()
+    assert "\x1b" not in card.text
     assert card.text.count("```") == 6  # three blocks, and none of a stranger's
     headings = [line for line in card.text.splitlines() if line.startswith("#")]
     assert headings == ["# LoRA adapter", "## How to use it", "## Training", "### Framework versions"]
