@@ -126,14 +126,20 @@ class Terminal:
         )  # fmt: skip
         os.close(theirs)
 
-    def wait_for(self, text: str) -> None:
-        """Read until it stands there, after all that was waited for before."""
+    def wait_for(self, text: str, *, interrupting: bool = False) -> None:
+        """Read until it stands there, after all that was waited for before.
+
+        ``interrupting``: by Ctrl-C, again and again: one that comes the moment before the terminal waits for a key is
+        only noticed with the next key.
+        """
         deadline = time.monotonic() + END_TIMEOUT_S
         seen = ""
         while text not in seen:
-            ready, _, _ = select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"{text!r} did not come after {seen!r}"
-            seen += os.read(self._terminal, 4096).decode(errors="replace")
+            assert time.monotonic() < deadline, f"{text!r} did not come after {seen!r}"
+            if interrupting:
+                self.interrupt()
+            if select.select([self._terminal], [], [], 0.5)[0]:
+                seen += os.read(self._terminal, 4096).decode(errors="replace")
 
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
@@ -152,8 +158,7 @@ class Terminal:
 def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
     terminal = Terminal(chat_command(bundle, server, "--max-new-tokens", 1900, "--draft", 0))
     terminal.wait_for("> ")
-    terminal.interrupt()  # leaves the line that is being written
-    terminal.wait_for("> ")
+    terminal.wait_for("> ", interrupting=True)  # leaves the line that is being written
     terminal.type("w5 w6\n")
     terminal.wait_for("w5 w6\r\nw")  # the answer has begun
     terminal.interrupt()

@@ -17,8 +17,8 @@ import typer
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 
 from .generate import summary_line
-from .model_options import ModelOptions
-from .options import CredentialOptions, with_groups
+from .model_options import ModelOptions, find_adapter
+from .options import AdaptersOption, CredentialOptions, with_groups
 from .output import warn
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
@@ -41,7 +41,7 @@ Ctrl-C         stop the answer'''
 @with_groups
 def chat(
     model_options: ModelOptions,
-    adapters: Annotated[Path | None, typer.Option(help="Directory of adapters for /adapter.")] = None,
+    adapters: AdaptersOption = None,
     system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
     max_new_tokens: MaxNewTokensOption = 1024,
     context_length: ContextLengthOption = 4096,
@@ -65,6 +65,7 @@ def chat(
     credentials = credential_options.load()
     opened = Bundle.open(model_options.bundle)
     with prompt_tokenizer(opened) as tokenizer:
+        from dlora.edge.adapters.store import default_directory
         from dlora.edge.generation.conversation import Conversation
 
         stopping = _Stopping()
@@ -76,9 +77,11 @@ def chat(
             options = replace(model_options, adapter=adapter)
             return options.open(opened, credentials, context_length=context_length, should_stop=stopping.is_asked)
 
-        with _OpenModel(open_model, model_options.adapter) as model, stopping.handling():
+        directory = adapters or default_directory()
+        adapter = find_adapter(model_options.adapter, directory)
+        with _OpenModel(open_model, adapter) as model, stopping.handling():
             model.context()  # a mistake shows before anything is said
-            _Chat(conversation, model, stopping, adapters).run()
+            _Chat(conversation, model, stopping, directory).run()
 
 
 class _Stopping:
@@ -158,7 +161,7 @@ class _OpenModel:
 
 class _Chat:
     def __init__(
-        self, conversation: Conversation, model: _OpenModel, stopping: _Stopping, adapters: Path | None
+        self, conversation: Conversation, model: _OpenModel, stopping: _Stopping, adapters: Path
     ) -> None:
         self._conversation = conversation
         self._model = model
@@ -200,17 +203,10 @@ class _Chat:
             case "/save" if rest:
                 self._save(Path(rest).expanduser())
             case "/adapter" if rest:
-                self._model.use(self._find_adapter(rest))
+                self._model.use(None if rest == "none" else find_adapter(Path(rest).expanduser(), self._adapters))
                 _note(f"now with {self._model.adapter or 'the plain base model'}")
             case _:
                 raise UsageError(f"{text.split()[0]} is not understood, or lacks a word after it; /help tells what is")
-
-    def _find_adapter(self, name: str) -> Path | None:
-        if name == "none":
-            return None
-        if self._adapters is not None and (self._adapters / name).is_dir():
-            return self._adapters / name
-        return Path(name).expanduser()
 
     def _save(self, path: Path) -> None:
         from dlora.edge.files import write_atomically

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import (
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.model.split import SplitModel
     from dlora.edge.wire.credentials import Credentials
+
+
+def find_adapter(adapter: Path | None, directory: Path) -> Path | None:
+    """An adapter as a user names it: a directory, or one of ``directory`` by its name."""
+    from dlora.edge.adapters.store import is_name
+
+    if adapter is None or adapter.is_dir() or not is_name(str(adapter)) or not (directory / adapter).is_dir():
+        return adapter
+    return directory / adapter
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class ModelOptions:
             longest_outage_s: of the server, from the first connection on, where these say nothing.
             should_stop: asked while the server is waited for.
         """
+        from dlora.edge.adapters.store import default_directory
         from dlora.edge.model.use import open_model
         from dlora.edge.wire.connecting import ConnectSettings, Retry
         from dlora.edge.wire.identity import load_device_id
@@ -65,7 +76,7 @@ class ModelOptions:
         return open_model(
             bundle,
             self.server,
-            self.adapter,
+            find_adapter(self.adapter, default_directory()),
             wire_dtype=self.wire_dtype,
             context_length=context_length,
             send=self.send,

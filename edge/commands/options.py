@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
 ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT or wss://HOST:PORT.")]
-AdapterOption = Annotated[Path | None, typer.Option(help="PEFT adapter; none: the base model.")]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(help="PEFT adapter, a directory or a name of dlora-edge adapters; none: the base model."),
+]
 AdaptersOption = Annotated[
     Path | None,
     typer.Option(
         "--adapters",
         envvar="DLORA_ADAPTERS",
-        help="Directory of adapters; ~/.local/share/dlora/adapters by default.",
+        help="Directory of adapters by name; one of the user's own by default.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

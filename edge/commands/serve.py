@@ -11,8 +11,8 @@ import typer
 from dlora.protocol.command import extra_needed
 from dlora.protocol.errors import UsageError
 
-from .model_options import ModelOptions
-from .options import CredentialOptions, JsonOption, with_groups
+from .model_options import ModelOptions, find_adapter
+from .options import AdaptersOption, CredentialOptions, JsonOption, with_groups
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ class DoorOptions:
 @with_groups
 def serve(
     model_options: ModelOptions,
-    adapters: Annotated[
-        Path | None, typer.Option(help="Directory of adapters; each subdirectory is a model by its name.")
-    ] = None,
+    adapters: AdaptersOption = None,
     door_options: DoorOptions = DoorOptions(),
     parallel: Annotated[int, typer.Option(help="Answers at a time, each with its own session.", min=1, max=64)] = 2,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are told to come again.", min=0)] = 32,
@@ -61,10 +59,12 @@ def serve(
 ) -> None:
     """Serve OpenAI's API on this device: http://127.0.0.1:8080/v1 in any client.
 
-    Each adapter is a model, and so is the plain base model. Prompts, answers and adapters stay here; the server of the
-    base model sees hidden states, and keeps keys and values of the last conversations. What that tells it: SECURITY.md.
+    Each adapter of the directory is a model by its name, and so is the plain base model. Prompts, answers and adapters
+    stay here; the server of the base model sees hidden states, and keeps keys and values of the last conversations.
+    What that tells it: SECURITY.md.
     """
     with extra_needed("serve"):
+        from dlora.edge.adapters.store import default_directory
         from dlora.edge.data.prompt import prompt_tokenizer
         from dlora.edge.endpoint.running import ServeSettings, run
         from dlora.edge.engine.bundle import Bundle
@@ -76,6 +76,8 @@ def serve(
     credentials = credential_options.load()
     if adapters is not None and not adapters.is_dir():
         raise UsageError(f"--adapters {adapters} is no directory")
+    directory = adapters or default_directory()
+    adapter = find_adapter(model_options.adapter, directory)
     opened = Bundle.open(model_options.bundle)
     with prompt_tokenizer(opened, for_long=True) as tokenizer:
         settings = ServeSettings(
@@ -84,8 +86,8 @@ def serve(
             open_model=lambda path: replace(model_options, adapter=path).open(
                 opened, credentials, context_length=context_length, longest_outage_s=LONGEST_OUTAGE_S
             ),
-            adapter=model_options.adapter,
-            adapters=adapters,
+            adapter=adapter,
+            adapters=directory,
             listening=listening,
             parallel=parallel,
             queue=queue,

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import uvicorn
 
-from dlora.edge.adapters.peft import WEIGHTS_NAME
+from dlora.edge.adapters.store import AdapterStore
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.split import SplitModel
 from dlora.protocol import interrupts
-from dlora.protocol.errors import ConnectionFailedError, DloraError, RefusedError, UsageError
+from dlora.protocol.adapter_record import WEIGHTS_NAME, load_record
+from dlora.protocol.errors import CheckpointError, ConnectionFailedError, DloraError, RefusedError, UsageError
 from dlora.protocol.text import one_line
 
 from .answers import Generation
@@ -65,14 +66,14 @@ class ServeSettings:
 
     Attributes:
         open_model: opens the model with the adapter of a directory; None: without.
-        adapter: one adapter; adapters: a directory of them.
+        adapter: one adapter; adapters: a directory of them, of which those are served that may fit the bundle.
     """
 
     bundle: Bundle
     tokenizer: PromptTokenizer
     open_model: Callable[[Path | None], AbstractContextManager[SplitModel]]
     adapter: Path | None
-    adapters: Path | None
+    adapters: Path
     listening: Listening
     parallel: int
     queue: int
@@ -83,16 +84,19 @@ class ServeSettings:
 
     def served_adapters(self) -> list[ServedAdapter]:
         """What there is now, the single one first."""
-        paths = [] if self.adapter is None else [self.adapter]
-        if self.adapters is not None:
-            paths += sorted(path for path in self.adapters.iterdir() if not path.name.startswith("."))
+        named = {} if self.adapter is None else {self.adapter.resolve().name: self.adapter}
+        store = AdapterStore(self.adapters)
+        named |= {name: store.directory / name for name in store.names() if name not in named}
+        fingerprint = self.bundle.manifest.base_model.fingerprint
         found = []
-        for path in paths:
+        for name, path in named.items():
             try:
                 version = (path / WEIGHTS_NAME).stat().st_mtime_ns
-            except OSError:
+                record = load_record(path)
+            except (OSError, CheckpointError):  # whoever looks at it with dlora-edge adapters is told why
                 continue
-            found.append(ServedAdapter(path.resolve().name, path, version))
+            if record is None or record.base_fingerprint == fingerprint:
+                found.append(ServedAdapter(name, path, version))
         return found
 
 

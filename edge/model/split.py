@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from dlora.edge.adapters.compute import AdapterCompute
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.edge.memory import release_freed_memory
 from dlora.protocol import messages as m
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import DataError, RemoteProtocolError
@@ -21,6 +23,8 @@ from dlora.protocol.tensors import FloatArray
 from .ends import Embedding, Head, LongArray
 from .micro_batch import DeviceParts, MicroBatchRun
 from .session import ModelSession
+
+_MANY_TOKENS: Final = 32  # a prompt, and no draft: giving memory back takes a millisecond
 
 
 class SplitModel:
@@ -129,6 +133,8 @@ class SplitModel:
             for _ in self._run_all(deque([run])):
                 hidden_states = run.hidden_states
             position += len(part.ids)
+            if len(part.ids) > _MANY_TOKENS:  # else the LM head comes on top of what this left
+                release_freed_memory()
         assert hidden_states is not None
         return self._logits(hidden_states)
 

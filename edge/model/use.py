@@ -12,6 +12,7 @@ from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.choices import EngineChoice
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
+from dlora.edge.memory import release_freed_memory
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import interrupts
@@ -19,6 +20,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import NonFiniteError, RemoteProtocolError
+from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import groups_of
 from dlora.protocol.wire_codecs import Codecs
 
@@ -89,18 +91,8 @@ def open_model(
     ``context_length``: as ``UseSession`` takes it.
     """
     manifest = bundle.manifest
-    loaded = load_adapter(adapter) if adapter else None
-    if loaded is not None:
-        check_adapter(manifest, loaded)
-    groups = groups_of(manifest, loaded.modules) if loaded else ()
-    if loaded and loaded.parts:
-        spec, scaling = AdapterSpec(loaded.parts.kind, loaded.parts.r), loaded.parts.scaling
-    else:
-        rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.defaults.r
-        spec, scaling = AdapterSpec(r=rank), manifest.defaults.lora_alpha / rank
-    adapters = AdapterSet.create(spec, groups, scaling=scaling, seed=(0,), unit="group", kill_every=1)
-    if loaded is not None:
-        load_weights(adapters, loaded, loaded.invocation)
+    adapters, invocation = _load_adapters(manifest, adapter)
+    release_freed_memory()  # its files were read whole
     loaded_engine, codecs = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype)
     with interrupts.raise_on_signal(), _name_adapter_in_error(), Connection(server, connecting) as connection:
         check_base_model(bundle, connection.welcome)
@@ -112,9 +104,28 @@ def open_model(
             context_length=context_length,
         )
         session.open()
-        yield SplitModel(
-            bundle, loaded_engine, session, invocation=loaded.invocation if loaded else (), send=send
-        )
+        yield SplitModel(bundle, loaded_engine, session, invocation=invocation, send=send)
+
+
+def _load_adapters(manifest: Manifest, adapter: Path | None) -> tuple[AdapterSet, tuple[int, ...]]:
+    """The adapters of a directory, or none, and the tokens from which on they act. Keeps nothing else of what it read.
+
+    Raises ``CheckpointError`` and ``ModelMismatchError``.
+    """
+    loaded = load_adapter(adapter) if adapter else None
+    if loaded is not None:
+        check_adapter(manifest, loaded)
+    groups = groups_of(manifest, loaded.modules) if loaded else ()
+    if loaded and loaded.parts:
+        spec, scaling = AdapterSpec(loaded.parts.kind, loaded.parts.r), loaded.parts.scaling
+    else:
+        rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.defaults.r
+        spec, scaling = AdapterSpec(r=rank), manifest.defaults.lora_alpha / rank
+    adapters = AdapterSet.create(spec, groups, scaling=scaling, seed=(0,), unit="group", kill_every=1)
+    if loaded is None:
+        return adapters, ()
+    load_weights(adapters, loaded, loaded.invocation)
+    return adapters, loaded.invocation
 
 
 @contextmanager
