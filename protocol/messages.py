@@ -78,7 +78,7 @@ class Welcome(Message, frozen=True):
         max_tokens: most tokens of one micro-batch, as ``counting.py`` counts them.
         packs: whether C runs sequences end to end; otherwise each counts as the longest of its micro-batch.
         window: the most micro-batches of a session that C has under way at a time.
-        max_context_length: the longest conversation, in tokens, whose keys and values C keeps; 0: it keeps none.
+        max_context_length: the longest context, in tokens, whose keys and values C keeps; 0: it keeps none.
     """
 
     protocol_version: int
@@ -246,7 +246,7 @@ class Embeddings(ExchangeMessage, frozen=True):
             at each group, and there may be none. None: all tokens.
         examples: int32 (sequences,), numbers that E gives its examples, where C is to know one again.
         token_ids: int32 (tokens,), which C looks up; only where the device's user asked for it.
-        position: of the first token in the conversation; only in the mode ``decode``.
+        position: of the first token in the context; only in the mode ``decode``.
     """
 
     mode: Mode

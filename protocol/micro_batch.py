@@ -58,7 +58,7 @@ class MicroBatchRules:
         mode: as its first message says; trains: whether a backward pass with the groups follows.
         state: FORWARD to BACKWARD, and IDLE once it is through.
         tokens: of all its sequences; rows: that cross at each group; labelled: whose last hidden state is wanted.
-        position: of its first token in the conversation, in the mode ``decode``.
+        position: of its first token in the context, in the mode ``decode``.
         exchanges: whether groups take part.
         asked: how many live groups took part in the forward pass; C waits for the last one's deltas in DELTA.
         gradients: how many groups will have their gradients sent; grads_sent: those that have.
@@ -226,7 +226,7 @@ def check_position(begun: m.Embeddings, purpose: m.Purpose, cached_tokens: int) 
     if begun.position > cached_tokens:
         raise ViolationError(f"tokens from position {begun.position} on, where only {cached_tokens} are held")
     if begun.position + begun.tokens > purpose.context_length:
-        text = f"a conversation of {begun.position + begun.tokens} tokens; this session has room for "
+        text = f"a context of {begun.position + begun.tokens} tokens; this session has room for "
         raise ViolationError(f"{text}{purpose.context_length}", m.ErrorCode.LIMIT)
 
 

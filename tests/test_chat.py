@@ -57,7 +57,7 @@ def say(command: list[str], *lines: str) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def test_a_conversation_is_answered_turn_by_turn(
+def test_a_chat_is_answered_turn_by_turn(
     bundle: Path, server: RunningServer, adapters: Path, tmp_path: Path
 ) -> None:
     """Each answer is the one that ``generate`` gives to all that was said before it."""
@@ -88,7 +88,7 @@ def test_another_adapter_and_a_new_beginning(bundle: Path, server: RunningServer
     assert "now with" in done.stderr
 
 
-def test_mistakes_do_not_end_the_conversation(bundle: Path, server: RunningServer) -> None:
+def test_mistakes_do_not_end_the_chat(bundle: Path, server: RunningServer) -> None:
     command = chat_command(bundle, server, "--max-new-tokens", 4)
     done = say(command, "/nonsense", "/save", "/adapter nowhere", "/save /nowhere/x", "w5", "/help", "w " * 3000, "w5")
     assert done.code == 0, done.stderr

@@ -456,7 +456,7 @@ def test_two_hundred_requests_at_once_are_answered_or_told_to_come_again(endpoin
     assert endpoint.process.poll() is None
 
 
-def test_each_of_many_conversations_gets_what_it_gets_alone(place: Place) -> None:
+def test_each_of_many_chats_gets_what_it_gets_alone(place: Place) -> None:
     with endpoint_process(place, "--adapters", place.adapters, "--parallel", 8) as wide:
         eventually(wide.is_ready)
 

@@ -166,7 +166,7 @@ def test_drafts_change_nothing_on_narrower_wires(
     assert plain == drafted
 
 
-# -- the conversation that the server keeps -----------------------------------------------------------------
+# -- the context that the server keeps -----------------------------------------------------------------
 
 
 def test_a_second_turn_sends_only_what_is_new(bundle: Path, server: RunningServer, adapter: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_long_prompt_crosses_in_parts_that_the_server_takes(tiny: TinyFactory,
     assert found[0] == found[1]
 
 
-def test_a_conversation_ends_where_its_room_does(bundle: Path, server: RunningServer) -> None:
+def test_a_context_ends_where_its_room_does(bundle: Path, server: RunningServer) -> None:
     with open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=16) as opened:
         answer = TokenAnswer(
             Context(opened), np.array(PROMPTS[0]), Sampling(), max_new_tokens=50, stop_token_ids=(), draft_length=3
@@ -283,7 +283,7 @@ def test_another_seed_gives_another_answer(bundle: Path, server: RunningServer, 
 # -- the server's memory ------------------------------------------------------------------------------------
 
 
-def test_a_conversation_is_counted_by_the_formula(tiny: TinyFactory, bundle: Path) -> None:
+def test_a_context_is_counted_by_the_formula(tiny: TinyFactory, bundle: Path) -> None:
     """Keys and values of 2 heads of 4 numbers, in each of three blocks; freed when the session closes."""
     with serving(tiny("llama", blocks=3, **LONG).base) as server:
         quotas = server.server.service.quotas
@@ -298,7 +298,7 @@ def test_a_conversation_is_counted_by_the_formula(tiny: TinyFactory, bundle: Pat
 def test_more_than_the_quota_is_refused_in_one_line(tiny: TinyFactory, bundle: Path) -> None:
     base = tiny("llama", blocks=3, **LONG).base
     with serving(base, quotas=QuotaLimits(live_bytes=60_000)) as server:
-        # Half of the quota is for computing: the server says how long a conversation may be, and it is no longer.
+        # Half of the quota is for computing: the server says how long a context may be, and it is no longer.
         room = 30_000 // (3 * 2 * 8 * 4)
         with open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=1000) as opened:
             assert Context(opened).limit == room == opened.connection.welcome.max_context_length
@@ -312,10 +312,10 @@ def test_more_than_the_quota_is_refused_in_one_line(tiny: TinyFactory, bundle: P
 
 
 @pytest.mark.parametrize("for_another", [True, False], ids=["for another", "to compute"])
-def test_an_idle_conversation_gives_way_and_comes_back(
+def test_an_idle_context_gives_way_and_comes_back(
     for_another: bool, tiny: TinyFactory, bundle: Path, adapter: Path
 ) -> None:
-    """Where the quota has room for two conversations and a little, or for two alone."""
+    """Where the quota has room for two contexts and a little, or for two alone."""
     clock, base = PassingClock(), tiny("llama", blocks=3, **LONG).base
     tokens, token_bytes = 240, 3 * 2 * (2 * 4) * 4
     quota = 2 * tokens * token_bytes + (token_bytes * tokens - 1 if for_another else 100)
@@ -355,7 +355,7 @@ def test_an_idle_conversation_gives_way_and_comes_back(
 # -- beside others ------------------------------------------------------------------------------------------
 
 
-def test_eight_conversations_and_a_run_each_get_what_they_get_alone(
+def test_eight_contexts_and_a_run_each_get_what_they_get_alone(
     tiny: TinyFactory, bundle: Path, adapter: Path
 ) -> None:
     run, dataset = config(total_steps=10), random_dataset(VOCABULARY)
@@ -407,7 +407,7 @@ def test_no_token_logit_or_adapter_value_crosses(
         ) as opened:
             context, prompt = Context(opened), [*PROMPTS[2], *range(40, 52)]
             found = generated(context, prompt, TOKENS, draft_length=3)
-            scanner.add_tokens([*prompt, *found], "the conversation")
+            scanner.add_tokens([*prompt, *found], "the context")
             for length in (len(prompt), len(prompt) + 8):
                 logits = context.logits(np.array([*prompt, *found])[:length])
                 scanner.add_matrix(np.concatenate([logits, np.zeros_like(logits)]), f"logits after {length}")
@@ -416,10 +416,10 @@ def test_no_token_logit_or_adapter_value_crosses(
     assert list(scanner.find({"the wire": sent})) == []
 
 
-def test_a_conversation_that_outgrows_its_server_is_refused_in_one_line(bundle: Path, server: RunningServer) -> None:
+def test_a_text_that_outgrows_its_server_is_refused_in_one_line(bundle: Path, server: RunningServer) -> None:
     """A server that took over and has less room."""
     with (
         open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=16) as opened,
-        pytest.raises(DloraError, match="the conversation has 17 tokens, the server has room for 16; begin anew"),
+        pytest.raises(DloraError, match="the text has 17 tokens, the server has room for 16; begin anew"),
     ):
         Context(opened).logits(np.full(17, 5))

@@ -892,7 +892,7 @@ def test_adapter_state_never_crosses_as_int8() -> None:
     refused_by_both(pair, c.open_session(codecs=codecs), "adapter state as int8")
 
 
-# -- what the server keeps of a conversation ------------------------------------------------------------------
+# -- what the server keeps of a context ------------------------------------------------------------------
 
 
 def using(context_length: int = MAX_CONTEXT, **changes: Any) -> list[m.AnyMessage]:
@@ -914,7 +914,7 @@ def decoded(position: int, tokens: int = TOKENS) -> Iterator[m.AnyMessage]:
     yield c.labelled()
 
 
-def test_a_conversation_goes_on_from_any_position_that_is_held() -> None:
+def test_a_context_goes_on_from_any_position_that_is_held() -> None:
     """Whatever came after it is forgotten."""
     pair = Pair(using())
     for position, tokens in ((0, 3), (3, 8), (11, 3), (4, 3), (7, 3), (0, 3)):
@@ -926,18 +926,18 @@ def test_a_conversation_goes_on_from_any_position_that_is_held() -> None:
     refused_by_both(pair, decoding(3, micro_batch=1), "not now")
 
 
-def test_a_conversation_stays_within_its_room() -> None:
+def test_a_context_stays_within_its_room() -> None:
     pair = Pair(using(context_length=5))
     for message in decoded(0):
         pair.say(message)
-    refused_by_both(pair, decoding(3), "a conversation of 6 tokens; this session has room for 5")
+    refused_by_both(pair, decoding(3), "a context of 6 tokens; this session has room for 5")
     for message in decoded(2):
         pair.say(message)
     greeted = Pair(c.opening()[:2])
     refused_by_both(greeted, using(context_length=MAX_CONTEXT + 1)[2], "a context of 21 tokens; at most 20 fit")
 
 
-def test_only_a_conversation_has_a_position() -> None:
+def test_only_a_context_has_a_position() -> None:
     pair = Pair(using())
     for message in (decoding(None), c.embeddings(mode="evaluate", position=0)):
         refused_by_both(pair, message, "a position belongs to")

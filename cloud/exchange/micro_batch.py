@@ -52,7 +52,7 @@ class Sites:
         sketches: of what the base model computes at each group, from the first micro-batch of the mode ``basis`` on;
             each goes once the group's state is made.
         parameters: what devices would train, of groups that the device has given; as ``Site.compute_outputs`` takes it.
-        decoding, cache: of a session with a context length, the conversation's keys and values.
+        decoding, cache: of a session with a context length, the context's keys and values.
     """
 
     base: BaseModel

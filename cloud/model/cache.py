@@ -12,7 +12,7 @@ from .base_model import BaseModel
 
 
 class PartCache:
-    """Keys and values of the tokens that a part of the base model has seen. Of one conversation, not for two threads.
+    """Keys and values of the tokens that a part of the base model has seen. Of one context, not for two threads.
 
     All of them are kept, in families with a sliding window too (their masks hide the older ones), so that it can be
     cropped to any length. Under ``torch.no_grad`` it keeps no graph.

@@ -19,7 +19,7 @@ class Decoding:
 
     Attributes:
         bytes_per_token: of keys and values, in all blocks.
-        max_context_length: the most tokens of a conversation.
+        max_context_length: the most tokens of a context.
     """
 
     parts: ModelParts
@@ -30,7 +30,7 @@ class Decoding:
     def of(cls, base: BaseModel, most_bytes: int | None) -> Decoding | None:
         """None where its family keeps its past in another way than as keys and values, or is not run in parts.
 
-        ``most_bytes``: of one conversation; None: no limit.
+        ``most_bytes``: of one context; None: no limit.
         """
         try:
             parts = ModelParts(base)

@@ -297,6 +297,7 @@ class CloudServer:
             "parked_sessions": sessions.parked,
             "max_sessions": sessions.limit,
             "max_tokens": self.service.max_tokens,
+            "max_context_length": 0 if (found := self.service.decoding) is None else found.max_context_length,
             "live_mb": round(self.service.quotas.live_bytes / 1e6, 1),
             "live_mb_limit": None if (limit := self.service.quotas.total_live_bytes) is None else round(limit / 1e6, 1),
             "uptime_s": round(time.monotonic() - self._started, 1),

@@ -27,7 +27,7 @@ class Service:
         threads: torch threads of a computing micro-batch.
         may_pack: whether the base model runs sequences end to end.
         window: the most micro-batches that a session may have under way at a time.
-        decoding: what keeps conversations; None where the base model cannot.
+        decoding: what keeps contexts; None where the base model cannot.
         opening_bytes: the largest frame before a session is open.
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
         clock: seconds that never go back, which everything that a session waits for is measured with.

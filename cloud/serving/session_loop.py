@@ -132,13 +132,13 @@ class SessionLoop:
     # -- set-up ------------------------------------------------------------------------------------------
 
     def _make_cache(self, context_length: int) -> None:
-        """Make room for a conversation's keys and values; idle ones, of this caller or of all, give way."""
+        """Make room for a context's keys and values; idle ones, of this caller or of all, give way."""
         decoding, sessions = self._service.decoding, self._service.sessions
         assert decoding is not None  # the session's rules
         nbytes = decoding.bytes_per_token * context_length
         while True:
             try:
-                self._quota.hold(nbytes, "the conversation", "ask for a shorter one")
+                self._quota.hold(nbytes, "the context", "ask for a shorter one")
                 break
             except RefusedError as refusal:
                 of_caller = refusal.code == m.ErrorCode.QUOTA_LIVE_BYTES
@@ -258,15 +258,15 @@ class SessionLoop:
                 now = self._clock()
                 if not refusal.retryable or now > give_up_at:
                     raise
-                if self._wait_for_other_micro_batches() or self._end_idle_conversation(refusal):
+                if self._wait_for_other_micro_batches() or self._end_idle_context(refusal):
                     continue
                 wait_s = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S)
                 give_up_at = min(give_up_at, now + wait_s + self._service.timeouts.idle_s)
                 transport.disconnect(refusal)
                 transport.wait_for_device()
 
-    def _end_idle_conversation(self, refusal: RefusedError) -> bool:
-        """Whether another conversation of this device was idle, and has given its memory for what was refused."""
+    def _end_idle_context(self, refusal: RefusedError) -> bool:
+        """Whether another context of this device was idle, and has given its memory for what was refused."""
         if refusal.code != m.ErrorCode.QUOTA_LIVE_BYTES:
             return False
         return self._transport.run_on_loop(lambda: self._service.sessions.end_idle(self._live.caller))

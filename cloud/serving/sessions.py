@@ -26,7 +26,7 @@ from dlora.protocol.session import Session
 from .transport import DeviceGoneError, SessionTransport
 
 BUSY_RETRY_S = 5.0
-IDLE_S = 5.0  # a conversation that says nothing for so long gives way: between two tokens it never does
+IDLE_S = 5.0  # a context that says nothing for so long gives way: between two tokens it never does
 
 
 @dataclass(eq=False)
@@ -117,7 +117,7 @@ class Sessions:
 
     def end_idle(self, caller: Caller | None = None) -> bool:
         """End the session with keys and values that has been idle longest, ``caller``'s or anybody's; False where none
-        has been for long enough. Its device opens another once it goes on, and sends its conversation again."""
+        has been for long enough. Its device opens another once it goes on, and sends its context again."""
         now = self._clock()
         idle = [
             (live.idle_since, live)
@@ -127,7 +127,7 @@ class Sessions:
         ]
         if not idle:
             return False
-        self._evict(min(idle, key=lambda each: each[0])[1], "others needed the memory of its idle conversation")
+        self._evict(min(idle, key=lambda each: each[0])[1], "others needed the memory of its idle context")
         return True
 
     def add(self, live: ServerSession) -> None:

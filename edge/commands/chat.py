@@ -1,4 +1,4 @@
-"""``dlora-edge chat``: a conversation in the terminal."""
+"""``dlora-edge chat``: talk in the terminal."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .output import warn
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
 if TYPE_CHECKING:
-    from dlora.edge.generation.conversation import Conversation
+    from dlora.edge.generation.chat import Chat
     from dlora.edge.model.context import Context
     from dlora.edge.model.split import SplitModel
 
 HELP: Final = '''\
 /adapter NAME  use another adapter, a directory or one of --adapters; none: the plain base model
 /reset         begin anew
-/save FILE     write the conversation as JSON, which is also what train takes as a line of data
+/save FILE     write the chat as JSON, which is also what train takes as a line of data
 /system TEXT   begin anew, with this as what the model is told to be
 /help          this
 /exit          leave; so does Ctrl-D
@@ -66,10 +66,10 @@ def chat(
     opened = Bundle.open(model_options.bundle)
     with prompt_tokenizer(opened) as tokenizer:
         from dlora.edge.adapters.store import default_directory
-        from dlora.edge.generation.conversation import Conversation
+        from dlora.edge.generation.chat import Chat
 
         stopping = _Stopping()
-        conversation = Conversation(
+        said = Chat(
             tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens, draft_length=draft, say=_note
         )
 
@@ -81,7 +81,7 @@ def chat(
         adapter = find_adapter(model_options.adapter, directory)
         with _OpenModel(open_model, adapter) as model, stopping.handling():
             model.context()  # a mistake shows before anything is said
-            _Chat(conversation, model, stopping, directory).run()
+            _Loop(said, model, stopping, directory).run()
 
 
 class _Stopping:
@@ -159,11 +159,11 @@ class _OpenModel:
             self._open.close()
 
 
-class _Chat:
+class _Loop:
     def __init__(
-        self, conversation: Conversation, model: _OpenModel, stopping: _Stopping, adapters: Path
+        self, said: Chat, model: _OpenModel, stopping: _Stopping, adapters: Path
     ) -> None:
-        self._conversation = conversation
+        self._said = said
         self._model = model
         self._stopping = stopping
         self._adapters = adapters
@@ -195,10 +195,10 @@ class _Chat:
             case "/help":
                 print(HELP)
             case "/reset":
-                self._conversation.reset()
+                self._said.reset()
                 _note("begun anew")
             case "/system" if rest:
-                self._conversation.reset(rest)
+                self._said.reset(rest)
                 _note("begun anew")
             case "/save" if rest:
                 self._save(Path(rest).expanduser())
@@ -211,7 +211,7 @@ class _Chat:
     def _save(self, path: Path) -> None:
         from dlora.edge.files import write_atomically
 
-        content = json.dumps({"messages": self._conversation.messages}, ensure_ascii=False)
+        content = json.dumps({"messages": self._said.messages}, ensure_ascii=False)
         write_atomically(path, f"{content}\n".encode())
         _note(f"saved to {path}")
 
@@ -219,17 +219,17 @@ class _Chat:
         with self._stopping.answering():
             try:
                 context = self._model.context()
-                answer = self._conversation.ask(text, context, self._stopping.is_asked)
+                answer = self._said.ask(text, context, self._stopping.is_asked)
                 for piece in answer:
                     print(piece, end="", flush=True)
             except BaseException:
                 # In the middle of a step: that session cannot go on. What was asked can be asked again.
                 self._model.close()
-                self._conversation.forget_last()
+                self._said.forget_last()
                 print(flush=True)
                 raise
         print(flush=True)
-        self._conversation.keep(answer.text)
+        self._said.keep(answer.text)
         context.model.release_weights()
         stopped = "stopped; " if answer.finish_reason == "cancelled" else ""
         _note(f"{stopped}{summary_line(answer.counters)}")

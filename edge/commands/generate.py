@@ -31,7 +31,7 @@ def generate(
         typer.Option(help="What to say to the model; a user's turn where it has a chat template. Without it: stdin."),
     ] = None,
     messages: Annotated[
-        Path | None, typer.Option(help="A conversation to answer: a JSON list of messages with role and content.")
+        Path | None, typer.Option(help="A chat to answer: a JSON list of messages with role and content.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told to be, before the prompt.")] = None,
     no_chat_template: Annotated[
@@ -50,7 +50,7 @@ def generate(
     """Answer a prompt with the base model or an adapter, token by token.
 
     Prompt, answer, adapter and the choice of tokens stay here; the server sees hidden states, and keeps keys and values
-    of the conversation until the command ends. What that tells it: SECURITY.md.
+    of the text until the command ends. What that tells it: SECURITY.md.
     """
     from dlora.edge.data.prompt import prompt_tokenizer
     from dlora.edge.engine.bundle import Bundle
@@ -59,7 +59,7 @@ def generate(
     Codecs.parse(model_options.wire_dtype)
     if prompt is not None and messages is not None:
         raise UsageError("give --prompt or --messages, not both")
-    conversation = None if messages is None else _read_messages(messages)
+    asked_messages = None if messages is None else _read_messages(messages)
     text = _read_stdin() if prompt is None and messages is None else prompt
     sampling = sampling_options.sampling(logprobs=logprobs if json_output else None)
     credentials = credential_options.load()
@@ -70,7 +70,7 @@ def generate(
         from dlora.edge.model.context import Context
 
         if text is None:
-            asked = Prompt(messages=conversation)
+            asked = Prompt(messages=asked_messages)
         else:
             asked = Prompt.of_text(text, tokenizer, system=system, as_it_is=no_chat_template)
         context_length = len(asked.encode(tokenizer)) + max_new_tokens
@@ -89,7 +89,7 @@ def generate(
                     print(piece, end="", flush=True)
             tokens = [] if logprobs is None else [_token(choice, tokenizer) for choice in answer.choices]
     if json_output:
-        result: dict[str, Any] = {"prompt": text if conversation is None else conversation, "answer": answer.text}
+        result: dict[str, Any] = {"prompt": text if asked_messages is None else asked_messages, "answer": answer.text}
         result |= {"finish_reason": answer.finish_reason, **asdict(answer.counters)}
         print(json.dumps(result | ({"logprobs": tokens} if tokens else {}), ensure_ascii=False))
     else:

@@ -30,7 +30,7 @@ DraftOption = Annotated[
 ]  # fmt: skip
 
 ContextLengthOption = Annotated[
-    int, typer.Option(help="Longest conversation, in tokens; the server has room for it reserved.", min=16)
+    int, typer.Option(help="Longest text, question and answer, in tokens; the server keeps room for it.", min=16)
 ]
 
 
@@ -62,7 +62,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class ChatSamplingOptions(SamplingOptions):
-    """The same for conversations, which one would not have each answer twice."""
+    """The same for chats, which one would not have each answer twice."""
 
     temperature: TemperatureOption = 0.7
     top_p: TopPOption = 0.95

@@ -60,7 +60,7 @@ def serve(
     """Serve OpenAI's API on this device: http://127.0.0.1:8080/v1 in any client.
 
     Each adapter of the directory is a model by its name, and so is the plain base model. Prompts, answers and adapters
-    stay here; the server of the base model sees hidden states, and keeps keys and values of the last conversations.
+    stay here; the server of the base model sees hidden states, and keeps keys and values of the last texts.
     What that tells it: SECURITY.md.
     """
     with extra_needed("serve"):

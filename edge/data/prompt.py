@@ -45,7 +45,7 @@ class PromptTokenizer:
         self.has_chat_template = has_chat_template
 
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> npt.NDArray[np.int64]:
-        """Token ids, int64 (tokens,), of a conversation that is to be answered, as the chat template writes it."""
+        """Token ids, int64 (tokens,), of a chat that is to be answered, as the chat template writes it."""
         return self._encode(_Chat([*map(dict, messages)], None if tools is None else [*tools]))
 
     def encode_text(self, text: str) -> npt.NDArray[np.int64]:

@@ -65,7 +65,7 @@ class Generation:
                     index = number * request.choices + choice
                     yield from self._answer(slot, adapter, request, prompt, index, should_stop)
         except BaseException:
-            # A conversation in the middle of a step cannot go on; nor one whose server is gone for good.
+            # A context in the middle of a step cannot go on; nor one whose server is gone for good.
             slot.close()
             raise
 

@@ -1,7 +1,7 @@
-"""Open models that requests use one after the other: a few at a time, each with the conversation that it had last.
+"""Open models that requests use one after the other: a few at a time, each with the context that it had last.
 
 A slot is a thread with a model, that is an adapter and a session of its own. A request gets the free slot that knows
-most of its conversation already, so that the next turn of a chat sends only what is new. Where all are taken it waits
+most of its context already, so that the next turn of a chat sends only what is new. Where all are taken it waits
 in line; where the line is full it is refused at once.
 """
 
@@ -71,7 +71,7 @@ class Slot:
         return 1 + common_prefix(self._ids, ids) if self.adapter == adapter else -1
 
     def context(self, adapter: ServedAdapter, open_model: OpenModel) -> Context:
-        """The conversation of ``adapter``, opened where it is not. Raises what ``open_model`` does."""
+        """The context of ``adapter``, opened where it is not. Raises what ``open_model`` does."""
         if self._context is None or self.adapter != adapter:
             self.close()
             self._context = Context(self._open.enter_context(open_model(adapter)))
@@ -79,7 +79,7 @@ class Slot:
         return self._context
 
     def remember(self, ids: LongArray) -> None:
-        """What the conversation is now."""
+        """What the context is now."""
         self._ids = ids
 
     def close(self) -> None:

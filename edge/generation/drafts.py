@@ -1,7 +1,7 @@
 """Drafts: tokens that may come next, which the server runs along with the one that is known.
 
 They cost no correctness: each is compared with the token that is chosen from the true logits, and all after the first
-that differs are dropped. They are looked up in the conversation itself: where its last tokens stood before, what
+that differs are dropped. They are looked up in the text itself: where its last tokens stood before, what
 followed them then may follow again (prompt lookup, Saxena 2023; Yang et al., arXiv 2304.04487). No model is asked.
 """
 

@@ -50,7 +50,7 @@ class TokenAnswer:
     """One answer, made token by token.
 
     Args:
-        context: the conversation that it belongs to; it may have been used for another before.
+        context: what it belongs to; it may have been used for another before.
         prompt: int64 (tokens,), all that comes before the answer.
         stop_token_ids: tokens that end it.
         draft_length: the longest draft; None: what pays.

@@ -14,7 +14,7 @@ from dlora.protocol.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A conversation to answer, or a text to continue.
+    """A chat to answer, or a text to continue.
 
     Attributes:
         messages: None for a text that is continued as it stands.
@@ -64,7 +64,7 @@ class Prompt:
 
 
 def check_messages(found: Any) -> tuple[Message, ...]:
-    """A conversation as people write it, ``[{"role": …, "content": …}, …]``. Raises ``DataError``."""
+    """A chat as people write it, ``[{"role": …, "content": …}, …]``. Raises ``DataError``."""
     if isinstance(found, dict) and "messages" in found:
         found = found["messages"]
     if not isinstance(found, list) or not found:

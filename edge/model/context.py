@@ -1,7 +1,7 @@
-"""The tokens of one conversation, and those of them that the server holds keys and values of.
+"""The tokens of one context, and those of them that the server holds keys and values of.
 
 The server crops what it holds to a position and appends. So whatever comes next, only what is new crosses: the next
-token, a draft that may turn out wrong, the second turn of a chat. A server that has lost the conversation, or another
+token, a draft that may turn out wrong, the second turn of a chat. A server that has lost the context, or another
 one, gets all of it again.
 """
 
@@ -19,7 +19,7 @@ from .split import SplitModel
 
 
 class Context:
-    """A conversation of one model session. The whole prefix crosses each time where the server keeps nothing.
+    """A context of one model session. The whole prefix crosses each time where the server keeps nothing.
 
     Attributes:
         limit: the most tokens that it can have.
@@ -47,7 +47,7 @@ class Context:
         """Logits float32 (count, vocabulary) of the tokens that follow the last ``count`` of ``ids``.
 
         Args:
-            ids: int64 (tokens,), the whole conversation, at most ``limit``.
+            ids: int64 (tokens,), the whole text so far, at most ``limit``.
             acts_from: the row from which on the adapters act.
 
         Raises what ``Connection`` raises, and ``DataError`` where a server that took over has less room.
@@ -56,7 +56,7 @@ class Context:
 
     def _logits(self, ids: LongArray, acts_from: int, count: int) -> FloatArray:
         if len(ids) > self.limit:
-            raise DataError(f"the conversation has {len(ids)} tokens, the server has room for {self.limit}; begin anew")
+            raise DataError(f"the text has {len(ids)} tokens, the server has room for {self.limit}; begin anew")
         if not self._room:
             self.reused = 0
             return self.model.logits(_part(ids, 0, len(ids), acts_from, count))

@@ -46,7 +46,7 @@ class MicroBatchRun:
     Args:
         send: sends a message to the server.
         mode: what it is for; codecs: how its tensors cross.
-        position: of its first token in the conversation, in the mode ``decode``.
+        position: of its first token in the context, in the mode ``decode``.
         grad_scale: what the loss's gradient is multiplied with, where there is one.
 
     Attributes:

@@ -32,7 +32,7 @@ class UseSession(ModelSession):
     """A session that trains nothing: its groups are those that have an adapter, and all of them are live.
 
     Args:
-        context_length: for how many tokens of a conversation the server is to keep keys and values, or fewer where it
+        context_length: for how many tokens of a context the server is to keep keys and values, or fewer where it
             has no room for as many.
     """
 

@@ -1,4 +1,4 @@
-"""A conversation that grows turn by turn."""
+"""A chat that grows turn by turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sampling import Sampling
 _ROOM_FOR_ANSWER: Final = 32  # tokens that must be left for an answer
 
 
-class Conversation:
+class Chat:
     """What was said so far, and how it goes on.
 
     Args:
@@ -52,7 +52,7 @@ class Conversation:
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
     def ask(self, text: str, context: Context, should_stop: Callable[[], bool]) -> TextAnswer:
-        """The answer to another turn of the user's. It becomes part of the conversation with ``keep``.
+        """The answer to another turn of the user's. It becomes part of the chat with ``keep``.
 
         Where all of it has no room any more, the oldest turns are left out. Raises ``DataError`` where this one alone
         has none.
@@ -97,5 +97,5 @@ class Conversation:
         if len(messages) - first < 3:
             return False
         del messages[first : first + 2]
-        self._say("the conversation is longer than its room: its oldest turn is left out from now on")
+        self._say("the chat is longer than its room: its oldest turn is left out from now on")
         return True
