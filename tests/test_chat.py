@@ -129,16 +129,18 @@ class Terminal:
     def wait_for(self, text: str, *, interrupting: bool = False) -> None:
         """Read until it stands there, after all that was waited for before.
 
-        ``interrupting``: by Ctrl-C, again and again: one that comes the moment before the terminal waits for a key is
-        only noticed with the next key.
+        ``interrupting``: by Ctrl-C, again where nothing comes of it: one in the moment before the terminal waits for a
+        key is only noticed with the next key.
         """
         deadline = time.monotonic() + END_TIMEOUT_S
         seen = ""
+        heard = False
         while text not in seen:
             assert time.monotonic() < deadline, f"{text!r} did not come after {seen!r}"
-            if interrupting:
+            if interrupting and not heard:
                 self.interrupt()
-            if select.select([self._terminal], [], [], 0.5)[0]:
+            heard = bool(select.select([self._terminal], [], [], 2.0)[0])
+            if heard:
                 seen += os.read(self._terminal, 4096).decode(errors="replace")
 
     def type(self, text: str) -> None:

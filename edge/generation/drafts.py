@@ -15,7 +15,7 @@ import numpy.typing as npt
 MAX_DRAFT: Final = 16
 _LONGEST_MATCH, _SHORTEST_MATCH = 4, 2
 _WEIGHT: Final = 0.2  # of the newest measurement
-_FIRST_ACCEPTED: Final = 0.5
+_FIRST_ACCEPTED: Final = 0.3  # in answers of chats; in code it is more
 
 
 def look_up_draft(ids: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
@@ -61,7 +61,7 @@ class DraftLength:
             return 1
         lengths = np.arange(MAX_DRAFT + 1)
         tokens = np.cumsum(self._accepted**lengths)
-        rates = tokens / (self._step_s + lengths * self._extra_s)
+        rates = tokens / (self._step_s + lengths * (self._extra_s or self._step_s / 20))
         return int(rates.argmax())
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
@@ -73,8 +73,8 @@ class DraftLength:
             return
         if self._step_s:
             extra_s = max(0.0, seconds - self._step_s) / drafted
-            # At first as much as a hundredth of a step, lest one long draft that came for nothing decide.
-            self._extra_s = _mean(self._extra_s or self._step_s / 100, extra_s)
+            # At first as much as a twentieth of a step, lest one long draft that came for nothing decide.
+            self._extra_s = _mean(self._extra_s or self._step_s / 20, extra_s)
         tried = min(drafted, accepted + 1)  # of those after the first that was wrong nothing is known
         for number in range(tried):
             self._accepted = _mean(self._accepted, float(number < accepted))
