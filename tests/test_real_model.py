@@ -163,3 +163,35 @@ def test_merged_model_of_a_gguf_file_equals_peft(tmp_path: Path) -> None:
         theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
     assert (theirs - alone).abs().max() > 0.1
     torch.testing.assert_close(found, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_answers_are_those_of_peft(data: tuple[Path, Path], server: CloudProcess, tmp_path: Path) -> None:
+    """Of the default recipe's adapter, fp32 throughout: token by token PEFT's ``generate``, with drafts and without."""
+    import torch
+    from generating import generated
+    from peft import PeftModel
+
+    from dlora.cloud.model.base_model import load_base_model
+    from dlora.edge.data.tokenizer import EdgeTokenizer
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.edge.model.use import open_model
+
+    need(FP32)
+    done = run_edge(
+        "train", "--bundle", FP32, "--server", server.url, "--data", data[0], "--out", tmp_path, "--steps", 6,
+        "--batch-size", 4, "--seed", 0, timeout_s=900,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    bundle = Bundle.open(FP32)
+    tokenizer = EdgeTokenizer.open(bundle)
+    model = PeftModel.from_pretrained(load_base_model(MODEL).model, tmp_path).eval()
+    with open_model(bundle, server.url, tmp_path, wire_dtype="fp32", context_length=256) as opened:
+        for question in ("What do you like to read?", "Say the same word five times."):
+            ids = tokenizer.encode_chat([{"role": "user", "content": question}]).tolist()
+            with torch.no_grad():
+                found = model.generate(
+                    input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+                )
+            wanted = found[0, len(ids) :].tolist()
+            for draft_length in (0, 4):
+                assert generated(opened, ids, 24, draft_length=draft_length) == wanted
