@@ -32,8 +32,16 @@ def delaying_proxy(url: str, round_trip_s: float) -> Iterator[str]:
     try:
         yield f"ws://127.0.0.1:{asyncio.run_coroutine_threadsafe(start(), loop).result(10)}"
     finally:
+        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
+
+
+async def _cancel_all() -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:

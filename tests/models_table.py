@@ -8,6 +8,7 @@ from typing import Final
 from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, tiny_model
 
 from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.decoding import Decoding
 from dlora.export.selection import can_be_activated, select_targets
 from dlora.protocol.errors import ExportError
 from dlora.protocol.targets import module_names
@@ -40,10 +41,12 @@ has the same graphs, which depend on widths and kind of head and not on the fami
 - **`--adapt answer` leaves out**: modules to which PEFT gives no activated LoRA, mostly because what they are given is
   not (batch, length, width) in memory. Who names them gets `--adapt all`, and so does a model that has no others.
 - **engines**: on which of them whole runs are tested.
+- **generates**: *cached*, where each token crosses once, for the server keeps keys and values; else the whole text
+  crosses for each token (`tests/test_generation.py` compares both with the family's own `generate`).
 - **run**: *always* by `make test`, or *slow* by `make test-slow`.
 
-| family | LoRA's default | whose | `all-linear` leaves out | `--adapt answer` leaves out | engines | run |
-|---|---|---|---|---|---|---|
+| family | LoRA's default | whose | `all-linear` leaves out | `--adapt answer` leaves out | engines | generates | run |
+|---|---|---|---|---|---|---|---|
 """
 _REFUSED: Final = """
 ## Refused
@@ -70,7 +73,8 @@ def accepted(family: str) -> str:
     engines = "onnx, executorch" if family == ON_EXECUTORCH else "onnx"
     without = [name for name in default.trainable if not can_be_activated(base, name)]
     inactive = ", ".join(f"`{name}`" for name in (module_names(base.groups(without)) if without else ()))
-    return f"| {family} | {names} | {whose} | {skipped} | {inactive} | {engines} | {run} |"
+    generates = "whole text" if Decoding.of(base, None) is None else "cached"
+    return f"| {family} | {names} | {whose} | {skipped} | {inactive} | {engines} | {generates} | {run} |"
 
 
 def refused(family: str) -> str:
