@@ -392,6 +392,8 @@ class Session:
         shapes = self.shapes._replace(codecs=self.opened_with.codecs_of(message.mode))
         check_embeddings(message, shapes)
         if message.mode == "decode":
+            if self.under_way:  # whatever the window: they go on from each other
+                raise ViolationError("not now")
             check_position(message, purpose, self.cached_tokens)
         self.under_way[key] = MicroBatchRules(message, shapes)
         self._next_micro_batch += trains

@@ -73,7 +73,7 @@ def accepted(family: str) -> str:
     engines = "onnx, executorch" if family == ON_EXECUTORCH else "onnx"
     without = [name for name in default.trainable if not can_be_activated(base, name)]
     inactive = ", ".join(f"`{name}`" for name in (module_names(base.groups(without)) if without else ()))
-    generates = "whole text" if Decoding.of(base, None) is None else "cached"
+    generates = "whole text" if Decoding.of(base) is None else "cached"
     return f"| {family} | {names} | {whose} | {skipped} | {inactive} | {engines} | {generates} | {run} |"
 
 

@@ -102,6 +102,19 @@ def test_mistakes_do_not_end_the_chat(bundle: Path, server: RunningServer) -> No
     assert "Traceback" not in done.stderr
 
 
+def test_what_is_not_utf8_is_said_again(bundle: Path, server: RunningServer) -> None:
+    """And half a character at the end is the end."""
+    done = subprocess.run(
+        chat_command(bundle, server, "--max-new-tokens", 4), input=b"\xff\nw5\n/save ~nobody-at-all/x\nw6\xe2\x82",
+        capture_output=True, timeout=END_TIMEOUT_S, env={**quiet_environment(), "PYTHONIOENCODING": "utf-8:strict"},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(b"this is not UTF-8") == 2
+    assert b"error: there is no such place" in done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
 def test_old_turns_are_left_out_where_there_is_no_room(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
     command = chat_command(bundle, server, "--max-new-tokens", 4, "--context-length", 80)
     turns = [f"w{number} " * 12 for number in range(10, 16)]
@@ -125,6 +138,7 @@ class Terminal:
             env={**quiet_environment(), "TERM": "dumb"},
         )  # fmt: skip
         os.close(theirs)
+        self._unread = ""
 
     def wait_for(self, text: str, *, interrupting: bool = False) -> None:
         """Read until it stands there, after all that was waited for before.
@@ -133,15 +147,15 @@ class Terminal:
         key is only noticed with the next key.
         """
         deadline = time.monotonic() + END_TIMEOUT_S
-        seen = ""
         heard = False
-        while text not in seen:
-            assert time.monotonic() < deadline, f"{text!r} did not come after {seen!r}"
+        while text not in self._unread:
+            assert time.monotonic() < deadline, f"{text!r} did not come after {self._unread!r}"
             if interrupting and not heard:
                 self.interrupt()
             heard = bool(select.select([self._terminal], [], [], 2.0)[0])
             if heard:
-                seen += os.read(self._terminal, 4096).decode(errors="replace")
+                self._unread += os.read(self._terminal, 4096).decode(errors="replace")
+        self._unread = self._unread.partition(text)[2]
 
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())

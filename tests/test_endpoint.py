@@ -30,7 +30,7 @@ from waiting import eventually
 from dlora.cloud.model.base_model import BaseModel
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
-from dlora.protocol.errors import ConnectionFailedError, ModelMismatchError, UsageError
+from dlora.protocol.errors import CheckpointError, ConnectionFailedError, ModelMismatchError, UsageError
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|python_tag|>")
 VOCABULARY = 256 + len(SPECIAL)
@@ -316,6 +316,12 @@ def test_tools_and_their_results_are_part_of_the_prompt(endpoint: Endpoint) -> N
 
 CHAT = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"model": "first", "messages": ASK, "max_tokens": 1}
+
+
+def called(tool_calls: object) -> dict[str, Any]:
+    return {**GOOD, "messages": [{"role": "assistant", "tool_calls": tool_calls}]}
+
+
 BAD_REQUESTS: dict[str, tuple[str, Any, int, str]] = {
     "no JSON": (CHAT, b"{", 400, "the body is not a request"),
     "no UTF-8": (CHAT, b'{"model": "\xff"}', 400, "the body is not a request"),
@@ -336,12 +342,11 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str]] = {
     "an empty stop": (CHAT, {**GOOD, "stop": [""]}, 400, "stop must be"),
     "too long": (CHAT, {**GOOD, "messages": [{"role": "user", "content": "x" * 3000}]}, 400, "say less"),
     "forced tools": (CHAT, {**GOOD, "tools": [TOOL], "tool_choice": "required"}, 400, "cannot be forced"),
-    "broken arguments": (
-        CHAT,
-        {**GOOD, "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-        400,
-        "not JSON",
-    ),
+    "broken arguments": (CHAT, called([{"function": {"name": "f", "arguments": "{"}}]), 400, "not JSON"),
+    "tool calls that are no list": (CHAT, called(5), 400, "no list"),
+    "deep arguments": (CHAT, called([{"function": {"name": "f", "arguments": "[" * 9**6}}]), 400, "not JSON"),
+    "an endless seed": (CHAT, {**GOOD, "seed": 10**400}, 400, "seed must be from 0"),
+    "an endless number": (CHAT, {**GOOD, "messages": [{**ASK[0], "z": 10**30}]}, 400, "a number that is too large"),
     "an impossible schema": (
         CHAT,
         {**GOOD, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
@@ -379,6 +384,8 @@ def test_the_openai_client_raises_what_its_users_expect(endpoint: Endpoint) -> N
 
 def test_pages_of_other_sites_are_kept_out(place: Place, endpoint: Endpoint) -> None:
     evil = "evil.example"
+    for name in (f"[::1]:{endpoint.port}", "[::1]", "LOCALHOST", "localhost.", "127.0.0.1:1"):
+        assert endpoint.request("/health", method="GET", Host=name)[0] == 200, name
     for headers in ({"Origin": f"https://{evil}"}, {"Host": evil}, {"Host": f"{evil}:{endpoint.port}"}):
         status, answer = endpoint.request(CHAT, GOOD, **headers)
         assert status == 403, headers
@@ -473,6 +480,21 @@ def test_each_of_many_chats_gets_what_it_gets_alone(place: Place) -> None:
         assert len(set(alone)) == 8
 
 
+def test_two_chats_in_turn_keep_their_texts(place: Place) -> None:
+    """Each in a slot of its own, though both begin alike."""
+    with endpoint_process(place, "--adapters", place.adapters, "--parallel", 2) as running:
+        eventually(running.is_ready)
+        chats = [[{"role": "user", "content": f"{name * 40} is the question"}] for name in "ab"]
+        for turn in range(3):
+            for messages in chats:
+                found = running.client().chat.completions.create(model="first", messages=messages, max_tokens=4, seed=1)
+                if turn:
+                    cached = found.usage.prompt_tokens_details.cached_tokens
+                    assert cached > found.usage.prompt_tokens / 2, turn
+                content = found.choices[0].message.content
+                messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "and?"}]
+
+
 def test_a_tokenizer_that_is_killed_is_replaced(endpoint: Endpoint) -> None:
     """Whatever a text makes it do: one request fails, and not the server."""
     (between,) = psutil.Process(endpoint.process.pid).children()
@@ -529,6 +551,12 @@ def test_mistakes_at_the_start_are_one_line(place: Place, tmp_path: Path) -> Non
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run_edge(*where, "--port", taken.getsockname()[1])
         assert_fails(done, ConnectionFailedError.exit_code, "cannot listen on", "choose another --port")
+
+
+def test_an_adapter_that_cannot_be_opened_ends_it_at_once(place: Place, tmp_path: Path) -> None:
+    where = ["serve", "--bundle", place.bundle, "--server", place.cloud.url, "--port", 0]
+    done = run_edge(*where, "--adapter", tmp_path / "typo")
+    assert_fails(done, CheckpointError.exit_code, "is not a PEFT adapter")
 
 
 def test_a_server_of_another_model_ends_it_at_once(place: Place) -> None:

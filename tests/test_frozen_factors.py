@@ -640,7 +640,7 @@ def test_what_the_basis_takes_is_counted_and_given_back(bundle: Path, base: Base
     groups = run.groups(Bundle.open(bundle).manifest)
     kept = sum(state_bytes(run.adapter, group) for group in groups)
     sketches = sum(sketch_bytes(group, run.rank) for group in groups)
-    limits = [(sketches - 1, "lower --rank"), (sketches + 1, "beside .* for the adapters.*--batch-size")]
+    limits = [(sketches - 1, "lower --rank"), (sketches + 1, "beside .* that it keeps for the session.*--batch-size")]
     for limit, message in limits:
         with (
             serving(base, quotas=QuotaLimits(live_bytes=limit)) as server,

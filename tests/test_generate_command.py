@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import BIN, cloud_process, finish, quiet_environment, run_edge, start_edge
@@ -135,13 +136,16 @@ MISTAKES = {
     "a temperature below 0": (["--prompt", "w1", "--top-p", "1.5"], UsageError, "top_p must be from 0 to 1, not 1.5"),
     "no such file": (["--messages", "nowhere.json"], DataError, "nowhere.json cannot be read"),
     "an empty stop": (["--prompt", "w1", "--stop", ""], UsageError, "stop strings must not be empty"),
+    "a system without a prompt": (["--messages", "x.json", "--system", "w1"], UsageError, "--system needs a --prompt"),
     "an endless prompt": (["--prompt", "w1 " * 300], DataError, "say less"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line(mistake: str, where: list[object]) -> None:
+def test_a_mistake_is_one_line(mistake: str, where: list[object], tmp_path: Path, monkeypatch: Any) -> None:
     arguments, error, words = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.json").write_text('[{"role": "user", "content": "w1"}]')
     assert_fails(run_edge("generate", *where, *arguments), error.exit_code, words)
 
 
@@ -189,6 +193,7 @@ def test_what_may_become_a_stop_string_is_held_back(pieces: list[str], stop: lis
     stream = Pieces(*pieces)
     text = AnswerText(stream, stop)  # type: ignore[arg-type]
     assert [*map(text.push, range(len(pieces))), text.finish()] == wanted
+    text.close()
     assert text.text == "".join(wanted)
     assert stream.is_closed
 

@@ -298,17 +298,67 @@ def test_a_context_is_counted_by_the_formula(tiny: TinyFactory, bundle: Path) ->
 def test_more_than_the_quota_is_refused_in_one_line(tiny: TinyFactory, bundle: Path) -> None:
     base = tiny("llama", blocks=3, **LONG).base
     with serving(base, quotas=QuotaLimits(live_bytes=60_000)) as server:
-        # Half of the quota is for computing: the server says how long a context may be, and it is no longer.
-        room = 30_000 // (3 * 2 * 8 * 4)
+        # Half of the quota, with what a block's keys and values take while a token is computed: the server says how
+        # long a context may be, and it is no longer.
+        room = 30_000 // (3 * 2 * 8 * 4 + 4 * 16 * 4)
         with open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=1000) as opened:
             assert Context(opened).limit == room == opened.connection.welcome.max_context_length
-            with (
-                pytest.raises(RefusedError, match="quota of live bytes is taken") as refused,
-                open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=1000),
-                open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=1000),
-            ):
-                pass
+            with ExitStack() as others:
+
+                def open_another() -> None:
+                    others.enter_context(
+                        open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=1000)
+                    )
+
+                for _ in range(60_000 // (room * 3 * 2 * 8 * 4) - 1):
+                    open_another()
+                with pytest.raises(RefusedError, match="quota of live bytes is taken") as refused:
+                    open_another()
         assert refused.value.retryable
+
+
+def test_a_context_can_be_filled_whose_length_the_server_names(tiny: TinyFactory) -> None:
+    """With an MLP far wider than keys and values are."""
+    shape = {"max_position_embeddings": 4096, "intermediate_size": 256}
+    with (
+        serving(tiny("llama", **shape).base, quotas=QuotaLimits(live_bytes=400_000), max_tokens=64) as server,
+        open_model(
+            Bundle.open(tiny("llama", head_dtype="fp32", **shape).bundle), server.url, None, wire_dtype="fp32",
+            context_length=4096,
+        ) as opened,
+    ):  # fmt: skip
+        context = Context(opened)
+        most = opened.connection.welcome.max_context_length
+        assert 300 < most == context.limit < 4096
+        assert len(generated(context, [5] * 8, most - 8)) == most - 8
+
+
+def test_two_contexts_that_fill_a_quota_take_turns(tiny: TinyFactory, bundle: Path) -> None:
+    """Neither can compute beside the other: one gives way, and comes back."""
+    token_bytes, retry = 3 * 2 * (2 * 4) * 4, ConnectSettings(retry=Retry(max_s=60))
+    quota = 2 * 240 * token_bytes + 100
+    clock = PassingClock()
+    with serving(tiny("llama", blocks=3, **LONG).base, clock=clock, quotas=QuotaLimits(live_bytes=10**6)) as server:
+        server.server.service.quotas.limits = QuotaLimits(live_bytes=quota)
+        found: list[list[int]] = []
+
+        def answer() -> None:
+            with open_model(
+                Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=240, connecting=retry
+            ) as opened:
+                both_open.wait(30)
+                found.append(generated(opened, PROMPTS[0], 6))
+
+        both_open = threading.Barrier(2)
+        threads = [threading.Thread(target=answer) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.1)
+                clock.sleep(2.0)  # what takes an hour on the server's clock takes no minute here
+        assert len(found) == 2
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("for_another", [True, False], ids=["for another", "to compute"])
@@ -326,7 +376,8 @@ def test_an_idle_context_gives_way_and_comes_back(
             Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=tokens, connecting=retry
         )
 
-    with serving(base, clock=clock, quotas=QuotaLimits(live_bytes=quota)) as server:
+    with serving(base, clock=clock, quotas=QuotaLimits(live_bytes=10**6)) as server:
+        server.server.service.quotas.limits = QuotaLimits(live_bytes=quota)
         sessions = server.server.service.sessions
         with opening() as first:
             wanted = generated(first, PROMPTS[0], 12)

@@ -16,7 +16,7 @@ from transformers import (
 
 from dlora.edge.generation.drafts import MAX_DRAFT, DraftLength, look_up_draft
 from dlora.edge.generation.sampling import Sampler, Sampling
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import DataError, UsageError
 
 VOCABULARY = 50
 PROMPT = [3, 7, 7, 9]
@@ -81,6 +81,20 @@ def test_only_allowed_tokens_are_chosen() -> None:
             assert sampler.choose(logits_of(seed), allowed).token in (4, 5)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-307, 1e-310, 5e-324])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None:
+    logits = logits_of(4)
+    for seed in range(20):
+        sampler = Sampler(Sampling(temperature=temperature, seed=seed), PROMPT)
+        assert sampler.choose(logits).token == logits.argmax()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_no_token_is_allowed_there_is_no_answer(temperature: float) -> None:
+    with pytest.raises(DataError, match="no token can come next"):
+        Sampler(Sampling(temperature=temperature), PROMPT).choose(logits_of(0), np.zeros(VOCABULARY, np.bool_))
+
+
 def test_logprobs_are_the_models_own() -> None:
     logits = logits_of(3)
     choice = Sampler(Sampling(temperature=0.5, top_k=1, logprobs=4), PROMPT).choose(logits)
@@ -102,7 +116,7 @@ def test_a_token_depends_on_the_seed_and_its_place_only() -> None:
 
 @pytest.mark.parametrize(("setting", "value"), [
     ("temperature", -1), ("top_p", 1.5), ("top_p", 0.0), ("min_p", -0.1), ("repetition_penalty", 0.0),
-    ("top_k", -1), ("logprobs", 21), ("seed", -1), ("temperature", float("nan")),
+    ("top_k", -1), ("top_k", 10**400), ("seed", 10**400), ("logprobs", 21), ("seed", -1), ("temperature", float("nan")),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_named(setting: str, value: float) -> None:
     with pytest.raises(UsageError, match=setting):

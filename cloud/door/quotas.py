@@ -162,7 +162,7 @@ class Quotas:
             text = f"{tokens} tokens are more than the quota of a minute, {limits.tokens_per_minute}"
             raise _refused_for_good(text, ErrorCode.QUOTA_TOKENS)
         if limits.live_bytes is not None and live_bytes and live_bytes + session.held_bytes > limits.live_bytes:
-            kept = f", beside {_mb(session.held_bytes)} for the adapters" if session.held_bytes else ""
+            kept = f", beside {_mb(session.held_bytes)} that it keeps for the session" if session.held_bytes else ""
             text = f"a micro-batch takes {_mb(live_bytes)} of the server{kept}; the quota is {_mb(limits.live_bytes)}"
             raise _refused_for_good(text, ErrorCode.QUOTA_LIVE_BYTES)
         total = self.total_live_bytes
@@ -392,7 +392,7 @@ def _refused_for_now(text: str, code: ErrorCode, retry_after_s: float) -> Refuse
 
 
 def _refused_for_good(text: str, code: ErrorCode) -> RefusedError:
-    return RefusedError(f"{text}; lower --batch-size", code)
+    return RefusedError(f"{text}; lower --batch-size, or ask for a shorter text", code)
 
 
 def _mb(size: int) -> str:

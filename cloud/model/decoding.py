@@ -27,10 +27,12 @@ class Decoding:
     max_context_length: int
 
     @classmethod
-    def of(cls, base: BaseModel, most_bytes: int | None) -> Decoding | None:
+    def of(cls, base: BaseModel, most_bytes: int | None = None, computing_bytes: int = 0) -> Decoding | None:
         """None where its family keeps its past in another way than as keys and values, or is not run in parts.
 
-        ``most_bytes``: of one context; None: no limit.
+        Args:
+            most_bytes: of one context, with what computing takes for each of its tokens, ``computing_bytes``; None: no
+                limit.
         """
         try:
             parts = ModelParts(base)
@@ -39,7 +41,7 @@ class Decoding:
             return None
         longest = base.max_sequence_length
         if most_bytes is not None:
-            longest = min(longest, most_bytes // bytes_per_token)
+            longest = min(longest, most_bytes // (bytes_per_token + computing_bytes))
         return cls(parts, bytes_per_token, longest)
 
     def new_cache(self, context_length: int) -> PartCache:

@@ -67,7 +67,8 @@ class _Growth:
         return self.constant + sequences * length * (self.linear + self.quadratic * length)
 
     def of_context(self, length: int, context_length: int) -> float:
-        return self.constant + context_length * (self.linear + self.quadratic * length)
+        """Of one sequence that goes on from a context: attention looks at all of it."""
+        return self.constant + length * (self.linear + self.quadratic * context_length)
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,14 @@ class LiveBytes:
     Attributes:
         plain: where attention needs no mask; masked: where sequences are padded or packed.
         token_bytes: of each token beside them: what came for it, and what a group's exchange has in hand.
+        context_token_bytes: of each token of a context, where attention copies a block's keys and values for all heads:
+            both as wide as the hidden states, and as much again for families whose heads are wider together.
     """
 
     plain: _Growths
     masked: _Growths
     token_bytes: int
+    context_token_bytes: int
 
     @classmethod
     def measure(cls, base: BaseModel) -> Self:
@@ -103,7 +107,8 @@ class LiveBytes:
         widths = [group.in_features + 3 * group.out_features for group in base.groups(base.targets)]
         exchange = max(widths, default=0)
         token_bytes = base.embedding_size * _INPUT_BYTES + exchange * base.dtype.itemsize
-        return cls(_growths(base, masked=False), _growths(base, masked=True), token_bytes)
+        context_token_bytes = 4 * base.hidden_size * base.dtype.itemsize
+        return cls(_growths(base, masked=False), _growths(base, masked=True), token_bytes, context_token_bytes)
 
     def estimate(self, layout: Layout, lowest: GroupSpec | None, context_length: int = 0) -> int:
         """Bytes that a micro-batch takes, from its first operation to its last.
@@ -115,9 +120,8 @@ class LiveBytes:
         """
         sequences, length, _ = layout.inputs_embeds.shape
         if context_length > length:
-            # Attention may copy the keys and values of all that is seen: less than what all of it takes in a pass.
             most = max(growth.of_context(length, context_length) for growth in self._of(layout).forward)
-            return sequences * (length * self.token_bytes + round(most))
+            return length * self.token_bytes + round(most) + context_length * self.context_token_bytes
         return self.graph(layout, lowest) + self._forward(self._of(layout), sequences, length)
 
     def graph(self, layout: Layout, lowest: GroupSpec | None) -> int:

@@ -140,7 +140,11 @@ class CloudServer:
             window=settings.window,
             live_bytes=live_bytes,
             # At most half of what a device may have, so that there is room to compute.
-            decoding=Decoding.of(base, None if quotas.live_bytes is None else quotas.live_bytes // 2),
+            decoding=Decoding.of(
+                base,
+                None if quotas.live_bytes is None else quotas.live_bytes // 2,
+                live_bytes.context_token_bytes,
+            ),
             max_tokens=max_tokens,
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
             ticket_key=ticket_key,

@@ -263,7 +263,9 @@ class SessionLoop:
                 wait_s = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S)
                 give_up_at = min(give_up_at, now + wait_s + self._service.timeouts.idle_s)
                 transport.disconnect(refusal)
+                self._live.idle_since = now  # it computes nothing: else two of a device could wait for each other
                 transport.wait_for_device()
+                self._live.idle_since = None
 
     def _end_idle_context(self, refusal: RefusedError) -> bool:
         """Whether another context of this device was idle, and has given its memory for what was refused."""

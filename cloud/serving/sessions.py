@@ -120,9 +120,10 @@ class Sessions:
         has been for long enough. Its device opens another once it goes on, and sends its context again."""
         now = self._clock()
         idle = [
-            (live.idle_since, live)
+            (since, live)
             for live in self
-            if live.cache_bytes and live.idle_since is not None and now - live.idle_since >= IDLE_S
+            # Read once: its own thread writes it.
+            if (since := live.idle_since) is not None and live.cache_bytes and now - since >= IDLE_S
             if caller is None or live.caller == caller
         ]
         if not idle:

@@ -118,6 +118,15 @@ class _Stopping:
         self._asked = True
 
 
+@contextmanager
+def _as_usage_error() -> Iterator[None]:
+    """``~nobody/file`` is a mistake, and Python's error for it none that we know."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UsageError(f"there is no such place ({error})") from None
+
+
 class _OpenModel:
     """The model in use, opened when it is needed, and again after a failure."""
 
@@ -185,6 +194,10 @@ class _Loop:
                     self._answer(text)
             except StoppedError:
                 _note("stopped")
+            except KeyboardInterrupt:  # a second one, or one in the moment after an answer
+                if not is_terminal:
+                    raise
+                _note("stopped")
             except DloraError as error:
                 _note(f"error: {error}")
 
@@ -201,9 +214,13 @@ class _Loop:
                 self._said.reset(rest)
                 _note("begun anew")
             case "/save" if rest:
-                self._save(Path(rest).expanduser())
+                with _as_usage_error():
+                    path = Path(rest).expanduser()
+                self._save(path)
             case "/adapter" if rest:
-                self._model.use(None if rest == "none" else find_adapter(Path(rest).expanduser(), self._adapters))
+                with _as_usage_error():
+                    named = Path(rest).expanduser()
+                self._model.use(None if rest == "none" else find_adapter(named, self._adapters))
                 _note(f"now with {self._model.adapter or 'the plain base model'}")
             case _:
                 raise UsageError(f"{text.split()[0]} is not understood, or lacks a word after it; /help tells what is")
@@ -252,10 +269,12 @@ def _read(*, is_terminal: bool) -> str | None:
 def _read_line(prompt: str, *, is_terminal: bool) -> str | None:
     while True:
         try:
-            return input(prompt if is_terminal else "")
-        except EOFError:
             if is_terminal:
-                print()
+                return input(prompt)
+            line = sys.stdin.buffer.readline()
+            return line.decode().removesuffix("\n") if line else None
+        except EOFError:
+            print()
             return None
         except UnicodeDecodeError:
             warn("this is not UTF-8; say it in another way")

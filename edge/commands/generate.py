@@ -69,6 +69,8 @@ def generate(
         from dlora.edge.generation.prompt import Prompt
         from dlora.edge.model.context import Context
 
+        if system is not None and (text is None or no_chat_template or not tokenizer.has_chat_template):
+            raise UsageError("--system needs a --prompt and a chat template; with --messages, write it as a message")
         if text is None:
             asked = Prompt(messages=asked_messages)
         else:

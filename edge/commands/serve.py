@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -78,13 +79,17 @@ def serve(
         raise UsageError(f"--adapters {adapters} is no directory")
     directory = adapters or default_directory()
     adapter = find_adapter(model_options.adapter, directory)
-    opened = Bundle.open(model_options.bundle)
+    opened, stopping = Bundle.open(model_options.bundle), threading.Event()
     with prompt_tokenizer(opened, for_long=True) as tokenizer:
         settings = ServeSettings(
             bundle=opened,
             tokenizer=tokenizer,
             open_model=lambda path: replace(model_options, adapter=path).open(
-                opened, credentials, context_length=context_length, longest_outage_s=LONGEST_OUTAGE_S
+                opened,
+                credentials,
+                context_length=context_length,
+                longest_outage_s=LONGEST_OUTAGE_S,
+                should_stop=stopping.is_set,
             ),
             adapter=adapter,
             adapters=directory,
@@ -95,5 +100,6 @@ def serve(
             sampling=sampling,
             draft_length=draft,
             json_output=json_output,
+            stopping=stopping,
         )
         run(settings)

@@ -52,7 +52,9 @@ class Matchers:
 
     def allowed(self, number: int, accepted: int | None) -> bytes:
         """A bit a token, the lowest first, after one more was ``accepted``."""
-        matcher = self._matchers[number]
+        matcher = self._matchers.get(number)
+        if matcher is None:  # of a process that had to be replaced
+            raise DataError("the tokenizer was started anew in the middle of an answer; ask again")
         if accepted is not None:
             matcher.consume_token(accepted)
         bits: bytes = matcher.compute_bitmask()

@@ -79,6 +79,8 @@ class PromptTokenizer:
             encoded = msgspec.msgpack.encode(request)
         except UnicodeEncodeError:
             raise DataError("the prompt is not UTF-8; say it in another way") from None
+        except (OverflowError, RecursionError):
+            raise DataError("the prompt has a number that is too large, or lists within lists; shorten it") from None
         with self._lock:
             return self._child.call(encoded)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from dlora.edge.generation.answer import TextAnswer
 from dlora.edge.generation.generate import Counters, FinishReason
 from dlora.edge.generation.prompt import Prompt
 from dlora.edge.generation.sampling import Choice
+from dlora.protocol.errors import DataError, MissingExtraError, UsageError
 
 from .requests import GenerationRequest
 from .slots import OpenModel, ServedAdapter, Slot
@@ -23,11 +24,13 @@ class Piece:
 
     Attributes:
         index: of the answer; text: that it has more; choices: the tokens that this took.
+        texts: of these tokens and of the likeliest in their place, where they were asked for.
     """
 
     index: int
     text: str
     choices: tuple[Choice, ...]
+    texts: Mapping[int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Generation:
                 for choice in range(request.choices):
                     index = number * request.choices + choice
                     yield from self._answer(slot, adapter, request, prompt, index, should_stop)
+        except (DataError, UsageError, MissingExtraError):
+            raise  # the request's fault, found between two steps
         except BaseException:
             # A context in the middle of a step cannot go on; nor one whose server is gone for good.
             slot.close()
@@ -100,9 +105,9 @@ class Generation:
             told = 0
             for text in answer:
                 choices, told = tuple(answer.choices[told:]), len(answer.choices)
-                yield Piece(index, text, choices)
-            if rest := answer.choices[told:]:
-                yield Piece(index, "", tuple(rest))
+                yield Piece(index, text, choices, self._texts(choices, request))
+            if rest := tuple(answer.choices[told:]):
+                yield Piece(index, "", rest, self._texts(rest, request))
         finally:
             if constraint is not None:
                 constraint.close()
@@ -110,3 +115,10 @@ class Generation:
         context.model.release_weights()
         assert answer.finish_reason is not None
         yield End(index, answer.finish_reason, answer.counters)
+
+    def _texts(self, choices: Sequence[Choice], request: GenerationRequest) -> dict[int, str]:
+        """Here and not on the event loop: each is a call to the tokenizer's process."""
+        if request.sampling.logprobs is None:
+            return {}
+        tokens = {token for choice in choices for token in (choice.token, *(top for top, _ in choice.top))}
+        return {token: self.tokenizer.decode([token]) for token in tokens}

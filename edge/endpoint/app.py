@@ -11,11 +11,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -33,7 +34,7 @@ from .tools import ToolForm
 MAX_BODY_BYTES: Final = 8 << 20
 PING_EVERY_S: Final = 15.0
 UNREAD_S: Final = 60.0  # a client that takes nothing for so long has left
-_LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "[::1]")
+_LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class Served:
         origins: web pages whose scripts may use it.
         log: is told of each request in one line, never of its content.
         problem: why it cannot answer yet; None once it can.
+        is_stopping: whether it ends: answers under way end with what they have.
     """
 
     base_name: str
@@ -64,6 +66,7 @@ class Served:
     origins: Sequence[str]
     log: Callable[[str], None]
     problem: Callable[[], str | None]
+    is_stopping: Callable[[], bool]
 
 
 def make_app(served: Served) -> Starlette:
@@ -124,14 +127,22 @@ class _Door:
         origin = request.headers.get("origin")
         if origin is not None and origin not in served.origins and "*" not in served.origins:
             raise RequestError(403, "pages of other sites may not use this server; allow this one with --cors")
-        host = request.headers.get("host", "").rsplit(":", 1)[0] if "host" in request.headers else ""
+        host = _host_name(request.headers.get("host", ""))
         if served.hosts is not None and host not in served.hosts:
             raise RequestError(403, f"this server is not called {host!r}; use its address")
         if served.api_key is None or request.url.path == "/health":
             return
-        shown = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if not hmac.compare_digest(shown, served.api_key.encode()):
+        scheme, _, shown = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode(), served.api_key.encode()):
             raise RequestError(401, "give the server's key, as Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def _host_name(header: str) -> str:
+    """The name in a ``Host`` header, without a port."""
+    try:
+        return (urlsplit(f"//{header}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""
 
 
 def local_hosts(host: str) -> Sequence[str] | None:
@@ -168,7 +179,10 @@ class _Endpoint:
         return await self._answer(request, asked, CompletionFormat)
 
     def _models(self) -> list[ServedAdapter]:
-        return [*self._served.adapters(), ServedAdapter(self._served.base_name, None)]
+        try:
+            return [*self._served.adapters(), ServedAdapter(self._served.base_name, None)]
+        except DloraError as error:
+            raise as_request_error(error) from None
 
     def _find(self, name: str) -> ServedAdapter:
         models = self._models()
@@ -184,7 +198,7 @@ class _Endpoint:
         if (problem := served.problem()) is not None:
             raise RequestError(503, f"not ready yet: {problem}", retry_after_s=5)
         adapter = self._find(asked.model)
-        format_ = form(asked, adapter.name, served.generation.tokenizer)
+        format_ = form(asked, adapter.name)
         log = self._log(request, format_)
         events = _Events(served, adapter, asked, request)
         try:
@@ -203,7 +217,7 @@ class _Endpoint:
         finally:
             await events.close()
         log()
-        return JSONResponse(await asyncio.to_thread(format_.whole))
+        return JSONResponse(format_.whole())
 
     def _log(self, request: Request, format_: Format) -> Callable[[], None]:
         began = time.monotonic()
@@ -222,10 +236,13 @@ class _Endpoint:
 async def _body(request: Request) -> bytes:
     """Raises ``RequestError`` (413) for one that is too large, before all of it has come."""
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(413, f"a request may have {MAX_BODY_BYTES >> 20} MB")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY_BYTES:
+                raise RequestError(413, f"a request may have {MAX_BODY_BYTES >> 20} MB")
+    except ClientDisconnect:
+        raise RequestError(499, "the client left") from None
     return bytes(body)
 
 
@@ -241,6 +258,7 @@ class _Events:
         self._asked = asked
         self._queue: asyncio.Queue[Piece | End | Exception | None] = asyncio.Queue()
         self._cancelled = threading.Event()
+        self._is_in_slot = False
         self._loop = asyncio.get_running_loop()
         self._running = asyncio.create_task(self._run())
         self._watching = asyncio.create_task(self._watch(request))
@@ -273,7 +291,8 @@ class _Events:
         with contextlib.suppress(asyncio.CancelledError):
             await self._running
 
-    _is_in_slot = False
+    def _should_stop(self) -> bool:
+        return self._cancelled.is_set() or self._served.is_stopping()
 
     async def _run(self) -> None:
         served, asked = self._served, self._asked
@@ -283,7 +302,7 @@ class _Events:
                 self._is_in_slot = True
 
                 def work() -> None:
-                    for event in served.generation.run(slot, self._adapter, asked, self._cancelled.is_set):
+                    for event in served.generation.run(slot, self._adapter, asked, self._should_stop):
                         self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
                 await asyncio.shield(self._loop.run_in_executor(slot.thread, work))

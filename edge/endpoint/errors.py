@@ -13,6 +13,7 @@ from dlora.protocol.errors import (
     MissingExtraError,
     ModelMismatchError,
     RefusedError,
+    StoppedError,
     UsageError,
 )
 
@@ -58,9 +59,9 @@ def as_request_error(error: DloraError) -> RequestError:
             return RequestError(400, text, param="response_format")
         case CheckpointError() | ModelMismatchError():
             return RequestError(409, text, param="model")
-        case ConnectionFailedError():
+        case ConnectionFailedError() | StoppedError():
             return RequestError(503, text, retry_after_s=10)
-        case RefusedError():
+        case RefusedError() if error.retryable:
             return RequestError(503, text, retry_after_s=round(error.retry_after_s or 10))
         case BundleError():
             return RequestError(500, text)

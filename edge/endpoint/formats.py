@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.generation.generate import Counters
 from dlora.edge.generation.sampling import Choice
 
@@ -35,15 +34,14 @@ class Format(ABC):
 
     Args:
         name: of the model, as the client knows it.
-        tokenizer: for the texts of single tokens.
     """
 
     object_name: str
     prefix: str
 
-    def __init__(self, request: GenerationRequest, name: str, tokenizer: PromptTokenizer) -> None:
+    def __init__(self, request: GenerationRequest, name: str) -> None:
         self._request = request
-        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
         self._answers = [_Answer() for _ in range(request.choices * len(request.prompts))]
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}", "object": self.object_name, "created": int(time.time()),
@@ -56,6 +54,7 @@ class Format(ABC):
         if isinstance(event, Piece):
             answer.text += event.text
             answer.choices += event.choices
+            self._texts |= event.texts
             yield from self._chunks(event, answer)
         else:
             answer.end = event
@@ -101,7 +100,7 @@ class Format(ABC):
         return self._head
 
     def _token_text(self, token: int) -> str:
-        return self._tokenizer.decode([token])
+        return self._texts[token]
 
 
 class ChatFormat(Format):
@@ -124,12 +123,13 @@ class ChatFormat(Format):
 
     def _last_chunks(self, end: End, answer: _Answer) -> Iterator[Json]:
         text, calls = self._parse(answer)
+        shown = answer.text[: answer.shown].strip() if calls else answer.text[: answer.shown]
+        if rest := text.removeprefix(shown):
+            yield self._chunk(end.index, {"content": rest})
         if calls:
             given = [{"index": number, **_tool_call(call)} for number, call in enumerate(calls)]
             yield self._chunk(end.index, {"tool_calls": given})
-        elif rest := text[answer.shown :]:
-            yield self._chunk(end.index, {"content": rest})
-        yield self._chunk(end.index, {}, "tool_calls" if calls else end.finish_reason)
+        yield self._chunk(end.index, {}, "tool_calls" if calls else _reason(end))
 
     def _whole_choice(self, index: int, answer: _Answer) -> Json:
         assert answer.end is not None
@@ -137,7 +137,7 @@ class ChatFormat(Format):
         message: Json = {"role": "assistant", "content": text or (None if calls else "")}
         if calls:
             message["tool_calls"] = [_tool_call(call) for call in calls]
-        reason = "tool_calls" if calls else answer.end.finish_reason
+        reason = "tool_calls" if calls else _reason(answer.end)
         return {
             "index": index, "message": message, "finish_reason": reason, "logprobs": self._logprobs(answer.choices),
         }  # fmt: skip
@@ -181,13 +181,13 @@ class CompletionFormat(Format):
         yield self._chunk(piece.index, piece.text, logprobs=self._logprobs(piece.choices))
 
     def _last_chunks(self, end: End, answer: _Answer) -> Iterator[Json]:
-        yield self._chunk(end.index, "", end.finish_reason)
+        yield self._chunk(end.index, "", _reason(end))
 
     def _whole_choice(self, index: int, answer: _Answer) -> Json:
         assert answer.end is not None
         text = (self._prompt(index) if self._request.echo else "") + answer.text
         return {
-            "index": index, "text": text, "finish_reason": answer.end.finish_reason,
+            "index": index, "text": text, "finish_reason": _reason(answer.end),
             "logprobs": self._logprobs(answer.choices),
         }  # fmt: skip
 
@@ -208,6 +208,11 @@ class CompletionFormat(Format):
                 {self._token_text(token): logprob for token, logprob in each.top} for each in choices
             ],
         }
+
+
+def _reason(end: End) -> str:
+    """In OpenAI's words, which have none for a server that stops."""
+    return "length" if end.finish_reason == "cancelled" else end.finish_reason
 
 
 def _tool_call(call: ToolCall) -> Json:

@@ -222,8 +222,10 @@ def _message(number: int, found: Mapping[str, Any]) -> Message:
     elif content is not None and not isinstance(content, str):
         raise RequestError(400, f"{param} has content that is no text", param=f"{param}.content")
     message = {**found, "role": _ROLES.get(role, role), "content": content}
-    if found.get("tool_calls"):
-        message["tool_calls"] = [_call(param, call) for call in found["tool_calls"]]
+    if calls := found.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise RequestError(400, f"{param} has tool_calls that are no list", param=f"{param}.tool_calls")
+        message["tool_calls"] = [_call(param, call) for call in calls]
         message["content"] = content or ""
     elif content is None:
         raise RequestError(400, f"{param} has no content", param=f"{param}.content")
@@ -238,7 +240,7 @@ def _call(param: str, found: Any) -> Mapping[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RequestError(400, f"{param} has a tool call whose arguments are not JSON", param=param) from None
     return {**found, "function": {**function, "arguments": arguments}}
 

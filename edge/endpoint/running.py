@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.split import SplitModel
 from dlora.protocol import interrupts
 from dlora.protocol.adapter_record import WEIGHTS_NAME, load_record
-from dlora.protocol.errors import CheckpointError, ConnectionFailedError, DloraError, RefusedError, UsageError
+from dlora.protocol.errors import CheckpointError, ConnectionFailedError, RefusedError, UsageError
 from dlora.protocol.text import one_line
 
 from .answers import Generation
@@ -66,6 +67,7 @@ class ServeSettings:
 
     Attributes:
         open_model: opens the model with the adapter of a directory; None: without.
+        stopping: set once it is told to end.
         adapter: one adapter; adapters: a directory of them, of which those are served that may fit the bundle.
     """
 
@@ -81,23 +83,33 @@ class ServeSettings:
     sampling: Sampling
     draft_length: int | None
     json_output: bool
+    stopping: threading.Event
 
     def served_adapters(self) -> list[ServedAdapter]:
         """What there is now, the single one first."""
-        named = {} if self.adapter is None else {self.adapter.resolve().name: self.adapter}
-        store = AdapterStore(self.adapters)
-        named |= {name: store.directory / name for name in store.names() if name not in named}
-        fingerprint = self.bundle.manifest.base_model.fingerprint
         found = []
-        for name, path in named.items():
+        if self.adapter is not None:  # whatever is wrong with it is said when it is opened
+            found.append(ServedAdapter(self.adapter.resolve().name, self.adapter, _version(self.adapter) or 0))
+        store = AdapterStore(self.adapters)
+        fingerprint = self.bundle.manifest.base_model.fingerprint
+        for name in store.names():
+            path = store.directory / name
             try:
-                version = (path / WEIGHTS_NAME).stat().st_mtime_ns
-                record = load_record(path)
-            except (OSError, CheckpointError):  # whoever looks at it with dlora-edge adapters is told why
+                record, version = load_record(path), _version(path)
+            except CheckpointError:  # whoever looks at it with dlora-edge adapters is told why
                 continue
-            if record is None or record.base_fingerprint == fingerprint:
+            fits = record is None or record.base_fingerprint == fingerprint
+            if version is not None and fits and name not in {each.name for each in found}:
                 found.append(ServedAdapter(name, path, version))
         return found
+
+
+def _version(adapter: Path) -> int | None:
+    """Of its weights; None where it has none."""
+    try:
+        return (adapter / WEIGHTS_NAME).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def run(settings: ServeSettings) -> None:
@@ -133,7 +145,7 @@ class _Running:
         self._settings = settings
         self._listener = listener
         self._problem: str | None = "connecting to the base model's server"
-        self._failure: DloraError | None = None
+        self._failure: Exception | None = None
         self._slots = Slots(settings.parallel, settings.queue)
         spec = settings.bundle.manifest.tokenizer
         template = None
@@ -159,6 +171,7 @@ class _Running:
             origins=settings.listening.origins,
             log=_log,
             problem=lambda: self._problem,
+            is_stopping=settings.stopping.is_set,
         )
         self._served = served
         self._server = _Server(
@@ -192,6 +205,7 @@ class _Running:
 
     def _stop(self) -> None:
         interrupts.leave_closed_output()
+        self._settings.stopping.set()
         self._server.should_exit = True
 
     async def _connect(self) -> None:
@@ -206,7 +220,7 @@ class _Running:
                 try:
                     await asyncio.shield(opening)
                     break
-                except DloraError as error:
+                except Exception as error:
                     may_pass = isinstance(error, ConnectionFailedError) or (
                         isinstance(error, RefusedError) and error.retryable
                     )

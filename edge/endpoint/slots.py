@@ -48,7 +48,7 @@ OpenModel = Callable[[ServedAdapter], AbstractContextManager[SplitModel]]
 
 
 class Slot:
-    """One open model. All but ``knows`` is for its thread.
+    """One open model. All but ``fits`` is for its thread.
 
     Attributes:
         adapter: what is open; None: nothing.
@@ -63,12 +63,16 @@ class Slot:
         self._context: Context | None = None
         self._open = ExitStack()
 
-    def knows(self, adapter: ServedAdapter, ids: LongArray) -> int:
-        """How well it fits a request: the tokens that it has already, from 1 on; -1 where it has another adapter open,
-        0 where it has none."""
+    def fits(self, adapter: ServedAdapter, ids: LongArray) -> tuple[int, int]:
+        """How well it fits a request: best where its text goes on, by the tokens that are known; then an empty one;
+        then one with the same adapter open, and last another's."""
         if self.adapter is None:
-            return 0
-        return 1 + common_prefix(self._ids, ids) if self.adapter == adapter else -1
+            return 2, 0
+        if self.adapter != adapter:
+            return 0, 0
+        known = common_prefix(self._ids, ids)
+        # What two chats have in common, a system's message say, does not make the one the other's next turn.
+        return (3, known) if 2 * known > len(self._ids) else (1, 0)
 
     def context(self, adapter: ServedAdapter, open_model: OpenModel) -> Context:
         """The context of ``adapter``, opened where it is not. Raises what ``open_model`` does."""
@@ -119,8 +123,8 @@ class Slots:
     async def take(self, adapter: ServedAdapter, ids: LongArray) -> AsyncIterator[Slot]:
         """A slot for a request with this prompt. Raises ``RequestError`` (429) where the line is full."""
         await self._wait_for_free()
-        # Of those that are open with another adapter the one that was used longest ago gives way.
-        slot = max(self._free, key=lambda each: (each.knows(adapter, ids), -each.used_at))
+        # Of equal ones the one that was used longest ago gives way.
+        slot = max(self._free, key=lambda each: (*each.fits(adapter, ids), -each.used_at))
         self._free.remove(slot)
         slot.used_at = time.monotonic()
         try:
@@ -142,7 +146,7 @@ class Slots:
         except asyncio.CancelledError:
             if turn in self._waiting:
                 self._waiting.remove(turn)
-            else:  # our turn came, and we left: the next one's
+            elif not turn.cancelled():  # our turn came, and we left: the next one's
                 self._promised -= 1
                 self._wake_next()
             raise
@@ -150,9 +154,11 @@ class Slots:
 
     def _wake_next(self) -> None:
         """Promise a free slot to who waits longest, so that nobody who comes now takes it first."""
-        if self._waiting and len(self._free) > self._promised:
-            self._promised += 1
-            self._waiting.popleft().set_result(None)
+        while self._waiting and len(self._free) > self._promised:
+            turn = self._waiting.popleft()
+            if not turn.done():  # else it was cancelled a moment ago, and will not come
+                turn.set_result(None)
+                self._promised += 1
 
     async def close(self) -> None:
         """Close all that is open, once what runs there has ended."""

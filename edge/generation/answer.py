@@ -69,11 +69,14 @@ class TextAnswer:
 
     def __iter__(self) -> Iterator[str]:
         """Its text as it comes, in pieces that are not empty. Raises what ``Context.logits`` does."""
-        for choice in self._tokens:
-            self.choices.append(choice)
-            if piece := self._text.push(choice.token):
+        try:
+            for choice in self._tokens:
+                self.choices.append(choice)
+                if piece := self._text.push(choice.token):
+                    yield piece
+                if self._text.has_stopped:
+                    break
+            if piece := self._text.finish():
                 yield piece
-            if self._text.has_stopped:
-                break
-        if piece := self._text.finish():
-            yield piece
+        finally:
+            self._text.close()

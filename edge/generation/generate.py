@@ -134,17 +134,19 @@ class TokenAnswer:
             self.counters.reused_tokens = self._context.reused
         seconds = time.perf_counter() - started
         accepted = 0
-        for row, drafted in zip(rows, (*draft, None), strict=True):
-            choice = self._choose(row)
-            self._ids = np.append(self._ids, choice.token)
-            accepted += int(choice.token == drafted)
-            yield choice
-            if choice.token != drafted:
-                break
+        try:
+            for row, drafted in zip(rows, (*draft, None), strict=True):
+                choice = self._choose(row)
+                self._ids = np.append(self._ids, choice.token)
+                accepted += int(choice.token == drafted)
+                yield choice
+                if choice.token != drafted:
+                    break
+        finally:  # also where the answer ends in the middle
+            self.counters.drafted += len(draft)
+            self.counters.accepted += accepted
         if produced:  # the first step was the prompt's
             self._draft_length.observe(len(draft), accepted, seconds)
-        self.counters.drafted += len(draft)
-        self.counters.accepted += accepted
 
 
     def _choose(self, row: FloatArray) -> Choice:

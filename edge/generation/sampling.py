@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import DataError, UsageError
 from dlora.protocol.tensors import FloatArray
 
 MAX_LOGPROBS: Final = 20
@@ -102,6 +102,8 @@ class Sampler:
         sampling = self._sampling
         penalized = self._penalized(logits)
         if allowed is not None:
+            if not allowed.any():
+                raise DataError("no token can come next that keeps the answer to its schema; change the schema")
             penalized = np.where(allowed, penalized, -np.inf)
         if sampling.temperature == 0.0:
             token = int(penalized.argmax())
@@ -133,7 +135,8 @@ class Sampler:
         # Likeliest first, equal ones by their number. All that the limits leave is a beginning of this order.
         most = len(values) if not sampling.top_k else min(sampling.top_k, len(values))
         order = _likeliest(values, most)
-        probabilities = _softmax(values[order] / sampling.temperature)
+        # From the largest on: a temperature near 0 then leaves zeros, and no infinities.
+        probabilities = _softmax((values[order] - values[order[0]]) / sampling.temperature)
         kept = len(order)
         if sampling.top_p < 1.0:
             # Up to the token with which the sum reaches top_p.
@@ -180,4 +183,4 @@ def _softmax(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _check(name: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
-        raise UsageError(f"{name} must be from {least:g} to {most:g}, not {value:g}")
+        raise UsageError(f"{name} must be from {least:g} to {most:g}, not {str(value)[:20]}")

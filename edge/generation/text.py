@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from dlora.edge.data.prompt import TextStream
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import DloraError, UsageError
 
 MAX_STOPS = 16
 
@@ -43,8 +44,12 @@ class AnswerText:
 
     def finish(self) -> str:
         """The rest, where no stop string came any more."""
-        self._stream.close()
         return "" if self.has_stopped else self._give(len(self._held))
+
+    def close(self) -> None:
+        """Forget the stream; where its process is gone, there is nothing to forget."""
+        with suppress(DloraError):
+            self._stream.close()
 
     def _give(self, length: int) -> str:
         given, self._held = self._held[:length], self._held[length:]

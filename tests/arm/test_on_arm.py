@@ -6,9 +6,12 @@ The server is here, the device in the arm root. ``make test-arm`` makes both and
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +59,43 @@ def test_training_steps_match_this_machine(
     well(run_edge(*place.train(here), timeout_s=120))
     assert losses(out) == pytest.approx(losses(here), abs=LOSS_TOLERANCE)
     assert (out / "adapter_model.safetensors").stat().st_size == (here / "adapter_model.safetensors").stat().st_size
+
+
+def test_answers_match_this_machine(device: Device, place: Place) -> None:
+    asked = ["generate", "--bundle", place.bundle, "--server", place.server.url, "--prompt", "w5 w6", "--threads", 1,
+             "--max-new-tokens", 8, "--wire-dtype", "fp32", "--json"]  # fmt: skip
+    found, wanted = (json.loads(well(done)) for done in (device(*asked), run_edge(*asked)))
+    assert found["answer"] == wanted["answer"]
+    assert found["tokens"] == 8
+
+
+def test_the_binary_chats_and_serves(place: Place) -> None:
+    """The network is the same inside and here."""
+    where = ["--bundle", place.bundle, "--server", place.server.url, "--threads", 1]
+    chat = f"echo /help | {FROZEN} chat {shlex.join(map(str, where))}"
+    assert "Ctrl-C" in well(run(["sh", "-c", chat], place.directory))
+    command = entered([FROZEN, "serve", *where, "--port", 0, "--json"], place.directory)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
+        try:
+            assert serving.stdout is not None
+            url = json.loads(serving.stdout.readline())["url"].removesuffix("/v1")
+            deadline = time.monotonic() + 300
+            while status(f"{url}/health") != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            body = json.dumps({"messages": [{"role": "user", "content": "w5"}], "max_tokens": 4}).encode()
+            with urllib.request.urlopen(f"{url}/v1/chat/completions", body, timeout=300) as answer:
+                assert json.load(answer)["usage"]["completion_tokens"] <= 4
+        finally:
+            serving.kill()
+
+
+def status(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_killed_run_resumes_with_the_same_steps(place: Place) -> None:
