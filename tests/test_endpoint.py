@@ -443,7 +443,7 @@ def test_an_answer_is_given_up_when_its_client_leaves(endpoint: Endpoint) -> Non
 
 
 def test_a_client_that_never_reads_holds_up_nobody(endpoint: Endpoint) -> None:
-    client = stream_raw(endpoint, 1500, receive_buffer=1024)
+    client = stream_raw(endpoint, 600, receive_buffer=1024)
     try:
         for _ in range(4):
             assert endpoint.request(CHAT, GOOD)[0] == 200
