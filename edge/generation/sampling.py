@@ -136,7 +136,8 @@ class Sampler:
         most = len(values) if not sampling.top_k else min(sampling.top_k, len(values))
         order = _likeliest(values, most)
         # From the largest on: a temperature near 0 then leaves zeros, and no infinities.
-        probabilities = _softmax((values[order] - values[order[0]]) / sampling.temperature)
+        with np.errstate(over="ignore"):
+            probabilities = _softmax((values[order] - values[order[0]]) / sampling.temperature)
         kept = len(order)
         if sampling.top_p < 1.0:
             # Up to the token with which the sum reaches top_p.
