@@ -1,4 +1,4 @@
-"""The line before the endpoint's slots: who comes next, and that nobody who leaves takes a place with them; and pings."""
+"""The line before the endpoint's slots: who comes next, and that nobody who leaves takes a place along; and pings."""
 
 from __future__ import annotations
 
