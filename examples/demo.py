@@ -187,10 +187,10 @@ def _show(summary: dict[str, Any]) -> None:
         "\nText, labels, adapter and optimiser state were never transmitted or stored by the server; that is data "
         "minimisation, not secrecy from whoever runs it."
     )
-    console.print("\nAsk it something else, in two terminals:", highlight=False)
+    console.print("\nTalk to it, in two terminals:", highlight=False)
     for command in (
         f"dlora-cloud serve {MODEL} --port 8765",
-        f"dlora-edge generate --bundle {BUNDLE} --adapter {ADAPTER} --server ws://127.0.0.1:8765 --prompt 'Hello'",
+        f"dlora-edge chat --bundle {BUNDLE} --adapter {ADAPTER} --server ws://127.0.0.1:8765",
     ):
         console.print(f"  {BIN}/{command}", highlight=False, markup=False, soft_wrap=True)
 
