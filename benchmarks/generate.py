@@ -39,7 +39,6 @@ from dlora.edge.model.use import open_model
 
 FILE: Final = Path("benchmarks") / "generate.json"  # in docs
 COMMAND: Final = "python benchmarks/generate.py"
-ROUND_TRIPS_S: Final = (0.0, 0.02, 0.08)
 QUESTIONS: Final = (
     "What is the capital of France?",
     "Write a short poem about the sea.",
@@ -136,9 +135,9 @@ class Place:
 
     def _measure_networks(self, bundle: Bundle, name: str, adapter: Path | None) -> list[dict[str, Any]]:
         options, rows = self._options, []
-        for round_trip_s in ROUND_TRIPS_S:
+        for round_trip_ms in options.round_trips_ms:
             with (
-                delaying_proxy(self._url, round_trip_s) as url,
+                delaying_proxy(self._url, round_trip_ms / 1e3) as url,
                 self._open(bundle, adapter, url) as context,
             ):
                 started = time.perf_counter()
@@ -147,7 +146,7 @@ class Place:
                 tokens = int(np.clip(options.seconds / a_token_s, 8, options.tokens))
                 for draft_length in (0, None):
                     answers = [self._answer(context, ids, tokens, draft_length) for ids in self._prompts[:: 3]]
-                    row = {"round_trip_ms": round(round_trip_s * 1e3), "drafts": draft_length is None}
+                    row = {"round_trip_ms": round_trip_ms, "drafts": draft_length is None}
                     rows.append({**row, **_summary(answers)})
                     log(f"{name}: {json.dumps(rows[-1])}")
         return rows
@@ -312,6 +311,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--wire-dtype", default="fp16")
     parser.add_argument("--prompts", type=int, default=5, help="questions that are compared with PEFT's speed")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--round-trips-ms", type=int, nargs="*", default=[0, 20, 80], help="of the networks tried")
     parser.add_argument("--seconds", type=float, default=10.0, help="that an answer over a slow network may take")
     return parser.parse_args()
 

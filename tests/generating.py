@@ -1,10 +1,13 @@
-"""Answers of an open model, in tokens."""
+"""Adapters to answer with, and answers of an open model, in tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+from families import VOCABULARY
+from serving import config, random_dataset, randomize_all, training
 
 from dlora.edge.generation.generate import TokenAnswer
 from dlora.edge.generation.sampling import Sampling
@@ -32,3 +35,10 @@ def generated(
         draft_length=draft_length,
     )
     return [choice.token for choice in answer]
+
+
+def save_random_adapter(bundle: Path, url: str, directory: Path, seed: int = 0) -> None:
+    """A LoRA of random weights, large enough to change what is said."""
+    with training(bundle, url, config(), random_dataset(VOCABULARY)) as trainer:
+        randomize_all(trainer, seed)
+        trainer.save_adapter(directory)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from families import VOCABULARY
+from generating import save_random_adapter
 from processes import BIN, END_TIMEOUT_S, Finished, quiet_environment, run_edge
-from serving import RunningServer, config, random_dataset, randomize_all, serving, training
+from serving import RunningServer, serving
 from test_cli import assert_fails, free_port
 from tiny import TinyFactory
 
@@ -38,9 +38,7 @@ def server(tiny: TinyFactory) -> Iterator[RunningServer]:
 @pytest.fixture(scope="module")
 def adapters(bundle: Path, server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("adapters")
-    with training(bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer:
-        randomize_all(trainer)
-        trainer.save_adapter(directory / "mine")
+    save_random_adapter(bundle, server.url, directory / "mine")
     return directory
 
 

@@ -20,8 +20,9 @@ import openai
 import psutil
 import pytest
 from families import tiny_model
+from generating import save_random_adapter
 from processes import BIN, END_TIMEOUT_S, cloud_process, quiet_environment, run_edge
-from serving import RunningServer, config, random_dataset, randomize_all, serving, training
+from serving import RunningServer, serving
 from test_cli import assert_fails, free_port
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -77,9 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (adapters / "broken").mkdir(parents=True)
     with serving(BaseModel.from_model(tiny, "tiny"), max_sessions=16) as cloud:
         for seed, name in enumerate(("first", "second")):
-            with training(bundle, cloud.url, config(), random_dataset(VOCABULARY)) as trainer:
-                randomize_all(trainer, seed)
-                trainer.save_adapter(adapters / name)
+            save_random_adapter(bundle, cloud.url, adapters / name, seed)
         yield Place(bundle, model, adapters, cloud)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from generating import save_random_adapter
 from processes import BIN, cloud_process, finish, quiet_environment, run_edge, start_edge
-from serving import RunningServer, config, random_dataset, randomize_all, serving, training
+from serving import RunningServer, serving
 from test_cli import assert_fails, free_port
 from tiny import TinyFactory
 
@@ -22,7 +23,6 @@ from dlora.edge.generation.text import AnswerText
 from dlora.protocol.errors import ConnectionFailedError, DataError, UsageError
 
 LONG = {"max_position_embeddings": 256}
-VOCABULARY = 97
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,7 @@ def server(tiny: TinyFactory) -> Iterator[RunningServer]:
 def where(bundle: Path, server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """The options of an adapter in use."""
     adapter = tmp_path_factory.mktemp("adapter")
-    with training(bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer:
-        randomize_all(trainer)
-        trainer.save_adapter(adapter)
+    save_random_adapter(bundle, server.url, adapter)
     return ["--bundle", bundle, "--server", server.url, "--adapter", adapter, "--wire-dtype", "fp32"]
 
 

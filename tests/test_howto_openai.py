@@ -13,9 +13,9 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from families import VOCABULARY
+from generating import save_random_adapter
 from processes import BIN, END_TIMEOUT_S, quiet_environment
-from serving import config, random_dataset, randomize_all, serving, training
+from serving import serving
 from test_cli import free_port
 from tiny import TinyFactory
 from waiting import eventually
@@ -41,9 +41,7 @@ def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     model = tiny("llama", **LONG)
     (directory / "build" / "smollm2").symlink_to(model.bundle)
     with serving(model.base) as server:
-        with training(model.bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer:
-            randomize_all(trainer)
-            trainer.save_adapter(directory / "my-adapter")
+        save_random_adapter(model.bundle, server.url, directory / "my-adapter")
         yield directory, server.url
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlora.edge.endpoint import app
+from dlora.edge.endpoint import event_stream
 from dlora.edge.endpoint.errors import RequestError
 from dlora.edge.endpoint.slots import ServedAdapter, Slot, Slots
 
@@ -96,7 +96,7 @@ def test_one_who_leaves_the_line_takes_no_place(cancel_first: bool) -> None:
 
 def test_a_stream_that_is_silent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comments, which clients pass over, until the next chunk has come; nothing of it is lost."""
-    monkeypatch.setattr(app, "PING_EVERY_S", 0.02)
+    monkeypatch.setattr(event_stream, "PING_EVERY_S", 0.02)
 
     async def chunks() -> AsyncIterator[bytes]:
         for number in range(3):
@@ -104,7 +104,7 @@ def test_a_stream_that_is_silent_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
             yield b"data: %d\n\n" % number
 
     async def run() -> list[bytes]:
-        return [made async for made in app._with_pings(chunks())]
+        return [made async for made in event_stream.with_pings(chunks())]
 
     made = asyncio.run(run())
     assert [each for each in made if each != b": ping\n\n"] == [b"data: 0\n\n", b"data: 1\n\n", b"data: 2\n\n"]

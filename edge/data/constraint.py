@@ -46,8 +46,7 @@ class Matchers:
             matcher = matcher_class(self._tokenizer, grammar, log_level=0)
         except Exception as error:
             raise DataError(f"this JSON schema cannot be obeyed ({first_line(error)})") from None
-        if matcher.is_error():
-            raise DataError(f"this JSON schema cannot be obeyed ({first_line(ValueError(matcher.get_error()))})")
+        _check(matcher)
         self._matchers[number] = matcher
 
     def allowed(self, number: int, accepted: int | None) -> bytes:
@@ -58,10 +57,15 @@ class Matchers:
         if accepted is not None:
             matcher.consume_token(accepted)
         bits: bytes = matcher.compute_bitmask()
-        if matcher.is_error():
-            raise DataError(f"this JSON schema cannot be obeyed ({first_line(ValueError(matcher.get_error()))})")
+        _check(matcher)
         return bits
 
     def end(self, number: int) -> None:
         """Forget it."""
         self._matchers.pop(number, None)
+
+
+def _check(matcher: Any) -> None:
+    """Raise ``DataError`` where it has failed: llguidance's own methods never raise for that."""
+    if matcher.is_error():
+        raise DataError(f"this JSON schema cannot be obeyed ({first_line(ValueError(matcher.get_error()))})")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -26,14 +25,13 @@ from dlora.protocol.errors import DloraError
 
 from .answers import End, Generation, Piece
 from .errors import RequestError, as_request_error
-from .formats import ChatFormat, CompletionFormat, Format, Json
+from .event_stream import EventStream
+from .formats import ChatFormat, CompletionFormat, Format
 from .requests import GenerationRequest, read_chat, read_completion
 from .slots import ServedAdapter, Slots
 from .tools import ToolForm
 
 MAX_BODY_BYTES: Final = 8 << 20
-PING_EVERY_S: Final = 15.0
-UNREAD_S: Final = 60.0  # a client that takes nothing for so long has left
 _LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
 
 
@@ -207,7 +205,7 @@ class _Endpoint:
             await events.close()
             raise
         if asked.stream:
-            return _EventStream(events, first, format_, with_usage=asked.with_usage, log=log)
+            return EventStream(events, first, format_, with_usage=asked.with_usage, log=log)
         try:
             for _ in format_.take(first):
                 pass
@@ -318,93 +316,6 @@ class _Events:
         if not self._is_in_slot:
             self._running.cancel()
             self._queue.put_nowait(RequestError(499, "the client left"))
-
-
-class _EventStream(Response):
-    """Server-sent events: a chunk each, comments while nothing comes, and ``[DONE]``."""
-
-    def __init__(
-        self,
-        events: _Events,
-        first: Piece | End,
-        format_: Format,
-        *,
-        with_usage: bool,
-        log: Callable[[], None],
-    ) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(media_type="text/event-stream", headers=headers)
-        del self.headers["content-length"]
-        self._events = events
-        self._first = first
-        self._format = format_
-        self._with_usage = with_usage
-        self._log = log
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for text in self._texts():
-                # A client that does not read fills the socket's buffer, and then this waits.
-                await asyncio.wait_for(
-                    send({"type": "http.response.body", "body": text, "more_body": True}), UNREAD_S
-                )
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            self._log()
-        except (TimeoutError, OSError):
-            pass  # the client has left: the connection closes
-        finally:
-            await self._events.close()
-
-    async def _texts(self) -> AsyncIterator[bytes]:
-        for chunk in self._format.first_chunks():
-            yield _event(chunk)
-        for chunk in self._format.take(self._first):
-            yield _event(chunk)
-        async for made in _with_pings(self._chunks()):
-            yield made
-        yield b"data: [DONE]\n\n"
-
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        try:
-            async for event in self._events:
-                for chunk in self._format.take(event):
-                    yield _event(chunk)
-        except RequestError as error:
-            yield _event(error.body())
-            return
-        if self._with_usage:
-            yield _event(self._format.usage_chunk())
-
-
-async def _with_pings(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """``chunks``, and a comment whenever nothing has come for a while: proxies close what is silent."""
-    waiting: asyncio.Future[bytes] | None = None
-    try:
-        while True:
-            if waiting is None:
-                waiting = asyncio.ensure_future(_next(chunks))
-            done, _ = await asyncio.wait({waiting}, timeout=PING_EVERY_S)
-            if not done:
-                yield b": ping\n\n"
-                continue
-            try:
-                made = waiting.result()
-            except StopAsyncIteration:
-                return
-            waiting = None
-            yield made
-    finally:
-        if waiting is not None:
-            waiting.cancel()
-
-
-def _next(chunks: AsyncIterator[bytes]) -> Awaitable[bytes]:
-    return anext(chunks)
-
-
-def _event(chunk: Json) -> bytes:
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _model_entry(adapter: ServedAdapter) -> dict[str, Any]:

@@ -61,8 +61,13 @@ class DraftLength:
             return 1
         lengths = np.arange(MAX_DRAFT + 1)
         tokens = np.cumsum(self._accepted**lengths)
-        rates = tokens / (self._step_s + lengths * (self._extra_s or self._step_s / 20))
+        rates = tokens / (self._step_s + lengths * self._drafted_token_s)
         return int(rates.argmax())
+
+    @property
+    def _drafted_token_s(self) -> float:
+        # At first a twentieth of a step, lest one long draft that came for nothing decide.
+        return self._extra_s or self._step_s / 20
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         """A step with ``drafted`` tokens took ``seconds``, and the first ``accepted`` of them were right."""
@@ -73,8 +78,7 @@ class DraftLength:
             return
         if self._step_s:
             extra_s = max(0.0, seconds - self._step_s) / drafted
-            # At first as much as a twentieth of a step, lest one long draft that came for nothing decide.
-            self._extra_s = _mean(self._extra_s or self._step_s / 20, extra_s)
+            self._extra_s = _mean(self._drafted_token_s, extra_s)
         tried = min(drafted, accepted + 1)  # of those after the first that was wrong nothing is known
         for number in range(tried):
             self._accepted = _mean(self._accepted, float(number < accepted))
