@@ -88,13 +88,14 @@ def test_another_adapter_and_a_new_beginning(bundle: Path, server: RunningServer
 
 def test_mistakes_do_not_end_the_chat(bundle: Path, server: RunningServer) -> None:
     command = chat_command(bundle, server, "--max-new-tokens", 4)
-    done = say(command, "/nonsense", "/save", "/adapter nowhere", "/save /nowhere/x", "w5", "/help", "w " * 3000, "w5")
+    mistakes = ["/nonsense", "/save", "/adapter nowhere", "/save /nowhere/x", f"/save {bundle}"]
+    done = say(command, *mistakes, "w5", "/help", "w " * 3000, "w5")
     assert done.code == 0, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert [words in line for line, words in zip(errors, (
         "/nonsense is not understood", "/save is not understood", "nowhere is not a PEFT adapter", "/nowhere",
-        "say less",
-    ), strict=True)] == [True] * 5  # fmt: skip
+        "is no file", "say less",
+    ), strict=True)] == [True] * 6  # fmt: skip
     assert "/reset" in done.stdout
     assert done.stderr.count("tokens/s") == 2
     assert "Traceback" not in done.stderr

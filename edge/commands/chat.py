@@ -228,6 +228,8 @@ class _Loop:
     def _save(self, path: Path) -> None:
         from dlora.edge.files import write_atomically
 
+        if path.exists() and not path.is_file():  # it would be replaced: a device, a directory
+            raise UsageError(f"{path} is no file; choose another place")
         content = json.dumps({"messages": self._said.messages}, ensure_ascii=False)
         write_atomically(path, f"{content}\n".encode())
         _note(f"saved to {path}")
