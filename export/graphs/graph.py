@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,7 +22,7 @@ class TrainingGraph:
     """One graph of the bundle.
 
     Attributes:
-        body: its nodes, in ONNX's textual syntax.
+        body: its nodes, in ONNX's textual syntax, or as they are.
         module: makes its torch form, of which ExecuTorch programs are made: the same inputs in the same order.
         key: widths that tell graphs of one kind apart (``"576x192"``), else empty.
     """
@@ -30,7 +30,7 @@ class TrainingGraph:
     kind: GraphKind
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    body: str
+    body: str | Sequence[onnx.NodeProto]
     module: Callable[[], nn.Module]
     key: str = ""
 
@@ -41,17 +41,38 @@ class TrainingGraph:
 
     def to_onnx(self) -> onnx.ModelProto:
         """The checked ONNX model. Raises ``ExportError`` where an input of it is consumed by no node."""
+        if not isinstance(self.body, str):
+            return self._checked(self._model_of_nodes(self.body))
         text = (
             f'<ir_version: {IR_VERSION}, opset_import: ["" : {OPSET}], producer_name: "dlora">\n'
             f"{self.kind} ({_declare(self.inputs)}) => ({_declare(self.outputs)}) {{\n{self.body}\n}}"
         )
-        model = onnx.parser.parse_model(text)
+        return self._checked(onnx.parser.parse_model(text))
+
+    def body_text(self) -> str:
+        """What tells its nodes from those of others."""
+        return self.body if isinstance(self.body, str) else "".join(str(node) for node in self.body)
+
+    def _model_of_nodes(self, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+        graph = onnx.helper.make_graph(nodes, self.kind, _value_infos(self.inputs), _value_infos(self.outputs))
+        opsets = [onnx.helper.make_opsetid("", OPSET)]
+        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dlora")
+
+    def _checked(self, model: onnx.ModelProto) -> onnx.ModelProto:
         _drop_unused_constants(model.graph)
         onnx.checker.check_model(model, full_check=True)
         unused = {spec.name for spec in self.inputs} - set(_consumed(model.graph.node))
         if unused:
             raise ExportError(f"the graph {self.name} does not use its inputs {sorted(unused)}: a bug in dlora")
         return model
+
+
+def _value_infos(specs: tuple[TensorSpec, ...]) -> list[onnx.ValueInfoProto]:
+    types = {"fp32": "FLOAT", "fp16": "FLOAT16", "int8": "INT8", "int64": "INT64"}
+    return [
+        onnx.helper.make_tensor_value_info(spec.name, onnx.TensorProto.DataType.Value(types[spec.dtype]), spec.shape)
+        for spec in specs
+    ]
 
 
 def _declare(specs: tuple[TensorSpec, ...]) -> str:

@@ -12,6 +12,7 @@ from dlora.cloud.model.base_model import EmbeddingEnd, HeadEnd
 from dlora.protocol.manifest import EmbeddingSpec, HeadSpec
 
 from .arrays import Arrays
+from .block_materials import DeviceBlocks
 from .graph import TrainingGraph
 from .tolerances import Rounding
 
@@ -49,6 +50,7 @@ class Materials:
         embedding, head: the base model's ends; ``…_spec``: how the bundle stores them; ``…_weights``: the graph inputs
             that are the bundle's own weights.
         hidden_states: last hidden states of the base model, float32 (rows, hidden_size).
+        device_blocks: the blocks that a device may run, if any.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -61,6 +63,7 @@ class Materials:
     head_spec: HeadSpec
     head_weights: Arrays
     hidden_states: npt.NDArray[np.float32]
+    device_blocks: DeviceBlocks | None = None
 
 
 GraphWithTests = tuple[TrainingGraph, Iterable[GraphTest]]

@@ -1,0 +1,150 @@
+"""The last blocks of a base model, made ready for a device: what each needs, which share a graph, and that all is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dlora.cloud.model.base_model import BaseModel, quiet
+from dlora.protocol.errors import DloraError
+from dlora.protocol.manifest import StoredDtype
+from dlora.protocol.text import first_line
+
+from .graphs.block import block_graphs, final_norm_graphs
+from .graphs.block_materials import BlockMaterials, DeviceBlocks, FinalNormMaterials
+from .graphs.graph import TrainingGraph
+from .tracing.calls import (
+    MASK,
+    BlockCall,
+    CannotRunOnDevice,
+    attention,
+    final_modules,
+    random_embeds,
+    record_calls,
+    table_rows,
+    tables,
+    windows,
+)
+from .tracing.modules import linears, stored_weights
+
+_TOLERANCE = 1e-4  # rounding only: the same sums in another order
+
+
+def prepare_blocks(
+    base: BaseModel, trainable: tuple[str, ...], count: int, dtype: StoredDtype, say: Callable[[str], None]
+) -> DeviceBlocks:
+    """The last ``count`` blocks of ``base``, their graphs made and not yet verified.
+
+    Args:
+        trainable: full names of the modules that can be targets.
+        dtype: how the weights of linear modules are stored.
+
+    Raises ``CannotRunOnDevice`` where the family's blocks cannot be run without its decoder.
+    """
+    try:
+        with quiet(), attention(base, eager=True):
+            return _prepare(base, trainable, count, dtype, say)
+    except DloraError:
+        raise
+    except Exception as error:  # whatever a family's code does when it is traced
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CannotRunOnDevice(f"its blocks cannot be traced ({reason[:160]})") from None
+
+
+def _prepare(
+    base: BaseModel, trainable: tuple[str, ...], count: int, dtype: StoredDtype, say: Callable[[str], None]
+) -> DeviceBlocks:
+    first = base.blocks - count
+    _check_experts(base, first)
+    of_block = windows(base)
+    calls = record_calls(base)
+    graphs: dict[tuple[object, ...], tuple[TrainingGraph, TrainingGraph]] = {}
+    blocks = []
+    for call in calls[first:]:
+        say(f"tracing block {call.index}")
+        plain = linears(call.block)
+        targets = tuple(
+            name for name in (full.removeprefix(f"{call.path}.") for full in trainable) if name in plain
+        )
+        weights = stored_weights(call.block, dtype)
+        made = block_graphs(call, weights, targets, str(len(graphs)))
+        forward, backward = graphs.setdefault(_content(made), made)
+        inputs = {spec.name for graph in (forward, backward) for spec in graph.inputs}
+        used = {name: tensor for name, tensor in weights.items() if name in inputs}
+        blocks.append(
+            BlockMaterials(call, forward.key, targets, used, {}, of_block[call.index], forward, backward)
+        )
+    blocks = _with_tables(base, blocks)
+    modules = final_modules(base)
+    last_block = _last_hidden_states(blocks[-1], calls[-1])
+    final_weights = {
+        f"{place}.{name}": parameter.detach().float()
+        for place, module in enumerate(modules)
+        for name, parameter in module.named_parameters()
+    }
+    final_norm = FinalNormMaterials(
+        modules,
+        final_weights,
+        last_block,
+        *final_norm_graphs(modules, final_weights, last_block.shape[1], calls[-1].tokens),
+    )
+    made_ready = DeviceBlocks(tuple(blocks), final_norm, dtype, table_rows(base))
+    _check_chain(base, made_ready)
+    return made_ready
+
+
+def _check_experts(base: BaseModel, first: int) -> None:
+    for index, block in enumerate(base.block_modules[first:], first):
+        if any("expert" in name for name, _ in block.named_modules()):
+            raise CannotRunOnDevice(f"block {index} is a mixture of experts, which runs what its data choose")
+
+
+def _content(made: tuple[TrainingGraph, TrainingGraph]) -> tuple[object, ...]:
+    """What makes blocks share their graphs."""
+    return tuple(part for graph in made for part in (graph.inputs, graph.outputs, graph.body_text()))
+
+
+def _with_tables(base: BaseModel, blocks: list[BlockMaterials]) -> list[BlockMaterials]:
+    """With the tables that graphs take; what of the context depends on nothing becomes a weight."""
+    names = {}
+    for block in blocks:
+        inputs = {spec.name for graph in (block.forward, block.backward) for spec in graph.inputs}
+        names[block.call.index] = [name for name in block.call.context if name in inputs and name != MASK]
+    found = tables(base, names) if any(names.values()) else {}
+    completed = []
+    for block in blocks:
+        mine = found.get(block.call.index, {})
+        by_position = {name: (table.float(), axis) for name, (table, axis) in mine.items() if axis is not None}
+        fixed = {name: tensor.float() for name, (tensor, axis) in mine.items() if axis is None}
+        completed.append(replace(block, tables=by_position, weights={**block.weights, **fixed}))
+    return completed
+
+
+def _last_hidden_states(block: BlockMaterials, call: BlockCall) -> Tensor:
+    with torch.no_grad():
+        return call(call.hidden_states(), {})
+
+
+def _check_chain(base: BaseModel, made: DeviceBlocks) -> None:
+    """The blocks one after the other, on packed sequences, with the context that a device makes, give what the decoder
+    gives for each sequence by itself."""
+    small = min((block.window for block in made.blocks if block.window), default=0)
+    lengths = [min(base.max_sequence_length, small + 3 if small < 64 else 9), 5]
+    hidden, wanted = [], []
+    with torch.no_grad():
+        for seed, length in enumerate(lengths):
+            call = record_calls(base, length, seed=seed)[made.blocks[0].call.index]
+            hidden.append(call.hidden_states())
+            wanted.append(base.last_hidden_state(random_embeds(base, length, seed))[0])
+        found = torch.cat(hidden)
+        for block in made.blocks:
+            found = block.call(found, block.context(lengths) | block.fixed())
+        found = found[None]
+        for module in made.final_norm.modules:
+            found = module(found)
+    expected = torch.cat(wanted)
+    if not bool((found[0] - expected).abs().max() <= _TOLERANCE * expected.abs().max()):
+        raise CannotRunOnDevice("its blocks give something else without their decoder")

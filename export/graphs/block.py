@@ -1,0 +1,197 @@
+"""The blocks that a device runs itself: a graph of each pass, forward and backward, for every shape of block.
+
+::
+
+    block_forward    y = block(x)                                  with LoRA beside its linear modules
+    block_backward   grad_x, and the gradient of every lora_A and lora_B, of sum(y * grad)
+
+They are the family's own code, traced (``export/tracing``): x, y, grad and grad_x are (positions, width), of all
+sequences of a micro-batch one after the other; ``mask`` (1, 1, positions, positions) is added to the scores of
+attention and keeps them apart; what else the decoder gives its blocks comes from tables. Weights and LoRA are inputs, so
+that one graph serves all blocks of a shape. ``block_forward`` also gives what is kept for the backward pass, the
+products with the frozen weights and z = lora_A x^T, so that no large product is computed again.
+
+``final_norm_forward`` and ``final_norm_backward`` are what stands between the last block and the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from dlora.export.tracing.calls import MASK, BlockCall, CannotRunOnDevice
+from dlora.export.tracing.modules import PRODUCT, ROW_SCALES, Lora, Z, linears, with_weights
+from dlora.export.tracing.simplify import ancestors, cut, outputs_of, products_of, simplify
+from dlora.export.tracing.to_module import TracedModule
+from dlora.export.tracing.to_onnx import CannotEmitError, to_nodes
+from dlora.export.tracing.trace import GRAD, GRAD_X, OUTPUT, SCALE, X, trace_block, trace_modules
+from dlora.protocol.manifest import TensorSpec
+
+from .arrays import Arrays
+from .block_materials import BlockMaterials, FinalNormMaterials
+from .graph import TrainingGraph
+from .graph_test import GraphTest, GraphWithTests, Materials
+from .tolerances import allowed
+
+KINDS: Final = ("block_forward", "block_backward", "final_norm_forward", "final_norm_backward")
+LENGTHS: Final = ((3, 4), (6, 3))  # of the sequences that graphs are tried with
+RANKS: Final = (3, 2)  # likewise; golden vectors travel with every bundle
+_DTYPES: Final[dict[torch.dtype, Any]] = {torch.float32: "fp32", torch.float16: "fp16", torch.int8: "int8"}
+
+
+def block_graphs(
+    call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str], key: str
+) -> tuple[TrainingGraph, TrainingGraph]:
+    """``block_forward`` and ``block_backward`` of one block. Raises ``CannotRunOnDevice``."""
+    whole = simplify(trace_block(call, weights, targets))
+    outputs = outputs_of(whole)
+    grads = {name: node for name, node in outputs.items() if name != OUTPUT}
+    names = [name for name in weights if not name.endswith(ROW_SCALES)] + [f"{name}.lora_A" for name in targets]
+    products = products_of(whole, names)
+    needed = ancestors(grads.values(), stop=products)
+    kept = {node: _kept_name(name) for node, name in products.items() if node in needed}
+    forward = cut(whole, {OUTPUT: outputs[OUTPUT]} | {name: node for node, name in kept.items()}, {})
+    backward = cut(whole, grads, kept)
+    return _graph("block_forward", forward, key), _graph("block_backward", backward, key)
+
+
+def final_norm_graphs(
+    modules: Sequence[nn.Module], weights: Mapping[str, Tensor], width: int, tokens: int
+) -> tuple[TrainingGraph, TrainingGraph]:
+    """``final_norm_forward`` and ``final_norm_backward``. Raises ``CannotRunOnDevice``."""
+    whole = simplify(trace_modules(modules, weights, width, tokens))
+    outputs = outputs_of(whole)
+    return (
+        _graph("final_norm_forward", cut(whole, {OUTPUT: outputs[OUTPUT]}, {}), ""),
+        _graph("final_norm_backward", cut(whole, {GRAD_X: outputs[GRAD_X]}, {}), ""),
+    )
+
+
+def _kept_name(name: str) -> str:
+    """What a product is called, given the name of the matrix in it."""
+    module, _, matrix = name.rpartition(".")
+    return f"{module}.{Z if matrix == 'lora_A' else PRODUCT}"
+
+
+def _graph(kind: str, traced: fx.GraphModule, key: str) -> TrainingGraph:
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    symbols = _symbols(inputs)
+    names: list[str] = traced.meta["outputs"]
+    try:
+        nodes = to_nodes(traced, names)
+        return TrainingGraph(
+            kind,
+            inputs=tuple(_spec(node.meta["name"], node, symbols) for node in inputs),
+            outputs=tuple(_spec(name, node, symbols) for name, node in zip(names, output.args[0], strict=True)),
+            body=nodes,
+            module=partial(TracedModule, traced),
+            key=key,
+        )
+    except CannotEmitError as error:
+        raise CannotRunOnDevice(f"its blocks compute what a device cannot: {error}") from None
+
+
+def _symbols(inputs: Sequence[fx.Node]) -> dict[str, str]:
+    """The names of sizes that are open, by torch's."""
+    found: dict[str, str] = {}
+    for node in inputs:
+        is_of_rank = node.meta["name"].endswith((".lora_A", ".lora_B"))
+        for size in node.meta["val"].shape:
+            if not isinstance(size, int):
+                found.setdefault(str(size), "rank" if is_of_rank else "positions")
+    return found
+
+
+def _spec(name: str, node: fx.Node, symbols: Mapping[str, str]) -> TensorSpec:
+    value = node.meta["val"]
+    if value.dtype not in _DTYPES:
+        raise CannotEmitError(f"{name} is {value.dtype}")
+    shape = tuple(size if isinstance(size, int) else symbols.get(str(size)) for size in value.shape)
+    if None in shape:
+        raise CannotEmitError(f"{name} has a size that depends on others")
+    return TensorSpec(name, _DTYPES[value.dtype], shape)  # type: ignore[arg-type]
+
+
+def block_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GraphTest]:
+    """Hidden states of the base model, in sequences one after the other; LoRA and the gradient are random."""
+    for lengths, rank in zip(LENGTHS, RANKS, strict=True):
+        values = block_inputs(block, lengths, rank)
+        exact, single = (reference(block, values, dtype) for dtype in (torch.float64, torch.float32))
+        values |= single  # what is kept from the forward pass
+        names = [spec.name for spec in graph.outputs]
+        exact, single = ({name: found[name].float().numpy() for name in names} for found in (exact, single))
+        inputs = {spec.name: values[spec.name].numpy() for spec in graph.inputs}
+        yield GraphTest(inputs, exact, allowed(exact, single))
+
+
+def block_inputs(block: BlockMaterials, lengths: Sequence[int], rank: int, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of a block's graphs, but for what is kept from the forward pass."""
+    random = torch.Generator().manual_seed(seed)
+    hidden_states = block.call.hidden_states()
+    values = {
+        X: hidden_states[: sum(lengths)].float().clone(),
+        GRAD: torch.randn(sum(lengths), hidden_states.shape[1], generator=random),
+        SCALE: torch.tensor(1.5),
+    }
+    for target in block.targets:
+        out_features, in_features = block.weights[f"{target}.weight"].shape
+        values[f"{target}.lora_A"] = torch.randn(rank, in_features, generator=random) / in_features**0.5
+        values[f"{target}.lora_B"] = torch.randn(out_features, rank, generator=random) * 0.1
+    return values | block.context(lengths) | block.weights
+
+
+def reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the graphs of a block must give, all of their outputs, by autograd through the family's own code."""
+    values = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in values.items()}
+    x = values[X].detach().clone().requires_grad_()
+    lora, leaves, kept = {}, {GRAD_X: x}, dict[str, Tensor]()
+    for target in block.targets:
+        sides = [values[f"{target}.{side}"].detach().clone().requires_grad_() for side in ("lora_A", "lora_B")]
+        leaves |= {f"grad.{target}.lora_A": sides[0], f"grad.{target}.lora_B": sides[1]}
+        lora[target] = Lora(*sides, values[SCALE])
+    context = {name: values[name] for name in (MASK, *block.tables, *block.fixed())}
+    weights = {name: values[name] for name in block.weights if name not in block.call.context}
+    with torch.enable_grad(), with_weights(block.call.block, linears(block.call.block), weights, lora, kept):
+        y = block.call(x, context)
+        grads = torch.autograd.grad(y, list(leaves.values()), values[GRAD])
+    found = {OUTPUT: y, **kept, **dict(zip(leaves, grads, strict=True))}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def final_norm_tests(final_norm: FinalNormMaterials, graph: TrainingGraph) -> Iterator[GraphTest]:
+    """Hidden states of the base model and a random gradient."""
+    x = final_norm.hidden_states[: sum(LENGTHS[-1])].detach().float()
+    found = {}
+    for dtype in (torch.float64, torch.float32):
+        chain = nn.Sequential(*final_norm.modules)
+        given = x.clone().to(dtype).requires_grad_()
+        weights = {name: tensor.to(dtype) for name, tensor in final_norm.weights.items()}
+        with torch.enable_grad():
+            y = torch.func.functional_call(chain, weights, (given[None],))[0]  # type: ignore[no-untyped-call]
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+        (grad_x,) = torch.autograd.grad(y, [given], grad.to(dtype))
+        found[dtype] = {OUTPUT: y.detach(), GRAD_X: grad_x}
+    exact, single = (
+        {spec.name: each[spec.name].float().numpy() for spec in graph.outputs} for each in found.values()
+    )
+    values = {X: x, GRAD: grad, **final_norm.weights}
+    inputs: Arrays = {spec.name: np.asarray(values[spec.name]) for spec in graph.inputs}
+    yield GraphTest(inputs, exact, allowed(exact, single))
+
+
+def make(materials: Materials) -> Iterator[GraphWithTests]:
+    """The graphs of every shape of block, and of the final norm; none where the device gets no blocks."""
+    blocks = materials.device_blocks
+    if blocks is None:
+        return
+    for block in {block.key: block for block in blocks.blocks}.values():
+        for graph in (block.forward, block.backward):
+            yield graph, block_tests(block, graph)
+    for graph in (blocks.final_norm.forward, blocks.final_norm.backward):
+        yield graph, final_norm_tests(blocks.final_norm, graph)

@@ -1,0 +1,79 @@
+"""What the graphs of blocks are made from, and tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dlora.export.tracing.calls import BLOCKED, MASK, BlockCall, sees
+from dlora.protocol.manifest import StoredDtype
+
+from .graph import TrainingGraph
+
+
+@dataclass(frozen=True)
+class BlockMaterials:
+    """One block: how its decoder calls it, and what a device has of it.
+
+    Attributes:
+        key: of its graphs, which blocks of one shape share.
+        targets: its linear modules that LoRA may stand beside, by their names in the block.
+        weights: by the name of their graph input, as they are stored.
+        tables: what the decoder gives it by position, with the axis of these.
+        window: as ``calls.windows`` gives it.
+        forward, backward: its graphs.
+    """
+
+    call: BlockCall
+    key: str
+    targets: tuple[str, ...]
+    weights: Mapping[str, Tensor]
+    tables: Mapping[str, tuple[Tensor, int]]
+    window: int | None
+    forward: TrainingGraph
+    backward: TrainingGraph
+
+    def fixed(self) -> dict[str, Tensor]:
+        """What the decoder gives it that depends on no token, and is stored among the weights."""
+        return {name: self.weights[name] for name in self.call.context if name in self.weights}
+
+    def context(self, lengths: Sequence[int]) -> dict[str, Tensor]:
+        """What a device makes for sequences of ``lengths`` in place of the decoder."""
+        seen = sees(torch.tensor(lengths), self.window)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        made = {MASK: torch.where(seen, 0.0, BLOCKED)[None, None]}
+        return made | {name: table.index_select(axis, positions) for name, (table, axis) in self.tables.items()}
+
+
+@dataclass(frozen=True)
+class FinalNormMaterials:
+    """What stands between the last block and the head.
+
+    Attributes:
+        weights: ``<place>.<name>`` of the modules' parameters, float32.
+        hidden_states: some that come out of the last block, (tokens, width).
+    """
+
+    modules: tuple[nn.Module, ...]
+    weights: Mapping[str, Tensor]
+    hidden_states: Tensor
+    forward: TrainingGraph
+    backward: TrainingGraph
+
+
+@dataclass(frozen=True)
+class DeviceBlocks:
+    """The last blocks of a base model, and what follows them.
+
+    Attributes:
+        dtype: how the weights of linear modules are stored.
+        max_length: the most tokens of a sequence that tables have rows for.
+    """
+
+    blocks: tuple[BlockMaterials, ...]
+    final_norm: FinalNormMaterials
+    dtype: StoredDtype
+    max_length: int

@@ -1,0 +1,330 @@
+"""How a decoder calls its blocks: which tensors it hands them beside the hidden states, and what these depend on.
+
+A device has no decoder, only blocks. So what the decoder makes for them is taken apart once, at export: a *mask* says
+which tokens see which, a *table* has a row for each position (cosine and sine of a rotary embedding, ALiBi), and what
+depends on neither is a weight like any other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.protocol.errors import ExportError
+
+MASK: Final = "mask"
+BLOCKED: Final = torch.finfo(torch.float32).min  # what is added where a token does not see another
+# A prime, which no other dimension is likely to be; where one is, the next.
+_TOKENS: Final = (23, 29, 31, 37, 41)
+_MAX_TABLE_ROWS: Final = 8192
+_SHORT: Final = 64  # tokens that show a mask without a window
+
+
+class CannotRunOnDevice(ExportError):
+    """A base model whose blocks no device can run; the message says why."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One block and the arguments that its decoder gives it.
+
+    Attributes:
+        path: its name in the causal language model (``model.layers.29``).
+        hidden: the arguments' leaf that holds the hidden states; leaves, structure: all of them, flattened.
+        context: the leaves that are tensors beside the hidden states, by a name of theirs.
+        tokens: how many the call was made with.
+        is_seen: whether the mask says True where a token sees another; None for one that is added.
+    """
+
+    index: int
+    path: str
+    block: nn.Module
+    leaves: tuple[Any, ...]
+    structure: Any
+    hidden: int
+    context: Mapping[str, int]
+    tokens: int
+    is_seen: bool | None = None
+
+    def __call__(self, hidden_states: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states after the block, (tokens, width), of those before it.
+
+        ``context``: what takes the place of the decoder's tensors; those that are not named stay.
+        """
+        leaves = list(self.leaves)
+        leaves[self.hidden] = hidden_states.unsqueeze(0)
+        for name, tensor in context.items():
+            leaves[self.context[name]] = self._as_mask(tensor) if name == MASK else tensor
+        (kwargs,) = pytree.tree_unflatten(leaves, self.structure)
+        output = self.block.forward(**kwargs)
+        return (output[0] if isinstance(output, tuple | list) else output).squeeze(0)
+
+    def _as_mask(self, added: Tensor) -> Tensor:
+        """A mask that is added to scores, in the form that the block takes."""
+        if self.is_seen is None:
+            return added
+        return added >= 0 if self.is_seen else added < 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the decoder gave it beside the hidden states, by name."""
+        return {name: self.leaves[leaf] for name, leaf in self.context.items()}
+
+    def hidden_states(self) -> Tensor:
+        """What the decoder gave it, (tokens, width)."""
+        given: Tensor = self.leaves[self.hidden]
+        return given.squeeze(0)
+
+
+def record_calls(base: BaseModel, tokens: int = 0, *, eager: bool = True, seed: int = 0) -> tuple[BlockCall, ...]:
+    """Run the decoder on ``tokens`` random tokens (0: a number that is no other dimension) and keep its blocks' calls.
+
+    Raises ``CannotRunOnDevice`` where a block is called in another way than a decoder's usually is.
+    """
+    tokens = tokens or _unusual_number(base)
+    with _recorded(base) as calls, torch.no_grad(), attention(base, eager=eager):
+        base.last_hidden_state(random_embeds(base, tokens, seed))
+    return tuple(_call(base, index, kwargs, tokens) for index, kwargs in enumerate(calls))
+
+
+def random_embeds(base: BaseModel, tokens: int, seed: int = 0) -> Tensor:
+    """(1, tokens, embedding_size): the embeddings of random tokens."""
+    weight = base.token_embedding.weight
+    ids = torch.randint(len(weight), (1, tokens), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        embeds: Tensor = base.token_embedding(ids.to(weight.device))
+    return embeds
+
+
+def windows(base: BaseModel) -> tuple[int | None, ...]:
+    """How many tokens each block's attention sees at most, counted back from the token itself; None: all before it.
+
+    Raises ``CannotRunOnDevice`` for a block that masks its attention otherwise, or not by an argument.
+    """
+    config = base.model.config.get_text_config(decoder=True)
+    tokens = min(table_rows(base), max(_SHORT, int(getattr(config, "sliding_window", None) or 0) + 2))
+    found = []
+    for call in _calls_without_computing(base, tokens, eager=True):
+        mask = call.tensors().get(MASK)
+        if mask is None:
+            raise CannotRunOnDevice(f"block {call.index} takes no attention mask, which is to keep sequences apart")
+        seen = _seen(mask, tokens)
+        window = int(seen[-1].sum())
+        if not torch.equal(seen, sees(torch.tensor([tokens]), window)):
+            raise CannotRunOnDevice(f"block {call.index} masks its attention in a way of its own")
+        found.append(None if window == tokens else window)
+    return tuple(found)
+
+
+def sees(lengths: Tensor, window: int | None) -> Tensor:
+    """bool (tokens, tokens): which tokens each token of sequences of ``lengths``, one after the other, sees."""
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    place = torch.arange(int(lengths.sum()))
+    back = place[:, None] - place[None, :]
+    seen = (sequence[:, None] == sequence[None, :]) & (back >= 0)
+    return seen if window is None else seen & (back < window)
+
+
+def table_rows(base: BaseModel) -> int:
+    """The most tokens of a sequence that tables have rows for."""
+    return min(base.max_sequence_length, _MAX_TABLE_ROWS)
+
+
+def tables(base: BaseModel, names: Mapping[int, Sequence[str]]) -> dict[int, dict[str, tuple[Tensor, int | None]]]:
+    """What the decoder hands its blocks for the positions 0, 1, 2 …, as far as ``table_rows`` goes.
+
+    Args:
+        names: by each block's number, those of its context that are wanted.
+
+    Returns, by block and name: the tensor, and the axis of its positions; None where it has none.
+
+    Raises ``CannotRunOnDevice`` where a tensor depends on how many tokens there are.
+    """
+    rows = table_rows(base)
+    long = _calls_without_computing(base, rows, eager=False)
+    short = _calls_without_computing(base, rows // 2 + 1, eager=False)
+    found: dict[int, dict[str, tuple[Tensor, int | None]]] = {}
+    for index, wanted in names.items():
+        mine = found.setdefault(index, {})
+        for name in wanted:
+            table, part = long[index].tensors()[name], short[index].tensors()[name]
+            axes = [axis for axis, size in enumerate(part.shape) if size == rows // 2 + 1 and table.shape[axis] == rows]
+            if len(axes) > 1:
+                raise CannotRunOnDevice(f"block {index} takes {name} for each pair of tokens")
+            if axes:
+                table_part = table.narrow(axes[0], 0, part.shape[axes[0]])
+            else:
+                table_part = table
+            if table_part.shape != part.shape or not torch.allclose(table_part, part, rtol=1e-6, atol=1e-6):
+                raise CannotRunOnDevice(f"{name} of block {index} depends on how many tokens there are")
+            mine[name] = table, axes[0] if axes else None
+    return found
+
+
+def final_modules(base: BaseModel) -> tuple[nn.Module, ...]:
+    """What stands between the last block and ``last_hidden_state``, in order: the final norm, mostly alone.
+
+    Raises ``CannotRunOnDevice`` where it is more than modules one after the other.
+    """
+    blocks = set(base.block_modules)
+    inside = {module for block in blocks for module in block.modules()}
+    outside = [
+        module
+        for module in base.decoder.modules()
+        if module not in inside and not blocks & set(module.modules()) and not isinstance(module, nn.Embedding)
+    ]
+    calls: list[tuple[nn.Module, Any, Any]] = []
+
+    def keep(module: nn.Module, args: Any, _kwargs: Any, output: Any) -> None:
+        calls.append((module, args[0] if args else None, output))
+
+    last: list[Tensor] = []
+
+    def keep_last(_module: nn.Module, _args: Any, output: Any) -> None:
+        last.append(output[0] if isinstance(output, tuple | list) else output)
+
+    with ExitStack() as stack, torch.no_grad(), attention(base, eager=True):
+        for module in outside:
+            stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
+        stack.callback(base.block_modules[-1].register_forward_hook(keep_last).remove)
+        wanted = base.last_hidden_state(random_embeds(base, 5))
+    chain: list[nn.Module] = []
+    current = last[-1]
+    while current is not wanted:
+        module, output = next(((module, output) for module, given, output in calls if given is current), (None, None))
+        if module is None or not isinstance(output, Tensor):
+            break
+        chain.append(module)
+        current = output
+    if not torch.equal(current, wanted):  # equal: a view of it
+        raise CannotRunOnDevice("what follows its blocks is not modules one after the other")
+    return tuple(chain)
+
+
+@contextmanager
+def attention(base: BaseModel, *, eager: bool) -> Iterator[None]:
+    """While the decoder runs with plain attention, where masks are tensors, or with its own."""
+    config = base.model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    if eager:
+        # Not by the model's own method: Falcon has none that works, and reads this.
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def _recorded(base: BaseModel, hand_on: Callable[[int, Tensor], Any] | None = None) -> Iterator[list[dict[str, Any]]]:
+    """Collect the arguments of every call of a block, by their names.
+
+    ``hand_on``: gives what a block returns that computes nothing, of its number and its hidden states.
+    """
+    calls: list[dict[str, Any]] = []
+    originals = [block.forward for block in base.block_modules]
+
+    def record(index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(inspect.unwrap(type(block).forward))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(None, *args, **kwargs)  # None for self
+            given = dict(bound.arguments)
+            del given[next(iter(signature.parameters))]
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    given |= given.pop(name, {})
+            calls.append(given)
+            return original(*args, **kwargs) if hand_on is None else hand_on(index, next(iter(given.values())))
+
+        return forward
+
+    for index, (block, original) in enumerate(zip(base.block_modules, originals, strict=True)):
+        block.forward = record(index, block, original)
+    try:
+        yield calls
+    finally:
+        for block, original in zip(base.block_modules, originals, strict=True):
+            block.forward = original
+
+
+def _calls_without_computing(base: BaseModel, tokens: int, *, eager: bool) -> list[BlockCall]:
+    beside = _returned_beside(base)
+
+    def hand_on(index: int, hidden_states: Tensor) -> Any:
+        return hidden_states if beside[index] is None else (hidden_states, *(None,) * beside[index])
+
+    with _recorded(base, hand_on) as calls, torch.no_grad(), attention(base, eager=eager):
+        base.last_hidden_state(
+            torch.zeros(1, tokens, base.embedding_size, dtype=base.dtype, device=base.device),
+        )
+    return [_call(base, index, kwargs, tokens) for index, kwargs in enumerate(calls)]
+
+
+def _returned_beside(base: BaseModel) -> dict[int, Any]:
+    """How much each block returns beside its hidden states; None where it returns these alone, and not in a tuple."""
+    beside: dict[int, Any] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            beside[index] = len(output) - 1 if isinstance(output, tuple | list) else None
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for index, block in enumerate(base.block_modules):
+            stack.callback(block.register_forward_hook(keep(index)).remove)
+        base.last_hidden_state(random_embeds(base, 3))
+    return beside
+
+
+def _call(base: BaseModel, index: int, kwargs: dict[str, Any], tokens: int) -> BlockCall:
+    block = base.block_modules[index]
+    path = next(name for name, module in base.model.named_modules() if module is block)
+    named, structure = pytree.tree_flatten_with_path((kwargs,))
+    leaves = tuple(leaf for _, leaf in named)
+    hidden = 0
+    if not isinstance(leaves[0], Tensor) or leaves[0].ndim != 3:
+        raise CannotRunOnDevice(f"block {index} is not given its hidden states first")
+    context: dict[str, int] = {}
+    is_seen = None
+    for leaf, (keys, value) in enumerate(named):
+        if leaf == hidden or not isinstance(value, Tensor):
+            continue
+        if _is_mask(value, tokens) and MASK not in context:
+            context[MASK] = leaf
+            if value.dtype == torch.bool:
+                is_seen = bool(value[..., 0, 0])
+        else:
+            context[".".join(_key(key) for key in keys[1:])] = leaf
+    return BlockCall(index, path, block, leaves, structure, hidden, context, tokens, is_seen)
+
+
+def _key(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "idx", key)))
+
+
+def _is_mask(tensor: Tensor, tokens: int) -> bool:
+    return tensor.ndim == 4 and tensor.shape[-2:] == (tokens, tokens) and not tensor.dtype.is_complex
+
+
+def _seen(mask: Tensor, tokens: int) -> Tensor:
+    """bool (tokens, tokens) of a mask: whether a row's token sees a column's."""
+    plain = mask[0, 0]
+    if not bool((mask == plain).all()):
+        raise CannotRunOnDevice("its attention heads have masks of their own")
+    if plain.dtype != torch.bool:
+        return plain >= 0
+    return plain if bool(plain[0, 0]) else ~plain
+
+
+def _unusual_number(base: BaseModel) -> int:
+    sizes = {size for parameter in base.model.parameters() for size in parameter.shape}
+    return next(number for number in _TOKENS if number not in sizes)

@@ -1,0 +1,172 @@
+"""The linear modules of a block with the weights that a device has: the frozen one as it is stored, and LoRA.
+
+Both are ``autograd.Function`` with the gradients written out, so that a trace has the products in the order that is
+cheapest: a rank is the short side of a wide matrix (see ``graphs/lora.py``), a stored weight is widened where it is
+multiplied and never scaled whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module  # type: ignore[attr-defined]
+from transformers.pytorch_utils import Conv1D
+
+from dlora.protocol.manifest import StoredDtype
+
+ROW_SCALES: Final = "row_scales"
+PRODUCT: Final = "product"
+Z: Final = "z"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The LoRA beside a linear module: lora_A (rank, in), lora_B (out, rank), and ``scale``, alpha over rank (0-d)."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: Tensor
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The linear modules of a block that compute nothing but ``x W^T + bias``, by name."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and _is_plain(module)
+    }
+
+
+def _is_plain(module: nn.Linear | Conv1D) -> bool:
+    """Whether a linear module does what its name says, whatever class of its own a family has for it."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    features = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+    x = torch.linspace(-1, 1, features, dtype=module.weight.dtype, device=module.weight.device)[None]
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    with torch.no_grad():
+        try:
+            found = type(module).forward(module, x)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+    return isinstance(found, Tensor) and torch.allclose(found, nn.functional.linear(x, weight, module.bias), atol=1e-5)
+
+
+def stored_weights(block: nn.Module, dtype: StoredDtype) -> dict[str, Tensor]:
+    """A block's weights as a device has them, by the name of their graph input: those of linear modules
+    (out_features, in_features) in ``dtype``, with ``row_scales`` (out_features,) for int8; all others float32, or what
+    they are where they are no floats."""
+    weights: dict[str, Tensor] = {}
+    inside = {f"{name}.weight": module for name, module in linears(block).items()}
+    for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        if name not in inside:
+            weights[name] = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+            continue
+        wide = tensor.detach().float()
+        wide = wide.T.contiguous() if isinstance(inside[name], Conv1D) else wide
+        if dtype == "int8":
+            weights[name], weights[f"{name}.{ROW_SCALES}"] = quantise_rows(wide)
+        else:
+            weights[name] = wide.half() if dtype == "fp16" else wide
+    return weights
+
+
+def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8, one scale a row: ``weight ~ quantised * scales[:, None]``; a row of zeros has scale 1."""
+    scales = weight.float().abs().amax(dim=1) / 127
+    scales[scales == 0] = 1.0
+    return torch.round(weight.float() / scales[:, None]).clamp(-127, 127).to(torch.int8), scales
+
+
+@contextmanager
+def with_weights(
+    block: nn.Module,
+    modules: Mapping[str, nn.Linear | Conv1D],
+    weights: Mapping[str, Tensor],
+    lora: Mapping[str, Lora],
+    kept: dict[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """While ``block`` computes with ``weights``, of ``stored_weights``, and with LoRA beside the modules named.
+
+    ``modules`` are its ``linears``. ``kept`` takes what a device may keep for the backward pass: ``<module>.product`` (tokens, out), before row scales
+    and bias, and ``<module>.z`` (rank, tokens).
+    """
+    own = {f"{name}.weight" for name in modules}
+    given = {name: tensor for name, tensor in weights.items() if name not in own and not name.endswith(ROW_SCALES)}
+    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    with _reparametrize_module(block, given):
+        for name, module in modules.items():
+            stored = weights[f"{name}.weight"], weights.get(f"{name}.weight.{ROW_SCALES}")
+            module.forward = _forward(name, module, stored, lora.get(name), kept)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for name, forward in before.items():
+                if forward is None:
+                    del modules[name].forward
+                else:
+                    modules[name].forward = forward
+
+
+def _forward(
+    name: str,
+    module: nn.Linear | Conv1D,
+    stored: tuple[Tensor, Tensor | None],
+    lora: Lora | None,
+    kept: dict[str, Tensor] | None,
+) -> Any:
+    weight, row_scales = stored
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = _Frozen.apply(rows, weight)  # type: ignore[no-untyped-call]
+        if kept is not None:
+            kept[f"{name}.{PRODUCT}"] = y.detach()
+            if lora is not None:
+                kept[f"{name}.{Z}"] = (lora.lora_A @ rows.t()).detach()
+        if row_scales is not None:
+            y = y * row_scales
+        if module.bias is not None:
+            y = y + module.bias
+        if lora is not None:
+            y = y + _Delta.apply(rows, lora.lora_A, lora.lora_B, lora.scale)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    return forward
+
+
+class _Frozen(torch.autograd.Function):
+    """``x W^T`` of a stored weight (out, in): gradient by x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight)
+        return torch.mm(x, weight.to(x.dtype).t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return torch.mm(grad, weight.to(grad.dtype)), None
+
+
+class _Delta(torch.autograd.Function):
+    """``scale * x A^T B^T``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        z_by_rank = torch.mm(lora_a, x.t())
+        ctx.save_for_backward(x, lora_a, lora_b, scale, z_by_rank)
+        return torch.mm(z_by_rank.t() * scale, lora_b.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        x, lora_a, lora_b, scale, z_by_rank = ctx.saved_tensors
+        dz = torch.mm(grad, lora_b) * scale
+        grad_b_by_rank = torch.mm(z_by_rank, grad) * scale
+        return torch.mm(dz, lora_a), torch.mm(dz.t(), x), grad_b_by_rank.t(), None
+

@@ -1,0 +1,46 @@
+"""A traced graph as a torch module, in the form that ExecuTorch's kernels are good at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .trace import aten
+
+
+class TracedModule(nn.Module):
+    """A traced graph: its inputs in the order of its placeholders, a tuple of its outputs."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = _for_kernels(graph)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What the graph gives."""
+        return tuple(self.graph_module(*tensors))
+
+
+def _for_kernels(graph: fx.GraphModule) -> fx.GraphModule:
+    copied = fx.GraphModule(graph, fx.Graph())
+    values: dict[fx.Node, Any] = {}
+    for node in graph.graph.nodes:
+        values[node] = copied.graph.node_copy(node, lambda each: values[each])
+    nodes = copied.graph
+    for node in list(nodes.nodes):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        elif node.target is aten.mm.default and _is_transposed(node.args[1]) and not _is_transposed(node.args[0]):
+            # linear reads a weight as it lies; to mm a transpose is a copy.
+            with nodes.inserting_before(node):
+                product = nodes.call_function(aten.linear.default, (node.args[0], node.args[1].args[0]))
+            product.meta = dict(node.meta)
+            node.replace_all_uses_with(product)
+            nodes.erase_node(node)
+    nodes.eliminate_dead_code()
+    copied.recompile()
+    return copied
+
+
+def _is_transposed(operand: Any) -> bool:
+    return operand.target is aten.permute.default and list(operand.args[1]) == [1, 0]
