@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import safetensors.numpy
 
 from dlora.cloud.model.base_model import (
@@ -16,9 +17,12 @@ from dlora.cloud.model.base_model import (
     find_source,
     load_model,
 )
+from dlora.export.graphs.block_materials import DeviceBlocks
 from dlora.export.graphs.graph_test import Materials
 from dlora.export.graphs.registry import make_graphs
+from dlora.export.tracing.calls import CannotRunOnDevice
 from dlora.protocol import interrupts
+from dlora.protocol.errors import ExportError, UsageError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import (
     MANIFEST_NAME,
@@ -33,6 +37,7 @@ from dlora.protocol.manifest import (
 from dlora.protocol.text import one_line
 from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 
+from .device_blocks import prepare_blocks
 from .installed import check_executorch
 from .output_directory import new_directory_for
 from .selection import can_be_activated, select_targets
@@ -40,7 +45,7 @@ from .settings import ExportSettings
 from .to_executorch import BOUNDS
 from .tokenizer import load_tokenizer, save_tokenizer
 from .verify import COMPILERS, Verified, real_hidden_states, verify
-from .weights import embedding_dtype, save_embedding, save_head
+from .weights import embedding_dtype, save_device_blocks, save_embedding, save_head
 
 SUFFIXES: Final = {"onnx": "onnx", "executorch": "pte"}
 _GOLDEN: Final = "golden.safetensors"
@@ -67,6 +72,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
         note(line)
     groups = base.groups(selection.trainable)
     embedding, head = find_embedding(base), find_head(base)
+    blocks = _device_blocks(settings, base, selection.trainable, say)
     with interrupts.raise_on_signal(), new_directory_for(settings.out, settings.force) as bundle:
         say("writing weights and tokenizer")
         dtype = embedding_dtype(settings.head_dtype)
@@ -84,7 +90,9 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
             head_spec=head_spec,
             head_weights=head_inputs,
             hidden_states=real_hidden_states(base, embedding),
+            device_blocks=blocks,
         )
+        blocks_spec = None if blocks is None else save_device_blocks(bundle, blocks)
         engines = {name: COMPILERS[name] for name in settings.engines}
         verified: list[Verified] = []
         for graph, tests in make_graphs(materials):
@@ -108,9 +116,25 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
             golden=_GOLDEN,
             files=_describe_files(bundle),
             executorch=ExecutorchSpec(check_executorch(), dict(BOUNDS)) if "executorch" in settings.engines else None,
+            device_blocks=blocks_spec,
         )
         (bundle / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
     return manifest
+
+
+def _device_blocks(
+    settings: ExportSettings, base: BaseModel, trainable: Sequence[str], say: Say
+) -> DeviceBlocks | None:
+    count = settings.device_blocks
+    if not count:
+        return None
+    if count > base.blocks:
+        raise UsageError(f"--device-blocks {count} is more than the {base.blocks} blocks of {base.name}")
+    try:
+        return prepare_blocks(base, trainable, count, settings.block_dtype, say)
+    except CannotRunOnDevice as error:
+        text = f"{base.name} ({base.architecture}) has no blocks for a device: {error}; leave out --device-blocks"
+        raise ExportError(text) from None
 
 
 def _shapes(groups: Sequence[GroupSpec]) -> tuple[tuple[int, int], ...]:
@@ -149,7 +173,12 @@ def _rounded(error: float) -> float:
 
 
 def _save_golden(bundle: Path, verified: Sequence[Verified]) -> None:
-    tensors = {f"{made.graph.name}.{name}": value for made in verified for name, value in made.golden.items()}
+    tensors = {
+        # safetensors writes the memory as it lies, transposed or not.
+        f"{made.graph.name}.{name}": np.asarray(value, order="C")
+        for made in verified
+        for name, value in made.golden.items()
+    }
     (bundle / _GOLDEN).write_bytes(safetensors.numpy.save(tensors))  # save_file gives mode 0600
 
 

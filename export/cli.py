@@ -20,8 +20,8 @@ merge_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
-class HeadDtype(StrEnum):
-    """How the LM head is stored on the device."""
+class StoredDtype(StrEnum):
+    """How weights are stored on the device."""
 
     FP16 = "fp16"
     FP32 = "fp32"
@@ -73,8 +73,22 @@ def export(
         ),
     ] = None,
     head_dtype: Annotated[
-        HeadDtype, typer.Option(metavar="DTYPE", help="How the LM head is stored: fp16, fp32 or int8.")
-    ] = HeadDtype.FP16,
+        StoredDtype, typer.Option(metavar="DTYPE", help="How the LM head is stored: fp16, fp32 or int8.")
+    ] = StoredDtype.FP16,
+    device_blocks: Annotated[
+        int,
+        typer.Option(
+            help="How many of the model's last blocks to put into the bundle, so that a device can run them itself."
+        ),
+    ] = 0,
+    block_dtype: Annotated[
+        StoredDtype,
+        typer.Option(
+            metavar="DTYPE",
+            help="How their weights are stored: fp16, fp32 or int8. Adapters are trained for the weights as they are "
+            "stored: int8 only where memory forbids fp16.",
+        ),
+    ] = StoredDtype.FP16,
     engine: Annotated[
         Engine, typer.Option(metavar="ENGINE", help="What the device runs graphs with: onnx, executorch or both.")
     ] = Engine.ONNX,
@@ -99,7 +113,19 @@ def export(
     names = None
     if target_modules is not None:
         names = tuple(dict.fromkeys(name.strip() for name in target_modules.split(",") if name.strip()))
-    settings = ExportSettings(model, out, rank, alpha, names, head_dtype.value, force, engine.value, base_model_name)
+    settings = ExportSettings(
+        model,
+        out,
+        rank,
+        alpha,
+        names,
+        head_dtype.value,
+        force,
+        engine.value,
+        base_model_name,
+        device_blocks,
+        block_dtype.value,
+    )
     settings.check()
     # Not before: torch takes seconds, which --help, the shell's completion and mistakes need not wait for.
     from rich.console import Console

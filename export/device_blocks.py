@@ -1,8 +1,8 @@
-"""The last blocks of a base model, made ready for a device: what each needs, which share a graph, and that all is right."""
+"""The last blocks of a base model, made ready for a device: what each needs, and which of them share a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,6 @@ from .tracing.calls import (
     MASK,
     BlockCall,
     CannotRunOnDevice,
-    attention,
     final_modules,
     random_embeds,
     record_calls,
@@ -34,7 +33,7 @@ _TOLERANCE = 1e-4  # rounding only: the same sums in another order
 
 
 def prepare_blocks(
-    base: BaseModel, trainable: tuple[str, ...], count: int, dtype: StoredDtype, say: Callable[[str], None]
+    base: BaseModel, trainable: Sequence[str], count: int, dtype: StoredDtype, say: Callable[[str], None]
 ) -> DeviceBlocks:
     """The last ``count`` blocks of ``base``, their graphs made and not yet verified.
 
@@ -45,7 +44,7 @@ def prepare_blocks(
     Raises ``CannotRunOnDevice`` where the family's blocks cannot be run without its decoder.
     """
     try:
-        with quiet(), attention(base, eager=True):
+        with quiet():
             return _prepare(base, trainable, count, dtype, say)
     except DloraError:
         raise
@@ -55,7 +54,7 @@ def prepare_blocks(
 
 
 def _prepare(
-    base: BaseModel, trainable: tuple[str, ...], count: int, dtype: StoredDtype, say: Callable[[str], None]
+    base: BaseModel, trainable: Sequence[str], count: int, dtype: StoredDtype, say: Callable[[str], None]
 ) -> DeviceBlocks:
     first = base.blocks - count
     _check_experts(base, first)

@@ -25,6 +25,7 @@ class ExportSettings:
     Attributes:
         rank, alpha, target_modules: LoRA's defaults in training; target_modules None is the architecture's default.
         base_model_name: what adapters call their base model; None means its hub id, or ``model`` where it has none.
+        device_blocks: how many of the last blocks a device may run itself; block_dtype: how their weights are stored.
     """
 
     model: str
@@ -36,6 +37,8 @@ class ExportSettings:
     force: bool = False
     engine: Literal["onnx", "executorch", "both"] = "onnx"
     base_model_name: str | None = None
+    device_blocks: int = 0
+    block_dtype: StoredDtype = "fp16"
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -52,6 +55,8 @@ class ExportSettings:
             raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
         if self.base_model_name is not None and not one_line(self.base_model_name).strip():
             raise UsageError("--base-model-name is empty; give a hub id (org/name), or leave it out")
+        if self.device_blocks < 0:
+            raise UsageError("--device-blocks must be at least 0: a number of blocks, counted from the last")
         check_output_path(self.out, self.force)
         if "executorch" in self.engines:
             check_executorch()

@@ -29,9 +29,11 @@ from dlora.protocol.manifest import TensorSpec
 
 from .installed import check_executorch
 
-# What a program takes at most of each dynamic dimension; devices cut what is longer, all but the rank, into pieces.
-BOUNDS: Final = {"tokens": 4096, "rank": 256, "rows": 256, "n": 1 << 20}
-_EXAMPLE: Final = {"tokens": 7, "rank": 5, "rows": 6, "n": 9}  # all different, so that none is taken for another
+# What a program takes at most of each dynamic dimension. Devices cut what is longer into pieces, all but the rank and
+# ``positions``, which are tokens that see each other.
+BOUNDS: Final = {"tokens": 4096, "rank": 256, "rows": 256, "n": 1 << 20, "positions": 1024}
+# All different, so that none is taken for another.
+_EXAMPLE: Final = {"tokens": 7, "rank": 5, "rows": 6, "n": 9, "positions": 11}
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8, "int64": torch.int64}
 
 

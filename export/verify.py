@@ -21,7 +21,6 @@ from dlora.protocol.errors import ExportError
 from .to_executorch import load_program, to_executorch
 
 ROWS: Final = 8
-_WEIGHT_INPUTS: Final = frozenset({"weight", "row_scales", "bias"})
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _verify(graph: TrainingGraph, test: GraphTest, compiled: Mapping[str, Compil
         found[engine] = outputs
     if test.choose is not None:
         golden |= test.choose(found)
-    vectors = {f"in.{name}": value for name, value in given[0].items() if name not in _WEIGHT_INPUTS}
+    vectors = {f"in.{name}": value for name, value in given[0].items() if name not in graph.weights}
     vectors |= {f"out.{name}": value for name, value in golden.items()}
     models = {engine: each.model for engine, each in compiled.items()}
     tolerance = max(test.tolerances[name] + bounds[name] for name in test.exact)

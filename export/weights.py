@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -12,11 +14,21 @@ from torch import Tensor
 
 from dlora.cloud.model.base_model import EmbeddingEnd, HeadEnd
 from dlora.export.graphs.arrays import Arrays
+from dlora.export.graphs.block_materials import DeviceBlocks
 from dlora.export.graphs.head import CALL_ROWS
+from dlora.export.tracing.modules import quantise_rows
 from dlora.protocol.errors import ExportError, StorageError
-from dlora.protocol.manifest import EmbeddingSpec, HeadSpec, StoredDtype
+from dlora.protocol.manifest import (
+    BlockSpec,
+    DeviceBlocksSpec,
+    EmbeddingSpec,
+    HeadSpec,
+    StoredDtype,
+    TableSpec,
+)
 
 FOLDER: Final = "weights"
+BLOCKS_FOLDER: Final = "blocks"
 _EMBEDDING: Final = f"{FOLDER}/embedding.npy"
 _HEAD: Final = f"{FOLDER}/head.npy"
 
@@ -38,7 +50,7 @@ def save_head(bundle: Path, end: HeadEnd, dtype: StoredDtype, embedding: Arrays)
     weight_file = _HEAD
     row_scales = bias = None
     if dtype == "int8":
-        quantised, scales = quantise_rows(end.weight)
+        quantised, scales = (tensor.numpy() for tensor in quantise_rows(end.weight))
         inputs["weight"] = _save(bundle, _HEAD, quantised)
         row_scales = f"{FOLDER}/head_row_scales.npy"
         inputs["row_scales"] = _save(bundle, row_scales, scales)
@@ -62,12 +74,50 @@ def save_head(bundle: Path, end: HeadEnd, dtype: StoredDtype, embedding: Arrays)
     return spec, inputs
 
 
-def quantise_rows(weight: Tensor) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Symmetric int8, one scale a row: ``weight ~ quantised * scales[:, None]``; a row of zeros has scale 1."""
-    scales = weight.float().abs().amax(dim=1) / 127
-    scales[scales == 0] = 1.0
-    quantised = torch.round(weight.float() / scales[:, None]).clamp(-127, 127).to(torch.int8)
-    return quantised.numpy(), scales.numpy()
+def save_device_blocks(bundle: Path, blocks: DeviceBlocks) -> DeviceBlocksSpec:
+    """Save the weights of blocks, their tables, of which equal ones share a file, and the final norm."""
+    tables: dict[bytes, str] = {}
+    specs = []
+    for block in blocks.blocks:
+        folder = f"{BLOCKS_FOLDER}/{block.call.index}"
+        specs.append(
+            BlockSpec(
+                index=block.call.index,
+                path=block.call.path,
+                graph=block.key,
+                window=block.window,
+                weights=_save_tensors(bundle, folder, block.weights),
+                tables={
+                    name: TableSpec(_save_table(bundle, table, tables), axis)
+                    for name, (table, axis) in block.tables.items()
+                },
+            )
+        )
+    return DeviceBlocksSpec(
+        dtype=blocks.dtype,
+        max_length=blocks.max_length,
+        blocks=tuple(specs),
+        final_norm=_save_tensors(bundle, f"{BLOCKS_FOLDER}/final_norm", blocks.final_norm.weights),
+    )
+
+
+def _save_tensors(bundle: Path, folder: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    saved = {}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ExportError(f"{name} of a block has values that its precision cannot hold; use --block-dtype fp32")
+        saved[name] = f"{folder}/{name}.npy"
+        _save(bundle, saved[name], tensor.contiguous().numpy())
+    return saved
+
+
+def _save_table(bundle: Path, table: Tensor, saved: dict[bytes, str]) -> str:
+    values = table.contiguous().numpy()
+    digest = hashlib.sha256(f"{values.shape}".encode() + values.tobytes()).digest()
+    if digest not in saved:
+        saved[digest] = f"{BLOCKS_FOLDER}/tables/{len(saved)}.npy"
+        _save(bundle, saved[digest], values)
+    return saved[digest]
 
 
 def _stored(tensor: Tensor, dtype: Literal["fp32", "fp16"]) -> npt.NDArray[np.generic]:
@@ -81,7 +131,7 @@ def _stored(tensor: Tensor, dtype: Literal["fp32", "fp16"]) -> npt.NDArray[np.ge
 def _save(bundle: Path, name: str, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     path = bundle / name
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             np.save(file, values, allow_pickle=False)
     except OSError as error:  # numpy's own, of a disk that is full, has no errno

@@ -120,8 +120,49 @@ class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         return tuple(dict.fromkeys((*self.stop_token_ids, *eos)))
 
 
+class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What blocks are given for each position: ``.npy`` fp32, with a row for each along ``axis``."""
+
+    file: BundlePath
+    axis: Annotated[int, msgspec.Meta(ge=0, le=7)]
+
+
+class BlockSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One block that a device can run.
+
+    Attributes:
+        index: its number; path: its name in the base model, which those of its modules begin with.
+        graph: the key of its graphs.
+        window: how many tokens its attention sees at most, the token itself among them; None: all before it.
+        weights: graph input to ``.npy`` file; tables: likewise, of what depends on positions.
+    """
+
+    index: Annotated[int, msgspec.Meta(ge=0, le=2**16)]
+    path: str
+    graph: str
+    window: Positive | None = None
+    weights: dict[str, BundlePath]
+    tables: dict[str, TableSpec] = {}
+
+
+class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The last blocks of the base model, for a device that runs some of them itself.
+
+    Attributes:
+        dtype: of the weights of linear modules.
+        max_length: the most tokens of a sequence.
+        blocks: in the order of execution, up to the last of the base model.
+        final_norm: what stands after them: graph input to ``.npy`` file.
+    """
+
+    dtype: StoredDtype
+    max_length: Positive
+    blocks: Annotated[tuple[BlockSpec, ...], msgspec.Meta(min_length=1)]
+    final_norm: dict[str, BundlePath]
+
+
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A graph's input or output. Strings in ``shape`` are dynamic (``tokens``, ``rank``, ``rows``, ``n``)."""
+    """A graph's input or output. Strings in ``shape`` are dynamic: ``tokens``, ``positions``, ``rank``, ``rows``, ``n``."""
 
     name: str
     dtype: Literal["fp32", "fp16", "int8", "int64"]
@@ -133,7 +174,7 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     Attributes:
         key: widths that tell graphs of one kind apart: ``"576x192"`` (in x out) for adapters, ``"192"`` (out) for
-            cores that are not square; else empty.
+            cores that are not square, a number for blocks of one shape; else empty.
         files: engine (``onnx``, ``executorch``) to path.
         error: largest error seen at export on any engine, relative to the largest magnitude of the output; tolerance:
             its bound.
@@ -155,7 +196,8 @@ class ExecutorchSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         version: of executorch that wrote them, ``"1.5.1"``; an older runtime cannot be expected to read them.
-        bounds: dynamic dimension (``tokens``, ``rank``, ``rows``, ``n``) to the most that a program takes of it.
+        bounds: dynamic dimension (``tokens``, ``positions``, ``rank``, ``rows``, ``n``) to the most that a program takes
+            of it.
     """
 
     version: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d+\.\d+$")]
@@ -173,6 +215,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         golden: safetensors file of inputs and outputs: ``<kind>[.<key>].in.<name>`` and ``….out.<name>``.
         files: every other file of the bundle.
         executorch: where graphs have a file for that engine.
+        device_blocks: where a device can run some of the base model's blocks.
     """
 
     format: int
@@ -189,6 +232,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     golden: BundlePath
     files: dict[BundlePath, FileSpec]
     executorch: ExecutorchSpec | None = None
+    device_blocks: DeviceBlocksSpec | None = None
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -257,6 +301,10 @@ def load_manifest(bundle: Path) -> Manifest:
     modules = sum(len(group.targets) for group in manifest.groups)
     if manifest.order and sorted(manifest.order) != list(range(modules)):
         raise BundleError(f"{path}: its order is not one of its {modules} modules; export the bundle again")
+    blocks = () if manifest.device_blocks is None else manifest.device_blocks.blocks
+    last = manifest.base_model.blocks
+    if [block.index for block in blocks] != list(range(last - len(blocks), last)):
+        raise BundleError(f"{path}: its device_blocks are not the last ones; export the bundle again")
     for field, name in paths_of(manifest):
         if name not in manifest.files:
             raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")

@@ -21,8 +21,8 @@ from dlora.export.graphs.graph_test import GraphTest
 from dlora.export.graphs.head import HeadShape, head_graphs, head_tests
 from dlora.export.graphs.lora import adapter_graphs, adapter_tests
 from dlora.export.graphs.tolerances import CEILING, FLOOR, allowed, relative_error
+from dlora.export.tracing.modules import quantise_rows
 from dlora.export.verify import COMPILERS, Compiled, Verified, compile_onnx, start_session, verify
-from dlora.export.weights import quantise_rows
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import TensorSpec
 
@@ -132,7 +132,7 @@ def _head_end(vocabulary: int, shape: HeadShape) -> HeadEnd:
 def _head_weights(end: HeadEnd, dtype: str) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if dtype == "int8":
-        inputs["weight"], inputs["row_scales"] = quantise_rows(end.weight)
+        inputs["weight"], inputs["row_scales"] = (tensor.numpy() for tensor in quantise_rows(end.weight))
     else:
         inputs["weight"] = end.weight.numpy().astype(np.float16 if dtype == "fp16" else np.float32)
     if end.bias is not None:

@@ -69,13 +69,19 @@ REFUSED = {
         " d = Identity (c) w = Identity (v) }> (n, t, x)",
         "the operator 'Loop'",
     ),
-    "doubling": (
-        "a = Concat <axis = 0> (x, x) b = Concat <axis = 0> (a, a) y = Concat <axis = 0> (b, b)",
-        "more than one Concat",
+    "a loop as long as an input": (
+        "y = Scan <num_scan_inputs = 1, body = one (float v) => (float w) { w = Identity (v) }> (x)",
+        "a Scan over something other than a constant",
+    ),
+    "a loop over what was doubled": (
+        "c = Constant <value = float[1] {1}> () a = Concat <axis = 0> (c, c) b = Concat <axis = 0> (a, a)\n"
+        "y = Scan <num_scan_inputs = 1, body = one (float v) => (float w) { w = Identity (v) }> (b)",
+        "a Scan over something other than a constant",
     ),
     "a loop in a loop": (
-        "y = Scan <num_scan_inputs = 1, body = one (float v) => (float w) {"
-        " w = Scan <num_scan_inputs = 1, body = two (float t) => (float u) { u = Identity (t) }> (x) }> (x)",
+        "c = Constant <value = float[1] {1}> ()\n"
+        "y = Scan <num_scan_inputs = 1, body = one (float v) => (float w) { d = Constant <value = float[1] {1}> ()"
+        " w = Scan <num_scan_inputs = 1, body = two (float t) => (float u) { u = Identity (t) }> (d) }> (c)",
         "a graph in Scan",
     ),
     "an operator of somebody else": ("y = com.microsoft.Add (x, x)", "the operator"),

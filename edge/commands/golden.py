@@ -73,11 +73,15 @@ def _input(bundle: Bundle, golden: dict[str, Array], spec: GraphSpec, name: str)
     if key in golden:
         return golden[key]
     # The base model's weights are too large to stand in the golden file again.
-    head, files = bundle.manifest.head, dict[str, str | None]()
+    head, blocks, files = bundle.manifest.head, bundle.manifest.device_blocks, dict[str, str | None]()
     if spec.kind == "embedding":
         files = {"weight": bundle.manifest.embedding.weight}
     elif spec.kind.startswith("head_"):
         files = {"weight": head.weight, "row_scales": head.row_scales, "bias": head.bias}
+    elif blocks is not None and spec.kind.startswith("final_norm_"):
+        files = {**blocks.final_norm}
+    elif blocks is not None and spec.kind.startswith("block_"):  # the last block of the shape
+        files = next(({**block.weights} for block in reversed(blocks.blocks) if block.graph == spec.key), {})
     file = files.get(name)
     if file is None:
         raise BundleError(f"{bundle.path} has no golden vector {key}; export it again")

@@ -92,7 +92,7 @@ def _mapped(path: Path) -> tuple[npt.NDArray[Any], mmap.mmap]:
             if found is None or found[1].decode() not in _STORED:
                 raise ValueError("not an array of weights")
             dtype, shape = _STORED[found[1].decode()], tuple(int(size) for size in found[2].split(b",") if size.strip())
-            if min(shape, default=0) < 1:
+            if min(shape, default=1) < 1:
                 raise ValueError("not an array of weights")
             if start + math.prod(shape) * dtype.itemsize != path.stat().st_size:
                 raise ValueError("its shape is not its size")

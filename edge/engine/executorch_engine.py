@@ -19,7 +19,11 @@ from .engine import Array, Graph
 from .shim import Program, Shim, dtype_of, load_shim
 
 _LEAST_ROWS: Final = 8  # of the head for each thread: every one of them reads the whole weight
-_CUT: Final = ("tokens", "rows", "n")  # what a call may have more of than the bound; a rank it may not
+_CUT: Final = ("tokens", "rows", "n")  # what a call may have more of than the bound
+_WHOLE: Final = {  # what it may not, and what to do
+    "rank": "lower --rank",
+    "positions": "lower --batch-size or --max-length",
+}
 
 
 class ExecutorchEngine:
@@ -35,7 +39,7 @@ class ExecutorchEngine:
         spec = bundle.manifest.executorch
         if spec is None:
             raise BundleError(f"{bundle.path} has no executorch graphs; export it again with --engine both")
-        if missing := {"rank", *_CUT} - set(spec.bounds):
+        if missing := {*_WHOLE, *_CUT} - set(spec.bounds):
             raise BundleError(f"{bundle.path} has no bounds for {', '.join(sorted(missing))}; export it again")
         self._bundle = bundle
         self._bounds = spec.bounds
@@ -139,11 +143,13 @@ class _CutGraph:
         for tensor, array in zip(self._spec.inputs, arrays, strict=True):
             for name, size in zip(tensor.shape, array.shape, strict=True):
                 assert size == (sizes.setdefault(name, size) if isinstance(name, str) else name)
-        if sizes.get("rank", 1) > self._bounds["rank"]:
-            raise UsageError(
-                f"rank {sizes['rank']} is more than this bundle's ExecuTorch programs take ({self._bounds['rank']}); "
-                "lower --rank, or use --engine onnx"
-            )
+        for name, advice in _WHOLE.items():
+            if sizes.get(name, 1) > self._bounds[name]:
+                what = f"rank {sizes[name]} is" if name == "rank" else f"a micro-batch of {sizes[name]} tokens is"
+                raise UsageError(
+                    f"{what} more than this bundle's ExecuTorch programs take ({self._bounds[name]}); {advice}, or use "
+                    "--engine onnx"
+                )
         return sizes
 
     def _edges(self, sizes: Mapping[str, int]) -> list[int]:

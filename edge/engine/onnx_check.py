@@ -15,20 +15,20 @@ from typing import Final
 
 OPERATORS: Final = frozenset(
     (
-        "Add", "ArgMax", "Cast", "Concat", "Constant", "Div", "Exp", "Gather", "Gemm", "Greater", "Identity", "Log",
-        "MatMul", "Max", "Mul", "ReduceMax", "ReduceSum", "Reshape", "Round", "Scan", "Slice", "Sqrt", "Squeeze", "Sub",
-        "Tanh", "Transpose", "Unsqueeze", "Where",
+        "Add", "ArgMax", "Cast", "Concat", "Constant", "Div", "Equal", "Erf", "Exp", "Expand", "Gather", "Gemm",
+        "Greater", "Identity", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Pad", "Reciprocal",
+        "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Round", "Scan", "Shape", "Sigmoid", "Slice",
+        "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
     )
 )  # fmt: skip
 MAX_GRAPH_BYTES: Final = 256 << 10  # 10 KiB are usual: weights are inputs
-_ONCE: Final = ("Concat", "Scan")  # each could double what there is, or go over it once more
 
 _LENGTH_DELIMITED: Final = 2
 _FIXED: Final = {1: 8, 5: 4}  # wire type to bytes
 # Fields of onnx.proto that may be there; the names of those that are looked into.
 _MODEL: Final = {1: "", 2: "", 3: "", 4: "", 5: "", 6: "", 7: "graph", 8: "", 14: ""}
 _GRAPH: Final = {1: "node", 2: "", 10: "", 11: "", 12: "", 13: ""}  # no initializers: weights are inputs
-_NODE: Final = {1: "", 2: "", 3: "", 4: "op_type", 5: "attribute", 6: "", 7: "domain"}
+_NODE: Final = {1: "input", 2: "output", 3: "", 4: "op_type", 5: "attribute", 6: "", 7: "domain"}
 _ATTRIBUTE: Final = {1: "", 2: "", 3: "", 4: "", 5: "tensor", 6: "graph", 7: "", 8: "", 9: "", 13: "", 20: ""}
 _DIMS, _MAX_DIMS = 1, 8  # of a tensor
 _TENSOR: Final = dict.fromkeys((_DIMS, 2, 4, 5, 7, 8, 9, 10, 11, 12), "")
@@ -40,27 +40,28 @@ def check_graph(content: bytes) -> None:
     """Raise ``ValueError``, with what it has, unless ``content`` is a model of nothing but what a graph may have."""
     if len(content) > MAX_GRAPH_BYTES:
         raise ValueError(f"more than {MAX_GRAPH_BYTES >> 10} KiB")
-    operators: list[str] = []
     for _, graph in _known_fields(content, _MODEL, "a model"):
-        _check_nodes(graph, operators)
-    for operator in _ONCE:
-        if operators.count(operator) > 1:
-            raise ValueError(f"more than one {operator}")
+        _check_nodes(graph)
 
 
-def _check_nodes(graph: bytes, operators: list[str]) -> None:
+def _check_nodes(graph: bytes, *, is_of_scan: bool = False) -> None:
+    constants: set[bytes] = set()
     for _, node in _known_fields(graph, _GRAPH, "a graph"):
-        found = {"op_type": b"", "domain": b""}
+        found = {"op_type": b"", "domain": b"", "input": b"", "output": b""}
         attributes = []
         for name, value in _known_fields(node, _NODE, "a node"):
             if name == "attribute":
                 attributes.append(value)
             else:
-                found[name] = value
+                found[name] = value  # of several inputs or outputs the last
         operator = found["op_type"].decode(errors="replace")
         if operator not in OPERATORS or found["domain"] not in (b"", b"ai.onnx"):
             raise ValueError(f"the operator {operator!r}")
-        operators.append(operator)
+        if operator == "Constant":
+            constants.add(found["output"])
+        elif operator == "Scan" and found["input"] not in constants:
+            # What it goes over is as long as what stands in these bytes, and no longer.
+            raise ValueError("a Scan over something other than a constant")
         for attribute in attributes:
             held = list(_known_fields(attribute, _ATTRIBUTE, "an attribute"))
             if len(held) > 1:
@@ -68,10 +69,10 @@ def _check_nodes(graph: bytes, operators: list[str]) -> None:
             for name, value in held:
                 if name == "tensor":
                     _check_tensor(value)
-                elif operator != "Scan" or operators.count("Scan") > 1:
+                elif operator != "Scan" or is_of_scan:
                     raise ValueError(f"a graph in {operator}")
                 else:
-                    _check_nodes(value, operators)
+                    _check_nodes(value, is_of_scan=True)
 
 
 def _check_tensor(tensor: bytes) -> None:

@@ -7,8 +7,8 @@
 
 They are the family's own code, traced (``export/tracing``): x, y, grad and grad_x are (positions, width), of all
 sequences of a micro-batch one after the other; ``mask`` (1, 1, positions, positions) is added to the scores of
-attention and keeps them apart; what else the decoder gives its blocks comes from tables. Weights and LoRA are inputs, so
-that one graph serves all blocks of a shape. ``block_forward`` also gives what is kept for the backward pass, the
+attention and keeps them apart; what else the decoder gives its blocks comes from tables. Weights and LoRA are inputs,
+so that one graph serves all blocks of a shape. ``block_forward`` also gives what is kept for the backward pass, the
 products with the frozen weights and z = lora_A x^T, so that no large product is computed again.
 
 ``final_norm_forward`` and ``final_norm_backward`` are what stands between the last block and the head.
@@ -16,7 +16,7 @@ products with the frozen weights and z = lora_A x^T, so that no large product is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ from dlora.export.tracing.to_onnx import CannotEmitError, to_nodes
 from dlora.export.tracing.trace import GRAD, GRAD_X, OUTPUT, SCALE, X, trace_block, trace_modules
 from dlora.protocol.manifest import TensorSpec
 
-from .arrays import Arrays
+from .arrays import Arrays, to_floats
 from .block_materials import BlockMaterials, FinalNormMaterials
 from .graph import TrainingGraph
 from .graph_test import GraphTest, GraphWithTests, Materials
@@ -57,7 +57,7 @@ def block_graphs(
     kept = {node: _kept_name(name) for node, name in products.items() if node in needed}
     forward = cut(whole, {OUTPUT: outputs[OUTPUT]} | {name: node for node, name in kept.items()}, {})
     backward = cut(whole, grads, kept)
-    return _graph("block_forward", forward, key), _graph("block_backward", backward, key)
+    return _graph("block_forward", forward, key, weights), _graph("block_backward", backward, key, weights)
 
 
 def final_norm_graphs(
@@ -67,8 +67,8 @@ def final_norm_graphs(
     whole = simplify(trace_modules(modules, weights, width, tokens))
     outputs = outputs_of(whole)
     return (
-        _graph("final_norm_forward", cut(whole, {OUTPUT: outputs[OUTPUT]}, {}), ""),
-        _graph("final_norm_backward", cut(whole, {GRAD_X: outputs[GRAD_X]}, {}), ""),
+        _graph("final_norm_forward", cut(whole, {OUTPUT: outputs[OUTPUT]}, {}), "", weights),
+        _graph("final_norm_backward", cut(whole, {GRAD_X: outputs[GRAD_X]}, {}), "", weights),
     )
 
 
@@ -78,7 +78,7 @@ def _kept_name(name: str) -> str:
     return f"{module}.{Z if matrix == 'lora_A' else PRODUCT}"
 
 
-def _graph(kind: str, traced: fx.GraphModule, key: str) -> TrainingGraph:
+def _graph(kind: str, traced: fx.GraphModule, key: str, weights: Iterable[str]) -> TrainingGraph:
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
     symbols = _symbols(inputs)
@@ -92,6 +92,7 @@ def _graph(kind: str, traced: fx.GraphModule, key: str) -> TrainingGraph:
             body=nodes,
             module=partial(TracedModule, traced),
             key=key,
+            weights=frozenset(weights),
         )
     except CannotEmitError as error:
         raise CannotRunOnDevice(f"its blocks compute what a device cannot: {error}") from None
@@ -124,10 +125,11 @@ def block_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GraphTe
         values = block_inputs(block, lengths, rank)
         exact, single = (reference(block, values, dtype) for dtype in (torch.float64, torch.float32))
         values |= single  # what is kept from the forward pass
-        names = [spec.name for spec in graph.outputs]
-        exact, single = ({name: found[name].float().numpy() for name in names} for found in (exact, single))
         inputs = {spec.name: values[spec.name].numpy() for spec in graph.inputs}
-        yield GraphTest(inputs, exact, allowed(exact, single))
+        golden, rounded = (
+            to_floats(**{spec.name: found[spec.name] for spec in graph.outputs}) for found in (exact, single)
+        )
+        yield GraphTest(inputs, golden, allowed(golden, rounded))
 
 
 def block_inputs(block: BlockMaterials, lengths: Sequence[int], rank: int, seed: int = 0) -> dict[str, Tensor]:
@@ -143,7 +145,7 @@ def block_inputs(block: BlockMaterials, lengths: Sequence[int], rank: int, seed:
         out_features, in_features = block.weights[f"{target}.weight"].shape
         values[f"{target}.lora_A"] = torch.randn(rank, in_features, generator=random) / in_features**0.5
         values[f"{target}.lora_B"] = torch.randn(out_features, rank, generator=random) * 0.1
-    return values | block.context(lengths) | block.weights
+    return {**values, **block.context(lengths), **block.weights}
 
 
 def reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -152,9 +154,9 @@ def reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype: torch.
     x = values[X].detach().clone().requires_grad_()
     lora, leaves, kept = {}, {GRAD_X: x}, dict[str, Tensor]()
     for target in block.targets:
-        sides = [values[f"{target}.{side}"].detach().clone().requires_grad_() for side in ("lora_A", "lora_B")]
-        leaves |= {f"grad.{target}.lora_A": sides[0], f"grad.{target}.lora_B": sides[1]}
-        lora[target] = Lora(*sides, values[SCALE])
+        lora_a, lora_b = (values[f"{target}.{side}"].detach().clone().requires_grad_() for side in ("lora_A", "lora_B"))
+        leaves |= {f"grad.{target}.lora_A": lora_a, f"grad.{target}.lora_B": lora_b}
+        lora[target] = Lora(lora_a, lora_b, values[SCALE])
     context = {name: values[name] for name in (MASK, *block.tables, *block.fixed())}
     weights = {name: values[name] for name in block.weights if name not in block.call.context}
     with torch.enable_grad(), with_weights(block.call.block, linears(block.call.block), weights, lora, kept):
@@ -173,13 +175,11 @@ def final_norm_tests(final_norm: FinalNormMaterials, graph: TrainingGraph) -> It
         given = x.clone().to(dtype).requires_grad_()
         weights = {name: tensor.to(dtype) for name, tensor in final_norm.weights.items()}
         with torch.enable_grad():
-            y = torch.func.functional_call(chain, weights, (given[None],))[0]  # type: ignore[no-untyped-call]
+            y = torch.func.functional_call(chain, weights, (given[None],))[0]
         grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
         (grad_x,) = torch.autograd.grad(y, [given], grad.to(dtype))
         found[dtype] = {OUTPUT: y.detach(), GRAD_X: grad_x}
-    exact, single = (
-        {spec.name: each[spec.name].float().numpy() for spec in graph.outputs} for each in found.values()
-    )
+    exact, single = (to_floats(**{spec.name: each[spec.name] for spec in graph.outputs}) for each in found.values())
     values = {X: x, GRAD: grad, **final_norm.weights}
     inputs: Arrays = {spec.name: np.asarray(values[spec.name]) for spec in graph.inputs}
     yield GraphTest(inputs, exact, allowed(exact, single))
@@ -190,7 +190,7 @@ def make(materials: Materials) -> Iterator[GraphWithTests]:
     blocks = materials.device_blocks
     if blocks is None:
         return
-    for block in {block.key: block for block in blocks.blocks}.values():
+    for block in {block.key: block for block in blocks.blocks}.values():  # the last one of each shape
         for graph in (block.forward, block.backward):
             yield graph, block_tests(block, graph)
     for graph in (blocks.final_norm.forward, blocks.final_norm.backward):

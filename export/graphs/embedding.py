@@ -40,6 +40,7 @@ def embedding_graph(
             hidden_states = Mul (wide, scale)
         """,
         module=partial(Embedding, scale),
+        weights=frozenset(("weight",)),
     )
 
 

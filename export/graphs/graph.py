@@ -24,7 +24,8 @@ class TrainingGraph:
     Attributes:
         body: its nodes, in ONNX's textual syntax, or as they are.
         module: makes its torch form, of which ExecuTorch programs are made: the same inputs in the same order.
-        key: widths that tell graphs of one kind apart (``"576x192"``), else empty.
+        key: widths that tell graphs of one kind apart (``"576x192"``), a number for blocks, else empty.
+        weights: the inputs that are the bundle's own weights, and no golden vectors.
     """
 
     kind: GraphKind
@@ -33,6 +34,7 @@ class TrainingGraph:
     body: str | Sequence[onnx.NodeProto]
     module: Callable[[], nn.Module]
     key: str = ""
+    weights: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:

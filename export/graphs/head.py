@@ -93,6 +93,7 @@ def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
         weights.append(TensorSpec("row_scales", "fp32", (head.vocabulary_size,)))
     if head.bias:
         weights.append(TensorSpec("bias", "fp32", (head.vocabulary_size,)))
+    names = frozenset(spec.name for spec in weights)
     hidden = TensorSpec("hidden_states", "fp32", ("rows", head.hidden_size))
     labels = TensorSpec("labels", "int64", ("rows",))
     grad_scale = TensorSpec("grad_scale", "fp32", ())
@@ -106,6 +107,7 @@ def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
         outputs=(losses, grad),
         body=_constants(head) + _of_labels(head) + _walk(head, "weighted_rows") + _LOSS + _gradient(head),
         module=partial(HeadTrain, head),
+        weights=names,
     )
     loss = TrainingGraph(
         "head_loss",
@@ -113,6 +115,7 @@ def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
         outputs=(losses, predictions),
         body=_constants(head) + _of_labels(head) + _walk(head, "best") + _LOSS + _PREDICTIONS,
         module=partial(HeadLoss, head),
+        weights=names,
     )
     just_logits = TrainingGraph(
         "head_logits",
@@ -120,6 +123,7 @@ def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
         outputs=(logits,),
         body=_constants(head) + _all_logits(head),
         module=partial(HeadLogits, head),
+        weights=names,
     )
     return train, loss, just_logits
 

@@ -41,6 +41,7 @@ class BlockCall:
         hidden: the arguments' leaf that holds the hidden states; leaves, structure: all of them, flattened.
         context: the leaves that are tensors beside the hidden states, by a name of theirs.
         tokens: how many the call was made with.
+        config: the model's, which says how attention is computed.
         is_seen: whether the mask says True where a token sees another; None for one that is added.
     """
 
@@ -52,6 +53,7 @@ class BlockCall:
     hidden: int
     context: Mapping[str, int]
     tokens: int
+    config: Any
     is_seen: bool | None = None
 
     def __call__(self, hidden_states: Tensor, context: Mapping[str, Tensor]) -> Tensor:
@@ -64,8 +66,10 @@ class BlockCall:
         for name, tensor in context.items():
             leaves[self.context[name]] = self._as_mask(tensor) if name == MASK else tensor
         (kwargs,) = pytree.tree_unflatten(leaves, self.structure)
-        output = self.block.forward(**kwargs)
-        return (output[0] if isinstance(output, tuple | list) else output).squeeze(0)
+        with attention(self.config, eager=True):
+            output = self.block.forward(**kwargs)
+        after: Tensor = output[0] if isinstance(output, tuple | list) else output
+        return after.squeeze(0)
 
     def _as_mask(self, added: Tensor) -> Tensor:
         """A mask that is added to scores, in the form that the block takes."""
@@ -89,7 +93,7 @@ def record_calls(base: BaseModel, tokens: int = 0, *, eager: bool = True, seed: 
     Raises ``CannotRunOnDevice`` where a block is called in another way than a decoder's usually is.
     """
     tokens = tokens or _unusual_number(base)
-    with _recorded(base) as calls, torch.no_grad(), attention(base, eager=eager):
+    with _recorded(base) as calls, torch.no_grad(), attention(_config(base), eager=eager):
         base.last_hidden_state(random_embeds(base, tokens, seed))
     return tuple(_call(base, index, kwargs, tokens) for index, kwargs in enumerate(calls))
 
@@ -108,8 +112,8 @@ def windows(base: BaseModel) -> tuple[int | None, ...]:
 
     Raises ``CannotRunOnDevice`` for a block that masks its attention otherwise, or not by an argument.
     """
-    config = base.model.config.get_text_config(decoder=True)
-    tokens = min(table_rows(base), max(_SHORT, int(getattr(config, "sliding_window", None) or 0) + 2))
+    widest = int(getattr(_config(base), "sliding_window", None) or 0)
+    tokens = min(table_rows(base), max(_SHORT, widest + 2))
     found = []
     for call in _calls_without_computing(base, tokens, eager=True):
         mask = call.tensors().get(MASK)
@@ -190,7 +194,7 @@ def final_modules(base: BaseModel) -> tuple[nn.Module, ...]:
     def keep_last(_module: nn.Module, _args: Any, output: Any) -> None:
         last.append(output[0] if isinstance(output, tuple | list) else output)
 
-    with ExitStack() as stack, torch.no_grad(), attention(base, eager=True):
+    with ExitStack() as stack, torch.no_grad(), attention(_config(base), eager=True):
         for module in outside:
             stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
         stack.callback(base.block_modules[-1].register_forward_hook(keep_last).remove)
@@ -198,20 +202,19 @@ def final_modules(base: BaseModel) -> tuple[nn.Module, ...]:
     chain: list[nn.Module] = []
     current = last[-1]
     while current is not wanted:
-        module, output = next(((module, output) for module, given, output in calls if given is current), (None, None))
-        if module is None or not isinstance(output, Tensor):
+        following = next(((module, output) for module, given, output in calls if given is current), None)
+        if following is None or not isinstance(following[1], Tensor):
             break
-        chain.append(module)
-        current = output
+        chain.append(following[0])
+        current = following[1]
     if not torch.equal(current, wanted):  # equal: a view of it
         raise CannotRunOnDevice("what follows its blocks is not modules one after the other")
     return tuple(chain)
 
 
 @contextmanager
-def attention(base: BaseModel, *, eager: bool) -> Iterator[None]:
-    """While the decoder runs with plain attention, where masks are tensors, or with its own."""
-    config = base.model.config.get_text_config(decoder=True)
+def attention(config: Any, *, eager: bool) -> Iterator[None]:
+    """While attention is plain, so that masks are tensors, or the model's own; ``config`` is the decoder's."""
     before = config._attn_implementation
     if eager:
         # Not by the model's own method: Falcon has none that works, and reads this.
@@ -220,6 +223,10 @@ def attention(base: BaseModel, *, eager: bool) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def _config(base: BaseModel) -> Any:
+    return base.model.config.get_text_config(decoder=True)
 
 
 @contextmanager
@@ -261,7 +268,7 @@ def _calls_without_computing(base: BaseModel, tokens: int, *, eager: bool) -> li
     def hand_on(index: int, hidden_states: Tensor) -> Any:
         return hidden_states if beside[index] is None else (hidden_states, *(None,) * beside[index])
 
-    with _recorded(base, hand_on) as calls, torch.no_grad(), attention(base, eager=eager):
+    with _recorded(base, hand_on) as calls, torch.no_grad(), attention(_config(base), eager=eager):
         base.last_hidden_state(
             torch.zeros(1, tokens, base.embedding_size, dtype=base.dtype, device=base.device),
         )
@@ -304,7 +311,7 @@ def _call(base: BaseModel, index: int, kwargs: dict[str, Any], tokens: int) -> B
                 is_seen = bool(value[..., 0, 0])
         else:
             context[".".join(_key(key) for key in keys[1:])] = leaf
-    return BlockCall(index, path, block, leaves, structure, hidden, context, tokens, is_seen)
+    return BlockCall(index, path, block, leaves, structure, hidden, context, tokens, _config(base), is_seen)
 
 
 def _key(key: Any) -> str:

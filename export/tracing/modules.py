@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module  # type: ignore[attr-defined]
+from torch.nn.utils.stateless import _reparametrize_module
 from transformers.pytorch_utils import Conv1D
 
 from dlora.protocol.manifest import StoredDtype
@@ -51,7 +51,7 @@ def _is_plain(module: nn.Linear | Conv1D) -> bool:
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     with torch.no_grad():
         try:
-            found = type(module).forward(module, x)
+            found = module(x)
         except (RuntimeError, TypeError, ValueError):
             return False
     return isinstance(found, Tensor) and torch.allclose(found, nn.functional.linear(x, weight, module.bias), atol=1e-5)
@@ -93,8 +93,8 @@ def with_weights(
 ) -> Iterator[None]:
     """While ``block`` computes with ``weights``, of ``stored_weights``, and with LoRA beside the modules named.
 
-    ``modules`` are its ``linears``. ``kept`` takes what a device may keep for the backward pass: ``<module>.product`` (tokens, out), before row scales
-    and bias, and ``<module>.z`` (rank, tokens).
+    ``modules`` are its ``linears``. ``kept`` takes what a device may keep for the backward pass: ``<module>.product``
+    (tokens, out), before row scales and bias, and ``<module>.z`` (rank, tokens).
     """
     own = {f"{name}.weight" for name in modules}
     given = {name: tensor for name, tensor in weights.items() if name not in own and not name.endswith(ROW_SCALES)}
@@ -110,7 +110,7 @@ def with_weights(
                 if forward is None:
                     del modules[name].forward
                 else:
-                    modules[name].forward = forward
+                    modules[name].forward = forward  # type: ignore[method-assign]
 
 
 def _forward(
@@ -124,7 +124,7 @@ def _forward(
 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Frozen.apply(rows, weight)  # type: ignore[no-untyped-call]
+        y: Tensor = _Frozen.apply(rows, weight)
         if kept is not None:
             kept[f"{name}.{PRODUCT}"] = y.detach()
             if lora is not None:
@@ -134,7 +134,7 @@ def _forward(
         if module.bias is not None:
             y = y + module.bias
         if lora is not None:
-            y = y + _Delta.apply(rows, lora.lora_A, lora.lora_B, lora.scale)  # type: ignore[no-untyped-call]
+            y = y + _Delta.apply(rows, lora.lora_A, lora.lora_B, lora.scale)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return forward
@@ -144,12 +144,12 @@ class _Frozen(torch.autograd.Function):
     """``x W^T`` of a stored weight (out, in): gradient by x only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         return torch.mm(x, weight.to(x.dtype).t())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return torch.mm(grad, weight.to(grad.dtype)), None
 
@@ -158,13 +158,13 @@ class _Delta(torch.autograd.Function):
     """``scale * x A^T B^T``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> Tensor:
         z_by_rank = torch.mm(lora_a, x.t())
         ctx.save_for_backward(x, lora_a, lora_b, scale, z_by_rank)
         return torch.mm(z_by_rank.t() * scale, lora_b.t())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, lora_a, lora_b, scale, z_by_rank = ctx.saved_tensors
         dz = torch.mm(grad, lora_b) * scale
         grad_b_by_rank = torch.mm(z_by_rank, grad) * scale

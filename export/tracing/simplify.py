@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
 
@@ -44,9 +43,10 @@ def _replace(node: fx.Node) -> None:
     if node.op != "call_function":
         return
     given: Any = node.args[0] if node.args else None
-    if node.target in _SAME:
-        node.replace_all_uses_with(given)
-    elif node.target is aten._to_copy.default and node.meta["val"].dtype == given.meta["val"].dtype:
+    is_cast_to_itself = (
+        node.target is aten._to_copy.default and node.meta["val"].dtype == given.meta["val"].dtype
+    )
+    if node.target in _SAME or is_cast_to_itself:
         node.replace_all_uses_with(given)
     elif node.target is aten.copy.default and _same_shape(node, node.args[1]):
         node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]

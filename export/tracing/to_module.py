@@ -22,11 +22,9 @@ class TracedModule(nn.Module):
 
 
 def _for_kernels(graph: fx.GraphModule) -> fx.GraphModule:
-    copied = fx.GraphModule(graph, fx.Graph())
-    values: dict[fx.Node, Any] = {}
+    nodes, values = fx.Graph(), dict[fx.Node, Any]()
     for node in graph.graph.nodes:
-        values[node] = copied.graph.node_copy(node, lambda each: values[each])
-    nodes = copied.graph
+        values[node] = nodes.node_copy(node, lambda each: values[each])
     for node in list(nodes.nodes):
         if node.target is aten.view.default:
             node.target = aten.reshape.default
@@ -38,8 +36,7 @@ def _for_kernels(graph: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(product)
             nodes.erase_node(node)
     nodes.eliminate_dead_code()
-    copied.recompile()
-    return copied
+    return fx.GraphModule(graph, nodes)
 
 
 def _is_transposed(operand: Any) -> bool:

@@ -34,12 +34,7 @@ _UNARY: Final[dict[Any, str]] = {
     aten.tanh.default: "Tanh",
     aten.exp.default: "Exp",
     aten.erf.default: "Erf",
-    aten.sqrt.default: "Sqrt",
     aten.relu.default: "Relu",
-    aten.reciprocal.default: "Reciprocal",
-    aten.log.default: "Log",
-    aten.abs.default: "Abs",
-    aten.logical_not.default: "Not",
 }
 _BINARY: Final[dict[Any, str]] = {
     aten.mul.Tensor: "Mul",
@@ -47,25 +42,22 @@ _BINARY: Final[dict[Any, str]] = {
     aten.add.Tensor: "Add",
     aten.add.Scalar: "Add",
     aten.sub.Tensor: "Sub",
-    aten.sub.Scalar: "Sub",
     aten.div.Tensor: "Div",
     aten.div.Scalar: "Div",
     aten.minimum.default: "Min",
-    aten.maximum.default: "Max",
     aten.le.Scalar: "LessOrEqual",
     aten.lt.Scalar: "Less",
-    aten.ge.Scalar: "GreaterOrEqual",
     aten.gt.Scalar: "Greater",
-    aten.eq.Scalar: "Equal",
     aten.gt.Tensor: "Greater",
     aten.eq.Tensor: "Equal",
-    aten.logical_and.default: "And",
 }
 _SIZES: Final = (aten.sym_size.int, aten.sym_numel.default, operator.mul, operator.floordiv, operator.add, operator.sub)
 
 
-_FILLS_ZEROS: Final = (aten.select_scatter.default, aten.index_put.default)
 _COPIES: Final = (aten.lift_fresh_copy.default, aten.clone.default, aten.alias.default)
+
+
+_Node = Any  # fx.Node, whose arguments have a type of a dozen alternatives
 
 
 class CannotEmitError(Exception):
@@ -82,7 +74,7 @@ class _Emitter:
         self._graph = graph
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
-        self._values: dict[fx.Node, Any] = {}
+        self._values: dict[_Node, Any] = {}
         self._sizes: dict[str, str] = {}  # symbol to the value that holds it
         self._count = 0
 
@@ -126,17 +118,15 @@ class _Emitter:
     def integers(self, *values: int) -> str:
         return self.constant(values, np.int64)
 
-    def value(self, operand: Any, like: fx.Node | None = None) -> str:
+    def value(self, operand: Any, like: _Node | None = None) -> str:
         """The value of an operand, which may be a number."""
         if isinstance(operand, fx.Node):
             if operand not in self._values and operand.target is aten.permute.default:
                 self._values[operand] = self._transpose(operand)
             found: str = self._values[operand]
             return found
-        dtype = np.float32
-        if like is not None and like.meta["val"].dtype == torch.int64:
-            dtype = np.int64  # type: ignore[assignment]
-        return self.constant(operand, dtype)
+        is_integer = like is not None and like.meta["val"].dtype == torch.int64
+        return self.constant(operand, np.int64 if is_integer else np.float32)
 
     def shape(self, shape: Sequence[Any]) -> str:
         """A shape as int64, sizes that are open read off the inputs."""
@@ -170,10 +160,10 @@ class _Emitter:
             )
         return self.add("Reshape", [value, self.shape(shape)])
 
-    def _transpose(self, node: fx.Node) -> str:
-        return self.add("Transpose", [self.value(node.args[0])], perm=list(node.args[1]))  # type: ignore[arg-type]
+    def _transpose(self, node: _Node) -> str:
+        return self.add("Transpose", [self.value(node.args[0])], perm=list(node.args[1]))
 
-    def _emit(self, node: fx.Node) -> None:
+    def _emit(self, node: _Node) -> None:
         target: Any = node.target
         if target in _SIZES or isinstance(node.meta.get("val"), (int, torch.SymInt)):
             return
@@ -191,7 +181,7 @@ class _Emitter:
         else:
             raise CannotEmitError(f"{target} has no ONNX here")
 
-    def _binary(self, node: fx.Node) -> str:
+    def _binary(self, node: _Node) -> str:
         first: Any = next((each for each in node.args if isinstance(each, fx.Node)), None)
         one, other = (self.value(operand, first) for operand in node.args[:2])
         alpha: Any = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
@@ -201,7 +191,7 @@ class _Emitter:
 
     # Products.
 
-    def product(self, node: fx.Node) -> str:
+    def product(self, node: _Node) -> str:
         left, left_transposed = _untransposed(node.args[0])
         right, right_transposed = _untransposed(node.args[1])
         if right.target is aten._to_copy.default:
@@ -216,7 +206,7 @@ class _Emitter:
             return self.add("Gemm", [self.value(left), self.value(right)], transB=1)
         return self.add("MatMul", [self.value(left), self.value(right)])
 
-    def _product_with_stored(self, left: fx.Node, left_transposed: bool, cast: fx.Node, is_forward: bool) -> str:
+    def _product_with_stored(self, left: _Node, left_transposed: bool, cast: _Node, is_forward: bool) -> str:
         """x W^T, or grad W, with a weight (out, in) that is widened here."""
         weight: Any = cast.args[0]
         if left_transposed or weight.op != "placeholder":
@@ -248,11 +238,8 @@ class _Emitter:
             )
             return self.add("Transpose", [self.add("Reshape", [stacked, self.integers(slabs * slab, -1)])], perm=[1, 0])
         by_output = self.add("Transpose", [x], perm=[1, 0])
-        zeros = self.add(
-            "ConstantOfShape",
-            [self.add("Concat", [self.add("Shape", [x], start=0, end=1), self.integers(columns)], axis=0)],
-            value=numpy_helper.from_array(np.zeros(1, np.float32)),
-        )
+        rows = self.add("Concat", [self.add("Shape", [x], start=0, end=1), self.integers(columns)], axis=0)
+        zeros = self.add("Expand", [self.constant(0, np.float32), rows])
         body += [
             helper.make_node("Slice", [by_output, f"{p}start", f"{p}end", axis_0], [f"{p}x"]),
             helper.make_node("Gemm", [f"{p}x", f"{p}wide", f"{p}sum"], [f"{p}next"], transA=1),
@@ -264,57 +251,51 @@ class _Emitter:
 
     # The rest, by operator.
 
-    def cast(self, node: fx.Node) -> str:
+    def cast(self, node: _Node) -> str:
         return self.add("Cast", [self.value(node.args[0])], to=_DTYPES[node.meta["val"].dtype])
 
-    def view(self, node: fx.Node) -> str:
+    def view(self, node: _Node) -> str:
         return self._reshape(self.value(node.args[0]), node.meta["val"].shape)
 
-    def expand(self, node: fx.Node) -> str:
+    def expand(self, node: _Node) -> str:
         return self.add("Expand", [self.value(node.args[0]), self.shape(node.meta["val"].shape)])
 
-    def matmul(self, node: fx.Node) -> str:
+    def matmul(self, node: _Node) -> str:
         return self.add("MatMul", [self.value(node.args[0]), self.value(node.args[1])])
 
-    def rsqrt(self, node: fx.Node) -> str:
+    def rsqrt(self, node: _Node) -> str:
         return self.add("Reciprocal", [self.add("Sqrt", [self.value(node.args[0])])])
 
-    def power(self, node: fx.Node) -> str:
+    def power(self, node: _Node) -> str:
         value, exponent = self.value(node.args[0]), node.args[1]
-        if exponent == 1:
-            return value
-        if exponent == 2:
-            return self.add("Mul", [value, value])
-        if exponent == 3:
-            return self.add("Mul", [self.add("Mul", [value, value]), value])
-        if exponent == 0.5:
-            return self.add("Sqrt", [value])
-        return self.add("Pow", [value, self.constant(exponent, np.float32)])
+        if exponent not in (1, 2, 3):
+            raise CannotEmitError(f"a power of {exponent}")
+        return functools.reduce(lambda one, other: self.add("Mul", [one, other]), [value] * int(exponent))
 
-    def reduce(self, kind: str) -> Callable[[fx.Node], str]:
-        def emit(node: fx.Node) -> str:
+    def reduce(self, kind: str) -> Callable[[_Node], str]:
+        def emit(node: _Node) -> str:
             axes: Any = node.args[1]
             keep = len(node.args) > 2 and bool(node.args[2])
             return self.add(kind, [self.value(node.args[0]), self.integers(*axes)], keepdims=int(keep))
 
         return emit
 
-    def unsqueeze(self, node: fx.Node) -> str:
+    def unsqueeze(self, node: _Node) -> str:
         axis: Any = node.args[1]
         return self.add("Unsqueeze", [self.value(node.args[0]), self.integers(axis)])
 
-    def squeeze(self, node: fx.Node) -> str:
+    def squeeze(self, node: _Node) -> str:
         axes: Any = node.args[1]
-        return self.add("Squeeze", [self.value(node.args[0]), self.integers(*np.atleast_1d(axes))])
+        return self.add("Squeeze", [self.value(node.args[0]), self.integers(*axes)])
 
-    def item(self, node: fx.Node) -> str:
-        values: Any = self._values[node.args[0]]  # type: ignore[index]
+    def item(self, node: _Node) -> str:
+        values: Any = self._values[node.args[0]]
         found: str = values[node.args[1]]
         return found
 
-    def layer_norm(self, node: fx.Node) -> tuple[str, str, str]:
+    def layer_norm(self, node: _Node) -> tuple[str, str, str]:
         x, shape, weight, bias, epsilon = node.args
-        axes, value = self.integers(*range(-len(shape), 0)), self.value(x)  # type: ignore[arg-type]
+        axes, value = self.integers(*range(-len(shape), 0)), self.value(x)
         mean = self.add("ReduceMean", [value, axes])
         centred = self.add("Sub", [value, mean])
         variance = self.add("ReduceMean", [self.add("Mul", [centred, centred]), axes])
@@ -325,7 +306,7 @@ class _Emitter:
         y = y if bias is None else self.add("Add", [y, self.value(bias)])
         return y, mean, inverse
 
-    def split(self, node: fx.Node) -> list[str]:
+    def split(self, node: _Node) -> list[str]:
         axis: Any = node.args[2] if len(node.args) > 2 else 0
         parts, start = [], 0
         for part in node.meta["val"]:
@@ -340,40 +321,40 @@ class _Emitter:
             "Slice", [value, *bounds, self.integers(axis), *([self.integers(step)] if step != 1 else [])]
         )
 
-    def slice(self, node: fx.Node) -> str:
+    def slice(self, node: _Node) -> str:
         axis, start, end, step = ([*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]])[:4]
         start, end = (_number(each) for each in (start, end))
-        return self._slice(self.value(node.args[0]), start or 0, 1 << 62 if end is None else end, axis, step)  # type: ignore[arg-type]
+        return self._slice(self.value(node.args[0]), start or 0, 1 << 62 if end is None else end, axis, step)
 
-    def select(self, node: fx.Node) -> str:
+    def select(self, node: _Node) -> str:
         axis, index = node.args[1:3]
-        axis %= len(node.args[0].meta["val"].shape)  # type: ignore[operator,union-attr]
+        axis %= len(node.args[0].meta["val"].shape)
         return self.add("Gather", [self.value(node.args[0]), self.constant(index, np.int64)], axis=axis)
 
-    def select_backward(self, node: fx.Node) -> str:
+    def select_backward(self, node: _Node) -> str:
         shape = node.meta["val"].shape
-        axis, index = (int(each) for each in node.args[2:4])  # type: ignore[arg-type]
+        axis, index = (int(each) for each in node.args[2:4])
         axis, size = axis % len(shape), int(shape[axis])
         index %= size
         wide = self.add("Unsqueeze", [self.value(node.args[0]), self.integers(axis)])
         return self._pad(wide, len(shape), axis, index, size - 1 - index)
 
-    def slice_backward(self, node: fx.Node) -> str:
+    def slice_backward(self, node: _Node) -> str:
         shape = node.meta["val"].shape
         axis, start, end, step = node.args[2:6]
-        axis %= len(shape)  # type: ignore[operator]
-        size: Any = shape[axis]  # type: ignore[index]
+        axis %= len(shape)
+        size: Any = shape[axis]
         if not isinstance(size, int):
             raise CannotEmitError("a gradient of a part of the tokens")
-        start, end = (each + size if each < 0 else min(each, size) for each in (start, end))  # type: ignore[operator,type-var]
+        start, end = (each + size if each < 0 else min(each, size) for each in (start, end))
         value = self.value(node.args[0])
         if step == 1:
-            return self._pad(value, len(shape), axis, start, size - end)  # type: ignore[arg-type]
-        if size % step or start >= step or end < size - step + 1 + start:  # type: ignore[operator]
+            return self._pad(value, len(shape), axis, start, size - end)
+        if size % step or start >= step or end < size - step + 1 + start:
             raise CannotEmitError("a gradient of every so many values, which do not come out even")
         # Each value beside step - 1 zeros, as interleaved rotary embeddings want it.
-        wide = self.add("Unsqueeze", [value, self.integers(axis + 1)])  # type: ignore[operator]
-        padded = self._pad(wide, len(shape) + 1, axis + 1, start, step - 1 - start)  # type: ignore[operator,arg-type]
+        wide = self.add("Unsqueeze", [value, self.integers(axis + 1)])
+        padded = self._pad(wide, len(shape) + 1, axis + 1, start, step - 1 - start)
         return self._reshape(padded, shape)
 
     def _pad(self, value: str, dimensions: int, axis: int, before: int, after: int) -> str:
@@ -381,55 +362,40 @@ class _Emitter:
         pads[axis], pads[dimensions + axis] = before, after
         return self.add("Pad", [value, self.integers(*pads)])
 
-    def scatter(self, node: fx.Node) -> str:
-        """A tensor of zeros with another put into a part of it: the gradient of a slice, or of one index."""
-        zeros: Any = node.args[0]
-        if zeros.target is not aten.full.default or zeros.args[1] != 0:
-            raise CannotEmitError("values put into others")
-        shape = node.meta["val"].shape
-        if node.target is aten.select_scatter.default:
-            axis, index = (int(each) for each in node.args[2:4])  # type: ignore[arg-type]
-            axis, size = axis % len(shape), int(shape[axis])
-            index %= size
-            wide = self.add("Unsqueeze", [self.value(node.args[1]), self.integers(axis)])
-            return self._pad(wide, len(shape), axis, index, size - 1 - index)
-        raise CannotEmitError("values put into others")
-
-    def full(self, node: fx.Node) -> str | None:
-        if all(user.target in _FILLS_ZEROS for user in node.users):
+    def full(self, node: _Node) -> str | None:
+        if all(user.target is aten.index_put.default for user in node.users):
             return None
         dtype = {torch.bool: np.bool_, torch.int64: np.int64}.get(node.meta["val"].dtype, np.float32)
-        filled = numpy_helper.from_array(np.array([node.args[1]], dtype))
-        return self.add("ConstantOfShape", [self.shape(node.meta["val"].shape)], value=filled)
+        return self.add("Expand", [self.constant(node.args[1], dtype), self.shape(node.meta["val"].shape)])
 
-    def concat(self, node: fx.Node) -> str:
+    def concat(self, node: _Node) -> str:
         axis: Any = node.args[1] if len(node.args) > 1 else 0
         parts: Any = node.args[0]
         return self.add("Concat", [self.value(part) for part in parts], axis=axis)
 
-    def softmax(self, node: fx.Node) -> str:
+    def softmax(self, node: _Node) -> str:
         axis: Any = node.args[1]
         return self.add("Softmax", [self.value(node.args[0])], axis=axis)
 
-    def where(self, node: fx.Node) -> str:
+    def where(self, node: _Node) -> str:
         return self.add("Where", [self.value(each) for each in node.args[:3]])
 
-    def scalar(self, node: fx.Node) -> str:
+    def scalar(self, node: _Node) -> str:
         return self.value(node.args[0])
 
-    def index(self, node: fx.Node) -> str:
+    def index(self, node: _Node) -> str:
         indices: Any = node.args[1]
         axes = [axis for axis, each in enumerate(indices) if each is not None]
         if len(axes) != 1:
             raise CannotEmitError("values chosen along several dimensions")
         return self.add("Gather", [self.value(node.args[0]), self.value(indices[axes[0]])], axis=axes[0])
 
-    def index_backward(self, node: fx.Node) -> str:
+    def index_backward(self, node: _Node) -> str:
         """Values put where an index took them from, zeros elsewhere."""
         zeros, indices, values = node.args[:3]
-        axes = [axis for axis, each in enumerate(indices) if each is not None]  # type: ignore[arg-type,union-attr]
-        chosen: Any = indices[axes[0]] if len(axes) == 1 else None  # type: ignore[index]
-        if zeros.target is not aten.full.default or zeros.args[1] != 0 or chosen is None:  # type: ignore[union-attr]
+        axes = [axis for axis, each in enumerate(indices) if each is not None]
+        chosen: Any = indices[axes[0]] if len(axes) == 1 else None
+        if zeros.target is not aten.full.default or zeros.args[1] != 0 or chosen is None:
             raise CannotEmitError("values put into others")
         while chosen.target is aten._to_copy.default or chosen.target in _COPIES:
             chosen = chosen.args[0]
@@ -440,17 +406,21 @@ class _Emitter:
         place = int(index) % shape[axis]
         return self._pad(self.value(values), len(shape), axis, place, shape[axis] - 1 - place)
 
-    def expm1(self, node: fx.Node) -> str:
+    def expm1(self, node: _Node) -> str:
         return self.add("Sub", [self.add("Exp", [self.value(node.args[0])]), self.constant(1, np.float32)])
 
-    def repeat(self, node: fx.Node) -> str:
+    def repeat(self, node: _Node) -> str:
         times: Any = node.args[1]
         given: Any = node.args[0]
-        if len(times) != len(given.meta["val"].shape):
+        if len(times) != len(given.meta["val"].shape) or not all(isinstance(each, int) for each in times):
             raise CannotEmitError("values repeated in more dimensions than they have")
-        return self.add("Tile", [self.value(given), self.shape([_number(each) for each in times])])
+        value = self.value(given)
+        for axis, each in enumerate(times):
+            if each > 1:
+                value = self.add("Concat", [value] * each, axis=axis)
+        return value
 
-    def log1p(self, node: fx.Node) -> str:
+    def log1p(self, node: _Node) -> str:
         return self.add("Log", [self.add("Add", [self.value(node.args[0]), self.constant(1, np.float32)])])
 
 
@@ -458,14 +428,14 @@ def _number(value: Any) -> Any:
     return value.meta["val"] if isinstance(value, fx.Node) else value
 
 
-def _untransposed(operand: Any) -> tuple[fx.Node, bool]:
+def _untransposed(operand: Any) -> tuple[_Node, bool]:
     """An operand of a product without its transpose, and whether there was one."""
     if operand.target is aten.permute.default and list(operand.args[1]) == [1, 0]:
         return operand.args[0], True
     return operand, False
 
 
-def _is_product_operand(node: fx.Node) -> bool:
+def _is_product_operand(node: _Node) -> bool:
     if node.target is aten.mm.default:
         return True
     return node.target is aten.permute.default and all(user.target is aten.mm.default for user in node.users)
@@ -479,11 +449,11 @@ def _slabs(rows: int, columns: int) -> int:
     return slabs
 
 
-def _of_kind(kind: str) -> Callable[[_Emitter, fx.Node], str]:
+def _of_kind(kind: str) -> Callable[[_Emitter, _Node], str]:
     return lambda emitter, node: emitter.reduce(kind)(node)
 
 
-_EMITTERS: Final[dict[Any, Callable[[_Emitter, fx.Node], Any]]] = {
+_EMITTERS: Final[dict[Any, Callable[[_Emitter, _Node], Any]]] = {
     aten.mm.default: _Emitter.product,
     aten.bmm.default: _Emitter.matmul,
     aten._to_copy.default: _Emitter.cast,
@@ -493,10 +463,8 @@ _EMITTERS: Final[dict[Any, Callable[[_Emitter, fx.Node], Any]]] = {
     aten.pow.Tensor_Scalar: _Emitter.power,
     aten.sum.dim_IntList: _of_kind("ReduceSum"),
     aten.mean.dim: _of_kind("ReduceMean"),
-    aten.amax.default: _of_kind("ReduceMax"),
     aten.unsqueeze.default: _Emitter.unsqueeze,
     aten.squeeze.dims: _Emitter.squeeze,
-    aten.squeeze.dim: _Emitter.squeeze,
     operator.getitem: _Emitter.item,
     aten.native_layer_norm.default: _Emitter.layer_norm,
     aten.split.Tensor: _Emitter.split,
@@ -505,7 +473,6 @@ _EMITTERS: Final[dict[Any, Callable[[_Emitter, fx.Node], Any]]] = {
     aten.slice_backward.default: _Emitter.slice_backward,
     aten.select.int: _Emitter.select,
     aten.select_backward.default: _Emitter.select_backward,
-    aten.select_scatter.default: _Emitter.scatter,
     aten.full.default: _Emitter.full,
     aten.cat.default: _Emitter.concat,
     aten._softmax.default: _Emitter.softmax,

@@ -11,6 +11,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn.utils.stateless import _reparametrize_module
 
 from .calls import MASK, BlockCall
 from .modules import Lora, linears, with_weights
@@ -75,13 +76,13 @@ def trace_block(call: BlockCall, weights: Mapping[str, Tensor], targets: Sequenc
     return _traced(compute, named, open_sizes, outputs)
 
 
-def trace_modules(modules: Sequence[nn.Module], weights: Mapping[str, Tensor], width: int, tokens: int) -> fx.GraphModule:
+def trace_modules(
+    modules: Sequence[nn.Module], weights: Mapping[str, Tensor], width: int, tokens: int
+) -> fx.GraphModule:
     """The graph of modules one after the other, y of x (tokens, width), and ``grad_x``, as ``trace_block`` names them.
 
     ``weights``: ``<place>.<name>`` of their parameters.
     """
-    from torch.nn.utils.stateless import _reparametrize_module  # type: ignore[attr-defined]
-
     chain = nn.ModuleList(modules)
     named = {X: torch.randn(tokens, width), GRAD: torch.empty(0), **weights}
     with torch.no_grad():

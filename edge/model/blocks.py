@@ -1,0 +1,194 @@
+"""The last blocks of the base model on the device: forward and backward, with LoRA beside their linear modules.
+
+A graph is one block's pass and serves all blocks of a shape: they run here one after the other, and are given what a
+decoder would give them. A micro-batch is its sequences one after the other; the mask keeps them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Array, Engine, Graph, scalar
+from dlora.protocol.errors import BundleError, DataError
+from dlora.protocol.manifest import BlockSpec, GraphSpec
+from dlora.protocol.tensors import FloatArray, IntArray
+
+# Names of graph inputs and outputs; docs/bundle.md has them all.
+_MASK: Final = "mask"
+_LORA: Final = (".lora_A", ".lora_B")
+_GRAD: Final = "grad."
+_BLOCKED: Final = np.finfo(np.float32).min  # added to a score where a token does not see another
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the backward pass needs of a forward pass of all blocks.
+
+    Attributes:
+        inputs: of each block's backward graph what its forward pass had or gave, in the order of the blocks.
+        last: what came out of the last block, float32 (tokens, width).
+    """
+
+    inputs: Sequence[Mapping[str, Array]]
+    last: FloatArray
+
+
+class DeviceBlocks:
+    """The last blocks of the base model and the final norm after them.
+
+    Args:
+        count: of blocks.
+        rank: of the LoRA beside all modules; those that have none get one of zeros.
+
+    Attributes:
+        first: the number of the first block.
+        parameter_shapes: of ``lora_A`` and ``lora_B`` of every module that may have LoRA, by full name.
+
+    Raises ``BundleError`` where the bundle has fewer blocks.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, count: int, rank: int) -> None:
+        spec = bundle.manifest.device_blocks
+        has = 0 if spec is None else len(spec.blocks)
+        if spec is None or not 1 <= count <= has:
+            raise BundleError(
+                f"{bundle.path} has {has} blocks for a device, not {count}; export it again with "
+                f"--device-blocks {count}"
+            )
+        chosen = spec.blocks[-count:]
+        passes = {key: _Passes.load(bundle, engine, key) for key in {block.graph for block in chosen}}
+        self._max_length = spec.max_length
+        self._blocks = [_Block(bundle, block, passes[block.graph], rank) for block in chosen]
+        self._norm_forward, self._norm_backward = engine.load("final_norm_forward"), engine.load("final_norm_backward")
+        self._norm_weights = {name: bundle.weight(file) for name, file in spec.final_norm.items()}
+        self.first = chosen[0].index
+        self.parameter_shapes = {name: zeros.shape for block in self._blocks for name, zeros in block.zeros.items()}
+
+    def forward(
+        self, hidden_states: FloatArray, lengths: IntArray, lora: Mapping[str, FloatArray], scaling: float
+    ) -> tuple[FloatArray, Kept]:
+        """The last hidden states float32 (tokens, hidden_size), and what ``backward`` needs.
+
+        Args:
+            hidden_states: float32 (tokens, width), what comes out of the block before the first.
+            lengths: int32 (sequences,), their sum is tokens.
+            lora: values of parameters, by the names of ``parameter_shapes``; those that are not there count as zeros.
+
+        Raises ``DataError`` for a sequence that is longer than the bundle's tables.
+        """
+        if lengths.max() > self._max_length:
+            raise DataError(
+                f"a sequence of {lengths.max()} tokens is longer than blocks on a device take ({self._max_length}); "
+                f"set --max-length {self._max_length}"
+            )
+        scale, kept = scalar(scaling), []
+        masks: dict[int | None, FloatArray] = {}
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        for block in self._blocks:
+            window = block.spec.window
+            if window not in masks:
+                masks[window] = attention_mask(lengths, window)
+            hidden_states, inputs = block.forward(hidden_states, masks[window], positions, lora, scale)
+            kept.append(inputs)
+        (last,) = self._norm_forward({"x": hidden_states, **self._norm_weights})
+        return last, Kept(kept, hidden_states)
+
+    def backward(
+        self, grad: FloatArray, kept: Kept, lora: Mapping[str, FloatArray], scaling: float
+    ) -> dict[str, FloatArray]:
+        """The gradients of all parameters of ``lora``, by name, of ``sum(last hidden states * grad)``.
+
+        ``grad``: float32 (tokens, hidden_size).
+        """
+        scale, grads = scalar(scaling), dict[str, FloatArray]()
+        (grad,) = self._norm_backward({"x": kept.last, "grad": grad, **self._norm_weights})
+        for block, inputs in zip(reversed(self._blocks), reversed(kept.inputs), strict=True):
+            grad, found = block.backward(grad, inputs, lora, scale)
+            grads |= {name: found[name] for name in lora if name in found}
+        return grads
+
+
+def attention_mask(lengths: IntArray, window: int | None) -> FloatArray:
+    """float32 (1, 1, tokens, tokens), to be added to scores: 0 where a row's token sees a column's, which is of its own
+    sequence, not after it, and fewer than ``window`` tokens before it."""
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(sequence))
+    back = place[:, None] - place[None, :]
+    seen = (sequence[:, None] == sequence[None, :]) & (back >= 0)
+    if window is not None:
+        seen &= back < window
+    return np.where(seen, np.float32(0), _BLOCKED)[None, None]
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The two graphs of a shape of block, and what they take and give."""
+
+    forward: Graph
+    backward: Graph
+    forward_spec: GraphSpec
+    backward_spec: GraphSpec
+
+    @classmethod
+    def load(cls, bundle: Bundle, engine: Engine, key: str) -> _Passes:
+        kinds = ("block_forward", "block_backward")
+        forward, backward = (engine.load(kind, key) for kind in kinds)
+        return cls(forward, backward, *(bundle.manifest.graph(kind, key) for kind in kinds))
+
+
+class _Block:
+    """One block, with its weights."""
+
+    def __init__(self, bundle: Bundle, spec: BlockSpec, passes: _Passes, rank: int) -> None:
+        self.spec = spec
+        self._passes = passes
+        self._weights = {name: bundle.weight(file) for name, file in spec.weights.items()}
+        self._tables = {name: (bundle.weight(table.file), table.axis) for name, table in spec.tables.items()}
+        self.zeros = {
+            f"{spec.path}.{tensor.name}": np.zeros(
+                [size if isinstance(size, int) else rank for size in tensor.shape], np.float32
+            )
+            for tensor in passes.forward_spec.inputs
+            if tensor.name.endswith(_LORA)
+        }
+
+    def forward(
+        self, x: FloatArray, mask: FloatArray, positions: IntArray, lora: Mapping[str, FloatArray], scale: FloatArray
+    ) -> tuple[FloatArray, dict[str, Array]]:
+        """y (tokens, width), and what ``backward`` is to be given."""
+        context = {name: np.take(table, positions, axis) for name, (table, axis) in self._tables.items()}
+        own = {"x": x, _MASK: mask, **context}
+        spec = self._passes.forward_spec
+        y, *products = self._passes.forward(self._inputs(spec, own, lora, scale))
+        return y, own | dict(zip((tensor.name for tensor in spec.outputs[1:]), products, strict=True))
+
+    def backward(
+        self, grad: FloatArray, kept: Mapping[str, Array], lora: Mapping[str, FloatArray], scale: FloatArray
+    ) -> tuple[FloatArray, dict[str, FloatArray]]:
+        """The gradient of x (tokens, width), and those of all LoRA of the block, by full name."""
+        spec = self._passes.backward_spec
+        grad_x, *grads = self._passes.backward(self._inputs(spec, {**kept, "grad": grad}, lora, scale))
+        names = (f"{self.spec.path}.{tensor.name.removeprefix(_GRAD)}" for tensor in spec.outputs[1:])
+        return grad_x, dict(zip(names, grads, strict=True))
+
+    def _inputs(
+        self, spec: GraphSpec, own: Mapping[str, Array], lora: Mapping[str, FloatArray], scale: FloatArray
+    ) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        for tensor in spec.inputs:
+            if tensor.name == "scale":
+                found[tensor.name] = scale
+            elif tensor.name in own:
+                found[tensor.name] = own[tensor.name]
+            elif tensor.name in self._weights:
+                found[tensor.name] = self._weights[tensor.name]
+            elif (name := f"{self.spec.path}.{tensor.name}") in self.zeros:
+                found[tensor.name] = lora.get(name, self.zeros[name])
+            else:
+                raise BundleError(f"block {self.spec.index} has no {tensor.name}, which its graph takes; export again")
+        return found
