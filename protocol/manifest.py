@@ -162,7 +162,7 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A graph's input or output. Strings in ``shape`` are dynamic: ``tokens``, ``positions``, ``rank``, ``rows``, ``n``."""
+    """A graph's input or output. Strings in ``shape`` are dynamic dimensions, ``tokens`` and so on: docs/bundle.md."""
 
     name: str
     dtype: Literal["fp32", "fp16", "int8", "int64"]
@@ -196,8 +196,7 @@ class ExecutorchSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         version: of executorch that wrote them, ``"1.5.1"``; an older runtime cannot be expected to read them.
-        bounds: dynamic dimension (``tokens``, ``positions``, ``rank``, ``rows``, ``n``) to the most that a program takes
-            of it.
+        bounds: dynamic dimension, as ``TensorSpec`` has them, to the most that a program takes of it.
     """
 
     version: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d+\.\d+$")]

@@ -1,0 +1,100 @@
+"""Products in ONNX: transposes go into them, and a stored weight is widened where it is multiplied.
+
+A weight that is large is widened slab by slab, in a Scan over its rows: whole, it would take two or four times what is
+stored, and runtimes widen several at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from .onnx_writer import CannotEmitError, OnnxWriter
+from .trace import aten
+
+SLAB_VALUES: Final = 1 << 20  # of a weight that is widened: 4 MB
+
+
+def product(writer: OnnxWriter, node: Any) -> str:
+    left, left_transposed = _untransposed(node.args[0])
+    right, right_transposed = _untransposed(node.args[1])
+    if right.target is aten._to_copy.default:
+        return _product_with_stored(writer, left, left_transposed, right, right_transposed)
+    if left_transposed:
+        # Written out: kernels are bad at products along the long side.
+        operands = [writer.add("Transpose", [writer.value(left)], perm=[1, 0]), writer.value(right)]
+        if not right_transposed:
+            return writer.add("MatMul", operands)
+        return writer.add("Gemm", operands, transB=1)
+    if right_transposed:
+        return writer.add("Gemm", [writer.value(left), writer.value(right)], transB=1)
+    return writer.add("MatMul", [writer.value(left), writer.value(right)])
+
+
+def _product_with_stored(writer: OnnxWriter, left: Any, left_transposed: bool, cast: Any, is_forward: bool) -> str:
+    """x W^T, or grad W, with a weight (out, in) that is widened here."""
+    weight: Any = cast.args[0]
+    if left_transposed or weight.op != "placeholder":
+        raise CannotEmitError("a stored weight in a product of another form")
+    rows, columns = weight.meta["val"].shape
+    slabs = _slabs(rows, columns)
+    name, x = weight.meta["name"], writer.value(left)
+    if slabs == 1:
+        wide = writer.add("Cast", [name], to=TensorProto.FLOAT)
+        return writer.add("Gemm", [x, wide], transB=1) if is_forward else writer.add("MatMul", [x, wide])
+    return _scan(writer, name, x, slabs, rows // slabs, columns, is_forward=is_forward)
+
+
+def _scan(writer: OnnxWriter, weight: str, x: str, slabs: int, slab: int, columns: int, *, is_forward: bool) -> str:
+    writer.count += 1
+    p = f"s{writer.count}_"
+    starts = writer.constant(np.arange(slabs, dtype=np.int64)[:, None] * slab)
+    step, axis_0 = writer.integers(slab), writer.integers(0)
+    start = helper.make_tensor_value_info(f"{p}start", TensorProto.INT64, [1])
+    body = [
+        helper.make_node("Add", [f"{p}start", step], [f"{p}end"]),
+        helper.make_node("Slice", [weight, f"{p}start", f"{p}end", axis_0], [f"{p}stored"]),
+        helper.make_node("Cast", [f"{p}stored"], [f"{p}wide"], to=TensorProto.FLOAT),
+    ]
+    if is_forward:
+        body.append(helper.make_node("Gemm", [f"{p}wide", x], [f"{p}y"], transB=1))  # (slab, tokens)
+        found = helper.make_tensor_value_info(f"{p}y", TensorProto.FLOAT, [slab, None])
+        stacked = writer.add(
+            "Scan", [starts], body=helper.make_graph(body, f"{p}body", [start], [found]), num_scan_inputs=1
+        )
+        by_row = writer.add("Reshape", [stacked, writer.integers(slabs * slab, -1)])
+        return writer.add("Transpose", [by_row], perm=[1, 0])
+    by_output = writer.add("Transpose", [x], perm=[1, 0])
+    rows = writer.add("Concat", [writer.add("Shape", [x], start=0, end=1), writer.integers(columns)], axis=0)
+    zeros = writer.add("Expand", [writer.constant(0, np.float32), rows])
+    body += [
+        helper.make_node("Slice", [by_output, f"{p}start", f"{p}end", axis_0], [f"{p}x"]),
+        helper.make_node("Gemm", [f"{p}x", f"{p}wide", f"{p}sum"], [f"{p}next"], transA=1),
+    ]
+    before = helper.make_tensor_value_info(f"{p}sum", TensorProto.FLOAT, [None, columns])
+    after = helper.make_tensor_value_info(f"{p}next", TensorProto.FLOAT, [None, columns])
+    graph = helper.make_graph(body, f"{p}body", [before, start], [after])
+    return writer.add("Scan", [zeros, starts], body=graph, num_scan_inputs=1)
+
+
+def _untransposed(operand: Any) -> tuple[Any, bool]:
+    """An operand of a product without its transpose, and whether there was one."""
+    if operand.target is aten.permute.default and list(operand.args[1]) == [1, 0]:
+        return operand.args[0], True
+    return operand, False
+
+
+def is_product_operand(node: Any) -> bool:
+    if node.target is aten.mm.default:
+        return True
+    return node.target is aten.permute.default and all(user.target is aten.mm.default for user in node.users)
+
+
+def _slabs(rows: int, columns: int) -> int:
+    """In how many equal parts the rows of a weight are widened."""
+    slabs = 1
+    while rows * columns // slabs > SLAB_VALUES and rows % (2 * slabs) == 0:
+        slabs *= 2
+    return slabs
