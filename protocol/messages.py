@@ -14,19 +14,22 @@ import msgspec
 from .adapters import AdapterSpec
 from .error_codes import ErrorCode as ErrorCode
 from .groups import GroupSpec
-from .kill_revive import MAX_UNITS, KillReviveConfig
+from .purposes import MAX_TICKET_BYTES as MAX_TICKET_BYTES
+from .purposes import Encode as Encode
+from .purposes import Index as Index
+from .purposes import Purpose as Purpose
+from .purposes import Train as Train
+from .purposes import Use as Use
+from .purposes import Width as Width
 from .tensors import WireTensor
 from .wire_codecs import Codecs
 
-Index = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-Width = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
 ShortText = Annotated[str, msgspec.Meta(max_length=1024)]
-Mode = Literal["train", "evaluate", "basis", "decode"]
-WITHOUT_GRADIENTS: tuple[Mode, ...] = ("evaluate", "decode")
+Mode = Literal["train", "evaluate", "basis", "decode", "encode"]
+WITHOUT_GRADIENTS: tuple[Mode, ...] = ("evaluate", "decode", "encode")
 
 MAX_GROUPS = 16_384
 MAX_WINDOW = 64
-MAX_TICKET_BYTES = 1 << 20
 RESUME_TOKEN_BYTES = 32
 MAX_RETRY_AFTER_S = 86_400
 
@@ -94,39 +97,6 @@ class Welcome(Message, frozen=True):
     max_context_length: Index = 0
 
 
-class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="train"):
-    """The purpose of a training run: C switches its units, and E reports every step.
-
-    Attributes:
-        seed: of C's draws.
-        total_steps: length of the run, or of its present part, which kill-and-revive's timetable needs.
-        next_step: the step that comes next; above 0 when a run goes on.
-        ticket: the last ticket that E got, where a run goes on.
-        learnt: units whose adapters have an effect before step 0, from an adapter to start from or an earlier part.
-    """
-
-    kill_revive: KillReviveConfig
-    seed: Index
-    total_steps: Index
-    next_step: Index = 0
-    ticket: Annotated[bytes, msgspec.Meta(max_length=MAX_TICKET_BYTES)] | None = None
-    learnt: Annotated[tuple[Index, ...], msgspec.Meta(max_length=MAX_UNITS)] = ()
-
-
-class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="use"):
-    """The purpose of evaluating and generating: every group of the session is live, all the time.
-
-    Attributes:
-        context_length: for how many tokens C is to keep keys and values, so that micro-batches of the mode ``decode``
-            go on from them; 0: none.
-    """
-
-    context_length: Index = 0
-
-
-Purpose = Train | Use
-
-
 class OpenSession(Message, frozen=True):
     """E asks for a session on one base model with its own groups and adapters.
 
@@ -149,6 +119,11 @@ class OpenSession(Message, frozen=True):
     def codecs_of(self, mode: Mode) -> Codecs:
         """How the tensors of a micro-batch of this mode cross."""
         return self.evaluation_codecs if mode in WITHOUT_GRADIENTS else self.codecs
+
+    @property
+    def encoded_width(self) -> int:
+        """Of what comes out of the mode ``encode``; 0 in a session of another purpose."""
+        return self.purpose.width if isinstance(self.purpose, Encode) else 0
 
 
 class SessionOpened(Message, frozen=True):
@@ -238,10 +213,12 @@ class Embeddings(ExchangeMessage, frozen=True):
         mode: ``train`` if a backward pass with the groups will follow; ``evaluate`` if none will; ``basis``, while the
             session is set up, if one of the base model alone will, from whose gradients C makes its adapter state;
             ``decode`` if none will, and its one sequence goes on from the first ``position`` tokens that C holds keys
-            and values of. C forgets those after them, and takes these in.
+            and values of. C forgets those after them, and takes these in. ``encode`` for hidden states in the middle of
+            the model, in a session of that purpose.
         hidden_states: (tokens, embedding_size); None where ``token_ids`` is there.
         sequence_lengths: int32 (sequences,), summing to tokens.
-        label_positions: int32 (labelled,), ascending rows of the packed tokens whose last hidden state E wants.
+        label_positions: int32 (labelled,), ascending rows of the packed tokens whose last hidden state E wants; none in
+            the mode ``encode``, which gives those of all tokens.
         crossing_positions: int32 (rows,), ascending rows of the packed tokens at which adapters act: only these cross
             at each group, and there may be none. None: all tokens.
         examples: int32 (sequences,), numbers that E gives its examples, where C is to know one again.
@@ -290,6 +267,16 @@ class LabelledHiddenStates(ExchangeMessage, frozen=True):
 
     hidden_states: WireTensor
     gradients: Index
+
+
+class EncodedHiddenStates(ExchangeMessage, frozen=True):
+    """C ends a micro-batch of the mode ``encode``: what came out of the last block that it ran.
+
+    Attributes:
+        hidden_states: of each sequence, (length, width), a tensor of its own, which can be kept by itself.
+    """
+
+    hidden_states: tuple[WireTensor, ...]
 
 
 class GradHiddenStates(ExchangeMessage, frozen=True):
@@ -365,6 +352,7 @@ AnyMessage = (
     | GroupInput
     | GroupDelta
     | LabelledHiddenStates
+    | EncodedHiddenStates
     | GradHiddenStates
     | GroupGrad
     | GroupInputGrad

@@ -23,11 +23,16 @@ Key = tuple[int, int]
 
 
 class Shapes(NamedTuple):
-    """What is the same for all micro-batches of a session and a mode: widths, codecs and the server's limits."""
+    """What is the same for all micro-batches of a session and a mode: widths, codecs and the server's limits.
+
+    Attributes:
+        encoded_width: of what comes out of the mode ``encode``, in a session of that purpose.
+    """
 
     crossings: tuple[Crossing, ...]
     codecs: Codecs
     welcome: m.Welcome
+    encoded_width: int = 0
 
     def check(self, tensor: WireTensor, role: TensorRole, shape: tuple[int | None, ...]) -> None:
         """Raise ``ViolationError`` unless the tensor is stored as its role's codec says, and of this shape."""
@@ -59,6 +64,7 @@ class MicroBatchRules:
         state: FORWARD to BACKWARD, and IDLE once it is through.
         tokens: of all its sequences; rows: that cross at each group; labelled: whose last hidden state is wanted.
         position: of its first token in the context, in the mode ``decode``.
+        lengths: of its sequences, in the mode ``encode``.
         exchanges: whether groups take part.
         asked: how many live groups took part in the forward pass; C waits for the last one's deltas in DELTA.
         gradients: how many groups will have their gradients sent; grads_sent: those that have.
@@ -74,6 +80,7 @@ class MicroBatchRules:
         self.rows = self.tokens if begun.crossing_positions is None else begun.crossing_positions.shape[0]
         self.labelled = begun.label_positions.shape[0]
         self.position = begun.position or 0
+        self.lengths = tuple(begun.sequence_lengths.data.tolist()) if begun.mode == "encode" else ()
         self.exchanges = does_exchange(begun)
         self.asked = 0
         self.gradients = 0
@@ -89,9 +96,11 @@ class MicroBatchRules:
     def advance(self, message: m.ExchangeMessage, sender: Side, groups: GroupStates) -> None:
         """Take the next message. Raises ``ViolationError``; nothing has changed then."""
         allowed_sender, next_state = TRANSITIONS[self.state].get(type(message), (None, self.state))
-        if allowed_sender is not sender:
+        if allowed_sender is not sender or (self.mode == "encode") is not isinstance(message, m.EncodedHiddenStates):
             raise ViolationError("not now")
         match message:
+            case m.EncodedHiddenStates():
+                self._check_encoded(message)
             case m.GroupInput():
                 self._check_input(message, groups)
             case m.GroupDelta():
@@ -141,6 +150,12 @@ class MicroBatchRules:
             raise ViolationError(f"{message.gradients} gradients for {len(active)} active groups")
         self.gradients = message.gradients
 
+    def _check_encoded(self, message: m.EncodedHiddenStates) -> None:
+        if len(message.hidden_states) != len(self.lengths):
+            raise ViolationError(f"{len(message.hidden_states)} tensors of {len(self.lengths)} sequences")
+        for tensor, length in zip(message.hidden_states, self.lengths, strict=True):
+            self._shapes.check(tensor, TensorRole.LAST_HIDDEN_STATES, (length, self._shapes.encoded_width))
+
     def _check_grad(self, message: m.GroupGrad, groups: GroupStates) -> None:
         group = message.group
         if group not in groups.live or group in self.grads_sent:
@@ -175,8 +190,10 @@ class MicroBatchRules:
 
 
 def does_exchange(begun: m.Embeddings) -> bool:
-    """Whether groups take part in a micro-batch: not in the mode ``basis``, and not where no adapter acts on any token
-    and nothing is trained, as in the beginning of a prompt."""
+    """Whether groups take part in a micro-batch: not in the modes ``basis`` and ``encode``, and not where no adapter
+    acts on any token and nothing is trained, as in the beginning of a prompt."""
+    if begun.mode == "encode":
+        return False
     if begun.mode in m.WITHOUT_GRADIENTS:
         return begun.crossing_positions is None or begun.crossing_positions.shape[0] > 0
     return begun.mode != "basis"
@@ -205,8 +222,10 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
         limit = welcome.max_sequence_length
         raise ViolationError(f"a sequence of {lengths.max()} tokens; at most {limit} fit", m.ErrorCode.LIMIT)
     _check_positions(message.label_positions, tokens, "label positions")
-    if not message.label_positions.shape[0]:
-        raise ViolationError("no label positions")
+    if (message.mode == "encode") is bool(message.label_positions.shape[0]):
+        raise ViolationError("no label positions, or some in the mode encode")
+    if message.mode == "encode" and (message.crossing_positions or message.examples):
+        raise ViolationError("crossing positions, or examples, in the mode encode")
     if message.crossing_positions is not None:
         _check_positions(message.crossing_positions, tokens, "crossing positions")
     if message.examples is not None:

@@ -252,6 +252,8 @@ class Session:
         if isinstance(purpose, m.Use) and purpose.context_length > self.welcome.max_context_length:
             text = f"a context of {purpose.context_length} tokens; at most {self.welcome.max_context_length} fit"
             raise ViolationError(text, m.ErrorCode.LIMIT)
+        if isinstance(purpose, m.Encode) and message.groups:
+            raise ViolationError("groups in a session that only encodes")
         if message.window > self.welcome.window:
             raise ViolationError(f"a window of {message.window} micro-batches; at most {self.welcome.window} fit")
         if any(codecs.adapter_state == "int8" for codecs in (message.codecs, message.evaluation_codecs)):
@@ -262,7 +264,7 @@ class Session:
             raise ViolationError(str(error), m.ErrorCode.LIMIT) from None
         self.opened_with = message
         self.link.set_window(message.window)
-        self._shapes = Shapes(widths, message.codecs, self.welcome)
+        self._shapes = Shapes(widths, message.codecs, self.welcome, message.encoded_width)
         self.units = Units(message)
         if isinstance(purpose, m.Train):
             self.step = purpose.next_step
@@ -376,6 +378,8 @@ class Session:
         if sender is not E or len(self.under_way) == self.opened_with.window or key in self.under_way:
             raise ViolationError("not now")
         trains, purpose = message.mode == "train", self.opened_with.purpose
+        if (message.mode == "encode") is not isinstance(purpose, m.Encode):
+            raise ViolationError(f"a micro-batch of the mode {message.mode} in a session that is for something else")
         if message.mode not in m.WITHOUT_GRADIENTS and not isinstance(purpose, m.Train):
             raise ViolationError("a micro-batch that trains, in a session that does not")
         if (message.mode == "basis") is not (self._state is State.SETTING_UP):

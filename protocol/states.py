@@ -64,7 +64,11 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
         m.StepReport: (E, State.IDLE),
         m.CloseSession: (E, State.CLOSED),
     },
-    State.FORWARD: {m.GroupInput: (C, State.DELTA), m.LabelledHiddenStates: (C, State.LOSS)},
+    State.FORWARD: {
+        m.GroupInput: (C, State.DELTA),
+        m.LabelledHiddenStates: (C, State.LOSS),
+        m.EncodedHiddenStates: (C, State.IDLE),
+    },
     State.DELTA: {m.GroupDelta: (E, State.FORWARD)},
     State.LOSS: {m.GradHiddenStates: (E, State.BACKWARD)},
     State.BACKWARD: {m.GroupGrad: (C, State.BACKWARD), m.GroupInputGrad: (E, State.BACKWARD)},

@@ -9,6 +9,7 @@ from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, tiny_model
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.decoding import Decoding
+from dlora.cloud.model.parts import ModelParts
 from dlora.export.selection import can_be_activated, select_targets
 from dlora.protocol.errors import ExportError
 from dlora.protocol.targets import module_names
@@ -73,7 +74,8 @@ def accepted(family: str) -> str:
     engines = "onnx, executorch" if family == ON_EXECUTORCH else "onnx"
     without = [name for name in default.trainable if not can_be_activated(base, name)]
     inactive = ", ".join(f"`{name}`" for name in (module_names(base.groups(without)) if without else ()))
-    generates = "whole text" if Decoding.of(base) is None else "cached"
+    parts = ModelParts.of(base)
+    generates = "whole text" if parts is None or Decoding.of(parts) is None else "cached"
     return f"| {family} | {names} | {whose} | {skipped} | {inactive} | {engines} | {generates} | {run} |"
 
 

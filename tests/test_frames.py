@@ -96,6 +96,15 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         evaluation_codecs=Codecs.all("fp16"),
         purpose=m.Use(context_length=4096),
     ),
+    "open_session_encode": m.OpenSession(
+        base_fingerprint="ab" * 32,
+        groups=(),
+        adapter=AdapterSpec(),
+        codecs=Codecs.all("int8"),
+        evaluation_codecs=Codecs.all("int8"),
+        purpose=m.Encode(blocks=26, width=576),
+        window=8,
+    ),
     "make_adapter_state": m.MakeAdapterState(group=3),
     "adapter_state": m.AdapterState(group=1, tensors=(floats(2, 3), floats(3)), gradient_norm=0.5),
     "group_parameters": m.GroupParameters(group=2, tensors=(floats(2, 2),)),
@@ -144,6 +153,17 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         sequence_lengths=WireTensor.from_ints([3]),
         label_positions=WireTensor.from_ints([0, 1, 2]),
         position=300,
+    ),
+    "embeddings_encode": m.Embeddings(
+        step=0,
+        micro_batch=2,
+        mode="encode",
+        hidden_states=floats(3, 6, dtype="fp16"),
+        sequence_lengths=WireTensor.from_ints([1, 2]),
+        label_positions=WireTensor.from_ints([]),
+    ),
+    "encoded_hidden_states": m.EncodedHiddenStates(
+        step=0, micro_batch=2, hidden_states=(floats(1, 6, dtype="fp16"), floats(2, 6, dtype="fp16"))
     ),
     "group_input": m.GroupInput(step=3, micro_batch=0, group=1, hidden_states=floats(3, 6)),
     "group_delta": m.GroupDelta(step=3, micro_batch=0, group=0, deltas=(floats(3, 6), floats(3, 2))),

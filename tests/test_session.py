@@ -949,6 +949,57 @@ def test_only_a_context_has_a_position() -> None:
         refused_by_both(pair, c.embeddings(mode=mode), "a micro-batch that trains, in a session that does not")
 
 
+# -- the first blocks alone ------------------------------------------------------------------------------
+
+ENCODED_WIDTH = 6
+
+
+def encoding(**changes: Any) -> list[m.AnyMessage]:
+    opened = m.SessionOpened(session="one", token=c.TOKEN)
+    settings = {"groups": (), "purpose": m.Encode(blocks=2, width=ENCODED_WIDTH), **changes}
+    return [*c.opening()[:2], c.open_session(**settings), opened]
+
+
+def to_encode(**changes: Any) -> m.Embeddings:
+    return c.embeddings(mode="encode", **{"label_positions": WireTensor.from_ints([]), **changes})
+
+
+def encoded(*lengths: int, micro_batch: int = 0, width: int = ENCODED_WIDTH) -> m.EncodedHiddenStates:
+    tensors = tuple(c.floats(length, width) for length in lengths)
+    return m.EncodedHiddenStates(step=0, micro_batch=micro_batch, hidden_states=tensors)
+
+
+def test_a_session_that_encodes_gives_each_sequence_by_itself() -> None:
+    pair = Pair(encoding())
+    pair.say(to_encode())
+    for wrong in (encoded(1, 1), encoded(1, 2, width=c.WIDTH)):
+        refused_by_both(pair, wrong, "was due")
+    for wrong in (encoded(TOKENS), encoded(1, 2, 1)):
+        refused_by_both(pair, wrong, "tensors of 2 sequences")
+    refused_by_both(pair, c.labelled(), "not now")
+    pair.say(encoded(1, TOKENS - 1))
+    assert pair.sides[E].state is State.IDLE
+    pair.say(to_encode(micro_batch=7))
+    pair.say(encoded(1, TOKENS - 1, micro_batch=7))
+    pair.say(m.CloseSession())
+
+
+def test_what_a_session_that_encodes_cannot_do() -> None:
+    pair = Pair(encoding())
+    refused_by_both(pair, to_encode(label_positions=WireTensor.from_ints([0])), "some in the mode encode")
+    for name in ("crossing_positions", "examples"):
+        refused_by_both(pair, to_encode(**{name: WireTensor.from_ints([0, 1])}), "in the mode encode")
+    for mode in ("train", "evaluate", "basis", "decode"):
+        refused_by_both(pair, c.embeddings(mode=mode), f"of the mode {mode} in a session that is for something else")
+    refused_by_both(pair, c.report(), "a report where nothing is trained")
+    for other in (Pair(using()), Pair(c.opening())):
+        refused_by_both(other, to_encode(), "of the mode encode in a session that is for something else")
+    refused_by_both(Pair(c.opening()[:2]), encoding(groups=c.GROUPS)[2], "groups in a session that only encodes")
+    plain = Pair(using())
+    plain.say(c.embeddings(mode="evaluate"))
+    refused_by_both(plain, encoded(1, 2), "not now")
+
+
 @pytest.mark.parametrize("mode", ["evaluate", "decode"])
 def test_where_no_row_crosses_no_group_is_asked(mode: str) -> None:
     nothing = WireTensor.from_ints([])

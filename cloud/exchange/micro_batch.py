@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from dlora.cloud.model.base_model import BaseModel, find_embedding
 from dlora.cloud.model.cache import PartCache
 from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.layout import Layout, lay_out
+from dlora.cloud.model.parts import ModelParts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import RemoteProtocolError
@@ -52,6 +54,7 @@ class Sites:
         sketches: of what the base model computes at each group, from the first micro-batch of the mode ``basis`` on;
             each goes once the group's state is made.
         parameters: what devices would train, of groups that the device has given; as ``Site.compute_outputs`` takes it.
+        parts: of the base model, where it can be run so.
         decoding, cache: of a session with a context length, the context's keys and values.
     """
 
@@ -61,6 +64,7 @@ class Sites:
     sites: list[Site] = field(default_factory=list)
     sketches: list[GroupSketch | None] = field(default_factory=list)
     parameters: dict[int, Sequence[Tensor]] = field(default_factory=dict)
+    parts: ModelParts | None = None
     decoding: Decoding | None = None
     cache: PartCache | None = None
 
@@ -170,6 +174,7 @@ class MicroBatchRun:
         self._mode = begun.mode
         self._position = begun.position or 0
         self._group_states = group_states if does_exchange(begun) else GroupStates()
+        self._lengths: list[int] = begun.sequence_lengths.data.tolist()
         self._labelled = self._rows_of(begun.label_positions)
         self._crossing = self.layout.rows
         if begun.crossing_positions is not None:
@@ -206,6 +211,9 @@ class MicroBatchRun:
             return
         sites, groups = self._sites, self._group_states
         channel = _Channel(sites, self._codecs, self.key, device)
+        if self._mode == "encode":
+            channel.send_encoded(self._encode())
+            return
         exchange = MicroBatchExchange(
             channel,
             sites.base,
@@ -220,6 +228,28 @@ class MicroBatchRun:
         channel.send_labelled(labelled, exchange.gradients)
         if exchange.gradients:
             labelled.backward(channel.receive_labelled_grad(labelled))
+
+    def _encode(self) -> list[Tensor]:
+        """Of each sequence what comes out of the first blocks, (length, width)."""
+        sites, purpose, layout = self._sites, self._sites.opening.purpose, self.layout
+        assert isinstance(purpose, m.Encode)  # the session's rules
+        assert sites.parts is not None  # check_opening
+        run = partial(sites.parts.run, end=purpose.blocks)
+        with torch.no_grad():
+            if purpose.exact:
+                return [run(tokens[None])[0] for tokens in self._tokens().split(self._lengths)]
+            hidden = run(
+                layout.inputs_embeds, attention_mask=layout.attention_mask, position_ids=layout.position_ids
+            )
+            return list(self._packed(hidden).split(self._lengths))
+
+    def _tokens(self) -> Tensor:
+        """The embeddings without padding, (tokens, embedding_size)."""
+        return self._packed(self.layout.inputs_embeds)
+
+    def _packed(self, padded: Tensor) -> Tensor:
+        flat = padded.reshape(-1, padded.shape[-1])
+        return flat if self.layout.rows is None else flat.index_select(0, self.layout.rows)
 
     def _run_basis(self, channel: _Channel) -> None:
         """The base model alone, forward and backward: what it computes at the groups goes into the sketches."""
@@ -285,6 +315,12 @@ class _Channel:
             m.LabelledHiddenStates(
                 step=self._step, micro_batch=self._micro_batch, hidden_states=on_wire, gradients=gradients
             )
+        )
+
+    def send_encoded(self, hidden_states: Sequence[Tensor]) -> None:
+        on_wire = tuple(self._to_wire(each, TensorRole.LAST_HIDDEN_STATES) for each in hidden_states)
+        self._device.send(
+            m.EncodedHiddenStates(step=self._step, micro_batch=self._micro_batch, hidden_states=on_wire)
         )
 
     def receive_labelled_grad(self, like: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from dlora.protocol.errors import ExportError
 
-from .base_model import BaseModel
 from .cache import PartCache
 from .parts import ModelParts
 
@@ -27,19 +26,18 @@ class Decoding:
     max_context_length: int
 
     @classmethod
-    def of(cls, base: BaseModel, most_bytes: int | None = None, computing_bytes: int = 0) -> Decoding | None:
-        """None where its family keeps its past in another way than as keys and values, or is not run in parts.
+    def of(cls, parts: ModelParts, most_bytes: int | None = None, computing_bytes: int = 0) -> Decoding | None:
+        """None where its family keeps its past in another way than as keys and values.
 
         Args:
             most_bytes: of one context, with what computing takes for each of its tokens, ``computing_bytes``; None: no
                 limit.
         """
         try:
-            parts = ModelParts(base)
             bytes_per_token = parts.cache_bytes_per_token
         except ExportError:
             return None
-        longest = base.max_sequence_length
+        longest = parts.base.max_sequence_length
         if most_bytes is not None:
             longest = min(longest, most_bytes // (bytes_per_token + computing_bytes))
         return cls(parts, bytes_per_token, longest)

@@ -71,6 +71,18 @@ class ModelParts:
                 block.forward = original
             raise
 
+    @classmethod
+    def of(cls, base: BaseModel) -> ModelParts | None:
+        """None where it cannot be run in parts."""
+        try:
+            return cls(base)
+        except ExportError:
+            return None
+
+    def width_after(self, blocks: int) -> int:
+        """Width of the hidden states that come out of the first ``blocks`` blocks."""
+        return self._widths[blocks]
+
     def run(
         self,
         hidden_states: Tensor,

@@ -254,6 +254,17 @@ def frame_limit(service: Service, session: Session) -> int:
 CONTROL_BYTES = 1 << 20
 
 
+def _check_encode(purpose: m.Encode, service: Service) -> None:
+    """Raise ``RefusedError`` for blocks that the server cannot run by themselves."""
+    base, parts = service.base, service.parts
+    if parts is None:
+        text = f"{base.name} cannot be run in parts, so that no device can run its last blocks"
+        raise RefusedError(text, m.ErrorCode.LIMIT)
+    if purpose.blocks > base.blocks or purpose.width != parts.width_after(purpose.blocks):
+        text = f"no {purpose.blocks} first blocks of {base.name} give hidden states of width {purpose.width}"
+        raise RefusedError(text, m.ErrorCode.LIMIT)
+
+
 def check_opening(opening: m.OpenSession, session: Session, service: Service) -> Controller | None:
     """Check what a device asks for against the base model, and make its kill-and-revive controller, where it trains.
 
@@ -269,6 +280,8 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
         text = f"no such exchange groups in {base.name}" + (f": {unknown[0][:100]}" if unknown else "")
         raise RefusedError(text, m.ErrorCode.UNKNOWN_TARGET)
     purpose = opening.purpose
+    if isinstance(purpose, m.Encode):
+        _check_encode(purpose, service)
     if not isinstance(purpose, m.Train):
         return None
     if not opening.groups:

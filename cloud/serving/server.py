@@ -31,6 +31,7 @@ from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.layout import can_pack
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.memory import collect_garbage
+from dlora.cloud.model.parts import ModelParts
 from dlora.cloud.model.source import public_name
 from dlora.protocol import interrupts
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
@@ -132,6 +133,7 @@ class CloudServer:
         if live_limit is not None and quotas.live_bytes is None:
             # Whoever stalls in the middle of a step must not hold up all others.
             quotas = replace(quotas, live_bytes=min(live_limit, max(live_limit // 2, largest)))
+        parts = ModelParts.of(base)
         service = Service(
             base=base,
             gate=ComputeGate(),  # one session computes at a time: on a CPU the cores are shared, on one GPU the device
@@ -139,9 +141,12 @@ class CloudServer:
             may_pack=may_pack,
             window=settings.window,
             live_bytes=live_bytes,
+            parts=parts,
             # At most half of what a device may have, so that there is room to compute.
-            decoding=Decoding.of(
-                base,
+            decoding=None
+            if parts is None
+            else Decoding.of(
+                parts,
                 None if quotas.live_bytes is None else quotas.live_bytes // 2,
                 live_bytes.context_token_bytes,
             ),

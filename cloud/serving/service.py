@@ -13,6 +13,7 @@ from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.live_bytes import LiveBytes
+from dlora.cloud.model.parts import ModelParts
 
 from .sessions import Sessions
 from .tasks import Tasks
@@ -27,6 +28,7 @@ class Service:
         threads: torch threads of a computing micro-batch.
         may_pack: whether the base model runs sequences end to end.
         window: the most micro-batches that a session may have under way at a time.
+        parts: the base model in parts; None where it cannot be run so.
         decoding: what keeps contexts; None where the base model cannot.
         opening_bytes: the largest frame before a session is open.
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
@@ -41,6 +43,7 @@ class Service:
     may_pack: bool
     window: int
     live_bytes: LiveBytes
+    parts: ModelParts | None
     decoding: Decoding | None
     max_tokens: int
     opening_bytes: int

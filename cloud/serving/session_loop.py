@@ -62,7 +62,7 @@ class SessionLoop:
         self._deadlines = deadlines
         self._router = MessageRouter(live.session, live.transport, service.clock)
         seed = opening.purpose.seed if isinstance(opening.purpose, m.Train) else 0
-        self._sites = Sites(service.base, opening, seed)
+        self._sites = Sites(service.base, opening, seed, parts=service.parts)
         self._window = opening.window
         self._running: set[Future[None]] = set()
         self._charge_ended = threading.Condition()

@@ -282,7 +282,7 @@ class Connection:
         """Take frames as large as the answers to ``micro_batch`` may be."""
         opening = self.session.opened_with
         assert opening is not None
-        widest = largest_row(opening.adapter, opening.groups, self.welcome.hidden_size)
+        widest = largest_row(opening.adapter, opening.groups, self.welcome.hidden_size, opening.encoded_width)
         tokens = micro_batch.tokens
         self._allow_frames(tokens * widest * 4)
 

@@ -1,0 +1,165 @@
+"""What comes out of the model's first blocks, which the server runs: once for each text, forward only.
+
+Nothing else is asked of the server in this mode. What is sent depends on the text and on public weights: not on labels,
+adapters or anything else that is trained.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.wire.connection import Connection
+from dlora.protocol import messages as m
+from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.choices import Send
+from dlora.protocol.counting import cut_to_fit
+from dlora.protocol.errors import DataError, RemoteProtocolError, SessionLostError
+from dlora.protocol.micro_batch import Key
+from dlora.protocol.tensors import WireTensor
+from dlora.protocol.wire_codecs import Codecs, TensorRole
+
+from .ends import Embedding, LongArray
+from .session import ModelSession
+
+_MOST_TOKENS: Final = 1024  # of a micro-batch: enough to keep a server busy, and few megabytes in each direction
+_WINDOW: Final = 4
+
+
+class EncodeSession(ModelSession):
+    """A session that only asks for what comes out of the first ``blocks`` blocks, of ``width``.
+
+    Args:
+        exact: whether each text's bits are to be the same whatever it comes with.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        codecs: Codecs,
+        *,
+        blocks: int,
+        width: int,
+        base_fingerprint: str,
+        exact: bool = True,
+    ) -> None:
+        nothing = AdapterSet.create(AdapterSpec(), (), scaling=1.0, seed=(0,), unit="group", kill_every=1)
+        super().__init__(connection, nothing)
+        self._codecs = codecs
+        self._purpose = m.Encode(blocks=blocks, width=width, exact=exact)
+        self._base_fingerprint = base_fingerprint
+
+    def opening_message(self) -> m.OpenSession:
+        return m.OpenSession(
+            base_fingerprint=self._base_fingerprint,
+            groups=(),
+            adapter=AdapterSpec(),
+            codecs=self._codecs,
+            evaluation_codecs=self._codecs,
+            purpose=self._purpose,
+            window=min(_WINDOW, self.connection.welcome.window),
+        )
+
+    def handle_opened(self, opened: m.SessionOpened) -> None:
+        pass
+
+    def run_basis_pass(self) -> int:
+        return 0
+
+    def send_unanswered(self) -> None:
+        pass
+
+    def handle_signal(self, signal: m.Signal) -> None:
+        raise RemoteProtocolError("a signal where nothing is trained")
+
+
+@dataclass
+class _Asked:
+    """A micro-batch under way: its texts, and what came out of the blocks, once that is there."""
+
+    sequences: Sequence[LongArray]
+    found: Sequence[WireTensor] | None = None
+
+
+class Encoder:
+    """Asks for texts, several in a micro-batch and some micro-batches ahead.
+
+    Args:
+        session: one that is open.
+    """
+
+    def __init__(self, session: EncodeSession, embedding: Embedding, codecs: Codecs, send: Send) -> None:
+        self._session = session
+        self._connection = session.connection
+        self._embedding = embedding
+        self._codec = codecs.of(TensorRole.EMBEDDINGS)
+        self._send = send
+        self._count = 0
+
+    def encode(self, sequences: Sequence[LongArray]) -> Iterator[WireTensor]:
+        """Of each text, int64 (tokens,), in order: its hidden states (tokens, width), as they crossed.
+
+        Raises what ``Connection`` raises, and ``DataError`` for a text that is longer than the server takes.
+        """
+        done = 0
+        while done < len(sequences):
+            try:
+                for found in self._encode(sequences[done:]):
+                    done += 1
+                    yield found
+            except SessionLostError:
+                self._session.open()  # and what has not come is asked for again: another server may take less at once
+
+    def _encode(self, sequences: Sequence[LongArray]) -> Iterator[WireTensor]:
+        waiting, in_order = deque(self._micro_batches(sequences)), deque[_Asked]()
+        under_way: dict[Key, _Asked] = {}
+        while waiting or in_order:
+            while waiting and len(under_way) < self._connection.session.window:
+                asked = waiting.popleft()
+                in_order.append(asked)
+                under_way[self._begin(asked.sequences)] = asked
+            message = self._connection.receive_any()
+            if not isinstance(message, m.EncodedHiddenStates):
+                raise RemoteProtocolError(f"{type(message).__name__} where hidden states were asked for")
+            # Copies: what came is a view of its frame.
+            under_way.pop((message.step, message.micro_batch)).found = [
+                WireTensor(tensor.dtype, tensor.data.copy(), tensor.exponent) for tensor in message.hidden_states
+            ]
+            while in_order and (found := in_order[0].found) is not None:
+                in_order.popleft()
+                yield from found
+
+    def _micro_batches(self, sequences: Sequence[LongArray]) -> Iterator[_Asked]:
+        welcome = self._connection.welcome
+        lengths = [len(ids) for ids in sequences]
+        if lengths and max(lengths) > welcome.max_sequence_length:
+            raise DataError(
+                f"the data has a sequence of {max(lengths)} tokens, the server takes {welcome.max_sequence_length}; "
+                f"set --max-length {welcome.max_sequence_length}"
+            )
+        most = min(welcome.max_tokens, _MOST_TOKENS)
+        for piece in cut_to_fit(lengths, max_tokens=most, packs=welcome.packs):
+            yield _Asked(sequences[piece.start : piece.stop])
+
+    def _begin(self, sequences: Sequence[LongArray]) -> Key:
+        self._count += 1
+        key = self._connection.session.step, self._count
+        ids = np.concatenate(sequences)
+        sends_ids = self._send == "token-ids"
+        self._connection.send(
+            m.Embeddings(
+                step=key[0],
+                micro_batch=key[1],
+                mode="encode",
+                hidden_states=None if sends_ids else self._codec.encode(self._embedding(ids)),
+                sequence_lengths=WireTensor.from_ints([len(each) for each in sequences]),
+                label_positions=WireTensor.from_ints([]),
+                token_ids=WireTensor.from_ints(ids) if sends_ids else None,
+            )
+        )
+        return key

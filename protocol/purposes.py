@@ -1,0 +1,61 @@
+"""What a session can be for: ``purpose`` of ``OpenSession``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from .kill_revive import MAX_UNITS, KillReviveConfig
+
+Index = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+Width = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+
+MAX_TICKET_BYTES = 1 << 20
+
+
+class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="train"):
+    """The purpose of a training run: C switches its units, and E reports every step.
+
+    Attributes:
+        seed: of C's draws.
+        total_steps: length of the run, or of its present part, which kill-and-revive's timetable needs.
+        next_step: the step that comes next; above 0 when a run goes on.
+        ticket: the last ticket that E got, where a run goes on.
+        learnt: units whose adapters have an effect before step 0, from an adapter to start from or an earlier part.
+    """
+
+    kill_revive: KillReviveConfig
+    seed: Index
+    total_steps: Index
+    next_step: Index = 0
+    ticket: Annotated[bytes, msgspec.Meta(max_length=MAX_TICKET_BYTES)] | None = None
+    learnt: Annotated[tuple[Index, ...], msgspec.Meta(max_length=MAX_UNITS)] = ()
+
+
+class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="use"):
+    """The purpose of evaluating and generating: every group of the session is live, all the time.
+
+    Attributes:
+        context_length: for how many tokens C is to keep keys and values, so that micro-batches of the mode ``decode``
+            go on from them; 0: none.
+    """
+
+    context_length: Index = 0
+
+
+class Encode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="encode"):
+    """The purpose of a device that runs the model's last blocks itself: C runs the first ones, forward only.
+
+    Attributes:
+        blocks: how many of them; width: of the hidden states that come out of the last of these.
+        exact: whether C runs each sequence by itself, so that its bits are the same whatever it came with; else it may
+            run several at once, which is faster on a GPU and rounds otherwise.
+    """
+
+    blocks: Width
+    width: Width
+    exact: bool = True
+
+
+Purpose = Train | Use | Encode
