@@ -15,7 +15,7 @@ from tiny import Tiny, TinyFactory
 from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.model.encoder import EncodeSession, Encoder
+from dlora.edge.model.encoder import Encoder, EncodeSession
 from dlora.edge.model.ends import Embedding, LongArray
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.connection import Connection
@@ -37,7 +37,9 @@ def texts(vocabulary: int, seed: int = 0, lengths: tuple[int, ...] = LENGTHS) ->
 
 
 @contextmanager
-def encoder(url: str, model: Tiny, wire_dtype: Any = "fp32", send: Any = "embeddings", **purpose: Any) -> Iterator[Encoder]:
+def encoder(
+    url: str, model: Tiny, wire_dtype: Any = "fp32", send: Any = "embeddings", **purpose: Any
+) -> Iterator[Encoder]:
     bundle = Bundle.open(model.bundle)
     codecs = Codecs.parse(wire_dtype)
     fingerprint = bundle.manifest.base_model.fingerprint
@@ -109,7 +111,7 @@ def test_blocks_that_a_server_does_not_have_are_refused(model: Tiny) -> None:
     blocks, width = model.base.blocks, model.base.hidden_size
     with serving(model.base) as server:
         for purpose in ({"blocks": blocks + 1}, {"width": width + 1}, {"blocks": 1 << 20}):
-            with pytest.raises(RefusedError, match="first blocks of .* give hidden states of width"), encoder(
+            with pytest.raises(RefusedError, match=r"first blocks of .* give hidden states of width"), encoder(
                 server.url, model, **purpose
             ):
                 pass

@@ -102,6 +102,8 @@ class TinyFactory:
         head_dtype: StoredDtype = "fp16",
         target_modules: tuple[str, ...] | None = None,
         engine: Literal["onnx", "executorch", "both"] = "onnx",
+        device_blocks: int = 0,
+        block_dtype: StoredDtype = "fp32",
         seed: int = 0,
         **changes: Any,
     ) -> Tiny:
@@ -115,6 +117,7 @@ class TinyFactory:
         )  # fmt: skip
         settings = {
             "rank": rank, "alpha": alpha, "head_dtype": head_dtype, "target_modules": target_modules, "engine": engine,
+            "device_blocks": device_blocks, "block_dtype": block_dtype,
         }  # fmt: skip
         return _once(
             self._made, (model, *settings.values()),

@@ -10,7 +10,7 @@ import numpy as np
 from dlora.edge.data.batches import evaluation_batches
 from dlora.edge.data.examples import Dataset
 
-from .split import SplitModel
+from .trainable import TrainableModel
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: SplitModel, dataset: Dataset, batch_size: int, progress: Callable[[int, int], None] | None = None
+    model: TrainableModel, dataset: Dataset, batch_size: int, progress: Callable[[int, int], None] | None = None
 ) -> Evaluation:
     """Loss and accuracy of the adapters as they are, which act where the model says.
 
     ``progress`` is called after each micro-batch with the number of its examples, and of all.
-    Raises what ``SplitModel.evaluate`` raises.
+    Raises what the model's ``evaluate`` raises.
     """
     losses, right, tokens, exact = 0.0, 0, 0, 0
     for batch in evaluation_batches(dataset.acting_on_answers(model.invocation), batch_size):

@@ -23,6 +23,7 @@ from dlora.protocol.tensors import FloatArray
 from .ends import Embedding, Head, LongArray
 from .micro_batch import DeviceParts, MicroBatchRun
 from .session import ModelSession
+from .trunk_source import Counters
 
 _MANY_TOKENS: Final = 32  # a prompt, and no draft: giving memory back takes a millisecond
 
@@ -56,6 +57,12 @@ class SplitModel:
             sends_token_ids=send == "token-ids",
         )
         self._evaluated = 0
+
+    @property
+    def counters(self) -> Counters:
+        """What crossed so far; a lost session takes none of it with it."""
+        session = self.connection.session
+        return session.bytes_sent, session.bytes_received, session.round_trips
 
     @property
     def compute_seconds(self) -> float:

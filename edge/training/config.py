@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from dlora.edge.choices import RunMode
 from dlora.edge.seeds import Seed
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import Basis, Send
@@ -25,6 +26,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Settings that change a run's bits.
 
     Attributes:
+        mode: where the base model's blocks run; device_blocks: how many of the last ones on the device.
         total_steps: optimizer steps of the whole run.
         part_begins: where this part of it begins: 0, or the end of a run that was made longer. Schedules, and Kill and
             Revive, begin anew there.
@@ -39,6 +41,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
             default, and all blocks.
     """
 
+    mode: RunMode = "split"
+    device_blocks: int = 0
     total_steps: int
     part_begins: int = 0
     batch_size: int

@@ -24,14 +24,18 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.model.evaluation import Evaluation, evaluate
 from dlora.edge.model.split import SplitModel
+from dlora.edge.model.trunk import TrunkModel
+from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DataError, DloraError, NonFiniteError
 from dlora.protocol.kill_revive import LIVE, UnitState
+from dlora.protocol.messages import Welcome
 from dlora.protocol.tensors import FloatArray
 
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import RunIdentity, TrainConfig, check_identity, check_units
+from .device_session import DeviceSession
 from .metrics import StepMetrics
 from .optimizer import AdamW
 from .scores import Scorer
@@ -61,9 +65,10 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trainer:
-    """One training run against one server.
+    """One training run.
 
     Args:
+        connection: to the server; in the mode ``trunk`` the source of what comes out of its blocks.
         init: a PEFT adapter to start from.
         checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.part_begins`` is there.
         window: how many micro-batches of a step may be under way at a time, where the server allows as many.
@@ -80,7 +85,7 @@ class Trainer:
         self,
         bundle: Bundle,
         engine: Engine,
-        connection: Connection,
+        connection: Connection | TrunkSource,
         config: TrainConfig,
         dataset: Dataset,
         *,
@@ -114,19 +119,26 @@ class Trainer:
         self.steps_rerun = 0
         # Why the report of the last committed step could not be sent.
         self._failure: DloraError | None = None
-        self.session = TrainSession(
-            connection, self.adapters, config, base_fingerprint=manifest.base_model.fingerprint, window=window
-        )
+        self.session: TrainSession | DeviceSession
+        self.model: SplitModel | TrunkModel
+        if isinstance(connection, TrunkSource):
+            self.session = DeviceSession(self.adapters, config)
+            self.model = TrunkModel(bundle, engine, self.adapters, config.device_blocks, connection)
+        else:
+            self.session = TrainSession(
+                connection, self.adapters, config, base_fingerprint=manifest.base_model.fingerprint, window=window
+            )
+            self.model = SplitModel(
+                bundle, engine, self.session, invocation=config.invocation, send=config.send
+            )
         if checkpoint is not None:
             self._restore(checkpoint)
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
         self._scorer = Scorer(config.kill_revive.score)
-        self.model = SplitModel(
-            bundle, engine, self.session, invocation=config.invocation, send=config.send
-        )
-        self._check_limits()
-        if config.basis == "data":
+        if isinstance(connection, Connection):
+            self._check_limits(connection.welcome)
+        if isinstance(self.session, TrainSession) and config.basis == "data":
             self.session.basis_pass = partial(self._run_basis_pass, before_basis_step)
         self.session.open()
 
@@ -148,7 +160,7 @@ class Trainer:
         """
         self._raise_failure()
         step, started = self.next_step, time.perf_counter()
-        before, computed = _counters(self.connection), self.model.compute_seconds
+        before, computed = self.model.counters, self.model.compute_seconds
         batches = self.batches.step_batches(step)
         labelled = sum(len(batch.labels) for batch in batches)
         with self._name_step_in_error():
@@ -165,7 +177,7 @@ class Trainer:
             self.session.report(scores)
         except DloraError as error:
             self._failure = error
-        after = _counters(self.connection)
+        after = self.model.counters
         return StepMetrics(
             step=step,
             total_steps=self.config.total_steps,
@@ -199,7 +211,7 @@ class Trainer:
     @property
     def traffic(self) -> tuple[int, int]:
         """Bytes up and bytes down so far, over all sessions."""
-        return _counters(self.connection)[:2]
+        return self.model.counters[:2]
 
     def save_checkpoint(self, directory: Path) -> None:
         """Write a checkpoint of everything the next step depends on; no server is needed. Raises ``StorageError``."""
@@ -250,6 +262,7 @@ class Trainer:
 
     def _run_basis_pass(self, before_step: Callable[[int, int], None]) -> int:
         """Let the server see the data of the first steps; gives the number of micro-batches."""
+        assert isinstance(self.model, SplitModel)
         steps, micro_batches = self.config.basis_pass_steps(self.batches.examples), 0
         with self._name_step_in_error():
             for step in range(steps):
@@ -332,9 +345,8 @@ class Trainer:
                 scores[index] = self.adapters.scaling * math.hypot(*norms)
         return scores
 
-    def _check_limits(self) -> None:
+    def _check_limits(self, welcome: Welcome) -> None:
         """Raise for what the server would refuse at an unlucky step hours later."""
-        welcome = self.connection.welcome
         check_base_model(self.bundle, welcome)
         if self.batches.max_sequence_length > welcome.max_sequence_length:
             raise DataError(
@@ -370,9 +382,3 @@ def trainer_state(checkpoint: Checkpoint) -> TrainerState:
         return msgspec.convert(checkpoint.state, TrainerState)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{checkpoint.path} is of another version ({error}); start anew") from None
-
-
-def _counters(connection: Connection) -> tuple[int, int, int]:
-    """Bytes up, bytes down and round trips so far; a lost session takes none of them with it."""
-    session = connection.session
-    return session.bytes_sent, session.bytes_received, session.round_trips

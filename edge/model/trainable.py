@@ -1,0 +1,37 @@
+"""What a run needs of a model, wherever its blocks are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from dlora.edge.data.batches import MicroBatch
+from dlora.protocol.tensors import FloatArray
+
+from .ends import LongArray
+from .trunk_source import Counters
+
+
+class TrainableModel(Protocol):
+    """Forward, backward and evaluation of micro-batches, with the adapters as they are."""
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens from which on the adapters act; none: everywhere."""
+
+    @property
+    def compute_seconds(self) -> float:
+        """Seconds that this device has computed so far."""
+
+    @property
+    def counters(self) -> Counters:
+        """What crossed so far."""
+
+    def cut(self, batch: MicroBatch) -> list[MicroBatch]:
+        """``batch`` in parts that can be run at once."""
+
+    def forward_backward(self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float) -> list[FloatArray]:
+        """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters."""
+
+    def evaluate(self, batch: MicroBatch) -> tuple[FloatArray, LongArray]:
+        """Losses and likeliest tokens at the labelled positions, (labelled,) each."""

@@ -1,0 +1,91 @@
+"""The whole model in the mode ``trunk``: the server's blocks are asked once for each text, all others run here.
+
+Forward, backward and evaluation then need no server. What the server gave is kept (``trunk_cache.py``); only a text
+that does not fit there is asked for again each time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.data.batches import MicroBatch
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Engine
+from dlora.protocol.tensors import FloatArray
+
+from .blocks import DeviceBlocks
+from .ends import Head, LongArray
+from .trunk_source import Counters, TrunkSource
+
+
+class TrunkModel:
+    """Forward, backward and evaluation of micro-batches on the device.
+
+    Args:
+        count: of blocks on the device.
+        source: of what comes out of the server's blocks.
+
+    Attributes:
+        invocation: none: adapters act everywhere.
+        compute_seconds: that this device has computed so far.
+    """
+
+    invocation: Final[tuple[int, ...]] = ()
+
+    def __init__(
+        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, count: int, source: TrunkSource
+    ) -> None:
+        self.adapters = adapters
+        self.compute_seconds = 0.0
+        self._source = source
+        self._blocks = DeviceBlocks(bundle, engine, count, adapters.adapter_spec.r)
+        self._head = Head(bundle, engine)
+
+    @property
+    def counters(self) -> Counters:
+        """What crossed so far."""
+        return self._source.counters
+
+    def cut(self, batch: MicroBatch) -> list[MicroBatch]:
+        """Itself: no server has to take it."""
+        return [batch]
+
+    def forward_backward(self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float) -> list[FloatArray]:
+        """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters.
+
+        ``grad_scale`` is one over the labelled tokens of the whole step. Raises what ``TrunkSource`` raises.
+        """
+        parameters = self.adapters.parameters()
+        losses = []
+        for batch in map(MicroBatch.until_last_label, batches):
+            hidden_states = self._source.hidden_states(batch)
+            started = time.perf_counter()
+            lora = {name: parameter.value for name, parameter in parameters.items()}
+            last, kept = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, self.adapters.scaling)
+            found, labelled_grad = self._head.loss_and_grad(last[batch.label_positions], batch.labels, grad_scale)
+            grad = np.zeros_like(last)
+            grad[batch.label_positions] = labelled_grad
+            for name, each in self._blocks.backward(grad, kept, lora, self.adapters.scaling).items():
+                parameters[name].add_grad(each)
+            losses.append(found)
+            self.compute_seconds += time.perf_counter() - started
+        return losses
+
+    def evaluate(self, batch: MicroBatch) -> tuple[FloatArray, LongArray]:
+        """Losses float32 and likeliest tokens int64 at the labelled positions, (labelled,) each.
+
+        Raises what ``TrunkSource`` raises.
+        """
+        batch = batch.until_last_label()
+        hidden_states = self._source.hidden_states(batch)
+        started = time.perf_counter()
+        lora = {name: parameter.value for name, parameter in self.adapters.parameters().items()}
+        last, _ = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, self.adapters.scaling)
+        found = self._head.loss(last[batch.label_positions], batch.labels)
+        self.compute_seconds += time.perf_counter() - started
+        return found

@@ -1,0 +1,166 @@
+"""Where the hidden states that come out of the server's blocks are had from: the cache, or the server itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Final
+
+import numpy as np
+
+from dlora.edge.adapters.compatibility import check_base_model
+from dlora.edge.data.batches import MicroBatch, pack
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Engine
+from dlora.edge.wire.connection import Connection
+from dlora.protocol.choices import Send
+from dlora.protocol.errors import BundleError
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.tensors import FloatArray, WireTensor
+from dlora.protocol.wire_codecs import Codecs, decode_floats
+
+from .encoder import Encoder, EncodeSession
+from .ends import Embedding, LongArray
+from .trunk_cache import TrunkCache, text_digest
+
+_TEXTS_AHEAD: Final = 512  # that are asked for at once while a cache is filled
+
+Counters = tuple[int, int, int]
+"""Bytes up, bytes down, round trips."""
+
+
+class TrunkSource:
+    """Hidden states of texts, after the first ``blocks`` blocks.
+
+    A server is connected to when a text is missing, and only then.
+
+    Args:
+        blocks: how many of the first blocks the server runs.
+        connect: connects to the server.
+
+    Attributes:
+        reconnects, resumed: as ``Connection`` has them, of all connections so far.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        cache: TrunkCache,
+        *,
+        blocks: int,
+        codecs: Codecs,
+        connect: Callable[[], Connection],
+        send: Send = "embeddings",
+    ) -> None:
+        self.cache = cache
+        self.reconnects = 0
+        self.resumed = 0
+        self._bundle = bundle
+        self._engine = engine
+        self._blocks = blocks
+        self._codecs = codecs
+        self._connect = connect
+        self._send = send
+        self._connection: Connection | None = None
+        self._encoder: Encoder | None = None
+        self._before: Counters = (0, 0, 0)  # of connections that are closed
+
+    @property
+    def counters(self) -> Counters:
+        """What crossed so far."""
+        if self._connection is None:
+            return self._before
+        session = self._connection.session
+        up, down, trips = self._before
+        return up + session.bytes_sent, down + session.bytes_received, trips + session.round_trips
+
+    def fill(self, texts: Iterable[LongArray], progress: Callable[[int], None] = lambda _: None) -> None:
+        """Ask for what the cache does not have, in the order of ``texts``, as long as there is room; then hang up.
+
+        ``progress`` is called with how many more texts are dealt with. Raises as ``hidden_states``, and whatever
+        ``progress`` does: what has come stays.
+        """
+        left = iter(texts)
+        is_full = False
+        while not is_full and (some := list(islice(left, _TEXTS_AHEAD))):
+            missing: dict[bytes, LongArray] = {}
+            for ids in some:
+                digest = text_digest(ids)
+                if digest not in self.cache:
+                    missing.setdefault(digest, ids)
+            progress(len(some) - len(missing))
+            for digest, tensor in zip(missing, self._ask(list(missing.values())), strict=True):
+                is_full = not self.cache.add(digest, tensor) or is_full
+                progress(1)
+        self.hang_up()
+
+    def hidden_states(self, batch: MicroBatch) -> FloatArray:
+        """Of all texts of a micro-batch, float32 (tokens, width).
+
+        Raises what ``Connection`` raises, ``DataError`` for a text that is longer than the server takes, and
+        ``StorageError``.
+        """
+        texts = np.split(batch.ids, np.cumsum(batch.sequence_lengths)[:-1])
+        digests = [text_digest(ids) for ids in texts]
+        found = {digest: self.cache.get(digest) for digest in digests}
+        missing = {digest: ids for digest, ids in zip(digests, texts, strict=True) if found[digest] is None}
+        for digest, tensor in zip(missing, self._ask(list(missing.values())), strict=True):
+            self.cache.add(digest, tensor)
+            found[digest] = tensor
+        tensors = [found[digest] for digest in digests]
+        return np.concatenate([decode_floats(tensor) for tensor in tensors if tensor is not None])
+
+    def hang_up(self) -> None:
+        """Close the connection; the next text that is missing opens another."""
+        if self._connection is None:
+            return
+        self._before = self.counters
+        self.reconnects += self._connection.reconnects
+        self.resumed += self._connection.resumed
+        self._connection.close()
+        self._connection = self._encoder = None
+
+    def close(self) -> None:
+        """Hang up and close the cache."""
+        self.hang_up()
+        self.cache.close()
+
+    def _ask(self, texts: Sequence[LongArray]) -> Iterable[WireTensor]:
+        if not texts:
+            return ()
+        if self._encoder is None:
+            self._encoder = self._open()
+        return self._encoder.encode(texts)
+
+    def _open(self) -> Encoder:
+        self._connection = connection = self._connect()
+        check_base_model(self._bundle, connection.welcome)
+        manifest = self._bundle.manifest
+        session = EncodeSession(
+            connection,
+            self._codecs,
+            blocks=self._blocks,
+            width=encoded_width(manifest),
+            base_fingerprint=manifest.base_model.fingerprint,
+        )
+        session.open()
+        return Encoder(session, Embedding(self._bundle, self._engine), self._codecs, self._send)
+
+
+def texts_of(dataset: Dataset, indices: Iterable[int] | None = None) -> Iterator[LongArray]:
+    """What of each example goes through the server's blocks, int64 (tokens,): as far as its last label needs it."""
+    for index in range(len(dataset)) if indices is None else indices:
+        yield pack([dataset[index]]).until_last_label().ids
+
+
+def encoded_width(manifest: Manifest) -> int:
+    """Width of the hidden states that go into the blocks on the device. Raises ``BundleError`` for a bundle without."""
+    blocks = manifest.device_blocks
+    if blocks is None:
+        raise BundleError("the bundle has no blocks for a device; export it again with --device-blocks")
+    inputs = manifest.graph("block_forward", blocks.blocks[0].graph).inputs
+    width = next(tensor.shape[1] for tensor in inputs if tensor.name == "x")
+    assert isinstance(width, int)
+    return width

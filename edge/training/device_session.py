@@ -1,0 +1,71 @@
+"""A run's session where no server takes part in its steps: Kill and Revive's controller is on the device itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.seeds import seed_for_server
+from dlora.protocol.controller import Controller
+from dlora.protocol.errors import CheckpointError
+from dlora.protocol.tensors import FloatArray
+
+from .config import TrainConfig
+
+T = TypeVar("T")
+
+
+class DeviceSession:
+    """What ``TrainSession`` is with a server, without one: the same controller, asked at once.
+
+    Attributes:
+        step: the step that comes next, counted from the beginning of this part of the run.
+        ticket: the controller's state.
+        unanswered: None: a report is answered when it is made.
+    """
+
+    def __init__(self, adapters: AdapterSet, config: TrainConfig) -> None:
+        self.step = 0
+        self.ticket: bytes | None = None
+        self.unanswered: FloatArray | None = None
+        self._adapters = adapters
+        self._config = config
+        self._controller: Controller | None = None
+
+    def open(self) -> None:
+        """Begin, or go on from ``ticket``. Raises ``CheckpointError`` for one of another run."""
+        config, adapters = self._config, self._adapters
+        controller = Controller(
+            config.kill_revive,
+            adapters.group_specs,
+            seed=seed_for_server(config.seed),
+            total_steps=config.steps,
+            adapter=adapters.adapter_spec,
+            learnt=tuple(index for index, unit in enumerate(adapters.units) if unit.has_learnt),
+        )
+        if self.ticket is not None:
+            try:
+                controller.load_state(self.ticket)
+            except ValueError:
+                raise CheckpointError("the checkpoint's units are those of another run; start anew") from None
+            if controller.next_step != self.step or (controller.states != adapters.states()).any():
+                raise CheckpointError("the checkpoint's units are those of another step; start anew")
+        self._controller = controller
+        adapters.apply_signal(controller.states)
+        self.ticket = controller.state()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do some work; there is no session to be lost."""
+        return work()
+
+    def report(self, scores: FloatArray) -> None:
+        """The step is committed: its scores, float32 (units,), decide which units are active in the next."""
+        assert self._controller is not None
+        states = self._controller.report(self.step, scores)
+        self.step += 1
+        self._adapters.apply_signal(states)
+        self.ticket = self._controller.state()
+
+    def wait_for_signal(self) -> None:
+        """Nothing: it has come."""

@@ -1,0 +1,132 @@
+"""Training in the mode ``trunk``: what torch and PEFT do, without a server once its answers are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft_reference import loss_of, parameter, with_adapters
+from serving import config, final_weights, random_dataset, randomize, serving, training
+from tiny import Tiny, TinyFactory
+from transformers import AutoModelForCausalLM
+from trunk_runs import trunk_config, trunk_training
+
+from dlora.edge.data.batches import pack
+from dlora.edge.data.examples import Dataset
+from dlora.edge.model.trunk_source import texts_of
+from dlora.edge.wire.connection import Connection
+
+BLOCKS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyFactory) -> Tiny:
+    return tiny(blocks=3, device_blocks=2, head_dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def data(model: Tiny) -> Dataset:
+    return random_dataset(model.base.vocabulary_size)
+
+
+def test_a_step_is_that_of_peft(model: Tiny, data: Dataset, tmp_path: Path) -> None:
+    """Losses and gradients of the first step, and the weights after some, of LoRA on every linear module."""
+    with serving(model.base) as server, trunk_training(
+        model.bundle, server.url, trunk_config(BLOCKS), data, tmp_path / "cache"
+    ) as trainer:
+        randomize(trainer)
+        reference = with_adapters(AutoModelForCausalLM.from_pretrained(model.model), trainer.adapters, 4, 8.0)
+        trained = {name: parameter(reference, name) for name in trainer.adapters.parameters()}
+        assert len(trained) == 2 * 2 * 7
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
+        for step in range(6):
+            batches = trainer.batches.step_batches(step)
+            loss = loss_of(reference, batches)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = float(torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0))
+            optimizer.step()
+            metrics = trainer.run_step()
+            assert abs(metrics.loss - loss.item()) <= 1e-5 * abs(loss.item())
+            assert abs(metrics.grad_norm - norm) <= 1e-4 * norm
+            assert metrics.bytes_up == metrics.bytes_down == metrics.round_trips == 0
+        for name, each in trainer.adapters.parameters().items():
+            wanted = trained[name].detach().numpy()
+            assert np.abs(each.value - wanted).max() <= 1e-4 * np.abs(wanted).max()
+        found = trainer.evaluate(data)
+        assert abs(found.loss - loss_of(reference, [pack([data[index] for index in range(len(data))])]).item()) < 1e-4
+
+
+def test_a_run_is_that_of_the_mode_split(model: Tiny, data: Dataset, tmp_path: Path) -> None:
+    """The same adapters in the same blocks, trained the one way and the other: equal but for rounding."""
+    run = config(blocks=BLOCKS, target_modules=("all-linear",))
+    with serving(model.base) as server:
+        with training(model.bundle, server.url, run, data) as split:
+            wanted = [split.run_step().loss for _ in range(6)]
+        with trunk_training(model.bundle, server.url, trunk_config(BLOCKS), data, tmp_path / "cache") as trunk:
+            found = [trunk.run_step().loss for _ in range(6)]
+    assert np.allclose(found, wanted, rtol=1e-5)
+    for name, value in final_weights(split).items():
+        assert np.abs(final_weights(trunk)[name] - value).max() <= 1e-4 * np.abs(value).max()
+
+
+def test_once_the_cache_is_full_no_server_is_needed(model: Tiny, data: Dataset, tmp_path: Path) -> None:
+    """The server is gone for good; the run ends with the bits that it has beside one."""
+    finals = []
+    for name in ("with", "without"):
+        with serving(model.base) as server:
+            url = server.url
+            with trunk_training(model.bundle, url, trunk_config(BLOCKS), data, tmp_path / name) as trainer:
+                assert len(server.server.service.sessions) == 0
+                up, down = trainer.traffic
+                if name == "with":
+                    finals.append(([trainer.run_step().loss for _ in range(6)], final_weights(trainer)))
+        if name == "without":
+            with trunk_training(
+                model.bundle, url, trunk_config(BLOCKS), data, tmp_path / name
+            ) as trainer:  # another process would do as this does: it finds the cache
+                finals.append(([trainer.run_step().loss for _ in range(6)], final_weights(trainer)))
+                assert trainer.traffic == (0, 0)
+        assert up > 0
+        assert down > 0
+    assert finals[0][0] == finals[1][0]
+    assert all(np.array_equal(value, finals[1][1][name]) for name, value in finals[0][1].items())
+
+
+def test_what_does_not_fit_is_asked_for_each_time(model: Tiny, data: Dataset, tmp_path: Path) -> None:
+    finals = []
+    with serving(model.base) as server:
+        for limit in (1 << 30, 1500, 0):
+            path = tmp_path / str(limit)
+            with trunk_training(model.bundle, server.url, trunk_config(BLOCKS), data, path, limit=limit) as trainer:
+                before = trainer.traffic
+                finals.append([trainer.run_step().loss for _ in range(6)])
+                assert (trainer.traffic == before) is (limit == 1 << 30)
+                assert path.stat().st_size <= max(limit, 300)
+    assert finals[0] == finals[1] == finals[2]
+
+
+def test_what_is_sent_depends_on_the_text_alone(
+    model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels, adapters, AdamW's state and the seed are others: the bytes on the wire are the same."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(3, model.base.vocabulary_size, length).tolist() for length in (5, 7, 4, 6)]
+    sent: list[list[bytes]] = []
+    write = Connection._write
+    monkeypatch.setattr(Connection, "_write", lambda self, frame: (sent[-1].append(bytes(frame)), write(self, frame)))
+    with serving(model.base, window=1) as server:
+        for trial in range(3):
+            rng = np.random.default_rng(trial)
+            data = Dataset.of([(ids, [*rng.choice(len(ids) - 2, 2, replace=False), len(ids) - 2]) for ids in texts])
+            run = trunk_config(BLOCKS, seed=(trial,), rank=4 + trial, optimizer={"lr": 10.0**-trial})
+            sent.append([])
+            with trunk_training(model.bundle, server.url, run, data, tmp_path / str(trial), fill=False) as trainer:
+                randomize(trainer, seed=trial)
+                trainer.model._source.fill(texts_of(data))
+                for _ in range(3):
+                    trainer.run_step()
+    assert sent[0] == sent[1] == sent[2]
+    assert len(sent[0]) >= 3

@@ -1,0 +1,71 @@
+"""Runs in the mode ``trunk``: a trainer, its cache, and a server that it asks when something is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from serving import config
+
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.choose import make_engine
+from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
+from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connecting import ConnectSettings
+from dlora.edge.wire.connection import Connection
+
+ROOM = 1 << 30
+
+
+def trunk_config(blocks: tuple[int, ...], **changes: Any) -> TrainConfig:
+    """A short run of LoRA on all linear modules of these blocks, the device's."""
+    settings = {"mode": "trunk", "device_blocks": len(blocks), "blocks": blocks, "target_modules": ("all-linear",)}
+    return config(**{**settings, **changes})
+
+
+@contextmanager
+def trunk_training(
+    bundle: Path,
+    url: str,
+    run: TrainConfig,
+    dataset: Dataset,
+    cache: Path,
+    *,
+    limit: int = ROOM,
+    engine: Any = "onnx",
+    fill: bool = True,
+    connecting: ConnectSettings | None = None,
+    warnings: list[str] | None = None,
+    **settings: Any,
+) -> Iterator[Trainer]:
+    """A device's trainer, its cache filled with all that the data have."""
+    opened = Bundle.open(bundle)
+    runs = make_engine(opened, engine, 1)
+    manifest = opened.manifest
+    blocks = manifest.base_model.blocks - run.device_blocks
+    owner = CacheOwner.of(
+        manifest.base_model.fingerprint, blocks, encoded_width(manifest), run.codecs, run.send
+    )
+    kept = TrunkCache(cache, owner, limit=limit, warn=[].append if warnings is None else warnings.append)
+    source = TrunkSource(
+        opened,
+        runs,
+        kept,
+        blocks=blocks,
+        codecs=run.codecs,
+        connect=lambda: Connection(url, connecting),
+        send=run.send,
+    )
+    try:
+        trainer = Trainer(opened, runs, source, run, dataset, **settings)
+        if fill:
+            source.fill(texts_of(dataset))
+        yield trainer
+    finally:
+        source.close()
+
