@@ -1,0 +1,112 @@
+"""Bundles with blocks for a device, and which families can have them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+from families import MORE_FAMILIES, save_tiny, tiny_model
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.export.bundle import export_bundle
+from dlora.export.device_blocks import prepare_blocks
+from dlora.export.graphs.adamw import adamw_graph
+from dlora.export.graphs.block_materials import DeviceBlocks
+from dlora.export.graphs.graph import TrainingGraph
+from dlora.export.installed import check_executorch
+from dlora.export.selection import select_targets
+from dlora.export.settings import ExportSettings
+from dlora.export.to_executorch import BOUNDS, to_executorch
+from dlora.protocol.manifest import MANIFEST_NAME, ExecutorchSpec, FileSpec, Manifest, encode_manifest, load_manifest
+
+_EXPERTS: Final = "is a mixture of experts"
+_NO_MASK: Final = "takes no attention mask"
+REFUSED: Final = {
+    **dict.fromkeys(
+        (
+            "glm4_moe", "gpt_oss", "granitemoe", "jamba", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+            "qwen3_next",
+        ),
+        _EXPERTS,
+    ),
+    **dict.fromkeys(("falcon_mamba", "mamba", "openai-gpt"), _NO_MASK),
+    "falcon_h1": "cannot be traced",
+}  # fmt: skip
+"""Families whose blocks a device cannot run, and why: words of the error."""
+
+TRIED_ALWAYS: Final = (
+    "apertus", "bloom", "cohere", "diffllama", "falcon", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "mpt",
+    "opt", "phi3",
+)  # fmt: skip
+"""Families whose blocks are tried by ``make test``; all others that have any by ``make test-slow``."""
+
+assert set(REFUSED) <= set(MORE_FAMILIES)
+
+
+class BlockBundles:
+    """Gives the bundle of its arguments, the same one each time; all of them lie under ``directory``."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._made: dict[object, Path] = {}
+
+    def __call__(self, family: str = "llama", **settings: Any) -> Path:
+        """A directory, not to be changed. ``settings``: of the export; two blocks in fp32 where they say nothing else.
+
+        Its weights are those of ``tiny_model(family)``.
+        """
+        key = family, *sorted(settings.items())
+        if key not in self._made:
+            place = self._directory / str(len(self._made))
+            save_tiny(place / "model", family)
+            wanted = {"head_dtype": "fp32", "block_dtype": "fp32", "device_blocks": 2} | settings
+            export_bundle(ExportSettings(str(place / "model"), place / "bundle", 4, 8.0, **wanted))
+            self._made[key] = place / "bundle"
+        return self._made[key]
+
+
+@cache
+def prepared(family: str, count: int = 2, dtype: Any = "fp32") -> DeviceBlocks:
+    """The last blocks of a tiny model, their graphs not yet verified."""
+    base = BaseModel.from_model(tiny_model(family), family)
+    return prepare_blocks(base, select_targets(base, None).trainable, count, dtype, lambda _: None)
+
+
+def graphs_of(blocks: DeviceBlocks) -> list[TrainingGraph]:
+    """Each once."""
+    passes = [graph for block in blocks.blocks for graph in (block.forward, block.backward)]
+    return [*{graph.name: graph for graph in passes}.values(), blocks.final_norm.forward, blocks.final_norm.backward]
+
+
+def with_programs(bundle: Path, family: str, dtype: Any = "fp32") -> Path:
+    """A copy that has ExecuTorch's programs of its blocks and of AdamW, and no other graphs: a head takes long."""
+    copy = bundle.parent / "with-programs"
+    copy.mkdir()
+    for path in bundle.rglob("*"):
+        if path.is_file() and path.name != MANIFEST_NAME:
+            (copy / path.relative_to(bundle)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(bundle)).hardlink_to(path)
+    manifest = load_manifest(bundle)
+    graphs, files = [], dict(manifest.files)
+    for graph in (*graphs_of(prepared(family, 2, dtype)), adamw_graph()):
+        content, name = to_executorch(graph), f"graphs/{graph.name}.pte"
+        (copy / name).write_bytes(content)
+        files[name] = FileSpec(len(content), hashlib.sha256(content).hexdigest())
+        spec = manifest.graph(graph.kind, graph.key)
+        graphs.append(msgspec.structs.replace(spec, files={**spec.files, "executorch": name}))
+    made_with = ExecutorchSpec(check_executorch(), dict(BOUNDS))
+    changed: Manifest = msgspec.structs.replace(manifest, graphs=tuple(graphs), files=files, executorch=made_with)
+    (copy / MANIFEST_NAME).write_bytes(encode_manifest(changed))
+    return copy
+
+
+def stored_as(weights: Mapping[str, Any], name: str) -> torch.Tensor:
+    """The weight (out, in) that a device computes with, in float32, of what it has on its disk."""
+    weight = torch.from_numpy(weights[f"{name}.weight"].copy()).float()
+    scales = weights.get(f"{name}.weight.row_scales")
+    return weight if scales is None else weight * torch.from_numpy(scales.copy())[:, None]

@@ -1,0 +1,167 @@
+"""Blocks on the device: in every family what transformers, PEFT and autograd compute, or one line that says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from block_bundles import REFUSED, TRIED_ALWAYS, BlockBundles, prepared
+from block_oracle import TorchBlocks, graph_inputs, plain_mask, random_lora
+from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
+
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.blocks import DeviceBlocks, attention_mask
+from dlora.export.tracing.calls import CannotRunOnDevice, sees
+
+# Relative to the largest magnitude. A float32 is exact to 6e-8; a block has four to seven products one after the other,
+# a softmax and norms between them, and its gradients run back through all of these.
+FORWARD, BACKWARD = 1e-5, 2e-5
+LENGTHS = (11, 6)  # longer than the windows of tiny models (4); traced with 23 and more in one
+RANK, SCALING = 5, 1.5  # traced with 7
+
+RUNNING = [
+    pytest.param(family, marks=() if family in TRIED_ALWAYS else pytest.mark.slow)
+    for family in (*FAMILIES, *MORE_FAMILIES)
+    if family not in REFUSED
+]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> BlockBundles:
+    return BlockBundles(tmp_path_factory.mktemp("blocks"))
+
+
+def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (length,), generator=random) for length in lengths]
+
+
+def numbers(tensors: dict[str, torch.Tensor]) -> oracles.Arrays:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def assert_as_near_as_torch(
+    found: oracles.Arrays, exact: oracles.Arrays, single: oracles.Arrays, bound: float
+) -> None:
+    """Within ``bound`` of float64, or no further from it than torch's own float32 is."""
+    assert set(found) == set(exact)
+    for name, value in found.items():
+        assert np.abs(exact[name]).max() > 0, f"{name} is zero: the test shows nothing"
+        error = oracles.relative_error(value, exact[name])
+        assert error <= max(bound, oracles.relative_error(single[name], exact[name])), name
+
+
+@pytest.mark.parametrize("family", RUNNING)
+def test_blocks_compute_what_peft_and_autograd_do(family: str, bundles: BlockBundles) -> None:
+    bundle = Bundle.open(bundles(family))
+    engine = OnnxEngine(bundle, 1)
+    blocks = DeviceBlocks(bundle, engine, 2, RANK)
+    linear = {target.name for group in bundle.manifest.groups for target in group.targets}
+    assert {name.rpartition(".")[0] for name in blocks.parameter_shapes} == linear
+    lora = random_lora(blocks.parameter_shapes)
+    spec = bundle.manifest.device_blocks
+    assert spec is not None
+    paths = [block.path for block in spec.blocks]
+    models = {dtype: TorchBlocks(tiny_model(family), paths, lora, SCALING, dtype) for dtype in EXACT_AND_SINGLE}
+    check_whole(blocks, models, lora)
+    check_each_graph(bundle, engine, models, lora)
+
+
+EXACT_AND_SINGLE = (torch.float64, torch.float32)
+
+
+def check_whole(blocks: DeviceBlocks, models: dict[torch.dtype, TorchBlocks], lora: oracles.Arrays) -> None:
+    """Both blocks and the final norm, on two sequences: by themselves in torch, packed on the device."""
+    ids = sequences()
+    before = models[torch.float32].run(ids, None)
+    path = next(iter(before.x))
+    hidden_states = before.x[path].numpy()
+    grad = torch.randn(before.last.shape, generator=torch.Generator().manual_seed(2))
+    exact, single = (models[dtype].run(ids, grad, {path: hidden_states}) for dtype in EXACT_AND_SINGLE)
+    last, kept = blocks.forward(hidden_states, np.array(LENGTHS), lora, SCALING)
+    assert_as_near_as_torch({"": last}, {"": exact.last.numpy()}, {"": single.last.numpy()}, FORWARD)
+    grads = blocks.backward(grad.numpy(), kept, lora, SCALING)
+    assert_as_near_as_torch(grads, numbers(exact.grads), numbers(single.grads), BACKWARD)
+
+
+def check_each_graph(
+    bundle: Bundle, engine: OnnxEngine, models: dict[torch.dtype, TorchBlocks], lora: oracles.Arrays
+) -> None:
+    """Every output of every block, given the same input and a gradient of its own."""
+    lengths = (4, 1, 9)
+    ids = sequences(lengths)
+    x = numbers(models[torch.float32].run(ids, None).x)
+    exact, single = (models[dtype].run(ids, None, x) for dtype in EXACT_AND_SINGLE)
+    spec = bundle.manifest.device_blocks
+    assert spec is not None
+    for block in spec.blocks:
+        forward, backward = (bundle.manifest.graph(kind, block.graph) for kind in ("block_forward", "block_backward"))
+        others = {"x": x[block.path], "grad": exact.grad_y[block.path].float().numpy()}
+        mine = {name: value for name, value in lora.items() if name.startswith(f"{block.path}.")}
+        y, *kept = engine.load("block_forward", block.graph)(
+            graph_inputs(bundle, block, forward, lengths, mine, SCALING, others)
+        )
+        assert_as_near_as_torch(
+            {"": y}, {"": exact.y[block.path].numpy()}, {"": single.y[block.path].numpy()}, FORWARD
+        )
+        others |= dict(zip([tensor.name for tensor in forward.outputs[1:]], kept, strict=True))
+        grad_x, *grads = engine.load("block_backward", block.graph)(
+            graph_inputs(bundle, block, backward, lengths, mine, SCALING, others)
+        )
+        names = [f"{block.path}.{tensor.name.removeprefix('grad.')}" for tensor in backward.outputs[1:]]
+        found = dict(zip(["", *names], [grad_x, *grads], strict=True))
+        wanted, torchs = (
+            numbers({"": each.grad_x[block.path], **{name: each.grads[name] for name in mine}})
+            for each in (exact, single)
+        )
+        assert_as_near_as_torch(found, wanted, torchs, BACKWARD)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_family_without_blocks_for_a_device_is_refused(family: str) -> None:
+    with pytest.raises(CannotRunOnDevice, match=REFUSED[family]) as caught:
+        prepared(family)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("lengths", [(1,), (7,), (1, 1, 1), (9, 3), (2, 70, 5)])
+def test_masks_of_device_and_export_are_one(lengths: tuple[int, ...], window: int | None) -> None:
+    found = attention_mask(np.array(lengths, np.int32), window)
+    assert (found.dtype, found.shape) == (np.float32, (1, 1, sum(lengths), sum(lengths)))
+    assert np.array_equal(found[0, 0], plain_mask(lengths, window))
+    assert np.array_equal(found[0, 0] == 0, sees(torch.tensor(lengths), window).numpy())
+
+
+@pytest.mark.parametrize(
+    ("family", "windows"),
+    [("llama", (None, None)), ("mistral", (4, 4)), ("gemma2", (4, None)), ("gemma3_text", (4, None))],
+)
+def test_windows_are_those_of_the_family(family: str, windows: Any, bundles: BlockBundles) -> None:
+    spec = Bundle.open(bundles(family)).manifest.device_blocks
+    assert spec is not None
+    assert tuple(block.window for block in spec.blocks) == windows
+
+
+def files_of(bundle: Path) -> set[str]:
+    return {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+
+
+def test_blocks_share_graphs_and_tables(bundles: BlockBundles) -> None:
+    """Two blocks of llama: one graph of each pass, one cosine, one sine, and weights of their own."""
+    bundle = bundles()
+    spec = Bundle.open(bundle).manifest.device_blocks
+    assert spec is not None
+    assert spec.max_length == 64
+    first, second = spec.blocks
+    assert (first.graph, first.tables) == (second.graph, second.tables)
+    assert set(first.weights) == set(second.weights)
+    assert not set(first.weights.values()) & set(second.weights.values())
+    files = files_of(bundle)
+    assert sum(name.startswith("blocks/tables/") for name in files) == 2
+    assert sum(name.startswith("graphs/block_") for name in files) == 2

@@ -1,0 +1,303 @@
+"""Exporting blocks for a device: what is refused, what ``selftest`` notices, and weights that are widened in parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import oracles
+import pytest
+import torch
+from block_bundles import BlockBundles, stored_as
+from block_oracle import TorchBlocks, random_lora
+from families import save_tiny, tiny_model
+from processes import run_edge
+from safetensors.numpy import load_file
+from torch import nn
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.engine.onnx_check import check_graph
+from dlora.export.__main__ import main
+from dlora.export.bundle import export_bundle
+from dlora.export.device_blocks import prepare_blocks
+from dlora.export.graphs.block import block_graphs
+from dlora.export.graphs.graph import TrainingGraph
+from dlora.export.selection import select_targets
+from dlora.export.settings import ExportSettings
+from dlora.export.tracing import onnx_products
+from dlora.export.tracing.calls import BlockCall
+from dlora.export.tracing.modules import stored_weights
+from dlora.export.verify import compile_onnx, verify
+from dlora.protocol.errors import ExportError, UsageError
+from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> BlockBundles:
+    return BlockBundles(tmp_path_factory.mktemp("blocks"))
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "kind", "text"),
+    [
+        ("llama", 3, UsageError, r"^--device-blocks 3 is more than the 2 blocks of "),
+        ("llama", -1, UsageError, r"^--device-blocks must be at least 0"),
+        ("mixtral", 1, ExportError, r"\(mixtral\) has no blocks for a device: .* mixture of .*; leave out --device-b"),
+        ("openai-gpt", 2, ExportError, r"\(openai-gpt\) has no blocks for a device: .* no attention mask.*; leave out"),
+    ],
+)
+def test_blocks_that_cannot_be_are_one_line_and_leave_nothing(
+    tmp_path: Path, family: str, count: int, kind: Any, text: str
+) -> None:
+    save_tiny(tmp_path / "model", family)
+    with pytest.raises(kind, match=text) as caught:
+        export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", device_blocks=count))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "code", "text"),
+    [
+        ("llama", "3", 2, "--device-blocks 3 is more than the 2 blocks"),
+        ("llama", "-1", 2, "--device-blocks must be at least 0"),
+        ("mixtral", "1", 11, "mixture of experts"),
+    ],
+)
+def test_command_that_asks_for_them_ends_in_one_line(
+    tmp_path: Path, monkeypatch: Any, capfd: Any, family: str, count: str, code: int, text: str
+) -> None:
+    save_tiny(tmp_path / "model", family)
+    capfd.readouterr()
+    out = str(tmp_path / "bundle")
+    monkeypatch.setattr("sys.argv", ["dlora-export", str(tmp_path / "model"), "--out", out, "--device-blocks", count])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    said = capfd.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert text in line
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_values_that_fp16_cannot_hold_name_the_option(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ExportError) as caught:
+        export_bundle(
+            ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", head_dtype="fp32", device_blocks=1)
+        )
+    assert "--block-dtype fp32" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# -- selftest ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_selftest_passes_and_notices_a_weight_of_another_block(
+    dtype: str, bundles: BlockBundles, tmp_path: Path
+) -> None:
+    bundle = bundles(block_dtype=dtype)
+    done = run_edge("selftest", "--bundle", bundle, "--json")
+    report = json.loads(done.stdout)
+    assert done.code == 0, done.stderr
+    kinds = {row["graph"] for row in report["graphs"]}
+    assert kinds >= {"block_forward", "block_backward", "final_norm_forward", "final_norm_backward"}
+    copy, manifest = tmp_path / "bundle", load_manifest(bundle)
+    shutil.copytree(bundle, copy)
+    assert manifest.device_blocks is not None
+    first, last = (block.weights["mlp.up_proj.weight"] for block in manifest.device_blocks.blocks)
+    content = (copy / first).read_bytes()
+    (copy / last).write_bytes(content)
+    spec = FileSpec(len(content), hashlib.sha256(content).hexdigest())
+    changed: Manifest = msgspec.structs.replace(manifest, files={**manifest.files, last: spec})
+    (copy / MANIFEST_NAME).write_bytes(encode_manifest(changed))
+    done = run_edge("selftest", "--bundle", copy, "--json")
+    assert done.code == 1, done.stderr
+    wrong = {row["graph"] for row in json.loads(done.stdout)["graphs"] if not row["passed"]}
+    assert wrong == {"block_forward", "block_backward"}
+
+
+def test_golden_vectors_hold_no_weight(bundles: BlockBundles) -> None:
+    bundle = bundles()
+    manifest = load_manifest(bundle)
+    golden = load_file(bundle / manifest.golden)
+    assert manifest.device_blocks is not None
+    (block, *_) = manifest.device_blocks.blocks
+    names = {name.partition(".in.")[2] for name in golden if name.startswith("block_")}
+    assert not names & set(block.weights)
+    assert names >= {"x", "mask", "scale", *block.tables}
+
+
+# -- weights that are widened in parts ---------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """As small a block as there is with large weights: two linear modules, up and down."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner, bias=False), nn.Linear(inner, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.down(torch.tanh(self.up(hidden_states)))
+
+
+def chain_graphs(chain: Chain, dtype: Any) -> tuple[dict[str, torch.Tensor], tuple[TrainingGraph, TrainingGraph]]:
+    x = torch.randn(1, 23, chain.up.in_features, generator=torch.Generator().manual_seed(1))
+    leaves, structure = torch.utils._pytree.tree_flatten(({"hidden_states": x},))
+    config = BaseModel.from_model(tiny_model("llama"), "llama").model.config
+    call = BlockCall(0, "chain", chain, tuple(leaves), structure, 0, {}, 23, config)
+    weights = stored_weights(chain, dtype)
+    return weights, block_graphs(call, weights, ("up", "down"), "0")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_large_weight_is_widened_in_parts_without_an_error(dtype: str) -> None:
+    """Forward and backward of 2048 x 1024 and 1024 x 2048 are those of the whole, stored weights."""
+    torch.manual_seed(0)
+    width, inner, tokens, rank = 1024, 2048, 6, 3
+    assert width * inner > onnx_products.SLAB_VALUES
+    chain = Chain(width, inner)
+    weights, graphs = chain_graphs(chain, dtype)
+    for graph in graphs:
+        model = graph.to_onnx()
+        check_graph(model.SerializeToString())
+        assert sum(node.op_type == "Scan" for node in model.graph.node) == 2
+        assert largest_float(model) < width * inner
+    names = {"up.lora_A": (rank, width), "up.lora_B": (inner, rank), "down.lora_A": (rank, inner),
+             "down.lora_B": (width, rank)}  # fmt: skip
+    lora = random_lora(names)
+    random = np.random.default_rng(2)
+    given = {name: random.standard_normal((tokens, width), np.float32) for name in ("x", "grad")}
+    given |= {"scale": np.array(2.0, np.float32), **lora} | {name: value.numpy() for name, value in weights.items()}
+    exact, single = (chain_in_torch(given, torch_dtype) for torch_dtype in (torch.float64, torch.float32))
+    for graph in graphs:
+        found = compile_onnx(graph).run({spec.name: given[spec.name] for spec in graph.inputs})
+        given |= {spec.name: value for spec, value in zip(graph.outputs, found, strict=True)}
+        for spec in graph.outputs:
+            if spec.name in exact:
+                bound = max(oracles.SUMS, 4 * oracles.relative_error(single[spec.name], exact[spec.name]))
+                assert oracles.relative_error(given[spec.name], exact[spec.name]) <= bound, spec.name
+
+
+def chain_in_torch(given: dict[str, Any], dtype: torch.dtype) -> oracles.Arrays:
+    x = torch.from_numpy(given["x"]).to(dtype).requires_grad_()
+    lora = {name: torch.from_numpy(given[name]).to(dtype).requires_grad_() for name in given if ".lora_" in name}
+
+    def product(rows: torch.Tensor, name: str) -> torch.Tensor:
+        frozen = rows @ stored_as(given, name).to(dtype).T
+        return frozen + 2.0 * (rows @ lora[f"{name}.lora_A"].T) @ lora[f"{name}.lora_B"].T
+
+    y = x + product(torch.tanh(product(x, "up")), "down") + torch.from_numpy(given["down.bias"]).to(dtype)
+    grads = torch.autograd.grad(y, [x, *lora.values()], torch.from_numpy(given["grad"]).to(dtype))
+    names = ["y", "grad_x", *(f"grad.{name}" for name in lora)]
+    return {name: tensor.detach().numpy() for name, tensor in zip(names, (y, *grads), strict=True)}
+
+
+def largest_float(model: onnx.ModelProto) -> int:
+    """Of the values of a graph whose size is known: how many float32 there are in one."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    sizes = [
+        [dimension.dim_value for dimension in value.type.tensor_type.shape.dim if dimension.dim_value]
+        for value in inferred.value_info
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    ]
+    return max((int(np.prod(size)) for size in sizes), default=0)
+
+
+def test_weight_of_odd_rows_is_widened_as_far_as_it_comes_out_even() -> None:
+    assert onnx_products._slabs(2048, 1024) == 2
+    assert onnx_products._slabs(2049, 1024) == 1
+    assert onnx_products._slabs(1024, 1024) == 1
+    assert onnx_products._slabs(6 * 4096, 4096) == 128
+
+
+# -- a real model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+def test_last_blocks_of_smollm2_match_peft_and_autograd(dtype: Any) -> None:
+    """Of the last four, each given the same input and a gradient of its own; and by export's own account."""
+    from dlora.cloud.model.base_model import load_base_model
+
+    torch.set_num_threads(2)
+    base = load_base_model("smollm2-135m")
+    blocks = prepare_blocks(base, select_targets(base, None).trainable, 4, dtype, lambda _: None)
+    assert [block.call.index for block in blocks.blocks] == [26, 27, 28, 29]
+    assert {block.key for block in blocks.blocks} == {"0"}
+    shapes = {
+        f"{block.call.path}.{name}.lora_{half}": (5, size[1]) if half == "A" else (size[0], 5)
+        for block in blocks.blocks
+        for name in block.targets
+        for half, size in dict.fromkeys("AB", tuple(block.weights[f"{name}.weight"].shape)).items()
+    }
+    assert len(shapes) == 4 * 7 * 2
+    lora = random_lora(shapes)
+    with torch.no_grad():
+        for block in blocks.blocks:
+            stored = {name: tensor.numpy() for name, tensor in block.weights.items()}
+            for name in block.targets:
+                base.model.get_submodule(f"{block.call.path}.{name}").weight.copy_(stored_as(stored, name))
+    lengths = (40, 23)
+    ids = [torch.randint(1000, (length,), generator=torch.Generator().manual_seed(length)) for length in lengths]
+    paths = [block.call.path for block in blocks.blocks]
+    runs: list[Any] = []
+    x = None
+    torchs = TorchBlocks(base.model, paths, lora, 2.0)
+    for torch_dtype in (torch.float32, torch.float64):
+        torchs.peft.to(torch_dtype)
+        if x is None:
+            x = {path: value.numpy() for path, value in torchs.run(ids, None).x.items()}
+        runs.append(torchs.run(ids, None, x))
+    assert x is not None
+    single, exact = runs
+    forward, backward = (compile_onnx(graph) for graph in (blocks.blocks[0].forward, blocks.blocks[0].backward))
+    for block in blocks.blocks:
+        path, names = block.call.path, [f"{name}.lora_{half}" for name in block.targets for half in "AB"]
+        values = {name: tensor.numpy() for name, tensor in {**block.weights, **block.context(lengths)}.items()}
+        values |= {name: lora[f"{path}.{name}"] for name in names} | {"scale": np.array(2.0, np.float32)}
+        values |= {"x": x[path], "grad": exact.grad_y[path].float().numpy()}
+        for graph, compiled in ((block.forward, forward), (block.backward, backward)):
+            found = compiled.run({spec.name: values[spec.name] for spec in graph.inputs})
+            values |= {spec.name: value for spec, value in zip(graph.outputs, found, strict=True)}
+        check(values["y"], exact.y[path], single.y[path], 1e-5)
+        check(values["grad_x"], exact.grad_x[path], single.grad_x[path], 2e-5)
+        for name in names:
+            check(values[f"grad.{name}"], exact.grads[f"{path}.{name}"], single.grads[f"{path}.{name}"], 2e-5)
+
+
+def check(found: np.ndarray, exact: torch.Tensor, single: torch.Tensor, bound: float) -> None:
+    error, torchs = (oracles.relative_error(each, exact.numpy()) for each in (found, single.numpy()))
+    assert error <= max(bound, torchs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_last_blocks_of_smollm2_pass_exports_own_tests() -> None:
+    from dlora.cloud.model.base_model import load_base_model
+    from dlora.export.graphs.block import block_tests, final_norm_tests
+
+    base = load_base_model("smollm2-135m")
+    blocks = prepare_blocks(base, select_targets(base, None).trainable, 4, "fp32", lambda _: None)
+    last = blocks.blocks[-1]
+    for graph in (last.forward, last.backward):
+        assert verify(graph, block_tests(last, graph)).error <= 1e-4
+    for graph in (blocks.final_norm.forward, blocks.final_norm.backward):
+        assert verify(graph, final_norm_tests(blocks.final_norm, graph)).error <= 1e-5
