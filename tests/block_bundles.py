@@ -71,6 +71,12 @@ class BlockBundles:
 
 
 @cache
+def shared_bundles(directory: Path) -> BlockBundles:
+    """Those of this process. Tests that name the same directory share them."""
+    return BlockBundles(directory)
+
+
+@cache
 def prepared(family: str, count: int = 2, dtype: Any = "fp32") -> DeviceBlocks:
     """The last blocks of a tiny model, their graphs not yet verified."""
     base = BaseModel.from_model(tiny_model(family), family)

@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from block_bundles import REFUSED, TRIED_ALWAYS, BlockBundles, prepared
+from block_bundles import REFUSED, TRIED_ALWAYS, BlockBundles, prepared, shared_bundles
 from block_oracle import TorchBlocks, graph_inputs, plain_mask, random_lora
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 
@@ -33,7 +33,7 @@ RUNNING = [
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> BlockBundles:
-    return BlockBundles(tmp_path_factory.mktemp("blocks"))
+    return shared_bundles(tmp_path_factory.getbasetemp() / "blocks")
 
 
 def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ import onnx
 import oracles
 import pytest
 import torch
-from block_bundles import BlockBundles, stored_as
+from block_bundles import BlockBundles, shared_bundles, stored_as
 from block_oracle import TorchBlocks, random_lora
 from families import save_tiny, tiny_model
 from processes import run_edge
@@ -40,7 +40,7 @@ from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_ma
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> BlockBundles:
-    return BlockBundles(tmp_path_factory.mktemp("blocks"))
+    return shared_bundles(tmp_path_factory.getbasetemp() / "blocks")
 
 
 # -- errors ------------------------------------------------------------------------------------------------------

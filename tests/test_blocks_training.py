@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from block_bundles import BlockBundles, stored_as, with_programs
+from block_bundles import BlockBundles, shared_bundles, stored_as, with_programs
 from block_oracle import TorchBlocks, random_lora
 from executorch_bundle import NEEDED
 from families import VOCABULARY, tiny_model
@@ -39,7 +39,7 @@ FEW_TOKENS = 24  # of a micro-batch that programs made here take
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> BlockBundles:
-    return BlockBundles(tmp_path_factory.mktemp("blocks"))
+    return shared_bundles(tmp_path_factory.getbasetemp() / "blocks")
 
 
 def adapters_of(lora: dict[str, np.ndarray]) -> AdapterSet:

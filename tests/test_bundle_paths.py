@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 import onnx
 import pytest
+from block_bundles import shared_bundles
 from processes import run_edge
-from tiny import TinyFactory
 
 from dlora.edge.commands.description import describe
 from dlora.edge.data.tokenizer import EdgeTokenizer
@@ -76,8 +76,9 @@ def put(value: Any, place: Place, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def original(tiny: TinyFactory) -> Path:
-    return tiny().bundle
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With all that a bundle may have."""
+    return shared_bundles(tmp_path_factory.getbasetemp() / "blocks")()
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_path_fields_are_those_of_the_docs() -> None:
                 inner = {place[0] if place else "" for place in path_fields(hint)} <= {"", "keys", "{}"}
                 found |= {(struct.__name__, name)} if inner and any(True for _ in path_fields(hint)) else set()
     assert found == documented
-    assert len(FIELDS) == len(documented) == 9
+    assert len(FIELDS) == len(documented) == 13
 
 
 @pytest.mark.parametrize("way", OUTSIDE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -13,6 +14,7 @@ import onnx
 import pytest
 from attacks.fuzz_manifest import manifest_of
 from attacks.fuzz_target import mutate_bytes
+from block_bundles import graphs_of, prepared
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_check import MAX_GRAPH_BYTES, OPERATORS, _check_tensor, check_graph
@@ -28,8 +30,9 @@ from dlora.protocol.manifest import Manifest, TensorSpec
 X, Y = TensorSpec("x", "fp32", ("n",)), TensorSpec("y", "fp32", ("n",))
 
 
+@cache
 def every_graph() -> list[TrainingGraph]:
-    """Of every kind and variant that the exporter has."""
+    """Of every kind and variant that the exporter has; of blocks, those of families that use all operators together."""
     heads = [
         HeadShape(vocabulary, hidden, dtype, bias, scale, cap)
         for dtype, bias, scale, cap, (vocabulary, hidden) in itertools.product(
@@ -37,7 +40,9 @@ def every_graph() -> list[TrainingGraph]:
         )
     ]
     others = [adamw_graph(), *(embedding_graph(9, 4, dtype, 2.0) for dtype in ("fp32", "fp16"))]
-    return [*adapter_graphs(5, 7), *others, *(graph for head in heads for graph in head_graphs(head))]
+    families = (("llama", "int8"), ("apertus", "fp32"), ("persimmon", "fp32"), ("mpt", "fp16"))
+    blocks = [graph for family, dtype in families for graph in graphs_of(prepared(family, 1, dtype))]
+    return [*adapter_graphs(5, 7), *blocks, *others, *(graph for head in heads for graph in head_graphs(head))]
 
 
 def operators(graph: onnx.GraphProto) -> set[str]:
@@ -154,15 +159,24 @@ def loaded(directory: Path, model: onnx.ModelProto) -> Bundle:
     return Bundle(directory, msgspec.structs.replace(manifest, graphs=(graph,)))
 
 
-def test_graph_that_needs_a_terabyte_is_an_error(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Three dimensions of one: 10,000 numbers become 10^12."""
+def three_dimensions_of_one() -> str:
     axes = (("1,2", "u"), ("0,2", "v"), ("0,1", "w"))
     body = "".join(
         f"a{name} = Constant <value = int64[2] {{{axis}}}> () {name} = Unsqueeze (x, a{name}) " for axis, name in axes
     )
-    model = parsed(f"{body} uv = Mul (u, v) y = Mul (uv, w)", "(float[n] x) => (float[a,b,c] y)")
+    return f"{body} uv = Mul (u, v) y = Mul (uv, w)"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [three_dimensions_of_one(), "s = Shape (x) all = Concat <axis = 0> (s, s, s) y = Expand (x, all)"],
+    ids=["products", "expanded"],
+)
+def test_graph_that_needs_a_terabyte_is_an_error(
+    body: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """10,000 numbers become 10^12."""
+    model = parsed(body, "(float[n] x) => (float[a,b,c] y)")
     run = OnnxEngine(loaded(tmp_path, model), threads=1).load("embedding")
     assert run({"x": np.ones(2, np.float32)})[0].shape == (2, 2, 2)
     with pytest.raises(BundleError, match=r"graph\.onnx fails on onnxruntime.*close other programs") as caught:

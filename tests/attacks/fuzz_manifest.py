@@ -22,11 +22,14 @@ from dlora.protocol.manifest import (
     MANIFEST_NAME,
     AdapterDefaults,
     BaseModelSpec,
+    BlockSpec,
+    DeviceBlocksSpec,
     EmbeddingSpec,
     FileSpec,
     GraphSpec,
     HeadSpec,
     Manifest,
+    TableSpec,
     TensorSpec,
     TokenizerSpec,
     encode_manifest,
@@ -53,7 +56,7 @@ def target(directory: Path) -> Target:
             bundle.golden_file()
             for graph in bundle.manifest.graphs:
                 bundle.graph_file(graph.kind, graph.key, "onnx")
-            for name in (bundle.manifest.embedding.weight, bundle.manifest.head.weight):
+            for name in (bundle.manifest.embedding.weight, bundle.manifest.head.weight, *_of_blocks(bundle.manifest)):
                 array = bundle.weight(name)
                 assert type(array) is np.ndarray
                 assert array.nbytes <= len(data)
@@ -61,6 +64,15 @@ def target(directory: Path) -> Target:
             return
 
     return Target("manifest", (join(manifest, weight),), mutate, run)
+
+
+def _of_blocks(manifest: Manifest) -> list[str]:
+    """The weight files of blocks, tables and final norm."""
+    blocks = manifest.device_blocks
+    if blocks is None:
+        return []
+    tables = [table.file for block in blocks.blocks for table in block.tables.values()]
+    return [*tables, *(name for block in blocks.blocks for name in block.weights.values()), *blocks.final_norm.values()]
 
 
 def mutate(data: bytes, rng: Random) -> bytes:
@@ -125,5 +137,20 @@ def manifest_of(files: dict[str, bytes]) -> bytes:
         ),
         golden="graph.onnx",
         files={name: FileSpec(**_described(content)) for name, content in files.items()},  # type: ignore[arg-type]
+        device_blocks=DeviceBlocksSpec(
+            dtype="fp16",
+            max_length=8,
+            blocks=(
+                BlockSpec(
+                    index=0,
+                    path="layers.0",
+                    graph="0",
+                    window=4,
+                    weights={"mlp.weight": WEIGHT},
+                    tables={"cos": TableSpec(WEIGHT, 0)},
+                ),
+            ),
+            final_norm={"0.weight": WEIGHT},
+        ),
     )
     return encode_manifest(manifest)
