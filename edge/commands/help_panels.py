@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 
 KR: Final = "Kill and Revive"
 PANELS: Final = {
+    "Blocks on the device": ("mode", "device_blocks", "cache_mb", "keep_cache"),
     "Data": ("eval_data", "columns", "max_length", "too_long"),
     "Training": (
         "epochs", "steps", "batch_size", "grad_accum", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm",
@@ -28,6 +29,7 @@ KR_SWITCHES: Final = f"{KR}, on or off"
 METAVARS: Final = {
     "kr_score": "SCORE", "kr_on_kill": "STATE", "schedule": "SHAPE", "engine": "ENGINE", "wire_dtype": "DTYPE",
     "send": "WHAT", "too_long": "ACTION", "kind": "KIND", "basis": "BASIS", "adapt": "WHERE", "pause_when": "RULES",
+    "mode": "MODE",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dlora.edge.choices import Keep
+from dlora.edge.choices import Keep, RunMode
 from dlora.edge.run import pause
 from dlora.edge.training.schedule import ScheduleName
 from dlora.protocol.choices import Adapt, Basis, KindChoice, OnKill, ScoreName, UnitKind
@@ -41,6 +41,36 @@ def train(
     server: ServerOption,
     data: Annotated[Path, typer.Option(help="Training data: .jsonl (messages, prompt/completion or text) or .csv.")],
     out: Annotated[Path, typer.Option(help="Where the PEFT adapter, checkpoints and metrics go.")],
+    mode: Annotated[
+        RunMode,
+        typer.Option(
+            help="Where the model's blocks run. split: all on the server, which exchanges with the adapters at every "
+            "step. trunk: the last ones here, with LoRA in them; the server runs the others, once for each example, "
+            "and training then needs no server.",
+        ),
+    ] = "split",
+    device_blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of the last blocks run here; by default all that the bundle has.",
+            min=1,
+        ),
+    ] = None,
+    cache_mb: Annotated[
+        float,
+        typer.Option(
+            help="Disk for what the server gave, in MB; what does not fit is asked for again at each step that needs "
+            "it.",
+            min=0,
+        ),
+    ] = 4000.0,
+    keep_cache: Annotated[
+        bool,
+        typer.Option(
+            "--keep-cache",
+            help="Keep what the server gave when the run is done, for a longer one; it can be turned back into text.",
+        ),
+    ] = False,
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0.0)] = 1.0,
     steps: Annotated[
@@ -244,7 +274,7 @@ def train(
         typer.Option(help="The units of --kr-score static; by default spread over the upper half.", rich_help_panel=KR),
     ] = "",
 ) -> None:
-    """Fine-tune: data and adapters here, frozen blocks on the server.
+    """Fine-tune: data and adapters here, frozen blocks on the server, or the last of them here.
 
     Data is JSONL, one example a line: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...};
     or CSV with --columns. Loss counts on assistant turns, on the completion, or on the whole text. The adapter

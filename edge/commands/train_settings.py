@@ -38,6 +38,7 @@ from .adapter_settings import (
     parse_numbers,
     target_modules_of,
 )
+from .placement_settings import choose_placement
 
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
@@ -66,6 +67,7 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     if begun is not None and settings.lr is None:
         settings = msgspec.structs.replace(settings, lr=begun.settings.lr)
     manifest = bundle.manifest
+    settings = choose_placement(settings, manifest, init)
     completed = choose_adapters(settings, manifest, init)
     _kill_revive(completed, manifest)  # before data are read, so that what cannot be is said at once
     loaded = _load(settings, bundle, display)
@@ -110,6 +112,8 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         credentials=credentials,
         device_id=load_device_id(warn=display.warn),
         max_retry_s=settings.max_retry_s,
+        cache_mb=settings.cache_mb,
+        keep_cache=settings.keep_cache,
         liveness=Liveness(exchange_s=settings.exchange_timeout_s),
         pause=rules,
     )
@@ -233,6 +237,8 @@ def _config(
     assert settings.weight_decay is not None
     assert settings.wire_dtype is not None
     return TrainConfig(
+        mode=settings.mode,
+        device_blocks=settings.device_blocks or 0,
         total_steps=steps,
         batch_size=settings.batch_size,
         grad_accum=settings.grad_accum,

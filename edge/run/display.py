@@ -102,6 +102,17 @@ class Display:
                 self._progress.update(self._task, completed=task.total)
 
     @contextmanager
+    def asking_server(self, texts: int) -> Iterator[Callable[[int], None]]:
+        """Show progress inside, in a terminal; what it yields is called with how many more texts are there."""
+        with self._live("texts from the server", texts, 0):
+
+            def advance(count: int) -> None:
+                if self._progress is not None and self._task is not None:
+                    self._progress.advance(self._task, count)
+
+            yield advance
+
+    @contextmanager
     def training(
         self,
         total_steps: int,

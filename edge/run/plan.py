@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
+from dlora.edge.model.trunk_source import encoded_width
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import crossings, kind_of, parameter_count
 from dlora.protocol.errors import UsageError
@@ -79,15 +80,31 @@ def run_line(
     what = f"all {units} {config.kill_revive.unit}s active" if active == units else f"{active} of {units} active"
     total = config.total_steps
     done = f" ({next_step:,} of them done)" if next_step else ""
-    mb = expected_mb(config, manifest, dataset, next_step) + set_up_mb(config, manifest, dataset, has_state=has_state)
-    traffic = f"about {_mb(mb)} for training"
-    if evaluations is not None:
-        mb, count = evaluations_mb(config, manifest, evaluations, next_step), evaluations.count_left(next_step, total)
-        traffic += f" and {_mb(mb)} for {_count(count, 'evaluation')}"
+    if config.mode == "trunk":
+        datasets = [dataset, *([] if evaluations is None else [evaluations.dataset])]
+        mb = sum(encoding_bytes(config, manifest, each) for each in datasets) / 1e6
+        traffic = f"about {_mb(mb)}, before the first step and no more,"
+    else:
+        mb = expected_mb(config, manifest, dataset, next_step)
+        mb += set_up_mb(config, manifest, dataset, has_state=has_state)
+        traffic = f"about {_mb(mb)} for training"
+        if evaluations is not None:
+            mb = evaluations_mb(config, manifest, evaluations, next_step)
+            traffic += f" and {_mb(mb)} for {_count(evaluations.count_left(next_step, total), 'evaluation')}"
     return (
         f"run: {_count(total, 'step')}{done}, {per_epoch:,} an epoch, {_count(total / per_epoch, 'epoch', '.1f')}; "
         f"{what}; {traffic} will cross the wire"
     )
+
+
+def encoding_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset) -> int:
+    """What asking the server for every text of ``dataset`` puts on the wire, in the mode ``trunk``: an upper bound, for
+    what comes after an example's last label is not sent, nor the same text twice."""
+    codecs, width = config.codecs, encoded_width(manifest)
+    up = codecs.of(TensorRole.EMBEDDINGS).nbytes(dataset.tokens, manifest.base_model.embedding_size)
+    if config.send == "token-ids":
+        up = 4 * dataset.tokens
+    return up + codecs.of(TensorRole.LAST_HIDDEN_STATES).nbytes(dataset.tokens, width)
 
 
 def adapters_line(config: TrainConfig, manifest: Manifest) -> str:

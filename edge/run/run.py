@@ -22,8 +22,10 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import load_libraries, make_engine
 from dlora.edge.engine.code_pages import release_code
+from dlora.edge.engine.engine import Engine
 from dlora.edge.files import locked, make_directory, write_atomically
 from dlora.edge.memory import peak_rss_mb
+from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.seeds import draw_seed
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints, load_latest
 from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
@@ -45,6 +47,7 @@ from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines,
 from .run_file import RUN_FILE, DataDigest, RunFile, RunSettings, save_run_file, versions
 from .saving import AdapterSaver
 from .stop import StopRequest
+from .trunk_run import fill_cache, open_source
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -61,6 +64,7 @@ class TrainRun:
         init: an adapter to start from.
         keep: which adapter is saved in the end; patience: as ``HeldOut`` has it.
         engine: what runs the graphs; ``auto`` is ONNX Runtime where it and its graphs are there.
+        cache_mb: disk for what the server gave, in the mode ``trunk``; keep_cache: whether it stays after the run.
         max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
             connection that fails ends it.
     """
@@ -82,6 +86,8 @@ class TrainRun:
     engine: EngineChoice = "auto"
     credentials: Credentials = field(default_factory=Credentials)
     device_id: str = ""
+    cache_mb: float = 0.0
+    keep_cache: bool = False
     max_retry_s: float | None = None
     liveness: Liveness = field(default_factory=Liveness)
     pause: PauseRules = field(default_factory=PauseRules)
@@ -128,7 +134,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     started = time.perf_counter()
     stop = StopRequest()
     with (
-        Connection(run.server, _connect_settings(run, checkpoint, display, stop.is_requested)) as connection,
+        _server(run, engine, checkpoint, display, stop.is_requested) as connection,
         stop.stop_on_signal(),
     ):
         with display.making_basis() as on_basis_step:
@@ -142,6 +148,12 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                 run.bundle, engine, connection, run.config, run.dataset, init=run.init, checkpoint=checkpoint,
                 before_basis_step=before_basis_step,
             )  # fmt: skip
+        if isinstance(connection, TrunkSource):
+            if run.settings is not None:  # before the server is asked, so that what has come belongs to a run
+                save_run_file(run.out, _run_file(run, run.settings))
+            steps = range(first_step, run.config.total_steps)
+            datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
+            fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
         set_up_up, set_up_down = trainer.traffic
         release_code()
         saver = AdapterSaver(trainer, run.dataset, earlier)
@@ -182,6 +194,23 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     }
     write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
     return summary
+
+
+@contextlib.contextmanager
+def _server(
+    run: TrainRun, engine: Engine, checkpoint: Checkpoint | None, display: Display, stop: Callable[[], bool]
+) -> Iterator[Connection | TrunkSource]:
+    """What reaches the server's blocks, in the run's mode."""
+    settings = _connect_settings(run, checkpoint, display, stop)
+    if run.config.mode == "split":
+        with Connection(run.server, settings) as connection:
+            yield connection
+        return
+    with open_source(
+        run.bundle, engine, run.config, run.out, cache_mb=run.cache_mb, keep=run.keep_cache,
+        is_new=checkpoint is None, connect=lambda: Connection(run.server, settings), warn=display.warn,
+    ) as source:  # fmt: skip
+        yield source
 
 
 def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfig:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from dlora.edge.choices import EngineChoice, Keep, TooLong
+from dlora.edge.choices import EngineChoice, Keep, RunMode, TooLong
 from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
 from dlora.edge.training.schedule import ScheduleName
@@ -41,6 +41,10 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     bundle: FilePath
     server: str
+    mode: RunMode
+    device_blocks: Count | None
+    cache_mb: Amount
+    keep_cache: bool
     data: FilePath
     out: FilePath
     eval_data: FilePath | None

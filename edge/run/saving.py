@@ -16,6 +16,7 @@ from dlora.protocol.adapter_record import Setting, TrainingRecord
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import number_ranges
 
+from .plan import encoding_bytes
 from .run_file import LIBRARIES, versions
 
 
@@ -31,6 +32,8 @@ class AdapterSaver:
         self._dataset = dataset
         self._evaluations = evaluations
         self._tokens = self._labelled = self._bytes = self._round_trips = 0
+        if trainer.config.mode == "trunk":  # what crossed before the first step, maybe in an earlier process
+            self._bytes = encoding_bytes(trainer.config, trainer.bundle.manifest, dataset)
 
     def add(self, metrics: StepMetrics) -> None:
         """Count a step, of this start of the run or an earlier one."""
@@ -74,6 +77,7 @@ def recipe(config: TrainConfig, manifest: Manifest) -> dict[str, Setting]:
     optimizer, kill_revive = config.optimizer, config.kill_revive
     groups = config.groups(manifest)
     found: dict[str, Setting] = {
+        **({"mode": config.mode, "device_blocks": config.device_blocks} if config.mode != "split" else {}),
         "kind": config.kind,
         "rank": config.rank,
         "alpha": config.lora_alpha,

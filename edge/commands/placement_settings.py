@@ -1,0 +1,72 @@
+"""Where a run's blocks are: its options, completed with what they leave open, before anything else is chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from dlora.edge.run.run_file import RunSettings
+from dlora.protocol.errors import BundleError, UsageError
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import ALL_LINEAR, number_ranges
+
+from .adapter_settings import parse_blocks
+
+if TYPE_CHECKING:
+    from dlora.edge.adapters.peft import LoadedAdapter
+
+
+def choose_placement(settings: RunSettings, manifest: Manifest, init: LoadedAdapter | None) -> RunSettings:
+    """``settings`` with all that follows from ``--mode``, as ``run.json`` keeps it.
+
+    In the mode ``trunk`` LoRA stands beside every linear module of the device's blocks, where nothing else is said; a
+    killed unit keeps its effect, which costs no traffic there. Raises ``UsageError`` for options that cannot go
+    together, and ``BundleError`` for a bundle without enough blocks.
+    """
+    if settings.mode == "split":
+        for option, is_given in (("--device-blocks", settings.device_blocks), ("--keep-cache", settings.keep_cache)):
+            if is_given:
+                raise UsageError(f"{option} needs --mode trunk, in which blocks run on this device")
+        return settings
+    _check(settings, init)
+    spec = manifest.device_blocks
+    has = 0 if spec is None else len(spec.blocks)
+    count = settings.device_blocks or has
+    if count > has or not count:
+        text = f"the bundle has {has} blocks for a device; export it again with --device-blocks {max(1, count)}"
+        raise BundleError(f"{text}, or lower --device-blocks" if has else text)
+    last = manifest.base_model.blocks
+    here = range(last - count, last)
+    blocks = parse_blocks(settings.blocks, manifest) if settings.blocks else tuple(here)
+    if outside := set(blocks) - set(here):
+        raise UsageError(
+            f"--blocks: only the blocks on this device can be trained, {number_ranges(here)}, not "
+            f"{number_ranges(outside)}; name others, or raise --device-blocks"
+        )
+    return msgspec.structs.replace(
+        settings,
+        device_blocks=count,
+        kind="lora",
+        adapt="all",
+        blocks=number_ranges(blocks),
+        target_modules=settings.target_modules or ALL_LINEAR,
+        kr_on_kill="hold_forward",
+    )
+
+
+def _check(settings: RunSettings, init: LoadedAdapter | None) -> None:
+    """Raise ``UsageError`` for options that do not go with ``--mode trunk``."""
+    for option, is_given, what_to_do in (
+        (f"--kind {settings.kind}", settings.kind not in (None, "lora"), "it trains LoRA: leave that out"),
+        ("--adapt answer", settings.adapt == "answer", "adapters on this device act on all tokens: leave that out"),
+        ("--bytes-per-token", settings.bytes_per_token is not None, "its steps send nothing: leave that out"),
+        ("--kr-on-kill give_to_server", settings.kr_on_kill == "give_to_server", "leave that out"),
+        (
+            "--init-adapter",
+            init is not None and bool(init.invocation),
+            "that adapter acts on answers only; train it with --mode split",
+        ),
+    ):
+        if is_given:
+            raise UsageError(f"{option} cannot be with --mode trunk: {what_to_do}")

@@ -1,0 +1,106 @@
+"""A run in the mode ``trunk``: its cache on the disk, filled before the first step and deleted with the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Final
+
+from dlora.edge.data.batches import Batches
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Engine
+from dlora.edge.files import remove_quietly
+from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
+from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.wire.connection import Connection
+from dlora.protocol.errors import CheckpointError, StoppedError
+
+from .display import Display
+
+CACHE: Final = "trunk-cache.bin"
+
+
+@contextmanager
+def open_source(
+    bundle: Bundle,
+    engine: Engine,
+    config: TrainConfig,
+    out: Path,
+    *,
+    cache_mb: float,
+    keep: bool,
+    is_new: bool,
+    connect: Callable[[], Connection],
+    warn: Callable[[str], None],
+) -> Iterator[TrunkSource]:
+    """What the run's hidden states come from. Its cache is deleted where the run ends well, unless it is to be kept.
+
+    Args:
+        is_new: whether the run begins, so that what another one left may go.
+
+    Raises ``CheckpointError`` and ``StorageError``.
+    """
+    manifest = bundle.manifest
+    blocks = manifest.base_model.blocks - config.device_blocks
+    owner = CacheOwner.of(
+        manifest.base_model.fingerprint, blocks, encoded_width(manifest), config.codecs, config.send
+    )
+    limit = round(cache_mb * 1e6)
+    try:
+        cache = TrunkCache(out / CACHE, owner, limit=limit, warn=warn)
+    except CheckpointError:
+        if not is_new:
+            raise
+        remove_quietly(out / CACHE)
+        cache = TrunkCache(out / CACHE, owner, limit=limit, warn=warn)
+    source = TrunkSource(
+        bundle, engine, cache, blocks=blocks, codecs=config.codecs, connect=connect, send=config.send
+    )
+    try:
+        yield source
+    except BaseException:
+        source.close()
+        raise
+    source.hang_up()
+    if keep:
+        cache.close()
+    else:
+        cache.remove()
+
+
+def fill_cache(
+    source: TrunkSource,
+    batches: Batches,
+    steps: range,
+    datasets: Sequence[Dataset],
+    display: Display,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Ask for all that the run needs from here on: of the first of ``datasets`` what its ``steps`` train on, all of the
+    others.
+
+    In the order of the data, not of the steps: what the server sees then says nothing of the run's seed, where all of
+    the data are trained on. Raises what ``TrunkSource.fill`` raises, and ``StoppedError``.
+    """
+    trained, *others = datasets
+    indices = _needed(batches, steps)
+    texts = chain(texts_of(trained, indices), *(texts_of(each) for each in others))
+    with display.asking_server(len(indices) + sum(map(len, others))) as advance:
+
+        def on_progress(count: int) -> None:
+            advance(count)
+            if should_stop():
+                raise StoppedError("stopped before the first step; go on with dlora-edge resume: what came is kept")
+
+        source.fill(texts, on_progress)
+
+
+def _needed(batches: Batches, steps: range) -> Sequence[int]:
+    """The examples that ``steps`` train on, in the order of the data."""
+    if len(steps) >= batches.steps_per_epoch:
+        return range(batches.examples)
+    return sorted({int(index) for step in steps for index in batches.step_indices(step)})
