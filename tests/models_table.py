@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from block_bundles import REFUSED, TRIED_ALWAYS
 from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, tiny_model
 
 from dlora.cloud.model.base_model import BaseModel
@@ -41,14 +42,21 @@ has the same graphs, which depend on widths and kind of head and not on the fami
   too.
 - **`--adapt answer` leaves out**: modules to which PEFT gives no activated LoRA, mostly because what they are given is
   not (batch, length, width) in memory. Who names them gets `--adapt all`, and so does a model that has no others.
+- **blocks**: whether a bundle may have the last blocks of the model, for a device that runs them itself
+  (`dlora-export --device-blocks`), or why not. Where it may, they compute what PEFT and autograd do in one process,
+  forward and backward, with LoRA beside every linear module: on ONNX Runtime in fp32 (`tests/test_blocks.py`), and of
+  some families on both engines and in fp16 and int8 (`tests/test_blocks_training.py`). `make test` tries those of
+  {always}.
 - **engines**: on which of them whole runs are tested.
 - **generates**: *cached*, where each token crosses once, for the server keeps keys and values; else the whole text
   crosses for each token (`tests/test_generation.py` compares both with the family's own `generate`).
 - **run**: *always* by `make test`, or *slow* by `make test-slow`.
 
-| family | LoRA's default | whose | `all-linear` leaves out | `--adapt answer` leaves out | engines | generates | run |
-|---|---|---|---|---|---|---|---|
 """
+_COLUMNS: Final = (
+    "family", "LoRA's default", "whose", "`all-linear` leaves out", "`--adapt answer` leaves out", "blocks", "engines",
+    "generates", "run",
+)  # fmt: skip
 _REFUSED: Final = """
 ## Refused
 
@@ -76,7 +84,8 @@ def accepted(family: str) -> str:
     inactive = ", ".join(f"`{name}`" for name in (module_names(base.groups(without)) if without else ()))
     parts = ModelParts.of(base)
     generates = "whole text" if parts is None or Decoding.of(parts) is None else "cached"
-    return f"| {family} | {names} | {whose} | {skipped} | {inactive} | {engines} | {generates} | {run} |"
+    blocks = f"no: {REFUSED[family]}" if family in REFUSED else "yes"
+    return f"| {family} | {names} | {whose} | {skipped} | {inactive} | {blocks} | {engines} | {generates} | {run} |"
 
 
 def refused(family: str) -> str:
@@ -92,7 +101,9 @@ def refused(family: str) -> str:
 def page() -> str:
     """The whole page."""
     lines = [accepted(family) for family in sorted([*FAMILIES, *MORE_FAMILIES])]
-    return _TOP + "\n".join(lines) + "\n" + _REFUSED + "\n".join(map(refused, sorted(REFUSED_FAMILIES))) + "\n"
+    top = _TOP.replace("{always}", ", ".join(TRIED_ALWAYS))
+    table = "\n".join([f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|", *lines])
+    return f"{top}{table}\n{_REFUSED}" + "\n".join(map(refused, sorted(REFUSED_FAMILIES))) + "\n"
 
 
 if __name__ == "__main__":

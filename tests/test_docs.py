@@ -11,6 +11,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 import typer.main
+from block_bundles import graphs_of, prepared
 
 import dlora.cloud.commands.app
 import dlora.cloud.commands.serve
@@ -19,6 +20,7 @@ import dlora.export.cli
 from dlora.cloud.door.guard import ConnectionLimits
 from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.commands.help_panels import KR
+from dlora.edge.engine.onnx_check import OPERATORS
 from dlora.export.graphs import registry
 from dlora.export.graphs.adamw import adamw_graph
 from dlora.export.graphs.core import core_graphs
@@ -242,7 +244,9 @@ def test_graph_signatures_match_the_docs() -> None:
     adapters = [*adapter_graphs(8, 6), *core_graphs(6)]
     graphs = [embedding_graph(96, 8, "fp16", 1.0), *adapters, *head_graphs(head), adamw_graph()]
     table = rows(section(BUNDLE, "Graphs"))
-    assert sorted(row[0] for row in table) == sorted(registry.KINDS) == sorted(g.kind for g in graphs)
+    of_blocks = [row[0] for row in rows(section(BUNDLE, "Blocks of the base model")) if len(row) == 3 and "_" in row[0]]
+    assert sorted(row[0] for row in table) == sorted(g.kind for g in graphs)
+    assert sorted([*of_blocks, *(row[0] for row in table)]) == sorted(registry.KINDS)
     dims = {"V": 96, "e": 8, "h": 8, "in": 8, "out": 6}
     for kind, inputs, outputs in table:
         graph = next(graph for graph in graphs if graph.kind == kind)
@@ -252,6 +256,43 @@ def test_graph_signatures_match_the_docs() -> None:
             assert shapes == [(spec.name, spec.shape) for spec in specs], kind
             for spec in specs:
                 assert (f"{spec.name}` int64" in f"`{cell}") == (spec.dtype == "int64"), (kind, spec.name)
+
+
+@pytest.mark.parametrize("kind", ["block_forward", "block_backward", "final_norm_forward", "final_norm_backward"])
+def test_graphs_of_blocks_match_the_docs(kind: str) -> None:
+    """Of llama in int8, whose blocks have tables, row scales and LoRA: each input and output is a named one, with its
+    shape, or one of those that the docs have in words, in the docs' order."""
+    blocks = prepared("llama", 1, "int8")
+    (block,), norm = blocks.blocks, blocks.final_norm
+    graph = next(graph for graph in graphs_of(blocks) if graph.kind == kind)
+    (row,) = (row for row in rows(section(BUNDLE, "Blocks of the base model")) if row[0] == kind)
+    lora = [f"{module}.lora_{half}" for module in block.targets for half in "AB"]
+    kept = [f"{module}.{what}" for module in block.targets for what in ("product", "z")]
+    weights = [*block.weights] if kind.startswith("block") else [*norm.weights]
+    in_words = {
+        "tables": [*block.tables], "weights": weights, "LoRA": lora, "kept": kept,
+        "gradients": [f"grad.{name}" for name in lora],
+    }  # fmt: skip
+    for cell, specs in zip(row[1:], (graph.inputs, graph.outputs), strict=True):
+        found = {spec.name: spec.shape for spec in specs}
+        wanted: list[str] = []
+        for name, shape in re.findall(r"`?(\w+)`?(?: \(([^)]*)\))?(?:, |$)", cell):
+            if name in in_words:
+                wanted += [each for each in in_words[name] if each in found or name not in ("weights", "kept")]
+            else:
+                wanted.append(name)
+                assert found[name] == tuple({"1": 1, "w": 16, "h": 16}.get(d, d) for d in re.findall(r"\w+", shape))
+        assert list(found) == wanted
+    for name, shape in {spec.name: spec.shape for spec in graph.inputs}.items():
+        if name.endswith((".z", ".product", ".lora_A", ".lora_B")):
+            places = {"z": 0, "product": 0, "lora_A": 0, "lora_B": 1}
+            last = name.rpartition(".")[2]
+            assert shape[places[last]] == ("positions" if last == "product" else "rank"), name
+
+
+def test_operators_match_the_docs() -> None:
+    (listed,) = re.findall(r"^is the output of a `Constant`[^\n]*\n\n((?:    [\w ]+\n)+)", BUNDLE, re.M)
+    assert listed.split() == sorted(OPERATORS)
 
 
 @pytest.mark.parametrize("kind", [adapter_record.AdapterRecord, adapter_record.TrainingRecord])
