@@ -35,7 +35,9 @@ class Place:
 @contextmanager
 def tiny_place(directory: Path) -> Iterator[Place]:
     save_tiny(directory / "model")
-    export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", 4, 8.0, head_dtype="fp32"))
+    export_bundle(
+        ExportSettings(str(directory / "model"), directory / "bundle", 4, 8.0, head_dtype="fp32", device_blocks=2)
+    )
     write_reference(Bundle.open(directory / "bundle"), directory / "reference.safetensors")
     words = [" ".join(f"w{(7 * row + word) % 89}" for word in range(5 + row % 4)) for row in range(8)]
     (directory / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))

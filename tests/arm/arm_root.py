@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 from processes import Finished
+
+if TYPE_CHECKING:
+    from arm_place import Place
 
 ROOT = Path(__file__).parents[2]
 ARM_ROOT = [str(ROOT / "packaging" / "debian_root.sh"), "arm"]
@@ -49,3 +55,21 @@ def run(command: list[object], directory: Path) -> Finished:
 def losses(out: Path) -> list[float]:
     """Of each step of a run."""
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_steps(place: Place, bundle: Path, engine: str) -> None:
+    """Three steps through the blocks of a bundle, in the root and here (``block_steps.py``): losses and what is learnt.
+
+    To 1e-4 of the largest, as losses of whole runs: each step takes sums in another order.
+    """
+    script = [str(ROOT / "tests" / "arm" / "block_steps.py"), bundle, engine]
+    done = run([PACKAGE, *script], place.directory)
+    assert done.code == 0, done.stderr
+    here = subprocess.run([sys.executable, *map(str, script)], capture_output=True, text=True, check=True)
+    found, wanted = json.loads(done.stdout), json.loads(here.stdout)
+    assert found["machine"] == "aarch64"
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+    assert wanted["losses"][-1] < wanted["losses"][0]
+    assert set(found["learnt"]) == set(wanted["learnt"])
+    for name, values in wanted["learnt"].items():
+        assert found["learnt"][name] == pytest.approx(values, abs=1e-4 * max(map(abs, values))), name

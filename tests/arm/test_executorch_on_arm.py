@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from arm_place import Place
-from arm_root import BINARIES, FROZEN, Device, losses
+from arm_root import BINARIES, FROZEN, ROOT, Device, assert_same_steps, losses
 from processes import Finished
 
 from dlora.export.bundle import export_bundle
@@ -31,7 +31,8 @@ def both(place: Place) -> Path:
     """A bundle with the graphs of both engines."""
     pytest.importorskip("executorch", reason="exporting its programs takes executorch")
     bundle = place.directory / "both"
-    export_bundle(ExportSettings(str(place.directory / "model"), bundle, 4, 8.0, head_dtype="fp32", engine="both"))
+    model = str(place.directory / "model")
+    export_bundle(ExportSettings(model, bundle, 4, 8.0, head_dtype="fp32", engine="both", device_blocks=2))
     return bundle
 
 
@@ -59,6 +60,12 @@ def test_both_engines_agree(device: Device, place: Place, both: Path, with_execu
         _well(device(*_train(place, both, engine), "--engine", engine))
         found[engine] = losses(place.directory / engine)
     assert found["executorch"] == pytest.approx(found["onnx"], abs=1e-4)
+
+
+def test_three_steps_through_blocks_match_this_machine(place: Place, both: Path) -> None:
+    if not (ROOT / "build" / "shim" / "aarch64").exists():
+        pytest.skip("there is no shim for aarch64; make shim ARCH=aarch64")
+    assert_same_steps(place, both, "executorch")
 
 
 def _train(place: Place, bundle: Path, name: str) -> list[object]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from arm_place import Place, train
-from arm_root import COMMANDS, FROZEN, PACKAGE, ROOT, Device, entered, losses, run
+from arm_root import COMMANDS, FROZEN, PACKAGE, ROOT, Device, assert_same_steps, entered, losses, run
 from processes import CloudProcess, Finished, cloud_process, run_edge
 
 pytestmark = [pytest.mark.arm, pytest.mark.timeout(3600)]
@@ -59,6 +59,11 @@ def test_training_steps_match_this_machine(
     well(run_edge(*place.train(here), timeout_s=120))
     assert losses(out) == pytest.approx(losses(here), abs=LOSS_TOLERANCE)
     assert (out / "adapter_model.safetensors").stat().st_size == (here / "adapter_model.safetensors").stat().st_size
+
+
+def test_three_steps_through_blocks_match_this_machine(place: Place) -> None:
+    """On the plain package; ``test_executorch_on_arm.py`` has the same of the other engine."""
+    assert_same_steps(place, place.bundle, "onnx")
 
 
 def test_answers_match_this_machine(device: Device, place: Place) -> None:
