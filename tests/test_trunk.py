@@ -12,6 +12,7 @@ from serving import config, final_weights, random_dataset, randomize, serving, t
 from tiny import Tiny, TinyFactory
 from transformers import AutoModelForCausalLM
 from trunk_runs import trunk_config, trunk_training
+from waiting import eventually
 
 from dlora.edge.data.batches import pack
 from dlora.edge.data.examples import Dataset
@@ -79,7 +80,7 @@ def test_once_the_cache_is_full_no_server_is_needed(model: Tiny, data: Dataset, 
         with serving(model.base) as server:
             url = server.url
             with trunk_training(model.bundle, url, trunk_config(BLOCKS), data, tmp_path / name) as trainer:
-                assert len(server.server.service.sessions) == 0
+                eventually(lambda: len(server.server.service.sessions) == 0)
                 up, down = trainer.traffic
                 if name == "with":
                     finals.append(([trainer.run_step().loss for _ in range(6)], final_weights(trainer)))

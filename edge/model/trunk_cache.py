@@ -22,7 +22,7 @@ import numpy as np
 
 from dlora.edge.files import remove_quietly, storage_errors
 from dlora.protocol.choices import Send
-from dlora.protocol.errors import CheckpointError
+from dlora.protocol.errors import CheckpointError, StorageError
 from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor
 from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole
 
@@ -69,7 +69,7 @@ class TrunkCache:
 
     Args:
         path: made where it is not there.
-        limit: of the file, in bytes; what does not fit is not kept.
+        limit: of the file, in bytes; what does not fit is not kept, and cut off where it is there.
         warn: called with a line about what was damaged.
 
     Raises ``CheckpointError`` where the file is of another model, other blocks or another wire, or is none of ours, and
@@ -135,13 +135,13 @@ class TrunkCache:
             return True
         if self._end + len(whole) > self._limit:
             return False
-        with storage_errors(self.path):
-            try:
+        try:
+            with storage_errors(self.path):
                 _write(self._file, whole, self._end)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._file, self._end)
-                raise
+        except StorageError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise StorageError(f"{error}, or lower --cache-mb") from error.__cause__
         self._places[digest] = _Place(self._end + len(record) + _CHECK_BYTES, tensor.shape[0], tensor.exponent)
         self._checked.add(digest)
         self._end += len(whole)
@@ -202,6 +202,9 @@ class TrunkCache:
                 end = start + self._codec.nbytes(tokens, self._owner.width)
                 if not tokens or end > size:
                     break
+                if end > self._limit:  # smaller than before
+                    os.ftruncate(self._file, self._end)
+                    return
                 self._places[digest] = _Place(start, tokens, exponent)
                 self._end = end
             if self._end < size:

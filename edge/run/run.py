@@ -23,11 +23,11 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import load_libraries, make_engine
 from dlora.edge.engine.code_pages import release_code
 from dlora.edge.engine.engine import Engine
-from dlora.edge.files import locked, make_directory, write_atomically
+from dlora.edge.files import locked, write_atomically
 from dlora.edge.memory import peak_rss_mb
 from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.seeds import draw_seed
-from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints, load_latest
+from dlora.edge.training.checkpoint import Checkpoint
 from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
 from dlora.edge.training.metrics import MetricsLog, read_metrics
 from dlora.edge.training.trainer import Trainer, trainer_state
@@ -35,21 +35,20 @@ from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
 from dlora.protocol import interrupts
-from dlora.protocol.adapter_record import WEIGHTS_NAME
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.limits import MAX_STEPS
 
+from .directory import CHECKPOINTS, find_checkpoint, run_directory
 from .display import Display
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines, run_line
-from .run_file import RUN_FILE, DataDigest, RunFile, RunSettings, save_run_file, versions
+from .run_file import DataDigest, RunFile, RunSettings, save_run_file, versions
 from .saving import AdapterSaver
 from .stop import StopRequest
 from .trunk_run import fill_cache, open_source
 
-CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 
@@ -102,25 +101,12 @@ def train(run: TrainRun, display: Display) -> dict[str, Any]:
     if run.out.exists() and not run.out.is_dir():
         raise UsageError(f"{run.out} is a file; choose another --out")
     load_libraries(run.bundle, run.engine)  # while an interrupt ends us at once: they take it for faults of their own
-    with interrupts.raise_on_signal(), _run_directory(run.out), locked(run.out):
+    with interrupts.raise_on_signal(), run_directory(run.out), locked(run.out):
         return _train(run, display)
 
 
-@contextlib.contextmanager
-def _run_directory(out: Path) -> Iterator[None]:
-    """A run's directory; one that is made here and stays empty is taken away again."""
-    is_new = not out.exists()
-    make_directory(out)
-    try:
-        yield
-    finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # there is something in it
-                out.rmdir()
-
-
 def _train(run: TrainRun, display: Display) -> dict[str, Any]:
-    checkpoint = _find_checkpoint(run, display)
+    checkpoint = find_checkpoint(run.out, resume=run.resume, warn=display.warn)
     run = replace(run, config=_complete_config(run, checkpoint))
     first_step = checkpoint.step if checkpoint else 0
     earlier = load_evaluations(run.out, run.eval_dataset, first_step, display.warn)
@@ -348,32 +334,6 @@ def _save_on_error(run: TrainRun, trainer: Trainer) -> Iterator[None]:
         if trainer.next_step > 0:
             trainer.save_checkpoint(run.out / CHECKPOINTS)
         raise
-
-
-def _find_checkpoint(run: TrainRun, display: Display) -> Checkpoint | None:
-    """The checkpoint to go on from; raises ``UsageError`` where a run is there that nobody asked to go on with."""
-    directory = run.out / CHECKPOINTS
-    if not run.resume:
-        if list_checkpoints(directory):
-            raise UsageError(
-                f"{run.out} holds a run already; go on with dlora-edge resume {run.out}, or choose another --out"
-            )
-        _refuse_to_replace(run.out)
-        return None
-    checkpoint = load_latest(directory, warn=display.warn)
-    if checkpoint is None:
-        _refuse_to_replace(run.out)
-        display.warn(f"no checkpoint in {run.out}: starting from step 0")
-    return checkpoint
-
-
-def _refuse_to_replace(out: Path) -> None:
-    """Raise ``UsageError`` where a new run might replace files that are not those of a run that came to nothing."""
-    if (out / WEIGHTS_NAME).exists():
-        raise UsageError(f"{out} holds an adapter that has no checkpoint; choose another --out")
-    others = [path.name for path in out.iterdir() if not path.name.startswith(".")]
-    if others and not (out / RUN_FILE).exists():
-        raise UsageError(f"{out} is not empty and holds no run; choose another --out")
 
 
 def _warn_of_dropped_modules(trainer: Trainer, init: LoadedAdapter, display: Display) -> None:

@@ -1,0 +1,242 @@
+"""Runs in the mode ``trunk`` by the real commands: without a server once it has answered, and to the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from peft_reference import loss_of
+from processes import Finished, finish, run_edge, start_edge
+from serving import serving
+from small_disk import small_disk
+from test_resume import KILLING, Place, assert_same_run, rows, wait_for_lines
+from tiny import Tiny, TinyFactory
+from transformers import AutoModelForCausalLM
+
+from dlora.edge.data.batches import pack
+from dlora.edge.data.loading import Reading, load_datasets
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.run.run_file import load_run_file
+from dlora.edge.run.trunk_run import CACHE
+
+BLOCKS = 4
+TRUNK = ("--mode", "trunk")
+NOWHERE = "ws://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyFactory) -> Tiny:
+    return tiny(blocks=BLOCKS, device_blocks=3, head_dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def place(model: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    data = tmp_path_factory.mktemp("trunk") / "data.jsonl"
+    data.write_text(records(10))
+    with serving(model.base) as server:
+        yield Place(model.bundle, data, server.url)
+
+
+def records(count: int, longest: int = 12, seed: int = 2) -> str:
+    rng = np.random.default_rng(seed)
+    lines = [" ".join(f"w{n}" for n in rng.integers(0, 89, int(rng.integers(4, longest)))) for _ in range(count)]
+    return "".join(json.dumps({"text": line}) + "\n" for line in lines)
+
+
+def summary(done: Finished) -> dict[str, Any]:
+    assert done.code == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def elsewhere(words: list[object]) -> list[object]:
+    """The same command, where no server is."""
+    return [NOWHERE if str(word).startswith("ws:") else word for word in words]
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with Kill and Revive that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    found = summary(run_edge(*place.train(out, *TRUNK, *KILLING, "--eval", place.data, "--json")))
+    assert found["bytes_up"] == found["bytes_down"] == found["round_trips"] == found["eval_bytes_down"] == 0
+    assert found["set_up_bytes_up"] > 0
+    assert found["eval_loss_after"] < found["eval_loss_before"]
+    assert not (out / CACHE).exists()
+    return out
+
+
+def test_what_was_left_open_is_chosen_once(whole: Path) -> None:
+    settings = load_run_file(whole).settings
+    assert (settings.mode, settings.device_blocks, settings.kind, settings.adapt) == ("trunk", 3, "lora", "all")
+    assert (settings.blocks, settings.target_modules, settings.kr_on_kill) == ("1-3", "all-linear", "hold_forward")
+    card = json.loads((whole / "dlora_adapter.json").read_text())
+    assert card["training"]["recipe"]["mode"] == "trunk"
+    assert card["training"]["bytes_per_token"] > 0
+
+
+@pytest.mark.parametrize("after", [0, 2, 23])
+def test_killed_run_goes_on_without_a_server_to_the_same_bits(
+    place: Place, whole: Path, after: int, tmp_path: Path
+) -> None:
+    """Killed while the server answers, before the first checkpoint and after it; then the server is gone for good, but
+    for what is missing in the first case."""
+    words = place.train(tmp_path, *TRUNK, *KILLING, "--eval", place.data)
+    process = start_edge(*words)
+    if after:
+        wait_for_lines(tmp_path / "metrics.jsonl", after)
+    else:
+        cache = tmp_path / CACHE
+        while not (cache.exists() and cache.stat().st_size > 700) and process.poll() is None:
+            pass
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    server = ("--server", NOWHERE) if after else ()
+    done = run_edge("resume", tmp_path, *server)
+    assert done.code == 0, done.stderr
+    assert_same_run(tmp_path, whole)
+    assert not (tmp_path / CACHE).exists()
+
+
+def test_a_kept_cache_makes_a_longer_run_without_a_server(place: Place, tmp_path: Path) -> None:
+    found = summary(run_edge(*place.train(tmp_path, *TRUNK, "--keep-cache", "--json")))
+    assert (tmp_path / CACHE).stat().st_mode & 0o777 == 0o600
+    longer = summary(run_edge("resume", tmp_path, "--steps", 70, "--server", NOWHERE, "--json"))
+    assert longer["set_up_bytes_up"] == 0
+    assert (found["steps"], longer["steps"]) == (60, 70)
+
+
+def test_kill_and_revive_is_that_of_a_server(place: Place, tmp_path: Path) -> None:
+    """The same units are active at each step as in the mode split, where killed ones keep their effect as here."""
+    maps = []
+    for name, options in (
+        ("trunk", TRUNK),
+        ("split", ("--blocks", "1-3", "--target-modules", "all-linear", "--kr-on-kill", "hold_forward")),
+    ):
+        done = run_edge(*place.train(tmp_path / name, *options, *KILLING, "--wire-dtype", "fp32"))
+        assert done.code == 0, done.stderr
+        maps.append([(row["units"], row["active_units"]) for row in rows(tmp_path / name)])
+        assert len(set(maps[-1])) > 1
+    assert maps[0] == maps[1]
+
+
+def test_saved_adapter_has_in_peft_the_loss_that_the_device_saw(place: Place, model: Tiny, tmp_path: Path) -> None:
+    found = summary(
+        run_edge(*place.train(tmp_path, *TRUNK, "--eval", place.data, "--wire-dtype", "fp32", "--json"))
+    )
+    wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model.model), tmp_path).eval()
+    bundle = Bundle.open(model.bundle)
+    (data,) = load_datasets(Reading(bundle, [place.data], None, 64, "error"), lambda _: None)
+    with torch.no_grad():
+        loss = loss_of(wrapped, [pack([data[index] for index in range(len(data))])]).item()
+    assert abs(loss - found["eval_loss_after"]) <= 1e-4
+
+
+WRONG = {
+    "no mode": (("--mode", "split", "--device-blocks", 2), 2, "--device-blocks needs --mode trunk"),
+    "keep": (("--mode", "split", "--keep-cache"), 2, "--keep-cache needs --mode trunk"),
+    "kind": ((*TRUNK, "--kind", "ffa"), 2, "--kind ffa cannot be with --mode trunk: it trains LoRA"),
+    "answers": ((*TRUNK, "--adapt", "answer"), 2, "--adapt answer cannot be with --mode trunk"),
+    "budget": ((*TRUNK, "--bytes-per-token", 9), 2, "--bytes-per-token cannot be with --mode trunk"),
+    "given": ((*TRUNK, "--kr-on-kill", "give_to_server"), 2, "--kr-on-kill give_to_server cannot be with"),
+    "blocks": ((*TRUNK, "--blocks", "0-3"), 2, "only the blocks on this device can be trained, 1-3, not 0"),
+    "too many": ((*TRUNK, "--device-blocks", 4), 4, "the bundle has 3 blocks for a device; export it again"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_is_one_line(place: Place, name: str, tmp_path: Path) -> None:
+    options, code, text = WRONG[name]
+    done = run_edge(*place.train(tmp_path / "out", *options))
+    assert (done.code, len(done.errors)) == (code, 1), done.stderr
+    assert text in done.errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_without_blocks_is_one_line(tiny: TinyFactory, place: Place, tmp_path: Path) -> None:
+    other = Place(tiny(blocks=BLOCKS).bundle, place.data, place.url)
+    done = run_edge(*other.train(tmp_path / "out", *TRUNK))
+    assert (done.code, len(done.errors)) == (4, 1), done.stderr
+    assert "the bundle has 0 blocks for a device; export it again with --device-blocks" in done.errors[0]
+
+
+def test_no_server_at_the_beginning_is_one_line(place: Place, tmp_path: Path) -> None:
+    words = place.train(tmp_path, *TRUNK)
+    done = run_edge(*elsewhere(words), "--max-retry-s", 0)
+    assert (done.code, len(done.errors)) == (6, 1), done.stderr
+    assert run_edge(*words).code == 0
+
+
+HARM = {
+    "cut off": (lambda content: content[:-70], "was cut off while it was written"),
+    "a bit": (lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:], "is damaged in one place"),
+    "empty": (lambda content: b"", ""),
+    "the header cut off": (lambda content: content[:30], ""),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_cache_is_asked_for_again(place: Place, whole: Path, harm: str, tmp_path: Path) -> None:
+    """What is missing comes from the server again, and the run has the same bits."""
+    change, warning = HARM[harm]
+    words = place.train(tmp_path, *TRUNK, *KILLING, "--eval", place.data, "--keep-cache")
+    process = start_edge(*words)
+    wait_for_lines(tmp_path / "metrics.jsonl", 3)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    cache = tmp_path / CACHE
+    cache.write_bytes(change(cache.read_bytes()))
+    done = run_edge("resume", tmp_path)
+    assert done.code == 0, done.stderr
+    assert warning in done.stderr
+    assert_same_run(tmp_path, whole)
+
+
+def test_another_bundles_cache_is_refused(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
+    """Of another model, or no cache at all; a run that begins puts its own in the place of one that came to nothing."""
+    process = start_edge(*place.train(tmp_path, *TRUNK))
+    wait_for_lines(tmp_path / "metrics.jsonl", 21)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    cache = tmp_path / CACHE
+    content = cache.read_bytes()
+    fingerprint = Bundle.open(place.bundle).manifest.base_model.fingerprint.encode()
+    assert fingerprint in content
+    for wrong, text in (
+        (content.replace(fingerprint, b"0" * 64, 1), "is of another base model, other blocks"),
+        (b"not ours" * 9, "is no cache of hidden states"),
+    ):
+        cache.write_bytes(wrong)
+        done = run_edge("resume", tmp_path)
+        assert (done.code, len(done.errors)) == (10, 1), done.stderr
+        assert text in done.errors[0]
+        assert cache.read_bytes() == wrong
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert run_edge(*place.train(tmp_path, *TRUNK)).code == 0
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Path) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text(records(900, longest=60))
+    with small_disk(tmp_path) as disk:
+        out = disk / "run"
+        words = Place(place.bundle, data, place.url).train(
+            out, *TRUNK, "--wire-dtype", "fp32", "--eval", data
+        )
+        done = run_edge(*words)
+        assert (done.code, len(done.errors)) == (9, 1), done.stderr
+        assert "cannot write" in done.errors[0]
+        assert "free space" in done.errors[0]
+        wanted = tmp_path / "wanted"
+        assert run_edge(*[wanted if word == out else word for word in words]).code == 0
+        done = run_edge(*words, "--cache-mb", 0.3)  # what came is kept, the rest is asked for again each time
+        assert done.code == 0, done.stderr
+        assert_same_run(out, wanted)
