@@ -9,13 +9,13 @@ from typer.core import TyperCommand
 
 KR: Final = "Kill and Revive"
 PANELS: Final = {
-    "Blocks on the device": ("mode", "device_blocks", "cache_mb", "keep_cache"),
     "Data": ("eval_data", "columns", "max_length", "too_long"),
     "Training": (
         "epochs", "steps", "batch_size", "grad_accum", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm",
         "seed",
     ),
     "Adapters": ("kind", "rank", "alpha", "target_modules", "blocks", "adapt", "basis", "basis_steps", "init_adapter"),
+    "Blocks on the device": ("mode", "device_blocks", "cache_mb", "keep_cache"),
     "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience"),
     "Choice of tokens": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     "Connection": (
