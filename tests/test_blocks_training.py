@@ -14,6 +14,7 @@ from block_oracle import TorchBlocks, random_lora
 from executorch_bundle import NEEDED
 from families import VOCABULARY, tiny_model
 from tiny import TinyFactory
+from transformers.pytorch_utils import Conv1D
 
 from dlora.edge.adapters.kind import Parameter
 from dlora.edge.adapters.lora import LoraGroup, LoraModule
@@ -87,7 +88,7 @@ def check_twenty_steps(bundle: Bundle, engine: Engine, family: str) -> None:
             for name, module in model.get_submodule(block.path).named_modules():
                 if f"{name}.weight" in weights:
                     value = stored_as(weights, name)
-                    module.weight.copy_(value if value.shape == module.weight.shape else value.T)
+                    module.weight.copy_(value.T if isinstance(module, Conv1D) else value)
     lora = random_lora(DeviceBlocks(bundle, engine, 2, RANK).parameter_shapes)
     torchs = TorchBlocks(model, [block.path for block in spec.blocks], lora, SCALING)
     ids = sequences()
