@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -43,6 +44,9 @@ def prepare_blocks(
 
     Raises ``CannotRunOnDevice`` where the family's blocks cannot be run without its decoder.
     """
+    torch_log = logging.getLogger("torch._subclasses.fake_tensor")  # tells with a traceback what we tell in a line
+    level = torch_log.level
+    torch_log.setLevel(logging.CRITICAL)
     try:
         with quiet():
             return _prepare(base, trainable, count, dtype, say)
@@ -51,6 +55,8 @@ def prepare_blocks(
     except Exception as error:  # whatever a family's code does when it is traced
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CannotRunOnDevice(f"its blocks cannot be traced ({reason[:160]})") from None
+    finally:
+        torch_log.setLevel(level)
 
 
 def _prepare(

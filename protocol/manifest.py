@@ -304,6 +304,8 @@ def load_manifest(bundle: Path) -> Manifest:
     last = manifest.base_model.blocks
     if [block.index for block in blocks] != list(range(last - len(blocks), last)):
         raise BundleError(f"{path}: its device_blocks are not the last ones; export the bundle again")
+    if len({block.path for block in blocks}) != len(blocks):
+        raise BundleError(f"{path}: two of its device_blocks have the same path; export the bundle again")
     for field, name in paths_of(manifest):
         if name not in manifest.files:
             raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")

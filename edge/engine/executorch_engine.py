@@ -141,8 +141,11 @@ class _CutGraph:
     def _sizes(self, arrays: Sequence[Array]) -> dict[str, int]:
         sizes: dict[str, int] = {}
         for tensor, array in zip(self._spec.inputs, arrays, strict=True):
+            if len(tensor.shape) != array.ndim:
+                raise BundleError(_other_than_described(tensor))
             for name, size in zip(tensor.shape, array.shape, strict=True):
-                assert size == (sizes.setdefault(name, size) if isinstance(name, str) else name)
+                if size != (sizes.setdefault(name, size) if isinstance(name, str) else name):
+                    raise BundleError(_other_than_described(tensor))
         for name, advice in _WHOLE.items():
             if sizes.get(name, 1) > self._bounds[name]:
                 what = f"rank {sizes[name]} is" if name == "rank" else f"a micro-batch of {sizes[name]} tokens is"
@@ -179,9 +182,15 @@ class _CutGraph:
 
 
 def _contiguous(array: Array, tensor: TensorSpec) -> Array:
-    """The array itself where it lies as programs want it; of another dtype it would be a bug of ours."""
-    assert array.dtype == dtype_of(tensor.dtype), tensor.name
+    """The array itself where it lies as programs want it. Raises ``BundleError`` for one of another dtype: a file of
+    the bundle, or a bug of ours."""
+    if array.dtype != dtype_of(tensor.dtype):
+        raise BundleError(_other_than_described(tensor))
     return np.asarray(array, order="C")
+
+
+def _other_than_described(tensor: TensorSpec) -> str:
+    return f"{tensor.name} has another shape or dtype than its graph takes; export the bundle again"
 
 
 def _shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -15,13 +15,14 @@ import numpy as np
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Array, Engine, Graph, scalar
 from dlora.protocol.errors import BundleError, DataError
-from dlora.protocol.manifest import BlockSpec, GraphSpec
+from dlora.protocol.manifest import BlockSpec, GraphSpec, TensorSpec
 from dlora.protocol.tensors import FloatArray, IntArray
 
 # Names of graph inputs and outputs; docs/bundle.md has them all.
 _MASK: Final = "mask"
 _LORA: Final = (".lora_A", ".lora_B")
 _GRAD: Final = "grad."
+_GRAD_X: Final = "grad_x"
 _BLOCKED: Final = np.finfo(np.float32).min  # added to a score where a token does not see another
 
 
@@ -63,7 +64,7 @@ class DeviceBlocks:
         chosen = spec.blocks[-count:]
         passes = {key: _Passes.load(bundle, engine, key) for key in {block.graph for block in chosen}}
         self._max_length = spec.max_length
-        self._blocks = [_Block(bundle, block, passes[block.graph], rank) for block in chosen]
+        self._blocks = [_Block(bundle, block, passes[block.graph], rank, spec.max_length) for block in chosen]
         self._norm_forward, self._norm_backward = engine.load("final_norm_forward"), engine.load("final_norm_backward")
         self._norm_weights = {name: bundle.weight(file) for name, file in spec.final_norm.items()}
         self.first = chosen[0].index
@@ -138,24 +139,45 @@ class _Passes:
     def load(cls, bundle: Bundle, engine: Engine, key: str) -> _Passes:
         kinds = ("block_forward", "block_backward")
         forward, backward = (engine.load(kind, key) for kind in kinds)
-        return cls(forward, backward, *(bundle.manifest.graph(kind, key) for kind in kinds))
+        forward_spec, backward_spec = (bundle.manifest.graph(kind, key) for kind in kinds)
+        lora = [f"{_GRAD}{tensor.name}" for tensor in forward_spec.inputs if tensor.name.endswith(_LORA)]
+        if [tensor.name for tensor in backward_spec.outputs] != [_GRAD_X, *lora]:
+            text = f"{bundle.path}: block_backward.{key} gives other gradients than it must"
+            raise BundleError(f"{text}; export the bundle again")
+        return cls(forward, backward, forward_spec, backward_spec)
 
 
 class _Block:
     """One block, with its weights."""
 
-    def __init__(self, bundle: Bundle, spec: BlockSpec, passes: _Passes, rank: int) -> None:
+    def __init__(self, bundle: Bundle, spec: BlockSpec, passes: _Passes, rank: int, max_length: int) -> None:
         self.spec = spec
         self._passes = passes
         self._weights = {name: bundle.weight(file) for name, file in spec.weights.items()}
         self._tables = {name: (bundle.weight(table.file), table.axis) for name, table in spec.tables.items()}
-        self.zeros = {
-            f"{spec.path}.{tensor.name}": np.zeros(
-                [size if isinstance(size, int) else rank for size in tensor.shape], np.float32
-            )
-            for tensor in passes.forward_spec.inputs
-            if tensor.name.endswith(_LORA)
-        }
+        for name, (table, axis) in self._tables.items():
+            if axis >= table.ndim or table.shape[axis] < max_length:
+                raise BundleError(f"{self._where(name)} has too few positions; export the bundle again")
+        self.zeros = {}
+        for tensor in passes.forward_spec.inputs:
+            if tensor.name.endswith(_LORA):
+                shape = self._lora_shape(tensor, rank)
+                self.zeros[f"{spec.path}.{tensor.name}"] = np.zeros(shape, np.float32)
+
+    def _where(self, name: str) -> str:
+        return f"the bundle's {name} of block {self.spec.index}"
+
+    def _lora_shape(self, tensor: TensorSpec, rank: int) -> tuple[int, int]:
+        """Of a ``lora_A`` or ``lora_B``, whose widths are those of the weight beside it: no larger than a file."""
+        module, _, side = tensor.name.rpartition(".")
+        weight = self._weights.get(f"{module}.weight")
+        if weight is None or weight.ndim != 2:
+            raise BundleError(f"{self._where(module)} has no weight; export the bundle again")
+        out_features, in_features = weight.shape
+        expected = ("rank", in_features) if side == "lora_A" else (out_features, "rank")
+        if tensor.shape != expected:
+            raise BundleError(f"{self._where(tensor.name)} has another shape than its weight; export the bundle again")
+        return (rank, in_features) if side == "lora_A" else (out_features, rank)
 
     def forward(
         self, x: FloatArray, mask: FloatArray, positions: IntArray, lora: Mapping[str, FloatArray], scale: FloatArray

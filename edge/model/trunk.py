@@ -16,6 +16,7 @@ from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.protocol.errors import UsageError
 from dlora.protocol.tensors import FloatArray
 
 from .blocks import DeviceBlocks
@@ -44,6 +45,9 @@ class TrunkModel:
         self.compute_seconds = 0.0
         self._source = source
         self._blocks = DeviceBlocks(bundle, engine, count, adapters.adapter_spec.r)
+        if missing := sorted(set(adapters.parameters()) - set(self._blocks.parameter_shapes)):
+            module = missing[0].rpartition(".")[0]
+            raise UsageError(f"{module} cannot be trained in blocks on a device; choose others with --target-modules")
         self._head = Head(bundle, engine)
 
     @property

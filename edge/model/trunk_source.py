@@ -160,7 +160,7 @@ def encoded_width(manifest: Manifest) -> int:
     blocks = manifest.device_blocks
     if blocks is None:
         raise BundleError("the bundle has no blocks for a device; export it again with --device-blocks")
-    inputs = manifest.graph("block_forward", blocks.blocks[0].graph).inputs
-    width = next(tensor.shape[1] for tensor in inputs if tensor.name == "x")
-    assert isinstance(width, int)
-    return width
+    for tensor in manifest.graph("block_forward", blocks.blocks[0].graph).inputs:
+        if tensor.name == "x" and len(tensor.shape) == 2 and isinstance(width := tensor.shape[1], int) and width > 0:
+            return width
+    raise BundleError("the bundle's block_forward takes no hidden states; export it again")
