@@ -42,8 +42,10 @@ lint: .venv/.ready ## ruff, mypy, import rules: one minute
 	$(BIN)/lint-imports
 
 bench: ## speed, traffic and losses against PEFT, recipes, the device alone: hours
-bench: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-int8/manifest.json
+bench: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-int8/manifest.json \
+		build/smollm2-blocks/manifest.json build/smollm2-blocks-int8/manifest.json
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/trunk.py
 	$(BIN)/python benchmarks/peft_losses.py --bundle-fp32 build/smollm2-fp32
 	$(BIN)/python benchmarks/kill_revive.py
 	$(BIN)/python benchmarks/device.py
@@ -55,6 +57,12 @@ build/smollm2/manifest.json: | .venv/.ready
 
 build/smollm2-fp32/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-fp32 --head-dtype fp32
+
+build/smollm2-blocks/manifest.json: | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks --device-blocks 8
+
+build/smollm2-blocks-int8/manifest.json: | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-int8 --device-blocks 8 --block-dtype int8 --head-dtype int8
 
 build/smollm2-int8/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-int8 --head-dtype int8

@@ -1,4 +1,4 @@
-"""Bars: numbers that benchmarks have to reach. Each is an entry of ``docs/benchmarks/economy.json``, reached or not."""
+"""Bars: numbers that benchmarks have to reach. Each is an entry of a file in ``docs/benchmarks``, reached or not."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def at_most(bar: float, value: float, command: str) -> Entry:
     holds = value <= bar
     entry: Entry = {"bar": _rounded(bar), "value": _rounded(value), "holds": holds, "command": command}
     return entry if holds else {**entry, "reason": f"{value:.4g} where at most {bar:.4g} is wanted"}
+
+
+def at_least(bar: float, value: float, command: str) -> Entry:
+    """The entry of a number that must be ``bar`` at the least, likewise. NaN is below every bar."""
+    holds = value >= bar
+    entry: Entry = {"bar": _rounded(bar), "value": _rounded(value), "holds": holds, "command": command}
+    return entry if holds else {**entry, "reason": f"{value:.4g} where at least {bar:.4g} is wanted"}
 
 
 def write_bars(path: Path, bars: Mapping[str, Mapping[str, Any]], *, forget: Collection[str] = ()) -> None:

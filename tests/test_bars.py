@@ -18,7 +18,7 @@ from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import StorageError
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from bars import FILE, at_most, write_bars
+from bars import FILE, at_least, at_most, write_bars
 from step_costs import (
     ALL_MODULES,
     LLAMA_3_8B,
@@ -51,6 +51,9 @@ def test_a_bar_holds_up_to_its_number_and_says_why_where_not() -> None:
     assert not at_most(1.0, float("nan"), COMMAND)["holds"]
     # What is shown is rounded, and what decides is not.
     assert not at_most(0.9, 0.9000001, COMMAND)["holds"]
+    assert at_least(5, 5.0, COMMAND) == {"bar": 5.0, "value": 5.0, "holds": True, "command": COMMAND}
+    assert at_least(5, 4.9, COMMAND)["reason"] == "4.9 where at least 5 is wanted"
+    assert not at_least(5, float("nan"), COMMAND)["holds"]
 
 
 def test_bars_of_others_stay_and_names_are_sorted(tmp_path: Path) -> None:

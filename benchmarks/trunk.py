@@ -1,0 +1,286 @@
+"""Blocks on the device: how long a step takes, what the device's process needs, and what crosses in a whole run.
+
+``step``: the device's step, torch's with the same blocks in one process, and a split step with all of q, v active take
+turns in one run on the same batches; medians. ``memory``: the peak of a real ``dlora-edge train``. ``traffic``: of a
+real run of three epochs, against the formula of all-active q, v. What has to be reached is written into
+docs/benchmarks/trunk.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from bars import Entry, at_least, at_most, write_bars
+from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
+
+os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
+
+from dlora.edge.data.batches import pack
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
+from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connection import Connection
+from dlora.protocol.adapters import crossings
+from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import choose_groups
+from dlora.protocol.traffic import micro_batch_traffic
+from dlora.protocol.wire_codecs import Codecs
+
+COMMAND: Final = "python benchmarks/trunk.py"
+FILE: Final = Path("benchmarks") / "trunk.json"
+PARTS: Final = ("step", "memory", "traffic")
+LR: Final = 2e-3
+
+
+def main() -> None:
+    """Print one JSON object, and write the bars."""
+    options = _options()
+    result: dict[str, Any] = {"threads": options.threads, "blocks": options.blocks, "tokens": options.tokens}
+    with cloud_server(options.model, options.threads) as (url, _):
+        for part in options.only:
+            log(f"{part} …")
+            result[part] = {"step": _step, "memory": _memory, "traffic": _traffic}[part](url, options)
+    write_bars(options.docs / FILE, _bars(result))
+    print(json.dumps(result, indent=1))
+
+
+# -- a step ----------------------------------------------------------------------------------------------
+
+
+def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
+    bundle = Bundle.open(need_bundle(options.bundle))
+    ids, first = _tokens(bundle.manifest, options)
+    length = ids.shape[1]
+    dataset = Dataset.of([(row.tolist(), list(range(first - 1, length - 1))) for row in ids])
+    torch = Worker(
+        str(Path(__file__).with_name("torch_blocks.py")), options.model, str(options.threads), str(options.blocks), "8",
+        "16.0", str(LR),
+    )  # fmt: skip
+    seconds: dict[str, list[float]] = {"device": [], "torch": [], "split_all": []}
+    losses: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        engine = OnnxEngine(bundle, options.threads)
+        source = _source(bundle, engine, url, Path(directory) / "cache", options)
+        stack.callback(source.close)
+        device = Trainer(bundle, engine, source, _trunk_config(bundle.manifest, options), dataset)
+        source.fill(texts_of(dataset))
+        connection = stack.enter_context(Connection(url))
+        split = Trainer(
+            bundle, OnnxEngine(bundle, options.threads), connection, _split_config(options), dataset
+        )
+        for step in range(options.warmup + options.steps):
+            chosen = device.batches.step_indices(step)
+            # As many tokens for torch, which runs the last one, too.
+            batch = pack([dataset[int(index)] for index in chosen]).until_last_label()
+            hidden = source.hidden_states(batch).reshape(len(chosen), -1, encoded_width(bundle.manifest))
+            hidden = np.concatenate([hidden, hidden[:, -1:]], axis=1)
+            np.save(file := Path(directory) / "hidden.npy", hidden)
+            labels = np.where(np.arange(length) >= first, ids[chosen], -100)
+            found = torch.ask({"hidden_states": str(file), "labels": labels.tolist()})
+            taken = {"device": device.run_step(), "split_all": split.run_step()}
+            if step == 0:
+                losses = {"device": taken["device"].loss, "torch": found["loss"]}
+            if step >= options.warmup:
+                seconds["torch"].append(found["step_s"])
+                for name, metrics in taken.items():
+                    seconds[name].append(metrics.step_s)
+            log(f"step {step}: torch {found['step_s']:.3f} s, " + ", ".join(
+                f"{name} {metrics.step_s:.3f} s" for name, metrics in taken.items()
+            ))
+    torch.close()
+    return {
+        "step_s": {name: statistics.median(each) for name, each in seconds.items()},
+        "loss_of_step_0": losses,
+        "tokens": options.tokens,
+    }
+
+
+def _tokens(manifest: Manifest, options: argparse.Namespace) -> tuple[Any, int]:
+    """Random sequences, (sequences, length), and where the labels of each begin."""
+    length = options.tokens // options.batch_size
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, manifest.base_model.vocabulary_size, (8 * options.batch_size, length))
+    return ids, round(length * (1 - options.labelled))
+
+
+def _source(
+    bundle: Bundle, engine: OnnxEngine, url: str, cache: Path, options: argparse.Namespace
+) -> TrunkSource:
+    manifest, codecs = bundle.manifest, Codecs.all("fp16")
+    blocks = manifest.base_model.blocks - options.blocks
+    owner = CacheOwner.of(manifest.base_model.fingerprint, blocks, encoded_width(manifest), codecs, "embeddings")
+    return TrunkSource(
+        bundle,
+        engine,
+        TrunkCache(cache, owner, limit=1 << 32),
+        blocks=blocks,
+        codecs=codecs,
+        connect=lambda: Connection(url),
+    )
+
+
+def _trunk_config(manifest: Manifest, options: argparse.Namespace) -> TrainConfig:
+    last = manifest.base_model.blocks
+    return TrainConfig(
+        **_common(options),
+        mode="trunk",
+        device_blocks=options.blocks,
+        rank=8,
+        target_modules=("all-linear",),
+        blocks=tuple(range(last - options.blocks, last)),
+    )
+
+
+def _split_config(options: argparse.Namespace) -> TrainConfig:
+    return TrainConfig(**_common(options), rank=8, target_modules=("q_proj", "v_proj"))
+
+
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "total_steps": 1000,
+        "batch_size": options.batch_size,
+        "grad_accum": 1,
+        "seed": (0,),
+        "kind": "lora",
+        "lora_alpha": 16.0,
+        "wire_dtype": "fp16",
+        "optimizer": OptimizerConfig(lr=LR),
+        "kill_revive": KillReviveConfig(active_fraction=1.0),
+    }
+
+
+# -- whole runs --------------------------------------------------------------------------------------------
+
+
+def _memory(url: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Peak resident memory of the device's process in MB, by how its blocks are stored."""
+    found = {}
+    for dtype in ("fp16", "int8"):
+        bundle = options.bundle if dtype == "fp16" else options.int8_bundle
+        text = " ".join(["word"] * (options.tokens // options.batch_size - 1))
+        summary = _train(url, bundle, [text] * 40, options, "--steps", "12")
+        found[dtype] = summary["peak_rss_mb"]
+    return found
+
+
+def _traffic(url: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Bytes of a whole run of three epochs, and those of all-active LoRA on q, v by the formula."""
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "me"]
+    texts = [" ".join(rng.choice(words, int(rng.integers(20, 60)))) for _ in range(40)]
+    found: dict[str, Any] = {}
+    for dtype in ("fp16", "int8"):
+        summary = _train(url, options.bundle, texts, options, "--epochs", "3", "--wire-dtype", dtype)
+        total = summary["set_up_bytes_up"] + summary["set_up_bytes_down"]
+        found[dtype] = {
+            "bytes": total,
+            "bytes_after_the_cache_is_full": summary["bytes_up"] + summary["bytes_down"],
+            "bytes_per_token": total / summary["tokens"],
+            "round_trips_per_step": summary["round_trips"] / summary["steps"],
+            "tokens": summary["tokens"],
+        }
+    found["all_active_bytes_per_token"] = _all_active(Bundle.open(options.bundle).manifest, 160, 4)
+    return found
+
+
+def _all_active(manifest: Manifest, tokens: int, sequences: int) -> float:
+    """Bytes a token of LoRA on q, v in all blocks, fp16, by docs/protocol.md's formula."""
+    groups = choose_groups(manifest, ("q_proj", "v_proj"))
+    everything = range(len(groups))
+    base = manifest.base_model
+    traffic = micro_batch_traffic(
+        crossings(_split_config_adapter(), groups),
+        live=everything,
+        with_grads=everything,
+        answered=everything[1:],
+        tokens=tokens,
+        sequences=sequences,
+        labelled=tokens - sequences,
+        embedding_size=base.embedding_size,
+        hidden_size=base.hidden_size,
+        codecs=Codecs.all("fp16"),
+    )
+    return (traffic.bytes_up + traffic.bytes_down) / tokens
+
+
+def _split_config_adapter() -> Any:
+    from dlora.protocol.adapters import AdapterSpec
+
+    return AdapterSpec(r=8)
+
+
+def _train(url: str, bundle: Path, texts: list[str], options: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """A real run's summary."""
+    with tempfile.TemporaryDirectory() as directory:
+        data = Path(directory) / "data.jsonl"
+        # No two alike: a text is asked for once.
+        data.write_text("".join(json.dumps({"text": f"{text} {n}"}) + "\n" for n, text in enumerate(texts)))
+        command = [
+            sys.executable, "-m", "dlora.edge", "train", "--mode", "trunk", "--device-blocks", str(options.blocks),
+            "--bundle", str(need_bundle(bundle)), "--server", url, "--data", str(data), "--out", f"{directory}/out",
+            "--batch-size", str(options.batch_size), "--lr", str(LR), "--threads", str(options.threads), "--seed", "0",
+            "--json", *more,
+        ]  # fmt: skip
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        log(f"{' '.join(more)}: {time.perf_counter() - started:.0f} s")
+        return dict(json.loads(done.stdout))
+
+
+def _bars(result: dict[str, Any]) -> dict[str, Entry]:
+    bars: dict[str, Entry] = {}
+    if step := result.get("step"):
+        seconds = step["step_s"]
+        command = f"{COMMAND} --only step"
+        bars["step_of_torch"] = at_most(1.3, seconds["device"] / seconds["torch"], command)
+        bars["split_step"] = at_least(5, seconds["split_all"] / seconds["device"], command)
+    if memory := result.get("memory"):
+        for dtype, bar in (("fp16", 300), ("int8", 250)):
+            bars[f"peak_rss_{dtype}"] = at_most(bar, memory[dtype], f"{COMMAND} --only memory")
+    if traffic := result.get("traffic"):
+        for dtype, bar in (("fp16", 0.99), ("int8", 0.995)):
+            saved = 1 - traffic[dtype]["bytes_per_token"] / traffic["all_active_bytes_per_token"]
+            bars[f"traffic_{dtype}"] = at_least(bar, saved, f"{COMMAND} --only traffic")
+            after = traffic[dtype]["bytes_after_the_cache_is_full"]
+            bars[f"bytes_after_{dtype}"] = at_most(0, after, f"{COMMAND} --only traffic")
+    return bars
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2-blocks"))
+    parser.add_argument("--int8-bundle", type=Path, default=Path("build/smollm2-blocks-int8"))
+    parser.add_argument("--blocks", type=int, default=4, help="on the device")
+    parser.add_argument("--tokens", type=int, default=256, help="of a micro-batch")
+    parser.add_argument("--labelled", type=float, default=1 / 3, help="share of tokens that are labels, in step")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
