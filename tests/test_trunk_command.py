@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dishonest_server import DishonestServer, dishonest
 from peft import PeftModel
 from peft_reference import loss_of
 from processes import Finished, finish, run_edge, start_edge
@@ -20,12 +21,17 @@ from small_disk import small_disk
 from test_resume import KILLING, Place, assert_same_run, rows, wait_for_lines
 from tiny import Tiny, TinyFactory
 from transformers import AutoModelForCausalLM
+from websockets.sync.server import ServerConnection
 
 from dlora.edge.data.batches import pack
 from dlora.edge.data.loading import Reading, load_datasets
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.run_file import load_run_file
 from dlora.edge.run.trunk_run import CACHE
+from dlora.protocol import messages as m
+from dlora.protocol.manifest import load_manifest
+from dlora.protocol.tensors import WireTensor
+from dlora.protocol.wire_codecs import encode_floats
 
 BLOCKS = 4
 TRUNK = ("--mode", "trunk")
@@ -165,6 +171,44 @@ def test_a_bundle_without_blocks_is_one_line(tiny: TinyFactory, place: Place, tm
     done = run_edge(*other.train(tmp_path / "out", *TRUNK))
     assert (done.code, len(done.errors)) == (4, 1), done.stderr
     assert "the bundle has 0 blocks for a device; export it again with --device-blocks" in done.errors[0]
+
+
+NAN = WireTensor("fp16", np.full((1, 16), np.nan, np.float16))
+LIES = {
+    "another width": (lambda lengths: tuple(ones16(length, 17) for length in lengths), 7, "was due"),
+    "too few": (lambda lengths: tuple(ones16(length, 16) for length in lengths[1:]), 7, "tensors of"),
+    "NaN": (lambda lengths: tuple(WireTensor("fp16", NAN.data.repeat(length, 0)) for length in lengths), 7, "NaN"),
+    "nothing of the kind": (lambda lengths: None, 7, "not now"),
+}
+
+
+def ones16(*shape: int) -> WireTensor:
+    return encode_floats(np.ones(shape, np.float32), "fp16")
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_server_that_lies_is_one_line(place: Place, name: str, tmp_path: Path) -> None:
+    """And nothing of it is kept: an honest server's answers make the run."""
+    make, code, text = LIES[name]
+
+    def script(server: DishonestServer, connection: ServerConnection) -> None:
+        while True:
+            begun = server.hear(connection)
+            assert isinstance(begun, m.Embeddings)
+            tensors = make(begun.sequence_lengths.data.tolist())
+            place = {"step": begun.step, "micro_batch": begun.micro_batch}
+            if tensors is None:
+                server.say_anyway(connection, m.LabelledHiddenStates(**place, hidden_states=ones16(1, 16), gradients=0))
+            else:
+                server.say_anyway(connection, m.EncodedHiddenStates(**place, hidden_states=tensors))
+
+    with dishonest(load_manifest(place.bundle), script) as server:
+        words = place.train(tmp_path, *TRUNK)
+        done = run_edge(*[server.url if word == place.url else word for word in words])
+    assert (done.code, len(done.errors)) == (code, 1), done.stderr
+    assert text in done.errors[0]
+    assert len(done.stderr.splitlines()[-1]) < 300
+    assert run_edge(*words).code == 0
 
 
 def test_no_server_at_the_beginning_is_one_line(place: Place, tmp_path: Path) -> None:

@@ -46,11 +46,24 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         **_defaults("default", DEFAULT_KIND, manifest),
         **_defaults("lora", "lora", manifest),
         "head_dtype": manifest.head.dtype,
+        **_device_blocks(manifest),
         "graphs": len(manifest.graphs),
         "engines": ", ".join(manifest.engines),
         "size_mb": round(sum(file.bytes for file in manifest.files.values()) / 1e6, 1),
         "written_by": manifest.software,
         "format": manifest.format,
+    }
+
+
+def _device_blocks(manifest: Manifest) -> dict[str, Any]:
+    """The blocks that a device can run itself."""
+    spec = manifest.device_blocks
+    if spec is None:
+        return {"device_blocks": 0}
+    return {
+        "device_blocks": len(spec.blocks),
+        "device_block_numbers": number_ranges(block.index for block in spec.blocks),
+        "device_block_dtype": spec.dtype,
     }
 
 
