@@ -125,7 +125,7 @@ def _source(
 ) -> TrunkSource:
     manifest, codecs = bundle.manifest, Codecs.all("fp16")
     blocks = manifest.base_model.blocks - options.blocks
-    owner = CacheOwner.of(manifest.base_model.fingerprint, blocks, encoded_width(manifest), codecs, "embeddings")
+    owner = CacheOwner.of(manifest, blocks, encoded_width(manifest), codecs, "embeddings")
     return TrunkSource(
         bundle,
         engine,

@@ -32,6 +32,7 @@ MAX_GROUPS = 16_384
 MAX_WINDOW = 64
 RESUME_TOKEN_BYTES = 32
 MAX_RETRY_AFTER_S = 86_400
+MAX_ENCODED_SEQUENCES = 128  # C may run each by itself, and answers each with a tensor of its own
 
 Window = Annotated[int, msgspec.Meta(ge=1, le=MAX_WINDOW)]
 ResumeToken = Annotated[bytes, msgspec.Meta(min_length=RESUME_TOKEN_BYTES, max_length=RESUME_TOKEN_BYTES)]

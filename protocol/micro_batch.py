@@ -224,6 +224,9 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
     _check_positions(message.label_positions, tokens, "label positions")
     if (message.mode == "encode") is bool(message.label_positions.shape[0]):
         raise ViolationError("no label positions, or some in the mode encode")
+    if message.mode == "encode" and lengths.size > m.MAX_ENCODED_SEQUENCES:
+        text = f"{lengths.size} sequences in the mode encode; at most {m.MAX_ENCODED_SEQUENCES} fit"
+        raise ViolationError(text, m.ErrorCode.LIMIT)
     if message.mode == "encode" and (message.crossing_positions or message.examples):
         raise ViolationError("crossing positions, or examples, in the mode encode")
     if message.crossing_positions is not None:

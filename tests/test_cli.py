@@ -42,6 +42,7 @@ from dlora.protocol.errors import (
     UsageError,
 )
 from dlora.protocol.frames import encode
+from dlora.protocol.version import PROTOCOL_VERSIONS
 
 GOOD_ROW = json.dumps({"prompt": "w1 w2 w3", "completion": " w4 w5"})
 
@@ -297,11 +298,11 @@ def test_unreachable_server_is_a_one_line_error(place: Place, tmp_path: Path) ->
 def test_server_that_refuses_the_version_is_an_error(place: Place, tmp_path: Path) -> None:
     def refuse(connection: ServerConnection) -> None:
         connection.recv()
-        connection.send(encode(m.Error(code="version", message="this server speaks wire versions [9]")))
+        connection.send(encode(m.Error(code="version", message="this server speaks wire versions [99]")))
 
     with fake_server(refuse) as url:
         done = run_edge(*place.train(tmp_path / "out", server=url))
-    assert_fails(done, ProtocolError.exit_code, "versions [9]", "update")
+    assert_fails(done, ProtocolError.exit_code, "versions [99]", "update")
 
 
 def test_server_that_answers_with_another_version_is_an_error(place: Place, tmp_path: Path) -> None:
@@ -310,8 +311,8 @@ def test_server_that_answers_with_another_version_is_an_error(place: Place, tmp_
         connection.send(
             encode(
                 m.Welcome(
-                    protocol_version=9, software="x", base_model="x", base_fingerprint="x", embedding_size=1,
-                    hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
+                    protocol_version=PROTOCOL_VERSIONS[-1] + 1, software="x", base_model="x", base_fingerprint="x",
+                    embedding_size=1, hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
                 )
             )
         )  # fmt: skip

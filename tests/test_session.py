@@ -991,6 +991,10 @@ def test_what_a_session_that_encodes_cannot_do() -> None:
         refused_by_both(pair, to_encode(**{name: WireTensor.from_ints([0, 1])}), "in the mode encode")
     for mode in ("train", "evaluate", "basis", "decode"):
         refused_by_both(pair, c.embeddings(mode=mode), f"of the mode {mode} in a session that is for something else")
+    many = m.MAX_ENCODED_SEQUENCES + 1
+    wide = Pair([*c.opening()[:1], msgspec.structs.replace(c.welcome(), max_tokens=1000), *encoding()[2:]])
+    tensors = {"hidden_states": c.floats(many, c.WIDTH), "sequence_lengths": WireTensor.from_ints([1] * many)}
+    refused_by_both(wide, to_encode(**tensors), "129 sequences in the mode encode; at most 128 fit")
     refused_by_both(pair, c.report(), "a report where nothing is trained")
     for other in (Pair(using()), Pair(c.opening())):
         refused_by_both(other, to_encode(), "of the mode encode in a session that is for something else")

@@ -16,8 +16,10 @@ from waiting import eventually
 
 from dlora.edge.data.batches import pack
 from dlora.edge.data.examples import Dataset
+from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache, text_digest
 from dlora.edge.model.trunk_source import texts_of
 from dlora.edge.wire.connection import Connection
+from dlora.protocol.wire_codecs import encode_floats
 
 BLOCKS = (1, 2)
 
@@ -131,3 +133,43 @@ def test_what_is_sent_depends_on_the_text_alone(
                     trainer.run_step()
     assert sent[0] == sent[1] == sent[2]
     assert len(sent[0]) >= 3
+
+
+def test_a_cache_grows_no_larger_than_its_limit_and_shrinks_to_another(tmp_path: Path) -> None:
+    owner = CacheOwner(base_model="a", blocks=1, width=4, embeddings="fp16 as fp16", codec="fp16")
+    texts = [np.arange(length) for length in (3, 5, 2, 4)]
+    tensors = [encode_floats(np.full((len(ids), 4), 1.5, np.float32), "fp16") for ids in texts]
+    cache = TrunkCache(tmp_path / "cache", owner, limit=1 << 20)
+    assert all(cache.add(text_digest(ids), tensor) for ids, tensor in zip(texts, tensors, strict=True))
+    size = cache.nbytes
+    cache.close()
+    assert (tmp_path / "cache").stat().st_size == size
+    smaller = TrunkCache(tmp_path / "cache", owner, limit=size - 1)
+    assert [smaller.get(text_digest(ids)) for ids in texts] == [*tensors[:3], None]
+    assert not smaller.add(text_digest(texts[3]), tensors[3])
+    smaller.close()
+    (tmp_path / "cache").write_bytes(bytes(size))  # what a power cut may leave
+    empty = TrunkCache(tmp_path / "cache", owner, limit=size)
+    assert len(empty) == 0
+    assert empty.add(text_digest(texts[0]), tensors[0])
+    empty.close()
+
+
+def test_one_damaged_record_is_one_text(tmp_path: Path) -> None:
+    """Whichever byte it is: all others are found."""
+    owner = CacheOwner(base_model="a", blocks=1, width=2, embeddings="fp16 as fp16", codec="fp32")
+    texts = [np.arange(length) for length in (3, 5, 2, 4)]
+    tensors = [encode_floats(np.full((len(ids), 2), len(ids), np.float32), "fp32") for ids in texts]
+    path = tmp_path / "cache"
+    cache = TrunkCache(path, owner, limit=1 << 20)
+    for ids, tensor in zip(texts, tensors, strict=True):
+        cache.add(text_digest(ids), tensor)
+    cache.close()
+    content = path.read_bytes()
+    sizes = [cache.record_bytes(len(ids)) for ids in texts]
+    ends = np.cumsum([len(content) - sum(sizes), *sizes])
+    for place in range(ends[1], ends[2]):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+        damaged = TrunkCache(path, owner, limit=1 << 20)
+        assert [damaged.get(text_digest(ids)) for ids in texts] == [tensors[0], None, *tensors[2:]], place
+        damaged.close()

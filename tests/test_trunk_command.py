@@ -124,7 +124,13 @@ def test_kill_and_revive_is_that_of_a_server(place: Place, tmp_path: Path) -> No
     maps = []
     for name, options in (
         ("trunk", TRUNK),
-        ("split", ("--blocks", "1-3", "--target-modules", "all-linear", "--kr-on-kill", "hold_forward")),
+        (
+            "split",
+            (
+                "--blocks", "1-3", "--target-modules", "all-linear", "--kr-on-kill", "hold_forward",
+                "--no-kr-cost-aware",
+            ),
+        ),
     ):
         done = run_edge(*place.train(tmp_path / name, *options, *KILLING, "--wire-dtype", "fp32"))
         assert done.code == 0, done.stderr
@@ -152,8 +158,11 @@ WRONG = {
     "answers": ((*TRUNK, "--adapt", "answer"), 2, "--adapt answer cannot be with --mode trunk"),
     "budget": ((*TRUNK, "--bytes-per-token", 9), 2, "--bytes-per-token cannot be with --mode trunk"),
     "given": ((*TRUNK, "--kr-on-kill", "give_to_server"), 2, "--kr-on-kill give_to_server cannot be with"),
+    "bypass": ((*TRUNK, "--kr-on-kill", "bypass"), 2, "a killed unit keeps its effect: leave that out"),
+    "room": (("--mode", "split", "--cache-mb", 9), 2, "--cache-mb needs --mode trunk"),
+    "all": ((*TRUNK, "--device-blocks", 9), 2, "the server runs one block at the least; the model has 4"),
     "blocks": ((*TRUNK, "--blocks", "0-3"), 2, "only the blocks on this device can be trained, 1-3, not 0"),
-    "too many": ((*TRUNK, "--device-blocks", 4), 4, "the bundle has 3 blocks for a device; export it again"),
+    "every": ((*TRUNK, "--device-blocks", 4), 2, "the server runs one block at the least; the model has 4"),
 }
 
 
@@ -218,8 +227,16 @@ def test_no_server_at_the_beginning_is_one_line(place: Place, tmp_path: Path) ->
     assert run_edge(*words).code == 0
 
 
+def second_record_harmed(content: bytes) -> bytes:
+    """The byte that says how long it is."""
+    mark = b"\0text\r\n\x1a"
+    place = content.index(mark, content.index(mark) + 1) + len(mark) + 32
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 HARM = {
     "cut off": (lambda content: content[:-70], "was cut off while it was written"),
+    "a length": (second_record_harmed, "is damaged in one place"),
     "a bit": (lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:], "is damaged in one place"),
     "empty": (lambda content: b"", ""),
     "the header cut off": (lambda content: content[:30], ""),

@@ -48,9 +48,7 @@ def trunk_training(
     runs = make_engine(opened, engine, 1)
     manifest = opened.manifest
     blocks = manifest.base_model.blocks - run.device_blocks
-    owner = CacheOwner.of(
-        manifest.base_model.fingerprint, blocks, encoded_width(manifest), run.codecs, run.send
-    )
+    owner = CacheOwner.of(manifest, blocks, encoded_width(manifest), run.codecs, run.send)
     kept = TrunkCache(cache, owner, limit=limit, warn=[].append if warnings is None else warnings.append)
     source = TrunkSource(
         opened,

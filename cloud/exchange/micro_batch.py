@@ -237,7 +237,8 @@ class MicroBatchRun:
         run = partial(sites.parts.run, end=purpose.blocks)
         with torch.no_grad():
             if purpose.exact:
-                return [run(tokens[None])[0] for tokens in self._tokens().split(self._lengths)]
+                # Copies: at another place in memory, kernels may add up in another order.
+                return [run(tokens[None].clone())[0] for tokens in self._tokens().split(self._lengths)]
             hidden = run(
                 layout.inputs_embeds, attention_mask=layout.attention_mask, position_ids=layout.position_ids
             )

@@ -243,7 +243,8 @@ def frame_limit(service: Service, session: Session) -> int:
     """The largest frame that a device can have reason to send in this session, in bytes."""
     opening, base = session.opened_with, service.base
     assert opening is not None
-    widest = largest_row(opening.adapter, opening.groups, base.embedding_size, base.hidden_size)
+    ends = base.embedding_size, base.hidden_size, opening.encoded_width
+    widest = largest_row(opening.adapter, opening.groups, *ends)
     micro_batch = service.max_tokens * (widest * 4 + 12)
     kept = largest_state_bytes(opening.adapter, opening.groups)
     if isinstance(opening.purpose, m.Train) and opening.purpose.kill_revive.gives_to_server:

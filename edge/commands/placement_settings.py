@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
 
 
+DEFAULT_CACHE_MB: Final = 4000.0
+
+
 def choose_placement(settings: RunSettings, manifest: Manifest, init: LoadedAdapter | None) -> RunSettings:
     """``settings`` with all that follows from ``--mode``, as ``run.json`` keeps it.
 
@@ -25,18 +28,24 @@ def choose_placement(settings: RunSettings, manifest: Manifest, init: LoadedAdap
     together, and ``BundleError`` for a bundle without enough blocks.
     """
     if settings.mode == "split":
-        for option, is_given in (("--device-blocks", settings.device_blocks), ("--keep-cache", settings.keep_cache)):
+        for option, is_given in (
+            ("--device-blocks", settings.device_blocks is not None),
+            ("--cache-mb", settings.cache_mb is not None),
+            ("--keep-cache", settings.keep_cache),
+        ):
             if is_given:
                 raise UsageError(f"{option} needs --mode trunk, in which blocks run on this device")
         return settings
     _check(settings, init)
     spec = manifest.device_blocks
     has = 0 if spec is None else len(spec.blocks)
-    count = settings.device_blocks or has
+    last = manifest.base_model.blocks
+    count = settings.device_blocks or min(has, last - 1)
+    if count >= last:
+        raise UsageError(f"--device-blocks {count}: the server runs one block at the least; the model has {last}")
     if count > has or not count:
         text = f"the bundle has {has} blocks for a device; export it again with --device-blocks {max(1, count)}"
         raise BundleError(f"{text}, or lower --device-blocks" if has else text)
-    last = manifest.base_model.blocks
     here = range(last - count, last)
     blocks = parse_blocks(settings.blocks, manifest) if settings.blocks else tuple(here)
     if outside := set(blocks) - set(here):
@@ -47,11 +56,13 @@ def choose_placement(settings: RunSettings, manifest: Manifest, init: LoadedAdap
     return msgspec.structs.replace(
         settings,
         device_blocks=count,
+        cache_mb=DEFAULT_CACHE_MB if settings.cache_mb is None else settings.cache_mb,
         kind="lora",
         adapt="all",
         blocks=number_ranges(blocks),
         target_modules=settings.target_modules or ALL_LINEAR,
         kr_on_kill="hold_forward",
+        kr_cost_aware=False,  # costs are bytes and round trips
     )
 
 
@@ -61,7 +72,11 @@ def _check(settings: RunSettings, init: LoadedAdapter | None) -> None:
         (f"--kind {settings.kind}", settings.kind not in (None, "lora"), "it trains LoRA: leave that out"),
         ("--adapt answer", settings.adapt == "answer", "adapters on this device act on all tokens: leave that out"),
         ("--bytes-per-token", settings.bytes_per_token is not None, "its steps send nothing: leave that out"),
-        ("--kr-on-kill give_to_server", settings.kr_on_kill == "give_to_server", "leave that out"),
+        (
+            f"--kr-on-kill {settings.kr_on_kill}",
+            settings.kr_on_kill in ("give_to_server", "bypass"),
+            "a killed unit keeps its effect: leave that out",
+        ),
         (
             "--init-adapter",
             init is not None and bool(init.invocation),

@@ -57,13 +57,13 @@ def train(
         ),
     ] = None,
     cache_mb: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Disk for what the server gave, in MB; what does not fit is asked for again at each step that needs "
-            "it.",
+            help="Disk for what the server gave, in MB, by default 4000; what does not fit is asked for again at each "
+            "step that needs it.",
             min=0,
         ),
-    ] = 4000.0,
+    ] = None,
     keep_cache: Annotated[
         bool,
         typer.Option(
@@ -260,7 +260,8 @@ def train(
         OnKill,
         typer.Option(
             help="What becomes of a killed unit's effect: fade or bypass, it ends; hold_forward, it stays, for its "
-            "forward traffic; give_to_server, the server gets what it has learnt and applies it without traffic.",
+            "forward traffic, and always with --mode trunk; give_to_server, the server gets what it has learnt and "
+            "applies it without traffic.",
             rich_help_panel=KR,
         ),
     ] = "fade",
@@ -304,6 +305,12 @@ def resume(
     ] = None,
     keep: Annotated[Keep | None, typer.Option(help="Which adapter to save in the end: the last or the best.")] = None,
     server: Annotated[str | None, typer.Option(help="Another server than before.")] = None,
+    cache_mb: Annotated[
+        float | None, typer.Option(help="With --mode trunk: another limit for what the server gave.", min=0)
+    ] = None,
+    keep_cache: Annotated[
+        bool | None, typer.Option("--keep-cache", help="With --mode trunk: keep what the server gave.")
+    ] = None,
     token_file: TokenFileOption = None,
     ca: CaOption = None,
     client_cert: ClientCertOption = None,
@@ -329,7 +336,7 @@ def resume(
     changes = {
         "steps": steps, "epochs": epochs, "patience": patience, "keep": keep, "server": server,
         "token_file": token_file, "ca": ca, "client_cert": client_cert, "client_key": client_key, "threads": threads,
-        "max_retry_s": max_retry_s,
+        "max_retry_s": max_retry_s, "cache_mb": cache_mb, "keep_cache": keep_cache,
     }  # fmt: skip
     settings = settings_of_run(directory, changes)
     display.finish(run_train(settings, resume=True, display=display))

@@ -112,7 +112,7 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         credentials=credentials,
         device_id=load_device_id(warn=display.warn),
         max_retry_s=settings.max_retry_s,
-        cache_mb=settings.cache_mb,
+        cache_mb=settings.cache_mb or 0.0,
         keep_cache=settings.keep_cache,
         liveness=Liveness(exchange_s=settings.exchange_timeout_s),
         pause=rules,

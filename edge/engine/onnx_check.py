@@ -84,7 +84,8 @@ def _check_tensor(tensor: bytes) -> None:
             if kind in _FIXED:  # whoever reads it passes it over
                 raise ValueError("a tensor's dimension of a wrong type")
             dims += [value] if isinstance(value, int) else _varints(value)
-    if len(dims) > _MAX_DIMS or math.prod(dims) > 2 * len(tensor):  # half a byte each at the least
+    # Half a byte each at the least; and a dimension beside one of 0 is no longer for that.
+    if len(dims) > _MAX_DIMS or math.prod(max(size, 1) for size in dims) > 2 * len(tensor):
         raise ValueError("a tensor that claims to be larger than it is")
 
 

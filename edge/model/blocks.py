@@ -48,6 +48,7 @@ class DeviceBlocks:
 
     Attributes:
         first: the number of the first block.
+        max_length: the most tokens of a sequence.
         parameter_shapes: of ``lora_A`` and ``lora_B`` of every module that may have LoRA, by full name.
 
     Raises ``BundleError`` where the bundle has fewer blocks.
@@ -63,7 +64,7 @@ class DeviceBlocks:
             )
         chosen = spec.blocks[-count:]
         passes = {key: _Passes.load(bundle, engine, key) for key in {block.graph for block in chosen}}
-        self._max_length = spec.max_length
+        self.max_length = spec.max_length
         self._blocks = [_Block(bundle, block, passes[block.graph], rank, spec.max_length) for block in chosen]
         self._norm_forward, self._norm_backward = engine.load("final_norm_forward"), engine.load("final_norm_backward")
         self._norm_weights = {name: bundle.weight(file) for name, file in spec.final_norm.items()}
@@ -82,11 +83,7 @@ class DeviceBlocks:
 
         Raises ``DataError`` for a sequence that is longer than the bundle's tables.
         """
-        if lengths.max() > self._max_length:
-            raise DataError(
-                f"a sequence of {lengths.max()} tokens is longer than blocks on a device take ({self._max_length}); "
-                f"set --max-length {self._max_length}"
-            )
+        self.check_length(int(lengths.max()))
         scale, kept = scalar(scaling), []
         masks: dict[int | None, FloatArray] = {}
         positions = np.concatenate([np.arange(length) for length in lengths])
@@ -98,6 +95,14 @@ class DeviceBlocks:
             kept.append(inputs)
         (last,) = self._norm_forward({"x": hidden_states, **self._norm_weights})
         return last, Kept(kept, hidden_states)
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ``DataError`` for a sequence that is longer than the bundle's tables."""
+        if tokens > self.max_length:
+            raise DataError(
+                f"the data has a sequence of {tokens} tokens, blocks on a device take {self.max_length}; set "
+                f"--max-length {self.max_length}"
+            )
 
     def backward(
         self, grad: FloatArray, kept: Kept, lora: Mapping[str, FloatArray], scaling: float

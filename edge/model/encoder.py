@@ -119,7 +119,7 @@ class Encoder:
         waiting, in_order = deque(self._micro_batches(sequences)), deque[_Asked]()
         under_way: dict[Key, _Asked] = {}
         while waiting or in_order:
-            while waiting and len(under_way) < self._connection.session.window:
+            while waiting and len(in_order) < self._connection.session.window:  # no more is held than that
                 asked = waiting.popleft()
                 in_order.append(asked)
                 under_way[self._begin(asked.sequences)] = asked
@@ -144,7 +144,8 @@ class Encoder:
             )
         most = min(welcome.max_tokens, _MOST_TOKENS)
         for piece in cut_to_fit(lengths, max_tokens=most, packs=welcome.packs):
-            yield _Asked(sequences[piece.start : piece.stop])
+            for start in range(piece.start, piece.stop, m.MAX_ENCODED_SEQUENCES):
+                yield _Asked(sequences[start : min(piece.stop, start + m.MAX_ENCODED_SEQUENCES)])
 
     def _begin(self, sequences: Sequence[LongArray]) -> Key:
         self._count += 1

@@ -16,12 +16,14 @@ from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
-from dlora.protocol.errors import UsageError
+from dlora.protocol.errors import DataError, UsageError
 from dlora.protocol.tensors import FloatArray
 
 from .blocks import DeviceBlocks
 from .ends import Head, LongArray
 from .trunk_source import Counters, TrunkSource
+
+_MOST_TOKENS: Final = 1024  # of a micro-batch
 
 
 class TrunkModel:
@@ -44,6 +46,8 @@ class TrunkModel:
         self.adapters = adapters
         self.compute_seconds = 0.0
         self._source = source
+        self._bound = _bound(bundle, engine)
+        self._most_tokens = _MOST_TOKENS if self._bound is None else min(_MOST_TOKENS, self._bound)
         self._blocks = DeviceBlocks(bundle, engine, count, adapters.adapter_spec.r)
         if missing := sorted(set(adapters.parameters()) - set(self._blocks.parameter_shapes)):
             module = missing[0].rpartition(".")[0]
@@ -55,9 +59,19 @@ class TrunkModel:
         """What crossed so far."""
         return self._source.counters
 
+    def check_fits(self, longest: int) -> None:
+        """Raise ``DataError`` where a sequence of ``longest`` tokens cannot be run here, now or never."""
+        self._blocks.check_length(longest)
+        bound = self._bound
+        if bound is not None and longest > bound:
+            raise DataError(
+                f"the data has a sequence of {longest} tokens, ExecuTorch's programs of this bundle take {bound}; set "
+                f"--max-length {bound}, or use --engine onnx"
+            )
+
     def cut(self, batch: MicroBatch) -> list[MicroBatch]:
-        """Itself: no server has to take it."""
-        return [batch]
+        """``batch`` in parts that take little memory: what attention needs grows with the square of the tokens."""
+        return batch.cut(max_tokens=self._most_tokens, packs=True)
 
     def forward_backward(self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float) -> list[FloatArray]:
         """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters.
@@ -85,6 +99,11 @@ class TrunkModel:
 
         Raises what ``TrunkSource`` raises.
         """
+        found = [self._evaluate(part) for part in self.cut(batch)]
+        losses, predictions = (np.concatenate(each) for each in zip(*found, strict=True))
+        return losses, predictions
+
+    def _evaluate(self, batch: MicroBatch) -> tuple[FloatArray, LongArray]:
         batch = batch.until_last_label()
         hidden_states = self._source.hidden_states(batch)
         started = time.perf_counter()
@@ -93,3 +112,9 @@ class TrunkModel:
         found = self._head.loss(last[batch.label_positions], batch.labels)
         self.compute_seconds += time.perf_counter() - started
         return found
+
+
+def _bound(bundle: Bundle, engine: Engine) -> int | None:
+    """The most tokens of a micro-batch that the engine's programs take; None: any number."""
+    spec = bundle.manifest.executorch
+    return spec.bounds.get("positions") if spec is not None and engine.name == "executorch" else None

@@ -1,8 +1,9 @@
 """What the server gave for each text, on the device's disk: a run asks for a text once, and trains from here.
 
-One file: a header that says whose it is, then a record for each text, appended as it comes. A record has the digest of
-its text and a check of its own, so that a file that was cut off in the middle, by a full disk or a kill, is good up to
-there, and a damaged record is only one text that is asked for again. It is read where it is needed, never whole.
+One file: a header that says whose it is, then a record for each text, appended as it comes. A record has a mark, the
+digest of its text, and checks of its own, so that a file that was cut off in the middle, by a full disk or a kill, is
+good up to there, and a damaged record is only one text that is asked for again. It is read where it is needed, never
+whole.
 
 What is kept is what crossed, bit for bit: a run that goes on, or asks again, has the same.
 """
@@ -13,6 +14,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -20,9 +22,10 @@ from typing import Final, NamedTuple
 import msgspec
 import numpy as np
 
-from dlora.edge.files import remove_quietly, storage_errors
+from dlora.edge.files import storage_errors
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import CheckpointError, StorageError
+from dlora.protocol.manifest import Manifest
 from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor
 from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole
 
@@ -30,8 +33,11 @@ from .ends import LongArray
 
 _MAGIC: Final = b"dlora-trunk-1\n\0\0"
 _LENGTH: Final = struct.Struct("<I")
-_RECORD: Final = struct.Struct("<32sIi")  # digest of the text, tokens, exponent
+_MARK: Final = b"\0text\r\n\x1a"  # where a record begins
+_RECORD: Final = struct.Struct("<8s32sIiI")  # mark, digest of the text, tokens, exponent, CRC-32 of these
+_CRC_BYTES: Final = 4
 _CHECK_BYTES: Final = 16
+_LOOKED_THROUGH: Final = 1 << 20  # bytes at once, for a mark
 _MAX_HEADER: Final = 1 << 16
 
 
@@ -40,7 +46,7 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         base_model: fingerprint; blocks: how many of the first were run; width: of what came out of them.
-        embeddings: how the embeddings crossed, or ``token-ids``; codec: how the hidden states did.
+        embeddings: how the embeddings are stored and crossed, or ``token-ids``; codec: how the hidden states crossed.
     """
 
     base_model: str
@@ -50,10 +56,16 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
     codec: str
 
     @classmethod
-    def of(cls, base_model: str, blocks: int, width: int, codecs: Codecs, send: Send) -> CacheOwner:
-        embeddings = send if send == "token-ids" else codecs.of(TensorRole.EMBEDDINGS).dtype
-        codec = codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
-        return cls(base_model=base_model, blocks=blocks, width=width, embeddings=embeddings, codec=codec)
+    def of(cls, manifest: Manifest, blocks: int, width: int, codecs: Codecs, send: Send) -> CacheOwner:
+        """Of a run with this bundle."""
+        embeddings = f"{manifest.embedding.dtype} as {codecs.of(TensorRole.EMBEDDINGS).dtype}"
+        return cls(
+            base_model=manifest.base_model.fingerprint,
+            blocks=blocks,
+            width=width,
+            embeddings=send if send == "token-ids" else embeddings,
+            codec=codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype,
+        )
 
 
 class _Place(NamedTuple):
@@ -88,6 +100,7 @@ class TrunkCache:
         self._checked: set[bytes] = set()
         with storage_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            os.fchmod(self._file, 0o600)
         try:
             self._end = self._read_header() or self._write_header()
             self._find_records()
@@ -104,6 +117,20 @@ class TrunkCache:
         """Of the file."""
         return self._end
 
+    @property
+    def tokens(self) -> int:
+        """Of all texts that it has."""
+        return sum(place.tokens for place in self._places.values())
+
+    @property
+    def room(self) -> int:
+        """Bytes that the file may grow by."""
+        return self._limit - self._end
+
+    def record_bytes(self, tokens: int) -> int:
+        """What a text of so many tokens takes."""
+        return _RECORD.size + _CHECK_BYTES + self._codec.nbytes(tokens, self._owner.width)
+
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._places
 
@@ -113,14 +140,17 @@ class TrunkCache:
         if place is None:
             return None
         with storage_errors(self.path):
-            stored = os.pread(self._file, self._codec.nbytes(place.tokens, self._owner.width), place.offset)
-            if digest not in self._checked:
+            nbytes = self._codec.nbytes(place.tokens, self._owner.width)
+            stored = os.pread(self._file, nbytes, place.offset)
+            is_whole = len(stored) == nbytes
+            if is_whole and digest not in self._checked:
                 check = os.pread(self._file, _CHECK_BYTES, place.offset - _CHECK_BYTES)
-                if check != _check(_RECORD.pack(digest, place.tokens, place.exponent), stored):
-                    self._warn(f"{self.path} is damaged in one place, whose text is asked for again")
-                    del self._places[digest]
-                    return None
-                self._checked.add(digest)
+                is_whole = check == _check(_head(digest, place.tokens, place.exponent), stored)
+        if not is_whole:
+            self._warn(f"{self.path} is damaged in one place, whose text is asked for again")
+            del self._places[digest]
+            return None
+        self._checked.add(digest)
         width = self._owner.width + (SCALE_BYTES if self._codec.dtype == "int8" else 0)
         data = np.frombuffer(stored, DTYPES[self._codec.dtype]).reshape(place.tokens, width)
         return WireTensor(self._codec.dtype, data, place.exponent)
@@ -129,7 +159,7 @@ class TrunkCache:
         """Keep the hidden states of a text; False where there is no room. Raises ``StorageError``; what was kept before
         stays."""
         stored = tensor.data.tobytes()
-        record = _RECORD.pack(digest, tensor.shape[0], tensor.exponent)
+        record = _head(digest, tensor.shape[0], tensor.exponent)
         whole = record + _check(record, stored) + stored
         if digest in self._places:
             return True
@@ -150,16 +180,13 @@ class TrunkCache:
     def close(self) -> None:
         os.close(self._file)
 
-    def remove(self) -> None:
-        """Close it, and delete the file."""
-        self.close()
-        remove_quietly(self.path)
-
     def _read_header(self) -> int:
         """Where records begin; 0 for a file that is empty, or whose header was cut off."""
         with storage_errors(self.path):
             size = os.fstat(self._file).st_size
             start = os.pread(self._file, len(_MAGIC) + _LENGTH.size, 0)
+            if not start.strip(b"\0"):  # empty; or a power cut has left its length and nothing else
+                return 0
             if not _MAGIC.startswith(start[: len(_MAGIC)]):
                 raise CheckpointError(f"{self.path} is no cache of hidden states; choose another --out")
             if len(start) < len(_MAGIC) + _LENGTH.size:
@@ -190,31 +217,58 @@ class TrunkCache:
         return len(whole)
 
     def _find_records(self) -> None:
-        """Index what is there, and cut off a record that is not whole."""
+        """Index what is there. What is damaged is passed over, what was cut off at the end goes."""
         with storage_errors(self.path):
             size = os.fstat(self._file).st_size
-            while self._end < size:
-                record = os.pread(self._file, _RECORD.size, self._end)
-                if len(record) < _RECORD.size:
-                    break
-                digest, tokens, exponent = _RECORD.unpack(record)
-                start = self._end + _RECORD.size + _CHECK_BYTES
-                end = start + self._codec.nbytes(tokens, self._owner.width)
-                if not tokens or end > size:
+            at = self._end
+            while at < size:
+                head = _read_head(os.pread(self._file, _RECORD.size, at))
+                if head is None:
+                    at = self._find_mark(at + 1, size)
+                    continue
+                digest, tokens, exponent = head
+                start, end = at + _RECORD.size + _CHECK_BYTES, at + self.record_bytes(tokens)
+                if end > size:
                     break
                 if end > self._limit:  # smaller than before
                     os.ftruncate(self._file, self._end)
                     return
+                if at > self._end:
+                    self._warn(f"{self.path} is damaged in one place, whose text is asked for again")
                 self._places[digest] = _Place(start, tokens, exponent)
-                self._end = end
+                self._end = at = end
             if self._end < size:
                 self._warn(f"{self.path} was cut off while it was written; what is missing is asked for again")
                 os.ftruncate(self._file, self._end)
+
+    def _find_mark(self, start: int, size: int) -> int:
+        """Where the next record may begin, from ``start`` on; ``size`` where there is none."""
+        while start < size:
+            some = os.pread(self._file, _LOOKED_THROUGH, start)
+            found = some.find(_MARK)
+            if found >= 0:
+                return start + found
+            start += max(1, len(some) - len(_MARK) + 1)
+        return size
 
 
 def text_digest(ids: LongArray) -> bytes:
     """SHA-256 of a text's tokens, int64 (tokens,)."""
     return hashlib.sha256(np.ascontiguousarray(ids, "<i8").tobytes()).digest()
+
+
+def _head(digest: bytes, tokens: int, exponent: int) -> bytes:
+    """What stands before a record's check and tensor."""
+    head = _RECORD.pack(_MARK, digest, tokens, exponent, 0)[:-_CRC_BYTES]
+    return head + zlib.crc32(head).to_bytes(_CRC_BYTES, "little")
+
+
+def _read_head(head: bytes) -> tuple[bytes, int, int] | None:
+    """Digest, tokens and exponent; None where no record begins there."""
+    if len(head) < _RECORD.size or zlib.crc32(head[:-_CRC_BYTES]).to_bytes(_CRC_BYTES, "little") != head[-_CRC_BYTES:]:
+        return None
+    mark, digest, tokens, exponent, _ = _RECORD.unpack(head)
+    return (digest, tokens, exponent) if mark == _MARK and tokens else None
 
 
 def _check(record: bytes, stored: bytes) -> bytes:

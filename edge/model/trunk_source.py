@@ -18,7 +18,7 @@ from dlora.protocol.choices import Send
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.tensors import FloatArray, WireTensor
-from dlora.protocol.wire_codecs import Codecs, decode_floats
+from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
 
 from .encoder import Encoder, EncodeSession
 from .ends import Embedding, LongArray
@@ -76,25 +76,40 @@ class TrunkSource:
         up, down, trips = self._before
         return up + session.bytes_sent, down + session.bytes_received, trips + session.round_trips
 
-    def fill(self, texts: Iterable[LongArray], progress: Callable[[int], None] = lambda _: None) -> None:
+    @property
+    def kept_bytes(self) -> int:
+        """What asking for all that is kept puts on the wire, about: also where it came in an earlier process."""
+        codec, base = self._codecs.of(TensorRole.EMBEDDINGS), self._bundle.manifest.base_model
+        tokens = self.cache.tokens
+        up = 4 * tokens if self._send == "token-ids" else codec.nbytes(tokens, base.embedding_size)
+        return up + self.cache.nbytes
+
+    def fill(self, texts: Iterable[LongArray], progress: Callable[[int], None] = lambda _: None) -> bool:
         """Ask for what the cache does not have, in the order of ``texts``, as long as there is room; then hang up.
 
-        ``progress`` is called with how many more texts are dealt with. Raises as ``hidden_states``, and whatever
-        ``progress`` does: what has come stays.
+        Returns whether there was room for all. ``progress`` is called with how many more texts are dealt with. Raises
+        as ``hidden_states``, and whatever ``progress`` does: what has come stays.
         """
         left = iter(texts)
-        is_full = False
-        while not is_full and (some := list(islice(left, _TEXTS_AHEAD))):
+        has_room = True
+        while has_room and (some := list(islice(left, _TEXTS_AHEAD))):
             missing: dict[bytes, LongArray] = {}
+            room = self.cache.room
             for ids in some:
                 digest = text_digest(ids)
-                if digest not in self.cache:
-                    missing.setdefault(digest, ids)
+                if digest in self.cache or digest in missing:
+                    continue
+                room -= self.cache.record_bytes(len(ids))
+                if room < 0:
+                    has_room = False
+                    break
+                missing[digest] = ids
             progress(len(some) - len(missing))
             for digest, tensor in zip(missing, self._ask(list(missing.values())), strict=True):
-                is_full = not self.cache.add(digest, tensor) or is_full
+                self.cache.add(digest, tensor)
                 progress(1)
         self.hang_up()
+        return has_room
 
     def hidden_states(self, batch: MicroBatch) -> FloatArray:
         """Of all texts of a micro-batch, float32 (tokens, width).

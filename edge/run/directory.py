@@ -15,6 +15,7 @@ from dlora.protocol.errors import UsageError
 from .run_file import RUN_FILE
 
 CHECKPOINTS: Final = "checkpoints"
+CACHE: Final = "trunk-cache.bin"
 
 
 @contextlib.contextmanager
@@ -49,6 +50,6 @@ def _refuse_to_replace(out: Path) -> None:
     """Raise ``UsageError`` where a new run might replace files that are not those of a run that came to nothing."""
     if (out / WEIGHTS_NAME).exists():
         raise UsageError(f"{out} holds an adapter that has no checkpoint; choose another --out")
-    others = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    others = [path.name for path in out.iterdir() if not path.name.startswith(".") and path.name != CACHE]
     if others and not (out / RUN_FILE).exists():
         raise UsageError(f"{out} is not empty and holds no run; choose another --out")

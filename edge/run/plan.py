@@ -83,7 +83,7 @@ def run_line(
     if config.mode == "trunk":
         datasets = [dataset, *([] if evaluations is None else [evaluations.dataset])]
         mb = sum(encoding_bytes(config, manifest, each) for each in datasets) / 1e6
-        traffic = f"about {_mb(mb)}, before the first step and no more,"
+        traffic = f"at most {_mb(mb)}, once, before the first step,"
     else:
         mb = expected_mb(config, manifest, dataset, next_step)
         mb += set_up_mb(config, manifest, dataset, has_state=has_state)
@@ -144,8 +144,11 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
     active = kr.budget_floor(units)
     if active == units:
         return []
-    lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality"]
-    if (config.kind, kr.score) == ("lora", "change"):
+    if config.mode == "trunk":
+        lines = [f"{active} of {units} {kr.unit}s are trained at a time; the others keep what they have learnt"]
+    else:
+        lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality"]
+    if (config.mode, config.kind, kr.score) == ("split", "lora", "change"):
         lines[0] += f"; {QUALITY_AT_ONE_EIGHTH}"
     if kr.gives_to_server:
         lines.append(f"the server is given what killed {kr.unit}s have learnt, and applies it (SECURITY.md)")

@@ -23,8 +23,9 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import load_libraries, make_engine
 from dlora.edge.engine.code_pages import release_code
 from dlora.edge.engine.engine import Engine
-from dlora.edge.files import locked, write_atomically
+from dlora.edge.files import locked, remove_quietly, write_atomically
 from dlora.edge.memory import peak_rss_mb
+from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.seeds import draw_seed
 from dlora.edge.training.checkpoint import Checkpoint
@@ -39,7 +40,7 @@ from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.limits import MAX_STEPS
 
-from .directory import CHECKPOINTS, find_checkpoint, run_directory
+from .directory import CACHE, CHECKPOINTS, find_checkpoint, run_directory
 from .display import Display
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
@@ -137,6 +138,8 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         if isinstance(connection, TrunkSource):
             if run.settings is not None:  # before the server is asked, so that what has come belongs to a run
                 save_run_file(run.out, _run_file(run, run.settings))
+            if run.eval_dataset is not None and isinstance(trainer.model, TrunkModel):
+                trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
             steps = range(first_step, run.config.total_steps)
             datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
             fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
@@ -179,6 +182,8 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         "wall_s": round(trained_s, 3),
     }
     write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
+    if not run.keep_cache:
+        remove_quietly(run.out / CACHE)
     return summary
 
 
@@ -192,9 +197,19 @@ def _server(
         with Connection(run.server, settings) as connection:
             yield connection
         return
+    retry = replace(settings.retry, at_start=settings.retry.at_start or settings.retry.max_s != 0)
+    later = replace(settings, retry=retry)
+    attempts = 0
+
+    def connect() -> Connection:
+        """Once the run has begun, a server that is away is waited for."""
+        nonlocal attempts
+        attempts += 1
+        return Connection(run.server, settings if attempts == 1 else later)
+
     with open_source(
-        run.bundle, engine, run.config, run.out, cache_mb=run.cache_mb, keep=run.keep_cache,
-        is_new=checkpoint is None, connect=lambda: Connection(run.server, settings), warn=display.warn,
+        run.bundle, engine, run.config, run.out, cache_mb=run.cache_mb, is_new=checkpoint is None, connect=connect,
+        warn=display.warn,
     ) as source:  # fmt: skip
         yield source
 

@@ -43,7 +43,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     server: str
     mode: RunMode
     device_blocks: Count | None
-    cache_mb: Amount
+    cache_mb: Amount | None
     keep_cache: bool
     data: FilePath
     out: FilePath

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.edge.data.examples import Dataset
+from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.defaults import DEFAULTS
 from dlora.edge.training.metrics import StepMetrics
@@ -16,7 +17,6 @@ from dlora.protocol.adapter_record import Setting, TrainingRecord
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import number_ranges
 
-from .plan import encoding_bytes
 from .run_file import LIBRARIES, versions
 
 
@@ -32,8 +32,8 @@ class AdapterSaver:
         self._dataset = dataset
         self._evaluations = evaluations
         self._tokens = self._labelled = self._bytes = self._round_trips = 0
-        if trainer.config.mode == "trunk":  # what crossed before the first step, maybe in an earlier process
-            self._bytes = encoding_bytes(trainer.config, trainer.bundle.manifest, dataset)
+        if isinstance(trainer.connection, TrunkSource):  # what crossed before the first step, maybe in another process
+            self._bytes = trainer.connection.kept_bytes
 
     def add(self, metrics: StepMetrics) -> None:
         """Count a step, of this start of the run or an earlier one."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Final
 
 from dlora.edge.data.batches import Batches
 from dlora.edge.data.examples import Dataset
@@ -19,9 +18,8 @@ from dlora.edge.training.config import TrainConfig
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import CheckpointError, StoppedError
 
+from .directory import CACHE
 from .display import Display
-
-CACHE: Final = "trunk-cache.bin"
 
 
 @contextmanager
@@ -32,23 +30,20 @@ def open_source(
     out: Path,
     *,
     cache_mb: float,
-    keep: bool,
     is_new: bool,
     connect: Callable[[], Connection],
     warn: Callable[[str], None],
 ) -> Iterator[TrunkSource]:
-    """What the run's hidden states come from. Its cache is deleted where the run ends well, unless it is to be kept.
+    """What the run's hidden states come from; its cache stays in the run's directory.
 
     Args:
         is_new: whether the run begins, so that what another one left may go.
 
     Raises ``CheckpointError`` and ``StorageError``.
     """
-    manifest = bundle.manifest
-    blocks = manifest.base_model.blocks - config.device_blocks
-    owner = CacheOwner.of(
-        manifest.base_model.fingerprint, blocks, encoded_width(manifest), config.codecs, config.send
-    )
+    blocks = bundle.manifest.base_model.blocks - config.device_blocks
+    width = encoded_width(bundle.manifest)
+    owner = CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.send)
     limit = round(cache_mb * 1e6)
     try:
         cache = TrunkCache(out / CACHE, owner, limit=limit, warn=warn)
@@ -62,14 +57,11 @@ def open_source(
     )
     try:
         yield source
-    except BaseException:
+    finally:
+        is_empty = not len(cache)
         source.close()
-        raise
-    source.hang_up()
-    if keep:
-        cache.close()
-    else:
-        cache.remove()
+        if is_empty:
+            remove_quietly(out / CACHE)
 
 
 def fill_cache(
@@ -96,7 +88,8 @@ def fill_cache(
             if should_stop():
                 raise StoppedError("stopped before the first step; go on with dlora-edge resume: what came is kept")
 
-        source.fill(texts, on_progress)
+        if not source.fill(texts, on_progress):
+            display.warn("--cache-mb is too little for all texts; the rest is asked for at each step that needs it")
 
 
 def _needed(batches: Batches, steps: range) -> Sequence[int]:

@@ -118,13 +118,15 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """What makes a run's bits. A checkpoint goes on only with the same.
 
     Attributes:
-        base_model: fingerprint; head: how the LM head is stored; groups: SHA-256 of the exchange groups that are
-            trained, whatever words ``config`` has for them; data: fingerprint of the training data.
+        base_model: fingerprint; head: how the LM head is stored; block_dtype: likewise the device's blocks.
+        groups: SHA-256 of the exchange groups that are trained, whatever words ``config`` has for them.
+        data: fingerprint of the training data.
     """
 
     config: TrainConfig
     base_model: str
     head: str
+    block_dtype: str = ""
     groups: str
     data: str
 
@@ -135,6 +137,7 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
             config=config,
             base_model=manifest.base_model.fingerprint,
             head=manifest.head.dtype,
+            block_dtype=manifest.device_blocks.dtype if config.device_blocks and manifest.device_blocks else "",
             groups=groups,
             data=data,
         )
@@ -185,6 +188,7 @@ _WHOLE: Final = {
 }
 _OPTIONS: Final = {
     "head": "the bundle's head is",
+    "block_dtype": "the bundle's blocks are",
     "config.total_steps": "--steps (or what --epochs came to)",
     "config.lora_alpha": "--alpha",
     "config.kill_revive.active_fraction": "--active-fraction",

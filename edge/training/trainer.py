@@ -138,6 +138,8 @@ class Trainer:
         self._scorer = Scorer(config.kill_revive.score)
         if isinstance(connection, Connection):
             self._check_limits(connection.welcome)
+        if isinstance(self.model, TrunkModel):
+            self.model.check_fits(self.batches.max_sequence_length)
         if isinstance(self.session, TrainSession) and config.basis == "data":
             self.session.basis_pass = partial(self._run_basis_pass, before_basis_step)
         self.session.open()

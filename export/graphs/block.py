@@ -159,7 +159,10 @@ def reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype: torch.
         lora[target] = Lora(lora_a, lora_b, values[SCALE])
     context = {name: values[name] for name in (MASK, *block.tables, *block.fixed())}
     weights = {name: values[name] for name in block.weights if name not in block.call.context}
-    with torch.enable_grad(), with_weights(block.call.block, linears(block.call.block), weights, lora, kept):
+    modules = {
+        name: module for name, module in linears(block.call.block).items() if f"{name}.weight" in weights
+    }
+    with torch.enable_grad(), with_weights(block.call.block, modules, weights, lora, kept):
         y = block.call(x, context)
         grads = torch.autograd.grad(y, list(leaves.values()), values[GRAD])
     found = {OUTPUT: y, **kept, **dict(zip(leaves, grads, strict=True))}

@@ -100,15 +100,15 @@ def with_weights(
     given = {name: tensor for name, tensor in weights.items() if name not in own and not name.endswith(ROW_SCALES)}
     before = {name: module.__dict__.get("forward") for name, module in modules.items()}
     with _reparametrize_module(block, given):
-        for name, module in modules.items():
-            stored = weights[f"{name}.weight"], weights.get(f"{name}.weight.{ROW_SCALES}")
-            module.forward = _forward(name, module, stored, lora.get(name), kept)  # type: ignore[method-assign]
         try:
+            for name, module in modules.items():
+                stored = weights[f"{name}.weight"], weights.get(f"{name}.weight.{ROW_SCALES}")
+                module.forward = _forward(name, module, stored, lora.get(name), kept)  # type: ignore[method-assign]
             yield
         finally:
             for name, forward in before.items():
                 if forward is None:
-                    del modules[name].forward
+                    modules[name].__dict__.pop("forward", None)
                 else:
                     modules[name].forward = forward  # type: ignore[method-assign]
 
