@@ -25,13 +25,13 @@ from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 from .ends import Embedding, LongArray
-from .session import ModelSession
+from .session import UntrainedSession
 
 _MOST_TOKENS: Final = 1024  # of a micro-batch: enough to keep a server busy, and few megabytes in each direction
 _WINDOW: Final = 4
 
 
-class EncodeSession(ModelSession):
+class EncodeSession(UntrainedSession):
     """A session that only asks for what comes out of the first ``blocks`` blocks, of ``width``.
 
     Args:
@@ -64,18 +64,6 @@ class EncodeSession(ModelSession):
             purpose=self._purpose,
             window=min(_WINDOW, self.connection.welcome.window),
         )
-
-    def handle_opened(self, opened: m.SessionOpened) -> None:
-        pass
-
-    def run_basis_pass(self) -> int:
-        return 0
-
-    def send_unanswered(self) -> None:
-        pass
-
-    def handle_signal(self, signal: m.Signal) -> None:
-        raise RemoteProtocolError("a signal where nothing is trained")
 
 
 @dataclass

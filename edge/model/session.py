@@ -12,7 +12,7 @@ from dlora.edge.adapters.kind import GroupAdapters
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
-from dlora.protocol.errors import SessionLostError
+from dlora.protocol.errors import RemoteProtocolError, SessionLostError
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codec, TensorRole, decode_floats
 
@@ -100,3 +100,19 @@ class ModelSession(ABC):
         self.connection.send(m.AdapterState(group=index, tensors=tensors))
         self.connection.receive(m.AdapterState)
         group.adapter_state = tensors
+
+
+class UntrainedSession(ModelSession):
+    """A session in which nothing is trained: no units, no reports, no signals, nothing that is learnt from data."""
+
+    def handle_opened(self, opened: m.SessionOpened) -> None:
+        pass
+
+    def run_basis_pass(self) -> int:
+        return 0
+
+    def send_unanswered(self) -> None:
+        pass
+
+    def handle_signal(self, signal: m.Signal) -> None:
+        raise RemoteProtocolError("a signal where nothing is trained")

@@ -19,16 +19,16 @@ from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import Send
-from dlora.protocol.errors import NonFiniteError, RemoteProtocolError
+from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import groups_of
 from dlora.protocol.wire_codecs import Codecs
 
-from .session import ModelSession
+from .session import UntrainedSession
 from .split import SplitModel
 
 
-class UseSession(ModelSession):
+class UseSession(UntrainedSession):
     """A session that trains nothing: its groups are those that have an adapter, and all of them are live.
 
     Args:
@@ -59,18 +59,6 @@ class UseSession(ModelSession):
             evaluation_codecs=self._codecs,
             purpose=m.Use(context_length=min(self._context_length, self.connection.welcome.max_context_length)),
         )
-
-    def handle_opened(self, opened: m.SessionOpened) -> None:
-        pass
-
-    def run_basis_pass(self) -> int:
-        return 0
-
-    def send_unanswered(self) -> None:
-        pass
-
-    def handle_signal(self, signal: m.Signal) -> None:
-        raise RemoteProtocolError("a signal where nothing is trained")
 
 
 @contextmanager
