@@ -40,9 +40,8 @@ REFUSED: Final = {
 """Families whose blocks a device cannot run, and why: words of the error."""
 
 TRIED_ALWAYS: Final = (
-    "apertus", "bloom", "cohere", "diffllama", "falcon", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "mpt",
-    "opt", "phi3",
-)  # fmt: skip
+    "bloom", "falcon", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "mpt", "opt",
+)
 """Families whose blocks are tried by ``make test``; all others that have any by ``make test-slow``."""
 
 assert set(REFUSED) <= set(MORE_FAMILIES)
