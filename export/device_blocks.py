@@ -84,7 +84,7 @@ def _prepare(
         )
     blocks = _with_tables(base, blocks)
     modules = final_modules(base)
-    last_block = _last_hidden_states(blocks[-1], calls[-1])
+    last_block = _last_hidden_states(calls[-1])
     final_weights = {
         f"{place}.{name}": parameter.detach().float()
         for place, module in enumerate(modules)
@@ -128,7 +128,7 @@ def _with_tables(base: BaseModel, blocks: list[BlockMaterials]) -> list[BlockMat
     return completed
 
 
-def _last_hidden_states(block: BlockMaterials, call: BlockCall) -> Tensor:
+def _last_hidden_states(call: BlockCall) -> Tensor:
     with torch.no_grad():
         return call(call.hidden_states(), {})
 

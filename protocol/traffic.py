@@ -30,6 +30,11 @@ class Traffic(msgspec.Struct, frozen=True):
         )
 
 
+def text_bytes(tokens: int, embedding_size: int, codecs: Codecs, send: Send) -> int:
+    """What a text's ``tokens`` cost upwards, without their frame: as embeddings or as token ids."""
+    return 4 * tokens if send == "token-ids" else codecs.of(TensorRole.EMBEDDINGS).nbytes(tokens, embedding_size)
+
+
 def micro_batch_traffic(
     crossings: Sequence[Crossing],
     *,

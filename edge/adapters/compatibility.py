@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import kind_of
-from dlora.protocol.errors import CheckpointError, ModelMismatchError
+from dlora.protocol.errors import CheckpointError, DataError, ModelMismatchError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
 
@@ -29,6 +29,15 @@ def check_base_model(bundle: Bundle, welcome: m.Welcome) -> None:
         raise ModelMismatchError(
             f"the server says that {welcome.base_model} is {welcome.embedding_size} and {welcome.hidden_size} wide, "
             f"the bundle {base.embedding_size} and {base.hidden_size}; export a bundle of the server's"
+        )
+
+
+def check_sequence_length(longest: int, welcome: m.Welcome) -> None:
+    """Raise ``DataError`` where the server would refuse a sequence of ``longest`` tokens."""
+    if longest > welcome.max_sequence_length:
+        raise DataError(
+            f"the data has a sequence of {longest} tokens, the server takes {welcome.max_sequence_length}; "
+            f"set --max-length {welcome.max_sequence_length}"
         )
 
 

@@ -13,13 +13,14 @@ from typing import Final
 
 import numpy as np
 
+from dlora.edge.adapters.compatibility import check_sequence_length
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import Send
 from dlora.protocol.counting import cut_to_fit
-from dlora.protocol.errors import DataError, RemoteProtocolError, SessionLostError
+from dlora.protocol.errors import RemoteProtocolError, SessionLostError
 from dlora.protocol.micro_batch import Key
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole
@@ -125,11 +126,7 @@ class Encoder:
     def _micro_batches(self, sequences: Sequence[LongArray]) -> Iterator[_Asked]:
         welcome = self._connection.welcome
         lengths = [len(ids) for ids in sequences]
-        if lengths and max(lengths) > welcome.max_sequence_length:
-            raise DataError(
-                f"the data has a sequence of {max(lengths)} tokens, the server takes {welcome.max_sequence_length}; "
-                f"set --max-length {welcome.max_sequence_length}"
-            )
+        check_sequence_length(max(lengths, default=0), welcome)
         most = min(welcome.max_tokens, _MOST_TOKENS)
         for piece in cut_to_fit(lengths, max_tokens=most, packs=welcome.packs):
             for start in range(piece.start, piece.stop, m.MAX_ENCODED_SEQUENCES):

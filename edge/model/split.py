@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from dlora.edge.adapters.compatibility import check_sequence_length
 from dlora.edge.adapters.compute import AdapterCompute
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
@@ -16,14 +17,14 @@ from dlora.edge.engine.engine import Engine
 from dlora.edge.memory import release_freed_memory
 from dlora.protocol import messages as m
 from dlora.protocol.choices import Send
-from dlora.protocol.errors import DataError, RemoteProtocolError
+from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.micro_batch import Key
 from dlora.protocol.tensors import FloatArray
 
 from .ends import Embedding, Head, LongArray
 from .micro_batch import DeviceParts, MicroBatchRun
 from .session import ModelSession
-from .trunk_source import Counters
+from .trainable import WireCounters
 
 _MANY_TOKENS: Final = 32  # a prompt, and no draft: giving memory back takes a millisecond
 
@@ -59,7 +60,7 @@ class SplitModel:
         self._evaluated = 0
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> WireCounters:
         """What crossed so far; a lost session takes none of it with it."""
         session = self.connection.session
         return session.bytes_sent, session.bytes_received, session.round_trips
@@ -190,7 +191,7 @@ class SplitModel:
         while waiting or in_order:
             while waiting and len(under_way) < window:
                 run = waiting.popleft()
-                self._check_fits(run)
+                check_sequence_length(run.longest, self.connection.welcome)
                 under_way[run.key] = run
                 in_order.append(run)
                 run.begin()
@@ -206,12 +207,3 @@ class SplitModel:
                     raise RemoteProtocolError(f"{type(message).__name__} while a micro-batch is under way")
             while in_order and in_order[0].is_finished:
                 yield in_order.popleft()
-
-    def _check_fits(self, run: MicroBatchRun) -> None:
-        """Raise ``DataError`` for what the server would refuse."""
-        welcome = self.connection.welcome
-        if run.longest > welcome.max_sequence_length:
-            raise DataError(
-                f"the data has a sequence of {run.longest} tokens, the server takes {welcome.max_sequence_length}; "
-                f"set --max-length {welcome.max_sequence_length}"
-            )

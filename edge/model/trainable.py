@@ -9,7 +9,9 @@ from dlora.edge.data.batches import MicroBatch
 from dlora.protocol.tensors import FloatArray
 
 from .ends import LongArray
-from .trunk_source import Counters
+
+WireCounters = tuple[int, int, int]
+"""Bytes up, bytes down, round trips."""
 
 
 class TrainableModel(Protocol):
@@ -24,7 +26,7 @@ class TrainableModel(Protocol):
         """Seconds that this device has computed so far."""
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> WireCounters:
         """What crossed so far."""
 
     def cut(self, batch: MicroBatch) -> list[MicroBatch]:

@@ -21,7 +21,8 @@ from dlora.protocol.tensors import FloatArray
 
 from .blocks import DeviceBlocks
 from .ends import Head, LongArray
-from .trunk_source import Counters, TrunkSource
+from .trainable import WireCounters
+from .trunk_source import TrunkSource
 
 _MOST_TOKENS: Final = 1024  # of a micro-batch
 
@@ -55,7 +56,7 @@ class TrunkModel:
         self._head = Head(bundle, engine)
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> WireCounters:
         """What crossed so far."""
         return self._source.counters
 

@@ -18,16 +18,15 @@ from dlora.protocol.choices import Send
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.tensors import FloatArray, WireTensor
-from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
+from dlora.protocol.traffic import text_bytes
+from dlora.protocol.wire_codecs import Codecs, decode_floats
 
 from .encoder import Encoder, EncodeSession
 from .ends import Embedding, LongArray
+from .trainable import WireCounters
 from .trunk_cache import TrunkCache, text_digest
 
 _TEXTS_AHEAD: Final = 512  # that are asked for at once while a cache is filled
-
-Counters = tuple[int, int, int]
-"""Bytes up, bytes down, round trips."""
 
 
 class TrunkSource:
@@ -65,10 +64,10 @@ class TrunkSource:
         self._send = send
         self._connection: Connection | None = None
         self._encoder: Encoder | None = None
-        self._before: Counters = (0, 0, 0)  # of connections that are closed
+        self._before: WireCounters = (0, 0, 0)  # of connections that are closed
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> WireCounters:
         """What crossed so far."""
         if self._connection is None:
             return self._before
@@ -79,10 +78,8 @@ class TrunkSource:
     @property
     def kept_bytes(self) -> int:
         """What asking for all that is kept puts on the wire, about: also where it came in an earlier process."""
-        codec, base = self._codecs.of(TensorRole.EMBEDDINGS), self._bundle.manifest.base_model
-        tokens = self.cache.tokens
-        up = 4 * tokens if self._send == "token-ids" else codec.nbytes(tokens, base.embedding_size)
-        return up + self.cache.nbytes
+        embedding_size = self._bundle.manifest.base_model.embedding_size
+        return text_bytes(self.cache.tokens, embedding_size, self._codecs, self._send) + self.cache.nbytes
 
     def fill(self, texts: Iterable[LongArray], progress: Callable[[int], None] = lambda _: None) -> bool:
         """Ask for what the cache does not have, in the order of ``texts``, as long as there is room; then hang up.

@@ -20,7 +20,7 @@ from dlora.protocol.kill_revive import Timetable, steps_needed
 from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import module_names, number_ranges
-from dlora.protocol.traffic import adapter_state_traffic, basis_traffic, micro_batch_traffic
+from dlora.protocol.traffic import adapter_state_traffic, basis_traffic, micro_batch_traffic, text_bytes
 from dlora.protocol.wire_codecs import TensorRole
 
 _SAMPLES: Final = 1000
@@ -101,9 +101,7 @@ def encoding_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset) ->
     """What asking the server for every text of ``dataset`` puts on the wire, in the mode ``trunk``: an upper bound, for
     what comes after an example's last label is not sent, nor the same text twice."""
     codecs, width = config.codecs, encoded_width(manifest)
-    up = codecs.of(TensorRole.EMBEDDINGS).nbytes(dataset.tokens, manifest.base_model.embedding_size)
-    if config.send == "token-ids":
-        up = 4 * dataset.tokens
+    up = text_bytes(dataset.tokens, manifest.base_model.embedding_size, codecs, config.send)
     return up + codecs.of(TensorRole.LAST_HIDDEN_STATES).nbytes(dataset.tokens, width)
 
 

@@ -135,9 +135,9 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                 run.bundle, engine, connection, run.config, run.dataset, init=run.init, checkpoint=checkpoint,
                 before_basis_step=before_basis_step,
             )  # fmt: skip
+        if run.settings is not None:  # before texts are asked for, so that what has come belongs to a run
+            save_run_file(run.out, _run_file(run, run.settings))
         if isinstance(connection, TrunkSource):
-            if run.settings is not None:  # before the server is asked, so that what has come belongs to a run
-                save_run_file(run.out, _run_file(run, run.settings))
             if run.eval_dataset is not None and isinstance(trainer.model, TrunkModel):
                 trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
             steps = range(first_step, run.config.total_steps)
@@ -150,8 +150,6 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             run.out, run.eval_dataset, earlier, every=run.eval_every, patience=run.patience, trainer=trainer,
             saver=saver, display=display, should_stop=stop.is_requested,
         )  # fmt: skip
-        if run.settings is not None:
-            save_run_file(run.out, _run_file(run, run.settings))
         if first_step == 0:
             if run.init is not None:
                 _warn_of_dropped_modules(trainer, run.init, display)

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dlora.edge.adapters.compatibility import check_base_model, load_weights
+from dlora.edge.adapters.compatibility import check_base_model, check_sequence_length, load_weights
 from dlora.edge.adapters.parts import Parts
 from dlora.edge.adapters.peft import LoadedAdapter, SavedModule, load_adapter, save_adapter
 from dlora.edge.adapters.units import AdapterSet
@@ -28,7 +28,7 @@ from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapter_record import TrainingRecord
-from dlora.protocol.errors import CheckpointError, DataError, DloraError, NonFiniteError
+from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
 from dlora.protocol.kill_revive import LIVE, UnitState
 from dlora.protocol.messages import Welcome
 from dlora.protocol.tensors import FloatArray
@@ -350,11 +350,7 @@ class Trainer:
     def _check_limits(self, welcome: Welcome) -> None:
         """Raise for what the server would refuse at an unlucky step hours later."""
         check_base_model(self.bundle, welcome)
-        if self.batches.max_sequence_length > welcome.max_sequence_length:
-            raise DataError(
-                f"the data has a sequence of {self.batches.max_sequence_length} tokens, the server takes "
-                f"{welcome.max_sequence_length}; set --max-length {welcome.max_sequence_length}"
-            )
+        check_sequence_length(self.batches.max_sequence_length, welcome)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = trainer_state(checkpoint)

@@ -87,13 +87,13 @@ class BlockCall:
         return given.squeeze(0)
 
 
-def record_calls(base: BaseModel, tokens: int = 0, *, eager: bool = True, seed: int = 0) -> tuple[BlockCall, ...]:
+def record_calls(base: BaseModel, tokens: int = 0, *, seed: int = 0) -> tuple[BlockCall, ...]:
     """Run the decoder on ``tokens`` random tokens (0: a number that is no other dimension) and keep its blocks' calls.
 
     Raises ``CannotRunOnDevice`` where a block is called in another way than a decoder's usually is.
     """
     tokens = tokens or _unusual_number(base)
-    with _recorded(base) as calls, torch.no_grad(), attention(_config(base), eager=eager):
+    with _recorded(base) as calls, torch.no_grad(), attention(_config(base), eager=True):
         base.last_hidden_state(random_embeds(base, tokens, seed))
     return tuple(_call(base, index, kwargs, tokens) for index, kwargs in enumerate(calls))
 

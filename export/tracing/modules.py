@@ -169,4 +169,3 @@ class _Delta(torch.autograd.Function):
         dz = torch.mm(grad, lora_b) * scale
         grad_b_by_rank = torch.mm(z_by_rank, grad) * scale
         return torch.mm(dz, lora_a), torch.mm(dz.t(), x), grad_b_by_rank.t(), None
-
