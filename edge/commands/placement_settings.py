@@ -10,11 +10,13 @@ from dlora.edge.run.run_file import RunSettings
 from dlora.protocol.errors import BundleError, UsageError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import ALL_LINEAR, number_ranges
+from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 from .adapter_settings import parse_blocks
 
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
+    from dlora.edge.data.examples import Dataset
 
 
 DEFAULT_CACHE_MB: Final = 4000.0
@@ -64,6 +66,19 @@ def choose_placement(settings: RunSettings, manifest: Manifest, init: LoadedAdap
         kr_on_kill="hold_forward",
         kr_cost_aware=False,  # costs are bytes and round trips
     )
+
+
+def has_room_to_hold(settings: RunSettings, manifest: Manifest, codecs: Codecs, dataset: Dataset) -> bool:
+    """Whether ``--cache-mb`` allows that what comes out of killed blocks is kept, too, for all of the data."""
+    if settings.mode == "split" or settings.cache_mb is None:
+        return False
+    from dlora.edge.model.trunk_cache import most_bytes
+    from dlora.edge.model.trunk_source import encoded_width
+
+    wire = codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
+    tokens, width = int(dataset.lengths.sum()), encoded_width(manifest)
+    wanted = sum(most_bytes(len(dataset), tokens, width, codec) for codec in (wire, "fp32"))
+    return wanted <= settings.cache_mb * 1e6
 
 
 def _check(settings: RunSettings, init: LoadedAdapter | None) -> None:

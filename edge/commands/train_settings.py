@@ -38,7 +38,7 @@ from .adapter_settings import (
     parse_numbers,
     target_modules_of,
 )
-from .placement_settings import choose_placement
+from .placement_settings import choose_placement, has_room_to_hold
 
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
@@ -92,12 +92,14 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         of_one_step = _config(settings, manifest, kill_revive, 1, invocation)
         settings = _within_budget(settings, of_one_step, manifest, dataset)
         kill_revive = _kill_revive(settings, manifest)
+    codecs = Codecs.parse(settings.wire_dtype or "")
+    holds_outputs = has_room_to_hold(settings, manifest, codecs, dataset)
     keeps_best = settings.keep == "best" or settings.patience is not None
     run = TrainRun(
         bundle=bundle,
         server=settings.server,
         dataset=dataset,
-        config=_config(settings, manifest, kill_revive, steps, invocation),
+        config=_config(settings, manifest, kill_revive, steps, invocation, holds_outputs=holds_outputs),
         out=Path(settings.out),
         settings=settings,
         eval_dataset=evaluated[0] if evaluated else None,
@@ -228,6 +230,8 @@ def _config(
     kill_revive: KillReviveConfig,
     steps: int,
     invocation: tuple[int, ...],
+    *,
+    holds_outputs: bool = False,
 ) -> TrainConfig:
     """Of settings that ``choose_adapters`` has completed."""
     assert settings.kind is not None
@@ -239,6 +243,7 @@ def _config(
     return TrainConfig(
         mode=settings.mode,
         device_blocks=settings.device_blocks or 0,
+        holds_outputs=holds_outputs,
         total_steps=steps,
         batch_size=settings.batch_size,
         grad_accum=settings.grad_accum,
