@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,16 +20,20 @@ from typing import Any
 import openai
 import psutil
 import pytest
+from canaries import Scanner
 from families import tiny_model
 from generating import save_random_adapter
 from processes import BIN, END_TIMEOUT_S, cloud_process, quiet_environment, run_edge
+from proxy import payloads, recording_proxy
 from serving import RunningServer, serving
 from test_cli import assert_fails, free_port
+from test_peft_adapter import random_modules
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from waiting import eventually
 
 from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.adapters.peft import load_adapter, save_adapter
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
 from dlora.protocol.errors import CheckpointError, ConnectionFailedError, ModelMismatchError, UsageError
@@ -408,6 +413,58 @@ def test_a_key_lets_in_who_has_it(place: Place, tmp_path: Path) -> None:
         assert locked.request(CHAT, GOOD)[0] == 401
         found = locked.client("a-long-secret").chat.completions.create(model="first", messages=ASK, max_tokens=2)
         assert found.usage.completion_tokens == 2
+
+
+def test_an_adapter_of_another_base_model_is_refused_and_the_others_are_served(place: Place, tmp_path: Path) -> None:
+    """One that says so is no model here; of one that does not it shows when it is asked for."""
+    adapters = tmp_path / "adapters"
+    shutil.copytree(place.adapters / "first", adapters / "mine")
+    module = "model.layers.0.self_attn.q_proj"
+    for name, width, fingerprint in (("a-wide-one", 64, None), ("foreign", 16, "ab" * 32)):
+        (adapters / name).mkdir()
+        modules = random_modules({module: (width, width)}, r=4)
+        save_adapter(adapters / name, modules, r=4, lora_alpha=8.0, base_model_name="x", base_fingerprint=fingerprint)
+    with endpoint_process(place, "--adapters", adapters) as running:
+        eventually(running.is_ready)  # though the first of them cannot be opened
+        assert running.models[:2] == ["a-wide-one", "mine"]
+        status, answer = running.request(CHAT, {**GOOD, "model": "a-wide-one"})
+        assert (status, answer["error"]["param"]) == (409, "model")
+        assert module in answer["error"]["message"]
+        assert "\n" not in answer["error"]["message"]
+        assert running.request(CHAT, {**GOOD, "model": "foreign"})[0] == 404
+        assert running.request(CHAT, {**GOOD, "model": "mine"})[0] == 200
+
+
+# -- what crosses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16", "int8"])
+def test_nothing_that_is_said_or_known_is_in_what_crosses(place: Place, wire_dtype: str) -> None:
+    """Neither as text nor as token ids: prompts, answers, tools, schemas, names; and no number of the adapter."""
+    secret, tokenizer, scanner = "CanaryZebra4711", byte_tokenizer(), Scanner()
+    form = {"type": "json_schema", "json_schema": {"name": secret, "schema": {"const": {secret: 7}}}}
+    tool = {"type": "function", "function": {"name": secret, "description": secret}}
+    said = [{"role": "system", "content": secret}, {"role": "user", "content": f"Who is {secret}?"}]
+    with recording_proxy(place.cloud.url) as proxy:
+        arguments = ["--adapters", place.adapters, "--wire-dtype", wire_dtype]
+        with endpoint_process(place, *arguments, server=proxy.url) as running:
+            eventually(running.is_ready)
+            create = running.client(secret).chat.completions.create
+            asked: dict[str, Any] = {
+                "model": "second", "messages": said, "max_tokens": 60, "user": secret, "seed": 1
+            }  # fmt: skip
+            answers = [create(**asked, stop=secret, tools=[tool]), create(**asked, response_format=form, logprobs=True)]
+            assert secret in answers[1].choices[0].message.content
+    for text in (secret, json.dumps(said), *(answer.choices[0].message.content for answer in answers)):
+        scanner.add_tokens(tokenizer(text).input_ids, "what was said")
+    for name in (secret, "second"):
+        scanner.add_text(name)
+    for module in load_adapter(place.adapters / "second").modules.values():
+        scanner.add_matrix(module.lora_A, f"{module.name} A")
+        scanner.add_matrix(module.lora_B, f"{module.name} B")
+    sent = b"".join(payload for recording in proxy.recordings for payload in payloads(recording.up))
+    assert len(sent) > 10_000
+    assert list(scanner.find({"the wire": sent})) == []
 
 
 # -- clients and servers that come and go -------------------------------------------------------------------
