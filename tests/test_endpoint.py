@@ -359,6 +359,9 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str]] = {
     ),
     "a schema that is missing": (CHAT, {**GOOD, "response_format": {"type": "json_schema"}}, 400, "needs its json_"),
     "a suffix": ("/v1/completions", {"model": "first", "prompt": "x", "suffix": "y"}, 400, "suffix is not supported"),
+    "logprobs of a prompt": (
+        "/v1/completions", {"model": "first", "prompt": "x", "echo": True, "logprobs": 1}, 400, "echo with logprobs"
+    ),
     "tokens": ("/v1/completions", {"model": "first", "prompt": [1, 2]}, 400, "prompt"),
     "large": (CHAT, b" " * (9 << 20), 413, "8 MB"),
     "elsewhere": ("/v1/embeddings", {"input": "x"}, 404, "there is no POST /v1/embeddings here"),
@@ -433,6 +436,20 @@ def test_an_adapter_of_another_base_model_is_refused_and_the_others_are_served(p
         assert "\n" not in answer["error"]["message"]
         assert running.request(CHAT, {**GOOD, "model": "foreign"})[0] == 404
         assert running.request(CHAT, {**GOOD, "model": "mine"})[0] == 200
+
+
+def test_a_device_without_the_extra_for_schemas_says_so_and_answers_the_rest(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llguidance.py").write_text("raise ModuleNotFoundError('not here', name='llguidance')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with endpoint_process(place) as running:
+        eventually(running.is_ready)
+        asked = {**GOOD, "model": ""}
+        status, answer = running.request(CHAT, {**asked, "response_format": {"type": "json_object"}})
+        assert (status, answer["error"]["param"]) == (400, "response_format")
+        assert "dlora[json-schema]" in answer["error"]["message"]
+        assert running.request(CHAT, asked)[0] == 200
 
 
 # -- what crosses -------------------------------------------------------------------------------------------

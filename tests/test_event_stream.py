@@ -1,4 +1,4 @@
-"""Streams in which nothing comes for a while: comments keep them open, before the first token too."""
+"""Streams in which nothing comes for a while, where comments keep them open, and those that nobody reads."""
 
 from __future__ import annotations
 
@@ -55,15 +55,19 @@ class Slow(Generation):
         yield End(0, "stop", Counters())
 
 
-def ask(prompt: str, *, stream: bool) -> tuple[int, bytes]:
-    """Status and content of what a client gets from an endpoint that is slow."""
+def make_served() -> Served:
+    """An endpoint that is slow."""
     tokenizer: Any = SimpleNamespace(encode_text=lambda _: np.zeros(1, np.int64))
-    generation: Any = Slow(tokenizer, lambda _: None, 8, None, print)  # type: ignore[arg-type, return-value]
-    served = Served(
-        base_name="base", adapters=lambda: [ServedAdapter("mine", Path("mine"))], generation=generation,
+    return Served(
+        base_name="base", adapters=lambda: [ServedAdapter("mine", Path("mine"))],
+        generation=Slow(tokenizer, lambda _: None, 8, None, print),  # type: ignore[arg-type, return-value]
         slots=Slots(1, 1), defaults=Sampling(), knows_tools=False, tool_form=None, api_key=None, hosts=None,
         origins=(), log=lambda _: None, problem=lambda: None, is_stopping=lambda: False,
     )  # fmt: skip
+
+
+def ask(prompt: str, *, stream: bool, served: Served | None = None, reads: bool = True) -> tuple[int, bytes]:
+    """Status and content of what a client gets; one that does not read takes the status only."""
     body = json.dumps({"prompt": prompt, "stream": stream}).encode()
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
     sent: list[Any] = []
@@ -75,9 +79,11 @@ def ask(prompt: str, *, stream: bool) -> tuple[int, bytes]:
             return coming.pop() if coming else await asyncio.Event().wait()  # and never leaves
 
         async def send(message: Any) -> None:
+            if not reads and sent:
+                await asyncio.Event().wait()
             sent.append(message)
 
-        await make_app(served)(scope, receive, send)
+        await asyncio.wait_for(make_app(served or make_served())(scope, receive, send), 30)
 
     asyncio.run(run())
     return sent[0]["status"], b"".join(each["body"] for each in sent[1:])
@@ -99,3 +105,10 @@ def test_a_stream_begins_before_its_first_token(monkeypatch: pytest.MonkeyPatch)
     assert ask("fail", stream=False)[0] == 400
     status, content = ask("hi", stream=False)
     assert (status, json.loads(content)["choices"][0]["text"]) == (200, "hello")
+
+
+def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "UNREAD_S", 0.05)
+    served = make_served()
+    assert ask("hi", stream=True, served=served, reads=False) == (200, b"")
+    assert served.slots.busy == 0
