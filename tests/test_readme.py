@@ -90,6 +90,7 @@ def listening(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_readme(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     shell, lines = Shell(tmp_path, "ws://127.0.0.1:8765"), commands(README)
     assert len(lines) == 8
