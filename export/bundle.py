@@ -21,6 +21,7 @@ from dlora.export.graphs.block_materials import DeviceBlocks
 from dlora.export.graphs.graph_test import Materials
 from dlora.export.graphs.registry import make_graphs
 from dlora.export.tracing.calls import CannotRunOnDevice
+from dlora.export.tracing.entry import CannotBeginOnDevice
 from dlora.protocol import interrupts
 from dlora.protocol.errors import ExportError, UsageError
 from dlora.protocol.groups import GroupSpec
@@ -132,6 +133,9 @@ def _device_blocks(
         raise UsageError(f"--device-blocks {count} is more than the {base.blocks} blocks of {base.name}")
     try:
         return prepare_blocks(base, trainable, count, settings.block_dtype, say)
+    except CannotBeginOnDevice as error:
+        text = f"{base.name} ({base.architecture}) cannot run on a device alone: {error}"
+        raise ExportError(f"{text}; --device-blocks {count - 1} is the most, for --mode trunk") from None
     except CannotRunOnDevice as error:
         text = f"{base.name} ({base.architecture}) has no blocks for a device: {error}; leave out --device-blocks"
         raise ExportError(text) from None

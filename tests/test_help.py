@@ -61,7 +61,7 @@ def test_the_options_of_train_are_in_panels() -> None:
         "This device", "Kill and Revive", "Kill and Revive, on or off",
     ]  # fmt: skip
     first = shown[: shown.index("╭─ Data")]
-    assert re.findall(r"^│ \* +(--\w+)", first, re.M) == ["--bundle", "--server", "--data", "--out"]
+    assert re.findall(r"^│ \* +(--\w+)", first, re.M) == ["--bundle", "--data", "--out"]
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -60,7 +60,8 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         insecure=settings.insecure,
         warn=display.warn,
     )
-    check_url(settings.server)
+    if settings.server is not None:
+        check_url(settings.server)
     bundle = Bundle.open(Path(settings.bundle))
     init = _init_adapter(settings, bundle.manifest)
     begun = _begun(Path(settings.out)) if resume else None
@@ -230,6 +231,7 @@ def _config(
     invocation: tuple[int, ...],
 ) -> TrainConfig:
     """Of settings that ``choose_adapters`` has completed."""
+    assert settings.mode != "auto"
     assert settings.kind is not None
     assert settings.rank is not None
     assert settings.alpha is not None

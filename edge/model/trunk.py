@@ -1,7 +1,7 @@
-"""The whole model in the mode ``trunk``: the server's blocks are asked once for each text, all others run here.
+"""The whole model in the modes ``trunk`` and ``local``: the last blocks, or all of them, run here.
 
-Forward, backward and evaluation then need no server. What the server gave is kept (``trunk_cache.py``); only a text
-that does not fit there is asked for again each time.
+Forward, backward and evaluation need no server but for what goes into the first of them, which a source has: what the
+server gave once for each text (``trunk_source.py``), or the embeddings (``local_source.py``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dlora.protocol.tensors import FloatArray
 
 from .blocks import DeviceBlocks
 from .ends import Head, LongArray
+from .source import HiddenStateSource
 from .trainable import WireCounters
-from .trunk_source import TrunkSource
 
 _MOST_TOKENS: Final = 1024  # of a micro-batch
 
@@ -32,7 +32,7 @@ class TrunkModel:
 
     Args:
         count: of blocks on the device.
-        source: of what comes out of the server's blocks.
+        source: of what goes into the first of them.
 
     Attributes:
         invocation: none: adapters act everywhere.
@@ -42,7 +42,7 @@ class TrunkModel:
     invocation: Final[tuple[int, ...]] = ()
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, count: int, source: TrunkSource
+        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, count: int, source: HiddenStateSource
     ) -> None:
         self.adapters = adapters
         self.compute_seconds = 0.0
@@ -77,7 +77,7 @@ class TrunkModel:
     def forward_backward(self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float) -> list[FloatArray]:
         """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters.
 
-        ``grad_scale`` is one over the labelled tokens of the whole step. Raises what ``TrunkSource`` raises.
+        ``grad_scale`` is one over the labelled tokens of the whole step. Raises what the source raises.
         """
         parameters = self.adapters.parameters()
         losses = []
@@ -98,7 +98,7 @@ class TrunkModel:
     def evaluate(self, batch: MicroBatch) -> tuple[FloatArray, LongArray]:
         """Losses float32 and likeliest tokens int64 at the labelled positions, (labelled,) each.
 
-        Raises what ``TrunkSource`` raises.
+        Raises what the source raises.
         """
         found = [self._evaluate(part) for part in self.cut(batch)]
         losses, predictions = (np.concatenate(each) for each in zip(*found, strict=True))

@@ -84,6 +84,8 @@ def run_line(
         datasets = [dataset, *([] if evaluations is None else [evaluations.dataset])]
         mb = sum(encoding_bytes(config, manifest, each) for each in datasets) / 1e6
         traffic = f"at most {_mb(mb)}, once, before the first step,"
+    elif config.mode == "local":
+        traffic = "nothing"
     else:
         mb = expected_mb(config, manifest, dataset, next_step)
         mb += set_up_mb(config, manifest, dataset, has_state=has_state)
@@ -142,7 +144,7 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
     active = kr.budget_floor(units)
     if active == units:
         return []
-    if config.mode == "trunk":
+    if config.mode != "split":
         lines = [f"{active} of {units} {kr.unit}s are trained at a time; the others keep what they have learnt"]
     else:
         lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality"]

@@ -25,6 +25,8 @@ from dlora.edge.engine.code_pages import release_code
 from dlora.edge.engine.engine import Engine
 from dlora.edge.files import locked, remove_quietly, write_atomically
 from dlora.edge.memory import peak_rss_mb
+from dlora.edge.model.local_source import LocalSource
+from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.seeds import draw_seed
@@ -59,6 +61,7 @@ class TrainRun:
     """What to run, and where to keep it: all that the options come to, so that there are many fields.
 
     Attributes:
+        server: its address; None in the mode ``local``.
         settings: what the user gave, for ``run.json``; None where there is to be none.
         eval_every: steps between evaluations; 0: before and after only.
         init: an adapter to start from.
@@ -70,7 +73,7 @@ class TrainRun:
     """
 
     bundle: Bundle
-    server: str
+    server: str | None
     dataset: Dataset
     config: TrainConfig
     out: Path
@@ -137,9 +140,9 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             )  # fmt: skip
         if run.settings is not None:  # before texts are asked for, so that what has come belongs to a run
             save_run_file(run.out, _run_file(run, run.settings))
+        if run.eval_dataset is not None and isinstance(trainer.model, TrunkModel):
+            trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
         if isinstance(connection, TrunkSource):
-            if run.eval_dataset is not None and isinstance(trainer.model, TrunkModel):
-                trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
             steps = range(first_step, run.config.total_steps)
             datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
             fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
@@ -188,11 +191,16 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
 @contextlib.contextmanager
 def _server(
     run: TrainRun, engine: Engine, checkpoint: Checkpoint | None, display: Display, stop: Callable[[], bool]
-) -> Iterator[Connection | TrunkSource]:
-    """What reaches the server's blocks, in the run's mode."""
+) -> Iterator[Connection | HiddenStateSource]:
+    """What reaches the server's blocks, in the run's mode; in the mode ``local`` what stands in their place."""
+    if run.config.mode == "local":
+        yield LocalSource(run.bundle, engine)
+        return
+    server = run.server
+    assert server is not None
     settings = _connect_settings(run, checkpoint, display, stop)
     if run.config.mode == "split":
-        with Connection(run.server, settings) as connection:
+        with Connection(server, settings) as connection:
             yield connection
         return
     retry = replace(settings.retry, at_start=settings.retry.at_start or settings.retry.max_s != 0)
@@ -203,7 +211,7 @@ def _server(
         """Once the run has begun, a server that is away is waited for."""
         nonlocal attempts
         attempts += 1
-        return Connection(run.server, settings if attempts == 1 else later)
+        return Connection(server, settings if attempts == 1 else later)
 
     with open_source(
         run.bundle, engine, run.config, run.out, cache_mb=run.cache_mb, is_new=checkpoint is None, connect=connect,
