@@ -129,7 +129,7 @@ class TrunkCache:
 
     def record_bytes(self, tokens: int) -> int:
         """What a text of so many tokens takes."""
-        return _RECORD.size + _CHECK_BYTES + self._codec.nbytes(tokens, self._owner.width)
+        return record_bytes(self._owner.codec, tokens, self._owner.width)
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._places
@@ -250,6 +250,11 @@ class TrunkCache:
                 return start + found
             start += max(1, len(some) - len(_MARK) + 1)
         return size
+
+
+def record_bytes(codec: str, tokens: int, width: int) -> int:
+    """What the hidden states (tokens, width) of a text take in a cache."""
+    return _RECORD.size + _CHECK_BYTES + CODECS[codec].nbytes(tokens, width)
 
 
 def text_digest(ids: LongArray) -> bytes:

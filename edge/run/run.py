@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ import msgspec
 
 from dlora.edge.adapters.peft import LoadedAdapter
 from dlora.edge.choices import EngineChoice, Keep
-from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import load_libraries, make_engine
@@ -40,7 +38,6 @@ from dlora.edge.wire.credentials import Credentials
 from dlora.protocol import interrupts
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
-from dlora.protocol.limits import MAX_STEPS
 
 from .directory import CACHE, CHECKPOINTS, find_checkpoint, run_directory
 from .display import Display
@@ -392,15 +389,3 @@ def _summary(run: TrainRun, steps: int, held_out: HeldOut) -> dict[str, Any]:
         "torch_loaded": "torch" in sys.modules,
         "adapter_dir": str(run.out),
     }
-
-
-def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, batch_size: int, grad_accum: int) -> int:
-    """How many optimizer steps a run has, at least 1. Raises ``UsageError`` for more than a run may have."""
-    if steps is not None:
-        return steps
-    if not epochs > 0:
-        raise UsageError("--epochs must be above 0")
-    wanted = epochs * steps_an_epoch(len(dataset), batch_size * grad_accum)
-    if not wanted <= MAX_STEPS:
-        raise UsageError(f"--epochs {epochs:g} makes more than {MAX_STEPS:,} steps; lower it")
-    return max(1, math.ceil(wanted))
