@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
     from dlora.edge.data.examples import Dataset
 
+# Of a run that is to keep its best evaluation and was not told how often to evaluate.
+EVALUATIONS_OF_A_RUN: Final = 10
+
 
 @dataclass(frozen=True)
 class Configured:
@@ -49,6 +52,13 @@ class Configured:
     config: TrainConfig
     dataset: Dataset
     evaluated: Dataset | None
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between evaluations; 0: before and after only."""
+        settings = self.settings
+        keeps_best = settings.keep == "best" or settings.patience is not None
+        return settings.eval_every or (-(-self.config.total_steps // EVALUATIONS_OF_A_RUN) if keeps_best else 0)
 
 
 def check_before_data(settings: RunSettings, manifest: Manifest, init: LoadedAdapter | None) -> RunSettings:

@@ -25,6 +25,7 @@ from .options import (
     JsonOption,
     MaxLengthOption,
     MaxRetryOption,
+    MemoryOption,
     SendOption,
     ThreadsOption,
     TokenFileOption,
@@ -51,6 +52,7 @@ def train(
             "and training then needs no server. local: all here, and no server. auto: what dlora-edge plan recommends.",
         ),
     ] = "split",
+    memory: MemoryOption = None,
     device_blocks: Annotated[
         int | None,
         typer.Option(
@@ -293,7 +295,7 @@ def train(
 
     display = Display(json_output=json_output)
     settings = RunSettings.of(options)
-    display.finish(run_train(settings, resume=resume, display=display))
+    display.finish(run_train(settings, resume=resume, display=display, memory=memory))
 
 
 def resume(

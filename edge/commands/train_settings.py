@@ -22,19 +22,26 @@ from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import Codecs
 
+from .memory import available_memory
+from .recommendation import choose_mode
 from .run_config import check_before_data, configure
 
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
     from dlora.edge.data.examples import Dataset
 
-# Of a run that is to keep its best evaluation and was not told how often to evaluate.
-EVALUATIONS_OF_A_RUN = 10
 
+def run_train(
+    settings: RunSettings, *, resume: bool, display: Display, memory: str | None = None
+) -> dict[str, Any]:
+    """Check, read, train, save; the summary. Raises any ``DloraError``, for what is wrong before anything is made.
 
-def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[str, Any]:
-    """Check, read, train, save; the summary. Raises any ``DloraError``, for what is wrong before anything is made."""
+    ``memory``: what ``--mode auto`` may count on, as ``--memory`` says it.
+    """
     _check(settings)
+    if memory is not None and settings.mode != "auto":
+        raise UsageError("--memory is what --mode auto chooses by: leave it out, or take that")
+    available = available_memory(memory)
     rules = PauseRules.parse(settings.pause_when or [])
     credentials = Credentials.load(
         settings.path("token_file"),
@@ -52,15 +59,20 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
     if begun is not None and settings.lr is None:
         settings = msgspec.structs.replace(settings, lr=begun.settings.lr)
     manifest = bundle.manifest
+    loaded = None
+    if settings.mode == "auto" and begun is not None:
+        settings = _as_begun(settings, begun.settings)
+    elif settings.mode == "auto":
+        loaded = _load(settings, bundle, display)
+        settings = choose_mode(settings, manifest, init, loaded, available, display.say)
     settings = check_before_data(settings, manifest, init)  # so that what cannot be is said at once
-    loaded = _load(settings, bundle, display)
+    loaded = loaded or _load(settings, bundle, display)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, train
 
     known = begun.invocation if begun is not None else ()
     run_of = configure(settings, manifest, init, loaded, display.say, known)
-    settings, steps = run_of.settings, run_of.config.total_steps
-    keeps_best = settings.keep == "best" or settings.patience is not None
+    settings = run_of.settings
     run = TrainRun(
         bundle=bundle,
         server=settings.server,
@@ -69,7 +81,7 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         out=Path(settings.out),
         settings=settings,
         eval_dataset=run_of.evaluated,
-        eval_every=settings.eval_every or (-(-steps // EVALUATIONS_OF_A_RUN) if keeps_best else 0),
+        eval_every=run_of.evaluate_every,
         keep=settings.keep,
         patience=settings.patience,
         save_every=settings.save_every,
@@ -95,6 +107,17 @@ def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
     if "epochs" in given and "steps" not in given:
         given["steps"] = None  # else the run's --steps would still count
     return RunSettings.of({**msgspec.structs.asdict(settings), "out": out, **given})
+
+
+def _as_begun(settings: RunSettings, begun: RunSettings) -> RunSettings:
+    """``settings`` with where blocks run as it was chosen when the run began, whatever this machine is now."""
+    return msgspec.structs.replace(
+        settings,
+        mode=begun.mode,
+        kind=settings.kind or begun.kind,
+        device_blocks=settings.device_blocks or begun.device_blocks,
+        server=None if begun.mode == "local" else settings.server,
+    )
 
 
 def _begun(out: Path) -> RunFile | None:

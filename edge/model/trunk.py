@@ -24,7 +24,7 @@ from .ends import Head, LongArray
 from .source import HiddenStateSource
 from .trainable import WireCounters
 
-_MOST_TOKENS: Final = 1024  # of a micro-batch
+MOST_TOKENS: Final = 1024  # of a micro-batch
 
 
 class TrunkModel:
@@ -48,7 +48,7 @@ class TrunkModel:
         self.compute_seconds = 0.0
         self._source = source
         self._bound = _bound(bundle, engine)
-        self._most_tokens = _MOST_TOKENS if self._bound is None else min(_MOST_TOKENS, self._bound)
+        self._most_tokens = MOST_TOKENS if self._bound is None else min(MOST_TOKENS, self._bound)
         self._blocks = DeviceBlocks(bundle, engine, count, adapters.adapter_spec.r)
         if missing := sorted(set(adapters.parameters()) - set(self._blocks.parameter_shapes)):
             module = missing[0].rpartition(".")[0]
