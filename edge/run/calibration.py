@@ -33,6 +33,8 @@ _FEW: Final = 16  # tokens, which say whether there is time for
 _MANY: Final = 128
 _SHORT_S: Final = 0.15
 _RANK: Final = 8
+_PINGS: Final = 3
+_LONGEST_PING_S: Final = 5.0
 _FASTEST: Final = 1e9  # bytes a second: what is faster cannot be told from the noise
 
 
@@ -55,10 +57,12 @@ class ServerSpeed(msgspec.Struct, frozen=True):
     """A server, and the link to it.
 
     Attributes:
-        token: seconds of a forward pass through all blocks, for each token.
-        round_trip: seconds until a short answer; bytes_per_s: of long ones, both ways, with what encodes them.
+        forward, token: seconds of a forward pass through all blocks: of any, and for each token of it.
+        round_trip: seconds until an answer comes for which nothing is computed.
+        bytes_per_s: of what crosses, both ways, with what encodes it.
     """
 
+    forward: float
     token: float
     round_trip: float
     bytes_per_s: float
@@ -123,6 +127,7 @@ def measure_server(bundle: Bundle, engine: Engine, url: str, settings: ConnectSe
                 found.append(time.perf_counter() - started - (model.compute_seconds - computed))
             return max(1e-6, min(found))
 
+        round_trip = min(connection.ping_s(_LONGEST_PING_S) for _ in range(_PINGS))
         tokens = max(2, min(_MANY, welcome.max_tokens, welcome.max_sequence_length))
         short = seconds(1, 1, "token-ids")
         long = seconds(tokens, 1, "token-ids")
@@ -130,7 +135,8 @@ def measure_server(bundle: Bundle, engine: Engine, url: str, settings: ConnectSe
         wide = seconds(tokens, tokens, "embeddings")
         crossed = (_crossed(connection) - before) / 2  # of one of the two
     token = max(0.0, long - short) / max(1, tokens - 1)
-    return ServerSpeed(token, short, min(_FASTEST, crossed / max(1e-9, wide - long)))
+    forward = max(0.0, short - round_trip - token)
+    return ServerSpeed(forward, token, round_trip, min(_FASTEST, crossed / max(1e-9, wide - long)))
 
 
 def _crossed(connection: Connection) -> int:

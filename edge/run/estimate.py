@@ -57,17 +57,20 @@ def minutes_of(
     per_epoch = steps_an_epoch(len(dataset), config.batch_size * config.grad_accum)
     epochs = config.total_steps / per_epoch
     trained, labelled = epochs * dataset.tokens, epochs * dataset.labelled
-    evaluated = labels_evaluated = 0.0
+    times, evaluated, labels_evaluated = 0, 0.0, 0.0
     if evaluations is not None:
         times = evaluations.count_left(0, config.total_steps)
         evaluated, labels_evaluated = times * evaluations.dataset.tokens, times * evaluations.dataset.labelled
     seconds = device.head_row * (labelled + _HEAD_FORWARD * labels_evaluated)
     if config.mode == "split":
         assert server is not None
-        forward_and_backward = trained
+        steps = config.total_steps
         if config.basis == "data" and kind_of(config.adapter).server_makes_state:
-            forward_and_backward += config.basis_pass_steps(len(dataset)) * dataset.tokens / per_epoch
-        seconds += server.token * (_FORWARD_AND_BACKWARD * forward_and_backward + evaluated)
+            steps += config.basis_pass_steps(len(dataset))
+        a_step = config.grad_accum * server.forward + server.token * dataset.tokens / per_epoch
+        seconds += _FORWARD_AND_BACKWARD * steps * a_step
+        if evaluations is not None:
+            seconds += times * server.forward * len(evaluations.dataset) / config.batch_size + server.token * evaluated
         numbers = parameter_count(config.adapter, config.groups(manifest))
         seconds += _FLOPS_A_PARAMETER * numbers * (trained + evaluated / 3) / device.flops
         return _with_wire(seconds, server, wire_bytes, round_trips)
@@ -80,8 +83,11 @@ def minutes_of(
         return seconds / 60
     assert server is not None
     blocks = manifest.base_model.blocks
-    texts = min(epochs, 1) * dataset.tokens + (evaluations.dataset.tokens if evaluations is not None else 0)
-    seconds += server.token * texts * (blocks - config.device_blocks) / blocks
+    texts, tokens = min(epochs, 1) * len(dataset), min(epochs, 1) * dataset.tokens
+    if evaluations is not None:
+        texts, tokens = texts + len(evaluations.dataset), tokens + evaluations.dataset.tokens
+    # It runs each by itself.
+    seconds += (server.forward * texts + server.token * tokens) * (blocks - config.device_blocks) / blocks
     return _with_wire(seconds, server, wire_bytes, -(-round_trips // _AT_A_TIME))
 
 
