@@ -10,11 +10,13 @@ from dlora.edge.run.run_file import RunSettings
 from dlora.protocol.errors import BundleError, UsageError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import ALL_LINEAR, number_ranges
+from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 from .adapter_settings import parse_blocks
 
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
+    from dlora.edge.data.examples import Dataset
 
 
 DEFAULT_CACHE_MB: Final = 4000.0
@@ -101,6 +103,19 @@ def _count(settings: RunSettings, manifest: Manifest) -> int:
         text = f"the bundle has {has} blocks for a device; export it again with --device-blocks {max(1, count)}"
         raise BundleError(f"{text}, or lower --device-blocks" if has else text)
     return count
+
+
+def has_room_to_hold(settings: RunSettings, manifest: Manifest, codecs: Codecs, dataset: Dataset) -> bool:
+    """Whether ``--cache-mb`` allows that what comes out of killed blocks is kept, too, for all of the data."""
+    if settings.mode == "split" or settings.cache_mb is None:
+        return False
+    from dlora.edge.model.trunk_cache import most_bytes
+    from dlora.edge.model.trunk_source import encoded_width
+
+    wire = codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
+    tokens, width = int(dataset.lengths.sum()), encoded_width(manifest)
+    wanted = sum(most_bytes(len(dataset), tokens, width, codec) for codec in (wire, "fp32"))
+    return wanted <= settings.cache_mb * 1e6
 
 
 def _check(settings: RunSettings, init: LoadedAdapter | None) -> None:

@@ -20,6 +20,7 @@ from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups, number_ranges, spread_units
+from dlora.protocol.wire_codecs import Codecs
 
 from .adapter_settings import (
     choose_adapters,
@@ -29,7 +30,7 @@ from .adapter_settings import (
     parse_numbers,
     target_modules_of,
 )
-from .placement_settings import choose_placement
+from .placement_settings import choose_placement, has_room_to_hold
 
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
@@ -103,7 +104,9 @@ def configure(
         of_one_step = _config(settings, manifest, kill_revive, 1, invocation)
         settings = _within_budget(settings, of_one_step, manifest, dataset)
         kill_revive = _kill_revive(settings, manifest)
-    config = _config(settings, manifest, kill_revive, steps, invocation)
+    codecs = Codecs.parse(settings.wire_dtype or "")
+    holds_outputs = has_room_to_hold(settings, manifest, codecs, dataset)
+    config = _config(settings, manifest, kill_revive, steps, invocation, holds_outputs=holds_outputs)
     return Configured(settings, config, dataset, evaluated[0] if evaluated else None)
 
 
@@ -160,6 +163,8 @@ def _config(
     kill_revive: KillReviveConfig,
     steps: int,
     invocation: tuple[int, ...],
+    *,
+    holds_outputs: bool = False,
 ) -> TrainConfig:
     """Of settings that ``choose_adapters`` has completed."""
     assert settings.mode != "auto"
@@ -172,6 +177,7 @@ def _config(
     return TrainConfig(
         mode=settings.mode,
         device_blocks=settings.device_blocks or 0,
+        holds_outputs=holds_outputs,
         total_steps=steps,
         batch_size=settings.batch_size,
         grad_accum=settings.grad_accum,

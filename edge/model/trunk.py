@@ -7,13 +7,14 @@ server gave once for each text (``trunk_source.py``), or the embeddings (``local
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
+from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.protocol.errors import DataError, UsageError
@@ -21,10 +22,13 @@ from dlora.protocol.tensors import FloatArray
 
 from .blocks import DeviceBlocks
 from .ends import Head, LongArray
+from .held_blocks import HeldBlocks
 from .source import HiddenStateSource
 from .trainable import WireCounters
+from .trunk_source import TrunkSource
 
-MOST_TOKENS: Final = 1024  # of a micro-batch
+# Of a micro-batch. What attention computes grows with the square of it; with fewer, weights are widened too often.
+MOST_TOKENS: Final = 256
 
 
 class TrunkModel:
@@ -47,6 +51,7 @@ class TrunkModel:
         self.adapters = adapters
         self.compute_seconds = 0.0
         self._source = source
+        self._held: HeldBlocks | None = None
         self._bound = _bound(bundle, engine)
         self._most_tokens = MOST_TOKENS if self._bound is None else min(MOST_TOKENS, self._bound)
         self._blocks = DeviceBlocks(bundle, engine, count, adapters.adapter_spec.r)
@@ -54,6 +59,18 @@ class TrunkModel:
             module = missing[0].rpartition(".")[0]
             raise UsageError(f"{module} cannot be trained in blocks on a device; choose others with --target-modules")
         self._head = Head(bundle, engine)
+
+    def hold(self, dataset: Dataset, examples_a_step: int, unchanged_steps: Callable[[int], range]) -> None:
+        """Keep what comes out of blocks that are not trained for long enough: see ``HeldBlocks``."""
+        assert isinstance(self._source, TrunkSource)
+        self._held = HeldBlocks(
+            self._blocks,
+            self._source,
+            dataset,
+            examples_a_step=examples_a_step,
+            most_tokens=self._most_tokens,
+            unchanged_steps=unchanged_steps,
+        )
 
     @property
     def counters(self) -> WireCounters:
@@ -75,21 +92,28 @@ class TrunkModel:
         return batch.cut(max_tokens=self._most_tokens, packs=True)
 
     def forward_backward(self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float) -> list[FloatArray]:
-        """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters.
+        """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters
+        of active units.
 
         ``grad_scale`` is one over the labelled tokens of the whole step. Raises what the source raises.
         """
-        parameters = self.adapters.parameters()
+        parameters, trained = self.adapters.parameters(), self.adapters.trained_parameters()
+        scaling = self.adapters.scaling
+        lora = {name: parameter.value for name, parameter in parameters.items()}
+        begin = 0 if self._held is None else self._held.count(step, trained)
         losses = []
         for batch in map(MicroBatch.until_last_label, batches):
-            hidden_states = self._source.hidden_states(batch)
-            started = time.perf_counter()
-            lora = {name: parameter.value for name, parameter in parameters.items()}
-            last, kept = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, self.adapters.scaling)
+            if self._held is None or not begin:
+                hidden_states = self._source.hidden_states(batch)
+                started = time.perf_counter()
+            else:
+                started = time.perf_counter()
+                hidden_states = self._held.hidden_states(batch, step, begin, lora, scaling)
+            last, kept = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, scaling, trained, begin)
             found, labelled_grad = self._head.loss_and_grad(last[batch.label_positions], batch.labels, grad_scale)
             grad = np.zeros_like(last)
             grad[batch.label_positions] = labelled_grad
-            for name, each in self._blocks.backward(grad, kept, lora, self.adapters.scaling).items():
+            for name, each in self._blocks.backward(grad, kept, lora, scaling).items():
                 parameters[name].add_grad(each)
             losses.append(found)
             self.compute_seconds += time.perf_counter() - started
@@ -109,7 +133,7 @@ class TrunkModel:
         hidden_states = self._source.hidden_states(batch)
         started = time.perf_counter()
         lora = {name: parameter.value for name, parameter in self.adapters.parameters().items()}
-        last, _ = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, self.adapters.scaling)
+        last, _ = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, self.adapters.scaling, ())
         found = self._head.loss(last[batch.label_positions], batch.labels)
         self.compute_seconds += time.perf_counter() - started
         return found

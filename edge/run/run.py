@@ -39,7 +39,7 @@ from dlora.protocol import interrupts
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
 
-from .directory import CACHE, CHECKPOINTS, find_checkpoint, run_directory
+from .directory import CACHE, CHECKPOINTS, HELD_CACHE, find_checkpoint, run_directory
 from .display import Display
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
@@ -180,6 +180,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         "wall_s": round(trained_s, 3),
     }
     write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
+    remove_quietly(run.out / HELD_CACHE)
     if not run.keep_cache:
         remove_quietly(run.out / CACHE)
     return summary

@@ -144,6 +144,8 @@ class Trainer:
         if isinstance(self.session, TrainSession) and config.basis == "data":
             self.session.basis_pass = partial(self._run_basis_pass, before_basis_step)
         self.session.open()
+        if config.holds_outputs and isinstance(self.session, DeviceSession) and isinstance(self.model, TrunkModel):
+            self.model.hold(dataset, config.batch_size * config.grad_accum, self.session.unchanged_steps)
 
     @property
     def next_step(self) -> int:
