@@ -135,6 +135,10 @@ def test_a_run_needs_no_server_and_goes_on_to_the_same_bits(place: Place, tmp_pa
     settings = load_run_file(whole).settings
     assert (settings.mode, settings.server, settings.device_blocks, settings.blocks) == ("local", None, 2, "0-1")
     assert (settings.kind, settings.cache_mb, settings.batch_size) == ("lora", None, 3)
+    words = ("evaluate", "--bundle", place.bundle, "--data", place.data, "--threads", 1, "--json", *LOCAL)
+    evaluated = json.loads(run_edge(*words, "--adapter", whole).stdout)
+    assert abs(evaluated["loss"] - found["eval_loss_after"]) < 1e-5
+    assert abs(json.loads(run_edge(*words).stdout)["loss"] - found["eval_loss_before"]) < 1e-5
     process = start_edge(*local(place, killed, *KILLING, "--eval", place.data))
     wait_for_lines(killed / "metrics.jsonl", 23)
     process.send_signal(signal.SIGKILL)
@@ -151,6 +155,16 @@ WRONG = {
     "trunk": (("--mode", "trunk"), 2, "--mode trunk needs --server"),
     "every": (("--mode", "trunk", "--device-blocks", 2, "--server", "ws://127.0.0.1:9"), 2, "(--mode local runs all"),
 }
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [(("--mode", "split"), "--mode split needs --server"), ((*LOCAL, "--server", "ws://x:1"), "leave --server out")],
+)
+def test_evaluating_without_a_server_is_said_or_one_line(place: Place, options: tuple[str, ...], text: str) -> None:
+    done = run_edge("evaluate", "--bundle", place.bundle, "--data", place.data, *options)
+    assert (done.code, len(done.errors)) == (2, 1), done.stderr
+    assert text in done.errors[0]
 
 
 @pytest.mark.parametrize("name", WRONG)
