@@ -1,7 +1,7 @@
-"""The whole model in the mode ``trunk``: the server's blocks are asked once for each text, all others run here.
+"""The whole model in the modes ``trunk`` and ``local``: the last blocks, or all of them, run here.
 
-Forward, backward and evaluation then need no server. What the server gave is kept (``trunk_cache.py``); only a text
-that does not fit there is asked for again each time.
+Forward, backward and evaluation need no server but for what goes into the first of them, which a source has: what the
+server gave once for each text (``trunk_source.py``), or the embeddings (``local_source.py``).
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from dlora.protocol.tensors import FloatArray
 from .blocks import DeviceBlocks
 from .ends import Head, LongArray
 from .held_blocks import HeldBlocks
+from .source import HiddenStateSource
 from .trainable import WireCounters
 from .trunk_source import TrunkSource
 
 # Of a micro-batch. What attention computes grows with the square of it; with fewer, weights are widened too often.
-_MOST_TOKENS: Final = 256
+MOST_TOKENS: Final = 256
 
 
 class TrunkModel:
@@ -35,7 +36,7 @@ class TrunkModel:
 
     Args:
         count: of blocks on the device.
-        source: of what comes out of the server's blocks.
+        source: of what goes into the first of them.
 
     Attributes:
         invocation: none: adapters act everywhere.
@@ -45,14 +46,14 @@ class TrunkModel:
     invocation: Final[tuple[int, ...]] = ()
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, count: int, source: TrunkSource
+        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, count: int, source: HiddenStateSource
     ) -> None:
         self.adapters = adapters
         self.compute_seconds = 0.0
         self._source = source
         self._held: HeldBlocks | None = None
         self._bound = _bound(bundle, engine)
-        self._most_tokens = _MOST_TOKENS if self._bound is None else min(_MOST_TOKENS, self._bound)
+        self._most_tokens = MOST_TOKENS if self._bound is None else min(MOST_TOKENS, self._bound)
         self._blocks = DeviceBlocks(bundle, engine, count, adapters.adapter_spec.r)
         if missing := sorted(set(adapters.parameters()) - set(self._blocks.parameter_shapes)):
             module = missing[0].rpartition(".")[0]
@@ -61,6 +62,7 @@ class TrunkModel:
 
     def hold(self, dataset: Dataset, examples_a_step: int, unchanged_steps: Callable[[int], range]) -> None:
         """Keep what comes out of blocks that are not trained for long enough: see ``HeldBlocks``."""
+        assert isinstance(self._source, TrunkSource)
         self._held = HeldBlocks(
             self._blocks,
             self._source,
@@ -93,7 +95,7 @@ class TrunkModel:
         """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters
         of active units.
 
-        ``grad_scale`` is one over the labelled tokens of the whole step. Raises what ``TrunkSource`` raises.
+        ``grad_scale`` is one over the labelled tokens of the whole step. Raises what the source raises.
         """
         parameters, trained = self.adapters.parameters(), self.adapters.trained_parameters()
         scaling = self.adapters.scaling
@@ -120,7 +122,7 @@ class TrunkModel:
     def evaluate(self, batch: MicroBatch) -> tuple[FloatArray, LongArray]:
         """Losses float32 and likeliest tokens int64 at the labelled positions, (labelled,) each.
 
-        Raises what ``TrunkSource`` raises.
+        Raises what the source raises.
         """
         found = [self._evaluate(part) for part in self.cut(batch)]
         losses, predictions = (np.concatenate(each) for each in zip(*found, strict=True))

@@ -131,7 +131,7 @@ class TrunkCache:
 
     def record_bytes(self, tokens: int) -> int:
         """What a text of so many tokens takes."""
-        return _RECORD.size + _CHECK_BYTES + self._codec.nbytes(tokens, self.owner.width)
+        return record_bytes(self.owner.codec, tokens, self.owner.width)
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._places
@@ -252,6 +252,11 @@ class TrunkCache:
                 return start + found
             start += max(1, len(some) - len(_MARK) + 1)
         return size
+
+
+def record_bytes(codec: str, tokens: int, width: int) -> int:
+    """What the hidden states (tokens, width) of a text take in a cache."""
+    return _RECORD.size + _CHECK_BYTES + CODECS[codec].nbytes(tokens, width)
 
 
 def most_bytes(texts: int, tokens: int, width: int, codec: str) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.export.tracing.calls import BLOCKED, MASK, BlockCall, sees
+from dlora.export.tracing.entry import Entry
 from dlora.protocol.manifest import StoredDtype
 
 from .graph import TrainingGraph
@@ -71,9 +72,11 @@ class DeviceBlocks:
     Attributes:
         dtype: how the weights of linear modules are stored.
         max_length: the most tokens of a sequence that tables have rows for.
+        entry: what stands before block 0, where that is among them.
     """
 
     blocks: tuple[BlockMaterials, ...]
     final_norm: FinalNormMaterials
     dtype: StoredDtype
     max_length: int
+    entry: Entry | None = None
