@@ -153,12 +153,14 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         max_length: the most tokens of a sequence.
         blocks: in the order of execution, up to the last of the base model.
         final_norm: what stands after them: graph input to ``.npy`` file.
+        without_decode: why they have no graphs to go on from earlier tokens with, in words; None where they have.
     """
 
     dtype: StoredDtype
     max_length: Positive
     blocks: Annotated[tuple[BlockSpec, ...], msgspec.Meta(min_length=1)]
     final_norm: dict[str, BundlePath]
+    without_decode: str | None = None
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
