@@ -14,6 +14,9 @@ RunMode = Literal["split", "trunk"]
 """Where the base model's blocks run: all of them on the server, which exchanges with the device at every group; or the
 last ones on the device, which asks the server once for what comes out of the others."""
 
+UseMode = Literal["split", "trunk"]
+"""Where they run when an adapter is used: likewise, but that the device asks once for each token or draft."""
+
 EngineName = Literal["onnx", "executorch"]
 """What runs a bundle's graphs."""
 

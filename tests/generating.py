@@ -14,6 +14,7 @@ from dlora.edge.generation.generate import TokenAnswer
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
 from dlora.edge.model.generating import GeneratingModel
+from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.manifest import load_manifest
 
 
@@ -47,16 +48,26 @@ def save_random_adapter(bundle: Path, url: str, directory: Path, seed: int = 0) 
 
 
 def save_lora(
-    bundle: Path, directory: Path, *, blocks: Sequence[int], rank: int = 3, invocation: tuple[int, ...] = ()
+    bundle: Path,
+    directory: Path,
+    *,
+    blocks: Sequence[int],
+    rank: int = 3,
+    invocation: tuple[int, ...] = (),
+    size: float = 0.5,
+    training: TrainingRecord | None = None,
 ) -> None:
-    """A LoRA of random weights on every linear module of some blocks; no server is needed to make it."""
+    """A LoRA of random weights on every linear module of some blocks; no server is needed to make it.
+
+    ``size``: of ``lora_B``.
+    """
     manifest = load_manifest(bundle)
     random = np.random.default_rng(0)
     modules = [
         SavedModule(
             target.name,
             (random.standard_normal((rank, group.in_features)) / group.in_features**0.5).astype(np.float32),
-            (random.standard_normal((target.out_features, rank)) * 0.5).astype(np.float32),
+            (random.standard_normal((target.out_features, rank)) * size).astype(np.float32),
         )
         for group in manifest.groups
         if group.block in blocks
@@ -70,4 +81,6 @@ def save_lora(
         base_model_name=manifest.base_model.name,
         fan_in_fan_out=manifest.base_model.architecture == "gpt2",
         invocation=invocation,
+        base_fingerprint=manifest.base_model.fingerprint,
+        training=training,
     )

@@ -17,7 +17,7 @@ import typer
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 
 from .generate import summary_line
-from .model_options import ModelOptions, find_adapter
+from .model_options import ModelOptions, UseModeOption, find_adapter
 from .options import AdaptersOption, CredentialOptions, with_groups
 from .output import warn
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
@@ -47,6 +47,7 @@ def chat(
     context_length: ContextLengthOption = 4096,
     sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
     draft: DraftOption = None,
+    mode: UseModeOption = None,
     credential_options: CredentialOptions = CredentialOptions(),
 ) -> None:
     """Talk to the model, with an adapter or without; /help tells what else can be said.
@@ -75,7 +76,9 @@ def chat(
 
         def open_model(adapter: Path | None) -> contextlib.AbstractContextManager[GeneratingModel]:
             options = replace(model_options, adapter=adapter)
-            return options.open(opened, credentials, context_length=context_length, should_stop=stopping.is_asked)
+            return options.open_generating(
+                opened, credentials, mode, context_length=context_length, should_stop=stopping.is_asked
+            )
 
         directory = adapters or default_directory()
         adapter = find_adapter(model_options.adapter, directory)

@@ -10,13 +10,14 @@ import numpy as np
 
 from dlora.edge.adapters.compatibility import check_base_model, check_fit
 from dlora.edge.adapters.peft import LoadedAdapter, load_adapter
-from dlora.edge.choices import EngineChoice
+from dlora.edge.choices import EngineChoice, UseMode
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
 from dlora.edge.memory import release_freed_memory
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import interrupts
+from dlora.protocol.adapter_record import load_record
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import BundleError, UsageError
 from dlora.protocol.manifest import Manifest
@@ -76,6 +77,17 @@ def open_trunk(
         yield TrunkGenerator(bundle, runs, session, blocks, codecs, invocation=invocation, send=send)
 
 
+def trained_mode(adapter: Path | None) -> UseMode:
+    """The mode in which an adapter was trained, as its record says; ``split`` where that says nothing.
+
+    Raises ``CheckpointError`` for a record that is damaged.
+    """
+    record = None if adapter is None else load_record(adapter)
+    if record is None or record.training is None:
+        return "split"
+    return "trunk" if record.training.recipe.get("mode") == "trunk" else "split"
+
+
 def blocks_needed(manifest: Manifest, loaded: LoadedAdapter | None) -> int:
     """How many of the last blocks hold all of an adapter. Raises ``UsageError`` and ``BundleError``."""
     spec, last = manifest.device_blocks, manifest.base_model.blocks
@@ -83,13 +95,12 @@ def blocks_needed(manifest: Manifest, loaded: LoadedAdapter | None) -> int:
     lowest = last - 1 if loaded is None else min(block_of[name] for name in loaded.modules)
     if lowest < 1:
         raise UsageError("the adapter reaches down to block 0, which the server runs; use --mode split")
-    has = 0 if spec is None else len(spec.blocks)
-    if spec is None or last - lowest > has:
-        raise BundleError(
-            f"the adapter reaches down to block {lowest}, the bundle has {has} blocks for a device; export it again "
-            f"with --device-blocks {last - lowest}, or use --mode split"
-        )
-    return last - lowest
+    has, count = 0 if spec is None else len(spec.blocks), last - lowest
+    if count > has:
+        what = f"has {has} blocks for a device, and the adapter reaches down to block {lowest}"
+        advice = f"export it again with --device-blocks {count}, or use --mode split"
+        raise BundleError(f"the bundle {what if loaded else 'has no blocks for a device'}; {advice}")
+    return count
 
 
 def _lora_of(loaded: LoadedAdapter) -> tuple[dict[str, FloatArray], int]:
