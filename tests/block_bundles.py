@@ -39,6 +39,9 @@ REFUSED: Final = {
 }  # fmt: skip
 """Families whose blocks a device cannot run, and why: words of the error."""
 
+WITHOUT_DECODE: Final = {"bloom": "cannot be traced with a cache"}
+"""Families whose blocks a device can train, and not go on with from earlier tokens, and why: words of the reason."""
+
 TRIED_ALWAYS: Final = (
     "bloom", "falcon", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "mpt", "opt",
 )

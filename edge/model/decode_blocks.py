@@ -6,6 +6,7 @@ keys and values of those before, which are kept here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -101,16 +102,19 @@ class _Block(BlockWeights):
     def __init__(self, bundle: Bundle, spec: BlockSpec, graph: Graph, rank: int, max_length: int) -> None:
         self._graph_spec = bundle.manifest.graph("block_decode", spec.graph)
         super().__init__(bundle, spec, self._graph_spec.inputs, rank, max_length)
+        if [tensor.name for tensor in self._graph_spec.outputs] != ["y", "keys", "values"]:
+            raise BundleError(f"{self._where('block_decode')} gives something else than it must; export it again")
         self._graph = graph
         self._keys, self._values = (
             np.zeros((1 + _FIRST_ROOM, *self._shape_of(name)), np.float32) for name in ("past_keys", "past_values")
         )
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
-        """Of one token's keys or values."""
+        """Of one token's keys or values: not much wider than a weight, which is as large as its file."""
         shape = next((each.shape for each in self._graph_spec.inputs if each.name == name), ())
         sizes = tuple(size for size in shape if isinstance(size, int))
-        if len(shape) != 3 or shape[0] != "past" or len(sizes) != 2:
+        widest = max((size for weight in self._weights.values() for size in weight.shape), default=0)
+        if len(shape) != 3 or shape[0] != "past" or len(sizes) != 2 or not 0 < math.prod(sizes) <= 4 * widest:
             raise BundleError(f"{self._where(name)} are not (past, heads, width); export the bundle again")
         return sizes
 
@@ -129,8 +133,11 @@ class _Block(BlockWeights):
         }
         y, keys, values = self._graph(self._inputs(self._graph_spec, own, lora, scale))
         self._make_room(1 + position + new)
-        self._keys[1 + position : 1 + position + new] = keys
-        self._values[1 + position : 1 + position + new] = values
+        for kept, found in ((self._keys, keys), (self._values, values)):
+            rows = kept[1 + position : 1 + position + new]
+            if found.shape != rows.shape:
+                raise BundleError(f"{self._where('block_decode')} gives other keys than it takes; export it again")
+            rows[:] = found
         return y
 
     def _make_room(self, rows: int) -> None:
