@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from block_bundles import REFUSED, TRIED_ALWAYS
+from block_bundles import REFUSED, TRIED_ALWAYS, WITHOUT_DECODE
 from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, tiny_model
 
 from dlora.cloud.model.base_model import BaseModel
@@ -45,7 +45,8 @@ has the same graphs, which depend on widths and kind of head and not on the fami
 - **blocks**: whether a bundle may have the last blocks of the model, for a device that runs them itself
   (`dlora-export --device-blocks`), or why not. Where it may, they compute what PEFT and autograd do in one process,
   forward and backward, with LoRA beside every linear module: on ONNX Runtime in fp32 (`tests/test_blocks.py`), and of
-  some families on both engines and in fp16 and int8 (`tests/test_blocks_training.py`). `make test` tries those of
+  some families on both engines and in fp16 and int8 (`tests/test_blocks_training.py`). They go on from keys and
+  values, so that the device can generate with them, but where it says otherwise. `make test` tries those of
   {always}.
 - **engines**: on which of them whole runs are tested.
 - **generates**: *cached*, where each token crosses once, for the server keeps keys and values; else the whole text
@@ -85,6 +86,8 @@ def accepted(family: str) -> str:
     parts = ModelParts.of(base)
     generates = "whole text" if parts is None or Decoding.of(parts) is None else "cached"
     blocks = f"no: {REFUSED[family]}" if family in REFUSED else "yes"
+    if family in WITHOUT_DECODE:
+        blocks = "yes, but not to generate with"
     return f"| {family} | {names} | {whose} | {skipped} | {inactive} | {blocks} | {engines} | {generates} | {run} |"
 
 
