@@ -121,12 +121,13 @@ class _Block(BlockWeights):
     def append(self, x: FloatArray, position: int, lora: Mapping[str, FloatArray], scale: FloatArray) -> FloatArray:
         """y (new, width) of tokens that come after the first ``position``, which it has seen."""
         new = len(x)
-        first = 0 if self.spec.window is None else max(0, position - self.spec.window + 1)  # older ones none sees
+        window = self.spec.window
+        first = 0 if window is None else max(0, position - max(1, window - 1))  # older ones none sees
         past = slice(1 + first, 1 + position) if position else slice(0, 1)
         own = {
             "x": x,
-            "past_mask": _past_mask(new, position, first, self.spec.window),
-            "mask": _mask(new, self.spec.window),
+            "past_mask": _past_mask(new, position, first, window),
+            "mask": _mask(new, window),
             "past_keys": self._keys[past],
             "past_values": self._values[past],
             **self.of_positions(np.arange(position, position + new, dtype=np.int32)),
