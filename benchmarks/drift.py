@@ -34,7 +34,7 @@ from dlora.edge.data.invocation import find_invocation
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.run.run import total_steps
+from dlora.edge.run.plan import total_steps
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection

@@ -15,6 +15,9 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from children import QUIET_THREADS, cloud_server, log, need_bundle
@@ -23,16 +26,18 @@ os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREA
 
 import msgspec
 from economy_data import SETS, Data, load
-from economy_measure import Meter, add_place_options, evaluate_rows, first, last_loss, score, trained_fields
-from economy_recipes import BASELINE, DEFAULT, RECIPES, order, train_config
+from economy_measure import Cost, Meter, add_place_options, evaluate_rows, first, last_loss, score, trained_fields
+from economy_recipes import BASELINE, DEFAULT, Recipe, order, train_config
 from economy_report import write_report
 from economy_runs import CURVE, CURVE_ROWS, Finished, Plan, Point, Run, RunsFile, Score, Settings
+from economy_trunk import open_source
 
 from dlora.edge.data.invocation import find_invocation
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.run.run import total_steps
+from dlora.edge.run.plan import total_steps
+from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.learning_rate import choose_learning_rate
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.trainer import Trainer
@@ -50,36 +55,42 @@ def main() -> None:
     runs = RunsFile(options.runs)
     plan = Plan(options.model, options.dtype, quick=options.quick)
     if not options.report:
-        _make_runs(runs, plan, options)
+        make_runs(runs, plan, list(order()), options)
     print(json.dumps(write_report(runs.runs, plan, options.docs), indent=1))
 
 
-def _make_runs(runs: RunsFile, plan: Plan, options: argparse.Namespace) -> None:
+def make_runs(
+    runs: RunsFile, plan: Plan, in_order: Sequence[tuple[str, str]], options: argparse.Namespace
+) -> None:
+    """Make the runs that are missing of ``in_order``, (set, recipe), as far as ``options`` want them."""
     bundle = Bundle.open(need_bundle(options.bundle))
     tokenizer = EdgeTokenizer.open(bundle)
     ends = time.monotonic() + 60 * options.max_minutes
     data: dict[str, Data] = {}
     with cloud_server(options.model, options.threads, "--dtype", options.dtype) as (url, _):
         while time.monotonic() < ends:
-            settings = _next(runs.runs, plan, options.only)
+            settings = _next(runs.runs, plan, in_order, options.only)
             if settings is None:
                 break
             if settings.set not in data:
                 data[settings.set] = load(settings.set, options.data, options.work, tokenizer)
             _check_data(runs.runs, settings.set, data[settings.set])
-            _check_rate(settings, data[settings.set])
+            _check_rate(plan, settings, data[settings.set])
             log(f"{_name(settings)} …")
-            result = run(bundle, url, data[settings.set], settings, options.threads)
+            place = Place(bundle, url, options.threads, options.work)
+            result = run(place, data[settings.set], settings, plan.recipes[settings.recipe])
             runs.append(result)
             log(f"{_name(settings)}: {_summary(result)}")
 
 
-def _next(finished: Finished, plan: Plan, only: list[str]) -> Settings | None:
+def _next(
+    finished: Finished, plan: Plan, in_order: Sequence[tuple[str, str]], only: list[str]
+) -> Settings | None:
     """The next run of all that are wanted and that this version of dlora can make."""
-    for set_name, recipe in order():
+    for set_name, recipe in in_order:
         name = f"{set_name}/{recipe}"
         is_wanted = not only or any(fnmatch.fnmatch(name, each) or each == set_name for each in only)
-        if is_wanted and not RECIPES[recipe].missing():
+        if is_wanted and not plan.recipes[recipe].missing():
             settings = plan.next(finished, set_name, recipe)
             if settings is not None:
                 return settings
@@ -92,10 +103,10 @@ def _check_data(finished: Finished, set_name: str, data: Data) -> None:
         raise SystemExit(f"error: the finished runs of {set_name} were made with other data; choose another --runs")
 
 
-def _check_rate(settings: Settings, data: Data) -> None:
+def _check_rate(plan: Plan, settings: Settings, data: Data) -> None:
     """The report says of one rate that it is what a user gets who gives none."""
-    recipe = RECIPES[settings.recipe]
-    if SETS[settings.set].fixed_lr is not None or settings.rows is not None:
+    recipe = plan.recipes[settings.recipe]
+    if SETS[settings.set].fixed_lr is not None or settings.rows is not None or settings.device_blocks:
         return
     steps = total_steps(data.train, epochs=1, steps=settings.steps, batch_size=settings.batch_size, grad_accum=1)
     kind = msgspec.convert(recipe.kind, KindChoice)
@@ -120,17 +131,26 @@ def _summary(result: Run) -> str:
 # -- one run -----------------------------------------------------------------------------------------------
 
 
-def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) -> Run:
+@dataclass(frozen=True)
+class Place:
+    """Where runs are made; ``work`` is for files that several of them use."""
+
+    bundle: Bundle
+    url: str
+    threads: int
+    work: Path
+
+
+def run(place: Place, data: Data, settings: Settings, recipe: Recipe) -> Run:
     """Train once, evaluate on the way and on all held-out rows. A run that diverges has no scores."""
     steps = total_steps(data.train, epochs=1, steps=settings.steps, batch_size=settings.batch_size, grad_accum=1)
-    recipe = RECIPES[settings.recipe]
     config = train_config(
         recipe,
         steps=steps,
         batch_size=settings.batch_size,
         seed=settings.seed,
         optimizer=settings.optimizer,
-        defaults=bundle.manifest.defaults,
+        defaults=place.bundle.manifest.defaults,
         invocation=find_invocation(data.train) if recipe.acts_on_answers else (),
     )
     validation, test = (first(part, settings.rows) for part in (data.validation, data.test))
@@ -140,10 +160,11 @@ def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) 
     curve: list[Point] = []
     scores: dict[str, Score] = {}
     meter = Meter()
-    with Connection(url) as connection:
-        trainer = Trainer(bundle, OnnxEngine(bundle, threads), connection, config, data.train)
+    with _trainer(place, config, data, settings.set) as (trainer, known):
         meter.trainer = trainer
-        set_up = sum(trainer.traffic)
+        if known is not None:
+            meter.begin_again(trainer, known)
+        set_up = meter.cost().bytes
         try:
             while len(rows) < steps:
                 rows.append(trainer.run_step())
@@ -172,6 +193,19 @@ def run(bundle: Bundle, url: str, data: Data, settings: Settings, threads: int) 
             validation=scores.get("validation"),
             test=scores.get("test"),
         )
+
+
+@contextmanager
+def _trainer(place: Place, config: TrainConfig, data: Data, set_name: str) -> Iterator[tuple[Trainer, Cost | None]]:
+    """A new run, and what it has cost already, where that is known from an earlier one."""
+    engine = OnnxEngine(place.bundle, place.threads)
+    if config.mode == "trunk":
+        file = place.work / f"{set_name}-{config.device_blocks}.cache"
+        with open_source(place.bundle, engine, place.url, config, data, file) as (source, cost):
+            yield Trainer(place.bundle, engine, source, config, data.train), cost
+    else:
+        with Connection(place.url) as connection:
+            yield Trainer(place.bundle, engine, connection, config, data.train), None
 
 
 # -- the command -------------------------------------------------------------------------------------------

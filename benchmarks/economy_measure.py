@@ -46,8 +46,7 @@ class Cost(NamedTuple):
 
     @classmethod
     def now(cls, trainer: Trainer | None) -> Self:
-        session = None if trainer is None else trainer.connection.session
-        counted = (session.bytes_sent, session.bytes_received, session.round_trips) if session else (0, 0, 0)
+        counted = (0, 0, 0) if trainer is None else trainer.model.counters
         return cls(*counted, time.process_time(), time.perf_counter())
 
     @property
@@ -76,10 +75,15 @@ class Meter:
         self.trainer: Trainer | None = None
         self.evaluation = Cost()
         self._began = Cost.now(None)
+        self._before = Cost()
 
     def cost(self) -> Cost:
         """What training has cost so far."""
-        return Cost.now(self.trainer).plus(self._began, -1).plus(self.evaluation, -1)
+        return Cost.now(self.trainer).plus(self._began, -1).plus(self.evaluation, -1).plus(self._before)
+
+    def begin_again(self, trainer: Trainer, before: Cost) -> None:
+        """Measure from now on; what training has cost ``before`` is known."""
+        self.trainer, self._began, self._before = trainer, Cost.now(trainer), before
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -145,6 +149,7 @@ def trained_fields(
     """
     assert trainer.session.ticket is not None
     report = report_traffic(len(trainer.adapters.units), len(trainer.session.ticket))
+    reports = 0 if settings.device_blocks else len(rows) * (report.bytes_up + report.bytes_down)
     tokens = sum(row.tokens for row in rows)
     return {
         "digest": settings.digest,
@@ -157,7 +162,7 @@ def trained_fields(
         "bytes_up": cost.bytes_up,
         "bytes_down": cost.bytes_down,
         "set_up_bytes": set_up_bytes,
-        "report_bytes": len(rows) * (report.bytes_up + report.bytes_down),
+        "report_bytes": reports,
         "bytes_per_token": round(cost.bytes / max(1, tokens), 1),
         "round_trips_per_step": statistics.median(row.round_trips for row in rows) if rows else 0,
         "edge_compute_s": round(sum(row.edge_compute_s for row in rows), 2),

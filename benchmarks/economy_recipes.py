@@ -46,6 +46,7 @@ class Recipe:
         default_lr, weight_decay: the optimizer's of a user who gives none, on data that are passed over once.
         bars: the sets on which a bar rests on this recipe; there it has three seeds, elsewhere one.
         sets: where it is run.
+        device_blocks: how many of the last blocks run on the device, in the mode ``trunk``; 0: the mode ``split``.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Recipe:
     weight_decay: float = 0.0
     bars: tuple[str, ...] = ()
     sets: tuple[str, ...] = BARRED_SETS + OTHER_SETS
+    device_blocks: int = 0
 
     def seeds(self, set_name: str) -> tuple[int, ...]:
         """The seeds of its runs on a set."""
@@ -169,6 +171,8 @@ def train_config(
     return msgspec.convert(
         {
             **filled,
+            "mode": "trunk" if recipe.device_blocks else "split",
+            "device_blocks": recipe.device_blocks,
             "total_steps": steps,
             "batch_size": batch_size,
             "grad_accum": 1,

@@ -71,10 +71,11 @@ def find_result(finished: Finished, plan: Plan, set_name: str, recipe: str, rate
 
     None where the rate is not chosen yet, or no run of it ended well.
     """
-    lr = plan.chosen_lr(finished, set_name, recipe) if rate == "chosen" else RECIPES[recipe].usual_lr(set_name)
+    of_recipe = plan.recipes[recipe]
+    lr = plan.chosen_lr(finished, set_name, recipe) if rate == "chosen" else of_recipe.usual_lr(set_name)
     if lr is None:
         return None
-    found = [plan.find(finished, set_name, recipe, lr, seed) for seed in RECIPES[recipe].seeds(set_name)]
+    found = [plan.find(finished, set_name, recipe, lr, seed) for seed in of_recipe.seeds(set_name)]
     runs = tuple(run for run in found if run is not None and run.test is not None)
     return Result(set_name, recipe, lr, runs) if runs else None
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 from economy_data import SETS
-from economy_recipes import GRID, RECIPES
+from economy_recipes import GRID, RECIPES, Recipe
 
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.schedule import ScheduleName
@@ -32,6 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         warmup: as ``OptimizerConfig`` has it; it and ``schedule`` are what the command takes by default.
         dtype: of the base model on the server.
         rows: most rows of each evaluation; None: all.
+        device_blocks: how many of the last blocks run on the device.
     """
 
     set: str
@@ -48,6 +49,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     warmup: float = 0.03
     weight_decay: float = 0.0
     rows: int | None = None
+    device_blocks: int = 0
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -197,16 +199,20 @@ class Plan:
 
     Args:
         model, dtype: of the server; quick: short runs of few rows, with nothing but the first rate.
+        recipes: by name.
     """
 
-    def __init__(self, model: str, dtype: str, *, quick: bool = False) -> None:
+    def __init__(
+        self, model: str, dtype: str, *, quick: bool = False, recipes: Mapping[str, Recipe] = RECIPES
+    ) -> None:
         self.model = model
         self.dtype = dtype
+        self.recipes = recipes
         self._quick = quick
 
     def settings(self, set_name: str, recipe_name: str, lr: float, seed: int) -> Settings:
         """The settings of one run."""
-        recipe = RECIPES[recipe_name]
+        recipe = self.recipes[recipe_name]
         return Settings(
             set=set_name,
             recipe=recipe_name,
@@ -220,6 +226,7 @@ class Plan:
             dtype=self.dtype,
             # Left out where it is nothing: msgspec leaves out the default itself, and not what equals it.
             **({"weight_decay": recipe.weight_decay} if recipe.weight_decay else {}),
+            **({"device_blocks": recipe.device_blocks} if recipe.device_blocks else {}),
         )
 
     def find(self, finished: Finished, set_name: str, recipe_name: str, lr: float, seed: int) -> Run | None:
@@ -237,7 +244,7 @@ class Plan:
         if fixed is not None:
             return fixed
         tried = self.tried(finished, set_name, recipe_name)
-        if self._quick or next_rate(tried, RECIPES[recipe_name].usual_lr(set_name)) is not None:
+        if self._quick or next_rate(tried, self.recipes[recipe_name].usual_lr(set_name)) is not None:
             return None
         return best_rate(tried)
 
@@ -246,7 +253,7 @@ class Plan:
         return next(self._open(finished, set_name, recipe_name), None)
 
     def _open(self, finished: Finished, set_name: str, recipe_name: str) -> Iterator[Settings]:
-        recipe = RECIPES[recipe_name]
+        recipe = self.recipes[recipe_name]
         if SETS[set_name].fixed_lr is None and not self._quick:
             rate = next_rate(self.tried(finished, set_name, recipe_name), recipe.usual_lr(set_name))
             if rate is not None:
@@ -259,7 +266,7 @@ class Plan:
     def rates(self, finished: Finished, set_name: str, recipe_name: str) -> list[float]:
         """The rates that are reported: the chosen one, and the one of a user who gives none."""
         chosen = self.chosen_lr(finished, set_name, recipe_name)
-        default = [] if SETS[set_name].fixed_lr is not None else [RECIPES[recipe_name].usual_lr(set_name)]
+        default = [] if SETS[set_name].fixed_lr is not None else [self.recipes[recipe_name].usual_lr(set_name)]
         return list(dict.fromkeys(([] if chosen is None else [chosen]) + default))
 
 

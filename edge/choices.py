@@ -10,9 +10,12 @@ TooLong = Literal["error", "truncate", "skip"]
 Keep = Literal["last", "best"]
 """Which adapter a run saves in the end."""
 
-RunMode = Literal["split", "trunk"]
+RunMode = Literal["split", "trunk", "local"]
 """Where the base model's blocks run: all of them on the server, which exchanges with the device at every group; or the
-last ones on the device, which asks the server once for what comes out of the others."""
+last ones on the device, which asks the server once for what comes out of the others; or all of them on the device."""
+
+ModeChoice = Literal["auto", RunMode]
+"""A mode, or the one that ``dlora-edge plan`` recommends."""
 
 UseMode = Literal["split", "trunk"]
 """Where they run when an adapter is used: likewise, but that the device asks once for each token or draft."""

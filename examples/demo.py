@@ -70,7 +70,7 @@ def main() -> None:
         _title("4", "Train", "a device without torch: embedding, head, AdamW, small cores; half of them active")
         _forget(ADAPTER)
         _run(
-            "dlora-edge", "train", "--bundle", str(BUNDLE), "--server", url, "--data", str(train),
+            "dlora-edge", "train", "--mode", "split", "--bundle", str(BUNDLE), "--server", url, "--data", str(train),
             "--eval", str(held_out), "--out", str(ADAPTER), "--steps", str(STEPS), "--batch-size", str(BATCH_SIZE),
             "--kind", "bottleneck", "--rank", "96", "--blocks", "spread:8", "--adapt", "answer",
             "--wire-dtype", WIRE_DTYPE, "--active-fraction", "0.5", "--kr-score", "change", "--kr-kill-every", "10",

@@ -21,7 +21,9 @@ from dlora.export.graphs.block_materials import DeviceBlocks
 from dlora.export.graphs.graph_test import Materials
 from dlora.export.graphs.registry import make_graphs
 from dlora.export.tracing.calls import CannotRunOnDevice
+from dlora.export.tracing.entry import CannotBeginOnDevice
 from dlora.protocol import interrupts
+from dlora.protocol.device_memory import USUAL_TOKENS, DeviceModel, blocks_that_fit, training_bytes
 from dlora.protocol.errors import ExportError, UsageError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import (
@@ -40,7 +42,7 @@ from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 from .device_blocks import prepare_blocks
 from .installed import check_executorch
 from .output_directory import new_directory_for
-from .selection import can_be_activated, select_targets
+from .selection import Selection, can_be_activated, select_targets
 from .settings import ExportSettings
 from .to_executorch import BOUNDS
 from .tokenizer import load_tokenizer, save_tokenizer
@@ -72,7 +74,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
         note(line)
     groups = base.groups(selection.trainable)
     embedding, head = find_embedding(base), find_head(base)
-    blocks = _device_blocks(settings, base, selection.trainable, say)
+    blocks = _device_blocks(settings, base, selection, groups, say, note)
     if blocks is not None and blocks.without_decode is not None:
         note(f"the blocks can be trained on a device, but not generate there: {blocks.without_decode}")
     with interrupts.raise_on_signal(), new_directory_for(settings.out, settings.force) as bundle:
@@ -125,18 +127,46 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
 
 
 def _device_blocks(
-    settings: ExportSettings, base: BaseModel, trainable: Sequence[str], say: Say
+    settings: ExportSettings, base: BaseModel, selection: Selection, groups: Sequence[GroupSpec], say: Say, note: Say
 ) -> DeviceBlocks | None:
-    count = settings.device_blocks
+    """Those that were asked for; raises where they cannot be. Else those that a device's memory holds; says where they
+    cannot be, and goes on with fewer, or none."""
+    count = base.blocks if settings.device_blocks == "all" else settings.device_blocks
+    is_asked_for = count is not None
+    if count is None:
+        count = _blocks_for(settings, base, groups, note)
     if not count:
         return None
     if count > base.blocks:
         raise UsageError(f"--device-blocks {count} is more than the {base.blocks} blocks of {base.name}")
     try:
-        return prepare_blocks(base, trainable, count, settings.block_dtype, say)
+        return prepare_blocks(base, selection.trainable, count, settings.block_dtype, say)
+    except CannotBeginOnDevice as error:
+        text = f"{base.name} ({base.architecture}) cannot run on a device alone: {error}"
+        if is_asked_for:
+            raise ExportError(f"{text}; --device-blocks {count - 1} is the most, for --mode trunk") from None
+        note(f"{text}; it gets {count - 1} blocks, for --mode trunk")
+        return prepare_blocks(base, selection.trainable, count - 1, settings.block_dtype, say) if count > 1 else None
     except CannotRunOnDevice as error:
-        text = f"{base.name} ({base.architecture}) has no blocks for a device: {error}; leave out --device-blocks"
-        raise ExportError(text) from None
+        text = f"{base.name} ({base.architecture}) has no blocks for a device: {error}"
+        if is_asked_for:
+            raise ExportError(f"{text}; leave out --device-blocks") from None
+        note(text)
+        return None
+
+
+def _blocks_for(settings: ExportSettings, base: BaseModel, groups: Sequence[GroupSpec], note: Say) -> int:
+    """As many blocks as ``--device-memory`` holds while they are trained; none where nothing was said."""
+    if settings.device_memory is None:
+        return 0
+    model = DeviceModel(
+        base.blocks, base.hidden_size, base.vocabulary_size, groups, settings.head_dtype, settings.block_dtype
+    )
+    count = blocks_that_fit(model, settings.device_memory, rank=settings.rank)
+    peak = training_bytes(model, max(1, count), USUAL_TOKENS, settings.rank) / 1e6
+    tells = f"training takes about {peak:,.0f} MB with {max(1, count)}, at {USUAL_TOKENS} tokens a micro-batch"
+    note(f"--device-memory {settings.device_memory / 1e6:,.0f} MB holds {count} of {base.blocks} blocks: {tells}")
+    return count
 
 
 def _shapes(groups: Sequence[GroupSpec]) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dlora.protocol.sizes import parse_size
 from dlora.protocol.version import SOFTWARE_VERSION
 
 from .subcommand import CommandWithSubcommands
@@ -76,11 +77,22 @@ def export(
         StoredDtype, typer.Option(metavar="DTYPE", help="How the LM head is stored: fp16, fp32 or int8.")
     ] = StoredDtype.FP16,
     device_blocks: Annotated[
-        int,
+        str | None,
         typer.Option(
-            help="How many of the model's last blocks to put into the bundle, so that a device can run them itself."
+            metavar="N",
+            help="How many of the model's last blocks to put into the bundle, so that a device can run them itself: a "
+            "number, all, or none, which is the default. A block takes seconds to export, and its weights' size on "
+            "disk.",
         ),
-    ] = 0,
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="As many of them as a device of so much memory can train with, 2GB or 500MB; none of a model whose "
+            "blocks no device can run.",
+        ),
+    ] = None,
     block_dtype: Annotated[
         StoredDtype,
         typer.Option(
@@ -108,7 +120,7 @@ def export(
 
     The other way, an adapter into a model's weights:  dlora-export merge --help
     """
-    from .settings import ExportSettings
+    from .settings import ExportSettings, parse_device_blocks
 
     names = None
     if target_modules is not None:
@@ -123,8 +135,9 @@ def export(
         force,
         engine.value,
         base_model_name,
-        device_blocks,
+        parse_device_blocks(device_blocks),
         block_dtype.value,
+        None if device_memory is None else parse_size(device_memory, "--device-memory"),
     )
     settings.check()
     # Not before: torch takes seconds, which --help, the shell's completion and mistakes need not wait for.

@@ -30,6 +30,7 @@ from .tracing.calls import (
     unusual_number,
     windows,
 )
+from .tracing.entry import find_entry
 from .tracing.modules import linears, stored_weights
 from .tracing.past import PAST_KEYS, PAST_MASK, PAST_VALUES, cache_arguments, call_with_past
 
@@ -45,7 +46,8 @@ def prepare_blocks(
         trainable: full names of the modules that can be targets.
         dtype: how the weights of linear modules are stored.
 
-    Raises ``CannotRunOnDevice`` where the family's blocks cannot be run without its decoder.
+    Raises ``CannotRunOnDevice`` where the family's blocks cannot be run without its decoder; ``CannotBeginOnDevice``
+    where ``count`` is all of them, and only what stands before the first one cannot be.
     """
     torch_log = logging.getLogger("torch._subclasses.fake_tensor")  # tells with a traceback what we tell in a line
     level = torch_log.level
@@ -67,6 +69,7 @@ def _prepare(
 ) -> DeviceBlocks:
     first = base.blocks - count
     _check_experts(base, first)
+    entry = find_entry(base) if not first else None
     of_block = windows(base)
     calls = record_calls(base)
     graphs: dict[tuple[object, ...], tuple[TrainingGraph, TrainingGraph]] = {}
@@ -99,7 +102,7 @@ def _prepare(
         last_block,
         *final_norm_graphs(modules, final_weights, last_block.shape[1], calls[-1].tokens),
     )
-    made_ready = DeviceBlocks(tuple(blocks), final_norm, dtype, table_rows(base))
+    made_ready = DeviceBlocks(tuple(blocks), final_norm, dtype, table_rows(base), entry)
     _check_chain(base, made_ready)
     return _with_decode(base, made_ready, say)
 
@@ -192,9 +195,12 @@ def _check_chain(base: BaseModel, made: DeviceBlocks) -> None:
     hidden, wanted = [], []
     with torch.no_grad():
         for seed, length in enumerate(lengths):
-            call = record_calls(base, length, seed=seed)[made.blocks[0].call.index]
-            hidden.append(call.hidden_states())
-            wanted.append(base.last_hidden_state(random_embeds(base, length, seed))[0])
+            embeds = random_embeds(base, length, seed)
+            if made.entry is None:
+                hidden.append(record_calls(base, length, seed=seed)[made.blocks[0].call.index].hidden_states())
+            else:
+                hidden.append(made.entry(embeds[0], torch.arange(length)))
+            wanted.append(base.last_hidden_state(embeds)[0])
         found = torch.cat(hidden)
         for block in made.blocks:
             found = block.call(found, block.context(lengths) | block.fixed())

@@ -11,6 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
+from dlora.export.weights import BLOCKS_FOLDER
 from dlora.protocol.adapters import AdapterSpec, parameter_count
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
@@ -95,8 +96,8 @@ def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
         for graph in manifest.graphs
         for engine, file in graph.files.items()
     }
-    for name, spec in manifest.files.items():
-        table.add_row(name, _size(spec.bytes), *errors.get(name, ("", "")))
+    for name, size in _shown(manifest).items():
+        table.add_row(name, _size(size), *errors.get(name, ("", "")))
     console.print(table, highlight=False)
     if manifest.executorch is not None:
         bounds = ", ".join(f"{most} {name}" for name, most in manifest.executorch.bounds.items())
@@ -118,6 +119,17 @@ def print_merged(merged: Mapping[str, Any], dtype: str, out: Path, wall_s: float
         f"{merged['modules']} modules merged\n"
         f"{out}: {_size(sum(merged['bytes'].values()))} in {dtype}, {wall_s:.1f} s"
     )
+
+
+def _shown(manifest: Manifest) -> dict[str, int]:
+    """Bytes of each file; of all weights of a block together."""
+    found: dict[str, int] = {}
+    for name, spec in manifest.files.items():
+        folder, _, inside = name.partition("/")
+        block, _, _ = inside.partition("/")
+        shown = f"{folder}/{block}/" if folder == BLOCKS_FOLDER and block.isdecimal() else name
+        found[shown] = found.get(shown, 0) + spec.bytes
+    return found
 
 
 def _modules(groups: Sequence[GroupSpec]) -> int:

@@ -17,6 +17,18 @@ from .output_directory import check_output_path
 
 ENGINES: Final = ("onnx", "executorch")
 
+BLOCKS_HELP: Final = "--device-blocks must be at least 0: a number of blocks, counted from the last; or all, or none"
+
+
+def parse_device_blocks(text: str | None) -> int | Literal["all"] | None:
+    """What ``--device-blocks`` says: a number, ``all``, ``none``. Raises ``UsageError``."""
+    words: dict[str, Literal["all"] | int] = {"all": "all", "none": 0}
+    if text is None or text in words:
+        return None if text is None else words[text]
+    if not (text.isascii() and text.isdecimal() and len(text) < 7):
+        raise UsageError(BLOCKS_HELP)
+    return int(text)
+
 
 @dataclass(frozen=True)
 class ExportSettings:
@@ -25,7 +37,10 @@ class ExportSettings:
     Attributes:
         rank, alpha, target_modules: LoRA's defaults in training; target_modules None is the architecture's default.
         base_model_name: what adapters call their base model; None means its hub id, or ``model`` where it has none.
-        device_blocks: how many of the last blocks a device may run itself; block_dtype: how their weights are stored.
+        device_blocks: how many of the last blocks a device may run itself, or ``all``; None: what ``device_memory``
+            holds.
+        device_memory: bytes of a device that is to train with as many of the last blocks as it holds; None: none.
+        block_dtype: how the blocks' weights are stored.
     """
 
     model: str
@@ -37,8 +52,9 @@ class ExportSettings:
     force: bool = False
     engine: Literal["onnx", "executorch", "both"] = "onnx"
     base_model_name: str | None = None
-    device_blocks: int = 0
+    device_blocks: int | Literal["all"] | None = None
     block_dtype: StoredDtype = "fp16"
+    device_memory: float | None = None
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -55,8 +71,8 @@ class ExportSettings:
             raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
         if self.base_model_name is not None and not one_line(self.base_model_name).strip():
             raise UsageError("--base-model-name is empty; give a hub id (org/name), or leave it out")
-        if self.device_blocks < 0:
-            raise UsageError("--device-blocks must be at least 0: a number of blocks, counted from the last")
+        if isinstance(self.device_blocks, int) and self.device_blocks < 0:
+            raise UsageError(BLOCKS_HELP)
         check_output_path(self.out, self.force)
         if "executorch" in self.engines:
             check_executorch()

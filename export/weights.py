@@ -22,6 +22,7 @@ from dlora.protocol.manifest import (
     BlockSpec,
     DeviceBlocksSpec,
     EmbeddingSpec,
+    EntrySpec,
     HeadSpec,
     StoredDtype,
     TableSpec,
@@ -75,7 +76,7 @@ def save_head(bundle: Path, end: HeadEnd, dtype: StoredDtype, embedding: Arrays)
 
 
 def save_device_blocks(bundle: Path, blocks: DeviceBlocks) -> DeviceBlocksSpec:
-    """Save the weights of blocks, their tables, of which equal ones share a file, and the final norm."""
+    """Save the weights of blocks, their tables, of which equal ones share a file, and what stands before and after."""
     tables: dict[bytes, str] = {}
     specs = []
     for block in blocks.blocks:
@@ -93,12 +94,19 @@ def save_device_blocks(bundle: Path, blocks: DeviceBlocks) -> DeviceBlocksSpec:
                 },
             )
         )
+    entry = EntrySpec()
+    if blocks.entry is not None:
+        added = blocks.entry.positions
+        entry = EntrySpec(
+            blocks.entry.scale, None if added is None else TableSpec(_save_table(bundle, added, tables), axis=0)
+        )
     return DeviceBlocksSpec(
         dtype=blocks.dtype,
         max_length=blocks.max_length,
         blocks=tuple(specs),
         final_norm=_save_tensors(bundle, f"{BLOCKS_FOLDER}/final_norm", blocks.final_norm.weights),
         without_decode=blocks.without_decode,
+        entry=entry,
     )
 
 

@@ -120,11 +120,13 @@ class Timetable:
         warmup: the first step for which a unit may be killed.
         ramp_end: the first step whose budget is k.
         last_change: the last step at whose start a state may change.
+        total_steps: of the run.
     """
 
     def __init__(self, config: KillReviveConfig, units: int, total_steps: int) -> None:
         self.config = config
         self.units = units
+        self.total_steps = total_steps
         self.floor = min(units, config.budget_floor(units))
         quiet_steps = max(1, math.floor(config.quiet_fraction * total_steps + 1e-9))
         self.last_change = max(0, total_steps - quiet_steps)
@@ -160,6 +162,19 @@ class Timetable:
         """Whether trials may begin at ``step``: only if they can end before the quiet phase."""
         config = self.config
         return self._ticks(step, config.revive_every) and step + max(1, config.probation) <= self.last_change
+
+    def unchanged_steps(self, step: int) -> range:
+        """The steps around ``step`` in which no unit becomes active; some may be killed."""
+        if self.is_fixed:
+            return range(self.total_steps)
+        edges = [0, self.last_change, self.total_steps]
+        if self.begins_at_floor:
+            edges.append(1)  # the first report may choose anew
+        for every in (self.config.kill_every, self.config.revive_every):
+            if every:
+                last_tick = self.ramp_end + max(0, step - self.ramp_end) // every * every
+                edges += [tick for tick in (last_tick, last_tick + every) if self.ramp_end < tick < self.last_change]
+        return range(max(edge for edge in edges if edge <= step), min(edge for edge in edges if edge > step))
 
     @property
     def is_long_enough(self) -> bool:

@@ -145,6 +145,16 @@ class BlockSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     tables: dict[str, TableSpec] = {}
 
 
+class EntrySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the base model does between its embeddings and block 0: ``x = scale * embedding + positions[position]``.
+
+    ``positions``: ``.npy`` fp32, a row of block 0's width for each position along ``axis`` 0; None: nothing is added.
+    """
+
+    scale: float = 1.0
+    positions: TableSpec | None = None
+
+
 class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The last blocks of the base model, for a device that runs some of them itself.
 
@@ -153,6 +163,7 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         max_length: the most tokens of a sequence.
         blocks: in the order of execution, up to the last of the base model.
         final_norm: what stands after them: graph input to ``.npy`` file.
+        entry: what stands before block 0, where that is among them.
         without_decode: why they have no graphs to go on from earlier tokens with, in words; None where they have.
     """
 
@@ -160,6 +171,7 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     max_length: Positive
     blocks: Annotated[tuple[BlockSpec, ...], msgspec.Meta(min_length=1)]
     final_norm: dict[str, BundlePath]
+    entry: EntrySpec = EntrySpec()
     without_decode: str | None = None
 
 

@@ -6,13 +6,16 @@ Counted are whole frames. The websocket adds 2 to 10 bytes a frame, and 4 more f
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Final
 
 import msgspec
 
 from .adapters import Crossing
 from .choices import Send
-from .frames import frame_bytes
+from .frames import HEADER_BLOCK, PREFIX_BYTES, frame_bytes
 from .wire_codecs import Codecs, TensorRole
+
+_ENCODED_HEADER: Final = PREFIX_BYTES + 70  # of EncodedHiddenStates, without its tensors: names and numbers
 
 
 class Traffic(msgspec.Struct, frozen=True):
@@ -33,6 +36,26 @@ class Traffic(msgspec.Struct, frozen=True):
 def text_bytes(tokens: int, embedding_size: int, codecs: Codecs, send: Send) -> int:
     """What a text's ``tokens`` cost upwards, without their frame: as embeddings or as token ids."""
     return 4 * tokens if send == "token-ids" else codecs.of(TensorRole.EMBEDDINGS).nbytes(tokens, embedding_size)
+
+
+def encode_traffic(
+    lengths: Sequence[int], *, width: int, embedding_size: int, codecs: Codecs, send: Send
+) -> Traffic:
+    """The traffic of one micro-batch of the mode ``encode``.
+
+    Args:
+        lengths: of its sequences, in tokens.
+        width: of what comes out of the blocks that are run.
+    """
+    tokens = sum(lengths)
+    text = [] if send == "token-ids" else [text_bytes(tokens, embedding_size, codecs, send)]
+    ids = [4 * tokens] if send == "token-ids" else []
+    up = frame_bytes(1, [*text, 4 * len(lengths), 0, *ids])
+    codec = codecs.of(TensorRole.LAST_HIDDEN_STATES)
+    header = msgspec.msgpack.encode([(codec.dtype, (length, width), -1) for length in lengths])
+    blocks = -(-(_ENCODED_HEADER + len(header)) // HEADER_BLOCK)
+    down = frame_bytes(blocks, [codec.nbytes(length, width) for length in lengths])
+    return Traffic(up, down, 1)
 
 
 def micro_batch_traffic(

@@ -12,6 +12,7 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.parts import ModelParts
 from dlora.export.selection import can_be_activated, select_targets
+from dlora.export.tracing.entry import CannotBeginOnDevice, find_entry
 from dlora.protocol.errors import ExportError
 from dlora.protocol.targets import module_names
 
@@ -43,7 +44,9 @@ has the same graphs, which depend on widths and kind of head and not on the fami
 - **`--adapt answer` leaves out**: modules to which PEFT gives no activated LoRA, mostly because what they are given is
   not (batch, length, width) in memory. Who names them gets `--adapt all`, and so does a model that has no others.
 - **blocks**: whether a bundle may have the last blocks of the model, for a device that runs them itself
-  (`dlora-export --device-blocks`), or why not. Where it may, they compute what PEFT and autograd do in one process,
+  (`dlora-export --device-blocks`), or why not; *all but the first*, where a device cannot make of embeddings what goes
+  into block 0, so that there is `--mode trunk` and no `--mode local` (OPT: only where it projects). Where a bundle may
+  have blocks, they compute what PEFT and autograd do in one process,
   forward and backward, with LoRA beside every linear module: on ONNX Runtime in fp32 (`tests/test_blocks.py`), and of
   some families on both engines and in fp16 and int8 (`tests/test_blocks_training.py`). They go on from keys and
   values, so that the device can generate with them, but where it says otherwise. `make test` tries those of
@@ -85,10 +88,19 @@ def accepted(family: str) -> str:
     inactive = ", ".join(f"`{name}`" for name in (module_names(base.groups(without)) if without else ()))
     parts = ModelParts.of(base)
     generates = "whole text" if parts is None or Decoding.of(parts) is None else "cached"
-    blocks = f"no: {REFUSED[family]}" if family in REFUSED else "yes"
+    blocks = f"no: {REFUSED[family]}" if family in REFUSED else _begins(base)
     if family in WITHOUT_DECODE:
-        blocks = "yes, but not to generate with"
+        blocks = f"{blocks}, not to generate with"
     return f"| {family} | {names} | {whose} | {skipped} | {inactive} | {blocks} | {engines} | {generates} | {run} |"
+
+
+def _begins(base: BaseModel) -> str:
+    """Whether a device can run all blocks of it, or all but the first."""
+    try:
+        find_entry(base)
+    except CannotBeginOnDevice:
+        return "all but the first"
+    return "all"
 
 
 def refused(family: str) -> str:

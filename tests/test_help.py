@@ -16,7 +16,8 @@ from dlora.protocol.version import SOFTWARE_VERSION
 ROOT = Path(__file__).parents[1]
 PARTS = ("edge", "cloud", "export")
 COMMANDS = [
-    ("edge",), ("edge", "train"), ("edge", "evaluate"), ("edge", "generate"), ("edge", "chat"), ("edge", "serve"),
+    ("edge",), ("edge", "plan"), ("edge", "train"), ("edge", "evaluate"), ("edge", "generate"), ("edge", "chat"),
+    ("edge", "serve"),
     ("edge", "selftest"), ("edge", "info"), ("edge", "doctor"), ("edge", "adapters"), ("edge", "adapters", "list"),
     ("edge", "adapters", "show"), ("edge", "adapters", "import"), ("edge", "adapters", "export"),
     ("edge", "adapters", "remove"), ("cloud",), ("cloud", "serve"), ("cloud", "token"), ("cloud", "token", "create"),
@@ -61,7 +62,7 @@ def test_the_options_of_train_are_in_panels() -> None:
         "This device", "Kill and Revive", "Kill and Revive, on or off",
     ]  # fmt: skip
     first = shown[: shown.index("╭─ Data")]
-    assert re.findall(r"^│ \* +(--\w+)", first, re.M) == ["--bundle", "--server", "--data", "--out"]
+    assert re.findall(r"^│ \* +(--\w+)", first, re.M) == ["--bundle", "--data", "--out"]
 
 
 @pytest.mark.parametrize("part", PARTS)

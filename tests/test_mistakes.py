@@ -17,7 +17,7 @@ from tiny import TinyFactory
 from dlora.cloud.commands.serve import check_device
 from dlora.edge.commands.description import describe
 from dlora.edge.files import locked
-from dlora.edge.run.run import total_steps
+from dlora.edge.run.plan import total_steps
 from dlora.protocol.errors import DataError, UsageError
 
 BLOCKS = 3

@@ -105,6 +105,12 @@ class AdapterSet:
         """Everything that is trained, by full name."""
         return {name: parameter for group in self.groups for name, parameter in group.parameters().items()}
 
+    def trained_parameters(self) -> frozenset[str]:
+        """The full names of what is trained in this step: that of active units."""
+        return frozenset(
+            name for index, group in enumerate(self.groups) if self.is_trained(index) for name in group.parameters()
+        )
+
     def state(self) -> dict[str, Array]:
         """All tensors that the next step depends on, by name."""
         return {name: tensor for group in self.groups for name, tensor in group.state().items()}

@@ -2,19 +2,86 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .model_options import ModelOptions
-from .options import ColumnsOption, CredentialOptions, JsonOption, MaxLengthOption, TooLongOption, with_groups
+from .model_options import ModelOptions, find_adapter
+from .options import (
+    AdapterOption,
+    BundleOption,
+    ColumnsOption,
+    CredentialOptions,
+    EngineOption,
+    JsonOption,
+    MaxLengthOption,
+    MaxRetryOption,
+    SendOption,
+    ThreadsOption,
+    TooLongOption,
+    WireDtypeOption,
+    with_groups,
+)
+
+if TYPE_CHECKING:
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.edge.model.split import SplitModel
+    from dlora.edge.model.trunk import TrunkModel
+    from dlora.edge.wire.credentials import Credentials
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """As ``ModelOptions``, of a model that may need no server."""
+
+    bundle: BundleOption
+    server: Annotated[
+        str | None, typer.Option(help="Server address, ws://HOST:PORT or wss://HOST:PORT; not with --mode local.")
+    ] = None
+    mode: Annotated[
+        Literal["split", "local"],
+        typer.Option(metavar="MODE", help="split: blocks run on the server. local: all of them here, without one."),
+    ] = "split"
+    adapter: AdapterOption = None
+    wire_dtype: WireDtypeOption = "fp16"
+    send: SendOption = "embeddings"
+    threads: ThreadsOption = 0
+    engine: EngineOption = "auto"
+    max_retry_s: MaxRetryOption = None
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for a server that is lacking, or that nobody asks."""
+        from dlora.protocol.errors import UsageError
+
+        if self.mode == "split" and self.server is None:
+            raise UsageError("--mode split needs --server, which runs the blocks; --mode local needs none")
+        if self.mode == "local" and self.server is not None:
+            raise UsageError("--mode local asks no server: leave --server out")
+
+    def open(
+        self, bundle: Bundle, credentials: Credentials, longest: int
+    ) -> AbstractContextManager[SplitModel] | AbstractContextManager[TrunkModel]:
+        """The model, connected where it has to be. ``longest``: tokens of the longest example."""
+        if self.server is not None:
+            options = ModelOptions(
+                self.bundle, self.server, self.adapter, self.wire_dtype, self.send, self.threads, self.engine,
+                self.max_retry_s,
+            )  # fmt: skip
+            return options.open(bundle, credentials)
+        from dlora.edge.adapters.store import default_directory
+        from dlora.edge.model.local_use import open_local
+
+        adapter = find_adapter(self.adapter, default_directory())
+        return open_local(bundle, adapter, longest=longest, threads=self.threads, engine=self.engine)
 
 
 @with_groups
 def evaluate(
     data: Annotated[Path, typer.Option(help="Data to evaluate on, as for train.")],
-    model_options: ModelOptions,
+    model_options: EvaluatedModel,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
     max_length: MaxLengthOption = None,
     too_long: TooLongOption = "error",
@@ -35,6 +102,7 @@ def evaluate(
 
     display = Display(json_output=json_output)
     Codecs.parse(model_options.wire_dtype)  # before data is read
+    model_options.check()
     credentials = credential_options.load()
     opened = Bundle.open(model_options.bundle)
     fields = parse_columns(columns) if columns else None
@@ -44,7 +112,7 @@ def evaluate(
     display.say(data_line("data", data, dataset))
     from dlora.edge.model.evaluation import evaluate as run_evaluation
 
-    with model_options.open(opened, credentials) as model:
+    with model_options.open(opened, credentials, int(dataset.lengths.max())) as model:
         if model.invocation:
             dataset = dataset.one_answer_each()
             if line := uninvoked_line(dataset, model.invocation):

@@ -6,21 +6,20 @@ Calibrated on SmolLM2-135M, docs/experiments.md; ``tests/test_real_model.py`` ho
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 from dlora.edge.training.defaults import DEFAULT_KIND
-from dlora.protocol.adapters import crossings, kind_of, parameter_count
+from dlora.protocol.adapters import AdapterSpec, crossings, kind_of, parameter_count
 from dlora.protocol.choices import KindChoice
+from dlora.protocol.device_memory import RUNTIME_MB, TRAINED_COPIES, USUAL_TOKENS, head_bytes
+from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest, StoredDtype
 
 from .adapter_settings import default_adapters
 
-RUNTIME_MB: Final = 100  # Python, the engine and its graphs, and one slab of the head
-USUAL_TOKENS: Final = 256
-STORED_DTYPES: Final[dict[StoredDtype, int]] = {"int8": 1, "fp16": 2, "fp32": 4}  # and bytes a value
 _WIRE_BYTES: Final = 2  # fp16
 _COPIES: Final = 4  # of a group's tensors and of the last hidden states: wire, frame, and as floats going and coming
-_TRAINED_COPIES: Final = 4  # of what is trained: value, gradient and two moments
 
 
 def training_mb(
@@ -36,8 +35,20 @@ def training_mb(
         tokens: of a micro-batch, all of them labelled.
         head_dtype: of the same base model exported with another head; by default the bundle's own.
     """
-    fixed = _fixed_bytes(manifest, head_dtype or manifest.head.dtype, kind)
-    return (fixed + tokens * _token_bytes(manifest, kind)) / 1e6
+    spec, groups = default_adapters(kind, manifest)
+    return split_bytes(manifest, spec, groups, tokens, head_dtype) / 1e6
+
+
+def split_bytes(
+    manifest: Manifest,
+    spec: AdapterSpec,
+    groups: Sequence[GroupSpec],
+    tokens: int,
+    head_dtype: StoredDtype | None = None,
+) -> float:
+    """Likewise in bytes, of a run in the mode ``split`` with any adapters."""
+    fixed = _fixed_bytes(manifest, head_dtype or manifest.head.dtype, spec, groups)
+    return fixed + tokens * _token_bytes(manifest, spec, groups)
 
 
 def usual_tokens(manifest: Manifest) -> int:
@@ -47,25 +58,25 @@ def usual_tokens(manifest: Manifest) -> int:
 
 def tokens_that_fit(manifest: Manifest, available_mb: float) -> int:
     """The largest micro-batch, in tokens, whose estimate is within ``available_mb``; 0 where none is."""
-    left = available_mb * 1e6 - _fixed_bytes(manifest, manifest.head.dtype, DEFAULT_KIND)
-    return max(0, int(left // _token_bytes(manifest, DEFAULT_KIND)))
+    adapters = default_adapters(DEFAULT_KIND, manifest)
+    left = available_mb * 1e6 - _fixed_bytes(manifest, manifest.head.dtype, *adapters)
+    return max(0, int(left // _token_bytes(manifest, *adapters)))
 
 
-def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype, kind: KindChoice) -> float:
+def _fixed_bytes(
+    manifest: Manifest, head_dtype: StoredDtype, spec: AdapterSpec, groups: Sequence[GroupSpec]
+) -> float:
     base = manifest.base_model
-    spec, groups = default_adapters(kind, manifest)
     trained = parameter_count(spec, groups)
     kept = sum(math.prod(shape) for group in groups for shape in kind_of(spec).state_shapes(spec, group))
-    # What the server keeps stays as it crosses: fp16 by default. The embedding's pages go before the head's come. Row
-    # scales are a word of fp32 each.
-    head = base.vocabulary_size * (base.hidden_size * STORED_DTYPES[head_dtype] + 4 * (head_dtype == "int8"))
-    return RUNTIME_MB * 1e6 + 4 * trained * _TRAINED_COPIES + _WIRE_BYTES * kept + head
+    # What the server keeps stays as it crosses: fp16 by default. The embedding's pages go before the head's come.
+    head = head_bytes(base.vocabulary_size, base.hidden_size, head_dtype)
+    return RUNTIME_MB * 1e6 + 4 * trained * TRAINED_COPIES + _WIRE_BYTES * kept + head
 
 
-def _token_bytes(manifest: Manifest, kind: KindChoice) -> int:
+def _token_bytes(manifest: Manifest, spec: AdapterSpec, groups: Sequence[GroupSpec]) -> int:
     """Bytes of memory for each token of a micro-batch."""
     # Until backward a group's input is kept as it came, and z of each of its target modules.
-    spec, groups = default_adapters(kind, manifest)
     widths = crossings(spec, groups)
     kept = sum(each.input_width * _WIRE_BYTES + 4 * spec.r * len(each.output_widths) for each in widths)
     widest = max(each.input_width + sum(each.output_widths) for each in widths)

@@ -56,6 +56,10 @@ EngineOption = Annotated[
     EngineChoice,
     typer.Option(help="What runs the graphs: onnx, executorch or auto, which is ONNX Runtime, or else what there is."),
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Memory for training, 2GB or 500MB; by default what is free."),
+]
 TokenFileOption = Annotated[
     Path | None, typer.Option(help="File with the token that lets this device in; else DLORA_TOKEN.")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dlora.edge.choices import Keep, RunMode
+from dlora.edge.choices import Keep, ModeChoice
 from dlora.edge.run import pause
 from dlora.edge.training.schedule import ScheduleName
 from dlora.protocol.choices import Adapt, Basis, KindChoice, OnKill, ScoreName, UnitKind
@@ -25,8 +25,8 @@ from .options import (
     JsonOption,
     MaxLengthOption,
     MaxRetryOption,
+    MemoryOption,
     SendOption,
-    ServerOption,
     ThreadsOption,
     TokenFileOption,
     TooLongOption,
@@ -38,17 +38,21 @@ MAX_SEED = 2**32 - 1  # the wire takes no more
 # Long, and with many parameters: each is an option, with its default and its help beside it.
 def train(
     bundle: BundleOption,
-    server: ServerOption,
     data: Annotated[Path, typer.Option(help="Training data: .jsonl (messages, prompt/completion or text) or .csv.")],
     out: Annotated[Path, typer.Option(help="Where the PEFT adapter, checkpoints and metrics go.")],
+    server: Annotated[
+        str | None,
+        typer.Option(help="Server address, ws://HOST:PORT or wss://HOST:PORT; not with --mode local."),
+    ] = None,
     mode: Annotated[
-        RunMode,
+        ModeChoice,
         typer.Option(
             help="Where the model's blocks run. split: all on the server, which exchanges with the adapters at every "
             "step. trunk: the last ones here, with LoRA in them; the server runs the others, once for each example, "
-            "and training then needs no server.",
+            "and training then needs no server. local: all here, and no server. auto: what dlora-edge plan recommends.",
         ),
     ] = "split",
+    memory: MemoryOption = None,
     device_blocks: Annotated[
         int | None,
         typer.Option(
@@ -291,7 +295,7 @@ def train(
 
     display = Display(json_output=json_output)
     settings = RunSettings.of(options)
-    display.finish(run_train(settings, resume=resume, display=display))
+    display.finish(run_train(settings, resume=resume, display=display, memory=memory))
 
 
 def resume(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,43 +13,35 @@ from dlora.edge.data.records import parse_columns
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.display import Display
 from dlora.edge.run.pause import PauseRules
-from dlora.edge.run.plan import data_line, units_within
+from dlora.edge.run.plan import data_line
 from dlora.edge.run.run_file import RunFile, RunSettings, load_run_file
-from dlora.edge.training.config import TrainConfig, check_units
-from dlora.edge.training.defaults import DEFAULTS
-from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.wire.connecting import Liveness, check_url
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.identity import load_device_id
-from dlora.protocol.choices import UnitKind
 from dlora.protocol.errors import CheckpointError, UsageError
-from dlora.protocol.groups import GroupSpec, group_units
-from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import choose_groups, number_ranges, spread_units
 from dlora.protocol.wire_codecs import Codecs
 
-from .adapter_settings import (
-    choose_adapters,
-    choose_rate,
-    choose_where_adapters_act,
-    parse_blocks,
-    parse_numbers,
-    target_modules_of,
-)
-from .placement_settings import choose_placement
+from .memory import available_memory
+from .recommendation import choose_mode
+from .run_config import check_before_data, configure
 
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
     from dlora.edge.data.examples import Dataset
 
-# Of a run that is to keep its best evaluation and was not told how often to evaluate.
-EVALUATIONS_OF_A_RUN = 10
 
+def run_train(
+    settings: RunSettings, *, resume: bool, display: Display, memory: str | None = None
+) -> dict[str, Any]:
+    """Check, read, train, save; the summary. Raises any ``DloraError``, for what is wrong before anything is made.
 
-def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[str, Any]:
-    """Check, read, train, save; the summary. Raises any ``DloraError``, for what is wrong before anything is made."""
+    ``memory``: what ``--mode auto`` may count on, as ``--memory`` says it.
+    """
     _check(settings)
+    if memory is not None and settings.mode != "auto":
+        raise UsageError("--memory is what --mode auto chooses by: leave it out, or take that")
+    available = available_memory(memory)
     rules = PauseRules.parse(settings.pause_when or [])
     credentials = Credentials.load(
         settings.path("token_file"),
@@ -60,48 +51,37 @@ def run_train(settings: RunSettings, *, resume: bool, display: Display) -> dict[
         insecure=settings.insecure,
         warn=display.warn,
     )
-    check_url(settings.server)
+    if settings.server is not None:
+        check_url(settings.server)
     bundle = Bundle.open(Path(settings.bundle))
     init = _init_adapter(settings, bundle.manifest)
     begun = _begun(Path(settings.out)) if resume else None
     if begun is not None and settings.lr is None:
         settings = msgspec.structs.replace(settings, lr=begun.settings.lr)
     manifest = bundle.manifest
-    settings = choose_placement(settings, manifest, init)
-    completed = choose_adapters(settings, manifest, init)
-    _kill_revive(completed, manifest)  # before data are read, so that what cannot be is said at once
-    loaded = _load(settings, bundle, display)
-    known = begun.invocation if begun is not None else ()
-    adapt, invocation, (dataset, *evaluated) = choose_where_adapters_act(
-        completed, manifest, init, loaded, known, display.say
-    )
-    settings = choose_adapters(msgspec.structs.replace(settings, adapt=adapt), manifest, init)
-    kill_revive = _kill_revive(settings, manifest)
+    loaded = None
+    if settings.mode == "auto" and begun is not None:
+        settings = _as_begun(settings, begun.settings)
+    elif settings.mode == "auto":
+        loaded = _load(settings, bundle, display)
+        settings = choose_mode(settings, manifest, init, loaded, available, display.say)
+    settings = check_before_data(settings, manifest, init)  # so that what cannot be is said at once
+    loaded = loaded or _load(settings, bundle, display)
     # Not before: data sets are read while this process is small and has no threads.
-    from dlora.edge.run.run import TrainRun, total_steps, train
+    from dlora.edge.run.run import TrainRun, train
 
-    steps = total_steps(
-        dataset,
-        epochs=settings.epochs,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        grad_accum=settings.grad_accum,
-    )
-    settings = choose_rate(settings, dataset, steps, display.say)
-    if settings.bytes_per_token is not None:
-        of_one_step = _config(settings, manifest, kill_revive, 1, invocation)
-        settings = _within_budget(settings, of_one_step, manifest, dataset)
-        kill_revive = _kill_revive(settings, manifest)
-    keeps_best = settings.keep == "best" or settings.patience is not None
+    known = begun.invocation if begun is not None else ()
+    run_of = configure(settings, manifest, init, loaded, display.say, known)
+    settings = run_of.settings
     run = TrainRun(
         bundle=bundle,
         server=settings.server,
-        dataset=dataset,
-        config=_config(settings, manifest, kill_revive, steps, invocation),
+        dataset=run_of.dataset,
+        config=run_of.config,
         out=Path(settings.out),
         settings=settings,
-        eval_dataset=evaluated[0] if evaluated else None,
-        eval_every=settings.eval_every or (-(-steps // EVALUATIONS_OF_A_RUN) if keeps_best else 0),
+        eval_dataset=run_of.evaluated,
+        eval_every=run_of.evaluate_every,
         keep=settings.keep,
         patience=settings.patience,
         save_every=settings.save_every,
@@ -127,6 +107,17 @@ def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
     if "epochs" in given and "steps" not in given:
         given["steps"] = None  # else the run's --steps would still count
     return RunSettings.of({**msgspec.structs.asdict(settings), "out": out, **given})
+
+
+def _as_begun(settings: RunSettings, begun: RunSettings) -> RunSettings:
+    """``settings`` with where blocks run as it was chosen when the run began, whatever this machine is now."""
+    return msgspec.structs.replace(
+        settings,
+        mode=begun.mode,
+        kind=settings.kind or begun.kind,
+        device_blocks=settings.device_blocks or begun.device_blocks,
+        server=None if begun.mode == "local" else settings.server,
+    )
 
 
 def _begun(out: Path) -> RunFile | None:
@@ -175,95 +166,6 @@ def _init_adapter(settings: RunSettings, manifest: Manifest) -> LoadedAdapter | 
     return loaded
 
 
-def _kill_revive(settings: RunSettings, manifest: Manifest) -> KillReviveConfig:
-    """Of settings that ``choose_adapters`` has completed. Raises ``UsageError`` for what their groups cannot do."""
-    assert settings.kind is not None
-    assert settings.kr_warmup_steps is not None
-    assert settings.kr_ramp_fraction is not None
-    groups = choose_groups(manifest, target_modules_of(settings), parse_blocks(settings.blocks, manifest))
-    units = len(group_units(groups, settings.kr_unit))
-    pinned = _units(settings.pin, "--pin", settings.kr_unit, groups)
-    static = _units(settings.static_units, "--static-units", settings.kr_unit, groups)
-    if settings.kr_score == "static" and not static and settings.active_fraction:
-        count = max(1, math.ceil(settings.active_fraction * units - 1e-9)) - len(pinned)
-        spread = spread_units(manifest, groups, settings.kr_unit, max(0, count), beside=pinned)
-        static = tuple(sorted({*pinned, *spread}))
-    config = KillReviveConfig(
-        active_fraction=settings.active_fraction,
-        score=settings.kr_score,
-        unit=settings.kr_unit,
-        warmup_steps=settings.kr_warmup_steps,
-        **({} if DEFAULTS[settings.kind].warms_up else {"warmup_fraction": 0.0}),
-        ramp_fraction=settings.kr_ramp_fraction,
-        kill_every=settings.kr_kill_every,
-        revive_every=settings.kr_revive_every,
-        revive_share=settings.kr_revive_share,
-        probation=settings.kr_probation,
-        hysteresis=settings.kr_hysteresis,
-        on_kill=settings.kr_on_kill,
-        cost_aware=settings.kr_cost_aware,
-        spread=settings.kr_spread,
-        pinned=pinned,
-        static=static,
-    )
-    check_units(config, units)  # before data is read and a server is asked
-    return config
-
-
-def _within_budget(
-    settings: RunSettings, config: TrainConfig, manifest: Manifest, dataset: Dataset
-) -> RunSettings:
-    """``settings`` with ``active_fraction`` in place of ``bytes_per_token``. Raises ``UsageError``."""
-    assert settings.bytes_per_token is not None
-    units = len(group_units(config.groups(manifest), config.kill_revive.unit))
-    count = units_within(config, manifest, dataset, settings.bytes_per_token)
-    if count < len(config.kill_revive.pinned):
-        raise UsageError(f"--bytes-per-token {settings.bytes_per_token:,} is too little for all that --pin names")
-    return msgspec.structs.replace(settings, active_fraction=count / units, bytes_per_token=None)
-
-
-def _config(
-    settings: RunSettings,
-    manifest: Manifest,
-    kill_revive: KillReviveConfig,
-    steps: int,
-    invocation: tuple[int, ...],
-) -> TrainConfig:
-    """Of settings that ``choose_adapters`` has completed."""
-    assert settings.kind is not None
-    assert settings.rank is not None
-    assert settings.alpha is not None
-    assert settings.lr is not None
-    assert settings.weight_decay is not None
-    assert settings.wire_dtype is not None
-    return TrainConfig(
-        mode=settings.mode,
-        device_blocks=settings.device_blocks or 0,
-        total_steps=steps,
-        batch_size=settings.batch_size,
-        grad_accum=settings.grad_accum,
-        seed=() if settings.seed is None else (settings.seed,),
-        kind=settings.kind,
-        basis=settings.basis or "data",  # which nothing asks for where none is made
-        basis_steps=settings.basis_steps or DEFAULTS[settings.kind].basis_steps,
-        invocation=invocation,
-        rank=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules=target_modules_of(settings),
-        blocks=parse_blocks(settings.blocks, manifest),
-        wire_dtype=settings.wire_dtype,
-        send=settings.send,
-        optimizer=OptimizerConfig(
-            lr=settings.lr,
-            schedule=settings.schedule,
-            warmup=settings.warmup,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-        ),
-        kill_revive=kill_revive,
-    )
-
-
 def _load(settings: RunSettings, bundle: Bundle, display: Display) -> list[Dataset]:
     """The data to train on, and those to evaluate on where there are some."""
     max_length = resolve_max_length(settings.max_length, bundle.manifest)
@@ -276,16 +178,3 @@ def _load(settings: RunSettings, bundle: Bundle, display: Display) -> list[Datas
     return datasets
 
 
-def _units(text: str, option: str, kind: UnitKind, groups: Sequence[GroupSpec]) -> tuple[int, ...]:
-    """The units that the user names: a block by its number in the base model, a group by its place among the trained.
-
-    Raises ``UsageError`` for a block that is not trained.
-    """
-    numbers = parse_numbers(text, option, "units")
-    if kind == "group":
-        return numbers
-    blocks = sorted({group.block for group in groups})
-    for number in numbers:
-        if number not in blocks:
-            raise UsageError(f"{option}: block {number} is not trained; blocks {number_ranges(blocks)} are")
-    return tuple(blocks.index(number) for number in numbers)

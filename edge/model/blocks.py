@@ -6,7 +6,7 @@ decoder would give them. A micro-batch is its sequences one after the other; the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,13 +28,16 @@ _GRAD_X: Final = "grad_x"
 
 @dataclass(frozen=True)
 class Kept:
-    """What the backward pass needs of a forward pass of all blocks.
+    """What the backward pass needs of a forward pass.
 
     Attributes:
-        inputs: of each block's backward graph what its forward pass had or gave, in the order of the blocks.
+        trained: the parameters that gradients are wanted of.
+        inputs: for the backward graph of each block from the lowest with such a parameter on, what its forward pass had
+            or gave.
         last: what came out of the last block, float32 (tokens, width).
     """
 
+    trained: Collection[str]
     inputs: Sequence[Mapping[str, Array]]
     last: FloatArray
 
@@ -65,29 +68,69 @@ class DeviceBlocks:
         self.parameter_shapes = {name: zeros.shape for block in self._blocks for name, zeros in block.zeros.items()}
 
     def forward(
-        self, hidden_states: FloatArray, lengths: IntArray, lora: Mapping[str, FloatArray], scaling: float
+        self,
+        hidden_states: FloatArray,
+        lengths: IntArray,
+        lora: Mapping[str, FloatArray],
+        scaling: float,
+        trained: Collection[str] | None = None,
+        begin: int = 0,
     ) -> tuple[FloatArray, Kept]:
         """The last hidden states float32 (tokens, hidden_size), and what ``backward`` needs.
 
         Args:
-            hidden_states: float32 (tokens, width), what comes out of the block before the first.
+            hidden_states: float32 (tokens, width), what comes out of the block before the first, or of the lowest
+                ``begin`` of these.
             lengths: int32 (sequences,), their sum is tokens.
             lora: values of parameters, by the names of ``parameter_shapes``; those that are not there count as zeros.
+            trained: those of them that ``backward`` is to give gradients of; None: all of ``lora``.
 
         Raises ``DataError`` for a sequence that is longer than the bundle's tables.
         """
+        trained = lora.keys() if trained is None else trained
+        kept = list[Mapping[str, Array]]()
+        for block, inputs, y in self._forward(self._blocks[begin:], hidden_states, lengths, lora, scaling):
+            if kept or block.has_any(trained):
+                kept.append(inputs)
+            hidden_states = y
+        (last,) = self._norm_forward({"x": hidden_states, **self._norm_weights})
+        return last, Kept(trained, kept, hidden_states)
+
+    def forward_lowest(
+        self, hidden_states: FloatArray, lengths: IntArray, lora: Mapping[str, FloatArray], scaling: float, count: int
+    ) -> FloatArray:
+        """What comes out of the lowest ``count`` blocks, at least one: float32 (tokens, width). As ``forward``."""
+        for _, _, y in self._forward(self._blocks[:count], hidden_states, lengths, lora, scaling):
+            hidden_states = y
+        return hidden_states
+
+    def _forward(
+        self,
+        blocks: Sequence[_Block],
+        hidden_states: FloatArray,
+        lengths: IntArray,
+        lora: Mapping[str, FloatArray],
+        scaling: float,
+    ) -> Iterator[tuple[_Block, dict[str, Array], FloatArray]]:
+        """Of each block what its backward graph is to be given, and what comes out of it."""
         self.check_length(int(lengths.max()))
-        scale, kept = scalar(scaling), []
+        scale = scalar(scaling)
         masks: dict[int | None, FloatArray] = {}
         positions = np.concatenate([np.arange(length) for length in lengths])
-        for block in self._blocks:
+        for block in blocks:
             window = block.spec.window
             if window not in masks:
                 masks[window] = attention_mask(lengths, window)
             hidden_states, inputs = block.forward(hidden_states, masks[window], positions, lora, scale)
-            kept.append(inputs)
-        (last,) = self._norm_forward({"x": hidden_states, **self._norm_weights})
-        return last, Kept(kept, hidden_states)
+            yield block, inputs, hidden_states
+
+    def count_below(self, trained: Collection[str]) -> int:
+        """How many blocks lie below all that have one of these parameters."""
+        return next((place for place, block in enumerate(self._blocks) if block.has_any(trained)), len(self._blocks))
+
+    def parameters_below(self, count: int) -> set[str]:
+        """The parameters that the lowest ``count`` blocks may have."""
+        return {name for block in self._blocks[:count] for name in block.zeros}
 
     def check_length(self, tokens: int) -> None:
         """Raise ``DataError`` for a sequence that is longer than the bundle's tables."""
@@ -100,15 +143,15 @@ class DeviceBlocks:
     def backward(
         self, grad: FloatArray, kept: Kept, lora: Mapping[str, FloatArray], scaling: float
     ) -> dict[str, FloatArray]:
-        """The gradients of all parameters of ``lora``, by name, of ``sum(last hidden states * grad)``.
+        """The gradients of ``kept.trained``, by name, of ``sum(last hidden states * grad)``.
 
-        ``grad``: float32 (tokens, hidden_size).
+        It ends with the lowest block that has such a parameter. ``grad``: float32 (tokens, hidden_size).
         """
         scale, grads = scalar(scaling), dict[str, FloatArray]()
         (grad,) = self._norm_backward({"x": kept.last, "grad": grad, **self._norm_weights})
-        for block, inputs in zip(reversed(self._blocks), reversed(kept.inputs), strict=True):
+        for block, inputs in zip(reversed(self._blocks), reversed(kept.inputs), strict=False):
             grad, found = block.backward(grad, inputs, lora, scale)
-            grads |= {name: found[name] for name in lora if name in found}
+            grads |= {name: found[name] for name in kept.trained if name in found}
         return grads
 
 
@@ -151,6 +194,10 @@ class _Block(BlockWeights):
     def __init__(self, bundle: Bundle, spec: BlockSpec, passes: _Passes, rank: int, max_length: int) -> None:
         super().__init__(bundle, spec, passes.forward_spec.inputs, rank, max_length)
         self._passes = passes
+
+    def has_any(self, names: Collection[str]) -> bool:
+        """Whether one of these parameters is its."""
+        return not self.zeros.keys().isdisjoint(names)
 
     def forward(
         self, x: FloatArray, mask: FloatArray, positions: IntArray, lora: Mapping[str, FloatArray], scale: FloatArray

@@ -34,6 +34,13 @@ _MOST_TOKENS: Final = 1024  # of a micro-batch: enough to keep a server busy, an
 _WINDOW: Final = 4
 
 
+def cut_for_encoding(lengths: Sequence[int], *, max_tokens: int = _MOST_TOKENS, packs: bool = True) -> Iterator[range]:
+    """Which texts of ``lengths`` are asked for in one micro-batch, of a server that takes so many tokens at once."""
+    for piece in cut_to_fit(lengths, max_tokens=min(max_tokens, _MOST_TOKENS), packs=packs):
+        for start in range(piece.start, piece.stop, m.MAX_ENCODED_SEQUENCES):
+            yield range(start, min(piece.stop, start + m.MAX_ENCODED_SEQUENCES))
+
+
 class EncodeSession(UntrainedSession):
     """A session that only asks for what comes out of the first ``blocks`` blocks, of ``width``.
 
@@ -145,10 +152,8 @@ class Encoder:
         welcome = self._connection.welcome
         lengths = [len(ids) for ids in sequences]
         check_sequence_length(max(lengths, default=0), welcome)
-        most = min(welcome.max_tokens, _MOST_TOKENS)
-        for piece in cut_to_fit(lengths, max_tokens=most, packs=welcome.packs):
-            for start in range(piece.start, piece.stop, m.MAX_ENCODED_SEQUENCES):
-                yield _Asked(sequences[start : min(piece.stop, start + m.MAX_ENCODED_SEQUENCES)])
+        for piece in cut_for_encoding(lengths, max_tokens=welcome.max_tokens, packs=welcome.packs):
+            yield _Asked(sequences[piece.start : piece.stop])
 
     def _begin(
         self,

@@ -1,19 +1,20 @@
-"""The whole model in the mode ``trunk``: the server's blocks are asked once for each text, all others run here.
+"""The whole model in the modes ``trunk`` and ``local``: the last blocks, or all of them, run here.
 
-Forward, backward and evaluation then need no server. What the server gave is kept (``trunk_cache.py``); only a text
-that does not fit there is asked for again each time.
+Forward, backward and evaluation need no server but for what goes into the first of them, which a source has: what the
+server gave once for each text (``trunk_source.py``), or the embeddings (``local_source.py``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
+from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.protocol.errors import DataError, UsageError
@@ -21,10 +22,13 @@ from dlora.protocol.tensors import FloatArray
 
 from .blocks import DeviceBlocks
 from .ends import Head, LongArray
+from .held_blocks import HeldBlocks
+from .source import HiddenStateSource
 from .trainable import WireCounters
 from .trunk_source import TrunkSource
 
-_MOST_TOKENS: Final = 1024  # of a micro-batch
+# Of a micro-batch. What attention computes grows with the square of it; with fewer, weights are widened too often.
+MOST_TOKENS: Final = 256
 
 
 class TrunkModel:
@@ -32,7 +36,7 @@ class TrunkModel:
 
     Args:
         count: of blocks on the device.
-        source: of what comes out of the server's blocks.
+        source: of what goes into the first of them.
 
     Attributes:
         invocation: none: adapters act everywhere.
@@ -42,18 +46,31 @@ class TrunkModel:
     invocation: Final[tuple[int, ...]] = ()
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, count: int, source: TrunkSource
+        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, count: int, source: HiddenStateSource
     ) -> None:
         self.adapters = adapters
         self.compute_seconds = 0.0
         self._source = source
+        self._held: HeldBlocks | None = None
         self._bound = _bound(bundle, engine)
-        self._most_tokens = _MOST_TOKENS if self._bound is None else min(_MOST_TOKENS, self._bound)
+        self._most_tokens = MOST_TOKENS if self._bound is None else min(MOST_TOKENS, self._bound)
         self._blocks = DeviceBlocks(bundle, engine, count, adapters.adapter_spec.r)
         if missing := sorted(set(adapters.parameters()) - set(self._blocks.parameter_shapes)):
             module = missing[0].rpartition(".")[0]
             raise UsageError(f"{module} cannot be trained in blocks on a device; choose others with --target-modules")
         self._head = Head(bundle, engine)
+
+    def hold(self, dataset: Dataset, examples_a_step: int, unchanged_steps: Callable[[int], range]) -> None:
+        """Keep what comes out of blocks that are not trained for long enough: see ``HeldBlocks``."""
+        assert isinstance(self._source, TrunkSource)
+        self._held = HeldBlocks(
+            self._blocks,
+            self._source,
+            dataset,
+            examples_a_step=examples_a_step,
+            most_tokens=self._most_tokens,
+            unchanged_steps=unchanged_steps,
+        )
 
     @property
     def counters(self) -> WireCounters:
@@ -75,21 +92,28 @@ class TrunkModel:
         return batch.cut(max_tokens=self._most_tokens, packs=True)
 
     def forward_backward(self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float) -> list[FloatArray]:
-        """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters.
+        """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters
+        of active units.
 
-        ``grad_scale`` is one over the labelled tokens of the whole step. Raises what ``TrunkSource`` raises.
+        ``grad_scale`` is one over the labelled tokens of the whole step. Raises what the source raises.
         """
-        parameters = self.adapters.parameters()
+        parameters, trained = self.adapters.parameters(), self.adapters.trained_parameters()
+        scaling = self.adapters.scaling
+        lora = {name: parameter.value for name, parameter in parameters.items()}
+        begin = 0 if self._held is None else self._held.count(step, trained)
         losses = []
         for batch in map(MicroBatch.until_last_label, batches):
-            hidden_states = self._source.hidden_states(batch)
-            started = time.perf_counter()
-            lora = {name: parameter.value for name, parameter in parameters.items()}
-            last, kept = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, self.adapters.scaling)
+            if self._held is None or not begin:
+                hidden_states = self._source.hidden_states(batch)
+                started = time.perf_counter()
+            else:
+                started = time.perf_counter()
+                hidden_states = self._held.hidden_states(batch, step, begin, lora, scaling)
+            last, kept = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, scaling, trained, begin)
             found, labelled_grad = self._head.loss_and_grad(last[batch.label_positions], batch.labels, grad_scale)
             grad = np.zeros_like(last)
             grad[batch.label_positions] = labelled_grad
-            for name, each in self._blocks.backward(grad, kept, lora, self.adapters.scaling).items():
+            for name, each in self._blocks.backward(grad, kept, lora, scaling).items():
                 parameters[name].add_grad(each)
             losses.append(found)
             self.compute_seconds += time.perf_counter() - started
@@ -98,7 +122,7 @@ class TrunkModel:
     def evaluate(self, batch: MicroBatch) -> tuple[FloatArray, LongArray]:
         """Losses float32 and likeliest tokens int64 at the labelled positions, (labelled,) each.
 
-        Raises what ``TrunkSource`` raises.
+        Raises what the source raises.
         """
         found = [self._evaluate(part) for part in self.cut(batch)]
         losses, predictions = (np.concatenate(each) for each in zip(*found, strict=True))
@@ -109,7 +133,7 @@ class TrunkModel:
         hidden_states = self._source.hidden_states(batch)
         started = time.perf_counter()
         lora = {name: parameter.value for name, parameter in self.adapters.parameters().items()}
-        last, _ = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, self.adapters.scaling)
+        last, _ = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, self.adapters.scaling, ())
         found = self._head.loss(last[batch.label_positions], batch.labels)
         self.compute_seconds += time.perf_counter() - started
         return found

@@ -47,6 +47,7 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         base_model: fingerprint; blocks: how many of the first were run; width: of what came out of them.
         embeddings: how the embeddings are stored and crossed, or ``token-ids``; codec: how the hidden states crossed.
+        lora: where some of the blocks were run on the device: digest of the adapters in them.
     """
 
     base_model: str
@@ -54,6 +55,7 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
     width: int
     embeddings: str
     codec: str
+    lora: str = ""
 
     @classmethod
     def of(cls, manifest: Manifest, blocks: int, width: int, codecs: Codecs, send: Send) -> CacheOwner:
@@ -92,7 +94,7 @@ class TrunkCache:
         self, path: Path, owner: CacheOwner, *, limit: int, warn: Callable[[str], None] = lambda _: None
     ) -> None:
         self.path = path
-        self._owner = owner
+        self.owner = owner
         self._limit = limit
         self._warn = warn
         self._codec = CODECS[owner.codec]
@@ -129,7 +131,7 @@ class TrunkCache:
 
     def record_bytes(self, tokens: int) -> int:
         """What a text of so many tokens takes."""
-        return _RECORD.size + _CHECK_BYTES + self._codec.nbytes(tokens, self._owner.width)
+        return record_bytes(self.owner.codec, tokens, self.owner.width)
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._places
@@ -140,7 +142,7 @@ class TrunkCache:
         if place is None:
             return None
         with storage_errors(self.path):
-            nbytes = self._codec.nbytes(place.tokens, self._owner.width)
+            nbytes = self._codec.nbytes(place.tokens, self.owner.width)
             stored = os.pread(self._file, nbytes, place.offset)
             is_whole = len(stored) == nbytes
             if is_whole and digest not in self._checked:
@@ -151,7 +153,7 @@ class TrunkCache:
             del self._places[digest]
             return None
         self._checked.add(digest)
-        width = self._owner.width + (SCALE_BYTES if self._codec.dtype == "int8" else 0)
+        width = self.owner.width + (SCALE_BYTES if self._codec.dtype == "int8" else 0)
         data = np.frombuffer(stored, DTYPES[self._codec.dtype]).reshape(place.tokens, width)
         return WireTensor(self._codec.dtype, data, place.exponent)
 
@@ -201,7 +203,7 @@ class TrunkCache:
             owner = msgspec.json.decode(header, type=CacheOwner)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             raise CheckpointError(f"{self.path} is damaged; remove it, and its texts are asked for again") from None
-        if owner != self._owner:
+        if owner != self.owner:
             raise CheckpointError(
                 f"{self.path} is of another base model, other blocks or another --wire-dtype or --send; remove it, or "
                 "choose another --out"
@@ -209,7 +211,7 @@ class TrunkCache:
         return len(start) + length
 
     def _write_header(self) -> int:
-        header = msgspec.json.encode(self._owner)
+        header = msgspec.json.encode(self.owner)
         whole = _MAGIC + _LENGTH.pack(len(header)) + header
         with storage_errors(self.path):
             os.ftruncate(self._file, 0)
@@ -250,6 +252,17 @@ class TrunkCache:
                 return start + found
             start += max(1, len(some) - len(_MARK) + 1)
         return size
+
+
+def record_bytes(codec: str, tokens: int, width: int) -> int:
+    """What the hidden states (tokens, width) of a text take in a cache."""
+    return _RECORD.size + _CHECK_BYTES + CODECS[codec].nbytes(tokens, width)
+
+
+def most_bytes(texts: int, tokens: int, width: int, codec: str) -> int:
+    """The most that a file of so many texts takes, of so many tokens in all."""
+    heads = texts * (_RECORD.size + _CHECK_BYTES)
+    return len(_MAGIC) + _LENGTH.size + _MAX_HEADER + heads + CODECS[codec].nbytes(tokens, width)
 
 
 def text_digest(ids: LongArray) -> bytes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from dlora.edge.adapters.compatibility import check_base_model
@@ -13,9 +15,10 @@ from dlora.edge.data.batches import MicroBatch, pack
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.edge.files import remove_quietly
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.choices import Send
-from dlora.protocol.errors import BundleError
+from dlora.protocol.errors import BundleError, CheckpointError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.traffic import text_bytes
@@ -64,6 +67,7 @@ class TrunkSource:
         self._send = send
         self._connection: Connection | None = None
         self._encoder: Encoder | None = None
+        self._held: TrunkCache | None = None
         self._before: WireCounters = (0, 0, 0)  # of connections that are closed
 
     @property
@@ -124,6 +128,23 @@ class TrunkSource:
         tensors = [found[digest] for digest in digests]
         return np.concatenate([decode_floats(tensor) for tensor in tensors if tensor is not None])
 
+    def keep_after(self, count: int, lora: str) -> TrunkCache:
+        """A cache of what comes out of ``count`` more blocks with adapters of this digest, in the place of any other.
+
+        Closed with the source. Raises ``StorageError``.
+        """
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+        path = held_path(self.cache.path)
+        owner = msgspec.structs.replace(self.cache.owner, blocks=self._blocks + count, codec="fp32", lora=lora)
+        try:
+            self._held = TrunkCache(path, owner, limit=self.cache.room)
+        except CheckpointError:  # of other blocks, or damaged
+            remove_quietly(path)
+            self._held = TrunkCache(path, owner, limit=self.cache.room)
+        return self._held
+
     def hang_up(self) -> None:
         """Close the connection; the next text that is missing opens another."""
         if self._connection is None:
@@ -135,8 +156,11 @@ class TrunkSource:
         self._connection = self._encoder = None
 
     def close(self) -> None:
-        """Hang up and close the cache."""
+        """Hang up and close the caches."""
         self.hang_up()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
         self.cache.close()
 
     def _ask(self, texts: Sequence[LongArray]) -> Iterable[WireTensor]:
@@ -159,6 +183,11 @@ class TrunkSource:
         )
         session.open()
         return Encoder(session, Embedding(self._bundle, self._engine), self._codecs, self._send)
+
+
+def held_path(cache: Path) -> Path:
+    """Where what comes out of killed blocks is kept, beside what the server gave."""
+    return cache.with_stem(f"{cache.stem}-held")
 
 
 def texts_of(dataset: Dataset, indices: Iterable[int] | None = None) -> Iterator[LongArray]:

@@ -79,7 +79,7 @@ def open_model(
     ``context_length``: as ``UseSession`` takes it.
     """
     manifest = bundle.manifest
-    adapters, invocation = _load_adapters(manifest, adapter)
+    adapters, invocation = load_adapters(manifest, adapter)
     release_freed_memory()  # its files were read whole
     loaded_engine, codecs = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype)
     with interrupts.raise_on_signal(), _name_adapter_in_error(), Connection(server, connecting) as connection:
@@ -95,7 +95,7 @@ def open_model(
         yield SplitModel(bundle, loaded_engine, session, invocation=invocation, send=send)
 
 
-def _load_adapters(manifest: Manifest, adapter: Path | None) -> tuple[AdapterSet, tuple[int, ...]]:
+def load_adapters(manifest: Manifest, adapter: Path | None) -> tuple[AdapterSet, tuple[int, ...]]:
     """The adapters of a directory, or none, and the tokens from which on they act. Keeps nothing else of what it read.
 
     Raises ``CheckpointError`` and ``ModelMismatchError``.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from dlora.edge.files import make_directory
+from dlora.edge.model.trunk_source import held_path
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints, load_latest
 from dlora.protocol.adapter_record import WEIGHTS_NAME
 from dlora.protocol.errors import UsageError
@@ -16,6 +17,7 @@ from .run_file import RUN_FILE
 
 CHECKPOINTS: Final = "checkpoints"
 CACHE: Final = "trunk-cache.bin"
+HELD_CACHE: Final = held_path(Path(CACHE)).name
 
 
 @contextlib.contextmanager
@@ -50,6 +52,7 @@ def _refuse_to_replace(out: Path) -> None:
     """Raise ``UsageError`` where a new run might replace files that are not those of a run that came to nothing."""
     if (out / WEIGHTS_NAME).exists():
         raise UsageError(f"{out} holds an adapter that has no checkpoint; choose another --out")
-    others = [path.name for path in out.iterdir() if not path.name.startswith(".") and path.name != CACHE]
+    caches = (CACHE, HELD_CACHE)
+    others = [path.name for path in out.iterdir() if not path.name.startswith(".") and path.name not in caches]
     if others and not (out / RUN_FILE).exists():
         raise UsageError(f"{out} is not empty and holds no run; choose another --out")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
+from dlora.edge.model.encoder import cut_for_encoding
+from dlora.edge.model.ends import LongArray
+from dlora.edge.model.trunk_cache import record_bytes, text_digest
 from dlora.edge.model.trunk_source import encoded_width
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import crossings, kind_of, parameter_count
@@ -20,7 +23,14 @@ from dlora.protocol.kill_revive import Timetable, steps_needed
 from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import module_names, number_ranges
-from dlora.protocol.traffic import adapter_state_traffic, basis_traffic, micro_batch_traffic, text_bytes
+from dlora.protocol.traffic import (
+    Traffic,
+    adapter_state_traffic,
+    basis_traffic,
+    encode_traffic,
+    micro_batch_traffic,
+    text_bytes,
+)
 from dlora.protocol.wire_codecs import TensorRole
 
 _SAMPLES: Final = 1000
@@ -61,6 +71,18 @@ class EvaluationPlan:
         return range(next_step == 0), between, range(total_steps, total_steps + 1)
 
 
+def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, batch_size: int, grad_accum: int) -> int:
+    """How many optimizer steps a run has, at least 1. Raises ``UsageError`` for more than a run may have."""
+    if steps is not None:
+        return steps
+    if not epochs > 0:
+        raise UsageError("--epochs must be above 0")
+    wanted = epochs * steps_an_epoch(len(dataset), batch_size * grad_accum)
+    if not wanted <= MAX_STEPS:
+        raise UsageError(f"--epochs {epochs:g} makes more than {MAX_STEPS:,} steps; lower it")
+    return max(1, math.ceil(wanted))
+
+
 def run_line(
     config: TrainConfig,
     manifest: Manifest,
@@ -84,6 +106,8 @@ def run_line(
         datasets = [dataset, *([] if evaluations is None else [evaluations.dataset])]
         mb = sum(encoding_bytes(config, manifest, each) for each in datasets) / 1e6
         traffic = f"at most {_mb(mb)}, once, before the first step,"
+    elif config.mode == "local":
+        traffic = "nothing"
     else:
         mb = expected_mb(config, manifest, dataset, next_step)
         mb += set_up_mb(config, manifest, dataset, has_state=has_state)
@@ -103,6 +127,25 @@ def encoding_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset) ->
     codecs, width = config.codecs, encoded_width(manifest)
     up = text_bytes(dataset.tokens, manifest.base_model.embedding_size, codecs, config.send)
     return up + codecs.of(TensorRole.LAST_HIDDEN_STATES).nbytes(dataset.tokens, width)
+
+
+def filling(config: TrainConfig, manifest: Manifest, texts: Iterable[LongArray]) -> tuple[Traffic, int]:
+    """What asking the server once for each of ``texts`` puts on the wire, in the mode ``trunk``, and the bytes of the
+    cache that keeps the answers; without the greeting, and of a server that takes micro-batches of the usual size."""
+    codecs, width = config.codecs, encoded_width(manifest)
+    lengths = list({text_digest(ids): len(ids) for ids in texts}.values())
+    codec = codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
+    kept = sum(record_bytes(codec, tokens, width) for tokens in lengths)
+    total = Traffic(0, 0, 0)
+    for micro_batch in cut_for_encoding(lengths):
+        total += encode_traffic(
+            lengths[micro_batch.start : micro_batch.stop],
+            width=width,
+            embedding_size=manifest.base_model.embedding_size,
+            codecs=codecs,
+            send=config.send,
+        )
+    return total, kept
 
 
 def adapters_line(config: TrainConfig, manifest: Manifest) -> str:
@@ -142,7 +185,7 @@ def kill_revive_lines(config: TrainConfig, groups: Sequence[GroupSpec]) -> list[
     active = kr.budget_floor(units)
     if active == units:
         return []
-    if config.mode == "trunk":
+    if config.mode != "split":
         lines = [f"{active} of {units} {kr.unit}s are trained at a time; the others keep what they have learnt"]
     else:
         lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality"]
@@ -191,11 +234,26 @@ def units_within(config: TrainConfig, manifest: Manifest, dataset: Dataset, byte
 def expected_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int) -> float:
     """What training from ``next_step`` on will put on the wire, in MB of 10**6 bytes: mean micro-batches, and as many
     units as the timetable lets be active. Units that fade, and evaluations, come on top."""
+    return _expected(config, manifest, dataset, next_step, _total_bytes) / 1e6
+
+
+def expected_round_trips(config: TrainConfig, manifest: Manifest, dataset: Dataset) -> float:
+    """How often training from its beginning on will wait for the server, likewise."""
+    return _expected(config, manifest, dataset, 0, lambda traffic: traffic.round_trips)
+
+
+def _expected(
+    config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int, count: Callable[[Traffic], int]
+) -> float:
     steps = range(next_step, config.total_steps)
     share = _active_share(config, manifest, steps)
     everyone = range(len(config.groups(manifest)))
-    none, everything = (_mean_bytes(config, manifest, dataset, live) for live in ((), everyone))
-    return len(steps) * (none + share * (everything - none)) / 1e6
+    none, everything = (count(_mean_traffic(config, manifest, dataset, live)) for live in ((), everyone))
+    return len(steps) * (none + share * (everything - none))
+
+
+def _total_bytes(traffic: Traffic) -> int:
+    return traffic.bytes_up + traffic.bytes_down
 
 
 def set_up_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, *, has_state: bool) -> float:
@@ -240,7 +298,12 @@ def _active_share(config: TrainConfig, manifest: Manifest, steps: range) -> floa
     return sum(timetable.budget(step - config.part_begins) for step in looked_at) / (units * max(1, len(looked_at)))
 
 
-def _mean_bytes(
+def _mean_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset, live: Sequence[int], **how: Any) -> int:
+    """Bytes of a mean step, both ways; ``how`` as ``_mean_traffic`` has it."""
+    return _total_bytes(_mean_traffic(config, manifest, dataset, live, **how))
+
+
+def _mean_traffic(
     config: TrainConfig,
     manifest: Manifest,
     dataset: Dataset,
@@ -249,8 +312,8 @@ def _mean_bytes(
     grad_accum: int | None = None,
     trains: bool = True,
     is_basis: bool = False,
-) -> float:
-    """Bytes of a mean step in which the groups ``live`` take part, or that a basis is made of."""
+) -> Traffic:
+    """Of a mean step in which the groups ``live`` take part, or that a basis is made of."""
     per_step = config.batch_size * (grad_accum or config.grad_accum)
     # Of a step: the last one of an epoch may be smaller.
     sequences = len(dataset) / steps_an_epoch(len(dataset), per_step)
@@ -279,4 +342,5 @@ def _mean_bytes(
             rows=rows,
             **mean_micro_batch,
         )
-    return micro_batches * (traffic.bytes_up + traffic.bytes_down)
+    count = int(micro_batches)
+    return Traffic(count * traffic.bytes_up, count * traffic.bytes_down, count * traffic.round_trips)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ import msgspec
 
 from dlora.edge.adapters.peft import LoadedAdapter
 from dlora.edge.choices import EngineChoice, Keep
-from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import load_libraries, make_engine
@@ -25,6 +23,8 @@ from dlora.edge.engine.code_pages import release_code
 from dlora.edge.engine.engine import Engine
 from dlora.edge.files import locked, remove_quietly, write_atomically
 from dlora.edge.memory import peak_rss_mb
+from dlora.edge.model.local_source import LocalSource
+from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.seeds import draw_seed
@@ -38,9 +38,8 @@ from dlora.edge.wire.credentials import Credentials
 from dlora.protocol import interrupts
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
-from dlora.protocol.limits import MAX_STEPS
 
-from .directory import CACHE, CHECKPOINTS, find_checkpoint, run_directory
+from .directory import CACHE, CHECKPOINTS, HELD_CACHE, find_checkpoint, run_directory
 from .display import Display
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
@@ -59,6 +58,7 @@ class TrainRun:
     """What to run, and where to keep it: all that the options come to, so that there are many fields.
 
     Attributes:
+        server: its address; None in the mode ``local``.
         settings: what the user gave, for ``run.json``; None where there is to be none.
         eval_every: steps between evaluations; 0: before and after only.
         init: an adapter to start from.
@@ -70,7 +70,7 @@ class TrainRun:
     """
 
     bundle: Bundle
-    server: str
+    server: str | None
     dataset: Dataset
     config: TrainConfig
     out: Path
@@ -137,9 +137,9 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             )  # fmt: skip
         if run.settings is not None:  # before texts are asked for, so that what has come belongs to a run
             save_run_file(run.out, _run_file(run, run.settings))
+        if run.eval_dataset is not None and isinstance(trainer.model, TrunkModel):
+            trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
         if isinstance(connection, TrunkSource):
-            if run.eval_dataset is not None and isinstance(trainer.model, TrunkModel):
-                trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
             steps = range(first_step, run.config.total_steps)
             datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
             fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
@@ -180,6 +180,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         "wall_s": round(trained_s, 3),
     }
     write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
+    remove_quietly(run.out / HELD_CACHE)
     if not run.keep_cache:
         remove_quietly(run.out / CACHE)
     return summary
@@ -188,11 +189,16 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
 @contextlib.contextmanager
 def _server(
     run: TrainRun, engine: Engine, checkpoint: Checkpoint | None, display: Display, stop: Callable[[], bool]
-) -> Iterator[Connection | TrunkSource]:
-    """What reaches the server's blocks, in the run's mode."""
+) -> Iterator[Connection | HiddenStateSource]:
+    """What reaches the server's blocks, in the run's mode; in the mode ``local`` what stands in their place."""
+    if run.config.mode == "local":
+        yield LocalSource(run.bundle, engine)
+        return
+    server = run.server
+    assert server is not None
     settings = _connect_settings(run, checkpoint, display, stop)
     if run.config.mode == "split":
-        with Connection(run.server, settings) as connection:
+        with Connection(server, settings) as connection:
             yield connection
         return
     retry = replace(settings.retry, at_start=settings.retry.at_start or settings.retry.max_s != 0)
@@ -203,7 +209,7 @@ def _server(
         """Once the run has begun, a server that is away is waited for."""
         nonlocal attempts
         attempts += 1
-        return Connection(run.server, settings if attempts == 1 else later)
+        return Connection(server, settings if attempts == 1 else later)
 
     with open_source(
         run.bundle, engine, run.config, run.out, cache_mb=run.cache_mb, is_new=checkpoint is None, connect=connect,
@@ -384,15 +390,3 @@ def _summary(run: TrainRun, steps: int, held_out: HeldOut) -> dict[str, Any]:
         "torch_loaded": "torch" in sys.modules,
         "adapter_dir": str(run.out),
     }
-
-
-def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, batch_size: int, grad_accum: int) -> int:
-    """How many optimizer steps a run has, at least 1. Raises ``UsageError`` for more than a run may have."""
-    if steps is not None:
-        return steps
-    if not epochs > 0:
-        raise UsageError("--epochs must be above 0")
-    wanted = epochs * steps_an_epoch(len(dataset), batch_size * grad_accum)
-    if not wanted <= MAX_STEPS:
-        raise UsageError(f"--epochs {epochs:g} makes more than {MAX_STEPS:,} steps; lower it")
-    return max(1, math.ceil(wanted))

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from dlora.edge.choices import EngineChoice, Keep, RunMode, TooLong
+from dlora.edge.choices import EngineChoice, Keep, ModeChoice, TooLong
 from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
 from dlora.edge.training.schedule import ScheduleName
@@ -36,12 +36,13 @@ Amount = Annotated[float, msgspec.Meta(ge=0)]
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of ``dlora-edge train``, under their own names; paths are absolute. See ``--help``.
 
-    What adapters are, the learning rate and the weight decay may be left open; a run's own file has what was chosen.
+    Where blocks run (``auto``), what adapters are, the learning rate and the weight decay may be left open; a run's own
+    file has what was chosen.
     """
 
     bundle: FilePath
-    server: str
-    mode: RunMode
+    server: str | None
+    mode: ModeChoice
     device_blocks: Count | None
     cache_mb: Amount | None
     keep_cache: bool

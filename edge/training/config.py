@@ -27,6 +27,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         mode: where the base model's blocks run; device_blocks: how many of the last ones on the device.
+        holds_outputs: whether what comes out of the lowest of these is kept while they are not trained.
         total_steps: optimizer steps of the whole run.
         part_begins: where this part of it begins: 0, or the end of a run that was made longer. Schedules, and Kill and
             Revive, begin anew there.
@@ -43,6 +44,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     mode: RunMode = "split"
     device_blocks: int = 0
+    holds_outputs: bool = False
     total_steps: int
     part_begins: int = 0
     batch_size: int
@@ -111,7 +113,9 @@ def continued_config(config: TrainConfig, before: TrainConfig, next_step: int, o
                 "--patience where that ended it"
             )
         part_begins = before.total_steps
-    return msgspec.structs.replace(config, seed=config.seed or before.seed, part_begins=part_begins)
+    return msgspec.structs.replace(
+        config, seed=config.seed or before.seed, holds_outputs=before.holds_outputs, part_begins=part_begins
+    )
 
 
 class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):

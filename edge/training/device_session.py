@@ -55,6 +55,11 @@ class DeviceSession:
         adapters.apply_signal(controller.states)
         self.ticket = controller.state()
 
+    def unchanged_steps(self, step: int) -> range:
+        """The steps around ``step`` in which no unit becomes active."""
+        assert self._controller is not None
+        return self._controller.timetable.unchanged_steps(step)
+
     def run(self, work: Callable[[], T]) -> T:
         """Do some work; there is no session to be lost."""
         return work()

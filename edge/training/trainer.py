@@ -23,9 +23,9 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.model.evaluation import Evaluation, evaluate
+from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.split import SplitModel
 from dlora.edge.model.trunk import TrunkModel
-from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
@@ -68,7 +68,8 @@ class Trainer:
     """One training run.
 
     Args:
-        connection: to the server; in the mode ``trunk`` the source of what comes out of its blocks.
+        connection: to the server; or, in the modes ``trunk`` and ``local``, the source of what goes into the device's
+            blocks.
         init: a PEFT adapter to start from.
         checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.part_begins`` is there.
         window: how many micro-batches of a step may be under way at a time, where the server allows as many.
@@ -85,7 +86,7 @@ class Trainer:
         self,
         bundle: Bundle,
         engine: Engine,
-        connection: Connection | TrunkSource,
+        connection: Connection | HiddenStateSource,
         config: TrainConfig,
         dataset: Dataset,
         *,
@@ -121,16 +122,16 @@ class Trainer:
         self._failure: DloraError | None = None
         self.session: TrainSession | DeviceSession
         self.model: SplitModel | TrunkModel
-        if isinstance(connection, TrunkSource):
-            self.session = DeviceSession(self.adapters, config)
-            self.model = TrunkModel(bundle, engine, self.adapters, config.device_blocks, connection)
-        else:
+        if isinstance(connection, Connection):
             self.session = TrainSession(
                 connection, self.adapters, config, base_fingerprint=manifest.base_model.fingerprint, window=window
             )
             self.model = SplitModel(
                 bundle, engine, self.session, invocation=config.invocation, send=config.send
             )
+        else:
+            self.session = DeviceSession(self.adapters, config)
+            self.model = TrunkModel(bundle, engine, self.adapters, config.device_blocks, connection)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
@@ -143,6 +144,8 @@ class Trainer:
         if isinstance(self.session, TrainSession) and config.basis == "data":
             self.session.basis_pass = partial(self._run_basis_pass, before_basis_step)
         self.session.open()
+        if config.holds_outputs and isinstance(self.session, DeviceSession) and isinstance(self.model, TrunkModel):
+            self.model.hold(dataset, config.batch_size * config.grad_accum, self.session.unchanged_steps)
 
     @property
     def next_step(self) -> int:

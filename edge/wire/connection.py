@@ -11,6 +11,7 @@ import contextlib
 import math
 import random
 import socket
+import time
 from types import TracebackType
 from typing import Final, NoReturn, Self, TypeVar
 
@@ -161,6 +162,14 @@ class Connection:
                 # hangs up would be connected to as fast as it can hang up.
                 self._failures = min(self._failures, 1)
             return message
+
+    def ping_s(self, longest_s: float) -> float:
+        """Seconds until the server's side of the websocket answers, whatever it computes; at most ``longest_s``."""
+        started = time.perf_counter()
+        if self._socket is not None:
+            with contextlib.suppress(*PEER_GONE):  # which the next message tells
+                self._socket.ping().wait(longest_s)
+        return time.perf_counter() - started
 
     def close(self) -> None:
         """Send ``CloseSession`` where the rules allow it, and close the websocket."""

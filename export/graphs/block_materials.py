@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.export.tracing.calls import BLOCKED, MASK, BlockCall, sees
+from dlora.export.tracing.entry import Entry
 from dlora.export.tracing.past import PAST_MASK
 from dlora.protocol.manifest import StoredDtype
 
@@ -90,6 +91,7 @@ class DeviceBlocks:
     Attributes:
         dtype: how the weights of linear modules are stored.
         max_length: the most tokens of a sequence that tables have rows for.
+        entry: what stands before block 0, where that is among them.
         without_decode: why the blocks have no ``block_decode``; None where they have.
     """
 
@@ -97,4 +99,5 @@ class DeviceBlocks:
     final_norm: FinalNormMaterials
     dtype: StoredDtype
     max_length: int
+    entry: Entry | None = None
     without_decode: str | None = None

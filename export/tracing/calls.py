@@ -124,7 +124,7 @@ def windows(base: BaseModel) -> tuple[int | None, ...]:
     widest = int(getattr(_config(base), "sliding_window", None) or 0)
     tokens = min(table_rows(base), max(_SHORT, widest + 2))
     found = []
-    for call in _calls_without_computing(base, tokens, eager=True):
+    for call in calls_without_computing(base, tokens, eager=True):
         mask = call.tensors().get(MASK)
         if mask is None:
             raise CannotRunOnDevice(f"block {call.index} takes no attention mask, which is to keep sequences apart")
@@ -161,8 +161,8 @@ def tables(base: BaseModel, names: Mapping[int, Sequence[str]]) -> dict[int, dic
     Raises ``CannotRunOnDevice`` where a tensor depends on how many tokens there are.
     """
     rows = table_rows(base)
-    long = _calls_without_computing(base, rows, eager=False)
-    short = _calls_without_computing(base, rows // 2 + 1, eager=False)
+    long = calls_without_computing(base, rows, eager=False)
+    short = calls_without_computing(base, rows // 2 + 1, eager=False)
     found: dict[int, dict[str, tuple[Tensor, int | None]]] = {}
     for index, wanted in names.items():
         mine = found.setdefault(index, {})
@@ -271,7 +271,8 @@ def _recorded(base: BaseModel, hand_on: Callable[[int, Tensor], Any] | None = No
             block.forward = original
 
 
-def _calls_without_computing(base: BaseModel, tokens: int, *, eager: bool) -> list[BlockCall]:
+def calls_without_computing(base: BaseModel, tokens: int, *, eager: bool) -> list[BlockCall]:
+    """How the decoder calls its blocks for ``tokens`` embeddings that are zero, where no block computes anything."""
     beside = _returned_beside(base)
 
     def hand_on(index: int, hidden_states: Tensor) -> Any:

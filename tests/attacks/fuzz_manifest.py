@@ -25,6 +25,7 @@ from dlora.protocol.manifest import (
     BlockSpec,
     DeviceBlocksSpec,
     EmbeddingSpec,
+    EntrySpec,
     FileSpec,
     GraphSpec,
     HeadSpec,
@@ -151,6 +152,7 @@ def manifest_of(files: dict[str, bytes]) -> bytes:
                 ),
             ),
             final_norm={"0.weight": WEIGHT},
+            entry=EntrySpec(2.0, TableSpec(WEIGHT, 0)),
         ),
     )
     return encode_manifest(manifest)

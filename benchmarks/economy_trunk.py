@@ -1,0 +1,55 @@
+"""Blocks on the device in ``economy.py``: what the server gives for a set's texts is asked for once, for all runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from economy_data import Data
+from economy_measure import Cost
+
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Engine
+from dlora.edge.files import write_atomically
+from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
+from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
+from dlora.edge.training.config import TrainConfig
+from dlora.edge.wire.connection import Connection
+
+_LIMIT = 1 << 33  # bytes of a file
+
+
+@contextmanager
+def open_source(
+    bundle: Bundle, engine: Engine, url: str, config: TrainConfig, data: Data, file: Path
+) -> Iterator[tuple[TrunkSource, Cost]]:
+    """Hidden states of all texts of ``data``, and what those cost that are trained on.
+
+    ``file``: where they are kept, with that cost beside it; what another run has left there is used.
+    """
+    beside = file.with_suffix(".json")
+    if not beside.exists():
+        file.unlink(missing_ok=True)  # one that was not finished: what it cost is not known
+    blocks, width = bundle.manifest.base_model.blocks - config.device_blocks, encoded_width(bundle.manifest)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    source = TrunkSource(
+        bundle,
+        engine,
+        TrunkCache(file, CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.send), limit=_LIMIT),
+        blocks=blocks,
+        codecs=config.codecs,
+        connect=lambda: Connection(url),
+    )
+    try:
+        before = Cost.now(None)
+        if not beside.exists():
+            source.fill(texts_of(data.train))
+            cost = Cost(*source.counters, *Cost.now(None)[3:]).plus(before, -1)
+            source.fill(texts_of(data.validation))
+            source.fill(texts_of(data.test))
+            write_atomically(beside, json.dumps(cost).encode())
+        yield source, Cost(*json.loads(beside.read_text()))
+    finally:
+        source.close()

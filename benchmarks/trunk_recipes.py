@@ -1,0 +1,39 @@
+"""What ``trunk_quality.py`` trains: LoRA beside all linear modules of the last blocks, which run on the device."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from economy_recipes import BASELINE, DEFAULT, RECIPES, Recipe
+
+SETS: Final = ("b10", "dialogue", "b20", "arc_easy")
+BLOCKS: Final = (4, 8, 12)
+RANKS: Final = (8, 16)
+MODEL_BLOCKS: Final = 30
+DEFAULT_LR: Final = 4e-3
+
+TRUNK_RECIPES: Final[dict[str, Recipe]] = {
+    f"trunk-{count}-r{rank}": Recipe(
+        f"the last {count} blocks on the device, r {rank} on all linears",
+        {
+            "rank": rank,
+            "lora_alpha": 2.0 * rank,
+            "target_modules": ("all-linear",),
+            "blocks": tuple(range(MODEL_BLOCKS - count, MODEL_BLOCKS)),
+        },
+        default_lr=DEFAULT_LR,
+        bars=SETS,
+        sets=SETS,
+        device_blocks=count,
+    )
+    for rank in RANKS
+    for count in BLOCKS
+}
+
+COMPARED: Final = {**{name: RECIPES[name] for name in (BASELINE, DEFAULT)}, **TRUNK_RECIPES}
+"""Runs of the first two are those of ``economy.py``."""
+
+
+def order() -> list[tuple[str, str]]:
+    """(set, recipe) of what is to be run, a set after the other."""
+    return [(set_name, name) for set_name in SETS for name in TRUNK_RECIPES]

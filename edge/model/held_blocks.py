@@ -1,0 +1,133 @@
+"""What comes out of the lowest blocks on the device while none of them is trained: computed once for each text, kept.
+
+A killed unit keeps its effect here, and its adapters do not change: until a unit among these blocks is revived, what
+comes out of them is a function of the text. It is kept on the disk beside what the server gave, and these blocks are
+skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from dlora.edge.data.batches import MicroBatch, pack
+from dlora.edge.data.examples import Dataset
+from dlora.protocol.counting import cut_to_fit
+from dlora.protocol.tensors import FloatArray
+from dlora.protocol.wire_codecs import decode_floats, encode_floats
+
+from .blocks import DeviceBlocks
+from .trunk_cache import TrunkCache, text_digest
+from .trunk_source import TrunkSource, texts_of
+
+_LEAST_EPOCHS: Final = 2  # that what is kept must last for: the first only fills it
+
+
+class HeldBlocks:
+    """Hidden states after the lowest blocks of a device, as they are while these are not trained.
+
+    Texts are computed in packs that depend on the data and nothing else, so that a text has the same bits whether it
+    was kept, or is computed again after a kill.
+
+    Args:
+        dataset: what is trained on, no other text is asked for.
+        examples_a_step: how many of them a step takes.
+        most_tokens: of a pack.
+        unchanged_steps: the steps around one in which no unit becomes active.
+    """
+
+    def __init__(
+        self,
+        blocks: DeviceBlocks,
+        source: TrunkSource,
+        dataset: Dataset,
+        *,
+        examples_a_step: int,
+        most_tokens: int,
+        unchanged_steps: Callable[[int], range],
+    ) -> None:
+        self._blocks = blocks
+        self._source = source
+        self._dataset = dataset
+        self._examples_a_step = examples_a_step
+        self._most_tokens = most_tokens
+        self._unchanged_steps = unchanged_steps
+        self._packs: Sequence[Sequence[int]] = ()
+        self._pack_of: dict[bytes, int] = {}
+        self._kept_for: tuple[int, int] | None = None  # how many blocks, and from which step on
+        self._cache: TrunkCache | None = None
+
+    def count(self, step: int, trained: Collection[str]) -> int:
+        """How many of the lowest blocks are skipped in this step: those below all that is ``trained``, where that will
+        stay so for long enough."""
+        steps = len(self._unchanged_steps(step))
+        if steps * self._examples_a_step < _LEAST_EPOCHS * len(self._dataset):
+            return 0
+        return self._blocks.count_below(trained)
+
+    def hidden_states(
+        self, batch: MicroBatch, step: int, count: int, lora: Mapping[str, FloatArray], scaling: float
+    ) -> FloatArray:
+        """After the lowest ``count`` blocks, float32 (tokens, width), of all texts of a micro-batch.
+
+        Raises what ``TrunkSource`` raises.
+        """
+        self._keep_for(step, count, lora, scaling)
+        texts = np.split(batch.ids, np.cumsum(batch.sequence_lengths)[:-1])
+        found: dict[bytes, FloatArray] = {}
+        digests = [text_digest(ids) for ids in texts]
+        for digest in digests:
+            if digest not in found:
+                kept = self._kept(digest)
+                found |= self._compute(digest, count, lora, scaling) if kept is None else {digest: kept}
+        return np.concatenate([found[digest] for digest in digests])
+
+    def _kept(self, digest: bytes) -> FloatArray | None:
+        assert self._cache is not None
+        tensor = self._cache.get(digest)
+        return None if tensor is None else decode_floats(tensor)
+
+    def _compute(
+        self, digest: bytes, count: int, lora: Mapping[str, FloatArray], scaling: float
+    ) -> dict[bytes, FloatArray]:
+        """Of all texts of the pack that this one is in."""
+        assert self._cache is not None
+        chosen = pack([self._dataset[index] for index in self._packs[self._pack_of[digest]]]).until_last_label()
+        out = self._blocks.forward_lowest(
+            self._source.hidden_states(chosen), chosen.sequence_lengths, lora, scaling, count
+        )
+        ends = np.cumsum(chosen.sequence_lengths)[:-1]
+        found = {}
+        for ids, hidden_states in zip(np.split(chosen.ids, ends), np.split(out, ends), strict=True):
+            found[text_digest(ids)] = hidden_states
+            self._cache.add(text_digest(ids), encode_floats(hidden_states, "fp32"))
+        return found
+
+    def _keep_for(self, step: int, count: int, lora: Mapping[str, FloatArray], scaling: float) -> None:
+        """Have a cache of what comes out of these blocks, with their adapters as they are."""
+        wanted = count, self._unchanged_steps(step).start
+        if self._kept_for == wanted:
+            return
+        if not self._pack_of:
+            self._pack()
+        names = sorted(self._blocks.parameters_below(count) & lora.keys())
+        digest = hashlib.sha256(repr((scaling, self._most_tokens, names)).encode())
+        for name in names:
+            digest.update(np.ascontiguousarray(lora[name]).tobytes())
+        self._cache = self._source.keep_after(count, digest.hexdigest())
+        self._kept_for = wanted
+
+    def _pack(self) -> None:
+        """Put all different texts into packs, in the order of the data."""
+        indices, lengths = list[int](), list[int]()
+        for index, ids in enumerate(texts_of(self._dataset)):
+            if self._pack_of.setdefault(text_digest(ids), len(indices)) == len(indices):
+                indices.append(index)
+                lengths.append(len(ids))
+        pieces = cut_to_fit(lengths, max_tokens=self._most_tokens, packs=True)
+        pack_of = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+        self._packs = [[indices[place] for place in piece] for piece in pieces]
+        self._pack_of = {digest: int(pack_of[place]) for digest, place in self._pack_of.items()}

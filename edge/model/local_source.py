@@ -1,0 +1,56 @@
+"""What goes into block 0, made on the device: in the mode ``local`` all blocks run here, and no server is asked."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from dlora.edge.data.batches import MicroBatch
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Engine
+from dlora.protocol.errors import BundleError, DataError
+from dlora.protocol.tensors import FloatArray
+
+from .ends import Embedding
+from .trainable import WireCounters
+
+
+class LocalSource:
+    """The embeddings of texts, as block 0 is given them.
+
+    Attributes:
+        reconnects, resumed: none: nothing is connected to.
+
+    Raises ``BundleError`` for a bundle that has not all blocks, or whose table is another than it must be.
+    """
+
+    counters: Final[WireCounters] = (0, 0, 0)
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        spec = bundle.manifest.device_blocks
+        if spec is None or spec.blocks[0].index:
+            text = f"{bundle.path} has not all blocks of its model"
+            raise BundleError(f"{text}; export it again with --device-blocks all")
+        self.reconnects = self.resumed = 0
+        self._embedding = Embedding(bundle, engine)
+        self._scale = np.float32(spec.entry.scale)
+        table = spec.entry.positions
+        self._positions = None if table is None else bundle.weight(table.file)
+        if self._positions is not None:
+            width, found = bundle.manifest.base_model.embedding_size, self._positions
+            if found.shape[1:] != (width,) or len(found) < spec.max_length or found.dtype != np.float32:
+                text = f"{bundle.path}: the table before block 0 is not of (positions, {width}) fp32"
+                raise BundleError(f"{text}; export the bundle again")
+
+    def hidden_states(self, batch: MicroBatch) -> FloatArray:
+        """Of all texts of a micro-batch, float32 (tokens, width). Raises ``DataError`` for a text longer than the table
+        of positions."""
+        hidden_states = self._embedding(batch.ids) * self._scale
+        if self._positions is not None:
+            longest = int(batch.sequence_lengths.max())
+            if longest > len(self._positions):
+                raise DataError(f"a sequence has {longest} tokens, the bundle {len(self._positions)} positions")
+            positions = np.concatenate([np.arange(length) for length in batch.sequence_lengths])
+            hidden_states = hidden_states + self._positions[positions]
+        return hidden_states

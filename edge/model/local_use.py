@@ -1,0 +1,42 @@
+"""Using an adapter with all blocks on the device: an open model, to evaluate with, and no server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dlora.edge.choices import EngineChoice
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.choose import make_engine
+from dlora.edge.memory import release_freed_memory
+from dlora.protocol import interrupts
+from dlora.protocol.errors import UsageError
+
+from .local_source import LocalSource
+from .trunk import TrunkModel
+from .use import load_adapters
+
+
+@contextmanager
+def open_local(
+    bundle: Bundle, adapter: Path | None, *, longest: int, threads: int = 0, engine: EngineChoice = "auto"
+) -> Iterator[TrunkModel]:
+    """A model with a saved adapter, or none, all of whose blocks run here.
+
+    ``longest``: tokens of the longest text that it will be given.
+
+    Raises ``BundleError`` where the bundle has not all of them, ``UsageError`` for an adapter that blocks on a device
+    cannot have, ``DataError`` for texts that are too long, and what loading an adapter raises.
+    """
+    adapters, invocation = load_adapters(bundle.manifest, adapter)
+    if invocation or adapters.adapter_spec.kind != "lora":
+        what = "acts on answers only" if invocation else f"is a {adapters.adapter_spec.kind}"
+        raise UsageError(f"--mode local: this adapter {what}, and blocks on a device take LoRA; take --mode split")
+    release_freed_memory()  # its files were read whole
+    loaded = make_engine(bundle, engine, threads)
+    with interrupts.raise_on_signal():
+        source = LocalSource(bundle, loaded)
+        model = TrunkModel(bundle, loaded, adapters, bundle.manifest.base_model.blocks, source)
+        model.check_fits(longest)
+        yield model

@@ -1,0 +1,28 @@
+"""What a model whose last blocks run on the device needs: the hidden states that go into the first of these."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dlora.edge.data.batches import MicroBatch
+from dlora.protocol.tensors import FloatArray
+
+from .trainable import WireCounters
+
+
+class HiddenStateSource(Protocol):
+    """Hidden states of texts: from a server and what is kept of its answers, or made on the device itself.
+
+    Attributes:
+        reconnects, resumed: as ``Connection`` has them.
+    """
+
+    reconnects: int
+    resumed: int
+
+    @property
+    def counters(self) -> WireCounters:
+        """What crossed so far."""
+
+    def hidden_states(self, batch: MicroBatch) -> FloatArray:
+        """Of all texts of a micro-batch, float32 (tokens, width)."""

@@ -1,0 +1,190 @@
+"""Training in the mode ``local``: all blocks on the device, no server; what torch and PEFT do in one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from families import tiny_model
+from peft_reference import loss_of, parameter, with_adapters
+from processes import finish, run_edge, start_edge
+from serving import random_dataset, randomize
+from test_resume import KILLING, Place, assert_same_run, wait_for_lines
+from tiny import Tiny, TinyFactory
+from transformers import AutoModelForCausalLM
+from trunk_runs import trunk_config
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.data.batches import pack
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.local_source import LocalSource
+from dlora.edge.run.run_file import load_run_file
+from dlora.edge.training.trainer import Trainer
+from dlora.export.bundle import export_bundle
+from dlora.export.settings import ExportSettings
+from dlora.export.tracing.entry import CannotBeginOnDevice, find_entry
+from dlora.protocol.errors import ExportError
+from dlora.protocol.manifest import MANIFEST_NAME, encode_manifest, load_manifest
+
+LOCAL = ("--mode", "local")
+
+
+def local_training(bundle: Path, blocks: int, **changes: object) -> Trainer:
+    opened = Bundle.open(bundle)
+    engine = OnnxEngine(opened, 1)
+    run = trunk_config(tuple(range(blocks)), mode="local", **changes)
+    data = random_dataset(opened.manifest.base_model.vocabulary_size)
+    return Trainer(opened, engine, LocalSource(opened, engine), run, data)
+
+
+# What stands between embeddings and block 0: nothing, a row for each position, a factor.
+@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("granite", marks=pytest.mark.slow)])
+def test_a_run_is_that_of_peft(family: str, tiny: TinyFactory) -> None:
+    """Losses and gradients of each step, the weights after some, and an evaluation."""
+    model = tiny(family, device_blocks=2, head_dtype="fp32")
+    trainer = local_training(model.bundle, 2)
+    randomize(trainer)
+    reference = with_adapters(AutoModelForCausalLM.from_pretrained(model.model), trainer.adapters, 4, 8.0)
+    trained = {name: parameter(reference, name) for name in trainer.adapters.parameters()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
+    for step in range(4):
+        loss = loss_of(reference, trainer.batches.step_batches(step))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0))
+        optimizer.step()
+        metrics = trainer.run_step()
+        assert abs(metrics.loss - loss.item()) <= 1e-5 * abs(loss.item())
+        assert abs(metrics.grad_norm - norm) <= 1e-4 * norm
+        assert metrics.bytes_up == metrics.bytes_down == metrics.round_trips == 0
+    for name, each in trainer.adapters.parameters().items():
+        wanted = trained[name].detach().numpy()
+        assert np.abs(each.value - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    data = random_dataset(model.base.vocabulary_size)
+    whole = loss_of(reference, [pack([data[index] for index in range(len(data))])]).item()
+    assert abs(trainer.evaluate(data).loss - whole) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "wanted"),
+    [
+        ("bloom", {}, "go through a norm"),
+        ("nanochat", {}, "go through a norm"),
+        ("opt", {}, "are 8 wide and made 16 before block 0, by a projection"),
+        ("opt", {"word_embed_proj_dim": 16}, (1.0, True)),
+        ("gemma2", {}, (1.0, False)),  # its factor is the embedding's own
+        ("granite", {}, (3.0, False)),
+    ],
+)
+def test_what_stands_before_the_first_block_is_found_or_refused(
+    family: str, changes: dict[str, int], wanted: str | tuple[float, bool]
+) -> None:
+    base = BaseModel.from_model(tiny_model(family, **changes), family)
+    if isinstance(wanted, str):
+        with pytest.raises(CannotBeginOnDevice, match=wanted):
+            find_entry(base)
+    else:
+        found = find_entry(base)
+        assert (found.scale, found.positions is not None) == wanted
+
+
+def test_a_family_that_cannot_begin_on_a_device_is_told_how_many_blocks_it_can_have(
+    tiny: TinyFactory, tmp_path: Path
+) -> None:
+    settings = ExportSettings(str(tiny("bloom").model), tmp_path / "bundle", device_blocks=2)
+    with pytest.raises(ExportError, match="--device-blocks 1 is the most, for --mode trunk"):
+        export_bundle(settings)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyFactory) -> Tiny:
+    return tiny(device_blocks=2, head_dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def place(model: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    rng = np.random.default_rng(2)
+    rows = [{"text": " ".join(f"w{n}" for n in rng.integers(0, 89, int(rng.integers(4, 12))))} for _ in range(10)]
+    data = tmp_path_factory.mktemp("local") / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Place(model.bundle, data, "")
+
+
+def local(place: Place, out: Path, *options: object) -> list[object]:
+    """A command without a server."""
+    words = place.train(out, *LOCAL, *options)
+    at = words.index("--server")
+    return [*words[:at], *words[at + 2 :]]
+
+
+def test_a_run_needs_no_server_and_goes_on_to_the_same_bits(place: Place, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run_edge(*local(place, whole, *KILLING, "--eval", place.data, "--json"))
+    assert done.code == 0, done.stderr
+    assert "nothing will cross the wire" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["eval_loss_after"] < found["eval_loss_before"]
+    assert {found[name] for name in ("bytes_up", "bytes_down", "round_trips", "set_up_bytes_up", "reconnects")} == {0}
+    settings = load_run_file(whole).settings
+    assert (settings.mode, settings.server, settings.device_blocks, settings.blocks) == ("local", None, 2, "0-1")
+    assert (settings.kind, settings.cache_mb, settings.batch_size) == ("lora", None, 3)
+    words = ("evaluate", "--bundle", place.bundle, "--data", place.data, "--threads", 1, "--json", *LOCAL)
+    evaluated = json.loads(run_edge(*words, "--adapter", whole).stdout)
+    assert abs(evaluated["loss"] - found["eval_loss_after"]) < 1e-5
+    assert abs(json.loads(run_edge(*words).stdout)["loss"] - found["eval_loss_before"]) < 1e-5
+    process = start_edge(*local(place, killed, *KILLING, "--eval", place.data))
+    wait_for_lines(killed / "metrics.jsonl", 23)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    assert run_edge("resume", killed).code == 0
+    assert_same_run(killed, whole)
+
+
+WRONG = {
+    "server": (("--server", "ws://127.0.0.1:9"), 2, "--mode local asks no server: leave --server out"),
+    "cache": (("--cache-mb", 9), 2, "--cache-mb needs --mode trunk, in which a server's answers are kept"),
+    "some": (("--device-blocks", 1), 2, "with --mode local all 2 blocks run here"),
+    "kind": (("--kind", "ffa"), 2, "--kind ffa cannot be with --mode local"),
+    "trunk": (("--mode", "trunk"), 2, "--mode trunk needs --server"),
+    "every": (("--mode", "trunk", "--device-blocks", 2, "--server", "ws://127.0.0.1:9"), 2, "(--mode local runs all"),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [(("--mode", "split"), "--mode split needs --server"), ((*LOCAL, "--server", "ws://x:1"), "leave --server out")],
+)
+def test_evaluating_without_a_server_is_said_or_one_line(place: Place, options: tuple[str, ...], text: str) -> None:
+    done = run_edge("evaluate", "--bundle", place.bundle, "--data", place.data, *options)
+    assert (done.code, len(done.errors)) == (2, 1), done.stderr
+    assert text in done.errors[0]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_is_one_line(place: Place, name: str, tmp_path: Path) -> None:
+    options, code, text = WRONG[name]
+    done = run_edge(*local(place, tmp_path / "out", *options))
+    assert (done.code, len(done.errors)) == (code, 1), done.stderr
+    assert text in done.errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_without_all_blocks_is_one_line(place: Place, tmp_path: Path) -> None:
+    other = Place(tmp_path / "bundle", place.data, "")
+    shutil.copytree(place.bundle, other.bundle)
+    manifest = load_manifest(other.bundle)
+    spec = manifest.device_blocks
+    assert spec is not None
+    fewer = msgspec.structs.replace(spec, blocks=spec.blocks[1:])
+    changed = msgspec.structs.replace(manifest, device_blocks=fewer)
+    (other.bundle / MANIFEST_NAME).write_bytes(encode_manifest(changed))
+    done = run_edge(*local(other, tmp_path / "out"))
+    assert (done.code, len(done.errors)) == (4, 1), done.stderr
+    assert "has 1 of the model's 2 blocks, and --mode local needs all" in done.errors[0]

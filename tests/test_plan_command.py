@@ -1,0 +1,225 @@
+"""``dlora-edge plan`` and ``--mode auto``: what fits, what it costs, what is chosen, once; the formula behind it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import save_tiny
+from processes import finish, run_edge, start_edge
+from serving import serving
+from test_local import local, place  # noqa: F401  the same bundle and data, without a server
+from test_resume import Place, assert_same_run, wait_for_lines
+from tiny import Tiny, TinyFactory
+
+from dlora.edge.commands.planning import Row
+from dlora.edge.commands.recommendation import recommend
+from dlora.edge.run.quality import TABLE
+from dlora.edge.run.run_file import load_run_file
+from dlora.export.bundle import export_bundle
+from dlora.export.settings import ExportSettings, parse_device_blocks
+from dlora.protocol.device_memory import DeviceModel, blocks_that_fit, training_bytes
+from dlora.protocol.errors import UsageError
+from dlora.protocol.groups import GroupSpec, TargetSpec
+from dlora.protocol.manifest import load_manifest
+from dlora.protocol.sizes import parse_size
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyFactory) -> Tiny:
+    return tiny(device_blocks=2, head_dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def served(place: Place, model: Tiny) -> Iterator[Place]:  # noqa: F811
+    with serving(model.base) as server:
+        yield Place(place.bundle, place.data, server.url)
+
+
+def plan(of: Place, *options: object, server: bool = True) -> dict[str, Any]:
+    asked = ("--server", of.url) if server else ()
+    done = run_edge("plan", "--bundle", of.bundle, *asked, "--data", of.data, "--threads", 1, "--json", *options)
+    assert done.code == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_every_way_is_a_row_and_what_it_says_of_trunk_is_what_crosses(served: Place, tmp_path: Path) -> None:
+    found = plan(served, "--eval", served.data, "--epochs", 2, "--memory", "1GB")
+    rows = {(row["mode"], row["kind"], row["device_blocks"]): row for row in found["rows"]}
+    assert set(rows) == {
+        ("split", "bottleneck", 0), ("split", "lora", 0), ("trunk", "lora", 1), ("local", "lora", 2),
+    }  # fmt: skip
+    assert all(row["fits"] and row["minutes"] > 0 and not row["problem"] for row in rows.values())
+    local_row = rows["local", "lora", 2]
+    assert (local_row["wire_mb"], local_row["round_trips"], local_row["holds"]) == (0, 0, True)
+    assert (found["recommended"], rows["trunk", "lora", 1]["quality"]) == ("--mode local", "not measured")
+    words = ["--mode", "trunk", "--device-blocks", 1, "--eval", served.data, "--keep-cache", "--json"]
+    run = json.loads(run_edge(*served.train(tmp_path / "out", *words)).stdout)
+    crossed = run["set_up_bytes_up"] + run["set_up_bytes_down"]
+    assert 0 <= crossed - 1e6 * rows["trunk", "lora", 1]["wire_mb"] < 3000  # the greeting
+    kept = (tmp_path / "out" / "trunk-cache.bin").stat().st_size
+    assert 0 <= kept - 1e6 * rows["trunk", "lora", 1]["cache_mb"] < 1000  # its header
+
+
+def test_without_a_server_there_is_no_time_of_what_asks_it(served: Place) -> None:
+    found = plan(served, "--kind", "lora", server=False)
+    assert [row["mode"] for row in found["rows"] if row["minutes"] is not None] == ["local"]
+    done = run_edge("plan", "--bundle", served.bundle, "--data", served.data, "--threads", 1)
+    assert done.code == 0, done.stderr
+    assert "recommended: --mode local" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+WRONG = {
+    "nothing fits": (("--memory", "2MB"), 1, ""),
+    "no size": (("--memory", "much"), 2, "--memory 'much': write an amount of memory as 2GB or 500MB"),
+    "no server": (("--server", "ws://127.0.0.1:9"), 6, "cannot reach"),
+    "no data": (("--data", "nowhere.jsonl"), 3, "nowhere.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_is_one_line(served: Place, name: str) -> None:
+    options, code, text = WRONG[name]
+    done = run_edge("plan", "--bundle", served.bundle, "--data", served.data, "--threads", 1, *options)
+    assert (done.code, len(done.errors)) == (code, int(code > 1)), done.stderr
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert "nothing fits into 2 MB of memory" in done.stdout.replace("\n", " ")
+
+
+def test_auto_is_chosen_once_and_written_down(place: Place, served: Place, tmp_path: Path) -> None:  # noqa: F811
+    """And stays, whatever fits when the run goes on."""
+    auto = ("--mode", "auto", "--memory", "1GB")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run_edge(*served.train(whole, *auto))
+    assert done.code == 0, done.stderr
+    assert "mode: --mode local (--mode auto): LoRA as PEFT trains it in one process" in done.stderr
+    settings = load_run_file(whole).settings
+    assert (settings.mode, settings.device_blocks, settings.server) == ("local", 2, None)
+    process = start_edge(*local(place, killed, *auto))
+    wait_for_lines(killed / "metrics.jsonl", 23)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    done = run_edge(*served.train(killed, "--mode", "auto", "--memory", "1MB", "--resume"))
+    assert done.code == 0, done.stderr
+    assert_same_run(killed, whole)
+
+
+def test_auto_takes_what_the_other_options_leave(served: Place, tmp_path: Path) -> None:
+    words = [word for word in served.train(tmp_path, "--mode", "auto", "--steps", 2) if word not in ("--kind", "lora")]
+    done = run_edge(*words, "--kind", "bottleneck", "--rank", 4)
+    assert done.code == 0, done.stderr
+    settings = load_run_file(tmp_path).settings
+    assert (settings.mode, settings.kind, settings.device_blocks) == ("split", "bottleneck", None)
+
+
+AUTO_WRONG = {
+    "nothing fits": (("--mode", "auto", "--memory", "2MB"), 2, "nothing fits into 2 MB of memory: --mode local takes"),
+    "no need": (("--memory", "2MB"), 2, "--memory is what --mode auto chooses by"),
+    "no server": (("--mode", "auto", "--device-blocks", 1), 2, "(with --server there are other modes)"),
+}
+
+
+@pytest.mark.parametrize("name", AUTO_WRONG)
+def test_auto_that_cannot_be_is_one_line(place: Place, name: str, tmp_path: Path) -> None:  # noqa: F811
+    options, code, text = AUTO_WRONG[name]
+    done = run_edge(*local(place, tmp_path / "out", *options))
+    assert (done.code, len(done.errors)) == (code, 1), done.stderr
+    assert text in done.errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def row(mode: Any, blocks: int, **changes: Any) -> Row:
+    kind = "bottleneck" if mode == "split" else "lora"
+    return Row(mode=mode, kind=kind, device_blocks=blocks, of=8, **{"fits": True, "peak_mb": 100.0, **changes})
+
+
+def test_quality_comes_before_traffic_and_speed_decides_nothing() -> None:
+    split = row("split", 0, holds=True, wire_mb=90.0, minutes=2.0)
+    trunk = row("trunk", 4, wire_mb=5.0, quality="not measured", minutes=1.0)
+    found = recommend([split, trunk])
+    assert found is not None
+    assert found.row is split
+    assert "--mode trunk --device-blocks 4 would send 5.0 MB, once" in found.others[0]
+    everything = row("local", 8, holds=True, minutes=50.0)
+    found = recommend([split, trunk, everything])
+    assert found is not None
+    assert found.row is everything
+    assert "--mode split --kind bottleneck would take about 2 min in place of 50 min" in found.others[0]
+    found = recommend([row("split", 0, holds=True, fits=False), trunk, row("trunk", 2)])
+    assert found is not None
+    assert found.row is trunk
+    assert recommend([row("split", 0, holds=True, fits=False)]) is None
+    assert not [each for each in TABLE if each.mode == "trunk"]  # until it was measured: then the page says so, too
+
+
+# -- the formula ---------------------------------------------------------------------------------------------------
+
+# peak_rss_mb of runs with SmolLM2-135M, r 8 or 64 on all linear modules, all tokens labelled, on one thread.
+MEASURED = [
+    ("fp16", 1, 266, 8, 167.9), ("fp16", 4, 266, 8, 212.9), ("fp16", 8, 266, 8, 267.7), ("fp16", 4, 266, 64, 245.3),
+    ("fp16", 1, 1034, 8, 330.9), ("fp16", 4, 1034, 8, 378.8), ("int8", 4, 266, 8, 181.9), ("int8", 8, 266, 8, 224.8),
+    ("int8", 4, 1034, 8, 378.9), ("fp16", 30, 42, 8, 433.3), ("fp16", 30, 266, 8, 580.3), ("fp16", 30, 1034, 8, 1076.7),
+]  # fmt: skip
+
+
+def smollm2(dtype: Any) -> DeviceModel:
+    groups = []
+    for block in range(30):
+        for width, outputs in ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))):
+            targets = tuple(TargetSpec(f"{block}.{width}.{n}", output) for n, output in enumerate(outputs))
+            groups.append(GroupSpec(block, width, targets))
+    return DeviceModel(30, 576, 49152, groups, dtype, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "blocks", "tokens", "rank", "measured"), MEASURED)
+def test_memory_is_what_was_measured_or_a_little_more(
+    dtype: str, blocks: int, tokens: int, rank: int, measured: float
+) -> None:
+    assert 1 <= training_bytes(smollm2(dtype), blocks, tokens, rank) / 1e6 / measured <= 1.22
+
+
+def test_the_most_blocks_that_fit() -> None:
+    model = smollm2("fp16")
+    assert [blocks_that_fit(model, size, rank=8) for size in (100e6, 215e6, 2e9)] == [0, 4, 30]
+
+
+# -- export --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "memory", "blocks", "text"),
+    [
+        ("llama", 50e6, 0, "--device-memory 50 MB holds 0 of 2 blocks"),
+        ("bloom", 2e9, 1, "cannot run on a device alone: its embeddings go through a norm"),
+        ("mixtral", 2e9, 0, "has no blocks for a device: block 0 is a mixture of experts"),
+    ],
+)
+def test_a_devices_memory_says_how_many_blocks(
+    family: str, memory: float, blocks: int, text: str, tmp_path: Path
+) -> None:
+    """What cannot be is a line, and no error: nobody asked for blocks."""
+    save_tiny(tmp_path / "model", family)
+    notes: list[str] = []
+    settings = ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", block_dtype="fp32", device_memory=memory)
+    export_bundle(settings, note=notes.append)
+    spec = load_manifest(tmp_path / "bundle").device_blocks
+    assert (0 if spec is None else len(spec.blocks)) == blocks
+    assert [note for note in notes if text in note]
+
+
+def test_amounts_and_numbers_as_people_write_them() -> None:
+    assert [parse_size(text, "--memory") for text in ("2GB", "1.5 gb", "500MB")] == [2e9, 1.5e9, 5e8]
+    for text in ("", "2", "GB", "0MB", "-1GB", "2TB", "9" * 30 + "GB"):
+        with pytest.raises(UsageError, match="--memory"):
+            parse_size(text, "--memory")
+    assert [parse_device_blocks(text) for text in (None, "4", "all", "none", "0")] == [None, 4, "all", 0, 0]
+    for text in ("-1", "some", "1.5", "9" * 30):
+        with pytest.raises(UsageError, match="--device-blocks"):
+            parse_device_blocks(text)
