@@ -20,7 +20,7 @@ from dlora.edge.adapters.store import AdapterStore
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.generation.sampling import Sampling
-from dlora.edge.model.split import SplitModel
+from dlora.edge.model.generating import GeneratingModel
 from dlora.protocol import interrupts
 from dlora.protocol.adapter_record import WEIGHTS_NAME, load_record
 from dlora.protocol.errors import CheckpointError, ConnectionFailedError, RefusedError, UsageError
@@ -73,7 +73,7 @@ class ServeSettings:
 
     bundle: Bundle
     tokenizer: PromptTokenizer
-    open_model: Callable[[Path | None], AbstractContextManager[SplitModel]]
+    open_model: Callable[[Path | None], AbstractContextManager[GeneratingModel]]
     adapter: Path | None
     adapters: Path
     listening: Listening
