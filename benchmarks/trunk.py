@@ -2,7 +2,8 @@
 
 ``step``: the device's step, torch's with the same blocks in one process, and a split step with all of q, v active take
 turns in one run on the same batches; medians. ``memory``: the peak of a real ``dlora-edge train``. ``traffic``: of a
-real run of three epochs, against the formula of all-active q, v. What has to be reached is written into
+real run of three epochs, against the formula of all-active q, v. ``kills``: what a step takes where the lower half of
+the blocks is killed. ``losses``: what PEFT finds with the saved adapter. What has to be reached is written into
 docs/benchmarks/trunk.json.
 """
 
@@ -26,18 +27,18 @@ from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
+from trunk_kills import measure_kills
+from trunk_losses import bars_of_losses, measure_losses
+from trunk_trainers import LR, random_tokens, split_config, trunk_config, trunk_source
+
 from dlora.edge.data.batches import pack
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
-from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
-from dlora.edge.training.config import TrainConfig
-from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.model.trunk_source import encoded_width, texts_of
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
-from dlora.protocol.adapters import crossings
-from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups
 from dlora.protocol.traffic import micro_batch_traffic
@@ -45,8 +46,7 @@ from dlora.protocol.wire_codecs import Codecs
 
 COMMAND: Final = "python benchmarks/trunk.py"
 FILE: Final = Path("benchmarks") / "trunk.json"
-PARTS: Final = ("step", "memory", "traffic")
-LR: Final = 2e-3
+PARTS: Final = ("step", "kills", "memory", "traffic", "losses")
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     with cloud_server(options.model, options.threads) as (url, _):
         for part in options.only:
             log(f"{part} …")
-            result[part] = {"step": _step, "memory": _memory, "traffic": _traffic}[part](url, options)
+            result[part] = MEASURES[part](url, options)
     write_bars(options.docs / FILE, _bars(result))
     print(json.dumps(result, indent=1))
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
     bundle = Bundle.open(need_bundle(options.bundle))
-    ids, first = _tokens(bundle.manifest, options)
+    ids, first = random_tokens(bundle.manifest, options, 8 * options.batch_size)
     length = ids.shape[1]
     dataset = Dataset.of([(row.tolist(), list(range(first - 1, length - 1))) for row in ids])
     torch = Worker(
@@ -77,13 +77,13 @@ def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
     losses: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         engine = OnnxEngine(bundle, options.threads)
-        source = _source(bundle, engine, url, Path(directory) / "cache", options)
+        source = trunk_source(bundle, engine, url, Path(directory) / "cache", options.blocks)
         stack.callback(source.close)
-        device = Trainer(bundle, engine, source, _trunk_config(bundle.manifest, options), dataset)
+        device = Trainer(bundle, engine, source, trunk_config(bundle.manifest, options, options.blocks), dataset)
         source.fill(texts_of(dataset))
         connection = stack.enter_context(Connection(url))
         split = Trainer(
-            bundle, OnnxEngine(bundle, options.threads), connection, _split_config(options), dataset
+            bundle, OnnxEngine(bundle, options.threads), connection, split_config(options), dataset
         )
         for step in range(options.warmup + options.steps):
             chosen = device.batches.step_indices(step)
@@ -109,60 +109,6 @@ def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
         "step_s": {name: statistics.median(each) for name, each in seconds.items()},
         "loss_of_step_0": losses,
         "tokens": options.tokens,
-    }
-
-
-def _tokens(manifest: Manifest, options: argparse.Namespace) -> tuple[Any, int]:
-    """Random sequences, (sequences, length), and where the labels of each begin."""
-    length = options.tokens // options.batch_size
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, manifest.base_model.vocabulary_size, (8 * options.batch_size, length))
-    return ids, round(length * (1 - options.labelled))
-
-
-def _source(
-    bundle: Bundle, engine: OnnxEngine, url: str, cache: Path, options: argparse.Namespace
-) -> TrunkSource:
-    manifest, codecs = bundle.manifest, Codecs.all("fp16")
-    blocks = manifest.base_model.blocks - options.blocks
-    owner = CacheOwner.of(manifest, blocks, encoded_width(manifest), codecs, "embeddings")
-    return TrunkSource(
-        bundle,
-        engine,
-        TrunkCache(cache, owner, limit=1 << 32),
-        blocks=blocks,
-        codecs=codecs,
-        connect=lambda: Connection(url),
-    )
-
-
-def _trunk_config(manifest: Manifest, options: argparse.Namespace) -> TrainConfig:
-    last = manifest.base_model.blocks
-    return TrainConfig(
-        **_common(options),
-        mode="trunk",
-        device_blocks=options.blocks,
-        rank=8,
-        target_modules=("all-linear",),
-        blocks=tuple(range(last - options.blocks, last)),
-    )
-
-
-def _split_config(options: argparse.Namespace) -> TrainConfig:
-    return TrainConfig(**_common(options), rank=8, target_modules=("q_proj", "v_proj"))
-
-
-def _common(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "total_steps": 1000,
-        "batch_size": options.batch_size,
-        "grad_accum": 1,
-        "seed": (0,),
-        "kind": "lora",
-        "lora_alpha": 16.0,
-        "wire_dtype": "fp16",
-        "optimizer": OptimizerConfig(lr=LR),
-        "kill_revive": KillReviveConfig(active_fraction=1.0),
     }
 
 
@@ -206,7 +152,7 @@ def _all_active(manifest: Manifest, tokens: int, sequences: int) -> float:
     everything = range(len(groups))
     base = manifest.base_model
     traffic = micro_batch_traffic(
-        crossings(_split_config_adapter(), groups),
+        crossings(AdapterSpec(r=8), groups),
         live=everything,
         with_grads=everything,
         answered=everything[1:],
@@ -218,12 +164,6 @@ def _all_active(manifest: Manifest, tokens: int, sequences: int) -> float:
         codecs=Codecs.all("fp16"),
     )
     return (traffic.bytes_up + traffic.bytes_down) / tokens
-
-
-def _split_config_adapter() -> Any:
-    from dlora.protocol.adapters import AdapterSpec
-
-    return AdapterSpec(r=8)
 
 
 def _train(url: str, bundle: Path, texts: list[str], options: argparse.Namespace, *more: str) -> dict[str, Any]:
@@ -256,6 +196,8 @@ def _bars(result: dict[str, Any]) -> dict[str, Entry]:
     if memory := result.get("memory"):
         for dtype, bar in (("fp16", 300), ("int8", 250)):
             bars[f"peak_rss_{dtype}"] = at_most(bar, memory[dtype], f"{COMMAND} --only memory")
+    if losses := result.get("losses"):
+        bars |= bars_of_losses(losses, f"{COMMAND} --only losses")
     if traffic := result.get("traffic"):
         for dtype, bar in (("fp16", 0.99), ("int8", 0.995)):
             saved = 1 - traffic[dtype]["bytes_per_token"] / traffic["all_active_bytes_per_token"]
@@ -265,12 +207,18 @@ def _bars(result: dict[str, Any]) -> dict[str, Entry]:
     return bars
 
 
+MEASURES: Final = {
+    "step": _step, "kills": measure_kills, "memory": _memory, "traffic": _traffic, "losses": measure_losses
+}  # fmt: skip
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--bundle", type=Path, default=Path("build/smollm2-blocks"))
     parser.add_argument("--int8-bundle", type=Path, default=Path("build/smollm2-blocks-int8"))
+    parser.add_argument("--fp32-bundle", type=Path, default=Path("build/smollm2-blocks-fp32"))
     parser.add_argument("--blocks", type=int, default=4, help="on the device")
     parser.add_argument("--tokens", type=int, default=256, help="of a micro-batch")
     parser.add_argument("--labelled", type=float, default=1 / 3, help="share of tokens that are labels, in step")

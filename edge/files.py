@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -95,3 +95,19 @@ def remove_quietly(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError:
         return
+
+
+def read_secret(option: str, path: Path, warn: Callable[[str], None] | None) -> str:
+    """The text of a small file, without blanks around it; ``warn`` is called where others can read it too.
+
+    ``option``: that names the file. Raises ``UsageError`` where it cannot be read.
+    """
+    try:
+        with path.open(encoding="ascii", errors="replace") as file:
+            readable_by_others = os.fstat(file.fileno()).st_mode & 0o077
+            text = file.read(4096).strip()
+    except OSError as error:
+        raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None
+    if readable_by_others and warn is not None:
+        warn(f"{option} {path} can be read by others; run: chmod 600 {path}")
+    return text

@@ -75,6 +75,8 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
     groups = base.groups(selection.trainable)
     embedding, head = find_embedding(base), find_head(base)
     blocks = _device_blocks(settings, base, selection, groups, say, note)
+    if blocks is not None and blocks.without_decode is not None:
+        note(f"the blocks can be trained on a device, but not generate there: {blocks.without_decode}")
     with interrupts.raise_on_signal(), new_directory_for(settings.out, settings.force) as bundle:
         say("writing weights and tokenizer")
         dtype = embedding_dtype(settings.head_dtype)

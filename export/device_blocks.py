@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from dlora.protocol.manifest import StoredDtype
 from dlora.protocol.text import first_line
 
 from .graphs.block import block_graphs, final_norm_graphs
+from .graphs.block_decode import decode_graph
 from .graphs.block_materials import BlockMaterials, DeviceBlocks, FinalNormMaterials
 from .graphs.graph import TrainingGraph
 from .tracing.calls import (
@@ -26,10 +27,12 @@ from .tracing.calls import (
     record_calls,
     table_rows,
     tables,
+    unusual_number,
     windows,
 )
 from .tracing.entry import find_entry
 from .tracing.modules import linears, stored_weights
+from .tracing.past import PAST_KEYS, PAST_MASK, PAST_VALUES, cache_arguments, call_with_past
 
 _TOLERANCE = 1e-4  # rounding only: the same sums in another order
 
@@ -101,13 +104,61 @@ def _prepare(
     )
     made_ready = DeviceBlocks(tuple(blocks), final_norm, dtype, table_rows(base), entry)
     _check_chain(base, made_ready)
-    return made_ready
+    return _with_decode(base, made_ready, say)
+
+
+def _with_decode(base: BaseModel, made: DeviceBlocks, say: Callable[[str], None]) -> DeviceBlocks:
+    """With a ``block_decode`` for each shape; without any where the family does not go on from keys and values so."""
+    say("tracing blocks that go on from earlier tokens")
+    try:
+        blocks = tuple(_decoding(base, made.blocks))
+    except CannotRunOnDevice as error:
+        reason = str(error)
+    except Exception as error:  # whatever a family's code does with a cache that it does not know
+        reason = f"its blocks cannot be traced with a cache ({type(error).__name__}: {first_line(error)[:120]})"
+    else:
+        return replace(made, blocks=blocks)
+    return replace(made, without_decode=reason)
+
+
+def _decoding(base: BaseModel, blocks: Sequence[BlockMaterials]) -> Iterator[BlockMaterials]:
+    arguments, past = cache_arguments(base), unusual_number(base, but=blocks[0].call.tokens)
+    graphs: dict[str, TrainingGraph] = {}
+    for block in blocks:
+        argument = arguments[block.call.index]
+        if not argument:
+            raise CannotRunOnDevice("its decoder hands its blocks no cache")
+        _check_past(block, argument)
+        if block.key not in graphs:
+            graphs[block.key] = decode_graph(block.call, argument, past, block.weights, block.targets, block.key)
+            known = _inputs(block) | {PAST_KEYS, PAST_VALUES, PAST_MASK}
+            if unknown := {spec.name for spec in graphs[block.key].inputs} - known:
+                raise CannotRunOnDevice(f"its blocks take {sorted(unknown)[0]} only with a cache")
+        yield replace(block, decode=graphs[block.key], cache_argument=argument)
+
+
+def _check_past(block: BlockMaterials, argument: str) -> None:
+    """What a block gives for tokens that come after others is what it gives for all of them at once."""
+    before, tokens = 4, 7
+    x = block.call.hidden_states()[:tokens]
+    with torch.no_grad():
+        wanted = block.call(x, block.context((tokens,)) | block.fixed())[before:]
+        _, *past = call_with_past(block.call, argument, x[:before], block.context((before,)) | block.fixed(), None)
+        context = block.context_after(before, tokens - before) | block.fixed()
+        found, _, _ = call_with_past(block.call, argument, x[before:], context, (past[0], past[1]))
+    if not bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max()):
+        raise CannotRunOnDevice(f"block {block.call.index} gives something else with a cache than without")
 
 
 def _check_experts(base: BaseModel, first: int) -> None:
     for index, block in enumerate(base.block_modules[first:], first):
         if any("expert" in name for name, _ in block.named_modules()):
             raise CannotRunOnDevice(f"block {index} is a mixture of experts, which runs what its data choose")
+
+
+def _inputs(block: BlockMaterials) -> set[str]:
+    """Of the graphs of its two passes."""
+    return {spec.name for graph in (block.forward, block.backward) for spec in graph.inputs}
 
 
 def _content(made: tuple[TrainingGraph, TrainingGraph]) -> tuple[object, ...]:
@@ -119,7 +170,7 @@ def _with_tables(base: BaseModel, blocks: list[BlockMaterials]) -> list[BlockMat
     """With the tables that graphs take; what of the context depends on nothing becomes a weight."""
     names = {}
     for block in blocks:
-        inputs = {spec.name for graph in (block.forward, block.backward) for spec in graph.inputs}
+        inputs = _inputs(block)
         names[block.call.index] = [name for name in block.call.context if name in inputs and name != MASK]
     found = tables(base, names) if any(names.values()) else {}
     completed = []

@@ -105,6 +105,7 @@ def save_device_blocks(bundle: Path, blocks: DeviceBlocks) -> DeviceBlocksSpec:
         max_length=blocks.max_length,
         blocks=tuple(specs),
         final_norm=_save_tensors(bundle, f"{BLOCKS_FOLDER}/final_norm", blocks.final_norm.weights),
+        without_decode=blocks.without_decode,
         entry=entry,
     )
 

@@ -164,6 +164,7 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         blocks: in the order of execution, up to the last of the base model.
         final_norm: what stands after them: graph input to ``.npy`` file.
         entry: what stands before block 0, where that is among them.
+        without_decode: why they have no graphs to go on from earlier tokens with, in words; None where they have.
     """
 
     dtype: StoredDtype
@@ -171,6 +172,7 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     blocks: Annotated[tuple[BlockSpec, ...], msgspec.Meta(min_length=1)]
     final_norm: dict[str, BundlePath]
     entry: EntrySpec = EntrySpec()
+    without_decode: str | None = None
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

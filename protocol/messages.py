@@ -123,8 +123,13 @@ class OpenSession(Message, frozen=True):
 
     @property
     def encoded_width(self) -> int:
-        """Of what comes out of the mode ``encode``; 0 in a session of another purpose."""
+        """Of the hidden states that C gives in a session of the purpose ``encode``; 0 in one of another."""
         return self.purpose.width if isinstance(self.purpose, Encode) else 0
+
+    @property
+    def context_length(self) -> int:
+        """For how many tokens C keeps keys and values; 0: it keeps none."""
+        return 0 if isinstance(self.purpose, Train) else self.purpose.context_length
 
 
 class SessionOpened(Message, frozen=True):
@@ -215,7 +220,7 @@ class Embeddings(ExchangeMessage, frozen=True):
             session is set up, if one of the base model alone will, from whose gradients C makes its adapter state;
             ``decode`` if none will, and its one sequence goes on from the first ``position`` tokens that C holds keys
             and values of. C forgets those after them, and takes these in. ``encode`` for hidden states in the middle of
-            the model, in a session of that purpose.
+            the model, in a session of that purpose, of whose modes it and ``decode`` are.
         hidden_states: (tokens, embedding_size); None where ``token_ids`` is there.
         sequence_lengths: int32 (sequences,), summing to tokens.
         label_positions: int32 (labelled,), ascending rows of the packed tokens whose last hidden state E wants; none in
@@ -258,10 +263,11 @@ class GroupDelta(ExchangeMessage, frozen=True):
 
 
 class LabelledHiddenStates(ExchangeMessage, frozen=True):
-    """C ends the forward pass: the last hidden states at the label positions.
+    """C ends the forward pass: the last hidden states at the label positions, or, in a session of the purpose
+    ``encode``, what came there out of the last block that it ran.
 
     Attributes:
-        hidden_states: (labelled, hidden_size).
+        hidden_states: (labelled, hidden_size), or (labelled, width) of that purpose.
         gradients: how many ``GroupGrad`` will follow a ``GradHiddenStates``; at 0, E sends that only in the mode
             ``basis``.
     """

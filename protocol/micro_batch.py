@@ -26,13 +26,18 @@ class Shapes(NamedTuple):
     """What is the same for all micro-batches of a session and a mode: widths, codecs and the server's limits.
 
     Attributes:
-        encoded_width: of what comes out of the mode ``encode``, in a session of that purpose.
+        encoded_width: of what C gives in a session of the purpose ``encode``; 0 in one of another.
     """
 
     crossings: tuple[Crossing, ...]
     codecs: Codecs
     welcome: m.Welcome
     encoded_width: int = 0
+
+    @property
+    def labelled_width(self) -> int:
+        """Of the hidden states at label positions."""
+        return self.encoded_width or self.welcome.hidden_size
 
     def check(self, tensor: WireTensor, role: TensorRole, shape: tuple[int | None, ...]) -> None:
         """Raise ``ViolationError`` unless the tensor is stored as its role's codec says, and of this shape."""
@@ -142,7 +147,7 @@ class MicroBatchRules:
         live, active, _ = groups
         if self.asked < len(live):
             raise ViolationError(f"only {self.asked} of {len(live)} live groups were asked")
-        shape = (self.labelled, self._shapes.welcome.hidden_size)
+        shape = (self.labelled, self._shapes.labelled_width)
         self._shapes.check(message.hidden_states, TensorRole.LAST_HIDDEN_STATES, shape)
         if message.gradients > (len(live) if self.trains else 0):
             raise ViolationError("more gradients than groups took part")
@@ -237,19 +242,20 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
         raise ViolationError("a position belongs to the one sequence of the mode decode")
 
 
-def check_position(begun: m.Embeddings, purpose: m.Purpose, cached_tokens: int) -> None:
+def check_position(begun: m.Embeddings, context_length: int, cached_tokens: int) -> None:
     """Raise ``ViolationError`` unless C can go on from there with these tokens, in the mode ``decode``.
 
-    ``cached_tokens``: of how many it holds keys and values.
+    Args:
+        context_length: of the session; cached_tokens: of how many C holds keys and values.
     """
-    if not isinstance(purpose, m.Use) or not purpose.context_length:
+    if not context_length:
         raise ViolationError("a micro-batch of the mode decode, in a session that has no context length")
     assert begun.position is not None
     if begun.position > cached_tokens:
         raise ViolationError(f"tokens from position {begun.position} on, where only {cached_tokens} are held")
-    if begun.position + begun.tokens > purpose.context_length:
+    if begun.position + begun.tokens > context_length:
         text = f"a context of {begun.position + begun.tokens} tokens; this session has room for "
-        raise ViolationError(f"{text}{purpose.context_length}", m.ErrorCode.LIMIT)
+        raise ViolationError(f"{text}{context_length}", m.ErrorCode.LIMIT)
 
 
 def _check_positions(tensor: WireTensor, tokens: int, name: str) -> None:

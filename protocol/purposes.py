@@ -51,11 +51,14 @@ class Encode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         blocks: how many of them; width: of the hidden states that come out of the last of these.
         exact: whether C runs each sequence by itself, so that its bits are the same whatever it came with; else it may
             run several at once, which is faster on a GPU and rounds otherwise.
+        context_length: for how many tokens C is to keep keys and values of these blocks, so that micro-batches of the
+            mode ``decode`` go on from them; 0: none.
     """
 
     blocks: Width
     width: Width
     exact: bool = True
+    context_length: Index = 0
 
 
 Purpose = Train | Use | Encode

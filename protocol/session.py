@@ -41,6 +41,9 @@ NUMBERED: Final = (
 
 _WITH_MICRO_BATCHES: Final = (State.IDLE, State.SETTING_UP)
 
+_MODES_OF_FIRST_BLOCKS: Final = ("encode", "decode")  # of the purpose encode
+_MODES_OF_ALL_BLOCKS: Final = ("train", "evaluate", "basis", "decode")
+
 HANDSHAKE: Final = (
     m.Hello, m.Welcome, m.OpenSession, m.SessionOpened, m.ResumeSession, m.SessionResumed, m.SessionGone,
 )  # fmt: skip
@@ -249,8 +252,8 @@ class Session:
         purpose = message.purpose
         if isinstance(purpose, m.Train) and purpose.next_step > purpose.total_steps:
             raise ViolationError("next_step lies after the end of the run")
-        if isinstance(purpose, m.Use) and purpose.context_length > self.welcome.max_context_length:
-            text = f"a context of {purpose.context_length} tokens; at most {self.welcome.max_context_length} fit"
+        if message.context_length > self.welcome.max_context_length:
+            text = f"a context of {message.context_length} tokens; at most {self.welcome.max_context_length} fit"
             raise ViolationError(text, m.ErrorCode.LIMIT)
         if isinstance(purpose, m.Encode) and message.groups:
             raise ViolationError("groups in a session that only encodes")
@@ -378,7 +381,7 @@ class Session:
         if sender is not E or len(self.under_way) == self.opened_with.window or key in self.under_way:
             raise ViolationError("not now")
         trains, purpose = message.mode == "train", self.opened_with.purpose
-        if (message.mode == "encode") is not isinstance(purpose, m.Encode):
+        if message.mode not in (_MODES_OF_FIRST_BLOCKS if isinstance(purpose, m.Encode) else _MODES_OF_ALL_BLOCKS):
             raise ViolationError(f"a micro-batch of the mode {message.mode} in a session that is for something else")
         if message.mode not in m.WITHOUT_GRADIENTS and not isinstance(purpose, m.Train):
             raise ViolationError("a micro-batch that trains, in a session that does not")
@@ -398,7 +401,7 @@ class Session:
         if message.mode == "decode":
             if self.under_way:  # whatever the window: they go on from each other
                 raise ViolationError("not now")
-            check_position(message, purpose, self.cached_tokens)
+            check_position(message, self.opened_with.context_length, self.cached_tokens)
         self.under_way[key] = MicroBatchRules(message, shapes)
         self._next_micro_batch += trains
 

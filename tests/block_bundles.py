@@ -39,6 +39,9 @@ REFUSED: Final = {
 }  # fmt: skip
 """Families whose blocks a device cannot run, and why: words of the error."""
 
+WITHOUT_DECODE: Final = {"bloom": "cannot be traced with a cache"}
+"""Families whose blocks a device can train, and not go on with from earlier tokens, and why: words of the reason."""
+
 TRIED_ALWAYS: Final = (
     "bloom", "falcon", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "mpt", "opt",
 )
@@ -84,8 +87,9 @@ def prepared(family: str, count: int = 2, dtype: Any = "fp32") -> DeviceBlocks:
 
 def graphs_of(blocks: DeviceBlocks) -> list[TrainingGraph]:
     """Each once."""
-    passes = [graph for block in blocks.blocks for graph in (block.forward, block.backward)]
-    return [*{graph.name: graph for graph in passes}.values(), blocks.final_norm.forward, blocks.final_norm.backward]
+    each = [graph for block in blocks.blocks for graph in (block.forward, block.backward, block.decode)]
+    named = {graph.name: graph for graph in each if graph is not None}
+    return [*named.values(), blocks.final_norm.forward, blocks.final_norm.backward]
 
 
 def with_programs(bundle: Path, family: str, dtype: Any = "fp32") -> Path:

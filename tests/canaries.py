@@ -31,7 +31,7 @@ class Scanner:
         assert len(row) >= WINDOW, "too short to be told from chance"
         for start in range(len(row) - WINDOW + 1):
             run = row[start : start + WINDOW]
-            for dtype in TOKEN_DTYPES:
+            for dtype in (each for each in TOKEN_DTYPES if max(run) <= np.iinfo(each).max):
                 self.patterns[np.array(run, dtype).tobytes()] = f"{name} as {dtype}"
             for separator in (",", ", ", " "):
                 self.patterns[separator.join(map(str, run)).encode()] = f"{name} in digits"

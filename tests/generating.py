@@ -9,14 +9,17 @@ import numpy as np
 from families import VOCABULARY
 from serving import config, random_dataset, randomize_all, training
 
+from dlora.edge.adapters.peft import SavedModule, save_adapter
 from dlora.edge.generation.generate import TokenAnswer
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
-from dlora.edge.model.split import SplitModel
+from dlora.edge.model.generating import GeneratingModel
+from dlora.protocol.adapter_record import TrainingRecord
+from dlora.protocol.manifest import load_manifest
 
 
 def generated(
-    model: SplitModel | Context,
+    model: GeneratingModel | Context,
     prompt: Sequence[int],
     count: int,
     *,
@@ -42,3 +45,42 @@ def save_random_adapter(bundle: Path, url: str, directory: Path, seed: int = 0) 
     with training(bundle, url, config(), random_dataset(VOCABULARY)) as trainer:
         randomize_all(trainer, seed)
         trainer.save_adapter(directory)
+
+
+def save_lora(
+    bundle: Path,
+    directory: Path,
+    *,
+    blocks: Sequence[int],
+    rank: int = 3,
+    invocation: tuple[int, ...] = (),
+    size: float = 0.5,
+    training: TrainingRecord | None = None,
+) -> None:
+    """A LoRA of random weights on every linear module of some blocks; no server is needed to make it.
+
+    ``size``: of ``lora_B``.
+    """
+    manifest = load_manifest(bundle)
+    random = np.random.default_rng(0)
+    modules = [
+        SavedModule(
+            target.name,
+            (random.standard_normal((rank, group.in_features)) / group.in_features**0.5).astype(np.float32),
+            (random.standard_normal((target.out_features, rank)) * size).astype(np.float32),
+        )
+        for group in manifest.groups
+        if group.block in blocks
+        for target in group.targets
+    ]
+    save_adapter(
+        directory,
+        modules,
+        r=rank,
+        lora_alpha=2.0 * rank,
+        base_model_name=manifest.base_model.name,
+        fan_in_fan_out=manifest.base_model.architecture == "gpt2",
+        invocation=invocation,
+        base_fingerprint=manifest.base_model.fingerprint,
+        training=training,
+    )

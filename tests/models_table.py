@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from block_bundles import REFUSED, TRIED_ALWAYS
+from block_bundles import REFUSED, TRIED_ALWAYS, WITHOUT_DECODE
 from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, tiny_model
 
 from dlora.cloud.model.base_model import BaseModel
@@ -48,7 +48,8 @@ has the same graphs, which depend on widths and kind of head and not on the fami
   into block 0, so that there is `--mode trunk` and no `--mode local` (OPT: only where it projects). Where a bundle may
   have blocks, they compute what PEFT and autograd do in one process,
   forward and backward, with LoRA beside every linear module: on ONNX Runtime in fp32 (`tests/test_blocks.py`), and of
-  some families on both engines and in fp16 and int8 (`tests/test_blocks_training.py`). `make test` tries those of
+  some families on both engines and in fp16 and int8 (`tests/test_blocks_training.py`). They go on from keys and
+  values, so that the device can generate with them, but where it says otherwise. `make test` tries those of
   {always}.
 - **engines**: on which of them whole runs are tested.
 - **generates**: *cached*, where each token crosses once, for the server keeps keys and values; else the whole text
@@ -88,6 +89,8 @@ def accepted(family: str) -> str:
     parts = ModelParts.of(base)
     generates = "whole text" if parts is None or Decoding.of(parts) is None else "cached"
     blocks = f"no: {REFUSED[family]}" if family in REFUSED else _begins(base)
+    if family in WITHOUT_DECODE:
+        blocks = f"{blocks}, not to generate with"
     return f"| {family} | {names} | {whose} | {skipped} | {inactive} | {blocks} | {engines} | {generates} | {run} |"
 
 

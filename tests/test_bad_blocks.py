@@ -16,6 +16,7 @@ from tiny import TinyFactory
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.blocks import DeviceBlocks
+from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.model.trunk_source import encoded_width
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import (
@@ -57,6 +58,12 @@ def graphs_with(kind: str, change: Callable[[GraphSpec], GraphSpec]) -> Callable
 def lora_a_with(shape: tuple[int | str, ...]) -> Callable[[GraphSpec], GraphSpec]:
     return lambda graph: replace(
         graph, inputs=tuple(replace(each, shape=shape) if each.name.endswith("A") else each for each in graph.inputs)
+    )
+
+
+def keys_with(shape: tuple[int | str, ...]) -> Callable[[GraphSpec], GraphSpec]:
+    return lambda graph: replace(
+        graph, inputs=tuple(replace(each, shape=shape) if each.name == "past_keys" else each for each in graph.inputs)
     )
 
 
@@ -102,6 +109,28 @@ CHANGES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
 }  # fmt: skip
 
 
+DECODE_CHANGES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
+    "no graph": (
+        lambda manifest: replace(
+            manifest, graphs=tuple(graph for graph in manifest.graphs if graph.kind != "block_decode")
+        ),
+        "no block_decode graph of 0",
+    ),
+    "fewer outputs": (
+        graphs_with("block_decode", lambda graph: replace(graph, outputs=graph.outputs[:2])), "something else"
+    ),
+    "keys that are none": (graphs_with("block_decode", keys_with(("past", 2, "past"))), "are not .past, heads, width"),
+    "huge keys": (graphs_with("block_decode", keys_with(("past", 10**6, 10**6))), "are not .past, heads, width"),
+    "other keys": (graphs_with("block_decode", keys_with(("past", 1, 4))), "export"),
+    "no reason": (
+        lambda manifest: replace(
+            manifest, device_blocks=replace(manifest.device_blocks, without_decode="of its odd attention")
+        ),
+        "cannot go on from earlier tokens on a device: of its odd attention; use --mode split",
+    ),
+}  # fmt: skip
+
+
 def changed(
     bundle: Path, copy: Path, change: Callable[[Manifest], Manifest] = lambda manifest: manifest, files: Files = {}  # noqa: B006
 ) -> Path:
@@ -125,6 +154,16 @@ def use(path: Path) -> int:
     lora = {name: np.ones(shape, np.float32) for name, shape in blocks.parameter_shapes.items()}
     last, kept = blocks.forward(np.ones((6, width), np.float32), np.array([4, 2], np.int32), lora, 1.0)
     return len(blocks.backward(last, kept, lora, 1.0))
+
+
+@pytest.mark.parametrize("name", DECODE_CHANGES)
+def test_blocks_that_lie_of_earlier_tokens_are_one_line(bundle: Path, name: str, tmp_path: Path) -> None:
+    change, text = DECODE_CHANGES[name]
+    opened = Bundle.open(changed(bundle, tmp_path / "bundle", change))
+    x = np.ones((3, encoded_width(opened.manifest)), np.float32)
+    with pytest.raises(BundleError, match=text) as raised:
+        DecodeBlocks(opened, OnnxEngine(opened, 1), 2, rank=3, lora={}, scaling=1.0).append(x)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", CHANGES)

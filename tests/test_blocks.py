@@ -9,14 +9,16 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from block_bundles import REFUSED, TRIED_ALWAYS, BlockBundles, prepared, shared_bundles
+from block_bundles import REFUSED, TRIED_ALWAYS, WITHOUT_DECODE, BlockBundles, prepared, shared_bundles
 from block_oracle import TorchBlocks, graph_inputs, plain_mask, random_lora
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.blocks import DeviceBlocks, attention_mask
+from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.export.tracing.calls import CannotRunOnDevice, sees
+from dlora.protocol.errors import BundleError
 
 # Relative to the largest magnitude. A float32 is exact to 6e-8; a block has four to seven products one after the other,
 # a softmax and norms between them, and its gradients run back through all of these.
@@ -69,6 +71,7 @@ def test_blocks_compute_what_peft_and_autograd_do(family: str, bundles: BlockBun
     paths = [block.path for block in spec.blocks]
     models = {dtype: TorchBlocks(tiny_model(family), paths, lora, SCALING, dtype) for dtype in EXACT_AND_SINGLE}
     check_whole(blocks, models, lora)
+    check_in_pieces(bundle, engine, models, lora, WITHOUT_DECODE.get(family))
     check_each_graph(bundle, engine, models, lora)
 
 
@@ -87,6 +90,33 @@ def check_whole(blocks: DeviceBlocks, models: dict[torch.dtype, TorchBlocks], lo
     assert_as_near_as_torch({"": last}, {"": exact.last.numpy()}, {"": single.last.numpy()}, FORWARD)
     grads = blocks.backward(grad.numpy(), kept, lora, SCALING)
     assert_as_near_as_torch(grads, numbers(exact.grads), numbers(single.grads), BACKWARD)
+
+
+def check_in_pieces(
+    bundle: Bundle,
+    engine: OnnxEngine,
+    models: dict[torch.dtype, TorchBlocks],
+    lora: oracles.Arrays,
+    refused: str | None,
+) -> None:
+    """One sequence a few tokens at a time, some of them taken back: in torch all of it at once."""
+    if refused is not None:
+        with pytest.raises(BundleError, match=f"{refused}.*; use --mode split"):
+            DecodeBlocks(bundle, engine, 2, rank=RANK, lora=lora, scaling=SCALING)
+        return
+    ids = sequences((13,))
+    before = models[torch.float32].run(ids, None)
+    path = next(iter(before.x))
+    hidden_states = before.x[path].numpy()
+    grad = torch.ones_like(before.last)
+    exact, single = (models[dtype].run(ids, grad, {path: hidden_states}).last for dtype in EXACT_AND_SINGLE)
+    blocks = DecodeBlocks(bundle, engine, 2, rank=RANK, lora=lora, scaling=SCALING)
+    found = [blocks.append(hidden_states[:5])]
+    blocks.append(hidden_states[7:11])
+    blocks.crop(5)
+    found += [blocks.append(hidden_states[part]) for part in (slice(5, 6), slice(6, 7), slice(7, 13))]
+    assert blocks.length == 13
+    assert_as_near_as_torch({"": np.concatenate(found)}, {"": exact.numpy()}, {"": single.numpy()}, FORWARD)
 
 
 def check_each_graph(
@@ -153,7 +183,7 @@ def files_of(bundle: Path) -> set[str]:
 
 
 def test_blocks_share_graphs_and_tables(bundles: BlockBundles) -> None:
-    """Two blocks of llama: one graph of each pass, one cosine, one sine, and weights of their own."""
+    """Two blocks of llama: one graph of each kind, one cosine, one sine, and weights of their own."""
     bundle = bundles()
     spec = Bundle.open(bundle).manifest.device_blocks
     assert spec is not None
@@ -164,4 +194,4 @@ def test_blocks_share_graphs_and_tables(bundles: BlockBundles) -> None:
     assert not set(first.weights.values()) & set(second.weights.values())
     files = files_of(bundle)
     assert sum(name.startswith("blocks/tables/") for name in files) == 2
-    assert sum(name.startswith("graphs/block_") for name in files) == 2
+    assert sum(name.startswith("graphs/block_") for name in files) == 3

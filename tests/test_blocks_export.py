@@ -116,7 +116,7 @@ def test_selftest_passes_and_notices_a_weight_of_another_block(
     report = json.loads(done.stdout)
     assert done.code == 0, done.stderr
     kinds = {row["graph"] for row in report["graphs"]}
-    assert kinds >= {"block_forward", "block_backward", "final_norm_forward", "final_norm_backward"}
+    assert kinds >= {"block_forward", "block_backward", "block_decode", "final_norm_forward", "final_norm_backward"}
     copy, manifest = tmp_path / "bundle", load_manifest(bundle)
     shutil.copytree(bundle, copy)
     assert manifest.device_blocks is not None
@@ -129,7 +129,7 @@ def test_selftest_passes_and_notices_a_weight_of_another_block(
     done = run_edge("selftest", "--bundle", copy, "--json")
     assert done.code == 1, done.stderr
     wrong = {row["graph"] for row in json.loads(done.stdout)["graphs"] if not row["passed"]}
-    assert wrong == {"block_forward", "block_backward"}
+    assert wrong == {"block_forward", "block_backward", "block_decode"}
 
 
 def test_golden_vectors_hold_no_weight(bundles: BlockBundles) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from block_bundles import BlockBundles, shared_bundles, stored_as, with_programs
+from block_bundles import WITHOUT_DECODE, BlockBundles, shared_bundles, stored_as, with_programs
 from block_oracle import TorchBlocks, random_lora
 from executorch_bundle import NEEDED
 from families import VOCABULARY, tiny_model
@@ -24,6 +24,7 @@ from dlora.edge.engine.engine import Engine
 from dlora.edge.engine.executorch_engine import ExecutorchEngine
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.blocks import DeviceBlocks
+from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.training.optimizer import AdamW, OptimizerConfig
 from dlora.export import to_executorch
 from dlora.protocol.adapters import AdapterSpec
@@ -151,6 +152,19 @@ def test_twenty_steps_on_executorch_match_torch(family: str, dtype: str, bundles
     engine = ExecutorchEngine(bundle, 1)
     check_twenty_steps(bundle, engine, family)
     check_bound(bundle, engine)
+    if family not in WITHOUT_DECODE:
+        check_token_by_token(bundle, engine)
+
+
+def check_token_by_token(bundle: Bundle, engine: ExecutorchEngine) -> None:
+    """What ONNX Runtime gives for tokens in two pieces, and then one by one."""
+    x = random_states(bundle, 9)
+    found = []
+    for each in (engine, OnnxEngine(bundle, 1)):
+        blocks = DecodeBlocks(bundle, each, 2, rank=RANK, lora={}, scaling=SCALING)
+        pieces = (slice(0, 4), slice(4, 7), slice(7, 8), slice(8, 9))
+        found.append(np.concatenate([blocks.append(x[piece]) for piece in pieces]))
+    assert np.abs(found[0] - found[1]).max() <= 1e-5 * np.abs(found[1]).max()
 
 
 def check_bound(bundle: Bundle, engine: ExecutorchEngine) -> None:

@@ -258,7 +258,9 @@ def test_graph_signatures_match_the_docs() -> None:
                 assert (f"{spec.name}` int64" in f"`{cell}") == (spec.dtype == "int64"), (kind, spec.name)
 
 
-@pytest.mark.parametrize("kind", ["block_forward", "block_backward", "final_norm_forward", "final_norm_backward"])
+@pytest.mark.parametrize(
+    "kind", ["block_forward", "block_backward", "block_decode", "final_norm_forward", "final_norm_backward"]
+)
 def test_graphs_of_blocks_match_the_docs(kind: str) -> None:
     """Of llama in int8, whose blocks have tables, row scales and LoRA: each input and output is a named one, with its
     shape, or one of those that the docs have in words, in the docs' order."""
@@ -281,7 +283,8 @@ def test_graphs_of_blocks_match_the_docs(kind: str) -> None:
                 wanted += [each for each in in_words[name] if each in found or name not in ("weights", "kept")]
             else:
                 wanted.append(name)
-                assert found[name] == tuple({"1": 1, "w": 16, "h": 16}.get(d, d) for d in re.findall(r"\w+", shape))
+                sizes = {"1": 1, "w": 16, "h": 16, "heads": 2, "d": 4}
+                assert found[name] == tuple(sizes.get(size, size) for size in re.findall(r"\w+", shape))
         assert list(found) == wanted
     for name, shape in {spec.name: spec.shape for spec in graph.inputs}.items():
         if name.endswith((".z", ".product", ".lora_A", ".lora_B")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,16 +20,20 @@ from typing import Any
 import openai
 import psutil
 import pytest
+from canaries import Scanner
 from families import tiny_model
 from generating import save_random_adapter
 from processes import BIN, END_TIMEOUT_S, cloud_process, quiet_environment, run_edge
+from proxy import payloads, recording_proxy
 from serving import RunningServer, serving
 from test_cli import assert_fails, free_port
+from test_peft_adapter import random_modules
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from waiting import eventually
 
 from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.adapters.peft import load_adapter, save_adapter
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
 from dlora.protocol.errors import CheckpointError, ConnectionFailedError, ModelMismatchError, UsageError
@@ -354,6 +359,9 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str]] = {
     ),
     "a schema that is missing": (CHAT, {**GOOD, "response_format": {"type": "json_schema"}}, 400, "needs its json_"),
     "a suffix": ("/v1/completions", {"model": "first", "prompt": "x", "suffix": "y"}, 400, "suffix is not supported"),
+    "logprobs of a prompt": (
+        "/v1/completions", {"model": "first", "prompt": "x", "echo": True, "logprobs": 1}, 400, "echo with logprobs"
+    ),
     "tokens": ("/v1/completions", {"model": "first", "prompt": [1, 2]}, 400, "prompt"),
     "large": (CHAT, b" " * (9 << 20), 413, "8 MB"),
     "elsewhere": ("/v1/embeddings", {"input": "x"}, 404, "there is no POST /v1/embeddings here"),
@@ -410,16 +418,84 @@ def test_a_key_lets_in_who_has_it(place: Place, tmp_path: Path) -> None:
         assert found.usage.completion_tokens == 2
 
 
+def test_an_adapter_of_another_base_model_is_refused_and_the_others_are_served(place: Place, tmp_path: Path) -> None:
+    """One that says so is no model here; of one that does not it shows when it is asked for."""
+    adapters = tmp_path / "adapters"
+    shutil.copytree(place.adapters / "first", adapters / "mine")
+    module = "model.layers.0.self_attn.q_proj"
+    for name, width, fingerprint in (("a-wide-one", 64, None), ("foreign", 16, "ab" * 32)):
+        (adapters / name).mkdir()
+        modules = random_modules({module: (width, width)}, r=4)
+        save_adapter(adapters / name, modules, r=4, lora_alpha=8.0, base_model_name="x", base_fingerprint=fingerprint)
+    with endpoint_process(place, "--adapters", adapters) as running:
+        eventually(running.is_ready)  # though the first of them cannot be opened
+        assert running.models[:2] == ["a-wide-one", "mine"]
+        status, answer = running.request(CHAT, {**GOOD, "model": "a-wide-one"})
+        assert (status, answer["error"]["param"]) == (409, "model")
+        assert module in answer["error"]["message"]
+        assert "\n" not in answer["error"]["message"]
+        assert running.request(CHAT, {**GOOD, "model": "foreign"})[0] == 404
+        assert running.request(CHAT, {**GOOD, "model": "mine"})[0] == 200
+
+
+def test_a_device_without_the_extra_for_schemas_says_so_and_answers_the_rest(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llguidance.py").write_text("raise ModuleNotFoundError('not here', name='llguidance')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with endpoint_process(place) as running:
+        eventually(running.is_ready)
+        asked = {**GOOD, "model": ""}
+        status, answer = running.request(CHAT, {**asked, "response_format": {"type": "json_object"}})
+        assert (status, answer["error"]["param"]) == (400, "response_format")
+        assert "dlora[json-schema]" in answer["error"]["message"]
+        assert running.request(CHAT, asked)[0] == 200
+
+
+# -- what crosses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16", "int8"])
+def test_nothing_that_is_said_or_known_is_in_what_crosses(place: Place, wire_dtype: str) -> None:
+    """Neither as text nor as token ids: prompts, answers, tools, schemas, names; and no number of the adapter."""
+    secret, tokenizer, scanner = "CanaryZebra4711", byte_tokenizer(), Scanner()
+    form = {"type": "json_schema", "json_schema": {"name": secret, "schema": {"const": {secret: 7}}}}
+    tool = {"type": "function", "function": {"name": secret, "description": secret}}
+    said = [{"role": "system", "content": secret}, {"role": "user", "content": f"Who is {secret}?"}]
+    with recording_proxy(place.cloud.url) as proxy:
+        arguments = ["--adapters", place.adapters, "--wire-dtype", wire_dtype]
+        with endpoint_process(place, *arguments, server=proxy.url) as running:
+            eventually(running.is_ready)
+            create = running.client(secret).chat.completions.create
+            asked: dict[str, Any] = {
+                "model": "second", "messages": said, "max_tokens": 60, "user": secret, "seed": 1
+            }  # fmt: skip
+            answers = [create(**asked, stop=secret, tools=[tool]), create(**asked, response_format=form, logprobs=True)]
+            assert secret in answers[1].choices[0].message.content
+    for text in (secret, json.dumps(said), *(answer.choices[0].message.content for answer in answers)):
+        scanner.add_tokens(tokenizer(text).input_ids, "what was said")
+    for name in (secret, "second"):
+        scanner.add_text(name)
+    for module in load_adapter(place.adapters / "second").modules.values():
+        scanner.add_matrix(module.lora_A, f"{module.name} A")
+        scanner.add_matrix(module.lora_B, f"{module.name} B")
+    sent = b"".join(payload for recording in proxy.recordings for payload in payloads(recording.up))
+    assert len(sent) > 10_000
+    assert list(scanner.find({"the wire": sent})) == []
+
+
 # -- clients and servers that come and go -------------------------------------------------------------------
 
 
-def stream_raw(endpoint: Endpoint, tokens: int, receive_buffer: int | None = None) -> socket.socket:
-    """A client that has asked for a stream."""
+def ask_raw(
+    endpoint: Endpoint, tokens: int, receive_buffer: int | None = None, *, stream: bool = True
+) -> socket.socket:
+    """A client that has asked, and not read yet."""
     client = socket.socket()
     if receive_buffer is not None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     client.connect(("127.0.0.1", endpoint.port))
-    body = json.dumps({**GOOD, "max_tokens": tokens, "stream": True, "temperature": 0, "logit_bias": {"2": -100}})
+    body = json.dumps({**GOOD, "max_tokens": tokens, "stream": stream, "temperature": 0, "logit_bias": {"2": -100}})
     client.sendall(
         f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
     )
@@ -430,11 +506,10 @@ def answering(endpoint: Endpoint) -> int:
     return int(endpoint.request("/health", method="GET")[1]["answering"])
 
 
-def test_an_answer_is_given_up_when_its_client_leaves(endpoint: Endpoint) -> None:
-    clients = [stream_raw(endpoint, 1900) for _ in range(2)]
-    for client in clients:
-        assert client.recv(10)
-    assert answering(endpoint) == 2
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_is_given_up_when_its_client_leaves(endpoint: Endpoint, stream: bool) -> None:
+    clients = [ask_raw(endpoint, 1900, stream=stream) for _ in range(2)]
+    eventually(lambda: answering(endpoint) == 2)
     for client in clients:
         client.close()
     eventually(lambda: answering(endpoint) == 0)
@@ -442,7 +517,7 @@ def test_an_answer_is_given_up_when_its_client_leaves(endpoint: Endpoint) -> Non
 
 
 def test_a_client_that_never_reads_holds_up_nobody(endpoint: Endpoint) -> None:
-    client = stream_raw(endpoint, 600, receive_buffer=1024)
+    client = ask_raw(endpoint, 600, receive_buffer=1024)
     try:
         for _ in range(4):
             assert endpoint.request(CHAT, GOOD)[0] == 200
@@ -529,7 +604,7 @@ def test_a_model_server_that_is_killed_and_started_again_is_not_noticed(place: P
 def test_it_ends_when_it_is_told_to(place: Place) -> None:
     with endpoint_process(place) as running:
         eventually(running.is_ready)
-        client = stream_raw(running, 1900)  # and nobody is waited for
+        client = ask_raw(running, 1900)  # and nobody is waited for
         assert client.recv(10)
         running.process.send_signal(signal.SIGINT)
         assert running.process.wait(20) == 0

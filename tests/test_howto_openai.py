@@ -1,4 +1,4 @@
-"""Every command of docs/howto/openai.md, and of the README about the same, as it stands there."""
+"""Every command of docs/howto/openai.md, as it stands there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from waiting import eventually
 
 ROOT = Path(__file__).parents[1]
 HOW_TO = (ROOT / "docs/howto/openai.md").read_text()
-README = (ROOT / "README.md").read_text()
 LONG = {"max_position_embeddings": 512}
 
 
@@ -59,10 +58,7 @@ def shell(line: str, place: tuple[Path, str], port: int = 8080, said: str = "") 
     return process
 
 
-@pytest.mark.parametrize("line", [
-    *commands(HOW_TO, "dlora-edge generate", "dlora-edge chat"),
-    *commands(README, "dlora-edge generate", "dlora-edge chat"),
-])  # fmt: skip
+@pytest.mark.parametrize("line", commands(HOW_TO, "dlora-edge generate", "dlora-edge chat"))
 def test_an_answer_comes(line: str, place: tuple[Path, str]) -> None:
     process = shell(line, place, said="Hello\n/exit\n" if "chat" in line else "")
     out, err = process.communicate(timeout=END_TIMEOUT_S)
@@ -70,9 +66,9 @@ def test_an_answer_comes(line: str, place: tuple[Path, str]) -> None:
     assert out.strip()
 
 
-@pytest.mark.parametrize("line", [*commands(HOW_TO, "dlora-edge serve"), *commands(README, "dlora-edge serve")])
-def test_the_endpoint_answers_its_clients(line: str, place: tuple[Path, str]) -> None:
+def test_the_endpoint_answers_its_clients(place: tuple[Path, str]) -> None:
     port = free_port()
+    (line,) = commands(HOW_TO, "dlora-edge serve")
     process = shell(line, place, port)
     try:
         eventually(lambda: is_ready(port))

@@ -989,8 +989,9 @@ def test_what_a_session_that_encodes_cannot_do() -> None:
     refused_by_both(pair, to_encode(label_positions=WireTensor.from_ints([0])), "some in the mode encode")
     for name in ("crossing_positions", "examples"):
         refused_by_both(pair, to_encode(**{name: WireTensor.from_ints([0, 1])}), "in the mode encode")
-    for mode in ("train", "evaluate", "basis", "decode"):
+    for mode in ("train", "evaluate", "basis"):
         refused_by_both(pair, c.embeddings(mode=mode), f"of the mode {mode} in a session that is for something else")
+    refused_by_both(pair, decoding(0), "in a session that has no context length")
     many = m.MAX_ENCODED_SEQUENCES + 1
     wide = Pair([*c.opening()[:1], msgspec.structs.replace(c.welcome(), max_tokens=1000), *encoding()[2:]])
     tensors = {"hidden_states": c.floats(many, c.WIDTH), "sequence_lengths": WireTensor.from_ints([1] * many)}
@@ -1002,6 +1003,29 @@ def test_what_a_session_that_encodes_cannot_do() -> None:
     plain = Pair(using())
     plain.say(c.embeddings(mode="evaluate"))
     refused_by_both(plain, encoded(1, 2), "not now")
+
+
+def test_a_context_of_the_first_blocks_gives_what_comes_out_of_them() -> None:
+    """At the labels, as wide as the session says; several texts may be asked for between."""
+    purpose = m.Encode(blocks=2, width=ENCODED_WIDTH, context_length=5)
+    pair = Pair(encoding(purpose=purpose))
+    pair.say(decoding(0))
+    for wrong in (encoded(TOKENS), c.group_input()):
+        refused_by_both(pair, wrong, "not now" if isinstance(wrong, m.EncodedHiddenStates) else "does not exist")
+    refused_by_both(pair, c.labelled(), "was due")  # as wide as last hidden states
+    labels = c.labelled().hidden_states.shape[0]
+    narrow = c.labelled(hidden_states=c.floats(labels, ENCODED_WIDTH))
+    refused_by_both(pair, msgspec.structs.replace(narrow, gradients=1), "more gradients than groups took part")
+    pair.say(narrow)
+    assert [side.cached_tokens for side in pair.sides.values()] == [TOKENS] * 2
+    pair.say(to_encode(micro_batch=1))
+    pair.say(encoded(1, TOKENS - 1, micro_batch=1))
+    refused_by_both(pair, decoding(4), "tokens from position 4 on, where only 3 are held")
+    refused_by_both(pair, decoding(3), "a context of 6 tokens; this session has room for 5")
+    pair.say(decoding(2))
+    greeted = Pair(c.opening()[:2])
+    longer = msgspec.structs.replace(purpose, context_length=MAX_CONTEXT + 1)
+    refused_by_both(greeted, encoding(purpose=longer)[2], "a context of 21 tokens; at most 20 fit")
 
 
 @pytest.mark.parametrize("mode", ["evaluate", "decode"])

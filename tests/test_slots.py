@@ -1,15 +1,13 @@
-"""The line before the endpoint's slots: who comes next, and that nobody who leaves takes a place along; and pings."""
+"""The line before the endpoint's slots: who comes next, and that nobody who leaves takes a place along."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dlora.edge.endpoint import event_stream
 from dlora.edge.endpoint.errors import RequestError
 from dlora.edge.endpoint.slots import ServedAdapter, Slot, Slots
 
@@ -92,20 +90,3 @@ def test_one_who_leaves_the_line_takes_no_place(cancel_first: bool) -> None:
     order = asyncio.run(run())
     assert order[0] == "holder"
     assert order[-1] == "other"
-
-
-def test_a_stream_that_is_silent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comments, which clients pass over, until the next chunk has come; nothing of it is lost."""
-    monkeypatch.setattr(event_stream, "PING_EVERY_S", 0.02)
-
-    async def chunks() -> AsyncIterator[bytes]:
-        for number in range(3):
-            await asyncio.sleep(0.1 if number == 1 else 0)
-            yield b"data: %d\n\n" % number
-
-    async def run() -> list[bytes]:
-        return [made async for made in event_stream.with_pings(chunks())]
-
-    made = asyncio.run(run())
-    assert [each for each in made if each != b": ping\n\n"] == [b"data: 0\n\n", b"data: 1\n\n", b"data: 2\n\n"]
-    assert made[1] == b": ping\n\n"

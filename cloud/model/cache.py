@@ -39,7 +39,12 @@ class PartCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values that it holds."""
-        return sum(tensor.nbytes for layer in self._filled() for tensor in (layer.keys, layer.values))
+        return sum(self.nbytes_of_blocks)
+
+    @property
+    def nbytes_of_blocks(self) -> list[int]:
+        """The same of each block that holds some."""
+        return [layer.keys.nbytes + layer.values.nbytes for layer in self._filled()]
 
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` tokens. Raises ``ValueError`` where it does not hold as many."""

@@ -17,12 +17,10 @@ class Decoding:
     """A base model that goes on from what it has seen.
 
     Attributes:
-        bytes_per_token: of keys and values, in all blocks.
-        max_context_length: the most tokens of a context.
+        max_context_length: the most tokens of a context, in all blocks.
     """
 
     parts: ModelParts
-    bytes_per_token: int
     max_context_length: int
 
     @classmethod
@@ -34,20 +32,28 @@ class Decoding:
                 limit.
         """
         try:
-            bytes_per_token = parts.cache_bytes_per_token
+            bytes_per_token = parts.cache_bytes_per_token()
         except ExportError:
             return None
         longest = parts.base.max_sequence_length
         if most_bytes is not None:
             longest = min(longest, most_bytes // (bytes_per_token + computing_bytes))
-        return cls(parts, bytes_per_token, longest)
+        return cls(parts, longest)
 
-    def new_cache(self, context_length: int) -> PartCache:
-        """An empty cache with room for so many tokens."""
-        return self.parts.new_cache(room=context_length)
+    def bytes_per_token(self, blocks: int | None = None) -> int:
+        """Of keys and values, in the first ``blocks`` blocks; None: in all."""
+        return self.parts.cache_bytes_per_token(blocks)
+
+    def new_cache(self, context_length: int, blocks: int | None = None) -> PartCache:
+        """An empty cache of the same blocks, with room for so many tokens."""
+        return self.parts.new_cache(end=blocks, room=context_length)
 
     def append(self, inputs_embeds: Tensor, cache: PartCache, position: int) -> Tensor:
-        """The last hidden states (1, length, hidden_size) of ``inputs_embeds`` (1, length, embedding_size), which come
-        after the first ``position`` tokens of the cache; it then holds these and no others. No gradients."""
+        """Go on with ``inputs_embeds`` (1, length, embedding_size) after the first ``position`` tokens of the cache; it
+        then holds these and no others. No gradients.
+
+        Returns the last hidden states (1, length, hidden_size), or those after the last of the cache's blocks (1,
+        length, width).
+        """
         cache.crop(position)
-        return self.parts.run(inputs_embeds, cache=cache)
+        return self.parts.run(inputs_embeds, end=cache.end, cache=cache)

@@ -38,6 +38,7 @@ _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-4}
 _TOLERANCE_OF_HALF: Final = 5e-2
 # What decoders call it: ``cache`` since transformers 5.24, ``past_key_values`` before.
 _CACHE_ARGUMENTS: Final = ("cache", "past_key_values")
+_COUNTED_VALUES: Final = 2  # of a token, in a block that is left out: one key and one value
 
 
 class ModelParts:
@@ -142,16 +143,22 @@ class ModelParts:
         self._check_blocks(begin, end)
         return PartCache(self.base, begin, end, room)
 
-    @cached_property
-    def cache_bytes_per_token(self) -> int:
-        """What a cache of all blocks takes for a token, in bytes.
+    def cache_bytes_per_token(self, end: int | None = None) -> int:
+        """What a cache of the first ``end`` blocks, or of all, takes for a token, in bytes.
 
         Raises ``ExportError`` as ``check_cache`` does.
         """
+        each = self._cache_bytes
+        first = each[:end]
+        return sum(first) + (len(each) - len(first)) * _COUNTED_VALUES * self.base.dtype.itemsize
+
+    @cached_property
+    def _cache_bytes(self) -> list[int]:
+        """Of each block, for a token."""
         cache = self.new_cache()
         with torch.no_grad():
             self.run(_random_embeds(self.base, 1), cache=cache)
-        return cache.nbytes
+        return cache.nbytes_of_blocks
 
     def check_cache(self) -> None:
         """Raise ``ExportError`` where the family does not go on from keys and values as from the tokens themselves.

@@ -72,8 +72,8 @@ class SessionLoop:
             for group in range(len(opening.groups)):
                 self._hold(group)
                 self._sites.add(())
-        if isinstance(purpose, m.Use) and purpose.context_length:
-            self._make_cache(purpose.context_length)
+        if opening.context_length:
+            self._make_cache(opening.context_length, purpose.blocks if isinstance(purpose, m.Encode) else None)
 
     def opened_message(self, name: str, token: bytes) -> m.SessionOpened:
         """The message that opens the session, with the controller's states and ticket where it trains."""
@@ -131,11 +131,12 @@ class SessionLoop:
 
     # -- set-up ------------------------------------------------------------------------------------------
 
-    def _make_cache(self, context_length: int) -> None:
-        """Make room for a context's keys and values; idle ones, of this caller or of all, give way."""
+    def _make_cache(self, context_length: int, blocks: int | None) -> None:
+        """Make room for a context's keys and values in the first ``blocks`` blocks, None: in all; idle ones, of this
+        caller or of all, give way."""
         decoding, sessions = self._service.decoding, self._service.sessions
         assert decoding is not None  # the session's rules
-        nbytes = decoding.bytes_per_token * context_length
+        nbytes = decoding.bytes_per_token(blocks) * context_length
         while True:
             try:
                 self._quota.hold(nbytes, "the context", "ask for a shorter one")
@@ -145,7 +146,7 @@ class SessionLoop:
                 if not refusal.retryable or not sessions.end_idle(self._live.caller if of_caller else None):
                     raise
         self._live.cache_bytes = nbytes
-        self._sites.decoding, self._sites.cache = decoding, decoding.new_cache(context_length)
+        self._sites.decoding, self._sites.cache = decoding, decoding.new_cache(context_length, blocks)
 
     def _add_site(self, state: m.AdapterState) -> None:
         self._hold(state.group)

@@ -17,7 +17,7 @@ import typer
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 
 from .generate import summary_line
-from .model_options import ModelOptions, find_adapter
+from .model_options import ModelOptions, UseModeOption, find_adapter
 from .options import AdaptersOption, CredentialOptions, with_groups
 from .output import warn
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
@@ -25,7 +25,7 @@ from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOpt
 if TYPE_CHECKING:
     from dlora.edge.generation.chat import Chat
     from dlora.edge.model.context import Context
-    from dlora.edge.model.split import SplitModel
+    from dlora.edge.model.generating import GeneratingModel
 
 HELP: Final = '''\
 /adapter NAME  use another adapter, a directory or one of --adapters; none: the plain base model
@@ -47,6 +47,7 @@ def chat(
     context_length: ContextLengthOption = 4096,
     sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
     draft: DraftOption = None,
+    mode: UseModeOption = None,
     credential_options: CredentialOptions = CredentialOptions(),
 ) -> None:
     """Talk to the model, with an adapter or without; /help tells what else can be said.
@@ -73,9 +74,11 @@ def chat(
             tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens, draft_length=draft, say=_note
         )
 
-        def open_model(adapter: Path | None) -> contextlib.AbstractContextManager[SplitModel]:
+        def open_model(adapter: Path | None) -> contextlib.AbstractContextManager[GeneratingModel]:
             options = replace(model_options, adapter=adapter)
-            return options.open(opened, credentials, context_length=context_length, should_stop=stopping.is_asked)
+            return options.open_generating(
+                opened, credentials, mode, context_length=context_length, should_stop=stopping.is_asked
+            )
 
         directory = adapters or default_directory()
         adapter = find_adapter(model_options.adapter, directory)
@@ -131,7 +134,9 @@ class _OpenModel:
     """The model in use, opened when it is needed, and again after a failure."""
 
     def __init__(
-        self, open_model: Callable[[Path | None], contextlib.AbstractContextManager[SplitModel]], adapter: Path | None
+        self,
+        open_model: Callable[[Path | None], contextlib.AbstractContextManager[GeneratingModel]],
+        adapter: Path | None,
     ) -> None:
         self._open_model = open_model
         self._open = ExitStack()

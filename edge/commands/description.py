@@ -64,6 +64,7 @@ def _device_blocks(manifest: Manifest) -> dict[str, Any]:
         "device_blocks": len(spec.blocks),
         "device_block_numbers": number_ranges(block.index for block in spec.blocks),
         "device_block_dtype": spec.dtype,
+        "device_blocks_generate": spec.without_decode or "yes",
     }
 
 

@@ -12,7 +12,7 @@ import typer
 
 from dlora.protocol.errors import DataError, UsageError
 
-from .model_options import ModelOptions
+from .model_options import ModelOptions, UseModeOption
 from .options import CredentialOptions, JsonOption, with_groups
 from .output import warn
 from .sampling_options import DraftOption, MaxNewTokensOption, SamplingOptions, StopOption
@@ -41,6 +41,7 @@ def generate(
     sampling_options: SamplingOptions = SamplingOptions(),
     stop: StopOption = None,
     draft: DraftOption = None,
+    mode: UseModeOption = None,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: each token with so many likeliest in its place.", min=0, max=20)
     ] = None,
@@ -76,7 +77,8 @@ def generate(
         else:
             asked = Prompt.of_text(text, tokenizer, system=system, as_it_is=no_chat_template)
         context_length = len(asked.encode(tokenizer)) + max_new_tokens
-        with model_options.open(opened, credentials, context_length=context_length) as model:
+        opening = model_options.open_generating(opened, credentials, mode, context_length=context_length)
+        with opening as model:
             answer = TextAnswer(
                 Context(model),
                 tokenizer,

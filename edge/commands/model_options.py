@@ -6,7 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dlora.edge.choices import UseMode
 
 from .options import (
     AdapterOption,
@@ -22,8 +26,18 @@ from .output import warn
 
 if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
+    from dlora.edge.model.generating import GeneratingModel
     from dlora.edge.model.split import SplitModel
     from dlora.edge.wire.credentials import Credentials
+
+UseModeOption = Annotated[
+    UseMode | None,
+    typer.Option(
+        "--mode",
+        help="Where blocks with an adapter run: split, on the server, as all others; trunk, on this device, so that "
+        "nothing of it is sent. Without it: as the adapter was trained.",
+    ),
+]
 
 
 def find_adapter(adapter: Path | None, directory: Path) -> Path | None:
@@ -48,39 +62,63 @@ class ModelOptions:
     engine: EngineOption = "auto"
     max_retry_s: MaxRetryOption = None
 
-    def open(
+    def open(self, bundle: Bundle, credentials: Credentials) -> AbstractContextManager[SplitModel]:
+        """The model to evaluate, connected; ``bundle`` is the one that these name."""
+        from dlora.edge.model.use import open_model
+
+        return open_model(bundle, self.server, self._find_adapter(), **self._settings(credentials))
+
+    def open_generating(
         self,
         bundle: Bundle,
         credentials: Credentials,
+        mode: UseMode | None,
         *,
-        context_length: int = 0,
+        context_length: int,
         longest_outage_s: float | None = None,
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> AbstractContextManager[SplitModel]:
-        """The model, connected.
+    ) -> AbstractContextManager[GeneratingModel]:
+        """The model to generate with, connected.
 
         Args:
             bundle: the one that these name.
+            mode: None: that in which the adapter was trained.
             context_length: as ``open_model`` has it.
             longest_outage_s: of the server, from the first connection on, where these say nothing.
             should_stop: asked while the server is waited for.
+
+        Raises what ``open_model`` and ``open_trunk`` do.
         """
-        from dlora.edge.adapters.store import default_directory
+        from dlora.edge.model.trunk_use import open_trunk, trained_mode
         from dlora.edge.model.use import open_model
+
+        adapter = self._find_adapter()
+        settings = self._settings(credentials, longest_outage_s, should_stop)
+        open_it = open_trunk if (mode or trained_mode(adapter)) == "trunk" else open_model
+        return open_it(bundle, self.server, adapter, context_length=context_length, **settings)
+
+    def _find_adapter(self) -> Path | None:
+        from dlora.edge.adapters.store import default_directory
+
+        return find_adapter(self.adapter, default_directory())
+
+    def _settings(
+        self,
+        credentials: Credentials,
+        longest_outage_s: float | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """What both modes take."""
         from dlora.edge.wire.connecting import ConnectSettings, Retry
         from dlora.edge.wire.identity import load_device_id
 
         longest_s = longest_outage_s if self.max_retry_s is None else self.max_retry_s
         retry = Retry(max_s=longest_s, at_start=bool(self.max_retry_s))
         connecting = ConnectSettings(credentials, load_device_id(warn=warn), retry, say=warn, should_stop=should_stop)
-        return open_model(
-            bundle,
-            self.server,
-            find_adapter(self.adapter, default_directory()),
-            wire_dtype=self.wire_dtype,
-            context_length=context_length,
-            send=self.send,
-            threads=self.threads,
-            engine=self.engine,
-            connecting=connecting,
-        )
+        return {
+            "wire_dtype": self.wire_dtype,
+            "send": self.send,
+            "threads": self.threads,
+            "engine": self.engine,
+            "connecting": connecting,
+        }

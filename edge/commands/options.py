@@ -60,6 +60,13 @@ MemoryOption = Annotated[
     str | None,
     typer.Option("--memory", metavar="SIZE", help="Memory for training, 2GB or 500MB; by default what is free."),
 ]
+CacheKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --mode trunk: encrypt what the server gave, with the key in this file (openssl rand -hex 32). Needs "
+        "the extra encryption."
+    ),
+]
 TokenFileOption = Annotated[
     Path | None, typer.Option(help="File with the token that lets this device in; else DLORA_TOKEN.")
 ]

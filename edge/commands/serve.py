@@ -12,7 +12,7 @@ import typer
 from dlora.protocol.command import extra_needed
 from dlora.protocol.errors import UsageError
 
-from .model_options import ModelOptions, find_adapter
+from .model_options import ModelOptions, UseModeOption, find_adapter
 from .options import AdaptersOption, CredentialOptions, JsonOption, with_groups
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
@@ -55,6 +55,7 @@ def serve(
     max_new_tokens: MaxNewTokensOption = 1024,
     sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
     draft: DraftOption = None,
+    mode: UseModeOption = None,
     credential_options: CredentialOptions = CredentialOptions(),
     json_output: JsonOption = False,
 ) -> None:
@@ -84,9 +85,10 @@ def serve(
         settings = ServeSettings(
             bundle=opened,
             tokenizer=tokenizer,
-            open_model=lambda path: replace(model_options, adapter=path).open(
+            open_model=lambda path: replace(model_options, adapter=path).open_generating(
                 opened,
                 credentials,
+                mode,
                 context_length=context_length,
                 longest_outage_s=LONGEST_OUTAGE_S,
                 should_stop=stopping.is_set,

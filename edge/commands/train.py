@@ -16,6 +16,7 @@ from dlora.protocol.limits import MAX_RANK, MAX_STEPS, MAX_THREADS
 from .help_panels import KR
 from .options import (
     BundleOption,
+    CacheKeyOption,
     CaOption,
     ClientCertOption,
     ClientKeyOption,
@@ -75,6 +76,7 @@ def train(
             help="Keep what the server gave when the run is done, for a longer one; it can be turned back into text.",
         ),
     ] = False,
+    cache_key_file: CacheKeyOption = None,
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0.0)] = 1.0,
     steps: Annotated[
@@ -315,6 +317,7 @@ def resume(
     keep_cache: Annotated[
         bool | None, typer.Option("--keep-cache", help="With --mode trunk: keep what the server gave.")
     ] = None,
+    cache_key_file: CacheKeyOption = None,
     token_file: TokenFileOption = None,
     ca: CaOption = None,
     client_cert: ClientCertOption = None,
@@ -341,6 +344,7 @@ def resume(
         "steps": steps, "epochs": epochs, "patience": patience, "keep": keep, "server": server,
         "token_file": token_file, "ca": ca, "client_cert": client_cert, "client_key": client_key, "threads": threads,
         "max_retry_s": max_retry_s, "cache_mb": cache_mb, "keep_cache": keep_cache,
+        "cache_key_file": cache_key_file,
     }  # fmt: skip
     settings = settings_of_run(directory, changes)
     display.finish(run_train(settings, resume=True, display=display))

@@ -11,6 +11,7 @@ import msgspec
 from dlora.edge.data.loading import Reading, load_datasets, resolve_max_length
 from dlora.edge.data.records import parse_columns
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.run.display import Display
 from dlora.edge.run.pause import PauseRules
 from dlora.edge.run.plan import data_line
@@ -53,6 +54,8 @@ def run_train(
     )
     if settings.server is not None:
         check_url(settings.server)
+    key_file = settings.path("cache_key_file")
+    cache_key = None if key_file is None else CacheKey.load(key_file, display.warn)
     bundle = Bundle.open(Path(settings.bundle))
     init = _init_adapter(settings, bundle.manifest)
     begun = _begun(Path(settings.out)) if resume else None
@@ -94,6 +97,7 @@ def run_train(
         max_retry_s=settings.max_retry_s,
         cache_mb=settings.cache_mb or 0.0,
         keep_cache=settings.keep_cache,
+        cache_key=cache_key,
         liveness=Liveness(exchange_s=settings.exchange_timeout_s),
         pause=rules,
     )

@@ -25,7 +25,7 @@ from dlora.protocol.errors import DloraError
 
 from .answers import End, Generation, Piece
 from .errors import RequestError, as_request_error
-from .event_stream import EventStream
+from .event_stream import PING_EVERY_S, EventStream
 from .formats import ChatFormat, CompletionFormat, Format
 from .requests import GenerationRequest, read_chat, read_completion
 from .slots import ServedAdapter, Slots
@@ -200,13 +200,14 @@ class _Endpoint:
         log = self._log(request, format_)
         events = _Events(served, adapter, asked, request)
         try:
-            first = await events.start()
+            first = await events.start(PING_EVERY_S if asked.stream else None)
         except RequestError:
             await events.close()
             raise
         if asked.stream:
             return EventStream(events, first, format_, with_usage=asked.with_usage, log=log)
         try:
+            assert first is not None
             for _ in format_.take(first):
                 pass
             async for event in events:
@@ -261,9 +262,15 @@ class _Events:
         self._running = asyncio.create_task(self._run())
         self._watching = asyncio.create_task(self._watch(request))
 
-    async def start(self) -> Piece | End:
-        """The first of them. Raises ``RequestError`` where there is none."""
-        return await anext(self)
+    async def start(self, most_s: float | None) -> Piece | End | None:
+        """The first of them, so that what cannot be has its status; None where it takes longer than ``most_s``.
+
+        Raises ``RequestError``.
+        """
+        try:
+            return await asyncio.wait_for(self.__anext__(), most_s)
+        except TimeoutError:
+            return None
 
     def __aiter__(self) -> AsyncIterator[Piece | End]:
         return self

@@ -27,12 +27,16 @@ class Events(Protocol):
 
 
 class EventStream(Response):
-    """Server-sent events: a chunk each, comments while nothing comes, and ``[DONE]``."""
+    """Server-sent events: a chunk each, comments while nothing comes, and ``[DONE]``.
+
+    Args:
+        first: of the events; None: it has not come yet.
+    """
 
     def __init__(
         self,
         events: Events,
-        first: Piece | End,
+        first: Piece | End | None,
         format_: Format,
         *,
         with_usage: bool,
@@ -65,8 +69,9 @@ class EventStream(Response):
     async def _texts(self) -> AsyncIterator[bytes]:
         for chunk in self._format.first_chunks():
             yield _event(chunk)
-        for chunk in self._format.take(self._first):
-            yield _event(chunk)
+        if self._first is not None:
+            for chunk in self._format.take(self._first):
+                yield _event(chunk)
         async for made in with_pings(self._chunks()):
             yield made
         yield b"data: [DONE]\n\n"

@@ -132,6 +132,8 @@ def read_completion(body: bytes, defaults: Sampling) -> GenerationRequest:
         raise RequestError(400, "suffix is not supported: the model only continues a text", param="suffix")
     if asked.best_of is not None and asked.best_of != (asked.n or 1):
         raise RequestError(400, "best_of is not supported; use n", param="best_of")
+    if asked.echo and asked.logprobs is not None:
+        raise RequestError(400, "echo with logprobs is not supported: they are of the answer's tokens", param="echo")
     prompts = tuple(Prompt(messages=None, text=text) for text in texts)
     request = _common(asked, defaults, prompts, asked.logprobs)
     return replace(request, max_new_tokens=_limit(asked.max_tokens), echo=bool(asked.echo))

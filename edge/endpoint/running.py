@@ -20,7 +20,7 @@ from dlora.edge.adapters.store import AdapterStore
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.generation.sampling import Sampling
-from dlora.edge.model.split import SplitModel
+from dlora.edge.model.generating import GeneratingModel
 from dlora.protocol import interrupts
 from dlora.protocol.adapter_record import WEIGHTS_NAME, load_record
 from dlora.protocol.errors import CheckpointError, ConnectionFailedError, RefusedError, UsageError
@@ -73,7 +73,7 @@ class ServeSettings:
 
     bundle: Bundle
     tokenizer: PromptTokenizer
-    open_model: Callable[[Path | None], AbstractContextManager[SplitModel]]
+    open_model: Callable[[Path | None], AbstractContextManager[GeneratingModel]]
     adapter: Path | None
     adapters: Path
     listening: Listening
@@ -209,9 +209,12 @@ class _Running:
         self._server.should_exit = True
 
     async def _connect(self) -> None:
-        """Open the first model, so that a mistake shows at once, and the first request need not wait for it."""
-        adapters = self._settings.served_adapters()
-        adapter = adapters[0] if adapters else ServedAdapter(self._served.base_name, None)
+        """Open the first model, so that a mistake shows at once, and the first request need not wait for it.
+
+        An adapter of the directory that cannot be opened is no mistake of who started the server, unless it was named.
+        """
+        adapters, plain = self._settings.served_adapters(), ServedAdapter(self._served.base_name, None)
+        adapter = adapters[0] if adapters else plain
         while True:
             async with self._slots.take(adapter, np.zeros(0, np.int64)) as slot:
                 opening = asyncio.get_running_loop().run_in_executor(
@@ -224,6 +227,10 @@ class _Running:
                     may_pass = isinstance(error, ConnectionFailedError) or (
                         isinstance(error, RefusedError) and error.retryable
                     )
+                    if not may_pass and adapter != plain and self._settings.adapter is None:
+                        _log(f"warning: {adapter.name} cannot be used: {error}")
+                        adapter = plain
+                        continue
                     if not may_pass:
                         self._failure = error
                         self._server.should_exit = True

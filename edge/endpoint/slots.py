@@ -22,7 +22,7 @@ import numpy as np
 
 from dlora.edge.model.context import Context, common_prefix
 from dlora.edge.model.ends import LongArray
-from dlora.edge.model.split import SplitModel
+from dlora.edge.model.generating import GeneratingModel
 from dlora.protocol.errors import DloraError
 
 from .errors import RequestError
@@ -44,7 +44,7 @@ class ServedAdapter:
     version: int = 0
 
 
-OpenModel = Callable[[ServedAdapter], AbstractContextManager[SplitModel]]
+OpenModel = Callable[[ServedAdapter], AbstractContextManager[GeneratingModel]]
 
 
 class Slot:

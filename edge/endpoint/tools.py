@@ -12,6 +12,8 @@ ToolForm = Literal["tags", "python_tag", "mistral"]
 answer is the object, with ``parameters`` (Llama 3); ``mistral``: ``[TOOL_CALLS]`` and a list of them."""
 
 _MARKS: Final[dict[ToolForm, str]] = {"tags": "<tool_call>", "mistral": "[TOOL_CALLS]", "python_tag": "<|python_tag|>"}
+# The small models of Llama 3.2 are told of the object and not of the mark.
+_LLAMA_OBJECT: Final = '"parameters": dictionary of argument name'
 _BEGINNINGS: Final[dict[ToolForm, tuple[str, ...]]] = {
     "tags": ("<tool_call>",),
     # Both marks are special tokens, which the text does not have; what follows them is JSON.
@@ -32,7 +34,8 @@ def tool_form(chat_template: str | None) -> ToolForm | None:
     """The form that a chat template teaches; None where it knows no tools, or their form is not known."""
     if chat_template is None or "tools" not in chat_template:
         return None
-    return next((form for form, mark in _MARKS.items() if mark in chat_template), None)
+    found = next((form for form, mark in _MARKS.items() if mark in chat_template), None)
+    return "python_tag" if found is None and _LLAMA_OBJECT in chat_template else found
 
 
 def may_begin_call(text: str, form: ToolForm) -> int:
@@ -68,7 +71,8 @@ def parse_tool_calls(text: str, form: ToolForm) -> tuple[str, list[ToolCall]]:
         plain = plain.removeprefix(beginning).strip()
     found = _calls_of(plain)
     if not found and form == "python_tag":  # several, one after the other
-        found = [call for part in re.split(r"(?<=\})\s*;\s*(?=\{)", plain) for call in _calls_of(part)]
+        parts = [_calls_of(part) for part in re.split(r"(?<=\})\s*;\s*(?=\{)", plain)]
+        found = [call for part in parts for call in part] if all(parts) else []
     return ("", found) if found else (text, [])
 
 
@@ -85,7 +89,7 @@ def _calls_of(text: str) -> list[ToolCall]:
 def _call(found: Any) -> ToolCall | None:
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
-    arguments = found.get("arguments", found.get("parameters", {}))
+    arguments = found.get("arguments", found.get("parameters"))  # without either it is some other object with a name
     if isinstance(arguments, str):
         return ToolCall(found["name"], arguments)
     return ToolCall(found["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None

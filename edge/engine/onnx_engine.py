@@ -21,6 +21,7 @@ _NARROW = 1024
 # The key under which a tensor in a graph says that its data lie in another file, anywhere on this device: ONNX Runtime
 # before 1.24 reads it. protobuf writes strings as they are, so a graph without these bytes names none.
 _NAMES_A_FILE: Final = b"location"
+_SPARE_BITS: Final = 6  # a sixty-fourth more of inputs than ever before is as good as none
 _REASON_CHARACTERS: Final = 200
 
 
@@ -69,7 +70,8 @@ class OnnxEngine:
             nonlocal most
             size = sum(array.nbytes for array in inputs.values())
             try:
-                # Looking at the memory takes as long as a small graph: only where more goes in than ever before.
+                # Looking at the memory takes as long as a small graph: only where more goes in than ever before, and
+                # not for each token of an answer, with which keys and values grow.
                 with limit_memory() if size > most else nullcontext():
                     outputs: list[Array] = session.run(names, dict(inputs))
             except Exception as error:
@@ -77,7 +79,7 @@ class OnnxEngine:
                     f"{path} fails on {self.description}: {_reason(error)}; close other programs if it needs their "
                     "memory, or export the bundle again"
                 ) from None
-            most = max(most, size)
+            most = max(most, size + (size >> _SPARE_BITS))
             return outputs
 
         return run

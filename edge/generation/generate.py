@@ -1,4 +1,4 @@
-"""Generates the tokens of an answer, one step with the server after the other."""
+"""Generates the tokens of an answer, one step with the model after the other."""
 
 from __future__ import annotations
 
@@ -96,8 +96,7 @@ class TokenAnswer:
 
     def __iter__(self) -> Iterator[Choice]:
         """Its tokens as they are chosen; not the stop token. Raises what ``Context.logits`` does."""
-        started, wire = time.perf_counter(), self._context.model.connection.session
-        before = wire.bytes_sent, wire.bytes_received, wire.round_trips
+        started, before = time.perf_counter(), self._context.model.counters
         try:
             while self.finish_reason is None:
                 for choice in self._step():
@@ -111,14 +110,13 @@ class TokenAnswer:
                     yield choice
         finally:
             self.counters.seconds = time.perf_counter() - started
-            wire = self._context.model.connection.session  # another one where a server was lost
-            counted = wire.bytes_sent, wire.bytes_received, wire.round_trips
+            counted = self._context.model.counters
             self.counters.bytes_sent, self.counters.bytes_received, self.counters.round_trips = (
                 now - then for now, then in zip(counted, before, strict=True)
             )
 
     def _step(self) -> Iterator[Choice]:
-        """One step with the server: the next token, and those after it that a draft had right."""
+        """One step with the model: the next token, and those after it that a draft had right."""
         produced = len(self._ids) - self._prompt_tokens
         if produced == self._most:
             self.finish_reason = "length"

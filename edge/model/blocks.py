@@ -15,15 +15,15 @@ import numpy as np
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Array, Engine, Graph, scalar
 from dlora.protocol.errors import BundleError, DataError
-from dlora.protocol.manifest import BlockSpec, GraphSpec, TensorSpec
+from dlora.protocol.manifest import BlockSpec, GraphSpec
 from dlora.protocol.tensors import FloatArray, IntArray
+
+from .block_weights import BLOCKED, LORA, BlockWeights, last_blocks
 
 # Names of graph inputs and outputs; docs/bundle.md has them all.
 _MASK: Final = "mask"
-_LORA: Final = (".lora_A", ".lora_B")
 _GRAD: Final = "grad."
 _GRAD_X: Final = "grad_x"
-_BLOCKED: Final = np.finfo(np.float32).min  # added to a score where a token does not see another
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,7 @@ class DeviceBlocks:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, count: int, rank: int) -> None:
-        spec = bundle.manifest.device_blocks
-        has = 0 if spec is None else len(spec.blocks)
-        if spec is None or not 1 <= count <= has:
-            raise BundleError(
-                f"{bundle.path} has {has} blocks for a device, not {count}; export it again with "
-                f"--device-blocks {count}"
-            )
-        chosen = spec.blocks[-count:]
+        spec, chosen = last_blocks(bundle, count)
         passes = {key: _Passes.load(bundle, engine, key) for key in {block.graph for block in chosen}}
         self.max_length = spec.max_length
         self._blocks = [_Block(bundle, block, passes[block.graph], rank, spec.max_length) for block in chosen]
@@ -171,7 +164,7 @@ def attention_mask(lengths: IntArray, window: int | None) -> FloatArray:
     seen = (sequence[:, None] == sequence[None, :]) & (back >= 0)
     if window is not None:
         seen &= back < window
-    return np.where(seen, np.float32(0), _BLOCKED)[None, None]
+    return np.where(seen, np.float32(0), BLOCKED)[None, None]
 
 
 @dataclass(frozen=True)
@@ -188,55 +181,29 @@ class _Passes:
         kinds = ("block_forward", "block_backward")
         forward, backward = (engine.load(kind, key) for kind in kinds)
         forward_spec, backward_spec = (bundle.manifest.graph(kind, key) for kind in kinds)
-        lora = [f"{_GRAD}{tensor.name}" for tensor in forward_spec.inputs if tensor.name.endswith(_LORA)]
+        lora = [f"{_GRAD}{tensor.name}" for tensor in forward_spec.inputs if tensor.name.endswith(LORA)]
         if [tensor.name for tensor in backward_spec.outputs] != [_GRAD_X, *lora]:
             text = f"{bundle.path}: block_backward.{key} gives other gradients than it must"
             raise BundleError(f"{text}; export the bundle again")
         return cls(forward, backward, forward_spec, backward_spec)
 
 
-class _Block:
-    """One block, with its weights."""
+class _Block(BlockWeights):
+    """One block: its passes, with its weights."""
 
     def __init__(self, bundle: Bundle, spec: BlockSpec, passes: _Passes, rank: int, max_length: int) -> None:
-        self.spec = spec
+        super().__init__(bundle, spec, passes.forward_spec.inputs, rank, max_length)
         self._passes = passes
-        self._weights = {name: bundle.weight(file) for name, file in spec.weights.items()}
-        self._tables = {name: (bundle.weight(table.file), table.axis) for name, table in spec.tables.items()}
-        for name, (table, axis) in self._tables.items():
-            if axis >= table.ndim or table.shape[axis] < max_length:
-                raise BundleError(f"{self._where(name)} has too few positions; export the bundle again")
-        self.zeros = {}
-        for tensor in passes.forward_spec.inputs:
-            if tensor.name.endswith(_LORA):
-                shape = self._lora_shape(tensor, rank)
-                self.zeros[f"{spec.path}.{tensor.name}"] = np.zeros(shape, np.float32)
 
     def has_any(self, names: Collection[str]) -> bool:
         """Whether one of these parameters is its."""
         return not self.zeros.keys().isdisjoint(names)
 
-    def _where(self, name: str) -> str:
-        return f"the bundle's {name} of block {self.spec.index}"
-
-    def _lora_shape(self, tensor: TensorSpec, rank: int) -> tuple[int, int]:
-        """Of a ``lora_A`` or ``lora_B``, whose widths are those of the weight beside it: no larger than a file."""
-        module, _, side = tensor.name.rpartition(".")
-        weight = self._weights.get(f"{module}.weight")
-        if weight is None or weight.ndim != 2:
-            raise BundleError(f"{self._where(module)} has no weight; export the bundle again")
-        out_features, in_features = weight.shape
-        expected = ("rank", in_features) if side == "lora_A" else (out_features, "rank")
-        if tensor.shape != expected:
-            raise BundleError(f"{self._where(tensor.name)} has another shape than its weight; export the bundle again")
-        return (rank, in_features) if side == "lora_A" else (out_features, rank)
-
     def forward(
         self, x: FloatArray, mask: FloatArray, positions: IntArray, lora: Mapping[str, FloatArray], scale: FloatArray
     ) -> tuple[FloatArray, dict[str, Array]]:
         """y (tokens, width), and what ``backward`` is to be given."""
-        context = {name: np.take(table, positions, axis) for name, (table, axis) in self._tables.items()}
-        own = {"x": x, _MASK: mask, **context}
+        own = {"x": x, _MASK: mask, **self.of_positions(positions)}
         spec = self._passes.forward_spec
         y, *products = self._passes.forward(self._inputs(spec, own, lora, scale))
         return y, own | dict(zip((tensor.name for tensor in spec.outputs[1:]), products, strict=True))
@@ -249,20 +216,3 @@ class _Block:
         grad_x, *grads = self._passes.backward(self._inputs(spec, {**kept, "grad": grad}, lora, scale))
         names = (f"{self.spec.path}.{tensor.name.removeprefix(_GRAD)}" for tensor in spec.outputs[1:])
         return grad_x, dict(zip(names, grads, strict=True))
-
-    def _inputs(
-        self, spec: GraphSpec, own: Mapping[str, Array], lora: Mapping[str, FloatArray], scale: FloatArray
-    ) -> dict[str, Array]:
-        found: dict[str, Array] = {}
-        for tensor in spec.inputs:
-            if tensor.name == "scale":
-                found[tensor.name] = scale
-            elif tensor.name in own:
-                found[tensor.name] = own[tensor.name]
-            elif tensor.name in self._weights:
-                found[tensor.name] = self._weights[tensor.name]
-            elif (name := f"{self.spec.path}.{tensor.name}") in self.zeros:
-                found[tensor.name] = lora.get(name, self.zeros[name])
-            else:
-                raise BundleError(f"block {self.spec.index} has no {tensor.name}, which its graph takes; export again")
-        return found

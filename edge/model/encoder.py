@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from dlora.edge.adapters.compatibility import check_sequence_length
 from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.data.batches import MicroBatch
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
@@ -22,8 +24,8 @@ from dlora.protocol.choices import Send
 from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.errors import RemoteProtocolError, SessionLostError
 from dlora.protocol.micro_batch import Key
-from dlora.protocol.tensors import WireTensor
-from dlora.protocol.wire_codecs import Codecs, TensorRole
+from dlora.protocol.tensors import FloatArray, IntArray, WireTensor
+from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
 
 from .ends import Embedding, LongArray
 from .session import UntrainedSession
@@ -44,6 +46,8 @@ class EncodeSession(UntrainedSession):
 
     Args:
         exact: whether each text's bits are to be the same whatever it comes with.
+        context_length: for how many tokens of a context the server is to keep keys and values, or fewer where it
+            has no room for as many.
     """
 
     def __init__(
@@ -55,22 +59,26 @@ class EncodeSession(UntrainedSession):
         width: int,
         base_fingerprint: str,
         exact: bool = True,
+        context_length: int = 0,
     ) -> None:
         nothing = AdapterSet.create(AdapterSpec(), (), scaling=1.0, seed=(0,), unit="group", kill_every=1)
         super().__init__(connection, nothing)
         self._codecs = codecs
         self._purpose = m.Encode(blocks=blocks, width=width, exact=exact)
+        self._context_length = context_length
         self._base_fingerprint = base_fingerprint
 
     def opening_message(self) -> m.OpenSession:
+        welcome = self.connection.welcome
+        context_length = min(self._context_length, welcome.max_context_length)
         return m.OpenSession(
             base_fingerprint=self._base_fingerprint,
             groups=(),
             adapter=AdapterSpec(),
             codecs=self._codecs,
             evaluation_codecs=self._codecs,
-            purpose=self._purpose,
-            window=min(_WINDOW, self.connection.welcome.window),
+            purpose=msgspec.structs.replace(self._purpose, context_length=context_length),
+            window=1 if context_length else min(_WINDOW, welcome.window),  # tokens go on from each other
         )
 
 
@@ -83,7 +91,7 @@ class _Asked:
 
 
 class Encoder:
-    """Asks for texts, several in a micro-batch and some micro-batches ahead.
+    """Asks for texts, several in a micro-batch and some micro-batches ahead; or for tokens that go on from others.
 
     Args:
         session: one that is open.
@@ -111,6 +119,15 @@ class Encoder:
             except SessionLostError:
                 self._session.open()  # and what has not come is asked for again: another server may take less at once
 
+    def decode(self, batch: MicroBatch, position: int) -> FloatArray:
+        """Of tokens that go on from the first ``position`` of those that the server holds: the hidden states at the
+        labels, float32 (labelled, width).
+
+        Raises what ``Connection`` raises: with ``SessionLostError`` the server holds no tokens any more.
+        """
+        self._begin("decode", batch.ids, batch.sequence_lengths, batch.label_positions, position)
+        return decode_floats(self._connection.receive(m.LabelledHiddenStates).hidden_states)
+
     def _encode(self, sequences: Sequence[LongArray]) -> Iterator[WireTensor]:
         waiting, in_order = deque(self._micro_batches(sequences)), deque[_Asked]()
         under_way: dict[Key, _Asked] = {}
@@ -118,7 +135,8 @@ class Encoder:
             while waiting and len(in_order) < self._connection.session.window:  # no more is held than that
                 asked = waiting.popleft()
                 in_order.append(asked)
-                under_way[self._begin(asked.sequences)] = asked
+                lengths = [len(each) for each in asked.sequences]
+                under_way[self._begin("encode", np.concatenate(asked.sequences), lengths)] = asked
             message = self._connection.receive_any()
             if not isinstance(message, m.EncodedHiddenStates):
                 raise RemoteProtocolError(f"{type(message).__name__} where hidden states were asked for")
@@ -137,20 +155,30 @@ class Encoder:
         for piece in cut_for_encoding(lengths, max_tokens=welcome.max_tokens, packs=welcome.packs):
             yield _Asked(sequences[piece.start : piece.stop])
 
-    def _begin(self, sequences: Sequence[LongArray]) -> Key:
-        self._count += 1
+    def _begin(
+        self,
+        mode: m.Mode,
+        ids: LongArray,
+        lengths: Sequence[int] | IntArray,
+        labels: Sequence[int] | IntArray = (),
+        position: int | None = None,
+    ) -> Key:
+        self._count = (self._count + 1) % 2**31
         key = self._connection.session.step, self._count
-        ids = np.concatenate(sequences)
         sends_ids = self._send == "token-ids"
         self._connection.send(
             m.Embeddings(
                 step=key[0],
                 micro_batch=key[1],
-                mode="encode",
-                hidden_states=None if sends_ids else self._codec.encode(self._embedding(ids)),
-                sequence_lengths=WireTensor.from_ints([len(each) for each in sequences]),
-                label_positions=WireTensor.from_ints([]),
+                mode=mode,
+                hidden_states=None if sends_ids else self._embed(ids, keep_table=mode == "decode"),
+                sequence_lengths=WireTensor.from_ints(lengths),
+                label_positions=WireTensor.from_ints(labels),
                 token_ids=WireTensor.from_ints(ids) if sends_ids else None,
+                position=position,
             )
         )
         return key
+
+    def _embed(self, ids: LongArray, *, keep_table: bool) -> WireTensor:
+        return self._codec.encode(self._embedding(ids, keep_table=keep_table))

@@ -20,7 +20,7 @@ from dlora.protocol.tensors import FloatArray
 from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
 from .blocks import DeviceBlocks
-from .trunk_cache import TrunkCache, text_digest
+from .trunk_cache import TrunkCache
 from .trunk_source import TrunkSource, texts_of
 
 _LEAST_EPOCHS: Final = 2  # that what is kept must last for: the first only fills it
@@ -78,7 +78,7 @@ class HeldBlocks:
         self._keep_for(step, count, lora, scaling)
         texts = np.split(batch.ids, np.cumsum(batch.sequence_lengths)[:-1])
         found: dict[bytes, FloatArray] = {}
-        digests = [text_digest(ids) for ids in texts]
+        digests = [self._source.cache.digest(ids) for ids in texts]
         for digest in digests:
             if digest not in found:
                 kept = self._kept(digest)
@@ -102,8 +102,8 @@ class HeldBlocks:
         ends = np.cumsum(chosen.sequence_lengths)[:-1]
         found = {}
         for ids, hidden_states in zip(np.split(chosen.ids, ends), np.split(out, ends), strict=True):
-            found[text_digest(ids)] = hidden_states
-            self._cache.add(text_digest(ids), encode_floats(hidden_states, "fp32"))
+            found[self._source.cache.digest(ids)] = hidden_states
+            self._cache.add(self._source.cache.digest(ids), encode_floats(hidden_states, "fp32"))
         return found
 
     def _keep_for(self, step: int, count: int, lora: Mapping[str, FloatArray], scaling: float) -> None:
@@ -124,7 +124,7 @@ class HeldBlocks:
         """Put all different texts into packs, in the order of the data."""
         indices, lengths = list[int](), list[int]()
         for index, ids in enumerate(texts_of(self._dataset)):
-            if self._pack_of.setdefault(text_digest(ids), len(indices)) == len(indices):
+            if self._pack_of.setdefault(self._source.cache.digest(ids), len(indices)) == len(indices):
                 indices.append(index)
                 lengths.append(len(ids))
         pieces = cut_to_fit(lengths, max_tokens=self._most_tokens, packs=True)

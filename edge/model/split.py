@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,19 +13,18 @@ from dlora.edge.adapters.compute import AdapterCompute
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
-from dlora.edge.memory import release_freed_memory
+from dlora.edge.memory import MANY_TOKENS, release_freed_memory
 from dlora.protocol import messages as m
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.micro_batch import Key
 from dlora.protocol.tensors import FloatArray
 
+from .decode_parts import check_room, decode_parts, part_of
 from .ends import Embedding, Head, LongArray
 from .micro_batch import DeviceParts, MicroBatchRun
 from .session import ModelSession
 from .trainable import WireCounters
-
-_MANY_TOKENS: Final = 32  # a prompt, and no draft: giving memory back takes a millisecond
 
 
 class SplitModel:
@@ -121,19 +119,38 @@ class SplitModel:
         self._parts.head_seconds += time.perf_counter() - started
         return result
 
-    def logits(self, batch: MicroBatch) -> FloatArray:
-        """Logits float32 (labelled, vocabulary) at the labelled positions, of which there are few. Raises as
-        ``evaluate``."""
-        return self._logits(self._evaluate_hidden(batch))
+    @property
+    def context_limit(self) -> int:
+        """The most tokens of a context."""
+        return self._room or self.connection.welcome.max_sequence_length
 
-    def decode(self, parts: Sequence[MicroBatch], position: int) -> FloatArray:
+    @property
+    def _room(self) -> int:
+        """For how many tokens of a context the server keeps keys and values."""
+        opening = self.connection.session.opened_with
+        assert opening is not None
+        return opening.context_length
+
+    def extend(self, ids: LongArray, known: int, acts_from: int, count: int) -> tuple[FloatArray, int]:
+        """As ``GeneratingModel`` has it."""
+        return self.session.run(lambda: self._extend(ids, known, acts_from, count))
+
+    def _extend(self, ids: LongArray, known: int, acts_from: int, count: int) -> tuple[FloatArray, int]:
+        check_room(ids, self.context_limit)
+        wanted_from = len(ids) - count
+        if not self._room:
+            return self._logits(self._evaluate_hidden(part_of(ids, 0, len(ids), wanted_from, acts_from))), 0
+        position = min(known, self.connection.session.cached_tokens)
+        most = self.connection.welcome.max_sequence_length
+        parts = decode_parts(ids, position, wanted_from=wanted_from, count=count, most=most, acts_from=acts_from)
+        return self._decode(parts, position), position
+
+    def _decode(self, parts: Iterable[MicroBatch], position: int) -> FloatArray:
         """Logits float32 (labelled, vocabulary) at the labelled positions of the last part.
 
         Args:
             parts: the tokens that follow the first ``position`` of those that the server holds, one sequence each, as
                 many as it takes at once.
-
-        Raises what ``Connection`` raises: with ``SessionLostError`` the server holds no tokens any more.
         """
         hidden_states: FloatArray | None = None
         for part in parts:
@@ -141,13 +158,13 @@ class SplitModel:
             for _ in self._run_all(deque([run])):
                 hidden_states = run.hidden_states
             position += len(part.ids)
-            if len(part.ids) > _MANY_TOKENS:  # else the LM head comes on top of what this left
+            if len(part.ids) > MANY_TOKENS:  # else the LM head comes on top of what this left
                 release_freed_memory()
         assert hidden_states is not None
         return self._logits(hidden_states)
 
     def release_weights(self) -> None:
-        """Let the pages of the two ends' weights go, which ``decode`` keeps for the next token."""
+        """Let the pages of the two ends' weights go, which ``extend`` keeps for the next token."""
         self._parts.head.release()
 
     def _logits(self, hidden_states: FloatArray) -> FloatArray:

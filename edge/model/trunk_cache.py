@@ -29,6 +29,7 @@ from dlora.protocol.manifest import Manifest
 from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor
 from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole
 
+from .cache_key import SEALED_BYTES, CacheKey
 from .ends import LongArray
 
 _MAGIC: Final = b"dlora-trunk-1\n\0\0"
@@ -48,6 +49,7 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
         base_model: fingerprint; blocks: how many of the first were run; width: of what came out of them.
         embeddings: how the embeddings are stored and crossed, or ``token-ids``; codec: how the hidden states crossed.
         lora: where some of the blocks were run on the device: digest of the adapters in them.
+        key: the name of the key that all is encrypted with; none: it is not encrypted.
     """
 
     base_model: str
@@ -56,6 +58,7 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
     embeddings: str
     codec: str
     lora: str = ""
+    key: str = ""
 
     @classmethod
     def of(cls, manifest: Manifest, blocks: int, width: int, codecs: Codecs, send: Send) -> CacheOwner:
@@ -84,6 +87,7 @@ class TrunkCache:
     Args:
         path: made where it is not there.
         limit: of the file, in bytes; what does not fit is not kept, and cut off where it is there.
+        key: what texts and hidden states are encrypted with.
         warn: called with a line about what was damaged.
 
     Raises ``CheckpointError`` where the file is of another model, other blocks or another wire, or is none of ours, and
@@ -91,10 +95,17 @@ class TrunkCache:
     """
 
     def __init__(
-        self, path: Path, owner: CacheOwner, *, limit: int, warn: Callable[[str], None] = lambda _: None
+        self,
+        path: Path,
+        owner: CacheOwner,
+        *,
+        limit: int,
+        key: CacheKey | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.path = path
-        self.owner = owner
+        self.owner = msgspec.structs.replace(owner, key="" if key is None else key.name)
+        self.key = key
         self._limit = limit
         self._warn = warn
         self._codec = CODECS[owner.codec]
@@ -131,7 +142,11 @@ class TrunkCache:
 
     def record_bytes(self, tokens: int) -> int:
         """What a text of so many tokens takes."""
-        return record_bytes(self.owner.codec, tokens, self.owner.width)
+        return record_bytes(self.owner.codec, tokens, self.owner.width, is_sealed=self.key is not None)
+
+    def digest(self, ids: LongArray) -> bytes:
+        """What the text of these tokens, int64 (tokens,), is called here."""
+        return text_digest(ids) if self.key is None else self.key.digest(_content(ids))
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._places
@@ -141,14 +156,18 @@ class TrunkCache:
         place = self._places.get(digest)
         if place is None:
             return None
+        head = _head(digest, place.tokens, place.exponent)
         with storage_errors(self.path):
-            nbytes = self._codec.nbytes(place.tokens, self.owner.width)
-            stored = os.pread(self._file, nbytes, place.offset)
-            is_whole = len(stored) == nbytes
-            if is_whole and digest not in self._checked:
+            nbytes = self.record_bytes(place.tokens) - _RECORD.size - _CHECK_BYTES
+            stored: bytes | None = os.pread(self._file, nbytes, place.offset)
+            if stored is not None and digest not in self._checked:
                 check = os.pread(self._file, _CHECK_BYTES, place.offset - _CHECK_BYTES)
-                is_whole = check == _check(_head(digest, place.tokens, place.exponent), stored)
-        if not is_whole:
+                stored = stored if check == _check(head, stored) else None
+        if stored is not None and len(stored) != nbytes:
+            stored = None
+        if stored is not None and self.key is not None:
+            stored = self.key.open(stored, head)
+        if stored is None:
             self._warn(f"{self.path} is damaged in one place, whose text is asked for again")
             del self._places[digest]
             return None
@@ -160,8 +179,9 @@ class TrunkCache:
     def add(self, digest: bytes, tensor: WireTensor) -> bool:
         """Keep the hidden states of a text; False where there is no room. Raises ``StorageError``; what was kept before
         stays."""
-        stored = tensor.data.tobytes()
         record = _head(digest, tensor.shape[0], tensor.exponent)
+        stored = tensor.data.tobytes()
+        stored = stored if self.key is None else self.key.seal(stored, record)
         whole = record + _check(record, stored) + stored
         if digest in self._places:
             return True
@@ -203,6 +223,10 @@ class TrunkCache:
             owner = msgspec.json.decode(header, type=CacheOwner)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             raise CheckpointError(f"{self.path} is damaged; remove it, and its texts are asked for again") from None
+        if owner.key != self.owner.key:
+            what = "encrypted with another key" if self.owner.key else "encrypted"
+            text = f"{self.path} is {what}; give its --cache-key-file" if owner.key else f"{self.path} is not encrypted"
+            raise CheckpointError(f"{text}, or remove it, and its texts are asked for again")
         if owner != self.owner:
             raise CheckpointError(
                 f"{self.path} is of another base model, other blocks or another --wire-dtype or --send; remove it, or "
@@ -254,20 +278,24 @@ class TrunkCache:
         return size
 
 
-def record_bytes(codec: str, tokens: int, width: int) -> int:
-    """What the hidden states (tokens, width) of a text take in a cache."""
-    return _RECORD.size + _CHECK_BYTES + CODECS[codec].nbytes(tokens, width)
+def record_bytes(codec: str, tokens: int, width: int, *, is_sealed: bool = False) -> int:
+    """What the hidden states (tokens, width) of a text take in a cache, encrypted or not."""
+    return _RECORD.size + _CHECK_BYTES + SEALED_BYTES * is_sealed + CODECS[codec].nbytes(tokens, width)
 
 
 def most_bytes(texts: int, tokens: int, width: int, codec: str) -> int:
     """The most that a file of so many texts takes, of so many tokens in all."""
-    heads = texts * (_RECORD.size + _CHECK_BYTES)
+    heads = texts * (_RECORD.size + _CHECK_BYTES + SEALED_BYTES)
     return len(_MAGIC) + _LENGTH.size + _MAX_HEADER + heads + CODECS[codec].nbytes(tokens, width)
 
 
 def text_digest(ids: LongArray) -> bytes:
     """SHA-256 of a text's tokens, int64 (tokens,)."""
-    return hashlib.sha256(np.ascontiguousarray(ids, "<i8").tobytes()).digest()
+    return hashlib.sha256(_content(ids)).digest()
+
+
+def _content(ids: LongArray) -> bytes:
+    return np.ascontiguousarray(ids, "<i8").tobytes()
 
 
 def _head(digest: bytes, tokens: int, exponent: int) -> bytes:

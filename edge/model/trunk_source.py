@@ -27,7 +27,7 @@ from dlora.protocol.wire_codecs import Codecs, decode_floats
 from .encoder import Encoder, EncodeSession
 from .ends import Embedding, LongArray
 from .trainable import WireCounters
-from .trunk_cache import TrunkCache, text_digest
+from .trunk_cache import TrunkCache
 
 _TEXTS_AHEAD: Final = 512  # that are asked for at once while a cache is filled
 
@@ -97,7 +97,7 @@ class TrunkSource:
             missing: dict[bytes, LongArray] = {}
             room = self.cache.room
             for ids in some:
-                digest = text_digest(ids)
+                digest = self.cache.digest(ids)
                 if digest in self.cache or digest in missing:
                     continue
                 room -= self.cache.record_bytes(len(ids))
@@ -119,7 +119,7 @@ class TrunkSource:
         ``StorageError``.
         """
         texts = np.split(batch.ids, np.cumsum(batch.sequence_lengths)[:-1])
-        digests = [text_digest(ids) for ids in texts]
+        digests = [self.cache.digest(ids) for ids in texts]
         found = {digest: self.cache.get(digest) for digest in digests}
         missing = {digest: ids for digest, ids in zip(digests, texts, strict=True) if found[digest] is None}
         for digest, tensor in zip(missing, self._ask(list(missing.values())), strict=True):
@@ -139,10 +139,10 @@ class TrunkSource:
         path = held_path(self.cache.path)
         owner = msgspec.structs.replace(self.cache.owner, blocks=self._blocks + count, codec="fp32", lora=lora)
         try:
-            self._held = TrunkCache(path, owner, limit=self.cache.room)
+            self._held = TrunkCache(path, owner, limit=self.cache.room, key=self.cache.key)
         except CheckpointError:  # of other blocks, or damaged
             remove_quietly(path)
-            self._held = TrunkCache(path, owner, limit=self.cache.room)
+            self._held = TrunkCache(path, owner, limit=self.cache.room, key=self.cache.key)
         return self._held
 
     def hang_up(self) -> None:

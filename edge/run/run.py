@@ -23,6 +23,7 @@ from dlora.edge.engine.code_pages import release_code
 from dlora.edge.engine.engine import Engine
 from dlora.edge.files import locked, remove_quietly, write_atomically
 from dlora.edge.memory import peak_rss_mb
+from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.model.local_source import LocalSource
 from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.trunk import TrunkModel
@@ -64,7 +65,8 @@ class TrainRun:
         init: an adapter to start from.
         keep: which adapter is saved in the end; patience: as ``HeldOut`` has it.
         engine: what runs the graphs; ``auto`` is ONNX Runtime where it and its graphs are there.
-        cache_mb: disk for what the server gave, in the mode ``trunk``; keep_cache: whether it stays after the run.
+        cache_mb: disk for what the server gave, in the mode ``trunk``; keep_cache: whether it stays after the run;
+            cache_key: what it is encrypted with.
         max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
             connection that fails ends it.
     """
@@ -88,6 +90,7 @@ class TrainRun:
     device_id: str = ""
     cache_mb: float = 0.0
     keep_cache: bool = False
+    cache_key: CacheKey | None = None
     max_retry_s: float | None = None
     liveness: Liveness = field(default_factory=Liveness)
     pause: PauseRules = field(default_factory=PauseRules)
@@ -212,8 +215,8 @@ def _server(
         return Connection(server, settings if attempts == 1 else later)
 
     with open_source(
-        run.bundle, engine, run.config, run.out, cache_mb=run.cache_mb, is_new=checkpoint is None, connect=connect,
-        warn=display.warn,
+        run.bundle, engine, run.config, run.out, cache_mb=run.cache_mb, key=run.cache_key, is_new=checkpoint is None,
+        connect=connect, warn=display.warn,
     ) as source:  # fmt: skip
         yield source
 

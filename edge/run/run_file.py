@@ -46,6 +46,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     device_blocks: Count | None
     cache_mb: Amount | None
     keep_cache: bool
+    cache_key_file: FilePath | None
     data: FilePath
     out: FilePath
     eval_data: FilePath | None

@@ -12,6 +12,7 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.files import remove_quietly
+from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
 from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
 from dlora.edge.training.config import TrainConfig
@@ -30,6 +31,7 @@ def open_source(
     out: Path,
     *,
     cache_mb: float,
+    key: CacheKey | None,
     is_new: bool,
     connect: Callable[[], Connection],
     warn: Callable[[str], None],
@@ -37,6 +39,7 @@ def open_source(
     """What the run's hidden states come from; its cache stays in the run's directory.
 
     Args:
+        key: what the cache is encrypted with.
         is_new: whether the run begins, so that what another one left may go.
 
     Raises ``CheckpointError`` and ``StorageError``.
@@ -46,12 +49,12 @@ def open_source(
     owner = CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.send)
     limit = round(cache_mb * 1e6)
     try:
-        cache = TrunkCache(out / CACHE, owner, limit=limit, warn=warn)
+        cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
     except CheckpointError:
         if not is_new:
             raise
         remove_quietly(out / CACHE)
-        cache = TrunkCache(out / CACHE, owner, limit=limit, warn=warn)
+        cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
     source = TrunkSource(
         bundle, engine, cache, blocks=blocks, codecs=config.codecs, connect=connect, send=config.send
     )

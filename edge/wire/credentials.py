@@ -13,6 +13,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
+from dlora.edge.files import read_secret
 from dlora.protocol.errors import ConnectionFailedError, UsageError
 from dlora.protocol.loopback import is_loopback
 from dlora.protocol.messages import Error
@@ -63,7 +64,7 @@ class Credentials:
             raise UsageError("--client-key needs --client-cert")
         token, source = environment.get(TOKEN_VARIABLE, "").strip() or None, TOKEN_VARIABLE
         if token_file is not None:
-            token, source = _read_token(token_file, warn), f"--token-file {token_file}"
+            token, source = read_secret("--token-file", token_file, warn), f"--token-file {token_file}"
         if token is not None and _TOKEN.fullmatch(token) is None:
             raise UsageError(f"{source} holds no token; it is one line, dlora_…, from: dlora-cloud token create")
         return cls(token, ca, client_cert, client_key, insecure)
@@ -152,18 +153,6 @@ def tls_failure(error: ssl.SSLError, url: str) -> ConnectionFailedError:
     return ConnectionFailedError(
         f"{url} broke off the TLS handshake ({error.reason}); is it ws://, or does it not trust --client-cert?"
     )
-
-
-def _read_token(path: Path, warn: Callable[[str], None] | None) -> str:
-    try:
-        with path.open(encoding="ascii", errors="replace") as file:
-            readable_by_others = os.fstat(file.fileno()).st_mode & 0o077
-            token = file.read(4096).strip()
-    except OSError as error:
-        raise UsageError(f"--token-file {path} cannot be read: {error.strerror}") from None
-    if readable_by_others and warn is not None:
-        warn(f"--token-file {path} can be read by others; run: chmod 600 {path}")
-    return token
 
 
 def _check_readable(option: str, path: Path | None) -> None:

@@ -10,7 +10,6 @@ sequences of a micro-batch one after the other; ``mask`` (1, 1, positions, posit
 attention and keeps them apart; what else the decoder gives its blocks comes from tables. Weights and LoRA are inputs,
 so that one graph serves all blocks of a shape. ``block_forward`` also gives what is kept for the backward pass, the
 products with the frozen weights and z = lora_A x^T, so that no large product is computed again.
-
 ``final_norm_forward`` and ``final_norm_backward`` are what stands between the last block and the head.
 """
 
@@ -57,7 +56,7 @@ def block_graphs(
     kept = {node: _kept_name(name) for node, name in products.items() if node in needed}
     forward = cut(whole, {OUTPUT: outputs[OUTPUT]} | {name: node for node, name in kept.items()}, {})
     backward = cut(whole, grads, kept)
-    return _graph("block_forward", forward, key, weights), _graph("block_backward", backward, key, weights)
+    return traced_graph("block_forward", forward, key, weights), traced_graph("block_backward", backward, key, weights)
 
 
 def final_norm_graphs(
@@ -67,8 +66,8 @@ def final_norm_graphs(
     whole = simplify(trace_modules(modules, weights, width, tokens))
     outputs = outputs_of(whole)
     return (
-        _graph("final_norm_forward", cut(whole, {OUTPUT: outputs[OUTPUT]}, {}), "", weights),
-        _graph("final_norm_backward", cut(whole, {GRAD_X: outputs[GRAD_X]}, {}), "", weights),
+        traced_graph("final_norm_forward", cut(whole, {OUTPUT: outputs[OUTPUT]}, {}), "", weights),
+        traced_graph("final_norm_backward", cut(whole, {GRAD_X: outputs[GRAD_X]}, {}), "", weights),
     )
 
 
@@ -78,7 +77,8 @@ def _kept_name(name: str) -> str:
     return f"{module}.{Z if matrix == 'lora_A' else PRODUCT}"
 
 
-def _graph(kind: str, traced: fx.GraphModule, key: str, weights: Iterable[str]) -> TrainingGraph:
+def traced_graph(kind: str, traced: fx.GraphModule, key: str, weights: Iterable[str]) -> TrainingGraph:
+    """A traced graph as one of the bundle. Raises ``CannotRunOnDevice``."""
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
     symbols = _symbols(inputs)
@@ -100,13 +100,9 @@ def _graph(kind: str, traced: fx.GraphModule, key: str, weights: Iterable[str]) 
 
 def _symbols(inputs: Sequence[fx.Node]) -> dict[str, str]:
     """The names of sizes that are open, by torch's."""
-    found: dict[str, str] = {}
-    for node in inputs:
-        is_of_rank = node.meta["name"].endswith((".lora_A", ".lora_B"))
-        for size in node.meta["val"].shape:
-            if not isinstance(size, int):
-                found.setdefault(str(size), "rank" if is_of_rank else "positions")
-    return found
+    return {
+        str(node.meta["val"].shape[axis]): name for node in inputs for axis, name in node.meta["sizes"].items()
+    }
 
 
 def _spec(name: str, node: fx.Node, symbols: Mapping[str, str]) -> TensorSpec:
@@ -158,15 +154,19 @@ def reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype: torch.
         leaves |= {f"grad.{target}.lora_A": lora_a, f"grad.{target}.lora_B": lora_b}
         lora[target] = Lora(lora_a, lora_b, values[SCALE])
     context = {name: values[name] for name in (MASK, *block.tables, *block.fixed())}
-    weights = {name: values[name] for name in block.weights if name not in block.call.context}
-    modules = {
-        name: module for name, module in linears(block.call.block).items() if f"{name}.weight" in weights
-    }
-    with torch.enable_grad(), with_weights(block.call.block, modules, weights, lora, kept):
+    with torch.enable_grad(), with_weights(*modules_and_weights(block, values), lora, kept):
         y = block.call(x, context)
         grads = torch.autograd.grad(y, list(leaves.values()), values[GRAD])
     found = {OUTPUT: y, **kept, **dict(zip(leaves, grads, strict=True))}
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def modules_and_weights(block: BlockMaterials, values: Mapping[str, Tensor]) -> tuple[nn.Module, Any, Any]:
+    """What ``with_weights`` takes of a block."""
+    weights = {name: values[name] for name in block.weights if name not in block.call.context}
+    found = linears(block.call.block)
+    modules = {name: module for name, module in found.items() if f"{name}.weight" in weights}
+    return block.call.block, modules, weights
 
 
 def final_norm_tests(final_norm: FinalNormMaterials, graph: TrainingGraph) -> Iterator[GraphTest]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dlora.export.tracing.calls import BLOCKED, MASK, BlockCall, sees
 from dlora.export.tracing.entry import Entry
+from dlora.export.tracing.past import PAST_MASK
 from dlora.protocol.manifest import StoredDtype
 
 from .graph import TrainingGraph
@@ -26,6 +27,7 @@ class BlockMaterials:
         tables: what the decoder gives it by position, with the axis of these.
         window: as ``calls.windows`` gives it.
         forward, backward: its graphs.
+        decode: likewise, and cache_argument: of ``past.cache_arguments``; None and empty where it takes no past.
     """
 
     call: BlockCall
@@ -36,6 +38,8 @@ class BlockMaterials:
     window: int | None
     forward: TrainingGraph
     backward: TrainingGraph
+    decode: TrainingGraph | None = None
+    cache_argument: str = ""
 
     def fixed(self) -> dict[str, Tensor]:
         """What the decoder gives it that depends on no token, and is stored among the weights."""
@@ -45,8 +49,23 @@ class BlockMaterials:
         """What a device makes for sequences of ``lengths`` in place of the decoder."""
         seen = sees(torch.tensor(lengths), self.window)
         positions = torch.cat([torch.arange(length) for length in lengths])
-        made = {MASK: torch.where(seen, 0.0, BLOCKED)[None, None]}
-        return made | {name: table.index_select(axis, positions) for name, (table, axis) in self.tables.items()}
+        return {MASK: _added(seen), **self._of_positions(positions)}
+
+    def context_after(self, before: int, new: int) -> dict[str, Tensor]:
+        """Likewise, for ``new`` tokens of one sequence that come after ``before`` others; 0: after one that none sees,
+        for no engine takes an empty array."""
+        seen = sees(torch.tensor([before + new]), self.window)[before:]
+        past = seen[:, :before] if before else torch.zeros(new, 1, dtype=torch.bool)
+        masks = {PAST_MASK: _added(past), MASK: _added(seen[:, before:])}
+        return masks | self._of_positions(torch.arange(before, before + new))
+
+    def _of_positions(self, positions: Tensor) -> dict[str, Tensor]:
+        return {name: table.index_select(axis, positions) for name, (table, axis) in self.tables.items()}
+
+
+def _added(seen: Tensor) -> Tensor:
+    """float32 (1, 1, rows, columns): what is added to scores."""
+    return torch.where(seen, 0.0, BLOCKED)[None, None]
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,7 @@ class DeviceBlocks:
         dtype: how the weights of linear modules are stored.
         max_length: the most tokens of a sequence that tables have rows for.
         entry: what stands before block 0, where that is among them.
+        without_decode: why the blocks have no ``block_decode``; None where they have.
     """
 
     blocks: tuple[BlockMaterials, ...]
@@ -80,3 +100,4 @@ class DeviceBlocks:
     dtype: StoredDtype
     max_length: int
     entry: Entry | None = None
+    without_decode: str | None = None

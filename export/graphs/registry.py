@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, Protocol
 
-from . import adamw, block, core, embedding, head, lora
+from . import adamw, block, block_decode, core, embedding, head, lora
 from .graph_test import GraphWithTests, Materials
 
 
@@ -24,7 +24,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: Final[tuple[Family, ...]] = (lora, core, adamw, embedding, head, block)
+FAMILIES: Final[tuple[Family, ...]] = (lora, core, adamw, embedding, head, block, block_decode)
 KINDS: Final = tuple(kind for family in FAMILIES for kind in family.KINDS)
 
 

@@ -23,7 +23,7 @@ from dlora.protocol.errors import ExportError
 MASK: Final = "mask"
 BLOCKED: Final = torch.finfo(torch.float32).min  # what is added where a token does not see another
 # A prime, which no other dimension is likely to be; where one is, the next.
-_TOKENS: Final = (23, 29, 31, 37, 41)
+_TOKENS: Final = (23, 29, 31, 37, 41, 43, 47)
 _MAX_TABLE_ROWS: Final = 8192
 _SHORT: Final = 64  # tokens that show a mask without a window
 
@@ -56,10 +56,12 @@ class BlockCall:
     config: Any
     is_seen: bool | None = None
 
-    def __call__(self, hidden_states: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, hidden_states: Tensor, context: Mapping[str, Tensor], **arguments: Any) -> Tensor:
         """Hidden states after the block, (tokens, width), of those before it.
 
-        ``context``: what takes the place of the decoder's tensors; those that are not named stay.
+        Args:
+            context: what takes the place of the decoder's tensors; those that are not named stay.
+            arguments: others of the block, in place of what the decoder gave.
         """
         leaves = list(self.leaves)
         leaves[self.hidden] = hidden_states.unsqueeze(0)
@@ -67,7 +69,7 @@ class BlockCall:
             leaves[self.context[name]] = self._as_mask(tensor) if name == MASK else tensor
         (kwargs,) = pytree.tree_unflatten(leaves, self.structure)
         with attention(self.config, eager=True):
-            output = self.block.forward(**kwargs)
+            output = self.block.forward(**{**kwargs, **arguments})
         after: Tensor = output[0] if isinstance(output, tuple | list) else output
         return after.squeeze(0)
 
@@ -92,10 +94,17 @@ def record_calls(base: BaseModel, tokens: int = 0, *, seed: int = 0) -> tuple[Bl
 
     Raises ``CannotRunOnDevice`` where a block is called in another way than a decoder's usually is.
     """
-    tokens = tokens or _unusual_number(base)
+    tokens = tokens or unusual_number(base)
     with _recorded(base) as calls, torch.no_grad(), attention(_config(base), eager=True):
         base.last_hidden_state(random_embeds(base, tokens, seed))
     return tuple(_call(base, index, kwargs, tokens) for index, kwargs in enumerate(calls))
+
+
+def record_arguments(base: BaseModel, inputs_embeds: Tensor, **arguments: Any) -> list[dict[str, Any]]:
+    """What each block is given, by its own names, where the decoder is given ``arguments``."""
+    with _recorded(base) as calls, torch.no_grad(), attention(_config(base), eager=True):
+        base.decoder(inputs_embeds=inputs_embeds, **arguments)
+    return calls
 
 
 def random_embeds(base: BaseModel, tokens: int, seed: int = 0) -> Tensor:
@@ -333,6 +342,7 @@ def _seen(mask: Tensor, tokens: int) -> Tensor:
     return plain if bool(plain[0, 0]) else ~plain
 
 
-def _unusual_number(base: BaseModel) -> int:
+def unusual_number(base: BaseModel, but: int = 0) -> int:
+    """Of tokens: one that is no dimension of the model, nor ``but``."""
     sizes = {size for parameter in base.model.parameters() for size in parameter.shape}
-    return next(number for number in _TOKENS if number not in sizes)
+    return next(number for number in _TOKENS if number not in {*sizes, but})

@@ -10,6 +10,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 
 from .trace import aten
 
+KEPT_META = ("name", "sizes")  # of an input: what it is called, and its sizes that are open
 _SAME: tuple[Any, ...] = (
     aten.alias.default,
     aten.clone.default,
@@ -31,11 +32,11 @@ def simplify(traced: fx.GraphModule) -> fx.GraphModule:
         for node in list(graph.nodes):
             _replace(node)
         graph.eliminate_dead_code()
-    names = [node.meta["name"] for node in graph.nodes if node.op == "placeholder"]
+    metas = [{key: node.meta[key] for key in KEPT_META} for node in graph.nodes if node.op == "placeholder"]
     made = fx.GraphModule(traced, fx_graph_cse(graph))
     made.meta["outputs"] = traced.meta["outputs"]
-    for node, name in zip((node for node in made.graph.nodes if node.op == "placeholder"), names, strict=True):
-        node.meta["name"] = name
+    for node, meta in zip((node for node in made.graph.nodes if node.op == "placeholder"), metas, strict=True):
+        node.meta |= meta
     return made
 
 
@@ -81,7 +82,11 @@ def cut(graph: fx.GraphModule, outputs: Mapping[str, fx.Node], given: Mapping[fx
     inputs = [node for node in graph.graph.nodes if node in needed and (node.op == "placeholder" or node in given)]
     for index, node in enumerate(inputs):
         copies[node] = made.placeholder(f"input_{index}")
-        copies[node].meta = {"val": node.meta["val"], "name": given.get(node) or node.meta["name"]}
+        copies[node].meta = {
+            "val": node.meta["val"],
+            "name": given.get(node) or node.meta["name"],
+            "sizes": node.meta.get("sizes", {}),
+        }
     for node in graph.graph.nodes:
         if node in needed and node not in copies and node.op != "output":
             copies[node] = made.node_copy(node, lambda each: copies[each])

@@ -15,6 +15,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from .calls import MASK, BlockCall
 from .modules import Lora, linears, with_weights
+from .past import KEYS, PAST_KEYS, PAST_MASK, PAST_VALUES, VALUES, call_with_past
 
 X: Final = "x"
 GRAD: Final = "grad"
@@ -36,14 +37,8 @@ def trace_block(call: BlockCall, weights: Mapping[str, Tensor], targets: Sequenc
     tokens = call.tokens
     x = call.hidden_states()
     named: dict[str, Tensor] = {X: x.detach().clone(), GRAD: torch.randn_like(x), SCALE: torch.tensor(2.0)}
-    for name, tensor in call.tensors().items():
-        named[name] = torch.zeros(tensor.shape) if name == MASK else tensor.detach().clone()
-    named |= weights
+    named |= {**_context(call), **weights, **_lora(weights, targets)}
     modules = linears(call.block)
-    for target in targets:
-        shape = weights[f"{target}.weight"].shape
-        named[f"{target}.lora_A"] = torch.randn(_RANK, shape[1])
-        named[f"{target}.lora_B"] = torch.randn(shape[0], _RANK)
     assert set(targets) <= set(modules)
     outputs: list[str] = []
 
@@ -65,15 +60,72 @@ def trace_block(call: BlockCall, weights: Mapping[str, Tensor], targets: Sequenc
         outputs[:] = [OUTPUT, GRAD_X, *names]
         return [y, *grads]
 
-    open_sizes = {
-        name: {axis: tokens for axis, size in enumerate(tensor.shape) if size == tokens}
-        for name, tensor in named.items()
-        if name in (X, GRAD) or name in call.context
+    open_sizes = _open_sizes(named, (X, GRAD, *call.context), targets, {tokens: "positions"})
+    return _traced(compute, named, open_sizes, outputs)
+
+
+def trace_decode(
+    call: BlockCall, argument: str, past: int, weights: Mapping[str, Tensor], targets: Sequence[str]
+) -> fx.GraphModule:
+    """The graph of a block whose tokens come after others: output y, and the tokens' keys and values.
+
+    Inputs and outputs are named as in ``trace_block``; beside them ``past_keys`` and ``past_values`` (past, heads,
+    width), ``past_mask`` (1, 1, tokens, past), and what comes out, ``keys`` and ``values`` (tokens, heads, width).
+
+    Args:
+        argument: of ``cache_arguments``; past: a number of tokens that is no other dimension.
+
+    Raises ``CannotRunOnDevice`` as ``call_with_past`` does.
+    """
+    x = call.hidden_states()
+    with torch.no_grad():
+        _, *made = call_with_past(call, argument, x, {}, None)
+    keys, values = (torch.randn(past, *each.shape[1:]) for each in made)
+    named: dict[str, Tensor] = {X: x.detach().clone(), SCALE: torch.tensor(2.0), **_context(call)}
+    named[PAST_MASK] = torch.zeros(1, 1, call.tokens, past)
+    named |= {PAST_KEYS: keys, PAST_VALUES: values, **weights, **_lora(weights, targets)}
+    modules = linears(call.block)
+
+    def compute(*tensors: Tensor) -> list[Tensor]:
+        given = dict(zip(named, tensors, strict=True))
+        lora = {
+            target: Lora(given[f"{target}.lora_A"], given[f"{target}.lora_B"], given[SCALE]) for target in targets
+        }
+        context = {name: given[name] for name in (*call.context, PAST_MASK)}
+        with torch.no_grad(), with_weights(call.block, modules, {name: given[name] for name in weights}, lora):
+            return [*call_with_past(call, argument, given[X], context, (given[PAST_KEYS], given[PAST_VALUES]))]
+
+    names = (X, PAST_MASK, PAST_KEYS, PAST_VALUES, *call.context)
+    open_sizes = _open_sizes(named, names, targets, {call.tokens: "new", past: "past"})
+    return _traced(compute, named, open_sizes, [OUTPUT, KEYS, VALUES])
+
+
+def _context(call: BlockCall) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(tensor.shape) if name == MASK else tensor.detach().clone()
+        for name, tensor in call.tensors().items()
+    }
+
+
+def _lora(weights: Mapping[str, Tensor], targets: Sequence[str]) -> dict[str, Tensor]:
+    named = {}
+    for target in targets:
+        out_features, in_features = weights[f"{target}.weight"].shape
+        named[f"{target}.lora_A"] = torch.randn(_RANK, in_features)
+        named[f"{target}.lora_B"] = torch.randn(out_features, _RANK)
+    return named
+
+
+def _open_sizes(
+    named: Mapping[str, Tensor], names: Sequence[str], targets: Sequence[str], numbers: Mapping[int, str]
+) -> dict[str, dict[int, str]]:
+    """By input and axis what an open size is called: those of ``numbers`` in the inputs ``names``, and the rank."""
+    found = {
+        name: {axis: numbers[size] for axis, size in enumerate(named[name].shape) if size in numbers} for name in names
     }
     for target in targets:
-        open_sizes[f"{target}.lora_A"] = {0: _RANK}
-        open_sizes[f"{target}.lora_B"] = {1: _RANK}
-    return _traced(compute, named, open_sizes, outputs)
+        found |= {f"{target}.lora_A": {0: "rank"}, f"{target}.lora_B": {1: "rank"}}
+    return found
 
 
 def trace_modules(
@@ -101,11 +153,12 @@ def trace_modules(
             y = y.squeeze(0)
         return [y, *torch.autograd.grad(y, [x], values[GRAD])]
 
-    return _traced(compute, named, {X: {0: tokens}, GRAD: {0: tokens}}, [OUTPUT, GRAD_X])
+    open_sizes = {X: {0: "positions"}, GRAD: {0: "positions"}}
+    return _traced(compute, named, open_sizes, [OUTPUT, GRAD_X])
 
 
 def _traced(
-    compute: Any, named: Mapping[str, Tensor], open_sizes: Mapping[str, Mapping[int, int]], outputs: list[str]
+    compute: Any, named: Mapping[str, Tensor], open_sizes: Mapping[str, Mapping[int, str]], outputs: list[str]
 ) -> fx.GraphModule:
     # Every dimension of one size that is open becomes one symbol: "duck shapes".
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True, specialize_zero_one=True), allow_non_fake_inputs=True)
@@ -138,6 +191,7 @@ def _traced(
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, named, strict=True):
         node.meta["name"] = name
+        node.meta["sizes"] = open_sizes.get(name, {})
     traced.meta["outputs"] = list(outputs)
     return traced
 

@@ -1,6 +1,7 @@
 """Three AdamW steps through the blocks of a bundle: ``python block_steps.py BUNDLE ENGINE``, on any machine.
 
-Prints losses and a few numbers of each matrix that was learnt, as JSON. It needs the device's package and no torch.
+Prints losses, a few numbers of each matrix that was learnt, and of what the blocks then give token by token, as JSON.
+It needs the device's package and no torch.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from dlora.edge.adapters.units import AdapterSet, Unit
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
 from dlora.edge.model.blocks import DeviceBlocks
+from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.training.optimizer import AdamW, OptimizerConfig
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec, TargetSpec
 
 STEPS, RANK, SCALING = 3, 3, 2.0
 LENGTHS = np.array([8, 5], np.int32)
+PIECES = (slice(0, 5), slice(5, 6), slice(6, 8))
 
 
 def main() -> None:
@@ -51,7 +54,10 @@ def main() -> None:
         for name, grad in blocks.backward(last - target, kept, values, SCALING).items():
             adapters.parameters()[name].grad = grad
         optimizer.step(adapters, step)
-    learnt = {name: parameter.value.reshape(-1)[::7].tolist() for name, parameter in adapters.parameters().items()}
+    values = {name: parameter.value for name, parameter in adapters.parameters().items()}
+    decoding = DecodeBlocks(bundle, engine, 2, rank=RANK, lora=values, scaling=SCALING)
+    values["token by token"] = np.concatenate([decoding.append(x[part]) for part in PIECES])
+    learnt = {name: value.reshape(-1)[::7].tolist() for name, value in values.items()}
     print(json.dumps({"machine": platform.machine(), "losses": losses, "learnt": learnt}))
 
 

@@ -1,0 +1,94 @@
+"""One of the last blocks of the base model: its weights and tables, and what its graphs are given of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Array
+from dlora.protocol.errors import BundleError
+from dlora.protocol.manifest import BlockSpec, DeviceBlocksSpec, GraphSpec, TensorSpec
+from dlora.protocol.tensors import FloatArray, IntArray
+
+LORA: Final = (".lora_A", ".lora_B")  # what names of a block's graph inputs end in; docs/bundle.md has them all
+BLOCKED: Final = np.finfo(np.float32).min  # added to a score where a token does not see another
+
+
+def last_blocks(bundle: Bundle, count: int) -> tuple[DeviceBlocksSpec, tuple[BlockSpec, ...]]:
+    """The last ``count`` blocks of a bundle. Raises ``BundleError`` where it has fewer."""
+    spec = bundle.manifest.device_blocks
+    has = 0 if spec is None else len(spec.blocks)
+    if spec is None or not 1 <= count <= has:
+        raise BundleError(
+            f"{bundle.path} has {has} blocks for a device, not {count}; export it again with --device-blocks {count}"
+        )
+    return spec, spec.blocks[-count:]
+
+
+class BlockWeights:
+    """One block, with its weights.
+
+    Args:
+        inputs: of one of its graphs, with all of its LoRA.
+        rank: of the LoRA; modules that have none get one of zeros.
+        max_length: the most tokens of a sequence.
+
+    Attributes:
+        zeros: that LoRA, by the parameters' full names.
+
+    Raises ``BundleError`` for tables that are too short, and LoRA without a weight.
+    """
+
+    def __init__(
+        self, bundle: Bundle, spec: BlockSpec, inputs: Sequence[TensorSpec], rank: int, max_length: int
+    ) -> None:
+        self.spec = spec
+        self._weights = {name: bundle.weight(file) for name, file in spec.weights.items()}
+        self._tables = {name: (bundle.weight(table.file), table.axis) for name, table in spec.tables.items()}
+        for name, (table, axis) in self._tables.items():
+            if axis >= table.ndim or table.shape[axis] < max_length:
+                raise BundleError(f"{self._where(name)} has too few positions; export the bundle again")
+        self.zeros = {}
+        for tensor in inputs:
+            if tensor.name.endswith(LORA):
+                shape = self._lora_shape(tensor, rank)
+                self.zeros[f"{spec.path}.{tensor.name}"] = np.zeros(shape, np.float32)
+
+    def of_positions(self, positions: IntArray) -> dict[str, FloatArray]:
+        """What a decoder would give the block for tokens at these places of their sequences."""
+        return {name: np.take(table, positions, axis) for name, (table, axis) in self._tables.items()}
+
+    def _where(self, name: str) -> str:
+        return f"the bundle's {name} of block {self.spec.index}"
+
+    def _lora_shape(self, tensor: TensorSpec, rank: int) -> tuple[int, int]:
+        """Of a ``lora_A`` or ``lora_B``, whose widths are those of the weight beside it: no larger than a file."""
+        module, _, side = tensor.name.rpartition(".")
+        weight = self._weights.get(f"{module}.weight")
+        if weight is None or weight.ndim != 2:
+            raise BundleError(f"{self._where(module)} has no weight; export the bundle again")
+        out_features, in_features = weight.shape
+        expected = ("rank", in_features) if side == "lora_A" else (out_features, "rank")
+        if tensor.shape != expected:
+            raise BundleError(f"{self._where(tensor.name)} has another shape than its weight; export the bundle again")
+        return (rank, in_features) if side == "lora_A" else (out_features, rank)
+
+    def _inputs(
+        self, spec: GraphSpec, own: Mapping[str, Array], lora: Mapping[str, FloatArray], scale: FloatArray
+    ) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        for tensor in spec.inputs:
+            if tensor.name == "scale":
+                found[tensor.name] = scale
+            elif tensor.name in own:
+                found[tensor.name] = own[tensor.name]
+            elif tensor.name in self._weights:
+                found[tensor.name] = self._weights[tensor.name]
+            elif (name := f"{self.spec.path}.{tensor.name}") in self.zeros:
+                found[tensor.name] = lora.get(name, self.zeros[name])
+            else:
+                raise BundleError(f"block {self.spec.index} has no {tensor.name}, which its graph takes; export again")
+        return found

@@ -1,0 +1,171 @@
+"""The last blocks of the base model on the device, with the keys and values of the tokens that they have seen.
+
+The tokens of one context go through them one after the other, or many at a time: a graph is given the new ones, and the
+keys and values of those before, which are kept here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Engine, Graph, scalar
+from dlora.protocol.errors import BundleError
+from dlora.protocol.manifest import BlockSpec
+from dlora.protocol.tensors import FloatArray
+
+from .block_weights import BLOCKED, BlockWeights, last_blocks
+
+_MOST_NEW: Final = 128  # tokens at once: what attention needs is so many times the context
+_FIRST_ROOM: Final = 64  # tokens; doubled whenever it is full
+
+
+class DecodeBlocks:
+    """The last blocks and the final norm, of one context.
+
+    Args:
+        count: of blocks.
+        rank: of the LoRA; lora: its values by full name, which never change; scaling: what it is multiplied by.
+
+    Attributes:
+        first: the number of the first block.
+        length: how many tokens it holds keys and values of.
+        limit: the most.
+
+    Raises ``BundleError`` where the bundle has fewer blocks, or none that go on from earlier tokens.
+    """
+
+    def __init__(
+        self, bundle: Bundle, engine: Engine, count: int, *, rank: int, lora: Mapping[str, FloatArray], scaling: float
+    ) -> None:
+        spec, chosen = last_blocks(bundle, count)
+        if spec.without_decode is not None:
+            raise BundleError(
+                f"the blocks of {bundle.path} cannot go on from earlier tokens on a device: {spec.without_decode}; "
+                "use --mode split"
+            )
+        graphs = {key: engine.load("block_decode", key) for key in {block.graph for block in chosen}}
+        self.first = chosen[0].index
+        self.length = 0
+        most_new, most_past = _bounds(bundle, engine)
+        self.limit = min(spec.max_length, most_past)
+        self._most_new = min(_MOST_NEW, most_new)
+        self._blocks = [_Block(bundle, block, graphs[block.graph], rank, spec.max_length) for block in chosen]
+        self._lora, self._scale = lora, scalar(scaling)
+        self._norm = engine.load("final_norm_forward")
+        self._norm_weights = {name: bundle.weight(file) for name, file in spec.final_norm.items()}
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens; it may hold fewer."""
+        self.length = min(length, self.length)
+
+    def append(self, hidden_states: FloatArray, *, with_lora: bool = True) -> FloatArray:
+        """The last hidden states float32 (tokens, hidden_size) of tokens that come after those that it holds; it then
+        holds these, too.
+
+        Args:
+            hidden_states: float32 (tokens, width), what comes out of the block before the first; no more than there is
+                room for.
+            with_lora: whether the adapters act on them.
+        """
+        lora = self._lora if with_lora else {}
+        parts = []
+        for start in range(0, len(hidden_states), self._most_new):
+            x = hidden_states[start : start + self._most_new]
+            for block in self._blocks:
+                x = block.append(x, self.length, lora, self._scale)
+            self.length += len(x)
+            parts.append(x)
+        last = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        (normed,) = self._norm({"x": last, **self._norm_weights})
+        return normed
+
+
+def _bounds(bundle: Bundle, engine: Engine) -> tuple[int, int]:
+    """The most new tokens, and tokens before them, that the engine's programs take at once."""
+    spec = bundle.manifest.executorch
+    if spec is None or engine.name != "executorch":
+        return 2**31, 2**31
+    return spec.bounds["new"], spec.bounds["past"]
+
+
+class _Block(BlockWeights):
+    """One block, its weights, and the keys and values of the tokens that it has seen.
+
+    These begin with one that no token sees, for no engine takes an empty array.
+    """
+
+    def __init__(self, bundle: Bundle, spec: BlockSpec, graph: Graph, rank: int, max_length: int) -> None:
+        self._graph_spec = bundle.manifest.graph("block_decode", spec.graph)
+        super().__init__(bundle, spec, self._graph_spec.inputs, rank, max_length)
+        if [tensor.name for tensor in self._graph_spec.outputs] != ["y", "keys", "values"]:
+            raise BundleError(f"{self._where('block_decode')} gives something else than it must; export it again")
+        self._graph = graph
+        self._keys, self._values = (
+            np.zeros((1 + _FIRST_ROOM, *self._shape_of(name)), np.float32) for name in ("past_keys", "past_values")
+        )
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        """Of one token's keys or values: not much wider than a weight, which is as large as its file."""
+        shape = next((each.shape for each in self._graph_spec.inputs if each.name == name), ())
+        sizes = tuple(size for size in shape if isinstance(size, int))
+        widest = max((size for weight in self._weights.values() for size in weight.shape), default=0)
+        if len(shape) != 3 or shape[0] != "past" or len(sizes) != 2 or not 0 < math.prod(sizes) <= 4 * widest:
+            raise BundleError(f"{self._where(name)} are not (past, heads, width); export the bundle again")
+        return sizes
+
+    def append(self, x: FloatArray, position: int, lora: Mapping[str, FloatArray], scale: FloatArray) -> FloatArray:
+        """y (new, width) of tokens that come after the first ``position``, which it has seen."""
+        new = len(x)
+        window = self.spec.window
+        first = 0 if window is None else max(0, position - max(1, window - 1))  # older ones none sees
+        past = slice(1 + first, 1 + position) if position else slice(0, 1)
+        own = {
+            "x": x,
+            "past_mask": _past_mask(new, position, first, window),
+            "mask": _mask(new, window),
+            "past_keys": self._keys[past],
+            "past_values": self._values[past],
+            **self.of_positions(np.arange(position, position + new, dtype=np.int32)),
+        }
+        y, keys, values = self._graph(self._inputs(self._graph_spec, own, lora, scale))
+        self._make_room(1 + position + new)
+        for kept, found in ((self._keys, keys), (self._values, values)):
+            rows = kept[1 + position : 1 + position + new]
+            if found.shape != rows.shape:
+                raise BundleError(f"{self._where('block_decode')} gives other keys than it takes; export it again")
+            rows[:] = found
+        return y
+
+    def _make_room(self, rows: int) -> None:
+        if rows > len(self._keys):
+            room = max(rows, 2 * len(self._keys))
+            self._keys, self._values = (_grown(each, room) for each in (self._keys, self._values))
+
+
+def _grown(array: FloatArray, rows: int) -> FloatArray:
+    grown = np.zeros((rows, *array.shape[1:]), np.float32)
+    grown[: len(array)] = array
+    return grown
+
+
+def _mask(new: int, window: int | None) -> FloatArray:
+    """float32 (1, 1, new, new), to be added to scores: what tokens see of each other."""
+    back = np.arange(new)[:, None] - np.arange(new)[None, :]
+    seen = (back >= 0) & (back < (window or new))
+    return np.where(seen, np.float32(0), BLOCKED)[None, None]
+
+
+def _past_mask(new: int, position: int, first: int, window: int | None) -> FloatArray:
+    """float32 (1, 1, new, past), likewise: what tokens from ``position`` on see of those from ``first`` to before it;
+    where there are none, of one that none sees."""
+    if not position:
+        return np.full((1, 1, new, 1), BLOCKED)
+    if window is None:
+        return np.zeros((1, 1, new, position - first), np.float32)
+    back = np.arange(position, position + new)[:, None] - np.arange(first, position)[None, :]
+    return np.where(back < window, np.float32(0), BLOCKED)[None, None]

@@ -1,0 +1,114 @@
+"""Streams in which nothing comes for a while, where comments keep them open, and those that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dlora.edge.endpoint import app, event_stream
+from dlora.edge.endpoint.answers import End, Generation, Piece
+from dlora.edge.endpoint.app import Served, make_app
+from dlora.edge.endpoint.requests import GenerationRequest
+from dlora.edge.endpoint.slots import ServedAdapter, Slot, Slots
+from dlora.edge.generation.generate import Counters
+from dlora.edge.generation.sampling import Sampling
+from dlora.protocol.errors import DataError
+
+PING = b": ping\n\n"
+
+
+def test_a_stream_that_is_silent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments, which clients pass over, until the next chunk has come; nothing of it is lost."""
+    monkeypatch.setattr(event_stream, "PING_EVERY_S", 0.02)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for number in range(3):
+            await asyncio.sleep(0.1 if number == 1 else 0)
+            yield b"data: %d\n\n" % number
+
+    async def run() -> list[bytes]:
+        return [made async for made in event_stream.with_pings(chunks())]
+
+    made = asyncio.run(run())
+    assert [each for each in made if each != PING] == [b"data: 0\n\n", b"data: 1\n\n", b"data: 2\n\n"]
+    assert made[1] == PING
+
+
+class Slow(Generation):
+    """Takes a while for its first token, and fails where the prompt says so."""
+
+    def run(
+        self, slot: Slot, adapter: ServedAdapter, request: GenerationRequest, should_stop: Callable[[], bool]
+    ) -> Iterator[Piece | End]:
+        time.sleep(0.2)
+        if request.prompts[0].text == "fail":
+            raise DataError("this cannot be answered; say less")
+        yield Piece(0, "hello", (), {})
+        yield End(0, "stop", Counters())
+
+
+def make_served() -> Served:
+    """An endpoint that is slow."""
+    tokenizer: Any = SimpleNamespace(encode_text=lambda _: np.zeros(1, np.int64))
+    return Served(
+        base_name="base", adapters=lambda: [ServedAdapter("mine", Path("mine"))],
+        generation=Slow(tokenizer, lambda _: None, 8, None, print),  # type: ignore[arg-type, return-value]
+        slots=Slots(1, 1), defaults=Sampling(), knows_tools=False, tool_form=None, api_key=None, hosts=None,
+        origins=(), log=lambda _: None, problem=lambda: None, is_stopping=lambda: False,
+    )  # fmt: skip
+
+
+def ask(prompt: str, *, stream: bool, served: Served | None = None, reads: bool = True) -> tuple[int, bytes]:
+    """Status and content of what a client gets; one that does not read takes the status only."""
+    body = json.dumps({"prompt": prompt, "stream": stream}).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    sent: list[Any] = []
+
+    async def run() -> None:
+        coming = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            return coming.pop() if coming else await asyncio.Event().wait()  # and never leaves
+
+        async def send(message: Any) -> None:
+            if not reads and sent:
+                await asyncio.Event().wait()
+            sent.append(message)
+
+        await asyncio.wait_for(make_app(served or make_served())(scope, receive, send), 30)
+
+    asyncio.run(run())
+    return sent[0]["status"], b"".join(each["body"] for each in sent[1:])
+
+
+def test_a_stream_begins_before_its_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that takes long: a proxy would close what is silent. An error is an event then, and else a status."""
+    assert ask("fail", stream=True)[0] == 400
+    for module in (app, event_stream):
+        monkeypatch.setattr(module, "PING_EVERY_S", 0.05)
+    status, content = ask("hi", stream=True)
+    assert status == 200
+    assert content.startswith(PING)
+    assert b'"text":"hello"' in content
+    assert content.endswith(b"data: [DONE]\n\n")
+    status, content = ask("fail", stream=True)
+    assert status == 200
+    assert b'"message":"this cannot be answered; say less"' in content
+    assert ask("fail", stream=False)[0] == 400
+    status, content = ask("hi", stream=False)
+    assert (status, json.loads(content)["choices"][0]["text"]) == (200, "hello")
+
+
+def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "UNREAD_S", 0.05)
+    served = make_served()
+    assert ask("hi", stream=True, served=served, reads=False) == (200, b"")
+    assert served.slots.busy == 0

@@ -1,0 +1,105 @@
+"""``generate``, ``chat`` and ``serve`` in the mode ``trunk``, as their users meet it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from generating import save_lora
+from processes import run_edge
+from serving import RunningServer, serving
+from test_chat import chat_command, say
+from test_cli import assert_fails
+from test_endpoint import Place as EndpointPlace
+from test_endpoint import endpoint_process
+from tiny import Tiny, TinyFactory
+from waiting import eventually
+
+from dlora.protocol.adapter_record import TrainingRecord
+
+PROMPT = ("--prompt", "w5 w6", "--max-new-tokens", 8)
+
+
+@dataclass
+class Place:
+    """An adapter of the last two blocks of three that was trained in the mode ``trunk``, and one that was not."""
+
+    model: Tiny
+    server: RunningServer
+    trained: Path
+    other: Path
+
+    def words(self, adapter: Path, *more: object, bundle: Path | None = None) -> list[object]:
+        where = ["--bundle", bundle or self.model.bundle, "--server", self.server.url, "--wire-dtype", "fp32"]
+        return ["generate", *where, "--adapter", adapter, *more]
+
+
+@pytest.fixture(scope="module")
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    model, directory = tiny(blocks=3, device_blocks=2, head_dtype="fp32"), tmp_path_factory.mktemp("adapters")
+    training = TrainingRecord(
+        steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=1, round_trips_per_step=0,
+        recipe={"mode": "trunk", "device_blocks": 2}, versions={},
+    )  # fmt: skip
+    save_lora(model.bundle, directory / "trained", blocks=(1, 2), training=training)
+    save_lora(model.bundle, directory / "other", blocks=(1, 2))
+    with serving(model.base) as server:
+        yield Place(model, server, directory / "trained", directory / "other")
+
+
+def answer(*words: object) -> dict[str, Any]:
+    done = run_edge(*words, "--json")
+    assert done.code == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_an_adapter_answers_in_the_mode_that_it_was_trained_in_or_another(place: Place) -> None:
+    """The same words each time; in the mode trunk a token is a round trip."""
+    as_trained, split, other = (
+        answer(*place.words(adapter, *PROMPT, "--draft", 0, *mode))
+        for adapter, mode in ((place.trained, ()), (place.trained, ("--mode", "split")), (place.other, ()))
+    )
+    assert as_trained["answer"] == split["answer"] == other["answer"]
+    assert as_trained["round_trips"] == as_trained["tokens"] == 8
+    assert split["round_trips"] == other["round_trips"] > 8 * 5
+    asked = answer(*place.words(place.other, *PROMPT, "--draft", 0, "--mode", "trunk"))
+    assert (asked["answer"], asked["round_trips"]) == (split["answer"], 8)
+    bare = answer("generate", *place.words(place.other)[1:7], *PROMPT, "--draft", 0, "--mode", "trunk")
+    assert bare["answer"] != split["answer"]
+
+
+def test_what_cannot_be_is_one_line(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
+    without = tiny(blocks=3, head_dtype="fp32").bundle
+    save_lora(place.model.bundle, tmp_path, blocks=(0, 2))
+    assert_fails(run_edge(*place.words(tmp_path, *PROMPT, "--mode", "trunk")), 2, "down to block 0")
+    # As it was trained, or not at all: nothing of it is told to a server that its user has not told it to.
+    assert_fails(run_edge(*place.words(place.trained, *PROMPT, bundle=without)), 4, "or use --mode split")
+
+
+def test_a_chat_says_what_it_says_in_the_mode_split(place: Place) -> None:
+    lines = ("w5 w6", "w7", "/adapter none", "/reset", "w5 w6", f"/adapter {place.trained}", "/reset", "w5 w6")
+    said = [
+        say(chat_command(place.model.bundle, place.server, "--adapter", place.trained, *PROMPT[2:], *mode), *lines)
+        for mode in ((), ("--mode", "split"))
+    ]
+    assert said[0].stdout == said[1].stdout
+    assert said[0].stdout.splitlines()[0] == said[0].stdout.splitlines()[-1]
+    assert said[0].stderr.count("a token took 1.00 round trips") >= 2
+
+
+def test_the_endpoint_serves_both_kinds_beside_each_other(place: Place) -> None:
+    bundle = place.model.bundle
+    endpoint = EndpointPlace(bundle, place.model.model, place.trained.parent, place.server)
+    messages = [{"role": "user", "content": "w5 w6"}]
+    wanted = answer(*place.words(place.trained, *PROMPT))["answer"]
+    with endpoint_process(endpoint, "--adapters", place.trained.parent, "--temperature", 0) as running:
+        eventually(running.is_ready)
+        assert set(running.models) >= {"trained", "other"}
+        for name in ("trained", "other", "trained"):
+            asked = {"model": name, "messages": messages, "max_tokens": 8}
+            status, body = running.request("/v1/chat/completions", asked)
+            assert (status, body["choices"][0]["message"]["content"]) == (200, wanted)
