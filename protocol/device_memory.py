@@ -21,6 +21,7 @@ TRAINED_COPIES: Final = 4  # of what is trained: value, gradient and two moments
 _FLOAT: Final = 4
 _HEAD_WIDTH: Final = 64  # of attention, in most families
 _SCORES: Final = 4  # copies of one block's scores of attention that are alive at a time
+_SLACK: Final = 1.05  # what lies between allocations of many sizes
 _WIDENED_MB: Final[dict[StoredDtype, int]] = {"int8": 12, "fp16": 0, "fp32": 0}  # what integers are widened into
 _WIDE_COPIES: Final = 3  # of a block's widest tensors, in the pass that is under way
 
@@ -80,9 +81,8 @@ def training_bytes(model: DeviceModel, count: int, tokens: int, rank: int, train
     # The head's pages go before backward begins.
     head = head_bytes(model.vocabulary_size, model.hidden_size, model.head_dtype)
     backward = _FLOAT * tokens * (_WIDE_COPIES * widest + _SCORES * scores)
-    return (
-        (RUNTIME_MB + _WIDENED_MB[model.block_dtype]) * 1e6
-        + block_weight_bytes(here, model.block_dtype)
+    return (RUNTIME_MB + _WIDENED_MB[model.block_dtype]) * 1e6 + _SLACK * (
+        block_weight_bytes(here, model.block_dtype)
         + _FLOAT * TRAINED_COPIES * numbers
         + _FLOAT * tokens * kept
         + max(head, backward)

@@ -165,7 +165,8 @@ def test_quality_comes_before_traffic_and_speed_decides_nothing() -> None:
 MEASURED = [
     ("fp16", 1, 266, 8, 167.9), ("fp16", 4, 266, 8, 212.9), ("fp16", 8, 266, 8, 267.7), ("fp16", 4, 266, 64, 245.3),
     ("fp16", 1, 1034, 8, 330.9), ("fp16", 4, 1034, 8, 378.8), ("int8", 4, 266, 8, 181.9), ("int8", 8, 266, 8, 224.8),
-    ("int8", 4, 1034, 8, 378.9), ("fp16", 30, 42, 8, 433.3), ("fp16", 30, 266, 8, 580.3), ("fp16", 30, 1034, 8, 1076.7),
+    ("int8", 4, 1034, 8, 378.9), ("fp16", 30, 42, 8, 433.3), ("fp16", 30, 256, 8, 585.8), ("fp16", 30, 266, 8, 580.3),
+    ("fp16", 30, 1034, 8, 1076.7),
 ]  # fmt: skip
 
 
@@ -182,12 +183,12 @@ def smollm2(dtype: Any) -> DeviceModel:
 def test_memory_is_what_was_measured_or_a_little_more(
     dtype: str, blocks: int, tokens: int, rank: int, measured: float
 ) -> None:
-    assert 1 <= training_bytes(smollm2(dtype), blocks, tokens, rank) / 1e6 / measured <= 1.22
+    assert 1 <= training_bytes(smollm2(dtype), blocks, tokens, rank) / 1e6 / measured <= 1.27
 
 
 def test_the_most_blocks_that_fit() -> None:
     model = smollm2("fp16")
-    assert [blocks_that_fit(model, size, rank=8) for size in (100e6, 215e6, 2e9)] == [0, 4, 30]
+    assert [blocks_that_fit(model, size, rank=8) for size in (100e6, 222e6, 2e9)] == [0, 4, 30]
 
 
 # -- export --------------------------------------------------------------------------------------------------------

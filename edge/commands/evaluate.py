@@ -67,9 +67,15 @@ class EvaluatedModel:
         """The model, connected where it has to be. ``longest``: tokens of the longest example."""
         if self.server is not None:
             options = ModelOptions(
-                self.bundle, self.server, self.adapter, self.wire_dtype, self.send, self.threads, self.engine,
-                self.max_retry_s,
-            )  # fmt: skip
+                bundle=self.bundle,
+                server=self.server,
+                adapter=self.adapter,
+                wire_dtype=self.wire_dtype,
+                send=self.send,
+                threads=self.threads,
+                engine=self.engine,
+                max_retry_s=self.max_retry_s,
+            )
             return options.open(bundle, credentials)
         from dlora.edge.adapters.store import default_directory
         from dlora.edge.model.local_use import open_local
