@@ -13,6 +13,7 @@ from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.model.encoder import cut_for_encoding
 from dlora.edge.model.ends import LongArray
+from dlora.edge.model.text_packs import PACK_TOKENS
 from dlora.edge.model.trunk_cache import record_bytes, text_digest
 from dlora.edge.model.trunk_source import encoded_width
 from dlora.edge.training.config import TrainConfig
@@ -137,7 +138,7 @@ def filling(config: TrainConfig, manifest: Manifest, texts: Iterable[LongArray])
     codec = codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
     kept = sum(record_bytes(codec, tokens, width) for tokens in lengths)
     total = Traffic(0, 0, 0)
-    for micro_batch in cut_for_encoding(lengths):
+    for micro_batch in cut_for_encoding(lengths) if config.exact else cut_for_encoding(lengths, max_tokens=PACK_TOKENS):
         total += encode_traffic(
             lengths[micro_batch.start : micro_batch.stop],
             width=width,
