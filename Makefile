@@ -59,7 +59,7 @@ build/smollm2-fp32/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-fp32 --head-dtype fp32
 
 build/smollm2-blocks/manifest.json: | .venv/.ready
-	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks --device-blocks 8
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks --device-blocks 12
 
 build/smollm2-blocks-fp32/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-fp32 --device-blocks 4 --block-dtype fp32 --head-dtype fp32

@@ -35,7 +35,8 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.generation.generate import Counters, TokenAnswer
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
-from dlora.edge.model.trunk_use import open_trunk, trained_mode
+from dlora.edge.model.device_lora import trained_mode
+from dlora.edge.model.trunk_use import open_trunk
 from dlora.edge.model.use import open_model
 
 FILE: Final = Path("benchmarks") / "generate.json"  # in docs

@@ -3,8 +3,8 @@
 ``step``: the device's step, torch's with the same blocks in one process, and a split step with all of q, v active take
 turns in one run on the same batches; medians. ``memory``: the peak of a real ``dlora-edge train``. ``traffic``: of a
 real run of three epochs, against the formula of all-active q, v. ``kills``: what a step takes where the lower half of
-the blocks is killed. ``losses``: what PEFT finds with the saved adapter. What has to be reached is written into
-docs/benchmarks/trunk.json.
+the blocks is killed. ``losses``: what PEFT finds with the saved adapter. ``encode``: how many texts a second the server
+encodes, for one device and sixteen. What has to be reached is written into docs/benchmarks/trunk.json.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
+from trunk_encode import bars_of_encoding, measure_encoding
 from trunk_kills import measure_kills
 from trunk_losses import bars_of_losses, measure_losses
 from trunk_trainers import LR, random_tokens, split_config, trunk_config, trunk_source
@@ -46,7 +47,7 @@ from dlora.protocol.wire_codecs import Codecs
 
 COMMAND: Final = "python benchmarks/trunk.py"
 FILE: Final = Path("benchmarks") / "trunk.json"
-PARTS: Final = ("step", "kills", "memory", "traffic", "losses")
+PARTS: Final = ("step", "kills", "memory", "traffic", "losses", "encode")
 
 
 def main() -> None:
@@ -196,6 +197,8 @@ def _bars(result: dict[str, Any]) -> dict[str, Entry]:
     if memory := result.get("memory"):
         for dtype, bar in (("fp16", 300), ("int8", 250)):
             bars[f"peak_rss_{dtype}"] = at_most(bar, memory[dtype], f"{COMMAND} --only memory")
+    if encoding := result.get("encode"):
+        bars |= bars_of_encoding(encoding, f"{COMMAND} --only encode")
     if losses := result.get("losses"):
         bars |= bars_of_losses(losses, f"{COMMAND} --only losses")
     if traffic := result.get("traffic"):
@@ -208,7 +211,8 @@ def _bars(result: dict[str, Any]) -> dict[str, Entry]:
 
 
 MEASURES: Final = {
-    "step": _step, "kills": measure_kills, "memory": _memory, "traffic": _traffic, "losses": measure_losses
+    "step": _step, "kills": measure_kills, "memory": _memory, "traffic": _traffic, "losses": measure_losses,
+    "encode": measure_encoding,
 }  # fmt: skip
 
 

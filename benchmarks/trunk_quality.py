@@ -37,7 +37,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_place_options(parser)
-    parser.set_defaults(bundle=Path("build/smollm2-12blocks"), threads=1)
+    parser.set_defaults(bundle=Path("build/smollm2-blocks"), threads=1)
     parser.add_argument("--runs", type=Path, default=Path("docs/benchmarks/trunk-runs.jsonl"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks/trunk"), help="for what several runs use")

@@ -17,8 +17,8 @@ last ones on the device, which asks the server once for what comes out of the ot
 ModeChoice = Literal["auto", RunMode]
 """A mode, or the one that ``dlora-edge plan`` recommends."""
 
-UseMode = Literal["split", "trunk"]
-"""Where they run when an adapter is used: likewise, but that the device asks once for each token or draft."""
+UseMode = Literal["split", "trunk", "local"]
+"""Where they run when answers are made: likewise, but in the mode trunk the device asks for each token or draft."""
 
 EngineName = Literal["onnx", "executorch"]
 """What runs a bundle's graphs."""

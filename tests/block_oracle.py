@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.model.device_lora import DeviceLora
 from dlora.protocol.manifest import BlockSpec, GraphSpec
 
 Arrays = dict[str, Any]
@@ -47,6 +48,12 @@ def random_lora(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[st
         name: (random.standard_normal(shape, np.float32) * np.float32(0.2 if name.endswith("B") else shape[1] ** -0.5))
         for name, shape in shapes.items()
     }
+
+
+def device_lora(lora: Mapping[str, np.ndarray], rank: int, scaling: float) -> DeviceLora:
+    """As blocks take it that never train it."""
+    scale = np.float32(scaling)
+    return DeviceLora({name: value * scale if name.endswith("B") else value for name, value in lora.items()}, rank)
 
 
 class TorchBlocks:

@@ -17,6 +17,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
+from dlora.edge.model.device_lora import DeviceLora
 from dlora.edge.model.trunk_source import encoded_width
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import (
@@ -162,7 +163,7 @@ def test_blocks_that_lie_of_earlier_tokens_are_one_line(bundle: Path, name: str,
     opened = Bundle.open(changed(bundle, tmp_path / "bundle", change))
     x = np.ones((3, encoded_width(opened.manifest)), np.float32)
     with pytest.raises(BundleError, match=text) as raised:
-        DecodeBlocks(opened, OnnxEngine(opened, 1), 2, rank=3, lora={}, scaling=1.0).append(x)
+        DecodeBlocks(opened, OnnxEngine(opened, 1), 2, DeviceLora()).append(x)
     assert "\n" not in str(raised.value)
 
 

@@ -10,7 +10,7 @@ import oracles
 import pytest
 import torch
 from block_bundles import REFUSED, TRIED_ALWAYS, WITHOUT_DECODE, BlockBundles, prepared, shared_bundles
-from block_oracle import TorchBlocks, graph_inputs, plain_mask, random_lora
+from block_oracle import TorchBlocks, device_lora, graph_inputs, plain_mask, random_lora
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 
 from dlora.edge.engine.bundle import Bundle
@@ -102,7 +102,7 @@ def check_in_pieces(
     """One sequence a few tokens at a time, some of them taken back: in torch all of it at once."""
     if refused is not None:
         with pytest.raises(BundleError, match=f"{refused}.*; use --mode split"):
-            DecodeBlocks(bundle, engine, 2, rank=RANK, lora=lora, scaling=SCALING)
+            DecodeBlocks(bundle, engine, 2, device_lora(lora, RANK, SCALING))
         return
     ids = sequences((13,))
     before = models[torch.float32].run(ids, None)
@@ -110,7 +110,7 @@ def check_in_pieces(
     hidden_states = before.x[path].numpy()
     grad = torch.ones_like(before.last)
     exact, single = (models[dtype].run(ids, grad, {path: hidden_states}).last for dtype in EXACT_AND_SINGLE)
-    blocks = DecodeBlocks(bundle, engine, 2, rank=RANK, lora=lora, scaling=SCALING)
+    blocks = DecodeBlocks(bundle, engine, 2, device_lora(lora, RANK, SCALING))
     found = [blocks.append(hidden_states[:5])]
     blocks.append(hidden_states[7:11])
     blocks.crop(5)

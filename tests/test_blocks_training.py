@@ -25,6 +25,7 @@ from dlora.edge.engine.executorch_engine import ExecutorchEngine
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
+from dlora.edge.model.device_lora import DeviceLora
 from dlora.edge.training.optimizer import AdamW, OptimizerConfig
 from dlora.export import to_executorch
 from dlora.protocol.adapters import AdapterSpec
@@ -161,7 +162,7 @@ def check_token_by_token(bundle: Bundle, engine: ExecutorchEngine) -> None:
     x = random_states(bundle, 9)
     found = []
     for each in (engine, OnnxEngine(bundle, 1)):
-        blocks = DecodeBlocks(bundle, each, 2, rank=RANK, lora={}, scaling=SCALING)
+        blocks = DecodeBlocks(bundle, each, 2, DeviceLora())
         pieces = (slice(0, 4), slice(4, 7), slice(7, 8), slice(8, 9))
         found.append(np.concatenate([blocks.append(x[piece]) for piece in pieces]))
     assert np.abs(found[0] - found[1]).max() <= 1e-5 * np.abs(found[1]).max()

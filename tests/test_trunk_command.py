@@ -290,7 +290,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Pat
     with small_disk(tmp_path) as disk:
         out = disk / "run"
         words = Place(place.bundle, data, place.url).train(
-            out, *TRUNK, "--wire-dtype", "fp32", "--eval", data
+            out, *TRUNK, "--exact", "--wire-dtype", "fp32", "--eval", data
         )
         done = run_edge(*words)
         assert (done.code, len(done.errors)) == (9, 1), done.stderr

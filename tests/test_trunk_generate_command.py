@@ -72,6 +72,25 @@ def test_an_adapter_answers_in_the_mode_that_it_was_trained_in_or_another(place:
     assert bare["answer"] != split["answer"]
 
 
+def test_without_a_server_all_blocks_run_here(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
+    """As the adapter was trained, or as it is said; never by a server that was not asked for."""
+    bundle = tiny(blocks=3, device_blocks=3, head_dtype="fp32").bundle
+    training = TrainingRecord(
+        steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=0, round_trips_per_step=0,
+        recipe={"mode": "local"}, versions={},
+    )  # fmt: skip
+    save_lora(bundle, tmp_path, blocks=(1, 2), training=training)
+    wanted = answer(*place.words(place.other, *PROMPT))["answer"]
+    words = ("generate", "--bundle", bundle, "--adapter", tmp_path, *PROMPT)
+    found = [answer(*words), answer(*words, "--mode", "local")]
+    assert [each["answer"] for each in found] == [wanted] * 2
+    assert found[0]["round_trips"] == found[0]["bytes_sent"] == 0
+    asked = ("--server", place.server.url)
+    assert_fails(run_edge(*words, "--mode", "local", *asked), 2, "--mode local asks no server: leave --server out")
+    assert_fails(run_edge(*words, "--mode", "split"), 2, "--mode split needs --server")
+    assert_fails(run_edge(*place.words(tmp_path, *PROMPT)), 4, "export it again with --device-blocks 3")
+
+
 def test_what_cannot_be_is_one_line(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
     without = tiny(blocks=3, head_dtype="fp32").bundle
     save_lora(place.model.bundle, tmp_path, blocks=(0, 2))

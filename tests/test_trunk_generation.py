@@ -1,4 +1,4 @@
-"""Generation in the mode ``trunk`` gives the tokens of PEFT's ``generate``, and of the mode ``split``."""
+"""Generation in the modes ``trunk`` and ``local`` gives the tokens of PEFT, and of the mode ``split``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from dlora.edge.model import decode_blocks
 from dlora.edge.model.context import Context
 from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.model.generating import GeneratingModel
+from dlora.edge.model.local_use import open_local_generator
 from dlora.edge.model.trunk_generator import TrunkGenerator
 from dlora.edge.model.trunk_use import open_trunk
 from dlora.edge.model.use import open_model
@@ -148,6 +149,26 @@ def test_drafts_change_nothing_on_narrower_wires(
     with opening(model, server, adapter, wire_dtype=wire_dtype, send=send) as trunk:
         plain, drafted = (generated(trunk, PROMPTS[1], TOKENS, draft_length=length) for length in (0, 4))
     assert plain == drafted
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_all_blocks_on_the_device_give_pefts_tokens_without_a_server(
+    family: str, tiny: TinyFactory, tmp_path: Path
+) -> None:
+    """In the mode local; an adapter that acts on answers, and one that acts everywhere."""
+    bundle = Bundle.open(tiny(family, device_blocks=2, head_dtype="fp32").bundle)
+    for invocation in ((), INVOCATION):
+        out = tmp_path / str(invocation)
+        save_lora(bundle.path, out, blocks=(0, 1), invocation=invocation)
+        reference = PeftModel.from_pretrained(tiny_model(family), out).eval()
+        with open_local_generator(bundle, out, context_length=48) as local:
+            context = Context(local)
+            wanted = [generated_by_peft(reference, prompt, TOKENS) for prompt in PROMPTS]
+            for draft_length in (0, None, 4):
+                found = [generated(context, prompt, TOKENS, draft_length=draft_length) for prompt in PROMPTS]
+                assert found == wanted
+            with pytest.raises(DataError, match="has 49 tokens, there is room for 48; begin anew"):
+                context.logits(np.full(49, 5))
 
 
 # -- what is kept, and where ------------------------------------------------------------------------------

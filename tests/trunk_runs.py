@@ -48,7 +48,7 @@ def trunk_training(
     runs = make_engine(opened, engine, 1)
     manifest = opened.manifest
     blocks = manifest.base_model.blocks - run.device_blocks
-    owner = CacheOwner.of(manifest, blocks, encoded_width(manifest), run.codecs, run.send)
+    owner = CacheOwner.of(manifest, blocks, encoded_width(manifest), run.codecs, run.send, exact=run.exact)
     kept = TrunkCache(cache, owner, limit=limit, warn=[].append if warnings is None else warnings.append)
     source = TrunkSource(
         opened,
@@ -58,6 +58,7 @@ def trunk_training(
         codecs=run.codecs,
         connect=lambda: Connection(url, connecting),
         send=run.send,
+        exact=run.exact,
     )
     try:
         trainer = Trainer(opened, runs, source, run, dataset, **settings)

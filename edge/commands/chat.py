@@ -62,6 +62,7 @@ def chat(
     from dlora.protocol.wire_codecs import Codecs
 
     Codecs.parse(model_options.wire_dtype)
+    model_options.check_mode(mode)
     sampling = sampling_options.sampling()
     credentials = credential_options.load()
     opened = Bundle.open(model_options.bundle)

@@ -19,6 +19,7 @@ from .options import (
     JsonOption,
     MaxLengthOption,
     MaxRetryOption,
+    OptionalServerOption,
     SendOption,
     ThreadsOption,
     TooLongOption,
@@ -38,9 +39,7 @@ class EvaluatedModel:
     """As ``ModelOptions``, of a model that may need no server."""
 
     bundle: BundleOption
-    server: Annotated[
-        str | None, typer.Option(help="Server address, ws://HOST:PORT or wss://HOST:PORT; not with --mode local.")
-    ] = None
+    server: OptionalServerOption = None
     mode: Annotated[
         Literal["split", "local"],
         typer.Option(metavar="MODE", help="split: blocks run on the server. local: all of them here, without one."),

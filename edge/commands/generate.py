@@ -58,6 +58,7 @@ def generate(
     from dlora.protocol.wire_codecs import Codecs
 
     Codecs.parse(model_options.wire_dtype)
+    model_options.check_mode(mode)
     if prompt is not None and messages is not None:
         raise UsageError("give --prompt or --messages, not both")
     asked_messages = None if messages is None else _read_messages(messages)

@@ -15,7 +15,7 @@ PANELS: Final = {
         "seed",
     ),
     "Adapters": ("kind", "rank", "alpha", "target_modules", "blocks", "adapt", "basis", "basis_steps", "init_adapter"),
-    "Blocks on the device": ("mode", "memory", "device_blocks", "cache_mb", "keep_cache", "cache_key_file"),
+    "Blocks on the device": ("mode", "memory", "device_blocks", "exact", "cache_mb", "keep_cache", "cache_key_file"),
     "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience"),
     "Choice of tokens": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     "Connection": (

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dlora.edge.choices import UseMode
+from dlora.protocol.errors import UsageError
 
 from .options import (
     AdapterOption,
     BundleOption,
     EngineOption,
     MaxRetryOption,
+    OptionalServerOption,
     SendOption,
-    ServerOption,
     ThreadsOption,
     WireDtypeOption,
 )
@@ -34,8 +35,8 @@ UseModeOption = Annotated[
     UseMode | None,
     typer.Option(
         "--mode",
-        help="Where blocks with an adapter run: split, on the server, as all others; trunk, on this device, so that "
-        "nothing of it is sent. Without it: as the adapter was trained.",
+        help="Where blocks run: split, all on the server; trunk, those that have an adapter on this device, so that "
+        "nothing of it is sent; local, all here, without a server. Without it: as the adapter was trained.",
     ),
 ]
 
@@ -54,7 +55,7 @@ class ModelOptions:
     """A bundle, a server and an adapter, as a group of options."""
 
     bundle: BundleOption
-    server: ServerOption
+    server: OptionalServerOption = None
     adapter: AdapterOption = None
     wire_dtype: WireDtypeOption = "fp16"
     send: SendOption = "embeddings"
@@ -66,7 +67,7 @@ class ModelOptions:
         """The model to evaluate, connected; ``bundle`` is the one that these name."""
         from dlora.edge.model.use import open_model
 
-        return open_model(bundle, self.server, self._find_adapter(), **self._settings(credentials))
+        return open_model(bundle, self._server_for("split"), self._find_adapter(), **self._settings(credentials))
 
     def open_generating(
         self,
@@ -87,15 +88,33 @@ class ModelOptions:
             longest_outage_s: of the server, from the first connection on, where these say nothing.
             should_stop: asked while the server is waited for.
 
-        Raises what ``open_model`` and ``open_trunk`` do.
+        Raises what ``open_model``, ``open_trunk`` and ``open_local_generator`` do, and ``UsageError`` for a server that
+        is lacking.
         """
-        from dlora.edge.model.trunk_use import open_trunk, trained_mode
+        from dlora.edge.model.device_lora import trained_mode
+        from dlora.edge.model.local_use import open_local_generator
+        from dlora.edge.model.trunk_use import open_trunk
         from dlora.edge.model.use import open_model
 
         adapter = self._find_adapter()
+        chosen = mode or trained_mode(adapter)
+        if chosen == "local":
+            return open_local_generator(
+                bundle, adapter, context_length=context_length, threads=self.threads, engine=self.engine
+            )
         settings = self._settings(credentials, longest_outage_s, should_stop)
-        open_it = open_trunk if (mode or trained_mode(adapter)) == "trunk" else open_model
-        return open_it(bundle, self.server, adapter, context_length=context_length, **settings)
+        open_it = open_trunk if chosen == "trunk" else open_model
+        return open_it(bundle, self._server_for(chosen), adapter, context_length=context_length, **settings)
+
+    def check_mode(self, mode: UseMode | None) -> None:
+        """Raise ``UsageError`` for a server that nobody asks."""
+        if mode == "local" and self.server is not None:
+            raise UsageError("--mode local asks no server: leave --server out")
+
+    def _server_for(self, mode: UseMode) -> str:
+        if self.server is None:
+            raise UsageError(f"--mode {mode} needs --server, which runs blocks; --mode local needs none")
+        return self.server
 
     def _find_adapter(self) -> Path | None:
         from dlora.edge.adapters.store import default_directory

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
 ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT or wss://HOST:PORT.")]
+OptionalServerOption = Annotated[
+    str | None,
+    typer.Option("--server", help="Server address, ws://HOST:PORT or wss://HOST:PORT; not with --mode local."),
+]
 AdapterOption = Annotated[
     Path | None,
     typer.Option(help="PEFT adapter, a directory or a name of dlora-edge adapters; none: the base model."),

@@ -34,6 +34,7 @@ def choose_placement(settings: RunSettings, manifest: Manifest, init: LoadedAdap
         ("--device-blocks", settings.device_blocks is not None and settings.mode == "split", "trunk"),
         ("--cache-mb", settings.cache_mb is not None and settings.mode != "trunk", "trunk"),
         ("--keep-cache", settings.keep_cache and settings.mode != "trunk", "trunk"),
+        ("--exact", settings.exact and settings.mode != "trunk", "trunk"),
         ("--cache-key-file", settings.cache_key_file is not None and settings.mode != "trunk", "trunk"),
     ):
         if is_given:
@@ -68,6 +69,7 @@ _WHY: Final = {
     "--device-blocks": "in which blocks run on this device",
     "--cache-mb": "in which a server's answers are kept",
     "--keep-cache": "in which a server's answers are kept",
+    "--exact": "in which a server runs texts",
     "--cache-key-file": "in which a server's answers are kept",
 }
 

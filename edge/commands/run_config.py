@@ -177,6 +177,7 @@ def _config(
     return TrainConfig(
         mode=settings.mode,
         device_blocks=settings.device_blocks or 0,
+        exact=settings.exact,
         holds_outputs=holds_outputs,
         total_steps=steps,
         batch_size=settings.batch_size,

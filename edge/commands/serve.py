@@ -73,6 +73,7 @@ def serve(
         from dlora.protocol.wire_codecs import Codecs
 
     Codecs.parse(model_options.wire_dtype)
+    model_options.check_mode(mode)
     listening = door_options.listening()
     sampling = sampling_options.sampling()
     credentials = credential_options.load()

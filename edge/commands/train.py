@@ -69,6 +69,14 @@ def train(
             min=0,
         ),
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="With --mode trunk: the server runs each text by itself, so that what comes out depends on no other "
+            "text. By default it runs some at once, as the data have them: faster, and but for rounding the same.",
+        ),
+    ] = False,
     keep_cache: Annotated[
         bool,
         typer.Option(

@@ -19,8 +19,10 @@ from dlora.protocol.manifest import BlockSpec
 from dlora.protocol.tensors import FloatArray
 
 from .block_weights import BLOCKED, BlockWeights, last_blocks
+from .device_lora import DeviceLora
 
 _MOST_NEW: Final = 128  # tokens at once: what attention needs is so many times the context
+_SCALE: Final = scalar(1.0)  # of the LoRA, which has its own in it
 _FIRST_ROOM: Final = 64  # tokens; doubled whenever it is full
 
 
@@ -29,7 +31,7 @@ class DecodeBlocks:
 
     Args:
         count: of blocks.
-        rank: of the LoRA; lora: its values by full name, which never change; scaling: what it is multiplied by.
+        lora: the adapters, which never change.
 
     Attributes:
         first: the number of the first block.
@@ -39,9 +41,7 @@ class DecodeBlocks:
     Raises ``BundleError`` where the bundle has fewer blocks, or none that go on from earlier tokens.
     """
 
-    def __init__(
-        self, bundle: Bundle, engine: Engine, count: int, *, rank: int, lora: Mapping[str, FloatArray], scaling: float
-    ) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, count: int, lora: DeviceLora) -> None:
         spec, chosen = last_blocks(bundle, count)
         if spec.without_decode is not None:
             raise BundleError(
@@ -54,8 +54,8 @@ class DecodeBlocks:
         most_new, most_past = _bounds(bundle, engine)
         self.limit = min(spec.max_length, most_past)
         self._most_new = min(_MOST_NEW, most_new)
-        self._blocks = [_Block(bundle, block, graphs[block.graph], rank, spec.max_length) for block in chosen]
-        self._lora, self._scale = lora, scalar(scaling)
+        self._blocks = [_Block(bundle, block, graphs[block.graph], lora.rank, spec.max_length) for block in chosen]
+        self._lora = lora.values
         self._norm = engine.load("final_norm_forward")
         self._norm_weights = {name: bundle.weight(file) for name, file in spec.final_norm.items()}
 
@@ -72,12 +72,12 @@ class DecodeBlocks:
                 room for.
             with_lora: whether the adapters act on them.
         """
-        lora = self._lora if with_lora else {}
+        lora: Mapping[str, FloatArray] = self._lora if with_lora else {}
         parts = []
         for start in range(0, len(hidden_states), self._most_new):
             x = hidden_states[start : start + self._most_new]
             for block in self._blocks:
-                x = block.append(x, self.length, lora, self._scale)
+                x = block.append(x, self.length, lora)
             self.length += len(x)
             parts.append(x)
         last = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -118,7 +118,7 @@ class _Block(BlockWeights):
             raise BundleError(f"{self._where(name)} are not (past, heads, width); export the bundle again")
         return sizes
 
-    def append(self, x: FloatArray, position: int, lora: Mapping[str, FloatArray], scale: FloatArray) -> FloatArray:
+    def append(self, x: FloatArray, position: int, lora: Mapping[str, FloatArray]) -> FloatArray:
         """y (new, width) of tokens that come after the first ``position``, which it has seen."""
         new = len(x)
         window = self.spec.window
@@ -132,7 +132,7 @@ class _Block(BlockWeights):
             "past_values": self._values[past],
             **self.of_positions(np.arange(position, position + new, dtype=np.int32)),
         }
-        y, keys, values = self._graph(self._inputs(self._graph_spec, own, lora, scale))
+        y, keys, values = self._graph(self._inputs(self._graph_spec, own, lora, _SCALE))
         self._make_room(1 + position + new)
         for kept, found in ((self._keys, keys), (self._values, values)):
             rows = kept[1 + position : 1 + position + new]

@@ -84,9 +84,11 @@ class EncodeSession(UntrainedSession):
 
 @dataclass
 class _Asked:
-    """A micro-batch under way: its texts, and what came out of the blocks, once that is there."""
+    """A micro-batch under way: its texts, whether it is the last one of its pack, and what came out of the blocks, once
+    that is there."""
 
     sequences: Sequence[LongArray]
+    ends_pack: bool
     found: Sequence[WireTensor] | None = None
 
 
@@ -105,15 +107,17 @@ class Encoder:
         self._send = send
         self._count = 0
 
-    def encode(self, sequences: Sequence[LongArray]) -> Iterator[WireTensor]:
-        """Of each text, int64 (tokens,), in order: its hidden states (tokens, width), as they crossed.
+    def encode(self, packs: Sequence[Sequence[LongArray]]) -> Iterator[list[WireTensor]]:
+        """Of each pack of texts, int64 (tokens,), in order: the hidden states of each text (tokens, width), as they
+        crossed.
 
-        Raises what ``Connection`` raises, and ``DataError`` for a text that is longer than the server takes.
+        A pack is a micro-batch, or several where the server does not take as much. Raises what ``Connection`` raises,
+        and ``DataError`` for a text that is longer than the server takes.
         """
         done = 0
-        while done < len(sequences):
+        while done < len(packs):
             try:
-                for found in self._encode(sequences[done:]):
+                for found in self._encode(packs[done:]):
                     done += 1
                     yield found
             except SessionLostError:
@@ -128,8 +132,9 @@ class Encoder:
         self._begin("decode", batch.ids, batch.sequence_lengths, batch.label_positions, position)
         return decode_floats(self._connection.receive(m.LabelledHiddenStates).hidden_states)
 
-    def _encode(self, sequences: Sequence[LongArray]) -> Iterator[WireTensor]:
-        waiting, in_order = deque(self._micro_batches(sequences)), deque[_Asked]()
+    def _encode(self, packs: Sequence[Sequence[LongArray]]) -> Iterator[list[WireTensor]]:
+        waiting, in_order = deque(each for pack in packs for each in self._micro_batches(pack)), deque[_Asked]()
+        of_pack: list[WireTensor] = []
         under_way: dict[Key, _Asked] = {}
         while waiting or in_order:
             while waiting and len(in_order) < self._connection.session.window:  # no more is held than that
@@ -145,15 +150,17 @@ class Encoder:
                 WireTensor(tensor.dtype, tensor.data.copy(), tensor.exponent) for tensor in message.hidden_states
             ]
             while in_order and (found := in_order[0].found) is not None:
-                in_order.popleft()
-                yield from found
+                of_pack += found
+                if in_order.popleft().ends_pack:
+                    yield of_pack
+                    of_pack = []
 
     def _micro_batches(self, sequences: Sequence[LongArray]) -> Iterator[_Asked]:
         welcome = self._connection.welcome
         lengths = [len(ids) for ids in sequences]
         check_sequence_length(max(lengths, default=0), welcome)
         for piece in cut_for_encoding(lengths, max_tokens=welcome.max_tokens, packs=welcome.packs):
-            yield _Asked(sequences[piece.start : piece.stop])
+            yield _Asked(sequences[piece.start : piece.stop], ends_pack=piece.stop == len(sequences))
 
     def _begin(
         self,

@@ -8,18 +8,18 @@ skipped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 import numpy as np
 
-from dlora.edge.data.batches import MicroBatch, pack
+from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
-from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.tensors import FloatArray
 from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
 from .blocks import DeviceBlocks
+from .text_packs import TextPacks, batch_of
 from .trunk_cache import TrunkCache
 from .trunk_source import TrunkSource, texts_of
 
@@ -29,8 +29,8 @@ _LEAST_EPOCHS: Final = 2  # that what is kept must last for: the first only fill
 class HeldBlocks:
     """Hidden states after the lowest blocks of a device, as they are while these are not trained.
 
-    Texts are computed in packs that depend on the data and nothing else, so that a text has the same bits whether it
-    was kept, or is computed again after a kill.
+    Texts are computed in packs (``TextPacks``), so that a text has the same bits whether it was kept, or is computed
+    again after a kill.
 
     Args:
         dataset: what is trained on, no other text is asked for.
@@ -55,8 +55,7 @@ class HeldBlocks:
         self._examples_a_step = examples_a_step
         self._most_tokens = most_tokens
         self._unchanged_steps = unchanged_steps
-        self._packs: Sequence[Sequence[int]] = ()
-        self._pack_of: dict[bytes, int] = {}
+        self._packs: TextPacks | None = None
         self._kept_for: tuple[int, int] | None = None  # how many blocks, and from which step on
         self._cache: TrunkCache | None = None
 
@@ -95,15 +94,16 @@ class HeldBlocks:
     ) -> dict[bytes, FloatArray]:
         """Of all texts of the pack that this one is in."""
         assert self._cache is not None
-        chosen = pack([self._dataset[index] for index in self._packs[self._pack_of[digest]]]).until_last_label()
-        out = self._blocks.forward_lowest(
-            self._source.hidden_states(chosen), chosen.sequence_lengths, lora, scaling, count
-        )
-        ends = np.cumsum(chosen.sequence_lengths)[:-1]
-        found = {}
-        for ids, hidden_states in zip(np.split(chosen.ids, ends), np.split(out, ends), strict=True):
-            found[self._source.cache.digest(ids)] = hidden_states
-            self._cache.add(self._source.cache.digest(ids), encode_floats(hidden_states, "fp32"))
+        assert self._packs is not None
+        index = self._packs.index_of(digest)
+        assert index is not None  # all texts of the data are in one
+        pack = self._packs[index]
+        batch = batch_of(list(pack.values()))
+        lengths = batch.sequence_lengths
+        out = self._blocks.forward_lowest(self._source.hidden_states(batch), lengths, lora, scaling, count)
+        found = dict(zip(pack, np.split(out, np.cumsum(lengths)[:-1]), strict=True))
+        for name, hidden_states in found.items():
+            self._cache.add(name, encode_floats(hidden_states, "fp32"))
         return found
 
     def _keep_for(self, step: int, count: int, lora: Mapping[str, FloatArray], scaling: float) -> None:
@@ -111,23 +111,11 @@ class HeldBlocks:
         wanted = count, self._unchanged_steps(step).start
         if self._kept_for == wanted:
             return
-        if not self._pack_of:
-            self._pack()
+        if self._packs is None:
+            self._packs = TextPacks(texts_of(self._dataset), self._source.cache.digest, self._most_tokens)
         names = sorted(self._blocks.parameters_below(count) & lora.keys())
         digest = hashlib.sha256(repr((scaling, self._most_tokens, names)).encode())
         for name in names:
             digest.update(np.ascontiguousarray(lora[name]).tobytes())
         self._cache = self._source.keep_after(count, digest.hexdigest())
         self._kept_for = wanted
-
-    def _pack(self) -> None:
-        """Put all different texts into packs, in the order of the data."""
-        indices, lengths = list[int](), list[int]()
-        for index, ids in enumerate(texts_of(self._dataset)):
-            if self._pack_of.setdefault(self._source.cache.digest(ids), len(indices)) == len(indices):
-                indices.append(index)
-                lengths.append(len(ids))
-        pieces = cut_to_fit(lengths, max_tokens=self._most_tokens, packs=True)
-        pack_of = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
-        self._packs = [[indices[place] for place in piece] for piece in pieces]
-        self._pack_of = {digest: int(pack_of[place]) for digest, place in self._pack_of.items()}

@@ -12,7 +12,7 @@ from dlora.edge.engine.engine import Engine
 from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.tensors import FloatArray
 
-from .ends import Embedding
+from .ends import Embedding, LongArray
 from .trainable import WireCounters
 
 
@@ -46,11 +46,15 @@ class LocalSource:
     def hidden_states(self, batch: MicroBatch) -> FloatArray:
         """Of all texts of a micro-batch, float32 (tokens, width). Raises ``DataError`` for a text longer than the table
         of positions."""
-        hidden_states = self._embedding(batch.ids) * self._scale
-        if self._positions is not None:
-            longest = int(batch.sequence_lengths.max())
-            if longest > len(self._positions):
-                raise DataError(f"a sequence has {longest} tokens, the bundle {len(self._positions)} positions")
-            positions = np.concatenate([np.arange(length) for length in batch.sequence_lengths])
-            hidden_states = hidden_states + self._positions[positions]
-        return hidden_states
+        longest = int(batch.sequence_lengths.max())
+        if self._positions is not None and longest > len(self._positions):
+            raise DataError(f"a sequence has {longest} tokens, the bundle {len(self._positions)} positions")
+        return self.of_tokens(batch.ids, np.concatenate([np.arange(length) for length in batch.sequence_lengths]))
+
+    def of_tokens(self, ids: LongArray, positions: LongArray, *, keep_table: bool = False) -> FloatArray:
+        """Of tokens int64 (tokens,) at these places of their texts, which there must be, float32 (tokens, width).
+
+        ``keep_table``: as ``Embedding`` takes it.
+        """
+        hidden_states = self._embedding(ids, keep_table=keep_table) * self._scale
+        return hidden_states if self._positions is None else hidden_states + self._positions[positions]

@@ -13,6 +13,9 @@ from dlora.edge.memory import release_freed_memory
 from dlora.protocol import interrupts
 from dlora.protocol.errors import UsageError
 
+from .decode_blocks import DecodeBlocks
+from .device_lora import DeviceLora
+from .local_generator import LocalGenerator
 from .local_source import LocalSource
 from .trunk import TrunkModel
 from .use import load_adapters
@@ -40,3 +43,21 @@ def open_local(
         model = TrunkModel(bundle, loaded, adapters, bundle.manifest.base_model.blocks, source)
         model.check_fits(longest)
         yield model
+
+
+@contextmanager
+def open_local_generator(
+    bundle: Bundle, adapter: Path | None, *, context_length: int, threads: int = 0, engine: EngineChoice = "auto"
+) -> Iterator[LocalGenerator]:
+    """A model to generate with, with a saved adapter of any kind or none, all of whose blocks run here.
+
+    ``context_length``: the most tokens of a text, or fewer where the bundle has no tables for as many.
+
+    Raises ``BundleError`` where the bundle has not all of them, or none that go on from earlier tokens, and what
+    loading an adapter raises.
+    """
+    lora = DeviceLora.load(bundle.manifest, adapter)
+    loaded = make_engine(bundle, engine, threads)
+    with interrupts.raise_on_signal():
+        blocks = DecodeBlocks(bundle, loaded, bundle.manifest.base_model.blocks, lora)
+        yield LocalGenerator(bundle, loaded, blocks, context_length=context_length, invocation=lora.invocation)

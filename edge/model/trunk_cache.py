@@ -48,6 +48,7 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         base_model: fingerprint; blocks: how many of the first were run; width: of what came out of them.
         embeddings: how the embeddings are stored and crossed, or ``token-ids``; codec: how the hidden states crossed.
+        exact: whether each text was run by itself.
         lora: where some of the blocks were run on the device: digest of the adapters in them.
         key: the name of the key that all is encrypted with; none: it is not encrypted.
     """
@@ -57,11 +58,14 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
     width: int
     embeddings: str
     codec: str
+    exact: bool
     lora: str = ""
     key: str = ""
 
     @classmethod
-    def of(cls, manifest: Manifest, blocks: int, width: int, codecs: Codecs, send: Send) -> CacheOwner:
+    def of(
+        cls, manifest: Manifest, blocks: int, width: int, codecs: Codecs, send: Send, *, exact: bool = False
+    ) -> CacheOwner:
         """Of a run with this bundle."""
         embeddings = f"{manifest.embedding.dtype} as {codecs.of(TensorRole.EMBEDDINGS).dtype}"
         return cls(
@@ -70,6 +74,7 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
             width=width,
             embeddings=send if send == "token-ids" else embeddings,
             codec=codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype,
+            exact=exact,
         )
 
 
@@ -115,7 +120,7 @@ class TrunkCache:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
             os.fchmod(self._file, 0o600)
         try:
-            self._end = self._read_header() or self._write_header()
+            self._start = self._end = self._read_header() or self._write_header()
             self._find_records()
         except BaseException:
             os.close(self._file)
@@ -134,6 +139,11 @@ class TrunkCache:
     def tokens(self) -> int:
         """Of all texts that it has."""
         return sum(place.tokens for place in self._places.values())
+
+    @property
+    def most_records(self) -> int:
+        """Bytes that all records together may have."""
+        return self._limit - self._start
 
     @property
     def room(self) -> int:
@@ -229,8 +239,8 @@ class TrunkCache:
             raise CheckpointError(f"{text}, or remove it, and its texts are asked for again")
         if owner != self.owner:
             raise CheckpointError(
-                f"{self.path} is of another base model, other blocks or another --wire-dtype or --send; remove it, or "
-                "choose another --out"
+                f"{self.path} is of another base model, other blocks or another --wire-dtype, --send or --exact; "
+                "remove it, or choose another --out"
             )
         return len(start) + length
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,12 +25,14 @@ from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.traffic import text_bytes
 from dlora.protocol.wire_codecs import Codecs, decode_floats
 
-from .encoder import Encoder, EncodeSession
+from .encoder import Encoder, EncodeSession, cut_for_encoding
 from .ends import Embedding, LongArray
+from .text_packs import TextPacks
 from .trainable import WireCounters
 from .trunk_cache import TrunkCache
 
 _TEXTS_AHEAD: Final = 512  # that are asked for at once while a cache is filled
+_PACKS_AHEAD: Final = 32  # likewise
 
 
 class TrunkSource:
@@ -40,6 +43,7 @@ class TrunkSource:
     Args:
         blocks: how many of the first blocks the server runs.
         connect: connects to the server.
+        exact: whether the server is to run each text by itself; else they are run in packs (``TextPacks``).
 
     Attributes:
         reconnects, resumed: as ``Connection`` has them, of all connections so far.
@@ -55,6 +59,7 @@ class TrunkSource:
         codecs: Codecs,
         connect: Callable[[], Connection],
         send: Send = "embeddings",
+        exact: bool = False,
     ) -> None:
         self.cache = cache
         self.reconnects = 0
@@ -65,6 +70,9 @@ class TrunkSource:
         self._codecs = codecs
         self._connect = connect
         self._send = send
+        self._exact = exact
+        self._packs: TextPacks | None = None
+        self._kept_packs = 0  # of these, the first so many have room in the cache
         self._connection: Connection | None = None
         self._encoder: Encoder | None = None
         self._held: TrunkCache | None = None
@@ -91,9 +99,12 @@ class TrunkSource:
         Returns whether there was room for all. ``progress`` is called with how many more texts are dealt with. Raises
         as ``hidden_states``, and whatever ``progress`` does: what has come stays.
         """
-        left = iter(texts)
-        has_room = True
-        while has_room and (some := list(islice(left, _TEXTS_AHEAD))):
+        has_room = self._fill_exactly(iter(texts), progress) if self._exact else self._fill_packs(texts, progress)
+        self.hang_up()
+        return has_room
+
+    def _fill_exactly(self, left: Iterator[LongArray], progress: Callable[[int], None]) -> bool:
+        while some := list(islice(left, _TEXTS_AHEAD)):
             missing: dict[bytes, LongArray] = {}
             room = self.cache.room
             for ids in some:
@@ -102,15 +113,27 @@ class TrunkSource:
                     continue
                 room -= self.cache.record_bytes(len(ids))
                 if room < 0:
-                    has_room = False
                     break
                 missing[digest] = ids
             progress(len(some) - len(missing))
-            for digest, tensor in zip(missing, self._ask(list(missing.values())), strict=True):
-                self.cache.add(digest, tensor)
-                progress(1)
-        self.hang_up()
-        return has_room
+            for count in self._ask_and_keep(self._cut(missing)):
+                progress(count)
+            if room < 0:
+                return False
+        return True
+
+    def _fill_packs(self, all_texts: Iterable[LongArray], progress: Callable[[int], None]) -> bool:
+        self._packs = packs = TextPacks(all_texts, self.cache.digest)
+        progress(packs.texts - packs.different)
+        sizes = (sum(map(self.cache.record_bytes, packs.lengths(index))) for index in range(len(packs)))
+        self._kept_packs = sum(end <= self.cache.most_records for end in itertools.accumulate(sizes))
+        for start in range(0, self._kept_packs, _PACKS_AHEAD):
+            some = [packs[index] for index in range(start, min(start + _PACKS_AHEAD, self._kept_packs))]
+            missing = [texts for texts in some if not all(digest in self.cache for digest in texts)]
+            progress(sum(map(len, some)) - sum(map(len, missing)))
+            for count in self._ask_and_keep(missing):
+                progress(count)
+        return self._kept_packs == len(packs)
 
     def hidden_states(self, batch: MicroBatch) -> FloatArray:
         """Of all texts of a micro-batch, float32 (tokens, width).
@@ -122,11 +145,42 @@ class TrunkSource:
         digests = [self.cache.digest(ids) for ids in texts]
         found = {digest: self.cache.get(digest) for digest in digests}
         missing = {digest: ids for digest, ids in zip(digests, texts, strict=True) if found[digest] is None}
-        for digest, tensor in zip(missing, self._ask(list(missing.values())), strict=True):
-            self.cache.add(digest, tensor)
-            found[digest] = tensor
+        for _ in self._ask_and_keep(self._cut(missing) if self._exact else self._packs_with(missing), found):
+            pass
         tensors = [found[digest] for digest in digests]
         return np.concatenate([decode_floats(tensor) for tensor in tensors if tensor is not None])
+
+    def _cut(self, texts: dict[bytes, LongArray]) -> list[dict[bytes, LongArray]]:
+        """Some at a time, so that what has come is kept; the server runs each by itself."""
+        names = list(texts)
+        pieces = cut_for_encoding([len(ids) for ids in texts.values()])
+        return [{names[place]: texts[names[place]] for place in piece} for piece in pieces]
+
+    def _packs_with(self, texts: dict[bytes, LongArray]) -> list[dict[bytes, LongArray]]:
+        """The packs that they are in; one that is in none that is kept comes alone."""
+        indices = {digest: None if self._packs is None else self._packs.index_of(digest) for digest in texts}
+        whole = {index: None for index in indices.values() if index is not None and index < self._kept_packs}
+        alone = [{digest: texts[digest]} for digest, index in indices.items() if index not in whole]
+        return [*(self._packs[index] for index in whole if self._packs is not None), *alone]
+
+    def _ask_and_keep(
+        self, packs: Sequence[dict[bytes, LongArray]], found: dict[bytes, WireTensor | None] | None = None
+    ) -> Iterator[int]:
+        """Ask for all texts of ``packs``; gives the number of each pack's once they are kept, where there is room.
+
+        ``found``: which to add them to.
+        """
+        if not packs:
+            return
+        if self._encoder is None:
+            self._encoder = self._open()
+        answers = self._encoder.encode([list(texts.values()) for texts in packs])
+        for texts, tensors in zip(packs, answers, strict=True):
+            for digest, tensor in zip(texts, tensors, strict=True):
+                self.cache.add(digest, tensor)
+                if found is not None:
+                    found[digest] = tensor
+            yield len(texts)
 
     def keep_after(self, count: int, lora: str) -> TrunkCache:
         """A cache of what comes out of ``count`` more blocks with adapters of this digest, in the place of any other.
@@ -163,13 +217,6 @@ class TrunkSource:
             self._held = None
         self.cache.close()
 
-    def _ask(self, texts: Sequence[LongArray]) -> Iterable[WireTensor]:
-        if not texts:
-            return ()
-        if self._encoder is None:
-            self._encoder = self._open()
-        return self._encoder.encode(texts)
-
     def _open(self) -> Encoder:
         self._connection = connection = self._connect()
         check_base_model(self._bundle, connection.welcome)
@@ -180,6 +227,7 @@ class TrunkSource:
             blocks=self._blocks,
             width=encoded_width(manifest),
             base_fingerprint=manifest.base_model.fingerprint,
+            exact=self._exact,
         )
         session.open()
         return Encoder(session, Embedding(self._bundle, self._engine), self._codecs, self._send)

@@ -143,7 +143,8 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         if run.eval_dataset is not None and isinstance(trainer.model, TrunkModel):
             trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
         if isinstance(connection, TrunkSource):
-            steps = range(first_step, run.config.total_steps)
+            # Texts that come in packs come in those of the whole part, whatever of it is still to do.
+            steps = range(first_step if run.config.exact else run.config.part_begins, run.config.total_steps)
             datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
             fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
         set_up_up, set_up_down = trainer.traffic

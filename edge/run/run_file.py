@@ -45,6 +45,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     mode: ModeChoice
     device_blocks: Count | None
     cache_mb: Amount | None
+    exact: bool
     keep_cache: bool
     cache_key_file: FilePath | None
     data: FilePath

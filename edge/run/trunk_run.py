@@ -46,7 +46,7 @@ def open_source(
     """
     blocks = bundle.manifest.base_model.blocks - config.device_blocks
     width = encoded_width(bundle.manifest)
-    owner = CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.send)
+    owner = CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.send, exact=config.exact)
     limit = round(cache_mb * 1e6)
     try:
         cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
@@ -56,8 +56,9 @@ def open_source(
         remove_quietly(out / CACHE)
         cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
     source = TrunkSource(
-        bundle, engine, cache, blocks=blocks, codecs=config.codecs, connect=connect, send=config.send
-    )
+        bundle, engine, cache, blocks=blocks, codecs=config.codecs, connect=connect, send=config.send,
+        exact=config.exact,
+    )  # fmt: skip
     try:
         yield source
     finally:

@@ -27,6 +27,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         mode: where the base model's blocks run; device_blocks: how many of the last ones on the device.
+        exact: whether the server runs each text by itself.
         holds_outputs: whether what comes out of the lowest of these is kept while they are not trained.
         total_steps: optimizer steps of the whole run.
         part_begins: where this part of it begins: 0, or the end of a run that was made longer. Schedules, and Kill and
@@ -44,6 +45,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     mode: RunMode = "split"
     device_blocks: int = 0
+    exact: bool = False
     holds_outputs: bool = False
     total_steps: int
     part_begins: int = 0

@@ -20,6 +20,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
+from dlora.edge.model.device_lora import DeviceLora
 from dlora.edge.training.optimizer import AdamW, OptimizerConfig
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec, TargetSpec
@@ -55,7 +56,7 @@ def main() -> None:
             adapters.parameters()[name].grad = grad
         optimizer.step(adapters, step)
     values = {name: parameter.value for name, parameter in adapters.parameters().items()}
-    decoding = DecodeBlocks(bundle, engine, 2, rank=RANK, lora=values, scaling=SCALING)
+    decoding = DecodeBlocks(bundle, engine, 2, DeviceLora(values, RANK))
     values["token by token"] = np.concatenate([decoding.append(x[part]) for part in PIECES])
     learnt = {name: value.reshape(-1)[::7].tolist() for name, value in values.items()}
     print(json.dumps({"machine": platform.machine(), "losses": losses, "learnt": learnt}))

@@ -1,0 +1,62 @@
+"""A saved adapter as blocks on the device take it: plain LoRA, whatever it was trained as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dlora.edge.adapters.compatibility import check_fit
+from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.memory import release_freed_memory
+from dlora.protocol.adapter_record import load_record
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.tensors import FloatArray
+
+
+@dataclass(frozen=True)
+class DeviceLora:
+    """The LoRA of an adapter, or none.
+
+    Attributes:
+        values: by the names of ``BlockWeights.zeros``; what they are multiplied by is in ``lora_B``.
+        rank: the largest of any module; those of a smaller one are filled with zeros.
+        invocation: the tokens from which on it acts; none: everywhere.
+        lowest: the number of the lowest block that has any; None where none has.
+    """
+
+    values: dict[str, FloatArray] = field(default_factory=dict)
+    rank: int = 1
+    invocation: tuple[int, ...] = ()
+    lowest: int | None = None
+
+    @classmethod
+    def load(cls, manifest: Manifest, adapter: Path | None) -> DeviceLora:
+        """That of a directory; None: none. Raises ``CheckpointError`` and ``ModelMismatchError``."""
+        if adapter is None:
+            return cls()
+        loaded = load_adapter(adapter)
+        check_fit(manifest, loaded)
+        block_of = {target.name: group.block for group in manifest.groups for target in group.targets}
+        rank = max(module.lora_A.shape[0] for module in loaded.modules.values())
+        values = {}
+        for name, module in loaded.modules.items():
+            more = rank - module.lora_A.shape[0]
+            values[f"{name}.lora_A"] = np.pad(module.lora_A, ((0, more), (0, 0)))
+            values[f"{name}.lora_B"] = np.pad(module.lora_B * np.float32(loaded.scaling[name]), ((0, 0), (0, more)))
+        made = cls(values, rank, loaded.invocation, min(block_of[name] for name in loaded.modules))
+        del loaded, module
+        release_freed_memory()  # its files were read whole
+        return made
+
+
+def trained_mode(adapter: Path | None) -> Literal["split", "trunk", "local"]:
+    """The mode in which an adapter was trained, as its record says; ``split`` where that says nothing.
+
+    Raises ``CheckpointError`` for a record that is damaged.
+    """
+    record = None if adapter is None else load_record(adapter)
+    mode = None if record is None or record.training is None else record.training.recipe.get("mode")
+    return "trunk" if mode == "trunk" else "local" if mode == "local" else "split"
