@@ -44,8 +44,10 @@ def local_training(bundle: Path, blocks: int, **changes: object) -> Trainer:
     return Trainer(opened, engine, LocalSource(opened, engine), run, data)
 
 
-# What stands between embeddings and block 0: nothing, a row for each position, a factor.
-@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("granite", marks=pytest.mark.slow)])
+# What stands between embeddings and block 0: a row for each position, nothing, a factor.
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "granite"))]
+)
 def test_a_run_is_that_of_peft(family: str, tiny: TinyFactory) -> None:
     """Losses and gradients of each step, the weights after some, and an evaluation."""
     model = tiny(family, device_blocks=2, head_dtype="fp32")
