@@ -86,8 +86,8 @@ def minutes_of(
     texts, tokens = min(epochs, 1) * len(dataset), min(epochs, 1) * dataset.tokens
     if evaluations is not None:
         texts, tokens = texts + len(evaluations.dataset), tokens + evaluations.dataset.tokens
-    # It runs each by itself.
-    seconds += (server.forward * texts + server.token * tokens) * (blocks - config.device_blocks) / blocks
+    passes = texts if config.exact else round_trips  # a pack at once, or each text by itself
+    seconds += (server.forward * passes + server.token * tokens) * (blocks - config.device_blocks) / blocks
     return _with_wire(seconds, server, wire_bytes, -(-round_trips // _AT_A_TIME))
 
 

@@ -11,9 +11,8 @@ from typing import Any, Final
 
 from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
-from dlora.edge.model.encoder import cut_for_encoding
 from dlora.edge.model.ends import LongArray
-from dlora.edge.model.text_packs import PACK_TOKENS
+from dlora.edge.model.text_packs import TextPacks
 from dlora.edge.model.trunk_cache import record_bytes, text_digest
 from dlora.edge.model.trunk_source import encoded_width
 from dlora.edge.training.config import TrainConfig
@@ -134,13 +133,13 @@ def filling(config: TrainConfig, manifest: Manifest, texts: Iterable[LongArray])
     """What asking the server once for each of ``texts`` puts on the wire, in the mode ``trunk``, and the bytes of the
     cache that keeps the answers; without the greeting, and of a server that takes micro-batches of the usual size."""
     codecs, width = config.codecs, encoded_width(manifest)
-    lengths = list({text_digest(ids): len(ids) for ids in texts}.values())
+    packs = TextPacks(texts, text_digest)
     codec = codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
-    kept = sum(record_bytes(codec, tokens, width) for tokens in lengths)
+    kept = sum(record_bytes(codec, tokens, width) for index in range(len(packs)) for tokens in packs.lengths(index))
     total = Traffic(0, 0, 0)
-    for micro_batch in cut_for_encoding(lengths) if config.exact else cut_for_encoding(lengths, max_tokens=PACK_TOKENS):
+    for index in range(len(packs)):
         total += encode_traffic(
-            lengths[micro_batch.start : micro_batch.stop],
+            packs.lengths(index),
             width=width,
             embedding_size=manifest.base_model.embedding_size,
             codecs=codecs,
