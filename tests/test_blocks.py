@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from block_bundles import REFUSED, TRIED_ALWAYS, WITHOUT_DECODE, BlockBundles, prepared, shared_bundles
+from block_bundles import REFUSED, TRIED_ALWAYS, WITHOUT_DECODE, BlockBundles, block_count, prepared, shared_bundles
 from block_oracle import TorchBlocks, device_lora, graph_inputs, plain_mask, random_lora
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 
@@ -62,8 +62,10 @@ def assert_as_near_as_torch(
 def test_blocks_compute_what_peft_and_autograd_do(family: str, bundles: BlockBundles) -> None:
     bundle = Bundle.open(bundles(family))
     engine = OnnxEngine(bundle, 1)
-    blocks = DeviceBlocks(bundle, engine, 2, RANK)
-    linear = {target.name for group in bundle.manifest.groups for target in group.targets}
+    count = block_count(family)
+    blocks = DeviceBlocks(bundle, engine, count, RANK)
+    here = [group for group in bundle.manifest.groups if group.block >= 2 - count]
+    linear = {target.name for group in here for target in group.targets}
     assert {name.rpartition(".")[0] for name in blocks.parameter_shapes} == linear
     lora = random_lora(blocks.parameter_shapes)
     spec = bundle.manifest.device_blocks
@@ -102,7 +104,7 @@ def check_in_pieces(
     """One sequence a few tokens at a time, some of them taken back: in torch all of it at once."""
     if refused is not None:
         with pytest.raises(BundleError, match=f"{refused}.*; use --mode split"):
-            DecodeBlocks(bundle, engine, 2, device_lora(lora, RANK, SCALING))
+            DecodeBlocks(bundle, engine, 1, device_lora(lora, RANK, SCALING))
         return
     ids = sequences((13,))
     before = models[torch.float32].run(ids, None)
@@ -110,7 +112,7 @@ def check_in_pieces(
     hidden_states = before.x[path].numpy()
     grad = torch.ones_like(before.last)
     exact, single = (models[dtype].run(ids, grad, {path: hidden_states}).last for dtype in EXACT_AND_SINGLE)
-    blocks = DecodeBlocks(bundle, engine, 2, device_lora(lora, RANK, SCALING))
+    blocks = DecodeBlocks(bundle, engine, len(before.x), device_lora(lora, RANK, SCALING))
     found = [blocks.append(hidden_states[:5])]
     blocks.append(hidden_states[7:11])
     blocks.crop(5)

@@ -65,7 +65,7 @@ def train_on_the_device(
     bundle: Bundle, engine: Engine, hidden_states: np.ndarray, target: np.ndarray, lora: dict[str, np.ndarray]
 ) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses, half a squared distance from ``target``, and what is learnt."""
-    blocks, adapters, losses = DeviceBlocks(bundle, engine, 2, RANK), adapters_of(lora), []
+    blocks, adapters, losses = device_blocks(bundle, engine), adapters_of(lora), []
     optimizer = AdamW(engine, CONFIG, STEPS)
     for step in range(STEPS):
         values = {name: parameter.value for name, parameter in adapters.parameters().items()}
@@ -77,6 +77,13 @@ def train_on_the_device(
             parameter.grad = grads[name]
         optimizer.step(adapters, step)
     return losses, {name: parameter.value for name, parameter in adapters.parameters().items()}
+
+
+def device_blocks(bundle: Bundle, engine: Engine) -> DeviceBlocks:
+    """All that a bundle has."""
+    spec = bundle.manifest.device_blocks
+    assert spec is not None
+    return DeviceBlocks(bundle, engine, len(spec.blocks), RANK)
 
 
 def check_twenty_steps(bundle: Bundle, engine: Engine, family: str) -> None:
@@ -91,7 +98,7 @@ def check_twenty_steps(bundle: Bundle, engine: Engine, family: str) -> None:
                 if f"{name}.weight" in weights:
                     value = stored_as(weights, name)
                     module.weight.copy_(value.T if isinstance(module, Conv1D) else value)
-    lora = random_lora(DeviceBlocks(bundle, engine, 2, RANK).parameter_shapes)
+    lora = random_lora(device_blocks(bundle, engine).parameter_shapes)
     torchs = TorchBlocks(model, [block.path for block in spec.blocks], lora, SCALING)
     ids = sequences()
     hidden_states = torchs.hidden_states(ids)
