@@ -106,11 +106,13 @@ def _check_data(finished: Finished, set_name: str, data: Data) -> None:
 def _check_rate(plan: Plan, settings: Settings, data: Data) -> None:
     """The report says of one rate that it is what a user gets who gives none."""
     recipe = plan.recipes[settings.recipe]
-    if SETS[settings.set].fixed_lr is not None or settings.rows is not None or settings.device_blocks:
+    if SETS[settings.set].fixed_lr is not None or settings.rows is not None:
         return
     steps = total_steps(data.train, epochs=1, steps=settings.steps, batch_size=settings.batch_size, grad_accum=1)
-    kind = msgspec.convert(recipe.kind, KindChoice)
-    chosen = choose_learning_rate(kind, data.train, steps=steps, examples_a_step=settings.batch_size).lr
+    kind, on_device = msgspec.convert(recipe.kind, KindChoice), bool(recipe.device_blocks)
+    chosen = choose_learning_rate(
+        kind, data.train, steps=steps, examples_a_step=settings.batch_size, on_device=on_device
+    ).lr
     if chosen != recipe.usual_lr(settings.set):
         raise SystemExit(f"error: on {settings.set} the command chooses {chosen:g}: correct economy_recipes.py")
 

@@ -26,7 +26,7 @@ from economy_results import (
     measure_bars,
 )
 from economy_runs import Finished, Plan, Point
-from sections import DRIFT, section_of, with_section
+from sections import DRIFT, TRUNK, section_of, with_section
 
 from dlora.edge.files import write_atomically
 
@@ -96,8 +96,10 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
     lines += ["## What is missing\n", *([f"- {each}" for each in missing] or ["Nothing."])]
     text = "\n".join(lines).rstrip() + "\n"
     page = docs / "benchmarks.md"
-    of_drift = section_of(page.read_text(encoding="utf-8"), DRIFT) if page.exists() else ""
-    page.write_text(with_section(text, DRIFT, of_drift), encoding="utf-8")
+    before = page.read_text(encoding="utf-8") if page.exists() else ""
+    for title in (DRIFT, TRUNK):
+        text = with_section(text, title, section_of(before, title))
+    page.write_text(text, encoding="utf-8")
     return {"runs": len(finished), "bars": bars, "missing": missing}
 
 

@@ -6,6 +6,8 @@ from typing import Final
 
 DRIFT: Final = "Data that drift"
 """What ``drift.py`` writes into the page of ``economy.py``, which keeps it."""
+TRUNK: Final = "Blocks on the device"
+"""Likewise of ``trunk_quality.py``."""
 
 
 def section_of(page: str, title: str) -> str:

@@ -20,6 +20,7 @@ os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREA
 from economy import make_runs
 from economy_measure import add_place_options
 from economy_runs import Plan, RunsFile
+from trunk_quality_report import write_report
 from trunk_recipes import COMPARED, order
 
 
@@ -31,7 +32,8 @@ def main() -> None:
     plan = Plan(options.model, options.dtype, recipes=COMPARED)
     if not options.report:
         make_runs(runs, plan, order(), options)
-    print(json.dumps({}, indent=1))
+    finished = {**RunsFile(options.docs / "benchmarks" / "economy-runs.jsonl").runs, **runs.runs}
+    print(json.dumps(write_report(finished, plan, options.docs), indent=1))
 
 
 def _options() -> argparse.Namespace:

@@ -12,8 +12,15 @@ RANKS: Final = (8, 16)
 MODEL_BLOCKS: Final = 30
 DEFAULT_LR: Final = 4e-3
 
+
+
+def recipe_name(count: int, rank: int) -> str:
+    """Of the last ``count`` blocks with LoRA of ``rank``."""
+    return f"trunk-{count}-r{rank}"
+
+
 TRUNK_RECIPES: Final[dict[str, Recipe]] = {
-    f"trunk-{count}-r{rank}": Recipe(
+    recipe_name(count, rank): Recipe(
         f"the last {count} blocks on the device, r {rank} on all linears",
         {
             "rank": rank,

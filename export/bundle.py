@@ -140,13 +140,16 @@ def _device_blocks(
     if count > base.blocks:
         raise UsageError(f"--device-blocks {count} is more than the {base.blocks} blocks of {base.name}")
     try:
-        return prepare_blocks(base, selection.trainable, count, settings.block_dtype, say)
-    except CannotBeginOnDevice as error:
-        text = f"{base.name} ({base.architecture}) cannot run on a device alone: {error}"
-        if is_asked_for:
-            raise ExportError(f"{text}; --device-blocks {count - 1} is the most, for --mode trunk") from None
-        note(f"{text}; it gets {count - 1} blocks, for --mode trunk")
-        return prepare_blocks(base, selection.trainable, count - 1, settings.block_dtype, say) if count > 1 else None
+        try:
+            return prepare_blocks(base, selection.trainable, count, settings.block_dtype, say)
+        except CannotBeginOnDevice as error:
+            text = f"{base.name} ({base.architecture}) cannot run on a device alone: {error}"
+            if is_asked_for:
+                raise ExportError(f"{text}; --device-blocks {count - 1} is the most, for --mode trunk") from None
+            note(f"{text}; it gets {count - 1} blocks, for --mode trunk")
+            if count == 1:
+                return None
+            return prepare_blocks(base, selection.trainable, count - 1, settings.block_dtype, say)
     except CannotRunOnDevice as error:
         text = f"{base.name} ({base.architecture}) has no blocks for a device: {error}"
         if is_asked_for:

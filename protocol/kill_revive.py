@@ -164,10 +164,12 @@ class Timetable:
         return self._ticks(step, config.revive_every) and step + max(1, config.probation) <= self.last_change
 
     def unchanged_steps(self, step: int) -> range:
-        """The steps around ``step`` in which no unit becomes active; some may be killed."""
+        """The steps around ``step`` in which the units' states stay as they are; in the ramp, ``step`` alone."""
         if self.is_fixed:
             return range(self.total_steps)
-        edges = [0, self.last_change, self.total_steps]
+        if step < self.ramp_end:
+            return range(step, step + 1)
+        edges = [self.ramp_end, self.last_change, self.total_steps]
         if self.begins_at_floor:
             edges.append(1)  # the first report may choose anew
         for every in (self.config.kill_every, self.config.revive_every):

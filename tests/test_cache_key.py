@@ -55,9 +55,9 @@ def test_a_file_says_nothing_without_its_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("made_with", "opened_with", "said"), [
-    (SECRET, OTHER, "is encrypted with another key; give its --cache-key-file, or remove it"),
-    (SECRET, None, "is encrypted; give its --cache-key-file, or remove it"),
-    (None, SECRET, "is not encrypted, or remove it"),
+    (SECRET, OTHER, "is encrypted with another key; give its --cache-key-file, or remove the file"),
+    (SECRET, None, "is encrypted; give its --cache-key-file, or remove the file"),
+    (None, SECRET, "is not encrypted; leave out --cache-key-file, or remove the file"),
 ])  # fmt: skip
 def test_another_key_is_one_line(
     made_with: bytes | None, opened_with: bytes | None, said: str, tmp_path: Path

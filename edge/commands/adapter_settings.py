@@ -86,7 +86,9 @@ def choose_rate(settings: RunSettings, dataset: Dataset, steps: int, say: Callab
     if settings.lr is not None:
         return settings
     examples_a_step = settings.batch_size * settings.grad_accum
-    chosen = choose_learning_rate(settings.kind, dataset, steps=steps, examples_a_step=examples_a_step)
+    chosen = choose_learning_rate(
+        settings.kind, dataset, steps=steps, examples_a_step=examples_a_step, on_device=settings.mode != "split"
+    )
     if chosen.reason:
         usual = DEFAULTS[settings.kind].lr
         say(f"learning rate {chosen.lr:g}: {chosen.reason}; --lr {usual:g} would learn them by heart")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,15 @@ class EvaluatedModel:
         if self.mode == "local" and self.server is not None:
             raise UsageError("--mode local asks no server: leave --server out")
 
+    def warn_of_server(self, warn: Callable[[str], None]) -> None:
+        """Say where a server is to be told what an adapter computes that was trained without."""
+        from dlora.edge.adapters.store import default_directory
+        from dlora.edge.model.device_lora import trained_mode
+
+        adapter = find_adapter(self.adapter, default_directory())
+        if self.mode == "split" and (mode := trained_mode(adapter)) != "split":
+            warn(f"the adapter was trained with --mode {mode}; the server is now sent what it computes, token by token")
+
     def open(
         self, bundle: Bundle, credentials: Credentials, longest: int
     ) -> AbstractContextManager[SplitModel] | AbstractContextManager[TrunkModel]:
@@ -108,6 +118,7 @@ def evaluate(
     display = Display(json_output=json_output)
     Codecs.parse(model_options.wire_dtype)  # before data is read
     model_options.check()
+    model_options.warn_of_server(display.warn)
     credentials = credential_options.load()
     opened = Bundle.open(model_options.bundle)
     fields = parse_columns(columns) if columns else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -109,16 +110,20 @@ def _count(settings: RunSettings, manifest: Manifest) -> int:
     return count
 
 
-def has_room_to_hold(settings: RunSettings, manifest: Manifest, codecs: Codecs, dataset: Dataset) -> bool:
-    """Whether ``--cache-mb`` allows that what comes out of killed blocks is kept, too, for all of the data."""
+def has_room_to_hold(
+    settings: RunSettings, manifest: Manifest, codecs: Codecs, dataset: Dataset, evaluated: Sequence[Dataset]
+) -> bool:
+    """Whether ``--cache-mb`` allows that what comes out of killed blocks is kept, too, for all data that are trained
+    on, beside what the server gives of these and of those that are ``evaluated``."""
     if settings.mode == "split" or settings.cache_mb is None:
         return False
     from dlora.edge.model.trunk_cache import most_bytes
     from dlora.edge.model.trunk_source import encoded_width
 
     wire = codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
-    tokens, width = int(dataset.lengths.sum()), encoded_width(manifest)
-    wanted = sum(most_bytes(len(dataset), tokens, width, codec) for codec in (wire, "fp32"))
+    width = encoded_width(manifest)
+    kept = [(dataset, "fp32"), *((each, wire) for each in (dataset, *evaluated))]
+    wanted = sum(most_bytes(len(each), int(each.lengths.sum()), width, codec) for each, codec in kept)
     return wanted <= settings.cache_mb * 1e6
 
 

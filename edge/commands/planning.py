@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +22,7 @@ from dlora.protocol.device_memory import DeviceModel, training_bytes
 from dlora.protocol.errors import BundleError, UsageError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import ALL_LINEAR, choose_groups, module_names
+from dlora.protocol.traffic import Traffic
 
 from .footprint import split_bytes
 from .run_config import Configured, check_before_data, configure
@@ -81,6 +82,7 @@ class Question:
         loaded: the data to train on, and those to evaluate on where there are some.
         memory: bytes that the process may take.
         device, server: how fast they are, where that was measured.
+        fillings: what it takes to fill a cache, found so far: the same for any number of blocks.
     """
 
     settings: RunSettings
@@ -90,6 +92,7 @@ class Question:
     memory: float
     device: DeviceSpeed | None = None
     server: ServerSpeed | None = None
+    fillings: dict[tuple[object, ...], tuple[Traffic, int]] = field(default_factory=dict)
 
 
 def rows_of(question: Question) -> list[Row]:
@@ -145,7 +148,7 @@ def _row(question: Question, mode: RunMode, kind: KindChoice, count: int) -> Row
     except (UsageError, BundleError) as error:
         return msgspec.structs.replace(bare, problem=str(error))
     peak = _peak_bytes(configured, manifest)
-    wire_mb, round_trips, cache_mb = _traffic(configured, manifest)
+    wire_mb, round_trips, cache_mb = _traffic(configured, manifest, question.fillings)
     minutes = minutes_of(
         configured.config,
         manifest,
@@ -166,12 +169,15 @@ def _row(question: Question, mode: RunMode, kind: KindChoice, count: int) -> Row
         round_trips=round_trips,
         cache_mb=round(cache_mb, 3),
         minutes=minutes,
-        **_quality(measured, count, manifest),
+        **_quality(measured, count, question),
     )
 
 
-def _quality(measured: Measured | None, count: int, manifest: Manifest) -> dict[str, Any]:
-    spec = manifest.device_blocks
+def _quality(measured: Measured | None, count: int, question: Question) -> dict[str, Any]:
+    spec, settings = question.manifest.device_blocks, question.settings
+    chosen = (settings.rank, settings.blocks, settings.wire_dtype, settings.target_modules)
+    if any(chosen) or settings.active_fraction < 1:
+        return {"quality": "not measured with these options"}
     if count and spec is not None and spec.dtype == "int8":
         return {"quality": "not measured: the blocks on the device are rounded to int8"}
     if measured is None:
@@ -191,17 +197,23 @@ def _peak_bytes(configured: Configured, manifest: Manifest) -> float:
     return training_bytes(model, config.device_blocks, tokens, config.rank, trained)
 
 
-def _traffic(configured: Configured, manifest: Manifest) -> tuple[float, int, float]:
-    """MB that cross, round trips, and MB of the cache."""
+def _traffic(
+    configured: Configured, manifest: Manifest, fillings: dict[tuple[object, ...], tuple[Traffic, int]]
+) -> tuple[float, int, float]:
+    """MB that cross, round trips, and MB of the cache, whatever its limit is."""
     config, dataset = configured.config, configured.dataset
     if config.mode == "local":
         return 0.0, 0, 0.0
     if config.mode == "trunk":
         a_step = config.batch_size * config.grad_accum
         # Which examples a run takes that does not get through its data once, its seed says; here they are the first.
-        texts = [texts_of(dataset, range(min(len(dataset), config.total_steps * a_step)))]
-        texts += [texts_of(configured.evaluated)] if configured.evaluated is not None else []
-        traffic, kept = filling(config, manifest, chain(*texts))
+        count = min(len(dataset), config.total_steps * a_step)
+        key = (config.wire_dtype, config.send, config.exact, count)
+        if key not in fillings:
+            texts = [texts_of(dataset, range(count))]
+            texts += [texts_of(configured.evaluated)] if configured.evaluated is not None else []
+            fillings[key] = filling(config, manifest, chain(*texts))
+        traffic, kept = fillings[key]
         return (traffic.bytes_up + traffic.bytes_down) / 1e6, traffic.round_trips, kept / 1e6
     wire_mb = expected_mb(config, manifest, dataset, 0)
     wire_mb += set_up_mb(config, manifest, dataset, has_state=configured.settings.init_adapter is not None)

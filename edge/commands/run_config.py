@@ -105,7 +105,7 @@ def configure(
         settings = _within_budget(settings, of_one_step, manifest, dataset)
         kill_revive = _kill_revive(settings, manifest)
     codecs = Codecs.parse(settings.wire_dtype or "")
-    holds_outputs = has_room_to_hold(settings, manifest, codecs, dataset)
+    holds_outputs = has_room_to_hold(settings, manifest, codecs, dataset, evaluated)
     config = _config(settings, manifest, kill_revive, steps, invocation, holds_outputs=holds_outputs)
     return Configured(settings, config, dataset, evaluated[0] if evaluated else None)
 

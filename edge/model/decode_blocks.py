@@ -14,7 +14,7 @@ import numpy as np
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine, Graph, scalar
-from dlora.protocol.errors import BundleError
+from dlora.protocol.errors import BundleError, UsageError
 from dlora.protocol.manifest import BlockSpec
 from dlora.protocol.tensors import FloatArray
 
@@ -55,6 +55,9 @@ class DecodeBlocks:
         self.limit = min(spec.max_length, most_past)
         self._most_new = min(_MOST_NEW, most_new)
         self._blocks = [_Block(bundle, block, graphs[block.graph], lora.rank, spec.max_length) for block in chosen]
+        if missing := sorted(set(lora.values) - {name for block in self._blocks for name in block.zeros}):
+            module = missing[0].rpartition(".")[0]
+            raise UsageError(f"{module} cannot have an adapter in blocks on a device; use --mode split")
         self._lora = lora.values
         self._norm = engine.load("final_norm_forward")
         self._norm_weights = {name: bundle.weight(file) for name, file in spec.final_norm.items()}

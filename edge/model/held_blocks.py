@@ -36,7 +36,7 @@ class HeldBlocks:
         dataset: what is trained on, no other text is asked for.
         examples_a_step: how many of them a step takes.
         most_tokens: of a pack.
-        unchanged_steps: the steps around one in which no unit becomes active.
+        unchanged_steps: the steps around one in which the units' states stay as they are.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class HeldBlocks:
         for digest in digests:
             if digest not in found:
                 kept = self._kept(digest)
-                found |= self._compute(digest, count, lora, scaling) if kept is None else {digest: kept}
+                whole = self._compute(digest, count, lora, scaling) if kept is None else {digest: kept}
+                found |= {name: whole[name].copy() for name in whole.keys() & set(digests)}
         return np.concatenate([found[digest] for digest in digests])
 
     def _kept(self, digest: bytes) -> FloatArray | None:

@@ -49,7 +49,8 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
         base_model: fingerprint; blocks: how many of the first were run; width: of what came out of them.
         embeddings: how the embeddings are stored and crossed, or ``token-ids``; codec: how the hidden states crossed.
         exact: whether each text was run by itself.
-        lora: where some of the blocks were run on the device: digest of the adapters in them.
+        lora: where some of the blocks were run on the device: digest of the adapters in them, how their weights are
+            stored, and the engine.
         key: the name of the key that all is encrypted with; none: it is not encrypted.
     """
 
@@ -141,7 +142,7 @@ class TrunkCache:
         return sum(place.tokens for place in self._places.values())
 
     @property
-    def most_records(self) -> int:
+    def room_for_records(self) -> int:
         """Bytes that all records together may have."""
         return self._limit - self._start
 
@@ -234,9 +235,12 @@ class TrunkCache:
         except (msgspec.MsgspecError, UnicodeDecodeError):
             raise CheckpointError(f"{self.path} is damaged; remove it, and its texts are asked for again") from None
         if owner.key != self.owner.key:
-            what = "encrypted with another key" if self.owner.key else "encrypted"
-            text = f"{self.path} is {what}; give its --cache-key-file" if owner.key else f"{self.path} is not encrypted"
-            raise CheckpointError(f"{text}, or remove it, and its texts are asked for again")
+            what = "is encrypted with another key" if self.owner.key else "is encrypted"
+            what_to_do = "give its --cache-key-file" if owner.key else "leave out --cache-key-file"
+            text = what if owner.key else "is not encrypted"
+            raise CheckpointError(
+                f"{self.path} {text}; {what_to_do}, or remove the file, and its texts are asked for again"
+            )
         if owner != self.owner:
             raise CheckpointError(
                 f"{self.path} is of another base model, other blocks or another --wire-dtype, --send or --exact; "

@@ -126,14 +126,15 @@ class TrunkSource:
         self._packs = packs = TextPacks(all_texts, self.cache.digest)
         progress(packs.texts - packs.different)
         sizes = (sum(map(self.cache.record_bytes, packs.lengths(index))) for index in range(len(packs)))
-        self._kept_packs = sum(end <= self.cache.most_records for end in itertools.accumulate(sizes))
+        self._kept_packs = sum(end <= self.cache.room_for_records for end in itertools.accumulate(sizes))
         for start in range(0, self._kept_packs, _PACKS_AHEAD):
             some = [packs[index] for index in range(start, min(start + _PACKS_AHEAD, self._kept_packs))]
             missing = [texts for texts in some if not all(digest in self.cache for digest in texts)]
             progress(sum(map(len, some)) - sum(map(len, missing)))
             for count in self._ask_and_keep(missing):
                 progress(count)
-        return self._kept_packs == len(packs)
+        is_kept = all(digest in self.cache for index in range(self._kept_packs) for digest in packs[index])
+        return is_kept and self._kept_packs == len(packs)
 
     def hidden_states(self, batch: MicroBatch) -> FloatArray:
         """Of all texts of a micro-batch, float32 (tokens, width).
@@ -178,7 +179,7 @@ class TrunkSource:
         for texts, tensors in zip(packs, answers, strict=True):
             for digest, tensor in zip(texts, tensors, strict=True):
                 self.cache.add(digest, tensor)
-                if found is not None:
+                if found is not None and found.get(digest) is None:
                     found[digest] = tensor
             yield len(texts)
 
@@ -191,7 +192,9 @@ class TrunkSource:
             self._held.close()
             self._held = None
         path = held_path(self.cache.path)
-        owner = msgspec.structs.replace(self.cache.owner, blocks=self._blocks + count, codec="fp32", lora=lora)
+        spec = self._bundle.manifest.device_blocks
+        computed_by = f"{lora} {spec.dtype if spec is not None else ''} {self._engine.name}"
+        owner = msgspec.structs.replace(self.cache.owner, blocks=self._blocks + count, codec="fp32", lora=computed_by)
         try:
             self._held = TrunkCache(path, owner, limit=self.cache.room, key=self.cache.key)
         except CheckpointError:  # of other blocks, or damaged

@@ -37,7 +37,7 @@ from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
 from dlora.protocol import interrupts
-from dlora.protocol.errors import DloraError, StoppedError, UsageError
+from dlora.protocol.errors import CheckpointError, DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
 
 from .directory import CACHE, CHECKPOINTS, HELD_CACHE, find_checkpoint, run_directory
@@ -45,7 +45,7 @@ from .display import Display
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines, run_line
-from .run_file import DataDigest, RunFile, RunSettings, save_run_file, versions
+from .run_file import DataDigest, RunFile, RunSettings, load_run_file, save_run_file, versions
 from .saving import AdapterSaver
 from .stop import StopRequest
 from .trunk_run import fill_cache, open_source
@@ -111,15 +111,23 @@ def train(run: TrainRun, display: Display) -> dict[str, Any]:
 
 def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     checkpoint = find_checkpoint(run.out, resume=run.resume, warn=display.warn)
+    fits_held_outputs = run.config.holds_outputs
     run = replace(run, config=_complete_config(run, checkpoint))
+    if run.config.holds_outputs and not fits_held_outputs:
+        display.warn(
+            "--cache-mb is too little for what this run keeps: its bits want that anyway, and its steps take longer"
+        )
     first_step = checkpoint.step if checkpoint else 0
     earlier = load_evaluations(run.out, run.eval_dataset, first_step, display.warn)
     # Before anything is asked of a server: none is needed for that.
     finished = _summary_of_finished_run(run, first_step, earlier)
     if finished is not None:
+        _remove_caches(run)
         display.warn(_finished_text(run, first_step))
         return finished
     _print_plan(run, first_step, display)
+    if checkpoint is None:
+        _forget_other_texts(run)
     engine = make_engine(run.bundle, run.engine, run.threads)
     started = time.perf_counter()
     stop = StopRequest()
@@ -184,10 +192,29 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         "wall_s": round(trained_s, 3),
     }
     write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
+    _remove_caches(run)
+    return summary
+
+
+def _remove_caches(run: TrainRun) -> None:
+    """Of a run that is done."""
     remove_quietly(run.out / HELD_CACHE)
     if not run.keep_cache:
         remove_quietly(run.out / CACHE)
-    return summary
+
+
+def _forget_other_texts(run: TrainRun) -> None:
+    """Remove what was kept for a run that came to nothing, where this one would not make it again bit for bit: of other
+    data, or of a part of them."""
+    remove_quietly(run.out / HELD_CACHE)
+    if not run.config.exact:
+        with contextlib.suppress(CheckpointError):
+            begun = load_run_file(run.out)
+            evaluated = None if run.eval_dataset is None else DataDigest.of(run.eval_dataset)
+            is_whole = run.config.total_steps * run.config.batch_size * run.config.grad_accum >= len(run.dataset)
+            if is_whole and (begun.data, begun.eval_data) == (DataDigest.of(run.dataset), evaluated):
+                return
+        remove_quietly(run.out / CACHE)
 
 
 @contextlib.contextmanager

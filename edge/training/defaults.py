@@ -49,6 +49,9 @@ DEFAULT_KIND: Final[KindChoice] = "bottleneck"
 
 _NARROWEST: Final = 8
 
+LORA_LR_ON_DEVICE: Final = 4e-3
+"""For LoRA in blocks on the device: a few blocks, all linear modules of them. docs/benchmarks.md has what it is for."""
+
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     "lora": KindDefaults(lr=1e-3),
     "ffa": KindDefaults(lr=1.6e-2),

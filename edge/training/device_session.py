@@ -56,7 +56,7 @@ class DeviceSession:
         self.ticket = controller.state()
 
     def unchanged_steps(self, step: int) -> range:
-        """The steps around ``step`` in which no unit becomes active."""
+        """The steps around ``step`` in which the units' states stay as they are."""
         assert self._controller is not None
         return self._controller.timetable.unchanged_steps(step)
 

@@ -16,7 +16,7 @@ from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.protocol.choices import KindChoice
 
-from .defaults import DEFAULTS
+from .defaults import DEFAULTS, LORA_LR_ON_DEVICE
 
 CLASS_EXAMPLES: Final = 4
 """An answer that so many different examples have is a class; with fewer, it is their own."""
@@ -32,14 +32,19 @@ class ChosenRate(NamedTuple):
     reason: str = ""
 
 
-def choose_learning_rate(kind: KindChoice, dataset: Dataset, *, steps: int, examples_a_step: int) -> ChosenRate:
+def choose_learning_rate(
+    kind: KindChoice, dataset: Dataset, *, steps: int, examples_a_step: int, on_device: bool = False
+) -> ChosenRate:
     """The kind's, or half of it for each doubling of passes over examples whose answers are their own.
 
     Held-out data have no part in this.
 
     Args:
         steps: of the whole run.
+        on_device: whether the blocks that are trained run on the device.
     """
+    if on_device:
+        return ChosenRate(LORA_LR_ON_DEVICE)
     defaults = DEFAULTS[kind]
     if not defaults.lr_falls_with_passes:
         return ChosenRate(defaults.lr)

@@ -1,0 +1,128 @@
+"""What the runs of ``trunk_quality.py`` come to: a section of docs/benchmarks.md, trunk-quality.json, and bars."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from bars import Entry, at_most, write_bars
+from economy_data import SETS as ALL_SETS
+from economy_recipes import BASELINE, DEFAULT
+from economy_results import Difference, Result, accuracy_difference, find_result, loss_difference
+from economy_runs import Plan, Run
+from sections import TRUNK, with_section
+from trunk_recipes import BLOCKS, COMPARED, RANKS, SETS, recipe_name
+
+from dlora.edge.files import write_atomically
+
+COMMAND: Final = "python benchmarks/trunk_quality.py"
+LOSS_BAR: Final = 0.02
+POINTS_BAR: Final = 1.5
+NO_BLOCKS: Final = 30
+"""Stands for "more than were tried", in the bars: all blocks of the model."""
+
+INTRO: Final = f"""## {TRUNK}
+
+    {COMMAND}            # hours, in pieces: what is finished is never made again
+    {COMMAND} --report   # this section, of the runs that stand in trunk-runs.jsonl and economy-runs.jsonl
+
+LoRA on all linear modules of the last k of 30 blocks, which run on the device (`--mode trunk`, blocks in fp16), against
+the baseline of this page, LoRA of rank 8 on q and v of all blocks, and the command's default recipe. The same rows,
+seeds, grid of rates and validation rows; differences to the baseline with 95 % intervals as above, each at its own best
+rate. *As good* is a mean loss at most {LOSS_BAR} above the baseline's and at most {POINTS_BAR} points less right; on
+dialogue the loss alone. Bytes are those of the one time that the texts cross, over the tokens of these runs, most of
+which pass over their data once: each further epoch costs none, where the others cost the same again.
+"""
+
+
+def write_report(runs: Mapping[str, Run], plan: Plan, docs: Path) -> dict[str, Any]:
+    """Write all of it; what it says."""
+    found: dict[str, Any] = {}
+    lines, bars = [INTRO], dict[str, Entry]()
+    for set_name in SETS:
+        results = {name: find_result(runs, plan, set_name, name, "chosen") for name in COMPARED}
+        baseline = results[BASELINE]
+        there = {name: result for name, result in results.items() if result is not None}
+        if baseline is None or not any(name not in (BASELINE, DEFAULT) for name in there):
+            continue
+        lines += [f"### {ALL_SETS[set_name].title}\n", *_table(there, baseline), ""]
+        found[set_name] = {name: _entry(result, baseline) for name, result in there.items()}
+        smallest = _smallest(found[set_name])
+        if smallest is not None or all(recipe_name(k, r) in there for k in BLOCKS for r in RANKS):
+            lines += [_verdict(smallest), ""]
+            bars[f"blocks_as_good_{set_name}"] = at_most(
+                BLOCKS[-1], NO_BLOCKS if smallest is None else smallest, f"{COMMAND} --only {set_name}"
+            )
+    page = docs / "benchmarks.md"
+    page.write_text(with_section(page.read_text(encoding="utf-8"), TRUNK, "\n".join(lines)), encoding="utf-8")
+    write_bars(docs / "benchmarks" / "trunk.json", bars)
+    write_atomically(docs / "benchmarks" / "trunk-quality.json", (json.dumps(found, indent=1) + "\n").encode())
+    return {"bars": bars, "sets": found}
+
+
+def _entry(result: Result, baseline: Result) -> dict[str, Any]:
+    seeds = [seed for seed in result.seeds if seed in baseline.seeds]
+    ours, theirs = result.of_seeds(seeds), baseline.of_seeds(seeds)
+    is_text = ALL_SETS[result.set_name].relative  # no greedy answer is the data's, word for word
+    loss, points = loss_difference(ours, theirs), accuracy_difference(ours, theirs)
+    assert loss is not None
+    assert points is not None
+    return {
+        "lr": result.lr,
+        "loss": round(result.loss, 4),
+        "accuracy": None if is_text else round(result.accuracy, 4),
+        "loss_difference": _numbers(loss),
+        "points_difference": None if is_text else _numbers(points),
+        "as_good": loss.mean <= LOSS_BAR and (is_text or points.mean >= -POINTS_BAR),
+        "bytes_per_token": round(result.bytes_per_token, 1),
+        "seeds": result.seeds,
+    }
+
+
+def _numbers(found: Difference) -> list[float]:
+    return [round(number, 4) for number in (found.mean, found.low, found.high)]
+
+
+def _smallest(entries: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """The fewest blocks that are as good, of those whose three seeds are there."""
+    for count in BLOCKS:
+        for rank in RANKS:
+            entry = entries.get(recipe_name(count, rank))
+            if entry is not None and entry["as_good"] and len(entry["seeds"]) == 3:
+                return count
+    return None
+
+
+def _verdict(smallest: int | None) -> str:
+    if smallest is None:
+        return f"None of these is as good as the baseline; up to {BLOCKS[-1]} blocks were tried."
+    return f"The fewest blocks that are as good as the baseline: **{smallest}**."
+
+
+def _table(results: Mapping[str, Result], baseline: Result) -> Iterator[str]:
+    yield (
+        "| recipe | rate | loss | right | loss, difference | right, difference in points | as good | bytes a token "
+        "| seeds |\n" + 9 * "|---" + "|"
+    )
+    for name, result in results.items():
+        entry = _entry(result, baseline)
+        differences = ["", "", ""]
+        if name != BASELINE:
+            differences = [
+                _shown(entry["loss_difference"], 3),
+                _shown(entry["points_difference"], 1),
+                "yes" if entry["as_good"] else "no",
+            ]
+        right = "" if entry["accuracy"] is None else f"{entry['accuracy']:.1%}"
+        cells = [COMPARED[name].title, f"{result.lr:g}", f"{result.loss:.4f}", right, *differences]
+        cells += [f"{result.bytes_per_token:,.0f}", ", ".join(map(str, result.seeds))]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _shown(numbers: list[float] | None, digits: int) -> str:
+    if numbers is None:
+        return ""
+    mean, low, high = numbers
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
