@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dlora.edge.data.examples import Dataset
-from dlora.edge.training.defaults import DEFAULTS
+from dlora.edge.training.defaults import DEFAULTS, LORA_LR_ON_DEVICE
 from dlora.edge.training.learning_rate import choose_learning_rate, different_examples
 
 USUAL = DEFAULTS["bottleneck"].lr
@@ -46,6 +46,12 @@ def test_an_answer_that_few_examples_share_is_learnt_by_heart_as_well() -> None:
 @pytest.mark.parametrize("steps", [60, 300, 9999])
 def test_lora_has_one_rate(steps: int) -> None:
     assert choose_learning_rate("lora", examples(60, 60), steps=steps, examples_a_step=1).lr == DEFAULTS["lora"].lr
+
+
+@pytest.mark.parametrize("steps", [60, 9999])
+def test_lora_in_blocks_on_the_device_has_another(steps: int) -> None:
+    chosen = choose_learning_rate("lora", examples(60, 60), steps=steps, examples_a_step=1, on_device=True)
+    assert chosen == (LORA_LR_ON_DEVICE, "")
 
 
 def test_copies_of_an_example_are_passes() -> None:
