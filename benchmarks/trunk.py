@@ -58,7 +58,7 @@ def main() -> None:
         for part in options.only:
             log(f"{part} …")
             result[part] = MEASURES[part](url, options)
-    write_bars(options.docs / FILE, _bars(result))
+            write_bars(options.docs / FILE, _bars(result))
     print(json.dumps(result, indent=1))
 
 

@@ -55,12 +55,15 @@ def _round(bundle: Bundle, url: str, blocks: int, seed: int) -> dict[str, float]
             source.hidden_states(batch_of([np.zeros(1, np.int64)]))
             return source
 
-        one, slow = connected("one", url), connected("slow", far)
-        many = [connected(str(number), url) for number in range(DEVICES)]
+        # One after the other: a server has room for sixteen.
+        one = connected("one", url)
         seconds = {"one": _seconds(lambda: one.fill(everything))}
+        slow = connected("slow", far)
+        seconds["one_at_a_time"] = _seconds(lambda: [slow.hidden_states(batch_of([ids])) for ids in texts[0]])
+        slow.hang_up()
+        many = [connected(str(number), url) for number in range(DEVICES)]
         with ThreadPoolExecutor(DEVICES) as pool:
             seconds["together"] = _seconds(lambda: list(pool.map(TrunkSource.fill, many, texts)))
-        seconds["one_at_a_time"] = _seconds(lambda: [slow.hidden_states(batch_of([ids])) for ids in texts[0]])
     counts = {"one": len(everything), "together": len(everything), "one_at_a_time": len(texts[0])}
     return {name: counts[name] / each for name, each in seconds.items()}
 

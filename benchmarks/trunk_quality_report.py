@@ -47,7 +47,8 @@ def write_report(runs: Mapping[str, Run], plan: Plan, docs: Path) -> dict[str, A
         there = {name: result for name, result in results.items() if result is not None}
         if baseline is None or not any(name not in (BASELINE, DEFAULT) for name in there):
             continue
-        lines += [f"### {ALL_SETS[set_name].title}\n", *_table(there, baseline), ""]
+        title = ALL_SETS[set_name].title
+        lines += [f"### {title[:1].upper()}{title[1:]}\n", *_table(there, baseline), ""]
         found[set_name] = {name: _entry(result, baseline) for name, result in there.items()}
         smallest = _smallest(found[set_name])
         if smallest is not None or all(recipe_name(k, r) in there for k in BLOCKS for r in RANKS):
