@@ -86,6 +86,11 @@ class Session:
         self._shapes: Shapes | None = None
 
     @property
+    def counters(self) -> tuple[int, int, int]:
+        """Bytes sent, bytes received, round trips."""
+        return self.bytes_sent, self.bytes_received, self.round_trips
+
+    @property
     def state(self) -> State:
         """Where the conversation stands; with micro-batches under way, where the oldest of them does."""
         if self.under_way and self._state in _WITH_MICRO_BATCHES:

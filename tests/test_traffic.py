@@ -165,9 +165,9 @@ def test_without_an_adapter_no_group_exchanges(bench: Bench, wire_dtype: WireDty
     base = bundle.manifest.base_model
     with open_model(bundle, bench.server.url, None, wire_dtype=wire_dtype, threads=1) as model:
         session = model.connection.session
-        before = (session.bytes_sent, session.bytes_received, session.round_trips)
+        before = session.counters
         evaluate(model, dataset, 3)
-        counted = (session.bytes_sent - before[0], session.bytes_received - before[1], session.round_trips - before[2])
+        counted = tuple(now - then for now, then in zip(session.counters, before, strict=True))
     wanted = NOTHING
     for batch in evaluation_batches(dataset, 3):
         wanted += micro_batch_traffic(
@@ -190,7 +190,7 @@ def test_an_evaluation_costs_its_forward_pass(bench: Bench) -> None:
     dataset = random_dataset(VOCABULARY)
     with training(bench.bundle, bench.server.url, config(), dataset) as trainer:
         session = trainer.connection.session
-        before = (session.bytes_sent, session.bytes_received, session.round_trips)
+        before = session.counters
         trainer.evaluate(dataset)
         wanted = expected(trainer, list(evaluation_batches(dataset, 3)), [1] * BLOCKS, train=False)
         assert (session.bytes_sent, session.bytes_received, session.round_trips) == (

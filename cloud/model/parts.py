@@ -36,8 +36,8 @@ _Forward = Callable[..., Any]
 # Rounding only. The same operations on the same shapes are mostly equal to the bit, those of experts not everywhere.
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-4}
 _TOLERANCE_OF_HALF: Final = 5e-2
-# What decoders call it: ``cache`` since transformers 5.24, ``past_key_values`` before.
-_CACHE_ARGUMENTS: Final = ("cache", "past_key_values")
+CACHE_ARGUMENTS: Final = ("cache", "past_key_values")
+"""What decoders call it: the first since transformers 5.24, the second before."""
 _COUNTED_VALUES: Final = 2  # of a token, in a block that is left out: one key and one value
 
 
@@ -175,7 +175,7 @@ class ModelParts:
     def _cache_argument(self) -> str:
         """Empty where the decoder takes no cache."""
         known = inspect.signature(self.base.decoder.forward).parameters
-        return next((name for name in _CACHE_ARGUMENTS if name in known), "")
+        return next((name for name in CACHE_ARGUMENTS if name in known), "")
 
     @cached_property
     def _cache_refusal(self) -> str | None:

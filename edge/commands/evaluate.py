@@ -10,21 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .model_options import ModelOptions, find_adapter
+from .model_options import ModelOptions
 from .options import (
-    AdapterOption,
-    BundleOption,
     ColumnsOption,
     CredentialOptions,
-    EngineOption,
     JsonOption,
     MaxLengthOption,
-    MaxRetryOption,
-    OptionalServerOption,
-    SendOption,
-    ThreadsOption,
     TooLongOption,
-    WireDtypeOption,
     with_groups,
 )
 
@@ -36,61 +28,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvaluatedModel:
-    """As ``ModelOptions``, of a model that may need no server."""
+class EvaluatedModel(ModelOptions):
+    """And where its blocks run."""
 
-    bundle: BundleOption
-    server: OptionalServerOption = None
     mode: Annotated[
         Literal["split", "local"],
         typer.Option(metavar="MODE", help="split: blocks run on the server. local: all of them here, without one."),
     ] = "split"
-    adapter: AdapterOption = None
-    wire_dtype: WireDtypeOption = "fp16"
-    send: SendOption = "embeddings"
-    threads: ThreadsOption = 0
-    engine: EngineOption = "auto"
-    max_retry_s: MaxRetryOption = None
 
     def check(self) -> None:
         """Raise ``UsageError`` for a server that is lacking, or that nobody asks."""
-        from dlora.protocol.errors import UsageError
-
-        if self.mode == "split" and self.server is None:
-            raise UsageError("--mode split needs --server, which runs the blocks; --mode local needs none")
-        if self.mode == "local" and self.server is not None:
-            raise UsageError("--mode local asks no server: leave --server out")
+        self.check_mode(self.mode)
+        if self.mode == "split":
+            self.server_for("split")
 
     def warn_of_server(self, warn: Callable[[str], None]) -> None:
         """Say where a server is to be told what an adapter computes that was trained without."""
-        from dlora.edge.adapters.store import default_directory
         from dlora.edge.model.device_lora import trained_mode
 
-        adapter = find_adapter(self.adapter, default_directory())
-        if self.mode == "split" and (mode := trained_mode(adapter)) != "split":
+        if self.mode == "split" and (mode := trained_mode(self.find_adapter())) != "split":
             warn(f"the adapter was trained with --mode {mode}; the server is now sent what it computes, token by token")
 
     def open(
         self, bundle: Bundle, credentials: Credentials, longest: int
     ) -> AbstractContextManager[SplitModel] | AbstractContextManager[TrunkModel]:
         """The model, connected where it has to be. ``longest``: tokens of the longest example."""
-        if self.server is not None:
-            options = ModelOptions(
-                bundle=self.bundle,
-                server=self.server,
-                adapter=self.adapter,
-                wire_dtype=self.wire_dtype,
-                send=self.send,
-                threads=self.threads,
-                engine=self.engine,
-                max_retry_s=self.max_retry_s,
-            )
-            return options.open(bundle, credentials)
-        from dlora.edge.adapters.store import default_directory
         from dlora.edge.model.local_use import open_local
+        from dlora.edge.model.use import open_model
 
-        adapter = find_adapter(self.adapter, default_directory())
-        return open_local(bundle, adapter, longest=longest, threads=self.threads, engine=self.engine)
+        adapter = self.find_adapter()
+        if self.mode == "local":
+            return open_local(bundle, adapter, longest=longest, threads=self.threads, engine=self.engine)
+        return open_model(bundle, self.server_for("split"), adapter, **self.settings(credentials))
 
 
 @with_groups

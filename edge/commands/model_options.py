@@ -28,7 +28,6 @@ from .output import warn
 if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.model.generating import GeneratingModel
-    from dlora.edge.model.split import SplitModel
     from dlora.edge.wire.credentials import Credentials
 
 UseModeOption = Annotated[
@@ -63,12 +62,6 @@ class ModelOptions:
     engine: EngineOption = "auto"
     max_retry_s: MaxRetryOption = None
 
-    def open(self, bundle: Bundle, credentials: Credentials) -> AbstractContextManager[SplitModel]:
-        """The model to evaluate, connected; ``bundle`` is the one that these name."""
-        from dlora.edge.model.use import open_model
-
-        return open_model(bundle, self._server_for("split"), self._find_adapter(), **self._settings(credentials))
-
     def open_generating(
         self,
         bundle: Bundle,
@@ -96,38 +89,40 @@ class ModelOptions:
         from dlora.edge.model.trunk_use import open_trunk
         from dlora.edge.model.use import open_model
 
-        adapter = self._find_adapter()
+        adapter = self.find_adapter()
         chosen = mode or trained_mode(adapter)
         if chosen == "local":
             return open_local_generator(
                 bundle, adapter, context_length=context_length, threads=self.threads, engine=self.engine
             )
-        settings = self._settings(credentials, longest_outage_s, should_stop)
+        settings = self.settings(credentials, longest_outage_s, should_stop)
         open_it = open_trunk if chosen == "trunk" else open_model
-        return open_it(bundle, self._server_for(chosen), adapter, context_length=context_length, **settings)
+        return open_it(bundle, self.server_for(chosen), adapter, context_length=context_length, **settings)
 
     def check_mode(self, mode: UseMode | None) -> None:
         """Raise ``UsageError`` for a server that nobody asks."""
         if mode == "local" and self.server is not None:
             raise UsageError("--mode local asks no server: leave --server out")
 
-    def _server_for(self, mode: UseMode) -> str:
+    def server_for(self, mode: UseMode) -> str:
+        """The server that a mode asks. Raises ``UsageError`` where none is named."""
         if self.server is None:
             raise UsageError(f"--mode {mode} needs --server, which runs blocks; --mode local needs none")
         return self.server
 
-    def _find_adapter(self) -> Path | None:
+    def find_adapter(self) -> Path | None:
+        """The adapter's directory."""
         from dlora.edge.adapters.store import default_directory
 
         return find_adapter(self.adapter, default_directory())
 
-    def _settings(
+    def settings(
         self,
         credentials: Credentials,
         longest_outage_s: float | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
-        """What both modes take."""
+        """What the modes take that ask a server."""
         from dlora.edge.wire.connecting import ConnectSettings, Retry
         from dlora.edge.wire.identity import load_device_id
 

@@ -7,13 +7,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from dlora.edge.choices import EngineChoice, TooLong
 from dlora.protocol.choices import Send
-from dlora.protocol.limits import MAX_THREADS
+from dlora.protocol.limits import MAX_STEPS, MAX_THREADS
 
 from .output import warn
 
@@ -64,6 +64,13 @@ MemoryOption = Annotated[
     str | None,
     typer.Option("--memory", metavar="SIZE", help="Memory for training, 2GB or 500MB; by default what is free."),
 ]
+EvalDataOption = Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")]
+EpochsOption = Annotated[float, typer.Option(help="Passes over the data.", min=0.0)]
+StepsOption = Annotated[
+    int | None, typer.Option(help="Optimizer steps; overrides --epochs.", min=1, max=MAX_STEPS)
+]
+BatchSizeOption = Annotated[int, typer.Option(help="Sequences of a micro-batch.", min=1)]
+GradAccumOption = Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)]
 CacheKeyOption = Annotated[
     Path | None,
     typer.Option(
@@ -105,13 +112,21 @@ class CredentialOptions:
         return Credentials.load(**asdict(self), warn=warn)
 
 
+def _fields_of(group: type) -> dict[str, inspect.Parameter]:
+    """A group's fields as parameters; those of a group that it extends are of another module, and of its words."""
+    hints = get_type_hints(group, include_extras=True)
+    return {
+        name: each.replace(annotation=hints[name]) for name, each in inspect.signature(group).parameters.items()
+    }
+
+
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """``command`` as typer takes it: a parameter that is a dataclass gives way to the options that are its fields."""
     parameters = inspect.signature(command, eval_str=True).parameters
     groups: dict[str, Any] = {
         name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)
     }
-    fields = {name: inspect.signature(group, eval_str=True).parameters for name, group in groups.items()}
+    fields = {name: _fields_of(group) for name, group in groups.items()}
     options = [option for name, each in parameters.items() for option in fields.get(name, {name: each}).values()]
 
     @functools.wraps(command)

@@ -8,17 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from dlora.protocol.choices import KindChoice
-from dlora.protocol.limits import MAX_RANK, MAX_STEPS
+from dlora.protocol.limits import MAX_RANK
 
 from .options import (
+    BatchSizeOption,
     BundleOption,
     ColumnsOption,
     CredentialOptions,
     EngineOption,
+    EpochsOption,
+    EvalDataOption,
+    GradAccumOption,
     JsonOption,
     MaxLengthOption,
     MemoryOption,
     SendOption,
+    StepsOption,
     ThreadsOption,
     TooLongOption,
     with_groups,
@@ -35,13 +40,11 @@ def plan(
         typer.Option(help="Server address, ws://HOST:PORT or wss://HOST:PORT; without it, no time of what asks it."),
     ] = None,
     memory: MemoryOption = None,
-    eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0.0)] = 1.0,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps; overrides --epochs.", min=1, max=MAX_STEPS)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.", min=1)] = 4,
-    grad_accum: Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)] = 1,
+    eval_data: EvalDataOption = None,
+    epochs: EpochsOption = 1.0,
+    steps: StepsOption = None,
+    batch_size: BatchSizeOption = 4,
+    grad_accum: GradAccumOption = 1,
     max_length: MaxLengthOption = None,
     too_long: TooLongOption = "error",
     columns: ColumnsOption = None,

@@ -20,7 +20,6 @@ from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups, number_ranges, spread_units
-from dlora.protocol.wire_codecs import Codecs
 
 from .adapter_settings import (
     choose_adapters,
@@ -104,9 +103,9 @@ def configure(
         of_one_step = _config(settings, manifest, kill_revive, 1, invocation)
         settings = _within_budget(settings, of_one_step, manifest, dataset)
         kill_revive = _kill_revive(settings, manifest)
-    codecs = Codecs.parse(settings.wire_dtype or "")
-    holds_outputs = has_room_to_hold(settings, manifest, codecs, dataset, evaluated)
-    config = _config(settings, manifest, kill_revive, steps, invocation, holds_outputs=holds_outputs)
+    config = _config(settings, manifest, kill_revive, steps, invocation)
+    holds_outputs = has_room_to_hold(settings, manifest, config.codecs, dataset, evaluated)
+    config = msgspec.structs.replace(config, holds_outputs=holds_outputs)
     return Configured(settings, config, dataset, evaluated[0] if evaluated else None)
 
 
@@ -163,8 +162,6 @@ def _config(
     kill_revive: KillReviveConfig,
     steps: int,
     invocation: tuple[int, ...],
-    *,
-    holds_outputs: bool = False,
 ) -> TrainConfig:
     """Of settings that ``choose_adapters`` has completed."""
     assert settings.mode != "auto"
@@ -178,7 +175,6 @@ def _config(
         mode=settings.mode,
         device_blocks=settings.device_blocks or 0,
         exact=settings.exact,
-        holds_outputs=holds_outputs,
         total_steps=steps,
         batch_size=settings.batch_size,
         grad_accum=settings.grad_accum,

@@ -15,6 +15,7 @@ from dlora.protocol.limits import MAX_RANK, MAX_STEPS, MAX_THREADS
 
 from .help_panels import KR
 from .options import (
+    BatchSizeOption,
     BundleOption,
     CacheKeyOption,
     CaOption,
@@ -22,12 +23,17 @@ from .options import (
     ClientKeyOption,
     ColumnsOption,
     EngineOption,
+    EpochsOption,
+    EvalDataOption,
+    GradAccumOption,
     InsecureOption,
     JsonOption,
     MaxLengthOption,
     MaxRetryOption,
     MemoryOption,
+    OptionalServerOption,
     SendOption,
+    StepsOption,
     ThreadsOption,
     TokenFileOption,
     TooLongOption,
@@ -41,10 +47,7 @@ def train(
     bundle: BundleOption,
     data: Annotated[Path, typer.Option(help="Training data: .jsonl (messages, prompt/completion or text) or .csv.")],
     out: Annotated[Path, typer.Option(help="Where the PEFT adapter, checkpoints and metrics go.")],
-    server: Annotated[
-        str | None,
-        typer.Option(help="Server address, ws://HOST:PORT or wss://HOST:PORT; not with --mode local."),
-    ] = None,
+    server: OptionalServerOption = None,
     mode: Annotated[
         ModeChoice,
         typer.Option(
@@ -85,13 +88,11 @@ def train(
         ),
     ] = False,
     cache_key_file: CacheKeyOption = None,
-    eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0.0)] = 1.0,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps; overrides --epochs.", min=1, max=MAX_STEPS)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.", min=1)] = 4,
-    grad_accum: Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)] = 1,
+    eval_data: EvalDataOption = None,
+    epochs: EpochsOption = 1.0,
+    steps: StepsOption = None,
+    batch_size: BatchSizeOption = 4,
+    grad_accum: GradAccumOption = 1,
     max_length: MaxLengthOption = None,
     too_long: TooLongOption = "error",
     columns: ColumnsOption = None,

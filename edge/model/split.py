@@ -60,8 +60,7 @@ class SplitModel:
     @property
     def counters(self) -> WireCounters:
         """What crossed so far; a lost session takes none of it with it."""
-        session = self.connection.session
-        return session.bytes_sent, session.bytes_received, session.round_trips
+        return self.connection.session.counters
 
     @property
     def compute_seconds(self) -> float:

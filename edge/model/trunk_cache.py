@@ -235,12 +235,11 @@ class TrunkCache:
         except (msgspec.MsgspecError, UnicodeDecodeError):
             raise CheckpointError(f"{self.path} is damaged; remove it, and its texts are asked for again") from None
         if owner.key != self.owner.key:
-            what = "is encrypted with another key" if self.owner.key else "is encrypted"
-            what_to_do = "give its --cache-key-file" if owner.key else "leave out --cache-key-file"
-            text = what if owner.key else "is not encrypted"
-            raise CheckpointError(
-                f"{self.path} {text}; {what_to_do}, or remove the file, and its texts are asked for again"
-            )
+            if not owner.key:
+                text = "is not encrypted; leave out --cache-key-file"
+            else:
+                text = f"is encrypted{' with another key' if self.owner.key else ''}; give its --cache-key-file"
+            raise CheckpointError(f"{self.path} {text}, or remove the file, and its texts are asked for again")
         if owner != self.owner:
             raise CheckpointError(
                 f"{self.path} is of another base model, other blocks or another --wire-dtype, --send or --exact; "

@@ -47,8 +47,7 @@ class TrunkGenerator(DeviceGenerator):
     @property
     def counters(self) -> WireCounters:
         """What crossed so far."""
-        session = self.connection.session
-        return session.bytes_sent, session.bytes_received, session.round_trips
+        return self.connection.session.counters
 
     @property
     def context_limit(self) -> int:

@@ -71,7 +71,7 @@ class TrunkSource:
         self._connect = connect
         self._send = send
         self._exact = exact
-        self._packs: TextPacks | None = None
+        self._packs = TextPacks((), cache.digest)
         self._kept_packs = 0  # of these, the first so many have room in the cache
         self._connection: Connection | None = None
         self._encoder: Encoder | None = None
@@ -83,9 +83,9 @@ class TrunkSource:
         """What crossed so far."""
         if self._connection is None:
             return self._before
-        session = self._connection.session
-        up, down, trips = self._before
-        return up + session.bytes_sent, down + session.bytes_received, trips + session.round_trips
+        now = self._connection.session.counters
+        up, down, trips = (before + since for before, since in zip(self._before, now, strict=True))
+        return up, down, trips
 
     @property
     def kept_bytes(self) -> int:
@@ -159,10 +159,10 @@ class TrunkSource:
 
     def _packs_with(self, texts: dict[bytes, LongArray]) -> list[dict[bytes, LongArray]]:
         """The packs that they are in; one that is in none that is kept comes alone."""
-        indices = {digest: None if self._packs is None else self._packs.index_of(digest) for digest in texts}
+        indices = {digest: self._packs.index_of(digest) for digest in texts}
         whole = {index: None for index in indices.values() if index is not None and index < self._kept_packs}
         alone = [{digest: texts[digest]} for digest, index in indices.items() if index not in whole]
-        return [*(self._packs[index] for index in whole if self._packs is not None), *alone]
+        return [*(self._packs[index] for index in whole), *alone]
 
     def _ask_and_keep(
         self, packs: Sequence[dict[bytes, LongArray]], found: dict[bytes, WireTensor | None] | None = None

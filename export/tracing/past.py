@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.parts import CACHE_ARGUMENTS
 
 from .calls import MASK, BlockCall, CannotRunOnDevice, random_embeds, record_arguments
 
@@ -23,8 +24,6 @@ PAST_KEYS: Final = "past_keys"
 PAST_VALUES: Final = "past_values"
 KEYS: Final = "keys"
 VALUES: Final = "values"
-# What decoders call it: ``cache`` since transformers 5.24, ``past_key_values`` before.
-_DECODER_ARGUMENTS: Final = ("cache", "past_key_values")
 
 
 class Past:
@@ -66,7 +65,7 @@ def _by_token(states: Tensor) -> Tensor:
 def cache_arguments(base: BaseModel) -> tuple[str, ...]:
     """By which argument each block is handed a cache of keys and values; empty: by none."""
     known = inspect.signature(base.decoder.forward).parameters
-    argument = next((name for name in _DECODER_ARGUMENTS if name in known), "")
+    argument = next((name for name in CACHE_ARGUMENTS if name in known), "")
     if not argument:
         return ("",) * base.blocks
     cache = DynamicCache()
