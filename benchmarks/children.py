@@ -39,6 +39,14 @@ def cloud_server(model: str, threads: int, *options: str) -> Iterator[tuple[str,
             process.wait(20)
 
 
+def run_json(*command: object) -> dict[str, Any]:
+    """What a Python command prints as JSON; its own lines go on to stderr."""
+    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(map(str, command[:4]))} … failed; its error is above")
+    return dict(json.loads(done.stdout))
+
+
 class Worker:
     """A child that answers each JSON line with one."""
 

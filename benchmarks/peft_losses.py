@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bars import FILE, Entry, at_most, write_bars
-from children import QUIET_THREADS, cloud_server, log, need_bundle
+from children import QUIET_THREADS, cloud_server, log, need_bundle, run_json
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
@@ -182,11 +181,7 @@ def _run(
 
 def _peft_loss(model: str, adapter: Path, bundle: Bundle, data: Data) -> float:
     """What PEFT finds with the adapter in the whole model, in a process of its own."""
-    command = [PEFT_CHECK, model, adapter, bundle.path, data.held_out_file]
-    found = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, check=False)
-    if found.returncode:
-        raise SystemExit("error: the PEFT process died; its error is above")
-    answer = json.loads(found.stdout)
+    answer = run_json(PEFT_CHECK, model, adapter, bundle.path, data.held_out_file)
     if answer["tokens"] != data.held_out.labelled:
         raise SystemExit(f"error: PEFT has {answer['tokens']} labels, and not {data.held_out.labelled}")
     return float(answer["loss"])

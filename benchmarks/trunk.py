@@ -13,8 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -23,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 from bars import Entry, at_least, at_most, write_bars
-from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
+from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle, run_json
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
@@ -173,18 +171,14 @@ def _train(url: str, bundle: Path, texts: list[str], options: argparse.Namespace
         data = Path(directory) / "data.jsonl"
         # No two alike: a text is asked for once.
         data.write_text("".join(json.dumps({"text": f"{text} {n}"}) + "\n" for n, text in enumerate(texts)))
-        command = [
-            sys.executable, "-m", "dlora.edge", "train", "--mode", "trunk", "--device-blocks", str(options.blocks),
-            "--bundle", str(need_bundle(bundle)), "--server", url, "--data", str(data), "--out", f"{directory}/out",
-            "--batch-size", str(options.batch_size), "--lr", str(LR), "--threads", str(options.threads), "--seed", "0",
-            "--json", *more,
-        ]  # fmt: skip
         started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr)
+        summary = run_json(
+            "-m", "dlora.edge", "train", "--mode", "trunk", "--device-blocks", options.blocks, "--bundle",
+            need_bundle(bundle), "--server", url, "--data", data, "--out", f"{directory}/out", "--batch-size",
+            options.batch_size, "--lr", LR, "--threads", options.threads, "--seed", 0, "--json", *more,
+        )  # fmt: skip
         log(f"{' '.join(more)}: {time.perf_counter() - started:.0f} s")
-        return dict(json.loads(done.stdout))
+        return summary
 
 
 def _bars(result: dict[str, Any]) -> dict[str, Entry]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Final
 
 from bars import Entry, at_most
-from children import log, need_bundle
+from children import log, need_bundle, run_json
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from dialogue import write_dialogue
@@ -41,7 +39,7 @@ def measure_losses(url: str, options: argparse.Namespace) -> dict[str, Any]:
                 "--batch-size", options.batch_size, "--steps", STEPS, "--lr", HIGH_LR, "--threads", options.threads,
                 "--max-length", MAX_LENGTH, "--seed", 0, "--wire-dtype", wire, "--active-fraction", 1, "--json",
             ]  # fmt: skip
-            summary, in_peft = _run(command), _run([PEFT_CHECK, options.model, adapter, bundle, held_out])
+            summary, in_peft = run_json(*command), run_json(PEFT_CHECK, options.model, adapter, bundle, held_out)
             before, after = summary["eval_loss_before"], summary["eval_loss_after"]
             apart = abs(after - in_peft["loss"])
             found[dtype] = {"before": before, "loss": after, "peft_loss": in_peft["loss"], "difference": apart}
@@ -53,9 +51,3 @@ def bars_of_losses(found: dict[str, Any], command: str) -> dict[str, Entry]:
     """Of what is not rounded."""
     return {f"peft_{dtype}": at_most(bar, found[dtype]["difference"], command) for dtype, bar in BARS.items()}
 
-
-def _run(command: list[Any]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"error: {command[:4]} failed; its error is above")
-    return dict(json.loads(done.stdout))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from families import VOCABULARY
-from serving import config, random_dataset, randomize_all, training
+from serving import RunningServer, config, random_dataset, randomize_all, training
 
 from dlora.edge.adapters.peft import SavedModule, save_adapter
-from dlora.edge.generation.generate import TokenAnswer
+from dlora.edge.generation.generate import Counters, TokenAnswer
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
 from dlora.edge.model.generating import GeneratingModel
@@ -38,6 +38,22 @@ def generated(
         draft_length=draft_length,
     )
     return [choice.token for choice in answer]
+
+
+def generated_while_sessions_are_lost(
+    model: GeneratingModel, server: RunningServer, prompt: Sequence[int], count: int, sampling: Sampling, draft: int
+) -> tuple[list[int], Counters]:
+    """The tokens of an answer after whose 3rd and 11th the server forgets all sessions, and what it took."""
+    answer = TokenAnswer(
+        Context(model), np.array(prompt), sampling, max_new_tokens=count, stop_token_ids=(), draft_length=draft
+    )
+    found = []
+    for choice in answer:
+        found.append(choice.token)
+        if len(found) in (3, 11):
+            for live in server.server.service.sessions:
+                server.server.service.sessions._evict(live, "a test")
+    return found, answer.counters
 
 
 def save_random_adapter(bundle: Path, url: str, directory: Path, seed: int = 0) -> None:

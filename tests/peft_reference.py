@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
+from dlora.edge.training.trainer import Trainer
 
 
 def with_adapters(model: PreTrainedModel, adapters: AdapterSet, rank: int, alpha: float) -> PeftModel:
@@ -53,3 +54,22 @@ def loss_of(model: torch.nn.Module, batches: Sequence[MicroBatch]) -> torch.Tens
         labels = torch.from_numpy(np.array(batch.labels))
         total = total + torch.nn.functional.cross_entropy(flat, labels, reduction="sum") / labelled
     return total
+
+
+def assert_steps_are_those_of_peft(trainer: Trainer, reference: PeftModel, steps: int) -> None:
+    """Loss, gradients' norm and traffic of each step on a device that has its hidden states, and the weights after."""
+    trained = {name: parameter(reference, name) for name in trainer.adapters.parameters()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
+    for step in range(steps):
+        loss = loss_of(reference, trainer.batches.step_batches(step))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0))
+        optimizer.step()
+        metrics = trainer.run_step()
+        assert abs(metrics.loss - loss.item()) <= 1e-5 * abs(loss.item())
+        assert abs(metrics.grad_norm - norm) <= 1e-4 * norm
+        assert metrics.bytes_up == metrics.bytes_down == metrics.round_trips == 0
+    for name, each in trainer.adapters.parameters().items():
+        wanted = trained[name].detach().numpy()
+        assert np.abs(each.value - wanted).max() <= 1e-4 * np.abs(wanted).max()

@@ -14,7 +14,7 @@ import torch
 from answers import INVOCATION, random_answers
 from canaries import Scanner
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
-from generating import generated
+from generating import generated, generated_while_sessions_are_lost
 from peft import PeftModel
 from proxy import payloads, recording_proxy
 from serving import RunningServer, config, random_dataset, randomize_all, serving, training
@@ -258,16 +258,7 @@ def test_a_lost_session_is_prefilled_again_with_the_same_tokens(
     )
     with opening as opened:
         wanted = generated(opened, PROMPTS[1], TOKENS, sampling=SAMPLING)
-        answer = TokenAnswer(
-            Context(opened), np.array(PROMPTS[1]), SAMPLING, max_new_tokens=TOKENS, stop_token_ids=(),
-            draft_length=draft_length,
-        )  # fmt: skip
-        found = []
-        for choice in answer:
-            found.append(choice.token)
-            if len(found) in (3, 11):
-                for live in server.server.service.sessions:
-                    server.server.service.sessions._evict(live, "a test")
+        found, _ = generated_while_sessions_are_lost(opened, server, PROMPTS[1], TOKENS, SAMPLING, draft_length)
         assert found == wanted
         assert opened.connection.reconnects == 2
 

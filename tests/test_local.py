@@ -10,9 +10,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import torch
 from families import tiny_model
-from peft_reference import loss_of, parameter, with_adapters
+from peft_reference import assert_steps_are_those_of_peft, loss_of, with_adapters
 from processes import finish, run_edge, start_edge
 from serving import random_dataset, randomize
 from test_resume import KILLING, Place, assert_same_run, wait_for_lines
@@ -54,21 +53,7 @@ def test_a_run_is_that_of_peft(family: str, tiny: TinyFactory) -> None:
     trainer = local_training(model.bundle, 2)
     randomize(trainer)
     reference = with_adapters(AutoModelForCausalLM.from_pretrained(model.model), trainer.adapters, 4, 8.0)
-    trained = {name: parameter(reference, name) for name in trainer.adapters.parameters()}
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
-    for step in range(4):
-        loss = loss_of(reference, trainer.batches.step_batches(step))
-        optimizer.zero_grad()
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0))
-        optimizer.step()
-        metrics = trainer.run_step()
-        assert abs(metrics.loss - loss.item()) <= 1e-5 * abs(loss.item())
-        assert abs(metrics.grad_norm - norm) <= 1e-4 * norm
-        assert metrics.bytes_up == metrics.bytes_down == metrics.round_trips == 0
-    for name, each in trainer.adapters.parameters().items():
-        wanted = trained[name].detach().numpy()
-        assert np.abs(each.value - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert_steps_are_those_of_peft(trainer, reference, 4)
     data = random_dataset(model.base.vocabulary_size)
     whole = loss_of(reference, [pack([data[index] for index in range(len(data))])]).item()
     assert abs(trainer.evaluate(data).loss - whole) < 1e-4

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from peft_reference import loss_of, parameter, with_adapters
+from peft_reference import assert_steps_are_those_of_peft, loss_of, with_adapters
 from serving import config, final_weights, random_dataset, randomize, serving, training
 from tiny import Tiny, TinyFactory
 from transformers import AutoModelForCausalLM
@@ -41,23 +40,8 @@ def test_a_step_is_that_of_peft(model: Tiny, data: Dataset, tmp_path: Path) -> N
     ) as trainer:
         randomize(trainer)
         reference = with_adapters(AutoModelForCausalLM.from_pretrained(model.model), trainer.adapters, 4, 8.0)
-        trained = {name: parameter(reference, name) for name in trainer.adapters.parameters()}
-        assert len(trained) == 2 * 2 * 7
-        optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
-        for step in range(6):
-            batches = trainer.batches.step_batches(step)
-            loss = loss_of(reference, batches)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = float(torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0))
-            optimizer.step()
-            metrics = trainer.run_step()
-            assert abs(metrics.loss - loss.item()) <= 1e-5 * abs(loss.item())
-            assert abs(metrics.grad_norm - norm) <= 1e-4 * norm
-            assert metrics.bytes_up == metrics.bytes_down == metrics.round_trips == 0
-        for name, each in trainer.adapters.parameters().items():
-            wanted = trained[name].detach().numpy()
-            assert np.abs(each.value - wanted).max() <= 1e-4 * np.abs(wanted).max()
+        assert len(trainer.adapters.parameters()) == 2 * 2 * 7
+        assert_steps_are_those_of_peft(trainer, reference, 6)
         found = trainer.evaluate(data)
         assert abs(found.loss - loss_of(reference, [pack([data[index] for index in range(len(data))])]).item()) < 1e-4
 

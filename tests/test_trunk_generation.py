@@ -13,7 +13,7 @@ import torch
 from answers import INVOCATION
 from canaries import Scanner
 from families import tiny_model
-from generating import generated, save_lora
+from generating import generated, generated_while_sessions_are_lost, save_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from proxy import payloads, recording_proxy
 from serving import RunningServer, serving
@@ -206,19 +206,12 @@ def test_a_lost_server_is_given_the_text_again_and_the_device_keeps_its_part(
     with opening(model, server, adapter, connecting=ConnectSettings(retry=Retry(max_s=30))) as trunk:
         wanted = generated(trunk, PROMPTS[1], TOKENS, sampling=SAMPLING)
         monkeypatch.setattr(DecodeBlocks, "append", count)
-        answer = TokenAnswer(
-            Context(trunk), np.array(PROMPTS[1]), SAMPLING, max_new_tokens=TOKENS, stop_token_ids=(),
-            draft_length=draft_length,
-        )  # fmt: skip
-        found = []
-        for choice in answer:
-            found.append(choice.token)
-            if len(found) in (3, 11):
-                for live in server.server.service.sessions:
-                    server.server.service.sessions._evict(live, "a test")
+        found, counters = generated_while_sessions_are_lost(
+            trunk, server, PROMPTS[1], TOKENS, SAMPLING, draft_length
+        )
         assert found == wanted
         assert trunk.connection.reconnects == 2
-    wrong = answer.counters.drafted - answer.counters.accepted
+    wrong = counters.drafted - counters.accepted
     assert sum(appended) == len(PROMPTS[1]) + TOKENS - 1 + wrong
 
 
