@@ -31,16 +31,18 @@ def choose_placement(settings: RunSettings, manifest: Manifest, init: LoadedAdap
     cannot go together, and ``BundleError`` for a bundle without enough blocks.
     """
     _check_server(settings)
-    for option, is_given, mode in (
-        ("--device-blocks", settings.device_blocks is not None and settings.mode == "split", "trunk"),
-        ("--cache-mb", settings.cache_mb is not None and settings.mode != "trunk", "trunk"),
-        ("--keep-cache", settings.keep_cache and settings.mode != "trunk", "trunk"),
-        ("--exact", settings.exact and settings.mode != "trunk", "trunk"),
-        ("--cache-key-file", settings.cache_key_file is not None and settings.mode != "trunk", "trunk"),
+    is_trunk, kept = settings.mode == "trunk", "in which a server's answers are kept"
+    is_split = settings.mode == "split"
+    for option, is_given, why in (
+        ("--device-blocks", settings.device_blocks is not None and is_split, "in which blocks run on this device"),
+        ("--cache-mb", settings.cache_mb is not None and not is_trunk, kept),
+        ("--keep-cache", settings.keep_cache and not is_trunk, kept),
+        ("--exact", settings.exact and not is_trunk, "in which a server runs texts"),
+        ("--cache-key-file", settings.cache_key_file is not None and not is_trunk, kept),
     ):
         if is_given:
-            raise UsageError(f"{option} needs --mode {mode}, {_WHY[option]}")
-    if settings.mode == "split":
+            raise UsageError(f"{option} needs --mode trunk, {why}")
+    if is_split:
         return settings
     _check(settings, init)
     count = _count(settings, manifest)
@@ -64,15 +66,6 @@ def choose_placement(settings: RunSettings, manifest: Manifest, init: LoadedAdap
         kr_on_kill="hold_forward",
         kr_cost_aware=False,  # costs are bytes and round trips
     )
-
-
-_WHY: Final = {
-    "--device-blocks": "in which blocks run on this device",
-    "--cache-mb": "in which a server's answers are kept",
-    "--keep-cache": "in which a server's answers are kept",
-    "--exact": "in which a server runs texts",
-    "--cache-key-file": "in which a server's answers are kept",
-}
 
 
 def _check_server(settings: RunSettings) -> None:
