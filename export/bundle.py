@@ -44,9 +44,9 @@ from .installed import check_executorch
 from .output_directory import new_directory_for
 from .selection import Selection, can_be_activated, select_targets
 from .settings import ExportSettings
-from .to_executorch import BOUNDS
+from .to_executorch import BOUNDS, bounds_for
 from .tokenizer import load_tokenizer, save_tokenizer
-from .verify import COMPILERS, Verified, real_hidden_states, verify
+from .verify import Verified, compilers, real_hidden_states, verify
 from .weights import embedding_dtype, save_device_blocks, save_embedding, save_head
 
 SUFFIXES: Final = {"onnx": "onnx", "executorch": "pte"}
@@ -97,7 +97,9 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
             device_blocks=blocks,
         )
         blocks_spec = None if blocks is None else save_device_blocks(bundle, blocks)
-        engines = {name: COMPILERS[name] for name in settings.engines}
+        bounds = BOUNDS if blocks is None else bounds_for(blocks.max_length)
+        known = compilers(bounds)
+        engines = {name: known[name] for name in settings.engines}
         verified: list[Verified] = []
         for graph, tests in make_graphs(materials):
             verified.append(verify(graph, tests, engines))
@@ -119,7 +121,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
             graphs=graphs,
             golden=_GOLDEN,
             files=_describe_files(bundle),
-            executorch=ExecutorchSpec(check_executorch(), dict(BOUNDS)) if "executorch" in settings.engines else None,
+            executorch=ExecutorchSpec(check_executorch(), dict(bounds)) if "executorch" in settings.engines else None,
             device_blocks=blocks_spec,
         )
         (bundle / MANIFEST_NAME).write_bytes(encode_manifest(manifest))

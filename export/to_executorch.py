@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, Final
 
@@ -39,14 +39,27 @@ _EXAMPLE: Final = {"tokens": 7, "rank": 5, "rows": 6, "n": 9, "positions": 11, "
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8, "int64": torch.int64}
 
 
-def to_executorch(graph: TrainingGraph) -> bytes:
-    """The program of a graph. Raises ``ExportError`` where executorch cannot make it."""
+def bounds_for(max_length: int) -> dict[str, int]:
+    """``BOUNDS`` of a base model whose tables have rows for ``max_length`` tokens.
+
+    Some families cut a table by how many tokens there are, past and new ones; torch.export takes it that of the new
+    ones there are two at least, and wants to know that the table is never too short.
+    """
+    return {**BOUNDS, "past": min(BOUNDS["past"], max_length - 2)}
+
+
+def to_executorch(graph: TrainingGraph, bounds: Mapping[str, int] = BOUNDS) -> bytes:
+    """The program of a graph, which takes at most ``bounds`` of each dynamic dimension.
+
+    Raises ``ExportError`` where executorch cannot make it.
+    """
     exir = _executorch()
     module = graph.module()
     examples = tuple(_example(spec) for spec in graph.inputs)
     try:
         with _without_output():
-            exported = torch.export.export(module, examples, dynamic_shapes=_dynamic(graph, module), strict=False)
+            sizes = _dynamic(graph, module, bounds)
+            exported = torch.export.export(module, examples, dynamic_shapes=sizes, strict=False)
             edge = exir.to_edge(
                 exported,
                 compile_config=exir.EdgeCompileConfig(
@@ -96,8 +109,8 @@ def _example(spec: TensorSpec) -> Tensor:
     return torch.empty(shape, dtype=_DTYPES[spec.dtype])
 
 
-def _dynamic(graph: TrainingGraph, module: nn.Module) -> Any:
-    dims = {name: torch.export.Dim(name, min=1, max=bound) for name, bound in BOUNDS.items()}
+def _dynamic(graph: TrainingGraph, module: nn.Module, bounds: Mapping[str, int]) -> Any:
+    dims = {name: torch.export.Dim(name, min=1, max=bound) for name, bound in bounds.items()}
     shapes = tuple(
         {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in graph.inputs
     )

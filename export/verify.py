@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -66,13 +67,17 @@ def compile_onnx(graph: TrainingGraph) -> Compiled:
     return Compiled(model, lambda inputs: session.run(names, inputs))
 
 
-def compile_executorch(graph: TrainingGraph) -> Compiled:
-    """For ExecuTorch, tried on its own Python runtime."""
-    model = to_executorch(graph)
+def compile_executorch(graph: TrainingGraph, bounds: Mapping[str, int]) -> Compiled:
+    """For ExecuTorch, tried on its own Python runtime; ``bounds`` as in ``to_executorch``."""
+    model = to_executorch(graph, bounds)
     return Compiled(model, load_program(model))
 
 
-COMPILERS: Final[Engines] = {"onnx": compile_onnx, "executorch": compile_executorch}
+def compilers(bounds: Mapping[str, int]) -> Engines:
+    """Of all engines."""
+    return {"onnx": compile_onnx, "executorch": partial(compile_executorch, bounds=bounds)}
+
+
 ONNX_ONLY: Final[Engines] = {"onnx": compile_onnx}
 
 

@@ -21,7 +21,7 @@ from dlora.export.graphs.graph import TrainingGraph
 from dlora.export.installed import check_executorch
 from dlora.export.selection import select_targets
 from dlora.export.settings import ExportSettings
-from dlora.export.to_executorch import BOUNDS, to_executorch
+from dlora.export.to_executorch import bounds_for, to_executorch
 from dlora.protocol.manifest import MANIFEST_NAME, ExecutorchSpec, FileSpec, Manifest, encode_manifest, load_manifest
 
 _EXPERTS: Final = "is a mixture of experts"
@@ -113,13 +113,15 @@ def with_programs(bundle: Path, family: str, dtype: Any = "fp32") -> Path:
             (copy / path.relative_to(bundle)).hardlink_to(path)
     manifest = load_manifest(bundle)
     graphs, files = [], dict(manifest.files)
-    for graph in (*graphs_of(prepared(family, 0, dtype)), adamw_graph()):
-        content, name = to_executorch(graph), f"graphs/{graph.name}.pte"
+    blocks = prepared(family, 0, dtype)
+    bounds = bounds_for(blocks.max_length)
+    for graph in (*graphs_of(blocks), adamw_graph()):
+        content, name = to_executorch(graph, bounds), f"graphs/{graph.name}.pte"
         (copy / name).write_bytes(content)
         files[name] = FileSpec(len(content), hashlib.sha256(content).hexdigest())
         spec = manifest.graph(graph.kind, graph.key)
         graphs.append(msgspec.structs.replace(spec, files={**spec.files, "executorch": name}))
-    made_with = ExecutorchSpec(check_executorch(), dict(BOUNDS))
+    made_with = ExecutorchSpec(check_executorch(), bounds)
     changed: Manifest = msgspec.structs.replace(manifest, graphs=tuple(graphs), files=files, executorch=made_with)
     (copy / MANIFEST_NAME).write_bytes(encode_manifest(changed))
     return copy

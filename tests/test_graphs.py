@@ -22,7 +22,7 @@ from dlora.export.graphs.head import HeadShape, head_graphs, head_tests
 from dlora.export.graphs.lora import adapter_graphs, adapter_tests
 from dlora.export.graphs.tolerances import CEILING, FLOOR, allowed, relative_error
 from dlora.export.tracing.modules import quantise_rows
-from dlora.export.verify import COMPILERS, Compiled, Verified, compile_onnx, start_session, verify
+from dlora.export.verify import Compiled, Verified, compile_onnx, start_session, verify
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import TensorSpec
 
@@ -151,7 +151,7 @@ def test_head_graphs_match_autograd(
     shape = HeadShape(vocabulary, HIDDEN, dtype, bias, logit_scale, softcap)
     end = _head_end(vocabulary, shape)
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
-    check_head(shape, end, hidden, COMPILERS["onnx"])
+    check_head(shape, end, hidden, compile_onnx)
 
 
 def check_head(shape: HeadShape, end: HeadEnd, hidden: oracles.Array, compile_graph: Callable[..., Compiled]) -> None:
