@@ -43,7 +43,8 @@ lint: .venv/.ready ## ruff, mypy, import rules: one minute
 
 bench: ## speed, traffic and losses against PEFT, recipes, the device alone: hours
 bench: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-int8/manifest.json \
-		build/smollm2-blocks/manifest.json build/smollm2-blocks-int8/manifest.json build/smollm2-blocks-fp32/manifest.json
+		build/smollm2-blocks/manifest.json build/smollm2-blocks-int8/manifest.json build/smollm2-blocks-fp32/manifest.json \
+		build/smollm2-blocks-int4/manifest.json
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/trunk.py
 	$(BIN)/python benchmarks/peft_losses.py --bundle-fp32 build/smollm2-fp32
@@ -66,6 +67,9 @@ build/smollm2-blocks-fp32/manifest.json: | .venv/.ready
 
 build/smollm2-blocks-int8/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-int8 --device-blocks 8 --block-dtype int8 --head-dtype int8
+
+build/smollm2-blocks-int4/manifest.json: | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-int4 --device-blocks 4 --block-dtype int4 --head-dtype int8
 
 build/smollm2-int8/manifest.json: | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-int8 --head-dtype int8

@@ -117,8 +117,7 @@ def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
 def _memory(url: str, options: argparse.Namespace) -> dict[str, Any]:
     """Peak resident memory of the device's process in MB, by how its blocks are stored."""
     found = {}
-    for dtype in ("fp16", "int8"):
-        bundle = options.bundle if dtype == "fp16" else options.int8_bundle
+    for dtype, bundle in {"fp16": options.bundle, "int8": options.int8_bundle, "int4": options.int4_bundle}.items():
         text = " ".join(["word"] * (options.tokens // options.batch_size - 1))
         summary = _train(url, bundle, [text] * 40, options, "--steps", "12")
         found[dtype] = summary["peak_rss_mb"]
@@ -216,6 +215,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--bundle", type=Path, default=Path("build/smollm2-blocks"))
     parser.add_argument("--int8-bundle", type=Path, default=Path("build/smollm2-blocks-int8"))
+    parser.add_argument("--int4-bundle", type=Path, default=Path("build/smollm2-blocks-int4"))
     parser.add_argument("--fp32-bundle", type=Path, default=Path("build/smollm2-blocks-fp32"))
     parser.add_argument("--blocks", type=int, default=4, help="on the device")
     parser.add_argument("--tokens", type=int, default=256, help="of a micro-batch")

@@ -16,7 +16,7 @@ from dialogue import write_dialogue
 
 PEFT_CHECK: Final = Path(__file__).parents[1] / "examples" / "peft_check.py"
 BARS: Final = {"fp32": 1e-4, "fp16": 2e-3}
-"""How far the two losses may be apart. PEFT has the weights as they were, not rounded: of int8 it is said how far."""
+"""How far the two losses may be apart. PEFT has the weights as they were, not rounded: of int8 and int4 it is said how far."""
 MAX_LENGTH: Final = 512  # of peft_check.py as well
 ROWS: Final = 48
 STEPS: Final = 6
@@ -25,7 +25,9 @@ HIGH_LR: Final = 5e-3  # so few steps are to move the loss far away from the bas
 
 def measure_losses(url: str, options: argparse.Namespace) -> dict[str, Any]:
     """The loss on held-out dialogue, on the device and in PEFT, in nats a label."""
-    bundles = {"fp32": options.fp32_bundle, "fp16": options.bundle, "int8": options.int8_bundle}
+    bundles = {
+        "fp32": options.fp32_bundle, "fp16": options.bundle, "int8": options.int8_bundle, "int4": options.int4_bundle,
+    }  # fmt: skip
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)

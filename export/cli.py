@@ -29,6 +29,15 @@ class StoredDtype(StrEnum):
     INT8 = "int8"
 
 
+class BlockDtype(StrEnum):
+    """How weights of blocks are stored on the device."""
+
+    FP16 = "fp16"
+    FP32 = "fp32"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class Dtype(StrEnum):
     """Of a merged model's weights."""
 
@@ -94,13 +103,13 @@ def export(
         ),
     ] = None,
     block_dtype: Annotated[
-        StoredDtype,
+        BlockDtype,
         typer.Option(
             metavar="DTYPE",
-            help="How their weights are stored: fp16, fp32 or int8. Adapters are trained for the weights as they are "
-            "stored: int8 only where memory forbids fp16.",
+            help="How their weights are stored: fp16, fp32, int8 or int4. Adapters are trained for the weights as they "
+            "are stored: int8 only where memory forbids fp16, and int4 only where it forbids int8.",
         ),
-    ] = StoredDtype.FP16,
+    ] = BlockDtype.FP16,
     engine: Annotated[
         Engine, typer.Option(metavar="ENGINE", help="What the device runs graphs with: onnx, executorch or both.")
     ] = Engine.ONNX,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel, quiet
 from dlora.protocol.errors import DloraError
-from dlora.protocol.manifest import StoredDtype
+from dlora.protocol.manifest import BlockDtype
 from dlora.protocol.text import first_line
 
 from .graphs.block import block_graphs, final_norm_graphs
@@ -38,7 +38,7 @@ _TOLERANCE = 1e-4  # rounding only: the same sums in another order
 
 
 def prepare_blocks(
-    base: BaseModel, trainable: Sequence[str], count: int, dtype: StoredDtype, say: Callable[[str], None]
+    base: BaseModel, trainable: Sequence[str], count: int, dtype: BlockDtype, say: Callable[[str], None]
 ) -> DeviceBlocks:
     """The last ``count`` blocks of ``base``, their graphs made and not yet verified.
 
@@ -65,7 +65,7 @@ def prepare_blocks(
 
 
 def _prepare(
-    base: BaseModel, trainable: Sequence[str], count: int, dtype: StoredDtype, say: Callable[[str], None]
+    base: BaseModel, trainable: Sequence[str], count: int, dtype: BlockDtype, say: Callable[[str], None]
 ) -> DeviceBlocks:
     first = base.blocks - count
     _check_experts(base, first)

@@ -9,7 +9,7 @@ from typing import Final, Literal
 from dlora.cloud.model.source import find_source
 from dlora.protocol.errors import UsageError
 from dlora.protocol.limits import MAX_RANK
-from dlora.protocol.manifest import StoredDtype
+from dlora.protocol.manifest import BlockDtype, StoredDtype
 from dlora.protocol.text import one_line
 
 from .installed import check_executorch
@@ -53,7 +53,7 @@ class ExportSettings:
     engine: Literal["onnx", "executorch", "both"] = "onnx"
     base_model_name: str | None = None
     device_blocks: int | Literal["all"] | None = None
-    block_dtype: StoredDtype = "fp16"
+    block_dtype: BlockDtype = "fp16"
     device_memory: float | None = None
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .groups import GroupSpec
-from .manifest import StoredDtype
+from .manifest import BlockDtype, StoredDtype
 
 RUNTIME_MB: Final = 100  # Python, the engine and its graphs, and one slab of the head
 USUAL_TOKENS: Final = 256  # of a micro-batch
@@ -22,7 +22,10 @@ _FLOAT: Final = 4
 _HEAD_WIDTH: Final = 64  # of attention, in most families
 _SCORES: Final = 4  # copies of one block's scores of attention that are alive at a time
 _SLACK: Final = 1.05  # what lies between allocations of many sizes
-_WIDENED_MB: Final[dict[StoredDtype, int]] = {"int8": 12, "fp16": 0, "fp32": 0}  # what integers are widened into
+_BLOCK_DTYPES: Final[dict[BlockDtype, float]] = {"int4": 0.5 + 2 / 32, "int8": 1, "fp16": 2, "fp32": 4}
+"""Bytes a value; of int4 32 share a scale of fp16."""
+_WIDENED_MB: Final[dict[BlockDtype, int]] = {"int4": 24, "int8": 12, "fp16": 0, "fp32": 0}
+"""What integers are widened into."""
 _WIDE_COPIES: Final = 3  # of a block's widest tensors, in the pass that is under way
 
 
@@ -41,7 +44,7 @@ class DeviceModel:
     vocabulary_size: int
     groups: Sequence[GroupSpec]
     head_dtype: StoredDtype
-    block_dtype: StoredDtype
+    block_dtype: BlockDtype
 
     def groups_here(self, count: int) -> list[GroupSpec]:
         """Those of the last ``count`` blocks."""
@@ -53,11 +56,11 @@ def lora_numbers(groups: Iterable[GroupSpec], rank: int) -> int:
     return sum(rank * (group.in_features + target.out_features) for group in groups for target in group.targets)
 
 
-def block_weight_bytes(groups: Iterable[GroupSpec], dtype: StoredDtype) -> int:
+def block_weight_bytes(groups: Iterable[GroupSpec], dtype: BlockDtype) -> int:
     """Of the linear modules of ``groups``, with a scale of fp32 a row for int8."""
     values = sum(group.in_features * group.out_features for group in groups)
     rows = sum(group.out_features for group in groups)
-    return values * STORED_DTYPES[dtype] + (_FLOAT * rows if dtype == "int8" else 0)
+    return round(values * _BLOCK_DTYPES[dtype]) + (_FLOAT * rows if dtype == "int8" else 0)
 
 
 def head_bytes(vocabulary_size: int, hidden_size: int, dtype: StoredDtype) -> int:

@@ -25,6 +25,7 @@ MANIFEST_NAME: Final = "manifest.json"
 MAX_MANIFEST_BYTES: Final = 16 << 20
 
 StoredDtype = Literal["fp32", "fp16", "int8"]
+BlockDtype = Literal["fp32", "fp16", "int8", "int4"]
 # Open: a bundle may have graphs of kinds that a device neither knows nor needs.
 GraphKind = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_]*\Z", max_length=64)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -159,7 +160,7 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """The last blocks of the base model, for a device that runs some of them itself.
 
     Attributes:
-        dtype: of the weights of linear modules.
+        dtype: of the weights of linear modules; int8 also where it is int4, of those whose rows have no groups.
         max_length: the most tokens of a sequence.
         blocks: in the order of execution, up to the last of the base model.
         final_norm: what stands after them: graph input to ``.npy`` file.
@@ -167,7 +168,7 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         without_decode: why they have no graphs to go on from earlier tokens with, in words; None where they have.
     """
 
-    dtype: StoredDtype
+    dtype: BlockDtype
     max_length: Positive
     blocks: Annotated[tuple[BlockSpec, ...], msgspec.Meta(min_length=1)]
     final_norm: dict[str, BundlePath]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 import torch
 from families import MORE_FAMILIES, save_tiny, tiny_model
 
@@ -129,6 +130,11 @@ def with_programs(bundle: Path, family: str, dtype: Any = "fp32") -> Path:
 
 def stored_as(weights: Mapping[str, Any], name: str) -> torch.Tensor:
     """The weight (out, in) that a device computes with, in float32, of what it has on its disk."""
+    groups = weights.get(f"{name}.weight.group_scales")
+    if groups is not None:
+        packed = weights[f"{name}.weight"].astype(np.int16)
+        values = np.concatenate([(packed & 15) - 8, packed >> 4], axis=2) * groups.astype(np.float32)
+        return torch.from_numpy(values.reshape(len(values), -1))
     weight = torch.from_numpy(weights[f"{name}.weight"].copy()).float()
     scales = weights.get(f"{name}.weight.row_scales")
     return weight if scales is None else weight * torch.from_numpy(scales.copy())[:, None]

@@ -32,7 +32,7 @@ from dlora.export.selection import select_targets
 from dlora.export.settings import ExportSettings
 from dlora.export.tracing import onnx_products
 from dlora.export.tracing.calls import BlockCall
-from dlora.export.tracing.modules import stored_weights
+from dlora.export.tracing.modules import stored_weights, weight_shape
 from dlora.export.verify import compile_onnx, verify
 from dlora.protocol.errors import ExportError, UsageError
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
@@ -107,7 +107,7 @@ def test_values_that_fp16_cannot_hold_name_the_option(tmp_path: Path) -> None:
 # -- selftest ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
 def test_selftest_passes_and_notices_a_weight_of_another_block(
     dtype: str, bundles: BlockBundles, tmp_path: Path
 ) -> None:
@@ -166,7 +166,7 @@ def chain_graphs(chain: Chain, dtype: Any) -> tuple[dict[str, torch.Tensor], tup
     return weights, block_graphs(call, weights, ("up", "down"), "0")
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
 def test_large_weight_is_widened_in_parts_without_an_error(dtype: str) -> None:
     """Forward and backward of 2048 x 1024 and 1024 x 2048 are those of the whole, stored weights."""
     torch.manual_seed(0)
@@ -232,7 +232,7 @@ def test_weight_of_odd_rows_is_widened_as_far_as_it_comes_out_even() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
 def test_last_blocks_of_smollm2_match_peft_and_autograd(dtype: Any) -> None:
     """Of the last four, each given the same input and a gradient of its own; and by export's own account."""
     from dlora.cloud.model.base_model import load_base_model
@@ -246,7 +246,7 @@ def test_last_blocks_of_smollm2_match_peft_and_autograd(dtype: Any) -> None:
         f"{block.call.path}.{name}.lora_{half}": (5, size[1]) if half == "A" else (size[0], 5)
         for block in blocks.blocks
         for name in block.targets
-        for half, size in dict.fromkeys("AB", tuple(block.weights[f"{name}.weight"].shape)).items()
+        for half, size in dict.fromkeys("AB", weight_shape(block.weights, name)).items()
     }
     assert len(shapes) == 4 * 7 * 2
     lora = random_lora(shapes)

@@ -123,10 +123,14 @@ def check_twenty_steps(bundle: Bundle, engine: Engine, family: str) -> None:
         ("llama", "fp32"),
         ("llama", "fp16"),
         ("llama", "int8"),
+        ("llama", "int4"),
         *(
             pytest.param(family, dtype, marks=pytest.mark.slow)
-            for family in ("gpt2", "gemma2", "mpt", "phi3")
-            for dtype in ("fp32", "fp16", "int8")
+            for family, dtypes in {
+                "gpt2": ("fp32", "fp16", "int8", "int4"), "gemma2": ("fp32", "fp16", "int8"),
+                "mpt": ("fp32", "fp16", "int8"), "phi3": ("fp32", "fp16", "int8", "int4"),
+            }.items()
+            for dtype in dtypes
         ),
     ],
 )
@@ -150,7 +154,8 @@ def executorch_bundle(bundles: BlockBundles, family: str, **settings: Any) -> Bu
         pytest.param("llama", "fp32", marks=NEEDED),
         *(
             pytest.param(family, dtype, marks=[*NEEDED, pytest.mark.slow])
-            for family, dtype in (("llama", "fp16"), ("llama", "int8"), ("gpt2", "fp16"), ("gemma2", "fp32"),
+            for family, dtype in (("llama", "fp16"), ("llama", "int8"), ("llama", "int4"), ("gpt2", "fp16"),
+                                  ("gemma2", "fp32"),
                                   ("mpt", "int8"), ("bloom", "fp32"), ("apertus", "fp32"))
         ),
     ],

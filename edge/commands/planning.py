@@ -178,8 +178,8 @@ def _quality(measured: Measured | None, count: int, question: Question) -> dict[
     chosen = (settings.rank, settings.blocks, settings.wire_dtype, settings.target_modules)
     if any(chosen) or settings.active_fraction < 1:
         return {"quality": "not measured with these options"}
-    if count and spec is not None and spec.dtype == "int8":
-        return {"quality": "not measured: the blocks on the device are rounded to int8"}
+    if count and spec is not None and spec.dtype in ("int8", "int4"):
+        return {"quality": f"not measured: the blocks on the device are rounded to {spec.dtype}"}
     if measured is None:
         return {"quality": "not measured"}
     return {"quality": f"{measured.finding} ({measured.source})", "holds": measured.holds}

@@ -15,10 +15,10 @@ from typing import Final
 
 OPERATORS: Final = frozenset(
     (
-        "Add", "ArgMax", "Cast", "Concat", "Constant", "Div", "Equal", "Erf", "Exp", "Expand", "Gather", "Gemm",
-        "Greater", "Identity", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Pad", "Reciprocal",
-        "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Round", "Scan", "Shape", "Sigmoid", "Slice",
-        "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
+        "Add", "ArgMax", "Cast", "Concat", "Constant", "Div", "Equal", "Erf", "Exp", "Expand", "Floor", "Gather",
+        "Gemm", "Greater", "Identity", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Pad",
+        "Reciprocal", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Round", "Scan", "Shape", "Sigmoid",
+        "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
     )
 )  # fmt: skip
 MAX_GRAPH_BYTES: Final = 256 << 10  # 10 KiB are usual: weights are inputs

@@ -14,6 +14,7 @@ from dlora.protocol.manifest import BlockSpec, DeviceBlocksSpec, GraphSpec, Tens
 from dlora.protocol.tensors import FloatArray, IntArray
 
 LORA: Final = (".lora_A", ".lora_B")  # what names of a block's graph inputs end in; docs/bundle.md has them all
+_INT4_VALUES: Final = 2  # in a byte of a weight of int4, which is (out, groups, bytes)
 BLOCKED: Final = np.finfo(np.float32).min  # added to a score where a token does not see another
 
 
@@ -68,9 +69,9 @@ class BlockWeights:
         """Of a ``lora_A`` or ``lora_B``, whose widths are those of the weight beside it: no larger than a file."""
         module, _, side = tensor.name.rpartition(".")
         weight = self._weights.get(f"{module}.weight")
-        if weight is None or weight.ndim != 2:
+        if weight is None or weight.ndim not in (2, 3):
             raise BundleError(f"{self._where(module)} has no weight; export the bundle again")
-        out_features, in_features = weight.shape
+        out_features, in_features = weight.shape[0], weight[0].size * (1 if weight.ndim == 2 else _INT4_VALUES)
         expected = ("rank", in_features) if side == "lora_A" else (out_features, "rank")
         if tensor.shape != expected:
             raise BundleError(f"{self._where(tensor.name)} has another shape than its weight; export the bundle again")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dlora.export.tracing.calls import MASK, BlockCall, CannotRunOnDevice
-from dlora.export.tracing.modules import PRODUCT, ROW_SCALES, Lora, Z, linears, with_weights
+from dlora.export.tracing.modules import PRODUCT, Lora, Z, is_scale, linears, weight_shape, with_weights
 from dlora.export.tracing.simplify import ancestors, cut, outputs_of, products_of, simplify
 from dlora.export.tracing.to_module import TracedModule
 from dlora.export.tracing.to_onnx import CannotEmitError, to_nodes
@@ -50,7 +50,7 @@ def block_graphs(
     whole = simplify(trace_block(call, weights, targets))
     outputs = outputs_of(whole)
     grads = {name: node for name, node in outputs.items() if name != OUTPUT}
-    names = [name for name in weights if not name.endswith(ROW_SCALES)] + [f"{name}.lora_A" for name in targets]
+    names = [name for name in weights if not is_scale(name)] + [f"{name}.lora_A" for name in targets]
     products = products_of(whole, names)
     needed = ancestors(grads.values(), stop=products)
     kept = {node: _kept_name(name) for node, name in products.items() if node in needed}
@@ -138,7 +138,7 @@ def block_inputs(block: BlockMaterials, lengths: Sequence[int], rank: int, seed:
         SCALE: torch.tensor(1.5),
     }
     for target in block.targets:
-        out_features, in_features = block.weights[f"{target}.weight"].shape
+        out_features, in_features = weight_shape(block.weights, target)
         values[f"{target}.lora_A"] = torch.randn(rank, in_features, generator=random) / in_features**0.5
         values[f"{target}.lora_B"] = torch.randn(out_features, rank, generator=random) * 0.1
     return {**values, **block.context(lengths), **block.weights}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dlora.export.tracing.calls import BLOCKED, MASK, BlockCall, sees
 from dlora.export.tracing.entry import Entry
 from dlora.export.tracing.past import PAST_MASK
-from dlora.protocol.manifest import StoredDtype
+from dlora.protocol.manifest import BlockDtype
 
 from .graph import TrainingGraph
 
@@ -97,7 +97,7 @@ class DeviceBlocks:
 
     blocks: tuple[BlockMaterials, ...]
     final_norm: FinalNormMaterials
-    dtype: StoredDtype
+    dtype: BlockDtype
     max_length: int
     entry: Entry | None = None
     without_decode: str | None = None

@@ -17,11 +17,24 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers.pytorch_utils import Conv1D
 
-from dlora.protocol.manifest import StoredDtype
+from dlora.protocol.manifest import BlockDtype
+
+from .int4 import group_size, quantise_groups, widen_int4
 
 ROW_SCALES: Final = "row_scales"
+GROUP_SCALES: Final = "group_scales"
+_SCALES: Final = (ROW_SCALES, GROUP_SCALES)
 PRODUCT: Final = "product"
 Z: Final = "z"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The frozen weight of a linear module, as ``stored_weights`` has it, with the scales that its dtype has."""
+
+    weight: Tensor
+    row_scales: Tensor | None
+    group_scales: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -57,10 +70,11 @@ def _is_plain(module: nn.Linear | Conv1D) -> bool:
     return isinstance(found, Tensor) and torch.allclose(found, nn.functional.linear(x, weight, module.bias), atol=1e-5)
 
 
-def stored_weights(block: nn.Module, dtype: StoredDtype) -> dict[str, Tensor]:
+def stored_weights(block: nn.Module, dtype: BlockDtype) -> dict[str, Tensor]:
     """A block's weights as a device has them, by the name of their graph input: those of linear modules
-    (out_features, in_features) in ``dtype``, with ``row_scales`` (out_features,) for int8; all others float32, or what
-    they are where they are no floats."""
+    (out_features, in_features) in ``dtype``, with ``row_scales`` (out_features,) for int8; for int4 as
+    ``quantise_groups`` has them, with ``group_scales``, and int8 where a row has no groups. All others are float32, or
+    what they are where they are no floats."""
     weights: dict[str, Tensor] = {}
     inside = {f"{name}.weight": module for name, module in linears(block).items()}
     for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
@@ -69,11 +83,24 @@ def stored_weights(block: nn.Module, dtype: StoredDtype) -> dict[str, Tensor]:
             continue
         wide = tensor.detach().float()
         wide = wide.T.contiguous() if isinstance(inside[name], Conv1D) else wide
-        if dtype == "int8":
+        if dtype == "int4" and (size := group_size(wide.shape[1])) is not None:
+            weights[name], weights[f"{name}.{GROUP_SCALES}"] = quantise_groups(wide, size)
+        elif dtype in ("int8", "int4"):
             weights[name], weights[f"{name}.{ROW_SCALES}"] = quantise_rows(wide)
         else:
             weights[name] = wide.half() if dtype == "fp16" else wide
     return weights
+
+
+def is_scale(name: str) -> bool:
+    """Whether a graph input is the scales of a weight."""
+    return name.endswith(_SCALES)
+
+
+def weight_shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """(out_features, in_features) of a linear module's weight, given all of ``stored_weights``."""
+    weight = weights[f"{name}.weight"]
+    return weight.shape[0], weight[0].numel() * (2 if f"{name}.weight.{GROUP_SCALES}" in weights else 1)
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,12 +124,12 @@ def with_weights(
     (tokens, out), before row scales and bias, and ``<module>.z`` (rank, tokens).
     """
     own = {f"{name}.weight" for name in modules}
-    given = {name: tensor for name, tensor in weights.items() if name not in own and not name.endswith(ROW_SCALES)}
+    given = {name: tensor for name, tensor in weights.items() if name not in own and not is_scale(name)}
     before = {name: module.__dict__.get("forward") for name, module in modules.items()}
     with _reparametrize_module(block, given):
         try:
             for name, module in modules.items():
-                stored = weights[f"{name}.weight"], weights.get(f"{name}.weight.{ROW_SCALES}")
+                stored = Stored(weights[f"{name}.weight"], *(weights.get(f"{name}.weight.{each}") for each in _SCALES))
                 module.forward = _forward(name, module, stored, lora.get(name), kept)  # type: ignore[method-assign]
             yield
         finally:
@@ -116,21 +143,19 @@ def with_weights(
 def _forward(
     name: str,
     module: nn.Linear | Conv1D,
-    stored: tuple[Tensor, Tensor | None],
+    stored: Stored,
     lora: Lora | None,
     kept: dict[str, Tensor] | None,
 ) -> Any:
-    weight, row_scales = stored
-
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Frozen.apply(rows, weight)
+        y: Tensor = _Frozen.apply(rows, stored.weight, stored.group_scales)
         if kept is not None:
             kept[f"{name}.{PRODUCT}"] = y.detach()
             if lora is not None:
                 kept[f"{name}.{Z}"] = (lora.lora_A @ rows.t()).detach()
-        if row_scales is not None:
-            y = y * row_scales
+        if stored.row_scales is not None:
+            y = y * stored.row_scales
         if module.bias is not None:
             y = y + module.bias
         if lora is not None:
@@ -141,17 +166,21 @@ def _forward(
 
 
 class _Frozen(torch.autograd.Function):
-    """``x W^T`` of a stored weight (out, in): gradient by x only."""
+    """``x W^T`` of a stored weight: gradient by x only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return torch.mm(x, weight.to(x.dtype).t())
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group_scales: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, group_scales)
+        return torch.mm(x, _widened(weight, group_scales, x.dtype).t())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return torch.mm(grad, weight.to(grad.dtype)), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, group_scales = ctx.saved_tensors
+        return torch.mm(grad, _widened(weight, group_scales, grad.dtype)), None, None
+
+
+def _widened(weight: Tensor, group_scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (weight if group_scales is None else widen_int4(weight, group_scales)).to(dtype)
 
 
 class _Delta(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto
 from torch import fx
 
+from .int4 import WIDEN
 from .onnx_products import is_product_operand, product
 from .onnx_writer import CannotEmitError, OnnxWriter
 from .trace import aten
@@ -57,7 +58,7 @@ def write_operator(writer: OnnxWriter, node: fx.Node) -> None:
         return
     if target is aten.permute.default:
         return  # when something other than a product wants it
-    if target is aten._to_copy.default and all(is_product_operand(user) for user in node.users):
+    if target in (aten._to_copy.default, WIDEN) and all(is_product_operand(user) for user in node.users):
         return  # likewise
     write = _OPERATORS.get(target)
     if write is not None:

@@ -6,11 +6,13 @@ stored, and runtimes widen several at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, helper
 
+from .int4 import LOWEST, WIDEN
 from .onnx_writer import CannotEmitError, OnnxWriter
 from .trace import aten
 
@@ -20,7 +22,7 @@ SLAB_VALUES: Final = 1 << 20  # of a weight that is widened: 4 MB
 def product(writer: OnnxWriter, node: Any) -> str:
     left, left_transposed = _untransposed(node.args[0])
     right, right_transposed = _untransposed(node.args[1])
-    if right.target is aten._to_copy.default:
+    if right.target in (aten._to_copy.default, WIDEN):
         return _product_with_stored(writer, left, left_transposed, right, right_transposed)
     if left_transposed:
         # Written out: kernels are bad at products along the long side.
@@ -35,28 +37,54 @@ def product(writer: OnnxWriter, node: Any) -> str:
 
 def _product_with_stored(writer: OnnxWriter, left: Any, left_transposed: bool, cast: Any, is_forward: bool) -> str:
     """x W^T, or grad W, with a weight (out, in) that is widened here."""
-    weight: Any = cast.args[0]
-    if left_transposed or weight.op != "placeholder":
+    if left_transposed or any(each.op != "placeholder" for each in cast.args):
         raise CannotEmitError("a stored weight in a product of another form")
-    rows, columns = weight.meta["val"].shape
+    rows, columns = cast.meta["val"].shape
     slabs = _slabs(rows, columns)
-    name, x = weight.meta["name"], writer.value(left)
+    stored, x = [each.meta["name"] for each in cast.args], writer.value(left)
     if slabs == 1:
-        wide = writer.add("Cast", [name], to=TensorProto.FLOAT)
+        writer.count += 1
+        writer.nodes += _widening(writer, stored, f"w{writer.count}_", (rows, columns))
+        wide = f"w{writer.count}_wide"
         return writer.add("Gemm", [x, wide], transB=1) if is_forward else writer.add("MatMul", [x, wide])
-    return _scan(writer, name, x, slabs, rows // slabs, columns, is_forward=is_forward)
+    return _scan(writer, stored, x, slabs, rows // slabs, columns, is_forward=is_forward)
 
 
-def _scan(writer: OnnxWriter, weight: str, x: str, slabs: int, slab: int, columns: int, *, is_forward: bool) -> str:
+def _widening(writer: OnnxWriter, stored: Sequence[str], p: str, shape: tuple[int, int]) -> list[NodeProto]:
+    """Makes ``<p>wide``, float32 ``shape``, of a stored weight, or of one of int4 and its scales."""
+    if len(stored) == 1:
+        return [helper.make_node("Cast", stored, [f"{p}wide"], to=TensorProto.FLOAT)]
+    sixteenth, sixteen, lowest = (writer.constant(value, np.float32) for value in (1 / 16, 16, LOWEST))
+    return [  # as int4.widened
+        helper.make_node("Cast", [stored[0]], [f"{p}float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{p}float", sixteenth], [f"{p}sixteenth"]),
+        helper.make_node("Floor", [f"{p}sixteenth"], [f"{p}second"]),
+        helper.make_node("Mul", [f"{p}second", sixteen], [f"{p}upper"]),
+        helper.make_node("Sub", [f"{p}float", f"{p}upper"], [f"{p}lower"]),
+        helper.make_node("Add", [f"{p}lower", lowest], [f"{p}first"]),
+        helper.make_node("Concat", [f"{p}first", f"{p}second"], [f"{p}values"], axis=2),
+        helper.make_node("Cast", [stored[1]], [f"{p}scales"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{p}values", f"{p}scales"], [f"{p}scaled"]),
+        helper.make_node("Reshape", [f"{p}scaled", writer.integers(*shape)], [f"{p}wide"]),
+    ]
+
+
+def _scan(
+    writer: OnnxWriter, stored: Sequence[str], x: str, slabs: int, slab: int, columns: int, *, is_forward: bool
+) -> str:
     writer.count += 1
     p = f"s{writer.count}_"
     starts = writer.constant(np.arange(slabs, dtype=np.int64)[:, None] * slab)
     step, axis_0 = writer.integers(slab), writer.integers(0)
     start = helper.make_tensor_value_info(f"{p}start", TensorProto.INT64, [1])
+    parts = [f"{p}stored{index}" for index in range(len(stored))]
     body = [
         helper.make_node("Add", [f"{p}start", step], [f"{p}end"]),
-        helper.make_node("Slice", [weight, f"{p}start", f"{p}end", axis_0], [f"{p}stored"]),
-        helper.make_node("Cast", [f"{p}stored"], [f"{p}wide"], to=TensorProto.FLOAT),
+        *(
+            helper.make_node("Slice", [each, f"{p}start", f"{p}end", axis_0], [part])
+            for each, part in zip(stored, parts, strict=True)
+        ),
+        *_widening(writer, parts, p, (slab, columns)),
     ]
     if is_forward:
         body.append(helper.make_node("Gemm", [f"{p}wide", x], [f"{p}y"], transB=1))  # (slab, tokens)

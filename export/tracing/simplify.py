@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
 
+from .int4 import WIDEN
 from .trace import aten
 
 KEPT_META = ("name", "sizes")  # of an input: what it is called, and its sizes that are open
@@ -125,7 +126,7 @@ def products_of(graph: fx.GraphModule, names: Iterable[str]) -> dict[fx.Node, st
 
 def name_of(operand: Any) -> str | None:
     """The input that an operand is, transposed or widened perhaps."""
-    while isinstance(operand, fx.Node) and operand.target in (aten.permute.default, aten._to_copy.default):
+    while isinstance(operand, fx.Node) and operand.target in (aten.permute.default, aten._to_copy.default, WIDEN):
         operand = operand.args[0]
     if isinstance(operand, fx.Node) and operand.op == "placeholder":
         name: str = operand.meta["name"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from .int4 import WIDEN, widened
 from .trace import aten
 
 
@@ -28,6 +29,8 @@ def _for_kernels(graph: fx.GraphModule) -> fx.GraphModule:
     for node in list(nodes.nodes):
         if node.target is aten.view.default:
             node.target = aten.reshape.default
+        elif node.target is WIDEN:
+            node.target = widened
         elif node.target is aten.mm.default and _is_transposed(node.args[1]) and not _is_transposed(node.args[0]):
             # linear reads a weight as it lies; to mm a transpose is a copy.
             with nodes.inserting_before(node):

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.utils.stateless import _reparametrize_module
 
 from .calls import MASK, BlockCall
-from .modules import Lora, linears, with_weights
+from .modules import Lora, linears, weight_shape, with_weights
 from .past import KEYS, PAST_KEYS, PAST_MASK, PAST_VALUES, VALUES, call_with_past
 
 X: Final = "x"
@@ -110,7 +110,7 @@ def _context(call: BlockCall) -> dict[str, Tensor]:
 def _lora(weights: Mapping[str, Tensor], targets: Sequence[str]) -> dict[str, Tensor]:
     named = {}
     for target in targets:
-        out_features, in_features = weights[f"{target}.weight"].shape
+        out_features, in_features = weight_shape(weights, target)
         named[f"{target}.lora_A"] = torch.randn(_RANK, in_features)
         named[f"{target}.lora_B"] = torch.randn(out_features, _RANK)
     return named
