@@ -16,7 +16,7 @@ from dialogue import write_dialogue
 
 PEFT_CHECK: Final = Path(__file__).parents[1] / "examples" / "peft_check.py"
 BARS: Final = {"fp32": 1e-4, "fp16": 2e-3}
-"""How far the two losses may be apart. PEFT has the weights as they were, not rounded: of int8 and int4 it is said how far."""
+"""How far the two losses may be apart. PEFT has the weights unrounded: of integers it is said how far."""
 MAX_LENGTH: Final = 512  # of peft_check.py as well
 ROWS: Final = 48
 STEPS: Final = 6

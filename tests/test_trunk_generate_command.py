@@ -1,4 +1,4 @@
-"""``generate``, ``chat`` and ``serve`` in the mode ``trunk``, as their users meet it."""
+"""``generate``, ``chat``, ``serve`` and ``evaluate`` in the mode ``trunk``, as their users meet it."""
 
 from __future__ import annotations
 
@@ -70,6 +70,23 @@ def test_an_adapter_answers_in_the_mode_that_it_was_trained_in_or_another(place:
     assert (asked["answer"], asked["round_trips"]) == (split["answer"], 8)
     bare = answer("generate", *place.words(place.other)[1:7], *PROMPT, "--draft", 0, "--mode", "trunk")
     assert bare["answer"] != split["answer"]
+
+
+def test_evaluate_finds_the_loss_of_split_and_sends_texts_only(place: Place, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"w{n} w3", "completion": f" w{n + 1}"}) + "\n" for n in range(9)))
+
+    def evaluate(adapter: Path, *mode: object) -> dict[str, Any]:
+        return answer("evaluate", *place.words(adapter)[1:], "--data", data, "--threads", 1, *mode)
+
+    split, trunk = evaluate(place.trained, "--mode", "split"), evaluate(place.trained)
+    assert trunk["loss"] == pytest.approx(split["loss"], rel=1e-5)
+    assert {**trunk, "loss": 0} == {**split, "loss": 0}
+    assert evaluate(place.other, "--mode", "trunk") == trunk
+    bare = answer("evaluate", *place.words(place.other)[1:7], "--data", data, "--threads", 1, "--mode", "trunk")
+    assert bare["loss"] != trunk["loss"]
+    warned = run_edge("evaluate", *place.words(place.trained)[1:], "--data", data, "--mode", "split")
+    assert "the server is now sent what it computes" in warned.stderr
 
 
 def test_without_a_server_all_blocks_run_here(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .model_options import ModelOptions
+from dlora.edge.choices import UseMode
+
+from .model_options import ModelOptions, UseModeOption
 from .options import (
     ColumnsOption,
     CredentialOptions,
@@ -31,16 +33,20 @@ if TYPE_CHECKING:
 class EvaluatedModel(ModelOptions):
     """And where its blocks run."""
 
-    mode: Annotated[
-        Literal["split", "local"],
-        typer.Option(metavar="MODE", help="split: blocks run on the server. local: all of them here, without one."),
-    ] = "split"
+    mode: UseModeOption = None
+
+    @property
+    def chosen_mode(self) -> UseMode:
+        """That of the options, or that in which the adapter was trained."""
+        from dlora.edge.model.device_lora import trained_mode
+
+        return self.mode or trained_mode(self.find_adapter())
 
     def check(self) -> None:
         """Raise ``UsageError`` for a server that is lacking, or that nobody asks."""
         self.check_mode(self.mode)
-        if self.mode == "split":
-            self.server_for("split")
+        if (mode := self.chosen_mode) != "local":
+            self.server_for(mode)
 
     def warn_of_server(self, warn: Callable[[str], None]) -> None:
         """Say where a server is to be told what an adapter computes that was trained without."""
@@ -54,12 +60,16 @@ class EvaluatedModel(ModelOptions):
     ) -> AbstractContextManager[SplitModel] | AbstractContextManager[TrunkModel]:
         """The model, connected where it has to be. ``longest``: tokens of the longest example."""
         from dlora.edge.model.local_use import open_local
+        from dlora.edge.model.trunk_use import open_trunk_to_evaluate
         from dlora.edge.model.use import open_model
 
-        adapter = self.find_adapter()
-        if self.mode == "local":
+        adapter, mode = self.find_adapter(), self.chosen_mode
+        if mode == "local":
             return open_local(bundle, adapter, longest=longest, threads=self.threads, engine=self.engine)
-        return open_model(bundle, self.server_for("split"), adapter, **self.settings(credentials))
+        server, settings = self.server_for(mode), self.settings(credentials)
+        if mode == "trunk":
+            return open_trunk_to_evaluate(bundle, server, adapter, longest=longest, **settings)
+        return open_model(bundle, server, adapter, **settings)
 
 
 @with_groups

@@ -97,11 +97,14 @@ class Encoder:
 
     Args:
         session: one that is open.
+
+    Attributes:
+        connection: its.
     """
 
     def __init__(self, session: EncodeSession, embedding: Embedding, codecs: Codecs, send: Send) -> None:
+        self.connection = session.connection
         self._session = session
-        self._connection = session.connection
         self._embedding = embedding
         self._codec = codecs.of(TensorRole.EMBEDDINGS)
         self._send = send
@@ -130,19 +133,19 @@ class Encoder:
         Raises what ``Connection`` raises: with ``SessionLostError`` the server holds no tokens any more.
         """
         self._begin("decode", batch.ids, batch.sequence_lengths, batch.label_positions, position)
-        return decode_floats(self._connection.receive(m.LabelledHiddenStates).hidden_states)
+        return decode_floats(self.connection.receive(m.LabelledHiddenStates).hidden_states)
 
     def _encode(self, packs: Sequence[Sequence[LongArray]]) -> Iterator[list[WireTensor]]:
         waiting, in_order = deque(each for pack in packs for each in self._micro_batches(pack)), deque[_Asked]()
         of_pack: list[WireTensor] = []
         under_way: dict[Key, _Asked] = {}
         while waiting or in_order:
-            while waiting and len(in_order) < self._connection.session.window:  # no more is held than that
+            while waiting and len(in_order) < self.connection.session.window:  # no more is held than that
                 asked = waiting.popleft()
                 in_order.append(asked)
                 lengths = [len(each) for each in asked.sequences]
                 under_way[self._begin("encode", np.concatenate(asked.sequences), lengths)] = asked
-            message = self._connection.receive_any()
+            message = self.connection.receive_any()
             if not isinstance(message, m.EncodedHiddenStates):
                 raise RemoteProtocolError(f"{type(message).__name__} where hidden states were asked for")
             # Copies: what came is a view of its frame.
@@ -156,7 +159,7 @@ class Encoder:
                     of_pack = []
 
     def _micro_batches(self, sequences: Sequence[LongArray]) -> Iterator[_Asked]:
-        welcome = self._connection.welcome
+        welcome = self.connection.welcome
         lengths = [len(ids) for ids in sequences]
         check_sequence_length(max(lengths, default=0), welcome)
         for piece in cut_for_encoding(lengths, max_tokens=welcome.max_tokens, packs=welcome.packs):
@@ -171,9 +174,9 @@ class Encoder:
         position: int | None = None,
     ) -> Key:
         self._count = (self._count + 1) % 2**31
-        key = self._connection.session.step, self._count
+        key = self.connection.session.step, self._count
         sends_ids = self._send == "token-ids"
-        self._connection.send(
+        self.connection.send(
             m.Embeddings(
                 step=key[0],
                 micro_batch=key[1],

@@ -9,16 +9,14 @@ from pathlib import Path
 from dlora.edge.choices import EngineChoice
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
-from dlora.edge.memory import release_freed_memory
 from dlora.protocol import interrupts
-from dlora.protocol.errors import UsageError
 
 from .decode_blocks import DecodeBlocks
 from .device_lora import DeviceLora
 from .local_generator import LocalGenerator
 from .local_source import LocalSource
 from .trunk import TrunkModel
-from .use import load_adapters
+from .use import load_plain_lora
 
 
 @contextmanager
@@ -32,11 +30,7 @@ def open_local(
     Raises ``BundleError`` where the bundle has not all of them, ``UsageError`` for an adapter that blocks on a device
     cannot have, ``DataError`` for texts that are too long, and what loading an adapter raises.
     """
-    adapters, invocation = load_adapters(bundle.manifest, adapter)
-    if invocation or adapters.adapter_spec.kind != "lora":
-        what = "acts on answers only" if invocation else f"is a {adapters.adapter_spec.kind}"
-        raise UsageError(f"--mode local: this adapter {what}, and blocks on a device take LoRA; take --mode split")
-    release_freed_memory()  # its files were read whole
+    adapters = load_plain_lora(bundle.manifest, adapter, "local")
     loaded = make_engine(bundle, engine, threads)
     with interrupts.raise_on_signal():
         source = LocalSource(bundle, loaded)

@@ -11,14 +11,15 @@ from .trainable import WireCounters
 
 
 class HiddenStateSource(Protocol):
-    """Hidden states of texts: from a server and what is kept of its answers, or made on the device itself.
+    """Hidden states of texts: from a server and what is kept of its answers, or made on the device itself."""
 
-    Attributes:
-        reconnects, resumed: as ``Connection`` has them.
-    """
+    @property
+    def reconnects(self) -> int:
+        """As ``Connection`` has it."""
 
-    reconnects: int
-    resumed: int
+    @property
+    def resumed(self) -> int:
+        """Likewise."""
 
     @property
     def counters(self) -> WireCounters:

@@ -1,4 +1,4 @@
-"""Opens a model to generate with in the mode ``trunk``: with an adapter that lies wholly in the device's blocks."""
+"""Opens a model to use in the mode ``trunk``: with an adapter that lies wholly in the device's blocks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ from dlora.protocol.wire_codecs import Codecs
 
 from .decode_blocks import DecodeBlocks
 from .device_lora import DeviceLora
-from .encoder import EncodeSession
+from .encoded_source import EncodedSource
+from .encoder import Encoder, EncodeSession
+from .ends import Embedding
+from .trunk import TrunkModel
 from .trunk_generator import TrunkGenerator
 from .trunk_source import encoded_width
+from .use import load_plain_lora
 
 
 @contextmanager
@@ -53,16 +57,55 @@ def open_trunk(
         check_base_model(bundle, connection.welcome)
         if not connection.welcome.max_context_length:
             raise UsageError("the server keeps no context of this model, which the mode trunk needs; use --mode split")
-        session = EncodeSession(
-            connection,
-            codecs,
-            blocks=blocks.first,
-            width=encoded_width(manifest),
-            base_fingerprint=manifest.base_model.fingerprint,
-            context_length=min(context_length, blocks.limit),
-        )
-        session.open()
+        session = _session(manifest, connection, codecs, blocks.first, min(context_length, blocks.limit))
         yield TrunkGenerator(bundle, runs, session, blocks, codecs, invocation=lora.invocation, send=send)
+
+
+@contextmanager
+def open_trunk_to_evaluate(
+    bundle: Bundle,
+    server: str,
+    adapter: Path | None,
+    *,
+    longest: int,
+    wire_dtype: str,
+    send: Send = "embeddings",
+    threads: int = 0,
+    engine: EngineChoice = "auto",
+    connecting: ConnectSettings | None = None,
+) -> Iterator[TrunkModel]:
+    """A model to evaluate with, blocks as in ``open_trunk``. The server is sent texts, and nothing of the adapter.
+
+    ``longest``: tokens of the longest text that it will be given.
+
+    Raises what ``open_trunk`` raises for an adapter that cannot be, and ``DataError`` for texts that are too long.
+    """
+    manifest = bundle.manifest
+    adapters = load_plain_lora(manifest, adapter, "trunk")
+    count = blocks_needed(manifest, min((group.block for group in adapters.group_specs), default=None))
+    runs, codecs = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype)
+    with interrupts.raise_on_signal(), Connection(server, connecting) as connection:
+        check_base_model(bundle, connection.welcome)
+        session = _session(manifest, connection, codecs, manifest.base_model.blocks - count)
+        source = EncodedSource(Encoder(session, Embedding(bundle, runs), codecs, send))
+        model = TrunkModel(bundle, runs, adapters, count, source)
+        model.check_fits(longest)
+        yield model
+
+
+def _session(
+    manifest: Manifest, connection: Connection, codecs: Codecs, blocks: int, context_length: int = 0
+) -> EncodeSession:
+    session = EncodeSession(
+        connection,
+        codecs,
+        blocks=blocks,
+        width=encoded_width(manifest),
+        base_fingerprint=manifest.base_model.fingerprint,
+        context_length=context_length,
+    )
+    session.open()
+    return session
 
 
 def blocks_needed(manifest: Manifest, lowest_with_lora: int | None) -> int:
