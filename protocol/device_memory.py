@@ -22,7 +22,7 @@ _FLOAT: Final = 4
 _HEAD_WIDTH: Final = 64  # of attention, in most families
 _SCORES: Final = 4  # copies of one block's scores of attention that are alive at a time
 _SLACK: Final = 1.05  # what lies between allocations of many sizes
-_BLOCK_DTYPES: Final[dict[BlockDtype, float]] = {"int4": 0.5 + 2 / 32, "int8": 1, "fp16": 2, "fp32": 4}
+BLOCK_DTYPES: Final[dict[BlockDtype, float]] = {"int4": 0.5 + 2 / 32, "int8": 1, "fp16": 2, "fp32": 4}
 """Bytes a value; of int4 32 share a scale of fp16."""
 _WIDENED_MB: Final[dict[BlockDtype, int]] = {"int4": 24, "int8": 12, "fp16": 0, "fp32": 0}
 """What integers are widened into."""
@@ -60,7 +60,7 @@ def block_weight_bytes(groups: Iterable[GroupSpec], dtype: BlockDtype) -> int:
     """Of the linear modules of ``groups``, with a scale of fp32 a row for int8."""
     values = sum(group.in_features * group.out_features for group in groups)
     rows = sum(group.out_features for group in groups)
-    return round(values * _BLOCK_DTYPES[dtype]) + (_FLOAT * rows if dtype == "int8" else 0)
+    return round(values * BLOCK_DTYPES[dtype]) + (_FLOAT * rows if dtype == "int8" else 0)
 
 
 def head_bytes(vocabulary_size: int, hidden_size: int, dtype: StoredDtype) -> int:

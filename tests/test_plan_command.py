@@ -16,6 +16,7 @@ from test_local import local, place  # noqa: F401  the same bundle and data, wit
 from test_resume import Place, assert_same_run, wait_for_lines
 from tiny import Tiny, TinyFactory
 
+from dlora.edge.commands.plan_result import notes_of
 from dlora.edge.commands.planning import Row
 from dlora.edge.commands.recommendation import recommend
 from dlora.edge.run.quality import TABLE
@@ -72,6 +73,20 @@ def test_without_a_server_there_is_no_time_of_what_asks_it(served: Place) -> Non
     assert done.code == 0, done.stderr
     assert "recommended: --mode local" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_blocks_that_would_fit_if_they_were_stored_smaller_are_named(served: Place) -> None:
+    found = plan(served)
+    rows = {row["mode"]: row for row in found["rows"]}
+    assert rows["split"]["peak_mb_as"] == {}
+    assert rows["local"]["peak_mb_as"].keys() == {"int4", "int8", "fp16", "fp32"}
+    assert rows["local"]["peak_mb_as"]["fp32"] == rows["local"]["peak_mb"]
+    row = Row(mode="trunk", kind="lora", device_blocks=4, of=30, peak_mb=300, peak_mb_as={"int4": 90, "int8": 150})
+    manifest = load_manifest(served.bundle)
+    for memory, text in ((2e8, "int8, about 150 MB"), (1e8, "int4, about 90 MB"), (5e7, "")):
+        notes = [note for note in notes_of(manifest, [row], memory, asked=True) if "would fit" in note]
+        assert len(notes) == bool(text)
+        assert all(f"--device-blocks 4 would fit with blocks in {text}: dlora-export --block" in note for note in notes)
 
 
 WRONG = {

@@ -15,7 +15,7 @@ from dlora.edge.run.display import Display
 from dlora.edge.run.plan import data_line
 from dlora.edge.run.run_file import RunSettings
 from dlora.edge.wire.connecting import check_url
-from dlora.protocol.manifest import Manifest
+from dlora.protocol.manifest import BlockDtype, Manifest
 from dlora.protocol.wire_codecs import Codecs
 
 from .memory import available_memory
@@ -59,7 +59,7 @@ def make_plan(options: dict[str, Any], display: Display) -> dict[str, Any]:
         "recommended": None if found is None else found.row.options,
         "reason": why_none(rows, memory) if found is None else found.reason,
         "others": [] if found is None else list(found.others),
-        "notes": _notes(bundle.manifest, rows, memory, asked=options["memory"] is not None),
+        "notes": notes_of(bundle.manifest, rows, memory, asked=options["memory"] is not None),
         "device": msgspec.to_builtins(device),
         "server": None if server is None else msgspec.to_builtins(server),
     }
@@ -85,7 +85,8 @@ def _speeds(
     return measure_device(bundle, engine), server
 
 
-def _notes(manifest: Manifest, rows: list[Row], memory: float, *, asked: bool) -> list[str]:
+def notes_of(manifest: Manifest, rows: list[Row], memory: float, *, asked: bool) -> list[str]:
+    """What people are told beside the rows. ``asked``: whether they said how much ``memory`` there is."""
     spec, base = manifest.device_blocks, manifest.base_model
     has = 0 if spec is None else len(spec.blocks)
     what = "as you say (--memory)" if asked else "available now (--memory says another)"
@@ -95,4 +96,18 @@ def _notes(manifest: Manifest, rows: list[Row], memory: float, *, asked: bool) -
             f"the bundle has {has} of the model's {base.blocks} blocks for a device: dlora-export --device-blocks puts "
             "more into it, and all for --mode local"
         )
+    notes += [_stored_smaller(row, memory) for row in rows if not row.fits and _smaller(row, memory)]
     return notes + [f"{row.options}: {row.problem}" for row in rows if row.problem]
+
+
+def _smaller(row: Row, memory: float) -> list[BlockDtype]:
+    """How blocks could be stored so that a row fits."""
+    return [dtype for dtype, peak in row.peak_mb_as.items() if peak * 1e6 <= memory]
+
+
+def _stored_smaller(row: Row, memory: float) -> str:
+    dtype = max(_smaller(row, memory), key=row.peak_mb_as.__getitem__)
+    return (
+        f"{row.options} would fit with blocks in {dtype}, about {row.peak_mb_as[dtype]:,.0f} MB: dlora-export "
+        f"--block-dtype {dtype}"
+    )

@@ -18,9 +18,9 @@ from dlora.edge.run.run_file import RunSettings
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import parameter_count
 from dlora.protocol.choices import KindChoice
-from dlora.protocol.device_memory import DeviceModel, training_bytes
+from dlora.protocol.device_memory import BLOCK_DTYPES, DeviceModel, training_bytes
 from dlora.protocol.errors import BundleError, UsageError
-from dlora.protocol.manifest import Manifest
+from dlora.protocol.manifest import BlockDtype, Manifest
 from dlora.protocol.targets import ALL_LINEAR, choose_groups, module_names
 from dlora.protocol.traffic import Traffic
 
@@ -43,6 +43,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         device_blocks: how many blocks run on the device; of: how many there are.
         adapters: what is trained, and in which blocks.
         peak_mb: of this process's memory, an estimate; fits: whether that is within what was given.
+        peak_mb_as: likewise, by how the bundle's blocks might be stored; nothing where none run here.
         wire_mb: all that crosses, evaluations among it; exact for ``trunk``, of mean micro-batches for ``split``.
         cache_mb: on this device's disk.
         minutes: an estimate from a calibration; None without one.
@@ -57,6 +58,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     adapters: str = ""
     peak_mb: float = 0.0
     fits: bool = False
+    peak_mb_as: dict[BlockDtype, float] = {}
     wire_mb: float = 0.0
     round_trips: int = 0
     cache_mb: float = 0.0
@@ -147,7 +149,13 @@ def _row(question: Question, mode: RunMode, kind: KindChoice, count: int) -> Row
         configured = configure(settings, manifest, question.init, question.loaded, lambda _: None)
     except (UsageError, BundleError) as error:
         return msgspec.structs.replace(bare, problem=str(error))
-    peak = _peak_bytes(configured, manifest)
+    spec = manifest.device_blocks
+    peaks: dict[BlockDtype, float] = {}
+    if configured.config.mode == "split" or spec is None:
+        peak = _split_peak(configured, manifest)
+    else:
+        peaks = {dtype: _device_peak(configured, manifest, dtype) for dtype in BLOCK_DTYPES}
+        peak = peaks[spec.dtype]
     wire_mb, round_trips, cache_mb = _traffic(configured, manifest, question.fillings)
     minutes = minutes_of(
         configured.config,
@@ -165,6 +173,7 @@ def _row(question: Question, mode: RunMode, kind: KindChoice, count: int) -> Row
         adapters=_adapters(configured.config, manifest),
         peak_mb=round(peak / 1e6, 1),
         fits=peak <= question.memory,
+        peak_mb_as={dtype: round(each / 1e6, 1) for dtype, each in peaks.items()},
         wire_mb=round(wire_mb, 3),
         round_trips=round_trips,
         cache_mb=round(cache_mb, 3),
@@ -185,13 +194,17 @@ def _quality(measured: Measured | None, count: int, question: Question) -> dict[
     return {"quality": f"{measured.finding} ({measured.source})", "holds": measured.holds}
 
 
-def _peak_bytes(configured: Configured, manifest: Manifest) -> float:
-    config, base, spec = configured.config, manifest.base_model, manifest.device_blocks
+def _split_peak(configured: Configured, manifest: Manifest) -> float:
+    config = configured.config
     tokens = largest_micro_batch(config, _datasets(configured))
-    if config.mode == "split" or spec is None:
-        return split_bytes(manifest, config.adapter, config.groups(manifest), tokens)
+    return split_bytes(manifest, config.adapter, config.groups(manifest), tokens)
+
+
+def _device_peak(configured: Configured, manifest: Manifest, dtype: BlockDtype) -> float:
+    config, base = configured.config, manifest.base_model
+    tokens = largest_micro_batch(config, _datasets(configured))
     model = DeviceModel(
-        base.blocks, base.hidden_size, base.vocabulary_size, manifest.groups, manifest.head.dtype, spec.dtype
+        base.blocks, base.hidden_size, base.vocabulary_size, manifest.groups, manifest.head.dtype, dtype
     )
     trained = parameter_count(config.adapter, config.groups(manifest))
     return training_bytes(model, config.device_blocks, tokens, config.rank, trained)
