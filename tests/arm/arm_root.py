@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 ARM_ROOT = [str(ROOT / "packaging" / "debian_root.sh"), "arm"]
 BINARIES = ROOT / "build" / "edge"
 PACKAGE = ROOT / "build" / "edge" / "work" / "aarch64" / "environment" / "bin" / "python"
+SHIM = ROOT / "build" / "shim" / "aarch64"
 TIMEOUT_S = 1800
 
 
@@ -63,7 +64,7 @@ def assert_same_steps(place: Place, bundle: Path, engine: str) -> None:
     To 1e-4 of the largest, as losses of whole runs: each step takes sums in another order.
     """
     script = [str(ROOT / "tests" / "arm" / "block_steps.py"), bundle, engine]
-    done = run([PACKAGE, *script], place.directory)
+    done = run(["env", f"DLORA_EXECUTORCH_DIR={SHIM}", PACKAGE, *script], place.directory)
     assert done.code == 0, done.stderr
     here = subprocess.run([sys.executable, *map(str, script)], capture_output=True, text=True, check=True)
     found, wanted = json.loads(done.stdout), json.loads(here.stdout)

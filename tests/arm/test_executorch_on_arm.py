@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from arm_place import Place
-from arm_root import BINARIES, FROZEN, ROOT, Device, assert_same_steps, losses
+from arm_root import BINARIES, FROZEN, SHIM, Device, assert_same_steps, losses
 from processes import Finished
 
 from dlora.export.bundle import export_bundle
@@ -63,7 +63,7 @@ def test_both_engines_agree(device: Device, place: Place, both: Path, with_execu
 
 
 def test_three_steps_through_blocks_match_this_machine(place: Place, both: Path) -> None:
-    if not (ROOT / "build" / "shim" / "aarch64").exists():
+    if not SHIM.exists():
         pytest.skip("there is no shim for aarch64; make shim ARCH=aarch64")
     assert_same_steps(place, both, "executorch")
 
