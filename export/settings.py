@@ -73,6 +73,8 @@ class ExportSettings:
             raise UsageError("--base-model-name is empty; give a hub id (org/name), or leave it out")
         if isinstance(self.device_blocks, int) and self.device_blocks < 0:
             raise UsageError(BLOCKS_HELP)
+        if self.device_blocks is not None and self.device_memory is not None:
+            raise UsageError("--device-blocks and --device-memory both say how many blocks there are to be; give one")
         check_output_path(self.out, self.force)
         if "executorch" in self.engines:
             check_executorch()

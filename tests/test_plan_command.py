@@ -230,6 +230,11 @@ def test_a_devices_memory_says_how_many_blocks(
     assert [note for note in notes if text in note]
 
 
+def test_blocks_and_memory_are_not_both_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--device-blocks and --device-memory both say"):
+        ExportSettings("smollm2-135m", tmp_path / "bundle", device_blocks=2, device_memory=1e9).check()
+
+
 def test_amounts_and_numbers_as_people_write_them() -> None:
     assert [parse_size(text, "--memory") for text in ("2GB", "1.5 gb", "500MB")] == [2e9, 1.5e9, 5e8]
     for text in ("", "2", "GB", "0MB", "-1GB", "2TB", "9" * 30 + "GB"):
