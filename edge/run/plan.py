@@ -13,7 +13,7 @@ from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.model.ends import LongArray
 from dlora.edge.model.text_packs import TextPacks
-from dlora.edge.model.trunk_cache import record_bytes, text_digest
+from dlora.edge.model.trunk_cache import most_bytes, record_bytes, text_digest
 from dlora.edge.model.trunk_source import encoded_width
 from dlora.edge.training.config import TrainConfig
 from dlora.protocol.adapters import crossings, kind_of, parameter_count
@@ -91,10 +91,13 @@ def run_line(
     next_step: int,
     *,
     has_state: bool,
+    cache_mb: float = 0.0,
 ) -> str:
     """Steps, epochs, what is trained, and about how many MB will cross the wire.
 
-    ``has_state``: whether the device has what the server keeps, of an earlier part of the run or of another run.
+    Args:
+        has_state: whether the device has what the server keeps, of an earlier part of the run or of another run.
+        cache_mb: disk for what the server gives in the mode ``trunk``.
     """
     units = len(group_units(config.groups(manifest), config.kill_revive.unit))
     per_epoch = steps_an_epoch(len(dataset), config.batch_size * config.grad_accum)
@@ -106,6 +109,11 @@ def run_line(
         datasets = [dataset, *([] if evaluations is None else [evaluations.dataset])]
         mb = sum(encoding_bytes(config, manifest, each) for each in datasets) / 1e6
         traffic = f"at most {_mb(mb)}, once, before the first step,"
+        if (wanted := sum(cache_bytes(config, manifest, each) for each in datasets) / 1e6) > cache_mb:
+            traffic = (
+                f"at most {_mb(mb)} for all texts, and again at each step what has no room in the cache, which would "
+                f"take up to {_mb(wanted)} (--cache-mb {cache_mb:g}),"
+            )
     elif config.mode == "local":
         traffic = "nothing"
     else:
@@ -127,6 +135,12 @@ def encoding_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset) ->
     codecs, width = config.codecs, encoded_width(manifest)
     up = text_bytes(dataset.tokens, manifest.base_model.embedding_size, codecs, config.send)
     return up + codecs.of(TensorRole.LAST_HIDDEN_STATES).nbytes(dataset.tokens, width)
+
+
+def cache_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset) -> int:
+    """The most that keeping the server's answer to every text of ``dataset`` takes, in the mode ``trunk``."""
+    codec = config.codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
+    return most_bytes(len(dataset), int(dataset.lengths.sum()), encoded_width(manifest), codec)
 
 
 def filling(config: TrainConfig, manifest: Manifest, texts: Iterable[LongArray]) -> tuple[Traffic, int]:

@@ -264,7 +264,10 @@ def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfi
 
 def _print_plan(run: TrainRun, first_step: int, display: Display) -> None:
     manifest, has_state = run.bundle.manifest, first_step > 0 or run.init is not None
-    display.say(run_line(run.config, manifest, run.dataset, _evaluations(run), first_step, has_state=has_state))
+    line = run_line(
+        run.config, manifest, run.dataset, _evaluations(run), first_step, has_state=has_state, cache_mb=run.cache_mb
+    )
+    display.say(line)
     display.say(adapters_line(run.config, manifest))
     if not has_state:
         for line in basis_lines(run.config, run.dataset):
