@@ -17,6 +17,7 @@ from .onnx_writer import CannotEmitError, OnnxWriter
 from .trace import aten
 
 SLAB_VALUES: Final = 1 << 20  # of a weight that is widened: 4 MB
+INT4_SLAB_VALUES: Final = 1 << 18  # widening takes six times as much on the way
 
 
 def product(writer: OnnxWriter, node: Any) -> str:
@@ -40,8 +41,8 @@ def _product_with_stored(writer: OnnxWriter, left: Any, left_transposed: bool, c
     if left_transposed or any(each.op != "placeholder" for each in cast.args):
         raise CannotEmitError("a stored weight in a product of another form")
     rows, columns = cast.meta["val"].shape
-    slabs = _slabs(rows, columns)
     stored, x = [each.meta["name"] for each in cast.args], writer.value(left)
+    slabs = _slabs(rows, columns, SLAB_VALUES if len(stored) == 1 else INT4_SLAB_VALUES)
     if slabs == 1:
         writer.count += 1
         writer.nodes += _widening(writer, stored, f"w{writer.count}_", (rows, columns))
@@ -120,9 +121,9 @@ def is_product_operand(node: Any) -> bool:
     return node.target is aten.permute.default and all(user.target is aten.mm.default for user in node.users)
 
 
-def _slabs(rows: int, columns: int) -> int:
-    """In how many equal parts the rows of a weight are widened."""
+def _slabs(rows: int, columns: int, most: int = SLAB_VALUES) -> int:
+    """In how many equal parts the rows of a weight are widened, of at most so many values where it comes out even."""
     slabs = 1
-    while rows * columns // slabs > SLAB_VALUES and rows % (2 * slabs) == 0:
+    while rows * columns // slabs > most and rows % (2 * slabs) == 0:
         slabs *= 2
     return slabs
