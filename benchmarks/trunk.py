@@ -28,12 +28,14 @@ os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREA
 from trunk_encode import bars_of_encoding, measure_encoding
 from trunk_kills import measure_kills
 from trunk_losses import bars_of_losses, measure_losses
+from trunk_recipes import MEMORY_FILE, OPTIONS_OF
 from trunk_trainers import LR, random_tokens, split_config, trunk_config, trunk_source
 
 from dlora.edge.data.batches import pack
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.files import write_atomically
 from dlora.edge.model.trunk_source import encoded_width, texts_of
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
@@ -115,12 +117,18 @@ def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _memory(url: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Peak resident memory of the device's process in MB, by how its blocks are stored."""
-    found = {}
-    for dtype, bundle in {"fp16": options.bundle, "int8": options.int8_bundle, "int4": options.int4_bundle}.items():
-        text = " ".join(["word"] * (options.tokens // options.batch_size - 1))
-        summary = _train(url, bundle, [text] * 40, options, "--steps", "12")
-        found[dtype] = summary["peak_rss_mb"]
+    """Peak resident memory of the device's process in MB, by how its blocks are stored, and by recipe."""
+    texts = [" ".join(["word"] * (options.tokens // options.batch_size - 1))] * 40
+    steps = ("--steps", "12")
+    found: dict[str, Any] = {
+        dtype: _train(url, bundle, texts, options, *steps)["peak_rss_mb"]
+        for dtype, bundle in {"fp16": options.bundle, "int8": options.int8_bundle, "int4": options.int4_bundle}.items()
+    }
+    found["recipes"] = {
+        name: _train(url, options.bundle, texts, options, *steps, how=how)["peak_rss_mb"]
+        for name, how in OPTIONS_OF.items()
+    }
+    write_atomically(options.docs / MEMORY_FILE, (json.dumps(found["recipes"], indent=1) + "\n").encode())
     return found
 
 
@@ -164,19 +172,27 @@ def _all_active(manifest: Manifest, tokens: int, sequences: int) -> float:
     return (traffic.bytes_up + traffic.bytes_down) / tokens
 
 
-def _train(url: str, bundle: Path, texts: list[str], options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    """A real run's summary."""
+def _train(
+    url: str,
+    bundle: Path,
+    texts: list[str],
+    options: argparse.Namespace,
+    *more: str,
+    how: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """A real run's summary. ``how``: what is trained where; else blocks on the device as ``options`` say."""
+    where = how or ("--mode", "trunk", "--device-blocks", options.blocks)
     with tempfile.TemporaryDirectory() as directory:
         data = Path(directory) / "data.jsonl"
         # No two alike: a text is asked for once.
         data.write_text("".join(json.dumps({"text": f"{text} {n}"}) + "\n" for n, text in enumerate(texts)))
         started = time.perf_counter()
         summary = run_json(
-            "-m", "dlora.edge", "train", "--mode", "trunk", "--device-blocks", options.blocks, "--bundle",
-            need_bundle(bundle), "--server", url, "--data", data, "--out", f"{directory}/out", "--batch-size",
-            options.batch_size, "--lr", LR, "--threads", options.threads, "--seed", 0, "--json", *more,
+            "-m", "dlora.edge", "train", *where, "--bundle", need_bundle(bundle), "--server", url, "--data", data,
+            "--out", f"{directory}/out", "--batch-size", options.batch_size, "--lr", LR, "--threads", options.threads,
+            "--seed", 0, "--json", *more,
         )  # fmt: skip
-        log(f"{' '.join(more)}: {time.perf_counter() - started:.0f} s")
+        log(f"{' '.join(how + more)}: {time.perf_counter() - started:.0f} s")
         return summary
 
 

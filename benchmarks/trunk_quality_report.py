@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ from economy_recipes import BASELINE, DEFAULT
 from economy_results import Difference, Result, accuracy_difference, find_result, loss_difference
 from economy_runs import Plan, Run
 from sections import TRUNK, with_section
-from trunk_recipes import BLOCKS, COMPARED, RANKS, SETS, recipe_name
+from trunk_recipes import BLOCKS, COMPARED, MEMORY_FILE, RANKS, SETS, recipe_name
 
 from dlora.edge.files import write_atomically
 
@@ -33,13 +34,22 @@ the baseline of this page, LoRA of rank 8 on q and v of all blocks, and the comm
 seeds, grid of rates and validation rows; differences to the baseline with 95 % intervals as above, each at its own best
 rate. *As good* is a mean loss at most {LOSS_BAR} above the baseline's and at most {POINTS_BAR} points less right; on
 dialogue the loss alone. Bytes are those of the one time that the texts cross, over the tokens of these runs, most of
-which pass over their data once: each further epoch costs none, where the others cost the same again.
+which pass over their data once: each further epoch costs none, where the others cost the same again. Seconds are
+processor time of the device's process a step, most of it one thread; memory is its peak at 256 tokens a step
+(`python benchmarks/trunk.py --only memory`).
+"""
+CHOICE: Final = """### What to choose when
+
+Means over the seeds and sets above. A session of `split` is asked at every step; blocks on the device ask once for each
+text, and the run then needs no server.
 """
 
 
 def write_report(runs: Mapping[str, Run], plan: Plan, docs: Path) -> dict[str, Any]:
     """Write all of it; what it says."""
     found: dict[str, Any] = {}
+    file = docs / MEMORY_FILE
+    memory: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     lines, bars = [INTRO], dict[str, Entry]()
     for set_name in SETS:
         results = {name: find_result(runs, plan, set_name, name, "chosen") for name in COMPARED}
@@ -48,7 +58,7 @@ def write_report(runs: Mapping[str, Run], plan: Plan, docs: Path) -> dict[str, A
         if baseline is None or not any(name not in (BASELINE, DEFAULT) for name in there):
             continue
         title = ALL_SETS[set_name].title
-        lines += [f"### {title[:1].upper()}{title[1:]}\n", *_table(there, baseline), ""]
+        lines += [f"### {title[:1].upper()}{title[1:]}\n", *_table(there, baseline, memory), ""]
         found[set_name] = {name: _entry(result, baseline) for name, result in there.items()}
         smallest = _smallest(found[set_name])
         if smallest is not None or all(recipe_name(k, r) in there for k in BLOCKS for r in RANKS):
@@ -56,6 +66,7 @@ def write_report(runs: Mapping[str, Run], plan: Plan, docs: Path) -> dict[str, A
             bars[f"blocks_as_good_{set_name}"] = at_most(
                 BLOCKS[-1], NO_BLOCKS if smallest is None else smallest, f"{COMMAND} --only {set_name}"
             )
+    lines += [CHOICE, *_choice(found, memory), ""]
     page = docs / "benchmarks.md"
     page.write_text(with_section(page.read_text(encoding="utf-8"), TRUNK, "\n".join(lines)), encoding="utf-8")
     write_bars(docs / "benchmarks" / "trunk.json", bars)
@@ -78,6 +89,7 @@ def _entry(result: Result, baseline: Result) -> dict[str, Any]:
         "points_difference": None if is_text else _numbers(points),
         "as_good": loss.mean <= LOSS_BAR and (is_text or points.mean >= -POINTS_BAR),
         "bytes_per_token": round(result.bytes_per_token, 1),
+        "step_cpu_s": round(result.mean(lambda run: run.device_cpu_s / run.steps), 3),
         "seeds": result.seeds,
     }
 
@@ -102,10 +114,10 @@ def _verdict(smallest: int | None) -> str:
     return f"The fewest blocks that are as good as the baseline: **{smallest}**."
 
 
-def _table(results: Mapping[str, Result], baseline: Result) -> Iterator[str]:
+def _table(results: Mapping[str, Result], baseline: Result, memory: Mapping[str, float]) -> Iterator[str]:
     yield (
         "| recipe | rate | loss | right | loss, difference | right, difference in points | as good | bytes a token "
-        "| seeds |\n" + 9 * "|---" + "|"
+        "| s a step | memory, MB | seeds |\n" + 11 * "|---" + "|"
     )
     for name, result in results.items():
         entry = _entry(result, baseline)
@@ -118,8 +130,38 @@ def _table(results: Mapping[str, Result], baseline: Result) -> Iterator[str]:
             ]
         right = "" if entry["accuracy"] is None else f"{entry['accuracy']:.1%}"
         cells = [COMPARED[name].title, f"{result.lr:g}", f"{result.loss:.4f}", right, *differences]
-        cells += [f"{result.bytes_per_token:,.0f}", ", ".join(map(str, result.seeds))]
+        cells += [f"{result.bytes_per_token:,.0f}", f"{entry['step_cpu_s']:.2f}", _of_memory(memory, name)]
+        cells += [", ".join(map(str, result.seeds))]
         yield f"| {' | '.join(cells)} |"
+
+
+def _choice(found: Mapping[str, Mapping[str, Any]], memory: Mapping[str, float]) -> Iterator[str]:
+    """Every recipe in one row: on which sets it is as good, and what it takes."""
+    columns = ["recipe", *(ALL_SETS[set_name].title.rpartition(",")[0] for set_name in found)]
+    columns += ["bytes a token", "s a step", "memory, MB"]
+    yield f"| {' | '.join(columns)} |\n" + len(columns) * "|---" + "|"
+    for name, recipe in COMPARED.items():
+        entries = [found[set_name].get(name) for set_name in found]
+        there = [entry for entry in entries if entry is not None]
+        if not there:
+            continue
+        cells = [recipe.title]
+        for entry in entries:
+            cells.append("" if entry is None else _found(entry, is_baseline=name == BASELINE))
+        for key, digits in (("bytes_per_token", 0), ("step_cpu_s", 2)):
+            cells.append(f"{statistics.mean(entry[key] for entry in there):,.{digits}f}")
+        yield f"| {' | '.join([*cells, _of_memory(memory, name)])} |"
+
+
+def _found(entry: Mapping[str, Any], *, is_baseline: bool) -> str:
+    """The baseline's loss; of others, whether they are as good, and the difference to it."""
+    if is_baseline:
+        return f"loss {entry['loss']:.3f}"
+    return f"{'as good' if entry['as_good'] else 'not'}, {entry['loss_difference'][0]:+.3f}"
+
+
+def _of_memory(memory: Mapping[str, float], name: str) -> str:
+    return f"{memory[name]:,.0f}" if name in memory else ""
 
 
 def _shown(numbers: list[float] | None, digits: int) -> str:

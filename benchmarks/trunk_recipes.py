@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from economy_recipes import BASELINE, DEFAULT, RECIPES, Recipe
@@ -11,7 +13,8 @@ BLOCKS: Final = (4, 8, 12)
 RANKS: Final = (8, 16)
 MODEL_BLOCKS: Final = 30
 DEFAULT_LR: Final = 4e-3
-
+MEMORY_FILE: Final = Path("benchmarks") / "trunk-memory.json"
+"""In docs: the peak of a device's process that trains each recipe, which ``trunk.py`` measures."""
 
 
 def recipe_name(count: int, rank: int) -> str:
@@ -37,10 +40,23 @@ TRUNK_RECIPES: Final[dict[str, Recipe]] = {
     for count in BLOCKS
 }
 
-COMPARED: Final = {**{name: RECIPES[name] for name in (BASELINE, DEFAULT)}, **TRUNK_RECIPES}
-"""Runs of the first two are those of ``economy.py``."""
+COMPARED: Final = {**{name: replace(RECIPES[name], bars=SETS) for name in (BASELINE, DEFAULT)}, **TRUNK_RECIPES}
+"""Runs of the first two are those of ``economy.py``, as far as it has them."""
+
+OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
+    BASELINE: ("--mode", "split", "--kind", "lora", "--active-fraction", "1"),
+    DEFAULT: ("--mode", "split", "--kind", "bottleneck"),
+    **{
+        recipe_name(count, rank): (
+            "--mode", "trunk", "--device-blocks", str(count), "--rank", str(rank), "--alpha", str(2 * rank),
+        )
+        for rank in RANKS
+        for count in BLOCKS
+    },
+}  # fmt: skip
+"""Of ``dlora-edge train``, by recipe."""
 
 
 def order() -> list[tuple[str, str]]:
     """(set, recipe) of what is to be run, a set after the other."""
-    return [(set_name, name) for set_name in SETS for name in TRUNK_RECIPES]
+    return [(set_name, name) for set_name in SETS for name in COMPARED]
