@@ -1,10 +1,11 @@
 """Blocks on the device: how long a step takes, what the device's process needs, and what crosses in a whole run.
 
-``step``: the device's step, torch's with the same blocks in one process, and a split step with all of q, v active take
-turns in one run on the same batches; medians. ``memory``: the peak of a real ``dlora-edge train``. ``traffic``: of a
-real run of three epochs, against the formula of all-active q, v. ``kills``: what a step takes where the lower half of
-the blocks is killed. ``losses``: what PEFT finds with the saved adapter. ``encode``: how many texts a second the server
-encodes, for one device and sixteen. What has to be reached is written into docs/benchmarks/trunk.json.
+``step``: the device's step, torch's with the same blocks in one process, and a split step with all of q, v active
+take turns in one run on the same batches; medians. ``memory``: the peak of a real ``dlora-edge train``. ``traffic``:
+of a real run of three epochs, against the formula of all-active q, v. ``kills``: what a step takes where the lower
+half of the blocks is killed. ``storage``: what a pass takes by how blocks are stored. ``losses``: what PEFT finds
+with the saved adapter. ``encode``: how many texts a second the server encodes, for one device and sixteen. What has
+to be reached is written into docs/benchmarks/trunk.json.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from trunk_encode import bars_of_encoding, measure_encoding
 from trunk_kills import measure_kills
 from trunk_losses import bars_of_losses, measure_losses
 from trunk_recipes import MEMORY_FILE, OPTIONS_OF
+from trunk_storage import measure_storage, write_storage
 from trunk_trainers import LR, random_tokens, split_config, trunk_config, trunk_source
 
 from dlora.edge.data.batches import pack
@@ -47,7 +49,7 @@ from dlora.protocol.wire_codecs import Codecs
 
 COMMAND: Final = "python benchmarks/trunk.py"
 FILE: Final = Path("benchmarks") / "trunk.json"
-PARTS: Final = ("step", "kills", "memory", "traffic", "losses", "encode")
+PARTS: Final = ("step", "kills", "storage", "memory", "traffic", "losses", "encode")
 
 
 def main() -> None:
@@ -59,6 +61,7 @@ def main() -> None:
             log(f"{part} …")
             result[part] = MEASURES[part](url, options)
             write_bars(options.docs / FILE, _bars(result))
+        write_storage(options.docs, result)
     print(json.dumps(result, indent=1))
 
 
@@ -121,8 +124,8 @@ def _memory(url: str, options: argparse.Namespace) -> dict[str, Any]:
     texts = [" ".join(["word"] * (options.tokens // options.batch_size - 1))] * 40
     steps = ("--steps", "12")
     found: dict[str, Any] = {
-        dtype: _train(url, bundle, texts, options, *steps)["peak_rss_mb"]
-        for dtype, bundle in {"fp16": options.bundle, "int8": options.int8_bundle, "int4": options.int4_bundle}.items()
+        dtype: _train(url, options.bundles[dtype], texts, options, *steps)["peak_rss_mb"]
+        for dtype in ("fp16", "int8", "int4")
     }
     found["recipes"] = {
         name: _train(url, options.bundle, texts, options, *steps, how=how)["peak_rss_mb"]
@@ -220,8 +223,8 @@ def _bars(result: dict[str, Any]) -> dict[str, Entry]:
 
 
 MEASURES: Final = {
-    "step": _step, "kills": measure_kills, "memory": _memory, "traffic": _traffic, "losses": measure_losses,
-    "encode": measure_encoding,
+    "step": _step, "kills": measure_kills, "storage": measure_storage, "memory": _memory, "traffic": _traffic,
+    "losses": measure_losses, "encode": measure_encoding,
 }  # fmt: skip
 
 
@@ -241,7 +244,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.bundles = {
+        "fp32": options.fp32_bundle, "fp16": options.bundle, "int8": options.int8_bundle, "int4": options.int4_bundle,
+    }  # fmt: skip
+    return options
 
 
 if __name__ == "__main__":

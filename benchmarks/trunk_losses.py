@@ -25,14 +25,11 @@ HIGH_LR: Final = 5e-3  # so few steps are to move the loss far away from the bas
 
 def measure_losses(url: str, options: argparse.Namespace) -> dict[str, Any]:
     """The loss on held-out dialogue, on the device and in PEFT, in nats a label."""
-    bundles = {
-        "fp32": options.fp32_bundle, "fp16": options.bundle, "int8": options.int8_bundle, "int4": options.int4_bundle,
-    }  # fmt: skip
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         data, held_out = write_dialogue(work, ROWS, seed=0)
-        for dtype, bundle in bundles.items():
+        for dtype, bundle in options.bundles.items():
             adapter = work / dtype
             wire = "fp32" if dtype == "fp32" else "fp16"
             command = [

@@ -42,8 +42,8 @@ _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.in
 def bounds_for(max_length: int) -> dict[str, int]:
     """``BOUNDS`` of a base model whose tables have rows for ``max_length`` tokens.
 
-    Some families cut a table by how many tokens there are, past and new ones; torch.export takes it that of the new
-    ones there are two at least, and wants to know that the table is never too short.
+    Some families cut a table by how many tokens there are, past and new ones. torch.export assumes two new ones at
+    least, and wants to know that the table is never too short.
     """
     return {**BOUNDS, "past": min(BOUNDS["past"], max_length - 2)}
 

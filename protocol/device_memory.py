@@ -23,7 +23,7 @@ _HEAD_WIDTH: Final = 64  # of attention, in most families
 _SCORES: Final = 4  # copies of one block's scores of attention that are alive at a time
 _SLACK: Final = 1.05  # what lies between allocations of many sizes
 BLOCK_DTYPES: Final[dict[BlockDtype, float]] = {"int4": 0.5 + 2 / 32, "int8": 1, "fp16": 2, "fp32": 4}
-"""Bytes a value; of int4 32 share a scale of fp16."""
+"""Bytes a value; of int4 32 share a scale of fp16, as in every model whose widths are multiples of 32."""
 _WIDENED_MB: Final[dict[BlockDtype, int]] = {"int4": 12, "int8": 12, "fp16": 0, "fp32": 0}
 """What integers are widened into."""
 _WIDE_COPIES: Final = 3  # of a block's widest tensors, in the pass that is under way

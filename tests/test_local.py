@@ -126,6 +126,10 @@ def test_a_run_needs_no_server_and_goes_on_to_the_same_bits(place: Place, tmp_pa
     evaluated = json.loads(run_edge(*words, "--adapter", whole).stdout)
     assert abs(evaluated["loss"] - found["eval_loss_after"]) < 1e-5
     assert abs(json.loads(run_edge(*words).stdout)["loss"] - found["eval_loss_before"]) < 1e-5
+    nobody = ("--server", "ws://127.0.0.1:9", "--adapter", whole)
+    done = run_edge(*words[: -len(LOCAL)], *nobody)  # as it was trained
+    assert json.loads(done.stdout) == evaluated
+    assert "all blocks run here, and --server is not asked" in done.stderr
     process = start_edge(*local(place, killed, *KILLING, "--eval", place.data))
     wait_for_lines(killed / "metrics.jsonl", 23)
     process.send_signal(signal.SIGKILL)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from families import save_tiny
 from processes import finish, run_edge, start_edge
@@ -17,7 +18,7 @@ from test_resume import Place, assert_same_run, wait_for_lines
 from tiny import Tiny, TinyFactory
 
 from dlora.edge.commands.plan_result import notes_of
-from dlora.edge.commands.planning import Row
+from dlora.edge.commands.planning import Row, _smaller_that_fits
 from dlora.edge.commands.recommendation import recommend
 from dlora.edge.run.quality import TABLE
 from dlora.edge.run.run_file import load_run_file
@@ -81,12 +82,20 @@ def test_blocks_that_would_fit_if_they_were_stored_smaller_are_named(served: Pla
     assert rows["split"]["peak_mb_as"] == {}
     assert rows["local"]["peak_mb_as"].keys() == {"int4", "int8", "fp16", "fp32"}
     assert rows["local"]["peak_mb_as"]["fp32"] == rows["local"]["peak_mb"]
-    row = Row(mode="trunk", kind="lora", device_blocks=4, of=30, peak_mb=300, peak_mb_as={"int4": 90, "int8": 150})
-    manifest = load_manifest(served.bundle)
-    for memory, text in ((2e8, "int8, about 150 MB"), (1e8, "int4, about 90 MB"), (5e7, "")):
-        notes = [note for note in notes_of(manifest, [row], memory, asked=True) if "would fit" in note]
-        assert len(notes) == bool(text)
-        assert all(f"--device-blocks 4 would fit with blocks in {text}: dlora-export --block" in note for note in notes)
+    assert all(row["would_fit_as"] is None for row in rows.values())
+    row = Row(mode="trunk", kind="lora", device_blocks=4, of=30, peak_mb_as={"int4": 90, "int8": 150})
+    named = msgspec.structs.replace(row, would_fit_as="int4")
+    notes = notes_of(load_manifest(served.bundle), [row, named], 1e8, asked=True)
+    wanted = (
+        "--mode trunk --device-blocks 4 would fit with its blocks in int4, about 90 MB: export the bundle again with "
+        "--device-blocks 4 --block-dtype int4"
+    )
+    assert [note for note in notes if "would fit" in note] == [wanted]
+
+
+@pytest.mark.parametrize(("memory", "dtype"), [(400, None), (300, None), (299, "int8"), (149, "int4"), (89, None)])
+def test_the_largest_smaller_form_that_fits_is_named(memory: float, dtype: str | None) -> None:
+    assert _smaller_that_fits({"int4": 90, "int8": 150, "fp16": 300, "fp32": 500}, 300, memory) == dtype
 
 
 WRONG = {

@@ -300,5 +300,5 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Pat
         assert run_edge(*[wanted if word == out else word for word in words]).code == 0
         done = run_edge(*words, "--cache-mb", 0.3)  # what came is kept, the rest is asked for again each time
         assert done.code == 0, done.stderr
-        assert "again at each step what has no room in the cache" in done.stderr
+        assert "again, each time it is needed, what has no room in --cache-mb 0.3" in done.stderr
         assert_same_run(out, wanted)

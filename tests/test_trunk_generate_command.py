@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from generating import save_lora
 from processes import run_edge
+from safetensors.numpy import load_file, save_file
 from serving import RunningServer, serving
 from test_chat import chat_command, say
 from test_cli import assert_fails
@@ -87,6 +90,50 @@ def test_evaluate_finds_the_loss_of_split_and_sends_texts_only(place: Place, tmp
     assert bare["loss"] != trunk["loss"]
     warned = run_edge("evaluate", *place.words(place.trained)[1:], "--data", data, "--mode", "split")
     assert "the server is now sent what it computes" in warned.stderr
+
+
+@pytest.mark.parametrize("mode", ["trunk", "local"])
+def test_evaluate_takes_lora_of_several_ranks(mode: str, place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
+    """As good as one of one rank whose last row and column are zero there."""
+    bundle = tiny(blocks=3, device_blocks=3, head_dtype="fp32").bundle if mode == "local" else place.model.bundle
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"w{n} w3 w{n + 1} w7"}) + "\n" for n in range(5)))
+    losses = {}
+    for name in ("narrow", "filled"):
+        adapter = tmp_path / name
+        shutil.copytree(place.other, adapter)
+        (adapter / "dlora_adapter.json").unlink()  # which has the digest of what is changed
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        for key in (key for key in tensors if ".q_proj." in key):
+            kept = tensors[key][:2] if "lora_A" in key else tensors[key][:, :2]
+            filling = [(0, 3 - size if size == 2 else 0) for size in kept.shape]
+            tensors[key] = np.ascontiguousarray(kept) if name == "narrow" else np.pad(kept, filling)
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        if name == "narrow":
+            assert config["r"] == 3
+            config |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": config["lora_alpha"] * 2 / 3}}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        where = ["--bundle", bundle, "--adapter", adapter, "--data", data, "--threads", 1, "--batch-size", 3]
+        server = ["--server", place.server.url, "--wire-dtype", "fp32"] if mode == "trunk" else []
+        losses[name] = answer("evaluate", *where, *server, "--mode", mode)["loss"]
+    assert losses["narrow"] == pytest.approx(losses["filled"], rel=1e-6)
+
+
+WRONG = {
+    "answers only": "the adapter acts on answers only: blocks on a device cannot evaluate it; use --mode split",
+    "too far down": "the adapter reaches down to block 0, which the server runs; use --mode split",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_evaluate_cannot_do_is_one_line_before_a_server_is_asked(place: Place, name: str, tmp_path: Path) -> None:
+    save_lora(place.model.bundle, tmp_path / "answers only", blocks=(1, 2), invocation=(3,))
+    save_lora(place.model.bundle, tmp_path / "too far down", blocks=(0, 1))
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "w5 w6 w7"}) + "\n")
+    where = ("--bundle", place.model.bundle, "--server", "ws://127.0.0.1:9", "--adapter", tmp_path / name)
+    assert_fails(run_edge("evaluate", *where, "--data", data, "--mode", "trunk"), 2, WRONG[name])
 
 
 def test_without_a_server_all_blocks_run_here(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:

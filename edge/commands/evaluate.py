@@ -49,9 +49,11 @@ class EvaluatedModel(ModelOptions):
             self.server_for(mode)
 
     def warn_of_server(self, warn: Callable[[str], None]) -> None:
-        """Say where a server is to be told what an adapter computes that was trained without."""
+        """Say where a server is to be told what an adapter computes that was trained without, or is not asked."""
         from dlora.edge.model.device_lora import trained_mode
 
+        if self.chosen_mode == "local" and self.server is not None:
+            warn("the adapter was trained with --mode local: all blocks run here, and --server is not asked")
         if self.mode == "split" and (mode := trained_mode(self.find_adapter())) != "split":
             warn(f"the adapter was trained with --mode {mode}; the server is now sent what it computes, token by token")
 

@@ -110,13 +110,11 @@ def has_room_to_hold(
     on, beside what the server gives of these and of those that are ``evaluated``."""
     if settings.mode == "split" or settings.cache_mb is None:
         return False
-    from dlora.edge.model.trunk_cache import most_bytes
-    from dlora.edge.model.trunk_source import encoded_width
+    from dlora.edge.run.plan import cache_bytes
 
     wire = codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
-    width = encoded_width(manifest)
     kept = [(dataset, "fp32"), *((each, wire) for each in (dataset, *evaluated))]
-    wanted = sum(most_bytes(len(each), int(each.lengths.sum()), width, codec) for each, codec in kept)
+    wanted = sum(cache_bytes(manifest, each, codec) for each, codec in kept)
     return wanted <= settings.cache_mb * 1e6
 
 

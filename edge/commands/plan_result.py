@@ -15,7 +15,7 @@ from dlora.edge.run.display import Display
 from dlora.edge.run.plan import data_line
 from dlora.edge.run.run_file import RunSettings
 from dlora.edge.wire.connecting import check_url
-from dlora.protocol.manifest import BlockDtype, Manifest
+from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import Codecs
 
 from .memory import available_memory
@@ -96,18 +96,15 @@ def notes_of(manifest: Manifest, rows: list[Row], memory: float, *, asked: bool)
             f"the bundle has {has} of the model's {base.blocks} blocks for a device: dlora-export --device-blocks puts "
             "more into it, and all for --mode local"
         )
-    notes += [_stored_smaller(row, memory) for row in rows if not row.fits and _smaller(row, memory)]
+    if smaller := [row for row in rows if row.would_fit_as is not None]:
+        notes.append(_stored_smaller(max(smaller, key=lambda row: row.device_blocks)))
     return notes + [f"{row.options}: {row.problem}" for row in rows if row.problem]
 
 
-def _smaller(row: Row, memory: float) -> list[BlockDtype]:
-    """How blocks could be stored so that a row fits."""
-    return [dtype for dtype, peak in row.peak_mb_as.items() if peak * 1e6 <= memory]
-
-
-def _stored_smaller(row: Row, memory: float) -> str:
-    dtype = max(_smaller(row, memory), key=row.peak_mb_as.__getitem__)
+def _stored_smaller(row: Row) -> str:
+    dtype = row.would_fit_as
+    assert dtype is not None
     return (
-        f"{row.options} would fit with blocks in {dtype}, about {row.peak_mb_as[dtype]:,.0f} MB: dlora-export "
-        f"--block-dtype {dtype}"
+        f"{row.options} would fit with its blocks in {dtype}, about {row.peak_mb_as[dtype]:,.0f} MB: export the bundle "
+        f"again with --device-blocks {row.device_blocks} --block-dtype {dtype}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
@@ -44,6 +44,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         adapters: what is trained, and in which blocks.
         peak_mb: of this process's memory, an estimate; fits: whether that is within what was given.
         peak_mb_as: likewise, by how the bundle's blocks might be stored; nothing where none run here.
+        would_fit_as: the largest of these that is smaller than the bundle's and fits; None where it fits as it is.
         wire_mb: all that crosses, evaluations among it; exact for ``trunk``, of mean micro-batches for ``split``.
         cache_mb: on this device's disk.
         minutes: an estimate from a calibration; None without one.
@@ -59,6 +60,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     peak_mb: float = 0.0
     fits: bool = False
     peak_mb_as: dict[BlockDtype, float] = {}
+    would_fit_as: BlockDtype | None = None
     wire_mb: float = 0.0
     round_trips: int = 0
     cache_mb: float = 0.0
@@ -154,7 +156,7 @@ def _row(question: Question, mode: RunMode, kind: KindChoice, count: int) -> Row
     if configured.config.mode == "split" or spec is None:
         peak = _split_peak(configured, manifest)
     else:
-        peaks = {dtype: _device_peak(configured, manifest, dtype) for dtype in BLOCK_DTYPES}
+        peaks = _device_peaks(configured, manifest)
         peak = peaks[spec.dtype]
     wire_mb, round_trips, cache_mb = _traffic(configured, manifest, question.fillings)
     minutes = minutes_of(
@@ -174,6 +176,7 @@ def _row(question: Question, mode: RunMode, kind: KindChoice, count: int) -> Row
         peak_mb=round(peak / 1e6, 1),
         fits=peak <= question.memory,
         peak_mb_as={dtype: round(each / 1e6, 1) for dtype, each in peaks.items()},
+        would_fit_as=_smaller_that_fits(peaks, peak, question.memory),
         wire_mb=round(wire_mb, 3),
         round_trips=round_trips,
         cache_mb=round(cache_mb, 3),
@@ -200,14 +203,23 @@ def _split_peak(configured: Configured, manifest: Manifest) -> float:
     return split_bytes(manifest, config.adapter, config.groups(manifest), tokens)
 
 
-def _device_peak(configured: Configured, manifest: Manifest, dtype: BlockDtype) -> float:
+def _device_peaks(configured: Configured, manifest: Manifest) -> dict[BlockDtype, float]:
+    """By how the blocks are stored."""
     config, base = configured.config, manifest.base_model
     tokens = largest_micro_batch(config, _datasets(configured))
-    model = DeviceModel(
-        base.blocks, base.hidden_size, base.vocabulary_size, manifest.groups, manifest.head.dtype, dtype
-    )
     trained = parameter_count(config.adapter, config.groups(manifest))
-    return training_bytes(model, config.device_blocks, tokens, config.rank, trained)
+    sizes = base.blocks, base.hidden_size, base.vocabulary_size, manifest.groups, manifest.head.dtype
+    return {
+        dtype: training_bytes(DeviceModel(*sizes, dtype), config.device_blocks, tokens, config.rank, trained)
+        for dtype in BLOCK_DTYPES
+    }
+
+
+def _smaller_that_fits(peaks: Mapping[BlockDtype, float], peak: float, memory: float) -> BlockDtype | None:
+    if peak <= memory:
+        return None
+    fitting = [dtype for dtype, each in peaks.items() if each <= memory]
+    return max(fitting, key=peaks.__getitem__, default=None)
 
 
 def _traffic(

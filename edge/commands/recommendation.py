@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from dlora.edge.data.examples import Dataset
 
 _LESS: Final = 0.5  # of the traffic, or the minutes, of what is recommended: worth a word
-_WHAT_HELPS: Final = "lower --batch-size or --max-length, or export with --head-dtype int8 or fewer --device-blocks"
+_WHAT_HELPS: Final = (
+    "lower --batch-size or --max-length, or export with --head-dtype int8, fewer --device-blocks or --block-dtype int8"
+)
 
 
 @dataclass(frozen=True)

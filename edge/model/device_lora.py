@@ -10,9 +10,13 @@ import numpy as np
 
 from dlora.edge.adapters.compatibility import check_fit
 from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.memory import release_freed_memory
 from dlora.protocol.adapter_record import load_record
+from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import Manifest
+from dlora.protocol.targets import groups_of
 from dlora.protocol.tensors import FloatArray
 
 
@@ -50,6 +54,23 @@ class DeviceLora:
         del loaded, module
         release_freed_memory()  # its files were read whole
         return made
+
+    def adapters(self, manifest: Manifest) -> AdapterSet:
+        """The same, as what is trained and evaluated takes it."""
+        groups = groups_of(manifest, {name.rpartition(".")[0] for name in self.values})
+        spec = AdapterSpec(r=self.rank)
+        made = AdapterSet.create(spec, groups, scaling=1.0, seed=(0,), unit="group", kill_every=1)
+        for name, parameter in made.parameters().items():
+            parameter.value[...] = self.values[name]
+        return made
+
+
+def lora_to_evaluate(manifest: Manifest, adapter: Path | None) -> DeviceLora:
+    """Likewise, for a whole text at once. Raises ``UsageError`` for one that acts on a part of it."""
+    lora = DeviceLora.load(manifest, adapter)
+    if lora.invocation:
+        raise UsageError("the adapter acts on answers only: blocks on a device cannot evaluate it; use --mode split")
+    return lora
 
 
 def trained_mode(adapter: Path | None) -> Literal["split", "trunk", "local"]:

@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 
 from dlora.edge.data.batches import MicroBatch
+from dlora.edge.wire.connection import Connection
 from dlora.protocol.tensors import FloatArray
 from dlora.protocol.wire_codecs import decode_floats
 
@@ -17,30 +18,36 @@ from .trainable import WireCounters
 class EncodedSource:
     """What comes out of the blocks that a server runs.
 
-    Args:
-        encoder: one whose session is open.
+    Attributes:
+        encoder: who is asked, once it is there, with a session that is open.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
+    def __init__(self) -> None:
+        self.encoder: Encoder | None = None
+
+    @property
+    def _connection(self) -> Connection:
+        assert self.encoder is not None
+        return self.encoder.connection
 
     @property
     def counters(self) -> WireCounters:
         """What crossed so far."""
-        return self._encoder.connection.session.counters
+        return self._connection.session.counters
 
     @property
     def reconnects(self) -> int:
         """As ``Connection`` has it."""
-        return self._encoder.connection.reconnects
+        return self._connection.reconnects
 
     @property
     def resumed(self) -> int:
         """Likewise."""
-        return self._encoder.connection.resumed
+        return self._connection.resumed
 
     def hidden_states(self, batch: MicroBatch) -> FloatArray:
         """Of all texts of a micro-batch, float32 (tokens, width). Raises what ``Encoder.encode`` raises."""
+        assert self.encoder is not None
         texts = np.split(batch.ids, np.cumsum(batch.sequence_lengths)[:-1])
-        answers = self._encoder.encode([[ids] for ids in texts])
+        answers = self.encoder.encode([[ids] for ids in texts])
         return np.concatenate([decode_floats(tensor) for tensor in chain.from_iterable(answers)])

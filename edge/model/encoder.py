@@ -99,7 +99,7 @@ class Encoder:
         session: one that is open.
 
     Attributes:
-        connection: its.
+        connection: that of the session.
     """
 
     def __init__(self, session: EncodeSession, embedding: Embedding, codecs: Codecs, send: Send) -> None:

@@ -31,7 +31,7 @@ class LocalSource:
         spec = bundle.manifest.device_blocks
         if spec is None or spec.blocks[0].index:
             text = f"{bundle.path} has not all blocks of its model"
-            raise BundleError(f"{text}; export it again with --device-blocks all")
+            raise BundleError(f"{text}; export it again with --device-blocks all, or use --mode split")
         self.reconnects = self.resumed = 0
         self._embedding = Embedding(bundle, engine)
         self._scale = np.float32(spec.entry.scale)

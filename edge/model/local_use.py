@@ -12,11 +12,10 @@ from dlora.edge.engine.choose import make_engine
 from dlora.protocol import interrupts
 
 from .decode_blocks import DecodeBlocks
-from .device_lora import DeviceLora
+from .device_lora import DeviceLora, lora_to_evaluate
 from .local_generator import LocalGenerator
 from .local_source import LocalSource
 from .trunk import TrunkModel
-from .use import load_plain_lora
 
 
 @contextmanager
@@ -30,7 +29,7 @@ def open_local(
     Raises ``BundleError`` where the bundle has not all of them, ``UsageError`` for an adapter that blocks on a device
     cannot have, ``DataError`` for texts that are too long, and what loading an adapter raises.
     """
-    adapters = load_plain_lora(bundle.manifest, adapter, "local")
+    adapters = lora_to_evaluate(bundle.manifest, adapter).adapters(bundle.manifest)
     loaded = make_engine(bundle, engine, threads)
     with interrupts.raise_on_signal():
         source = LocalSource(bundle, loaded)

@@ -57,7 +57,10 @@ class TrunkModel:
         self._blocks = DeviceBlocks(bundle, engine, count, adapters.adapter_spec.r)
         if missing := sorted(set(adapters.parameters()) - set(self._blocks.parameter_shapes)):
             module = missing[0].rpartition(".")[0]
-            raise UsageError(f"{module} cannot be trained in blocks on a device; choose others with --target-modules")
+            raise UsageError(
+                f"{module} cannot have an adapter in blocks on a device; choose others with --target-modules, or use "
+                "--mode split"
+            )
         self._head = Head(bundle, engine)
 
     def hold(self, dataset: Dataset, examples_a_step: int, unchanged_steps: Callable[[int], range]) -> None:

@@ -19,14 +19,13 @@ from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import Codecs
 
 from .decode_blocks import DecodeBlocks
-from .device_lora import DeviceLora
+from .device_lora import DeviceLora, lora_to_evaluate
 from .encoded_source import EncodedSource
 from .encoder import Encoder, EncodeSession
 from .ends import Embedding
 from .trunk import TrunkModel
 from .trunk_generator import TrunkGenerator
 from .trunk_source import encoded_width
-from .use import load_plain_lora
 
 
 @contextmanager
@@ -81,15 +80,15 @@ def open_trunk_to_evaluate(
     Raises what ``open_trunk`` raises for an adapter that cannot be, and ``DataError`` for texts that are too long.
     """
     manifest = bundle.manifest
-    adapters = load_plain_lora(manifest, adapter, "trunk")
-    count = blocks_needed(manifest, min((group.block for group in adapters.group_specs), default=None))
-    runs, codecs = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype)
+    lora = lora_to_evaluate(manifest, adapter)
+    count = blocks_needed(manifest, lora.lowest)
+    runs, codecs, source = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype), EncodedSource()
+    model = TrunkModel(bundle, runs, lora.adapters(manifest), count, source)
+    model.check_fits(longest)
     with interrupts.raise_on_signal(), Connection(server, connecting) as connection:
         check_base_model(bundle, connection.welcome)
         session = _session(manifest, connection, codecs, manifest.base_model.blocks - count)
-        source = EncodedSource(Encoder(session, Embedding(bundle, runs), codecs, send))
-        model = TrunkModel(bundle, runs, adapters, count, source)
-        model.check_fits(longest)
+        source.encoder = Encoder(session, Embedding(bundle, runs), codecs, send)
         yield model
 
 

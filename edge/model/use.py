@@ -9,7 +9,7 @@ from pathlib import Path
 from dlora.edge.adapters.compatibility import check_adapter, check_base_model, load_weights
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.units import AdapterSet
-from dlora.edge.choices import EngineChoice, UseMode
+from dlora.edge.choices import EngineChoice
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
 from dlora.edge.memory import release_freed_memory
@@ -19,7 +19,7 @@ from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import Send
-from dlora.protocol.errors import NonFiniteError, UsageError
+from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import groups_of
 from dlora.protocol.wire_codecs import Codecs
@@ -114,16 +114,6 @@ def load_adapters(manifest: Manifest, adapter: Path | None) -> tuple[AdapterSet,
         return adapters, ()
     load_weights(adapters, loaded, loaded.invocation)
     return adapters, loaded.invocation
-
-
-def load_plain_lora(manifest: Manifest, adapter: Path | None, mode: UseMode) -> AdapterSet:
-    """Likewise, for blocks on the device. Raises ``UsageError`` for what is no LoRA, or acts on answers only."""
-    adapters, invocation = load_adapters(manifest, adapter)
-    if invocation or adapters.adapter_spec.kind != "lora":
-        what = "acts on answers only" if invocation else f"is a {adapters.adapter_spec.kind}"
-        raise UsageError(f"--mode {mode}: this adapter {what}, and blocks on a device take LoRA; take --mode split")
-    release_freed_memory()  # its files were read whole
-    return adapters
 
 
 @contextmanager

@@ -109,10 +109,10 @@ def run_line(
         datasets = [dataset, *([] if evaluations is None else [evaluations.dataset])]
         mb = sum(encoding_bytes(config, manifest, each) for each in datasets) / 1e6
         traffic = f"at most {_mb(mb)}, once, before the first step,"
-        if (wanted := sum(cache_bytes(config, manifest, each) for each in datasets) / 1e6) > cache_mb:
+        codec = config.codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
+        if sum(cache_bytes(manifest, each, codec) for each in datasets) > cache_mb * 1e6:
             traffic = (
-                f"at most {_mb(mb)} for all texts, and again at each step what has no room in the cache, which would "
-                f"take up to {_mb(wanted)} (--cache-mb {cache_mb:g}),"
+                f"at most {_mb(mb)}, and again, each time it is needed, what has no room in --cache-mb {cache_mb:g},"
             )
     elif config.mode == "local":
         traffic = "nothing"
@@ -137,9 +137,8 @@ def encoding_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset) ->
     return up + codecs.of(TensorRole.LAST_HIDDEN_STATES).nbytes(dataset.tokens, width)
 
 
-def cache_bytes(config: TrainConfig, manifest: Manifest, dataset: Dataset) -> int:
-    """The most that keeping the server's answer to every text of ``dataset`` takes, in the mode ``trunk``."""
-    codec = config.codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
+def cache_bytes(manifest: Manifest, dataset: Dataset, codec: str) -> int:
+    """The most that keeping hidden states of every text of ``dataset`` takes, in the mode ``trunk``."""
     return most_bytes(len(dataset), int(dataset.lengths.sum()), encoded_width(manifest), codec)
 
 

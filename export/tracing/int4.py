@@ -27,13 +27,14 @@ def group_size(in_features: int) -> int | None:
 def quantise_groups(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """int8 (out, groups, size / 2) and scales fp16 (out, groups, 1) of a weight (out, in).
 
-    Each group has the scale with the least squared error of those around the one that makes its largest value -8.
+    Each group has the scale with the least squared error of those around the one that makes its largest value -8. It is
+    infinite where fp16 cannot hold any.
     """
     groups = weight.float().reshape(weight.shape[0], -1, size)
     extremes = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     usual = extremes / LOWEST
     best = torch.full_like(usual, torch.inf)
-    values, scales = torch.zeros_like(groups), torch.ones_like(usual).half()
+    values, scales = torch.zeros_like(groups), torch.full_like(usual, torch.inf).half()
     for factor in _TRIED:
         tried = (usual * factor).half()
         tried[tried == 0] = 1.0

@@ -17,7 +17,7 @@ from .onnx_writer import CannotEmitError, OnnxWriter
 from .trace import aten
 
 SLAB_VALUES: Final = 1 << 20  # of a weight that is widened: 4 MB
-INT4_SLAB_VALUES: Final = 1 << 18  # widening takes six times as much on the way
+INT4_SLAB_VALUES: Final = 1 << 18  # likewise: widening has several copies on the way
 
 
 def product(writer: OnnxWriter, node: Any) -> str:
