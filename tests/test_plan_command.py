@@ -20,7 +20,7 @@ from tiny import Tiny, TinyFactory
 from dlora.edge.commands.plan_result import notes_of
 from dlora.edge.commands.planning import Row, _smaller_that_fits
 from dlora.edge.commands.recommendation import recommend
-from dlora.edge.run.quality import TABLE
+from dlora.edge.run.quality import quality_of
 from dlora.edge.run.run_file import load_run_file
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings, parse_device_blocks
@@ -29,6 +29,8 @@ from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.manifest import load_manifest
 from dlora.protocol.sizes import parse_size
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_every_way_is_a_row_and_what_it_says_of_trunk_is_what_crosses(served: Pl
     assert all(row["fits"] and row["minutes"] > 0 and not row["problem"] for row in rows.values())
     local_row = rows["local", "lora", 2]
     assert (local_row["wire_mb"], local_row["round_trips"], local_row["holds"]) == (0, 0, True)
-    assert (found["recommended"], rows["trunk", "lora", 1]["quality"]) == ("--mode local", "not measured")
+    assert (found["recommended"], rows["trunk", "lora", 1]["holds"]) == ("--mode local", True)
     words = ["--mode", "trunk", "--device-blocks", 1, "--eval", served.data, "--keep-cache", "--json"]
     run = json.loads(run_edge(*served.train(tmp_path / "out", *words)).stdout)
     crossed = run["set_up_bytes_up"] + run["set_up_bytes_down"]
@@ -180,7 +182,17 @@ def test_quality_comes_before_traffic_and_speed_decides_nothing() -> None:
     assert found is not None
     assert found.row is trunk
     assert recommend([row("split", 0, holds=True, fits=False)]) is None
-    assert not [each for each in TABLE if each.mode == "trunk"]  # until it was measured: then the page says so, too
+
+
+def test_what_is_said_of_blocks_on_the_device_is_what_was_measured() -> None:
+    """The page's numbers, and the table that ``plan`` reads."""
+    found = json.loads((ROOT / "docs" / "benchmarks" / "trunk-quality.json").read_text())
+    for blocks in (4, 8, 12):
+        entries = [entries[f"trunk-{blocks}-r8"] for entries in found.values()]
+        measured = quality_of("trunk", "lora", blocks / 30)
+        assert measured is not None
+        assert measured.holds == all(entry["as_good"] for entry in entries)
+    assert quality_of("trunk", "lora", 3 / 30) is None
 
 
 # -- the formula ---------------------------------------------------------------------------------------------------

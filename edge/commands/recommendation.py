@@ -43,6 +43,8 @@ def recommend(rows: Sequence[Row]) -> Recommendation | None:
     if good:
         chosen = min(good, key=lambda row: (row.wire_mb, row.peak_mb))
         reason = "nothing is sent" if chosen.mode == "local" else f"{mb(chosen.wire_mb)} will cross"
+        if chosen.mode == "trunk":
+            reason += ", once, and then no server is needed"
         if chosen.mode == "split" and len(good) > 1:
             reason += ", the least of what was measured and fits"
         return Recommendation(chosen, f"{chosen.quality}; {reason}", _others(chosen, fitting))

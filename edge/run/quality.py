@@ -30,9 +30,19 @@ class Measured:
     least_share: float = 0.0
 
 
+_TRUNK: Final = "docs/benchmarks.md, Blocks on the device"
 TABLE: Final = (
     Measured("split", "bottleneck", True, "as good as LoRA on q and v in all blocks", "docs/benchmarks.md"),
     Measured("split", "lora", True, "LoRA as PEFT trains it in one process", "docs/benchmarks.md"),
+    # Of 30 blocks; ten and twenty intents, and dialogue.
+    Measured(
+        "trunk", "lora", False, "as good as LoRA in all blocks on ten intents, not on twenty, nor on open text", _TRUNK,
+        least_share=4 / 30,
+    ),
+    Measured(
+        "trunk", "lora", False, "as good as LoRA in all blocks on intents, not on open text", _TRUNK, least_share=8 / 30
+    ),
+    Measured("trunk", "lora", True, "as good as LoRA on q and v in all blocks", _TRUNK, least_share=12 / 30),
     Measured("local", "lora", True, "LoRA as PEFT trains it in one process", "tests/test_local.py", least_share=1.0),
 )
 
