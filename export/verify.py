@@ -19,7 +19,7 @@ from dlora.export.graphs.graph_test import GraphTest, Run
 from dlora.export.graphs.tolerances import relative_error
 from dlora.protocol.errors import ExportError
 
-from .to_executorch import load_program, to_executorch
+from .to_executorch import BOUNDS, load_program, to_executorch
 
 ROWS: Final = 8
 
@@ -67,7 +67,7 @@ def compile_onnx(graph: TrainingGraph) -> Compiled:
     return Compiled(model, lambda inputs: session.run(names, inputs))
 
 
-def compile_executorch(graph: TrainingGraph, bounds: Mapping[str, int]) -> Compiled:
+def compile_executorch(graph: TrainingGraph, bounds: Mapping[str, int] = BOUNDS) -> Compiled:
     """For ExecuTorch, tried on its own Python runtime; ``bounds`` as in ``to_executorch``."""
     model = to_executorch(graph, bounds)
     return Compiled(model, load_program(model))

@@ -135,4 +135,4 @@ def test_a_lost_session_costs_what_had_not_come(model: Tiny) -> None:
                 for live in server.server.service.sessions:
                     server.server.service.sessions._evict(live, "a test")
         assert found == whole
-        assert ask._connection.reconnects == 2
+        assert ask.connection.reconnects == 2

@@ -40,7 +40,7 @@ def every_graph() -> list[TrainingGraph]:
         )
     ]
     others = [adamw_graph(), *(embedding_graph(9, 4, dtype, 2.0) for dtype in ("fp32", "fp16"))]
-    families = (("llama", "int8"), ("apertus", "fp32"), ("persimmon", "fp32"), ("mpt", "fp16"))
+    families = (("llama", "int4"), ("apertus", "fp32"), ("persimmon", "fp32"), ("mpt", "fp16"))
     blocks = [graph for family, dtype in families for graph in graphs_of(prepared(family, 1, dtype))]
     return [*adapter_graphs(5, 7), *blocks, *others, *(graph for head in heads for graph in head_graphs(head))]
 

@@ -35,7 +35,7 @@ from .arrays import Arrays, to_floats
 from .block_materials import BlockMaterials, FinalNormMaterials
 from .graph import TrainingGraph
 from .graph_test import GraphTest, GraphWithTests, Materials
-from .tolerances import allowed
+from .tolerances import BLOCK_FLOOR, allowed
 
 KINDS: Final = ("block_forward", "block_backward", "final_norm_forward", "final_norm_backward")
 LENGTHS: Final = ((3, 4), (6, 3))  # of the sequences that graphs are tried with
@@ -125,7 +125,7 @@ def block_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GraphTe
         golden, rounded = (
             to_floats(**{spec.name: found[spec.name] for spec in graph.outputs}) for found in (exact, single)
         )
-        yield GraphTest(inputs, golden, allowed(golden, rounded))
+        yield GraphTest(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
 
 
 def block_inputs(block: BlockMaterials, lengths: Sequence[int], rank: int, seed: int = 0) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from .block import RANKS, block_inputs, modules_and_weights, traced_graph
 from .block_materials import BlockMaterials
 from .graph import TrainingGraph
 from .graph_test import GraphTest, GraphWithTests, Materials
-from .tolerances import allowed
+from .tolerances import BLOCK_FLOOR, allowed
 
 KINDS: Final = ("block_decode",)
 DECODED: Final = ((0, 6), (6, 1), (4, 3))  # that graphs are tried with: tokens before, and new ones
@@ -53,7 +53,7 @@ def decode_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GraphT
         exact, single = (decode_reference(block, values, dtype) for dtype in (torch.float64, torch.float32))
         inputs = {spec.name: values[spec.name].numpy() for spec in graph.inputs}
         golden, rounded = (to_floats(**found) for found in (exact, single))
-        yield GraphTest(inputs, golden, allowed(golden, rounded))
+        yield GraphTest(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
 
 
 def keys_and_values(
