@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,7 @@ class EvaluatedModel(ModelOptions):
 
     mode: UseModeOption = None
 
-    @property
+    @cached_property  # the adapter's record is read once
     def chosen_mode(self) -> UseMode:
         """That of the options, or that in which the adapter was trained."""
         from dlora.edge.model.device_lora import trained_mode

@@ -33,6 +33,10 @@ class MicroBatch:
     labels: npt.NDArray[np.int64]
     crossing_positions: IntArray | None = None
 
+    def texts(self) -> list[npt.NDArray[np.int64]]:
+        """Each sequence's tokens, (tokens,)."""
+        return np.split(self.ids, np.cumsum(self.sequence_lengths)[:-1])
+
     def cut(self, *, max_tokens: int, packs: bool) -> list[MicroBatch]:
         """This micro-batch as few that count as ``max_tokens`` at most each, in order; itself where it fits.
 

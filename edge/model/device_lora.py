@@ -66,7 +66,7 @@ class DeviceLora:
 
 
 def lora_to_evaluate(manifest: Manifest, adapter: Path | None) -> DeviceLora:
-    """Likewise, for a whole text at once. Raises ``UsageError`` for one that acts on a part of it."""
+    """The LoRA of an adapter, or none, for whole texts. Raises ``UsageError`` for one that acts on a part of them."""
     lora = DeviceLora.load(manifest, adapter)
     if lora.invocation:
         raise UsageError("the adapter acts on answers only: blocks on a device cannot evaluate it; use --mode split")

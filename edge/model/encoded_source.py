@@ -48,6 +48,5 @@ class EncodedSource:
     def hidden_states(self, batch: MicroBatch) -> FloatArray:
         """Of all texts of a micro-batch, float32 (tokens, width). Raises what ``Encoder.encode`` raises."""
         assert self.encoder is not None
-        texts = np.split(batch.ids, np.cumsum(batch.sequence_lengths)[:-1])
-        answers = self.encoder.encode([[ids] for ids in texts])
+        answers = self.encoder.encode([[ids] for ids in batch.texts()])
         return np.concatenate([decode_floats(tensor) for tensor in chain.from_iterable(answers)])

@@ -75,7 +75,7 @@ class HeldBlocks:
         Raises what ``TrunkSource`` raises.
         """
         self._keep_for(step, count, lora, scaling)
-        texts = np.split(batch.ids, np.cumsum(batch.sequence_lengths)[:-1])
+        texts = batch.texts()
         found: dict[bytes, FloatArray] = {}
         digests = [self._source.cache.digest(ids) for ids in texts]
         for digest in digests:

@@ -142,7 +142,7 @@ class TrunkSource:
         Raises what ``Connection`` raises, ``DataError`` for a text that is longer than the server takes, and
         ``StorageError``.
         """
-        texts = np.split(batch.ids, np.cumsum(batch.sequence_lengths)[:-1])
+        texts = batch.texts()
         digests = [self.cache.digest(ids) for ids in texts]
         found = {digest: self.cache.get(digest) for digest in digests}
         missing = {digest: ids for digest, ids in zip(digests, texts, strict=True) if found[digest] is None}
