@@ -14,8 +14,12 @@ from tiny import Tiny, TinyFactory
 from trunk_runs import trunk_config, trunk_training
 
 from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model import blocks as blocks_module
-from dlora.edge.model.trunk_source import held_path
+from dlora.edge.model.cache_key import CacheKey
+from dlora.edge.model.held_cache import held_path
+from dlora.edge.run.trunk_run import open_local_source
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.controller import Controller
 from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
@@ -166,6 +170,33 @@ def test_outputs_of_revived_blocks_are_not_used(
     assert units[0] == units[1]
     assert len(set(units[0])) > 1
     assert np.allclose(found[True], found[False], rtol=1e-4)
+
+
+def test_killed_blocks_are_skipped_where_all_blocks_are_here(
+    tiny: TinyFactory, passes: Counter[tuple[str, int]], tmp_path: Path
+) -> None:
+    """The mode ``local``: no server is there, and what is kept is encrypted with a key."""
+    whole = tiny(blocks=3, device_blocks=3, head_dtype="fp32")
+    texts = random_dataset(whole.base.vocabulary_size)
+    key = CacheKey(bytes(range(32)))
+    losses, held = {}, tmp_path / "trunk-cache-held.bin"
+    for cache_mb, of_key in ((0, None), (9, None), (9, key)):
+        settings = trunk_config(
+            (0, 1, 2), mode="local", kill_revive=LAST_ONLY, total_steps=STEPS, holds_outputs=bool(cache_mb)
+        )
+        bundle = Bundle.open(whole.bundle)
+        engine = OnnxEngine(bundle, 1)
+        with open_local_source(bundle, engine, tmp_path, cache_mb=cache_mb, key=of_key) as source:
+            trainer = Trainer(bundle, engine, source, settings, texts)
+            randomize(trainer)
+            passes.clear()
+            losses[cache_mb, of_key] = run(trainer, STEPS)
+        often = 1 if cache_mb else STEPS
+        assert [passes["forward", block] for block in range(3)] == [often, often, STEPS]
+        assert held.exists() == bool(cache_mb)
+    (computed, kept, sealed) = losses.values()
+    assert kept == sealed
+    assert np.allclose(kept, computed, rtol=1e-5)
 
 
 def test_data_that_are_passed_over_once_are_not_held(

@@ -121,7 +121,7 @@ def test_a_run_needs_no_server_and_goes_on_to_the_same_bits(place: Place, tmp_pa
     assert {found[name] for name in ("bytes_up", "bytes_down", "round_trips", "set_up_bytes_up", "reconnects")} == {0}
     settings = load_run_file(whole).settings
     assert (settings.mode, settings.server, settings.device_blocks, settings.blocks) == ("local", None, 2, "0-1")
-    assert (settings.kind, settings.cache_mb, settings.batch_size) == ("lora", None, 3)
+    assert (settings.kind, settings.cache_mb, settings.batch_size) == ("lora", 4000, 3)
     words = ("evaluate", "--bundle", place.bundle, "--data", place.data, "--threads", 1, "--json", *LOCAL)
     evaluated = json.loads(run_edge(*words, "--adapter", whole).stdout)
     assert abs(evaluated["loss"] - found["eval_loss_after"]) < 1e-5
@@ -140,7 +140,7 @@ def test_a_run_needs_no_server_and_goes_on_to_the_same_bits(place: Place, tmp_pa
 
 WRONG = {
     "server": (("--server", "ws://127.0.0.1:9"), 2, "--mode local asks no server: leave --server out"),
-    "cache": (("--cache-mb", 9), 2, "--cache-mb needs --mode trunk, in which a server's answers are kept"),
+    "cache": (("--keep-cache",), 2, "--keep-cache needs --mode trunk, in which a server's answers are kept"),
     "some": (("--device-blocks", 1), 2, "with --mode local all 2 blocks run here"),
     "kind": (("--kind", "ffa"), 2, "--kind ffa cannot be with --mode local"),
     "trunk": (("--mode", "trunk"), 2, "--mode trunk needs --server"),

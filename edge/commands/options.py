@@ -74,8 +74,8 @@ GradAccumOption = Annotated[int, typer.Option(help="Micro-batches of a step.", m
 CacheKeyOption = Annotated[
     Path | None,
     typer.Option(
-        help="With --mode trunk: encrypt what the server gave, with the key in this file (openssl rand -hex 32). Needs "
-        "the extra encryption."
+        help="With --mode trunk or local: encrypt the hidden states that are kept, with the key in this file "
+        "(openssl rand -hex 32). Needs the extra encryption."
     ),
 ]
 TokenFileOption = Annotated[

@@ -31,17 +31,17 @@ def choose_placement(settings: RunSettings, manifest: Manifest, init: LoadedAdap
     cannot go together, and ``BundleError`` for a bundle without enough blocks.
     """
     _check_server(settings)
-    is_trunk, kept = settings.mode == "trunk", "in which a server's answers are kept"
-    is_split = settings.mode == "split"
+    is_trunk, is_split = settings.mode == "trunk", settings.mode == "split"
+    trunk, kept = "trunk, in which blocks run on this device", "trunk or local, in which hidden states are kept"
     for option, is_given, why in (
-        ("--device-blocks", settings.device_blocks is not None and is_split, "in which blocks run on this device"),
-        ("--cache-mb", settings.cache_mb is not None and not is_trunk, kept),
-        ("--keep-cache", settings.keep_cache and not is_trunk, kept),
-        ("--exact", settings.exact and not is_trunk, "in which a server runs texts"),
-        ("--cache-key-file", settings.cache_key_file is not None and not is_trunk, kept),
+        ("--device-blocks", settings.device_blocks is not None and is_split, trunk),
+        ("--cache-mb", settings.cache_mb is not None and is_split, kept),
+        ("--cache-key-file", settings.cache_key_file is not None and is_split, kept),
+        ("--keep-cache", settings.keep_cache and not is_trunk, "trunk, in which a server's answers are kept"),
+        ("--exact", settings.exact and not is_trunk, "trunk, in which a server runs texts"),
     ):
         if is_given:
-            raise UsageError(f"{option} needs --mode trunk, {why}")
+            raise UsageError(f"{option} needs --mode {why}")
     if is_split:
         return settings
     _check(settings, init)
@@ -54,11 +54,10 @@ def choose_placement(settings: RunSettings, manifest: Manifest, init: LoadedAdap
             f"--blocks: only the blocks on this device can be trained, {number_ranges(here)}, not "
             f"{number_ranges(outside)}; name others, or raise --device-blocks"
         )
-    cache_mb = DEFAULT_CACHE_MB if settings.mode == "trunk" else None
     return msgspec.structs.replace(
         settings,
         device_blocks=count,
-        cache_mb=cache_mb if settings.cache_mb is None else settings.cache_mb,
+        cache_mb=DEFAULT_CACHE_MB if settings.cache_mb is None else settings.cache_mb,
         kind="lora",
         adapt="all",
         blocks=number_ranges(blocks),
@@ -107,13 +106,14 @@ def has_room_to_hold(
     settings: RunSettings, manifest: Manifest, codecs: Codecs, dataset: Dataset, evaluated: Sequence[Dataset]
 ) -> bool:
     """Whether ``--cache-mb`` allows that what comes out of killed blocks is kept, too, for all data that are trained
-    on, beside what the server gives of these and of those that are ``evaluated``."""
+    on, beside what a server gives of these and of those that are ``evaluated``."""
     if settings.mode == "split" or settings.cache_mb is None:
         return False
     from dlora.edge.run.plan import cache_bytes
 
     wire = codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
-    kept = [(dataset, "fp32"), *((each, wire) for each in (dataset, *evaluated))]
+    from_server = (dataset, *evaluated) if settings.mode == "trunk" else ()
+    kept = [(dataset, "fp32"), *((each, wire) for each in from_server)]
     wanted = sum(cache_bytes(manifest, each, codec) for each, codec in kept)
     return wanted <= settings.cache_mb * 1e6
 

@@ -67,8 +67,8 @@ def train(
     cache_mb: Annotated[
         float | None,
         typer.Option(
-            help="Disk for what the server gave, in MB, by default 4000; what does not fit is asked for again at each "
-            "step that needs it.",
+            help="Disk for what the server gave and for what comes out of killed blocks, in MB, by default 4000; what "
+            "does not fit is asked for again at each step that needs it.",
             min=0,
         ),
     ] = None,
@@ -321,7 +321,8 @@ def resume(
     keep: Annotated[Keep | None, typer.Option(help="Which adapter to save in the end: the last or the best.")] = None,
     server: Annotated[str | None, typer.Option(help="Another server than before.")] = None,
     cache_mb: Annotated[
-        float | None, typer.Option(help="With --mode trunk: another limit for what the server gave.", min=0)
+        float | None,
+        typer.Option(help="With --mode trunk or local: another limit for the hidden states that are kept.", min=0),
     ] = None,
     keep_cache: Annotated[
         bool | None, typer.Option("--keep-cache", help="With --mode trunk: keep what the server gave.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Final
 
 import numpy as np
 
@@ -21,6 +22,8 @@ class EncodedSource:
     Attributes:
         encoder: who is asked, once it is there, with a session that is open.
     """
+
+    held: Final = None
 
     def __init__(self) -> None:
         self.encoder: Encoder | None = None

@@ -1,8 +1,7 @@
 """What comes out of the lowest blocks on the device while none of them is trained: computed once for each text, kept.
 
 A killed unit keeps its effect here, and its adapters do not change: until a unit among these blocks is revived, what
-comes out of them is a function of the text. It is kept on the disk beside what the server gave, and these blocks are
-skipped.
+comes out of them is a function of the text. It is kept on the disk, and these blocks are skipped.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from dlora.protocol.tensors import FloatArray
 from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
 from .blocks import DeviceBlocks
+from .held_cache import HeldCache
+from .source import HiddenStateSource
 from .text_packs import TextPacks, batch_of
 from .trunk_cache import TrunkCache
-from .trunk_source import TrunkSource, texts_of
+from .trunk_source import texts_of
 
 _LEAST_EPOCHS: Final = 2  # that what is kept must last for: the first only fills it
 
@@ -33,6 +34,8 @@ class HeldBlocks:
     again after a kill.
 
     Args:
+        source: of what goes into the lowest block.
+        held: where what comes out of the lowest blocks is kept.
         dataset: what is trained on, no other text is asked for.
         examples_a_step: how many of them a step takes.
         most_tokens: of a pack.
@@ -42,7 +45,8 @@ class HeldBlocks:
     def __init__(
         self,
         blocks: DeviceBlocks,
-        source: TrunkSource,
+        source: HiddenStateSource,
+        held: HeldCache,
         dataset: Dataset,
         *,
         examples_a_step: int,
@@ -51,6 +55,7 @@ class HeldBlocks:
     ) -> None:
         self._blocks = blocks
         self._source = source
+        self._held = held
         self._dataset = dataset
         self._examples_a_step = examples_a_step
         self._most_tokens = most_tokens
@@ -72,12 +77,12 @@ class HeldBlocks:
     ) -> FloatArray:
         """After the lowest ``count`` blocks, float32 (tokens, width), of all texts of a micro-batch.
 
-        Raises what ``TrunkSource`` raises.
+        Raises what the source raises, and ``StorageError``.
         """
         self._keep_for(step, count, lora, scaling)
         texts = batch.texts()
         found: dict[bytes, FloatArray] = {}
-        digests = [self._source.cache.digest(ids) for ids in texts]
+        digests = [self._held.digest(ids) for ids in texts]
         for digest in digests:
             if digest not in found:
                 kept = self._kept(digest)
@@ -113,10 +118,10 @@ class HeldBlocks:
         if self._kept_for == wanted:
             return
         if self._packs is None:
-            self._packs = TextPacks(texts_of(self._dataset), self._source.cache.digest, self._most_tokens)
+            self._packs = TextPacks(texts_of(self._dataset), self._held.digest, self._most_tokens)
         names = sorted(self._blocks.parameters_below(count) & lora.keys())
         digest = hashlib.sha256(repr((scaling, self._most_tokens, names)).encode())
         for name in names:
             digest.update(np.ascontiguousarray(lora[name]).tobytes())
-        self._cache = self._source.keep_after(count, digest.hexdigest())
+        self._cache = self._held.after(count, digest.hexdigest())
         self._kept_for = wanted

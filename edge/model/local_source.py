@@ -13,11 +13,15 @@ from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.tensors import FloatArray
 
 from .ends import Embedding, LongArray
+from .held_cache import HeldCache
 from .trainable import WireCounters
 
 
 class LocalSource:
     """The embeddings of texts, as block 0 is given them.
+
+    Args:
+        held: as ``HiddenStateSource`` has it; closed with this.
 
     Attributes:
         reconnects, resumed: none: nothing is connected to.
@@ -27,11 +31,12 @@ class LocalSource:
 
     counters: Final[WireCounters] = (0, 0, 0)
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, held: HeldCache | None = None) -> None:
         spec = bundle.manifest.device_blocks
         if spec is None or spec.blocks[0].index:
             text = f"{bundle.path} has not all blocks of its model"
             raise BundleError(f"{text}; export it again with --device-blocks all, or use --mode split")
+        self.held = held
         self.reconnects = self.resumed = 0
         self._embedding = Embedding(bundle, engine)
         self._scale = np.float32(spec.entry.scale)
@@ -42,6 +47,11 @@ class LocalSource:
             if found.shape[1:] != (width,) or len(found) < spec.max_length or found.dtype != np.float32:
                 text = f"{bundle.path}: the table before block 0 is not of (positions, {width}) fp32"
                 raise BundleError(f"{text}; export the bundle again")
+
+    def close(self) -> None:
+        """Close what is held."""
+        if self.held is not None:
+            self.held.close()
 
     def hidden_states(self, batch: MicroBatch) -> FloatArray:
         """Of all texts of a micro-batch, float32 (tokens, width). Raises ``DataError`` for a text longer than the table

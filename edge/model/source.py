@@ -7,11 +7,16 @@ from typing import Protocol
 from dlora.edge.data.batches import MicroBatch
 from dlora.protocol.tensors import FloatArray
 
+from .held_cache import HeldCache
 from .trainable import WireCounters
 
 
 class HiddenStateSource(Protocol):
     """Hidden states of texts: from a server and what is kept of its answers, or made on the device itself."""
+
+    @property
+    def held(self) -> HeldCache | None:
+        """Where what comes out of blocks that are not trained is kept; None: nowhere."""
 
     @property
     def reconnects(self) -> int:

@@ -25,7 +25,6 @@ from .ends import Head, LongArray
 from .held_blocks import HeldBlocks
 from .source import HiddenStateSource
 from .trainable import WireCounters
-from .trunk_source import TrunkSource
 
 # Of a micro-batch. What attention computes grows with the square of it; with fewer, weights are widened too often.
 MOST_TOKENS: Final = 256
@@ -65,10 +64,12 @@ class TrunkModel:
 
     def hold(self, dataset: Dataset, examples_a_step: int, unchanged_steps: Callable[[int], range]) -> None:
         """Keep what comes out of blocks that are not trained for long enough: see ``HeldBlocks``."""
-        assert isinstance(self._source, TrunkSource)
+        held = self._source.held
+        assert held is not None  # whoever wants it makes a place for it
         self._held = HeldBlocks(
             self._blocks,
             self._source,
+            held,
             dataset,
             examples_a_step=examples_a_step,
             most_tokens=self._most_tokens,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Final
 
-import msgspec
 import numpy as np
 
 from dlora.edge.adapters.compatibility import check_base_model
@@ -16,10 +14,9 @@ from dlora.edge.data.batches import MicroBatch, pack
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
-from dlora.edge.files import remove_quietly
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.choices import Send
-from dlora.protocol.errors import BundleError, CheckpointError
+from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.traffic import text_bytes
@@ -27,6 +24,7 @@ from dlora.protocol.wire_codecs import Codecs, decode_floats
 
 from .encoder import Encoder, EncodeSession, cut_for_encoding
 from .ends import Embedding, LongArray
+from .held_cache import HeldCache, held_path
 from .text_packs import TextPacks
 from .trainable import WireCounters
 from .trunk_cache import TrunkCache
@@ -46,6 +44,7 @@ class TrunkSource:
         exact: whether the server is to run each text by itself; else they are run in packs (``TextPacks``).
 
     Attributes:
+        held: as ``HiddenStateSource`` has it.
         reconnects, resumed: as ``Connection`` has them, of all connections so far.
     """
 
@@ -62,6 +61,9 @@ class TrunkSource:
         exact: bool = False,
     ) -> None:
         self.cache = cache
+        self.held = HeldCache(
+            held_path(cache.path), cache.owner, bundle, engine, room=lambda: cache.room, key=cache.key
+        )
         self.reconnects = 0
         self.resumed = 0
         self._bundle = bundle
@@ -75,7 +77,6 @@ class TrunkSource:
         self._kept_packs = 0  # of these, the first so many have room in the cache
         self._connection: Connection | None = None
         self._encoder: Encoder | None = None
-        self._held: TrunkCache | None = None
         self._before: WireCounters = (0, 0, 0)  # of connections that are closed
 
     @property
@@ -183,25 +184,6 @@ class TrunkSource:
                     found[digest] = tensor
             yield len(texts)
 
-    def keep_after(self, count: int, lora: str) -> TrunkCache:
-        """A cache of what comes out of ``count`` more blocks with adapters of this digest, in the place of any other.
-
-        Closed with the source. Raises ``StorageError``.
-        """
-        if self._held is not None:
-            self._held.close()
-            self._held = None
-        path = held_path(self.cache.path)
-        spec = self._bundle.manifest.device_blocks
-        computed_by = f"{lora} {spec.dtype if spec is not None else ''} {self._engine.name}"
-        owner = msgspec.structs.replace(self.cache.owner, blocks=self._blocks + count, codec="fp32", lora=computed_by)
-        try:
-            self._held = TrunkCache(path, owner, limit=self.cache.room, key=self.cache.key)
-        except CheckpointError:  # of other blocks, or damaged
-            remove_quietly(path)
-            self._held = TrunkCache(path, owner, limit=self.cache.room, key=self.cache.key)
-        return self._held
-
     def hang_up(self) -> None:
         """Close the connection; the next text that is missing opens another."""
         if self._connection is None:
@@ -215,9 +197,7 @@ class TrunkSource:
     def close(self) -> None:
         """Hang up and close the caches."""
         self.hang_up()
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        self.held.close()
         self.cache.close()
 
     def _open(self) -> Encoder:
@@ -234,11 +214,6 @@ class TrunkSource:
         )
         session.open()
         return Encoder(session, Embedding(self._bundle, self._engine), self._codecs, self._send)
-
-
-def held_path(cache: Path) -> Path:
-    """Where what comes out of killed blocks is kept, beside what the server gave."""
-    return cache.with_stem(f"{cache.stem}-held")
 
 
 def texts_of(dataset: Dataset, indices: Iterable[int] | None = None) -> Iterator[LongArray]:

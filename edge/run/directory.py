@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from dlora.edge.files import make_directory
-from dlora.edge.model.trunk_source import held_path
+from dlora.edge.model.held_cache import held_path
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints, load_latest
 from dlora.protocol.adapter_record import WEIGHTS_NAME
 from dlora.protocol.errors import UsageError

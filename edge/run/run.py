@@ -24,7 +24,6 @@ from dlora.edge.engine.engine import Engine
 from dlora.edge.files import locked, remove_quietly, write_atomically
 from dlora.edge.memory import peak_rss_mb
 from dlora.edge.model.cache_key import CacheKey
-from dlora.edge.model.local_source import LocalSource
 from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.model.trunk_source import TrunkSource
@@ -48,7 +47,7 @@ from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines,
 from .run_file import DataDigest, RunFile, RunSettings, load_run_file, save_run_file, versions
 from .saving import AdapterSaver
 from .stop import StopRequest
-from .trunk_run import fill_cache, open_source
+from .trunk_run import fill_cache, open_local_source, open_source
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -65,8 +64,8 @@ class TrainRun:
         init: an adapter to start from.
         keep: which adapter is saved in the end; patience: as ``HeldOut`` has it.
         engine: what runs the graphs; ``auto`` is ONNX Runtime where it and its graphs are there.
-        cache_mb: disk for what the server gave, in the mode ``trunk``; keep_cache: whether it stays after the run;
-            cache_key: what it is encrypted with.
+        cache_mb: disk for hidden states, where blocks run here; keep_cache: whether what the server gave stays after
+            the run; cache_key: what they are encrypted with.
         max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
             connection that fails ends it.
     """
@@ -223,7 +222,8 @@ def _server(
 ) -> Iterator[Connection | HiddenStateSource]:
     """What reaches the server's blocks, in the run's mode; in the mode ``local`` what stands in their place."""
     if run.config.mode == "local":
-        yield LocalSource(run.bundle, engine)
+        with open_local_source(run.bundle, engine, run.out, cache_mb=run.cache_mb, key=run.cache_key) as local:
+            yield local
         return
     server = run.server
     assert server is not None

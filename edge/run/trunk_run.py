@@ -1,9 +1,9 @@
-"""A run in the mode ``trunk``: its cache on the disk, filled before the first step and deleted with the last."""
+"""A run with blocks on the device: its caches on the disk, filled before the first step and deleted with the last."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -13,14 +13,39 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.files import remove_quietly
 from dlora.edge.model.cache_key import CacheKey
+from dlora.edge.model.held_cache import HeldCache
+from dlora.edge.model.local_source import LocalSource
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
 from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import CheckpointError, StoppedError
 
-from .directory import CACHE
+from .directory import CACHE, HELD_CACHE
 from .display import Display
+
+
+@contextmanager
+def open_local_source(
+    bundle: Bundle, engine: Engine, out: Path, *, cache_mb: float, key: CacheKey | None
+) -> Iterator[LocalSource]:
+    """What goes into block 0, in the mode ``local``; what is kept of killed blocks stays in the run's directory.
+
+    Raises what ``LocalSource`` raises.
+    """
+    manifest = bundle.manifest
+    owner = CacheOwner(
+        base_model=manifest.base_model.fingerprint,
+        blocks=0,
+        width=encoded_width(manifest),
+        embeddings=f"{manifest.embedding.dtype} on the device",
+        codec="fp32",
+        exact=False,
+    )
+    limit = round(cache_mb * 1e6)
+    held = HeldCache(out / HELD_CACHE, owner, bundle, engine, room=lambda: limit, key=key)
+    with closing(LocalSource(bundle, engine, held)) as source:
+        yield source
 
 
 @contextmanager
