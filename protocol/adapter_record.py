@@ -34,6 +34,7 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
         eval_loss_before, eval_loss_after: mean loss a label on held-out data of the base model and of this very
             adapter; None where it was not evaluated. eval_tokens: labels of that data.
         bytes_per_token: both ways, of all steps; round_trips_per_step: waits for the server.
+        block_dtype: how the blocks were stored that ran on the device; None: none did, or nobody knows.
         recipe: options of ``dlora-edge train`` by their names with ``_``, and what they were.
         versions: of Python and of the libraries that computed.
     """
@@ -47,6 +48,7 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
     eval_tokens: Count | None = None
     bytes_per_token: Amount
     round_trips_per_step: Amount
+    block_dtype: str | None = None
     recipe: dict[str, Setting]
     versions: dict[str, str]
 

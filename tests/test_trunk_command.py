@@ -85,6 +85,7 @@ def test_what_was_left_open_is_chosen_once(whole: Path) -> None:
     assert (settings.blocks, settings.target_modules, settings.kr_on_kill) == ("1-3", "all-linear", "hold_forward")
     card = json.loads((whole / "dlora_adapter.json").read_text())
     assert card["training"]["recipe"]["mode"] == "trunk"
+    assert card["training"]["block_dtype"] == "fp32"
     assert card["training"]["bytes_per_token"] > 0
 
 

@@ -92,6 +92,22 @@ def test_evaluate_finds_the_loss_of_split_and_sends_texts_only(place: Place, tmp
     assert "the server is now sent what it computes" in warned.stderr
 
 
+def test_blocks_that_are_stored_otherwise_than_in_training_are_said(place: Place, tmp_path: Path) -> None:
+    """In the modes that run them, by every command that does."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "w5 w6 w7"}) + "\n")
+    training = TrainingRecord(
+        steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=1, round_trips_per_step=0, block_dtype="int8",
+        recipe={"mode": "trunk", "device_blocks": 2}, versions={},
+    )  # fmt: skip
+    save_lora(place.model.bundle, tmp_path / "of int8", blocks=(1, 2), training=training)
+    line = "the adapter was trained with blocks stored as int8, and the bundle's are fp32"
+    for words in (place.words(tmp_path / "of int8", *PROMPT), ["evaluate", *place.words(tmp_path / "of int8")[1:]]):
+        words += ["--data", data] if words[0] == "evaluate" else []
+        assert line in run_edge(*words).stderr
+        assert line not in run_edge(*words, "--mode", "split").stderr
+
+
 @pytest.mark.parametrize("mode", ["trunk", "local"])
 def test_evaluate_takes_lora_of_several_ranks(mode: str, place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
     """As good as one of one rank whose last row and column are zero there."""

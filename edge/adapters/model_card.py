@@ -120,6 +120,7 @@ def _training(training: TrainingRecord) -> list[str]:
     lines += [
         f"| bytes on the wire a token, both ways | {training.bytes_per_token:,.0f} |",
         f"| round trips a step | {training.round_trips_per_step:,.1f} |",
+        *([f"| blocks on the device stored as | {_plain(training.block_dtype)} |"] if training.block_dtype else []),
         "",
         "The recipe, as options of `dlora-edge train`:",
         "",

@@ -67,6 +67,8 @@ class EvaluatedModel(ModelOptions):
         from dlora.edge.model.use import open_model
 
         adapter, mode = self.find_adapter(), self.chosen_mode
+        if mode != "split":
+            self.warn_of_storage(bundle)
         if mode == "local":
             return open_local(bundle, adapter, longest=longest, threads=self.threads, engine=self.engine)
         server, settings = self.server_for(mode), self.settings(credentials)

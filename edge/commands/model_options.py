@@ -91,6 +91,8 @@ class ModelOptions:
 
         adapter = self.find_adapter()
         chosen = mode or trained_mode(adapter)
+        if chosen != "split":
+            self.warn_of_storage(bundle)
         if chosen == "local":
             return open_local_generator(
                 bundle, adapter, context_length=context_length, threads=self.threads, engine=self.engine
@@ -103,6 +105,13 @@ class ModelOptions:
         """Raise ``UsageError`` for a server that nobody asks."""
         if mode == "local" and self.server is not None:
             raise UsageError("--mode local asks no server: leave --server out")
+
+    def warn_of_storage(self, bundle: Bundle) -> None:
+        """Say where the adapter was trained with blocks that are stored otherwise than those on this device."""
+        from dlora.edge.model.device_lora import other_storage_line
+
+        if line := other_storage_line(bundle.manifest, self.find_adapter()):
+            warn(line)
 
     def server_for(self, mode: UseMode) -> str:
         """The server that a mode asks. Raises ``UsageError`` where none is named."""

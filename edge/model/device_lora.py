@@ -12,12 +12,13 @@ from dlora.edge.adapters.compatibility import check_fit
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.memory import release_freed_memory
-from dlora.protocol.adapter_record import load_record
+from dlora.protocol.adapter_record import TrainingRecord, load_record
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import groups_of
 from dlora.protocol.tensors import FloatArray
+from dlora.protocol.text import one_line
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,26 @@ def trained_mode(adapter: Path | None) -> Literal["split", "trunk", "local"]:
 
     Raises ``CheckpointError`` for a record that is damaged.
     """
-    record = None if adapter is None else load_record(adapter)
-    mode = None if record is None or record.training is None else record.training.recipe.get("mode")
+    training = _training(adapter)
+    mode = None if training is None else training.recipe.get("mode")
     return "trunk" if mode == "trunk" else "local" if mode == "local" else "split"
+
+
+def other_storage_line(manifest: Manifest, adapter: Path | None) -> str | None:
+    """What to say where an adapter was trained with blocks that are stored otherwise than the bundle's.
+
+    Raises ``CheckpointError`` for a record that is damaged.
+    """
+    training, spec = _training(adapter), manifest.device_blocks
+    trained = None if training is None else training.block_dtype
+    if trained is None or spec is None or trained == spec.dtype:
+        return None
+    return (
+        f"the adapter was trained with blocks stored as {one_line(trained)}, and the bundle's are {spec.dtype}: what "
+        "it gives differs a little"
+    )
+
+
+def _training(adapter: Path | None) -> TrainingRecord | None:
+    record = None if adapter is None else load_record(adapter)
+    return None if record is None else record.training

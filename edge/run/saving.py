@@ -57,6 +57,7 @@ class AdapterSaver:
         here = of_step.get(steps, {})
         found = versions()
         libraries = {name: str(found[name]) for name in LIBRARIES if found[name] and name in sys.modules}
+        spec = self._trainer.bundle.manifest.device_blocks
         return TrainingRecord(
             steps=steps,
             examples=len(self._dataset),
@@ -67,6 +68,7 @@ class AdapterSaver:
             eval_tokens=here.get("tokens"),
             bytes_per_token=round(self._bytes / max(1, self._tokens), 1),
             round_trips_per_step=round(self._round_trips / max(1, steps), 2),
+            block_dtype=spec.dtype if config.mode != "split" and spec is not None else None,
             recipe=recipe(config, self._trainer.bundle.manifest),
             versions={"python": str(found["python"]), **libraries},
         )
