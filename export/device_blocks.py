@@ -14,7 +14,7 @@ from dlora.protocol.errors import DloraError
 from dlora.protocol.manifest import BlockDtype
 from dlora.protocol.text import first_line
 
-from .graphs.block import block_graphs, final_norm_graphs
+from .graphs.block import block_graphs, final_norm_graphs, last_block_graphs
 from .graphs.block_decode import decode_graph
 from .graphs.block_materials import BlockMaterials, DeviceBlocks, FinalNormMaterials
 from .graphs.graph import TrainingGraph
@@ -102,7 +102,10 @@ def _prepare(
         last_block,
         *final_norm_graphs(modules, final_weights, last_block.shape[1], calls[-1].tokens),
     )
-    made_ready = DeviceBlocks(tuple(blocks), final_norm, dtype, table_rows(base), entry)
+    last, labelled = blocks[-1], unusual_number(base, but=calls[-1].tokens)
+    say("tracing the last block for labelled tokens")
+    passes = last_block_graphs(last.call, stored_weights(last.call.block, dtype), last.targets, last.key, labelled)
+    made_ready = DeviceBlocks(tuple(blocks), final_norm, *passes, dtype, table_rows(base), entry)
     _check_chain(base, made_ready)
     return _with_decode(base, made_ready, say)
 

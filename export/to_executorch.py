@@ -30,12 +30,14 @@ from dlora.protocol.manifest import TensorSpec
 from .installed import check_executorch
 
 # What a program takes at most of each dynamic dimension. Devices cut what is longer into pieces, all but the rank,
-# ``positions``, which are tokens that see each other, and ``past``, which those see that are ``new``.
+# ``positions``, which are tokens that see each other, ``labelled``, which are some of these, and ``past``, which those
+# see that are ``new``.
 BOUNDS: Final = {
-    "tokens": 4096, "rank": 256, "rows": 256, "n": 1 << 20, "positions": 1024, "new": 128, "past": 8192,
+    "tokens": 4096, "rank": 256, "rows": 256, "n": 1 << 20, "positions": 1024, "labelled": 1024, "new": 128,
+    "past": 8192,
 }  # fmt: skip
 # All different, so that none is taken for another.
-_EXAMPLE: Final = {"tokens": 7, "rank": 5, "rows": 6, "n": 9, "positions": 11, "new": 13, "past": 17}
+_EXAMPLE: Final = {"tokens": 7, "rank": 5, "rows": 6, "n": 9, "positions": 11, "labelled": 8, "new": 13, "past": 17}
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8, "int64": torch.int64}
 
 

@@ -7,7 +7,7 @@ SOFTWARE_VERSION: Final = "0.1.0"
 PROTOCOL_VERSIONS: Final = (10,)
 """Wire versions that this code speaks, newest last. See docs/protocol.md, section Evolution."""
 
-BUNDLE_FORMAT: Final = 7
+BUNDLE_FORMAT: Final = 8
 """Bundle format that this code writes, and the newest that it reads. See docs/bundle.md."""
 
 ADAPTER_FORMAT: Final = 1

@@ -101,7 +101,8 @@ def graphs_of(blocks: DeviceBlocks) -> list[TrainingGraph]:
     """Each once."""
     each = [graph for block in blocks.blocks for graph in (block.forward, block.backward, block.decode)]
     named = {graph.name: graph for graph in each if graph is not None}
-    return [*named.values(), blocks.final_norm.forward, blocks.final_norm.backward]
+    last = blocks.last_forward, blocks.last_backward
+    return [*named.values(), *last, blocks.final_norm.forward, blocks.final_norm.backward]
 
 
 def with_programs(bundle: Path, family: str, dtype: Any = "fp32") -> Path:

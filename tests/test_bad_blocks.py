@@ -153,7 +153,7 @@ def use(path: Path) -> int:
     width = encoded_width(opened.manifest)
     blocks = DeviceBlocks(opened, OnnxEngine(opened, 1), 2, 3)
     lora = {name: np.ones(shape, np.float32) for name, shape in blocks.parameter_shapes.items()}
-    last, kept = blocks.forward(np.ones((6, width), np.float32), np.array([4, 2], np.int32), lora, 1.0)
+    last, kept = blocks.forward(np.ones((6, width), np.float32), np.array([4, 2], np.int32), np.arange(6), lora, 1.0)
     return len(blocks.backward(last, kept, lora, 1.0))
 
 

@@ -23,6 +23,7 @@ from dlora.protocol.errors import BundleError
 # Relative to the largest magnitude. A float32 is exact to 6e-8; a block has four to seven products one after the other,
 # a softmax and norms between them, and its gradients run back through all of these.
 FORWARD, BACKWARD = 1e-5, 2e-5
+LABELLED = np.array([2, 7, 10, 13, 16], np.int32)  # rows of the tokens that have a label
 LENGTHS = (11, 6)  # longer than the windows of tiny models (4); traced with 23 and more in one
 RANK, SCALING = 5, 1.5  # traced with 7
 
@@ -81,16 +82,19 @@ EXACT_AND_SINGLE = (torch.float64, torch.float32)
 
 
 def check_whole(blocks: DeviceBlocks, models: dict[torch.dtype, TorchBlocks], lora: oracles.Arrays) -> None:
-    """Both blocks and the final norm, on two sequences: by themselves in torch, packed on the device."""
+    """Both blocks and the final norm, on two sequences: by themselves in torch, packed on the device, for some of their
+    tokens."""
     ids = sequences()
     before = models[torch.float32].run(ids, None)
     path = next(iter(before.x))
     hidden_states = before.x[path].numpy()
-    grad = torch.randn(before.last.shape, generator=torch.Generator().manual_seed(2))
+    grad = torch.zeros(before.last.shape)
+    grad[LABELLED] = torch.randn(len(LABELLED), grad.shape[1], generator=torch.Generator().manual_seed(2))
     exact, single = (models[dtype].run(ids, grad, {path: hidden_states}) for dtype in EXACT_AND_SINGLE)
-    last, kept = blocks.forward(hidden_states, np.array(LENGTHS), lora, SCALING)
-    assert_as_near_as_torch({"": last}, {"": exact.last.numpy()}, {"": single.last.numpy()}, FORWARD)
-    grads = blocks.backward(grad.numpy(), kept, lora, SCALING)
+    last, kept = blocks.forward(hidden_states, np.array(LENGTHS), LABELLED, lora, SCALING)
+    wanted, torchs = ({"": each.last[LABELLED].numpy()} for each in (exact, single))
+    assert_as_near_as_torch({"": last}, wanted, torchs, FORWARD)
+    grads = blocks.backward(grad[LABELLED].numpy(), kept, lora, SCALING)
     assert_as_near_as_torch(grads, numbers(exact.grads), numbers(single.grads), BACKWARD)
 
 

@@ -106,6 +106,8 @@ def test_values_that_fp16_cannot_hold_name_the_option(tmp_path: Path) -> None:
 
 # -- selftest ----------------------------------------------------------------------------------------------------
 
+OF_BLOCKS = {"block_forward", "block_backward", "last_block_forward", "last_block_backward", "block_decode"}
+
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
 def test_selftest_passes_and_notices_a_weight_of_another_block(
@@ -116,7 +118,7 @@ def test_selftest_passes_and_notices_a_weight_of_another_block(
     report = json.loads(done.stdout)
     assert done.code == 0, done.stderr
     kinds = {row["graph"] for row in report["graphs"]}
-    assert kinds >= {"block_forward", "block_backward", "block_decode", "final_norm_forward", "final_norm_backward"}
+    assert kinds >= {*OF_BLOCKS, "final_norm_forward", "final_norm_backward"}
     copy, manifest = tmp_path / "bundle", load_manifest(bundle)
     shutil.copytree(bundle, copy)
     assert manifest.device_blocks is not None
@@ -129,7 +131,7 @@ def test_selftest_passes_and_notices_a_weight_of_another_block(
     done = run_edge("selftest", "--bundle", copy, "--json")
     assert done.code == 1, done.stderr
     wrong = {row["graph"] for row in json.loads(done.stdout)["graphs"] if not row["passed"]}
-    assert wrong == {"block_forward", "block_backward", "block_decode"}
+    assert wrong == OF_BLOCKS
 
 
 def test_golden_vectors_hold_no_weight(bundles: BlockBundles) -> None:

@@ -35,6 +35,7 @@ from dlora.protocol.groups import GroupSpec, TargetSpec
 # Each of twenty steps leaves torch's path by what its gradients differ, some 1e-6 of them, times the learning rate.
 STEPS, PATH = 20, 1e-4
 LENGTHS = np.array([8, 5], np.int32)
+LABELLED = np.array([1, 3, 6, 7, 9, 10, 12], np.int32)  # rows of the tokens that have a label
 RANK, SCALING = 3, 2.0
 CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.05, max_grad_norm=0.0)
 FEW_TOKENS = 24  # of a micro-batch that programs made here take
@@ -69,7 +70,7 @@ def train_on_the_device(
     optimizer = AdamW(engine, CONFIG, STEPS)
     for step in range(STEPS):
         values = {name: parameter.value for name, parameter in adapters.parameters().items()}
-        last, kept = blocks.forward(hidden_states, LENGTHS, values, SCALING)
+        last, kept = blocks.forward(hidden_states, LENGTHS, LABELLED, values, SCALING)
         losses.append(float(np.square(last - target, dtype=np.float64).sum() / 2))
         grads = blocks.backward(last - target, kept, values, SCALING)
         assert set(grads) == set(values)
@@ -102,13 +103,13 @@ def check_twenty_steps(bundle: Bundle, engine: Engine, family: str) -> None:
     torchs = TorchBlocks(model, [block.path for block in spec.blocks], lora, SCALING)
     ids = sequences()
     hidden_states = torchs.hidden_states(ids)
-    size = len(hidden_states), bundle.manifest.base_model.hidden_size
+    size = len(LABELLED), bundle.manifest.base_model.hidden_size
     target = np.random.default_rng(4).standard_normal(size, np.float32)
     losses, found = train_on_the_device(bundle, engine, hidden_states, target, lora)
     optimizer = torch.optim.AdamW(torchs.parameters.values(), lr=CONFIG.lr, weight_decay=CONFIG.weight_decay)
     for loss in losses:
         optimizer.zero_grad()
-        wanted = (torchs.last_hidden_states(ids) - torch.from_numpy(target)).square().sum() / 2
+        wanted = (torchs.last_hidden_states(ids)[LABELLED] - torch.from_numpy(target)).square().sum() / 2
         wanted.backward()
         optimizer.step()
         assert loss == pytest.approx(wanted.item(), rel=PATH)
@@ -143,7 +144,8 @@ def executorch_bundle(bundles: BlockBundles, family: str, **settings: Any) -> Bu
     bundle = bundles(family, **settings)
     if not (bundle.parent / "with-programs").exists():
         with pytest.MonkeyPatch.context() as changed:
-            changed.setitem(to_executorch.BOUNDS, "positions", FEW_TOKENS)
+            for name in ("positions", "labelled"):
+                changed.setitem(to_executorch.BOUNDS, name, FEW_TOKENS)
             with_programs(bundle, family, settings.get("block_dtype", "fp32"))
     return Bundle.open(bundle.parent / "with-programs")
 
@@ -184,9 +186,12 @@ def check_bound(bundle: Bundle, engine: ExecutorchEngine) -> None:
     """Tokens that see each other are not cut: more than the programs take is one line, and as many as they take not."""
     blocks = DeviceBlocks(bundle, engine, 1, RANK)
     width = bundle.manifest.base_model.hidden_size
-    blocks.forward(np.ones((FEW_TOKENS, width), np.float32), np.array([FEW_TOKENS - 3, 3]), {}, SCALING)
+    for labelled in (np.arange(1), np.arange(FEW_TOKENS)):  # one to all of them
+        x, lengths = np.ones((FEW_TOKENS, width), np.float32), np.array([FEW_TOKENS - 3, 3])
+        blocks.forward(x, lengths, labelled, {}, SCALING)
+    x, lengths = np.ones((FEW_TOKENS + 1, width), np.float32), np.array([FEW_TOKENS - 2, 3])
     with pytest.raises(UsageError) as caught:
-        blocks.forward(np.ones((FEW_TOKENS + 1, width), np.float32), np.array([FEW_TOKENS - 2, 3]), {}, SCALING)
+        blocks.forward(x, lengths, np.arange(3), {}, SCALING)
     said = str(caught.value)
     assert f"a micro-batch of {FEW_TOKENS + 1} tokens is more than" in said
     assert f"({FEW_TOKENS}); lower --batch-size or --max-length, or use --engine onnx" in said
@@ -209,8 +214,10 @@ def test_module_without_lora_gives_the_bits_of_zeros(llama: Bundle) -> None:
     blocks = DeviceBlocks(llama, OnnxEngine(llama, 1), 2, RANK)
     some = {name: value for name, value in random_lora(blocks.parameter_shapes).items() if "q_proj" in name}
     zeros = {name: np.zeros(shape, np.float32) for name, shape in blocks.parameter_shapes.items()}
-    x, grad = random_states(llama, 13), random_states(llama, 13, 6)
-    (one, kept_one), (other, kept_other) = (blocks.forward(x, LENGTHS, lora, SCALING) for lora in (some, zeros | some))
+    x, grad = random_states(llama, 13), random_states(llama, len(LABELLED), 6)
+    (one, kept_one), (other, kept_other) = (
+        blocks.forward(x, LENGTHS, LABELLED, lora, SCALING) for lora in (some, zeros | some)
+    )
     assert one.tobytes() == other.tobytes()
     found = blocks.backward(grad, kept_one, some, SCALING)
     wanted = blocks.backward(grad, kept_other, zeros | some, SCALING)
@@ -225,10 +232,10 @@ def test_one_block_of_two_is_the_second_half(llama: Bundle) -> None:
     assert (both.first, last.first) == (0, 1)
     assert set(last.parameter_shapes) == {name for name in both.parameter_shapes if name.startswith("model.layers.1.")}
     lora = random_lora(both.parameter_shapes)
-    x, grad = random_states(llama, 13), random_states(llama, 13, 6)
-    wanted, kept = both.forward(x, LENGTHS, lora, SCALING)
+    x, grad = random_states(llama, 13), random_states(llama, len(LABELLED), 6)
+    wanted, kept = both.forward(x, LENGTHS, LABELLED, lora, SCALING)
     middle = kept.inputs[1]["x"]
-    found, kept_of_last = last.forward(middle, LENGTHS, lora, SCALING)
+    found, kept_of_last = last.forward(middle, LENGTHS, LABELLED, lora, SCALING)
     assert found.tobytes() == wanted.tobytes()
     grads = last.backward(grad, kept_of_last, lora, SCALING)
     assert set(grads) == set(last.parameter_shapes)
@@ -241,15 +248,16 @@ def test_packed_sequences_do_not_see_each_other(llama: Bundle) -> None:
     blocks = DeviceBlocks(llama, OnnxEngine(llama, 1), 2, RANK)
     lora, x = random_lora(blocks.parameter_shapes), random_states(llama, 13)
     other = np.concatenate([random_states(llama, 8, 9) * 3, x[8:]])
-    found, wanted = (blocks.forward(each, LENGTHS, lora, SCALING)[0][8:] for each in (other, x))
+    labelled = np.arange(8, 13)
+    found, wanted = (blocks.forward(each, LENGTHS, labelled, lora, SCALING)[0] for each in (other, x))
     assert oracles.relative_error(found, wanted) <= oracles.SUMS
 
 
 def test_sequence_longer_than_the_tables_is_one_line(llama: Bundle) -> None:
     blocks = DeviceBlocks(llama, OnnxEngine(llama, 1), 2, RANK)
-    blocks.forward(random_states(llama, 64), np.array([64]), {}, SCALING)
+    blocks.forward(random_states(llama, 64), np.array([64]), LABELLED, {}, SCALING)
     with pytest.raises(DataError, match=r"a sequence of 65 tokens, blocks on a device take 64; set --max-length 64$"):
-        blocks.forward(random_states(llama, 66), np.array([1, 65]), {}, SCALING)
+        blocks.forward(random_states(llama, 66), np.array([1, 65]), LABELLED, {}, SCALING)
 
 
 @pytest.mark.parametrize("count", [0, -1, 3])

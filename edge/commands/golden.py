@@ -80,7 +80,7 @@ def _input(bundle: Bundle, golden: dict[str, Array], spec: GraphSpec, name: str)
         files = {"weight": head.weight, "row_scales": head.row_scales, "bias": head.bias}
     elif blocks is not None and spec.kind.startswith("final_norm_"):
         files = {**blocks.final_norm}
-    elif blocks is not None and spec.kind.startswith("block_"):  # the last block of the shape
+    elif blocks is not None and spec.kind.startswith(("block_", "last_block_")):  # the last of the shape
         files = next(({**block.weights} for block in reversed(blocks.blocks) if block.graph == spec.key), {})
     file = files.get(name)
     if file is None:

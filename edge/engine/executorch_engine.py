@@ -23,6 +23,7 @@ _CUT: Final = ("tokens", "rows", "n")  # what a call may have more of than the b
 _WHOLE: Final = {  # what it may not, and what to do
     "rank": "lower --rank",
     "positions": "lower --batch-size or --max-length",
+    "labelled": "lower --batch-size or --max-length",
     "new": "say less",
     "past": "say less",
 }

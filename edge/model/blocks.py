@@ -1,14 +1,15 @@
 """The last blocks of the base model on the device: forward and backward, with LoRA beside their linear modules.
 
 A graph is one block's pass and serves all blocks of a shape: they run here one after the other, and are given what a
-decoder would give them. A micro-batch is its sequences one after the other; the mask keeps them apart.
+decoder would give them. A micro-batch is its sequences one after the other; the mask keeps them apart. The last block
+has graphs of its own, which compute of tokens without a label only what those with one see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from .block_weights import BLOCKED, LORA, BlockWeights, last_blocks
 _MASK: Final = "mask"
 _GRAD: Final = "grad."
 _GRAD_X: Final = "grad_x"
+_SELECT: Final = "select"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Kept:
         trained: the parameters that gradients are wanted of.
         inputs: for the backward graph of each block from the lowest with such a parameter on, what its forward pass had
             or gave.
-        last: what came out of the last block, float32 (tokens, width).
+        last: what came out of the last block, float32 (labelled, width).
     """
 
     trained: Collection[str]
@@ -59,9 +61,11 @@ class DeviceBlocks:
 
     def __init__(self, bundle: Bundle, engine: Engine, count: int, rank: int) -> None:
         spec, chosen = last_blocks(bundle, count)
-        passes = {key: _Passes.load(bundle, engine, key) for key in {block.graph for block in chosen}}
+        passes = {key: _Passes.load(bundle, engine, key) for key in {block.graph for block in chosen[:-1]}}
         self.max_length = spec.max_length
-        self._blocks = [_Block(bundle, block, passes[block.graph], rank, spec.max_length) for block in chosen]
+        self._blocks = [_Block(bundle, block, passes[block.graph], rank, spec.max_length) for block in chosen[:-1]]
+        last = _Passes.load(bundle, engine, chosen[-1].graph, "last_")
+        self._blocks.append(_Block(bundle, chosen[-1], last, rank, spec.max_length))
         self._norm_forward, self._norm_backward = engine.load("final_norm_forward"), engine.load("final_norm_backward")
         self._norm_weights = {name: bundle.weight(file) for name, file in spec.final_norm.items()}
         self.first = chosen[0].index
@@ -71,17 +75,19 @@ class DeviceBlocks:
         self,
         hidden_states: FloatArray,
         lengths: IntArray,
+        labelled: IntArray,
         lora: Mapping[str, FloatArray],
         scaling: float,
         trained: Collection[str] | None = None,
         begin: int = 0,
     ) -> tuple[FloatArray, Kept]:
-        """The last hidden states float32 (tokens, hidden_size), and what ``backward`` needs.
+        """The last hidden states of labelled tokens, float32 (labelled, hidden_size), and what ``backward`` needs.
 
         Args:
             hidden_states: float32 (tokens, width), what comes out of the block before the first, or of the lowest
                 ``begin`` of these.
             lengths: int32 (sequences,), their sum is tokens.
+            labelled: places of the labelled tokens among all of them, (labelled,), at least one.
             lora: values of parameters, by the names of ``parameter_shapes``; those that are not there count as zeros.
             trained: those of them that ``backward`` is to give gradients of; None: all of ``lora``.
 
@@ -89,7 +95,9 @@ class DeviceBlocks:
         """
         trained = lora.keys() if trained is None else trained
         kept = list[Mapping[str, Array]]()
-        for block, inputs, y in self._forward(self._blocks[begin:], hidden_states, lengths, lora, scaling):
+        select = np.zeros((len(labelled), len(hidden_states)), np.float32)
+        select[np.arange(len(labelled)), labelled] = 1
+        for block, inputs, y in self._forward(self._blocks[begin:], hidden_states, lengths, lora, scaling, select):
             if kept or block.has_any(trained):
                 kept.append(inputs)
             hidden_states = y
@@ -99,7 +107,11 @@ class DeviceBlocks:
     def forward_lowest(
         self, hidden_states: FloatArray, lengths: IntArray, lora: Mapping[str, FloatArray], scaling: float, count: int
     ) -> FloatArray:
-        """What comes out of the lowest ``count`` blocks, at least one: float32 (tokens, width). As ``forward``."""
+        """What comes out of the lowest ``count`` blocks, at least one and not the last: float32 (tokens, width).
+
+        As ``forward``.
+        """
+        assert 0 < count < len(self._blocks)
         for _, _, y in self._forward(self._blocks[:count], hidden_states, lengths, lora, scaling):
             hidden_states = y
         return hidden_states
@@ -111,8 +123,10 @@ class DeviceBlocks:
         lengths: IntArray,
         lora: Mapping[str, FloatArray],
         scaling: float,
+        select: FloatArray | None = None,
     ) -> Iterator[tuple[_Block, dict[str, Array], FloatArray]]:
-        """Of each block what its backward graph is to be given, and what comes out of it."""
+        """Of each block what its backward graph is to be given, and what comes out of it; ``select``, float32
+        (labelled, tokens), has a 1 where the last one gives a row of a token."""
         self.check_length(int(lengths.max()))
         scale = scalar(scaling)
         masks: dict[int | None, FloatArray] = {}
@@ -121,12 +135,16 @@ class DeviceBlocks:
             window = block.spec.window
             if window not in masks:
                 masks[window] = attention_mask(lengths, window)
-            hidden_states, inputs = block.forward(hidden_states, masks[window], positions, lora, scale)
+            given: dict[str, Array] = {"x": hidden_states, _MASK: masks[window], **block.of_positions(positions)}
+            if select is not None and block is self._blocks[-1]:
+                given[_SELECT] = select
+            hidden_states, inputs = block.forward(given, lora, scale)
             yield block, inputs, hidden_states
 
     def count_below(self, trained: Collection[str]) -> int:
-        """How many blocks lie below all that have one of these parameters."""
-        return next((place for place, block in enumerate(self._blocks) if block.has_any(trained)), len(self._blocks))
+        """How many blocks lie below all that have one of these parameters; the last one never does."""
+        lower = self._blocks[:-1]
+        return next((place for place, block in enumerate(lower) if block.has_any(trained)), len(lower))
 
     def parameters_below(self, count: int) -> set[str]:
         """The parameters that the lowest ``count`` blocks may have."""
@@ -145,7 +163,7 @@ class DeviceBlocks:
     ) -> dict[str, FloatArray]:
         """The gradients of ``kept.trained``, by name, of ``sum(last hidden states * grad)``.
 
-        It ends with the lowest block that has such a parameter. ``grad``: float32 (tokens, hidden_size).
+        It ends with the lowest block that has such a parameter. ``grad``: float32 (labelled, hidden_size).
         """
         scale, grads = scalar(scaling), dict[str, FloatArray]()
         (grad,) = self._norm_backward({"x": kept.last, "grad": grad, **self._norm_weights})
@@ -169,7 +187,7 @@ def attention_mask(lengths: IntArray, window: int | None) -> FloatArray:
 
 @dataclass(frozen=True)
 class _Passes:
-    """The two graphs of a shape of block, and what they take and give."""
+    """The two graphs of a shape of block, or of the last one, and what they take and give."""
 
     forward: Graph
     backward: Graph
@@ -177,13 +195,13 @@ class _Passes:
     backward_spec: GraphSpec
 
     @classmethod
-    def load(cls, bundle: Bundle, engine: Engine, key: str) -> _Passes:
-        kinds = ("block_forward", "block_backward")
+    def load(cls, bundle: Bundle, engine: Engine, key: str, prefix: Literal["", "last_"] = "") -> _Passes:
+        kinds = (f"{prefix}block_forward", f"{prefix}block_backward")
         forward, backward = (engine.load(kind, key) for kind in kinds)
         forward_spec, backward_spec = (bundle.manifest.graph(kind, key) for kind in kinds)
         lora = [f"{_GRAD}{tensor.name}" for tensor in forward_spec.inputs if tensor.name.endswith(LORA)]
         if [tensor.name for tensor in backward_spec.outputs] != [_GRAD_X, *lora]:
-            text = f"{bundle.path}: block_backward.{key} gives other gradients than it must"
+            text = f"{bundle.path}: {kinds[1]}.{key} gives other gradients than it must"
             raise BundleError(f"{text}; export the bundle again")
         return cls(forward, backward, forward_spec, backward_spec)
 
@@ -200,13 +218,13 @@ class _Block(BlockWeights):
         return not self.zeros.keys().isdisjoint(names)
 
     def forward(
-        self, x: FloatArray, mask: FloatArray, positions: IntArray, lora: Mapping[str, FloatArray], scale: FloatArray
+        self, given: Mapping[str, Array], lora: Mapping[str, FloatArray], scale: FloatArray
     ) -> tuple[FloatArray, dict[str, Array]]:
-        """y (tokens, width), and what ``backward`` is to be given."""
-        own = {"x": x, _MASK: mask, **self.of_positions(positions)}
+        """y (tokens or labelled, width), and what ``backward`` is to be given. ``given``: x and what else its graph
+        takes that is neither a weight nor LoRA."""
         spec = self._passes.forward_spec
-        y, *products = self._passes.forward(self._inputs(spec, own, lora, scale))
-        return y, own | dict(zip((tensor.name for tensor in spec.outputs[1:]), products, strict=True))
+        y, *products = self._passes.forward(self._inputs(spec, given, lora, scale))
+        return y, dict(given) | dict(zip((tensor.name for tensor in spec.outputs[1:]), products, strict=True))
 
     def backward(
         self, grad: FloatArray, kept: Mapping[str, Array], lora: Mapping[str, FloatArray], scale: FloatArray

@@ -113,10 +113,10 @@ class TrunkModel:
             else:
                 started = time.perf_counter()
                 hidden_states = self._held.hidden_states(batch, step, begin, lora, scaling)
-            last, kept = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, scaling, trained, begin)
-            found, labelled_grad = self._head.loss_and_grad(last[batch.label_positions], batch.labels, grad_scale)
-            grad = np.zeros_like(last)
-            grad[batch.label_positions] = labelled_grad
+            last, kept = self._blocks.forward(
+                hidden_states, batch.sequence_lengths, batch.label_positions, lora, scaling, trained, begin
+            )
+            found, grad = self._head.loss_and_grad(last, batch.labels, grad_scale)
             for name, each in self._blocks.backward(grad, kept, lora, scaling).items():
                 parameters[name].add_grad(each)
             losses.append(found)
@@ -137,8 +137,10 @@ class TrunkModel:
         hidden_states = self._source.hidden_states(batch)
         started = time.perf_counter()
         lora = {name: parameter.value for name, parameter in self.adapters.parameters().items()}
-        last, _ = self._blocks.forward(hidden_states, batch.sequence_lengths, lora, self.adapters.scaling, ())
-        found = self._head.loss(last[batch.label_positions], batch.labels)
+        last, _ = self._blocks.forward(
+            hidden_states, batch.sequence_lengths, batch.label_positions, lora, self.adapters.scaling, ()
+        )
+        found = self._head.loss(last, batch.labels)
         self.compute_seconds += time.perf_counter() - started
         return found
 

@@ -44,12 +44,14 @@ class DeviceSpeed(msgspec.Struct, frozen=True):
     Attributes:
         head_row: of the LM head with loss and gradient, for each labelled token.
         block_forward, block_backward: of one block, for each token; None for a bundle without blocks.
+        without_label: the share of these that the last block takes for a token without a label.
         flops: a second, of products like those of adapters.
     """
 
     head_row: float
     block_forward: float | None
     block_backward: float | None
+    without_label: float
     flops: float
 
 
@@ -79,15 +81,16 @@ def measure_device(bundle: Bundle, engine: Engine) -> DeviceSpeed:
 
     head_row = _seconds_each(run_head)
     forward = backward = None
+    without_label = 1.0
     if bundle.manifest.device_blocks is not None:
         blocks = DeviceBlocks(bundle, engine, 1, _RANK)
         lora = {name: np.full(shape, 0.01, np.float32) for name, shape in blocks.parameter_shapes.items()}
         width, passes = encoded_width(bundle.manifest), dict[str, float]()
 
-        def run_block(tokens: int) -> None:
+        def run_block(tokens: int, labelled: int | None = None) -> None:
             started = time.perf_counter()
-            x = random.standard_normal((tokens, width), np.float32)
-            last, kept = blocks.forward(x, np.array([tokens], np.int32), lora, 1.0)
+            x, rows = random.standard_normal((tokens, width), np.float32), np.arange(labelled or tokens, dtype=np.int32)
+            last, kept = blocks.forward(x, np.array([tokens], np.int32), rows, lora, 1.0)
             between = time.perf_counter()
             blocks.backward(np.ones_like(last), kept, lora, 1.0)
             passes["forward"], passes["backward"] = between - started, time.perf_counter() - between
@@ -96,9 +99,10 @@ def measure_device(bundle: Bundle, engine: Engine) -> DeviceSpeed:
         each = _seconds_each(run_block, most)
         share = passes["forward"] / (passes["forward"] + passes["backward"])
         forward, backward = each * share, each * (1 - share)
+        without_label = min(1.0, _seconds_each(lambda tokens: run_block(tokens, 1), most) / each)
     # Two products a row in each direction, of two FLOPs a weight.
     flops = 4.0 * base.vocabulary_size * base.hidden_size / head_row
-    return DeviceSpeed(head_row, forward, backward, flops)
+    return DeviceSpeed(head_row, forward, backward, without_label, flops)
 
 
 def measure_server(bundle: Bundle, engine: Engine, url: str, settings: ConnectSettings) -> ServerSpeed:

@@ -76,9 +76,11 @@ def minutes_of(
         return _with_wire(seconds, server, wire_bytes, round_trips)
     if device.block_forward is None or device.block_backward is None:
         return None
-    seconds += config.device_blocks * (
-        device.block_forward * (trained + evaluated) + device.block_backward * trained
+    in_training, in_evaluations = (
+        (config.device_blocks - 1 + device.without_label) * tokens + (1 - device.without_label) * labels
+        for tokens, labels in ((trained, labelled), (evaluated, labels_evaluated))
     )
+    seconds += device.block_forward * (in_training + in_evaluations) + device.block_backward * in_training
     if config.mode == "local":
         return seconds / 60
     assert server is not None

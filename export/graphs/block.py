@@ -5,11 +5,15 @@
     block_forward    y = block(x)                                  with LoRA beside its linear modules
     block_backward   grad_x, and the gradient of every lora_A and lora_B, of sum(y * grad)
 
+    last_block_forward, last_block_backward    likewise, of the last block, where y and grad are of labelled rows only
+
 They are the family's own code, traced (``export/tracing``): x, y, grad and grad_x are (positions, width), of all
 sequences of a micro-batch one after the other; ``mask`` (1, 1, positions, positions) is added to the scores of
 attention and keeps them apart; what else the decoder gives its blocks comes from tables. Weights and LoRA are inputs,
 so that one graph serves all blocks of a shape. ``block_forward`` also gives what is kept for the backward pass, the
 products with the frozen weights and z = lora_A x^T, so that no large product is computed again.
+``select`` (labelled, positions) has in each row a 1 where a labelled one is: of no other one the last block computes
+more than what these see (``export/tracing/labelled.py``).
 ``final_norm_forward`` and ``final_norm_backward`` are what stands between the last block and the head.
 """
 
@@ -28,7 +32,17 @@ from dlora.export.tracing.modules import PRODUCT, Lora, Z, is_scale, linears, we
 from dlora.export.tracing.simplify import ancestors, cut, outputs_of, products_of, simplify
 from dlora.export.tracing.to_module import TracedModule
 from dlora.export.tracing.to_onnx import CannotEmitError, to_nodes
-from dlora.export.tracing.trace import GRAD, GRAD_X, OUTPUT, SCALE, X, trace_block, trace_modules
+from dlora.export.tracing.trace import (
+    GRAD,
+    GRAD_X,
+    OUTPUT,
+    SCALE,
+    SELECT,
+    X,
+    trace_block,
+    trace_labelled,
+    trace_modules,
+)
 from dlora.protocol.manifest import TensorSpec
 
 from .arrays import Arrays, to_floats
@@ -37,8 +51,12 @@ from .graph import TrainingGraph
 from .graph_test import GraphTest, GraphWithTests, Materials
 from .tolerances import BLOCK_FLOOR, allowed
 
-KINDS: Final = ("block_forward", "block_backward", "final_norm_forward", "final_norm_backward")
+KINDS: Final = (
+    "block_forward", "block_backward", "last_block_forward", "last_block_backward", "final_norm_forward",
+    "final_norm_backward",
+)  # fmt: skip
 LENGTHS: Final = ((3, 4), (6, 3))  # of the sequences that graphs are tried with
+LABELLED: Final = ((2, 4, 6), (1, 5, 7, 8))  # likewise: the rows of them that have a label
 RANKS: Final = (3, 2)  # likewise; golden vectors travel with every bundle
 _DTYPES: Final[dict[torch.dtype, Any]] = {torch.float32: "fp32", torch.float16: "fp16", torch.int8: "int8"}
 
@@ -47,7 +65,20 @@ def block_graphs(
     call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str], key: str
 ) -> tuple[TrainingGraph, TrainingGraph]:
     """``block_forward`` and ``block_backward`` of one block. Raises ``CannotRunOnDevice``."""
-    whole = simplify(trace_block(call, weights, targets))
+    return _passes(simplify(trace_block(call, weights, targets)), weights, targets, KINDS[:2], key)
+
+
+def last_block_graphs(
+    call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str], key: str, labelled: int
+) -> tuple[TrainingGraph, TrainingGraph]:
+    """``last_block_forward`` and ``last_block_backward``; ``labelled`` as ``trace_labelled`` takes it."""
+    return _passes(simplify(trace_labelled(call, weights, targets, labelled)), weights, targets, KINDS[2:4], key)
+
+
+def _passes(
+    whole: fx.GraphModule, weights: Mapping[str, Tensor], targets: Sequence[str], kinds: Sequence[str], key: str
+) -> tuple[TrainingGraph, TrainingGraph]:
+    """A graph of both passes as one of each, and what is kept from one to the other."""
     outputs = outputs_of(whole)
     grads = {name: node for name, node in outputs.items() if name != OUTPUT}
     names = [name for name in weights if not is_scale(name)] + [f"{name}.lora_A" for name in targets]
@@ -56,7 +87,7 @@ def block_graphs(
     kept = {node: _kept_name(name) for node, name in products.items() if node in needed}
     forward = cut(whole, {OUTPUT: outputs[OUTPUT]} | {name: node for node, name in kept.items()}, {})
     backward = cut(whole, grads, kept)
-    return traced_graph("block_forward", forward, key, weights), traced_graph("block_backward", backward, key, weights)
+    return traced_graph(kinds[0], forward, key, weights), traced_graph(kinds[1], backward, key, weights)
 
 
 def final_norm_graphs(
@@ -117,15 +148,26 @@ def _spec(name: str, node: fx.Node, symbols: Mapping[str, str]) -> TensorSpec:
 
 def block_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GraphTest]:
     """Hidden states of the base model, in sequences one after the other; LoRA and the gradient are random."""
-    for lengths, rank in zip(LENGTHS, RANKS, strict=True):
-        values = block_inputs(block, lengths, rank)
+    for lengths, rank, labelled in zip(LENGTHS, RANKS, LABELLED, strict=True):
+        values, rows = block_inputs(block, lengths, rank), torch.tensor(labelled)
+        if graph.kind.startswith("last_"):
+            values |= {SELECT: torch.eye(sum(lengths))[rows], GRAD: values[GRAD][rows]}
         exact, single = (reference(block, values, dtype) for dtype in (torch.float64, torch.float32))
-        values |= single  # what is kept from the forward pass
-        inputs = {spec.name: values[spec.name].numpy() for spec in graph.inputs}
+        given = values | single  # what is kept from the forward pass
+        inputs = {spec.name: _of_rows(given, spec, rows).numpy() for spec in graph.inputs}
         golden, rounded = (
-            to_floats(**{spec.name: found[spec.name] for spec in graph.outputs}) for found in (exact, single)
+            to_floats(**{spec.name: _of_rows(found, spec, rows) for spec in graph.outputs})
+            for found in (exact, single)
         )
         yield GraphTest(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
+
+
+def _of_rows(found: Mapping[str, Tensor], spec: TensorSpec, rows: Tensor) -> Tensor:
+    """A value, of which a graph may have the labelled rows only."""
+    value = found[spec.name]
+    if "labelled" not in spec.shape or value.shape[spec.shape.index("labelled")] == len(rows):
+        return value
+    return value.index_select(spec.shape.index("labelled"), rows)
 
 
 def block_inputs(block: BlockMaterials, lengths: Sequence[int], rank: int, seed: int = 0) -> dict[str, Tensor]:
@@ -156,6 +198,7 @@ def reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype: torch.
     context = {name: values[name] for name in (MASK, *block.tables, *block.fixed())}
     with torch.enable_grad(), with_weights(*modules_and_weights(block, values), lora, kept):
         y = block.call(x, context)
+        y = values[SELECT] @ y if SELECT in values else y
         grads = torch.autograd.grad(y, list(leaves.values()), values[GRAD])
     found = {OUTPUT: y, **kept, **dict(zip(leaves, grads, strict=True))}
     return {name: tensor.detach() for name, tensor in found.items()}
@@ -196,5 +239,7 @@ def make(materials: Materials) -> Iterator[GraphWithTests]:
     for block in {block.key: block for block in blocks.blocks}.values():  # the last one of each shape
         for graph in (block.forward, block.backward):
             yield graph, block_tests(block, graph)
+    for graph in (blocks.last_forward, blocks.last_backward):
+        yield graph, block_tests(blocks.blocks[-1], graph)
     for graph in (blocks.final_norm.forward, blocks.final_norm.backward):
         yield graph, final_norm_tests(blocks.final_norm, graph)

@@ -89,6 +89,7 @@ class DeviceBlocks:
     """The last blocks of a base model, and what follows them.
 
     Attributes:
+        last_forward, last_backward: graphs of the last block for labelled rows only.
         dtype: how the weights of linear modules are stored.
         max_length: the most tokens of a sequence that tables have rows for.
         entry: what stands before block 0, where that is among them.
@@ -97,6 +98,8 @@ class DeviceBlocks:
 
     blocks: tuple[BlockMaterials, ...]
     final_norm: FinalNormMaterials
+    last_forward: TrainingGraph
+    last_backward: TrainingGraph
     dtype: BlockDtype
     max_length: int
     entry: Entry | None = None

@@ -7,7 +7,7 @@ multiplied and never scaled whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -117,11 +117,14 @@ def with_weights(
     weights: Mapping[str, Tensor],
     lora: Mapping[str, Lora],
     kept: dict[str, Tensor] | None = None,
+    *,
+    as_operators: bool = False,
 ) -> Iterator[None]:
     """While ``block`` computes with ``weights``, of ``stored_weights``, and with LoRA beside the modules named.
 
     ``modules`` are its ``linears``. ``kept`` takes what a device may keep for the backward pass: ``<module>.product``
-    (tokens, out), before row scales and bias, and ``<module>.z`` (rank, tokens).
+    (tokens, out), before row scales and bias, and ``<module>.z`` (rank, tokens). ``as_operators``: a trace has both
+    products as the operators of ``ROW_BY_ROW``.
     """
     own = {f"{name}.weight" for name in modules}
     given = {name: tensor for name, tensor in weights.items() if name not in own and not is_scale(name)}
@@ -130,7 +133,7 @@ def with_weights(
         try:
             for name, module in modules.items():
                 stored = Stored(weights[f"{name}.weight"], *(weights.get(f"{name}.weight.{each}") for each in _SCALES))
-                module.forward = _forward(name, module, stored, lora.get(name), kept)  # type: ignore[method-assign]
+                module.forward = _forward(name, module, stored, lora.get(name), kept, as_operators)  # type: ignore[method-assign]
             yield
         finally:
             for name, forward in before.items():
@@ -146,10 +149,13 @@ def _forward(
     stored: Stored,
     lora: Lora | None,
     kept: dict[str, Tensor] | None,
+    as_operators: bool,
 ) -> Any:
+    frozen, delta = (_frozen, _delta) if as_operators else (_Frozen.apply, _Delta.apply)
+
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Frozen.apply(rows, stored.weight, stored.group_scales)
+        y: Tensor = frozen(rows, stored.weight, stored.group_scales)
         if kept is not None:
             kept[f"{name}.{PRODUCT}"] = y.detach()
             if lora is not None:
@@ -159,7 +165,7 @@ def _forward(
         if module.bias is not None:
             y = y + module.bias
         if lora is not None:
-            y = y + _Delta.apply(rows, lora.lora_A, lora.lora_B, lora.scale)
+            y = y + delta(rows, lora.lora_A, lora.lora_B, lora.scale)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return forward
@@ -198,3 +204,35 @@ class _Delta(torch.autograd.Function):
         dz = torch.mm(grad, lora_b) * scale
         grad_b_by_rank = torch.mm(z_by_rank, grad) * scale
         return torch.mm(dz, lora_a), torch.mm(dz.t(), x), grad_b_by_rank.t(), None
+
+
+@torch.library.custom_op(
+    "dlora::frozen", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? group_scales) -> Tensor"
+)
+def _frozen(x: Tensor, weight: Tensor, group_scales: Tensor | None) -> Tensor:
+    return torch.mm(x, _widened(weight, group_scales, x.dtype).t())
+
+
+@torch.library.custom_op(
+    "dlora::delta", mutates_args=(), schema="(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scale) -> Tensor"
+)
+def _delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> Tensor:
+    return torch.mm(torch.mm(x, lora_a.t()) * scale, lora_b.t())
+
+
+@_frozen.register_fake
+def _(x: Tensor, weight: Tensor, group_scales: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_delta.register_fake
+def _(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], lora_b.shape[0])
+
+
+ROW_BY_ROW: Final[Mapping[Any, Callable[..., Tensor]]] = {
+    torch.ops.dlora.frozen.default: _Frozen.apply,
+    torch.ops.dlora.delta.default: _Delta.apply,
+}
+"""What a trace has for the two products of a linear module, as one operator each, and what computes it with gradients
+of the order that is wanted: of each row of x (rows, in) by itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -14,12 +14,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.utils.stateless import _reparametrize_module
 
 from .calls import MASK, BlockCall
+from .labelled import LabelledRows
 from .modules import Lora, linears, weight_shape, with_weights
 from .past import KEYS, PAST_KEYS, PAST_MASK, PAST_VALUES, VALUES, call_with_past
 
 X: Final = "x"
 GRAD: Final = "grad"
 SCALE: Final = "scale"
+SELECT: Final = "select"
 OUTPUT: Final = "y"
 GRAD_X: Final = "grad_x"
 _RANK: Final = 7  # while tracing; no token count, so that neither is taken for the other
@@ -40,28 +42,75 @@ def trace_block(call: BlockCall, weights: Mapping[str, Tensor], targets: Sequenc
     named |= {**_context(call), **weights, **_lora(weights, targets)}
     modules = linears(call.block)
     assert set(targets) <= set(modules)
-    outputs: list[str] = []
+
+    def run(values: Mapping[str, Tensor]) -> Tensor:
+        context = {name: values[name] for name in call.context}
+        with with_weights(call.block, modules, {name: values[name] for name in weights}, _lora_of(values, targets)):
+            return call(values[X], context)
+
+    open_sizes = _open_sizes(named, (X, GRAD, *call.context), targets, {tokens: "positions"})
+    return _traced_passes(run, named, targets, open_sizes)
+
+
+def trace_labelled(
+    call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str], labelled: int
+) -> fx.GraphModule:
+    """Likewise, of a block that gives some of its rows only, and computes no more than these need.
+
+    ``select`` (labelled, tokens) says which: in each row a 1 where the wanted one is, and 0 elsewhere; ``y`` and
+    ``grad`` are (labelled, width).
+
+    Args:
+        labelled: a number of tokens that is no other dimension.
+    """
+    tokens, x = call.tokens, call.hidden_states()
+    named = {X: x.detach().clone(), SCALE: torch.tensor(2.0), **_context(call), **weights, **_lora(weights, targets)}
+    modules = linears(call.block)
+
+    def forward(*tensors: Tensor) -> list[Tensor]:
+        values = dict(zip(named, tensors, strict=True))
+        context, lora = {name: values[name] for name in call.context}, _lora_of(values, targets)
+        mine = {name: values[name] for name in weights}
+        with torch.no_grad(), with_weights(call.block, modules, mine, lora, as_operators=True):
+            return [call(values[X], context)]
+
+    sizes = {tokens: "positions", labelled: "labelled"}
+    open_sizes = _open_sizes(named, (X, *call.context), targets, sizes)
+    whole = _traced(forward, named, open_sizes, [OUTPUT])
+    (output,) = (node.args[0][0] for node in whole.graph.nodes if node.op == "output")
+
+    def run(values: Mapping[str, Tensor]) -> Tensor:
+        return LabelledRows(values, values[SELECT], tokens).of(output)
+
+    with torch.no_grad():
+        width = call(x, {}).shape[1]
+    named = {X: named[X], SELECT: torch.eye(labelled, tokens), GRAD: torch.randn(labelled, width)} | named
+    return _traced_passes(run, named, targets, open_sizes | _open_sizes(named, (SELECT, GRAD), (), sizes))
+
+
+def _traced_passes(
+    run: Callable[[Mapping[str, Tensor]], Tensor],
+    named: Mapping[str, Tensor],
+    targets: Sequence[str],
+    open_sizes: Mapping[str, Mapping[int, str]],
+) -> fx.GraphModule:
+    """Both passes: ``y`` of ``run``, and the gradients of ``sum(y * grad)`` by x and all LoRA."""
+    names = [f"{target}.{side}" for target in targets for side in ("lora_A", "lora_B")]
 
     def compute(*tensors: Tensor) -> list[Tensor]:
         values = dict(zip(named, tensors, strict=True))
-        x = values[X].detach().requires_grad_()
-        lora = {}
-        for target in targets:
-            lora_a, lora_b = (values[f"{target}.{side}"].detach().requires_grad_() for side in ("lora_A", "lora_B"))
-            lora[target] = Lora(lora_a, lora_b, values[SCALE])
-        context = {name: values[name] for name in call.context}
-        with torch.enable_grad(), with_weights(
-            call.block, modules, {name: values[name] for name in weights}, lora
-        ):
-            y = call(x, context)
-        leaves = [x, *(matrix for each in lora.values() for matrix in (each.lora_A, each.lora_B))]
-        grads = torch.autograd.grad(y, leaves, values[GRAD])
-        names = [f"grad.{target}.{side}" for target in targets for side in ("lora_A", "lora_B")]
-        outputs[:] = [OUTPUT, GRAD_X, *names]
-        return [y, *grads]
+        leaves = {name: values[name].detach().requires_grad_() for name in (X, *names)}
+        with torch.enable_grad():
+            y = run({**values, **leaves})
+        return [y, *torch.autograd.grad(y, list(leaves.values()), values[GRAD])]
 
-    open_sizes = _open_sizes(named, (X, GRAD, *call.context), targets, {tokens: "positions"})
-    return _traced(compute, named, open_sizes, outputs)
+    return _traced(compute, named, open_sizes, [OUTPUT, GRAD_X, *(f"grad.{name}" for name in names)])
+
+
+def _lora_of(values: Mapping[str, Tensor], targets: Sequence[str]) -> dict[str, Lora]:
+    return {
+        target: Lora(values[f"{target}.lora_A"], values[f"{target}.lora_B"], values[SCALE]) for target in targets
+    }
 
 
 def trace_decode(
@@ -88,10 +137,7 @@ def trace_decode(
 
     def compute(*tensors: Tensor) -> list[Tensor]:
         given = dict(zip(named, tensors, strict=True))
-        lora = {
-            target: Lora(given[f"{target}.lora_A"], given[f"{target}.lora_B"], given[SCALE]) for target in targets
-        }
-        context = {name: given[name] for name in (*call.context, PAST_MASK)}
+        context, lora = {name: given[name] for name in (*call.context, PAST_MASK)}, _lora_of(given, targets)
         with torch.no_grad(), with_weights(call.block, modules, {name: given[name] for name in weights}, lora):
             return [*call_with_past(call, argument, given[X], context, (given[PAST_KEYS], given[PAST_VALUES]))]
 

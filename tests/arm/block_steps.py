@@ -27,6 +27,7 @@ from dlora.protocol.groups import GroupSpec, TargetSpec
 
 STEPS, RANK, SCALING = 3, 3, 2.0
 LENGTHS = np.array([8, 5], np.int32)
+LABELLED = np.array([1, 3, 6, 7, 9, 10, 12], np.int32)  # rows of the tokens that have a label
 PIECES = (slice(0, 5), slice(5, 6), slice(6, 8))
 
 
@@ -47,10 +48,11 @@ def main() -> None:
     optimizer = AdamW(engine, OptimizerConfig(lr=1e-2, weight_decay=0.1), STEPS)
     size = int(LENGTHS.sum()), bundle.manifest.base_model.hidden_size
     x, target = (random.random(size, np.float32) * 4 - 2 for _ in range(2))
+    target = target[LABELLED]
     losses = []
     for step in range(STEPS):
         values = {name: parameter.value for name, parameter in adapters.parameters().items()}
-        last, kept = blocks.forward(x, LENGTHS, values, SCALING)
+        last, kept = blocks.forward(x, LENGTHS, LABELLED, values, SCALING)
         losses.append(float(np.square(last - target, dtype=np.float64).sum() / 2))
         for name, grad in blocks.backward(last - target, kept, values, SCALING).items():
             adapters.parameters()[name].grad = grad

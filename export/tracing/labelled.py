@@ -1,0 +1,246 @@
+"""A block that gives some of its rows only: what no other row sees of them is computed for these alone.
+
+Of the last block nothing is wanted but the rows that have a label. Keys and values are of all tokens, for these rows
+see them; queries, what attention gives, and the whole MLP are of these rows. The family's own code does not know
+that, so its traced graph is computed again, from its end: each node is asked for its wanted rows, and asks its operands
+for theirs. What is not known to work row by row is computed whole, and its rows are taken from that; so is what another
+node needs whole, such as the product that gives queries, keys and values in one.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from .modules import ROW_BY_ROW
+
+aten = torch.ops.aten
+
+_ELEMENTWISE: Final = (
+    aten._to_copy.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+)
+
+_INSTEAD: Final[dict[Any, Callable[..., Any]]] = {**ROW_BY_ROW, aten.view.default: torch.reshape}
+"""What computes some operators: rows may lie in another order in memory than all of them did."""
+
+
+class LabelledRows:
+    """A traced forward pass, whose nodes have example values, computed for some rows of its output.
+
+    Args:
+        given: the inputs of the graph, by their ``meta["name"]``.
+        select: (labelled, tokens): in each row a 1 where the wanted one is, and 0 elsewhere.
+        tokens: this dimension's size in the graph, which no other one has.
+
+    Attributes:
+        computed_whole: the operators whose rows were taken from all that they give, though no other node needs that.
+    """
+
+    def __init__(self, given: Mapping[str, Tensor], select: Tensor, tokens: int) -> None:
+        self.computed_whole: list[str] = []
+        self._given = given
+        self._select = select
+        self._tokens = tokens
+        self._needed_whole: frozenset[fx.Node] = frozenset()
+        self._values: dict[fx.Node, Any] = {}
+        self._rows: dict[tuple[fx.Node, int], Any] = {}
+
+    def of(self, node: fx.Node) -> Tensor:
+        """The wanted rows of a node (tokens, …): (labelled, …)."""
+        self._rows_of(node, 0)  # to find out what is needed whole; a trace drops what nothing uses
+        self._needed_whole = frozenset(self._values)
+        self._values, self._rows, self.computed_whole = {}, {}, []
+        found: Tensor = self._rows_of(node, 0)
+        return found
+
+    def _value(self, argument: Any) -> Any:
+        """What an argument is for all rows: a node's value, or a list of some."""
+        return fx.node.map_arg(argument, self._value_of)
+
+    def _value_of(self, node: fx.Node) -> Any:
+        if node not in self._values:
+            if node.op == "placeholder":
+                self._values[node] = self._given[node.meta["name"]]
+            elif node.target is aten.sym_size.int:  # for which nothing need be computed
+                size = _sizes(_operand(node))[_axis(node, 1)]
+                self._values[node] = self._select.shape[1] if size == self._tokens else size
+            elif node.op == "get_attr":
+                self._values[node] = getattr(node.graph.owning_module, str(node.target))
+            else:
+                self._values[node] = self._call(node, self._value(node.args))
+        return self._values[node]
+
+    def _call(self, node: fx.Node, args: Sequence[Any]) -> Any:
+        target: Any = node.target
+        return _INSTEAD.get(target, target)(*args, **self._value(node.kwargs))
+
+    def _rows_of(self, node: fx.Node, axis: int) -> Any:
+        """What a node gives, where of its tokens along ``axis`` there are only the wanted ones."""
+        key = node, axis
+        if key not in self._rows:
+            is_needed_whole = node.op != "call_function" or node in self._needed_whole
+            by_rows = None if is_needed_whole else self._by_rows(node, axis)
+            self._rows[key] = self._taken(node, axis) if by_rows is None else by_rows
+        return self._rows[key]
+
+    def _taken(self, node: fx.Node, axis: int) -> Tensor:
+        """Of what is computed whole. By a product, which every engine has; its gradient is another."""
+        if node.op == "call_function" and node not in self._needed_whole:
+            self.computed_whole.append(str(node.target))
+        first = self._value_of(node).movedim(axis, 0)
+        rows = torch.mm(self._select, first.reshape(first.shape[0], -1))
+        return rows.view(rows.shape[0], *first.shape[1:]).movedim(0, axis)
+
+    def _by_rows(self, node: fx.Node, axis: int) -> Any:
+        """None where nothing is known of the operator, or not of its rows along this axis."""
+        if node.target in _ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            return self._call(node, [self._aligned(each, axis - _dims(node)) for each in node.args])
+        rule = _RULES.get(node.target)
+        return None if rule is None else rule(self, node, axis)
+
+    def _aligned(self, operand: Any, from_end: int) -> Any:
+        """An operand of an elementwise operator, which may have fewer axes, or one value for all rows."""
+        if not isinstance(operand, fx.Node) or not isinstance(operand.meta["val"], Tensor):
+            return self._value(operand)
+        axis = _dims(operand) + from_end
+        is_same_for_all = axis < 0 or _sizes(operand)[axis] != self._tokens
+        return self._value(operand) if is_same_for_all else self._rows_of(operand, axis)
+
+    # -- the operators of blocks -----------------------------------------------------------------------------------
+
+    def _first_operand(self, node: fx.Node, axis: int) -> Any:
+        """An operator that has the rows of its first operand along the same axis."""
+        return self._call(node, [self._rows_of(_operand(node), axis), *self._value(node.args[1:])])
+
+    def _row_by_row(self, node: fx.Node, axis: int) -> Any:
+        return self._first_operand(node, axis) if axis == 0 else None
+
+    def _along_another(self, node: fx.Node, axis: int) -> Any:
+        """Likewise, and works along an axis of its own."""
+        return self._first_operand(node, axis) if _axis(node, 1) % _dims(node) != axis else None
+
+    def _mm(self, node: fx.Node, axis: int) -> Any:
+        one, other = (_operand(node, place) for place in (0, 1))
+        if axis == 0:
+            return self._call(node, [self._rows_of(one, 0), self._value(other)])
+        return self._call(node, [self._value(one), self._rows_of(other, 1)])
+
+    def _bmm(self, node: fx.Node, axis: int) -> Any:
+        one, other = (_operand(node, place) for place in (0, 1))
+        left = self._rows_of(one, axis) if axis != 2 else self._value(one)
+        right = self._rows_of(other, axis) if axis != 1 else self._value(other)
+        return self._call(node, [left, right])
+
+    def _permute(self, node: fx.Node, axis: int) -> Any:
+        order: Any = node.args[1]
+        return self._call(node, [self._rows_of(_operand(node), order[axis] % _dims(node)), order])
+
+    def _view(self, node: fx.Node, axis: int) -> Any:
+        given, gives = _sizes(_operand(node)), _sizes(node)
+        before = math.prod(gives[:axis])
+        same = [
+            place for place, size in enumerate(given) if size == self._tokens and math.prod(given[:place]) == before
+        ]
+        return self._call(node, [self._rows_of(_operand(node), same[0]), self._shape(node, axis)]) if same else None
+
+    def _expand(self, node: fx.Node, axis: int) -> Any:
+        return self._call(node, [self._aligned(_operand(node), axis - _dims(node)), self._shape(node, axis)])
+
+    def _shape(self, node: fx.Node, axis: int) -> list[Any]:
+        """The sizes that a node names, where there are only the wanted rows."""
+        shape = list(self._value(node.args[1]))
+        shape[axis] = self._select.shape[0]
+        return shape
+
+    def _unsqueeze(self, node: fx.Node, axis: int) -> Any:
+        added = _axis(node, 1) % _dims(node)
+        return self._first_operand(node, axis - (added < axis)) if axis != added else None
+
+    def _squeeze(self, node: fx.Node, axis: int) -> Any:
+        operand = _operand(node)
+        dropped = {each % _dims(operand) for each in node.args[1]}  # type: ignore[operator, union-attr]
+        left = [place for place in range(_dims(operand)) if place not in dropped or _sizes(operand)[place] != 1]
+        return self._first_operand(node, left[axis])
+
+    def _reduce(self, node: fx.Node, axis: int) -> Any:
+        dims, keeps = _dims(_operand(node)), len(node.args) > 2 and bool(node.args[2])
+        reduced = {each % dims for each in node.args[1]}  # type: ignore[operator, union-attr]
+        left = range(dims) if keeps else [place for place in range(dims) if place not in reduced]
+        return self._first_operand(node, left[axis]) if left[axis] not in reduced else None
+
+    def _select_one(self, node: fx.Node, axis: int) -> Any:
+        chosen = _axis(node, 1) % _dims(_operand(node))
+        return self._first_operand(node, axis + (chosen <= axis))
+
+    def _cat(self, node: fx.Node, axis: int) -> Any:
+        joined = _axis(node, 1) % _dims(node)
+        parts: Any = node.args[0]
+        return None if joined == axis else self._call(node, [[self._rows_of(each, axis) for each in parts], joined])
+
+    def _getitem(self, node: fx.Node, axis: int) -> Any:
+        """One of several outputs, of an operator that has the rows of its operand."""
+        several, index = node.args
+        assert isinstance(several, fx.Node)
+        dims = _dims(_operand(several))
+        if several.target is aten.native_layer_norm.default:
+            normalised: Any = several.args[1]
+            works_on = range(dims - len(normalised), dims)
+        elif several.target in (aten.split.Tensor, aten.split_with_sizes.default):
+            works_on = range(_axis(several, 2) % dims, _axis(several, 2) % dims + 1)
+        else:
+            return None
+        if axis in works_on:
+            return None
+        key = several, axis
+        if key not in self._rows:
+            self._rows[key] = self._first_operand(several, axis)
+        return self._rows[key][index]
+
+
+def _operand(node: fx.Node, place: int = 0) -> fx.Node:
+    operand = node.args[place]
+    assert isinstance(operand, fx.Node)
+    return operand
+
+
+def _axis(node: fx.Node, place: int) -> int:
+    """The argument that says along which axis an operator works; 0 where it is left out."""
+    axis: Any = node.args[place] if len(node.args) > place else 0
+    return int(axis)
+
+
+def _dims(node: fx.Node) -> int:
+    return int(node.meta["val"].ndim)
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    """As they were when the graph was traced."""
+    return [size if isinstance(size, int) else size.node.hint for size in node.meta["val"].shape]
+
+
+_RULES: Final[dict[Any, Callable[[LabelledRows, fx.Node, int], Any]]] = {
+    **dict.fromkeys(ROW_BY_ROW, LabelledRows._row_by_row),
+    aten.mm.default: LabelledRows._mm,
+    aten.bmm.default: LabelledRows._bmm,
+    aten.permute.default: LabelledRows._permute,
+    aten.view.default: LabelledRows._view,
+    aten.expand.default: LabelledRows._expand,
+    aten.unsqueeze.default: LabelledRows._unsqueeze,
+    aten.squeeze.dims: LabelledRows._squeeze,
+    aten.mean.dim: LabelledRows._reduce,
+    aten.sum.dim_IntList: LabelledRows._reduce,
+    aten.select.int: LabelledRows._select_one,
+    aten.cat.default: LabelledRows._cat,
+    aten.slice.Tensor: LabelledRows._along_another,
+    aten._softmax.default: LabelledRows._along_another,
+    operator.getitem: LabelledRows._getitem,
+}
