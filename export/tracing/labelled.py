@@ -58,7 +58,7 @@ class LabelledRows:
         """The wanted rows of a node (tokens, …): (labelled, …)."""
         self._rows_of(node, 0)  # to find out what is needed whole; a trace drops what nothing uses
         self._needed_whole = frozenset(self._values)
-        self._values, self._rows, self.computed_whole = {}, {}, []
+        self._values, self._rows = {}, {}
         found: Tensor = self._rows_of(node, 0)
         return found
 
@@ -89,15 +89,19 @@ class LabelledRows:
         if key not in self._rows:
             is_needed_whole = node.op != "call_function" or node in self._needed_whole
             by_rows = None if is_needed_whole else self._by_rows(node, axis)
+            if by_rows is None and not is_needed_whole:
+                self.computed_whole.append(str(node.target))
             self._rows[key] = self._taken(node, axis) if by_rows is None else by_rows
         return self._rows[key]
 
     def _taken(self, node: fx.Node, axis: int) -> Tensor:
         """Of what is computed whole. By a product, which every engine has; its gradient is another."""
-        if node.op == "call_function" and node not in self._needed_whole:
-            self.computed_whole.append(str(node.target))
         first = self._value_of(node).movedim(axis, 0)
-        rows = torch.mm(self._select, first.reshape(first.shape[0], -1))
+        flat = first.reshape(first.shape[0], -1)
+        if flat.is_floating_point():
+            rows = torch.mm(self._select.to(flat.dtype), flat)
+        else:
+            rows = torch.mm(self._select, flat.to(self._select.dtype)).to(flat.dtype)
         return rows.view(rows.shape[0], *first.shape[1:]).movedim(0, axis)
 
     def _by_rows(self, node: fx.Node, axis: int) -> Any:

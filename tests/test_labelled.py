@@ -1,0 +1,83 @@
+"""A block's rows that have a label, and no others: the same numbers, and less to compute."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from block_bundles import prepared
+from test_blocks import RUNNING
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dlora.export.tracing.labelled import LabelledRows
+
+TOKENS, WIDTH, HEADS = 13, 8, 2
+ROWS = torch.tensor([0, 3, 4, 12])
+# Modules that give keys or values: these are of all tokens.
+OF_ALL_TOKENS = re.compile(r"(k_proj|v_proj|c_attn|qkv_proj|query_key_value|Wqkv)\.product")
+
+
+def attention(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    queries, keys = ((x @ part).view(TOKENS, HEADS, -1).transpose(0, 1) for part in weight.split(WIDTH, 1)[:2])
+    scores = (queries @ keys.transpose(1, 2) + mask).softmax(-1)
+    return (scores @ keys).transpose(0, 1).reshape(TOKENS, -1)
+
+
+def in_halves(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    first, second = x.split(WIDTH // 2, 1)
+    turned = torch.cat((-second, first), 1)[None]
+    return (turned[:, :, 1:].squeeze(0) + turned.unsqueeze(2).expand(1, TOKENS, 3, WIDTH)[0, :, 2, 1:]) * weight[0, 0]
+
+
+def normed(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, (WIDTH,), weight[0, :WIDTH]) * x.pow(2).mean(-1, keepdim=True).rsqrt()
+
+
+def running_sum(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """No row by itself: it must be computed whole."""
+    return x.cumsum(0).tanh() @ weight
+
+
+def shared(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """A product that is needed whole is not computed twice."""
+    product = x @ weight
+    return product * product.sum(0)
+
+
+@pytest.mark.parametrize(
+    ("compute", "computed_whole"),
+    [(attention, []), (in_halves, []), (normed, []), (running_sum, ["aten.cumsum.default"]), (shared, [])],
+)
+def test_rows_are_those_of_all_that_is_computed(
+    compute: Callable[[Tensor, Tensor, Tensor], Tensor], computed_whole: list[str]
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    given = {
+        "x": torch.randn(TOKENS, WIDTH, generator=random, dtype=torch.float64),
+        "weight": torch.randn(WIDTH, 3 * WIDTH, generator=random, dtype=torch.float64),
+        "mask": torch.full((TOKENS, TOKENS), -1e9, dtype=torch.float64).triu(1),
+    }
+    decompositions = torch._decomp.core_aten_decompositions()
+    traced = make_fx(compute, decomposition_table=decompositions, tracing_mode="fake")(*given.values())
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(inputs, given, strict=True):
+        node.meta["name"] = name
+    (output,) = (node.args[0] for node in traced.graph.nodes if node.op == "output")
+    labelled = LabelledRows(given, torch.eye(TOKENS, dtype=torch.float64)[ROWS], TOKENS)
+    found = labelled.of(output)
+    assert torch.allclose(found, compute(**given)[ROWS], rtol=1e-12)
+    assert labelled.computed_whole == computed_whole
+
+
+@pytest.mark.parametrize("family", RUNNING)
+def test_only_keys_and_values_are_of_all_tokens(family: str) -> None:
+    """Where a new version of a family's code did something that has no rule, its last block would be computed whole."""
+    outputs = prepared(family, 1).last_forward.outputs
+    products = {spec.name: spec.shape[0] for spec in outputs if spec.name.endswith(".product")}
+    assert products
+    of_all = {name for name, size in products.items() if size == "positions"}
+    assert all(OF_ALL_TOKENS.search(name) for name in of_all), products
+    assert "labelled" in {size for spec in outputs for size in spec.shape}
