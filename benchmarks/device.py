@@ -73,13 +73,14 @@ def _memory(bundles: list[Path], options: argparse.Namespace) -> dict[str, Any]:
                 "device_stages.py", "--bundle", bundle, "--server", url, "--data", data, "--out", out / "stages",
                 "--tokens", options.tokens, "--steps", options.steps, "--threads", options.threads,
             )  # fmt: skip
-            command = [BIN / "dlora-edge", "train", "--kind", "lora", "--bundle", bundle, "--server", url]
-            command += ["--data", data]
-            command += ["--out", out / "command", "--steps", options.steps, "--batch-size", 2, "--too-long", "truncate"]
-            command += ["--max-length", options.tokens // 2, "--threads", options.threads, "--json"]
-            command += ["--active-fraction", 0.125, "--kr-score", "change", "--seed", 0]
-            summary = _json_of(command, {})
-            found[str(bundle)] = {"command_peak_rss_mb": summary["peak_rss_mb"], **stages}
+            peaks = {}
+            for kind in ("lora", "bottleneck"):
+                command = [BIN / "dlora-edge", "train", "--kind", kind, "--bundle", bundle, "--server", url]
+                command += ["--data", data, "--out", out / kind, "--steps", options.steps, "--batch-size", 2]
+                command += ["--max-length", options.tokens // 2, "--too-long", "truncate", "--threads", options.threads]
+                command += ["--active-fraction", 0.125, "--kr-score", "change", "--seed", 0, "--json"]
+                peaks[kind] = _json_of(command, {})["peak_rss_mb"]
+            found[str(bundle)] = {"command_peak_rss_mb": peaks, **stages}
     return found
 
 
