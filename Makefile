@@ -53,29 +53,29 @@ bench: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
 	$(BIN)/python benchmarks/economy.py
 	$(BIN)/python benchmarks/drift.py
 
-build/smollm2/manifest.json: | .venv/.ready
-	$(BIN)/dlora-export smollm2-135m --out build/smollm2
+build/smollm2/manifest.json: protocol/version.py | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2 --force
 
-build/smollm2-fp32/manifest.json: | .venv/.ready
-	$(BIN)/dlora-export smollm2-135m --out build/smollm2-fp32 --head-dtype fp32
+build/smollm2-fp32/manifest.json: protocol/version.py | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-fp32 --force --head-dtype fp32
 
-build/smollm2-blocks/manifest.json: | .venv/.ready
-	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks --device-blocks 12
+build/smollm2-blocks/manifest.json: protocol/version.py | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks --force --device-blocks 12
 
-build/smollm2-blocks-fp32/manifest.json: | .venv/.ready
-	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-fp32 --device-blocks 4 --block-dtype fp32 --head-dtype fp32
+build/smollm2-blocks-fp32/manifest.json: protocol/version.py | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-fp32 --force --device-blocks 4 --block-dtype fp32 --head-dtype fp32
 
-build/smollm2-blocks-int8/manifest.json: | .venv/.ready
-	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-int8 --device-blocks 8 --block-dtype int8 --head-dtype int8
+build/smollm2-blocks-int8/manifest.json: protocol/version.py | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-int8 --force --device-blocks 8 --block-dtype int8 --head-dtype int8
 
-build/smollm2-blocks-int4/manifest.json: | .venv/.ready
-	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-int4 --device-blocks 4 --block-dtype int4 --head-dtype int8
+build/smollm2-blocks-int4/manifest.json: protocol/version.py | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-int4 --force --device-blocks 4 --block-dtype int4 --head-dtype int8
 
-build/smollm2-int8/manifest.json: | .venv/.ready
-	$(BIN)/dlora-export smollm2-135m --out build/smollm2-int8 --head-dtype int8
+build/smollm2-int8/manifest.json: protocol/version.py | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-int8 --force --head-dtype int8
 
-build/smollm2-both/manifest.json: | .venv/.ready
-	$(BIN)/dlora-export smollm2-135m --out build/smollm2-both --head-dtype fp32 --engine both
+build/smollm2-both/manifest.json: protocol/version.py | .venv/.ready
+	$(BIN)/dlora-export smollm2-135m --out build/smollm2-both --force --head-dtype fp32 --engine both
 
 # The ExecuTorch engine of a device: build/shim/ARCH. On another ARCH than this machine's it takes a cross compiler.
 shim: .venv/.ready ## the ExecuTorch engine of a device; needs g++: one minute
