@@ -21,7 +21,12 @@ from typing import Any
 
 from children import QUIET_THREADS, cloud_server, log, need_bundle
 
+from dlora.edge.commands.footprint import training_mb
+from dlora.protocol.choices import KindChoice
+from dlora.protocol.manifest import load_manifest
+
 ROOT, HERE, BIN = Path(__file__).parents[1], Path(__file__).parent, Path(sys.executable).parent
+KINDS: tuple[KindChoice, ...] = ("lora", "bottleneck")
 PARTS = ("graphs", "memory", "start_up", "binaries")
 
 
@@ -73,14 +78,15 @@ def _memory(bundles: list[Path], options: argparse.Namespace) -> dict[str, Any]:
                 "device_stages.py", "--bundle", bundle, "--server", url, "--data", data, "--out", out / "stages",
                 "--tokens", options.tokens, "--steps", options.steps, "--threads", options.threads,
             )  # fmt: skip
-            peaks = {}
-            for kind in ("lora", "bottleneck"):
+            peaks, estimates = {}, {}
+            for kind in KINDS:
                 command = [BIN / "dlora-edge", "train", "--kind", kind, "--bundle", bundle, "--server", url]
                 command += ["--data", data, "--out", out / kind, "--steps", options.steps, "--batch-size", 2]
                 command += ["--max-length", options.tokens // 2, "--too-long", "truncate", "--threads", options.threads]
                 command += ["--active-fraction", 0.125, "--kr-score", "change", "--seed", 0, "--json"]
                 peaks[kind] = _json_of(command, {})["peak_rss_mb"]
-            found[str(bundle)] = {"command_peak_rss_mb": peaks, **stages}
+                estimates[kind] = round(training_mb(load_manifest(bundle), kind=kind), 1)
+            found[str(bundle)] = {"command_peak_rss_mb": peaks, "estimated_mb": estimates, **stages}
     return found
 
 

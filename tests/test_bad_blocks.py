@@ -98,6 +98,25 @@ CHANGES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
         graphs_with("block_backward", lambda graph: replace(graph, outputs=graph.outputs[:3])),
         "gives other gradients",
     ),
+    "no last block": (
+        lambda manifest: replace(
+            manifest, graphs=tuple(graph for graph in manifest.graphs if graph.kind != "last_block_forward")
+        ),
+        "no last_block_forward graph of 0",
+    ),
+    "fewer gradients of the last block": (
+        graphs_with("last_block_backward", lambda graph: replace(graph, outputs=graph.outputs[:3])),
+        "last_block_backward.0 gives other gradients",
+    ),
+    "a last block that is not told which tokens": (
+        graphs_with(
+            "last_block_forward",
+            lambda graph: replace(
+                graph, inputs=tuple(tensor for tensor in graph.inputs if tensor.name != "label_positions")
+            ),
+        ),
+        "fails on onnxruntime",
+    ),
     "an input of no meaning": (
         graphs_with(
             "block_forward", lambda graph: replace(graph, inputs=(*graph.inputs, TensorSpec("odd", "fp32", (1,))))

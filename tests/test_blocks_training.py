@@ -22,7 +22,7 @@ from dlora.edge.adapters.units import AdapterSet, Unit
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.engine.executorch_engine import ExecutorchEngine
-from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.engine.onnx_engine import OnnxEngine, _is_large
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.model.device_lora import DeviceLora
@@ -258,6 +258,12 @@ def test_sequence_longer_than_the_tables_is_one_line(llama: Bundle) -> None:
     blocks.forward(random_states(llama, 64), np.array([64]), LABELLED, {}, SCALING)
     with pytest.raises(DataError, match=r"a sequence of 65 tokens, blocks on a device take 64; set --max-length 64$"):
         blocks.forward(random_states(llama, 66), np.array([1, 65]), LABELLED, {}, SCALING)
+
+
+def test_every_pass_of_a_block_may_use_all_threads(llama: Bundle) -> None:
+    kinds = {graph.kind: _is_large(graph) for graph in llama.manifest.graphs if "block_" in graph.kind}
+    assert len(kinds) == 5
+    assert all(kinds.values()), kinds
 
 
 @pytest.mark.parametrize("count", [0, -1, 3])

@@ -282,7 +282,7 @@ def test_graphs_of_blocks_match_the_docs(kind: str) -> None:
     for cell, specs in zip(row[1:], (graph.inputs, graph.outputs), strict=True):
         found = {spec.name: spec.shape for spec in specs}
         wanted: list[str] = []
-        for name, shape in re.findall(r"`?(\w+)`?(?: \(([^)]*)\))?(?:, |$)", cell):
+        for name, shape in re.findall(r"`?(\w+)`?(?: int64)?(?: \(([^)]*)\))?(?:, |$)", cell):
             if name in in_words:
                 wanted += [each for each in in_words[name] if each in found or name not in ("weights", "kept")]
             else:

@@ -22,6 +22,7 @@ from dlora.edge.model.held_cache import held_path
 from dlora.edge.run.trunk_run import open_local_source
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.controller import Controller
+from dlora.protocol.errors import CheckpointError
 from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
 from dlora.protocol.kill_revive import KillReviveConfig
 
@@ -179,24 +180,31 @@ def test_killed_blocks_are_skipped_where_all_blocks_are_here(
     whole = tiny(blocks=3, device_blocks=3, head_dtype="fp32")
     texts = random_dataset(whole.base.vocabulary_size)
     key = CacheKey(bytes(range(32)))
-    losses, held = {}, tmp_path / "trunk-cache-held.bin"
+    losses = {}
     for cache_mb, of_key in ((0, None), (9, None), (9, key)):
         settings = trunk_config(
             (0, 1, 2), mode="local", kill_revive=LAST_ONLY, total_steps=STEPS, holds_outputs=bool(cache_mb)
         )
         bundle = Bundle.open(whole.bundle)
         engine = OnnxEngine(bundle, 1)
-        with open_local_source(bundle, engine, tmp_path, cache_mb=cache_mb, key=of_key) as source:
+        out = tmp_path / str(len(losses))
+        out.mkdir()
+        with open_local_source(bundle, engine, out, cache_mb=cache_mb, key=of_key) as source:
             trainer = Trainer(bundle, engine, source, settings, texts)
             randomize(trainer)
             passes.clear()
             losses[cache_mb, of_key] = run(trainer, STEPS)
         often = 1 if cache_mb else STEPS
         assert [passes["forward", block] for block in range(3)] == [often, often, STEPS]
-        assert held.exists() == bool(cache_mb)
+        assert (out / "trunk-cache-held.bin").exists() == bool(cache_mb)
     (computed, kept, sealed) = losses.values()
     assert kept == sealed
     assert np.allclose(kept, computed, rtol=1e-5)
+    with (
+        open_local_source(bundle, engine, out, cache_mb=9, key=None) as source,  # as encrypted as it was, or not at all
+        pytest.raises(CheckpointError, match="is encrypted; give its --cache-key-file"),
+    ):
+        Trainer(bundle, engine, source, settings, texts).run_step()
 
 
 def test_data_that_are_passed_over_once_are_not_held(

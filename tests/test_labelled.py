@@ -10,9 +10,9 @@ import torch
 from block_bundles import prepared
 from test_blocks import RUNNING
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from dlora.export.tracing.labelled import LabelledRows
+from dlora.export.tracing.trace import _traced
 
 TOKENS, WIDTH, HEADS = 13, 8, 2
 ROWS = torch.tensor([0, 3, 4, 12])
@@ -36,6 +36,12 @@ def normed(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     return nn.functional.layer_norm(x, (WIDTH,), weight[0, :WIDTH]) * x.pow(2).mean(-1, keepdim=True).rsqrt()
 
 
+def where_infinite(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Scores of minus infinity, as some families have them, and all rows of x by a slice."""
+    hidden = torch.full((TOKENS,), -torch.inf).where(torch.arange(TOKENS) > 3, 0.0)
+    return (x[:, None, :].expand(-1, 2, -1)[:, 1] @ x.T + hidden).softmax(-1) @ x
+
+
 def running_sum(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     """No row by itself: it must be computed whole."""
     return x.cumsum(0).tanh() @ weight
@@ -49,8 +55,11 @@ def shared(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("compute", "computed_whole"),
-    [(attention, []), (in_halves, []), (normed, []), (running_sum, ["aten.cumsum.default"]), (shared, [])],
-)
+    [
+        (attention, []), (in_halves, []), (normed, []), (where_infinite, []), (shared, []),
+        (running_sum, ["aten.cumsum.default"]),
+    ],
+)  # fmt: skip
 def test_rows_are_those_of_all_that_is_computed(
     compute: Callable[[Tensor, Tensor, Tensor], Tensor], computed_whole: list[str]
 ) -> None:
@@ -60,16 +69,17 @@ def test_rows_are_those_of_all_that_is_computed(
         "weight": torch.randn(WIDTH, 3 * WIDTH, generator=random, dtype=torch.float64),
         "mask": torch.full((TOKENS, TOKENS), -1e9, dtype=torch.float64).triu(1),
     }
-    decompositions = torch._decomp.core_aten_decompositions()
-    traced = make_fx(compute, decomposition_table=decompositions, tracing_mode="fake")(*given.values())
-    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    for node, name in zip(inputs, given, strict=True):
-        node.meta["name"] = name
-    (output,) = (node.args[0] for node in traced.graph.nodes if node.op == "output")
-    labelled = LabelledRows(given, torch.eye(TOKENS, dtype=torch.float64)[ROWS], TOKENS)
+    open_sizes = {"x": {0: "positions"}, "mask": {0: "positions", 1: "positions"}}
+    traced = _traced(lambda *tensors: [compute(*tensors)], given, open_sizes, ["y"])  # as blocks are traced
+    (output,) = (node.args[0][0] for node in traced.graph.nodes if node.op == "output")
+    index = torch.full((TOKENS,), len(ROWS)).index_put((ROWS,), torch.arange(len(ROWS)))
+    labelled = LabelledRows(given, ROWS, index, TOKENS)
+    given["x"].requires_grad_()
     found = labelled.of(output)
     assert torch.allclose(found, compute(**given)[ROWS], rtol=1e-12)
     assert labelled.computed_whole == computed_whole
+    grads = [torch.autograd.grad(y.square().sum(), given["x"])[0] for y in (found, compute(**given)[ROWS])]
+    assert torch.allclose(*grads, rtol=1e-12)
 
 
 @pytest.mark.parametrize("family", RUNNING)

@@ -12,14 +12,17 @@ import msgspec
 import pytest
 from families import save_tiny
 from processes import finish, run_edge, start_edge
-from serving import serving
+from serving import random_dataset, serving
 from test_local import local, place  # noqa: F401  the same bundle and data, without a server
 from test_resume import Place, assert_same_run, wait_for_lines
 from tiny import Tiny, TinyFactory
+from trunk_runs import trunk_config
 
 from dlora.edge.commands.plan_result import notes_of
 from dlora.edge.commands.planning import Row, _smaller_that_fits
 from dlora.edge.commands.recommendation import recommend
+from dlora.edge.run.calibration import DeviceSpeed
+from dlora.edge.run.estimate import minutes_of
 from dlora.edge.run.quality import quality_of
 from dlora.edge.run.run_file import load_run_file
 from dlora.export.bundle import export_bundle
@@ -265,3 +268,15 @@ def test_amounts_and_numbers_as_people_write_them() -> None:
     for text in ("-1", "some", "1.5", "9" * 30):
         with pytest.raises(UsageError, match="--device-blocks"):
             parse_device_blocks(text)
+
+
+@pytest.mark.parametrize("without_label", [0.0, 0.5, 1.0])
+def test_last_block_takes_less_time_for_tokens_without_a_label(model: Tiny, without_label: float) -> None:
+    manifest = load_manifest(model.bundle)
+    data = random_dataset(manifest.base_model.vocabulary_size)
+    speed = DeviceSpeed(0.0, 1.0, 2.0, without_label, 1e9)
+    config = trunk_config((0, 1), mode="local", total_steps=10, batch_size=len(data), grad_accum=1)
+    found = minutes_of(config, manifest, data, None, speed, None, wire_bytes=0, round_trips=0)
+    others, last = data.tokens, data.labelled + without_label * (data.tokens - data.labelled)
+    assert data.labelled < data.tokens
+    assert found == pytest.approx(10 * (1.0 + 2.0) * (others + last) / 60)

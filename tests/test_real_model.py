@@ -1,4 +1,4 @@
-"""The equalities and the memory bound on the real SmolLM2-135M. Slow: ``make test-slow``."""
+"""The equalities on the real SmolLM2-135M. Slow: ``make test-slow``."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def train(
     cache_mb: Annotated[
         float | None,
         typer.Option(
-            help="Disk for what the server gave and for what comes out of killed blocks, in MB, by default 4000; what "
-            "does not fit is asked for again at each step that needs it.",
+            help="With --mode trunk or local: disk for what the server gave and for what comes out of killed blocks, "
+            "in MB, by default 4000; what does not fit is asked for, or computed, again at each step that needs it.",
             min=0,
         ),
     ] = None,

@@ -12,6 +12,7 @@ from dlora.edge.data.loading import Reading, load_datasets, resolve_max_length
 from dlora.edge.data.records import parse_columns
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.cache_key import CacheKey
+from dlora.edge.model.device_lora import other_storage_line
 from dlora.edge.run.display import Display
 from dlora.edge.run.pause import PauseRules
 from dlora.edge.run.plan import data_line
@@ -69,6 +70,8 @@ def run_train(
         loaded = _load(settings, bundle, display)
         settings = choose_mode(settings, manifest, init, loaded, available, display.say)
     settings = check_before_data(settings, manifest, init)  # so that what cannot be is said at once
+    if settings.mode != "split" and (line := other_storage_line(manifest, settings.path("init_adapter"))):
+        display.warn(line)
     loaded = loaded or _load(settings, bundle, display)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, train

@@ -106,4 +106,4 @@ def _is_large(spec: GraphSpec) -> bool:
     """Whether a call is long enough for threads to help."""
     if spec.kind.startswith("adapter_"):
         return any(isinstance(size, int) and size > _NARROW for tensor in spec.inputs for size in tensor.shape)
-    return spec.kind.startswith(("head_", "block_"))
+    return spec.kind.startswith(("head_", "block_", "last_block_"))

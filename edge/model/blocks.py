@@ -1,8 +1,8 @@
 """The last blocks of the base model on the device: forward and backward, with LoRA beside their linear modules.
 
 A graph is one block's pass and serves all blocks of a shape: they run here one after the other, and are given what a
-decoder would give them. A micro-batch is its sequences one after the other; the mask keeps them apart. The last block
-has graphs of its own, which compute of tokens without a label only what those with one see.
+decoder would give them. A micro-batch is its sequences one after the other; the mask keeps them apart. For
+a token without a label the graphs of the last block compute keys and values only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .block_weights import BLOCKED, LORA, BlockWeights, last_blocks
 _MASK: Final = "mask"
 _GRAD: Final = "grad."
 _GRAD_X: Final = "grad_x"
-_SELECT: Final = "select"
+_LABEL_POSITIONS: Final = "label_positions"
+_LABEL_INDEX: Final = "label_index"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class DeviceBlocks:
         self,
         hidden_states: FloatArray,
         lengths: IntArray,
-        labelled: IntArray,
+        label_positions: IntArray,
         lora: Mapping[str, FloatArray],
         scaling: float,
         trained: Collection[str] | None = None,
@@ -87,7 +88,7 @@ class DeviceBlocks:
             hidden_states: float32 (tokens, width), what comes out of the block before the first, or of the lowest
                 ``begin`` of these.
             lengths: int32 (sequences,), their sum is tokens.
-            labelled: places of the labelled tokens among all of them, (labelled,), at least one.
+            label_positions: places of the labelled tokens among all of them, (labelled,), in order.
             lora: values of parameters, by the names of ``parameter_shapes``; those that are not there count as zeros.
             trained: those of them that ``backward`` is to give gradients of; None: all of ``lora``.
 
@@ -95,9 +96,8 @@ class DeviceBlocks:
         """
         trained = lora.keys() if trained is None else trained
         kept = list[Mapping[str, Array]]()
-        select = np.zeros((len(labelled), len(hidden_states)), np.float32)
-        select[np.arange(len(labelled)), labelled] = 1
-        for block, inputs, y in self._forward(self._blocks[begin:], hidden_states, lengths, lora, scaling, select):
+        blocks = self._blocks[begin:]
+        for block, inputs, y in self._forward(blocks, hidden_states, lengths, lora, scaling, label_positions):
             if kept or block.has_any(trained):
                 kept.append(inputs)
             hidden_states = y
@@ -123,10 +123,10 @@ class DeviceBlocks:
         lengths: IntArray,
         lora: Mapping[str, FloatArray],
         scaling: float,
-        select: FloatArray | None = None,
+        label_positions: IntArray | None = None,
     ) -> Iterator[tuple[_Block, dict[str, Array], FloatArray]]:
-        """Of each block what its backward graph is to be given, and what comes out of it; ``select``, float32
-        (labelled, tokens), has a 1 where the last one gives a row of a token."""
+        """Of each block what its backward graph is to be given, and what comes out of it: of the last one for
+        ``label_positions``."""
         self.check_length(int(lengths.max()))
         scale = scalar(scaling)
         masks: dict[int | None, FloatArray] = {}
@@ -136,8 +136,8 @@ class DeviceBlocks:
             if window not in masks:
                 masks[window] = attention_mask(lengths, window)
             given: dict[str, Array] = {"x": hidden_states, _MASK: masks[window], **block.of_positions(positions)}
-            if select is not None and block is self._blocks[-1]:
-                given[_SELECT] = select
+            if label_positions is not None and block is self._blocks[-1]:
+                given |= labels(label_positions, len(positions))
             hidden_states, inputs = block.forward(given, lora, scale)
             yield block, inputs, hidden_states
 
@@ -183,6 +183,13 @@ def attention_mask(lengths: IntArray, window: int | None) -> FloatArray:
     if window is not None:
         seen &= back < window
     return np.where(seen, np.float32(0), BLOCKED)[None, None]
+
+
+def labels(label_positions: IntArray, tokens: int) -> dict[str, Array]:
+    """What the last block is given to know which tokens have a label, and which of them each token is."""
+    index = np.full(tokens, len(label_positions), np.int64)
+    index[label_positions] = np.arange(len(label_positions))
+    return {_LABEL_POSITIONS: label_positions.astype(np.int64), _LABEL_INDEX: index}
 
 
 @dataclass(frozen=True)

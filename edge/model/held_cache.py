@@ -15,7 +15,7 @@ from dlora.protocol.errors import CheckpointError
 
 from .cache_key import CacheKey
 from .ends import LongArray
-from .trunk_cache import CacheOwner, TrunkCache, text_digest
+from .trunk_cache import CacheOwner, OtherKeyError, TrunkCache, text_digest
 
 
 class HeldCache:
@@ -54,7 +54,7 @@ class HeldCache:
     def after(self, count: int, lora: str) -> TrunkCache:
         """A cache of what comes out of the lowest ``count`` blocks with adapters of this digest; any other is closed.
 
-        Closed with this. Raises ``StorageError``.
+        Closed with this. Raises ``StorageError``, and ``CheckpointError`` where the file has another key.
         """
         self.close()
         blocks = self._owner.blocks + count
@@ -63,6 +63,8 @@ class HeldCache:
         )
         try:
             self._open = TrunkCache(self._path, owner, limit=self._room(), key=self._key)
+        except OtherKeyError:
+            raise
         except CheckpointError:  # of other blocks, or damaged
             remove_quietly(self._path)
             self._open = TrunkCache(self._path, owner, limit=self._room(), key=self._key)

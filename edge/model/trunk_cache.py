@@ -79,6 +79,10 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class OtherKeyError(CheckpointError):
+    """A cache that is encrypted with another key, or is not where it should be."""
+
+
 class _Place(NamedTuple):
     """Where a record's tensor lies."""
 
@@ -239,7 +243,7 @@ class TrunkCache:
                 text = "is not encrypted; leave out --cache-key-file"
             else:
                 text = f"is encrypted{' with another key' if self.owner.key else ''}; give its --cache-key-file"
-            raise CheckpointError(f"{self.path} {text}, or remove the file, and its texts are asked for again")
+            raise OtherKeyError(f"{self.path} {text}, or remove the file, and what was in it is computed again")
         if owner != self.owner:
             raise CheckpointError(
                 f"{self.path} is of another base model, other blocks or another --wire-dtype, --send or --exact; "

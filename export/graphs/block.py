@@ -12,8 +12,9 @@ sequences of a micro-batch one after the other; ``mask`` (1, 1, positions, posit
 attention and keeps them apart; what else the decoder gives its blocks comes from tables. Weights and LoRA are inputs,
 so that one graph serves all blocks of a shape. ``block_forward`` also gives what is kept for the backward pass, the
 products with the frozen weights and z = lora_A x^T, so that no large product is computed again.
-``select`` (labelled, positions) has in each row a 1 where a labelled one is: of no other one the last block computes
-more than what these see (``export/tracing/labelled.py``).
+``label_positions`` int64 (labelled,) are the places of labelled tokens, ``label_index`` int64 (positions,) says which
+of them each token is, or ``labelled`` where it is none. For other tokens the last block computes keys and values only
+(``export/tracing/labelled.py``).
 ``final_norm_forward`` and ``final_norm_backward`` are what stands between the last block and the head.
 """
 
@@ -35,9 +36,10 @@ from dlora.export.tracing.to_onnx import CannotEmitError, to_nodes
 from dlora.export.tracing.trace import (
     GRAD,
     GRAD_X,
+    LABEL_INDEX,
+    LABEL_POSITIONS,
     OUTPUT,
     SCALE,
-    SELECT,
     X,
     trace_block,
     trace_labelled,
@@ -58,24 +60,26 @@ KINDS: Final = (
 LENGTHS: Final = ((3, 4), (6, 3))  # of the sequences that graphs are tried with
 LABELLED: Final = ((2, 4, 6), (1, 5, 7, 8))  # likewise: the rows of them that have a label
 RANKS: Final = (3, 2)  # likewise; golden vectors travel with every bundle
-_DTYPES: Final[dict[torch.dtype, Any]] = {torch.float32: "fp32", torch.float16: "fp16", torch.int8: "int8"}
+_DTYPES: Final[dict[torch.dtype, Any]] = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.int8: "int8", torch.int64: "int64",
+}  # fmt: skip
 
 
 def block_graphs(
     call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str], key: str
 ) -> tuple[TrainingGraph, TrainingGraph]:
     """``block_forward`` and ``block_backward`` of one block. Raises ``CannotRunOnDevice``."""
-    return _passes(simplify(trace_block(call, weights, targets)), weights, targets, KINDS[:2], key)
+    return _graphs_of(simplify(trace_block(call, weights, targets)), weights, targets, KINDS[:2], key)
 
 
 def last_block_graphs(
     call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str], key: str, labelled: int
 ) -> tuple[TrainingGraph, TrainingGraph]:
     """``last_block_forward`` and ``last_block_backward``; ``labelled`` as ``trace_labelled`` takes it."""
-    return _passes(simplify(trace_labelled(call, weights, targets, labelled)), weights, targets, KINDS[2:4], key)
+    return _graphs_of(simplify(trace_labelled(call, weights, targets, labelled)), weights, targets, KINDS[2:4], key)
 
 
-def _passes(
+def _graphs_of(
     whole: fx.GraphModule, weights: Mapping[str, Tensor], targets: Sequence[str], kinds: Sequence[str], key: str
 ) -> tuple[TrainingGraph, TrainingGraph]:
     """A graph of both passes as one of each, and what is kept from one to the other."""
@@ -151,7 +155,8 @@ def block_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GraphTe
     for lengths, rank, labelled in zip(LENGTHS, RANKS, LABELLED, strict=True):
         values, rows = block_inputs(block, lengths, rank), torch.tensor(labelled)
         if graph.kind.startswith("last_"):
-            values |= {SELECT: torch.eye(sum(lengths))[rows], GRAD: values[GRAD][rows]}
+            index = torch.full((sum(lengths),), len(rows)).index_put((rows,), torch.arange(len(rows)))
+            values |= {LABEL_POSITIONS: rows, LABEL_INDEX: index, GRAD: values[GRAD][rows]}
         exact, single = (reference(block, values, dtype) for dtype in (torch.float64, torch.float32))
         given = values | single  # what is kept from the forward pass
         inputs = {spec.name: _of_rows(given, spec, rows).numpy() for spec in graph.inputs}
@@ -198,7 +203,7 @@ def reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype: torch.
     context = {name: values[name] for name in (MASK, *block.tables, *block.fixed())}
     with torch.enable_grad(), with_weights(*modules_and_weights(block, values), lora, kept):
         y = block.call(x, context)
-        y = values[SELECT] @ y if SELECT in values else y
+        y = y[values[LABEL_POSITIONS]] if LABEL_POSITIONS in values else y
         grads = torch.autograd.grad(y, list(leaves.values()), values[GRAD])
     found = {OUTPUT: y, **kept, **dict(zip(leaves, grads, strict=True))}
     return {name: tensor.detach() for name, tensor in found.items()}

@@ -1,10 +1,9 @@
-"""A block that gives some of its rows only: what no other row sees of them is computed for these alone.
+"""The last block, computed for labelled tokens only. For the others it computes keys and values, which those need.
 
-Of the last block nothing is wanted but the rows that have a label. Keys and values are of all tokens, for these rows
-see them; queries, what attention gives, and the whole MLP are of these rows. The family's own code does not know
-that, so its traced graph is computed again, from its end: each node is asked for its wanted rows, and asks its operands
-for theirs. What is not known to work row by row is computed whole, and its rows are taken from that; so is what another
-node needs whole, such as the product that gives queries, keys and values in one.
+The family's own code does not know that. So its traced graph is computed again, from its end: each node is asked for
+its wanted rows, and asks its operands for theirs. What is not known to work row by row is computed whole, and its rows
+are taken from that; so is what another node needs whole, such as the product that gives queries, keys and values in
+one.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
+
+from dlora.protocol.text import first_line
 
 from .modules import ROW_BY_ROW
 
@@ -37,18 +38,22 @@ class LabelledRows:
     """A traced forward pass, whose nodes have example values, computed for some rows of its output.
 
     Args:
-        given: the inputs of the graph, by their ``meta["name"]``.
-        select: (labelled, tokens): in each row a 1 where the wanted one is, and 0 elsewhere.
+        given: the inputs of the graph, by their ``meta["name"]``; ``x`` (tokens, width) is among them.
+        label_positions: int64 (labelled,): which rows are wanted, each once.
+        label_index: int64 (tokens,): which of them each token's row is; ``labelled`` where it is none.
         tokens: this dimension's size in the graph, which no other one has.
 
     Attributes:
         computed_whole: the operators whose rows were taken from all that they give, though no other node needs that.
     """
 
-    def __init__(self, given: Mapping[str, Tensor], select: Tensor, tokens: int) -> None:
+    def __init__(
+        self, given: Mapping[str, Tensor], label_positions: Tensor, label_index: Tensor, tokens: int
+    ) -> None:
         self.computed_whole: list[str] = []
         self._given = given
-        self._select = select
+        self._label_positions = label_positions
+        self._label_index = label_index
         self._tokens = tokens
         self._needed_whole: frozenset[fx.Node] = frozenset()
         self._values: dict[fx.Node, Any] = {}
@@ -56,7 +61,11 @@ class LabelledRows:
 
     def of(self, node: fx.Node) -> Tensor:
         """The wanted rows of a node (tokens, …): (labelled, …)."""
-        self._rows_of(node, 0)  # to find out what is needed whole; a trace drops what nothing uses
+        try:
+            self._rows_of(node, 0)  # to find out what is needed whole; a trace drops what nothing uses
+        except Exception as error:  # of a rule, for what no known family does: then all is computed
+            self.computed_whole.append(f"{type(error).__name__}: {first_line(error)}")
+            return self._taken(node, 0)
         self._needed_whole = frozenset(self._values)
         self._values, self._rows = {}, {}
         found: Tensor = self._rows_of(node, 0)
@@ -72,7 +81,7 @@ class LabelledRows:
                 self._values[node] = self._given[node.meta["name"]]
             elif node.target is aten.sym_size.int:  # for which nothing need be computed
                 size = _sizes(_operand(node))[_axis(node, 1)]
-                self._values[node] = self._select.shape[1] if size == self._tokens else size
+                self._values[node] = self._given["x"].shape[0] if size == self._tokens else size
             elif node.op == "get_attr":
                 self._values[node] = getattr(node.graph.owning_module, str(node.target))
             else:
@@ -95,14 +104,12 @@ class LabelledRows:
         return self._rows[key]
 
     def _taken(self, node: fx.Node, axis: int) -> Tensor:
-        """Of what is computed whole. By a product, which every engine has; its gradient is another."""
-        first = self._value_of(node).movedim(axis, 0)
-        flat = first.reshape(first.shape[0], -1)
-        if flat.is_floating_point():
-            rows = torch.mm(self._select.to(flat.dtype), flat)
-        else:
-            rows = torch.mm(self._select, flat.to(self._select.dtype)).to(flat.dtype)
-        return rows.view(rows.shape[0], *first.shape[1:]).movedim(0, axis)
+        """Of what is computed whole."""
+        whole = self._value_of(node)
+        taken: Tensor = _Take.apply(  # type: ignore[no-untyped-call]
+            whole, self._label_positions, self._label_index, axis
+        )
+        return taken
 
     def _by_rows(self, node: fx.Node, axis: int) -> Any:
         """None where nothing is known of the operator, or not of its rows along this axis."""
@@ -132,6 +139,13 @@ class LabelledRows:
         """Likewise, and works along an axis of its own."""
         return self._first_operand(node, axis) if _axis(node, 1) % _dims(node) != axis else None
 
+    def _slice(self, node: fx.Node, axis: int) -> Any:
+        """Along the rows themselves only where all of them stay."""
+        if _axis(node, 1) % _dims(node) != axis:
+            return self._first_operand(node, axis)
+        keeps_all = _sizes(node) == _sizes(_operand(node))
+        return self._rows_of(_operand(node), axis) if keeps_all else None
+
     def _mm(self, node: fx.Node, axis: int) -> Any:
         one, other = (_operand(node, place) for place in (0, 1))
         if axis == 0:
@@ -149,10 +163,12 @@ class LabelledRows:
         return self._call(node, [self._rows_of(_operand(node), order[axis] % _dims(node)), order])
 
     def _view(self, node: fx.Node, axis: int) -> Any:
-        given, gives = _sizes(_operand(node)), _sizes(node)
-        before = math.prod(gives[:axis])
+        sizes_in, sizes_out = _sizes(_operand(node)), _sizes(node)
+        before = math.prod(sizes_out[:axis])
         same = [
-            place for place, size in enumerate(given) if size == self._tokens and math.prod(given[:place]) == before
+            place
+            for place, size in enumerate(sizes_in)
+            if size == self._tokens and math.prod(sizes_in[:place]) == before
         ]
         return self._call(node, [self._rows_of(_operand(node), same[0]), self._shape(node, axis)]) if same else None
 
@@ -162,7 +178,7 @@ class LabelledRows:
     def _shape(self, node: fx.Node, axis: int) -> list[Any]:
         """The sizes that a node names, where there are only the wanted rows."""
         shape = list(self._value(node.args[1]))
-        shape[axis] = self._select.shape[0]
+        shape[axis] = self._label_positions.shape[0]
         return shape
 
     def _unsqueeze(self, node: fx.Node, axis: int) -> Any:
@@ -210,6 +226,25 @@ class LabelledRows:
         return self._rows[key][index]
 
 
+class _Take(torch.autograd.Function):
+    """Some rows of a tensor along an axis. The gradient takes rows, too, with one of zeros for those that were not
+    taken: engines are good at that, and not at adding into rows."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, label_positions: Tensor, label_index: Tensor, axis: int) -> Tensor:
+        ctx.save_for_backward(label_index)
+        ctx.axis = axis
+        return torch.index_select(whole, axis, label_positions)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (label_index,) = ctx.saved_tensors
+        shape = list(grad.shape)
+        shape[ctx.axis] = 1
+        with_zeros = torch.cat((grad, grad.new_zeros(shape)), ctx.axis)
+        return torch.index_select(with_zeros, ctx.axis, label_index), None, None, None
+
+
 def _operand(node: fx.Node, place: int = 0) -> fx.Node:
     operand = node.args[place]
     assert isinstance(operand, fx.Node)
@@ -244,7 +279,7 @@ _RULES: Final[dict[Any, Callable[[LabelledRows, fx.Node, int], Any]]] = {
     aten.sum.dim_IntList: LabelledRows._reduce,
     aten.select.int: LabelledRows._select_one,
     aten.cat.default: LabelledRows._cat,
-    aten.slice.Tensor: LabelledRows._along_another,
+    aten.slice.Tensor: LabelledRows._slice,
     aten._softmax.default: LabelledRows._along_another,
     operator.getitem: LabelledRows._getitem,
 }

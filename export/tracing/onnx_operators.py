@@ -233,6 +233,11 @@ def _index(writer: OnnxWriter, node: Any) -> str:
     return writer.add("Gather", [writer.value(node.args[0]), writer.value(indices[axes[0]])], axis=axes[0])
 
 
+def _index_select(writer: OnnxWriter, node: Any) -> str:
+    given, axis, places = node.args
+    return writer.add("Gather", [writer.value(given), writer.value(places)], axis=axis % len(given.meta["val"].shape))
+
+
 def _index_backward(writer: OnnxWriter, node: Any) -> str:
     """Values put where an index took them from, zeros elsewhere."""
     zeros, indices, values = node.args[:3]
@@ -308,6 +313,7 @@ _OPERATORS: Final[dict[Any, Callable[[OnnxWriter, Any], Any]]] = {
     aten.where.self: _where,
     aten.scalar_tensor.default: _scalar,
     aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
     aten.index_put.default: _index_backward,
     aten.log1p.default: _log1p,
     aten.expm1.default: _expm1,

@@ -21,7 +21,8 @@ from .past import KEYS, PAST_KEYS, PAST_MASK, PAST_VALUES, VALUES, call_with_pas
 X: Final = "x"
 GRAD: Final = "grad"
 SCALE: Final = "scale"
-SELECT: Final = "select"
+LABEL_POSITIONS: Final = "label_positions"
+LABEL_INDEX: Final = "label_index"
 OUTPUT: Final = "y"
 GRAD_X: Final = "grad_x"
 _RANK: Final = 7  # while tracing; no token count, so that neither is taken for the other
@@ -57,8 +58,8 @@ def trace_labelled(
 ) -> fx.GraphModule:
     """Likewise, of a block that gives some of its rows only, and computes no more than these need.
 
-    ``select`` (labelled, tokens) says which: in each row a 1 where the wanted one is, and 0 elsewhere; ``y`` and
-    ``grad`` are (labelled, width).
+    ``label_positions`` int64 (labelled,) says which, and ``label_index`` int64 (tokens,) which of them each token's is,
+    or ``labelled``; ``y`` and ``grad`` are (labelled, width).
 
     Args:
         labelled: a number of tokens that is no other dimension.
@@ -80,12 +81,14 @@ def trace_labelled(
     (output,) = (node.args[0][0] for node in whole.graph.nodes if node.op == "output")
 
     def run(values: Mapping[str, Tensor]) -> Tensor:
-        return LabelledRows(values, values[SELECT], tokens).of(output)
+        return LabelledRows(values, values[LABEL_POSITIONS], values[LABEL_INDEX], tokens).of(output)
 
     with torch.no_grad():
         width = call(x, {}).shape[1]
-    named = {X: named[X], SELECT: torch.eye(labelled, tokens), GRAD: torch.randn(labelled, width)} | named
-    return _traced_passes(run, named, targets, open_sizes | _open_sizes(named, (SELECT, GRAD), (), sizes))
+    places = {name: torch.zeros(size, dtype=torch.int64) for name, size in
+              ((LABEL_POSITIONS, labelled), (LABEL_INDEX, tokens))}
+    named = {X: named[X], **places, GRAD: torch.randn(labelled, width)} | named
+    return _traced_passes(run, named, targets, open_sizes | _open_sizes(named, (*places, GRAD), (), sizes))
 
 
 def _traced_passes(
@@ -265,6 +268,7 @@ def _decompositions() -> dict[Any, Any]:
         aten.split.Tensor,
         aten.split_with_sizes.default,
         aten.unbind.int,
+        aten.index_select.default,
     ):
         table.pop(kept, None)
     return table
