@@ -111,7 +111,7 @@ def test_bundle_of_a_newer_executorch_is_an_error(bundle: Path, tmp_path: Path) 
 def test_bundle_without_bounds_is_an_error(bundle: Path, tmp_path: Path) -> None:
     wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("1.5.1", {"rank": 256, "rows": 256}))
     done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
-    assert_fails(done, 4, "has no bounds for n, new, past, positions, tokens; export it again")
+    assert_fails(done, 4, "has no bounds for labelled, n, new, past, positions, tokens; export it again")
 
 
 @pytest.mark.parametrize("most", [255, 257])
