@@ -9,6 +9,9 @@ from typing import Final
 from economy_recipes import BASELINE, DEFAULT, RECIPES, Recipe
 
 SETS: Final = ("b10", "dialogue", "b20", "arc_easy")
+CHANCE: Final = {"arc_easy": 0.25}
+"""Of a set whose answers are one of a few: the share of rows that a guess gets right."""
+
 BLOCKS: Final = (4, 8, 12)
 RANKS: Final = (8, 16)
 MODEL_BLOCKS: Final = 30
