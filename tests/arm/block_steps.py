@@ -27,7 +27,7 @@ from dlora.protocol.groups import GroupSpec, TargetSpec
 
 STEPS, RANK, SCALING = 3, 3, 2.0
 LENGTHS = np.array([8, 5], np.int32)
-LABELLED = np.array([1, 3, 6, 7, 9, 10, 12], np.int32)  # rows of the tokens that have a label
+LABELLED = np.array([1, 3, 4, 5, 6, 7, 9, 10, 11, 12], np.int32)  # rows of the tokens that have a label
 PIECES = (slice(0, 5), slice(5, 6), slice(6, 8))
 
 
