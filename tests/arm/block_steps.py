@@ -45,7 +45,7 @@ def main() -> None:
     ]
     group = GroupSpec(0, 1, (TargetSpec("one", 1),))
     adapters = AdapterSet(AdapterSpec(), [group], [LoraGroup(modules, 1.0)], [Unit((0,))], scaling=1.0, kill_every=1)
-    optimizer = AdamW(engine, OptimizerConfig(lr=1e-2, weight_decay=0.1), STEPS)
+    optimizer = AdamW(engine, OptimizerConfig(lr=1e-3, weight_decay=0.1), STEPS)
     size = int(LENGTHS.sum()), bundle.manifest.base_model.hidden_size
     x, target = (random.random(size, np.float32) * 4 - 2 for _ in range(2))
     target = target[LABELLED]
