@@ -25,7 +25,7 @@ from dlora.edge.model.text_packs import batch_of
 from dlora.edge.model.trunk_source import TrunkSource
 
 DEVICES: Final = 16
-TEXTS: Final = 64  # of each: three in a hundred of its tokens, or fewer, are in a pack that is not full
+TEXTS: Final = 48  # of each: few of its tokens are in a pack that is not full
 ROUNDS: Final = 3
 ROUND_TRIP_S: Final = 0.02
 LENGTHS: Final = (12, 48)  # of texts, in tokens
