@@ -104,7 +104,7 @@ def _prepare(
     )
     last, labelled = blocks[-1], unusual_number(base, but=calls[-1].tokens)
     say("tracing the last block for labelled tokens")
-    passes = last_block_graphs(last.call, stored_weights(last.call.block, dtype), last.targets, last.key, labelled)
+    passes = last_block_graphs(last.call, weights, last.targets, last.key, labelled)  # weights are the last block's
     made_ready = DeviceBlocks(tuple(blocks), final_norm, *passes, dtype, table_rows(base), entry)
     _check_chain(base, made_ready)
     return _with_decode(base, made_ready, say)
