@@ -71,9 +71,13 @@ def _round(bundle: Bundle, url: str, blocks: int, seed: int) -> dict[str, float]
 def bars_of_encoding(found: dict[str, Any], command: str) -> dict[str, Entry]:
     """What sixteen get together, as a share of what others get."""
     rates = found["examples_per_s"]
+    alone, packed = 1 / rates["one_at_a_time"] - ROUND_TRIP_S, 1 / rates["together"]
+    reason = f"a text alone takes {alone:.3f} s beside the round trip, in packs {packed:.3f}: computing is most of both"
     return {
         "encode_of_one": at_least(0.95, rates["together"] / rates["one"], command),
-        "encode_of_one_at_a_time": at_least(3, rates["together"] / rates["one_at_a_time"], command),
+        "encode_of_one_at_a_time": at_least(
+            3, rates["together"] / rates["one_at_a_time"], command, reason=reason
+        ),
     }
 
 

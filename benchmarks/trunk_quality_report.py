@@ -42,8 +42,8 @@ processor time of the device's process a step, most of it one thread; memory is 
 """
 CHOICE: Final = """### What to choose when
 
-Means over the seeds and sets above. A session of `split` is asked at every step; blocks on the device ask once for each
-text, and the run then needs no server.
+Means over the seeds and sets above. In `split` the server is asked at every step; with blocks on the device it is asked
+once for each text, and the run then needs none.
 """
 
 
@@ -172,6 +172,9 @@ def _found(entry: Mapping[str, Any], *, is_baseline: bool) -> str:
     """The baseline's loss; of others, whether they are as good, and the difference to it."""
     if is_baseline:
         return f"loss {entry['loss']:.3f}"
+    points = entry["points_difference"]
+    if points is not None and points[0] < -POINTS_BAR:
+        return f"not, {entry['loss_difference'][0]:+.3f} and {points[0]:+.1f} points"
     return f"{'as good' if entry['as_good'] else 'not'}, {entry['loss_difference'][0]:+.3f}"
 
 

@@ -53,6 +53,8 @@ def test_a_bar_holds_up_to_its_number_and_says_why_where_not() -> None:
     assert not at_most(0.9, 0.9000001, COMMAND)["holds"]
     assert at_least(5, 5.0, COMMAND) == {"bar": 5.0, "value": 5.0, "holds": True, "command": COMMAND}
     assert at_least(5, 4.9, COMMAND)["reason"] == "4.9 where at least 5 is wanted"
+    assert at_least(5, 4.9, COMMAND, reason="slow")["reason"] == "slow"
+    assert "reason" not in at_least(5, 5.0, COMMAND, reason="slow")
     assert not at_least(5, float("nan"), COMMAND)["holds"]
 
 

@@ -34,8 +34,8 @@ UseModeOption = Annotated[
     UseMode | None,
     typer.Option(
         "--mode",
-        help="Where blocks run: split, all on the server; trunk, those that have an adapter on this device, so that "
-        "nothing of it is sent; local, all here, without a server. Without it: as the adapter was trained.",
+        help="Where blocks run: split, all on the server; trunk, those with an adapter here, so that nothing of the "
+        "adapter is sent, the others there; local, all here, without a server. Without it: as it was trained.",
     ),
 ]
 

@@ -62,7 +62,11 @@ EngineOption = Annotated[
 ]
 MemoryOption = Annotated[
     str | None,
-    typer.Option("--memory", metavar="SIZE", help="Memory for training, 2GB or 500MB; by default what is free."),
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory that plan and --mode auto may count on, 2GB or 500MB; by default what is free.",
+    ),
 ]
 EvalDataOption = Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")]
 EpochsOption = Annotated[float, typer.Option(help="Passes over the data.", min=0.0)]

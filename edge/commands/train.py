@@ -77,7 +77,8 @@ def train(
         typer.Option(
             "--exact",
             help="With --mode trunk: the server runs each text by itself, so that what comes out depends on no other "
-            "text. By default it runs some at once, as the data have them: faster, and but for rounding the same.",
+            "text. By default it runs several at once, grouped by their order in the data: faster, the same but for "
+            "rounding.",
         ),
     ] = False,
     keep_cache: Annotated[
@@ -275,8 +276,8 @@ def train(
         OnKill,
         typer.Option(
             help="What becomes of a killed unit's effect: fade or bypass, it ends; hold_forward, it stays, for its "
-            "forward traffic, and always with --mode trunk; give_to_server, the server gets what it has learnt and "
-            "applies it without traffic.",
+            "forward traffic, and always with --mode trunk or local; give_to_server, the server gets what it has "
+            "learnt and applies it without traffic.",
             rich_help_panel=KR,
         ),
     ] = "fade",
@@ -290,7 +291,7 @@ def train(
         typer.Option(help="The units of --kr-score static; by default spread over the upper half.", rich_help_panel=KR),
     ] = "",
 ) -> None:
-    """Fine-tune: data and adapters here, frozen blocks on the server, or the last of them here.
+    """Fine-tune: data and adapters here, frozen blocks on the server, or the last few, or all, here.
 
     Data is JSONL, one example a line: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...};
     or CSV with --columns. Loss counts on assistant turns, on the completion, or on the whole text. The adapter

@@ -42,7 +42,7 @@ def run_train(
     """
     _check(settings)
     if memory is not None and settings.mode != "auto":
-        raise UsageError("--memory is what --mode auto chooses by: leave it out, or take that")
+        raise UsageError("--memory is for --mode auto, which chooses by it: leave it out, or take that mode")
     available = available_memory(memory)
     rules = PauseRules.parse(settings.pause_when or [])
     credentials = Credentials.load(
