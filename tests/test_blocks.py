@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.export.tracing.calls import CannotRunOnDevice, sees
 from dlora.protocol.errors import BundleError
 
+# Modules that give keys or values: of the last block, these alone are computed for all tokens.
+OF_ALL_TOKENS = re.compile(r"(k_proj|v_proj|c_attn|qkv_proj|query_key_value|Wqkv)\.product")
 # Relative to the largest magnitude. A float32 is exact to 6e-8; a block has four to seven products one after the other,
 # a softmax and norms between them, and its gradients run back through all of these.
 FORWARD, BACKWARD = 1e-5, 2e-5
@@ -76,6 +79,7 @@ def test_blocks_compute_what_peft_and_autograd_do(family: str, bundles: BlockBun
     check_whole(blocks, models, lora)
     check_in_pieces(bundle, engine, models, lora, WITHOUT_DECODE.get(family))
     check_each_graph(bundle, engine, models, lora)
+    check_last_block(bundle)
 
 
 EXACT_AND_SINGLE = (torch.float64, torch.float32)
@@ -156,6 +160,18 @@ def check_each_graph(
             for each in (exact, single)
         )
         assert_as_near_as_torch(found, wanted, torchs, BACKWARD)
+
+
+def check_last_block(bundle: Bundle) -> None:
+    """Where a new version of a family's code did something that has no rule, its last block would be computed whole."""
+    spec = bundle.manifest.device_blocks
+    assert spec is not None
+    outputs = bundle.manifest.graph("last_block_forward", spec.blocks[-1].graph).outputs
+    products = {tensor.name: tensor.shape[0] for tensor in outputs if tensor.name.endswith(".product")}
+    assert products
+    of_all = {name for name, size in products.items() if size == "positions"}
+    assert all(OF_ALL_TOKENS.search(name) for name in of_all), products
+    assert "labelled" in {size for tensor in outputs for size in tensor.shape}
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -587,7 +587,7 @@ def test_a_model_server_that_is_killed_and_started_again_is_not_noticed(place: P
         status, answer = waiting.request(CHAT, GOOD)
         assert status == 503
         assert "not ready yet" in answer["error"]["message"]
-        asked = {**GOOD, "max_tokens": 1200, "seed": 1, "logit_bias": {"2": -100}}
+        asked = {**GOOD, "max_tokens": 600, "seed": 1, "logit_bias": {"2": -100}}
         with cloud_process(place.model, tmp_path, "--port", port):
             eventually(waiting.is_ready)
             wanted = waiting.request(CHAT, asked)[1]["choices"]

@@ -114,7 +114,7 @@ def test_a_server_that_is_killed_and_started_again_is_not_noticed(tiny: TinyFact
     port, long = free_port(), {"max_position_embeddings": 2048}
     bundle, model = tiny("llama", head_dtype="fp32", **long).bundle, tiny("llama", **long).model
     asked = ["generate", "--bundle", bundle, "--server", f"ws://127.0.0.1:{port}", "--prompt", "w5 w6",
-             "--max-new-tokens", 1500, "--temperature", 1, "--seed", 4, "--wire-dtype", "fp32"]  # fmt: skip
+             "--max-new-tokens", 700, "--temperature", 1, "--seed", 4, "--wire-dtype", "fp32"]  # fmt: skip
     with cloud_process(model, tmp_path, "--port", port):
         wanted = run_edge(*asked).stdout
         process = start_edge(*asked)

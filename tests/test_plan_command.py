@@ -150,7 +150,7 @@ def test_auto_takes_what_the_other_options_leave(served: Place, tmp_path: Path) 
 
 AUTO_WRONG = {
     "nothing fits": (("--mode", "auto", "--memory", "2MB"), 2, "nothing fits into 2 MB of memory: --mode local takes"),
-    "no need": (("--memory", "2MB"), 2, "--memory is what --mode auto chooses by"),
+    "no need": (("--memory", "2MB"), 2, "--memory is for --mode auto, which chooses by it"),
     "no server": (("--mode", "auto", "--device-blocks", 1), 2, "(with --server there are other modes)"),
 }
 
