@@ -40,7 +40,7 @@ class Shell:
     """Runs commands in a directory, with a tiny model in place of ``smollm2-135m`` and free ports."""
 
     def __init__(self, directory: Path, address: str) -> None:
-        save_tiny(directory / "tiny", "llama", num_hidden_layers=6, max_position_embeddings=512)
+        save_tiny(directory / "tiny", "llama", num_hidden_layers=14, max_position_embeddings=512)
         for name in ("chat.jsonl", "more.jsonl"):
             rows = [{"prompt": f"w{number} w7", "completion": f" w{number + 1} w8"} for number in range(5, 13)]
             (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -51,7 +51,7 @@ def test_fifty_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -
 
     bundle = Bundle.open(FP32)
     tokenizer = EdgeTokenizer.open(bundle)
-    dataset = load_examples(data[0], tokenizer, max_length=96, too_long="skip")
+    dataset = load_examples(data[0], tokenizer, max_length=48, too_long="skip")
     run = config(
         total_steps=50, batch_size=4, rank=8, lora_alpha=16.0, optimizer={"lr": 1e-3, "weight_decay": 0.01}
     )

@@ -47,12 +47,12 @@ def test_a_killed_server_changes_no_bit_of_bottlenecks(bottleneck: Matrix) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["bottleneck", "ffa"])
+@pytest.mark.parametrize(("kind", "faults"), [("bottleneck", FAULTS), ("ffa", FEW)])
 def test_faults_change_no_bit_of_the_kinds_that_the_server_keeps_a_part_of(
-    tmp_path_factory: pytest.TempPathFactory, kind: KindChoice
+    tmp_path_factory: pytest.TempPathFactory, kind: KindChoice, faults: list[Fault]
 ) -> None:
     with matrix(tmp_path_factory.mktemp(f"faults-{kind}"), kind=kind) as found:
-        cells = [cell for fault in FAULTS for cell in found.run(found.cases(fault))]
+        cells = [cell for fault in faults for cell in found.run(found.cases(fault))]
     assert not {str(cell.case): cell.outcome.wrong for cell in cells if cell.outcome.wrong}
 
 
