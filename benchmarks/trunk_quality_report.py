@@ -46,6 +46,23 @@ Means over the seeds and sets above. In `split` the server is asked at every ste
 once for each text, and the run then needs none.
 """
 
+BARS: Final = """### The bars
+
+[trunk.json](benchmarks/trunk.json) has what was found for each, whether it holds, and the command that finds it.
+
+| name | bar | of what |
+|---|---|---|
+| `step_of_torch` | ≤ 1.3 | a step, four blocks on the device, over torch's with these in one process; one thread each |
+| `split_step` | ≥ 5 | a step of `split` with q and v active in all blocks, over that of the device |
+| `peak_rss_fp16`, `_int8` | ≤ 300, 250 | MB of the device's process, four blocks, 256 tokens a step |
+| `traffic_fp16`, `_int8` | ≥ 0.99, 0.995 | share of the bytes of all-active q and v that three epochs save |
+| `bytes_after_fp16`, `_int8` | 0 | bytes that cross once the trunk cache is full |
+| `peft_fp32`, `_fp16` | ≤ 1e-4, 2e-3 | between PEFT's loss with the saved adapter and the device's |
+| `encode_of_one` | ≥ 0.95 | texts a second of sixteen devices that fill their caches together, over those of one |
+| `encode_of_one_at_a_time` | ≥ 3 | the same, over one that asks for a text at a time, 20 ms of round trip |
+| `blocks_as_good_b10` … | ≤ 12 | the fewest blocks of 30 that are as good as the baseline on that set |
+"""
+
 
 def write_report(runs: Mapping[str, Run], plan: Plan, docs: Path) -> dict[str, Any]:
     """Write all of it; what it says."""
@@ -73,7 +90,7 @@ def write_report(runs: Mapping[str, Run], plan: Plan, docs: Path) -> dict[str, A
             bars[f"blocks_as_good_{set_name}"] = at_most(
                 BLOCKS[-1], NO_BLOCKS if smallest is None else smallest, f"{COMMAND} --only {set_name}"
             )
-    lines += [CHOICE, *_choice(telling, memory), ""]
+    lines += [CHOICE, *_choice(telling, memory), "", BARS]
     page = docs / "benchmarks.md"
     page.write_text(with_section(page.read_text(encoding="utf-8"), TRUNK, "\n".join(lines)), encoding="utf-8")
     write_bars(docs / "benchmarks" / "trunk.json", bars)
