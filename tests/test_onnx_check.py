@@ -50,6 +50,7 @@ def operators(graph: onnx.GraphProto) -> set[str]:
     return {node.op_type for node in graph.node}.union(*inner)
 
 
+@pytest.mark.slow  # every graph of every kind is made
 def test_the_operators_are_those_that_the_exporter_uses() -> None:
     used: set[str] = set()
     for graph in every_graph():

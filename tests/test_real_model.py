@@ -58,7 +58,7 @@ def test_fifty_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -
     with training(FP32, server.url, run, dataset) as trainer:
         start = reference.with_adapters(load_base_model(MODEL).model, trainer.adapters, run.rank, run.lora_alpha)
         losses = [trainer.run_step().loss for _ in range(run.total_steps)]
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     parameters = [parameter for parameter in start.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     for step, found in enumerate(losses):
