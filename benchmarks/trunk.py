@@ -201,24 +201,28 @@ def _train(
 
 def _bars(result: dict[str, Any]) -> dict[str, Entry]:
     bars: dict[str, Entry] = {}
+    threads = f" --threads {result['threads']}" if result["threads"] != 1 else ""
+
+    def command(part: str) -> str:
+        return f"{COMMAND} --only {part}{threads}"
+
     if step := result.get("step"):
         seconds = step["step_s"]
-        command = f"{COMMAND} --only step"
-        bars["step_of_torch"] = at_most(1.3, seconds["device"] / seconds["torch"], command)
-        bars["split_step"] = at_least(5, seconds["split_all"] / seconds["device"], command)
+        bars["step_of_torch"] = at_most(1.3, seconds["device"] / seconds["torch"], command("step"))
+        bars["split_step"] = at_least(5, seconds["split_all"] / seconds["device"], command("step"))
     if memory := result.get("memory"):
         for dtype, bar in (("fp16", 300), ("int8", 250)):
-            bars[f"peak_rss_{dtype}"] = at_most(bar, memory[dtype], f"{COMMAND} --only memory")
+            bars[f"peak_rss_{dtype}"] = at_most(bar, memory[dtype], command("memory"))
     if encoding := result.get("encode"):
-        bars |= bars_of_encoding(encoding, f"{COMMAND} --only encode")
+        bars |= bars_of_encoding(encoding, command("encode"))
     if losses := result.get("losses"):
-        bars |= bars_of_losses(losses, f"{COMMAND} --only losses")
+        bars |= bars_of_losses(losses, command("losses"))
     if traffic := result.get("traffic"):
         for dtype, bar in (("fp16", 0.99), ("int8", 0.995)):
             saved = 1 - traffic[dtype]["bytes_per_token"] / traffic["all_active_bytes_per_token"]
-            bars[f"traffic_{dtype}"] = at_least(bar, saved, f"{COMMAND} --only traffic")
+            bars[f"traffic_{dtype}"] = at_least(bar, saved, command("traffic"))
             after = traffic[dtype]["bytes_after_the_cache_is_full"]
-            bars[f"bytes_after_{dtype}"] = at_most(0, after, f"{COMMAND} --only traffic")
+            bars[f"bytes_after_{dtype}"] = at_most(0, after, command("traffic"))
     return bars
 
 
