@@ -189,10 +189,9 @@ def _found(entry: Mapping[str, Any], *, is_baseline: bool) -> str:
     """The baseline's loss; of others, whether they are as good, and the difference to it."""
     if is_baseline:
         return f"loss {entry['loss']:.3f}"
-    points = entry["points_difference"]
-    if points is not None and points[0] < -POINTS_BAR:
-        return f"not, {entry['loss_difference'][0]:+.3f} and {points[0]:+.1f} points"
-    return f"{'as good' if entry['as_good'] else 'not'}, {entry['loss_difference'][0]:+.3f}"
+    verdict, points = "as good" if entry["as_good"] else "not", entry["points_difference"]
+    too_few_right = points is not None and points[0] < -POINTS_BAR
+    return f"{verdict}, {entry['loss_difference'][0]:+.3f}" + (f" and {points[0]:+.1f} points" if too_few_right else "")
 
 
 def _of_memory(memory: Mapping[str, float], name: str) -> str:
