@@ -18,7 +18,7 @@ from dlora.protocol.adapters import AdapterSpec, crossings, kind_of
 from dlora.protocol.choices import UnitKind
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import UnitState
-from dlora.protocol.tensors import ByteArray, IntArray
+from dlora.protocol.tensors import ByteArray, FloatArray, IntArray
 from dlora.protocol.wire_codecs import encode_floats
 
 from .bottleneck import Bottleneck
@@ -104,6 +104,16 @@ class AdapterSet:
     def parameters(self) -> dict[str, Parameter]:
         """Everything that is trained, by full name."""
         return {name: parameter for group in self.groups for name, parameter in group.parameters().items()}
+
+    def for_recording(self) -> list[tuple[float, dict[str, FloatArray]]]:
+        """Of each group what its effect is multiplied by, and what is trained, by full name."""
+        return [
+            (
+                self.scaling * self.scale(index),
+                {name: parameter.value for name, parameter in group.parameters().items()},
+            )
+            for index, group in enumerate(self.groups)
+        ]
 
     def trained_parameters(self) -> frozenset[str]:
         """The full names of what is trained in this step: that of active units."""

@@ -22,12 +22,14 @@ from .options import (
     TooLongOption,
     with_groups,
 )
+from .recording import RecordOption, check_record, recording
 
 if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.model.split import SplitModel
     from dlora.edge.model.trunk import TrunkModel
     from dlora.edge.wire.credentials import Credentials
+    from dlora.edge.wire.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class EvaluatedModel(ModelOptions):
             warn(f"the adapter was trained with --mode {mode}; the server is now sent what it computes, token by token")
 
     def open(
-        self, bundle: Bundle, credentials: Credentials, longest: int
+        self, bundle: Bundle, credentials: Credentials, longest: int, recorder: Recorder | None
     ) -> AbstractContextManager[SplitModel] | AbstractContextManager[TrunkModel]:
         """The model, connected where it has to be. ``longest``: tokens of the longest example."""
         from dlora.edge.model.local_use import open_local
@@ -71,7 +73,7 @@ class EvaluatedModel(ModelOptions):
             self.warn_of_storage(bundle)
         if mode == "local":
             return open_local(bundle, adapter, longest=longest, threads=self.threads, engine=self.engine)
-        server, settings = self.server_for(mode), self.settings(credentials)
+        server, settings = self.server_for(mode), self.settings(credentials, recorder=recorder)
         if mode == "trunk":
             return open_trunk_to_evaluate(bundle, server, adapter, longest=longest, **settings)
         return open_model(bundle, server, adapter, **settings)
@@ -85,6 +87,7 @@ def evaluate(
     max_length: MaxLengthOption = None,
     too_long: TooLongOption = "error",
     columns: ColumnsOption = None,
+    record: RecordOption = None,
     credential_options: CredentialOptions = CredentialOptions(),
     json_output: JsonOption = False,
 ) -> None:
@@ -102,6 +105,7 @@ def evaluate(
     display = Display(json_output=json_output)
     Codecs.parse(model_options.wire_dtype)  # before data is read
     model_options.check()
+    check_record(record, model_options.chosen_mode)
     model_options.warn_of_server(display.warn)
     credentials = credential_options.load()
     opened = Bundle.open(model_options.bundle)
@@ -112,11 +116,17 @@ def evaluate(
     display.say(data_line("data", data, dataset))
     from dlora.edge.model.evaluation import evaluate as run_evaluation
 
-    with model_options.open(opened, credentials, int(dataset.lengths.max())) as model:
+    longest = int(dataset.lengths.max())
+    with (
+        recording(record, opened, display.warn) as recorder,
+        model_options.open(opened, credentials, longest, recorder) as model,
+    ):
         if model.invocation:
             dataset = dataset.one_answer_each()
             if line := uninvoked_line(dataset, model.invocation):
                 display.warn(line)
+        if recorder is not None:
+            recorder.add_examples((example.ids, example.label_positions) for example in dataset)
         with display.evaluating("", len(dataset)) as advance:
             result = run_evaluation(model, dataset, batch_size, lambda done, _: advance(done))
     display.finish(asdict(result))

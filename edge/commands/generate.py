@@ -15,6 +15,7 @@ from dlora.protocol.errors import DataError, UsageError
 from .model_options import ModelOptions, UseModeOption
 from .options import CredentialOptions, JsonOption, with_groups
 from .output import warn
+from .recording import RecordOption, check_record, recording
 from .sampling_options import DraftOption, MaxNewTokensOption, SamplingOptions, StopOption
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: each token with so many likeliest in its place.", min=0, max=20)
     ] = None,
+    record: RecordOption = None,
     credential_options: CredentialOptions = CredentialOptions(),
     json_output: JsonOption = False,
 ) -> None:
@@ -59,6 +61,7 @@ def generate(
 
     Codecs.parse(model_options.wire_dtype)
     model_options.check_mode(mode)
+    check_record(record, mode)
     if prompt is not None and messages is not None:
         raise UsageError("give --prompt or --messages, not both")
     asked_messages = None if messages is None else _read_messages(messages)
@@ -66,7 +69,7 @@ def generate(
     sampling = sampling_options.sampling(logprobs=logprobs if json_output else None)
     credentials = credential_options.load()
     opened = Bundle.open(model_options.bundle)
-    with prompt_tokenizer(opened) as tokenizer:
+    with prompt_tokenizer(opened) as tokenizer, recording(record, opened, warn) as recorder:
         from dlora.edge.generation.answer import TextAnswer
         from dlora.edge.generation.prompt import Prompt
         from dlora.edge.model.context import Context
@@ -78,7 +81,9 @@ def generate(
         else:
             asked = Prompt.of_text(text, tokenizer, system=system, as_it_is=no_chat_template)
         context_length = len(asked.encode(tokenizer)) + max_new_tokens
-        opening = model_options.open_generating(opened, credentials, mode, context_length=context_length)
+        opening = model_options.open_generating(
+            opened, credentials, mode, context_length=context_length, recorder=recorder
+        )
         with opening as model:
             answer = TextAnswer(
                 Context(model),

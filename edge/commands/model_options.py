@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.model.generating import GeneratingModel
     from dlora.edge.wire.credentials import Credentials
+    from dlora.edge.wire.recorder import Recorder
 
 UseModeOption = Annotated[
     UseMode | None,
@@ -71,6 +72,7 @@ class ModelOptions:
         context_length: int,
         longest_outage_s: float | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        recorder: Recorder | None = None,
     ) -> AbstractContextManager[GeneratingModel]:
         """The model to generate with, connected.
 
@@ -80,6 +82,7 @@ class ModelOptions:
             context_length: as ``open_model`` has it.
             longest_outage_s: of the server, from the first connection on, where these say nothing.
             should_stop: asked while the server is waited for.
+            recorder: keeps what crosses.
 
         Raises what ``open_model``, ``open_trunk`` and ``open_local_generator`` do, and ``UsageError`` for a server that
         is lacking.
@@ -97,7 +100,7 @@ class ModelOptions:
             return open_local_generator(
                 bundle, adapter, context_length=context_length, threads=self.threads, engine=self.engine
             )
-        settings = self.settings(credentials, longest_outage_s, should_stop)
+        settings = self.settings(credentials, longest_outage_s, should_stop, recorder)
         open_it = open_trunk if chosen == "trunk" else open_model
         return open_it(bundle, self.server_for(chosen), adapter, context_length=context_length, **settings)
 
@@ -130,6 +133,7 @@ class ModelOptions:
         credentials: Credentials,
         longest_outage_s: float | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        recorder: Recorder | None = None,
     ) -> dict[str, Any]:
         """What the modes take that ask a server."""
         from dlora.edge.wire.connecting import ConnectSettings, Retry
@@ -137,7 +141,9 @@ class ModelOptions:
 
         longest_s = longest_outage_s if self.max_retry_s is None else self.max_retry_s
         retry = Retry(max_s=longest_s, at_start=bool(self.max_retry_s))
-        connecting = ConnectSettings(credentials, load_device_id(warn=warn), retry, say=warn, should_stop=should_stop)
+        connecting = ConnectSettings(
+            credentials, load_device_id(warn=warn), retry, say=warn, should_stop=should_stop, recorder=recorder
+        )
         return {
             "wire_dtype": self.wire_dtype,
             "send": self.send,

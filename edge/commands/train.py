@@ -38,6 +38,7 @@ from .options import (
     TokenFileOption,
     TooLongOption,
 )
+from .recording import RecordOption
 
 MAX_SEED = 2**32 - 1  # the wire takes no more
 
@@ -214,6 +215,7 @@ def train(
         float, typer.Option(help="Least seconds of silence after which the server counts as lost.", min=1)
     ] = 120.0,
     pause_when: Annotated[list[str] | None, typer.Option("--pause-when", help=pause.HELP)] = None,
+    record: RecordOption = None,
     json_output: JsonOption = False,
     active_fraction: Annotated[
         float,
@@ -307,7 +309,7 @@ def train(
 
     display = Display(json_output=json_output)
     settings = RunSettings.of(options)
-    display.finish(run_train(settings, resume=resume, display=display, memory=memory))
+    display.finish(run_train(settings, resume=resume, display=display, memory=memory, record=record))
 
 
 def resume(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from dlora.protocol.wire_codecs import Codecs
 
 from .memory import available_memory
 from .recommendation import choose_mode
+from .recording import check_record, recording
 from .run_config import check_before_data, configure
 
 if TYPE_CHECKING:
@@ -34,11 +36,17 @@ if TYPE_CHECKING:
 
 
 def run_train(
-    settings: RunSettings, *, resume: bool, display: Display, memory: str | None = None
+    settings: RunSettings,
+    *,
+    resume: bool,
+    display: Display,
+    memory: str | None = None,
+    record: Path | None = None,
 ) -> dict[str, Any]:
     """Check, read, train, save; the summary. Raises any ``DloraError``, for what is wrong before anything is made.
 
-    ``memory``: what ``--mode auto`` may count on, as ``--memory`` says it.
+    ``memory``: what ``--mode auto`` may count on, as ``--memory`` says it. ``record``: a directory for what crosses,
+    and the truth beside it.
     """
     _check(settings)
     if memory is not None and settings.mode != "auto":
@@ -104,7 +112,9 @@ def run_train(
         liveness=Liveness(exchange_s=settings.exchange_timeout_s),
         pause=rules,
     )
-    return train(run, display)
+    check_record(record, settings.mode)
+    with recording(record, bundle, display.warn) as recorder:
+        return train(replace(run, recorder=recorder), display)
 
 
 def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:

@@ -188,6 +188,8 @@ class Encoder:
                 position=position,
             )
         )
+        if self.connection.recorder is not None:
+            self.connection.recorder.add_micro_batch(mode, ids, lengths, labels, ())
         return key
 
     def _embed(self, ids: LongArray, *, keep_table: bool) -> WireTensor:

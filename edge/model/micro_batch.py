@@ -14,6 +14,7 @@ import numpy as np
 from dlora.edge.adapters.compute import AdapterCompute, Saved
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
+from dlora.edge.wire.recorder import Recorder
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.micro_batch import Key
@@ -29,6 +30,7 @@ class DeviceParts:
 
     Attributes:
         sends_token_ids: whether the server looks tokens up, and not the device.
+        recorder: keeps the truth of each micro-batch; None where nobody asks for that.
         head_seconds: spent in embedding and head so far.
     """
 
@@ -37,6 +39,7 @@ class DeviceParts:
     adapters: AdapterSet
     compute: AdapterCompute
     sends_token_ids: bool = False
+    recorder: Recorder | None = None
     head_seconds: float = 0.0
 
 
@@ -110,6 +113,10 @@ class MicroBatchRun:
                 position=self._position,
             )
         )
+        if parts.recorder is not None:
+            parts.recorder.add_micro_batch(
+                self._mode, batch.ids, batch.sequence_lengths, batch.label_positions, batch.labels
+            )
 
     def handle(self, message: m.ExchangeMessage) -> None:
         """Answer the server's next message of this micro-batch."""

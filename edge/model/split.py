@@ -54,6 +54,7 @@ class SplitModel:
             session.adapters,
             self._compute,
             sends_token_ids=send == "token-ids",
+            recorder=session.connection.recorder,
         )
         self._evaluated = 0
 

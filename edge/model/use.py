@@ -92,6 +92,8 @@ def open_model(
             context_length=context_length,
         )
         session.open()
+        if connection.recorder is not None:
+            connection.recorder.add_parameters(adapters.for_recording())
         yield SplitModel(bundle, loaded_engine, session, invocation=invocation, send=send)
 
 

@@ -35,6 +35,7 @@ from dlora.edge.training.trainer import Trainer, trainer_state
 from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
+from dlora.edge.wire.recorder import Recorder
 from dlora.protocol import interrupts
 from dlora.protocol.errors import CheckpointError, DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
@@ -66,6 +67,7 @@ class TrainRun:
         engine: what runs the graphs; ``auto`` is ONNX Runtime where it and its graphs are there.
         cache_mb: disk for hidden states, where blocks run here; keep_cache: whether what the server gave stays after
             the run; cache_key: what they are encrypted with.
+        recorder: keeps what crosses, and the truth beside it.
         max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
             connection that fails ends it.
     """
@@ -93,6 +95,7 @@ class TrainRun:
     max_retry_s: float | None = None
     liveness: Liveness = field(default_factory=Liveness)
     pause: PauseRules = field(default_factory=PauseRules)
+    recorder: Recorder | None = None
 
 
 def train(run: TrainRun, display: Display) -> dict[str, Any]:
@@ -127,6 +130,9 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     _print_plan(run, first_step, display)
     if checkpoint is None:
         _forget_other_texts(run)
+    if run.recorder is not None:
+        for dataset in (run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])):
+            run.recorder.add_examples((example.ids, example.label_positions) for example in dataset)
     engine = make_engine(run.bundle, run.engine, run.threads)
     started = time.perf_counter()
     stop = StopRequest()
@@ -333,6 +339,7 @@ def _connect_settings(
         liveness=run.liveness,
         say=display.warn,
         should_stop=stop,
+        recorder=run.recorder,
     )
 
 

@@ -120,6 +120,7 @@ class Trainer:
         self.steps_rerun = 0
         # Why the report of the last committed step could not be sent.
         self._failure: DloraError | None = None
+        self._recorder = connection.recorder if isinstance(connection, Connection) else None
         self.session: TrainSession | DeviceSession
         self.model: SplitModel | TrunkModel
         if isinstance(connection, Connection):
@@ -315,12 +316,17 @@ class Trainer:
             self.steps_rerun += tries > 0
             tries += 1
             self.adapters.zero_grad()
+            if self._recorder is not None:
+                self._recorder.add_parameters(self.adapters.for_recording())
             # Anew for each session: another server may take less at once.
             parts = [part for batch in batches for part in self.model.cut(batch)]
             losses = self.model.forward_backward(parts, step=self.session.step, grad_scale=1.0 / labelled)
             total = 0.0
             for found in losses:
                 total += float(found.sum(dtype=np.float64))
+            if self._recorder is not None:
+                named = self.adapters.parameters().items()
+                self._recorder.add_gradients({name: parameter.grad for name, parameter in named})
             return total
 
         return self.session.run(attempt)

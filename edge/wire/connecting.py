@@ -32,6 +32,7 @@ from dlora.protocol.errors import (
 )
 
 from .credentials import Credentials, refusal_in, split_url, tls_failure
+from .recorder import Recorder
 
 CLOSE_TIMEOUT_S: Final = 2.0
 STOP_CHECK_S: Final = 0.2
@@ -100,6 +101,7 @@ class ConnectSettings:
         device_id: this device's stable name.
         say: called with one line when the connection is lost and when it is back.
         should_stop: asked while waiting for a server; true raises ``StoppedError``.
+        recorder: keeps frames and truth, where a user asks for it.
         clock: seconds that never go back; sleep: waits so many of them.
     """
 
@@ -109,6 +111,7 @@ class ConnectSettings:
     liveness: Liveness = field(default_factory=Liveness)
     say: Callable[[str], None] = _ignore_line
     should_stop: Callable[[], bool] = _never_stop
+    recorder: Recorder | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 

@@ -62,6 +62,7 @@ class Connection:
 
     Attributes:
         session: the protocol's state, and the counters of bytes and round trips over all connections so far.
+        recorder: keeps what crosses, and what must not; None where nobody asks for that.
         reconnects: how often a connection was lost and replaced; resumed: how often the session went on where it
             stood.
     """
@@ -73,6 +74,7 @@ class Connection:
         self.reconnects = 0
         self.resumed = 0
         self._settings = connecting or ConnectSettings()  # no credentials, no second try
+        self.recorder = self._settings.recorder
         self._deadline = Deadline(self._settings.liveness.exchange_s)
         self._closing = contextlib.ExitStack()
         self._watch = WriteWatch(self._settings.should_stop, STOP_CHECK_S, grace_s=self._settings.liveness.open_s)
@@ -343,6 +345,8 @@ class Connection:
                 self._socket.send(frame)
         except PEER_GONE:
             self._raise_last_error()
+        if self.recorder is not None:
+            self.recorder.add_frame(frame, up=True)
 
     def _read(self, session: Session, timeout_s: float | None = None) -> m.AnyMessage:
         """The next message that did not come before. Raises ``ConnectionLostError`` or what an ``Error`` means.
@@ -363,6 +367,8 @@ class Connection:
                 raise _AnswerTimeoutError(ConnectionFailedError(text))
             try:
                 frame = self._socket.recv(timeout=min(left_s, STOP_CHECK_S), decode=False)
+                if self.recorder is not None:
+                    self.recorder.add_frame(frame, up=False)
                 message = session.receive(bytes(frame))
             except TimeoutError:
                 continue

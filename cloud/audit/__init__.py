@@ -1,0 +1,1 @@
+"""What a curious server can recover: attacks on recorded frames, scored against the truth."""

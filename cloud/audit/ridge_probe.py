@@ -1,0 +1,110 @@
+"""Ridge probe: a linear map brings hidden states from after the first blocks back to embeddings.
+
+It is fitted on random tokens that the attacker runs through the public blocks, so it needs nothing of the device's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Self
+
+import torch
+from torch import Tensor
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.ends import find_embedding
+from dlora.cloud.model.parts import ModelParts
+
+from .nearest_neighbour import nearest, nearest_tokens
+
+_LENGTH: Final = 16  # of a random sequence
+_SEQUENCES_AT_ONCE: Final = 64
+# Relative to the mean square of a feature (1, as they are standardised): it keeps down features that say the same.
+_RIDGE: Final = 1e-4
+# A few values are hundreds of times the others (massive activations, mostly at a sequence's first token). They would
+# decide all of the fit: standardised values are cut off here.
+_LARGEST: Final = 10.0
+
+
+@dataclass(frozen=True)
+class RidgeProbe:
+    """``embedding = clamp((hidden - centre) / scale) @ matrix + offset``.
+
+    Attributes:
+        table: (vocabulary, embedding_size), the embeddings among which it looks.
+        centre, scale: float32 (width,); matrix: float32 (width, embedding_size); offset: float32 (embedding_size,).
+    """
+
+    table: Tensor
+    centre: Tensor
+    scale: Tensor
+    matrix: Tensor
+    offset: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, parts: ModelParts, blocks: int, *, seed: int = 0, tokens: int = 32768) -> Self:
+        """Fit it for hidden states from after the first ``blocks`` blocks.
+
+        Args:
+            blocks: 1 or more.
+            tokens: how many random ones it is fitted on; at least a few times the width.
+        """
+        table = embedding_table(parts.base)
+        length = min(_LENGTH, parts.base.max_sequence_length)
+        ids = _random_ids(len(table), tokens, length, seed).to(table.device)
+        hidden = torch.cat([run_blocks(parts, table[piece], blocks) for piece in ids.split(_SEQUENCES_AT_ONCE)])
+        features, wanted = hidden.flatten(0, 1), table[ids].flatten(0, 1).float()
+        centre = features.median(0).values
+        # The middle 68 %, which massive activations do not move as they do the standard deviation.
+        low, high = (features.kthvalue(max(1, int(share * len(features))), 0).values for share in (0.16, 0.84))
+        scale = ((high - low) / 2).clamp_min(1e-6)
+        matrix, offset = _solve(_standardise(features, centre, scale), wanted)
+        return cls(table, centre, scale, matrix, offset)
+
+    def embeddings(self, hidden: Tensor) -> Tensor:
+        """(rows, width) to float32 (rows, embedding_size)."""
+        return _standardise(hidden.float(), self.centre, self.scale) @ self.matrix + self.offset
+
+    def guess(self, hidden: Tensor) -> Tensor:
+        """(rows, width) to the nearest token of each row, int64 (rows,)."""
+        return nearest_tokens(self.embeddings(hidden), self.table)
+
+    def shortlist(self, hidden: Tensor, count: int) -> Tensor:
+        """(rows, width) to the ``count`` nearest tokens of each row, the nearest first: int64 (rows, count)."""
+        return nearest(self.embeddings(hidden), self.table, count).ids
+
+
+def embedding_table(base: BaseModel) -> Tensor:
+    """All tokens as they go into the blocks: (vocabulary, embedding_size), in the model's dtype and on its device."""
+    end = find_embedding(base)
+    return (end.weight * end.scale).to(base.device, base.dtype)
+
+
+def run_blocks(parts: ModelParts, embeddings: Tensor, blocks: int) -> Tensor:
+    """(batch, length, embedding_size) to float32 (batch, length, width) after the first ``blocks`` blocks; all of them
+    without the final norm."""
+    return parts.run(embeddings, end=blocks).float()
+
+
+def _random_ids(vocabulary: int, tokens: int, length: int, seed: int) -> Tensor:
+    """int64 (sequences, length); each token as often as the others, at most one time more."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = max(1, tokens // length)
+    rounds = -(-sequences * length // vocabulary)
+    ids = torch.cat([torch.randperm(vocabulary, generator=generator) for _ in range(rounds)])
+    return ids[: sequences * length].view(sequences, length)
+
+
+def _standardise(hidden: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    return ((hidden - centre) / scale).clamp(-_LARGEST, _LARGEST)
+
+
+def _solve(features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrix and offset of the ridge regression from features (rows, width) to wanted (rows, embedding_size)."""
+    mean, target = features.mean(0), wanted.mean(0)
+    centred = features - mean
+    gram = (centred.T @ centred).double()
+    gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+    matrix = torch.linalg.solve(gram, (centred.T @ (wanted - target)).double()).float()
+    return matrix, target - mean @ matrix

@@ -1,0 +1,196 @@
+"""Keeps the frames of a short run as they crossed and, apart from them, the truth to score attacks against.
+
+Off unless a user asks for it. The truth is what never leaves the device: tokens, labels, what is trained, gradients.
+Only its owner may read it (0600, in a directory of 0700).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Final, Self
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from dlora.edge.files import make_directory, storage_errors, write_atomically
+from dlora.edge.tensor_file import safetensors_chunks
+from dlora.protocol.errors import UsageError
+from dlora.protocol.recording import (
+    FRAMES_DIRECTORY,
+    FRAMES_FILE,
+    ID_BYTES,
+    TRUTH_DIRECTORY,
+    TRUTH_FILE,
+    TRUTH_FORMAT,
+    FramesWriter,
+)
+from dlora.protocol.tensors import FloatArray, IntArray
+from dlora.protocol.version import SOFTWARE_VERSION
+
+MOST_BYTES: Final = 1 << 30
+"""Of frames: a recording that has as many takes no more. A few steps are enough for an audit."""
+MOST_EXAMPLES: Final = 4096
+TOKENIZER_FILE: Final = "tokenizer.json"
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+class Recorder:
+    """A recording under way.
+
+    Attributes:
+        is_full: whether it takes no more frames, and no more truth.
+    """
+
+    def __init__(self, directory: Path, warn: Callable[[str], None] = _say_nothing) -> None:
+        """Begin one in ``directory``. Raises ``UsageError`` where there is one already, and ``StorageError``."""
+        self.directory = directory
+        self.is_full = False
+        self._warn = warn
+        self._id = secrets.token_bytes(ID_BYTES)
+        self._began = time.monotonic()
+        self._tensors: dict[str, npt.NDArray[Any]] = {}
+        self._modes: list[str] = []
+        self._snapshots: list[dict[str, Any]] = []
+        self._gradients: list[dict[str, int]] = []
+        self._examples = 0
+        self._tokenizer = b""
+        frames = directory / FRAMES_DIRECTORY / FRAMES_FILE
+        if frames.exists() or (directory / TRUTH_DIRECTORY / TRUTH_FILE).exists():
+            raise UsageError(f"--record {directory}: there is a recording already; choose another directory")
+        make_directory(frames.parent)
+        with storage_errors(directory):
+            (directory / TRUTH_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
+            self._file: BinaryIO = os.fdopen(os.open(frames, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+            self._writer = FramesWriter(self._file, self._id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- what crosses ------------------------------------------------------------------------------------
+
+    def add_frame(self, frame: bytes | bytearray, *, up: bool) -> None:
+        """A frame that was sent, or that has come. Raises ``StorageError``."""
+        if self.is_full:
+            return
+        with storage_errors(self.directory):
+            self._writer.add(time.monotonic() - self._began, frame, up=up)
+        if self._writer.nbytes >= MOST_BYTES:
+            self.is_full = True
+            self._warn(
+                f"--record has {self._writer.nbytes / 1e6:,.0f} MB and takes no more; the run goes on. A few steps are "
+                "enough: give --steps"
+            )
+
+    # -- the truth ---------------------------------------------------------------------------------------
+
+    def add_micro_batch(
+        self,
+        mode: str,
+        ids: npt.NDArray[np.int64],
+        lengths: Sequence[int] | IntArray,
+        label_positions: Sequence[int] | IntArray,
+        labels: Sequence[int] | npt.NDArray[np.int64],
+    ) -> None:
+        """Of each ``embeddings`` that is sent, in that order: its packed tokens int64 (tokens,), the lengths of its
+        sequences, and positions and values of its labels."""
+        if self.is_full:
+            return
+        name = f"micro_batch.{len(self._modes)}"
+        self._modes.append(mode)
+        self._tensors[f"{name}.ids"] = ids.copy()
+        self._tensors[f"{name}.lengths"] = np.array(lengths, np.int32)
+        self._tensors[f"{name}.label_positions"] = np.array(label_positions, np.int32)
+        self._tensors[f"{name}.labels"] = np.array(labels, np.int64)
+
+    def add_parameters(self, groups: Sequence[tuple[float, Mapping[str, FloatArray]]]) -> None:
+        """From the next micro-batch on: of each exchange group what its effect is multiplied by, and what is trained,
+        by name."""
+        if self.is_full:
+            return
+        for _, parameters in groups:
+            for name, values in parameters.items():
+                self._tensors[f"parameters.{len(self._snapshots)}.{name}"] = values.copy()
+        self._snapshots.append(
+            {
+                "micro_batch": len(self._modes),
+                "scales": [float(scale) for scale, _ in groups],
+                "names": [list(parameters) for _, parameters in groups],
+            }
+        )
+
+    def add_gradients(self, gradients: Mapping[str, FloatArray | None]) -> None:
+        """Of the micro-batches since the last ``add_parameters``, summed, by name."""
+        if self.is_full or not self._snapshots:
+            return
+        for name, values in gradients.items():
+            if values is not None:
+                self._tensors[f"gradients.{len(self._gradients)}.{name}"] = values.copy()
+        self._gradients.append(
+            {"snapshot": len(self._snapshots) - 1, "first": self._snapshots[-1]["micro_batch"], "end": len(self._modes)}
+        )
+
+    def add_examples(self, examples: Iterable[tuple[IntArray, IntArray]]) -> None:
+        """Some of the data: token ids, and ascending positions whose next token is a label."""
+        for ids, positions in examples:
+            if self._examples == MOST_EXAMPLES:
+                return
+            self._tensors[f"example.{self._examples}.ids"] = np.array(ids, np.int32)
+            self._tensors[f"example.{self._examples}.label_positions"] = np.array(positions, np.int32)
+            self._examples += 1
+
+    def add_tokenizer(self, content: bytes) -> None:
+        """The base model's ``tokenizer.json``, so that an audit can show words."""
+        self._tokenizer = content
+
+    def close(self) -> None:
+        """Write the truth, and say where all of it lies; nothing is left where nothing crossed. Raises ``StorageError``."""
+        if self._file.closed:
+            return
+        with storage_errors(self.directory):
+            self._file.close()
+        if not self._modes:
+            self._remove()
+            return
+        about = {
+            "format": TRUTH_FORMAT,
+            "recording": self._id.hex(),
+            "software": SOFTWARE_VERSION,
+            "modes": self._modes,
+            "snapshots": self._snapshots,
+            "gradients": self._gradients,
+            "examples": self._examples,
+        }
+        truth = self.directory / TRUTH_DIRECTORY
+        metadata = {"truth": msgspec.json.encode(about).decode()}
+        write_atomically(truth / TRUTH_FILE, safetensors_chunks(self._tensors, metadata))
+        if self._tokenizer:
+            write_atomically(truth / TOKENIZER_FILE, self._tokenizer)
+        with storage_errors(truth):  # beside the directory's 0700, for whoever copies them
+            for path in truth.iterdir():
+                path.chmod(0o600)
+        self._warn(
+            f"recorded {len(self._modes)} micro-batches, {self._writer.nbytes / 1e6:,.1f} MB, in {self.directory}; "
+            "delete truth/ when the audit is done"
+        )
+
+    def _remove(self) -> None:
+        """A recording of nothing, so that the same command can be tried again."""
+        (self.directory / FRAMES_DIRECTORY / FRAMES_FILE).unlink(missing_ok=True)
+        for directory in (FRAMES_DIRECTORY, TRUTH_DIRECTORY, ""):
+            with suppress(OSError):  # something else is in it
+                (self.directory / directory).rmdir()
