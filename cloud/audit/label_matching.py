@@ -32,8 +32,10 @@ class MatchedLabels:
         labels: int64 (rows,).
         scale: what all gradients are multiplied with; one over it is the number of labelled tokens of the step.
         residuals: float64 (rows,), the part of a row's gradient that its label does not explain, relative to its
-            norm: near 0 where the label is sure, up to the rounding of the wire; near 1 where it is a guess. It is 1
-            for a row of zeros.
+            norm (or that of what the label would give, if that is larger): near 0 where the label is sure, up to the
+            rounding of the wire; about 1 where it is a guess, as for a row of zeros, and where the model was almost
+            certain, so that rounding is most of the gradient. A guess leans to the token that the model finds
+            likeliest, so labels mean something only above that token's own accuracy.
     """
 
     labels: Tensor
@@ -93,32 +95,21 @@ def _shortlist(hidden: Tensor, grads: Tensor, head: HeadEnd, lengths: Tensor) ->
     Returns: int64 (rows, candidates) labels; float64 (rows, candidates) ``g . d_v``, and ``|d_v|^2``.
     """
     products = _times(hidden, head.weight)
-    logits, slopes = head.logits(products), _slopes(products, head)
-    top = logits.argmax(1, keepdim=True)
-    powers = torch.exp(logits - logits.gather(1, top))
-    total = powers.sum(1, keepdim=True)
-    # Where the likeliest token is almost certain, its own d_v is a small difference of large vectors. So that token is
-    # left out of the sum, and 1 - p of it is summed up from the others' p.
-    top_chance = 1 / total
-    others = (powers / total).scatter(1, top, 0.0)
-    rest = _weighted_rows(others * slopes, head.weight)
-    top_slope, top_row = slopes.gather(1, top), head.weight[top[:, 0]].float()
-    mean = rest + top_slope * top_chance * top_row
+    slopes, chances = _slopes(products, head), torch.softmax(head.logits(products), dim=1)
+    mean = _weighted_rows(chances * slopes, head.weight)
 
     pulls = _times(grads, head.weight)
     along = (grads * mean).sum(1, keepdim=True) - slopes * pulls
     squares = mean.square().sum(1, keepdim=True) - 2 * slopes * _times(mean, head.weight) + slopes.square() * lengths
     cosines = along / squares.clamp_min(1e-30).sqrt()  # times the row's own norm, which is the same for all labels
     labels = cosines.topk(min(_CANDIDATES, cosines.shape[1]), dim=1).indices
-    # The likeliest token always: of it alone the difference above may be nothing but rounding.
-    labels = torch.cat([labels, top], dim=1)
+    # The likeliest token always. Where the model is almost certain of it, its d_v is a small difference of large
+    # vectors, and what was just computed of it is only rounding; its gradient is hardly more, and has no direction.
+    labels = torch.cat([labels, chances.argmax(1, keepdim=True)], dim=1)
 
-    is_top = labels == top
-    # float64 (rows, candidates, hidden_size); m - c_v W_v, but for the likeliest token without the difference.
+    # float64 (rows, candidates, hidden_size), so that there the difference is as good as the mean.
     own = slopes.gather(1, labels)[:, :, None].double() * head.weight[labels].double()
     vectors = mean[:, None].double() - own
-    top_vector = rest.double() - (top_slope * others.sum(1, keepdim=True) * top_row).double()
-    vectors = torch.where(is_top[:, :, None], top_vector[:, None], vectors)
     return labels, torch.einsum("rch,rh->rc", vectors, grads.double()), vectors.square().sum(2)
 
 

@@ -19,11 +19,13 @@ from .nearest_neighbour import nearest, nearest_tokens
 
 _LENGTH: Final = 16  # of a random sequence
 _SEQUENCES_AT_ONCE: Final = 64
+_FREQUENT: Final = 0.5  # share of the random tokens that is drawn as text draws them, and not each alike
 # Relative to the mean square of a feature (1, as they are standardised): it keeps down features that say the same.
 _RIDGE: Final = 1e-4
 # A few values are hundreds of times the others (massive activations, mostly at a sequence's first token). They would
 # decide all of the fit: standardised values are cut off here.
 _LARGEST: Final = 10.0
+_ROWS_FOR_SCALE: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class RidgeProbe:
         ids = _random_ids(len(table), tokens, length, seed).to(table.device)
         hidden = torch.cat([run_blocks(parts, table[piece], blocks) for piece in ids.split(_SEQUENCES_AT_ONCE)])
         features, wanted = hidden.flatten(0, 1), table[ids].flatten(0, 1).float()
-        centre = features.median(0).values
-        # The middle 68 %, which massive activations do not move as they do the standard deviation.
-        low, high = (features.kthvalue(max(1, int(share * len(features))), 0).values for share in (0.16, 0.84))
+        # The middle 68 %: massive activations move it as little as they do the median.
+        ordered = features[:: max(1, len(features) // _ROWS_FOR_SCALE)].sort(0).values
+        low, centre, high = (ordered[int(share * len(ordered))] for share in (0.16, 0.5, 0.84))
         scale = ((high - low) / 2).clamp_min(1e-6)
         matrix, offset = _solve(_standardise(features, centre, scale), wanted)
         return cls(table, centre, scale, matrix, offset)
@@ -69,6 +71,11 @@ class RidgeProbe:
     def guess(self, hidden: Tensor) -> Tensor:
         """(rows, width) to the nearest token of each row, int64 (rows,)."""
         return nearest_tokens(self.embeddings(hidden), self.table)
+
+    def limit(self, hidden: Tensor) -> Tensor:
+        """Hidden states (rows, width) as float32, without massive activations: the values that the fit has cut off."""
+        room = _LARGEST * self.scale
+        return hidden.float().clamp(self.centre - room, self.centre + room)
 
     def shortlist(self, hidden: Tensor, count: int) -> Tensor:
         """(rows, width) to the ``count`` nearest tokens of each row, the nearest first: int64 (rows, count)."""
@@ -88,12 +95,16 @@ def run_blocks(parts: ModelParts, embeddings: Tensor, blocks: int) -> Tensor:
 
 
 def _random_ids(vocabulary: int, tokens: int, length: int, seed: int) -> Tensor:
-    """int64 (sequences, length); each token as often as the others, at most one time more."""
+    """int64 (sequences, length).
+
+    Vocabularies made by merging pairs have the frequent tokens first. So half of the tokens is drawn with a probability
+    of about 1 / id: on uniform ones alone the probe is blind for the words that texts are made of.
+    """
     generator = torch.Generator().manual_seed(seed)
-    sequences = max(1, tokens // length)
-    rounds = -(-sequences * length // vocabulary)
-    ids = torch.cat([torch.randperm(vocabulary, generator=generator) for _ in range(rounds)])
-    return ids[: sequences * length].view(sequences, length)
+    shape = (max(1, tokens // length), length)
+    alike = torch.randint(vocabulary, shape, generator=generator)
+    frequent = torch.pow(float(vocabulary), torch.rand(shape, generator=generator)).long() - 1
+    return torch.where(torch.rand(shape, generator=generator) < _FREQUENT, frequent, alike).clamp(0, vocabulary - 1)
 
 
 def _standardise(hidden: Tensor, centre: Tensor, scale: Tensor) -> Tensor:

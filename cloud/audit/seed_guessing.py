@@ -2,7 +2,8 @@
 
 A number that a user types has 32 bits at the most, and what crosses in ``open_session`` as the seed of the server's
 draws is a digest of it. It does not lead back to the number, but each guess can be checked against it, with no adapter
-at all. A seed that the device drew has 128 random bits, and no list of guesses holds it.
+at all: two million a second on one core, so all numbers that there are in 36 minutes. A seed that the device drew has
+128 random bits, and no list of guesses holds it.
 
 The draws are those of ``dlora.edge.seeds`` and ``dlora.edge.adapters``, written anew: the cloud knows no edge.
 """
@@ -24,7 +25,7 @@ from dlora.protocol.groups import GroupSpec
 from dlora.protocol.tensors import FloatArray
 
 DEFAULT_CANDIDATES: Final = range(10_000)
-"""What people type; about a second and a half by the products, at ranks and widths of a small model."""
+"""What people type. By a product it is three seconds, at rank 8 and width 576; by ``candidates_of`` 5 ms."""
 
 _SERVER_PREFIX: Final = b"dlora, the server's draws\0"
 _ADAPTER_PREFIX: Final = b"dlora, lora_A\0"
@@ -110,10 +111,11 @@ def guess_seed(
 def least_share(r: int, in_features: int, candidates: int) -> float:
     """The share of a product's energy that a candidate's A must hold to be believed.
 
-    A wrong A holds ``r / in_features`` of it on average. Least likely to stay near that is a product of rank 1, and
-    then the share is Beta(r/2, (in_features - r)/2); its tail has a bound in closed form (Dasgupta and Gupta, 2003,
-    lemma 2.2). The answer is where that bound, times the number of candidates, falls to one in a million; and never
-    below half way from chance to 1, which a hardly moved A is far above.
+    A wrong A has nothing to do with the product, however well that was recovered, and holds ``r / in_features`` of it
+    on average. It strays furthest from that where the product has rank 1: then the share is Beta(r/2,
+    (in_features - r)/2), whose tail has a bound in closed form (Dasgupta and Gupta, 2003, lemma 2.2). The answer is
+    where that bound, times the number of candidates, falls to one in a million. At widths of real models that is
+    little: 0.12 for 10,000 candidates at rank 8 and width 576, so that A may have moved quite far.
     """
     by_chance = r / in_features
 
@@ -122,9 +124,7 @@ def least_share(r: int, in_features: int, candidates: int) -> float:
         return inside + (in_features - r) / 2 * math.log((1 - share) / (1 - by_chance))
 
     allowed = math.log(_FALSE_ALARM / max(1, candidates))
-    low, high = (1 + by_chance) / 2, 1.0
-    if log_tail(low) <= allowed:
-        return low
+    low, high = by_chance, 1.0
     for _ in range(60):  # the tail falls from by_chance on, so halving finds the place
         middle = (low + high) / 2
         if middle in (low, high):

@@ -8,7 +8,7 @@ import typer
 
 from dlora.protocol.version import SOFTWARE_VERSION
 
-from . import serve, tokens
+from . import audit, serve, tokens
 
 app = typer.Typer(
     help="Serve the frozen blocks of a language model to devices that fine-tune it.",
@@ -35,4 +35,5 @@ def _app(
 
 
 app.command()(serve.serve)
+app.command()(audit.audit)
 app.add_typer(tokens.app, name="token")

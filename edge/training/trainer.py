@@ -205,6 +205,8 @@ class Trainer:
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Loss and accuracy on a data set, with the adapters as they are. Raises as ``run_step`` does."""
         self._raise_failure()
+        if self._recorder is not None:
+            self._recorder.add_parameters(self.adapters.for_recording())
         with self._name_step_in_error():
             return evaluate(self.model, dataset, self.config.batch_size, progress)
 

@@ -1,0 +1,262 @@
+"""Adapter and gradients: which attacks are run on a recording, and how they are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from dlora.protocol import messages as m
+
+from .finding import Finding, by_construction, found_by, nothing_there
+from .least_squares import choose_rows, product_from_both, product_from_few, product_from_forward, solve
+from .observed import Observed, SeenMicroBatch, floats, joined
+from .optimizer_replay import StepSeen, replay
+from .scoring import Attack, matrices, relative_error
+from .truth import Gradients, Parameters, Truth
+
+NON_INTERFERENCE: Final = "tests/test_trunk.py::test_what_is_sent_depends_on_the_text_alone"
+NOTHING_CROSSES: Final = (
+    "nothing that crosses is computed from it; the server was asked for the first blocks' hidden states only, from text "
+    f"and public weights, and that what is sent depends on the text alone is tested by {NON_INTERFERENCE}"
+)
+MOST_ROWS: Final = 2048
+MOST_GROUPS: Final = 32
+
+
+@dataclass(frozen=True)
+class _Version:
+    """The micro-batches of a time in which what is trained did not change, and their number in the recording."""
+
+    micro_batches: list[SeenMicroBatch]
+    last: int
+
+    def with_group(self, group: int) -> list[SeenMicroBatch]:
+        return [each for each in self.micro_batches if group in each.deltas and group in each.inputs]
+
+
+def audit_adapter(seen: Observed, truth: Truth) -> Finding:
+    """What is trained: products of A and B, cores, or B, times their scaling."""
+    if seen.has_only_first_blocks:
+        return by_construction("adapter", NOTHING_CROSSES)
+    attacks = list(_handed_over(seen, truth))
+    version = _last_version(seen, truth)
+    if version is None:
+        if attacks:
+            return found_by("adapter", attacks)
+        return nothing_there("adapter", "no adapter that has an effect takes part in this recording")
+    parameters = _parameters_of(truth, version.last)
+    attack = _attack_lora if seen.opening.adapter.kind == "lora" else _attack_frozen_factors
+    attacks += attack(seen, version, parameters)
+    return found_by("adapter", attacks, "times its scaling; adapters are linear, and the server sees both their sides")
+
+
+def audit_gradients(seen: Observed, truth: Truth) -> Finding:
+    """The gradients of what is trained, of one step."""
+    if seen.has_only_first_blocks:
+        return by_construction("gradients", NOTHING_CROSSES)
+    errors: list[float] = []
+    for gradients in truth.gradients[-1:]:
+        micro_batches = seen.micro_batches[gradients.first : gradients.end]
+        errors += _gradient_errors(seen, micro_batches, gradients)
+    if not errors:
+        return nothing_there("gradients", "nothing is trained in this recording")
+    return found_by(
+        "gradients",
+        [matrices("product of what crossed", errors, f"those of {len(errors)} groups")],
+        "what crosses forward, times what crosses backward, is the gradient",
+    )
+
+
+# -- of the kind lora ------------------------------------------------------------------------------------
+
+
+def _attack_lora(seen: Observed, version: _Version, parameters: Parameters) -> Iterator[Attack]:
+    rank = seen.opening.adapter.r
+    both: list[float] = []
+    few: list[float] = []
+    forward: list[float] = []
+    rows = fewest = 0
+    for group, wanted in _some([each for each in _products(parameters) if version.with_group(each[0])]):
+        micro_batches = version.with_group(group)
+        inputs, deltas = _forward_rows(micro_batches, group)
+        rows = max(rows, len(inputs))
+        forward.append(relative_error(torch.cat(product_from_forward(inputs, deltas, rank)), wanted))
+        backward = [each.input_grads[group] for each in micro_batches if group in each.input_grads]
+        if backward:
+            input_grads = joined(backward)[:MOST_ROWS]
+            both.append(relative_error(torch.cat(product_from_both(inputs, deltas, input_grads, rank)), wanted))
+            few.append(relative_error(torch.cat(product_from_few(inputs, deltas, input_grads, rank)), wanted))
+            fewest = max(fewest, rank * len(deltas))
+    if both:
+        # The lowest group's input gradient does not cross: of it the server has the forward pass only.
+        yield matrices("least squares, two-sided", both, f"B·A of {len(both)} groups, from {rows} tokens,")
+        yield matrices("least squares, two-sided, few tokens", few, f"B·A of {len(few)} groups, from {fewest} tokens,")
+    if forward:
+        yield matrices("least squares, one-sided", forward, f"B·A of {len(forward)} groups, from {rows} tokens,")
+
+
+def _products(parameters: Parameters) -> Iterator[tuple[int, Tensor]]:
+    """Of each group whose adapters have an effect: B·A of its target modules one under the other, scaled."""
+    for group, (scale, named) in enumerate(zip(parameters.scales, parameters.groups, strict=True)):
+        factors = [torch.from_numpy(values) for values in named.values()]
+        product = scale * torch.cat([lora_b @ lora_a for lora_a, lora_b in _pairs(factors)])
+        if bool(product.abs().max() > 0):
+            yield group, product
+
+
+def _some(groups: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """At most ``MOST_GROUPS``, evenly over the depth, the lowest and the highest among them."""
+    count = min(MOST_GROUPS, len(groups))
+    return [groups[round(index * (len(groups) - 1) / max(1, count - 1))] for index in range(count)]
+
+
+def _pairs(factors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """A and B of each target module, as ``AdapterKind.parameter_shapes`` orders them."""
+    return list(zip(factors[::2], factors[1::2], strict=True))
+
+
+# -- of kinds whose other factors the server holds -------------------------------------------------------
+
+
+def _attack_frozen_factors(seen: Observed, version: _Version, parameters: Parameters) -> Iterator[Attack]:
+    """Of ``bottleneck`` R, of ``ffa`` B: what the device computes is one matrix product."""
+    what = "R" if seen.opening.adapter.kind == "bottleneck" else "B"
+    rank = seen.opening.adapter.r
+    solved: list[float] = []
+    few: list[float] = []
+    rows = 0
+    wanted_of: dict[int, Tensor] = {}
+    for group, (scale, named) in enumerate(zip(parameters.scales, parameters.groups, strict=True)):
+        wanted = scale * torch.cat([torch.from_numpy(values) for values in named.values()])
+        micro_batches = version.with_group(group)
+        if not micro_batches or not bool(wanted.abs().max() > 0):
+            continue
+        wanted_of[group] = wanted
+        inputs, deltas = _forward_rows(micro_batches, group)
+        rows = max(rows, len(inputs))
+        outputs = torch.cat(deltas, 1)
+        solved.append(relative_error(solve(inputs, outputs), wanted))
+        chosen = choose_rows(inputs, rank)
+        few.append(relative_error(solve(inputs[chosen], outputs[chosen]), wanted))
+    if solved:
+        yield matrices("least squares", solved, f"{what} of {len(solved)} groups, from {rows} tokens,")
+        if rows > rank:
+            yield matrices("least squares, few tokens", few, f"{what} of {len(few)} groups, from {rank} tokens,")
+    if replayed := _replay(seen, version, wanted_of, what):
+        yield replayed
+
+
+def _replay(seen: Observed, version: _Version, wanted_of: dict[int, Tensor], what: str) -> Attack | None:
+    """What a server finds that steps the optimiser itself; None where it did not see the run from its first step on."""
+    purpose = seen.openings[0].purpose
+    if len(seen.openings) != 1 or not isinstance(purpose, m.Train) or purpose.next_step or purpose.learnt:
+        return None
+    at = version.micro_batches[-1].reports
+    if not wanted_of or not at:
+        return None
+    steps = []
+    for reports in range(at + 1):
+        same = [each for each in seen.micro_batches if each.reports == reports]
+        rows, grads = {}, {}
+        for group in sorted({group for each in same for group in each.deltas}):
+            forward = [each for each in same if group in each.deltas]
+            inputs, deltas = _forward_rows(forward, group)
+            rows[str(group)] = inputs, torch.cat(deltas, 1)
+            trained = [each for each in forward if group in each.grads]
+            if trained:
+                grads[str(group)] = _sum(
+                    torch.cat([floats(grad) for grad in each.grads[group]], 1).T @ floats(each.inputs[group])
+                    for each in trained
+                )
+        steps.append(StepSeen(rows, grads))
+    values = replay(steps).values
+    errors = [relative_error(values[str(group)], wanted) for group, wanted in wanted_of.items() if str(group) in values]
+    if not errors:
+        return None
+    return matrices("replay of the optimiser", errors, f"{what} of {len(errors)} groups, from {at} steps' gradients,")
+
+
+# -- both ------------------------------------------------------------------------------------------------
+
+
+def _handed_over(seen: Observed, truth: Truth) -> Iterator[Attack]:
+    """``--kr-on-kill give_to_server`` sends what was learnt as it is."""
+    errors = []
+    for group, given in seen.given.items():
+        tensors = [floats(tensor) for tensor in given.tensors]
+        for parameters in reversed(truth.parameters):
+            wanted = [torch.from_numpy(values) for values in parameters.groups[group].values()]
+            if all(bool(each.abs().max() > 0) for each in wanted) and parameters.scales[group] > 0:
+                scaled = [*wanted[:-1], wanted[-1] * parameters.scales[group]]
+                errors.append(min(relative_error(a, b) for a, b in zip(tensors, scaled, strict=True)))
+                break
+    if errors:
+        yield matrices("handed over as it is", errors, f"parameters of {len(errors)} groups")
+
+
+def _gradient_errors(seen: Observed, micro_batches: Sequence[SeenMicroBatch], gradients: Gradients) -> list[float]:
+    """Of each group that is trained, the relative error of the gradients that what crossed gives."""
+    errors = []
+    parameters = gradients.parameters
+    for group, (scale, named) in enumerate(zip(parameters.scales, parameters.groups, strict=True)):
+        trained = [each for each in micro_batches if group in each.grads and group in each.inputs]
+        if not trained or not all(name in gradients.values for name in named):
+            continue
+        products = [
+            _sum(floats(each.grads[group][index]).T @ floats(each.inputs[group]) for each in trained)
+            for index in range(len(trained[0].grads[group]))
+        ]
+        found: list[Tensor] = []
+        if seen.opening.adapter.kind == "lora":
+            # The product is the gradient of scaling · B A. That of A and of B is seen through the other one, which
+            # scoring takes from the truth: the server knows B A only, whose factors are known but for an r x r matrix.
+            pairs = _pairs([torch.from_numpy(values) for values in named.values()])
+            for product, (lora_a, lora_b) in zip(products, pairs, strict=True):
+                found += [scale * lora_b.T @ product, scale * product @ lora_a.T]
+        else:
+            found = [scale * product for product in products]
+        wanted = torch.cat([torch.from_numpy(gradients.values[name]).flatten() for name in named])
+        if bool(wanted.abs().max() > 0):
+            errors.append(relative_error(torch.cat([each.flatten() for each in found]), wanted))
+    return errors
+
+
+def _last_version(seen: Observed, truth: Truth) -> _Version | None:
+    """The last time in which adapters that have an effect took part."""
+    for reports in sorted({each.reports for each in seen.micro_batches}, reverse=True):
+        numbers = [
+            index for index, each in enumerate(seen.micro_batches) if each.reports == reports and each.deltas
+        ]
+        if not numbers:
+            continue
+        # With a backward pass, where there is one: evaluations have none.
+        numbers = [index for index in numbers if seen.micro_batches[index].grads] or numbers
+        parameters = _parameters_of(truth, numbers[-1])
+        if any(
+            scale > 0 and all(bool((values != 0).any()) for values in named.values())
+            for scale, named in zip(parameters.scales, parameters.groups, strict=True)
+        ):
+            same = [each for each in seen.micro_batches if each.reports == reports and each.deltas]
+            return _Version(same, numbers[-1])
+    return None
+
+
+def _parameters_of(truth: Truth, micro_batch: int) -> Parameters:
+    """What was trained when a micro-batch began."""
+    return [each for each in truth.parameters if each.micro_batch <= micro_batch][-1]
+
+
+def _forward_rows(micro_batches: Sequence[SeenMicroBatch], group: int) -> tuple[Tensor, list[Tensor]]:
+    """What went in, (rows, in), and what came out, (rows, out) of each target module."""
+    inputs = joined(each.inputs[group] for each in micro_batches)
+    targets = range(len(micro_batches[0].deltas[group]))
+    outputs = [joined(each.deltas[group][index] for each in micro_batches) for index in targets]
+    return inputs[:MOST_ROWS], [output[:MOST_ROWS] for output in outputs]
+
+
+def _sum(tensors: Iterator[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0)

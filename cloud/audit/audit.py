@@ -1,0 +1,140 @@
+"""An audit: every attack on a recording, and what it found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.protocol.errors import ModelMismatchError
+from dlora.protocol.version import SOFTWARE_VERSION
+
+from .adapter import audit_adapter, audit_gradients
+from .finding import Finding
+from .labels import audit_labels
+from .observed import Observed
+from .seed import audit_seed
+from .side_channels import audit_lengths, in_the_clear
+from .text import audit_membership, audit_phrase, audit_prompt_lengths, audit_text, find_text
+from .truth import Truth
+
+AUDIT_FORMAT = 1
+MOST_SHOWN = 40
+
+
+class ShownText(msgspec.Struct, frozen=True):
+    """A text that crossed, and what an attack made of it."""
+
+    true: str
+    found: str
+
+
+class TriedDefence(msgspec.Struct, frozen=True, kw_only=True):
+    """A defence in place of what crossed: what attacks then find of the text, and what it costs.
+
+    Attributes:
+        claim: what may be said of it.
+        loss: of the base model at the labels with it; loss_without: and without.
+    """
+
+    name: str
+    claim: str
+    finding: Finding
+    loss: float
+    loss_without: float
+
+
+class Audit(msgspec.Struct, frozen=True, kw_only=True):
+    """All that an audit says; its JSON is what ``--json`` prints.
+
+    Attributes:
+        recorded: what was recorded, in words: purpose, kind, wire dtypes, sizes.
+        clear: what crosses as it is.
+        seconds: that it took.
+    """
+
+    format: int = AUDIT_FORMAT
+    software: str = SOFTWARE_VERSION
+    base_model: str
+    base_fingerprint: str
+    recorded: dict[str, str | int]
+    findings: tuple[Finding, ...]
+    defences: tuple[TriedDefence, ...] = ()
+    clear: tuple[str, ...]
+    texts: tuple[ShownText, ...]
+    seconds: float
+
+
+def check_model(seen: Observed, base: BaseModel) -> None:
+    """Raise ``ModelMismatchError`` where the frames are of another base model."""
+    if seen.welcome.base_fingerprint != base.fingerprint:
+        raise ModelMismatchError(
+            f"the frames are of another base model ({seen.welcome.base_model}) than {base.name}: give the one that the "
+            "server ran"
+        )
+
+
+def run_audit(
+    seen: Observed,
+    truth: Truth,
+    base: BaseModel,
+    *,
+    phrases: Sequence[str] = (),
+    on_attack: Callable[[str], None] = lambda _: None,
+) -> Audit:
+    """Attack everything. Raises ``ModelMismatchError``.
+
+    Args:
+        phrases: that are looked for in the text found.
+        on_attack: called with the name of each secret before it is attacked.
+    """
+    started = time.monotonic()
+    check_model(seen, base)
+    on_attack("text")
+    found = find_text(seen, base)
+    findings = [audit_text(seen, truth, found)]
+    on_attack("labels")
+    findings += audit_labels(seen, truth, base, found)
+    others: dict[str, Callable[[], Finding]] = {
+        "adapter": lambda: audit_adapter(seen, truth),
+        "gradients": lambda: audit_gradients(seen, truth),
+        "prompt lengths": lambda: audit_prompt_lengths(seen, truth, found),
+        "membership": lambda: audit_membership(seen, truth, found),
+        "lengths of texts": lambda: audit_lengths(seen, truth),
+        "seed": lambda: audit_seed(seen),
+    }
+    for secret, attack in others.items():
+        on_attack(secret)
+        findings.append(attack())
+    findings += [audit_phrase(seen, truth, found, phrase) for phrase in phrases]
+    true = [text.tolist() for each in truth.micro_batches for text in each.texts()]
+    shown = [
+        ShownText(truth.text_of(a), truth.text_of(b)) for a, b in zip(true, found.texts(seen), strict=False)
+    ][:MOST_SHOWN]
+    return Audit(
+        base_model=base.name,
+        base_fingerprint=base.fingerprint,
+        recorded=_recorded(seen),
+        findings=tuple(findings),
+        clear=tuple(in_the_clear(seen)),
+        texts=tuple(shown),
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
+def _recorded(seen: Observed) -> dict[str, str | int]:
+    opening = seen.opening
+    modes = sorted({each.begun.mode for each in seen.micro_batches})
+    recorded: dict[str, str | int] = {
+        "purpose": type(opening.purpose).__name__.lower(),
+        "micro_batches": len(seen.micro_batches),
+        "modes": ", ".join(modes),
+        "tokens": sum(each.begun.tokens for each in seen.micro_batches),
+        "bytes": sum(each.nbytes for each in seen.frames),
+        "wire_dtypes": ", ".join(sorted(set(msgspec.structs.asdict(opening.codecs).values()))),
+    }
+    if opening.groups:
+        recorded |= {"kind": opening.adapter.kind, "rank": opening.adapter.r, "groups": len(opening.groups)}
+    return recorded

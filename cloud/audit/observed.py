@@ -1,0 +1,231 @@
+"""What an attacker has of a run: the frames that crossed, put in order. Nothing here knows the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dlora.protocol import messages as m
+from dlora.protocol.errors import DataError, RemoteProtocolError
+from dlora.protocol.frames import Decoder, Prefix, read_prefix
+from dlora.protocol.recording import RecordedFrame, Recording
+from dlora.protocol.tensors import WireTensor
+from dlora.protocol.version import PROTOCOL_VERSIONS
+from dlora.protocol.wire_codecs import decode_floats
+
+
+@dataclass(frozen=True)
+class SeenFrame:
+    """What can be told of a frame without reading it: under TLS, too.
+
+    Attributes:
+        time: in seconds; up: from the device to the server.
+    """
+
+    time: float
+    up: bool
+    nbytes: int
+
+
+@dataclass
+class SeenMicroBatch:
+    """The messages of one micro-batch.
+
+    Attributes:
+        opening: of its session.
+        reports: how many steps were reported before it began: what is trained changes between two reports only.
+        frames: their sizes and times, in order.
+        inputs, deltas, grads, input_grads: of each exchange group, as they crossed.
+        last_hidden, last_grad: the last hidden states at the labels, and the loss's gradient of them.
+    """
+
+    begun: m.Embeddings
+    opening: m.OpenSession
+    frames: list[SeenFrame]
+    reports: int = 0
+    inputs: dict[int, WireTensor] = field(default_factory=dict)
+    deltas: dict[int, tuple[WireTensor, ...]] = field(default_factory=dict)
+    grads: dict[int, tuple[WireTensor, ...]] = field(default_factory=dict)
+    input_grads: dict[int, WireTensor] = field(default_factory=dict)
+    last_hidden: WireTensor | None = None
+    last_grad: WireTensor | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [int(length) for length in self.begun.sequence_lengths.data]
+
+    @property
+    def label_positions(self) -> list[int]:
+        return [int(position) for position in self.begun.label_positions.data]
+
+    @property
+    def embeddings(self) -> Tensor | None:
+        """float32 (tokens, embedding_size); None where tokens were sent themselves."""
+        sent = self.begun.hidden_states
+        return None if sent is None else floats(sent)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A whole recording.
+
+    Attributes:
+        welcome: what the server said of itself.
+        micro_batches: in the order in which they began.
+        given: what devices handed over of killed units: of each group the last.
+        states: what the server keeps of each group; scores: of each report.
+        said_up: the kinds of messages that the device sent.
+    """
+
+    welcome: m.Welcome
+    openings: list[m.OpenSession]
+    micro_batches: list[SeenMicroBatch]
+    frames: list[SeenFrame]
+    given: dict[int, m.GroupParameters]
+    states: dict[int, m.AdapterState]
+    scores: list[WireTensor]
+    said_up: frozenset[type[m.Message]]
+
+    @property
+    def opening(self) -> m.OpenSession:
+        """Of the last session."""
+        return self.openings[-1]
+
+    @property
+    def has_only_first_blocks(self) -> bool:
+        """Whether the server was asked for nothing but the first blocks' hidden states, so that nothing of an adapter
+        or of labels had reason to cross."""
+        allowed = {m.Hello, m.OpenSession, m.ResumeSession, m.CloseSession, m.Embeddings, m.Error}
+        return (
+            all(isinstance(opening.purpose, m.Encode) for opening in self.openings)
+            and self.said_up <= allowed
+            and not any(each.label_positions for each in self.micro_batches if each.begun.mode == "encode")
+        )
+
+
+def floats(tensor: WireTensor) -> Tensor:
+    """Its values, float32."""
+    return torch.from_numpy(decode_floats(tensor)).float()
+
+
+def joined(tensors: Iterable[WireTensor]) -> Tensor:
+    """Their rows, one under the other, float32."""
+    return torch.cat([floats(tensor) for tensor in tensors])
+
+
+def observe(recording: Recording, on_frame: Callable[[], None] = lambda: None) -> Observed:
+    """Read a recording's frames. Raises ``DataError`` for one that is damaged, of another version, or empty."""
+    reader = _Reader()
+    for number, recorded in enumerate(recording.frames, 1):
+        try:
+            reader.read(recorded)
+        except RemoteProtocolError as error:
+            raise DataError(f"frame {number:,} of the recording cannot be read ({error}); record it again") from None
+        on_frame()
+    return reader.observed()
+
+
+class _Reader:
+    """Frames that came again after a lost connection count once."""
+
+    def __init__(self) -> None:
+        self._decoder = Decoder()
+        self._welcome: m.Welcome | None = None
+        self._openings: list[m.OpenSession] = []
+        self._micro_batches: list[SeenMicroBatch] = []
+        self._under_way: dict[tuple[int, int], SeenMicroBatch] = {}
+        self._frames: list[SeenFrame] = []
+        self._given: dict[int, m.GroupParameters] = {}
+        self._states: dict[int, m.AdapterState] = {}
+        self._scores: list[WireTensor] = []
+        self._said_up: set[type[m.Message]] = set()
+        self._last = {True: 0, False: 0}
+
+    def read(self, recorded: RecordedFrame) -> None:
+        """Raises ``RemoteProtocolError``."""
+        frame = SeenFrame(recorded.time, recorded.up, len(recorded.frame))
+        self._frames.append(frame)
+        message, prefix = self._decoder.decode(recorded.frame), read_prefix(recorded.frame)
+        if self._is_repeat(prefix, recorded.up):
+            return
+        if recorded.up:
+            self._said_up.add(type(message))
+        match message:
+            case m.Welcome():
+                if message.protocol_version not in PROTOCOL_VERSIONS:
+                    raise RemoteProtocolError(f"wire version {message.protocol_version} is not spoken here")
+                self._welcome = message
+            case m.OpenSession():
+                self._openings.append(message)
+                self._last = {True: 0, False: 0}
+                self._under_way.clear()
+            case m.GroupParameters() if message.tensors:
+                self._given[message.group] = message
+            case m.AdapterState() if message.tensors:
+                self._states[message.group] = message
+            case m.StepReport():
+                self._scores.append(message.scores)
+            case m.ExchangeMessage():
+                self._exchange(message, frame)
+            case _:
+                pass
+
+    def observed(self) -> Observed:
+        if self._welcome is None or not self._micro_batches:
+            raise DataError("the recording has no micro-batch: record a run that trains, evaluates or generates")
+        return Observed(
+            self._welcome,
+            self._openings,
+            self._micro_batches,
+            self._frames,
+            self._given,
+            self._states,
+            self._scores,
+            frozenset(self._said_up),
+        )
+
+    def _is_repeat(self, prefix: Prefix, up: bool) -> bool:
+        if not prefix.seq:
+            return False
+        if prefix.seq <= self._last[up]:
+            return True
+        self._last[up] = prefix.seq
+        return False
+
+    def _exchange(self, message: m.ExchangeMessage, frame: SeenFrame) -> None:
+        key = message.step, message.micro_batch
+        if isinstance(message, m.Embeddings):
+            if not self._openings:
+                raise RemoteProtocolError("a micro-batch before a session is open")
+            seen = self._under_way[key] = SeenMicroBatch(
+                message, self._openings[-1], [], len(self._scores)
+            )
+            self._micro_batches.append(seen)
+        if key not in self._under_way:
+            raise RemoteProtocolError("a message of a micro-batch that did not begin")
+        seen = self._under_way[key]
+        seen.frames.append(frame)
+        match message:
+            case m.GroupInput():
+                seen.inputs[message.group] = message.hidden_states
+            case m.GroupDelta():
+                seen.deltas[message.group] = message.deltas
+            case m.GroupGrad():
+                seen.grads[message.group] = message.grads
+            case m.GroupInputGrad():
+                seen.input_grads[message.group] = message.grad_hidden_states
+            case m.LabelledHiddenStates():
+                seen.last_hidden = message.hidden_states
+            case m.GradHiddenStates():
+                seen.last_grad = message.grad_hidden_states
+            case _:
+                pass
+
+
+def split_rows(rows: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Packed rows, (tokens, …), as one tensor a sequence."""
+    return list(rows.split(list(lengths)))

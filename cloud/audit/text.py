@@ -1,0 +1,175 @@
+"""Text, and what follows from it: which tokens, which examples, where prompts end, a phrase that somebody looks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlora.cloud.model.base_model import BaseModel, find_embedding
+
+from .finding import Finding, found_by, nothing_there
+from .membership import is_member, swap_ends
+from .nearest_neighbour import nearest_tokens
+from .observed import Observed
+from .prompt_ends import common_marker_ends, first_labels
+from .scoring import Attack, share
+from .truth import TrueExample, Truth
+
+MOST_TOKENS: Final = 20_000
+MOST_CANDIDATES: Final = 200
+
+
+@dataclass(frozen=True)
+class FoundText:
+    """What an attack made of the tokens of each micro-batch, int64 (tokens,), as far as it looked."""
+
+    attack: str
+    ids: list[Tensor]
+
+    def texts(self, seen: Observed) -> list[list[int]]:
+        """Of each sequence, in order."""
+        return [
+            each.tolist()
+            for ids, micro_batch in zip(self.ids, seen.micro_batches, strict=False)
+            for each in ids.split(micro_batch.lengths)
+        ]
+
+
+def find_text(seen: Observed, base: BaseModel) -> FoundText:
+    """The tokens of what was sent, of the first ``MOST_TOKENS`` tokens."""
+    end = find_embedding(base)
+    table = end.weight * end.scale
+    found: list[Tensor] = []
+    attack = "sent as they are"
+    tokens = 0
+    for micro_batch in seen.micro_batches:
+        if tokens >= MOST_TOKENS:
+            break
+        tokens += micro_batch.begun.tokens
+        if micro_batch.begun.token_ids is not None:
+            found.append(torch.from_numpy(micro_batch.begun.token_ids.data.astype(np.int64)))
+            continue
+        embeddings = micro_batch.embeddings
+        assert embeddings is not None  # the wire's rules
+        attack = "nearest neighbour"
+        found.append(nearest_tokens(embeddings.to(table.device), table).cpu())
+    return FoundText(attack, found)
+
+
+def score_tokens(attack: str, found: Sequence[Tensor], wanted: Sequence[Tensor], texts: int) -> Attack:
+    """How many tokens are right; a guess that looks at nothing says the commonest token each time."""
+    right = sum(int((a == b).sum()) for a, b in zip(found, wanted, strict=True))
+    every = torch.cat(list(wanted))
+    guess = int(torch.bincount(every).max()) / len(every)
+    return share(attack, right, len(every), texts, "tokens", guess=guess)
+
+
+def audit_text(seen: Observed, truth: Truth, found: FoundText) -> Finding:
+    """How many tokens are right."""
+    true = truth.micro_batches[: len(found.ids)]
+    texts = sum(len(each.lengths) for each in true)
+    wanted = [torch.from_numpy(each.ids) for each in true]
+    attack = score_tokens(found.attack, found.ids, wanted, texts)
+    return found_by("text", [attack], "embeddings are rows of a public table")
+
+
+def audit_prompt_lengths(seen: Observed, truth: Truth, found: FoundText) -> Finding:
+    """Of how many texts an attacker knows where the answer begins."""
+    true = truth.micro_batches[: len(found.ids)]
+    if seen.has_only_first_blocks:
+        return _prompt_lengths_of_first_blocks(seen, truth, found)
+    wanted = [
+        int(positions[0]) + 1
+        for each in true
+        if len(each.labels)
+        for positions in each.label_positions_of_texts()
+        if len(positions)
+    ]
+    if not wanted:
+        return nothing_there("prompt lengths", "no text has a prompt and an answer here")
+    guesses = [
+        position + 1
+        for micro_batch, each in zip(seen.micro_batches, true, strict=False)
+        if len(each.labels)
+        for position in first_labels(micro_batch.lengths, micro_batch.label_positions)
+        if position is not None
+    ]
+    right = sum(guess == length for guess, length in zip(guesses, wanted, strict=False))
+    return found_by(
+        "prompt lengths",
+        [share("label positions as they are", right, len(wanted), len(wanted), "prompts")],
+        "the positions of labels cross as they are",
+    )
+
+
+def _prompt_lengths_of_first_blocks(seen: Observed, truth: Truth, found: FoundText) -> Finding:
+    guesses = zip(common_marker_ends(found.texts(seen)), examples_of(seen, truth), strict=False)
+    pairs = [(guess, int(each.label_positions[0]) + 1) for guess, each in guesses if each is not None]
+    if not pairs:
+        return nothing_there("prompt lengths", "no text has a prompt and an answer here")
+    right = sum(guess == wanted for guess, wanted in pairs)
+    attack = share("words that all texts have, in the text found", right, len(pairs), len(pairs), "prompts")
+    return found_by("prompt lengths", [attack], "label positions do not cross; words that end every prompt do")
+
+
+def audit_membership(seen: Observed, truth: Truth, found: FoundText) -> Finding:
+    """Whether an attacker who has a text can tell that it was among those that crossed."""
+    members, others = _candidates(truth, len(found.ids))
+    if not members or not others:
+        return nothing_there("membership", "there is no second text to compare with")
+    texts = found.texts(seen)
+    right = sum(is_member(each, texts) for each in members) + sum(not is_member(each, texts) for each in others)
+    count = len(members) + len(others)
+    return found_by(
+        "membership",
+        [share("the text found", right, count, count, "texts told apart", guess=0.5)],
+        "who has the text knows whether another one was among it",
+    )
+
+
+def audit_phrase(seen: Observed, truth: Truth, found: FoundText, phrase: str) -> Finding:
+    """Whether a phrase is found in the texts that have it."""
+    texts = [each.tolist() for micro_batch in truth.micro_batches[: len(found.ids)] for each in micro_batch.texts()]
+    has = [phrase in truth.text_of(text) for text in texts]
+    secret = f"the phrase {phrase[:60]!r}"
+    if not any(has):
+        return nothing_there(secret, "no text that crossed has it")
+    told = [phrase in truth.text_of(text) for text in found.texts(seen)]
+    right = sum(a and b for a, b in zip(has, told, strict=True))
+    attack = share("a search in the text found", right, sum(has), sum(has), "texts that have it")
+    return found_by(secret, [attack])
+
+
+def examples_of(seen: Observed, truth: Truth) -> list[TrueExample | None]:
+    """Of each text that crossed the example of the data that it is the beginning of; None where there is none."""
+    by_length: dict[int, dict[bytes, TrueExample]] = {}
+    found = []
+    for micro_batch in truth.micro_batches:
+        for text in micro_batch.texts():
+            if len(text) not in by_length:
+                by_length[len(text)] = {
+                    each.ids[: len(text)].tobytes(): each for each in truth.examples if len(each.ids) >= len(text)
+                }
+            found.append(by_length[len(text)].get(text.tobytes()))
+    return found
+
+
+def _candidates(truth: Truth, micro_batches: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Texts that crossed, and as many that did not: others of the data, or, where there are too few, made of the first
+    half of one text that crossed and the second half of another."""
+    crossed = {
+        text.tobytes(): text.tolist() for each in truth.micro_batches[:micro_batches] for text in each.texts()
+    }
+    members = list(crossed.values())[:MOST_CANDIDATES]
+    others = [
+        each.ids.tolist()
+        for each in truth.examples
+        if not any(each.ids[: len(text)].tolist() == text for text in crossed.values())
+    ]
+    made = [text for text in swap_ends(members) if text not in members]
+    return members, [*others, *made][: len(members)]

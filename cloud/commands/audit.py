@@ -1,0 +1,122 @@
+"""``dlora-cloud audit``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dlora.cloud.model.source import find_source
+from dlora.protocol.errors import StorageError, UsageError
+
+if TYPE_CHECKING:  # torch is loaded when an audit starts
+    from dlora.cloud.audit.audit import Audit
+
+_COLOURS = {"EXPOSED": "bold red", "PARTIAL": "yellow", "RESISTED": "blue", "BY CONSTRUCTION": "green"}
+
+
+def audit(
+    model: Annotated[str, typer.Argument(help="The base model that the server ran, as for serve.")],
+    frames: Annotated[Path, typer.Option(help="DIR/frames of a dlora-edge --record DIR.")],
+    truth: Annotated[Path, typer.Option(help="DIR/truth of the same: what attacks are scored against.")],
+    out: Annotated[Path, typer.Option(help="The page; the JSON is written beside it.")] = Path("audit.html"),
+    phrase: Annotated[
+        list[str] | None,
+        typer.Option("--phrase", help="A phrase to look for in the text that is found, such as a canary of yours."),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0, max=1024)] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Attack what really crossed, as a curious server could, and say what it recovers.
+
+    A device records a short run with dlora-edge train, evaluate or generate --record DIR. The attackers see the frames
+    and the base weights only; the truth, which never crossed, says how right they are. Of text, labels, adapter,
+    gradients, prompt lengths and membership it says EXPOSED, PARTIAL, RESISTED or BY CONSTRUCTION, with the figure
+    and the attack that won. A verdict holds for this recording.
+
+    Example:  dlora-cloud audit smollm2-135m --frames rec/frames --truth rec/truth --out audit.html
+    """
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f"--out {out} cannot be a file; name one in a directory that exists")
+    find_source(model)
+    from dlora.protocol.recording import read_recording
+
+    recording = read_recording(frames)  # before torch is loaded, so that what is wrong is said at once
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    errors = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task("reading frames", total=None)
+        import torch
+
+        from dlora.cloud.audit.audit import check_model, run_audit
+        from dlora.cloud.audit.observed import observe
+        from dlora.cloud.audit.page import page
+        from dlora.cloud.audit.truth import load_truth
+        from dlora.cloud.model.base_model import load_base_model
+
+        if threads:
+            torch.set_num_threads(threads)
+        seen = observe(recording)
+        true = load_truth(truth, recording.id, len(seen.micro_batches))
+        progress.update(task, description=f"loading {model}")
+        base = load_base_model(model)
+        check_model(seen, base)
+
+        def on_attack(what: str) -> None:
+            progress.update(task, description=f"attacking: {what}")
+
+        result = run_audit(seen, true, base, phrases=phrase or (), on_attack=on_attack)
+    _write(out, page(result).encode())
+    encoded = to_json(result)
+    _write(out.with_suffix(".json"), encoded)
+    if json_output:
+        sys.stdout.buffer.write(encoded)
+    else:
+        show(result)
+        print(f"the texts beside each other, and all attacks: {out}; as JSON: {out.with_suffix('.json')}")
+
+
+def to_json(result: Audit) -> bytes:
+    """What ``--json`` prints, and the file beside the page."""
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
+
+
+def show(result: Audit) -> None:
+    """Print the findings for people."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("secret", "verdict", "found", "attack"):
+        table.add_column(column)
+    for finding in result.findings:
+        verdict, best = finding.verdict or "nothing there", finding.best
+        table.add_row(
+            Text(finding.secret),
+            Text(verdict, style=_COLOURS.get(verdict, "")),
+            Text(best.found if best else finding.why.split("; ")[0]),
+            Text(best.name if best else ""),
+        )
+    console = Console()
+    console.print(table)
+    for line in result.clear:
+        console.print(f"in the clear: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Only its owner may read it: it has the text that was recovered, and the true one."""
+    try:
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}; choose another --out") from None
