@@ -23,6 +23,7 @@ NOTHING_CROSSES: Final = (
     "nothing that crosses is computed from it; the server was asked for the first blocks' hidden states only, from text "
     f"and public weights, and that what is sent depends on the text alone is tested by {NON_INTERFERENCE}"
 )
+_NO_ADAPTER: Final = "no adapter exchanges with the server here; where answers are generated, they tell something of one"
 MOST_ROWS: Final = 2048
 MOST_GROUPS: Final = 32
 
@@ -47,7 +48,7 @@ def audit_adapter(seen: Observed, truth: Truth) -> Finding:
     if version is None:
         if attacks:
             return found_by("adapter", attacks)
-        return nothing_there("adapter", "no adapter that has an effect takes part in this recording")
+        return nothing_there("adapter", _NO_ADAPTER)
     parameters = _parameters_of(truth, version.last)
     attack = _attack_lora if seen.opening.adapter.kind == "lora" else _attack_frozen_factors
     attacks += attack(seen, version, parameters)

@@ -97,13 +97,14 @@ class Observed:
 
     @property
     def has_only_first_blocks(self) -> bool:
-        """Whether the server was asked for nothing but the first blocks' hidden states, so that nothing of an adapter
-        or of labels had reason to cross."""
+        """Whether the server was asked for nothing but the first blocks' hidden states of given texts, so that nothing
+        of an adapter or of labels had reason to cross. An answer that is generated is another matter: it is text that
+        the adapter has chosen."""
         allowed = {m.Hello, m.OpenSession, m.ResumeSession, m.CloseSession, m.Embeddings, m.Error}
         return (
             all(isinstance(opening.purpose, m.Encode) for opening in self.openings)
             and self.said_up <= allowed
-            and not any(each.label_positions for each in self.micro_batches if each.begun.mode == "encode")
+            and all(each.begun.mode == "encode" and not each.label_positions for each in self.micro_batches)
         )
 
 

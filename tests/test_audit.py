@@ -1,0 +1,297 @@
+"""An audit of what really crossed, on a tiny model: what it must find, what it must not, and what it says of bad files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import quiet_environment, run_edge
+from recordings import opened, record_training, record_trunk
+from serving import config, serving, training
+from test_trunk_command import records
+from tiny import Tiny, TinyFactory
+
+from dlora.cloud.audit.audit import Audit, run_audit
+from dlora.cloud.audit.finding import Finding
+from dlora.cloud.audit.page import page
+from dlora.cloud.audit.scoring import Verdict
+from dlora.cloud.commands.audit import audit as audit_command
+from dlora.edge.data.examples import Dataset
+from dlora.edge.wire.connecting import ConnectSettings
+from dlora.edge.wire.recorder import Recorder
+from dlora.protocol.errors import DataError, DloraError, ModelMismatchError, UsageError
+from dlora.protocol.recording import FRAMES_FILE, TRUTH_FILE
+
+STEPS = 4
+BLOCKS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyFactory) -> Tiny:
+    return tiny(blocks=BLOCKS, device_blocks=2, head_dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def data(model: Tiny) -> Dataset:
+    """Prompts of different lengths that end in the same two tokens, and answers."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(24):
+        prompt = [*rng.integers(10, model.base.vocabulary_size, int(rng.integers(3, 7))), 4, 5]
+        answer = rng.integers(10, model.base.vocabulary_size, 3)
+        ids = [int(token) for token in (*prompt, *answer)]
+        made.append((ids, list(range(len(prompt) - 1, len(ids) - 1))))
+    return Dataset.of(made)
+
+
+@pytest.fixture(scope="module")
+def url(model: Tiny) -> Iterator[str]:
+    with serving(model.base) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def recordings(model: Tiny, data: Dataset, url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("recordings")
+    common = {"total_steps": STEPS, "batch_size": 4, "grad_accum": 2, "target_modules": ("all-linear",)}
+    for kind, more in (
+        ("lora", {"wire_dtype": "fp16"}),
+        ("bottleneck", {"basis_steps": 2, "wire_dtype": "int8"}),
+        ("ffa", {"wire_dtype": "fp16"}),
+    ):
+        record_training(model, url, directory / kind, data, kind=kind, **common, **more)
+    record_trunk(model, url, directory / "trunk", data, blocks=(2, 3))
+    return {path.name: path for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def audits(model: Tiny, recordings: dict[str, Path]) -> dict[str, Audit]:
+    return {name: run_audit(*opened(path), model.base) for name, path in recordings.items()}
+
+
+def finding(audit: Audit, secret: str) -> Finding:
+    (found,) = (each for each in audit.findings if each.secret == secret)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck", "ffa"])
+def test_what_crosses_in_split_is_exposed(audits: dict[str, Audit], kind: str) -> None:
+    audit = audits[kind]
+    for secret in ("text", "labels", "adapter", "gradients", "prompt lengths", "membership", "lengths of texts"):
+        assert finding(audit, secret).verdict is Verdict.EXPOSED, secret
+    for secret in ("text", "labels", "prompt lengths", "membership"):
+        best = finding(audit, secret).best
+        assert best is not None
+        assert best.figure == 1.0, (secret, best.found)
+    adapter = finding(audit, "adapter").best
+    assert adapter is not None
+    assert adapter.interval[0] > 0.99
+
+
+def test_replaying_the_optimiser_needs_fewer_tokens_than_the_rank(audits: dict[str, Audit]) -> None:
+    for kind in ("bottleneck", "ffa"):
+        names = {attack.name: attack for attack in finding(audits[kind], "adapter").attacks}
+        assert names["replay of the optimiser"].interval[0] > 0.99, kind
+
+
+def test_of_trunk_the_text_is_exposed_and_what_is_trained_is_not(audits: dict[str, Audit]) -> None:
+    audit = audits["trunk"]
+    for secret in ("text", "prompt lengths", "membership", "labels fed back as text"):
+        assert finding(audit, secret).verdict is Verdict.EXPOSED, secret
+    for secret in ("labels", "adapter", "gradients"):
+        found = finding(audit, secret)
+        assert found.verdict is Verdict.BY_CONSTRUCTION, secret
+        assert not found.attacks
+        (named,) = re.findall(r"(tests/\w+\.py)::(\w+)", found.why)
+        assert f"def {named[1]}(" in Path(named[0]).read_text()
+    assert "24 of 72" in finding(audit, "labels").why  # the last of three labels is never fed back
+
+
+def test_a_run_without_an_adapter_has_none_to_find(
+    model: Tiny, data: Dataset, url: str, tmp_path: Path
+) -> None:
+    with Recorder(tmp_path) as recorder, training(
+        model.bundle, url, config(), data, ConnectSettings(recorder=recorder)
+    ) as trainer:
+        trainer.run_step()
+    audit = run_audit(*opened(tmp_path), model.base)
+    assert finding(audit, "adapter").verdict is None  # B is still zero
+    assert finding(audit, "text").verdict is Verdict.EXPOSED
+
+
+def test_recording_costs_no_bit(model: Tiny, data: Dataset, url: str, tmp_path: Path) -> None:
+    weights = []
+    for recorder in (None, Recorder(tmp_path / "recorded")):
+        with training(model.bundle, url, config(), data, ConnectSettings(recorder=recorder)) as trainer:
+            for _ in range(3):
+                trainer.run_step()
+            weights.append({name: each.value.tobytes() for name, each in trainer.adapters.parameters().items()})
+    assert weights[0] == weights[1]
+
+
+def test_only_its_owner_may_read_the_truth(recordings: dict[str, Path]) -> None:
+    for path in recordings.values():
+        assert stat.S_IMODE((path / "truth").stat().st_mode) == 0o700
+        assert stat.S_IMODE((path / "truth" / TRUTH_FILE).stat().st_mode) == 0o600
+        assert stat.S_IMODE((path / "frames" / FRAMES_FILE).stat().st_mode) == 0o600
+
+
+def test_frames_alone_have_no_truth(recordings: dict[str, Path], data: Dataset) -> None:
+    """What attackers are given has no token ids, so that they cannot cheat."""
+    content = (recordings["lora"] / "frames" / FRAMES_FILE).read_bytes()
+    for example in data:
+        assert example.ids.astype("<i4").tobytes() not in content
+        assert example.ids.astype("<i8").tobytes() not in content
+
+
+def test_a_page_needs_nothing_else_and_escapes_what_strangers_wrote(model: Tiny, recordings: dict[str, Path]) -> None:
+    seen, truth = opened(recordings["trunk"])
+    evil = "<script>alert(1)</script>"
+    html = page(run_audit(seen, truth, model.base, phrases=[evil]))
+    assert evil not in html
+    assert "&lt;script&gt;" in html
+    assert not re.search(r"(src|href)=|@import|url\(", html)
+    assert "prefers-color-scheme: dark" in html
+    assert "BY CONSTRUCTION" in html
+
+
+class _Broken:
+    """Recordings that are not what they should be."""
+
+    def __init__(self, recordings: dict[str, Path], directory: Path) -> None:
+        self.frames, self.truth = directory / "frames", directory / "truth"
+        self._recordings = recordings
+        self.frames.mkdir()
+        self.truth.mkdir()
+        self.set(self.frames / FRAMES_FILE, self.of("ffa", FRAMES_FILE))
+        self.set(self.truth / TRUTH_FILE, self.of("ffa", TRUTH_FILE))
+
+    def of(self, name: str, file: str) -> bytes:
+        part = "frames" if file == FRAMES_FILE else "truth"
+        return (self._recordings[name] / part / file).read_bytes()
+
+    def set(self, path: Path, content: bytes) -> None:
+        path.write_bytes(content)
+
+    def audit(self, model: Path) -> str:
+        """The line that it says."""
+        with pytest.raises(DloraError) as caught:
+            audit_command(str(model), self.frames, self.truth, self.frames.parent / "audit.html")
+        assert type(caught.value) in (DataError, ModelMismatchError, UsageError)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+
+@pytest.fixture
+def broken(recordings: dict[str, Path], tmp_path: Path) -> _Broken:
+    return _Broken(recordings, tmp_path)
+
+
+def test_torn_frames_are_one_line(model: Tiny, broken: _Broken) -> None:
+    whole = broken.of("ffa", FRAMES_FILE)
+    for content, line in (
+        (whole[:-7], "is torn: what begins at byte"),
+        (whole[:20], "is no recording of frames"),
+        (b"", "is no recording of frames"),
+        (b"GIF89a" + whole, "is no recording of frames"),
+        (whole[:32], "has no micro-batch"),
+        (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], "cannot be read"),
+    ):
+        broken.set(broken.frames / FRAMES_FILE, content)
+        assert line in broken.audit(model.model)
+    (broken.frames / FRAMES_FILE).unlink()
+    assert "cannot be read" in broken.audit(model.model)
+
+
+def test_a_wrong_truth_is_one_line(model: Tiny, broken: _Broken) -> None:
+    whole = broken.of("ffa", TRUTH_FILE)
+    for content, line in (
+        (broken.of("lora", TRUTH_FILE), "is the truth of another recording"),
+        (whole[:-9], "is no truth that can be read"),
+        (b"", "is no truth that can be read"),
+        (whole.replace(b'\\"format\\":1', b'\\"format\\":9'), "is no truth that can be read"),
+        (whole.replace(b'\\"modes\\"', b'\\"nodes\\"'), "is no truth that can be read"),
+    ):
+        assert content != whole
+        broken.set(broken.truth / TRUTH_FILE, content)
+        assert line in broken.audit(model.model)
+    (broken.truth / TRUTH_FILE).unlink()
+    assert "does not exist" in broken.audit(model.model)
+
+
+def test_frames_of_another_model_are_one_line(tiny: TinyFactory, broken: _Broken) -> None:
+    assert "the frames are of another base model" in broken.audit(tiny(blocks=BLOCKS, seed=1).model)
+
+
+def test_a_second_recording_in_a_directory_is_refused(recordings: dict[str, Path]) -> None:
+    before = {path: path.read_bytes() for path in recordings["ffa"].rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="there is a recording already"):
+        Recorder(recordings["ffa"])
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_recording_of_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_recording_goes_no_further(
+    model: Tiny, data: Dataset, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlora.edge.wire.recorder.MOST_BYTES", 100_000)
+    lines: list[str] = []
+    with Recorder(tmp_path, lines.append) as recorder, training(
+        model.bundle, url, config(total_steps=50), data, ConnectSettings(recorder=recorder)
+    ) as trainer:
+        while not recorder.is_full:
+            trainer.run_step()
+        trainer.run_step()
+    assert "takes no more" in lines[0]
+    seen, truth = opened(tmp_path)
+    assert len(seen.micro_batches) == len(truth.micro_batches)
+
+
+def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Path) -> None:
+    data, record = tmp_path / "data.jsonl", tmp_path / "record"
+    data.write_text(records(8))
+    common = ("--bundle", model.bundle, "--server", url)
+    trained = run_edge(
+        "train", *common, "--data", data, "--out", tmp_path / "run", "--kind", "lora", "--steps", 2, "--record", record
+    )
+    assert trained.code == 0, trained.stderr
+    assert "gets this run's text, labels, adapter and gradients, in the clear" in trained.stderr
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("dlora-cloud"), "audit", model.model, "--frames", record, "--truth", record,
+            "--out", tmp_path / "audit.html", "--phrase", "w17", "--phrase", "nowhere to be found", "--json",
+        ],
+        capture_output=True, text=True, env=quiet_environment(), timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said == json.loads((tmp_path / "audit.json").read_text())
+    verdicts = {each["secret"]: each["verdict"] for each in said["findings"]}
+    assert {verdicts[secret] for secret in ("text", "labels", "adapter", "gradients", "membership")} == {"EXPOSED"}
+    assert verdicts["the phrase 'nowhere to be found'"] is None
+    assert verdicts["the phrase 'w17'"] in ("EXPOSED", None)
+    html = (tmp_path / "audit.html").read_text()
+    assert json.loads(data.read_text().splitlines()[0])["text"].split()[0] in html
+    assert os.stat(tmp_path / "audit.html").st_mode & 0o077 == 0
+
+    for command in (("evaluate", "--data", data), ("generate", "--prompt", "w3 w4", "--max-new-tokens", 3)):
+        recorded = run_edge(*command, *common, "--adapter", tmp_path / "run", "--record", tmp_path / command[0])
+        assert recorded.code == 0, recorded.stderr
+        audit = run_audit(*opened(tmp_path / str(command[0])), model.base)
+        assert finding(audit, "text").verdict is Verdict.EXPOSED
+    refused = run_edge("evaluate", "--data", data, "--bundle", model.bundle, "--mode", "local", "--record", "x")
+    assert refused.code == 2
+    assert "nothing does: leave it out" in refused.stderr
