@@ -20,10 +20,10 @@ from .truth import Gradients, Parameters, Truth
 
 NON_INTERFERENCE: Final = "tests/test_trunk.py::test_what_is_sent_depends_on_the_text_alone"
 NOTHING_CROSSES: Final = (
-    "nothing that crosses is computed from it; the server was asked for the first blocks' hidden states only, from text "
-    f"and public weights, and that what is sent depends on the text alone is tested by {NON_INTERFERENCE}"
+    "nothing that crosses is computed from it; the server was asked for the first blocks' hidden states only, from "
+    f"text and public weights, and that what is sent depends on the text alone is tested by {NON_INTERFERENCE}"
 )
-_NO_ADAPTER: Final = "no adapter exchanges with the server here; where answers are generated, they tell something of one"
+_NO_ADAPTER: Final = "no adapter exchanges with the server here; answers that are generated tell something of one"
 MOST_ROWS: Final = 2048
 MOST_GROUPS: Final = 32
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,8 +14,10 @@ from torch import Tensor
 # by chance: 10,000 sequences, which are 50 million pairs, give a wrong group once in twenty recordings.
 _DEVIATIONS: Final = 6.0
 # Texts may share tokens at the same places, such as a chat template's. So it must be all rows that are alike: the worse
-# half of them nearly as much as all, and each of them by itself as far as noise lets that be seen.
-_WORSE_HALF: Final = 0.4
+# half of them nearly as much as all, and each of them by itself. Both only as far as noise lets that be seen: where it
+# is several times as large as the rows, texts that differ in few tokens are taken for one.
+_WORSE_HALF: Final = 0.6
+_HALF_NORMAL: Final = 0.8  # sqrt(2 / pi): so many deviations the worse half of normal values is below the mean
 _WORST_ROW: Final = 0.3
 _ROW_DEVIATIONS: Final = 4.0
 
@@ -78,11 +81,12 @@ def _is_same_text(cosines: Tensor, spread: float, width: int) -> bool:
     """By the cosines (length,) of the rows at the same places; ``spread`` is their deviation in different texts."""
     length = len(cosines)
     mean = float(cosines.mean())
-    if mean <= _DEVIATIONS * spread / length**0.5:
+    if mean <= _DEVIATIONS * spread / math.sqrt(length):
         return False
     worse = cosines.sort().values[: -(-length // 2)]
-    by_noise = (1.0 - mean) / width**0.5
-    return bool(worse.mean() >= _WORSE_HALF * mean and worse[0] >= _WORST_ROW * mean - _ROW_DEVIATIONS * by_noise)
+    by_noise = (1.0 - mean) / math.sqrt(width)
+    half_alike = float(worse.mean()) >= _WORSE_HALF * mean - _HALF_NORMAL * by_noise
+    return half_alike and float(worse[0]) >= _WORST_ROW * mean - _ROW_DEVIATIONS * by_noise
 
 
 def _spread(rows: Tensor) -> float:
@@ -90,5 +94,6 @@ def _spread(rows: Tensor) -> float:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(rows.device)
     cosines = torch.cosine_similarity(rows, rows[order], dim=1)
     # Some pairs are the same token: the middle 68 % tells the deviation without them.
-    low, high = torch.quantile(cosines, torch.tensor([0.16, 0.84], device=rows.device)).tolist()
-    return max((high - low) / 2, 1.0 / rows.shape[1] ** 0.5)
+    ordered = cosines.sort().values
+    low, high = (float(ordered[int(share * len(ordered))]) for share in (0.16, 0.84))
+    return max((high - low) / 2, 1.0 / math.sqrt(rows.shape[1]))

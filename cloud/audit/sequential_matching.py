@@ -7,7 +7,7 @@ the tokens before runs candidates through them: the one whose hidden state is cl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +19,17 @@ from dlora.protocol.errors import ExportError
 from .nearest_neighbour import nearest
 from .ridge_probe import RidgeProbe, embedding_table, run_blocks
 
-_SHORT: Final = 64
+_FIRST: Final = 16
+_SHORT: Final = 128
 _LONG: Final = 1024
+_OTHERS: Final = 64  # candidates that the best one is compared with
 _TOKENS_AT_ONCE: Final = 65536  # of candidates and what comes before each of them, for the memory's sake
 # When a candidate is taken for the token itself; ``are_found`` has the reasons.
 _CLOSE: Final = 0.1
 _FAR: Final = 2.0
 _DEVIATIONS: Final = 3.0
 _LARGEST_COSINE: Final = 0.15
+_TIMES_USUAL: Final = 2.0
 
 
 class Matched(NamedTuple):
@@ -59,15 +62,15 @@ def match_tokens(
 ) -> Matched:
     """Find the tokens of sequences whose hidden states after the first ``blocks`` blocks crossed.
 
-    A probe's 64 best tokens are tried first, then 1,024, then the whole vocabulary, until one of them looks like the
-    token itself. After a token that was not found in the whole vocabulary, its sequence gets no such search again: what
-    is compared after a wrong token no longer fits.
+    A probe's 16 best tokens are tried first, then 128, then 1,024, then the whole vocabulary, until one of them looks
+    like the token itself. After a token that was not found in the whole vocabulary, its sequence gets no such search
+    again: what is compared after a wrong token no longer fits.
 
     Args:
         hidden: (tokens, width), all sequences one after another, as they crossed: rounded, or with noise.
         lengths: of the sequences.
         blocks: 0 where embeddings crossed: then it is the nearest neighbour.
-        most_candidates: for each token, None: the whole vocabulary. First tokens share theirs.
+        most_candidates: about so many for each token; None: up to the whole vocabulary. First tokens share theirs.
         probe: fitted for the same blocks; None: one is fitted here.
         on_progress: called with the number of tokens done and of all.
     """
@@ -82,6 +85,7 @@ def match_tokens(
     probe = probe or RidgeProbe.fit(parts, blocks)
     rows = probe.limit(hidden.to(parts.base.device))
     most = len(probe.table) if most_candidates is None else most_candidates
+    short = probe.shortlist(rows, min(_FIRST, most))  # of all rows in one go, which is much faster than one by one
     result = Matched(
         torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows)),
         torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows), dtype=torch.int64),
@@ -91,7 +95,7 @@ def match_tokens(
     done = 0
     if len(lengths):
         # Before first tokens there is nothing: all of them are compared with the same candidates.
-        _match(rows, firsts, _Prefix(parts, blocks, probe.table), probe, most, result)
+        _match(rows, firsts, short, _Prefix(parts, blocks, probe.table), probe, most, result)
         done = len(lengths)
         report(done, len(rows))
     for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
@@ -100,24 +104,41 @@ def match_tokens(
         for position in range(first + 1, end):
             lost = lost or not result.found[position - 1]
             prefix.append(int(result.ids[position - 1]))
-            _match(rows, torch.tensor([position]), prefix, probe, min(most, _LONG) if lost else most, result)
+            _match(rows, torch.tensor([position]), short, prefix, probe, min(most, _LONG) if lost else most, result)
             done += 1
             report(done, len(rows))
     return result
 
 
-def _match(rows: Tensor, positions: Tensor, prefix: _Prefix, probe: RidgeProbe, most: int, result: Matched) -> None:
-    """Find the tokens at positions int64 (count,) that all come after ``prefix``; they are written into ``result``."""
+def _match(
+    rows: Tensor, positions: Tensor, short: Tensor, prefix: _Prefix, probe: RidgeProbe, most: int, result: Matched
+) -> None:
+    """Find the tokens at positions int64 (count,) that all come after ``prefix``; they are written into ``result``.
+
+    ``short``: int64 (tokens, count), what is tried first for each row.
+    """
     search = _Search(rows[positions.to(rows.device)], prefix, probe)
-    for count in sorted({min(count, most) for count in (_SHORT, _LONG, len(probe.table))}):
-        search.widen(count)
-        found, errors = search.are_found()
-        if bool(found.all()):
+    search.try_tokens(short[positions.to(rows.device)])
+    found, errors = _judge(search, result)
+    for count in (_SHORT, _LONG, len(probe.table)):
+        if bool(found.all()) or int(search.tried.sum()) >= most:
             break
+        search.widen(min(count, most))
+        found, errors = _judge(search, result)
     result.ids[positions] = search.ids.cpu()
-    result.errors[positions] = errors.cpu()
-    result.found[positions] = found.cpu()
+    result.errors[positions] = errors
+    result.found[positions] = found
     result.candidates[positions] = int(search.tried.sum())
+
+
+def _judge(search: _Search, result: Matched) -> tuple[Tensor, Tensor]:
+    """``are_found`` of the search, on the CPU, beside what was found before.
+
+    Noise is alike in all rows: where a row is much further off than others were, noise is not the reason.
+    """
+    found, errors = (each.cpu() for each in search.are_found())
+    usual = torch.cat([result.errors[result.found], errors]).median()
+    return found & (errors < torch.clamp_min(_TIMES_USUAL * usual, _CLOSE)), errors
 
 
 class _Search:
@@ -141,18 +162,21 @@ class _Search:
         """Try the ``count`` best tokens of each row, as far as they were not yet tried."""
         probe = self._probe
         if count >= len(self.tried):
-            self._try(torch.arange(len(self.tried), device=self.tried.device))
+            self.try_tokens(torch.arange(len(self.tried), device=self.tried.device))
             return
         # The probe knows nothing of the prefix, which moves hidden states. Half of the candidates are looked for from
         # the best of the others: what it lacks, brought back to the embedding, is mostly free of that.
         half = -(-count // 2)
-        self._try(probe.shortlist(self._rows, half))
+        self.try_tokens(probe.shortlist(self._rows, half))
         lacking = probe.embeddings(self._rows) - probe.embeddings(self._best)
-        self._try(nearest(probe.table[self.ids].float() + lacking, probe.table, count - half).ids)
+        self.try_tokens(nearest(probe.table[self.ids].float() + lacking, probe.table, count - half).ids)
 
-    def _try(self, ids: Tensor) -> None:
+    def try_tokens(self, ids: Tensor) -> None:
+        """int64, any shape; each that was not yet tried."""
         ids = ids.unique()
         ids = ids[~self.tried[ids]]
+        if not len(ids):
+            return  # an empty tensor is split into one empty piece, which no block takes
         self.tried[ids] = True
         for piece in ids.split(self._prefix.candidates_at_once):
             states = self._probe.limit(self._prefix.run(piece))
@@ -162,7 +186,7 @@ class _Search:
             self._distances = torch.where(better, closest, self._distances)
             self.ids = torch.where(better, piece[places], self.ids)
             self._best = torch.where(better[:, None], states[places], self._best)
-            self._others = torch.cat([self._others, states[: _SHORT - len(self._others)]])
+            self._others = torch.cat([self._others, states[: _OTHERS - len(self._others)]])
 
     def are_found(self) -> tuple[Tensor, Tensor]:
         """Whether the best candidate of each row is the token itself, and its error: bool and float32, both (rows,).
@@ -212,7 +236,8 @@ class _Prefix:
             before = self._embeddings.expand(len(candidates), -1, -1)
             return run_blocks(self._parts, torch.cat([before, embeddings], 1), self._blocks)[:, -1]
         cache = self._parts.new_cache(end=self._blocks)
-        for index, layer in enumerate(self._cache.decoder_cache.layers):
+        layers: list[Any] = list(self._cache.decoder_cache.layers)  # that all keep plain keys and values was tried
+        for index, layer in enumerate(layers):
             keys, values = (states.expand(len(candidates), -1, -1, -1) for states in (layer.keys, layer.values))
             cache.decoder_cache.update(keys, values, index)
         cache.length = self._cache.length

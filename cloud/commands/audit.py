@@ -27,6 +27,15 @@ def audit(
         list[str] | None,
         typer.Option("--phrase", help="A phrase to look for in the text that is found, such as a canary of yours."),
     ] = None,
+    tries: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try",
+            metavar="DEFENCE",
+            help="Attack this in place of what crossed, and say what it costs: noise=0.3, times the embeddings' rms, "
+            "or first-blocks=2, held by the device. May be given several times.",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0, max=1024)] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -52,14 +61,17 @@ def audit(
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("reading frames", total=None)
+        import msgspec
         import torch
 
         from dlora.cloud.audit.audit import check_model, run_audit
         from dlora.cloud.audit.observed import observe
         from dlora.cloud.audit.page import page
+        from dlora.cloud.audit.tried import Defence, try_defences
         from dlora.cloud.audit.truth import load_truth
         from dlora.cloud.model.base_model import load_base_model
 
+        defences = [Defence.parse(text) for text in tries or ()]
         if threads:
             torch.set_num_threads(threads)
         seen = observe(recording)
@@ -72,6 +84,8 @@ def audit(
             progress.update(task, description=f"attacking: {what}")
 
         result = run_audit(seen, true, base, phrases=phrase or (), on_attack=on_attack)
+        if defences:
+            result = msgspec.structs.replace(result, defences=try_defences(defences, true, base, on_attack))
     _write(out, page(result).encode())
     encoded = to_json(result)
     _write(out.with_suffix(".json"), encoded)
@@ -104,6 +118,14 @@ def show(result: Audit) -> None:
             Text(finding.secret),
             Text(verdict, style=_COLOURS.get(verdict, "")),
             Text(best.found if best else finding.why.split("; ")[0]),
+            Text(best.name if best else ""),
+        )
+    for defence in result.defences:
+        verdict, best = defence.finding.verdict or "", defence.finding.best
+        table.add_row(
+            Text(f"text with {defence.name}"),
+            Text(verdict, style=_COLOURS.get(verdict, "")),
+            Text(f"{best.found if best else ''}; loss {defence.loss_without:.2f} -> {defence.loss:.2f}"),
             Text(best.name if best else ""),
         )
     console = Console()

@@ -1,0 +1,142 @@
+"""What a curious server recovers of short runs of each recipe: ``dlora-cloud audit`` on frames that really crossed.
+
+Each recipe trains, evaluates or generates on 24 rows of real dialogue, against a server in a process of its own, with
+``--record``; then the audit attacks. Verdicts and figures, never texts, are written into docs/benchmarks/audit.json, which
+SECURITY.md and README quote; a test fails where they claim more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from bars import write_bars
+from children import QUIET_THREADS, cloud_server, log, need_bundle
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from dialogue import write_dialogue
+
+FILE: Final = Path("benchmarks") / "audit.json"  # in docs
+COMMAND: Final = "python benchmarks/audit.py"
+MODEL: Final = "smollm2-135m"
+ROWS: Final = 24
+TRAIN: Final = ("--steps", "4", "--batch-size", "6")
+QUESTION: Final = "What is your favourite food?"
+# Name: what is recorded, and how. Those that use an adapter take the one of the run that they name.
+RECIPES: Final[dict[str, tuple[str, ...]]] = {
+    "lora": ("train", "--kind", "lora", *TRAIN),
+    "lora, int8": ("train", "--kind", "lora", "--wire-dtype", "int8", *TRAIN),
+    "lora, token ids": ("train", "--kind", "lora", "--send", "token-ids", *TRAIN),
+    "lora, --seed 7": ("train", "--kind", "lora", "--seed", "7", *TRAIN),
+    "bottleneck": ("train", "--kind", "bottleneck", *TRAIN),
+    "bottleneck, all positions": ("train", "--kind", "bottleneck", "--adapt", "all", *TRAIN),
+    "ffa": ("train", "--kind", "ffa", *TRAIN),
+    "trunk": ("train", "--mode", "trunk", *TRAIN),
+    "evaluate": ("evaluate", "--adapter", "lora"),
+    "generate": ("generate", "--adapter", "lora", "--prompt", QUESTION, "--max-new-tokens", "24"),
+    "generate, trunk": ("generate", "--adapter", "trunk", "--prompt", QUESTION, "--max-new-tokens", "24"),
+}
+TRIED: Final = (
+    "noise=0.3", "noise=1", "noise=3", "noise=10", "noise=30", "first-blocks=1", "first-blocks=2", "first-blocks=4",
+)  # fmt: skip
+TRIED_ON: Final = "lora"
+
+
+def main() -> None:
+    """Run the benchmark; its result is one JSON object on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
+    parser.add_argument("--bundle-blocks", type=Path, default=Path("build/smollm2-blocks"), help="with 12 blocks")
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="recipes")
+    parser.add_argument("--pages", type=Path, help="where the pages are to stay, with their texts")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where benchmarks/audit.json is")
+    arguments = parser.parse_args()
+    need_bundle(arguments.bundle)
+    need_bundle(arguments.bundle_blocks)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        data, _ = write_dialogue(directory, held_out=100, seed=0)
+        data.write_text("".join(f"{line}\n" for line in data.read_text().splitlines()[:ROWS]))
+        with cloud_server(MODEL, 2) as (url, _):
+            needed = {"lora", *arguments.only} if {"evaluate", "generate"} & set(arguments.only) else set(arguments.only)
+            needed |= {"trunk"} if "generate, trunk" in needed else set()
+            for recipe in [name for name in RECIPES if name in needed]:
+                log(f"recording: {recipe}")
+                _record(recipe, url, data, arguments, directory)
+        for recipe in arguments.only:
+            log(f"attacking: {recipe}")
+            found[recipe] = _audit(recipe, directory, arguments.pages)
+    write_bars(arguments.docs / FILE, found)
+    print(json.dumps(found, indent=1, ensure_ascii=False))
+
+
+def _record(recipe: str, url: str, data: Path, arguments: argparse.Namespace, directory: Path) -> None:
+    command, *options = RECIPES[recipe]
+    bundle = arguments.bundle_blocks if "trunk" in recipe else arguments.bundle
+    options = [str(directory / "runs" / each) if before == "--adapter" else each for before, each in zip(
+        ("", *options), options, strict=False)]  # fmt: skip
+    if command in ("train", "evaluate"):
+        options += ["--data", str(data)]
+    if command == "train":
+        options += ["--out", str(directory / "runs" / recipe)]
+        if "trunk" not in recipe:
+            options += ["--eval", str(data)]  # while an adapter rests, more of it is seen
+    _run("dlora-edge", command, "--bundle", bundle, "--server", url, *options, "--record", directory / "records" / recipe)
+
+
+def _audit(recipe: str, directory: Path, pages: Path | None) -> dict[str, Any]:
+    record = directory / "records" / recipe
+    page = (pages or directory) / f"{recipe.replace(', ', '-').replace(' ', '-')}.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    tries = [word for each in TRIED for word in ("--try", each)] if recipe == TRIED_ON else []
+    started = time.perf_counter()
+    said = json.loads(_run(
+        "dlora-cloud", "audit", MODEL, "--frames", record / "frames", "--truth", record / "truth", "--out", page,
+        "--json", *tries,
+    ))  # fmt: skip
+    shown = " ".join(f"'{word}'" if " " in word else word for word in RECIPES[recipe])
+    return {
+        "command": f"{COMMAND} --only '{recipe}'",
+        "recorded": {"as": f"dlora-edge {shown}", **said["recorded"]},
+        "findings": {each["secret"]: _short(each) for each in said["findings"]},
+        "defences": {
+            each["name"]: {
+                "claim": each["claim"], "loss": round(each["loss"], 3), "loss_without": round(each["loss_without"], 3),
+                **_short(each["finding"]),
+            }
+            for each in said["defences"]
+        },
+        "wall_s": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+
+
+def _short(finding: dict[str, Any]) -> dict[str, Any]:
+    """A finding without numbers that nobody quotes."""
+    attacks = [
+        {"attack": each["name"], "figure": float(f"{each['figure']:.6g}"), "found": each["found"],
+         "interval": [float(f"{bound:.4g}") for bound in each["interval"]], "guess": float(f"{each['guess']:.4g}")}
+        for each in finding["attacks"]
+    ]  # fmt: skip
+    return {"verdict": finding["verdict"], "attacks": attacks, "why": finding["why"]}
+
+
+def _run(*command: object) -> str:
+    words = [str(Path(sys.executable).with_name(str(command[0]))), *map(str, command[1:])]
+    done = subprocess.run(
+        words, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **QUIET_THREADS}
+    )
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(map(str, command[:4]))} … failed; its error is above")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

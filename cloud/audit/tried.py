@@ -1,0 +1,182 @@
+"""Defences that somebody might put in place of what crosses, attacked: what they hide, and what they cost.
+
+None of these is an option of a device: an option is taken for protection, and these do not protect at a price that a
+model can pay (docs/decisions/0051).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.parts import ModelParts
+from dlora.protocol.errors import UsageError
+from dlora.protocol.wire_codecs import decode_floats, encode_floats
+
+from .audit import TriedDefence
+from .defences import after_blocks, embeddings_of, loss_with, with_noise
+from .epoch_averaging import average_repeats
+from .finding import found_by
+from .gaussian_noise import DELTA, epsilon_of
+from .nearest_neighbour import nearest_tokens
+from .ridge_probe import RidgeProbe, embedding_table
+from .scoring import Attack
+from .sequential_matching import match_tokens
+from .text import score_tokens
+from .truth import Truth
+
+EPOCHS: Final = 10
+MOST_TOKENS: Final = 320
+NOISE: Final = "noise"
+FIRST_BLOCKS: Final = "first-blocks"
+
+
+@dataclass(frozen=True)
+class Defence:
+    """One to try: ``noise=0.3``, or ``first-blocks=2``."""
+
+    kind: str
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> Defence:
+        """What ``--try`` says. Raises ``UsageError``."""
+        kind, _, amount = text.partition("=")
+        try:
+            number = float(amount)
+        except ValueError:
+            number = -1.0
+        if kind == NOISE and 0 < number <= 1e4:
+            return cls(kind, number)
+        if kind == FIRST_BLOCKS and number.is_integer() and 0 < number:
+            return cls(kind, number)
+        raise UsageError(
+            f"--try {text[:60]}: write noise=TIMES, of the embeddings' rms, such as noise=0.3, or first-blocks=N, that "
+            "the device holds, such as first-blocks=2"
+        )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Some of the texts that crossed: ids int64 (tokens,), one text after another."""
+
+    ids: Tensor
+    lengths: list[int]
+
+    @property
+    def count(self) -> int:
+        return len(self.lengths)
+
+
+def try_defences(
+    defences: Sequence[Defence], truth: Truth, base: BaseModel, on_attack: Callable[[str], None] = lambda _: None
+) -> tuple[TriedDefence, ...]:
+    """Attack each. Raises ``UsageError`` for more blocks than the model has, ``ExportError`` for a model that cannot be
+    run in parts."""
+    if not defences:
+        return ()
+    for each in defences:
+        if each.kind == FIRST_BLOCKS and each.amount >= base.blocks:
+            raise UsageError(f"--try first-blocks={each.amount:.0f}: the model has {base.blocks}, and some must be left")
+    parts, texts = ModelParts(base), _choose_texts(truth)
+    plain = _loss(parts, embeddings_of(base, texts.ids), texts, 0)
+    tried = []
+    for each in defences:
+        name = f"{each.kind}={each.amount:g}"
+        on_attack(name)
+        attack = _noise if each.kind == NOISE else _first_blocks
+        tried.append(attack(name, each.amount, texts, parts, plain))
+    return tuple(tried)
+
+
+def _noise(name: str, times_rms: float, texts: _Texts, parts: ModelParts, plain: float) -> TriedDefence:
+    """Gaussian noise on what crosses, drawn anew each time."""
+    table = embedding_table(parts.base)
+    hidden = embeddings_of(parts.base, texts.ids)
+    draw = torch.Generator().manual_seed(0)
+    epochs = [with_noise(hidden, times_rms, draw) for _ in range(EPOCHS)]
+    attacks = [
+        _score("nearest neighbour", nearest_tokens(epochs[0], table), texts),
+        _score(f"mean of {EPOCHS} epochs, nearest neighbour", _averaged(epochs, texts, table), texts),
+    ]
+    deviation = times_rms * float(hidden.float().square().mean().sqrt())
+    centred = table.float() - table.float().mean(0)
+    # No two rows of the table are farther from each other than twice the farthest from the middle.
+    epsilon = epsilon_of(2 * float(torch.linalg.vector_norm(centred, dim=1).max()), deviation)
+    claim = (
+        f"ε ≤ {epsilon:,.0f} for each token each time that it crosses (one token in place of another, nothing clipped, "
+        f"δ = {DELTA:g}); an ε of 8 or less would say something"
+    )
+    loss = _loss(parts, epochs[0], texts, 0)
+    return TriedDefence(name=name, claim=claim, finding=found_by("text", attacks), loss=loss, loss_without=plain)
+
+
+def _averaged(epochs: Sequence[Tensor], texts: _Texts, table: Tensor) -> Tensor:
+    """The same texts in each epoch, in an order that the attacker does not know."""
+    observations = [rows for hidden in epochs for rows in hidden.split(texts.lengths)]
+    order = torch.randperm(len(observations), generator=torch.Generator().manual_seed(1)).tolist()
+    found: list[Tensor | None] = [None] * texts.count
+    for group, mean in average_repeats([observations[index].float() for index in order]):
+        ids = nearest_tokens(mean, table)
+        for index in group:
+            text = order[index] % texts.count
+            if found[text] is None:
+                found[text] = ids
+    return torch.cat([ids for ids in found if ids is not None])
+
+
+def _first_blocks(name: str, amount: float, texts: _Texts, parts: ModelParts, plain: float) -> TriedDefence:
+    """The device runs the first blocks itself: hidden states cross in place of embeddings, in fp16."""
+    blocks = int(amount)
+    hidden = after_blocks(parts, texts.ids, texts.lengths, blocks)
+    crossed = torch.from_numpy(decode_floats(encode_floats(hidden.float().cpu().numpy(), "fp16"))).to(hidden.device)
+    probe = RidgeProbe.fit(parts, blocks)
+    attacks = [
+        _score("sequential matching", match_tokens(crossed, texts.lengths, parts, blocks, probe=probe).ids, texts),
+        _score("ridge probe", probe.guess(crossed), texts),
+    ]
+    table = embedding_table(parts.base)
+    if table.shape[1] == crossed.shape[1]:
+        attacks.append(_score("nearest neighbour", nearest_tokens(crossed, table), texts))
+    return TriedDefence(
+        name=name,
+        claim="nothing: the blocks are public",
+        finding=found_by("text", attacks),
+        loss=_loss(parts, crossed, texts, blocks),
+        loss_without=plain,
+    )
+
+
+def _score(attack: str, ids: Tensor, texts: _Texts) -> Attack:
+    return score_tokens(attack, [ids.cpu()], [texts.ids], texts.count)
+
+
+def _loss(parts: ModelParts, hidden: Tensor, texts: _Texts, blocks: int) -> float:
+    """Of each next token of the texts, by the base model."""
+    ends = torch.tensor(texts.lengths).cumsum(0)
+    last = torch.zeros(len(texts.ids), dtype=torch.bool)
+    last[ends - 1] = True
+    positions = torch.arange(len(texts.ids))[~last]
+    return loss_with(parts, hidden, texts.lengths, positions, texts.ids[positions + 1], blocks)
+
+
+def _choose_texts(truth: Truth) -> _Texts:
+    """Texts of at least two tokens, each once, as many as ``MOST_TOKENS`` take, and one at the least."""
+    chosen: dict[bytes, Tensor] = {}
+    tokens = 0
+    for micro_batch in truth.micro_batches:
+        for text in micro_batch.texts():
+            if len(text) < 2 or text.tobytes() in chosen:
+                continue
+            if chosen and tokens + len(text) > MOST_TOKENS:
+                break
+            chosen[text.tobytes()] = torch.from_numpy(text[:MOST_TOKENS].copy())
+            tokens += len(text)
+    if not chosen:
+        raise UsageError("--try needs a recording with a text of two tokens or more")
+    return _Texts(torch.cat(list(chosen.values())), [len(text) for text in chosen.values()])
