@@ -1,8 +1,8 @@
 """What a curious server recovers of short runs of each recipe: ``dlora-cloud audit`` on frames that really crossed.
 
 Each recipe trains, evaluates or generates on 24 rows of real dialogue, against a server in a process of its own, with
-``--record``; then the audit attacks. Verdicts and figures, never texts, are written into docs/benchmarks/audit.json, which
-SECURITY.md and README quote; a test fails where they claim more.
+``--record``; then the audit attacks. Verdicts and figures, never texts, are written into docs/benchmarks/audit.json,
+which SECURITY.md and README quote; a test fails where they claim more.
 """
 
 from __future__ import annotations
@@ -66,9 +66,8 @@ def main() -> None:
         data, _ = write_dialogue(directory, held_out=100, seed=0)
         data.write_text("".join(f"{line}\n" for line in data.read_text().splitlines()[:ROWS]))
         with cloud_server(MODEL, 2) as (url, _):
-            needed = {"lora", *arguments.only} if {"evaluate", "generate"} & set(arguments.only) else set(arguments.only)
-            needed |= {"trunk"} if "generate, trunk" in needed else set()
-            for recipe in [name for name in RECIPES if name in needed]:
+            adapters = {words[1] for name in arguments.only if (words := RECIPES[name][1:])[0] == "--adapter"}
+            for recipe in [name for name in RECIPES if name in {*arguments.only, *adapters}]:
                 log(f"recording: {recipe}")
                 _record(recipe, url, data, arguments, directory)
         for recipe in arguments.only:
@@ -89,7 +88,8 @@ def _record(recipe: str, url: str, data: Path, arguments: argparse.Namespace, di
         options += ["--out", str(directory / "runs" / recipe)]
         if "trunk" not in recipe:
             options += ["--eval", str(data)]  # while an adapter rests, more of it is seen
-    _run("dlora-edge", command, "--bundle", bundle, "--server", url, *options, "--record", directory / "records" / recipe)
+    record = directory / "records" / recipe
+    _run("dlora-edge", command, "--bundle", bundle, "--server", url, *options, "--record", record)
 
 
 def _audit(recipe: str, directory: Path, pages: Path | None) -> dict[str, Any]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from serving import config, training
+from tiny import Tiny
+from trunk_runs import trunk_config, trunk_training
+
 from dlora.cloud.audit.observed import Observed, observe
 from dlora.cloud.audit.truth import Truth, load_truth
 from dlora.edge.data.examples import Dataset
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.recorder import Recorder
 from dlora.protocol.recording import read_recording
-from serving import config, training
-from tiny import Tiny
-from trunk_runs import trunk_config, trunk_training
 
 
 def record_training(model: Tiny, url: str, directory: Path, dataset: Dataset, **changes: Any) -> Path:

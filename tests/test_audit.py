@@ -1,9 +1,8 @@
-"""An audit of what really crossed, on a tiny model: what it must find, what it must not, and what it says of bad files."""
+"""An audit of what really crossed, on a tiny model: what it must find and must not, and what it says of bad files."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import stat
 import subprocess
@@ -285,7 +284,7 @@ def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Pa
     assert verdicts["the phrase 'w17'"] in ("EXPOSED", None)
     html = (tmp_path / "audit.html").read_text()
     assert json.loads(data.read_text().splitlines()[0])["text"].split()[0] in html
-    assert os.stat(tmp_path / "audit.html").st_mode & 0o077 == 0
+    assert (tmp_path / "audit.html").stat().st_mode & 0o077 == 0
 
     for command in (("evaluate", "--data", data), ("generate", "--prompt", "w3 w4", "--max-new-tokens", 3)):
         recorded = run_edge(*command, *common, "--adapter", tmp_path / "run", "--record", tmp_path / command[0])

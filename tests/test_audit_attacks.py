@@ -30,10 +30,10 @@ def crossed(values: Tensor, dtype: str = "fp16") -> Tensor:
 class Exchange:
     """One group of two target modules: what crosses of so many tokens, forward and backward."""
 
-    def __init__(self, rows: int, seed: int = 0, scale: float = 1.0) -> None:
+    def __init__(self, rows: int, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
         self.products = [
-            scale * torch.randn(out, RANK, generator=draw) @ torch.randn(RANK, WIDTH, generator=draw) for out in (40, 24)
+            torch.randn(out, RANK, generator=draw) @ torch.randn(RANK, WIDTH, generator=draw) for out in (40, 24)
         ]
         x = torch.randn(rows, WIDTH, generator=draw)
         grads = [torch.randn(rows, len(product), generator=draw) for product in self.products]

@@ -14,7 +14,7 @@ from serving import random_dataset, serving
 from test_cli import Place, assert_fails
 from tiny import TinyFactory
 
-from dlora.cloud.commands.serve import check_device
+from dlora.cloud.commands.torch_start import check_device
 from dlora.edge.commands.description import describe
 from dlora.edge.files import locked
 from dlora.edge.run.plan import total_steps

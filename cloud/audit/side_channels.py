@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from statistics import median
 
 from dlora.protocol.frames import HEADER_BLOCK
@@ -25,7 +26,7 @@ def tokens_from_size(nbytes: int, row_bytes: int) -> int:
 
 def answer_seconds(frames: Sequence[SeenFrame]) -> Iterator[float]:
     """How long the device took for each answer: from a frame of the server's to the next of the device's."""
-    for before, after in zip(frames, frames[1:], strict=False):
+    for before, after in pairwise(frames):
         if after.up and not before.up:
             yield after.time - before.time
 

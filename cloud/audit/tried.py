@@ -53,7 +53,7 @@ class Defence:
             number = -1.0
         if kind == NOISE and 0 < number <= 1e4:
             return cls(kind, number)
-        if kind == FIRST_BLOCKS and number.is_integer() and 0 < number:
+        if kind == FIRST_BLOCKS and number.is_integer() and number > 0:
             return cls(kind, number)
         raise UsageError(
             f"--try {text[:60]}: write noise=TIMES, of the embeddings' rms, such as noise=0.3, or first-blocks=N, that "
@@ -82,7 +82,7 @@ def try_defences(
         return ()
     for each in defences:
         if each.kind == FIRST_BLOCKS and each.amount >= base.blocks:
-            raise UsageError(f"--try first-blocks={each.amount:.0f}: the model has {base.blocks}, and some must be left")
+            raise UsageError(f"--try first-blocks={each.amount:.0f}: the model has {base.blocks}; some must be left")
     parts, texts = ModelParts(base), _choose_texts(truth)
     plain = _loss(parts, embeddings_of(base, texts.ids), texts, 0)
     tried = []

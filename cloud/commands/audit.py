@@ -12,6 +12,8 @@ import typer
 from dlora.cloud.model.source import find_source
 from dlora.protocol.errors import StorageError, UsageError
 
+from .torch_start import start_torch
+
 if TYPE_CHECKING:  # torch is loaded when an audit starts
     from dlora.cloud.audit.audit import Audit
 
@@ -61,8 +63,8 @@ def audit(
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("reading frames", total=None)
+        start_torch("cpu", threads)
         import msgspec
-        import torch
 
         from dlora.cloud.audit.audit import check_model, run_audit
         from dlora.cloud.audit.observed import observe
@@ -72,8 +74,6 @@ def audit(
         from dlora.cloud.model.base_model import load_base_model
 
         defences = [Defence.parse(text) for text in tries or ()]
-        if threads:
-            torch.set_num_threads(threads)
         seen = observe(recording)
         true = load_truth(truth, recording.id, len(seen.micro_batches))
         progress.update(task, description=f"loading {model}")

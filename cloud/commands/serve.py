@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import re
 import ssl
 import sys
 import time
@@ -25,6 +23,8 @@ from dlora.cloud.serving.listening import check_address
 from dlora.cloud.serving.ticket_key import load_key
 from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.protocol.errors import UsageError
+
+from .torch_start import start_torch
 
 if TYPE_CHECKING:  # torch is loaded when a server starts
     from dlora.cloud.model.base_model import BaseModel
@@ -154,7 +154,7 @@ def serve(
     raise_file_limit()
     limit_arenas()
     key = load_key(state)
-    threads = _start_torch(device, threads)
+    threads = start_torch(device, threads)
 
     from dlora.cloud.door.access import Access
     from dlora.cloud.door.quotas import QuotaLimits
@@ -194,20 +194,6 @@ def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> 
     return None
 
 
-def _start_torch(device: str, threads: int) -> int:
-    """Load torch, as a server needs it; the threads it computes with. Raises ``UsageError`` without that device."""
-    # Idle OpenMP threads spin: with a device on the same cores that made a step 15 times slower. Must be set
-    # before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    import torch
-
-    check_device(device, torch.cuda.device_count())
-    threads = threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    return threads
-
-
 def _load(model: str, dtype: Dtype, device: str) -> BaseModel:
     import torch
 
@@ -244,13 +230,3 @@ async def _serve(server: CloudServer, host: str, port: int, *, json_output: bool
     if json_output and server.port:
         print(json.dumps({"url": f"{server.scheme}://{host}:{server.port}", **server.health()}), flush=True)
     await serving
-
-
-def check_device(device: str, gpus: int) -> None:
-    """Raise ``UsageError`` unless a model can be put on ``device`` of a machine with that many GPUs."""
-    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
-    if found is None:
-        raise UsageError(f"--device {device!r} is no device; write cpu, cuda or cuda:N")
-    if device != "cpu" and int(found[1] or 0) >= gpus:
-        seen = f"{gpus} CUDA devices, from cuda:0 on," if gpus else "no CUDA device"
-        raise UsageError(f"--device {device}: torch sees {seen} here; use --device cpu or another one")

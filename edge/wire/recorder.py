@@ -158,7 +158,8 @@ class Recorder:
         self._tokenizer = content
 
     def close(self) -> None:
-        """Write the truth, and say where all of it lies; nothing is left where nothing crossed. Raises ``StorageError``."""
+        """Write the truth, and say where all of it lies. Where nothing crossed, nothing is left. Raises
+        ``StorageError``."""
         if self._file.closed:
             return
         with storage_errors(self.directory):

@@ -1,0 +1,35 @@
+"""How a command loads torch."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from dlora.protocol.errors import UsageError
+
+
+def start_torch(device: str, threads: int) -> int:
+    """Load torch, as a process needs it that shares its cores with others; the threads it computes with.
+
+    Raises ``UsageError`` without that device.
+    """
+    # Idle OpenMP threads spin: with a device on the same cores that made a step 15 times slower. Must be set
+    # before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    import torch
+
+    check_device(device, torch.cuda.device_count())
+    threads = threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    return threads
+
+
+def check_device(device: str, gpus: int) -> None:
+    """Raise ``UsageError`` unless a model can be put on ``device`` of a machine with that many GPUs."""
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
+    if found is None:
+        raise UsageError(f"--device {device!r} is no device; write cpu, cuda or cuda:N")
+    if device != "cpu" and int(found[1] or 0) >= gpus:
+        seen = f"{gpus} CUDA devices, from cuda:0 on," if gpus else "no CUDA device"
+        raise UsageError(f"--device {device}: torch sees {seen} here; use --device cpu or another one")
