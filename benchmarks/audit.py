@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ TRIED: Final = (
     "noise=0.3", "noise=1", "noise=3", "noise=10", "noise=30", "first-blocks=1", "first-blocks=2", "first-blocks=4",
 )  # fmt: skip
 TRIED_ON: Final = "lora"
+IN_TABLE: Final = ("text", "labels", "adapter", "gradients", "prompt lengths", "membership", "seed")
 
 
 def main() -> None:
@@ -55,9 +57,14 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
     parser.add_argument("--bundle-blocks", type=Path, default=Path("build/smollm2-blocks"), help="with 12 blocks")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="recipes")
+    parser.add_argument("--report", action="store_true", help="only print the tables of what is there")
     parser.add_argument("--pages", type=Path, help="where the pages are to stay, with their texts")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where benchmarks/audit.json is")
     arguments = parser.parse_args()
+    if arguments.report:
+        there = json.loads((arguments.docs / FILE).read_text(encoding="utf-8"))
+        print(findings_table(there), defences_table(there), in_one_sentence(there), sep="\n\n")
+        return
     need_bundle(arguments.bundle)
     need_bundle(arguments.bundle_blocks)
     found: dict[str, Any] = {}
@@ -75,6 +82,57 @@ def main() -> None:
             found[recipe] = _audit(recipe, directory, arguments.pages)
     write_bars(arguments.docs / FILE, found)
     print(json.dumps(found, indent=1, ensure_ascii=False))
+
+
+def findings_table(audit: dict[str, Any]) -> str:
+    """Markdown: verdicts of each recipe. SECURITY.md has it as it is."""
+    lines = [f"| recorded | {' | '.join(IN_TABLE)} |", "|---" * (len(IN_TABLE) + 1) + "|"]
+    for recipe in RECIPES:
+        cells = []
+        for secret in IN_TABLE:
+            finding = audit[recipe]["findings"].get(secret, {"verdict": None, "attacks": []})
+            verdict, attacks = finding["verdict"], finding["attacks"]
+            cells.append(f"{verdict}{_figure(secret, attacks[0]) if attacks else ''}" if verdict else "")
+        lines.append(f"| {recipe} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _figure(secret: str, attack: dict[str, Any]) -> str:
+    if secret == "seed":
+        return ""
+    if secret in ("adapter", "gradients"):
+        return f", to {_error(attack)}"
+    return f", {100 * attack['figure']:.4g} %"
+
+
+def defences_table(audit: dict[str, Any]) -> str:
+    """Markdown: what each defence hides of the text, and what it costs. SECURITY.md has it as it is."""
+    lines = ["| in place of embeddings | text | nearest neighbour alone | loss without, with it |", "|---" * 4 + "|"]
+    for name in TRIED:
+        tried = audit[TRIED_ON]["defences"][name]
+        best, *_ = tried["attacks"]
+        (naive,) = (each for each in tried["attacks"] if each["attack"] == "nearest neighbour")
+        kind, _, amount = name.partition("=")
+        what = f"noise of {amount} × rms" if kind == "noise" else f"hidden states after {amount} blocks on the device"
+        found = f"{tried['verdict']}, {100 * best['figure']:.4g} % by {best['attack']}"
+        price = f"{tried['loss_without']:.2f}, {tried['loss']:.2f}"
+        lines.append(f"| {what} | {found} | {100 * naive['figure']:.4g} % | {price} |")
+    return "\n".join(lines)
+
+
+def in_one_sentence(audit: dict[str, Any]) -> str:
+    """What README says of the default recipe."""
+    findings = audit["bottleneck"]["findings"]
+    text, labels, adapter = (findings[secret]["attacks"][0] for secret in ("text", "labels", "adapter"))
+    shares = f"{100 * text['figure']:.4g} % of the text, {100 * labels['figure']:.4g} % of the labels"
+    return f"{shares}, and the trained cores to {_error(adapter)}"
+
+
+def _error(attack: dict[str, Any]) -> str:
+    """The median relative error of an attack on matrices."""
+    found = re.search(r" to (\S+ %) \(", attack["found"])
+    assert found
+    return found[1]
 
 
 def _record(recipe: str, url: str, data: Path, arguments: argparse.Namespace, directory: Path) -> None:

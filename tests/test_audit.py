@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import stat
 import subprocess
@@ -18,10 +19,12 @@ from serving import config, serving, training
 from test_trunk_command import records
 from tiny import Tiny, TinyFactory
 
-from dlora.cloud.audit.audit import Audit, run_audit
+from dlora.cloud.audit.audit import Audit, TriedDefence, run_audit
 from dlora.cloud.audit.finding import Finding
+from dlora.cloud.audit.gaussian_noise import epsilon_of
 from dlora.cloud.audit.page import page
 from dlora.cloud.audit.scoring import Verdict
+from dlora.cloud.audit.tried import Defence, try_defences
 from dlora.cloud.commands.audit import audit as audit_command
 from dlora.edge.data.examples import Dataset
 from dlora.edge.wire.connecting import ConnectSettings
@@ -257,6 +260,7 @@ def test_a_full_recording_goes_no_further(
     assert "takes no more" in lines[0]
     seen, truth = opened(tmp_path)
     assert len(seen.micro_batches) == len(truth.micro_batches)
+    assert finding(run_audit(seen, truth, model.base), "text").verdict is Verdict.EXPOSED  # and its last one is torn
 
 
 def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Path) -> None:
@@ -272,6 +276,7 @@ def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Pa
         [
             Path(sys.executable).with_name("dlora-cloud"), "audit", model.model, "--frames", record, "--truth", record,
             "--out", tmp_path / "audit.html", "--phrase", "w17", "--phrase", "nowhere to be found", "--json",
+            "--try", "noise=0.3",
         ],
         capture_output=True, text=True, env=quiet_environment(), timeout=300, check=False,
     )  # fmt: skip
@@ -279,6 +284,7 @@ def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Pa
     said = json.loads(done.stdout)
     assert said == json.loads((tmp_path / "audit.json").read_text())
     verdicts = {each["secret"]: each["verdict"] for each in said["findings"]}
+    assert [each["name"] for each in said["defences"]] == ["noise=0.3"]
     assert {verdicts[secret] for secret in ("text", "labels", "adapter", "gradients", "membership")} == {"EXPOSED"}
     assert verdicts["the phrase 'nowhere to be found'"] is None
     assert verdicts["the phrase 'w17'"] in ("EXPOSED", None)
@@ -294,3 +300,63 @@ def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Pa
     refused = run_edge("evaluate", "--data", data, "--bundle", model.bundle, "--mode", "local", "--record", "x")
     assert refused.code == 2
     assert "nothing does: leave it out" in refused.stderr
+
+
+# -- defences --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tried(model: Tiny, recordings: dict[str, Path]) -> dict[str, TriedDefence]:
+    _, truth = opened(recordings["lora"])
+    names = ("noise=0.3", "noise=1000", "first-blocks=1", "first-blocks=2")
+    return {each.name: each for each in try_defences([Defence.parse(name) for name in names], truth, model.base)}
+
+
+def figures(defence: TriedDefence) -> dict[str, float]:
+    return {attack.name: attack.figure for attack in defence.finding.attacks}
+
+
+def test_a_little_noise_hides_nothing_and_much_noise_leaves_no_model(tried: dict[str, TriedDefence]) -> None:
+    little, much = tried["noise=0.3"], tried["noise=1000"]
+    assert little.finding.verdict is Verdict.EXPOSED
+    assert much.finding.verdict is not Verdict.EXPOSED
+    assert much.loss > little.loss
+    assert "one token in place of another" in little.claim
+    assert "nothing clipped" in little.claim
+    assert "δ = 1e-05" in little.claim
+
+
+def test_blocks_on_the_device_hide_the_text_from_a_nearest_neighbour_only(tried: dict[str, TriedDefence]) -> None:
+    for name in ("first-blocks=1", "first-blocks=2"):
+        defence = tried[name]
+        found = figures(defence)
+        assert defence.finding.verdict is Verdict.EXPOSED
+        assert defence.finding.best is not None
+        assert defence.finding.best.name == "sequential matching"
+        assert found["sequential matching"] > 0.95
+        assert found["nearest neighbour"] < found["sequential matching"] - 0.1
+        assert defence.loss == pytest.approx(defence.loss_without, rel=1e-2)
+
+
+def test_what_cannot_be_tried_is_one_line(model: Tiny, recordings: dict[str, Path]) -> None:
+    for text in ("", "noise", "noise=0", "noise=-1", "noise=nan", "noise=inf", "first-blocks=1.5", "blocks=2"):
+        with pytest.raises(UsageError, match="write noise=TIMES"):
+            Defence.parse(text)
+    _, truth = opened(recordings["lora"])
+    with pytest.raises(UsageError, match="some must be left"):
+        try_defences([Defence.parse(f"first-blocks={BLOCKS}")], truth, model.base)
+
+
+def test_epsilon_is_that_of_the_analytic_gaussian_mechanism() -> None:
+    def delta(epsilon: float, ratio: float) -> float:
+        def normal(x: float) -> float:
+            return math.erfc(-x / math.sqrt(2)) / 2
+
+        return normal(ratio / 2 - epsilon / ratio) - math.exp(epsilon) * normal(-ratio / 2 - epsilon / ratio)
+
+    for ratio in (0.1, 1.0, 3.0):
+        epsilon = epsilon_of(ratio, 1.0)
+        assert delta(epsilon, ratio) == pytest.approx(1e-5, rel=1e-3)
+        assert epsilon_of(2 * ratio, 2.0) == pytest.approx(epsilon)
+    assert epsilon_of(30.0, 1.0) > 400  # no overflow where it says nothing
+    assert epsilon_of(1.0, 0.0) == math.inf

@@ -36,6 +36,8 @@ from dlora.protocol.version import SOFTWARE_VERSION
 
 MOST_BYTES: Final = 1 << 30
 """Of frames: a recording that has as many takes no more. A few steps are enough for an audit."""
+MOST_TRUTH_BYTES: Final = 1 << 28
+"""Of truth, likewise: it is kept in memory until the end."""
 MOST_EXAMPLES: Final = 4096
 TOKENIZER_FILE: Final = "tokenizer.json"
 
@@ -59,6 +61,7 @@ class Recorder:
         self._id = secrets.token_bytes(ID_BYTES)
         self._began = time.monotonic()
         self._tensors: dict[str, npt.NDArray[Any]] = {}
+        self._truth_bytes = 0
         self._modes: list[str] = []
         self._snapshots: list[dict[str, Any]] = []
         self._gradients: list[dict[str, int]] = []
@@ -89,12 +92,6 @@ class Recorder:
             return
         with storage_errors(self.directory):
             self._writer.add(time.monotonic() - self._began, frame, up=up)
-        if self._writer.nbytes >= MOST_BYTES:
-            self.is_full = True
-            self._warn(
-                f"--record has {self._writer.nbytes / 1e6:,.0f} MB and takes no more; the run goes on. A few steps are "
-                "enough: give --steps"
-            )
 
     # -- the truth ---------------------------------------------------------------------------------------
 
@@ -112,10 +109,17 @@ class Recorder:
             return
         name = f"micro_batch.{len(self._modes)}"
         self._modes.append(mode)
-        self._tensors[f"{name}.ids"] = ids.copy()
-        self._tensors[f"{name}.lengths"] = np.array(lengths, np.int32)
-        self._tensors[f"{name}.label_positions"] = np.array(label_positions, np.int32)
-        self._tensors[f"{name}.labels"] = np.array(labels, np.int64)
+        self._keep(f"{name}.ids", ids.copy())
+        self._keep(f"{name}.lengths", np.array(lengths, np.int32))
+        self._keep(f"{name}.label_positions", np.array(label_positions, np.int32))
+        self._keep(f"{name}.labels", np.array(labels, np.int64))
+        # Here only: each of the micro-batches that began has its truth.
+        if self._writer.nbytes >= MOST_BYTES or self._truth_bytes >= MOST_TRUTH_BYTES:
+            self.is_full = True
+            megabytes = (self._writer.nbytes + self._truth_bytes) / 1e6
+            self._warn(
+                f"--record has {megabytes:,.0f} MB and takes no more; the run goes on. A few steps are enough: --steps 4"
+            )
 
     def add_parameters(self, groups: Sequence[tuple[float, Mapping[str, FloatArray]]]) -> None:
         """From the next micro-batch on: of each exchange group what its effect is multiplied by, and what is trained,
@@ -124,7 +128,7 @@ class Recorder:
             return
         for _, parameters in groups:
             for name, values in parameters.items():
-                self._tensors[f"parameters.{len(self._snapshots)}.{name}"] = values.copy()
+                self._keep(f"parameters.{len(self._snapshots)}.{name}", values.copy())
         self._snapshots.append(
             {
                 "micro_batch": len(self._modes),
@@ -139,7 +143,7 @@ class Recorder:
             return
         for name, values in gradients.items():
             if values is not None:
-                self._tensors[f"gradients.{len(self._gradients)}.{name}"] = values.copy()
+                self._keep(f"gradients.{len(self._gradients)}.{name}", values.copy())
         self._gradients.append(
             {"snapshot": len(self._snapshots) - 1, "first": self._snapshots[-1]["micro_batch"], "end": len(self._modes)}
         )
@@ -149,8 +153,8 @@ class Recorder:
         for ids, positions in examples:
             if self._examples == MOST_EXAMPLES:
                 return
-            self._tensors[f"example.{self._examples}.ids"] = np.array(ids, np.int32)
-            self._tensors[f"example.{self._examples}.label_positions"] = np.array(positions, np.int32)
+            self._keep(f"example.{self._examples}.ids", np.array(ids, np.int32))
+            self._keep(f"example.{self._examples}.label_positions", np.array(positions, np.int32))
             self._examples += 1
 
     def add_tokenizer(self, content: bytes) -> None:
@@ -188,6 +192,10 @@ class Recorder:
             f"recorded {len(self._modes)} micro-batches, {self._writer.nbytes / 1e6:,.1f} MB, in {self.directory}; "
             "delete truth/ when the audit is done"
         )
+
+    def _keep(self, name: str, values: npt.NDArray[Any]) -> None:
+        self._tensors[name] = values
+        self._truth_bytes += values.nbytes
 
     def _remove(self) -> None:
         """A recording of nothing, so that the same command can be tried again."""
