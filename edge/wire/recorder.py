@@ -118,7 +118,7 @@ class Recorder:
             self.is_full = True
             megabytes = (self._writer.nbytes + self._truth_bytes) / 1e6
             self._warn(
-                f"--record has {megabytes:,.0f} MB and takes no more; the run goes on. A few steps are enough: --steps 4"
+                f"--record has {megabytes:,.0f} MB and takes no more; the run goes on. A few --steps are enough"
             )
 
     def add_parameters(self, groups: Sequence[tuple[float, Mapping[str, FloatArray]]]) -> None:
