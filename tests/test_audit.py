@@ -117,6 +117,25 @@ def test_of_trunk_the_text_is_exposed_and_what_is_trained_is_not(audits: dict[st
     assert "24 of 72" in finding(audit, "labels").why  # the last of three labels is never fed back
 
 
+def test_of_a_guessed_seed_a_and_b_are_found_each_by_itself(
+    model: Tiny, data: Dataset, url: str, tmp_path: Path
+) -> None:
+    verdicts = {}
+    common = {"total_steps": 2, "optimizer": {"lr": 1e-3}, "wire_dtype": "fp16"}
+    for seed in ((7,), (7, 1, 2, 3)):
+        directory = tmp_path / str(len(seed))
+        record_training(model, url, directory, data, seed=seed, **common)
+        audit = run_audit(*opened(directory), model.base)
+        verdicts[seed] = finding(audit, "seed").verdict
+        attacks = {each.name: each for each in finding(audit, "adapter").attacks}
+        found = [attacks.get(f"{half} from the guessed seed 7") for half in "AB"]
+        if len(seed) == 1:
+            assert all(each is not None and each.figure > 0.99 for each in found), found
+        else:
+            assert found == [None, None]
+    assert list(verdicts.values()) == [Verdict.EXPOSED, Verdict.RESISTED]
+
+
 def test_a_run_without_an_adapter_has_none_to_find(
     model: Tiny, data: Dataset, url: str, tmp_path: Path
 ) -> None:
@@ -297,6 +316,10 @@ def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Pa
         assert recorded.code == 0, recorded.stderr
         audit = run_audit(*opened(tmp_path / str(command[0])), model.base)
         assert finding(audit, "text").verdict is Verdict.EXPOSED
+        texts = 8 if command[0] == "evaluate" else 1
+        assert len(audit.texts) == texts  # tokens that go on from each other are one text
+        assert audit.clear[0].startswith(f"{texts} texts in")
+        assert (finding(audit, "labels").verdict is None) == (command[0] == "generate")
     refused = run_edge("evaluate", "--data", data, "--bundle", model.bundle, "--mode", "local", "--record", "x")
     assert refused.code == 2
     assert "nothing does: leave it out" in refused.stderr

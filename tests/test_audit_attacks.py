@@ -15,7 +15,7 @@ from dlora.cloud.audit.observed import SeenFrame
 from dlora.cloud.audit.optimizer_replay import StepSeen, replay
 from dlora.cloud.audit.prompt_ends import common_marker_ends, first_labels
 from dlora.cloud.audit.scoring import Verdict, matrices, relative_error, share, wilson
-from dlora.cloud.audit.side_channels import answer_seconds, tokens_from_size
+from dlora.cloud.audit.side_channels import answer_seconds, rows_from_size
 from dlora.protocol.frames import frame_bytes
 from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
@@ -166,8 +166,8 @@ def test_first_labels_are_counted_from_their_own_sequence() -> None:
 def test_tokens_are_told_from_a_size_and_not_where_sizes_are_padded(tokens: int, sequences: int, labels: int) -> None:
     row = 576 * 2
     size = frame_bytes(1, [tokens * row, 4 * sequences, 4 * labels])
-    assert tokens_from_size(size, row) == tokens
-    assert tokens_from_size(1 << 20, row) != tokens  # every frame as large as the largest
+    assert rows_from_size(size, row, labels) == tokens
+    assert rows_from_size(1 << 20, row, labels) != tokens  # every frame as large as the largest
 
 
 def test_answers_are_timed() -> None:

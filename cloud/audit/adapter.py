@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +16,7 @@ from .least_squares import choose_rows, product_from_both, product_from_few, pro
 from .observed import Observed, SeenMicroBatch, floats, joined
 from .optimizer_replay import StepSeen, replay
 from .scoring import Attack, matrices, relative_error
+from .seed_guessing import SERVER_CANDIDATES, guess_seed
 from .truth import Gradients, Parameters, Truth
 
 NON_INTERFERENCE: Final = "tests/test_trunk.py::test_what_is_sent_depends_on_the_text_alone"
@@ -30,10 +31,16 @@ MOST_GROUPS: Final = 32
 
 @dataclass(frozen=True)
 class _Version:
-    """The micro-batches of a time in which what is trained did not change, and their number in the recording."""
+    """The micro-batches of a time in which what is trained did not change, the number of the last of them, and whether
+    they have a backward pass."""
 
     micro_batches: list[SeenMicroBatch]
     last: int
+    trains: bool
+
+    def named(self, attack: str) -> str:
+        """An attack's name, which says where it had no backward pass."""
+        return attack if self.trains else f"{attack}, forward only"
 
     def with_group(self, group: int) -> list[SeenMicroBatch]:
         return [each for each in self.micro_batches if group in each.deltas and group in each.inputs]
@@ -44,14 +51,11 @@ def audit_adapter(seen: Observed, truth: Truth) -> Finding:
     if seen.has_only_first_blocks:
         return by_construction("adapter", NOTHING_CROSSES)
     attacks = list(_handed_over(seen, truth))
-    version = _last_version(seen, truth)
-    if version is None:
-        if attacks:
-            return found_by("adapter", attacks)
-        return nothing_there("adapter", _NO_ADAPTER)
-    parameters = _parameters_of(truth, version.last)
     attack = _attack_lora if seen.opening.adapter.kind == "lora" else _attack_frozen_factors
-    attacks += attack(seen, version, parameters)
+    for version in _versions(seen, truth):
+        attacks += attack(seen, version, _parameters_of(truth, version.last))
+    if not attacks:
+        return nothing_there("adapter", _NO_ADAPTER)
     return found_by("adapter", attacks, "times its scaling; adapters are linear, and the server sees both their sides")
 
 
@@ -81,6 +85,7 @@ def _attack_lora(seen: Observed, version: _Version, parameters: Parameters) -> I
     few: list[float] = []
     forward: list[float] = []
     rows = fewest = 0
+    products: dict[str, Tensor] = {}
     for group, wanted in _some([each for each in _products(parameters) if version.with_group(each[0])]):
         micro_batches = version.with_group(group)
         inputs, deltas = _forward_rows(micro_batches, group)
@@ -89,7 +94,10 @@ def _attack_lora(seen: Observed, version: _Version, parameters: Parameters) -> I
         backward = [each.input_grads[group] for each in micro_batches if group in each.input_grads]
         if backward:
             input_grads = joined(backward)[:MOST_ROWS]
-            both.append(relative_error(torch.cat(product_from_both(inputs, deltas, input_grads, rank)), wanted))
+            found = product_from_both(inputs, deltas, input_grads, rank)
+            both.append(relative_error(torch.cat(found), wanted))
+            names = (target.name for target in seen.opening.groups[group].targets)
+            products |= dict(zip(names, found, strict=True))
             few.append(relative_error(torch.cat(product_from_few(inputs, deltas, input_grads, rank)), wanted))
             fewest = max(fewest, rank * len(deltas))
     if both:
@@ -97,7 +105,30 @@ def _attack_lora(seen: Observed, version: _Version, parameters: Parameters) -> I
         yield matrices("least squares, two-sided", both, f"B·A of {len(both)} groups, from {rows} tokens,")
         yield matrices("least squares, two-sided, few tokens", few, f"B·A of {len(few)} groups, from {fewest} tokens,")
     if forward:
-        yield matrices("least squares, one-sided", forward, f"B·A of {len(forward)} groups, from {rows} tokens,")
+        what = f"B·A of {len(forward)} groups, from {rows} tokens,"
+        yield matrices(version.named("least squares, one-sided"), forward, what)
+    yield from _from_seed(seen, products, parameters)
+
+
+def _from_seed(seen: Observed, products: Mapping[str, Tensor], parameters: Parameters) -> Iterator[Attack]:
+    """A and B, each by itself, where the seed that A was drawn from is guessed; nothing where it is not."""
+    purpose = seen.openings[0].purpose
+    if not isinstance(purpose, m.Train) or not products:
+        return
+    groups, rank = seen.opening.groups, seen.opening.adapter.r
+    guessed = guess_seed(SERVER_CANDIDATES, products, groups, rank, server_seed=purpose.seed)
+    if guessed is None:
+        return
+    errors: dict[str, list[float]] = {"A": [], "B": []}
+    for scale, named in zip(parameters.scales, parameters.groups, strict=True):
+        for name, values in named.items():
+            module, _, half = name.rpartition(".lora_")
+            if module in guessed.lora_B:
+                found = guessed.lora_A[module] if half == "A" else guessed.lora_B[module] / scale
+                errors[half].append(relative_error(torch.from_numpy(found), torch.from_numpy(values)))
+    for half, found_to in errors.items():
+        what = f"{half} by itself of {len(found_to)} modules"
+        yield matrices(f"{half} from the guessed seed {guessed.seed}", found_to, what)
 
 
 def _products(parameters: Parameters) -> Iterator[tuple[int, Tensor]]:
@@ -144,10 +175,11 @@ def _attack_frozen_factors(seen: Observed, version: _Version, parameters: Parame
         chosen = choose_rows(inputs, rank)
         few.append(relative_error(solve(inputs[chosen], outputs[chosen]), wanted))
     if solved:
-        yield matrices("least squares", solved, f"{what} of {len(solved)} groups, from {rows} tokens,")
+        yield matrices(version.named("least squares"), solved, f"{what} of {len(solved)} groups, from {rows} tokens,")
         if rows > rank:
-            yield matrices("least squares, few tokens", few, f"{what} of {len(few)} groups, from {rank} tokens,")
-    if replayed := _replay(seen, version, wanted_of, what):
+            name = version.named("least squares, few tokens")
+            yield matrices(name, few, f"{what} of {len(few)} groups, from {rank} tokens,")
+    if version.trains and (replayed := _replay(seen, version, wanted_of, what)):
         yield replayed
 
 
@@ -226,24 +258,26 @@ def _gradient_errors(seen: Observed, micro_batches: Sequence[SeenMicroBatch], gr
     return errors
 
 
-def _last_version(seen: Observed, truth: Truth) -> _Version | None:
-    """The last time in which adapters that have an effect took part."""
+def _versions(seen: Observed, truth: Truth) -> list[_Version]:
+    """The last time in which adapters that have an effect trained, and the last in which they were only used."""
+    found: dict[bool, _Version] = {}
     for reports in sorted({each.reports for each in seen.micro_batches}, reverse=True):
-        numbers = [
-            index for index, each in enumerate(seen.micro_batches) if each.reports == reports and each.deltas
-        ]
-        if not numbers:
-            continue
-        # With a backward pass, where there is one: evaluations have none.
-        numbers = [index for index in numbers if seen.micro_batches[index].grads] or numbers
-        parameters = _parameters_of(truth, numbers[-1])
-        if any(
-            scale > 0 and all(bool((values != 0).any()) for values in named.values())
-            for scale, named in zip(parameters.scales, parameters.groups, strict=True)
-        ):
-            same = [each for each in seen.micro_batches if each.reports == reports and each.deltas]
-            return _Version(same, numbers[-1])
-    return None
+        for trains in (True, False):
+            same = [
+                (index, each)
+                for index, each in enumerate(seen.micro_batches)
+                if each.reports == reports and each.deltas and bool(each.grads) == trains
+            ]
+            if same and trains not in found and _has_effect(_parameters_of(truth, same[-1][0])):
+                found[trains] = _Version([each for _, each in same], same[-1][0], trains)
+    return list(found.values())
+
+
+def _has_effect(parameters: Parameters) -> bool:
+    return any(
+        scale > 0 and all(bool((values != 0).any()) for values in named.values())
+        for scale, named in zip(parameters.scales, parameters.groups, strict=True)
+    )
 
 
 def _parameters_of(truth: Truth, micro_batch: int) -> Parameters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import msgspec
 
@@ -17,7 +18,7 @@ from .labels import audit_labels
 from .observed import Observed
 from .seed import audit_seed
 from .side_channels import audit_lengths, in_the_clear
-from .text import audit_membership, audit_phrase, audit_prompt_lengths, audit_text, find_text
+from .text import audit_membership, audit_phrase, audit_prompt_lengths, audit_text, find_text, true_texts
 from .truth import Truth
 
 AUDIT_FORMAT = 1
@@ -109,10 +110,8 @@ def run_audit(
         on_attack(secret)
         findings.append(attack())
     findings += [audit_phrase(seen, truth, found, phrase) for phrase in phrases]
-    true = [text.tolist() for each in truth.micro_batches for text in each.texts()]
-    shown = [
-        ShownText(truth.text_of(a), truth.text_of(b)) for a, b in zip(true, found.texts(seen), strict=False)
-    ][:MOST_SHOWN]
+    pairs = zip(true_texts(seen, truth, found), found.texts(seen), strict=True)
+    shown = [ShownText(truth.text_of(a), truth.text_of(b)) for a, b in islice(pairs, MOST_SHOWN)]
     return Audit(
         base_model=base.name,
         base_fingerprint=base.fingerprint,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -227,6 +228,19 @@ class _Reader:
                 pass
 
 
-def split_rows(rows: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """Packed rows, (tokens, …), as one tensor a sequence."""
-    return list(rows.split(list(lengths)))
+def whole_texts(tokens: Sequence[Sequence[int]], micro_batches: Sequence[SeenMicroBatch]) -> list[list[int]]:
+    """The texts of micro-batches, whose packed tokens are given: of each sequence its own, and of what is generated,
+    where tokens go on from others, the text that they make together."""
+    texts: list[list[int]] = []
+    context: list[int] = []
+    for packed, micro_batch in zip(tokens, micro_batches, strict=False):
+        if micro_batch.begun.mode != "decode":
+            ends = accumulate(micro_batch.lengths)
+            texts += [list(packed[end - length : end]) for end, length in zip(ends, micro_batch.lengths, strict=True)]
+            continue
+        position = micro_batch.begun.position or 0
+        if not position:
+            context = []
+            texts.append(context)
+        context[position:] = packed
+    return texts

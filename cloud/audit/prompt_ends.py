@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
@@ -21,8 +22,8 @@ def first_labels(lengths: Sequence[int], label_positions: Sequence[int]) -> list
 
 
 def common_marker_ends(texts: Sequence[Sequence[int]]) -> list[int | None]:
-    """Of each text where its prompt ends, guessed: behind the words that nearly all texts have in common, and of those
-    the ones that come last. None where there are no such words.
+    """Of each text where its prompt ends, guessed: behind the words that nearly all texts have, each of them once, and
+    of those the ones that come last. None where there are no such words.
 
     A template ends every prompt in the same way ("<|im_start|>assistant"); answers differ.
     """
@@ -31,8 +32,8 @@ def common_marker_ends(texts: Sequence[Sequence[int]]) -> list[int | None]:
         counts: dict[tuple[int, ...], int] = {}
         for text in texts:
             # What ends the text is followed by no answer.
-            for marker in {tuple(text[at : at + length]) for at in range(len(text) - length)}:
-                counts[marker] = counts.get(marker, 0) + 1
+            for marker, times in Counter(tuple(text[at : at + length]) for at in range(len(text) - length)).items():
+                counts[marker] = counts.get(marker, 0) + (times == 1)
         for marker, count in counts.items():
             if count < max(2, COMMON_FROM * len(texts)):
                 continue

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from dlora.protocol import messages as m
 
 from .finding import Finding, found_by, nothing_there
 from .observed import Observed
 from .scoring import Attack
-from .seed_guessing import candidates_of
-
-CANDIDATES: Final = range(1 << 20)
-"""Some seconds. All 2^32 that a user can choose take under an hour on one core."""
+from .seed_guessing import SERVER_CANDIDATES, candidates_of
 
 
 def audit_seed(seen: Observed) -> Finding:
@@ -23,8 +18,8 @@ def audit_seed(seen: Observed) -> Finding:
     purpose = seen.openings[0].purpose
     if not isinstance(purpose, m.Train):
         return nothing_there("seed", "nothing is drawn where nothing is trained")
-    fits = list(candidates_of(purpose.seed, CANDIDATES))
-    name = f"{len(CANDIDATES):,} guesses"
+    fits = list(candidates_of(purpose.seed, SERVER_CANDIDATES))
+    name = f"{len(SERVER_CANDIDATES):,} guesses"
     if fits:
         attack = Attack(name=name, figure=1.0, interval=(1.0, 1.0), found=f"--seed {fits[0]}")
         return found_by("seed", [attack], "the number that the server's draws get fits it; A is drawn from it, too")

@@ -27,6 +27,9 @@ from dlora.protocol.tensors import FloatArray
 DEFAULT_CANDIDATES: Final = range(10_000)
 """What people type. By a product it is three seconds, at rank 8 and width 576; by ``candidates_of`` 5 ms."""
 
+SERVER_CANDIDATES: Final = range(1 << 20)
+"""Half a second by ``candidates_of``; all 2^32 that a user can choose take under an hour on one core."""
+
 _SERVER_PREFIX: Final = b"dlora, the server's draws\0"
 _ADAPTER_PREFIX: Final = b"dlora, lora_A\0"
 _FALSE_ALARM: Final = 1e-6  # how likely a wrong candidate may pass, of all together

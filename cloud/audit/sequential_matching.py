@@ -57,6 +57,7 @@ def match_tokens(
     blocks: int,
     *,
     most_candidates: int | None = None,
+    largest_error: float | None = None,
     probe: RidgeProbe | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Matched:
@@ -71,6 +72,8 @@ def match_tokens(
         lengths: of the sequences.
         blocks: 0 where embeddings crossed: then it is the nearest neighbour.
         most_candidates: about so many for each token; None: up to the whole vocabulary. First tokens share theirs.
+        largest_error: of the token itself, for who knows how rows were rounded: 0.01 is ample for fp16. None: what is
+            left may be noise, and is judged by where it points; near a sequence's beginning that may be wrong.
         probe: fitted for the same blocks; None: one is fitted here.
         on_progress: called with the number of tokens done and of all.
     """
@@ -95,7 +98,7 @@ def match_tokens(
     done = 0
     if len(lengths):
         # Before first tokens there is nothing: all of them are compared with the same candidates.
-        _match(rows, firsts, short, _Prefix(parts, blocks, probe.table), probe, most, result)
+        _match(rows, firsts, short, _Prefix(parts, blocks, probe.table), probe, most, result, largest_error)
         done = len(lengths)
         report(done, len(rows))
     for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
@@ -104,14 +107,22 @@ def match_tokens(
         for position in range(first + 1, end):
             lost = lost or not result.found[position - 1]
             prefix.append(int(result.ids[position - 1]))
-            _match(rows, torch.tensor([position]), short, prefix, probe, min(most, _LONG) if lost else most, result)
+            wide = min(most, _LONG) if lost else most
+            _match(rows, torch.tensor([position]), short, prefix, probe, wide, result, largest_error)
             done += 1
             report(done, len(rows))
     return result
 
 
 def _match(
-    rows: Tensor, positions: Tensor, short: Tensor, prefix: _Prefix, probe: RidgeProbe, most: int, result: Matched
+    rows: Tensor,
+    positions: Tensor,
+    short: Tensor,
+    prefix: _Prefix,
+    probe: RidgeProbe,
+    most: int,
+    result: Matched,
+    largest_error: float | None,
 ) -> None:
     """Find the tokens at positions int64 (count,) that all come after ``prefix``; they are written into ``result``.
 
@@ -119,24 +130,27 @@ def _match(
     """
     search = _Search(rows[positions.to(rows.device)], prefix, probe)
     search.try_tokens(short[positions.to(rows.device)])
-    found, errors = _judge(search, result)
+    found, errors = _judge(search, result, largest_error)
     for count in (_SHORT, _LONG, len(probe.table)):
         if bool(found.all()) or int(search.tried.sum()) >= most:
             break
         search.widen(min(count, most))
-        found, errors = _judge(search, result)
+        found, errors = _judge(search, result, largest_error)
     result.ids[positions] = search.ids.cpu()
     result.errors[positions] = errors
     result.found[positions] = found
     result.candidates[positions] = int(search.tried.sum())
 
 
-def _judge(search: _Search, result: Matched) -> tuple[Tensor, Tensor]:
+def _judge(search: _Search, result: Matched, largest_error: float | None) -> tuple[Tensor, Tensor]:
     """``are_found`` of the search, on the CPU, beside what was found before.
 
-    Noise is alike in all rows: where a row is much further off than others were, noise is not the reason.
+    Where rounding is known, a smaller error is the token. Noise is alike in all rows: where a row is much further off
+    than others were, noise is not the reason.
     """
     found, errors = (each.cpu() for each in search.are_found())
+    if largest_error is not None:
+        return errors < largest_error, errors
     usual = torch.cat([result.errors[result.found], errors]).median()
     return found & (errors < torch.clamp_min(_TIMES_USUAL * usual, _CLOSE)), errors
 

@@ -6,22 +6,23 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median
 
+from dlora.protocol.adapters import crossings
 from dlora.protocol.frames import HEADER_BLOCK
 from dlora.protocol.wire_codecs import CODECS
 
 from .finding import Finding, found_by
-from .observed import Observed, SeenFrame, SeenMicroBatch
+from .observed import Observed, SeenFrame, SeenMicroBatch, whole_texts
 from .scoring import share
 from .truth import Truth
 
 
-def tokens_from_size(nbytes: int, row_bytes: int) -> int:
-    """Tokens of a micro-batch, from the size of its first frame alone, which TLS does not hide.
+def rows_from_size(nbytes: int, row_bytes: int, positions: int = 0) -> int:
+    """Rows of a frame's first tensor, from the frame's size alone, which TLS does not hide.
 
-    ``docs/protocol.md``, Traffic: a block of header, then the rows of the tokens; the lengths and label positions that
-    follow are mostly less than a row. ``row_bytes``: of one token's embedding.
+    ``docs/protocol.md``, Traffic: a block of header, then the rows; what follows is 4 bytes for each position, and
+    mostly less than a row.
     """
-    return max(0, nbytes - HEADER_BLOCK) // row_bytes
+    return max(0, nbytes - HEADER_BLOCK - 4 * positions) // row_bytes
 
 
 def answer_seconds(frames: Sequence[SeenFrame]) -> Iterator[float]:
@@ -46,13 +47,26 @@ def audit_lengths(seen: Observed, truth: Truth) -> Finding:
 
 
 def _sized_tokens(seen: Observed, micro_batch: SeenMicroBatch) -> int:
-    codec = CODECS[micro_batch.opening.codecs_of(micro_batch.begun.mode).embeddings]
-    return tokens_from_size(micro_batch.frames[0].nbytes, codec.nbytes(1, seen.welcome.embedding_size))
+    """Tokens of a micro-batch: of its first frame what is left without the positions, whose numbers other frames tell.
+
+    Which frame is which, is known from their order. The recipe and the wire's dtypes are taken for known.
+    """
+    codecs, sizes = micro_batch.opening.codecs_of(micro_batch.begun.mode), [each.nbytes for each in micro_batch.frames]
+    groups, positions = micro_batch.opening.groups, 0
+    live = sorted(micro_batch.inputs)
+    if micro_batch.last_hidden is not None and len(sizes) > 1 + 2 * len(live):
+        row = CODECS[codecs.last_hidden_states].nbytes(1, seen.welcome.hidden_size)
+        positions += rows_from_size(sizes[1 + 2 * len(live)], row)
+    if micro_batch.begun.crossing_positions is not None and live:
+        width = crossings(micro_batch.opening.adapter, [groups[live[0]]])[0].input_width
+        positions += rows_from_size(sizes[1], CODECS[codecs.group_input].nbytes(1, width))
+    row = CODECS[codecs.embeddings].nbytes(1, seen.welcome.embedding_size)
+    return rows_from_size(sizes[0], row, positions)
 
 
 def in_the_clear(seen: Observed) -> list[str]:
     """What crosses as it is, in words."""
-    texts = sum(len(each.lengths) for each in seen.micro_batches)
+    texts = len(whole_texts([[0] * each.begun.tokens for each in seen.micro_batches], seen.micro_batches))
     lasted_s = seen.frames[-1].time - seen.frames[0].time
     said = [f"{texts:,} texts in {len(seen.micro_batches):,} micro-batches, and when: over {lasted_s:.1f} s"]
     seconds = sorted(answer_seconds(seen.frames))

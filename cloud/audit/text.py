@@ -15,7 +15,7 @@ from dlora.cloud.model.base_model import BaseModel, find_embedding
 from .finding import Finding, found_by, nothing_there
 from .membership import is_member, swap_ends
 from .nearest_neighbour import nearest_tokens
-from .observed import Observed
+from .observed import Observed, whole_texts
 from .prompt_ends import common_marker_ends, first_labels
 from .scoring import Attack, share
 from .truth import TrueExample, Truth
@@ -32,12 +32,8 @@ class FoundText:
     ids: list[Tensor]
 
     def texts(self, seen: Observed) -> list[list[int]]:
-        """Of each sequence, in order."""
-        return [
-            each.tolist()
-            for ids, micro_batch in zip(self.ids, seen.micro_batches, strict=False)
-            for each in ids.split(micro_batch.lengths)
-        ]
+        """Whole ones, in order."""
+        return whole_texts([ids.tolist() for ids in self.ids], seen.micro_batches)
 
 
 def find_text(seen: Observed, base: BaseModel) -> FoundText:
@@ -72,10 +68,15 @@ def score_tokens(attack: str, found: Sequence[Tensor], wanted: Sequence[Tensor],
 def audit_text(seen: Observed, truth: Truth, found: FoundText) -> Finding:
     """How many tokens are right."""
     true = truth.micro_batches[: len(found.ids)]
-    texts = sum(len(each.lengths) for each in true)
+    texts = len(true_texts(seen, truth, found))
     wanted = [torch.from_numpy(each.ids) for each in true]
     attack = score_tokens(found.attack, found.ids, wanted, texts)
     return found_by("text", [attack], "embeddings are rows of a public table")
+
+
+def true_texts(seen: Observed, truth: Truth, found: FoundText) -> list[list[int]]:
+    """Whole ones, as far as the attack looked."""
+    return whole_texts([each.ids.tolist() for each in truth.micro_batches[: len(found.ids)]], seen.micro_batches)
 
 
 def audit_prompt_lengths(seen: Observed, truth: Truth, found: FoundText) -> Finding:
@@ -119,7 +120,7 @@ def _prompt_lengths_of_first_blocks(seen: Observed, truth: Truth, found: FoundTe
 
 def audit_membership(seen: Observed, truth: Truth, found: FoundText) -> Finding:
     """Whether an attacker who has a text can tell that it was among those that crossed."""
-    members, others = _candidates(truth, len(found.ids))
+    members, others = _candidates(true_texts(seen, truth, found), truth)
     if not members or not others:
         return nothing_there("membership", "there is no second text to compare with")
     texts = found.texts(seen)
@@ -134,8 +135,7 @@ def audit_membership(seen: Observed, truth: Truth, found: FoundText) -> Finding:
 
 def audit_phrase(seen: Observed, truth: Truth, found: FoundText, phrase: str) -> Finding:
     """Whether a phrase is found in the texts that have it."""
-    texts = [each.tolist() for micro_batch in truth.micro_batches[: len(found.ids)] for each in micro_batch.texts()]
-    has = [phrase in truth.text_of(text) for text in texts]
+    has = [phrase in truth.text_of(text) for text in true_texts(seen, truth, found)]
     secret = f"the phrase {phrase[:60]!r}"
     if not any(has):
         return nothing_there(secret, "no text that crossed has it")
@@ -159,12 +159,10 @@ def examples_of(seen: Observed, truth: Truth) -> list[TrueExample | None]:
     return found
 
 
-def _candidates(truth: Truth, micro_batches: int) -> tuple[list[list[int]], list[list[int]]]:
+def _candidates(texts: Sequence[list[int]], truth: Truth) -> tuple[list[list[int]], list[list[int]]]:
     """Texts that crossed, and as many that did not: others of the data, or, where there are too few, made of the first
     half of one text that crossed and the second half of another."""
-    crossed = {
-        text.tobytes(): text.tolist() for each in truth.micro_batches[:micro_batches] for text in each.texts()
-    }
+    crossed = {tuple(text): text for text in texts}
     members = list(crossed.values())[:MOST_CANDIDATES]
     others = [
         each.ids.tolist()

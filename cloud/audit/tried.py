@@ -31,7 +31,9 @@ from .text import score_tokens
 from .truth import Truth
 
 EPOCHS: Final = 10
-MOST_TOKENS: Final = 320
+MOST_TOKENS: Final = 320  # of what is matched token by token
+MOST_NOISY_TOKENS: Final = 4096
+FP16_ERROR: Final = 0.01  # of the right token, relative to the distance of others: far above fp16's rounding
 NOISE: Final = "noise"
 FIRST_BLOCKS: Final = "first-blocks"
 
@@ -83,14 +85,14 @@ def try_defences(
     for each in defences:
         if each.kind == FIRST_BLOCKS and each.amount >= base.blocks:
             raise UsageError(f"--try first-blocks={each.amount:.0f}: the model has {base.blocks}; some must be left")
-    parts, texts = ModelParts(base), _choose_texts(truth)
-    plain = _loss(parts, embeddings_of(base, texts.ids), texts, 0)
-    tried = []
+    parts, tried = ModelParts(base), []
     for each in defences:
         name = f"{each.kind}={each.amount:g}"
         on_attack(name)
-        attack = _noise if each.kind == NOISE else _first_blocks
-        tried.append(attack(name, each.amount, texts, parts, plain))
+        is_noise = each.kind == NOISE
+        texts = _choose_texts(truth, MOST_NOISY_TOKENS if is_noise else MOST_TOKENS)
+        plain = _loss(parts, embeddings_of(base, texts.ids), texts, 0)
+        tried.append((_noise if is_noise else _first_blocks)(name, each.amount, texts, parts, plain))
     return tuple(tried)
 
 
@@ -102,12 +104,11 @@ def _noise(name: str, times_rms: float, texts: _Texts, parts: ModelParts, plain:
     epochs = [with_noise(hidden, times_rms, draw) for _ in range(EPOCHS)]
     attacks = [
         _score("nearest neighbour", nearest_tokens(epochs[0], table), texts),
-        _score(f"mean of {EPOCHS} epochs, nearest neighbour", _averaged(epochs, texts, table), texts),
+        _score(f"mean of {EPOCHS} epochs, of texts that are alike", _averaged(epochs, texts, table), texts),
+        _score(f"mean of {EPOCHS} epochs, of texts as long", _averaged_by_length(epochs, texts, table), texts),
     ]
     deviation = times_rms * float(hidden.float().square().mean().sqrt())
-    centred = table.float() - table.float().mean(0)
-    # No two rows of the table are farther from each other than twice the farthest from the middle.
-    epsilon = epsilon_of(2 * float(torch.linalg.vector_norm(centred, dim=1).max()), deviation)
+    epsilon = epsilon_of(largest_distance(table), deviation)
     claim = (
         f"ε ≤ {epsilon:,.0f} for each token each time that it crosses (one token in place of another, nothing clipped, "
         f"δ = {DELTA:g}); an ε of 8 or less would say something"
@@ -130,14 +131,40 @@ def _averaged(epochs: Sequence[Tensor], texts: _Texts, table: Tensor) -> Tensor:
     return torch.cat([ids for ids in found if ids is not None])
 
 
+def _averaged_by_length(epochs: Sequence[Tensor], texts: _Texts, table: Tensor) -> Tensor:
+    """Lengths cross as they are: what is as long is taken for the same text, however large the noise is."""
+    sums: dict[int, Tensor] = {}
+    for hidden in epochs:
+        for rows in hidden.split(texts.lengths):
+            sums[len(rows)] = sums.get(len(rows), torch.zeros_like(rows.float())) + rows.float()
+    counts = {length: texts.lengths.count(length) * len(epochs) for length in sums}
+    found = {length: nearest_tokens(total / counts[length], table) for length, total in sums.items()}
+    return torch.cat([found[length] for length in texts.lengths])
+
+
+def largest_distance(table: Tensor, most: int = 4096) -> float:
+    """At least the largest Euclidean distance of two rows of (vocabulary, width), and mostly not more.
+
+    Of the ``most`` rows that are farthest from the middle all pairs are looked at. No other row can be farther from any
+    than both distances from the middle together.
+    """
+    centred = table.float() - table.float().mean(0)
+    norms, order = torch.linalg.vector_norm(centred, dim=1).sort(descending=True)
+    far = centred[order[:most]]
+    largest = max(float(torch.cdist(piece, far).max()) for piece in far.split(512))
+    rest = float(norms[most] + norms[0]) if len(norms) > most else 0.0
+    return max(largest, rest)
+
+
 def _first_blocks(name: str, amount: float, texts: _Texts, parts: ModelParts, plain: float) -> TriedDefence:
     """The device runs the first blocks itself: hidden states cross in place of embeddings, in fp16."""
     blocks = int(amount)
     hidden = after_blocks(parts, texts.ids, texts.lengths, blocks)
     crossed = torch.from_numpy(decode_floats(encode_floats(hidden.float().cpu().numpy(), "fp16"))).to(hidden.device)
     probe = RidgeProbe.fit(parts, blocks)
+    matched = match_tokens(crossed, texts.lengths, parts, blocks, largest_error=FP16_ERROR, probe=probe)
     attacks = [
-        _score("sequential matching", match_tokens(crossed, texts.lengths, parts, blocks, probe=probe).ids, texts),
+        _score("sequential matching", matched.ids, texts),
         _score("ridge probe", probe.guess(crossed), texts),
     ]
     table = embedding_table(parts.base)
@@ -165,17 +192,17 @@ def _loss(parts: ModelParts, hidden: Tensor, texts: _Texts, blocks: int) -> floa
     return loss_with(parts, hidden, texts.lengths, positions, texts.ids[positions + 1], blocks)
 
 
-def _choose_texts(truth: Truth) -> _Texts:
-    """Texts of at least two tokens, each once, as many as ``MOST_TOKENS`` take, and one at the least."""
+def _choose_texts(truth: Truth, most: int) -> _Texts:
+    """Texts of at least two tokens, each once, as many as ``most`` tokens take, and one at the least."""
     chosen: dict[bytes, Tensor] = {}
     tokens = 0
     for micro_batch in truth.micro_batches:
         for text in micro_batch.texts():
             if len(text) < 2 or text.tobytes() in chosen:
                 continue
-            if chosen and tokens + len(text) > MOST_TOKENS:
-                break
-            chosen[text.tobytes()] = torch.from_numpy(text[:MOST_TOKENS].copy())
+            if chosen and tokens + len(text) > most:
+                continue
+            chosen[text.tobytes()] = torch.from_numpy(text[:most].copy())
             tokens += len(text)
     if not chosen:
         raise UsageError("--try needs a recording with a text of two tokens or more")

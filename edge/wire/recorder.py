@@ -104,9 +104,11 @@ class Recorder:
         labels: Sequence[int] | npt.NDArray[np.int64],
     ) -> None:
         """Of each ``embeddings`` that is sent, in that order: its packed tokens int64 (tokens,), the lengths of its
-        sequences, and positions and values of its labels."""
+        sequences, and positions and values of its labels. What is generated has none."""
         if self.is_full:
             return
+        if mode == "decode":
+            label_positions, labels = (), ()
         name = f"micro_batch.{len(self._modes)}"
         self._modes.append(mode)
         self._keep(f"{name}.ids", ids.copy())
