@@ -22,6 +22,7 @@ from .ridge_probe import RidgeProbe, embedding_table, run_blocks
 _FIRST: Final = 16
 _SHORT: Final = 128
 _LONG: Final = 1024
+_LONGEST: Final = 8192
 _OTHERS: Final = 64  # candidates that the best one is compared with
 _TOKENS_AT_ONCE: Final = 65536  # of candidates and what comes before each of them, for the memory's sake
 # When a candidate is taken for the token itself; ``are_found`` has the reasons.
@@ -98,9 +99,11 @@ def match_tokens(
     done = 0
     if len(lengths):
         # Before first tokens there is nothing: all of them are compared with the same candidates.
-        _match(rows, firsts, short, _Prefix(parts, blocks, probe.table), probe, most, result, largest_error)
+        tried = short[firsts.to(rows.device)]
+        _match(rows, firsts, tried, _Prefix(parts, blocks, probe.table), probe, most, result, largest_error)
         done = len(lengths)
         report(done, len(rows))
+    after: dict[tuple[int, ...], list[int]] = {}
     for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
         prefix = _Prefix(parts, blocks, probe.table)
         lost = False
@@ -108,7 +111,13 @@ def match_tokens(
             lost = lost or not result.found[position - 1]
             prefix.append(int(result.ids[position - 1]))
             wide = min(most, _LONG) if lost else most
-            _match(rows, torch.tensor([position]), short, prefix, probe, wide, result, largest_error)
+            # What another sequence has after the same tokens, such as a template's, is looked for first.
+            before = tuple(result.ids[first:position].tolist())
+            known = torch.tensor(after.setdefault(before, []), dtype=torch.int64, device=rows.device)
+            tried = torch.cat([short[position], known])
+            _match(rows, torch.tensor([position]), tried, prefix, probe, wide, result, largest_error)
+            if result.found[position]:
+                after[before].append(int(result.ids[position]))
             done += 1
             report(done, len(rows))
     return result
@@ -126,15 +135,21 @@ def _match(
 ) -> None:
     """Find the tokens at positions int64 (count,) that all come after ``prefix``; they are written into ``result``.
 
-    ``short``: int64 (tokens, count), what is tried first for each row.
+    ``short``: int64, of any shape: what is tried first.
     """
     search = _Search(rows[positions.to(rows.device)], prefix, probe)
-    search.try_tokens(short[positions.to(rows.device)])
+    search.try_tokens(short)
     found, errors = _judge(search, result, largest_error)
-    for count in (_SHORT, _LONG, len(probe.table)):
+    for count in (_SHORT, _LONG, _LONGEST):
         if bool(found.all()) or int(search.tried.sum()) >= most:
             break
         search.widen(min(count, most))
+        found, errors = _judge(search, result, largest_error)
+    # All others, from the front: vocabularies are mostly in the order in which tokens were merged, frequent ones first.
+    for piece in torch.arange(len(probe.table), device=rows.device).split(_LONGEST):
+        if bool(found.all()) or int(search.tried.sum()) >= most:
+            break
+        search.try_tokens(piece)
         found, errors = _judge(search, result, largest_error)
     result.ids[positions] = search.ids.cpu()
     result.errors[positions] = errors
