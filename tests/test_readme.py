@@ -21,6 +21,7 @@ from waiting import eventually
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text().partition("## Use it")[2].partition("## It survives")[0]
+AUDIT = (ROOT / "docs/howto/audit.md").read_text()
 RASPBERRY_PI = (ROOT / "docs/howto/raspberry-pi.md").read_text()
 # What sets a machine up: .ci/wheel, test_bare_install.py, test_install.py and tests/arm do these things.
 SET_UP = ("python3.11 -m venv", "pip install", "pip wheel", "python3 -m venv", "~/dlora/bin/pip", "uv tool", "sudo",
@@ -93,7 +94,7 @@ def listening(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_readme(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     shell, lines = Shell(tmp_path, "ws://127.0.0.1:8765"), commands(README)
-    assert len(lines) == 9
+    assert len(lines) == 11
     for line in lines:
         if line.startswith("dlora-cloud serve"):
             started.append(listening(shell.start(line)))
@@ -122,3 +123,9 @@ def test_raspberry_pi(tmp_path: Path, started: list[subprocess.Popen[str]]) -> N
         if line.startswith("dlora-cloud token"):
             serve = "dlora-cloud serve smollm2-135m --port 8765 --tls-cert server.key --tls-key server.key"
             started.append(listening(shell.start(serve)))
+
+
+def test_the_commands_of_an_audit_are_the_readmes() -> None:
+    """Which are run above."""
+    assert commands(AUDIT)
+    assert set(commands(AUDIT)) <= set(commands(README))

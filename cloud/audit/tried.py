@@ -121,14 +121,12 @@ def _averaged(epochs: Sequence[Tensor], texts: _Texts, table: Tensor) -> Tensor:
     """The same texts in each epoch, in an order that the attacker does not know."""
     observations = [rows for hidden in epochs for rows in hidden.split(texts.lengths)]
     order = torch.randperm(len(observations), generator=torch.Generator().manual_seed(1)).tolist()
-    found: list[Tensor | None] = [None] * texts.count
-    for group, mean in average_repeats([observations[index].float() for index in order]):
-        ids = nearest_tokens(mean, table)
+    means: dict[int, Tensor] = {}
+    groups = average_repeats([observations[index].float() for index in order])
+    for group, mean in sorted(groups, key=lambda each: len(each[0])):  # the largest group of a text comes last
         for index in group:
-            text = order[index] % texts.count
-            if found[text] is None:
-                found[text] = ids
-    return torch.cat([ids for ids in found if ids is not None])
+            means[order[index] % texts.count] = mean
+    return nearest_tokens(torch.cat([means[text] for text in range(texts.count)]), table)
 
 
 def _averaged_by_length(epochs: Sequence[Tensor], texts: _Texts, table: Tensor) -> Tensor:
@@ -138,8 +136,7 @@ def _averaged_by_length(epochs: Sequence[Tensor], texts: _Texts, table: Tensor) 
         for rows in hidden.split(texts.lengths):
             sums[len(rows)] = sums.get(len(rows), torch.zeros_like(rows.float())) + rows.float()
     counts = {length: texts.lengths.count(length) * len(epochs) for length in sums}
-    found = {length: nearest_tokens(total / counts[length], table) for length, total in sums.items()}
-    return torch.cat([found[length] for length in texts.lengths])
+    return nearest_tokens(torch.cat([sums[length] / counts[length] for length in texts.lengths]), table)
 
 
 def largest_distance(table: Tensor, most: int = 4096) -> float:
