@@ -26,6 +26,7 @@ FRAMES_FILE: Final = "frames.bin"
 TRUTH_DIRECTORY: Final = "truth"
 TRUTH_FILE: Final = "truth.safetensors"
 TRUTH_FORMAT: Final = 1
+TOKENIZER_FILE: Final = "tokenizer.json"
 ID_BYTES: Final = 16
 MAGIC: Final = b"dlora frames 1\0\0"
 _RECORD: Final = struct.Struct("<dIB")
@@ -69,11 +70,11 @@ class Recording(NamedTuple):
 
 
 def read_recording(directory: Path) -> Recording:
-    """The frames in ``directory``, or in its ``frames``.
+    """The frames in ``directory``, or in its ``frames``; it may be the file itself.
 
     Raises ``DataError`` where there are none, and where the file is no recording or is torn.
     """
-    path = directory / FRAMES_FILE
+    path = directory if directory.is_file() else directory / FRAMES_FILE
     if not path.is_file() and (directory / FRAMES_DIRECTORY).is_dir():
         path = directory / FRAMES_DIRECTORY / FRAMES_FILE
     try:

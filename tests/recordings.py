@@ -47,4 +47,4 @@ def opened(directory: Path) -> tuple[Observed, Truth]:
     """What the attackers have of a recording, and the truth."""
     recording = read_recording(directory)
     seen = observe(recording)
-    return seen, load_truth(directory, recording.id, len(seen.micro_batches))
+    return seen, load_truth(directory, recording.id, seen)

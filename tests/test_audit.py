@@ -108,13 +108,13 @@ def test_of_trunk_the_text_is_exposed_and_what_is_trained_is_not(audits: dict[st
     audit = audits["trunk"]
     for secret in ("text", "prompt lengths", "membership", "labels fed back as text"):
         assert finding(audit, secret).verdict is Verdict.EXPOSED, secret
-    for secret in ("labels", "adapter", "gradients"):
+    for secret in ("labels never fed back", "adapter", "gradients"):
         found = finding(audit, secret)
         assert found.verdict is Verdict.BY_CONSTRUCTION, secret
         assert not found.attacks
         (named,) = re.findall(r"(tests/\w+\.py)::(\w+)", found.why)
         assert f"def {named[1]}(" in Path(named[0]).read_text()
-    assert "24 of 72" in finding(audit, "labels").why  # the last of three labels is never fed back
+    assert "24 of 72" in finding(audit, "labels never fed back").why  # the last of three labels is never fed back
 
 
 def test_of_a_guessed_seed_a_and_b_are_found_each_by_itself(
@@ -318,7 +318,7 @@ def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Pa
         assert finding(audit, "text").verdict is Verdict.EXPOSED
         texts = 8 if command[0] == "evaluate" else 1
         assert len(audit.texts) == texts  # tokens that go on from each other are one text
-        assert audit.clear[0].startswith(f"{texts} texts in")
+        assert audit.clear[0].startswith(f"{texts} text")
         assert (finding(audit, "labels").verdict is None) == (command[0] == "generate")
     refused = run_edge("evaluate", "--data", data, "--bundle", model.bundle, "--mode", "local", "--record", "x")
     assert refused.code == 2

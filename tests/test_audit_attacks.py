@@ -201,7 +201,9 @@ def test_verdicts_of_shares(right: int, of: int, texts: int, guess: float, verdi
 def test_verdicts_of_matrices() -> None:
     assert matrices("attack", [0.001, 0.002, 0.9], "A").verdict is Verdict.EXPOSED
     assert matrices("attack", [0.9, 0.8, 0.7], "A").verdict is Verdict.PARTIAL
-    assert matrices("attack", [1.0, 1.2, 0.99], "A").verdict is Verdict.RESISTED
+    # With more tokens they are solved; and what is no number is nothing found, not something that resisted.
+    assert matrices("attack", [1.0, 1.2, 0.99], "A").verdict is Verdict.PARTIAL
+    assert matrices("attack", [math.nan, math.nan, 0.001], "A").verdict is Verdict.PARTIAL
 
 
 def test_intervals_are_wilsons() -> None:

@@ -23,7 +23,7 @@ import dlora.edge.commands.app
 import dlora.export.cli
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from audit import FILE, RECIPES, TRIED, TRIED_ON, defences_table, findings_table, in_one_sentence
+from audit import FILE, RECIPES, TRIED, TRIED_ON, defences_table, findings_table, in_one_sentence, of_few_tokens
 
 ROOT = Path(__file__).parents[1]
 AUDIT: dict[str, Any] = json.loads((ROOT / "docs" / FILE).read_text(encoding="utf-8"))
@@ -33,9 +33,10 @@ PAGES = [
     *(ROOT / "docs" / "howto").glob("*.md"),
 ]
 CLAIM = re.compile(
-    r"protect|privac|\bprivate\b|secre[ct]|unreadable|conceal|anonym|confidential|\bsafe(ly)?\b|by construction"
+    r"protect|privac|\bprivate\b|secre[ct]|unreadable|illegible|invisible|conceal|anonym|confidential|\bsafe(ly)?\b"
+    r"|by construction|reveal|\bleaks?\b|unknown to|learns? nothing|\bresists?\b|no attack|unable to"
     r"|\bhid(e|es|den)\b(?! (states?|size|width))"
-    r"|cannot (be )?(see|seen|read|know|known|learn|tell|told|find|found|recover)",
+    r"|(cannot|can't) (be )?(see|seen|read|know|known|learn|tell|told|find|found|recover)",
     re.IGNORECASE,
 )
 STRONG = re.compile("by construction", re.IGNORECASE)
@@ -127,6 +128,11 @@ def test_where_text_is_said_not_to_be_transmitted_it_is_said_that_this_is_no_sec
         "The cloud cannot see your data.",
         "dlora is privacy-preserving.",
         "Your labels are protected.",
+        "The server learns nothing of your labels.",
+        "No attack recovers the adapter.",
+        "It can't see your data.",
+        "What crosses is invisible to the server.",
+        "The default does not reveal the text.",
         "int8 hides the text.",
         "With the default the adapter is protected by construction. <!-- audit: bottleneck/adapter -->",
         "The text is private. <!-- audit: trunk/text -->",
@@ -151,6 +157,7 @@ def test_security_and_readme_quote_the_audit() -> None:
     security = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     assert findings_table(AUDIT) in security
     assert defences_table(AUDIT) in security
+    assert of_few_tokens(AUDIT) in " ".join(security.split())
     assert in_one_sentence(AUDIT) in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
@@ -174,8 +181,9 @@ def test_what_the_lab_found_is_found_again() -> None:
         assert best(recipe, "labels")["figure"] > 0.99
         for secret in ("text", "labels", "adapter", "gradients", "prompt lengths", "membership"):
             assert verdict_of(f"{recipe}/{secret}", AUDIT) == "EXPOSED"
-    for secret in ("labels", "adapter", "gradients"):
+    for secret in ("labels never fed back", "adapter", "gradients"):
         assert verdict_of(f"trunk/{secret}", AUDIT) == "BY CONSTRUCTION"
+    assert verdict_of("trunk/labels fed back as text", AUDIT) == "EXPOSED"
     assert verdict_of("trunk/text", AUDIT) == "EXPOSED"
     assert verdict_of("lora, --seed 7/seed", AUDIT) == "EXPOSED"
     assert verdict_of("lora/seed", AUDIT) == "RESISTED"

@@ -56,7 +56,8 @@ def audit_adapter(seen: Observed, truth: Truth) -> Finding:
         attacks += attack(seen, version, _parameters_of(truth, version.last))
     if not attacks:
         return nothing_there("adapter", _NO_ADAPTER)
-    return found_by("adapter", attacks, "times its scaling; adapters are linear, and the server sees both their sides")
+    why = "times its scaling; adapters are linear, and the server sees both their sides"
+    return found_by("adapter", attacks, "; ".join(filter(None, (why, replay_is_missing(seen)))))
 
 
 def audit_gradients(seen: Observed, truth: Truth) -> Finding:
@@ -72,7 +73,8 @@ def audit_gradients(seen: Observed, truth: Truth) -> Finding:
     return found_by(
         "gradients",
         [matrices("product of what crossed", errors, f"those of {len(errors)} groups")],
-        "what crosses forward, times what crosses backward, is the gradient",
+        "what crosses forward, times what crosses backward, is the gradient: of a lora that of B·A, which the "
+        "truth's A and B turn into theirs",
     )
 
 
@@ -185,32 +187,47 @@ def _attack_frozen_factors(seen: Observed, version: _Version, parameters: Parame
 
 def _replay(seen: Observed, version: _Version, wanted_of: dict[int, Tensor], what: str) -> Attack | None:
     """What a server finds that steps the optimiser itself; None where it did not see the run from its first step on."""
-    purpose = seen.openings[0].purpose
-    if len(seen.openings) != 1 or not isinstance(purpose, m.Train) or purpose.next_step or purpose.learnt:
+    at = version.micro_batches[-1].step
+    if not wanted_of or not at or replay_is_missing(seen):
         return None
-    at = version.micro_batches[-1].reports
-    if not wanted_of or not at:
-        return None
-    steps = []
-    for reports in range(at + 1):
-        same = [each for each in seen.micro_batches if each.reports == reports]
-        rows, grads = {}, {}
-        for group in sorted({group for each in same for group in each.deltas}):
-            forward = [each for each in same if group in each.deltas]
-            inputs, deltas = _forward_rows(forward, group)
-            rows[str(group)] = inputs, torch.cat(deltas, 1)
-            trained = [each for each in forward if group in each.grads]
-            if trained:
-                grads[str(group)] = _sum(
-                    torch.cat([floats(grad) for grad in each.grads[group]], 1).T @ floats(each.inputs[group])
-                    for each in trained
-                )
-        steps.append(StepSeen(rows, grads))
+    steps = [_step_seen(seen, step) for step in range(at + 1)]
     values = replay(steps).values
     errors = [relative_error(values[str(group)], wanted) for group, wanted in wanted_of.items() if str(group) in values]
     if not errors:
         return None
     return matrices("replay of the optimiser", errors, f"{what} of {len(errors)} groups, from {at} steps' gradients,")
+
+
+def replay_is_missing(seen: Observed) -> str:
+    """Why the optimiser cannot be replayed, where what is trained began at zero; empty where it can."""
+    purpose = seen.openings[0].purpose
+    if not isinstance(purpose, m.Train) or seen.opening.adapter.kind == "lora":
+        return ""
+    last = max(each.step for each in seen.micro_batches)
+    trained = {each.step for each in seen.micro_batches if each.grads}
+    if purpose.next_step or purpose.learnt or not trained >= set(range(last)):
+        return "the replay of the optimiser was not tried, because the recording does not have the run's first steps"
+    return ""
+
+
+def _step_seen(seen: Observed, step: int) -> StepSeen:
+    """A step that was run again, because its session was lost, counts as it was run last."""
+    last: dict[tuple[str, int], SeenMicroBatch] = {}
+    for each in seen.micro_batches:
+        if each.step == step and each.deltas:
+            last[each.begun.mode, each.begun.micro_batch] = each
+    rows, grads = {}, {}
+    for group in sorted({group for each in last.values() for group in each.deltas}):
+        forward = [each for each in last.values() if group in each.deltas]
+        inputs, deltas = _forward_rows(forward, group)
+        rows[str(group)] = inputs, torch.cat(deltas, 1)
+        trained = [each for each in forward if group in each.grads]
+        if trained:
+            grads[str(group)] = _sum(
+                torch.cat([floats(grad) for grad in each.grads[group]], 1).T @ floats(each.inputs[group])
+                for each in trained
+            )
+    return StepSeen(rows, grads)
 
 
 # -- both ------------------------------------------------------------------------------------------------
@@ -261,12 +278,12 @@ def _gradient_errors(seen: Observed, micro_batches: Sequence[SeenMicroBatch], gr
 def _versions(seen: Observed, truth: Truth) -> list[_Version]:
     """The last time in which adapters that have an effect trained, and the last in which they were only used."""
     found: dict[bool, _Version] = {}
-    for reports in sorted({each.reports for each in seen.micro_batches}, reverse=True):
+    for step in sorted({each.step for each in seen.micro_batches}, reverse=True):
         for trains in (True, False):
             same = [
                 (index, each)
                 for index, each in enumerate(seen.micro_batches)
-                if each.reports == reports and each.deltas and bool(each.grads) == trains
+                if each.step == step and each.deltas and bool(each.grads) == trains
             ]
             if same and trains not in found and _has_effect(_parameters_of(truth, same[-1][0])):
                 found[trains] = _Version([each for _, each in same], same[-1][0], trains)

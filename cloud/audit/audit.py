@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import msgspec
+import torch
 
-from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel, find_embedding
 from dlora.protocol.errors import ModelMismatchError
 from dlora.protocol.version import SOFTWARE_VERSION
 
@@ -16,6 +18,7 @@ from .adapter import audit_adapter, audit_gradients
 from .finding import Finding
 from .labels import audit_labels
 from .observed import Observed
+from .scoring import Verdict
 from .seed import audit_seed
 from .side_channels import audit_lengths, in_the_clear
 from .text import audit_membership, audit_phrase, audit_prompt_lengths, audit_text, find_text, true_texts
@@ -23,6 +26,8 @@ from .truth import Truth
 
 AUDIT_FORMAT = 1
 MOST_SHOWN = 40
+ROUNDING = 0.02
+"""Of a row's largest value: the wire's int8, and a table that a bundle holds in int8, are well within."""
 
 
 class ShownText(msgspec.Struct, frozen=True):
@@ -93,6 +98,7 @@ def run_audit(
     """
     started = time.monotonic()
     check_model(seen, base)
+    seen = replace(seen, micro_batches=seen.micro_batches[: len(truth.micro_batches)])
     on_attack("text")
     found = find_text(seen, base)
     findings = [audit_text(seen, truth, found)]
@@ -104,11 +110,13 @@ def run_audit(
         "prompt lengths": lambda: audit_prompt_lengths(seen, truth, found),
         "membership": lambda: audit_membership(seen, truth, found),
         "lengths of texts": lambda: audit_lengths(seen, truth),
-        "seed": lambda: audit_seed(seen),
+        "seed": lambda: audit_seed(seen, truth),
     }
     for secret, attack in others.items():
         on_attack(secret)
         findings.append(attack())
+    if seen.has_only_first_blocks and not crossed_is_text(seen, truth, base):
+        findings = [_not_by_construction(each) for each in findings]
     findings += [audit_phrase(seen, truth, found, phrase) for phrase in phrases]
     pairs = zip(true_texts(seen, truth, found), found.texts(seen), strict=True)
     shown = [ShownText(truth.text_of(a), truth.text_of(b)) for a, b in islice(pairs, MOST_SHOWN)]
@@ -121,6 +129,30 @@ def run_audit(
         texts=tuple(shown),
         seconds=round(time.monotonic() - started, 2),
     )
+
+
+def crossed_is_text(seen: Observed, truth: Truth, base: BaseModel) -> bool:
+    """Whether all that was sent is these tokens, or their embeddings but for rounding: nothing is mixed in."""
+    end = find_embedding(base)
+    for crossed, true in zip(seen.micro_batches, truth.micro_batches, strict=True):
+        ids, embeddings = torch.from_numpy(true.ids), crossed.embeddings
+        if embeddings is None:
+            assert crossed.begun.token_ids is not None
+            if crossed.begun.token_ids.data.tolist() != true.ids.tolist():
+                return False
+            continue
+        wanted = end(ids.to(base.device)).float().cpu()
+        largest = wanted.abs().amax(1, keepdim=True).clamp_min(1e-30)
+        if not bool(((embeddings - wanted).abs() <= ROUNDING * largest).all()):
+            return False
+    return True
+
+
+def _not_by_construction(finding: Finding) -> Finding:
+    if finding.verdict is not Verdict.BY_CONSTRUCTION:
+        return finding
+    why = "the embeddings that crossed are not those of the text: no attack here looks for what else is in them"
+    return Finding(secret=finding.secret, verdict=Verdict.PARTIAL, why=why)
 
 
 def _recorded(seen: Observed) -> dict[str, str | int]:

@@ -33,4 +33,4 @@ def _delta_of(epsilon: float, ratio: float) -> float:
         float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64)))
         for x in (ratio / 2 - epsilon / ratio, -ratio / 2 - epsilon / ratio)
     )
-    return math.exp(first) - math.exp(epsilon + second)
+    return math.exp(first) - math.exp(min(0.0, epsilon + second))  # the product is a share; rounding may lift it

@@ -11,8 +11,8 @@ from .adapter import NOTHING_CROSSES
 from .finding import Finding, by_construction, found_by, nothing_there
 from .label_matching import match_labels
 from .observed import Observed, SeenMicroBatch, floats
-from .scoring import Attack, share
-from .text import FoundText, examples_of
+from .scoring import Attack, commonest, share
+from .text import FoundText, examples_of, true_texts
 from .truth import TrueMicroBatch, Truth
 
 
@@ -34,65 +34,78 @@ def _matched(seen: Observed, truth: Truth, base: BaseModel) -> list[Attack]:
             continue
         begun = micro_batch.begun
         # Those of the mode basis are scaled by themselves.
-        key = ("basis", index) if begun.mode == "basis" else (micro_batch.reports, begun.step)
+        key = ("basis", index) if begun.mode == "basis" else (begun.step,)
         steps.setdefault(key, []).append((micro_batch, true))
-    head, right, guessed, labels, texts = find_head(base), 0, 0, 0, 0
+    head, right, likeliest, found, texts = find_head(base), 0, 0, [], set()
     for step in steps.values():
         hidden = torch.cat([floats(each.last_hidden) for each, _ in step if each.last_hidden is not None])
         grads = torch.cat([floats(each.last_grad) for each, _ in step if each.last_grad is not None])
         wanted = torch.cat([torch.from_numpy(true.labels) for _, true in step])
         matched = match_labels(hidden.to(base.device), grads.to(base.device), head)
         right += int((matched.labels.cpu() == wanted).sum())
-        guessed += int((_likeliest(hidden, base) == wanted).sum())
-        labels += len(wanted)
-        texts += sum(len(true.lengths) for _, true in step)
-    if not labels:
+        likeliest += int((_likeliest(hidden, base) == wanted).sum())
+        found.append(wanted)
+        texts |= {text.tobytes() for _, true in step for text in true.texts()}
+    if not found:
         return []
-    return [share("label matching and back-substitution", right, labels, texts, "labels", guess=guessed / labels)]
+    guess, labels = commonest(torch.cat(found)), sum(map(len, found))
+    return [
+        share("label matching and back-substitution", right, labels, len(texts), "labels", guess=guess),
+        share("what the model itself would say", likeliest, labels, len(texts), "labels", guess=guess),
+    ]
 
 
 def _likeliest(hidden: Tensor, base: BaseModel) -> Tensor:
-    """What the model itself would say: a guess that needs no attack."""
     head = find_head(base)
     return torch.cat([head(rows.to(head.weight)).argmax(1).cpu() for rows in hidden.split(256)])
 
 
 def _read_in_text(seen: Observed, truth: Truth, found: FoundText) -> list[Attack]:
     """A label that was fed back is the next token of the text."""
-    right = labels = texts = 0
+    right, every = 0, []
+    texts = set()
     for ids, micro_batch, true in zip(found.ids, seen.micro_batches, truth.micro_batches, strict=False):
         ends = set(torch.tensor(micro_batch.lengths).cumsum(0).tolist())
         for position, label in zip(micro_batch.label_positions, true.labels.tolist(), strict=False):
             fed_back = position + 1 < len(ids) and position + 1 not in ends
             right += fed_back and int(ids[position + 1]) == label
-            labels += 1
-        texts += len(true.lengths) if len(true.labels) else 0
-    return [share("the next token of the text found", right, labels, texts, "labels")] if labels else []
+        every.append(torch.from_numpy(true.labels))
+        texts |= {text.tobytes() for text in true.texts()} if len(true.labels) else set()
+    labels = torch.cat(every) if every else torch.zeros(0, dtype=torch.int64)
+    if not len(labels):
+        return []
+    name = "the next token of the text found"
+    return [share(name, right, len(labels), len(texts), "labels", guess=commonest(labels))]
 
 
 def _of_first_blocks(seen: Observed, truth: Truth, found: FoundText) -> list[Finding]:
     """Labels never fed back do not cross; the others are text."""
-    fed_back = right = never = texts = 0
+    crossed = true_texts(seen, truth, found)
+    beginnings = {tuple(text[:length]) for text in crossed for length in range(1, len(text) + 1)}
+    never: list[int] = []
+    fed_back = right = 0
+    texts = set()
     for text, example in zip(found.texts(seen), examples_of(seen, truth), strict=False):
         if example is None:
             continue
-        texts += 1
+        ids = example.ids.tolist()
+        texts.add(tuple(ids))
         for position in example.label_positions.tolist():
-            if position + 1 >= len(text):
-                never += 1
+            # It is text where this text goes on, or another one does that begins alike.
+            if tuple(ids[: position + 2]) not in beginnings:
+                never.append(ids[position + 1])
                 continue
             fed_back += 1
-            right += text[position + 1] == int(example.ids[position + 1])
+            right += position + 1 < len(text) and text[position + 1] == ids[position + 1]
     if not texts:
-        return [nothing_there("labels", "nothing is labelled in this recording")]
-    findings = [
-        by_construction(
-            "labels",
-            f"those never fed back as text, {never:,} of {never + fed_back:,}: {NOTHING_CROSSES}",
-        )
-    ]
+        return [nothing_there("labels never fed back", "nothing is labelled in this recording")]
+    findings = []
+    if never:
+        same = f", all of them {truth.text_of(never[:1])!r}" if len(set(never)) == 1 else ""
+        why = f"{len(never):,} of {len(never) + fed_back:,} labels{same}; {NOTHING_CROSSES}"
+        findings.append(by_construction("labels never fed back", why))
     if fed_back:
-        attack = share("the next token of the text found", right, fed_back, texts, "labels")
+        attack = share("the next token of the text found", right, fed_back, len(texts), "labels")
         findings.append(
             found_by("labels fed back as text", [attack], "words of an answer are text for the ones that follow")
         )

@@ -37,7 +37,6 @@ class SeenMicroBatch:
 
     Attributes:
         opening: of its session.
-        reports: how many steps were reported before it began: what is trained changes between two reports only.
         frames: their sizes and times, in order.
         inputs, deltas, grads, input_grads: of each exchange group, as they crossed.
         last_hidden, last_grad: the last hidden states at the labels, and the loss's gradient of them.
@@ -46,13 +45,17 @@ class SeenMicroBatch:
     begun: m.Embeddings
     opening: m.OpenSession
     frames: list[SeenFrame]
-    reports: int = 0
     inputs: dict[int, WireTensor] = field(default_factory=dict)
     deltas: dict[int, tuple[WireTensor, ...]] = field(default_factory=dict)
     grads: dict[int, tuple[WireTensor, ...]] = field(default_factory=dict)
     input_grads: dict[int, WireTensor] = field(default_factory=dict)
     last_hidden: WireTensor | None = None
     last_grad: WireTensor | None = None
+
+    @property
+    def step(self) -> int:
+        """What is trained changes from one step to the next only; an evaluation has the number of the step after it."""
+        return self.begun.step
 
     @property
     def lengths(self) -> list[int]:
@@ -177,8 +180,11 @@ class _Reader:
                 pass
 
     def observed(self) -> Observed:
+        """Raises ``DataError``."""
         if self._welcome is None or not self._micro_batches:
             raise DataError("the recording has no micro-batch: record a run that trains, evaluates or generates")
+        if len({(type(each.purpose), each.groups, each.adapter.kind, each.adapter.r) for each in self._openings}) > 1:
+            raise DataError("the recording is of several runs: give the one of a single command")
         return Observed(
             self._welcome,
             self._openings,
@@ -203,9 +209,7 @@ class _Reader:
         if isinstance(message, m.Embeddings):
             if not self._openings:
                 raise RemoteProtocolError("a micro-batch before a session is open")
-            seen = self._under_way[key] = SeenMicroBatch(
-                message, self._openings[-1], [], len(self._scores)
-            )
+            seen = self._under_way[key] = SeenMicroBatch(message, self._openings[-1], [])
             self._micro_batches.append(seen)
         if key not in self._under_way:
             raise RemoteProtocolError("a message of a micro-batch that did not begin")

@@ -34,6 +34,7 @@ class Attack(msgspec.Struct, frozen=True, kw_only=True):
         name: of the attack; figure: the share of the secret that it found, 0 to 1; interval: of that figure.
         found: the same for people.
         guess: the figure of a guess that looks at nothing.
+        may_resist: whether finding nothing says something: where more of the same would be solved, it does not.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Attack(msgspec.Struct, frozen=True, kw_only=True):
     interval: tuple[float, float]
     found: str
     guess: float = 0.0
+    may_resist: bool = True
 
     @property
     def verdict(self) -> Verdict:
@@ -49,18 +51,25 @@ class Attack(msgspec.Struct, frozen=True, kw_only=True):
             return Verdict.EXPOSED
         room = max(1.0 - self.guess, 1e-9)
         found, at_most = ((each - self.guess) / room for each in (self.figure, self.interval[1]))
-        return Verdict.RESISTED if found <= RESISTED_UP_TO and at_most <= RESISTED_INTERVAL else Verdict.PARTIAL
+        resisted = self.may_resist and found <= RESISTED_UP_TO and at_most <= RESISTED_INTERVAL
+        return Verdict.RESISTED if resisted else Verdict.PARTIAL
 
 
 def share(name: str, right: int, of: int, texts: int, what: str, *, guess: float = 0.0) -> Attack:
     """An attack that found ``right`` of so many things.
 
     The interval is Wilson's of 95 % (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval), with each
-    of the ``texts`` counted once, because what is in one text is not independent.
+    of the ``texts``, that differ, counted once: what is in one text is not independent, and one that crosses again is
+    no other one.
     """
     figure = right / of if of else 0.0
     found = f"{right:,} of {of:,} {what} ({100 * figure:.1f} %)"
     return Attack(name=name, figure=figure, interval=wilson(figure, texts), found=found, guess=guess)
+
+
+def commonest(values: Tensor) -> float:
+    """The share of the commonest of some tokens, int64 (tokens,): who guesses without looking says it each time."""
+    return int(torch.bincount(values).max()) / len(values)
 
 
 def wilson(figure: float, count: int) -> tuple[float, float]:
@@ -75,11 +84,15 @@ def wilson(figure: float, count: int) -> tuple[float, float]:
 
 def matrices(name: str, errors: Sequence[float], what: str) -> Attack:
     """An attack that found matrices, with these relative errors: the figure is the share of the squared norm that the
-    median one explains, the interval that of the worst and the best."""
+    median one explains, the interval that of the worst and the best.
+
+    Of one that finds little no RESISTED follows: equations that are too few for now are solved with more tokens.
+    """
+    errors = [error if math.isfinite(error) else math.inf for error in errors]
     middle = median(errors)
     figure, low, high = (max(0.0, 1.0 - error**2) for error in (middle, max(errors), min(errors)))
     found = f"{what} to {_percent(middle)} ({_percent(min(errors))} to {_percent(max(errors))})"
-    return Attack(name=name, figure=figure, interval=(low, high), found=found)
+    return Attack(name=name, figure=figure, interval=(low, high), found=found, may_resist=False)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

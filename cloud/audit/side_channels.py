@@ -69,6 +69,11 @@ def in_the_clear(seen: Observed) -> list[str]:
     texts = len(whole_texts([[0] * each.begun.tokens for each in seen.micro_batches], seen.micro_batches))
     lasted_s = seen.frames[-1].time - seen.frames[0].time
     said = [f"{texts:,} texts in {len(seen.micro_batches):,} micro-batches, and when: over {lasted_s:.1f} s"]
+    if texts == 1:
+        said = [line.replace("1 texts", "1 text") for line in said]
+    first = seen.micro_batches[0].begun
+    if first.mode == "decode":
+        said.append(f"how long the prompt is: the first frame has {first.tokens:,} tokens, and the answer follows")
     seconds = sorted(answer_seconds(seen.frames))
     if seconds:
         said.append(f"how fast the device computes: an answer took it {1e3 * median(seconds):.1f} ms (median)")

@@ -17,7 +17,7 @@ from .membership import is_member, swap_ends
 from .nearest_neighbour import nearest_tokens
 from .observed import Observed, whole_texts
 from .prompt_ends import common_marker_ends, first_labels
-from .scoring import Attack, share
+from .scoring import Attack, commonest, share
 from .truth import TrueExample, Truth
 
 MOST_TOKENS: Final = 20_000
@@ -61,14 +61,13 @@ def score_tokens(attack: str, found: Sequence[Tensor], wanted: Sequence[Tensor],
     """How many tokens are right; a guess that looks at nothing says the commonest token each time."""
     right = sum(int((a == b).sum()) for a, b in zip(found, wanted, strict=True))
     every = torch.cat(list(wanted))
-    guess = int(torch.bincount(every).max()) / len(every)
-    return share(attack, right, len(every), texts, "tokens", guess=guess)
+    return share(attack, right, len(every), texts, "tokens", guess=commonest(every))
 
 
 def audit_text(seen: Observed, truth: Truth, found: FoundText) -> Finding:
     """How many tokens are right."""
     true = truth.micro_batches[: len(found.ids)]
-    texts = len(true_texts(seen, truth, found))
+    texts = _distinct(true_texts(seen, truth, found))
     wanted = [torch.from_numpy(each.ids) for each in true]
     attack = score_tokens(found.attack, found.ids, wanted, texts)
     return found_by("text", [attack], "embeddings are rows of a public table")
@@ -101,19 +100,20 @@ def audit_prompt_lengths(seen: Observed, truth: Truth, found: FoundText) -> Find
         if position is not None
     ]
     right = sum(guess == length for guess, length in zip(guesses, wanted, strict=False))
+    texts = _distinct([text.tolist() for each in true if len(each.labels) for text in each.texts()])
     return found_by(
         "prompt lengths",
-        [share("label positions as they are", right, len(wanted), len(wanted), "prompts")],
+        [share("label positions as they are", right, len(wanted), texts, "prompts")],
         "the positions of labels cross as they are",
     )
 
 
 def _prompt_lengths_of_first_blocks(seen: Observed, truth: Truth, found: FoundText) -> Finding:
     guesses = zip(common_marker_ends(found.texts(seen)), examples_of(seen, truth), strict=False)
-    pairs = [(guess, int(each.label_positions[0]) + 1) for guess, each in guesses if each is not None]
+    pairs = {tuple(each.ids.tolist()): (guess, int(each.label_positions[0]) + 1) for guess, each in guesses if each}
     if not pairs:
         return nothing_there("prompt lengths", "no text has a prompt and an answer here")
-    right = sum(guess == wanted for guess, wanted in pairs)
+    right = sum(guess == wanted for guess, wanted in pairs.values())
     attack = share("words that all texts have, in the text found", right, len(pairs), len(pairs), "prompts")
     return found_by("prompt lengths", [attack], "label positions do not cross; words that end every prompt do")
 
@@ -135,14 +135,20 @@ def audit_membership(seen: Observed, truth: Truth, found: FoundText) -> Finding:
 
 def audit_phrase(seen: Observed, truth: Truth, found: FoundText, phrase: str) -> Finding:
     """Whether a phrase is found in the texts that have it."""
-    has = [phrase in truth.text_of(text) for text in true_texts(seen, truth, found)]
-    secret = f"the phrase {phrase[:60]!r}"
+    texts = true_texts(seen, truth, found)
+    has = [phrase in truth.text_of(text) for text in texts]
+    secret = f"the phrase {phrase!r}"
     if not any(has):
-        return nothing_there(secret, "no text that crossed has it")
+        return nothing_there(secret, f"none of the texts that were attacked has it, the first {MOST_TOKENS:,} tokens")
     told = [phrase in truth.text_of(text) for text in found.texts(seen)]
     right = sum(a and b for a, b in zip(has, told, strict=True))
-    attack = share("a search in the text found", right, sum(has), sum(has), "texts that have it")
+    count = _distinct([text for text, has_it in zip(texts, has, strict=True) if has_it])
+    attack = share("a search in the text found", right, sum(has), count, "texts that have it")
     return found_by(secret, [attack])
+
+
+def _distinct(texts: Sequence[Sequence[int]]) -> int:
+    return len(set(map(tuple, texts)))
 
 
 def examples_of(seen: Observed, truth: Truth) -> list[TrueExample | None]:

@@ -6,6 +6,7 @@ model can pay (docs/decisions/0051).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -53,7 +54,7 @@ class Defence:
             number = float(amount)
         except ValueError:
             number = -1.0
-        if kind == NOISE and 0 < number <= 1e4:
+        if kind == NOISE and 1e-3 <= number <= 1e4:
             return cls(kind, number)
         if kind == FIRST_BLOCKS and number.is_integer() and number > 0:
             return cls(kind, number)
@@ -75,6 +76,13 @@ class _Texts:
         return len(self.lengths)
 
 
+def check_defences(defences: Sequence[Defence], blocks: int) -> None:
+    """Raise ``UsageError`` where more blocks are to be held than a model of so many has to give."""
+    for each in defences:
+        if each.kind == FIRST_BLOCKS and each.amount >= blocks:
+            raise UsageError(f"--try first-blocks={each.amount:.0f}: the model has {blocks}; some must be left")
+
+
 def try_defences(
     defences: Sequence[Defence], truth: Truth, base: BaseModel, on_attack: Callable[[str], None] = lambda _: None
 ) -> tuple[TriedDefence, ...]:
@@ -82,9 +90,7 @@ def try_defences(
     run in parts."""
     if not defences:
         return ()
-    for each in defences:
-        if each.kind == FIRST_BLOCKS and each.amount >= base.blocks:
-            raise UsageError(f"--try first-blocks={each.amount:.0f}: the model has {base.blocks}; some must be left")
+    check_defences(defences, base.blocks)
     parts, tried = ModelParts(base), []
     for each in defences:
         name = f"{each.kind}={each.amount:g}"
@@ -110,8 +116,8 @@ def _noise(name: str, times_rms: float, texts: _Texts, parts: ModelParts, plain:
     deviation = times_rms * float(hidden.float().square().mean().sqrt())
     epsilon = epsilon_of(largest_distance(table), deviation)
     claim = (
-        f"ε ≤ {epsilon:,.0f} for each token each time that it crosses (one token in place of another, nothing clipped, "
-        f"δ = {DELTA:g}); an ε of 8 or less would say something"
+        f"ε ≤ {math.ceil(10 * epsilon) / 10:,.1f} for each token each time that it crosses (one token in place of "
+        f"another, nothing clipped, δ = {DELTA:g}, noise of this size whatever the text); 8 or less would say something"
     )
     loss = _loss(parts, epochs[0], texts, 0)
     return TriedDefence(name=name, claim=claim, finding=found_by("text", attacks), loss=loss, loss_without=plain)

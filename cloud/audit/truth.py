@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from dlora.protocol.adapters import kind_of
 from dlora.protocol.errors import DataError
-from dlora.protocol.recording import TRUTH_DIRECTORY, TRUTH_FILE, TRUTH_FORMAT
+from dlora.protocol.recording import TOKENIZER_FILE, TRUTH_DIRECTORY, TRUTH_FILE, TRUTH_FORMAT
 from dlora.protocol.tensors import FloatArray
 
-TOKENIZER_FILE = "tokenizer.json"
+from .observed import Observed
+
+LARGEST_SCALE = 1e6
+MOST_WITHOUT_TRUTH = 4  # micro-batches that began when a run was interrupted
 
 
 class _SnapshotAbout(msgspec.Struct, frozen=True):
@@ -40,6 +44,7 @@ class _About(msgspec.Struct, frozen=True):
     snapshots: list[_SnapshotAbout]
     gradients: list[_GradientsAbout]
     examples: int
+    seed_was_chosen: bool | None
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class Truth:
     """All of it.
 
     Attributes:
+        seed_was_chosen: whether the run's seed is a number that its user gave; None where nothing is drawn.
         tokenizer: of the base model; None where the recording has none.
     """
 
@@ -111,6 +117,7 @@ class Truth:
     parameters: list[Parameters]
     gradients: list[Gradients]
     examples: list[TrueExample]
+    seed_was_chosen: bool | None
     tokenizer: Tokenizer | None
 
     def text_of(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
@@ -121,29 +128,86 @@ class Truth:
         return str(self.tokenizer.decode(numbers, skip_special_tokens=False))
 
 
-def load_truth(directory: Path, recording_id: bytes, micro_batches: int) -> Truth:
-    """The truth in ``directory``, or in its ``truth``.
+def load_truth(directory: Path, recording_id: bytes, seen: Observed) -> Truth:
+    """The truth in ``directory``, or in its ``truth``; it may be the file itself.
 
-    Raises ``DataError`` where there is none, it is damaged, or it belongs to other frames than those of
-    ``recording_id``, which have so many micro-batches.
+    Raises ``DataError`` where there is none, it is damaged, or it belongs to other frames than ``seen``, those of
+    ``recording_id``.
     """
-    path = directory / TRUTH_FILE
+    path = directory if directory.is_file() else directory / TRUTH_FILE
     if not path.is_file() and (directory / TRUTH_DIRECTORY).is_dir():
         path = directory / TRUTH_DIRECTORY / TRUTH_FILE
     if not path.is_file():
         raise DataError(f"{path} does not exist: give DIR/truth of a --record DIR whose run has ended")
     try:
         truth = _read(path)
-    except (OSError, SafetensorError, msgspec.MsgspecError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, msgspec.MsgspecError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path} is no truth that can be read ({type(error).__name__}); record it again") from None
     if truth.recording != recording_id.hex():
         raise DataError(f"{path} is the truth of another recording; give --frames and --truth of the same --record DIR")
-    if len(truth.micro_batches) != micro_batches:
-        raise DataError(
-            f"{path} has {len(truth.micro_batches):,} micro-batches, and the frames have {micro_batches:,}: one of "
-            "the two is not whole; record them again"
-        )
+    try:
+        _check(truth, seen)
+    except _NotOfFramesError as error:
+        raise DataError(f"{path} is not what was recorded with the frames: {error}; record them again") from None
     return truth
+
+
+class _NotOfFramesError(Exception):
+    """What in a truth cannot be."""
+
+
+def _check(truth: Truth, seen: Observed) -> None:
+    """Shapes, dtypes and numbers, as far as the frames say what they must be: attacks are scored with them."""
+    count, there = len(truth.micro_batches), len(seen.micro_batches)
+    if not count or not count <= there <= count + MOST_WITHOUT_TRUTH:
+        raise _NotOfFramesError(f"it has {count:,} micro-batches, and they have {there:,}")
+    for index, (each, crossed) in enumerate(zip(truth.micro_batches, seen.micro_batches, strict=False)):
+        for values in (each.ids, each.lengths, each.label_positions, each.labels):
+            if values.ndim != 1 or values.dtype.kind != "i":
+                raise _NotOfFramesError(f"micro-batch {index} has something else than rows of whole numbers")
+        if len(each.ids) != crossed.begun.tokens or each.lengths.tolist() != crossed.lengths:
+            raise _NotOfFramesError(f"micro-batch {index} has other lengths")
+        if len(each.labels) != len(each.label_positions):
+            raise _NotOfFramesError(f"micro-batch {index} has labels without a position")
+        if len(each.labels) and each.label_positions.tolist() != crossed.label_positions:
+            raise _NotOfFramesError(f"micro-batch {index} has other label positions")
+        if not _are_tokens(each.ids) or not _are_tokens(each.labels):
+            raise _NotOfFramesError(f"micro-batch {index} has tokens that are none")
+    for example in truth.examples:
+        positions = example.label_positions
+        inside = len(positions) and positions.min() >= 0 and positions.max() + 1 < len(example.ids)
+        if example.ids.ndim != 1 or positions.ndim != 1 or not inside or not _are_tokens(example.ids):
+            raise _NotOfFramesError("an example has labels that are none")
+    groups, kind = seen.opening.groups, kind_of(seen.opening.adapter)
+    for parameters in truth.parameters:
+        of_groups = len(parameters.scales) == len(parameters.groups) == len(groups)
+        if not of_groups or not 0 <= parameters.micro_batch <= count:
+            raise _NotOfFramesError("parameters of other groups")
+        if not all(0 <= scale <= LARGEST_SCALE for scale in parameters.scales):
+            raise _NotOfFramesError("a scale that is none")
+        for group, named in zip(groups, parameters.groups, strict=True):
+            _check_values(named, kind.parameter_shapes(seen.opening.adapter, group))
+    if any(each.deltas for each in seen.micro_batches):
+        first = next(index for index, each in enumerate(seen.micro_batches) if each.deltas)
+        if not any(each.micro_batch <= first for each in truth.parameters):
+            raise _NotOfFramesError("it has no parameters of the first micro-batch that exchanges")
+    for gradients in truth.gradients:
+        if not 0 <= gradients.first <= gradients.end <= count:
+            raise _NotOfFramesError("gradients of micro-batches that there are not")
+        shapes = {name: values.shape for named in gradients.parameters.groups for name, values in named.items()}
+        _check_values(gradients.values, {name: shapes.get(name, ()) for name in gradients.values})
+
+
+def _check_values(values: Mapping[str, FloatArray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if set(values) != set(shapes):
+        raise _NotOfFramesError("parameters of other names")
+    for name, each in values.items():
+        if each.dtype != np.float32 or each.shape != shapes[name] or not np.isfinite(each).all():
+            raise _NotOfFramesError(f"{name[:100]} has another shape, or values that are no numbers")
+
+
+def _are_tokens(ids: npt.NDArray[np.int64]) -> bool:
+    return not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < 2**31)
 
 
 def _read(path: Path) -> Truth:
@@ -159,7 +223,7 @@ def _read(path: Path) -> Truth:
         micro_batches = [
             TrueMicroBatch(
                 mode,
-                tensor(f"micro_batch.{index}.ids").astype(np.int64),
+                tensor(f"micro_batch.{index}.ids"),
                 tensor(f"micro_batch.{index}.lengths"),
                 tensor(f"micro_batch.{index}.label_positions"),
                 tensor(f"micro_batch.{index}.labels"),
@@ -178,15 +242,26 @@ def _read(path: Path) -> Truth:
         for index, each in enumerate(about.gradients):
             start = f"gradients.{index}."
             values = {name.removeprefix(start): tensor(name) for name in names if name.startswith(start)}
+            if each.snapshot < 0:
+                raise ValueError(each.snapshot)
             gradients.append(Gradients(parameters[each.snapshot], each.first, each.end, values))
         examples = [
             TrueExample(
-                tensor(f"example.{index}.ids").astype(np.int64),
-                tensor(f"example.{index}.label_positions").astype(np.int64),
+                _whole(tensor(f"example.{index}.ids")),
+                _whole(tensor(f"example.{index}.label_positions")),
             )
             for index in range(about.examples)
         ]
-    return Truth(about.recording, micro_batches, parameters, gradients, examples, _tokenizer(path.parent))
+    tokenizer = _tokenizer(path.parent)
+    return Truth(
+        about.recording, micro_batches, parameters, gradients, examples, about.seed_was_chosen, tokenizer
+    )
+
+
+def _whole(values: Any) -> Any:
+    if values.dtype.kind != "i":
+        raise ValueError(values.dtype)
+    return values.astype(np.int64)
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:

@@ -27,7 +27,12 @@ def audit(
     out: Annotated[Path, typer.Option(help="The page; the JSON is written beside it.")] = Path("audit.html"),
     phrase: Annotated[
         list[str] | None,
-        typer.Option("--phrase", help="A phrase to look for in the text that is found, such as a canary of yours."),
+        typer.Option(
+            "--phrase",
+            metavar="TEXT",
+            help="Words to look for in the text that is found, such as some that you put into the data for it. May be "
+            "given several times.",
+        ),
     ] = None,
     tries: Annotated[
         list[str] | None,
@@ -45,13 +50,15 @@ def audit(
 
     A device records a short run with dlora-edge train, evaluate or generate --record DIR. The attackers see the frames
     and the base weights only; the truth, which never crossed, says how right they are. Of text, labels, adapter,
-    gradients, prompt lengths and membership it says EXPOSED, PARTIAL, RESISTED or BY CONSTRUCTION, with the figure
+    gradients, lengths, membership and seed it says EXPOSED, PARTIAL, RESISTED or BY CONSTRUCTION, with the figure
     and the attack that won. A verdict holds for this recording.
 
     Example:  dlora-cloud audit smollm2-135m --frames rec/frames --truth rec/truth --out audit.html
     """
-    if out.is_dir() or not out.parent.is_dir():
-        raise UsageError(f"--out {out} cannot be a file; name one in a directory that exists")
+    json_path = out.with_suffix(".json")
+    _check_out(out, json_path)
+    if phrase and not all(each.strip() for each in phrase):
+        raise UsageError("--phrase is empty; write some words")
     find_source(model)
     from dlora.protocol.recording import read_recording
 
@@ -60,7 +67,7 @@ def audit(
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     errors = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("reading frames", total=None)
         start_torch("cpu", threads)
@@ -69,31 +76,35 @@ def audit(
         from dlora.cloud.audit.audit import check_model, run_audit
         from dlora.cloud.audit.observed import observe
         from dlora.cloud.audit.page import page
-        from dlora.cloud.audit.tried import Defence, try_defences
+        from dlora.cloud.audit.tried import Defence, check_defences, try_defences
         from dlora.cloud.audit.truth import load_truth
         from dlora.cloud.model.base_model import load_base_model
 
-        defences = [Defence.parse(text) for text in tries or ()]
+        defences = list(dict.fromkeys(Defence.parse(text) for text in tries or ()))
         seen = observe(recording)
-        true = load_truth(truth, recording.id, len(seen.micro_batches))
+        true = load_truth(truth, recording.id, seen)
+        if phrase and true.tokenizer is None:
+            raise UsageError("--phrase needs the truth's tokenizer.json, which is not there; record again")
         progress.update(task, description=f"loading {model}")
         base = load_base_model(model)
         check_model(seen, base)
+        check_defences(defences, base.blocks)
 
         def on_attack(what: str) -> None:
             progress.update(task, description=f"attacking: {what}")
 
-        result = run_audit(seen, true, base, phrases=phrase or (), on_attack=on_attack)
+        result = run_audit(seen, true, base, phrases=list(dict.fromkeys(phrase or ())), on_attack=on_attack)
+        _write(out, page(result).encode())
         if defences:
             result = msgspec.structs.replace(result, defences=try_defences(defences, true, base, on_attack))
-    _write(out, page(result).encode())
+            _write(out, page(result).encode())
     encoded = to_json(result)
-    _write(out.with_suffix(".json"), encoded)
+    _write(json_path, encoded)
     if json_output:
         sys.stdout.buffer.write(encoded)
     else:
         show(result)
-        print(f"the texts beside each other, and all attacks: {out}; as JSON: {out.with_suffix('.json')}")
+        print(f"the texts beside each other, and all attacks: {out}; as JSON: {json_path}")
 
 
 def to_json(result: Audit) -> bytes:
@@ -132,6 +143,16 @@ def show(result: Audit) -> None:
     console.print(table)
     for line in result.clear:
         console.print(f"in the clear: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_out(out: Path, json_path: Path) -> None:
+    """Raise ``UsageError`` where the page or the JSON would replace something else."""
+    if out.suffix != ".html" or out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f"--out {out}: name a file that ends in .html, in a directory that exists")
+    if not os.access(out.parent, os.W_OK):
+        raise StorageError(f"cannot write into {out.parent}; choose another --out")
+    if json_path.exists() and b'"base_fingerprint"' not in json_path.read_bytes()[:1000]:
+        raise UsageError(f"--out {out} would replace {json_path}, which is no audit; choose another name")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -44,6 +44,10 @@ def recording(record: Path | None, bundle: Bundle, warn: Callable[[str], None]) 
 
 
 def check_record(record: Path | None, mode: str | None) -> None:
-    """Raise ``UsageError`` where nothing crosses that could be recorded."""
+    """Raise ``UsageError`` where nothing crosses that could be recorded, or there is a recording already."""
     if record is not None and mode == "local":
         raise UsageError("--record keeps what crosses, and with --mode local nothing does: leave it out")
+    if record is not None:
+        from dlora.edge.wire.recorder import check_directory
+
+        check_directory(record)

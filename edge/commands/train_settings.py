@@ -49,6 +49,7 @@ def run_train(
     and the truth beside it.
     """
     _check(settings)
+    check_record(record, settings.mode)
     if memory is not None and settings.mode != "auto":
         raise UsageError("--memory is for --mode auto, which chooses by it: leave it out, or take that mode")
     available = available_memory(memory)

@@ -121,6 +121,8 @@ class Trainer:
         # Why the report of the last committed step could not be sent.
         self._failure: DloraError | None = None
         self._recorder = connection.recorder if isinstance(connection, Connection) else None
+        if self._recorder is not None:
+            self._recorder.seed_was_chosen = len(config.seed) == 1
         self.session: TrainSession | DeviceSession
         self.model: SplitModel | TrunkModel
         if isinstance(connection, Connection):

@@ -26,6 +26,7 @@ from dlora.protocol.recording import (
     FRAMES_DIRECTORY,
     FRAMES_FILE,
     ID_BYTES,
+    TOKENIZER_FILE,
     TRUTH_DIRECTORY,
     TRUTH_FILE,
     TRUTH_FORMAT,
@@ -39,11 +40,18 @@ MOST_BYTES: Final = 1 << 30
 MOST_TRUTH_BYTES: Final = 1 << 28
 """Of truth, likewise: it is kept in memory until the end."""
 MOST_EXAMPLES: Final = 4096
-TOKENIZER_FILE: Final = "tokenizer.json"
 
 
 def _say_nothing(line: str) -> None:
     pass
+
+
+def check_directory(directory: Path) -> None:
+    """Raise ``UsageError`` where there is a recording in ``directory`` already, or it is none."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"--record {directory} is a file; name a directory")
+    if any((directory / name).exists() for name in (FRAMES_DIRECTORY, TRUTH_DIRECTORY)):
+        raise UsageError(f"--record {directory}: there is a recording already; choose another directory")
 
 
 class Recorder:
@@ -51,12 +59,14 @@ class Recorder:
 
     Attributes:
         is_full: whether it takes no more frames, and no more truth.
+        seed_was_chosen: whether the run's seed is a number that its user gave; None where nothing is drawn.
     """
 
     def __init__(self, directory: Path, warn: Callable[[str], None] = _say_nothing) -> None:
-        """Begin one in ``directory``. Raises ``UsageError`` where there is one already, and ``StorageError``."""
+        """Begin one in ``directory``. Raises what ``check_directory`` does, and ``StorageError``."""
         self.directory = directory
         self.is_full = False
+        self.seed_was_chosen: bool | None = None
         self._warn = warn
         self._id = secrets.token_bytes(ID_BYTES)
         self._began = time.monotonic()
@@ -67,9 +77,8 @@ class Recorder:
         self._gradients: list[dict[str, int]] = []
         self._examples = 0
         self._tokenizer = b""
+        check_directory(directory)
         frames = directory / FRAMES_DIRECTORY / FRAMES_FILE
-        if frames.exists() or (directory / TRUTH_DIRECTORY / TRUTH_FILE).exists():
-            raise UsageError(f"--record {directory}: there is a recording already; choose another directory")
         make_directory(frames.parent)
         with storage_errors(directory):
             (directory / TRUTH_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
@@ -153,7 +162,7 @@ class Recorder:
     def add_examples(self, examples: Iterable[tuple[IntArray, IntArray]]) -> None:
         """Some of the data: token ids, and ascending positions whose next token is a label."""
         for ids, positions in examples:
-            if self._examples == MOST_EXAMPLES:
+            if self._examples == MOST_EXAMPLES or self._truth_bytes >= MOST_TRUTH_BYTES // 4:
                 return
             self._keep(f"example.{self._examples}.ids", np.array(ids, np.int32))
             self._keep(f"example.{self._examples}.label_positions", np.array(positions, np.int32))
@@ -172,6 +181,7 @@ class Recorder:
             self._file.close()
         if not self._modes:
             self._remove()
+            self._warn("--record: nothing crossed, so that there is no recording")
             return
         about = {
             "format": TRUTH_FORMAT,
@@ -181,6 +191,7 @@ class Recorder:
             "snapshots": self._snapshots,
             "gradients": self._gradients,
             "examples": self._examples,
+            "seed_was_chosen": self.seed_was_chosen,
         }
         truth = self.directory / TRUTH_DIRECTORY
         metadata = {"truth": msgspec.json.encode(about).decode()}
