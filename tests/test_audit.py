@@ -8,13 +8,17 @@ import re
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from processes import quiet_environment, run_edge
 from recordings import opened, record_training, record_trunk
+from safetensors.numpy import load, save
 from serving import config, serving, training
 from test_trunk_command import records
 from tiny import Tiny, TinyFactory
@@ -22,15 +26,18 @@ from tiny import Tiny, TinyFactory
 from dlora.cloud.audit.audit import Audit, TriedDefence, run_audit
 from dlora.cloud.audit.finding import Finding
 from dlora.cloud.audit.gaussian_noise import epsilon_of
+from dlora.cloud.audit.observed import observe
 from dlora.cloud.audit.page import page
 from dlora.cloud.audit.scoring import Verdict
 from dlora.cloud.audit.tried import Defence, try_defences
 from dlora.cloud.commands.audit import audit as audit_command
+from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.data.examples import Dataset
-from dlora.edge.wire.connecting import ConnectSettings
+from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.recorder import Recorder
 from dlora.protocol.errors import DataError, DloraError, ModelMismatchError, UsageError
-from dlora.protocol.recording import FRAMES_FILE, TRUTH_FILE
+from dlora.protocol.recording import FRAMES_FILE, TRUTH_FILE, read_recording
+from dlora.protocol.tensors import WireTensor
 
 STEPS = 4
 BLOCKS = 4
@@ -383,3 +390,171 @@ def test_epsilon_is_that_of_the_analytic_gaussian_mechanism() -> None:
         assert epsilon_of(2 * ratio, 2.0) == pytest.approx(epsilon)
     assert epsilon_of(30.0, 1.0) > 400  # no overflow where it says nothing
     assert epsilon_of(1.0, 0.0) == math.inf
+
+
+# -- truths and frames of strangers ----------------------------------------------------------------------
+
+
+Change = Callable[[dict[str, Any], dict[str, np.ndarray]], None]
+
+
+def changed_truth(content: bytes, change: Change) -> bytes:
+    """A truth with other tensors, or another description."""
+    tensors = dict(load(content))
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    about = json.loads(header["__metadata__"]["truth"])
+    change(about, tensors)
+    return save(tensors, {"truth": json.dumps(about)})
+
+
+def put(name: str, value: Callable[[np.ndarray], np.ndarray]) -> Change:
+    def change(_: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        found = next(each for each in sorted(tensors) if re.fullmatch(name, each))
+        tensors[found] = np.ascontiguousarray(value(tensors[found]))
+
+    return change
+
+
+def set_about(**changes: Any) -> Change:
+    def change(about: dict[str, Any], _: dict[str, np.ndarray]) -> None:
+        about.update({name: value(about[name]) for name, value in changes.items()})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put(r"micro_batch.0.ids", lambda ids: ids[:-1]),
+        put(r"micro_batch.0.ids", lambda ids: -ids),
+        put(r"micro_batch.0.ids", lambda ids: ids + (1 << 40)),
+        put(r"micro_batch.0.ids", lambda ids: ids[None]),
+        put(r"micro_batch.0.ids", lambda ids: ids.astype(np.float32)),
+        put(r"micro_batch.0.lengths", lambda lengths: lengths[:0]),
+        put(r"micro_batch.0.lengths", lambda lengths: lengths[0]),
+        put(r"micro_batch.0.labels", lambda labels: labels[:-1]),
+        put(r"micro_batch.0.labels", lambda labels: labels.astype(np.float32)),
+        put(r"micro_batch.0.label_positions", lambda positions: positions + 1_000_000),
+        put(r"example.0.label_positions", lambda positions: positions[:0]),
+        put(r"example.0.label_positions", lambda positions: positions + 1_000_000),
+        put(r"example.0.ids", lambda ids: ids.astype(np.float32)),
+        put(r"parameters.0.*", lambda values: values[:, :-1]),
+        put(r"parameters.0.*", lambda values: values.astype(np.int32)),
+        put(r"parameters.1.*", lambda values: values * np.float32(np.nan)),
+        put(r"gradients.0.*", lambda values: values[:-1]),
+        put(r"gradients.0.*", lambda values: values + np.float32(np.inf)),
+        set_about(snapshots=lambda _: []),
+        set_about(snapshots=lambda each: [{**snapshot, "scales": snapshot["scales"][:-1]} for snapshot in each]),
+        set_about(snapshots=lambda each: [{**snapshot, "scales": [1e300] * 99} for snapshot in each]),
+        set_about(snapshots=lambda each: [{**snapshot, "micro_batch": 99} for snapshot in each]),
+        set_about(gradients=lambda each: [{**gradients, "snapshot": 99} for gradients in each]),
+        set_about(gradients=lambda each: [{**gradients, "snapshot": -1} for gradients in each]),
+        set_about(gradients=lambda each: [{**gradients, "first": -9} for gradients in each]),
+        set_about(modes=lambda modes: modes[:-5]),
+        set_about(examples=lambda count: count + 1),
+        set_about(format=lambda _: 2),
+    ],
+)
+def test_a_truth_that_cannot_be_is_one_line(model: Tiny, broken: _Broken, change: Change) -> None:
+    broken.set(broken.truth / TRUTH_FILE, changed_truth(broken.of("lora", TRUTH_FILE), change))
+    broken.set(broken.frames / FRAMES_FILE, broken.of("lora", FRAMES_FILE))
+    said = broken.audit(model.model)
+    assert "is not what was recorded with the frames" in said or "is no truth that can be read" in said
+
+
+def test_what_a_user_may_get_wrong_is_one_line(model: Tiny, recordings: dict[str, Path], tmp_path: Path) -> None:
+    good = {"model": str(model.model), "frames": recordings["ffa"], "truth": recordings["ffa"]}
+    (tmp_path / "package.json").write_text("{}")
+    for wrong, line in (
+        ({"out": tmp_path / "audit.json"}, "ends in .html"),
+        ({"out": tmp_path / "audit"}, "ends in .html"),
+        ({"out": tmp_path / "no" / "audit.html"}, "ends in .html"),
+        ({"out": tmp_path / "package.html"}, "which is no audit"),
+        ({"phrase": [" "]}, "--phrase is empty"),
+        ({"phrase": ["w3"]}, "--phrase needs the truth's tokenizer.json"),
+        ({"tries": ["noise"]}, "write noise=TIMES"),
+        ({"tries": ["first-blocks=99"]}, "some must be left"),
+        ({"model": str(tmp_path / "[/b]")}, "does not exist"),
+        ({"frames": tmp_path / "package.json"}, "is no recording"),
+        ({"truth": tmp_path / "package.json"}, "is no truth"),
+    ):
+        with pytest.raises(UsageError if "is no" not in line or "audit" in line else DataError, match=line):
+            audit_command(**{"out": tmp_path / "audit.html", **good, **wrong})
+    assert (tmp_path / "package.json").read_text() == "{}"
+
+
+# -- verdicts that must not claim more -------------------------------------------------------------------
+
+
+def test_embeddings_that_hold_something_else_are_not_by_construction(model: Tiny, recordings: dict[str, Path]) -> None:
+    seen, truth = opened(recordings["trunk"])
+    for micro_batch in seen.micro_batches:
+        sent = micro_batch.begun.hidden_states
+        assert sent is not None
+        changed = sent.data.copy()
+        changed[:, ::2] *= changed.dtype.type(1.05)
+        micro_batch.begun = structs.replace(micro_batch.begun, hidden_states=WireTensor(sent.dtype, changed))
+    audit = run_audit(seen, truth, model.base)
+    for secret in ("labels never fed back", "adapter", "gradients"):
+        assert finding(audit, secret).verdict is Verdict.PARTIAL
+        assert "are not those of the text" in finding(audit, secret).why
+
+
+def test_a_label_that_another_text_shows_is_fed_back(model: Tiny, url: str, tmp_path: Path) -> None:
+    """A conversation as a row a turn: what is last in one text is in the middle of the next."""
+    turns = [[10, 11, 12], [10, 11, 12, 13, 14], [20, 21, 22]]
+    record_trunk(model, url, tmp_path, Dataset.of([(ids, [len(ids) - 2]) for ids in turns]), blocks=(2, 3))
+    audit = run_audit(*opened(tmp_path), model.base)
+    assert finding(audit, "labels never fed back").why.startswith("2 of 3 labels")
+    assert finding(audit, "labels fed back as text").attacks[0].found.startswith("1 of 1 labels")
+
+
+def test_a_seed_that_was_chosen_is_exposed_whether_it_is_guessed_or_not(
+    model: Tiny, data: Dataset, url: str, tmp_path: Path
+) -> None:
+    record_training(model, url, tmp_path, data, seed=(20_261_128,), total_steps=1)
+    found = finding(run_audit(*opened(tmp_path), model.base), "seed")
+    assert found.verdict is Verdict.EXPOSED
+    assert "in under an hour" in found.attacks[0].found
+
+
+def test_an_attack_that_was_not_tried_is_said(model: Tiny, recordings: dict[str, Path]) -> None:
+    seen, truth = opened(recordings["ffa"])
+    later = [each for each in seen.micro_batches if each.step > 0]
+    skipped = len(seen.micro_batches) - len(later)
+    seen = replace(seen, micro_batches=later)
+    truth = replace(
+        truth,
+        micro_batches=truth.micro_batches[skipped:],
+        parameters=[replace(each, micro_batch=max(0, each.micro_batch - skipped)) for each in truth.parameters],
+        gradients=[replace(each, first=each.first - skipped, end=each.end - skipped) for each in truth.gradients[1:]],
+    )
+    adapter = finding(run_audit(seen, truth, model.base), "adapter")
+    assert "replay of the optimiser was not tried" in adapter.why
+    assert all(attack.name != "replay of the optimiser" for attack in adapter.attacks)
+
+
+def test_a_lost_server_does_not_hide_an_adapter(model: Tiny, data: Dataset, tmp_path: Path) -> None:
+    """The session is gone in the middle of a step, which is run again in another one."""
+    run = config(kind="bottleneck", total_steps=STEPS, batch_size=4, target_modules=("all-linear",), basis_steps=2)
+    settings = ConnectSettings(recorder=Recorder(tmp_path), retry=Retry(max_s=30.0, first_s=0.01, ceiling_s=0.1))
+    assert settings.recorder is not None
+    with serving(model.base, timeouts=SessionTimeouts(park_s=0.0)) as server, settings.recorder, training(
+        model.bundle, server.url, run, data, settings
+    ) as trainer:
+        for step in range(STEPS):
+            if step == 2:
+                trainer.connection._disconnect()
+            trainer.run_step()
+        assert trainer.connection.reconnects == 1
+    seen, truth = opened(tmp_path)
+    assert len(seen.openings) == 2
+    adapter = finding(run_audit(seen, truth, model.base), "adapter")
+    names = {attack.name: attack.figure for attack in adapter.attacks}
+    assert names["replay of the optimiser"] > 0.99
+
+
+def test_recordings_of_several_runs_are_one_line(recordings: dict[str, Path]) -> None:
+    lora, ffa = (read_recording(recordings[name]) for name in ("lora", "ffa"))
+    with pytest.raises(DataError, match="of several runs"):
+        observe(lora._replace(frames=[*lora.frames, *ffa.frames]))

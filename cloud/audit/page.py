@@ -12,7 +12,7 @@ from .scoring import Verdict
 MEANINGS = {
     Verdict.EXPOSED: "an attack finds nine tenths of it or more",
     Verdict.PARTIAL: "an attack finds some of it, or there is too little in the recording to say that none does",
-    Verdict.RESISTED: "the attacks that were tried find hardly more than a guess, surely less than a quarter; others may",
+    Verdict.RESISTED: "the attacks that were tried find hardly more than a guess; others may find more",
     Verdict.BY_CONSTRUCTION: "nothing that crosses is computed from it",
 }
 

@@ -153,16 +153,11 @@ def _distinct(texts: Sequence[Sequence[int]]) -> int:
 
 def examples_of(seen: Observed, truth: Truth) -> list[TrueExample | None]:
     """Of each text that crossed the example of the data that it is the beginning of; None where there is none."""
-    by_length: dict[int, dict[bytes, TrueExample]] = {}
-    found = []
-    for micro_batch in truth.micro_batches:
-        for text in micro_batch.texts():
-            if len(text) not in by_length:
-                by_length[len(text)] = {
-                    each.ids[: len(text)].tobytes(): each for each in truth.examples if len(each.ids) >= len(text)
-                }
-            found.append(by_length[len(text)].get(text.tobytes()))
-    return found
+    # A text crosses as far as its last label needs it; several may begin alike.
+    needed = {each.ids[: each.label_positions[-1] + 1].tobytes(): each for each in truth.examples}
+    whole = {each.ids.tobytes(): each for each in truth.examples}
+    texts = (text.tobytes() for micro_batch in truth.micro_batches for text in micro_batch.texts())
+    return [needed.get(text) or whole.get(text) for text in texts]
 
 
 def _candidates(texts: Sequence[list[int]], truth: Truth) -> tuple[list[list[int]], list[list[int]]]:
