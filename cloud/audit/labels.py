@@ -82,6 +82,7 @@ def _of_first_blocks(seen: Observed, truth: Truth, found: FoundText) -> list[Fin
     """Labels never fed back do not cross; the others are text."""
     crossed = true_texts(seen, truth, found)
     beginnings = {tuple(text[:length]) for text in crossed for length in range(1, len(text) + 1)}
+    goes_on = {tuple(text[:length]): text[length] for text in found.texts(seen) for length in range(1, len(text))}
     never: list[int] = []
     fed_back = right = 0
     texts = set()
@@ -96,7 +97,7 @@ def _of_first_blocks(seen: Observed, truth: Truth, found: FoundText) -> list[Fin
                 never.append(ids[position + 1])
                 continue
             fed_back += 1
-            right += position + 1 < len(text) and text[position + 1] == ids[position + 1]
+            right += goes_on.get(tuple(text[: position + 1])) == ids[position + 1]
     if not texts:
         return [nothing_there("labels never fed back", "nothing is labelled in this recording")]
     findings = []
