@@ -123,7 +123,8 @@ def defences_table(audit: dict[str, Any]) -> str:
         best, *_ = tried["attacks"]
         (naive,) = (each for each in tried["attacks"] if each["attack"] == "nearest neighbour")
         kind, _, amount = name.partition("=")
-        what = f"noise of {amount} × rms" if kind == "noise" else f"hidden states after {amount} blocks on the device"
+        blocks = "1 block" if amount == "1" else f"{amount} blocks"
+        what = f"noise of {amount} × rms" if kind == "noise" else f"hidden states after {blocks} on the device"
         found = f"{tried['verdict']}, {100 * best['figure']:.4g} % by {best['attack']}"
         price = f"{tried['loss_without']:.2f}, {tried['loss']:.2f}"
         lines.append(f"| {what} | {found} | {100 * naive['figure']:.4g} % | {price} |")

@@ -47,6 +47,7 @@ NO_CLAIMS = (
     "not secrecy from whoever runs it",
     "**No secrecy from the server's operator**",
     "hides nothing",
+    "EXPOSED, PARTIAL, RESISTED or BY CONSTRUCTION",  # all there are
 )
 
 
@@ -85,14 +86,15 @@ def verdict_of(name: str, audit: dict[str, Any]) -> str | None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_pages_claim_no_more_than_the_audit_found(page: Path) -> None:
     allowed = (*NO_CLAIMS, *OTHER_MATTERS.get(page.name, ()))
-    assert too_strong(page.read_text(encoding="utf-8"), AUDIT, allowed) == []
+    text = page.read_text(encoding="utf-8").replace(findings_table(AUDIT), "").replace(defences_table(AUDIT), "")
+    assert too_strong(text, AUDIT, allowed) == []
 
 
 def test_every_exception_is_needed() -> None:
     texts = {page.name: " ".join(page.read_text(encoding="utf-8").split()) for page in PAGES}
     for page, phrases in OTHER_MATTERS.items():
         for phrase in phrases:
-            assert phrase in texts[page], (page, phrase)
+            assert " ".join(phrase.split()) in re.sub(r"`[^`]*`", "", texts[page]).replace("  ", " "), (page, phrase)
 
 
 def helps() -> Iterator[str]:
@@ -117,8 +119,8 @@ def test_help_claims_no_more_than_the_audit_found() -> None:
 def test_where_text_is_said_not_to_be_transmitted_it_is_said_that_this_is_no_secrecy() -> None:
     for page in PAGES:
         for paragraph in page.read_text(encoding="utf-8").split("\n\n"):
-            if "never transmitted" in paragraph:
-                assert "not secrecy from" in paragraph, page
+            if "never transmitted" in " ".join(paragraph.split()):
+                assert "not secrecy from" in " ".join(paragraph.split()), page
 
 
 @pytest.mark.parametrize(
@@ -195,5 +197,19 @@ def test_what_the_lab_found_is_found_again() -> None:
         assert attacks["nearest neighbour"]["figure"] < 0.1
 
 
-OTHER_MATTERS: dict[str, tuple[str, ...]] = {}
-HELP: tuple[str, ...] = ()
+OTHER_MATTERS = {
+    "SECURITY.md": (
+        "a vulnerability in private, through",
+        "an honest server has nothing to lose, leak, log or be asked for",
+        "never payload, tokens or secrets",
+    ),
+    "protocol.md": ("C cannot read its tokens", "are told only to who holds the whole secret"),
+    "quickstart.md": ("It is no secret and proves nothing",),
+    "benchmarks.md": ("the model learns nothing of this set",),
+    "kill-and-revive.md": ("of the last safe",),
+    "bundle.md": ("hides from all, of zeros",),
+    "glossary.md": ("and a verdict on each secret",),
+    "operating.md": ("the tokens cannot be read", "never payload, tokens or secrets"),
+    "audit.md": ("| BY CONSTRUCTION |", "The page has what each hides"),
+}
+HELP = ("without their secrets",)

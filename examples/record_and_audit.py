@@ -1,8 +1,8 @@
 """Both halves of an audit: a device records a short run on real dialogue, and whoever has the base weights attacks it.
 
-    python examples/audit.py                       the default recipe
-    python examples/audit.py --kind lora           options of dlora-edge train
-    python examples/audit.py --bundle build/smollm2-blocks --mode trunk
+    python examples/record_and_audit.py                       the default recipe
+    python examples/record_and_audit.py --kind lora           options of dlora-edge train
+    python examples/record_and_audit.py --bundle build/smollm2-blocks --mode trunk
 
 It leaves build/audit/audit.html.
 """
