@@ -20,6 +20,7 @@ from processes import quiet_environment, run_edge
 from recordings import opened, record_training, record_trunk
 from safetensors.numpy import load, save
 from serving import config, serving, training
+from test_given_units import RANDOM
 from test_trunk_command import records
 from tiny import Tiny, TinyFactory
 
@@ -558,3 +559,18 @@ def test_recordings_of_several_runs_are_one_line(recordings: dict[str, Path]) ->
     lora, ffa = (read_recording(recordings[name]) for name in ("lora", "ffa"))
     with pytest.raises(DataError, match="of several runs"):
         observe(lora._replace(frames=[*lora.frames, *ffa.frames]))
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_what_is_given_to_the_server_is_exposed(
+    model: Tiny, data: Dataset, url: str, tmp_path: Path, kind: str
+) -> None:
+    """Units that are killed and revived in turn; what is handed over is compared with what it was then."""
+    record_training(
+        model, url, tmp_path, data, kind=kind, total_steps=6, target_modules=("all-linear",), basis_steps=2,
+        kill_revive={**RANDOM, "on_kill": "give_to_server"},
+    )  # fmt: skip
+    adapter = finding(run_audit(*opened(tmp_path), model.base), "adapter")
+    names = {attack.name: attack for attack in adapter.attacks}
+    assert adapter.verdict is Verdict.EXPOSED
+    assert names["handed over as it is"].interval[0] > 0.999

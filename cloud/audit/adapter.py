@@ -236,14 +236,17 @@ def _step_seen(seen: Observed, step: int) -> StepSeen:
 def _handed_over(seen: Observed, truth: Truth) -> Iterator[Attack]:
     """``--kr-on-kill give_to_server`` sends what was learnt as it is."""
     errors = []
-    for group, given in seen.given.items():
-        tensors = [floats(tensor) for tensor in given.tensors]
-        for parameters in reversed(truth.parameters):
-            wanted = [torch.from_numpy(values) for values in parameters.groups[group].values()]
-            if all(bool(each.abs().max() > 0) for each in wanted) and parameters.scales[group] > 0:
-                scaled = [*wanted[:-1], wanted[-1] * parameters.scales[group]]
-                errors.append(min(relative_error(a, b) for a, b in zip(tensors, scaled, strict=True)))
-                break
+    for group, (given, begun) in seen.given.items():
+        parameters = _parameters_of(truth, begun)
+        scale = parameters.scales[group]
+        wanted = [  # the scaling is in what is nearest to the output
+            torch.from_numpy(values) * (1.0 if name.endswith(".lora_A") else scale)
+            for name, values in parameters.groups[group].items()
+        ]
+        if all(bool((each != 0).any()) for each in wanted):
+            found = [floats(tensor) for tensor in given.tensors]
+            pairs = zip(found, wanted, strict=True)
+            errors.append(max(relative_error(a, b) for a, b in pairs))
     if errors:
         yield matrices("handed over as it is", errors, f"parameters of {len(errors)} groups")
 

@@ -80,7 +80,8 @@ class Observed:
     Attributes:
         welcome: what the server said of itself.
         micro_batches: in the order in which they began.
-        given: what devices handed over of killed units: of each group the last.
+        given: what the device handed over of killed units: of each group the last, and how many micro-batches had
+            begun.
         states: what the server keeps of each group; scores: of each report.
         said_up: the kinds of messages that the device sent.
     """
@@ -89,7 +90,7 @@ class Observed:
     openings: list[m.OpenSession]
     micro_batches: list[SeenMicroBatch]
     frames: list[SeenFrame]
-    given: dict[int, m.GroupParameters]
+    given: dict[int, tuple[m.GroupParameters, int]]
     states: dict[int, m.AdapterState]
     scores: list[WireTensor]
     said_up: frozenset[type[m.Message]]
@@ -144,7 +145,7 @@ class _Reader:
         self._micro_batches: list[SeenMicroBatch] = []
         self._under_way: dict[tuple[int, int], SeenMicroBatch] = {}
         self._frames: list[SeenFrame] = []
-        self._given: dict[int, m.GroupParameters] = {}
+        self._given: dict[int, tuple[m.GroupParameters, int]] = {}
         self._states: dict[int, m.AdapterState] = {}
         self._scores: list[WireTensor] = []
         self._said_up: set[type[m.Message]] = set()
@@ -169,7 +170,7 @@ class _Reader:
                 self._last = {True: 0, False: 0}
                 self._under_way.clear()
             case m.GroupParameters() if message.tensors:
-                self._given[message.group] = message
+                self._given[message.group] = message, len(self._micro_batches)
             case m.AdapterState() if message.tensors:
                 self._states[message.group] = message
             case m.StepReport():
