@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,10 +18,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from bars import write_bars
-from children import QUIET_THREADS, cloud_server, log, need_bundle
+from children import QUIET_THREADS, cloud_server, log, need_bundle, run_json
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from dialogue import write_dialogue
+
+os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
 FILE: Final = Path("benchmarks") / "audit.json"  # in docs
 COMMAND: Final = "python benchmarks/audit.py"
@@ -172,7 +173,9 @@ def _record(recipe: str, url: str, data: Path, arguments: argparse.Namespace, di
         if "trunk" not in recipe:
             options += ["--eval", str(data)]  # while an adapter rests, more of it is seen
     record = directory / "records" / recipe
-    _run("dlora-edge", command, "--bundle", bundle, "--server", url, *options, "--record", record)
+    run_json(
+        "-m", "dlora.edge", command, "--bundle", bundle, "--server", url, *options, "--record", record, "--json"
+    )
 
 
 def _audit(recipe: str, directory: Path, pages: Path | None) -> dict[str, Any]:
@@ -181,10 +184,10 @@ def _audit(recipe: str, directory: Path, pages: Path | None) -> dict[str, Any]:
     page.parent.mkdir(parents=True, exist_ok=True)
     tries = [word for each in TRIED for word in ("--try", each)] if recipe == TRIED_ON else []
     started = time.perf_counter()
-    said = json.loads(_run(
-        "dlora-cloud", "audit", MODEL, "--frames", record / "frames", "--truth", record / "truth", "--out", page,
+    said = run_json(
+        "-m", "dlora.cloud", "audit", MODEL, "--frames", record / "frames", "--truth", record / "truth", "--out", page,
         "--json", *tries,
-    ))  # fmt: skip
+    )  # fmt: skip
     shown = " ".join(f"'{word}'" if " " in word else word for word in RECIPES[recipe])
     return {
         "command": f"{COMMAND} --only '{recipe}'",
@@ -209,16 +212,6 @@ def _short(finding: dict[str, Any]) -> dict[str, Any]:
         for each in finding["attacks"]
     ]  # fmt: skip
     return {"verdict": finding["verdict"], "attacks": attacks, "why": finding["why"]}
-
-
-def _run(*command: object) -> str:
-    words = [str(Path(sys.executable).with_name(str(command[0]))), *map(str, command[1:])]
-    done = subprocess.run(
-        words, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **QUIET_THREADS}
-    )
-    if done.returncode:
-        raise SystemExit(f"error: {' '.join(map(str, command[:4]))} … failed; its error is above")
-    return done.stdout
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from families import VOCABULARY
@@ -20,15 +18,6 @@ from dlora.cloud.model.parts import ModelParts
 LENGTHS = [7, 1, 12, 9, 12]
 TOKENS = sum(LENGTHS)
 WIDTH = 64  # as many times smaller than a real model as its vocabulary
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny models run much faster without a second thread of torch, which mostly waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -59,14 +59,6 @@ def generated_by_peft(model: torch.nn.Module, prompt: list[int], count: int) -> 
     return found[0, len(prompt) :].tolist()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def bundle(tiny: TinyFactory) -> Path:
     return tiny("llama", head_dtype="fp32", blocks=3, **LONG).bundle

@@ -40,15 +40,6 @@ def deeper(family: str) -> BaseModel:
     return BaseModel.from_model(tiny_model(family, **changes), family)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny models run much faster without a second thread of torch, which mostly waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def parts(request: pytest.FixtureRequest) -> ModelParts:
     return ModelParts(deeper(request.param))

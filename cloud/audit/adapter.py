@@ -223,10 +223,7 @@ def _step_seen(seen: Observed, step: int) -> StepSeen:
         rows[str(group)] = inputs, torch.cat(deltas, 1)
         trained = [each for each in forward if group in each.grads]
         if trained:
-            grads[str(group)] = _sum(
-                torch.cat([floats(grad) for grad in each.grads[group]], 1).T @ floats(each.inputs[group])
-                for each in trained
-            )
+            grads[str(group)] = _gradient_product(trained, group)
     return StepSeen(rows, grads)
 
 
@@ -259,19 +256,16 @@ def _gradient_errors(seen: Observed, micro_batches: Sequence[SeenMicroBatch], gr
         trained = [each for each in micro_batches if group in each.grads and group in each.inputs]
         if not trained or not all(name in gradients.values for name in named):
             continue
-        products = [
-            _sum(floats(each.grads[group][index]).T @ floats(each.inputs[group]) for each in trained)
-            for index in range(len(trained[0].grads[group]))
-        ]
-        found: list[Tensor] = []
+        product = _gradient_product(trained, group)
+        found = [scale * product]
         if seen.opening.adapter.kind == "lora":
             # The product is the gradient of scaling · B A. That of A and of B is seen through the other one, which
             # scoring takes from the truth: the server knows B A only, whose factors are known but for an r x r matrix.
             pairs = _pairs([torch.from_numpy(values) for values in named.values()])
-            for product, (lora_a, lora_b) in zip(products, pairs, strict=True):
-                found += [scale * lora_b.T @ product, scale * product @ lora_a.T]
-        else:
-            found = [scale * product for product in products]
+            found = []
+            of_targets = product.split([len(lora_b) for _, lora_b in pairs])
+            for of_target, (lora_a, lora_b) in zip(of_targets, pairs, strict=True):
+                found += [scale * lora_b.T @ of_target, scale * of_target @ lora_a.T]
         wanted = torch.cat([torch.from_numpy(gradients.values[name]).flatten() for name in named])
         if bool(wanted.abs().max() > 0):
             errors.append(relative_error(torch.cat([each.flatten() for each in found]), wanted))
@@ -313,5 +307,10 @@ def _forward_rows(micro_batches: Sequence[SeenMicroBatch], group: int) -> tuple[
     return inputs[:MOST_ROWS], [output[:MOST_ROWS] for output in outputs]
 
 
-def _sum(tensors: Iterator[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)).sum(0)
+def _gradient_product(micro_batches: Sequence[SeenMicroBatch], group: int) -> Tensor:
+    """What crosses backward times what crosses forward, summed: (out of all target modules, in)."""
+    products = [
+        torch.cat([floats(grad) for grad in each.grads[group]], 1).T @ floats(each.inputs[group])
+        for each in micro_batches
+    ]
+    return torch.stack(products).sum(0)

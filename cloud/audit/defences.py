@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.model.ends import find_head
+from dlora.cloud.model.ends import find_embedding, find_head
 from dlora.cloud.model.parts import ModelParts
 
-from .ridge_probe import embedding_table, run_blocks
+from .ridge_probe import run_blocks
 
 
 def embeddings_of(base: BaseModel, ids: Tensor) -> Tensor:
     """int64 (tokens,) to what crosses without a defence: (tokens, embedding_size) in the model's dtype."""
-    return embedding_table(base)[ids.to(base.device)]
+    return find_embedding(base)(ids.to(base.device)).to(base.dtype)
 
 
 def with_noise(hidden: Tensor, times_rms: float, generator: torch.Generator) -> Tensor:

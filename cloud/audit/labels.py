@@ -86,7 +86,7 @@ def _of_first_blocks(seen: Observed, truth: Truth, found: FoundText) -> list[Fin
     never: list[int] = []
     fed_back = right = 0
     texts = set()
-    for text, example in zip(found.texts(seen), examples_of(seen, truth), strict=False):
+    for text, example in zip(found.texts(seen), examples_of(truth), strict=False):
         if example is None:
             continue
         ids = example.ids.tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -123,7 +123,7 @@ def joined(tensors: Iterable[WireTensor]) -> Tensor:
     return torch.cat([floats(tensor) for tensor in tensors])
 
 
-def observe(recording: Recording, on_frame: Callable[[], None] = lambda: None) -> Observed:
+def observe(recording: Recording) -> Observed:
     """Read a recording's frames. Raises ``DataError`` for one that is damaged, of another version, or empty."""
     reader = _Reader()
     for number, recorded in enumerate(recording.frames, 1):
@@ -131,7 +131,6 @@ def observe(recording: Recording, on_frame: Callable[[], None] = lambda: None) -
             reader.read(recorded)
         except RemoteProtocolError as error:
             raise DataError(f"frame {number:,} of the recording cannot be read ({error}); record it again") from None
-        on_frame()
     return reader.observed()
 
 

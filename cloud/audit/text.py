@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlora.cloud.model.base_model import BaseModel, find_embedding
+from dlora.cloud.model.base_model import BaseModel
 
 from .finding import Finding, found_by, nothing_there
 from .membership import is_member, swap_ends
 from .nearest_neighbour import nearest_tokens
 from .observed import Observed, whole_texts
 from .prompt_ends import common_marker_ends, first_labels
+from .ridge_probe import embedding_table
 from .scoring import Attack, commonest, share
 from .truth import TrueExample, Truth
 
@@ -38,8 +39,7 @@ class FoundText:
 
 def find_text(seen: Observed, base: BaseModel) -> FoundText:
     """The tokens of what was sent, of the first ``MOST_TOKENS`` tokens."""
-    end = find_embedding(base)
-    table = end.weight * end.scale
+    table = embedding_table(base)
     found: list[Tensor] = []
     attack = "sent as they are"
     tokens = 0
@@ -83,33 +83,30 @@ def audit_prompt_lengths(seen: Observed, truth: Truth, found: FoundText) -> Find
     true = truth.micro_batches[: len(found.ids)]
     if seen.has_only_first_blocks:
         return _prompt_lengths_of_first_blocks(seen, truth, found)
-    wanted = [
-        int(positions[0]) + 1
-        for each in true
-        if len(each.labels)
-        for positions in each.label_positions_of_texts()
-        if len(positions)
-    ]
-    if not wanted:
-        return nothing_there("prompt lengths", "no text has a prompt and an answer here")
-    guesses = [
-        position + 1
+    pairs = [
+        (guess, wanted)
         for micro_batch, each in zip(seen.micro_batches, true, strict=False)
         if len(each.labels)
-        for position in first_labels(micro_batch.lengths, micro_batch.label_positions)
-        if position is not None
+        for guess, wanted in zip(
+            first_labels(micro_batch.lengths, micro_batch.label_positions),
+            first_labels(each.lengths.tolist(), each.label_positions.tolist()),
+            strict=True,
+        )
+        if wanted is not None
     ]
-    right = sum(guess == length for guess, length in zip(guesses, wanted, strict=False))
+    if not pairs:
+        return nothing_there("prompt lengths", "no text has a prompt and an answer here")
+    right = sum(guess == wanted for guess, wanted in pairs)
     texts = _distinct([text.tolist() for each in true if len(each.labels) for text in each.texts()])
     return found_by(
         "prompt lengths",
-        [share("label positions as they are", right, len(wanted), texts, "prompts")],
+        [share("label positions as they are", right, len(pairs), texts, "prompts")],
         "the positions of labels cross as they are",
     )
 
 
 def _prompt_lengths_of_first_blocks(seen: Observed, truth: Truth, found: FoundText) -> Finding:
-    guesses = zip(common_marker_ends(found.texts(seen)), examples_of(seen, truth), strict=False)
+    guesses = zip(common_marker_ends(found.texts(seen)), examples_of(truth), strict=False)
     pairs = {tuple(each.ids.tolist()): (guess, int(each.label_positions[0]) + 1) for guess, each in guesses if each}
     if not pairs:
         return nothing_there("prompt lengths", "no text has a prompt and an answer here")
@@ -151,7 +148,7 @@ def _distinct(texts: Sequence[Sequence[int]]) -> int:
     return len(set(map(tuple, texts)))
 
 
-def examples_of(seen: Observed, truth: Truth) -> list[TrueExample | None]:
+def examples_of(truth: Truth) -> list[TrueExample | None]:
     """Of each text that crossed the example of the data that it is the beginning of; None where there is none."""
     # A text crosses as far as its last label needs it; several may begin alike.
     needed = {each.ids[: each.label_positions[-1] + 1].tobytes(): each for each in truth.examples}
@@ -164,11 +161,9 @@ def _candidates(texts: Sequence[list[int]], truth: Truth) -> tuple[list[list[int
     """Texts that crossed, and as many that did not: others of the data, or, where there are too few, made of the first
     half of one text that crossed and the second half of another."""
     crossed = {tuple(text): text for text in texts}
+    lengths = set(map(len, crossed))
     members = list(crossed.values())[:MOST_CANDIDATES]
-    others = [
-        each.ids.tolist()
-        for each in truth.examples
-        if not any(each.ids[: len(text)].tolist() == text for text in crossed.values())
-    ]
+    examples = [each.ids.tolist() for each in truth.examples]
+    others = [ids for ids in examples if not any(tuple(ids[:length]) in crossed for length in lengths)]
     made = [text for text in swap_ends(members) if text not in members]
     return members, [*others, *made][: len(members)]

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 
 from dlora.protocol.adapters import kind_of
 from dlora.protocol.errors import DataError
+from dlora.protocol.messages import OpenSession
 from dlora.protocol.recording import TOKENIZER_FILE, TRUTH_DIRECTORY, TRUTH_FILE, TRUTH_FORMAT
 from dlora.protocol.tensors import FloatArray
 
-from .observed import Observed
+from .observed import Observed, SeenMicroBatch
 
 LARGEST_SCALE = 1e6
 MOST_WITHOUT_TRUTH = 4  # micro-batches that began when a run was interrupted
@@ -60,15 +61,6 @@ class TrueMicroBatch:
     def texts(self) -> list[npt.NDArray[np.int64]]:
         """Each sequence's tokens."""
         return np.split(self.ids, np.cumsum(self.lengths)[:-1])
-
-    def label_positions_of_texts(self) -> list[npt.NDArray[np.int64]]:
-        """Of each sequence, counted from its own start."""
-        ends = np.cumsum(self.lengths)
-        starts = ends - self.lengths
-        positions = self.label_positions.astype(np.int64)
-        return [
-            positions[(positions >= start) & (positions < end)] - start for start, end in zip(starts, ends, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
@@ -162,40 +154,47 @@ def _check(truth: Truth, seen: Observed) -> None:
     if not count or not count <= there <= count + MOST_WITHOUT_TRUTH:
         raise _NotOfFramesError(f"it has {count:,} micro-batches, and they have {there:,}")
     for index, (each, crossed) in enumerate(zip(truth.micro_batches, seen.micro_batches, strict=False)):
-        for values in (each.ids, each.lengths, each.label_positions, each.labels):
-            if values.ndim != 1 or values.dtype.kind != "i":
-                raise _NotOfFramesError(f"micro-batch {index} has something else than rows of whole numbers")
-        if len(each.ids) != crossed.begun.tokens or each.lengths.tolist() != crossed.lengths:
-            raise _NotOfFramesError(f"micro-batch {index} has other lengths")
-        if len(each.labels) != len(each.label_positions):
-            raise _NotOfFramesError(f"micro-batch {index} has labels without a position")
-        if len(each.labels) and each.label_positions.tolist() != crossed.label_positions:
-            raise _NotOfFramesError(f"micro-batch {index} has other label positions")
-        if not _are_tokens(each.ids) or not _are_tokens(each.labels):
-            raise _NotOfFramesError(f"micro-batch {index} has tokens that are none")
+        _check_micro_batch(f"micro-batch {index}", each, crossed)
     for example in truth.examples:
         positions = example.label_positions
         inside = len(positions) and positions.min() >= 0 and positions.max() + 1 < len(example.ids)
         if example.ids.ndim != 1 or positions.ndim != 1 or not inside or not _are_tokens(example.ids):
             raise _NotOfFramesError("an example has labels that are none")
-    groups, kind = seen.opening.groups, kind_of(seen.opening.adapter)
     for parameters in truth.parameters:
-        of_groups = len(parameters.scales) == len(parameters.groups) == len(groups)
-        if not of_groups or not 0 <= parameters.micro_batch <= count:
-            raise _NotOfFramesError("parameters of other groups")
-        if not all(0 <= scale <= LARGEST_SCALE for scale in parameters.scales):
-            raise _NotOfFramesError("a scale that is none")
-        for group, named in zip(groups, parameters.groups, strict=True):
-            _check_values(named, kind.parameter_shapes(seen.opening.adapter, group))
-    if any(each.deltas for each in seen.micro_batches):
-        first = next(index for index, each in enumerate(seen.micro_batches) if each.deltas)
-        if not any(each.micro_batch <= first for each in truth.parameters):
-            raise _NotOfFramesError("it has no parameters of the first micro-batch that exchanges")
+        _check_parameters(parameters, seen.opening, count)
+    first = next((index for index, each in enumerate(seen.micro_batches) if each.deltas), None)
+    if first is not None and not any(each.micro_batch <= first for each in truth.parameters):
+        raise _NotOfFramesError("it has no parameters of the first micro-batch that exchanges")
     for gradients in truth.gradients:
         if not 0 <= gradients.first <= gradients.end <= count:
             raise _NotOfFramesError("gradients of micro-batches that there are not")
         shapes = {name: values.shape for named in gradients.parameters.groups for name, values in named.items()}
         _check_values(gradients.values, {name: shapes.get(name, ()) for name in gradients.values})
+
+
+def _check_micro_batch(name: str, true: TrueMicroBatch, crossed: SeenMicroBatch) -> None:
+    for values in (true.ids, true.lengths, true.label_positions, true.labels):
+        if values.ndim != 1 or values.dtype.kind != "i":
+            raise _NotOfFramesError(f"{name} has something else than rows of whole numbers")
+    if len(true.ids) != crossed.begun.tokens or true.lengths.tolist() != crossed.lengths:
+        raise _NotOfFramesError(f"{name} has other lengths")
+    if len(true.labels) != len(true.label_positions):
+        raise _NotOfFramesError(f"{name} has labels without a position")
+    if len(true.labels) and true.label_positions.tolist() != crossed.label_positions:
+        raise _NotOfFramesError(f"{name} has other label positions")
+    if not _are_tokens(true.ids) or not _are_tokens(true.labels):
+        raise _NotOfFramesError(f"{name} has tokens that are none")
+
+
+def _check_parameters(parameters: Parameters, opening: OpenSession, micro_batches: int) -> None:
+    groups, kind = opening.groups, kind_of(opening.adapter)
+    of_groups = len(parameters.scales) == len(parameters.groups) == len(groups)
+    if not of_groups or not 0 <= parameters.micro_batch <= micro_batches:
+        raise _NotOfFramesError("parameters of other groups")
+    if not all(0 <= scale <= LARGEST_SCALE for scale in parameters.scales):
+        raise _NotOfFramesError("a scale that is none")
+    for group, named in zip(groups, parameters.groups, strict=True):
+        _check_values(named, kind.parameter_shapes(opening.adapter, group))
 
 
 def _check_values(values: Mapping[str, FloatArray], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -73,7 +73,7 @@ def audit(
         start_torch("cpu", threads)
         import msgspec
 
-        from dlora.cloud.audit.audit import check_model, run_audit
+        from dlora.cloud.audit.audit import run_audit
         from dlora.cloud.audit.observed import observe
         from dlora.cloud.audit.page import page
         from dlora.cloud.audit.tried import Defence, check_defences, try_defences
@@ -87,7 +87,6 @@ def audit(
             raise UsageError("--phrase needs the truth's tokenizer.json, which is not there; record again")
         progress.update(task, description=f"loading {model}")
         base = load_base_model(model)
-        check_model(seen, base)
         check_defences(defences, base.blocks)
 
         def on_attack(what: str) -> None:

@@ -42,10 +42,6 @@ MOST_TRUTH_BYTES: Final = 1 << 28
 MOST_EXAMPLES: Final = 4096
 
 
-def _say_nothing(line: str) -> None:
-    pass
-
-
 def check_directory(directory: Path) -> None:
     """Raise ``UsageError`` where there is a recording in ``directory`` already, or it is none."""
     if directory.exists() and not directory.is_dir():
@@ -62,7 +58,7 @@ class Recorder:
         seed_was_chosen: whether the run's seed is a number that its user gave; None where nothing is drawn.
     """
 
-    def __init__(self, directory: Path, warn: Callable[[str], None] = _say_nothing) -> None:
+    def __init__(self, directory: Path, warn: Callable[[str], None] = lambda _: None) -> None:
         """Begin one in ``directory``. Raises what ``check_directory`` does, and ``StorageError``."""
         self.directory = directory
         self.is_full = False
