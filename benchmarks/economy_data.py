@@ -18,7 +18,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from dlora.edge.data.examples import Dataset, load_examples
+from dlora.edge.data.examples import Dataset
+from dlora.edge.data.reading import load_examples
 from dlora.edge.data.tokenizer import EdgeTokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

@@ -24,7 +24,8 @@ from children import QUIET_THREADS, cloud_server, log, need_bundle
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
-from dlora.edge.data.examples import Dataset, load_examples
+from dlora.edge.data.examples import Dataset
+from dlora.edge.data.reading import load_examples
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine

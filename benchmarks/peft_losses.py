@@ -26,8 +26,9 @@ os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREA
 import msgspec
 from economy_recipes import DEFAULT, RECIPES, Recipe, train_config
 
-from dlora.edge.data.examples import Dataset, load_examples
+from dlora.edge.data.examples import Dataset
 from dlora.edge.data.invocation import find_invocation
+from dlora.edge.data.reading import load_examples
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine

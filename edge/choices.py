@@ -7,6 +7,9 @@ from typing import Literal
 TooLong = Literal["error", "truncate", "skip"]
 """What happens to examples with more tokens than are taken."""
 
+TrainOn = Literal["answers", "all", "last"]
+"""Which tokens are labels: those of answers, all of them, or those of the last answer."""
+
 Keep = Literal["last", "best"]
 """Which adapter a run saves in the end."""
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from dlora.cloud.model.base_model import load_base_model
 from dlora.edge.data.batches import evaluation_batches
-from dlora.edge.data.examples import load_examples
+from dlora.edge.data.reading import load_examples
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 

@@ -125,9 +125,9 @@ def test_invocation_is_the_shortest_tail_that_no_answer_contains() -> None:
 
 def test_invocation_is_the_templates_header_where_that_fits() -> None:
     dataset = Dataset.of([answered([9, 10], [20, 21]), answered([11], [22])])
-    dataset.assistant_header = (7, 8)
+    dataset.facts.assistant_header = (7, 8)
     assert find_invocation(dataset) == (7, 8)
-    dataset.assistant_header = (6, 8)  # tokenised in another way here
+    dataset.facts.assistant_header = (6, 8)  # tokenised in another way here
     assert find_invocation(dataset) == (8,)
 
 

@@ -22,9 +22,10 @@ from dlora.edge.data import child
 from dlora.edge.data.chat import ChatTemplate
 from dlora.edge.data.child import Child, Note
 from dlora.edge.data.examples import Dataset
+from dlora.edge.data.lines import MAX_RECORD_BYTES
 from dlora.edge.data.loading import Reading, load_datasets
 from dlora.edge.data.prompt import prompt_tokenizer
-from dlora.edge.data.records import MAX_RECORD_BYTES
+from dlora.edge.data.read_settings import ReadSettings
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol import errors
 from dlora.protocol.errors import BundleError, DataError, DloraError, RefusedError, RemoteProtocolError
@@ -81,7 +82,7 @@ def bundle_of(directory: Path, template: str | None = CHAT, **changes: object) -
 
 def load(bundle: Bundle, *paths: Path, columns: dict[str, str] | None = None, **options: Any) -> list[Dataset]:
     settings = {"max_length": 64, "too_long": "error", **options}
-    return load_datasets(Reading(bundle, paths, columns, **settings))
+    return load_datasets(Reading(bundle, paths, ReadSettings(columns, **settings)))
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -187,19 +188,19 @@ def test_endless_decoder_is_a_bundle_error(tmp_path: Path) -> None:
 
 
 def test_child_returns_data_sets_unchanged(tmp_path: Path) -> None:
-    long = {"text": "a b c " * 30}
+    long = {"prompt": "", "completion": "a b c " * 30}
     unanswered = {"prompt": "a " * 90, "completion": "b"}
-    one = write(tmp_path / "one.jsonl", {"text": "a b"}, *[long] * 4, unanswered)
+    one = write(tmp_path / "one.jsonl", {"prompt": "", "completion": "a b"}, *[long] * 4, unanswered)
     two = write(tmp_path / "two.jsonl", {"messages": [QUESTION, ANSWER]})
     first, second = load(bundle_of(tmp_path), one, two, too_long="truncate")
-    assert (len(first), first.truncated, first.skipped) == (5, 4, 1)
-    assert first.truncated_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
-    assert first.skipped_places == (f"{one}:6",)
+    assert (len(first), first.facts.truncated.count, first.facts.skipped.count) == (5, 4, 1)
+    assert first.facts.truncated.first == tuple(f"{one}:{line}" for line in (2, 3, 4))
+    assert first.facts.skipped.first == (f"{one}:6",)
     assert first[0].ids.tolist() == [5, 6, 2]
     assert second[0].labels.tolist() == [7, 2]
     (skipped,) = load(bundle_of(tmp_path), one, too_long="skip")
-    assert (len(skipped), skipped.skipped, skipped.truncated_places) == (1, 5, ())
-    assert skipped.skipped_places == tuple(f"{one}:{line}" for line in (2, 3, 4))
+    assert (len(skipped), skipped.facts.skipped.count, skipped.facts.truncated.first) == (1, 5, ())
+    assert skipped.facts.skipped.first == tuple(f"{one}:{line}" for line in (2, 3, 4))
 
 
 def test_too_long_line_is_refused(tmp_path: Path) -> None:
@@ -236,18 +237,18 @@ def test_csv_file_may_be_longer_than_the_record_limit(tmp_path: Path) -> None:
 def test_chat_is_rendered_as_often_as_needed(
     tmp_path: Path, too_long: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dlora.edge.data.examples import load_examples
+    from dlora.edge.data.reading import load_examples
     from dlora.edge.data.tokenizer import EdgeTokenizer
 
     path = write(tmp_path / "d.jsonl", {"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER] * 10_000})
     rendered = []
-    render = ChatTemplate.render
+    render = ChatTemplate.render_marked
 
-    def counting(self: ChatTemplate, messages: Any, **options: Any) -> str:
+    def counting(self: ChatTemplate, messages: Any, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         rendered.append(len(messages))
         return render(self, messages, **options)
 
-    monkeypatch.setattr(ChatTemplate, "render", counting)
+    monkeypatch.setattr(ChatTemplate, "render_marked", counting)
     tokenizer = EdgeTokenizer.open(bundle_of(tmp_path))
 
     def read() -> Dataset:
@@ -262,7 +263,7 @@ def test_chat_is_rendered_as_often_as_needed(
     assert rendered[-2:] == [1, 1]  # how an answer begins
     del rendered[-2:]
     if too_long == "skip":
-        assert (len(found), found.skipped, len(rendered)) == (1, 1, 3)
+        assert (len(found), found.facts.skipped.count, len(rendered)) == (1, 1, 3)
     else:
         # Seven tokens a question with its answer: of the third answer, one is within the limit of 20.
         assert rendered[3:] == [1, 2, 3, 4, 5, 6, 7]

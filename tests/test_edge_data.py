@@ -16,7 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from dlora.edge.data.batches import Batches, evaluation_batches, pack
 from dlora.edge.data.chat import ChatTemplate
-from dlora.edge.data.examples import Dataset, load_examples, split_holdout
+from dlora.edge.data.examples import Dataset
+from dlora.edge.data.reading import load_examples
 from dlora.edge.data.records import parse_columns
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
@@ -173,7 +174,6 @@ def test_messages_label_the_assistant_only(tmp_path: Path) -> None:
         ("the answer is ", "yes", " yes</s>"),  # one token takes the blank along
         ("the answer is\n", "yes", "yes</s>"),
         ("", "yes", "yes</s>"),
-        ("what", "", "</s>"),
         ("say 🙂", "🙂", "🙂</s>"),
     ],
 )
@@ -201,14 +201,17 @@ def test_eos_added_by_the_tokenizer_is_not_added_twice(tmp_path: Path) -> None:
 
 
 def test_too_long_example_is_refused_skipped_or_cut(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", {"text": "no"}, {"text": "yes " * 50}, {"prompt": "a" * 90, "completion": "b"})
+    path = write(tmp_path / "d.jsonl", *(
+        {"prompt": prompt, "completion": completion}
+        for prompt, completion in (("", "no"), ("", "yes " * 50), ("a" * 90, "b"))
+    ))
     with pytest.raises(DataError, match=r":2: \d+ tokens, the limit is 20; raise --max-length"):
         load(path, max_length=20)
     skipped = load(path, max_length=20, too_long="skip")
-    assert (len(skipped), skipped.skipped, skipped.truncated) == (1, 2, 0)
+    assert (len(skipped), skipped.facts.skipped.count, skipped.facts.truncated.count) == (1, 2, 0)
     cut = load(path, max_length=20, too_long="truncate")
     # The third has its completion cut off, so there is nothing left to learn from it.
-    assert (len(cut), cut.skipped, cut.truncated, len(cut[1].ids)) == (2, 1, 1, 20)
+    assert (len(cut), cut.facts.skipped.count, cut.facts.truncated.count, len(cut[1].ids)) == (2, 1, 1, 20)
     assert cut[1].label_positions.max() == 18
     with pytest.raises(DataError, match="every example is over the limit"):
         load(path, max_length=1, too_long="skip")
@@ -228,16 +231,16 @@ def test_bom_crlf_and_blank_lines_are_read(tmp_path: Path) -> None:
     ("content", "text"),
     [
         (b'{"text": "a"}\n{"text": \n', ":2: not valid JSON"),
-        (b'{"text": "a"}\n\n[{"text": "a"}]\n', ":3: a JSON array; each line must be one JSON object"),
+        (b'{"text": "a"}\n\n[{"text": "a"}]\n', ":3: a JSON array; each line must be one whole JSON object"),
         (b'"x"\n', ":1: a JSON string"),
         (b"\n null \n", ":2: a JSON null"),
         (b'{"text": "a"} {"text": "b"}\n', ":1: not valid JSON"),
-        (b'{"text": 3}\n', ":1: 'text' must be a string, not int"),
-        (b'{"prompt": "a"}\n', ":1: needs either 'messages'"),
+        (b'{"text": 3}\n', ":1: 'text' must be a string, not a number"),
+        (b'{"prompt": "a"}\n', ":1: no form of data that is known: it needs 'messages'"),
         (b'{"prompt": "a", "completion": null}\n', "'completion' must be a string"),
-        (b'{"body": "a", "id": 1}\n', "it has 'body', 'id'"),
-        (b"{}\n", "it has nothing"),
-        (b'{"text": "a", "messages": []}\n', "needs either"),
+        (b'{"body": "a", "id": 1}\n', "and has 'body', 'id'"),
+        (b"{}\n", "and has nothing"),
+        (b'{"text": "a", "messages": []}\n', ":1: it may be chat messages or text, for it has 'text', 'messages'"),
         (b'{"text": ""}\n', ":1: the text is empty"),
         (b'{"messages": []}\n', "at least one message"),
         (b'{"messages": "hi"}\n', "must be a list"),
@@ -266,7 +269,7 @@ def test_error_names_the_bad_line(tmp_path: Path, content: bytes, text: str) -> 
 def test_missing_file_and_directory_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         load(tmp_path / "no.jsonl")
-    with pytest.raises(DataError, match="a directory; give one file"):
+    with pytest.raises(DataError, match="no data in this directory"):
         load(tmp_path)
 
 
@@ -317,7 +320,7 @@ def test_columns_option_works_for_jsonl(tmp_path: Path) -> None:
         (b"text,text\na,b\n", ":1: the header names a column twice"),
         (b"text\n\xff\n", ":2: not UTF-8"),
         (b"text\n", "no examples in it"),
-        (b"body\nx\n", ":2: needs either"),
+        (b"body\nx\n", ":2: no form of data that is known"),
     ],
 )
 def test_error_names_the_bad_csv_row(tmp_path: Path, content: bytes, text: str) -> None:
@@ -388,16 +391,6 @@ def test_fingerprint_depends_on_ids_labels_and_boundaries() -> None:
     ]
     assert len({dataset.fingerprint for dataset in variants}) == len(variants)
     assert Dataset.of([([1, 2, 3, 4], [0, 2])]).fingerprint == variants[0].fingerprint
-
-
-def test_holdout_splits_the_data_without_overlap() -> None:
-    train, held = split_holdout(numbered(10), 0.3, seed=1)
-    assert (len(train), len(held)) == (7, 3)
-    assert sorted(int(example.ids[0]) for part in (train, held) for example in part) == list(range(10))
-    assert split_holdout(numbered(10), 0.3, seed=1)[1].fingerprint == held.fingerprint
-    assert [len(part) for part in split_holdout(numbered(2), 0.99, seed=0)] == [1, 1]
-    with pytest.raises(DataError, match="at least two"):
-        split_holdout(numbered(1), 0.5, seed=0)
 
 
 def test_each_epoch_has_each_example_once() -> None:

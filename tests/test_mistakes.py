@@ -108,6 +108,6 @@ def test_held_out_data_beyond_the_servers_limits_are_an_error(place: Place, tmp_
     assert json.loads(done.stdout)["examples"] == 2
     cut = run_edge(*evaluate, long, "--too-long", "truncate", "--max-length", 64)
     assert cut.code == 0, cut.stderr
-    assert "data: long.jsonl, 1 example, 64 tokens, 63 labelled; 1 truncated (" in cut.stderr
+    assert "data: long.jsonl (text), 1 example, 64 tokens, 63 labelled; 1 truncated (" in cut.stderr
     prompt = ["generate", "--bundle", place.bundle, "--server", place.url, "--prompt", "w1 " * 80]
     assert_fails(run_edge(*prompt), DataError.exit_code, "the prompt has")

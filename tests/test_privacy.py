@@ -15,7 +15,8 @@ from proxy import payloads, recording_proxy
 from serving import config, random_dataset, serving, training
 from tiny import TinyFactory
 
-from dlora.edge.data.examples import Dataset, load_examples
+from dlora.edge.data.examples import Dataset
+from dlora.edge.data.reading import load_examples
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.seeds import adapter_generator, seed_for_server

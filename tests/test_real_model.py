@@ -45,7 +45,7 @@ def test_fifty_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -
     from serving import config, training
 
     from dlora.cloud.model.base_model import load_base_model
-    from dlora.edge.data.examples import load_examples
+    from dlora.edge.data.reading import load_examples
     from dlora.edge.data.tokenizer import EdgeTokenizer
     from dlora.edge.engine.bundle import Bundle
 

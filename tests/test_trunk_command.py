@@ -25,6 +25,7 @@ from websockets.sync.server import ServerConnection
 
 from dlora.edge.data.batches import pack
 from dlora.edge.data.loading import Reading, load_datasets
+from dlora.edge.data.read_settings import ReadSettings
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.run_file import load_run_file
 from dlora.edge.run.trunk_run import CACHE
@@ -146,7 +147,7 @@ def test_saved_adapter_has_in_peft_the_loss_that_the_device_saw(place: Place, mo
     )
     wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model.model), tmp_path).eval()
     bundle = Bundle.open(model.bundle)
-    (data,) = load_datasets(Reading(bundle, [place.data], None, 64, "error"), lambda _: None)
+    (data,) = load_datasets(Reading(bundle, [place.data], ReadSettings(max_length=64)), lambda _: None)
     with torch.no_grad():
         loss = loss_of(wrapped, [pack([data[index] for index in range(len(data))])]).item()
     assert abs(loss - found["eval_loss_after"]) <= 1e-4

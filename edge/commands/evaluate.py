@@ -20,6 +20,7 @@ from .options import (
     JsonOption,
     MaxLengthOption,
     TooLongOption,
+    TrainOnOption,
     with_groups,
 )
 from .recording import RecordOption, check_record, recording
@@ -87,6 +88,11 @@ def evaluate(
     max_length: MaxLengthOption = None,
     too_long: TooLongOption = "error",
     columns: ColumnsOption = None,
+    train_on: TrainOnOption = "answers",
+    split: Annotated[
+        str,
+        typer.Option(help="Only what train holds out with the same --split: a share, or auto. By default all."),
+    ] = "",
     record: RecordOption = None,
     credential_options: CredentialOptions = CredentialOptions(),
     json_output: JsonOption = False,
@@ -95,12 +101,11 @@ def evaluate(
     from dataclasses import asdict
 
     from dlora.edge.data.invocation import uninvoked_line
-    from dlora.edge.data.loading import Reading, load_datasets, resolve_max_length
-    from dlora.edge.data.records import parse_columns
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.run.display import Display
-    from dlora.edge.run.plan import data_line
     from dlora.protocol.wire_codecs import Codecs
+
+    from .reading import DataOptions, read_held_out
 
     display = Display(json_output=json_output)
     Codecs.parse(model_options.wire_dtype)  # before data is read
@@ -109,11 +114,8 @@ def evaluate(
     model_options.warn_of_server(display.warn)
     credentials = credential_options.load()
     opened = Bundle.open(model_options.bundle)
-    fields = parse_columns(columns) if columns else None
-    longest = resolve_max_length(max_length, opened.manifest)
-    with display.reading() as on_tick:
-        (dataset,) = load_datasets(Reading(opened, [data], fields, longest, too_long), on_tick)
-    display.say(data_line("data", data, dataset))
+    options = DataOptions(data, None, columns, max_length, too_long, train_on, split)
+    dataset = read_held_out(options, opened, display)
     from dlora.edge.model.evaluation import evaluate as run_evaluation
 
     longest = int(dataset.lengths.max())

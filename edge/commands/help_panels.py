@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 
 KR: Final = "Kill and Revive"
 PANELS: Final = {
-    "Data": ("eval_data", "columns", "max_length", "too_long"),
+    "Data": ("eval_data", "split", "train_on", "columns", "max_length", "too_long"),
     "Training": (
         "epochs", "steps", "batch_size", "grad_accum", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm",
         "seed",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from dlora.edge.choices import EngineChoice, TooLong
+from dlora.edge.choices import EngineChoice, TooLong, TrainOn
 from dlora.protocol.choices import Send
 from dlora.protocol.limits import MAX_STEPS, MAX_THREADS
 
@@ -43,7 +43,24 @@ MaxLengthOption = Annotated[
     int | None, typer.Option(help="Longest example, in tokens; 512 by default, or what the model takes.", min=2)
 ]
 TooLongOption = Annotated[TooLong, typer.Option(help="Examples over --max-length: error, truncate or skip them.")]
-ColumnsOption = Annotated[str | None, typer.Option(help="For CSV: prompt=COLUMN,completion=COLUMN or text=COLUMN.")]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(help="Columns of a table: prompt=COLUMN,completion=COLUMN, text=COLUMN or messages=COLUMN."),
+]
+TrainOnOption = Annotated[
+    TrainOn,
+    typer.Option(
+        help="Which tokens are learnt: answers, those of the assistant's turns or of the completion; all, prompts too; "
+        "last, those of the last answer."
+    ),
+]
+SplitOption = Annotated[
+    str,
+    typer.Option(
+        help="Share of the rows that is held out, where there is no --eval; 0: none. auto: a tenth, at most 200, and "
+        "none of fewer than 20."
+    ),
+]
 SendOption = Annotated[
     Send,
     typer.Option(
@@ -68,7 +85,9 @@ MemoryOption = Annotated[
         help="Memory that plan and --mode auto may count on, 2GB or 500MB; by default what is free.",
     ),
 ]
-EvalDataOption = Annotated[Path | None, typer.Option("--eval", help="Held-out data of the same form.")]
+EvalDataOption = Annotated[
+    Path | None, typer.Option("--eval", help="Data to evaluate on; without it --split holds some of --data out.")
+]
 EpochsOption = Annotated[float, typer.Option(help="Passes over the data.", min=0.0)]
 StepsOption = Annotated[
     int | None, typer.Option(help="Optimizer steps; overrides --epochs.", min=1, max=MAX_STEPS)

@@ -23,9 +23,11 @@ from .options import (
     MaxLengthOption,
     MemoryOption,
     SendOption,
+    SplitOption,
     StepsOption,
     ThreadsOption,
     TooLongOption,
+    TrainOnOption,
     with_groups,
 )
 from .output import print_result
@@ -48,6 +50,8 @@ def plan(
     max_length: MaxLengthOption = None,
     too_long: TooLongOption = "error",
     columns: ColumnsOption = None,
+    train_on: TrainOnOption = "answers",
+    split: SplitOption = "auto",
     kind: Annotated[
         KindChoice | None, typer.Option(help="Adapters of this kind only: bottleneck, lora or ffa.")
     ] = None,

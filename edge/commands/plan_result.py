@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dlora.edge.data.loading import Reading, load_datasets, resolve_max_length
-from dlora.edge.data.records import parse_columns
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.display import Display
-from dlora.edge.run.plan import data_line
 from dlora.edge.run.run_file import RunSettings
 from dlora.edge.wire.connecting import check_url
 from dlora.protocol.manifest import Manifest
@@ -20,6 +17,7 @@ from dlora.protocol.wire_codecs import Codecs
 
 from .memory import available_memory
 from .planning import Question, Row, rows_of
+from .reading import DataOptions, read_data
 from .recommendation import recommend, why_none
 from .train import train
 
@@ -43,13 +41,7 @@ def make_plan(options: dict[str, Any], display: Display) -> dict[str, Any]:
         check_url(options["server"])
     settings = _settings(options)
     bundle = Bundle.open(Path(settings.bundle))
-    fields = parse_columns(settings.columns) if settings.columns else None
-    paths = [Path(path) for path in (settings.data, settings.eval_data) if path is not None]
-    longest = resolve_max_length(settings.max_length, bundle.manifest)
-    with display.reading() as on_tick:  # while this process is small and has no threads
-        loaded = load_datasets(Reading(bundle, paths, fields, longest, settings.too_long), on_tick)
-    for name, path, dataset in zip(("data", "held out"), paths, loaded, strict=False):
-        display.say(data_line(name, path, dataset))
+    loaded = read_data(DataOptions.of(settings), bundle, display)  # while this process is small and has no threads
     device, server = _speeds(bundle, settings, options["credentials"])
     rows = rows_of(Question(settings, bundle.manifest, None, loaded, memory, device, server))
     found = recommend(rows)

@@ -33,10 +33,12 @@ from .options import (
     MemoryOption,
     OptionalServerOption,
     SendOption,
+    SplitOption,
     StepsOption,
     ThreadsOption,
     TokenFileOption,
     TooLongOption,
+    TrainOnOption,
 )
 from .recording import RecordOption
 
@@ -46,7 +48,13 @@ MAX_SEED = 2**32 - 1  # the wire takes no more
 # Long, and with many parameters: each is an option, with its default and its help beside it.
 def train(
     bundle: BundleOption,
-    data: Annotated[Path, typer.Option(help="Training data: .jsonl (messages, prompt/completion or text) or .csv.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Training data: a .jsonl, .json, .csv, .tsv, .parquet, .txt or .md file, or a directory of them. "
+            "dlora-edge data shows what is learnt of it."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Where the PEFT adapter, checkpoints and metrics go.")],
     server: OptionalServerOption = None,
     mode: Annotated[
@@ -98,6 +106,8 @@ def train(
     max_length: MaxLengthOption = None,
     too_long: TooLongOption = "error",
     columns: ColumnsOption = None,
+    train_on: TrainOnOption = "answers",
+    split: SplitOption = "auto",
     lr: Annotated[
         float | None,
         typer.Option(
@@ -295,9 +305,9 @@ def train(
 ) -> None:
     """Fine-tune: data and adapters here, frozen blocks on the server, or the last few, or all, here.
 
-    Data is JSONL, one example a line: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...};
-    or CSV with --columns. Loss counts on assistant turns, on the completion, or on the whole text. The adapter
-    is saved in PEFT's format in --out, every --save-every steps and at the end.
+    Data are rows of chat messages, prompt and completion (text or messages), ShareGPT, Alpaca or plain text, in JSON,
+    CSV or Parquet; or .txt and .md files, each a text to go on with. Loss counts on assistant turns, on the completion,
+    or on the whole text. The adapter is saved in PEFT's format in --out, every --save-every steps and at the end.
 
     Example:  dlora-edge train --bundle build/smollm2 --server ws://127.0.0.1:8765 --data chat.jsonl --out my-adapter
     """

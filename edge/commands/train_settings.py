@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dlora.edge.data.loading import Reading, load_datasets, resolve_max_length
-from dlora.edge.data.records import parse_columns
+from dlora.edge.data.split import parse_split
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.model.device_lora import other_storage_line
 from dlora.edge.run.display import Display
 from dlora.edge.run.pause import PauseRules
-from dlora.edge.run.plan import data_line
 from dlora.edge.run.run_file import RunFile, RunSettings, load_run_file
 from dlora.edge.wire.connecting import Liveness, check_url
 from dlora.edge.wire.credentials import Credentials
@@ -26,6 +24,7 @@ from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import Codecs
 
 from .memory import available_memory
+from .reading import DataOptions, read_data
 from .recommendation import choose_mode
 from .recording import check_record, recording
 from .run_config import check_before_data, configure
@@ -153,14 +152,8 @@ def _check(settings: RunSettings) -> None:
         Codecs.parse(settings.wire_dtype)
     if settings.alpha is not None and not 0 < settings.alpha < math.inf:
         raise UsageError("--alpha must be above 0")
-    if settings.eval_data is None:
-        for option, is_given in (
-            ("--eval-every", settings.eval_every),
-            ("--keep best", settings.keep == "best"),
-            ("--patience", settings.patience),
-        ):
-            if is_given:
-                raise UsageError(f"{option} needs --eval, the data to evaluate on")
+    if parse_split(settings.split) == 0 and settings.eval_data is None:
+        _check_evaluates(settings, "or a --split above 0")
     if settings.bytes_per_token is not None and (settings.active_fraction != 1 or settings.static_units):
         raise UsageError("--bytes-per-token chooses how many units are active; leave the options out that do so too")
     if settings.bytes_per_token is not None and settings.kr_on_kill == "hold_forward":
@@ -186,13 +179,18 @@ def _init_adapter(settings: RunSettings, manifest: Manifest) -> LoadedAdapter | 
 
 def _load(settings: RunSettings, bundle: Bundle, display: Display) -> list[Dataset]:
     """The data to train on, and those to evaluate on where there are some."""
-    max_length = resolve_max_length(settings.max_length, bundle.manifest)
-    fields = parse_columns(settings.columns) if settings.columns else None
-    paths = [Path(path) for path in (settings.data, settings.eval_data) if path is not None]
-    with display.reading() as on_tick:
-        datasets = load_datasets(Reading(bundle, paths, fields, max_length, settings.too_long), on_tick)
-    for name, path, dataset in zip(("data", "held out"), paths, datasets, strict=False):
-        display.say(data_line(name, path, dataset))
+    datasets = read_data(DataOptions.of(settings), bundle, display)
+    if len(datasets) == 1:
+        _check_evaluates(settings, f"and --split {settings.split} holds nothing out of so few rows")
     return datasets
 
 
+def _check_evaluates(settings: RunSettings, why: str) -> None:
+    """Raise ``UsageError`` where an option needs held-out data, and there are none."""
+    for option, is_given in (
+        ("--eval-every", settings.eval_every),
+        ("--keep best", settings.keep == "best"),
+        ("--patience", settings.patience),
+    ):
+        if is_given:
+            raise UsageError(f"{option} needs --eval, the data to evaluate on, {why}")

@@ -1,4 +1,4 @@
-"""Chat templates: messages to text, as transformers renders them, and which characters the assistant wrote."""
+"""Chat templates: messages to text, as transformers renders them, and what they mark of it as the assistant's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from dlora.protocol.text import first_line
 Message = Mapping[str, Any]
 
 
-
 class ChatTemplate:
     """A compiled chat template.
 
@@ -33,8 +32,11 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokens: Mapping[str, str], now: Callable[[], datetime] = datetime.now) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Marks, jinja2.ext.loopcontrols]
         )
+        marks = environment.extensions[_Marks.identifier]
+        assert isinstance(marks, _Marks)
+        self._marks = marks
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: now().strftime(form)
@@ -46,64 +48,89 @@ class ChatTemplate:
             ) from None
         self._tokens = dict(tokens)
 
+    @property
+    def has_marks(self) -> bool:
+        """Whether the template itself says what the assistant wrote: ``{% generation %}``."""
+        return self._marks.is_used
+
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as one text. Raises ``DataError`` with the template's own complaint."""
+        """The conversation as one text. Raises ``DataError`` with the template's own complaint.
+
+        Args:
+            settings: what else the template may name, such as ``enable_thinking``.
+        """
+        text, _ = self.render_marked(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, settings=settings
+        )
+        return text
+
+    def render_marked(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Likewise, and the character ranges that the template marks as the assistant's, in order."""
         # Many templates print a literal "None" for keys that are there without a value.
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        given = {
+            **(settings or {}), "messages": plain, "tools": tools, "documents": None,
+            "add_generation_prompt": add_generation_prompt, **self._tokens,
+        }  # fmt: skip
         try:
-            return self._template.render(
-                messages=plain,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokens,
-            )
+            return self._marks.render(self._template, given)
         except Exception as error:
             # Templates are code: whatever a message drives them into is told as a fault of that message.
             raise DataError(f"the chat template refuses these messages ({_reason(error)})") from None
 
-    def assistant_spans(
-        self, messages: Sequence[Message], text: str, *, tools: Sequence[Any] | None = None, end: int | None = None
-    ) -> list[tuple[int, int]]:
-        """Character ranges of ``text`` (``render``'s) that the assistant wrote, its end-of-turn mark included.
 
-        A turn begins where the rendering of what precedes it, with the generation prompt, ends; that is what
-        the model sees when it is asked to answer. Raises ``DataError`` where the template rewrites earlier
-        turns, so that no such place exists.
+class _Marks(jinja2.ext.Extension):
+    """``{% generation %}…{% endgeneration %}`` renders what it holds; templates mark assistant text with it.
 
-        Args:
-            end: leave out turns that begin there or later. Each turn takes two renderings of all that precedes it.
-        """
-        spans: list[tuple[int, int]] = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if index == 0:
-                raise DataError("the first message is the assistant's; it needs a message to answer")
-            before = self.render(messages[:index], add_generation_prompt=True, tools=tools)
-            if end is not None and len(before) >= end:
-                return spans
-            last = index + 1 == len(messages)
-            through = text if last else self.render(messages[: index + 1], tools=tools)
-            if not (text.startswith(through) and through.startswith(before)):
-                raise DataError(
-                    f"the chat template rewrites earlier turns, so what message {index + 1} was trained on is unclear; "
-                    "give one assistant turn a line, the last, or use prompt and completion"
-                )
-            spans.append((len(before), len(through)))
-        return spans
+    Where it begins is how much was rendered before, as transformers counts it
+    (``transformers.utils.chat_template_utils``): a template that marks inside of a macro has no right places there
+    either.
 
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}…{% endgeneration %}`` renders what it holds; templates mark assistant text with it."""
+    Attributes:
+        is_used: whether a template has it.
+    """
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.is_used = False
+        self._rendered = 0
+        self._spans: list[tuple[int, int]] = []
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        self.is_used = True
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def render(self, template: jinja2.Template, given: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and what of it is marked."""
+        self._rendered, self._spans = 0, []
+        pieces = []
+        for piece in template.generate(given):
+            pieces.append(piece)
+            self._rendered += len(piece)
+        return "".join(pieces), self._spans
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        self._spans.append((self._rendered, self._rendered + len(text)))
+        return text
 
 
 def _to_json(

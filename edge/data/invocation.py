@@ -24,7 +24,7 @@ def find_invocation(dataset: Dataset, held_out: Sequence[Dataset] = ()) -> tuple
     All of them have one answer an example. Raises ``UsageError`` where there are none, also where nothing comes before
     them in any example: adapters would act everywhere after all.
     """
-    header = dataset.assistant_header
+    header = dataset.facts.assistant_header
     tail = _common_tail(dataset)
     candidates = [tail[-length:] for length in range(1, len(tail) + 1)]
     if header and tail[-len(header) :] == header:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,27 +11,33 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dlora.edge.choices import TooLong
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.errors import BundleError, DataError, UsageError
 from dlora.protocol.manifest import Manifest
 
 from .child import Buffer, Child, Note
-from .examples import Dataset, load_examples
+from .examples import DataFacts, Dataset
+from .read_settings import ReadSettings
+from .split import Split
 
 TOKENIZER_PLACE: Final = "the bundle's tokenizer"
 DEFAULT_MAX_LENGTH: Final = 512
+_PARTS: Final = 5  # of a data set: its header, and its arrays
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Which files to read, and how; ``columns``, ``max_length`` and ``too_long`` as ``load_examples`` has them."""
+    """Which files to read, and how.
+
+    Attributes:
+        paths: the data to train on, and those to evaluate on where there are some.
+        split: how much of the first is held out, where it is the only one.
+    """
 
     bundle: Bundle
     paths: Sequence[Path]
-    columns: Mapping[str, str] | None
-    max_length: int
-    too_long: TooLong
+    settings: ReadSettings
+    split: Split = 0.0
 
 
 def resolve_max_length(asked: int | None, manifest: Manifest) -> int:
@@ -47,7 +53,8 @@ def resolve_max_length(asked: int | None, manifest: Manifest) -> int:
 
 
 def load_datasets(reading: Reading, on_tick: Callable[[str], None] = lambda _: None) -> list[Dataset]:
-    """The data set of each file. Call it before there are threads or an engine.
+    """The data set of each file, and the part of an only one that is held out, where one is. Call it before there are
+    threads or an engine.
 
     ``on_tick`` is called once a second with what is read now: the tokenizer, the file, ``file:line``.
 
@@ -57,62 +64,41 @@ def load_datasets(reading: Reading, on_tick: Callable[[str], None] = lambda _: N
     note = Note()
     with Child(lambda _: _read(reading, note), note, on_tick) as child:
         parts = child.call()
-    per_file = len(parts) // len(reading.paths)
-    return [_unpacked(parts[start : start + per_file]) for start in range(0, len(parts), per_file)]
+    return [_unpacked(parts[start : start + _PARTS]) for start in range(0, len(parts), _PARTS)]
 
 
-class _Facts(msgspec.Struct):
+class _Header(msgspec.Struct):
     """What a data set is besides its arrays."""
 
-    skipped: int
-    truncated: int
-    skipped_places: tuple[str, ...]
-    truncated_places: tuple[str, ...]
-    assistant_header: tuple[int, ...]
+    facts: DataFacts
     dtypes: tuple[str, ...]
 
 
 def _read(reading: Reading, note: Note) -> list[Buffer]:
     note.set_place(TOKENIZER_PLACE, BundleError)
-    from .tokenizer import EdgeTokenizer  # here, in the child: it takes 30 MB, and training needs none
+    from .reading import load_split  # here, in the child: a tokenizer takes 30 MB, and training needs none
+    from .tokenizer import EdgeTokenizer
+
+    def on_place(place: str) -> None:
+        note.set_place(place, DataError)
 
     tokenizer = EdgeTokenizer.open(reading.bundle)
-    parts: list[Buffer] = []
+    split = reading.split if len(reading.paths) == 1 else 0.0
+    found: list[Dataset | None] = []
     for path in reading.paths:
-        dataset = load_examples(
-            path,
-            tokenizer,
-            columns=reading.columns,
-            max_length=reading.max_length,
-            too_long=reading.too_long,
-            on_place=lambda place: note.set_place(place, DataError),
-        )
-        parts += _packed(dataset)
-    return parts
+        found += load_split(path, tokenizer, reading.settings, split, on_place)
+    return [part for dataset in found if dataset is not None for part in _packed(dataset)]
 
 
 def _packed(dataset: Dataset) -> list[Buffer]:
-    facts = _Facts(
-        dataset.skipped,
-        dataset.truncated,
-        dataset.skipped_places,
-        dataset.truncated_places,
-        dataset.assistant_header,
-        tuple(array.dtype.str for array in dataset.arrays),
-    )
-    return [msgspec.msgpack.encode(facts), *(array.data.cast("B") for array in dataset.arrays)]
+    header = _Header(dataset.facts, tuple(array.dtype.str for array in dataset.arrays))
+    return [msgspec.msgpack.encode(header), *(array.data.cast("B") for array in dataset.arrays)]
 
 
 def _unpacked(parts: Sequence[Buffer]) -> Dataset:
-    facts = msgspec.msgpack.decode(parts[0], type=_Facts)
+    header = msgspec.msgpack.decode(parts[0], type=_Header)
     arrays: list[npt.NDArray[Any]] = [
-        np.frombuffer(part, dtype) for part, dtype in zip(parts[1:], facts.dtypes, strict=True)
+        np.frombuffer(part, dtype) for part, dtype in zip(parts[1:], header.dtypes, strict=True)
     ]
-    return Dataset(
-        *arrays,
-        skipped=facts.skipped,
-        truncated=facts.truncated,
-        skipped_places=facts.skipped_places,
-        truncated_places=facts.truncated_places,
-        assistant_header=facts.assistant_header,
-    )
+    ids, starts, positions, label_starts = arrays
+    return Dataset(ids, starts, positions, label_starts, header.facts)

@@ -1,37 +1,24 @@
-"""Rows of a training file, each with its place: JSONL objects or CSV records."""
+"""Rows of data, each with its place: of one file of any kind that is read, or of all of them in a directory."""
 
 from __future__ import annotations
 
-import csv
-import errno
-import shlex
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from dlora.protocol.errors import DataError, UsageError
 
-FIELDS: Final = ("messages", "prompt", "completion", "text")
-_BOM: Final = b"\xef\xbb\xbf"
-MAX_RECORD_BYTES: Final = 8 << 20  # more than any model reads at once; tokenizing takes up to 200 times as much
-_TOO_LONG: Final = f"more than {MAX_RECORD_BYTES >> 20} MiB"
-_SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs"}
-# Kind of file to the command that makes JSONL of it: here one line of text is one example.
-_TO_JSONL: Final = {
-    ".txt": "python3 -c 'import json, sys; [print(json.dumps(dict(text=line.strip()))) for line in sys.stdin "
-    "if line.strip()]' < {source} > {target}",
-    ".parquet": "pip install pandas pyarrow && python3 -c 'import pandas, sys; "
-    "pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], "
-    'orient="records", lines=True)\' {source} {target}',
-}
+from .csv_rows import csv_rows
+from .json_rows import json_rows
+from .parquet_rows import parquet_rows
+from .text_parts import TextPart, text_parts
 
-_ARRAY_TO_LINES: Final = (
-    "python3 -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]' < FILE > FILE.jsonl"
-)
+FIELDS: Final = ("messages", "prompt", "completion", "text")
+_KNOWN_COLUMNS: Final = (*FIELDS, "instruction", "input", "output")
+TEXT_SUFFIXES: Final = (".txt", ".md", ".markdown")
+_ROW_SUFFIXES: Final = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +26,14 @@ class Record:
     """One record of a file.
 
     Attributes:
-        place: ``file:line``, as every error about it begins.
+        place: ``file:line``, as every error about it begins; of a Parquet file, the number of the row.
         fields: column or key to value.
+        part: where the record is a part of a document, and its only field ``text``; None: it is a row.
     """
 
     place: str
     fields: dict[str, Any]
+    part: TextPart | None = None
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -65,132 +54,69 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
-def read_records(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Record]:
-    """The records of a ``.csv`` or ``.tsv`` file, or of JSONL under any other name; blank lines are passed over.
+def read_records(
+    path: Path, columns: Mapping[str, str] | None = None, on_file: Callable[[Path], None] = lambda _: None
+) -> Iterator[Record]:
+    """The records of a file, or of every file of a directory and the directories in it, in the order of their names.
 
-    ``.txt`` and ``.parquet`` files are refused, with the command that makes JSONL of them.
-
-    A ``.csv`` may have semicolons between its fields, as spreadsheets of many countries write them: its header tells.
+    ``.csv`` and ``.tsv`` are tables, ``.parquet`` is one too, ``.txt`` and ``.md`` documents; any other file is JSON,
+    Lines or one array. In a directory, files of other names are passed over, and what begins with a dot.
 
     Args:
         columns: our field to the file's column, from ``parse_columns``.
+        on_file: called with each file before it is read.
 
-    Raises ``DataError`` with file and line for whatever cannot be read.
+    Raises ``DataError`` with file and line for whatever cannot be read; ``MissingExtraError`` for Parquet without
+    pyarrow.
     """
+    for file in files_of(path):
+        on_file(file)
+        for record in _read_file(file, columns):
+            yield record if columns is None or record.part is not None else _renamed(record, columns)
+
+
+def files_of(path: Path) -> list[Path]:
+    """``path``, or the data files of a directory, sorted. Raises ``DataError`` for a directory without any."""
+    try:
+        is_directory = path.is_dir()
+    except OSError:  # a name that no system takes: reading it says so
+        is_directory = False
+    if not is_directory:
+        return [path]
+    found = []
+    for directory, inner, names in os.walk(path):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in (*TEXT_SUFFIXES, *_ROW_SUFFIXES):
+                found.append(Path(directory) / name)
+    if not found:
+        kinds = ", ".join((*TEXT_SUFFIXES, *_ROW_SUFFIXES))
+        raise DataError(f"{path}: no data in this directory; {kinds} files are read, and any other by its own name")
+    return sorted(found)
+
+
+def _read_file(path: Path, columns: Mapping[str, str] | None) -> Iterator[Record]:
     suffix = path.suffix.lower()
-    if suffix in _TO_JSONL:
-        source, target = (shlex.quote(str(each)) for each in (path, path.with_suffix(".jsonl")))
-        command = _TO_JSONL[suffix].format(source=source, target=target)
-        raise DataError(f"{path}: no {suffix} files; make JSONL of it first: {command}")
+    if suffix in TEXT_SUFFIXES:
+        return (Record(f"{path}:{number}", {"text": text}, part) for number, text, part in text_parts(path))
+    known = _KNOWN_COLUMNS if columns is None else columns.values()
     if suffix == ".csv":
-        records = _csv_records(path, ",;")
+        rows = csv_rows(path, [*known])
     elif suffix == ".tsv":
-        records = _csv_records(path, "\t")
+        rows = csv_rows(path, [*known], delimiters="\t")
+    elif suffix == ".parquet":
+        rows = parquet_rows(path)
     else:
-        records = _jsonl_records(path)
-    if columns is None:
-        yield from records
-        return
-    for record in records:
-        for theirs in columns.values():
-            if theirs not in record.fields:
-                raise DataError(f"{record.place}: no column {theirs!r}; there are {_listed(record.fields)}")
-        yield Record(record.place, {ours: record.fields[theirs] for ours, theirs in columns.items()})
+        rows = json_rows(path)
+    return (Record(f"{path}:{number}", fields) for number, fields in rows)
 
 
-def _jsonl_records(path: Path) -> Iterator[Record]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        hint = f"; make lines of the array first: {_ARRAY_TO_LINES}" if number == 1 and line.lstrip()[0] == "[" else ""
-        try:
-            value = msgspec.json.decode(line)
-        except (msgspec.MsgspecError, RecursionError) as error:
-            text = f"not valid JSON ({error}); each line must be one whole JSON object"
-            raise DataError(f"{place}: {text}{hint}") from None
-        if not isinstance(value, dict):
-            raise DataError(f"{place}: a JSON {_kind(value)}; each line must be one JSON object{hint}")
-        yield Record(place, value)
-
-
-def _csv_records(path: Path, delimiters: str) -> Iterator[Record]:
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    # A quoted field may span lines: a record's place is where it starts.
-    start, length = 1, 0
-
-    def lines_of_a_record() -> Iterator[str]:
-        nonlocal length
-        for _, line in _lines(path):
-            length += len(line)
-            if length > MAX_RECORD_BYTES:
-                raise DataError(f"{path}:{start}: a record of {_TOO_LONG}; is a quote opened there and never closed?")
-            yield line
-
-    header: list[str] | None = None
-    lines = lines_of_a_record()
-    first = next(lines, "")
-    try:
-        delimiter = _find_delimiter(first, delimiters)
-        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
-        for record in reader:
-            place, start, length = f"{path}:{start}", reader.line_num + 1, 0
-            if not any(field.strip() for field in record):
-                continue
-            if header is None:
-                header = [name.strip() for name in record]
-                _check_header(place, header)
-                continue
-            if len(record) != len(header):
-                raise DataError(
-                    f"{place}: {len(record)} fields, the header has {len(header)}; "
-                    f"quote fields that have {_SEPARATORS[delimiter]}"
-                )
-            yield Record(place, dict(zip(header, record, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{path}:{start}: not valid CSV ({error})") from None
-
-
-def _find_delimiter(header: str, delimiters: str) -> str:
-    """The first of ``delimiters`` that ``header`` has outside quotes, or the very first."""
-    fields = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in delimiters}
-    return next((delimiter for delimiter in delimiters if fields[delimiter] > 1), delimiters[0])
-
-
-def _check_header(place: str, header: list[str]) -> None:
-    if len(set(header)) != len(header):
-        raise DataError(f"{place}: the header names a column twice")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line number, from 1, and text with its line end. Raises ``DataError``."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES + 1), b""), 1):
-                if len(line) > MAX_RECORD_BYTES:
-                    raise DataError(f"{path}:{number}: a line of {_TOO_LONG}; write one example a line, and cut it")
-                raw = line.removeprefix(_BOM) if number == 1 else line
-                try:
-                    yield number, raw.decode()
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); convert the file to UTF-8"
-                    ) from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: a directory; give one file") from None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise DataError("the data path is too long to be one") from None
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _listed(fields: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, fields)) or "none"
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    return {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}.get(type(value), "value")
+def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
+    for theirs in columns.values():
+        if theirs not in record.fields:
+            there = ", ".join(map(repr, record.fields)) or "none"
+            raise DataError(f"{record.place}: no column {theirs!r}; there are {there}")
+    kept = {ours: record.fields[theirs] for ours, theirs in columns.items()}
+    if "messages" in columns:
+        kept |= {name: record.fields[name] for name in ("tools", "chat_template_kwargs") if name in record.fields}
+    return Record(record.place, kept)

@@ -107,6 +107,11 @@ class EdgeTokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether the bundle has one, good or not."""
+        return self._template_source is not None
+
+    @property
     def chat_template(self) -> ChatTemplate:
         """The chat template, compiled once; raises ``DataError`` where the bundle has none."""
         if self._template is None:

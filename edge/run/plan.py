@@ -40,15 +40,17 @@ QUALITY_AT_ONE_EIGHTH: Final = "on ten intents of Banking77 1/8 had 91% of test 
 
 def data_line(name: str, path: Path, dataset: Dataset) -> str:
     """What was made of a data file."""
+    facts = dataset.facts
     examples, tokens = _count(len(dataset), "example"), _count(dataset.tokens, "token")
-    line = f"{name}: {path.name}, {examples}, {tokens}, {dataset.labelled:,} labelled"
-    for count, what, places in (
-        (dataset.truncated, "truncated", dataset.truncated_places),
-        (dataset.skipped, "skipped", dataset.skipped_places),
-    ):
-        if count:
-            more = ", …" if count > len(places) else ""
-            line += f"; {count:,} {what} ({', '.join(places)}{more})"
+    if facts.form == "documents":
+        examples = f"{_count(facts.rows, 'text')} in {examples}"
+    form = f" ({facts.form})" if facts.form else ""
+    line = f"{name}: {path.name}{form}, {examples}, {tokens}, {dataset.labelled:,} labelled"
+    for places, what in (
+        (facts.truncated, "truncated"), (facts.skipped, "skipped"), (facts.empty_answers, "with an empty answer"),
+    ):  # fmt: skip
+        if places.count:
+            line += f"; {places.count:,} {what} ({places})"
     return line
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from dlora.edge.choices import EngineChoice, Keep, ModeChoice, TooLong
+from dlora.edge.choices import EngineChoice, Keep, ModeChoice, TooLong, TrainOn
 from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
 from dlora.edge.training.schedule import ScheduleName
@@ -58,6 +58,8 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_length: Count | None
     too_long: TooLong
     columns: str | None
+    train_on: TrainOn
+    split: str
     lr: Amount | None
     schedule: ScheduleName
     warmup: Amount
@@ -145,8 +147,8 @@ class DataDigest(msgspec.Struct, frozen=True):
             examples=len(dataset),
             tokens=dataset.tokens,
             labelled=dataset.labelled,
-            truncated=dataset.truncated,
-            skipped=dataset.skipped,
+            truncated=dataset.facts.truncated.count,
+            skipped=dataset.facts.skipped.count,
         )
 
 

@@ -1,0 +1,164 @@
+"""What is learnt of one record: its tokens, and which of them are labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dlora.edge.choices import TrainOn
+from dlora.protocol.tensors import IntArray
+
+from .answers import answer_spans
+from .forms import Completion, Conversation, Document, Sample
+from .tokenizer import EdgeTokenizer, Encoded
+
+BoolArray = npt.NDArray[np.bool_]
+_EARLIEST_BREAK: Final = 0.5  # of a piece's tokens: no line break before it ends the piece
+
+
+class TokenSequence(NamedTuple):
+    """A record, or a piece of one, as tokens.
+
+    Attributes:
+        ids: int32 (tokens,), truncated to the limit; none where it is too long and is not to be truncated.
+        is_label: bool (tokens,).
+        tokens: how many there were before.
+        text: what it was made of.
+        spans: int32 (tokens, 2), the characters of ``text`` of each token.
+        has_empty_answer: whether what is learnt has no characters but blanks and marks of the template.
+    """
+
+    ids: IntArray
+    is_label: BoolArray
+    tokens: int
+    text: str
+    spans: IntArray
+    has_empty_answer: bool = False
+
+    @property
+    def positions(self) -> IntArray:
+        """Rows whose next token is a label, int32 (labels,): a token is a label of the row before it; the first has
+        none."""
+        return np.flatnonzero(self.is_label[1:]).astype(np.int32)
+
+    @property
+    def digest(self) -> int:
+        """64 bits of the text, whatever its case and its blanks: of two texts that differ in these only, the same."""
+        plain = " ".join(self.text.casefold().split()).encode(errors="surrogatepass")
+        return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little")
+
+
+def encode_sample(
+    sample: Sample, tokenizer: EdgeTokenizer, *, max_length: int, truncate: bool, train_on: TrainOn
+) -> Iterator[TokenSequence]:
+    """The sequence of a conversation or a completion; of a document, pieces of ``max_length`` tokens at most.
+
+    Raises ``DataError`` for what cannot be learnt from.
+    """
+    match sample:
+        case Conversation():
+            yield _of_conversation(sample, tokenizer, max_length, truncate=truncate, train_on=train_on)
+        case Completion():
+            yield _of_completion(sample, tokenizer, max_length, truncate=truncate, train_on=train_on)
+        case Document():
+            yield from _of_document(sample, tokenizer, max_length)
+
+
+def _limited(encoded: Encoded, text: str, is_label: BoolArray, max_length: int, *, truncate: bool) -> TokenSequence:
+    count = len(encoded.ids)
+    kept = min(count, max_length) if truncate or count <= max_length else 0
+    return TokenSequence(encoded.ids[:kept], is_label[:kept], count, text, encoded.spans[:kept])
+
+
+def _of_completion(
+    sample: Completion, tokenizer: EdgeTokenizer, max_length: int, *, truncate: bool, train_on: TrainOn
+) -> TokenSequence:
+    text = sample.prompt + sample.completion
+    encoded = tokenizer.encode(text, add_special_tokens=True)
+    # "Answer: " + "yes" makes one token of " yes": what has a character of the completion is the completion's.
+    is_label = (encoded.spans[:, 1] > len(sample.prompt)) & ~encoded.added
+    # Tokens that the tokenizer puts at the end (some add EOS by themselves) belong to the completion.
+    trailing = len(encoded.ids)
+    while trailing and encoded.added[trailing - 1]:
+        trailing -= 1
+    is_label[trailing:] = True
+    encoded, is_label = _with_eos(encoded, is_label, tokenizer.eos_token_id)
+    if train_on == "all":
+        is_label[:] = True
+    found = _limited(encoded, text, is_label, max_length, truncate=truncate)
+    return found._replace(has_empty_answer=not sample.completion.strip())
+
+
+def _with_eos(encoded: Encoded, is_label: BoolArray, eos: int | None) -> tuple[Encoded, BoolArray]:
+    if eos is None or (len(encoded.ids) and encoded.ids[-1] == eos):
+        return encoded, is_label
+    ids, spans = np.append(encoded.ids, np.int32(eos)), np.append(encoded.spans, np.zeros((1, 2), np.int32), axis=0)
+    return Encoded(ids, spans, np.append(encoded.added, True)), np.append(is_label, True)
+
+
+def _of_conversation(
+    said: Conversation, tokenizer: EdgeTokenizer, max_length: int, *, truncate: bool, train_on: TrainOn
+) -> TokenSequence:
+    template = tokenizer.chat_template
+    text, marks = template.render_marked(said.messages, tools=said.tools, settings=said.settings)
+    encoded = tokenizer.encode(text, add_special_tokens=False)  # templates write their own
+    kept = _limited(encoded, text, np.zeros(len(encoded.ids), np.bool_), max_length, truncate=truncate)
+    answers = [each for each in said.messages[said.given :] if each["role"] == "assistant"]
+    is_empty = not any((each.get("content") or "").strip() or each.get("tool_calls") for each in answers)
+    if not len(kept.ids):
+        return kept._replace(has_empty_answer=is_empty)
+    is_label = kept.is_label
+    if train_on == "all":
+        is_label[:] = True
+        return kept._replace(has_empty_answer=is_empty)
+    # Turns are found by rendering all that precedes them: only those of which a token is left.
+    end = int(kept.spans.max())
+    spans = answer_spans(template, said, text, marks, only_last=train_on == "last", end=end)
+    for start, stop in spans:
+        # A token that is partly the assistant's is, as transformers has it.
+        is_label |= (kept.spans[:, 0] < stop) & (kept.spans[:, 1] > start) & (kept.spans[:, 1] > kept.spans[:, 0])
+    return kept._replace(has_empty_answer=is_empty)
+
+
+def _of_document(sample: Document, tokenizer: EdgeTokenizer, max_length: int) -> Iterator[TokenSequence]:
+    """Pieces that end with a paragraph where one ends in their second half, or with a line, or with any token."""
+    encoded = tokenizer.encode(sample.text, add_special_tokens=True)
+    inner = np.flatnonzero(~encoded.added)
+    if not len(inner):
+        return
+    first = 0 if sample.part.begins else int(inner[0])
+    end = len(encoded.ids) if sample.part.ends else int(inner[-1]) + 1
+    encoded = Encoded(encoded.ids[first:end], encoded.spans[first:end], encoded.added[first:end])
+    if sample.part.ends:
+        encoded, _ = _with_eos(encoded, np.ones(len(encoded.ids), np.bool_), tokenizer.eos_token_id)
+    start, count = 0, len(encoded.ids)
+    while start < count:
+        stop = count
+        if count - start > max_length:
+            stop = _break(encoded, sample.text, start, start + max_length)
+        if count - stop == 1:  # a last piece of one token has nothing to predict
+            stop -= 1
+        spans = encoded.spans[start:stop]
+        written = spans[spans[:, 1] > spans[:, 0]]  # tokens that the tokenizer adds stand nowhere
+        begin, end = (int(written[0, 0]), int(written[-1, 1])) if len(written) else (0, 0)
+        text, spans = sample.text[begin:end], np.maximum(spans - begin, 0)
+        yield TokenSequence(encoded.ids[start:stop], np.ones(stop - start, np.bool_), stop - start, text, spans)
+        start = stop
+
+
+def _break(encoded: Encoded, text: str, start: int, limit: int) -> int:
+    """Where a piece from ``start`` to ``limit`` at most ends."""
+    earliest = start + max(1, int((limit - start) * _EARLIEST_BREAK))
+    ends = encoded.spans[earliest - 1 : limit, 1]
+    begin, end = int(ends[0]), int(ends[-1])
+    for mark in ("\n\n", "\n"):
+        place = text.rfind(mark, begin, end)
+        if place >= 0:
+            inside = np.flatnonzero(ends <= place + len(mark))
+            if len(inside):
+                return earliest + int(inside[-1])
+    return limit

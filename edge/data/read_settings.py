@@ -1,0 +1,24 @@
+"""How data are read: what a command's options say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dlora.edge.choices import TooLong, TrainOn
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How rows are read.
+
+    Attributes:
+        columns: our field to the file's column.
+        max_length: most tokens of an example; ``too_long`` says what happens to longer ones.
+        train_on: which tokens are labels.
+    """
+
+    columns: Mapping[str, str] | None = None
+    max_length: int = 512
+    too_long: TooLong = "error"
+    train_on: TrainOn = "answers"

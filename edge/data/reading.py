@@ -1,0 +1,193 @@
+"""Data files to token sequences, row by row, and to data sets."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from dlora.edge.choices import TooLong, TrainOn
+from dlora.protocol.errors import DataError
+
+from .encoding import TokenSequence, encode_sample
+from .examples import DataFacts, Dataset, DatasetBuilder
+from .forms import KEYS, Conversation, Form, form_of, sample_of
+from .read_settings import ReadSettings
+from .records import Record, parse_columns, read_records
+from .split import Split, held_out_rows
+from .tokenizer import EdgeTokenizer
+
+
+class SequenceReader:
+    """The token sequences of a file or a directory, as they are read; iterate over it once.
+
+    Args:
+        on_place: is called with what is read now: the file, ``file:line`` of a row, what follows it.
+        on_problem: is called with what is wrong with a row, which is then left out; None: it is raised.
+
+    Attributes:
+        facts: what was found so far.
+
+    Iterating raises ``DataError`` with file and line.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: EdgeTokenizer,
+        settings: ReadSettings,
+        *,
+        on_place: Callable[[str], None] = lambda _: None,
+        on_problem: Callable[[DataError], None] | None = None,
+    ) -> None:
+        self.facts = DataFacts()
+        self._path = path
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._on_place = on_place
+        self._on_problem = on_problem
+        self._form: Form | None = None
+        self._form_place = ""
+        self._is_chat = False  # whether the chat template writes the rows
+
+    def __iter__(self) -> Iterator[tuple[str, TokenSequence]]:
+        """The place of each row, and what is learnt of it: at least one token."""
+        self._on_place(str(self._path))
+        kept = 0
+        for record in read_records(self._path, self._settings.columns, lambda path: self._on_place(str(path))):
+            self._on_place(record.place)
+            try:
+                for sequence in self._sequences(record):
+                    kept += 1
+                    yield record.place, sequence
+            except DataError as error:
+                problem = DataError(f"{record.place}: {error}")
+                if self._on_problem is None:
+                    raise problem from None
+                self._on_problem(problem)
+            self._on_place(f"what follows {record.place}")
+        self._check_end(kept)
+
+    def _sequences(self, record: Record) -> Iterator[TokenSequence]:
+        form = self._check_form(record)
+        is_first = not self.facts.rows
+        if record.part is None or record.part.ends:
+            self.facts.rows += 1
+        settings, facts, place = self._settings, self.facts, record.place
+        sample = sample_of(record, form, has_chat_template=self._tokenizer.has_chat_template)
+        if is_first and isinstance(sample, Conversation):
+            self._is_chat, facts.has_marks = True, self._tokenizer.chat_template.has_marks
+        truncate = settings.too_long == "truncate"
+        for sequence in encode_sample(
+            sample, self._tokenizer, max_length=settings.max_length, truncate=truncate, train_on=settings.train_on
+        ):
+            is_too_long = sequence.tokens > settings.max_length
+            if is_too_long and settings.too_long == "error":
+                raise DataError(
+                    f"{sequence.tokens} tokens, the limit is {settings.max_length}; "
+                    "raise --max-length, or choose --too-long truncate or skip"
+                )
+            if sequence.has_empty_answer:
+                facts.empty_answers.add(place)
+            if not len(sequence.positions):
+                if form == "documents":  # a word of a text, or half of one
+                    continue
+                if not is_too_long:
+                    raise DataError("nothing to learn: no token of it follows another and is a label")
+                facts.skipped.add(place)
+                continue
+            if is_too_long:
+                facts.truncated.add(place)
+            yield sequence
+
+    def _check_form(self, record: Record) -> Form:
+        form = form_of(record)
+        if self._form is None:
+            self._form, self._form_place = form, record.place
+            self.facts.form = form
+        elif form != self._form:
+            raise DataError(
+                f"this is {form} ({KEYS[form]}), and the rows from {self._form_place} on are {self._form} "
+                f"({KEYS[self._form]}); give each form a file of its own"
+            )
+        return form
+
+    def _check_end(self, kept: int) -> None:
+        facts, settings = self.facts, self._settings
+        if not facts.rows and self._on_problem is None:
+            raise DataError(f"{self._path}: no examples in it")
+        if not kept and self._on_problem is None:
+            if facts.form == "documents":
+                raise DataError(f"{self._path}: no examples in it: its texts have less than two tokens")
+            left = ", and truncated to it none has a label" if settings.too_long == "truncate" else ""
+            raise DataError(
+                f"{self._path}: every example is over the limit of {settings.max_length} tokens{left}; "
+                "raise --max-length"
+            )
+        if facts.rows and facts.empty_answers.count == facts.rows and settings.train_on != "all":
+            raise DataError(
+                f"{facts.empty_answers.first[0]}: its answer is empty, and so is every other: there is nothing to "
+                "learn; --columns chooses the columns of a table"
+            )
+        if kept and self._is_chat:
+            self._on_place("the chat template")
+            facts.assistant_header = self._tokenizer.assistant_header()
+
+
+def load_examples(
+    path: Path,
+    tokenizer: EdgeTokenizer,
+    *,
+    columns: str | Mapping[str, str] | None = None,
+    max_length: int,
+    too_long: TooLong = "error",
+    train_on: TrainOn = "answers",
+    on_place: Callable[[str], None] = lambda _: None,
+) -> Dataset:
+    """Read and tokenize a file or a directory, of any form that ``forms`` knows.
+
+    Args:
+        columns: as ``ReadSettings`` has them, or as text, ``prompt=COLUMN,completion=COLUMN``.
+
+    Raises ``DataError`` with file and line.
+    """
+    chosen = parse_columns(columns) if isinstance(columns, str) else columns
+    settings = ReadSettings(chosen, max_length, too_long, train_on)
+    return load_split(path, tokenizer, settings, 0.0, on_place)[0]
+
+
+def load_split(
+    path: Path,
+    tokenizer: EdgeTokenizer,
+    settings: ReadSettings,
+    split: Split,
+    on_place: Callable[[str], None] = lambda _: None,
+) -> tuple[Dataset, Dataset | None]:
+    """Likewise, without the rows that are held out, and these; None where none are."""
+    reader = SequenceReader(path, tokenizer, settings, on_place=on_place)
+    building, digests = DatasetBuilder(), array("Q")
+    for _, sequence in reader:
+        building.add(sequence.ids, sequence.positions)
+        if split:
+            digests.append(sequence.digest)
+    dataset = building.dataset(reader.facts)
+    if not split:
+        return _finished(dataset, settings), None
+    try:
+        is_held = held_out_rows(np.frombuffer(digests, np.uint64), split)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    if not is_held.any():
+        return _finished(dataset, settings), None
+    trained, held = (dataset.subset(np.flatnonzero(rows)) for rows in (~is_held, is_held))
+    held.facts = msgspec.structs.replace(reader.facts, skipped=DataFacts().skipped, truncated=DataFacts().truncated)
+    return _finished(trained, settings), _finished(held, settings)
+
+
+def _finished(dataset: Dataset, settings: ReadSettings) -> Dataset:
+    return dataset.joined(settings.max_length) if dataset.facts.form == "documents" else dataset
+
+
