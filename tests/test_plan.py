@@ -48,7 +48,7 @@ def test_plan_has_data_and_run_lines(place: Place, tmp_path: Path) -> None:
     assert done.code == 0, done.stderr
     data, run, *_ = done.stderr.splitlines()
     name = place.data
-    assert data.startswith("data: data.jsonl, 10 examples, ")
+    assert data.startswith("data: data.jsonl (prompt and completion), 10 examples, ")
     assert data.endswith(f"; 1 truncated ({name}:3); 1 skipped ({name}:5)")
     assert run.startswith("run: 12 steps, 4 an epoch, 3.0 epochs; all 8 blocks active; about ")
     summary = json.loads(done.stdout)

@@ -83,11 +83,14 @@ class ChatTemplate:
         # Many templates print a literal "None" for keys that are there without a value.
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         given = {
-            **(settings or {}), "messages": plain, "tools": tools, "documents": None,
-            "add_generation_prompt": add_generation_prompt, **self._tokens,
+            **(settings or {}), "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt,
+            **self._tokens,
         }  # fmt: skip
         try:
-            return self._marks.render(self._template, given)
+            try:
+                return self._marks.render(self._template, {**given, "messages": plain})
+            except jinja2.UndefinedError:  # templates of models that see take lists of parts, some of them nothing else
+                return self._marks.render(self._template, {**given, "messages": [*map(_in_parts, plain)]})
         except Exception as error:
             # Templates are code: whatever a message drives them into is told as a fault of that message.
             raise DataError(f"the chat template refuses these messages ({_reason(error)})") from None
@@ -131,6 +134,11 @@ class _Marks(jinja2.ext.Extension):
         text = caller()
         self._spans.append((self._rendered, self._rendered + len(text)))
         return text
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _to_json(

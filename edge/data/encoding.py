@@ -29,7 +29,7 @@ class TokenSequence(NamedTuple):
         tokens: how many there were before.
         text: what it was made of.
         spans: int32 (tokens, 2), the characters of ``text`` of each token.
-        has_empty_answer: whether what is learnt has no characters but blanks and marks of the template.
+        answer: what is learnt of it, without the template's own words; of a call of a tool, something.
     """
 
     ids: IntArray
@@ -37,7 +37,11 @@ class TokenSequence(NamedTuple):
     tokens: int
     text: str
     spans: IntArray
-    has_empty_answer: bool = False
+    answer: str
+
+    @property
+    def has_empty_answer(self) -> bool:
+        return not self.answer.strip()
 
     @property
     def positions(self) -> IntArray:
@@ -68,10 +72,12 @@ def encode_sample(
             yield from _of_document(sample, tokenizer, max_length)
 
 
-def _limited(encoded: Encoded, text: str, is_label: BoolArray, max_length: int, *, truncate: bool) -> TokenSequence:
+def _limited(
+    encoded: Encoded, text: str, is_label: BoolArray, answer: str, max_length: int, *, truncate: bool
+) -> TokenSequence:
     count = len(encoded.ids)
     kept = min(count, max_length) if truncate or count <= max_length else 0
-    return TokenSequence(encoded.ids[:kept], is_label[:kept], count, text, encoded.spans[:kept])
+    return TokenSequence(encoded.ids[:kept], is_label[:kept], count, text, encoded.spans[:kept], answer)
 
 
 def _of_completion(
@@ -89,8 +95,7 @@ def _of_completion(
     encoded, is_label = _with_eos(encoded, is_label, tokenizer.eos_token_id)
     if train_on == "all":
         is_label[:] = True
-    found = _limited(encoded, text, is_label, max_length, truncate=truncate)
-    return found._replace(has_empty_answer=not sample.completion.strip())
+    return _limited(encoded, text, is_label, sample.completion, max_length, truncate=truncate)
 
 
 def _with_eos(encoded: Encoded, is_label: BoolArray, eos: int | None) -> tuple[Encoded, BoolArray]:
@@ -106,22 +111,22 @@ def _of_conversation(
     template = tokenizer.chat_template
     text, marks = template.render_marked(said.messages, tools=said.tools, settings=said.settings)
     encoded = tokenizer.encode(text, add_special_tokens=False)  # templates write their own
-    kept = _limited(encoded, text, np.zeros(len(encoded.ids), np.bool_), max_length, truncate=truncate)
     answers = [each for each in said.messages[said.given :] if each["role"] == "assistant"]
-    is_empty = not any((each.get("content") or "").strip() or each.get("tool_calls") for each in answers)
+    answer = "\n".join("a call" if each.get("tool_calls") else each.get("content") or "" for each in answers)
+    kept = _limited(encoded, text, np.zeros(len(encoded.ids), np.bool_), answer, max_length, truncate=truncate)
     if not len(kept.ids):
-        return kept._replace(has_empty_answer=is_empty)
+        return kept
     is_label = kept.is_label
     if train_on == "all":
         is_label[:] = True
-        return kept._replace(has_empty_answer=is_empty)
+        return kept
     # Turns are found by rendering all that precedes them: only those of which a token is left.
     end = int(kept.spans.max())
     spans = answer_spans(template, said, text, marks, only_last=train_on == "last", end=end)
     for start, stop in spans:
         # A token that is partly the assistant's is, as transformers has it.
         is_label |= (kept.spans[:, 0] < stop) & (kept.spans[:, 1] > start) & (kept.spans[:, 1] > kept.spans[:, 0])
-    return kept._replace(has_empty_answer=is_empty)
+    return kept
 
 
 def _of_document(sample: Document, tokenizer: EdgeTokenizer, max_length: int) -> Iterator[TokenSequence]:
@@ -146,7 +151,7 @@ def _of_document(sample: Document, tokenizer: EdgeTokenizer, max_length: int) ->
         written = spans[spans[:, 1] > spans[:, 0]]  # tokens that the tokenizer adds stand nowhere
         begin, end = (int(written[0, 0]), int(written[-1, 1])) if len(written) else (0, 0)
         text, spans = sample.text[begin:end], np.maximum(spans - begin, 0)
-        yield TokenSequence(encoded.ids[start:stop], np.ones(stop - start, np.bool_), stop - start, text, spans)
+        yield TokenSequence(encoded.ids[start:stop], np.ones(stop - start, np.bool_), stop - start, text, spans, text)
         start = stop
 
 

@@ -49,6 +49,7 @@ class DataFacts(msgspec.Struct):
         rows: records, or documents.
         skipped, truncated: for their length; a row that lost its whole answer was skipped.
         empty_answers: rows whose answer has no word.
+        calls_left_out: rows with calls of tools that the chat template does not write.
         assistant_header: the tokens with which the chat template begins an answer; none where it had no part in this.
         has_marks: whether the chat template itself said what the assistant wrote.
     """
@@ -58,6 +59,7 @@ class DataFacts(msgspec.Struct):
     skipped: Places = msgspec.field(default_factory=Places)
     truncated: Places = msgspec.field(default_factory=Places)
     empty_answers: Places = msgspec.field(default_factory=Places)
+    calls_left_out: Places = msgspec.field(default_factory=Places)
     assistant_header: tuple[int, ...] = ()
     has_marks: bool = False
 

@@ -53,6 +53,13 @@ class Conversation:
     tools: list[Any] | None = None
     settings: Mapping[str, Any] | None = None
 
+    def has_its_calls_in(self, text: str) -> bool:
+        """Whether each function that it calls is named in what the chat template made of it."""
+        calls = [call for message in self.messages for call in message.get("tool_calls") or []]
+        functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+        names = [function.get("name") for function in functions if isinstance(function, dict)]
+        return all(name in text for name in names if isinstance(name, str))
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:

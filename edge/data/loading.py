@@ -102,3 +102,35 @@ def _unpacked(parts: Sequence[Buffer]) -> Dataset:
     ]
     ids, starts, positions, label_starts = arrays
     return Dataset(ids, starts, positions, label_starts, header.facts)
+
+
+def load_overview(
+    bundle: Bundle,
+    path: Path,
+    held_out: Path | None,
+    settings: ReadSettings,
+    *,
+    split: Split = 0.0,
+    out: Path | None = None,
+    show: int = 3,
+    lines: Sequence[int] = (),
+    on_tick: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """What ``overview.look_at`` finds, as JSON has it. Raises as it does, and likewise."""
+    note = Note()
+
+    def look(_: bytes) -> list[Buffer]:
+        note.set_place(TOKENIZER_PLACE, BundleError)
+        from .overview import look_at
+        from .tokenizer import EdgeTokenizer
+
+        found = look_at(
+            path, held_out, EdgeTokenizer.open(bundle), settings, split=split, out=out, show=show, lines=lines,
+            on_place=lambda place: note.set_place(place, DataError),
+        )  # fmt: skip
+        return [msgspec.json.encode(found)]
+
+    with Child(look, note, on_tick) as child:
+        (encoded,) = child.call()
+    found: dict[str, Any] = msgspec.json.decode(encoded)
+    return found

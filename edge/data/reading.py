@@ -53,8 +53,8 @@ class SequenceReader:
         self._form_place = ""
         self._is_chat = False  # whether the chat template writes the rows
 
-    def __iter__(self) -> Iterator[tuple[str, TokenSequence]]:
-        """The place of each row, and what is learnt of it: at least one token."""
+    def __iter__(self) -> Iterator[tuple[Record, TokenSequence]]:
+        """Each record, and what is learnt of it: at least one token. Of a document, several."""
         self._on_place(str(self._path))
         kept = 0
         for record in read_records(self._path, self._settings.columns, lambda path: self._on_place(str(path))):
@@ -62,7 +62,7 @@ class SequenceReader:
             try:
                 for sequence in self._sequences(record):
                     kept += 1
-                    yield record.place, sequence
+                    yield record, sequence
             except DataError as error:
                 problem = DataError(f"{record.place}: {error}")
                 if self._on_problem is None:
@@ -90,6 +90,8 @@ class SequenceReader:
                     f"{sequence.tokens} tokens, the limit is {settings.max_length}; "
                     "raise --max-length, or choose --too-long truncate or skip"
                 )
+            if isinstance(sample, Conversation) and not sample.has_its_calls_in(sequence.text):
+                facts.calls_left_out.add(place)
             if sequence.has_empty_answer:
                 facts.empty_answers.add(place)
             if not len(sequence.positions):

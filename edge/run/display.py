@@ -15,6 +15,7 @@ from dlora.protocol.tensors import ByteArray
 from dlora.protocol.text import one_line
 
 from .kr_map import render_map
+from .reading_progress import ReadingProgress
 
 if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain output need not pay
     from rich.console import Console
@@ -72,13 +73,14 @@ class Display:
             return
         with ExitStack() as shown:
             status: Status | None = None
+            progress = ReadingProgress()
 
             def on_tick(place: str) -> None:
                 nonlocal status
                 from rich.console import Console
                 from rich.markup import escape
 
-                text = f"reading {escape(one_line(place))}"
+                text = f"reading {escape(one_line(progress.words(place)))}"
                 if status is None:  # not before the first: it is a thread, and the child that reads is forked without
                     status = shown.enter_context(Console(file=self._stream).status(text))
                 status.update(text)

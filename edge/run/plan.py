@@ -48,6 +48,7 @@ def data_line(name: str, path: Path, dataset: Dataset) -> str:
     line = f"{name}: {path.name}{form}, {examples}, {tokens}, {dataset.labelled:,} labelled"
     for places, what in (
         (facts.truncated, "truncated"), (facts.skipped, "skipped"), (facts.empty_answers, "with an empty answer"),
+        (facts.calls_left_out, "with calls of tools that the chat template leaves out"),
     ):  # fmt: skip
         if places.count:
             line += f"; {places.count:,} {what} ({places})"

@@ -1,0 +1,181 @@
+"""``dlora-edge data``: what exactly would be learnt of some data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from .options import (
+    BundleOption,
+    ColumnsOption,
+    JsonOption,
+    MaxLengthOption,
+    TooLongOption,
+    TrainOnOption,
+)
+from .output import print_result
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SHOWN_TOKENS: Final = 240  # of a row; the middle of a longer one is left out
+_BAR: Final = 40  # characters
+
+
+def data(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Data as for train: a file, or a directory of them.")],
+    bundle: BundleOption,
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval", help="Held-out data: how many rows of FILE are in them.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Hold this share out, or auto, as train does it; with --out, into files.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the parts of --split: train.jsonl and held-out.jsonl.")
+    ] = None,
+    show: Annotated[int, typer.Option(help="How many rows to show, the first ones.", min=0)] = 3,
+    line: Annotated[
+        list[int] | None, typer.Option(help="Show the row that begins at this line; may be given again.", min=1)
+    ] = None,
+    max_length: MaxLengthOption = None,
+    too_long: TooLongOption = "error",
+    columns: ColumnsOption = None,
+    train_on: TrainOnOption = "answers",
+    json_output: JsonOption = False,
+) -> None:
+    """What exactly will be learnt: rows as tokens with the learnt ones in colour, counts, lengths, doubles, problems.
+
+    Nothing leaves this device, and no server is asked. In a terminal, what is learnt is green; elsewhere it stands in
+    ⟦ ⟧, with a | between tokens. Rows that cannot be learnt from are listed, and the exit code is then that of train.
+
+    Example:  dlora-edge data chat.jsonl --bundle build/smollm2
+    """
+    from dlora.edge.data.loading import load_overview
+    from dlora.edge.data.split import parse_split
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.edge.run.display import Display
+    from dlora.protocol.errors import DataError, UsageError
+
+    from .reading import DataOptions
+
+    if out is not None and not split:
+        raise UsageError("--out needs --split, the share to hold out")
+    if split and eval_data is not None:
+        raise UsageError("--split makes held-out data, and --eval names some: leave one of them out")
+    opened = Bundle.open(bundle)
+    options = DataOptions(file, eval_data, columns, max_length, too_long, train_on, split)
+    display = Display(json_output=json_output)
+    with display.reading() as on_tick:
+        found = load_overview(
+            opened, file, eval_data, options.read_settings(opened), split=parse_split(split) if split else 0.0, out=out,
+            show=show, lines=line or [], on_tick=on_tick,
+        )  # fmt: skip
+    print_result(found, lambda result: _show(result, file, train_on, out), json_output=json_output)
+    if line and not found["shown"]:
+        raise DataError(f"{file}: no row that can be learnt from begins at line {', '.join(map(str, line))}")
+    if count := found["problems"]["count"]:
+        first = found["reasons"][0]
+        raise DataError(first if count == 1 else f"{count:,} rows cannot be learnt from; the first: {first}")
+    if not found["examples"]:
+        raise DataError(f"{file}: no examples in it")
+
+
+def _show(found: dict[str, Any], file: Path, train_on: str, out: Path | None) -> None:
+    """Print an overview for people."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for row in found["shown"]:
+        console.print(f"[bold]{_escaped(row['place'])}[/]")
+        _show_row(console, row)
+        console.print()
+    rows = f"{found['rows']:,} {'texts' if found['form'] == 'documents' else 'rows'}"
+    console.print(f"[bold]{_escaped(str(file))}[/]  {found['form'] or 'nothing'}, {rows}")
+    learnt = {
+        "all": "every token", "last": "the last answer", "answers": "answers",
+    }[train_on]  # fmt: skip
+    if found["form"] in ("text", "documents"):
+        learnt = "every token"
+    marks = ", as the chat template marks them" if found["has_marks"] and learnt != "every token" else ""
+    share = found["labelled"] / max(1, found["tokens"])
+    lines = [
+        ("learnt", f"{learnt}{marks}: {found['labelled']:,} of {found['tokens']:,} tokens ({share:.0%})"),
+        ("examples", f"{found['examples']:,}" + (f", {found['held_out']:,} held out" if found["held_out"] else "")),
+    ]
+    least, median, most_of_them, most = found["lengths"]
+    lines.append(("tokens each", f"{least:,} to {most:,}, half of them up to {median:,}, 95 % up to {most_of_them:,}"))
+    for name, what in (
+        ("duplicates", "say the same as a row before"),
+        ("in_held_out", "say the same as a row held out: they make the held-out loss look better than it is"),
+        ("empty_answers", "have an empty answer"),
+        ("wordless_answers", "have an answer without a letter or digit"),
+        ("calls_left_out", "have calls of tools that the chat template leaves out: they are not learnt"),
+        ("truncated", f"cut to {found['max_length']:,} tokens"),
+        ("skipped", f"left out: more than {found['max_length']:,} tokens, or all of the answer after them"),
+        ("problems", "cannot be learnt from"),
+    ):
+        places = found[name]
+        if not places["count"]:
+            continue
+        first = [text.split(": ", 1)[0] for text in places["first"]] if name == "problems" else places["first"]
+        more = ", …" if places["count"] > len(first) else ""
+        lines.append((name.replace("_", " "), f"{places['count']:,} {what} ({', '.join(first)}{more})"))
+    for name, text in lines:
+        console.print(f"  {name:<17} {_escaped(text)}")
+    for reason in found["reasons"]:
+        console.print(f"    [red]{_escaped(reason)}[/]")
+    if len(found["histogram"]) > 1:
+        _show_lengths(console, found)
+    if out is not None and found["held_out"]:
+        console.print(f"written: {_escaped(str(out / 'train.jsonl'))} and {_escaped(str(out / 'held-out.jsonl'))}")
+
+
+def _show_lengths(console: Console, found: dict[str, Any]) -> None:
+    most = max(bar["examples"] for bar in found["histogram"])
+    console.print("  tokens, and how many examples have so many:")
+    bars = found["histogram"]
+    first = next(number for number, bar in enumerate(bars) if bar["examples"])
+    for bar in bars[max(0, first - 1) :]:
+        length = _BAR * bar["examples"] / most
+        filled = "█" * int(length) + ("▌" if length % 1 >= 0.5 else "")
+        over = "  over --max-length" if bar["up_to"] > found["max_length"] and bar["examples"] else ""
+        console.print(f"  {bar['up_to']:>9,} {filled or ('▏' if bar['examples'] else '')} {bar['examples']:,}{over}")
+
+
+def _show_row(console: Console, row: dict[str, Any]) -> None:
+    tokens = [(text.replace("\t", "⇥"), learnt) for text, learnt in zip(row["tokens"], row["learnt"], strict=True)]
+    if len(tokens) > _SHOWN_TOKENS:
+        half, left_out = _SHOWN_TOKENS // 2, len(tokens) - _SHOWN_TOKENS
+        tokens = [*tokens[:half], (f" … {left_out:,} tokens … ", False), *tokens[-half:]]
+    if console.is_terminal:
+        _show_coloured(console, tokens)
+        return
+    pieces, was_learnt = list[str](), False
+    for number, (text, learnt) in enumerate(tokens):
+        if learnt != was_learnt:
+            pieces.append("⟦" if learnt else "⟧")
+        elif number:
+            pieces.append("|")
+        pieces.append(text)
+        was_learnt = learnt
+    print("".join(pieces) + ("⟧" if was_learnt else ""))
+
+
+def _show_coloured(console: Console, tokens: list[tuple[str, bool]]) -> None:
+    """Learnt tokens are green, with every other one in another shade, so that one sees where they end."""
+    from rich.text import Text
+
+    shades = {True: ("black on green", "black on bright_green"), False: ("dim", "default")}
+    text = Text()
+    for number, (piece, learnt) in enumerate(tokens):
+        text.append(piece.replace("\n", "⏎\n"), style=shades[learnt][number % 2])
+    console.print(text)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
