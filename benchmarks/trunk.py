@@ -192,8 +192,8 @@ def _train(
         started = time.perf_counter()
         summary = run_json(
             "-m", "dlora.edge", "train", *where, "--bundle", need_bundle(bundle), "--server", url, "--data", data,
-            "--out", f"{directory}/out", "--batch-size", options.batch_size, "--lr", LR, "--threads", options.threads,
-            "--seed", 0, "--json", *more,
+            "--split", 0, "--out", f"{directory}/out", "--batch-size", options.batch_size, "--lr", LR,
+            "--threads", options.threads, "--seed", 0, "--json", *more,
         )  # fmt: skip
         log(f"{' '.join(how + more)}: {time.perf_counter() - started:.0f} s")
         return summary

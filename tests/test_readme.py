@@ -94,7 +94,7 @@ def listening(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_readme(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     shell, lines = Shell(tmp_path, "ws://127.0.0.1:8765"), commands(README)
-    assert len(lines) == 11
+    assert len(lines) == 12
     for line in lines:
         if line.startswith("dlora-cloud serve"):
             started.append(listening(shell.start(line)))

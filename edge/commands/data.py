@@ -49,7 +49,7 @@ def data(
     """What exactly will be learnt: rows as tokens with the learnt ones in colour, counts, lengths, doubles, problems.
 
     Nothing leaves this device, and no server is asked. In a terminal, what is learnt is green; elsewhere it stands in
-    ⟦ ⟧, with a | between tokens. Rows that cannot be learnt from are listed, and the exit code is then that of train.
+    ⟦ ⟧, with a | between tokens. Rows that train would refuse are listed, and the exit code is then that of train.
 
     Example:  dlora-edge data chat.jsonl --bundle build/smollm2
     """

@@ -27,7 +27,7 @@ class ReadingProgress:
 
     def words(self, place: str) -> str:
         """``place``, and where it is a line of a file: of how many lines, and about how long the rest takes."""
-        found = _PLACE.match(place)
+        found = _PLACE.match(place.removeprefix("what follows "))
         if found is None:
             return place
         file, line = found[1], int(found[2])
