@@ -58,8 +58,8 @@ def test_the_options_of_train_are_in_panels() -> None:
     shown = run(command_line("edge", "train", "--help"), COLUMNS="80").stdout
     panels = re.findall(r"^╭─ (.*?) ─+╮", shown, re.M)
     assert panels == [
-        "Options", "Data", "Training", "Adapters", "Blocks on the device", "Saving and resuming", "Connection",
-        "This device", "Kill and Revive", "Kill and Revive, on or off",
+        "Options", "Data", "Training", "Adapters", "Blocks on the device", "Settings in a file",
+        "Saving and resuming", "Connection", "This device", "Kill and Revive", "Kill and Revive, on or off",
     ]  # fmt: skip
     first = shown[: shown.index("╭─ Data")]
     assert re.findall(r"^│ \* +(--\w+)", first, re.M) == ["--bundle", "--data", "--out"]

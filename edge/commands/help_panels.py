@@ -16,6 +16,7 @@ PANELS: Final = {
     ),
     "Adapters": ("kind", "rank", "alpha", "target_modules", "blocks", "adapt", "basis", "basis_steps", "init_adapter"),
     "Blocks on the device": ("mode", "memory", "device_blocks", "exact", "cache_mb", "keep_cache", "cache_key_file"),
+    "Settings in a file": ("config", "write_config"),
     "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience", "record"),
     "Choice of tokens": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     "Connection": (
@@ -26,6 +27,9 @@ PANELS: Final = {
 }  # fmt: skip
 # An option that can be said in two ways takes two columns of its panel.
 KR_SWITCHES: Final = f"{KR}, on or off"
+# Each option has an environment variable beside its name on the command line, but for these.
+VARIABLE: Final = "DLORA_EDGE_"
+NO_VARIABLES: Final = ("help", "config", "write_config", "version")
 METAVARS: Final = {
     "kr_score": "SCORE", "kr_on_kill": "STATE", "schedule": "SHAPE", "engine": "ENGINE", "wire_dtype": "DTYPE",
     "send": "WHAT", "too_long": "ACTION", "kind": "KIND", "basis": "BASIS", "adapt": "WHERE", "pause_when": "RULES",
@@ -46,6 +50,9 @@ class PanelledCommand(TyperCommand):
                 parameter.rich_help_panel = panel  # type: ignore[attr-defined]
             if parameter.secondary_opts and getattr(parameter, "rich_help_panel", None) == KR:
                 parameter.rich_help_panel = KR_SWITCHES  # type: ignore[attr-defined]
+            if not parameter.envvar and parameter.name not in NO_VARIABLES and parameter.param_type_name == "option":
+                parameter.envvar = f"{VARIABLE}{(parameter.name or '').upper()}"
+                parameter.show_envvar = False  # type: ignore[attr-defined]
             if metavar := METAVARS.get(parameter.name or ""):
                 parameter.metavar = metavar
         order = (*PANELS, KR, KR_SWITCHES)

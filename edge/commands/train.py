@@ -13,6 +13,7 @@ from dlora.edge.training.schedule import ScheduleName
 from dlora.protocol.choices import Adapt, Basis, KindChoice, OnKill, ScoreName, UnitKind
 from dlora.protocol.limits import MAX_RANK, MAX_STEPS, MAX_THREADS
 
+from .config_file import ConfigOption, WriteConfigOption
 from .help_panels import KR
 from .options import (
     BatchSizeOption,
@@ -47,6 +48,7 @@ MAX_SEED = 2**32 - 1  # the wire takes no more
 
 # Long, and with many parameters: each is an option, with its default and its help beside it.
 def train(
+    context: typer.Context,
     bundle: BundleOption,
     data: Annotated[
         Path,
@@ -226,6 +228,8 @@ def train(
     ] = 120.0,
     pause_when: Annotated[list[str] | None, typer.Option("--pause-when", help=pause.HELP)] = None,
     record: RecordOption = None,
+    config: ConfigOption = None,
+    write_config: WriteConfigOption = None,
     json_output: JsonOption = False,
     active_fraction: Annotated[
         float,
@@ -312,6 +316,11 @@ def train(
     Example:  dlora-edge train --bundle build/smollm2 --server ws://127.0.0.1:8765 --data chat.jsonl --out my-adapter
     """
     options = locals()  # settings of a run have the names of their options
+    if write_config is not None:
+        from .config_file import save_config
+
+        save_config(write_config, options, context)
+        return
     from dlora.edge.run.display import Display
     from dlora.edge.run.run_file import RunSettings
 
