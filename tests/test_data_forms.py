@@ -11,7 +11,8 @@ import pytest
 from test_edge_data import CHATML, TOKENIZER, load, train_tokenizer, write
 
 from dlora.edge.data.examples import Dataset
-from dlora.edge.data.reading import load_examples
+from dlora.edge.data.read_settings import ReadSettings
+from dlora.edge.data.reading import load_examples, load_split
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.protocol.errors import DataError
 from dlora.protocol.manifest import TokenizerSpec
@@ -223,6 +224,19 @@ def test_blank_texts_and_other_files_are_passed_over(tmp_path: Path) -> None:
     assert text_of(load(tmp_path)) == "<s>yes</s>"
     (tmp_path / "a.md").unlink()
     with pytest.raises(DataError, match="no examples in it"):
+        load(tmp_path)
+
+
+def test_a_data_set_is_read_part_by_part(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation.jsonl", "README.md"):
+        write(tmp_path / name, {"text": name.replace("-", " ")})
+    assert [text_of(load(tmp_path), index)[3:14] for index in range(2)] == ["train 00000", "train 00001"]
+    settings = ReadSettings(part="test")
+    tested, _ = load_split(tmp_path, EdgeTokenizer(train_tokenizer(), SPEC), settings, 0.0)
+    assert text_of(tested) == "<s>validation.jsonl</s>"
+    for path in tmp_path.glob("train*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"has validation.jsonl, and no file of the part 'train'; name the file"):
         load(tmp_path)
 
 

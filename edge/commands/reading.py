@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +81,8 @@ def read_held_out(options: DataOptions, bundle: Bundle, display: Display) -> Dat
     Raises likewise, and ``DataError`` where nothing is held out.
     """
     split = parse_split(options.split) if options.split else 0.0
-    datasets = _load(Reading(bundle, [options.data], options.read_settings(bundle), split), display)
+    settings = replace(options.read_settings(bundle), part="train" if options.split else "test")
+    datasets = _load(Reading(bundle, [options.data], settings, split), display)
     if options.split and len(datasets) < 2:
         raise DataError(f"{options.data}: --split {options.split} holds nothing out of these data; leave it out")
     display.say(data_line("data" if not options.split else "held out", options.data, datasets[-1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,8 +85,10 @@ def _read(reading: Reading, note: Note) -> list[Buffer]:
     tokenizer = EdgeTokenizer.open(reading.bundle)
     split = reading.split if len(reading.paths) == 1 else 0.0
     found: list[Dataset | None] = []
+    settings = reading.settings
     for path in reading.paths:
-        found += load_split(path, tokenizer, reading.settings, split, on_place)
+        found += load_split(path, tokenizer, settings, split, on_place)
+        settings = replace(settings, part="test")
     return [part for dataset in found if dataset is not None for part in _packed(dataset)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -154,7 +155,8 @@ def look_at(
     if len(table):
         _count(table, found)
     if held_out is not None:
-        others = _read(held_out, tokenizer, settings, Overview(settings.max_length), 0, (), on_place)
+        of_test = replace(settings, part="test")
+        others = _read(held_out, tokenizer, of_test, Overview(settings.max_length), 0, (), on_place)
         found.held_out = len(others)
         found.in_held_out = table.places(np.flatnonzero(np.isin(table.digests, others.digests)))
     elif split and len(table):
@@ -254,7 +256,7 @@ def _again(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The number of each example of ``table``, and the row that it was made of; a piece as the text that it is."""
     index = 0
-    for record in read_records(path, settings.columns):
+    for record in read_records(path, settings.columns, part=settings.part):
         on_place(record.place)
         if record.part is not None:
             pieces = SequenceReader(path, tokenizer, settings, on_place=on_place, on_problem=lambda _: None)

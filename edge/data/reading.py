@@ -57,7 +57,10 @@ class SequenceReader:
         """Each record, and what is learnt of it: at least one token. Of a document, several."""
         self._on_place(str(self._path))
         kept = 0
-        for record in read_records(self._path, self._settings.columns, lambda path: self._on_place(str(path))):
+        settings = self._settings
+        for record in read_records(
+            self._path, settings.columns, lambda path: self._on_place(str(path)), settings.part
+        ):
             self._on_place(record.place)
             try:
                 for sequence in self._sequences(record):

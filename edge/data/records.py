@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from dlora.protocol.errors import DataError, UsageError
 
@@ -17,6 +18,12 @@ from .text_parts import TextPart, text_parts
 
 FIELDS: Final = ("messages", "prompt", "completion", "text")
 _KNOWN_COLUMNS: Final = (*FIELDS, "instruction", "input", "output")
+Part = Literal["train", "test"]
+_PART_NAMES: Final = {
+    "train": "train", "test": "test", "held-out": "test", "eval": "test", "validation": "validation",
+    "valid": "validation", "val": "validation", "dev": "validation",
+}  # fmt: skip
+_NUMBERED: Final = re.compile(r"[-_.]\d+.*\Z")  # train-00000-of-00002
 TEXT_SUFFIXES: Final = (".txt", ".md", ".markdown")
 _ROW_SUFFIXES: Final = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -55,9 +62,15 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def read_records(
-    path: Path, columns: Mapping[str, str] | None = None, on_file: Callable[[Path], None] = lambda _: None
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    on_file: Callable[[Path], None] = lambda _: None,
+    part: Part = "train",
 ) -> Iterator[Record]:
     """The records of a file, or of every file of a directory and the directories in it, in the order of their names.
+
+    A directory that has files named after parts (``train.json``, ``test-00001.parquet``) is a data set: of it those of
+    ``part`` are read; ``validation`` in place of ``test`` where there is none.
 
     ``.csv`` and ``.tsv`` are tables, ``.parquet`` is one too, ``.txt`` and ``.md`` documents; any other file is JSON,
     Lines or one array. In a directory, files of other names are passed over, and what begins with a dot.
@@ -69,14 +82,17 @@ def read_records(
     Raises ``DataError`` with file and line for whatever cannot be read; ``MissingExtraError`` for Parquet without
     pyarrow.
     """
-    for file in files_of(path):
+    for file in files_of(path, part):
         on_file(file)
         for record in _read_file(file, columns):
             yield record if columns is None or record.part is not None else _renamed(record, columns)
 
 
-def files_of(path: Path) -> list[Path]:
-    """``path``, or the data files of a directory, sorted. Raises ``DataError`` for a directory without any."""
+def files_of(path: Path, part: Part = "train") -> list[Path]:
+    """``path``, or the data files of a directory, sorted: where some of them are named after parts, those of ``part``.
+
+    Raises ``DataError`` for a directory without any.
+    """
     try:
         is_directory = path.is_dir()
     except OSError:  # a name that no system takes: reading it says so
@@ -92,7 +108,22 @@ def files_of(path: Path) -> list[Path]:
     if not found:
         kinds = ", ".join((*TEXT_SUFFIXES, *_ROW_SUFFIXES))
         raise DataError(f"{path}: no data in this directory; {kinds} files are read, and any other by its own name")
-    return sorted(found)
+    return _of_part(path, sorted(found), part)
+
+
+def _of_part(path: Path, files: list[Path], part: Part) -> list[Path]:
+    """Data sets lie in directories with a file a part: what is tested on must not be learnt."""
+    rows = [file for file in files if file.parent == path and file.suffix.lower() in _ROW_SUFFIXES]
+    parts = {file: _PART_NAMES[name] for file in rows if (name := _NUMBERED.sub("", file.stem.lower())) in _PART_NAMES}
+    if not parts:
+        return files
+    chosen = [file for file, name in parts.items() if name == part]
+    if part == "test" and not chosen:
+        chosen = [file for file, name in parts.items() if name == "validation"]
+    if not chosen:
+        there = ", ".join(file.name for file in parts)
+        raise DataError(f"{path}: has {there}, and no file of the part {part!r}; name the file that is meant")
+    return chosen
 
 
 def _read_file(path: Path, columns: Mapping[str, str] | None) -> Iterator[Record]:
