@@ -93,7 +93,7 @@ def test_rows_that_cannot_be_learnt_from_are_listed(place: Place, tmp_path: Path
     file = write(tmp_path / "d.jsonl", pair(1), {"prompt": "w1"}, {"text": "w1"}, pair(2))
     done = look(place, file)
     assert_fails(done, DATA, f"2 rows cannot be learnt from; the first: {file}:2: no form of data that is known")
-    assert "2 cannot be learnt from" in done.stdout
+    assert "2 refused by train" in done.stdout
     assert f"{file}:3: this is text ('text'), and the rows from {file}:1 on" in done.stdout
     shown = look(place, file, "--line", 2)
     assert_fails(shown, DATA, f"{file}: no row that can be learnt from begins at line 2")

@@ -108,14 +108,14 @@ def _show(found: dict[str, Any], file: Path, train_on: str, out: Path | None) ->
     least, median, most_of_them, most = found["lengths"]
     lines.append(("tokens each", f"{least:,} to {most:,}, half of them up to {median:,}, 95 % up to {most_of_them:,}"))
     for name, what in (
-        ("duplicates", "say the same as a row before"),
-        ("in_held_out", "say the same as a row held out: they make the held-out loss look better than it is"),
-        ("empty_answers", "have an empty answer"),
-        ("wordless_answers", "have an answer without a letter or digit"),
-        ("calls_left_out", "have calls of tools that the chat template leaves out: they are not learnt"),
+        ("duplicates", "the same as a row before"),
+        ("in_held_out", "the same as a row held out, which makes the held-out loss look better than it is"),
+        ("empty_answers", "with an empty answer"),
+        ("wordless_answers", "with an answer without a letter or digit"),
+        ("calls_left_out", "with calls of tools that the chat template leaves out: these are not learnt"),
         ("truncated", f"cut to {found['max_length']:,} tokens"),
         ("skipped", f"left out: more than {found['max_length']:,} tokens, or all of the answer after them"),
-        ("problems", "cannot be learnt from"),
+        ("problems", "refused by train"),
     ):
         places = found[name]
         if not places["count"]:
@@ -165,10 +165,10 @@ def _show_row(console: Console, row: dict[str, Any]) -> None:
 
 
 def _show_coloured(console: Console, tokens: list[tuple[str, bool]]) -> None:
-    """Learnt tokens are green, with every other one in another shade, so that one sees where they end."""
+    """Learnt tokens are green; every other one has a line below it, so that one sees where they end."""
     from rich.text import Text
 
-    shades = {True: ("black on green", "black on bright_green"), False: ("dim", "default")}
+    shades = {True: ("bold green", "bold underline green"), False: ("dim", "dim underline")}
     text = Text()
     for number, (piece, learnt) in enumerate(tokens):
         text.append(piece.replace("\n", "⏎\n"), style=shades[learnt][number % 2])
