@@ -10,6 +10,11 @@ TooLong = Literal["error", "truncate", "skip"]
 TrainOn = Literal["answers", "all", "last"]
 """Which tokens are labels: those of answers, all of them, or those of the last answer."""
 
+AnswerScore = Literal["exact", "contains", "regex", "likelihood"]
+"""When an answer counts as right. exact: it is the reference, but for blanks; contains: it has the key in it, in whatever
+case; regex: what the first match of a pattern finds in it is the key; likelihood: of the answers to choose among, the
+key's is the likeliest."""
+
 Keep = Literal["last", "best"]
 """Which adapter a run saves in the end."""
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlora.edge.choices import UseMode
+from dlora.edge.choices import AnswerScore, UseMode
+from dlora.protocol.errors import UsageError
 
 from .model_options import ModelOptions, UseModeOption
 from .options import (
@@ -23,7 +24,8 @@ from .options import (
     TrainOnOption,
     with_groups,
 )
-from .recording import RecordOption, check_record, recording
+from .recording import RecordOption, check_record
+from .sampling_options import MaxNewTokensOption
 
 if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
@@ -82,8 +84,36 @@ class EvaluatedModel(ModelOptions):
 
 @with_groups
 def evaluate(
-    data: Annotated[Path, typer.Option(help="Data to evaluate on, as for train.")],
+    data: Annotated[
+        Path, typer.Option(help="Data to evaluate on, as for train; of a directory with parts, the test part.")
+    ],
     model_options: EvaluatedModel,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Compare with this adapter, or with base, the base model; may be given several times."),
+    ] = None,
+    answers: Annotated[
+        AnswerScore | None,
+        typer.Option(
+            help="Score answers too. Generated ones: exact, the reference but for blanks; contains it; regex: "
+            "--pattern finds the same in it as in the reference. Or likelihood: of --choices, the likeliest is the reference."
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="For --answers regex; by default any choice that the data name ('Answer format: a/b')."),
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option(help="Answers to choose among, separated by commas, where rows name none.")
+    ] = None,
+    max_new_tokens: MaxNewTokensOption = 64,
+    limit: Annotated[int | None, typer.Option(help="Ask so many questions, the first ones.", min=1)] = None,
+    show: Annotated[
+        int, typer.Option(help="How many answers to show side by side, those that differ first.", min=0)
+    ] = 3,
+    save: Annotated[
+        Path | None, typer.Option(help="Keep every question with its answers in this file, a JSON object a line.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
     max_length: MaxLengthOption = None,
     too_long: TooLongOption = "error",
@@ -97,38 +127,42 @@ def evaluate(
     credential_options: CredentialOptions = CredentialOptions(),
     json_output: JsonOption = False,
 ) -> None:
-    """Loss and accuracy of an adapter, or of the base model, on held-out data."""
-    from dataclasses import asdict
+    """Loss, accuracy and answers of an adapter, or of the base model, with 95 % intervals; and how others compare.
 
-    from dlora.edge.data.invocation import uninvoked_line
+    Example:  dlora-edge evaluate --bundle build/smollm2 --server ws://127.0.0.1:8765 --data test.jsonl
+    --adapter my-adapter --against base --answers contains
+    """
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.run.display import Display
     from dlora.protocol.wire_codecs import Codecs
 
-    from .reading import DataOptions, read_held_out
+    from .evaluation import Asking, evaluate_models
+    from .reading import DataOptions
 
     display = Display(json_output=json_output)
     Codecs.parse(model_options.wire_dtype)  # before data is read
-    model_options.check()
-    check_record(record, model_options.chosen_mode)
-    model_options.warn_of_server(display.warn)
+    names = [str(model_options.adapter or "base"), *(against or [])]
+    models = [replace(model_options, adapter=None if name == "base" else Path(name)) for name in names]
+    for each in models:
+        each.check()
+        check_record(record, each.chosen_mode)
+        each.warn_of_server(display.warn)
+    asking = None
+    if answers is not None:
+        asking = Asking.of(answers, pattern=pattern, choices=choices, max_new_tokens=max_new_tokens, limit=limit)
+    elif given := [option for option, value in (("--pattern", pattern), ("--choices", choices), ("--limit", limit),
+                                                ("--save", save)) if value is not None]:  # fmt: skip
+        raise UsageError(f"{given[0]} needs --answers, which says how answers are scored")
     credentials = credential_options.load()
-    opened = Bundle.open(model_options.bundle)
     options = DataOptions(data, None, columns, max_length, too_long, train_on, split)
-    dataset = read_held_out(options, opened, display)
-    from dlora.edge.model.evaluation import evaluate as run_evaluation
-
-    longest = int(dataset.lengths.max())
-    with (
-        recording(record, opened, display.warn) as recorder,
-        model_options.open(opened, credentials, longest, recorder) as model,
-    ):
-        if model.invocation:
-            dataset = dataset.one_answer_each()
-            if line := uninvoked_line(dataset, model.invocation):
-                display.warn(line)
-        if recorder is not None:
-            recorder.add_examples((example.ids, example.label_positions) for example in dataset)
-        with display.evaluating("", len(dataset)) as advance:
-            result = run_evaluation(model, dataset, batch_size, lambda done, _: advance(done))
-    display.finish(asdict(result))
+    opened = Bundle.open(model_options.bundle)
+    result, answered = evaluate_models(
+        [*zip(names, models, strict=True)], opened, options, credentials, display, asking=asking,
+        batch_size=batch_size, record=record,
+    )  # fmt: skip
+    if save is not None:
+        answered.save(save)
+    if json_output:
+        display.finish(result)
+    else:
+        answered.show(result, show)

@@ -51,6 +51,10 @@ class DataOptions:
         columns = parse_columns(self.columns) if self.columns else None
         return ReadSettings(columns, resolve_max_length(self.max_length, bundle.manifest), self.too_long, self.train_on)
 
+    def test_settings(self, bundle: Bundle) -> ReadSettings:
+        """Likewise for data to evaluate on: a data set's test part, or of its train part what ``split`` holds out."""
+        return replace(self.read_settings(bundle), part="train" if self.split else "test")
+
 
 def read_data(options: DataOptions, bundle: Bundle, display: Display) -> list[Dataset]:
     """The data to train on, and those to evaluate on: of ``eval_data``, or what is held out of ``data``.
@@ -81,8 +85,7 @@ def read_held_out(options: DataOptions, bundle: Bundle, display: Display) -> Dat
     Raises likewise, and ``DataError`` where nothing is held out.
     """
     split = parse_split(options.split) if options.split else 0.0
-    settings = replace(options.read_settings(bundle), part="train" if options.split else "test")
-    datasets = _load(Reading(bundle, [options.data], settings, split), display)
+    datasets = _load(Reading(bundle, [options.data], options.test_settings(bundle), split), display)
     if options.split and len(datasets) < 2:
         raise DataError(f"{options.data}: --split {options.split} holds nothing out of these data; leave it out")
     display.say(data_line("data" if not options.split else "held out", options.data, datasets[-1]))

@@ -17,6 +17,7 @@ from dlora.protocol.manifest import Manifest
 
 from .child import Buffer, Child, Note
 from .examples import DataFacts, Dataset
+from .question import Question
 from .read_settings import ReadSettings
 from .split import Split
 
@@ -104,6 +105,36 @@ def _unpacked(parts: Sequence[Buffer]) -> Dataset:
     ]
     ids, starts, positions, label_starts = arrays
     return Dataset(ids, starts, positions, label_starts, header.facts)
+
+
+def load_questions(
+    bundle: Bundle,
+    path: Path,
+    settings: ReadSettings,
+    *,
+    split: Split = 0.0,
+    choices: Sequence[str] = (),
+    with_candidates: bool = False,
+    most: int | None = None,
+    on_tick: Callable[[str], None] = lambda _: None,
+) -> list[Question]:
+    """What ``questions.read_questions`` reads. Raises as it does, and likewise."""
+    note = Note()
+
+    def read(_: bytes) -> list[Buffer]:
+        note.set_place(TOKENIZER_PLACE, BundleError)
+        from .questions import read_questions
+        from .tokenizer import EdgeTokenizer
+
+        found = read_questions(
+            path, EdgeTokenizer.open(bundle), settings, split=split, choices=choices, with_candidates=with_candidates,
+            most=most, on_place=lambda place: note.set_place(place, DataError),
+        )  # fmt: skip
+        return [msgspec.msgpack.encode(found)]
+
+    with Child(read, note, on_tick) as child:
+        (encoded,) = child.call()
+    return msgspec.msgpack.decode(encoded, type=list[Question])
 
 
 def load_overview(

@@ -1,0 +1,200 @@
+"""What ``dlora-edge evaluate`` does: each model on the same examples and questions, and how they compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from re import Pattern
+from typing import TYPE_CHECKING, Any
+
+from dlora.edge.choices import AnswerScore
+from dlora.edge.data.loading import load_questions
+from dlora.edge.data.split import parse_split
+from dlora.edge.files import write_atomically
+from dlora.edge.run.display import Display
+from dlora.edge.scoring.answers import compile_pattern
+from dlora.protocol.errors import DataError, UsageError
+
+from .reading import DataOptions, read_held_out
+from .recording import recording
+
+if TYPE_CHECKING:
+    from dlora.edge.data.examples import Dataset
+    from dlora.edge.data.prompt import PromptTokenizer
+    from dlora.edge.data.question import Question
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.edge.scoring.scored_model import ScoredModel
+    from dlora.edge.wire.credentials import Credentials
+    from dlora.edge.wire.recorder import Recorder
+
+    from .evaluate import EvaluatedModel
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked, and answers scored."""
+
+    how: AnswerScore
+    pattern: Pattern[str] | None
+    choices: tuple[str, ...]
+    max_new_tokens: int
+    limit: int | None
+
+    @classmethod
+    def of(
+        cls, how: AnswerScore, *, pattern: str | None, choices: str | None, max_new_tokens: int, limit: int | None
+    ) -> Asking:
+        """Of options of the same names. Raises ``UsageError`` for those that do not go with ``how``."""
+        if pattern is not None and how != "regex":
+            raise UsageError(f"--pattern is for --answers regex, not {how}")
+        named = tuple(word for each in (choices or "").split(",") if (word := each.strip()))
+        if choices is not None and len(named) < 2:
+            raise UsageError("--choices needs two answers at least, separated by commas")
+        return cls(how, None if pattern is None else compile_pattern(pattern), named, max_new_tokens, limit)
+
+    def read(self, options: DataOptions, bundle: Bundle, display: Display) -> list[Question]:
+        """The questions of the data. Raises ``DataError`` for those that cannot be scored so."""
+        split = parse_split(options.split) if options.split else 0.0
+        with display.reading() as on_tick:
+            found = load_questions(
+                bundle, options.data, options.test_settings(bundle), split=split, choices=self.choices,
+                with_candidates=self.how == "likelihood", most=self.limit, on_tick=on_tick,
+            )  # fmt: skip
+        for question in found:
+            if self.how == "regex" and self.pattern is None and not question.choices:
+                raise DataError(f"{question.place}: it names no answers to look for: give --pattern or --choices")
+            if self.how == "likelihood" and question.key not in question.choices:
+                there = ", ".join(question.choices)
+                raise DataError(f"{question.place}: its answer {question.key!r} is none of the choices {there}")
+        return found
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Questions, and what each model answered."""
+
+    models: Sequence[ScoredModel]
+    questions: Sequence[Question]
+
+    def save(self, path: Path) -> None:
+        """A JSON object a line: place, asked, reference, and of each model its answer and whether it counts.
+
+        Raises ``StorageError``.
+        """
+        write_atomically(path, (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in self.rows()))
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "place": question.place,
+                "asked": question.asked,
+                "reference": question.reference,
+                "key": question.key,
+                "answers": [
+                    {"name": model.name, "answer": model.answers[index], "right": bool(model.right[index])}
+                    for model in self.models
+                    if model.right is not None
+                ],
+            }
+            for index, question in enumerate(self.questions)
+        ]
+
+    def show(self, result: dict[str, Any], count: int) -> None:
+        """Print a table of the models, and answers side by side."""
+        from .evaluation_tables import show_answers, show_models
+
+        show_models(result)
+        rows = self.rows()
+        if self.questions:
+            # Where models differ first: that is what one looks for.
+            rows.sort(key=lambda row: len({each["answer"] for each in row["answers"]}) < 2)
+            show_answers(rows[:count])
+
+
+def evaluate_models(
+    models: Sequence[tuple[str, EvaluatedModel]],
+    bundle: Bundle,
+    options: DataOptions,
+    credentials: Credentials,
+    display: Display,
+    *,
+    asking: Asking | None,
+    batch_size: int,
+    record: Path | None,
+) -> tuple[dict[str, Any], Answered]:
+    """What is found of each model, as JSON has it, and what they answered. Raises any ``DloraError``."""
+    dataset = read_held_out(options, bundle, display)
+    questions = [] if asking is None else asking.read(options, bundle, display)
+    from dlora.edge.data.prompt import prompt_tokenizer
+
+    scored: list[ScoredModel] = []
+    with ExitStack() as stack:
+        tokenizer = None
+        if asking is not None and asking.how != "likelihood":  # before there is an engine
+            tokenizer = stack.enter_context(prompt_tokenizer(bundle))
+        recorder = stack.enter_context(recording(record, bundle, display.warn))
+        for name, model in models:
+            scored.append(
+                _score(
+                    name, model, bundle, dataset, questions, credentials, display, asking=asking, tokenizer=tokenizer,
+                    batch_size=batch_size, recorder=recorder, is_only=len(models) == 1,
+                )
+            )
+    first, *others = scored
+    evaluation = first.evaluation
+    result = first.result() | {"tokens": evaluation.tokens, "examples": evaluation.examples}
+    if asking is not None:
+        result["answers"] = asking.how
+    if others:
+        result["against"] = [other.result() | {"difference": first.difference_to(other)} for other in others]
+    return result, Answered(scored, questions)
+
+
+def _score(
+    name: str,
+    options: EvaluatedModel,
+    bundle: Bundle,
+    dataset: Dataset,
+    questions: Sequence[Question],
+    credentials: Credentials,
+    display: Display,
+    *,
+    asking: Asking | None,
+    tokenizer: PromptTokenizer | None,
+    batch_size: int,
+    recorder: Recorder | None,
+    is_only: bool,
+) -> ScoredModel:
+    from dlora.edge.data.invocation import uninvoked_line
+    from dlora.edge.model.evaluation import evaluate_examples
+    from dlora.edge.scoring.scored_model import ScoredModel, generate_answers, likeliest_choices, rights_of
+
+    label = "" if is_only else name
+    answers: list[str] = []
+    longest = max([int(dataset.lengths.max()), *(len(each.ids) // 4 for one in questions for each in one.candidates)])
+    with options.open(bundle, credentials, longest, recorder) as model:
+        if model.invocation:
+            dataset = dataset.one_answer_each()
+            if line := uninvoked_line(dataset, model.invocation):
+                display.warn(line)
+        if recorder is not None:
+            recorder.add_examples((example.ids, example.label_positions) for example in dataset)
+        with display.evaluating(label, len(dataset)) as advance:
+            evaluation, scores = evaluate_examples(model, dataset, batch_size, lambda done, _: advance(done))
+        if asking is not None and asking.how == "likelihood":
+            with display.evaluating(f"{label} choices", sum(len(each.candidates) for each in questions)) as advance:
+                answers = likeliest_choices(model, questions, batch_size, advance)
+    if asking is not None and tokenizer is not None:
+        context_length = max(len(each.prompt) // 4 for each in questions) + asking.max_new_tokens
+        opening = options.open_generating(
+            bundle, credentials, options.chosen_mode, context_length=context_length, recorder=recorder
+        )
+        with opening as generating, display.evaluating(f"{label} answers", len(questions)) as advance:
+            answers = generate_answers(
+                generating, tokenizer, questions, max_new_tokens=asking.max_new_tokens, on_answer=lambda: advance(1)
+            )
+    right = None if asking is None else rights_of(asking.how, answers, questions, asking.pattern)
+    return ScoredModel(name, evaluation, scores, answers, right)

@@ -1,0 +1,134 @@
+"""Rows of data as questions: of each row its last answer, with all that comes before it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dlora.protocol.errors import DataError
+
+from .encoding import encode_sample
+from .forms import Completion, Conversation, Form, Sample, form_of, sample_of
+from .question import Candidate, Question
+from .read_settings import ReadSettings
+from .records import Record, read_records
+from .split import Split, held_out_rows
+from .tokenizer import EdgeTokenizer
+
+# LLM-Adapters (Hu et al., arXiv 2304.01933) writes the answers that there are at the end of each question.
+_ANSWER_FORMAT: Final = re.compile(r"Answer format: *(\S+(?:/\S+)+)\s*\Z")
+
+
+def read_questions(
+    path: Path,
+    tokenizer: EdgeTokenizer,
+    settings: ReadSettings,
+    *,
+    split: Split = 0.0,
+    choices: Sequence[str] = (),
+    with_candidates: bool = False,
+    most: int | None = None,
+    on_place: Callable[[str], None] = lambda _: None,
+) -> list[Question]:
+    """The questions of a file or a directory: of each row its last answer, with all that comes before it.
+
+    Args:
+        split: only the rows that are held out with it; 0: all.
+        choices: words to choose among where the rows name none.
+        with_candidates: whether to make them; every row needs choices then.
+        most: so many questions, the first ones; None: all.
+
+    Raises ``DataError`` with file and line for a row that asks nothing.
+    """
+    found, digests = list[Question](), list[int]()
+    for record in read_records(path, settings.columns, part=settings.part):
+        on_place(record.place)
+        if most is not None and not split and len(found) >= most:
+            break
+        try:
+            question, digest = _question(record, tokenizer, settings, choices, with_candidates=with_candidates)
+        except DataError as error:
+            raise DataError(f"{record.place}: {error}") from None
+        found.append(question)
+        digests.append(digest)
+    if not found:
+        raise DataError(f"{path}: no examples in it")
+    if split:
+        is_held = held_out_rows(np.array(digests, np.uint64), split)
+        found = [question for question, held in zip(found, is_held, strict=True) if held]
+    return found[:most]
+
+
+def _question(
+    record: Record, tokenizer: EdgeTokenizer, settings: ReadSettings, given: Sequence[str], *, with_candidates: bool
+) -> tuple[Question, int]:
+    form = form_of(record)
+    sample = sample_of(record, form, has_chat_template=tokenizer.has_chat_template)
+    asked, ids, reference = _asked(sample, tokenizer, form)
+    key, choices = record.fields.get("answer"), _choices(record.fields) or list(given)
+    key = key if isinstance(key, str) and key.strip() else reference.strip()
+    (whole,) = encode_sample(sample, tokenizer, max_length=settings.max_length, truncate=False, train_on="last")
+    candidates = []
+    if with_candidates:
+        if not choices:
+            raise DataError(
+                "it names no answers to choose among: give --choices, a list 'choices' in each row, or "
+                "'Answer format: a/b' at the end of the question"
+            )
+        candidates = [*_candidates(sample, tokenizer, settings, reference, key, choices)]
+    return Question(record.place, asked, ids.tobytes(), reference, key, choices, candidates), whole.digest
+
+
+def _asked(sample: Sample, tokenizer: EdgeTokenizer, form: Form) -> tuple[str, Any, str]:
+    """What comes before the last answer, as text and as int32 (tokens,); and that answer."""
+    if isinstance(sample, Conversation):
+        last = max(index for index, message in enumerate(sample.messages) if message["role"] == "assistant")
+        before = sample.messages[:last]
+        if not before:
+            raise DataError("the first message is the assistant's; it answers nothing")
+        template = tokenizer.chat_template
+        text = template.render(before, add_generation_prompt=True, tools=sample.tools, settings=sample.settings)
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        return text, ids, str(sample.messages[last].get("content") or "")
+    if isinstance(sample, Completion) and sample.prompt:
+        return sample.prompt, tokenizer.encode_prompt_text(sample.prompt), sample.completion.strip()
+    raise DataError(f"{form} asks nothing: answers need a prompt, or messages")
+
+
+def _choices(fields: dict[str, Any]) -> list[str]:
+    named = fields.get("choices")
+    if isinstance(named, list) and named and all(isinstance(each, str) for each in named):
+        return list(named)
+    asked = fields.get("instruction")
+    found = _ANSWER_FORMAT.search(asked) if isinstance(asked, str) else None
+    return found[1].split("/") if found else []
+
+
+def _candidates(
+    sample: Sample,
+    tokenizer: EdgeTokenizer,
+    settings: ReadSettings,
+    reference: str,
+    key: str,
+    choices: Sequence[str],
+) -> Iterator[Candidate]:
+    for choice in choices:
+        answer = reference.replace(key, choice) if key in reference else choice
+        other: Sample
+        if isinstance(sample, Conversation):
+            last = max(index for index, message in enumerate(sample.messages) if message["role"] == "assistant")
+            messages = [*sample.messages[:last], {**sample.messages[last], "content": answer}]
+            other = replace(sample, messages=messages)
+        else:
+            assert isinstance(sample, Completion)
+            blanks = sample.completion[: len(sample.completion) - len(sample.completion.lstrip())]
+            other = replace(sample, completion=blanks + answer)
+        (encoded,) = encode_sample(other, tokenizer, max_length=settings.max_length, truncate=False, train_on="last")
+        if not len(encoded.positions):
+            raise DataError(f"{encoded.tokens} tokens, the limit is {settings.max_length}; raise --max-length")
+        yield Candidate(choice, encoded.ids.tobytes(), encoded.positions.tobytes())
