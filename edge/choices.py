@@ -11,7 +11,7 @@ TrainOn = Literal["answers", "all", "last"]
 """Which tokens are labels: those of answers, all of them, or those of the last answer."""
 
 AnswerScore = Literal["exact", "contains", "regex", "likelihood"]
-"""When an answer counts as right. exact: it is the reference, but for blanks; contains: it has the key in it, in whatever
+"""When an answer counts as right. exact: it is the reference, but for blanks; contains: it has the key in it, in any
 case; regex: what the first match of a pattern finds in it is the key; likelihood: of the answers to choose among, the
 key's is the likeliest."""
 

@@ -96,7 +96,7 @@ def evaluate(
         AnswerScore | None,
         typer.Option(
             help="Score answers too. Generated ones: exact, the reference but for blanks; contains it; regex: "
-            "--pattern finds the same in it as in the reference. Or likelihood: of --choices, the likeliest is the reference."
+            "--pattern finds the same in both. Or likelihood: of --choices, the reference is the likeliest."
         ),
     ] = None,
     pattern: Annotated[

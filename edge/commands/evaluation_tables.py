@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 _SHOWN: Final = 400  # characters of a question or an answer
+_MEASURES: Final[tuple[tuple[str, str, Callable[[float], str]], ...]] = (
+    ("loss", "loss of a token", "{:.4f}".format),
+    ("token_accuracy", "tokens predicted right", "{:.1%}".format),
+    ("exact_match", "examples predicted right, token by token", "{:.1%}".format),
+    ("right", "answers right", "{:.1%}".format),
+)
 
 
 def show_models(result: dict[str, Any]) -> None:
-    """A row a model; where there are several, how much the first is above each other."""
+    """Of each measure, what was found of every model, and how much the first is above each other."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Column, Table
 
-    console = Console(highlight=False)
-    columns = (Column(name, justify="right", no_wrap=True) for name in ("loss", "tokens right", "wholly right"))
-    table = Table("", *columns, box=None, padding=(0, 2, 0, 0))
-    has_answers = "right" in result
-    if has_answers:
-        table.add_column(f"answers right\n({result['answers']})", justify="right", no_wrap=True)
-    rows = [result, *result.get("against", [])]
-    for row in rows:
-        cells = [escape(row["name"]), _loss(row["loss"], row["loss_interval"])]
-        names = ["token_accuracy", "exact_match", *(["right"] if has_answers else [])]
-        cells += [_share(row[name], row[f"{name}_interval"]) for name in names]
-        table.add_row(*cells)
-    for other in result.get("against", []):
-        found = other["difference"]
-        cells = [f"above {escape(other['name'])}", _loss(found["loss"]["mean"], found["loss"]["interval"], sign="+")]
-        cells += [_points(found["token_accuracy"]), ""]
-        cells += [_points(found["right"])] if has_answers else []
-        table.add_row(*cells, style="dim")
-    console.print(table)
-    asked = f", {result['questions']:,} questions" if has_answers else ""
+    console = Console(highlight=False, soft_wrap=True)
+    others = result.get("against", [])
+    width = max(len(row["name"]) for row in (result, *others))
+    for measure, title, form in _MEASURES:
+        if measure not in result:
+            continue
+        console.print(f"[bold]{title}[/]" + (f" ({result['answers']})" if measure == "right" else ""))
+        for row in (result, *others):
+            line = f"  {row['name']:<{width}}  {form(row[measure])}  ({_ends(row[f'{measure}_interval'], form)})"
+            if difference := row.get("difference", {}).get(measure):
+                line += f"   {result['name']} is {_above(difference, form)}"
+            console.print(line, markup=False)
+    asked = f", {result['questions']:,} questions" if "right" in result else ""
     console.print(f"{result['examples']:,} examples, {result['tokens']:,} labelled tokens{asked}; 95 % intervals")
 
 
@@ -56,17 +53,17 @@ def show_answers(rows: Sequence[dict[str, Any]]) -> None:
     sys.stdout.flush()
 
 
-def _loss(mean: float, ends: Sequence[float], sign: str = "") -> str:
-    return f"{mean:{sign}.4f} ({ends[0]:{sign}.4f} to {ends[1]:{sign}.4f})"
+def _above(difference: dict[str, Any], form: Callable[[float], str]) -> str:
+    mean, (low, high) = difference["mean"], difference["interval"]
+    if mean == low == high == 0:
+        return "the same"
+    if mean < 0:
+        return f"{form(-mean)} lower ({_ends((-high, -low), form)})"
+    return f"{form(mean)} higher ({_ends((low, high), form)})"
 
 
-def _share(mean: float, ends: Sequence[float]) -> str:
-    return f"{mean:.1%} ({ends[0]:.1%} to {ends[1]:.1%})"
-
-
-def _points(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{100 * found['mean']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+def _ends(ends: Sequence[float], form: Callable[[float], str]) -> str:
+    return f"{form(ends[0])} to {form(ends[1])}"
 
 
 def _short(text: str) -> str:

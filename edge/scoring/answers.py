@@ -34,7 +34,10 @@ def is_right(how: AnswerScore, answer: str, question: Question, pattern: re.Patt
         return False
     # Where the data name no key, the pattern finds it in the reference.
     wanted = _pattern(question, pattern).search(question.key)
-    return _found(found) == (_found(wanted) if wanted else question.key)
+    pair = _found(found), _found(wanted) if wanted else question.key
+    if _pattern(question, pattern).flags & re.IGNORECASE:
+        return pair[0].casefold() == pair[1].casefold()
+    return pair[0] == pair[1]
 
 
 def _pattern(question: Question, pattern: re.Pattern[str] | None) -> re.Pattern[str]:
