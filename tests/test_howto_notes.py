@@ -1,0 +1,42 @@
+"""The how-to about a folder of notes: its three commands, as they stand there, with a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+from processes import BIN, END_TIMEOUT_S, quiet_environment
+from serving import serving
+from tiny import TinyFactory
+
+ROOT = Path(__file__).parents[1]
+SH = re.compile(r"```sh\n(.*?)```", re.S)
+
+
+def test_a_folder_of_notes_becomes_an_adapter_that_is_better_than_the_base(tiny: TinyFactory, tmp_path: Path) -> None:
+    model = tiny("llama", max_position_embeddings=512)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for number in range(40):
+        (notes / f"{number}.md").write_text(f"# w{number}\n\n" + "w3 w1 w4 w1 w5 w9 w2 w6 " * 6)
+    commands = [line for block in SH.findall((ROOT / "docs/howto/notes.md").read_text()) for line in block.splitlines()]
+    assert [line.split()[1] for line in commands] == ["data", "train", "evaluate"]
+    outputs = []
+    with serving(model.base) as server:
+        for line in commands:
+            command = line.replace("ws://127.0.0.1:8765", server.url).replace("build/smollm2", str(model.bundle))
+            done = subprocess.run(
+                command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=4 * END_TIMEOUT_S,
+                env={**quiet_environment(), "PATH": f"{BIN}:/usr/bin:/bin"}, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            outputs.append(done.stdout)
+    assert "documents, 40 texts" in outputs[0]
+    found = tmp_path / "my-notes"
+    assert (found / "adapter_model.safetensors").exists()
+    evaluations = [json.loads(row) for row in (found / "evaluations.jsonl").read_text().splitlines()]
+    assert min(row["loss"] for row in evaluations) < evaluations[0]["loss"] - 0.1
+    assert "my-notes is " in outputs[2]
+    assert re.search(r"my-notes is 0\.\d+ lower \(0\.\d+ to", outputs[2]), outputs[2]
