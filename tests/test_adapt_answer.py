@@ -92,7 +92,7 @@ def test_modules_that_peft_does_not_activate_get_no_activated_adapter(tiny: Tiny
         refused = run_edge(*place.train(tmp_path / "refused", **named, adapt="answer"))
         data.write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 4)
         text = run_edge(*place.train(tmp_path / "text", kind=None))
-        assert "adapters act at all tokens: the prompts have no common end" in text.stderr
+        assert "adapters act at all tokens: data of the form 'text' have no answers" in text.stderr
         assert "fc1, fc2, k_proj, out_proj, q_proj, v_proj in 2 blocks" in text.stderr, "nothing is left out then"
     assert_fails(refused, UsageError.exit_code, "no activated LoRA for fc1", "leave these out of --target-modules")
 

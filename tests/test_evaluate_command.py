@@ -109,9 +109,10 @@ def test_adapters_are_compared_on_the_same_examples(place: Place) -> None:
     assert "95 % intervals" in shown.stdout
 
 
-def test_a_limit_asks_fewer_questions(place: Place) -> None:
+def test_a_limit_takes_fewer_rows(place: Place) -> None:
     result = found(place, "--answers", "exact", "--limit", 3, "--max-new-tokens", 2)
-    assert (result["questions"], result["examples"]) == (3, 12)
+    assert (result["questions"], result["examples"]) == (3, 3)
+    assert found(place, "--limit", 20)["examples"] == 12
 
 
 @pytest.mark.parametrize(

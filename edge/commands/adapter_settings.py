@@ -150,6 +150,14 @@ def choose_where_adapters_act(
             raise UsageError(f"{reason}; leave these out of --target-modules, or take --adapt all")
         say(f"adapters act at all tokens: {reason} (--adapt)")
         return "all", (), list(datasets)
+    if datasets[0].facts.is_plain_text:
+        reason = f"data of the form {datasets[0].facts.form!r} have no answers"
+        if settings.adapt is not None:
+            raise UsageError(f"--adapt answer: {reason}; use --adapt all")
+        if init is not None:
+            raise UsageError(f"--init-adapter acts on answers, and {reason}; give data with prompts")
+        say(f"adapters act at all tokens: {reason} (--adapt)")
+        return "all", (), list(datasets)
     cut = [dataset.one_answer_each() for dataset in datasets]
     try:
         known = known or (init.invocation if init is not None else ())

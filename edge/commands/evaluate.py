@@ -107,7 +107,7 @@ def evaluate(
         str | None, typer.Option(help="Answers to choose among, separated by commas, where rows name none.")
     ] = None,
     max_new_tokens: MaxNewTokensOption = 64,
-    limit: Annotated[int | None, typer.Option(help="Ask so many questions, the first ones.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Take so many rows, the first ones.", min=1)] = None,
     show: Annotated[
         int, typer.Option(help="How many answers to show side by side, those that differ first.", min=0)
     ] = 3,
@@ -149,15 +149,14 @@ def evaluate(
         each.warn_of_server(display.warn)
     asking = None
     if answers is not None:
-        asking = Asking.of(answers, pattern=pattern, choices=choices, max_new_tokens=max_new_tokens, limit=limit)
-    elif given := [option for option, value in (("--pattern", pattern), ("--choices", choices), ("--limit", limit),
-                                                ("--save", save)) if value is not None]:  # fmt: skip
+        asking = Asking.of(answers, pattern=pattern, choices=choices, max_new_tokens=max_new_tokens)
+    elif given := [option for option, value in (("--pattern", pattern), ("--choices", choices), ("--save", save)) if value is not None]:  # fmt: skip
         raise UsageError(f"{given[0]} needs --answers, which says how answers are scored")
     credentials = credential_options.load()
     options = DataOptions(data, None, columns, max_length, too_long, train_on, split)
     opened = Bundle.open(model_options.bundle)
     result, answered = evaluate_models(
-        [*zip(names, models, strict=True)], opened, options, credentials, display, asking=asking,
+        [*zip(names, models, strict=True)], opened, options, credentials, display, asking=asking, limit=limit,
         batch_size=batch_size, record=record,
     )  # fmt: skip
     if save is not None:

@@ -41,27 +41,24 @@ class Asking:
     pattern: Pattern[str] | None
     choices: tuple[str, ...]
     max_new_tokens: int
-    limit: int | None
 
     @classmethod
-    def of(
-        cls, how: AnswerScore, *, pattern: str | None, choices: str | None, max_new_tokens: int, limit: int | None
-    ) -> Asking:
+    def of(cls, how: AnswerScore, *, pattern: str | None, choices: str | None, max_new_tokens: int) -> Asking:
         """Of options of the same names. Raises ``UsageError`` for those that do not go with ``how``."""
         if pattern is not None and how != "regex":
             raise UsageError(f"--pattern is for --answers regex, not {how}")
         named = tuple(word for each in (choices or "").split(",") if (word := each.strip()))
         if choices is not None and len(named) < 2:
             raise UsageError("--choices needs two answers at least, separated by commas")
-        return cls(how, None if pattern is None else compile_pattern(pattern), named, max_new_tokens, limit)
+        return cls(how, None if pattern is None else compile_pattern(pattern), named, max_new_tokens)
 
-    def read(self, options: DataOptions, bundle: Bundle, display: Display) -> list[Question]:
-        """The questions of the data. Raises ``DataError`` for those that cannot be scored so."""
+    def read(self, options: DataOptions, bundle: Bundle, display: Display, limit: int | None) -> list[Question]:
+        """The questions of the data, the first ``limit``. Raises ``DataError`` for those that cannot be scored so."""
         split = parse_split(options.split) if options.split else 0.0
         with display.reading() as on_tick:
             found = load_questions(
                 bundle, options.data, options.test_settings(bundle), split=split, choices=self.choices,
-                with_candidates=self.how == "likelihood", most=self.limit, on_tick=on_tick,
+                with_candidates=self.how == "likelihood", most=limit, on_tick=on_tick,
             )  # fmt: skip
         for question in found:
             if self.how == "regex" and self.pattern is None and not question.choices:
@@ -122,12 +119,17 @@ def evaluate_models(
     display: Display,
     *,
     asking: Asking | None,
+    limit: int | None,
     batch_size: int,
     record: Path | None,
 ) -> tuple[dict[str, Any], Answered]:
     """What is found of each model, as JSON has it, and what they answered. Raises any ``DloraError``."""
     dataset = read_held_out(options, bundle, display)
-    questions = [] if asking is None else asking.read(options, bundle, display)
+    if limit is not None and limit < len(dataset):
+        dataset = dataset.subset(range(limit))
+    if any(invocation_of(model) for _, model in models):  # all on the same examples
+        dataset = dataset.one_answer_each()
+    questions = [] if asking is None else asking.read(options, bundle, display, limit)
     from dlora.edge.data.prompt import prompt_tokenizer
 
     scored: list[ScoredModel] = []
@@ -153,6 +155,14 @@ def evaluate_models(
     return result, Answered(scored, questions)
 
 
+def invocation_of(model: EvaluatedModel) -> tuple[int, ...]:
+    """The tokens from which on a model's adapter acts; none: everywhere."""
+    from dlora.edge.adapters.peft import load_adapter
+
+    adapter = model.find_adapter()
+    return () if adapter is None else load_adapter(adapter).invocation
+
+
 def _score(
     name: str,
     options: EvaluatedModel,
@@ -176,10 +186,8 @@ def _score(
     answers: list[str] = []
     longest = max([int(dataset.lengths.max()), *(len(each.ids) // 4 for one in questions for each in one.candidates)])
     with options.open(bundle, credentials, longest, recorder) as model:
-        if model.invocation:
-            dataset = dataset.one_answer_each()
-            if line := uninvoked_line(dataset, model.invocation):
-                display.warn(line)
+        if model.invocation and (line := uninvoked_line(dataset, model.invocation)):
+            display.warn(line)
         if recorder is not None:
             recorder.add_examples((example.ids, example.label_positions) for example in dataset)
         with display.evaluating(label, len(dataset)) as advance:

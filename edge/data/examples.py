@@ -63,6 +63,11 @@ class DataFacts(msgspec.Struct):
     assistant_header: tuple[int, ...] = ()
     has_marks: bool = False
 
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether the data are texts to go on with, so that there are no answers in them."""
+        return self.form in ("text", "documents")
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -190,8 +195,9 @@ class Dataset:
         return acting
 
     def one_answer_each(self) -> Dataset:
-        """Each answer an example of its own, with all that comes before it and nothing after; itself where it is so."""
-        if all(_is_one_answer(example) for example in self):
+        """Each answer an example of its own, with all that comes before it and nothing after; itself where it is so, or
+        where there are no answers."""
+        if self.facts.is_plain_text or all(_is_one_answer(example) for example in self):
             return self
         building = DatasetBuilder()
         for example in self:
