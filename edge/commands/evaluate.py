@@ -150,7 +150,11 @@ def evaluate(
     asking = None
     if answers is not None:
         asking = Asking.of(answers, pattern=pattern, choices=choices, max_new_tokens=max_new_tokens)
-    elif given := [option for option, value in (("--pattern", pattern), ("--choices", choices), ("--save", save)) if value is not None]:  # fmt: skip
+    elif given := [
+        option
+        for option, value in (("--pattern", pattern), ("--choices", choices), ("--save", save))
+        if value is not None
+    ]:
         raise UsageError(f"{given[0]} needs --answers, which says how answers are scored")
     credentials = credential_options.load()
     options = DataOptions(data, None, columns, max_length, too_long, train_on, split)
