@@ -18,6 +18,7 @@ PANELS: Final = {
     "Blocks on the device": ("mode", "memory", "device_blocks", "exact", "cache_mb", "keep_cache", "cache_key_file"),
     "Settings in a file": ("config", "write_config"),
     "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience", "record"),
+    "Answers": ("answers", "pattern", "choices", "max_new_tokens", "show", "save"),
     "Choice of tokens": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     "Connection": (
         "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "send", "max_retry_s",
@@ -33,7 +34,7 @@ NO_VARIABLES: Final = ("help", "config", "write_config", "version")
 METAVARS: Final = {
     "kr_score": "SCORE", "kr_on_kill": "STATE", "schedule": "SHAPE", "engine": "ENGINE", "wire_dtype": "DTYPE",
     "send": "WHAT", "too_long": "ACTION", "kind": "KIND", "basis": "BASIS", "adapt": "WHERE", "pause_when": "RULES",
-    "mode": "MODE",
+    "mode": "MODE", "answers": "HOW", "against": "ADAPTER", "train_on": "WHAT", "split": "SHARE",
 }  # fmt: skip
 
 
