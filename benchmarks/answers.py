@@ -92,10 +92,9 @@ def main() -> None:
         write_bars(
             options.write,
             {
-                f"answers, {name}: rows scored as the reference scores them": at_least(
-                    each["rows"], each["same_score"], COMMAND
-                )
+                f"answers, {name}: rows with {what} of the reference": at_least(each["rows"], each[key], COMMAND)
                 for name, each in found.items()
+                for what, key in (("the answer", "same_answer"), ("the score", "same_score"))
             },
         )
     print(json.dumps(found, indent=1))
