@@ -34,6 +34,9 @@ RESUME_TOKEN_BYTES = 32
 MAX_RETRY_AFTER_S = 86_400
 MAX_ENCODED_SEQUENCES = 128  # C may run each by itself, and answers each with a tensor of its own
 
+MAX_SECONDS = 1e6
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
 Window = Annotated[int, msgspec.Meta(ge=1, le=MAX_WINDOW)]
 ResumeToken = Annotated[bytes, msgspec.Meta(min_length=RESUME_TOKEN_BYTES, max_length=RESUME_TOKEN_BYTES)]
 
@@ -270,10 +273,13 @@ class LabelledHiddenStates(ExchangeMessage, frozen=True):
         hidden_states: (labelled, hidden_size), or (labelled, width) of that purpose.
         gradients: how many ``GroupGrad`` will follow a ``GradHiddenStates``; at 0, E sends that only in the mode
             ``basis``.
+        computed_s: that C has computed on this micro-batch so far; queued_s: that it has waited for its turn.
     """
 
     hidden_states: WireTensor
     gradients: Index
+    computed_s: Seconds = 0.0
+    queued_s: Seconds = 0.0
 
 
 class EncodedHiddenStates(ExchangeMessage, frozen=True):
@@ -297,11 +303,14 @@ class GroupGrad(ExchangeMessage, frozen=True):
 
     Attributes:
         answer: whether C waits for the group's ``GroupInputGrad``. The lowest group needs none.
+        computed_s, queued_s: of the whole micro-batch so far, as in ``LabelledHiddenStates``.
     """
 
     group: Index
     grads: tuple[WireTensor, ...]
     answer: bool
+    computed_s: Seconds = 0.0
+    queued_s: Seconds = 0.0
 
 
 class GroupInputGrad(ExchangeMessage, frozen=True):

@@ -44,6 +44,11 @@ def metrics(step: int, total: int = 100, **changes: Any) -> StepMetrics:
         "edge_compute_s": 0.1,
         "step_s": 0.5,
         "units": "011120",
+        "up": {"delta": 800_000, "other": 40_000},
+        "down": {"group_input": 420_000},
+        "waiting_s": 0.35,
+        "server_compute_s": 0.3,
+        "server_queued_s": 0.0,
     }
     return StepMetrics(**{**values, **changes})
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, Protocol
 
 from dlora.cloud.exchange.gate import ComputeGate
@@ -141,6 +142,8 @@ class MicroBatchMessages:
     """The device's end of one micro-batch: what the micro-batch says goes out at once, and what it waits for has a
     deadline, after which the device is told to come again, and after longer the session ends.
 
+    Made when the micro-batch begins to wait for its first turn to compute.
+
     Attributes:
         waited_s: for the device so far; idle_s: for the device and for the gate.
     """
@@ -148,11 +151,30 @@ class MicroBatchMessages:
     def __init__(self, router: MessageRouter, key: Key, gate: ComputeGate, deadlines: Deadlines) -> None:
         self.waited_s = 0.0
         self.idle_s = 0.0
+        self._began = router.clock()
         self._router = router
         self._clock = router.clock
         self._key = key
         self._gate = gate
         self._deadlines = deadlines
+
+    @property
+    def computed_s(self) -> float:
+        """Seconds that were computed so far."""
+        return min(max(0.0, self._clock() - self._began - self.idle_s), m.MAX_SECONDS)
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds that the gate was waited for so far."""
+        return min(max(0.0, self.idle_s - self.waited_s), m.MAX_SECONDS)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within, the micro-batch computes; until its first turn comes, it waits."""
+        began = self._clock()
+        with self._gate.computing():
+            self.idle_s += self._clock() - began
+            yield
 
     def send(self, message: m.ExchangeMessage) -> None:
         self._router.send(message)  # type: ignore[arg-type]

@@ -224,8 +224,7 @@ class SessionLoop:
         device = MicroBatchMessages(self._router, run.key, service.gate, self._deadlines)
         started, times_lost = self._clock(), transport.times_lost
         try:
-            with service.gate.computing(), torch.autograd.set_multithreading_enabled(False):
-                started = self._clock()
+            with device.computing(), torch.autograd.set_multithreading_enabled(False):
                 run.run(device)
         finally:
             charge.end(self._clock() - started - device.idle_s)

@@ -371,12 +371,14 @@ def _run_steps(
             display.say(f"ended at step {trainer.next_step}: {run.patience} evaluations in a row were no better")
             save()
             return
-        wait_while_paused(run.pause, sensors, say=display.say, should_stop=stop, on_pause=save)
+        paused = time.perf_counter()
+        has_paused = wait_while_paused(run.pause, sensors, say=display.say, should_stop=stop, on_pause=save)
+        paused_s = time.perf_counter() - paused if has_paused else 0.0
         if stop():
             save()
             raise StoppedError(f"stopped after step {trainer.next_step}; go on with dlora-edge resume {run.out}")
         with _save_on_error(run, trainer):
-            metrics = trainer.run_step()
+            metrics = replace(trainer.run_step(), paused_s=paused_s)
         log.write(metrics)
         saver.add(metrics)
         display.step(metrics)

@@ -29,6 +29,11 @@ class StepMetrics:
         active_units, live_units: trained; taking part in the forward pass.
         edge_compute_s: time that this device computed; step_s: wall time.
         units: one digit a unit, its ``UnitState`` in this step.
+        up, down: bytes by the role of what crossed, and ``other``; they add up to ``bytes_up`` and ``bytes_down``.
+        waiting_s: time that the device waited for the server.
+        server_compute_s: that the server says it computed, maybe while the device did; server_queued_s: that it says
+            the device waited for its turn.
+        paused_s: for how long ``--pause-when`` held this step up, before ``step_s`` begins.
     """
 
     step: int
@@ -45,7 +50,13 @@ class StepMetrics:
     live_units: int
     edge_compute_s: float
     step_s: float
-    units: str = ""
+    units: str
+    up: dict[str, int]
+    down: dict[str, int]
+    waiting_s: float
+    server_compute_s: float
+    server_queued_s: float
+    paused_s: float = 0.0
 
     @property
     def states(self) -> ByteArray:

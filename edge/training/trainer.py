@@ -27,6 +27,7 @@ from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.split import SplitModel
 from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.usage import with_other
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
 from dlora.protocol.kill_revive import LIVE, UnitState
@@ -169,6 +170,7 @@ class Trainer:
         self._raise_failure()
         step, started = self.next_step, time.perf_counter()
         before, computed = self.model.counters, self.model.compute_seconds
+        usage_before = self.connection.usage.copy()
         batches = self.batches.step_batches(step)
         labelled = sum(len(batch.labels) for batch in batches)
         with self._name_step_in_error():
@@ -185,7 +187,8 @@ class Trainer:
             self.session.report(scores)
         except DloraError as error:
             self._failure = error
-        after = self.model.counters
+        after, usage = self.model.counters, self.connection.usage.since(usage_before)
+        bytes_up, bytes_down = after[0] - before[0], after[1] - before[1]
         return StepMetrics(
             step=step,
             total_steps=self.config.total_steps,
@@ -194,14 +197,19 @@ class Trainer:
             grad_norm=norm,
             tokens=sum(len(batch.ids) for batch in batches),
             labelled=labelled,
-            bytes_up=after[0] - before[0],
-            bytes_down=after[1] - before[1],
+            bytes_up=bytes_up,
+            bytes_down=bytes_down,
             round_trips=after[2] - before[2],
             active_units=int((states == UnitState.ACTIVE).sum()),
             live_units=int(np.isin(states, list(LIVE)).sum()),
             edge_compute_s=self.model.compute_seconds - computed + optimized,
             step_s=time.perf_counter() - started,
             units="".join(map(str, states)),
+            up=with_other(usage.up, bytes_up),
+            down=with_other(usage.down, bytes_down),
+            waiting_s=usage.waited_s,
+            server_compute_s=usage.computed_s,
+            server_queued_s=usage.queued_s,
         )
 
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
