@@ -49,6 +49,7 @@ def metrics(step: int, total: int = 100, **changes: Any) -> StepMetrics:
         "waiting_s": 0.35,
         "server_compute_s": 0.3,
         "server_queued_s": 0.0,
+        "peak_rss_mb": 123.4,
     }
     return StepMetrics(**{**values, **changes})
 

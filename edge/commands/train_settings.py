@@ -83,6 +83,7 @@ def run_train(
         display.warn(line)
     loaded = loaded or _load(settings, bundle, display)
     # Not before: data sets are read while this process is small and has no threads.
+    from dlora.edge.report.writer import ReportWriter
     from dlora.edge.run.run import TrainRun, train
 
     known = begun.invocation if begun is not None else ()
@@ -112,6 +113,7 @@ def run_train(
         cache_key=cache_key,
         liveness=Liveness(exchange_s=settings.exchange_timeout_s),
         pause=rules,
+        watchers=[ReportWriter(Path(settings.out), display.warn)],
     )
     check_record(record, settings.mode)
     with recording(record, bundle, display.warn) as recorder:

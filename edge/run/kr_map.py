@@ -30,7 +30,7 @@ _COLOURS: Final = {
 }
 _RESET: Final = "\x1b[0m"
 # Where several units or steps share a character, the state that comes first here wins a tie.
-_RANK: Final = (UnitState.ACTIVE, UnitState.FADING, UnitState.HELD, UnitState.GIVEN, UnitState.KILLED)
+STATE_ORDER: Final = (UnitState.ACTIVE, UnitState.FADING, UnitState.HELD, UnitState.GIVEN, UnitState.KILLED)
 
 
 def render_map(
@@ -56,7 +56,7 @@ def render_map(
     numbers = range(states.shape[1]) if numbers is None else numbers
     label = max(len(name) + 1 + len(str(numbers[-1])), 8)
     columns = max(1, min(end - first, width - label - 1))
-    cells = _states_by_column(steps, states, first, end, columns)  # (columns, units)
+    cells = states_by_column(steps, states, first, end, columns)  # (columns, units)
     rows = _states_by_row(cells, height)
     lines = [
         f"{_row_label(name, numbers[slice(*units)]):>{label}} {_paint(row, colour)}"
@@ -65,20 +65,25 @@ def render_map(
     start, stop = str(first), str(end - 1)
     axis = start + stop.rjust(columns - len(start)) if columns > len(start) + len(stop) else f"{start}–{stop}"
     lines.append(f"{'step':>{label}} {axis}")
-    seen = [state for state in _RANK if (states == state).any()]
+    seen = [state for state in STATE_ORDER if (states == state).any()]
     legend = "  ".join(f"{_paint([state], colour)} {state.name.lower()}" for state in seen)
     return "\n".join([*lines, f"{'':>{label}} {legend}"])
 
 
-def _states_by_column(steps: np.ndarray, states: ByteArray, first: int, end: int, columns: int) -> ByteArray:
-    """The commonest state of each unit in each column, uint8 (columns, units)."""
+def states_by_column(steps: np.ndarray, states: ByteArray, first: int, end: int, columns: int) -> ByteArray:
+    """The commonest state of each unit in each column, uint8 (columns, units).
+
+    Args:
+        steps: of the entries, ascending; states: uint8 (entries, units), each lasting until the next entry.
+        first, end: steps that the columns share.
+    """
     edges = np.linspace(first, end, columns + 1).round().astype(np.int64)
     cells = np.empty((columns, states.shape[1]), np.uint8)
     for column in range(columns):
         inside = np.arange(edges[column], max(edges[column + 1], edges[column] + 1))
         entries = np.searchsorted(steps, inside, side="right") - 1
-        counts = np.stack([(states[entries] == state).sum(axis=0) for state in _RANK])
-        cells[column] = np.array(_RANK, np.uint8)[counts.argmax(axis=0)]
+        counts = np.stack([(states[entries] == state).sum(axis=0) for state in STATE_ORDER])
+        cells[column] = np.array(STATE_ORDER, np.uint8)[counts.argmax(axis=0)]
     return cells
 
 
@@ -86,9 +91,9 @@ def _states_by_row(cells: ByteArray, height: int | None) -> list[list[UnitState]
     """Rows of states, unit 0 first; where units share a row, the liveliest shows."""
     units = cells.shape[1]
     order = np.zeros(max(UnitState) + 1, np.uint8)
-    order[list(_RANK)] = np.arange(len(_RANK))
+    order[list(STATE_ORDER)] = np.arange(len(STATE_ORDER))
     return [
-        [_RANK[int(best)] for best in order[cells[:, start:stop]].min(axis=1)]
+        [STATE_ORDER[int(best)] for best in order[cells[:, start:stop]].min(axis=1)]
         for start, stop in _unit_ranges(units, min(units, height or units))
     ]
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from dlora.edge.choices import EngineChoice, Keep, ModeChoice, TooLong
 from dlora.edge.data.examples import Dataset
@@ -129,7 +131,11 @@ def _plain(value: Any) -> Any:
 
 
 class DataDigest(msgspec.Struct, frozen=True):
-    """What was made of a data file: its token ids' fingerprint and its size."""
+    """What was made of a data file: its token ids' fingerprint and its size.
+
+    Attributes:
+        lengths: tokens of its examples: the shortest, the quartiles, the longest.
+    """
 
     fingerprint: str
     examples: int
@@ -137,6 +143,7 @@ class DataDigest(msgspec.Struct, frozen=True):
     labelled: int
     truncated: int
     skipped: int
+    lengths: tuple[float, float, float, float, float]
 
     @classmethod
     def of(cls, dataset: Dataset) -> DataDigest:
@@ -147,6 +154,7 @@ class DataDigest(msgspec.Struct, frozen=True):
             labelled=dataset.labelled,
             truncated=dataset.truncated,
             skipped=dataset.skipped,
+            lengths=_quartiles(dataset.lengths),
         )
 
 
@@ -158,6 +166,8 @@ class RunFile(msgspec.Struct, frozen=True, kw_only=True):
         base_model: name and fingerprint.
         invocation: the tokens from which on adapters act, where they act on answers.
         versions: of this software, the wire, Python and the libraries that compute.
+        server: software and wire version of the server that was asked last; None where none was.
+        blocks: the number of each unit in the base model, where units are blocks; None where they are groups.
     """
 
     settings: RunSettings
@@ -166,6 +176,13 @@ class RunFile(msgspec.Struct, frozen=True, kw_only=True):
     base_model: dict[str, str]
     invocation: tuple[int, ...]
     versions: dict[str, Any]
+    server: dict[str, Any] | None = None
+    blocks: tuple[int, ...] | None = None
+
+
+def _quartiles(lengths: npt.NDArray[np.int64]) -> tuple[float, float, float, float, float]:
+    least, first, middle, third, most = np.quantile(lengths, (0, 0.25, 0.5, 0.75, 1)).tolist()
+    return least, first, middle, third, most
 
 
 def versions() -> dict[str, Any]:

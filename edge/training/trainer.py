@@ -22,6 +22,7 @@ from dlora.edge.data.batches import Batches, MicroBatch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.edge.memory import peak_rss_mb
 from dlora.edge.model.evaluation import Evaluation, evaluate
 from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.split import SplitModel
@@ -210,6 +211,7 @@ class Trainer:
             waiting_s=usage.waited_s,
             server_compute_s=usage.computed_s,
             server_queued_s=usage.queued_s,
+            peak_rss_mb=round(peak_rss_mb(), 1),
         )
 
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
