@@ -132,6 +132,8 @@ def test_a_page_asks_for_nothing(tmp_path: Path) -> None:
     assert "url(" not in page
     assert "@import" not in page
     assert "Copyright (c) 2022 Leon Sorokin" in page
+    assert "<noscript><p" in page
+    assert page.count("<table") >= 8, "what is plotted stands in tables, too"
 
 
 def test_text_of_strangers_is_escaped(tmp_path: Path) -> None:
