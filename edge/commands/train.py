@@ -195,6 +195,10 @@ def train(
     patience: Annotated[
         int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
     ] = None,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Write TensorBoard's event files, too, into --out/tensorboard."),
+    ] = False,
     wire_dtype: Annotated[
         str | None,
         typer.Option(
@@ -322,6 +326,10 @@ def resume(
         int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
     ] = None,
     keep: Annotated[Keep | None, typer.Option(help="Which adapter to save in the end: the last or the best.")] = None,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option("--tensorboard/--no-tensorboard", help="TensorBoard's event files, or none; else as before."),
+    ] = None,
     server: Annotated[str | None, typer.Option(help="Another server than before.")] = None,
     cache_mb: Annotated[
         float | None,
@@ -357,7 +365,7 @@ def resume(
         "steps": steps, "epochs": epochs, "patience": patience, "keep": keep, "server": server,
         "token_file": token_file, "ca": ca, "client_cert": client_cert, "client_key": client_key, "threads": threads,
         "max_retry_s": max_retry_s, "cache_mb": cache_mb, "keep_cache": keep_cache,
-        "cache_key_file": cache_key_file,
+        "cache_key_file": cache_key_file, "tensorboard": tensorboard,
     }  # fmt: skip
     settings = settings_of_run(directory, changes)
     display.finish(run_train(settings, resume=True, display=display))

@@ -33,6 +33,7 @@ from .run_config import check_before_data, configure
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
     from dlora.edge.data.examples import Dataset
+    from dlora.edge.run.watcher import RunWatcher
 
 
 def run_train(
@@ -83,7 +84,6 @@ def run_train(
         display.warn(line)
     loaded = loaded or _load(settings, bundle, display)
     # Not before: data sets are read while this process is small and has no threads.
-    from dlora.edge.report.writer import ReportWriter
     from dlora.edge.run.run import TrainRun, train
 
     known = begun.invocation if begun is not None else ()
@@ -113,7 +113,7 @@ def run_train(
         cache_key=cache_key,
         liveness=Liveness(exchange_s=settings.exchange_timeout_s),
         pause=rules,
-        watchers=[ReportWriter(Path(settings.out), display.warn)],
+        watchers=_watchers(settings, display),
     )
     check_record(record, settings.mode)
     with recording(record, bundle, display.warn) as recorder:
@@ -127,6 +127,14 @@ def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
     if "epochs" in given and "steps" not in given:
         given["steps"] = None  # else the run's --steps would still count
     return RunSettings.of({**msgspec.structs.asdict(settings), "out": out, **given})
+
+
+def _watchers(settings: RunSettings, display: Display) -> list[RunWatcher]:
+    from dlora.edge.report.tensorboard import TensorboardWriter
+    from dlora.edge.report.writer import ReportWriter
+
+    out = Path(settings.out)
+    return [ReportWriter(out, display.warn), *([TensorboardWriter(out)] if settings.tensorboard else [])]
 
 
 def _as_begun(settings: RunSettings, begun: RunSettings) -> RunSettings:

@@ -76,12 +76,13 @@ def read_run(out: Path) -> RunData:
         name=out.absolute().name,
         file=file,
         steps=steps,
-        evaluations=_evaluations(out / EVALUATIONS),
+        evaluations=read_evaluations(out / EVALUATIONS),
         summary=_summary(out / SUMMARY, steps.count),
     )
 
 
-def _evaluations(path: Path) -> tuple[EvaluationLine, ...]:
+def read_evaluations(path: Path) -> tuple[EvaluationLine, ...]:
+    """Of an ``evaluations.jsonl``, ascending; none where there is none. Raises ``CheckpointError``."""
     try:
         lines = path.read_bytes().splitlines()
         return tuple(sorted((_decode(line) for line in lines), key=lambda each: each.step))

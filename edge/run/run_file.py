@@ -78,6 +78,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     eval_every: Whole
     keep: Keep
     patience: Count | None
+    tensorboard: bool
     wire_dtype: str | None
     send: Send
     adapt: Adapt | None
