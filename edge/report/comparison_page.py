@@ -29,22 +29,26 @@ def comparison_page(comparison: Comparison) -> bytes:
     names = comparison.names
     warnings = [element("li", warning) for warning in comparison.warnings]
     differing = comparison.differing
-    settings = (
-        table("Settings that differ", ("option", *names), [(option, *values) for option, values in differing.items()])
-        if differing
-        else element("p", "All settings are the same, but for the seed if it was left open.")
-    )
+    settings = element("p", "All settings are the same, but for the seed if it was left open.")
+    if differing:
+        options = [(option, *values) for option, values in differing.items()]
+        settings = table("Settings that differ", ("option", *names), options, numbers=False)
+    rows = [(_indented(name), *values) for name, values in comparison.rows()]
     return document(
         f"{len(names)} runs of dlora",
         plots,
         element("header", element("h1", f"{len(names)} runs side by side"), element("p", " · ".join(names))),
         element("section", element("h2", "Mind that"), element("ul", warnings)) if warnings else None,
         without_script(),
-        section("Numbers", table("Of all steps", ("measure", *names), [(n, *v) for n, v in comparison.rows()])),
-        section("Settings", settings),
+        section("Numbers", table("Of all steps", ("measure", *names), rows)),
         [section(plot.title, plot_place(plot, tall=True), values_table(plot)) for plot in plots],
+        section("Settings", settings),
         _footer(comparison),
     )
+
+
+def _indented(name: str) -> str:
+    return name.replace("  ", "\N{EM SPACE}")
 
 
 def _held_out_plot(comparison: Comparison) -> Plot:

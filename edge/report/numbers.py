@@ -11,11 +11,15 @@ def count(value: float) -> str:
 def mb(nbytes: float) -> str:
     """Bytes as megabytes (10**6): 1,234.5 MB, 12.34 MB, 0.123 MB."""
     size = nbytes / 1e6
+    if not size:
+        return "0 MB"
     return f"{size:,.1f} MB" if size >= 100 else f"{size:.2f} MB" if size >= 1 else f"{size:.3f} MB"
 
 
 def seconds(value: float) -> str:
     """0.123 s, 12.3 s, 2:03 min, 1:02:03 h"""
+    if not value:
+        return "0 s"
     if value < 9.995:
         return f"{value:.3f} s" if value < 0.9995 else f"{value:.2f} s"
     if value < 119.95:

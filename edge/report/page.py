@@ -81,11 +81,11 @@ def cards(run: RunData) -> Html:
     elif steps.last is not None:
         made.append(_card("loss of the last step", loss(steps.last.loss), f"step {count(steps.last.step)}"))
     made.append(_card("tokens", count(steps.tokens), f"{count(steps.labelled)} labels"))
-    if steps.bytes:
-        each = f"{mb(steps.up.total())} ↑ · {mb(steps.down.total())} ↓"
-        made.append(_card("traffic of the steps", mb(steps.bytes), each))
-    else:
-        made.append(_card("traffic of the steps", "none", "no step asked a server"))
+    each = f"{mb(steps.up.total())} ↑ · {mb(steps.down.total())} ↓"
+    if not steps.bytes:
+        set_up = run.beside_steps("set_up")
+        each = f"{mb(set_up)} before the first" if set_up else "none of them asked a server"
+    made.append(_card("traffic of the steps", mb(steps.bytes), each))
     wall = summary.get("wall_s") if not summary.get("first_step") else None
     below = f"{seconds(wall)} with set-up and evaluations" if isinstance(wall, float) else f"{count(steps.count)} steps"
     made.append(_card("time of the steps", seconds(steps.step_s), below))
@@ -104,9 +104,15 @@ def _small(plot: Plot) -> Html:
 
 
 def _traffic(run: RunData, plot: Plot) -> Html:
+    beside = [
+        f"{name} took {mb(size)}"
+        for name, size in (("set-up", run.beside_steps("set_up")), ("evaluations", run.beside_steps("eval")))
+        if size
+    ]
+    apart = f" Of the last start of the run, {' and '.join(beside)} beside the steps." if beside else ""
     if not run.steps.bytes:
-        return section("Traffic", element("p", "No step asked a server for anything."))
-    note = "Whole frames, by the role of the tensors in them, as the device counts them; set-up and evaluations apart."
+        return section("Traffic", element("p", f"No step asked a server for anything.{apart}"))
+    note = f"Whole frames, by the role of the tensors in them, as the device counts them.{apart}"
     return section("Traffic", plot_place(plot, tall=True), values_table(plot), traffic_table(run), note=note)
 
 

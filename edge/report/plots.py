@@ -45,7 +45,7 @@ class Series(msgspec.Struct, frozen=True):
 
     Attributes:
         values: one for each of the plot's steps; None where there is none.
-        colour: a number; 0 is the accent.
+        colour: a number, as the stylesheet has it; 0 is the accent.
     """
 
     label: str
@@ -83,7 +83,7 @@ def loss_plot(run: RunData) -> Plot:
     if means:
         drawn.append((f"mean of {run.steps.mean_of} steps", "strong", 0, means))
     if held_out:
-        drawn.append(("held-out loss", "points", 1, held_out))
+        drawn.append(("held-out loss", "points", 10, held_out))
     return joined("loss", "Loss", "loss", drawn)
 
 

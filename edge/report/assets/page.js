@@ -25,8 +25,7 @@
     if (areas) order.reverse(); // the tallest first, so that those below are drawn over it
     const series = order.map((index) => {
       const each = plot.series[index];
-      const stroke = each.look === "faint" ? colour("--faint") : each.look === "points" ? colour("--second")
-        : colour("--c" + (each.colour % 11));
+      const stroke = each.look === "faint" ? colour("--faint") : colour("--c" + (each.colour % 11));
       return {
         label: each.label, stroke, spanGaps: true,
         width: areas ? 0 : each.look === "faint" ? 1 : each.look === "points" ? 1.5 : 2,
