@@ -57,16 +57,16 @@ def render_map(
     label = max(len(name) + 1 + len(str(numbers[-1])), 8)
     columns = max(1, min(end - first, width - label - 1))
     cells = states_by_column(steps, states, first, end, columns)  # (columns, units)
-    rows = _states_by_row(cells, height)
+    rows = states_by_row(cells, height)
     lines = [
-        f"{_row_label(name, numbers[slice(*units)]):>{label}} {_paint(row, colour)}"
+        f"{_row_label(name, numbers[slice(*units)]):>{label}} {paint(row, colour)}"
         for units, row in reversed(list(zip(_unit_ranges(cells.shape[1], len(rows)), rows, strict=True)))
     ]
     start, stop = str(first), str(end - 1)
     axis = start + stop.rjust(columns - len(start)) if columns > len(start) + len(stop) else f"{start}–{stop}"
     lines.append(f"{'step':>{label}} {axis}")
     seen = [state for state in STATE_ORDER if (states == state).any()]
-    legend = "  ".join(f"{_paint([state], colour)} {state.name.lower()}" for state in seen)
+    legend = "  ".join(f"{paint([state], colour)} {state.name.lower()}" for state in seen)
     return "\n".join([*lines, f"{'':>{label}} {legend}"])
 
 
@@ -87,7 +87,7 @@ def states_by_column(steps: np.ndarray, states: ByteArray, first: int, end: int,
     return cells
 
 
-def _states_by_row(cells: ByteArray, height: int | None) -> list[list[UnitState]]:
+def states_by_row(cells: ByteArray, height: int | None) -> list[list[UnitState]]:
     """Rows of states, unit 0 first; where units share a row, the liveliest shows."""
     units = cells.shape[1]
     order = np.zeros(max(UnitState) + 1, np.uint8)
@@ -107,7 +107,8 @@ def _row_label(name: str, numbers: Sequence[int]) -> str:
     return f"{name} {numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
 
 
-def _paint(row: Sequence[UnitState], colour: bool) -> str:
+def paint(row: Sequence[UnitState], colour: bool) -> str:
+    """States as characters, with ANSI colours or without."""
     if not colour:
         return "".join(CHARACTERS[state] for state in row)
     painted, last = [], None

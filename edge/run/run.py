@@ -176,12 +176,12 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                     _warn_of_dropped_modules(trainer, run.init, display)
                 held_out.add("before")
             with MetricsLog(run.out / METRICS, first_step) as log:
-                for metrics in iterate_metrics(run.out / METRICS):
-                    display.add_to_map(metrics)
-                    saver.add(metrics)
                 evaluations = _evaluations(run)
                 left = partial(evaluations.count_left, total_steps=run.config.total_steps) if evaluations else None
                 with display.training(run.config.total_steps, first_step, left, _blocks(run)):
+                    for metrics in iterate_metrics(run.out / METRICS):
+                        display.add_to_map(metrics)
+                        saver.add(metrics)
                     _run_steps(run, trainer, saver, display, log, held_out, watchers, stop.is_requested)
             trained_s = time.perf_counter() - started
             if not held_out.is_done():
