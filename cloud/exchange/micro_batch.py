@@ -44,6 +44,9 @@ class DeviceMessages(Protocol):
     def queued_s(self) -> float:
         """Seconds that the micro-batch has waited for its turn to compute so far."""
 
+    def take_moments(self) -> tuple[float, ...]:
+        """What ``GroupInput`` says of the time since the last message; nothing where the device did not ask."""
+
     def send(self, message: m.ExchangeMessage) -> None:
         """Send a message of the micro-batch; returns at once."""
 
@@ -299,7 +302,13 @@ class _Channel:
     def send_input(self, group: int, x: Tensor) -> None:
         hidden_states = self._to_wire(x, TensorRole.GROUP_INPUT)
         self._device.send(
-            m.GroupInput(step=self._step, micro_batch=self._micro_batch, group=group, hidden_states=hidden_states)
+            m.GroupInput(
+                step=self._step,
+                micro_batch=self._micro_batch,
+                group=group,
+                hidden_states=hidden_states,
+                moments=self._device.take_moments(),
+            )
         )
 
     def receive_outputs(self, group: int, torch_device: torch.device) -> list[Tensor]:
@@ -317,6 +326,7 @@ class _Channel:
                 answer=answer,
                 computed_s=self._device.computed_s,
                 queued_s=self._device.queued_s,
+                moments=self._device.take_moments(),
             )
         )
 
@@ -336,6 +346,7 @@ class _Channel:
                 gradients=gradients,
                 computed_s=self._device.computed_s,
                 queued_s=self._device.queued_s,
+                moments=self._device.take_moments(),
             )
         )
 

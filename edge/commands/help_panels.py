@@ -16,7 +16,10 @@ PANELS: Final = {
     ),
     "Adapters": ("kind", "rank", "alpha", "target_modules", "blocks", "adapt", "basis", "basis_steps", "init_adapter"),
     "Blocks on the device": ("mode", "memory", "device_blocks", "exact", "cache_mb", "keep_cache", "cache_key_file"),
-    "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience", "record", "tensorboard"),
+    "Saving and resuming": (
+        "resume", "save_every", "eval_every", "keep", "patience", "record", "tensorboard", "profile",
+        "profile_steps",
+    ),
     "Choice of tokens": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     "Connection": (
         "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "send", "max_retry_s",

@@ -220,6 +220,15 @@ def train(
     ] = 120.0,
     pause_when: Annotated[list[str] | None, typer.Option("--pause-when", help=pause.HELP)] = None,
     record: RecordOption = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write what device and server did when, in some steps after the third, for chrome://tracing and "
+            "ui.perfetto.dev: trace.json.",
+        ),
+    ] = None,
+    profile_steps: Annotated[int, typer.Option(help="How many steps --profile takes.", min=1, max=1000)] = 10,
     json_output: JsonOption = False,
     active_fraction: Annotated[
         float,
@@ -313,7 +322,10 @@ def train(
 
     display = Display(json_output=json_output)
     settings = RunSettings.of(options)
-    display.finish(run_train(settings, resume=resume, display=display, memory=memory, record=record))
+    profiling = None if profile is None else (profile, profile_steps)
+    display.finish(
+        run_train(settings, resume=resume, display=display, memory=memory, record=record, profile=profiling)
+    )
 
 
 def resume(

@@ -36,6 +36,7 @@ from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.recorder import Recorder
+from dlora.edge.wire.spans import Spans
 from dlora.protocol import interrupts
 from dlora.protocol.errors import CheckpointError, DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
@@ -68,7 +69,7 @@ class TrainRun:
         cache_mb: disk for hidden states, where blocks run here; keep_cache: whether what the server gave stays after
             the run; cache_key: what they are encrypted with.
         recorder: keeps what crosses, and the truth beside it.
-        watchers: who follow the run.
+        watchers: who follow the run; spans: what happens when, where one of them wants to know.
         max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
             connection that fails ends it.
     """
@@ -98,6 +99,7 @@ class TrainRun:
     pause: PauseRules = field(default_factory=PauseRules)
     recorder: Recorder | None = None
     watchers: Sequence[RunWatcher] = ()
+    spans: Spans = field(default_factory=Spans)
 
 
 def train(run: TrainRun, display: Display) -> dict[str, Any]:
@@ -153,6 +155,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                 run.bundle, engine, connection, run.config, run.dataset, init=run.init, checkpoint=checkpoint,
                 before_basis_step=before_basis_step,
             )  # fmt: skip
+        trainer.spans = run.spans  # of the modes without a connection, too
         _save_run_file(run, connection.welcome)  # before texts are asked for, so that what has come belongs to a run
         if run.eval_dataset is not None and isinstance(trainer.model, TrunkModel):
             trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
@@ -358,6 +361,7 @@ def _connect_settings(
         say=display.warn,
         should_stop=stop,
         recorder=run.recorder,
+        spans=run.spans,
     )
 
 

@@ -28,6 +28,7 @@ from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.split import SplitModel
 from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.spans import COMPUTE, STEPS, Spans
 from dlora.edge.wire.usage import with_other
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
@@ -80,6 +81,7 @@ class Trainer:
 
     Attributes:
         groups: the exchange groups that are trained.
+        spans: what happens when, where somebody wants to know.
         steps_rerun: how often a step was run again, because its session was lost before it was committed.
     """
 
@@ -123,6 +125,7 @@ class Trainer:
         # Why the report of the last committed step could not be sent.
         self._failure: DloraError | None = None
         self._recorder = connection.recorder if isinstance(connection, Connection) else None
+        self.spans = connection.spans if isinstance(connection, Connection) else Spans()
         if self._recorder is not None:
             self._recorder.seed_was_chosen = len(config.seed) == 1
         self.session: TrainSession | DeviceSession
@@ -176,18 +179,21 @@ class Trainer:
         labelled = sum(len(batch.labels) for batch in batches)
         with self._name_step_in_error():
             losses = self._exchange(batches, labelled)
+        self.spans.add("micro-batches", STEPS, started, time.perf_counter())
         states = self.adapters.states()
         optimizing = time.perf_counter()
         learning_rate = self.optimizer.lr(self.session.step)
         with self._name_step_in_error():
             scores, norm = self._optimize()
         optimized = time.perf_counter() - optimizing
+        self.spans.add("optimizer", COMPUTE, optimizing, optimizing + optimized)
         self.adapters.zero_grad()
         try:
             # Committed: from here on this step is done, whatever happens to the connection.
             self.session.report(scores)
         except DloraError as error:
             self._failure = error
+        self.spans.add(f"step {step}", STEPS, started, time.perf_counter())
         after, usage = self.model.counters, self.connection.usage.since(usage_before)
         bytes_up, bytes_down = after[0] - before[0], after[1] - before[1]
         return StepMetrics(

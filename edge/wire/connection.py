@@ -65,7 +65,7 @@ class Connection:
     Attributes:
         session: the protocol's state, and the counters of bytes and round trips over all connections so far.
         recorder: keeps what crosses, and what must not; None where nobody asks for that.
-        usage: what the conversation took so far.
+        usage: what the conversation took so far; spans: when what happened, where somebody wants to know.
         reconnects: how often a connection was lost and replaced; resumed: how often the session went on where it
             stood.
     """
@@ -79,6 +79,7 @@ class Connection:
         self.resumed = 0
         self._settings = connecting or ConnectSettings()  # no credentials, no second try
         self.recorder = self._settings.recorder
+        self.spans = self._settings.spans
         self._deadline = Deadline(self._settings.liveness.exchange_s)
         self._closing = contextlib.ExitStack()
         self._watch = WriteWatch(self._settings.should_stop, STOP_CHECK_S, grace_s=self._settings.liveness.open_s)
@@ -139,11 +140,13 @@ class Connection:
         self.usage.add_sent(message, len(frame))
         if isinstance(message, m.Embeddings):
             self._allow_answers(message)
+        started = time.perf_counter()
         try:
             self._write(frame)
         except ConnectionLostError as lost:
             with self._waiting():
                 self._reconnect_and_resume(lost)
+        self.spans.add_sent(message, started, time.perf_counter(), len(frame))
 
     def receive(self, kind: type[M]) -> M:
         """The next message, which must be of ``kind`` (a union is written as a common base)."""
@@ -154,8 +157,10 @@ class Connection:
 
     def receive_any(self) -> m.AnyMessage:
         """The next message; an ``Error`` of the server's is raised as what it means."""
+        started = time.perf_counter()
         with self._waiting():
             message = self._receive_any()
+        self.spans.add_received(message, started, time.perf_counter())
         if not self.session.under_way:
             self.usage.forget_micro_batches()
         return message
