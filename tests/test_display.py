@@ -20,6 +20,7 @@ from dlora.edge.commands.doctor import show
 from dlora.edge.commands.output import warn
 from dlora.edge.run.display import Display, summary_table
 from dlora.edge.run.kr_map import render_map
+from dlora.edge.run.live_view import LossCurve
 from dlora.edge.training.metrics import MetricsLog, StepMetrics, history, read_metrics
 from dlora.protocol.errors import CheckpointError, StorageError
 from dlora.protocol.kill_revive import UnitState
@@ -44,6 +45,12 @@ def metrics(step: int, total: int = 100, **changes: Any) -> StepMetrics:
         "edge_compute_s": 0.1,
         "step_s": 0.5,
         "units": "011120",
+        "up": {"delta": 800_000, "other": 40_000},
+        "down": {"group_input": 420_000},
+        "waiting_s": 0.35,
+        "server_compute_s": 0.3,
+        "server_queued_s": 0.0,
+        "peak_rss_mb": 123.4,
     }
     return StepMetrics(**{**values, **changes})
 
@@ -144,11 +151,12 @@ def test_control_characters_of_a_peer_are_removed(capsys: pytest.CaptureFixture[
     assert summary_table({"base_model": EVIL}) == f"base model  {PLAIN}"
 
 
-def shown_in_a_terminal(program: str, columns: int) -> str:
+def shown_in_a_terminal(program: str, columns: int, lines: int = 24, **variables: str) -> str:
     """What ``program`` writes to stderr in a real pseudo-terminal, without the codes that steer it."""
     main, child = pty.openpty()
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "PYTHONPATH": paths}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "PYTHONPATH": paths, "CI": ""}
+    environment |= {"LINES": str(lines), **variables}
     with subprocess.Popen([sys.executable, "-c", program], stderr=child, env=environment) as process:
         os.close(child)
         shown = b""
@@ -181,6 +189,61 @@ def test_a_terminal_gets_one_live_line() -> None:
     assert "loss 2.500  600 tok/s  0.84↑ 0.42↓ MB/step  active 4/6  eta 0:00" in text
     assert "evaluate after" in text
     assert "step 1/5" not in text
+
+
+TEN_STEPS = (
+    "from dlora.edge.run.display import Display; import test_display as t\n"
+    "r = Display()\n"
+    "with r.training(10, blocks=(3, 5, 7, 8, 9, 11)):\n"
+    "    for step in range(10): r.step(t.metrics(step, total=10, loss=3 - step / 5))\n"
+)
+
+
+def test_a_terminal_with_room_shows_the_run() -> None:
+    """A curve with its ends, a character for each unit, and what has crossed; each line in the window's width."""
+    text = shown_in_a_terminal(TEN_STEPS, columns=80)
+    last = text.splitlines()[-8:]
+    assert [len(line) <= 80 for line in last] == [True] * 8
+    assert last[0].split() == ["3", last[0].split()[1]]
+    assert last[4].startswith("    1.2 ")
+    assert last[5] == " blocks 3 ·███▒· 11"
+    assert last[6] == "     MB 8.4↑ 4.2↓ so far"
+    assert last[7].startswith("10/10 loss 1.200")
+
+
+@pytest.mark.parametrize(
+    "size", [{"columns": 50, "lines": 24}, {"columns": 80, "lines": 10}, {"columns": 80, "PYTHONIOENCODING": "latin-1"}]
+)
+def test_a_terminal_without_room_for_a_view_has_its_line(size: dict[str, Any]) -> None:
+    program = TEN_STEPS.replace("r = Display()", "import sys; sys.stderr.reconfigure(errors='replace'); r = Display()")
+    text = shown_in_a_terminal(program, **size)
+    assert "so far" not in text
+    assert "loss 1.200" in text
+
+
+@pytest.mark.parametrize("variables", [{"CI": "1"}, {"TERM": "dumb"}])
+def test_where_no_cursor_moves_there_are_lines(variables: dict[str, str]) -> None:
+    text = shown_in_a_terminal(TEN_STEPS, columns=80, **variables)
+    assert "step 10/10  loss 1.200" in text
+    assert "so far" not in text
+
+
+def test_a_curve_is_that_of_the_losses() -> None:
+    """It falls as they do, over as much of the width as of the run is done, and takes no number that is none."""
+    curve = LossCurve(1000)
+    assert curve.lines(80) == []
+    for step in range(500):
+        curve.add(step, 5 - step / 100)
+    curve.add(500, float("nan"))
+    first, *_, last = curve.lines(80)
+    assert (first.split()[0], last.split()[0]) == ("4.98", "0.04")
+    assert max(map(len, curve.lines(80))) <= 8 + 37
+    ends = [len(line) for line in curve.lines(80)]
+    assert ends == sorted(ends)
+    for steps in (1, 3):
+        short = LossCurve(steps)
+        short.add(0, 2.0)
+        assert "2" in short.lines(80)[0]
 
 
 def test_a_terminal_shows_how_far_a_basis_is() -> None:

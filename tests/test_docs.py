@@ -51,6 +51,7 @@ SOURCES = [
 OTHER_PROGRAMS = {
     "--group", "--index-url", "--import-mode", "--strict",  # of pip, pytest and mypy
     "--now",  # of systemctl
+    "--logdir",  # of tensorboard
     "--branch", "--recurse-submodules", "--build", "--target", "--whole-archive",  # of git, cmake and ld
     "--no-deps", "--wheel-dir",  # of pip
 }  # fmt: skip

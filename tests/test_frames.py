@@ -173,11 +173,17 @@ EXAMPLES: dict[str, m.AnyMessage] = {
     "encoded_hidden_states": m.EncodedHiddenStates(
         step=0, micro_batch=2, hidden_states=(floats(1, 6, dtype="fp16"), floats(2, 6, dtype="fp16"))
     ),
-    "group_input": m.GroupInput(step=3, micro_batch=0, group=1, hidden_states=floats(3, 6)),
+    "group_input": m.GroupInput(
+        step=3, micro_batch=0, group=1, hidden_states=floats(3, 6), moments=(0.5, 1.0, 1.0, 2.0)
+    ),
     "group_delta": m.GroupDelta(step=3, micro_batch=0, group=0, deltas=(floats(3, 6), floats(3, 2))),
-    "labelled_hidden_states": m.LabelledHiddenStates(step=3, micro_batch=0, hidden_states=floats(2, 6), gradients=2),
+    "labelled_hidden_states": m.LabelledHiddenStates(
+        step=3, micro_batch=0, hidden_states=floats(2, 6), gradients=2, computed_s=0.5
+    ),
     "grad_hidden_states": m.GradHiddenStates(step=3, micro_batch=0, grad_hidden_states=floats(2, 6, dtype="fp16")),
-    "group_grad": m.GroupGrad(step=3, micro_batch=0, group=0, grads=_INT8_GRADS, answer=False),
+    "group_grad": m.GroupGrad(
+        step=3, micro_batch=0, group=0, grads=_INT8_GRADS, answer=False, computed_s=0.75, queued_s=0.25
+    ),
     "group_input_grad": m.GroupInputGrad(step=3, micro_batch=0, group=1, grad_hidden_states=floats(3, 6)),
     "step_report": m.StepReport(step=3, scores=WireTensor("fp32", np.array([0.5, 0.0], np.float32))),
     "signal": m.Signal(step=3, units=WireTensor.from_bytes(b"\x01\x02"), ticket=WireTensor.from_bytes(b"signed")),

@@ -16,8 +16,8 @@ from dlora.protocol.version import SOFTWARE_VERSION
 ROOT = Path(__file__).parents[1]
 PARTS = ("edge", "cloud", "export")
 COMMANDS = [
-    ("edge",), ("edge", "data"), ("edge", "plan"), ("edge", "train"), ("edge", "evaluate"), ("edge", "generate"),
-    ("edge", "chat"), ("edge", "serve"),
+    ("edge",), ("edge", "data"), ("edge", "plan"), ("edge", "train"), ("edge", "report"), ("edge", "compare"),
+    ("edge", "evaluate"), ("edge", "generate"), ("edge", "chat"), ("edge", "serve"),
     ("edge", "selftest"), ("edge", "info"), ("edge", "doctor"), ("edge", "adapters"), ("edge", "adapters", "list"),
     ("edge", "adapters", "show"), ("edge", "adapters", "import"), ("edge", "adapters", "export"),
     ("edge", "adapters", "remove"), ("cloud",), ("cloud", "serve"), ("cloud", "token"), ("cloud", "token", "create"),

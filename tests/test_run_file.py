@@ -44,7 +44,9 @@ def losses(out: Path) -> list[float]:
 def test_every_option_of_train_is_a_setting() -> None:
     """But those that are of one command's and not of the run's."""
     options = set(inspect.signature(train_command).parameters)
-    others = {"context", "resume", "json_output", "memory", "record", "config", "write_config"}
+    others = {
+        "context", "resume", "json_output", "memory", "record", "profile", "profile_steps", "config", "write_config",
+    }  # fmt: skip
     assert options - set(RunSettings.__struct_fields__) == others
     assert set(RunSettings.__struct_fields__) <= options
 

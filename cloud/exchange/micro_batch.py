@@ -36,6 +36,17 @@ M = TypeVar("M", bound=m.ExchangeMessage)
 class DeviceMessages(Protocol):
     """The device's end of one micro-batch."""
 
+    @property
+    def computed_s(self) -> float:
+        """Seconds that were computed on the micro-batch so far."""
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds that the micro-batch has waited for its turn to compute so far."""
+
+    def take_moments(self) -> tuple[float, ...]:
+        """What ``GroupInput`` says of the time since the last message; nothing where the device did not ask."""
+
     def send(self, message: m.ExchangeMessage) -> None:
         """Send a message of the micro-batch; returns at once."""
 
@@ -291,7 +302,13 @@ class _Channel:
     def send_input(self, group: int, x: Tensor) -> None:
         hidden_states = self._to_wire(x, TensorRole.GROUP_INPUT)
         self._device.send(
-            m.GroupInput(step=self._step, micro_batch=self._micro_batch, group=group, hidden_states=hidden_states)
+            m.GroupInput(
+                step=self._step,
+                micro_batch=self._micro_batch,
+                group=group,
+                hidden_states=hidden_states,
+                moments=self._device.take_moments(),
+            )
         )
 
     def receive_outputs(self, group: int, torch_device: torch.device) -> list[Tensor]:
@@ -301,7 +318,16 @@ class _Channel:
     def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
         on_wire = tuple(self._to_wire(grad, TensorRole.DELTA_GRAD) for grad in grads)
         self._device.send(
-            m.GroupGrad(step=self._step, micro_batch=self._micro_batch, group=group, grads=on_wire, answer=answer)
+            m.GroupGrad(
+                step=self._step,
+                micro_batch=self._micro_batch,
+                group=group,
+                grads=on_wire,
+                answer=answer,
+                computed_s=self._device.computed_s,
+                queued_s=self._device.queued_s,
+                moments=self._device.take_moments(),
+            )
         )
 
     def receive_input_grad(self, group: int, torch_device: torch.device) -> Tensor:
@@ -314,7 +340,13 @@ class _Channel:
         on_wire = self._to_wire(hidden_states, TensorRole.LAST_HIDDEN_STATES)
         self._device.send(
             m.LabelledHiddenStates(
-                step=self._step, micro_batch=self._micro_batch, hidden_states=on_wire, gradients=gradients
+                step=self._step,
+                micro_batch=self._micro_batch,
+                hidden_states=on_wire,
+                gradients=gradients,
+                computed_s=self._device.computed_s,
+                queued_s=self._device.queued_s,
+                moments=self._device.take_moments(),
             )
         )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, Protocol
 
 from dlora.cloud.exchange.gate import ComputeGate
@@ -43,6 +44,7 @@ class MessageRouter:
         self.session = session
         self.transport = transport
         self.clock = clock
+        self.began = clock()
         self._send_lock = threading.RLock()  # frames leave in the order of their numbers
         self._changed = threading.Condition()
         self._boxes: defaultdict[Key | None, deque[m.AnyMessage]] = defaultdict(deque)
@@ -141,18 +143,56 @@ class MicroBatchMessages:
     """The device's end of one micro-batch: what the micro-batch says goes out at once, and what it waits for has a
     deadline, after which the device is told to come again, and after longer the session ends.
 
+    Made when the micro-batch begins to wait for its first turn to compute.
+
+    Args:
+        arrived: when its first message was there.
+
     Attributes:
         waited_s: for the device so far; idle_s: for the device and for the gate.
     """
 
-    def __init__(self, router: MessageRouter, key: Key, gate: ComputeGate, deadlines: Deadlines) -> None:
+    def __init__(
+        self, router: MessageRouter, key: Key, gate: ComputeGate, deadlines: Deadlines, arrived: float
+    ) -> None:
         self.waited_s = 0.0
         self.idle_s = 0.0
+        self._moments: list[float] = [arrived] * 3
+        self._began = router.clock()
         self._router = router
         self._clock = router.clock
         self._key = key
         self._gate = gate
         self._deadlines = deadlines
+
+    @property
+    def computed_s(self) -> float:
+        """Seconds that were computed so far."""
+        return min(max(0.0, self._clock() - self._began - self.idle_s), m.MAX_SECONDS)
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds that the gate was waited for so far."""
+        return min(max(0.0, self.idle_s - self.waited_s), m.MAX_SECONDS)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within, the micro-batch computes; until its first turn comes, it waits."""
+        began = self._clock()
+        with self._gate.computing():
+            now = self._clock()
+            self.idle_s += now - began
+            self._moments += (began, began, now)
+            yield
+
+    def take_moments(self) -> tuple[float, ...]:
+        """As ``DeviceMessages`` has it."""
+        opening = self._router.session.opened_with
+        moments, self._moments = self._moments, []
+        if opening is None or not opening.moments:
+            return ()
+        since = (moment - self._router.began for moment in (*moments[-m.MAX_MOMENTS + 1 :], self._clock()))
+        return tuple(min(max(0.0, moment), m.MAX_SECONDS) for moment in since)
 
     def send(self, message: m.ExchangeMessage) -> None:
         self._router.send(message)  # type: ignore[arg-type]
@@ -166,10 +206,13 @@ class MicroBatchMessages:
                 try:
                     message = self._await_answer(began + self._deadlines.all_answers.seconds - self.waited_s)
                 finally:  # before the gate is waited for: what others compute is not the device's time
-                    waited_s = self._clock() - began
+                    received = self._clock()
+                    waited_s = received - began
                     self.waited_s += waited_s
         finally:
-            self.idle_s += self._clock() - began
+            now = self._clock()
+            self.idle_s += now - began
+            self._moments += (began, received, now)
         if transport.times_lost == times_lost:  # else it tells of the network, not of the device
             self._deadlines.one_answer.observe(waited_s)
         if isinstance(message, m.Error):

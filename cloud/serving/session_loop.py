@@ -210,7 +210,7 @@ class SessionLoop:
             self._transport.interrupt(error)
 
     def _run_micro_batch(self, begun: m.Embeddings) -> None:
-        service, packs = self._service, self._service.may_pack
+        service, packs, arrived = self._service, self._service.may_pack, self._clock()
         if begun.mode == "basis" and not self._sites.sketches:
             self._quota.hold(self._sites.sketch_bytes)
             self._sites.begin_sketches()
@@ -221,11 +221,10 @@ class SessionLoop:
         live_bytes = service.live_bytes.estimate(run.layout, run.lowest_trained, run.context_length)
         charge = self._admit(tokens, live_bytes + run.sketched_bytes)
         transport = self._router.transport
-        device = MicroBatchMessages(self._router, run.key, service.gate, self._deadlines)
+        device = MicroBatchMessages(self._router, run.key, service.gate, self._deadlines, arrived)
         started, times_lost = self._clock(), transport.times_lost
         try:
-            with service.gate.computing(), torch.autograd.set_multithreading_enabled(False):
-                started = self._clock()
+            with device.computing(), torch.autograd.set_multithreading_enabled(False):
                 run.run(device)
         finally:
             charge.end(self._clock() - started - device.idle_s)

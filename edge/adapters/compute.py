@@ -29,12 +29,21 @@ class Saved:
 class AdapterCompute:
     """Forward and backward of exchange groups, one group at a time.
 
+    Args:
+        took: called with what was computed, and when that began and ended.
+
     Attributes:
         seconds: spent computing so far.
     """
 
-    def __init__(self, engine: Engine, adapters: AdapterSet) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        adapters: AdapterSet,
+        took: Callable[[str, float, float], None] = lambda what, started, ended: None,
+    ) -> None:
         self._adapters = adapters
+        self._took = took
         self.seconds = 0.0
         load = cache(engine.load)
         for group in adapters.groups:
@@ -47,11 +56,14 @@ class AdapterCompute:
             outputs, for_backward = self._adapters.groups[group].forward(decode_floats(x), self._adapters.scale(group))
             return outputs, Saved(x, for_backward)
 
-        return self._timed(compute)
+        return self._timed(f"forward {group}", compute)
 
     def input_grad(self, group: int, grads: Sequence[FloatArray]) -> tuple[FloatArray, Any]:
         """dx (rows, input_width), and what ``weight_grads`` needs of it."""
-        return self._timed(lambda: self._adapters.groups[group].input_grad(grads, self._adapters.scale(group)))
+        return self._timed(
+            f"input gradient {group}",
+            lambda: self._adapters.groups[group].input_grad(grads, self._adapters.scale(group)),
+        )
 
     def weight_grads(
         self, group: int, saved: Saved, grads: Sequence[FloatArray], backward: Any
@@ -60,13 +72,16 @@ class AdapterCompute:
         if not self._adapters.is_trained(group):
             return {}
         return self._timed(
+            f"weight gradients {group}",
             lambda: self._adapters.groups[group].weight_grads(
                 decode_floats(saved.x), saved.for_backward, grads, backward, self._adapters.scale(group)
-            )
+            ),
         )
 
-    def _timed(self, compute: Callable[[], T]) -> T:
+    def _timed(self, what: str, compute: Callable[[], T]) -> T:
         started = time.perf_counter()
         result = compute()
-        self.seconds += time.perf_counter() - started
+        ended = time.perf_counter()
+        self.seconds += ended - started
+        self._took(what, started, ended)
         return result

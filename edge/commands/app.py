@@ -8,7 +8,7 @@ import typer
 
 from dlora.protocol.version import SOFTWARE_VERSION
 
-from . import adapters, chat, data, doctor, evaluate, generate, info, plan, selftest, serve, train
+from . import adapters, chat, compare, data, doctor, evaluate, generate, info, plan, report, selftest, serve, train
 from .help_panels import PanelledCommand
 
 app = typer.Typer(
@@ -37,8 +37,8 @@ def _app(
 
 # In the order in which --help shows them.
 for command in (
-    data.data, plan.plan, train.train, train.resume, evaluate.evaluate, generate.generate, chat.chat, serve.serve,
-    selftest.selftest, info.info, doctor.doctor,
+    data.data, plan.plan, train.train, train.resume, report.report, compare.compare, evaluate.evaluate,
+    generate.generate, chat.chat, serve.serve, selftest.selftest, info.info, doctor.doctor,
 ):  # fmt: skip
     app.command(cls=PanelledCommand)(command)
 app.add_typer(adapters.app, name="adapters")

@@ -17,7 +17,10 @@ PANELS: Final = {
     "Adapters": ("kind", "rank", "alpha", "target_modules", "blocks", "adapt", "basis", "basis_steps", "init_adapter"),
     "Blocks on the device": ("mode", "memory", "device_blocks", "exact", "cache_mb", "keep_cache", "cache_key_file"),
     "Settings in a file": ("config", "write_config"),
-    "Saving and resuming": ("resume", "save_every", "eval_every", "keep", "patience", "record"),
+    "Saving and resuming": (
+        "resume", "save_every", "eval_every", "keep", "patience", "record", "tensorboard", "profile",
+        "profile_steps",
+    ),
     "Answers": ("answers", "pattern", "choices", "max_new_tokens", "show", "save"),
     "Choice of tokens": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     "Connection": (

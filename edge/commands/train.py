@@ -207,6 +207,10 @@ def train(
     patience: Annotated[
         int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
     ] = None,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Write TensorBoard's event files, too, into --out/tensorboard."),
+    ] = False,
     wire_dtype: Annotated[
         str | None,
         typer.Option(
@@ -230,6 +234,15 @@ def train(
     record: RecordOption = None,
     config: ConfigOption = None,
     write_config: WriteConfigOption = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write what device and server did when, in some steps after the third, for chrome://tracing and "
+            "ui.perfetto.dev: trace.json.",
+        ),
+    ] = None,
+    profile_steps: Annotated[int, typer.Option(help="How many steps --profile takes.", min=1, max=1000)] = 10,
     json_output: JsonOption = False,
     active_fraction: Annotated[
         float,
@@ -328,7 +341,10 @@ def train(
 
     display = Display(json_output=json_output)
     settings = RunSettings.of(options)
-    display.finish(run_train(settings, resume=resume, display=display, memory=memory, record=record))
+    profiling = None if profile is None else (profile, profile_steps)
+    display.finish(
+        run_train(settings, resume=resume, display=display, memory=memory, record=record, profile=profiling)
+    )
 
 
 def resume(
@@ -341,6 +357,10 @@ def resume(
         int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
     ] = None,
     keep: Annotated[Keep | None, typer.Option(help="Which adapter to save in the end: the last or the best.")] = None,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option("--tensorboard/--no-tensorboard", help="TensorBoard's event files, or none; else as before."),
+    ] = None,
     server: Annotated[str | None, typer.Option(help="Another server than before.")] = None,
     cache_mb: Annotated[
         float | None,
@@ -376,7 +396,7 @@ def resume(
         "steps": steps, "epochs": epochs, "patience": patience, "keep": keep, "server": server,
         "token_file": token_file, "ca": ca, "client_cert": client_cert, "client_key": client_key, "threads": threads,
         "max_retry_s": max_retry_s, "cache_mb": cache_mb, "keep_cache": keep_cache,
-        "cache_key_file": cache_key_file,
+        "cache_key_file": cache_key_file, "tensorboard": tensorboard,
     }  # fmt: skip
     settings = settings_of_run(directory, changes)
     display.finish(run_train(settings, resume=True, display=display))

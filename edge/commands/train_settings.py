@@ -19,6 +19,7 @@ from dlora.edge.run.run_file import RunFile, RunSettings, load_run_file
 from dlora.edge.wire.connecting import Liveness, check_url
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.identity import load_device_id
+from dlora.edge.wire.spans import Spans
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import Codecs
@@ -32,6 +33,7 @@ from .run_config import check_before_data, configure
 if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
     from dlora.edge.data.examples import Dataset
+    from dlora.edge.run.watcher import RunWatcher
 
 
 def run_train(
@@ -41,14 +43,17 @@ def run_train(
     display: Display,
     memory: str | None = None,
     record: Path | None = None,
+    profile: tuple[Path, int] | None = None,
 ) -> dict[str, Any]:
     """Check, read, train, save; the summary. Raises any ``DloraError``, for what is wrong before anything is made.
 
     ``memory``: what ``--mode auto`` may count on, as ``--memory`` says it. ``record``: a directory for what crosses,
-    and the truth beside it.
+    and the truth beside it. ``profile``: a file for what happens when, and in how many steps.
     """
     _check(settings)
     check_record(record, settings.mode)
+    if profile is not None and not profile[0].absolute().parent.is_dir():
+        raise UsageError(f"--profile {profile[0]}: there is no directory {profile[0].parent}; make it first")
     if memory is not None and settings.mode != "auto":
         raise UsageError("--memory is for --mode auto, which chooses by it: leave it out, or take that mode")
     available = available_memory(memory)
@@ -84,6 +89,7 @@ def run_train(
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, train
 
+    spans = Spans(asks_server=profile is not None)
     known = begun.invocation if begun is not None else ()
     run_of = configure(settings, manifest, init, loaded, display.say, known)
     settings = run_of.settings
@@ -111,6 +117,8 @@ def run_train(
         cache_key=cache_key,
         liveness=Liveness(exchange_s=settings.exchange_timeout_s),
         pause=rules,
+        watchers=_watchers(settings, display, profile, spans),
+        spans=spans,
     )
     check_record(record, settings.mode)
     with recording(record, bundle, display.warn) as recorder:
@@ -124,6 +132,23 @@ def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
     if "epochs" in given and "steps" not in given:
         given["steps"] = None  # else the run's --steps would still count
     return RunSettings.of({**msgspec.structs.asdict(settings), "out": out, **given})
+
+
+def _watchers(
+    settings: RunSettings, display: Display, profile: tuple[Path, int] | None, spans: Spans
+) -> list[RunWatcher]:
+    from dlora.edge.report.profiler import Profiler
+    from dlora.edge.report.tensorboard import TensorboardWriter
+    from dlora.edge.report.writer import ReportWriter
+
+    out = Path(settings.out)
+    watchers: list[RunWatcher] = [ReportWriter(out, display.warn)]
+    if settings.tensorboard:
+        watchers.append(TensorboardWriter(out))
+    if profile is not None:
+        path, steps = profile
+        watchers.append(Profiler(path, spans, steps))
+    return watchers
 
 
 def _as_begun(settings: RunSettings, begun: RunSettings) -> RunSettings:

@@ -9,6 +9,8 @@ import numpy as np
 
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.usage import WireUsage
+from dlora.protocol.messages import Welcome
 from dlora.protocol.tensors import FloatArray
 from dlora.protocol.wire_codecs import decode_floats
 
@@ -37,6 +39,16 @@ class EncodedSource:
     def counters(self) -> WireCounters:
         """What crossed so far."""
         return self._connection.session.counters
+
+    @property
+    def usage(self) -> WireUsage:
+        """Likewise, by role, and the time that it took."""
+        return self._connection.usage
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the server said of itself."""
+        return self._connection.welcome
 
     @property
     def reconnects(self) -> int:

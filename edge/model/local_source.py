@@ -9,6 +9,7 @@ import numpy as np
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.edge.wire.usage import WireUsage
 from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.tensors import FloatArray
 
@@ -24,12 +25,13 @@ class LocalSource:
         held: as ``HiddenStateSource`` has it; closed with this.
 
     Attributes:
-        reconnects, resumed: none: nothing is connected to.
+        reconnects, resumed, usage, welcome: none: nothing is connected to.
 
     Raises ``BundleError`` for a bundle that has not all blocks, or whose table is another than it must be.
     """
 
     counters: Final[WireCounters] = (0, 0, 0)
+    welcome: Final = None
 
     def __init__(self, bundle: Bundle, engine: Engine, held: HeldCache | None = None) -> None:
         spec = bundle.manifest.device_blocks
@@ -38,6 +40,7 @@ class LocalSource:
             raise BundleError(f"{text}; export it again with --device-blocks all, or use --mode split")
         self.held = held
         self.reconnects = self.resumed = 0
+        self.usage = WireUsage()
         self._embedding = Embedding(bundle, engine)
         self._scale = np.float32(spec.entry.scale)
         table = spec.entry.positions

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from dlora.edge.adapters.compute import AdapterCompute, Saved
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.wire.recorder import Recorder
+from dlora.edge.wire.spans import COMPUTE, Spans
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.micro_batch import Key
@@ -31,7 +32,7 @@ class DeviceParts:
     Attributes:
         sends_token_ids: whether the server looks tokens up, and not the device.
         recorder: keeps the truth of each micro-batch; None where nobody asks for that.
-        head_seconds: spent in embedding and head so far.
+        head_seconds: spent in embedding and head so far; spans: when.
     """
 
     embedding: Embedding
@@ -41,6 +42,13 @@ class DeviceParts:
     sends_token_ids: bool = False
     recorder: Recorder | None = None
     head_seconds: float = 0.0
+    spans: Spans = field(default_factory=Spans)
+
+    def add_head(self, what: str, started: float) -> None:
+        """Count what one of the two ends has computed since then."""
+        ended = time.perf_counter()
+        self.head_seconds += ended - started
+        self.spans.add(what, COMPUTE, started, ended)
 
 
 class MicroBatchRun:
@@ -98,7 +106,7 @@ class MicroBatchRun:
             hidden_states = self._to_wire(
                 parts.embedding(batch.ids, keep_table=self._mode == "decode"), TensorRole.EMBEDDINGS
             )
-        parts.head_seconds += time.perf_counter() - started
+        parts.add_head("embedding", started)
         positions = parts.adapters.crossing_positions(batch)
         self._send(
             m.Embeddings(
@@ -146,7 +154,7 @@ class MicroBatchRun:
             return
         started = time.perf_counter()
         self.losses, grads = self._parts.head.loss_and_grad(hidden_states, self._batch.labels, self._grad_scale)
-        self._parts.head_seconds += time.perf_counter() - started
+        self._parts.add_head("head and loss", started)
         if self._to_come or self._mode == "basis":
             self._send(
                 m.GradHiddenStates(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from dlora.edge.data.batches import MicroBatch
+from dlora.edge.wire.usage import WireUsage
+from dlora.protocol.messages import Welcome
 from dlora.protocol.tensors import FloatArray
 
 from .held_cache import HeldCache
@@ -29,6 +31,14 @@ class HiddenStateSource(Protocol):
     @property
     def counters(self) -> WireCounters:
         """What crossed so far."""
+
+    @property
+    def usage(self) -> WireUsage:
+        """Likewise, by role, and the time that it took."""
+
+    @property
+    def welcome(self) -> Welcome | None:
+        """What the server that was asked last said of itself; None where none was."""
 
     def hidden_states(self, batch: MicroBatch) -> FloatArray:
         """Of all texts of a micro-batch, float32 (tokens, width)."""

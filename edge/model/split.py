@@ -14,6 +14,7 @@ from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.memory import MANY_TOKENS, release_freed_memory
+from dlora.edge.wire.spans import COMPUTE
 from dlora.protocol import messages as m
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import RemoteProtocolError
@@ -47,7 +48,8 @@ class SplitModel:
         self.invocation = invocation
         self.connection = session.connection
         self.adapters = session.adapters
-        self._compute = AdapterCompute(engine, session.adapters)
+        spans = session.connection.spans
+        self._compute = AdapterCompute(engine, session.adapters, lambda what, *when: spans.add(what, COMPUTE, *when))
         self._parts = DeviceParts(
             Embedding(bundle, engine),
             Head(bundle, engine),
@@ -55,6 +57,7 @@ class SplitModel:
             self._compute,
             sends_token_ids=send == "token-ids",
             recorder=session.connection.recorder,
+            spans=spans,
         )
         self._evaluated = 0
 

@@ -15,9 +15,11 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.usage import WireUsage
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import Manifest
+from dlora.protocol.messages import Welcome
 from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.traffic import text_bytes
 from dlora.protocol.wire_codecs import Codecs, decode_floats
@@ -46,6 +48,7 @@ class TrunkSource:
     Attributes:
         held: as ``HiddenStateSource`` has it.
         reconnects, resumed: as ``Connection`` has them, of all connections so far.
+        welcome: what the server that was asked last said of itself; None where none was.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class TrunkSource:
         )
         self.reconnects = 0
         self.resumed = 0
+        self.welcome: Welcome | None = None
         self._bundle = bundle
         self._engine = engine
         self._blocks = blocks
@@ -78,6 +82,7 @@ class TrunkSource:
         self._connection: Connection | None = None
         self._encoder: Encoder | None = None
         self._before: WireCounters = (0, 0, 0)  # of connections that are closed
+        self._usage_before = WireUsage()  # likewise
 
     @property
     def counters(self) -> WireCounters:
@@ -87,6 +92,11 @@ class TrunkSource:
         now = self._connection.session.counters
         up, down, trips = (before + since for before, since in zip(self._before, now, strict=True))
         return up, down, trips
+
+    @property
+    def usage(self) -> WireUsage:
+        """Likewise, by role, and the time that it took."""
+        return self._usage_before if self._connection is None else self._usage_before + self._connection.usage
 
     @property
     def kept_bytes(self) -> int:
@@ -189,6 +199,7 @@ class TrunkSource:
         if self._connection is None:
             return
         self._before = self.counters
+        self._usage_before = self.usage
         self.reconnects += self._connection.reconnects
         self.resumed += self._connection.resumed
         self._connection.close()
@@ -202,6 +213,7 @@ class TrunkSource:
 
     def _open(self) -> Encoder:
         self._connection = connection = self._connect()
+        self.welcome = connection.welcome
         check_base_model(self._bundle, connection.welcome)
         manifest = self._bundle.manifest
         session = EncodeSession(

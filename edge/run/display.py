@@ -15,6 +15,7 @@ from dlora.protocol.tensors import ByteArray
 from dlora.protocol.text import one_line
 
 from .kr_map import render_map
+from .live_view import LiveView
 from .reading_progress import ReadingProgress
 
 if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain output need not pay
@@ -29,7 +30,8 @@ _STEPS_FOR_AN_ESTIMATE = 3
 class Display:
     """Progress, notes and results of a command.
 
-    In a terminal there is one live line; anywhere else a plain line every ``every`` steps.
+    In a terminal there is a live line, and above it a view of the run where there is room for it; anywhere else, in a
+    terminal that cannot move its cursor, and where ``CI`` is set, a plain line every ``every`` steps.
 
     Args:
         json_output: whether ``finish`` prints one JSON object instead of a table.
@@ -41,7 +43,8 @@ class Display:
         self._json = json_output
         self._every = every
         self._stream = stream if stream is not None else sys.stderr
-        self._terminal = self._stream.isatty()
+        self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
+        self._view: LiveView | None = None
         self._console: Console | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -129,17 +132,21 @@ class Display:
             blocks: the number of each unit in the base model, where units are blocks.
         """
         self._blocks = blocks
+        self._view = LiveView(total_steps, "group" if blocks is None else "block", blocks)
         self._speed, self._steps = _Speed(), 0
         self._evaluations_left = evaluations_left or (lambda _: 0)
         if self._every is None:
             self._every = max(1, total_steps // 20)
-        with self._live("train", total_steps, first_step):
+        with self._live("train", total_steps, first_step, self._view):
             yield
+        self._view = None
 
     def add_to_map(self, metrics: StepMetrics) -> None:
-        """Take a step of before a resumption into the map."""
+        """Take a step of before a resumption into the map, and within ``training`` into the view."""
         if metrics.units:
             self._history.append((metrics.step, metrics.states))
+        if self._view is not None:
+            self._view.add(metrics)
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a step."""
@@ -202,12 +209,14 @@ class Display:
         print(summary_table(summary))
 
     @contextmanager
-    def _live(self, name: str, total: int, done: int) -> Iterator[None]:
+    def _live(self, name: str, total: int, done: int, view: LiveView | None = None) -> Iterator[None]:
         if not self._terminal:
             yield
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
+
+        from .live_progress import ProgressWithView
 
         if self._console is None:
             self._console = Console(file=self._stream)
@@ -215,7 +224,7 @@ class Display:
         if self._console.width >= 100:  # at 80 the numbers need all of it
             columns.append(BarColumn(bar_width=None))
         columns.append(TextColumn("{task.fields[status]}"))
-        with Progress(*columns, console=self._console, refresh_per_second=4) as progress:
+        with ProgressWithView(*columns, console=self._console, refresh_per_second=4, view=view) as progress:
             self._progress = progress
             self._task = progress.add_task(name, total=total, completed=done, status=name)
             try:

@@ -16,9 +16,10 @@ from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import StoppedError
 
 from .display import Display
+from .file_names import EVALUATIONS
 from .saving import AdapterSaver
+from .watcher import Watchers
 
-EVALUATIONS = "evaluations.jsonl"
 BEST = "best"
 EVALUATION = "evaluation.json"
 
@@ -50,6 +51,7 @@ class HeldOut:
         trainer: Trainer,
         saver: AdapterSaver,
         display: Display,
+        watchers: Watchers,
         should_stop: Callable[[], bool],
     ) -> None:
         self.evaluations = evaluations
@@ -61,6 +63,7 @@ class HeldOut:
         self._trainer = trainer
         self._saver = saver
         self._display = display
+        self._watchers = watchers
         self._should_stop = should_stop
         self._data = "" if dataset is None else dataset.fingerprint
 
@@ -97,6 +100,7 @@ class HeldOut:
         self.evaluations.append(row)
         lines = b"".join(json.dumps(each).encode() + b"\n" for each in self.evaluations)
         write_atomically(self._out / EVALUATIONS, lines)
+        self._watchers.evaluation(row)
         self._display.say(
             f"held-out loss {when}: {result.loss:.4f} over {result.tokens} tokens, "
             f"{result.token_accuracy:.1%} of tokens right"

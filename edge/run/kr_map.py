@@ -30,7 +30,7 @@ _COLOURS: Final = {
 }
 _RESET: Final = "\x1b[0m"
 # Where several units or steps share a character, the state that comes first here wins a tie.
-_RANK: Final = (UnitState.ACTIVE, UnitState.FADING, UnitState.HELD, UnitState.GIVEN, UnitState.KILLED)
+STATE_ORDER: Final = (UnitState.ACTIVE, UnitState.FADING, UnitState.HELD, UnitState.GIVEN, UnitState.KILLED)
 
 
 def render_map(
@@ -56,39 +56,44 @@ def render_map(
     numbers = range(states.shape[1]) if numbers is None else numbers
     label = max(len(name) + 1 + len(str(numbers[-1])), 8)
     columns = max(1, min(end - first, width - label - 1))
-    cells = _states_by_column(steps, states, first, end, columns)  # (columns, units)
-    rows = _states_by_row(cells, height)
+    cells = states_by_column(steps, states, first, end, columns)  # (columns, units)
+    rows = states_by_row(cells, height)
     lines = [
-        f"{_row_label(name, numbers[slice(*units)]):>{label}} {_paint(row, colour)}"
+        f"{_row_label(name, numbers[slice(*units)]):>{label}} {paint(row, colour)}"
         for units, row in reversed(list(zip(_unit_ranges(cells.shape[1], len(rows)), rows, strict=True)))
     ]
     start, stop = str(first), str(end - 1)
     axis = start + stop.rjust(columns - len(start)) if columns > len(start) + len(stop) else f"{start}–{stop}"
     lines.append(f"{'step':>{label}} {axis}")
-    seen = [state for state in _RANK if (states == state).any()]
-    legend = "  ".join(f"{_paint([state], colour)} {state.name.lower()}" for state in seen)
+    seen = [state for state in STATE_ORDER if (states == state).any()]
+    legend = "  ".join(f"{paint([state], colour)} {state.name.lower()}" for state in seen)
     return "\n".join([*lines, f"{'':>{label}} {legend}"])
 
 
-def _states_by_column(steps: np.ndarray, states: ByteArray, first: int, end: int, columns: int) -> ByteArray:
-    """The commonest state of each unit in each column, uint8 (columns, units)."""
+def states_by_column(steps: np.ndarray, states: ByteArray, first: int, end: int, columns: int) -> ByteArray:
+    """The commonest state of each unit in each column, uint8 (columns, units).
+
+    Args:
+        steps: of the entries, ascending; states: uint8 (entries, units), each lasting until the next entry.
+        first, end: steps that the columns share.
+    """
     edges = np.linspace(first, end, columns + 1).round().astype(np.int64)
     cells = np.empty((columns, states.shape[1]), np.uint8)
     for column in range(columns):
         inside = np.arange(edges[column], max(edges[column + 1], edges[column] + 1))
         entries = np.searchsorted(steps, inside, side="right") - 1
-        counts = np.stack([(states[entries] == state).sum(axis=0) for state in _RANK])
-        cells[column] = np.array(_RANK, np.uint8)[counts.argmax(axis=0)]
+        counts = np.stack([(states[entries] == state).sum(axis=0) for state in STATE_ORDER])
+        cells[column] = np.array(STATE_ORDER, np.uint8)[counts.argmax(axis=0)]
     return cells
 
 
-def _states_by_row(cells: ByteArray, height: int | None) -> list[list[UnitState]]:
+def states_by_row(cells: ByteArray, height: int | None) -> list[list[UnitState]]:
     """Rows of states, unit 0 first; where units share a row, the liveliest shows."""
     units = cells.shape[1]
     order = np.zeros(max(UnitState) + 1, np.uint8)
-    order[list(_RANK)] = np.arange(len(_RANK))
+    order[list(STATE_ORDER)] = np.arange(len(STATE_ORDER))
     return [
-        [_RANK[int(best)] for best in order[cells[:, start:stop]].min(axis=1)]
+        [STATE_ORDER[int(best)] for best in order[cells[:, start:stop]].min(axis=1)]
         for start, stop in _unit_ranges(units, min(units, height or units))
     ]
 
@@ -102,7 +107,8 @@ def _row_label(name: str, numbers: Sequence[int]) -> str:
     return f"{name} {numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
 
 
-def _paint(row: Sequence[UnitState], colour: bool) -> str:
+def paint(row: Sequence[UnitState], colour: bool) -> str:
+    """States as characters, with ANSI colours or without."""
     if not colour:
         return "".join(CHARACTERS[state] for state in row)
     painted, last = [], None

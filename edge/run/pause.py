@@ -177,8 +177,10 @@ def wait_while_paused(
     should_stop: Callable[[], bool],
     on_pause: Callable[[], None] | None = None,
     sleep: Callable[[float], None] = time.sleep,
-) -> None:
+) -> bool:
     """Come back when no rule holds any more; at once where none holds, or where the user wants to stop.
+
+    Returns whether there was a pause.
 
     Args:
         say: called with one line when a pause begins, when its reason changes, and when it is over.
@@ -188,7 +190,7 @@ def wait_while_paused(
     """
     reasons = rules.holding_rules(sensors)
     if not reasons:
-        return
+        return False
     announced = next(iter(reasons))
     say(f"paused: {reasons[announced]}; goes on by itself")
     if on_pause is not None:
@@ -197,10 +199,11 @@ def wait_while_paused(
         reasons = rules.holding_rules(sensors, held=reasons)
         if not reasons:
             say("going on: nothing to pause for any more")
-            return
+            return True
         if announced not in reasons:
             announced = next(iter(reasons))
             say(f"still paused: {reasons[announced]}")
+    return True
 
 
 def _wait(seconds: float, should_stop: Callable[[], bool], sleep: Callable[[float], None]) -> bool:

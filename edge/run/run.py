@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,18 +30,21 @@ from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.seeds import draw_seed
 from dlora.edge.training.checkpoint import Checkpoint
 from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
-from dlora.edge.training.metrics import MetricsLog, read_metrics
+from dlora.edge.training.metrics import MetricsLog, iterate_metrics, read_metrics
 from dlora.edge.training.trainer import Trainer, trainer_state
 from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.recorder import Recorder
+from dlora.edge.wire.spans import Spans
 from dlora.protocol import interrupts
 from dlora.protocol.errors import CheckpointError, DloraError, StoppedError, UsageError
 from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.messages import Welcome
 
 from .directory import CACHE, CHECKPOINTS, HELD_CACHE, find_checkpoint, run_directory
 from .display import Display
+from .file_names import METRICS, SUMMARY
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines, run_line
@@ -49,9 +52,7 @@ from .run_file import DataDigest, RunFile, RunSettings, load_run_file, save_run_
 from .saving import AdapterSaver
 from .stop import StopRequest
 from .trunk_run import fill_cache, open_local_source, open_source
-
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
+from .watcher import RunWatcher, Watchers
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class TrainRun:
         cache_mb: disk for hidden states, where blocks run here; keep_cache: whether what the server gave stays after
             the run; cache_key: what they are encrypted with.
         recorder: keeps what crosses, and the truth beside it.
+        watchers: who follow the run; spans: what happens when, where one of them wants to know.
         max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
             connection that fails ends it.
     """
@@ -96,6 +98,8 @@ class TrainRun:
     liveness: Liveness = field(default_factory=Liveness)
     pause: PauseRules = field(default_factory=PauseRules)
     recorder: Recorder | None = None
+    watchers: Sequence[RunWatcher] = ()
+    spans: Spans = field(default_factory=Spans)
 
 
 def train(run: TrainRun, display: Display) -> dict[str, Any]:
@@ -151,8 +155,8 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                 run.bundle, engine, connection, run.config, run.dataset, init=run.init, checkpoint=checkpoint,
                 before_basis_step=before_basis_step,
             )  # fmt: skip
-        if run.settings is not None:  # before texts are asked for, so that what has come belongs to a run
-            save_run_file(run.out, _run_file(run, run.settings))
+        trainer.spans = run.spans  # of the modes without a connection, too
+        _save_run_file(run, connection.welcome)  # before texts are asked for, so that what has come belongs to a run
         if run.eval_dataset is not None and isinstance(trainer.model, TrunkModel):
             trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
         if isinstance(connection, TrunkSource):
@@ -160,43 +164,46 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             steps = range(first_step if run.config.exact else run.config.part_begins, run.config.total_steps)
             datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
             fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
+            _save_run_file(run, connection.welcome)
         set_up_up, set_up_down = trainer.traffic
         release_code()
         saver = AdapterSaver(trainer, run.dataset, earlier)
+        watchers = Watchers(run.watchers)
         held_out = HeldOut(
             run.out, run.eval_dataset, earlier, every=run.eval_every, patience=run.patience, trainer=trainer,
-            saver=saver, display=display, should_stop=stop.is_requested,
+            saver=saver, display=display, watchers=watchers, should_stop=stop.is_requested,
         )  # fmt: skip
-        if first_step == 0:
-            if run.init is not None:
-                _warn_of_dropped_modules(trainer, run.init, display)
-            held_out.add("before")
-        with MetricsLog(run.out / METRICS, first_step) as log:
-            for metrics in read_metrics(run.out / METRICS):
-                display.add_to_map(metrics)
-                saver.add(metrics)
-            evaluations = _evaluations(run)
-            left = partial(evaluations.count_left, total_steps=run.config.total_steps) if evaluations else None
-            with display.training(run.config.total_steps, first_step, left, _blocks(run)):
-                _run_steps(run, trainer, saver, display, log, held_out, stop.is_requested)
-        trained_s = time.perf_counter() - started
-        if not held_out.is_done():
-            held_out.add("after")
-        saver.save(run.out)
-        if run.keep == "best":
-            held_out.keep_best()
-    summary = _summary(run, trainer.next_step, held_out) | {
-        "first_step": first_step,
-        "reconnects": connection.reconnects,
-        "sessions_resumed": connection.resumed,
-        "steps_rerun": trainer.steps_rerun,
-        "set_up_bytes_up": set_up_up,
-        "set_up_bytes_down": set_up_down,
-        "eval_bytes_up": held_out.bytes_up,
-        "eval_bytes_down": held_out.bytes_down,
-        "wall_s": round(trained_s, 3),
-    }
-    write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
+        with watchers.following(first_step):
+            if first_step == 0:
+                if run.init is not None:
+                    _warn_of_dropped_modules(trainer, run.init, display)
+                held_out.add("before")
+            with MetricsLog(run.out / METRICS, first_step) as log:
+                evaluations = _evaluations(run)
+                left = partial(evaluations.count_left, total_steps=run.config.total_steps) if evaluations else None
+                with display.training(run.config.total_steps, first_step, left, _blocks(run)):
+                    for metrics in iterate_metrics(run.out / METRICS):
+                        display.add_to_map(metrics)
+                        saver.add(metrics)
+                    _run_steps(run, trainer, saver, display, log, held_out, watchers, stop.is_requested)
+            trained_s = time.perf_counter() - started
+            if not held_out.is_done():
+                held_out.add("after")
+            saver.save(run.out)
+            if run.keep == "best":
+                held_out.keep_best()
+            summary = _summary(run, trainer.next_step, held_out) | {
+                "first_step": first_step,
+                "reconnects": connection.reconnects,
+                "sessions_resumed": connection.resumed,
+                "steps_rerun": trainer.steps_rerun,
+                "set_up_bytes_up": set_up_up,
+                "set_up_bytes_down": set_up_down,
+                "eval_bytes_up": held_out.bytes_up,
+                "eval_bytes_down": held_out.bytes_down,
+                "wall_s": round(trained_s, 3),
+            }
+            write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
     _remove_caches(run)
     return summary
 
@@ -293,8 +300,20 @@ def _evaluations(run: TrainRun) -> EvaluationPlan | None:
     return None if run.eval_dataset is None else EvaluationPlan(run.eval_dataset, run.eval_every)
 
 
-def _run_file(run: TrainRun, settings: RunSettings) -> RunFile:
+def _save_run_file(run: TrainRun, server: Welcome | None) -> None:
+    """``server``: what it said of itself; where none was asked yet, a run that goes on keeps what it knew."""
+    if run.settings is None:
+        return
+    file = _run_file(run, run.settings, server)
+    if server is None and run.resume:
+        with contextlib.suppress(CheckpointError):
+            file = msgspec.structs.replace(file, server=load_run_file(run.out).server)
+    save_run_file(run.out, file)
+
+
+def _run_file(run: TrainRun, settings: RunSettings, server: Welcome | None) -> RunFile:
     base = run.bundle.manifest.base_model
+    blocks = _blocks(run)
     return RunFile(
         settings=settings,
         data=DataDigest.of(run.dataset),
@@ -302,6 +321,8 @@ def _run_file(run: TrainRun, settings: RunSettings) -> RunFile:
         base_model={"name": base.name, "fingerprint": base.fingerprint},
         invocation=run.config.invocation,
         versions=versions(),
+        server=None if server is None else {"software": server.software, "wire": server.protocol_version},
+        blocks=None if blocks is None else tuple(blocks),
     )
 
 
@@ -340,6 +361,7 @@ def _connect_settings(
         say=display.warn,
         should_stop=stop,
         recorder=run.recorder,
+        spans=run.spans,
     )
 
 
@@ -350,6 +372,7 @@ def _run_steps(
     display: Display,
     log: MetricsLog,
     held_out: HeldOut,
+    watchers: Watchers,
     stop: Callable[[], bool],
 ) -> None:
     """Step to the end; save and evaluate on the way."""
@@ -361,6 +384,7 @@ def _run_steps(
     def save() -> None:
         trainer.save_checkpoint(run.out / CHECKPOINTS)
         saver.save(run.out)
+        watchers.saved()
 
     while trainer.next_step < last:
         if held_out.is_due() and not stop():
@@ -371,15 +395,18 @@ def _run_steps(
             display.say(f"ended at step {trainer.next_step}: {run.patience} evaluations in a row were no better")
             save()
             return
-        wait_while_paused(run.pause, sensors, say=display.say, should_stop=stop, on_pause=save)
+        paused = time.perf_counter()
+        has_paused = wait_while_paused(run.pause, sensors, say=display.say, should_stop=stop, on_pause=save)
+        paused_s = time.perf_counter() - paused if has_paused else 0.0
         if stop():
             save()
             raise StoppedError(f"stopped after step {trainer.next_step}; go on with dlora-edge resume {run.out}")
         with _save_on_error(run, trainer):
-            metrics = trainer.run_step()
+            metrics = replace(trainer.run_step(), paused_s=paused_s)
         log.write(metrics)
         saver.add(metrics)
         display.step(metrics)
+        watchers.step(metrics)
         done = trainer.next_step
         if done % run.save_every == 0 or done == last:
             save()

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from dlora.edge.choices import EngineChoice, Keep, ModeChoice, TooLong, TrainOn
 from dlora.edge.data.examples import Dataset
@@ -78,6 +80,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     eval_every: Whole
     keep: Keep
     patience: Count | None
+    tensorboard: bool
     wire_dtype: str | None
     send: Send
     adapt: Adapt | None
@@ -131,7 +134,11 @@ def _plain(value: Any) -> Any:
 
 
 class DataDigest(msgspec.Struct, frozen=True):
-    """What was made of a data file: its token ids' fingerprint and its size."""
+    """What was made of a data file: its token ids' fingerprint and its size.
+
+    Attributes:
+        lengths: tokens of its examples: the shortest, the quartiles, the longest.
+    """
 
     fingerprint: str
     examples: int
@@ -139,6 +146,7 @@ class DataDigest(msgspec.Struct, frozen=True):
     labelled: int
     truncated: int
     skipped: int
+    lengths: tuple[float, float, float, float, float]
 
     @classmethod
     def of(cls, dataset: Dataset) -> DataDigest:
@@ -149,6 +157,7 @@ class DataDigest(msgspec.Struct, frozen=True):
             labelled=dataset.labelled,
             truncated=dataset.facts.truncated.count,
             skipped=dataset.facts.skipped.count,
+            lengths=_quartiles(dataset.lengths),
         )
 
 
@@ -160,6 +169,8 @@ class RunFile(msgspec.Struct, frozen=True, kw_only=True):
         base_model: name and fingerprint.
         invocation: the tokens from which on adapters act, where they act on answers.
         versions: of this software, the wire, Python and the libraries that compute.
+        server: software and wire version of the server that was asked last; None where none was.
+        blocks: the number of each unit in the base model, where units are blocks; None where they are groups.
     """
 
     settings: RunSettings
@@ -168,6 +179,13 @@ class RunFile(msgspec.Struct, frozen=True, kw_only=True):
     base_model: dict[str, str]
     invocation: tuple[int, ...]
     versions: dict[str, Any]
+    server: dict[str, Any] | None = None
+    blocks: tuple[int, ...] | None = None
+
+
+def _quartiles(lengths: npt.NDArray[np.int64]) -> tuple[float, float, float, float, float]:
+    least, first, middle, third, most = np.quantile(lengths, (0, 0.25, 0.5, 0.75, 1)).tolist()
+    return least, first, middle, third, most
 
 
 def versions() -> dict[str, Any]:

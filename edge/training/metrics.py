@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,12 @@ class StepMetrics:
         active_units, live_units: trained; taking part in the forward pass.
         edge_compute_s: time that this device computed; step_s: wall time.
         units: one digit a unit, its ``UnitState`` in this step.
+        up, down: bytes by the role of what crossed, and ``other``; they add up to ``bytes_up`` and ``bytes_down``.
+        waiting_s: time that the device waited for the server.
+        server_compute_s: that the server says it computed, maybe while the device did; server_queued_s: that it says
+            the device waited for its turn.
+        peak_rss_mb: the most memory that this process had by then, in megabytes (10**6 bytes).
+        paused_s: for how long ``--pause-when`` held this step up, before ``step_s`` begins.
     """
 
     step: int
@@ -45,7 +52,14 @@ class StepMetrics:
     live_units: int
     edge_compute_s: float
     step_s: float
-    units: str = ""
+    units: str
+    up: dict[str, int]
+    down: dict[str, int]
+    waiting_s: float
+    server_compute_s: float
+    server_queued_s: float
+    peak_rss_mb: float
+    paused_s: float = 0.0
 
     @property
     def states(self) -> ByteArray:
@@ -102,10 +116,23 @@ def read_metrics(path: Path) -> list[StepMetrics]:
 
     Raises ``CheckpointError`` for a file that is something else.
     """
+    return list(iterate_metrics(path))
+
+
+def iterate_metrics(path: Path) -> Iterator[StepMetrics]:
+    """As ``read_metrics``, one step at a time: the file of a long run takes more memory than a device has to spare."""
+    decoder = msgspec.json.Decoder(StepMetrics)
     try:
-        return [msgspec.json.decode(line, type=StepMetrics) for _, line in _lines(path)]
-    except msgspec.MsgspecError as error:
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n") and _step(line) is not None:
+                    yield decoder.decode(line)
+    except FileNotFoundError:
+        return
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not a metrics file of this version ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:

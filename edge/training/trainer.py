@@ -22,11 +22,14 @@ from dlora.edge.data.batches import Batches, MicroBatch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.edge.memory import peak_rss_mb
 from dlora.edge.model.evaluation import Evaluation, evaluate
 from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.split import SplitModel
 from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.spans import COMPUTE, STEPS, Spans
+from dlora.edge.wire.usage import with_other
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
 from dlora.protocol.kill_revive import LIVE, UnitState
@@ -78,6 +81,7 @@ class Trainer:
 
     Attributes:
         groups: the exchange groups that are trained.
+        spans: what happens when, where somebody wants to know.
         steps_rerun: how often a step was run again, because its session was lost before it was committed.
     """
 
@@ -121,6 +125,7 @@ class Trainer:
         # Why the report of the last committed step could not be sent.
         self._failure: DloraError | None = None
         self._recorder = connection.recorder if isinstance(connection, Connection) else None
+        self.spans = connection.spans if isinstance(connection, Connection) else Spans()
         if self._recorder is not None:
             self._recorder.seed_was_chosen = len(config.seed) == 1
         self.session: TrainSession | DeviceSession
@@ -169,23 +174,28 @@ class Trainer:
         self._raise_failure()
         step, started = self.next_step, time.perf_counter()
         before, computed = self.model.counters, self.model.compute_seconds
+        usage_before = self.connection.usage.copy()
         batches = self.batches.step_batches(step)
         labelled = sum(len(batch.labels) for batch in batches)
         with self._name_step_in_error():
             losses = self._exchange(batches, labelled)
+        self.spans.add("micro-batches", STEPS, started, time.perf_counter())
         states = self.adapters.states()
         optimizing = time.perf_counter()
         learning_rate = self.optimizer.lr(self.session.step)
         with self._name_step_in_error():
             scores, norm = self._optimize()
         optimized = time.perf_counter() - optimizing
+        self.spans.add("optimizer", COMPUTE, optimizing, optimizing + optimized)
         self.adapters.zero_grad()
         try:
             # Committed: from here on this step is done, whatever happens to the connection.
             self.session.report(scores)
         except DloraError as error:
             self._failure = error
-        after = self.model.counters
+        self.spans.add(f"step {step}", STEPS, started, time.perf_counter())
+        after, usage = self.model.counters, self.connection.usage.since(usage_before)
+        bytes_up, bytes_down = after[0] - before[0], after[1] - before[1]
         return StepMetrics(
             step=step,
             total_steps=self.config.total_steps,
@@ -194,14 +204,20 @@ class Trainer:
             grad_norm=norm,
             tokens=sum(len(batch.ids) for batch in batches),
             labelled=labelled,
-            bytes_up=after[0] - before[0],
-            bytes_down=after[1] - before[1],
+            bytes_up=bytes_up,
+            bytes_down=bytes_down,
             round_trips=after[2] - before[2],
             active_units=int((states == UnitState.ACTIVE).sum()),
             live_units=int(np.isin(states, list(LIVE)).sum()),
             edge_compute_s=self.model.compute_seconds - computed + optimized,
             step_s=time.perf_counter() - started,
             units="".join(map(str, states)),
+            up=with_other(usage.up, bytes_up),
+            down=with_other(usage.down, bytes_down),
+            waiting_s=usage.waited_s,
+            server_compute_s=usage.computed_s,
+            server_queued_s=usage.queued_s,
+            peak_rss_mb=round(peak_rss_mb(), 1),
         )
 
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:

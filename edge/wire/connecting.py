@@ -33,6 +33,7 @@ from dlora.protocol.errors import (
 
 from .credentials import Credentials, refusal_in, split_url, tls_failure
 from .recorder import Recorder
+from .spans import Spans
 
 CLOSE_TIMEOUT_S: Final = 2.0
 STOP_CHECK_S: Final = 0.2
@@ -101,7 +102,7 @@ class ConnectSettings:
         device_id: this device's stable name.
         say: called with one line when the connection is lost and when it is back.
         should_stop: asked while waiting for a server; true raises ``StoppedError``.
-        recorder: keeps frames and truth, where a user asks for it.
+        recorder: keeps frames and truth, where a user asks for it; spans: when what happened, likewise.
         clock: seconds that never go back; sleep: waits so many of them.
     """
 
@@ -112,6 +113,7 @@ class ConnectSettings:
     say: Callable[[str], None] = _ignore_line
     should_stop: Callable[[], bool] = _never_stop
     recorder: Recorder | None = None
+    spans: Spans = field(default_factory=Spans)
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 

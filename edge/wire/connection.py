@@ -12,6 +12,7 @@ import math
 import random
 import socket
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Final, NoReturn, Self, TypeVar
 
@@ -45,6 +46,7 @@ from .connecting import (
     open_websocket,
     refusal_of,
 )
+from .usage import WireUsage
 from .write_watch import WriteWatch
 
 MAX_FRAME_BYTES: Final = 1 << 30
@@ -63,6 +65,7 @@ class Connection:
     Attributes:
         session: the protocol's state, and the counters of bytes and round trips over all connections so far.
         recorder: keeps what crosses, and what must not; None where nobody asks for that.
+        usage: what the conversation took so far; spans: when what happened, where somebody wants to know.
         reconnects: how often a connection was lost and replaced; resumed: how often the session went on where it
             stood.
     """
@@ -71,10 +74,12 @@ class Connection:
         """Connect and greet. Raises ``UsageError``, ``ConnectionFailedError``, ``ProtocolError``, ``RefusedError``."""
         self.url = check_url(url)
         self.session = Session(Side.EDGE)
+        self.usage = WireUsage()
         self.reconnects = 0
         self.resumed = 0
         self._settings = connecting or ConnectSettings()  # no credentials, no second try
         self.recorder = self._settings.recorder
+        self.spans = self._settings.spans
         self._deadline = Deadline(self._settings.liveness.exchange_s)
         self._closing = contextlib.ExitStack()
         self._watch = WriteWatch(self._settings.should_stop, STOP_CHECK_S, grace_s=self._settings.liveness.open_s)
@@ -113,15 +118,16 @@ class Connection:
 
     def open(self, opening: m.OpenSession) -> m.SessionOpened:
         """Open a session; after ``SessionLostError``, another one. Raises what the server's refusal means."""
-        while True:
-            try:
-                self._write(self.session.send(opening))
-                opened = self._read(self.session)
-                break
-            except ConnectionLostError as lost:
-                if self._opened is None and not self._settings.retry.at_start:
-                    raise lost.final from None
-                self._replace_session(self._connect_again(lost))
+        with self._waiting():
+            while True:
+                try:
+                    self._write(self.session.send(opening))
+                    opened = self._read(self.session)
+                    break
+                except ConnectionLostError as lost:
+                    if self._opened is None and not self._settings.retry.at_start:
+                        raise lost.final from None
+                    self._replace_session(self._connect_again(lost))
         if not isinstance(opened, m.SessionOpened):
             raise RemoteProtocolError(f"{type(opened).__name__} where SessionOpened was due")
         self._opened, self._resume_token = opened, opened.token
@@ -131,12 +137,16 @@ class Connection:
     def send(self, message: m.AnyMessage) -> None:
         """Send; returns when the message is on its way or kept for the next connection."""
         frame = self.session.send(message)
+        self.usage.add_sent(message, len(frame))
         if isinstance(message, m.Embeddings):
             self._allow_answers(message)
+        started = time.perf_counter()
         try:
             self._write(frame)
         except ConnectionLostError as lost:
-            self._reconnect_and_resume(lost)
+            with self._waiting():
+                self._reconnect_and_resume(lost)
+        self.spans.add_sent(message, started, time.perf_counter(), len(frame))
 
     def receive(self, kind: type[M]) -> M:
         """The next message, which must be of ``kind`` (a union is written as a common base)."""
@@ -147,6 +157,15 @@ class Connection:
 
     def receive_any(self) -> m.AnyMessage:
         """The next message; an ``Error`` of the server's is raised as what it means."""
+        started = time.perf_counter()
+        with self._waiting():
+            message = self._receive_any()
+        self.spans.add_received(message, started, time.perf_counter())
+        if not self.session.under_way:
+            self.usage.forget_micro_batches()
+        return message
+
+    def _receive_any(self) -> m.AnyMessage:
         while True:
             started = self._settings.clock()
             try:
@@ -164,6 +183,15 @@ class Connection:
                 # hangs up would be connected to as fast as it can hang up.
                 self._failures = min(self._failures, 1)
             return message
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Within, the device waits for the server."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.usage.waited_s += time.perf_counter() - started
 
     def ping_s(self, longest_s: float) -> float:
         """Seconds until the server's side of the websocket answers, whatever it computes; at most ``longest_s``."""
@@ -379,6 +407,7 @@ class Connection:
             if isinstance(message, m.Error):
                 self._raise_refusal(message)
             if message is not None:
+                self.usage.add_received(message, len(frame))
                 return message
 
     def _raise_last_error(self) -> NoReturn:

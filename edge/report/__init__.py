@@ -1,0 +1,1 @@
+"""Pages of runs: one for each, and one that compares some."""

@@ -1,0 +1,162 @@
+"""Runs side by side: what they reached, what it took, and in which settings they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dlora.edge.training.metrics import StepMetrics
+from dlora.protocol.errors import UsageError
+
+from . import numbers
+from .run_data import EvaluationLine, RunData, read_run
+from .settings import shown_settings
+from .time_split import NAMES
+
+Value = float | int | str | None
+NOT_COMPARED: Final = ("--out",)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One thing that is compared.
+
+    Attributes:
+        key: in JSON; name: for people.
+        of: its value, None where a run has none; written: the value for people.
+    """
+
+    key: str
+    name: str
+    of: Callable[[RunData], Value]
+    written: Callable[[Any], str]
+
+
+def _loss(of: EvaluationLine | StepMetrics | None) -> float | None:
+    return None if of is None else of.loss
+
+
+def _each(run: RunData, value: float) -> float | None:
+    return value / run.steps.count if run.steps.count else None
+
+
+def _a_token(run: RunData) -> float | None:
+    return run.steps.bytes / run.steps.tokens if run.steps.tokens else None
+
+
+def _speed(run: RunData) -> float | None:
+    return run.steps.tokens / run.steps.step_s if run.steps.step_s else None
+
+
+def _time_measure(key: str) -> Measure:
+    def value(run: RunData) -> float | None:
+        return _each(run, getattr(run.steps.time, key))
+
+    return Measure(f"{key}_s_per_step", f"  {NAMES[key]}", value, numbers.seconds)
+
+
+MEASURES: Final = (
+    Measure("done", "done", lambda run: "yes" if run.is_done else "no", str),
+    Measure("steps", "steps", lambda run: run.steps.count, numbers.count),
+    Measure("tokens", "tokens", lambda run: run.steps.tokens, numbers.count),
+    Measure("eval_loss_before", "held-out loss before", lambda run: _loss(run.before), numbers.loss),
+    Measure("eval_loss_after", "held-out loss after", lambda run: _loss(run.after), numbers.loss),
+    Measure("eval_loss_best", "held-out loss, best", lambda run: _loss(run.best), numbers.loss),
+    Measure("best_step", "  after steps", lambda run: None if run.best is None else run.best.step, numbers.count),
+    Measure("loss_last", "loss of the last step", lambda run: _loss(run.steps.last), numbers.loss),
+    Measure("bytes_up", "steps' traffic up", lambda run: run.steps.up.total(), numbers.mb),
+    Measure("bytes_down", "steps' traffic down", lambda run: run.steps.down.total(), numbers.mb),
+    Measure("set_up_bytes", "set-up's traffic", lambda run: run.beside_steps("set_up"), numbers.mb),
+    Measure("eval_bytes", "evaluations' traffic", lambda run: run.beside_steps("eval"), numbers.mb),
+    Measure("bytes_per_token", "bytes a token", _a_token, numbers.count),
+    Measure("round_trips_per_step", "round trips a step", lambda run: _each(run, run.steps.round_trips), numbers.short),
+    Measure("tokens_per_s", "tokens a second", _speed, numbers.count),
+    Measure("s_per_step", "time of a step", lambda run: _each(run, run.steps.step_s), numbers.seconds),
+    *map(_time_measure, NAMES),
+    Measure("steps_s", "time of all steps", lambda run: run.steps.step_s, numbers.seconds),
+    Measure("peak_rss_mb", "peak memory", lambda run: run.steps.peak_rss_mb or None, lambda mb: f"{mb:,.0f} MB"),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Some runs.
+
+    Attributes:
+        names: of the runs, all different; runs: in the same order.
+    """
+
+    names: Sequence[str]
+    runs: Sequence[RunData]
+
+    @property
+    def differing(self) -> dict[str, list[str]]:
+        """The settings that are not the same in all runs, by option; a dash where one is left out or off."""
+        found = [
+            {"base model": run.file.base_model.get("name", ""), **shown_settings(run.file.settings)}
+            for run in self.runs
+        ]
+        options = dict.fromkeys(option for settings in found for option in settings if option not in NOT_COMPARED)
+        rows = {option: [settings.get(option, "–") for settings in found] for option in options}
+        return {option: values for option, values in rows.items() if len(set(values)) > 1}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes numbers of these runs less than comparable."""
+        said = []
+        held_out = [run.file.eval_data.fingerprint for run in self.runs if run.file.eval_data is not None and run.after]
+        if len(set(held_out)) > 1:
+            said.append("their held-out data are different: their held-out losses are not of the same thing")
+        if len({run.file.data.fingerprint for run in self.runs}) > 1:
+            said.append("they trained on different data")
+        if len({run.file.base_model.get("fingerprint") for run in self.runs}) > 1:
+            said.append("they have different base models")
+        if len({run.file.versions.get("machine") for run in self.runs}) > 1:
+            said.append("they ran on different kinds of machines: times are not of the same thing")
+        return said
+
+    def to_json(self) -> dict[str, Any]:
+        """Every number unrounded, by run; the settings that differ."""
+        return {
+            "runs": [
+                {"name": name, **{measure.key: measure.of(run) for measure in MEASURES}}
+                for name, run in zip(self.names, self.runs, strict=True)
+            ],
+            "differing_settings": self.differing,
+            "warnings": self.warnings,
+        }
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """Each measure as people read it; those that no run has are left out."""
+        found = []
+        for measure in MEASURES:
+            values = [measure.of(run) for run in self.runs]
+            if any(value is not None for value in values):
+                found.append((measure.name, ["–" if value is None else measure.written(value) for value in values]))
+        return found
+
+
+def compare(directories: Sequence[Path]) -> Comparison:
+    """Read some runs. Raises ``UsageError`` for fewer than two, or one twice, and ``CheckpointError`` for what is no
+    run."""
+    if len(directories) < 2:
+        raise UsageError("compare takes two runs or more: the directories that were their --out")
+    places: dict[Path, Path] = {}
+    for directory in directories:
+        place = directory.resolve()
+        if place in places:
+            raise UsageError(f"{directory} is given twice; give each run once")
+        places[place] = directory
+    return Comparison(_names(list(places)), [read_run(place) for place in places])
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """As few of the last parts of each path as make all of them different."""
+    for parts in range(1, max(len(place.parts) for place in places) + 1):
+        names = ["/".join(place.parts[-parts:]) for place in places]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("different paths are different")
+

@@ -1,0 +1,121 @@
+"""A comparison as a page: runs side by side, their curves in the same plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from dlora.edge.training.metrics import StepMetrics
+
+from .comparison import Comparison
+from .document import document, plot_place, without_script
+from .html import Html, element, section, table
+from .numbers import count
+from .plots import Look, Plot, Value, joined
+from .run_data import RunData
+from .steps import MOST_PLOTTED, Thinned
+from .tables import values_table
+
+_COLOURS: Final = (0, 10, 4, 3, 7, 8, 1, 5, 2, 6)  # neighbours in this order are easy to tell apart
+
+
+def comparison_page(comparison: Comparison) -> bytes:
+    """The page."""
+    held_out = _held_out_plot(comparison)
+    loss = _plot(comparison, "loss", "Loss of the steps", "mean of some steps", _mean_losses)
+    traffic = _plot(comparison, "traffic", "Traffic", "MB a step", _of(_traffic, _bytes), factor=1e-6)
+    time = _plot(comparison, "time", "Time", "seconds a step", _of(_time, lambda step: step.step_s))
+    plots = [plot for plot in (held_out, loss, traffic, time) if plot.steps]
+    names = comparison.names
+    warnings = [element("li", warning) for warning in comparison.warnings]
+    differing = comparison.differing
+    settings = element("p", "All settings are the same, but for the seed if it was left open.")
+    if differing:
+        options = [(option, *values) for option, values in differing.items()]
+        settings = table("Settings that differ", ("option", *names), options, numbers=False)
+    rows = [(_indented(name), *values) for name, values in comparison.rows()]
+    return document(
+        f"{len(names)} runs of dlora",
+        plots,
+        element("header", element("h1", f"{len(names)} runs side by side"), element("p", " · ".join(names))),
+        element("section", element("h2", "Mind that"), element("ul", warnings)) if warnings else None,
+        without_script(),
+        section("Numbers", table("Of all steps", ("measure", *names), rows)),
+        [section(plot.title, plot_place(plot, tall=True), values_table(plot)) for plot in plots],
+        section("Settings", settings),
+        _footer(comparison),
+    )
+
+
+def _indented(name: str) -> str:
+    return name.replace("  ", "\N{EM SPACE}")
+
+
+def _held_out_plot(comparison: Comparison) -> Plot:
+    return _plot(
+        comparison,
+        "held-out",
+        "Held-out loss",
+        "loss",
+        lambda run: {each.step: each.loss for each in run.evaluations},
+        look="points",
+    )
+
+
+def _plot(
+    comparison: Comparison,
+    name: str,
+    title: str,
+    y: str,
+    values: Callable[[RunData], dict[int, Value]],
+    *,
+    factor: float = 1.0,
+    look: Look = "strong",
+) -> Plot:
+    """One line a run; a run that has no values is left out."""
+    lines = [
+        (run_name, look, _COLOURS[index % len(_COLOURS)], found)
+        for index, (run_name, run) in enumerate(zip(comparison.names, comparison.runs, strict=True))
+        if (found := values(run))
+    ]
+    return joined(name, title, y, lines, factor)
+
+
+def _mean_losses(run: RunData) -> dict[int, Value]:
+    kept = run.steps.by_loss
+    return {step.step: mean for step, mean in zip(kept.kept, kept.means, strict=True)}
+
+
+def _of(
+    thinned: Callable[[RunData], Thinned], value: Callable[[StepMetrics], Value]
+) -> Callable[[RunData], dict[int, Value]]:
+    return lambda run: {step.step: value(step) for step in thinned(run).kept}
+
+
+def _traffic(run: RunData) -> Thinned:
+    return run.steps.by_traffic
+
+
+def _time(run: RunData) -> Thinned:
+    return run.steps.by_time
+
+
+def _bytes(step: StepMetrics) -> int:
+    return step.bytes_up + step.bytes_down
+
+
+def _footer(comparison: Comparison) -> Html:
+    means = ", ".join(
+        f"{name} {count(run.steps.mean_of)}" for name, run in zip(comparison.names, comparison.runs, strict=True)
+    )
+    said = f"A loss of the steps is a mean of a twentieth of the run, at least 5 and at most 200 steps: {means}."
+    if any(run.steps.is_thinned for run in comparison.runs):
+        said += (
+            f" Of a run with more than {count(MOST_PLOTTED)} steps about as many are plotted: those of the least and "
+            "the largest value among some in a row."
+        )
+    return element(
+        "footer",
+        element("p", said),
+        element("p", "Plots by uPlot, whose licence (MIT) is in this file. It asks for nothing from anywhere."),
+    )

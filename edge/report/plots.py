@@ -1,0 +1,159 @@
+"""What is plotted, as the page's script takes it: numbers as they stand in ``metrics.jsonl``, none rounded."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, Literal
+
+import msgspec
+
+from dlora.edge.training.metrics import StepMetrics
+from dlora.edge.wire.usage import OTHER, REPORT, SIGNAL
+from dlora.protocol.wire_codecs import TensorRole
+
+from .run_data import RunData
+from .steps import Thinned
+from .time_split import names_of, split_of
+
+# Of each role the same on every page; from below to the top.
+_COLOURS_UP: Final = {
+    TensorRole.EMBEDDINGS.value: 0,
+    TensorRole.DELTA.value: 1,
+    TensorRole.INPUT_GRAD.value: 2,
+    TensorRole.LAST_HIDDEN_STATES_GRAD.value: 3,
+    TensorRole.ADAPTER_STATE.value: 7,
+    REPORT: 8,
+    OTHER: 9,
+}
+_COLOURS_DOWN: Final = {
+    TensorRole.GROUP_INPUT.value: 4,
+    TensorRole.DELTA_GRAD.value: 5,
+    TensorRole.LAST_HIDDEN_STATES.value: 6,
+    TensorRole.ADAPTER_STATE.value: 7,
+    SIGNAL: 8,
+    OTHER: 9,
+}
+_TIME_COLOURS: Final = {"device": 0, "server": 4, "turn": 7, "wire": 5, "rest": 9}
+
+Look = Literal["line", "faint", "strong", "points", "area"]
+Value = float | int | None
+
+
+class Series(msgspec.Struct, frozen=True):
+    """One line, some points, or a layer of areas on top of each other.
+
+    Attributes:
+        values: one for each of the plot's steps; None where there is none.
+        colour: a number, as the stylesheet has it; 0 is the accent.
+    """
+
+    label: str
+    look: Look
+    colour: int
+    values: Sequence[Value]
+
+
+class Plot(msgspec.Struct, frozen=True):
+    """One plot over steps.
+
+    Attributes:
+        id: of its place in the page; x, y: what its axes say.
+        steps: how many steps were done before each value's.
+        factor: that values are shown with: 1e-6 for bytes as megabytes.
+    """
+
+    id: str
+    title: str
+    y: str
+    steps: Sequence[int]
+    series: Sequence[Series]
+    factor: float = 1.0
+    starts_at_zero: bool = False
+    x: str = "step"
+
+
+def loss_plot(run: RunData) -> Plot:
+    """The loss of steps, its mean, and held-out losses."""
+    thinned = run.steps.by_loss
+    losses = {step.step: step.loss for step in thinned.kept}
+    means = dict(zip(losses, thinned.means, strict=True)) if run.steps.count > run.steps.mean_of else {}
+    held_out = {each.step: each.loss for each in run.evaluations}
+    drawn: list[tuple[str, Look, int, Mapping[int, Value]]] = [("loss of a step", "faint", 0, losses)]
+    if means:
+        drawn.append((f"mean of {run.steps.mean_of} steps", "strong", 0, means))
+    if held_out:
+        drawn.append(("held-out loss", "points", 10, held_out))
+    return joined("loss", "Loss", "loss", drawn)
+
+
+def joined(
+    name: str, title: str, y: str, drawn: Iterable[tuple[str, Look, int, Mapping[int, Value]]], factor: float = 1.0
+) -> Plot:
+    """A plot of lines that each have steps of their own."""
+    lines = list(drawn)
+    steps = sorted({step for *_, values in lines for step in values})
+    series = [
+        Series(label, look, colour, [values.get(step) for step in steps]) for label, look, colour, values in lines
+    ]
+    return Plot(name, title, y, steps, series, factor)
+
+
+def learning_rate_plot(run: RunData) -> Plot:
+    return _of_steps(run.steps.by_loss, "rate", "Learning rate", "learning rate", lambda step: step.learning_rate)
+
+
+def gradient_plot(run: RunData) -> Plot:
+    return _of_steps(run.steps.by_loss, "gradient", "Gradients before clipping", "norm", lambda step: step.grad_norm)
+
+
+def traffic_plot(run: RunData) -> Plot:
+    """What each step put on the wire, by role."""
+    kept = run.steps.by_traffic.kept
+    series = [
+        Series(f"{role_name(role)}\N{NO-BREAK SPACE}↑", "area", colour, [step.up.get(role, 0) for step in kept])
+        for role, colour in _COLOURS_UP.items()
+        if role in run.steps.up
+    ]
+    series += [
+        Series(f"{role_name(role)}\N{NO-BREAK SPACE}↓", "area", colour, [step.down.get(role, 0) for step in kept])
+        for role, colour in _COLOURS_DOWN.items()
+        if role in run.steps.down
+    ]
+    return Plot(
+        "traffic", "Traffic", "MB a step", [step.step for step in kept], series, factor=1e-6, starts_at_zero=True
+    )
+
+
+def time_plot(run: RunData) -> Plot:
+    """What the time of each step was spent on."""
+    kept = run.steps.by_time.kept
+    splits = [split_of(step) for step in kept]
+    series = [
+        Series(label, "area", _TIME_COLOURS[name], [getattr(split, name) for split in splits])
+        for name, label in names_of(run.steps.time).items()
+        if getattr(run.steps.time, name) > 0
+    ]
+    return Plot("time", "Time", "seconds a step", [step.step for step in kept], series, starts_at_zero=True)
+
+
+def role_name(role: str) -> str:
+    """A role in words."""
+    return role.replace("_grad", " gradients").replace("_", " ").replace("delta gradients", "gradients of deltas")
+
+
+def picked(plot: Plot, most: int = 25) -> list[int]:
+    """The places of some steps, evenly over the run, the first and the last among them: for a table."""
+    if len(plot.steps) <= most:
+        return list(range(len(plot.steps)))
+    first, last = plot.steps[0], plot.steps[-1]
+    wanted = (first + (last - first) * index / (most - 1) for index in range(most))
+    return sorted({min(bisect_left(plot.steps, step), len(plot.steps) - 1) for step in wanted})
+
+
+def _of_steps(
+    thinned: Thinned, name: str, title: str, y: str, value: Callable[[StepMetrics], float]
+) -> Plot:
+    kept = thinned.kept
+    series = [Series(y, "strong", 0, [value(step) for step in kept])]
+    return Plot(name, title, y, [step.step for step in kept], series)

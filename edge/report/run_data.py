@@ -1,0 +1,114 @@
+"""Reads a run's directory: all that a report is made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from dlora.edge.run.file_names import EVALUATIONS, METRICS, SUMMARY
+from dlora.edge.run.run_file import RunFile, load_run_file
+from dlora.protocol.errors import CheckpointError
+
+from .steps import Steps, read_steps
+
+
+class EvaluationLine(msgspec.Struct, frozen=True):
+    """A line of ``evaluations.jsonl``.
+
+    Attributes:
+        step: how many steps were done.
+        loss: a mean over ``tokens``; token_accuracy, exact_match: shares of tokens and of examples that were right.
+    """
+
+    step: int
+    loss: float
+    token_accuracy: float
+    exact_match: float
+    tokens: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run, as its directory has it.
+
+    Attributes:
+        name: of the directory.
+        evaluations: ascending.
+        summary: of a run that is done; None of one that is not, or has gone on since.
+    """
+
+    name: str
+    file: RunFile
+    steps: Steps
+    evaluations: tuple[EvaluationLine, ...]
+    summary: dict[str, Any] | None
+
+    @property
+    def is_done(self) -> bool:
+        return self.summary is not None
+
+    def beside_steps(self, what: Literal["set_up", "eval"]) -> int | None:
+        """Bytes, up and down, of setting up or of evaluations, of the last start of a run that is done."""
+        found = [(self.summary or {}).get(f"{what}_bytes_{way}") for way in ("up", "down")]
+        sizes = [size for size in found if isinstance(size, int)]
+        return sum(sizes) if len(sizes) == len(found) else None
+
+    @property
+    def before(self) -> EvaluationLine | None:
+        """The evaluation before the first step."""
+        return next((each for each in self.evaluations if each.step == 0), None)
+
+    @property
+    def after(self) -> EvaluationLine | None:
+        """The last evaluation, where there is one after a step."""
+        return self.evaluations[-1] if self.evaluations and self.evaluations[-1].step else None
+
+    @property
+    def best(self) -> EvaluationLine | None:
+        """The one with the lowest loss, the first of equals."""
+        return min(self.evaluations, key=lambda each: each.loss, default=None)
+
+
+def read_run(out: Path) -> RunData:
+    """Read a run's directory. Raises ``CheckpointError`` where it is none, or one of its files is damaged."""
+    file = load_run_file(out)
+    steps = read_steps(out / METRICS)
+    return RunData(
+        name=out.absolute().name,
+        file=file,
+        steps=steps,
+        evaluations=read_evaluations(out / EVALUATIONS),
+        summary=_summary(out / SUMMARY, steps.count),
+    )
+
+
+def read_evaluations(path: Path) -> tuple[EvaluationLine, ...]:
+    """Of an ``evaluations.jsonl``, ascending; none where there is none. Raises ``CheckpointError``."""
+    try:
+        lines = path.read_bytes().splitlines()
+        return tuple(sorted((_decode(line) for line in lines), key=lambda each: each.step))
+    except FileNotFoundError:
+        return ()
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it to go without evaluations") from None
+
+
+def _decode(line: bytes) -> EvaluationLine:
+    return msgspec.json.decode(line, type=EvaluationLine)
+
+
+def _summary(path: Path, steps: int) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it to go without") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is no summary of a run; remove it to go without")
+    return found if found.get("steps") == steps else None

@@ -1,0 +1,138 @@
+"""``dlora-edge compare`` and ``dlora-edge report``: runs side by side, and a run's page made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from processes import run_edge
+from runs import write_run
+from test_report import numbers, series
+
+from dlora.edge.report.comparison import compare
+from dlora.edge.report.comparison_page import comparison_page
+from dlora.edge.run.file_names import METRICS
+from dlora.edge.training.metrics import read_metrics
+from dlora.protocol.errors import CheckpointError, StorageError, UsageError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    place = tmp_path_factory.mktemp("runs")
+    return [write_run(place / "a", 40, lr=0.01), write_run(place / "b", 60, lr=0.02, done=False, total=90)]
+
+
+def test_numbers_are_those_of_the_runs(runs: list[Path]) -> None:
+    comparison = compare(runs)
+    found = comparison.to_json()
+    first, second = found["runs"]
+    metrics = [read_metrics(run / METRICS) for run in runs]
+    assert (first["name"], first["done"], second["done"]) == ("a", "yes", "no")
+    assert (first["steps"], second["steps"]) == (40, 60)
+    assert (first["eval_loss_before"], first["eval_loss_best"], first["best_step"]) == (3.5, 2.25, 20)
+    for run, steps in zip(found["runs"], metrics, strict=True):
+        assert run["bytes_up"] == sum(step.bytes_up for step in steps)
+        assert run["loss_last"] == steps[-1].loss
+        assert run["s_per_step"] == pytest.approx(sum(step.step_s for step in steps) / len(steps))
+        parts = ("device", "server", "turn", "wire", "rest")
+        assert sum(run[f"{part}_s_per_step"] for part in parts) == pytest.approx(run["s_per_step"])
+    assert found["differing_settings"] == {"--lr": ["0.01", "0.02"]}
+    plots = numbers(comparison_page(comparison))
+    assert set(plots) == {"held-out", "loss", "traffic", "time"}
+    bytes_of_b = series(plots["traffic"])["b"]
+    assert all(bytes_of_b[step.step] == step.bytes_up + step.bytes_down for step in metrics[1])
+    assert {step: loss for step, loss in series(plots["held-out"])["b"].items() if loss} == {0: 3.5, 30: 2.25, 60: 2.5}
+
+
+def test_what_is_not_comparable_is_said(runs: list[Path], tmp_path: Path) -> None:
+    assert compare(runs).warnings == []
+    other = shutil.copytree(runs[0], tmp_path / "x" / "a")
+    file = json.loads((other / "run.json").read_text())
+    file["eval_data"]["fingerprint"] = "other"
+    (other / "run.json").write_text(json.dumps(file))
+    comparison = compare([runs[0], other])
+    assert list(comparison.names) == [f"{runs[0].parent.name}/a", "x/a"]
+    assert len(comparison.warnings) == 1
+    assert "their held-out data are different" in comparison.warnings[0]
+    assert "their held-out data are different" in comparison_page(comparison).decode()
+
+
+def test_the_command_prints_a_table_and_writes_a_page(runs: list[Path], tmp_path: Path) -> None:
+    page = tmp_path / "comparison.html"
+    done = run_edge("compare", *runs, "--out", page)
+    assert (done.code, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[0] == ["a", "b"]
+    assert ["steps", "40", "60"] in lines
+    assert ["--lr", "0.01", "0.02"] in lines
+    assert page.read_bytes() == comparison_page(compare(runs))
+    as_json = run_edge("compare", *runs, "--json")
+    assert json.loads(as_json.stdout) == compare(runs).to_json()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "said"),
+    [
+        (lambda run: [run], UsageError, "two runs or more"),
+        (lambda run: [run, run / "." / ".." / run.name], UsageError, "is given twice"),
+        (lambda run: [run, run / "none"], CheckpointError, "is no run: it has no run.json"),
+        (lambda run: [run, run / METRICS], CheckpointError, "is no run"),
+        (lambda run: [run, damaged(run)], CheckpointError, "not a metrics file of this version"),
+        (lambda run: [run, other_file(run)], CheckpointError, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(
+    break_it: object, error: type[UsageError], said: str, tmp_path: Path
+) -> None:
+    given = break_it(write_run(tmp_path / "run", 3))  # type: ignore[operator]
+    done = run_edge("compare", *given, "--out", tmp_path / "comparison.html")
+    assert (done.code, len(done.errors)) == (error.exit_code, 1), done.stderr
+    assert said in done.errors[0]
+    assert done.stdout == ""
+    assert not (tmp_path / "comparison.html").exists()
+
+
+def damaged(run: Path) -> Path:
+    other = shutil.copytree(run, run.parent / "damaged")
+    (other / METRICS).write_text('{"step": 1, "accuracy": 3}\n')
+    return other
+
+
+def other_file(run: Path) -> Path:
+    other = shutil.copytree(run, run.parent / "other")
+    (other / "run.json").write_text('{"settings": {}}')
+    return other
+
+
+def test_a_page_that_cannot_be_written_is_one_line(runs: list[Path], tmp_path: Path) -> None:
+    done = run_edge("compare", *runs, "--out", tmp_path / "none" / "page.html")
+    assert (done.code, len(done.errors)) == (StorageError.exit_code, 1), done.stderr
+
+
+def test_runs_without_steps_or_evaluations_are_compared(tmp_path: Path) -> None:
+    empty, lone = write_run(tmp_path / "empty", 0), write_run(tmp_path / "lone", 1)
+    (lone / "evaluations.jsonl").unlink()
+    comparison = compare([empty, lone])
+    assert comparison.to_json()["runs"][0]["s_per_step"] is None
+    assert comparison_page(comparison)
+
+
+def test_a_page_is_made_again(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run", 3, done=False, total=9)
+    done = run_edge("report", out)
+    assert (done.code, done.stdout) == (0, f"{out / 'report.html'}\n")
+    assert "3 of 9 steps" in (out / "report.html").read_text()
+    elsewhere = run_edge("report", out, "--out", tmp_path / "page.html")
+    assert elsewhere.code == 0
+    assert (tmp_path / "page.html").read_bytes() == (out / "report.html").read_bytes()
+    none = run_edge("report", tmp_path)
+    assert (none.code, len(none.errors)) == (CheckpointError.exit_code, 1)
+
+
+def test_names_of_strangers_steer_no_terminal(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a\x1b[2J", 3, pin="1\x1b]0;x\x07")
+    done = run_edge("compare", first, write_run(tmp_path / "b", 3))
+    assert done.code == 0
+    assert "\x1b" not in done.stdout

@@ -1,0 +1,93 @@
+"""Pages in Chromium: nothing is asked for, nothing goes wrong, nothing is too wide, axe finds nothing serious.
+
+axe-core is not part of the repository: ``npm pack axe-core`` and unpack it; ``DLORA_AXE=…/axe.min.js pytest …`` has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Page, browser
+from runs import write_run
+
+from dlora.edge.report.comparison import compare
+from dlora.edge.report.comparison_page import comparison_page
+from dlora.edge.report.page import run_page
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+AXE = os.environ.get("DLORA_AXE")
+_SERIOUS = ("serious", "critical")
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browser(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each kind, by name."""
+    place = tmp_path_factory.mktemp("pages")
+    made = {"run": run_page(write_run(place / "some run" / "of mine", 120))}
+    made["short"] = run_page(write_run(place / "short", 1))
+    made["none"] = run_page(write_run(place / "none", 0))
+    made["comparison"] = comparison_page(compare([write_run(place / "a", 40, lr=0.01), write_run(place / "b", 60)]))
+    for name, content in made.items():
+        (place / f"{name}.html").write_bytes(content)
+    return {name: place / f"{name}.html" for name in made}
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("name", ["run", "short", "none", "comparison"])
+def test_a_page_opens_offline(tab: Page, pages: dict[str, Path], name: str, width: int, dark: bool) -> None:
+    tab.open(pages[name], width=width, dark=dark)
+    assert tab.requests == [pages[name].as_uri()]
+    assert tab.said == []
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    plots = tab.run("JSON.parse(document.getElementById('numbers').textContent).plots.length")
+    assert tab.run("document.querySelectorAll('.uplot canvas').length") == plots
+    if AXE is not None:
+        tab.run(Path(AXE).read_text() + ";0")
+        # What is folded is read, too.
+        tab.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+        found = json.loads(tab.run("axe.run().then((found) => JSON.stringify(found.violations))"))
+        assert [each["id"] for each in found if each["impact"] in _SERIOUS] == []
+
+
+def test_a_page_fits_a_window_that_becomes_narrow(tab: Page, pages: dict[str, Path]) -> None:
+    tab.open(pages["run"], width=1280)
+    tab.ask("Emulation.setDeviceMetricsOverride", width=390, height=900, deviceScaleFactor=1, mobile=False)
+    tab.run("new Promise((done) => setTimeout(done, 300))")
+    assert tab.run("document.documentElement.scrollWidth") <= 390
+    assert tab.run("document.querySelector('.uplot').getBoundingClientRect().width") <= 390
+
+
+def test_a_legend_says_what_metrics_jsonl_says(tab: Page, pages: dict[str, Path]) -> None:
+    """The numbers under the pointer, of a plot of areas, where what is drawn is a sum and what is said is not."""
+    tab.open(pages["run"], width=1280)
+    box = tab.run(
+        "(() => { const plot = document.querySelector('#traffic .u-over'); plot.scrollIntoView();"
+        " const box = plot.getBoundingClientRect(); return [box.left + box.width / 2, box.top + box.height / 2]; })()"
+    )
+    tab.ask("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+    tab.run("new Promise((done) => setTimeout(done, 100))")
+    rows = tab.run(
+        "[...document.querySelectorAll('#traffic .u-series')].map((row) =>"
+        " [row.querySelector('.u-label').textContent, row.querySelector('.u-value').textContent])"
+    )
+    shown = dict(rows)
+    plot = next(
+        each
+        for each in tab.run("JSON.parse(document.getElementById('numbers').textContent).plots")
+        if each["id"] == "traffic"
+    )
+    at = plot["steps"].index(int(shown["step"]))
+    for line in plot["series"]:
+        assert float(shown[line["label"]]) == pytest.approx(line["values"][at] / 1e6, abs=6e-5), line["label"]
