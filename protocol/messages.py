@@ -35,10 +35,10 @@ MAX_RETRY_AFTER_S = 86_400
 MAX_ENCODED_SEQUENCES = 128  # C may run each by itself, and answers each with a tensor of its own
 
 MAX_SECONDS = 1e6
-MAX_MOMENTS = 3 * 64 + 1
+MAX_TIMES = 3 * 64 + 1
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
-Moments = Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=MAX_MOMENTS)]
+Times = Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=MAX_TIMES)]
 Window = Annotated[int, msgspec.Meta(ge=1, le=MAX_WINDOW)]
 ResumeToken = Annotated[bytes, msgspec.Meta(min_length=RESUME_TOKEN_BYTES, max_length=RESUME_TOKEN_BYTES)]
 
@@ -112,7 +112,7 @@ class OpenSession(Message, frozen=True):
         codecs: how each tensor crosses, by its role; evaluation_codecs: in micro-batches without gradients.
         purpose: what the session is for.
         window: how many micro-batches E may have under way at a time; at most what C said.
-        moments: whether C is to say when it did what, in its messages of a micro-batch.
+        times: whether C is to say when it did what, in its messages of a micro-batch.
     """
 
     base_fingerprint: ShortText
@@ -122,7 +122,7 @@ class OpenSession(Message, frozen=True):
     evaluation_codecs: Codecs
     purpose: Purpose
     window: Window = 1
-    moments: bool = False
+    times: bool = False
 
     def codecs_of(self, mode: Mode) -> Codecs:
         """How the tensors of a micro-batch of this mode cross."""
@@ -259,14 +259,14 @@ class GroupInput(ExchangeMessage, frozen=True):
     """C sends the input of a live exchange group: (rows, input_width), of the widths that the adapter's kind says.
 
     Attributes:
-        moments: where E has asked for them: of each time that C has waited since its last message of the micro-batch,
+        times: where E has asked for them: of each time that C has waited since its last message of the micro-batch,
             when it began to, when it had what it waited for, and when it had its turn to compute; then when it sent
             this. In seconds of a clock that began with the session.
     """
 
     group: Index
     hidden_states: WireTensor
-    moments: Moments = ()
+    times: Times = ()
 
 
 class GroupDelta(ExchangeMessage, frozen=True):
@@ -285,14 +285,14 @@ class LabelledHiddenStates(ExchangeMessage, frozen=True):
         gradients: how many ``GroupGrad`` will follow a ``GradHiddenStates``; at 0, E sends that only in the mode
             ``basis``.
         computed_s: that C has computed on this micro-batch so far; queued_s: that it has waited for its turn.
-        moments: as in ``GroupInput``.
+        times: as in ``GroupInput``.
     """
 
     hidden_states: WireTensor
     gradients: Index
     computed_s: Seconds = 0.0
     queued_s: Seconds = 0.0
-    moments: Moments = ()
+    times: Times = ()
 
 
 class EncodedHiddenStates(ExchangeMessage, frozen=True):
@@ -317,7 +317,7 @@ class GroupGrad(ExchangeMessage, frozen=True):
     Attributes:
         answer: whether C waits for the group's ``GroupInputGrad``. The lowest group needs none.
         computed_s, queued_s: of the whole micro-batch so far, as in ``LabelledHiddenStates``.
-        moments: as in ``GroupInput``.
+        times: as in ``GroupInput``.
     """
 
     group: Index
@@ -325,7 +325,7 @@ class GroupGrad(ExchangeMessage, frozen=True):
     answer: bool
     computed_s: Seconds = 0.0
     queued_s: Seconds = 0.0
-    moments: Moments = ()
+    times: Times = ()
 
 
 class GroupInputGrad(ExchangeMessage, frozen=True):

@@ -174,7 +174,7 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         step=0, micro_batch=2, hidden_states=(floats(1, 6, dtype="fp16"), floats(2, 6, dtype="fp16"))
     ),
     "group_input": m.GroupInput(
-        step=3, micro_batch=0, group=1, hidden_states=floats(3, 6), moments=(0.5, 1.0, 1.0, 2.0)
+        step=3, micro_batch=0, group=1, hidden_states=floats(3, 6), times=(0.5, 1.0, 1.0, 2.0)
     ),
     "group_delta": m.GroupDelta(step=3, micro_batch=0, group=0, deltas=(floats(3, 6), floats(3, 2))),
     "labelled_hidden_states": m.LabelledHiddenStates(

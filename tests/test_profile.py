@@ -14,7 +14,7 @@ from test_resume import Place, place
 from dlora.edge.report.trace import _offset, trace
 from dlora.edge.wire.spans import COMPUTE, ServerMessage, Spans
 from dlora.protocol.errors import UsageError
-from dlora.protocol.messages import MAX_MOMENTS
+from dlora.protocol.messages import MAX_TIMES
 
 __all__ = ["place"]  # a fixture
 
@@ -106,4 +106,4 @@ def waits(arrived: float, computed_s: float) -> tuple[float, ...]:
 
 def test_without_steps_a_trace_is_empty() -> None:
     assert json.loads(trace(Spans()))["otherData"] == {"clock": "the device's, in microseconds since the first span"}
-    assert MAX_MOMENTS % 3 == 1
+    assert MAX_TIMES % 3 == 1

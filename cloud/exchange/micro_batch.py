@@ -44,7 +44,7 @@ class DeviceMessages(Protocol):
     def queued_s(self) -> float:
         """Seconds that the micro-batch has waited for its turn to compute so far."""
 
-    def take_moments(self) -> tuple[float, ...]:
+    def take_times(self) -> tuple[float, ...]:
         """What ``GroupInput`` says of the time since the last message; nothing where the device did not ask."""
 
     def send(self, message: m.ExchangeMessage) -> None:
@@ -307,7 +307,7 @@ class _Channel:
                 micro_batch=self._micro_batch,
                 group=group,
                 hidden_states=hidden_states,
-                moments=self._device.take_moments(),
+                times=self._device.take_times(),
             )
         )
 
@@ -326,7 +326,7 @@ class _Channel:
                 answer=answer,
                 computed_s=self._device.computed_s,
                 queued_s=self._device.queued_s,
-                moments=self._device.take_moments(),
+                times=self._device.take_times(),
             )
         )
 
@@ -346,7 +346,7 @@ class _Channel:
                 gradients=gradients,
                 computed_s=self._device.computed_s,
                 queued_s=self._device.queued_s,
-                moments=self._device.take_moments(),
+                times=self._device.take_times(),
             )
         )
 

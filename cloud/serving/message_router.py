@@ -157,7 +157,7 @@ class MicroBatchMessages:
     ) -> None:
         self.waited_s = 0.0
         self.idle_s = 0.0
-        self._moments: list[float] = [arrived] * 3
+        self._times: list[float] = [arrived] * 3
         self._began = router.clock()
         self._router = router
         self._clock = router.clock
@@ -182,17 +182,17 @@ class MicroBatchMessages:
         with self._gate.computing():
             now = self._clock()
             self.idle_s += now - began
-            self._moments += (began, began, now)
+            self._times += (began, began, now)
             yield
 
-    def take_moments(self) -> tuple[float, ...]:
+    def take_times(self) -> tuple[float, ...]:
         """As ``DeviceMessages`` has it."""
         opening = self._router.session.opened_with
-        moments, self._moments = self._moments, []
-        if opening is None or not opening.moments:
+        times, self._times = self._times, []
+        if opening is None or not opening.times:
             return ()
-        since = (moment - self._router.began for moment in (*moments[-m.MAX_MOMENTS + 1 :], self._clock()))
-        return tuple(min(max(0.0, moment), m.MAX_SECONDS) for moment in since)
+        since = (at - self._router.began for at in (*times[-m.MAX_TIMES + 1 :], self._clock()))
+        return tuple(min(max(0.0, at), m.MAX_SECONDS) for at in since)
 
     def send(self, message: m.ExchangeMessage) -> None:
         self._router.send(message)  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ class MicroBatchMessages:
         finally:
             now = self._clock()
             self.idle_s += now - began
-            self._moments += (began, received, now)
+            self._times += (began, received, now)
         if transport.times_lost == times_lost:  # else it tells of the network, not of the device
             self._deadlines.one_answer.observe(waited_s)
         if isinstance(message, m.Error):

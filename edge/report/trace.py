@@ -56,7 +56,7 @@ def trace(spans: Spans) -> bytes:
 def _offset(step: int, messages: Sequence[ServerMessage]) -> Offset:
     least, most = -float("inf"), float("inf")
     for message in messages:
-        *waits, sent = message.moments
+        *waits, sent = message.times
         least = max(least, sent - message.received)
         # What waited for its turn had come before.
         arrived = [
@@ -76,7 +76,7 @@ def _server_spans(messages: Sequence[ServerMessage]) -> Iterator[tuple[str, int,
     since: float | None = None
     before = ""
     for message in messages:
-        *waits, sent = message.moments
+        *waits, sent = message.times
         for began, received, turn in zip(waits[::3], waits[1::3], waits[2::3], strict=True):
             is_first = began == received == turn  # a micro-batch has arrived
             if since is not None and not is_first and began > since:

@@ -67,7 +67,7 @@ class TrainSession(ModelSession):
                 learnt=tuple(index for index, unit in enumerate(self.adapters.units) if unit.has_learnt),
             ),
             window=min(self._window, self.connection.welcome.window),
-            moments=self.connection.spans.asks_server,
+            times=self.connection.spans.asks_server,
         )
 
     def run_basis_pass(self) -> int:

@@ -36,14 +36,14 @@ class ServerMessage:
     Attributes:
         step: that was under way.
         sent, received: by the device's clock: when it sent what it sent last, and when this was there.
-        moments: by the server's, as ``GroupInput`` has them.
+        times: by the server's, as ``GroupInput`` has them.
     """
 
     name: str
     step: int
     sent: float
     received: float
-    moments: tuple[float, ...]
+    times: tuple[float, ...]
 
 
 @dataclass
@@ -77,9 +77,9 @@ class Spans:
         if not self.is_on:
             return
         self.add(name_of(message), WAIT, start, end)
-        if isinstance(message, (m.GroupInput, m.LabelledHiddenStates, m.GroupGrad)) and message.moments:
+        if isinstance(message, (m.GroupInput, m.LabelledHiddenStates, m.GroupGrad)) and message.times:
             name = name_of(message)
-            self.server.append(ServerMessage(name, message.step, self._sent, end, message.moments))
+            self.server.append(ServerMessage(name, message.step, self._sent, end, message.times))
 
 
 def name_of(message: m.AnyMessage) -> str:
