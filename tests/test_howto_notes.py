@@ -36,6 +36,7 @@ def test_a_folder_of_notes_becomes_an_adapter_that_is_better_than_the_base(tiny:
     assert "documents, 40 texts" in outputs[0]
     found = tmp_path / "my-notes"
     assert (found / "adapter_model.safetensors").exists()
+    assert "my-notes: a run of dlora" in (found / "report.html").read_text()
     evaluations = [json.loads(row) for row in (found / "evaluations.jsonl").read_text().splitlines()]
     assert min(row["loss"] for row in evaluations) < evaluations[0]["loss"] - 0.1
     assert "my-notes is " in outputs[2]

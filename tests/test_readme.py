@@ -42,7 +42,7 @@ class Shell:
 
     def __init__(self, directory: Path, address: str) -> None:
         save_tiny(directory / "tiny", "llama", num_hidden_layers=14, max_position_embeddings=512)
-        for name in ("chat.jsonl", "more.jsonl"):
+        for name in ("chat.jsonl", "more.jsonl", "held-out.jsonl"):
             rows = [{"prompt": f"w{number} w7", "completion": f" w{number + 1} w8"} for number in range(5, 13)]
             (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.directory = directory
@@ -94,7 +94,7 @@ def listening(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_readme(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     shell, lines = Shell(tmp_path, "ws://127.0.0.1:8765"), commands(README)
-    assert len(lines) == 12
+    assert len(lines) == 13
     for line in lines:
         if line.startswith("dlora-cloud serve"):
             started.append(listening(shell.start(line)))
