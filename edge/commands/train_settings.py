@@ -14,6 +14,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.model.device_lora import other_storage_line
 from dlora.edge.run.display import Display
+from dlora.edge.run.file_names import REPORT
 from dlora.edge.run.pause import PauseRules
 from dlora.edge.run.run_file import RunFile, RunSettings, load_run_file
 from dlora.edge.wire.connecting import Liveness, check_url
@@ -122,7 +123,9 @@ def run_train(
     )
     check_record(record, settings.mode)
     with recording(record, bundle, display.warn) as recorder:
-        return train(replace(run, recorder=recorder), display)
+        summary = train(replace(run, recorder=recorder), display)
+    display.say(f"how it went: {run.out / REPORT}")
+    return summary
 
 
 def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:
