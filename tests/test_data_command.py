@@ -94,6 +94,7 @@ def test_rows_that_cannot_be_learnt_from_are_listed(place: Place, tmp_path: Path
     done = look(place, file)
     assert_fails(done, DATA, f"2 rows cannot be learnt from; the first: {file}:2: no form of data that is known")
     assert "2 refused by train" in done.stdout
+    assert "prompt and completion, 4 rows" in done.stdout
     assert f"{file}:3: this is text ('text'), and the rows from {file}:1 on" in done.stdout
     shown = look(place, file, "--line", 2)
     assert_fails(shown, DATA, f"{file}: no row that can be learnt from begins at line 2")

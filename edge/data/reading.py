@@ -75,13 +75,12 @@ class SequenceReader:
         self._check_end(kept)
 
     def _sequences(self, record: Record) -> Iterator[TokenSequence]:
-        form = self._check_form(record)
-        is_first = not self.facts.rows
         if record.part is None or record.part.ends:
             self.facts.rows += 1
+        form = self._check_form(record)
         settings, facts, place = self._settings, self.facts, record.place
         sample = sample_of(record, form, has_chat_template=self._tokenizer.has_chat_template)
-        if is_first and isinstance(sample, Conversation):
+        if isinstance(sample, Conversation) and not self._is_chat:
             self._is_chat, facts.has_marks = True, self._tokenizer.chat_template.has_marks
         truncate = settings.too_long == "truncate"
         for sequence in encode_sample(
