@@ -105,8 +105,10 @@ def _show(found: dict[str, Any], file: Path, train_on: str, out: Path | None) ->
         ("learnt", f"{learnt}{marks}: {found['labelled']:,} of {found['tokens']:,} tokens ({share:.0%})"),
         ("examples", f"{found['examples']:,}" + (f", {found['held_out']:,} held out" if found["held_out"] else "")),
     ]
-    least, median, most_of_them, most = found["lengths"]
-    lines.append(("tokens each", f"{least:,} to {most:,}, half of them up to {median:,}, 95 % up to {most_of_them:,}"))
+    if found["examples"]:
+        least, median, most_of_them, most = found["lengths"]
+        middle = f"half of them up to {median:,}, 95 % up to {most_of_them:,}"
+        lines.append(("tokens each", f"{least:,} to {most:,}, {middle}"))
     for name, what in (
         ("duplicates", "the same as a row before"),
         ("in_held_out", "the same as a row held out, which makes the held-out loss look better than it is"),

@@ -87,13 +87,16 @@ class ChatTemplate:
             **self._tokens,
         }  # fmt: skip
         try:
-            try:
-                return self._marks.render(self._template, {**given, "messages": plain})
-            except jinja2.UndefinedError:  # templates of models that see take lists of parts, some of them nothing else
-                return self._marks.render(self._template, {**given, "messages": [*map(_in_parts, plain)]})
+            return self._marks.render(self._template, {**given, "messages": plain})
         except Exception as error:
             # Templates are code: whatever a message drives them into is told as a fault of that message.
-            raise DataError(f"the chat template refuses these messages ({_reason(error)})") from None
+            refused = DataError(f"the chat template refuses these messages ({_reason(error)})")
+            if not isinstance(error, jinja2.UndefinedError):
+                raise refused from None
+        try:  # templates of models that see take lists of parts, and some of them nothing else
+            return self._marks.render(self._template, {**given, "messages": [*map(_in_parts, plain)]})
+        except Exception:
+            raise refused from None
 
 
 class _Marks(jinja2.ext.Extension):
