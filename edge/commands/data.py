@@ -92,7 +92,8 @@ def _show(found: dict[str, Any], file: Path, train_on: str, out: Path | None) ->
         console.print(f"[bold]{_escaped(row['place'])}[/]")
         _show_row(console, row)
         console.print()
-    rows = f"{found['rows']:,} {'texts' if found['form'] == 'documents' else 'rows'}"
+    what = "text" if found["form"] == "documents" else "row"
+    rows = f"{found['rows']:,} {what}{'' if found['rows'] == 1 else 's'}"
     console.print(f"[bold]{_escaped(str(file))}[/]  {found['form'] or 'nothing'}, {rows}")
     learnt = {
         "all": "every token", "last": "the last answer", "answers": "answers",
