@@ -223,6 +223,12 @@ class AdapterTraining:
             self._failure = error
         return OptimizerStep(rate, norm, seconds)
 
+    def evaluate_batch(self, batch: MicroBatch) -> FloatArray:
+        """Cross-entropies float32 (labelled,) of a micro-batch, with the adapters as they are. Raises likewise."""
+        self._raise_failure()
+        with self._name_step_in_error():
+            return self.model.evaluate(batch)[0]
+
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Loss and accuracy on a data set, with the adapters as they are. Raises as ``forward_backward`` does."""
         self._raise_failure()
