@@ -41,11 +41,8 @@ from dlora.protocol.targets import choose_groups
 from dlora.protocol.tensors import FloatArray
 
 from .datum import Datum, pack_data
+from .losses import LossFunction
 from .sampling_client import SamplingClient
-
-LossFunction = Callable[[Sequence[Datum], list[FloatArray]], tuple[float, Sequence[FloatArray]]]
-"""A loss of log-probabilities: gets the data and, of each datum, the log-probabilities of its targets that count,
-float32 (labelled,); gives the loss, and its gradient by them, of the same shapes."""
 
 _NO_DATA: Final = "of a loop of one's own"
 

@@ -337,11 +337,15 @@ class AdapterTraining:
             for name, parameter in self.adapters.parameters().items():
                 parameter.grad = earlier[name]
 
+        failures = list[Exception]()
+        safe = [_finishing(gradient, failures) for gradient in gradients]
+
         def attempt() -> list[FloatArray]:
             nonlocal tries
             self.steps_rerun += tries > 0
             tries += 1
             forget()
+            failures.clear()
             if self._recorder is not None:
                 self._recorder.add_parameters(self.adapters.for_recording())
             if gradients:  # each is of its whole micro-batch
@@ -349,7 +353,7 @@ class AdapterTraining:
             else:  # anew for each session: another server may take less at once
                 parts = [part for batch in batches for part in self.model.cut(batch)]
             losses = self.model.forward_backward(
-                parts, step=self.session.step, grad_scale=grad_scale, gradients=gradients
+                parts, step=self.session.step, grad_scale=grad_scale, gradients=safe
             )
             if self._recorder is not None:
                 named = self.adapters.parameters().items()
@@ -357,7 +361,10 @@ class AdapterTraining:
             return losses
 
         try:
-            return self.session.run(attempt)
+            losses = self.session.run(attempt)
+            if failures:
+                raise failures[0]
+            return losses
         except BaseException:
             forget()
             raise
@@ -412,6 +419,19 @@ class AdapterTraining:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.path} lacks a part ({error}); start anew in another --out") from None
         self.session.step = state.next_step - self.config.part_begins
+
+
+def _finishing(gradient: LossGradient, failures: list[Exception]) -> LossGradient:
+    """``gradient``, whose errors wait until the micro-batch is through: the server waits for an answer."""
+
+    def safe(logprobs: FloatArray) -> FloatArray:
+        try:
+            return gradient(logprobs)
+        except Exception as error:  # of a loss that somebody else wrote
+            failures.append(error)
+            return np.zeros_like(logprobs)
+
+    return safe
 
 
 def trainer_state(checkpoint: Checkpoint) -> TrainerState:
