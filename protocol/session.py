@@ -364,6 +364,11 @@ class Session:
 
     # -- micro-batches -----------------------------------------------------------------------------------
 
+    @property
+    def next_micro_batch(self) -> int:
+        """The number of the next micro-batch that trains, in this step."""
+        return self._next_micro_batch
+
     def _advance_micro_batch(self, message: m.ExchangeMessage, sender: Side) -> None:
         key = (message.step, message.micro_batch)
         if isinstance(message, m.Embeddings):

@@ -98,7 +98,7 @@ def test_counted_tokens_include_padding_if_not_packed() -> None:
 def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
     randomize(trainer)
     batches = trainer.batches.step_batches(0)
-    trainer._exchange(batches, sum(len(batch.labels) for batch in batches))
+    trainer.forward_backward(batches, grad_scale=1.0 / sum(len(batch.labels) for batch in batches))
     return {name: parameter.grad for name, parameter in trainer.adapters.parameters().items()}
 
 

@@ -85,6 +85,11 @@ class Example:
     labels: npt.NDArray[np.int64]
     acts_from: int | None = None
 
+    @classmethod
+    def of(cls, ids: IntArray, label_positions: IntArray) -> Example:
+        """From its tokens and the rows whose next token is a label."""
+        return cls(ids, label_positions, ids[label_positions + 1].astype(np.int64))
+
     @property
     def crossing_rows(self) -> range:
         """The rows at which adapters act: the last ones that predict a label among them, and none after those."""

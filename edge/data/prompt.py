@@ -13,11 +13,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dlora.edge.choices import TrainOn
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.errors import BundleError, DataError
 
 from .child import Buffer, Child, Note, ReplacedChild, Work
+from .examples import Example
 from .loading import TOKENIZER_PLACE
+from .read_settings import ReadSettings
 
 if TYPE_CHECKING:
     from .constraint import Matchers
@@ -54,6 +57,12 @@ class PromptTokenizer:
         Blanks at its end are left out, for they are the first token of what follows.
         """
         return self._encode(_Text(text))
+
+    def encode_example(self, fields: Mapping[str, Any], settings: ReadSettings | None = None) -> Example:
+        """A row of data, of any form that files may have, as an example."""
+        chosen = settings or ReadSettings(max_length=2**31 - 1)
+        ids, positions = self.call(_Row(dict(fields), chosen.max_length, chosen.train_on))
+        return Example.of(np.frombuffer(ids, np.int32), np.frombuffer(positions, np.int32))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -166,6 +175,12 @@ class _Text(_Request):
     text: str
 
 
+class _Row(_Request):
+    fields: dict[str, Any]
+    max_length: int
+    train_on: TrainOn
+
+
 class _Decode(_Request):
     ids: tuple[int, ...]
 
@@ -189,7 +204,7 @@ class _Forget(_Request):
     number: int
 
 
-_AnyRequest = _Chat | _Text | _Decode | _Step | _Constrain | _Allowed | _Forget
+_AnyRequest = _Chat | _Text | _Row | _Decode | _Step | _Constrain | _Allowed | _Forget
 
 
 def _tokenizer_worker(bundle: Bundle, note: Note) -> Work:
@@ -216,6 +231,13 @@ def _tokenizer_worker(bundle: Bundle, note: Note) -> Work:
                 opened = tokenizer()
                 note.set_place("the prompt", DataError)
                 return (opened.encode_prompt_text(text).tobytes(),)
+            case _Row(fields, max_length, train_on):
+                opened = tokenizer()
+                note.set_place("the row", DataError)
+                from .reading import encode_row
+
+                sequence = encode_row(fields, opened, ReadSettings(max_length=max_length, train_on=train_on))
+                return sequence.ids.tobytes(), sequence.positions.tobytes()
             case _Decode(ids):
                 note.set_place("the text of the answer", BundleError)
                 return (tokenizer().decode(ids).encode(),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -139,6 +140,18 @@ class SequenceReader:
         if kept and self._is_chat:
             self._on_place("the chat template")
             facts.assistant_header = self._tokenizer.assistant_header()
+
+
+def encode_row(fields: Mapping[str, Any], tokenizer: EdgeTokenizer, settings: ReadSettings) -> TokenSequence:
+    """What is learnt of one row. Raises ``DataError``."""
+    record = Record("the row", dict(fields))
+    sample = sample_of(record, form_of(record), has_chat_template=tokenizer.has_chat_template)
+    (sequence,) = encode_sample(
+        sample, tokenizer, max_length=settings.max_length, truncate=False, train_on=settings.train_on
+    )
+    if not len(sequence.positions):
+        raise DataError("nothing to learn: no token of the row follows another and is a label")
+    return sequence
 
 
 def load_examples(

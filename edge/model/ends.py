@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from dlora.edge.memory import release_freed_memory
 from dlora.protocol.tensors import FloatArray
 
 LongArray = npt.NDArray[np.int64]
+LossGradient = Callable[[FloatArray], FloatArray]
+"""The gradient of a loss by the log-probabilities of labels, float32 (labelled,), of these, (labelled,)."""
 
 
 class Embedding:
@@ -69,6 +71,15 @@ class Head:
                     "grad_scale": scalar(grad_scale),
                 }
             )
+        return losses, grads
+
+    def loss_and_own_grad(
+        self, hidden_states: FloatArray, labels: LongArray, gradient: LossGradient
+    ) -> tuple[FloatArray, FloatArray]:
+        """Cross-entropy float32 (rows,), and the gradient of any loss of the labels' log-probabilities by the hidden
+        states, float32 (rows, hidden_size): that of each row's cross-entropy, times what ``gradient`` makes of it."""
+        losses, grads = self.loss_and_grad(hidden_states, labels, 1.0)
+        grads *= -np.asarray(gradient(-losses), np.float32)[:, None]
         return losses, grads
 
     def loss(self, hidden_states: FloatArray, labels: LongArray) -> tuple[FloatArray, LongArray]:

@@ -22,7 +22,7 @@ from dlora.protocol.micro_batch import Key
 from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
 
-from .ends import Embedding, Head
+from .ends import Embedding, Head, LossGradient
 
 
 @dataclass
@@ -58,7 +58,8 @@ class MicroBatchRun:
         send: sends a message to the server.
         mode: what it is for; codecs: how its tensors cross.
         position: of its first token in the context, in the mode ``decode``.
-        grad_scale: what the loss's gradient is multiplied with, where there is one.
+        grad_scale: what the loss's gradient is multiplied with, where there is one; gradient: of another loss than the
+            sum of cross-entropies.
 
     Attributes:
         longest: tokens of its longest sequence.
@@ -79,6 +80,7 @@ class MicroBatchRun:
         codecs: Codecs,
         grad_scale: float = 0.0,
         position: int | None = None,
+        gradient: LossGradient | None = None,
     ) -> None:
         self.key = key
         self.longest = int(batch.sequence_lengths.max())
@@ -93,6 +95,7 @@ class MicroBatchRun:
         self._mode = mode
         self._codecs = codecs
         self._grad_scale = grad_scale
+        self._gradient = gradient
         self._position = position
         self._saved: dict[int, Saved] = {}
         self._to_come = 0
@@ -153,7 +156,11 @@ class MicroBatchRun:
             self.hidden_states = hidden_states
             return
         started = time.perf_counter()
-        self.losses, grads = self._parts.head.loss_and_grad(hidden_states, self._batch.labels, self._grad_scale)
+        head, labels = self._parts.head, self._batch.labels
+        if self._gradient is None:
+            self.losses, grads = head.loss_and_grad(hidden_states, labels, self._grad_scale)
+        else:
+            self.losses, grads = head.loss_and_own_grad(hidden_states, labels, self._gradient)
         self._parts.add_head("head and loss", started)
         if self._to_come or self._mode == "basis":
             self._send(

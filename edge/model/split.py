@@ -22,7 +22,7 @@ from dlora.protocol.micro_batch import Key
 from dlora.protocol.tensors import FloatArray
 
 from .decode_parts import check_room, decode_parts, part_of
-from .ends import Embedding, Head, LongArray
+from .ends import Embedding, Head, LongArray, LossGradient
 from .micro_batch import DeviceParts, MicroBatchRun
 from .session import ModelSession
 from .trainable import WireCounters
@@ -72,17 +72,25 @@ class SplitModel:
         return self._parts.head_seconds + self._compute.seconds
 
     def forward_backward(
-        self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float
+        self,
+        batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        grad_scale: float,
+        gradients: Sequence[LossGradient] = (),
     ) -> list[FloatArray]:
-        """Train on all micro-batches of one step, which the server must take: the losses of each, (labelled,).
+        """Train on micro-batches of one step, which the server must take: the cross-entropies of each, (labelled,).
 
         The adapters' gradients are added up in the order of the micro-batches, however the server's answers come.
-        ``grad_scale`` is one over the labelled tokens of the whole step: the step's loss is their mean. Raises
-        ``SessionLostError`` where the whole step must be run again: the server knows nothing of it any more.
+        ``grad_scale`` is one over the labelled tokens of the whole step, whose loss is then their mean; ``gradients``:
+        of each micro-batch's own loss, in place of that. Raises ``SessionLostError`` where all of it must be run again:
+        the server knows nothing of it any more.
         """
+        first = self.connection.session.next_micro_batch
+        own: Sequence[LossGradient | None] = gradients or [None] * len(batches)
         runs = deque(
-            self._micro_batch(batch, (step, index), "train", grad_scale=grad_scale)
-            for index, batch in enumerate(batches)
+            self._micro_batch(batch, (step, first + index), "train", grad_scale=grad_scale, gradient=gradient)
+            for index, (batch, gradient) in enumerate(zip(batches, own, strict=True))
         )
         parameters = self.adapters.parameters()
         losses: list[FloatArray] = []
@@ -188,14 +196,22 @@ class SplitModel:
         return self.session.run(attempt)
 
     def _micro_batch(
-        self, batch: MicroBatch, key: Key, mode: m.Mode, *, grad_scale: float = 0.0, position: int | None = None
+        self,
+        batch: MicroBatch,
+        key: Key,
+        mode: m.Mode,
+        *,
+        grad_scale: float = 0.0,
+        position: int | None = None,
+        gradient: LossGradient | None = None,
     ) -> MicroBatchRun:
         opening, send = self.connection.session.opened_with, self.connection.send
         assert opening is not None
         codecs = opening.codecs_of(mode)
         return MicroBatchRun(
-            self._parts, batch, key, send, mode=mode, codecs=codecs, grad_scale=grad_scale, position=position
-        )
+            self._parts, batch, key, send, mode=mode, codecs=codecs, grad_scale=grad_scale, position=position,
+            gradient=gradient,
+        )  # fmt: skip
 
     def _next_key(self) -> Key:
         self._evaluated = (self._evaluated + 1) % 2**31

@@ -8,7 +8,7 @@ from typing import Protocol
 from dlora.edge.data.batches import MicroBatch
 from dlora.protocol.tensors import FloatArray
 
-from .ends import LongArray
+from .ends import LongArray, LossGradient
 
 WireCounters = tuple[int, int, int]
 """Bytes up, bytes down, round trips."""
@@ -32,8 +32,17 @@ class TrainableModel(Protocol):
     def cut(self, batch: MicroBatch) -> list[MicroBatch]:
         """``batch`` in parts that can be run at once."""
 
-    def forward_backward(self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float) -> list[FloatArray]:
-        """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters."""
+    def forward_backward(
+        self,
+        batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        grad_scale: float,
+        gradients: Sequence[LossGradient] = (),
+    ) -> list[FloatArray]:
+        """Train on micro-batches of one step: the cross-entropies of each, (labelled,); gradients go into the
+        parameters, those of ``grad_scale`` times their sum, or of each micro-batch's own loss where ``gradients`` has
+        its gradient."""
 
     def evaluate(self, batch: MicroBatch) -> tuple[FloatArray, LongArray]:
         """Losses and likeliest tokens at the labelled positions, (labelled,) each."""

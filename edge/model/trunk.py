@@ -21,7 +21,7 @@ from dlora.protocol.errors import DataError, UsageError
 from dlora.protocol.tensors import FloatArray
 
 from .blocks import DeviceBlocks
-from .ends import Head, LongArray
+from .ends import Head, LongArray, LossGradient
 from .held_blocks import HeldBlocks
 from .source import HiddenStateSource
 from .trainable import WireCounters
@@ -95,18 +95,27 @@ class TrunkModel:
         """``batch`` in parts that take little memory: what attention needs grows with the square of the tokens."""
         return batch.cut(max_tokens=self._most_tokens, packs=True)
 
-    def forward_backward(self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float) -> list[FloatArray]:
-        """Train on all micro-batches of one step: the losses of each, (labelled,); gradients go into the parameters
-        of active units.
+    def forward_backward(
+        self,
+        batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        grad_scale: float,
+        gradients: Sequence[LossGradient] = (),
+    ) -> list[FloatArray]:
+        """Train on micro-batches of one step: the cross-entropies of each, (labelled,); gradients go into the
+        parameters of active units.
 
-        ``grad_scale`` is one over the labelled tokens of the whole step. Raises what the source raises.
+        ``grad_scale`` is one over the labelled tokens of the whole step; ``gradients``: of each micro-batch's own loss,
+        in place of that. Raises what the source raises.
         """
         parameters, trained = self.adapters.parameters(), self.adapters.trained_parameters()
         scaling = self.adapters.scaling
         lora = {name: parameter.value for name, parameter in parameters.items()}
         begin = 0 if self._held is None else self._held.count(step, trained)
         losses = []
-        for batch in map(MicroBatch.until_last_label, batches):
+        own: Sequence[LossGradient | None] = gradients or [None] * len(batches)
+        for batch, gradient in zip(map(MicroBatch.until_last_label, batches), own, strict=True):
             if self._held is None or not begin:
                 hidden_states = self._source.hidden_states(batch)
                 started = time.perf_counter()
@@ -116,7 +125,10 @@ class TrunkModel:
             last, kept = self._blocks.forward(
                 hidden_states, batch.sequence_lengths, batch.label_positions, lora, scaling, trained, begin
             )
-            found, grad = self._head.loss_and_grad(last, batch.labels, grad_scale)
+            if gradient is None:
+                found, grad = self._head.loss_and_grad(last, batch.labels, grad_scale)
+            else:
+                found, grad = self._head.loss_and_own_grad(last, batch.labels, gradient)
             for name, each in self._blocks.backward(grad, kept, lora, scaling).items():
                 parameters[name].add_grad(each)
             losses.append(found)

@@ -28,10 +28,11 @@ from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.seeds import draw_seed
+from dlora.edge.training.adapter_training import trainer_state
 from dlora.edge.training.checkpoint import Checkpoint
 from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
 from dlora.edge.training.metrics import MetricsLog, iterate_metrics, read_metrics
-from dlora.edge.training.trainer import Trainer, trainer_state
+from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials

@@ -59,8 +59,8 @@ class AdamW:
             total_steps=self._total_steps,
         )
 
-    def step(self, adapters: AdapterSet, step: int) -> float:
-        """Clip, then step every active unit; returns the gradients' norm before clipping.
+    def step(self, adapters: AdapterSet, lr: float) -> float:
+        """Clip, then step every active unit with this learning rate; returns the gradients' norm before clipping.
 
         Raises ``NonFiniteError`` if the gradients are not finite; nothing has changed then.
         """
@@ -77,7 +77,6 @@ class AdamW:
             raise NonFiniteError("NaN or infinity in the gradients")
         limit = self.config.max_grad_norm
         clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
-        lr = self.lr(step)
         for unit in active:
             unit.adam_steps += 1
         for unit, parameter in trained:

@@ -19,9 +19,9 @@ from websockets.sync.server import ServerConnection, serve
 
 from dlora.edge.adapters.parts import PARTS_NAME
 from dlora.edge.adapters.peft import WEIGHTS_NAME
+from dlora.edge.training.adapter_training import TrainerState
 from dlora.edge.training.checkpoint import save_checkpoint
 from dlora.edge.training.config import RunIdentity
-from dlora.edge.training.trainer import TrainerState
 from dlora.protocol import messages as m
 from dlora.protocol.frames import encode
 from dlora.protocol.tensors import WireTensor

@@ -1,0 +1,1 @@
+"""Training and sampling from Python: loops of one's own."""

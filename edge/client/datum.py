@@ -1,0 +1,91 @@
+"""What a loop of one's own trains on: tokens, what should follow them, and how much that counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dlora.edge.data.batches import MicroBatch
+from dlora.edge.data.examples import Example
+from dlora.protocol.errors import DataError
+from dlora.protocol.tensors import FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One sequence.
+
+    Args:
+        tokens: token ids (tokens,), what the model reads.
+        targets: token ids (tokens,), what should follow each; -100, or any other negative number, where that does not
+            matter. None: the next token, and nothing after the last.
+        weights: (tokens,), how much each target counts; 0: not at all. None: 1 each.
+
+    Raises ``DataError`` where their lengths differ, or nothing counts.
+    """
+
+    tokens: Sequence[int] | npt.NDArray[np.integer]
+    targets: Sequence[int] | npt.NDArray[np.integer] | None = None
+    weights: Sequence[float] | npt.NDArray[np.floating] | None = None
+    _rows: IntArray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        tokens = np.asarray(self.tokens, np.int32)
+        targets = np.append(tokens[1:], -1) if self.targets is None else np.asarray(self.targets, np.int64)
+        counts = targets >= 0
+        if self.weights is not None:
+            weights = np.asarray(self.weights, np.float32)
+            if weights.shape != tokens.shape or not np.isfinite(weights).all():
+                raise DataError("a datum's weights must be finite numbers, one for each of its tokens")
+            counts &= weights != 0
+        if tokens.ndim != 1 or targets.shape != tokens.shape:
+            raise DataError("a datum's targets must be as many as its tokens")
+        if len(tokens) and tokens.min() < 0:
+            raise DataError("a datum's tokens must be token ids")
+        rows = np.flatnonzero(counts).astype(np.int32)
+        if not len(rows):
+            raise DataError("nothing of a datum counts: it needs a target whose weight is not 0")
+        object.__setattr__(self, "_rows", rows)
+
+    @classmethod
+    def of(cls, example: Example) -> Datum:
+        """An example of a data set: its labels count 1 each, and nothing else."""
+        targets = np.full(len(example.ids), -1, np.int64)
+        targets[example.label_positions] = example.labels
+        return cls(example.ids, targets)
+
+    @property
+    def rows(self) -> IntArray:
+        """The rows whose target counts, int32 (labelled,), ascending."""
+        return self._rows
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The targets that count, int64 (labelled,)."""
+        if self.targets is None:
+            return np.asarray(self.tokens, np.int64)[self._rows + 1]
+        return np.asarray(self.targets, np.int64)[self._rows]
+
+    @property
+    def label_weights(self) -> FloatArray:
+        """Their weights, float32 (labelled,)."""
+        if self.weights is None:
+            return np.ones(len(self._rows), np.float32)
+        return np.asarray(self.weights, np.float32)[self._rows]
+
+
+def pack_data(data: Sequence[Datum]) -> MicroBatch:
+    """Some data as one micro-batch, end to end."""
+    lengths = np.array([len(datum.tokens) for datum in data], np.int32)
+    starts = np.cumsum(lengths, dtype=np.int32) - lengths
+    return MicroBatch(
+        ids=np.concatenate([np.asarray(datum.tokens, np.int64) for datum in data]),
+        sequence_lengths=lengths,
+        label_positions=np.concatenate(
+            [datum.rows + start for datum, start in zip(data, starts, strict=True)]
+        ).astype(np.int32, copy=False),
+        labels=np.concatenate([datum.labels for datum in data]),
+    )

@@ -1,0 +1,442 @@
+"""Forward and backward, and the optimizer's step, of a set of adapters: what a run and a loop of one's own stand on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from dlora.edge.adapters.compatibility import check_base_model, check_sequence_length, load_weights
+from dlora.edge.adapters.parts import Parts
+from dlora.edge.adapters.peft import LoadedAdapter, SavedModule, load_adapter, save_adapter
+from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.data.batches import MicroBatch
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Engine
+from dlora.edge.model.ends import LossGradient
+from dlora.edge.model.evaluation import Evaluation, evaluate
+from dlora.edge.model.source import HiddenStateSource
+from dlora.edge.model.split import SplitModel
+from dlora.edge.model.trunk import TrunkModel
+from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.spans import COMPUTE, Spans
+from dlora.protocol.adapter_record import TrainingRecord
+from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
+from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.messages import Welcome
+from dlora.protocol.tensors import FloatArray
+
+from .checkpoint import Checkpoint, save_checkpoint
+from .config import RunIdentity, TrainConfig, check_identity, check_units
+from .device_session import DeviceSession
+from .optimizer import AdamW
+from .scores import Scorer
+from .train_session import TrainSession
+
+_SCORES: Final = "unanswered.scores"
+
+
+class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint holds beside the tensors.
+
+    Attributes:
+        next_step: the step that comes next.
+        run: whose step that is.
+        ticket: the controller's state, before the report of the last step where that is ``unanswered``.
+        fade_ages, adam_steps, states: one a unit.
+        unanswered: whether the last step's report must be sent again; its scores are among the tensors.
+    """
+
+    next_step: int
+    run: RunIdentity
+    ticket: bytes
+    unanswered: bool = False
+    states: list[int]
+    fade_ages: list[int]
+    adam_steps: list[int]
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """What an optimizer's step was: its learning rate, the gradients' norm before clipping, and how long it took this
+    device."""
+
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+class AdapterTraining:
+    """Adapters that are trained against one server, in steps that somebody else makes.
+
+    Gradients add up from ``forward_backward`` to ``forward_backward`` until ``optim_step`` takes them.
+
+    Args:
+        connection: to the server; or, in the modes ``trunk`` and ``local``, the source of what goes into the device's
+            blocks.
+        data: fingerprint of the training data, or what stands for it: a checkpoint goes on with the same.
+        init: a PEFT adapter to start from.
+        checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.part_begins`` is there.
+        window: how many micro-batches of a step may be under way at a time, where the server allows as many.
+
+    ``open`` has to be called before anything is asked of it.
+
+    Attributes:
+        groups: the exchange groups that are trained.
+        spans: what happens when, where somebody wants to know.
+        steps_rerun: how often an exchange was run again, because its session was lost before it was through.
+    """
+
+    # Eight parameters: four that a run is made of, the connection, and three that most runs leave out.
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        connection: Connection | HiddenStateSource,
+        config: TrainConfig,
+        data: str,
+        *,
+        init: LoadedAdapter | None = None,
+        checkpoint: Checkpoint | None = None,
+        window: int = 1,
+    ) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.config = config
+        self.connection = connection
+        self.groups = config.groups(manifest)
+        self.adapters = AdapterSet.create(
+            config.adapter,
+            self.groups,
+            scaling=config.scaling,
+            seed=config.seed,
+            unit=config.kill_revive.unit,
+            kill_every=config.kill_revive.kill_every,
+            draws_state=config.basis == "random",
+        )
+        check_units(config.kill_revive, len(self.adapters.units))
+        if init is not None:
+            load_weights(self.adapters, init, config.invocation)
+            for unit in self.adapters.units:
+                targets = (target for group in unit.groups for target in self.groups[group].targets)
+                unit.has_learnt = any(target.name in init.modules for target in targets)
+        self.identity = RunIdentity.of(config, manifest, data)
+        self.steps_rerun = 0
+        # Why the report of the last committed step could not be sent.
+        self._failure: DloraError | None = None
+        self._recorder = connection.recorder if isinstance(connection, Connection) else None
+        self.spans = connection.spans if isinstance(connection, Connection) else Spans()
+        if self._recorder is not None:
+            self._recorder.seed_was_chosen = len(config.seed) == 1
+        self.session: TrainSession | DeviceSession
+        self.model: SplitModel | TrunkModel
+        if isinstance(connection, Connection):
+            self.session = TrainSession(
+                connection, self.adapters, config, base_fingerprint=manifest.base_model.fingerprint, window=window
+            )
+            self.model = SplitModel(
+                bundle, engine, self.session, invocation=config.invocation, send=config.send
+            )
+        else:
+            self.session = DeviceSession(self.adapters, config)
+            self.model = TrunkModel(bundle, engine, self.adapters, config.device_blocks, connection)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.optimizer = AdamW(engine, config.optimizer, config.steps)
+        self._scorer = Scorer(config.kill_revive.score)
+
+    def open(self, longest: int, basis_pass: Callable[[], int] | None = None) -> None:
+        """Begin, or go on.
+
+        Args:
+            longest: tokens of the longest sequence that will come.
+            basis_pass: lets the server see data that it makes its part of the adapters from; gives the number of
+                micro-batches.
+
+        Raises for what the server or this device would refuse at an unlucky step hours later.
+        """
+        if isinstance(self.connection, Connection):
+            self._check_limits(self.connection.welcome, longest)
+        if isinstance(self.model, TrunkModel):
+            self.model.check_fits(longest)
+        if isinstance(self.session, TrainSession):
+            self.session.basis_pass = basis_pass
+        self.session.open()
+
+    @property
+    def next_step(self) -> int:
+        """The step that comes next, counted over the whole run."""
+        return self.config.part_begins + self.session.step
+
+    # -- the verbs -----------------------------------------------------------------------------------------
+
+    def forward_backward(
+        self, batches: Sequence[MicroBatch], *, grad_scale: float, gradients: Sequence[LossGradient] = ()
+    ) -> list[FloatArray]:
+        """Exchange micro-batches and add their gradients to those of this step; a lost session costs all of them,
+        which are run again.
+
+        Args:
+            grad_scale: what the gradient of the sum of all cross-entropies is multiplied with.
+            gradients: of each micro-batch's own loss, in place of that; none is cut then.
+
+        Returns: cross-entropies float32 (labelled,), of each micro-batch, or of each part of one that was cut.
+
+        Raises what ``Connection`` raises, ``NonFiniteError`` where the run diverges, ``DataError`` for an example that
+        the server does not take.
+        """
+        self._raise_failure()
+        with self._name_step_in_error():
+            return self._exchange(batches, grad_scale, gradients)
+
+    def optim_step(self, learning_rate: float | None = None) -> OptimizerStep:
+        """Step AdamW with the gradients so far, forget them, and report the scores: the step is committed then.
+
+        Where only the report fails, that is raised by what is asked for next.
+
+        Args:
+            learning_rate: None: that of the schedule.
+
+        Raises ``NonFiniteError`` where they are not finite; nothing has changed then.
+        """
+        self._raise_failure()
+        rate = self.optimizer.lr(self.session.step) if learning_rate is None else learning_rate
+        started = time.perf_counter()
+        with self._name_step_in_error():
+            scores, norm = self._optimize(rate)
+        seconds = time.perf_counter() - started
+        self.spans.add("optimizer", COMPUTE, started, started + seconds)
+        self.adapters.zero_grad()
+        try:
+            # Committed: from here on this step is done, whatever happens to the connection.
+            self.session.report(scores)
+        except DloraError as error:
+            self._failure = error
+        return OptimizerStep(rate, norm, seconds)
+
+    def evaluate_batch(self, batch: MicroBatch) -> FloatArray:
+        """Cross-entropies float32 (labelled,) of a micro-batch, with the adapters as they are. Raises likewise."""
+        self._raise_failure()
+        with self._name_step_in_error():
+            return self.model.evaluate(batch)[0]
+
+    def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
+        """Loss and accuracy on a data set, with the adapters as they are. Raises as ``forward_backward`` does."""
+        self._raise_failure()
+        if self._recorder is not None:
+            self._recorder.add_parameters(self.adapters.for_recording())
+        with self._name_step_in_error():
+            return evaluate(self.model, dataset, self.config.batch_size, progress)
+
+    def wait_for_signal(self) -> None:
+        """Wait for the signal to the last report, so that what is saved now is what the next step starts from."""
+        self._raise_failure()
+        with self._name_step_in_error():
+            self.session.wait_for_signal()
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes up and bytes down so far, over all sessions."""
+        return self.model.counters[:2]
+
+    def save_checkpoint(self, directory: Path) -> None:
+        """Write a checkpoint of everything the next step depends on; no server is needed. Raises ``StorageError``."""
+        units, session = self.adapters.units, self.session
+        assert session.ticket is not None
+        state = TrainerState(
+            next_step=self.next_step,
+            run=self.identity,
+            ticket=session.ticket,
+            states=[int(unit.state) for unit in units],
+            fade_ages=[unit.fade_age for unit in units],
+            adam_steps=[unit.adam_steps for unit in units],
+            unanswered=session.unanswered is not None,
+        )
+        tensors = self.adapters.state()
+        if session.unanswered is not None:
+            tensors[_SCORES] = session.unanswered
+        save_checkpoint(directory, self.next_step, tensors, state)
+
+    def save_adapter(self, directory: Path, training: TrainingRecord | None = None) -> None:
+        """Write the units that have an effect as a PEFT adapter; a fading unit's scale is folded into its B.
+
+        ``training``: what is to be said of what it learnt. Raises ``StorageError``, and as ``forward_backward`` does
+        where the last signal has not come.
+        """
+        self.wait_for_signal()
+        modules = []
+        for index, group in enumerate(self.adapters.groups):
+            scale = np.float32(self.adapters.scale(index))
+            if scale > 0:
+                modules += [
+                    SavedModule(name, lora_A, lora_B * scale if scale < 1 else lora_B)
+                    for name, lora_A, lora_B, _ in group.factors()
+                ]
+        parts = self.adapters.parts()
+        config = self.config
+        self._save_modules(
+            directory, modules, Parts(config.kind, config.rank, config.scaling, parts) if parts else None, training
+        )
+
+    def copy_adapter(self, source: Path, directory: Path) -> None:
+        """Write an adapter of this run again, elsewhere."""
+        loaded = load_adapter(source)
+        training = loaded.record.training if loaded.record is not None else None
+        self._save_modules(directory, list(loaded.modules.values()), loaded.parts, training)
+
+    # -- inside ------------------------------------------------------------------------------------------
+
+    def _save_modules(
+        self, directory: Path, modules: list[SavedModule], parts: Parts | None, training: TrainingRecord | None
+    ) -> None:
+        save_adapter(
+            directory,
+            modules,
+            r=self.config.rank,
+            lora_alpha=self.config.lora_alpha,
+            base_model_name=self.bundle.manifest.base_model.name,
+            target_modules=self.config.target_modules or self.bundle.manifest.defaults.target_modules,
+            fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
+            parts=parts,
+            invocation=self.config.invocation,
+            base_fingerprint=self.bundle.manifest.base_model.fingerprint,
+            training=training,
+        )
+
+    @contextmanager
+    def _name_step_in_error(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"training diverged at step {self.next_step}: {error}; start anew in another --out with a lower --lr "
+                f"than {self.config.optimizer.lr:g}: this run would diverge again"
+            ) from None
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _exchange(
+        self, batches: Sequence[MicroBatch], grad_scale: float, gradients: Sequence[LossGradient]
+    ) -> list[FloatArray]:
+        tries = 0
+        # What earlier micro-batches of this step have left stays, whatever becomes of these.
+        earlier = {name: parameter.grad for name, parameter in self.adapters.parameters().items()}
+
+        def forget() -> None:
+            for name, parameter in self.adapters.parameters().items():
+                parameter.grad = earlier[name]
+
+        failures = list[Exception]()
+        safe = [_finishing(gradient, failures) for gradient in gradients]
+
+        def attempt() -> list[FloatArray]:
+            nonlocal tries
+            self.steps_rerun += tries > 0
+            tries += 1
+            forget()
+            failures.clear()
+            if self._recorder is not None:
+                self._recorder.add_parameters(self.adapters.for_recording())
+            if gradients:  # each is of its whole micro-batch
+                parts = list(batches)
+            else:  # anew for each session: another server may take less at once
+                parts = [part for batch in batches for part in self.model.cut(batch)]
+            losses = self.model.forward_backward(
+                parts, step=self.session.step, grad_scale=grad_scale, gradients=safe
+            )
+            if self._recorder is not None:
+                named = self.adapters.parameters().items()
+                self._recorder.add_gradients({name: parameter.grad for name, parameter in named})
+            return losses
+
+        try:
+            losses = self.session.run(attempt)
+            if failures:
+                raise failures[0]
+            return losses
+        except BaseException:
+            forget()
+            raise
+
+    def _optimize(self, learning_rate: float) -> tuple[FloatArray, float]:
+        """Step AdamW; returns one score a unit, 0 for units that are not trained, and the gradients' norm."""
+        active = [(index, unit) for index, unit in enumerate(self.adapters.units) if unit.state is UnitState.ACTIVE]
+        groups = self.adapters.groups
+        before = {group: self._scorer.before(groups[group]) for _, unit in active for group in unit.groups}
+        norm = self.optimizer.step(self.adapters, learning_rate)
+        scores = self._first_scores()
+        if not scores.any():
+            for index, unit in active:
+                scores[index] = self._scorer.unit_score(
+                    part for group in unit.groups for part in self._scorer.parts(groups[group], before[group])
+                )
+        # A weight may be finite whose square is not.
+        return np.clip(scores, None, np.finfo(np.float32).max).astype(np.float32), norm
+
+    def _first_scores(self) -> npt.NDArray[np.float64]:
+        """Zeros; in the first step, what the basis pass says of each unit, where that is what units are scored by."""
+        scores = np.zeros(len(self.adapters.units), np.float64)
+        has_norms = all(group.first_gradient_norm for group in self.adapters.groups)
+        if self.next_step == 0 and has_norms and self._scorer.score == "grad":
+            for index, unit in enumerate(self.adapters.units):
+                norms = [group.first_gradient_norm for group in self.adapters.of_unit(unit)]
+                scores[index] = self.adapters.scaling * math.hypot(*norms)
+        return scores
+
+    def _check_limits(self, welcome: Welcome, longest: int) -> None:
+        """Raise for what the server would refuse at an unlucky step hours later."""
+        check_base_model(self.bundle, welcome)
+        check_sequence_length(longest, welcome)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = trainer_state(checkpoint)
+        check_identity(self.identity, state.run)
+        begins_here = self.config.part_begins == state.run.config.total_steps
+        # The identity covers all settings, so that what follows fails only for a file that was made by hand.
+        try:
+            self.adapters.load_state(checkpoint.tensors)
+            for unit, unit_state, age, steps in zip(
+                self.adapters.units, state.states, state.fade_ages, state.adam_steps, strict=True
+            ):
+                unit.adam_steps = steps
+                unit.has_learnt |= begins_here and unit_state != UnitState.KILLED
+                if not begins_here:
+                    unit.state, unit.fade_age = UnitState(unit_state), age
+            if not begins_here:
+                self.session.unanswered = checkpoint.tensors[_SCORES] if state.unanswered else None
+                self.session.ticket = state.ticket
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint.path} lacks a part ({error}); start anew in another --out") from None
+        self.session.step = state.next_step - self.config.part_begins
+
+
+def _finishing(gradient: LossGradient, failures: list[Exception]) -> LossGradient:
+    """``gradient``, whose errors wait until the micro-batch is through: the server waits for an answer."""
+
+    def safe(logprobs: FloatArray) -> FloatArray:
+        try:
+            return gradient(logprobs)
+        except Exception as error:  # of a loss that somebody else wrote
+            failures.append(error)
+            return np.zeros_like(logprobs)
+
+    return safe
+
+
+def trainer_state(checkpoint: Checkpoint) -> TrainerState:
+    """What a checkpoint holds beside the tensors. Raises ``CheckpointError`` for one of another version."""
+    try:
+        return msgspec.convert(checkpoint.state, TrainerState)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{checkpoint.path} is of another version ({error}); start anew") from None

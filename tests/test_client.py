@@ -1,0 +1,209 @@
+"""A loop of one's own: the verbs give the command's bits, torch's gradients, and go on where they stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import VOCABULARY
+from processes import run_edge
+from serving import serving
+from test_cli import Place
+from tiny import Tiny, TinyFactory
+
+from dlora.edge.client.datum import Datum
+from dlora.edge.client.losses import dpo_loss
+from dlora.edge.client.training_client import TrainingClient
+from dlora.edge.data.batches import Batches
+from dlora.edge.data.reading import load_examples
+from dlora.edge.data.tokenizer import EdgeTokenizer
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.protocol.errors import DataError, UsageError
+from dlora.protocol.tensors import FloatArray
+
+LR = 1e-2
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyFactory) -> Tiny:
+    return tiny("llama", head_dtype="fp32", max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def place(model: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    data = tmp_path_factory.mktemp("client") / "data.jsonl"
+    rows = [{"prompt": f"w{n} w2", "completion": f" w{n + 1} w{n + 3}"} for n in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(model.base) as server:
+        yield Place(model.bundle, data, server.url)
+
+
+def client(place: Place, **options: Any) -> Any:
+    settings = {"seed": 0, "threads": 1, "wire_dtype": "fp32", "optimizer": OptimizerConfig(lr=LR), **options}
+    return TrainingClient.create(place.bundle, place.url, **settings)
+
+
+def some_data(count: int = 4, length: int = 7) -> list[Datum]:
+    random = np.random.default_rng(0)
+    return [Datum(random.integers(3, VOCABULARY, length + index)) for index in range(count)]
+
+
+def test_a_loop_gives_the_commands_bits(place: Place, tmp_path: Path) -> None:
+    """Plain cross-entropy, in the command's order of data."""
+    words = place.train(
+        tmp_path / "by-command", steps=4, batch_size=2, grad_accum=2, lr=LR, schedule="constant", warmup=0,
+        wire_dtype="fp32",
+    )  # fmt: skip
+    done = run_edge(*words, "--json")
+    assert done.code == 0, done.stderr
+    dataset = load_examples(place.data, EdgeTokenizer.open(Bundle.open(place.bundle)), max_length=512)
+    batches = Batches(dataset, 2, 2, (0,))
+    losses = []
+    with client(place) as own:
+        for step in range(4):
+            data = [Datum.of(dataset[int(index)]) for index in batches.step_indices(step)]
+            losses.append(own.forward_backward(data, batch_size=2).loss)
+            own.optim_step()
+        own.save_adapter(tmp_path / "by-loop")
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("by-command", "by-loop")]
+    assert weights[0] == weights[1]
+    rows = [json.loads(line) for line in (tmp_path / "by-command" / "metrics.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx([row["loss"] for row in rows], rel=1e-6)
+
+
+def gradients_of(own: TrainingClient) -> dict[str, FloatArray]:
+    return {
+        name: np.array(parameter.grad)
+        for name, parameter in own._training.adapters.parameters().items()
+        if parameter.grad is not None
+    }
+
+
+def test_weights_are_those_of_a_custom_loss(place: Place) -> None:
+    data = [
+        Datum(datum.tokens, weights=np.linspace(0.5, 2, len(datum.tokens))) for datum in some_data()
+    ]
+
+    def loss(data: Sequence[Datum], logprobs: list[FloatArray]) -> tuple[float, list[FloatArray]]:
+        total = sum(float(datum.label_weights.sum()) for datum in data)
+        pairs = [*zip(data, logprobs, strict=True)]
+        value = -sum(float((datum.label_weights * each).sum()) for datum, each in pairs) / total
+        return value, [-datum.label_weights / np.float32(total) for datum in data]
+
+    found = []
+    for batch_size in (4, 1):
+        with client(place) as own:
+            _randomize(own)
+            weighted = own.forward_backward(data, batch_size=batch_size)
+            found.append(gradients_of(own))
+        with client(place) as own:
+            _randomize(own)
+            custom = own.forward_backward_custom(data, loss, batch_size=batch_size)
+            found.append(gradients_of(own))
+        assert custom.loss == pytest.approx(weighted.loss, rel=1e-6)
+        for one, other in zip(custom.logprobs, weighted.logprobs, strict=True):
+            assert np.abs(one - other).max() < 1e-5
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            assert np.abs(gradient - other[name]).max() < 1e-6
+
+
+def _randomize(own: TrainingClient) -> None:
+    random = np.random.default_rng(7)
+    for parameter in own._training.adapters.parameters().values():
+        parameter.value = random.normal(0, 0.05, parameter.value.shape).astype(np.float32)
+
+
+def test_state_goes_on_with_the_same_bits(place: Place, tmp_path: Path) -> None:
+    data = some_data()
+    with client(place) as own:
+        for _ in range(2):
+            own.forward_backward(data)
+            own.optim_step()
+        own.save_state(tmp_path / "state")
+        own.forward_backward(data)
+        own.optim_step()
+        own.save_adapter(tmp_path / "whole")
+    with client(place, state=tmp_path / "state", seed=None) as own:
+        assert own.next_step == 2
+        own.forward_backward(data)
+        own.optim_step()
+        own.save_adapter(tmp_path / "resumed")
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert weights[0] == weights[1]
+
+
+def test_samples_are_of_the_adapters_as_they_are(place: Place) -> None:
+    with client(place) as own:
+        datum = own.datum("w5 w6", " w7")
+        with own.sampling_client() as sampling:
+            before = sampling.sample("w5 w6", max_new_tokens=4, as_it_is=True, logprobs=True)
+        untrained = own.forward([datum]).loss
+        for _ in range(40):
+            own.forward_backward([datum])
+            own.optim_step(0.1)
+        with own.sampling_client() as sampling:
+            after = asyncio.run(sampling.sample_async("w5 w6", max_new_tokens=4, as_it_is=True))
+        assert len(before.tokens) == len(before.logprobs or ())
+        assert after.text.strip() == "w7"
+        assert own.forward([datum]).loss < untrained - 1
+
+
+def test_mistakes_are_errors() -> None:
+    for arguments, words in (
+        (([1, 2, 3], [1, 2]), "as many as its tokens"),
+        (([1, 2], None, [1.0]), "one for each"),
+        (([1, 2], [-100, -100]), "nothing of a datum counts"),
+        (([1, -2],), "token ids"),
+    ):
+        with pytest.raises(DataError, match=words):
+            Datum(*arguments)
+
+
+def test_a_gradient_of_another_shape_is_an_error(place: Place) -> None:
+    with client(place) as own:
+        with pytest.raises(UsageError, match="a number for each log-probability"):
+            own.forward_backward_custom(some_data(), lambda data, logprobs: (0.0, logprobs[:-1]))
+        own.forward_backward(some_data())
+        assert np.isfinite(own.optim_step().grad_norm)
+
+
+def test_the_gradient_of_preferences_is_torchs(place: Place, model: Tiny) -> None:
+    """DPO through the split, and with autograd through the whole model with PEFT's LoRA."""
+    import torch
+    from peft_reference import parameter, with_adapters
+    from transformers import AutoModelForCausalLM
+
+    data = [Datum(datum.tokens) for datum in some_data()]
+    with client(place, rank=4) as own:
+        reference = own.forward(data).logprobs
+        _randomize(own)
+        found = own.forward_backward_custom(data, dpo_loss(reference, 0.5))
+        gradients = gradients_of(own)
+        wrapped = with_adapters(
+            AutoModelForCausalLM.from_pretrained(model.model), own._training.adapters, own.config.rank,
+            own.config.lora_alpha,
+        )  # fmt: skip
+    sums = []
+    for datum in data:
+        ids = torch.tensor([list(datum.tokens)])
+        likely = wrapped(ids).logits[0, :-1].log_softmax(-1)
+        sums.append(likely.gather(1, ids[0, 1:, None]).sum())
+    before = [float(each.sum(dtype=np.float64)) for each in reference]
+    margins = [
+        0.5 * ((sums[at] - before[at]) - (sums[at + 1] - before[at + 1])) for at in range(0, len(data), 2)
+    ]
+    loss = torch.stack([-torch.nn.functional.logsigmoid(margin) for margin in margins]).mean()
+    loss.backward()
+    assert found.loss == pytest.approx(loss.item(), abs=1e-5)
+    assert gradients
+    for name, gradient in gradients.items():
+        theirs = parameter(wrapped, name).grad
+        assert theirs is not None
+        assert np.abs(gradient - theirs.numpy()).max() <= 1e-5
