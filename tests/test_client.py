@@ -24,7 +24,7 @@ from dlora.edge.data.reading import load_examples
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.training.optimizer import OptimizerConfig
-from dlora.protocol.errors import DataError, UsageError
+from dlora.protocol.errors import CheckpointError, DataError, UsageError
 from dlora.protocol.tensors import FloatArray
 
 LR = 1e-2
@@ -139,9 +139,39 @@ def test_state_goes_on_with_the_same_bits(place: Place, tmp_path: Path) -> None:
     assert weights[0] == weights[1]
 
 
-def test_samples_are_of_the_adapters_as_they_are(place: Place) -> None:
+def test_a_state_is_loaded_by_the_client_that_goes_on(place: Place, tmp_path: Path) -> None:
+    data, weights = some_data(), []
+    with client(place) as own:
+        own.forward_backward(data)
+        own.optim_step()
+        own.save_state(tmp_path / "state")
+        for name in ("first", "again"):
+            own.forward_backward(data, batch_size=1)
+            own.optim_step(OptimizerConfig(lr=2 * LR, weight_decay=0.1))
+            own.save_adapter(tmp_path / name)
+            weights.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+            own.load_state(tmp_path / "state")
+        assert own.next_step == 1
+    assert weights[0] == weights[1]
+    with pytest.raises(CheckpointError, match="no saved state"), client(place, state=tmp_path / "nowhere"):
+        pass
+    with pytest.raises(CheckpointError), client(place, state=tmp_path / "state", rank=2):
+        pass
+
+
+def test_progress_is_told(place: Place) -> None:
+    told: list[tuple[int, int]] = []
+    with client(place, on_progress=lambda *counts: told.append(counts)) as own:
+        own.forward_backward(some_data(5), batch_size=2)
+        own.forward(some_data(5), batch_size=3)
+        own.forward_backward_custom(some_data(2), dpo_loss([np.zeros(6), np.zeros(7)]))
+    assert told == [(2, 5), (4, 5), (5, 5), (3, 5), (5, 5), (2, 2)]
+
+
+def test_samples_are_of_the_adapters_as_they_are(place: Place, tmp_path: Path) -> None:
     with client(place) as own:
         datum = own.datum("w5 w6", " w7")
+        own.save_state(tmp_path)
         with own.sampling_client() as sampling:
             before = sampling.sample("w5 w6", max_new_tokens=4, as_it_is=True, logprobs=True)
         untrained = own.forward([datum]).loss
@@ -152,6 +182,13 @@ def test_samples_are_of_the_adapters_as_they_are(place: Place) -> None:
             after = asyncio.run(sampling.sample_async("w5 w6", max_new_tokens=4, as_it_is=True))
         assert len(before.tokens) == len(before.logprobs or ())
         assert after.text.strip() == "w7"
+        assert own.sample("w5 w6", max_new_tokens=4, as_it_is=True) == after
+        own.load_state(tmp_path)
+        in_a_thread = asyncio.run(own.sample_async("w5 w6", max_new_tokens=4, as_it_is=True))
+        assert in_a_thread.tokens == before.tokens
+        assert asyncio.run(own.forward_async([datum])).loss == pytest.approx(untrained)
+        asyncio.run(own.forward_backward_async([datum]))
+        asyncio.run(own.optim_step_async())
         assert own.forward([datum]).loss < untrained - 1
 
 
@@ -187,8 +224,8 @@ def test_the_gradient_of_preferences_is_torchs(place: Place, model: Tiny) -> Non
         found = own.forward_backward_custom(data, dpo_loss(reference, 0.5))
         gradients = gradients_of(own)
         wrapped = with_adapters(
-            AutoModelForCausalLM.from_pretrained(model.model), own._training.adapters, own.config.rank,
-            own.config.lora_alpha,
+            AutoModelForCausalLM.from_pretrained(model.model), own._training.adapters, 4,
+            own._training.config.lora_alpha,
         )  # fmt: skip
     sums = []
     for datum in data:

@@ -9,7 +9,7 @@ import asyncio
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -17,15 +17,18 @@ from typing import Any, Final, Self
 import msgspec
 import numpy as np
 
-from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.adapters.peft import LoadedAdapter, load_adapter
 from dlora.edge.choices import EngineChoice
+from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.prompt import PromptTokenizer, prompt_tokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
+from dlora.edge.engine.engine import Engine
+from dlora.edge.model.ends import LossGradient
 from dlora.edge.model.local_source import LocalSource
 from dlora.edge.seeds import draw_seed
 from dlora.edge.training.adapter_training import AdapterTraining, OptimizerStep, trainer_state
-from dlora.edge.training.checkpoint import load_latest
+from dlora.edge.training.checkpoint import Checkpoint, load_latest
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.defaults import DEFAULTS, default_alpha, default_rank, default_target_modules
 from dlora.edge.training.optimizer import OptimizerConfig
@@ -42,7 +45,10 @@ from dlora.protocol.tensors import FloatArray
 
 from .datum import Datum, pack_data
 from .losses import LossFunction
-from .sampling_client import SamplingClient
+from .sampling_client import Sample, SamplingClient
+
+Progress = Callable[[int, int], None]
+"""Called with how many sequences are through, and of how many."""
 
 _NO_DATA: Final = "of a loop of one's own"
 
@@ -67,18 +73,21 @@ class TrainingClient:
     ``_async``.
 
     Attributes:
-        bundle: of the base model; config: of the adapters.
+        bundle: of the base model.
+        tokenizer: its own, in a process of its own.
     """
 
     def __init__(
-        self, bundle: Bundle, training: AdapterTraining, tokenizer: PromptTokenizer, sampling: Callable[..., Any]
+        self, opening: _Opening, tokenizer: PromptTokenizer, checkpoint: Checkpoint | None, on_progress: Progress
     ) -> None:
-        self.bundle = bundle
-        self.config = training.config
+        self.bundle = opening.bundle
         self.tokenizer = tokenizer
-        self._training = training
-        self._open_sampling = sampling
-        self._lock = threading.Lock()
+        self._opening = opening
+        self._on_progress = on_progress
+        self._opened, self._sampling = ExitStack(), ExitStack()
+        self._sampler: SamplingClient | None = None
+        self._lock = threading.RLock()
+        self._training = opening.open_training(self._opened, checkpoint)
 
     @classmethod
     @contextmanager
@@ -103,6 +112,7 @@ class TrainingClient:
         engine: EngineChoice = "auto",
         credentials: Credentials | None = None,
         max_retry_s: float | None = None,
+        on_progress: Progress = lambda done, total: None,
     ) -> Iterator[Self]:
         """A client that trains new adapters, or those of ``init_adapter``, or goes on from ``state``.
 
@@ -111,10 +121,11 @@ class TrainingClient:
             kind, rank, alpha, target_modules, blocks: as ``dlora-edge train`` has them; a bottleneck's A and B are
                 those of the base model's weights, for there are no data yet.
             total_steps: for schedules that end; None: there is no end, and the learning rate is constant.
-            optimizer: AdamW's settings; the learning rate may be given anew at each step.
+            optimizer: AdamW's settings, until ``optim_step`` is given others.
             state: a directory of ``save_state``.
             max_sequence_length: tokens of the longest sequence that will come; None: what the base model takes.
             max_retry_s: how long a server that is gone is waited for; None: for ever.
+            on_progress: called after each micro-batch with how many sequences of the call are through, and of how many.
 
         Raises what opening a bundle, a server and an adapter raise.
         """
@@ -125,7 +136,6 @@ class TrainingClient:
         groups = choose_groups(manifest, names, tuple(blocks))
         r = rank or default_rank(kind, manifest, groups)
         settings = optimizer or OptimizerConfig(lr=defaults.lr, weight_decay=defaults.weight_decay)
-        steps = total_steps or MAX_STEPS
         if total_steps is None and settings.schedule != "constant":
             raise UsageError("a schedule that ends needs total_steps")
         if server is None and kind != "lora":
@@ -133,7 +143,7 @@ class TrainingClient:
         config = TrainConfig(
             mode="split" if server is not None else "local",
             device_blocks=0 if server is not None else manifest.base_model.blocks,
-            total_steps=steps,
+            total_steps=total_steps or MAX_STEPS,
             batch_size=1,
             grad_accum=1,
             seed=draw_seed() if seed is None else (seed,),
@@ -147,35 +157,30 @@ class TrainingClient:
             optimizer=settings,
             kill_revive=KillReviveConfig(active_fraction=1.0, warmup_steps=0),
         )
-        checkpoint = None
-        if state is not None:
-            checkpoint = load_latest(Path(state))
-            if checkpoint is None:
-                raise CheckpointError(f"{state} has no saved state; give a directory of save_state")
-            if seed is None:  # what was drawn then is in it
-                config = msgspec.structs.replace(config, seed=trainer_state(checkpoint).run.config.seed)
+        checkpoint = None if state is None else _load_state(Path(state))
         init = None if init_adapter is None else load_adapter(Path(init_adapter))
-        connecting = ConnectSettings(
-            credentials or Credentials(), load_device_id(warn=lambda _: None), Retry(max_s=max_retry_s)
-        )
-        with ExitStack() as stack:
-            tokenizer = stack.enter_context(prompt_tokenizer(opened))  # before there is an engine
-            loaded = make_engine(opened, engine, threads)
-            source: Connection | LocalSource
-            if server is not None:
-                source = stack.enter_context(Connection(server, connecting))
-            else:
-                source = stack.enter_context(closing(LocalSource(opened, loaded)))
-            training = AdapterTraining(opened, loaded, source, config, _NO_DATA, init=init, checkpoint=checkpoint)
-            training.open(max_sequence_length or manifest.base_model.max_sequence_length)
+        with prompt_tokenizer(opened) as tokenizer:  # before there is an engine
+            opening = _Opening(
+                bundle=opened,
+                engine=make_engine(opened, engine, threads),
+                server=server,
+                config=config,
+                init=init,
+                connecting=ConnectSettings(
+                    credentials or Credentials(), load_device_id(warn=lambda _: None), Retry(max_s=max_retry_s)
+                ),
+                longest=max_sequence_length or manifest.base_model.max_sequence_length,
+                threads=threads,
+                engine_choice=engine,
+            )
+            client = cls(opening, tokenizer, checkpoint, on_progress)
+            with closing(client):
+                yield client
 
-            def sampling(adapter: Path) -> Any:
-                return SamplingClient.create(
-                    opened.path, server, adapter=adapter, wire_dtype=config.wire_dtype, threads=threads, engine=engine,
-                    credentials=credentials, max_retry_s=max_retry_s, tokenizer=tokenizer,
-                )  # fmt: skip
-
-            yield cls(opened, training, tokenizer, sampling)
+    def close(self) -> None:
+        """End its connections; the context does so."""
+        self._sampling.close()
+        self._opened.close()
 
     # -- data ----------------------------------------------------------------------------------------------
 
@@ -225,18 +230,37 @@ class TrainingClient:
         with self._lock:
             return self._forward_backward_custom(data, loss, batch_size or len(data))
 
-    def optim_step(self, learning_rate: float | None = None) -> OptimizerStep:
-        """Step AdamW with the gradients so far, and forget them. ``learning_rate``: None: that of the schedule.
+    def optim_step(self, params: float | OptimizerConfig | None = None) -> OptimizerStep:
+        """Step AdamW with the gradients so far, and forget them.
+
+        Args:
+            params: the learning rate, or AdamW's settings from now on; None: as before, with the schedule's rate.
 
         Raises ``NonFiniteError`` where they are not finite; nothing has changed then.
         """
         with self._lock:
-            return self._training.optim_step(learning_rate)
+            self._forget_sampler()
+            if isinstance(params, OptimizerConfig):
+                self._training.optimizer.config = params
+                params = params.lr
+            return self._training.optim_step(params)
 
     def save_state(self, directory: Path | str) -> None:
         """Save adapters, moments and the number of the step, for ``create(state=...)``. Raises ``StorageError``."""
         with self._lock:
             self._training.save_checkpoint(Path(directory))
+
+    def load_state(self, directory: Path | str) -> None:
+        """Go on from where ``save_state`` was called, in another session; gradients are forgotten.
+
+        Raises ``CheckpointError`` for a state of other adapters.
+        """
+        checkpoint = _load_state(Path(directory))
+        with self._lock:
+            self._forget_sampler()
+            self._opened.close()
+            self._opened = ExitStack()
+            self._training = self._opening.open_training(self._opened, checkpoint)
 
     def save_adapter(self, directory: Path | str) -> None:
         """Save the adapters as PEFT has them. Raises ``StorageError``."""
@@ -245,11 +269,18 @@ class TrainingClient:
 
     @contextmanager
     def sampling_client(self) -> Iterator[SamplingClient]:
-        """A client that samples with the adapters as they are now."""
+        """A client that samples with the adapters as they are now, whatever they learn later."""
         with tempfile.TemporaryDirectory(prefix="dlora-") as directory:
             self.save_adapter(directory)
-            with self._open_sampling(Path(directory)) as client:
+            with self._opening.open_sampling(Path(directory), self.tokenizer) as client:
                 yield client
+
+    def sample(self, prompt: str | Sequence[Any], **options: Any) -> Sample:
+        """``SamplingClient.sample`` with the adapters as they are now; the client is kept until the next step."""
+        with self._lock:
+            if self._sampler is None:
+                self._sampler = self._sampling.enter_context(self.sampling_client())
+            return self._sampler.sample(prompt, **options)
 
     @property
     def next_step(self) -> int:
@@ -268,14 +299,22 @@ class TrainingClient:
         """``forward_backward_custom`` in a thread."""
         return await asyncio.to_thread(self.forward_backward_custom, *arguments, **options)
 
-    async def optim_step_async(self, learning_rate: float | None = None) -> OptimizerStep:
+    async def optim_step_async(self, params: float | OptimizerConfig | None = None) -> OptimizerStep:
         """``optim_step`` in a thread."""
-        return await asyncio.to_thread(self.optim_step, learning_rate)
+        return await asyncio.to_thread(self.optim_step, params)
+
+    async def sample_async(self, prompt: str | Sequence[Any], **options: Any) -> Sample:
+        """``sample`` in a thread."""
+        return await asyncio.to_thread(self.sample, prompt, **options)
 
     # -- inside --------------------------------------------------------------------------------------------
 
+    def _forget_sampler(self) -> None:
+        self._sampling.close()
+        self._sampling, self._sampler = ExitStack(), None
+
     def _forward(self, data: Sequence[Datum], batch_size: int) -> ForwardBackward:
-        losses = [self._training.evaluate_batch(pack_data(batch)) for batch in _batches(data, batch_size)]
+        losses = [self._training.evaluate_batch(batch) for batch in self._packed(data, batch_size)]
         return _result(data, np.concatenate(losses), sum(float(datum.label_weights.sum()) for datum in data))
 
     def _forward_backward(
@@ -283,52 +322,107 @@ class TrainingClient:
     ) -> ForwardBackward:
         weights = np.concatenate([datum.label_weights for datum in data])
         total = total_weight or float(weights.sum(dtype=np.float64))
-        packed = [pack_data(batch) for batch in _batches(data, batch_size)]
         if (weights == 1).all():  # the command's own way, bit for bit
-            losses = self._training.forward_backward(packed, grad_scale=1.0 / total)
+            losses = []
+            for batch in self._packed(data, batch_size):
+                losses += self._training.forward_backward([batch], grad_scale=1.0 / total)
         else:
-            cut = [part for batch in packed for part in self._training.model.cut(batch)]
-            gradients, start = [], 0
-            for part in cut:
-                of_part = weights[start : start + len(part.labels)] / np.float32(total)
-                gradients.append(_constant((-of_part).astype(np.float32)))
-                start += len(part.labels)
-            losses = self._training.forward_backward(cut, grad_scale=0.0, gradients=gradients)
+            losses = self._weighed(data, batch_size, (-weights / total).astype(np.float32))
         return _result(data, np.concatenate(losses), total)
 
     def _forward_backward_custom(
         self, data: Sequence[Datum], loss: LossFunction, batch_size: int
     ) -> ForwardBackward:
-        model, value = self._training.model, 0.0
-        packed = [pack_data(batch) for batch in _batches(data, batch_size)]
-        cut = [part for batch in packed for part in model.cut(batch)]
+        value = 0.0
 
         def gradient_of(logprobs: FloatArray) -> FloatArray:
             nonlocal value
             value, gradients = loss(data, _split(data, logprobs))
             return _joined(data, gradients)
 
-        if len(cut) == 1:
-            (losses,) = self._training.forward_backward(cut, grad_scale=0.0, gradients=[gradient_of])
+        if data and len(data) <= batch_size and len(self._training.model.cut(batch := pack_data(data))) == 1:
+            (losses,) = self._training.forward_backward([batch], grad_scale=0.0, gradients=[gradient_of])
+            self._on_progress(len(data), len(data))
             return ForwardBackward(value, _split(data, -losses))
-        before = -np.concatenate([self._training.evaluate_batch(part) for part in cut])
-        gradient, gradients, start = gradient_of(before), [], 0
-        for part in cut:
-            gradients.append(_constant(gradient[start : start + len(part.labels)]))
-            start += len(part.labels)
-        self._training.forward_backward(cut, grad_scale=0.0, gradients=gradients)
-        return ForwardBackward(value, _split(data, before))
+        before = self._forward(data, batch_size)
+        self._weighed(data, batch_size, gradient_of(np.concatenate(before.logprobs)))
+        return ForwardBackward(value, before.logprobs)
+
+    def _weighed(self, data: Sequence[Datum], batch_size: int, gradient: FloatArray) -> list[FloatArray]:
+        """Forward and backward, of a loss whose gradient by the log-probabilities, (labelled,), is known."""
+        losses, start = list[FloatArray](), 0
+        for batch in self._packed(data, batch_size):
+            for part in self._training.model.cut(batch):
+                of_part = gradient[start : start + len(part.labels)].astype(np.float32)
+                losses += self._training.forward_backward([part], grad_scale=0.0, gradients=[_known(of_part)])
+                start += len(part.labels)
+        return losses
+
+    def _packed(self, data: Sequence[Datum], size: int) -> Iterator[MicroBatch]:
+        """Micro-batches; once one is through, and the next is asked for, ``on_progress`` is told."""
+        if not data:
+            raise UsageError("no data: give at least one datum")
+        for start in range(0, len(data), size):
+            yield pack_data(data[start : start + size])
+            self._on_progress(min(start + size, len(data)), len(data))
 
 
-def _batches(data: Sequence[Datum], size: int) -> Iterator[Sequence[Datum]]:
-    if not data:
-        raise UsageError("no data: give at least one datum")
-    for start in range(0, len(data), size):
-        yield data[start : start + size]
+@dataclass(frozen=True)
+class _Opening:
+    """How connections are opened: more than once, where a state is loaded or the adapters are sampled from."""
+
+    bundle: Bundle
+    engine: Engine
+    server: str | None
+    config: TrainConfig
+    init: LoadedAdapter | None
+    connecting: ConnectSettings
+    longest: int
+    threads: int
+    engine_choice: EngineChoice
+
+    def open_training(self, stack: ExitStack, checkpoint: Checkpoint | None) -> AdapterTraining:
+        """Adapters, new or from a checkpoint, and what they are trained against, which ``stack`` closes."""
+        config = self.config
+        if checkpoint is not None:  # whatever was drawn then
+            config = msgspec.structs.replace(config, seed=trainer_state(checkpoint).run.config.seed)
+        source: Connection | LocalSource
+        if self.server is not None:
+            source = stack.enter_context(Connection(self.server, self.connecting))
+        else:
+            source = stack.enter_context(closing(LocalSource(self.bundle, self.engine)))
+        training = AdapterTraining(
+            self.bundle, self.engine, source, config, _NO_DATA, init=self.init, checkpoint=checkpoint
+        )
+        training.open(self.longest)
+        return training
+
+    def open_sampling(
+        self, adapter: Path, tokenizer: PromptTokenizer
+    ) -> AbstractContextManager[SamplingClient]:
+        """A client that samples with a saved adapter."""
+        return SamplingClient.create(
+            self.bundle.path,
+            self.server,
+            adapter=adapter,
+            wire_dtype=self.config.wire_dtype,
+            threads=self.threads,
+            engine=self.engine_choice,
+            credentials=self.connecting.credentials,
+            max_retry_s=self.connecting.retry.max_s,
+            tokenizer=tokenizer,
+        )
 
 
-def _constant(values: FloatArray) -> Callable[[FloatArray], FloatArray]:
-    return lambda _: values
+def _load_state(directory: Path) -> Checkpoint:
+    checkpoint = load_latest(directory)
+    if checkpoint is None:
+        raise CheckpointError(f"{directory} has no saved state; give a directory of save_state")
+    return checkpoint
+
+
+def _known(gradient: FloatArray) -> LossGradient:
+    return lambda _: gradient
 
 
 def _split(data: Sequence[Datum], values: FloatArray) -> list[FloatArray]:
