@@ -183,13 +183,13 @@ def test_samples_are_of_the_adapters_as_they_are(place: Place, tmp_path: Path) -
         assert len(before.tokens) == len(before.logprobs or ())
         assert after.text.strip() == "w7"
         assert own.sample("w5 w6", max_new_tokens=4, as_it_is=True) == after
+        assert own.forward([datum]).loss < untrained - 1
         own.load_state(tmp_path)
         in_a_thread = asyncio.run(own.sample_async("w5 w6", max_new_tokens=4, as_it_is=True))
         assert in_a_thread.tokens == before.tokens
         assert asyncio.run(own.forward_async([datum])).loss == pytest.approx(untrained)
         asyncio.run(own.forward_backward_async([datum]))
         asyncio.run(own.optim_step_async())
-        assert own.forward([datum]).loss < untrained - 1
 
 
 def test_mistakes_are_errors() -> None:
