@@ -6,6 +6,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from dlora.protocol.errors import StorageError, UsageError
@@ -87,6 +88,14 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
             remove_quietly(temporary)
             raise
         sync(path.parent)
+
+
+def write_whole(file: FileIO, content: bytes) -> None:
+    """Append all of it to a file without a buffer. A filling disk takes what fits, and only complains at the next
+    write."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def remove_quietly(path: Path) -> None:

@@ -244,3 +244,20 @@ def test_the_gradient_of_preferences_is_torchs(place: Place, model: Tiny) -> Non
         theirs = parameter(wrapped, name).grad
         assert theirs is not None
         assert np.abs(gradient - theirs.numpy()).max() <= 1e-5
+
+
+def test_a_call_that_fails_halfway_leaves_no_gradient(place: Place) -> None:
+    (good,), too_long = some_data(1), Datum(np.full(600, 5))
+    with client(place) as own:
+        own.forward_backward([good])
+        wanted = gradients_of(own)
+        for fails in (own.forward_backward, lambda data, **options: own.forward_backward_custom(data, _sum, **options)):
+            with pytest.raises(DataError):
+                fails([good, too_long], batch_size=1)
+            found = gradients_of(own)
+            assert found.keys() == wanted.keys()
+            assert all((found[name] == wanted[name]).all() for name in wanted)
+
+
+def _sum(data: Sequence[Datum], logprobs: list[FloatArray]) -> tuple[float, list[FloatArray]]:
+    return -sum(float(each.sum()) for each in logprobs), [np.full(len(each), -1, np.float32) for each in logprobs]

@@ -28,6 +28,13 @@ from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.identity import load_device_id
 
 
+def connect_settings(credentials: Credentials | None, max_retry_s: float | None) -> ConnectSettings:
+    """How a client reaches its server."""
+    return ConnectSettings(
+        credentials or Credentials(), load_device_id(warn=lambda _: None), Retry(max_s=max_retry_s)
+    )
+
+
 @dataclass(frozen=True)
 class Sample:
     """One answer: its text, its token ids without the one that ended it, and, where they were asked for, their
@@ -82,13 +89,10 @@ class SamplingClient:
                     open_local_generator(opened, path, context_length=context_length, threads=threads, engine=engine)
                 )
             else:
-                connecting = ConnectSettings(
-                    credentials or Credentials(), load_device_id(warn=lambda _: None), Retry(max_s=max_retry_s)
-                )
                 model = stack.enter_context(
                     open_model(
                         opened, server, path, wire_dtype=wire_dtype, context_length=context_length, threads=threads,
-                        engine=engine, connecting=connecting,
+                        engine=engine, connecting=connect_settings(credentials, max_retry_s),
                     )
                 )
             yield cls(model, words)

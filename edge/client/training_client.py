@@ -32,10 +32,9 @@ from dlora.edge.training.checkpoint import Checkpoint, load_latest
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.defaults import DEFAULTS, default_alpha, default_rank, default_target_modules
 from dlora.edge.training.optimizer import OptimizerConfig
-from dlora.edge.wire.connecting import ConnectSettings, Retry
+from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
-from dlora.edge.wire.identity import load_device_id
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
@@ -45,7 +44,7 @@ from dlora.protocol.tensors import FloatArray
 
 from .datum import Datum, pack_data
 from .losses import LossFunction
-from .sampling_client import Sample, SamplingClient
+from .sampling_client import Sample, SamplingClient, connect_settings
 
 Progress = Callable[[int, int], None]
 """Called with how many sequences are through, and of how many."""
@@ -166,9 +165,7 @@ class TrainingClient:
                 server=server,
                 config=config,
                 init=init,
-                connecting=ConnectSettings(
-                    credentials or Credentials(), load_device_id(warn=lambda _: None), Retry(max_s=max_retry_s)
-                ),
+                connecting=connect_settings(credentials, max_retry_s),
                 longest=max_sequence_length or manifest.base_model.max_sequence_length,
                 threads=threads,
                 engine_choice=engine,
@@ -214,7 +211,7 @@ class TrainingClient:
         Raises what ``Connection`` raises, ``NonFiniteError`` where the run diverges, and ``DataError`` for a sequence
         that the server does not take.
         """
-        with self._lock:
+        with self._lock, self._training.all_or_nothing():
             return self._forward_backward(data, batch_size or len(data), total_weight)
 
     def forward_backward_custom(
@@ -227,7 +224,7 @@ class TrainingClient:
 
         Raises as ``forward_backward`` does, and ``UsageError`` for a gradient of other shapes.
         """
-        with self._lock:
+        with self._lock, self._training.all_or_nothing():
             return self._forward_backward_custom(data, loss, batch_size or len(data))
 
     def optim_step(self, params: float | OptimizerConfig | None = None) -> OptimizerStep:

@@ -127,7 +127,7 @@ def evaluate_models(
     dataset = read_held_out(options, bundle, display)
     if limit is not None and limit < len(dataset):
         dataset = dataset.subset(range(limit))
-    if any(invocation_of(model) for _, model in models):  # all on the same examples
+    if len(models) > 1 and any(invocation_of(model) for _, model in models):  # all on the same examples
         dataset = dataset.one_answer_each()
     questions = [] if asking is None else asking.read(options, bundle, display, limit)
     from dlora.edge.data.prompt import prompt_tokenizer
@@ -186,8 +186,10 @@ def _score(
     answers: list[str] = []
     longest = max([int(dataset.lengths.max()), *(len(each.ids) // 4 for one in questions for each in one.candidates)])
     with options.open(bundle, credentials, longest, recorder) as model:
-        if model.invocation and (line := uninvoked_line(dataset, model.invocation)):
-            display.warn(line)
+        if model.invocation:
+            dataset = dataset.one_answer_each()
+            if line := uninvoked_line(dataset, model.invocation):
+                display.warn(line)
         if recorder is not None:
             recorder.add_examples((example.ids, example.label_positions) for example in dataset)
         with display.evaluating(label, len(dataset)) as advance:

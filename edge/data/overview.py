@@ -96,15 +96,16 @@ class _Table:
 
     def __init__(self) -> None:
         self._lengths, self._digests, self._lines = array("i"), array("Q"), array("Q")
-        self._files: list[tuple[int, str]] = []
+        self._files, self._begins = list[str](), list[int]()  # of each file, the number of its first example
 
     def __len__(self) -> int:
         return len(self._lengths)
 
     def add(self, place: str, sequence: TokenSequence) -> None:
         file, _, line = place.rpartition(":")
-        if not self._files or self._files[-1][1] != file:
-            self._files.append((len(self), file))
+        if not self._files or self._files[-1] != file:
+            self._files.append(file)
+            self._begins.append(len(self))
         self._lines.append(int(line))
         self._lengths.append(sequence.tokens)
         self._digests.append(sequence.digest)
@@ -118,8 +119,7 @@ class _Table:
         return np.frombuffer(self._digests, np.uint64)
 
     def place(self, index: int) -> str:
-        begins = [first for first, _ in self._files]
-        return f"{self._files[bisect_right(begins, index) - 1][1]}:{self._lines[index]}"
+        return f"{self._files[bisect_right(self._begins, index) - 1]}:{self._lines[index]}"
 
     def places(self, indices: npt.NDArray[np.int64]) -> Places:
         found = Places()

@@ -12,7 +12,7 @@ import numpy as np
 
 from dlora.protocol.errors import DataError
 
-from .encoding import encode_sample
+from .encoding import TokenSequence, encode_sample
 from .forms import Completion, Conversation, Form, Sample, form_of, sample_of
 from .question import Candidate, Question
 from .read_settings import ReadSettings
@@ -51,11 +51,12 @@ def read_questions(
         if most is not None and not split and len(found) >= most:
             break
         try:
-            question, digest = _question(record, tokenizer, settings, choices, with_candidates=with_candidates)
+            sample = sample_of(record, form_of(record), has_chat_template=tokenizer.has_chat_template)
+            found.append(_question(record, sample, tokenizer, settings, choices, with_candidates=with_candidates))
+            if split:
+                digests.append(_encoded(sample, tokenizer, settings).digest)
         except DataError as error:
             raise DataError(f"{record.place}: {error}") from None
-        found.append(question)
-        digests.append(digest)
     if not found:
         raise DataError(f"{path}: no examples in it")
     if split:
@@ -65,14 +66,17 @@ def read_questions(
 
 
 def _question(
-    record: Record, tokenizer: EdgeTokenizer, settings: ReadSettings, given: Sequence[str], *, with_candidates: bool
-) -> tuple[Question, int]:
-    form = form_of(record)
-    sample = sample_of(record, form, has_chat_template=tokenizer.has_chat_template)
-    asked, ids, reference = _asked(sample, tokenizer, form)
+    record: Record,
+    sample: Sample,
+    tokenizer: EdgeTokenizer,
+    settings: ReadSettings,
+    given: Sequence[str],
+    *,
+    with_candidates: bool,
+) -> Question:
+    asked, ids, reference = _asked(sample, tokenizer, form_of(record))
     key, choices = record.fields.get("answer"), _choices(record.fields) or list(given)
     key = key if isinstance(key, str) and key.strip() else reference.strip()
-    (whole,) = encode_sample(sample, tokenizer, max_length=settings.max_length, truncate=False, train_on="last")
     candidates = []
     if with_candidates:
         if not choices:
@@ -81,7 +85,7 @@ def _question(
                 "'Answer format: a/b' at the end of the question"
             )
         candidates = [*_candidates(sample, tokenizer, settings, reference, key, choices)]
-    return Question(record.place, asked, ids.tobytes(), reference, key, choices, candidates), whole.digest
+    return Question(record.place, asked, ids.tobytes(), reference, key, choices, candidates)
 
 
 def _asked(sample: Sample, tokenizer: EdgeTokenizer, form: Form) -> tuple[str, Any, str]:
@@ -109,6 +113,12 @@ def _choices(fields: dict[str, Any]) -> list[str]:
     return found[1].split("/") if found else []
 
 
+def _encoded(sample: Sample, tokenizer: EdgeTokenizer, settings: ReadSettings) -> TokenSequence:
+    """A question with its answer, of which the answer is learnt."""
+    (encoded,) = encode_sample(sample, tokenizer, max_length=settings.max_length, truncate=False, train_on="last")
+    return encoded
+
+
 def _candidates(
     sample: Sample,
     tokenizer: EdgeTokenizer,
@@ -128,7 +138,7 @@ def _candidates(
             assert isinstance(sample, Completion)
             blanks = sample.completion[: len(sample.completion) - len(sample.completion.lstrip())]
             other = replace(sample, completion=blanks + answer)
-        (encoded,) = encode_sample(other, tokenizer, max_length=settings.max_length, truncate=False, train_on="last")
+        encoded = _encoded(other, tokenizer, settings)
         if not len(encoded.positions):
             raise DataError(f"{encoded.tokens} tokens, the limit is {settings.max_length}; raise --max-length")
         yield Candidate(choice, encoded.ids.tobytes(), encoded.positions.tobytes())

@@ -20,7 +20,7 @@ from typing import Final, Self
 
 import numpy as np
 
-from dlora.edge.files import storage_errors
+from dlora.edge.files import storage_errors, write_whole
 
 _VERSION: Final = b"brain.Event:2"
 _POLYNOMIAL: Final = 0x82F63B78  # Castagnoli's, reversed
@@ -72,9 +72,7 @@ class EventFile:
         length = struct.pack("<Q", len(event))
         record = b"".join((length, _checksum(length), event, _checksum(event)))
         with storage_errors(self._path):
-            rest = memoryview(record)
-            while rest:  # a filling disk takes what fits
-                rest = rest[self._file.write(rest) :]
+            write_whole(self._file, record)
 
 
 def _checksum(content: bytes) -> bytes:

@@ -198,6 +198,22 @@ class AdapterTraining:
         with self._name_step_in_error():
             return self._exchange(batches, grad_scale, gradients)
 
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[Callable[[], None]]:
+        """Within, gradients are added; an error takes away all that were, and leaves earlier ones of the step. Gives
+        what takes them away, for another try."""
+        earlier = {name: parameter.grad for name, parameter in self.adapters.parameters().items()}
+
+        def forget() -> None:
+            for name, parameter in self.adapters.parameters().items():
+                parameter.grad = earlier[name]
+
+        try:
+            yield forget
+        except BaseException:
+            forget()
+            raise
+
     def optim_step(self, learning_rate: float | None = None) -> OptimizerStep:
         """Step AdamW with the gradients so far, forget them, and report the scores: the step is committed then.
 
@@ -330,13 +346,6 @@ class AdapterTraining:
         self, batches: Sequence[MicroBatch], grad_scale: float, gradients: Sequence[LossGradient]
     ) -> list[FloatArray]:
         tries = 0
-        # What earlier micro-batches of this step have left stays, whatever becomes of these.
-        earlier = {name: parameter.grad for name, parameter in self.adapters.parameters().items()}
-
-        def forget() -> None:
-            for name, parameter in self.adapters.parameters().items():
-                parameter.grad = earlier[name]
-
         failures = list[Exception]()
         safe = [_finishing(gradient, failures) for gradient in gradients]
 
@@ -360,14 +369,11 @@ class AdapterTraining:
                 self._recorder.add_gradients({name: parameter.grad for name, parameter in named})
             return losses
 
-        try:
+        with self.all_or_nothing() as forget:
             losses = self.session.run(attempt)
             if failures:
                 raise failures[0]
             return losses
-        except BaseException:
-            forget()
-            raise
 
     def _optimize(self, learning_rate: float) -> tuple[FloatArray, float]:
         """Step AdamW; returns one score a unit, 0 for units that are not trained, and the gradients' norm."""

@@ -12,7 +12,7 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 
-from dlora.edge.files import make_directory, storage_errors, write_atomically
+from dlora.edge.files import make_directory, storage_errors, write_atomically, write_whole
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.tensors import ByteArray
 
@@ -91,10 +91,7 @@ class MetricsLog:
         with storage_errors(self._path):
             start = self._file.seek(0, os.SEEK_END)
             try:
-                # A filling disk takes what fits and only complains at the next write.
-                rest = memoryview(line)
-                while rest:
-                    rest = rest[self._file.write(rest) :]
+                write_whole(self._file, line)
             except OSError:
                 self._file.truncate(start)
                 raise
