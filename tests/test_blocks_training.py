@@ -77,7 +77,7 @@ def train_on_the_device(
         assert set(grads) == set(values)
         for name, parameter in adapters.parameters().items():
             parameter.grad = grads[name]
-        optimizer.step(adapters, optimizer.lr(step))
+        optimizer.step(adapters, lr=optimizer.lr(step))
     return losses, {name: parameter.value for name, parameter in adapters.parameters().items()}
 
 

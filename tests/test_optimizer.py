@@ -48,7 +48,7 @@ def test_a_revived_unit_goes_on_with_its_own_step_count(bundle: Bundle) -> None:
         for step in range(10 + len(absent)):
             some.units[0].state = UnitState.KILLED if step in absent else UnitState.ACTIVE
             set_grads(some, done)
-            optimizer.step(some, optimizer.lr(0))
+            optimizer.step(some, lr=optimizer.lr(0))
             done += step not in absent
         assert some.units[0].adam_steps == 10
         assert some.units[1].adam_steps == 10 + len(absent)

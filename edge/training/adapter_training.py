@@ -380,7 +380,7 @@ class AdapterTraining:
         active = [(index, unit) for index, unit in enumerate(self.adapters.units) if unit.state is UnitState.ACTIVE]
         groups = self.adapters.groups
         before = {group: self._scorer.before(groups[group]) for _, unit in active for group in unit.groups}
-        norm = self.optimizer.step(self.adapters, learning_rate)
+        norm = self.optimizer.step(self.adapters, lr=learning_rate)
         scores = self._first_scores()
         if not scores.any():
             for index, unit in active:

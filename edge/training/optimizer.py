@@ -59,7 +59,7 @@ class AdamW:
             total_steps=self._total_steps,
         )
 
-    def step(self, adapters: AdapterSet, lr: float) -> float:
+    def step(self, adapters: AdapterSet, *, lr: float) -> float:
         """Clip, then step every active unit with this learning rate; returns the gradients' norm before clipping.
 
         Raises ``NonFiniteError`` if the gradients are not finite; nothing has changed then.

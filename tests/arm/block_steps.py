@@ -56,7 +56,7 @@ def main() -> None:
         losses.append(float(np.square(last - target, dtype=np.float64).sum() / 2))
         for name, grad in blocks.backward(last - target, kept, values, SCALING).items():
             adapters.parameters()[name].grad = grad
-        optimizer.step(adapters, step)
+        optimizer.step(adapters, lr=optimizer.lr(step))
     values = {name: parameter.value for name, parameter in adapters.parameters().items()}
     decoding = DecodeBlocks(bundle, engine, 2, DeviceLora(values, RANK))
     values["token by token"] = np.concatenate([decoding.append(x[part]) for part in PIECES])
