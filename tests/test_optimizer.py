@@ -65,7 +65,7 @@ def test_gradients_that_are_not_finite_change_nothing(bundle: Bundle) -> None:
     assert last.grad is not None
     last.grad[0, 0] = np.nan
     with pytest.raises(NonFiniteError, match="NaN or infinity in the gradients"):
-        AdamW(OnnxEngine(bundle, 1), OptimizerConfig(), 100).step(some, 7)
+        AdamW(OnnxEngine(bundle, 1), OptimizerConfig(), 100).step(some, lr=1e-2)
     assert values(some) == before
     assert [unit.adam_steps for unit in some.units] == [0, 0]
 
