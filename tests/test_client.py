@@ -159,6 +159,40 @@ def test_a_state_is_loaded_by_the_client_that_goes_on(place: Place, tmp_path: Pa
         pass
 
 
+def test_a_state_that_is_refused_changes_nothing(place: Place, tmp_path: Path) -> None:
+    data, weights = some_data(), []
+    with client(place, rank=2) as other:
+        other.save_state(tmp_path / "other")
+    for tries in (False, True):
+        with client(place) as own:
+            own.forward_backward(data)
+            if tries:
+                with pytest.raises(CheckpointError):
+                    own.load_state(tmp_path / "other")
+            own.optim_step()
+            own.forward_backward(data)
+            own.optim_step()
+            own.save_adapter(tmp_path / str(tries))
+        weights.append((tmp_path / str(tries) / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_no_data_and_weights_that_add_up_to_nothing_are_errors(place: Place) -> None:
+    """Advantages, which may be negative, are divided by what the caller says."""
+    advantages = [Datum([5, 6, 7], weights=[1, 1, 0]), Datum([5, 6, 8], weights=[-1, -1, 0])]
+    with client(place) as own:
+        for call in (own.forward, own.forward_backward, lambda data: own.forward_backward_custom(data, _sum)):
+            with pytest.raises(UsageError, match="no data"):
+                call([])
+        for data, options in ((advantages, {}), (advantages[1:], {}), (advantages, {"total_weight": 0.0})):
+            with pytest.raises(UsageError, match="give total_weight"):
+                own.forward_backward(data, **options)
+        assert np.isnan(own.forward(advantages).loss)
+        own.forward_backward_custom(advantages, _sum, batch_size=1)
+        assert not np.isnan(own.forward_backward(advantages, total_weight=2.0).loss)
+        assert np.isfinite(own.optim_step().grad_norm)
+
+
 def test_progress_is_told(place: Place) -> None:
     told: list[tuple[int, int]] = []
     with client(place, on_progress=lambda *counts: told.append(counts)) as own:

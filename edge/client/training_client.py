@@ -6,6 +6,7 @@ The verbs are Tinker's (Thinking Machines, 2025); the adapters, the data and the
 from __future__ import annotations
 
 import asyncio
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +87,7 @@ class TrainingClient:
         self._opened, self._sampling = ExitStack(), ExitStack()
         self._sampler: SamplingClient | None = None
         self._lock = threading.RLock()
-        self._training = opening.open_training(self._opened, checkpoint)
+        self._training = self._opened.enter_context(opening.open_training(checkpoint))
 
     @classmethod
     @contextmanager
@@ -195,7 +196,10 @@ class TrainingClient:
     # -- the verbs -----------------------------------------------------------------------------------------
 
     def forward(self, data: Sequence[Datum], *, batch_size: int | None = None) -> ForwardBackward:
-        """Log-probabilities with the adapters as they are; no gradient. Raises what ``Connection`` raises."""
+        """Log-probabilities with the adapters as they are; no gradient. The loss is NaN where the weights add up to 0.
+
+        Raises what ``Connection`` raises, and ``UsageError`` where there are no data.
+        """
         with self._lock:
             return self._forward(data, batch_size or len(data))
 
@@ -208,8 +212,8 @@ class TrainingClient:
             batch_size: sequences that are exchanged at once; None: all of them.
             total_weight: of the whole step, where it has more than this call; None: the sum of these weights.
 
-        Raises what ``Connection`` raises, ``NonFiniteError`` where the run diverges, and ``DataError`` for a sequence
-        that the server does not take.
+        Raises what ``Connection`` raises, ``NonFiniteError`` where the run diverges, ``DataError`` for a sequence
+        that the server does not take, and ``UsageError`` where there are no data, or ``total_weight`` is not positive.
         """
         with self._lock, self._training.all_or_nothing():
             return self._forward_backward(data, batch_size or len(data), total_weight)
@@ -250,14 +254,14 @@ class TrainingClient:
     def load_state(self, directory: Path | str) -> None:
         """Go on from where ``save_state`` was called, in another session; gradients are forgotten.
 
-        Raises ``CheckpointError`` for a state of other adapters.
+        Raises ``CheckpointError`` for a state of other adapters; nothing has changed then.
         """
         checkpoint = _load_state(Path(directory))
-        with self._lock:
+        with self._lock, ExitStack() as opened:
+            training = opened.enter_context(self._opening.open_training(checkpoint))
             self._forget_sampler()
             self._opened.close()
-            self._opened = ExitStack()
-            self._training = self._opening.open_training(self._opened, checkpoint)
+            self._opened, self._training = opened.pop_all(), training
 
     def save_adapter(self, directory: Path | str) -> None:
         """Save the adapters as PEFT has them. Raises ``StorageError``."""
@@ -311,14 +315,17 @@ class TrainingClient:
         self._sampling, self._sampler = ExitStack(), None
 
     def _forward(self, data: Sequence[Datum], batch_size: int) -> ForwardBackward:
+        total = float(_weights(data).sum(dtype=np.float64))
         losses = [self._training.evaluate_batch(batch) for batch in self._packed(data, batch_size)]
-        return _result(data, np.concatenate(losses), sum(float(datum.label_weights.sum()) for datum in data))
+        return _result(data, np.concatenate(losses), total)
 
     def _forward_backward(
         self, data: Sequence[Datum], batch_size: int, total_weight: float | None
     ) -> ForwardBackward:
-        weights = np.concatenate([datum.label_weights for datum in data])
-        total = total_weight or float(weights.sum(dtype=np.float64))
+        weights = _weights(data)
+        total = float(weights.sum(dtype=np.float64)) if total_weight is None else total_weight
+        if not total > 0:
+            raise UsageError(f"weights that add up to {total:g}: give total_weight, what they are to be divided by")
         if (weights == 1).all():  # the command's own way, bit for bit
             losses = []
             for batch in self._packed(data, batch_size):
@@ -357,8 +364,6 @@ class TrainingClient:
 
     def _packed(self, data: Sequence[Datum], size: int) -> Iterator[MicroBatch]:
         """Micro-batches; once one is through, and the next is asked for, ``on_progress`` is told."""
-        if not data:
-            raise UsageError("no data: give at least one datum")
         for start in range(0, len(data), size):
             yield pack_data(data[start : start + size])
             self._on_progress(min(start + size, len(data)), len(data))
@@ -378,21 +383,23 @@ class _Opening:
     threads: int
     engine_choice: EngineChoice
 
-    def open_training(self, stack: ExitStack, checkpoint: Checkpoint | None) -> AdapterTraining:
-        """Adapters, new or from a checkpoint, and what they are trained against, which ``stack`` closes."""
+    @contextmanager
+    def open_training(self, checkpoint: Checkpoint | None) -> Iterator[AdapterTraining]:
+        """Adapters, new or from a checkpoint, and what they are trained against, which is closed in the end."""
         config = self.config
         if checkpoint is not None:  # whatever was drawn then
             config = msgspec.structs.replace(config, seed=trainer_state(checkpoint).run.config.seed)
-        source: Connection | LocalSource
-        if self.server is not None:
-            source = stack.enter_context(Connection(self.server, self.connecting))
-        else:
-            source = stack.enter_context(closing(LocalSource(self.bundle, self.engine)))
-        training = AdapterTraining(
-            self.bundle, self.engine, source, config, _NO_DATA, init=self.init, checkpoint=checkpoint
+        opening: AbstractContextManager[Connection | LocalSource] = (
+            closing(LocalSource(self.bundle, self.engine))
+            if self.server is None
+            else Connection(self.server, self.connecting)
         )
-        training.open(self.longest)
-        return training
+        with opening as source:
+            training = AdapterTraining(
+                self.bundle, self.engine, source, config, _NO_DATA, init=self.init, checkpoint=checkpoint
+            )
+            training.open(self.longest)
+            yield training
 
     def open_sampling(
         self, adapter: Path, tokenizer: PromptTokenizer
@@ -435,7 +442,13 @@ def _joined(data: Sequence[Datum], gradients: Sequence[FloatArray]) -> FloatArra
     return np.concatenate([np.asarray(gradient, np.float32) for gradient in gradients])
 
 
+def _weights(data: Sequence[Datum]) -> FloatArray:
+    """Of all targets that count, (labelled,)."""
+    if not data:
+        raise UsageError("no data: give at least one datum")
+    return np.concatenate([datum.label_weights for datum in data])
+
+
 def _result(data: Sequence[Datum], losses: FloatArray, total: float) -> ForwardBackward:
-    weights = np.concatenate([datum.label_weights for datum in data])
-    value = float((losses.astype(np.float64) * weights).sum() / total)
-    return ForwardBackward(value, _split(data, -losses))
+    value = float((losses.astype(np.float64) * _weights(data)).sum())
+    return ForwardBackward(value / total if total else math.nan, _split(data, -losses))

@@ -45,10 +45,6 @@ def test_a_killed_server_changes_no_bit_of_bottlenecks(bottleneck: Matrix) -> No
     }  # fmt: skip
 
 
-# What these do to a connection, others do too; the server's part of an adapter is no other for them.
-AS_OTHERS = {Fault.HALF_OPEN, Fault.DELAY, Fault.TRUNCATE, Fault.CLOCK_JUMP}
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["bottleneck", "ffa"])
@@ -56,8 +52,7 @@ def test_faults_change_no_bit_of_the_kinds_that_the_server_keeps_a_part_of(
     tmp_path_factory: pytest.TempPathFactory, kind: KindChoice
 ) -> None:
     with matrix(tmp_path_factory.mktemp(f"faults-{kind}"), kind=kind) as found:
-        faults = [fault for fault in FAULTS if fault not in AS_OTHERS]
-        cells = [cell for fault in faults for cell in found.run(found.cases(fault))]
+        cells = [cell for fault in FAULTS for cell in found.run(found.cases(fault))]
     assert not {str(cell.case): cell.outcome.wrong for cell in cells if cell.outcome.wrong}
 
 
