@@ -155,8 +155,9 @@ def executorch_bundle(bundles: BlockBundles, family: str, **settings: Any) -> Bu
     ("family", "dtype"),
     [
         pytest.param(family, dtype, marks=[*NEEDED, pytest.mark.slow])  # each exports eight programs
-        for family, dtype in (("llama", "fp32"), ("llama", "int4"), ("gpt2", "fp16"), ("gemma2", "fp32"),
-                              ("mpt", "int8"), ("bloom", "fp32"), ("apertus", "fp32"))
+        for family, dtype in (("llama", "fp32"), ("llama", "fp16"), ("llama", "int8"), ("llama", "int4"),
+                              ("gpt2", "fp16"), ("gemma2", "fp32"), ("mpt", "int8"), ("bloom", "fp32"),
+                              ("apertus", "fp32"))
     ],
 )  # fmt: skip
 def test_twenty_steps_on_executorch_match_torch(family: str, dtype: str, bundles: BlockBundles) -> None:

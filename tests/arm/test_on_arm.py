@@ -140,11 +140,11 @@ def test_errors_are_one_line_and_an_exit_code(place: Place, arguments: list[str]
 
 
 def test_suites_for_arm_need_no_torch() -> None:
-    """On this machine: a suite that was renamed, or imports torch since, is told at once."""
+    """They pass on this machine without it: a suite that was renamed, or takes torch since, is told at once."""
     blocked = "import sys, pytest; sys.modules['torch'] = None; sys.exit(pytest.main(sys.argv[1:]))"
     suites = [f"tests/test_{suite}.py" for suite in SUITES]
-    command = [sys.executable, "-c", blocked, "--collect-only", "-q", "-p", "no:cacheprovider", *suites]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", blocked, "-q", "-p", "no:cacheprovider", *suites]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 
