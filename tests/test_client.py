@@ -177,6 +177,19 @@ def test_a_state_that_is_refused_changes_nothing(place: Place, tmp_path: Path) -
     assert weights[0] == weights[1]
 
 
+def test_a_state_is_loaded_where_the_server_has_room_for_one(model: Tiny, place: Place, tmp_path: Path) -> None:
+    with serving(model.base, max_sessions=1) as server:
+        only = Place(model.bundle, place.data, server.url)
+        with client(only, max_retry_s=20) as own:
+            own.save_state(tmp_path)
+            own.forward_backward(some_data())
+            own.optim_step()
+            own.load_state(tmp_path)
+            own.forward_backward(some_data())
+            own.optim_step()
+            assert own.next_step == 1
+
+
 def test_no_data_and_weights_that_add_up_to_nothing_are_errors(place: Place) -> None:
     """Advantages, which may be negative, are divided by what the caller says."""
     advantages = [Datum([5, 6, 7], weights=[1, 1, 0]), Datum([5, 6, 8], weights=[-1, -1, 0])]

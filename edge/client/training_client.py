@@ -87,7 +87,7 @@ class TrainingClient:
         self._opened, self._sampling = ExitStack(), ExitStack()
         self._sampler: SamplingClient | None = None
         self._lock = threading.RLock()
-        self._training = self._opened.enter_context(opening.open_training(checkpoint))
+        self._training = self._open_training(checkpoint)
 
     @classmethod
     @contextmanager
@@ -257,11 +257,8 @@ class TrainingClient:
         Raises ``CheckpointError`` for a state of other adapters; nothing has changed then.
         """
         checkpoint = _load_state(Path(directory))
-        with self._lock, ExitStack() as opened:
-            training = opened.enter_context(self._opening.open_training(checkpoint))
-            self._forget_sampler()
-            self._opened.close()
-            self._opened, self._training = opened.pop_all(), training
+        with self._lock:
+            self._training = self._open_training(checkpoint)
 
     def save_adapter(self, directory: Path | str) -> None:
         """Save the adapters as PEFT has them. Raises ``StorageError``."""
@@ -309,6 +306,17 @@ class TrainingClient:
         return await asyncio.to_thread(self.sample, prompt, **options)
 
     # -- inside --------------------------------------------------------------------------------------------
+
+    def _open_training(self, checkpoint: Checkpoint | None) -> AdapterTraining:
+        """In place of what was open, which is closed once the checkpoint is known to be good, and before another
+        session begins: a server may allow a device one."""
+        with ExitStack() as opened:
+            training = opened.enter_context(self._opening.make_training(checkpoint))
+            self._forget_sampler()
+            self._opened.close()
+            training.open(self._opening.longest)
+            self._opened = opened.pop_all()
+            return training
 
     def _forget_sampler(self) -> None:
         self._sampling.close()
@@ -384,8 +392,8 @@ class _Opening:
     engine_choice: EngineChoice
 
     @contextmanager
-    def open_training(self, checkpoint: Checkpoint | None) -> Iterator[AdapterTraining]:
-        """Adapters, new or from a checkpoint, and what they are trained against, which is closed in the end."""
+    def make_training(self, checkpoint: Checkpoint | None) -> Iterator[AdapterTraining]:
+        """Adapters, new or from a checkpoint, connected to what they are trained against; it has to be opened yet."""
         config = self.config
         if checkpoint is not None:  # whatever was drawn then
             config = msgspec.structs.replace(config, seed=trainer_state(checkpoint).run.config.seed)
@@ -395,11 +403,9 @@ class _Opening:
             else Connection(self.server, self.connecting)
         )
         with opening as source:
-            training = AdapterTraining(
+            yield AdapterTraining(
                 self.bundle, self.engine, source, config, _NO_DATA, init=self.init, checkpoint=checkpoint
             )
-            training.open(self.longest)
-            yield training
 
     def open_sampling(
         self, adapter: Path, tokenizer: PromptTokenizer
