@@ -190,6 +190,17 @@ def test_a_state_is_loaded_where_the_server_has_room_for_one(model: Tiny, place:
             assert own.next_step == 1
 
 
+def test_each_sequence_is_checked_where_the_server_takes_shorter_ones_than_the_model(model: Tiny, place: Place) -> None:
+    with serving(model.base, max_tokens=64) as server:
+        only = Place(model.bundle, place.data, server.url)
+        with client(only) as own:
+            own.forward_backward(some_data())
+            with pytest.raises(DataError, match="65 tokens, the server takes 64"):
+                own.forward_backward([Datum(np.full(65, 5))])
+        with pytest.raises(DataError, match="65 tokens"), client(only, max_sequence_length=65):
+            pass
+
+
 def test_no_data_and_weights_that_add_up_to_nothing_are_errors(place: Place) -> None:
     """Advantages, which may be negative, are divided by what the caller says."""
     advantages = [Datum([5, 6, 7], weights=[1, 1, 0]), Datum([5, 6, 8], weights=[-1, -1, 0])]

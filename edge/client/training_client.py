@@ -123,7 +123,8 @@ class TrainingClient:
             total_steps: for schedules that end; None: there is no end, and the learning rate is constant.
             optimizer: AdamW's settings, until ``optim_step`` is given others.
             state: a directory of ``save_state``.
-            max_sequence_length: tokens of the longest sequence that will come; None: what the base model takes.
+            max_sequence_length: tokens of the longest sequence that will come, to be refused now where it cannot be
+                run; None: each is looked at as it comes.
             max_retry_s: how long a server that is gone is waited for; None: for ever.
             on_progress: called after each micro-batch with how many sequences of the call are through, and of how many.
 
@@ -167,7 +168,7 @@ class TrainingClient:
                 config=config,
                 init=init,
                 connecting=connect_settings(credentials, max_retry_s),
-                longest=max_sequence_length or manifest.base_model.max_sequence_length,
+                longest=max_sequence_length,
                 threads=threads,
                 engine_choice=engine,
             )
@@ -387,7 +388,7 @@ class _Opening:
     config: TrainConfig
     init: LoadedAdapter | None
     connecting: ConnectSettings
-    longest: int
+    longest: int | None
     threads: int
     engine_choice: EngineChoice
 

@@ -32,7 +32,6 @@ from dlora.edge.wire.spans import COMPUTE, Spans
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
 from dlora.protocol.kill_revive import UnitState
-from dlora.protocol.messages import Welcome
 from dlora.protocol.tensors import FloatArray
 
 from .checkpoint import Checkpoint, save_checkpoint
@@ -154,19 +153,21 @@ class AdapterTraining:
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
         self._scorer = Scorer(config.kill_revive.score)
 
-    def open(self, longest: int, basis_pass: Callable[[], int] | None = None) -> None:
+    def open(self, longest: int | None, basis_pass: Callable[[], int] | None = None) -> None:
         """Begin, or go on.
 
         Args:
-            longest: tokens of the longest sequence that will come.
+            longest: tokens of the longest sequence that will come; None: not known, each is checked as it comes.
             basis_pass: lets the server see data that it makes its part of the adapters from; gives the number of
                 micro-batches.
 
         Raises for what the server or this device would refuse at an unlucky step hours later.
         """
         if isinstance(self.connection, Connection):
-            self._check_limits(self.connection.welcome, longest)
-        if isinstance(self.model, TrunkModel):
+            check_base_model(self.bundle, self.connection.welcome)
+            if longest is not None:
+                check_sequence_length(longest, self.connection.welcome)
+        if isinstance(self.model, TrunkModel) and longest is not None:
             self.model.check_fits(longest)
         if isinstance(self.session, TrainSession):
             self.session.basis_pass = basis_pass
@@ -399,11 +400,6 @@ class AdapterTraining:
                 norms = [group.first_gradient_norm for group in self.adapters.of_unit(unit)]
                 scores[index] = self.adapters.scaling * math.hypot(*norms)
         return scores
-
-    def _check_limits(self, welcome: Welcome, longest: int) -> None:
-        """Raise for what the server would refuse at an unlucky step hours later."""
-        check_base_model(self.bundle, welcome)
-        check_sequence_length(longest, welcome)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = trainer_state(checkpoint)
