@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "attacks"))
 
 from abuses import ABUSES, IDLE_ATTACKS, IDLE_ATTACKS_IN_A_SESSION, Target, idle_connections
 
-from dlora.cloud.door.guard import raise_file_limit
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
@@ -42,6 +41,7 @@ from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
+from dlora.protocol.connections import raise_file_limit
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.targets import choose_groups
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -21,115 +17,24 @@ import openai
 import psutil
 import pytest
 from canaries import Scanner
+from endpoints import ASK, CHAT, GOOD, TOOL, Endpoint, Place, byte_tokenizer, endpoint_place, endpoint_process
 from families import tiny_model
-from generating import save_random_adapter
-from processes import BIN, END_TIMEOUT_S, cloud_process, quiet_environment, run_edge
+from processes import cloud_process, run_edge
 from proxy import payloads, recording_proxy
-from serving import RunningServer, serving
+from serving import serving
 from test_cli import assert_fails, free_port
 from test_peft_adapter import random_modules
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from waiting import eventually
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.adapters.peft import load_adapter, save_adapter
-from dlora.export.bundle import export_bundle
-from dlora.export.settings import ExportSettings
 from dlora.protocol.errors import CheckpointError, ConnectionFailedError, ModelMismatchError, UsageError
-
-SPECIAL = ("<pad>", "<s>", "</s>", "<|python_tag|>")
-VOCABULARY = 256 + len(SPECIAL)
-TEMPLATE = (
-    "{% if tools %}<s>tools <|python_tag|> {{ tools | tojson }}</s>{% endif %}"
-    "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}"
-    "{% for call in message.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant {% endif %}"
-)
-ASK = [{"role": "user", "content": "Say something."}]
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, so that anything can be said, JSON too."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: number for number, word in enumerate((*SPECIAL, *alphabet))}
-    tokenizer = Tokenizer(models.BPE(words, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    fast.chat_template = TEMPLATE
-    return fast
-
-
-@dataclass
-class Place:
-    bundle: Path
-    model: Path
-    adapters: Path
-    cloud: RunningServer
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A bundle, a server of its base model, and two adapters beside a directory that is none."""
-    directory = tmp_path_factory.mktemp("endpoint")
-    model, bundle, adapters = (directory / name for name in ("model", "bundle", "adapters"))
-    tiny = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=2048)
-    tiny.save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
-    export_bundle(ExportSettings(str(model), bundle, rank=4, alpha=8.0, head_dtype="fp32"))
-    (adapters / "broken").mkdir(parents=True)
-    with serving(BaseModel.from_model(tiny, "tiny"), max_sessions=16) as cloud:
-        for seed, name in enumerate(("first", "second")):
-            save_random_adapter(bundle, cloud.url, adapters / name, seed)
-        yield Place(bundle, model, adapters, cloud)
-
-
-@dataclass
-class Endpoint:
-    url: str
-    port: int
-    models: list[str]
-    process: subprocess.Popen[str]
-
-    def client(self, key: str = "none", **settings: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=60, **settings)
-
-    def request(
-        self, path: str, body: bytes | dict[str, Any] | None = None, method: str = "POST", **headers: str
-    ) -> tuple[int, dict[str, Any]]:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
-        content = json.dumps(body).encode() if isinstance(body, dict) else body
-        connection.request(method, path, content, headers)
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
-
-    def is_ready(self) -> bool:
-        return self.request("/health", method="GET")[0] == 200
-
-
-@contextmanager
-def endpoint_process(place: Place, *arguments: object, server: str | None = None) -> Iterator[Endpoint]:
-    """``dlora-edge serve`` on a free port."""
-    command = [
-        BIN / "dlora-edge", "serve", "--bundle", place.bundle, "--server", server or place.cloud.url, "--port", 0,
-        "--json", "--threads", 1, "--wire-dtype", "fp32", *arguments,
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet_environment()
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.communicate()[1]
-        hello = json.loads(line)
-        yield Endpoint(hello["url"], int(re.findall(r":(\d+)/", hello["url"])[0]), hello["models"], process)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=END_TIMEOUT_S)
+    with endpoint_place(tmp_path_factory.mktemp("endpoint")) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -318,8 +223,6 @@ def test_tools_and_their_results_are_part_of_the_prompt(endpoint: Endpoint) -> N
 
 # -- what cannot be -----------------------------------------------------------------------------------------
 
-CHAT = "/v1/chat/completions"
-GOOD: dict[str, Any] = {"model": "first", "messages": ASK, "max_tokens": 1}
 
 
 def called(tool_calls: object) -> dict[str, Any]:
@@ -348,7 +251,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str]] = {
     "forced tools": (CHAT, {**GOOD, "tools": [TOOL], "tool_choice": "required"}, 400, "cannot be forced"),
     "broken arguments": (CHAT, called([{"function": {"name": "f", "arguments": "{"}}]), 400, "not JSON"),
     "tool calls that are no list": (CHAT, called(5), 400, "no list"),
-    "deep arguments": (CHAT, called([{"function": {"name": "f", "arguments": "[" * 9**6}}]), 400, "not JSON"),
+    "deep arguments": (CHAT, called([{"function": {"name": "f", "arguments": "[" * 9**4}}]), 400, "not JSON"),
     "an endless seed": (CHAT, {**GOOD, "seed": 10**400}, 400, "seed must be from 0"),
     "an endless number": (CHAT, {**GOOD, "messages": [{**ASK[0], "z": 10**30}]}, 400, "a number that is too large"),
     "an impossible schema": (
@@ -364,6 +267,16 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str]] = {
     ),
     "tokens": ("/v1/completions", {"model": "first", "prompt": [1, 2]}, 400, "prompt"),
     "large": (CHAT, b" " * (9 << 20), 413, "8 MB"),
+    "more than the context": (CHAT, {**GOOD, "messages": [{**ASK[0], "content": "x" * 10**5}]}, 400, "say less"),
+    "more messages than tokens": (CHAT, {**GOOD, "messages": ASK * 5000}, 400, "say less"),
+    "one long prompt of two": ("/v1/completions", {"model": "first", "prompt": ["x", "x" * 10**5]}, 400, "say less"),
+    "tools without end": (CHAT, {**GOOD, "tools": [TOOL] * 5000}, 400, "say less"),
+    "a schema without end": (
+        CHAT,
+        {**GOOD, "response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 2**17]}}}},
+        400,
+        "a JSON schema may have 128 KB",
+    ),
     "elsewhere": ("/v1/embeddings", {"input": "x"}, 404, "there is no POST /v1/embeddings here"),
     "GET": (CHAT, None, 405, "takes no GET"),
 }

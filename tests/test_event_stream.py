@@ -16,7 +16,7 @@ import pytest
 from dlora.edge.endpoint import app, event_stream
 from dlora.edge.endpoint.answers import End, Generation, Piece
 from dlora.edge.endpoint.app import Served, make_app
-from dlora.edge.endpoint.requests import GenerationRequest
+from dlora.edge.endpoint.requests import GenerationRequest, PromptLimit
 from dlora.edge.endpoint.slots import ServedAdapter, Slot, Slots
 from dlora.edge.generation.generate import Counters
 from dlora.edge.generation.sampling import Sampling
@@ -61,7 +61,8 @@ def make_served() -> Served:
     return Served(
         base_name="base", adapters=lambda: [ServedAdapter("mine", Path("mine"))],
         generation=Slow(tokenizer, lambda _: None, 8, None, print),  # type: ignore[arg-type, return-value]
-        slots=Slots(1, 1), defaults=Sampling(), knows_tools=False, tool_form=None, api_key=None, hosts=None,
+        slots=Slots(1, 1), defaults=Sampling(), knows_tools=False, tool_form=None,
+        prompt_limit=PromptLimit(100, 100), api_key=None, hosts=None,
         origins=(), log=lambda _: None, problem=lambda: None, is_stopping=lambda: False,
     )  # fmt: skip
 

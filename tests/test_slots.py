@@ -10,9 +10,14 @@ import pytest
 
 from dlora.edge.endpoint.errors import RequestError
 from dlora.edge.endpoint.slots import ServedAdapter, Slot, Slots
+from dlora.edge.model.ends import LongArray
+from dlora.protocol.errors import DataError
 
 FIRST, SECOND = ServedAdapter("first", Path("first")), ServedAdapter("second", Path("second"))
-NOTHING = np.zeros(0, np.int64)
+
+
+async def no_prompt() -> LongArray:
+    return np.zeros(0, np.int64)
 
 
 def opened(slot: Slot, adapter: ServedAdapter, *ids: int) -> Slot:
@@ -32,7 +37,7 @@ def test_a_request_gets_the_slot_that_knows_its_text() -> None:
 
 
 async def hold(slots: Slots, until: asyncio.Event, order: list[str], name: str) -> None:
-    async with slots.take(FIRST, NOTHING):
+    async with slots.take(FIRST, no_prompt):
         order.append(name)
         await until.wait()
 
@@ -53,6 +58,38 @@ def test_who_waits_longest_comes_next_and_the_line_has_an_end() -> None:
             await tasks[name]
         assert (slots.busy, slots.waiting) == (0, 0)
         return order
+
+    assert asyncio.run(run()) == ["a", "b", "c"]
+
+
+def test_prompts_of_those_who_wait_are_not_encoded() -> None:
+    """Nor of those for whom there is no place; and one that cannot be encoded gives its place to the next."""
+
+    async def run() -> list[str]:
+        slots, encoded = Slots(1, 2), list[str]()
+        until = asyncio.Event()
+
+        async def ask(name: str) -> None:
+            async def encode() -> LongArray:
+                encoded.append(name)
+                await until.wait()
+                if name == "b":
+                    raise DataError("say less")
+                return await no_prompt()
+
+            async with slots.take(FIRST, encode):
+                assert slots.busy == 1
+
+        asked = [asyncio.create_task(ask(name)) for name in "abcd"]
+        (refused,), _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        assert isinstance(refused.exception(), RequestError)
+        assert encoded == ["a"]
+        assert (slots.busy, slots.waiting) == (1, 2)
+        until.set()
+        done = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10)
+        assert [type(each) for each in done] == [type(None), DataError, type(None), RequestError]
+        assert (slots.busy, slots.waiting) == (0, 0)
+        return encoded
 
     assert asyncio.run(run()) == ["a", "b", "c"]
 
@@ -83,7 +120,7 @@ def test_one_who_leaves_the_line_takes_no_place(cancel_first: bool) -> None:
         assert done[2] is None
         assert isinstance(done[1], asyncio.CancelledError | None)
         assert (slots.busy, slots.waiting) == (0, 0)
-        async with slots.take(FIRST, NOTHING):  # there is a place again
+        async with slots.take(FIRST, no_prompt):  # there is a place again
             pass
         return order
 

@@ -40,6 +40,9 @@ ANSWERS: list[tuple[ToolForm, str, str, list[ToolCall]]] = [
         [ADD, NOW],
     ),
     ("tags", "<tool_call>add(7)</tool_call>", "<tool_call>add(7)</tool_call>", []),
+    ("tags", "<tool_call> <tool_call></tool_call> x", "<tool_call> <tool_call></tool_call> x", []),
+    # For ever where each blank is looked at for each other one.
+    ("tags", f"<tool_call>x{' ' * 300_000}y", f"<tool_call>x{' ' * 300_000}y", []),
     ("tags", "no call < at all", "no call < at all", []),
     ("mistral", '[TOOL_CALLS][{"name": "add", "arguments": {"x": 7}}, {"name": "now", "arguments": {}}]', "",
      [ADD, NOW]),
@@ -60,7 +63,7 @@ def test_calls_are_found_in_their_form_and_the_rest_stays(
 ) -> None:
     assert parse_tool_calls(answer, form) == (text, calls)
     # While it comes nothing of a call is shown, and where there is none in the end what was held back comes last.
-    ends = [may_begin_call(answer[:length], form) for length in range(len(answer) + 1)]
+    ends = [may_begin_call(answer[:length], form) for length in range(min(len(answer), 1000) + 1)]
     assert ends == sorted(ends)
     if calls:
         assert answer[: ends[-1]].strip() == text

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from endpoints import Place as EndpointPlace
+from endpoints import endpoint_process
 from generating import save_lora
 from processes import run_edge
 from safetensors.numpy import load_file, save_file
 from serving import RunningServer, serving
 from test_chat import chat_command, say
 from test_cli import assert_fails
-from test_endpoint import Place as EndpointPlace
-from test_endpoint import endpoint_process
 from tiny import Tiny, TinyFactory
 from waiting import eventually
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import platformdirs
 import typer
 
-from dlora.cloud.door.guard import raise_file_limit
 from dlora.cloud.door.tls import check_exposure, server_context
 from dlora.cloud.door.tokens import FILE_NAME, BearerTokenStore
 from dlora.cloud.model.memory import freeze_gc, limit_arenas
@@ -22,6 +21,7 @@ from dlora.cloud.model.source import find_source
 from dlora.cloud.serving.listening import check_address
 from dlora.cloud.serving.ticket_key import load_key
 from dlora.cloud.serving.timeouts import SessionTimeouts
+from dlora.protocol.connections import raise_file_limit
 from dlora.protocol.errors import UsageError
 
 from .torch_start import start_torch

@@ -7,7 +7,6 @@ call it on an event loop. ``Access.admit`` is for one thread at a time.
 from __future__ import annotations
 
 import http
-import ipaddress
 import logging
 import re
 import time
@@ -18,6 +17,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from dlora.protocol.connections import source_of
 from dlora.protocol.errors import RefusedError, StorageError
 from dlora.protocol.messages import Error, ErrorCode
 
@@ -186,7 +186,7 @@ class _Failures:
 
     def count(self, address: str) -> tuple[int, float]:
         """Count one more: how many there are now, and in how many seconds they are forgotten."""
-        now, network = self._clock(), _network(address)
+        now, network = self._clock(), source_of(address)
         start, failures = self._windows.pop(network, (now, 0))
         if now - start >= WINDOW_S:
             start, failures = now, 0
@@ -206,17 +206,6 @@ def _tokens_unreadable(error: StorageError) -> AccessDeniedError:
         status=503,
         retry_after_s=STORAGE_RETRY_S,
     )
-
-
-def _network(address: str) -> str:
-    """What one stranger has: an IPv4 address, or 64 bits of IPv6 ones."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(found, ipaddress.IPv4Address):
-        return str(found)
-    return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
 
 
 def _common_name(certificate: Mapping[str, Any] | None) -> str | None:

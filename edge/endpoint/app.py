@@ -5,34 +5,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dlora.edge.generation.sampling import Sampling
+from dlora.edge.model.ends import LongArray
 from dlora.protocol.errors import DloraError
 
 from .answers import End, Generation, Piece
+from .bodies import Bodies
 from .errors import RequestError, as_request_error
 from .event_stream import PING_EVERY_S, EventStream
 from .formats import ChatFormat, CompletionFormat, Format
-from .requests import GenerationRequest, read_chat, read_completion
+from .requests import GenerationRequest, PromptLimit, read_chat, read_completion
 from .slots import ServedAdapter, Slots
 from .tools import ToolForm
 
-MAX_BODY_BYTES: Final = 8 << 20
 _LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
+_HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::[0-9]*)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,9 @@ class Served:
         base_name: what clients call the plain base model.
         adapters: gives the adapters that there are now; the first of all models is the default one.
         defaults: how tokens are chosen where a request says nothing.
-        knows_tools, tool_form: as ``read_chat`` takes them.
+        knows_tools, tool_form, prompt_limit: as ``read_chat`` takes them.
         api_key: who does not show it is refused; None: everybody may come in.
-        hosts: names under which browsers may reach the server; None: any.
+        hosts: names under which clients may reach the server; None: any.
         origins: web pages whose scripts may use it.
         log: is told of each request in one line, never of its content.
         problem: why it cannot answer yet; None once it can.
@@ -59,6 +61,7 @@ class Served:
     defaults: Sampling
     knows_tools: bool
     tool_form: ToolForm | None
+    prompt_limit: PromptLimit
     api_key: str | None
     hosts: Sequence[str] | None
     origins: Sequence[str]
@@ -93,11 +96,11 @@ def _error_response(_: Request, error: RequestError) -> Response:
 
 
 def _not_found(request: Request, _: Exception) -> Response:
-    return _error_response(request, RequestError(404, f"there is no {request.method} {request.url.path} here"))
+    return _error_response(request, RequestError(404, f"there is no {request.method} {request.scope['path']} here"))
 
 
 def _wrong_method(request: Request, _: Exception) -> Response:
-    return _error_response(request, RequestError(405, f"{request.url.path} takes no {request.method}"))
+    return _error_response(request, RequestError(405, f"{request.scope['path']} takes no {request.method}"))
 
 
 class _Door:
@@ -121,26 +124,29 @@ class _Door:
         await self._app(scope, receive, send)
 
     def _check(self, request: Request) -> None:
+        """Nothing here may look at ``request.url``: that is made of the ``Host`` that the peer names, path and all."""
         served = self._served
         origin = request.headers.get("origin")
         if origin is not None and origin not in served.origins and "*" not in served.origins:
             raise RequestError(403, "pages of other sites may not use this server; allow this one with --cors")
-        host = _host_name(request.headers.get("host", ""))
+        host = _host_name(request.headers.get("host"))
         if served.hosts is not None and host not in served.hosts:
             raise RequestError(403, f"this server is not called {host!r}; use its address")
-        if served.api_key is None or request.url.path == "/health":
+        if served.api_key is None or request.scope["path"] == "/health":
             return
         scheme, _, shown = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode(), served.api_key.encode()):
             raise RequestError(401, "give the server's key, as Authorization: Bearer KEY", code="invalid_api_key")
 
 
-def _host_name(header: str) -> str:
-    """The name in a ``Host`` header, without a port."""
-    try:
-        return (urlsplit(f"//{header}").hostname or "").rstrip(".")
-    except ValueError:
+def _host_name(header: str | None) -> str:
+    """The name or address in a ``Host`` header, without a port; "" where there is none. Raises ``RequestError``."""
+    if header is None:
         return ""
+    found = _HOST.fullmatch(header)
+    if found is None:
+        raise RequestError(400, "the Host header is no name or address; use the server's own")
+    return (found[1] or found[2]).lower().rstrip(".")
 
 
 def local_hosts(host: str) -> Sequence[str] | None:
@@ -151,6 +157,7 @@ def local_hosts(host: str) -> Sequence[str] | None:
 class _Endpoint:
     def __init__(self, served: Served) -> None:
         self._served = served
+        self._bodies = Bodies()
 
     async def health(self, _: Request) -> Response:
         problem = self._served.problem()
@@ -166,14 +173,15 @@ class _Endpoint:
         return JSONResponse(_model_entry(self._find(request.path_params["name"])))
 
     async def chat(self, request: Request) -> Response:
-        served = self._served
+        served, body = self._served, await self._bodies.read(request)
         asked = read_chat(
-            await _body(request), served.defaults, knows_tools=served.knows_tools, tool_form=served.tool_form
+            body, served.defaults, served.prompt_limit, knows_tools=served.knows_tools, tool_form=served.tool_form
         )
         return await self._answer(request, asked, ChatFormat)
 
     async def completion(self, request: Request) -> Response:
-        asked = read_completion(await _body(request), self._served.defaults)
+        served, body = self._served, await self._bodies.read(request)
+        asked = read_completion(body, served.defaults, served.prompt_limit)
         return await self._answer(request, asked, CompletionFormat)
 
     def _models(self) -> list[ServedAdapter]:
@@ -225,24 +233,12 @@ class _Endpoint:
             counters = format_.counters()
             prompt, tokens = sum(each.prompt_tokens for each in counters), sum(each.tokens for each in counters)
             self._served.log(
-                f"{request.url.path}: {tokens} tokens after {prompt} of a prompt, {time.monotonic() - began:.1f} s, "
+                f"{request.scope['path']}: {tokens} tokens after {prompt} of a prompt, "
+                f"{time.monotonic() - began:.1f} s, "
                 f"{sum(each.bytes_sent + each.bytes_received for each in counters) / 1e3:.0f} KB"
             )
 
         return log
-
-
-async def _body(request: Request) -> bytes:
-    """Raises ``RequestError`` (413) for one that is too large, before all of it has come."""
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY_BYTES:
-                raise RequestError(413, f"a request may have {MAX_BODY_BYTES >> 20} MB")
-    except ClientDisconnect:
-        raise RequestError(499, "the client left") from None
-    return bytes(body)
 
 
 class _Events:
@@ -302,8 +298,7 @@ class _Events:
     async def _run(self) -> None:
         served, asked = self._served, self._asked
         try:
-            ids = await asyncio.to_thread(asked.prompts[0].encode, served.generation.tokenizer)
-            async with served.slots.take(self._adapter, ids) as slot:
+            async with served.slots.take(self._adapter, self._encode) as slot:
                 self._is_in_slot = True
 
                 def work() -> None:
@@ -314,6 +309,26 @@ class _Events:
             self._queue.put_nowait(None)
         except Exception as error:
             self._queue.put_nowait(error)
+
+    async def _encode(self) -> LongArray:
+        """The prompt, by which a slot is chosen.
+
+        Where the client leaves meanwhile it is encoded to its end all the same, which a thread does, and the place is
+        not another's before: or clients that come and leave would have the tokenizer do more and more at a time.
+        """
+        encoding = asyncio.create_task(
+            asyncio.to_thread(self._asked.prompts[0].encode, self._served.generation.tokenizer)
+        )
+        left: asyncio.CancelledError | None = None
+        while not encoding.done():
+            try:
+                await asyncio.wait({encoding})
+            except asyncio.CancelledError as error:  # may come twice
+                left = error
+        if left is not None:
+            encoding.exception()  # nobody asks for it
+            raise left
+        return encoding.result()
 
     async def _watch(self, request: Request) -> None:
         """The body was read: what comes next is that the client leaves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from dlora.protocol.errors import (
     BundleError,
@@ -16,6 +16,8 @@ from dlora.protocol.errors import (
     StoppedError,
     UsageError,
 )
+
+QUEUE_RETRY_S: Final = 5
 
 
 class RequestError(Exception):

@@ -22,7 +22,49 @@ MAX_CHOICES: Final = 16
 MAX_PROMPTS: Final = 64
 _ROLES: Final = {"developer": "system", "function": "tool"}  # what templates call them
 
+MAX_SCHEMA_BYTES: Final = 128 << 10  # llguidance takes seconds for a schema of half a MB
+
 Schema = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """What no prompt has that fits the context, so that it is refused before it is tokenized.
+
+    Attributes:
+        tokens: of the longest context; token_bytes: of the longest token.
+    """
+
+    tokens: int
+    token_bytes: int
+
+    def check(self, parts: Sequence[object]) -> None:
+        """Raise ``RequestError`` (400) where texts, or JSON values with texts in them, cannot be so few tokens."""
+        most = self.tokens * self.token_bytes
+        if len(parts) > self.tokens or _text_bytes(parts, most) > most:
+            raise RequestError(
+                400,
+                f"the prompt is longer than the {self.tokens} tokens that it may have; say less",
+                code="context_length_exceeded",
+            )
+
+
+def _text_bytes(value: object, enough: int) -> int:
+    """Bytes of all texts in a JSON value; each other value counts as one. It stops beyond ``enough``."""
+    count, rest = 0, [value]
+    while rest and count <= enough:
+        match rest.pop():
+            case str() as text:
+                count += len(text.encode())
+            case list() | tuple() as values:
+                count += 1
+                rest.extend(values)
+            case dict() as fields:
+                count += 1
+                rest.extend(fields.values())
+            case _:
+                count += 1
+    return count
 
 
 class _StreamOptions(msgspec.Struct):
@@ -104,12 +146,17 @@ class GenerationRequest:
     with_usage: bool
 
 
-def read_chat(body: bytes, defaults: Sampling, *, knows_tools: bool, tool_form: ToolForm | None) -> GenerationRequest:
+def read_chat(
+    body: bytes | bytearray, defaults: Sampling, limit: PromptLimit, *, knows_tools: bool, tool_form: ToolForm | None
+) -> GenerationRequest:
     """A request of ``/v1/chat/completions``. Raises ``RequestError``.
 
-    ``knows_tools``: whether the chat template has them; ``tool_form``: how answers then call them.
+    ``limit``: of its prompt; ``knows_tools``: whether the chat template has tools; ``tool_form``: how answers then call
+    them.
     """
     asked = _decode(body, _Chat)
+    limit.check(asked.messages)
+    limit.check(asked.tools or ())
     tools = _tools(asked, knows_tools=knows_tools)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise RequestError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
@@ -118,16 +165,18 @@ def read_chat(body: bytes, defaults: Sampling, *, knows_tools: bool, tool_form: 
     if len(asked.messages) == 1 and isinstance(content := prompt.messages[0].get("content"), str):  # type: ignore[index]
         prompt = replace(prompt, text=content)
     request = _common(asked, defaults, (prompt,), logprobs)
-    limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
-    return replace(request, max_new_tokens=_limit(limit), tool_form=tool_form if tools else None)
+    most = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
+    return replace(request, max_new_tokens=_max_new_tokens(most), tool_form=tool_form if tools else None)
 
 
-def read_completion(body: bytes, defaults: Sampling) -> GenerationRequest:
+def read_completion(body: bytes | bytearray, defaults: Sampling, limit: PromptLimit) -> GenerationRequest:
     """A request of ``/v1/completions``: its prompts are continued as they stand. Raises ``RequestError``."""
     asked = _decode(body, _Completion)
     texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
     if not 0 < len(texts) <= MAX_PROMPTS:
         raise RequestError(400, f"prompt must be one text or up to {MAX_PROMPTS}", param="prompt")
+    for text in texts:
+        limit.check((text,))
     if asked.suffix:
         raise RequestError(400, "suffix is not supported: the model only continues a text", param="suffix")
     if asked.best_of is not None and asked.best_of != (asked.n or 1):
@@ -136,10 +185,10 @@ def read_completion(body: bytes, defaults: Sampling) -> GenerationRequest:
         raise RequestError(400, "echo with logprobs is not supported: they are of the answer's tokens", param="echo")
     prompts = tuple(Prompt(messages=None, text=text) for text in texts)
     request = _common(asked, defaults, prompts, asked.logprobs)
-    return replace(request, max_new_tokens=_limit(asked.max_tokens), echo=bool(asked.echo))
+    return replace(request, max_new_tokens=_max_new_tokens(asked.max_tokens), echo=bool(asked.echo))
 
 
-def _decode(body: bytes, kind: type[Any]) -> Any:
+def _decode(body: bytes | bytearray, kind: type[Any]) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -179,7 +228,7 @@ def _common(asked: _Common, defaults: Sampling, prompts: tuple[Prompt, ...], log
     )
 
 
-def _limit(tokens: int | None) -> int | None:
+def _max_new_tokens(tokens: int | None) -> int | None:
     if tokens is not None and tokens < 1:
         raise RequestError(400, f"max_tokens must be at least 1, not {tokens}", param="max_tokens")
     return tokens
@@ -199,6 +248,8 @@ def _schema(asked: _ResponseFormat | None) -> Schema | None:
         return {"type": "object"}
     if asked.json_schema is None:
         raise RequestError(400, "response_format json_schema needs its json_schema", param="response_format")
+    if len(msgspec.json.encode(asked.json_schema.schema)) > MAX_SCHEMA_BYTES:
+        raise RequestError(400, f"a JSON schema may have {MAX_SCHEMA_BYTES >> 10} KB", param="response_format")
     return asked.json_schema.schema
 
 

@@ -12,22 +12,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import uvicorn
+from starlette.types import ASGIApp
 
 from dlora.edge.adapters.store import AdapterStore
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.generation.sampling import Sampling
+from dlora.edge.model.ends import LongArray
 from dlora.edge.model.generating import GeneratingModel
 from dlora.protocol import interrupts
 from dlora.protocol.adapter_record import WEIGHTS_NAME, load_record
 from dlora.protocol.errors import CheckpointError, ConnectionFailedError, RefusedError, UsageError
-from dlora.protocol.text import one_line
+from dlora.protocol.text import name_without_path, one_line
 
 from .answers import Generation
 from .app import Served, local_hosts, make_app
+from .connections import ACCEPTED_AT_ONCE, Connections
+from .requests import PromptLimit
 from .slots import ServedAdapter, Slots
 from .tools import tool_form
 
@@ -79,6 +84,7 @@ class ServeSettings:
     listening: Listening
     parallel: int
     queue: int
+    context_length: int
     max_new_tokens: int
     sampling: Sampling
     draft_length: int | None
@@ -132,6 +138,24 @@ def _listen(listening: Listening) -> socket.socket:
         raise ConnectionFailedError(text) from None
 
 
+def http_settings(app: ASGIApp, connections: Connections) -> uvicorn.Config:
+    """How uvicorn serves ``app``."""
+    return uvicorn.Config(
+        app,
+        http=cast(type[asyncio.Protocol], connections.protocol),
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        log_level="error",  # a line for each request that is no HTTP would let a stranger fill the disk
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+        backlog=ACCEPTED_AT_ONCE,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+
+
 class _Server(uvicorn.Server):
     """Leaves signals to us: uvicorn sends them again once it has ended, which would end us a second time."""
 
@@ -159,13 +183,14 @@ class _Running:
             _log,
         )
         served = Served(
-            base_name=settings.bundle.manifest.base_model.name,
+            base_name=name_without_path(settings.bundle.manifest.base_model.name),
             adapters=settings.served_adapters,
             generation=generation,
             slots=self._slots,
             defaults=settings.sampling,
             knows_tools=template is not None and "tools" in template,
             tool_form=tool_form(template),
+            prompt_limit=PromptLimit(settings.context_length, settings.tokenizer.longest_token_bytes()),
             api_key=settings.listening.api_key,
             hosts=local_hosts(settings.listening.host) if settings.listening.api_key is None else None,
             origins=settings.listening.origins,
@@ -174,20 +199,7 @@ class _Running:
             is_stopping=settings.stopping.is_set,
         )
         self._served = served
-        self._server = _Server(
-            uvicorn.Config(
-                make_app(served),
-                http="h11",
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=_GRACE_S,
-                h11_max_incomplete_event_size=64 << 10,
-            )
-        )
+        self._server = _Server(http_settings(make_app(served), Connections()))
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -216,7 +228,7 @@ class _Running:
         adapters, plain = self._settings.served_adapters(), ServedAdapter(self._served.base_name, None)
         adapter = adapters[0] if adapters else plain
         while True:
-            async with self._slots.take(adapter, np.zeros(0, np.int64)) as slot:
+            async with self._slots.take(adapter, _no_prompt) as slot:
                 opening = asyncio.get_running_loop().run_in_executor(
                     slot.thread, slot.context, adapter, self._served.generation.open_model
                 )
@@ -249,6 +261,10 @@ class _Running:
         if self._settings.json_output:
             print(json.dumps({"url": url, "models": names}), flush=True)
         _log(f"listening on {url}; models: {', '.join(names)}")
+
+
+async def _no_prompt() -> LongArray:
+    return np.zeros(0, np.int64)
 
 
 def _log(text: str) -> None:

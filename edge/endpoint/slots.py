@@ -11,12 +11,11 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
@@ -25,9 +24,7 @@ from dlora.edge.model.ends import LongArray
 from dlora.edge.model.generating import GeneratingModel
 from dlora.protocol.errors import DloraError
 
-from .errors import RequestError
-
-QUEUE_RETRY_S: Final = 5
+from .errors import QUEUE_RETRY_S, RequestError
 
 
 @dataclass(frozen=True)
@@ -107,12 +104,12 @@ class Slots:
         self._all = tuple(self._free)
         self._queue = queue
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._promised = 0  # free slots for whom who waited will come
+        self._promised = 0  # free slots whose requests are known, and not which of them takes which
 
     @property
     def busy(self) -> int:
-        """How many are in use."""
-        return len(self._all) - len(self._free)
+        """How many are in use, or promised to a request."""
+        return len(self._all) - len(self._free) + self._promised
 
     @property
     def waiting(self) -> int:
@@ -120,12 +117,21 @@ class Slots:
         return len(self._waiting)
 
     @asynccontextmanager
-    async def take(self, adapter: ServedAdapter, ids: LongArray) -> AsyncIterator[Slot]:
-        """A slot for a request with this prompt. Raises ``RequestError`` (429) where the line is full."""
-        await self._wait_for_free()
-        # Of equal ones the one that was used longest ago gives way.
-        slot = max(self._free, key=lambda each: (*each.fits(adapter, ids), -each.used_at))
-        self._free.remove(slot)
+    async def take(self, adapter: ServedAdapter, encode: Callable[[], Awaitable[LongArray]]) -> AsyncIterator[Slot]:
+        """A slot for a request; ``encode`` gives its prompt, once its turn has come: so prompts of those who wait cost
+        nothing, and no more are encoded at a time than are answered.
+
+        Raises ``RequestError`` (429) where the line is full, and what ``encode`` does.
+        """
+        await self._wait_for_promise()
+        try:
+            ids = await encode()
+            # Of equal ones the one that was used longest ago gives way.
+            slot = max(self._free, key=lambda each: (*each.fits(adapter, ids), -each.used_at))
+            self._free.remove(slot)
+        finally:
+            self._promised -= 1
+            self._wake_next()
         slot.used_at = time.monotonic()
         try:
             yield slot
@@ -133,8 +139,10 @@ class Slots:
             self._free.append(slot)
             self._wake_next()
 
-    async def _wait_for_free(self) -> None:
+    async def _wait_for_promise(self) -> None:
+        """Wait in line until one of the free slots is this request's."""
         if len(self._free) > self._promised:
+            self._promised += 1
             return
         if len(self._waiting) >= self._queue:
             text = f"{self.busy} answers are under way and {len(self._waiting)} requests wait; come again"
@@ -150,7 +158,6 @@ class Slots:
                 self._promised -= 1
                 self._wake_next()
             raise
-        self._promised -= 1
 
     def _wake_next(self) -> None:
         """Promise a free slot to who waits longest, so that nobody who comes now takes it first."""

@@ -24,7 +24,7 @@ from tiny import TinyFactory
 from waiting import eventually
 
 from dlora.cloud.door import guard
-from dlora.cloud.door.guard import ConnectionLimits, raise_file_limit
+from dlora.cloud.door.guard import ConnectionLimits
 from dlora.cloud.door.quotas import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import handler
@@ -35,6 +35,7 @@ from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol import messages as m
 from dlora.protocol import session as protocol_session
+from dlora.protocol.connections import raise_file_limit
 from dlora.protocol.controller import Controller
 from dlora.protocol.frames import Decoder, encode
 from dlora.protocol.groups import GroupSpec

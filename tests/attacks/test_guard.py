@@ -30,7 +30,8 @@ from hostile import (
 from waiting import eventually
 from websockets.asyncio.server import ServerConnection, serve
 
-from dlora.cloud.door.guard import ConnectionLimits, Guard, GuardedConnection, raise_file_limit
+from dlora.cloud.door.guard import ConnectionLimits, Guard, GuardedConnection
+from dlora.protocol.connections import raise_file_limit
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FLOOD = Ending("close", 1008, "flood")

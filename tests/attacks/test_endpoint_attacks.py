@@ -1,0 +1,349 @@
+"""Strangers at ``dlora-edge serve``: what they may cost before they have shown a key, and after."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from endpoints import ASK, CHAT, GOOD, Place, endpoint_place, endpoint_process
+from processes import END_TIMEOUT_S
+from starlette.requests import Request
+from waiting import eventually
+
+from dlora.edge.endpoint import bodies, connections
+from dlora.edge.endpoint.answers import End, Generation, Piece
+from dlora.edge.endpoint.app import Served, local_hosts, make_app
+from dlora.edge.endpoint.bodies import Bodies
+from dlora.edge.endpoint.connections import Connections
+from dlora.edge.endpoint.errors import RequestError
+from dlora.edge.endpoint.requests import PromptLimit
+from dlora.edge.endpoint.running import http_settings
+from dlora.edge.endpoint.slots import ServedAdapter, Slots
+from dlora.edge.generation.generate import Counters
+from dlora.edge.generation.sampling import Sampling
+
+KEY = "a-long-secret"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with endpoint_place(tmp_path_factory.mktemp("endpoint")) as made:
+        yield made
+
+
+def raw(
+    port: int, path: str = "/v1/models", host: str | None = "127.0.0.1", more: str = "", method: str = "GET"
+) -> int:
+    """The status of a request that no client would send."""
+    with socket.create_connection(("127.0.0.1", port), 30) as client:
+        named = "" if host is None else f"Host: {host}\r\n"
+        version = "1.0" if host is None else "1.1"
+        client.sendall(f"{method} {path} HTTP/{version}\r\n{named}{more}Connection: close\r\n\r\n".encode("latin-1"))
+        return int(client.makefile("rb").readline().split()[1])
+
+
+# -- the key ------------------------------------------------------------------------------------------------
+
+# request.url is made of Host: with each of these its path would be /health, or another that needs no key.
+HOSTS = [
+    "x/health?", "x/health#", "x/health", "/health?", "/health#", "x:80/health?", "a@x/health?", "[::1]/health?",
+    "127.0.0.1/health?", "x\\health?", "?", "#", "x y", "é", "[::1", "::1", "", "x:y", "http://x/health?",
+]  # fmt: skip
+PATHS = [
+    "//health", "/health/", "/health/../v1/models", "/v1/models?/health", "/v1/models#/health", "/health;/v1/models",
+    "/health%00", "/health%2f..%2fv1/models", "http://x/health?", "http://127.0.0.1/v1/models", "/HEALTH", "*",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("listens_to", ["itself", "others"])
+def test_a_key_is_passed_by_no_spelling_of_host_or_path(listens_to: str) -> None:
+    with http_server(api_key=KEY, hosts=None if listens_to == "others" else local_hosts("127.0.0.1")) as server:
+        for host in HOSTS:
+            for path in ("/v1/models", "/v1/models/base"):
+                assert raw(server.port, path, host) in (400, 401, 403), (host, path)
+            assert raw(server.port, CHAT, host, method="POST") in (400, 401, 403), host
+            assert raw(server.port, "/health", host) in (400, 403), host
+            assert raw(server.port, "/v1/models", host, f"Authorization: Bearer {KEY}\r\n") in (400, 403), host
+        for path in PATHS:
+            assert raw(server.port, path) in (400, 401), path
+        assert raw(server.port, "/health") == 200
+        assert raw(server.port, more=f"Authorization: Bearer {KEY}\r\n") == 200
+        if listens_to == "others":
+            for host in (None, "example.org", "EXAMPLE.org.:1", "10.0.0.1", "[fe80::1]:8080", "my_board.local"):
+                assert raw(server.port, "/health", host) == 200, host
+                assert raw(server.port, "/v1/models", host) == 401, host
+
+
+# -- connections --------------------------------------------------------------------------------------------
+
+
+def test_half_requests_do_not_lock_the_endpoint(place: Place) -> None:
+    """As many as take all files that the process may have open, and as many again."""
+    with ExitStack() as held, endpoint_process(place, most_files=512) as running:
+        eventually(running.is_ready)
+        for number in range(700):
+            client = held.enter_context(socket.create_connection(("127.0.0.1", running.port), 30))
+            client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n"[: number % 40])
+        for _ in range(5):
+            assert running.request(CHAT, {**GOOD, "model": ""})[0] == 200
+        running.process.terminate()
+        said = running.process.communicate(timeout=END_TIMEOUT_S)[1]
+    assert len(said.splitlines()) < 20, said  # and do not fill its log
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\nX: ",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",  # after an answer
+        b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n",  # a body that nobody asked for
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n",  # a body after 401
+    ],
+)  # fmt: skip
+def test_who_never_asks_is_dropped(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also who sends a byte now and then, which uvicorn takes for progress."""
+    monkeypatch.setattr(connections, "REQUEST_S", 0.2)
+    with http_server(api_key=KEY) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
+        client.sendall(said)
+        client.settimeout(0.02)
+
+        def is_dropped() -> bool:
+            try:
+                return not client.recv(1 << 16)
+            except TimeoutError:
+                client.sendall(b"x")
+                return False
+            except ConnectionError:
+                return True
+
+        eventually(is_dropped)
+
+
+def test_an_answer_that_takes_long_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "REQUEST_S", 0.05)
+    with http_server(answer_s=0.5) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
+        body = json.dumps({"prompt": "hi"}).encode()
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def is_open(client: socket.socket) -> bool:
+    client.settimeout(0)
+    try:
+        return bool(client.recv(1))
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+    finally:
+        client.settimeout(30)
+
+
+def test_the_source_that_has_most_connections_makes_room_with_its_oldest() -> None:
+    def connect(source: str) -> socket.socket:
+        return held.enter_context(socket.create_connection(("127.0.0.1", server.port), 30, (source, 0)))
+
+    kept = Connections(most=6, most_of_one_source=4)
+    with http_server(kept) as server, ExitStack() as held:
+        greedy = []
+        for number in range(6):
+            greedy.append(connect("127.0.0.2"))
+            eventually(lambda: len(kept) == min(number + 1, 4))  # noqa: B023
+        eventually(lambda: [is_open(each) for each in greedy] == 2 * [False] + 4 * [True])
+        others = [connect(f"127.0.0.{number}") for number in (3, 4, 5, 6)]
+        eventually(lambda: [is_open(each) for each in greedy] == 4 * [False] + 2 * [True])
+        assert all(map(is_open, others))
+        assert raw(server.port, "/health") == 200  # of yet another source
+
+
+def test_who_is_answered_makes_room_for_nobody() -> None:
+    answering = threading.Event()
+    kept = Connections(most=2)
+    with http_server(kept, answers=answering) as server, ExitStack() as held:
+        body = json.dumps({"prompt": "hi"}).encode()
+        asking = []
+        for number in range(2):
+            asking.append(held.enter_context(socket.create_connection(("127.0.0.1", server.port), 30)))
+            asking[-1].sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+            eventually(lambda: server.slots.busy + server.slots.waiting == number + 1)  # noqa: B023
+        late = held.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+        eventually(lambda: not is_open(late))
+        answering.set()
+        for client in asking:
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+# -- bodies and prompts -------------------------------------------------------------------------------------
+
+
+class Coming:
+    """A request whose body comes in parts, when the test says so."""
+
+    def __init__(self) -> None:
+        self._parts: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.request = Request({"type": "http", "method": "POST", "headers": []}, self._parts.get)
+
+    def send(self, size: int, *, is_last: bool = False) -> None:
+        self._parts.put_nowait({"type": "http.request", "body": bytes(size), "more_body": not is_last})
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_of_bodies_that_come_at_a_time_the_largest_gives_way() -> None:
+    async def run() -> None:
+        reader = Bodies(most=1000)
+        sizes = (600, 300, 50)
+        coming = [Coming() for _ in sizes]
+        reading = [asyncio.create_task(reader.read(each.request)) for each in coming]
+        for each, size in zip(coming, sizes, strict=True):
+            each.send(size)
+        await settle()
+        coming[2].send(100, is_last=True)  # 1,050 in all
+        assert len(await reading[2]) == 150
+        coming[0].send(1)
+        with pytest.raises(RequestError, match="too many large requests") as refused:
+            await reading[0]
+        assert refused.value.status == 429
+        coming[1].send(600, is_last=True)  # there is room again
+        assert len(await reading[1]) == 900
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_S", 0.2)
+    with http_server() as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        client.settimeout(0.02)
+        while True:
+            try:
+                assert client.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
+                break
+            except TimeoutError:
+                client.sendall(b" ")
+
+
+def test_large_prompts_of_clients_that_leave_hold_up_nobody(place: Place) -> None:
+    """They are as large as bodies may be, and the context cannot have them: none is tokenized."""
+    body = json.dumps({**GOOD, "model": "", "messages": [{**ASK[0], "content": "word " * (8 * 10**6 // 5)}]}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with endpoint_process(place) as running:
+        eventually(running.is_ready)
+
+        def send(reads: bool) -> bytes:
+            with socket.create_connection(("127.0.0.1", running.port), 60) as client:
+                client.sendall(head + body)
+                return client.makefile("rb").read(300) if reads else b""
+
+        assert b"context_length_exceeded" in send(reads=True)
+        leaving = [threading.Thread(target=send, args=(False,)) for _ in range(8)]
+        for each in leaving:
+            each.start()
+        assert running.request(CHAT, {**GOOD, "model": ""})[0] == 200
+        for each in leaving:
+            each.join(60)
+        running.process.terminate()
+        assert running.process.wait(END_TIMEOUT_S) == 0
+
+
+def test_a_prompt_that_is_encoded_for_nobody_keeps_its_place_until_it_is_done() -> None:
+    """A thread cannot be stopped: who comes and leaves again and again must not have more and more of them."""
+    goes_on, encoded = threading.Event(), list[str]()
+
+    def encode(text: str) -> Any:
+        encoded.append(text)
+        goes_on.wait(30)
+        return np.zeros(1, np.int64)
+
+    with http_server(encode=encode) as server:
+        body = json.dumps({"prompt": "hi"}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        for number in range(3):
+            with socket.create_connection(("127.0.0.1", server.port), 30) as client:
+                client.sendall(head + body)
+                eventually(lambda: encoded and server.slots.waiting == min(number, 1))  # noqa: B023
+        eventually(lambda: server.slots.waiting == 0)
+        assert (encoded, server.slots.busy) == (["hi"], 1)
+        goes_on.set()
+        eventually(lambda: server.slots.busy == 0)
+        assert encoded == ["hi"]
+
+
+def test_no_client_gets_more_than_the_owner_of_the_device_gives(place: Place) -> None:
+    """Longer answers than it set, or the path of who exported the bundle."""
+    with endpoint_process(place, "--max-new-tokens", 3) as running:
+        eventually(running.is_ready)
+        for most in ({"max_tokens": 50}, {"max_completion_tokens": 50}, {}):
+            asked = {"model": "", "messages": ASK, "logit_bias": {"2": -100}, **most}
+            status, answer = running.request(CHAT, asked)
+            assert status == 200
+            assert answer["usage"]["completion_tokens"] == 3
+            assert answer["choices"][0]["finish_reason"] == "length"
+        (model,) = running.request("/v1/models", method="GET")[1]["data"]
+        assert [model["id"]] == running.models == [place.model.name]
+
+
+# -- a server in this process ---------------------------------------------------------------------------------
+
+
+class Answering(Generation):
+    """Says hello, when it may."""
+
+    def __init__(self, tokenizer: Any, waits_for: threading.Event | None, answer_s: float) -> None:
+        super().__init__(tokenizer, lambda _: None, 8, None, print)  # type: ignore[arg-type, return-value]
+        object.__setattr__(self, "waits_for", waits_for)
+        object.__setattr__(self, "answer_s", answer_s)
+
+    def run(self, slot: Any, adapter: Any, request: Any, should_stop: Any) -> Iterator[Piece | End]:
+        if self.waits_for is not None:  # type: ignore[attr-defined]
+            self.waits_for.wait(30)  # type: ignore[attr-defined]
+        time.sleep(self.answer_s)  # type: ignore[attr-defined]
+        yield Piece(0, "hello", (), {})
+        yield End(0, "stop", Counters())
+
+
+@contextmanager
+def http_server(
+    kept: Connections | None = None,
+    *,
+    answers: threading.Event | None = None,
+    answer_s: float = 0.0,
+    encode: Any = lambda _: np.zeros(1, np.int64),
+    **more: Any,
+) -> Iterator[SimpleNamespace]:
+    """The HTTP side alone, with uvicorn's settings of the command; it answers without a model."""
+    kept, slots = Connections() if kept is None else kept, Slots(1, 1)
+    served = Served(
+        base_name="base", adapters=lambda: [ServedAdapter("mine", Path("mine"))],
+        generation=Answering(SimpleNamespace(encode_text=encode), answers, answer_s), slots=slots,
+        defaults=Sampling(), knows_tools=False, tool_form=None, prompt_limit=PromptLimit(100, 100), api_key=None,
+        hosts=None, origins=(), log=lambda _: None, problem=lambda: None, is_stopping=lambda: False,
+    )  # fmt: skip
+    server = uvicorn.Server(http_settings(make_app(replace(served, **more)), kept))
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        try:
+            eventually(lambda: server.started)
+            yield SimpleNamespace(port=listener.getsockname()[1], slots=slots)
+        finally:
+            server.should_exit = True
+            thread.join(30)
