@@ -26,7 +26,7 @@ from dlora.protocol.wire_codecs import Codecs, TensorRole
 from .basis import BasisPass
 from .exchange import MicroBatchExchange
 from .kinds import SITE_KINDS, MadeFrom, Site
-from .sketch import GroupSketch, bytes_a_row, sketch_bytes
+from .sketch import GroupSketch, adding_bytes, sketch_bytes
 from .target_modules import GroupRunner, running_targets
 from .torch_codecs import from_wire, to_wire
 
@@ -213,7 +213,7 @@ class MicroBatchRun:
         sites, rows = self._sites, self.layout.inputs_embeds.shape[:-1].numel()
         itemsize = sites.base.dtype.itemsize
         kept = itemsize * sum(group.in_features for group in sites.groups)
-        return rows * (kept + max(bytes_a_row(group, sites.adapter.r, itemsize) for group in sites.groups))
+        return rows * kept + max(adding_bytes(group, sites.adapter.r, rows, itemsize) for group in sites.groups)
 
     def run(self, device: DeviceMessages) -> None:
         """Forward, and backward where it trains. Raises what ``device`` does, and ``NonFiniteError``."""

@@ -25,6 +25,7 @@ from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.groups import GroupSpec
 
 _NOISE: Final = 1e-10  # of the largest eigenvalue: float32 sums of rows that are none leave less
+_LARGE: Final = 1e3  # squared norm, in the median's
 _POWER_ITERATIONS: Final = 4
 _OVERSAMPLED: Final = 10
 
@@ -32,18 +33,28 @@ _OVERSAMPLED: Final = 10
 class MomentSketch:
     """A sketch of ``Σ v vᵀ`` over rows v: (width, width) in (width, columns).
 
+    A few tokens' hidden states are thousands of times as large as all others. In a float32 sum with them the others
+    lose all but two or three digits, and which ones depends on the order in which a processor adds. So these rows are
+    added in float64; float32 is enough for the others, and twice as fast.
+
     Args:
         generator: draws the test matrix, on the CPU.
     """
 
     def __init__(self, width: int, columns: int, generator: torch.Generator, device: torch.device) -> None:
         self.omega = torch.linalg.qr(torch.randn(width, columns, generator=generator))[0].to(device)
-        self.product = torch.zeros_like(self.omega)
+        self.product = torch.zeros_like(self.omega, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> Tensor:
         """Add rows, float32 (rows, width); gives ``rows Ω``."""
         mixed: Tensor = rows @ self.omega
-        self.product.addmm_(rows.T, mixed)
+        sizes = rows.square().sum(1)
+        typical = torch.where(sizes > 0, sizes, torch.nan).nanmedian()
+        is_large = ~(sizes <= _LARGE * typical)  # NaN, too
+        self.product += rows.T @ mixed.masked_fill(is_large[:, None], 0.0)
+        if is_large.any():
+            large = rows[is_large].double()
+            self.product.addmm_(large.T, large @ self.omega.double())
         return mixed
 
     def top_eigenvectors(self, r: int) -> Tensor:
@@ -51,7 +62,7 @@ class MomentSketch:
         if not torch.isfinite(self.product).all():
             raise NonFiniteError("NaN or infinity in the base model's hidden states or gradients")
         # Few numbers, and badly conditioned where the rows have few directions: in float64 it costs nothing.
-        omega, product = self.omega.cpu().double(), self.product.cpu().double()
+        omega, product = self.omega.cpu().double(), self.product.cpu()
         mixed = omega.T @ product
         values, vectors = torch.linalg.eigh((mixed + mixed.T) / 2)
         # No higher: beside one row that is ten thousand times as large as others, theirs are at 1e-8.
@@ -96,14 +107,17 @@ class GroupSketch:
 def sketch_bytes(group: GroupSpec, r: int) -> int:
     """What a ``GroupSketch`` takes, its test matrices among it."""
     into, out = _columns(group.in_features, r), _columns(group.out_features, r)
-    return 4 * (2 * into * group.in_features + 2 * out * group.out_features + into * out)
+    return 4 * (3 * into * group.in_features + 3 * out * group.out_features + into * out)
 
 
-def bytes_a_row(group: GroupSpec, r: int, itemsize: int) -> int:
-    """What ``GroupSketch.add`` and who calls it take for each row beside the row itself: copies of it of ``itemsize``
-    bytes a number, in float32, and mixed."""
-    mixed = _columns(group.in_features, r) + _columns(group.out_features, r)
-    return (2 * itemsize + 4) * (group.in_features + group.out_features) + 4 * mixed
+def adding_bytes(group: GroupSpec, r: int, rows: int, itemsize: int) -> int:
+    """What ``GroupSketch.add`` and who calls it take for so many rows beside the rows themselves: copies of them of
+    ``itemsize`` bytes a number, in float32, and mixed twice; of the large ones, half of all at most, in float64 and
+    mixed; and the larger of two sums."""
+    into, out = _columns(group.in_features, r), _columns(group.out_features, r)
+    widths, mixed = group.in_features + group.out_features, into + out
+    a_row = (2 * itemsize + 4) * widths + 8 * mixed + 4 * (widths + mixed)
+    return rows * a_row + (4 + 8) * max(into * group.in_features, out * group.out_features)
 
 
 def _columns(width: int, r: int) -> int:
