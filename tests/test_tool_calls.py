@@ -41,6 +41,7 @@ ANSWERS: list[tuple[ToolForm, str, str, list[ToolCall]]] = [
     ),
     ("tags", "<tool_call>add(7)</tool_call>", "<tool_call>add(7)</tool_call>", []),
     ("tags", "no call < at all", "no call < at all", []),
+    ("tags", f'<tool_call>{" " * 9}{{"name": "now", "arguments": {{}}}}\u2003</tool_call>', "", [NOW]),
     ("mistral", '[TOOL_CALLS][{"name": "add", "arguments": {"x": 7}}, {"name": "now", "arguments": {}}]', "",
      [ADD, NOW]),
     ("mistral", '[{"name": "add", "arguments": {"x": 7}}]', "", [ADD]),
@@ -69,3 +70,9 @@ def test_calls_are_found_in_their_form_and_the_rest_stays(
 def test_arguments_that_are_text_stay_as_they_are() -> None:
     answer = json.dumps({"name": "add", "arguments": '{"x":7}'})
     assert parse_tool_calls(f"<tool_call>{answer}</tool_call>", "tags") == ("", [ToolCall("add", '{"x":7}')])
+
+
+@pytest.mark.timeout(60)
+def test_blanks_without_end_in_a_call_are_no_matter() -> None:
+    answer = f"<tool_call>x{' ' * 200_000}y"  # a quarter of an hour, when each blank was looked at for each before it
+    assert parse_tool_calls(answer, "tags") == (answer, [])

@@ -60,11 +60,11 @@ def parse_tool_calls(text: str, form: ToolForm) -> tuple[str, list[ToolCall]]:
         calls: list[ToolCall] = []
 
         def take(match: re.Match[str]) -> str:
-            found = _calls_of(match[1])
+            found = _calls_of(match[1].strip())
             calls.extend(found)
             return "" if found else match[0]
 
-        beside = re.sub(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", take, text, flags=re.DOTALL)
+        beside = re.sub(r"<tool_call>(.*?)(?:</tool_call>|\Z)", take, text, flags=re.DOTALL)
         return beside.strip() if calls else text, calls
     plain = text.strip()
     for beginning in _MARKS.values():
