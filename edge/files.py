@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import select
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -12,9 +15,11 @@ from pathlib import Path
 from typing import Final
 
 from dlora.protocol.errors import StorageError, UsageError
-from dlora.protocol.files import read_small, sync
+from dlora.protocol.files import sync
 
 _MAX_SECRET_BYTES: Final = 4096
+_FOR_A_WRITER_S: Final = 3.0  # a shell's, which has opened its pipe or is about to
+_FOR_BYTES_S: Final = 60.0  # of a writer that asks its user for a passphrase first
 
 
 @contextmanager
@@ -131,6 +136,36 @@ def remove_quietly(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError:
         return
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """All of a file that a user has named, at most so many bytes.
+
+    It may be a pipe, as of ``<(pass show key)``: 3 seconds are given for somebody to write to it, and 60 to whoever
+    does, until all is there. Raises ``OSError`` for what takes longer, is larger or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        found, began = b"", time.monotonic()
+        has_writer = False
+        while len(found) <= most:
+            try:
+                some = os.read(descriptor, most + 1 - len(found))
+            except BlockingIOError:
+                has_writer = True
+            else:
+                found += some
+                if not some and (found or has_writer or not stat.S_ISFIFO(os.fstat(descriptor).st_mode)):
+                    return found
+                if some:
+                    continue
+            left = (_FOR_BYTES_S if has_writer or found else _FOR_A_WRITER_S) - (time.monotonic() - began)
+            if left <= 0:
+                raise OSError(errno.ETIMEDOUT, "it is a pipe, and nobody writes to it", str(path))
+            select.select([descriptor], [], [], left)
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+    finally:
+        os.close(descriptor)
 
 
 def read_secret(option: str, path: Path, warn: Callable[[str], None] | None) -> str:

@@ -6,10 +6,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from dlora.edge.files import read_small
 from dlora.protocol.errors import DataError, UsageError
 
 from .model_options import ModelOptions, UseModeOption
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from dlora.edge.data.prompt import Message, PromptTokenizer
     from dlora.edge.generation.generate import Counters
     from dlora.edge.generation.sampling import Choice
+
+_MOST_BYTES: Final = 64 << 20  # of a chat
 
 
 @with_groups
@@ -129,7 +132,7 @@ def _read_messages(path: Path) -> tuple[Message, ...]:
     from dlora.edge.generation.prompt import check_messages
 
     try:
-        return check_messages(json.loads(path.read_bytes()))
+        return check_messages(json.loads(read_small(path, _MOST_BYTES)))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
