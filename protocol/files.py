@@ -14,9 +14,11 @@ _NO_FILE: Final = "it is no regular file"
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Raises ``OSError``, for a pipe or a device too, and waits for nobody."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, _NO_FILE, str(path))
+        number, text = (errno.EISDIR, os.strerror(errno.EISDIR)) if stat.S_ISDIR(mode) else (errno.EINVAL, _NO_FILE)
+        raise OSError(number, text, str(path))
     return os.fdopen(descriptor, "rb")
 
 
