@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import select
+import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import Final
 
 from dlora.protocol.errors import StorageError, UsageError
 from dlora.protocol.files import sync
+
+_MAX_SECRET_BYTES: Final = 4096
+_FOR_A_WRITER_S: Final = 3.0  # a shell's, which has opened its pipe or is about to
+_FOR_BYTES_S: Final = 60.0  # of a writer that asks its user for a passphrase first
 
 
 @contextmanager
@@ -74,12 +83,14 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
     """Replace ``path`` by ``content``, whole or in pieces, durably. Raises ``StorageError`` and leaves the old file as
     it was.
 
-    One writer a file: the temporary name is fixed, so that what a killed process left is written over.
+    One writer a file: the temporary name is fixed, so that what a killed process left is removed. What somebody else
+    put there is as well: a link is not followed.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with storage_errors(path):
         try:
-            with temporary.open("wb") as file:
+            remove_quietly(temporary)
+            with temporary.open("xb") as file:
                 file.writelines((content,) if isinstance(content, bytes) else content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -88,6 +99,27 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
             remove_quietly(temporary)
             raise
         sync(path.parent)
+
+
+def open_own(path: Path) -> int:
+    """Open a file to read and write it, for its owner only where it is made; returns the descriptor.
+
+    The directory may be somebody else's: raises ``StorageError`` for a link, a pipe or a device, and follows and waits
+    for none. What is in the file is untouched, and so is its mode: look whose it is before you change it.
+    """
+    with storage_errors(path):
+        try:
+            descriptor = os.open(
+                path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600
+            )
+        except OSError:
+            if not path.is_symlink():
+                raise
+        else:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor
+            os.close(descriptor)
+    raise StorageError(f"{path} is no regular file; remove it, or choose another place")
 
 
 def write_whole(file: FileIO, content: bytes) -> None:
@@ -106,15 +138,45 @@ def remove_quietly(path: Path) -> None:
         return
 
 
-def read_secret(option: str, path: Path, warn: Callable[[str], None] | None) -> str:
-    """The text of a small file, without blanks around it; ``warn`` is called where others can read it too.
+def read_small(path: Path, most: int) -> bytes:
+    """All of a file that a user has named, at most so many bytes.
 
-    ``option``: that names the file. Raises ``UsageError`` where it cannot be read.
+    It may be a pipe, as of ``<(pass show key)``: 3 seconds are given for somebody to write to it, and 60 to whoever
+    does, until all is there. Raises ``OSError`` for what takes longer, is larger or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        found, began = b"", time.monotonic()
+        has_writer = False
+        while len(found) <= most:
+            try:
+                some = os.read(descriptor, most + 1 - len(found))
+            except BlockingIOError:
+                has_writer = True
+            else:
+                found += some
+                if not some and (found or has_writer or not stat.S_ISFIFO(os.fstat(descriptor).st_mode)):
+                    return found
+                if some:
+                    continue
+            left = (_FOR_BYTES_S if has_writer or found else _FOR_A_WRITER_S) - (time.monotonic() - began)
+            if left <= 0:
+                raise OSError(errno.ETIMEDOUT, "it is a pipe, and nobody writes to it", str(path))
+            select.select([descriptor], [], [], left)
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+    finally:
+        os.close(descriptor)
+
+
+def read_secret(option: str, path: Path, warn: Callable[[str], None] | None) -> str:
+    """The text of a small file, or of a pipe as ``read_small`` reads it, without blanks around it.
+
+    ``option``: that names the file; ``warn`` is called where others can read it too. Raises ``UsageError`` where it
+    cannot be read.
     """
     try:
-        with path.open(encoding="ascii", errors="replace") as file:
-            readable_by_others = os.fstat(file.fileno()).st_mode & 0o077
-            text = file.read(4096).strip()
+        text = read_small(path, _MAX_SECRET_BYTES).decode("ascii", errors="replace").strip()
+        readable_by_others = path.stat().st_mode & 0o077
     except OSError as error:
         raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None
     if readable_by_others and warn is not None:

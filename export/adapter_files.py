@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,8 +12,10 @@ import msgspec
 
 from dlora.protocol.adapter_record import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, load_record
 from dlora.protocol.errors import CheckpointError
+from dlora.protocol.module_patterns import Patterns, read_patterns
 
 _MAX_CONFIG_BYTES: Final = 16 << 20
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,19 @@ class AdapterFiles:
 
     Attributes:
         weights_sha256: of its weights; record: None where dlora did not save it.
+        ranks, alphas: the patterns of its configuration.
     """
 
     directory: Path
     weights_sha256: str
     record: AdapterRecord | None
+    ranks: Patterns
+    alphas: Patterns
 
 
 def check_mergeable(directory: Path) -> AdapterFiles:
-    """Raise ``CheckpointError`` for what is no LoRA of PEFT's, is damaged, or cannot be merged."""
+    """Raise ``CheckpointError`` for what is no LoRA of PEFT's, is damaged, or cannot be merged, and for patterns that
+    could keep PEFT busy for ever."""
     config = _read_config(directory)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{directory} is a PEFT adapter of type {config.get('peft_type')}; only LORA is merged")
@@ -38,6 +45,8 @@ def check_mergeable(directory: Path) -> AdapterFiles:
             f"{directory} is an activated LoRA, which acts on answers only and cannot be part of the weights; train "
             "with --adapt all for an adapter that can be merged"
         )
+    ranks, alphas = (read_patterns(directory, config, key) for key in ("rank_pattern", "alpha_pattern"))
+    _check_saved_modules(directory, config.get("modules_to_save") or [])
     weights = directory / WEIGHTS_NAME
     if not weights.is_file():
         raise CheckpointError(f"{directory} has no {WEIGHTS_NAME}; weights in other files are never loaded")
@@ -49,7 +58,13 @@ def check_mergeable(directory: Path) -> AdapterFiles:
     record = load_record(directory)
     if record is not None:
         record.check_weights(directory, digest)
-    return AdapterFiles(directory, digest, record)
+    return AdapterFiles(directory, digest, record, ranks, alphas)
+
+
+def _check_saved_modules(directory: Path, names: object) -> None:
+    """PEFT has ``re`` look for them: they must be names."""
+    if not isinstance(names, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+        raise CheckpointError(f"{directory}: modules_to_save in {CONFIG_NAME} has patterns; name the modules instead")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +10,14 @@ from dataclasses import dataclass
 import msgspec
 import safetensors
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from dlora.cloud.model.base_model import BaseModel, find_source, load_model, quiet
 from dlora.protocol import interrupts
 from dlora.protocol.adapter_record import WEIGHTS_NAME
 from dlora.protocol.errors import CheckpointError, DloraError, ExportError, ModelMismatchError, StorageError
+from dlora.protocol.module_patterns import Patterns, check_matching_time, first_match
 from dlora.protocol.text import first_line
 from dlora.protocol.version import SOFTWARE_VERSION
 
@@ -118,9 +120,12 @@ def _merge(base: BaseModel, adapter: AdapterFiles) -> tuple[int, nn.Module]:
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they are about is checked below
-            model = PeftModel.from_pretrained(base.model, adapter.directory)
+            saved = _saved(adapter)
+            config = LoraConfig.from_pretrained(str(adapter.directory))
+            _name_modules(config, adapter, saved, base.model)
+            model = PeftModel.from_pretrained(base.model, adapter.directory, config=config)
             loaded = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-            _check_same_weights(loaded, adapter, base)
+            _check_same_weights(loaded, saved, adapter, base)
             modules = sum(name.endswith(".lora_A.weight") for name in loaded)
             merged: nn.Module = model.merge_and_unload(safe_merge=True)
             return modules, merged
@@ -133,10 +138,38 @@ def _merge(base: BaseModel, adapter: AdapterFiles) -> tuple[int, nn.Module]:
         ) from None
 
 
-def _check_same_weights(loaded: set[str], adapter: AdapterFiles, base: BaseModel) -> None:
-    """PEFT says nothing of weights whose module the model lacks; the rest alone would be another adapter."""
+def _saved(adapter: AdapterFiles) -> set[str]:
+    """The names of the tensors in its file."""
     with safetensors.safe_open(adapter.directory / WEIGHTS_NAME, "pt") as file:
-        saved = set(file.keys())
+        return set(file.keys())
+
+
+def _name_modules(config: LoraConfig, adapter: AdapterFiles, saved: set[str], model: nn.Module) -> None:
+    """Put names in place of all patterns of modules: they are a stranger's, and PEFT gives them to ``re``, which some
+    keep busy for ever. The modules are those that have weights."""
+    targets = tuple(config.target_parameters or ())
+    names = sorted({name.removeprefix("base_model.model.").split(".lora_")[0] for name in saved if ".lora_" in name})
+    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_pattern:
+        config.target_modules = list(names)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    names += [name for name, _ in model.named_parameters() if name.endswith(targets)]
+    check_matching_time(adapter.directory, [*adapter.ranks.values(), *adapter.alphas.values()], names)
+    config.rank_pattern = _by_name(config.rank_pattern or {}, adapter.ranks, names)
+    config.alpha_pattern = _by_name(config.alpha_pattern or {}, adapter.alphas, names)
+
+
+def _by_name(values: dict[str, int], patterns: Patterns, names: list[str]) -> dict[str, int]:
+    """One pattern a value, of all modules that have it: ``re`` keeps few patterns, and makes others again and again."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        pattern = first_match(patterns, name)
+        if pattern is not None:
+            found.setdefault(values[pattern], []).append(re.escape(name))
+    return {f"^(?:{'|'.join(names)})": value for value, names in found.items()}
+
+
+def _check_same_weights(loaded: set[str], saved: set[str], adapter: AdapterFiles, base: BaseModel) -> None:
+    """PEFT says nothing of weights whose module the model lacks; the rest alone would be another adapter."""
     if saved != loaded:
         name = min(saved ^ loaded)
         raise CheckpointError(

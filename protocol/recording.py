@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
 from .errors import DataError
+from .files import read_regular
 
 FRAMES_DIRECTORY: Final = "frames"
 FRAMES_FILE: Final = "frames.bin"
@@ -78,7 +79,7 @@ def read_recording(directory: Path) -> Recording:
     if not path.is_file() and (directory / FRAMES_DIRECTORY).is_dir():
         path = directory / FRAMES_DIRECTORY / FRAMES_FILE
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); record some with dlora-edge train, evaluate or generate "

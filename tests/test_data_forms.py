@@ -11,6 +11,7 @@ import pytest
 from test_edge_data import CHATML, TOKENIZER, load, train_tokenizer, write
 
 from dlora.edge.data.examples import Dataset
+from dlora.edge.data.questions import read_questions
 from dlora.edge.data.read_settings import ReadSettings
 from dlora.edge.data.reading import load_examples, load_split
 from dlora.edge.data.tokenizer import EdgeTokenizer
@@ -121,6 +122,26 @@ def test_alpaca_is_a_prompt_where_the_model_has_no_template() -> None:
     assert text.startswith("<s>Below is an instruction that describes a task, paired with an input that")
     assert text.endswith("### Input:\nMars, Moon, Venus\n\n### Response:\nThe Moon.</s>")
     assert "### Input" not in text_of(dataset, 0)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("end", "choices"),
+    [
+        ("true/false", ["true", "false"]),
+        ("  a/b/c \n", ["a", "b", "c"]),
+        ("Answer format: a//b", ["a", "", "b"]),
+        ("true", []),
+        ("/", []),
+        ("a/b c", []),
+        ("/" * 100 + " x", []),  # a regular expression looked for it in 2**50 ways
+    ],
+)
+def test_answers_to_choose_among_are_read_from_the_question(end: str, choices: list[str], tmp_path: Path) -> None:
+    row = {"instruction": f"Is it?\n\nAnswer format: {end}", "input": "", "output": "a/b"}
+    path = write(tmp_path / "d.jsonl", row)
+    (question,) = read_questions(path, EdgeTokenizer(train_tokenizer(), SPEC), ReadSettings(max_length=2000))
+    assert question.choices == choices
 
 
 def test_alpacas_history_is_turns_before(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -198,3 +199,52 @@ def test_values_beyond_half_precision_are_refused(tiny: TinyFactory, tmp_path: P
         merge_adapter(MergeSettings(str(tiny().model), tmp_path / "adapter", tmp_path / "out", "float16"))
     result = merge_adapter(MergeSettings(str(tiny().model), tmp_path / "adapter", tmp_path / "out", "bfloat16"))
     assert not result.is_checked
+
+
+def edited(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of an adapter of PEFT's with other settings."""
+    shutil.copytree(source, target)
+    path = target / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return target
+
+
+def test_adapter_with_patterns_merges_to_the_same_bits(tiny: TinyFactory, tmp_path: Path) -> None:
+    """Where PEFT's configuration has patterns of modules, PEFT is given their names; what comes out is what its own
+    loading gives, however the modules are named."""
+    torch.manual_seed(1)
+    options = {"rank_pattern": {"layers.1.self_attn.q_proj": 3, "v_proj": 2}, "alpha_pattern": {r".*\.0\..*v_proj": 5}}
+    settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+    get_peft_model(tiny_model("llama"), settings).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    theirs = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter").merge_and_unload().state_dict()
+    for at, changes in enumerate(
+        (
+            {},
+            {"target_modules": r".*\.(q|v)_proj"},
+            {"target_modules": r"(([a-z0-9_.])+)+!|.*(q|v)_proj"},  # ages for ``re``
+            {"exclude_modules": "(([a-z0-9_.])+)+!"},
+            {"layers_to_transform": [0, 1], "layers_pattern": "(([a-z0-9_.])+)+!|layers"},
+        )
+    ):
+        adapter = edited(tmp_path / "adapter", tmp_path / f"{at}", **changes)
+        result = merge_adapter(MergeSettings(str(tiny().model), adapter, tmp_path / f"merged{at}"))
+        assert result.modules == 4
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / f"merged{at}").state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank_pattern": {"(?x:(a|aa) +b)": 2}},
+        {"alpha_pattern": {"(([a-z0-9_.])+)+!": 2}},
+        {"modules_to_save": ["(([a-z0-9_.])+)+!"]},
+        {"modules_to_save": "(([a-z0-9_.])+)+!"},
+    ],
+)
+def test_adapter_that_is_a_program_for_re_is_not_merged(
+    tiny: TinyFactory, lora: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    adapter = edited(lora, tmp_path / "adapter", **changes)
+    with pytest.raises(CheckpointError, match="name the modules instead"):
+        merge_adapter(MergeSettings(str(tiny().model), adapter, tmp_path / "merged"))

@@ -41,9 +41,8 @@ ANSWERS: list[tuple[ToolForm, str, str, list[ToolCall]]] = [
     ),
     ("tags", "<tool_call>add(7)</tool_call>", "<tool_call>add(7)</tool_call>", []),
     ("tags", "<tool_call> <tool_call></tool_call> x", "<tool_call> <tool_call></tool_call> x", []),
-    # For ever where each blank is looked at for each other one.
-    ("tags", f"<tool_call>x{' ' * 300_000}y", f"<tool_call>x{' ' * 300_000}y", []),
     ("tags", "no call < at all", "no call < at all", []),
+    ("tags", f'<tool_call>{" " * 9}{{"name": "now", "arguments": {{}}}}\u2003</tool_call>', "", [NOW]),
     ("mistral", '[TOOL_CALLS][{"name": "add", "arguments": {"x": 7}}, {"name": "now", "arguments": {}}]', "",
      [ADD, NOW]),
     ("mistral", '[{"name": "add", "arguments": {"x": 7}}]', "", [ADD]),
@@ -63,7 +62,7 @@ def test_calls_are_found_in_their_form_and_the_rest_stays(
 ) -> None:
     assert parse_tool_calls(answer, form) == (text, calls)
     # While it comes nothing of a call is shown, and where there is none in the end what was held back comes last.
-    ends = [may_begin_call(answer[:length], form) for length in range(min(len(answer), 1000) + 1)]
+    ends = [may_begin_call(answer[:length], form) for length in range(len(answer) + 1)]
     assert ends == sorted(ends)
     if calls:
         assert answer[: ends[-1]].strip() == text
@@ -72,3 +71,9 @@ def test_calls_are_found_in_their_form_and_the_rest_stays(
 def test_arguments_that_are_text_stay_as_they_are() -> None:
     answer = json.dumps({"name": "add", "arguments": '{"x":7}'})
     assert parse_tool_calls(f"<tool_call>{answer}</tool_call>", "tags") == ("", [ToolCall("add", '{"x":7}')])
+
+
+@pytest.mark.timeout(60)
+def test_blanks_without_end_in_a_call_are_no_matter() -> None:
+    answer = f"<tool_call>x{' ' * 200_000}y"  # a quarter of an hour, when each blank was looked at for each before it
+    assert parse_tool_calls(answer, "tags") == (answer, [])

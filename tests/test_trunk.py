@@ -157,7 +157,7 @@ def test_a_cache_grows_no_larger_than_its_limit_and_shrinks_to_another(tmp_path:
     cache.close()
     assert (tmp_path / "cache").stat().st_size == size
     smaller = TrunkCache(tmp_path / "cache", owner, limit=size - 1)
-    assert [smaller.get(text_digest(ids)) for ids in texts] == [*tensors[:3], None]
+    assert [smaller.get(text_digest(ids), len(ids)) for ids in texts] == [*tensors[:3], None]
     assert not smaller.add(text_digest(texts[3]), tensors[3])
     smaller.close()
     (tmp_path / "cache").write_bytes(bytes(size))  # what a power cut may leave
@@ -183,5 +183,5 @@ def test_one_damaged_record_is_one_text(tmp_path: Path) -> None:
     for place in range(ends[1], ends[2]):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
         damaged = TrunkCache(path, owner, limit=1 << 20)
-        assert [damaged.get(text_digest(ids)) for ids in texts] == [tensors[0], None, *tensors[2:]], place
+        assert [damaged.get(text_digest(ids), len(ids)) for ids in texts] == [tensors[0], None, *tensors[2:]], place
         damaged.close()

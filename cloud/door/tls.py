@@ -6,6 +6,7 @@ import ssl
 from pathlib import Path
 
 from dlora.protocol.errors import UsageError
+from dlora.protocol.files import check_readable
 from dlora.protocol.loopback import is_loopback
 
 
@@ -73,6 +74,6 @@ def check_exposure(host: str, *, tls: bool, authenticated: bool, insecure: bool)
 
 def _check_readable(option: str, path: Path) -> None:
     try:
-        path.open("rb").close()
+        check_readable(path)
     except OSError as error:
         raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None

@@ -10,7 +10,7 @@ from typing import Final
 
 from dlora.protocol import interrupts
 from dlora.protocol.errors import StorageError
-from dlora.protocol.files import sync
+from dlora.protocol.files import read_regular, sync
 
 KEY_BYTES: Final = 32
 
@@ -27,7 +27,7 @@ def load_key(state_dir: Path) -> bytes:
             state_dir.mkdir(parents=True, exist_ok=True)
             with interrupts.raise_on_signal():
                 _make_key(path)
-        key = path.read_bytes()
+        key = read_regular(path)
     except OSError as error:
         raise StorageError(f"cannot keep the ticket key in {path}: {error.strerror}; choose --state-dir") from None
     if len(key) != KEY_BYTES:

@@ -30,12 +30,12 @@ from dlora.protocol.adapter_record import (
 )
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.limits import MAX_RANK
+from dlora.protocol.module_patterns import check_matching_time, first_match, read_patterns
 from dlora.protocol.tensors import FloatArray
 from dlora.protocol.version import ADAPTER_FORMAT, SOFTWARE_VERSION
 
 from .model_card import CARD_NAME, model_card
 from .parts import Parts, load_parts, save_parts
-from .patterns import check_matching_time, first_match, read_patterns
 
 _PREFIX: Final = "base_model.model."
 _MAX_NUMBER: Final = 2**31
@@ -199,7 +199,7 @@ def load_adapter(directory: Path) -> LoadedAdapter:
     if record is not None:
         record.check_weights(directory, digest)
     pairs = _lora_pairs(directory, weights)
-    check_matching_time(directory, [*ranks, *alphas], list(pairs))
+    check_matching_time(directory, [*ranks.values(), *alphas.values()], list(pairs))
     modules, scaling = {}, {}
     for name, found in pairs.items():
         if set(found) != {"A", "B"}:

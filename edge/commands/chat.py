@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
+from dlora.protocol.text import one_line
 
 from .generate import summary_line
 from .model_options import ModelOptions, UseModeOption, find_adapter
 from .options import AdaptersOption, CredentialOptions, with_groups
-from .output import warn
+from .output import print_answer, warn
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ class _Loop:
                 context = self._model.context()
                 answer = self._said.ask(text, context, self._stopping.is_asked)
                 for piece in answer:
-                    print(piece, end="", flush=True)
+                    print_answer(piece)
             except BaseException:
                 # In the middle of a step: that session cannot go on. What was asked can be asked again.
                 self._model.close()
@@ -293,4 +294,4 @@ def _read_line(prompt: str, *, is_terminal: bool) -> str | None:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(one_line(text), file=sys.stderr, flush=True)

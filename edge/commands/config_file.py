@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from dlora.edge.files import read_small
 from dlora.protocol.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def load_config(path: Path, command: TyperCommand) -> dict[str, Any]:
     Raises ``UsageError`` for a file that cannot be read, and for an option that the command does not have.
     """
     try:
-        with path.open("rb") as file:
-            found = tomllib.loads(file.read(_MOST_BYTES).decode())
+        found = tomllib.loads(read_small(path, _MOST_BYTES).decode())
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from dlora.protocol.text import visible
+
 from .options import (
     BundleOption,
     ColumnsOption,
@@ -15,7 +17,7 @@ from .options import (
     TooLongOption,
     TrainOnOption,
 )
-from .output import print_result
+from .output import escaped, print_result
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,12 +91,12 @@ def _show(found: dict[str, Any], file: Path, train_on: str, out: Path | None) ->
 
     console = Console(highlight=False, soft_wrap=True)
     for row in found["shown"]:
-        console.print(f"[bold]{_escaped(row['place'])}[/]")
+        console.print(f"[bold]{escaped(row['place'])}[/]")
         _show_row(console, row)
         console.print()
     what = "text" if found["form"] == "documents" else "row"
     rows = f"{found['rows']:,} {what}{'' if found['rows'] == 1 else 's'}"
-    console.print(f"[bold]{_escaped(str(file))}[/]  {found['form'] or 'nothing'}, {rows}")
+    console.print(f"[bold]{escaped(str(file))}[/]  {found['form'] or 'nothing'}, {rows}")
     learnt = {
         "all": "every token", "last": "the last answer", "answers": "answers",
     }[train_on]  # fmt: skip
@@ -127,13 +129,13 @@ def _show(found: dict[str, Any], file: Path, train_on: str, out: Path | None) ->
         more = ", …" if places["count"] > len(first) else ""
         lines.append((name.replace("_", " "), f"{places['count']:,} {what} ({', '.join(first)}{more})"))
     for name, text in lines:
-        console.print(f"  {name:<17} {_escaped(text)}")
+        console.print(f"  {name:<17} {escaped(text)}")
     for reason in found["reasons"]:
-        console.print(f"    [red]{_escaped(reason)}[/]")
+        console.print(f"    [red]{escaped(reason)}[/]")
     if len(found["histogram"]) > 1:
         _show_lengths(console, found)
     if out is not None and found["held_out"]:
-        console.print(f"written: {_escaped(str(out / 'train.jsonl'))} and {_escaped(str(out / 'held-out.jsonl'))}")
+        console.print(f"written: {escaped(str(out / 'train.jsonl'))} and {escaped(str(out / 'held-out.jsonl'))}")
 
 
 def _show_lengths(console: Console, found: dict[str, Any]) -> None:
@@ -149,7 +151,8 @@ def _show_lengths(console: Console, found: dict[str, Any]) -> None:
 
 
 def _show_row(console: Console, row: dict[str, Any]) -> None:
-    tokens = [(text.replace("\t", "⇥"), learnt) for text, learnt in zip(row["tokens"], row["learnt"], strict=True)]
+    texts = [visible(text).replace("\t", "⇥") for text in row["tokens"]]
+    tokens = [*zip(texts, row["learnt"], strict=True)]
     if len(tokens) > _SHOWN_TOKENS:
         half, left_out = _SHOWN_TOKENS // 2, len(tokens) - _SHOWN_TOKENS
         tokens = [*tokens[:half], (f" … {left_out:,} tokens … ", False), *tokens[-half:]]
@@ -177,8 +180,3 @@ def _show_coloured(console: Console, tokens: list[tuple[str, bool]]) -> None:
         text.append(piece.replace("\n", "⏎\n"), style=shades[learnt][number % 2])
     console.print(text)
 
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from dlora.protocol.text import visible
+
 _SHOWN: Final = 400  # characters of a question or an answer
 _MEASURES: Final[tuple[tuple[str, str, Callable[[float], str]], ...]] = (
     ("loss", "loss of a token", "{:.4f}".format),
@@ -30,7 +32,7 @@ def show_models(result: dict[str, Any]) -> None:
             line = f"  {row['name']:<{width}}  {form(row[measure])}  ({_ends(row[f'{measure}_interval'], form)})"
             if difference := row.get("difference", {}).get(measure):
                 line += f"   {result['name']} is {_above(difference, form)}"
-            console.print(line, markup=False)
+            console.print(visible(line), markup=False)
     asked = f", {result['questions']:,} questions" if "right" in result else ""
     console.print(f"{result['examples']:,} examples, {result['tokens']:,} labelled tokens{asked}; 95 % intervals")
 
@@ -43,7 +45,7 @@ def show_answers(rows: Sequence[dict[str, Any]]) -> None:
     console = Console(highlight=False)
     for row in rows:
         console.print()
-        console.print(Text(row["place"], style="bold"))
+        console.print(Text(_short(row["place"]), style="bold"))
         width = max(len("reference"), *(len(each["name"]) for each in row["answers"]))
         console.print(Text(_short(row["asked"]), style="dim"))
         console.print(Text(f"{'reference':<{width}}    {_short(row['reference'])}"))
@@ -67,5 +69,5 @@ def _ends(ends: Sequence[float], form: Callable[[float], str]) -> str:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = visible(" ".join(text.split()))
     return line if len(line) <= _SHOWN else f"… {line[-_SHOWN:]}"

@@ -6,15 +6,17 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from dlora.edge.files import read_small
 from dlora.protocol.errors import DataError, UsageError
+from dlora.protocol.text import visible_json
 
 from .model_options import ModelOptions, UseModeOption
 from .options import CredentialOptions, JsonOption, with_groups
-from .output import warn
+from .output import print_answer, warn
 from .recording import RecordOption, check_record, recording
 from .sampling_options import DraftOption, MaxNewTokensOption, SamplingOptions, StopOption
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from dlora.edge.data.prompt import Message, PromptTokenizer
     from dlora.edge.generation.generate import Counters
     from dlora.edge.generation.sampling import Choice
+
+_MOST_BYTES: Final = 64 << 20  # of a chat
 
 
 @with_groups
@@ -54,6 +58,8 @@ def generate(
 
     Prompt, answer, adapter and the choice of tokens stay here; the server sees hidden states, and keeps keys and values
     of the text until the command ends. What that tells it: SECURITY.md.
+
+    A terminal shows characters that would steer it as codes; a pipe or a file gets the answer as it is.
     """
     from dlora.edge.data.prompt import prompt_tokenizer
     from dlora.edge.engine.bundle import Bundle
@@ -96,12 +102,12 @@ def generate(
             )
             for piece in answer:
                 if not json_output:
-                    print(piece, end="", flush=True)
+                    print_answer(piece)
             tokens = [] if logprobs is None else [_token(choice, tokenizer) for choice in answer.choices]
     if json_output:
         result: dict[str, Any] = {"prompt": text if asked_messages is None else asked_messages, "answer": answer.text}
         result |= {"finish_reason": answer.finish_reason, **asdict(answer.counters)}
-        print(json.dumps(result | ({"logprobs": tokens} if tokens else {}), ensure_ascii=False))
+        print(visible_json(result | ({"logprobs": tokens} if tokens else {})))
     else:
         print(flush=True)
         print(summary_line(answer.counters), file=sys.stderr)
@@ -129,7 +135,7 @@ def _read_messages(path: Path) -> tuple[Message, ...]:
     from dlora.edge.generation.prompt import check_messages
 
     try:
-        return check_messages(json.loads(path.read_bytes()))
+        return check_messages(json.loads(read_small(path, _MOST_BYTES)))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -30,7 +30,7 @@ from .options import (
     TrainOnOption,
     with_groups,
 )
-from .output import print_result
+from .output import escaped, print_result
 
 
 @with_groups
@@ -87,7 +87,6 @@ def plan(
 def show(result: dict[str, Any]) -> None:
     """Print a plan for people."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Column, Table
 
     from .recommendation import mb, minutes
@@ -110,17 +109,17 @@ def show(result: dict[str, Any]) -> None:
         cache = mb(row["cache_mb"]) if row["cache_mb"] else ""
         fits = "[green]yes[/]" if row["fits"] else "[red]no[/]"
         table.add_row(
-            row["mode"], blocks, escape(what), mb(row["peak_mb"]), mb(row["wire_mb"]), f"{row['round_trips']:,}", time,
+            row["mode"], blocks, escaped(what), mb(row["peak_mb"]), mb(row["wire_mb"]), f"{row['round_trips']:,}", time,
             cache, fits,
         )  # fmt: skip
     console = Console()
     console.print(table)
     for line in result["notes"]:
-        console.print(escape(line), highlight=False)
+        console.print(escaped(line), highlight=False)
     if result["recommended"] is not None:
-        recommended = escape(result["recommended"])
-        console.print(f"[bold]recommended: {recommended}[/]: {escape(result['reason'])}", highlight=False)
+        recommended = escaped(result["recommended"])
+        console.print(f"[bold]recommended: {recommended}[/]: {escaped(result['reason'])}", highlight=False)
     else:
-        console.print(f"[red]{escape(result['reason'])}[/]", highlight=False)
+        console.print(f"[red]{escaped(result['reason'])}[/]", highlight=False)
     for line in result["others"]:
-        console.print(escape(line), highlight=False)
+        console.print(escaped(line), highlight=False)

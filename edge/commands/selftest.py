@@ -9,7 +9,7 @@ import typer
 from dlora.edge.choices import EngineName
 
 from .options import BundleOption, JsonOption, ThreadsOption
-from .output import print_result
+from .output import escaped, print_result
 
 
 def selftest(
@@ -38,7 +38,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     several = len(result["engines"]) > 1
-    table = Table(title=f"{result['bundle']} on {result['engine']}", title_justify="left")
+    table = Table(title=f"{escaped(result['bundle'])} on {result['engine']}", title_justify="left")
     for name in ("graph", "key"):
         table.add_column(name, overflow="fold")  # names that are cut look alike
     table.add_column("tolerance", justify="right")
@@ -53,7 +53,7 @@ def show(result: dict[str, Any]) -> None:
             for name in result["engines"]
             for cell in (f"{row['engines'][name]['error']:.1e}", f"{row['engines'][name]['ms']:.2f}")
         ]
-        table.add_row(row["graph"], row["key"], f"{row['tolerance']:.1e}", *found, verdict)
+        table.add_row(escaped(row["graph"]), escaped(row["key"]), f"{row['tolerance']:.1e}", *found, verdict)
     console = Console()
     console.print(table)
     if result["passed"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from .split import Split, held_out_rows
 from .tokenizer import EdgeTokenizer
 
 # LLM-Adapters (Hu et al., arXiv 2304.01933) writes the answers that there are at the end of each question.
-_ANSWER_FORMAT: Final = re.compile(r"Answer format: *(\S+(?:/\S+)+)\s*\Z")
+_ANSWER_FORMAT: Final = "Answer format:"
 
 
 def read_questions(
@@ -109,8 +108,8 @@ def _choices(fields: dict[str, Any]) -> list[str]:
     if isinstance(named, list) and named and all(isinstance(each, str) for each in named):
         return list(named)
     asked = fields.get("instruction")
-    found = _ANSWER_FORMAT.search(asked) if isinstance(asked, str) else None
-    return found[1].split("/") if found else []
+    words = asked.rpartition(_ANSWER_FORMAT)[2].split() if isinstance(asked, str) and _ANSWER_FORMAT in asked else []
+    return words[0].split("/") if len(words) == 1 and "/" in words[0][1:-1] else []
 
 
 def _encoded(sample: Sample, tokenizer: EdgeTokenizer, settings: ReadSettings) -> TokenSequence:

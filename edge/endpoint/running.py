@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from dlora.edge.adapters.store import AdapterStore
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.files import read_secret
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.ends import LongArray
 from dlora.edge.model.generating import GeneratingModel
@@ -55,10 +56,7 @@ class Listening:
         """Raises ``UsageError``."""
         key = os.environ.get(_KEY_VARIABLE) or None
         if key_file is not None:
-            try:
-                key = key_file.read_text().strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"--api-key-file {key_file} cannot be read ({error})") from None
+            key = read_secret("--api-key-file", key_file, None)
         if key is not None and (len(key) < 8 or not key.isascii() or any(each.isspace() for each in key)):
             raise UsageError("the key must be at least 8 ASCII characters without blanks")
         if local_hosts(host) is None and key is None:

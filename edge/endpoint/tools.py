@@ -11,12 +11,11 @@ ToolForm = Literal["tags", "python_tag", "mistral"]
 """``tags``: ``<tool_call>{"name": …, "arguments": …}</tool_call>`` (Hermes, Qwen, SmolLM 2 and 3); ``python_tag``: the
 answer is the object, with ``parameters`` (Llama 3); ``mistral``: ``[TOOL_CALLS]`` and a list of them."""
 
-_OPENING, _CLOSING = "<tool_call>", "</tool_call>"
-_MARKS: Final[dict[ToolForm, str]] = {"tags": _OPENING, "mistral": "[TOOL_CALLS]", "python_tag": "<|python_tag|>"}
+_MARKS: Final[dict[ToolForm, str]] = {"tags": "<tool_call>", "mistral": "[TOOL_CALLS]", "python_tag": "<|python_tag|>"}
 # The small models of Llama 3.2 are told of the object and not of the mark.
 _LLAMA_OBJECT: Final = '"parameters": dictionary of argument name'
 _BEGINNINGS: Final[dict[ToolForm, tuple[str, ...]]] = {
-    "tags": (_OPENING,),
+    "tags": ("<tool_call>",),
     # Both marks are special tokens, which the text does not have; what follows them is JSON.
     "mistral": ("[TOOL_CALLS]", "[{"),
     "python_tag": ("<|python_tag|>", '{"'),
@@ -58,7 +57,15 @@ def may_begin_call(text: str, form: ToolForm) -> int:
 def parse_tool_calls(text: str, form: ToolForm) -> tuple[str, list[ToolCall]]:
     """The text beside tool calls, and these. What is not in the form stays text."""
     if form == "tags":
-        return _parse_tags(text)
+        calls: list[ToolCall] = []
+
+        def take(match: re.Match[str]) -> str:
+            found = _calls_of(match[1].strip())
+            calls.extend(found)
+            return "" if found else match[0]
+
+        beside = re.sub(r"<tool_call>(.*?)(?:</tool_call>|\Z)", take, text, flags=re.DOTALL)
+        return beside.strip() if calls else text, calls
     plain = text.strip()
     for beginning in _MARKS.values():
         plain = plain.removeprefix(beginning).strip()
@@ -67,18 +74,6 @@ def parse_tool_calls(text: str, form: ToolForm) -> tuple[str, list[ToolCall]]:
         parts = [_calls_of(part) for part in re.split(r"(?<=\})\s*;\s*(?=\{)", plain)]
         found = [call for part in parts for call in part] if all(parts) else []
     return ("", found) if found else (text, [])
-
-
-def _parse_tags(text: str) -> tuple[str, list[ToolCall]]:
-    """Without regular expressions: one that leaves out blanks around a call takes quadratic time for many blanks."""
-    beside, calls, rest = "", list[ToolCall](), text
-    while _OPENING in rest:
-        before, _, rest = rest.partition(_OPENING)
-        inside, closing, rest = rest.partition(_CLOSING)  # which is missing where the answer was cut off
-        found = _calls_of(inside.strip())
-        calls += found
-        beside += before if found else before + _OPENING + inside + closing
-    return ((beside + rest).strip(), calls) if calls else (text, [])
 
 
 def _calls_of(text: str) -> list[ToolCall]:

@@ -83,16 +83,16 @@ class HeldBlocks:
         texts = batch.texts()
         found: dict[bytes, FloatArray] = {}
         digests = [self._held.digest(ids) for ids in texts]
-        for digest in digests:
+        for digest, ids in zip(digests, texts, strict=True):
             if digest not in found:
-                kept = self._kept(digest)
+                kept = self._kept(digest, len(ids))
                 whole = self._compute(digest, count, lora, scaling) if kept is None else {digest: kept}
                 found |= {name: whole[name].copy() for name in whole.keys() & set(digests)}
         return np.concatenate([found[digest] for digest in digests])
 
-    def _kept(self, digest: bytes) -> FloatArray | None:
+    def _kept(self, digest: bytes, tokens: int) -> FloatArray | None:
         assert self._cache is not None
-        tensor = self._cache.get(digest)
+        tensor = self._cache.get(digest, tokens)
         return None if tensor is None else decode_floats(tensor)
 
     def _compute(

@@ -22,11 +22,11 @@ from typing import Final, NamedTuple
 import msgspec
 import numpy as np
 
-from dlora.edge.files import storage_errors
+from dlora.edge.files import open_own, storage_errors
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import CheckpointError, StorageError
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor
+from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor, is_exponent
 from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole
 
 from .cache_key import SEALED_BYTES, CacheKey
@@ -101,7 +101,7 @@ class TrunkCache:
         warn: called with a line about what was damaged.
 
     Raises ``CheckpointError`` where the file is of another model, other blocks or another wire, or is none of ours, and
-    ``StorageError``.
+    ``StorageError``, for a link or a pipe in its place too.
     """
 
     def __init__(
@@ -121,11 +121,12 @@ class TrunkCache:
         self._codec = CODECS[owner.codec]
         self._places: dict[bytes, _Place] = {}
         self._checked: set[bytes] = set()
-        with storage_errors(path):
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-            os.fchmod(self._file, 0o600)
+        self._file = open_own(path)
         try:
-            self._start = self._end = self._read_header() or self._write_header()
+            start = self._read_header()  # before anything is changed: it may be somebody else's file
+            with storage_errors(path):
+                os.fchmod(self._file, 0o600)
+            self._start = self._end = start or self._write_header()
             self._find_records()
         except BaseException:
             os.close(self._file)
@@ -166,11 +167,21 @@ class TrunkCache:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._places
 
-    def get(self, digest: bytes) -> WireTensor | None:
-        """The hidden states of a text (tokens, width); None where it does not have them, or they are damaged."""
+    def get(self, digest: bytes, tokens: int) -> WireTensor | None:
+        """The hidden states of a text (tokens, width); None where it does not have them, or they are damaged, or such
+        as no server may send: whoever can write the file can make its checks."""
         place = self._places.get(digest)
         if place is None:
             return None
+        tensor = self._read(digest, place) if place.tokens == tokens else None
+        if tensor is None:
+            self._warn(f"{self.path} is damaged in one place, whose text is asked for again")
+            del self._places[digest]
+            return None
+        self._checked.add(digest)
+        return tensor
+
+    def _read(self, digest: bytes, place: _Place) -> WireTensor | None:
         head = _head(digest, place.tokens, place.exponent)
         with storage_errors(self.path):
             nbytes = self.record_bytes(place.tokens) - _RECORD.size - _CHECK_BYTES
@@ -182,14 +193,12 @@ class TrunkCache:
             stored = None
         if stored is not None and self.key is not None:
             stored = self.key.open(stored, head)
-        if stored is None:
-            self._warn(f"{self.path} is damaged in one place, whose text is asked for again")
-            del self._places[digest]
+        if stored is None or not is_exponent(place.exponent, self._codec.dtype):
             return None
-        self._checked.add(digest)
         width = self.owner.width + (SCALE_BYTES if self._codec.dtype == "int8" else 0)
         data = np.frombuffer(stored, DTYPES[self._codec.dtype]).reshape(place.tokens, width)
-        return WireTensor(self._codec.dtype, data, place.exponent)
+        tensor = WireTensor(self._codec.dtype, data, place.exponent)
+        return tensor if digest in self._checked or self._codec.is_finite(tensor) else None
 
     def add(self, digest: bytes, tensor: WireTensor) -> bool:
         """Keep the hidden states of a text; False where there is no room. Raises ``StorageError``; what was kept before

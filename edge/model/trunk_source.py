@@ -155,7 +155,7 @@ class TrunkSource:
         """
         texts = batch.texts()
         digests = [self.cache.digest(ids) for ids in texts]
-        found = {digest: self.cache.get(digest) for digest in digests}
+        found = {digest: self.cache.get(digest, len(ids)) for digest, ids in zip(digests, texts, strict=True)}
         missing = {digest: ids for digest, ids in zip(digests, texts, strict=True) if found[digest] is None}
         for _ in self._ask_and_keep(self._cut(missing) if self._exact else self._packs_with(missing), found):
             pass

@@ -12,6 +12,7 @@ import msgspec
 from dlora.edge.run.file_names import EVALUATIONS, METRICS, SUMMARY
 from dlora.edge.run.run_file import RunFile, load_run_file
 from dlora.protocol.errors import CheckpointError
+from dlora.protocol.files import read_regular
 
 from .steps import Steps, read_steps
 
@@ -90,7 +91,7 @@ def read_run(out: Path) -> RunData:
 def read_evaluations(path: Path) -> tuple[EvaluationLine, ...]:
     """Of an ``evaluations.jsonl``, ascending; none where there is none. Raises ``CheckpointError``."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path).splitlines()
         return tuple(sorted((_decode(line) for line in lines), key=lambda each: each.step))
     except FileNotFoundError:
         return ()
@@ -104,7 +105,7 @@ def _decode(line: bytes) -> EvaluationLine:
 
 def _summary(path: Path, steps: int) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

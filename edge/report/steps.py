@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from dlora.edge.training.metrics import StepMetrics, iterate_metrics
+from dlora.protocol.files import open_regular
 from dlora.protocol.tensors import ByteArray
 
 from .time_split import Split, split_of
@@ -157,7 +158,7 @@ def read_steps(path: Path) -> Steps:
 
 def _count_lines(path: Path) -> int:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return sum(part.count(b"\n") for part in _parts(file.read))
     except OSError:
         return 0  # the reader tells of it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from dlora.edge.training.metrics import StepMetrics
 from dlora.protocol.tensors import ByteArray
-from dlora.protocol.text import one_line
+from dlora.protocol.text import one_line, visible_json
 
 from .kr_map import render_map
 from .live_view import LiveView
@@ -200,7 +199,7 @@ class Display:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the result on stdout: one JSON object, or a table, after the map if kill-and-revive did anything."""
         if self._json:
-            print(json.dumps(summary, ensure_ascii=False))
+            print(visible_json(summary))
             return
         if any((states != self._history[0][1]).any() for _, states in self._history):
             colour = self._terminal and not os.environ.get("NO_COLOR")

@@ -14,6 +14,7 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import StoppedError
+from dlora.protocol.files import read_regular
 
 from .display import Display
 from .file_names import EVALUATIONS
@@ -132,7 +133,7 @@ class HeldOut:
     def _saved_row(self) -> Any:
         """The evaluation that the adapter in ``best/`` is of; None where nobody can say."""
         try:
-            return json.loads((self._out / BEST / EVALUATION).read_bytes())
+            return json.loads(read_regular(self._out / BEST / EVALUATION))
         except (OSError, ValueError):
             return None
 
@@ -153,7 +154,7 @@ def load_evaluations(
     They are not worth a run, so ``warn`` is called with what is damaged.
     """
     path, found, others = out / EVALUATIONS, list[dict[str, Any]](), 0
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in read_regular(path).splitlines() if path.is_file() else []:
         try:
             row = msgspec.json.decode(line, type=_Line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

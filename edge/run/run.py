@@ -40,6 +40,7 @@ from dlora.edge.wire.recorder import Recorder
 from dlora.edge.wire.spans import Spans
 from dlora.protocol import interrupts
 from dlora.protocol.errors import CheckpointError, DloraError, StoppedError, UsageError
+from dlora.protocol.files import read_regular
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.messages import Welcome
 
@@ -334,7 +335,7 @@ def _summary_of_finished_run(
     if steps != run.config.total_steps and not is_out_of_patience(evaluations, run.patience, run.config.part_begins):
         return None
     try:
-        summary: dict[str, Any] = json.loads((run.out / SUMMARY).read_bytes())
+        summary: dict[str, Any] = json.loads(read_regular(run.out / SUMMARY))
         # Another's, where the run was made longer since.
         return summary if summary["steps"] == steps else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

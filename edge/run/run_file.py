@@ -21,6 +21,7 @@ from dlora.edge.files import write_atomically
 from dlora.edge.training.schedule import ScheduleName
 from dlora.protocol.choices import Adapt, Basis, KindChoice, OnKill, ScoreName, Send, UnitKind
 from dlora.protocol.errors import CheckpointError, UsageError
+from dlora.protocol.files import read_regular
 from dlora.protocol.kill_revive import Fraction
 from dlora.protocol.limits import MAX_STEPS, MAX_THREADS
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
@@ -213,7 +214,7 @@ def load_run_file(out: Path) -> RunFile:
     """Read a run's ``run.json``. Raises ``CheckpointError`` where there is none, or it is damaged."""
     path = out / RUN_FILE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=RunFile)
+        return msgspec.json.decode(read_regular(path), type=RunFile)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{out} is no run: it has no {RUN_FILE}; give the --out of a run, or repeat its options with train --resume"

@@ -22,6 +22,7 @@ from dlora.edge.engine.engine import Array
 from dlora.edge.files import make_directory, remove_quietly, write_atomically
 from dlora.edge.tensor_file import safetensors_chunks
 from dlora.protocol.errors import CheckpointError
+from dlora.protocol.files import open_regular
 
 KEPT: Final = 2
 FORMAT: Final = 2
@@ -110,6 +111,7 @@ def load_latest(directory: Path, warn: Callable[[str], None] | None = None) -> C
 
 def _load(path: Path, step: int) -> Checkpoint:
     try:
+        open_regular(path).close()  # the library would wait for a pipe's writer
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             # Copies: the file may be deleted or replaced while the run goes on.

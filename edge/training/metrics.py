@@ -14,6 +14,7 @@ import numpy as np
 
 from dlora.edge.files import make_directory, storage_errors, write_atomically, write_whole
 from dlora.protocol.errors import CheckpointError
+from dlora.protocol.files import open_regular, read_regular
 from dlora.protocol.tensors import ByteArray
 
 
@@ -120,7 +121,7 @@ def iterate_metrics(path: Path) -> Iterator[StepMetrics]:
     """As ``read_metrics``, one step at a time: the file of a long run takes more memory than a device has to spare."""
     decoder = msgspec.json.Decoder(StepMetrics)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for line in file:
                 if line.endswith(b"\n") and _step(line) is not None:
                     yield decoder.decode(line)
@@ -133,10 +134,8 @@ def iterate_metrics(path: Path) -> Iterator[StepMetrics]:
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return []
+    with storage_errors(path):
+        raw = read_regular(path) if path.exists() else b""
     found = []
     for line in raw.splitlines(keepends=True):
         step = _step(line) if line.endswith(b"\n") else None

@@ -15,6 +15,7 @@ import msgspec
 
 from dlora.edge.files import read_secret
 from dlora.protocol.errors import ConnectionFailedError, UsageError
+from dlora.protocol.files import check_readable
 from dlora.protocol.loopback import is_loopback
 from dlora.protocol.messages import Error
 
@@ -158,6 +159,6 @@ def tls_failure(error: ssl.SSLError, url: str) -> ConnectionFailedError:
 def _check_readable(option: str, path: Path | None) -> None:
     try:
         if path is not None:
-            path.open("rb").close()
+            check_readable(path)
     except OSError as error:
         raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None

@@ -17,6 +17,7 @@ import platformdirs
 
 from dlora.edge.files import make_directory, turn_in, write_atomically
 from dlora.protocol.errors import StorageError
+from dlora.protocol.files import read_regular
 
 STATE_VARIABLE: Final = "DLORA_EDGE_STATE"
 FILE_NAME: Final = "device.json"
@@ -54,7 +55,7 @@ def load_device_id(state_dir: Path | None = None, warn: Callable[[str], None] | 
 
 def _load_or_make(path: Path, warn: Callable[[str], None]) -> str:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Identity).device
+        return msgspec.json.decode(read_regular(path), type=_Identity).device
     except FileNotFoundError:
         pass
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -23,7 +23,7 @@ def target(directory: Path) -> Target:
     config, weights = ((directory / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME))
     patterns = {
         "rank_pattern": {"q_proj": 2, r".*\.down_proj": 2},
-        "alpha_pattern": {r"layers\.1\.(mlp|attn)\.down_proj": 32.5},
+        "alpha_pattern": {r"layers\.[0-9]\..*down_proj|^q_proj$": 32.5},
         "use_rslora": True,
         "init_lora_weights": "gaussian",
     }
