@@ -146,7 +146,7 @@ def read_small(path: Path, most: int) -> bytes:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        found, began = b"", time.monotonic()
+        found, began = bytearray(), time.monotonic()
         has_writer = False
         while len(found) <= most:
             try:
@@ -156,7 +156,7 @@ def read_small(path: Path, most: int) -> bytes:
             else:
                 found += some
                 if not some and (found or has_writer or not stat.S_ISFIFO(os.fstat(descriptor).st_mode)):
-                    return found
+                    return bytes(found)
                 if some:
                     continue
             left = (_FOR_BYTES_S if has_writer or found else _FOR_A_WRITER_S) - (time.monotonic() - began)
