@@ -25,7 +25,7 @@ from dlora.protocol.text import first_line
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
 from .loading import load_model, quiet
-from .source import ModelSource, find_source
+from .source import ModelSource, find_source, public_name
 
 __all__ = [
     "BaseModel",
@@ -140,6 +140,11 @@ class BaseModel:
         with model_code(name, config.model_type):
             check_cut(base, find_embedding(base), find_head(base))
         return base
+
+    @cached_property
+    def public_name(self) -> str:
+        """What devices are told: ``name`` without the path."""
+        return public_name(self.name)
 
     @cached_property
     def fingerprint(self) -> str:

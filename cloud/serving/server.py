@@ -32,7 +32,6 @@ from dlora.cloud.model.layout import can_pack
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.memory import collect_garbage
 from dlora.cloud.model.parts import ModelParts
-from dlora.cloud.model.source import public_name
 from dlora.protocol import interrupts
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
@@ -298,7 +297,7 @@ class CloudServer:
             "status": "draining" if self.service.draining.is_set() else "ok",
             "software": SOFTWARE_VERSION,
             "protocol_versions": list(PROTOCOL_VERSIONS),
-            "base_model": public_name(base.name),
+            "base_model": base.public_name,
             "base_fingerprint": base.fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
             "device": str(base.device),
