@@ -283,7 +283,7 @@ class _Reply(msgspec.Struct, kw_only=True):
 def library_errors(kind: type[DloraError], problem: str, advice: str) -> Iterator[None]:
     """Whatever a library in Rust raises as ``kind``, in one line: an ``Exception``, or where it panics not even that.
 
-    For within a child; ``MemoryError`` is for the child itself to tell of.
+    But for ``MemoryError``, which children and commands tell of themselves.
     """
     try:
         yield

@@ -108,15 +108,21 @@ class BaseModel:
             raise ExportError(
                 f"{name} is an encoder-decoder model ({config.model_type}); only decoder-only models are supported"
             )
-        text = config.get_text_config(decoder=True)
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        with model_code(name, config.model_type):
+            text = config.get_text_config(decoder=True)
+            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+            decoder, count = model.base_model, getattr(text, "num_hidden_layers", None)
         if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
             raise ExportError(
                 f"{name} ({config.model_type}) has no plain token embedding and linear LM head; it is not supported"
             )
         model.eval().requires_grad_(False)
-        decoder = model.base_model
-        block_list = _find_blocks(model, decoder, text.num_hidden_layers, name)
+        if not isinstance(count, int):
+            raise ExportError(
+                f"{name} ({config.model_type}) is no single stack of transformer blocks: its config has no "
+                "num_hidden_layers; its architecture is not supported"
+            )
+        block_list = _find_blocks(model, decoder, count, name)
         with model_code(name, config.model_type):
             targets, refused = _trace(model, decoder, block_list, embedding.embedding_dim)
         if not targets:
