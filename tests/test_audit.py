@@ -39,8 +39,10 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.recorder import Recorder
 from dlora.protocol import child
+from dlora.protocol import messages as m
 from dlora.protocol.errors import DataError, DloraError, ModelMismatchError, UsageError
-from dlora.protocol.recording import FRAMES_FILE, TOKENIZER_FILE, TRUTH_FILE, read_recording
+from dlora.protocol.frames import Decoder, encode, read_prefix
+from dlora.protocol.recording import FRAMES_FILE, TOKENIZER_FILE, TRUTH_FILE, FramesWriter, read_recording
 from dlora.protocol.tensors import WireTensor
 
 STEPS = 4
@@ -457,6 +459,9 @@ def set_about(**changes: Any) -> Change:
         set_about(modes=lambda modes: modes[:-5]),
         set_about(examples=lambda count: count + 1),
         set_about(format=lambda _: 2),
+        set_about(snapshots=lambda each: [{**each[0], "names": [each[0]["names"][0] * 1000, *each[0]["names"][1:]]}]),
+        set_about(snapshots=lambda each: each * 1000),
+        set_about(gradients=lambda each: each * 1000),
     ],
 )
 def test_a_truth_that_cannot_be_is_one_line(model: Tiny, broken: _Broken, change: Change) -> None:
@@ -541,6 +546,51 @@ def test_what_a_user_may_get_wrong_is_one_line(model: Tiny, recordings: dict[str
         with pytest.raises(UsageError if "is no" not in line or "audit" in line else DataError, match=line):
             audit_command(**{"out": tmp_path / "audit.html", **good, **wrong})
     assert (tmp_path / "package.json").read_text() == "{}"
+
+
+def without_group_inputs(message: m.AnyMessage) -> m.AnyMessage | None:
+    return None if isinstance(message, m.GroupInput) and message.group == 1 else message
+
+
+def without_numbers(message: m.AnyMessage) -> m.AnyMessage | None:
+    if isinstance(message, m.GroupInput):
+        rows = np.full(message.hidden_states.data.shape, np.nan, np.float32)
+        return structs.replace(message, hidden_states=WireTensor("fp32", rows))
+    return message
+
+
+def of_one_width(message: m.AnyMessage) -> m.AnyMessage | None:
+    if isinstance(message, m.GroupDelta):
+        return structs.replace(message, deltas=(WireTensor("fp32", np.ones((1, 1), np.float32)),))
+    return message
+
+
+@pytest.mark.parametrize("change", [without_group_inputs, without_numbers, of_one_width])
+def test_frames_that_are_no_conversation_are_one_line(
+    model: Tiny, broken: _Broken, change: Callable[[m.AnyMessage], m.AnyMessage | None]
+) -> None:
+    """Each of them is a whole message, sealed anew."""
+    recording = read_recording(broken.frames)
+    with (broken.frames / FRAMES_FILE).open("wb") as file:
+        writer = FramesWriter(file, recording.id)
+        for each in recording.frames:
+            prefix = read_prefix(each.frame)
+            message = change(Decoder().decode(each.frame))
+            if message is not None:
+                writer.add(each.time, encode(message, seq=prefix.seq, ack=prefix.ack), up=each.up)
+    assert "fails on these frames" in broken.audit(model.model)
+
+
+def test_a_recording_of_few_tokens_is_audited(tiny: TinyFactory, tmp_path: Path) -> None:
+    """Fewer rows than the rank of what they are to give, and some that are zero."""
+    small = tiny()
+    data = Dataset.of([([int(token) for token in range(10 + row, 18 + row)], [5, 6]) for row in range(6)])
+    with serving(small.base) as server:
+        record_training(
+            small, server.url, tmp_path, data, total_steps=2, batch_size=2, wire_dtype="fp16",
+            target_modules=("all-linear",),
+        )  # fmt: skip
+    assert finding(run_audit(*opened(tmp_path), small.base), "text").verdict is Verdict.EXPOSED
 
 
 # -- verdicts that must not claim more -------------------------------------------------------------------

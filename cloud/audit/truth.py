@@ -214,6 +214,7 @@ def _read(path: Path, tokenizer: TruthTokenizer | None) -> Truth:
         about = msgspec.json.decode((file.metadata() or {})["truth"], type=_About)
         if about.format != TRUTH_FORMAT:
             raise ValueError(about.format)
+        _check_is_bounded(about)
         names = set(file.keys())
 
         def tensor(name: str) -> Any:
@@ -254,6 +255,18 @@ def _read(path: Path, tokenizer: TruthTokenizer | None) -> Truth:
     return Truth(
         about.recording, micro_batches, parameters, gradients, examples, about.seed_was_chosen, tokenizer
     )
+
+
+def _check_is_bounded(about: _About) -> None:
+    """A description must not have tensors read again and again: there is no more of anything than micro-batches, which
+    have tensors of their own. Raises ``ValueError``."""
+    most = 2 * len(about.modes) + 2
+    if len(about.gradients) > most or len(about.snapshots) > most:
+        raise ValueError(most)
+    for each in about.snapshots:
+        names = [name for group in each.names for name in group]
+        if len(set(names)) < len(names):
+            raise ValueError(names)
 
 
 def _whole(values: Any) -> Any:
