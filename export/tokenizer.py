@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from dlora.cloud.model.base_model import BaseModel, ModelSource, quiet
+from dlora.protocol.child import library_errors
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import TokenizerSpec
 
@@ -20,12 +21,9 @@ def load_tokenizer(source: ModelSource, base: BaseModel) -> Any:
 
     Raises ``ExportError`` where there is none, it is not of the fast kind, or has more words than the embedding.
     """
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf_file)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise ExportError(f"{source.name} has no tokenizer that can be loaded: {reason}") from None
+    problem = f"{source.name} has no tokenizer that can be loaded"
+    with quiet(), library_errors(ExportError, problem, "save one there with its save_pretrained"):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf_file)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ExportError(
             f"the tokenizer of {source.name} has no tokenizer.json, which a device needs; "
@@ -52,6 +50,8 @@ def save_tokenizer(bundle: Path, tokenizer: Any, base: BaseModel) -> TokenizerSp
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
+    if template and not isinstance(template, str):
+        raise ExportError(f"the tokenizer's chat template is no text but {type(template).__name__}; mend its config")
     if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return TokenizerSpec(

@@ -70,14 +70,20 @@ class Recording(NamedTuple):
     frames: list[RecordedFrame]
 
 
+def find_recorded(directory: Path, part: str, file: str) -> Path:
+    """Where ``file`` is, there or not: in ``directory``, or in its ``part``; ``directory`` may be the file itself."""
+    if directory.is_file():
+        return directory
+    path = directory / file
+    return directory / part / file if not path.is_file() and (directory / part).is_dir() else path
+
+
 def read_recording(directory: Path) -> Recording:
     """The frames in ``directory``, or in its ``frames``; it may be the file itself.
 
     Raises ``DataError`` where there are none, and where the file is no recording or is torn.
     """
-    path = directory if directory.is_file() else directory / FRAMES_FILE
-    if not path.is_file() and (directory / FRAMES_DIRECTORY).is_dir():
-        path = directory / FRAMES_DIRECTORY / FRAMES_FILE
+    path = find_recorded(directory, FRAMES_DIRECTORY, FRAMES_FILE)
     try:
         content = read_regular(path)
     except OSError as error:

@@ -118,13 +118,54 @@ MORE_FAMILIES: Final[dict[str, dict[str, Any]]] = {
 }
 """As ``FAMILIES``: those that fewer tests run over."""
 
+_BLT_PART: Final = {
+    key: value for key, value in _WITH_HEAD_DIM.items() if key not in _TOKENS and key != "num_key_value_heads"
+}
+
 REFUSED_FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "bert": _PLAIN,
+    "blt": {
+        **_TOKENS,
+        "max_position_embeddings": 64,
+        "encoder_hash_byte_group_vocab": 50,
+        "encoder_hash_byte_group_size": [2],
+        "patcher_config": {**_BLT_PART, "vocab_size": VOCABULARY},
+        "encoder_config": {**_BLT_PART, "vocab_size": VOCABULARY, "hidden_size_global": 16},
+        "decoder_config": {**_BLT_PART, "vocab_size": VOCABULARY, "hidden_size_global": 16},
+        "global_config": _BLT_PART,
+    },
     "recurrent_gemma": {**_PLAIN, "lru_width": 16, "head_dim": 4},
     "roberta": _PLAIN,
     "t5": {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4},
 }
 """As ``FAMILIES``: what dlora says no to."""
+
+UNUSUAL_FAMILIES: Final[dict[str, dict[str, Any]]] = {
+    "axk2": {
+        **_EXPERTS,
+        "num_key_value_heads": 4,
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 8),
+        **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_head_dim", "index_n_heads"), 4),
+    },
+    "reformer": {
+        **_TOKENS,
+        "hidden_size": 16,
+        "attention_head_size": 4,
+        "num_attention_heads": 4,
+        "feed_forward_size": 24,
+        "max_position_embeddings": 64,
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [8, 8],
+        "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "num_buckets": 2,
+        "is_decoder": True,
+    },
+}
+"""As ``FAMILIES``: nothing is promised of them; their code differs so much from others' that it may fail anywhere."""
+
+ALL_FAMILIES: Final = FAMILIES | MORE_FAMILIES | REFUSED_FAMILIES | UNUSUAL_FAMILIES
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -132,7 +173,7 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
     Weights are a good deal larger than at a usual initialisation, so that every part of the model shows.
     """
-    config = CONFIG_MAPPING[family](**{**(FAMILIES | MORE_FAMILIES | REFUSED_FAMILIES)[family], **changes})
+    config = CONFIG_MAPPING[family](**{**ALL_FAMILIES[family], **changes})
     torch.manual_seed(seed)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_config(config, dtype=torch.float32)

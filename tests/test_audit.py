@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import stat
 import subprocess
@@ -30,14 +31,18 @@ from dlora.cloud.audit.gaussian_noise import epsilon_of
 from dlora.cloud.audit.observed import observe
 from dlora.cloud.audit.page import page
 from dlora.cloud.audit.scoring import Verdict
+from dlora.cloud.audit.tokenizer import truth_tokenizer
 from dlora.cloud.audit.tried import Defence, try_defences
 from dlora.cloud.commands.audit import audit as audit_command
 from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.data.examples import Dataset
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.recorder import Recorder
+from dlora.protocol import child
+from dlora.protocol import messages as m
 from dlora.protocol.errors import DataError, DloraError, ModelMismatchError, UsageError
-from dlora.protocol.recording import FRAMES_FILE, TRUTH_FILE, read_recording
+from dlora.protocol.frames import Decoder, encode, read_prefix
+from dlora.protocol.recording import FRAMES_FILE, TOKENIZER_FILE, TRUTH_FILE, FramesWriter, read_recording
 from dlora.protocol.tensors import WireTensor
 
 STEPS = 4
@@ -454,6 +459,9 @@ def set_about(**changes: Any) -> Change:
         set_about(modes=lambda modes: modes[:-5]),
         set_about(examples=lambda count: count + 1),
         set_about(format=lambda _: 2),
+        set_about(snapshots=lambda each: [{**each[0], "names": [each[0]["names"][0] * 1000, *each[0]["names"][1:]]}]),
+        set_about(snapshots=lambda each: each * 1000),
+        set_about(gradients=lambda each: each * 1000),
     ],
 )
 def test_a_truth_that_cannot_be_is_one_line(model: Tiny, broken: _Broken, change: Change) -> None:
@@ -461,6 +469,62 @@ def test_a_truth_that_cannot_be_is_one_line(model: Tiny, broken: _Broken, change
     broken.set(broken.frames / FRAMES_FILE, broken.of("lora", FRAMES_FILE))
     said = broken.audit(model.model)
     assert "is not what was recorded with the frames" in said or "is no truth that can be read" in said
+
+
+def doubling(times: int) -> dict[str, Any]:
+    """A decoder that doubles a token so often."""
+    return {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"Regex": "^w"}, "content": "a"},
+        *[{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * times,
+    ]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"decoder": doubling(12)}, "characters of"),
+        pytest.param({"decoder": doubling(40)}, "needs more than the 256 MiB of memory", marks=pytest.mark.slow),
+        ({"model": {"type": "WordLevel", "vocab": 7}}, "is no tokenizer that can be read"),
+    ],
+    ids=["a long text", "all memory", "damaged"],
+)
+def test_a_tokenizer_of_a_stranger_harms_no_audit(
+    model: Tiny, broken: _Broken, changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it makes of tokens it makes in a child with a limit of memory, and it makes no more than tokens can be."""
+    monkeypatch.setattr(child, "spare_bytes", lambda: 1 << 28)
+    whole = json.loads((model.model / TOKENIZER_FILE).read_text())
+    broken.set(broken.truth / TOKENIZER_FILE, json.dumps({**whole, **changes}).encode())
+    said = broken.audit(model.model)
+    assert said.startswith(str(broken.truth / TOKENIZER_FILE))
+    assert words in said
+    assert "tokens are then shown as numbers" in said
+
+
+def test_an_audit_loads_no_tokenizer_itself(model: Tiny, recordings: dict[str, Path], tmp_path: Path) -> None:
+    """The texts come from a child, and none is left behind."""
+    (tmp_path / TRUTH_FILE).write_bytes((recordings["ffa"] / "truth" / TRUTH_FILE).read_bytes())
+    (tmp_path / TOKENIZER_FILE).write_bytes((model.model / TOKENIZER_FILE).read_bytes())
+    with truth_tokenizer(tmp_path) as tokenizer:
+        assert tokenizer is not None
+        before = Path(f"/proc/{tokenizer._child._pid}/limits").read_text()
+        assert re.search(r"Max address space +\d+ ", before)
+        assert tokenizer.decode([7, 8]) == "w0w1"
+        pid = tokenizer._child._pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom dlora.cloud.audit.tokenizer import truth_tokenizer\n"
+        f"with truth_tokenizer(Path({str(tmp_path)!r})) as it:\n    assert it.decode([7]) == 'w0'\n"
+        "assert 'tokenizers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_frames_that_are_a_pipe_are_one_line(model: Tiny, broken: _Broken) -> None:
+    (broken.frames / FRAMES_FILE).unlink()
+    os.mkfifo(broken.frames / FRAMES_FILE)
+    assert "cannot be read (no regular file)" in broken.audit(model.model)
 
 
 def test_what_a_user_may_get_wrong_is_one_line(model: Tiny, recordings: dict[str, Path], tmp_path: Path) -> None:
@@ -482,6 +546,51 @@ def test_what_a_user_may_get_wrong_is_one_line(model: Tiny, recordings: dict[str
         with pytest.raises(UsageError if "is no" not in line or "audit" in line else DataError, match=line):
             audit_command(**{"out": tmp_path / "audit.html", **good, **wrong})
     assert (tmp_path / "package.json").read_text() == "{}"
+
+
+def without_group_inputs(message: m.AnyMessage) -> m.AnyMessage | None:
+    return None if isinstance(message, m.GroupInput) and message.group == 1 else message
+
+
+def without_numbers(message: m.AnyMessage) -> m.AnyMessage | None:
+    if isinstance(message, m.GroupInput):
+        rows = np.full(message.hidden_states.data.shape, np.nan, np.float32)
+        return structs.replace(message, hidden_states=WireTensor("fp32", rows))
+    return message
+
+
+def of_one_width(message: m.AnyMessage) -> m.AnyMessage | None:
+    if isinstance(message, m.GroupDelta):
+        return structs.replace(message, deltas=(WireTensor("fp32", np.ones((1, 1), np.float32)),))
+    return message
+
+
+@pytest.mark.parametrize("change", [without_group_inputs, without_numbers, of_one_width])
+def test_frames_that_are_no_conversation_are_one_line(
+    model: Tiny, broken: _Broken, change: Callable[[m.AnyMessage], m.AnyMessage | None]
+) -> None:
+    """Each of them is a whole message, sealed anew."""
+    recording = read_recording(broken.frames)
+    with (broken.frames / FRAMES_FILE).open("wb") as file:
+        writer = FramesWriter(file, recording.id)
+        for each in recording.frames:
+            prefix = read_prefix(each.frame)
+            message = change(Decoder().decode(each.frame))
+            if message is not None:
+                writer.add(each.time, encode(message, seq=prefix.seq, ack=prefix.ack), up=each.up)
+    assert "fails on these frames" in broken.audit(model.model)
+
+
+def test_a_recording_of_few_tokens_is_audited(tiny: TinyFactory, tmp_path: Path) -> None:
+    """Fewer rows than the rank of what they are to give, and some that are zero."""
+    small = tiny()
+    data = Dataset.of([([int(token) for token in range(10 + row, 18 + row)], [5, 6]) for row in range(6)])
+    with serving(small.base) as server:
+        record_training(
+            small, server.url, tmp_path, data, total_steps=2, batch_size=2, wire_dtype="fp16",
+            target_modules=("all-linear",),
+        )  # fmt: skip
+    assert finding(run_audit(*opened(tmp_path), small.base), "text").verdict is Verdict.EXPOSED
 
 
 # -- verdicts that must not claim more -------------------------------------------------------------------

@@ -18,16 +18,15 @@ import pytest
 from attacks.fuzz_manifest import manifest_of
 from waiting import eventually
 
-from dlora.edge.data import child
 from dlora.edge.data.chat import ChatTemplate
-from dlora.edge.data.child import Child, Note
 from dlora.edge.data.examples import Dataset
 from dlora.edge.data.lines import MAX_RECORD_BYTES
 from dlora.edge.data.loading import Reading, load_datasets
 from dlora.edge.data.prompt import prompt_tokenizer
 from dlora.edge.data.read_settings import ReadSettings
 from dlora.edge.engine.bundle import Bundle
-from dlora.protocol import errors
+from dlora.protocol import child, errors
+from dlora.protocol.child import Child, Note
 from dlora.protocol.errors import BundleError, DataError, DloraError, RefusedError, RemoteProtocolError
 from dlora.protocol.manifest import Manifest, TokenizerSpec
 
@@ -291,7 +290,7 @@ def die(number: int) -> Callable[[bytes], list[bytes]]:
     ],
 )
 def test_dead_child_is_an_error_that_names_the_place(number: signal.Signals, words: str) -> None:
-    note = Note()
+    note = Note("shorten it")
     note.set_place("file.jsonl:7", DataError)
     with Child(die(number), note) as one:
         refused(DataError, one.call, f"file.jsonl:7 {words}")
@@ -301,9 +300,9 @@ def test_dead_child_is_an_error_that_names_the_place(number: signal.Signals, wor
 def test_child_reaped_by_the_system_is_handled() -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
-        with Child(die(signal.SIGABRT), Note()) as one:
+        with Child(die(signal.SIGABRT), Note("shorten it")) as one:
             refused(DloraError, one.call, "needs more than the 256 MiB of memory")
-        with Child(lambda _: [b"x"], Note()) as one:
+        with Child(lambda _: [b"x"], Note("shorten it")) as one:
             assert one.call() == [b"x"]
     finally:
         signal.signal(signal.SIGCHLD, before)
@@ -319,7 +318,7 @@ def test_errors_of_the_child_arrive_unchanged() -> None:
     def work(request: bytes) -> list[bytes]:
         raise raised[int(request)]
 
-    with Child(work, Note()) as one:
+    with Child(work, Note("shorten it")) as one:
         for at, error in enumerate(raised):
             with pytest.raises(DloraError) as caught:
                 one.call(str(at).encode())
@@ -336,13 +335,13 @@ def test_a_bug_in_the_child_keeps_its_traceback() -> None:
     def work(request: bytes) -> list[bytes]:
         raise ZeroDivisionError("ours")
 
-    with Child(work, Note()) as one, pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
+    with Child(work, Note("shorten it")) as one, pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
         one.call()
 
 
 @pytest.mark.usefixtures("impatient")
 def test_child_that_makes_progress_is_not_stopped() -> None:
-    note = Note()
+    note = Note("shorten it")
 
     def work(request: bytes) -> list[bytes]:
         for at in range(28):  # longer than one place may take, and never in one place for long
@@ -361,7 +360,7 @@ def test_an_interrupt_ends_the_child_as_well() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    one = Child(lambda _: time.sleep(60) or [], Note())
+    one = Child(lambda _: time.sleep(60) or [], Note("shorten it"))
     pids = []
 
     def wait_for_it() -> None:
@@ -385,9 +384,9 @@ def test_an_interrupt_ends_the_child_as_well() -> None:
 def test_a_child_does_not_outlive_its_parent(start_s: int) -> None:
     """Nor where the parent is killed while the child still sets itself up."""
     code = (
-        "import os, time\nfrom dlora.edge.data import child\nfrom dlora.edge.data.child import Child, Note\n"
+        "import os, time\nfrom dlora.protocol import child\nfrom dlora.protocol.child import Child, Note\n"
         f"path = child.Path\nchild.Path = lambda name: time.sleep({start_s}) or path(name)\n"
-        "with Child(lambda _: time.sleep(600) or [], Note()) as one:\n    print(one._pid, flush=True)\n    one.call()"
+        "with Child(lambda _: time.sleep(600) or [], Note('')) as one:\n    print(one._pid, flush=True)\n    one.call()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -412,5 +411,5 @@ def test_signal_to_the_process_group_is_handled_by_the_parent(number: signal.Sig
         os.kill(os.getpid(), number)
         return [b"still here"]
 
-    with Child(work, Note()) as one:
+    with Child(work, Note("shorten it")) as one:
         assert one.call() == [b"still here"]

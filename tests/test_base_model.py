@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +148,39 @@ def test_a_family_that_cannot_be_cut_is_refused_before_anything_is_served(family
     """``dlora-cloud serve`` loads through the same door as ``dlora-export``."""
     with pytest.raises(ExportError, match=r"not supported|only decoder-only models are supported"):
         BaseModel.from_model(tiny_model(family), family)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("axk2", {"num_key_value_heads": 2}, r"its own code fails: RuntimeError: The size of tensor a"),
+        ("reformer", {"is_decoder": False}, r"cannot be loaded .*: If you want to use `ReformerModelWithLMHead`"),
+        ("reformer", {"num_buckets": 3}, r"its own code fails: AssertionError: There should be an even number"),
+        ("reformer", {"max_position_embeddings": 4, "axial_pos_embds": False}, r"its own code fails: ValueError: Seq"),
+    ],
+)
+def test_an_unusual_family_works_or_is_one_line_with_its_own_reason(
+    family: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    BaseModel.from_model(model, family)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ExportError, match=reason):
+        load_base_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["get_input_embeddings", "get_output_embeddings"])
+def test_ends_that_raise_are_one_line(name: str) -> None:
+    model = tiny_model("llama")
+
+    def fail() -> None:
+        raise NotImplementedError("of another kind")
+
+    setattr(model, name, fail)
+    with pytest.raises(ExportError, match="its own code fails: NotImplementedError: of another kind"):
+        BaseModel.from_model(model, "mine")
 
 
 def test_server_refuses_the_same_models_as_export(tmp_path) -> None:

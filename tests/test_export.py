@@ -209,6 +209,27 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         export_bundle(_settings(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer.json", {"model": 7}),
+        ("tokenizer_config.json", {"eos_token": 7}),
+        ("tokenizer_config.json", {"added_tokens_decoder": 7}),
+        ("tokenizer_config.json", {"tokenizer_class": ["x"]}),
+        ("tokenizer_config.json", {"chat_template": 7}),
+    ],
+)
+def test_a_tokenizer_that_libraries_fail_on_is_one_line(tmp_path: Path, file: str, changes: dict[str, Any]) -> None:
+    """With exceptions that no loader is meant to raise."""
+    settings = _settings(tmp_path)
+    path = Path(settings.model) / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (path.parent / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ExportError, match=r"has no tokenizer that can be loaded|chat template is no text"):
+        export_bundle(settings)
+    assert not settings.out.exists()
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 

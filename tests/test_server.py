@@ -14,13 +14,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import conversations
 import numpy as np
 import pytest
 import torch
-from families import VOCABULARY, tiny_model
+from families import VOCABULARY, save_tiny, tiny_model
 from processes import cloud_process
+from proxy import recording_proxy
 from serving import KEY, RunningServer, config, final_weights, random_dataset, serving, training
 from tiny import TinyFactory
 from waiting import PassingClock, eventually
@@ -29,7 +31,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.door.access import Access
 from dlora.cloud.exchange.exchange import MicroBatchExchange
-from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel, load_base_model
 from dlora.cloud.serving.server import CloudServer, ServerSettings
 from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.adapters.compatibility import check_base_model
@@ -49,6 +51,7 @@ from dlora.protocol.version import PROTOCOL_VERSIONS
 from dlora.protocol.wire_codecs import encode_floats
 
 MAX_SESSIONS = 2
+UNTRACED = conversations.GROUPS
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,53 @@ def test_plain_http_is_told_that_this_is_a_websocket(server: RunningServer, bund
 
 
 # -- refusals --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in a directory that no device should learn of."""
+    directory = tmp_path_factory.mktemp("home") / "CanaryZebra4711" / "model"
+    save_tiny(directory, num_hidden_layers=3)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("in_parts", "opening", "code", "said"),
+    [
+        (True, {"base_fingerprint": "0" * 64}, m.ErrorCode.BASE_MODEL_MISMATCH, "this server serves model ("),
+        (True, {"groups": UNTRACED}, m.ErrorCode.UNKNOWN_TARGET, "no such exchange groups in model: layers.0.q"),
+        (
+            True,
+            {"groups": (), "purpose": m.Encode(blocks=9, width=16)},
+            m.ErrorCode.LIMIT,
+            "no 9 first blocks of model give hidden states of width 16",
+        ),
+        (
+            False,
+            {"groups": (), "purpose": m.Encode(blocks=1, width=16)},
+            m.ErrorCode.LIMIT,
+            "model cannot be run in parts",
+        ),
+    ],
+    ids=["another base model", "unknown target", "more blocks than there are", "no parts"],
+)
+def test_no_refusal_says_where_the_model_lies(
+    model_elsewhere: Path, in_parts: bool, opening: dict[str, Any], code: str, said: str
+) -> None:
+    base = load_base_model(str(model_elsewhere))
+    if not in_parts:  # some of its blocks are one module
+        base.model.model.layers[2] = base.model.model.layers[1]
+        base = BaseModel.from_model(base.model, base.name)
+    with serving(base) as running, recording_proxy(running.url) as proxy:
+        with raw_device(proxy.url) as device:
+            device.say(hello())
+            assert isinstance(device.hear(), m.Welcome)
+            device.say(conversations.open_session(**{"base_fingerprint": base.fingerprint, **opening}))
+            refusal = device.hear_error()
+        health(proxy.url)
+    assert refusal.code == code
+    assert refusal.message.startswith(said)
+    assert not [each for each in proxy.recordings if b"Canary" in each.down or b"home" in each.down]
 
 
 def test_unknown_wire_version_is_refused(server: RunningServer, bundle: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -11,7 +12,8 @@ import msgspec
 import torch
 
 from dlora.cloud.model.base_model import BaseModel, find_embedding
-from dlora.protocol.errors import ModelMismatchError
+from dlora.protocol.errors import DataError, DloraError, ModelMismatchError
+from dlora.protocol.text import first_line
 from dlora.protocol.version import SOFTWARE_VERSION
 
 from .adapter import audit_adapter, audit_gradients
@@ -90,7 +92,7 @@ def run_audit(
     phrases: Sequence[str] = (),
     on_attack: Callable[[str], None] = lambda _: None,
 ) -> Audit:
-    """Attack everything. Raises ``ModelMismatchError``.
+    """Attack everything. Raises ``ModelMismatchError``, and ``DataError`` for frames that no attack is made for.
 
     Args:
         phrases: that are looked for in the text found.
@@ -100,10 +102,12 @@ def run_audit(
     check_model(seen, base)
     seen = replace(seen, micro_batches=seen.micro_batches[: len(truth.micro_batches)])
     on_attack("text")
-    found = find_text(seen, base)
-    findings = [audit_text(seen, truth, found)]
+    with attacking("text"):
+        found = find_text(seen, base)
+        findings = [audit_text(seen, truth, found)]
     on_attack("labels")
-    findings += audit_labels(seen, truth, base, found)
+    with attacking("labels"):
+        findings += audit_labels(seen, truth, base, found)
     others: dict[str, Callable[[], Finding]] = {
         "adapter": lambda: audit_adapter(seen, truth),
         "gradients": lambda: audit_gradients(seen, truth),
@@ -114,8 +118,11 @@ def run_audit(
     }
     for secret, attack in others.items():
         on_attack(secret)
-        findings.append(attack())
-    if seen.has_only_first_blocks and not crossed_is_text(seen, truth, base):
+        with attacking(secret):
+            findings.append(attack())
+    with attacking("text"):
+        is_text = not seen.has_only_first_blocks or crossed_is_text(seen, truth, base)
+    if not is_text:
         findings = [_not_by_construction(each) for each in findings]
     findings += [audit_phrase(seen, truth, found, phrase) for phrase in phrases]
     pairs = zip(true_texts(seen, truth, found), found.texts(seen), strict=True)
@@ -129,6 +136,21 @@ def run_audit(
         texts=tuple(shown),
         seconds=round(time.monotonic() - started, 2),
     )
+
+
+@contextmanager
+def attacking(what: str) -> Iterator[None]:
+    """Whatever an attack raises, as ``DataError``: frames that whole messages are made of need not be a conversation,
+    and a verdict must not come of what no attack was made for."""
+    try:
+        yield
+    except (DloraError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the attack on {what} fails on these frames ({type(error).__name__}: {first_line(error)}): they are not "
+            "what a device and a server say to each other, or dlora has a bug; record them again"
+        ) from None
 
 
 def crossed_is_text(seen: Observed, truth: Truth, base: BaseModel) -> bool:

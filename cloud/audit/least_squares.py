@@ -20,6 +20,7 @@ from torch import Tensor
 
 LEAST_SINGULAR_VALUE = 1e-3
 """Smaller ones, of the largest, are taken for rounding of the wire."""
+_LOST_SINGULAR_VALUE = 1e-7
 
 
 def solve(inputs: Tensor, outputs: Tensor, *, least: float = 1e-5) -> Tensor:
@@ -95,14 +96,13 @@ def _singular(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular values, ascending, left and right vectors (rows, n) and (width, n) of (rows, width), in float64.
 
     By way of the smaller of both products with itself, which is several times faster; values below 1e-7 of the largest
-    are lost, and the wire's rounding is far above that.
+    are lost, and the wire's rounding is far above that: their vectors on the longer side are zero.
     """
     exact = rows.double()
-    if len(rows) <= rows.shape[1]:
-        squares, left = torch.linalg.eigh(exact @ exact.T)
-        values = squares.clamp_min(0).sqrt()
-        return values, left, exact.T @ left / values.clamp_min(1e-300)
-    squares, right = torch.linalg.eigh(exact.T @ exact)
+    is_wide = len(rows) <= rows.shape[1]
+    squares, vectors = torch.linalg.eigh(exact @ exact.T if is_wide else exact.T @ exact)
     values = squares.clamp_min(0).sqrt()
-    return values, exact @ right / values.clamp_min(1e-300), right
+    others = (exact.T if is_wide else exact) @ vectors / values
+    others = torch.where(values > _LOST_SINGULAR_VALUE * values[-1], others, 0.0)
+    return (values, vectors, others) if is_wide else (values, others, vectors)
 

@@ -19,7 +19,7 @@ from dlora.cloud.model.parts import ModelParts
 from dlora.protocol.errors import UsageError
 from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
-from .audit import TriedDefence
+from .audit import TriedDefence, attacking
 from .defences import after_blocks, embeddings_of, loss_with, with_noise
 from .epoch_averaging import average_repeats
 from .finding import found_by
@@ -96,9 +96,10 @@ def try_defences(
         name = f"{each.kind}={each.amount:g}"
         on_attack(name)
         is_noise = each.kind == NOISE
-        texts = _choose_texts(truth, MOST_NOISY_TOKENS if is_noise else MOST_TOKENS)
-        plain = _loss(parts, embeddings_of(base, texts.ids), texts, 0)
-        tried.append((_noise if is_noise else _first_blocks)(name, each.amount, texts, parts, plain))
+        with attacking(name):
+            texts = _choose_texts(truth, MOST_NOISY_TOKENS if is_noise else MOST_TOKENS)
+            plain = _loss(parts, embeddings_of(base, texts.ids), texts, 0)
+            tried.append((_noise if is_noise else _first_blocks)(name, each.amount, texts, parts, plain))
     return tuple(tried)
 
 

@@ -11,15 +11,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from dlora.protocol.adapters import kind_of
 from dlora.protocol.errors import DataError
 from dlora.protocol.messages import OpenSession
-from dlora.protocol.recording import TOKENIZER_FILE, TRUTH_DIRECTORY, TRUTH_FILE, TRUTH_FORMAT
+from dlora.protocol.recording import TRUTH_DIRECTORY, TRUTH_FILE, TRUTH_FORMAT, find_recorded
 from dlora.protocol.tensors import FloatArray
 
 from .observed import Observed, SeenMicroBatch
+from .tokenizer import TruthTokenizer
 
 LARGEST_SCALE = 1e6
 MOST_WITHOUT_TRUTH = 4  # micro-batches that began when a run was interrupted
@@ -101,7 +101,7 @@ class Truth:
 
     Attributes:
         seed_was_chosen: whether the run's seed is a number that its user gave; None where nothing is drawn.
-        tokenizer: of the base model; None where the recording has none.
+        tokenizer: of the base model; None where texts are shown as numbers.
     """
 
     recording: str
@@ -110,29 +110,29 @@ class Truth:
     gradients: list[Gradients]
     examples: list[TrueExample]
     seed_was_chosen: bool | None
-    tokenizer: Tokenizer | None
+    tokenizer: TruthTokenizer | None
 
     def text_of(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Tokens as words, or as numbers where there is no tokenizer."""
         numbers = [int(token) for token in ids]
         if self.tokenizer is None:
             return " ".join(map(str, numbers))
-        return str(self.tokenizer.decode(numbers, skip_special_tokens=False))
+        return self.tokenizer.decode(numbers)
 
 
-def load_truth(directory: Path, recording_id: bytes, seen: Observed) -> Truth:
+def load_truth(
+    directory: Path, recording_id: bytes, seen: Observed, tokenizer: TruthTokenizer | None = None
+) -> Truth:
     """The truth in ``directory``, or in its ``truth``; it may be the file itself.
 
     Raises ``DataError`` where there is none, it is damaged, or it belongs to other frames than ``seen``, those of
     ``recording_id``.
     """
-    path = directory if directory.is_file() else directory / TRUTH_FILE
-    if not path.is_file() and (directory / TRUTH_DIRECTORY).is_dir():
-        path = directory / TRUTH_DIRECTORY / TRUTH_FILE
+    path = find_recorded(directory, TRUTH_DIRECTORY, TRUTH_FILE)
     if not path.is_file():
         raise DataError(f"{path} does not exist: give DIR/truth of a --record DIR whose run has ended")
     try:
-        truth = _read(path)
+        truth = _read(path, tokenizer)
     except (OSError, SafetensorError, msgspec.MsgspecError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path} is no truth that can be read ({type(error).__name__}); record it again") from None
     if truth.recording != recording_id.hex():
@@ -209,11 +209,12 @@ def _are_tokens(ids: npt.NDArray[np.int64]) -> bool:
     return not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < 2**31)
 
 
-def _read(path: Path) -> Truth:
+def _read(path: Path, tokenizer: TruthTokenizer | None) -> Truth:
     with safe_open(path, framework="np") as file:
         about = msgspec.json.decode((file.metadata() or {})["truth"], type=_About)
         if about.format != TRUTH_FORMAT:
             raise ValueError(about.format)
+        _check_is_bounded(about)
         names = set(file.keys())
 
         def tensor(name: str) -> Any:
@@ -251,23 +252,24 @@ def _read(path: Path) -> Truth:
             )
             for index in range(about.examples)
         ]
-    tokenizer = _tokenizer(path.parent)
     return Truth(
         about.recording, micro_batches, parameters, gradients, examples, about.seed_was_chosen, tokenizer
     )
+
+
+def _check_is_bounded(about: _About) -> None:
+    """A description must not have tensors read again and again: there is no more of anything than micro-batches, which
+    have tensors of their own. Raises ``ValueError``."""
+    most = 2 * len(about.modes) + 2
+    if len(about.gradients) > most or len(about.snapshots) > most:
+        raise ValueError(most)
+    for each in about.snapshots:
+        names = [name for group in each.names for name in group]
+        if len(set(names)) < len(names):
+            raise ValueError(names)
 
 
 def _whole(values: Any) -> Any:
     if values.dtype.kind != "i":
         raise ValueError(values.dtype)
     return values.astype(np.int64)
-
-
-def _tokenizer(directory: Path) -> Tokenizer | None:
-    path = directory / TOKENIZER_FILE
-    if not path.is_file():
-        return None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(f"{path} is no tokenizer that can be read; record it again ({error})") from None

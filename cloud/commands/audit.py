@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,8 @@ from .torch_start import start_torch
 
 if TYPE_CHECKING:  # torch is loaded when an audit starts
     from dlora.cloud.audit.audit import Audit
+    from dlora.cloud.audit.tokenizer import TruthTokenizer
+    from dlora.protocol.recording import Recording
 
 _COLOURS = {"EXPOSED": "bold red", "PARTIAL": "yellow", "RESISTED": "blue", "BY CONSTRUCTION": "green"}
 
@@ -63,6 +66,32 @@ def audit(
     from dlora.protocol.recording import read_recording
 
     recording = read_recording(frames)  # before torch is loaded, so that what is wrong is said at once
+    from dlora.cloud.audit.tokenizer import truth_tokenizer
+
+    with truth_tokenizer(truth) as tokenizer:
+        if phrase and tokenizer is None:
+            raise UsageError("--phrase needs the truth's tokenizer.json, which is not there; record again")
+        result = _attack(model, recording, truth, tokenizer, out, phrase or (), tries or (), threads)
+    encoded = to_json(result)
+    _write(json_path, encoded)
+    if json_output:
+        sys.stdout.buffer.write(encoded)
+    else:
+        show(result)
+        print(f"the texts beside each other, and all attacks: {out}; as JSON: {json_path}")
+
+
+def _attack(
+    model: str,
+    recording: Recording,
+    truth: Path,
+    tokenizer: TruthTokenizer | None,
+    out: Path,
+    phrases: Sequence[str],
+    tries: Sequence[str],
+    threads: int,
+) -> Audit:
+    """Attack, and write the page: before what takes longer is tried, and once more after."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -80,11 +109,9 @@ def audit(
         from dlora.cloud.audit.truth import load_truth
         from dlora.cloud.model.base_model import load_base_model
 
-        defences = list(dict.fromkeys(Defence.parse(text) for text in tries or ()))
+        defences = list(dict.fromkeys(Defence.parse(text) for text in tries))
         seen = observe(recording)
-        true = load_truth(truth, recording.id, seen)
-        if phrase and true.tokenizer is None:
-            raise UsageError("--phrase needs the truth's tokenizer.json, which is not there; record again")
+        true = load_truth(truth, recording.id, seen, tokenizer)
         progress.update(task, description=f"loading {model}")
         base = load_base_model(model)
         check_defences(defences, base.blocks)
@@ -92,18 +119,12 @@ def audit(
         def on_attack(what: str) -> None:
             progress.update(task, description=f"attacking: {what}")
 
-        result = run_audit(seen, true, base, phrases=list(dict.fromkeys(phrase or ())), on_attack=on_attack)
+        result = run_audit(seen, true, base, phrases=list(dict.fromkeys(phrases)), on_attack=on_attack)
         _write(out, page(result).encode())
         if defences:
             result = msgspec.structs.replace(result, defences=try_defences(defences, true, base, on_attack))
             _write(out, page(result).encode())
-    encoded = to_json(result)
-    _write(json_path, encoded)
-    if json_output:
-        sys.stdout.buffer.write(encoded)
-    else:
-        show(result)
-        print(f"the texts beside each other, and all attacks: {out}; as JSON: {json_path}")
+    return result
 
 
 def to_json(result: Audit) -> bytes:

@@ -59,6 +59,19 @@ class BearerTokenRecord:
         return "expired" if self.expires is not None and self.expires <= now else "valid"
 
 
+class WallClock:
+    """Seconds since 1970 that never go back while the process runs: a clock that is set back revives no token.
+
+    One that is set ahead counts at once, and only until it is right again.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.time() - time.monotonic()
+
+    def __call__(self) -> float:
+        return max(time.time(), self._began + time.monotonic())
+
+
 class BearerTokenStore:
     """The tokens of one server.
 
@@ -67,14 +80,14 @@ class BearerTokenStore:
 
     Args:
         path: the file; made on first use, readable by its owner only.
-        clock: seconds since 1970.
+        clock: seconds since 1970; None: a ``WallClock``.
 
     Every method raises ``StorageError`` where the file is damaged, locked for long, or cannot be written.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] | None = None) -> None:
         self.path = path
-        self._clock = clock
+        self._clock = clock or WallClock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))

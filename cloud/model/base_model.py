@@ -25,7 +25,7 @@ from dlora.protocol.text import first_line
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
 from .loading import load_model, quiet
-from .source import ModelSource, find_source
+from .source import ModelSource, find_source, public_name
 
 __all__ = [
     "BaseModel",
@@ -108,15 +108,21 @@ class BaseModel:
             raise ExportError(
                 f"{name} is an encoder-decoder model ({config.model_type}); only decoder-only models are supported"
             )
-        text = config.get_text_config(decoder=True)
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        with model_code(name, config.model_type):
+            text = config.get_text_config(decoder=True)
+            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+            decoder, count = model.base_model, getattr(text, "num_hidden_layers", None)
         if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
             raise ExportError(
                 f"{name} ({config.model_type}) has no plain token embedding and linear LM head; it is not supported"
             )
         model.eval().requires_grad_(False)
-        decoder = model.base_model
-        block_list = _find_blocks(model, decoder, text.num_hidden_layers, name)
+        if not isinstance(count, int):
+            raise ExportError(
+                f"{name} ({config.model_type}) is no single stack of transformer blocks: its config has no "
+                "num_hidden_layers; its architecture is not supported"
+            )
+        block_list = _find_blocks(model, decoder, count, name)
         with model_code(name, config.model_type):
             targets, refused = _trace(model, decoder, block_list, embedding.embedding_dim)
         if not targets:
@@ -140,6 +146,11 @@ class BaseModel:
         with model_code(name, config.model_type):
             check_cut(base, find_embedding(base), find_head(base))
         return base
+
+    @cached_property
+    def public_name(self) -> str:
+        """What devices are told: ``name`` without the path."""
+        return public_name(self.name)
 
     @cached_property
     def fingerprint(self) -> str:

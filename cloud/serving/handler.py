@@ -15,7 +15,6 @@ from dlora.cloud.door.access import Caller
 from dlora.cloud.door.guard import LOGGED_CHARACTERS, GuardedConnection
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.memory import is_out_of_memory
-from dlora.cloud.model.source import public_name
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec, largest_row, largest_state_bytes, parameter_bytes
 from dlora.protocol.controller import Controller
@@ -121,7 +120,7 @@ class _Handshake:
         return m.Welcome(
             protocol_version=version,
             software=f"dlora-cloud {SOFTWARE_VERSION}",
-            base_model=public_name(base.name),
+            base_model=base.public_name,
             base_fingerprint=base.fingerprint,
             embedding_size=base.embedding_size,
             hidden_size=base.hidden_size,
@@ -259,10 +258,10 @@ def _check_encode(purpose: m.Encode, service: Service) -> None:
     """Raise ``RefusedError`` for blocks that the server cannot run by themselves."""
     base, parts = service.base, service.parts
     if parts is None:
-        text = f"{base.name} cannot be run in parts, so that no device can run its last blocks"
+        text = f"{base.public_name} cannot be run in parts, so that no device can run its last blocks"
         raise RefusedError(text, m.ErrorCode.LIMIT)
     if purpose.blocks > base.blocks or purpose.width != parts.width_after(purpose.blocks):
-        text = f"no {purpose.blocks} first blocks of {base.name} give hidden states of width {purpose.width}"
+        text = f"no {purpose.blocks} first blocks of {base.public_name} give hidden states of width {purpose.width}"
         raise RefusedError(text, m.ErrorCode.LIMIT)
 
 
@@ -273,12 +272,12 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
     """
     base = service.base
     if opening.base_fingerprint != base.fingerprint:
-        text = f"this server serves {base.name} ({base.fingerprint[:12]}…), not {opening.base_fingerprint[:12]}…"
+        text = f"this server serves {base.public_name} ({base.fingerprint[:12]}…), not {opening.base_fingerprint[:12]}…"
         raise RefusedError(text, m.ErrorCode.BASE_MODEL_MISMATCH)
     names = [target.name for group in opening.groups for target in group.targets]
     unknown = [name for name in names if name not in base.targets]
     if unknown or len(set(names)) != len(names) or base.groups(names) != opening.groups:
-        text = f"no such exchange groups in {base.name}" + (f": {unknown[0][:100]}" if unknown else "")
+        text = f"no such exchange groups in {base.public_name}" + (f": {unknown[0][:100]}" if unknown else "")
         raise RefusedError(text, m.ErrorCode.UNKNOWN_TARGET)
     purpose = opening.purpose
     if isinstance(purpose, m.Encode):

@@ -10,7 +10,7 @@ import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -32,7 +32,6 @@ from dlora.cloud.model.layout import can_pack
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.memory import collect_garbage
 from dlora.cloud.model.parts import ModelParts
-from dlora.cloud.model.source import public_name
 from dlora.protocol import interrupts
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
@@ -180,7 +179,8 @@ class CloudServer:
             raise cannot_listen(host, port, error) from None
         self.port = next(iter(self._server.sockets)).getsockname()[1]
         self._housekeeping = [
-            asyncio.create_task(each) for each in (self._recheck_access(), self._release_memory(), self._end_parked())
+            asyncio.create_task(_kept_up(each))
+            for each in (self._recheck_access, self._release_memory, self._end_parked)
         ]
 
     async def serve_until_stopped(self, host: str, port: int) -> None:
@@ -298,7 +298,7 @@ class CloudServer:
             "status": "draining" if self.service.draining.is_set() else "ok",
             "software": SOFTWARE_VERSION,
             "protocol_versions": list(PROTOCOL_VERSIONS),
-            "base_model": public_name(base.name),
+            "base_model": base.public_name,
             "base_fingerprint": base.fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
             "device": str(base.device),
@@ -311,6 +311,15 @@ class CloudServer:
             "live_mb_limit": None if (limit := self.service.quotas.total_live_bytes) is None else round(limit / 1e6, 1),
             "uptime_s": round(time.monotonic() - self._started, 1),
         }
+
+
+async def _kept_up(forever: Callable[[], Awaitable[None]]) -> None:
+    """Begin anew what should never end, whatever ends it: a session whose token was revoked would stay for ever."""
+    while True:
+        try:
+            await forever()
+        except Exception:
+            logger.exception("internal error between sessions")
 
 
 def default_max_tokens(live_bytes: LiveBytes, longest: int, live_limit: int | None) -> int:

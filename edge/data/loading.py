@@ -12,16 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from dlora.edge.engine.bundle import Bundle
+from dlora.protocol.child import Buffer, Child, Note
 from dlora.protocol.errors import BundleError, DataError, UsageError
 from dlora.protocol.manifest import Manifest
 
-from .child import Buffer, Child, Note
 from .examples import DataFacts, Dataset
 from .question import Question
 from .read_settings import ReadSettings
 from .split import Split
 
 TOKENIZER_PLACE: Final = "the bundle's tokenizer"
+ADVICE: Final = "shorten it, or export the bundle again if its tokenizer or its chat template is at fault"
 DEFAULT_MAX_LENGTH: Final = 512
 _PARTS: Final = 5  # of a data set: its header, and its arrays
 
@@ -62,7 +63,7 @@ def load_datasets(reading: Reading, on_tick: Callable[[str], None] = lambda _: N
     Raises ``DataError`` with file and line, or ``BundleError``: also where what the bundle's tokenizer and chat
     template make of a line never ends, takes all memory or crashes.
     """
-    note = Note()
+    note = Note(ADVICE)
     with Child(lambda _: _read(reading, note), note, on_tick) as child:
         parts = child.call()
     return [_unpacked(parts[start : start + _PARTS]) for start in range(0, len(parts), _PARTS)]
@@ -119,7 +120,7 @@ def load_questions(
     on_tick: Callable[[str], None] = lambda _: None,
 ) -> list[Question]:
     """What ``questions.read_questions`` reads. Raises as it does, and likewise."""
-    note = Note()
+    note = Note(ADVICE)
 
     def read(_: bytes) -> list[Buffer]:
         note.set_place(TOKENIZER_PLACE, BundleError)
@@ -150,7 +151,7 @@ def load_overview(
     on_tick: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """What ``overview.look_at`` finds, as JSON has it. Raises as it does, and likewise."""
-    note = Note()
+    note = Note(ADVICE)
 
     def look(_: bytes) -> list[Buffer]:
         note.set_place(TOKENIZER_PLACE, BundleError)

@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from dlora.edge.choices import TrainOn
 from dlora.edge.engine.bundle import Bundle
+from dlora.protocol.child import Buffer, Child, Note, ReplacedChild, Work
 from dlora.protocol.errors import BundleError, DataError
 
-from .child import Buffer, Child, Note, ReplacedChild, Work
 from .examples import Example
-from .loading import TOKENIZER_PLACE
+from .loading import ADVICE, TOKENIZER_PLACE
 from .read_settings import ReadSettings
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def prompt_tokenizer(bundle: Bundle, *, for_long: bool = False) -> Iterator[Prom
 
     ``for_long``: whether another child takes its place where something ends it, as a server needs.
     """
-    note, spec = Note(), bundle.manifest.tokenizer
+    note, spec = Note(ADVICE), bundle.manifest.tokenizer
     with (ReplacedChild if for_long else Child)(_tokenizer_worker(bundle, note), note) as child:
         yield PromptTokenizer(
             child,

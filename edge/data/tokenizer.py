@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders
 
 from dlora.edge.engine.bundle import Bundle
+from dlora.protocol.child import library_errors
 from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.manifest import TokenizerSpec
 from dlora.protocol.tensors import IntArray
@@ -192,17 +193,7 @@ class EdgeTokenizer:
             )
 
 
-@contextlib.contextmanager
 def _bundle_errors(
     problem: str = "the bundle's tokenizer does not work", advice: str = "export the bundle again"
-) -> Iterator[None]:
-    """Whatever the tokenizers library raises as ``BundleError``: an ``Exception``, or where it panics not even that."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise BundleError(f"{problem} ({reason}); {advice}") from None
+) -> AbstractContextManager[None]:
+    return library_errors(BundleError, problem, advice)

@@ -21,7 +21,7 @@ from time import monotonic
 
 ROOT = Path(__file__).parents[2]
 CRASHES = ROOT / "build" / "fuzz"
-TARGETS = ("decoder", "session", "manifest", "checkpoint", "adapter")
+TARGETS = ("decoder", "session", "manifest", "checkpoint", "adapter", "recording")
 MAX_INPUT_BYTES = 1 << 16
 MAX_GROWTH_BYTES = 512 << 20  # of the address space, over what the loaded libraries take
 HANG_S = 10

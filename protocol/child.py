@@ -3,7 +3,7 @@
 A chat template is a program, a tokenizer nearly is one, and neither Jinja nor the tokenizers library has a limit. So
 they run in a forked child. It says where it is in a note that both processes see; whatever becomes of it is then one
 line that names that place. Memory is limited, time is not: a large data set takes long. *Standing still* is limited.
-docs/decisions/0030-strangers-files-in-a-child.md.
+For the device's data and prompts, and for the audit's texts. docs/decisions/0030-strangers-files-in-a-child.md.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import faulthandler
 import mmap
 import os
 import resource
+import select
 import signal
-import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import msgspec
 
-from dlora.protocol import errors, interrupts
-from dlora.protocol.errors import DloraError
-from dlora.protocol.text import one_line
+from . import errors, interrupts
+from .errors import DloraError
+from .text import first_line, one_line
 
 Buffer = bytes | bytearray | memoryview
 Work = Callable[[bytes], Sequence[Buffer]]
@@ -42,9 +42,14 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
 
 class Note:
-    """Where the child is, in memory that parent and child share."""
+    """Where the child is, in memory that parent and child share.
 
-    def __init__(self) -> None:
+    Args:
+        advice: what to do where that place needs too much memory, or never ends.
+    """
+
+    def __init__(self, advice: str) -> None:
+        self.advice = advice
         self._memory = mmap.mmap(-1, _NOTE_BYTES)
         self._count = 0
 
@@ -99,25 +104,32 @@ class Child:
         self.is_lost = False
 
     def __enter__(self) -> Child:
-        self._socket, child_socket = socket.socketpair()
         self._spare_bytes, self._parent = spare_bytes(), os.getpid()
+        child_input, self._output = os.pipe()
+        self._input, child_output = os.pipe()
         # A signal between fork and what follows would unwind the parent's code in the child, or lose the child.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
         try:
             self._pid = os.fork()
             if self._pid == 0:
-                self._serve(child_socket)
+                self._serve(child_input, child_output)
         except OSError as error:
+            self._close()
             raise DloraError(f"no process can be started ({error.strerror}); close other programs") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        child_socket.close()
+            os.close(child_input)
+            os.close(child_output)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
+        self._close()
         if self._pid:
             self._kill()
+
+    def _close(self) -> None:
+        os.close(self._input)
+        os.close(self._output)
 
     def call(self, request: bytes = b"") -> list[bytearray]:
         """What ``work`` returns for ``request``.
@@ -129,16 +141,16 @@ class Child:
         try:
             # So that an interrupt leaves by way of __exit__, which ends the child: it may be in a loop.
             with interrupts.raise_on_signal():
-                self._socket.settimeout(None)
-                self._socket.sendall(_LENGTH.pack(len(request)) + request)
-                self._socket.settimeout(_TICK_S)
+                rest = memoryview(_LENGTH.pack(len(request)) + request)
+                while rest:
+                    rest = rest[os.write(self._output, rest) :]
                 reply = msgspec.msgpack.decode(self._receive(), type=_Reply)
                 parts = [self._receive() for _ in range(reply.parts)]
         except (EOFError, ConnectionError):
             self.is_lost = True
             raise self._note.error(self._exit_reason()) from None
         if reply.out_of_memory:
-            raise self._note.error(_too_much_memory(self._spare_bytes))
+            raise self._note.error(self._too_much_memory())
         if reply.bug:
             raise RuntimeError(f"in the child process:\n{reply.bug}")
         if reply.error:
@@ -151,23 +163,22 @@ class Child:
     def _receive_exactly(self, size: int) -> bytearray:
         content = bytearray(size)
         view, still, count = memoryview(content), 0, -1
+        poll = select.poll()
+        poll.register(self._input, select.POLLIN)
         while view:
-            try:
-                received = self._socket.recv_into(view)
+            if poll.poll(_TICK_S * 1000):
+                received = os.readv(self._input, [view])
                 if not received:
                     raise EOFError
                 view, still = view[received:], 0
-            except TimeoutError:
-                # Ticks are counted, not the clock: whoever stops both processes with Ctrl-Z may take their time.
-                self._on_tick(self._note.place)
-                still = still + 1 if self._note.count == count else 0
-                count = self._note.count
-                if still * _TICK_S >= self._no_progress_s:
-                    self.is_lost = True
-                    raise self._note.error(
-                        f"took longer than {self._no_progress_s:.0f} s; shorten it, or export the bundle again if its "
-                        "tokenizer or its chat template does not end"
-                    ) from None
+                continue
+            # Ticks are counted, not the clock: whoever stops both processes with Ctrl-Z may take their time.
+            self._on_tick(self._note.place)
+            still = still + 1 if self._note.count == count else 0
+            count = self._note.count
+            if still * _TICK_S >= self._no_progress_s:
+                self.is_lost = True
+                raise self._note.error(f"took longer than {self._no_progress_s:.0f} s; {self._note.advice}")
         return content
 
     def _exit_reason(self) -> str:
@@ -176,8 +187,12 @@ class Child:
             return f"ended the process that reads it (exit code {os.waitstatus_to_exitcode(status)})"
         number = os.WTERMSIG(status)
         if number in (signal.SIGABRT, signal.SIGKILL):  # Rust's allocator gives up; the system needs its memory back
-            return _too_much_memory(self._spare_bytes)
+            return self._too_much_memory()
         return f"crashed the library that reads it ({signal.Signals(number).name}); leave it out, or update dlora"
+
+    def _too_much_memory(self) -> str:
+        spare = f"the {self._spare_bytes >> 20} MiB of memory that this machine has to spare for it"
+        return f"needs more than {spare}; close other programs, or {self._note.advice}"
 
     def _kill(self) -> int:
         """Kill and reap the child; its wait status."""
@@ -193,19 +208,19 @@ class Child:
 
     # -- in the child ------------------------------------------------------------------------------------
 
-    def _serve(self, child_socket: socket.socket) -> NoReturn:
+    def _serve(self, child_input: int, child_output: int) -> NoReturn:
         """Answer until the parent hangs up. Never returns: the parent's code above us is not ours to run."""
         try:
-            self._socket.close()
+            self._close()
             _set_up_child(self._parent, self._spare_bytes)
-            stream = child_socket.makefile("rwb")
-            while size := stream.read(_LENGTH.size):
-                request = stream.read(_LENGTH.unpack(size)[0])
+            requests, replies = os.fdopen(child_input, "rb"), os.fdopen(child_output, "wb")
+            while size := requests.read(_LENGTH.size):
+                request = requests.read(_LENGTH.unpack(size)[0])
                 reply, parts = self._answer(request)
                 for part in (msgspec.msgpack.encode(reply), *parts):
-                    stream.write(_LENGTH.pack(memoryview(part).nbytes))
-                    stream.write(part)
-                stream.flush()
+                    replies.write(_LENGTH.pack(memoryview(part).nbytes))
+                    replies.write(part)
+                replies.flush()
         finally:
             os._exit(0)
 
@@ -264,6 +279,22 @@ class _Reply(msgspec.Struct, kw_only=True):
     bug: str = ""
 
 
+@contextlib.contextmanager
+def library_errors(kind: type[DloraError], problem: str, advice: str) -> Iterator[None]:
+    """Whatever a library in Rust raises as ``kind``, in one line: an ``Exception``, or where it panics not even that.
+
+    But for ``MemoryError``, which children and commands tell of themselves.
+    """
+    try:
+        yield
+    except (DloraError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{problem} ({first_line(error)}); {advice}") from None
+
+
 def spare_bytes() -> int:
     """What a child may take beside what is mapped already: half of the memory that is available, but 1 GiB at least.
 
@@ -301,13 +332,6 @@ def _limit(which: int, most: int) -> None:
     with contextlib.suppress(OSError, ValueError):  # not every system has every limit
         hard = resource.getrlimit(which)[1]
         resource.setrlimit(which, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-
-
-def _too_much_memory(spare: int) -> str:
-    return (
-        f"needs more than the {spare >> 20} MiB of memory that this device has to spare for it; shorten it, close "
-        "other programs, or export the bundle again if its tokenizer or its chat template asks for so much"
-    )
 
 
 def _error(kind: type[DloraError], text: str, attributes: dict[str, Any]) -> DloraError:
