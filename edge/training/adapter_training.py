@@ -336,8 +336,8 @@ class AdapterTraining:
         except NonFiniteError as error:
             if not self.next_step:
                 raise NonFiniteError(
-                    f"step 0 failed, and nothing was learnt yet: {error}; the weights of the bundle or of the server, or "
-                    f"the adapter that it begins with, are damaged: try dlora-edge selftest --bundle {self.bundle.path}"
+                    f"step 0 failed, and nothing was learnt yet: {error}; the weights of bundle or server, or the "
+                    f"adapter that it begins with, are damaged: try dlora-edge selftest --bundle {self.bundle.path}"
                 ) from None
             raise NonFiniteError(
                 f"training diverged at step {self.next_step}: {error}; start anew in another --out with a lower --lr "
