@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fault_run import DAY_S, STEPS, Place, Replicas, make_place, replicas
+from fault_run import DAY_S, STEPS, Place, Replicas, make_place, replicas, write_data
 from forked import Command, fork_command
 from matrix import SERVER
 from test_tensorboard import scalars_of
@@ -150,6 +150,38 @@ def test_a_run_survives_a_full_disk_at_each_of_its_files(
             wrong[name] = found
         shutil.rmtree(directory)
     assert not wrong, json.dumps(wrong, indent=1)
+
+
+COMMANDS: dict[str, tuple[object, ...]] = {
+    "evaluate": ("--answers", "exact", "--save", "at/answers.jsonl", "--record", "at/recording"),
+    "generate": ("--prompt", "w1 w2", "--max-new-tokens", 2, "--record", "at/recording"),
+    "compare": ("--out", "at/page.html"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_one_line_where_the_disk_is_full_at_one_of_its_files(
+    command: str, place: Place, running: Replicas, whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    answers, other = tmp_path / "answers.jsonl", tmp_path / "other"
+    write_data(answers, rows=2, answers=True)
+    shutil.copytree(whole[0], other)
+    asked = ("--bundle", place.bundle, "--server", running.url(0))
+    first = {"evaluate": (*asked, "--data", answers), "generate": asked, "compare": (whole[0], other)}[command]
+
+    def words(directory: Path) -> list[object]:
+        more = [str(each).replace("at/", f"{directory}/") for each in COMMANDS[command]]
+        return [command, *first, *more]
+
+    undisturbed = run(tmp_path / "whole", words(tmp_path / "whole"))
+    assert undisturbed.code == 0, undisturbed.said
+    assert undisturbed.files
+    for index, name in enumerate(undisturbed.files):
+        directory = tmp_path / str(index)
+        ended = run(directory, words(directory), name)
+        told = [line for line in ended.said if "No space left" in line]
+        assert (ended.code, len(told)) == (StorageError.exit_code, 1), (name, ended.said[-3:])
+        assert not any("Traceback" in line for line in ended.said)
 
 
 def test_a_clock_that_jumps_shows_nowhere(
