@@ -214,7 +214,7 @@ class ExecutorchSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bounds: dynamic dimension, as ``TensorSpec`` has them, to the most that a program takes of it.
     """
 
-    version: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d+\.\d+$")]
+    version: Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,6}(\.[0-9]{1,6}){2}\Z")]
     bounds: dict[str, Positive]
 
 

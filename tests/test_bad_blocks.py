@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
+from attacks.fuzz_target import decode_json, encode_json, mutate_value
+from serving import random_dataset
 from tiny import TinyFactory
+from trunk_runs import trunk_config
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.model.device_lora import DeviceLora
+from dlora.edge.model.local_source import LocalSource
 from dlora.edge.model.trunk_source import encoded_width
-from dlora.protocol.errors import BundleError
+from dlora.edge.training.trainer import Trainer
+from dlora.protocol.errors import BundleError, DloraError, NonFiniteError
 from dlora.protocol.manifest import (
     MANIFEST_NAME,
     BlockSpec,
@@ -32,7 +41,7 @@ from dlora.protocol.manifest import (
     load_manifest,
 )
 
-Files = Mapping[str, np.ndarray[Any, Any]]
+Files = Mapping[str, np.ndarray[Any, Any] | bytes]
 replace = msgspec.structs.replace
 
 
@@ -87,7 +96,7 @@ CHANGES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
     "one path twice": (blocks_with(lambda block: replace(block, path="model.layers.1")), "have the same path"),
     "others than the last": (blocks_with(lambda block: replace(block, index=block.index + 1)), "are not the last ones"),
     "a graph that there is not": (blocks_with(lambda block: replace(block, graph="9")), "no block_forward graph of 9"),
-    "no final norm": (without_final_norm, "Required inputs"),
+    "no final norm": (without_final_norm, "has no 0.weight, which its graph final_norm_forward takes"),
     "a negative width": (graphs_with("block_forward", lora_a_with((-3, 16))), "another shape than its weight"),
     "a huge width": (graphs_with("block_forward", lora_a_with(("rank", 10**13))), "another shape than its weight"),
     "fewer products": (
@@ -159,11 +168,17 @@ def changed(
     manifest = change(load_manifest(copy))
     specs = dict(manifest.files)
     for name, values in files.items():
-        np.save(copy / name, values)
-        content = (copy / name).read_bytes()
+        content = values if isinstance(values, bytes) else npy(values)
+        (copy / name).write_bytes(content)
         specs[name] = FileSpec(len(content), hashlib.sha256(content).hexdigest())
     (copy / MANIFEST_NAME).write_bytes(encode_manifest(replace(manifest, files=specs)))
     return copy
+
+
+def npy(values: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
 
 
 def use(path: Path) -> int:
@@ -202,10 +217,163 @@ def test_files_that_lie_are_one_line(bundle: Path, tmp_path: Path) -> None:
     table = next(iter(spec.blocks[0].tables.values())).file
     wrong: list[tuple[Files, str]] = [
         ({weight: np.zeros((16, 24), np.float32)}, "another shape than its weight"),
-        ({weight: np.zeros((24, 16), np.int8)}, "Unexpected input data type"),
+        ({weight: np.zeros((24, 16), np.int8)}, "another shape or dtype than its graph says"),
         ({weight: np.zeros(24 * 16, np.float32)}, "has no weight"),
         ({table: np.zeros((1, 3, 4), np.float32)}, "too few positions"),
     ]
     for index, (files, text) in enumerate(wrong):
         with pytest.raises(BundleError, match=text):
             use(changed(bundle, tmp_path / str(index), files=files))
+
+
+def train(path: Path) -> None:
+    """A step with all blocks on the device, an evaluation, and tokens one after the other."""
+    opened = Bundle.open(path)
+    engine, vocabulary = OnnxEngine(opened, 1), opened.manifest.base_model.vocabulary_size
+    source, data = LocalSource(opened, engine), random_dataset(min(vocabulary, 97), 4)
+    trainer = Trainer(opened, engine, source, trunk_config((0, 1), mode="local"), data)
+    trainer.run_step()
+    trainer.evaluate(data)
+    blocks = DecodeBlocks(opened, engine, 2, DeviceLora())
+    for ids in ([3, 4], [5]):
+        blocks.append(source.of_tokens(np.array(ids), np.arange(len(ids))))
+
+
+def with_output(content: bytes, name: str, operator: str) -> bytes:
+    """A graph that gives one output twice over, or in float64, and does not say of which shape it is."""
+    model = onnx.load_from_string(content)
+    output = next(each for each in model.graph.output if each.name == name)
+    for node in model.graph.node:
+        for names in (node.output, node.input):
+            for index, found in enumerate(names):
+                names[index] = f"{name}_" if found == name else found
+    inputs, settings = ([f"{name}_"] * 2, {"axis": 0}) if operator == "Concat" else ([f"{name}_"], {"to": 11})
+    model.graph.node.append(onnx.helper.make_node(operator, inputs, [name], **settings))
+    output.type.tensor_type.ClearField("shape")
+    if operator == "Cast":
+        output.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("operator", ["Concat", "Cast"])
+@pytest.mark.parametrize(
+    ("graph", "output"),
+    [
+        ("block_backward.0", "grad.mlp.up_proj.lora_B"), ("last_block_forward.0", "y"), ("block_decode.0", "y"),
+        ("final_norm_backward", "grad_x"), ("head_train", "losses"), ("head_loss", "losses"),
+        ("adamw", "new_exp_avg_sq"), ("embedding", "hidden_states"),
+    ],
+)  # fmt: skip
+def test_graph_that_gives_something_else_is_one_line(
+    bundle: Path, graph: str, output: str, operator: str, tmp_path: Path
+) -> None:
+    """numpy stretches what is too short, and fails at what is too long in any way."""
+    name = f"graphs/{graph}.onnx"
+    content = with_output((bundle / name).read_bytes(), output, operator)
+    with pytest.raises(BundleError, match="another shape or dtype than its graph says; export the bundle again"):
+        train(changed(bundle, tmp_path / "bundle", files={name: content}))
+
+
+def with_part(content: bytes, change: Callable[[onnx.GraphProto], object]) -> bytes:
+    model = onnx.load_from_string(content)
+    change(model.graph)
+    return model.SerializeToString()
+
+
+def huge_initializer(graph: onnx.GraphProto) -> None:
+    graph.initializer.append(onnx.TensorProto(name="w", data_type=1, dims=[10**12]))
+
+
+def external_data(graph: onnx.GraphProto) -> None:
+    huge_initializer(graph)
+    graph.initializer[0].external_data.add(key="location", value="/etc/passwd")
+
+
+def branch(graph: onnx.GraphProto) -> None:
+    inner = onnx.helper.make_graph([], "inner", [], [])
+    graph.node.append(onnx.helper.make_node("If", ["scale"], ["odd"], then_branch=inner, else_branch=inner))
+
+
+PARTS: dict[str, tuple[Callable[[onnx.GraphProto], object], str]] = {
+    "a file of the device": (external_data, "takes data from another file"),
+    "a huge weight": (huge_initializer, "field 5 in a graph"),
+    "a branch": (branch, "the operator 'If'"),
+    "an operator of somebody else": (lambda graph: setattr(graph.node[0], "domain", "com.microsoft"), "the operator"),
+    "an input more": (
+        lambda graph: graph.input.add().CopyFrom(onnx.helper.make_tensor_value_info("odd", 1, [])), "fails on"
+    ),
+    "an input less": (lambda graph: graph.input.pop(), "does not load"),
+    "an input of another shape": (
+        lambda graph: graph.input[0].type.tensor_type.shape.dim.add(dim_value=5), "does not load|fails on"
+    ),
+    "an output less": (lambda graph: graph.output.pop(), "fails on|does not load"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_block_graph_with_a_forbidden_part_is_one_line(bundle: Path, name: str, tmp_path: Path) -> None:
+    change, text = PARTS[name]
+    graph = "graphs/block_forward.0.onnx"
+    wrong = changed(bundle, tmp_path / "bundle", files={graph: with_part((bundle / graph).read_bytes(), change)})
+    with pytest.raises(BundleError, match=text) as raised:
+        use(wrong)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def int4(tiny: TinyFactory) -> Path:
+    return tiny(device_blocks=2, block_dtype="int4").bundle
+
+
+def test_scales_and_packed_weights_that_lie_are_one_line(int4: Path, tmp_path: Path) -> None:
+    train(int4)
+    spec = load_manifest(int4).device_blocks
+    assert spec is not None
+    weights = spec.blocks[0].weights
+    grouped = [weights[f"self_attn.q_proj.weight{each}"] for each in ("", ".group_scales")]
+    packed, scales = (np.load(int4 / name) for name in grouped)
+    wrong: list[tuple[Files, str]] = [
+        ({grouped[1]: scales[:-1]}, "weight.group_scales has another shape"),
+        ({grouped[1]: np.concatenate([scales, scales], 1)}, "weight.group_scales has another shape"),
+        ({grouped[1]: scales.astype(np.float32)}, "weight.group_scales has another shape or dtype"),
+        ({grouped[0]: packed[..., :-1]}, "another shape than its weight"),
+        ({grouped[0]: packed.reshape(len(packed), 1, -1)[..., : packed.shape[2]]}, "another shape"),
+        ({grouped[0]: packed.reshape(-1)}, "has no weight"),
+        ({grouped[0]: packed.astype(np.float16)}, "another shape or dtype"),
+    ]
+    if packed.shape[1] == 1:  # of one group only, the fifth is no change
+        wrong.pop(4)
+    for index, (files, text) in enumerate(wrong):
+        with pytest.raises(BundleError, match=text):
+            train(changed(int4, tmp_path / str(index), files=files))
+    for index, value in enumerate((np.nan, np.inf)):
+        scales[...] = value
+        with pytest.raises(NonFiniteError, match=r"nothing was learnt yet.*selftest") as raised:
+            train(changed(int4, tmp_path / f"{index} of no number", files={grouped[1]: scales}))
+        assert "--lr" not in str(raised.value)
+    for index, value in enumerate((0, np.finfo(np.float16).max)):
+        scales[...] = value
+        train(changed(int4, tmp_path / f"{index} of a number", files={grouped[1]: scales}))
+
+
+def mutated(bundle: Path, copy: Path, rng: Random) -> Path:
+    """A copy with a few fields of its blocks, graphs or ends changed."""
+    shutil.copytree(bundle, copy)
+    value = decode_json((bundle / MANIFEST_NAME).read_bytes())
+    part = rng.choice(("device_blocks", "graphs", "graphs", "embedding", "head", "base_model"))
+    if part == "graphs":
+        index = rng.randrange(len(value[part]))
+        value[part][index] = mutate_value(value[part][index], rng)
+    else:
+        value[part] = mutate_value(value[part], rng)
+    (copy / MANIFEST_NAME).write_bytes(encode_json(value))
+    return copy
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1500, marks=pytest.mark.slow)])
+def test_mutated_blocks_train_or_are_refused(int4: Path, count: int, tmp_path: Path) -> None:
+    for seed in range(count):
+        copy = mutated(int4, tmp_path / "bundle", Random(seed))
+        with suppress(DloraError):
+            train(copy)
+        shutil.rmtree(copy)

@@ -102,6 +102,50 @@ def test_program_with_unknown_operators_is_an_error(bundle: Path, tmp_path: Path
     assert_fails(done, 4, "is not for ExecuTorch 1.")
 
 
+@pytest.mark.parametrize("count", [200, pytest.param(6000, marks=pytest.mark.slow)])
+def test_changed_programs_load_or_are_refused(bundle: Path, count: int) -> None:
+    """Each in a process of its own. Loading checks what ExecuTorch can, and what it finds while a program runs is an
+    error, too. What it does not find ends the process: SECURITY.md says what that means."""
+    command = [sys.executable, ROOT / "tests" / "attacks" / "fuzz_programs.py", bundle, str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["other"] == []
+    assert {name for name in report["found"] if ":" in name} <= {"running: SIGSEGV", "running: SIGBUS"}
+    assert report["found"]["refused"] > count / 4
+
+
+def test_program_that_plans_for_a_huge_memory_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    from executorch.exir._serialize import _deserialize_pte_binary, _serialize_pte_binary
+
+    name, content = program(bundle, "head_loss")
+    pte = _deserialize_pte_binary(content)
+    pte.program.execution_plan[0].non_const_buffer_sizes[1] = 1 << 60
+    wrong = with_program(bundle, tmp_path / "bundle", name, bytes(_serialize_pte_binary(pte)))
+    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+    assert_fails(done, 4, "does not load on ExecuTorch", "out of memory", "close other programs")
+
+
+def test_version_of_endless_digits_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("9" * 5000 + ".0.0", dict(BOUNDS)))
+    assert_fails(run_edge("selftest", "--bundle", wrong, "--engine", "executorch"), 4, "executorch.version")
+
+
+def test_weights_that_lie_are_errors(bundle: Path, tmp_path: Path) -> None:
+    """A program is C++: it would read what is not there."""
+    import io
+
+    import numpy as np
+
+    spec = load_manifest(bundle).head
+    for index, values in enumerate((np.zeros((5, 16), np.float32), np.zeros((97, 16), np.float16))):
+        buffer = io.BytesIO()
+        np.save(buffer, values)
+        wrong = with_program(bundle, tmp_path / str(index), spec.weight, buffer.getvalue())
+        done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
+        assert_fails(done, 4, "weight has another shape or dtype than its graph says")
+
+
 def test_bundle_of_a_newer_executorch_is_an_error(bundle: Path, tmp_path: Path) -> None:
     wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("97.0.0", dict(BOUNDS)))
     done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")

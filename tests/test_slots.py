@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dlora.edge.adapters.peft import WEIGHTS_NAME
 from dlora.edge.endpoint.errors import RequestError
+from dlora.edge.endpoint.running import _version
 from dlora.edge.endpoint.slots import ServedAdapter, Slot, Slots
 from dlora.edge.model.ends import LongArray
 from dlora.protocol.errors import DataError
@@ -34,6 +37,18 @@ def test_a_request_gets_the_slot_that_knows_its_text() -> None:
     asked = np.array([1, 2, 3, 4, 5])
     ranks = [slot.fits(FIRST, asked) for slot in slots]
     assert sorted(range(4), key=ranks.__getitem__, reverse=True) == [2, 3, 1, 0]
+
+
+def test_other_weights_of_the_same_time_are_another_version(tmp_path: Path) -> None:
+    """The clock was set back in between."""
+    weights, new = tmp_path / WEIGHTS_NAME, tmp_path / "new"
+    weights.write_bytes(b"one")
+    time = weights.stat().st_mtime_ns
+    before = _version(tmp_path)
+    new.write_bytes(b"two")
+    os.utime(new, ns=(time, time))
+    new.replace(weights)
+    assert _version(tmp_path) != before
 
 
 async def hold(slots: Slots, until: asyncio.Event, order: list[str], name: str) -> None:

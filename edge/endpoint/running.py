@@ -93,7 +93,7 @@ class ServeSettings:
         """What there is now, the single one first."""
         found = []
         if self.adapter is not None:  # whatever is wrong with it is said when it is opened
-            found.append(ServedAdapter(self.adapter.resolve().name, self.adapter, _version(self.adapter) or 0))
+            found.append(ServedAdapter(self.adapter.resolve().name, self.adapter, *(_version(self.adapter) or ())))
         store = AdapterStore(self.adapters)
         fingerprint = self.bundle.manifest.base_model.fingerprint
         for name in store.names():
@@ -104,16 +104,17 @@ class ServeSettings:
                 continue
             fits = record is None or record.base_fingerprint == fingerprint
             if version is not None and fits and name not in {each.name for each in found}:
-                found.append(ServedAdapter(name, path, version))
+                found.append(ServedAdapter(name, path, *version))
         return found
 
 
-def _version(adapter: Path) -> int | None:
-    """Of its weights; None where it has none."""
+def _version(adapter: Path) -> tuple[int, int] | None:
+    """As ``ServedAdapter`` has it; None where it has no weights."""
     try:
-        return (adapter / WEIGHTS_NAME).stat().st_mtime_ns
+        found = (adapter / WEIGHTS_NAME).stat()
     except OSError:
         return None
+    return found.st_mtime_ns, found.st_ino
 
 
 def run(settings: ServeSettings) -> None:

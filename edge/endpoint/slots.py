@@ -33,12 +33,14 @@ class ServedAdapter:
 
     Attributes:
         name: as clients spell it; path: None for the plain base model.
-        version: of its files: another one is opened anew.
+        version, inode: of its weights, when they were changed (ns since 1970) and which file they are: others are
+            opened anew. A clock that was set back may give two files one time.
     """
 
     name: str
     path: Path | None
     version: int = 0
+    inode: int = 0
 
 
 OpenModel = Callable[[ServedAdapter], AbstractContextManager[GeneratingModel]]

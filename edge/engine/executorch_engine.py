@@ -15,8 +15,8 @@ from dlora.protocol.errors import BundleError, UsageError
 from dlora.protocol.manifest import GraphKind, GraphSpec, TensorSpec
 
 from .bundle import Bundle
-from .engine import Array, Graph
-from .shim import Program, Shim, dtype_of, load_shim
+from .engine import DTYPES, Array, Graph, check_inputs
+from .shim import Program, Shim, load_shim
 
 _LEAST_ROWS: Final = 8  # of the head for each thread: every one of them reads the whole weight
 _CUT: Final = ("tokens", "rows", "n")  # what a call may have more of than the bound
@@ -112,10 +112,11 @@ class _CutGraph:
         self._dimension = next((name for name in _CUT if name in named), None)
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
-        arrays = [_contiguous(inputs[tensor.name], tensor) for tensor in self._spec.inputs]
-        sizes = self._sizes(arrays)
+        given, sizes = check_inputs(self._spec, inputs)
+        self._check_bounds(sizes)
+        arrays = [np.asarray(array, order="C") for array in given]  # itself where it lies as programs want it
         if 0 in sizes.values():
-            return [np.zeros(_shape(tensor, sizes), dtype_of(tensor.dtype)) for tensor in self._spec.outputs]
+            return [np.zeros(_shape(tensor, sizes), DTYPES[tensor.dtype]) for tensor in self._spec.outputs]
         edges = self._edges(sizes)
         if len(edges) == 2:
             return self._run(0, arrays, sizes)
@@ -137,18 +138,11 @@ class _CutGraph:
         return [self._run(worker, *piece) for piece in pieces[worker :: self._threads]]
 
     def _run(self, program: int, arrays: list[Array], sizes: Mapping[str, int]) -> list[Array]:
-        outputs = [np.empty(_shape(tensor, sizes), dtype_of(tensor.dtype)) for tensor in self._spec.outputs]
+        outputs = [np.empty(_shape(tensor, sizes), DTYPES[tensor.dtype]) for tensor in self._spec.outputs]
         self._programs[program].run(arrays, outputs)
         return outputs
 
-    def _sizes(self, arrays: Sequence[Array]) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        for tensor, array in zip(self._spec.inputs, arrays, strict=True):
-            if len(tensor.shape) != array.ndim:
-                raise BundleError(_other_than_described(tensor))
-            for name, size in zip(tensor.shape, array.shape, strict=True):
-                if size != (sizes.setdefault(name, size) if isinstance(name, str) else name):
-                    raise BundleError(_other_than_described(tensor))
+    def _check_bounds(self, sizes: Mapping[str, int]) -> None:
         for name, advice in _WHOLE.items():
             if sizes.get(name, 1) > self._bounds[name]:
                 what = f"rank {sizes[name]} is" if name == "rank" else f"a micro-batch of {sizes[name]} tokens is"
@@ -156,7 +150,6 @@ class _CutGraph:
                     f"{what} more than this bundle's ExecuTorch programs take ({self._bounds[name]}); {advice}, or use "
                     "--engine onnx"
                 )
-        return sizes
 
     def _edges(self, sizes: Mapping[str, int]) -> list[int]:
         """Where the pieces begin, and the end."""
@@ -182,18 +175,6 @@ class _CutGraph:
         for part in parts[1:]:
             total += part
         return total
-
-
-def _contiguous(array: Array, tensor: TensorSpec) -> Array:
-    """The array itself where it lies as programs want it. Raises ``BundleError`` for one of another dtype: a file of
-    the bundle, or a bug of ours."""
-    if array.dtype != dtype_of(tensor.dtype):
-        raise BundleError(_other_than_described(tensor))
-    return np.asarray(array, order="C")
-
-
-def _other_than_described(tensor: TensorSpec) -> str:
-    return f"{tensor.name} has another shape or dtype than its graph takes; export the bundle again"
 
 
 def _shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:

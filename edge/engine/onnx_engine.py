@@ -13,7 +13,7 @@ from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import GraphKind, GraphSpec
 
 from .bundle import Bundle
-from .engine import Array, Graph
+from .engine import Array, Graph, check_inputs, check_tensors
 from .onnx_check import MAX_GRAPH_BYTES, check_graph
 
 # Waking a thread takes as long as half of a narrow adapter's graph: up to this width a second one makes it slower.
@@ -68,6 +68,7 @@ class OnnxEngine:
 
         def run(inputs: Mapping[str, Array]) -> list[Array]:
             nonlocal most
+            _, sizes = check_inputs(spec, inputs)
             size = sum(array.nbytes for array in inputs.values())
             try:
                 # Looking at the memory takes as long as a small graph: only where more goes in than ever before, and
@@ -80,6 +81,7 @@ class OnnxEngine:
                     "memory, or export the bundle again"
                 ) from None
             most = max(most, size + (size >> _SPARE_BITS))
+            check_tensors(spec.outputs, outputs, sizes)
             return outputs
 
         return run

@@ -15,25 +15,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from dlora.protocol.errors import BundleError, DloraError, MissingExtraError
 
-from .engine import Array
+from .engine import DTYPES, Array
 
 ABI: Final = 1
 LIBRARY: Final = "libdlora_executorch.so"
 VARIABLE: Final = "DLORA_EXECUTORCH_DIR"
 MAX_DIMS: Final = 4
 _MESSAGE_BYTES: Final = 400
+_WHAT_TO_DO: Final = "close other programs if it needs their memory, or export the bundle again"
 _OK, _UNREADABLE, _DAMAGED, _INCOMPATIBLE = 0, 1, 2, 3
-_DTYPES: Final[dict[str, np.dtype[Any]]] = {
-    "fp32": np.dtype("<f4"),
-    "fp16": np.dtype("<f2"),
-    "int8": np.dtype("i1"),
-    "int64": np.dtype("<i8"),
-}
-_CODES: Final = {dtype: code for code, dtype in enumerate(_DTYPES.values())}
+_CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES.values())}
 
 
 class _Tensor(ctypes.Structure):
@@ -54,8 +47,9 @@ class _Tensor(ctypes.Structure):
 class Program:
     """A loaded ``.pte``; several threads may call it, one after the other."""
 
-    def __init__(self, library: ctypes.CDLL, handle: ctypes.c_void_p) -> None:
+    def __init__(self, library: ctypes.CDLL, path: Path, handle: ctypes.c_void_p) -> None:
         self._library = library
+        self._path = path
         self._handle = handle
         self._free = weakref.finalize(self, library.dlora_et_free, handle)
 
@@ -66,7 +60,7 @@ class Program:
         return [[self._describe(side, index) for index in range(count.value)] for side, count in enumerate(counts)]
 
     def run(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
-        """Compute ``outputs``, in place, from ``inputs``; all C-contiguous. Raises ``DloraError``."""
+        """Compute ``outputs``, in place, from ``inputs``; all C-contiguous. Raises ``BundleError``."""
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         status = self._library.dlora_et_run(
             self._handle,
@@ -78,13 +72,13 @@ class Program:
             len(message),
         )
         if status != _OK:
-            raise DloraError(f"a graph failed on ExecuTorch: {_text_of(message)}")
+            raise BundleError(f"{self._path} fails on ExecuTorch: {_text_of(message)}; {_WHAT_TO_DO}")
 
     def _describe(self, side: int, index: int) -> tuple[str, tuple[int, ...]]:
         tensor = _Tensor()
         if self._library.dlora_et_describe(self._handle, side, index, ctypes.byref(tensor)) != _OK:
             return "", ()
-        names = list(_DTYPES)
+        names = list(DTYPES)
         name = names[tensor.dtype] if 0 <= tensor.dtype < len(names) else ""
         return name, tuple(tensor.sizes[: tensor.dims])
 
@@ -129,13 +123,13 @@ class Shim:
         handle, message = ctypes.c_void_p(), ctypes.create_string_buffer(_MESSAGE_BYTES)
         status = self._library.dlora_et_load(os.fsencode(path), ctypes.byref(handle), message, len(message))
         if status == _OK:
-            return Program(self._library, handle)
+            return Program(self._library, path, handle)
         reason = _text_of(message)
         if status in (_UNREADABLE, _DAMAGED):
             raise BundleError(f"{path} is damaged ({reason}); export the bundle again")
         if status == _INCOMPATIBLE:
             raise BundleError(f"{path} is not for ExecuTorch {self.version} ({reason}); export it with that version")
-        raise DloraError(f"{path} does not load on ExecuTorch {self.version}: {reason}")
+        raise BundleError(f"{path} does not load on ExecuTorch {self.version}: {reason}; {_WHAT_TO_DO}")
 
 
 class _AnyArgument:
@@ -148,11 +142,6 @@ class _AnyArgument:
 
 _ANY_ARGUMENT: Final = _AnyArgument
 _ARGUMENTS: Final = {"dlora_et_count": 2, "dlora_et_describe": 3, "dlora_et_run": 6}
-
-
-def dtype_of(name: str) -> np.dtype[Any]:
-    """numpy's dtype of a manifest's."""
-    return _DTYPES[name]
 
 
 def shim_directories() -> list[Path]:

@@ -56,10 +56,20 @@ void remember(et_timestamp_t, et_pal_log_level_t level, const char*, const char*
   if (level == kError || level == kFatal) std::snprintf(complaint, sizeof complaint, "%s", text);
 }
 
+// Where ExecuTorch finds in the middle of a run that a program is not sound, it ends the process. A program is a file of
+// somebody else's: it is to be an error, and is never run again. In a worker thread nobody catches it, and it ends the
+// process all the same.
+struct Unsound : std::exception {
+  const char* what() const noexcept override { return "the program is not sound"; }
+};
+
+void give_up() { throw Unsound(); }
+
 void start_runtime() {
   // Not std::call_once: that asks for glibc 2.34, where all else here runs on 2.28.
   [[maybe_unused]] static const bool started = [] {
-    et::register_pal(et::PalImpl::create(&remember, __FILE__));
+    et::register_pal(et::PalImpl::create(
+        nullptr, &give_up, nullptr, nullptr, &remember, nullptr, nullptr, __FILE__));
     et::runtime_init();
     register_kernels_of_ours();
     return true;

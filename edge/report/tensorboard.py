@@ -26,12 +26,14 @@ class TensorboardWriter:
     A run that goes on has one file again, made anew from ``metrics.jsonl``: no step is there twice, whoever reads it.
 
     Args:
-        now: seconds since 1970.
+        now: seconds since 1970; None: by the wall clock as it is here, and from then on by one that never jumps, for
+            points whose times go back make no curve.
     """
 
-    def __init__(self, out: Path, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, out: Path, now: Callable[[], float] | None = None) -> None:
+        began, since = time.time(), time.monotonic()
         self._out = out
-        self._now = now
+        self._now = now or (lambda: began + (time.monotonic() - since))
         self._file: EventFile | None = None
 
     def begin(self, first_step: int) -> None:

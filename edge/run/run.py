@@ -170,7 +170,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         set_up_up, set_up_down = trainer.traffic
         release_code()
         saver = AdapterSaver(trainer, run.dataset, earlier)
-        watchers = Watchers(run.watchers)
+        watchers = Watchers(run.watchers, display.warn)
         held_out = HeldOut(
             run.out, run.eval_dataset, earlier, every=run.eval_every, patience=run.patience, trainer=trainer,
             saver=saver, display=display, watchers=watchers, should_stop=stop.is_requested,

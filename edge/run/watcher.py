@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from dlora.protocol.errors import DloraError, StorageError
 
 
 class RunWatcher(Protocol):
-    """What is told of a run, in this order; what it raises ends the run, as any output that cannot be written."""
+    """What is told of a run, in this order; where it cannot write, it raises ``StorageError`` and is told no more."""
 
     def begin(self, first_step: int) -> None:
         """The run begins, or goes on, at ``first_step``; what ``metrics.jsonl`` has of later steps will go."""
@@ -30,28 +30,29 @@ class RunWatcher(Protocol):
 
 
 class Watchers:
-    """Tells each of them."""
+    """Tells each of them. A page or a curve is not worth a run: who cannot write is worth a line, and the run goes on.
 
-    def __init__(self, watchers: Sequence[RunWatcher]) -> None:
-        self._watchers = watchers
+    Args:
+        warn: called with that line.
+    """
+
+    def __init__(self, watchers: Sequence[RunWatcher], warn: Callable[[str], None]) -> None:
+        self._watchers = list(watchers)
+        self._warn = warn
 
     def step(self, metrics: StepMetrics) -> None:
-        for watcher in self._watchers:
-            watcher.step(metrics)
+        self._tell(lambda watcher: watcher.step(metrics))
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        for watcher in self._watchers:
-            watcher.evaluation(row)
+        self._tell(lambda watcher: watcher.evaluation(row))
 
     def saved(self) -> None:
-        for watcher in self._watchers:
-            watcher.saved()
+        self._tell(lambda watcher: watcher.saved())
 
     @contextmanager
     def following(self, first_step: int) -> Iterator[None]:
         """Within, the run goes on. An error that ends it is raised, whatever else cannot be written then."""
-        for watcher in self._watchers:
-            watcher.begin(first_step)
+        self._tell(lambda watcher: watcher.begin(first_step))
         try:
             yield
         except (DloraError, KeyboardInterrupt):
@@ -59,5 +60,12 @@ class Watchers:
                 with suppress(StorageError):
                     watcher.end()
             raise
-        for watcher in self._watchers:
-            watcher.end()
+        self._tell(lambda watcher: watcher.end())
+
+    def _tell(self, tell: Callable[[RunWatcher], None]) -> None:
+        for watcher in tuple(self._watchers):
+            try:
+                tell(watcher)
+            except StorageError as error:
+                self._watchers.remove(watcher)
+                self._warn(f"{error}; the run goes on without")

@@ -334,6 +334,11 @@ class AdapterTraining:
         try:
             yield
         except NonFiniteError as error:
+            if not self.next_step:
+                raise NonFiniteError(
+                    f"step 0 failed, and nothing was learnt yet: {error}; the weights of bundle or server, or the "
+                    f"adapter that it begins with, are damaged: try dlora-edge selftest --bundle {self.bundle.path}"
+                ) from None
             raise NonFiniteError(
                 f"training diverged at step {self.next_step}: {error}; start anew in another --out with a lower --lr "
                 f"than {self.config.optimizer.lr:g}: this run would diverge again"

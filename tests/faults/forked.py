@@ -6,6 +6,7 @@ command line gives, a forked one can have its clocks shifted and be stopped at a
 
 from __future__ import annotations
 
+import errno
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -118,7 +119,7 @@ def fork_command(
 
     Args:
         watch: a directory; before it opens for writing, renames or removes a file in there, the process sends the
-            operation through ``gate`` and waits for an answer.
+            operation through ``gate`` and waits for an answer: ``b"full"`` fails it, as a full disk does.
     """
     _start_fork_server()
     clocks = Clocks()
@@ -227,8 +228,10 @@ def _watch(gate: Connection, watched: str) -> None:
         if writes and name.startswith(watched + os.sep):
             try:
                 gate.send_bytes(f"{event} {os.path.relpath(name, watched)}".encode())
-                gate.recv_bytes()
+                answer = gate.recv_bytes()
             except (EOFError, OSError):
                 return
+            if answer == b"full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     sys.addaudithook(hook)
