@@ -1,4 +1,5 @@
-"""A bundle's place: Ctrl-C right after a call that changes the disk leaves the old bundle whole and no scraps."""
+"""A bundle's place: Ctrl-C right after a call that changes the disk leaves the old bundle whole and no scraps, and so
+does a disk that is full."""
 
 from __future__ import annotations
 
@@ -6,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_disk import small_disk
+from tiny import TinyFactory
 
+from dlora.export.__main__ import main
 from dlora.export.output_directory import new_directory_for
+from dlora.protocol.errors import StorageError
 from dlora.protocol.manifest import MANIFEST_NAME
 
 
@@ -51,3 +56,20 @@ def test_ctrl_c_right_after_the_first_directory_was_made_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         _write(tmp_path / "bundle", "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_bundle(
+    tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny("llama").model
+    with small_disk(tmp_path) as disk:
+        out = disk / "bundle"
+        _write(out, "old")
+        (disk / "others").write_bytes(bytes((1 << 20) - (64 << 10)))
+        monkeypatch.setattr("sys.argv", ["dlora-export", str(model), "--out", str(out), "--force"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == StorageError.exit_code
+        assert "No space left on device; free space" in capsys.readouterr().err
+        assert sorted(path.name for path in disk.iterdir()) == ["bundle", "others"]
+        assert (out / MANIFEST_NAME).read_text() == "old"
