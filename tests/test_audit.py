@@ -524,7 +524,7 @@ def test_an_audit_loads_no_tokenizer_itself(model: Tiny, recordings: dict[str, P
 def test_frames_that_are_a_pipe_are_one_line(model: Tiny, broken: _Broken) -> None:
     (broken.frames / FRAMES_FILE).unlink()
     os.mkfifo(broken.frames / FRAMES_FILE)
-    assert "cannot be read (no regular file)" in broken.audit(model.model)
+    assert "cannot be read (it is no regular file)" in broken.audit(model.model)
 
 
 def test_what_a_user_may_get_wrong_is_one_line(model: Tiny, recordings: dict[str, Path], tmp_path: Path) -> None:

@@ -150,13 +150,13 @@ def test_any_bytes_pass_or_raise_value_error() -> None:
             check_graph(data)
 
 
-def loaded(directory: Path, model: onnx.ModelProto) -> Bundle:
+def loaded(directory: Path, model: onnx.ModelProto, gives: TensorSpec = Y) -> Bundle:
     """A bundle whose embedding is this graph, of x to y."""
     content = model.SerializeToString()
     (directory / "graph.onnx").write_bytes(content)
     files = {"graph.onnx": content, "tokenizer.json": b"", "embedding.npy": b""}
     manifest = msgspec.json.decode(manifest_of(files), type=Manifest)
-    graph = msgspec.structs.replace(manifest.graphs[0], inputs=(X,), outputs=(Y,))
+    graph = msgspec.structs.replace(manifest.graphs[0], inputs=(X,), outputs=(gives,))
     return Bundle(directory, msgspec.structs.replace(manifest, graphs=(graph,)))
 
 
@@ -178,7 +178,8 @@ def test_graph_that_needs_a_terabyte_is_an_error(
 ) -> None:
     """10,000 numbers become 10^12."""
     model = parsed(body, "(float[n] x) => (float[a,b,c] y)")
-    run = OnnxEngine(loaded(tmp_path, model), threads=1).load("embedding")
+    cube = msgspec.structs.replace(Y, shape=("a", "b", "c"))
+    run = OnnxEngine(loaded(tmp_path, model, cube), threads=1).load("embedding")
     assert run({"x": np.ones(2, np.float32)})[0].shape == (2, 2, 2)
     with pytest.raises(BundleError, match=r"graph\.onnx fails on onnxruntime.*close other programs") as caught:
         run({"x": np.ones(10_000, np.float32)})
