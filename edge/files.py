@@ -147,7 +147,10 @@ def read_small(path: Path, most: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         found, began = bytearray(), time.monotonic()
-        has_writer = False
+        is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+        has_writer = has_ended = False
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
         while len(found) <= most:
             try:
                 some = os.read(descriptor, most + 1 - len(found))
@@ -155,14 +158,14 @@ def read_small(path: Path, most: int) -> bytes:
                 has_writer = True
             else:
                 found += some
-                if not some and (found or has_writer or not stat.S_ISFIFO(os.fstat(descriptor).st_mode)):
-                    return bytes(found)
                 if some:
                     continue
+                if not is_pipe or found or has_writer or has_ended:
+                    return bytes(found)
             left = (_FOR_BYTES_S if has_writer or found else _FOR_A_WRITER_S) - (time.monotonic() - began)
             if left <= 0:
                 raise OSError(errno.ETIMEDOUT, "it is a pipe, and nobody writes to it", str(path))
-            select.select([descriptor], [], [], left)
+            has_ended = any(mask & select.POLLHUP for _, mask in poll.poll(left * 1000))
         raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
     finally:
         os.close(descriptor)

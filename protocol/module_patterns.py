@@ -19,6 +19,8 @@ from .errors import CheckpointError
 # PEFT writes a pattern a module where ranks differ: 900 modules have the largest of models that are not mixtures.
 _MAX_PATTERNS: Final = 4096
 _MAX_PATTERN: Final = 1024
+_MAX_GAPS: Final = 8  # .* of a pattern
+_MAX_ALL: Final = 1 << 18  # characters of all patterns: some hundred ms to compile
 _MAX_CHARACTERS: Final = 10**9  # that matching may look at: some seconds
 _LEAST_CHARACTERS: Final = 32  # what a try takes that looks at none
 _CHARACTER: Final = r"[A-Za-z0-9_-]|\\\.|\.|\[[0-9]-[0-9]\]"  # what stands for one
@@ -63,6 +65,8 @@ def read_patterns(directory: Path, config: Mapping[str, Any], key: str) -> Patte
     count = sum(pattern.count("|") + 1 for pattern in patterns)
     if count > _MAX_PATTERNS:
         raise CheckpointError(f"{directory}: {key} has {count} patterns; {_MAX_PATTERNS} can be used")
+    if sum(len(pattern) for pattern in patterns if len(pattern) <= _MAX_PATTERN) > _MAX_ALL:  # longer ones: below
+        raise CheckpointError(f"{directory}: the patterns of {key} may have {_MAX_ALL:,} characters in all")
     found = {}
     for pattern in patterns:
         try:
@@ -102,6 +106,8 @@ def _read(pattern: str) -> list[ModulePattern]:
         if parts is None:
             raise ValueError
         at_start, pieces = bool(parts[1]), parts[2].split(".*")
+        if len(pieces) > _MAX_GAPS + 1:
+            raise ValueError
         if len(pieces) == 1:
             found.append(ModulePattern(re.compile(pieces[0]), len(_CHARACTERS.findall(pieces[0])), at_start))
             continue

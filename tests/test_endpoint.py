@@ -266,7 +266,8 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str]] = {
         "/v1/completions", {"model": "first", "prompt": "x", "echo": True, "logprobs": 1}, 400, "echo with logprobs"
     ),
     "tokens": ("/v1/completions", {"model": "first", "prompt": [1, 2]}, 400, "prompt"),
-    "large": (CHAT, b" " * (9 << 20), 413, "8 MB"),
+    "large": (CHAT, b" " * (3 << 20), 413, "2 MB"),
+    "many biases": (CHAT, {**GOOD, "logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, 400, "1024 tokens"),
     "more than the context": (CHAT, {**GOOD, "messages": [{**ASK[0], "content": "x" * 10**5}]}, 400, "say less"),
     "more messages than tokens": (CHAT, {**GOOD, "messages": ASK * 5000}, 400, "say less"),
     "one long prompt of two": ("/v1/completions", {"model": "first", "prompt": ["x", "x" * 10**5]}, 400, "say less"),

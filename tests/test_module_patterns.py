@@ -68,8 +68,11 @@ def test_as_many_patterns_as_modules_are_no_matter_and_hostile_ones_are() -> Non
     read = read_patterns(HERE, {"rank_pattern": dict.fromkeys(names, 4)}, "rank_pattern")
     check_matching_time(HERE, list(read.values()), names)
     assert first_match(read, names[-1]) == names[-1]
-    (slowest,) = read_patterns(HERE, {"rank_pattern": {".*" * 200 + "." * 120 + "x.*y": 4}}, "rank_pattern").values()
+    (slowest,) = read_patterns(HERE, {"rank_pattern": {".*" * 7 + "." * 120 + "x.*y": 4}}, "rank_pattern").values()
     assert not any(each.matches("." * 256) for each in slowest)  # a minute and more for ``re``
     check_matching_time(HERE, [slowest], names)
     with pytest.raises(CheckpointError, match="name the modules"):
         check_matching_time(HERE, [slowest] * 1000, names)
+    for hostile in ({"x.*" * 9: 4}, {f"{number}{'x' * 1000}": 4 for number in range(300)}):  # slow to compile
+        with pytest.raises(CheckpointError, match=r"may be slow to match|262,144 characters in all"):
+            read_patterns(HERE, {"rank_pattern": hostile}, "rank_pattern")

@@ -41,6 +41,7 @@ ANSWERS: list[tuple[ToolForm, str, str, list[ToolCall]]] = [
     ),
     ("tags", "<tool_call>add(7)</tool_call>", "<tool_call>add(7)</tool_call>", []),
     ("tags", "<tool_call> <tool_call></tool_call> x", "<tool_call> <tool_call></tool_call> x", []),
+    ("tags", r'<tool_call>{"name": "\udfff", "arguments": {}}', r'<tool_call>{"name": "\udfff", "arguments": {}}', []),
     ("tags", "no call < at all", "no call < at all", []),
     ("tags", f'<tool_call>{" " * 9}{{"name": "now", "arguments": {{}}}}\u2003</tool_call>', "", [NOW]),
     ("mistral", '[TOOL_CALLS][{"name": "add", "arguments": {"x": 7}}, {"name": "now", "arguments": {}}]', "",
@@ -51,6 +52,7 @@ ANSWERS: list[tuple[ToolForm, str, str, list[ToolCall]]] = [
     ("python_tag", '{"name": "add", "parameters": {"x": 7}}; {"name": "now", "parameters": {}}', "", [ADD, NOW]),
     ("python_tag", '{"name": "add", "parameters": {"x": 7}}; {"y": 1}',
      '{"name": "add", "parameters": {"x": 7}}; {"y": 1}', []),
+    ("python_tag", r'{"name": "f", "parameters": ["\ud800"]}', r'{"name": "f", "parameters": ["\ud800"]}', []),
     ("python_tag", '{"name": "Ann", "age": 30}', '{"name": "Ann", "age": 30}', []),  # a person
     ("python_tag", '{"name": "add", "parameters": {"x"', '{"name": "add", "parameters": {"x"', []),
 ]  # fmt: skip

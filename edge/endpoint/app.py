@@ -85,7 +85,9 @@ def make_app(served: Served) -> Starlette:
         cors = Middleware(CORSMiddleware, allow_origins=list(served.origins), allow_methods=["*"], allow_headers=["*"])
         middleware.insert(0, cors)
     handlers = {RequestError: _error_response, 404: _not_found, 405: _wrong_method}
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # type: ignore[arg-type]
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # type: ignore[arg-type]
+    app.router.redirect_slashes = False  # to an address that would be made of the peer's Host
+    return app
 
 
 def _error_response(_: Request, error: RequestError) -> Response:
@@ -173,15 +175,16 @@ class _Endpoint:
         return JSONResponse(_model_entry(self._find(request.path_params["name"])))
 
     async def chat(self, request: Request) -> Response:
-        served, body = self._served, await self._bodies.read(request)
+        served = self._served
         asked = read_chat(
-            body, served.defaults, served.prompt_limit, knows_tools=served.knows_tools, tool_form=served.tool_form
-        )
+            await self._bodies.read(request), served.defaults, served.prompt_limit, knows_tools=served.knows_tools,
+            tool_form=served.tool_form,
+        )  # fmt: skip
         return await self._answer(request, asked, ChatFormat)
 
     async def completion(self, request: Request) -> Response:
-        served, body = self._served, await self._bodies.read(request)
-        asked = read_completion(body, served.defaults, served.prompt_limit)
+        served = self._served
+        asked = read_completion(await self._bodies.read(request), served.defaults, served.prompt_limit)
         return await self._answer(request, asked, CompletionFormat)
 
     def _models(self) -> list[ServedAdapter]:

@@ -10,8 +10,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from .errors import QUEUE_RETRY_S, RequestError
 
-MAX_BODY_BYTES: Final = 8 << 20
-MAX_BODIES_BYTES: Final = 64 << 20
+MAX_BODY_BYTES: Final = 2 << 20  # it is decoded on the event loop
+MAX_BODIES_BYTES: Final = 32 << 20
 BODY_S: Final = 60.0
 
 
@@ -46,7 +46,6 @@ class Bodies:
                 async for part in request.stream():
                     self._take(body, part)
                     _check(body)
-            _check(body)  # it may have given way while its end was waited for
         except ClientDisconnect:
             raise RequestError(499, "the client left") from None
         except TimeoutError:

@@ -20,6 +20,7 @@ from .tools import ToolForm
 
 MAX_CHOICES: Final = 16
 MAX_PROMPTS: Final = 64
+MAX_BIASED_TOKENS: Final = 1024
 _ROLES: Final = {"developer": "system", "function": "tool"}  # what templates call them
 
 MAX_SCHEMA_BYTES: Final = 128 << 10  # llguidance takes seconds for a schema of half a MB
@@ -49,16 +50,16 @@ class PromptLimit:
             )
 
 
-def _text_bytes(value: object, enough: int) -> int:
-    """Bytes of all texts in a JSON value; each other value counts as one. It stops beyond ``enough``."""
-    count, rest = 0, [value]
+def _text_bytes(values: Sequence[object], enough: int) -> int:
+    """Bytes of all texts in JSON values; whatever else is in them counts as one. It stops beyond ``enough``."""
+    count, rest = 0, list(values)
     while rest and count <= enough:
         match rest.pop():
             case str() as text:
                 count += len(text.encode())
-            case list() | tuple() as values:
+            case list() as items:
                 count += 1
-                rest.extend(values)
+                rest.extend(items)
             case dict() as fields:
                 count += 1
                 rest.extend(fields.values())
@@ -235,6 +236,8 @@ def _max_new_tokens(tokens: int | None) -> int | None:
 
 
 def _logit_bias(asked: Mapping[str, float] | None) -> dict[int, float]:
+    if asked is not None and len(asked) > MAX_BIASED_TOKENS:
+        raise RequestError(400, f"logit_bias may have {MAX_BIASED_TOKENS} tokens", param="logit_bias")
     try:
         return {int(token): max(-100.0, min(100.0, bias)) for token, bias in (asked or {}).items()}
     except ValueError:

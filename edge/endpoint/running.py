@@ -32,7 +32,7 @@ from dlora.protocol.text import name_without_path, one_line
 
 from .answers import Generation
 from .app import Served, local_hosts, make_app
-from .connections import ACCEPTED_AT_ONCE, Connections
+from .connections import ACCEPTED_AT_ONCE, MAX_HEAD_BYTES, Connections
 from .requests import PromptLimit
 from .slots import ServedAdapter, Slots
 from .tools import tool_form
@@ -151,7 +151,7 @@ def http_settings(app: ASGIApp, connections: Connections) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=_GRACE_S,
         backlog=ACCEPTED_AT_ONCE,
-        h11_max_incomplete_event_size=64 << 10,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
 
 
@@ -198,7 +198,8 @@ class _Running:
             is_stopping=settings.stopping.is_set,
         )
         self._served = served
-        self._server = _Server(http_settings(make_app(served), Connections()))
+        self._connections = Connections()
+        self._server = _Server(http_settings(make_app(served), self._connections))
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -218,6 +219,7 @@ class _Running:
         interrupts.leave_closed_output()
         self._settings.stopping.set()
         self._server.should_exit = True
+        self._connections.stop()
 
     async def _connect(self) -> None:
         """Open the first model, so that a mistake shows at once, and the first request need not wait for it.
@@ -231,6 +233,8 @@ class _Running:
                 opening = asyncio.get_running_loop().run_in_executor(
                     slot.thread, slot.context, adapter, self._served.generation.open_model
                 )
+                # It is asked for, also where nobody waits for it any more.
+                opening.add_done_callback(lambda done: done.cancelled() or done.exception())
                 try:
                     await asyncio.shield(opening)
                     break

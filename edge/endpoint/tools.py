@@ -80,6 +80,7 @@ def _calls_of(text: str) -> list[ToolCall]:
     """The calls that a JSON text is; none where it is something else."""
     try:
         found = json.loads(text)
+        json.dumps(found, ensure_ascii=False).encode()  # half a character, \\ud800, is no text that can be sent
     except (ValueError, RecursionError):
         return []
     calls = [_call(each) for each in (found if isinstance(found, list) else [found])]

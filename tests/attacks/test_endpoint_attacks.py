@@ -8,8 +8,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +90,15 @@ def test_a_key_is_passed_by_no_spelling_of_host_or_path(listens_to: str) -> None
 # -- connections --------------------------------------------------------------------------------------------
 
 
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: evil\r\nTransfer-Encoding: chunked\r\n\r\n"
+NO_HTTP = [
+    (b"\0\1\2 no HTTP\r\n\r\n",), (CHUNKED + b"Z\r\n",), (CHUNKED, b"ZZZ\r\n"),
+    (CHUNKED + b"0\r\nbad trailer\r\n\r\n",),
+    (CHUNKED, b"0\r\nbad trailer\r\n\r\n"), (b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"\0\r\n\r\n"),
+    (CHUNKED.replace(b"evil", b"127.0.0.1"), b"Z\r\n"),
+]  # fmt: skip
+
+
 def test_half_requests_do_not_lock_the_endpoint(place: Place) -> None:
     """As many as take all files that the process may have open, and as many again."""
     with ExitStack() as held, endpoint_process(place, most_files=512) as running:
@@ -96,6 +106,12 @@ def test_half_requests_do_not_lock_the_endpoint(place: Place) -> None:
         for number in range(700):
             client = held.enter_context(socket.create_connection(("127.0.0.1", running.port), 30))
             client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n"[: number % 40])
+        for said in (*NO_HTTP, *NO_HTTP):
+            with socket.create_connection(("127.0.0.1", running.port), 0.3) as client:
+                for part in said:
+                    client.sendall(part)
+                    with suppress(TimeoutError):  # it waits for more
+                        client.recv(1 << 16)
         for _ in range(5):
             assert running.request(CHAT, {**GOOD, "model": ""})[0] == 200
         running.process.terminate()
@@ -115,15 +131,16 @@ def test_half_requests_do_not_lock_the_endpoint(place: Place) -> None:
 def test_who_never_asks_is_dropped(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also who sends a byte now and then, which uvicorn takes for progress."""
     monkeypatch.setattr(connections, "REQUEST_S", 0.2)
+    monkeypatch.setattr(connections, "_LOOK_EVERY_S", 0.05)
     with http_server(api_key=KEY) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
         client.sendall(said)
         client.settimeout(0.02)
 
         def is_dropped() -> bool:
             try:
+                client.sendall(b"x")
                 return not client.recv(1 << 16)
             except TimeoutError:
-                client.sendall(b"x")
                 return False
             except ConnectionError:
                 return True
@@ -132,8 +149,9 @@ def test_who_never_asks_is_dropped(said: bytes, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_answer_that_takes_long_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "REQUEST_S", 0.05)
-    with http_server(answer_s=0.5) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
+    monkeypatch.setattr(connections, "REQUEST_S", 0.3)
+    monkeypatch.setattr(connections, "_LOOK_EVERY_S", 0.05)
+    with http_server(answer_s=1.0) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
         body = json.dumps({"prompt": "hi"}).encode()
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
@@ -160,7 +178,7 @@ def test_the_source_that_has_most_connections_makes_room_with_its_oldest() -> No
         greedy = []
         for number in range(6):
             greedy.append(connect("127.0.0.2"))
-            eventually(lambda: len(kept) == min(number + 1, 4))  # noqa: B023
+            eventually(lambda: kept.count == min(number + 1, 4))  # noqa: B023
         eventually(lambda: [is_open(each) for each in greedy] == 2 * [False] + 4 * [True])
         others = [connect(f"127.0.0.{number}") for number in (3, 4, 5, 6)]
         eventually(lambda: [is_open(each) for each in greedy] == 4 * [False] + 2 * [True])
@@ -185,6 +203,74 @@ def test_who_is_answered_makes_room_for_nobody() -> None:
         answering.set()
         for client in asking:
             assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_who_never_reads_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers to requests behind each other that nobody takes: an honest client comes in, and they are dropped."""
+    monkeypatch.setattr(connections, "UNREAD_S", 0.5)
+    monkeypatch.setattr(connections, "_LOOK_EVERY_S", 0.05)
+    kept = Connections(most=2)
+    with http_server(kept, api_key=KEY) as server, ExitStack() as held:
+        for _ in range(2):
+            client = held.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+            client.connect(("127.0.0.1", server.port))
+            client.settimeout(0.3)
+            with suppress(OSError):  # until nothing more is taken, or it is dropped
+                for _ in range(10_000):
+                    client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+        assert raw(server.port, "/health") == 200
+        eventually(lambda: kept.count == 0)
+
+
+def test_a_body_in_tiny_chunks_is_dropped() -> None:
+    """Each of them costs the event loop as much as a large one."""
+    with http_server(api_key=KEY) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
+        client.sendall(CHUNKED)
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 401 ")
+
+        def is_dropped() -> bool:
+            try:
+                client.sendall(b"1\r\nx\r\n" * 20_000)
+            except ConnectionError:
+                return True
+            return False
+
+        eventually(is_dropped)
+        assert raw(server.port, "/health") == 200
+
+
+def test_chunks_of_a_usual_size_are_a_body() -> None:
+    body = json.dumps({"prompt": "x" * 50}).encode()
+    with http_server() as server:
+        connection = HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection.request("POST", "/v1/completions", iter([body[:20], body[20:], b" " * 100_000]), encode_chunked=True)
+        assert connection.getresponse().status == 200
+
+
+def test_who_asks_again_before_the_answer_and_leaves_frees_its_place() -> None:
+    goes_on = threading.Event()
+    with http_server(answers=goes_on) as server:
+        body = json.dumps({"prompt": "hi"}).encode()
+        request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        try:
+            with socket.create_connection(("127.0.0.1", server.port), 30) as first:
+                first.sendall(request)
+                eventually(lambda: server.slots.busy == 1)
+                with socket.create_connection(("127.0.0.1", server.port), 30) as waits:
+                    waits.sendall(request)
+                    eventually(lambda: server.slots.waiting == 1)
+                    for _ in range(3):
+                        waits.sendall(b"GET /health HTTP/1.1\r\n")
+                        assert raw(server.port, "/health") == 200
+                eventually(lambda: server.slots.waiting == 0)  # though it said more after its request
+        finally:
+            goes_on.set()
+
+
+def test_no_answer_sends_a_client_to_another_host() -> None:
+    with http_server() as server:
+        assert raw(server.port, f"{CHAT}/", "evil.example", method="POST") == 404
 
 
 # -- bodies and prompts -------------------------------------------------------------------------------------
@@ -241,8 +327,8 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_large_prompts_of_clients_that_leave_hold_up_nobody(place: Place) -> None:
-    """They are as large as bodies may be, and the context cannot have them: none is tokenized."""
-    body = json.dumps({**GOOD, "model": "", "messages": [{**ASK[0], "content": "word " * (8 * 10**6 // 5)}]}).encode()
+    """They are as large as bodies may be, and the context cannot have them."""
+    body = json.dumps({**GOOD, "model": "", "messages": [{**ASK[0], "content": "word " * (2 * 10**6 // 5)}]}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with endpoint_process(place) as running:
         eventually(running.is_ready)
@@ -253,7 +339,7 @@ def test_large_prompts_of_clients_that_leave_hold_up_nobody(place: Place) -> Non
                 return client.makefile("rb").read(300) if reads else b""
 
         assert b"context_length_exceeded" in send(reads=True)
-        leaving = [threading.Thread(target=send, args=(False,)) for _ in range(8)]
+        leaving = [threading.Thread(target=send, args=(False,)) for _ in range(40)]
         for each in leaving:
             each.start()
         assert running.request(CHAT, {**GOOD, "model": ""})[0] == 200
@@ -261,6 +347,21 @@ def test_large_prompts_of_clients_that_leave_hold_up_nobody(place: Place) -> Non
             each.join(60)
         running.process.terminate()
         assert running.process.wait(END_TIMEOUT_S) == 0
+
+
+def test_a_prompt_that_cannot_fit_the_context_is_not_tokenized() -> None:
+    encoded = list[str]()
+
+    def encode(text: str) -> Any:
+        encoded.append(text)
+        return np.zeros(1, np.int64)
+
+    with http_server(encode=encode, prompt_limit=PromptLimit(4, 5)) as server:
+        for length in (20, 21):
+            connection = HTTPConnection("127.0.0.1", server.port, timeout=30)
+            connection.request("POST", "/v1/completions", json.dumps({"prompt": "x" * length}))
+            assert connection.getresponse().status == (200 if length == 20 else 400)
+    assert encoded == ["x" * 20]
 
 
 def test_a_prompt_that_is_encoded_for_nobody_keeps_its_place_until_it_is_done() -> None:
