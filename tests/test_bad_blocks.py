@@ -370,7 +370,7 @@ def mutated(bundle: Path, copy: Path, rng: Random) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_mutated_blocks_train_or_are_refused(int4: Path, count: int, tmp_path: Path) -> None:
     for seed in range(count):
         copy = mutated(int4, tmp_path / "bundle", Random(seed))
