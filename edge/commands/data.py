@@ -179,4 +179,3 @@ def _show_coloured(console: Console, tokens: list[tuple[str, bool]]) -> None:
     for number, (piece, learnt) in enumerate(tokens):
         text.append(piece.replace("\n", "⏎\n"), style=shades[learnt][number % 2])
     console.print(text)
-
