@@ -11,17 +11,16 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import torch
-from families import MORE_FAMILIES, save_tiny, tiny_model
+from families import MORE_FAMILIES, tiny_model
+from tiny import TinyFactory
 
 from dlora.cloud.model.base_model import BaseModel
-from dlora.export.bundle import export_bundle
 from dlora.export.device_blocks import prepare_blocks
 from dlora.export.graphs.adamw import adamw_graph
 from dlora.export.graphs.block_materials import DeviceBlocks
 from dlora.export.graphs.graph import TrainingGraph
 from dlora.export.installed import check_executorch
 from dlora.export.selection import select_targets
-from dlora.export.settings import ExportSettings
 from dlora.export.to_executorch import bounds_for, to_executorch
 from dlora.protocol.manifest import MANIFEST_NAME, ExecutorchSpec, FileSpec, Manifest, encode_manifest, load_manifest
 
@@ -59,34 +58,13 @@ TRIED_ALWAYS: Final = (
 assert set(REFUSED) <= set(MORE_FAMILIES)
 
 
-class BlockBundles:
-    """Gives the bundle of its arguments, the same one each time; all of them lie under ``directory``."""
+def block_bundle(tiny: TinyFactory, family: str = "llama", **settings: Any) -> Path:
+    """A directory, not to be changed. ``settings``: of the export; as many blocks as there may be, in fp32, where they
+    say nothing else.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._made: dict[object, Path] = {}
-
-    def __call__(self, family: str = "llama", **settings: Any) -> Path:
-        """A directory, not to be changed. ``settings``: of the export; as many blocks as there may be, in fp32, where
-        they say nothing else.
-
-        Its weights are those of ``tiny_model(family)``.
-        """
-        key = family, *sorted(settings.items())
-        if key not in self._made:
-            place = self._directory / str(len(self._made))
-            save_tiny(place / "model", family)
-            wanted = {"head_dtype": "fp32", "block_dtype": "fp32", "device_blocks": block_count(family)}
-            wanted |= settings
-            export_bundle(ExportSettings(str(place / "model"), place / "bundle", 4, 8.0, **wanted))
-            self._made[key] = place / "bundle"
-        return self._made[key]
-
-
-@cache
-def shared_bundles(directory: Path) -> BlockBundles:
-    """Those of this process. Tests that name the same directory share them."""
-    return BlockBundles(directory)
+    Its weights are those of ``tiny_model(family)``.
+    """
+    return tiny(family, **{"head_dtype": "fp32", "device_blocks": block_count(family), **settings}).bundle
 
 
 @cache
@@ -107,7 +85,7 @@ def graphs_of(blocks: DeviceBlocks) -> list[TrainingGraph]:
 
 def with_programs(bundle: Path, family: str, dtype: Any = "fp32") -> Path:
     """A copy that has ExecuTorch's programs of its blocks and of AdamW, and no other graphs: a head takes long."""
-    copy = bundle.parent / "with-programs"
+    copy = bundle.with_name(f"{bundle.name}-with-programs")
     copy.mkdir()
     for path in bundle.rglob("*"):
         if path.is_file() and path.name != MANIFEST_NAME:

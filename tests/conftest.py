@@ -28,6 +28,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_report_header() -> str:
+    """What each day tries another part of depends on it."""
+    from drawn import DAY
+
+    return f"day: DLORA_TEST_DAY={DAY}"
+
+
 def pytest_collection_finish() -> None:
     """One thread for torch, where a test has loaded it: two would mostly wait for each other, with models this small.
     Most tests must run without it."""
@@ -50,6 +57,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyFactory]:
     """``tiny().bundle``, ``tiny("gpt2", blocks=3).base``: made once a test run, for tests that only read them."""
     from tiny import TinyFactory
 
-    made = TinyFactory(tmp_path_factory.mktemp("tiny"))
+    base = tmp_path_factory.getbasetemp()
+    made = TinyFactory((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny")
     yield made
     made.check_unchanged()

@@ -16,7 +16,7 @@ from typing import Any
 import openai
 from families import tiny_model
 from generating import save_random_adapter
-from processes import BIN, END_TIMEOUT_S, quiet_environment
+from processes import BIN, END_TIMEOUT_S, Command, quiet_environment
 from serving import RunningServer, serving
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -107,11 +107,12 @@ def endpoint_process(
         BIN / "dlora-edge", "serve", "--bundle", place.bundle, "--server", server or place.cloud.url, "--port", 0,
         "--json", "--threads", 1, "--wire-dtype", "fp32", *arguments,
     ]  # fmt: skip
-    limit = [] if most_files is None else ["sh", "-c", f'ulimit -n {most_files} && exec "$@"', "sh"]
-    process = subprocess.Popen(
-        [*limit, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=quiet_environment(),
-    )  # fmt: skip
+    words, piped = [str(each) for each in command], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if most_files is None:
+        process: subprocess.Popen[str] = Command(words, **piped)
+    else:
+        limited = ["sh", "-c", f'ulimit -n {most_files} && exec "$@"', "sh", *words]
+        process = subprocess.Popen(limited, text=True, env=quiet_environment(), **piped)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

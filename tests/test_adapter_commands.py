@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import metadata_load
-from processes import BIN, EDGE, Finished, quiet_environment, run_edge
+from processes import BIN, EDGE, Finished, quiet_environment, run_command, run_edge
 from serving import serving
 from test_adapter_store import damage
 from test_cli import Place, assert_fails
@@ -223,9 +223,6 @@ def test_commands_of_the_how_to_do_what_it_says(place: Place, model: Tiny, run: 
     for line in lines:
         words = shlex.split(line, comments=True)
         words = [{"ws://127.0.0.1:8765": place.url, "smollm2-135m": str(model.model)}.get(word, word) for word in words]
-        done = subprocess.run(
-            [str(BIN / words[0]), *words[1:]],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, (line, done.stderr)
+        done = run_command([BIN / words[0], *words[1:]], cwd=tmp_path, env=environment)
+        assert done.code == 0, (line, done.stderr)
     assert load_adapter(tmp_path / "for-peft").record is None

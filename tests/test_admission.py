@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import ssl
-import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import trustme
 from families import VOCABULARY
-from processes import CLOUD, CloudProcess, Finished, cloud_process, quiet_environment, run_edge
+from processes import CloudProcess, Finished, cloud_process, run_cloud, run_edge
 from serving import config, final_weights, random_dataset, serving, training
 from tiny import TinyFactory
 from waiting import PassingClock
@@ -42,11 +41,8 @@ class Place:
     ca: Path
 
     def cloud_command(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [CLOUD, *arguments], capture_output=True, text=True, check=False,
-            env={**quiet_environment(), "DLORA_CLOUD_STATE": str(self.directory / "state")},
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
+        done = run_cloud(*arguments, DLORA_CLOUD_STATE=str(self.directory / "state"))
+        assert done.code == code, done.stderr
         return done.stdout if code == 0 else done.stderr
 
     def token(self, device: str, *options: str) -> Path:
@@ -72,11 +68,8 @@ def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     authority.cert_pem.write_to_path(str(directory / "ca.pem"))
     served = authority.issue_cert("localhost", "127.0.0.1")
     served.private_key_and_cert_chain_pem.write_to_path(str(directory / "server.pem"))
-    first = subprocess.run(
-        [CLOUD, "token", "create", "--device", "first", "--state-dir", str(directory / "state")],
-        capture_output=True, check=True,
-    )  # fmt: skip
-    assert first.stdout.startswith(b"dlora_")
+    first = run_cloud("token", "create", "--device", "first", "--state-dir", directory / "state")
+    assert first.stdout.startswith("dlora_")
     with cloud_process(model.model, directory, "--tls-cert", directory / "server.pem") as cloud:
         assert cloud.url.startswith("wss://")
         yield Place(directory, model.model, model.bundle, cloud, directory / "ca.pem")

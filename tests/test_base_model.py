@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, save_tiny, tiny_model
-from processes import CLOUD
+from processes import run_cloud
 from tiny import TinyFactory
 from transformers import PreTrainedModel
 
@@ -185,8 +184,8 @@ def test_ends_that_raise_are_one_line(name: str) -> None:
 
 def test_server_refuses_the_same_models_as_export(tmp_path) -> None:
     save_tiny(tmp_path, "recurrent_gemma")
-    done = subprocess.run([CLOUD, "serve", tmp_path], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 11
+    done = run_cloud("serve", tmp_path)
+    assert done.code == 11
     assert "recurrent_gemma does more between token ids and logits" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 

@@ -10,9 +10,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from block_bundles import REFUSED, TRIED_ALWAYS, WITHOUT_DECODE, BlockBundles, block_count, prepared, shared_bundles
+from block_bundles import REFUSED, TRIED_ALWAYS, WITHOUT_DECODE, block_bundle, block_count, prepared
 from block_oracle import TorchBlocks, device_lora, graph_inputs, plain_mask, random_lora
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
+from tiny import TinyFactory
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
@@ -37,11 +38,6 @@ RUNNING = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> BlockBundles:
-    return shared_bundles(tmp_path_factory.getbasetemp() / "blocks")
-
-
 def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:
     random = torch.Generator().manual_seed(1)
     return [torch.randint(3, VOCABULARY, (length,), generator=random) for length in lengths]
@@ -63,8 +59,8 @@ def assert_as_near_as_torch(
 
 
 @pytest.mark.parametrize("family", RUNNING)
-def test_blocks_compute_what_peft_and_autograd_do(family: str, bundles: BlockBundles) -> None:
-    bundle = Bundle.open(bundles(family))
+def test_blocks_compute_what_peft_and_autograd_do(family: str, tiny: TinyFactory) -> None:
+    bundle = Bundle.open(block_bundle(tiny, family))
     engine = OnnxEngine(bundle, 1)
     count = block_count(family)
     blocks = DeviceBlocks(bundle, engine, count, RANK)
@@ -194,8 +190,8 @@ def test_masks_of_device_and_export_are_one(lengths: tuple[int, ...], window: in
     ("family", "windows"),
     [("llama", (None, None)), ("mistral", (4, 4)), ("gemma2", (4, None)), ("gemma3_text", (4, None))],
 )
-def test_windows_are_those_of_the_family(family: str, windows: Any, bundles: BlockBundles) -> None:
-    spec = Bundle.open(bundles(family)).manifest.device_blocks
+def test_windows_are_those_of_the_family(family: str, windows: Any, tiny: TinyFactory) -> None:
+    spec = Bundle.open(block_bundle(tiny, family)).manifest.device_blocks
     assert spec is not None
     assert tuple(block.window for block in spec.blocks) == windows
 
@@ -204,9 +200,9 @@ def files_of(bundle: Path) -> set[str]:
     return {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
 
 
-def test_blocks_share_graphs_and_tables(bundles: BlockBundles) -> None:
+def test_blocks_share_graphs_and_tables(tiny: TinyFactory) -> None:
     """Two blocks of llama: one graph of each kind, one cosine, one sine, and weights of their own."""
-    bundle = bundles()
+    bundle = block_bundle(tiny)
     spec = Bundle.open(bundle).manifest.device_blocks
     assert spec is not None
     assert spec.max_length == 64

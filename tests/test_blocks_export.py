@@ -14,11 +14,12 @@ import onnx
 import oracles
 import pytest
 import torch
-from block_bundles import BlockBundles, shared_bundles, stored_as
+from block_bundles import block_bundle, stored_as
 from block_oracle import TorchBlocks, random_lora
 from families import save_tiny, tiny_model
 from processes import run_edge
 from safetensors.numpy import load_file
+from tiny import TinyFactory
 from torch import nn
 
 from dlora.cloud.model.base_model import BaseModel
@@ -36,12 +37,6 @@ from dlora.export.tracing.modules import stored_weights, weight_shape
 from dlora.export.verify import compile_onnx, verify
 from dlora.protocol.errors import ExportError, UsageError
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> BlockBundles:
-    return shared_bundles(tmp_path_factory.getbasetemp() / "blocks")
-
 
 # -- errors ------------------------------------------------------------------------------------------------------
 
@@ -111,9 +106,9 @@ OF_BLOCKS = {"block_forward", "block_backward", "last_block_forward", "last_bloc
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
 def test_selftest_passes_and_notices_a_weight_of_another_block(
-    dtype: str, bundles: BlockBundles, tmp_path: Path
+    dtype: str, tiny: TinyFactory, tmp_path: Path
 ) -> None:
-    bundle = bundles(block_dtype=dtype)
+    bundle = block_bundle(tiny, block_dtype=dtype)
     done = run_edge("selftest", "--bundle", bundle, "--json")
     report = json.loads(done.stdout)
     assert done.code == 0, done.stderr
@@ -134,8 +129,8 @@ def test_selftest_passes_and_notices_a_weight_of_another_block(
     assert wrong == OF_BLOCKS
 
 
-def test_golden_vectors_hold_no_weight(bundles: BlockBundles) -> None:
-    bundle = bundles()
+def test_golden_vectors_hold_no_weight(tiny: TinyFactory) -> None:
+    bundle = block_bundle(tiny)
     manifest = load_manifest(bundle)
     golden = load_file(bundle / manifest.golden)
     assert manifest.device_blocks is not None

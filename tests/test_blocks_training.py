@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from block_bundles import WITHOUT_DECODE, BlockBundles, shared_bundles, stored_as, with_programs
+from block_bundles import WITHOUT_DECODE, block_bundle, stored_as, with_programs
 from block_oracle import TorchBlocks, random_lora
 from executorch_bundle import NEEDED
 from families import VOCABULARY, tiny_model
@@ -40,11 +40,6 @@ LABELLED = np.array([1, 3, 4, 5, 6, 7, 9, 10, 11, 12], np.int32)  # rows of the 
 RANK, SCALING = 3, 2.0
 CONFIG = OptimizerConfig(lr=1e-3, weight_decay=0.05, max_grad_norm=0.0)
 FEW_TOKENS = 24  # of a micro-batch that programs made here take
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> BlockBundles:
-    return shared_bundles(tmp_path_factory.getbasetemp() / "blocks")
 
 
 def adapters_of(lora: dict[str, np.ndarray]) -> AdapterSet:
@@ -136,19 +131,20 @@ def check_twenty_steps(bundle: Bundle, engine: Engine, family: str) -> None:
         ),
     ],
 )
-def test_twenty_steps_match_torch(family: str, dtype: str, bundles: BlockBundles) -> None:
-    bundle = Bundle.open(bundles(family, block_dtype=dtype))
+def test_twenty_steps_match_torch(family: str, dtype: str, tiny: TinyFactory) -> None:
+    bundle = Bundle.open(block_bundle(tiny, family, block_dtype=dtype))
     check_twenty_steps(bundle, OnnxEngine(bundle, 1), family)
 
 
-def executorch_bundle(bundles: BlockBundles, family: str, **settings: Any) -> Bundle:
-    bundle = bundles(family, **settings)
-    if not (bundle.parent / "with-programs").exists():
+def executorch_bundle(tiny: TinyFactory, family: str, **settings: Any) -> Bundle:
+    bundle = block_bundle(tiny, family, **settings)
+    programs = bundle.with_name(f"{bundle.name}-with-programs")
+    if not programs.exists():
         with pytest.MonkeyPatch.context() as changed:
             for name in ("positions", "labelled"):
                 changed.setitem(to_executorch.BOUNDS, name, FEW_TOKENS)
             with_programs(bundle, family, settings.get("block_dtype", "fp32"))
-    return Bundle.open(bundle.parent / "with-programs")
+    return Bundle.open(programs)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +156,8 @@ def executorch_bundle(bundles: BlockBundles, family: str, **settings: Any) -> Bu
                               ("apertus", "fp32"))
     ],
 )  # fmt: skip
-def test_twenty_steps_on_executorch_match_torch(family: str, dtype: str, bundles: BlockBundles) -> None:
-    bundle = executorch_bundle(bundles, family, block_dtype=dtype)
+def test_twenty_steps_on_executorch_match_torch(family: str, dtype: str, tiny: TinyFactory) -> None:
+    bundle = executorch_bundle(tiny, family, block_dtype=dtype)
     engine = ExecutorchEngine(bundle, 1)
     check_twenty_steps(bundle, engine, family)
     check_bound(bundle, engine)
@@ -200,8 +196,8 @@ def check_bound(bundle: Bundle, engine: ExecutorchEngine) -> None:
 
 
 @pytest.fixture(scope="module")
-def llama(bundles: BlockBundles) -> Bundle:
-    return Bundle.open(bundles())
+def llama(tiny: TinyFactory) -> Bundle:
+    return Bundle.open(block_bundle(tiny))
 
 
 def random_states(bundle: Bundle, tokens: int, seed: int = 5) -> np.ndarray:

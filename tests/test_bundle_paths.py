@@ -18,8 +18,9 @@ from typing import Any
 import msgspec
 import onnx
 import pytest
-from block_bundles import shared_bundles
+from block_bundles import block_bundle
 from processes import run_edge
+from tiny import TinyFactory
 
 from dlora.edge.commands.description import describe
 from dlora.edge.data.tokenizer import EdgeTokenizer
@@ -78,9 +79,9 @@ def put(value: Any, place: Place, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tiny: TinyFactory) -> Path:
     """With all that a bundle may have."""
-    return shared_bundles(tmp_path_factory.getbasetemp() / "blocks")()
+    return block_bundle(tiny)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from generating import save_random_adapter
-from processes import BIN, END_TIMEOUT_S, Finished, quiet_environment, run_edge
+from processes import BIN, END_TIMEOUT_S, Finished, quiet_environment, run_command, run_edge
 from serving import RunningServer, serving
 from test_cli import assert_fails, free_port
 from tiny import TinyFactory
@@ -48,11 +48,7 @@ def chat_command(bundle: Path, server: RunningServer, *arguments: object) -> lis
 
 
 def say(command: list[str], *lines: str) -> Finished:
-    done = subprocess.run(
-        command, input="".join(f"{line}\n" for line in lines), capture_output=True, text=True, timeout=END_TIMEOUT_S,
-        env=quiet_environment(), check=False,
-    )  # fmt: skip
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return run_command(command, said="".join(f"{line}\n" for line in lines))
 
 
 def test_a_chat_is_answered_turn_by_turn(

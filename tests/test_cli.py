@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 from families import tiny_model
-from processes import CLOUD, Finished, cloud_process, finish, quiet_environment, run_edge, start_edge
+from processes import Finished, cloud_process, finish, run_cloud, run_edge, start_edge
 from serving import serving
 from small_disk import remount_read_only, small_disk
 from tiny import TinyFactory
@@ -439,15 +439,6 @@ def test_interrupt_during_start_is_a_one_line_error(place: Place, tmp_path: Path
 
 
 # -- the other command -----------------------------------------------------------------------------------
-
-
-def run_cloud(*arguments: object) -> Finished:
-    import subprocess
-
-    done = subprocess.run(
-        [CLOUD, *map(str, arguments)], capture_output=True, text=True, timeout=60, env=quiet_environment(), check=False
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def test_missing_model_is_a_one_line_error(tmp_path: Path) -> None:

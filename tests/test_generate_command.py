@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from generating import save_random_adapter
-from processes import BIN, cloud_process, finish, quiet_environment, run_edge, start_edge
+from processes import BIN, cloud_process, finish, run_command, run_edge, start_edge
 from serving import RunningServer, serving
 from test_cli import assert_fails, free_port
 from tiny import TinyFactory
@@ -66,9 +65,7 @@ def test_a_prompt_may_be_piped_in_or_be_a_conversation(where: list[object], tmp_
     """And each says what the others say."""
     wanted = answer_of(*where, "--prompt", "w5 w6", "--max-new-tokens", 8)["answer"]
     command = [str(BIN / "dlora-edge"), "generate", *map(str, where), "--max-new-tokens", "8"]
-    piped = subprocess.run(
-        command, input="w5 w6\n", capture_output=True, text=True, timeout=60, env=quiet_environment(), check=True
-    )
+    piped = run_command(command, said="w5 w6\n")
     assert piped.stdout == f"{wanted}\n"
     messages = tmp_path / "talk.json"
     for content in ([{"role": "user", "content": "w5 w6"}], {"messages": [{"role": "user", "content": "w5 w6"}]}):

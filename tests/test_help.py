@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from processes import BIN, Finished, quiet_environment
+from processes import BIN, Finished, quiet_environment, run_command
 
 from dlora.protocol.version import SOFTWARE_VERSION
 
@@ -27,10 +26,7 @@ COMMANDS = [
 
 
 def run(command: list[str], **environment: str) -> Finished:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env={**quiet_environment(), **environment}, check=False
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return run_command(command, env={**quiet_environment(), **environment})
 
 
 def command_line(part: str, *words: str) -> list[str]:

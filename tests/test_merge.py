@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import torch
 from answers import INVOCATION, random_answers
 from families import VOCABULARY, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from processes import BIN, Finished, quiet_environment
+from processes import run_export
 from serving import config, random_dataset, randomize_all, serving, training
 from test_adapter_store import damage
 from test_cli import assert_fails
@@ -32,14 +31,6 @@ from dlora.protocol.errors import CheckpointError, ExportError, ModelMismatchErr
 IDS = torch.arange(3, 15).reshape(2, 6)
 
 Train = Callable[..., Path]
-
-
-def run_export(*arguments: object) -> Finished:
-    done = subprocess.run(
-        [str(BIN / "dlora-export"), *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env=quiet_environment(), check=False,
-    )  # fmt: skip
-    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:

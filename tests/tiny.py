@@ -1,6 +1,7 @@
 """A tiny base model, what lies on disk of it and its bundle, each made once a test run: the fixture ``tiny``.
 
-All tests of a process share them, so they must not change them; a test that does harm to a bundle copies it first.
+All tests of all test processes share them, so they must not change them; a test that does harm to a bundle copies it
+first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from filelock import FileLock
 
 from dlora.protocol.manifest import load_manifest
 
@@ -44,7 +47,11 @@ class Weights:
     def model(self) -> Path:
         from families import save_tiny
 
-        save_tiny(self._directory, self._family, self._seed, **self._changes)
+        with _only_one(self._directory):
+            if not self._directory.exists():
+                partial = self._directory.with_name("partial")
+                save_tiny(partial, self._family, self._seed, **self._changes)
+                partial.rename(self._directory)
         return self._directory
 
 
@@ -72,7 +79,10 @@ class Tiny:
         from dlora.export.bundle import export_bundle
         from dlora.export.settings import ExportSettings
 
-        export_bundle(ExportSettings(str(self.model), self.directory, **self.settings))
+        model = str(self.model)
+        with _only_one(self.directory):
+            if not self.directory.exists():  # it comes whole
+                export_bundle(ExportSettings(model, self.directory, **self.settings))
         return self.directory
 
     def check_unchanged(self) -> None:
@@ -113,20 +123,28 @@ class TinyFactory:
         model = (family, seed, *sorted(changes.items()))
         weights = _once(
             self._weights, model,
-            lambda: Weights(self._directory / f"weights-{len(self._weights)}" / "model", family, seed, changes),
+            lambda: Weights(self._directory / f"weights-{_digest(model)}" / "model", family, seed, changes),
         )  # fmt: skip
         settings = {
             "rank": rank, "alpha": alpha, "head_dtype": head_dtype, "target_modules": target_modules, "engine": engine,
             "device_blocks": device_blocks, "block_dtype": block_dtype,
         }  # fmt: skip
-        return _once(
-            self._made, (model, *settings.values()),
-            lambda: Tiny(weights, self._directory / f"bundle-{len(self._made)}", settings),
-        )  # fmt: skip
+        key = model, *settings.values()
+        return _once(self._made, key, lambda: Tiny(weights, self._directory / f"bundle-{_digest(key)}", settings))
 
     def check_unchanged(self) -> None:
         for tiny in self._made.values():
             tiny.check_unchanged()
+
+
+def _digest(key: Hashable) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+
+
+def _only_one(directory: Path) -> FileLock:
+    """Of all test processes."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(directory.with_name(f"{directory.name}.lock"))
 
 
 def _once(made: dict[Hashable, Made], key: Hashable, make: Callable[[], Made]) -> Made:
