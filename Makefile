@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARCH ?= $(shell uname -m)
 SHIM := build/shim/$(shell uname -m)/VERSION.json
 
-.PHONY: help demo test coverage test-slow test-arm lint bench shim native-runner edge-binary clean
+.PHONY: help demo test coverage test-slow test-release test-arm lint bench shim native-runner edge-binary clean
 
 help: ## this list; times are of two cores, and rough
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -14,15 +14,18 @@ demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process
 
 TEST_PROCESSES ?= 3
 test: .venv/.ready $(SHIM) ## every test but those of test-slow and test-arm: a quarter of an hour
-	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm"
+	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm and not release"
 
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice as long
-	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm" --cov --cov-report=term
+	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm and not release" --cov --cov-report=term
+
+test-release: .venv/.ready ## a bare Debian is set up: minutes, before a release
+	$(BIN)/pytest -m release
 
 test-slow: ## the tests on the real model: tens of minutes
 test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/manifest.json \
 		build/smollm2-int8/manifest.json build/smollm2-both/manifest.json
-	$(BIN)/pytest -n 2 --dist loadfile --timeout 1800 -m "slow and not arm"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 1800 -m "slow and not arm"
 
 # The device as one file that needs no Python: build/edge/ARCH/dlora-edge. aarch64 is made and run under emulation.
 edge-binary: ## dlora-edge as one file, ARCH=aarch64 or x86_64: one minute, emulated five

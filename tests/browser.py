@@ -116,7 +116,7 @@ def browser(profile: Path) -> Iterator[Page]:
             yield Page(socket)
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
 def _answer(socket: ClientConnection, number: int) -> dict[str, Any]:

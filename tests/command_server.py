@@ -12,28 +12,30 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import socket
 import sys
 from typing import Any, Final
 
-FOR_EDGE: Final = (
-    "onnxruntime", "jinja2", "rich.console", "rich.progress", "rich.table", "tokenizers", "websockets.sync.client",
-    "dlora.edge.commands.app", "dlora.edge.run.display", "dlora.edge.data.tokenizer", "dlora.edge.run.run",
-)  # fmt: skip
-FOR_TORCH: Final = (
-    "torch", "transformers.models.llama.modeling_llama", "transformers.masking_utils", "rich.progress",
-    "dlora.cloud.commands.app", "dlora.cloud.model.base_model", "dlora.cloud.serving.server", "dlora.export.cli",
-    "dlora.export.bundle",
-)  # fmt: skip
-MODULES: Final = {"edge": FOR_EDGE, "cloud": FOR_TORCH, "export": FOR_TORCH}
+# Beside all of dlora's own: what it loads only when it is needed.
+COMMON: Final = ("jinja2", "pydantic.fields", "rich.console", "rich.progress", "rich.table", "typer._adapters")
+FOR_EDGE: Final = (*COMMON, "onnxruntime", "tokenizers", "websockets.sync.client")
+FOR_TORCH: Final = (*COMMON, "torch", "transformers.models.llama.modeling_llama", "transformers.masking_utils")
 MOST_BYTES: Final = 1 << 20
 
 
-def serve(asking: socket.socket, modules: tuple[str, ...]) -> dict[str, Any]:
+def load_all(*packages: str) -> None:
+    """Every module of dlora's packages, but what needs a package that is not here."""
+    for package in packages:
+        paths = importlib.import_module(f"dlora.{package}").__path__
+        for module in pkgutil.walk_packages(paths, f"dlora.{package}."):
+            if not module.name.endswith("__main__"):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(module.name)
+
+
+def serve(asking: socket.socket) -> dict[str, Any]:
     """Fork whenever it is asked to, until the other side is gone. Returns in a forked process, what it is to run."""
-    for name in modules:
-        importlib.import_module(name)
-    assert ("torch" in sys.modules) == ("torch" in modules)
     gc.collect()
     gc.freeze()  # a fork need not go through all that again
     while True:
@@ -70,11 +72,16 @@ def leave(code: list[int]) -> None:
 
 
 def main() -> None:
-    """``python command_server.py PACKAGE DESCRIPTOR``"""
-    package, descriptor = sys.argv[1:]
+    """``python command_server.py edge|cloud DESCRIPTOR``"""
+    has_torch, descriptor = sys.argv[1] != "edge", int(sys.argv[2])
     code = [1]
     atexit.register(leave, code)  # the first, so that it is called last
-    wanted = serve(socket.socket(fileno=int(descriptor)), MODULES[package])
+    for name in FOR_TORCH if has_torch else FOR_EDGE:
+        with contextlib.suppress(ImportError):  # of another version; whoever needs it imports what there is
+            importlib.import_module(name)
+    load_all(*("cloud", "export") if has_torch else ("edge",))
+    assert ("torch" in sys.modules) == has_torch
+    wanted = serve(socket.socket(fileno=descriptor))
     os.environ.clear()
     os.environ.update(wanted["environment"])
     os.chdir(wanted["directory"])

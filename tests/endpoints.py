@@ -83,12 +83,12 @@ class Endpoint:
     process: subprocess.Popen[str]
 
     def client(self, key: str = "none", **settings: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=60, **settings)
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=END_TIMEOUT_S, **settings)
 
     def request(
         self, path: str, body: bytes | dict[str, Any] | None = None, method: str = "POST", **headers: str
     ) -> tuple[int, dict[str, Any]]:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=END_TIMEOUT_S)
         content = json.dumps(body).encode() if isinstance(body, dict) else body
         connection.request(method, path, content, headers)
         answer = connection.getresponse()

@@ -44,13 +44,13 @@ def serving(base: BaseModel, **settings: Any) -> Iterator[RunningServer]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
-        asyncio.run_coroutine_threadsafe(server.start("127.0.0.1", 0), loop).result(30)
+        asyncio.run_coroutine_threadsafe(server.start("127.0.0.1", 0), loop).result(120)
         yield RunningServer(f"ws://127.0.0.1:{server.port}", server)
     finally:
         # After a failure too: a session's thread that waits for its device would keep the test run from ending.
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(120)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(120)
         loop.close()
 
 

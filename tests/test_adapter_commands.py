@@ -176,7 +176,7 @@ def test_remove_asks_in_a_terminal_only(store: Path) -> None:
             command, stdin=its_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet_environment()
         ) as process:
             os.write(terminal, f"{answer}\n".encode())
-            stdout, stderr = process.communicate(timeout=30)
+            stdout, stderr = process.communicate(timeout=120)
         os.close(terminal)
         os.close(its_end)
         assert process.returncode == 0, stderr

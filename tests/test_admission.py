@@ -113,7 +113,7 @@ def test_token_in_the_url_is_refused(place: Place) -> None:
             place.cloud.url.replace("wss://", "https://") + path, headers={"Authorization": f"Bearer {token}"}
         )
         with pytest.raises(urllib.error.HTTPError) as answer:
-            urllib.request.urlopen(request, context=context, timeout=10)
+            urllib.request.urlopen(request, context=context, timeout=120)
         body = answer.value.read().decode()
         assert answer.value.code == 401
         assert json.loads(body)["code"] == "token_wrong"

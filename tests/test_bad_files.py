@@ -392,7 +392,7 @@ def test_a_child_does_not_outlive_its_parent(start_s: int) -> None:
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     parent.kill()
-    parent.communicate(timeout=30)
+    parent.communicate(timeout=120)
     eventually(lambda: not _runs(pid))
 
 

@@ -26,7 +26,7 @@ def test_install_never_asks_for_packages_that_compile() -> None:
     assert [line for line in named if "--no-deps" not in line] == []
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="the bare root is made with apt")
 def test_make_sets_up_a_bare_debian() -> None:

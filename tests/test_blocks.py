@@ -12,6 +12,7 @@ import pytest
 import torch
 from block_bundles import REFUSED, TRIED_ALWAYS, WITHOUT_DECODE, block_bundle, block_count, prepared
 from block_oracle import TorchBlocks, device_lora, graph_inputs, plain_mask, random_lora
+from drawn import one_in
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 from tiny import TinyFactory
 
@@ -31,11 +32,8 @@ LABELLED = np.array([2, 7, 10, 13, 16], np.int32)  # rows of the tokens that hav
 LENGTHS = (11, 6)  # longer than the windows of tiny models (4); traced with 23 and more in one
 RANK, SCALING = 5, 1.5  # traced with 7
 
-RUNNING = [
-    pytest.param(family, marks=() if family in TRIED_ALWAYS else pytest.mark.slow)
-    for family in (*FAMILIES, *MORE_FAMILIES)
-    if family not in REFUSED
-]
+OTHERS = [family for family in (*FAMILIES, *MORE_FAMILIES) if family not in REFUSED and family not in TRIED_ALWAYS]
+RUNNING = [*TRIED_ALWAYS, *(pytest.param(family, marks=pytest.mark.slow) for family in one_in(3, OTHERS))]
 
 
 def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:

@@ -26,10 +26,11 @@ def _imports(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_begin_with_dlora_and_never_with_pickle(path: Path) -> None:
+def test_imports_begin_with_dlora_and_never_with_pickle() -> None:
     # From the repository root `import protocol` works too, and gives other classes than dlora.protocol.
-    assert not _imports(ast.parse(path.read_text())) & {*PACKAGES, "pickle", "dill", "cloudpickle", "marshal", "shelve"}
+    banned = {*PACKAGES, "pickle", "dill", "cloudpickle", "marshal", "shelve"}
+    assert len(SOURCES) > 400
+    assert [path for path in SOURCES if _imports(ast.parse(path.read_text())) & banned] == []
 
 
 def modules_of(package: str) -> list[str]:

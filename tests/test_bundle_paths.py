@@ -160,17 +160,22 @@ def test_path_fields_are_those_of_the_docs() -> None:
 
 
 @pytest.mark.parametrize("way", OUTSIDE)
-@pytest.mark.parametrize("place", FIELDS, ids=".".join)
-def test_path_outside_the_bundle_is_refused(bundle: Path, place: Place, way: str) -> None:
-    write(bundle, place, OUTSIDE[way](bundle), listed=True)
-    refused(bundle, "names a file outside the bundle")
+def test_path_outside_the_bundle_is_refused(bundle: Path, way: str) -> None:
+    path, manifest = OUTSIDE[way](bundle), (bundle / "manifest.json").read_bytes()
+    for place in FIELDS:
+        (bundle / "manifest.json").write_bytes(manifest)
+        write(bundle, place, path, listed=True)
+        refused(bundle, "names a file outside the bundle")
 
 
-@pytest.mark.parametrize("place", [place for place in FIELDS if place != ("files", "keys")], ids=".".join)
-def test_path_that_is_not_in_files_is_refused(bundle: Path, place: Place) -> None:
+def test_path_that_is_not_in_files_is_refused(bundle: Path) -> None:
     (bundle / "unlisted").write_bytes(SECRET)
-    write(bundle, place, "unlisted", listed=False)
-    refused(bundle, "which its files do not list")
+    manifest = (bundle / "manifest.json").read_bytes()
+    for place in FIELDS:
+        if place != ("files", "keys"):
+            (bundle / "manifest.json").write_bytes(manifest)
+            write(bundle, place, "unlisted", listed=False)
+            refused(bundle, "which its files do not list")
 
 
 def test_manifest_that_is_a_link_is_refused(bundle: Path) -> None:

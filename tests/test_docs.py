@@ -338,34 +338,35 @@ def shell_lines(text: str) -> Iterator[str]:
         yield from block.replace("\\\n", " ").splitlines()
 
 
-@pytest.mark.parametrize("document", DOCS, ids=name_of)
-def test_options_in_command_lines_exist(document: Path) -> None:
-    text = document.read_text()
-    for line in shell_lines(text):
-        for name, command in all_commands():
-            if line.startswith(f"{name} "):
-                assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", line)) <= options_of(command), line
-                break
-        else:
-            assert not line.startswith("dlora"), line
-    assert set(re.findall(r"(?<![\w<!-])--[a-z][a-z0-9-]*", text)) <= ALL_OPTIONS | SCRIPT_OPTIONS | OTHER_PROGRAMS
+def test_options_in_command_lines_exist() -> None:
+    for document in DOCS:
+        text = document.read_text()
+        for line in shell_lines(text):
+            for name, command in all_commands():
+                if line.startswith(f"{name} "):
+                    assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", line)) <= options_of(command), (document, line)
+                    break
+            else:
+                assert not line.startswith("dlora"), (document, line)
+        named = set(re.findall(r"(?<![\w<!-])--[a-z][a-z0-9-]*", text))
+        assert named <= ALL_OPTIONS | SCRIPT_OPTIONS | OTHER_PROGRAMS, document
 
 
-@pytest.mark.parametrize("document", DOCS, ids=name_of)
-def test_options_beside_a_command_in_prose_exist(document: Path) -> None:
-    for line in re.findall(r"`(dlora-(?:edge|cloud|export)(?: [^`]*)?)`", document.read_text()):
-        name, command = next(item for item in all_commands() if f"{line} ".startswith(f"{item[0]} "))
-        is_group = hasattr(command, "commands") and name not in WITH_SUBCOMMANDS
-        assert line == name or not is_group, f"no such command: {line}"
-        assert set(re.findall(r"--[a-z][a-z-]*", line)) <= options_of(command), line
+def test_options_beside_a_command_in_prose_exist() -> None:
+    for document in DOCS:
+        for line in re.findall(r"`(dlora-(?:edge|cloud|export)(?: [^`]*)?)`", document.read_text()):
+            name, command = next(item for item in all_commands() if f"{line} ".startswith(f"{item[0]} "))
+            is_group = hasattr(command, "commands") and name not in WITH_SUBCOMMANDS
+            assert line == name or not is_group, f"{document}: no such command: {line}"
+            assert set(re.findall(r"--[a-z][a-z-]*", line)) <= options_of(command), (document, line)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_options_in_error_texts_exist(path: Path) -> None:
-    said = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-    for text in filter(lambda value: isinstance(value, str), said):
-        pips = {"--no-deps"} if "pip install" in text else set()
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= ALL_OPTIONS | pips, text
+def test_options_in_error_texts_exist() -> None:
+    for path in SOURCES:
+        said = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        for text in filter(lambda value: isinstance(value, str), said):
+            pips = {"--no-deps"} if "pip install" in text else set()
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= ALL_OPTIONS | pips, (path, text)
 
 
 def test_every_option_of_kill_and_revive_is_in_the_quickstart() -> None:
@@ -411,23 +412,24 @@ def anchors(text: str) -> Iterable[str]:
         yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("document", DOCS, ids=name_of)
-def test_links_resolve(document: Path) -> None:
-    for address in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
-        if address.startswith(("https://", "http://")):
-            continue
-        path, _, anchor = address.partition("#")
-        target = (document.parent / path).resolve() if path else document
-        assert target.is_relative_to(ROOT), address
-        assert target.exists(), address
-        if anchor:
-            assert anchor in set(anchors(target.read_text())), address
+def test_links_resolve() -> None:
+    for document in DOCS:
+        for address in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+            if address.startswith(("https://", "http://")):
+                continue
+            path, _, anchor = address.partition("#")
+            target = (document.parent / path).resolve() if path else document
+            assert target.is_relative_to(ROOT), (document, address)
+            assert target.exists(), (document, address)
+            if anchor:
+                assert anchor in set(anchors(target.read_text())), (document, address)
 
 
-@pytest.mark.parametrize("document", DOCS, ids=name_of)
-def test_source_files_named_in_docs_exist(document: Path) -> None:
-    for path in re.findall(r"`((?:protocol|edge|cloud|export|tests|docs)/[\w./-]+\.(?:py|md))`", document.read_text()):
-        assert (ROOT / path).exists(), path
+def test_source_files_named_in_docs_exist() -> None:
+    source = r"`((?:protocol|edge|cloud|export|tests|docs)/[\w./-]+\.(?:py|md))`"
+    for document in DOCS:
+        for path in re.findall(source, document.read_text()):
+            assert (ROOT / path).exists(), (document, path)
 
 
 def test_every_decision_is_listed() -> None:

@@ -19,7 +19,7 @@ import pytest
 from canaries import Scanner
 from endpoints import ASK, CHAT, GOOD, TOOL, Endpoint, Place, byte_tokenizer, endpoint_place, endpoint_process
 from families import tiny_model
-from processes import cloud_process, run_edge
+from processes import END_TIMEOUT_S, cloud_process, run_edge
 from proxy import payloads, recording_proxy
 from serving import serving
 from test_cli import assert_fails, free_port
@@ -83,7 +83,7 @@ def test_a_stream_has_the_same_text_and_says_what_it_took(endpoint: Endpoint) ->
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert len(chunks) > 10
-    connection = HTTPConnection("127.0.0.1", endpoint.port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", endpoint.port, timeout=120)
     connection.request("POST", "/v1/chat/completions", json.dumps({**asked, "stream": True}))
     answer = connection.getresponse()
     assert answer.headers["Content-Type"].startswith("text/event-stream")
@@ -314,7 +314,7 @@ def test_pages_of_other_sites_are_kept_out(place: Place, endpoint: Endpoint) -> 
     assert endpoint.request("/health", method="GET", Host=f"localhost:{endpoint.port}")[0] == 200
     with endpoint_process(place, "--cors", "https://chat.example") as allowing:
         eventually(allowing.is_ready)
-        connection = HTTPConnection("127.0.0.1", allowing.port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", allowing.port, timeout=120)
         connection.request("POST", CHAT, json.dumps({**GOOD, "model": ""}), {"Origin": "https://chat.example"})
         answer = connection.getresponse()
         assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (200, "https://chat.example")
@@ -501,7 +501,7 @@ def test_a_model_server_that_is_killed_and_started_again_is_not_noticed(place: P
         status, answer = waiting.request(CHAT, GOOD)
         assert status == 503
         assert "not ready yet" in answer["error"]["message"]
-        asked = {**GOOD, "max_tokens": 600, "seed": 1, "logit_bias": {"2": -100}}
+        asked = {**GOOD, "max_tokens": 300, "seed": 1, "logit_bias": {"2": -100}}
         with cloud_process(place.model, tmp_path, "--port", port):
             eventually(waiting.is_ready)
             wanted = waiting.request(CHAT, asked)[1]["choices"]
@@ -511,7 +511,7 @@ def test_a_model_server_that_is_killed_and_started_again_is_not_noticed(place: P
             eventually(lambda: answering(waiting) == 1)
         assert not found  # the context has ended: that server is gone
         with cloud_process(place.model, tmp_path, "--port", port):
-            thread.join(60)
+            thread.join(END_TIMEOUT_S)
         assert found[0] == (200, {**found[0][1], "choices": wanted})
 
 

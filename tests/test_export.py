@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 import safetensors.numpy
 import torch
 from families import VOCABULARY, save_tiny, tiny_model
+from processes import END_TIMEOUT_S
 from small_disk import remount_read_only, small_disk
 from tokenizers import Tokenizer
 
@@ -292,16 +292,22 @@ def test_user_error_is_one_line_and_an_exit_code(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
+    """It comes as the first file of the bundle is opened."""
     settings = _settings(tmp_path)
-    command = [sys.executable, "-m", "dlora.export", settings.model, "--out", str(settings.out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        while not any(path.name.startswith(".bundle.partial") for path in tmp_path.iterdir()):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(sent)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.splitlines()[-1].startswith("error: interrupted")
+    program = f"""
+import os, sys
+still = [{int(sent)}]
+def hook(event, arguments):
+    if still and event == "open" and ".bundle.partial" in str(arguments[0]):
+        os.kill(os.getpid(), still.pop())
+sys.addaudithook(hook)
+from dlora.export.__main__ import main
+main()
+"""
+    command = [sys.executable, "-c", program, settings.model, "--out", str(settings.out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=END_TIMEOUT_S, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -13,6 +13,7 @@ import peft_reference
 import pytest
 import torch
 from answers import INVOCATION, random_answers
+from drawn import one_in
 from families import VOCABULARY, tiny_model
 from peft import PeftModel
 from safetensors import safe_open
@@ -400,7 +401,7 @@ def test_lost_server_changes_no_bit(
     run = run_of(kind, total_steps=STEPS, kill_revive=kill_revive, wire_dtype="fp16")
     dataset = random_dataset(VOCABULARY)
     found = []
-    for lost_after in (None, 0, IN_FADE, 7):
+    for lost_after in (None, *one_in(2, (0, IN_FADE, 7))):
         with training(bundle, server.url, run, dataset, FROM_LOST) as trainer:
             steps = []
             for step in range(STEPS):
@@ -413,7 +414,7 @@ def test_lost_server_changes_no_bit(
     assert all(each == found[0] for each in found[1:])
 
 
-@pytest.mark.parametrize("messages", range(1, 12))
+@pytest.mark.parametrize("messages", one_in(3, range(1, 12)))
 def test_server_lost_while_it_is_set_up_changes_no_bit(
     bundle: Path, server: RunningServer, messages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

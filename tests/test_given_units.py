@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import pytest
+from drawn import one_in
 from families import VOCABULARY
 from serving import RunningServer, config, random_dataset, randomize_all, serving, training
 from test_adapter_kinds import bits, lose_sessions
@@ -120,7 +121,7 @@ def test_lost_server_and_resumed_run_change_no_bit(
         whole = [trainer.run_step().loss for _ in range(STEPS)]
         trainer.wait_for_signal()
         wanted = bits(trainer)
-    for lost_after in (0, 1, 3, 4, 8):
+    for lost_after in one_in(2, (0, 1, 3, 4, 8, 9)):
         with training(bundle, server.url, run, dataset, FROM_LOST) as trainer:
             losses = []
             for step in range(STEPS):
@@ -129,7 +130,7 @@ def test_lost_server_and_resumed_run_change_no_bit(
                 losses.append(trainer.run_step().loss)
             trainer.wait_for_signal()
             assert (losses, bits(trainer)) == (whole, wanted), lost_after
-    for saved_after in (1, 3):
+    for saved_after in one_in(2, (1, 3)):
         directory = tmp_path / str(saved_after)
         with training(bundle, server.url, run, dataset) as trainer:
             losses = [trainer.run_step().loss for _ in range(saved_after)]

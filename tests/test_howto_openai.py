@@ -82,7 +82,7 @@ def test_the_endpoint_answers_its_clients(place: tuple[Path, str]) -> None:
                 assert "my-adapter" in out
         (snippet,) = re.findall(r"```python\n(.*?)```", HOW_TO, re.S)
         done = subprocess.run(
-            [sys.executable, "-c", snippet.replace("8080", str(port))], capture_output=True, text=True, timeout=60,
+            [sys.executable, "-c", snippet.replace("8080", str(port))], capture_output=True, text=True, timeout=120,
             check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def test_the_endpoint_answers_its_clients(place: tuple[Path, str]) -> None:
 
 def is_ready(port: int) -> bool:
     try:
-        connection = HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = HTTPConnection("127.0.0.1", port, timeout=120)
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
     except ConnectionError:

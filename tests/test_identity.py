@@ -136,5 +136,5 @@ def test_processes_that_start_together_get_one_id(tmp_path: Path) -> None:
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    found = [process.communicate(timeout=30)[0] for process in started]
+    found = [process.communicate(timeout=120)[0] for process in started]
     assert set(found) == {load_device_id(tmp_path, _refuse) + "\n"}

@@ -43,7 +43,7 @@ def install(*arguments: object, machine: str = "", bits: int = 64, tmp_path: Pat
         executable(tmp_path / "fakes" / "getconf", f"#!/bin/sh\necho {bits}\n")
         environment["PATH"] = f"{tmp_path / 'fakes'}:{environment['PATH']}"
     command = ["sh", str(PACKAGING / "install.sh"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     return Finished(done.returncode, done.stdout, done.stderr)
 
 

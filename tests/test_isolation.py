@@ -57,7 +57,7 @@ class Device:
         """The bits of its final adapters, and its losses."""
         with training(self.bundle, url, self.run, random_dataset(VOCABULARY, seed=self.data_seed)) as trainer:
             if ready is not None:
-                ready.wait(30)
+                ready.wait(120)
             losses = [trainer.run_step().loss for _ in range(self.run.total_steps)]
             trainer.wait_for_signal()
         return {name: value.tobytes() for name, value in final_weights(trainer).items()}, losses
@@ -91,7 +91,7 @@ def alone(base: BaseModel, devices: list[Device]) -> list[tuple[dict[str, bytes]
 def train_at_once(url: str, devices: list[Device]) -> list[tuple[dict[str, bytes], list[float]]]:
     ready = threading.Barrier(len(devices))
     with ThreadPoolExecutor(len(devices)) as threads:
-        return [each.result(20) for each in [threads.submit(device.train, url, ready) for device in devices]]
+        return [each.result(120) for each in [threads.submit(device.train, url, ready) for device in devices]]
 
 
 def test_a_device_alone_gets_the_same_bits_twice(base: BaseModel, devices: list[Device], alone: list[object]) -> None:

@@ -121,14 +121,13 @@ def _imports(tree: ast.AST) -> Iterator[ast.AST]:
     return (node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)))
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_no_module_turns_data_into_code(name: str) -> None:
-    assert forbidden(SOURCES[name].read_text(encoding="utf-8")) == []
+def test_no_module_turns_data_into_code() -> None:
+    found = {name: forbidden(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+    assert {name: said for name, said in found.items() if said} == {}
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_check_covers_every_folder(folder: str) -> None:
-    assert any(name.startswith(f"{folder}/") for name in SOURCES)
+def test_check_covers_every_folder() -> None:
+    assert {name.partition("/")[0] for name in SOURCES} >= set(FOLDERS)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_waiters_for_memory_are_served_in_order() -> None:
     assert not begun
     charge.end(0.0)
     for thread in waiting:
-        thread.join(20)
+        thread.join(120)
     assert sorted(begun) == ["b", "c"]
     assert quotas.live_bytes == 1000
     for charge in begun.values():
@@ -146,7 +146,7 @@ def test_quota_is_checked_again_after_waiting_for_memory() -> None:
     eventually(lambda: len(quotas._line) == 1)
     assert two.add(300)  # of the same caller, without waiting
     charge.end(0.0)
-    waiting.join(20)
+    waiting.join(120)
     assert [refusal.code for refusal in refusals] == [ErrorCode.QUOTA_LIVE_BYTES]
     assert not quotas._line
 
@@ -189,7 +189,7 @@ def test_frames_of_waiting_sessions_do_not_block_others() -> None:
     eventually(lambda: quotas.has_waiting)
     assert second.add(60)
     charge.end(0.0)
-    waiting.join(20)
+    waiting.join(120)
     assert not waiting.is_alive()
     assert quotas.live_bytes == 110
 
@@ -207,7 +207,7 @@ def test_wait_for_memory_ends_when_the_server_stops(ending: str) -> None:
         quotas.stop()
     else:
         second.close()
-    waiting.join(20)
+    waiting.join(120)
     assert [(refusal.code, refusal.retryable) for refusal in refusals] == [(ErrorCode.BUSY, True)]
     assert quotas.live_bytes == 60
 
@@ -427,7 +427,7 @@ def test_threads_never_hold_more_than_the_quota_together() -> None:
     def work(_: int) -> tuple[int, int]:
         """Tokens that were granted, and the most micro-batches that were seen under way."""
         granted = most = 0
-        together.wait(10)
+        together.wait(120)
         while True:
             try:
                 with quotas.open_session("a") as session:

@@ -85,7 +85,7 @@ def _still_serves(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def health(url: str) -> dict[str, object]:
-    with urllib.request.urlopen(url.replace("ws://", "http://") + "/healthz", timeout=10) as answer:
+    with urllib.request.urlopen(url.replace("ws://", "http://") + "/healthz", timeout=120) as answer:
         assert answer.headers["Content-Type"] == "application/json"
         return dict(json.load(answer))
 
@@ -102,14 +102,14 @@ class RawDevice:
             self.socket.send(self.session.send(message))
 
     def hear(self) -> m.AnyMessage:
-        return self.session.receive(self.socket.recv(timeout=10, decode=False))
+        return self.session.receive(self.socket.recv(timeout=120, decode=False))
 
     def hear_error(self) -> m.Error:
         """The server's last message, after which it hangs up."""
         message = self.hear()
         assert isinstance(message, m.Error)
         with pytest.raises(ConnectionClosed):
-            self.socket.recv(timeout=10)
+            self.socket.recv(timeout=120)
         return message
 
 
@@ -161,7 +161,7 @@ def test_healthz_describes_the_server(server: RunningServer, base: BaseModel, bu
 
 def test_plain_http_is_told_that_this_is_a_websocket(server: RunningServer, bundle: Path) -> None:
     with pytest.raises(urllib.error.HTTPError) as answer:
-        urllib.request.urlopen(server.url.replace("ws://", "http://"), timeout=10)
+        urllib.request.urlopen(server.url.replace("ws://", "http://"), timeout=120)
     assert answer.value.code == 426
 
 
@@ -377,7 +377,7 @@ def test_too_large_frame_is_refused(server: RunningServer, bundle: Path) -> None
         with suppress(ConnectionClosed):  # it may hang up before it has read all
             device.socket.send(bytes(9 << 20))
         with pytest.raises(ConnectionClosed):
-            device.socket.recv(timeout=10)
+            device.socket.recv(timeout=120)
         assert device.socket.close_code == 1009
 
 
@@ -423,7 +423,7 @@ def test_session_ends_when_the_device_sends_an_error(server: RunningServer, base
         device.hear()
         device.say(m.Error(code="internal", message="out of memory"))
         with pytest.raises(ConnectionClosed):
-            device.socket.recv(timeout=10)
+            device.socket.recv(timeout=120)
 
 
 def test_no_thread_outlives_the_server(base: BaseModel, bundle: Path) -> None:

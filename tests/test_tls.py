@@ -101,11 +101,11 @@ def serving(context: ssl.SSLContext | None, access: Access) -> Iterator[int]:
 
     servers: list[Server] = []
     try:
-        yield asyncio.run_coroutine_threadsafe(start(), loop).result(60)
+        yield asyncio.run_coroutine_threadsafe(start(), loop).result(120)
     finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(60)
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(120)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(120)
         loop.close()
 
 
@@ -115,7 +115,7 @@ def call(port: int, credentials: Credentials, scheme: str = "wss") -> str:
     with connect(
         url, ssl=credentials.ssl_context(url), additional_headers=credentials.headers(url), proxy=None, open_timeout=60
     ) as connection:
-        return str(connection.recv(timeout=10))
+        return str(connection.recv(timeout=120))
 
 
 def failure(port: int, credentials: Credentials) -> str:
@@ -155,7 +155,7 @@ class TestConnections:
             serving(context, Access(None, required=False)) as port,
             connect(f"{url}:{port}", ssl=credentials.ssl_context(url), proxy=None, open_timeout=60) as connection,
         ):
-            connection.recv(timeout=10)
+            connection.recv(timeout=120)
             assert isinstance(connection.socket, ssl.SSLSocket)
             assert connection.socket.version() == "TLSv1.3"
             assert connection.socket.session is not None

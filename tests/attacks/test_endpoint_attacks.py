@@ -243,7 +243,7 @@ def test_a_body_in_tiny_chunks_is_dropped() -> None:
 def test_chunks_of_a_usual_size_are_a_body() -> None:
     body = json.dumps({"prompt": "x" * 50}).encode()
     with http_server() as server:
-        connection = HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection = HTTPConnection("127.0.0.1", server.port, timeout=120)
         connection.request("POST", "/v1/completions", iter([body[:20], body[20:], b" " * 100_000]), encode_chunked=True)
         assert connection.getresponse().status == 200
 
@@ -344,7 +344,7 @@ def test_large_prompts_of_clients_that_leave_hold_up_nobody(place: Place) -> Non
             each.start()
         assert running.request(CHAT, {**GOOD, "model": ""})[0] == 200
         for each in leaving:
-            each.join(60)
+            each.join(120)
         running.process.terminate()
         assert running.process.wait(END_TIMEOUT_S) == 0
 
@@ -358,7 +358,7 @@ def test_a_prompt_that_cannot_fit_the_context_is_not_tokenized() -> None:
 
     with http_server(encode=encode, prompt_limit=PromptLimit(4, 5)) as server:
         for length in (20, 21):
-            connection = HTTPConnection("127.0.0.1", server.port, timeout=30)
+            connection = HTTPConnection("127.0.0.1", server.port, timeout=120)
             connection.request("POST", "/v1/completions", json.dumps({"prompt": "x" * length}))
             assert connection.getresponse().status == (200 if length == 20 else 400)
     assert encoded == ["x" * 20]
@@ -370,7 +370,7 @@ def test_a_prompt_that_is_encoded_for_nobody_keeps_its_place_until_it_is_done() 
 
     def encode(text: str) -> Any:
         encoded.append(text)
-        goes_on.wait(30)
+        goes_on.wait(120)
         return np.zeros(1, np.int64)
 
     with http_server(encode=encode) as server:
@@ -414,7 +414,7 @@ class Answering(Generation):
 
     def run(self, slot: Any, adapter: Any, request: Any, should_stop: Any) -> Iterator[Piece | End]:
         if self.waits_for is not None:  # type: ignore[attr-defined]
-            self.waits_for.wait(30)  # type: ignore[attr-defined]
+            self.waits_for.wait(120)  # type: ignore[attr-defined]
         time.sleep(self.answer_s)  # type: ignore[attr-defined]
         yield Piece(0, "hello", (), {})
         yield End(0, "stop", Counters())
@@ -447,4 +447,4 @@ def http_server(
             yield SimpleNamespace(port=listener.getsockname()[1], slots=slots)
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(120)

@@ -69,7 +69,7 @@ class Thief:
         self.socket.send(self.session.send(message))
 
     def hear(self) -> m.AnyMessage:
-        return self.session.receive(self.socket.recv(timeout=20, decode=False))
+        return self.session.receive(self.socket.recv(timeout=120, decode=False))
 
 
 @contextmanager

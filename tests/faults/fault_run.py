@@ -125,7 +125,7 @@ class Replicas:
             self._start(index)
 
     def health(self, index: int) -> dict[str, Any]:
-        with urllib.request.urlopen(self.url(index).replace("ws:", "http:") + "/healthz", timeout=10) as answer:
+        with urllib.request.urlopen(self.url(index).replace("ws:", "http:") + "/healthz", timeout=120) as answer:
             return dict(json.load(answer))
 
     def close(self) -> None:
