@@ -40,7 +40,8 @@ class Finished:
 class Command(subprocess.Popen[str]):
     """``Popen`` of one of the three commands, forked by a ``command_server``: in milliseconds.
 
-    For tests of how a command itself is started (its imports, a shell, a terminal of its own) there is ``Popen``.
+    Any other program, and one with a ``PYTHONPATH`` of its own, which changes what is imported, is started as ever.
+    For tests of how a command is started (a shell, a terminal of its own) there is ``Popen``.
     """
 
     def __init__(self, arguments: list[str], **options: Any) -> None:
@@ -49,6 +50,9 @@ class Command(subprocess.Popen[str]):
     def _execute_child(self, arguments: list[str], *options: Any) -> None:
         """In place of fork and exec. ``options`` as Python 3.11 to 3.14 have them."""
         directory, environment = options[4:6]
+        if arguments[0] not in (EDGE, CLOUD, EXPORT) or environment.get("PYTHONPATH") != _PYTHONPATH:
+            super()._execute_child(arguments, *options)  # type: ignore[misc]
+            return
         child_in, parent_in, parent_out, child_out, parent_err, child_err = options[9:15]
         streams = [given if given != -1 else number for number, given in enumerate((child_in, child_out, child_err))]
         package = Path(arguments[0]).name.removeprefix("dlora-")
@@ -66,6 +70,7 @@ class Command(subprocess.Popen[str]):
             self._close_pipe_fds(child_in, parent_in, parent_out, child_out, parent_err, child_err)  # type: ignore[attr-defined]
 
 
+_PYTHONPATH = os.environ.get("PYTHONPATH")
 _asking = threading.Lock()
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -47,7 +47,7 @@ replace = msgspec.structs.replace
 
 @pytest.fixture(scope="module")
 def bundle(tiny: TinyFactory) -> Path:
-    return tiny(device_blocks=2).bundle
+    return tiny(device_blocks=2, head_dtype="fp32").bundle
 
 
 def blocks_with(change: Callable[[BlockSpec], BlockSpec]) -> Callable[[Manifest], Manifest]:
@@ -322,7 +322,7 @@ def test_block_graph_with_a_forbidden_part_is_one_line(bundle: Path, name: str, 
 
 @pytest.fixture(scope="module")
 def int4(tiny: TinyFactory) -> Path:
-    return tiny(device_blocks=2, block_dtype="int4").bundle
+    return tiny(device_blocks=2, block_dtype="int4", head_dtype="fp32").bundle
 
 
 def test_scales_and_packed_weights_that_lie_are_one_line(int4: Path, tmp_path: Path) -> None:

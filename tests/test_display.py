@@ -250,12 +250,26 @@ def test_a_terminal_shows_how_far_a_basis_is() -> None:
     text = shown_in_a_terminal(
         "from dlora.edge.run.display import Display\n"
         "r = Display()\n"
-        "with r.making_basis() as on_step:\n"
-        "    for done in (0, 1, 0, 1, 2): on_step(done, 3)\n",  # once, it lost its session and began again
+        "with r.setting_up() as show:\n"
+        "    for done in (0, 1, 0, 1, 2): show('data', done, 3)\n"  # once, it lost its session and began again
+        "    for done in range(9): show('groups', done, 9)\n",
         columns=100,
     )
-    assert "making A and B" in text
-    assert "3/3" in text.splitlines()[-1]
+    assert "making A and B: steps' data seen" in text
+    assert "9/9" in text.splitlines()[-1]
+
+
+def test_elsewhere_a_line_says_how_far_a_basis_is() -> None:
+    """One for each step's data, which may take long, and one now and then for groups, which are many."""
+    stream = io.StringIO()
+    with Display(stream=stream).setting_up() as show:
+        for done in range(3):
+            show("data", done, 3)
+        for done in range(100):
+            show("groups", done, 100)
+    lines = stream.getvalue().splitlines()
+    assert lines[:3] == [f"making A and B: steps' data seen {done}/3" for done in range(3)]
+    assert len(lines) <= 4
 
 
 def test_the_live_line_of_a_long_run_fits_in_80_columns() -> None:

@@ -93,20 +93,21 @@ def run(server: RunningServer, bundle: Path, out: Path, *, resume: bool = False)
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("asked_at", [0, 1])
-def test_a_run_stops_between_the_steps_of_its_basis_pass(
+@pytest.mark.parametrize("asked_at", [0, 1, 3])
+def test_a_run_stops_between_the_pieces_of_its_set_up(
     server: RunningServer, bundle: Path, tmp_path: Path, asked_at: int
 ) -> None:
     class StoppingAtBasis(Stopping):
         @contextmanager
-        def making_basis(self) -> Iterator[Callable[[int, int], None]]:
-            def on_step(done: int, steps: int) -> None:
-                assert steps == 3
-                assert done <= asked_at, "it was asked to stop"
-                if done == asked_at:
+        def setting_up(self) -> Iterator[Callable[[str, int, int], None]]:
+            def show(piece: str, done: int, total: int) -> None:
+                assert (piece, total) == ("data", 3) or (asked_at == 3 and piece == "groups")
+                seen = done if piece == "data" else 3 + done
+                assert seen <= asked_at, "it was asked to stop"
+                if seen == asked_at:
                     signal.raise_signal(signal.SIGINT)
 
-            yield on_step
+            yield show
 
     settings = replace(run(server, bundle, tmp_path / "out"), config=config(kind="bottleneck", basis_steps=3))
     with pytest.raises(StoppedError, match="before the first step"):

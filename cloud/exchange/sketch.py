@@ -14,6 +14,8 @@ and one pass over the data makes it (Tropp, Yurtsever, Udell and Cevher, arXiv 1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -30,6 +32,18 @@ _POWER_ITERATIONS: Final = 4
 _OVERSAMPLED: Final = 10
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within, torch computes with one thread. A decomposition is many short pieces of work, after each of which threads
+    wait for each other. MKL's spin while they wait, and on a busy machine that took minutes for what takes a second."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class MomentSketch:
     """A sketch of ``Σ v vᵀ`` over rows v: (width, width) in (width, columns).
 
@@ -42,7 +56,8 @@ class MomentSketch:
     """
 
     def __init__(self, width: int, columns: int, generator: torch.Generator, device: torch.device) -> None:
-        self.omega = torch.linalg.qr(torch.randn(width, columns, generator=generator))[0].to(device)
+        with _one_thread():
+            self.omega = torch.linalg.qr(torch.randn(width, columns, generator=generator))[0].to(device)
         self.product = torch.zeros_like(self.omega, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> Tensor:
@@ -57,6 +72,7 @@ class MomentSketch:
             self.product.addmm_(large.T, large @ self.omega.double())
         return mixed
 
+    @_one_thread()
     def top_eigenvectors(self, r: int) -> Tensor:
         """The r of the largest eigenvalues, float64 (width, r) on the CPU, orthonormal. Raises ``NonFiniteError``."""
         if not torch.isfinite(self.product).all():
@@ -95,6 +111,7 @@ class GroupSketch:
         """
         self._gradient += self._grads.add(grads.float()).T @ self._inputs.add(x.float())
 
+    @_one_thread()
     def basis(self) -> tuple[Tensor, Tensor, float]:
         """A (r, in_features) and B (out_features, r), orthonormal; and an estimate of the norm of the gradient G of the
         group's weights between them, ``||Bᵀ G Aᵀ||_F``: of G only ``Ωᵀ G Ω`` is kept. Raises ``NonFiniteError``."""
@@ -124,6 +141,7 @@ def _columns(width: int, r: int) -> int:
     return min(3 * r + 1, width)
 
 
+@_one_thread()
 def weight_basis(base: BaseModel, group: GroupSpec, r: int, seed: int) -> tuple[Tensor, Tensor]:
     """A (r, in_features) and B (out_features, r): top singular vectors of the stacked weights, by subspace iteration
     (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4)."""

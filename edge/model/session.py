@@ -20,11 +20,17 @@ T = TypeVar("T")
 
 
 class ModelSession(ABC):
-    """What a model does with a server goes through ``run``, so that a lost session is nobody else's concern."""
+    """What a model does with a server goes through ``run``, so that a lost session is nobody else's concern.
+
+    Attributes:
+        before_group: called before the server makes what it keeps of each group, with how many groups are done and how
+            many there are; what it raises ends the set-up.
+    """
 
     def __init__(self, connection: Connection, adapters: AdapterSet) -> None:
         self.connection = connection
         self.adapters = adapters
+        self.before_group: Callable[[int, int], None] = lambda done, groups: None
 
     @abstractmethod
     def opening_message(self) -> m.OpenSession:
@@ -80,6 +86,7 @@ class ModelSession(ABC):
             if group.adapter_state:
                 self._give_state(index, group, codec)
             else:
+                self.before_group(index, len(groups))
                 self.connection.send(m.MakeAdapterState(group=index))
                 state = self.connection.receive(m.AdapterState)
                 group.check_made_state([decode_floats(tensor) for tensor in state.tensors])

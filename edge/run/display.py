@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain outpu
 
 _SMOOTHING = 0.9
 _STEPS_FOR_AN_ESTIMATE = 3
+_SAY_EVERY_S = 5.0  # where lines are printed, and there may be many
 
 
 class Display:
@@ -90,17 +92,24 @@ class Display:
             yield on_tick
 
     @contextmanager
-    def making_basis(self) -> Iterator[Callable[[int, int], None]]:
-        """Show progress inside, in a terminal; what it yields is called with the steps done and the steps in all."""
+    def setting_up(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Show inside how A and B of the adapters are made; what it yields is called with what of, ``data`` or
+        ``groups``, how many of these are done and how many there are."""
         with ExitStack() as shown:
+            said_at = -math.inf
 
-            def on_step(done: int, steps: int) -> None:
-                if self._terminal and self._progress is None:  # only a run that makes one calls this
-                    shown.enter_context(self._live("making A and B", steps, done))
+            def show(piece: str, done: int, total: int) -> None:
+                nonlocal said_at
+                text = "making A and B: " + ("steps' data seen" if piece == "data" else "groups")
+                if self._terminal and self._progress is None:  # only a run that makes them calls this
+                    shown.enter_context(self._live(text, total, done))
                 if self._progress is not None and self._task is not None:
-                    self._progress.update(self._task, completed=done)
+                    self._progress.update(self._task, completed=done, total=total, status=text)
+                elif piece == "data" or time.monotonic() - said_at >= _SAY_EVERY_S:
+                    said_at = time.monotonic()
+                    self._show(f"{text} {done}/{total}")
 
-            yield on_step
+            yield show
             if self._progress is not None and self._task is not None:
                 (task,) = self._progress.tasks
                 self._progress.update(self._task, completed=task.total)

@@ -32,7 +32,7 @@ from dlora.edge.training.adapter_training import trainer_state
 from dlora.edge.training.checkpoint import Checkpoint
 from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
 from dlora.edge.training.metrics import MetricsLog, iterate_metrics, read_metrics
-from dlora.edge.training.trainer import Trainer
+from dlora.edge.training.trainer import SetUpPiece, Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
@@ -146,16 +146,16 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         _server(run, engine, checkpoint, display, stop.is_requested) as connection,
         stop.stop_on_signal(),
     ):
-        with display.making_basis() as on_basis_step:
+        with display.setting_up() as show_set_up, _nothing_kept_if_stopped(checkpoint):
 
-            def before_basis_step(done: int, steps: int) -> None:
+            def before_set_up(piece: SetUpPiece, done: int, total: int) -> None:
                 if stop.is_requested():
-                    raise StoppedError("stopped before the first step: nothing is kept; the same command begins anew")
-                on_basis_step(done, steps)
+                    raise StoppedError("stopped")
+                show_set_up(piece, done, total)
 
             trainer = Trainer(
                 run.bundle, engine, connection, run.config, run.dataset, init=run.init, checkpoint=checkpoint,
-                before_basis_step=before_basis_step,
+                before_set_up=before_set_up,
             )  # fmt: skip
         trainer.spans = run.spans  # of the modes without a connection, too
         _save_run_file(run, connection.welcome)  # before texts are asked for, so that what has come belongs to a run
@@ -210,6 +210,19 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     return summary
 
 
+@contextlib.contextmanager
+def _nothing_kept_if_stopped(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """A run that is stopped within has saved nothing, or nothing since ``checkpoint``."""
+    try:
+        yield
+    except StoppedError:
+        if checkpoint is None:
+            text = "stopped before the first step: nothing is kept; the same command begins anew"
+        else:
+            text = f"stopped; what was saved at step {checkpoint.step} is intact; go on with dlora-edge resume"
+        raise StoppedError(text) from None
+
+
 def _remove_caches(run: TrainRun) -> None:
     """Of a run that is done."""
     remove_quietly(run.out / HELD_CACHE)
@@ -244,7 +257,9 @@ def _server(
     assert server is not None
     settings = _connect_settings(run, checkpoint, display, stop)
     if run.config.mode == "split":
-        with Connection(server, settings) as connection:
+        with _nothing_kept_if_stopped(checkpoint):
+            connection = Connection(server, settings)
+        with connection:
             yield connection
         return
     retry = replace(settings.retry, at_start=settings.retry.at_start or settings.retry.max_s != 0)

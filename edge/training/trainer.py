@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .device_session import DeviceSession
 from .metrics import StepMetrics
+from .train_session import TrainSession
+
+SetUpPiece = Literal["data", "groups"]
 
 
 class Trainer(AdapterTraining):
@@ -34,8 +38,9 @@ class Trainer(AdapterTraining):
 
     Args:
         dataset: what it trains on; the other arguments are those of ``AdapterTraining``.
-        before_basis_step: called before each step's data that a basis is made from, with how many are done and how
-            many there are; what it raises ends the run before its first step.
+        before_set_up: called before each piece of setting up what the server keeps of the adapters: a step's ``data``,
+            from which it makes that, and one of the ``groups`` that it is made for; with how many of these are done
+            and how many there are. What it raises ends the run before its first step.
 
     Attributes:
         batches: the micro-batches of every step.
@@ -53,14 +58,17 @@ class Trainer(AdapterTraining):
         init: LoadedAdapter | None = None,
         checkpoint: Checkpoint | None = None,
         window: int = 1,
-        before_basis_step: Callable[[int, int], None] = lambda done, steps: None,
+        before_set_up: Callable[[SetUpPiece, int, int], None] = lambda piece, done, total: None,
     ) -> None:
         dataset = dataset.acting_on_answers(config.invocation)
         super().__init__(
             bundle, engine, connection, config, dataset.fingerprint, init=init, checkpoint=checkpoint, window=window
         )
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
-        basis_pass = partial(self._run_basis_pass, before_basis_step) if config.basis == "data" else None
+        before_step = partial(before_set_up, "data")
+        basis_pass = partial(self._run_basis_pass, before_step) if config.basis == "data" else None
+        if isinstance(self.session, TrainSession):
+            self.session.before_group = partial(before_set_up, "groups")
         self.open(self.batches.max_sequence_length, basis_pass)
         if config.holds_outputs and isinstance(self.session, DeviceSession) and isinstance(self.model, TrunkModel):
             self.model.hold(dataset, config.batch_size * config.grad_accum, self.session.unchanged_steps)
