@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import one_in
 from families import VOCABULARY, tiny_model
 from serving import RunningServer, config, random_dataset, serving, training
 from tiny import TinyFactory
@@ -250,7 +251,7 @@ def test_core_kind_learns_with_kill_and_revive(bundle: Path, base: BaseModel, se
 
 
 @pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
-@pytest.mark.parametrize("after", range(1, 6))
+@pytest.mark.parametrize("after", one_in(2, range(1, 7)))
 def test_lost_server_changes_no_bit(
     bundle: Path, base: BaseModel, servers_core: ServersCore, kill_revive: dict[str, Any], after: int
 ) -> None:

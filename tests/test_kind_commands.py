@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawn import one_in
 from processes import Finished, finish, run_edge, start_edge
 from safetensors.numpy import load_file
 from serving import serving
@@ -76,7 +77,7 @@ def test_what_was_left_open_is_chosen_once_and_written_down(whole: Path) -> None
     assert sorted(kept) == [np.int8] * 4 * BLOCKS + [np.float16] * 2 * 4 * BLOCKS, "A and B as they crossed"
 
 
-@pytest.mark.parametrize("at", ["after a checkpoint", "before the first"])
+@pytest.mark.parametrize("at", one_in(2, ["after a checkpoint", "before the first"]))
 def test_killed_run_goes_on_to_the_same_bits(place: Place, whole: Path, at: str, tmp_path: Path) -> None:
     """Before the first checkpoint it begins anew, with a basis of its own that is the same."""
     out = tmp_path / "out"
