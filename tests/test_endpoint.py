@@ -9,6 +9,8 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import sha256
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from waiting import eventually
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.adapters.peft import load_adapter, save_adapter
+from dlora.edge.endpoint.plain_tools import in_plain_words
 from dlora.protocol.errors import CheckpointError, ConnectionFailedError, ModelMismatchError, UsageError
 
 
@@ -204,6 +207,49 @@ def test_tools_are_told_to_the_model_and_its_calls_are_parsed(endpoint: Endpoint
     assert [(each.function.name, json.loads(each.function.arguments)) for each in calls] == [("add", {"x": 7})]
 
 
+SUM = {
+    "type": "function",
+    "function": {
+        "name": "sum",
+        "parameters": {  # what it refers to begins at its own root
+            "properties": {"x": {"$ref": "#/$defs/digit"}}, "required": ["x"], "additionalProperties": False,
+            "$defs": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}},
+        },
+    },
+}  # fmt: skip
+NOW = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("tool_choice", "names"),
+    [("required", {"sum", "now"}), ({"type": "function", "function": {"name": "sum"}}, {"sum"})],
+)
+def test_a_call_can_be_forced(endpoint: Endpoint, tool_choice: Any, names: set[str], stream: bool) -> None:
+    """Of a model of random weights; whatever ``response_format`` says, for the answer has no content."""
+    asked: dict[str, Any] = {
+        "model": "first", "messages": ASK, "max_tokens": 200, "temperature": 1.5, "tools": [SUM, NOW],
+        "tool_choice": tool_choice, "response_format": {"type": "json_object"},
+    }  # fmt: skip
+    found = set()
+    for seed in range(4):
+        answer = endpoint.client().chat.completions.create(**asked, seed=seed, stream=stream)
+        if stream:
+            chunks = list(answer)
+            (calls,) = [chunk.choices[0].delta.tool_calls for chunk in chunks if chunk.choices[0].delta.tool_calls]
+            content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            message, reason = answer.choices[0].message, answer.choices[0].finish_reason
+            calls, content = message.tool_calls, message.content or ""
+        (call,) = calls
+        assert (content, reason) == ("", "tool_calls")
+        arguments = json.loads(call.function.arguments)
+        assert arguments == {} if call.function.name == "now" else arguments["x"] in range(10)
+        found.add(call.function.name)
+    assert found == names
+
+
 def test_tools_and_their_results_are_part_of_the_prompt(endpoint: Endpoint) -> None:
     def tokens(messages: list[dict[str, Any]], **more: Any) -> int:
         found = endpoint.client().chat.completions.create(model="first", messages=messages, max_tokens=1, **more)
@@ -221,12 +267,54 @@ def test_tools_and_their_results_are_part_of_the_prompt(endpoint: Endpoint) -> N
     assert tokens([{"role": "developer", "content": "x"}, *ASK]) == tokens([{"role": "system", "content": "x"}, *ASK])
 
 
+def test_a_template_that_knows_no_tools_has_them_in_the_systems_message(place: Place, tmp_path: Path) -> None:
+    """As an answer of the plain model with the same words, for a call and its result too; and a call can be forced."""
+    template = "{% for message in messages %}<s>{{ message.role }} {{ message.content }}</s>{% endfor %}"
+    bundle = with_template(place.bundle, template, tmp_path / "bundle")
+    with endpoint_process(replace(place, bundle=bundle), "--adapters", place.adapters) as running:
+        eventually(running.is_ready)
+        create = running.client().chat.completions.create
+        asked: dict[str, Any] = {"model": "first", "max_tokens": 8, "temperature": 0}
+        called = {"id": "c", "type": "function", "function": {"name": "sum", "arguments": '{"x": 7}'}}
+        result = {"role": "tool", "tool_call_id": "c", "content": "8"}
+        chat = [*ASK, {"role": "assistant", "content": None, "tool_calls": [called]}, result]
+        found = create(**asked, messages=chat, tools=[SUM])
+        answer = {"role": "assistant", "content": '<tool_call>\n{"name": "sum", "arguments": {"x": 7}}\n</tool_call>'}
+        turns = [*ASK, answer, {"role": "user", "content": "<tool_response>\n8\n</tool_response>"}]
+        same = create(**asked, messages=in_plain_words(turns, [SUM]))
+        assert found.choices == same.choices
+        assert found.usage.prompt_tokens == same.usage.prompt_tokens
+        plain = create(**asked, messages=ASK).usage.prompt_tokens
+        assert create(**asked, messages=ASK, tools=[SUM], tool_choice="none").usage.prompt_tokens == plain
+        forced = create(**{**asked, "max_tokens": 99}, messages=ASK, tools=[SUM], tool_choice="required").choices[0]
+        assert [call.function.name for call in forced.message.tool_calls] == ["sum"]
+
+
+def with_template(bundle: Path, template: str, made: Path) -> Path:
+    """The same bundle with another chat template."""
+    shutil.copytree(bundle, made)
+    manifest = json.loads((made / "manifest.json").read_text())
+    name = manifest["tokenizer"]["chat_template"]
+    (made / name).write_text(template)
+    manifest["files"][name] = {"bytes": len(template), "sha256": sha256(template.encode()).hexdigest()}
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    return made
+
+
 # -- what cannot be -----------------------------------------------------------------------------------------
 
 
 
 def called(tool_calls: object) -> dict[str, Any]:
     return {**GOOD, "messages": [{"role": "assistant", "tool_calls": tool_calls}]}
+
+
+def forced(tool_choice: Any, *tools: dict[str, Any]) -> dict[str, Any]:
+    return {**GOOD, "tools": tools or [TOOL], "tool_choice": tool_choice}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 BAD_REQUESTS: dict[str, tuple[str, Any, int, str]] = {
@@ -248,7 +336,21 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str]] = {
     "many choices": (CHAT, {**GOOD, "n": 1000}, 400, "n must be from 1"),
     "an empty stop": (CHAT, {**GOOD, "stop": [""]}, 400, "stop must be"),
     "too long": (CHAT, {**GOOD, "messages": [{"role": "user", "content": "x" * 3000}]}, 400, "say less"),
-    "forced tools": (CHAT, {**GOOD, "tools": [TOOL], "tool_choice": "required"}, 400, "cannot be forced"),
+    "no tool to force": (CHAT, {**GOOD, "tool_choice": "required"}, 400, "tool_choice required needs tools"),
+    "a tool that is not there": (CHAT, forced(named("sub")), 400, "a function that is not among tools"),
+    "a choice of its own": (CHAT, forced("any"), 400, "tool_choice must be none, auto, required or {"),
+    "a forced tool without a name": (CHAT, forced("required", {"function": {}}), 400, "needs a function with a name"),
+    "a forced tool of no schema": (
+        CHAT, forced(named("f"), {"function": {"name": "f", "parameters": 5}}), 400, "a JSON schema as parameters"
+    ),
+    "a forced tool of an impossible schema": (
+        CHAT, forced("required", {"function": {"name": "f", "parameters": {"properties": {"x": {"type": "odd"}}}}}),
+        400, "this JSON schema cannot be obeyed",
+    ),
+    "many forced tools": (CHAT, forced("required", *[{"function": {"name": "f"}}] * 129), 400, "at most 128 tools"),
+    "a forced tool without end": (
+        CHAT, forced("required", {"function": {"name": "f", "parameters": {"x" * 2**17: 1}}}), 400, "have 128 KB"
+    ),
     "broken arguments": (CHAT, called([{"function": {"name": "f", "arguments": "{"}}]), 400, "not JSON"),
     "tool calls that are no list": (CHAT, called(5), 400, "no list"),
     "deep arguments": (CHAT, called([{"function": {"name": "f", "arguments": "[" * 9**4}}]), 400, "not JSON"),
@@ -363,6 +465,10 @@ def test_a_device_without_the_extra_for_schemas_says_so_and_answers_the_rest(
         status, answer = running.request(CHAT, {**asked, "response_format": {"type": "json_object"}})
         assert (status, answer["error"]["param"]) == (400, "response_format")
         assert "dlora[json-schema]" in answer["error"]["message"]
+        status, answer = running.request(CHAT, {**asked, "tools": [TOOL], "tool_choice": "required"})
+        assert (status, answer["error"]["param"]) == (400, "tool_choice")
+        assert "dlora[json-schema]" in answer["error"]["message"]
+        assert running.request(CHAT, {**asked, "tools": [TOOL]})[0] == 200
         assert running.request(CHAT, asked)[0] == 200
 
 

@@ -13,16 +13,13 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from generating import save_random_adapter
+from endpoints import endpoint_place
 from processes import BIN, END_TIMEOUT_S, quiet_environment
-from serving import serving
 from test_cli import free_port
-from tiny import TinyFactory
 from waiting import eventually
 
 ROOT = Path(__file__).parents[1]
 HOW_TO = (ROOT / "docs/howto/openai.md").read_text()
-LONG = {"max_position_embeddings": 512}
 
 
 def commands(text: str, *beginnings: str) -> list[str]:
@@ -33,15 +30,14 @@ def commands(text: str, *beginnings: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A directory in which the commands can run, and a server's address."""
     directory = tmp_path_factory.mktemp("howto")
     (directory / "build").mkdir()
-    model = tiny("llama", **LONG)
-    (directory / "build" / "smollm2").symlink_to(model.bundle)
-    with serving(model.base) as server:
-        save_random_adapter(model.bundle, server.url, directory / "my-adapter")
-        yield directory, server.url
+    with endpoint_place(directory / "made") as made:
+        (directory / "build" / "smollm2").symlink_to(made.bundle)
+        shutil.copytree(made.adapters / "first", directory / "my-adapter")
+        yield directory, made.cloud.url
 
 
 def shell(line: str, place: tuple[Path, str], port: int = 8080, said: str = "") -> subprocess.Popen[str]:
@@ -80,13 +76,13 @@ def test_the_endpoint_answers_its_clients(place: tuple[Path, str]) -> None:
                 out, err = client.communicate(timeout=END_TIMEOUT_S)
                 assert client.returncode == 0, err
                 assert "my-adapter" in out
-        (snippet,) = re.findall(r"```python\n(.*?)```", HOW_TO, re.S)
+        snippet = "\n".join([*re.findall(r"```python\n(.*?)```", HOW_TO, re.S), "print()", "print(call.name)"])
         done = subprocess.run(
             [sys.executable, "-c", snippet.replace("8080", str(port))], capture_output=True, text=True, timeout=120,
             check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert done.stdout
+        assert done.stdout.splitlines()[-1] == "add"
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=END_TIMEOUT_S)

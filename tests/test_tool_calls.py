@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
-from dlora.edge.endpoint.tools import ToolCall, ToolForm, may_begin_call, parse_tool_calls, tool_form
+from dlora.edge.data.prompt import AnswerShape
+from dlora.edge.endpoint.errors import RequestError
+from dlora.edge.endpoint.plain_tools import in_plain_words
+from dlora.edge.endpoint.requests import PromptLimit, read_chat
+from dlora.edge.endpoint.tools import ToolCall, ToolForm, call_shape, may_begin_call, parse_tool_calls, tool_form
+from dlora.edge.generation.sampling import Sampling
 
 ADD = ToolCall("add", '{"x": 7}')
 NOW = ToolCall("now", "{}")
@@ -79,3 +86,98 @@ def test_arguments_that_are_text_stay_as_they_are() -> None:
 def test_blanks_without_end_in_a_call_are_no_matter() -> None:
     answer = f"<tool_call>x{' ' * 200_000}y"  # a quarter of an hour, when each blank was looked at for each before it
     assert parse_tool_calls(answer, "tags") == (answer, [])
+
+
+# -- what is forced -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["add", 'a"b\\c/d', "é\u2028\x1b😀"])
+@pytest.mark.parametrize("form", get_args(ToolForm))
+def test_a_forced_call_is_what_is_read_again(form: ToolForm, name: str) -> None:
+    shape = call_shape(name, None, form)
+    assert parse_tool_calls(f"{shape.before}{{}}{shape.after}", form) == ("", [ToolCall(name, "{}")])
+
+
+def test_arguments_of_a_forced_call_are_an_object_whatever_the_schema_says() -> None:
+    given = {"properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": {"X": {"type": "integer"}}}
+    assert call_shape("f", given, "tags").schema == {**given, "type": "object"}
+    assert call_shape("f", {"type": "string"}, "tags").schema == {"type": "object"}
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    assert call_shape("f", None, "mistral") == AnswerShape('[{"name": "f", "arguments": ', nothing, "}]")
+
+
+# -- chat templates that know no tools ----------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"function": {"name": "add", "arguments": {"x": 7}}}
+SAID = '<tool_call>\n{"name": "add", "arguments": {"x": 7}}\n</tool_call>'
+
+
+def test_tools_stand_at_the_end_of_the_systems_message_which_is_made_where_there_is_none() -> None:
+    user = {"role": "user", "content": "7 + 1?"}
+    made, said = in_plain_words([user], [TOOL])
+    assert said == user
+    assert made["role"] == "system"
+    assert json.dumps(TOOL) in made["content"].splitlines()
+    told, _ = in_plain_words([{"role": "system", "content": "Be brief."}, user], [TOOL])
+    assert told == {"role": "system", "content": f"Be brief.\n\n{made['content']}"}
+    assert in_plain_words([user], []) == (user,)
+    how_to = Path(__file__).parents[1] / "docs" / "howto" / "openai.md"
+    assert made["content"].replace(json.dumps(TOOL), "{…}") in how_to.read_text().replace("\n  ", "\n")
+
+
+def test_calls_and_results_are_turns_of_text() -> None:
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": "7 + 1 and 7 + 2?"},
+        {"role": "assistant", "content": "I see.", "tool_calls": [CALL, CALL]},
+        {"role": "tool", "tool_call_id": "a", "content": "8"},
+        {"role": "tool", "tool_call_id": "b", "content": "9"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "10"},
+    ]
+    found = in_plain_words(chat, [])
+    assert [each["role"] for each in found] == ["user", "assistant", "user", "assistant", "user"]
+    assert found[1] == {"role": "assistant", "content": f"I see.\n{SAID}\n{SAID}"}
+    assert parse_tool_calls(found[1]["content"], "tags") == ("I see.", [ADD, ADD])
+    assert found[2]["content"] == "<tool_response>\n8\n</tool_response>\n<tool_response>\n9\n</tool_response>"
+    assert [each["content"] for each in found[3:]] == [SAID, "<tool_response>\n10\n</tool_response>"]
+
+
+@pytest.mark.parametrize("tool_choice", ["auto", "required"])
+def test_lists_within_lists_are_refused_and_no_fault_of_ours(tool_choice: str) -> None:
+    """At any depth: what can be read cannot always be written again."""
+    said = set()
+    for depth in range(900, 1000):
+        deep = b'{"a":' * depth + b"1" + b"}" * depth
+        body = (
+            b'{"messages": [{"role": "user", "content": "x"}], "tool_choice": "%s", '
+            b'"tools": [{"function": {"name": "f", "parameters": %s}}]}' % (tool_choice.encode(), deep)
+        )
+        try:
+            read_chat(body, Sampling(), PromptLimit(10_000, 100), knows_tools=False, tool_form="tags")
+        except RequestError as error:
+            said.add(str(error).partition(":")[0])
+    assert said == {
+        "the body is not a request that can be answered",
+        "there are lists within lists in messages or tools; shorten them",
+    }
+
+
+def test_a_template_that_knows_no_tools_is_answered_in_the_form_that_it_was_taught() -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "7 + 1?"}], "tools": [TOOL]}).encode()
+    asked = read_chat(body, Sampling(), PromptLimit(10_000, 100), knows_tools=False, tool_form="tags")
+    (prompt,) = asked.prompts
+    assert (prompt.tools, prompt.text, asked.tool_form, asked.shapes) == (None, None, "tags", ())
+    assert prompt.messages == in_plain_words([{"role": "user", "content": "7 + 1?"}], [TOOL])
+    body = json.dumps({"messages": [{"role": "user", "content": "7 + 1?"}]}).encode()
+    asked = read_chat(body, Sampling(), PromptLimit(10_000, 100), knows_tools=False, tool_form="tags")
+    assert (asked.prompts[0].text, asked.tool_form) == ("7 + 1?", None)
+
+
+def test_a_call_can_be_forced_where_nobody_knows_the_templates_form() -> None:
+    asked_of = {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL], "tool_choice": "required"}
+    limit = PromptLimit(10_000, 100)
+    asked = read_chat(json.dumps(asked_of).encode(), Sampling(), limit, knows_tools=True, tool_form=None)
+    assert asked.tool_form == "tags"
+    assert asked.shapes == (call_shape("add", {"type": "object"}, "tags"),)
+    assert asked.prompts[0].tools == (TOOL,)

@@ -1,10 +1,12 @@
-"""Which tokens an answer may have that has to be JSON of a schema. For the child that holds the tokenizer.
+"""Which tokens an answer may have that has to have a shape. For the child that holds the tokenizer.
 
 The grammar's work is llguidance's, which is optional: the device does without it until somebody asks for JSON.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any, Final
 
 from dlora.edge.engine.bundle import Bundle
@@ -35,19 +37,32 @@ class Matchers:
             )
         except Exception as error:  # llguidance has no common public base
             raise BundleError(
-                f"llguidance cannot use the bundle's tokenizer ({first_line(error)}); leave response_format out"
+                f"llguidance cannot use the bundle's tokenizer ({first_line(error)}); leave response_format out, and "
+                "let tool_choice be auto"
             ) from None
 
-    def begin(self, number: int, schema: str) -> None:
-        """Begin an answer that has to be JSON of a schema, itself JSON. Raises ``DataError`` for one that cannot be."""
-        matcher_class = self._llguidance.LLMatcher
+    def begin(self, number: int, shapes: Sequence[tuple[str, str, str]]) -> None:
+        """Begin an answer that has to have one of ``shapes``: text before, JSON schema (itself JSON), text after.
+
+        Raises ``DataError`` for a schema that cannot be obeyed.
+        """
         try:
-            grammar = matcher_class.grammar_from_json_schema(schema, defaults=_SPACING)
-            matcher = matcher_class(self._tokenizer, grammar, log_level=0)
+            matcher = self._llguidance.LLMatcher(self._tokenizer, self._grammar(shapes), log_level=0)
         except Exception as error:
             raise DataError(f"this JSON schema cannot be obeyed ({first_line(error)})") from None
         _check(matcher)
         self._matchers[number] = matcher
+
+    def _grammar(self, shapes: Sequence[tuple[str, str, str]]) -> str:
+        """In llguidance's own form. A grammar for each schema, for what a schema refers to begins at its own root."""
+        rules, grammars = [], []
+        for index, (before, schema, after) in enumerate(shapes):
+            made = self._llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_SPACING)
+            grammars.append({**json.loads(made)["grammars"][0], "name": f"json_{index}"})
+            # Its texts are written as JSON's are, and may not be empty.
+            texts = [json.dumps(text) if text else "" for text in (before, after)]
+            rules.append(f"{texts[0]} @json_{index} {texts[1]}")
+        return json.dumps({"grammars": [{"lark_grammar": f"start: {' | '.join(rules)}"}, *grammars]})
 
     def allowed(self, number: int, accepted: int | None) -> bytes:
         """A bit a token, the lowest first, after one more was ``accepted``."""

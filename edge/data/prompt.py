@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 
+class AnswerShape(msgspec.Struct, frozen=True):
+    """What an answer may be: JSON of a JSON schema, between two texts, which may be empty."""
+
+    before: str
+    schema: Mapping[str, Any]
+    after: str
+
+
 class PromptTokenizer:
     """What generation needs of a bundle's tokenizer; all of it raises ``DataError`` or ``BundleError``. For threads.
 
@@ -78,13 +86,14 @@ class PromptTokenizer:
         """A text that grows token by token."""
         return TextStream(self, next(self._numbers))
 
-    def constrain(self, schema: Mapping[str, Any]) -> Constraint:
-        """What keeps an answer to JSON of a JSON schema.
+    def constrain(self, shapes: Sequence[AnswerShape]) -> Constraint:
+        """What keeps an answer to one of these shapes, at least one.
 
         Raises ``MissingExtraError`` without llguidance, and ``DataError`` for a schema that it cannot obey.
         """
         constraint = Constraint(self, next(self._numbers), self._vocabulary_size)
-        self.call(_Constrain(constraint.number, msgspec.json.encode(schema).decode()))
+        given = [(shape.before, msgspec.json.encode(shape.schema).decode(), shape.after) for shape in shapes]
+        self.call(_Constrain(constraint.number, given))
         return constraint
 
     def call(self, request: _Request) -> list[bytearray]:
@@ -201,7 +210,7 @@ class _Step(_Request):
 
 class _Constrain(_Request):
     number: int
-    schema: str
+    shapes: list[tuple[str, str, str]]
 
 
 class _Allowed(_Request):
@@ -255,9 +264,9 @@ def _tokenizer_worker(bundle: Bundle, note: Note) -> Work:
             case _Step(stream, token):
                 note.set_place("the text of the answer", BundleError)
                 return (tokenizer().decode_step(stream, token).encode(),)
-            case _Constrain(number, schema):
+            case _Constrain(number, shapes):
                 note.set_place("the JSON schema", DataError)
-                matchers().begin(number, schema)
+                matchers().begin(number, shapes)
             case _Allowed(number, accepted):
                 note.set_place("the JSON schema", DataError)
                 return (matchers().allowed(number, accepted),)

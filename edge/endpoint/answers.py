@@ -92,7 +92,7 @@ class Generation:
         sampling = request.sampling
         if sampling.seed is not None:  # several answers are not the same one
             sampling = replace(sampling, seed=(sampling.seed + index % request.choices) % 2**64)
-        constraint = None if request.schema is None else self.tokenizer.constrain(request.schema)
+        constraint = self.tokenizer.constrain(request.shapes) if request.shapes else None
         try:
             answer = TextAnswer(
                 context,

@@ -281,7 +281,7 @@ class _Events:
         if isinstance(event, RequestError):
             raise event
         if isinstance(event, DloraError):
-            raise as_request_error(event) from None
+            raise as_request_error(event, self._asked.shaped_by) from None
         if isinstance(event, Exception):
             raise event
         return event

@@ -50,15 +50,18 @@ class RequestError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def as_request_error(error: DloraError) -> RequestError:
-    """What an error of ours is for the client whose request met it: its own fault, or the server's."""
+def as_request_error(error: DloraError, shaped_by: str | None = None) -> RequestError:
+    """What an error of ours is for the client whose request met it: its own fault, or the server's.
+
+    ``shaped_by``: what of the request needs an extra.
+    """
     text = str(error)
     match error:
         case DataError() | UsageError():
             code = "context_length_exceeded" if "say less" in text or "begin anew" in text else None
             return RequestError(400, text, code=code)
         case MissingExtraError():
-            return RequestError(400, text, param="response_format")
+            return RequestError(400, text, param=shaped_by)
         case CheckpointError() | ModelMismatchError():
             return RequestError(409, text, param="model")
         case ConnectionFailedError() | StoppedError():

@@ -9,23 +9,23 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from dlora.edge.data.prompt import Message
+from dlora.edge.data.prompt import AnswerShape, Message
 from dlora.edge.generation.prompt import Prompt
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.generation.text import MAX_STOPS
 from dlora.protocol.errors import UsageError
 
 from .errors import RequestError
-from .tools import ToolForm
+from .plain_tools import in_plain_words
+from .tools import PLAIN_FORM, ToolForm, call_shape
 
 MAX_CHOICES: Final = 16
 MAX_PROMPTS: Final = 64
 MAX_BIASED_TOKENS: Final = 1024
+MAX_FORCED_TOOLS: Final = 128  # llguidance takes a second for a thousand
 _ROLES: Final = {"developer": "system", "function": "tool"}  # what templates call them
 
 MAX_SCHEMA_BYTES: Final = 128 << 10  # llguidance takes seconds for a schema of half a MB
-
-Schema = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ class GenerationRequest:
         prompts: each of them is answered ``choices`` times.
         max_new_tokens: of each answer; None: the server's default.
         stop: texts that end an answer.
-        schema: the JSON schema that answers must obey; None: none.
+        shapes: answers must have one of them; empty: they may be any text.
+        shaped_by: the key of the request that says so.
         tool_form: how the model writes tool calls, where it was given tools.
         echo: whether a completion begins with its prompt.
         stream: whether the answer is to come token by token; with_usage: and what it took at its end.
@@ -140,7 +141,8 @@ class GenerationRequest:
     choices: int
     max_new_tokens: int | None
     stop: tuple[str, ...]
-    schema: Schema | None
+    shapes: tuple[AnswerShape, ...]
+    shaped_by: str = "response_format"
     tool_form: ToolForm | None = None
     echo: bool = False
     stream: bool
@@ -152,20 +154,29 @@ def read_chat(
 ) -> GenerationRequest:
     """A request of ``/v1/chat/completions``. Raises ``RequestError``.
 
-    ``limit``: of its prompt; ``knows_tools``: whether the chat template has tools; ``tool_form``: how answers then call
-    them.
+    ``limit``: of its prompt; ``knows_tools``: whether the chat template has tools, else the messages have them in plain
+    words; ``tool_form``: how answers call them, None where nobody knows.
     """
     asked = _decode(body, _Chat)
     limit.check(asked.messages)
     limit.check(asked.tools or ())
-    tools = _tools(asked, knows_tools=knows_tools)
+    tools = tuple(asked.tools) if asked.tools and asked.tool_choice != "none" else None
+    forced = _forced_tools(asked)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise RequestError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     logprobs = asked.top_logprobs or 0 if asked.logprobs else None
-    prompt = Prompt(messages=_messages(asked.messages), tools=tools)
-    if len(asked.messages) == 1 and isinstance(content := prompt.messages[0].get("content"), str):  # type: ignore[index]
-        prompt = replace(prompt, text=content)
+    messages = _messages(asked.messages)
+    if not knows_tools:
+        try:
+            messages = in_plain_words(messages, tools or ())
+        except RecursionError:
+            raise RequestError(400, "there are lists within lists in messages or tools; shorten them") from None
+    text = messages[0].get("content") if len(messages) == 1 else None
+    prompt = Prompt(messages=messages, text=text, tools=tools if knows_tools else None)
     request = _common(asked, defaults, (prompt,), logprobs)
+    if forced:  # the answer has no content, which is what response_format is of
+        tool_form = tool_form or PLAIN_FORM
+        request = replace(request, shapes=_call_shapes(forced, tool_form), shaped_by="tool_choice")
     most = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
     return replace(request, max_new_tokens=_max_new_tokens(most), tool_form=tool_form if tools else None)
 
@@ -223,7 +234,7 @@ def _common(asked: _Common, defaults: Sampling, prompts: tuple[Prompt, ...], log
         choices=choices,
         max_new_tokens=None,
         stop=stop,
-        schema=_schema(asked.response_format),
+        shapes=_shapes(asked.response_format),
         stream=bool(asked.stream),
         with_usage=asked.stream_options is not None and asked.stream_options.include_usage,
     )
@@ -244,16 +255,16 @@ def _logit_bias(asked: Mapping[str, float] | None) -> dict[int, float]:
         raise RequestError(400, "logit_bias must map token ids to numbers", param="logit_bias") from None
 
 
-def _schema(asked: _ResponseFormat | None) -> Schema | None:
+def _shapes(asked: _ResponseFormat | None) -> tuple[AnswerShape, ...]:
     if asked is None or asked.type == "text":
-        return None
+        return ()
     if asked.type == "json_object":
-        return {"type": "object"}
+        return (AnswerShape("", {"type": "object"}, ""),)
     if asked.json_schema is None:
         raise RequestError(400, "response_format json_schema needs its json_schema", param="response_format")
     if len(msgspec.json.encode(asked.json_schema.schema)) > MAX_SCHEMA_BYTES:
         raise RequestError(400, f"a JSON schema may have {MAX_SCHEMA_BYTES >> 10} KB", param="response_format")
-    return asked.json_schema.schema
+    return (AnswerShape("", asked.json_schema.schema, ""),)
 
 
 def _messages(found: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
@@ -301,11 +312,44 @@ def _call(param: str, found: Any) -> Mapping[str, Any]:
     return {**found, "function": {**function, "arguments": arguments}}
 
 
-def _tools(asked: _Chat, *, knows_tools: bool) -> tuple[Any, ...] | None:
-    if not asked.tools or asked.tool_choice == "none":
-        return None
-    if asked.tool_choice not in (None, "auto"):
-        raise RequestError(400, "tool_choice can be auto or none: a call cannot be forced", param="tool_choice")
-    if not knows_tools:
-        raise RequestError(400, "this model's chat template knows no tools", param="tools")
-    return tuple(asked.tools)
+def _forced_tools(asked: _Chat) -> list[dict[str, Any]]:
+    """The tools of which one has to be called; none where nothing has to."""
+    wanted: str | None = None
+    match asked.tool_choice:
+        case None | "auto" | "none":
+            return []
+        case "required":
+            pass
+        case {"type": "function", "function": {"name": str(name)}}:
+            wanted = name
+        case _:
+            text = 'tool_choice must be none, auto, required or {"type": "function", "function": {"name": …}}'
+            raise RequestError(400, text, param="tool_choice")
+    found = [tool for tool in asked.tools or () if wanted in (None, _function_name(tool))]
+    if not found:
+        text = "tool_choice names a function that is not among tools" if wanted else "tool_choice required needs tools"
+        raise RequestError(400, text, param="tool_choice")
+    return found
+
+
+def _function_name(tool: Mapping[str, Any]) -> str | None:
+    match tool:
+        case {"function": {"name": str(name)}}:
+            return name
+    return None
+
+
+def _call_shapes(tools: Sequence[Mapping[str, Any]], form: ToolForm) -> tuple[AnswerShape, ...]:
+    if len(tools) > MAX_FORCED_TOOLS:
+        text = f"one of at most {MAX_FORCED_TOOLS} tools can be forced; name it, or give fewer"
+        raise RequestError(400, text, param="tools")
+    shapes = []
+    for number, tool in enumerate(tools):
+        name, parameters = _function_name(tool), tool.get("function", {}).get("parameters")
+        if name is None or not isinstance(parameters, dict | None):
+            text = f"tools[{number}] cannot be forced: it needs a function with a name, and a JSON schema as parameters"
+            raise RequestError(400, text, param=f"tools[{number}]")
+        shapes.append(call_shape(name, parameters, form))
+    if len(msgspec.json.encode(shapes)) > MAX_SCHEMA_BYTES:
+        raise RequestError(400, f"tools that are forced may have {MAX_SCHEMA_BYTES >> 10} KB", param="tools")
+    return tuple(shapes)

@@ -35,7 +35,7 @@ from .app import Served, local_hosts, make_app
 from .connections import ACCEPTED_AT_ONCE, MAX_HEAD_BYTES, Connections
 from .requests import PromptLimit
 from .slots import ServedAdapter, Slots
-from .tools import tool_form
+from .tools import PLAIN_FORM, tool_form
 
 _KEY_VARIABLE = "DLORA_API_KEY"
 _RETRY_S = 2.0
@@ -174,6 +174,7 @@ class _Running:
         template = None
         if spec.chat_template is not None:
             template = settings.bundle.file(spec.chat_template).read_text(encoding="utf-8")
+        knows_tools = template is not None and "tools" in template
         generation = Generation(
             settings.tokenizer,
             lambda adapter: settings.open_model(adapter.path),
@@ -187,8 +188,8 @@ class _Running:
             generation=generation,
             slots=self._slots,
             defaults=settings.sampling,
-            knows_tools=template is not None and "tools" in template,
-            tool_form=tool_form(template),
+            knows_tools=knows_tools,
+            tool_form=tool_form(template) if knows_tools else PLAIN_FORM,
             prompt_limit=PromptLimit(settings.context_length, settings.tokenizer.longest_token_bytes()),
             api_key=settings.listening.api_key,
             hosts=local_hosts(settings.listening.host) if settings.listening.api_key is None else None,

@@ -1,19 +1,31 @@
-"""Tool calls in the text of an answer, in the forms that models' chat templates teach them."""
+"""Tool calls in the text of an answer, in the forms that models' chat templates teach them: read, and forced."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
+
+from dlora.edge.data.prompt import AnswerShape
 
 ToolForm = Literal["tags", "python_tag", "mistral"]
 """``tags``: ``<tool_call>{"name": …, "arguments": …}</tool_call>`` (Hermes, Qwen, SmolLM 2 and 3); ``python_tag``: the
 answer is the object, with ``parameters`` (Llama 3); ``mistral``: ``[TOOL_CALLS]`` and a list of them."""
 
+PLAIN_FORM: Final[ToolForm] = "tags"
+"""Where no chat template teaches another one."""
+
 _MARKS: Final[dict[ToolForm, str]] = {"tags": "<tool_call>", "mistral": "[TOOL_CALLS]", "python_tag": "<|python_tag|>"}
 # The small models of Llama 3.2 are told of the object and not of the mark.
 _LLAMA_OBJECT: Final = '"parameters": dictionary of argument name'
+# Before a call, its key for arguments, after it. Without the marks that are special tokens, which are no text.
+_FRAMES: Final[dict[ToolForm, tuple[str, str, str]]] = {
+    "tags": ("<tool_call>\n", "arguments", "\n</tool_call>"),
+    "mistral": ("[", "arguments", "]"),
+    "python_tag": ("", "parameters", ""),
+}
 _BEGINNINGS: Final[dict[ToolForm, tuple[str, ...]]] = {
     "tags": ("<tool_call>",),
     # Both marks are special tokens, which the text does not have; what follows them is JSON.
@@ -36,6 +48,18 @@ def tool_form(chat_template: str | None) -> ToolForm | None:
         return None
     found = next((form for form, mark in _MARKS.items() if mark in chat_template), None)
     return "python_tag" if found is None and _LLAMA_OBJECT in chat_template else found
+
+
+def call_shape(name: str, parameters: Mapping[str, Any] | None, form: ToolForm) -> AnswerShape:
+    """An answer that is one call of this function and nothing else, as ``parse_tool_calls`` reads it.
+
+    ``parameters``: the JSON schema of its arguments, which are an object whatever it says; None: it has none.
+    """
+    if parameters is None:
+        parameters = {"properties": {}, "additionalProperties": False}
+    before, key, after = _FRAMES[form]
+    start = f'{before}{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
+    return AnswerShape(start, {**parameters, "type": "object"}, f"}}{after}")
 
 
 def may_begin_call(text: str, form: ToolForm) -> int:
