@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,12 @@ from serving import serving
 from test_cli import Place, assert_fails
 from tiny import TinyFactory
 
+from dlora.edge.commands.run_config import check_before_data, configure
+from dlora.edge.commands.train import train as train_command
+from dlora.edge.data.examples import Dataset
+from dlora.edge.run.run_file import RunSettings
 from dlora.protocol.errors import UsageError
+from dlora.protocol.manifest import load_manifest
 
 WEIGHTS = "adapter_model.safetensors"
 OVERFITS: dict[str, object] = {"steps": 20, "lr": 0.1, "schedule": "constant", "alpha": 32, "eval_every": 2}
@@ -97,8 +103,50 @@ def test_patience_ends_a_run(place: Place, last: tuple[Path, dict[str, Any]], tm
     assert json.loads(on.stdout)["steps"] == 20
 
 
+def test_evaluations_change_no_bit_of_the_training(
+    place: Place, last: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run_edge(*place.train(out, **{**OVERFITS, "eval_every": None}))
+    assert done.code == 0, done.stderr
+    assert (out / WEIGHTS).read_bytes() == (last[0] / WEIGHTS).read_bytes()
+
+
+def test_where_five_evaluations_are_cheap_the_held_out_loss_is_a_curve(place: Place, tmp_path: Path) -> None:
+    """5 evaluations * 3 tokens * 1/2 against 20 steps * 6 tokens * 1/10; and as many as were announced."""
+    summary = train(place, tmp_path / "out", eval_every=None)
+    assert [row["step"] for row in summary["evaluations"]] == [0, 5, 10, 15, 20]
+    assert " for 5 evaluations will cross" in summary["stderr"]
+
+
+COSTLY: dict[str, tuple[dict[str, Any], int]] = {
+    "nobody says": ({}, 5),
+    "as often as it is asked": ({"eval_every": 3}, 3),
+    "not on the way": ({"eval_every": 0}, 0),
+    "for the best": ({"keep": "best"}, 2),
+    "a short run": ({"steps": 12}, 0),
+    "the wire of training is narrower": ({"wire_dtype": "int8"}, 0),
+    "that wire, and a longer run": ({"wire_dtype": "int8", "steps": 26}, 7),
+    "larger micro-batches": ({"steps": 6, "batch_size": 4}, 0),
+    "a shorter run with larger ones": ({"steps": 11, "batch_size": 4}, 3),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_evaluations_that_nobody_asked_for_take_less_than_a_tenth_of_the_run(place: Place, name: str) -> None:
+    options, every = COSTLY[name]
+    defaults = {each: parameter.default for each, parameter in inspect.signature(train_command).parameters.items()}
+    given = {"bundle": place.bundle, "data": place.data, "out": Path("out"), "kind": "lora", "server": place.url}
+    manifest = load_manifest(place.bundle)
+    settings = RunSettings.of({**defaults, **given, "steps": 20, "batch_size": 2, **options})
+    rows = [([n, n + 1, n + 2], [2]) for n in range(4)]
+    loaded = [Dataset.of(rows), Dataset.of(rows[:1])]
+    found = configure(check_before_data(settings, manifest, None), manifest, None, loaded, lambda _: None)
+    assert found.evaluate_every == every
+
+
 def test_keep_best_evaluates_during_the_run(place: Place, tmp_path: Path) -> None:
-    summary = train(place, tmp_path / "out", keep="best", eval_every=0)
+    summary = train(place, tmp_path / "out", keep="best", eval_every=None)
     assert [row["step"] for row in summary["evaluations"]] == list(range(0, 21, 2))
 
 

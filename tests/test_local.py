@@ -138,6 +138,16 @@ def test_a_run_needs_no_server_and_goes_on_to_the_same_bits(place: Place, tmp_pa
     assert_same_run(killed, whole)
 
 
+def test_evaluations_change_no_bit_of_the_training(place: Place, tmp_path: Path) -> None:
+    """Blocks are killed meanwhile, and what comes out of them is held."""
+    seldom, often = tmp_path / "seldom", tmp_path / "often"
+    for out, options in ((seldom, ()), (often, ("--eval", place.data, "--eval-every", 1))):
+        done = run_edge(*local(place, out, *KILLING, *options))
+        assert done.code == 0, done.stderr
+    assert len((often / "evaluations.jsonl").read_text().splitlines()) > 20
+    assert_same_run(often, seldom)
+
+
 WRONG = {
     "server": (("--server", "ws://127.0.0.1:9"), 2, "--mode local asks no server: leave --server out"),
     "cache": (("--keep-cache",), 2, "--keep-cache needs --mode trunk, in which a server's answers are kept"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.run.plan import total_steps, units_within
 from dlora.edge.run.run_file import RunSettings
 from dlora.edge.training.config import TrainConfig, check_units
@@ -35,8 +36,11 @@ if TYPE_CHECKING:
     from dlora.edge.adapters.peft import LoadedAdapter
     from dlora.edge.data.examples import Dataset
 
-# Of a run that is to keep its best evaluation and was not told how often to evaluate.
-EVALUATIONS_OF_A_RUN: Final = 10
+# Of a run that was not told how often to evaluate: where it is to keep its best evaluation; and where they are cheap,
+# the ones before and after it among them.
+EVALUATIONS_FOR_THE_BEST: Final = 10
+EVALUATIONS_WHERE_CHEAP: Final = 5
+_CHEAP: Final = 0.1  # of the run
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,27 @@ class Configured:
     @property
     def evaluate_every(self) -> int:
         """Steps between evaluations; 0: before and after only."""
-        settings = self.settings
-        keeps_best = settings.keep == "best" or settings.patience is not None
-        return settings.eval_every or (-(-self.config.total_steps // EVALUATIONS_OF_A_RUN) if keeps_best else 0)
+        settings, steps = self.settings, self.config.total_steps
+        if settings.eval_every:
+            return settings.eval_every
+        if settings.keep == "best" or settings.patience is not None:
+            return -(-steps // EVALUATIONS_FOR_THE_BEST)
+        is_cheap = EVALUATIONS_WHERE_CHEAP * self._cost_of_an_evaluation < _CHEAP
+        return -(-steps // (EVALUATIONS_WHERE_CHEAP - 1)) if settings.eval_every is None and is_cheap else 0
+
+    @property
+    def _cost_of_an_evaluation(self) -> float:
+        """About how much it takes, as a share of what training takes: share * held-out tokens / trained tokens.
+
+        ``share``, of a token, is a half: forward without backward, in time as in bytes. It is 1 where the run crosses
+        narrower than its evaluations do, in int8.
+        """
+        if self.evaluated is None:
+            return 0.0
+        config = self.config
+        crosses_wider = config.mode == "split" and "int8" in msgspec.structs.astuple(config.codecs)
+        epochs = config.total_steps / steps_an_epoch(len(self.dataset), config.batch_size * config.grad_accum)
+        return (1.0 if crosses_wider else 0.5) * self.evaluated.tokens / (epochs * self.dataset.tokens)
 
 
 def check_before_data(settings: RunSettings, manifest: Manifest, init: LoadedAdapter | None) -> RunSettings:

@@ -195,12 +195,13 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     save_every: Annotated[int, typer.Option(help="Save checkpoint and adapter every so many steps.", min=1)] = 50,
     eval_every: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Evaluate every so many steps; 0: before and after, or with --keep best or --patience ten times.",
+            help="Evaluate every so many steps; 0: before and after. By default five times where that costs less than "
+            "a tenth of the run, else before and after; with --keep best or --patience ten times.",
             min=0,
         ),
-    ] = 0,
+    ] = None,
     keep: Annotated[
         Keep, typer.Option(help="Which adapter to save in the end: the last, or the one best on --eval.")
     ] = "last",

@@ -78,7 +78,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] | None
     init_adapter: FilePath | None
     save_every: Count
-    eval_every: Whole
+    eval_every: Whole | None
     keep: Keep
     patience: Count | None
     tensorboard: bool
