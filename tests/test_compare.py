@@ -13,7 +13,7 @@ from test_report import numbers, series
 
 from dlora.edge.report.comparison import compare
 from dlora.edge.report.comparison_page import comparison_page
-from dlora.edge.run.file_names import METRICS
+from dlora.edge.run.file_names import EVALUATIONS, METRICS
 from dlora.edge.training.metrics import read_metrics
 from dlora.protocol.errors import CheckpointError, StorageError, UsageError
 
@@ -64,12 +64,53 @@ def test_the_command_prints_a_table_and_writes_a_page(runs: list[Path], tmp_path
     done = run_edge("compare", *runs, "--out", page)
     assert (done.code, done.stderr) == (0, "")
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert lines[0] == ["a", "b"]
+    assert lines[:3] == [["a", "b"], ["--lr", "0.01", "0.02"], []]
     assert ["steps", "40", "60"] in lines
-    assert ["--lr", "0.01", "0.02"] in lines
     assert page.read_bytes() == comparison_page(compare(runs))
     as_json = run_edge("compare", *runs, "--json")
     assert json.loads(as_json.stdout) == compare(runs).to_json()
+
+
+def test_the_best_of_each_row_is_marked_where_runs_are_comparable(tmp_path: Path) -> None:
+    """Best is low, or high where more is better; whoever has no value, or says the same, is not better."""
+    runs = [write_run(tmp_path / name, 20) for name in ("a", "b", "c", "d")]
+    for run, after, right in zip(runs, (2.5, 2.25, 2.250001, None), (0.5, 0.75, 0.5, 0), strict=True):
+        set_evaluations(run, after, right)
+    comparison = compare(runs)
+    assert comparison.to_json()["best"] == {
+        "eval_loss_after": ["b", "c"], "eval_loss_best": ["b", "c"], "token_accuracy": ["b"]
+    }  # fmt: skip
+    rows = dict(comparison.rows())
+    assert rows["held-out tokens right"] == [("50.0%", False), ("75.0%", True), ("50.0%", False), ("–", False)]
+    done = run_edge("compare", *runs)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["held-out", "tokens", "right", "50.0%", "75.0%", "*", "50.0%", "–"] in lines
+    assert lines[-1] == ["*", "the", "best", "of", "its", "row"]
+    page = comparison_page(comparison).decode()
+    assert "<td>50.0%</td><td><strong>75.0%</strong></td><td>50.0%</td>" in page
+    assert page.index("<h2>Settings</h2>") < page.index("<h2>Numbers</h2>")
+
+
+def set_evaluations(run: Path, after: float | None, right: float) -> None:
+    """One before the run, and one after it unless that is None."""
+    row = json.loads((run / EVALUATIONS).read_text().splitlines()[0])
+    rows = [row, *([] if after is None else [{**row, "step": 20, "loss": after, "token_accuracy": right}])]
+    (run / EVALUATIONS).write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+
+def test_a_shorter_run_is_not_the_better_one(runs: list[Path], tmp_path: Path) -> None:
+    """Nor one of other held-out data, or of another machine."""
+    found = compare(runs).to_json()["best"]
+    assert not {"bytes_up", "bytes_down", "steps_s"} & set(found)
+    assert found["loss_last"] == ["b"]
+    other = shutil.copytree(runs[1], tmp_path / "b")
+    set_evaluations(other, 1.0, 0.9)
+    found = compare([runs[0], other]).to_json()["best"]
+    assert found["eval_loss_after"] == found["loss_last"] == found["tokens_per_s"] == ["b"]
+    file = json.loads((other / "run.json").read_text())
+    file["versions"]["machine"] = file["data"]["fingerprint"] = file["eval_data"]["fingerprint"] = "other"
+    (other / "run.json").write_text(json.dumps(file))
+    assert set(compare([runs[0], other]).to_json()["best"]) <= {"bytes_per_token", "round_trips_per_step"}
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,40 @@ def test_a_page_fits_a_window_that_becomes_narrow(tab: Page, pages: dict[str, Pa
     assert tab.run("document.querySelector('.uplot').getBoundingClientRect().width") <= 390
 
 
+@pytest.mark.parametrize("name", ["run", "short", "comparison"])
+def test_a_legend_has_a_value_wherever_the_pointer_is(tab: Page, pages: dict[str, Path], name: str) -> None:
+    """Where there is none at a step, the last one before it, or else the first."""
+    tab.open(pages[name], width=1280)
+    values = "[...document.querySelectorAll('.u-value')].map((each) => each.textContent)"
+    shown = tab.run(values)
+    assert shown
+    assert not {"–", "--", ""} & set(shown)
+    for part in (0.02, 0.3, 0.98):
+        x, y = tab.run(
+            "(() => { const plot = document.querySelector('.u-over'); plot.scrollIntoView();"
+            f" const box = plot.getBoundingClientRect(); return [box.left + box.width * {part}, box.top + 50]; }})()"
+        )
+        tab.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        tab.run("new Promise((done) => setTimeout(done, 100))")
+        assert not {"–", "--", ""} & set(tab.run(values))
+
+
+def test_a_table_that_is_too_wide_for_a_phone_says_that_it_scrolls(tab: Page, pages: dict[str, Path]) -> None:
+    hints = (
+        "[...document.querySelectorAll('.wide')].filter((box) => box.offsetWidth).map((box) =>"
+        " [box.scrollWidth > box.clientWidth, getComputedStyle(box, '::before').content.includes('scrolls sideways')])"
+    )
+    tab.open(pages["run"], width=390)
+    tab.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    tab.run("new Promise((done) => setTimeout(done, 100))")
+    found = tab.run(hints)
+    assert [True, True] in found
+    assert [False, False] in found
+    assert all(is_wide == says_so for is_wide, says_so in found)
+    tab.open(pages["run"], width=1280)
+    assert [True, True] not in tab.run(hints)
+
+
 def test_a_legend_says_what_metrics_jsonl_says(tab: Page, pages: dict[str, Path]) -> None:
     """The numbers under the pointer, of a plot of areas, where what is drawn is a sum and what is said is not."""
     tab.open(pages["run"], width=1280)

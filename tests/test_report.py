@@ -85,6 +85,10 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     text = page.decode()
     assert "3.5000 → 2.5000" in text
     assert "best 2.2500 after 20 steps" in text
+    cards = re.findall(r'<div class="card"><dt>(.*?)</dt><dd>(.*?)</dd><dd>(.*?)</dd></div>', text)
+    assert cards[1] == ("held-out tokens right", "50.0% → 50.0%", "examples wholly right 10.0% → 10.0%")
+    (out / "evaluations.jsonl").unlink()
+    assert "tokens right" not in run_page(out).decode()
     assert "12,000" in text  # tokens
     assert f"{sum(each.bytes_up + each.bytes_down for each in read_metrics(out / METRICS)) / 1e6:.2f} MB" in text
     assert "dlora-cloud 0.1.0" in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -17,13 +17,15 @@ from .output import print_result
 if TYPE_CHECKING:
     from dlora.edge.report.comparison import Comparison
 
+_BEST: Final = " *"
+
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="The --out of each run.")],
     out: Annotated[Path | None, typer.Option(help="Write a page with their curves, too: one HTML file.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Runs side by side: losses, traffic, times, and the settings in which they differ.
+    """Runs side by side: the settings in which they differ, losses, traffic and times, the best of each marked.
 
     Example:  dlora-edge compare my-adapter my-second-adapter --out comparison.html
     """
@@ -46,17 +48,32 @@ def compare(
 
 
 def _show(comparison: Comparison) -> None:
-    measures = comparison.rows()
+    measures = [
+        (name, [value + (_BEST if is_best else "") for value, is_best in values]) for name, values in comparison.rows()
+    ]
     settings = list(comparison.differing.items())
     if sys.stdout.isatty():
         _print_tables(comparison.names, measures, settings)
-        return
-    rows = [("", list(comparison.names)), *measures, *([("", []), *settings] if settings else [])]
+    else:
+        _print_lines(comparison.names, measures, settings)
+    if comparison.best:
+        print(f"{_BEST.strip()} the best of its row")
+
+
+def _print_lines(
+    names: Sequence[str], measures: Sequence[tuple[str, list[str]]], settings: Sequence[tuple[str, list[str]]]
+) -> None:
+    rows = [("", list(names)), *([*settings, ("", [])] if settings else []), *measures]
     cells = [[_cell(name), *map(_cell, values)] for name, values in rows]
-    widths = [max(len(row[index]) for row in cells if len(row) > index) for index in range(len(cells[0]))]
+    widths = [max(len(_aligned(row[index])) for row in cells if len(row) > index) for index in range(len(cells[0]))]
     for name, *values in cells:
-        numbers = (value.rjust(width) for value, width in zip(values, widths[1:], strict=False))
+        numbers = (_aligned(value).rjust(width) for value, width in zip(values, widths[1:], strict=False))
         print("  ".join((name.ljust(widths[0]), *numbers)).rstrip())
+
+
+def _aligned(value: str) -> str:
+    """With room for the mark where it has none."""
+    return value if value.endswith(_BEST) else value + " " * len(_BEST)
 
 
 def _cell(text: str) -> str:
@@ -72,12 +89,12 @@ def _print_tables(
     from rich.markup import escape
     from rich.table import Table
 
-    for title, rows in (("measure", measures), ("setting that differs", settings)):
+    for title, rows in (("setting that differs", settings), ("measure", measures)):
         if not rows:
             continue
         table = Table(title, *(escape(_cell(name)) for name in names), box=SIMPLE_HEAD)
         for column in table.columns[1:]:
             column.justify = "right"
         for name, values in rows:
-            table.add_row(*(escape(_cell(cell)) for cell in (name, *values)))
+            table.add_row(escape(_cell(name)), *(escape(_aligned(_cell(value))) for value in values))
         Console().print(table)

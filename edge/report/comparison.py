@@ -1,11 +1,11 @@
-"""Runs side by side: what they reached, what it took, and in which settings they differ."""
+"""Runs side by side: in which settings they differ, what they reached, what it took, and which is best at it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from dlora.edge.training.metrics import StepMetrics
 from dlora.protocol.errors import UsageError
@@ -26,12 +26,32 @@ class Measure:
     Attributes:
         key: in JSON; name: for people.
         of: its value, None where a run has none; written: the value for people.
+        best: which of several values is; None: none of them.
+        alike: what has to be the same of all runs for that: a shorter run has less of everything.
     """
 
     key: str
     name: str
     of: Callable[[RunData], Value]
     written: Callable[[Any], str]
+    best: Literal["lowest", "highest"] | None = None
+    alike: Callable[[RunData], object] = lambda _: None
+
+
+def _held_out(run: RunData) -> object:
+    return run.file.eval_data and run.file.eval_data.fingerprint
+
+
+def _machine(run: RunData) -> object:
+    return run.file.versions.get("machine")
+
+
+def _length(run: RunData) -> object:
+    return run.steps.tokens, _machine(run)
+
+
+def _data(run: RunData) -> object:
+    return run.file.data.fingerprint
 
 
 def _loss(of: EvaluationLine | StepMetrics | None) -> float | None:
@@ -40,6 +60,14 @@ def _loss(of: EvaluationLine | StepMetrics | None) -> float | None:
 
 def _each(run: RunData, value: float) -> float | None:
     return value / run.steps.count if run.steps.count else None
+
+
+def _round_trips(run: RunData) -> float | None:
+    return _each(run, run.steps.round_trips)
+
+
+def _step_s(run: RunData) -> float | None:
+    return _each(run, run.steps.step_s)
 
 
 def _a_token(run: RunData) -> float | None:
@@ -54,7 +82,22 @@ def _time_measure(key: str) -> Measure:
     def value(run: RunData) -> float | None:
         return _each(run, getattr(run.steps.time, key))
 
-    return Measure(f"{key}_s_per_step", f"  {NAMES[key]}", value, numbers.seconds)
+    return Measure(f"{key}_s_per_step", f"  {NAMES[key]}", value, numbers.seconds, "lowest", _machine)
+
+
+def _megabytes(value: float) -> str:
+    return f"{value:,.0f} MB"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _accuracy(key: Literal["token_accuracy", "exact_match"], name: str) -> Measure:
+    def value(run: RunData) -> float | None:
+        return None if run.after is None else getattr(run.after, key)
+
+    return Measure(key, name, value, _percent, "highest", _held_out)
 
 
 MEASURES: Final = (
@@ -62,21 +105,23 @@ MEASURES: Final = (
     Measure("steps", "steps", lambda run: run.steps.count, numbers.count),
     Measure("tokens", "tokens", lambda run: run.steps.tokens, numbers.count),
     Measure("eval_loss_before", "held-out loss before", lambda run: _loss(run.before), numbers.loss),
-    Measure("eval_loss_after", "held-out loss after", lambda run: _loss(run.after), numbers.loss),
-    Measure("eval_loss_best", "held-out loss, best", lambda run: _loss(run.best), numbers.loss),
+    Measure("eval_loss_after", "held-out loss after", lambda run: _loss(run.after), numbers.loss, "lowest", _held_out),
+    Measure("eval_loss_best", "held-out loss, best", lambda run: _loss(run.best), numbers.loss, "lowest", _held_out),
     Measure("best_step", "  after steps", lambda run: None if run.best is None else run.best.step, numbers.count),
-    Measure("loss_last", "loss of the last step", lambda run: _loss(run.steps.last), numbers.loss),
-    Measure("bytes_up", "steps' traffic up", lambda run: run.steps.up.total(), numbers.mb),
-    Measure("bytes_down", "steps' traffic down", lambda run: run.steps.down.total(), numbers.mb),
-    Measure("set_up_bytes", "set-up's traffic", lambda run: run.beside_steps("set_up"), numbers.mb),
-    Measure("eval_bytes", "evaluations' traffic", lambda run: run.beside_steps("eval"), numbers.mb),
-    Measure("bytes_per_token", "bytes a token", _a_token, numbers.count),
-    Measure("round_trips_per_step", "round trips a step", lambda run: _each(run, run.steps.round_trips), numbers.short),
-    Measure("tokens_per_s", "tokens a second", _speed, numbers.count),
-    Measure("s_per_step", "time of a step", lambda run: _each(run, run.steps.step_s), numbers.seconds),
+    _accuracy("token_accuracy", "held-out tokens right"),
+    _accuracy("exact_match", "held-out examples wholly right"),
+    Measure("loss_last", "loss of the last step", lambda run: _loss(run.steps.last), numbers.loss, "lowest", _data),
+    Measure("bytes_up", "steps' traffic up", lambda run: run.steps.up.total(), numbers.mb, "lowest", _length),
+    Measure("bytes_down", "steps' traffic down", lambda run: run.steps.down.total(), numbers.mb, "lowest", _length),
+    Measure("set_up_bytes", "set-up's traffic", lambda run: run.beside_steps("set_up"), numbers.mb, "lowest", _length),
+    Measure("eval_bytes", "evaluations' traffic", lambda run: run.beside_steps("eval"), numbers.mb, "lowest", _length),
+    Measure("bytes_per_token", "bytes a token", _a_token, numbers.count, "lowest"),
+    Measure("round_trips_per_step", "round trips a step", _round_trips, numbers.short, "lowest"),
+    Measure("tokens_per_s", "tokens a second", _speed, numbers.count, "highest", _machine),
+    Measure("s_per_step", "time of a step", _step_s, numbers.seconds, "lowest", _machine),
     *map(_time_measure, NAMES),
-    Measure("steps_s", "time of all steps", lambda run: run.steps.step_s, numbers.seconds),
-    Measure("peak_rss_mb", "peak memory", lambda run: run.steps.peak_rss_mb or None, lambda mb: f"{mb:,.0f} MB"),
+    Measure("steps_s", "time of all steps", lambda run: run.steps.step_s, numbers.seconds, "lowest", _length),
+    Measure("peak_rss_mb", "peak memory", lambda run: run.steps.peak_rss_mb or None, _megabytes, "lowest", _machine),
 )
 
 
@@ -117,24 +162,46 @@ class Comparison:
             said.append("they ran on different kinds of machines: times are not of the same thing")
         return said
 
+    @property
+    def best(self) -> dict[str, list[bool]]:
+        """Whether each run has the best value, by the measure's key. What is written alike is equally good, and where
+        all are, none is the best."""
+        found = {}
+        for measure in MEASURES:
+            values = [measure.of(run) for run in self.runs]
+            known = [value for value in values if isinstance(value, float | int)]
+            if measure.best is None or not known or len({measure.alike(run) for run in self.runs}) > 1:
+                continue
+            wanted = measure.written(min(known) if measure.best == "lowest" else max(known))
+            marks = [value is not None and measure.written(value) == wanted for value in values]
+            if sum(marks) < len(known):
+                found[measure.key] = marks
+        return found
+
     def to_json(self) -> dict[str, Any]:
-        """Every number unrounded, by run; the settings that differ."""
+        """The settings that differ; every number unrounded, by run; the names of the runs that are best, by measure."""
         return {
+            "differing_settings": self.differing,
             "runs": [
                 {"name": name, **{measure.key: measure.of(run) for measure in MEASURES}}
                 for name, run in zip(self.names, self.runs, strict=True)
             ],
-            "differing_settings": self.differing,
+            "best": {
+                key: [name for name, is_best in zip(self.names, marks, strict=True) if is_best]
+                for key, marks in self.best.items()
+            },
             "warnings": self.warnings,
         }
 
-    def rows(self) -> list[tuple[str, list[str]]]:
-        """Each measure as people read it; those that no run has are left out."""
-        found = []
+    def rows(self) -> list[tuple[str, list[tuple[str, bool]]]]:
+        """Each measure as people read it, and whether it is the best; those that no run has are left out."""
+        found, best = [], self.best
         for measure in MEASURES:
             values = [measure.of(run) for run in self.runs]
             if any(value is not None for value in values):
-                found.append((measure.name, ["–" if value is None else measure.written(value) for value in values]))
+                written = ["–" if value is None else measure.written(value) for value in values]
+                marks = best.get(measure.key, [False] * len(values))
+                found.append((measure.name, list(zip(written, marks, strict=True))))
         return found
 
 

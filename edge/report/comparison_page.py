@@ -33,16 +33,19 @@ def comparison_page(comparison: Comparison) -> bytes:
     if differing:
         options = [(option, *values) for option, values in differing.items()]
         settings = table("Settings that differ", ("option", *names), options, numbers=False)
-    rows = [(_indented(name), *values) for name, values in comparison.rows()]
+    rows = [
+        (_indented(name), *(element("strong", value) if is_best else value for value, is_best in values))
+        for name, values in comparison.rows()
+    ]
     return document(
         f"{len(names)} runs of dlora",
         plots,
         element("header", element("h1", f"{len(names)} runs side by side"), element("p", " · ".join(names))),
         element("section", element("h2", "Mind that"), element("ul", warnings)) if warnings else None,
         without_script(),
-        section("Numbers", table("Of all steps", ("measure", *names), rows)),
-        [section(plot.title, plot_place(plot, tall=True), values_table(plot)) for plot in plots],
         section("Settings", settings),
+        section("Numbers", table("Of all steps; the best of a row is bold", ("measure", *names), rows)),
+        [section(plot.title, plot_place(plot, tall=True), values_table(plot)) for plot in plots],
         _footer(comparison),
     )
 

@@ -78,19 +78,25 @@ def cards(run: RunData) -> Html:
         best = run.best
         below = f"best {loss(best.loss)} after {count(best.step)} steps" if best is not None else ""
         made.append(_card("held-out loss", f"{loss(run.before.loss)} → {loss(run.after.loss)}", below))
+        right, whole = (
+            f"{getattr(run.before, name):.1%} → {getattr(run.after, name):.1%}"
+            for name in ("token_accuracy", "exact_match")
+        )
+        made.append(_card("held-out tokens right", right, f"examples wholly right {whole}"))
     elif steps.last is not None:
         made.append(_card("loss of the last step", loss(steps.last.loss), f"step {count(steps.last.step)}"))
-    made.append(_card("tokens", count(steps.tokens), f"{count(steps.labelled)} labels"))
     each = f"{mb(steps.up.total())} ↑ · {mb(steps.down.total())} ↓"
     if not steps.bytes:
         set_up = run.beside_steps("set_up")
         each = f"{mb(set_up)} before the first" if set_up else "none of them asked a server"
     made.append(_card("traffic of the steps", mb(steps.bytes), each))
     wall = summary.get("wall_s") if not summary.get("first_step") else None
-    below = f"{seconds(wall)} with set-up and evaluations" if isinstance(wall, float) else f"{count(steps.count)} steps"
+    below = f"{seconds(steps.step_s / steps.count)} a step"
+    if isinstance(wall, float):
+        below += f"; with set-up and evaluations {seconds(wall)}"
     made.append(_card("time of the steps", seconds(steps.step_s), below))
-    a_step = f"{seconds(steps.step_s / steps.count)} a step"
-    made.append(_card("speed", f"{count(steps.tokens / steps.step_s)} tokens/s", a_step))
+    tokens = f"{count(steps.tokens)} tokens, {count(steps.labelled)} labels"
+    made.append(_card("speed", f"{count(steps.tokens / steps.step_s)} tokens/s", tokens))
     made.append(_card("peak memory", f"{count(steps.peak_rss_mb)} MB", "of the device's process"))
     return element("dl", *made, class_="cards")
 

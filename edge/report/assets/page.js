@@ -17,6 +17,12 @@
     return series.map((each) => each.values.map((value, i) => (sums[i] = (sums[i] || 0) + (value || 0))));
   };
 
+  // What the legend says of a step that has no value is the one before it, or else the first; and where no pointer is, the last.
+  const known = (values, at) => {
+    const until = at === null || at === undefined ? values.length : at + 1;
+    return values.slice(0, until).findLast((each) => each !== null) ?? values.find((each) => each !== null) ?? null;
+  };
+
   const draw = (plot, place) => {
     const areas = plot.series.length > 0 && plot.series.every((each) => each.look === "area");
     const values = areas ? stacked(plot.series) : plot.series.map((each) => each.values);
@@ -33,8 +39,8 @@
         dash: each.look === "points" ? [4, 4] : undefined,
         points: { show: each.look === "points" || plot.steps.length === 1, size: 7, fill: stroke, stroke },
         value: (_, __, ___, at) => {
-          const value = at === null || at === undefined ? null : each.values[at];
-          return written(value === null || value === undefined ? null : value * plot.factor);
+          const value = known(each.values, at);
+          return written(value === null ? null : value * plot.factor);
         },
       };
     });
@@ -56,7 +62,7 @@
           values: (_, ticks) => ticks.map(tick), space: 60, size: 28 },
         { ...axis, label: plot.y, values: (_, ticks) => ticks.map(tick), size: 46 },
       ],
-      series: [{ label: plot.x, value: (_, value) => written(value) }, ...series],
+      series: [{ label: plot.x, value: (_, __, ___, at) => written(known(plot.steps, at)) }, ...series],
       cursor: { drag: { x: true, y: false }, points: { size: 6 } },
       legend: { markers: { width: 0, fill: (u, i) => u.series[i].stroke() } },
     };
@@ -75,6 +81,12 @@
     }
   };
   drawAll();
+
+  // A table that is wider than its box says so. One that is folded has no width before it is opened.
+  const boxes = [...document.querySelectorAll(".wide")];
+  const measure = () => boxes.forEach((box) => box.classList.toggle("scrolls", box.scrollWidth > box.clientWidth));
+  measure();
+  document.addEventListener("toggle", measure, true);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   let waiting = false;
   addEventListener("resize", () => {
@@ -83,6 +95,7 @@
     requestAnimationFrame(() => {
       waiting = false;
       for (const each of drawn) each.chart.setSize(each.size());
+      measure();
     });
   });
 })();
