@@ -29,8 +29,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; what was saved before is intact: "
-            "free space or choose another place"
+            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
         ) from error
 
 
@@ -41,6 +40,19 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         for each in missing:
             sync(each.parent)
+
+
+def check_writable(directory: Path) -> None:
+    """Raise ``StorageError`` where no file can be made and written in ``directory``: a read-only or full disk, or one
+    of somebody else's."""
+    probe = directory / ".writable.tmp"
+    with storage_errors(directory):
+        try:
+            remove_quietly(probe)  # a link, say, that somebody put there
+            with probe.open("xb") as file:
+                file.write(b"x")
+        finally:
+            remove_quietly(probe)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Final
 
 INTERRUPTED_EXIT_CODE: Final = 130
-INTERRUPTED: Final = "interrupted; what was saved is intact"
+INTERRUPTED: Final = "interrupted"
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A progress bar may have hidden the terminal's cursor.
 _CLEAR_LINE_AND_SHOW_CURSOR: Final = "\r\x1b[K\x1b[?25h"

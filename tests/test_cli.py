@@ -222,7 +222,7 @@ def test_too_long_sequence_is_an_error(place: Place, tmp_path: Path) -> None:
         ({"kr_score": "static", "active_fraction": 0}, ("--static-units",)),
         ({"columns": "prompt=a"}, ("columns",)),
         ({"columns": "nonsense"}, ("columns",)),
-        ({"server": "http://127.0.0.1:1"}, ("ws://",)),
+        ({"server": "ftp://127.0.0.1:1"}, ("ws://",)),
         ({"server": "ws://"}, ("ws://",)),
         ({"server": "ws://127.0.0.1:notaport"}, ("ws://",)),
         ({"server": "ws://127.0.0.1:87650"}, ("ws://",)),
@@ -361,7 +361,7 @@ def test_full_disk_leaves_saved_files_intact(place: Place, tmp_path: Path) -> No
         eventually(lambda: (out / "adapter_model.safetensors").exists())
         kept = set(fill(disk))
         done = finish(process)
-        assert_fails(done, StorageError.exit_code, "cannot write", "space")
+        assert_fails(done, StorageError.exit_code, "cannot write", "space", "what was saved at step", "dlora-edge resume")
         for path in kept:
             path.unlink()
         resumed = run_edge(*place.train(out, **options), "--resume")

@@ -28,7 +28,7 @@ from websockets.sync.server import Request, Response, ServerConnection, serve
 from dlora.edge.adapters.compatibility import check_base_model
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.wire import connection as edge
-from dlora.edge.wire.connecting import ConnectSettings, Retry, check_url
+from dlora.edge.wire.connecting import ConnectSettings, Retry, websocket_url
 from dlora.edge.wire.connection import CONTROL_BYTES, Connection
 from dlora.edge.wire.credentials import Credentials
 from dlora.protocol import messages as m
@@ -110,13 +110,40 @@ def test_untrusted_certificate_is_retried_during_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".org"])
 def test_invalid_host_name_is_a_usage_error(host: str) -> None:
-    with pytest.raises(UsageError, match="no websocket address"):
-        check_url(f"ws://{host}:8765")
+    with pytest.raises(UsageError, match="no server's address"):
+        websocket_url(f"ws://{host}:8765")
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "[fe80::1%eth0]", "example.org.", "bücher.de"])
 def test_valid_host_name_is_accepted(host: str) -> None:
-    check_url(f"ws://{host}:8765")
+    assert websocket_url(f"ws://{host}:8765") == f"ws://{host}:8765"
+
+
+@pytest.mark.parametrize(("address", "meant"), [
+    ("127.0.0.1:8765", "ws://127.0.0.1:8765"), ("localhost:8765", "ws://localhost:8765"), ("[::1]:1", "ws://[::1]:1"),
+    ("http://h:8765/dlora", "ws://h:8765/dlora"), ("https://h", "wss://h"), ("HTTPS://h:1", "wss://h:1"),
+])  # fmt: skip
+def test_addresses_as_browsers_and_shells_have_them_are_websocket_addresses(address: str, meant: str) -> None:
+    assert websocket_url(address) == meant
+
+
+@pytest.mark.parametrize("address", ["localhost", "h:", "h:0", "h:99999", "wss:h:1", "ftp://h:1", "", ":8765"])
+def test_what_is_no_address_is_a_usage_error(address: str) -> None:
+    with pytest.raises(UsageError, match=r"no server's address; write HOST:PORT"):
+        websocket_url(address)
+
+
+def test_a_client_takes_host_and_port(tiny: TinyFactory) -> None:
+    with serving(tiny().base) as server:
+        with Connection(server.url.removeprefix("ws://")) as connection:
+            assert connection.url == server.url
+        with Connection(server.url.replace("ws://", "http://")) as connection:
+            assert connection.url == server.url
+
+
+def test_a_token_for_a_bare_address_asks_for_tls() -> None:
+    with pytest.raises(UsageError, match=r"could be read on the way to ws://10\.0\.0\.1:1; write wss://"):
+        Connection("10.0.0.1:1", ConnectSettings(Credentials("a-token")))
 
 
 def test_large_frame_before_a_session_is_refused() -> None:

@@ -169,10 +169,30 @@ def test_split_0_trains_on_all(place: Place, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["evaluations"] == []
     assert_fails(run_edge(*place.train(tmp_path / "b", split=0, keep="best")), USAGE, "--keep best needs --eval")
     few = write(tmp_path / "few.jsonl", *map(pair, range(9)))
-    refused = run_edge(*place.train(tmp_path / "c", data=few, patience=2))
-    assert_fails(refused, USAGE, "--patience needs --eval", "--split auto holds nothing out of so few rows")
     asked = run_edge("evaluate", "--bundle", place.bundle, "--server", place.url, "--data", few, "--split", "auto")
     assert_fails(asked, DATA, "holds nothing out of these data")
+
+
+def test_few_rows_are_split_where_held_out_data_are_needed(place: Place, tmp_path: Path) -> None:
+    """A run without such an option trains on all of them, and cannot be given one later."""
+    few = write(tmp_path / "few.jsonl", *map(pair, range(9)))
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    done = run_edge(*place.train(out, data=few, keep="best"))
+    assert done.code == 0, done.stderr
+    assert "--keep best needs held-out data, and these are few: --split 0.1" in done.stderr
+    assert "held out: 1 of 9 rows" in done.stderr
+    evaluate = ["evaluate", "--bundle", place.bundle, "--server", place.url, "--data", few, "--split", "auto"]
+    asked = run_edge(*evaluate, "--adapter", out, "--json")
+    assert asked.code == 0, asked.stderr
+    assert json.loads(asked.stdout)["examples"] == 1
+    on = run_edge("resume", out, "--steps", 4, "--keep", "last")
+    assert on.code == 0, on.stderr
+    assert "held out: 1 of 9 rows" in on.stderr
+    assert run_edge(*place.train(plain, data=few)).code == 0
+    assert_fails(run_edge(*evaluate, "--adapter", plain), DATA, "holds nothing out of these data")
+    assert_fails(run_edge("resume", plain, "--steps", 4, "--keep", "best"), USAGE, "began without")
+    same = write(tmp_path / "same.jsonl", *[pair(1)] * 9)
+    assert_fails(run_edge(*place.train(tmp_path / "c", data=same, patience=2)), DATA, "two different rows", "--patience")
 
 
 def test_notes_are_trained_on(place: Place, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_keep_best_evaluates_during_the_run(place: Place, tmp_path: Path) -> Non
 def test_options_that_need_held_out_data_are_refused_without(
     place: Place, tmp_path: Path, option: dict[str, object]
 ) -> None:
-    done = run_edge(*place.train(tmp_path / "out", **option))
+    done = run_edge(*place.train(tmp_path / "out", split=0, **option))
     assert_fails(done, UsageError.exit_code, "needs --eval")
     assert not (tmp_path / "out").exists()
 

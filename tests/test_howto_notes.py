@@ -1,4 +1,4 @@
-"""The how-to about a folder of notes: its three commands, as they stand there, with a tiny model."""
+"""The how-to about a folder of notes: its three commands, as they stand there, with a tiny model; of a few notes, too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from processes import BIN, END_TIMEOUT_S, quiet_environment
 from serving import serving
 from tiny import TinyFactory
@@ -15,11 +16,14 @@ ROOT = Path(__file__).parents[1]
 SH = re.compile(r"```sh\n(.*?)```", re.S)
 
 
-def test_a_folder_of_notes_becomes_an_adapter_that_is_better_than_the_base(tiny: TinyFactory, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [40, 8])
+def test_a_folder_of_notes_becomes_an_adapter_that_is_better_than_the_base(
+    tiny: TinyFactory, tmp_path: Path, count: int
+) -> None:
     model = tiny("llama", max_position_embeddings=512)
     notes = tmp_path / "notes"
     notes.mkdir()
-    for number in range(40):
+    for number in range(count):
         (notes / f"{number}.md").write_text(f"# w{number}\n\n" + "w3 w1 w4 w1 w5 w9 w2 w6 " * 6)
     commands = [line for block in SH.findall((ROOT / "docs/howto/notes.md").read_text()) for line in block.splitlines()]
     assert [line.split()[1] for line in commands] == ["data", "train", "evaluate"]
@@ -33,7 +37,7 @@ def test_a_folder_of_notes_becomes_an_adapter_that_is_better_than_the_base(tiny:
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             outputs.append(done.stdout)
-    assert "documents, 40 texts" in outputs[0]
+    assert f"documents, {count} texts" in outputs[0]
     found = tmp_path / "my-notes"
     assert (found / "adapter_model.safetensors").exists()
     assert "my-notes: a run of dlora" in (found / "report.html").read_text()

@@ -63,6 +63,12 @@ class EvaluatedModel(ModelOptions):
         if self.mode == "split" and (mode := trained_mode(self.find_adapter())) != "split":
             warn(f"the adapter was trained with --mode {mode}; the server is now sent what it computes, token by token")
 
+    def check_server(self, bundle: Bundle, credentials: Credentials) -> None:
+        """Ask the server of a mode that has one, before anything is read. Raises what connecting raises."""
+        from .first_look import check_server
+
+        check_server(self.server_for(self.chosen_mode), self.settings(credentials)["connecting"], bundle)
+
     def open(
         self, bundle: Bundle, credentials: Credentials, longest: int, recorder: Recorder | None
     ) -> AbstractContextManager[SplitModel] | AbstractContextManager[TrunkModel]:
@@ -137,7 +143,7 @@ def evaluate(
     from dlora.protocol.wire_codecs import Codecs
 
     from .evaluation import Asking, evaluate_models
-    from .reading import DataOptions
+    from .reading import DataOptions, split_of_run
 
     display = Display(json_output=json_output)
     Codecs.parse(model_options.wire_dtype)  # before data is read
@@ -157,8 +163,11 @@ def evaluate(
     ]:
         raise UsageError(f"{given[0]} needs --answers, which says how answers are scored")
     credentials = credential_options.load()
+    split = split_of_run(model_options.find_adapter()) if split == "auto" else split
     options = DataOptions(data, None, columns, max_length, too_long, train_on, split)
     opened = Bundle.open(model_options.bundle)
+    if asking_server := [each for each in models if each.chosen_mode != "local"]:
+        asking_server[0].check_server(opened, credentials)
     result, answered = evaluate_models(
         [*zip(names, models, strict=True)], opened, options, credentials, display, asking=asking, limit=limit,
         batch_size=batch_size, record=record,

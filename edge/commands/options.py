@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from dlora.edge.wire.credentials import Credentials
 
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
-ServerOption = Annotated[str, typer.Option("--server", help="Server address, ws://HOST:PORT or wss://HOST:PORT.")]
 OptionalServerOption = Annotated[
     str | None,
-    typer.Option("--server", help="Server address, ws://HOST:PORT or wss://HOST:PORT; not with --mode local."),
+    typer.Option("--server", help="Server address: HOST:PORT, ws://HOST:PORT or, with TLS, wss://HOST:PORT; not with --mode local."),
 ]
 AdapterOption = Annotated[
     Path | None,

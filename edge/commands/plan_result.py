@@ -11,7 +11,7 @@ import msgspec
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.display import Display
 from dlora.edge.run.run_file import RunSettings
-from dlora.edge.wire.connecting import check_url
+from dlora.edge.wire.connecting import websocket_url
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import Codecs
 
@@ -38,7 +38,7 @@ def make_plan(options: dict[str, Any], display: Display) -> dict[str, Any]:
     if options["wire_dtype"] is not None:
         Codecs.parse(options["wire_dtype"])
     if options["server"] is not None:
-        check_url(options["server"])
+        options = {**options, "server": websocket_url(options["server"])}
     settings = _settings(options)
     bundle = Bundle.open(Path(settings.bundle))
     loaded = read_data(DataOptions.of(settings), bundle, display)  # while this process is small and has no threads

@@ -13,8 +13,8 @@ from dlora.edge.data.records import parse_columns
 from dlora.edge.data.split import parse_split
 from dlora.edge.run.display import Display
 from dlora.edge.run.plan import data_line
-from dlora.edge.run.run_file import RunSettings
-from dlora.protocol.errors import DataError
+from dlora.edge.run.run_file import RunSettings, load_run_file
+from dlora.protocol.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from dlora.edge.data.examples import Dataset
@@ -79,6 +79,16 @@ def read_data(options: DataOptions, bundle: Bundle, display: Display) -> list[Da
     return datasets
 
 
+def split_of_run(adapter: Path | None) -> str:
+    """What ``auto`` is for data that are evaluated on: as the run that made the adapter split them, where that is known.
+    """
+    try:
+        settings = None if adapter is None else load_run_file(adapter).settings
+    except CheckpointError:  # no run's, or one of another version
+        settings = None
+    return "auto" if settings is None or settings.eval_data is not None else settings.split
+
+
 def read_held_out(options: DataOptions, bundle: Bundle, display: Display) -> Dataset:
     """The part of ``data`` that ``train`` with the same ``split`` holds out; all of them where that is empty.
 
@@ -87,7 +97,7 @@ def read_held_out(options: DataOptions, bundle: Bundle, display: Display) -> Dat
     split = parse_split(options.split) if options.split else 0.0
     datasets = _load(Reading(bundle, [options.data], options.test_settings(bundle), split), display)
     if options.split and len(datasets) < 2:
-        raise DataError(f"{options.data}: --split {options.split} holds nothing out of these data; leave it out")
+        raise DataError(f"{options.data}: --split {options.split} holds nothing out of these data, as train does not; leave it out")
     display.say(data_line("data" if not options.split else "held out", options.data, datasets[-1]))
     return datasets[-1]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dlora.edge.data.split import parse_split
+from dlora.edge.data.split import AUTO_SHARE, parse_split
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.model.device_lora import other_storage_line
@@ -17,7 +17,7 @@ from dlora.edge.run.display import Display
 from dlora.edge.run.file_names import REPORT
 from dlora.edge.run.pause import PauseRules
 from dlora.edge.run.run_file import RunFile, RunSettings, load_run_file
-from dlora.edge.wire.connecting import Liveness, check_url
+from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry, websocket_url
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.identity import load_device_id
 from dlora.edge.wire.spans import Spans
@@ -25,6 +25,8 @@ from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import Codecs
 
+from .adapter_settings import choose_adapters
+from .first_look import asks_server_first, check_place, check_room, check_server, run_bytes
 from .memory import available_memory
 from .reading import DataOptions, read_data
 from .recommendation import choose_mode
@@ -68,12 +70,14 @@ def run_train(
         warn=display.warn,
     )
     if settings.server is not None:
-        check_url(settings.server)
+        settings = msgspec.structs.replace(settings, server=websocket_url(settings.server))
     key_file = settings.path("cache_key_file")
     cache_key = None if key_file is None else CacheKey.load(key_file, display.warn)
+    out = Path(settings.out)
+    check_place(out, resume=resume)
     bundle = Bundle.open(Path(settings.bundle))
     init = _init_adapter(settings, bundle.manifest)
-    begun = _begun(Path(settings.out)) if resume else None
+    begun = _begun(out) if resume else None
     if begun is not None and settings.lr is None:
         settings = msgspec.structs.replace(settings, lr=begun.settings.lr)
     manifest = bundle.manifest
@@ -81,12 +85,19 @@ def run_train(
     if settings.mode == "auto" and begun is not None:
         settings = _as_begun(settings, begun.settings)
     elif settings.mode == "auto":
-        loaded = _load(settings, bundle, display)
+        settings, loaded = _load(settings, bundle, display, begun)
         settings = choose_mode(settings, manifest, init, loaded, available, display.say)
     settings = check_before_data(settings, manifest, init)  # so that what cannot be is said at once
     if settings.mode != "split" and (line := other_storage_line(manifest, settings.path("init_adapter"))):
         display.warn(line)
-    loaded = loaded or _load(settings, bundle, display)
+    check_room(out, run_bytes(choose_adapters(settings, manifest, init), manifest, resume=resume))
+    device_id, liveness = load_device_id(warn=display.warn), Liveness(exchange_s=settings.exchange_timeout_s)
+    if settings.server is not None and asks_server_first(settings, resume=resume):
+        retry = Retry(settings.max_retry_s, at_start=bool(settings.max_retry_s))
+        connecting = ConnectSettings(credentials, device_id, retry, liveness, display.warn)
+        check_server(settings.server, connecting, bundle)
+    if loaded is None:
+        settings, loaded = _load(settings, bundle, display, begun)
     # Not before: data sets are read while this process is small and has no threads.
     from dlora.edge.run.run import TrainRun, train
 
@@ -99,7 +110,7 @@ def run_train(
         server=settings.server,
         dataset=run_of.dataset,
         config=run_of.config,
-        out=Path(settings.out),
+        out=out,
         settings=settings,
         eval_dataset=run_of.evaluated,
         eval_every=run_of.evaluate_every,
@@ -111,12 +122,12 @@ def run_train(
         threads=settings.threads,
         engine=settings.engine,
         credentials=credentials,
-        device_id=load_device_id(warn=display.warn),
+        device_id=device_id,
         max_retry_s=settings.max_retry_s,
         cache_mb=settings.cache_mb or 0.0,
         keep_cache=settings.keep_cache,
         cache_key=cache_key,
-        liveness=Liveness(exchange_s=settings.exchange_timeout_s),
+        liveness=liveness,
         pause=rules,
         watchers=_watchers(settings, display, profile, spans),
         spans=spans,
@@ -181,7 +192,8 @@ def _check(settings: RunSettings) -> None:
     if settings.alpha is not None and not 0 < settings.alpha < math.inf:
         raise UsageError("--alpha must be above 0")
     if parse_split(settings.split) == 0 and settings.eval_data is None:
-        _check_evaluates(settings, "or a --split above 0")
+        if (option := _option_that_evaluates(settings)) is not None:
+            raise UsageError(f"{option} needs --eval, the data to evaluate on, or a --split above 0")
     if settings.bytes_per_token is not None and (settings.active_fraction != 1 or settings.static_units):
         raise UsageError("--bytes-per-token chooses how many units are active; leave the options out that do so too")
     if settings.bytes_per_token is not None and settings.kr_on_kill == "hold_forward":
@@ -205,20 +217,30 @@ def _init_adapter(settings: RunSettings, manifest: Manifest) -> LoadedAdapter | 
     return loaded
 
 
-def _load(settings: RunSettings, bundle: Bundle, display: Display) -> list[Dataset]:
-    """The data to train on, and those to evaluate on where there are some."""
+def _load(
+    settings: RunSettings, bundle: Bundle, display: Display, begun: RunFile | None
+) -> tuple[RunSettings, list[Dataset]]:
+    """The data to train on, and those to evaluate on where there are some; and the settings with how these came about.
+
+    ``--split auto`` holds none of a few rows out; where an option needs some, it is a tenth, and at least one. A run
+    that has begun has been trained on all of them.
+    """
     datasets = read_data(DataOptions.of(settings), bundle, display)
-    if len(datasets) == 1:
-        _check_evaluates(settings, f"and --split {settings.split} holds nothing out of so few rows")
-    return datasets
+    option = _option_that_evaluates(settings)
+    if len(datasets) == 1 and option is not None:
+        if begun is not None:
+            raise UsageError(f"{option} needs held-out data, and this run began without; leave it out, or begin anew")
+        settings = msgspec.structs.replace(settings, split=f"{AUTO_SHARE:g}")
+        display.say(f"{option} needs held-out data, and these are few: --split {settings.split} in place of auto")
+        datasets = read_data(DataOptions.of(settings), bundle, display)
+    return settings, datasets
 
 
-def _check_evaluates(settings: RunSettings, why: str) -> None:
-    """Raise ``UsageError`` where an option needs held-out data, and there are none."""
-    for option, is_given in (
-        ("--eval-every", settings.eval_every),
-        ("--keep best", settings.keep == "best"),
-        ("--patience", settings.patience),
-    ):
-        if is_given:
-            raise UsageError(f"{option} needs --eval, the data to evaluate on, {why}")
+def _option_that_evaluates(settings: RunSettings) -> str | None:
+    """One that needs held-out data."""
+    given = {
+        "--eval-every": settings.eval_every,
+        "--keep best": settings.keep == "best",
+        "--patience": settings.patience,
+    }
+    return next((option for option, is_given in given.items() if is_given), None)

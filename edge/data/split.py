@@ -51,7 +51,10 @@ def held_out_rows(digests: npt.NDArray[np.uint64], split: Split) -> npt.NDArray[
     if len(texts) < 2:
         if split == "auto":
             return chosen
-        raise DataError("a held-out part needs at least two different rows; give --eval data of its own, or --split 0")
+        raise DataError(
+            "a held-out part needs at least two different rows; give more of them, or --eval data of its own, or "
+            "--split 0 without --keep best, --patience and --eval-every"
+        )
     # Of texts that stand there many times, one may be more than what is wanted: it is passed over.
     is_held, taken = np.zeros(len(texts), np.bool_), 0
     for index, size in enumerate(sizes.tolist()):

@@ -22,30 +22,39 @@ HELD_CACHE: Final = held_path(Path(CACHE)).name
 
 @contextlib.contextmanager
 def run_directory(out: Path) -> Iterator[None]:
-    """A run's directory; one that is made here and stays empty is taken away again."""
-    is_new = not out.exists()
+    """A run's directory; what is made of it here, and above it, and stays empty is taken away again.
+
+    Raises ``UsageError`` where a file is in its place, and ``StorageError``.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; choose another --out")
+    missing = [each for each in (out, *out.parents) if not each.exists()]
     make_directory(out)
     try:
         yield
     finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # there is something in it
-                out.rmdir()
+        with contextlib.suppress(OSError):  # there is something in it
+            for each in missing:
+                each.rmdir()
 
 
 def find_checkpoint(out: Path, *, resume: bool, warn: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to go on from; raises ``UsageError`` where a run is there that nobody asked to go on with."""
-    directory = out / CHECKPOINTS
+    check_free(out, resume=resume)
     if not resume:
-        if list_checkpoints(directory):
-            raise UsageError(f"{out} holds a run already; go on with dlora-edge resume {out}, or choose another --out")
-        _refuse_to_replace(out)
         return None
-    checkpoint = load_latest(directory, warn=warn)
+    checkpoint = load_latest(out / CHECKPOINTS, warn=warn)
     if checkpoint is None:
-        _refuse_to_replace(out)
         warn(f"no checkpoint in {out}: starting from step 0")
     return checkpoint
+
+
+def check_free(out: Path, *, resume: bool) -> None:
+    """Raise ``UsageError`` where a run is there that nobody asked to go on with, or somebody else's files."""
+    if not list_checkpoints(out / CHECKPOINTS):
+        _refuse_to_replace(out)
+    elif not resume:
+        raise UsageError(f"{out} holds a run already; go on with dlora-edge resume {out}, or choose another --out")
 
 
 def _refuse_to_replace(out: Path) -> None:

@@ -29,7 +29,7 @@ from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.seeds import draw_seed
 from dlora.edge.training.adapter_training import trainer_state
-from dlora.edge.training.checkpoint import Checkpoint
+from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints
 from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
 from dlora.edge.training.metrics import MetricsLog, iterate_metrics, read_metrics
 from dlora.edge.training.trainer import SetUpPiece, Trainer
@@ -39,7 +39,7 @@ from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.recorder import Recorder
 from dlora.edge.wire.spans import Spans
 from dlora.protocol import interrupts
-from dlora.protocol.errors import CheckpointError, DloraError, StoppedError, UsageError
+from dlora.protocol.errors import CheckpointError, DloraError, StorageError, StoppedError
 from dlora.protocol.files import read_regular
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.messages import Welcome
@@ -110,11 +110,24 @@ def train(run: TrainRun, display: Display) -> dict[str, Any]:
     Raises any ``DloraError``; ``StoppedError`` after the first Ctrl-C, SIGTERM or SIGHUP, with the step under way
     finished and saved. A second Ctrl-C stops at once; the last checkpoint stands.
     """
-    if run.out.exists() and not run.out.is_dir():
-        raise UsageError(f"{run.out} is a file; choose another --out")
     load_libraries(run.bundle, run.engine)  # while an interrupt ends us at once: they take it for faults of their own
-    with interrupts.raise_on_signal(), run_directory(run.out), locked(run.out):
+    with interrupts.raise_on_signal(), run_directory(run.out), locked(run.out), _telling_what_is_saved(run.out):
         return _train(run, display)
+
+
+@contextlib.contextmanager
+def _telling_what_is_saved(out: Path) -> Iterator[None]:
+    """Where writing fails, or Ctrl-C ends all at once: what is left to go on from, where something is."""
+    try:
+        yield
+    except (StorageError, KeyboardInterrupt) as error:
+        saved = list_checkpoints(out / CHECKPOINTS)
+        if not saved:
+            raise
+        kept = f"what was saved at step {saved[0][0]:,} is intact: go on with dlora-edge resume {out}"
+        if isinstance(error, StorageError):
+            raise StorageError(f"{error}; {kept}") from error.__cause__
+        raise StoppedError(f"{interrupts.INTERRUPTED}; {kept}") from None
 
 
 def _train(run: TrainRun, display: Display) -> dict[str, Any]:

@@ -132,17 +132,27 @@ class ConnectionLostError(Exception):
         self.retry_after_s = retry_after_s
 
 
-def check_url(url: str) -> str:
-    """``url`` if it is a websocket address without a secret in it; raises ``UsageError``."""
-    parts = split_url(url)
+_SCHEMES: Final = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
+
+
+def websocket_url(address: str) -> str:
+    """The websocket address that a user means: ``HOST:PORT`` and ``http://`` are ``ws://``, ``https://`` is ``wss://``.
+
+    Raises ``UsageError`` where it is none, or has a secret in it.
+    """
+    has_scheme = "://" in address
+    parts = split_url(address if has_scheme else f"ws://{address}")
     try:
-        usable = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+        usable = parts.scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
+        usable = usable and (has_scheme or parts.port is not None)  # a word alone is a slip, and no host
         (parts.hostname or "").encode("idna")
     except ValueError:  # a port that is no number, or too large a one; a name with a part that is empty or too long
         usable = False
     if not usable:
-        raise UsageError(f"--server {url!r} is no websocket address; write ws://HOST:PORT or wss://HOST:PORT")
-    return url
+        raise UsageError(
+            f"--server {address!r} is no server's address; write HOST:PORT, ws://HOST:PORT or wss://HOST:PORT"
+        )
+    return parts._replace(scheme=_SCHEMES[parts.scheme]).geturl()
 
 
 class _OtherAnswerError(Exception):

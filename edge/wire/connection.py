@@ -42,7 +42,7 @@ from .connecting import (
     STOP_CHECK_S,
     ConnectionLostError,
     ConnectSettings,
-    check_url,
+    websocket_url,
     open_websocket,
     refusal_of,
 )
@@ -72,7 +72,7 @@ class Connection:
 
     def __init__(self, url: str, connecting: ConnectSettings | None = None) -> None:
         """Connect and greet. Raises ``UsageError``, ``ConnectionFailedError``, ``ProtocolError``, ``RefusedError``."""
-        self.url = check_url(url)
+        self.url = websocket_url(url)
         self.session = Session(Side.EDGE)
         self.usage = WireUsage()
         self.reconnects = 0

@@ -1,0 +1,94 @@
+"""What a run needs of the world, looked at before anything is computed: its directory, its disk, its server."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dlora.edge.adapters.compatibility import check_base_model
+from dlora.edge.run.directory import CACHE, CHECKPOINTS, check_free, run_directory
+from dlora.edge.files import check_writable, locked
+from dlora.edge.training.checkpoint import KEPT, list_checkpoints
+from dlora.edge.wire.connecting import ConnectSettings
+from dlora.edge.wire.connection import Connection
+from dlora.protocol.adapters import AdapterSpec, kind_of, parameter_bytes
+from dlora.protocol.errors import StorageError
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.targets import choose_groups
+from dlora.protocol.wire_codecs import Codecs, TensorRole
+
+from .adapter_settings import parse_blocks, target_modules_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.edge.run.run_file import RunSettings
+    from dlora.protocol.manifest import Manifest
+
+
+def check_place(out: Path, *, resume: bool) -> None:
+    """Raise ``UsageError`` or ``StorageError`` where a run may not, or cannot, write into ``out``; nothing stays there.
+    """
+    with run_directory(out), locked(out):
+        check_free(out, resume=resume)
+        check_writable(out)
+
+
+def check_room(out: Path, needed_bytes: int) -> None:
+    """Raise ``StorageError`` where the disk of ``out``, which may not be there yet, has less than that free."""
+    free = shutil.disk_usage(next(each for each in (out, *out.absolute().parents) if each.exists())).free
+    if free < needed_bytes:
+        raise StorageError(
+            f"--out {out} has room for {free / 1e6:,.1f} MB, and the run needs {needed_bytes / 1e6:,.1f} MB for its "
+            "checkpoints and its adapter; free space or choose another place"
+        )
+
+
+def run_bytes(settings: RunSettings, manifest: Manifest, *, resume: bool) -> int:
+    """What checkpoints and adapter of a run take on the disk, at most, while the newest are written beside the old.
+
+    ``settings`` are as ``choose_adapters`` has completed them. What a run that goes on has written is not counted.
+    """
+    assert settings.kind is not None
+    assert settings.rank is not None
+    assert settings.wire_dtype is not None
+    spec = AdapterSpec(settings.kind, settings.rank)
+    groups = choose_groups(manifest, target_modules_of(settings), parse_blocks(settings.blocks, manifest))
+    codecs = Codecs.parse(settings.wire_dtype)
+    # Where the kind is not LoRA, its own parts lie beside the LoRA that it comes to.
+    kept, trained = _kept_bytes(spec, groups, codecs), sum(parameter_bytes(spec, group) for group in groups)
+    checkpoint = 3 * trained + kept
+    adapter = _lora_bytes(settings.rank, groups) + (0 if settings.kind == "lora" else trained + kept)
+    if resume:
+        return checkpoint + adapter
+    adapters = 2 if settings.keep == "best" else 1
+    return (KEPT + 1) * checkpoint + (adapters + 1) * adapter
+
+
+def _kept_bytes(spec: AdapterSpec, groups: Sequence[GroupSpec], codecs: Codecs) -> int:
+    """The device's copy of what the server keeps, as it crosses."""
+    kind, codec = kind_of(spec), codecs.of(TensorRole.ADAPTER_STATE)
+    return sum(codec.nbytes(*shape) for group in groups for shape in kind.state_shapes(spec, group))
+
+
+def _lora_bytes(rank: int, groups: Sequence[GroupSpec]) -> int:
+    """A and B of every module in float32."""
+    return 4 * rank * sum(group.in_features + target.out_features for group in groups for target in group.targets)
+
+
+def asks_server_first(settings: RunSettings, *, resume: bool) -> bool:
+    """Whether a run begins with its server. One that goes on waits for it, or has all that it needs of it."""
+    out = Path(settings.out)
+    if settings.server is None or settings.mode == "local":
+        return False
+    if resume and list_checkpoints(out / CHECKPOINTS):
+        return False
+    return not (settings.mode == "trunk" and (out / CACHE).exists())
+
+
+def check_server(server: str, connecting: ConnectSettings, bundle: Bundle) -> None:
+    """Greet a server and leave again. Raises as ``Connection`` does, and ``ModelMismatchError``."""
+    with Connection(server, connecting) as connection:
+        check_base_model(bundle, connection.welcome)
