@@ -1,6 +1,6 @@
 """Entry point of ``dlora-cloud``."""
 
-from dlora.protocol.command import extra_needed, run_command
+from dlora.protocol.command import extra_needed, run_app, run_command
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def _main() -> None:
     with extra_needed("cloud"):
         from dlora.cloud.commands.app import app
 
-        app(prog_name="dlora-cloud")
+        run_app(app, "dlora-cloud")
 
 
 if __name__ == "__main__":

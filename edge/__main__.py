@@ -2,7 +2,7 @@
 
 import sys
 
-from dlora.protocol.command import extra_needed, run_command
+from dlora.protocol.command import extra_needed, run_app, run_command
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def _main() -> None:
     with extra_needed("edge"):
         from dlora.edge.commands.app import app
 
-        app(prog_name="dlora-edge")
+        run_app(app, "dlora-edge")
 
 
 if __name__ == "__main__":

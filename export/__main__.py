@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlora.protocol.command import extra_needed, run_command
+from dlora.protocol.command import extra_needed, run_app, run_command
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def _main() -> None:
     with extra_needed("export"):
         from .cli import app
 
-        app(prog_name="dlora-export")
+        run_app(app, "dlora-export")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import msgspec
 from dlora.protocol.adapter_record import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, load_record
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.module_patterns import Patterns, read_patterns
+from dlora.protocol.structure_words import structure_words
 
 _MAX_CONFIG_BYTES: Final = 16 << 20
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
@@ -79,4 +80,4 @@ def _read_config(directory: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is too large to be a configuration")
         return msgspec.json.decode(content, type=dict[str, Any])
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from None
+        raise CheckpointError(f"{path} cannot be read ({structure_words(error)})") from None

@@ -16,6 +16,7 @@ from dlora.cloud.model.base_model import (
     find_head,
     find_source,
     load_model,
+    reach,
 )
 from dlora.export.graphs.block_materials import DeviceBlocks
 from dlora.export.graphs.graph_test import Materials
@@ -54,16 +55,21 @@ _GOLDEN: Final = "golden.safetensors"
 Say = Callable[[str], None]
 
 
-def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say = lambda _: None) -> Manifest:
+def export_bundle(
+    settings: ExportSettings,
+    say: Say = lambda _: None,
+    note: Say = lambda _: None,
+    tell: Say = lambda _: None,
+) -> Manifest:
     """Export a bundle to ``settings.out``; ``say`` is called with what is being done, ``note`` with choices
-    that nobody asked for.
+    that nobody asked for, ``tell`` with what takes long: that the hub is asked, and each block.
 
     Raises ``UsageError``, ``MissingExtraError`` or ``ExportError``; nothing is left behind then, and a bundle that
     was there before is intact.
     """
     settings.check()
     say(f"loading {settings.model}")
-    source = find_source(settings.model)
+    source = reach(find_source(settings.model), tell)
     base = BaseModel.from_model(load_model(source), settings.model)
     tokenizer = load_tokenizer(source, base)
     name = one_line(settings.base_model_name or source.hub_id or settings.model)
@@ -74,7 +80,7 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
         note(line)
     groups = base.groups(selection.trainable)
     embedding, head = find_embedding(base), find_head(base)
-    blocks = _device_blocks(settings, base, selection, groups, say, note)
+    blocks = _device_blocks(settings, base, selection, groups, say, note, tell)
     if blocks is not None and blocks.without_decode is not None:
         note(f"the blocks can be trained on a device, but not generate there: {blocks.without_decode}")
     with interrupts.raise_on_signal(), new_directory_for(settings.out, settings.force) as bundle:
@@ -129,7 +135,13 @@ def export_bundle(settings: ExportSettings, say: Say = lambda _: None, note: Say
 
 
 def _device_blocks(
-    settings: ExportSettings, base: BaseModel, selection: Selection, groups: Sequence[GroupSpec], say: Say, note: Say
+    settings: ExportSettings,
+    base: BaseModel,
+    selection: Selection,
+    groups: Sequence[GroupSpec],
+    say: Say,
+    note: Say,
+    tell: Say,
 ) -> DeviceBlocks | None:
     """Those that were asked for; raises where they cannot be. Else those that a device's memory holds; says where they
     cannot be, and goes on with fewer, or none."""
@@ -143,7 +155,7 @@ def _device_blocks(
         raise UsageError(f"--device-blocks {count} is more than the {base.blocks} blocks of {base.name}")
     try:
         try:
-            return prepare_blocks(base, selection.trainable, count, settings.block_dtype, say)
+            return prepare_blocks(base, selection.trainable, count, settings.block_dtype, say, tell)
         except CannotBeginOnDevice as error:
             text = f"{base.name} ({base.architecture}) cannot run on a device alone: {error}"
             if is_asked_for:
@@ -151,7 +163,7 @@ def _device_blocks(
             note(f"{text}; it gets {count - 1} blocks, for --mode trunk")
             if count == 1:
                 return None
-            return prepare_blocks(base, selection.trainable, count - 1, settings.block_dtype, say)
+            return prepare_blocks(base, selection.trainable, count - 1, settings.block_dtype, say, tell)
     except CannotRunOnDevice as error:
         text = f"{base.name} ({base.architecture}) has no blocks for a device: {error}"
         if is_asked_for:

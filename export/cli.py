@@ -163,8 +163,11 @@ def export(
         notes.append(line)
         console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
 
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     with console.status(f"exporting {model}") as status:
-        manifest = export_bundle(settings, lambda doing: status.update(f"exporting {model}: {doing}"), note)
+        manifest = export_bundle(settings, lambda doing: status.update(f"exporting {model}: {doing}"), note, tell)
     wall_s = time.monotonic() - started
     if json:
         print_json(manifest, out, notes, wall_s)
@@ -198,8 +201,13 @@ def merge(
     from .report import print_merged
 
     started = time.monotonic()
-    with Console(file=sys.stderr).status(f"merging into {model}") as status:
-        merged = merge_adapter(settings, lambda doing: status.update(f"merging into {model}: {doing}"))
+    console = Console(file=sys.stderr)
+    with console.status(f"merging into {model}") as status:
+        merged = merge_adapter(
+            settings,
+            lambda doing: status.update(f"merging into {model}: {doing}"),
+            lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+        )
     print_merged(asdict(merged), settings.dtype, out, time.monotonic() - started, json_output=json)
 
 

@@ -38,13 +38,19 @@ _TOLERANCE = 1e-4  # rounding only: the same sums in another order
 
 
 def prepare_blocks(
-    base: BaseModel, trainable: Sequence[str], count: int, dtype: BlockDtype, say: Callable[[str], None]
+    base: BaseModel,
+    trainable: Sequence[str],
+    count: int,
+    dtype: BlockDtype,
+    say: Callable[[str], None],
+    tell: Callable[[str], None] = lambda _: None,
 ) -> DeviceBlocks:
     """The last ``count`` blocks of ``base``, their graphs made and not yet verified.
 
     Args:
         trainable: full names of the modules that can be targets.
         dtype: how the weights of linear modules are stored.
+        say: is called with what is being done; tell: with a line after each block.
 
     Raises ``CannotRunOnDevice`` where the family's blocks cannot be run without its decoder; ``CannotBeginOnDevice``
     where ``count`` is all of them, and only what stands before the first one cannot be.
@@ -54,7 +60,7 @@ def prepare_blocks(
     torch_log.setLevel(logging.CRITICAL)
     try:
         with quiet():
-            return _prepare(base, trainable, count, dtype, say)
+            return _prepare(base, trainable, count, dtype, say, tell)
     except DloraError:
         raise
     except Exception as error:  # whatever a family's code does when it is traced
@@ -65,7 +71,12 @@ def prepare_blocks(
 
 
 def _prepare(
-    base: BaseModel, trainable: Sequence[str], count: int, dtype: BlockDtype, say: Callable[[str], None]
+    base: BaseModel,
+    trainable: Sequence[str],
+    count: int,
+    dtype: BlockDtype,
+    say: Callable[[str], None],
+    tell: Callable[[str], None],
 ) -> DeviceBlocks:
     first = base.blocks - count
     _check_experts(base, first)
@@ -88,6 +99,7 @@ def _prepare(
         blocks.append(
             BlockMaterials(call, forward.key, targets, used, {}, of_block[call.index], forward, backward)
         )
+        tell(f"block {len(blocks)} of {count} is traced")
     blocks = _with_tables(base, blocks)
     modules = final_modules(base)
     last_block = _last_hidden_states(calls[-1])

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from dlora.cloud.model.base_model import BaseModel, find_source, load_model, quiet
+from dlora.cloud.model.base_model import BaseModel, find_source, load_model, quiet, reach
 from dlora.protocol import interrupts
 from dlora.protocol.adapter_record import WEIGHTS_NAME
 from dlora.protocol.errors import CheckpointError, DloraError, ExportError, ModelMismatchError, StorageError
@@ -45,14 +45,17 @@ class Merged:
     bytes: dict[str, int]
 
 
-def merge_adapter(settings: MergeSettings, say: Callable[[str], None] = lambda _: None) -> Merged:
-    """Write the base model with the adapter in its weights to ``settings.out``; ``say`` is told what is being done.
+def merge_adapter(
+    settings: MergeSettings, say: Callable[[str], None] = lambda _: None, tell: Callable[[str], None] = lambda _: None
+) -> Merged:
+    """Write the base model with the adapter in its weights to ``settings.out``; ``say`` is called with what is being
+    done, ``tell`` with what is to stay to be read.
 
     Raises any ``DloraError``; nothing is left behind then, and a model that was there before is intact.
     """
     adapter = settings.check()
     say(f"loading {settings.model}")
-    source = find_source(settings.model)
+    source = reach(find_source(settings.model), tell)
     # In float32 whatever comes out: a sum is rounded once.
     base = BaseModel.from_model(load_model(source), settings.model)
     _forget_quantisation(base)

@@ -12,6 +12,7 @@ from typing import Annotated, Final
 import msgspec
 
 from .errors import CheckpointError
+from .structure_words import structure_words
 from .version import ADAPTER_FORMAT
 
 RECORD_NAME: Final = "dlora_adapter.json"
@@ -106,7 +107,7 @@ def load_record(directory: Path) -> AdapterRecord | None:
             raise CheckpointError(f"{path} has format {found}, this dlora reads up to {ADAPTER_FORMAT}; update dlora")
         return msgspec.json.decode(content, type=AdapterRecord)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {advice}") from None
+        raise CheckpointError(f"{path} is damaged ({structure_words(error)}); {advice}") from None
 
 
 def encode_record(record: AdapterRecord) -> bytes:

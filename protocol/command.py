@@ -8,12 +8,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from . import interrupts
-from .errors import DloraError, LocalProtocolError, MissingExtraError, StorageError
+from .errors import DloraError, LocalProtocolError, MissingExtraError, StorageError, UsageError
 from .interrupts import INTERRUPTED, INTERRUPTED_EXIT_CODE
 from .text import one_line
+from .usage_words import usage_words
 
 _STORAGE_ERRNOS: Final = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO}
 _LONGEST_LINE: Final = 2000
@@ -56,6 +57,24 @@ def run_command(command: Callable[[], None]) -> None:
         _fail(f"cannot write: {where}{error.strerror}; free space or choose another place", StorageError.exit_code)
     finally:
         interrupts.ignore_signals()
+
+
+def run_app(app: Callable[..., Any], name: str) -> None:
+    """Run an app of typer's, and exit. Raises ``UsageError`` for a command line that is wrong, in our words."""
+    try:
+        code = app(prog_name=name, standalone_mode=False)
+    except Exception as error:
+        # By their attributes: which module they are of depends on typer's version.
+        if type(error).__name__ == "Abort":
+            raise SystemExit(1) from None
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # which has printed it
+            if shown := error.format_message():
+                print(shown, file=sys.stderr)
+            raise SystemExit(UsageError.exit_code) from None
+        raise UsageError(usage_words(error)) from None
+    raise SystemExit(code or 0)
 
 
 @contextmanager

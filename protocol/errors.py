@@ -135,7 +135,7 @@ class RefusedError(DloraError):
 
 
 class StorageError(DloraError):
-    """Writing failed: the disk is full, read-only or gone. What was saved before is intact; a run that saved something says so."""
+    """Writing failed: the disk is full, read-only or gone. What was saved before is intact."""
 
     exit_code = 9
 

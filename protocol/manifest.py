@@ -19,6 +19,7 @@ import msgspec.inspect
 from .errors import BundleError
 from .groups import GroupSpec
 from .limits import MAX_RANK
+from .structure_words import structure_words
 from .version import BUNDLE_FORMAT
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -306,7 +307,7 @@ def load_manifest(bundle: Path) -> Manifest:
             raise BundleError(f"{bundle} has format {found}, this dlora reads format {BUNDLE_FORMAT}; {what_to_do}")
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+        raise BundleError(f"{path} is damaged ({structure_words(error)}); export the bundle again") from None
     for graph in manifest.graphs:
         if len({spec.name for spec in graph.outputs}) != len(graph.outputs):
             raise BundleError(f"{path}: the graph {graph.kind} names an output twice; export the bundle again")

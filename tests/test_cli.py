@@ -361,7 +361,7 @@ def test_full_disk_leaves_saved_files_intact(place: Place, tmp_path: Path) -> No
         eventually(lambda: (out / "adapter_model.safetensors").exists())
         kept = set(fill(disk))
         done = finish(process)
-        assert_fails(done, StorageError.exit_code, "cannot write", "space", "what was saved at step", "dlora-edge resume")
+        assert_fails(done, StorageError.exit_code, "cannot write", "what was saved at step", "dlora-edge resume")
         for path in kept:
             path.unlink()
         resumed = run_edge(*place.train(out, **options), "--resume")

@@ -192,7 +192,8 @@ def test_few_rows_are_split_where_held_out_data_are_needed(place: Place, tmp_pat
     assert_fails(run_edge(*evaluate, "--adapter", plain), DATA, "holds nothing out of these data")
     assert_fails(run_edge("resume", plain, "--steps", 4, "--keep", "best"), USAGE, "began without")
     same = write(tmp_path / "same.jsonl", *[pair(1)] * 9)
-    assert_fails(run_edge(*place.train(tmp_path / "c", data=same, patience=2)), DATA, "two different rows", "--patience")
+    done = run_edge(*place.train(tmp_path / "c", data=same, patience=2))
+    assert_fails(done, DATA, "two different rows", "--patience")
 
 
 def test_notes_are_trained_on(place: Place, tmp_path: Path) -> None:

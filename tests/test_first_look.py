@@ -33,7 +33,7 @@ def assert_says_nothing_else(done: Finished, code: int, *words: str) -> None:
 def test_a_server_that_is_not_there_is_said_before_the_plan(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     done = run_edge(*place.train(out, server=NOBODY))
-    assert_says_nothing_else(done, ConnectionFailedError.exit_code, "cannot reach ws://127.0.0.1:1", "dlora-cloud serve")
+    assert_says_nothing_else(done, ConnectionFailedError.exit_code, "cannot reach ws://127.0.0.1:1", "start it")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The how-to about a folder of notes: its three commands, as they stand there, with a tiny model; of a few notes, too."""
+"""The how-to about a folder of notes: its three commands, as they stand there, with a tiny model; few notes do, too."""
 
 from __future__ import annotations
 

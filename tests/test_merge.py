@@ -131,7 +131,7 @@ def test_export_is_as_it_was_beside_merge(tmp_path: Path) -> None:
     done = run_export("./merge", "--out", tmp_path / "out")
     assert_fails(done, UsageError.exit_code, "merge does not exist")
     assert "dlora-export merge" in run_export("merge").stderr
-    assert "Usage: dlora-export [OPTIONS]" in run_export().stderr
+    assert_fails(run_export(), UsageError.exit_code, "MODEL is missing", "dlora-export --help")
 
 
 def test_activated_adapters_are_refused(tiny: TinyFactory, tmp_path: Path) -> None:

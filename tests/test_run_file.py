@@ -251,7 +251,7 @@ def test_longer_run_stopped_in_its_last_evaluation_is_not_finished(
 def test_infinite_and_nan_options_are_refused(place: Place, tmp_path: Path, option: tuple[str, str]) -> None:
     """JSON has no infinity: a checkpoint with one could not be read again."""
     done = run_edge(*place.train(tmp_path / "out", *option))
-    assert (done.code, len(done.errors)) == (UsageError.exit_code, 1) or "Invalid value" in done.stderr, done.stderr
+    assert (done.code, len(done.errors)) == (UsageError.exit_code, 1), done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -113,7 +113,7 @@ def _attack(
         seen = observe(recording)
         true = load_truth(truth, recording.id, seen, tokenizer)
         progress.update(task, description=f"loading {model}")
-        base = load_base_model(model)
+        base = load_base_model(model, say=lambda line: progress.console.print(line, markup=False, highlight=False))
         check_defences(defences, base.blocks)
 
         def on_attack(what: str) -> None:

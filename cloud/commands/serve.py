@@ -201,7 +201,7 @@ def _load(model: str, dtype: Dtype, device: str) -> BaseModel:
 
     logger.info("loading %s", model)
     started = time.monotonic()
-    base = load_base_model(model, dtype=getattr(torch, dtype), device=device)
+    base = load_base_model(model, dtype=getattr(torch, dtype), device=device, say=logger.info)
     logger.info(
         "loaded %s: %s, %d blocks, %.0fM parameters, fingerprint %s…, in %.1f s",
         base.name, base.architecture, base.blocks, base.parameters / 1e6, base.fingerprint[:12],

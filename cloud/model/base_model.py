@@ -7,7 +7,7 @@ watching which tensor each of them is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from dlora.protocol.text import first_line
 
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
+from .hub import reach
 from .loading import load_model, quiet
 from .source import ModelSource, find_source, public_name
 
@@ -40,6 +41,7 @@ __all__ = [
     "load_model",
     "model_code",
     "quiet",
+    "reach",
 ]
 
 TRACE_TOKENS = 4
@@ -229,13 +231,20 @@ class BaseModel:
 _NO_LIMIT = 1 << 20  # ALiBi families (BLOOM) name no longest sequence
 
 
-def load_base_model(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> BaseModel:
+def load_base_model(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = lambda _: None,
+) -> BaseModel:
     """Load a base model from a directory, a ``.gguf`` file, a hub id or an alias (``smollm2-135m``).
+
+    ``say`` is called with a line where the Hugging Face hub is asked.
 
     Raises ``UsageError`` where the path does not exist, ``MissingExtraError`` where an alias's package is not
     installed and ``ExportError`` where the model cannot be downloaded or is not supported.
     """
-    model = load_model(find_source(name), dtype).to(device)  # type: ignore[arg-type]  # its decorator loses self
+    model = load_model(reach(find_source(name), say), dtype).to(device)  # type: ignore[arg-type]  # its decorator loses self
     return BaseModel.from_model(model, name)
 
 

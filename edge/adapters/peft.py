@@ -31,6 +31,7 @@ from dlora.protocol.adapter_record import (
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.module_patterns import check_matching_time, first_match, read_patterns
+from dlora.protocol.structure_words import structure_words
 from dlora.protocol.tensors import FloatArray
 from dlora.protocol.version import ADAPTER_FORMAT, SOFTWARE_VERSION
 
@@ -300,7 +301,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         reason = "it has no adapter_config.json" if directory.is_dir() else "there is no such directory"
         raise CheckpointError(f"{directory} is not a PEFT adapter: {reason}") from None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from None
+        raise CheckpointError(f"{path} cannot be read ({structure_words(error)})") from None
 
 
 def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:

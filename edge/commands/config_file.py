@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import textwrap
 import tomllib
@@ -14,6 +13,7 @@ import typer
 
 from dlora.edge.files import read_small
 from dlora.protocol.errors import UsageError
+from dlora.protocol.usage_words import meant_option
 
 if TYPE_CHECKING:
     from typer.core import TyperCommand, TyperOption
@@ -62,8 +62,8 @@ def load_config(path: Path, command: TyperCommand) -> dict[str, Any]:
     for key, value in found.items():
         name = names.get(key.replace("_", "-"))
         if name is None:
-            near = difflib.get_close_matches(key.replace("_", "-"), names, 1)
-            hint = f"; is it {near[0]!r}?" if near else f"; dlora-edge {command.name} --help lists its options"
+            hint = meant_option(f"--{key}", [f"--{each}" for each in names]).replace("--", "")
+            hint = hint or f"; dlora-edge {command.name} --help lists its options"
             raise UsageError(f"--config {path}: {key!r} is no option of {command.name}{hint}")
         if name in values:
             raise UsageError(f"--config {path} says {key!r} twice")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlora.edge.adapters.compatibility import check_base_model
-from dlora.edge.run.directory import CACHE, CHECKPOINTS, check_free, run_directory
 from dlora.edge.files import check_writable, locked
+from dlora.edge.run.directory import CACHE, CHECKPOINTS, check_free, run_directory
 from dlora.edge.training.checkpoint import KEPT, list_checkpoints
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
 OptionalServerOption = Annotated[
     str | None,
-    typer.Option("--server", help="Server address: HOST:PORT, ws://HOST:PORT or, with TLS, wss://HOST:PORT; not with --mode local."),
+    typer.Option("--server", help="Server: HOST:PORT, ws://HOST:PORT or wss://HOST:PORT (TLS); not with --mode local."),
 ]
 AdapterOption = Annotated[
     Path | None,

@@ -80,8 +80,7 @@ def read_data(options: DataOptions, bundle: Bundle, display: Display) -> list[Da
 
 
 def split_of_run(adapter: Path | None) -> str:
-    """What ``auto`` is for data that are evaluated on: as the run that made the adapter split them, where that is known.
-    """
+    """What ``auto`` is for data to evaluate on: as the run that made the adapter split them, where that is known."""
     try:
         settings = None if adapter is None else load_run_file(adapter).settings
     except CheckpointError:  # no run's, or one of another version
@@ -97,7 +96,9 @@ def read_held_out(options: DataOptions, bundle: Bundle, display: Display) -> Dat
     split = parse_split(options.split) if options.split else 0.0
     datasets = _load(Reading(bundle, [options.data], options.test_settings(bundle), split), display)
     if options.split and len(datasets) < 2:
-        raise DataError(f"{options.data}: --split {options.split} holds nothing out of these data, as train does not; leave it out")
+        raise DataError(
+            f"{options.data}: --split {options.split} holds nothing out of these data, nor does train; leave it out"
+        )
     display.say(data_line("data" if not options.split else "held out", options.data, datasets[-1]))
     return datasets[-1]
 

@@ -191,9 +191,9 @@ def _check(settings: RunSettings) -> None:
         Codecs.parse(settings.wire_dtype)
     if settings.alpha is not None and not 0 < settings.alpha < math.inf:
         raise UsageError("--alpha must be above 0")
-    if parse_split(settings.split) == 0 and settings.eval_data is None:
-        if (option := _option_that_evaluates(settings)) is not None:
-            raise UsageError(f"{option} needs --eval, the data to evaluate on, or a --split above 0")
+    has_none = parse_split(settings.split) == 0 and settings.eval_data is None
+    if has_none and (option := _option_that_evaluates(settings)) is not None:
+        raise UsageError(f"{option} needs --eval, the data to evaluate on, or a --split above 0")
     if settings.bytes_per_token is not None and (settings.active_fraction != 1 or settings.static_units):
         raise UsageError("--bytes-per-token chooses how many units are active; leave the options out that do so too")
     if settings.bytes_per_token is not None and settings.kr_on_kill == "hold_forward":

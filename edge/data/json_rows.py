@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from dlora.protocol.errors import DataError
+from dlora.protocol.structure_words import structure_words
 
 from .lines import BOM, MAX_RECORD_BYTES, TOO_LONG, file_errors, json_kind, lines_of, not_utf8
 
@@ -60,7 +61,7 @@ def _decoded(text: str, place: str, rule: str) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(text)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise DataError(f"{place}: not valid JSON ({error}); {rule}") from None
+        raise DataError(f"{place}: not valid JSON ({structure_words(error)}); {rule}") from None
     except UnicodeEncodeError:  # half a character, written as an escape
         raise DataError(f"{place}: not valid JSON (it has half a character); {rule}") from None
     if not isinstance(value, dict):

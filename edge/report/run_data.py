@@ -13,6 +13,7 @@ from dlora.edge.run.file_names import EVALUATIONS, METRICS, SUMMARY
 from dlora.edge.run.run_file import RunFile, load_run_file
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.files import read_regular
+from dlora.protocol.structure_words import structure_words
 
 from .steps import Steps, read_steps
 
@@ -96,7 +97,8 @@ def read_evaluations(path: Path) -> tuple[EvaluationLine, ...]:
     except FileNotFoundError:
         return ()
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it to go without evaluations") from None
+        reason = structure_words(error)
+        raise CheckpointError(f"{path} cannot be read ({reason}); remove it to go without evaluations") from None
 
 
 def _decode(line: bytes) -> EvaluationLine:
@@ -109,7 +111,7 @@ def _summary(path: Path, steps: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it to go without") from None
+        raise CheckpointError(f"{path} cannot be read ({structure_words(error)}); remove it to go without") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is no summary of a run; remove it to go without")
     return found if found.get("steps") == steps else None

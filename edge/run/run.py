@@ -39,7 +39,7 @@ from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.recorder import Recorder
 from dlora.edge.wire.spans import Spans
 from dlora.protocol import interrupts
-from dlora.protocol.errors import CheckpointError, DloraError, StorageError, StoppedError
+from dlora.protocol.errors import CheckpointError, DloraError, StoppedError, StorageError
 from dlora.protocol.files import read_regular
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.messages import Welcome

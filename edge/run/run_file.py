@@ -24,6 +24,7 @@ from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.files import read_regular
 from dlora.protocol.kill_revive import Fraction
 from dlora.protocol.limits import MAX_STEPS, MAX_THREADS
+from dlora.protocol.structure_words import structure_words
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 RUN_FILE = "run.json"
@@ -122,7 +123,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         try:
             return msgspec.convert({name: _plain(value) for name, value in given.items()}, cls)
         except msgspec.ValidationError as error:
-            raise UsageError(f"an option has a value that is not allowed: {error}") from None
+            raise UsageError(f"an option has a value that is not allowed: {structure_words(error)}") from None
 
     def path(self, name: str) -> Path | None:
         """A setting that is a path."""
@@ -221,5 +222,5 @@ def load_run_file(out: Path) -> RunFile:
         ) from None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}); repeat the run's options with dlora-edge train --resume"
+            f"{path} cannot be read ({structure_words(error)}); repeat the run's options with dlora-edge train --resume"
         ) from None

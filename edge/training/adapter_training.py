@@ -32,6 +32,7 @@ from dlora.edge.wire.spans import COMPUTE, Spans
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
 from dlora.protocol.kill_revive import UnitState
+from dlora.protocol.structure_words import structure_words
 from dlora.protocol.tensors import FloatArray
 
 from .checkpoint import Checkpoint, save_checkpoint
@@ -446,4 +447,5 @@ def trainer_state(checkpoint: Checkpoint) -> TrainerState:
     try:
         return msgspec.convert(checkpoint.state, TrainerState)
     except msgspec.ValidationError as error:
-        raise CheckpointError(f"{checkpoint.path} is of another version ({error}); start anew") from None
+        reason = structure_words(error)
+        raise CheckpointError(f"{checkpoint.path} is of another version ({reason}); start anew") from None

@@ -15,6 +15,7 @@ import numpy as np
 from dlora.edge.files import make_directory, storage_errors, write_atomically, write_whole
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.files import open_regular, read_regular
+from dlora.protocol.structure_words import structure_words
 from dlora.protocol.tensors import ByteArray
 
 
@@ -128,7 +129,7 @@ def iterate_metrics(path: Path) -> Iterator[StepMetrics]:
     except FileNotFoundError:
         return
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not a metrics file of this version ({error})") from None
+        raise CheckpointError(f"{path} is not a metrics file of this version ({structure_words(error)})") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 

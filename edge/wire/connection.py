@@ -42,9 +42,9 @@ from .connecting import (
     STOP_CHECK_S,
     ConnectionLostError,
     ConnectSettings,
-    websocket_url,
     open_websocket,
     refusal_of,
+    websocket_url,
 )
 from .usage import WireUsage
 from .write_watch import WriteWatch

@@ -18,6 +18,7 @@ import platformdirs
 from dlora.edge.files import make_directory, turn_in, write_atomically
 from dlora.protocol.errors import StorageError
 from dlora.protocol.files import read_regular
+from dlora.protocol.structure_words import structure_words
 
 STATE_VARIABLE: Final = "DLORA_EDGE_STATE"
 FILE_NAME: Final = "device.json"
@@ -59,7 +60,7 @@ def _load_or_make(path: Path, warn: Callable[[str], None]) -> str:
     except FileNotFoundError:
         pass
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        warn(f"{path} is damaged ({error}); this device gets a new id")
+        warn(f"{path} is damaged ({structure_words(error)}); this device gets a new id")
     identity = _Identity(_new_id())
     write_atomically(path, msgspec.json.encode(identity) + b"\n")
     with suppress(OSError):  # phone and memory-card file systems have no modes

@@ -128,7 +128,7 @@ def test_killed_run_resumes_with_the_same_steps(place: Place) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["train"], 2, "Missing option"),
+        (["train"], 2, "--bundle is missing"),
         (["selftest", "--bundle", "/nonexistent"], 4, "error: "),
         (["info", "/nonexistent"], 2, "error: "),
     ],
