@@ -9,41 +9,41 @@ from enum import Enum
 from typing import Any, Final, Literal, get_args, get_origin
 
 OTHER_NAMES: Final = {
-    "--lr": ("--learning-rate",),
-    "--rank": ("--lora-r", "--lora-rank", "--r"),
-    "--alpha": ("--lora-alpha",),
-    "--target-modules": ("--lora-target-modules", "--lora-modules", "--lora-target"),
-    "--blocks": ("--layers-to-transform", "--lora-layers", "--num-layers"),
-    "--steps": ("--max-steps", "--iters", "--num-train-steps"),
-    "--epochs": ("--num-epochs", "--num-train-epochs"),
+    "--lr": ("learning-rate",),
+    "--rank": ("lora-r", "lora-rank", "r"),
+    "--alpha": ("lora-alpha",),
+    "--target-modules": ("lora-target-modules", "lora-modules", "lora-target"),
+    "--blocks": ("layers-to-transform", "lora-layers", "num-layers"),
+    "--steps": ("max-steps", "iters", "num-train-steps"),
+    "--epochs": ("num-epochs", "num-train-epochs"),
     "--batch-size": (
-        "--per-device-train-batch-size", "--per-device-eval-batch-size", "--micro-batch-size", "--train-batch-size",
+        "per-device-train-batch-size", "per-device-eval-batch-size", "micro-batch-size", "train-batch-size",
     ),
-    "--grad-accum": ("--gradient-accumulation-steps", "--gradient-accumulation", "--grad-accumulation-steps"),
-    "--max-grad-norm": ("--gradient-clipping", "--max-gradient-norm", "--grad-clip"),
-    "--max-length": ("--max-seq-length", "--max-seq-len", "--sequence-len", "--cutoff-len", "--block-size"),
-    "--warmup": ("--warmup-steps", "--warmup-ratio"),
-    "--schedule": ("--lr-scheduler-type", "--lr-scheduler", "--scheduler"),
-    "--out": ("--output-dir", "--output", "--out-dir", "--adapter-path", "--save-dir"),
-    "--bundle": ("--model", "--model-name-or-path", "--model-name", "--base-model", "--pretrained-model-name-or-path"),
-    "--data": ("--dataset", "--dataset-name", "--datasets", "--train-file", "--train-data"),
-    "--eval": ("--eval-dataset", "--eval-data", "--eval-file", "--validation-file", "--valid-data"),
-    "--split": ("--val-set-size", "--validation-split", "--validation-split-percentage", "--val-size"),
-    "--save-every": ("--save-steps",),
-    "--eval-every": ("--eval-steps", "--steps-per-eval"),
-    "--keep best": ("--load-best-model-at-end",),
-    "--patience": ("--early-stopping-patience",),
-    "--resume": ("--resume-from-checkpoint",),
-    "--train-on": ("--train-on-inputs", "--assistant-only-loss", "--completion-only-loss", "--mask-prompt"),
-    "--init-adapter": ("--lora-model-dir", "--resume-adapter-file"),
-    "--adapter": ("--peft-model", "--lora-path", "--adapter-name-or-path", "--lora"),
-    "--max-new-tokens": ("--max-tokens", "--num-predict"),
-    "--token-file": ("--token", "--hf-token"),
-    "--server": ("--url", "--server-url", "--address"),
+    "--grad-accum": ("gradient-accumulation-steps", "gradient-accumulation", "grad-accumulation-steps"),
+    "--max-grad-norm": ("gradient-clipping", "max-gradient-norm", "grad-clip"),
+    "--max-length": ("max-seq-length", "max-seq-len", "sequence-len", "cutoff-len", "block-size"),
+    "--warmup": ("warmup-steps", "warmup-ratio"),
+    "--schedule": ("lr-scheduler-type", "lr-scheduler", "scheduler"),
+    "--out": ("output-dir", "output", "out-dir", "adapter-path", "save-dir"),
+    "--bundle": ("model", "model-name-or-path", "model-name", "base-model", "pretrained-model-name-or-path"),
+    "--data": ("dataset", "dataset-name", "datasets", "train-file", "train-data"),
+    "--eval": ("eval-dataset", "eval-data", "eval-file", "validation-file", "valid-data"),
+    "--split": ("val-set-size", "validation-split", "validation-split-percentage", "val-size"),
+    "--save-every": ("save-steps",),
+    "--eval-every": ("eval-steps", "steps-per-eval"),
+    "--keep best": ("load-best-model-at-end",),
+    "--patience": ("early-stopping-patience",),
+    "--resume": ("resume-from-checkpoint",),
+    "--train-on": ("train-on-inputs", "assistant-only-loss", "completion-only-loss", "mask-prompt"),
+    "--init-adapter": ("lora-model-dir", "resume-adapter-file"),
+    "--adapter": ("peft-model", "lora-path", "adapter-name-or-path", "lora"),
+    "--max-new-tokens": ("max-tokens", "num-predict"),
+    "--token-file": ("token", "hf-token"),
+    "--server": ("url", "server-url", "address"),
 }  # fmt: skip
-"""What PEFT, transformers, TRL, axolotl, Llama-Factory and mlx-lm call our options."""
+"""What PEFT, transformers, TRL, axolotl, Llama-Factory and mlx-lm call our options, without their dashes."""
 
-_OURS: Final = {other: ours for ours, others in OTHER_NAMES.items() for other in others}
+_OURS: Final = {f"--{other}": ours for ours, others in OTHER_NAMES.items() for other in others}
 _VALUE: Final = re.compile(r"(.+?) is not (?:a valid|in the range|one of)", re.S)
 
 
@@ -69,7 +69,8 @@ def usage_words(error: Any) -> str:
 
 
 def _unknown_option(error: Any) -> str:
-    options, arguments = [], []
+    options: list[str] = []
+    arguments: list[str] = []
     for parameter in error.ctx.command.params if error.ctx is not None else ():
         is_option = parameter.param_type_name == "option"
         (options if is_option else arguments).extend((*parameter.opts, *parameter.secondary_opts))

@@ -74,8 +74,8 @@ def test_a_run_is_the_same_from_a_file(place: Place, tmp_path: Path) -> None:  #
     ("text", "words"),
     [
         ("lr = ", "is not valid TOML: "),
-        ("learning-rate = 1", "'learning-rate' is no option of train; dlora-edge train --help lists its options"),
-        ("eval-dat = 'x'", "'eval-dat' is no option of train; is it 'eval-data'?"),
+        ("learning-rate = 1", "'learning-rate' is no option of train; you mean lr"),
+        ("eval-dat = 'x'", "'eval-dat' is no option of train; is it eval-data?"),
         ("[train]\nlr = 1", "'train' is no option of train"),
         ("lr = 1\n[data]\nx = 1", "'data' is a table; write options one below the other"),
         ("eval = 'a'\neval-data = 'b'", "says 'eval-data' twice"),

@@ -52,7 +52,7 @@ def test_every_other_name_leads_to_an_option_that_is_there() -> None:
     commands = typer.main.get_command(edge_app).commands.values()  # type: ignore[attr-defined]
     ours = {name for command in commands for each in command.params for name in each.opts}
     assert {name.split()[0] for name in OTHER_NAMES} <= ours
-    assert not ours & {other for others in OTHER_NAMES.values() for other in others}
+    assert not ours & {f"--{other}" for others in OTHER_NAMES.values() for other in others}
 
 
 @pytest.mark.parametrize(("words", "said"), [
