@@ -211,6 +211,7 @@ def _traced(
 ) -> fx.GraphModule:
     # Every dimension of one size that is open becomes one symbol: "duck shapes".
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True, specialize_zero_one=True), allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # where sizes are open, an entry costs more than it saves
     fakes = [
         mode.from_tensor(
             tensor,
