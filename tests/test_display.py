@@ -272,6 +272,16 @@ def test_elsewhere_a_line_says_how_far_a_basis_is() -> None:
     assert len(lines) <= 4
 
 
+def test_elsewhere_a_long_evaluation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr("dlora.edge.run.display.time.monotonic", lambda: now[0])
+    with Display(stream=stream).evaluating("before", 30) as advance:
+        for _ in range(30):
+            now[0] += 1.0
+            advance(1)
+    assert stream.getvalue().splitlines() == [f"evaluating {seen}/30" for seen in (5, 10, 15, 20, 25)]
+
+
 def test_the_live_line_of_a_long_run_fits_in_80_columns() -> None:
     text = shown_in_a_terminal(
         "from dlora.edge.run.display import Display; import test_display as t\n"

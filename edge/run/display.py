@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain outpu
 
 _SMOOTHING = 0.9
 _STEPS_FOR_AN_ESTIMATE = 3
-_SAY_EVERY_S = 5.0  # where lines are printed, and there may be many
+_SAY_EVERY_S = 5.0  # at most, where lines are printed and there may be many
 
 
 class Display:
@@ -198,10 +198,16 @@ class Display:
             return
         with self._live(f"evaluate {when}".strip(), examples, 0):
             progress_now, task_now = self._progress, self._task
+            seen, said_at = 0, time.monotonic()
 
             def advance(count: int) -> None:
+                nonlocal seen, said_at
+                seen += count
                 if progress_now is not None and task_now is not None:
                     progress_now.advance(task_now, count)
+                elif time.monotonic() - said_at >= _SAY_EVERY_S and seen < examples:
+                    said_at = time.monotonic()
+                    self._show(f"evaluating {seen}/{examples}")
 
             yield advance
 
