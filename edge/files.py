@@ -43,14 +43,12 @@ def make_directory(path: Path) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Raise ``StorageError`` where no file can be made and written in ``directory``: a read-only or full disk, or one
-    of somebody else's."""
+    """Raise ``StorageError`` where no file can be made in ``directory``: its disk is read-only, or it is not ours."""
     probe = directory / ".writable.tmp"
     with storage_errors(directory):
         try:
             remove_quietly(probe)  # a link, say, that somebody put there
-            with probe.open("xb") as file:
-                file.write(b"x")
+            probe.open("xb").close()
         finally:
             remove_quietly(probe)
 

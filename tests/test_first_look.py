@@ -37,11 +37,6 @@ def test_a_server_that_is_not_there_is_said_before_the_plan(place: Place, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_evaluate_says_so_before_it_reads_data(place: Place) -> None:
-    done = run_edge("evaluate", "--bundle", place.bundle, "--server", NOBODY, "--data", place.data)
-    assert_says_nothing_else(done, ConnectionFailedError.exit_code, "cannot reach")
-
-
 def test_another_model_is_said_before_the_plan(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
     done = run_edge(*place.train(tmp_path / "out", bundle=tiny(seed=1).bundle))
     assert_says_nothing_else(done, ModelMismatchError.exit_code, "serves", "export a bundle")

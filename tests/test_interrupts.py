@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from drawn import one_in
 from processes import CLOUD, EDGE, Finished, quiet_environment
+from serving import serving
 from tiny import TinyFactory
 
 EXPORT = EDGE.replace("dlora-edge", "dlora-export")
@@ -50,18 +52,20 @@ else:
 
 @dataclass(frozen=True)
 class Place:
-    """A bundle, the model that it is of, and where what signals a process lies."""
+    """A bundle, the model that it is of, a server of it, and where what signals a process lies."""
 
     bundle: Path
     model: Path
+    url: str
     site: Path
 
 
 @pytest.fixture(scope="module")
-def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("interrupts")
     (directory / "sitecustomize.py").write_text(SITE)
-    return Place(tiny().bundle, tiny().model, directory)
+    with serving(tiny().base) as server:
+        yield Place(tiny().bundle, tiny().model, server.url, directory)
 
 
 def run(place: Place, sent: signal.Signals, when: str, *command: object) -> Finished:
@@ -101,7 +105,7 @@ def test_signal_during_imports_ends_with_one_line_and_130(
         data = tmp_path / "data.jsonl"
         data.write_text(json.dumps({"text": "w1 w2"}) + "\n")
         commands["train"] = [
-            EDGE, "train", "--kind", "lora", "--bundle", place.bundle, "--server", "ws://127.0.0.1:1", "--data", data,
+            EDGE, "train", "--kind", "lora", "--bundle", place.bundle, "--server", place.url, "--data", data,
             "--out", tmp_path / "out",
         ]  # fmt: skip
     done = run(place, sent, when, *commands[command])

@@ -63,12 +63,6 @@ class EvaluatedModel(ModelOptions):
         if self.mode == "split" and (mode := trained_mode(self.find_adapter())) != "split":
             warn(f"the adapter was trained with --mode {mode}; the server is now sent what it computes, token by token")
 
-    def check_server(self, bundle: Bundle, credentials: Credentials) -> None:
-        """Ask the server of a mode that has one, before anything is read. Raises what connecting raises."""
-        from .first_look import check_server
-
-        check_server(self.server_for(self.chosen_mode), self.settings(credentials)["connecting"], bundle)
-
     def open(
         self, bundle: Bundle, credentials: Credentials, longest: int, recorder: Recorder | None
     ) -> AbstractContextManager[SplitModel] | AbstractContextManager[TrunkModel]:
@@ -166,8 +160,6 @@ def evaluate(
     split = split_of_run(model_options.find_adapter()) if split == "auto" else split
     options = DataOptions(data, None, columns, max_length, too_long, train_on, split)
     opened = Bundle.open(model_options.bundle)
-    if asking_server := [each for each in models if each.chosen_mode != "local"]:
-        asking_server[0].check_server(opened, credentials)
     result, answered = evaluate_models(
         [*zip(names, models, strict=True)], opened, options, credentials, display, asking=asking, limit=limit,
         batch_size=batch_size, record=record,

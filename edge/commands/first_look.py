@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dlora.edge.adapters.compatibility import check_base_model
 from dlora.edge.files import check_writable, locked
-from dlora.edge.run.directory import CACHE, CHECKPOINTS, check_free, run_directory
+from dlora.edge.run.directory import CACHE, CHECKPOINTS, HELD_CACHE, check_free, run_directory
 from dlora.edge.training.checkpoint import KEPT, list_checkpoints
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
@@ -37,8 +37,10 @@ def check_place(out: Path, *, resume: bool) -> None:
 
 
 def check_room(out: Path, needed_bytes: int) -> None:
-    """Raise ``StorageError`` where the disk of ``out``, which may not be there yet, has less than that free."""
+    """Raise ``StorageError`` where the disk of ``out``, which may not be there yet, has less than that free; what an
+    earlier run kept there of the server's answers counts as free, for it is written anew."""
     free = shutil.disk_usage(next(each for each in (out, *out.absolute().parents) if each.exists())).free
+    free += sum((out / name).stat().st_size for name in (CACHE, HELD_CACHE) if (out / name).is_file())
     if free < needed_bytes:
         raise StorageError(
             f"--out {out} has room for {free / 1e6:,.1f} MB, and the run needs {needed_bytes / 1e6:,.1f} MB for its "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from dlora.edge.data.batches import steps_an_epoch
+from dlora.edge.data.loading import resolve_max_length
 from dlora.edge.run.plan import total_steps, units_within
 from dlora.edge.run.run_file import RunSettings
 from dlora.edge.training.config import TrainConfig, check_units
@@ -87,6 +88,7 @@ def check_before_data(settings: RunSettings, manifest: Manifest, init: LoadedAda
     """``settings`` with where blocks run, once all that can be wrong without data was looked at. Raises ``UsageError``
     and ``BundleError``."""
     settings = choose_placement(settings, manifest, init)
+    resolve_max_length(settings.max_length, manifest)
     _kill_revive(choose_adapters(settings, manifest, init), manifest)
     return settings
 
