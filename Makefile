@@ -13,7 +13,7 @@ demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process
 	$(BIN)/python examples/demo.py
 
 TEST_PROCESSES ?= 3
-test: .venv/.ready $(SHIM) ## every test but those of test-slow and test-arm: a quarter of an hour
+test: .venv/.ready $(SHIM) ## every test but those of test-slow, -arm and -release: a quarter of an hour
 	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm and not release"
 
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice as long
