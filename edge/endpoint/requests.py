@@ -62,7 +62,7 @@ def _text_bytes(values: Sequence[object], enough: int) -> int:
                 rest.extend(items)
             case dict() as fields:
                 count += 1
-                rest.extend(fields.values())
+                rest.extend((*fields, *fields.values()))
             case _:
                 count += 1
     return count

@@ -387,6 +387,13 @@ def test_a_prompt_that_is_encoded_for_nobody_keeps_its_place_until_it_is_done() 
         assert encoded == ["hi"]
 
 
+@pytest.mark.parametrize("part", ["x" * 101, ["x" * 101], {"a": {"x" * 101: 1}}, {"x": ["x" * 99]}], ids=str)
+def test_whatever_is_in_a_prompt_counts_before_it_is_encoded(part: object) -> None:
+    PromptLimit(10, 10).check(["x" * 90])
+    with pytest.raises(RequestError, match="say less"):
+        PromptLimit(10, 10).check([part])
+
+
 def test_no_client_gets_more_than_the_owner_of_the_device_gives(place: Place) -> None:
     """Longer answers than it set, or the path of who exported the bundle."""
     with endpoint_process(place, "--max-new-tokens", 3) as running:
