@@ -42,7 +42,7 @@ test-arm: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.j
 lint: .venv/.ready ## ruff, mypy, import rules: one minute
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=typings $(BIN)/lint-imports  # where dlora is a namespace, as its roots must be
 
 bench: ## speed, traffic and losses against PEFT, recipes, the device alone: hours
 bench: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-int8/manifest.json \

@@ -199,6 +199,14 @@ TEN_STEPS = (
 )
 
 
+def test_lines_in_a_terminal_end_between_words() -> None:
+    words = "held out: 65 of 646 rows, to see how well the rest teaches; --split 0 trains on all"
+    program = f"from dlora.edge.run.display import Display; Display().say({words!r})"
+    lines = shown_in_a_terminal(program, columns=40).splitlines()
+    assert " ".join(lines) == words
+    assert max(map(len, lines)) <= 40
+
+
 def test_a_terminal_with_room_shows_the_run() -> None:
     """A curve with its ends, a character for each unit, and what has crossed; each line in the window's width."""
     text = shown_in_a_terminal(TEN_STEPS, columns=80)

@@ -1,27 +1,32 @@
-"""Every command of README's "Use it" and of the Raspberry Pi how-to, as it stands there, with a tiny model."""
+"""README: how long it is, what it says, and every command of it and of the first how-tos, as it stands there, with a
+tiny model."""
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 from families import save_tiny
 from processes import BIN, END_TIMEOUT_S, quiet_environment
 from test_cli import free_port
-from test_howto_openai import is_ready
-from waiting import eventually
+from test_docs import rows, section
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text().partition("## Use it")[2].partition("## It survives")[0]
+README = (ROOT / "README.md").read_text()
+QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
 AUDIT = (ROOT / "docs/howto/audit.md").read_text()
+ADAPTERS = (ROOT / "docs/howto/adapters.md").read_text()
 RASPBERRY_PI = (ROOT / "docs/howto/raspberry-pi.md").read_text()
 # What sets a machine up: .ci/wheel, test_bare_install.py, test_install.py and tests/arm do these things.
 SET_UP = ("python3.11 -m venv", "pip install", "pip wheel", "python3 -m venv", "~/dlora/bin/pip", "uv tool", "sudo",
@@ -43,18 +48,19 @@ class Shell:
     def __init__(self, directory: Path, address: str) -> None:
         save_tiny(directory / "tiny", "llama", num_hidden_layers=14, max_position_embeddings=512)
         for name in ("chat.jsonl", "more.jsonl", "held-out.jsonl"):
-            rows = [{"prompt": f"w{number} w7", "completion": f" w{number + 1} w8"} for number in range(5, 13)]
-            (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            examples = [{"prompt": f"w{number} w7", "completion": f" w{number + 1} w8"} for number in range(5, 29)]
+            (directory / name).write_text("".join(json.dumps(example) + "\n" for example in examples))
         self.directory = directory
         self.port = free_port()
-        self.endpoint = free_port()
         self._address = address
         self._environment = {**quiet_environment(), "PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(directory)}
 
     def adapted(self, text: str) -> str:
+        if text == "dlora-cloud serve smollm2-135m":
+            text = f"{text} --port 8765"  # the default, which another process may have
         scheme = self._address.partition("://")[0]
         text = text.replace(self._address, f"{scheme}://127.0.0.1:{self.port}").replace("8765", str(self.port))
-        return text.replace("smollm2-135m", str(self.directory / "tiny")).replace("8080", str(self.endpoint))
+        return text.replace("smollm2-135m", str(self.directory / "tiny"))
 
     def start(self, line: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -92,18 +98,27 @@ def listening(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_readme(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
-    shell, lines = Shell(tmp_path, "ws://127.0.0.1:8765"), commands(README)
-    assert len(lines) == 13
-    for line in lines:
+def test_every_command_of_the_readme_and_the_first_ones_of_the_docs(
+    tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    shell, of_readme = Shell(tmp_path, "ws://127.0.0.1:8765"), commands(README)
+    assert [" ".join(line.split()[:2]) for line in of_readme] == [
+        "dlora-export smollm2-135m", "dlora-cloud serve", "dlora-edge train", "dlora-edge evaluate", "dlora-edge chat",
+    ]  # fmt: skip
+    of_docs = [
+        *commands(section(QUICKSTART, "Blocks on the device")),
+        *commands(section(QUICKSTART, "What fits")),
+        *commands(section(QUICKSTART, "Your data"))[:1],
+        *commands(section(QUICKSTART, "Evaluating"))[:2],
+        *commands(AUDIT),
+    ]
+    assert len(of_docs) >= 9
+    for line in [*of_readme, *of_docs]:
         if line.startswith("dlora-cloud serve"):
             started.append(listening(shell.start(line)))
-        elif line.startswith("dlora-edge serve"):
-            started.append(listening(shell.start(line)))
-            eventually(lambda: is_ready(shell.endpoint))
         else:
             shell.run(line)
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (snippet,) = re.findall(r"```python\n(.*?)```", section(ADAPTERS, "Give it to PEFT"), re.S)
     shell.python(snippet)
 
 
@@ -125,7 +140,63 @@ def test_raspberry_pi(tmp_path: Path, started: list[subprocess.Popen[str]]) -> N
             started.append(listening(shell.start(serve)))
 
 
-def test_the_commands_of_an_audit_are_the_readmes() -> None:
-    """Which are run above."""
-    assert commands(AUDIT)
-    assert set(commands(AUDIT)) <= set(commands(README))
+# -- what it says ----------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert len(README.split()) <= 1100
+    prose = [line for line in re.sub(r"```.*?```", "", README, flags=re.S).splitlines() if not line.startswith("|")]
+    assert [line for line in prose if len(line) > 160] == []
+
+
+def measured(name: str) -> Any:
+    return json.loads((ROOT / "docs/benchmarks" / f"{name}.json").read_text())
+
+
+def test_the_numbers_of_the_readme_are_the_measured_ones() -> None:
+    quality, memory, step = measured("trunk-quality"), measured("trunk-memory"), measured("step")
+    recipes = ("lora-qv-all", "bottleneck-96-answer-int8", "trunk-12-r8")
+
+    def losses(data: str) -> list[str]:
+        of_data = [quality[data][recipe] for recipe in recipes]
+        if data == "dialogue":
+            return [f"{each['loss']:.4f}" for each in of_data]
+        return [f"{each['loss']:.4f}, {100 * each['accuracy']:.1f} %" for each in of_data]
+
+    trips = [str(step[name]["round_trips"]) for name in ("split_all", "split_default")]
+    found = {name: cells for name, *cells in rows(section(README, "Numbers"))}
+    assert found == {
+        "ten intents: held-out loss, right": losses("b10"),
+        "twenty other intents": losses("b20"),
+        "open dialogue: held-out loss": losses("dialogue"),
+        "kB a token, open dialogue": [f"{quality['dialogue'][each]['bytes_per_token'] / 1000:.1f}" for each in recipes],
+        "round trips a step": [*trips, "0, once all texts are there"],
+        "the device's peak memory": [f"{memory[recipe]:.0f} MB" for recipe in recipes],
+    }
+    economy = measured("economy-results")
+    chosen = [economy[data][recipes[1]]["default"]["loss"] for data in ("b10", "b20", "dialogue")]
+    assert "reaches {:.4f}, {:.4f} and {:.4f}".format(*chosen) in " ".join(README.split())
+    bytes_of_default = [quality[data][recipes[1]]["bytes_per_token"] / 1000 for data in ("b10", "b20", "dialogue")]
+    assert f"{min(bytes_of_default):.1f} to {max(bytes_of_default):.1f} kB" in README
+    bytes_of_trunk = [quality[data][recipes[2]]["bytes_per_token"] / 1000 for data in ("b10", "b20", "dialogue")]
+    assert f"{min(bytes_of_trunk):.1f} to {max(bytes_of_trunk):.1f} kB" in README
+    assert f"differs by {measured('demo')['peft']['loss_difference']:.1e} in the demo" in README
+
+
+@pytest.mark.release
+def test_the_repository_has_an_address() -> None:
+    assert ".example" not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+
+def test_links_of_the_readme_are_absolute_where_a_package_index_shows_it() -> None:
+    repository = "https://git.example.org/dlora"
+    shown = runpy.run_path(str(ROOT / "setup.py"))["with_absolute_links"](README, repository)
+    assert len(shown) > len(README)
+    for link in re.findall(r"\]\(([^)]+)\)", shown):
+        assert link.startswith(("https://", "#")), link
+        if link.startswith(repository):
+            kind, path = re.fullmatch(rf"{repository}/(blob|raw)/main/([^#]+)(?:#.*)?", link).groups()  # type: ignore[union-attr]
+            assert (ROOT / path).exists()
+            assert (kind == "raw") == path.endswith((".png", ".svg"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -63,7 +65,12 @@ class Display:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
-            print(text, file=self._stream, flush=True)
+            print(self._wrapped(text) if self._terminal else text, file=self._stream, flush=True)
+
+    def _wrapped(self, text: str) -> str:
+        """In lines of the terminal's width that end between words, as rich writes them beside a live line."""
+        width = shutil.get_terminal_size(os.get_terminal_size(self._stream.fileno())).columns
+        return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False) if width else text
 
     def warn(self, text: str) -> None:
         """One line about something that went wrong and was dealt with."""
