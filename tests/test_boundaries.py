@@ -6,9 +6,12 @@ import ast
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+import dlora
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("protocol", "edge", "cloud", "export")
@@ -47,7 +50,12 @@ def test_every_folder_with_modules_is_a_package_that_is_installed() -> None:
     report = ROOT / "edge" / "report"  # what a page is made of
     folders |= {report / "assets", report / "vendor", report / "vendor" / "uplot"}
     found = {".".join(("dlora", *folder.relative_to(ROOT).parts)) for folder in folders}
-    assert sorted(found) == sorted(listed)
+    assert sorted(found | {"dlora"}) == sorted(listed)
+
+
+def test_dlora_says_its_version() -> None:
+    assert dlora.__version__ == metadata.version("dlora")
+    assert not hasattr(dlora, "no_such_name")
 
 
 def test_importing_the_whole_edge_leaves_torch_unloaded() -> None:
