@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import trustme
 from families import save_tiny
-from processes import BIN, END_TIMEOUT_S, quiet_environment
+from processes import BIN, END_TIMEOUT_S, Command, quiet_environment
 from test_cli import free_port
 from test_docs import rows, section
 
@@ -63,9 +64,10 @@ class Shell:
         return text.replace("smollm2-135m", str(self.directory / "tiny"))
 
     def start(self, line: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["sh", "-c", f"exec {self.adapted(line)}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, cwd=self.directory, env=self._environment,
+        program, *arguments = shlex.split(self.adapted(line), comments=True)
+        return Command(
+            [str(BIN / program), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=self.directory, env=self._environment,
         )  # fmt: skip
 
     def run(self, line: str) -> str:
