@@ -1,4 +1,5 @@
-"""docs/models.md, made from the tiny models that the tests run: ``python tests/models_table.py`` writes it again."""
+"""docs/models.md, made from the tiny models that the tests run: ``python tests/models_table.py`` writes it again, but
+for the types that the tests do not run (``model_types.py``)."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from dlora.protocol.errors import ExportError
 from dlora.protocol.targets import module_names
 
 ON_EXECUTORCH: Final = "llama"  # tests/test_executorch.py
+TYPES_HEADING: Final = "## Every other model type"
 PAGE: Final = Path(__file__).parents[1] / "docs" / "models.md"
 _TOP: Final = """\
 # Models
@@ -114,7 +116,7 @@ def refused(family: str) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """The page down to ``TYPES_HEADING``."""
     lines = [accepted(family) for family in sorted([*FAMILIES, *MORE_FAMILIES])]
     top = _TOP.replace("{always}", ", ".join(TRIED_ALWAYS))
     table = "\n".join([f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|", *lines])
@@ -122,4 +124,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(f"{page()}\n{''.join(PAGE.read_text().partition(TYPES_HEADING)[1:])}")
