@@ -46,6 +46,7 @@ from dlora.protocol.targets import ALL_LINEAR
 from dlora.protocol.text import first_line
 
 Outcome = Literal["works", "refused", "not built", "crashed"]
+OUTCOMES: Final[tuple[Outcome, ...]] = "works", "refused", "not built"
 LEAST_SHOWN: Final = 1e-5  # below it, what is shown would differ from machine to machine
 MOST: Final = 1e-4  # fp32 throughout; sums are taken in another order
 _MEMORY: Final = 8 << 30
@@ -62,7 +63,7 @@ _COLUMNS: Final[dict[Outcome, str]] = {
 }
 _TOP: Final = """\
 transformers {version} has {count} causal model types. The {others} that are not in the tables above were tried by
-`python tests/model_types.py` on {date}: {works} work ({both} of them with a config other than their own default),
+`python tests/model_types.py` on {date}: {works} work ({both} of them not with the default config of their type),
 {refused} are refused, {missing} cannot be built tiny. `tests/test_models.py` tries a few of them again each day.
 
 Each is a tiny model with random weights and one layer of each kind that its config has, saved, loaded, exported and
@@ -140,16 +141,18 @@ def run_trial(trial: Trial) -> Result:
 def _child(trial: Trial, answer: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as directory, quiet():
-        answer.send(_try(trial, Path(directory)))
+    with tempfile.TemporaryDirectory() as directory:
+        answer.send(try_in(trial, Path(directory)))
     answer.close()
     os._exit(0)  # the server's threads of this process are nobody's
 
 
-def _try(trial: Trial, directory: Path) -> Result:
+def try_in(trial: Trial, directory: Path) -> Result:
+    """Try it in this process; ``directory`` is an empty one."""
     model = directory / trial.model_type
     try:
-        _save(tiny_config(trial.model_type, **dict(trial.changes)), model)
+        with quiet():
+            _save(tiny_config(trial.model_type, **dict(trial.changes)), model)
     except Exception as error:  # whatever a type's own code raises
         return Result("not built", f"{type(error).__name__}: {_short(first_line(error))}")
     try:
@@ -206,6 +209,7 @@ def _difference(trainer: Trainer, model: Any, run: Any) -> float:
     labelled = sum(len(batch.labels) for batch in batches)
     losses = trainer.model.forward_backward(batches, step=0, grad_scale=1 / labelled)
     split = float(sum(part.sum() for part in losses)) / labelled
+    model.config.use_cache = False  # RWKV's state is changed in place
     wrapped = reference.with_adapters(model.eval(), trainer.adapters, run.rank, run.lora_alpha)
     loss = reference.loss_of(wrapped, batches)
     loss.backward()
@@ -219,35 +223,40 @@ def _difference(trainer: Trainer, model: Any, run: Any) -> float:
     return float(max(abs(split - loss.item()) / loss.item(), *errors))
 
 
-def rows_of(model_type: str, results: Sequence[tuple[Trial, Result]]) -> dict[Outcome, list[str]]:
-    """Its lines in each table: of trials that say the same, the first."""
+def rows_of(results: Sequence[tuple[Trial, Result]]) -> dict[Outcome, list[str]]:
+    """The lines of a type in each table: of trials that say the same, the first."""
     rows: dict[Outcome, list[str]] = {}
     said: set[str] = set()
     for trial, result in results:
-        text = result.text.replace("|", r"\|") if result.outcome != "works" else result.text
-        if result.outcome == "works":
-            text += f" | {bound_text(result.difference)}"
-        if text not in said:
-            rows.setdefault(result.outcome, []).append(f"| {model_type} | {trial.settings} | {text} |")
-        said.add(text)
+        if result.text not in said:
+            rows.setdefault(result.outcome, []).append(row_of(trial, result))
+        said.add(result.text)
     return rows
 
 
-def bound_text(difference: float) -> str:
-    """The power of ten that it is below, so that the page stays as it is from machine to machine."""
-    power = math.ceil(math.log10(max(difference, LEAST_SHOWN)))
-    return f"< 1e{power}"
+def row_of(trial: Trial, result: Result) -> str:
+    """Differences as the power of ten that they are below, so that the page is the same from machine to machine."""
+    start = f"| {trial.model_type} | {trial.settings} |"
+    if result.outcome != "works":
+        return start + " " + result.text.replace("|", r"\|") + " |"
+    return f"{start} {result.text} | < 1e{math.ceil(math.log10(max(result.difference, LEAST_SHOWN)))} |"
 
 
 def page_rows(outcome: Outcome) -> list[str]:
     """The lines of one table of the page."""
     _, heading, rest = PAGE.read_text().partition(_HEADINGS[outcome])
-    lines = rest.partition("\n## ")[0].splitlines() if heading else []
+    lines = rest.partition("\n#")[0].splitlines() if heading else []
     return [line for line in lines if line.startswith("| ") and not line.startswith("| type |")]
 
 
 def type_of(row: str) -> str:
     return row.split(" | ")[0].removeprefix("| ")
+
+
+def trial_of(row: str) -> Trial:
+    """What a line of the page is about."""
+    (trial,) = (each for each in trials(type_of(row)) if each.settings == row.split(" | ")[1])
+    return trial
 
 
 def page_version() -> str:
@@ -258,27 +267,27 @@ def page_version() -> str:
 
 
 def _section(rows: dict[Outcome, list[str]]) -> str:
-    kinds = {outcome: len({type_of(row) for row in rows[outcome]}) for outcome in _HEADINGS}
+    works, refused, missing = ({type_of(row) for row in rows[outcome]} for outcome in OUTCOMES)
     top = _TOP.format(
         count=len(all_types()), version=transformers.__version__, date=datetime.now(UTC).date().isoformat(),
-        others=len(other_types()), works=kinds["works"], refused=kinds["refused"], missing=kinds["not built"],
-        both=len({type_of(row) for row in rows["works"]} & {type_of(row) for row in rows["refused"]}),
+        others=len(other_types()), works=len(works), both=len(works & refused), refused=len(refused - works),
+        missing=len(missing - works),
     )  # fmt: skip
     tables = [
         f"{_HEADINGS[outcome]}\n\n{_COLUMNS[outcome]}\n{'|---' * (_COLUMNS[outcome].count('|') - 1)}|\n"
         + "\n".join(sorted(rows[outcome]))
-        for outcome in _HEADINGS
+        for outcome in OUTCOMES
     ]
     return "\n\n".join([f"{TYPES_HEADING}\n\n{top}", *tables]) + "\n"
 
 
 def write_page(names: Sequence[str]) -> int:
     """Try these types, and write their rows; returns how many crashed."""
-    rows = {outcome: [row for row in page_rows(outcome) if type_of(row) not in names] for outcome in _HEADINGS}
+    rows = {outcome: [row for row in page_rows(outcome) if type_of(row) not in names] for outcome in OUTCOMES}
     crashed = 0
     for name in names:
         begun = time.monotonic()
-        found = rows_of(name, [(trial, run_trial(trial)) for trial in trials(name)])
+        found = rows_of([(trial, run_trial(trial)) for trial in trials(name)])
         for outcome, lines in found.items():
             print(f"{time.monotonic() - begun:5.1f} s  {outcome:9}  {'; '.join(lines)}", flush=True)
             crashed += outcome == "crashed"
@@ -289,7 +298,7 @@ def write_page(names: Sequence[str]) -> int:
 
 def _names_text(names: Sequence[str]) -> str:
     last = sorted({name.rpartition(".")[2] for name in names})
-    whole = len(names) > 2 * len(last)  # a vision tower has modules of the same names
+    whole = any(".0." in name for name in names)  # a vision tower has modules of the same names
     text = ", ".join(f"`{name}`" for name in (last if whole else names))
     return f"{text} of the text model" if whole else text
 

@@ -11,6 +11,7 @@ from type_configs import tiny_config
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.gradients import LARGEST_SHARE, trace_gradients
+from dlora.cloud.model.layout import can_pack
 from dlora.protocol.errors import ExportError
 
 
@@ -73,3 +74,8 @@ def test_modules_that_only_choose_cannot_be_targets() -> None:
     assert [target.order for target in base.targets.values()] == list(range(len(base.targets)))
     with pytest.raises(ExportError, match=rf"{name} cannot be a target module of mine: it gets no gradient"):
         base.groups([name])
+
+
+def test_sequences_are_not_packed_where_attention_chooses_its_tokens() -> None:
+    """It would choose among those of other sequences: gradients were off by a third, in rows longer than ten tokens."""
+    assert not can_pack(BaseModel.from_model(random_model(tiny_config("glm_moe_dsa")), "mine"))

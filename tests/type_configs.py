@@ -69,6 +69,7 @@ OVERRIDES: Final[dict[str, dict[str, Any]]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_v4": {"head_dim": 16, "index_head_dim": 16, "partial_rotary_factor": 0.5},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "doge": {"keep_window_size": 4},
     "dots3_note": {
         "vision_config": {"mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 16, "adapter_out_dim": 16},
         "audio_config": {"adapter_input_size": 16, "adapter_out_dim": 16},
@@ -77,6 +78,10 @@ OVERRIDES: Final[dict[str, dict[str, Any]]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 4, "head_dim": 8},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        **dict.fromkeys(("index_block_size", "index_topk_blocks", "index_n_heads"), 2),
+    },
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "zaya": {"num_experts_per_tok": 1},

@@ -7,7 +7,7 @@ watching which tensor each of them is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -83,6 +83,7 @@ class BaseModel:
         embedding_size: width of ``inputs_embeds``; hidden_size: of ``last_hidden_state``.
         targets: all modules that can be targets, by name, in execution order.
         refused: linear modules of the blocks that cannot, and why.
+        choosing: those of them that no gradient reaches, because they only choose what others look at.
     """
 
     name: str
@@ -98,6 +99,7 @@ class BaseModel:
     parameters: int
     targets: dict[str, TargetModule]
     refused: dict[str, str]
+    choosing: tuple[str, ...] = ()
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str) -> Self:
@@ -204,12 +206,12 @@ class BaseModel:
             for members in chosen.values()
         )
 
-    def _without(self, names: Collection[str]) -> Self:
+    def _without(self, names: tuple[str, ...]) -> Self:
         """With fewer targets: without those that no gradient reaches."""
-        reason = "gets no gradient (as what only chooses tokens or experts)"
+        reason = "gets no gradient (as what only chooses which tokens are looked at)"
         left = [target for name, target in self.targets.items() if name not in names]
         targets = {target.name: replace(target, order=order) for order, target in enumerate(left)}
-        return replace(self, targets=targets, refused=self.refused | dict.fromkeys(names, reason))
+        return replace(self, targets=targets, refused=self.refused | dict.fromkeys(names, reason), choosing=names)
 
     def _target(self, name: str) -> TargetModule:
         target = self.targets.get(name)
