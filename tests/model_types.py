@@ -154,7 +154,8 @@ def try_in(trial: Trial, directory: Path) -> Result:
         with quiet():
             _save(tiny_config(trial.model_type, **dict(trial.changes)), model)
     except Exception as error:  # whatever a type's own code raises
-        return Result("not built", f"{type(error).__name__}: {_short(first_line(error))}")
+        reason = first_line(error).partition(". ")[0]
+        return Result("not built", f"{type(error).__name__}: {_short(reason)}")
     try:
         return _train(model)
     except DloraError as error:
