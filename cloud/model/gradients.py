@@ -18,7 +18,7 @@ from dlora.protocol.errors import ExportError
 if TYPE_CHECKING:
     from .base_model import BaseModel
 
-LARGEST_SHARE: Final = 1e-4  # of a causal model it is 0, of others .01 and more
+LARGEST_SHARE: Final = 1e-4  # of a causal model it is 0, of nine tiny ones that are not .03 and more
 _LENGTH: Final = 6
 _EARLIER: Final = 3
 _DECODER_SETTINGS: Final = ("is_decoder", "causal")  # of BERT's kin and of XLM
