@@ -201,6 +201,8 @@ def _train(model: Path) -> Result:
             with training(bundle, server.url, run, dataset) as trainer:
                 randomize(trainer)
                 worst = max(worst, _difference(trainer, load_model(find_source(str(model))), run))
+    if worst > MOST:
+        return Result("crashed", f"off PEFT's by {worst:.1e}")
     return Result("works", text, worst)
 
 
@@ -283,7 +285,7 @@ def _section(rows: dict[Outcome, list[str]]) -> str:
 
 
 def write_page(names: Sequence[str]) -> int:
-    """Try these types, and write their rows; returns how many crashed."""
+    """Try these types, and write their rows; returns how many have none, as they crashed or gave something else."""
     rows = {outcome: [row for row in page_rows(outcome) if type_of(row) not in names] for outcome in OUTCOMES}
     crashed = 0
     for name in names:
