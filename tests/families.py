@@ -15,6 +15,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -173,7 +174,11 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
     Weights are a good deal larger than at a usual initialisation, so that every part of the model shows.
     """
-    config = CONFIG_MAPPING[family](**{**ALL_FAMILIES[family], **changes})
+    return random_model(CONFIG_MAPPING[family](**{**ALL_FAMILIES[family], **changes}), seed)
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """As ``tiny_model``, of any config."""
     torch.manual_seed(seed)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_config(config, dtype=torch.float32)

@@ -1,4 +1,5 @@
-"""docs/models.md, made from the tiny models that the tests run: ``python tests/models_table.py`` writes it again."""
+"""docs/models.md, made from the tiny models that the tests run: ``python tests/models_table.py`` writes it again, but
+for the types that the tests do not run (``model_types.py``)."""
 
 from __future__ import annotations
 
@@ -17,15 +18,20 @@ from dlora.protocol.errors import ExportError
 from dlora.protocol.targets import module_names
 
 ON_EXECUTORCH: Final = "llama"  # tests/test_executorch.py
+TYPES_HEADING: Final = "## Every other model type"
 PAGE: Final = Path(__file__).parents[1] / "docs" / "models.md"
 _TOP: Final = """\
 # Models
 
-Made by `python tests/models_table.py` from `tests/families.py`; `tests/test_models.py` fails where it is stale.
+Made by `python tests/models_table.py` from `tests/families.py`, and by `python tests/model_types.py`;
+`tests/test_models.py` fails where it is stale.
 
-dlora knows no family by name: it takes any decoder-only model of Hugging Face transformers that gives the same logits
-when it is cut at `inputs_embeds` and `last_hidden_state`. Export checks that, and so does `dlora-cloud serve` when it
-starts. A family that is not listed here is checked in the same way; it is only not among the tests.
+dlora takes any decoder-only model of Hugging Face transformers in which no token sees a later one, and that gives the
+same logits when it is cut at `inputs_embeds` and `last_hidden_state`. {tested} families are tested, [most of the other
+model types](#every-other-model-type) were tried once and work, and of those that do not, the error is listed.
+
+dlora knows no family by name. Export checks both conditions, and so does `dlora-cloud serve` when it starts, also of a
+model type that is not on this page.
 
 ## Tried
 
@@ -114,12 +120,12 @@ def refused(family: str) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """The page down to ``TYPES_HEADING``."""
     lines = [accepted(family) for family in sorted([*FAMILIES, *MORE_FAMILIES])]
-    top = _TOP.replace("{always}", ", ".join(TRIED_ALWAYS))
+    top = _TOP.replace("{always}", ", ".join(TRIED_ALWAYS)).replace("{tested}", str(len(lines)))
     table = "\n".join([f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|", *lines])
     return f"{top}{table}\n{_REFUSED}" + "\n".join(map(refused, sorted(REFUSED_FAMILIES))) + "\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(f"{page()}\n{''.join(PAGE.read_text().partition(TYPES_HEADING)[1:])}")

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, save_tiny, tiny_model
+from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, random_model, save_tiny, tiny_model
 from processes import run_cloud
 from tiny import TinyFactory
 from transformers import PreTrainedModel
+from type_configs import tiny_config
 
 from dlora.cloud.model.base_model import BaseModel, find_embedding, find_head, load_base_model
 from dlora.cloud.model.ends import check_cut, cut_error
@@ -153,21 +154,47 @@ def test_a_family_that_cannot_be_cut_is_refused_before_anything_is_served(family
     ("family", "changes", "reason"),
     [
         ("axk2", {"num_key_value_heads": 2}, r"its own code fails: RuntimeError: The size of tensor a"),
+        ("reformer", {}, r"cannot be trained, its own code fails: AssertionError: If you want to train"),
         ("reformer", {"is_decoder": False}, r"cannot be loaded .*: If you want to use `ReformerModelWithLMHead`"),
         ("reformer", {"num_buckets": 3}, r"its own code fails: AssertionError: There should be an even number"),
         ("reformer", {"max_position_embeddings": 4, "axial_pos_embds": False}, r"its own code fails: ValueError: Seq"),
     ],
 )
-def test_an_unusual_family_works_or_is_one_line_with_its_own_reason(
+def test_an_unusual_family_is_one_line_with_its_own_reason(
     family: str, changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    model = tiny_model(family)
-    BaseModel.from_model(model, family)
-    model.save_pretrained(tmp_path)
+    tiny_model(family).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(ExportError, match=reason):
         load_base_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["cpmant", "gemma4_text"])
+def test_a_model_that_runs_on_token_ids_only_is_told_so(model_type: str) -> None:
+    """Its own code does not fail: CPM-Ant takes no embeddings, and Gemma 4 looks up more of a token in every block."""
+    with pytest.raises(ExportError, match=r"mine \(.*\) runs on token ids but not on their embeddings alone"):
+        BaseModel.from_model(random_model(tiny_config(model_type)), "mine")
+
+
+def test_a_family_that_changes_its_input_in_place_is_weighed() -> None:
+    """CTRL scales the embeddings that it is given, which autograd forbids of a leaf."""
+    base = BaseModel.from_model(random_model(tiny_config("ctrl")), "ctrl")
+    assert LiveBytes.measure(base).largest(16, 16) > 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "block"),
+    [
+        ("llama4_text", "model.layers.1"),
+        ("git", "git.encoder.layer.1"),
+        ("moss_transcribe_diarize", "model.language_model.layers.1"),
+    ],
+)
+def test_the_text_models_own_blocks_are_found(model_type: str, block: str) -> None:
+    """Where transformers names no decoder (Llama 4), and beside a tower for images or sound of as many blocks."""
+    base = BaseModel.from_model(random_model(tiny_config(model_type)), model_type)
+    assert list(base.targets)[-1].startswith(block)
 
 
 @pytest.mark.parametrize("name", ["get_input_embeddings", "get_output_embeddings"])

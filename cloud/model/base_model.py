@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from dlora.protocol.text import first_line
 
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
+from .gradients import check_causality, trace_gradients
 from .hub import reach
 from .loading import load_model, quiet
 from .source import ModelSource, find_source, public_name
@@ -82,6 +83,7 @@ class BaseModel:
         embedding_size: width of ``inputs_embeds``; hidden_size: of ``last_hidden_state``.
         targets: all modules that can be targets, by name, in execution order.
         refused: linear modules of the blocks that cannot, and why.
+        choosing: those of them that no gradient reaches, because they only choose what others look at.
     """
 
     name: str
@@ -97,13 +99,14 @@ class BaseModel:
     parameters: int
     targets: dict[str, TargetModule]
     refused: dict[str, str]
+    choosing: tuple[str, ...] = ()
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str) -> Self:
-        """Freeze ``model``, trace it, and check the cut.
+        """Freeze ``model``, trace it, and check the cut and that no token sees a later one.
 
         Raises ``ExportError`` where it is not a decoder-only language model, its own code fails, no module of it can
-        be a target, or it does more at its two ends than a device can.
+        be a target, it does more at its two ends than a device can, or it is not causal.
         """
         config = model.config
         if getattr(config, "is_encoder_decoder", False):
@@ -113,7 +116,7 @@ class BaseModel:
         with model_code(name, config.model_type):
             text = config.get_text_config(decoder=True)
             head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-            decoder, count = model.base_model, getattr(text, "num_hidden_layers", None)
+            decoder, count = _find_decoder(model), getattr(text, "num_hidden_layers", None)
         if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
             raise ExportError(
                 f"{name} ({config.model_type}) has no plain token embedding and linear LM head; it is not supported"
@@ -124,9 +127,11 @@ class BaseModel:
                 f"{name} ({config.model_type}) is no single stack of transformer blocks: its config has no "
                 "num_hidden_layers; its architecture is not supported"
             )
-        block_list = _find_blocks(model, decoder, count, name)
-        with model_code(name, config.model_type):
-            targets, refused = _trace(model, decoder, block_list, embedding.embedding_dim)
+        for block_list in _lists_of_blocks(model, decoder, count, name):
+            with model_code(name, config.model_type), _given_embeddings(model, name):
+                targets, refused = _trace(model, decoder, block_list, embedding.embedding_dim)
+            if targets:
+                break
         if not targets:
             module, reason = next(iter(refused.items()), ("its blocks", "have no linear modules"))
             raise ExportError(f"{name} ({config.model_type}) has no module that can be a target: {module} {reason}")
@@ -147,7 +152,10 @@ class BaseModel:
         )
         with model_code(name, config.model_type):
             check_cut(base, find_embedding(base), find_head(base))
-        return base
+        with model_code(name, config.model_type, "trained"):
+            gradients = trace_gradients(base)
+        check_causality(base, gradients)
+        return base._without(gradients.without)
 
     @cached_property
     def public_name(self) -> str:
@@ -197,6 +205,13 @@ class BaseModel:
             )
             for members in chosen.values()
         )
+
+    def _without(self, names: tuple[str, ...]) -> Self:
+        """With fewer targets: without those that no gradient reaches."""
+        reason = "gets no gradient (as what only chooses which tokens are looked at)"
+        left = [target for name, target in self.targets.items() if name not in names]
+        targets = {target.name: replace(target, order=order) for order, target in enumerate(left)}
+        return replace(self, targets=targets, refused=self.refused | dict.fromkeys(names, reason), choosing=names)
 
     def _target(self, name: str) -> TargetModule:
         target = self.targets.get(name)
@@ -248,16 +263,29 @@ def load_base_model(
     return BaseModel.from_model(model, name)
 
 
-def _find_blocks(model: nn.Module, decoder: nn.Module, count: int, name: str) -> list[tuple[str, nn.Module]]:
+def _find_decoder(model: PreTrainedModel) -> nn.Module:
+    """What transformers names as such; where that is the model itself (Llama 4's text model), the model inside."""
+    if model.base_model is not model:
+        return model.base_model
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+
+
+def _lists_of_blocks(
+    model: PreTrainedModel, decoder: nn.Module, count: int, name: str
+) -> list[list[tuple[str, nn.Module]]]:
+    """Every list of as many modules as the config says, with their paths: a vision tower may have as many blocks."""
     paths = {module: path for path, module in model.named_modules()}
     found = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not found:
-        raise ExportError(f"{name} has no list of {count} transformer blocks; its architecture is not supported")
-    return [(paths[block], block) for block in found[0]]
+        raise ExportError(
+            f"{name} ({model.config.model_type}) has no list of {count} transformer blocks, the num_hidden_layers of "
+            "its config; its architecture is not supported"
+        )
+    return [[(paths[block], block) for block in blocks] for blocks in found]
 
 
 @contextmanager
-def model_code(name: str, architecture: str) -> Iterator[None]:
+def model_code(name: str, architecture: str, what: str = "run") -> Iterator[None]:
     """While the model's own code runs for the first times: what it raises becomes one line, an ``ExportError``."""
     try:
         yield
@@ -265,7 +293,21 @@ def model_code(name: str, architecture: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ExportError(
-            f"{name} ({architecture}) cannot be run, its own code fails: {type(error).__name__}: {first_line(error)}"
+            f"{name} ({architecture}) cannot be {what}, its own code fails: {type(error).__name__}: {first_line(error)}"
+        ) from None
+
+
+@contextmanager
+def _given_embeddings(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """While the decoder is first run on embeddings: what fails there may run on token ids, and that is said then."""
+    try:
+        yield
+    except Exception as error:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, TRACE_TOKENS, dtype=torch.long, device=model.device), use_cache=False)
+        raise ExportError(
+            f"{name} ({model.config.model_type}) runs on token ids but not on their embeddings alone, and so cannot be "
+            f"cut; its architecture is not supported ({type(error).__name__}: {first_line(error)})"
         ) from None
 
 
@@ -301,7 +343,7 @@ def _trace(
     for name, _, _ in calls:
         times[name] += 1
     refused = {
-        name: f"runs {count} times in a forward pass (as experts of a mixture do), not once"
+        name: f"runs {count} times in a forward pass (as blocks in a loop do, and experts of a mixture), not once"
         if count
         else "is never called in a forward pass"
         for name, count in times.items()

@@ -218,6 +218,8 @@ def _alive(base: BaseModel, length: int, *, masked: bool) -> list[list[tuple[str
 def _input(base: BaseModel, length: int, *, masked: bool, requires_grad: bool) -> tuple[Tensor, Tensor | None]:
     shape = _SEQUENCES, length, base.embedding_size
     embeds = torch.ones(shape, dtype=base.dtype, device=base.device, requires_grad=requires_grad)
+    if requires_grad:
+        embeds = embeds.clone()  # CTRL changes in place what it is given, which autograd forbids of a leaf
     mask = None
     if masked:
         mask = torch.ones(_SEQUENCES, length, dtype=torch.long, device=base.device)
