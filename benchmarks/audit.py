@@ -137,7 +137,7 @@ def in_one_sentence(audit: dict[str, Any]) -> str:
     findings = audit["bottleneck"]["findings"]
     text, labels, adapter = (findings[secret]["attacks"][0] for secret in ("text", "labels", "adapter"))
     shares = f"{100 * text['figure']:.4g} % of the text, {100 * labels['figure']:.4g} % of the labels"
-    return f"{shares}, and the trained cores to {_error(adapter)}"
+    return f"{shares}, and the trained matrices with an error of {_error(adapter)}"
 
 
 def of_few_tokens(audit: dict[str, Any]) -> str:

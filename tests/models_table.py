@@ -39,7 +39,7 @@ Of each family here, a tiny model with random weights is exported and trained th
 those of PEFT in one process (`tests/test_split_equals_peft.py`): of `lora` with its default target modules and with
 `all-linear`, of `bottleneck` and `ffa` with `all-linear`. That is on ONNX Runtime, with fp32 on the wire. ExecuTorch
 has the same graphs, which depend on widths and kind of head and not on the family; whole runs with it are tested with
-`llama` (`tests/test_executorch.py`). Real weights are tried with SmolLM2-135M (`llama`) only.
+`llama` (`tests/test_executorch.py`). Of real weights the tests have those of SmolLM2-135M (`llama`) only.
 
 - **LoRA's default**: what gets an adapter with `--kind lora` or `ffa` and without `--target-modules`. It is PEFT's own
   where it has one for the family, else dlora's: attention's query and value projections by their names, fused or not;

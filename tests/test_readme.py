@@ -57,8 +57,8 @@ class Shell:
         self._environment = {**quiet_environment(), "PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(directory)}
 
     def adapted(self, text: str) -> str:
-        if text == "dlora-cloud serve smollm2-135m":
-            text = f"{text} --port 8765"  # the default, which another process may have
+        if text.startswith("dlora-cloud serve") and "--port" not in text:
+            text = "dlora-cloud serve smollm2-135m --port 8765"  # the default port, which another process may have
         scheme = self._address.partition("://")[0]
         text = text.replace(self._address, f"{scheme}://127.0.0.1:{self.port}").replace("8765", str(self.port))
         return text.replace("smollm2-135m", str(self.directory / "tiny"))
