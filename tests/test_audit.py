@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec import structs
-from processes import quiet_environment, run_edge
+from processes import run_cloud, run_edge
 from recordings import opened, record_training, record_trunk
 from safetensors.numpy import load, save
 from serving import config, serving, training
@@ -46,12 +46,12 @@ from dlora.protocol.recording import FRAMES_FILE, TOKENIZER_FILE, TRUTH_FILE, Fr
 from dlora.protocol.tensors import WireTensor
 
 STEPS = 4
-BLOCKS = 4
+BLOCKS = 3
 
 
 @pytest.fixture(scope="module")
 def model(tiny: TinyFactory) -> Tiny:
-    return tiny(blocks=BLOCKS, device_blocks=2, head_dtype="fp32")
+    return tiny(blocks=BLOCKS, device_blocks=3, head_dtype="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def recordings(model: Tiny, data: Dataset, url: str, tmp_path_factory: pytest.Te
         ("ffa", {"wire_dtype": "fp16"}),
     ):
         record_training(model, url, directory / kind, data, kind=kind, **common, **more)
-    record_trunk(model, url, directory / "trunk", data, blocks=(2, 3))
+    record_trunk(model, url, directory / "trunk", data, blocks=(1, 2))
     return {path.name: path for path in directory.iterdir()}
 
 
@@ -304,15 +304,11 @@ def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Pa
     )
     assert trained.code == 0, trained.stderr
     assert "gets this run's text, labels, adapter and gradients, in the clear" in trained.stderr
-    done = subprocess.run(
-        [
-            Path(sys.executable).with_name("dlora-cloud"), "audit", model.model, "--frames", record, "--truth", record,
-            "--out", tmp_path / "audit.html", "--phrase", "w17", "--phrase", "nowhere to be found", "--json",
-            "--try", "noise=0.3",
-        ],
-        capture_output=True, text=True, env=quiet_environment(), timeout=300, check=False,
+    done = run_cloud(
+        "audit", model.model, "--frames", record, "--truth", record, "--out", tmp_path / "audit.html",
+        "--phrase", "w17", "--phrase", "nowhere to be found", "--json", "--try", "noise=0.3",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     said = json.loads(done.stdout)
     assert said == json.loads((tmp_path / "audit.json").read_text())
     verdicts = {each["secret"]: each["verdict"] for each in said["findings"]}
@@ -613,7 +609,7 @@ def test_embeddings_that_hold_something_else_are_not_by_construction(model: Tiny
 def test_a_label_that_another_text_shows_is_fed_back(model: Tiny, url: str, tmp_path: Path) -> None:
     """A conversation as a row a turn: what is last in one text is in the middle of the next."""
     turns = [[10, 11, 12], [10, 11, 12, 13, 14], [20, 21, 22]]
-    record_trunk(model, url, tmp_path, Dataset.of([(ids, [len(ids) - 2]) for ids in turns]), blocks=(2, 3))
+    record_trunk(model, url, tmp_path, Dataset.of([(ids, [len(ids) - 2]) for ids in turns]), blocks=(1, 2))
     audit = run_audit(*opened(tmp_path), model.base)
     assert finding(audit, "labels never fed back").why.startswith("2 of 3 labels")
     assert finding(audit, "labels fed back as text").attacks[0].found.startswith("1 of 1 labels")

@@ -18,7 +18,7 @@ from block_bundles import block_bundle, stored_as
 from block_oracle import TorchBlocks, random_lora
 from drawn import one_in
 from families import save_tiny, tiny_model
-from processes import run_edge, run_export
+from processes import run_edge
 from safetensors.numpy import load_file
 from tiny import TinyFactory
 from torch import nn
@@ -61,10 +61,11 @@ def test_blocks_that_cannot_be_are_one_line_and_leave_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_command_says_a_line_a_block(tiny: TinyFactory, tmp_path: Path) -> None:
-    done = run_export(tiny().model, "--out", tmp_path / "bundle", "--device-blocks", "all")
-    assert done.code == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("block ")]
+def test_command_says_a_line_a_block(tiny: TinyFactory, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    arguments = [str(tiny().model), "--out", str(tmp_path / "bundle"), "--device-blocks", "all"]
+    monkeypatch.setattr("sys.argv", ["dlora-export", *arguments])
+    main()
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("block ")]
     assert lines == ["block 1 of 2 is traced", "block 2 of 2 is traced"]
 
 

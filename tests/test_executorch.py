@@ -13,7 +13,7 @@ import numpy as np
 import oracles
 import pytest
 from drawn import one_in
-from executorch_bundle import NEEDED, program
+from executorch_bundle import FEW_SHAPES, NEEDED, program
 from families import VOCABULARY
 from processes import run_edge
 from serving import config, random_dataset, randomize_all, serving
@@ -45,7 +45,7 @@ pytestmark = NEEDED
 
 @pytest.fixture(scope="module")
 def bundle(tiny: TinyFactory) -> Path:
-    return tiny(head_dtype="fp32", engine="both").bundle
+    return tiny(head_dtype="fp32", engine="both", **FEW_SHAPES).bundle
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def random_inputs(bundle: Bundle, spec: Any, sizes: dict[str, int], seed: int = 
 
 @pytest.mark.parametrize("kind", ["lora", "bottleneck", "ffa"])
 def test_thirty_steps_match_the_losses_of_onnx(tiny: TinyFactory, bundle: Path, kind: str) -> None:
-    base = tiny().base
+    base = tiny(**FEW_SHAPES).base
     optimizer = {"lr": 1e-2, "weight_decay": 0.01}
     run = config(kind=kind, total_steps=30, rank=4, lora_alpha=8.0, optimizer=optimizer, basis_steps=2)
     losses = []
@@ -285,7 +285,7 @@ main()
 def test_a_command_needs_neither_torch_nor_onnxruntime_nor_executorchs_python(
     tiny: TinyFactory, bundle: Path, tmp_path: Path
 ) -> None:
-    base = tiny().base
+    base = tiny(**FEW_SHAPES).base
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 4)
     with serving(base) as server:
@@ -309,7 +309,7 @@ def test_without_onnxruntime_its_engine_names_the_extra(bundle: Path, tmp_path: 
 
 @pytest.mark.parametrize("choice", ["auto", "executorch"])
 def test_bundle_for_executorch_alone_works(tiny: TinyFactory, choice: str, tmp_path: Path) -> None:
-    model = tiny("gpt2", rank=2, head_dtype="int8", engine="executorch")
+    model = tiny("gpt2", rank=2, head_dtype="int8", engine="executorch", n_inner=16)
     assert not list(model.bundle.rglob("*.onnx"))
     assert load_manifest(model.bundle).engines == ("executorch",)
     data = tmp_path / "data.jsonl"
