@@ -46,7 +46,7 @@ from dlora.protocol.recording import FRAMES_FILE, TOKENIZER_FILE, TRUTH_FILE, Fr
 from dlora.protocol.tensors import WireTensor
 
 STEPS = 4
-BLOCKS = 3
+BLOCKS = 4
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def recordings(model: Tiny, data: Dataset, url: str, tmp_path_factory: pytest.Te
         ("ffa", {"wire_dtype": "fp16"}),
     ):
         record_training(model, url, directory / kind, data, kind=kind, **common, **more)
-    record_trunk(model, url, directory / "trunk", data, blocks=(1, 2))
+    record_trunk(model, url, directory / "trunk", data, blocks=(2, 3))
     return {path.name: path for path in directory.iterdir()}
 
 
@@ -479,7 +479,7 @@ def doubling(times: int) -> dict[str, Any]:
     ("changes", "words"),
     [
         ({"decoder": doubling(12)}, "characters of"),
-        pytest.param({"decoder": doubling(40)}, "needs more than the 256 MiB of memory", marks=pytest.mark.slow),
+        pytest.param({"decoder": doubling(40)}, "needs more than the 64 MiB of memory", marks=pytest.mark.slow),
         ({"model": {"type": "WordLevel", "vocab": 7}}, "is no tokenizer that can be read"),
     ],
     ids=["a long text", "all memory", "damaged"],
@@ -488,7 +488,7 @@ def test_a_tokenizer_of_a_stranger_harms_no_audit(
     model: Tiny, broken: _Broken, changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it makes of tokens it makes in a child with a limit of memory, and it makes no more than tokens can be."""
-    monkeypatch.setattr(child, "spare_bytes", lambda: 1 << 28)
+    monkeypatch.setattr(child, "spare_bytes", lambda: 1 << 26)
     whole = json.loads((model.model / TOKENIZER_FILE).read_text())
     broken.set(broken.truth / TOKENIZER_FILE, json.dumps({**whole, **changes}).encode())
     said = broken.audit(model.model)
@@ -609,7 +609,7 @@ def test_embeddings_that_hold_something_else_are_not_by_construction(model: Tiny
 def test_a_label_that_another_text_shows_is_fed_back(model: Tiny, url: str, tmp_path: Path) -> None:
     """A conversation as a row a turn: what is last in one text is in the middle of the next."""
     turns = [[10, 11, 12], [10, 11, 12, 13, 14], [20, 21, 22]]
-    record_trunk(model, url, tmp_path, Dataset.of([(ids, [len(ids) - 2]) for ids in turns]), blocks=(1, 2))
+    record_trunk(model, url, tmp_path, Dataset.of([(ids, [len(ids) - 2]) for ids in turns]), blocks=(2, 3))
     audit = run_audit(*opened(tmp_path), model.base)
     assert finding(audit, "labels never fed back").why.startswith("2 of 3 labels")
     assert finding(audit, "labels fed back as text").attacks[0].found.startswith("1 of 1 labels")

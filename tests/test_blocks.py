@@ -33,7 +33,7 @@ LENGTHS = (11, 6)  # longer than the windows of tiny models (4); traced with 23 
 RANK, SCALING = 5, 1.5  # traced with 7
 
 OTHERS = [family for family in (*FAMILIES, *MORE_FAMILIES) if family not in REFUSED and family not in TRIED_ALWAYS]
-RUNNING = [*TRIED_ALWAYS, *(pytest.param(family, marks=pytest.mark.slow) for family in one_in(3, OTHERS))]
+RUNNING = [*TRIED_ALWAYS, *(pytest.param(family, marks=pytest.mark.slow) for family in one_in(6, OTHERS))]
 
 
 def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:

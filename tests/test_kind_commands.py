@@ -195,16 +195,16 @@ def test_a_run_without_options_is_of_the_default_recipe(place: Place, tmp_path: 
 def test_rate_that_nobody_named_is_chosen_from_the_data_once(place: Place, tmp_path: Path) -> None:
     """Ten examples: each step is a pass."""
     usual = DEFAULTS["bottleneck"].lr
-    for steps, lr in ((1, usual), (10, usual / 4)):
+    for steps, lr in ((1, usual), (16, usual / 2)):
         out = tmp_path / str(steps)
         words = without_kind(place.train(out, "--steps", steps, "--batch-size", 10))
         at = words.index("--lr")
         done = run_edge(*words[:at], *words[at + 2 :])
         assert done.code == 0
         assert load_run_file(out).settings.lr == pytest.approx(lr)
-        reason = f"learning rate {lr:g}: 10.0 passes over 10 different examples, 10 with answers of their own; --lr"
+        reason = f"learning rate {lr:g}: 16.0 passes over 10 different examples, 10 with answers of their own; --lr"
         assert (reason in done.stderr) is (lr != usual)
-    for resume in (("resume", out, "--steps", 12), (*words[:at], *words[at + 2 :], "--steps", 14, "--resume")):
+    for resume in (("resume", out, "--steps", 18), (*words[:at], *words[at + 2 :], "--steps", 20, "--resume")):
         done = run_edge(*resume)
         assert (done.code, "by heart" in done.stderr) == (0, False), done.stderr
         assert load_run_file(out).settings.lr == pytest.approx(lr)

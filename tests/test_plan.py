@@ -69,7 +69,7 @@ def test_expected_traffic_is_near_the_counted(
     place: Place, tmp_path: Path, options: dict[str, object], tolerance: float
 ) -> None:
     done = run_edge(
-        *place.train(tmp_path / "out", max_length=20, too_long="truncate", batch_size=5, **{"steps": 20, **options}),
+        *place.train(tmp_path / "out", max_length=20, too_long="truncate", batch_size=5, **{"steps": 10, **options}),
         "--json",
     )
     assert done.code == 0, done.stderr

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Real dialogue, as the demo has it."""
     directory = tmp_path_factory.mktemp("data")
-    code = "import pathlib, sys, dialogue; dialogue.write_dialogue(pathlib.Path(sys.argv[1]), 48, 0)"
+    code = "import pathlib, sys, dialogue; dialogue.write_dialogue(pathlib.Path(sys.argv[1]), 12, 0)"
     subprocess.run([sys.executable, "-c", code, str(directory)], check=True, cwd=ROOT / "examples")
     return directory / "train.jsonl", directory / "eval.jsonl"
 
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
         yield running
 
 
-def test_fifty_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -> None:
+def test_twelve_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -> None:
     """Same initial adapter, order and settings, fp32 wire and head, all active: the losses and the final adapters."""
     import peft_reference as reference
     import torch
@@ -53,7 +53,7 @@ def test_fifty_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -
     tokenizer = EdgeTokenizer.open(bundle)
     dataset = load_examples(data[0], tokenizer, max_length=48, too_long="skip")
     run = config(
-        total_steps=50, batch_size=4, rank=8, lora_alpha=16.0, optimizer={"lr": 1e-3, "weight_decay": 0.01}
+        total_steps=12, batch_size=4, rank=8, lora_alpha=16.0, optimizer={"lr": 1e-3, "weight_decay": 0.01}
     )
     with training(FP32, server.url, run, dataset) as trainer:
         start = reference.with_adapters(load_base_model(MODEL).model, trainer.adapters, run.rank, run.lora_alpha)
@@ -94,7 +94,7 @@ def test_saved_adapter_gives_the_same_loss_in_peft(
     need(bundle)
     done = run_edge(
         "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", data[0], "--eval",
-        data[1], "--out", tmp_path, "--steps", 8,
+        data[1], "--out", tmp_path, "--steps", 5,
         "--batch-size", 4, "--lr", 2e-3, "--wire-dtype", wire_dtype, "--kr-warmup-steps", 3,
         "--active-fraction", active_fraction, "--kr-score", "change", "--seed", 0, "--json", timeout_s=900,
     )  # fmt: skip
@@ -172,8 +172,8 @@ def test_answers_are_those_of_peft(data: tuple[Path, Path], server: CloudProcess
             ids = tokenizer.encode_chat([{"role": "user", "content": question}]).tolist()
             with torch.no_grad():
                 found = model.generate(
-                    input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+                    input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
                 )
             wanted = found[0, len(ids) :].tolist()
             for draft_length in (0, 4):
-                assert generated(opened, ids, 24, draft_length=draft_length) == wanted
+                assert generated(opened, ids, 12, draft_length=draft_length) == wanted

@@ -288,8 +288,8 @@ def test_another_bundles_cache_is_refused(place: Place, tiny: TinyFactory, tmp_p
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Path) -> None:
     data = tmp_path / "long.jsonl"
-    data.write_text(records(900, longest=60))
-    with small_disk(tmp_path) as disk:
+    data.write_text(records(450, longest=60))
+    with small_disk(tmp_path, 600) as disk:
         out = disk / "run"
         words = Place(place.bundle, data, place.url).train(
             out, *TRUNK, "--exact", "--wire-dtype", "fp32", "--eval", data
@@ -300,7 +300,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Pat
         assert "free space" in done.errors[0]
         wanted = tmp_path / "wanted"
         assert run_edge(*[wanted if word == out else word for word in words]).code == 0
-        done = run_edge(*words, "--cache-mb", 0.3)  # what came is kept, the rest is asked for again each time
+        done = run_edge(*words, "--cache-mb", 0.2)  # what came is kept, the rest is asked for again each time
         assert done.code == 0, done.stderr
-        assert "again, each time it is needed, what has no room in --cache-mb 0.3" in done.stderr
+        assert "again, each time it is needed, what has no room in --cache-mb 0.2" in done.stderr
         assert_same_run(out, wanted)
