@@ -96,12 +96,15 @@ def main() -> None:
         with contextlib.suppress(ImportError):  # of another version; whoever needs it imports what there is
             importlib.import_module(name)
     load_all(*("cloud", "export") if has_torch else ("edge",))
+    get_command = importlib.import_module("typer.main").get_command
     if not has_torch:
         prepare_edge()
     assert ("torch" in sys.modules) == has_torch
     wanted = serve(socket.socket(fileno=descriptor))
     os.environ.clear()
     os.environ.update(wanted["environment"])
+    if any(name.startswith("_TYPER") for name in os.environ):  # which options there are depends on these
+        importlib.import_module("typer.main").get_command = get_command
     os.chdir(wanted["directory"])
     if os.isatty(1):
         with contextlib.suppress(AttributeError):
