@@ -240,13 +240,13 @@ def test_weight_of_odd_rows_is_widened_as_far_as_it_comes_out_even() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", ["fp32", *one_in(3, ["fp16", "int8", "int4"])])
-def test_last_blocks_of_smollm2_match_peft_and_autograd(dtype: Any) -> None:
+def test_last_blocks_of_smollm2_match_peft_and_autograd(dtype: Any, smollm2: Path) -> None:
     """Of the last two, each given the same input and a gradient of its own; and by export's own account."""
     from dlora.cloud.model.base_model import load_base_model
     from dlora.export.graphs.block import block_tests, final_norm_tests
 
     torch.set_num_threads(2)
-    base = load_base_model("smollm2-135m")
+    base = load_base_model(str(smollm2))
     blocks = prepare_blocks(base, select_targets(base, None).trainable, 2, dtype, lambda _: None)
     assert [block.call.index for block in blocks.blocks] == [28, 29]
     assert {block.key for block in blocks.blocks} == {"0"}

@@ -23,11 +23,11 @@ def test_every_graph_is_right_on_both_engines() -> None:
     assert (done.code, set(report["engines"])) == (0, {"onnx", "executorch"})
 
 
-def test_four_steps_of_the_real_model_match_onnx(tmp_path: Path) -> None:
+def test_four_steps_of_the_real_model_match_onnx(smollm2: Path, tmp_path: Path) -> None:
     code = "import pathlib, sys, dialogue; dialogue.write_dialogue(pathlib.Path(sys.argv[1]), 48, 0)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT / "examples")
     losses = []
-    with cloud_process(Path("smollm2-135m"), tmp_path / "server", "--threads", 2) as server:
+    with cloud_process(smollm2, tmp_path / "server", "--threads", 2) as server:
         for engine in ("onnx", "executorch"):
             out = tmp_path / engine
             done = run_edge(
