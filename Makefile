@@ -14,7 +14,7 @@ demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process
 
 TEST_PROCESSES ?= 3
 test: .venv/.ready $(SHIM) ## every test but those of test-slow, -arm and -release: a quarter of an hour
-	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm and not release"
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not arm and not release"
 
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice as long
 	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm and not release" --cov --cov-report=term

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,18 @@ def block_bundle(tiny: TinyFactory, family: str = "llama", **settings: Any) -> P
     Its weights are those of ``tiny_model(family)``.
     """
     return tiny(family, **{"head_dtype": "fp32", "device_blocks": block_count(family), **settings}).bundle
+
+
+def with_last_blocks(bundle: Path, copy: Path, count: int) -> Path:
+    """A copy for a device that can run fewer blocks, as if it had been exported so."""
+    shutil.copytree(bundle, copy)
+    manifest = load_manifest(copy)
+    assert manifest.device_blocks is not None
+    blocks = manifest.device_blocks.blocks
+    spec = msgspec.structs.replace(manifest.device_blocks, blocks=blocks[len(blocks) - count :])
+    changed: Manifest = msgspec.structs.replace(manifest, device_blocks=spec)
+    (copy / MANIFEST_NAME).write_bytes(encode_manifest(changed))
+    return copy
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -18,9 +19,13 @@ import sys
 from typing import Any, Final
 
 # Beside all of dlora's own: what it loads only when it is needed.
-COMMON: Final = ("jinja2", "pydantic.fields", "rich.console", "rich.progress", "rich.table", "typer._adapters")
+COMMON: Final = (
+    "encodings.idna", "importlib.resources.readers", "jinja2", "numpy.ma", "pydantic.fields", "rich.console",
+    "rich.progress", "rich.table", "typer._adapters",
+)  # fmt: skip
 FOR_EDGE: Final = (*COMMON, "onnxruntime", "tokenizers", "websockets.sync.client")
 FOR_TORCH: Final = (*COMMON, "torch", "transformers.models.llama.modeling_llama", "transformers.masking_utils")
+READ: Final = (("protocol.manifest", "Manifest"), ("edge.run.run_file", "RunFile"), ("protocol.messages", "AnyMessage"))
 MOST_BYTES: Final = 1 << 20
 
 
@@ -32,6 +37,17 @@ def load_all(*packages: str) -> None:
             if not module.name.endswith("__main__"):
                 with contextlib.suppress(ImportError):
                     importlib.import_module(module.name)
+
+
+def prepare_edge() -> None:
+    """Typer's work on all options is most of what a short ``dlora-edge`` takes, and the same each time; so is msgspec's
+    on the types that files and frames are read as."""
+    typer: Any = importlib.import_module("typer.main")
+    typer.get_command = functools.cache(typer.get_command)
+    typer.get_command(importlib.import_module("dlora.edge.commands.app").app)
+    msgspec: Any = importlib.import_module("msgspec")
+    for module, name in READ:
+        msgspec.json.Decoder(getattr(importlib.import_module(f"dlora.{module}"), name))
 
 
 def serve(asking: socket.socket) -> dict[str, Any]:
@@ -80,10 +96,15 @@ def main() -> None:
         with contextlib.suppress(ImportError):  # of another version; whoever needs it imports what there is
             importlib.import_module(name)
     load_all(*("cloud", "export") if has_torch else ("edge",))
+    get_command = importlib.import_module("typer.main").get_command
+    if not has_torch:
+        prepare_edge()
     assert ("torch" in sys.modules) == has_torch
     wanted = serve(socket.socket(fileno=descriptor))
     os.environ.clear()
     os.environ.update(wanted["environment"])
+    if any(name.startswith("_TYPER") for name in os.environ):  # which options there are depends on these
+        importlib.import_module("typer.main").get_command = get_command
     os.chdir(wanted["directory"])
     if os.isatty(1):
         with contextlib.suppress(AttributeError):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,18 @@ def pytest_report_header() -> str:
     return f"day: DLORA_TEST_DAY={DAY}"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What tests import stays until the end; to look through it for garbage again and again takes a tenth of all."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_collection_finish() -> None:
     """One thread for torch, where a test has loaded it: two would mostly wait for each other, with models this small.
     Most tests must run without it."""
@@ -52,12 +65,35 @@ def _signals_as_before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For what all processes of a test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M as a directory, made once a test run: its GGUF file takes fifteen seconds to read, each time."""
+    from tiny import only_one
+
+    from dlora.cloud.model.base_model import load_base_model
+
+    directory = made_once(tmp_path_factory) / "smollm2"
+    with only_one(directory):
+        if not directory.exists():
+            model = load_base_model("smollm2-135m").model
+            model.hf_quantizer.remove_quantization_config(model)
+            partial = directory.with_name("smollm2-partial")
+            model.save_pretrained(partial)
+            partial.rename(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyFactory]:
     """``tiny().bundle``, ``tiny("gpt2", blocks=3).base``: made once a test run, for tests that only read them."""
     from tiny import TinyFactory
 
-    base = tmp_path_factory.getbasetemp()
-    made = TinyFactory((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny")
+    made = TinyFactory(made_once(tmp_path_factory) / "tiny")
     yield made
     made.check_unchanged()

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import pytest
@@ -18,6 +18,9 @@ NEEDED = [
     pytest.mark.skipif(importlib.util.find_spec("executorch") is None, reason="executorch is not installed"),
     pytest.mark.skipif(not engines.is_installed("executorch"), reason="there is no shim: make shim"),
 ]
+
+FEW_SHAPES: Final = {"intermediate_size": 16}
+"""Of a model whose modules are of two shapes, one of them not square: a program takes a second to make."""
 
 
 def copied(bundle: Path, copy: Path, **changes: Any) -> Path:

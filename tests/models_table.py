@@ -56,7 +56,7 @@ has the same graphs, which depend on widths and kind of head and not on the fami
   forward and backward, with LoRA beside every linear module: on ONNX Runtime in fp32 (`tests/test_blocks.py`), and of
   some families on both engines and in fp16 and int8 (`tests/test_blocks_training.py`). They go on from keys and
   values, so that the device can generate with them, but where it says otherwise. `make test` tries those of
-  {always}; `make test-slow` each day a third of the others.
+  {always}; `make test-slow` each day a sixth of the others.
 - **engines**: on which of them whole runs are tested.
 - **generates**: *cached*, where each token crosses once, for the server keeps keys and values; else the whole text
   crosses for each token (`tests/test_generation.py` compares both with the family's own `generate`).

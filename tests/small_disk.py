@@ -1,4 +1,4 @@
-"""A real file system of one megabyte, for tests of full and read-only disks."""
+"""A real file system of a megabyte or less, for tests of full and read-only disks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 
 @contextmanager
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, kb: int = 1024) -> Iterator[Path]:
     """Mount it under ``tmp_path``; skips the test where this process may not mount."""
     path = tmp_path / "disk"
     path.mkdir()
     try:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kb}k", "tmpfs", str(path)], capture_output=True)
     except FileNotFoundError:
         pytest.skip("there is no mount command")
     if mounted.returncode:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec import structs
-from processes import quiet_environment, run_edge
+from processes import run_cloud, run_edge
 from recordings import opened, record_training, record_trunk
 from safetensors.numpy import load, save
 from serving import config, serving, training
@@ -51,7 +51,7 @@ BLOCKS = 4
 
 @pytest.fixture(scope="module")
 def model(tiny: TinyFactory) -> Tiny:
-    return tiny(blocks=BLOCKS, device_blocks=2, head_dtype="fp32")
+    return tiny(blocks=BLOCKS, device_blocks=3, head_dtype="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -304,15 +304,11 @@ def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Pa
     )
     assert trained.code == 0, trained.stderr
     assert "gets this run's text, labels, adapter and gradients, in the clear" in trained.stderr
-    done = subprocess.run(
-        [
-            Path(sys.executable).with_name("dlora-cloud"), "audit", model.model, "--frames", record, "--truth", record,
-            "--out", tmp_path / "audit.html", "--phrase", "w17", "--phrase", "nowhere to be found", "--json",
-            "--try", "noise=0.3",
-        ],
-        capture_output=True, text=True, env=quiet_environment(), timeout=300, check=False,
+    done = run_cloud(
+        "audit", model.model, "--frames", record, "--truth", record, "--out", tmp_path / "audit.html",
+        "--phrase", "w17", "--phrase", "nowhere to be found", "--json", "--try", "noise=0.3",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     said = json.loads(done.stdout)
     assert said == json.loads((tmp_path / "audit.json").read_text())
     verdicts = {each["secret"]: each["verdict"] for each in said["findings"]}
@@ -483,7 +479,7 @@ def doubling(times: int) -> dict[str, Any]:
     ("changes", "words"),
     [
         ({"decoder": doubling(12)}, "characters of"),
-        pytest.param({"decoder": doubling(40)}, "needs more than the 256 MiB of memory", marks=pytest.mark.slow),
+        pytest.param({"decoder": doubling(40)}, "needs more than the 64 MiB of memory", marks=pytest.mark.slow),
         ({"model": {"type": "WordLevel", "vocab": 7}}, "is no tokenizer that can be read"),
     ],
     ids=["a long text", "all memory", "damaged"],
@@ -492,7 +488,7 @@ def test_a_tokenizer_of_a_stranger_harms_no_audit(
     model: Tiny, broken: _Broken, changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it makes of tokens it makes in a child with a limit of memory, and it makes no more than tokens can be."""
-    monkeypatch.setattr(child, "spare_bytes", lambda: 1 << 28)
+    monkeypatch.setattr(child, "spare_bytes", lambda: 1 << 26)
     whole = json.loads((model.model / TOKENIZER_FILE).read_text())
     broken.set(broken.truth / TOKENIZER_FILE, json.dumps({**whole, **changes}).encode())
     said = broken.audit(model.model)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from attacks.fuzz_target import decode_json, encode_json, mutate_value
+from drawn import DAY
 from serving import random_dataset
 from tiny import TinyFactory
 from trunk_runs import trunk_config
@@ -370,9 +371,11 @@ def mutated(bundle: Path, copy: Path, rng: Random) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
-def test_mutated_blocks_train_or_are_refused(int4: Path, count: int, tmp_path: Path) -> None:
-    for seed in range(count):
+@pytest.mark.parametrize(
+    "seeds", [range(40), pytest.param(range(100 * DAY, 100 * DAY + 100), marks=pytest.mark.slow)], ids=["40", "100"]
+)
+def test_mutated_blocks_train_or_are_refused(int4: Path, seeds: range, tmp_path: Path) -> None:
+    for seed in seeds:
         copy = mutated(int4, tmp_path / "bundle", Random(seed))
         with suppress(DloraError):
             train(copy)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from processes import run_edge
 from serving import serving
-from test_resume import Place, assert_same_run
+from test_resume import STEPS, Place, assert_same_run
 from test_trunk_command import NOWHERE, TRUNK, records, summary
 from tiny import Tiny, TinyFactory
 
@@ -99,10 +99,10 @@ def test_a_run_with_a_key_has_the_bits_of_one_without(place: Place, tmp_path: Pa
     assert_same_run(tmp_path / "sealed", tmp_path / "plain")
     assert json.loads((tmp_path / "sealed" / "run.json").read_text())["settings"]["cache_key_file"] == str(key)
     assert (tmp_path / "sealed" / CACHE).stat().st_size > (tmp_path / "plain" / CACHE).stat().st_size
-    longer = summary(run_edge("resume", tmp_path / "sealed", "--steps", 64, "--server", NOWHERE, "--json"))
+    longer = summary(run_edge("resume", tmp_path / "sealed", "--steps", STEPS + 5, "--server", NOWHERE, "--json"))
     assert longer["set_up_bytes_up"] == 0
     key.chmod(0o644)
-    done = run_edge("resume", tmp_path / "plain", "--steps", 64, "--cache-key-file", key, "--server", NOWHERE)
+    done = run_edge("resume", tmp_path / "plain", "--steps", STEPS + 5, "--cache-key-file", key, "--server", NOWHERE)
     assert done.code == 10
     assert "is not encrypted" in done.stderr
     assert "can be read by others; run: chmod 600" in done.stderr

@@ -10,6 +10,7 @@ from typing import Any, Final
 import pytest
 from test_edge_data import CHATML, TOKENIZER, load, train_tokenizer, write
 
+from dlora.edge.data import json_rows
 from dlora.edge.data.examples import Dataset
 from dlora.edge.data.questions import read_questions
 from dlora.edge.data.read_settings import ReadSettings
@@ -333,15 +334,16 @@ def test_what_cannot_be_is_one_line_with_its_place(content: str | bytes, text: s
     assert "\n" not in str(caught.value)
 
 
-def test_a_long_array_is_read_piece_by_piece(tmp_path: Path) -> None:
+def test_a_long_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "d.json"
-    rows = [{"prompt": f"é{number}", "completion": "yes " * 90} for number in range(9000)]
+    rows = [{"prompt": f"é{number}", "completion": "yes " * 90} for number in range(900)]
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
-    assert path.stat().st_size > 3 << 20
+    monkeypatch.setattr(json_rows, "_CHUNK_BYTES", 1021)
+    assert path.stat().st_size > 300 * json_rows._CHUNK_BYTES
     dataset = load(path, max_length=1000)
-    assert len(dataset) == 9000
-    assert text_of(dataset, 8999).startswith("<s>é8999yes")
+    assert len(dataset) == 900
+    assert text_of(dataset, 899).startswith("<s>é899yes")
     with path.open("a") as file:
         file.write("x")
-    with pytest.raises(DataError, match=rf"d.json:{9000 * 4 + 2}: something follows"):
+    with pytest.raises(DataError, match=rf"d.json:{900 * 4 + 2}: something follows"):
         load(path, max_length=1000)

@@ -538,7 +538,7 @@ def test_an_answer_is_given_up_when_its_client_leaves(endpoint: Endpoint, stream
 
 
 def test_a_client_that_never_reads_holds_up_nobody(endpoint: Endpoint) -> None:
-    client = ask_raw(endpoint, 600, receive_buffer=1024)
+    client = ask_raw(endpoint, 400, receive_buffer=1024)
     try:
         for _ in range(4):
             assert endpoint.request(CHAT, GOOD)[0] == 200
@@ -608,7 +608,7 @@ def test_a_model_server_that_is_killed_and_started_again_is_not_noticed(place: P
         status, answer = waiting.request(CHAT, GOOD)
         assert status == 503
         assert "not ready yet" in answer["error"]["message"]
-        asked = {**GOOD, "max_tokens": 300, "seed": 1, "logit_bias": {"2": -100}}
+        asked = {**GOOD, "max_tokens": 150, "seed": 1, "logit_bias": {"2": -100}}
         with cloud_process(place.model, tmp_path, "--port", port):
             eventually(waiting.is_ready)
             wanted = waiting.request(CHAT, asked)[1]["choices"]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from executorch_bundle import NEEDED, copied, program, with_program
+from executorch_bundle import FEW_SHAPES, NEEDED, copied, program, with_program
 from processes import run_edge
 from test_cli import assert_fails
 from tiny import TinyFactory
@@ -27,7 +27,7 @@ pytestmark = NEEDED
 
 @pytest.fixture(scope="module")
 def bundle(tiny: TinyFactory) -> Path:
-    return tiny(head_dtype="fp32", engine="both").bundle
+    return tiny(head_dtype="fp32", engine="both", **FEW_SHAPES).bundle
 
 
 # -- what the commands say ---------------------------------------------------------------------------------------

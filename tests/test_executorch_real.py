@@ -23,16 +23,16 @@ def test_every_graph_is_right_on_both_engines() -> None:
     assert (done.code, set(report["engines"])) == (0, {"onnx", "executorch"})
 
 
-def test_thirty_steps_of_the_real_model_match_onnx(tmp_path: Path) -> None:
+def test_four_steps_of_the_real_model_match_onnx(smollm2: Path, tmp_path: Path) -> None:
     code = "import pathlib, sys, dialogue; dialogue.write_dialogue(pathlib.Path(sys.argv[1]), 48, 0)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT / "examples")
     losses = []
-    with cloud_process(Path("smollm2-135m"), tmp_path / "server", "--threads", 2) as server:
+    with cloud_process(smollm2, tmp_path / "server", "--threads", 2) as server:
         for engine in ("onnx", "executorch"):
             out = tmp_path / engine
             done = run_edge(
                 "train", "--kind", "lora", "--bundle", BUNDLE, "--server", server.url, "--data",
-                tmp_path / "train.jsonl", "--out", out, "--steps", 30,
+                tmp_path / "train.jsonl", "--out", out, "--steps", 4,
                 "--batch-size", 2, "--max-length", 128, "--too-long", "truncate", "--threads", 2,
                 "--wire-dtype", "fp32", "--engine", engine, "--seed", 0, "--json", timeout_s=900,
             )  # fmt: skip

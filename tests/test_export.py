@@ -17,6 +17,7 @@ import oracles
 import pytest
 import safetensors.numpy
 import torch
+from drawn import one_in
 from families import VOCABULARY, save_tiny, tiny_model
 from processes import END_TIMEOUT_S
 from small_disk import remount_read_only, small_disk
@@ -290,7 +291,7 @@ def test_user_error_is_one_line_and_an_exit_code(
     assert not settings.out.exists()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", one_in(2, [signal.SIGINT, signal.SIGTERM]))
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
     """It comes as the first file of the bundle is opened."""
     settings = _settings(tmp_path)

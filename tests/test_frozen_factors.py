@@ -49,8 +49,9 @@ from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 BLOCKS = 4
 KINDS = ["bottleneck", "ffa"]
-STEPS = 16  # with KILLING a unit fades in two of them,
+STEPS = 10  # of a run that would have more: with KILLING a unit fades in two of them,
 IN_FADE = 4  # before and after this one begins
+TOTAL = 16
 FROM_LOST = ConnectSettings(retry=Retry(max_s=30))
 
 
@@ -383,8 +384,8 @@ def test_basis_is_made_from_no_data_twice() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns_with_kill_and_revive(bundle: Path, server: RunningServer, kind: str) -> None:
     dataset = Dataset.of([([3 + index] * 6, [2, 3, 4]) for index in range(6)])
-    with training(bundle, server.url, run_of(kind, total_steps=30), dataset) as trainer:
-        losses = [trainer.run_step().loss for _ in range(30)]
+    with training(bundle, server.url, run_of(kind, total_steps=20), dataset) as trainer:
+        losses = [trainer.run_step().loss for _ in range(20)]
     assert losses[-1] < 0.8 * losses[0]
     with training(bundle, server.url, run_of(kind, total_steps=24, kill_revive=KILLING), dataset) as trainer:
         units = [trainer.run_step().units for _ in range(24)]
@@ -398,10 +399,10 @@ def test_learns_with_kill_and_revive(bundle: Path, server: RunningServer, kind: 
 def test_lost_server_changes_no_bit(
     bundle: Path, server: RunningServer, kind: str, kill_revive: dict[str, Any]
 ) -> None:
-    run = run_of(kind, total_steps=STEPS, kill_revive=kill_revive, wire_dtype="fp16")
+    run = run_of(kind, total_steps=TOTAL, kill_revive=kill_revive, wire_dtype="fp16")
     dataset = random_dataset(VOCABULARY)
     found = []
-    for lost_after in (None, *one_in(2, (0, IN_FADE, 7))):
+    for lost_after in (None, *one_in(3, (0, IN_FADE, 7), 2 * KINDS.index(kind) + bool(kill_revive))):
         with training(bundle, server.url, run, dataset, FROM_LOST) as trainer:
             steps = []
             for step in range(STEPS):
@@ -453,7 +454,7 @@ def lose_after(messages: int, server: RunningServer, patch: pytest.MonkeyPatch) 
 def test_resumed_run_is_the_uninterrupted_one(
     bundle: Path, server: RunningServer, kind: str, kill_revive: dict[str, Any], tmp_path: Path
 ) -> None:
-    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=STEPS, kill_revive=kill_revive)
+    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=TOTAL, kill_revive=kill_revive)
     with training(bundle, server.url, run, dataset) as trainer:
         whole = [trainer.run_step() for _ in range(STEPS)]
         trainer.wait_for_signal()
@@ -473,7 +474,7 @@ def test_adapter_saved_in_a_fade_is_as_weak_as_the_run_has_it(
     bundle: Path, server: RunningServer, kind: str, tmp_path: Path
 ) -> None:
     """In PEFT, and used as what it was trained as."""
-    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=STEPS, kill_revive=KILLING)
+    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=TOTAL, kill_revive=KILLING)
     with training(bundle, server.url, run, dataset) as trainer:
         randomize_all(trainer)
         for _ in range(IN_FADE):

@@ -223,6 +223,7 @@ def test_tolerance_is_a_few_times_torchs_error_and_limited() -> None:
         assert tolerance <= found <= 1.11 * tolerance
 
 
+LargeTests = Callable[[TrainingGraph], list[GraphTest]]
 LARGE = HeadShape(262_144, 640, "fp32", False, 1.0, None)  # of Gemma 3 270M
 
 
@@ -239,17 +240,31 @@ def large() -> tuple[HeadEnd, Any]:
     return HeadEnd(weight, None, 1.0, None, tied=False), hidden
 
 
-def _verify_large(large: tuple[HeadEnd, Any], kind: str, changed: tuple[str, str] = ("", "")) -> Verified:
+@pytest.fixture(scope="module")
+def large_tests(large: tuple[HeadEnd, Any]) -> LargeTests:
+    """What a graph is verified by, made once a kind: that takes longer than the graph itself."""
     end, hidden = large
+    made: dict[str, list[GraphTest]] = {}
+
+    def tests_of(graph: TrainingGraph) -> list[GraphTest]:
+        if graph.kind not in made:
+            made[graph.kind] = list(head_tests(graph, end, _head_weights(end, "fp32"), hidden))
+        return made[graph.kind]
+
+    return tests_of
+
+
+def _verify_large(
+    large_tests: LargeTests, kind: str, changed: tuple[str, str] = ("", "")
+) -> Verified:
     graph = next(graph for graph in head_graphs(LARGE) if graph.kind == kind)
     assert changed[0] in graph.body
-    graph = replace(graph, body=graph.body.replace(*changed))
-    return verify(graph, head_tests(graph, end, _head_weights(end, "fp32"), hidden))
+    return verify(replace(graph, body=graph.body.replace(*changed)), large_tests(graph))
 
 
 @pytest.mark.parametrize("kind", ["head_train", "head_loss", "head_logits"])
-def test_a_large_head_is_as_exact_as_float32_can_be(large: tuple[HeadEnd, Any], kind: str) -> None:
-    made = _verify_large(large, kind)
+def test_a_large_head_is_as_exact_as_float32_can_be(large_tests: LargeTests, kind: str) -> None:
+    made = _verify_large(large_tests, kind)
     assert made.error <= made.tolerance <= CEILING
     if kind == "head_train":
         assert made.error > 1e-5
@@ -270,9 +285,9 @@ def test_a_large_head_is_as_exact_as_float32_can_be(large: tuple[HeadEnd, Any], 
     ],
     ids=["a slab is counted twice", "slabs are left out", "a thousandth too much"],
 )  # fmt: skip
-def test_a_large_head_that_is_wrong_is_refused(large: tuple[HeadEnd, Any], changed: tuple[str, str]) -> None:
+def test_a_large_head_that_is_wrong_is_refused(large_tests: LargeTests, changed: tuple[str, str]) -> None:
     with pytest.raises(ExportError, match="head_train is not exact enough"):
-        _verify_large(large, "head_train", changed)
+        _verify_large(large_tests, "head_train", changed)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])

@@ -43,8 +43,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
 def shell(line: str, place: tuple[Path, str], port: int = 8080, said: str = "") -> subprocess.Popen[str]:
     directory, url = place
     line = line.replace("ws://127.0.0.1:8765", url).replace("8080", str(port))
-    # A drawn answer may be empty; with a seed it is the same each time, and not empty.
-    drawn = {"DLORA_EDGE_SEED": "0"}
+    # A drawn answer may be empty; with a seed it is the same each time, and not empty. It need not be long.
+    drawn = {"DLORA_EDGE_SEED": "0", "DLORA_EDGE_MAX_NEW_TOKENS": "40"}
     environment = {**quiet_environment(), **drawn, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(directory)}
     process = subprocess.Popen(
         ["sh", "-c", f"exec {line}" if "|" not in line else line], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

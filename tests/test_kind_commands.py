@@ -193,18 +193,18 @@ def test_a_run_without_options_is_of_the_default_recipe(place: Place, tmp_path: 
 
 
 def test_rate_that_nobody_named_is_chosen_from_the_data_once(place: Place, tmp_path: Path) -> None:
-    """Ten examples in steps of three: four steps a pass."""
+    """Ten examples: each step is a pass."""
     usual = DEFAULTS["bottleneck"].lr
-    for steps, lr in ((4, usual), (40, usual / 4)):
+    for steps, lr in ((1, usual), (16, usual / 2)):
         out = tmp_path / str(steps)
-        words = without_kind(place.train(out, "--steps", steps))
+        words = without_kind(place.train(out, "--steps", steps, "--batch-size", 10))
         at = words.index("--lr")
         done = run_edge(*words[:at], *words[at + 2 :])
         assert done.code == 0
         assert load_run_file(out).settings.lr == pytest.approx(lr)
-        reason = f"learning rate {lr:g}: 10.0 passes over 10 different examples, 10 with answers of their own; --lr"
+        reason = f"learning rate {lr:g}: 16.0 passes over 10 different examples, 10 with answers of their own; --lr"
         assert (reason in done.stderr) is (lr != usual)
-    for resume in (("resume", out, "--steps", 80), (*words[:at], *words[at + 2 :], "--steps", 90, "--resume")):
+    for resume in (("resume", out, "--steps", 18), (*words[:at], *words[at + 2 :], "--steps", 20, "--resume")):
         done = run_edge(*resume)
         assert (done.code, "by heart" in done.stderr) == (0, False), done.stderr
         assert load_run_file(out).settings.lr == pytest.approx(lr)
@@ -212,7 +212,8 @@ def test_rate_that_nobody_named_is_chosen_from_the_data_once(place: Place, tmp_p
 
 def test_the_map_has_the_numbers_of_the_blocks(place: Place, tmp_path: Path) -> None:
     kills = ("--active-fraction", 0.6, "--kr-score", "random", "--kr-kill-every", 1, "--kr-revive-every", 2)
-    done = run_edge(*place.train(tmp_path / "out", *BOTTLENECK, "--blocks", "1-3", *kills, "--kr-probation", 1))
+    kills += ("--kr-probation", 1, "--steps", 12)
+    done = run_edge(*place.train(tmp_path / "out", *BOTTLENECK, "--blocks", "1-3", *kills))
     assert done.code == 0, done.stderr
     shown = [line.split()[:2] for line in done.stderr.splitlines() if line.strip().startswith("block ")]
     assert shown == [["block", "3"], ["block", "2"], ["block", "1"]]

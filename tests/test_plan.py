@@ -69,7 +69,7 @@ def test_expected_traffic_is_near_the_counted(
     place: Place, tmp_path: Path, options: dict[str, object], tolerance: float
 ) -> None:
     done = run_edge(
-        *place.train(tmp_path / "out", max_length=20, too_long="truncate", batch_size=5, **{"steps": 20, **options}),
+        *place.train(tmp_path / "out", max_length=20, too_long="truncate", batch_size=5, **{"steps": 10, **options}),
         "--json",
     )
     assert done.code == 0, done.stderr
@@ -204,10 +204,10 @@ def test_a_run_of_a_billion_steps_is_planned_at_once(place: Place) -> None:
 def test_expected_traffic_includes_evaluations(place: Place, tmp_path: Path, options: dict[str, object]) -> None:
     """Before a run all units take part, and after it those that stay active: once it was counted as if few did."""
     held_out = tmp_path / "held.jsonl"
-    held_out.write_text((json.dumps({"text": "w1 w2 w3 w4 " * 4}) + "\n") * 64)
+    held_out.write_text((json.dumps({"text": "w1 w2 w3 w4 " * 4}) + "\n") * 32)
     done = run_edge(
         *place.train(
-            tmp_path / "out", eval=held_out, max_length=20, too_long="skip", steps=60, batch_size=8, eval_every=30,
+            tmp_path / "out", eval=held_out, max_length=20, too_long="skip", steps=24, batch_size=8, eval_every=12,
             **options,
         ),
         "--json",

@@ -14,7 +14,7 @@ from families import save_tiny
 from processes import finish, run_edge, start_edge
 from serving import random_dataset, serving
 from test_local import local, place  # noqa: F401  the same bundle and data, without a server
-from test_resume import Place, assert_same_run, wait_for_lines
+from test_resume import SAVE_EVERY, Place, assert_same_run, wait_for_lines
 from tiny import Tiny, TinyFactory
 from trunk_runs import trunk_config
 
@@ -132,7 +132,7 @@ def test_auto_is_chosen_once_and_written_down(place: Place, served: Place, tmp_p
     settings = load_run_file(whole).settings
     assert (settings.mode, settings.device_blocks, settings.server) == ("local", 2, None)
     process = start_edge(*local(place, killed, *auto))
-    wait_for_lines(killed / "metrics.jsonl", 23)
+    wait_for_lines(killed / "metrics.jsonl", SAVE_EVERY + 3)
     process.send_signal(signal.SIGKILL)
     finish(process)
     done = run_edge(*served.train(killed, "--mode", "auto", "--memory", "1MB", "--resume"))

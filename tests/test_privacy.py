@@ -25,7 +25,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.frames import Decoder
 from dlora.protocol.wire_codecs import decode_floats
 
-STEPS = 5
+STEPS = 3
 SECRET = "CanaryZebra4711"
 RANK = 8
 RECEIVED = "what the server received"

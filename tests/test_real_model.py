@@ -27,18 +27,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Real dialogue, as the demo has it."""
     directory = tmp_path_factory.mktemp("data")
-    code = "import pathlib, sys, dialogue; dialogue.write_dialogue(pathlib.Path(sys.argv[1]), 48, 0)"
+    code = "import pathlib, sys, dialogue; dialogue.write_dialogue(pathlib.Path(sys.argv[1]), 12, 0)"
     subprocess.run([sys.executable, "-c", code, str(directory)], check=True, cwd=ROOT / "examples")
     return directory / "train.jsonl", directory / "eval.jsonl"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
-    with cloud_process(Path(MODEL), tmp_path_factory.mktemp("server"), "--threads", 2) as running:
+def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
+    with cloud_process(smollm2, tmp_path_factory.mktemp("server"), "--threads", 2) as running:
         yield running
 
 
-def test_fifty_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -> None:
+def test_twelve_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess, smollm2: Path) -> None:
     """Same initial adapter, order and settings, fp32 wire and head, all active: the losses and the final adapters."""
     import peft_reference as reference
     import torch
@@ -53,10 +53,10 @@ def test_fifty_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess) -
     tokenizer = EdgeTokenizer.open(bundle)
     dataset = load_examples(data[0], tokenizer, max_length=48, too_long="skip")
     run = config(
-        total_steps=50, batch_size=4, rank=8, lora_alpha=16.0, optimizer={"lr": 1e-3, "weight_decay": 0.01}
+        total_steps=12, batch_size=4, rank=8, lora_alpha=16.0, optimizer={"lr": 1e-3, "weight_decay": 0.01}
     )
     with training(FP32, server.url, run, dataset) as trainer:
-        start = reference.with_adapters(load_base_model(MODEL).model, trainer.adapters, run.rank, run.lora_alpha)
+        start = reference.with_adapters(load_base_model(str(smollm2)).model, trainer.adapters, run.rank, run.lora_alpha)
         losses = [trainer.run_step().loss for _ in range(run.total_steps)]
     torch.set_num_threads(1)
     parameters = [parameter for parameter in start.parameters() if parameter.requires_grad]
@@ -88,19 +88,20 @@ def test_saved_adapter_gives_the_same_loss_in_peft(
     active_fraction: float,
     data: tuple[Path, Path],
     server: CloudProcess,
+    smollm2: Path,
     tmp_path: Path,
 ) -> None:
     """PEFT gives the device's evaluation loss, with kill-and-revive on and off."""
     need(bundle)
     done = run_edge(
         "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", data[0], "--eval",
-        data[1], "--out", tmp_path, "--steps", 8,
+        data[1], "--out", tmp_path, "--steps", 5,
         "--batch-size", 4, "--lr", 2e-3, "--wire-dtype", wire_dtype, "--kr-warmup-steps", 3,
         "--active-fraction", active_fraction, "--kr-score", "change", "--seed", 0, "--json", timeout_s=900,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)
-    arguments = [MODEL, str(tmp_path), str(bundle), str(data[1])]
+    arguments = [str(smollm2), str(tmp_path), str(bundle), str(data[1])]
     check = subprocess.run(
         [sys.executable, ROOT / "examples" / "peft_check.py", *arguments], check=True, capture_output=True, text=True
     )
@@ -147,7 +148,9 @@ def test_merged_model_of_a_gguf_file_equals_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(found, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_answers_are_those_of_peft(data: tuple[Path, Path], server: CloudProcess, tmp_path: Path) -> None:
+def test_answers_are_those_of_peft(
+    data: tuple[Path, Path], server: CloudProcess, smollm2: Path, tmp_path: Path
+) -> None:
     """Of the default recipe's adapter, fp32 throughout: token by token PEFT's ``generate``, with drafts and without."""
     import torch
     from generating import generated
@@ -166,14 +169,14 @@ def test_answers_are_those_of_peft(data: tuple[Path, Path], server: CloudProcess
     assert done.code == 0, done.stderr
     bundle = Bundle.open(FP32)
     tokenizer = EdgeTokenizer.open(bundle)
-    model = PeftModel.from_pretrained(load_base_model(MODEL).model, tmp_path).eval()
+    model = PeftModel.from_pretrained(load_base_model(str(smollm2)).model, tmp_path).eval()
     with open_model(bundle, server.url, tmp_path, wire_dtype="fp32", context_length=256) as opened:
         for question in ("What do you like to read?", "Say the same word five times."):
             ids = tokenizer.encode_chat([{"role": "user", "content": question}]).tolist()
             with torch.no_grad():
                 found = model.generate(
-                    input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+                    input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
                 )
             wanted = found[0, len(ids) :].tolist()
             for draft_length in (0, 4):
-                assert generated(opened, ids, 24, draft_length=draft_length) == wanted
+                assert generated(opened, ids, 12, draft_length=draft_length) == wanted

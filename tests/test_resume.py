@@ -20,8 +20,8 @@ from waiting import eventually
 from dlora.edge.training.checkpoint import list_checkpoints
 
 BLOCKS = 4
-STEPS = 60
-SAVE_EVERY = 20
+STEPS = 40
+SAVE_EVERY = 10
 KILLING = (
     "--active-fraction", "0.5", "--kr-score", "change", "--kr-warmup-steps", "6", "--kr-kill-every", "5",
     "--kr-revive-every", "5", "--kr-probation", "5",
@@ -101,12 +101,12 @@ def interrupted(place: Place, out: Path, options: tuple[str, ...], number: int, 
 
 @pytest.mark.parametrize("kr", KR)
 def test_stopped_run_resumes_with_the_same_bits(place: Place, whole: dict[str, Path], kr: str, tmp_path: Path) -> None:
-    stopped = interrupted(place, tmp_path, KR[kr], signal.SIGINT, after=13)
+    stopped = interrupted(place, tmp_path, KR[kr], signal.SIGINT, after=SAVE_EVERY + 3)
     assert stopped.code == 130, stopped.stderr
     assert stopped.errors == [stopped.stderr.splitlines()[-1]]
     assert "dlora-edge resume" in stopped.errors[0]
     done = len(rows(tmp_path))
-    assert 13 <= done < STEPS
+    assert SAVE_EVERY + 3 <= done < STEPS
     assert list_checkpoints(tmp_path / "checkpoints")[0][0] == done
     resumed = run_edge(*place.train(tmp_path, *KR[kr], "--resume", "--json"))
     assert resumed.code == 0, resumed.stderr
@@ -157,7 +157,7 @@ def copied(whole: Path, out: Path, *, but_last: bool = True) -> Path:
     ("--warmup", "5", "--warmup 0.03, not 5.0"),
     ("--seed", "1", "another --seed"),
     ("--batch-size", "2", "--batch-size 3, not 2"),
-    ("--steps", "59", "--steps (or what --epochs came to) 60, not 59"),
+    ("--steps", "39", "--steps (or what --epochs came to) 40, not 39"),
 ])  # fmt: skip
 def test_other_settings_are_refused_and_named(
     place: Place, whole: dict[str, Path], option: str, value: str, text: str, tmp_path: Path

@@ -29,7 +29,7 @@ from dlora.protocol.kill_revive import KillReviveConfig
 
 __all__ = ["place", "whole"]  # fixtures
 
-LONGER = STEPS + 40
+LONGER = STEPS + 24
 TOKEN = "dlora_0123abcd_" + "x" * 43
 
 
@@ -93,7 +93,7 @@ def test_resume_needs_only_the_directory(
 def test_random_seed_is_kept_at_resume(place: Place, tmp_path: Path) -> None:
     """Without --seed two runs differ, and each goes on as itself: its seed lies in its checkpoint, and nowhere else."""
     out, other = tmp_path / "out", tmp_path / "other"
-    unseeded = [word for word in place.train(out, "--steps", 40) if word not in ("--seed", 0)]
+    unseeded = [word for word in place.train(out) if word not in ("--seed", 0)]
     process = start_edge(*unseeded)
     wait_for_lines(out / "metrics.jsonl", SAVE_EVERY + 2)
     process.send_signal(signal.SIGTERM)
@@ -135,7 +135,7 @@ def test_a_finished_run_is_made_longer(place: Place, whole: dict[str, Path], kr:
     assert [row["step"] for row in found] == list(range(LONGER))
     assert found[:STEPS] == rows(whole[kr])
     added = found[STEPS:]
-    # Linear down to 0 over the added steps, as at the beginning; the warm-up is one step, 3% of 40.
+    # Linear down to 0 over the added steps, as at the beginning; the warm-up is one step, 3% of 24.
     assert added[0]["learning_rate"] == pytest.approx(0.0)
     assert added[1]["learning_rate"] == pytest.approx(0.01)
     assert added[-1]["learning_rate"] < 0.001
@@ -167,9 +167,9 @@ def test_a_longer_run_that_is_killed_goes_on_with_the_same_bits(
 def test_finished_run_is_made_longer_by_epochs(place: Place, whole: dict[str, Path], tmp_path: Path) -> None:
     """10 examples in batches of 3 are 4 steps an epoch."""
     out = copied(whole["off"], tmp_path / "out")
-    done = resume(out, "--epochs", 16)
+    done = resume(out, "--epochs", 12)
     assert done.code == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == 64
+    assert json.loads(done.stdout)["steps"] == 48
 
 
 def test_run_with_other_settings_cannot_be_made_longer() -> None:

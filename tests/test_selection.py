@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from families import FAMILIES, MORE_FAMILIES, save_tiny, tiny_model
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
+from processes import run_export
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.export import selection
@@ -176,10 +175,8 @@ def test_choices_in_an_error_are_accepted(family: str) -> None:
 
 def test_export_prints_chosen_and_left_out_modules(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "granitemoe")
-    command = [sys.executable, "-m", "dlora.export", tmp_path / "model", "--out", tmp_path / "bundle", "--json"]
-    command += ["--base-model-name", "org/tiny"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_export(tmp_path / "model", "--out", tmp_path / "bundle", "--json", "--base-model-name", "org/tiny")
+    assert done.code == 0, done.stderr
     line = "target modules are q_proj, v_proj, the default of dlora: PEFT has none for granitemoe"
     assert done.stderr.splitlines() == [f"note: {line}"]
     assert json.loads(done.stdout)["notes"] == [line]

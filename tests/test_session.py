@@ -756,7 +756,7 @@ def test_random_legal_conversations_never_raise(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_random_illegal_message_never_changes_the_state(data: st.DataObject) -> None:
     Talk(data, noise=True).run()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import peft_reference as reference
 import pytest
 import torch
 from answers import INVOCATION, random_answers
+from drawn import Each, one_in
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -26,13 +28,17 @@ GRADIENT_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 
 
-IN_EVERY_FAMILY = pytest.mark.parametrize(
-    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE_FAMILIES)]
-)
+def in_every_family(name: str, settings: Sequence[Each]) -> pytest.MarkDecorator:
+    """A family and one of two settings, each day the other one; of the plainest two, both."""
+    cells = []
+    for number, family in enumerate((*FAMILIES, *MORE_FAMILIES)):
+        marks = [pytest.mark.slow] if family in MORE_FAMILIES else []
+        tried = settings if family in ("llama", "gpt2") else one_in(2, settings, number)
+        cells += [pytest.param(family, each, marks=marks) for each in tried]
+    return pytest.mark.parametrize(("family", name), cells)
 
 
-@pytest.mark.parametrize("targets", [(), ("all-linear",)], ids=["default", "all-linear"])
-@IN_EVERY_FAMILY
+@in_every_family("targets", [(), ("all-linear",)])
 def test_gradients_match_the_whole_model_in_every_family(
     family: str, targets: tuple[str, ...], tiny: TinyFactory
 ) -> None:
@@ -65,8 +71,7 @@ def run_first_step(trainer: Trainer) -> tuple[list[MicroBatch], float]:
     return batches, float(sum(part.sum() for part in losses)) / labelled
 
 
-@pytest.mark.parametrize("kind", ["bottleneck", "ffa"])
-@IN_EVERY_FAMILY
+@in_every_family("kind", ["bottleneck", "ffa"])
 def test_gradients_of_the_other_kinds_match_the_whole_model_in_every_family(
     family: str, kind: str, tiny: TinyFactory, tmp_path: Path
 ) -> None:

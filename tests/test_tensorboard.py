@@ -11,7 +11,7 @@ import pytest
 from processes import finish, run_edge, start_edge
 from runs import made_step, write_run
 from small_disk import small_disk
-from test_resume import KILLING, Place, place, wait_for_lines
+from test_resume import KILLING, SAVE_EVERY, STEPS, Place, place, wait_for_lines
 
 from dlora.edge.report.event_file import EventFile, _checksum
 from dlora.edge.report.tensorboard import TensorboardWriter
@@ -72,14 +72,14 @@ def test_a_run_goes_on_in_its_events(place: Place, tmp_path: Path) -> None:
     """After it was killed past its last checkpoint, and without another word about it."""
     out = tmp_path / "out"
     process = start_edge(*place.train(out, "--eval", place.data, "--eval-every", 7, "--tensorboard", *KILLING))
-    wait_for_lines(out / METRICS, 12)
+    wait_for_lines(out / METRICS, SAVE_EVERY + 2)
     process.kill()
     finish(process)
     assert run_edge("resume", out).code == 0
     check(out)
-    assert run_edge("resume", out, "--no-tensorboard", "--steps", 70).code == 0
-    assert len(read_metrics(out / METRICS)) == 70
-    assert len(scalars_of(out / TENSORBOARD)["loss"]) == 60
+    assert run_edge("resume", out, "--no-tensorboard", "--steps", STEPS + 5).code == 0
+    assert len(read_metrics(out / METRICS)) == STEPS + 5
+    assert len(scalars_of(out / TENSORBOARD)["loss"]) == STEPS
 
 
 def test_without_the_option_there_are_none(place: Place, tmp_path: Path) -> None:

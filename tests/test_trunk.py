@@ -25,7 +25,7 @@ BLOCKS = (1, 2)
 
 @pytest.fixture(scope="module")
 def model(tiny: TinyFactory) -> Tiny:
-    return tiny(blocks=3, device_blocks=2, head_dtype="fp32")
+    return tiny(blocks=3, device_blocks=3, head_dtype="fp32")
 
 
 @pytest.fixture(scope="module")

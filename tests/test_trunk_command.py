@@ -18,7 +18,7 @@ from peft_reference import loss_of
 from processes import Finished, finish, run_edge, start_edge
 from serving import serving
 from small_disk import small_disk
-from test_resume import KILLING, Place, assert_same_run, rows, wait_for_lines
+from test_resume import KILLING, SAVE_EVERY, STEPS, Place, assert_same_run, rows, wait_for_lines
 from tiny import Tiny, TinyFactory
 from transformers import AutoModelForCausalLM
 from websockets.sync.server import ServerConnection
@@ -90,7 +90,7 @@ def test_what_was_left_open_is_chosen_once(whole: Path) -> None:
     assert card["training"]["bytes_per_token"] > 0
 
 
-@pytest.mark.parametrize("after", [0, 2, 23])
+@pytest.mark.parametrize("after", [0, 2, SAVE_EVERY + 3])
 def test_killed_run_goes_on_without_a_server_to_the_same_bits(
     place: Place, whole: Path, after: int, tmp_path: Path
 ) -> None:
@@ -116,9 +116,9 @@ def test_killed_run_goes_on_without_a_server_to_the_same_bits(
 def test_a_kept_cache_makes_a_longer_run_without_a_server(place: Place, tmp_path: Path) -> None:
     found = summary(run_edge(*place.train(tmp_path, *TRUNK, "--keep-cache", "--json")))
     assert (tmp_path / CACHE).stat().st_mode & 0o777 == 0o600
-    longer = summary(run_edge("resume", tmp_path, "--steps", 70, "--server", NOWHERE, "--json"))
+    longer = summary(run_edge("resume", tmp_path, "--steps", STEPS + 5, "--server", NOWHERE, "--json"))
     assert longer["set_up_bytes_up"] == 0
-    assert (found["steps"], longer["steps"]) == (60, 70)
+    assert (found["steps"], longer["steps"]) == (STEPS, STEPS + 5)
 
 
 def test_kill_and_revive_is_that_of_a_server(place: Place, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_damaged_cache_is_asked_for_again(place: Place, whole: Path, harm: str
 def test_another_bundles_cache_is_refused(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
     """Of another model, or no cache at all; a run that begins puts its own in the place of one that came to nothing."""
     process = start_edge(*place.train(tmp_path, *TRUNK))
-    wait_for_lines(tmp_path / "metrics.jsonl", 21)
+    wait_for_lines(tmp_path / "metrics.jsonl", SAVE_EVERY + 1)
     process.send_signal(signal.SIGKILL)
     finish(process)
     cache = tmp_path / CACHE
@@ -288,8 +288,8 @@ def test_another_bundles_cache_is_refused(place: Place, tiny: TinyFactory, tmp_p
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Path) -> None:
     data = tmp_path / "long.jsonl"
-    data.write_text(records(900, longest=60))
-    with small_disk(tmp_path) as disk:
+    data.write_text(records(450, longest=60))
+    with small_disk(tmp_path, 600) as disk:
         out = disk / "run"
         words = Place(place.bundle, data, place.url).train(
             out, *TRUNK, "--exact", "--wire-dtype", "fp32", "--eval", data
@@ -300,7 +300,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Pat
         assert "free space" in done.errors[0]
         wanted = tmp_path / "wanted"
         assert run_edge(*[wanted if word == out else word for word in words]).code == 0
-        done = run_edge(*words, "--cache-mb", 0.3)  # what came is kept, the rest is asked for again each time
+        done = run_edge(*words, "--cache-mb", 0.2)  # what came is kept, the rest is asked for again each time
         assert done.code == 0, done.stderr
-        assert "again, each time it is needed, what has no room in --cache-mb 0.3" in done.stderr
+        assert "again, each time it is needed, what has no room in --cache-mb 0.2" in done.stderr
         assert_same_run(out, wanted)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from block_bundles import with_last_blocks
 from endpoints import Place as EndpointPlace
 from endpoints import endpoint_process
 from generating import save_lora
@@ -43,7 +44,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    model, directory = tiny(blocks=3, device_blocks=2, head_dtype="fp32"), tmp_path_factory.mktemp("adapters")
+    model, directory = tiny(blocks=3, device_blocks=3, head_dtype="fp32"), tmp_path_factory.mktemp("adapters")
     training = TrainingRecord(
         steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=1, round_trips_per_step=0,
         recipe={"mode": "trunk", "device_blocks": 2}, versions={},
@@ -110,9 +111,8 @@ def test_blocks_that_are_stored_otherwise_than_in_training_are_said(place: Place
 
 
 @pytest.mark.parametrize("mode", ["trunk", "local"])
-def test_evaluate_takes_lora_of_several_ranks(mode: str, place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
+def test_evaluate_takes_lora_of_several_ranks(mode: str, place: Place, tmp_path: Path) -> None:
     """As good as one of one rank whose last row and column are zero there."""
-    bundle = tiny(blocks=3, device_blocks=3, head_dtype="fp32").bundle if mode == "local" else place.model.bundle
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": f"w{n} w3 w{n + 1} w7"}) + "\n" for n in range(5)))
     losses = {}
@@ -131,7 +131,8 @@ def test_evaluate_takes_lora_of_several_ranks(mode: str, place: Place, tiny: Tin
             assert config["r"] == 3
             config |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": config["lora_alpha"] * 2 / 3}}
         (adapter / "adapter_config.json").write_text(json.dumps(config))
-        where = ["--bundle", bundle, "--adapter", adapter, "--data", data, "--threads", 1, "--batch-size", 3]
+        where = ["--bundle", place.model.bundle, "--adapter", adapter, "--data", data]
+        where += ["--threads", 1, "--batch-size", 3]
         server = ["--server", place.server.url, "--wire-dtype", "fp32"] if mode == "trunk" else []
         losses[name] = answer("evaluate", *where, *server, "--mode", mode)["loss"]
     assert losses["narrow"] == pytest.approx(losses["filled"], rel=1e-6)
@@ -153,9 +154,9 @@ def test_what_evaluate_cannot_do_is_one_line_before_a_server_is_asked(place: Pla
     assert_fails(run_edge("evaluate", *where, "--data", data, "--mode", "trunk"), 2, WRONG[name])
 
 
-def test_without_a_server_all_blocks_run_here(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
+def test_without_a_server_all_blocks_run_here(place: Place, tmp_path: Path) -> None:
     """As the adapter was trained, or as it is said; never by a server that was not asked for."""
-    bundle = tiny(blocks=3, device_blocks=3, head_dtype="fp32").bundle
+    bundle = place.model.bundle
     training = TrainingRecord(
         steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=0, round_trips_per_step=0,
         recipe={"mode": "local"}, versions={},
@@ -169,7 +170,8 @@ def test_without_a_server_all_blocks_run_here(place: Place, tiny: TinyFactory, t
     asked = ("--server", place.server.url)
     assert_fails(run_edge(*words, "--mode", "local", *asked), 2, "--mode local asks no server: leave --server out")
     assert_fails(run_edge(*words, "--mode", "split"), 2, "--mode split needs --server")
-    assert_fails(run_edge(*place.words(tmp_path, *PROMPT)), 4, "export it again with --device-blocks 3")
+    fewer = with_last_blocks(bundle, tmp_path / "bundle", 2)
+    assert_fails(run_edge(*place.words(tmp_path, *PROMPT, bundle=fewer)), 4, "export it again with --device-blocks 3")
 
 
 def test_what_cannot_be_is_one_line(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:

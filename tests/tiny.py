@@ -47,7 +47,7 @@ class Weights:
     def model(self) -> Path:
         from families import save_tiny
 
-        with _only_one(self._directory):
+        with only_one(self._directory):
             if not self._directory.exists():
                 partial = self._directory.with_name("partial")
                 save_tiny(partial, self._family, self._seed, **self._changes)
@@ -80,7 +80,7 @@ class Tiny:
         from dlora.export.settings import ExportSettings
 
         model = str(self.model)
-        with _only_one(self.directory):
+        with only_one(self.directory):
             if not self.directory.exists():  # it comes whole
                 export_bundle(ExportSettings(model, self.directory, **self.settings))
         return self.directory
@@ -141,7 +141,7 @@ def _digest(key: Hashable) -> str:
     return hashlib.sha256(repr(key).encode()).hexdigest()[:12]
 
 
-def _only_one(directory: Path) -> FileLock:
+def only_one(directory: Path) -> FileLock:
     """Of all test processes."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(directory.with_name(f"{directory.name}.lock"))

@@ -185,10 +185,9 @@ def test_mutated_frames_decode_or_are_refused(message: m.AnyMessage, seq: int, w
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-@settings(max_examples=100_000, deadline=None, database=None)
+@settings(max_examples=20_000, deadline=None, database=None)
 @given(**FRAMES)
-def test_hundred_thousand_mutated_frames_decode_or_are_refused(
+def test_many_mutated_frames_decode_or_are_refused(
     message: m.AnyMessage, seq: int, where: int, flip: int
 ) -> None:
     check_frame(message, seq, where, flip)

@@ -59,7 +59,7 @@ def test_faults_change_no_bit_of_the_kinds_that_the_server_keeps_a_part_of(
     tmp_path_factory: pytest.TempPathFactory, kind: KindChoice
 ) -> None:
     with matrix(tmp_path_factory.mktemp(f"faults-{kind}"), kind=kind) as found:
-        cases = [case for nth, fault in enumerate(FAULTS) for case in one_in(4, found.cases(fault), nth)]
+        cases = [case for nth, fault in enumerate(FAULTS) for case in one_in(8, found.cases(fault), nth)]
         check(list(found.run(cases)))
 
 
@@ -67,7 +67,7 @@ def test_faults_change_no_bit_of_the_kinds_that_the_server_keeps_a_part_of(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.lower())
 def test_each_fault_changes_no_bit_wherever_it_comes(whole: Matrix, fault: Fault) -> None:
-    check(list(whole.run(one_in(6, whole.cases(fault, thorough=True)))))
+    check(list(whole.run(one_in(8, whole.cases(fault, thorough=True)))))
 
 
 def test_reference_step_has_all_message_kinds(whole: Matrix) -> None:
