@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,6 +119,24 @@ def test_estimated_memory_of_training_is_small(bundle: Path, kind: KindChoice, l
 
 def need(bundle: Path) -> None:
     assert (bundle / "manifest.json").exists(), f"no bundle in {bundle}; run: make test-slow"
+
+
+def test_a_gguf_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    from dlora.cloud.model.base_model import find_source, load_model
+
+    read = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
+            read.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    load_model(find_source("smollm2-135m"))
+    assert len(read) == 1
+    assert gguf.GGUFReader is Counted
 
 
 def test_merged_model_of_a_gguf_file_equals_peft(tmp_path: Path) -> None:
