@@ -13,7 +13,7 @@ demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process
 	$(BIN)/python examples/demo.py
 
 TEST_PROCESSES ?= 3
-test: .venv/.ready $(SHIM) ## every test but those of test-slow, -arm and -release: a quarter of an hour
+test: .venv/.ready $(SHIM) ## every test but those of test-slow, -arm and -release: twelve minutes
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not arm and not release"
 
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice as long
@@ -22,7 +22,7 @@ coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice a
 test-release: .venv/.ready ## a bare Debian is set up: minutes, before a release
 	$(BIN)/pytest -m release
 
-test-slow: ## the tests on the real model: tens of minutes
+test-slow: ## the tests on the real model: a quarter of an hour
 test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/manifest.json \
 		build/smollm2-int8/manifest.json build/smollm2-both/manifest.json
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 1800 -m "slow and not arm"
