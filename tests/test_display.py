@@ -207,6 +207,17 @@ def test_lines_in_a_terminal_end_between_words() -> None:
     assert max(map(len, lines)) <= 40
 
 
+def test_lines_go_nowhere_where_the_terminal_was_closed() -> None:
+    """Its output is /dev/null then (``leave_closed_output``), and a run goes on to save its step."""
+    shown_in_a_terminal(
+        "import os; from dlora.edge.run.display import Display\n"
+        "display = Display()\n"
+        "os.dup2(os.open(os.devnull, os.O_WRONLY), 2)\n"
+        "display.say('stopped')\n",
+        columns=40,
+    )
+
+
 def test_a_terminal_with_room_shows_the_run() -> None:
     """A curve with its ends, a character for each unit, and what has crossed; each line in the window's width."""
     text = shown_in_a_terminal(TEN_STEPS, columns=80)

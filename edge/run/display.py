@@ -65,10 +65,12 @@ class Display:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
-            print(self._wrapped(text) if self._terminal else text, file=self._stream, flush=True)
+            print(self._wrapped(text), file=self._stream, flush=True)
 
     def _wrapped(self, text: str) -> str:
         """In lines of the terminal's width that end between words, as rich writes them beside a live line."""
+        if not self._terminal or not self._stream.isatty():  # closed since: what is said goes nowhere then
+            return text
         width = shutil.get_terminal_size(os.get_terminal_size(self._stream.fileno())).columns
         return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False) if width else text
 
