@@ -9,7 +9,6 @@ from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 
-import gguf
 import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
@@ -49,6 +48,8 @@ def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTr
 def _gguf_once() -> Iterator[None]:
     """transformers reads a GGUF file twice, token by token, and makes the table of its names anew for each module of
     the model. Inside, each is done once: less than half of the time (SmolLM2: docs/experiments.md)."""
+    import gguf  # a twentieth of a second that other models need not take
+
     before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, function in before.items():
         setattr(gguf, name, cache(function))
