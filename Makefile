@@ -13,11 +13,16 @@ demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process
 	$(BIN)/python examples/demo.py
 
 TEST_PROCESSES ?= 3
+FAST := -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not arm and not release"
 test: .venv/.ready $(SHIM) ## every test but those of test-slow, -arm and -release: twelve minutes
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not arm and not release"
+	$(BIN)/pytest $(FAST)
 
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice as long
-	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow and not arm and not release" --cov --cov-report=term
+	$(BIN)/pytest $(FAST) --cov --cov-report=term
+
+mutants: .venv/.ready $(SHIM) ## do the tests notice small changes of the code? 150 of them: three hours
+	$(BIN)/python -m pip install --quiet --group mutants
+	$(BIN)/python benchmarks/mutants.py
 
 test-release: .venv/.ready ## a bare Debian is set up: minutes, before a release
 	$(BIN)/pytest -m release

@@ -1,0 +1,349 @@
+"""Do the tests notice when the code changes? A fixed sample of small changes of the code, mutants; a test should fail of each.
+
+    python benchmarks/mutants.py                        # the tests that lie here
+    python benchmarks/mutants.py --earlier e043fab      # and of those that survive, which ones the tests of a commit kill
+
+Mutants are cosmic-ray's (one operator, number, comparison, exception … changed). ``--count`` of them are drawn with a
+seed from ``ROOMS``; with ``--earlier`` only from files that are the same in that commit, so that both sets of tests can
+meet them. ``make test`` under coverage says which tests run a changed line. Of these one case of each function comes
+first, then the others, the quickest first, until one fails or ``LONGEST_S`` are over.
+
+A mutant that survives meets, with ``--earlier``, the tests of that commit: those functions that ran the line and whose
+file has changed since, with all the cases that they had then. What they kill is a loss.
+
+Works in copies of the commits under ``build/mutants``, and keeps there what was done: it can be stopped and run again.
+Prints one JSON object; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Final
+from xml.etree import ElementTree
+
+import cosmic_ray.plugins
+import coverage
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+WORK: Final = ROOT / "build" / "mutants"
+PACKAGES: Final = ("protocol", "edge", "cloud", "export")
+ROOMS: Final = ("protocol", "edge/training", "edge/model", "cloud/exchange", "export/graphs")
+FAST: Final = "not slow and not arm and not release"
+LONGEST_S: Final = 90.0  # of tests for one mutant, by the times that they took undisturbed
+MOST_S: Final = 600.0  # of the clock for one mutant
+TEST_TIMEOUT_S: Final = 60
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``operator`` of cosmic-ray's, applied to its ``occurrence``-th place in ``path``; the lines that it changes."""
+
+    path: str
+    operator: str
+    occurrence: int
+    first: int
+    last: int
+
+    def of(self, source: str) -> str | None:
+        """``source`` with the change; None where nothing changes, or what comes out is no Python."""
+        changed = mutate_code(source, cosmic_ray.plugins.get_operator(self.operator)(), self.occurrence)
+        return changed if changed and changed != source and _compiles(changed) else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a mutant: the test that failed; None: it survived ``tried`` tests of ``covering``."""
+
+    mutant: Mutant
+    killed_by: str | None
+    tried: int
+    covering: int
+    seconds: float
+
+
+def main() -> None:
+    """Print what came of every mutant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--earlier", metavar="COMMIT", help="whose tests meet what survives")
+    parser.add_argument("--count", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    started = time.perf_counter()
+    here = _git("rev-parse", "--short", "HEAD")
+    copies = [Copy(here, number) for number in range(options.processes)]
+    covering = Covering(copies[0])
+    mutants = sample(copies[0].path, options.count, options.seed, _changed(here, options.earlier))
+    results = list(run(mutants, copies, covering.chosen, "now"))
+    found = {"commit": here, "seed": options.seed, "date": time.strftime("%Y-%m-%d"), **summary(results)}
+    if options.earlier:
+        earlier = _git("rev-parse", "--short", options.earlier)
+        copies = [Copy(earlier, number) for number in range(options.processes)]
+        changed = set(_changed(here, earlier))
+
+        def functions(mutant: Mutant) -> tuple[list[str], int]:
+            of_changed = [test for test in covering.functions(mutant) if test.partition("::")[0] in changed]
+            there = [test for test in of_changed if copies[0].has(test)]
+            return there, len(there)
+
+        survivors = [result.mutant for result in results if result.killed_by is None]
+        again = list(run(survivors, copies, functions, "earlier"))
+        killed = _told(each for each in again if each.killed_by)
+        found["earlier"] = {"commit": earlier, "met": len(again), "killed": killed}
+    print(json.dumps(found | {"minutes": round((time.perf_counter() - started) / 60)}, indent=1))
+
+
+class Copy:
+    """A commit in a directory of its own, and how its tests are run there."""
+
+    def __init__(self, commit: str, number: int) -> None:
+        self.path = WORK / commit / f"copy-{number}"
+        self.log = WORK / commit
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _git("worktree", "add", "--force", "--detach", str(self.path), commit)
+        site = WORK / commit / f"site-{number}" / "dlora"
+        site.mkdir(parents=True, exist_ok=True)
+        for package in PACKAGES:
+            if not (site / package).is_symlink():
+                (site / package).symlink_to(self.path / package)
+        if (ROOT / "build" / "shim").exists() and not (self.path / "build").exists():
+            (self.path / "build").mkdir()
+            (self.path / "build" / "shim").symlink_to(ROOT / "build" / "shim")
+        # Before the installed one, which is that of ROOT.
+        self._environment = {**os.environ, "PYTHONPATH": str(site.parent), "DLORA_TEST_DAY": "0"}
+
+    def has(self, test: str) -> bool:
+        """Whether a function of tests is there, ``tests/file.py::name``."""
+        file, _, name = test.partition("::")
+        path = self.path / file
+        return path.exists() and f"def {name.rpartition('::')[2]}(" in path.read_text()
+
+    def pytest(self, *arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
+        program = str(Path(sys.executable).with_name("pytest"))
+        return subprocess.run(
+            [program, "-q", "-p", "no:cacheprovider", "-m", FAST, *arguments], cwd=self.path, env=self._environment,
+            capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
+
+
+class Covering:
+    """Which tests run a line, and how long each of them takes."""
+
+    def __init__(self, copy: Copy) -> None:
+        self._copy = copy
+        data, times = copy.path / ".coverage", copy.log / "times.xml"
+        if not times.exists():
+            _say("measuring which tests run which lines; this takes twice as long as the tests")
+            done = copy.pytest("-n", "2", "--cov", "--cov-context=test", "--cov-report=", f"--junitxml={times}")
+            if not data.exists():
+                raise SystemExit(f"error: the tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        self._seconds = dict(_times(times))
+        self._data = coverage.CoverageData(str(data))
+        self._data.read()
+
+    def _tests(self, mutant: Mutant) -> list[str]:
+        """Of each function one, the quickest first; then the others."""
+        contexts = self._data.contexts_by_lineno(str(self._copy.path / mutant.path))
+        named = {
+            _test_of(context) for line in range(mutant.first, mutant.last + 1) for context in contexts.get(line, ())
+        }
+        tests = sorted(named & set(self._seconds), key=lambda test: (self._seconds[test], test))
+        first = {test.partition("[")[0]: test for test in reversed(tests)}
+        ahead = set(first.values())
+        return [*(test for test in tests if test in ahead), *(test for test in tests if test not in ahead)]
+
+    def functions(self, mutant: Mutant) -> list[str]:
+        """The functions of tests that run it."""
+        return list(dict.fromkeys(test.partition("[")[0] for test in self._tests(mutant)))
+
+    def chosen(self, mutant: Mutant) -> tuple[list[str], int]:
+        """The tests that it meets, and how many there are."""
+        tests, left_s, chosen = self._tests(mutant), LONGEST_S, []
+        for test in tests:
+            if self._seconds[test] <= left_s:
+                left_s -= self._seconds[test]
+                chosen.append(test)
+        return chosen, len(tests)
+
+
+def sample(root: Path, count: int, seed: int, changed: Iterable[str]) -> list[Mutant]:
+    """So many mutants of files that are not among ``changed``; of each room about as many as it has places."""
+    paths = [
+        str(path.relative_to(root))
+        for room in ROOMS
+        for path in sorted((root / room).rglob("*.py"))
+        if str(path.relative_to(root)) not in set(changed)
+    ]
+    places = [mutant for path in paths for mutant in mutants_of(root, path)]
+    random.Random(seed).shuffle(places)
+    found: list[Mutant] = []
+    for mutant in places:
+        if len(found) == count:
+            break
+        if mutant.of((root / mutant.path).read_text()) is not None:
+            found.append(mutant)
+    _say(f"{len(found)} of {len(places)} mutants in {len(paths)} files")
+    return found
+
+
+def mutants_of(root: Path, path: str) -> Iterator[Mutant]:
+    """Every place that an operator without arguments can change, but in annotations, which nothing runs."""
+    source = (root / path).read_text()
+    annotations = set(_annotation_places(ast.parse(source)))
+    tree = get_ast(source)
+    for name in sorted(cosmic_ray.plugins.operator_names()):
+        kind = cosmic_ray.plugins.get_operator(name)
+        if kind.arguments():
+            continue
+        positions = (place for node in ast_nodes(tree) for place in kind().mutation_positions(node))
+        for occurrence, ((first, column), (last, _)) in enumerate(positions):
+            if (first, column) not in annotations:
+                yield Mutant(path, name, occurrence, first, last)
+
+
+def run(mutants: list[Mutant], copies: list[Copy], tests_of: Any, name: str) -> Iterator[Result]:
+    """Each result, in order; those that are known from before are not run again."""
+    log = copies[0].log / f"{name}.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    known = {result.mutant: result for row in rows for result in [Result(**{**row, "mutant": Mutant(**row["mutant"])})]}
+    idle: SimpleQueue[Copy] = SimpleQueue()
+    for copy in copies:
+        idle.put(copy)
+
+    def one(mutant: Mutant) -> Result:
+        if mutant in known:
+            return known[mutant]
+        copy, (tests, covering) = idle.get(), tests_of(mutant)
+        try:
+            result = try_mutant(mutant, copy, tests, covering)
+        finally:
+            idle.put(copy)
+        with log.open("a") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
+        _say(f"{mutant.path}:{mutant.first} {mutant.operator.partition('/')[2]}: {result.killed_by or 'survived'}")
+        return result
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        yield from pool.map(one, mutants)
+
+
+def try_mutant(mutant: Mutant, copy: Copy, tests: list[str], covering: int) -> Result:
+    """Run tests until one fails."""
+    started = time.perf_counter()
+    path = copy.path / mutant.path
+    source = _git("show", f"{copy.log.name}:{mutant.path}") + "\n"
+    changed = mutant.of(source)
+    assert changed is not None
+    path.write_text(changed)
+    try:
+        killed_by = _first_failure(copy, tests)
+    finally:
+        path.write_text(source)
+    return Result(mutant, killed_by, len(tests), covering, round(time.perf_counter() - started, 1))
+
+
+def _first_failure(copy: Copy, tests: list[str]) -> str | None:
+    if not tests:
+        return None
+    try:
+        done = copy.pytest("-x", "--timeout", str(TEST_TIMEOUT_S), "-rfE", *tests, timeout_s=MOST_S)
+    except subprocess.TimeoutExpired:
+        return None  # its tests are slow; each has a limit of its own
+    if done.returncode in (0, 4, 5):  # 4, 5: none was collected
+        return None
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return failed[0] if failed else "the tests do not begin"
+
+
+def summary(results: list[Result]) -> dict[str, Any]:
+    """How many of each room were killed, and which were not."""
+    rooms = Counter(_room(result.mutant.path) for result in results)
+    killed = [result for result in results if result.killed_by is not None]
+    of_room = Counter(_room(result.mutant.path) for result in killed)
+    return {
+        "mutants": len(results),
+        "killed": len(killed),
+        "rooms": {room: {"mutants": count, "killed": of_room[room]} for room, count in sorted(rooms.items())},
+        "survived": _told(result for result in results if result.killed_by is None),
+    }
+
+
+def _told(results: Iterable[Result]) -> list[dict[str, Any]]:
+    return [
+        {
+            "at": f"{each.mutant.path}:{each.mutant.first}",
+            "operator": f"{each.mutant.operator.partition('/')[2]} {each.mutant.occurrence}",
+            "tests": f"{each.tried} of {each.covering}",
+            **({"killed_by": each.killed_by} if each.killed_by else {}),
+        }
+        for each in results
+    ]
+
+
+def _room(path: str) -> str:
+    return next(room for room in ROOMS if path.startswith(f"{room}/"))
+
+
+def _annotation_places(tree: ast.AST) -> Iterator[tuple[int, int]]:
+    """Line and column of all that stands in an annotation."""
+    for node in ast.walk(tree):
+        for field in ("annotation", "returns"):
+            if isinstance(found := getattr(node, field, None), ast.expr) and found.lineno == found.end_lineno:
+                assert found.end_col_offset is not None
+                yield from ((found.lineno, column) for column in range(found.col_offset, found.end_col_offset))
+
+
+def _test_of(context: str) -> str:
+    """``tests/file.py::test[case]`` of a context: a test's phase, or a command's that a test has started."""
+    pieces = [piece.partition(" (")[0] for piece in context.split("|")]
+    return next((piece for piece in reversed(pieces) if "::" in piece), "")
+
+
+def _times(path: Path) -> Iterator[tuple[str, float]]:
+    """The name of each test that passes undisturbed, as coverage has it, and its seconds."""
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            continue
+        module = case.get("classname", "").replace(".", "/")
+        yield f"{module}.py::{case.get('name')}", float(case.get("time", "0"))
+
+
+def _changed(commit: str, other: str | None) -> list[str]:
+    """Files that are not the same in both."""
+    return _git("diff", "--name-only", commit, other).splitlines() if other else []
+
+
+def _compiles(source: str) -> bool:
+    try:
+        compile(source, "mutant", "exec")
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
