@@ -1,17 +1,18 @@
-"""Do the tests notice when the code changes? A fixed sample of small changes of the code, mutants; a test should fail of each.
+"""Do the tests notice small changes of the code, mutants? Of each a test should fail.
 
     python benchmarks/mutants.py                        # the tests that lie here
-    python benchmarks/mutants.py --earlier e043fab      # and of those that survive, which ones the tests of a commit kill
+    python benchmarks/mutants.py --earlier e043fab      # and what of those that survive an earlier commit's tests kill
 
-Mutants are cosmic-ray's (one operator, number, comparison, exception … changed). ``--count`` of them are drawn with a
-seed from ``ROOMS``; with ``--earlier`` only from files that are the same in that commit, so that both sets of tests can
-meet them. ``make test`` under coverage says which tests run a changed line. Of these one case of each function comes
-first, then the others, the quickest first, until one fails or ``LONGEST_S`` are over.
+Mutants are cosmic-ray's (an operator, a number, a comparison, an exception … is another). ``--count`` of them are drawn
+with a seed from ``ROOMS``; with ``--earlier`` only from files that are the same in that commit, so that both sets of
+tests can meet them. ``make test`` under coverage says which tests run a changed line. Of these, one case of each
+function comes first, then the others, the quickest first, until one fails or ``LONGEST_S`` are over. What fails without
+the change too does not count.
 
-A mutant that survives meets, with ``--earlier``, the tests of that commit: those functions that ran the line and whose
-file has changed since, with all the cases that they had then. What they kill is a loss.
+A mutant that survives meets, with ``--earlier``, the tests of that commit: those functions that run the line and whose
+file has changed since, and those that are gone, with all the cases that they had then. What they kill is a loss.
 
-Works in copies of the commits under ``build/mutants``, and keeps there what was done: it can be stopped and run again.
+Works in copies of the commits under ``build/mutants`` and keeps there what was done: it goes on where it was stopped.
 Prints one JSON object; progress goes to stderr.
 """
 
@@ -22,11 +23,12 @@ import ast
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +48,8 @@ ROOMS: Final = ("protocol", "edge/training", "edge/model", "cloud/exchange", "ex
 FAST: Final = "not slow and not arm and not release"
 LONGEST_S: Final = 90.0  # of tests for one mutant, by the times that they took undisturbed
 MOST_S: Final = 600.0  # of the clock for one mutant
-TEST_TIMEOUT_S: Final = 60
+TEST_TIMEOUT_S: Final = 120
+NOTHING_RUNS: Final = "no test begins"
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,14 @@ class Result:
 def main() -> None:
     """Print what came of every mutant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", default="HEAD", help="whose code is changed, and whose tests meet it")
     parser.add_argument("--earlier", metavar="COMMIT", help="whose tests meet what survives")
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--seed", type=int, default=30)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     started = time.perf_counter()
-    here = _git("rev-parse", "--short", "HEAD")
+    here = _git("rev-parse", "--short", options.commit)
     copies = [Copy(here, number) for number in range(options.processes)]
     covering = Covering(copies[0])
     mutants = sample(copies[0].path, options.count, options.seed, _changed(here, options.earlier))
@@ -93,13 +97,15 @@ def main() -> None:
     found = {"commit": here, "seed": options.seed, "date": time.strftime("%Y-%m-%d"), **summary(results)}
     if options.earlier:
         earlier = _git("rev-parse", "--short", options.earlier)
+        changed, now = set(_changed(here, earlier)), copies[0].functions()
         copies = [Copy(earlier, number) for number in range(options.processes)]
-        changed = set(_changed(here, earlier))
+        then = copies[0].functions()
+        gone = sorted(then - now)
 
         def functions(mutant: Mutant) -> tuple[list[str], int]:
             of_changed = [test for test in covering.functions(mutant) if test.partition("::")[0] in changed]
-            there = [test for test in of_changed if copies[0].has(test)]
-            return there, len(there)
+            tests = [*(test for test in of_changed if test in then), *gone]
+            return tests, len(tests)
 
         survivors = [result.mutant for result in results if result.killed_by is None]
         again = list(run(survivors, copies, functions, "earlier"))
@@ -128,11 +134,10 @@ class Copy:
         # Before the installed one, which is that of ROOT.
         self._environment = {**os.environ, "PYTHONPATH": str(site.parent), "DLORA_TEST_DAY": "0"}
 
-    def has(self, test: str) -> bool:
-        """Whether a function of tests is there, ``tests/file.py::name``."""
-        file, _, name = test.partition("::")
-        path = self.path / file
-        return path.exists() and f"def {name.rpartition('::')[2]}(" in path.read_text()
+    def functions(self) -> set[str]:
+        """``tests/file.py::name`` of all functions that are tests."""
+        done = self.pytest("--collect-only")
+        return {line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line}
 
     def pytest(self, *arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
         program = str(Path(sys.executable).with_name("pytest"))
@@ -150,10 +155,11 @@ class Covering:
         data, times = copy.path / ".coverage", copy.log / "times.xml"
         if not times.exists():
             _say("measuring which tests run which lines; this takes twice as long as the tests")
-            done = copy.pytest("-n", "2", "--cov", "--cov-context=test", "--cov-report=", f"--junitxml={times}")
+            measured = ("--cov", "--cov-context=test", "--cov-report=", f"--junitxml={times}")
+            done = copy.pytest("-n", "3", "--dist", "loadfile", *measured)
             if not data.exists():
                 raise SystemExit(f"error: the tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        self._seconds = dict(_times(times))
+        self._seconds = dict(_times(times, copy.path))
         self._data = coverage.CoverageData(str(data))
         self._data.read()
 
@@ -250,15 +256,19 @@ def try_mutant(mutant: Mutant, copy: Copy, tests: list[str], covering: int) -> R
     source = _git("show", f"{copy.log.name}:{mutant.path}") + "\n"
     changed = mutant.of(source)
     assert changed is not None
-    path.write_text(changed)
-    try:
-        killed_by = _first_failure(copy, tests)
-    finally:
-        path.write_text(source)
+    while True:
+        path.write_text(changed)
+        try:
+            killed_by = _first_failure(copy, tests)
+        finally:
+            path.write_text(source)
+        if killed_by is None or killed_by == NOTHING_RUNS or _first_failure(copy, [killed_by]) is None:
+            break
+        tests = [test for test in tests if test.partition("[")[0] != killed_by.partition("[")[0]]
     return Result(mutant, killed_by, len(tests), covering, round(time.perf_counter() - started, 1))
 
 
-def _first_failure(copy: Copy, tests: list[str]) -> str | None:
+def _first_failure(copy: Copy, tests: Sequence[str]) -> str | None:
     if not tests:
         return None
     try:
@@ -267,8 +277,9 @@ def _first_failure(copy: Copy, tests: list[str]) -> str | None:
         return None  # its tests are slow; each has a limit of its own
     if done.returncode in (0, 4, 5):  # 4, 5: none was collected
         return None
-    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return failed[0] if failed else "the tests do not begin"
+    lines = [line.partition(" ") for line in done.stdout.splitlines()]
+    failed = [rest.partition(" - ")[0] for word, _, rest in lines if word in ("FAILED", "ERROR")]
+    return failed[0] if failed else NOTHING_RUNS
 
 
 def summary(results: list[Result]) -> dict[str, Any]:
@@ -311,17 +322,19 @@ def _annotation_places(tree: ast.AST) -> Iterator[tuple[int, int]]:
 
 def _test_of(context: str) -> str:
     """``tests/file.py::test[case]`` of a context: a test's phase, or a command's that a test has started."""
-    pieces = [piece.partition(" (")[0] for piece in context.split("|")]
-    return next((piece for piece in reversed(pieces) if "::" in piece), "")
+    last = re.split(r" \((?:call|setup|teardown)\)\|", context)[-1]
+    return re.sub(r"\|(run|setup|teardown)$| \((call|setup|teardown)\)$", "", last)
 
 
-def _times(path: Path) -> Iterator[tuple[str, float]]:
+def _times(path: Path, root: Path) -> Iterator[tuple[str, float]]:
     """The name of each test that passes undisturbed, as coverage has it, and its seconds."""
     for case in ElementTree.parse(path).getroot().iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             continue
-        module = case.get("classname", "").replace(".", "/")
-        yield f"{module}.py::{case.get('name')}", float(case.get("time", "0"))
+        file, inner = Path(case.get("classname", "").replace(".", "/")), str(case.get("name"))
+        while not (root / file).with_suffix(".py").exists() and file.name:  # a class
+            file, inner = file.parent, f"{file.name}::{inner}"
+        yield f"{file}.py::{inner}", float(case.get("time", "0"))
 
 
 def _changed(commit: str, other: str | None) -> list[str]:
