@@ -1,10 +1,12 @@
 # `make` alone says what there is: what stands behind ## of a target.
 PYTHON ?= python3
 BIN := .venv/bin
+# Where it is set, each of the many processes of a test run would compile all that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 ARCH ?= $(shell uname -m)
 SHIM := build/shim/$(shell uname -m)/VERSION.json
 
-.PHONY: help demo test coverage test-slow test-release test-arm lint bench shim native-runner edge-binary clean
+.PHONY: help demo test coverage mutants test-slow test-release test-arm lint bench shim native-runner edge-binary clean
 
 help: ## this list; times are of two cores, and rough
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22

@@ -65,7 +65,7 @@ class Mutant:
     def of(self, source: str) -> str | None:
         """``source`` with the change; None where nothing changes, or what comes out is no Python."""
         changed = mutate_code(source, cosmic_ray.plugins.get_operator(self.operator)(), self.occurrence)
-        return changed if changed and changed != source and _compiles(changed) else None
+        return changed if changed and changed != source and _is_python(changed) else None
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class Copy:
             (self.path / "build" / "shim").symlink_to(ROOT / "build" / "shim")
         # Before the installed one, which is that of ROOT.
         self._environment = {**os.environ, "PYTHONPATH": str(site.parent), "DLORA_TEST_DAY": "0"}
+        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # tests are begun hundreds of times
 
     def functions(self) -> set[str]:
         """``tests/file.py::name`` of all functions that are tests."""
@@ -169,6 +170,8 @@ class Covering:
         named = {
             _test_of(context) for line in range(mutant.first, mutant.last + 1) for context in contexts.get(line, ())
         }
+        if not named & set(self._seconds):  # it is run when the file is imported
+            named = {_test_of(context) for line in contexts.values() for context in line}
         tests = sorted(named & set(self._seconds), key=lambda test: (self._seconds[test], test))
         first = {test.partition("[")[0]: test for test in reversed(tests)}
         ahead = set(first.values())
@@ -342,9 +345,9 @@ def _changed(commit: str, other: str | None) -> list[str]:
     return _git("diff", "--name-only", commit, other).splitlines() if other else []
 
 
-def _compiles(source: str) -> bool:
+def _is_python(source: str) -> bool:
     try:
-        compile(source, "mutant", "exec")
+        ast.parse(source)
     except (SyntaxError, ValueError):
         return False
     return True

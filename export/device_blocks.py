@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dlora.cloud.model.base_model import BaseModel, quiet
 from dlora.protocol.errors import DloraError
@@ -33,6 +33,9 @@ from .tracing.calls import (
 from .tracing.entry import find_entry
 from .tracing.modules import linears, stored_weights
 from .tracing.past import PAST_KEYS, PAST_MASK, PAST_VALUES, cache_arguments, call_with_past
+from .tracing.shared import gives_the_same
+from .tracing.simplify import simplify
+from .tracing.trace import trace_block
 
 _TOLERANCE = 1e-4  # rounding only: the same sums in another order
 
@@ -83,17 +86,21 @@ def _prepare(
     entry = find_entry(base) if not first else None
     of_block = windows(base)
     calls = record_calls(base)
-    graphs: dict[tuple[object, ...], tuple[TrainingGraph, TrainingGraph]] = {}
+    shapes: dict[tuple[object, ...], tuple[fx.GraphModule, TrainingGraph, TrainingGraph]] = {}
     blocks = []
     for call in calls[first:]:
-        say(f"tracing block {call.index}")
         plain = linears(call.block)
         targets = tuple(
             name for name in (full.removeprefix(f"{call.path}.") for full in trainable) if name in plain
         )
         weights = stored_weights(call.block, dtype)
-        made = block_graphs(call, weights, targets, str(len(graphs)))
-        forward, backward = graphs.setdefault(_content(made), made)
+        shape = next((each for each in shapes.values() if gives_the_same(each[0], call, weights, targets)), None)
+        if shape is None:
+            say(f"tracing block {call.index}")
+            traced = simplify(trace_block(call, weights, targets))
+            made = block_graphs(traced, weights, targets, str(len(shapes)))
+            shape = shapes.setdefault(_content(made), (traced, *made))
+        _, forward, backward = shape
         inputs = {spec.name for graph in (forward, backward) for spec in graph.inputs}
         used = {name: tensor for name, tensor in weights.items() if name in inputs}
         blocks.append(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
@@ -286,7 +287,8 @@ def load_manifest(bundle: Path) -> Manifest:
     """Read a bundle's manifest and check every path in it. Raises ``BundleError`` with what to do."""
     path = bundle / MANIFEST_NAME
     try:
-        if not _lies_inside(bundle, MANIFEST_NAME):
+        root = bundle.resolve()
+        if not _lies_inside(bundle, root, MANIFEST_NAME):
             raise BundleError(f"{path} is a link to a file outside the bundle; do not use this bundle")
         _check_is_regular_file(path)
         with path.open("rb") as file:
@@ -300,6 +302,8 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"{bundle} is not a bundle directory; make one with dlora-export") from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}); export the bundle again") from None
+    except RuntimeError:
+        raise BundleError(f"{path} cannot be read (links in a circle); export the bundle again") from None
     try:
         found = msgspec.json.decode(raw, type=_Format).format
         if found != BUNDLE_FORMAT:
@@ -325,14 +329,19 @@ def load_manifest(bundle: Path) -> Manifest:
     for field, name in paths_of(manifest):
         if name not in manifest.files:
             raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")
-        if not _lies_inside(bundle, name):
+        if not _lies_inside(bundle, root, name):
             raise BundleError(f"{path}: {field} names a file outside the bundle: {name!r}; do not use this bundle")
     return manifest
 
 
 def paths_of(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Every path that stands anywhere in a manifest, with the name of its field: what its type calls ``BundlePath``."""
-    return _paths_in(manifest, msgspec.inspect.type_info(Manifest), "manifest")
+    return _paths_in(manifest, _type_of_manifest(), "manifest")
+
+
+@cache
+def _type_of_manifest() -> msgspec.inspect.Type:
+    return msgspec.inspect.type_info(Manifest)
 
 
 def _paths_in(value: Any, type_info: msgspec.inspect.Type, field: str) -> Iterator[tuple[str, str]]:
@@ -356,14 +365,17 @@ def _paths_in(value: Any, type_info: msgspec.inspect.Type, field: str) -> Iterat
             pass
 
 
-def _lies_inside(bundle: Path, name: str) -> bool:
-    """Whether ``name`` is a path as docs/bundle.md has them, and leads nowhere else, not even by a symbolic link."""
+def _lies_inside(bundle: Path, root: Path, name: str) -> bool:
+    """Whether ``name`` is a path as docs/bundle.md has them, and leads nowhere else, not even by a symbolic link.
+
+    ``root``: ``bundle`` as it is where no link is left.
+    """
     path = PurePosixPath(name)
     is_plain = bool(path.parts) and str(path) == name and not {"\\", "\0"} & set(name)
     if not is_plain or path.is_absolute() or ".." in path.parts:
         return False
     try:
-        return (bundle / name).resolve().is_relative_to(bundle.resolve())
+        return (bundle / name).resolve().is_relative_to(root)
     except (OSError, RuntimeError):  # links in a circle
         return False
 

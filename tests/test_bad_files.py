@@ -129,7 +129,7 @@ def test_harmful_template_is_refused(tmp_path: Path, name: str) -> None:
         with prompt_tokenizer(bundle) as tokenizer:
             tokenizer.encode_chat([{"role": "user", "content": "a"}])
 
-    if name != "nests less":  # which is a template like any other, but for its assistant
+    if name not in {"loops", "nests less"}:  # "counts" takes as long; the last is like any other, but for its assistant
         refused(DataError, generate, words)
 
 

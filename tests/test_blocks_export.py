@@ -33,8 +33,11 @@ from dlora.export.graphs.graph import TrainingGraph
 from dlora.export.selection import select_targets
 from dlora.export.settings import ExportSettings
 from dlora.export.tracing import onnx_products
-from dlora.export.tracing.calls import BlockCall
+from dlora.export.tracing.calls import BlockCall, record_calls
 from dlora.export.tracing.modules import stored_weights, weight_shape
+from dlora.export.tracing.shared import gives_the_same
+from dlora.export.tracing.simplify import simplify
+from dlora.export.tracing.trace import trace_block
 from dlora.export.verify import compile_onnx, verify
 from dlora.protocol.errors import ExportError, UsageError
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
@@ -150,6 +153,23 @@ def test_golden_vectors_hold_no_weight(tiny: TinyFactory) -> None:
     assert names >= {"x", "mask", "scale", *block.tables}
 
 
+# -- blocks that share a graph -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_place", [False, True], ids=["one scale", "a scale for each block"])
+def test_a_graph_is_shared_where_another_block_computes_the_same(by_place: bool) -> None:
+    """Weights are inputs; the scale of attention's scores stands in the graph."""
+    base = BaseModel.from_model(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=by_place), "gpt2")
+    first, second = record_calls(base)
+    targets = ("attn.c_attn",)
+    of_first, of_second = (stored_weights(call.block, "fp32") for call in (first, second))
+    traced = simplify(trace_block(first, of_first, targets))
+    assert gives_the_same(traced, first, of_first, targets)
+    assert gives_the_same(traced, second, of_second, targets) is not by_place
+    assert not gives_the_same(traced, second, stored_weights(second.block, "fp16"), targets)
+    assert not gives_the_same(traced, second, of_second, ("attn.c_attn", "attn.c_proj"))
+
+
 # -- weights that are widened in parts ---------------------------------------------------------------------------
 
 
@@ -170,7 +190,7 @@ def chain_graphs(chain: Chain, dtype: Any) -> tuple[dict[str, torch.Tensor], tup
     config = BaseModel.from_model(tiny_model("llama"), "llama").model.config
     call = BlockCall(0, "chain", chain, tuple(leaves), structure, 0, {}, 23, config)
     weights = stored_weights(chain, dtype)
-    return weights, block_graphs(call, weights, ("up", "down"), "0")
+    return weights, block_graphs(simplify(trace_block(call, weights, ("up", "down"))), weights, ("up", "down"), "0")
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])

@@ -142,7 +142,7 @@ def test_run_whose_reader_ends_with_the_terminal_saves(tiny: TinyFactory, data: 
     assert step == steps_of(out)
 
 
-@pytest.mark.parametrize("ignored", [False, True], ids=["obeyed", "under nohup"])
+@pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["obeyed", "under nohup"])
 def test_server_drains(tiny: TinyFactory, tmp_path: Path, ignored: bool) -> None:
     command = (CLOUD, "serve", tiny().model, "--port", 0, "--state-dir", tmp_path)
     with terminal(*command, ignores=ignored) as window:

@@ -83,15 +83,16 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
 # Both signals where a command starts at once; where it must load torch first, by turns: the handler is the same.
-@pytest.mark.parametrize(("command", "when", "sent"), one_in(2, [
+@pytest.mark.parametrize(("command", "when", "sent"), [*one_in(2, [
     ("edge", "typer", INT), ("edge", "typer", TERM), ("edge", "msgspec", INT), ("edge", "msgspec", TERM),
     ("edge", "numpy", INT), ("edge", "numpy", TERM), ("edge", "onnxruntime", INT), ("edge", "onnxruntime", TERM),
     ("train", "websockets.sync.client", INT), ("train", "websockets.sync.client", TERM),
     ("train", "onnxruntime.capi", INT), ("train", "onnxruntime.capi", TERM),
+]), *(pytest.param(*each, marks=pytest.mark.slow) for each in one_in(2, [
     ("cloud", "typer", INT), ("cloud", "typer", TERM), ("cloud", "torch", INT), ("cloud", "transformers", TERM),
     ("cloud", "torch.distributed", INT), ("export", "typer", INT), ("export", "typer", TERM), ("export", "peft", INT),
     ("export", "onnx", TERM),
-]), ids=lambda value: value.name if isinstance(value, signal.Signals) else value)  # fmt: skip
+]))], ids=lambda value: value.name if isinstance(value, signal.Signals) else value)  # fmt: skip
 def test_signal_during_imports_ends_with_one_line_and_130(
     place: Place, tmp_path: Path, command: str, when: str, sent: signal.Signals
 ) -> None:

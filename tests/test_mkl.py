@@ -36,6 +36,7 @@ def has_avx512() -> bool:
     return cpu.exists() and "avx512f" in cpu.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_avx512(), reason="this processor has no AVX-512: all tests are run with AVX2")
 @pytest.mark.skipif(VARIABLE in os.environ, reason=f"{VARIABLE} is set: all tests are run with it")
 def test_numeric_tests_pass_with_the_code_for_avx2(tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ from dlora.export.tracing.trace import (
     OUTPUT,
     SCALE,
     X,
-    trace_block,
     trace_labelled,
     trace_modules,
 )
@@ -66,10 +65,10 @@ _DTYPES: Final[dict[torch.dtype, Any]] = {
 
 
 def block_graphs(
-    call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str], key: str
+    traced: fx.GraphModule, weights: Mapping[str, Tensor], targets: Sequence[str], key: str
 ) -> tuple[TrainingGraph, TrainingGraph]:
-    """``block_forward`` and ``block_backward`` of one block. Raises ``CannotRunOnDevice``."""
-    return _graphs_of(simplify(trace_block(call, weights, targets)), weights, targets, KINDS[:2], key)
+    """``block_forward`` and ``block_backward`` of ``trace_block``'s graph, simplified. Raises ``CannotRunOnDevice``."""
+    return _graphs_of(traced, weights, targets, KINDS[:2], key)
 
 
 def last_block_graphs(

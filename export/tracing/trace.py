@@ -37,7 +37,16 @@ def trace_block(call: BlockCall, weights: Mapping[str, Tensor], targets: Sequenc
     decoder's tensors, the stored weights, and ``<target>.lora_A`` (rank, in) and ``….lora_B`` (out, rank). Outputs, as
     in ``meta["outputs"]``: ``y``, ``grad_x``, and ``grad.<target>.lora_A`` and so on.
     """
-    tokens = call.tokens
+    named, compute = passes_of_block(call, weights, targets)
+    open_sizes = _open_sizes(named, (X, GRAD, *call.context), targets, {call.tokens: "positions"})
+    return _traced(compute, named, open_sizes, _outputs(targets))
+
+
+def passes_of_block(
+    call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str]
+) -> tuple[dict[str, Tensor], Callable[..., list[Tensor]]]:
+    """By name what both passes of a block take, its decoder's and its own tensors and random ones; and the passes, of
+    these values in their order: the outputs of ``trace_block``."""
     x = call.hidden_states()
     named: dict[str, Tensor] = {X: x.detach().clone(), GRAD: torch.randn_like(x), SCALE: torch.tensor(2.0)}
     named |= {**_context(call), **weights, **_lora(weights, targets)}
@@ -49,8 +58,7 @@ def trace_block(call: BlockCall, weights: Mapping[str, Tensor], targets: Sequenc
         with with_weights(call.block, modules, {name: values[name] for name in weights}, _lora_of(values, targets)):
             return call(values[X], context)
 
-    open_sizes = _open_sizes(named, (X, GRAD, *call.context), targets, {tokens: "positions"})
-    return _traced_passes(run, named, targets, open_sizes)
+    return named, _both_passes(run, named, targets)
 
 
 def trace_labelled(
@@ -85,20 +93,29 @@ def trace_labelled(
 
     with torch.no_grad():
         width = call(x, {}).shape[1]
-    places = {name: torch.zeros(size, dtype=torch.int64) for name, size in
-              ((LABEL_POSITIONS, labelled), (LABEL_INDEX, tokens))}
+    places = {
+        name: torch.zeros(size, dtype=torch.int64)
+        for name, size in ((LABEL_POSITIONS, labelled), (LABEL_INDEX, tokens))
+    }
     named = {X: named[X], **places, GRAD: torch.randn(labelled, width)} | named
-    return _traced_passes(run, named, targets, open_sizes | _open_sizes(named, (*places, GRAD), (), sizes))
+    open_sizes |= _open_sizes(named, (*places, GRAD), (), sizes)
+    return _traced(_both_passes(run, named, targets), named, open_sizes, _outputs(targets))
 
 
-def _traced_passes(
-    run: Callable[[Mapping[str, Tensor]], Tensor],
-    named: Mapping[str, Tensor],
-    targets: Sequence[str],
-    open_sizes: Mapping[str, Mapping[int, str]],
-) -> fx.GraphModule:
-    """Both passes: ``y`` of ``run``, and the gradients of ``sum(y * grad)`` by x and all LoRA."""
-    names = [f"{target}.{side}" for target in targets for side in ("lora_A", "lora_B")]
+def _lora_names(targets: Sequence[str]) -> list[str]:
+    return [f"{target}.{side}" for target in targets for side in ("lora_A", "lora_B")]
+
+
+def _outputs(targets: Sequence[str]) -> list[str]:
+    """Of both passes."""
+    return [OUTPUT, GRAD_X, *(f"grad.{name}" for name in _lora_names(targets))]
+
+
+def _both_passes(
+    run: Callable[[Mapping[str, Tensor]], Tensor], named: Mapping[str, Tensor], targets: Sequence[str]
+) -> Callable[..., list[Tensor]]:
+    """Of the values of ``named``: ``y`` of ``run``, and the gradients of ``sum(y * grad)`` by x and all LoRA."""
+    names = _lora_names(targets)
 
     def compute(*tensors: Tensor) -> list[Tensor]:
         values = dict(zip(named, tensors, strict=True))
@@ -107,13 +124,11 @@ def _traced_passes(
             y = run({**values, **leaves})
         return [y, *torch.autograd.grad(y, list(leaves.values()), values[GRAD])]
 
-    return _traced(compute, named, open_sizes, [OUTPUT, GRAD_X, *(f"grad.{name}" for name in names)])
+    return compute
 
 
 def _lora_of(values: Mapping[str, Tensor], targets: Sequence[str]) -> dict[str, Lora]:
-    return {
-        target: Lora(values[f"{target}.lora_A"], values[f"{target}.lora_B"], values[SCALE]) for target in targets
-    }
+    return {target: Lora(values[f"{target}.lora_A"], values[f"{target}.lora_B"], values[SCALE]) for target in targets}
 
 
 def trace_decode(

@@ -122,17 +122,16 @@ def whole(place: Place, running: Replicas) -> tuple[Path, list[str]]:
     return directory / "out", ended.files
 
 
-@pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.slow
 def test_a_run_survives_a_full_disk_at_each_of_its_files(
-    place: Place, running: Replicas, whole: tuple[Path, list[str]], thorough: bool, tmp_path: Path
+    place: Place, running: Replicas, whole: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     undisturbed, files = whole
     assert len(files) > 10, files
     some = ("checkpoint", "summary.json")
-    chosen = [name for name in files if CONVENIENCES.search(name) or any(each in name for each in some)]
-    files = list(one_in(2, files)) if thorough else chosen
+    always = [name for name in files if CONVENIENCES.search(name) or any(each in name for each in some)]
     wrong = {}
-    for index, name in enumerate(files):
+    for index, name in enumerate(dict.fromkeys([*always, *one_in(2, files)])):
         directory = tmp_path / str(index)
         words = training(place, running, directory)
         ended = run(directory, words, name)

@@ -43,6 +43,7 @@ def bottleneck(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
         yield found
 
 
+@pytest.mark.slow
 def test_a_killed_server_changes_no_bit_of_bottlenecks(bottleneck: Matrix) -> None:
     """Nor where the server is being set up."""
     cases = bottleneck.cases(Fault.KILL_SERVER)

@@ -14,6 +14,8 @@ from forked import spawn_command
 from matrix import DEVICE, SERVER
 from repeated_kills import storm
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
