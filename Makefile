@@ -32,7 +32,7 @@ test-release: .venv/.ready ## a bare Debian is set up: minutes, before a release
 test-slow: ## the tests on the real model: a quarter of an hour
 test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/manifest.json \
 		build/smollm2-int8/manifest.json build/smollm2-both/manifest.json
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 1800 -m "slow and not arm"
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --timeout 1800 -m "slow and not arm"
 
 # The device as one file that needs no Python: build/edge/ARCH/dlora-edge. aarch64 is made and run under emulation.
 edge-binary: ## dlora-edge as one file, ARCH=aarch64 or x86_64: one minute, emulated five

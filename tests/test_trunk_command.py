@@ -286,6 +286,7 @@ def test_another_bundles_cache_is_refused(place: Place, tiny: TinyFactory, tmp_p
     assert run_edge(*place.train(tmp_path, *TRUNK)).code == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Path) -> None:
     data = tmp_path / "long.jsonl"
     data.write_text(records(450, longest=60))
