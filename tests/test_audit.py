@@ -45,6 +45,8 @@ from dlora.protocol.frames import Decoder, encode, read_prefix
 from dlora.protocol.recording import FRAMES_FILE, TOKENIZER_FILE, TRUTH_FILE, FramesWriter, read_recording
 from dlora.protocol.tensors import WireTensor
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 BLOCKS = 4
 

@@ -118,7 +118,9 @@ TEMPLATES = {
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "loops" else name for name in TEMPLATES]
+)
 def test_harmful_template_is_refused(tmp_path: Path, name: str) -> None:
     template, words = TEMPLATES[name]
     path = write(tmp_path / "d.jsonl", {"messages": [QUESTION, ANSWER]})
@@ -129,7 +131,7 @@ def test_harmful_template_is_refused(tmp_path: Path, name: str) -> None:
         with prompt_tokenizer(bundle) as tokenizer:
             tokenizer.encode_chat([{"role": "user", "content": "a"}])
 
-    if name not in {"loops", "nests less"}:  # "counts" takes as long; the last is like any other, but for its assistant
+    if name != "nests less":  # which is a template like any other, but for its assistant
         refused(DataError, generate, words)
 
 

@@ -537,6 +537,7 @@ def test_an_answer_is_given_up_when_its_client_leaves(endpoint: Endpoint, stream
     assert endpoint.request(CHAT, GOOD)[0] == 200
 
 
+@pytest.mark.slow
 def test_a_client_that_never_reads_holds_up_nobody(endpoint: Endpoint) -> None:
     client = ask_raw(endpoint, 400, receive_buffer=1024)
     try:
@@ -601,6 +602,7 @@ def test_a_tokenizer_that_is_killed_is_replaced(endpoint: Endpoint) -> None:
     assert endpoint.request(CHAT, GOOD)[0] == 200
 
 
+@pytest.mark.slow
 def test_a_model_server_that_is_killed_and_started_again_is_not_noticed(place: Place, tmp_path: Path) -> None:
     port = free_port()
     arguments = ["--adapters", place.adapters]

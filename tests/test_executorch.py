@@ -43,7 +43,7 @@ from dlora.protocol.manifest import load_manifest
 HIDDEN = 16
 ODD = (45, 41)
 
-pytestmark = NEEDED
+pytestmark = [*NEEDED, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +315,6 @@ def test_without_onnxruntime_its_engine_names_the_extra(bundle: Path, tmp_path: 
     assert "dlora[edge]" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["auto", "executorch"])
 def test_bundle_for_executorch_alone_works(tiny: TinyFactory, choice: str, tmp_path: Path) -> None:
     model = tiny(rank=2, head_dtype="int8", engine="executorch", num_key_value_heads=4, **FEW_SHAPES)

@@ -22,7 +22,7 @@ from dlora.protocol.manifest import ExecutorchSpec, load_manifest
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = NEEDED
+pytestmark = [*NEEDED, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,6 @@ def test_program_with_unknown_operators_is_an_error(bundle: Path, tmp_path: Path
     assert_fails(done, 4, "is not for ExecuTorch 1.")
 
 
-@pytest.mark.slow
 def test_changed_programs_load_or_are_refused(bundle: Path) -> None:
     """Each in a process of its own. Loading checks what ExecuTorch can, and what it finds while a program runs is an
     error, too. What it does not find ends the process, now or, where memory was spoiled, after an error was told: 41 of
