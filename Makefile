@@ -16,7 +16,7 @@ demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process
 
 TEST_PROCESSES ?= 3
 FAST := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not arm and not release"
-test: .venv/.ready $(SHIM) ## every test but those of test-slow, -arm and -release: twelve minutes
+test: .venv/.ready $(SHIM) ## every test but those of test-slow, -arm and -release: eight minutes
 	$(BIN)/pytest $(FAST)
 
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice as long
@@ -29,7 +29,7 @@ mutants: .venv/.ready $(SHIM) ## do the tests notice small changes of the code? 
 test-release: .venv/.ready ## a bare Debian is set up: minutes, before a release
 	$(BIN)/pytest -m release
 
-test-slow: ## the tests on the real model: a quarter of an hour
+test-slow: ## the tests on the real model, and long ones: a quarter of an hour
 test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/manifest.json \
 		build/smollm2-int8/manifest.json build/smollm2-both/manifest.json
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --timeout 1800 -m "slow and not arm"
