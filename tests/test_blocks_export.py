@@ -184,13 +184,25 @@ class Chain(nn.Module):
         return hidden_states + self.down(torch.tanh(self.up(hidden_states)))
 
 
-def chain_graphs(chain: Chain, dtype: Any) -> tuple[dict[str, torch.Tensor], tuple[TrainingGraph, TrainingGraph]]:
+def chain_call(chain: Chain) -> BlockCall:
     x = torch.randn(1, 23, chain.up.in_features, generator=torch.Generator().manual_seed(1))
     leaves, structure = torch.utils._pytree.tree_flatten(({"hidden_states": x},))
     config = BaseModel.from_model(tiny_model("llama"), "llama").model.config
-    call = BlockCall(0, "chain", chain, tuple(leaves), structure, 0, {}, 23, config)
-    weights = stored_weights(chain, dtype)
-    return weights, block_graphs(simplify(trace_block(call, weights, ("up", "down"))), weights, ("up", "down"), "0")
+    return BlockCall(0, "chain", chain, tuple(leaves), structure, 0, {}, 23, config)
+
+
+def chain_graphs(chain: Chain, dtype: Any) -> tuple[dict[str, torch.Tensor], tuple[TrainingGraph, TrainingGraph]]:
+    weights, targets = stored_weights(chain, dtype), ("up", "down")
+    return weights, block_graphs(simplify(trace_block(chain_call(chain), weights, targets)), weights, targets, "0")
+
+
+def test_a_graph_is_not_shared_with_a_block_of_other_widths() -> None:
+    narrow, other, wide = (Chain(8, inner) for inner in (16, 16, 24))
+    weights = {chain: stored_weights(chain, "fp32") for chain in (narrow, other, wide)}
+    targets = ("up", "down")
+    traced = simplify(trace_block(chain_call(narrow), weights[narrow], targets))
+    assert gives_the_same(traced, chain_call(other), weights[other], targets)
+    assert not gives_the_same(traced, chain_call(wide), weights[wide], targets)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
