@@ -106,7 +106,7 @@ def _prepare(
         blocks.append(
             BlockMaterials(call, forward.key, targets, used, {}, of_block[call.index], forward, backward)
         )
-        tell(f"block {len(blocks)} of {count} is traced")
+        tell(f"block {len(blocks)} of {count} is ready")
     blocks = _with_tables(base, blocks)
     modules = final_modules(base)
     last_block = _last_hidden_states(calls[-1])

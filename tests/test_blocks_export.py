@@ -70,7 +70,7 @@ def test_command_says_a_line_a_block(tiny: TinyFactory, tmp_path: Path, monkeypa
     with pytest.raises(SystemExit, match=r"^0$"):
         main()
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("block ")]
-    assert lines == ["block 1 of 2 is traced", "block 2 of 2 is traced"]
+    assert lines == ["block 1 of 2 is ready", "block 2 of 2 is ready"]
 
 
 @pytest.mark.parametrize(
