@@ -103,8 +103,9 @@ def main() -> None:
     wanted = serve(socket.socket(fileno=descriptor))
     os.environ.clear()
     os.environ.update(wanted["environment"])
-    if coverage := sys.modules.get("coverage"):
-        coverage.Coverage.current().switch_context(os.environ.get("PYTEST_CURRENT_TEST", ""))
+    coverage = sys.modules.get("coverage")
+    if coverage and (measuring := coverage.Coverage.current()):
+        measuring.switch_context(os.environ.get("PYTEST_CURRENT_TEST", ""))
     if any(name.startswith("_TYPER") for name in os.environ):  # which options there are depends on these
         importlib.import_module("typer.main").get_command = get_command
     os.chdir(wanted["directory"])

@@ -282,3 +282,9 @@ def test_inconsistent_manifest_is_refused(bundle: Path, change: Any, words: str)
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=words):
         load_manifest(bundle)
+
+
+def test_a_bundle_that_is_a_link_to_itself_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bundle").symlink_to(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=r"manifest\.json cannot be read \(.*links.*\); export the bundle again$"):
+        load_manifest(tmp_path / "bundle")
