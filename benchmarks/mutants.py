@@ -9,8 +9,8 @@ tests can meet them. ``make test`` under coverage says which tests run a changed
 function comes first, then the others, the quickest first, until one fails or ``LONGEST_S`` are over. What fails without
 the change too does not count.
 
-A mutant that survives meets, with ``--earlier``, the tests of that commit: those functions that run the line and whose
-file has changed since, and those that are gone, with all the cases that they had then. What they kill is a loss.
+A mutant that survives meets, with ``--earlier``, what that commit's tests had and these have not: cases that are gone
+or whose function reads otherwise, of functions that run the line or are gone themselves. What they kill is a loss.
 
 Works in copies of the commits under ``build/mutants`` and keeps there what was done: it goes on where it was stopped.
 Prints one JSON object; progress goes to stderr.
@@ -45,7 +45,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 WORK: Final = ROOT / "build" / "mutants"
 PACKAGES: Final = ("protocol", "edge", "cloud", "export")
 ROOMS: Final = ("protocol", "edge/training", "edge/model", "cloud/exchange", "export/graphs")
-FAST: Final = "not slow and not arm and not release"
+LEFT_OUT: Final = ("slow", "arm", "release")  # markers of tests that are no part of ``make test``
 LONGEST_S: Final = 90.0  # of tests for one mutant, by the times that they took undisturbed
 MOST_S: Final = 600.0  # of the clock for one mutant
 TEST_TIMEOUT_S: Final = 120
@@ -97,18 +97,20 @@ def main() -> None:
     found = {"commit": here, "seed": options.seed, "date": time.strftime("%Y-%m-%d"), **summary(results)}
     if options.earlier:
         earlier = _git("rev-parse", "--short", options.earlier)
-        changed, now = set(_changed(here, earlier)), copies[0].functions()
+        now = copies[0].cases()
         copies = [Copy(earlier, number) for number in range(options.processes)]
-        then = copies[0].functions()
-        gone = sorted(then - now)
+        lost = [case for case, source in copies[0].cases().items() if now.get(case) != source]
+        there = {case.partition("[")[0] for case in now}
+        _say(f"{len(lost)} cases of {earlier} are gone or changed")
 
-        def functions(mutant: Mutant) -> tuple[list[str], int]:
-            of_changed = [test for test in covering.functions(mutant) if test.partition("::")[0] in changed]
-            tests = [*(test for test in of_changed if test in then), *gone]
+        def cases(mutant: Mutant) -> tuple[list[str], int]:
+            reach_it = covering.functions(mutant)
+            of = (case.partition("[")[0] for case in lost)
+            tests = [case for case, name in zip(lost, of, strict=True) if name in reach_it or name not in there]
             return tests, len(tests)
 
         survivors = [result.mutant for result in results if result.killed_by is None]
-        again = list(run(survivors, copies, functions, "earlier"))
+        again = list(run(survivors, copies, cases, "earlier"))
         killed = _told(each for each in again if each.killed_by)
         found["earlier"] = {"commit": earlier, "met": len(again), "killed": killed}
     print(json.dumps(found | {"minutes": round((time.perf_counter() - started) / 60)}, indent=1))
@@ -123,6 +125,7 @@ class Copy:
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _git("worktree", "add", "--force", "--detach", str(self.path), commit)
+        _git("-C", str(self.path), "checkout", "--", ".")  # it may have been stopped within a mutant
         site = WORK / commit / f"site-{number}" / "dlora"
         site.mkdir(parents=True, exist_ok=True)
         for package in PACKAGES:
@@ -131,19 +134,30 @@ class Copy:
         if (ROOT / "build" / "shim").exists() and not (self.path / "build").exists():
             (self.path / "build").mkdir()
             (self.path / "build" / "shim").symlink_to(ROOT / "build" / "shim")
+        markers = (self.path / "pyproject.toml").read_text()
+        self._fast = " and ".join(f"not {marker}" for marker in LEFT_OUT if f'"{marker}:' in markers)
         # Before the installed one, which is that of ROOT.
         self._environment = {**os.environ, "PYTHONPATH": str(site.parent), "DLORA_TEST_DAY": "0"}
         self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # tests are begun hundreds of times
 
-    def functions(self) -> set[str]:
-        """``tests/file.py::name`` of all functions that are tests."""
+    def cases(self) -> dict[str, str]:
+        """``tests/file.py::name[case]`` of all tests, and how their functions read."""
         done = self.pytest("--collect-only")
-        return {line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line}
+        cases = [line for line in done.stdout.splitlines() if "::" in line]
+        functions = {
+            (path, node.name): ast.unparse([node.args, *node.body])  # without its cases
+            for path in {case.partition("::")[0] for case in cases}
+            for node in ast.walk(ast.parse((self.path / path).read_text()))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        names = ((case.partition("::")[0], case.partition("[")[0].rpartition("::")[2]) for case in cases)
+        return {case: functions.get(name, "") for case, name in zip(cases, names, strict=True)}
 
     def pytest(self, *arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
         program = str(Path(sys.executable).with_name("pytest"))
         return subprocess.run(
-            [program, "-q", "-p", "no:cacheprovider", "-m", FAST, *arguments], cwd=self.path, env=self._environment,
+            [program, "-q", "-p", "no:cacheprovider", "-m", self._fast, *arguments],
+            cwd=self.path, env=self._environment,
             capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
 
@@ -172,14 +186,16 @@ class Covering:
         }
         if not named & set(self._seconds):  # it is run when the file is imported
             named = {_test_of(context) for line in contexts.values() for context in line}
-        tests = sorted(named & set(self._seconds), key=lambda test: (self._seconds[test], test))
+        # A file without functions may be of use to any of them.
+        known = named & set(self._seconds) or set(self._seconds)
+        tests = sorted(known, key=lambda test: (self._seconds[test], test))
         first = {test.partition("[")[0]: test for test in reversed(tests)}
         ahead = set(first.values())
         return [*(test for test in tests if test in ahead), *(test for test in tests if test not in ahead)]
 
-    def functions(self, mutant: Mutant) -> list[str]:
+    def functions(self, mutant: Mutant) -> set[str]:
         """The functions of tests that run it."""
-        return list(dict.fromkeys(test.partition("[")[0] for test in self._tests(mutant)))
+        return {test.partition("[")[0] for test in self._tests(mutant)}
 
     def chosen(self, mutant: Mutant) -> tuple[list[str], int]:
         """The tests that it meets, and how many there are."""
@@ -265,6 +281,8 @@ def try_mutant(mutant: Mutant, copy: Copy, tests: list[str], covering: int) -> R
             killed_by = _first_failure(copy, tests)
         finally:
             path.write_text(source)
+        if killed_by == NOTHING_RUNS and copy.pytest("--collect-only", *tests).returncode:
+            killed_by = None  # none of them begins without the change either
         if killed_by is None or killed_by == NOTHING_RUNS or _first_failure(copy, [killed_by]) is None:
             break
         tests = [test for test in tests if test.partition("[")[0] != killed_by.partition("[")[0]]
@@ -278,9 +296,10 @@ def _first_failure(copy: Copy, tests: Sequence[str]) -> str | None:
         done = copy.pytest("-x", "--timeout", str(TEST_TIMEOUT_S), "-rfE", *tests, timeout_s=MOST_S)
     except subprocess.TimeoutExpired:
         return None  # its tests are slow; each has a limit of its own
-    if done.returncode in (0, 4, 5):  # 4, 5: none was collected
+    if done.returncode in (0, 5):  # 5: none was collected
         return None
-    lines = [line.partition(" ") for line in done.stdout.splitlines()]
+    told = done.stdout.rpartition("short test summary info")[2]  # before it stands what tests logged
+    lines = [line.partition(" ") for line in told.splitlines()]
     failed = [rest.partition(" - ")[0] for word, _, rest in lines if word in ("FAILED", "ERROR")]
     return failed[0] if failed else NOTHING_RUNS
 

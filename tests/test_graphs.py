@@ -290,6 +290,18 @@ def test_a_large_head_that_is_wrong_is_refused(large_tests: LargeTests, changed:
         _verify_large(large_tests, "head_train", changed)
 
 
+def test_a_head_that_predicts_other_tokens_is_refused() -> None:
+    shape = HeadShape(97, HIDDEN, "fp32", False, 1.0, None)
+    end = _head_end(97, shape)
+    hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
+    graph = next(graph for graph in head_graphs(shape) if graph.kind == "head_loss")
+    wrong = replace(graph, body=graph.body.replace("ArgMax", "ArgMin"))
+    tests = list(head_tests(graph, end, _head_weights(end, "fp32"), hidden))
+    verify(graph, tests)
+    with pytest.raises(ExportError, match="predicts other tokens"):
+        verify(wrong, tests)
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 def test_rounded_head_has_the_arithmetic_tolerance_of_fp32(dtype: Any) -> None:
     """A slip of 5e-4 is below what rounding may cost, and refused all the same."""

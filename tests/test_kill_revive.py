@@ -327,6 +327,31 @@ def test_trials_take_at_most_the_revive_share() -> None:
     assert revived.max() <= 2
 
 
+def test_trials_have_their_share_of_the_seats() -> None:
+    halves = KillReviveConfig(active_fraction=0.5, revive_share=0.5)
+    assert Controller(halves, make_groups(16), seed=0, total_steps=400).trial_seats == 4
+
+
+def test_trials_end_before_the_quiet_phase() -> None:
+    config = KillReviveConfig(active_fraction=0.5, warmup_steps=5, ramp_fraction=0.0, kill_every=5, revive_every=10,
+                              probation=10, quiet_fraction=0.3)  # fmt: skip
+    timetable = Timetable(config, 8, 60)
+    assert (timetable.ramp_end, timetable.last_change) == (5, 42)
+    # One that begins at 35 would be judged at 45.
+    assert [step for step in range(61) if timetable.is_revive_tick(step)] == [15, 25]
+    # A last time at 42, whatever the rhythm.
+    assert [step for step in range(61) if timetable.is_kill_tick(step)] == [10, 15, 20, 25, 30, 35, 40, 42]
+
+
+def test_a_state_of_other_units_is_refused() -> None:
+    controller = Controller(CONFIG, GROUPS, seed=1, total_steps=60)
+    state = controller.state()
+    controller.load_state(state)
+    for other in (state[:-1], state + bytes(1)):
+        with pytest.raises(ValueError, match=f"{len(other)} bytes are no state of 8 units"):
+            controller.load_state(other)
+
+
 def test_failed_last_trial_is_replaced_by_the_best_idle_unit() -> None:
     config = KillReviveConfig(active_fraction=0.5, warmup_steps=5, ramp_fraction=0.0, kill_every=5, revive_every=10,
                               probation=10, cost_aware=False, spread=False)  # fmt: skip

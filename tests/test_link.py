@@ -72,6 +72,15 @@ def test_outbox_holds_unacknowledged_frames() -> None:
         here.link.missing(4)  # three were sent
 
 
+def test_what_was_acknowledged_cannot_be_asked_for_again() -> None:
+    here, there = Side(), Side()
+    there.receive(here.send(0))
+    here.receive(there.send(0))
+    assert here.link.missing(1) == []
+    with pytest.raises(RemoteProtocolError, match="a peer that has 0 frames, of 1"):
+        here.link.missing(0)
+
+
 def test_a_peer_that_never_acknowledges_is_not_given_more_memory() -> None:
     here = Side()
     for step in range(MAX_UNACKNOWLEDGED):

@@ -140,6 +140,16 @@ def test_next_micro_batch_may_come_before_the_signal(when: int) -> None:
     assert pair.sides[C].state is State.FORWARD
 
 
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_micro_batches_of_a_step_come_in_their_order_and_once(micro_batch: int) -> None:
+    """With one of them twice, a step's gradients would be those of other data."""
+    pair = Pair([*c.opening(), *c.forward(), *c.backward()])
+    message, text = c.embeddings(0, micro_batch), f"micro-batch {micro_batch} when step 0, micro-batch 1 comes next"
+    assert text in str(refuses(pair.sides[E], lambda: pair.sides[E].send(message), LocalProtocolError))
+    assert text in str(refuses(pair.sides[C], lambda: c.hear(pair.sides[C], message), RemoteProtocolError))
+    pair.say(c.embeddings(0, 1))
+
+
 def refused_on_both_sides(pair: Pair, message: m.AnyMessage, text: str) -> None:
     """That neither side sends or takes ``message`` of the server's, and why."""
     assert text in str(refuses(pair.sides[C], lambda: pair.sides[C].send(message), LocalProtocolError))

@@ -15,8 +15,8 @@ from waiting import eventually
 
 from dlora.edge.data.batches import pack
 from dlora.edge.data.examples import Dataset
-from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache, text_digest
-from dlora.edge.model.trunk_source import texts_of
+from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache, most_bytes, record_bytes, text_digest
+from dlora.edge.model.trunk_source import TrunkSource, texts_of
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.wire_codecs import encode_floats
 
@@ -76,6 +76,9 @@ def test_once_the_cache_is_full_no_server_is_needed(model: Tiny, data: Dataset, 
             ) as trainer:  # another process would do as this does: it finds the cache
                 finals.append(([trainer.run_step().loss for _ in range(6)], final_weights(trainer)))
                 assert trainer.traffic == (0, 0)
+                assert isinstance(trainer.connection, TrunkSource)
+                # What it says of an earlier process's traffic; the rest is greetings.
+                assert 0.8 * (up + down) < trainer.connection.kept_bytes < up + down
         assert up > 0
         assert down > 0
     assert finals[0][0] == finals[1][0]
@@ -156,6 +159,9 @@ def test_a_cache_grows_no_larger_than_its_limit_and_shrinks_to_another(tmp_path:
     size = cache.nbytes
     cache.close()
     assert (tmp_path / "cache").stat().st_size == size
+    heads_and_tensors = sum(record_bytes("fp16", len(ids), 4, is_sealed=True) for ids in texts)
+    assert most_bytes(len(texts), sum(map(len, texts)), 4, "fp16") - most_bytes(0, 0, 4, "fp16") == heads_and_tensors
+    assert most_bytes(0, 0, 4, "fp16") >= size - sum(cache.record_bytes(len(ids)) for ids in texts)
     smaller = TrunkCache(tmp_path / "cache", owner, limit=size - 1)
     assert [smaller.get(text_digest(ids), len(ids)) for ids in texts] == [*tensors[:3], None]
     assert not smaller.add(text_digest(texts[3]), tensors[3])
