@@ -119,6 +119,11 @@ def test_whole_run_is_legal() -> None:
     assert {side.state for side in pair.sides.values()} == {State.CLOSED}
 
 
+def test_a_run_may_never_revive_a_unit() -> None:
+    pair = Pair(c.opening(kill_revive=KillReviveConfig(revive_every=0, probation=0)))
+    assert pair.sides[C].state is State.IDLE
+
+
 def test_round_trips_are_counted_where_one_side_waits() -> None:
     pair = Pair(c.opening())
     before = pair.sides[E].round_trips
