@@ -88,12 +88,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=30)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    started = time.perf_counter()
     here = _git("rev-parse", "--short", options.commit)
     copies = [Copy(here, number) for number in range(options.processes)]
     covering = Covering(copies[0])
     mutants = sample(copies[0].path, options.count, options.seed, _changed(here, options.earlier))
     results = list(run(mutants, copies, covering.chosen, "now"))
+    seconds = sum(result.seconds for result in results)
     found = {"commit": here, "seed": options.seed, "date": time.strftime("%Y-%m-%d"), **summary(results)}
     if options.earlier:
         earlier = _git("rev-parse", "--short", options.earlier)
@@ -111,9 +111,10 @@ def main() -> None:
 
         survivors = [result.mutant for result in results if result.killed_by is None]
         again = list(run(survivors, copies, cases, "earlier"))
+        seconds += sum(result.seconds for result in again)
         killed = _told(each for each in again if each.killed_by)
         found["earlier"] = {"commit": earlier, "met": len(again), "killed": killed}
-    print(json.dumps(found | {"minutes": round((time.perf_counter() - started) / 60)}, indent=1))
+    print(json.dumps(found | {"minutes": round(seconds / 60 / options.processes)}, indent=1))
 
 
 class Copy:
