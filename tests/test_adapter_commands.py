@@ -210,6 +210,7 @@ def test_damaged_adapter_is_refused_before_it_is_used(place: Place, store: Path)
     assert_fails(done, CheckpointError.exit_code, "has not the SHA-256")
 
 
+@pytest.mark.slow
 def test_commands_of_the_how_to_do_what_it_says(place: Place, model: Tiny, run: Path, tmp_path: Path) -> None:
     """Line by line, in a directory that has what they name."""
     build = tmp_path / "build"

@@ -126,8 +126,11 @@ def check_twenty_steps(bundle: Bundle, engine: Engine, family: str) -> None:
     [
         ("llama", "fp32"),
         ("llama", "int4"),
-        *one_in(2, (("llama", "int8"), ("llama", "fp16"))),  # of int8 on the days of tests/test_blocks_export.py
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in one_in(5, OTHERS)),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            # Of int8 on the days of tests/test_blocks_export.py.
+            for each in (*one_in(2, (("llama", "int8"), ("llama", "fp16"))), *one_in(5, OTHERS))
+        ),
     ],
 )
 def test_twenty_steps_match_torch(family: str, dtype: str, tiny: TinyFactory) -> None:

@@ -61,7 +61,10 @@ def test_plan_has_data_and_run_lines(place: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "tolerance"), [
     ({}, 0.05),
     ({"active_fraction": 0.25}, 0.05),
-    ({"active_fraction": 0.25, "kr_score": "change", "steps": 120}, 0.25),  # units that fade come on top
+    pytest.param(
+        {"active_fraction": 0.25, "kr_score": "change", "steps": 120}, 0.25,  # units that fade come on top
+        marks=pytest.mark.slow,
+    ),
     ({"kr_score": "last", "active_fraction": 0.25}, 0.05),
     ({"kr_score": "static", "static_units": "1,5"}, 0.05),
 ], ids=str)  # fmt: skip

@@ -30,9 +30,9 @@ def check(cells: Sequence[Cell]) -> None:
     assert sum(cell.outcome.steps_lost + cell.outcome.steps_doubled for cell in cells) == 0
 
 
+@pytest.mark.slow
 def test_faults_at_each_kind_of_boundary_change_no_bit(whole: Matrix) -> None:
-    """Each kind with one or two of five faults; others, and not only at the first boundary of a kind, are tried by
-    ``make test-slow``."""
+    """Each kind with one or two of five faults; others, and not only at the first boundary of a kind, below."""
     check(list(whole.run([case for nth, fault in enumerate(FEW) for case in one_in(4, whole.cases(fault), nth)])))
 
 
