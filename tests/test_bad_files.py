@@ -119,7 +119,7 @@ TEMPLATES = {
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "loops" else name for name in TEMPLATES]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("loops", "counts") else name for name in TEMPLATES]
 )
 def test_harmful_template_is_refused(tmp_path: Path, name: str) -> None:
     template, words = TEMPLATES[name]

@@ -64,6 +64,7 @@ def test_blocks_that_cannot_be_are_one_line_and_leave_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_command_says_a_line_a_block(tiny: TinyFactory, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     arguments = [str(tiny().model), "--out", str(tmp_path / "bundle"), "--device-blocks", "all"]
     monkeypatch.setattr("sys.argv", ["dlora-export", *arguments])
@@ -98,6 +99,7 @@ def test_command_that_asks_for_them_ends_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_values_that_fp16_cannot_hold_name_the_option(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     with torch.no_grad():

@@ -393,6 +393,7 @@ def test_an_idle_context_gives_way_and_comes_back(
 # -- beside others ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eight_contexts_and_a_run_each_get_what_they_get_alone(
     tiny: TinyFactory, bundle: Path, adapter: Path
 ) -> None:

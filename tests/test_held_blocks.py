@@ -173,6 +173,7 @@ def test_outputs_of_revived_blocks_are_not_used(
     assert np.allclose(found[True], found[False], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_blocks_are_skipped_where_all_blocks_are_here(
     tiny: TinyFactory, passes: Counter[tuple[str, int]], tmp_path: Path
 ) -> None:

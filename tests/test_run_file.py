@@ -90,6 +90,7 @@ def test_resume_needs_only_the_directory(
     assert json.loads(again.stdout) == json.loads(resumed.stdout)
 
 
+@pytest.mark.slow
 def test_random_seed_is_kept_at_resume(place: Place, tmp_path: Path) -> None:
     """Without --seed two runs differ, and each goes on as itself: its seed lies in its checkpoint, and nowhere else."""
     out, other = tmp_path / "out", tmp_path / "other"
