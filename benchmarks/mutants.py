@@ -100,20 +100,26 @@ def main() -> None:
         now = copies[0].cases()
         copies = [Copy(earlier, number) for number in range(options.processes)]
         lost = [case for case, source in copies[0].cases().items() if now.get(case) != source]
-        there = {case.partition("[")[0] for case in now}
+        there = set(map(_function_of, now))
         _say(f"{len(lost)} cases of {earlier} are gone or changed")
 
         def cases(mutant: Mutant) -> tuple[list[str], int]:
             reach_it = covering.functions(mutant)
-            of = (case.partition("[")[0] for case in lost)
-            tests = [case for case, name in zip(lost, of, strict=True) if name in reach_it or name not in there]
+            tests = [case for case in lost if _function_of(case) in reach_it or _function_of(case) not in there]
             return tests, len(tests)
 
         survivors = [result.mutant for result in results if result.killed_by is None]
         again = list(run(survivors, copies, cases, "earlier"))
         seconds += sum(result.seconds for result in again)
         killed = _told(each for each in again if each.killed_by)
-        found["earlier"] = {"commit": earlier, "met": len(again), "killed": killed}
+        stopped = sum(each.killed_by is None and each.seconds >= MOST_S for each in again)
+        found["earlier"] = {
+            "commit": earlier,
+            "met": len(again),
+            "stopped_before_all_ran": stopped,
+            "killed": killed,
+            "holds": not killed,
+        }
     print(json.dumps(found | {"minutes": round(seconds / 60 / options.processes)}, indent=1))
 
 
@@ -151,7 +157,7 @@ class Copy:
             for node in ast.walk(ast.parse((self.path / path).read_text()))
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         }
-        names = ((case.partition("::")[0], case.partition("[")[0].rpartition("::")[2]) for case in cases)
+        names = ((case.partition("::")[0], _function_of(case).rpartition("::")[2]) for case in cases)
         return {case: functions.get(name, "") for case, name in zip(cases, names, strict=True)}
 
     def pytest(self, *arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
@@ -190,13 +196,13 @@ class Covering:
         # A file without functions may be of use to any of them.
         known = named & set(self._seconds) or set(self._seconds)
         tests = sorted(known, key=lambda test: (self._seconds[test], test))
-        first = {test.partition("[")[0]: test for test in reversed(tests)}
+        first = {_function_of(test): test for test in reversed(tests)}
         ahead = set(first.values())
         return [*(test for test in tests if test in ahead), *(test for test in tests if test not in ahead)]
 
     def functions(self, mutant: Mutant) -> set[str]:
         """The functions of tests that run it."""
-        return {test.partition("[")[0] for test in self._tests(mutant)}
+        return set(map(_function_of, self._tests(mutant)))
 
     def chosen(self, mutant: Mutant) -> tuple[list[str], int]:
         """The tests that it meets, and how many there are."""
@@ -286,7 +292,7 @@ def try_mutant(mutant: Mutant, copy: Copy, tests: list[str], covering: int) -> R
             killed_by = None  # none of them begins without the change either
         if killed_by is None or killed_by == NOTHING_RUNS or _first_failure(copy, [killed_by]) is None:
             break
-        tests = [test for test in tests if test.partition("[")[0] != killed_by.partition("[")[0]]
+        tests = [test for test in tests if _function_of(test) != _function_of(killed_by)]
     return Result(mutant, killed_by, len(tests), covering, round(time.perf_counter() - started, 1))
 
 
@@ -343,6 +349,11 @@ def _annotation_places(tree: ast.AST) -> Iterator[tuple[int, int]]:
                 yield from ((found.lineno, column) for column in range(found.col_offset, found.end_col_offset))
 
 
+def _function_of(case: str) -> str:
+    """``tests/file.py::test`` of ``tests/file.py::test[case]``."""
+    return case.partition("[")[0]
+
+
 def _test_of(context: str) -> str:
     """``tests/file.py::test[case]`` of a context: a test's phase, or a command's that a test has started."""
     last = re.split(r" \((?:call|setup|teardown)\)\|", context)[-1]
@@ -374,7 +385,10 @@ def _is_python(source: str) -> bool:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(["git", *arguments], cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: git {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
 def _say(text: str) -> None:
