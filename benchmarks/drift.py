@@ -213,7 +213,7 @@ def _evaluate_both(trainer: Trainer, tasks: Tasks, settings: Settings) -> dict[s
 
 def _given_bytes(trainer: Trainer, units: list[str]) -> int:
     """Bytes of all ``GroupParameters`` and their answers: one of each group of a unit, whenever it is HELD."""
-    spec, codec = trainer.adapters.adapter_spec, trainer.config.codecs.of(TensorRole.ADAPTER_STATE)
+    spec, codec = trainer.adapters.adapter_spec, trainer.config.codecs.of(TensorRole.GROUP_PARAMETERS)
     total = 0
     for unit, times in zip(trainer.adapters.units, steps_held(units), strict=True):
         for group in unit.groups:

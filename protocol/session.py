@@ -32,7 +32,7 @@ from .states import TRANSITIONS, C, E, Side, State, ViolationError, check_tensor
 from .tensors import WireTensor
 from .units import Units
 from .version import PROTOCOL_VERSIONS
-from .wire_codecs import TensorRole, is_finite
+from .wire_codecs import CODECS, TensorRole, is_finite
 
 NUMBERED: Final = (
     m.ExchangeMessage, m.MakeAdapterState, m.AdapterState, m.GroupParameters, m.StepReport, m.Signal,
@@ -264,8 +264,6 @@ class Session:
             raise ViolationError("groups in a session that only encodes")
         if message.window > self.welcome.window:
             raise ViolationError(f"a window of {message.window} micro-batches; at most {self.welcome.window} fit")
-        if any(codecs.adapter_state == "int8" for codecs in (message.codecs, message.evaluation_codecs)):
-            raise ViolationError("adapter state as int8, which is not the same bits when it is stored again")
         try:
             widths = crossings(message.adapter, message.groups)
         except UsageError as error:
@@ -316,18 +314,27 @@ class Session:
             shapes = ()  # C has E's
         if not math.isfinite(message.gradient_norm):
             raise ViolationError("a gradient's norm that is not finite", m.ErrorCode.NON_FINITE)
-        self._check_tensors(message.tensors, shapes)
+        # E gives what it has as it is stored, whatever this session's codec: so C has the same bits.
+        is_given = self._state is State.SETTING_UP
+        self._check_tensors(message.tensors, shapes, None if is_given else TensorRole.ADAPTER_STATE)
         if self._state is State.SETTING_UP:
             return next_state
         self._states_set_up += 1
         return State.IDLE if self._states_set_up == len(self.groups) else next_state
 
-    def _check_tensors(self, tensors: Sequence[WireTensor], shapes: Sequence[tuple[int, ...]]) -> None:
-        """Of what C keeps of a group."""
+    def _check_tensors(
+        self, tensors: Sequence[WireTensor], shapes: Sequence[tuple[int, ...]], role: TensorRole | None
+    ) -> None:
+        """Of what C keeps of a group; ``role``: whose codec they are stored in; None: in any."""
         if len(tensors) != len(shapes):
             raise ViolationError(f"{len(tensors)} tensors where {len(shapes)} were due")
         for tensor, shape in zip(tensors, shapes, strict=True):
-            self.shapes.check(tensor, TensorRole.ADAPTER_STATE, shape)
+            if role is not None:
+                self.shapes.check(tensor, role, shape)
+            elif tensor.dtype not in CODECS:
+                raise ViolationError(f"a tensor of {tensor.dtype} where floats were due")
+            else:
+                check_tensor(tensor, tensor.dtype, shape)
 
     # -- Kill and Revive ---------------------------------------------------------------------------------
 
@@ -346,7 +353,7 @@ class Session:
     def _take_parameters(self, message: m.GroupParameters) -> None:
         shapes = self.units.check_parameters(message)
         is_answer = self._state is State.TAKING_PARAMETERS
-        self._check_tensors(message.tensors, () if is_answer else shapes)
+        self._check_tensors(message.tensors, () if is_answer else shapes, TensorRole.GROUP_PARAMETERS)
         if is_answer:
             self.units.handed_over.add(message.group)
 

@@ -31,6 +31,7 @@ class TensorRole(StrEnum):
     LAST_HIDDEN_STATES = "last_hidden_states"
     LAST_HIDDEN_STATES_GRAD = "last_hidden_states_grad"
     ADAPTER_STATE = "adapter_state"
+    GROUP_PARAMETERS = "group_parameters"
 
 
 class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,6 +45,7 @@ class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     last_hidden_states: WireDtype
     last_hidden_states_grad: WireDtype
     adapter_state: WireDtype
+    group_parameters: WireDtype
 
     @classmethod
     def all(cls, name: WireDtype) -> Codecs:
@@ -55,20 +57,21 @@ class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """What a user asks for: ``int8``, ``fp16`` or ``fp32`` for all roles that it is good for, and then other ones
         for some: ``int8,embeddings=fp16,last_hidden_states=fp16``. Raises ``UsageError``.
 
-        What the server keeps never crosses as int8: it is stored and sent again, and must then be the same bits.
+        What a device has learnt crosses as fp16 where all else is int8: it is given once, and there is no mean of many
+        tokens over which its rounding would vanish.
         """
         first, *others = (part.strip() for part in text.split(","))
         if first not in CODECS:
             raise UsageError(f"--wire-dtype {text[:80]}: begin with one of {', '.join(CODECS)}")
         chosen = dict.fromkeys(cls.__struct_fields__, first)
         if first == "int8":
-            chosen[TensorRole.ADAPTER_STATE] = "fp16"
+            chosen[TensorRole.GROUP_PARAMETERS] = "fp16"
         for other in others:
             role, _, name = other.partition("=")
-            if role not in chosen or name not in CODECS or (role, name) == (TensorRole.ADAPTER_STATE, "int8"):
+            if role not in chosen or name not in CODECS:
                 raise UsageError(
                     f"--wire-dtype {text[:80]}: write others as ROLE=DTYPE, with a role of {', '.join(chosen)}, and "
-                    f"{', '.join(CODECS)}; {TensorRole.ADAPTER_STATE} takes no int8"
+                    f"{', '.join(CODECS)}"
                 )
             chosen[role] = name
         return msgspec.convert(chosen, cls)

@@ -100,7 +100,8 @@ def test_a_run_with_a_key_has_the_bits_of_one_without(place: Place, tmp_path: Pa
     assert json.loads((tmp_path / "sealed" / "run.json").read_text())["settings"]["cache_key_file"] == str(key)
     assert (tmp_path / "sealed" / CACHE).stat().st_size > (tmp_path / "plain" / CACHE).stat().st_size
     longer = summary(run_edge("resume", tmp_path / "sealed", "--steps", STEPS + 5, "--server", NOWHERE, "--json"))
-    assert longer["set_up_bytes_up"] == 0
+    begun = json.loads((tmp_path / "plain" / "summary.json").read_text())
+    assert longer["bytes_up"] == longer["set_up_bytes_up"] == begun["set_up_bytes_up"], "nothing more crossed"
     key.chmod(0o644)
     done = run_edge("resume", tmp_path / "plain", "--steps", STEPS + 5, "--cache-key-file", key, "--server", NOWHERE)
     assert done.code == 10

@@ -17,6 +17,7 @@ from random_frames import Reached, frames
 
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from dlora.protocol.frames import encode
 from dlora.protocol.groups import GroupSpec
@@ -24,9 +25,9 @@ from dlora.protocol.kill_revive import LIVE, KillReviveConfig, UnitState
 from dlora.protocol.link import MAX_REPEATS
 from dlora.protocol.session import HANDSHAKE, Session, choose_version
 from dlora.protocol.states import TRANSITIONS, Side, State
-from dlora.protocol.tensors import WireTensor
+from dlora.protocol.tensors import DTYPES, WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
-from dlora.protocol.wire_codecs import Codecs
+from dlora.protocol.wire_codecs import CODECS, Codecs, encode_floats
 
 E, C = Side.EDGE, Side.CLOUD
 
@@ -849,8 +850,8 @@ def bottleneck_state(group: int) -> tuple[WireTensor, ...]:
     return c.floats(2, spec.in_features), c.floats(spec.out_features, 2)
 
 
-def refused_by_both(pair: Pair, message: m.AnyMessage, text: str) -> None:
-    sender = c.sender_of(message)
+def refused_by_both(pair: Pair, message: m.AnyMessage, text: str, sender: Side | None = None) -> None:
+    sender = sender or c.sender_of(message)
     assert text in str(refuses(pair.sides[sender], lambda: pair.sides[sender].send(message), LocalProtocolError))
     listener = pair.sides[c.other(sender)]
     assert text in str(refuses(listener, lambda: c.hear(listener, message), RemoteProtocolError))
@@ -901,10 +902,28 @@ def test_a_micro_batch_begins_with_embeddings_or_with_tokens() -> None:
     pair.say(c.embeddings(hidden_states=None, token_ids=tokens, **shapes))
 
 
-def test_adapter_state_never_crosses_as_int8() -> None:
-    pair = Pair(c.opening()[:2])
-    codecs = msgspec.structs.replace(Codecs.all("fp16"), adapter_state="int8")
-    refused_by_both(pair, c.open_session(codecs=codecs), "adapter state as int8")
+@pytest.mark.parametrize("stored", CODECS)
+@pytest.mark.parametrize("asked", CODECS)
+def test_state_is_made_as_was_asked_and_given_as_it_is_stored(asked: WireDtype, stored: WireDtype) -> None:
+    """So that a server has the bits that another one made, whatever this session asks for."""
+    tensors = tuple(encode_floats(tensor.data, stored) for tensor in bottleneck_state(0))
+    codecs = msgspec.structs.replace(Codecs.all("fp32"), adapter_state=asked)
+    pair = Pair(c.opening(adapter=BOTTLENECK, codecs=codecs))
+    pair.say(c.adapter_state(0, tensors=tensors), sender=E)
+    assert pair.sides[C].state is State.TAKING_STATE
+    pair = Pair([*c.opening(adapter=BOTTLENECK, codecs=codecs), m.MakeAdapterState(group=0)])
+    if stored == asked:
+        pair.say(c.adapter_state(0, tensors=tensors))
+        assert pair.sides[E].state is State.SETTING_UP
+    else:
+        refused_by_both(pair, c.adapter_state(0, tensors=tensors), f"where {asked}", C)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8"])
+def test_state_of_no_floats_is_refused(dtype: str) -> None:
+    tensors = tuple(WireTensor(dtype, tensor.data.astype(DTYPES[dtype])) for tensor in bottleneck_state(0))
+    pair = Pair(c.opening(adapter=BOTTLENECK))
+    refused_by_both(pair, c.adapter_state(0, tensors=tensors), "where floats were due", E)
 
 
 # -- what the server keeps of a context ------------------------------------------------------------------

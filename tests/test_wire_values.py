@@ -95,10 +95,10 @@ def test_int8_has_two_dimensions(shape: list[int]) -> None:
 def test_codecs_as_users_write_them() -> None:
     assert Codecs.parse("fp16") == Codecs.all("fp16")
     int8 = Codecs.parse("int8")
-    assert int8.adapter_state == "fp16"
-    assert {getattr(int8, role.value) for role in TensorRole if role is not TensorRole.ADAPTER_STATE} == {"int8"}
+    assert int8.group_parameters == "fp16"
+    assert {getattr(int8, role.value) for role in TensorRole if role is not TensorRole.GROUP_PARAMETERS} == {"int8"}
     assert Codecs.parse("int8, embeddings=fp16,last_hidden_states=fp32").embeddings == "fp16"
-    for text in ("int4", "", "fp16,embeddings", "fp16,nothing=int8", "fp16,embeddings=int4", "int8,adapter_state=int8"):
+    for text in ("int4", "", "fp16,embeddings", "fp16,nothing=int8", "fp16,embeddings=int4"):
         with pytest.raises(UsageError, match="--wire-dtype"):
             Codecs.parse(text)
 

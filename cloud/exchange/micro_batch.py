@@ -113,12 +113,7 @@ class Sites:
         sketch = self.sketches[index] if self.sketches else None
         made_from = MadeFrom(self.base, self.seed + index, sketch)
         made = SITE_KINDS[self.adapter.kind].make_state(self.adapter, self.groups[index], made_from)
-        codecs, role = self.opening.codecs, TensorRole.ADAPTER_STATE
-        # Twice: where rounding makes the largest value a power of two, the second time's exponent is another. What
-        # leaves here must be the same bits when the device gives it back.
-        once = (to_wire(tensor, codecs, role) for tensor in made.tensors)
-        again = (from_wire(tensor, codecs, role, torch.device("cpu"), torch.float32) for tensor in once)
-        tensors = tuple(to_wire(tensor, codecs, role) for tensor in again)
+        tensors = tuple(to_wire(tensor, self.opening.codecs, TensorRole.ADAPTER_STATE) for tensor in made.tensors)
         return m.AdapterState(group=index, tensors=tensors, gradient_norm=made.gradient_norm)
 
     def add(self, state: Sequence[WireTensor]) -> None:
@@ -135,10 +130,9 @@ class Sites:
 
     def _kept(self, group: int, tensors: Sequence[WireTensor]) -> list[Tensor]:
         """Tensors that came, in the base model's dtype, where the group's modules are."""
-        role, codecs = TensorRole.ADAPTER_STATE, self.opening.codecs
         torch_device, dtype = self.torch_device_of(self.groups[group]), self.base.dtype
         # Copies: what came is a view of its frame.
-        return [from_wire(each, codecs, role, torch_device, dtype).clone() for each in tensors]
+        return [from_wire(each, torch_device, dtype).clone() for each in tensors]
 
     def embeddings(self, begun: m.Embeddings) -> Tensor:
         """What a micro-batch begins with, (tokens, embedding_size), in the base model's dtype on its device.
@@ -152,8 +146,7 @@ class Sites:
                 raise RemoteProtocolError(f"a token that the base model's {base.vocabulary_size} do not have")
             return find_embedding(base)(torch.from_numpy(ids).long().to(base.device)).to(base.dtype)
         assert begun.hidden_states is not None  # the session's rules
-        codecs = self.opening.codecs_of(begun.mode)
-        return from_wire(begun.hidden_states, codecs, TensorRole.EMBEDDINGS, base.device, base.dtype)
+        return from_wire(begun.hidden_states, base.device, base.dtype)
 
     def torch_device_of(self, group: GroupSpec) -> torch.device:
         """Where a group's modules are."""
@@ -313,7 +306,7 @@ class _Channel:
 
     def receive_outputs(self, group: int, torch_device: torch.device) -> list[Tensor]:
         message = self._receive(m.GroupDelta)
-        return [self._from_wire(delta, TensorRole.DELTA, torch_device) for delta in message.deltas]
+        return [self._from_wire(delta, torch_device) for delta in message.deltas]
 
     def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
         on_wire = tuple(self._to_wire(grad, TensorRole.DELTA_GRAD) for grad in grads)
@@ -334,7 +327,7 @@ class _Channel:
         while group not in self._input_grads:
             message = self._receive(m.GroupInputGrad)
             self._input_grads[message.group] = message.grad_hidden_states
-        return self._from_wire(self._input_grads.pop(group), TensorRole.INPUT_GRAD, torch_device)
+        return self._from_wire(self._input_grads.pop(group), torch_device)
 
     def send_labelled(self, hidden_states: Tensor, gradients: int) -> None:
         on_wire = self._to_wire(hidden_states, TensorRole.LAST_HIDDEN_STATES)
@@ -358,7 +351,7 @@ class _Channel:
 
     def receive_labelled_grad(self, like: Tensor) -> Tensor:
         message = self._receive(m.GradHiddenStates)
-        return self._from_wire(message.grad_hidden_states, TensorRole.LAST_HIDDEN_STATES_GRAD, like.device)
+        return self._from_wire(message.grad_hidden_states, like.device)
 
     def _receive(self, kind: type[M]) -> M:
         message = self._device.receive()
@@ -368,5 +361,5 @@ class _Channel:
     def _to_wire(self, tensor: Tensor, role: TensorRole) -> WireTensor:
         return to_wire(tensor, self._codecs, role)
 
-    def _from_wire(self, tensor: WireTensor, role: TensorRole, torch_device: torch.device) -> Tensor:
-        return from_wire(tensor, self._codecs, role, torch_device, self._sites.base.dtype)
+    def _from_wire(self, tensor: WireTensor, torch_device: torch.device) -> Tensor:
+        return from_wire(tensor, torch_device, self._sites.base.dtype)

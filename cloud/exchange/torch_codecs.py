@@ -72,7 +72,7 @@ class _Int8:
 
 
 TORCH_CODECS: Final[dict[str, TorchCodec]] = {"int8": _Int8(), "fp16": _Fp16(), "fp32": _Fp32()}
-"""By the names of ``dlora.protocol.wire_codecs.CODECS``."""
+"""By the names of ``dlora.protocol.wire_codecs.CODECS``, which are the dtypes of what they store."""
 
 
 def finite_peak(values: torch.Tensor) -> float:
@@ -88,8 +88,6 @@ def to_wire(tensor: torch.Tensor, codecs: Codecs, role: TensorRole) -> WireTenso
     return TORCH_CODECS[getattr(codecs, role.value)].encode(tensor.detach().to(torch.float32))
 
 
-def from_wire(
-    tensor: WireTensor, codecs: Codecs, role: TensorRole, torch_device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """The tensor's values in ``dtype`` on ``torch_device``."""
-    return TORCH_CODECS[getattr(codecs, role.value)].decode(tensor, torch_device, dtype)
+def from_wire(tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor's values in ``dtype`` on ``torch_device``, whatever codec stored it."""
+    return TORCH_CODECS[tensor.dtype].decode(tensor, torch_device, dtype)

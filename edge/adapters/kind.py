@@ -16,7 +16,7 @@ from dlora.edge.engine.engine import Array, Graph
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.tensors import DTYPES, FloatArray, WireTensor, is_exponent
-from dlora.protocol.wire_codecs import decode_floats, is_finite
+from dlora.protocol.wire_codecs import CODECS, decode_floats, is_finite
 
 LoadGraph = Callable[[str, str], Graph]
 """A graph by kind and key, loaded once."""
@@ -70,8 +70,8 @@ class GroupAdapters(ABC):
 
     Attributes:
         name: of its first target module.
-        adapter_state: a copy of what the server keeps of the group, as it crosses: half the memory where that is fp16,
-            and then the same bits for every server. Empty for kinds without, and until the first session has made it.
+        adapter_state: a copy of what the server keeps of the group, as it crosses, so that every server has the same
+            bits; in int8 a quarter of the memory. Empty for kinds without, and until the first session has made it.
         first_gradient_norm: of its parameters' gradient in the basis pass, a mean over micro-batches; 0.0 where there
             was none. A float32.
     """
@@ -174,10 +174,13 @@ class GroupAdapters(ABC):
             raise ValueError(f"what the server keeps of {self.name} has other exponents")
         state = []
         for array, exponent, shape in zip(arrays, exponents.tolist(), kept_by_server, strict=True):
-            dtype = next((name for name in ("fp16", "fp32") if DTYPES[name] == array.dtype), None)
-            if dtype is None or array.shape != shape or not is_exponent(exponent, dtype):
+            dtype = next((name for name in CODECS if DTYPES[name] == array.dtype), None)
+            if dtype is None or array.ndim != len(shape) or not is_exponent(exponent, dtype):
                 raise ValueError(f"what the server keeps of {self.name} has another shape or dtype")
-            state.append(WireTensor(dtype, array, exponent))
+            tensor = WireTensor(dtype, array, exponent)
+            if tensor.shape != shape:
+                raise ValueError(f"what the server keeps of {self.name} has another shape")
+            state.append(tensor)
         if not all(map(is_finite, state)):
             raise ValueError(f"what the server keeps of {self.name} is not finite")
         self.adapter_state = tuple(state)

@@ -15,7 +15,7 @@ from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.engine import Array
 from dlora.edge.seeds import Seed, adapter_generator
 from dlora.protocol.adapters import AdapterSpec, crossings, kind_of
-from dlora.protocol.choices import UnitKind
+from dlora.protocol.choices import UnitKind, WireDtype
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import ByteArray, FloatArray, IntArray
@@ -85,10 +85,13 @@ class AdapterSet:
         unit: UnitKind,
         kill_every: int,
         draws_state: bool = False,
+        state_dtype: WireDtype = "fp32",
     ) -> AdapterSet:
         """Fresh adapters. Raises ``UsageError`` for a kind that there is not, or a rank that its groups cannot have.
 
-        ``draws_state``: whether the device draws what the server is to keep, where the server could make it too.
+        Args:
+            draws_state: whether the device draws what the server is to keep, where the server could make it too.
+            state_dtype: how what it draws is stored.
         """
         draws_state |= not kind_of(adapter_spec).server_makes_state
         crossings(adapter_spec, groups)
@@ -97,7 +100,7 @@ class AdapterSet:
         if draws_state:
             for group, adapters in zip(groups, made, strict=True):
                 drawn = kind.draw_state(adapter_spec, group, random)
-                adapters.adapter_state = tuple(encode_floats(tensor, "fp32") for tensor in drawn)
+                adapters.adapter_state = tuple(encode_floats(tensor, state_dtype) for tensor in drawn)
         units = [Unit(indices) for indices in group_units(groups, unit)]
         return cls(adapter_spec, groups, made, units, scaling=scaling, kill_every=kill_every)
 

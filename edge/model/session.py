@@ -8,13 +8,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from dlora.edge.adapters.kind import GroupAdapters
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError, SessionLostError
 from dlora.protocol.tensors import WireTensor
-from dlora.protocol.wire_codecs import Codec, TensorRole, decode_floats
+from dlora.protocol.wire_codecs import decode_floats
 
 T = TypeVar("T")
 
@@ -76,15 +75,14 @@ class ModelSession(ABC):
         """Let the server make what it keeps of each group, or give it to one that has not made it, or has lost it."""
         if not self.connection.session.has_adapter_state:
             return
-        opening = self.connection.session.opened_with
-        assert opening is not None
-        codec, groups = opening.codecs.of(TensorRole.ADAPTER_STATE), self.adapters.groups
+        groups = self.adapters.groups
         micro_batches = 0
         if not all(group.adapter_state for group in groups):
             micro_batches = self.run_basis_pass()
         for index, group in enumerate(groups):
             if group.adapter_state:
-                self._give_state(index, group, codec)
+                self.connection.send(m.AdapterState(group=index, tensors=group.adapter_state))
+                self.connection.receive(m.AdapterState)
             else:
                 self.before_group(index, len(groups))
                 self.connection.send(m.MakeAdapterState(group=index))
@@ -97,16 +95,6 @@ class ModelSession(ABC):
                 if micro_batches:
                     norm = min(state.gradient_norm / micro_batches, float(np.finfo(np.float32).max))
                     group.first_gradient_norm = float(np.float32(norm))
-
-    def _give_state(self, index: int, group: GroupAdapters, codec: Codec) -> None:
-        """What the server then has is what the codec leaves of it, which is what we go on with, too."""
-        tensors = tuple(
-            tensor if tensor.dtype == codec.dtype else codec.encode(decode_floats(tensor))
-            for tensor in group.adapter_state
-        )
-        self.connection.send(m.AdapterState(group=index, tensors=tensors))
-        self.connection.receive(m.AdapterState)
-        group.adapter_state = tensors
 
 
 class UntrainedSession(ModelSession):

@@ -85,11 +85,12 @@ def cards(run: RunData) -> Html:
         made.append(_card("held-out tokens right", right, f"examples wholly right {whole}"))
     elif steps.last is not None:
         made.append(_card("loss of the last step", loss(steps.last.loss), f"step {count(steps.last.step)}"))
-    each = f"{mb(steps.up.total())} ↑ · {mb(steps.down.total())} ↓"
-    if not steps.bytes:
-        set_up = run.beside_steps("set_up")
-        each = f"{mb(set_up)} before the first" if set_up else "none of them asked a server"
-    made.append(_card("traffic of the steps", mb(steps.bytes), each))
+    each = f"{mb(steps.bytes_up)} ↑ · {mb(steps.bytes_down)} ↓"
+    if steps.set_up_bytes == steps.bytes:
+        each = "all of it before the steps" if steps.bytes else "no server was asked"
+    elif steps.set_up_bytes:
+        each += f"; of it set-up {mb(steps.set_up_bytes)}"
+    made.append(_card("traffic", mb(steps.bytes), each))
     wall = summary.get("wall_s") if not summary.get("first_step") else None
     below = f"{seconds(steps.step_s / steps.count)} a step"
     if isinstance(wall, float):
@@ -110,14 +111,13 @@ def _small(plot: Plot) -> Html:
 
 
 def _traffic(run: RunData, plot: Plot) -> Html:
-    beside = [
-        f"{name} took {mb(size)}"
-        for name, size in (("set-up", run.beside_steps("set_up")), ("evaluations", run.beside_steps("eval")))
-        if size
-    ]
-    apart = f" Of the last start of the run, {' and '.join(beside)} beside the steps." if beside else ""
-    if not run.steps.bytes:
-        return section("Traffic", element("p", f"No step asked a server for anything.{apart}"))
+    evaluations, set_up = run.evaluation_bytes, run.steps.set_up_bytes
+    apart = ""
+    if evaluations:
+        apart = f" Evaluations took {mb(evaluations)} in the last start of the run, which is not counted here."
+    if run.steps.bytes == set_up:
+        before = f" Before them {mb(set_up)} crossed." if set_up else ""
+        return section("Traffic", element("p", f"No step asked a server for anything.{before}{apart}"))
     note = f"Whole frames, by the role of the tensors in them, as the device counts them.{apart}"
     return section("Traffic", plot_place(plot, tall=True), values_table(plot), traffic_table(run), note=note)
 

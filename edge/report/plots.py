@@ -23,6 +23,7 @@ _COLOURS_UP: Final = {
     TensorRole.INPUT_GRAD.value: 2,
     TensorRole.LAST_HIDDEN_STATES_GRAD.value: 3,
     TensorRole.ADAPTER_STATE.value: 7,
+    TensorRole.GROUP_PARAMETERS.value: 10,
     REPORT: 8,
     OTHER: 9,
 }
@@ -31,6 +32,7 @@ _COLOURS_DOWN: Final = {
     TensorRole.DELTA_GRAD.value: 5,
     TensorRole.LAST_HIDDEN_STATES.value: 6,
     TensorRole.ADAPTER_STATE.value: 7,
+    TensorRole.GROUP_PARAMETERS.value: 10,
     SIGNAL: 8,
     OTHER: 9,
 }

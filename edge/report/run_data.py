@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -54,9 +54,10 @@ class RunData:
     def is_done(self) -> bool:
         return self.summary is not None
 
-    def beside_steps(self, what: Literal["set_up", "eval"]) -> int | None:
-        """Bytes, up and down, of setting up or of evaluations, of the last start of a run that is done."""
-        found = [(self.summary or {}).get(f"{what}_bytes_{way}") for way in ("up", "down")]
+    @property
+    def evaluation_bytes(self) -> int | None:
+        """Bytes, up and down, of the evaluations of the last start of a run that is done."""
+        found = [(self.summary or {}).get(f"eval_bytes_{way}") for way in ("up", "down")]
         sizes = [size for size in found if isinstance(size, int)]
         return sum(sizes) if len(sizes) == len(found) else None
 

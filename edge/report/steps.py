@@ -76,6 +76,7 @@ class Steps:
         mean_of: how many losses a mean is of.
         by_loss, by_traffic, by_time: the steps that are plotted, chosen by what is plotted.
         up, down, tokens, labelled, round_trips, step_s, paused_s: sums; peak_rss_mb: the largest.
+        set_up_up, set_up_down: bytes that crossed before steps, at every start of the run.
         time: sums of what each step's time was spent on.
         states: of units, uint8 (units,), at each step that has others than the one before.
     """
@@ -86,6 +87,8 @@ class Steps:
     mean_of: int = 1
     up: Counter[str] = field(default_factory=Counter)
     down: Counter[str] = field(default_factory=Counter)
+    set_up_up: int = 0
+    set_up_down: int = 0
     tokens: int = 0
     labelled: int = 0
     round_trips: int = 0
@@ -104,9 +107,24 @@ class Steps:
         self._sum = 0.0
 
     @property
+    def bytes_up(self) -> int:
+        """Of the steps and of setting up."""
+        return self.up.total() + self.set_up_up
+
+    @property
+    def bytes_down(self) -> int:
+        """Likewise."""
+        return self.down.total() + self.set_up_down
+
+    @property
     def bytes(self) -> int:
         """Up and down."""
-        return self.up.total() + self.down.total()
+        return self.bytes_up + self.bytes_down
+
+    @property
+    def set_up_bytes(self) -> int:
+        """Up and down, of setting up alone."""
+        return self.set_up_up + self.set_up_down
 
     @property
     def is_thinned(self) -> bool:
@@ -118,6 +136,8 @@ class Steps:
         self.total = step.total_steps
         self.up.update(step.up)
         self.down.update(step.down)
+        self.set_up_up += step.set_up_bytes_up
+        self.set_up_down += step.set_up_bytes_down
         self.tokens += step.tokens
         self.labelled += step.labelled
         self.round_trips += step.round_trips

@@ -27,7 +27,7 @@ def values_table(plot: Plot) -> Html:
 
 
 def traffic_table(run: RunData) -> Html:
-    """Bytes by role, of all steps."""
+    """Bytes by role, of all steps, and of setting up."""
     steps = run.steps
 
     def row(name: str, size: int) -> tuple[str, str, str, str]:
@@ -37,9 +37,14 @@ def traffic_table(run: RunData) -> Html:
         return [row(f"{role_name(role)}\N{NO-BREAK SPACE}{arrow}", size) for role, size in by_role.most_common()]
 
     return table(
-        "All steps, by what crossed (↑ from the device, ↓ to it)",
+        "By what crossed (↑ from the device, ↓ to it)",
         ("role", "bytes", "share", "bytes a token"),
-        [*rows(steps.up, "↑"), *rows(steps.down, "↓"), row("all", steps.bytes)],
+        [
+            *rows(steps.up, "↑"),
+            *rows(steps.down, "↓"),
+            row("set-up, before the steps", steps.set_up_bytes),
+            row("all", steps.bytes),
+        ],
     )
 
 

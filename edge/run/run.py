@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -180,7 +180,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
             fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
             _save_run_file(run, connection.welcome)
-        set_up_up, set_up_down = trainer.traffic
+        set_up = trainer.traffic
         release_code()
         saver = AdapterSaver(trainer, run.dataset, earlier)
         watchers = Watchers(run.watchers, display.warn)
@@ -200,7 +200,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                     for metrics in iterate_metrics(run.out / METRICS):
                         display.add_to_map(metrics)
                         saver.add(metrics)
-                    _run_steps(run, trainer, saver, display, log, held_out, watchers, stop.is_requested)
+                    _run_steps(run, trainer, saver, display, log, held_out, watchers, stop.is_requested, set_up)
             trained_s = time.perf_counter() - started
             if not held_out.is_done():
                 held_out.add("after")
@@ -212,8 +212,6 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                 "reconnects": connection.reconnects,
                 "sessions_resumed": connection.resumed,
                 "steps_rerun": trainer.steps_rerun,
-                "set_up_bytes_up": set_up_up,
-                "set_up_bytes_down": set_up_down,
                 "eval_bytes_up": held_out.bytes_up,
                 "eval_bytes_down": held_out.bytes_down,
                 "wall_s": round(trained_s, 3),
@@ -404,8 +402,9 @@ def _run_steps(
     held_out: HeldOut,
     watchers: Watchers,
     stop: Callable[[], bool],
+    set_up: tuple[int, int],
 ) -> None:
-    """Step to the end; save and evaluate on the way."""
+    """Step to the end; save and evaluate on the way. ``set_up``: bytes up and down of before."""
     last = run.config.total_steps
     sensors = SystemSensors()
     if warning := run.pause.warning(sensors):
@@ -432,7 +431,10 @@ def _run_steps(
             save()
             raise StoppedError(f"stopped after step {trainer.next_step}; go on with dlora-edge resume {run.out}")
         with _save_on_error(run, trainer):
-            metrics = replace(trainer.run_step(), paused_s=paused_s)
+            metrics = replace(
+                trainer.run_step(), paused_s=paused_s, set_up_bytes_up=set_up[0], set_up_bytes_down=set_up[1]
+            )
+        set_up = (0, 0)
         log.write(metrics)
         saver.add(metrics)
         display.step(metrics)
@@ -465,13 +467,18 @@ def _warn_of_dropped_modules(trainer: Trainer, init: LoadedAdapter, display: Dis
         )
 
 
+_TOTALS: Final = ("tokens", "labelled", "bytes_up", "bytes_down", "set_up_bytes_up", "set_up_bytes_down", "round_trips")
+
+
 def _summary(run: TrainRun, steps: int, held_out: HeldOut) -> dict[str, Any]:
     """The whole run, what came before a resumption included."""
     rows = read_metrics(run.out / METRICS)
     totals = {
         name: sum(getattr(row, name) for row in rows)
-        for name in ("tokens", "labelled", "bytes_up", "bytes_down", "round_trips")
+        for name in _TOTALS
     }
+    for way in ("up", "down"):
+        totals[f"bytes_{way}"] += totals[f"set_up_bytes_{way}"]
     losses = {row["step"]: row["loss"] for row in held_out.evaluations}
     best = held_out.best
     return {

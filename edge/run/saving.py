@@ -40,6 +40,8 @@ class AdapterSaver:
         self._tokens += metrics.tokens
         self._labelled += metrics.labelled
         self._bytes += metrics.bytes_up + metrics.bytes_down
+        if not isinstance(self._trainer.connection, TrunkSource):
+            self._bytes += metrics.set_up_bytes_up + metrics.set_up_bytes_down
         self._round_trips += metrics.round_trips
 
     def save(self, directory: Path, evaluation: dict[str, Any] | None = None) -> None:

@@ -122,6 +122,7 @@ class AdapterTraining:
             unit=config.kill_revive.unit,
             kill_every=config.kill_revive.kill_every,
             draws_state=config.basis == "random",
+            state_dtype=config.codecs.adapter_state,
         )
         check_units(config.kill_revive, len(self.adapters.units))
         if init is not None:

@@ -25,7 +25,7 @@ from dlora.protocol.errors import CheckpointError
 from dlora.protocol.files import open_regular
 
 KEPT: Final = 2
-FORMAT: Final = 2
+FORMAT: Final = 3
 _KEY: Final = "dlora-checkpoint"
 _NAME: Final = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 
@@ -94,7 +94,7 @@ def load_latest(directory: Path, warn: Callable[[str], None] | None = None) -> C
     Args:
         warn: called with one line about each newer one that is damaged.
 
-    Raises ``CheckpointError`` where there are some and every one is damaged.
+    Raises ``CheckpointError`` where there are some and every one is damaged, or where another version saved one.
     """
     damaged = 0
     for step, path in list_checkpoints(directory):
@@ -124,7 +124,10 @@ def _load(path: Path, step: int) -> Checkpoint:
     except (msgspec.MsgspecError, RecursionError) as error:
         raise _DamagedError(f"its header cannot be read: {error}") from None
     if header.format != FORMAT:
-        raise _DamagedError(f"its format is {header.format}, not {FORMAT}")
+        raise CheckpointError(
+            f"{path} was saved by another version of dlora (format {header.format}, this one has {FORMAT}): finish the "
+            "run with that version, or start anew in another --out"
+        )
     if header.step != step or header.sha256 != _digest(tensors, step, bytes(header.state)):
         raise _DamagedError("its SHA-256 differs")
     return Checkpoint(step, tensors, state, path)
@@ -142,7 +145,7 @@ def _delete_old(directory: Path, step: int) -> None:
 def _verifies(path: Path, step: int) -> bool:
     try:
         _load(path, step)
-    except _DamagedError:
+    except (_DamagedError, CheckpointError):
         return False
     return True
 

@@ -38,6 +38,8 @@ class StepMetrics:
             the device waited for its turn.
         peak_rss_mb: the most memory that this process had by then, in megabytes (10**6 bytes).
         paused_s: for how long ``--pause-when`` held this step up, before ``step_s`` begins.
+        set_up_bytes_up, set_up_bytes_down: what crossed before the run began to step, in the first step of each of its
+            starts; in no other number of the step.
     """
 
     step: int
@@ -62,6 +64,8 @@ class StepMetrics:
     server_queued_s: float
     peak_rss_mb: float
     paused_s: float = 0.0
+    set_up_bytes_up: int = 0
+    set_up_bytes_down: int = 0
 
     @property
     def states(self) -> ByteArray:

@@ -112,7 +112,7 @@ class TrainSession(ModelSession):
         """Give the server what units have learnt that it is to apply, and does not have."""
         opening = self.connection.session.opened_with
         assert opening is not None
-        codec = opening.codecs.of(TensorRole.ADAPTER_STATE)
+        codec = opening.codecs.of(TensorRole.GROUP_PARAMETERS)
         for group in self.connection.session.units.groups_to_give:
             tensors = tuple(codec.encode(tensor) for tensor in self.adapters.groups[group].given_to_server())
             self.connection.send(m.GroupParameters(group=group, tensors=tensors))

@@ -25,7 +25,7 @@ _ROLES: Final[Mapping[type[m.Message], str]] = {
     m.GroupGrad: TensorRole.DELTA_GRAD.value,
     m.GroupInputGrad: TensorRole.INPUT_GRAD.value,
     m.AdapterState: TensorRole.ADAPTER_STATE.value,
-    m.GroupParameters: TensorRole.ADAPTER_STATE.value,
+    m.GroupParameters: TensorRole.GROUP_PARAMETERS.value,
     m.StepReport: REPORT,
     m.Signal: SIGNAL,
 }
