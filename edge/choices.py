@@ -15,8 +15,11 @@ AnswerScore = Literal["exact", "contains", "regex", "likelihood"]
 case; regex: what the first match of a pattern finds in it is the key; likelihood: of the answers to choose among, the
 key's is the likeliest."""
 
-Keep = Literal["last", "best"]
-"""Which adapter a run saves in the end."""
+Keep = Literal["auto", "last", "best"]
+"""Which adapter a run saves in the end. auto: the last, and the best where the last is worse than none."""
+
+OnWorse = Literal["warn", "stop"]
+"""What a run does that makes the model worse than it was."""
 
 RunMode = Literal["split", "trunk", "local"]
 """Where the base model's blocks run: all of them on the server, which exchanges with the device at every group; or the

@@ -19,6 +19,7 @@
     ├── ExportError                 11   the model is not supported, or a graph is not exact enough
     ├── MissingExtraError           12   an optional dependency is not installed
     ├── NonFiniteError              13   training has diverged: NaN or infinity
+    ├── WorseError                  14   training made the model worse, and --on-worse stop ended it
     └── StoppedError               130   Ctrl-C, SIGTERM or SIGHUP, and everything was saved
     (Ctrl-C, SIGTERM, SIGHUP)      130
 
@@ -165,6 +166,12 @@ class NonFiniteError(DloraError):
     """
 
     exit_code = 13
+
+
+class WorseError(DloraError):
+    """Training has made the model worse than it was, and was to end then; what was best was saved."""
+
+    exit_code = 14
 
 
 class StoppedError(DloraError):

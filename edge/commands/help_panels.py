@@ -18,7 +18,7 @@ PANELS: Final = {
     "Blocks on the device": ("mode", "memory", "device_blocks", "exact", "cache_mb", "keep_cache", "cache_key_file"),
     "Settings in a file": ("config", "write_config"),
     "Saving and resuming": (
-        "resume", "save_every", "eval_every", "keep", "patience", "record", "tensorboard", "profile",
+        "resume", "save_every", "eval_every", "keep", "patience", "on_worse", "record", "tensorboard", "profile",
         "profile_steps",
     ),
     "Answers": ("answers", "pattern", "choices", "max_new_tokens", "show", "save"),

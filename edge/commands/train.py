@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dlora.edge.choices import Keep, ModeChoice
+from dlora.edge.choices import Keep, ModeChoice, OnWorse
 from dlora.edge.run import pause
 from dlora.edge.training.schedule import ScheduleName
 from dlora.protocol.choices import Adapt, Basis, KindChoice, OnKill, ScoreName, UnitKind
@@ -203,11 +203,22 @@ def train(
         ),
     ] = None,
     keep: Annotated[
-        Keep, typer.Option(help="Which adapter to save in the end: the last, or the one best on --eval.")
-    ] = "last",
+        Keep,
+        typer.Option(
+            help="Which adapter to save in the end: the last, or the one best on held-out data; auto: the last, and "
+            "the best where the last is worse than none."
+        ),
+    ] = "auto",
     patience: Annotated[
         int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
     ] = None,
+    on_worse: Annotated[
+        OnWorse,
+        typer.Option(
+            help="Where training makes the model worse than it was, by its held-out loss, or without one by its "
+            "training loss: say so and go on, or end there, with exit code 14."
+        ),
+    ] = "warn",
     tensorboard: Annotated[
         bool,
         typer.Option("--tensorboard", help="Write TensorBoard's event files, too, into --out/tensorboard."),
@@ -336,6 +347,7 @@ def train(
         save_config(write_config, options, context)
         return
     from dlora.edge.run.display import Display
+    from dlora.edge.run.guard import check_outcome
     from dlora.edge.run.run_file import RunSettings
 
     from .train_settings import run_train
@@ -343,9 +355,9 @@ def train(
     display = Display(json_output=json_output)
     settings = RunSettings.of(options)
     profiling = None if profile is None else (profile, profile_steps)
-    display.finish(
-        run_train(settings, resume=resume, display=display, memory=memory, record=record, profile=profiling)
-    )
+    summary = run_train(settings, resume=resume, display=display, memory=memory, record=record, profile=profiling)
+    display.finish(summary)
+    check_outcome(summary, on_worse)
 
 
 def resume(
@@ -357,7 +369,12 @@ def resume(
     patience: Annotated[
         int | None, typer.Option(help="End after so many evaluations in a row that are no better.", min=1)
     ] = None,
-    keep: Annotated[Keep | None, typer.Option(help="Which adapter to save in the end: the last or the best.")] = None,
+    keep: Annotated[
+        Keep | None, typer.Option(help="Which adapter to save in the end, as train has it; else as before.")
+    ] = None,
+    on_worse: Annotated[
+        OnWorse | None, typer.Option(help="Whether a run that makes the model worse ends; else as before.")
+    ] = None,
     tensorboard: Annotated[
         bool | None,
         typer.Option("--tensorboard/--no-tensorboard", help="TensorBoard's event files, or none; else as before."),
@@ -389,15 +406,19 @@ def resume(
     Example:  dlora-edge resume my-adapter --steps 400
     """
     from dlora.edge.run.display import Display
+    from dlora.edge.run.guard import check_outcome
 
     from .train_settings import run_train, settings_of_run
 
     display = Display(json_output=json_output)
     changes = {
-        "steps": steps, "epochs": epochs, "patience": patience, "keep": keep, "server": server,
+        "steps": steps, "epochs": epochs, "patience": patience, "keep": keep, "on_worse": on_worse,
+        "server": server,
         "token_file": token_file, "ca": ca, "client_cert": client_cert, "client_key": client_key, "threads": threads,
         "max_retry_s": max_retry_s, "cache_mb": cache_mb, "keep_cache": keep_cache,
         "cache_key_file": cache_key_file, "tensorboard": tensorboard,
     }  # fmt: skip
     settings = settings_of_run(directory, changes)
-    display.finish(run_train(settings, resume=True, display=display))
+    summary = run_train(settings, resume=True, display=display)
+    display.finish(summary)
+    check_outcome(summary, settings.on_worse)

@@ -116,6 +116,7 @@ def run_train(
         eval_every=run_of.evaluate_every,
         keep=settings.keep,
         patience=settings.patience,
+        on_worse=settings.on_worse,
         save_every=settings.save_every,
         init=init,
         resume=resume,

@@ -44,8 +44,9 @@ def page_of(run: RunData) -> bytes:
     traffic, time = traffic_plot(run), time_plot(run)
     return document(
         f"{run.name}: a run of dlora",
-        [loss_, rate, gradient, *([traffic] if run.steps.bytes else []), time],
+        [loss_, rate, gradient, *([traffic] if run.steps.crossed else []), time],
         _header(run),
+        _worse(run),
         cards(run),
         without_script(),
         section(
@@ -70,6 +71,17 @@ def _header(run: RunData) -> Html:
     return element("header", element("h1", run.name), element("p", f"{what} · {done}, {state}"))
 
 
+def _worse(run: RunData) -> Html | None:
+    """That the run makes the model worse, and which adapter it has saved."""
+    if run.worsening is None:
+        return None
+    saved = (run.summary or {}).get("saved_step")
+    kept = ""
+    if saved is not None and saved < run.steps.count:
+        kept = f" Saved is the adapter of step {count(saved)}." if saved else " Saved is what the run began with."
+    return element("p", f"Worse than before: {run.worsening}.{kept}", class_="worse")
+
+
 def cards(run: RunData) -> Html:
     """What matters most, in a row."""
     steps, summary = run.steps, run.summary or {}
@@ -77,7 +89,8 @@ def cards(run: RunData) -> Html:
     if run.before is not None and run.after is not None:
         best = run.best
         below = f"best {loss(best.loss)} after {count(best.step)} steps" if best is not None else ""
-        made.append(_card("held-out loss", f"{loss(run.before.loss)} → {loss(run.after.loss)}", below))
+        values = f"{loss(run.before.loss)} → {loss(run.after.loss)}"
+        made.append(_card("held-out loss", values, below, is_bad=run.worsening is not None))
         right, whole = (
             f"{getattr(run.before, name):.1%} → {getattr(run.after, name):.1%}"
             for name in ("token_accuracy", "exact_match")
@@ -102,8 +115,9 @@ def cards(run: RunData) -> Html:
     return element("dl", *made, class_="cards")
 
 
-def _card(name: str, value: str, below: str) -> Html:
-    return element("div", element("dt", name), element("dd", value), element("dd", below), class_="card")
+def _card(name: str, value: str, below: str, *, is_bad: bool = False) -> Html:
+    class_ = "card bad" if is_bad else "card"
+    return element("div", element("dt", name), element("dd", value), element("dd", below), class_=class_)
 
 
 def _small(plot: Plot) -> Html:
@@ -115,7 +129,7 @@ def _traffic(run: RunData, plot: Plot) -> Html:
     apart = ""
     if evaluations:
         apart = f" Evaluations took {mb(evaluations)} in the last start of the run, which is not counted here."
-    if run.steps.bytes == set_up:
+    if not run.steps.crossed:
         before = f" Before them {mb(set_up)} crossed." if set_up else ""
         return section("Traffic", element("p", f"No step asked a server for anything.{before}{apart}"))
     note = f"Whole frames, by the role of the tensors in them, as the device counts them.{apart}"

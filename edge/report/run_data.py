@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from dlora.edge.run.file_names import EVALUATIONS, METRICS, SUMMARY
+from dlora.edge.run.guard import Worsening, held_out_worsening
 from dlora.edge.run.run_file import RunFile, load_run_file
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.files import read_regular
@@ -60,6 +61,13 @@ class RunData:
         found = [(self.summary or {}).get(f"eval_bytes_{way}") for way in ("up", "down")]
         sizes = [size for size in found if isinstance(size, int)]
         return sum(sizes) if len(sizes) == len(found) else None
+
+    @property
+    def worsening(self) -> Worsening | None:
+        """How the model is worse than before training, by now or in the end; None where it is not."""
+        if self.file.eval_data is None:
+            return self.steps.losses.worsening
+        return held_out_worsening([msgspec.structs.asdict(each) for each in self.evaluations])
 
     @property
     def before(self) -> EvaluationLine | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from dlora.edge.run.guard import TrainingLosses
 from dlora.edge.training.metrics import StepMetrics, iterate_metrics
 from dlora.protocol.files import open_regular
 from dlora.protocol.tensors import ByteArray
@@ -78,6 +79,7 @@ class Steps:
         up, down, tokens, labelled, round_trips, step_s, paused_s: sums; peak_rss_mb: the largest.
         set_up_up, set_up_down: bytes that crossed before steps, at every start of the run.
         time: sums of what each step's time was spent on.
+        losses: what says whether training makes the model worse, where there is no held-out data.
         states: of units, uint8 (units,), at each step that has others than the one before.
     """
 
@@ -103,6 +105,7 @@ class Steps:
         self.by_loss = Thinned(self.range_steps, lambda step: step.loss)
         self.by_traffic = Thinned(self.range_steps, lambda step: step.bytes_up + step.bytes_down)
         self.by_time = Thinned(self.range_steps, lambda step: step.step_s)
+        self.losses = TrainingLosses()
         self._window: deque[float] = deque()
         self._sum = 0.0
 
@@ -127,12 +130,18 @@ class Steps:
         return self.set_up_up + self.set_up_down
 
     @property
+    def crossed(self) -> bool:
+        """Whether any step asked a server for anything."""
+        return self.bytes > self.set_up_bytes
+
+    @property
     def is_thinned(self) -> bool:
         """Whether some steps are not plotted."""
         return self.range_steps > 1
 
     def add(self, step: StepMetrics) -> None:
         self.count += 1
+        self.losses.add(step.loss)
         self.total = step.total_steps
         self.up.update(step.up)
         self.down.update(step.down)

@@ -117,18 +117,23 @@ class HeldOut:
         """Whether the run is to end, as the function of that name has it."""
         return is_out_of_patience(self.evaluations, self._patience, self._trainer.config.part_begins)
 
-    def keep_best(self) -> None:
-        """Save the best adapter in place of the last one."""
-        best = self.best
-        if best is None or best["step"] == self._trainer.next_step:
-            return
+    def keep_best(self) -> int:
+        """Save the best adapter in place of the last one; gives the step of the one that is saved now."""
+        best, last = self.best, self._trainer.next_step
+        if best is None or best["step"] == last:
+            return last
         if self._saved_row() != best:  # the run was resumed from an earlier step, and evaluates at other steps since
             self._display.warn(f"the weights of step {best['step']}, the best evaluation, are gone: the last are kept")
-            return
+            return last
         self._saver.copy(self._out / BEST, self._out)
         if best["step"] == 0:
-            self._display.warn("no evaluation was better than the one before training; try a lower --lr, or more data")
-        self._display.say(f"saved: the adapter of step {best['step']}, which has the lowest held-out loss")
+            self._display.warn(
+                "no evaluation was better than the one before training: what is saved is the adapter that the run "
+                "began with, which has learnt nothing of the data"
+            )
+        else:
+            self._display.say(f"saved: the adapter of step {best['step']}, which has the lowest held-out loss")
+        return int(best["step"])
 
     def _saved_row(self) -> Any:
         """The evaluation that the adapter in ``best/`` is of; None where nobody can say."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from dlora.edge.adapters.peft import LoadedAdapter
-from dlora.edge.choices import EngineChoice, Keep
+from dlora.edge.choices import EngineChoice, Keep, OnWorse
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import load_libraries, make_engine
@@ -47,6 +47,7 @@ from dlora.protocol.messages import Welcome
 from .directory import CACHE, CHECKPOINTS, HELD_CACHE, find_checkpoint, run_directory
 from .display import Display
 from .file_names import METRICS, SUMMARY
+from .guard import Guard, what_to_do
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines, run_line
@@ -67,6 +68,7 @@ class TrainRun:
         eval_every: steps between evaluations; 0: before and after only.
         init: an adapter to start from.
         keep: which adapter is saved in the end; patience: as ``HeldOut`` has it.
+        on_worse: what it does where it makes the model worse than it was.
         engine: what runs the graphs; ``auto`` is ONNX Runtime where it and its graphs are there.
         cache_mb: disk for hidden states, where blocks run here; keep_cache: whether what the server gave stays after
             the run; cache_key: what they are encrypted with.
@@ -84,7 +86,8 @@ class TrainRun:
     eval_dataset: Dataset | None = None
     settings: RunSettings | None = None
     eval_every: int = 0
-    keep: Keep = "last"
+    keep: Keep = "auto"
+    on_worse: OnWorse = "warn"
     patience: int | None = None
     save_every: int = 50
     init: LoadedAdapter | None = None
@@ -144,7 +147,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     finished = _summary_of_finished_run(run, first_step, earlier)
     if finished is not None:
         _remove_caches(run)
-        display.warn(_finished_text(run, first_step))
+        display.warn(_finished_text(run, first_step, is_worse=finished.get("is_worse", False)))
         return finished
     _print_plan(run, first_step, display)
     if checkpoint is None:
@@ -188,6 +191,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             run.out, run.eval_dataset, earlier, every=run.eval_every, patience=run.patience, trainer=trainer,
             saver=saver, display=display, watchers=watchers, should_stop=stop.is_requested,
         )  # fmt: skip
+        guard = Guard(earlier, has_held_out=run.eval_dataset is not None)
         with watchers.following(first_step):
             if first_step == 0:
                 if run.init is not None:
@@ -200,13 +204,17 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                     for metrics in iterate_metrics(run.out / METRICS):
                         display.add_to_map(metrics)
                         saver.add(metrics)
-                    _run_steps(run, trainer, saver, display, log, held_out, watchers, stop.is_requested, set_up)
+                        guard.losses.add(metrics.loss)
+                    _run_steps(run, trainer, saver, display, log, held_out, guard, watchers, stop.is_requested, set_up)
             trained_s = time.perf_counter() - started
             if not held_out.is_done():
                 held_out.add("after")
             saver.save(run.out)
-            if run.keep == "best":
-                held_out.keep_best()
+            worsening, saved_step = guard.worsening, trainer.next_step
+            if run.keep == "best" or (run.keep == "auto" and worsening is not None):
+                saved_step = held_out.keep_best()
+            if worsening is not None:
+                display.warn(f"worse than before: {worsening}; {what_to_do(run.config.optimizer.lr)}")
             summary = _summary(run, trainer.next_step, held_out) | {
                 "first_step": first_step,
                 "reconnects": connection.reconnects,
@@ -214,6 +222,8 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                 "steps_rerun": trainer.steps_rerun,
                 "eval_bytes_up": held_out.bytes_up,
                 "eval_bytes_down": held_out.bytes_down,
+                "is_worse": worsening is not None,
+                "saved_step": saved_step,
                 "wall_s": round(trained_s, 3),
             }
             write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
@@ -358,19 +368,23 @@ def _summary_of_finished_run(
     run: TrainRun, steps: int, evaluations: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
     """The summary of a run that was summed up before: one that is resumed again would lose its times."""
-    if steps != run.config.total_steps and not is_out_of_patience(evaluations, run.patience, run.config.part_begins):
-        return None
     try:
         summary: dict[str, Any] = json.loads(read_regular(run.out / SUMMARY))
-        # Another's, where the run was made longer since.
-        return summary if summary["steps"] == steps else None
+        is_of_this_step = summary["steps"] == steps  # else another's, where the run was made longer since
+        ended_as_worse = run.on_worse == "stop" and summary.get("is_worse", False)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
+    is_out = is_out_of_patience(evaluations, run.patience, run.config.part_begins)
+    is_finished = steps == run.config.total_steps or is_out or ended_as_worse
+    return summary if is_of_this_step and is_finished else None
 
 
-def _finished_text(run: TrainRun, steps: int) -> str:
+def _finished_text(run: TrainRun, steps: int, *, is_worse: bool) -> str:
     if steps == run.config.total_steps:
         reason = f"all of its {steps:,} steps are done, and a larger --steps goes on"
+    elif is_worse and run.on_worse == "stop":
+        total = run.config.total_steps
+        reason = f"--on-worse stop ended it at step {steps:,} of {total:,}, and --on-worse warn goes on"
     else:
         reason = f"--patience ended it at step {steps:,} of {run.config.total_steps:,}, and a larger one goes on"
     return f"this run is finished: {reason}; nothing was changed"
@@ -400,6 +414,7 @@ def _run_steps(
     display: Display,
     log: MetricsLog,
     held_out: HeldOut,
+    guard: Guard,
     watchers: Watchers,
     stop: Callable[[], bool],
     set_up: tuple[int, int],
@@ -420,6 +435,12 @@ def _run_steps(
             # Whoever stops it stops the run, below, with all that is saved there.
             with _save_on_error(run, trainer), contextlib.suppress(StoppedError):
                 held_out.add(f"at step {trainer.next_step}")
+        if worsening := guard.has_worsened():
+            if run.on_worse == "stop":
+                display.say(f"ended at step {trainer.next_step}, for --on-worse stop: {worsening}")
+                save()
+                return
+            display.warn(f"worse than before: {worsening}; {what_to_do(run.config.optimizer.lr)}")
         if held_out.is_out_of_patience():
             display.say(f"ended at step {trainer.next_step}: {run.patience} evaluations in a row were no better")
             save()
@@ -437,6 +458,7 @@ def _run_steps(
         set_up = (0, 0)
         log.write(metrics)
         saver.add(metrics)
+        guard.losses.add(metrics.loss)
         display.step(metrics)
         watchers.step(metrics)
         done = trainer.next_step

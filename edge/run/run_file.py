@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dlora.edge.choices import EngineChoice, Keep, ModeChoice, TooLong, TrainOn
+from dlora.edge.choices import EngineChoice, Keep, ModeChoice, OnWorse, TooLong, TrainOn
 from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
 from dlora.edge.training.schedule import ScheduleName
@@ -82,6 +82,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     eval_every: Whole | None
     keep: Keep
     patience: Count | None
+    on_worse: OnWorse
     tensorboard: bool
     wire_dtype: str | None
     send: Send
