@@ -79,10 +79,14 @@ def run_of(kind: str, **changes: Any) -> TrainConfig:
 # -- against torch and PEFT ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stored", ["fp32", "int8"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_torch(bundle: Path, server: RunningServer, kind: str) -> None:
+def test_gradients_are_those_of_torch(bundle: Path, server: RunningServer, kind: str, stored: str) -> None:
+    """Both sides compute with what is left of A and B, however they are stored."""
     dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run_of(kind, lora_alpha=6.0, batch_size=1), dataset) as trainer:
+    run = run_of(kind, lora_alpha=6.0, batch_size=1, wire_dtype=f"fp32,adapter_state={stored}")
+    with training(bundle, server.url, run, dataset) as trainer:
+        assert {tensor.dtype for group in trainer.adapters.groups for tensor in group.adapter_state} == {stored}
         randomize_all(trainer)
         (batch,) = trainer.batches.step_batches(0)
         losses = trainer.model.forward_backward([batch], step=0, grad_scale=1.0)[0]
@@ -454,7 +458,9 @@ def lose_after(messages: int, server: RunningServer, patch: pytest.MonkeyPatch) 
 def test_resumed_run_is_the_uninterrupted_one(
     bundle: Path, server: RunningServer, kind: str, kill_revive: dict[str, Any], tmp_path: Path
 ) -> None:
-    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=TOTAL, kill_revive=kill_revive)
+    stored = "int8" if kill_revive else "fp32"
+    run = run_of(kind, total_steps=TOTAL, kill_revive=kill_revive, wire_dtype=f"fp32,adapter_state={stored}")
+    dataset = random_dataset(VOCABULARY)
     with training(bundle, server.url, run, dataset) as trainer:
         whole = [trainer.run_step() for _ in range(STEPS)]
         trainer.wait_for_signal()
@@ -490,6 +496,23 @@ def test_adapter_saved_in_a_fade_is_as_weak_as_the_run_has_it(
     assert found == pytest.approx(loss, abs=1e-4)
     with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as used:
         assert evaluate(used, dataset, 4).loss == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_with_factors_of_int8_is_the_same_in_peft(
+    bundle: Path, server: RunningServer, kind: str, tmp_path: Path
+) -> None:
+    """As it was made, and in a session whose own codec is another."""
+    dataset, run = random_dataset(VOCABULARY), run_of(kind, wire_dtype="fp32,adapter_state=int8")
+    with training(bundle, server.url, run, dataset) as trainer:
+        randomize_all(trainer)
+        trainer.save_adapter(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
+    with torch.no_grad():
+        found = peft_reference.loss_of(model, list(evaluation_batches(dataset, 4))).item()
+    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as used:
+        assert {tensor.dtype for group in used.session.adapters.groups for tensor in group.adapter_state} == {"int8"}
+        assert evaluate(used, dataset, 4).loss == pytest.approx(found, abs=1e-5)
 
 
 # -- starting from another -----------------------------------------------------------------------------------
@@ -595,7 +618,7 @@ def test_parts_with_exponents_that_cannot_be_are_refused(
 # -- what it costs -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wire_dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("wire_dtype", ["int8", "fp16", "fp32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_traffic_is_the_formulas(
     bundle: Path, server: RunningServer, kind: str, wire_dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -603,7 +626,7 @@ def test_traffic_is_the_formulas(
     """What setting up costs, and a step."""
     counted = count_set_up_traffic(monkeypatch)
     dataset, run = random_dataset(VOCABULARY), run_of(kind, wire_dtype=wire_dtype)
-    codecs = Codecs.all(run.wire_dtype)
+    codecs = Codecs.parse(run.wire_dtype)
     with training(bundle, server.url, run, dataset) as trainer:
         metrics = trainer.run_step()
     base = trainer.bundle.manifest.base_model
