@@ -69,7 +69,7 @@ def _fixed_bytes(
     base = manifest.base_model
     trained = parameter_count(spec, groups)
     kept = sum(math.prod(shape) for group in groups for shape in kind_of(spec).state_shapes(spec, group))
-    # What the server keeps stays as it crosses: fp16 by default. The embedding's pages go before the head's come.
+    # What the server keeps stays as it crosses, as fp16 at most. The embedding's pages go before the head's come.
     head = head_bytes(base.vocabulary_size, base.hidden_size, head_dtype)
     return RUNTIME_MB * 1e6 + 4 * trained * TRAINED_COPIES + _WIRE_BYTES * kept + head
 
