@@ -347,7 +347,6 @@ def train(
         save_config(write_config, options, context)
         return
     from dlora.edge.run.display import Display
-    from dlora.edge.run.guard import check_outcome
     from dlora.edge.run.run_file import RunSettings
 
     from .train_settings import run_train
@@ -355,9 +354,7 @@ def train(
     display = Display(json_output=json_output)
     settings = RunSettings.of(options)
     profiling = None if profile is None else (profile, profile_steps)
-    summary = run_train(settings, resume=resume, display=display, memory=memory, record=record, profile=profiling)
-    display.finish(summary)
-    check_outcome(summary, on_worse)
+    run_train(settings, resume=resume, display=display, memory=memory, record=record, profile=profiling)
 
 
 def resume(
@@ -406,7 +403,6 @@ def resume(
     Example:  dlora-edge resume my-adapter --steps 400
     """
     from dlora.edge.run.display import Display
-    from dlora.edge.run.guard import check_outcome
 
     from .train_settings import run_train, settings_of_run
 
@@ -419,6 +415,4 @@ def resume(
         "cache_key_file": cache_key_file, "tensorboard": tensorboard,
     }  # fmt: skip
     settings = settings_of_run(directory, changes)
-    summary = run_train(settings, resume=True, display=display)
-    display.finish(summary)
-    check_outcome(summary, settings.on_worse)
+    run_train(settings, resume=True, display=display)

@@ -47,8 +47,8 @@ def run_train(
     memory: str | None = None,
     record: Path | None = None,
     profile: tuple[Path, int] | None = None,
-) -> dict[str, Any]:
-    """Check, read, train, save; the summary. Raises any ``DloraError``, for what is wrong before anything is made.
+) -> None:
+    """Check, read, train, save, show the summary. Raises any ``DloraError``, for what is wrong before anything is made.
 
     ``memory``: what ``--mode auto`` may count on, as ``--memory`` says it. ``record``: a directory for what crosses,
     and the truth beside it. ``profile``: a file for what happens when, and in how many steps.
@@ -99,6 +99,7 @@ def run_train(
     if loaded is None:
         settings, loaded = _load(settings, bundle, display, begun)
     # Not before: data sets are read while this process is small and has no threads.
+    from dlora.edge.run.guard import check_outcome
     from dlora.edge.run.run import TrainRun, train
 
     spans = Spans(asks_server=profile is not None)
@@ -137,7 +138,8 @@ def run_train(
     with recording(record, bundle, display.warn) as recorder:
         summary = train(replace(run, recorder=recorder), display)
     display.say(f"how it went: {run.out / REPORT}")
-    return summary
+    display.finish(summary)
+    check_outcome(summary, settings.on_worse)
 
 
 def settings_of_run(out: Path, changes: dict[str, Any]) -> RunSettings:

@@ -99,7 +99,7 @@ def cards(run: RunData) -> Html:
     elif steps.last is not None:
         made.append(_card("loss of the last step", loss(steps.last.loss), f"step {count(steps.last.step)}"))
     each = f"{mb(steps.bytes_up)} ↑ · {mb(steps.bytes_down)} ↓"
-    if steps.set_up_bytes == steps.bytes:
+    if not steps.crossed:
         each = "all of it before the steps" if steps.bytes else "no server was asked"
     elif steps.set_up_bytes:
         each += f"; of it set-up {mb(steps.set_up_bytes)}"

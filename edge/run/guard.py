@@ -102,6 +102,7 @@ def check_outcome(summary: Mapping[str, Any], on_worse: OnWorse) -> None:
         raise WorseError(f"training has made the model worse by step {steps}; saved: {kept}")
 
 
-def what_to_do(learning_rate: float) -> str:
-    """What helps, as a rule, in a few words."""
-    return f"try a tenth of the learning rate, --lr {learning_rate / 10:.2g}, or more data"
+def worse_line(worsening: Worsening, learning_rate: float) -> str:
+    """What a user is told, with what helps, as a rule."""
+    tenth = f"{learning_rate / 10:.2g}"
+    return f"worse than before: {worsening}; try a tenth of the learning rate, --lr {tenth}, or more data"

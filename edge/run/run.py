@@ -47,7 +47,7 @@ from dlora.protocol.messages import Welcome
 from .directory import CACHE, CHECKPOINTS, HELD_CACHE, find_checkpoint, run_directory
 from .display import Display
 from .file_names import METRICS, SUMMARY
-from .guard import Guard, what_to_do
+from .guard import Guard, worse_line
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines, run_line
@@ -214,7 +214,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             if run.keep == "best" or (run.keep == "auto" and worsening is not None):
                 saved_step = held_out.keep_best()
             if worsening is not None:
-                display.warn(f"worse than before: {worsening}; {what_to_do(run.config.optimizer.lr)}")
+                display.warn(worse_line(worsening, run.config.optimizer.lr))
             summary = _summary(run, trainer.next_step, held_out) | {
                 "first_step": first_step,
                 "reconnects": connection.reconnects,
@@ -440,7 +440,7 @@ def _run_steps(
                 display.say(f"ended at step {trainer.next_step}, for --on-worse stop: {worsening}")
                 save()
                 return
-            display.warn(f"worse than before: {worsening}; {what_to_do(run.config.optimizer.lr)}")
+            display.warn(worse_line(worsening, run.config.optimizer.lr))
         if held_out.is_out_of_patience():
             display.say(f"ended at step {trainer.next_step}: {run.patience} evaluations in a row were no better")
             save()

@@ -40,7 +40,7 @@ class AdapterSaver:
         self._tokens += metrics.tokens
         self._labelled += metrics.labelled
         self._bytes += metrics.bytes_up + metrics.bytes_down
-        if not isinstance(self._trainer.connection, TrunkSource):
+        if not isinstance(self._trainer.connection, TrunkSource):  # of which it is counted already
             self._bytes += metrics.set_up_bytes_up + metrics.set_up_bytes_down
         self._round_trips += metrics.round_trips
 
