@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from processes import Finished, run_edge
+from runs import write_run
 from safetensors.numpy import load_file
 from serving import serving
 from test_cli import Place, assert_fails
 from tiny import TinyFactory
 
+from dlora.edge.report.page import run_page
 from dlora.edge.run.guard import MOST_ABOVE, STEPS_OF_A_MEAN, Guard, TrainingLosses, held_out_worsening
 from dlora.edge.training.checkpoint import list_checkpoints
 from dlora.protocol.errors import WorseError
@@ -165,3 +167,16 @@ def test_it_is_said_again_only_after_it_was_better() -> None:
         evaluations.append({"step": step, "loss": loss})
         said.append(guard.has_worsened() is not None)
     assert said == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("loss", [3.6, 3.5 * MOST_ABOVE + 0.01])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_page_is_red_when_a_run_says_so(tmp_path: Path, loss: float, is_done: bool) -> None:
+    """On the way it may be a little worse, as it begins; in the end it may not."""
+    out = write_run(tmp_path / "run", 40)
+    first, *_ = (out / "evaluations.jsonl").read_text().splitlines()
+    worse = json.dumps({**json.loads(first), "step": 40, "loss": loss})
+    (out / "evaluations.jsonl").write_text(f"{first}\n{worse}\n")
+    if not is_done:
+        (out / "summary.json").unlink()
+    assert (b'class="worse"' in run_page(out)) is (is_done or loss > 3.5 * MOST_ABOVE)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from dlora.edge.run.file_names import EVALUATIONS, METRICS, SUMMARY
-from dlora.edge.run.guard import Worsening, held_out_worsening
+from dlora.edge.run.guard import MOST_ABOVE, Worsening, held_out_worsening
 from dlora.edge.run.run_file import RunFile, load_run_file
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.files import read_regular
@@ -64,10 +64,11 @@ class RunData:
 
     @property
     def worsening(self) -> Worsening | None:
-        """How the model is worse than before training, by now or in the end; None where it is not."""
+        """How the model is worse than before training, in the end, or by now and by far; None where it is not."""
         if self.file.eval_data is None:
             return self.steps.losses.worsening
-        return held_out_worsening([msgspec.structs.asdict(each) for each in self.evaluations])
+        evaluations = [msgspec.structs.asdict(each) for each in self.evaluations]
+        return held_out_worsening(evaluations, 1.0 if self.is_done else MOST_ABOVE)
 
     @property
     def before(self) -> EvaluationLine | None:
