@@ -104,6 +104,11 @@ def test_a_worse_run_ends_where_that_is_asked_for(place: Place, learned: Path, t
     again = run_edge("resume", out, "--json")
     assert_fails(again, WorseError.exit_code, "made the model worse by step 4")
     assert f"--on-worse stop ended it at step 4 of {STEPS}, and --on-worse warn goes on" in again.stderr
+    path = out / "summary.json"
+    for lost in ("is_worse", "saved_step", "steps"):  # by whoever had it in hand: it is summed up anew
+        path.write_text(json.dumps({key: value for key, value in found.items() if key != lost}))
+        assert_fails(run_edge("resume", out), WorseError.exit_code, "made the model worse by step 4")
+        assert json.loads(path.read_text())[lost] == found[lost]
     on = run_edge("resume", out, "--on-worse", "warn", "--json")
     assert on.code == 0, on.stderr
     assert summary_of(on)["steps"] == STEPS

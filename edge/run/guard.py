@@ -96,7 +96,7 @@ class Guard:
 
 def check_outcome(summary: Mapping[str, Any], on_worse: OnWorse) -> None:
     """Raise ``WorseError`` for the summary of a run that has made the model worse and was not to."""
-    if on_worse == "stop" and summary.get("is_worse"):
+    if on_worse == "stop" and summary["is_worse"]:
         steps, saved = summary["steps"], summary["saved_step"]
         kept = "the adapter that it began with" if saved == 0 else f"the adapter of step {saved}"
         raise WorseError(f"training has made the model worse by step {steps}; saved: {kept}")

@@ -147,7 +147,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     finished = _summary_of_finished_run(run, first_step, earlier)
     if finished is not None:
         _remove_caches(run)
-        display.warn(_finished_text(run, first_step, is_worse=finished.get("is_worse", False)))
+        display.warn(_finished_text(run, first_step, is_worse=finished["is_worse"]))
         return finished
     _print_plan(run, first_step, display)
     if checkpoint is None:
@@ -370,13 +370,18 @@ def _summary_of_finished_run(
     """The summary of a run that was summed up before: one that is resumed again would lose its times."""
     try:
         summary: dict[str, Any] = json.loads(read_regular(run.out / SUMMARY))
-        is_of_this_step = summary["steps"] == steps  # else another's, where the run was made longer since
-        ended_as_worse = run.on_worse == "stop" and summary.get("is_worse", False)
+        # All that is asked of it later.
+        summed_up, is_worse, _ = summary["steps"], summary["is_worse"], summary["saved_step"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    is_out = is_out_of_patience(evaluations, run.patience, run.config.part_begins)
-    is_finished = steps == run.config.total_steps or is_out or ended_as_worse
-    return summary if is_of_this_step and is_finished else None
+    if summed_up != steps:  # another's, where the run was made longer since
+        return None
+    is_finished = (
+        steps == run.config.total_steps
+        or is_out_of_patience(evaluations, run.patience, run.config.part_begins)
+        or (is_worse and run.on_worse == "stop")
+    )
+    return summary if is_finished else None
 
 
 def _finished_text(run: TrainRun, steps: int, *, is_worse: bool) -> str:
