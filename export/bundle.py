@@ -41,6 +41,7 @@ from dlora.protocol.text import one_line
 from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 
 from .device_blocks import prepare_blocks
+from .gains import with_measured_gains
 from .installed import check_executorch
 from .output_directory import new_directory_for
 from .selection import Selection, can_be_activated, select_targets
@@ -78,8 +79,8 @@ def export_bundle(
     selection = select_targets(base, settings.target_modules)
     for line in selection.notes:
         note(line)
-    groups = base.groups(selection.trainable)
     embedding, head = find_embedding(base), find_head(base)
+    groups = with_measured_gains(base, embedding, base.groups(selection.trainable))
     blocks = _device_blocks(settings, base, selection, groups, say, note, tell)
     if blocks is not None and blocks.without_decode is not None:
         note(f"the blocks can be trained on a device, but not generate there: {blocks.without_decode}")

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Final
 
 import msgspec
 
 from .choices import UnitKind
 
+MAX_GAIN: Final = 2.0**40
+
+Gain = Annotated[float, msgspec.Meta(ge=1 / MAX_GAIN, le=MAX_GAIN)]
+
 
 class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One target module: its full name in the base model, as PEFT spells it, and the width of its output."""
+    """One target module.
+
+    Attributes:
+        name: its full name in the base model, as PEFT spells it.
+        out_features: the width of its output.
+        gain: what the output of its adapters is multiplied by before it is added, so that a learning rate means the
+            same for every module of every model: see ``dlora.export.gains``.
+    """
 
     name: str
     out_features: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+    gain: Gain = 1.0
 
 
 class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -28,6 +40,22 @@ class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def out_features(self) -> int:
         """Width of all target modules' outputs together."""
         return sum(target.out_features for target in self.targets)
+
+
+def with_gains(groups: Sequence[GroupSpec], gain_of: Callable[[str], float]) -> tuple[GroupSpec, ...]:
+    """``groups`` whose target modules have the gain that ``gain_of`` gives for their names."""
+    return tuple(
+        msgspec.structs.replace(
+            group,
+            targets=tuple(msgspec.structs.replace(target, gain=gain_of(target.name)) for target in group.targets),
+        )
+        for group in groups
+    )
+
+
+def without_gains(groups: Sequence[GroupSpec]) -> tuple[GroupSpec, ...]:
+    """``groups`` as the base model has them, whatever their adapters are multiplied by."""
+    return with_gains(groups, lambda _: 1.0)
 
 
 def group_units(groups: Sequence[GroupSpec], kind: UnitKind) -> tuple[tuple[int, ...], ...]:

@@ -4,10 +4,10 @@ from typing import Final
 
 SOFTWARE_VERSION: Final = "0.1.0"
 
-PROTOCOL_VERSIONS: Final = (12,)
+PROTOCOL_VERSIONS: Final = (13,)
 """Wire versions that this code speaks, newest last. See docs/protocol.md, section Evolution."""
 
-BUNDLE_FORMAT: Final = 8
+BUNDLE_FORMAT: Final = 9
 """Bundle format that this code writes, and the newest that it reads. See docs/bundle.md."""
 
 ADAPTER_FORMAT: Final = 1

@@ -15,14 +15,16 @@ from dlora.edge.training.trainer import Trainer
 
 
 def with_adapters(model: PreTrainedModel, adapters: AdapterSet, rank: int, alpha: float) -> PeftModel:
-    """``model`` as PEFT wraps it, with the device's adapters."""
+    """``model`` as PEFT wraps it, with the device's adapters: each module's gain is in its scaling, so that what is
+    trained is the same."""
     factors = [each for group in adapters.groups for each in group.factors()]
     names = [each.name for each in factors]
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM"))
     wrapped.eval()
     for each in factors:
-        module = wrapped.base_model.model.get_submodule(each.name)
-        for half, value in (("lora_A", each.lora_A), ("lora_B", each.lora_B)):
+        module, gain = wrapped.base_model.model.get_submodule(each.name), adapters.gains[each.name]
+        module.scaling["default"] *= gain
+        for half, value in (("lora_A", each.lora_A), ("lora_B", each.lora_B / np.float32(gain))):
             getattr(module, half)["default"].weight.data.copy_(torch.from_numpy(np.array(value)))
     return wrapped
 

@@ -115,4 +115,6 @@ def randomize_all(trainer: Trainer, seed: int = 0, ending: str = "") -> None:
     rng = np.random.default_rng(seed)
     for name, parameter in trainer.adapters.parameters().items():
         if name.endswith(ending):
-            parameter.value = rng.normal(0, 0.3, parameter.value.shape).astype(np.float32)
+            module, _, what = name.rpartition(".")
+            gain = trainer.adapters.gains[module] if what == "core" else parameter.gain
+            parameter.value = rng.normal(0, 0.3 / gain, parameter.value.shape).astype(np.float32)

@@ -239,6 +239,7 @@ def test_gradients_are_those_of_peft(bundle: Path, server: RunningServer, kind: 
     for spec in trainer.groups:
         grads = {
             target.name: model.base_model.model.get_submodule(target.name).lora_B["default"].weight.grad.numpy()
+            * target.gain
             for target in spec.targets
         }
         if kind == "bottleneck":

@@ -170,7 +170,7 @@ def base(tiny: TinyFactory) -> BaseModel:
 
 
 def run_of_cores(**changes: Any) -> TrainConfig:
-    return config(kind="core", basis="weights", rank=COLUMNS, **{"optimizer": {"lr": 3e-2}, **changes})
+    return config(kind="core", basis="weights", rank=COLUMNS, **{"optimizer": {"lr": 0.5}, **changes})
 
 
 KILLING = {
@@ -221,7 +221,7 @@ def whole_model(trainer: Trainer, batch: MicroBatch) -> tuple[float, dict[str, n
         widths = [target.out_features for target in spec.targets]
         for target, expand in zip(spec.targets, expand_by.split(widths, dim=-1), strict=True):
 
-            change = (project_on, core, expand)
+            change = (project_on, core, expand * target.gain)
             model.get_submodule(target.name).register_forward_hook(
                 lambda _, args, output, change=change: output + crosses * _through(args[0], *change)
             )

@@ -195,7 +195,7 @@ def test_default_directory_is_this_users(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_add_show_export_and_remove(store: AdapterStore, tmp_path: Path) -> None:
     assert store.names() == []
-    parts = Parts("bottleneck", R, 1.0, {"x.core": random_modules(LLAMA_TARGETS)[0].lora_A})
+    parts = Parts("bottleneck", R, 1.0, {"x": 2.0}, {"x.core": random_modules(LLAMA_TARGETS)[0].lora_A})
     source = saved(tmp_path / "run", parts=parts)
     (source / "run.json").write_text("{}")
     (source / "checkpoints").mkdir()

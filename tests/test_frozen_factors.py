@@ -72,7 +72,7 @@ def server(base: BaseModel) -> Iterator[RunningServer]:
 
 
 def run_of(kind: str, **changes: Any) -> TrainConfig:
-    settings = {"optimizer": {"lr": 3e-2}, "target_modules": ("all-linear",), "lora_alpha": 4.0, "basis_steps": 2}
+    settings = {"optimizer": {"lr": 0.5}, "target_modules": ("all-linear",), "lora_alpha": 4.0, "basis_steps": 2}
     return config(kind=kind, **{**settings, **changes})
 
 
@@ -117,7 +117,9 @@ def whole_model(trainer: Trainer, batch: MicroBatch) -> tuple[float, dict[str, n
             else:
                 lora_b = leaves[f"{target.name}.lora_B"]
             first += target.out_features
-            model.get_submodule(target.name).register_forward_hook(_adding(state[0], lora_b, scaling))
+            model.get_submodule(target.name).register_forward_hook(
+                _adding(state[0], lora_b, scaling * target.gain)
+            )
     logits = model(input_ids=torch.from_numpy(batch.ids)[None]).logits[0]
     labels = torch.from_numpy(np.array(batch.labels))
     loss = torch.nn.functional.cross_entropy(logits[batch.label_positions], labels, reduction="sum")

@@ -96,7 +96,9 @@ def test_gradients_of_the_other_kinds_match_the_whole_model_in_every_family(
     loss.backward()
     assert split_loss == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
     for group in trainer.adapters.groups:
-        grads = {each.name: reference.parameter(model, f"{each.name}.lora_B").grad for each in group.factors()}
+        gains = trainer.adapters.gains  # which lora_B has in it, and what is trained has not
+        names = [each.name for each in group.factors()]
+        grads = {name: gains[name] * reference.parameter(model, f"{name}.lora_B").grad for name in names}
         wanted = {f"{name}.lora_B": grad.numpy() for name, grad in grads.items()}
         if kind == "bottleneck":  # lora_B is the rows of the stacked B times the core
             lora_b = torch.from_numpy(np.array(group.adapter_state_values()[1]))

@@ -47,7 +47,12 @@ class BasisPass(GroupRunner):
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, *grads)]
         if self.rows is not None:
             flat = [tensor.index_select(0, self.rows) for tensor in flat]
-        self._sketches[group].add(flat[0], torch.cat(flat[1:], dim=1))
+        stacked = torch.cat(flat[1:], dim=1)
+        widths = [grad.shape[-1] for grad in grads]
+        # As adapters have them: gradients of what is multiplied by a gain are as many times as large.
+        for part, target in zip(stacked.split(widths, dim=1), self._groups[group].targets, strict=True):
+            part.mul_(target.gain)
+        self._sketches[group].add(flat[0], stacked)
 
 
 class _Sketched(torch.autograd.Function):

@@ -13,7 +13,8 @@
                                                      ▲
                                           outputs of the device
 
-``project`` and ``expand`` are the adapters' kind's own (``kinds.py``); for LoRA they change nothing.
+``project`` and ``expand`` are the adapters' kind's own (``kinds.py``); for LoRA they change nothing. What ``expand``
+gives is multiplied by its module's gain.
 
 Whose target modules ask for it, and how, is ``target_modules.py``.
 """
@@ -79,9 +80,10 @@ class MicroBatchExchange(GroupRunner):
     def run_group(self, group: int, x: Tensor) -> list[Tensor]:
         """What a group's target modules give: their frozen products and the deltas."""
         frozen, deltas = self._apply_given(group, x) if group in self._given else self._exchange(group, x)
+        targets = self._groups[group].targets
         return [
-            output + _Unpack.apply(delta, self, output.shape, output.dtype)
-            for output, delta in zip(frozen, deltas, strict=True)
+            torch.add(output, _Unpack.apply(delta, self, output.shape, output.dtype), alpha=target.gain)
+            for output, delta, target in zip(frozen, deltas, targets, strict=True)
         ]
 
     def _exchange(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from typing import Final
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.errors import NonFiniteError
@@ -143,10 +142,9 @@ def _columns(width: int, r: int) -> int:
 
 @_one_thread()
 def weight_basis(base: BaseModel, group: GroupSpec, r: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A (r, in_features) and B (out_features, r): top singular vectors of the stacked weights, by subspace iteration
-    (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4)."""
-    modules = [base.targets[target.name].module for target in group.targets]
-    weights = torch.cat([_weight(module) for module in modules]).float()
+    """A (r, in_features) and B (out_features, r): top singular vectors of the stacked weights, each over its gain, by
+    subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4)."""
+    weights = torch.cat([base.targets[target.name].weight.float() / target.gain for target in group.targets])
     generator = torch.Generator().manual_seed(seed)
     columns = min(r + _OVERSAMPLED, *weights.shape)
     q = torch.linalg.qr(weights @ torch.randn(weights.shape[1], columns, generator=generator).to(weights.device))[0]
@@ -154,10 +152,3 @@ def weight_basis(base: BaseModel, group: GroupSpec, r: int, seed: int) -> tuple[
         q = torch.linalg.qr(weights @ torch.linalg.qr(weights.T @ q)[0])[0]
     u, _, right = torch.linalg.svd((q.T @ weights).cpu(), full_matrices=False)
     return right[:r].contiguous(), q.cpu() @ u[:, :r]
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """(out_features, in_features)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()

@@ -71,6 +71,13 @@ class TargetModule:
     sees_sequences: bool
     module: nn.Module
 
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features), a view."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().T if isinstance(self.module, Conv1D) else weight.detach()
+
 
 @dataclass(frozen=True)
 class BaseModel:

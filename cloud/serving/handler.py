@@ -20,6 +20,7 @@ from dlora.protocol.adapters import AdapterSpec, largest_row, largest_state_byte
 from dlora.protocol.controller import Controller
 from dlora.protocol.errors import NonFiniteError, RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.frames import encode
+from dlora.protocol.groups import without_gains
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Session, choose_version
 from dlora.protocol.states import Side
@@ -276,7 +277,7 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
         raise RefusedError(text, m.ErrorCode.BASE_MODEL_MISMATCH)
     names = [target.name for group in opening.groups for target in group.targets]
     unknown = [name for name in names if name not in base.targets]
-    if unknown or len(set(names)) != len(names) or base.groups(names) != opening.groups:
+    if unknown or len(set(names)) != len(names) or base.groups(names) != without_gains(opening.groups):
         text = f"no such exchange groups in {base.public_name}" + (f": {unknown[0][:100]}" if unknown else "")
         raise RefusedError(text, m.ErrorCode.UNKNOWN_TARGET)
     purpose = opening.purpose

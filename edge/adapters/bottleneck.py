@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +21,8 @@ _NOT_ORTHONORMAL: Final = 0.05  # rounding to fp16 costs some thousandths
 
 
 class BottleneckGroup(GroupAdapters):
-    """``dW_j = scaling · B_j R A`` of every target module j of a group; ``adapter_state`` is A and the stacked B."""
+    """``dW_j = scaling · s_j · B_j R A`` of every target module j of a group, with its gain s_j; ``adapter_state`` is
+    A and the stacked B."""
 
     def __init__(self, targets: Sequence[TargetSpec], core: Core, scaling: float) -> None:
         super().__init__(targets[0].name)
@@ -47,12 +49,19 @@ class BottleneckGroup(GroupAdapters):
         return {f"{self.name}.core": self.core.weight_grad(x, grads[0], self.scaling * scale)}
 
     def factors(self) -> list[Factors]:
-        """``lora_A`` is A, ``lora_B`` is ``B_j R``, of each target module."""
+        """``lora_A`` is A, ``lora_B`` is ``s_j · B_j R``, of each target module."""
         lora_a, lora_b = self.adapter_state_values()
         core = self.core.parameter.value
-        ends = np.cumsum([target.out_features for target in self.targets])
         return [
             Factors(target.name, lora_a, rows @ core, self.scaling)
+            for target, rows in zip(self.targets, self._with_gains(lora_b), strict=True)
+        ]
+
+    def _with_gains(self, lora_b: FloatArray) -> list[FloatArray]:
+        """``s_j · B_j`` of each target module, (out_features, r)."""
+        ends = np.cumsum([target.out_features for target in self.targets])
+        return [
+            rows * np.float32(target.gain)
             for target, rows in zip(self.targets, np.split(lora_b, ends[:-1]), strict=True)
         ]
 
@@ -60,8 +69,18 @@ class BottleneckGroup(GroupAdapters):
         return [self.core.parameter.value * np.float32(self.scaling)]
 
     def changes(self) -> list[Change]:
-        """R alone: A's rows and B's columns are orthonormal, so that its norm is that of the whole change."""
-        return [Change(None, self.core.parameter.value, self.scaling)]
+        """R alone: A's rows and B's columns are orthonormal, so that its norm is that of the whole change. With modules
+        of different gains B's columns are not: then a triangle is in place of B."""
+        gains = {target.gain for target in self.targets}
+        if len(gains) == 1:
+            return [Change(None, self.core.parameter.value, self.scaling * gains.pop())]
+        return [Change(None, self._triangle @ self.core.parameter.value, self.scaling)]
+
+    @cached_property
+    def _triangle(self) -> FloatArray:
+        """(r, r), of the QR of B with gains: what it is multiplied with has the norm of B times that."""
+        _, lora_b = self.adapter_state_values()
+        return np.asarray(np.linalg.qr(np.concatenate(self._with_gains(lora_b)), mode="r"), np.float32)
 
     def check_made_state(self, state: Sequence[FloatArray]) -> None:
         """A's rows and B's columns are orthonormal: with others, zeros say, nothing would be trained unnoticed."""

@@ -8,7 +8,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import kind_of
 from dlora.protocol.errors import CheckpointError, DataError, ModelMismatchError
-from dlora.protocol.groups import GroupSpec
+from dlora.protocol.groups import GroupSpec, with_gains
 from dlora.protocol.manifest import Manifest
 
 from .kind import Factors
@@ -55,6 +55,17 @@ def check_fit(manifest: Manifest, loaded: LoadedAdapter) -> None:
     """Raise ``ModelMismatchError`` or ``CheckpointError`` unless a bundle's model can use an adapter."""
     check_adapter(manifest, loaded)
     _check_modules(manifest.groups, loaded, "take an adapter of the bundle's base model")
+
+
+def with_saved_gains(
+    groups: Sequence[GroupSpec], kind: str, loaded: LoadedAdapter | None
+) -> tuple[GroupSpec, ...]:
+    """``groups`` with the gains that an adapter of the same ``kind`` was trained with, as far as it has parts."""
+    if loaded is None or loaded.parts is None or loaded.parts.kind != kind:
+        return tuple(groups)
+    gains = {target.name: target.gain for group in groups for target in group.targets}
+    gains |= {name: loaded.parts.gains.get(name, 1.0) for name in loaded.modules}
+    return with_gains(groups, lambda name: gains[name])
 
 
 def load_weights(adapters: AdapterSet, loaded: LoadedAdapter, invocation: tuple[int, ...]) -> None:

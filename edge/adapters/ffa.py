@@ -18,7 +18,8 @@ from .kind import Factors, GroupAdapters, LoadGraph, Parameter
 
 
 class FfaGroup(GroupAdapters):
-    """``delta_j = scaling · z B_jᵀ`` of every target module j, with the server's ``z = A x``; ``adapter_state`` is A.
+    """``delta_j = scaling · z B_jᵀ`` of every target module j, with the server's ``z = A x``; it is added times the
+    module's gain. ``adapter_state`` is A.
 
     Args:
         cores: B of each target module, by the module's name.
@@ -61,7 +62,7 @@ class FfaGroup(GroupAdapters):
 
     def factors(self) -> list[Factors]:
         (lora_a,) = self.adapter_state_values()
-        return [Factors(name, lora_a, core.parameter.value, self.scaling) for name, core in self.cores.items()]
+        return [Factors(name, lora_a, core.parameter.with_gain, self.scaling) for name, core in self.cores.items()]
 
     def load_factors(self, factors: Mapping[str, Factors]) -> None:
         raise CheckpointError(
@@ -79,7 +80,8 @@ class Ffa:
         return FfaGroup(
             {
                 target.name: Core(
-                    Parameter.of(np.zeros((target.out_features, spec.r), np.float32)), core_key(target.out_features)
+                    Parameter.of(np.zeros((target.out_features, spec.r), np.float32), target.gain),
+                    core_key(target.out_features),
                 )
                 for target in group.targets
             },

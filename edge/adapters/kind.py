@@ -24,23 +24,38 @@ LoadGraph = Callable[[str, str], Graph]
 
 @dataclass
 class Parameter:
-    """A trainable matrix, its gradient of the step under way, and its AdamW moments; float32, one shape."""
+    """A trainable matrix, its gradient of the step under way, and its AdamW moments; float32, one shape.
+
+    Attributes:
+        gain: its target module's, of the matrix that is nearest to the output, B; of others 1.
+    """
 
     value: FloatArray
     exp_avg: FloatArray
     exp_avg_sq: FloatArray
     grad: FloatArray | None = None
+    gain: float = 1.0
 
     @classmethod
-    def of(cls, value: FloatArray) -> Parameter:
-        return cls(value, np.zeros_like(value), np.zeros_like(value))
+    def of(cls, value: FloatArray, gain: float = 1.0) -> Parameter:
+        return cls(value, np.zeros_like(value), np.zeros_like(value), gain=gain)
+
+    @property
+    def with_gain(self) -> FloatArray:
+        """The value times ``gain``: the matrix as PEFT has it."""
+        return self.value if self.gain == 1.0 else self.value * np.float32(self.gain)
 
     def add_grad(self, grad: FloatArray) -> None:
         self.grad = grad if self.grad is None else self.grad + grad
 
+    def add_grad_with_gain(self, grad: FloatArray) -> None:
+        """Add a gradient of ``with_gain``."""
+        self.add_grad(grad if self.gain == 1.0 else grad * np.float32(self.gain))
+
 
 class Factors(NamedTuple):
-    """What the adapters change of one target module's weight: ``dW = scaling · lora_B · lora_A``.
+    """What the adapters change of one target module's weight: ``dW = scaling · lora_B · lora_A``, the module's gain in
+    ``lora_B``.
 
     Attributes:
         name: full name of the module.
@@ -117,7 +132,7 @@ class GroupAdapters(ABC):
     @abstractmethod
     def given_to_server(self) -> list[FloatArray]:
         """What a server needs to apply this group by itself: of the kind's ``parameter_shapes``, the scaling in what is
-        nearest to the output."""
+        nearest to the output, but not the modules' gains, which the server multiplies by itself."""
 
     @abstractmethod
     def load_factors(self, factors: Mapping[str, Factors]) -> None:

@@ -19,7 +19,7 @@ from .kind import Factors, GroupAdapters, LoadGraph, Parameter
 
 @dataclass
 class LoraModule:
-    """The LoRA of one target module: ``delta = scaling * x A^T B^T``.
+    """The LoRA of one target module: ``delta = scaling * x A^T B^T``, which is added times the module's gain.
 
     Attributes:
         lora_A: (rank, in_features); lora_B: (out_features, rank), as PEFT has them.
@@ -108,7 +108,7 @@ class LoraGroup(GroupAdapters):
         return [matrix for pair in pairs for matrix in pair]
 
     def factors(self) -> list[Factors]:
-        return [Factors(m.name, m.lora_A.value, m.lora_B.value, self.scaling) for m in self.modules]
+        return [Factors(m.name, m.lora_A.value, m.lora_B.with_gain, self.scaling) for m in self.modules]
 
     def scored_by_gradient(self) -> list[str]:
         return [f"{module.name}.lora_B" for module in self.modules]
@@ -121,8 +121,8 @@ class LoraGroup(GroupAdapters):
             rank = saved.lora_A.shape[0]
             if rank != module.lora_A.value.shape[0]:
                 raise CheckpointError(f"the adapter's {module.name} has rank {rank}; train with --rank {rank}")
-            # A saved scaling other than this run's is folded into B.
-            ratio = saved.scaling / self.scaling
+            # A saved scaling other than this run's is folded into B, and the module's gain taken out of it.
+            ratio = saved.scaling / (self.scaling * module.lora_B.gain)
             module.lora_A.value = saved.lora_A
             module.lora_B.value = saved.lora_B if ratio == 1.0 else saved.lora_B * np.float32(ratio)
 
@@ -139,7 +139,7 @@ class Lora:
                 LoraModule(
                     target.name,
                     Parameter.of(random.uniform(-bound, bound, (spec.r, group.in_features)).astype(np.float32)),
-                    Parameter.of(np.zeros((target.out_features, spec.r), np.float32)),
+                    Parameter.of(np.zeros((target.out_features, spec.r), np.float32), target.gain),
                 )
                 for target in group.targets
             ],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 import safetensors
 
@@ -21,6 +22,7 @@ from dlora.edge.files import storage_errors, write_atomically
 from dlora.edge.tensor_file import safetensors_chunks
 from dlora.protocol.adapters import KINDS
 from dlora.protocol.errors import CheckpointError
+from dlora.protocol.groups import Gain
 from dlora.protocol.limits import MAX_RANK
 
 PARTS_NAME: Final = "adapter_parts.safetensors"
@@ -32,6 +34,7 @@ class Parts:
 
     Attributes:
         kind, r, scaling: of all its groups.
+        gains: of its target modules, by name; 1 where there is none.
         tensors: the trained matrices, float32, and what the server kept, as it crosses, by the names of
             ``GroupAdapters.parts``.
     """
@@ -39,6 +42,7 @@ class Parts:
     kind: str
     r: int
     scaling: float
+    gains: Mapping[str, float]
     tensors: Mapping[str, Array]
 
 
@@ -52,7 +56,13 @@ def save_parts(directory: Path, parts: Parts | None, weights_sha256: str) -> Non
         with storage_errors(path):
             path.unlink(missing_ok=True)
         return
-    about = {"kind": parts.kind, "r": str(parts.r), "scaling": repr(parts.scaling), "weights": weights_sha256}
+    about = {
+        "kind": parts.kind,
+        "r": str(parts.r),
+        "scaling": repr(parts.scaling),
+        "gains": msgspec.json.encode(parts.gains).decode(),
+        "weights": weights_sha256,
+    }
     write_atomically(path, safetensors_chunks(parts.tensors, about))
 
 
@@ -72,7 +82,8 @@ def load_parts(directory: Path, weights_sha256: str) -> Parts | None:
             if about.get("weights") != weights_sha256:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-        parts = Parts(KINDS[about["kind"]].name, int(about["r"]), float(about["scaling"]), tensors)
+        gains = msgspec.json.decode(about.get("gains", "{}"), type=dict[str, Gain])
+        parts = Parts(KINDS[about["kind"]].name, int(about["r"]), float(about["scaling"]), gains, tensors)
         if not (1 <= parts.r <= MAX_RANK and 0 < parts.scaling < math.inf):
             raise ValueError("a rank or a scaling that cannot be")
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:

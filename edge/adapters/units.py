@@ -104,6 +104,11 @@ class AdapterSet:
         units = [Unit(indices) for indices in group_units(groups, unit)]
         return cls(adapter_spec, groups, made, units, scaling=scaling, kill_every=kill_every)
 
+    @property
+    def gains(self) -> dict[str, float]:
+        """Of all target modules, by name."""
+        return {target.name: target.gain for group in self.group_specs for target in group.targets}
+
     def parameters(self) -> dict[str, Parameter]:
         """Everything that is trained, by full name."""
         return {name: parameter for group in self.groups for name, parameter in group.parameters().items()}

@@ -15,6 +15,7 @@ from dlora.edge.memory import release_freed_memory
 from dlora.protocol.adapter_record import TrainingRecord, load_record
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import UsageError
+from dlora.protocol.groups import without_gains
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import groups_of
 from dlora.protocol.tensors import FloatArray
@@ -58,7 +59,7 @@ class DeviceLora:
 
     def adapters(self, manifest: Manifest) -> AdapterSet:
         """The same, as what is trained and evaluated takes it."""
-        groups = groups_of(manifest, {name.rpartition(".")[0] for name in self.values})
+        groups = without_gains(groups_of(manifest, {name.rpartition(".")[0] for name in self.values}))
         spec = AdapterSpec(r=self.rank)
         made = AdapterSet.create(spec, groups, scaling=1.0, seed=(0,), unit="group", kill_every=1)
         for name, parameter in made.parameters().items():

@@ -111,7 +111,7 @@ class TrunkModel:
         """
         parameters, trained = self.adapters.parameters(), self.adapters.trained_parameters()
         scaling = self.adapters.scaling
-        lora = {name: parameter.value for name, parameter in parameters.items()}
+        lora = {name: parameter.with_gain for name, parameter in parameters.items()}
         begin = 0 if self._held is None else self._held.count(step, trained)
         losses = []
         own: Sequence[LossGradient | None] = gradients or [None] * len(batches)
@@ -130,7 +130,7 @@ class TrunkModel:
             else:
                 found, grad = self._head.loss_and_own_grad(last, batch.labels, gradient)
             for name, each in self._blocks.backward(grad, kept, lora, scaling).items():
-                parameters[name].add_grad(each)
+                parameters[name].add_grad_with_gain(each)
             losses.append(found)
             self.compute_seconds += time.perf_counter() - started
         return losses
@@ -148,7 +148,7 @@ class TrunkModel:
         batch = batch.until_last_label()
         hidden_states = self._source.hidden_states(batch)
         started = time.perf_counter()
-        lora = {name: parameter.value for name, parameter in self.adapters.parameters().items()}
+        lora = {name: parameter.with_gain for name, parameter in self.adapters.parameters().items()}
         last, _ = self._blocks.forward(
             hidden_states, batch.sequence_lengths, batch.label_positions, lora, self.adapters.scaling, ()
         )

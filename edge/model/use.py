@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dlora.edge.adapters.compatibility import check_adapter, check_base_model, load_weights
+from dlora.edge.adapters.compatibility import check_adapter, check_base_model, load_weights, with_saved_gains
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.choices import EngineChoice
@@ -20,6 +20,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import NonFiniteError
+from dlora.protocol.groups import without_gains
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import groups_of
 from dlora.protocol.wire_codecs import Codecs
@@ -105,9 +106,10 @@ def load_adapters(manifest: Manifest, adapter: Path | None) -> tuple[AdapterSet,
     loaded = load_adapter(adapter) if adapter else None
     if loaded is not None:
         check_adapter(manifest, loaded)
-    groups = groups_of(manifest, loaded.modules) if loaded else ()
+    groups = without_gains(groups_of(manifest, loaded.modules)) if loaded else ()
     if loaded and loaded.parts:
         spec, scaling = AdapterSpec(loaded.parts.kind, loaded.parts.r), loaded.parts.scaling
+        groups = with_saved_gains(groups, spec.kind, loaded)
     else:
         rank = next(iter(loaded.modules.values())).lora_A.shape[0] if loaded else manifest.defaults.r
         spec, scaling = AdapterSpec(r=rank), manifest.defaults.lora_alpha / rank

@@ -14,7 +14,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dlora.edge.adapters.compatibility import check_base_model, check_sequence_length, load_weights
+from dlora.edge.adapters.compatibility import (
+    check_base_model,
+    check_sequence_length,
+    load_weights,
+    with_saved_gains,
+)
 from dlora.edge.adapters.parts import Parts
 from dlora.edge.adapters.peft import LoadedAdapter, SavedModule, load_adapter, save_adapter
 from dlora.edge.adapters.units import AdapterSet
@@ -31,6 +36,7 @@ from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.spans import COMPUTE, Spans
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
+from dlora.protocol.groups import Gain, with_gains
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.structure_words import structure_words
 from dlora.protocol.tensors import FloatArray
@@ -54,6 +60,7 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
         ticket: the controller's state, before the report of the last step where that is ``unanswered``.
         fade_ages, adam_steps, states: one a unit.
         unanswered: whether the last step's report must be sent again; its scores are among the tensors.
+        gains: of target modules, by name.
     """
 
     next_step: int
@@ -63,6 +70,7 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
     states: list[int]
     fade_ages: list[int]
     adam_steps: list[int]
+    gains: dict[str, Gain]
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,10 @@ class AdapterTraining:
         self.bundle = bundle
         self.config = config
         self.connection = connection
-        self.groups = config.groups(manifest)
+        self.groups = with_saved_gains(config.groups(manifest), config.kind, init)
+        if checkpoint is not None:
+            gains = trainer_state(checkpoint).gains
+            self.groups = with_gains(self.groups, lambda name: gains.get(name, 1.0))
         self.adapters = AdapterSet.create(
             config.adapter,
             self.groups,
@@ -279,6 +290,7 @@ class AdapterTraining:
             fade_ages=[unit.fade_age for unit in units],
             adam_steps=[unit.adam_steps for unit in units],
             unanswered=session.unanswered is not None,
+            gains=self.adapters.gains,
         )
         tensors = self.adapters.state()
         if session.unanswered is not None:
@@ -300,11 +312,9 @@ class AdapterTraining:
                     SavedModule(name, lora_A, lora_B * scale if scale < 1 else lora_B)
                     for name, lora_A, lora_B, _ in group.factors()
                 ]
-        parts = self.adapters.parts()
-        config = self.config
-        self._save_modules(
-            directory, modules, Parts(config.kind, config.rank, config.scaling, parts) if parts else None, training
-        )
+        tensors, config = self.adapters.parts(), self.config
+        parts = Parts(config.kind, config.rank, config.scaling, self.adapters.gains, tensors) if tensors else None
+        self._save_modules(directory, modules, parts, training)
 
     def copy_adapter(self, source: Path, directory: Path) -> None:
         """Write an adapter of this run again, elsewhere."""

@@ -13,7 +13,7 @@ from dlora.edge.seeds import Seed
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import Basis, Send
 from dlora.protocol.errors import CheckpointError, UsageError
-from dlora.protocol.groups import GroupSpec
+from dlora.protocol.groups import GroupSpec, without_gains
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups
@@ -125,7 +125,8 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         base_model: fingerprint; head: how the LM head is stored; block_dtype: likewise the device's blocks.
-        groups: SHA-256 of the exchange groups that are trained, whatever words ``config`` has for them.
+        groups: SHA-256 of the exchange groups that are trained, whatever words ``config`` has for them; without their
+            gains, which a checkpoint has.
         data: fingerprint of the training data.
     """
 
@@ -138,7 +139,8 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: TrainConfig, manifest: Manifest, data: str) -> RunIdentity:
-        groups = hashlib.sha256(msgspec.json.encode(config.groups(manifest), order="deterministic")).hexdigest()
+        modules = without_gains(config.groups(manifest))
+        groups = hashlib.sha256(msgspec.json.encode(modules, order="deterministic")).hexdigest()
         return cls(
             config=config,
             base_model=manifest.base_model.fingerprint,

@@ -139,7 +139,9 @@ def test_compare_finds_each_difference(tmp_path: Path) -> None:
 
 def run_of(out: Path, *, steps: list[int], weight: float, adam_steps: int) -> Path:
     run = RunIdentity(config=config(), base_model="", head="", groups="", data="")
-    state = TrainerState(next_step=2, run=run, ticket=b"", states=[1], fade_ages=[0], adam_steps=[adam_steps])
+    state = TrainerState(
+        next_step=2, run=run, ticket=b"", states=[1], fade_ages=[0], adam_steps=[adam_steps], gains={}
+    )
     save_checkpoint(out / "checkpoints", 2, {"a": np.full(3, weight, np.float32)}, state)
     for name in (WEIGHTS_NAME, PARTS_NAME):
         (out / name).write_bytes(np.float32(weight).tobytes())
