@@ -139,7 +139,7 @@ def test_evaluations_that_nobody_asked_for_take_less_than_a_tenth_of_the_run(pla
     given = {"bundle": place.bundle, "data": place.data, "out": Path("out"), "kind": "lora", "server": place.url}
     manifest = load_manifest(place.bundle)
     settings = RunSettings.of({**defaults, **given, "steps": 20, "batch_size": 2, **options})
-    rows = [([n, n + 1, n + 2], [2]) for n in range(4)]
+    rows = [([n, n + 1, n + 2], [1]) for n in range(4)]
     loaded = [Dataset.of(rows), Dataset.of(rows[:1])]
     found = configure(check_before_data(settings, manifest, None), manifest, None, loaded, lambda _: None)
     assert found.evaluate_every == every

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dlora.edge.data.examples import Dataset
-from dlora.edge.training.defaults import DEFAULTS, LORA_LR_ON_DEVICE
+from dlora.edge.training.defaults import DEFAULTS, default_lr
 from dlora.edge.training.learning_rate import choose_learning_rate, different_examples
+from dlora.protocol.choices import KindChoice
 
 USUAL = DEFAULTS["bottleneck"].lr
 
@@ -43,15 +44,13 @@ def test_an_answer_that_few_examples_share_is_learnt_by_heart_as_well() -> None:
     assert choose_learning_rate("bottleneck", examples(60, 30), steps=300, examples_a_step=1).lr == USUAL / 4
 
 
-@pytest.mark.parametrize("steps", [60, 300, 9999])
-def test_lora_has_one_rate(steps: int) -> None:
-    assert choose_learning_rate("lora", examples(60, 60), steps=steps, examples_a_step=1).lr == DEFAULTS["lora"].lr
-
-
-@pytest.mark.parametrize("steps", [60, 9999])
-def test_lora_in_blocks_on_the_device_has_another(steps: int) -> None:
-    chosen = choose_learning_rate("lora", examples(60, 60), steps=steps, examples_a_step=1, on_device=True)
-    assert chosen == (LORA_LR_ON_DEVICE, "")
+@pytest.mark.parametrize(("steps", "share"), [(60, 1), (300, 4)])
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_the_rate_of_every_kind_falls(kind: KindChoice, steps: int, share: int) -> None:
+    chosen = choose_learning_rate(kind, examples(60, 60), steps=steps, examples_a_step=1)
+    assert chosen.lr == DEFAULTS[kind].lr / share
+    on_device = choose_learning_rate(kind, examples(60, 60), steps=steps, examples_a_step=1, on_device=True)
+    assert on_device.lr == default_lr(kind, on_device=True) / share < chosen.lr
 
 
 def test_copies_of_an_example_are_passes() -> None:

@@ -10,7 +10,14 @@ import msgspec
 
 from dlora.edge.data.invocation import find_invocation, uninvoked, uninvoked_line
 from dlora.edge.run.run_file import RunSettings
-from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules
+from dlora.edge.training.defaults import (
+    DEFAULT_KIND,
+    DEFAULTS,
+    default_alpha,
+    default_lr,
+    default_rank,
+    default_target_modules,
+)
 from dlora.edge.training.learning_rate import choose_learning_rate
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import Adapt, KindChoice
@@ -85,12 +92,12 @@ def choose_rate(settings: RunSettings, dataset: Dataset, steps: int, say: Callab
     assert settings.kind is not None
     if settings.lr is not None:
         return settings
-    examples_a_step = settings.batch_size * settings.grad_accum
+    examples_a_step, on_device = settings.batch_size * settings.grad_accum, settings.mode != "split"
     chosen = choose_learning_rate(
-        settings.kind, dataset, steps=steps, examples_a_step=examples_a_step, on_device=settings.mode != "split"
+        settings.kind, dataset, steps=steps, examples_a_step=examples_a_step, on_device=on_device
     )
     if chosen.reason:
-        usual = DEFAULTS[settings.kind].lr
+        usual = default_lr(settings.kind, on_device=on_device)
         say(f"learning rate {chosen.lr:g}: {chosen.reason}; --lr {usual:g} would learn them by heart")
     return msgspec.structs.replace(settings, lr=chosen.lr)
 

@@ -113,8 +113,8 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. By default 8e-3 for a bottleneck, halved for each doubling of passes over "
-            "examples whose answers are their own; 1e-3 for lora, 4e-3 in blocks on this device; 1.6e-2 for ffa.",
+            help="Peak learning rate. By default 8e-3, 4e-3 in blocks on this device and 3.2e-2 for ffa, halved for "
+            "each doubling of passes over examples whose answers are their own.",
             min=0.0,
             max=1e3,
         ),

@@ -20,7 +20,7 @@ class KindDefaults:
     """Defaults of one kind.
 
     Attributes:
-        lr: peak learning rate; lr_falls_with_passes: as ``learning_rate.py`` has it.
+        lr: peak learning rate, which falls with passes (``learning_rate.py``).
         weight_decay: AdamW's, of adapters that begin at zero; it would make one that a run starts from forget.
         basis: what the server makes its part from; None: it makes none.
         basis_steps: how many steps' data a basis of ``data`` is made from.
@@ -33,7 +33,6 @@ class KindDefaults:
     """
 
     lr: float
-    lr_falls_with_passes: bool = False
     weight_decay: float = 0.0
     wire_dtype: str = "fp16"
     adapt: Adapt = "all"
@@ -48,16 +47,13 @@ class KindDefaults:
 DEFAULT_KIND: Final[KindChoice] = "bottleneck"
 
 _NARROWEST: Final = 8
-
-LORA_LR_ON_DEVICE: Final = 4e-3
-"""For LoRA in blocks on the device: a few blocks, all linear modules of them. docs/benchmarks.md has what it is for."""
+_LR_ON_DEVICE: Final = 4e-3  # of LoRA beside all linear modules of some blocks, not beside two of each
 
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
-    "lora": KindDefaults(lr=1e-3),
-    "ffa": KindDefaults(lr=1.6e-2),
+    "lora": KindDefaults(lr=8e-3),
+    "ffa": KindDefaults(lr=3.2e-2),
     "bottleneck": KindDefaults(
         lr=8e-3,
-        lr_falls_with_passes=True,
         weight_decay=1.0,
         r=96,
         target_modules=ALL_LINEAR,
@@ -68,6 +64,11 @@ DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
         warms_up=False,  # the basis pass says of every unit, once, what a warm-up would
     ),
 }
+
+
+def default_lr(kind: KindChoice, *, on_device: bool = False) -> float:
+    """The kind's; ``on_device``: whether the blocks that are trained run on the device."""
+    return _LR_ON_DEVICE if on_device else DEFAULTS[kind].lr
 
 
 def default_rank(kind: KindChoice, manifest: Manifest, groups: tuple[GroupSpec, ...]) -> int:

@@ -1,8 +1,8 @@
 """The peak learning rate of a run that names none.
 
-A core learns by heart quickly. Where a run passes over the same answers again and again, half the rate for each
+Adapters learn by heart quickly. Where a run passes over the same answers again and again, half the rate for each
 doubling of passes does best on held-out data; where many examples share an answer, as in classification, all of it.
-Figures: docs/decisions/0038-half-the-rate-for-twice-the-passes.md.
+Figures: docs/decisions/0038-half-the-rate-for-twice-the-passes.md and 0064-every-kinds-rate-falls-with-passes.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.protocol.choices import KindChoice
 
-from .defaults import DEFAULTS, LORA_LR_ON_DEVICE
+from .defaults import default_lr
 
 CLASS_EXAMPLES: Final = 4
 """An answer that so many different examples have is a class; with fewer, it is their own."""
@@ -41,22 +41,18 @@ def choose_learning_rate(
 
     Args:
         steps: of the whole run.
-        on_device: whether the blocks that are trained run on the device.
+        on_device: as ``default_lr`` has it.
     """
-    if on_device:
-        return ChosenRate(LORA_LR_ON_DEVICE)
-    defaults = DEFAULTS[kind]
-    if not defaults.lr_falls_with_passes:
-        return ChosenRate(defaults.lr)
+    lr = default_lr(kind, on_device=on_device)
     different, own = different_examples(dataset)
     passes = steps / steps_an_epoch(len(dataset), examples_a_step) * len(dataset) / different
     wanted = round(math.log2(1 + own / different * max(0.0, passes - 1)))
     halvings = min(wanted, MOST_HALVINGS, math.floor(math.log2(max(1.0, steps / LEAST_STEPS))))
     if not halvings:
-        return ChosenRate(defaults.lr)
+        return ChosenRate(lr)
     examples = f"{different:,} different example{'s' * (different > 1)}"
     reason = f"{passes:.1f} passes over {examples}, {own:,} with answers of their own"
-    return ChosenRate(defaults.lr / 2**halvings, reason)
+    return ChosenRate(lr / 2**halvings, reason)
 
 
 def different_examples(dataset: Dataset) -> tuple[int, int]:
