@@ -44,6 +44,7 @@ from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import NonFiniteError
+from dlora.protocol.groups import without_gains
 
 QUICK = (f"b10/{BASELINE}", f"b10/{DEFAULT}", "b10/static-1/8", "b10/one-block")
 
@@ -77,8 +78,9 @@ def make_runs(
             _check_data(runs.runs, settings.set, data[settings.set])
             _check_rate(plan, settings, data[settings.set])
             log(f"{_name(settings)} …")
-            place = Place(bundle, url, options.threads, options.work)
-            result = run(place, data[settings.set], settings, plan.recipes[settings.recipe])
+            recipe = plan.recipes[settings.recipe]
+            place = Place(bundle if recipe.gains else _without_gains(bundle), url, options.threads, options.work)
+            result = run(place, data[settings.set], settings, recipe)
             runs.append(result)
             log(f"{_name(settings)}: {_summary(result)}")
 
@@ -106,7 +108,7 @@ def _check_data(finished: Finished, set_name: str, data: Data) -> None:
 def _check_rate(plan: Plan, settings: Settings, data: Data) -> None:
     """The report says of one rate that it is what a user gets who gives none."""
     recipe = plan.recipes[settings.recipe]
-    if SETS[settings.set].fixed_lr is not None or settings.rows is not None:
+    if SETS[settings.set].fixed_lr is not None or settings.rows is not None or not recipe.gains:
         return
     steps = total_steps(data.train, epochs=1, steps=settings.steps, batch_size=settings.batch_size, grad_accum=1)
     kind, on_device = msgspec.convert(recipe.kind, KindChoice), bool(recipe.device_blocks)
@@ -115,6 +117,11 @@ def _check_rate(plan: Plan, settings: Settings, data: Data) -> None:
     ).lr
     if chosen != recipe.usual_lr(settings.set):
         raise SystemExit(f"error: on {settings.set} the command chooses {chosen:g}: correct economy_recipes.py")
+
+
+def _without_gains(bundle: Bundle) -> Bundle:
+    groups = without_gains(bundle.manifest.groups)
+    return Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, groups=groups))
 
 
 def _name(settings: Settings) -> str:

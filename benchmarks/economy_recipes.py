@@ -29,8 +29,8 @@ BARRED_SETS: Final = ("chat60", "b10", "dialogue", "b20")  # the cheapest first
 OTHER_SETS: Final = ("arc_easy", "boolq")
 LONG_SET: Final = "dialogue500"
 
-PASSED_AGAIN: Final = {"chat60": 2e-3, "dialogue": 4e-3}
-"""What the command chooses for a bottleneck on the sets that a run passes over more than once (``learning_rate.py``);
+PASSED_AGAIN: Final = {"chat60": 4, "dialogue": 2}
+"""What the command divides a kind's rate by on the sets that a run passes over more than once (``learning_rate.py``);
 ``economy.py`` checks it against the data."""
 
 
@@ -43,10 +43,12 @@ class Recipe:
         adapter: fields of ``TrainConfig``, and ``adapt``. What is not there: the bundle's rank and alpha, fp16 on the
             wire, adapters that act at all tokens.
         kill_revive: fields of ``KillReviveConfig``.
-        default_lr, weight_decay: the optimizer's of a user who gives none, on data that are passed over once.
+        default_lr, weight_decay: the optimizer's of a user who gives none, on data that are passed over once; of LoRA
+            without gains, of one who gave none before it had them.
         bars: the sets on which a bar rests on this recipe; there it has three seeds, elsewhere one.
         sets: where it is run.
         device_blocks: how many of the last blocks run on the device, in the mode ``trunk``; 0: the mode ``split``.
+        gains: whether it has the bundle's; LoRA as others train it has none.
     """
 
     title: str
@@ -57,6 +59,7 @@ class Recipe:
     bars: tuple[str, ...] = ()
     sets: tuple[str, ...] = BARRED_SETS + OTHER_SETS
     device_blocks: int = 0
+    gains: bool = True
 
     def seeds(self, set_name: str) -> tuple[int, ...]:
         """The seeds of its runs on a set."""
@@ -64,7 +67,7 @@ class Recipe:
 
     def usual_lr(self, set_name: str) -> float:
         """The rate of a user who gives none, on this set."""
-        return PASSED_AGAIN.get(set_name, self.default_lr) if self.kind == "bottleneck" else self.default_lr
+        return self.default_lr / PASSED_AGAIN.get(set_name, 1) if self.gains else self.default_lr
 
     @property
     def kind(self) -> str:
@@ -108,7 +111,7 @@ def _bottleneck_recipe(
 
 def _kill_revive_recipe(title: str, kill_revive: dict[str, Any]) -> Recipe:
     """LoRA as the baseline's, in some blocks at a time."""
-    return Recipe(title, {"rank": 8}, kill_revive)
+    return Recipe(title, {"rank": 8}, kill_revive, gains=False)
 
 
 def _static(*blocks: int) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def _static(*blocks: int) -> dict[str, Any]:
 
 
 RECIPES: Final[dict[str, Recipe]] = {
-    BASELINE: Recipe("all active, lora r 8 on q, v", {"rank": 8}, bars=BARRED_SETS),
+    BASELINE: Recipe("all active, lora r 8 on q, v", {"rank": 8}, bars=BARRED_SETS, gains=False),
     DEFAULT: _bottleneck_recipe(
         "bottleneck r 96, answer, int8 (the default)",
         _bottleneck(96, "answer", "int8"),

@@ -51,8 +51,11 @@ rests on a recipe, one elsewhere.
 **Rates.** Every recipe chooses its learning rate by the loss on validation rows, which are neither trained nor tested
 on, with seed 0 and from one grid: {grid}. It begins at the rate of a user who gives none and goes outward while that
 gains something: the best has both its neighbours tried. Each table has the chosen rate and the one without `--lr`:
-0.001 for LoRA, and for a bottleneck what the command chooses of the training data
-([decision 0038](decisions/0038-half-the-rate-for-twice-the-passes.md)).
+for a bottleneck what the command chooses of the training data
+([decision 0038](decisions/0038-half-the-rate-for-twice-the-passes.md)), for LoRA 0.001, which was the command's before
+[0064](decisions/0064-every-kinds-rate-falls-with-passes.md). LoRA is trained without gains here, as other tools train
+it; bottlenecks' runs before 2026-11-29 and those of blocks on the device have none either
+([0063](decisions/0063-gains-are-measured-at-export.md)).
 Every run is tested, whatever its rate; that chooses nothing. What choosing costs is not counted. The file of runs also
 has some of recipes that are no more, which count nowhere. `ffa` is not among the recipes: its deltas are as
 wide as LoRA's.

@@ -122,7 +122,7 @@ def test_no_recipe_lacks_anything() -> None:
 
 
 def test_what_a_user_gets_who_says_nothing_is_the_commands() -> None:
-    for recipe in RECIPES.values():
+    for recipe in (each for each in RECIPES.values() if each.gains):
         of_kind = DEFAULTS[recipe.adapter.get("kind", "lora")]
         assert (recipe.default_lr, recipe.weight_decay) == (of_kind.lr, of_kind.weight_decay), recipe.title
     assert RECIPES[DEFAULT].adapter["rank"] == DEFAULTS["bottleneck"].r
@@ -134,9 +134,8 @@ def test_what_a_user_gets_on_few_data_is_the_commands(set_name: str) -> None:
     texts = [[message["content"].encode() for message in row["messages"]] for row in rows]
     data = Dataset.of([(list(b"".join(text)), range(len(text[0]) - 1, sum(map(len, text)) - 1)) for text in texts])
     chosen = choose_learning_rate("bottleneck", data, steps=SETS[set_name].steps or 0, examples_a_step=8)
-    assert chosen.lr == PASSED_AGAIN[set_name]
-    assert RECIPES[DEFAULT].usual_lr(set_name) == PASSED_AGAIN[set_name]
-    assert RECIPES[BASELINE].usual_lr(set_name) == DEFAULTS["lora"].lr
+    assert RECIPES[DEFAULT].usual_lr(set_name) == chosen.lr < RECIPES[DEFAULT].default_lr
+    assert RECIPES[BASELINE].usual_lr(set_name) == RECIPES[BASELINE].default_lr
 
 
 def test_every_recipe_is_run_on_all_its_sets_and_what_bars_rest_on_first() -> None:
