@@ -142,8 +142,8 @@ def _columns(width: int, r: int) -> int:
 
 @_one_thread()
 def weight_basis(base: BaseModel, group: GroupSpec, r: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A (r, in_features) and B (out_features, r): top singular vectors of the stacked weights, each over its gain, by
-    subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4)."""
+    """A (r, in_features) and B (out_features, r): top singular vectors of the stacked weights, each divided by its
+    gain, by subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4)."""
     weights = torch.cat([base.targets[target.name].weight.float() / target.gain for target in group.targets])
     generator = torch.Generator().manual_seed(seed)
     columns = min(r + _OVERSAMPLED, *weights.shape)
