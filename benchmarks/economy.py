@@ -25,7 +25,7 @@ from children import QUIET_THREADS, cloud_server, log, need_bundle
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
 import msgspec
-from economy_data import SETS, Data, load
+from economy_data import Data, load
 from economy_measure import Cost, Meter, add_place_options, evaluate_rows, first, last_loss, score, trained_fields
 from economy_recipes import BASELINE, DEFAULT, Recipe, order, train_config
 from economy_report import write_report
@@ -38,11 +38,9 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.run.plan import total_steps
 from dlora.edge.training.config import TrainConfig
-from dlora.edge.training.learning_rate import choose_learning_rate
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
-from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.groups import without_gains
 
@@ -61,7 +59,12 @@ def main() -> None:
 
 
 def make_runs(
-    runs: RunsFile, plan: Plan, in_order: Sequence[tuple[str, str]], options: argparse.Namespace
+    runs: RunsFile,
+    plan: Plan,
+    in_order: Sequence[tuple[str, str]],
+    options: argparse.Namespace,
+    *,
+    has_curve: bool = True,
 ) -> None:
     """Make the runs that are missing of ``in_order``, (set, recipe), as far as ``options`` want them."""
     bundle = Bundle.open(need_bundle(options.bundle))
@@ -75,11 +78,11 @@ def make_runs(
                 break
             if settings.set not in data:
                 data[settings.set] = load(settings.set, options.data, options.work, tokenizer)
-            _check_data(runs.runs, settings.set, data[settings.set])
-            _check_rate(plan, settings, data[settings.set])
+            _check_data(runs.runs, settings, data[settings.set])
             log(f"{_name(settings)} …")
             recipe = plan.recipes[settings.recipe]
-            place = Place(bundle if recipe.gains else _without_gains(bundle), url, options.threads, options.work)
+            given = bundle if recipe.gains else _without_gains(bundle)
+            place = Place(given, url, options.threads, options.work, has_curve)
             result = run(place, data[settings.set], settings, recipe)
             runs.append(result)
             log(f"{_name(settings)}: {_summary(result)}")
@@ -99,24 +102,11 @@ def _next(
     return None
 
 
-def _check_data(finished: Finished, set_name: str, data: Data) -> None:
+def _check_data(finished: Finished, settings: Settings, data: Data) -> None:
     """Runs with different rows are not to be compared."""
-    if any(run.settings.set == set_name and run.data != data.fingerprint for run in finished.values()):
-        raise SystemExit(f"error: the finished runs of {set_name} were made with other data; choose another --runs")
-
-
-def _check_rate(plan: Plan, settings: Settings, data: Data) -> None:
-    """The report says of one rate that it is what a user gets who gives none."""
-    recipe = plan.recipes[settings.recipe]
-    if SETS[settings.set].fixed_lr is not None or settings.rows is not None or not recipe.gains:
-        return
-    steps = total_steps(data.train, epochs=1, steps=settings.steps, batch_size=settings.batch_size, grad_accum=1)
-    kind, on_device = msgspec.convert(recipe.kind, KindChoice), bool(recipe.device_blocks)
-    chosen = choose_learning_rate(
-        kind, data.train, steps=steps, examples_a_step=settings.batch_size, on_device=on_device
-    ).lr
-    if chosen != recipe.usual_lr(settings.set):
-        raise SystemExit(f"error: on {settings.set} the command chooses {chosen:g}: correct economy_recipes.py")
+    alike = [run for run in finished.values() if run.settings.set == settings.set]
+    if any(run.data != data.fingerprint for run in alike if run.settings.model == settings.model):
+        raise SystemExit(f"error: the finished runs of {settings.set} were made with other data; choose another --runs")
 
 
 def _without_gains(bundle: Bundle) -> Bundle:
@@ -125,7 +115,8 @@ def _without_gains(bundle: Bundle) -> Bundle:
 
 
 def _name(settings: Settings) -> str:
-    return f"{settings.set}/{settings.recipe}, lr {settings.lr:g}, seed {settings.seed}"
+    rate = "found" if settings.lr is None else f"{settings.lr:g}"
+    return f"{settings.set}/{settings.recipe}, lr {rate}, seed {settings.seed}"
 
 
 def _summary(result: Run) -> str:
@@ -134,6 +125,7 @@ def _summary(result: Run) -> str:
     return (
         f"validation {result.validation.loss:.4f}, test {result.test.loss:.4f}, {result.test.accuracy:.1%} right, "
         f"{result.bytes_per_token:,.0f} B/token, {result.wall_s:.0f} s for {result.steps} steps"
+        + (f", lr {result.found_lr:g}" if result.found_lr else "")
     )
 
 
@@ -142,12 +134,18 @@ def _summary(result: Run) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs are made; ``work`` is for files that several of them use."""
+    """Where runs are made.
+
+    Attributes:
+        work: for files that several of them use.
+        has_curve: whether runs are evaluated on their way as well.
+    """
 
     bundle: Bundle
     url: str
     threads: int
     work: Path
+    has_curve: bool = True
 
 
 def run(place: Place, data: Data, settings: Settings, recipe: Recipe) -> Run:
@@ -160,11 +158,11 @@ def run(place: Place, data: Data, settings: Settings, recipe: Recipe) -> Run:
         seed=settings.seed,
         optimizer=settings.optimizer,
         defaults=place.bundle.manifest.defaults,
-        invocation=find_invocation(data.train) if recipe.acts_on_answers else (),
+        invocation=invocation_of(recipe, data),
     )
     validation, test = (first(part, settings.rows) for part in (data.validation, data.test))
     few = first(validation, CURVE_ROWS)
-    stops = {round(share * steps) for share in CURVE}
+    stops = {round(share * steps) for share in CURVE} if place.has_curve else set()
     rows: list[StepMetrics] = []
     curve: list[Point] = []
     scores: dict[str, Score] = {}
@@ -174,8 +172,12 @@ def run(place: Place, data: Data, settings: Settings, recipe: Recipe) -> Run:
         if known is not None:
             meter.begin_again(trainer, known)
         set_up = meter.cost().bytes
+        found = trainer.find_rate() if settings.lr is None and recipe.trains else None
+        if found is not None:
+            log(f"of first updates in {found.tries} sizes, one of {found.size:.3g} did best")
+        rate_bytes = meter.cost().bytes - set_up
         try:
-            while len(rows) < steps:
+            while len(rows) < steps and recipe.trains:
                 rows.append(trainer.run_step())
                 if len(rows) in stops:
                     trainer.wait_for_signal()  # its bytes are the step's, not the evaluation's
@@ -186,22 +188,30 @@ def run(place: Place, data: Data, settings: Settings, recipe: Recipe) -> Run:
             trainer.wait_for_signal()
             cost = meter.cost()
             with meter.aside():
-                found = evaluate_rows(trainer, validation, settings.batch_size)
+                validated = evaluate_rows(trainer, validation, settings.batch_size)
                 tested = evaluate_rows(trainer, test, settings.batch_size)
-            curve.append(Point(len(rows), cost.bytes, score(found[:CURVE_ROWS]).loss, cost.round_trips, *cost.seconds))
-            scores = {"validation": score(found), "test": score(tested, keep_rows=True)}
+            end = score(validated[:CURVE_ROWS]).loss
+            curve.append(Point(len(rows), cost.bytes, end, cost.round_trips, *cost.seconds))
+            scores = {"validation": score(validated), "test": score(tested, keep_rows=True)}
         except NonFiniteError as error:
             log(f"diverged: {error}")
             cost = meter.cost()
         return Run(
             **trained_fields(settings, trainer, rows, cost, set_up_bytes=set_up),
             data=data.fingerprint,
+            found_lr=None if found is None else found.lr,
+            rate_bytes=rate_bytes,
             evaluation_bytes=meter.evaluation.bytes,
-            train_loss_last=last_loss(rows) if scores else None,
+            train_loss_last=last_loss(rows) if scores and rows else None,
             curve=curve,
             validation=scores.get("validation"),
             test=scores.get("test"),
         )
+
+
+def invocation_of(recipe: Recipe, data: Data) -> tuple[int, ...]:
+    """Of a recipe that acts on answers, where the data have some."""
+    return find_invocation(data.train) if recipe.acts_on_answers and not data.train.facts.is_plain_text else ()
 
 
 @contextmanager

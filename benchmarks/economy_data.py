@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -143,6 +144,49 @@ def _commonsense_rows(path: Path) -> Rows:
     return [{"prompt": row["instruction"] + "\n", "completion": row["output"]} for row in found]
 
 
+def _messages(folder: Path) -> Parts:
+    """Ten other intents of Banking77 the other way round: nearly all tokens are the answer's."""
+    train, validation, test = banking(30, 10, 160)(folder)
+    return _turned(train), _turned(validation), _turned(test)
+
+
+def _turned(rows: Rows) -> Rows:
+    texts = ((row["prompt"].removeprefix("Message: ").removesuffix("\nIntent:"), row["completion"]) for row in rows)
+    return [{"prompt": f"Intent:{intent}\nMessage:", "completion": f" {text}"} for text, intent in texts]
+
+
+PAGES: Final = "4351aeb378a73c2e3eab3596bb9b35cfa46873d8"  # the commit whose pages are read
+FOLDERS: Final = tuple(f"docs/{name}" for name in ("decisions", "howto", "models.md", "operating.md", "quickstart.md"))
+PIECE: Final = 700  # characters
+
+
+def _documents(_: Path) -> Parts:
+    """Pages of this repository's documentation, as they once were: paragraphs, joined to pieces."""
+    names = _git("ls-tree", "-r", "--name-only", PAGES, *FOLDERS).splitlines()
+    pages = [{"text": _git("show", f"{PAGES}:{name}")} for name in names]
+    rest, test = _hold_out(pages, 16)
+    train, validation = rest[12:], rest[:12]
+    return _pieces(train), _pieces(validation), _pieces(test)
+
+
+def _git(*command: str) -> str:
+    found = subprocess.run(["git", *command], capture_output=True, text=True, encoding="utf-8", check=False)
+    if found.returncode:
+        raise SystemExit(f"error: this is no clone with the commit {PAGES[:12]}: {found.stderr.strip()}")
+    return found.stdout
+
+
+def _pieces(pages: Rows) -> Rows:
+    pieces: list[str] = []
+    for page in pages:
+        pieces.append("")
+        for paragraph in page["text"].split("\n\n"):
+            if pieces[-1] and len(pieces[-1]) + len(paragraph) > PIECE:
+                pieces.append("")
+            pieces[-1] += paragraph[:PIECE] + "\n\n"
+    return [{"text": piece.strip()} for piece in pieces if piece.strip()]
+
+
 def _hold_out(rows: Sequence[dict[str, Any]], count: int) -> tuple[Rows, Rows]:
     """The rows in a drawn order: the others, and ``count`` held out."""
     shuffled = [rows[index] for index in np.random.default_rng(0).permutation(len(rows))]
@@ -167,5 +211,7 @@ SETS: Final[dict[str, BenchmarkSet]] = {
     "b20": BenchmarkSet("Banking77, 20 other intents, one epoch", banking(10, 20, 200)),
     "arc_easy": BenchmarkSet("ARC-Easy, 150 steps", _commonsense("arc_easy"), 150, unit="questions"),
     "boolq": BenchmarkSet("BoolQ, 150 steps", _commonsense("boolq"), 150, unit="questions"),
+    "documents": BenchmarkSet("pages of documentation, 40 steps", _documents, 40, unit="pieces", relative=True),
+    "messages": BenchmarkSet("Banking77, messages of an intent, one epoch", _messages, relative=True),
     "dialogue500": BenchmarkSet("the demo's dialogue, 500 steps", _dialogue(None), 500, 4e-3, unit="answers"),
 }

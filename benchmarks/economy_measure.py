@@ -27,9 +27,14 @@ from dlora.protocol.traffic import report_traffic
 
 def add_place_options(parser: argparse.ArgumentParser) -> None:
     """Where runs are made: model, bundle, data and server."""
-    default_data = Path(os.environ.get("DLORA_DATA", "../shared/data"))
     parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
     parser.add_argument("--model", default="smollm2-135m")
+    add_server_options(parser)
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Data and server of runs."""
+    default_data = Path(os.environ.get("DLORA_DATA", "../shared/data"))
     parser.add_argument("--data", type=Path, default=default_data)
     parser.add_argument("--dtype", default="bfloat16", help="of the base model on the server")
     parser.add_argument("--threads", type=int, default=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import msgspec
@@ -11,15 +11,18 @@ import msgspec
 from dlora.edge.training.config import TrainConfig
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.protocol.adapters import KINDS
+from dlora.protocol.errors import UsageError
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import AdapterDefaults
-from dlora.protocol.wire_codecs import CODECS
+from dlora.protocol.wire_codecs import Codecs
 
 GRID: Final = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 """The learning rates that every recipe chooses among."""
 
 BASELINE: Final = "lora-qv-all"
-DEFAULT: Final = "bottleneck-96-answer-int8"
+DEFAULT: Final = "default"
+FORMER: Final = "bottleneck-96-answer-int8"
+"""The default before it had gains."""
 SECOND: Final = "bottleneck-192-answer-int8"
 FP16_ALL: Final = "bottleneck-64-all-fp16"
 FP32_WIRE: Final = "bottleneck-96-answer-fp32"
@@ -30,8 +33,8 @@ OTHER_SETS: Final = ("arc_easy", "boolq")
 LONG_SET: Final = "dialogue500"
 
 PASSED_AGAIN: Final = {"chat60": 4, "dialogue": 2}
-"""What the command divides a kind's rate by on the sets that a run passes over more than once (``learning_rate.py``);
-``economy.py`` checks it against the data."""
+"""What the command divided a bottleneck's rate by on the sets that a run passes over more than once, before it found
+rates (decision 0038)."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,16 @@ class Recipe:
         adapter: fields of ``TrainConfig``, and ``adapt``. What is not there: the bundle's rank and alpha, fp16 on the
             wire, adapters that act at all tokens.
         kill_revive: fields of ``KillReviveConfig``.
-        default_lr, weight_decay: the optimizer's of a user who gives none, on data that are passed over once; of LoRA
-            without gains, of one who gave none before it had them.
+        default_lr, weight_decay: the optimizer's of a user who gives none; of recipes without gains, of one who gave
+            none before there were any, on data that are passed over once (of LoRA: on all data). With gains the rate is
+            found, and the grid begins at ``default_lr``.
         bars: the sets on which a bar rests on this recipe; there it has three seeds, elsewhere one.
         sets: where it is run.
         device_blocks: how many of the last blocks run on the device, in the mode ``trunk``; 0: the mode ``split``.
-        gains: whether it has the bundle's; LoRA as others train it has none.
+        gains: whether it has the bundle's; LoRA as others train it has none, nor has what was run before there were
+            any (decision 0063).
+        has_grid: whether its rate is chosen; else it has the one of a user who gives none.
+        trains: whether it makes a step at all; else it is the base model.
     """
 
     title: str
@@ -60,14 +67,18 @@ class Recipe:
     sets: tuple[str, ...] = BARRED_SETS + OTHER_SETS
     device_blocks: int = 0
     gains: bool = True
+    has_grid: bool = True
+    trains: bool = True
 
     def seeds(self, set_name: str) -> tuple[int, ...]:
         """The seeds of its runs on a set."""
         return (0, 1, 2) if set_name in self.bars else (0,)
 
-    def usual_lr(self, set_name: str) -> float:
-        """The rate of a user who gives none, on this set."""
-        return self.default_lr / PASSED_AGAIN.get(set_name, 1) if self.gains else self.default_lr
+    def usual_lr(self, set_name: str) -> float | None:
+        """The rate of a user who gives none, on this set; None: it is found."""
+        if self.gains:
+            return None
+        return self.default_lr / PASSED_AGAIN.get(set_name, 1) if self.kind != "lora" else self.default_lr
 
     @property
     def kind(self) -> str:
@@ -83,8 +94,10 @@ class Recipe:
         found += [f"TrainConfig.{name}" for name in self.adapter if name not in known]
         if self.kind not in KINDS:
             found.append(f"the kind {self.kind!r}")
-        if (codec := self.adapter.get("wire_dtype", "fp16")) not in CODECS:
-            found.append(f"the codec {codec!r}")
+        try:
+            Codecs.parse(self.adapter.get("wire_dtype", "fp16"))
+        except UsageError as error:
+            found.append(f"such a codec: {error}")
         return found
 
 
@@ -102,11 +115,9 @@ def _bottleneck(rank: int, adapt: str, wire: str) -> dict[str, Any]:
     }
 
 
-def _bottleneck_recipe(
-    title: str, adapter: dict[str, Any], bars: tuple[str, ...], sets: tuple[str, ...] | None = None
-) -> Recipe:
-    """With the command's optimizer; run where bars rest on it, if nothing else is said."""
-    return Recipe(title, adapter, default_lr=8e-3, weight_decay=1.0, bars=bars, sets=bars if sets is None else sets)
+def _former_recipe(title: str, adapter: dict[str, Any], bars: tuple[str, ...]) -> Recipe:
+    """With the command's optimizer, without gains; run where bars rest on it."""
+    return Recipe(title, adapter, default_lr=8e-3, weight_decay=1.0, bars=bars, sets=bars, gains=False)
 
 
 def _kill_revive_recipe(title: str, kill_revive: dict[str, Any]) -> Recipe:
@@ -120,20 +131,31 @@ def _static(*blocks: int) -> dict[str, Any]:
 
 RECIPES: Final[dict[str, Recipe]] = {
     BASELINE: Recipe("all active, lora r 8 on q, v", {"rank": 8}, bars=BARRED_SETS, gains=False),
-    DEFAULT: _bottleneck_recipe(
+    DEFAULT: Recipe(
         "bottleneck r 96, answer, int8 (the default)",
         _bottleneck(96, "answer", "int8"),
+        default_lr=8e-3,
+        weight_decay=1.0,
+        bars=BARRED_SETS,
+    ),
+    # ---- Run before there were gains; what they are compared for is not the rate.
+    SECOND: _former_recipe(
+        "bottleneck r 192, answer, int8 (the second), without gains",
+        _bottleneck(192, "answer", "int8"),
+        bars=("dialogue",),
+    ),
+    FP16_ALL: _former_recipe(
+        "bottleneck r 64, all positions, fp16, without gains",
+        _bottleneck(64, "all", "fp16"),
+        bars=(*INTENTS, "dialogue"),
+    ),
+    FORMER: replace(
+        _former_recipe("bottleneck r 96, answer, int8, without gains", _bottleneck(96, "answer", "int8"), BARRED_SETS),
         bars=(*BARRED_SETS, LONG_SET),
         sets=(*BARRED_SETS, *OTHER_SETS, LONG_SET),
     ),
-    SECOND: _bottleneck_recipe(
-        "bottleneck r 192, answer, int8 (the second)", _bottleneck(192, "answer", "int8"), bars=("dialogue",)
-    ),
-    FP16_ALL: _bottleneck_recipe(
-        "bottleneck r 64, all positions, fp16", _bottleneck(64, "all", "fp16"), bars=(*INTENTS, "dialogue")
-    ),
-    FP32_WIRE: _bottleneck_recipe(
-        "bottleneck r 96, answer, fp32", _bottleneck(96, "answer", "fp32"), bars=(LONG_SET,)
+    FP32_WIRE: _former_recipe(
+        "bottleneck r 96, answer, fp32, without gains", _bottleneck(96, "answer", "fp32"), bars=(LONG_SET,)
     ),
     # ---- Kill and Revive at 1/8, its baselines with as much traffic, and as little as can be trained.
     "change-1/8": _kill_revive_recipe("Kill and Revive, 1/8 active", {"active_fraction": 0.125}),

@@ -26,7 +26,7 @@ from economy_results import (
     measure_bars,
 )
 from economy_runs import Finished, Plan, Point
-from sections import DRIFT, TRUNK, section_of, with_section
+from sections import DEFAULTS, DRIFT, TRUNK, section_of, with_section
 
 from dlora.edge.files import write_atomically
 
@@ -51,11 +51,11 @@ rests on a recipe, one elsewhere.
 **Rates.** Every recipe chooses its learning rate by the loss on validation rows, which are neither trained nor tested
 on, with seed 0 and from one grid: {grid}. It begins at the rate of a user who gives none and goes outward while that
 gains something: the best has both its neighbours tried. Each table has the chosen rate and the one without `--lr`:
-for a bottleneck what the command chooses of the training data
-([decision 0038](decisions/0038-half-the-rate-for-twice-the-passes.md)), for LoRA 0.001, which was the command's before
-[0064](decisions/0064-every-kinds-rate-falls-with-passes.md). LoRA is trained without gains here, as other tools train
-it; bottlenecks' runs before 2026-11-29 and those of blocks on the device have none either
-([0063](decisions/0063-gains-are-measured-at-export.md)).
+for the default the one that the command finds before the first step
+([decision 0065](decisions/0065-a-first-rate-from-the-model-and-the-data.md)), for LoRA 0.001. LoRA is trained without
+gains here, as other tools train it. Recipes that are called *without gains*, and those of blocks on the device, were
+run before there were any ([0063](decisions/0063-gains-are-measured-at-export.md)), and their rates without `--lr` are
+those of that time.
 Every run is tested, whatever its rate; that chooses nothing. What choosing costs is not counted. The file of runs also
 has some of recipes that are no more, which count nowhere. `ffa` is not among the recipes: its deltas are as
 wide as LoRA's.
@@ -63,9 +63,9 @@ wide as LoRA's.
 **What is counted.** *Loss* is the mean a label, *right* the share of rows whose every label is the likeliest token,
 which is what greedy decoding writes; of dialogue it says nothing. Tested on are all test rows of the intents, the
 demo's 96 held-out answers, and 500 rows of the others. *Bytes a token* are all frames both ways, from the greeting to
-the last step, over the tokens trained on: set-up, adapter state, embeddings, the head's rows, retries, reports; not
-evaluations, nor the 2 to 14 bytes that websockets add a frame. *Round trips* are the median of the steps. *CPU* is
-the processor's time of the device's whole process, *time* the clock's, both without evaluations.
+the last step, over the tokens trained on: set-up, adapter state, tries for a rate, embeddings, the head's rows,
+retries, reports; not evaluations, nor the 2 to 14 bytes that websockets add a frame. *Round trips* are the median of
+the steps. *CPU* is the processor's time of the device's whole process, *time* the clock's, both without evaluations.
 
 **Differences** are to the baseline at the same kind of rate, ours minus theirs, with 95 % intervals: a bootstrap over
 rows, seeds pooled. They say what other test rows would change, not what other seeds would. *Not worse* is a mean loss
@@ -100,7 +100,7 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
     text = "\n".join(lines).rstrip() + "\n"
     page = docs / "benchmarks.md"
     before = page.read_text(encoding="utf-8") if page.exists() else ""
-    for title in (DRIFT, TRUNK):
+    for title in (DEFAULTS, DRIFT, TRUNK):
         text = with_section(text, title, section_of(before, title))
     page.write_text(text, encoding="utf-8")
     return {"runs": len(finished), "bars": bars, "missing": missing}
@@ -115,7 +115,7 @@ def _results(find: Find) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
             result = find(set_name, recipe, rate)
             if result is not None:
                 found.setdefault(set_name, {}).setdefault(recipe, {})[rate] = {
-                    "lr": result.lr,
+                    "lr": result.rate,
                     "loss": round(result.loss, 4),
                     "validation_loss": round(result.validation_loss, 4),
                     "accuracy": round(result.accuracy, 4),
@@ -186,9 +186,9 @@ def _set_lines(find: Find, set_name: str, folder: Path) -> Iterator[str]:
 def _row(result: Result, baseline: Result | None, rate: Rate) -> str:
     """A line of the table; differences only where the baseline has some of its seeds."""
     if rate == "chosen":
-        shown = f"{result.lr:g}" + (", at the grid's end" if result.lr in (GRID[0], GRID[-1]) else "")
+        shown = f"{result.rate:g}" + (", at the grid's end" if result.lr in (GRID[0], GRID[-1]) else "")
     else:
-        shown = f"{result.lr:g}, without `--lr`"
+        shown = f"{result.rate:g}, without `--lr`"
     is_text = SETS[result.set_name].relative  # no greedy answer is the data's, word for word
     right = "" if is_text else f"{result.accuracy:.1%}"
     cells = [RECIPES[result.recipe].title, shown, f"{result.validation_loss:.4f}", f"{result.loss:.4f}", right]
@@ -223,7 +223,7 @@ def _wire_lines(find: Find, names: Sequence[str]) -> Iterator[str]:
         result = find(LONG_SET, name, "chosen")
         if result is not None:
             losses = [run.train_loss_last or float("nan") for run in result.runs]
-            cells = [f"{result.lr:g}", f"{statistics.mean(losses):.4f}", ", ".join(f"{loss:.4f}" for loss in losses)]
+            cells = [f"{result.rate:g}", f"{statistics.mean(losses):.4f}", ", ".join(f"{loss:.4f}" for loss in losses)]
             yield f"| {RECIPES[name].title} | {' | '.join(cells)} | {result.bytes_per_token:,.0f} |"
     yield ""
 
@@ -274,7 +274,7 @@ def _plot(set_name: str, drawn: Sequence[Result]) -> str:
     series = []
     for result in drawn:
         points = tuple((float(point.bytes), point.loss) for point in _curve(result))
-        series.append(Series(f"{RECIPES[result.recipe].title}, lr {result.lr:g}", points))
+        series.append(Series(f"{RECIPES[result.recipe].title}, lr {result.rate:g}", points))
     return plot(
         f"{_capitalized(SETS[set_name].title)}: loss against bytes", series, "mean loss a label, validation rows"
     )

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from economy_data import SETS
-from economy_recipes import BASELINE, DEFAULT, FP16_ALL, FP32_WIRE, INTENTS, LONG_SET, RECIPES, SECOND
+from economy_recipes import BASELINE, DEFAULT, FORMER, FP16_ALL, FP32_WIRE, INTENTS, LONG_SET, RECIPES, SECOND
 from economy_runs import Finished, Plan, Run, Score
 
 Rate = Literal["chosen", "default"]
@@ -21,11 +21,15 @@ RESAMPLES: Final = 4000
 
 @dataclass(frozen=True)
 class Result:
-    """The finished runs of one recipe on one set with one rate; at least one, and none of them diverged."""
+    """The finished runs of one recipe on one set with one rate; at least one, and none of them diverged.
+
+    Attributes:
+        lr: None: each found its own.
+    """
 
     set_name: str
     recipe: str
-    lr: float
+    lr: float | None
     runs: tuple[Run, ...]
 
     def mean(self, value: Callable[[Run], float]) -> float:
@@ -42,6 +46,11 @@ class Result:
     @property
     def accuracy(self) -> float:
         return self.mean(lambda run: test_score(run).accuracy)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, given or found; of several that were found, their median."""
+        return statistics.median(run.found_lr or 0.0 for run in self.runs) if self.lr is None else self.lr
 
     @property
     def bytes_per_token(self) -> float:
@@ -73,7 +82,7 @@ def find_result(finished: Finished, plan: Plan, set_name: str, recipe: str, rate
     """
     of_recipe = plan.recipes[recipe]
     lr = plan.chosen_lr(finished, set_name, recipe) if rate == "chosen" else of_recipe.usual_lr(set_name)
-    if lr is None:
+    if lr is None and rate == "chosen":
         return None
     found = [plan.find(finished, set_name, recipe, lr, seed) for seed in of_recipe.seeds(set_name)]
     runs = tuple(run for run in found if run is not None and run.test is not None)
@@ -273,14 +282,14 @@ def _wire_loss() -> Bar:
     """int8 against fp32 with the same seeds: the training loss of the last 50 steps."""
 
     def measure(find: Find, rate: Rate) -> Measured:
-        pair = _pair(find, rate, LONG_SET, DEFAULT, FP32_WIRE)
+        pair = _pair(find, rate, LONG_SET, FORMER, FP32_WIRE)
         if pair is None:
             return None
         ours, theirs = (each.mean(lambda run: run.train_loss_last or math.inf) for each in pair)
         return 0.7, 100 * (ours / theirs - 1)
 
     what = f"{SETS[LONG_SET].title}: int8 on the wire: mean loss of the last 50 steps above that of fp32, %"
-    return Bar(what, measure, True, ((LONG_SET, DEFAULT), (LONG_SET, FP32_WIRE)))
+    return Bar(what, measure, True, ((LONG_SET, FORMER), (LONG_SET, FP32_WIRE)))
 
 
 def _baseline_and(set_name: str, recipe: str) -> tuple[tuple[str, str], ...]:

@@ -27,8 +27,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     A field that is added must have a default that is what runs were before: then those that are there still count.
 
     Attributes:
+        recipe: its name, which also says what is not here: whether it has gains.
         adapter, kill_revive: the recipe's, as it was when the run was made.
+        lr: None: found before the first step, as for a user who gives none.
         steps: None: one epoch.
+        model: the base model's name.
         warmup: as ``OptimizerConfig`` has it; it and ``schedule`` are what the command takes by default.
         dtype: of the base model on the server.
         rows: most rows of each evaluation; None: all.
@@ -38,7 +41,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     set: str
     recipe: str
     seed: int
-    lr: float
+    lr: float | None
     adapter: dict[str, Any]
     kill_revive: dict[str, Any]
     steps: int | None
@@ -99,7 +102,9 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
         data: fingerprint of the tokens; commit: of dlora; date: when it was finished.
         steps, tokens, labelled: done, sent through the model, and labels among them.
         bytes_up, bytes_down: of all frames but those of evaluations: greeting, session, adapter state and steps.
-        set_up_bytes: those before the first step; report_bytes: those of reports and their signals.
+        set_up_bytes: those before the first step, but for ``rate_bytes``, which finding the learning rate took;
+            report_bytes: those of reports and their signals.
+        found_lr: the learning rate, where it was found.
         evaluation_bytes: of evaluations, which are not in any other number.
         bytes_per_token: up and down.
         round_trips_per_step: median.
@@ -129,6 +134,8 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
     train_loss_last: float | None
     reconnects: int
     steps_rerun: int
+    found_lr: float | None = None
+    rate_bytes: int = 0
 
 
 class Run(Trained, frozen=True, kw_only=True):
@@ -200,18 +207,26 @@ class Plan:
     Args:
         model, dtype: of the server; quick: short runs of few rows, with nothing but the first rate.
         recipes: by name.
+        grid: the learning rates that a recipe chooses among.
     """
 
     def __init__(
-        self, model: str, dtype: str, *, quick: bool = False, recipes: Mapping[str, Recipe] = RECIPES
+        self,
+        model: str,
+        dtype: str,
+        *,
+        quick: bool = False,
+        recipes: Mapping[str, Recipe] = RECIPES,
+        grid: Sequence[float] = GRID,
     ) -> None:
         self.model = model
         self.dtype = dtype
         self.recipes = recipes
+        self._grid = grid
         self._quick = quick
 
-    def settings(self, set_name: str, recipe_name: str, lr: float, seed: int) -> Settings:
-        """The settings of one run."""
+    def settings(self, set_name: str, recipe_name: str, lr: float | None, seed: int) -> Settings:
+        """The settings of one run; ``lr``: None: it is found."""
         recipe = self.recipes[recipe_name]
         return Settings(
             set=set_name,
@@ -229,13 +244,13 @@ class Plan:
             **({"device_blocks": recipe.device_blocks} if recipe.device_blocks else {}),
         )
 
-    def find(self, finished: Finished, set_name: str, recipe_name: str, lr: float, seed: int) -> Run | None:
+    def find(self, finished: Finished, set_name: str, recipe_name: str, lr: float | None, seed: int) -> Run | None:
         """A finished run."""
         return finished.get(self.settings(set_name, recipe_name, lr, seed).digest)
 
     def tried(self, finished: Finished, set_name: str, recipe_name: str) -> dict[float, float]:
         """Validation losses of the grid's rates, as far as they were tried."""
-        runs = {rate: self.find(finished, set_name, recipe_name, rate, CHOOSING_SEED) for rate in GRID}
+        runs = {rate: self.find(finished, set_name, recipe_name, rate, CHOOSING_SEED) for rate in self._grid}
         return {rate: run.validation_loss for rate, run in runs.items() if run is not None}
 
     def chosen_lr(self, finished: Finished, set_name: str, recipe_name: str) -> float | None:
@@ -244,7 +259,7 @@ class Plan:
         if fixed is not None:
             return fixed
         tried = self.tried(finished, set_name, recipe_name)
-        if self._quick or next_rate(tried, self.recipes[recipe_name].usual_lr(set_name)) is not None:
+        if not self._chooses(recipe_name) or self._next_rate(tried, set_name, recipe_name) is not None:
             return None
         return best_rate(tried)
 
@@ -254,16 +269,26 @@ class Plan:
 
     def _open(self, finished: Finished, set_name: str, recipe_name: str) -> Iterator[Settings]:
         recipe = self.recipes[recipe_name]
-        if SETS[set_name].fixed_lr is None and not self._quick:
-            rate = next_rate(self.tried(finished, set_name, recipe_name), recipe.usual_lr(set_name))
+        found = self.settings(set_name, recipe_name, None, CHOOSING_SEED)
+        if recipe.usual_lr(set_name) is None and found.digest not in finished:
+            yield found
+        if SETS[set_name].fixed_lr is None and self._chooses(recipe_name):
+            rate = self._next_rate(self.tried(finished, set_name, recipe_name), set_name, recipe_name)
             if rate is not None:
                 yield self.settings(set_name, recipe_name, rate, CHOOSING_SEED)
-        for rate in self.rates(finished, set_name, recipe_name):
+        for each in self.rates(finished, set_name, recipe_name):
             for seed in (0,) if self._quick else recipe.seeds(set_name):
-                if self.find(finished, set_name, recipe_name, rate, seed) is None:
-                    yield self.settings(set_name, recipe_name, rate, seed)
+                if self.find(finished, set_name, recipe_name, each, seed) is None:
+                    yield self.settings(set_name, recipe_name, each, seed)
 
-    def rates(self, finished: Finished, set_name: str, recipe_name: str) -> list[float]:
+    def _chooses(self, recipe_name: str) -> bool:
+        return self.recipes[recipe_name].has_grid and not self._quick
+
+    def _next_rate(self, tried: Mapping[float, float], set_name: str, recipe_name: str) -> float | None:
+        recipe = self.recipes[recipe_name]
+        return next_rate(tried, recipe.usual_lr(set_name) or recipe.default_lr, self._grid)
+
+    def rates(self, finished: Finished, set_name: str, recipe_name: str) -> list[float | None]:
         """The rates that are reported: the chosen one, and the one of a user who gives none."""
         chosen = self.chosen_lr(finished, set_name, recipe_name)
         default = [] if SETS[set_name].fixed_lr is not None else [self.recipes[recipe_name].usual_lr(set_name)]

@@ -8,6 +8,8 @@ DRIFT: Final = "Data that drift"
 """What ``drift.py`` writes into the page of ``economy.py``, which keeps it."""
 TRUNK: Final = "Blocks on the device"
 """Likewise of ``trunk_quality.py``."""
+DEFAULTS: Final = "Without a rate, on other models"
+"""Likewise of ``defaults.py``."""
 
 
 def section_of(page: str, title: str) -> str:

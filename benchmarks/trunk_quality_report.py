@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from bars import Entry, at_most, write_bars
 from economy_data import SETS as ALL_SETS
-from economy_recipes import BASELINE, DEFAULT
+from economy_recipes import BASELINE, FORMER
 from economy_results import Difference, Result, accuracy_difference, find_result, loss_difference
 from economy_runs import Plan, Run
 from sections import TRUNK, with_section
@@ -75,7 +75,7 @@ def write_report(runs: Mapping[str, Run], plan: Plan, docs: Path) -> dict[str, A
         results = {name: find_result(runs, plan, set_name, name, "chosen") for name in COMPARED}
         baseline = results[BASELINE]
         there = {name: result for name, result in results.items() if result is not None}
-        if baseline is None or not any(name not in (BASELINE, DEFAULT) for name in there):
+        if baseline is None or not any(name not in (BASELINE, FORMER) for name in there):
             continue
         title = ALL_SETS[set_name].title
         lines += [f"### {title[:1].upper()}{title[1:]}\n", *_table(there, baseline, memory), ""]
@@ -106,7 +106,7 @@ def _entry(result: Result, baseline: Result) -> dict[str, Any]:
     assert loss is not None
     assert points is not None
     return {
-        "lr": result.lr,
+        "lr": result.rate,
         "loss": round(result.loss, 4),
         "accuracy": None if is_text else round(result.accuracy, 4),
         "loss_difference": _numbers(loss),
@@ -161,7 +161,7 @@ def _table(results: Mapping[str, Result], baseline: Result, memory: Mapping[str,
                 "yes" if entry["as_good"] else "no",
             ]
         right = "" if entry["accuracy"] is None else f"{entry['accuracy']:.1%}"
-        cells = [COMPARED[name].title, f"{result.lr:g}", f"{result.loss:.4f}", right, *differences]
+        cells = [COMPARED[name].title, f"{result.rate:g}", f"{result.loss:.4f}", right, *differences]
         cells += [f"{result.bytes_per_token:,.0f}", f"{entry['step_cpu_s']:.2f}", _of_memory(memory, name)]
         cells += [", ".join(map(str, result.seeds))]
         yield f"| {' | '.join(cells)} |"

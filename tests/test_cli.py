@@ -402,7 +402,7 @@ def test_a_second_interrupt_stops_at_once(place: Place, tmp_path: Path) -> None:
             released.wait(120)
 
     with fake_server(go_silent) as url:
-        process = start_edge(*place.train(tmp_path / "out", server=url))
+        process = start_edge(*place.train(tmp_path / "out", server=url, lr=0.01))
         assert greeted.wait(120)
         eventually(lambda: (tmp_path / "out" / "metrics.jsonl").exists())
         time.sleep(0.3)

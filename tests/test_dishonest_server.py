@@ -141,7 +141,7 @@ def test_missing_signal_is_an_error_at_the_next_micro_batch(
     data.write_text((json.dumps({"text": "w1 w2 w3"}) + "\n") * 4)
     options: list[object] = [
         "--bundle", bundle, "--data", data, "--out", tmp_path / "out", "--seed", 0, "--steps", 5, "--threads", 1,
-        "--active-fraction", 1, "--wire-dtype", "fp32", "--kind", "lora",
+        "--active-fraction", 1, "--wire-dtype", "fp32", "--kind", "lora", "--lr", 0.01,
     ]  # fmt: skip
     with dishonest(manifest, withholds_signals) as server:
         done = finish(start_edge("train", "--server", server.url, *options))

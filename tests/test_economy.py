@@ -13,10 +13,9 @@ from xml.etree import ElementTree
 import msgspec
 import numpy as np
 import pytest
+from finished_runs import finished_run
 
-from dlora.edge.data.examples import Dataset
 from dlora.edge.training.defaults import DEFAULTS
-from dlora.edge.training.learning_rate import choose_learning_rate
 from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.protocol.manifest import AdapterDefaults
 
@@ -26,11 +25,11 @@ from economy_plot import Axis, Series, plot
 from economy_recipes import (
     BASELINE,
     DEFAULT,
+    FORMER,
     FP16_ALL,
     FP32_WIRE,
     GRID,
     LONG_SET,
-    PASSED_AGAIN,
     RECIPES,
     SECOND,
     order,
@@ -38,35 +37,9 @@ from economy_recipes import (
 )
 from economy_report import write_report
 from economy_results import BARS, Rate, Result, accuracy_difference, find_result, loss_difference, measure_bars
-from economy_runs import Plan, Point, Rows, Run, RunsFile, Score, Settings, best_rate, next_rate
+from economy_runs import Plan, Rows, Run, RunsFile, Score, Settings, best_rate, next_rate
 
 PLAN = Plan("tiny", "float32")
-ROWS = 200
-
-
-def finished_run(
-    settings: Settings,
-    loss: float,
-    *,
-    validation: float | None = None,
-    accuracy: float = 0.9,
-    bytes_per_token: float = 1000.0,
-    train_loss: float = 1.0,
-) -> Run:
-    """A run of two labels a row, with the same loss for each, and each tenth row wrong for an accuracy of 0.9."""
-    wrong = round(1 / (1 - accuracy)) if accuracy < 1 else ROWS + 1
-    right = "".join("0" if index % wrong == 0 else "1" for index in range(ROWS))
-    rows = Rows(losses=[round(2000 * loss)] * ROWS, labels=[2] * ROWS, right=right)
-    total = round(100 * bytes_per_token)
-    return Run(
-        digest=settings.digest, settings=settings, data="data", commit="", date="2026-11-26", steps=10, tokens=100,
-        labelled=20, bytes_up=total // 2, bytes_down=total - total // 2, set_up_bytes=10, report_bytes=10,
-        evaluation_bytes=0, bytes_per_token=bytes_per_token, round_trips_per_step=9, edge_compute_s=1.0,
-        device_cpu_s=2.0, wall_s=3.0, train_loss_last=train_loss, reconnects=0, steps_rerun=0,
-        curve=[Point(5, total // 2, 2 * loss, 45, 1.0, 1.5), Point(10, total, loss, 90, 2.0, 3.0)],
-        validation=Score(loss=loss if validation is None else validation, accuracy=accuracy),
-        test=Score(loss=loss, accuracy=right.count("1") / ROWS, rows=rows),
-    )  # fmt: skip
 
 
 def kept(runs: Sequence[Run]) -> dict[str, Run]:
@@ -90,7 +63,7 @@ def finder(found: dict[str, Run]) -> Callable[[str, str, Rate], Result | None]:
 
 def made(set_name: str, recipe: str, settings: Settings) -> Run:
     """Rates have their best at 4e-3; the new kinds are a little worse, and save a lot."""
-    far = abs(math.log2(settings.lr / 4e-3))
+    far = abs(math.log2((settings.lr or 8e-3) / 4e-3))
     loss = 0.5 + 0.1 * far + (0.0 if recipe == BASELINE else 0.01)
     return finished_run(settings, loss, bytes_per_token=160_000 if recipe == BASELINE else 3_200)
 
@@ -122,19 +95,15 @@ def test_no_recipe_lacks_anything() -> None:
 
 
 def test_what_a_user_gets_who_says_nothing_is_the_commands() -> None:
-    for recipe in (each for each in RECIPES.values() if each.gains):
-        of_kind = DEFAULTS[recipe.adapter.get("kind", "lora")]
-        assert (recipe.default_lr, recipe.weight_decay) == (of_kind.lr, of_kind.weight_decay), recipe.title
-    assert RECIPES[DEFAULT].adapter["rank"] == DEFAULTS["bottleneck"].r
+    default, of_kind = RECIPES[DEFAULT], DEFAULTS["bottleneck"]
+    assert (default.default_lr, default.weight_decay) == (of_kind.lr, of_kind.weight_decay)
+    assert default.adapter["rank"] == of_kind.r
+    assert default.usual_lr("b10") is default.usual_lr("chat60") is None  # found
 
 
-@pytest.mark.parametrize("set_name", PASSED_AGAIN)
-def test_what_a_user_gets_on_few_data_is_the_commands(set_name: str) -> None:
-    rows, _, _ = SETS[set_name].rows(Path())
-    texts = [[message["content"].encode() for message in row["messages"]] for row in rows]
-    data = Dataset.of([(list(b"".join(text)), range(len(text[0]) - 1, sum(map(len, text)) - 1)) for text in texts])
-    chosen = choose_learning_rate("bottleneck", data, steps=SETS[set_name].steps or 0, examples_a_step=8)
-    assert RECIPES[DEFAULT].usual_lr(set_name) == chosen.lr < RECIPES[DEFAULT].default_lr
+@pytest.mark.parametrize(("set_name", "halvings"), [("b10", 0), ("dialogue", 1), ("chat60", 2)])
+def test_recipes_without_gains_have_the_rate_of_their_time(set_name: str, halvings: int) -> None:
+    assert RECIPES[FORMER].usual_lr(set_name) == RECIPES[FORMER].default_lr / 2**halvings
     assert RECIPES[BASELINE].usual_lr(set_name) == RECIPES[BASELINE].default_lr
 
 
@@ -336,7 +305,7 @@ def test_the_bars_arithmetic() -> None:
 def test_int8_is_measured_by_the_last_training_losses() -> None:
     def with_losses(set_name: str, recipe: str, settings: Settings) -> Run:
         run = made(set_name, recipe, settings)
-        loss = 1.005 if recipe == DEFAULT else 1.0
+        loss = 1.005 if recipe == FORMER else 1.0
         return msgspec.structs.replace(run, train_loss_last=loss + settings.seed)
 
     entry = measure_bars(finder(all_runs(with_losses)))["int8_loss"]
@@ -386,8 +355,8 @@ def test_the_page_has_every_set_and_says_what_is_missing(tmp_path: Path) -> None
     found = all_runs(made)
     assert write_report(found, PLAN, tmp_path)["missing"] == []
     text = (tmp_path / "benchmarks.md").read_text()
-    for name, of_set in SETS.items():
-        assert of_set.title[1:] in text
+    for name in {name for name, _ in order()}:
+        assert SETS[name].title[1:] in text
         assert f"(benchmarks/economy-{name}.svg)" in text
         ElementTree.parse(tmp_path / "benchmarks" / f"economy-{name}.svg")
     assert "Nothing." in text

@@ -192,22 +192,23 @@ def test_a_run_without_options_is_of_the_default_recipe(place: Place, tmp_path: 
     assert settings.rank == 16, "the tiny model's width: less than 64"
 
 
-def test_rate_that_nobody_named_is_chosen_from_the_data_once(place: Place, tmp_path: Path) -> None:
-    """Ten examples: each step is a pass."""
-    usual = DEFAULTS["bottleneck"].lr
-    for steps, lr in ((1, usual), (16, usual / 2)):
-        out = tmp_path / str(steps)
-        words = without_kind(place.train(out, "--steps", steps, "--batch-size", 10))
-        at = words.index("--lr")
-        done = run_edge(*words[:at], *words[at + 2 :])
-        assert done.code == 0
-        assert load_run_file(out).settings.lr == pytest.approx(lr)
-        reason = f"learning rate {lr:g}: 16.0 passes over 10 different examples, 10 with answers of their own; --lr"
-        assert (reason in done.stderr) is (lr != usual)
-    for resume in (("resume", out, "--steps", 18), (*words[:at], *words[at + 2 :], "--steps", 20, "--resume")):
+def test_rate_that_nobody_named_is_found_once_and_kept(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = without_kind(place.train(out, "--steps", 4))
+    at = words.index("--lr")
+    words = (*words[:at], *words[at + 2 :])
+    done = run_edge(*words)
+    assert done.code == 0, done.stderr
+    found = load_run_file(out).settings.lr
+    assert found is not None
+    assert f"learning rate {found:g}: the first update was tried in " in done.stderr
+    assert max(row["learning_rate"] for row in rows(out)) == found
+    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["set_up_bytes_up"] > first["bytes_up"], "the search is counted before the first step"
+    for resume in (("resume", out, "--steps", 6), (*words[: words.index("--steps")], "--steps", 8, "--resume")):
         done = run_edge(*resume)
-        assert (done.code, "by heart" in done.stderr) == (0, False), done.stderr
-        assert load_run_file(out).settings.lr == pytest.approx(lr)
+        assert (done.code, "the first update was tried" in done.stderr) == (0, False), done.stderr
+        assert load_run_file(out).settings.lr == found
 
 
 def test_the_map_has_the_numbers_of_the_blocks(place: Place, tmp_path: Path) -> None:

@@ -59,14 +59,14 @@ def test_plan_has_data_and_run_lines(place: Place, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "tolerance"), [
-    ({}, 0.05),
-    ({"active_fraction": 0.25}, 0.05),
+    ({"lr": 0.01}, 0.05),
+    ({"active_fraction": 0.25, "lr": 0.01}, 0.05),
     pytest.param(
-        {"active_fraction": 0.25, "kr_score": "change", "steps": 120}, 0.25,  # units that fade come on top
+        {"active_fraction": 0.25, "kr_score": "change", "steps": 120, "lr": 0.01}, 0.25,  # units that fade come on top
         marks=pytest.mark.slow,
     ),
-    ({"kr_score": "last", "active_fraction": 0.25}, 0.05),
-    ({"kr_score": "static", "static_units": "1,5"}, 0.05),
+    ({"kr_score": "last", "active_fraction": 0.25, "lr": 0.01}, 0.05),
+    ({"kr_score": "static", "static_units": "1,5", "lr": 0.01}, 0.05),
 ], ids=str)  # fmt: skip
 def test_expected_traffic_is_near_the_counted(
     place: Place, tmp_path: Path, options: dict[str, object], tolerance: float
@@ -83,7 +83,7 @@ def test_expected_traffic_is_near_the_counted(
 
 
 def test_as_many_units_are_active_as_a_tokens_bytes_allow(place: Place, tmp_path: Path) -> None:
-    cut = {"max_length": 20, "too_long": "truncate", "batch_size": 5}
+    cut = {"max_length": 20, "too_long": "truncate", "batch_size": 5, "lr": 0.01}
 
     def run(name: str, **options: object) -> tuple[float, float]:
         """Counted bytes a token, and the share of units that was active."""

@@ -211,11 +211,16 @@ def replay_is_missing(seen: Observed) -> str:
 
 
 def _step_seen(seen: Observed, step: int) -> StepSeen:
-    """A step that was run again, because its session was lost, counts as it was run last."""
+    """A step that was run again, because its session was lost or a learning rate was found by it, counts as it was run
+    last."""
     last: dict[tuple[str, int], SeenMicroBatch] = {}
+    mode = ""
     for each in seen.micro_batches:
         if each.step == step and each.deltas:
-            last[each.begun.mode, each.begun.micro_batch] = each
+            if each.begun.mode == "train" != mode and any(key[0] == "train" for key in last):
+                last.clear()  # evaluations in between were of updates that were taken back
+            mode = each.begun.mode
+            last[mode, each.begun.micro_batch] = each
     rows, grads = {}, {}
     for group in sorted({group for each in last.values() for group in each.deltas}):
         forward = [each for each in last.values() if group in each.deltas]

@@ -54,7 +54,8 @@ class SeenMicroBatch:
 
     @property
     def step(self) -> int:
-        """What is trained changes from one step to the next only; an evaluation has the number of the step after it."""
+        """What is trained changes from one step to the next only, but for updates that are tried to find a learning
+        rate, before the first; an evaluation has the number of the step after it."""
         return self.begun.step
 
     @property

@@ -137,6 +137,7 @@ class TrainingClient:
         groups = choose_groups(manifest, names, tuple(blocks))
         r = rank or default_rank(kind, manifest, groups)
         settings = optimizer or OptimizerConfig(lr=defaults.lr, weight_decay=defaults.weight_decay)
+        _check_rate(settings)
         if total_steps is None and settings.schedule != "constant":
             raise UsageError("a schedule that ends needs total_steps")
         if server is None and kind != "lora":
@@ -238,11 +239,13 @@ class TrainingClient:
         Args:
             params: the learning rate, or AdamW's settings from now on; None: as before, with the schedule's rate.
 
-        Raises ``NonFiniteError`` where they are not finite; nothing has changed then.
+        Raises ``NonFiniteError`` where they are not finite, and ``UsageError`` for settings without a rate; nothing has
+        changed then.
         """
         with self._lock:
             self._forget_sampler()
             if isinstance(params, OptimizerConfig):
+                _check_rate(params)
                 self._training.optimizer.config = params
                 params = params.lr
             return self._training.optim_step(params)
@@ -459,3 +462,9 @@ def _weights(data: Sequence[Datum]) -> FloatArray:
 def _result(data: Sequence[Datum], losses: FloatArray, total: float) -> ForwardBackward:
     value = float((losses.astype(np.float64) * _weights(data)).sum())
     return ForwardBackward(value / total if total else math.nan, _split(data, -losses))
+
+
+def _check_rate(settings: OptimizerConfig) -> None:
+    """Raise ``UsageError`` where it is left open: there are no data yet to find one with."""
+    if settings.lr is None:
+        raise UsageError("optimizer: give it a learning rate, lr; only a run of dlora-edge train finds one")

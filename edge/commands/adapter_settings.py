@@ -14,11 +14,9 @@ from dlora.edge.training.defaults import (
     DEFAULT_KIND,
     DEFAULTS,
     default_alpha,
-    default_lr,
     default_rank,
     default_target_modules,
 )
-from dlora.edge.training.learning_rate import choose_learning_rate
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.choices import Adapt, KindChoice
 from dlora.protocol.errors import UsageError
@@ -85,21 +83,6 @@ def default_adapters(kind: KindChoice, manifest: Manifest) -> tuple[AdapterSpec,
     blocks = parse_blocks(DEFAULTS[kind].blocks, manifest)
     groups = choose_groups(manifest, default_target_modules(kind, manifest, DEFAULTS[kind].adapt), blocks)
     return AdapterSpec(kind, default_rank(kind, manifest, groups)), groups
-
-
-def choose_rate(settings: RunSettings, dataset: Dataset, steps: int, say: Callable[[str], None]) -> RunSettings:
-    """``settings`` with a learning rate, as ``run.json`` keeps it; one that is not the kind's own is said, with why."""
-    assert settings.kind is not None
-    if settings.lr is not None:
-        return settings
-    examples_a_step, on_device = settings.batch_size * settings.grad_accum, settings.mode != "split"
-    chosen = choose_learning_rate(
-        settings.kind, dataset, steps=steps, examples_a_step=examples_a_step, on_device=on_device
-    )
-    if chosen.reason:
-        usual = default_lr(settings.kind, on_device=on_device)
-        say(f"learning rate {chosen.lr:g}: {chosen.reason}; --lr {usual:g} would learn them by heart")
-    return msgspec.structs.replace(settings, lr=chosen.lr)
 
 
 def _schedule(settings: RunSettings, *, warms_up: bool) -> dict[str, Any]:

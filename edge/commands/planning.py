@@ -12,7 +12,15 @@ import msgspec
 from dlora.edge.choices import RunMode
 from dlora.edge.model.trunk_source import texts_of
 from dlora.edge.run.estimate import largest_micro_batch, minutes_of
-from dlora.edge.run.plan import EvaluationPlan, evaluations_mb, expected_mb, expected_round_trips, filling, set_up_mb
+from dlora.edge.run.plan import (
+    EvaluationPlan,
+    evaluations_mb,
+    expected_mb,
+    expected_round_trips,
+    filling,
+    first_rate_mb,
+    set_up_mb,
+)
 from dlora.edge.run.quality import Measured, quality_of
 from dlora.edge.run.run_file import RunSettings
 from dlora.edge.training.config import TrainConfig
@@ -241,6 +249,7 @@ def _traffic(
         traffic, kept = fillings[key]
         return (traffic.bytes_up + traffic.bytes_down) / 1e6, traffic.round_trips, kept / 1e6
     wire_mb = expected_mb(config, manifest, dataset, 0)
+    wire_mb += first_rate_mb(config, manifest, dataset)
     wire_mb += set_up_mb(config, manifest, dataset, has_state=configured.settings.init_adapter is not None)
     round_trips = expected_round_trips(config, manifest, dataset)
     if (evaluations := _evaluations(configured)) is not None:

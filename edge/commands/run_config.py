@@ -25,7 +25,6 @@ from dlora.protocol.targets import choose_groups, number_ranges, spread_units
 
 from .adapter_settings import (
     choose_adapters,
-    choose_rate,
     choose_where_adapters_act,
     parse_blocks,
     parse_numbers,
@@ -122,7 +121,6 @@ def configure(
         batch_size=settings.batch_size,
         grad_accum=settings.grad_accum,
     )
-    settings = choose_rate(settings, dataset, steps, say)
     if settings.bytes_per_token is not None:
         of_one_step = _config(settings, manifest, kill_revive, 1, invocation)
         settings = _within_budget(settings, of_one_step, manifest, dataset)
@@ -192,7 +190,6 @@ def _config(
     assert settings.kind is not None
     assert settings.rank is not None
     assert settings.alpha is not None
-    assert settings.lr is not None
     assert settings.weight_decay is not None
     assert settings.wire_dtype is not None
     return TrainConfig(

@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from dlora.edge.training.metrics import StepMetrics
 from dlora.protocol.tensors import ByteArray
@@ -28,6 +28,11 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain outpu
 _SMOOTHING = 0.9
 _STEPS_FOR_AN_ESTIMATE = 3
 _SAY_EVERY_S = 5.0  # at most, where lines are printed and there may be many
+_SET_UP: Final = {
+    "data": "making A and B: steps' data seen",
+    "groups": "making A and B: groups",
+    "rate": "finding a learning rate: tries",
+}
 
 
 class Display:
@@ -102,15 +107,15 @@ class Display:
 
     @contextmanager
     def setting_up(self) -> Iterator[Callable[[str, int, int], None]]:
-        """Show inside how A and B of the adapters are made; what it yields is called with what of, ``data`` or
-        ``groups``, how many of these are done and how many there are."""
+        """Show inside what comes before the first step; what it yields is called with a piece of it, as ``_SET_UP`` has
+        them, how many of these are done and how many there are at the most."""
         with ExitStack() as shown:
             said_at = -math.inf
 
             def show(piece: str, done: int, total: int) -> None:
                 nonlocal said_at
-                text = "making A and B: " + ("steps' data seen" if piece == "data" else "groups")
-                if self._terminal and self._progress is None:  # only a run that makes them calls this
+                text = _SET_UP[piece]
+                if self._terminal and self._progress is None:  # only a run that has something to set up calls this
                     shown.enter_context(self._live(text, total, done))
                 if self._progress is not None and self._task is not None:
                     self._progress.update(self._task, completed=done, total=total, status=text)

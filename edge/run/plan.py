@@ -16,6 +16,7 @@ from dlora.edge.model.text_packs import TextPacks
 from dlora.edge.model.trunk_cache import most_bytes, record_bytes, text_digest
 from dlora.edge.model.trunk_source import encoded_width
 from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.first_rate import USUAL_TRIES, probed_steps
 from dlora.protocol.adapters import crossings, kind_of, parameter_count
 from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec, group_units
@@ -121,7 +122,7 @@ def run_line(
         traffic = "nothing"
     else:
         mb = expected_mb(config, manifest, dataset, next_step)
-        mb += set_up_mb(config, manifest, dataset, has_state=has_state)
+        mb += set_up_mb(config, manifest, dataset, has_state=has_state) + first_rate_mb(config, manifest, dataset)
         traffic = f"about {_mb(mb)} for training"
         if evaluations is not None:
             mb = evaluations_mb(config, manifest, evaluations, next_step)
@@ -171,10 +172,11 @@ def adapters_line(config: TrainConfig, manifest: Manifest) -> str:
     every = manifest.base_model.blocks
     where = "" if len(blocks) == every else f" of {every} ({number_ranges(blocks)})"
     decay = f", weight decay {config.optimizer.weight_decay:g}" if config.optimizer.weight_decay else ""
+    rate = "to be found" if config.optimizer.lr is None else f"{config.optimizer.lr:g}"
     return (
         f"adapters: {config.kind}, rank {config.rank}, {', '.join(module_names(groups))} in "
         f"{_count(len(blocks), 'block')}{where}; {_count(parameter_count(config.adapter, groups), 'number')} to train, "
-        f"learning rate {config.optimizer.lr:g}{decay}"
+        f"learning rate {rate}{decay}"
     )
 
 
@@ -288,6 +290,21 @@ def set_up_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, *, has_
         steps = config.basis_pass_steps(len(dataset))
         total += steps * _mean_bytes(config, manifest, dataset, (), is_basis=True)
     return total / 1e6
+
+
+def first_rate_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, tries: int = USUAL_TRIES) -> float:
+    """What finding the learning rate will put on the wire, in MB of 10**6 bytes, likewise, with so many tries, which
+    nobody knows before: nothing where it is given."""
+    if config.optimizer.lr is not None:
+        return 0.0
+    share, everyone = _active_share(config, manifest, range(1)), range(len(config.groups(manifest)))
+
+    def mean_bytes(**how: Any) -> float:
+        none, everything = (_mean_bytes(config, manifest, dataset, live, **how) for live in ((), everyone))
+        return none + share * (everything - none)
+
+    evaluations = tries * len(probed_steps(config.batch_size * config.grad_accum, config.total_steps))
+    return (mean_bytes() + evaluations * mean_bytes(trains=False)) / 1e6
 
 
 def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: EvaluationPlan, next_step: int) -> float:

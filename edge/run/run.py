@@ -152,6 +152,8 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     _print_plan(run, first_step, display)
     if checkpoint is None:
         _forget_other_texts(run)
+    elif run.settings is not None:
+        run = replace(run, settings=msgspec.structs.replace(run.settings, lr=run.config.optimizer.lr))
     if run.recorder is not None:
         for dataset in (run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])):
             run.recorder.add_examples((example.ids, example.label_positions) for example in dataset)
@@ -182,6 +184,9 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             steps = range(first_step if run.config.exact else run.config.part_begins, run.config.total_steps)
             datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
             fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
+            _save_run_file(run, connection.welcome)
+        if run.config.optimizer.lr is None:
+            run = _with_found_rate(run, trainer, display, stop.is_requested)
             _save_run_file(run, connection.welcome)
         set_up = trainer.traffic
         release_code()
@@ -214,7 +219,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             if run.keep == "best" or (run.keep == "auto" and worsening is not None):
                 saved_step = held_out.keep_best()
             if worsening is not None:
-                display.warn(worse_line(worsening, run.config.optimizer.lr))
+                display.warn(worse_line(worsening, trainer.peak_rate))
             summary = _summary(run, trainer.next_step, held_out) | {
                 "first_step": first_step,
                 "reconnects": connection.reconnects,
@@ -298,6 +303,24 @@ def _server(
         connect=connect, warn=display.warn,
     ) as source:  # fmt: skip
         yield source
+
+
+def _with_found_rate(run: TrainRun, trainer: Trainer, display: Display, stop: Callable[[], bool]) -> TrainRun:
+    """The run with the learning rate that ``trainer`` finds, which its file has from now on."""
+    with display.setting_up() as show, _nothing_kept_if_stopped(None):
+
+        def before_try(done: int, most: int) -> None:
+            if stop():
+                raise StoppedError("stopped")
+            show("rate", done, most)
+
+        found = trainer.find_rate(before_try)
+    display.say(
+        f"learning rate {found.lr:g}: the first update was tried in {found.tries} sizes, and {found.size:.2g} does "
+        "best on the next examples (--lr)"
+    )
+    settings = None if run.settings is None else msgspec.structs.replace(run.settings, lr=found.lr)
+    return replace(run, config=trainer.config, settings=settings)
 
 
 def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfig:
@@ -445,7 +468,7 @@ def _run_steps(
                 display.say(f"ended at step {trainer.next_step}, for --on-worse stop: {worsening}")
                 save()
                 return
-            display.warn(worse_line(worsening, run.config.optimizer.lr))
+            display.warn(worse_line(worsening, trainer.peak_rate))
         if held_out.is_out_of_patience():
             display.say(f"ended at step {trainer.next_step}: {run.patience} evaluations in a row were no better")
             save()

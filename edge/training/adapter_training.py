@@ -351,9 +351,10 @@ class AdapterTraining:
                     f"step 0 failed, and nothing was learnt yet: {error}; the weights of bundle or server, or the "
                     f"adapter that it begins with, are damaged: try dlora-edge selftest --bundle {self.bundle.path}"
                 ) from None
+            than = "" if self.config.optimizer.lr is None else f" than {self.config.optimizer.lr:g}"
             raise NonFiniteError(
-                f"training diverged at step {self.next_step}: {error}; start anew in another --out with a lower --lr "
-                f"than {self.config.optimizer.lr:g}: this run would diverge again"
+                f"training diverged at step {self.next_step}: {error}; start anew in another --out with a lower --lr"
+                f"{than}: this run would diverge again"
             ) from None
 
     def _raise_failure(self) -> None:

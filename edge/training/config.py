@@ -115,8 +115,15 @@ def continued_config(config: TrainConfig, before: TrainConfig, next_step: int, o
                 "--patience where that ended it"
             )
         part_begins = before.total_steps
+    optimizer = config.optimizer
+    if optimizer.lr is None:
+        optimizer = msgspec.structs.replace(optimizer, lr=before.optimizer.lr)
     return msgspec.structs.replace(
-        config, seed=config.seed or before.seed, holds_outputs=before.holds_outputs, part_begins=part_begins
+        config,
+        seed=config.seed or before.seed,
+        holds_outputs=before.holds_outputs,
+        part_begins=part_begins,
+        optimizer=optimizer,
     )
 
 

@@ -20,10 +20,11 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """AdamW's settings, with torch's names and defaults where it has them.
 
     Attributes:
+        lr: the peak learning rate; None: ``Trainer.find_rate`` is to find it.
         warmup: steps of linear warm-up, or a share of all steps where it is below 1.
     """
 
-    lr: float = 1e-3
+    lr: float | None = 1e-3
     schedule: ScheduleName = "constant"
     warmup: float = 0.0
     weight_decay: float = 0.0
@@ -50,7 +51,9 @@ class AdamW:
         self._total_steps = total_steps
 
     def lr(self, step: int) -> float:
+        """Of a step, as the schedule has it."""
         config = self.config
+        assert config.lr is not None, "Trainer.find_rate comes before the first step"
         return learning_rate(
             step,
             base=config.lr,

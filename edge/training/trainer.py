@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from dlora.edge.adapters.peft import LoadedAdapter
@@ -21,13 +23,18 @@ from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.spans import STEPS
 from dlora.edge.wire.usage import with_other
+from dlora.protocol.choices import KindChoice
+from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.kill_revive import LIVE, UnitState
 
 from .adapter_training import AdapterTraining
 from .checkpoint import Checkpoint
 from .config import TrainConfig
+from .defaults import DEFAULTS, rate_share
 from .device_session import DeviceSession
+from .first_rate import FoundRate, find_rate, probed_steps
 from .metrics import StepMetrics
+from .passes import halvings
 from .train_session import TrainSession
 
 SetUpPiece = Literal["data", "groups"]
@@ -64,6 +71,7 @@ class Trainer(AdapterTraining):
         super().__init__(
             bundle, engine, connection, config, dataset.fingerprint, init=init, checkpoint=checkpoint, window=window
         )
+        self._dataset = dataset
         self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
         before_step = partial(before_set_up, "data")
         basis_pass = partial(self._run_basis_pass, before_step) if config.basis == "data" else None
@@ -72,6 +80,57 @@ class Trainer(AdapterTraining):
         self.open(self.batches.max_sequence_length, basis_pass)
         if config.holds_outputs and isinstance(self.session, DeviceSession) and isinstance(self.model, TrunkModel):
             self.model.hold(dataset, config.batch_size * config.grad_accum, self.session.unchanged_steps)
+
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate, given or found."""
+        assert self.config.optimizer.lr is not None
+        return self.config.optimizer.lr
+
+    def find_rate(self, before_try: Callable[[int, int], None] = lambda done, total: None) -> FoundRate:
+        """Find the peak learning rate, where the configuration leaves it open, and take it for the run.
+
+        AdamW's first update, of the first step's data, is made in several sizes and taken back; the data of the next
+        steps say what each is worth. Nothing but the rate is left of it.
+
+        Args:
+            before_try: called before each try with how many are done, and how many there are at the most.
+
+        Raises as ``forward_backward`` does.
+        """
+        batches = self.batches.step_batches(0)
+        self.forward_backward(batches, grad_scale=1.0 / sum(len(batch.labels) for batch in batches))
+        examples_a_step, total_steps = self.config.batch_size * self.config.grad_accum, self.config.total_steps
+        steps = probed_steps(examples_a_step, total_steps)
+        probed = [batch for step in steps for batch in self.batches.step_batches(step)]
+        parameters, units = self.adapters.parameters().values(), self.adapters.units
+        before = [(parameter.value, parameter.exp_avg, parameter.exp_avg_sq) for parameter in parameters]
+        adam_steps = [unit.adam_steps for unit in units]
+
+        def loss_after(size: float) -> float:
+            self.optimizer.step(self.adapters, lr=size)
+            if self._recorder is not None:
+                self._recorder.add_parameters(self.adapters.for_recording())
+            try:
+                loss = sum(float(self.evaluate_batch(batch).sum(dtype=np.float64)) for batch in probed)
+            except NonFiniteError as error:  # in the middle of an exchange, which cannot be taken back
+                raise NonFiniteError(f"no learning rate was found: {error}; give one: --lr 1e-3") from None
+            for parameter, values in zip(parameters, before, strict=True):
+                parameter.value, parameter.exp_avg, parameter.exp_avg_sq = values
+            for unit, count in zip(units, adam_steps, strict=True):
+                unit.adam_steps = count
+            return loss if math.isfinite(loss) else math.inf
+
+        kind = msgspec.convert(self.config.kind, KindChoice)
+        fall = halvings(self._dataset, steps=total_steps, examples_a_step=examples_a_step)
+        share = rate_share(kind, on_device=self.config.mode != "split") / 2**fall
+        found = find_rate(loss_after, share, before_try, DEFAULTS[kind].most_lr)
+        self.adapters.zero_grad()
+        optimizer = msgspec.structs.replace(self.config.optimizer, lr=found.lr)
+        self.config = msgspec.structs.replace(self.config, optimizer=optimizer)
+        self.identity = msgspec.structs.replace(self.identity, config=self.config)
+        self.optimizer.config = optimizer
+        return found
 
     def run_step(self) -> StepMetrics:
         """One optimizer step: exchange every micro-batch, step AdamW, report the scores.

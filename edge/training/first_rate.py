@@ -1,0 +1,78 @@
+"""The peak learning rate of a run that names none: found from the model and the data, before the first step.
+
+AdamW's first update moves each parameter that has a gradient by the learning rate, whatever the gradient's size. How
+large it may be until it does harm differs a lot between models and data, and the best rate of a whole run differs with
+it: it is a share of that, one for each kind of adapter, which falls with passes (``passes.py``). So the first update is
+tried in several sizes, on the examples of the next steps. Figures:
+docs/decisions/0065-a-first-rate-from-the-model-and-the-data.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+FIRST_SIZE: Final = 0.02
+MOST_TRIES: Final = 12
+"""Sizes that are tried at the most, each double or half of the one before."""
+USUAL_TRIES: Final = 4
+_PROBED_EXAMPLES: Final = 16
+
+
+def probed_steps(examples_a_step: int, total_steps: int) -> range:
+    """The steps whose examples say what an update is worth: 16 examples of the steps after the first, or all of one's;
+    of a run of one step, that one."""
+    after = range(1, 1 + math.ceil(_PROBED_EXAMPLES / examples_a_step))
+    return after[: total_steps - 1] or range(1)
+
+
+class FoundRate(NamedTuple):
+    """A learning rate, and why.
+
+    Attributes:
+        size: of the best first update; tries: how many sizes were tried.
+    """
+
+    lr: float
+    size: float
+    tries: int
+
+
+def find_rate(
+    loss_after: Callable[[float], float],
+    share: float,
+    before_try: Callable[[int, int], None],
+    most: float = math.inf,
+) -> FoundRate:
+    """Try first updates of several sizes, from ``FIRST_SIZE`` by doubles or halves while the loss falls.
+
+    The best size is where a parabola through the losses at three neighbours has its lowest point, the sizes taken as
+    logarithms; a rate has two digits.
+
+    Args:
+        loss_after: the loss after an update of a size; infinite where it is no number.
+        share: of the best size; it is the rate, where that is not above ``most``.
+        before_try: called before each try with how many are done, and how many there are at the most.
+    """
+    tried: dict[int, float] = {}
+
+    def loss_at(place: int) -> float:
+        if place not in tried:
+            before_try(len(tried), MOST_TRIES)
+            tried[place] = loss_after(FIRST_SIZE * 2.0**place)
+        return tried[place]
+
+    way = 1 if loss_at(1) < loss_at(0) else -1
+    best = max(0, way)
+    while len(tried) < MOST_TRIES and (loss_at(best + way) < tried[best] or math.isinf(tried[best])):
+        best += way
+    size = FIRST_SIZE * 2.0 ** (best + _lowest(*(tried.get(best + step, math.inf) for step in (-1, 0, 1))))
+    return FoundRate(float(f"{min(share * size, most):.2g}"), size, len(tried))
+
+
+def _lowest(left: float, middle: float, right: float) -> float:
+    """Where the parabola through three points at -1, 0 and 1 is lowest, of which the middle one is the lowest; 0 where
+    one of them is no number."""
+    bend = left - 2.0 * middle + right
+    return 0.5 * (left - right) / bend if math.isfinite(bend) and bend > 0 else 0.0

@@ -1,0 +1,169 @@
+"""A learning rate that nobody gave: found before the first step, and nothing but the rate is left of the search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from families import VOCABULARY
+from serving import config, random_dataset, serving, training
+from tiny import TinyFactory
+from trunk_runs import trunk_config, trunk_training
+
+from dlora.edge.run.plan import first_rate_mb
+from dlora.edge.training.defaults import DEFAULTS, rate_share
+from dlora.edge.training.first_rate import FIRST_SIZE, MOST_TRIES, FoundRate, find_rate, probed_steps
+from dlora.edge.training.trainer import Trainer
+from dlora.protocol.choices import KindChoice
+
+OPEN = {"lr": None, "schedule": "linear", "warmup": 0.2}
+
+
+@dataclass
+class Losses:
+    """A loss that falls until an update of ``best`` and rises after it, and the sizes that were asked for."""
+
+    best: float
+    asked: list[float]
+
+    def __call__(self, size: float) -> float:
+        self.asked.append(size)
+        return math.log2(size / self.best) ** 2
+
+
+def found(best: float) -> tuple[FoundRate, list[float]]:
+    losses = Losses(best, [])
+    return find_rate(losses, 0.2, lambda done, most: None), losses.asked
+
+
+# -- the search ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best", [0.0003, 0.013, 0.04, 0.05, 0.9])
+def test_a_rate_is_a_share_of_the_best_size_wherever_that_is(best: float) -> None:
+    rate, asked = found(best)
+    assert rate.size == pytest.approx(best)
+    assert rate.lr == float(f"{0.2 * best:.2g}")
+    assert len(set(asked)) == len(asked) == rate.tries <= MOST_TRIES
+
+
+def test_a_search_tries_no_size_twice_as_large_as_one_that_does_harm() -> None:
+    _, asked = found(FIRST_SIZE)
+    assert asked == [2 * FIRST_SIZE, FIRST_SIZE, FIRST_SIZE / 2]
+
+
+def test_a_search_ends_where_the_loss_falls_for_ever() -> None:
+    asked: list[float] = []
+
+    def loss_after(size: float) -> float:
+        asked.append(size)
+        return -size
+
+    rate = find_rate(loss_after, 0.1, lambda done, most: None)
+    assert len(asked) == MOST_TRIES
+    assert rate.size == max(asked)
+
+
+def test_sizes_with_which_the_loss_is_no_number_are_not_chosen() -> None:
+    rate = find_rate(lambda size: math.inf if size > 0.03 else 1.0 - size, 0.2, lambda done, most: None)
+    assert rate.size == FIRST_SIZE
+
+
+def test_a_rate_is_no_larger_than_its_kind_allows() -> None:
+    rate = find_rate(Losses(0.5, []), 0.2, lambda done, most: None, most=0.016)
+    assert (rate.lr, rate.size) == (0.016, pytest.approx(0.5))
+
+
+def test_sizes_get_smaller_until_the_loss_is_a_number() -> None:
+    rate = find_rate(lambda size: math.inf if size > 0.003 else 1.0 - size, 0.2, lambda done, most: None)
+    assert rate.size == FIRST_SIZE / 8
+
+
+@pytest.mark.parametrize(
+    ("examples", "total", "steps"),
+    [(8, 100, [1, 2]), (4, 100, [1, 2, 3, 4]), (32, 100, [1]), (4, 3, [1, 2]), (8, 1, [0])],
+)
+def test_an_update_is_probed_with_the_examples_of_the_next_steps(examples: int, total: int, steps: list[int]) -> None:
+    assert list(probed_steps(examples, total)) == steps
+
+
+def test_every_try_is_told_before_it_is_made() -> None:
+    told: list[tuple[int, int]] = []
+    losses = Losses(0.01, [])
+    find_rate(losses, 0.2, lambda done, most: told.append((done, most)))
+    assert told == [(number, MOST_TRIES) for number in range(len(losses.asked))]
+
+
+# -- in a run ------------------------------------------------------------------------------------------------
+
+RUNS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "ffa": {"kind": "ffa"},
+    "bottleneck": {"kind": "bottleneck", "lora_alpha": 4.0, "basis_steps": 2, "wire_dtype": "int8"},
+    "some units": {"kill_revive": {"active_fraction": 0.5, "warmup_steps": 1}},
+}
+
+
+@contextmanager
+def trainer_of(tiny: TinyFactory, name: str, folder: Path, **optimizer: Any) -> Iterator[Trainer]:
+    made, dataset = tiny(device_blocks=1) if name == "trunk" else tiny(), random_dataset(VOCABULARY)
+    with serving(made.base) as server:
+        if name == "trunk":
+            run = trunk_config((1,), optimizer=optimizer)
+            with trunk_training(made.bundle, server.url, run, dataset, folder.with_suffix(".cache")) as trainer:
+                yield trainer
+        else:
+            run = config(optimizer=optimizer, **RUNS[name])
+            with training(made.bundle, server.url, run, dataset) as trainer:
+                yield trainer
+
+
+def state_after(trainer: Trainer, steps: int) -> tuple[dict[str, Any], list[float]]:
+    rates = [trainer.run_step().learning_rate for _ in range(steps)]
+    trainer.wait_for_signal()
+    return {name: tensor.copy() for name, tensor in trainer.adapters.state().items()}, rates
+
+
+@pytest.mark.parametrize("name", [*RUNS, "trunk"])
+def test_a_run_that_finds_its_rate_is_the_run_that_is_given_it(tiny: TinyFactory, tmp_path: Path, name: str) -> None:
+    with trainer_of(tiny, name, tmp_path / "open", **OPEN) as trainer:
+        rate = trainer.find_rate()
+        identity = trainer.identity
+        state, rates = state_after(trainer, 4)
+    kind = msgspec.convert(trainer.config.kind, KindChoice)
+    most, share = DEFAULTS[kind].most_lr, rate_share(kind, on_device=name == "trunk")
+    assert rate.lr == float(f"{min(most, share * rate.size):.2g}")
+    assert max(rates) == trainer.peak_rate == rate.lr
+    with trainer_of(tiny, name, tmp_path / "given", **{**OPEN, "lr": rate.lr}) as given:
+        assert given.identity == identity
+        wanted, _ = state_after(given, 4)
+    assert state.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        np.testing.assert_array_equal(state[key], tensor, err_msg=key)
+
+
+def test_the_same_run_finds_the_same_rate(tiny: TinyFactory, tmp_path: Path) -> None:
+    rates = []
+    for folder in ("one", "two"):
+        with trainer_of(tiny, "bottleneck", tmp_path / folder, **OPEN) as trainer:
+            rates.append(trainer.find_rate())
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("name", ["lora", "bottleneck", "some units"])
+def test_what_a_search_puts_on_the_wire_is_the_plans(tiny: TinyFactory, tmp_path: Path, name: str) -> None:
+    with trainer_of(tiny, name, tmp_path / "open", **OPEN) as trainer:
+        config, before = trainer.config, sum(trainer.traffic)
+        tries = trainer.find_rate().tries
+        counted = (sum(trainer.traffic) - before) / 1e6
+        expected = first_rate_mb(config, trainer.bundle.manifest, random_dataset(VOCABULARY), tries)
+    assert expected == pytest.approx(counted, rel=0.15)  # the mean step's, of the data's mean micro-batch
+    given = msgspec.structs.replace(config, optimizer=trainer.config.optimizer)
+    assert first_rate_mb(given, trainer.bundle.manifest, random_dataset(VOCABULARY), tries) == 0
