@@ -13,12 +13,10 @@ from dlora.edge.data.split import AUTO_SHARE, parse_split
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.model.device_lora import other_storage_line
-from dlora.edge.run.directory import CHECKPOINTS
 from dlora.edge.run.display import Display
 from dlora.edge.run.file_names import REPORT
 from dlora.edge.run.pause import PauseRules
 from dlora.edge.run.run_file import RunFile, RunSettings, load_run_file
-from dlora.edge.training.checkpoint import list_checkpoints
 from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry, websocket_url
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.identity import load_device_id
@@ -80,8 +78,6 @@ def run_train(
     bundle = Bundle.open(Path(settings.bundle))
     init = _init_adapter(settings, bundle.manifest)
     begun = _begun(out) if resume else None
-    if begun is not None and settings.lr is None and list_checkpoints(out / CHECKPOINTS):
-        settings = msgspec.structs.replace(settings, lr=begun.settings.lr)
     manifest = bundle.manifest
     loaded = None
     if settings.mode == "auto" and begun is not None:

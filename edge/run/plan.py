@@ -6,6 +6,7 @@ import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -264,10 +265,8 @@ def _expected(
     config: TrainConfig, manifest: Manifest, dataset: Dataset, next_step: int, count: Callable[[Traffic], int]
 ) -> float:
     steps = range(next_step, config.total_steps)
-    share = _active_share(config, manifest, steps)
-    everyone = range(len(config.groups(manifest)))
-    none, everything = (count(_mean_traffic(config, manifest, dataset, live)) for live in ((), everyone))
-    return len(steps) * (none + share * (everything - none))
+    mean = _by_share(config, manifest, lambda live: count(_mean_traffic(config, manifest, dataset, live)))
+    return len(steps) * mean(_active_share(config, manifest, steps))
 
 
 def _total_bytes(traffic: Traffic) -> int:
@@ -297,27 +296,32 @@ def first_rate_mb(config: TrainConfig, manifest: Manifest, dataset: Dataset, tri
     nobody knows before: nothing where it is given."""
     if config.optimizer.lr is not None:
         return 0.0
-    share, everyone = _active_share(config, manifest, range(1)), range(len(config.groups(manifest)))
-
-    def mean_bytes(**how: Any) -> float:
-        none, everything = (_mean_bytes(config, manifest, dataset, live, **how) for live in ((), everyone))
-        return none + share * (everything - none)
-
+    step, evaluation = (
+        _by_share(config, manifest, partial(_mean_bytes, config, manifest, dataset, trains=trains))
+        for trains in (True, False)
+    )
+    share = _active_share(config, manifest, range(1))
     evaluations = tries * len(probed_steps(config.batch_size * config.grad_accum, config.total_steps))
-    return (mean_bytes() + evaluations * mean_bytes(trains=False)) / 1e6
+    return (step(share) + evaluations * evaluation(share)) / 1e6
 
 
 def evaluations_mb(config: TrainConfig, manifest: Manifest, evaluations: EvaluationPlan, next_step: int) -> float:
     """What all evaluations from ``next_step`` on will put on the wire, in MB of 10**6 bytes, likewise."""
-    none, everything = (
-        _mean_bytes(config, manifest, evaluations.dataset, live, grad_accum=1, trains=False)
-        for live in ((), range(len(config.groups(manifest))))
-    )
+    cost = partial(_mean_bytes, config, manifest, evaluations.dataset, grad_accum=1, trains=False)
+    mean_bytes = _by_share(config, manifest, cost)
     micro_batches = -(-len(evaluations.dataset) // config.batch_size)
     return sum(
-        len(steps) * micro_batches * (none + _active_share(config, manifest, steps) * (everything - none)) / 1e6
+        len(steps) * micro_batches * mean_bytes(_active_share(config, manifest, steps)) / 1e6
         for steps in evaluations.evaluation_steps(next_step, config.total_steps)
     )
+
+
+def _by_share(
+    config: TrainConfig, manifest: Manifest, cost: Callable[[Sequence[int]], float]
+) -> Callable[[float], float]:
+    """What something costs by the share of the units that are active, of what it costs with these live groups."""
+    none, everything = (cost(live) for live in ((), range(len(config.groups(manifest)))))
+    return lambda share: none + share * (everything - none)
 
 
 def _active_share(config: TrainConfig, manifest: Manifest, steps: range) -> float:

@@ -164,13 +164,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         _server(run, engine, checkpoint, display, stop.is_requested) as connection,
         stop.stop_on_signal(),
     ):
-        with display.setting_up() as show_set_up, _nothing_kept_if_stopped(checkpoint):
-
-            def before_set_up(piece: SetUpPiece, done: int, total: int) -> None:
-                if stop.is_requested():
-                    raise StoppedError("stopped")
-                show_set_up(piece, done, total)
-
+        with _setting_up(display, stop.is_requested, checkpoint) as before_set_up:
             trainer = Trainer(
                 run.bundle, engine, connection, run.config, run.dataset, init=run.init, checkpoint=checkpoint,
                 before_set_up=before_set_up,
@@ -234,6 +228,22 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             write_atomically(run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
     _remove_caches(run)
     return summary
+
+
+@contextlib.contextmanager
+def _setting_up(
+    display: Display, stop: Callable[[], bool], checkpoint: Checkpoint | None
+) -> Iterator[Callable[[SetUpPiece, int, int], None]]:
+    """Show inside what comes before the first step; what it yields is called before each piece of that, and ends the
+    run there where it is to stop."""
+    with display.setting_up() as show, _nothing_kept_if_stopped(checkpoint):
+
+        def before_set_up(piece: SetUpPiece, done: int, total: int) -> None:
+            if stop():
+                raise StoppedError("stopped")
+            show(piece, done, total)
+
+        yield before_set_up
 
 
 @contextlib.contextmanager
@@ -307,14 +317,8 @@ def _server(
 
 def _with_found_rate(run: TrainRun, trainer: Trainer, display: Display, stop: Callable[[], bool]) -> TrainRun:
     """The run with the learning rate that ``trainer`` finds, which its file has from now on."""
-    with display.setting_up() as show, _nothing_kept_if_stopped(None):
-
-        def before_try(done: int, most: int) -> None:
-            if stop():
-                raise StoppedError("stopped")
-            show("rate", done, most)
-
-        found = trainer.find_rate(before_try)
+    with _setting_up(display, stop, None) as before_set_up:
+        found = trainer.find_rate(partial(before_set_up, "rate"))
     display.say(
         f"learning rate {found.lr:g}: the first update was tried in {found.tries} sizes, and {found.size:.2g} does "
         "best on the next examples (--lr)"

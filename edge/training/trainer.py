@@ -37,7 +37,7 @@ from .metrics import StepMetrics
 from .passes import halvings
 from .train_session import TrainSession
 
-SetUpPiece = Literal["data", "groups"]
+SetUpPiece = Literal["data", "groups", "rate"]
 
 
 class Trainer(AdapterTraining):
