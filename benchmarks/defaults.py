@@ -27,7 +27,7 @@ os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREA
 from defaults_places import GRID, SMOLLM2, Place, places, recipes_of
 from defaults_report import write_report
 from economy import make_runs
-from economy_measure import add_server_options
+from economy_measure import add_run_options, add_server_options
 from economy_runs import Plan, RunsFile
 
 from dlora.edge.engine.bundle import Bundle
@@ -86,13 +86,10 @@ def _need_bundle(place: Place, work: Path) -> Path:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_server_options(parser)
-    parser.set_defaults(threads=1)
+    add_run_options(parser, work="for models and bundles", names="MODEL/SET/RECIPE")
+    parser.set_defaults(threads=1, work=Path("build/benchmarks/defaults"))
     parser.add_argument("--runs", type=Path, default=Path("docs/benchmarks/defaults-runs.jsonl"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--work", type=Path, default=Path("build/benchmarks/defaults"), help="for models and bundles")
-    parser.add_argument("--only", nargs="+", default=[], metavar="MODEL/SET/RECIPE", help="with * as well")
-    parser.add_argument("--max-minutes", type=float, default=float("inf"), help="begin no run after so long")
-    parser.add_argument("--report", action="store_true", help="make no runs, write what stands there")
     return parser.parse_args()
 
 

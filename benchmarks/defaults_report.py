@@ -110,7 +110,7 @@ class Bar:
         if not found:
             return None
         worst = (min if self.least else max)(found, key=lambda where: found[where])
-        models = dict(self.places) if self.places != REWRITTEN else [SMOLLM2, *dict(REWRITTEN)]
+        models = dict.fromkeys([*([SMOLLM2] if self.places[0] in REWRITTEN else []), *dict(self.places)])
         command = f"{COMMAND} " + " ".join(f"'{model}/*/{name}'" for model in models for name in self.recipes)
         entry = (at_least if self.least else at_most)(self.bar, found[worst], command)
         if not entry["holds"]:
@@ -143,18 +143,18 @@ def make_bars(table: Table) -> dict[str, Bar]:
         if recipe == DEFAULT:
             bars |= {
                 "default_rewritten_text": Bar(
-                    "loss off the original's, %", 1.0, rewritten_text, _difference(_percent, rewritten), (recipe,)
+                    "loss off the original's, %", 1.0, rewritten_text, _difference(_off(_percent), rewritten), (recipe,)
                 ),
                 "default_rewritten_intents": Bar(
-                    "loss off, nats a label", 0.004, rewritten_intents, _difference(_nats, rewritten), (recipe,)
+                    "loss off, nats a label", 0.004, rewritten_intents, _difference(_off(_nats), rewritten), (recipe,)
                 ),
                 "default_rewritten_points": Bar(
-                    "accuracy off, points", 1.0, rewritten_intents, _difference(_points, rewritten), (recipe,)
+                    "accuracy off, points", 1.0, rewritten_intents, _difference(_off(_points), rewritten), (recipe,)
                 ),
             }
         else:
             bars[f"{recipe}_rewritten"] = Bar(
-                "loss off the original's, %", 2.0, REWRITTEN, _difference(_percent, rewritten), (recipe,)
+                "loss off the original's, %", 2.0, REWRITTEN, _difference(_off(_percent), rewritten), (recipe,)
             )
     seeded = tuple((SMOLLM2, name) for name in REWRITTEN_SETS)
     factors = _against(table, FP16_FACTORS)
@@ -213,6 +213,11 @@ def _nats(ours: Result, theirs: Result) -> float:
 
 def _points(ours: Result, theirs: Result) -> float:
     return 100 * (theirs.accuracy - ours.accuracy)
+
+
+def _off(measure: Callable[[Result, Result], float]) -> Callable[[Result, Result], float]:
+    """In either direction."""
+    return lambda ours, theirs: abs(measure(ours, theirs))
 
 
 def _set_up(ours: Result, theirs: Result) -> float:

@@ -26,7 +26,17 @@ os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREA
 
 import msgspec
 from economy_data import Data, load
-from economy_measure import Cost, Meter, add_place_options, evaluate_rows, first, last_loss, score, trained_fields
+from economy_measure import (
+    Cost,
+    Meter,
+    add_place_options,
+    add_run_options,
+    evaluate_rows,
+    first,
+    last_loss,
+    score,
+    trained_fields,
+)
 from economy_recipes import BASELINE, DEFAULT, Recipe, order, train_config
 from economy_report import write_report
 from economy_runs import CURVE, CURVE_ROWS, Finished, Plan, Point, Run, RunsFile, Score, Settings
@@ -235,10 +245,8 @@ def _options() -> argparse.Namespace:
     add_place_options(parser)
     parser.add_argument("--runs", type=Path, help="docs/benchmarks/economy-runs.jsonl by default")
     parser.add_argument("--docs", type=Path, help="where the report goes: docs by default")
-    parser.add_argument("--work", type=Path, default=Path("build/benchmarks/economy"), help="for the sets as JSONL")
-    parser.add_argument("--only", nargs="+", default=[], metavar="SET/RECIPE", help="a set alone, or with * as well")
-    parser.add_argument("--max-minutes", type=float, default=float("inf"), help="begin no run after so long")
-    parser.add_argument("--report", action="store_true", help="make no runs, write what stands there")
+    add_run_options(parser, work="for the sets as JSONL", names="SET/RECIPE")
+    parser.set_defaults(work=Path("build/benchmarks/economy"))
     parser.add_argument("--quick", action="store_true", help="20 steps, 40 rows, one rate, four recipes, other files")
     options = parser.parse_args()
     home = Path("build/benchmarks/economy-quick") if options.quick else Path("docs")

@@ -40,6 +40,14 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=2)
 
 
+def add_run_options(parser: argparse.ArgumentParser, work: str, names: str) -> None:
+    """Which runs are made; ``work``: what ``--work`` is for, for people; ``names``: what ``--only`` takes."""
+    parser.add_argument("--work", type=Path, help=work)
+    parser.add_argument("--only", nargs="+", default=[], metavar=names, help="or its first part alone; * as well")
+    parser.add_argument("--max-minutes", type=float, default=float("inf"), help="begin no run after so long")
+    parser.add_argument("--report", action="store_true", help="make no runs, write what stands there")
+
+
 class Cost(NamedTuple):
     """What was spent so far."""
 

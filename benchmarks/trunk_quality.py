@@ -18,7 +18,7 @@ from children import QUIET_THREADS
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
 from economy import make_runs
-from economy_measure import add_place_options
+from economy_measure import add_place_options, add_run_options
 from economy_runs import Plan, RunsFile
 from trunk_quality_report import write_report
 from trunk_recipes import COMPARED, order
@@ -39,13 +39,10 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_place_options(parser)
-    parser.set_defaults(bundle=Path("build/smollm2-blocks"), threads=1)
+    add_run_options(parser, work="for what several runs use", names="SET/RECIPE")
+    parser.set_defaults(bundle=Path("build/smollm2-blocks"), threads=1, work=Path("build/benchmarks/trunk"))
     parser.add_argument("--runs", type=Path, default=Path("docs/benchmarks/trunk-runs.jsonl"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--work", type=Path, default=Path("build/benchmarks/trunk"), help="for what several runs use")
-    parser.add_argument("--only", nargs="+", default=[], metavar="SET/RECIPE", help="a set alone, or with * as well")
-    parser.add_argument("--max-minutes", type=float, default=float("inf"), help="begin no run after so long")
-    parser.add_argument("--report", action="store_true", help="make no runs, write what stands there")
     return parser.parse_args()
 
 
