@@ -9,7 +9,6 @@ import json
 import shlex
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -21,13 +20,9 @@ from arm_place import Place, train
 from arm_root import COMMANDS, FROZEN, PACKAGE, ROOT, Device, assert_same_steps, entered, losses, run
 from drawn import one_in
 from processes import CloudProcess, Finished, cloud_process, run_edge
+from without_torch import SUITES
 
 pytestmark = [pytest.mark.arm, pytest.mark.timeout(3600)]
-# Protocol, adapters' scores, checkpoints, data.
-SUITES = (
-    "frames", "session", "link", "deadline", "checkpoint", "scores", "edge_data", "data_split", "learning_rate",
-    "tensor_file", "pause",
-)  # fmt: skip
 LOSS_TOLERANCE = 1e-4
 REAL_BUNDLE = ROOT / "build" / "smollm2-fp32"
 
@@ -138,15 +133,6 @@ def test_errors_are_one_line_and_an_exit_code(place: Place, arguments: list[str]
     assert done.code == code, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_suites_for_arm_need_no_torch() -> None:
-    """They pass on this machine without it: a suite that was renamed, or takes torch since, is told at once."""
-    blocked = "import sys, pytest; sys.modules['torch'] = None; sys.exit(pytest.main(sys.argv[1:]))"
-    suites = [f"tests/test_{suite}.py" for suite in SUITES]
-    command = [sys.executable, "-c", blocked, "-q", "-p", "no:cacheprovider", *suites]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 
 @pytest.mark.slow
