@@ -74,7 +74,7 @@ def places(work: Path) -> dict[str, Place]:
 
 def recipes_of(place: Place, manifest: Manifest) -> dict[str, Recipe]:
     """What is run on it, by name, as the command chooses it for that bundle."""
-    default, on_device = _default_recipe(manifest), place.device_blocks
+    on_device = place.device_blocks
     last = {
         "rank": 8,
         "lora_alpha": 16.0,
@@ -82,8 +82,9 @@ def recipes_of(place: Place, manifest: Manifest) -> dict[str, Recipe]:
         "blocks": last_blocks(manifest, on_device),
     }
     seeded = SEEDED_SETS if place.model == SMOLLM2 else ()
+    default = replace(_default_recipe(manifest), bars=seeded)
     found = {
-        DEFAULT: replace(default, bars=seeded),
+        DEFAULT: default,
         LORA: Recipe("lora", {"rank": 8}, default_lr=DEFAULTS["lora"].lr),
         TRUNK: Recipe("trunk", last, default_lr=4e-3, device_blocks=on_device),
     }

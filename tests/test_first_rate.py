@@ -18,7 +18,7 @@ from tiny import TinyFactory
 from trunk_runs import trunk_config, trunk_training
 
 from dlora.edge.run.plan import first_rate_mb
-from dlora.edge.training.defaults import DEFAULTS, rate_share
+from dlora.edge.training.defaults import rate_share
 from dlora.edge.training.first_rate import FIRST_SIZE, MOST_TRIES, FoundRate, find_rate, probed_steps
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.choices import KindChoice
@@ -138,7 +138,7 @@ def test_a_run_that_finds_its_rate_is_the_run_that_is_given_it(tiny: TinyFactory
         identity = trainer.identity
         state, rates = state_after(trainer, 4)
     kind = msgspec.convert(trainer.config.kind, KindChoice)
-    most, share = DEFAULTS[kind].most_lr, rate_share(kind, on_device=name == "trunk")
+    share, most = rate_share(kind, on_device=name == "trunk")
     assert rate.lr == float(f"{min(most, share * rate.size):.2g}")
     assert max(rates) == trainer.peak_rate == rate.lr
     with trainer_of(tiny, name, tmp_path / "given", **{**OPEN, "lr": rate.lr}) as given:

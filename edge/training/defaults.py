@@ -23,8 +23,7 @@ class KindDefaults:
     Attributes:
         lr: peak learning rate of a loop of one's own; a run finds its own (``first_rate.py``).
         share: the rate that it finds, as a share of the size of the best first update, before it falls with passes;
-            ``rate_share`` gives it.
-        most_lr: the largest rate that it finds.
+            most_lr: the largest rate that it finds. ``rate_share`` gives both.
         weight_decay: AdamW's, of adapters that begin at zero; it would make one that a run starts from forget.
         basis: what the server makes its part from; None: it makes none.
         basis_steps: how many steps' data a basis of ``data`` is made from.
@@ -53,16 +52,16 @@ class KindDefaults:
 DEFAULT_KIND: Final[KindChoice] = "bottleneck"
 
 _NARROWEST: Final = 8
-_SHARE_ON_DEVICE: Final = 0.15  # of LoRA beside all linear modules of some blocks, not beside two of each
+_ON_DEVICE: Final = (0.15, 1.6e-2)  # of LoRA beside all linear modules of some blocks, not beside two of each
 
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     # The first update moves B alone, and later ones A as well, whose numbers begin at some hundredths.
-    "lora": KindDefaults(lr=8e-3, share=0.25, most_lr=1.6e-2),
+    "lora": KindDefaults(lr=8e-3, share=0.25, most_lr=1.1e-2),
     "ffa": KindDefaults(lr=3.2e-2, share=1.0),
     "bottleneck": KindDefaults(
         lr=8e-3,
         share=0.5,
-        most_lr=6.4e-2,
+        most_lr=4.5e-2,
         weight_decay=1.0,
         r=96,
         target_modules=ALL_LINEAR,
@@ -75,10 +74,10 @@ DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
 }
 
 
-def rate_share(kind: KindChoice, *, on_device: bool = False) -> float:
-    """The rate that a run finds, as a share of the size of the best first update; ``on_device``: whether the blocks
-    that are trained run on the device."""
-    return _SHARE_ON_DEVICE if on_device else DEFAULTS[kind].share
+def rate_share(kind: KindChoice, *, on_device: bool = False) -> tuple[float, float]:
+    """The rate that a run finds, as a share of the size of the best first update, and the largest that it finds;
+    ``on_device``: whether the blocks that are trained run on the device."""
+    return _ON_DEVICE if on_device else (DEFAULTS[kind].share, DEFAULTS[kind].most_lr)
 
 
 def default_rank(kind: KindChoice, manifest: Manifest, groups: tuple[GroupSpec, ...]) -> int:

@@ -30,7 +30,7 @@ from dlora.protocol.kill_revive import LIVE, UnitState
 from .adapter_training import AdapterTraining
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .defaults import DEFAULTS, rate_share
+from .defaults import rate_share
 from .device_session import DeviceSession
 from .first_rate import FoundRate, find_rate, probed_steps
 from .metrics import StepMetrics
@@ -123,8 +123,8 @@ class Trainer(AdapterTraining):
 
         kind = msgspec.convert(self.config.kind, KindChoice)
         fall = halvings(self._dataset, steps=total_steps, examples_a_step=examples_a_step)
-        share = rate_share(kind, on_device=self.config.mode != "split") / 2**fall
-        found = find_rate(loss_after, share, before_try, DEFAULTS[kind].most_lr)
+        share, most = rate_share(kind, on_device=self.config.mode != "split")
+        found = find_rate(loss_after, share / 2**fall, before_try, most)
         self.adapters.zero_grad()
         optimizer = msgspec.structs.replace(self.config.optimizer, lr=found.lr)
         self.config = msgspec.structs.replace(self.config, optimizer=optimizer)
