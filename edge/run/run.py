@@ -179,7 +179,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
             fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
             _save_run_file(run, connection.welcome)
-        release_code()
+        release_code()  # what the search takes would come on top of it
         if run.config.optimizer.lr is None:
             run = _with_found_rate(run, trainer, display, stop.is_requested)
             _save_run_file(run, connection.welcome)

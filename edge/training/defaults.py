@@ -52,7 +52,8 @@ class KindDefaults:
 DEFAULT_KIND: Final[KindChoice] = "bottleneck"
 
 _NARROWEST: Final = 8
-_ON_DEVICE: Final = (0.15, 1.6e-2)  # of LoRA beside all linear modules of some blocks, not beside two of each
+# Share and most_lr of LoRA beside all linear modules of some blocks, not beside two of each.
+_ON_DEVICE: Final = (0.15, 1.6e-2)
 
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     # The first update moves B alone, and later ones A as well, whose numbers begin at some hundredths.
