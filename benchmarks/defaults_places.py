@@ -113,6 +113,7 @@ def _default_recipe(manifest: Manifest) -> Recipe:
     rank = default_rank("bottleneck", manifest, groups)
     return replace(
         RECIPES[DEFAULT],
+        has_grid=True,
         adapter={
             "kind": "bottleneck",
             "basis": defaults.basis,

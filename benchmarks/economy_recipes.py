@@ -54,7 +54,7 @@ class Recipe:
         device_blocks: how many of the last blocks run on the device, in the mode ``trunk``; 0: the mode ``split``.
         gains: whether it has the bundle's; LoRA as others train it has none, nor has what was run before there were
             any (decision 0063).
-        has_grid: whether its rate is chosen; else it has the one of a user who gives none.
+        has_grid: whether its rate is chosen from the grid; else it has the one of a user who gives none.
         trains: whether it makes a step at all; else it is the base model.
     """
 
@@ -137,6 +137,7 @@ RECIPES: Final[dict[str, Recipe]] = {
         default_lr=8e-3,
         weight_decay=1.0,
         bars=BARRED_SETS,
+        has_grid=False,  # ``defaults.py`` has its grids
     ),
     # ---- Run before there were gains; what they are compared for is not the rate.
     SECOND: _former_recipe(

@@ -51,11 +51,12 @@ rests on a recipe, one elsewhere.
 **Rates.** Every recipe chooses its learning rate by the loss on validation rows, which are neither trained nor tested
 on, with seed 0 and from one grid: {grid}. It begins at the rate of a user who gives none and goes outward while that
 gains something: the best has both its neighbours tried. Each table has the chosen rate and the one without `--lr`:
-for the default the one that the command finds before the first step
-([decision 0065](decisions/0065-a-first-rate-from-the-model-and-the-data.md)), for LoRA 0.001. LoRA is trained without
-gains here, as other tools train it. Recipes that are called *without gains*, and those of blocks on the device, were
-run before there were any ([0063](decisions/0063-gains-are-measured-at-export.md)), and their rates without `--lr` are
-those of that time.
+for LoRA 0.001, for the default the one that the command finds before the first step, the median of its seeds
+([decision 0065](decisions/0065-a-first-rate-from-the-model-and-the-data.md)). The default chooses none here: its two
+lines are the same runs, once beside LoRA at its best rate and once beside LoRA at 0.001;
+[below](#without-a-rate-on-other-models) is what a grid would have given. LoRA is trained without gains here, as other
+tools train it. Recipes that are called *without gains*, and those of blocks on the device, were run before there were
+any ([0063](decisions/0063-gains-are-measured-at-export.md)), and their rates without `--lr` are those of that time.
 Every run is tested, whatever its rate; that chooses nothing. What choosing costs is not counted. The file of runs also
 has some of recipes that are no more, which count nowhere. `ffa` is not among the recipes: its deltas are as
 wide as LoRA's.
@@ -71,8 +72,8 @@ the steps. *CPU* is the processor's time of the device's whole process, *time* t
 rows, seeds pooled. They say what other test rows would change, not what other seeds would. *Not worse* is a mean loss
 at most 0.02 above the baseline's and at most 1.5 points less right; with dialogue, a loss at most 2.5 % above.
 
-**Where.** Two shared cores of an AMD EPYC, loopback, 2 threads for the server and 2 for the device, beside other work
-and at low priority: times are rough. The server's base model is {dtype}.
+**Where.** Two shared cores of an AMD EPYC, loopback, 2 threads for the server and 2 for the device (the default: 1 and
+1), beside other work and at low priority: times are rough. The server's base model is {dtype}.
 """
 
 
@@ -185,7 +186,9 @@ def _set_lines(find: Find, set_name: str, folder: Path) -> Iterator[str]:
 
 def _row(result: Result, baseline: Result | None, rate: Rate) -> str:
     """A line of the table; differences only where the baseline has some of its seeds."""
-    if rate == "chosen":
+    if rate == "chosen" and result.lr is None:
+        shown = f"{result.rate:g}, found"
+    elif rate == "chosen":
         shown = f"{result.rate:g}" + (", at the grid's end" if result.lr in (GRID[0], GRID[-1]) else "")
     else:
         shown = f"{result.rate:g}, without `--lr`"

@@ -76,13 +76,15 @@ class Result:
 
 
 def find_result(finished: Finished, plan: Plan, set_name: str, recipe: str, rate: Rate) -> Result | None:
-    """What is finished of a recipe with its chosen rate or with the one of a user who gives none.
+    """What is finished of a recipe with its chosen rate or with the one of a user who gives none, which is both of a
+    recipe that has no grid.
 
     None where the rate is not chosen yet, or no run of it ended well.
     """
     of_recipe = plan.recipes[recipe]
-    lr = plan.chosen_lr(finished, set_name, recipe) if rate == "chosen" else of_recipe.usual_lr(set_name)
-    if lr is None and rate == "chosen":
+    is_chosen = rate == "chosen" and of_recipe.has_grid
+    lr = plan.chosen_lr(finished, set_name, recipe) if is_chosen else of_recipe.usual_lr(set_name)
+    if lr is None and is_chosen:
         return None
     found = [plan.find(finished, set_name, recipe, lr, seed) for seed in of_recipe.seeds(set_name)]
     runs = tuple(run for run in found if run is not None and run.test is not None)

@@ -18,7 +18,7 @@ from tiny import TinyFactory
 from trunk_runs import trunk_config, trunk_training
 
 from dlora.edge.run.plan import first_rate_mb
-from dlora.edge.training.defaults import rate_share
+from dlora.edge.training.defaults import DEFAULTS
 from dlora.edge.training.first_rate import FIRST_SIZE, MOST_TRIES, FoundRate, find_rate, probed_steps
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.choices import KindChoice
@@ -40,7 +40,11 @@ class Losses:
 
 def found(best: float) -> tuple[FoundRate, list[float]]:
     losses = Losses(best, [])
-    return find_rate(losses, 0.2, lambda done, most: None), losses.asked
+    return find_rate(losses, _a_fifth, lambda done, most: None), losses.asked
+
+
+def _a_fifth(size: float) -> float:
+    return 0.2 * size
 
 
 # -- the search ----------------------------------------------------------------------------------------------
@@ -66,23 +70,30 @@ def test_a_search_ends_where_the_loss_falls_for_ever() -> None:
         asked.append(size)
         return -size
 
-    rate = find_rate(loss_after, 0.1, lambda done, most: None)
+    rate = find_rate(loss_after, _a_fifth, lambda done, most: None)
     assert len(asked) == MOST_TRIES
     assert rate.size == max(asked)
 
 
 def test_sizes_with_which_the_loss_is_no_number_are_not_chosen() -> None:
-    rate = find_rate(lambda size: math.inf if size > 0.03 else 1.0 - size, 0.2, lambda done, most: None)
+    rate = find_rate(lambda size: math.inf if size > 0.03 else 1.0 - size, _a_fifth, lambda done, most: None)
     assert rate.size == FIRST_SIZE
 
 
-def test_a_rate_is_no_larger_than_its_kind_allows() -> None:
-    rate = find_rate(Losses(0.5, []), 0.2, lambda done, most: None, most=0.016)
-    assert (rate.lr, rate.size) == (0.016, pytest.approx(0.5))
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [
+        ("lora", [0.0025, 0.005, 0.01]),  # B and A move: the root of the size
+        ("ffa", [0.01, 0.04, 0.16]),
+        ("bottleneck", [0.005, 0.02, 0.045]),  # the largest that it finds
+    ],
+)
+def test_a_kinds_rate_goes_with_the_size_of_the_best_first_update(kind: KindChoice, rates: list[float]) -> None:
+    assert [DEFAULTS[kind].rate_of(size) for size in (0.01, 0.04, 0.16)] == pytest.approx(rates)
 
 
 def test_sizes_get_smaller_until_the_loss_is_a_number() -> None:
-    rate = find_rate(lambda size: math.inf if size > 0.003 else 1.0 - size, 0.2, lambda done, most: None)
+    rate = find_rate(lambda size: math.inf if size > 0.003 else 1.0 - size, _a_fifth, lambda done, most: None)
     assert rate.size == FIRST_SIZE / 8
 
 
@@ -97,7 +108,7 @@ def test_an_update_is_probed_with_the_examples_of_the_next_steps(examples: int, 
 def test_every_try_is_told_before_it_is_made() -> None:
     told: list[tuple[int, int]] = []
     losses = Losses(0.01, [])
-    find_rate(losses, 0.2, lambda done, most: told.append((done, most)))
+    find_rate(losses, _a_fifth, lambda done, most: told.append((done, most)))
     assert told == [(number, MOST_TRIES) for number in range(len(losses.asked))]
 
 
@@ -138,8 +149,7 @@ def test_a_run_that_finds_its_rate_is_the_run_that_is_given_it(tiny: TinyFactory
         identity = trainer.identity
         state, rates = state_after(trainer, 4)
     kind = msgspec.convert(trainer.config.kind, KindChoice)
-    share, most = rate_share(kind, on_device=name == "trunk")
-    assert rate.lr == float(f"{min(most, share * rate.size):.2g}")
+    assert rate.lr == float(f"{DEFAULTS[kind].rate_of(rate.size):.2g}")
     assert max(rates) == trainer.peak_rate == rate.lr
     with trainer_of(tiny, name, tmp_path / "given", **{**OPEN, "lr": rate.lr}) as given:
         assert given.identity == identity

@@ -113,8 +113,8 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. By default it is found before the first step: a share of the size of the first "
-            "update that does best on the examples of the next steps.",
+            help="Peak learning rate. By default it is found before the first step, from the size of the first update "
+            "that does best on the examples of the next steps.",
             min=0.0,
             max=1e3,
         ),

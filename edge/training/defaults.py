@@ -7,6 +7,7 @@ nothing is said. Figures: docs/benchmarks.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,8 +23,7 @@ class KindDefaults:
 
     Attributes:
         lr: peak learning rate of a loop of one's own; a run finds its own (``first_rate.py``).
-        share: the rate that it finds, as a share of the size of the best first update, before it falls with passes;
-            most_lr: the largest rate that it finds. ``rate_share`` gives both.
+        rate_of: the rate that it finds, for the size of the best first update, before it falls with passes.
         weight_decay: AdamW's, of adapters that begin at zero; it would make one that a run starts from forget.
         basis: what the server makes its part from; None: it makes none.
         basis_steps: how many steps' data a basis of ``data`` is made from.
@@ -36,8 +36,7 @@ class KindDefaults:
     """
 
     lr: float
-    share: float
-    most_lr: float = math.inf
+    rate_of: Callable[[float], float]
     weight_decay: float = 0.0
     wire_dtype: str = "fp16"
     adapt: Adapt = "all"
@@ -52,17 +51,14 @@ class KindDefaults:
 DEFAULT_KIND: Final[KindChoice] = "bottleneck"
 
 _NARROWEST: Final = 8
-# Share and most_lr of LoRA beside all linear modules of some blocks, not beside two of each.
-_ON_DEVICE: Final = (0.15, 1.6e-2)
-
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
-    # The first update moves B alone, and later ones A as well, whose numbers begin at some hundredths.
-    "lora": KindDefaults(lr=8e-3, share=0.25, most_lr=1.1e-2),
-    "ffa": KindDefaults(lr=3.2e-2, share=1.0),
+    # The first update moves B alone, so what it adds goes like the rate; later ones move A and B, whose product goes
+    # like the rate's square.
+    "lora": KindDefaults(lr=8e-3, rate_of=lambda size: 0.025 * math.sqrt(size)),
+    "ffa": KindDefaults(lr=3.2e-2, rate_of=lambda size: size),
     "bottleneck": KindDefaults(
         lr=8e-3,
-        share=0.5,
-        most_lr=4.5e-2,
+        rate_of=lambda size: min(0.5 * size, 4.5e-2),
         weight_decay=1.0,
         r=96,
         target_modules=ALL_LINEAR,
@@ -73,12 +69,6 @@ DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
         warms_up=False,  # the basis pass says of every unit, once, what a warm-up would
     ),
 }
-
-
-def rate_share(kind: KindChoice, *, on_device: bool = False) -> tuple[float, float]:
-    """The rate that a run finds, as a share of the size of the best first update, and the largest that it finds;
-    ``on_device``: whether the blocks that are trained run on the device."""
-    return _ON_DEVICE if on_device else (DEFAULTS[kind].share, DEFAULTS[kind].most_lr)
 
 
 def default_rank(kind: KindChoice, manifest: Manifest, groups: tuple[GroupSpec, ...]) -> int:

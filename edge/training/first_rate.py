@@ -2,8 +2,8 @@
 
 AdamW's first update moves each parameter that has a gradient by the learning rate, whatever the gradient's size. How
 large it may be until it does harm differs a lot between models and data, and the best rate of a whole run differs with
-it: it is a share of that, one for each kind of adapter, which falls with passes (``passes.py``). So the first update is
-tried in several sizes, on the examples of the next steps. Figures:
+it, by one rule for each kind of adapter (``defaults.py``), and falls with passes (``passes.py``). So the first update
+is tried in several sizes, on the examples of the next steps. Figures:
 docs/decisions/0065-a-first-rate-from-the-model-and-the-data.md.
 """
 
@@ -41,9 +41,8 @@ class FoundRate(NamedTuple):
 
 def find_rate(
     loss_after: Callable[[float], float],
-    share: float,
+    rate_of: Callable[[float], float],
     before_try: Callable[[int, int], None],
-    most: float = math.inf,
 ) -> FoundRate:
     """Try first updates of several sizes, from ``FIRST_SIZE`` by doubles or halves while the loss falls.
 
@@ -52,7 +51,7 @@ def find_rate(
 
     Args:
         loss_after: the loss after an update of a size; infinite where it is no number.
-        share: of the best size; it is the rate, where that is not above ``most``.
+        rate_of: the rate that goes with the best size.
         before_try: called before each try with how many are done, and how many there are at the most.
     """
     tried: dict[int, float] = {}
@@ -68,7 +67,7 @@ def find_rate(
     while len(tried) < MOST_TRIES and (loss_at(best + way) < tried[best] or math.isinf(tried[best])):
         best += way
     size = FIRST_SIZE * 2.0 ** (best + _lowest(*(tried.get(best + step, math.inf) for step in (-1, 0, 1))))
-    return FoundRate(float(f"{min(share * size, most):.2g}"), size, len(tried))
+    return FoundRate(float(f"{rate_of(size):.2g}"), size, len(tried))
 
 
 def _lowest(left: float, middle: float, right: float) -> float:

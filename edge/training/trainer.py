@@ -30,7 +30,7 @@ from dlora.protocol.kill_revive import LIVE, UnitState
 from .adapter_training import AdapterTraining
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .defaults import rate_share
+from .defaults import DEFAULTS
 from .device_session import DeviceSession
 from .first_rate import FoundRate, find_rate, probed_steps
 from .metrics import StepMetrics
@@ -121,10 +121,9 @@ class Trainer(AdapterTraining):
                 unit.adam_steps = count
             return loss if math.isfinite(loss) else math.inf
 
-        kind = msgspec.convert(self.config.kind, KindChoice)
+        rate_of = DEFAULTS[msgspec.convert(self.config.kind, KindChoice)].rate_of
         fall = halvings(self._dataset, steps=total_steps, examples_a_step=examples_a_step)
-        share, most = rate_share(kind, on_device=self.config.mode != "split")
-        found = find_rate(loss_after, share / 2**fall, before_try, most)
+        found = find_rate(loss_after, lambda size: rate_of(size) / 2**fall, before_try)
         self.adapters.zero_grad()
         optimizer = msgspec.structs.replace(self.config.optimizer, lr=found.lr)
         self.config = msgspec.structs.replace(self.config, optimizer=optimizer)
