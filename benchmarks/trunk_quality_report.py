@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from bars import Entry, at_most, write_bars
 from economy_data import SETS as ALL_SETS
-from economy_recipes import BASELINE, FORMER
+from economy_recipes import BASELINE, DEFAULT
 from economy_results import Difference, Result, accuracy_difference, find_result, loss_difference
 from economy_runs import Plan, Run
 from sections import TRUNK, with_section
@@ -33,12 +33,12 @@ INTRO: Final = f"""## {TRUNK}
 
 LoRA on all linear modules of the last k of 30 blocks, which run on the device (`--mode trunk`, blocks in fp16), against
 the baseline of this page, LoRA of rank 8 on q and v of all blocks, and the command's default recipe. The same rows,
-seeds, grid of rates and validation rows; differences to the baseline with 95 % intervals as above, each at its own best
-rate. *As good* is a mean loss at most {LOSS_BAR} above the baseline's and at most {POINTS_BAR} points less right; on
-dialogue the loss alone. Bytes are those of the one time that the texts cross, over the tokens of these runs, most of
-which pass over their data once: each further epoch costs none, where the others cost the same again. Seconds are
-processor time of the device's process a step, most of it one thread; memory is its peak at 256 tokens a step
-(`python benchmarks/trunk.py --only memory`).
+seeds and validation rows; differences to the baseline with 95 % intervals as above, the default at the rate that it
+finds, the others at the best of the grid. *As good* is a mean loss at most {LOSS_BAR} above the baseline's and at most
+{POINTS_BAR} points less right; on dialogue the loss alone. Bytes are those of the one time that the texts cross, over
+the tokens of these runs, most of which pass over their data once: each further epoch costs none, where the others cost
+the same again. Seconds are processor time of the device's process a step, most of it one thread; memory is its peak at
+256 tokens a step (`python benchmarks/trunk.py --only memory`).
 """
 CHOICE: Final = """### What to choose when
 
@@ -75,7 +75,7 @@ def write_report(runs: Mapping[str, Run], plan: Plan, docs: Path) -> dict[str, A
         results = {name: find_result(runs, plan, set_name, name, "chosen") for name in COMPARED}
         baseline = results[BASELINE]
         there = {name: result for name, result in results.items() if result is not None}
-        if baseline is None or not any(name not in (BASELINE, FORMER) for name in there):
+        if baseline is None or not any(name not in (BASELINE, DEFAULT) for name in there):
             continue
         title = ALL_SETS[set_name].title
         lines += [f"### {title[:1].upper()}{title[1:]}\n", *_table(there, baseline, memory), ""]

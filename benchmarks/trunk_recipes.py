@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from economy_recipes import BASELINE, FORMER, RECIPES, Recipe
+from economy_recipes import BASELINE, DEFAULT, RECIPES, Recipe
 
 SETS: Final = ("b10", "dialogue", "b20", "arc_easy")
 CHANCE: Final = {"arc_easy": 0.25}
@@ -44,12 +44,12 @@ TRUNK_RECIPES: Final[dict[str, Recipe]] = {
     for count in BLOCKS
 }
 
-COMPARED: Final = {**{name: replace(RECIPES[name], bars=SETS) for name in (BASELINE, FORMER)}, **TRUNK_RECIPES}
+COMPARED: Final = {**{name: replace(RECIPES[name], bars=SETS) for name in (BASELINE, DEFAULT)}, **TRUNK_RECIPES}
 """Runs of the first two are those of ``economy.py``, as far as it has them."""
 
 OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
     BASELINE: ("--mode", "split", "--kind", "lora", "--active-fraction", "1"),
-    FORMER: ("--mode", "split", "--kind", "bottleneck"),
+    DEFAULT: ("--mode", "split", "--kind", "bottleneck"),
     **{
         recipe_name(count, rank): (
             "--mode", "trunk", "--device-blocks", str(count), "--rank", str(rank), "--alpha", str(2 * rank),

@@ -43,7 +43,7 @@ BENCHMARKED = Path("docs/benchmarks/economy-results.json")
 # at the best rate of a grid; ours is at the rate that the demo takes.
 COMPARED = {
     ("lora-qv-all", "chosen"): "all-active LoRA at its best rate",
-    ("bottleneck-96-answer-int8", "default"): "this recipe with all its blocks active",
+    ("default", "default"): "this recipe with all its blocks active",
 }
 BIN = Path(sys.executable).parent
 # Server and device share these cores; idle OpenMP threads would spin on them.
