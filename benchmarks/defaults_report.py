@@ -265,8 +265,9 @@ the lowest loss on validation rows, both its neighbours tried; all losses here a
 the loss without `--lr` less that at the best rate; *kept* is the default's gain over the base model as a share of that
 of LoRA without gains (rank 8 on q and v of all blocks, at its best rate). gpt2, gemma3, gpt_neox and qwen2 are models
 of eight blocks and 256 channels of these families, trained for minutes on docstrings (`benchmarks/small_models.py`):
-worse than any model that is used, and with weights of a real training. Three seeds where SmolLM2's row says so, one
-elsewhere. The guard has no part in it: tested is what a run ends with.
+worse than any model that is used, and with weights of a real training. Three seeds of the default and of LoRA without
+gains where the row says so; seed 0 of all that is a grid's best, of `--kind lora` and of `--mode trunk`. The guard has
+no part in it: tested is what a run ends with.
 """
 
 REWRITTEN_INTRO: Final = """### The same model written otherwise

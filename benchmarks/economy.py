@@ -1,10 +1,11 @@
 """What a run costs on the wire, and what it is worth: recipes against each other on six sets.
 
 Each recipe trains a fresh adapter over a real websocket against one server; runs of two recipes with one seed see the
-same rows in the same order. The learning rate of each is chosen on validation rows, from one grid. A finished run is a
-line of --runs and is never made again, so that the hours that all of them take can be had in pieces: --only names some
-of them, --max-minutes ends after the run under way, --report makes none. --quick is a taste in minutes, kept apart.
-JSON goes to stdout; docs/benchmarks.md, docs/benchmarks/economy.json and the plots beside it are written at the end.
+same rows in the same order. The learning rate of each but the default, which finds its own, is chosen on validation
+rows, from one grid. A finished run is a line of --runs and is never made again, so that the hours that all of them take
+can be had in pieces: --only names some of them, --max-minutes ends after the run under way, --report makes none.
+--quick is a taste in minutes, kept apart. JSON goes to stdout; docs/benchmarks.md, docs/benchmarks/economy.json and the
+plots beside it are written at the end.
 """
 
 from __future__ import annotations

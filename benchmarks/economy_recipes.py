@@ -17,7 +17,7 @@ from dlora.protocol.manifest import AdapterDefaults
 from dlora.protocol.wire_codecs import Codecs
 
 GRID: Final = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-"""The learning rates that every recipe chooses among."""
+"""The learning rates that recipes choose among."""
 
 BASELINE: Final = "lora-qv-all"
 DEFAULT: Final = "default"
@@ -137,7 +137,7 @@ RECIPES: Final[dict[str, Recipe]] = {
         default_lr=8e-3,
         weight_decay=1.0,
         bars=BARRED_SETS,
-        has_grid=False,  # ``defaults.py`` has its grids
+        has_grid=False,  # of some sets and models, ``defaults.py`` has one
     ),
     # ---- Run before there were gains; what they are compared for is not the rate.
     SECOND: _former_recipe(

@@ -48,18 +48,18 @@ on q and v of all 30 blocks, fp16 on the wire. One epoch where a set's title say
 with the command's weight decay (1 for bottlenecks, 0 for LoRA), 3 % warm-up, then linear to 0. Three seeds where a bar
 rests on a recipe, one elsewhere.
 
-**Rates.** Every recipe chooses its learning rate by the loss on validation rows, which are neither trained nor tested
-on, with seed 0 and from one grid: {grid}. It begins at the rate of a user who gives none and goes outward while that
-gains something: the best has both its neighbours tried. Each table has the chosen rate and the one without `--lr`:
-for LoRA 0.001, for the default the one that the command finds before the first step, the median of its seeds
-([decision 0065](decisions/0065-a-first-rate-from-the-model-and-the-data.md)). The default chooses none here: its two
-lines are the same runs, once beside LoRA at its best rate and once beside LoRA at 0.001;
-[below](#without-a-rate-on-other-models) is what a grid would have given. LoRA is trained without gains here, as other
-tools train it. Recipes that are called *without gains*, and those of blocks on the device, were run before there were
-any ([0063](decisions/0063-gains-are-measured-at-export.md)), and their rates without `--lr` are those of that time.
-Every run is tested, whatever its rate; that chooses nothing. What choosing costs is not counted. The file of runs also
-has some of recipes that are no more, which count nowhere. `ffa` is not among the recipes: its deltas are as
-wide as LoRA's.
+**Rates.** Every recipe but the default chooses its learning rate by the loss on validation rows, which are neither
+trained nor tested on, with seed 0 and from one grid: {grid}. It begins at the rate of a user who gives none and goes
+outward while that gains something: the best has both its neighbours tried. Each table has the chosen rate and the one
+without `--lr`: for LoRA 0.001, for the default the one that the command finds before the first step, the median of its
+seeds' rates ([decision 0065](decisions/0065-a-first-rate-from-the-model-and-the-data.md)). The default chooses none
+here: its two lines are the same runs, once beside LoRA at its best rate and once beside LoRA at 0.001;
+[below](#without-a-rate-on-other-models) is what a grid gives, where it was run. LoRA is trained without gains here, as
+other tools train it. Recipes that are called *without gains*, and those of blocks on the device, were run before there
+were any ([0063](decisions/0063-gains-are-measured-at-export.md)), and their rates without `--lr` are those of that
+time. Every run is tested, whatever its rate; that chooses nothing. What choosing costs is not counted. The file of runs
+also has some of recipes that are no more, which count nowhere. `ffa` is not among the recipes: its deltas are as wide
+as LoRA's.
 
 **What is counted.** *Loss* is the mean a label, *right* the share of rows whose every label is the likeliest token,
 which is what greedy decoding writes; of dialogue it says nothing. Tested on are all test rows of the intents, the
@@ -68,9 +68,10 @@ the last step, over the tokens trained on: set-up, adapter state, tries for a ra
 retries, reports; not evaluations, nor the 2 to 14 bytes that websockets add a frame. *Round trips* are the median of
 the steps. *CPU* is the processor's time of the device's whole process, *time* the clock's, both without evaluations.
 
-**Differences** are to the baseline at the same kind of rate, ours minus theirs, with 95 % intervals: a bootstrap over
-rows, seeds pooled. They say what other test rows would change, not what other seeds would. *Not worse* is a mean loss
-at most 0.02 above the baseline's and at most 1.5 points less right; with dialogue, a loss at most 2.5 % above.
+**Differences** are to the baseline with the rate that it chose, or without `--lr`, ours minus theirs, with 95 %
+intervals: a bootstrap over rows, seeds pooled. They say what other test rows would change, not what other seeds would.
+*Not worse* is a mean loss at most 0.02 above the baseline's and at most 1.5 points less right; with dialogue, a loss at
+most 2.5 % above.
 
 **Where.** Two shared cores of an AMD EPYC, loopback, 2 threads for the server and 2 for the device (the default: 1 and
 1), beside other work and at low priority: times are rough. The server's base model is {dtype}.

@@ -82,7 +82,7 @@ def find_result(finished: Finished, plan: Plan, set_name: str, recipe: str, rate
     None where the rate is not chosen yet, or no run of it ended well.
     """
     of_recipe = plan.recipes[recipe]
-    is_chosen = rate == "chosen" and of_recipe.has_grid
+    is_chosen = rate == "chosen" and (of_recipe.has_grid or SETS[set_name].fixed_lr is not None)
     lr = plan.chosen_lr(finished, set_name, recipe) if is_chosen else of_recipe.usual_lr(set_name)
     if lr is None and is_chosen:
         return None

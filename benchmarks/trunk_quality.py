@@ -1,8 +1,9 @@
 """What blocks on the device are worth: the last 4, 8 or 12 of 30 against all-active LoRA and the default, on four sets.
 
 Runs are made, kept and reported as those of ``economy.py``, whose runs of the other two recipes they are compared with:
-the same data, seeds, grid of rates and validation rows. --report makes none. JSON goes to stdout; the section of
-docs/benchmarks.md, docs/benchmarks/trunk-quality.json and the bars in trunk.json are written at the end.
+the same data, seeds and validation rows, and the same grid of rates but for the default, which finds its own. --report
+makes none. JSON goes to stdout; the section of docs/benchmarks.md, docs/benchmarks/trunk-quality.json and the bars in
+trunk.json are written at the end.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ seeds and validation rows; differences to the baseline with 95 % intervals as ab
 finds, the others at the best of the grid. *As good* is a mean loss at most {LOSS_BAR} above the baseline's and at most
 {POINTS_BAR} points less right; on dialogue the loss alone. Bytes are those of the one time that the texts cross, over
 the tokens of these runs, most of which pass over their data once: each further epoch costs none, where the others cost
-the same again. Seconds are processor time of the device's process a step, most of it one thread; memory is its peak at
-256 tokens a step (`python benchmarks/trunk.py --only memory`).
+the same again. Seconds are processor time of the device's process a step, of the default with its set-up and its search
+for a rate; memory is its peak at 256 tokens a step (`python benchmarks/trunk.py --only memory`).
 """
 CHOICE: Final = """### What to choose when
 

@@ -40,7 +40,7 @@ STEPS, BATCH_SIZE, HELD_OUT = 120, 8, 96
 WIRE_DTYPE = "int8"
 BENCHMARKED = Path("docs/benchmarks/economy-results.json")
 # Names there. The savings are against the first: LoRA of the bundle's rank and modules, all active, fp16 on the wire,
-# at the best rate of a grid; ours is at the rate that the demo takes.
+# at the best rate of a grid; ours finds its rate, as the demo does.
 COMPARED = {
     ("lora-qv-all", "chosen"): "all-active LoRA at its best rate",
     ("default", "default"): "this recipe with all its blocks active",

@@ -18,8 +18,7 @@ from tiny import TinyFactory
 from trunk_runs import trunk_config, trunk_training
 
 from dlora.edge.run.plan import first_rate_mb
-from dlora.edge.training.defaults import DEFAULTS
-from dlora.edge.training.first_rate import FIRST_SIZE, MOST_TRIES, FoundRate, find_rate, probed_steps
+from dlora.edge.training.first_rate import FIRST_SIZE, MOST_TRIES, FoundRate, find_rate, probed_steps, rate_for_size
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.choices import KindChoice
 
@@ -83,13 +82,19 @@ def test_sizes_with_which_the_loss_is_no_number_are_not_chosen() -> None:
 @pytest.mark.parametrize(
     ("kind", "rates"),
     [
-        ("lora", [0.0025, 0.005, 0.01]),  # B and A move: the root of the size
-        ("ffa", [0.01, 0.04, 0.16]),
-        ("bottleneck", [0.005, 0.02, 0.045]),  # the largest that it finds
+        ("lora", [0.0025, 0.005, 0.01, 0.02]),  # A and B are trained: the root of the size
+        ("ffa", [0.01, 0.04, 0.16, 1.0]),
+        ("bottleneck", [0.005, 0.02, 0.045, 0.045]),
     ],
 )
 def test_a_kinds_rate_goes_with_the_size_of_the_best_first_update(kind: KindChoice, rates: list[float]) -> None:
-    assert [DEFAULTS[kind].rate_of(size) for size in (0.01, 0.04, 0.16)] == pytest.approx(rates)
+    sizes = (0.01, 0.04, 0.16, 1.0)
+    assert [rate_for_size(kind, size, halvings=0, on_device=False) for size in sizes] == pytest.approx(rates)
+
+
+def test_a_rate_falls_with_passes_and_no_further_below_its_upper_end() -> None:
+    found = [rate_for_size("lora", size, halvings=1, on_device=True) for size in (0.1, 0.2, 1.0)]
+    assert found == pytest.approx([0.0075, 0.015, 0.016])
 
 
 def test_sizes_get_smaller_until_the_loss_is_a_number() -> None:
@@ -149,7 +154,7 @@ def test_a_run_that_finds_its_rate_is_the_run_that_is_given_it(tiny: TinyFactory
         identity = trainer.identity
         state, rates = state_after(trainer, 4)
     kind = msgspec.convert(trainer.config.kind, KindChoice)
-    assert rate.lr == float(f"{DEFAULTS[kind].rate_of(rate.size):.2g}")
+    assert rate.lr == float(f"{rate_for_size(kind, rate.size, halvings=0, on_device=name == 'trunk'):.2g}")
     assert max(rates) == trainer.peak_rate == rate.lr
     with trainer_of(tiny, name, tmp_path / "given", **{**OPEN, "lr": rate.lr}) as given:
         assert given.identity == identity
@@ -157,6 +162,19 @@ def test_a_run_that_finds_its_rate_is_the_run_that_is_given_it(tiny: TinyFactory
     assert state.keys() == wanted.keys()
     for key, tensor in wanted.items():
         np.testing.assert_array_equal(state[key], tensor, err_msg=key)
+
+
+def test_a_run_of_many_passes_finds_half_the_rate(tiny: TinyFactory) -> None:
+    made, found = tiny(), []
+    with serving(made.base) as server:
+        for steps in (12, 48):  # 3 passes and 12; fewer than 32 steps are never at half the rate
+            run = config(kind="ffa", optimizer=OPEN, total_steps=steps)
+            with training(made.bundle, server.url, run, random_dataset(VOCABULARY)) as trainer:
+                found.append(trainer.find_rate())
+    few, many = found
+    assert many.size == few.size
+    half = rate_for_size("ffa", few.size, halvings=1, on_device=False)
+    assert many.lr == float(f"{half:.2g}") < few.lr
 
 
 def test_the_same_run_finds_the_same_rate(tiny: TinyFactory, tmp_path: Path) -> None:

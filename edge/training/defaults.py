@@ -6,8 +6,6 @@ nothing is said. Figures: docs/benchmarks.md.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,7 +21,6 @@ class KindDefaults:
 
     Attributes:
         lr: peak learning rate of a loop of one's own; a run finds its own (``first_rate.py``).
-        rate_of: the rate that it finds, for the size of the best first update, before it falls with passes.
         weight_decay: AdamW's, of adapters that begin at zero; it would make one that a run starts from forget.
         basis: what the server makes its part from; None: it makes none.
         basis_steps: how many steps' data a basis of ``data`` is made from.
@@ -36,7 +33,6 @@ class KindDefaults:
     """
 
     lr: float
-    rate_of: Callable[[float], float]
     weight_decay: float = 0.0
     wire_dtype: str = "fp16"
     adapt: Adapt = "all"
@@ -52,13 +48,10 @@ DEFAULT_KIND: Final[KindChoice] = "bottleneck"
 
 _NARROWEST: Final = 8
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
-    # The first update moves B alone, so what it adds goes like the rate; later ones move A and B, whose product goes
-    # like the rate's square.
-    "lora": KindDefaults(lr=8e-3, rate_of=lambda size: 0.025 * math.sqrt(size)),
-    "ffa": KindDefaults(lr=3.2e-2, rate_of=lambda size: size),
+    "lora": KindDefaults(lr=8e-3),
+    "ffa": KindDefaults(lr=3.2e-2),
     "bottleneck": KindDefaults(
         lr=8e-3,
-        rate_of=lambda size: min(0.5 * size, 4.5e-2),
         weight_decay=1.0,
         r=96,
         target_modules=ALL_LINEAR,

@@ -2,8 +2,8 @@
 
 AdamW's first update moves each parameter that has a gradient by the learning rate, whatever the gradient's size. How
 large it may be until it does harm differs a lot between models and data, and the best rate of a whole run differs with
-it, by one rule for each kind of adapter (``defaults.py``), and falls with passes (``passes.py``). So the first update
-is tried in several sizes, on the examples of the next steps. Figures:
+it, by a rule for each kind of adapter, and falls with passes (``passes.py``). So the first update is tried in several
+sizes, on the examples of the next steps. Figures:
 docs/decisions/0065-a-first-rate-from-the-model-and-the-data.md.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Final, NamedTuple
+
+from dlora.protocol.choices import KindChoice
 
 FIRST_SIZE: Final = 0.02
 MOST_TRIES: Final = 12
@@ -25,6 +27,25 @@ def probed_steps(examples_a_step: int, total_steps: int) -> range:
     of a run of one step, that one."""
     after = range(1, 1 + math.ceil(_PROBED_EXAMPLES / examples_a_step))
     return after[: total_steps - 1] or range(1)
+
+
+def rate_for_size(kind: KindChoice, size: float, *, halvings: int, on_device: bool) -> float:
+    """The peak learning rate of a run whose best first update has that size.
+
+    Args:
+        halvings: for its passes.
+        on_device: whether the blocks that are trained run on the device, where all their linear modules have an
+            adapter.
+    """
+    if on_device:
+        rate, most = 0.15 * size, 1.6e-2
+    elif kind == "lora":  # the first update moves B alone, and later ones the product of A and B
+        rate, most = 0.025 * math.sqrt(size), 2e-2
+    elif kind == "bottleneck":
+        rate, most = 0.5 * size, 4.5e-2
+    else:
+        rate, most = size, math.inf
+    return min(rate / 2.0**halvings, most)
 
 
 class FoundRate(NamedTuple):

@@ -30,9 +30,8 @@ from dlora.protocol.kill_revive import LIVE, UnitState
 from .adapter_training import AdapterTraining
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .defaults import DEFAULTS
 from .device_session import DeviceSession
-from .first_rate import FoundRate, find_rate, probed_steps
+from .first_rate import FoundRate, find_rate, probed_steps, rate_for_size
 from .metrics import StepMetrics
 from .passes import halvings
 from .train_session import TrainSession
@@ -121,9 +120,13 @@ class Trainer(AdapterTraining):
                 unit.adam_steps = count
             return loss if math.isfinite(loss) else math.inf
 
-        rate_of = DEFAULTS[msgspec.convert(self.config.kind, KindChoice)].rate_of
-        fall = halvings(self._dataset, steps=total_steps, examples_a_step=examples_a_step)
-        found = find_rate(loss_after, lambda size: rate_of(size) / 2**fall, before_try)
+        rate_of = partial(
+            rate_for_size,
+            msgspec.convert(self.config.kind, KindChoice),
+            halvings=halvings(self._dataset, steps=total_steps, examples_a_step=examples_a_step),
+            on_device=self.config.mode != "split",
+        )
+        found = find_rate(loss_after, rate_of, before_try)
         self.adapters.zero_grad()
         optimizer = msgspec.structs.replace(self.config.optimizer, lr=found.lr)
         self.config = msgspec.structs.replace(self.config, optimizer=optimizer)
