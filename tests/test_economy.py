@@ -149,23 +149,25 @@ def test_a_run_that_diverges_is_the_worst() -> None:
 # -- runs ------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_chooses_its_rate_and_then_has_every_seed_with_it_and_with_its_default() -> None:
+def run_to_the_end(set_name: str, recipe: str) -> tuple[dict[str, Run], list[tuple[float | None, int]]]:
+    """All runs of a recipe on a set, and the rates and seeds that were asked for, in order."""
     found: dict[str, Run] = {}
     asked = []
-    while (settings := PLAN.next(found, "b10", BASELINE)) is not None:
+    while (settings := PLAN.next(found, set_name, recipe)) is not None:
         asked.append((settings.lr, settings.seed))
-        found |= kept([made("b10", BASELINE, settings)])
+        found |= kept([made(set_name, recipe, settings)])
+    return found, asked
+
+
+def test_a_recipe_chooses_its_rate_and_then_has_every_seed_with_it_and_with_its_default() -> None:
+    found, asked = run_to_the_end("b10", BASELINE)
     assert asked[:4] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0)]
     assert asked[4:] == [(4e-3, 1), (4e-3, 2), (1e-3, 1), (1e-3, 2)]
     assert PLAN.chosen_lr(found, "b10", BASELINE) == 4e-3
 
 
 def test_a_recipe_without_a_grid_is_the_same_runs_at_both_rates() -> None:
-    found: dict[str, Run] = {}
-    asked = []
-    while (settings := PLAN.next(found, "b10", DEFAULT)) is not None:
-        asked.append((settings.lr, settings.seed))
-        found |= kept([made("b10", DEFAULT, settings)])
+    found, asked = run_to_the_end("b10", DEFAULT)
     assert asked == [(None, 0), (None, 1), (None, 2)]
     rates: tuple[Rate, ...] = ("chosen", "default")
     chosen, usual = (find_result(found, PLAN, "b10", DEFAULT, rate) for rate in rates)
@@ -182,11 +184,7 @@ def test_the_test_rows_choose_nothing() -> None:
 
 
 def test_a_set_with_a_rate_of_its_own_has_no_grid() -> None:
-    found: dict[str, Run] = {}
-    asked = []
-    while (settings := PLAN.next(found, LONG_SET, FP32_WIRE)) is not None:
-        asked.append((settings.lr, settings.seed))
-        found |= kept([made(LONG_SET, FP32_WIRE, settings)])
+    _, asked = run_to_the_end(LONG_SET, FP32_WIRE)
     assert asked == [(SETS[LONG_SET].fixed_lr, seed) for seed in (0, 1, 2)]
 
 

@@ -92,7 +92,7 @@ def test_a_kinds_rate_goes_with_the_size_of_the_best_first_update(kind: KindChoi
     assert [rate_for_size(kind, size, halvings=0, on_device=False) for size in sizes] == pytest.approx(rates)
 
 
-def test_a_rate_falls_with_passes_and_no_further_below_its_upper_end() -> None:
+def test_a_rate_falls_with_passes_before_its_upper_end_holds() -> None:
     found = [rate_for_size("lora", size, halvings=1, on_device=True) for size in (0.1, 0.2, 1.0)]
     assert found == pytest.approx([0.0075, 0.015, 0.016])
 

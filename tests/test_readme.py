@@ -177,6 +177,9 @@ def test_the_numbers_of_the_readme_are_the_measured_ones() -> None:
         "round trips a step": [*trips, "0, once all texts are there"],
         "the device's peak memory": [f"{memory[recipe]:.0f} MB" for recipe in recipes],
     }
+    lora, default = (measured("economy-results")["dialogue"][name]["chosen"] for name in recipes[:2])
+    behind = [100 * (default[loss] / lora[loss] - 1) for loss in ("validation_loss", "loss")]
+    assert "default is {:.1f} % behind LoRA, on the test answers of the table {:.1f} %.".format(*behind) in README
     bytes_of_default = [quality[data][recipes[1]]["bytes_per_token"] / 1000 for data in ("b10", "b20", "dialogue")]
     assert f"{min(bytes_of_default):.1f} to {max(bytes_of_default):.1f} kB" in README
     bytes_of_trunk = [quality[data][recipes[2]]["bytes_per_token"] / 1000 for data in ("b10", "b20", "dialogue")]

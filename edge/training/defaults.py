@@ -47,6 +47,7 @@ class KindDefaults:
 DEFAULT_KIND: Final[KindChoice] = "bottleneck"
 
 _NARROWEST: Final = 8
+
 DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
     "lora": KindDefaults(lr=8e-3),
     "ffa": KindDefaults(lr=3.2e-2),
