@@ -119,7 +119,7 @@ class Bar:
             entry["reason"] = "misses: " + ", ".join(f"{'/'.join(where)} {found[where]:.4g}" for where in misses)
         missing = ["/".join(where) for where in self.places if where not in found]
         if missing:
-            not_run = f"{len(missing)} of {len(self.places)} are not run yet"
+            not_run = f"{len(missing)} of {len(self.places)} are not run"
             entry |= {"holds": False, "reason": "; ".join(filter(None, [entry.get("reason"), not_run]))}
             entry["missing"] = missing
         return {"what": self.what, **entry, "worst": "/".join(worst), "measured": len(found)}

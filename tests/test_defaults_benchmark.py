@@ -132,11 +132,11 @@ def test_regret_is_the_loss_above_the_best_rates() -> None:
     )
     assert bars["default_regret_intents"]["value"] == pytest.approx(0.02)
     assert bars["default_regret_intents"]["holds"] is False
-    assert bars["default_regret_intents"]["reason"] == "misses: gpt2/b10 0.02; 7 of 8 are not run yet"
+    assert bars["default_regret_intents"]["reason"] == "misses: gpt2/b10 0.02; 7 of 8 are not run"
     assert bars["default_regret_points"]["value"] == 0
     assert bars["default_regret_text"] | {"command": "", "missing": []} == {
         "what": "regret, %", "bar": 2.5, "value": 0.0, "holds": False, "command": "", "worst": "gpt2/chat60",
-        "measured": 1, "missing": [], "reason": "11 of 12 are not run yet",
+        "measured": 1, "missing": [], "reason": "11 of 12 are not run",
     }  # fmt: skip
     assert f"{SMOLLM2}/chat60" in bars["default_regret_text"]["missing"]
     assert "lora_regret_text" not in bars
@@ -154,10 +154,10 @@ def test_what_is_kept_of_loras_gain_and_what_is_above_the_base() -> None:
     base, lora = runs_of(GPT2, BASE, {1e-3: 1.0}), runs_of(GPT2, BASELINE, {5e-4: 0.55, 1e-3: 0.5, 2e-3: 0.6})
     bars = bars_of(base, lora, runs_of(GPT2, DEFAULT, {None: 0.6}))
     assert bars["default_gain_kept"]["value"] == pytest.approx(0.8)
-    assert bars["default_gain_kept"]["reason"] == "19 of 20 are not run yet"
+    assert bars["default_gain_kept"]["reason"] == "19 of 20 are not run"
     assert bars["default_over_base"]["value"] == pytest.approx(0.6)
     bars = bars_of(base, lora, runs_of(GPT2, DEFAULT, {None: 1.1}))
-    assert bars["default_gain_kept"]["reason"] == "misses: gpt2/b10 -0.2; 19 of 20 are not run yet"
+    assert bars["default_gain_kept"]["reason"] == "misses: gpt2/b10 -0.2; 19 of 20 are not run"
     assert bars["default_over_base"]["holds"] is False
 
 
@@ -170,7 +170,7 @@ def test_a_rewritten_model_is_compared_with_the_original() -> None:
         runs_of(where, LORA, {None: 0.101}),
     )
     assert bars["default_rewritten_intents"]["reason"].startswith(f"misses: {SMOLLM2}-norms-16/b10 0.005; ")
-    assert bars["default_rewritten_points"]["reason"] == "7 of 8 are not run yet"
+    assert bars["default_rewritten_points"]["reason"] == "7 of 8 are not run"
     assert bars["lora_rewritten"]["value"] == pytest.approx(1.0)
 
 
