@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 ARCH ?= $(shell uname -m)
 SHIM := build/shim/$(shell uname -m)/VERSION.json
 
-.PHONY: help demo test coverage mutants test-slow test-release test-arm lint bench shim native-runner edge-binary clean
+.PHONY: help demo test coverage mutants test-slow test-release test-arm lint reference bench shim native-runner edge-binary clean
 
 help: ## this list; times are of two cores, and rough
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -46,6 +46,9 @@ test-arm: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.j
 	$(PYTHON) packaging/sites.py
 	$(BIN)/pytest -m "$(ARM_TESTS)" tests/arm
 
+reference: .venv/.ready ## docs/reference, from the code: seconds
+	$(BIN)/python .ci/reference.py
+
 lint: .venv/.ready ## ruff, mypy, import rules: one minute
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -58,10 +61,8 @@ bench: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/trunk.py
 	$(BIN)/python benchmarks/peft_losses.py --bundle-fp32 build/smollm2-fp32
-	$(BIN)/python benchmarks/kill_revive.py
 	$(BIN)/python benchmarks/device.py
 	$(BIN)/python benchmarks/economy.py
-	$(BIN)/python benchmarks/drift.py
 
 build/smollm2/manifest.json: protocol/version.py | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2 --force

@@ -17,11 +17,19 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+from audit_defences.tried import Defence, try_defences
 from bars import write_bars
 from children import QUIET_THREADS, cloud_server, log, need_bundle, run_json
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from dialogue import write_dialogue
+
+from dlora.cloud.audit.observed import observe
+from dlora.cloud.audit.tokenizer import truth_tokenizer
+from dlora.cloud.audit.truth import load_truth
+from dlora.cloud.model.base_model import load_base_model
+from dlora.protocol.recording import read_recording
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
@@ -38,9 +46,9 @@ RECIPES: Final[dict[str, tuple[str, ...]]] = {
     "lora, token ids": ("train", "--kind", "lora", "--send", "token-ids", *TRAIN),
     "lora, --seed 7": ("train", "--kind", "lora", "--seed", "7", *TRAIN),
     "bottleneck": ("train", "--kind", "bottleneck", *TRAIN),
-    "bottleneck, all positions": ("train", "--kind", "bottleneck", "--adapt", "all", *TRAIN),
+    "bottleneck, all positions": ("train", "--kind", "bottleneck", "--active-from", "start", *TRAIN),
     "ffa": ("train", "--kind", "ffa", *TRAIN),
-    "trunk": ("train", "--mode", "trunk", *TRAIN),
+    "trunk": ("train", "--device-blocks", "12", *TRAIN),
     "evaluate": ("evaluate", "--adapter", "lora"),
     "generate": ("generate", "--adapter", "lora", "--prompt", QUESTION, "--max-new-tokens", "24"),
     "generate, trunk": ("generate", "--adapter", "trunk", "--prompt", QUESTION, "--max-new-tokens", "24"),
@@ -182,11 +190,10 @@ def _audit(recipe: str, directory: Path, pages: Path | None) -> dict[str, Any]:
     record = directory / "records" / recipe
     page = (pages or directory) / f"{recipe.replace(', ', '-').replace(' ', '-')}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    tries = [word for each in TRIED for word in ("--try", each)] if recipe == TRIED_ON else []
     started = time.perf_counter()
     said = run_json(
         "-m", "dlora.cloud", "audit", MODEL, "--frames", record / "frames", "--truth", record / "truth", "--out", page,
-        "--json", *tries,
+        "--json",
     )  # fmt: skip
     shown = " ".join(f"'{word}'" if " " in word else word for word in RECIPES[recipe])
     return {
@@ -198,10 +205,19 @@ def _audit(recipe: str, directory: Path, pages: Path | None) -> dict[str, Any]:
                 "claim": each["claim"], "loss": round(each["loss"], 3), "loss_without": round(each["loss_without"], 3),
                 **_short(each["finding"]),
             }
-            for each in said["defences"]
+            for each in (_tried(record) if recipe == TRIED_ON else [])
         },
         "wall_s": round(time.perf_counter() - started, 1),
     }  # fmt: skip
+
+
+def _tried(record: Path) -> list[dict[str, Any]]:
+    """Each defence, attacked in place of what crossed."""
+    recording = read_recording(record / "frames")
+    with truth_tokenizer(record / "truth") as tokenizer:
+        truth = load_truth(record / "truth", recording.id, observe(recording), tokenizer)
+        found = try_defences([Defence.parse(name) for name in TRIED], truth, load_base_model(MODEL))
+    return [msgspec.to_builtins(each) for each in found]
 
 
 def _short(finding: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def measure(bundle: Path, path: Path, form: str, rows: int) -> dict[str, Any]:
     log(f"{form}: {alone:.1f} s; dlora-edge data")
     started = time.perf_counter()
     command = [sys.executable, "-m", "dlora.edge", "data", str(path), "--bundle", str(bundle)]
-    process = subprocess.Popen([*command, "--split", "auto", "--show", "0", "--json"], stdout=subprocess.PIPE)
+    process = subprocess.Popen([*command, "--hold-out", "auto", "--show", "0", "--json"], stdout=subprocess.PIPE)
     assert process.stdout is not None
     found = json.loads(process.stdout.read())
     _, status, used = os.wait4(process.pid, 0)  # of it and of the process that it reads in, whichever took more

@@ -266,8 +266,8 @@ the loss without `--lr` less that at the best rate; *kept* is the default's gain
 of LoRA without gains (rank 8 on q and v of all blocks, at its best rate). gpt2, gemma3, gpt_neox and qwen2 are models
 of eight blocks and 256 channels of these families, trained for minutes on docstrings (`benchmarks/small_models.py`):
 worse than any model that is used, and with weights of a real training. Three seeds of the default and of LoRA without
-gains where the row says so; seed 0 of all that is a grid's best, of `--kind lora` and of `--mode trunk`. The guard has
-no part in it: tested is what a run ends with.
+gains where the row says so; seed 0 of all that is a grid's best, of `--kind lora` and of `--device-blocks N`. The
+guard has no part in it: tested is what a run ends with.
 """
 
 REWRITTEN_INTRO: Final = """### The same model written otherwise
@@ -304,7 +304,7 @@ def _bar_lines(found: Mapping[str, Entry]) -> Iterator[str]:
 def _model_lines(table: Table) -> Iterator[str]:
     yield (
         "| model | set | base | LoRA without gains, best | default | its best | kept | `--kind lora` | its best "
-        "| `--mode trunk` | its best | seeds |\n" + 12 * "|---" + "|"
+        "| `--device-blocks N` | its best | seeds |\n" + 12 * "|---" + "|"
     )
     kept = _gain_kept(table)
     for where in ORIGINALS:
@@ -323,7 +323,7 @@ def _model_lines(table: Table) -> Iterator[str]:
 
 
 def _rewritten_lines(table: Table) -> Iterator[str]:
-    names = {DEFAULT: "default", FORMER: "default without gains", LORA: "`--kind lora`", TRUNK: "`--mode trunk`"}
+    names = {DEFAULT: "default", FORMER: "default without gains", LORA: "`--kind lora`", TRUNK: "`--device-blocks N`"}
     columns = [
         f"{title}, {ALL_SETS[name].title.rpartition(',')[0]}" for title in names.values() for name in REWRITTEN_SETS
     ]

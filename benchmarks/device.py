@@ -83,7 +83,7 @@ def _memory(bundles: list[Path], options: argparse.Namespace) -> dict[str, Any]:
                 command = [BIN / "dlora-edge", "train", "--kind", kind, "--bundle", bundle, "--server", url]
                 command += ["--data", data, "--out", out / kind, "--steps", options.steps, "--batch-size", 2]
                 command += ["--max-length", options.tokens // 2, "--too-long", "truncate", "--threads", options.threads]
-                command += ["--active-fraction", 0.125, "--kr-score", "change", "--seed", 0, "--json"]
+                command += ["--active-fraction", 0.125, "--kr-score", "grad", "--seed", 0, "--json"]
                 peaks[kind] = _json_of(command, {})["peak_rss_mb"]
                 estimates[kind] = round(training_mb(load_manifest(bundle), kind=kind), 1)
             found[str(bundle)] = {"command_peak_rss_mb": peaks, "estimated_mb": estimates, **stages}

@@ -75,10 +75,9 @@ def main() -> None:
     from dlora.edge.data.loading import Reading, load_datasets
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.run.display import Display
-    from dlora.edge.training.config import TrainConfig
+    from dlora.edge.settings import Settings
     from dlora.edge.training.metrics import StepMetrics
-    from dlora.edge.training.optimizer import OptimizerConfig
-    from dlora.protocol.kill_revive import KillReviveConfig
+    from dlora.edge.training.resolve import resolve
 
     memory.stage("imports")
     bundle = Bundle.open(options.bundle)
@@ -94,20 +93,12 @@ def main() -> None:
             super().step(metrics)
             memory.stage(f"step {metrics.step}")
 
-    defaults = bundle.manifest.defaults
-    config = TrainConfig(
-        kind="lora",
-        total_steps=options.steps,
-        batch_size=2,
-        grad_accum=1,
-        seed=(0,),
-        rank=defaults.r,
-        lora_alpha=defaults.lora_alpha,
-        wire_dtype="fp16",
-        optimizer=OptimizerConfig(),
-        kill_revive=KillReviveConfig(active_fraction=1.0),
-    )
-    run = TrainRun(bundle, options.server, dataset, config, options.out, threads=options.threads)
+    settings = Settings.of(
+        kind="lora", lr=1e-3, seed=0, steps=options.steps, batch_size=2, server=options.server, out=options.out,
+        threads=options.threads,
+    )  # fmt: skip
+    config, (dataset,) = resolve(settings, bundle.manifest, None, [dataset])
+    run = TrainRun(bundle, config, dataset)
     summary = train(run, Observer())
     memory.stage("end")
     steps = [stage for stage in memory.stages if stage["stage"].startswith("step ")]

@@ -47,9 +47,9 @@ from dlora.edge.data.invocation import find_invocation
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.run.plan import total_steps
-from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.expected import total_steps
 from dlora.edge.training.metrics import StepMetrics
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import NonFiniteError
@@ -106,7 +106,7 @@ def _next(
     for set_name, recipe in in_order:
         name = f"{set_name}/{recipe}"
         is_wanted = not only or any(fnmatch.fnmatch(name, each) or each == set_name for each in only)
-        if is_wanted and not plan.recipes[recipe].missing():
+        if is_wanted:
             settings = plan.next(finished, set_name, recipe)
             if settings is not None:
                 return settings
@@ -161,14 +161,14 @@ class Place:
 
 def run(place: Place, data: Data, settings: Settings, recipe: Recipe) -> Run:
     """Train once, evaluate on the way and on all held-out rows. A run that diverges has no scores."""
-    steps = total_steps(data.train, epochs=1, steps=settings.steps, batch_size=settings.batch_size, grad_accum=1)
+    steps = total_steps(data.train, epochs=1, steps=settings.steps, examples_a_step=settings.batch_size)
     config = train_config(
         recipe,
+        place.bundle.manifest,
         steps=steps,
         batch_size=settings.batch_size,
         seed=settings.seed,
         optimizer=settings.optimizer,
-        defaults=place.bundle.manifest.defaults,
         invocation=invocation_of(recipe, data),
     )
     validation, test = (first(part, settings.rows) for part in (data.validation, data.test))
@@ -226,7 +226,7 @@ def invocation_of(recipe: Recipe, data: Data) -> tuple[int, ...]:
 
 
 @contextmanager
-def _trainer(place: Place, config: TrainConfig, data: Data, set_name: str) -> Iterator[tuple[Trainer, Cost | None]]:
+def _trainer(place: Place, config: Resolved, data: Data, set_name: str) -> Iterator[tuple[Trainer, Cost | None]]:
     """A new run, and what it has cost already, where that is known from an earlier one."""
     engine = OnnxEngine(place.bundle, place.threads)
     if config.mode == "trunk":

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import msgspec
 
-from dlora.edge.training.config import TrainConfig
-from dlora.edge.training.optimizer import OptimizerConfig
-from dlora.protocol.adapters import KINDS
-from dlora.protocol.errors import UsageError
-from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.manifest import AdapterDefaults
-from dlora.protocol.wire_codecs import Codecs
+from dlora.edge.settings import Settings
+from dlora.edge.training.resolve import resolve_without_data
+from dlora.edge.training.resolved import Resolved
+from dlora.protocol.manifest import Manifest
 
 GRID: Final = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 """The learning rates that recipes choose among."""
@@ -43,7 +40,7 @@ class Recipe:
 
     Attributes:
         title: for tables and plots.
-        adapter: fields of ``TrainConfig``, and ``adapt``. What is not there: the bundle's rank and alpha, fp16 on the
+        adapter: settings, ``lora_alpha``, and ``adapt``. What is not there: the bundle's rank and alpha, fp16 on the
             wire, adapters that act at all tokens.
         kill_revive: fields of ``KillReviveConfig``.
         default_lr, weight_decay: the optimizer's of a user who gives none; of recipes without gains, of one who gave
@@ -87,18 +84,6 @@ class Recipe:
     @property
     def acts_on_answers(self) -> bool:
         return self.adapter.get("adapt") == "answer"
-
-    def missing(self) -> list[str]:
-        """What of the recipe this version of dlora does not have; nothing where it can be run."""
-        known, found = {*TrainConfig.__struct_fields__, "adapt"}, []
-        found += [f"TrainConfig.{name}" for name in self.adapter if name not in known]
-        if self.kind not in KINDS:
-            found.append(f"the kind {self.kind!r}")
-        try:
-            Codecs.parse(self.adapter.get("wire_dtype", "fp16"))
-        except UsageError as error:
-            found.append(f"such a codec: {error}")
-        return found
 
 
 def _bottleneck(rank: int, adapt: str, wire: str) -> dict[str, Any]:
@@ -159,10 +144,8 @@ RECIPES: Final[dict[str, Recipe]] = {
         "bottleneck r 96, answer, fp32, without gains", _bottleneck(96, "answer", "fp32"), bars=(LONG_SET,)
     ),
     # ---- Kill and Revive at 1/8, its baselines with as much traffic, and as little as can be trained.
-    "change-1/8": _kill_revive_recipe("Kill and Revive, 1/8 active", {"active_fraction": 0.125}),
     "random-1/8": _kill_revive_recipe("random, 1/8 active", {"active_fraction": 0.125, "score": "random"}),
     "static-1/8": _kill_revive_recipe("static: blocks 17, 21, 25, 29", _static(17, 21, 25, 29)),
-    "last-1/8": _kill_revive_recipe("the last four blocks", {"active_fraction": 0.125, "score": "last"}),
     "one-block": _kill_revive_recipe("one block: 22", _static(22)),
 }
 
@@ -179,33 +162,39 @@ def order() -> Iterator[tuple[str, str]]:
 
 def train_config(
     recipe: Recipe,
+    manifest: Manifest,
     *,
     steps: int,
     batch_size: int,
     seed: int,
-    optimizer: OptimizerConfig,
-    defaults: AdapterDefaults,
+    optimizer: Mapping[str, Any],
     invocation: tuple[int, ...] = (),
-) -> TrainConfig:
-    """The settings of a run. Where ``TrainConfig`` changes its fields, this and the recipes above are what follows.
+) -> Resolved:
+    """The run of a recipe.
 
-    ``invocation``: of the data, where the recipe acts on answers.
+    ``optimizer``: fields of that section; ``invocation``: of the data, where the recipe acts on answers.
     """
-    usual = {"kind": recipe.kind, "rank": defaults.r, "lora_alpha": defaults.lora_alpha, "wire_dtype": "fp16"}
-    filled = {**usual, **recipe.adapter}
-    filled.pop("adapt", None)
-    return msgspec.convert(
-        {
-            **filled,
-            "mode": "trunk" if recipe.device_blocks else "split",
-            "device_blocks": recipe.device_blocks,
-            "total_steps": steps,
-            "batch_size": batch_size,
-            "grad_accum": 1,
-            "seed": (seed,),
-            "invocation": invocation,
-            "optimizer": optimizer,
-            "kill_revive": msgspec.convert(recipe.kill_revive, KillReviveConfig),
-        },
-        TrainConfig,
+    adapter = {"wire_dtype": "fp16", **recipe.adapter}
+    adapter.pop("adapt", None)
+    names = {"lora_alpha": "alpha"}
+    given = {names.get(name, name): _as_text(value) for name, value in adapter.items()}
+    kill_revive = dict(recipe.kill_revive)
+    given |= {"static_units": _as_text(kill_revive.pop("static"))} if "static" in kill_revive else {}
+    given |= {"kr_score": kill_revive.pop("score", "static"), **kill_revive}
+    settings = Settings.of(
+        **{"kind": "lora", **given},
+        **optimizer,
+        server="ws://a-server",
+        device_blocks=str(recipe.device_blocks),
+        active_from="answer" if invocation else "start",
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
     )
+    run = resolve_without_data(settings, manifest, None)
+    return msgspec.structs.replace(run, invocation=invocation)
+
+
+def _as_text(value: Any) -> Any:
+    """Names and numbers as the command has them."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value

@@ -26,7 +26,7 @@ from economy_results import (
     measure_bars,
 )
 from economy_runs import Finished, Plan, Point
-from sections import DEFAULTS, DRIFT, TRUNK, section_of, with_section
+from sections import DEFAULTS, TRUNK, section_of, with_section
 
 from dlora.edge.files import write_atomically
 
@@ -102,7 +102,7 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
     text = "\n".join(lines).rstrip() + "\n"
     page = docs / "benchmarks.md"
     before = page.read_text(encoding="utf-8") if page.exists() else ""
-    for title in (DEFAULTS, DRIFT, TRUNK):
+    for title in (DEFAULTS, TRUNK):
         text = with_section(text, title, section_of(before, title))
     page.write_text(text, encoding="utf-8")
     return {"runs": len(finished), "bars": bars, "missing": missing}
@@ -134,9 +134,7 @@ def _missing(finished: Finished, plan: Plan) -> Iterator[str]:
         sets = [set_name for set_name, name in order() if name == recipe]
         unfinished = [set_name for set_name in sets if plan.next(finished, set_name, recipe) is not None]
         if unfinished:
-            lacking = RECIPES[recipe].missing()
-            why = f"; this version of dlora has no {', '.join(lacking)}" if lacking else ""
-            yield f"{recipe}: not finished on {', '.join(unfinished)}{why}"
+            yield f"{recipe}: not finished on {', '.join(unfinished)}"
 
 
 # -- bars ------------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ import msgspec
 from economy_data import SETS
 from economy_recipes import GRID, RECIPES, Recipe
 
-from dlora.edge.training.optimizer import OptimizerConfig
-from dlora.edge.training.schedule import ScheduleName
+from dlora.edge.choices import ScheduleName
 
 CHOOSING_SEED: Final = 0
 CURVE: Final = (0.1, 0.25, 0.5, 0.75)  # shares of a run's steps after which it is evaluated, and at its end
@@ -32,7 +31,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         lr: None: found before the first step, as for a user who gives none.
         steps: None: one epoch.
         model: the base model's name.
-        warmup: as ``OptimizerConfig`` has it; it and ``schedule`` are what the command takes by default.
+        warmup: as the command has it; it and ``schedule`` are what the command takes by default.
         dtype: of the base model on the server.
         rows: most rows of each evaluation; None: all.
         device_blocks: how many of the last blocks run on the device.
@@ -55,11 +54,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     device_blocks: int = 0
 
     @property
-    def optimizer(self) -> OptimizerConfig:
+    def optimizer(self) -> dict[str, Any]:
         """Its optimizer's settings."""
-        return OptimizerConfig(
-            lr=self.lr, schedule=self.schedule, warmup=self.warmup, weight_decay=self.weight_decay
-        )
+        return {name: getattr(self, name) for name in ("lr", "schedule", "warmup", "weight_decay")}
 
     @property
     def digest(self) -> str:

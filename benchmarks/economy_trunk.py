@@ -15,7 +15,7 @@ from dlora.edge.engine.engine import Engine
 from dlora.edge.files import write_atomically
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
 from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
-from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connection import Connection
 
 _LIMIT = 1 << 33  # bytes of a file
@@ -23,7 +23,7 @@ _LIMIT = 1 << 33  # bytes of a file
 
 @contextmanager
 def open_source(
-    bundle: Bundle, engine: Engine, url: str, config: TrainConfig, data: Data, file: Path
+    bundle: Bundle, engine: Engine, url: str, config: Resolved, data: Data, file: Path
 ) -> Iterator[tuple[TrunkSource, Cost]]:
     """Hidden states of all texts of ``data``, and what those cost that are trained on.
 
@@ -34,10 +34,11 @@ def open_source(
         file.unlink(missing_ok=True)  # one that was not finished: what it cost is not known
     blocks, width = bundle.manifest.base_model.blocks - config.device_blocks, encoded_width(bundle.manifest)
     file.parent.mkdir(parents=True, exist_ok=True)
+    owner = CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.server.send)
     source = TrunkSource(
         bundle,
         engine,
-        TrunkCache(file, CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.send), limit=_LIMIT),
+        TrunkCache(file, owner, limit=_LIMIT),
         blocks=blocks,
         codecs=config.codecs,
         connect=lambda: Connection(url),

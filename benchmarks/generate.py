@@ -59,18 +59,18 @@ RECIPES: Final[dict[str, list[str]]] = {
     "lora_4_groups": ["--kind", "lora", "--target-modules", "q_proj,v_proj", "--blocks", "spread:4"],
     "default": [],
     "lora_all": ["--kind", "lora", "--target-modules", "q_proj,v_proj"],
-    "trunk_4_blocks": ["--mode", "trunk", "--device-blocks", "4"],  # on the device, which answers in that mode, too
+    "trunk_4_blocks": ["--device-blocks", "4"],  # on the device, which answers in that mode, too
 }
 KINDS: Final[dict[str, list[str]]] = {
     "lora": ["--kind", "lora"],
-    "lora, acting on answers": ["--kind", "lora", "--adapt", "answer"],
-    "lora, an eighth active": ["--kind", "lora", "--active-fraction", "0.125", "--kr-score", "change",
-                               "--kr-warmup-steps", "2", "--kr-on-kill", "bypass"],
+    "lora, acting on answers": ["--kind", "lora", "--active-from", "answer"],
+    "lora, an eighth active": ["--kind", "lora", "--active-fraction", "0.125", "--kr-score", "grad",
+                               "--set", "kill_revive.warmup_steps=2", "--kr-on-kill", "bypass"],
     "ffa": ["--kind", "ffa"],
-    "bottleneck": ["--kind", "bottleneck", "--adapt", "all"],
-    "bottleneck, acting on answers": ["--kind", "bottleneck", "--adapt", "answer"],
-    "bottleneck, half active": ["--kind", "bottleneck", "--adapt", "answer", "--active-fraction", "0.5",
-                                "--kr-score", "change", "--kr-warmup-steps", "2", "--kr-on-kill", "bypass"],
+    "bottleneck": ["--kind", "bottleneck", "--active-from", "start"],
+    "bottleneck, acting on answers": ["--kind", "bottleneck", "--active-from", "answer"],
+    "bottleneck, half active": ["--kind", "bottleneck", "--active-from", "answer", "--active-fraction", "0.5",
+                                "--kr-score", "grad", "--set", "kill_revive.warmup_steps=2", "--kr-on-kill", "bypass"],
 }  # fmt: skip
 
 

@@ -37,12 +37,11 @@ from abuses import ABUSES, IDLE_ATTACKS, IDLE_ATTACKS_IN_A_SESSION, Target, idle
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.training.config import TrainConfig
-from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.settings import Settings
+from dlora.edge.training.resolve import resolve_without_data
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.connections import raise_file_limit
-from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.targets import choose_groups
 
 SITTING = 20
@@ -115,22 +114,14 @@ def main() -> None:
 
 
 def _trainer(bundle: Bundle, connection: Connection, options: argparse.Namespace, steps: int) -> Trainer:
-    defaults = bundle.manifest.defaults
     rng = np.random.default_rng(0)
     ids = rng.integers(100, bundle.manifest.base_model.vocabulary_size, (32, options.length))
     dataset = Dataset.of([(row.tolist(), list(range(options.length // 2, options.length - 1))) for row in ids])
-    config = TrainConfig(
-        kind="lora",
-        total_steps=steps,
-        batch_size=options.batch_size,
-        grad_accum=1,
-        seed=(0,),
-        rank=defaults.r,
-        lora_alpha=defaults.lora_alpha,
-        wire_dtype="fp16",
-        optimizer=OptimizerConfig(lr=1e-3),
-        kill_revive=KillReviveConfig(active_fraction=1.0),
-    )
+    settings = Settings.of(
+        kind="lora", lr=1e-3, schedule="constant", warmup=0.0, seed=0, steps=steps, batch_size=options.batch_size,
+        server="ws://a-server",
+    )  # fmt: skip
+    config = resolve_without_data(settings, bundle.manifest, None)
     return Trainer(bundle, OnnxEngine(bundle, options.threads), connection, config, dataset)
 
 

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,6 @@ from children import QUIET_THREADS, cloud_server, log, need_bundle, run_json
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
-import msgspec
 from economy_recipes import DEFAULT, RECIPES, Recipe, train_config
 
 from dlora.edge.data.examples import Dataset
@@ -34,7 +33,6 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.use import open_model
-from dlora.edge.training.optimizer import OptimizerConfig
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 
@@ -149,15 +147,14 @@ def _run(
 ) -> dict[str, Any]:
     """Train, evaluate, save, and evaluate again what was saved."""
     config = train_config(
-        recipe,
+        replace(recipe, adapter={**recipe.adapter, "wire_dtype": wire}),
+        bundle.manifest,
         steps=options.steps,
         batch_size=options.batch_size,
         seed=0,
-        optimizer=OptimizerConfig(lr=recipe.default_lr),
-        defaults=bundle.manifest.defaults,
+        optimizer={"lr": recipe.default_lr, "schedule": "constant", "warmup": 0.0},
         invocation=find_invocation(data.train) if recipe.acts_on_answers else (),
     )
-    config = msgspec.structs.replace(config, wire_dtype=wire)
     with Connection(url) as connection:
         trainer = Trainer(bundle, OnnxEngine(bundle, options.threads), connection, config, data.train)
         for _ in range(options.steps):
@@ -168,7 +165,7 @@ def _run(
         over_int8 = evaluate(model, data.held_out, options.batch_size).loss
     in_peft = _peft_loss(options.model, adapter, bundle, data)
     return {
-        "kind": config.kind,
+        "kind": config.adapter.kind,
         "title": recipe.title,
         "wire_dtype": wire,
         "evaluated_over": config.codecs.for_evaluation().group_input,

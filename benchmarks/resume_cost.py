@@ -30,13 +30,12 @@ os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREA
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.training.config import TrainConfig
-from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.settings import Settings
+from dlora.edge.training.resolve import resolve_without_data
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import frames
 from dlora.protocol.frames import Prefix
-from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import Link
 
 ON, OFF = signal.SIGUSR1, signal.SIGUSR2
@@ -130,18 +129,11 @@ def main() -> None:
     ids = rng.integers(100, bundle.manifest.base_model.vocabulary_size, (8 * options.batch_size, options.length))
     first = options.length * 2 // 3
     dataset = Dataset.of([(row.tolist(), list(range(first - 1, options.length - 1))) for row in ids])
-    config = TrainConfig(
-        kind="lora",
-        total_steps=10_000,
-        batch_size=options.batch_size,
-        grad_accum=1,
-        seed=(0,),
-        rank=bundle.manifest.defaults.r,
-        lora_alpha=bundle.manifest.defaults.lora_alpha,
-        wire_dtype="fp16",
-        optimizer=OptimizerConfig(lr=1e-3),
-        kill_revive=KillReviveConfig(active_fraction=options.active_fraction, warmup_steps=0, warmup_fraction=0.0),
-    )
+    settings = Settings.of(
+        kind="lora", lr=1e-3, schedule="constant", warmup=0.0, seed=0, steps=10_000, batch_size=options.batch_size,
+        server="ws://a-server", active_fraction=options.active_fraction,
+    )  # fmt: skip
+    config = resolve_without_data(settings, bundle.manifest, None)
     switch, times = Switch(), {True: list[float](), False: list[float]()}
     with _server(options.model, options.threads) as server, Connection(server.url) as connection:
         trainer = Trainer(bundle, OnnxEngine(bundle, options.threads), connection, config, dataset)

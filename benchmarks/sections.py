@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-DRIFT: Final = "Data that drift"
-"""What ``drift.py`` writes into the page of ``economy.py``, which keeps it."""
 TRUNK: Final = "Blocks on the device"
-"""Likewise of ``trunk_quality.py``."""
+"""What ``trunk_quality.py`` writes into the page of ``economy.py``, which keeps it."""
 DEFAULTS: Final = "Without a rate, on other models"
 """Likewise of ``defaults.py``."""
 

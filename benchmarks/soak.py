@@ -40,7 +40,7 @@ A, B = 0, 1
 SEEDS = 4
 PARK_S = 10
 SAMPLE_EVERY_S = 2.0
-DEVICE = ("--exchange-timeout-s", 2, "--max-retry-s", 600)
+DEVICE = ("--set", "server.exchange_timeout_s=2", "--max-retry-s", 600)
 SERVER = ("--exchange-timeout-s", 2, "--park-s", PARK_S, "--drain-s", 5, "--max-sessions", 64)
 ON_A_DEVICE = (
     Fault.KILL_DEVICE, Fault.CUT_LINK, Fault.HALF_OPEN, Fault.CORRUPT, Fault.TRUNCATE, Fault.DUPLICATE, Fault.DELAY,

@@ -30,12 +30,12 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.memory import peak_rss_mb
-from dlora.edge.training.config import TrainConfig
+from dlora.edge.settings import Settings
 from dlora.edge.training.metrics import StepMetrics
-from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.training.resolve import resolve_without_data
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
-from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups, spread_blocks
 
@@ -91,39 +91,31 @@ def _tokens(vocabulary: int, options: argparse.Namespace) -> tuple[Any, int]:
     return ids, first
 
 
-def _configs(manifest: Manifest, options: argparse.Namespace) -> dict[str, TrainConfig]:
+def _configs(manifest: Manifest, options: argparse.Namespace) -> dict[str, Resolved]:
     """What is compared with PEFT."""
-    eighth = KillReviveConfig(
-        active_fraction=0.125, warmup_steps=options.warmup, warmup_fraction=0.0, ramp_fraction=0.0
-    )
+    default = RECIPES[DEFAULT]
+    optimizer = {"lr": default.default_lr, "weight_decay": default.weight_decay, "schedule": "constant", "warmup": 0.0}
     return {
-        "split_all": _lora(manifest, KillReviveConfig(active_fraction=1.0), options),
-        "split_kr": _lora(manifest, eighth, options),
+        "split_all": _lora(manifest, options),
+        "split_kr": _lora(manifest, options, active_fraction=0.125),
         "split_default": train_config(
-            RECIPES[DEFAULT],
+            default,
+            manifest,
             steps=_total_steps(options),
             batch_size=options.batch_size,
             seed=0,
-            optimizer=OptimizerConfig(lr=RECIPES[DEFAULT].default_lr, weight_decay=RECIPES[DEFAULT].weight_decay),
-            defaults=manifest.defaults,
+            optimizer=optimizer,
             invocation=INVOCATION,
         ),
     }
 
 
-def _lora(manifest: Manifest, kill_revive: KillReviveConfig, options: argparse.Namespace) -> TrainConfig:
-    return TrainConfig(
-        total_steps=_total_steps(options),
-        batch_size=options.batch_size,
-        grad_accum=1,
-        seed=(0,),
-        kind="lora",
-        rank=manifest.defaults.r,
-        lora_alpha=manifest.defaults.lora_alpha,
-        wire_dtype=options.wire_dtype,
-        optimizer=OptimizerConfig(lr=1e-3),
-        kill_revive=kill_revive,
-    )
+def _lora(manifest: Manifest, options: argparse.Namespace, **changes: Any) -> Resolved:
+    settings = Settings.of(
+        kind="lora", lr=1e-3, schedule="constant", warmup=0.0, seed=0, steps=_total_steps(options),
+        batch_size=options.batch_size, wire_dtype=options.wire_dtype, server="ws://a-server", **changes,
+    )  # fmt: skip
+    return resolve_without_data(settings, manifest, None)
 
 
 def _total_steps(options: argparse.Namespace) -> int:
@@ -139,7 +131,7 @@ class Device:
     """
 
     def __init__(
-        self, bundle: Bundle, connection: Connection, config: TrainConfig, dataset: Dataset, threads: int
+        self, bundle: Bundle, connection: Connection, config: Resolved, dataset: Dataset, threads: int
     ) -> None:
         started = time.perf_counter()
         self.trainer = Trainer(bundle, OnnxEngine(bundle, threads), connection, config, dataset)
@@ -172,8 +164,8 @@ class Device:
         (batch,) = self.trainer.batches.step_batches(last.step)
         acting = len(batch.ids) if batch.crossing_positions is None else len(batch.crossing_positions)
         return {
-            "kind": self.trainer.config.kind,
-            "wire_dtype": self.trainer.config.wire_dtype,
+            "kind": self.trainer.config.adapter.kind,
+            "wire_dtype": self.trainer.config.server.wire_dtype,
             "step_s": round(step_s, 4),
             "tokens_per_s": round(last.tokens / step_s, 1),
             "bytes_per_token": round((last.bytes_up + last.bytes_down) / last.tokens, 1),
@@ -222,7 +214,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
 
-def _round_trips(manifest: Manifest, default: TrainConfig) -> dict[str, Any]:
+def _round_trips(manifest: Manifest, default: Resolved) -> dict[str, Any]:
     """Of a step of the default recipe, and of the same in fewer blocks."""
     found = {}
     for blocks in (default.blocks, spread_blocks(manifest, 4), spread_blocks(manifest, 2)):

@@ -87,7 +87,7 @@ def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
         source.fill(texts_of(dataset))
         connection = stack.enter_context(Connection(url))
         split = Trainer(
-            bundle, OnnxEngine(bundle, options.threads), connection, split_config(options), dataset
+            bundle, OnnxEngine(bundle, options.threads), connection, split_config(bundle.manifest, options), dataset
         )
         for step in range(options.warmup + options.steps):
             chosen = device.batches.step_indices(step)
@@ -184,7 +184,7 @@ def _train(
     how: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """A real run's summary. ``how``: what is trained where; else blocks on the device as ``options`` say."""
-    where = how or ("--mode", "trunk", "--device-blocks", options.blocks)
+    where = how or ("--device-blocks", options.blocks)
     with tempfile.TemporaryDirectory() as directory:
         data = Path(directory) / "data.jsonl"
         # No two alike: a text is asked for once.
@@ -192,7 +192,7 @@ def _train(
         started = time.perf_counter()
         summary = run_json(
             "-m", "dlora.edge", "train", *where, "--bundle", need_bundle(bundle), "--server", url, "--data", data,
-            "--split", 0, "--out", f"{directory}/out", "--batch-size", options.batch_size, "--lr", LR,
+            "--hold-out", 0, "--out", f"{directory}/out", "--batch-size", options.batch_size, "--lr", LR,
             "--threads", options.threads, "--seed", 0, "--json", *more,
         )  # fmt: skip
         log(f"{' '.join(how + more)}: {time.perf_counter() - started:.0f} s")

@@ -33,7 +33,7 @@ def measure_losses(url: str, options: argparse.Namespace) -> dict[str, Any]:
             adapter = work / dtype
             wire = "fp32" if dtype == "fp32" else "fp16"
             command = [
-                "-m", "dlora.edge", "train", "--mode", "trunk", "--device-blocks", options.blocks, "--bundle",
+                "-m", "dlora.edge", "train", "--device-blocks", options.blocks, "--bundle",
                 need_bundle(bundle), "--server", url, "--data", data, "--eval", held_out, "--out", adapter,
                 "--batch-size", options.batch_size, "--steps", STEPS, "--lr", HIGH_LR, "--threads", options.threads,
                 "--max-length", MAX_LENGTH, "--seed", 0, "--wire-dtype", wire, "--active-fraction", 1, "--json",

@@ -31,7 +31,7 @@ INTRO: Final = f"""## {TRUNK}
     {COMMAND}            # hours, in pieces: what is finished is never made again
     {COMMAND} --report   # this section, of the runs that stand in trunk-runs.jsonl and economy-runs.jsonl
 
-LoRA on all linear modules of the last k of 30 blocks, which run on the device (`--mode trunk`, blocks in fp16), against
+LoRA on all linear modules of the last k of 30 blocks, which run on the device (`--device-blocks k`, in fp16), against
 the baseline of this page, LoRA of rank 8 on q and v of all blocks, and the command's default recipe. The same rows,
 seeds and validation rows; differences to the baseline with 95 % intervals as above, the default at the rate that it
 finds, the others at the best of the grid. *As good* is a mean loss at most {LOSS_BAR} above the baseline's and at most

@@ -48,11 +48,11 @@ COMPARED: Final = {**{name: replace(RECIPES[name], bars=SETS) for name in (BASEL
 """Runs of the first two are those of ``economy.py``, as far as it has them."""
 
 OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
-    BASELINE: ("--mode", "split", "--kind", "lora", "--active-fraction", "1"),
-    DEFAULT: ("--mode", "split", "--kind", "bottleneck"),
+    BASELINE: ("--kind", "lora", "--active-fraction", "1"),
+    DEFAULT: ("--kind", "bottleneck"),
     **{
         recipe_name(count, rank): (
-            "--mode", "trunk", "--device-blocks", str(count), "--rank", str(rank), "--alpha", str(2 * rank),
+            "--device-blocks", str(count), "--rank", str(rank), "--alpha", str(2 * rank),
         )
         for rank in RANKS
         for count in BLOCKS

@@ -12,10 +12,10 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
 from dlora.edge.model.trunk_source import TrunkSource, encoded_width
-from dlora.edge.training.config import TrainConfig
-from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.settings import Settings
+from dlora.edge.training.resolve import resolve_without_data
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connection import Connection
-from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import Codecs
 
@@ -38,34 +38,19 @@ def trunk_source(bundle: Bundle, engine: Engine, url: str, cache: Path, count: i
     return TrunkSource(bundle, engine, kept, blocks=blocks, codecs=codecs, connect=lambda: Connection(url))
 
 
-def trunk_config(manifest: Manifest, options: argparse.Namespace, count: int) -> TrainConfig:
+def trunk_config(manifest: Manifest, options: argparse.Namespace, count: int) -> Resolved:
     """LoRA of rank 8 on all linear modules of the last ``count`` blocks."""
-    last = manifest.base_model.blocks
-    return TrainConfig(
-        **common_settings(options),
-        mode="trunk",
-        device_blocks=count,
-        rank=8,
-        target_modules=("all-linear",),
-        blocks=tuple(range(last - count, last)),
-    )
+    return _config(manifest, options, device_blocks=str(count), target_modules="all-linear")
 
 
-def split_config(options: argparse.Namespace) -> TrainConfig:
+def split_config(manifest: Manifest, options: argparse.Namespace) -> Resolved:
     """LoRA of rank 8 on q and v of all blocks, which run on the server."""
-    return TrainConfig(**common_settings(options), rank=8, target_modules=("q_proj", "v_proj"))
+    return _config(manifest, options, target_modules="q_proj,v_proj")
 
 
-def common_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What both have."""
-    return {
-        "total_steps": 1000,
-        "batch_size": options.batch_size,
-        "grad_accum": 1,
-        "seed": (0,),
-        "kind": "lora",
-        "lora_alpha": 16.0,
-        "wire_dtype": "fp16",
-        "optimizer": OptimizerConfig(lr=LR),
-        "kill_revive": KillReviveConfig(active_fraction=1.0),
-    }
+def _config(manifest: Manifest, options: argparse.Namespace, **more: Any) -> Resolved:
+    settings = Settings.of(
+        kind="lora", rank=8, alpha=16.0, lr=LR, schedule="constant", warmup=0.0, seed=0, steps=1000,
+        batch_size=options.batch_size, server="ws://a-server", **more,
+    )  # fmt: skip
+    return resolve_without_data(settings, manifest, None)

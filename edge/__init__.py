@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from .client.datum import Datum
     from .client.sampling_client import SamplingClient
     from .client.training_client import TrainingClient
+    from .settings import Settings
 
-__all__ = ["Datum", "SamplingClient", "TrainingClient"]
+__all__ = ["Datum", "SamplingClient", "Settings", "TrainingClient"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from .client.datum import Datum
 
         return Datum
+    if name == "Settings":
+        from .settings import Settings
+
+        return Settings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

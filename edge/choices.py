@@ -21,15 +21,12 @@ Keep = Literal["auto", "last", "best"]
 OnWorse = Literal["warn", "stop"]
 """What a run does that makes the model worse than it was."""
 
+ScheduleName = Literal["constant", "linear", "cosine"]
+"""How the learning rate goes after warm-up."""
+
 RunMode = Literal["split", "trunk", "local"]
 """Where the base model's blocks run: all of them on the server, which exchanges with the device at every group; or the
 last ones on the device, which asks the server once for what comes out of the others; or all of them on the device."""
-
-ModeChoice = Literal["auto", RunMode]
-"""A mode, or the one that ``dlora-edge plan`` recommends."""
-
-UseMode = Literal["split", "trunk", "local"]
-"""Where they run when answers are made: likewise, but in the mode trunk the device asks for each token or draft."""
 
 EngineName = Literal["onnx", "executorch"]
 """What runs a bundle's graphs."""

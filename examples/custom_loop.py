@@ -12,7 +12,7 @@ import argparse
 import math
 from pathlib import Path
 
-from dlora.edge import TrainingClient
+from dlora.edge import Settings, TrainingClient
 
 PAIRS = (
     ("Which bread keeps longest?", " Rye, for two weeks."),
@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--out", type=Path, default=Path("my-loop"))
     options = parser.parse_args()
-    with TrainingClient.create(options.bundle, options.server, rank=8, seed=0) as client:
+    where = {"server": options.server} if options.server else {"device_blocks": "all"}
+    settings = Settings.of(bundle=options.bundle, kind="lora", rank=8, seed=0, **where)
+    with TrainingClient.create(settings) as client:
         data = [client.datum(prompt, completion) for prompt, completion in PAIRS]
         for step in range(options.steps):
             found = client.forward_backward(data)

@@ -70,11 +70,12 @@ def main() -> None:
         _title("4", "Train", "a device without torch: embedding, head, AdamW, small cores; half of them active")
         _forget(ADAPTER)
         _run(
-            "dlora-edge", "train", "--mode", "split", "--bundle", str(BUNDLE), "--server", url, "--data", str(train),
+            "dlora-edge", "train", "--bundle", str(BUNDLE), "--server", url, "--data", str(train),
             "--eval", str(held_out), "--out", str(ADAPTER), "--steps", str(STEPS), "--batch-size", str(BATCH_SIZE),
-            "--kind", "bottleneck", "--rank", "96", "--blocks", "spread:8", "--adapt", "answer",
-            "--wire-dtype", WIRE_DTYPE, "--active-fraction", "0.5", "--kr-score", "change", "--kr-kill-every", "10",
-            "--kr-revive-every", "20", "--kr-probation", "10", "--kr-on-kill", "hold_forward", "--seed", "0",
+            "--kind", "bottleneck", "--rank", "96", "--blocks", "spread:8", "--active-from", "answer",
+            "--wire-dtype", WIRE_DTYPE, "--active-fraction", "0.5", "--kr-score", "grad",
+            "--set", "kill_revive.kill_every=10", "--set", "kill_revive.revive_every=20",
+            "--set", "kill_revive.probation=10", "--kr-on-kill", "hold_forward", "--seed", "0",
             "--json", stdout=subprocess.DEVNULL,
         )  # fmt: skip
         after = _output(*ask, "--adapter", str(ADAPTER)).strip()

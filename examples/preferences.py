@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dlora.edge import TrainingClient
+from dlora.edge import Settings, TrainingClient
 from dlora.edge.client.losses import dpo_loss
 
 # What was asked, the better answer, the other one.
@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--out", type=Path, default=Path("my-preferences"))
     options = parser.parse_args()
-    with TrainingClient.create(options.bundle, options.server, rank=8, seed=0) as client:
+    where = {"server": options.server} if options.server else {"device_blocks": "all"}
+    settings = Settings.of(bundle=options.bundle, kind="lora", rank=8, seed=0, **where)
+    with TrainingClient.create(settings) as client:
         data = [client.datum(asked, answer) for asked, *answers in PAIRS for answer in answers]
         # New adapters change nothing: this is what the base model says.
         loss = dpo_loss(client.forward(data).logprobs, options.beta)

@@ -2,7 +2,7 @@
 
     python examples/record_and_audit.py                       the default recipe
     python examples/record_and_audit.py --kind lora           options of dlora-edge train
-    python examples/record_and_audit.py --bundle build/smollm2-blocks --mode trunk
+    python examples/record_and_audit.py --bundle build/smollm2-blocks --device-blocks 12
 
 It leaves build/audit/audit.html.
 """

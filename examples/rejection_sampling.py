@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dlora.edge import Datum, TrainingClient
+from dlora.edge import Datum, Settings, TrainingClient
 
 PROMPTS = ("Why is the sky blue?", "What is bread made of?", "How do I boil an egg?")
 
@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path("my-best"))
     options = parser.parse_args()
-    with TrainingClient.create(options.bundle, options.server, rank=8, seed=0) as client:
+    where = {"server": options.server} if options.server else {"device_blocks": "all"}
+    settings = Settings.of(bundle=options.bundle, kind="lora", rank=8, seed=0, **where)
+    with TrainingClient.create(settings) as client:
         for round_ in range(options.rounds):
             best: list[Datum] = []
             rewards: list[float] = []

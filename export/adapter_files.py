@@ -44,7 +44,7 @@ def check_mergeable(directory: Path) -> AdapterFiles:
     if config.get("alora_invocation_tokens"):
         raise CheckpointError(
             f"{directory} is an activated LoRA, which acts on answers only and cannot be part of the weights; train "
-            "with --adapt all for an adapter that can be merged"
+            "with --active-from start for an adapter that can be merged"
         )
     ranks, alphas = (read_patterns(directory, config, key) for key in ("rank_pattern", "alpha_pattern"))
     _check_saved_modules(directory, config.get("modules_to_save") or [])

@@ -160,8 +160,8 @@ def _device_blocks(
         except CannotBeginOnDevice as error:
             text = f"{base.name} ({base.architecture}) cannot run on a device alone: {error}"
             if is_asked_for:
-                raise ExportError(f"{text}; --device-blocks {count - 1} is the most, for --mode trunk") from None
-            note(f"{text}; it gets {count - 1} blocks, for --mode trunk")
+                raise ExportError(f"{text}; --device-blocks {count - 1} is the most") from None
+            note(f"{text}; it gets {count - 1} blocks")
             if count == 1:
                 return None
             return prepare_blocks(base, selection.trainable, count - 1, settings.block_dtype, say, tell)

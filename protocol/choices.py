@@ -13,8 +13,8 @@ KindChoice = Literal["lora", "bottleneck", "ffa"]
 Send = Literal["embeddings", "token-ids"]
 """What a micro-batch begins with on the wire: embeddings that the device has looked up, or the tokens themselves."""
 
-Adapt = Literal["all", "answer"]
-"""Where adapters act: at all tokens, or from the beginning of the answer on."""
+ActiveFrom = Literal["start", "answer"]
+"""Where adapters act: from the start of a text, or from the beginning of the answer on (PEFT: activated LoRA)."""
 
 Basis = Literal["data", "weights", "random"]
 """What the frozen A and B of bottleneck adapters are: the directions in which the base model's hidden states and
@@ -23,7 +23,7 @@ gradients vary most on some of the data, or those of its weights; or drawn at ra
 UnitKind = Literal["block", "group"]
 """What kill-and-revive switches: all exchange groups of a block at once, or each group by itself."""
 
-ScoreName = Literal["change", "sensitivity", "grad", "norm", "random", "static", "last"]
+ScoreName = Literal["static", "random", "sensitivity", "grad"]
 """What kill-and-revive ranks units by."""
 
 OnKill = Literal["fade", "bypass", "hold_forward", "give_to_server"]

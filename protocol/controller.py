@@ -27,11 +27,13 @@ import numpy.typing as npt
 from .adapters import AdapterSpec, Crossing, crossings
 from .errors import RemoteProtocolError
 from .groups import GroupSpec, evenly, group_units
-from .kill_revive import KillReviveConfig, Timetable, UnitState
+from .kill_revive import MARGIN, TRIAL_SHARE, KillReviveConfig, Timetable, UnitState
 
 Floats = npt.NDArray[np.float64]
 States = npt.NDArray[np.uint8]
 
+EMA_DECAY: Final = 0.85
+"""Of the moving average of a unit's scores."""
 # The revive draw: a floor, so that a unit that once scored nothing still gets its turn, and a bonus for waiting.
 DRAW_FLOOR: Final = 0.1
 DRAW_IDLE_TICKS: Final = 4
@@ -48,6 +50,7 @@ class Controller:
         seed: of the draws.
         total_steps: length of the run.
         adapter: what crosses for each group, and so what it costs; LoRA by default.
+        counts_costs: whether units are ranked by score per cost, instead of by score.
         learnt: units that have an effect before step 0.
 
     Attributes:
@@ -64,6 +67,7 @@ class Controller:
         seed: int,
         total_steps: int,
         adapter: AdapterSpec | None = None,
+        counts_costs: bool = True,
         learnt: Sequence[int] = (),
     ) -> None:
         adapter = adapter or AdapterSpec()
@@ -74,7 +78,8 @@ class Controller:
         self.timetable = Timetable(config, len(units), total_steps)
         self._seed = seed
         self._total_steps = total_steps
-        self._costs = unit_costs(groups, units, crossings(adapter, groups))
+        costs = unit_costs(groups, units, crossings(adapter, groups))
+        self._costs = costs if counts_costs else np.ones_like(costs)
         made_with = (config, tuple(groups), adapter, seed, total_steps, self._costs.tobytes())
         self.digest = hashlib.sha256(msgspec.msgpack.encode(made_with)).digest()
         self._pinned = np.isin(np.arange(len(units)), config.pinned)
@@ -98,8 +103,8 @@ class Controller:
     @property
     def trial_seats(self) -> int:
         """How many of the k seats units on trial may take; one unit that is not pinned always keeps its own."""
-        config, floor = self.config, self.timetable.floor
-        seats = max(1, math.floor(config.revive_share * floor + 1e-9))
+        floor = self.timetable.floor
+        seats = max(1, math.floor(TRIAL_SHARE * floor + 1e-9))
         return max(0, min(seats, floor - int(self._pinned.sum()) - 1, self._states.size - floor))
 
     def report(self, step: int, scores: npt.ArrayLike) -> States:
@@ -118,7 +123,7 @@ class Controller:
             raise RemoteProtocolError(f"a score of step {step} is not finite", code="non_finite")
         if (given < 0).any():
             raise RemoteProtocolError(f"a score of step {step} is negative")
-        decay = self.config.ema if step else 0.0
+        decay = EMA_DECAY if step else 0.0
         scored = self._states == _ACTIVE
         is_first_choice = step == 0 and self.timetable.begins_at_floor
         if is_first_choice:
@@ -162,14 +167,10 @@ class Controller:
         self._ema = np.frombuffer(state, "<f8", units, 8 + 10 * units).astype(np.float64)
 
     def _fixed_set(self) -> npt.NDArray[np.bool_]:
+        if self.timetable.floor == self._states.size:
+            return np.ones(self._states.size, np.bool_)
         chosen = self._pinned.copy()
-        if self.config.score == "static":
-            chosen[list(self.config.static)] = True
-        elif self.timetable.floor == chosen.size:
-            chosen[:] = True
-        else:
-            others = np.flatnonzero(~chosen)[::-1]
-            chosen[others[: self.timetable.floor - int(chosen.sum())]] = True
+        chosen[list(self.config.static)] = True
         return chosen
 
     def _first_set(self, has_learnt: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -197,21 +198,18 @@ class Controller:
         self._swap(np.flatnonzero(is_active & ~is_best), np.flatnonzero(is_best & ~is_active), step)
 
     def _rank_values(self, step: int) -> Floats:
-        """What units are ranked by, (units,): the score's moving average, per cost where that is asked for."""
+        """What units are ranked by, (units,): the score's moving average, per cost."""
         if self.config.score == "random":
             return np.random.default_rng([self._seed, step, 0]).random(self._states.size)
-        return self._ema / self._costs if self.config.cost_aware else self._ema
+        return self._ema / self._costs
 
     def _ranked(self, among: npt.NDArray[np.bool_], rank_values: Floats) -> npt.NDArray[np.intp]:
         """Indices of the units ``among``, best first: pinned ones, then by worth; a tie goes to the deeper unit.
 
-        With ``spread``, worth counts times the gap that a unit fills: the worst is taken out, its neighbours'
-        gaps grow, and so on (the crowding distance of NSGA-II, Deb et al. 2002, along the depth).
+        Worth counts times the gap that a unit fills: the worst is taken out, its neighbours' gaps grow, and so on (the
+        crowding distance of NSGA-II, Deb et al. 2002, along the depth).
         """
-        indices = np.flatnonzero(among)
-        if not self.config.spread:
-            return indices[np.lexsort((-indices, -rank_values[indices], ~self._pinned[indices]))]
-        left, taken = indices, []
+        left, taken = np.flatnonzero(among), []
         while len(left):
             edges = np.concatenate(([-1], left, [self._states.size]))
             crowded = rank_values[left] * (edges[2:] - edges[:-2])
@@ -263,15 +261,13 @@ class Controller:
             return order[:0]
         rest = order[safe:]
         old_enough = judged[rest] | (step - self._since[rest] >= self.config.kill_every)
-        below = rank_values[rest] < rank_values[order[safe - 1]] * (1.0 - self.config.hysteresis)
+        below = rank_values[rest] < rank_values[order[safe - 1]] * (1.0 - MARGIN)
         replaceable: npt.NDArray[np.intp] = rest[old_enough & below & ~self._pinned[rest]][::-1]
         return replaceable
 
     def _draw(self, step: int, rank_values: Floats, idle: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.intp]:
         """Draw ``count`` of the ``idle`` units without replacement, p ~ (I/max I + 0.1)·(1 + idle/(4·revive_every)),
-        with I = max I for a unit that was never scored.
-
-        With ``spread``, times the distance to the nearest active unit.
+        times the distance to the nearest active unit, with I = max I for a unit that was never scored.
         """
         indices = np.flatnonzero(idle)
         if self.config.score == "random" or not rank_values[indices].any():
@@ -280,7 +276,7 @@ class Controller:
             weight = rank_values[indices] / rank_values[indices].max() + DRAW_FLOOR
             weight[rank_values[indices] == 0] = 1.0 + DRAW_FLOOR  # never scored: it may be the best
             active = np.flatnonzero(self._states == _ACTIVE)
-            if self.config.spread and len(active):
+            if len(active):
                 weight = weight * np.abs(indices[:, None] - active).min(axis=1)
         weight *= 1.0 + (step - self._since[indices]) / (DRAW_IDLE_TICKS * self.config.revive_every)
         # Efraimidis and Spirakis: the smallest of Exp(1)/weight are a weighted draw without replacement.

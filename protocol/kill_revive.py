@@ -22,6 +22,13 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 
 MAX_UNITS: Final = 16_384
 DEFAULT_WARMUP_STEPS: Final = 20
+DEFAULT_RAMP_FRACTION: Final = 0.25
+TRIAL_SHARE: Final = 0.25
+"""Share of the active units (at least one) that revived units may take."""
+MARGIN: Final = 0.10
+"""A unit loses its place only if it scores below the threshold by this share of it."""
+QUIET_SHARE: Final = 0.05
+"""Share of the last steps (at least one) without kills or revivals."""
 
 
 class UnitState(IntEnum):
@@ -48,19 +55,12 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         active_fraction: rho; ``k = max(1, ceil(rho * units))`` units stay active. 1.0 turns kill-and-revive off. The
             baseline ``static`` has its own units instead.
         unit: what is switched: a whole ``block`` (all its exchange groups) or a single exchange ``group``.
-        score: what the device reports and the cloud ranks by; ``random``, ``static`` and ``last`` ignore it.
+        score: what the device reports and the cloud ranks by; ``random`` and ``static`` ignore it.
         warmup_fraction: share of the steps, from the first on, in which nothing is killed.
         warmup_steps: the least number of such steps, where the share is less.
         ramp_fraction: share of the steps at which the cubic budget reaches ``k``.
         kill_every, revive_every: ticks, in steps. revive_every 0: never revive.
-        revive_share: share of ``k`` (at least one unit) that revived units may take.
         probation: steps for which a revived unit is not ranked.
-        hysteresis: a unit is killed only if it scores below threshold * (1 - hysteresis).
-        quiet_fraction: share of the last steps without kills or revivals.
-        ema: decay of the score's moving average.
-        cost_aware: rank by score per cost (bytes, round trips, depth of backward) instead of by score.
-        spread: weigh a unit by the gap along the depth that it fills among the active ones, so that they do not
-            crowd together.
         on_kill: what a killed unit does at first, see ``UnitState``.
         pinned: units that are never killed.
         static: the units of the baseline ``static``; none, with an active_fraction of 0, is the bare base model.
@@ -68,19 +68,13 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     active_fraction: Fraction = 1.0
     unit: UnitKind = "block"
-    score: ScoreName = "change"
+    score: ScoreName = "static"
     warmup_fraction: Fraction = 0.05
     warmup_steps: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = DEFAULT_WARMUP_STEPS
-    ramp_fraction: Fraction = 0.25
+    ramp_fraction: Fraction = DEFAULT_RAMP_FRACTION
     kill_every: Annotated[int, msgspec.Meta(ge=1, le=10**9)] = 25
     revive_every: Count = 50
-    revive_share: Fraction = 0.25
     probation: Count = 25
-    hysteresis: Fraction = 0.10
-    quiet_fraction: Fraction = 0.05
-    ema: Fraction = 0.85
-    cost_aware: bool = True
-    spread: bool = True
     on_kill: OnKill = "fade"
     pinned: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_UNITS)] = ()
     static: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_UNITS)] = ()
@@ -102,7 +96,7 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             for unit in chosen:
                 if not 0 <= unit < units:
                     raise UsageError(f"{option}: there is no {self.unit} {unit}; they are 0 to {units - 1}")
-        if self.score == "static" and not self.static and self.active_fraction:
+        if self.score == "static" and not self.static and 0 < self.active_fraction < 1:
             raise UsageError("--kr-score static needs --static-units, such as 26-29")
 
 
@@ -128,7 +122,7 @@ class Timetable:
         self.units = units
         self.total_steps = total_steps
         self.floor = min(units, config.budget_floor(units))
-        quiet_steps = max(1, math.floor(config.quiet_fraction * total_steps + 1e-9))
+        quiet_steps = max(1, math.floor(QUIET_SHARE * total_steps + 1e-9))
         self.last_change = max(0, total_steps - quiet_steps)
         self.warmup = max(config.warmup_steps, math.ceil(config.warmup_fraction * total_steps - 1e-9))
         ramp_fraction_end = min(math.ceil(config.ramp_fraction * total_steps - 1e-9), self.last_change)
@@ -137,7 +131,7 @@ class Timetable:
     @property
     def is_fixed(self) -> bool:
         """Whether the active set never changes: kill-and-revive is off, or the score is ``static``."""
-        return self.config.score in ("static", "last") or self.floor == self.units
+        return self.config.score == "static" or self.floor == self.units
 
     @property
     def begins_at_floor(self) -> bool:

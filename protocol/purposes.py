@@ -47,17 +47,16 @@ class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
 class Encode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="encode"):
     """The purpose of a device that runs the model's last blocks itself: C runs the first ones, forward only.
 
+    C may run all sequences of a micro-batch at once: what comes out of one depends, by rounding, on what it came with.
+
     Attributes:
         blocks: how many of them; width: of the hidden states that come out of the last of these.
-        exact: whether C runs each sequence by itself, so that its bits are the same whatever it came with; else it may
-            run several at once, which is faster on a GPU and rounds otherwise.
         context_length: for how many tokens C is to keep keys and values of these blocks, so that micro-batches of the
             mode ``decode`` go on from them; 0: none.
     """
 
     blocks: Width
     width: Width
-    exact: bool = True
     context_length: Index = 0
 
 

@@ -28,7 +28,7 @@ OTHER_NAMES: Final = {
     "--bundle": ("model", "model-name-or-path", "model-name", "base-model", "pretrained-model-name-or-path"),
     "--data": ("dataset", "dataset-name", "datasets", "train-file", "train-data"),
     "--eval": ("eval-dataset", "eval-data", "eval-file", "validation-file", "valid-data"),
-    "--split": ("val-set-size", "validation-split", "validation-split-percentage", "val-size"),
+    "--hold-out": ("val-set-size", "validation-split", "validation-split-percentage", "val-size"),
     "--save-every": ("save-steps",),
     "--eval-every": ("eval-steps", "steps-per-eval"),
     "--keep best": ("load-best-model-at-end",),
@@ -42,6 +42,26 @@ OTHER_NAMES: Final = {
     "--server": ("url", "server-url", "address"),
 }  # fmt: skip
 """What PEFT, transformers, TRL, axolotl, Llama-Factory and mlx-lm call our options, without their dashes."""
+
+FORMER: Final = {
+    "--mode": "say --device-blocks 0, N, all or auto",
+    "--split": "it is --hold-out now",
+    "--adapt": "it is --active-from now: start or answer",
+    "--exact": "leave it out: the same texts give the same bits each time",
+    "--basis-steps": "say --set adapter.basis_steps=N",
+    "--exchange-timeout-s": "say --set server.exchange_timeout_s=X",
+    "--kr-warmup-steps": "say --set kill_revive.warmup_steps=N",
+    "--kr-ramp-fraction": "say --set kill_revive.ramp_fraction=X",
+    "--kr-kill-every": "say --set kill_revive.kill_every=N",
+    "--kr-revive-every": "say --set kill_revive.revive_every=N",
+    "--kr-probation": "say --set kill_revive.probation=N",
+    "--kr-revive-share": "leave it out: a quarter of the active units are on trial",
+    "--kr-hysteresis": "leave it out: a unit must lose by a tenth",
+    "--kr-cost-aware": "leave it out: units are ranked by score per cost",
+    "--kr-spread": "leave it out: active units are kept apart",
+    "--try": "leave it out: benchmarks/audit.py attacks defences",
+}
+"""Options of former versions, and what to say in place of them."""
 
 _OURS: Final = {f"--{other}": ours for ours, others in OTHER_NAMES.items() for other in others}
 _VALUE: Final = re.compile(r"(.+?) is not (?:a valid|in the range|one of)", re.S)
@@ -77,6 +97,8 @@ def _unknown_option(error: Any) -> str:
     name = str(error.option_name)
     if name.removeprefix("--") in arguments:
         return f"no option {name}; leave that word out, and write only what comes after it"
+    if name in FORMER:
+        return f"no option {name}: {FORMER[name]}"
     return f"no option {name}{meant_option(name, options)}"
 
 

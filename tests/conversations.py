@@ -72,7 +72,7 @@ def open_session(**changes: Any) -> m.OpenSession:
         "codecs": Codecs.all(changes.get("wire_dtype", "fp32")),
         "evaluation_codecs": Codecs.all(changes.pop("wire_dtype", "fp32")),
     }
-    run = {"kill_revive": KillReviveConfig(active_fraction=0.125), "seed": 1, "total_steps": 9}
+    run = {"kill_revive": KillReviveConfig(active_fraction=0.125, score="grad"), "seed": 1, "total_steps": 9}
     for name in ("kill_revive", "seed", "total_steps", "next_step", "ticket"):
         if name in changes:
             run[name] = changes.pop(name)
@@ -97,7 +97,7 @@ def adapter_state(group: int = 0, **changes: Any) -> m.AdapterState:
     return m.AdapterState(group=group, **{"tensors": (floats(GROUPS[group].in_features),), **changes})
 
 
-GIVES = KillReviveConfig(active_fraction=0.5, on_kill="give_to_server")
+GIVES = KillReviveConfig(active_fraction=0.5, score="grad", on_kill="give_to_server")
 
 
 def parameters(group: int = 0, r: int = 2) -> m.GroupParameters:

@@ -213,7 +213,7 @@ def _difference(trainer: Trainer, model: Any, run: Any) -> float:
     losses = trainer.model.forward_backward(batches, step=0, grad_scale=1 / labelled)
     split = float(sum(part.sum() for part in losses)) / labelled
     model.config.use_cache = False  # RWKV's state is changed in place
-    wrapped = reference.with_adapters(model.eval(), trainer.adapters, run.rank, run.lora_alpha)
+    wrapped = reference.with_adapters(model.eval(), trainer.adapters, run.adapter.rank, run.adapter.alpha)
     loss = reference.loss_of(wrapped, batches)
     loss.backward()
     pairs = [

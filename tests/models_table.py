@@ -47,12 +47,13 @@ has the same graphs, which depend on widths and kind of head and not on the fami
   fewer than eight numbers (`shared_expert_gate` of qwen3_next).
 - **`all-linear` leaves out**: modules of the blocks that cannot be targets, one name for each reason. Export says so,
   too.
-- **`--adapt answer` leaves out**: modules to which PEFT gives no activated LoRA, mostly because what they are given is
-  not (batch, length, width) in memory. Who names them gets `--adapt all`, and so does a model that has no others.
+- **`--active-from answer` leaves out**: modules to which PEFT gives no activated LoRA, mostly because what they are
+  given is not (batch, length, width) in memory. Who names them gets `--active-from start`, and so does a model that has
+  no others.
 - **blocks**: whether a bundle may have the last blocks of the model, for a device that runs them itself
   (`dlora-export --device-blocks`), or why not; *all but the first*, where a device cannot make of embeddings what goes
-  into block 0, so that there is `--mode trunk` and no `--mode local` (OPT: only where it projects). Where a bundle may
-  have blocks, they compute what PEFT and autograd do in one process,
+  into block 0, so that there is `--device-blocks N` and no `--device-blocks all` (OPT: only where it projects). Where
+  a bundle may have blocks, they compute what PEFT and autograd do in one process,
   forward and backward, with LoRA beside every linear module: on ONNX Runtime in fp32 (`tests/test_blocks.py`), and of
   some families on both engines and in fp16 and int8 (`tests/test_blocks_training.py`). They go on from keys and
   values, so that the device can generate with them, but where it says otherwise. `make test` tries those of
@@ -64,8 +65,8 @@ has the same graphs, which depend on widths and kind of head and not on the fami
 
 """
 _COLUMNS: Final = (
-    "family", "LoRA's default", "whose", "`all-linear` leaves out", "`--adapt answer` leaves out", "blocks", "engines",
-    "generates", "run",
+    "family", "LoRA's default", "whose", "`all-linear` leaves out", "`--active-from answer` leaves out", "blocks",
+    "engines", "generates", "run",
 )  # fmt: skip
 _REFUSED: Final = """
 ## Refused

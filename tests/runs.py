@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from dlora.edge.commands.train import train as train_command
 from dlora.edge.data.examples import Dataset
 from dlora.edge.run.file_names import EVALUATIONS, METRICS, SUMMARY
-from dlora.edge.run.run_file import DataDigest, RunFile, RunSettings, save_run_file, versions
+from dlora.edge.run.run_file import DataDigest, RunFile, load_run_file, save_run_file, versions
+from dlora.edge.settings import Settings, fields_of
 from dlora.edge.training.metrics import MetricsLog, StepMetrics
 
 
@@ -47,11 +47,17 @@ def made_step(step: int, total: int, **changes: Any) -> StepMetrics:
     return StepMetrics(**{**values, **changes})
 
 
-def settings(**changes: Any) -> RunSettings:
-    """The options of a run, as ``train`` has them by default."""
-    options = {name: each.default for name, each in inspect.signature(train_command).parameters.items()}
+def settings(**changes: Any) -> Settings:
+    """The settings of a run, as ``train`` has them by default."""
     given = {"bundle": Path("/b/bundle"), "data": Path("/d/chat.jsonl"), "out": Path("/o/run"), "kind": "lora"}
-    return RunSettings.of({**options, **given, **changes})
+    return Settings.of(**{**given, **changes})
+
+
+def settings_in(out: Path) -> SimpleNamespace:
+    """The settings in a run's directory, by the names of their options."""
+    settings = load_run_file(out).settings
+    return SimpleNamespace(**{field.parameter: getattr(getattr(settings, field.section), field.key)
+                              for field in fields_of()})
 
 
 def write_run(

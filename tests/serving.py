@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from dlora.cloud.serving.server import CloudServer, ServerSettings
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.training.config import TrainConfig
-from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.settings import Training
+from dlora.edge.training.resolved import ChosenAdapter, ChosenOptimizer, ChosenServer, Resolved
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
+from dlora.protocol.choices import Send
 from dlora.protocol.kill_revive import KillReviveConfig
 
 KEY = bytes(range(32))
@@ -66,28 +67,52 @@ def random_dataset(vocabulary: int, examples: int = 12, seed: int = 0, longest: 
     return Dataset.of(made)
 
 
-def config(**changes: Any) -> TrainConfig:
-    """A short run, all active, on an exact wire; ``kill_revive`` and ``optimizer`` may be given as dicts."""
-    kill_revive = KillReviveConfig(**{"active_fraction": 1.0, **changes.pop("kill_revive", {})})
-    optimizer = OptimizerConfig(**{"lr": 1e-2, **changes.pop("optimizer", {})})
-    settings: dict[str, Any] = {
-        "kind": "lora",
-        "total_steps": 6,
-        "batch_size": 3,
-        "grad_accum": 1,
-        "seed": (3,),
-        "rank": 4,
-        "lora_alpha": 8.0,
-        "wire_dtype": "fp32",
-    }
-    return TrainConfig(**{**settings, **changes}, kill_revive=kill_revive, optimizer=optimizer)
+def config(
+    *,
+    kill_revive: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
+    blocks: Sequence[int] = (),
+    target_modules: Sequence[str] = (),
+    lora_alpha: float = 8.0,
+    batch_size: int = 3,
+    grad_accum: int = 1,
+    wire_dtype: str = "fp32",
+    send: Send = "embeddings",
+    is_local: bool = False,
+    **changes: Any,
+) -> Resolved:
+    """A short run, all active, on an exact wire.
+
+    ``kill_revive``: fields of ``KillReviveConfig``; ``optimizer``: of its section; other ``changes``: of the section
+    ``adapter``, or of ``Resolved`` itself. ``is_local``: whether the device's blocks are all that there are.
+    """
+    adapter: dict[str, Any] = {"kind": "lora", "rank": 4}
+    adapter |= {name: changes.pop(name) for name in list(changes) if name in ChosenAdapter.__struct_fields__}
+    if adapter["kind"] == "bottleneck":
+        adapter = {"basis": "data", "basis_steps": 8, **adapter}
+    device_blocks = changes.get("device_blocks", 0)
+    units = {"active_fraction": 1.0, "score": "grad", **(kill_revive or {})}
+    return Resolved(
+        adapter=ChosenAdapter(
+            **adapter,
+            alpha=lora_alpha,
+            target_modules=",".join(target_modules),
+            blocks=",".join(map(str, blocks)),
+        ),
+        optimizer=ChosenOptimizer(**{"lr": 1e-2, "schedule": "constant", "warmup": 0.0, **(optimizer or {})}),
+        training=Training(batch_size=batch_size, grad_accum=grad_accum),
+        server=ChosenServer(wire_dtype=wire_dtype, send=send),
+        units=KillReviveConfig(**units),
+        blocks=device_blocks if is_local else device_blocks + 1,
+        **{"total_steps": 6, "seed": (3,), **changes},
+    )
 
 
 @contextmanager
 def training(
     bundle: Path,
     url: str,
-    run: TrainConfig,
+    run: Resolved,
     dataset: Dataset,
     connecting: ConnectSettings | None = None,
     **settings: Any,

@@ -30,7 +30,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.context import Context
 from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.use import open_model
-from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.resolved import Resolved
 from dlora.protocol.adapters import crossings
 from dlora.protocol.errors import CheckpointError, ProtocolError, UsageError
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
@@ -55,7 +55,7 @@ def server(base: BaseModel) -> Iterator[RunningServer]:
         yield running
 
 
-def run_of(kind: str, **changes: Any) -> TrainConfig:
+def run_of(kind: str, **changes: Any) -> Resolved:
     settings = {"target_modules": ("all-linear",), "lora_alpha": 4.0, "invocation": INVOCATION, "basis_steps": 1}
     return config(kind=kind, **{**settings, **changes})
 
@@ -89,7 +89,7 @@ def test_modules_that_peft_does_not_activate_get_no_activated_adapter(tiny: Tiny
         assert done.code == 0, done.stderr
         assert "adapters act at all tokens: PEFT has no activated LoRA for fc1 of this base model" in done.stderr
         assert not load_adapter(tmp_path / "named").invocation
-        refused = run_edge(*place.train(tmp_path / "refused", **named, adapt="answer"))
+        refused = run_edge(*place.train(tmp_path / "refused", **named, active_from="answer"))
         data.write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 4)
         text = run_edge(*place.train(tmp_path / "text", kind=None))
         assert "adapters act at all tokens: data of the form 'text' have no answers" in text.stderr
@@ -151,7 +151,7 @@ def test_invocation_is_one_that_held_out_answers_do_not_contain_either() -> None
     ids=["nothing in common", "in the answers, too", "no prompts", "texts that begin alike"],
 )
 def test_data_without_an_invocation_are_refused(examples: list[tuple[list[int], list[int]]]) -> None:
-    with pytest.raises(UsageError, match="--adapt all"):
+    with pytest.raises(UsageError, match="--active-from start"):
         find_invocation(Dataset.of(examples))
 
 
@@ -295,7 +295,7 @@ def test_only_answers_cross(bundle: Path, server: RunningServer, wire_dtype: str
     base = trainer.bundle.manifest.base_model
     live = range(len(trainer.groups))
     wanted = micro_batch_traffic(
-        crossings(run.adapter, trainer.groups), live=live, with_grads=live, answered=live[1:], tokens=len(batch.ids),
+        crossings(run.spec, trainer.groups), live=live, with_grads=live, answered=live[1:], tokens=len(batch.ids),
         sequences=3, labelled=len(batch.labels), embedding_size=base.embedding_size, hidden_size=base.hidden_size,
         codecs=run.codecs, rows=3 * (len(INVOCATION) + 2),
     )  # fmt: skip
@@ -323,9 +323,9 @@ def test_an_adapter_acts_where_it_did_when_a_run_starts_from_it(
     with training(bundle, server.url, run_of("lora", invocation=()), dataset) as trainer:
         trainer.save_adapter(tmp_path / "all")
     for name, invocation, message in (
-        ("answers", (), "train with --adapt answer"),
-        ("answers", (8,), "train with --adapt answer"),
-        ("all", INVOCATION, "train with --adapt all"),
+        ("answers", (), "train with --active-from answer"),
+        ("answers", (8,), "train with --active-from answer"),
+        ("all", INVOCATION, "train with --active-from start"),
     ):
         init = load_adapter(tmp_path / name)
         with (
@@ -353,7 +353,7 @@ def test_token_ids_in_place_of_embeddings_give_the_same_run(bundle: Path, server
     base = trainer.bundle.manifest.base_model
     live = range(len(trainer.groups))
     wanted = micro_batch_traffic(
-        crossings(run.adapter, trainer.groups), live=live, with_grads=live, answered=live[1:], tokens=len(batch.ids),
+        crossings(run.spec, trainer.groups), live=live, with_grads=live, answered=live[1:], tokens=len(batch.ids),
         sequences=3, labelled=len(batch.labels), embedding_size=base.embedding_size, hidden_size=base.hidden_size,
         codecs=run.codecs, rows=3 * (len(INVOCATION) + 2), send="token-ids",
     )  # fmt: skip

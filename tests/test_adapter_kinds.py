@@ -32,7 +32,7 @@ from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.model.session import ModelSession
 from dlora.edge.training.checkpoint import load_latest
-from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.connection import Connection
@@ -169,13 +169,13 @@ def base(tiny: TinyFactory) -> BaseModel:
     return tiny(blocks=BLOCKS).base
 
 
-def run_of_cores(**changes: Any) -> TrainConfig:
+def run_of_cores(**changes: Any) -> Resolved:
     return config(kind="core", basis="weights", rank=COLUMNS, **{"optimizer": {"lr": 0.5}, **changes})
 
 
 KILLING = {
     "active_fraction": 0.5, "on_kill": "fade", "warmup_steps": 2, "warmup_fraction": 0.0, "ramp_fraction": 0.3,
-    "kill_every": 2, "revive_every": 2, "probation": 1, "hysteresis": 0.0, "revive_share": 0.5,
+    "kill_every": 2, "revive_every": 2, "probation": 1,
 }  # fmt: skip
 
 
@@ -318,7 +318,7 @@ def expected(trainer: Trainer, batch: MicroBatch, units: str) -> Traffic:
     with_grads = [unit for unit in live if unit >= units.index("1")]
     base_model = trainer.bundle.manifest.base_model
     return micro_batch_traffic(
-        crossings(trainer.config.adapter, trainer.adapters.group_specs),
+        crossings(trainer.config.spec, trainer.adapters.group_specs),
         live=live,
         with_grads=with_grads,
         answered=with_grads[1:],
@@ -327,7 +327,7 @@ def expected(trainer: Trainer, batch: MicroBatch, units: str) -> Traffic:
         labelled=len(batch.labels),
         embedding_size=base_model.embedding_size,
         hidden_size=base_model.hidden_size,
-        codecs=Codecs.all(trainer.config.wire_dtype),
+        codecs=Codecs.all(trainer.config.server.wire_dtype),
         rows=-(-len(batch.ids) // 2),
     )
 
@@ -371,7 +371,7 @@ def test_server_state_counts_in_the_quota(bundle: Path, base: BaseModel) -> None
     dataset, run = random_dataset(VOCABULARY), run_of_cores()
     with serving(base) as server:
         with training(bundle, server.url, run, dataset) as trainer:
-            kept = [state_bytes(run.adapter, group) for group in trainer.adapters.group_specs]
+            kept = [state_bytes(run.spec, group) for group in trainer.adapters.group_specs]
             assert server.server.service.quotas.live_bytes == sum(kept) > 0
         eventually(lambda: server.server.service.quotas.live_bytes == 0)
         server.server.service.quotas.limits = QuotaLimits(live_bytes=sum(kept) - 1)

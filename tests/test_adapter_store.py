@@ -1,14 +1,10 @@
-"""A directory of adapters: names, whole or not at all, and what is said of each."""
+"""A directory of adapters: names, and what is said of each."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +12,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 from peft import LoraConfig, get_peft_model
-from small_disk import small_disk
 from test_peft_adapter import LLAMA_TARGETS, R, llama, random_modules, save
 
-from dlora.edge.adapters.about import about_adapter
 from dlora.edge.adapters.model_card import CARD_NAME, model_card
-from dlora.edge.adapters.parts import PARTS_NAME, Parts
+from dlora.edge.adapters.parts import Parts
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.store import AdapterStore, default_directory
 from dlora.protocol.adapter_record import (
@@ -32,7 +26,7 @@ from dlora.protocol.adapter_record import (
     TrainingRecord,
     load_record,
 )
-from dlora.protocol.errors import CheckpointError, StorageError, UsageError
+from dlora.protocol.errors import CheckpointError, UsageError
 
 FINGERPRINT = "ab" * 32
 TRAINING = TrainingRecord(
@@ -193,40 +187,22 @@ def test_default_directory_is_this_users(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert default_directory() == tmp_path / "mine"
 
 
-def test_add_show_export_and_remove(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_copied_run_is_shown_as_it_is(store: AdapterStore, tmp_path: Path) -> None:
     assert store.names() == []
     parts = Parts("bottleneck", R, 1.0, {"x": 2.0}, {"x.core": random_modules(LLAMA_TARGETS)[0].lora_A})
-    source = saved(tmp_path / "run", parts=parts)
-    (source / "run.json").write_text("{}")
-    (source / "checkpoints").mkdir()
-    about = store.add(source, "one")
+    saved(store.directory / "one", parts=parts)
+    about = store.show("one")
     assert store.names() == ["one"]
-    assert sorted(path.name for path in store.path("one").iterdir()) == sorted(
-        [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, RECORD_NAME, PARTS_NAME]
-    )
-    assert about == store.show("one")
     assert (about.name, about.kind, about.rank, about.modules) == ("one", "bottleneck", R, 2)
     assert about.acts_on == "everything"
     assert (about.base_fingerprint, about.training, about.blocks) == (FINGERPRINT, TRAINING, "0,2")
-    store.export("one", tmp_path / "plain")
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
-    store.export("one", tmp_path / "all", with_parts=True)
-    assert load_adapter(tmp_path / "all").parts is not None
-    with pytest.raises(UsageError, match="is there already"):
-        store.export("one", tmp_path / "all")
-    store.remove("one")
-    assert store.names() == []
-    assert list(store.directory.iterdir()) == []
 
 
-def test_adapters_of_peft_itself_are_as_good(store: AdapterStore, tmp_path: Path) -> None:
+def test_adapters_of_peft_itself_are_as_good(store: AdapterStore) -> None:
     config = LoraConfig(r=R, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(llama(), config).save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    about = store.add(tmp_path / "theirs", "theirs")
+    get_peft_model(llama(), config).save_pretrained(store.directory / "theirs", save_embedding_layers=False)
+    about = store.show("theirs")
     assert (about.base_fingerprint, about.training, about.kind) == (None, None, "lora")
-    (store.path("theirs") / CARD_NAME).unlink()
-    store.export("theirs", tmp_path / "out")
-    assert metadata_load(tmp_path / "out" / CARD_NAME)["library_name"] == "peft"
 
 
 NO_NAMES = ["", ".", "..", "../x", "a/b", "/etc", ".hidden", "a b", "a\n", "a\0", "-x", "é", "x" * 65, "a\\b", "~"]
@@ -234,136 +210,31 @@ NO_NAMES = ["", ".", "..", "../x", "a/b", "/etc", ".hidden", "a b", "a\n", "a\0"
 
 @pytest.mark.parametrize("name", NO_NAMES)
 def test_names_lead_nowhere_else(store: AdapterStore, tmp_path: Path, name: str) -> None:
-    source = saved(tmp_path / "source")
     saved(tmp_path / "x")  # what ../x would be
-    store.add(source, "a")
-    for attempt in (
-        lambda: store.add(source, name, force=True),
-        lambda: store.path(name),
-        lambda: store.show(name),
-        lambda: store.export(name, tmp_path / "out"),
-        lambda: store.remove(name),
-    ):
+    saved(store.directory / "a")
+    for attempt in (store.path, store.show, store.load):
         with pytest.raises(UsageError, match="cannot be the name of an adapter") as caught:
-            attempt()
+            attempt(name)
         assert "\n" not in str(caught.value)
-    assert (tmp_path / "x" / WEIGHTS_NAME).exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "store", "x"]
 
 
 def test_links_are_not_followed(store: AdapterStore, tmp_path: Path) -> None:
     source = saved(tmp_path / "source")
-    store.add(source, "a")
+    saved(store.directory / "a")
     (store.directory / "link").symlink_to(source)
     assert store.names() == ["a"]
     with pytest.raises(CheckpointError, match="is a symbolic link"):
         store.show("link")
-    with pytest.raises(UsageError, match="already"):
-        store.add(source, "link")
-    store.add(saved(tmp_path / "other", seed=1), "link", force=True)
-    assert not (store.directory / "link").is_symlink()
-    (store.directory / "link2").symlink_to(source)
-    store.remove("link2")
-    assert load_adapter(source)  # as it was
 
 
-def test_linked_files_are_copied(store: AdapterStore, tmp_path: Path) -> None:
-    """As in the Hugging Face cache, whose files are links."""
-    blobs = saved(tmp_path / "blobs")
-    (tmp_path / "snapshot").mkdir()
-    for path in blobs.iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    store.add(tmp_path / "snapshot", "a")
-    assert not any(path.is_symlink() for path in store.path("a").iterdir())
-
-
-def test_name_that_is_taken_needs_force(store: AdapterStore, tmp_path: Path) -> None:
-    store.add(saved(tmp_path / "old"), "a")
-    new = saved(tmp_path / "new", seed=1)
-    before = store.show("a").weights_sha256
-    with pytest.raises(UsageError, match="has an adapter a already"):
-        store.add(new, "a")
-    assert store.show("a").weights_sha256 == before
-    store.add(new, "a", force=True)
-    assert store.show("a").weights_sha256 == about_adapter(new).weights_sha256 != before
-
-
-def test_pickles_and_damaged_adapters_are_not_added(store: AdapterStore, tmp_path: Path) -> None:
-    source = saved(tmp_path / "source")
+def test_pickles_and_damaged_adapters_are_not_shown(store: AdapterStore) -> None:
+    source = saved(store.directory / "a")
     damage(source / WEIGHTS_NAME)
     with pytest.raises(CheckpointError, match="SHA-256"):
-        store.add(source, "a")
+        store.show("a")
     (source / WEIGHTS_NAME).rename(source / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="pickle"):
-        store.add(source, "a")
-    assert store.entries() == []
-    with pytest.raises(CheckpointError, match="no such directory"):
-        store.add(tmp_path / "nowhere", "a")
-
-
-def test_full_disk_leaves_nothing_half_made(tmp_path: Path) -> None:
-    with small_disk(tmp_path) as disk:
-        store = AdapterStore(disk / "store")
-        store.add(saved(tmp_path / "small"), "a")
-        big = tmp_path / "big"
-        save(big, random_modules(dict.fromkeys(LLAMA_TARGETS, (80_000, 8))))
-        for name in ("a", "b"):
-            with pytest.raises(StorageError, match="No space left"):
-                store.add(big, name, force=True)
-        assert [path.name for path in store.directory.iterdir()] == ["a"]
-        assert store.show("a").training == TRAINING
-
-
-SLOW_IMPORT = """
-import sys, time
-from pathlib import Path
-from dlora.edge.adapters import store
-stop_at, name, real = sys.argv[1], sys.argv[2], getattr(Path, "rename")
-copied = store.shutil.copyfile
-def hang():
-    print("here", flush=True)
-    time.sleep(60)
-def copyfile(source, target):
-    copied(source, target)
-    if stop_at == "copy": hang()
-def rename(self, target):
-    real(self, target)
-    if stop_at == "rename": hang()
-store.shutil.copyfile, Path.rename = copyfile, rename
-store.AdapterStore(Path(sys.argv[3])).add(Path(sys.argv[4]), name, force=True)
-"""
-
-
-@pytest.mark.parametrize("stop_at", ["copy", "rename"])
-def test_killed_import_leaves_the_old_adapter_or_none(store: AdapterStore, tmp_path: Path, stop_at: str) -> None:
-    """SIGKILL while files are copied; and between the two renames that replace an adapter by another."""
-    old, new = saved(tmp_path / "old"), saved(tmp_path / "new", seed=1)
-    store.add(old, "a")
-    arguments = [sys.executable, "-c", SLOW_IMPORT, stop_at, "a", str(store.directory), str(new)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "here\n"
-        process.send_signal(signal.SIGKILL)
-    assert any(path.name.startswith(".") for path in store.directory.iterdir())
-    assert store.names() == ["a"]
-    assert store.show("a").weights_sha256 == about_adapter(old).weights_sha256
-    assert [path.name for path in store.directory.iterdir()] == ["a"]
-    store.add(new, "b")
-
-
-def test_whoever_waits_for_an_import_sees_it_whole(store: AdapterStore, tmp_path: Path) -> None:
-    old, new = saved(tmp_path / "old"), saved(tmp_path / "new", seed=1)
-    store.add(old, "a")
-    slow = SLOW_IMPORT.replace("time.sleep(60)", "time.sleep(0.5)")
-    arguments = [sys.executable, "-c", slow, "rename", "a", str(store.directory), str(new)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "here\n"
-        started = time.monotonic()
-        assert store.names() == ["a"]  # at this instant no directory has the name
-        assert time.monotonic() - started > 0.3
-        assert process.wait(120) == 0
-    assert store.show("a").weights_sha256 == about_adapter(new).weights_sha256
+        store.load("a")
 
 
 def test_directory_that_is_a_file_is_a_usage_error(tmp_path: Path) -> None:
@@ -372,15 +243,12 @@ def test_directory_that_is_a_file_is_a_usage_error(tmp_path: Path) -> None:
         AdapterStore(tmp_path / "file").names()
 
 
-def test_other_things_in_the_directory_are_left_alone(store: AdapterStore, tmp_path: Path) -> None:
-    store.add(saved(tmp_path / "a"), "a")
+def test_other_things_in_the_directory_are_left_alone(store: AdapterStore) -> None:
+    saved(store.directory / "a")
     (store.directory / "notes.txt").write_text("mine")
-    (store.directory / ".git").mkdir()
-    (store.directory / "my own").mkdir()
+    for other in (".git", "my own"):
+        (store.directory / other).mkdir()
     assert (store.names(), store.entries()) == (["a"], ["a", "my own"])
-    store.add(saved(tmp_path / "b"), "b")
-    store.remove("a")
-    assert sorted(path.name for path in store.directory.iterdir()) == [".git", "b", "my own", "notes.txt"]
 
 
 def test_record_survives_a_copy(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import stat
@@ -25,14 +24,12 @@ from test_given_units import RANDOM
 from test_trunk_command import records
 from tiny import Tiny, TinyFactory
 
-from dlora.cloud.audit.audit import Audit, TriedDefence, run_audit
+from dlora.cloud.audit.audit import Audit, run_audit
 from dlora.cloud.audit.finding import Finding
-from dlora.cloud.audit.gaussian_noise import epsilon_of
 from dlora.cloud.audit.observed import observe
 from dlora.cloud.audit.page import page
 from dlora.cloud.audit.scoring import Verdict
 from dlora.cloud.audit.tokenizer import truth_tokenizer
-from dlora.cloud.audit.tried import Defence, try_defences
 from dlora.cloud.commands.audit import audit as audit_command
 from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.data.examples import Dataset
@@ -130,25 +127,6 @@ def test_of_trunk_the_text_is_exposed_and_what_is_trained_is_not(audits: dict[st
         (named,) = re.findall(r"(tests/\w+\.py)::(\w+)", found.why)
         assert f"def {named[1]}(" in Path(named[0]).read_text()
     assert "24 of 72" in finding(audit, "labels never fed back").why  # the last of three labels is never fed back
-
-
-def test_of_a_guessed_seed_a_and_b_are_found_each_by_itself(
-    model: Tiny, data: Dataset, url: str, tmp_path: Path
-) -> None:
-    verdicts = {}
-    common = {"total_steps": 2, "optimizer": {"lr": 1e-3}, "wire_dtype": "fp16"}
-    for seed in ((7,), (7, 1, 2, 3)):
-        directory = tmp_path / str(len(seed))
-        record_training(model, url, directory, data, seed=seed, **common)
-        audit = run_audit(*opened(directory), model.base)
-        verdicts[seed] = finding(audit, "seed").verdict
-        attacks = {each.name: each for each in finding(audit, "adapter").attacks}
-        found = [attacks.get(f"{half} from the guessed seed 7") for half in "AB"]
-        if len(seed) == 1:
-            assert all(each is not None and each.figure > 0.99 for each in found), found
-        else:
-            assert found == [None, None]
-    assert list(verdicts.values()) == [Verdict.EXPOSED, Verdict.RESISTED]
 
 
 def test_a_run_without_an_adapter_has_none_to_find(
@@ -308,13 +286,12 @@ def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Pa
     assert "gets this run's text, labels, adapter and gradients, in the clear" in trained.stderr
     done = run_cloud(
         "audit", model.model, "--frames", record, "--truth", record, "--out", tmp_path / "audit.html",
-        "--phrase", "w17", "--phrase", "nowhere to be found", "--json", "--try", "noise=0.3",
+        "--phrase", "w17", "--phrase", "nowhere to be found", "--json",
     )  # fmt: skip
     assert done.code == 0, done.stderr
     said = json.loads(done.stdout)
     assert said == json.loads((tmp_path / "audit.json").read_text())
     verdicts = {each["secret"]: each["verdict"] for each in said["findings"]}
-    assert [each["name"] for each in said["defences"]] == ["noise=0.3"]
     assert {verdicts[secret] for secret in ("text", "labels", "adapter", "gradients", "membership")} == {"EXPOSED"}
     assert verdicts["the phrase 'nowhere to be found'"] is None
     assert verdicts["the phrase 'w17'"] in ("EXPOSED", None)
@@ -331,69 +308,9 @@ def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Pa
         assert len(audit.texts) == texts  # tokens that go on from each other are one text
         assert audit.clear[0].startswith(f"{texts} text")
         assert (finding(audit, "labels").verdict is None) == (command[0] == "generate")
-    refused = run_edge("evaluate", "--data", data, "--bundle", model.bundle, "--mode", "local", "--record", "x")
+    refused = run_edge("evaluate", "--data", data, "--bundle", model.bundle, "--device-blocks", "all", "--record", "x")
     assert refused.code == 2
     assert "nothing does: leave it out" in refused.stderr
-
-
-# -- defences --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tried(model: Tiny, recordings: dict[str, Path]) -> dict[str, TriedDefence]:
-    _, truth = opened(recordings["lora"])
-    names = ("noise=0.3", "noise=1000", "first-blocks=1", "first-blocks=2")
-    return {each.name: each for each in try_defences([Defence.parse(name) for name in names], truth, model.base)}
-
-
-def figures(defence: TriedDefence) -> dict[str, float]:
-    return {attack.name: attack.figure for attack in defence.finding.attacks}
-
-
-def test_a_little_noise_hides_nothing_and_much_noise_leaves_no_model(tried: dict[str, TriedDefence]) -> None:
-    little, much = tried["noise=0.3"], tried["noise=1000"]
-    assert little.finding.verdict is Verdict.EXPOSED
-    assert much.finding.verdict is not Verdict.EXPOSED
-    assert much.loss > little.loss
-    assert "one token in place of another" in little.claim
-    assert "nothing clipped" in little.claim
-    assert "δ = 1e-05" in little.claim
-
-
-def test_blocks_on_the_device_hide_the_text_from_a_nearest_neighbour_only(tried: dict[str, TriedDefence]) -> None:
-    for name in ("first-blocks=1", "first-blocks=2"):
-        defence = tried[name]
-        found = figures(defence)
-        assert defence.finding.verdict is Verdict.EXPOSED
-        assert defence.finding.best is not None
-        assert defence.finding.best.name == "sequential matching"
-        assert found["sequential matching"] > 0.95
-        assert found["nearest neighbour"] < found["sequential matching"] - 0.1
-        assert defence.loss == pytest.approx(defence.loss_without, rel=1e-2)
-
-
-def test_what_cannot_be_tried_is_one_line(model: Tiny, recordings: dict[str, Path]) -> None:
-    for text in ("", "noise", "noise=0", "noise=-1", "noise=nan", "noise=inf", "first-blocks=1.5", "blocks=2"):
-        with pytest.raises(UsageError, match="write noise=TIMES"):
-            Defence.parse(text)
-    _, truth = opened(recordings["lora"])
-    with pytest.raises(UsageError, match="some must be left"):
-        try_defences([Defence.parse(f"first-blocks={BLOCKS}")], truth, model.base)
-
-
-def test_epsilon_is_that_of_the_analytic_gaussian_mechanism() -> None:
-    def delta(epsilon: float, ratio: float) -> float:
-        def normal(x: float) -> float:
-            return math.erfc(-x / math.sqrt(2)) / 2
-
-        return normal(ratio / 2 - epsilon / ratio) - math.exp(epsilon) * normal(-ratio / 2 - epsilon / ratio)
-
-    for ratio in (0.1, 1.0, 3.0):
-        epsilon = epsilon_of(ratio, 1.0)
-        assert delta(epsilon, ratio) == pytest.approx(1e-5, rel=1e-3)
-        assert epsilon_of(2 * ratio, 2.0) == pytest.approx(epsilon)
-    assert epsilon_of(30.0, 1.0) > 400  # no overflow where it says nothing
-    assert epsilon_of(1.0, 0.0) == math.inf
 
 
 # -- truths and frames of strangers ----------------------------------------------------------------------

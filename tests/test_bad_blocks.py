@@ -156,7 +156,7 @@ DECODE_CHANGES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
         lambda manifest: replace(
             manifest, device_blocks=replace(manifest.device_blocks, without_decode="of its odd attention")
         ),
-        "cannot go on from earlier tokens on a device: of its odd attention; use --mode split",
+        "cannot go on from earlier tokens on a device: of its odd attention; use --device-blocks 0",
     ),
 }  # fmt: skip
 
@@ -232,7 +232,7 @@ def train(path: Path) -> None:
     opened = Bundle.open(path)
     engine, vocabulary = OnnxEngine(opened, 1), opened.manifest.base_model.vocabulary_size
     source, data = LocalSource(opened, engine), random_dataset(min(vocabulary, 97), 4)
-    trainer = Trainer(opened, engine, source, trunk_config((0, 1), mode="local"), data)
+    trainer = Trainer(opened, engine, source, trunk_config((0, 1), is_local=True), data)
     trainer.run_step()
     trainer.evaluate(data)
     blocks = DecodeBlocks(opened, engine, 2, DeviceLora())

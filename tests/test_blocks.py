@@ -105,7 +105,7 @@ def check_in_pieces(
 ) -> None:
     """One sequence a few tokens at a time, some of them taken back: in torch all of it at once."""
     if refused is not None:
-        with pytest.raises(BundleError, match=f"{refused}.*; use --mode split"):
+        with pytest.raises(BundleError, match=f"{refused}.*; use --device-blocks 0"):
             DecodeBlocks(bundle, engine, 1, device_lora(lora, RANK, SCALING))
         return
     ids = sequences((13,))

@@ -27,7 +27,8 @@ from dlora.edge.engine.onnx_engine import OnnxEngine, _is_large
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.model.device_lora import DeviceLora
-from dlora.edge.training.optimizer import AdamW, OptimizerConfig
+from dlora.edge.training.optimizer import AdamW
+from dlora.edge.training.resolved import ChosenOptimizer
 from dlora.export import to_executorch
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import BundleError, DataError, UsageError
@@ -39,7 +40,7 @@ STEPS, PATH = 20, 1e-4
 LENGTHS = np.array([8, 5], np.int32)
 LABELLED = np.array([1, 3, 4, 5, 6, 7, 9, 10, 11, 12], np.int32)  # rows of the tokens that have a label
 RANK, SCALING = 3, 2.0
-CONFIG = OptimizerConfig(lr=1e-3, weight_decay=0.05, max_grad_norm=0.0)
+CONFIG = ChosenOptimizer(lr=1e-3, weight_decay=0.05, max_grad_norm=0.0, schedule="constant", warmup=0.0)
 FEW_TOKENS = 24  # of a micro-batch that programs made here take
 OTHERS = [
     (family, dtype)

@@ -84,7 +84,7 @@ def test_the_protocol_has_no_sockets_and_no_clock(package: str, banned: set[str]
         ),
         (
             "import dlora.edge.commands.app",
-            {"numpy", "msgspec", "rich", "psutil", "onnxruntime", "tokenizers", "websockets", "jinja2"},
+            {"numpy", "rich", "psutil", "onnxruntime", "tokenizers", "websockets", "jinja2"},
         ),
         (
             "import dlora.edge.data.tokenizer, dlora.edge.data.examples, dlora.edge.run.run",

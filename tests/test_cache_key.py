@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from processes import run_edge
+from runs import settings_in
 from serving import serving
 from test_resume import STEPS, Place, assert_same_run
 from test_trunk_command import NOWHERE, TRUNK, records, summary
@@ -21,7 +22,7 @@ from dlora.protocol.errors import CheckpointError
 from dlora.protocol.wire_codecs import encode_floats
 
 SECRET, OTHER = bytes(range(32)), bytes(range(1, 33))
-OWNER = CacheOwner(base_model="0" * 64, blocks=2, width=8, embeddings="fp16 as fp16", codec="fp16", exact=False)
+OWNER = CacheOwner(base_model="0" * 64, blocks=2, width=8, embeddings="fp16 as fp16", codec="fp16")
 TEXTS = [np.arange(3, 8), np.arange(5, 12), np.arange(2)]
 RANDOM = np.random.default_rng(0)
 TENSORS = [encode_floats(RANDOM.normal(size=(len(ids), 8)).astype(np.float32), "fp16") for ids in TEXTS]
@@ -97,7 +98,7 @@ def test_a_run_with_a_key_has_the_bits_of_one_without(place: Place, tmp_path: Pa
     for name, options in (("plain", ()), ("sealed", ("--cache-key-file", key))):
         summary(run_edge(*place.train(tmp_path / name, *TRUNK, "--keep-cache", *options, "--json")))
     assert_same_run(tmp_path / "sealed", tmp_path / "plain")
-    assert json.loads((tmp_path / "sealed" / "run.json").read_text())["settings"]["cache_key_file"] == str(key)
+    assert settings_in(tmp_path / "sealed").cache_key_file == key
     assert (tmp_path / "sealed" / CACHE).stat().st_size > (tmp_path / "plain" / CACHE).stat().st_size
     longer = summary(run_edge("resume", tmp_path / "sealed", "--steps", STEPS + 5, "--server", NOWHERE, "--json"))
     begun = json.loads((tmp_path / "plain" / "summary.json").read_text())

@@ -210,6 +210,6 @@ OTHER_MATTERS = {
     "bundle.md": ("hides from all, of zeros",),
     "glossary.md": ("and a verdict on each secret",),
     "operating.md": ("the tokens cannot be read", "never payload, tokens or secrets"),
-    "audit.md": ("| BY CONSTRUCTION |", "The page has what each hides"),
+    "audit.md": ("| BY CONSTRUCTION |", "What each hides, and the loss"),
 }
 HELP = ("without their secrets",)

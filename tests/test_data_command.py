@@ -81,7 +81,7 @@ def test_what_is_shown_is_what_training_reads(place: Place, tmp_path: Path) -> N
     done = run_edge(*place.train(out), "--json")
     assert done.code == 0, done.stderr
     data = json.loads((out / "run.json").read_text())
-    result = found(place, place.data, "--split", "auto")
+    result = found(place, place.data, "--hold-out", "auto")
     parts = data["data"], data["eval_data"]
     assert sum(part["examples"] for part in parts) == result["examples"] == 40
     assert sum(part["tokens"] for part in parts) == result["tokens"]
@@ -106,7 +106,7 @@ def test_rows_that_cannot_be_learnt_from_are_listed(place: Place, tmp_path: Path
 def test_parts_are_written_and_are_the_rows(place: Place, tmp_path: Path) -> None:
     rows = [{**pair(number % 30), "id": number} for number in range(60)]
     file, out = write(tmp_path / "d.jsonl", *rows), tmp_path / "parts"
-    result = found(place, file, "--split", 0.25, "--out", out)
+    result = found(place, file, "--hold-out", 0.25, "--out", out)
     texts = [(out / f"{name}.jsonl").read_text() for name in ("train", "held-out")]
     parts = [[json.loads(line) for line in text.splitlines()] for text in texts]
     assert sorted((row for part in parts for row in part), key=lambda row: row["id"]) == rows
@@ -116,7 +116,7 @@ def test_parts_are_written_and_are_the_rows(place: Place, tmp_path: Path) -> Non
     assert found(place, out / "train.jsonl", "--eval", out / "held-out.jsonl")["in_held_out"]["count"] == 0
     overlap = found(place, file, "--eval", out / "held-out.jsonl")["in_held_out"]
     assert overlap["count"] == 14
-    notes = found(place, SAMPLES / "notes", "--split", 0.4, "--out", tmp_path / "notes")
+    notes = found(place, SAMPLES / "notes", "--hold-out", 0.4, "--out", tmp_path / "notes")
     assert notes["held_out"] == 1
     assert len((tmp_path / "notes/train.jsonl").read_text().splitlines()) == 2
 
@@ -124,9 +124,9 @@ def test_parts_are_written_and_are_the_rows(place: Place, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--out", "x"], "--out needs --split"),
-        (["--split", 0.1, "--eval", "x"], "leave one of them out"),
-        (["--split", "some"], "--split some is not understood"),
+        (["--out", "x"], "--out needs --hold-out"),
+        (["--hold-out", 0.1, "--eval", "x"], "leave one of them out"),
+        (["--hold-out", "some"], "--hold-out some is not understood"),
         (["--columns", "a"], "--columns"),
         (["--max-length", 10**6], "--max-length 1000000 is over"),
     ],
@@ -139,7 +139,7 @@ def test_missing_and_empty_files_are_one_line(place: Place, tmp_path: Path) -> N
     assert_fails(look(place, tmp_path / "none.jsonl"), DATA, "no such file")
     (tmp_path / "empty.jsonl").write_text("")
     assert_fails(look(place, tmp_path / "empty.jsonl"), DATA, "no examples in it")
-    assert_fails(look(place, write(tmp_path / "one.jsonl", pair(1)), "--split", 0.5), DATA, "two different rows")
+    assert_fails(look(place, write(tmp_path / "one.jsonl", pair(1)), "--hold-out", 0.5), DATA, "two different rows")
 
 
 # -- training without --eval ------------------------------------------------------------------------------------
@@ -149,12 +149,12 @@ def test_training_holds_some_rows_out_and_says_so(place: Place, tmp_path: Path) 
     out = tmp_path / "out"
     done = run_edge(*place.train(out, keep="best"), "--json")
     assert done.code == 0, done.stderr
-    assert "held out: 4 of 40 rows, to see how well the rest teaches; --split 0 trains on all" in done.stderr
+    assert "held out: 4 of 40 rows, to see how well the rest teaches; --hold-out 0 trains on all" in done.stderr
     summary = json.loads(done.stdout)
     assert summary["eval_loss_after"] is not None
     evaluated = run_edge(
         "evaluate", "--bundle", place.bundle, "--server", place.url, "--data", place.data, "--adapter", out / "best",
-        "--split", "auto", "--threads", 1, "--json",
+        "--hold-out", "auto", "--threads", 1, "--json",
     )  # fmt: skip
     assert json.loads(evaluated.stdout)["loss"] == pytest.approx(summary["eval_loss_best"], abs=1e-5)
     again = run_edge("resume", out, "--steps", 3, "--json")
@@ -163,13 +163,13 @@ def test_training_holds_some_rows_out_and_says_so(place: Place, tmp_path: Path) 
 
 
 def test_split_0_trains_on_all(place: Place, tmp_path: Path) -> None:
-    done = run_edge(*place.train(tmp_path / "out", split=0), "--json")
+    done = run_edge(*place.train(tmp_path / "out", hold_out=0), "--json")
     assert done.code == 0, done.stderr
     assert "held out" not in done.stderr
     assert json.loads(done.stdout)["evaluations"] == []
-    assert_fails(run_edge(*place.train(tmp_path / "b", split=0, keep="best")), USAGE, "--keep best needs --eval")
+    assert_fails(run_edge(*place.train(tmp_path / "b", hold_out=0, keep="best")), USAGE, "--keep best needs --eval")
     few = write(tmp_path / "few.jsonl", *map(pair, range(9)))
-    asked = run_edge("evaluate", "--bundle", place.bundle, "--server", place.url, "--data", few, "--split", "auto")
+    asked = run_edge("evaluate", "--bundle", place.bundle, "--server", place.url, "--data", few, "--hold-out", "auto")
     assert_fails(asked, DATA, "holds nothing out of these data")
 
 
@@ -179,9 +179,9 @@ def test_few_rows_are_split_where_held_out_data_are_needed(place: Place, tmp_pat
     out, plain = tmp_path / "out", tmp_path / "plain"
     done = run_edge(*place.train(out, data=few, keep="best"))
     assert done.code == 0, done.stderr
-    assert "--keep best needs held-out data, and these are few: --split 0.1" in done.stderr
+    assert "--keep best needs held-out data, and these are few: --hold-out 0.1" in done.stderr
     assert "held out: 1 of 9 rows" in done.stderr
-    evaluate = ["evaluate", "--bundle", place.bundle, "--server", place.url, "--data", few, "--split", "auto"]
+    evaluate = ["evaluate", "--bundle", place.bundle, "--server", place.url, "--data", few, "--hold-out", "auto"]
     asked = run_edge(*evaluate, "--adapter", out, "--json")
     assert asked.code == 0, asked.stderr
     assert json.loads(asked.stdout)["examples"] == 1

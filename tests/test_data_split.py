@@ -50,7 +50,7 @@ def test_a_row_that_is_added_moves_few_others() -> None:
 
 @pytest.mark.parametrize("text", ["", "1", "1.5", "-0.1", "nan", "inf", "much"])
 def test_a_share_that_cannot_be_is_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError, match="--split"):
+    with pytest.raises(UsageError, match="--hold-out"):
         parse_split(text)
 
 

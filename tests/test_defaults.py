@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from tiny import TinyFactory
 
-from dlora.edge.commands.adapter_settings import default_adapters
+from dlora.edge.training.choose_adapter import default_adapters
 from dlora.edge.training.defaults import default_rank, default_target_modules
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.manifest import Manifest, load_manifest

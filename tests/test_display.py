@@ -200,7 +200,7 @@ TEN_STEPS = (
 
 
 def test_lines_in_a_terminal_end_between_words() -> None:
-    words = "held out: 65 of 646 rows, to see how well the rest teaches; --split 0 trains on all"
+    words = "held out: 65 of 646 rows, to see how well the rest teaches; --hold-out 0 trains on all"
     program = f"from dlora.edge.run.display import Display; Display().say({words!r})"
     lines = shown_in_a_terminal(program, columns=40).splitlines()
     assert " ".join(lines) == words

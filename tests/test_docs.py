@@ -19,7 +19,6 @@ import dlora.edge.commands.app
 import dlora.export.cli
 from dlora.cloud.door.guard import ConnectionLimits
 from dlora.cloud.serving.timeouts import SessionTimeouts
-from dlora.edge.commands.help_panels import KR
 from dlora.edge.engine.onnx_check import OPERATORS
 from dlora.export.graphs import registry
 from dlora.export.graphs.adamw import adamw_graph
@@ -31,6 +30,7 @@ from dlora.protocol import adapter_record, errors, frames, kill_revive, link, ma
 from dlora.protocol.adapters import AdapterSpec, crossings
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
+from dlora.protocol.usage_words import FORMER
 from dlora.protocol.version import ADAPTER_FORMAT
 from dlora.protocol.wire_codecs import Codecs
 
@@ -364,12 +364,13 @@ def test_options_in_error_texts_exist() -> None:
         said = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         for text in filter(lambda value: isinstance(value, str), said):
             pips = {"--no-deps"} if "pip install" in text else set()
-            assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= ALL_OPTIONS | pips, (path, text)
+            known = ALL_OPTIONS | pips | set(FORMER)
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= known, (path, text)
 
 
 def test_every_option_of_kill_and_revive_is_in_the_quickstart() -> None:
     train = dict(all_commands())["dlora-edge train"]
-    panel = [parameter for parameter in train.params if (parameter.rich_help_panel or "").startswith(KR)]
+    panel = [parameter for parameter in train.params if parameter.rich_help_panel == "Kill and Revive"]
     told = section(QUICKSTART, "Kill and Revive")
     for option in (name for parameter in panel for name in (*parameter.opts, *parameter.secondary_opts)):
         assert f"`{option}`" in told, option

@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 import pytest
 from finished_runs import finished_run
+from tiny import TinyFactory
 
 from dlora.edge.training.defaults import DEFAULTS
-from dlora.edge.training.optimizer import OptimizerConfig
-from dlora.protocol.manifest import AdapterDefaults
+from dlora.protocol.manifest import load_manifest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from economy_data import SETS
@@ -72,26 +72,20 @@ def made(set_name: str, recipe: str, settings: Settings) -> Run:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_makes_a_config_or_says_what_it_lacks(name: str) -> None:
-    recipe = RECIPES[name]
-    if not recipe.missing():
-        config = train_config(
-            recipe,
-            steps=40,
-            batch_size=8,
-            seed=1,
-            optimizer=OptimizerConfig(lr=recipe.default_lr),
-            defaults=AdapterDefaults(r=8, lora_alpha=16.0, target_modules=("q_proj", "v_proj")),
-        )
-        assert (config.total_steps, config.seed, config.grad_accum) == (40, (1,), 1)
-        assert config.kill_revive.budget_floor(30) in (1, 4, 30)
-        for field, value in recipe.adapter.items():
-            assert field == "adapt" or getattr(config, field) == value
+def test_every_recipe_makes_a_run(name: str, tiny: TinyFactory) -> None:
+    recipe, manifest = RECIPES[name], load_manifest(tiny(blocks=30).bundle)
+    run = train_config(
+        recipe, manifest, steps=40, batch_size=8, seed=1, optimizer={"lr": recipe.default_lr},
+        invocation=(5,) if recipe.acts_on_answers else (),
+    )  # fmt: skip
+    assert (run.total_steps, run.seed, run.training.grad_accum) == (40, (1,), 1)
+    assert run.units.budget_floor(30) in (1, 4, 8, 30)
+    assert (run.adapter.rank, run.adapter.kind) == (recipe.adapter["rank"], recipe.kind)
+    assert run.adapter.alpha == recipe.adapter.get("lora_alpha", manifest.defaults.lora_alpha)
+    assert run.server.wire_dtype == recipe.adapter.get("wire_dtype", "fp16")
+    blocks = recipe.adapter.get("blocks", tuple(range(30)))
+    assert {group.block for group in run.groups(manifest)} == set(blocks)
     assert set(recipe.bars) <= set(recipe.sets) <= set(SETS)
-
-
-def test_no_recipe_lacks_anything() -> None:
-    assert not {name: recipe.missing() for name, recipe in RECIPES.items() if recipe.missing()}
 
 
 def test_what_a_user_gets_who_says_nothing_is_the_commands() -> None:

@@ -60,7 +60,7 @@ def test_what_is_too_large_or_a_pipe_without_a_writer_is_one_line(tmp_path: Path
 
 
 @pytest.mark.parametrize("options", [
-    ("train", "--data", "d", "--bundle", "b", "--out", "o", "--mode", "trunk", "--cache-key-file"),
+    ("train", "--data", "d", "--bundle", "b", "--out", "o", "--device-blocks", "1", "--cache-key-file"),
     ("train", "--config"), ("generate", "--bundle", "b", "--server", "ws://127.0.0.1:9", "--token-file"),
 ])  # fmt: skip
 def test_command_does_not_wait_for_a_pipe(options: tuple[str, ...], tmp_path: Path) -> None:

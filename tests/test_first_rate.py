@@ -153,7 +153,7 @@ def test_a_run_that_finds_its_rate_is_the_run_that_is_given_it(tiny: TinyFactory
         rate = trainer.find_rate()
         identity = trainer.identity
         state, rates = state_after(trainer, 4)
-    kind = msgspec.convert(trainer.config.kind, KindChoice)
+    kind = msgspec.convert(trainer.config.adapter.kind, KindChoice)
     assert rate.lr == float(f"{rate_for_size(kind, rate.size, halvings=0, on_device=name == 'trunk'):.2g}")
     assert max(rates) == trainer.peak_rate == rate.lr
     with trainer_of(tiny, name, tmp_path / "given", **{**OPEN, "lr": rate.lr}) as given:

@@ -20,7 +20,7 @@ NAN16, INFINITY32 = np.array([0x7E00], np.uint16).view(np.float16), np.array([np
 
 
 def owner(codec: str) -> CacheOwner:
-    return CacheOwner(base_model="a", blocks=1, width=2, embeddings="fp16 as fp16", codec=codec, exact=False)
+    return CacheOwner(base_model="a", blocks=1, width=2, embeddings="fp16 as fp16", codec=codec)
 
 
 def honest(codec: str) -> list[WireTensor]:

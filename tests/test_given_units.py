@@ -21,7 +21,7 @@ from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.use import open_model
 from dlora.edge.training.checkpoint import load_latest
-from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.adapters import parameter_bytes, state_bytes
 from dlora.protocol.kill_revive import UnitState
@@ -32,7 +32,7 @@ FROM_LOST: Final = ConnectSettings(retry=Retry(max_s=30))
 # From step 0 on two of four, and others every second step: drawn, so that rounding decides nothing.
 RANDOM: Final = {
     "active_fraction": 0.5, "score": "random", "warmup_steps": 0, "warmup_fraction": 0.0, "ramp_fraction": 0.0,
-    "kill_every": 1, "revive_every": 2, "revive_share": 0.5, "probation": 1, "quiet_fraction": 0.0,
+    "kill_every": 1, "revive_every": 2, "probation": 1,
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def server(tiny: TinyFactory) -> Iterator[RunningServer]:
         yield running
 
 
-def run_of(kind: str, on_kill: str, **changes: Any) -> TrainConfig:
+def run_of(kind: str, on_kill: str, **changes: Any) -> Resolved:
     settings = {
         "optimizer": {"lr": 3e-2}, "target_modules": ("all-linear",), "lora_alpha": 6.0, "basis_steps": 2,
         "total_steps": STEPS, "kill_revive": {**RANDOM, "on_kill": on_kill}, **changes,
@@ -86,11 +86,11 @@ def test_server_computes_what_the_device_would(
     saved = load_adapter(tmp_path / "give_to_server")
     assert set(saved.modules) == set(load_adapter(tmp_path / "hold_forward").modules)
     with open_model(trainer.bundle, server.url, tmp_path / "give_to_server", wire_dtype="fp32", threads=1) as model:
-        used = evaluate(model, dataset, run.batch_size).loss
+        used = evaluate(model, dataset, run.training.batch_size).loss
     assert used == pytest.approx(found["give_to_server"][-1], rel=2e-5)
 
 
-@pytest.mark.parametrize("score", ["static", "last", "change", "grad"])
+@pytest.mark.parametrize("score", ["static", "sensitivity", "grad"])
 def test_units_of_an_adapter_to_start_from_keep_their_effect(
     bundle: Path, server: RunningServer, score: str, tmp_path: Path
 ) -> None:
@@ -152,8 +152,8 @@ def test_all_that_a_server_may_be_given_counts_from_the_beginning(
     for on_kill, is_given in (("give_to_server", True), ("bypass", False)):
         run = run_of(kind, on_kill)
         with training(bundle, server.url, run, dataset) as trainer:
-            wanted = sum(state_bytes(run.adapter, group) for group in trainer.groups)
-            wanted += is_given * sum(parameter_bytes(run.adapter, group) for group in trainer.groups)
+            wanted = sum(state_bytes(run.spec, group) for group in trainer.groups)
+            wanted += is_given * sum(parameter_bytes(run.spec, group) for group in trainer.groups)
             (live,) = [each for each in server.server.service.sessions if each.transport.parked_at is None]
             eventually(lambda: live.quota.held_bytes == wanted)  # noqa: B023  # once the sketches are gone
             trainer.run_step()

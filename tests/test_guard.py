@@ -119,7 +119,7 @@ def test_without_held_out_data_the_training_loss_tells(
     place: Place, learned: Path, tmp_path: Path, on_worse: str
 ) -> None:
     out = tmp_path / "out"
-    done = run(place, out, on_worse=on_worse, split=0, init_adapter=learned)
+    done = run(place, out, on_worse=on_worse, hold_out=0, init_adapter=learned)
     found = summary_of(done)
     assert found["is_worse"]
     assert f"training loss of the last {STEPS_OF_A_MEAN} steps" in done.stderr

@@ -32,9 +32,7 @@ STEPS = 16  # of three examples each: four epochs
 LAST_ONLY = {"score": "static", "static": (2,), "on_kill": "hold_forward"}
 TWO_AT_A_TIME = {
     "active_fraction": 0.6, "score": "random", "on_kill": "hold_forward", "warmup_steps": 0, "warmup_fraction": 0.0,
-    "ramp_fraction": 0.0, "kill_every": 8, "revive_every": 8, "revive_share": 1.0, "probation": 2, "hysteresis": 0.0,
-    "cost_aware": False,
-    "spread": False,
+    "ramp_fraction": 0.0, "kill_every": 8, "revive_every": 8, "probation": 2,
 }  # fmt: skip
 
 
@@ -184,7 +182,7 @@ def test_killed_blocks_are_skipped_where_all_blocks_are_here(
     losses = {}
     for cache_mb, of_key in ((0, None), (9, None), (9, key)):
         settings = trunk_config(
-            (0, 1, 2), mode="local", kill_revive=LAST_ONLY, total_steps=STEPS, holds_outputs=bool(cache_mb)
+            (0, 1, 2), is_local=True, kill_revive=LAST_ONLY, total_steps=STEPS, holds_outputs=bool(cache_mb)
         )
         bundle = Bundle.open(whole.bundle)
         engine = OnnxEngine(bundle, 1)
@@ -228,7 +226,7 @@ def test_no_unit_changes_within_unchanged_steps(seed: int) -> None:
     count, steps = int(rng.integers(3, 9)), int(rng.integers(20, 200))
     config = KillReviveConfig(
         active_fraction=float(rng.choice([0.2, 0.5, 1.0])),
-        score=str(rng.choice(["change", "random", "last"])),  # type: ignore[arg-type]
+        score=str(rng.choice(["grad", "random", "static"])),  # type: ignore[arg-type]
         warmup_steps=int(rng.choice([0, 5])),
         warmup_fraction=float(rng.choice([0.0, 0.1])),
         ramp_fraction=float(rng.choice([0.0, 0.3])),
@@ -236,6 +234,7 @@ def test_no_unit_changes_within_unchanged_steps(seed: int) -> None:
         revive_every=int(rng.choice([0, 3, 7, 10])),
         probation=int(rng.integers(0, 6)),
         on_kill="hold_forward",
+        static=(0,),
     )
     groups = [GroupSpec(block, 4, (TargetSpec(f"{block}.q_proj", 4),)) for block in range(count)]
     assert len(group_units(groups, config.unit)) == count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,9 @@ from serving import serving
 from test_cli import Place, assert_fails
 from tiny import TinyFactory
 
-from dlora.edge.commands.run_config import check_before_data, configure
-from dlora.edge.commands.train import train as train_command
 from dlora.edge.data.examples import Dataset
-from dlora.edge.run.run_file import RunSettings
+from dlora.edge.settings import Settings
+from dlora.edge.training.resolve import resolve
 from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import load_manifest
 
@@ -135,13 +133,11 @@ COSTLY: dict[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("name", COSTLY)
 def test_evaluations_that_nobody_asked_for_take_less_than_a_tenth_of_the_run(place: Place, name: str) -> None:
     options, every = COSTLY[name]
-    defaults = {each: parameter.default for each, parameter in inspect.signature(train_command).parameters.items()}
-    given = {"bundle": place.bundle, "data": place.data, "out": Path("out"), "kind": "lora", "server": place.url}
     manifest = load_manifest(place.bundle)
-    settings = RunSettings.of({**defaults, **given, "steps": 20, "batch_size": 2, **options})
+    settings = Settings.of(**{"kind": "lora", "server": place.url, "steps": 20, "batch_size": 2, **options})
     rows = [([n, n + 1, n + 2], [1]) for n in range(4)]
     loaded = [Dataset.of(rows), Dataset.of(rows[:1])]
-    found = configure(check_before_data(settings, manifest, None), manifest, None, loaded, lambda _: None)
+    found, _ = resolve(settings, manifest, None, loaded)
     assert found.evaluate_every == every
 
 
@@ -154,7 +150,7 @@ def test_keep_best_evaluates_during_the_run(place: Place, tmp_path: Path) -> Non
 def test_options_that_need_held_out_data_are_refused_without(
     place: Place, tmp_path: Path, option: dict[str, object]
 ) -> None:
-    done = run_edge(*place.train(tmp_path / "out", split=0, **option))
+    done = run_edge(*place.train(tmp_path / "out", hold_out=0, **option))
     assert_fails(done, UsageError.exit_code, "needs --eval")
     assert not (tmp_path / "out").exists()
 

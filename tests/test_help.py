@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from processes import BIN, Finished, quiet_environment, run_command
 
+from dlora.edge.settings import fields_of
 from dlora.protocol.version import SOFTWARE_VERSION
 
 ROOT = Path(__file__).parents[1]
@@ -18,8 +19,7 @@ COMMANDS = [
     ("edge",), ("edge", "data"), ("edge", "plan"), ("edge", "train"), ("edge", "report"), ("edge", "compare"),
     ("edge", "evaluate"), ("edge", "generate"), ("edge", "chat"), ("edge", "serve"),
     ("edge", "selftest"), ("edge", "info"), ("edge", "doctor"), ("edge", "adapters"), ("edge", "adapters", "list"),
-    ("edge", "adapters", "show"), ("edge", "adapters", "import"), ("edge", "adapters", "export"),
-    ("edge", "adapters", "remove"), ("cloud",), ("cloud", "serve"), ("cloud", "token"), ("cloud", "token", "create"),
+    ("edge", "adapters", "show"), ("cloud",), ("cloud", "serve"), ("cloud", "token"), ("cloud", "token", "create"),
     ("cloud", "token", "list"), ("cloud", "token", "revoke"), ("cloud", "token", "prune"), ("export",),
     ("export", "merge"),
 ]  # fmt: skip
@@ -50,15 +50,18 @@ def test_help_is_readable_in_80_columns(words: tuple[str, ...]) -> None:
         assert all(cell.count("[") == cell.count("]") for cell in cells if re.match(r"\[-?\d", cell)), line
 
 
-def test_the_options_of_train_are_in_panels() -> None:
-    shown = run(command_line("edge", "train", "--help"), COLUMNS="80").stdout
-    panels = re.findall(r"^╭─ (.*?) ─+╮", shown, re.M)
-    assert panels == [
-        "Options", "Data", "Training", "Adapters", "Blocks on the device", "Settings in a file",
-        "Saving and resuming", "Connection", "This device", "Kill and Revive", "Kill and Revive, on or off",
-    ]  # fmt: skip
-    first = shown[: shown.index("╭─ Data")]
-    assert re.findall(r"^│ \* +(--\w+)", first, re.M) == ["--bundle", "--data", "--out"]
+def test_help_of_train_is_short_and_all_of_it_is_long() -> None:
+    """In panels, each of which is one structure of the settings."""
+    short, long = (run(command_line("edge", "train", word), COLUMNS="80").stdout for word in ("--help", "--help-all"))
+    assert len(short.splitlines()) <= 110
+    found = [re.findall(r"^│ *(--[\w-]+)", text, re.M) for text in (short, long)]
+    basic, every = (set(options) - {"--help", "--help-all"} for options in found)
+    assert len(basic) <= 25
+    assert {"--bundle", "--server", "--data", "--out"} < basic < every
+    assert every >= {f"--{field.option}" for field in fields_of() if field.depth != "rare"}
+    for text in (short, long):
+        panels = re.findall(r"^╭─ (.*?) ─+╮", text, re.M)
+        assert panels == ["Options", *dict.fromkeys(field.panel for field in fields_of()), "Settings in a file"]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -72,7 +75,7 @@ def test_version_and_name_in_both_ways_to_start(part: str) -> None:
 
 
 COMPLETIONS = [
-    ("edge", "tra", "train"), ("edge", "adapters im", "import"), ("cloud", "ser", "serve"),
+    ("edge", "tra", "train"), ("edge", "adapters sh", "show"), ("cloud", "ser", "serve"),
     ("export", "--ran", "--rank"), ("export", "mer", "merge"), ("export", "merge --ad", "--adapter"),
 ]  # fmt: skip
 

@@ -28,7 +28,7 @@ from dlora.cloud.door.tokens import BearerTokenStore
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import server as cloud_server
 from dlora.cloud.serving.timeouts import SessionTimeouts
-from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
@@ -42,7 +42,10 @@ STEPS = 8
 WIDTH = 64
 BLOCKS = 3
 GLUTTONS_TOKENS = 512 * WIDTH  # frames of 2 and 3 MB: two of them are more than a loopback socket buffers
-KILLING = {"active_fraction": 0.4, "warmup_steps": 2, "warmup_fraction": 0.0, "kill_every": 2, "revive_every": 2}
+KILLING = {
+    "active_fraction": 0.4, "score": "grad", "warmup_steps": 2, "warmup_fraction": 0.0, "kill_every": 2,
+    "revive_every": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Device:
     """One device's run: its bundle, settings and data."""
 
     bundle: Path
-    run: TrainConfig
+    run: Resolved
     data_seed: int
 
     def train(self, url: str, ready: threading.Barrier | None = None) -> tuple[dict[str, bytes], list[float]]:

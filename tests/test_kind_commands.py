@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from drawn import one_in
 from processes import Finished, finish, run_edge, start_edge
+from runs import settings_in
 from safetensors.numpy import load_file
 from serving import serving
 from test_resume import SAVE_EVERY, Place, assert_same_run, rows, wait_for_lines
@@ -65,10 +66,10 @@ def whole(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_was_left_open_is_chosen_once_and_written_down(whole: Path) -> None:
-    settings = load_run_file(whole).settings
+    settings = settings_in(whole)
     assert (settings.kind, settings.rank, settings.alpha) == ("bottleneck", RANK, float(RANK))
     assert (settings.target_modules, settings.blocks) == ("all-linear", "0-3")
-    assert (settings.adapt, settings.wire_dtype) == ("answer", "int8")
+    assert (settings.active_from, settings.wire_dtype) == ("answer", "int8")
     assert settings.weight_decay == DEFAULTS["bottleneck"].weight_decay > 0
     config = json.loads((whole / "adapter_config.json").read_text())
     assert len(config["alora_invocation_tokens"]) == 1
@@ -118,10 +119,10 @@ def test_run_that_starts_from_it_takes_its_kind_rank_and_blocks(place: Place, wh
     done = run_edge(*without_kind(place.train(tmp_path / "on", *options)))
     before = json.loads((whole / "summary.json").read_text())["eval_loss_after"]
     assert summary(done)["eval_loss_before"] == pytest.approx(before, abs=1e-5)
-    settings = load_run_file(tmp_path / "on").settings
+    settings = settings_in(tmp_path / "on")
     assert (settings.kind, settings.rank, settings.blocks) == ("bottleneck", RANK, "0-3")
     assert settings.weight_decay == 0.0  # it would unlearn what the adapter knows
-    assert (settings.basis, load_run_file(whole).settings.basis) == (None, "data")
+    assert (settings.basis, settings_in(whole).basis) == (None, "data")
     done = run_edge(*without_kind(place.train(tmp_path / "no", *options, "--basis", "weights")))
     assert (done.code, "--init-adapter has its basis" in done.errors[0]) == (2, True)
     assert load_adapter(tmp_path / "on").invocation == load_adapter(whole).invocation
@@ -130,13 +131,15 @@ def test_run_that_starts_from_it_takes_its_kind_rank_and_blocks(place: Place, wh
 def test_run_starts_from_no_lora_but_as_a_lora(place: Place, whole: Path, tmp_path: Path) -> None:
     lora = tmp_path / "lora"
     assert run_edge(*place.train(lora, "--steps", 1)).code == 0
-    done = run_edge(*place.train(tmp_path / "no", *BOTTLENECK, "--adapt", "all", "--init-adapter", lora, "--steps", 1))
+    everywhere = (*BOTTLENECK, "--active-from", "start")
+    done = run_edge(*place.train(tmp_path / "no", *everywhere, "--init-adapter", lora, "--steps", 1))
     assert done.code == 10
     assert "--kind lora" in done.errors[0]
-    done = run_edge(*place.train(tmp_path / "off", *BOTTLENECK, "--adapt", "all", "--init-adapter", whole))
+    done = run_edge(*place.train(tmp_path / "off", *BOTTLENECK, "--active-from", "start", "--init-adapter", whole))
     assert done.code == 10
-    assert "--adapt answer" in done.errors[0]
-    as_lora = ("--kind", "lora", "--rank", RANK, "--target-modules", "all-linear", "--adapt", "answer", "--steps", 1)
+    assert "--active-from answer" in done.errors[0]
+    as_lora = ("--kind", "lora", "--rank", RANK, "--target-modules", "all-linear", "--active-from", "answer")
+    as_lora += ("--steps", 1)
     done = run_edge(*place.train(tmp_path / "yes", *as_lora, "--init-adapter", whole, "--eval", place.data, "--json"))
     before = json.loads((whole / "summary.json").read_text())["eval_loss_after"]
     assert summary(done)["eval_loss_before"] == pytest.approx(before, abs=1e-3)
@@ -149,11 +152,11 @@ def test_data_without_answers_are_trained_everywhere_or_refused(place: Place, tm
     words = place.train(tmp_path / "out", *BOTTLENECK, "--steps", 1)
     options = [texts if word == place.data else word for word in words]
     assert run_edge(*options).code == 0
-    assert load_run_file(tmp_path / "out").settings.adapt == "all"
+    assert settings_in(tmp_path / "out").active_from == "start"
     other = [tmp_path / "other" if word == tmp_path / "out" else word for word in options]
-    done = run_edge(*other, "--adapt", "answer")
+    done = run_edge(*other, "--active-from", "answer")
     assert done.code == 2
-    assert "--adapt all" in done.errors[0]
+    assert "--active-from start" in done.errors[0]
     assert not (tmp_path / "other").exists()
 
 
@@ -164,8 +167,8 @@ def test_data_without_answers_are_trained_everywhere_or_refused(place: Place, tm
         (("--wire-dtype", "int8,nothing=fp16"), "ROLE=DTYPE"),
         (("--blocks", "spread:0"), "write blocks as"),
         (("--kind", "bottleneck", "--rank", "4000"), "no wider than that"),
-        (("--kind", "lora", "--basis", "data", "--basis-steps", "2"), "--basis and --basis-steps: --kind lora has no"),
-        (("--kind", "bottleneck", "--basis", "random", "--basis-steps", "2"), "takes no data"),
+        (("--kind", "lora", "--basis", "data", "--set", "adapter.basis_steps=2"), "--kind lora has no"),
+        (("--kind", "bottleneck", "--basis", "random", "--set", "adapter.basis_steps=2"), "takes no data"),
     ],
 )
 def test_what_cannot_be_is_one_line(place: Place, options: tuple[str, ...], text: str, tmp_path: Path) -> None:
@@ -180,15 +183,15 @@ def test_blocks_are_chosen_by_number(place: Place, tmp_path: Path) -> None:
         out = tmp_path / chosen
         out = out if not out.exists() else tmp_path / f"{chosen}-again"
         assert run_edge(*place.train(out, "--steps", 1, "--blocks", blocks)).code == 0
-        assert load_run_file(out).settings.blocks == chosen
+        assert settings_in(out).blocks == chosen
         assert {row["units"] for row in rows(out)} == {"1" * len(range(int(chosen[0]), int(chosen[-1]) + 1))}
 
 
 def test_a_run_without_options_is_of_the_default_recipe(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run_edge(*without_kind(place.train(out, "--steps", 1))).code == 0
-    settings = load_run_file(out).settings
-    assert (settings.kind, settings.adapt, settings.wire_dtype) == ("bottleneck", "answer", "int8")
+    settings = settings_in(out)
+    assert (settings.kind, settings.active_from, settings.wire_dtype) == ("bottleneck", "answer", "int8")
     assert settings.rank == 16, "the tiny model's width: less than 64"
 
 
@@ -199,7 +202,7 @@ def test_rate_that_nobody_named_is_found_once_and_kept(place: Place, tmp_path: P
     words = (*words[:at], *words[at + 2 :])
     done = run_edge(*words)
     assert done.code == 0, done.stderr
-    found = load_run_file(out).settings.lr
+    found = settings_in(out).lr
     assert found is not None
     assert f"learning rate {found:g}: the first update was tried in " in done.stderr
     assert max(row["learning_rate"] for row in rows(out)) == found
@@ -208,12 +211,13 @@ def test_rate_that_nobody_named_is_found_once_and_kept(place: Place, tmp_path: P
     for resume in (("resume", out, "--steps", 6), (*words[: words.index("--steps")], "--steps", 8, "--resume")):
         done = run_edge(*resume)
         assert (done.code, "the first update was tried" in done.stderr) == (0, False), done.stderr
-        assert load_run_file(out).settings.lr == found
+        assert settings_in(out).lr == found
 
 
 def test_the_map_has_the_numbers_of_the_blocks(place: Place, tmp_path: Path) -> None:
-    kills = ("--active-fraction", 0.6, "--kr-score", "random", "--kr-kill-every", 1, "--kr-revive-every", 2)
-    kills += ("--kr-probation", 1, "--steps", 12)
+    kills = ("--active-fraction", 0.6, "--kr-score", "random", "--set", "kill_revive.kill_every=1",
+    "--set", "kill_revive.revive_every=2")
+    kills += ("--set", "kill_revive.probation=1", "--steps", 12)
     done = run_edge(*place.train(tmp_path / "out", *BOTTLENECK, "--blocks", "1-3", *kills))
     assert done.code == 0, done.stderr
     shown = [line.split()[:2] for line in done.stderr.splitlines() if line.strip().startswith("block ")]

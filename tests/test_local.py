@@ -12,6 +12,7 @@ from block_bundles import with_last_blocks
 from families import tiny_model
 from peft_reference import assert_steps_are_those_of_peft, loss_of, with_adapters
 from processes import finish, run_edge, start_edge
+from runs import settings_in
 from serving import random_dataset, randomize
 from test_resume import KILLING, SAVE_EVERY, Place, assert_same_run, wait_for_lines
 from tiny import Tiny, TinyFactory
@@ -23,20 +24,19 @@ from dlora.edge.data.batches import pack
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.local_source import LocalSource
-from dlora.edge.run.run_file import load_run_file
 from dlora.edge.training.trainer import Trainer
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
 from dlora.export.tracing.entry import CannotBeginOnDevice, find_entry
 from dlora.protocol.errors import ExportError
 
-LOCAL = ("--mode", "local")
+LOCAL = ("--device-blocks", "all")
 
 
 def local_training(bundle: Path, blocks: int, **changes: object) -> Trainer:
     opened = Bundle.open(bundle)
     engine = OnnxEngine(opened, 1)
-    run = trunk_config(tuple(range(blocks)), mode="local", **changes)
+    run = trunk_config(tuple(range(blocks)), is_local=True, **changes)
     data = random_dataset(opened.manifest.base_model.vocabulary_size)
     return Trainer(opened, engine, LocalSource(opened, engine), run, data)
 
@@ -84,7 +84,7 @@ def test_a_family_that_cannot_begin_on_a_device_is_told_how_many_blocks_it_can_h
     tiny: TinyFactory, tmp_path: Path
 ) -> None:
     settings = ExportSettings(str(tiny("bloom").model), tmp_path / "bundle", device_blocks=2)
-    with pytest.raises(ExportError, match="--device-blocks 1 is the most, for --mode trunk"):
+    with pytest.raises(ExportError, match="--device-blocks 1 is the most"):
         export_bundle(settings)
 
 
@@ -117,8 +117,8 @@ def test_a_run_needs_no_server_and_goes_on_to_the_same_bits(place: Place, tmp_pa
     found = json.loads(done.stdout)
     assert found["eval_loss_after"] < found["eval_loss_before"]
     assert {found[name] for name in ("bytes_up", "bytes_down", "round_trips", "set_up_bytes_up", "reconnects")} == {0}
-    settings = load_run_file(whole).settings
-    assert (settings.mode, settings.server, settings.device_blocks, settings.blocks) == ("local", None, 2, "0-1")
+    settings = settings_in(whole)
+    assert (settings.server, settings.device_blocks, settings.blocks) == (None, "all", "0-1")
     assert (settings.kind, settings.cache_mb, settings.batch_size) == ("lora", 4000, 3)
     words = ("evaluate", "--bundle", place.bundle, "--data", place.data, "--threads", 1, "--json", *LOCAL)
     evaluated = json.loads(run_edge(*words, "--adapter", whole).stdout)
@@ -147,18 +147,16 @@ def test_evaluations_change_no_bit_of_the_training(place: Place, tmp_path: Path)
 
 
 WRONG = {
-    "server": (("--server", "ws://127.0.0.1:9"), 2, "--mode local asks no server: leave --server out"),
-    "cache": (("--keep-cache",), 2, "--keep-cache needs --mode trunk, in which a server's answers are kept"),
-    "some": (("--device-blocks", 1), 2, "with --mode local all 2 blocks run here"),
-    "kind": (("--kind", "ffa"), 2, "--kind ffa cannot be with --mode local"),
-    "trunk": (("--mode", "trunk"), 2, "--mode trunk needs --server"),
-    "every": (("--mode", "trunk", "--device-blocks", 2, "--server", "ws://127.0.0.1:9"), 2, "(--mode local runs all"),
+    "server": (("--server", "ws://127.0.0.1:9"), 2, "--device-blocks all asks no server: all blocks run here"),
+    "cache": (("--keep-cache",), 2, "--keep-cache is for what a server gave"),
+    "kind": (("--kind", "ffa"), 2, "--kind ffa cannot be with --device-blocks"),
+    "some": (("--device-blocks", 1), 2, "--device-blocks 1 needs --server"),
 }
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [(("--mode", "split"), "--mode split needs --server"), ((*LOCAL, "--server", "ws://x:1"), "leave --server out")],
+    [(("--device-blocks", "0"), "--server is missing"), ((*LOCAL, "--server", "ws://x:1"), "leave --server out")],
 )
 def test_evaluating_without_a_server_is_said_or_one_line(place: Place, options: tuple[str, ...], text: str) -> None:
     done = run_edge("evaluate", "--bundle", place.bundle, "--data", place.data, *options)
@@ -179,4 +177,4 @@ def test_a_bundle_without_all_blocks_is_one_line(place: Place, tmp_path: Path) -
     other = Place(with_last_blocks(place.bundle, tmp_path / "bundle", 1), place.data, "")
     done = run_edge(*local(other, tmp_path / "out"))
     assert (done.code, len(done.errors)) == (4, 1), done.stderr
-    assert "has 1 of the model's 2 blocks, and --mode local needs all" in done.errors[0]
+    assert "has 1 of the model's 2 blocks for a device; export it again with --device-blocks all" in done.errors[0]

@@ -137,7 +137,7 @@ def test_export_is_as_it_was_beside_merge(tmp_path: Path) -> None:
 def test_activated_adapters_are_refused(tiny: TinyFactory, tmp_path: Path) -> None:
     adapter = saved_adapter(tiny, "llama", tmp_path / "adapter", kind="bottleneck", invocation=INVOCATION)
     done = run_export("merge", tiny().model, "--adapter", adapter, "--out", tmp_path / "out")
-    assert_fails(done, CheckpointError.exit_code, "activated LoRA", "--adapt all")
+    assert_fails(done, CheckpointError.exit_code, "activated LoRA", "--active-from start")
     assert not (tmp_path / "out").exists()
 
 

@@ -17,7 +17,7 @@ from tiny import TinyFactory
 from dlora.cloud.commands.torch_start import check_device
 from dlora.edge.commands.description import describe
 from dlora.edge.files import locked
-from dlora.edge.run.plan import total_steps
+from dlora.edge.training.expected import total_steps
 from dlora.protocol.errors import DataError, UsageError
 
 BLOCKS = 3
@@ -35,7 +35,7 @@ def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.mark.parametrize("option", [
     {"alpha": "nan"}, {"alpha": 0}, {"alpha": "inf"}, {"lr": "inf"}, {"steps": 10**12}, {"seed": 2**32},
-    {"rank": 10**6}, {"threads": 10**6}, {"warmup": "inf"}, {"kr_kill_every": 10**10},
+    {"rank": 10**6}, {"threads": 10**6}, {"warmup": "inf"}, {"set": f"kill_revive.kill_every={10**10}"},
 ], ids=str)  # fmt: skip
 def test_out_of_range_numbers_are_usage_errors(place: Place, tmp_path: Path, option: dict[str, object]) -> None:
     done = run_edge(*place.train(tmp_path / "out", **option))
@@ -48,7 +48,7 @@ def test_out_of_range_numbers_are_usage_errors(place: Place, tmp_path: Path, opt
 @pytest.mark.parametrize("epochs", [math.inf, 1e300])
 def test_too_many_epochs_are_a_usage_error(epochs: float) -> None:
     with pytest.raises(UsageError, match="--epochs"):
-        total_steps(random_dataset(VOCABULARY), epochs=epochs, steps=None, batch_size=4, grad_accum=1)
+        total_steps(random_dataset(VOCABULARY), epochs=epochs, steps=None, examples_a_step=4)
 
 
 @pytest.mark.parametrize(("device", "gpus", "text"), [
@@ -88,7 +88,7 @@ def test_second_run_in_the_same_directory_is_refused(place: Place, tmp_path: Pat
 def test_partly_used_init_adapter_gives_a_warning(place: Place, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert run_edge(*place.train(first)).code == 0
-    kept = place.train(second, init_adapter=first, active_fraction=0.3, kr_score="last")
+    kept = place.train(second, init_adapter=first, active_fraction=0.3)
     done = run_edge(*kept)
     assert done.code == 0, done.stderr
     assert f"warning: {2 * (BLOCKS - 1)} of the {2 * BLOCKS} modules of --init-adapter" in done.stderr

@@ -24,9 +24,7 @@ NUMERIC = (
     "test_frozen_factors.py::test_other_bases",
     "test_frozen_factors.py::test_weight_basis_is_the_same_again",
     "test_audit_attacks.py",
-    "test_audit_labels_and_seed.py",
-    "test_audit_text_attacks.py::test_ridge_probe_reads_hidden_states_after_a_block",
-    "test_audit_text_attacks.py::test_ridge_probe_does_not_read_secretly_rotated_embeddings",
+    "test_audit_labels.py",
 )
 """Of bases and of attacks by least squares."""
 

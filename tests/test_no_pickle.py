@@ -73,7 +73,8 @@ class Walker(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> None:
-        self._meet_name(node, self._whole_name(node))
+        if isinstance(node.ctx, ast.Load):  # a field may be called eval
+            self._meet_name(node, self._whole_name(node))
 
     def _meet_module(self, node: ast.AST, name: str) -> None:
         if name.split(".")[0] in MODULES:

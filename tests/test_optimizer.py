@@ -11,7 +11,8 @@ from transformers import get_scheduler
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.training.optimizer import AdamW, OptimizerConfig
+from dlora.edge.training.optimizer import AdamW
+from dlora.edge.training.resolved import ChosenOptimizer
 from dlora.edge.training.schedule import learning_rate
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import NonFiniteError
@@ -43,7 +44,8 @@ def test_a_revived_unit_goes_on_with_its_own_step_count(bundle: Bundle) -> None:
     finals = []
     for absent in (range(0), range(3, 8)):
         some = adapters(bundle)
-        optimizer = AdamW(OnnxEngine(bundle, 1), OptimizerConfig(lr=1e-2, weight_decay=0.1), 100)
+        settings = ChosenOptimizer(lr=1e-2, weight_decay=0.1, schedule="constant", warmup=0.0)
+        optimizer = AdamW(OnnxEngine(bundle, 1), settings, 100)
         done = 0
         for step in range(10 + len(absent)):
             some.units[0].state = UnitState.KILLED if step in absent else UnitState.ACTIVE
@@ -65,7 +67,7 @@ def test_gradients_that_are_not_finite_change_nothing(bundle: Bundle) -> None:
     assert last.grad is not None
     last.grad[0, 0] = np.nan
     with pytest.raises(NonFiniteError, match="NaN or infinity in the gradients"):
-        AdamW(OnnxEngine(bundle, 1), OptimizerConfig(), 100).step(some, lr=1e-2)
+        AdamW(OnnxEngine(bundle, 1), ChosenOptimizer(schedule="constant", warmup=0.0), 100).step(some, lr=1e-2)
     assert values(some) == before
     assert [unit.adam_steps for unit in some.units] == [0, 0]
 

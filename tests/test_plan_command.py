@@ -1,4 +1,4 @@
-"""``dlora-edge plan`` and ``--mode auto``: what fits, what it costs, what is chosen, once; the formula behind it."""
+"""``dlora-edge plan`` and ``--device-blocks auto``: what fits, what it costs, what is chosen; the formula behind it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ import msgspec
 import pytest
 from families import save_tiny
 from processes import finish, run_edge, start_edge
-from serving import random_dataset, serving
+from serving import serving
 from test_local import local, place  # noqa: F401  the same bundle and data, without a server
 from test_resume import SAVE_EVERY, Place, assert_same_run, wait_for_lines
 from tiny import Tiny, TinyFactory
-from trunk_runs import trunk_config
 
-from dlora.edge.commands.plan_result import notes_of
-from dlora.edge.commands.planning import Row, _smaller_that_fits
-from dlora.edge.commands.recommendation import recommend
-from dlora.edge.run.calibration import DeviceSpeed
-from dlora.edge.run.estimate import minutes_of
-from dlora.edge.run.quality import quality_of
+from dlora.edge.commands.plan import notes_of
+from dlora.edge.run.planning import Row, _smaller_that_fits
+from dlora.edge.run.recommendation import recommend
 from dlora.edge.run.run_file import load_run_file
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings, parse_device_blocks
+from dlora.protocol.choices import KindChoice
 from dlora.protocol.device_memory import DeviceModel, blocks_that_fit, training_bytes
 from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec
@@ -47,52 +44,47 @@ def served(place: Place, model: Tiny) -> Iterator[Place]:  # noqa: F811
         yield Place(place.bundle, place.data, server.url)
 
 
-def plan(of: Place, *options: object, server: bool = True) -> dict[str, Any]:
-    asked = ("--server", of.url) if server else ()
-    done = run_edge("plan", "--bundle", of.bundle, *asked, "--data", of.data, "--threads", 1, "--json", *options)
+def plan(of: Place, *options: object) -> dict[str, Any]:
+    done = run_edge("plan", "--bundle", of.bundle, "--data", of.data, "--json", *options)
     assert done.code == 0, done.stderr
     return dict(json.loads(done.stdout))
 
 
 def test_every_way_is_a_row_and_what_it_says_of_trunk_is_what_crosses(served: Place, tmp_path: Path) -> None:
     found = plan(served, "--eval", served.data, "--epochs", 2, "--memory", "1GB")
-    rows = {(row["mode"], row["kind"], row["device_blocks"]): row for row in found["rows"]}
-    assert set(rows) == {
-        ("split", "bottleneck", 0), ("split", "lora", 0), ("trunk", "lora", 1), ("local", "lora", 2),
-    }  # fmt: skip
-    assert all(row["fits"] and row["minutes"] > 0 and not row["problem"] for row in rows.values())
-    local_row = rows["local", "lora", 2]
-    assert (local_row["wire_mb"], local_row["round_trips"], local_row["holds"]) == (0, 0, True)
-    assert (found["recommended"], rows["trunk", "lora", 1]["holds"]) == ("--mode local", True)
-    words = ["--mode", "trunk", "--device-blocks", 1, "--eval", served.data, "--keep-cache", "--json"]
+    rows = {(row["kind"], row["device_blocks"]): row for row in found["rows"]}
+    assert set(rows) == {("bottleneck", 0), ("lora", 0), ("lora", 1), ("lora", 2)}
+    assert all(row["fits"] and not row["problem"] for row in rows.values())
+    local_row = rows["lora", 2]
+    assert (local_row["wire_mb"], local_row["round_trips"]) == (0, 0)
+    assert found["recommended"] == "--device-blocks all"
+    words = ["--device-blocks", 1, "--eval", served.data, "--keep-cache", "--json"]
     run = json.loads(run_edge(*served.train(tmp_path / "out", *words)).stdout)
     crossed = run["set_up_bytes_up"] + run["set_up_bytes_down"]
-    assert 0 <= crossed - 1e6 * rows["trunk", "lora", 1]["wire_mb"] < 3000  # the greeting
+    assert 0 <= crossed - 1e6 * rows["lora", 1]["wire_mb"] < 3000  # the greeting
     kept = (tmp_path / "out" / "trunk-cache.bin").stat().st_size
-    assert 0 <= kept - 1e6 * rows["trunk", "lora", 1]["cache_mb"] < 1000  # its header
+    assert 0 <= kept - 1e6 * rows["lora", 1]["cache_mb"] < 1000  # its header
 
 
-def test_without_a_server_there_is_no_time_of_what_asks_it(served: Place) -> None:
-    found = plan(served, "--kind", "lora", server=False)
-    assert [row["mode"] for row in found["rows"] if row["minutes"] is not None] == ["local"]
-    done = run_edge("plan", "--bundle", served.bundle, "--data", served.data, "--threads", 1)
+def test_the_table_fits_into_80_columns(served: Place) -> None:
+    done = run_edge("plan", "--bundle", served.bundle, "--data", served.data)
     assert done.code == 0, done.stderr
-    assert "recommended: --mode local" in done.stdout
+    assert "recommended: --device-blocks all" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_blocks_that_would_fit_if_they_were_stored_smaller_are_named(served: Place) -> None:
     found = plan(served)
-    rows = {row["mode"]: row for row in found["rows"]}
-    assert rows["split"]["peak_mb_as"] == {}
-    assert rows["local"]["peak_mb_as"].keys() == {"int4", "int8", "fp16", "fp32"}
-    assert rows["local"]["peak_mb_as"]["fp32"] == rows["local"]["peak_mb"]
+    rows = {row["device_blocks"]: row for row in found["rows"]}
+    assert rows[0]["peak_mb_as"] == {}
+    assert rows[2]["peak_mb_as"].keys() == {"int4", "int8", "fp16", "fp32"}
+    assert rows[2]["peak_mb_as"]["fp32"] == rows[2]["peak_mb"]
     assert all(row["would_fit_as"] is None for row in rows.values())
-    row = Row(mode="trunk", kind="lora", device_blocks=4, of=30, peak_mb_as={"int4": 90, "int8": 150})
+    row = Row(kind="lora", device_blocks=4, of=30, peak_mb_as={"int4": 90, "int8": 150})
     named = msgspec.structs.replace(row, would_fit_as="int4")
     notes = notes_of(load_manifest(served.bundle), [row, named], 1e8, asked=True)
     wanted = (
-        "--mode trunk --device-blocks 4 would fit with its blocks in int4, about 90 MB: export the bundle again with "
+        "--device-blocks 4 would fit with its blocks in int4, about 90 MB: export the bundle again with "
         "--device-blocks 4 --block-dtype int4"
     )
     assert [note for note in notes if "would fit" in note] == [wanted]
@@ -106,7 +98,6 @@ def test_the_largest_smaller_form_that_fits_is_named(memory: float, dtype: str |
 WRONG = {
     "nothing fits": (("--memory", "2MB"), 1, ""),
     "no size": (("--memory", "much"), 2, "--memory 'much': write an amount of memory as 2GB or 500MB"),
-    "no server": (("--server", "ws://127.0.0.1:9"), 6, "cannot reach"),
     "no data": (("--data", "nowhere.jsonl"), 3, "nowhere.jsonl"),
 }
 
@@ -114,7 +105,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_cannot_be_is_one_line(served: Place, name: str) -> None:
     options, code, text = WRONG[name]
-    done = run_edge("plan", "--bundle", served.bundle, "--data", served.data, "--threads", 1, *options)
+    done = run_edge("plan", "--bundle", served.bundle, "--data", served.data, *options)
     assert (done.code, len(done.errors)) == (code, int(code > 1)), done.stderr
     assert text in done.stderr
     assert "Traceback" not in done.stderr
@@ -124,34 +115,35 @@ def test_what_cannot_be_is_one_line(served: Place, name: str) -> None:
 
 def test_auto_is_chosen_once_and_written_down(place: Place, served: Place, tmp_path: Path) -> None:  # noqa: F811
     """And stays, whatever fits when the run goes on."""
-    auto = ("--mode", "auto", "--memory", "1GB")
+    auto = ("--device-blocks", "auto", "--memory", "1GB")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run_edge(*served.train(whole, *auto))
     assert done.code == 0, done.stderr
-    assert "mode: --mode local (--mode auto): LoRA as PEFT trains it in one process" in done.stderr
+    assert "where blocks run: --device-blocks all (--device-blocks auto): nothing is sent, and no" in done.stderr
     settings = load_run_file(whole).settings
-    assert (settings.mode, settings.device_blocks, settings.server) == ("local", 2, None)
+    assert (settings.placement.device_blocks, settings.server.server) == ("all", None)
     process = start_edge(*local(place, killed, *auto))
     wait_for_lines(killed / "metrics.jsonl", SAVE_EVERY + 3)
     process.send_signal(signal.SIGKILL)
     finish(process)
-    done = run_edge(*served.train(killed, "--mode", "auto", "--memory", "1MB", "--resume"))
+    done = run_edge(*served.train(killed, "--device-blocks", "auto", "--memory", "1MB", "--resume"))
     assert done.code == 0, done.stderr
     assert_same_run(killed, whole)
 
 
 def test_auto_takes_what_the_other_options_leave(served: Place, tmp_path: Path) -> None:
-    words = [word for word in served.train(tmp_path, "--mode", "auto", "--steps", 2) if word not in ("--kind", "lora")]
+    asked = served.train(tmp_path, "--device-blocks", "auto", "--steps", 2)
+    words = [word for word in asked if word not in ("--kind", "lora")]
     done = run_edge(*words, "--kind", "bottleneck", "--rank", 4)
     assert done.code == 0, done.stderr
     settings = load_run_file(tmp_path).settings
-    assert (settings.mode, settings.kind, settings.device_blocks) == ("split", "bottleneck", None)
+    assert (settings.placement.device_blocks, settings.adapter.kind) == ("0", "bottleneck")
 
 
 AUTO_WRONG = {
-    "nothing fits": (("--mode", "auto", "--memory", "2MB"), 2, "nothing fits into 2 MB of memory: --mode local takes"),
-    "no need": (("--memory", "2MB"), 2, "--memory is for --mode auto, which chooses by it"),
-    "no server": (("--mode", "auto", "--device-blocks", 1), 2, "(with --server there are other modes)"),
+    "nothing fits": (("--device-blocks", "auto", "--memory", "2MB"), 2, "2 MB of memory: --device-blocks all takes"),
+    "no need": (("--memory", "2MB"), 2, "--memory is for --device-blocks auto, which chooses by it"),
+    "no server": (("--device-blocks", "auto", "--memory", "2MB"), 2, "(with --server there are other ways)"),
 }
 
 
@@ -164,38 +156,24 @@ def test_auto_that_cannot_be_is_one_line(place: Place, name: str, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def row(mode: Any, blocks: int, **changes: Any) -> Row:
-    kind = "bottleneck" if mode == "split" else "lora"
-    return Row(mode=mode, kind=kind, device_blocks=blocks, of=8, **{"fits": True, "peak_mb": 100.0, **changes})
+def row(blocks: int, **changes: Any) -> Row:
+    kind: KindChoice = "lora" if blocks else "bottleneck"
+    return Row(kind=kind, device_blocks=blocks, of=8, **{"fits": True, "peak_mb": 100.0, **changes})
 
 
-def test_quality_comes_before_traffic_and_speed_decides_nothing() -> None:
-    split = row("split", 0, holds=True, wire_mb=90.0, minutes=2.0)
-    trunk = row("trunk", 4, wire_mb=5.0, quality="not measured", minutes=1.0)
-    found = recommend([split, trunk])
-    assert found is not None
-    assert found.row is split
-    assert "--mode trunk --device-blocks 4 would send 5.0 MB, once" in found.others[0]
-    everything = row("local", 8, holds=True, minutes=50.0)
+def test_all_blocks_here_are_taken_where_they_fit_and_else_none() -> None:
+    split, trunk, everything = row(0, wire_mb=90.0), row(4, wire_mb=5.0), row(8)
     found = recommend([split, trunk, everything])
     assert found is not None
     assert found.row is everything
-    assert "--mode split --kind bottleneck would take about 2 min in place of 50 min" in found.others[0]
-    found = recommend([row("split", 0, holds=True, fits=False), trunk, row("trunk", 2)])
+    found = recommend([split, row(0, wire_mb=99.0), trunk])
+    assert found is not None
+    assert found.row is split
+    assert "--device-blocks 4 would send 5.0 MB, once" in found.other
+    found = recommend([row(0, fits=False), trunk, row(2)])
     assert found is not None
     assert found.row is trunk
-    assert recommend([row("split", 0, holds=True, fits=False)]) is None
-
-
-def test_what_is_said_of_blocks_on_the_device_is_what_was_measured() -> None:
-    """The page's numbers, and the table that ``plan`` reads."""
-    found = json.loads((ROOT / "docs" / "benchmarks" / "trunk-quality.json").read_text())
-    for blocks in (4, 8, 12):
-        entries = [entries[f"trunk-{blocks}-r8"] for entries in found.values()]
-        measured = quality_of("trunk", "lora", blocks / 30)
-        assert measured is not None
-        assert measured.holds == all(entry["as_good"] for entry in entries)
-    assert quality_of("trunk", "lora", 3 / 30) is None
+    assert recommend([row(0, fits=False)]) is None
 
 
 # -- the formula ---------------------------------------------------------------------------------------------------
@@ -269,14 +247,3 @@ def test_amounts_and_numbers_as_people_write_them() -> None:
         with pytest.raises(UsageError, match="--device-blocks"):
             parse_device_blocks(text)
 
-
-@pytest.mark.parametrize("without_label", [0.0, 0.5, 1.0])
-def test_last_block_takes_less_time_for_tokens_without_a_label(model: Tiny, without_label: float) -> None:
-    manifest = load_manifest(model.bundle)
-    data = random_dataset(manifest.base_model.vocabulary_size)
-    speed = DeviceSpeed(0.0, 1.0, 2.0, without_label, 1e9)
-    config = trunk_config((0, 1), mode="local", total_steps=10, batch_size=len(data), grad_accum=1)
-    found = minutes_of(config, manifest, data, None, speed, None, wire_bytes=0, round_trips=0)
-    others, last = data.tokens, data.labelled + without_label * (data.tokens - data.labelled)
-    assert data.labelled < data.tokens
-    assert found == pytest.approx(10 * (1.0 + 2.0) * (others + last) / 60)

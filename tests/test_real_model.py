@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from processes import CloudProcess, cloud_process, run_edge
 
-from dlora.edge.commands.footprint import training_mb
+from dlora.edge.run.footprint import training_mb
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.manifest import load_manifest
 
@@ -57,7 +57,7 @@ def test_twelve_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess, 
         total_steps=12, batch_size=4, rank=8, lora_alpha=16.0, optimizer={"lr": 1e-3, "weight_decay": 0.01}
     )
     with training(FP32, server.url, run, dataset) as trainer:
-        start = reference.with_adapters(load_base_model(str(smollm2)).model, trainer.adapters, run.rank, run.lora_alpha)
+        start = reference.with_adapters(load_base_model(str(smollm2)).model, trainer.adapters, run.adapter.rank, run.adapter.alpha)
         losses = [trainer.run_step().loss for _ in range(run.total_steps)]
     torch.set_num_threads(1)
     parameters = [parameter for parameter in start.parameters() if parameter.requires_grad]
@@ -97,8 +97,8 @@ def test_saved_adapter_gives_the_same_loss_in_peft(
     done = run_edge(
         "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", data[0], "--eval",
         data[1], "--out", tmp_path, "--steps", 5,
-        "--batch-size", 4, "--lr", 2e-3, "--wire-dtype", wire_dtype, "--kr-warmup-steps", 3,
-        "--active-fraction", active_fraction, "--kr-score", "change", "--seed", 0, "--json", timeout_s=900,
+        "--batch-size", 4, "--lr", 2e-3, "--wire-dtype", wire_dtype, "--set", "kill_revive.warmup_steps=3",
+        "--active-fraction", active_fraction, "--kr-score", "grad", "--seed", 0, "--json", timeout_s=900,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)

@@ -23,8 +23,9 @@ BLOCKS = 4
 STEPS = 40
 SAVE_EVERY = 10
 KILLING = (
-    "--active-fraction", "0.5", "--kr-score", "change", "--kr-warmup-steps", "6", "--kr-kill-every", "5",
-    "--kr-revive-every", "5", "--kr-probation", "5",
+    "--active-fraction", "0.5", "--kr-score", "grad", "--set", "kill_revive.warmup_steps=6",
+    "--set", "kill_revive.kill_every=5",
+    "--set", "kill_revive.revive_every=5", "--set", "kill_revive.probation=5",
 )  # fmt: skip
 KR = {"off": ("--active-fraction", "1"), "on": KILLING}
 # What a step did. Its traffic depends on where the run was saved, its times on the machine.
@@ -150,8 +151,8 @@ def copied(whole: Path, out: Path, *, but_last: bool = True) -> Path:
     ("--rank", "2", "--rank 4, not 2"),
     ("--wire-dtype", "fp32", "--wire-dtype fp16, not fp32"),
     ("--active-fraction", "0.5", "--active-fraction 1.0, not 0.5"),
-    ("--kr-kill-every", "7", "--kr-kill-every 25, not 7"),
-    ("--kr-score", "norm", "--kr-score static, not norm"),
+    ("--set", "kill_revive.kill_every=7", "--set kill_revive.kill_every 25, not 7"),
+    ("--kr-score", "random", "--kr-score static, not random"),
     ("--pin", "1", "another --pin"),
     ("--alpha", "4", "--alpha 8.0, not 4.0"),
     ("--warmup", "5", "--warmup 0.03, not 5.0"),

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from processes import Finished, finish, run_edge, start_edge
+from runs import settings_in
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from serving import config
 from test_resume import KR, SAVE_EVERY, STEPS, Place, assert_same_run, place, rows, wait_for_lines, whole
 
-from dlora.edge.commands.train import train as train_command
-from dlora.edge.run.run_file import RunSettings, load_run_file
+from dlora.edge.run.run_file import load_run_file
 from dlora.edge.seeds import adapter_generator, draw_seed, order_generator, seed_for_server
+from dlora.edge.settings import fields_of
 from dlora.edge.training.checkpoint import list_checkpoints
-from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
-from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.training.resolved import Resolved, RunIdentity, check_identity, continued
 from dlora.protocol.errors import CheckpointError, UsageError
-from dlora.protocol.kill_revive import KillReviveConfig
 
 __all__ = ["place", "whole"]  # fixtures
 
@@ -41,16 +39,6 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_option_of_train_is_a_setting() -> None:
-    """But those that are of one command's and not of the run's."""
-    options = set(inspect.signature(train_command).parameters)
-    others = {
-        "context", "resume", "json_output", "memory", "record", "profile", "profile_steps", "config", "write_config",
-    }  # fmt: skip
-    assert options - set(RunSettings.__struct_fields__) == others
-    assert set(RunSettings.__struct_fields__) <= options
-
-
 def test_run_file_holds_settings_and_no_secrets(place: Place, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(0o600)
@@ -59,9 +47,9 @@ def test_run_file_holds_settings_and_no_secrets(place: Place, tmp_path: Path) ->
     assert done.code == 0, done.stderr
     assert TOKEN not in "".join(path.read_text(errors="replace") for path in out.rglob("*") if path.is_file())
     run = load_run_file(out)
-    settings = run.settings
+    settings = settings_in(out)
     assert (settings.steps, settings.lr, settings.seed, settings.active_fraction) == (2, 0.01, 0, 1.0)
-    assert (settings.data, settings.token_file) == (str(place.data), str(tmp_path / "token"))
+    assert (settings.data, settings.token_file) == (place.data, tmp_path / "token")
     assert run.data.examples == 10
     assert len(run.data.fingerprint) == 64
     assert set(run.base_model) == {"name", "fingerprint"}
@@ -102,7 +90,7 @@ def test_random_seed_is_kept_at_resume(place: Place, tmp_path: Path) -> None:
     before = losses(out)
     assert resume(out).code == 0
     assert losses(out)[: len(before)] == before
-    assert load_run_file(out).settings.seed is None
+    assert settings_in(out).seed is None
     assert run_edge(*[other if word == out else word for word in unseeded]).code == 0
     assert losses(out) != losses(other)
 
@@ -145,7 +133,7 @@ def test_a_finished_run_is_made_longer(place: Place, whole: dict[str, Path], kr:
     state = json.loads(checkpoint_state(last))
     assert step == LONGER
     assert max(state["adam_steps"]) > STEPS * (kr == "off")
-    assert load_run_file(out).settings.steps == LONGER
+    assert settings_in(out).steps == LONGER
 
 
 def test_a_longer_run_that_is_killed_goes_on_with_the_same_bits(
@@ -177,11 +165,11 @@ def test_run_with_other_settings_cannot_be_made_longer() -> None:
     before = config(total_steps=60)
     longer = config(total_steps=80, seed=())
     out = Path("here")
-    assert continued_config(longer, before, 60, out) == config(total_steps=80, part_begins=60)
-    assert continued_config(config(total_steps=60, seed=()), before, 20, out) == before
+    assert continued(longer, identity(before), 60, out) == config(total_steps=80, part_begins=60)
+    assert continued(config(total_steps=60, seed=()), identity(before), 20, out) == before
     with pytest.raises(UsageError, match=r"at step 20 of 60, and only a finished one .* resume here --steps 60"):
-        continued_config(longer, before, 20, out)
-    third = continued_config(config(total_steps=90, seed=()), config(total_steps=80, part_begins=60), 80, out)
+        continued(longer, identity(before), 20, out)
+    third = continued(config(total_steps=90, seed=()), identity(config(total_steps=80, part_begins=60)), 80, out)
     assert (third.part_begins, third.steps) == (80, 10)
 
 
@@ -198,13 +186,12 @@ def test_directory_without_run_is_an_error(content: str | None, text: str, tmp_p
     assert "Traceback" not in done.stderr
 
 
-def config(**changes: Any) -> TrainConfig:
-    settings: dict[str, Any] = {
-        "kind": "lora", "total_steps": 60, "batch_size": 3, "grad_accum": 1, "seed": (1, 2, 3, 4),
-        "rank": 4, "lora_alpha": 8.0, "wire_dtype": "fp16",
-        "optimizer": OptimizerConfig(), "kill_revive": KillReviveConfig(),
-    }  # fmt: skip
-    return TrainConfig(**{**settings, **changes})
+def identity(run: Resolved) -> RunIdentity:
+    return RunIdentity(
+        settings={"optimizer.lr": run.optimizer.lr}, units=run.units, device_blocks=0, total_steps=run.total_steps,
+        part_begins=run.part_begins, seed=run.seed, invocation=(), holds_outputs=False, base_model="b", head="fp16",
+        block_dtype="", groups="g", data="d",
+    )  # fmt: skip
 
 
 def copied(run: Path, out: Path) -> Path:
@@ -223,7 +210,7 @@ def test_changed_data_set_is_named_in_the_error(place: Place, whole: dict[str, P
     run = json.loads((out / "run.json").read_text())
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"text": "w1 w2 w3"}) + "\n")
-    run["settings"]["data"] = str(data)
+    run["settings"]["data"]["data"] = str(data)
     (out / "run.json").write_text(json.dumps(run))
     done = resume(out)
     assert done.code == CheckpointError.exit_code
@@ -268,7 +255,7 @@ def test_drawn_seed_is_not_in_error_texts(place: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("setting", "value"), [
     ("batch_size", 0), ("grad_accum", 0), ("save_every", 0), ("rank", -3), ("seed", -1), ("threads", 10**7),
     ("exchange_timeout_s", 0), ("max_retry_s", -1), ("patience", 0), ("max_length", 0), ("data", "a\0b"),
-    ("kr_kill_every", 0), ("lr", "much"), ("token", "dlora_…"),
+    ("kill_every", 0), ("lr", "much"), ("token", "dlora_…"),
 ])  # fmt: skip
 def test_invalid_edited_run_file_is_refused(
     place: Place, whole: dict[str, Path], setting: str, value: object, tmp_path: Path
@@ -276,7 +263,8 @@ def test_invalid_edited_run_file_is_refused(
     """What the command line would not take is not taken here."""
     out = copied(whole["off"], tmp_path / "out")
     run = json.loads((out / "run.json").read_text())
-    run["settings"][setting] = value
+    sections = {field.key: field.section for field in fields_of()}
+    run["settings"][sections.get(setting, "server")][setting] = value
     (out / "run.json").write_text(json.dumps(run))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     done = resume(out)
@@ -289,13 +277,13 @@ def test_the_modules_that_are_trained_are_settings(place: Place, tmp_path: Path)
     """A run goes on with them; other words for the same modules will do, other modules will not."""
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     kr = ("--pin", "2", "--active-fraction", "0.5", "--eval", place.data)
-    chosen = ("--target-modules", "o_proj,self_attn.k_proj", "--blocks", "1-2", *kr)
-    assert run_edge(*place.train(undisturbed, *chosen)).code == 0
-    process = start_edge(*place.train(out, *chosen))
+    options = ("--target-modules", "o_proj,self_attn.k_proj", "--blocks", "1-2", *kr)
+    assert run_edge(*place.train(undisturbed, *options)).code == 0
+    process = start_edge(*place.train(out, *options))
     wait_for_lines(out / "metrics.jsonl", SAVE_EVERY + 4)
     process.send_signal(signal.SIGKILL)
     finish(process)
-    settings = load_run_file(out).settings
+    settings = settings_in(out)
     assert (settings.target_modules, settings.blocks, settings.pin) == ("o_proj,self_attn.k_proj", "1-2", "2")
     assert resume(out).code == 0
     assert rows(out) == rows(undisturbed)
@@ -313,8 +301,8 @@ def test_the_modules_that_are_trained_are_settings(place: Place, tmp_path: Path)
     assert run_edge(*place.train(out, *again)).code == 0
     for other, said in (
         (["--target-modules", "q_proj", "--blocks", "1-2"], "--target-modules o_proj,self_attn.k_proj, not q_proj. Go"),
-        (["--target-modules", "o_proj,self_attn.k_proj", *kr], "--blocks 1,2, not (all). Go"),
-        ([*chosen[:4], "--pin", "1"], "has another --pin. Go"),
+        (["--target-modules", "o_proj,self_attn.k_proj", *kr], "--blocks 1-2, not (all). Go"),
+        ([*options[:4], "--pin", "1"], "has another --pin. Go"),
         (["--blocks", "1-2"], "--target-modules o_proj,self_attn.k_proj, not q_proj,v_proj. Go"),
     ):
         done = run_edge(*place.train(out, *kr, *other, "--resume"))
@@ -323,7 +311,7 @@ def test_the_modules_that_are_trained_are_settings(place: Place, tmp_path: Path)
 
 
 def test_a_bundle_with_another_default_is_named() -> None:
-    mine = RunIdentity(config=config(), base_model="b", head="fp16", groups="g", data="d")
+    mine = identity(config())
     with pytest.raises(CheckpointError, match=r"has other target modules \(--target-modules, --blocks; or another"):
         check_identity(mine, msgspec.structs.replace(mine, groups="h"))
 

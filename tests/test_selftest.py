@@ -14,7 +14,7 @@ from processes import run_edge
 from safetensors.numpy import load_file, save_file
 from tiny import TinyFactory
 
-from dlora.edge.commands.footprint import tokens_that_fit, training_mb, usual_tokens
+from dlora.edge.run.footprint import tokens_that_fit, training_mb, usual_tokens
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
 

@@ -280,7 +280,7 @@ def test_unknown_exchange_groups_are_refused(
     ("changes", "code"),
     [
         ({"kill_revive": KillReviveConfig(pinned=(7,))}, m.ErrorCode.LIMIT),
-        ({"kill_revive": KillReviveConfig(score="static")}, m.ErrorCode.LIMIT),
+        ({"kill_revive": KillReviveConfig(score="static", active_fraction=0.5)}, m.ErrorCode.LIMIT),
         ({"groups": ()}, m.ErrorCode.LIMIT),
         ({"groups": (), "kill_revive": KillReviveConfig(on_kill="give_to_server")}, m.ErrorCode.LIMIT),
         ({"next_step": 2}, m.ErrorCode.TICKET),

@@ -51,7 +51,7 @@ def test_gradients_match_the_whole_model_in_every_family(
     ):
         randomize(trainer)
         batches, split_loss = run_first_step(trainer)
-    model = reference.with_adapters(tiny_model(family), trainer.adapters, run.rank, run.lora_alpha)
+    model = reference.with_adapters(tiny_model(family), trainer.adapters, run.adapter.rank, run.adapter.alpha)
     loss = reference.loss_of(model, batches)
     loss.backward()
     assert split_loss == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
@@ -135,7 +135,7 @@ def test_training_equals_peft_with_torch_adamw(
         wanted = load_manifest(bundle).defaults.target_modules if targets == () else targets
         adapted = {each.name for group in trainer.adapters.groups for each in group.factors()}
         assert adapted == adapted_by_peft(family, wanted, blocks)
-        model = reference.with_adapters(tiny_model(family), trainer.adapters, run.rank, run.lora_alpha)
+        model = reference.with_adapters(tiny_model(family), trainer.adapters, run.adapter.rank, run.adapter.alpha)
         losses = [trainer.run_step().loss for _ in range(run.total_steps)]
         learning_rates = [trainer.optimizer.lr(step) for step in range(run.total_steps)]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -189,7 +189,7 @@ def test_all_active_kill_and_revive_changes_no_bit(tiny: TinyFactory) -> None:
     dataset = random_dataset(VOCABULARY)
     weights = []
     with serving(tiny().base) as server:
-        for kill_revive in ({"score": "change"}, {"score": "static", "static": (0, 1)}, {"score": "sensitivity"}):
+        for kill_revive in ({"score": "grad"}, {"score": "static", "static": (0, 1)}, {"score": "sensitivity"}):
             with training(bundle, server.url, config(kill_revive=kill_revive), dataset) as trainer:
                 for _ in range(6):
                     trainer.run_step()

@@ -7,10 +7,10 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from families import VOCABULARY
 from serving import RunningServer, config, random_dataset, serving, training
@@ -20,6 +20,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.display import Display
 from dlora.edge.run.held_out import EVALUATIONS
 from dlora.edge.run.run import SUMMARY, TrainRun, train
+from dlora.edge.settings import Device, Saving
 from dlora.edge.training.checkpoint import list_checkpoints
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.errors import StoppedError
@@ -85,11 +86,14 @@ class Stopping(Display):
         yield advance
 
 
-def run(server: RunningServer, bundle: Path, out: Path, *, resume: bool = False) -> TrainRun:
+def run(server: RunningServer, bundle: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainRun:
+    chosen = config(**{"total_steps": STEPS, "evaluate_every": 2, **changes})
+    server_settings = msgspec.structs.replace(chosen.server, server=server.url)
+    saving = Saving(out=out, eval_every=2, save_every=4)
+    chosen = msgspec.structs.replace(chosen, server=server_settings, saving=saving, device=Device(threads=1))
     return TrainRun(
-        bundle=Bundle.open(bundle), server=server.url, dataset=random_dataset(VOCABULARY), out=out,
-        config=config(total_steps=STEPS), eval_dataset=random_dataset(VOCABULARY, seed=1), eval_every=2,
-        save_every=4, threads=1, resume=resume,
+        bundle=Bundle.open(bundle), config=chosen, dataset=random_dataset(VOCABULARY),
+        eval_dataset=random_dataset(VOCABULARY, seed=1), resume=resume,
     )  # fmt: skip
 
 
@@ -109,7 +113,7 @@ def test_a_run_stops_between_the_pieces_of_its_set_up(
 
             yield show
 
-    settings = replace(run(server, bundle, tmp_path / "out"), config=config(kind="bottleneck", basis_steps=3))
+    settings = run(server, bundle, tmp_path / "out", kind="bottleneck", basis_steps=3)
     with pytest.raises(StoppedError, match="before the first step"):
         train(settings, StoppingAtBasis())
     assert not (tmp_path / "out").exists()

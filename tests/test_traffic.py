@@ -58,7 +58,7 @@ def expected(
     return sum(
         (
             micro_batch_traffic(
-                crossings(trainer.config.adapter, groups),
+                crossings(trainer.config.spec, groups),
                 live=live,
                 with_grads=with_grads,
                 answered=with_grads[1:],
@@ -67,7 +67,7 @@ def expected(
                 labelled=len(batch.labels),
                 embedding_size=trainer.bundle.manifest.base_model.embedding_size,
                 hidden_size=trainer.bundle.manifest.base_model.hidden_size,
-                codecs=Codecs.all(trainer.config.wire_dtype),
+                codecs=Codecs.all(trainer.config.server.wire_dtype),
             )
             for batch in batches
         ),
@@ -77,9 +77,9 @@ def expected(
 
 def given_traffic(trainer: Trainer, units: Sequence[int]) -> Traffic:
     """Of the step in which killed units are held, where the server is then given what they have learnt."""
-    if not trainer.config.kill_revive.gives_to_server:
+    if not trainer.config.units.gives_to_server:
         return NOTHING
-    spec, codec = trainer.config.adapter, trainer.config.codecs.of(TensorRole.ADAPTER_STATE)
+    spec, codec = trainer.config.spec, trainer.config.codecs.of(TensorRole.ADAPTER_STATE)
     held = [unit.groups for unit, state in zip(trainer.adapters.units, units, strict=True) if state == UnitState.HELD]
     sizes = [
         [codec.nbytes(*shape) for shape in kind_of(spec).parameter_shapes(spec, trainer.groups[group]).values()]

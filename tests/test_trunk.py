@@ -85,11 +85,10 @@ def test_once_the_cache_is_full_no_server_is_needed(model: Tiny, data: Dataset, 
     assert all(np.array_equal(value, finals[1][1][name]) for name, value in finals[0][1].items())
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_what_does_not_fit_is_asked_for_each_time(model: Tiny, data: Dataset, exact: bool, tmp_path: Path) -> None:
-    """Where each text is run by itself, with the bits of a run that keeps all; else but for rounding."""
+def test_what_does_not_fit_is_asked_for_each_time(model: Tiny, data: Dataset, tmp_path: Path) -> None:
+    """Alone, no more in its pack, so that it is the same but for rounding."""
     finals = []
-    run = trunk_config(BLOCKS, exact=exact)
+    run = trunk_config(BLOCKS)
     with serving(model.base) as server:
         for limit in (1 << 30, 1500, 1500, 0):
             path = tmp_path / str(len(finals))
@@ -99,15 +98,12 @@ def test_what_does_not_fit_is_asked_for_each_time(model: Tiny, data: Dataset, ex
                 assert (trainer.traffic == before) is (limit == 1 << 30)
                 assert path.stat().st_size <= max(limit, 300)
     assert finals[1] == finals[2]
-    if exact:
-        assert finals[0] == finals[1] == finals[3]
-    else:
-        assert np.allclose(finals[1:], finals[0], rtol=1e-5)
+    assert np.allclose(finals[1:], finals[0], rtol=1e-5)
 
 
 def test_a_text_in_packs_has_the_same_bits_again(model: Tiny, data: Dataset, tmp_path: Path) -> None:
     """Filled at once, in two goes, or after a record was damaged: its whole pack is asked for again."""
-    run, finals = trunk_config(BLOCKS, exact=False), []
+    run, finals = trunk_config(BLOCKS), []
     with serving(model.base) as server:
         for name in ("whole", "cut off", "damaged"):
             path = tmp_path / name
@@ -151,7 +147,7 @@ def test_what_is_sent_depends_on_the_text_alone(
 
 
 def test_a_cache_grows_no_larger_than_its_limit_and_shrinks_to_another(tmp_path: Path) -> None:
-    owner = CacheOwner(base_model="a", blocks=1, width=4, embeddings="fp16 as fp16", codec="fp16", exact=False)
+    owner = CacheOwner(base_model="a", blocks=1, width=4, embeddings="fp16 as fp16", codec="fp16")
     texts = [np.arange(length) for length in (3, 5, 2, 4)]
     tensors = [encode_floats(np.full((len(ids), 4), 1.5, np.float32), "fp16") for ids in texts]
     cache = TrunkCache(tmp_path / "cache", owner, limit=1 << 20)
@@ -175,7 +171,7 @@ def test_a_cache_grows_no_larger_than_its_limit_and_shrinks_to_another(tmp_path:
 
 def test_one_damaged_record_is_one_text(tmp_path: Path) -> None:
     """Whichever byte it is: all others are found."""
-    owner = CacheOwner(base_model="a", blocks=1, width=2, embeddings="fp16 as fp16", codec="fp32", exact=False)
+    owner = CacheOwner(base_model="a", blocks=1, width=2, embeddings="fp16 as fp16", codec="fp32")
     texts = [np.arange(length) for length in (3, 5, 2, 4)]
     tensors = [encode_floats(np.full((len(ids), 2), len(ids), np.float32), "fp32") for ids in texts]
     path = tmp_path / "cache"

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dishonest_server import DishonestServer, dishonest
 from peft import PeftModel
 from peft_reference import loss_of
 from processes import Finished, finish, run_edge, start_edge
+from runs import settings_in
 from serving import serving
 from small_disk import small_disk
 from test_resume import KILLING, SAVE_EVERY, STEPS, Place, assert_same_run, rows, wait_for_lines
@@ -23,21 +25,22 @@ from tiny import Tiny, TinyFactory
 from transformers import AutoModelForCausalLM
 from websockets.sync.server import ServerConnection
 
+from dlora.cloud.serving import handler
 from dlora.edge.data.batches import pack
 from dlora.edge.data.loading import Reading, load_datasets
 from dlora.edge.data.read_settings import ReadSettings
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.file_names import METRICS
-from dlora.edge.run.run_file import load_run_file
 from dlora.edge.run.trunk_run import CACHE
 from dlora.edge.training.metrics import iterate_metrics
 from dlora.protocol import messages as m
+from dlora.protocol.controller import Controller
 from dlora.protocol.manifest import load_manifest
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import encode_floats
 
 BLOCKS = 4
-TRUNK = ("--mode", "trunk")
+TRUNK = ("--device-blocks", 3)
 NOWHERE = "ws://127.0.0.1:9"
 
 
@@ -85,11 +88,11 @@ def whole(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_was_left_open_is_chosen_once(whole: Path) -> None:
-    settings = load_run_file(whole).settings
-    assert (settings.mode, settings.device_blocks, settings.kind, settings.adapt) == ("trunk", 3, "lora", "all")
+    settings = settings_in(whole)
+    assert (settings.device_blocks, settings.kind, settings.active_from) == ("3", "lora", "start")
     assert (settings.blocks, settings.target_modules, settings.kr_on_kill) == ("1-3", "all-linear", "hold_forward")
     card = json.loads((whole / "dlora_adapter.json").read_text())
-    assert card["training"]["recipe"]["mode"] == "trunk"
+    assert card["training"]["recipe"]["device_blocks"] == 3
     assert card["training"]["block_dtype"] == "fp32"
     assert card["training"]["bytes_per_token"] > 0
 
@@ -125,18 +128,16 @@ def test_a_kept_cache_makes_a_longer_run_without_a_server(place: Place, tmp_path
     assert (found["steps"], longer["steps"]) == (STEPS, STEPS + 5)
 
 
-def test_kill_and_revive_is_that_of_a_server(place: Place, tmp_path: Path) -> None:
-    """The same units are active at each step as in the mode split, where killed ones keep their effect as here."""
+def test_kill_and_revive_is_that_of_a_server(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same units are active at each step as with all blocks on the server, where killed ones keep their effect as
+    here, and where the server, too, does not count what a unit costs."""
     maps = []
+    monkeypatch.setattr(handler, "Controller", partial(Controller, counts_costs=False))
     for name, options in (
         ("trunk", TRUNK),
-        (
-            "split",
-            (
-                "--blocks", "1-3", "--target-modules", "all-linear", "--kr-on-kill", "hold_forward",
-                "--no-kr-cost-aware",
-            ),
-        ),
+        ("split", ("--blocks", "1-3", "--target-modules", "all-linear", "--kr-on-kill", "hold_forward")),
     ):
         done = run_edge(*place.train(tmp_path / name, *options, *KILLING, "--wire-dtype", "fp32"))
         assert done.code == 0, done.stderr
@@ -158,17 +159,17 @@ def test_saved_adapter_has_in_peft_the_loss_that_the_device_saw(place: Place, mo
 
 
 WRONG = {
-    "no mode": (("--mode", "split", "--device-blocks", 2), 2, "--device-blocks needs --mode trunk"),
-    "keep": (("--mode", "split", "--keep-cache"), 2, "--keep-cache needs --mode trunk"),
-    "kind": ((*TRUNK, "--kind", "ffa"), 2, "--kind ffa cannot be with --mode trunk: it trains LoRA"),
-    "answers": ((*TRUNK, "--adapt", "answer"), 2, "--adapt answer cannot be with --mode trunk"),
-    "budget": ((*TRUNK, "--bytes-per-token", 9), 2, "--bytes-per-token cannot be with --mode trunk"),
+    "keep": (("--keep-cache",), 2, "--keep-cache needs --device-blocks"),
+    "kind": ((*TRUNK, "--kind", "ffa"), 2, "--kind ffa cannot be with --device-blocks 3: it trains LoRA"),
+    "answers": ((*TRUNK, "--active-from", "answer"), 2, "--active-from answer cannot be with --device-blocks 3"),
+    "budget": ((*TRUNK, "--bytes-per-token", 9), 2, "--bytes-per-token cannot be with --device-blocks 3"),
     "given": ((*TRUNK, "--kr-on-kill", "give_to_server"), 2, "--kr-on-kill give_to_server cannot be with"),
     "bypass": ((*TRUNK, "--kr-on-kill", "bypass"), 2, "a killed unit keeps its effect: leave that out"),
-    "room": (("--mode", "split", "--cache-mb", 9), 2, "--cache-mb needs --mode trunk"),
-    "all": ((*TRUNK, "--device-blocks", 9), 2, "the server runs one block at the least; the model has 4"),
+    "room": (("--cache-mb", 9), 2, "--cache-mb needs --device-blocks"),
+    "many": (("--device-blocks", 9), 2, "--device-blocks 9: the model has 4 blocks"),
     "blocks": ((*TRUNK, "--blocks", "0-3"), 2, "only the blocks on this device can be trained, 1-3, not 0"),
-    "every": ((*TRUNK, "--device-blocks", 4), 2, "the server runs one block at the least; the model has 4"),
+    "every": (("--device-blocks", 4), 2, "--device-blocks 4 asks no server: all blocks run here"),
+    "a former option": (("--mode", "trunk"), 2, "no option --mode: say --device-blocks 0, N, all or auto"),
 }
 
 
@@ -185,7 +186,7 @@ def test_a_bundle_without_blocks_is_one_line(tiny: TinyFactory, place: Place, tm
     other = Place(tiny(blocks=BLOCKS).bundle, place.data, place.url)
     done = run_edge(*other.train(tmp_path / "out", *TRUNK))
     assert (done.code, len(done.errors)) == (4, 1), done.stderr
-    assert "the bundle has 0 blocks for a device; export it again with --device-blocks" in done.errors[0]
+    assert "the bundle has 0 of the model's 4 blocks for a device; export it again" in done.errors[0]
 
 
 NAN = WireTensor("fp16", np.full((1, 16), np.nan, np.float16))
@@ -296,9 +297,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Pat
     data.write_text(records(450, longest=60))
     with small_disk(tmp_path, 600) as disk:
         out = disk / "run"
-        words = Place(place.bundle, data, place.url).train(
-            out, *TRUNK, "--exact", "--wire-dtype", "fp32", "--eval", data
-        )
+        words = Place(place.bundle, data, place.url).train(out, *TRUNK, "--wire-dtype", "fp32", "--eval", data)
         done = run_edge(*words)
         assert (done.code, len(done.errors)) == (9, 1), done.stderr
         assert "cannot write" in done.errors[0]

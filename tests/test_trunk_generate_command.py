@@ -47,7 +47,7 @@ def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     model, directory = tiny(blocks=3, device_blocks=3, head_dtype="fp32"), tmp_path_factory.mktemp("adapters")
     training = TrainingRecord(
         steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=1, round_trips_per_step=0,
-        recipe={"mode": "trunk", "device_blocks": 2}, versions={},
+        recipe={"device_blocks": 2}, versions={},
     )  # fmt: skip
     save_lora(model.bundle, directory / "trained", blocks=(1, 2), training=training)
     save_lora(model.bundle, directory / "other", blocks=(1, 2))
@@ -65,14 +65,14 @@ def test_an_adapter_answers_in_the_mode_that_it_was_trained_in_or_another(place:
     """The same words each time; in the mode trunk a token is a round trip."""
     as_trained, split, other = (
         answer(*place.words(adapter, *PROMPT, "--draft", 0, *mode))
-        for adapter, mode in ((place.trained, ()), (place.trained, ("--mode", "split")), (place.other, ()))
+        for adapter, mode in ((place.trained, ()), (place.trained, ("--device-blocks", "0")), (place.other, ()))
     )
     assert as_trained["answer"] == split["answer"] == other["answer"]
     assert as_trained["round_trips"] == as_trained["tokens"] == 8
     assert split["round_trips"] == other["round_trips"] > 8 * 5
-    asked = answer(*place.words(place.other, *PROMPT, "--draft", 0, "--mode", "trunk"))
+    asked = answer(*place.words(place.other, *PROMPT, "--draft", 0, "--device-blocks", 2))
     assert (asked["answer"], asked["round_trips"]) == (split["answer"], 8)
-    bare = answer("generate", *place.words(place.other)[1:7], *PROMPT, "--draft", 0, "--mode", "trunk")
+    bare = answer("generate", *place.words(place.other)[1:7], *PROMPT, "--draft", 0, "--device-blocks", 2)
     assert bare["answer"] != split["answer"]
 
 
@@ -83,14 +83,14 @@ def test_evaluate_finds_the_loss_of_split_and_sends_texts_only(place: Place, tmp
     def evaluate(adapter: Path, *mode: object) -> dict[str, Any]:
         return answer("evaluate", *place.words(adapter)[1:], "--data", data, "--threads", 1, *mode)
 
-    split, trunk = evaluate(place.trained, "--mode", "split"), evaluate(place.trained)
+    split, trunk = evaluate(place.trained, "--device-blocks", "0"), evaluate(place.trained)
     assert trunk["loss"] == pytest.approx(split["loss"], rel=1e-5)
     close = {"loss": 0, "loss_interval": 0, "name": ""}
     assert {**trunk, **close} == {**split, **close}
-    assert {**evaluate(place.other, "--mode", "trunk"), "name": ""} == {**trunk, "name": ""}
-    bare = answer("evaluate", *place.words(place.other)[1:7], "--data", data, "--threads", 1, "--mode", "trunk")
+    assert {**evaluate(place.other, "--device-blocks", 2), "name": ""} == {**trunk, "name": ""}
+    bare = answer("evaluate", *place.words(place.other)[1:7], "--data", data, "--threads", 1, "--device-blocks", 2)
     assert bare["loss"] != trunk["loss"]
-    warned = run_edge("evaluate", *place.words(place.trained)[1:], "--data", data, "--mode", "split")
+    warned = run_edge("evaluate", *place.words(place.trained)[1:], "--data", data, "--device-blocks", "0")
     assert "the server is now sent what it computes" in warned.stderr
 
 
@@ -100,18 +100,18 @@ def test_blocks_that_are_stored_otherwise_than_in_training_are_said(place: Place
     data.write_text(json.dumps({"text": "w5 w6 w7"}) + "\n")
     training = TrainingRecord(
         steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=1, round_trips_per_step=0, block_dtype="int8",
-        recipe={"mode": "trunk", "device_blocks": 2}, versions={},
+        recipe={"device_blocks": 2}, versions={},
     )  # fmt: skip
     save_lora(place.model.bundle, tmp_path / "of int8", blocks=(1, 2), training=training)
     line = "the adapter was trained with blocks stored as int8, and the bundle's are fp32"
     for words in (place.words(tmp_path / "of int8", *PROMPT), ["evaluate", *place.words(tmp_path / "of int8")[1:]]):
         words += ["--data", data] if words[0] == "evaluate" else []
         assert line in run_edge(*words).stderr
-        assert line not in run_edge(*words, "--mode", "split").stderr
+        assert line not in run_edge(*words, "--device-blocks", "0").stderr
 
 
-@pytest.mark.parametrize("mode", ["trunk", "local"])
-def test_evaluate_takes_lora_of_several_ranks(mode: str, place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("here", ["2", "all"])
+def test_evaluate_takes_lora_of_several_ranks(here: str, place: Place, tmp_path: Path) -> None:
     """As good as one of one rank whose last row and column are zero there."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": f"w{n} w3 w{n + 1} w7"}) + "\n" for n in range(5)))
@@ -133,14 +133,14 @@ def test_evaluate_takes_lora_of_several_ranks(mode: str, place: Place, tmp_path:
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         where = ["--bundle", place.model.bundle, "--adapter", adapter, "--data", data]
         where += ["--threads", 1, "--batch-size", 3]
-        server = ["--server", place.server.url, "--wire-dtype", "fp32"] if mode == "trunk" else []
-        losses[name] = answer("evaluate", *where, *server, "--mode", mode)["loss"]
+        server = ["--server", place.server.url, "--wire-dtype", "fp32"] if here == "2" else []
+        losses[name] = answer("evaluate", *where, *server, "--device-blocks", here)["loss"]
     assert losses["narrow"] == pytest.approx(losses["filled"], rel=1e-6)
 
 
 WRONG = {
-    "answers only": "the adapter acts on answers only: blocks on a device cannot evaluate it; use --mode split",
-    "too far down": "the adapter reaches down to block 0, which the server runs; use --mode split",
+    "answers only": "the adapter acts on answers only: blocks on a device cannot evaluate it; use --device-blocks 0",
+    "too far down": "the adapter reaches down to block 0, which the server runs; use --device-blocks 0",
 }
 
 
@@ -151,7 +151,7 @@ def test_what_evaluate_cannot_do_is_one_line_before_a_server_is_asked(place: Pla
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"text": "w5 w6 w7"}) + "\n")
     where = ("--bundle", place.model.bundle, "--server", "ws://127.0.0.1:9", "--adapter", tmp_path / name)
-    assert_fails(run_edge("evaluate", *where, "--data", data, "--mode", "trunk"), 2, WRONG[name])
+    assert_fails(run_edge("evaluate", *where, "--data", data, "--device-blocks", 2), 2, WRONG[name])
 
 
 def test_without_a_server_all_blocks_run_here(place: Place, tmp_path: Path) -> None:
@@ -159,17 +159,18 @@ def test_without_a_server_all_blocks_run_here(place: Place, tmp_path: Path) -> N
     bundle = place.model.bundle
     training = TrainingRecord(
         steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=0, round_trips_per_step=0,
-        recipe={"mode": "local"}, versions={},
+        recipe={"device_blocks": 3}, versions={},
     )  # fmt: skip
     save_lora(bundle, tmp_path, blocks=(1, 2), training=training)
     wanted = answer(*place.words(place.other, *PROMPT))["answer"]
     words = ("generate", "--bundle", bundle, "--adapter", tmp_path, *PROMPT)
-    found = [answer(*words), answer(*words, "--mode", "local")]
+    found = [answer(*words), answer(*words, "--device-blocks", "all")]
     assert [each["answer"] for each in found] == [wanted] * 2
     assert found[0]["round_trips"] == found[0]["bytes_sent"] == 0
     asked = ("--server", place.server.url)
-    assert_fails(run_edge(*words, "--mode", "local", *asked), 2, "--mode local asks no server: leave --server out")
-    assert_fails(run_edge(*words, "--mode", "split"), 2, "--mode split needs --server")
+    refused = run_edge(*words, "--device-blocks", "all", *asked)
+    assert_fails(refused, 2, "--device-blocks all asks no server: leave --server out")
+    assert_fails(run_edge(*words, "--device-blocks", "0"), 2, "--server is missing")
     fewer = with_last_blocks(bundle, tmp_path / "bundle", 2)
     assert_fails(run_edge(*place.words(tmp_path, *PROMPT, bundle=fewer)), 4, "export it again with --device-blocks 3")
 
@@ -177,16 +178,16 @@ def test_without_a_server_all_blocks_run_here(place: Place, tmp_path: Path) -> N
 def test_what_cannot_be_is_one_line(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
     without = tiny(blocks=3, head_dtype="fp32").bundle
     save_lora(place.model.bundle, tmp_path, blocks=(0, 2))
-    assert_fails(run_edge(*place.words(tmp_path, *PROMPT, "--mode", "trunk")), 2, "down to block 0")
+    assert_fails(run_edge(*place.words(tmp_path, *PROMPT, "--device-blocks", 2)), 2, "down to block 0")
     # As it was trained, or not at all: nothing of it is told to a server that its user has not told it to.
-    assert_fails(run_edge(*place.words(place.trained, *PROMPT, bundle=without)), 4, "or use --mode split")
+    assert_fails(run_edge(*place.words(place.trained, *PROMPT, bundle=without)), 4, "or use --device-blocks 0")
 
 
 def test_a_chat_says_what_it_says_in_the_mode_split(place: Place) -> None:
     lines = ("w5 w6", "w7", "/adapter none", "/reset", "w5 w6", f"/adapter {place.trained}", "/reset", "w5 w6")
     said = [
         say(chat_command(place.model.bundle, place.server, "--adapter", place.trained, *PROMPT[2:], *mode), *lines)
-        for mode in ((), ("--mode", "split"))
+        for mode in ((), ("--device-blocks", "0"))
     ]
     assert said[0].stdout == said[1].stdout
     assert said[0].stdout.splitlines()[0] == said[0].stdout.splitlines()[-1]

@@ -293,7 +293,7 @@ def test_an_adapter_that_reaches_too_far_down_is_one_line(
 ) -> None:
     save_lora(model.bundle, tmp_path / "all", blocks=(0, 2))
     save_lora(model.bundle, tmp_path / "upper", blocks=LAST)
-    with pytest.raises(UsageError, match="reaches down to block 0, which the server runs; use --mode split"), opening(
+    with pytest.raises(UsageError, match="block 0, which the server runs; use --device-blocks 0"), opening(
         model, server, tmp_path / "all"
     ):
         pass
@@ -311,7 +311,7 @@ def test_an_adapter_that_reaches_too_far_down_is_one_line(
 def test_a_server_that_keeps_no_context_is_one_line(model: Tiny) -> None:
     with (
         serving(model.base, quotas=QuotaLimits(live_bytes=100)) as server,
-        pytest.raises(UsageError, match="keeps no context of this model, which the mode trunk needs; use --mode split"),
+        pytest.raises(UsageError, match=r"keeps no context of this model, .* use --device-blocks 0"),
         opening(model, server, None),
     ):
         pass

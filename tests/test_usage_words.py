@@ -57,9 +57,10 @@ def test_every_other_name_leads_to_an_option_that_is_there() -> None:
 
 @pytest.mark.parametrize(("words", "said"), [
     ("train --steps 0", "--steps 0 is not understood, or out of range; write a whole number from 1 up to"),
-    ("train --lr x", "--lr x is not understood, or out of range; write a number from 0 up to"),
-    ("train --mode foo", "--mode foo is not understood; write one of: auto, split, trunk, local"),
-    ("train --steps", "--steps needs a value after it"), ("train --exact=3", "--exact takes no value after it"),
+    ("train --lr x", "--lr x is not understood, or out of range; write a number"),
+    ("train --keep foo", "--keep foo is not understood; write one of: auto, last, best"),
+    ("train --steps", "--steps needs a value after it"),
+    ("train --keep-cache=3", "--keep-cache takes no value after it"),
     ("train", "--bundle is missing; dlora-edge train --help says more"), ("data", "FILE is missing; dlora-edge data"),
     ("tran", "no command 'tran'; is it 'train'?"), ("train --bundel x", "no option --bundel; is it --bundle?"),
     ("doctor foo bar", "there is nothing to take 'foo bar'"),
@@ -69,9 +70,9 @@ def test_slips_are_one_line(monkeypatch: pytest.MonkeyPatch, words: str, said: s
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ('lr = "x"', "--lr (from --config) x is not understood"), ("exact = 3", "write true or false"),
-    ("learning_rate = 1", "'learning_rate' is no option of train; you mean lr"), ("steps = [1]", "a whole number"),
-    ("mode = 3", "--mode (from --config) 3 is not understood; write one of"),
+    ('lr = "x"', "run.toml: --lr x is not understood"), ("keep-cache = 3", "write true or false"),
+    ("learning_rate = 1", "'learning_rate' is no setting; you mean lr"), ("steps = [1]", "a whole number"),
+    ("keep = 3", "--keep 3 is not understood, or out of range; write one of"),
 ])  # fmt: skip
 def test_slips_in_a_file_of_settings_are_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, said: str

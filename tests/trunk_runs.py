@@ -14,7 +14,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
 from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
-from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
@@ -22,9 +22,9 @@ from dlora.edge.wire.connection import Connection
 ROOM = 1 << 30
 
 
-def trunk_config(blocks: tuple[int, ...], **changes: Any) -> TrainConfig:
+def trunk_config(blocks: tuple[int, ...], **changes: Any) -> Resolved:
     """A short run of LoRA on all linear modules of these blocks, the device's."""
-    settings = {"mode": "trunk", "device_blocks": len(blocks), "blocks": blocks, "target_modules": ("all-linear",)}
+    settings = {"device_blocks": len(blocks), "blocks": blocks, "target_modules": ("all-linear",)}
     return config(**{**settings, **changes})
 
 
@@ -32,7 +32,7 @@ def trunk_config(blocks: tuple[int, ...], **changes: Any) -> TrainConfig:
 def trunk_training(
     bundle: Path,
     url: str,
-    run: TrainConfig,
+    run: Resolved,
     dataset: Dataset,
     cache: Path,
     *,
@@ -48,7 +48,7 @@ def trunk_training(
     runs = make_engine(opened, engine, 1)
     manifest = opened.manifest
     blocks = manifest.base_model.blocks - run.device_blocks
-    owner = CacheOwner.of(manifest, blocks, encoded_width(manifest), run.codecs, run.send, exact=run.exact)
+    owner = CacheOwner.of(manifest, blocks, encoded_width(manifest), run.codecs, run.server.send)
     kept = TrunkCache(cache, owner, limit=limit, warn=[].append if warnings is None else warnings.append)
     source = TrunkSource(
         opened,
@@ -57,8 +57,7 @@ def trunk_training(
         blocks=blocks,
         codecs=run.codecs,
         connect=lambda: Connection(url, connecting),
-        send=run.send,
-        exact=run.exact,
+        send=run.server.send,
     )
     try:
         trainer = Trainer(opened, runs, source, run, dataset, **settings)

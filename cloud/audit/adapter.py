@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +16,6 @@ from .least_squares import choose_rows, product_from_both, product_from_few, pro
 from .observed import Observed, SeenMicroBatch, floats, joined
 from .optimizer_replay import StepSeen, replay
 from .scoring import Attack, matrices, relative_error
-from .seed_guessing import SERVER_CANDIDATES, guess_seed
 from .truth import Gradients, Parameters, Truth
 
 NON_INTERFERENCE: Final = "tests/test_trunk.py::test_what_is_sent_depends_on_the_text_alone"
@@ -87,7 +86,6 @@ def _attack_lora(seen: Observed, version: _Version, parameters: Parameters) -> I
     few: list[float] = []
     forward: list[float] = []
     rows = fewest = 0
-    products: dict[str, Tensor] = {}
     for group, wanted in _some([each for each in _products(parameters) if version.with_group(each[0])]):
         micro_batches = version.with_group(group)
         inputs, deltas = _forward_rows(micro_batches, group)
@@ -96,10 +94,7 @@ def _attack_lora(seen: Observed, version: _Version, parameters: Parameters) -> I
         backward = [each.input_grads[group] for each in micro_batches if group in each.input_grads]
         if backward:
             input_grads = joined(backward)[:MOST_ROWS]
-            found = product_from_both(inputs, deltas, input_grads, rank)
-            both.append(relative_error(torch.cat(found), wanted))
-            names = (target.name for target in seen.opening.groups[group].targets)
-            products |= dict(zip(names, found, strict=True))
+            both.append(relative_error(torch.cat(product_from_both(inputs, deltas, input_grads, rank)), wanted))
             few.append(relative_error(torch.cat(product_from_few(inputs, deltas, input_grads, rank)), wanted))
             fewest = max(fewest, rank * len(deltas))
     if both:
@@ -109,28 +104,6 @@ def _attack_lora(seen: Observed, version: _Version, parameters: Parameters) -> I
     if forward:
         what = f"B·A of {len(forward)} groups, from {rows} tokens,"
         yield matrices(version.named("least squares, one-sided"), forward, what)
-    yield from _from_seed(seen, products, parameters)
-
-
-def _from_seed(seen: Observed, products: Mapping[str, Tensor], parameters: Parameters) -> Iterator[Attack]:
-    """A and B, each by itself, where the seed that A was drawn from is guessed; nothing where it is not."""
-    purpose = seen.openings[0].purpose
-    if not isinstance(purpose, m.Train) or not products:
-        return
-    groups, rank = seen.opening.groups, seen.opening.adapter.r
-    guessed = guess_seed(SERVER_CANDIDATES, products, groups, rank, server_seed=purpose.seed)
-    if guessed is None:
-        return
-    errors: dict[str, list[float]] = {"A": [], "B": []}
-    for scale, named in zip(parameters.scales, parameters.groups, strict=True):
-        for name, values in named.items():
-            module, _, half = name.rpartition(".lora_")
-            if module in guessed.lora_B:
-                found = guessed.lora_A[module] if half == "A" else guessed.lora_B[module] / scale
-                errors[half].append(relative_error(torch.from_numpy(found), torch.from_numpy(values)))
-    for half, found_to in errors.items():
-        what = f"{half} by itself of {len(found_to)} modules"
-        yield matrices(f"{half} from the guessed seed {guessed.seed}", found_to, what)
 
 
 def _products(parameters: Parameters) -> Iterator[tuple[int, Tensor]]:

@@ -39,21 +39,6 @@ class ShownText(msgspec.Struct, frozen=True):
     found: str
 
 
-class TriedDefence(msgspec.Struct, frozen=True, kw_only=True):
-    """A defence in place of what crossed: what attacks then find of the text, and what it costs.
-
-    Attributes:
-        claim: what may be said of it.
-        loss: of the base model at the labels with it; loss_without: and without.
-    """
-
-    name: str
-    claim: str
-    finding: Finding
-    loss: float
-    loss_without: float
-
-
 class Audit(msgspec.Struct, frozen=True, kw_only=True):
     """All that an audit says; its JSON is what ``--json`` prints.
 
@@ -69,7 +54,6 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True):
     base_fingerprint: str
     recorded: dict[str, str | int]
     findings: tuple[Finding, ...]
-    defences: tuple[TriedDefence, ...] = ()
     clear: tuple[str, ...]
     texts: tuple[ShownText, ...]
     seconds: float

@@ -7,6 +7,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.ends import find_embedding
+
 _ROWS_AT_ONCE: Final = 1024
 _VOCABULARY_AT_ONCE: Final = 16384  # with the rows above 64 MiB of scores in float32
 
@@ -70,3 +73,9 @@ def _distances(rows: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         torch.linalg.vector_norm(row - table[chosen].float(), dim=1) for row, chosen in zip(rows, ids, strict=True)
     ]
     return torch.stack(pieces) if pieces else rows.new_zeros(0, ids.shape[1])
+
+
+def embedding_table(base: BaseModel) -> Tensor:
+    """All tokens as they go into the blocks: (vocabulary, embedding_size), in the model's dtype and on its device."""
+    end = find_embedding(base)
+    return (end.weight * end.scale).to(base.device, base.dtype)

@@ -14,10 +14,9 @@ from dlora.cloud.model.base_model import BaseModel
 
 from .finding import Finding, found_by, nothing_there
 from .membership import is_member, swap_ends
-from .nearest_neighbour import nearest_tokens
+from .nearest_neighbour import embedding_table, nearest_tokens
 from .observed import Observed, whole_texts
 from .prompt_ends import common_marker_ends, first_labels
-from .ridge_probe import embedding_table
 from .scoring import Attack, commonest, share
 from .truth import TrueExample, Truth
 

@@ -37,15 +37,6 @@ def audit(
             "given several times.",
         ),
     ] = None,
-    tries: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--try",
-            metavar="DEFENCE",
-            help="Attack this in place of what crossed, and say what it costs: noise=0.3, times the embeddings' rms, "
-            "or first-blocks=2, held by the device. May be given several times.",
-        ),
-    ] = None,
     threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0, max=1024)] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -71,7 +62,10 @@ def audit(
     with truth_tokenizer(truth) as tokenizer:
         if phrase and tokenizer is None:
             raise UsageError("--phrase needs the truth's tokenizer.json, which is not there; record again")
-        result = _attack(model, recording, truth, tokenizer, out, phrase or (), tries or (), threads)
+        result = _attack(model, recording, truth, tokenizer, phrase or (), threads)
+    from dlora.cloud.audit.page import page
+
+    _write(out, page(result).encode())
     encoded = to_json(result)
     _write(json_path, encoded)
     if json_output:
@@ -86,12 +80,9 @@ def _attack(
     recording: Recording,
     truth: Path,
     tokenizer: TruthTokenizer | None,
-    out: Path,
     phrases: Sequence[str],
-    tries: Sequence[str],
     threads: int,
 ) -> Audit:
-    """Attack, and write the page: before what takes longer is tried, and once more after."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -100,31 +91,20 @@ def _attack(
     with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("reading frames", total=None)
         start_torch("cpu", threads)
-        import msgspec
-
         from dlora.cloud.audit.audit import run_audit
         from dlora.cloud.audit.observed import observe
-        from dlora.cloud.audit.page import page
-        from dlora.cloud.audit.tried import Defence, check_defences, try_defences
         from dlora.cloud.audit.truth import load_truth
         from dlora.cloud.model.base_model import load_base_model
 
-        defences = list(dict.fromkeys(Defence.parse(text) for text in tries))
         seen = observe(recording)
         true = load_truth(truth, recording.id, seen, tokenizer)
         progress.update(task, description=f"loading {model}")
         base = load_base_model(model, say=lambda line: progress.console.print(line, markup=False, highlight=False))
-        check_defences(defences, base.blocks)
 
         def on_attack(what: str) -> None:
             progress.update(task, description=f"attacking: {what}")
 
-        result = run_audit(seen, true, base, phrases=list(dict.fromkeys(phrases)), on_attack=on_attack)
-        _write(out, page(result).encode())
-        if defences:
-            result = msgspec.structs.replace(result, defences=try_defences(defences, true, base, on_attack))
-            _write(out, page(result).encode())
-    return result
+        return run_audit(seen, true, base, phrases=list(dict.fromkeys(phrases)), on_attack=on_attack)
 
 
 def to_json(result: Audit) -> bytes:
@@ -149,14 +129,6 @@ def show(result: Audit) -> None:
             Text(finding.secret),
             Text(verdict, style=_COLOURS.get(verdict, "")),
             Text(best.found if best else finding.why.split("; ")[0]),
-            Text(best.name if best else ""),
-        )
-    for defence in result.defences:
-        verdict, best = defence.finding.verdict or "", defence.finding.best
-        table.add_row(
-            Text(f"text with {defence.name}"),
-            Text(verdict, style=_COLOURS.get(verdict, "")),
-            Text(f"{best.found if best else ''}; loss {defence.loss_without:.2f} -> {defence.loss:.2f}"),
             Text(best.name if best else ""),
         )
     console = Console()

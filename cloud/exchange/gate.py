@@ -1,4 +1,4 @@
-"""Who may compute: sessions share the cores, or the one GPU, without asking more of them than they have."""
+"""Who may compute: one session at a time, for on a CPU the cores are shared, and on one GPU the device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 
 class ComputeGate:
-    """Lets ``width`` micro-batches compute at a time; the others wait their turn.
+    """Lets one micro-batch compute at a time; the others wait their turn.
 
     Attributes:
         changes: how often a micro-batch has begun or ended to compute so far.
     """
 
-    def __init__(self, width: int = 1) -> None:
+    def __init__(self) -> None:
         self.changes = 0
-        self._free = threading.Semaphore(width)
+        self._free = threading.Lock()
 
     @contextmanager
     def computing(self) -> Iterator[None]:

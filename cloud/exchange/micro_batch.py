@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -238,19 +237,14 @@ class MicroBatchRun:
         sites, purpose, layout = self._sites, self._sites.opening.purpose, self.layout
         assert isinstance(purpose, m.Encode)  # the session's rules
         assert sites.parts is not None  # check_opening
-        run = partial(sites.parts.run, end=purpose.blocks)
         with torch.no_grad():
-            if purpose.exact:
-                # Copies: at another place in memory, kernels may add up in another order.
-                return [run(tokens[None].clone())[0] for tokens in self._tokens().split(self._lengths)]
-            hidden = run(
-                layout.inputs_embeds, attention_mask=layout.attention_mask, position_ids=layout.position_ids
+            hidden = sites.parts.run(
+                layout.inputs_embeds,
+                attention_mask=layout.attention_mask,
+                position_ids=layout.position_ids,
+                end=purpose.blocks,
             )
             return list(self._packed(hidden).split(self._lengths))
-
-    def _tokens(self) -> Tensor:
-        """The embeddings without padding, (tokens, embedding_size)."""
-        return self._packed(self.layout.inputs_embeds)
 
     def _packed(self, padded: Tensor) -> Tensor:
         flat = padded.reshape(-1, padded.shape[-1])

@@ -135,7 +135,7 @@ class CloudServer:
         parts = ModelParts.of(base)
         service = Service(
             base=base,
-            gate=ComputeGate(),  # one session computes at a time: on a CPU the cores are shared, on one GPU the device
+            gate=ComputeGate(),
             threads=settings.threads,
             may_pack=may_pack,
             window=settings.window,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +14,7 @@ from dlora.protocol.manifest import core_key
 from dlora.protocol.tensors import FloatArray
 
 from .core import Core
-from .kind import Change, Factors, GroupAdapters, LoadGraph, Parameter
+from .kind import Factors, GroupAdapters, LoadGraph, Parameter
 
 _NOT_ORTHONORMAL: Final = 0.05  # rounding to fp16 costs some thousandths
 
@@ -67,20 +66,6 @@ class BottleneckGroup(GroupAdapters):
 
     def given_to_server(self) -> list[FloatArray]:
         return [self.core.parameter.value * np.float32(self.scaling)]
-
-    def changes(self) -> list[Change]:
-        """R alone: A's rows and B's columns are orthonormal, so that its norm is that of the whole change. With modules
-        of different gains B's columns are not: then a triangle is in place of B."""
-        gains = {target.gain for target in self.targets}
-        if len(gains) == 1:
-            return [Change(None, self.core.parameter.value, self.scaling * gains.pop())]
-        return [Change(None, self._triangle @ self.core.parameter.value, self.scaling)]
-
-    @cached_property
-    def _triangle(self) -> FloatArray:
-        """(r, r), of the QR of B with gains: what it is multiplied with has the norm of B times that."""
-        _, lora_b = self.adapter_state_values()
-        return np.asarray(np.linalg.qr(np.concatenate(self._with_gains(lora_b)), mode="r"), np.float32)
 
     def check_made_state(self, state: Sequence[FloatArray]) -> None:
         """A's rows and B's columns are orthonormal: with others, zeros say, nothing would be trained unnoticed."""

@@ -68,18 +68,6 @@ class Factors(NamedTuple):
     scaling: float
 
 
-class Change(NamedTuple):
-    """As much of what adapters change as its norm depends on: that of ``scaling · lora_B · lora_A``.
-
-    Attributes:
-        lora_A: None where its rows are orthonormal and never change, so that it is no part of any norm.
-    """
-
-    lora_A: FloatArray | None
-    lora_B: FloatArray
-    scaling: float
-
-
 class GroupAdapters(ABC):
     """The adapters of one exchange group.
 
@@ -124,10 +112,6 @@ class GroupAdapters(ABC):
     @abstractmethod
     def factors(self) -> list[Factors]:
         """The change of each target module, for PEFT's files."""
-
-    def changes(self) -> list[Change]:
-        """What scores are computed from."""
-        return [Change(each.lora_A, each.lora_B, each.scaling) for each in self.factors()]
 
     @abstractmethod
     def given_to_server(self) -> list[FloatArray]:

@@ -88,7 +88,7 @@ def _about(record: AdapterRecord | None, *, acts_on_answers: bool) -> list[str]:
             "",
             "It is an activated LoRA: it acts from the beginning of the answer on (`alora_invocation_tokens`), and the "
             "prompt is the base model's own. PEFT 0.18 or newer loads it so, and cannot merge it into the base model: "
-            "`dlora-edge train --adapt all` gives one that can be merged.",
+            "`dlora-edge train --active-from start` gives one that can be merged.",
         ]
     if record is not None:
         lines += [

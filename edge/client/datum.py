@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dlora.edge.data.batches import MicroBatch
-from dlora.edge.data.examples import Example
+from dlora.edge.data.batches import MicroBatch, pack
+from dlora.edge.data.examples import Example, last_occurrence
 from dlora.protocol.errors import DataError
 from dlora.protocol.tensors import FloatArray, IntArray
 
@@ -70,6 +70,18 @@ class Datum:
         return np.asarray(self.targets, np.int64)[self._rows]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether each target that counts is the next token, with weight 1."""
+        rows = self._rows[self._rows + 1 < len(self.tokens)]
+        is_next = len(rows) == len(self._rows) and np.array_equal(self.labels, np.asarray(self.tokens)[rows + 1])
+        return bool(is_next and (self.label_weights == 1).all())
+
+    def example(self, invocation: tuple[int, ...] = ()) -> Example:
+        """As data sets have them."""
+        ids = np.asarray(self.tokens, np.int32)
+        return Example(ids, self._rows, self.labels, last_occurrence(ids, invocation) if invocation else None)
+
+    @property
     def label_weights(self) -> FloatArray:
         """Their weights, float32 (labelled,)."""
         if self.weights is None:
@@ -77,15 +89,6 @@ class Datum:
         return np.asarray(self.weights, np.float32)[self._rows]
 
 
-def pack_data(data: Sequence[Datum]) -> MicroBatch:
-    """Some data as one micro-batch, end to end."""
-    lengths = np.array([len(datum.tokens) for datum in data], np.int32)
-    starts = np.cumsum(lengths, dtype=np.int32) - lengths
-    return MicroBatch(
-        ids=np.concatenate([np.asarray(datum.tokens, np.int64) for datum in data]),
-        sequence_lengths=lengths,
-        label_positions=np.concatenate(
-            [datum.rows + start for datum, start in zip(data, starts, strict=True)]
-        ).astype(np.int32, copy=False),
-        labels=np.concatenate([datum.labels for datum in data]),
-    )
+def pack_data(data: Sequence[Datum], invocation: tuple[int, ...] = ()) -> MicroBatch:
+    """Some data as one micro-batch, end to end; adapters act from the last ``invocation`` of each on, or everywhere."""
+    return pack([datum.example(invocation) for datum in data])

@@ -19,8 +19,9 @@ import msgspec
 import numpy as np
 
 from dlora.edge.adapters.peft import LoadedAdapter, load_adapter
-from dlora.edge.choices import EngineChoice
 from dlora.edge.data.batches import MicroBatch
+from dlora.edge.data.examples import Dataset
+from dlora.edge.data.loading import Reading, load_datasets
 from dlora.edge.data.prompt import PromptTokenizer, prompt_tokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
@@ -28,19 +29,18 @@ from dlora.edge.engine.engine import Engine
 from dlora.edge.model.ends import LossGradient
 from dlora.edge.model.local_source import LocalSource
 from dlora.edge.seeds import draw_seed
+from dlora.edge.settings import Optimizer, Settings
 from dlora.edge.training.adapter_training import AdapterTraining, OptimizerStep, trainer_state
 from dlora.edge.training.checkpoint import Checkpoint, load_latest
-from dlora.edge.training.config import TrainConfig
-from dlora.edge.training.defaults import DEFAULTS, default_alpha, default_rank, default_target_modules
-from dlora.edge.training.optimizer import OptimizerConfig
+from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS
+from dlora.edge.training.resolve import resolve
+from dlora.edge.training.resolved import ChosenOptimizer, Resolved
+from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
-from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import CheckpointError, UsageError
-from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.limits import MAX_STEPS
-from dlora.protocol.targets import choose_groups
+from dlora.protocol.manifest import Manifest
 from dlora.protocol.tensors import FloatArray
 
 from .datum import Datum, pack_data
@@ -93,85 +93,49 @@ class TrainingClient:
     @contextmanager
     def create(
         cls,
-        bundle: Path | str,
-        server: str | None = None,
+        settings: Settings,
         *,
-        kind: KindChoice = "lora",
-        rank: int | None = None,
-        alpha: float | None = None,
-        target_modules: Sequence[str] = (),
-        blocks: Sequence[int] = (),
-        seed: int | None = None,
-        total_steps: int | None = None,
-        optimizer: OptimizerConfig | None = None,
-        init_adapter: Path | str | None = None,
+        data: Sequence[Datum] | None = None,
         state: Path | str | None = None,
-        wire_dtype: str | None = None,
-        max_sequence_length: int | None = None,
-        threads: int = 0,
-        engine: EngineChoice = "auto",
         credentials: Credentials | None = None,
-        max_retry_s: float | None = None,
         on_progress: Progress = lambda done, total: None,
     ) -> Iterator[Self]:
         """A client that trains new adapters, or those of ``init_adapter``, or goes on from ``state``.
 
+        What settings leave open is chosen as ``dlora-edge train`` chooses it. That takes data: those of
+        ``settings.data``, or ``data``. From them come the basis of a bottleneck, where adapters act, the learning rate
+        and the number of steps; ``step_data`` gives them in the command's order. Without any, adapters act everywhere,
+        a bottleneck's A and B are those of the base model's weights, and the rate is the kind's, and constant where
+        ``steps`` names no end.
+
         Args:
-            bundle: its directory; server: its address; None: all blocks run here, where the bundle has all of them.
-            kind, rank, alpha, target_modules, blocks: as ``dlora-edge train`` has them; a bottleneck's A and B are
-                those of the base model's weights, for there are no data yet.
-            total_steps: for schedules that end; None: there is no end, and the learning rate is constant.
-            optimizer: AdamW's settings, until ``optim_step`` is given others.
+            settings: ``Settings.of(bundle=..., server=..., rank=8)``; ``device_blocks="all"`` needs no server.
+            data: what will be trained on; each target the next token, with weight 1.
             state: a directory of ``save_state``.
-            max_sequence_length: tokens of the longest sequence that will come, to be refused now where it cannot be
-                run; None: each is looked at as it comes.
-            max_retry_s: how long a server that is gone is waited for; None: for ever.
+            credentials: in place of those that the settings name.
             on_progress: called after each micro-batch with how many sequences of the call are through, and of how many.
 
-        Raises what opening a bundle, a server and an adapter raise.
+        Raises what opening a bundle, a server and an adapter raise, and ``UsageError`` for settings that cannot be.
         """
-        opened = Bundle.open(Path(bundle))
-        manifest = opened.manifest
-        defaults = DEFAULTS[kind]
-        names = tuple(target_modules) or default_target_modules(kind, manifest, "all")
-        groups = choose_groups(manifest, names, tuple(blocks))
-        r = rank or default_rank(kind, manifest, groups)
-        settings = optimizer or OptimizerConfig(lr=defaults.lr, weight_decay=defaults.weight_decay)
-        _check_rate(settings)
-        if total_steps is None and settings.schedule != "constant":
-            raise UsageError("a schedule that ends needs total_steps")
-        if server is None and kind != "lora":
-            raise UsageError("adapters in blocks on this machine are of the kind lora; name a server for another")
-        config = TrainConfig(
-            mode="split" if server is not None else "local",
-            device_blocks=0 if server is not None else manifest.base_model.blocks,
-            total_steps=total_steps or MAX_STEPS,
-            batch_size=1,
-            grad_accum=1,
-            seed=draw_seed() if seed is None else (seed,),
-            kind=kind,
-            basis="weights",
-            rank=r,
-            lora_alpha=alpha or default_alpha(kind, manifest, r),
-            target_modules=names,
-            blocks=tuple(blocks),
-            wire_dtype=wire_dtype or defaults.wire_dtype,
-            optimizer=settings,
-            kill_revive=KillReviveConfig(active_fraction=1.0, warmup_steps=0),
-        )
+        if settings.device.bundle is None:
+            raise UsageError("Settings.of(bundle=...): name a bundle")
+        if settings.placement.device_blocks not in ("0", "all"):
+            raise UsageError("device_blocks: a client's blocks are all here or all on the server, all or 0")
+        bundle = Bundle.open(settings.device.bundle)
+        init_path = settings.adapter.init_adapter
+        init = None if init_path is None else load_adapter(init_path)
+        config, dataset = _resolved(settings, bundle.manifest, init, _datasets(settings, bundle, data))
         checkpoint = None if state is None else _load_state(Path(state))
-        init = None if init_adapter is None else load_adapter(Path(init_adapter))
-        with prompt_tokenizer(opened) as tokenizer:  # before there is an engine
+        with prompt_tokenizer(bundle) as tokenizer:  # before there is an engine
             opening = _Opening(
-                bundle=opened,
-                engine=make_engine(opened, engine, threads),
-                server=server,
+                bundle=bundle,
+                engine=make_engine(bundle, settings.device.engine, settings.device.threads),
                 config=config,
                 init=init,
-                connecting=connect_settings(credentials, max_retry_s),
-                longest=max_sequence_length,
-                threads=threads,
-                engine_choice=engine,
+                dataset=dataset,
+                connecting=connect_settings(
+                    credentials or Credentials.of(settings.server), settings.server.max_retry_s
+                ),
             )
             client = cls(opening, tokenizer, checkpoint, on_progress)
             with closing(client):
@@ -194,6 +158,17 @@ class TrainingClient:
         if tools is not None:
             fields["tools"] = list(tools)
         return Datum.of(self.tokenizer.encode_example(fields))
+
+    def step_data(self, step: int) -> list[Datum]:
+        """The data of a step, counted from 0, in the command's order. Raises ``UsageError`` where there are no data."""
+        if not isinstance(self._training, Trainer):
+            raise UsageError("this client was given no data: it has no order of its own")
+        return [Datum.of(example) for example in self._training.step_examples(step)]
+
+    @property
+    def settings(self) -> Settings:
+        """Those of ``create``, with what was chosen in place of what was left open."""
+        return self._training.config.as_settings()
 
     # -- the verbs -----------------------------------------------------------------------------------------
 
@@ -233,7 +208,7 @@ class TrainingClient:
         with self._lock, self._training.all_or_nothing():
             return self._forward_backward_custom(data, loss, batch_size or len(data))
 
-    def optim_step(self, params: float | OptimizerConfig | None = None) -> OptimizerStep:
+    def optim_step(self, params: float | Optimizer | None = None) -> OptimizerStep:
         """Step AdamW with the gradients so far, and forget them.
 
         Args:
@@ -244,9 +219,12 @@ class TrainingClient:
         """
         with self._lock:
             self._forget_sampler()
-            if isinstance(params, OptimizerConfig):
-                _check_rate(params)
-                self._training.optimizer.config = params
+            if isinstance(params, Optimizer):
+                if params.lr is None:
+                    raise UsageError("an optimizer's settings need a learning rate: Optimizer(lr=1e-3)")
+                decay = params.weight_decay or 0.0
+                given = {**msgspec.structs.asdict(params), "weight_decay": decay}
+                self._training.optimizer.config = ChosenOptimizer(**given)
                 params = params.lr
             return self._training.optim_step(params)
 
@@ -301,7 +279,7 @@ class TrainingClient:
         """``forward_backward_custom`` in a thread."""
         return await asyncio.to_thread(self.forward_backward_custom, *arguments, **options)
 
-    async def optim_step_async(self, params: float | OptimizerConfig | None = None) -> OptimizerStep:
+    async def optim_step_async(self, params: float | Optimizer | None = None) -> OptimizerStep:
         """``optim_step`` in a thread."""
         return await asyncio.to_thread(self.optim_step, params)
 
@@ -318,7 +296,9 @@ class TrainingClient:
             training = opened.enter_context(self._opening.make_training(checkpoint))
             self._forget_sampler()
             self._opened.close()
-            training.open(self._opening.longest)
+            training.begin()
+            if isinstance(training, Trainer) and training.config.optimizer.lr is None:
+                training.find_rate()
             self._opened = opened.pop_all()
             return training
 
@@ -356,7 +336,7 @@ class TrainingClient:
             value, gradients = loss(data, _split(data, logprobs))
             return _joined(data, gradients)
 
-        if data and len(data) <= batch_size and len(self._training.model.cut(batch := pack_data(data))) == 1:
+        if data and len(data) <= batch_size and len(self._training.model.cut(batch := self._pack(data))) == 1:
             (losses,) = self._training.forward_backward([batch], grad_scale=0.0, gradients=[gradient_of])
             self._on_progress(len(data), len(data))
             return ForwardBackward(value, _split(data, -losses))
@@ -374,10 +354,13 @@ class TrainingClient:
                 start += len(part.labels)
         return losses
 
+    def _pack(self, data: Sequence[Datum]) -> MicroBatch:
+        return pack_data(data, self._training.config.invocation)
+
     def _packed(self, data: Sequence[Datum], size: int) -> Iterator[MicroBatch]:
         """Micro-batches; once one is through, and the next is asked for, ``on_progress`` is told."""
         for start in range(0, len(data), size):
-            yield pack_data(data[start : start + size])
+            yield self._pack(data[start : start + size])
             self._on_progress(min(start + size, len(data)), len(data))
 
 
@@ -387,45 +370,83 @@ class _Opening:
 
     bundle: Bundle
     engine: Engine
-    server: str | None
-    config: TrainConfig
+    config: Resolved
     init: LoadedAdapter | None
+    dataset: Dataset | None
     connecting: ConnectSettings
-    longest: int | None
-    threads: int
-    engine_choice: EngineChoice
 
     @contextmanager
     def make_training(self, checkpoint: Checkpoint | None) -> Iterator[AdapterTraining]:
-        """Adapters, new or from a checkpoint, connected to what they are trained against; it has to be opened yet."""
+        """Adapters, new or from a checkpoint, connected to what they are trained against; they have to begin yet."""
         config = self.config
-        if checkpoint is not None:  # whatever was drawn then
-            config = msgspec.structs.replace(config, seed=trainer_state(checkpoint).run.config.seed)
+        if checkpoint is not None:  # whatever was drawn then, or found
+            run = trainer_state(checkpoint).run
+            config = msgspec.structs.replace(config, seed=run.seed)
+            if config.optimizer.lr is None:
+                config = config.with_rate(run.settings["optimizer.lr"])
+        server = config.server.server
         opening: AbstractContextManager[Connection | LocalSource] = (
-            closing(LocalSource(self.bundle, self.engine))
-            if self.server is None
-            else Connection(self.server, self.connecting)
+            closing(LocalSource(self.bundle, self.engine)) if server is None else Connection(server, self.connecting)
         )
         with opening as source:
-            yield AdapterTraining(
-                self.bundle, self.engine, source, config, _NO_DATA, init=self.init, checkpoint=checkpoint
-            )
+            given: dict[str, Any] = {"init": self.init, "checkpoint": checkpoint}
+            if self.dataset is None:
+                yield AdapterTraining(self.bundle, self.engine, source, config, _NO_DATA, **given)
+            else:
+                yield Trainer(self.bundle, self.engine, source, config, self.dataset, begins=False, **given)
 
     def open_sampling(
         self, adapter: Path, tokenizer: PromptTokenizer
     ) -> AbstractContextManager[SamplingClient]:
         """A client that samples with a saved adapter."""
+        config = self.config
         return SamplingClient.create(
             self.bundle.path,
-            self.server,
+            config.server.server,
             adapter=adapter,
-            wire_dtype=self.config.wire_dtype,
-            threads=self.threads,
-            engine=self.engine_choice,
+            wire_dtype=config.server.wire_dtype,
+            threads=config.device.threads,
+            engine=config.device.engine,
             credentials=self.connecting.credentials,
             max_retry_s=self.connecting.retry.max_s,
             tokenizer=tokenizer,
         )
+
+
+def _datasets(settings: Settings, bundle: Bundle, data: Sequence[Datum] | None) -> list[Dataset]:
+    """To train on, and held out, as the command has them; none: a loop of one's own brings its data."""
+    if data is not None:
+        if any(not datum.is_plain for datum in data):
+            raise UsageError("data that settings are chosen for must have the next token as each target, with weight 1")
+        return [Dataset.of([(datum.tokens, datum.rows) for datum in data])]  # type: ignore[misc]
+    return [] if settings.data.data is None else load_datasets(Reading.of(settings.data, bundle))
+
+
+def _resolved(
+    settings: Settings, manifest: Manifest, init: LoadedAdapter | None, datasets: Sequence[Dataset]
+) -> tuple[Resolved, Dataset | None]:
+    """As the command has it; without data, what takes none."""
+    if settings.training.seed is None:
+        drawn = draw_seed()
+    else:
+        drawn = (settings.training.seed,)
+    if datasets:
+        config, (dataset, *_) = resolve(settings, manifest, init, datasets)
+        return msgspec.structs.replace(config, seed=drawn), dataset
+    given: dict[str, Any] = {"active_from": settings.adapter.active_from or "start"}
+    if given["active_from"] != "start":
+        raise UsageError("active_from: where answers begin, data say; give some, or leave that out")
+    kind = settings.adapter.kind or DEFAULT_KIND
+    if DEFAULTS[kind].basis is not None and init is None:
+        given["basis"] = settings.adapter.basis or "weights"
+        if given["basis"] == "data":
+            raise UsageError("basis: a basis of data needs some; give data, or take weights")
+    if settings.optimizer.lr is None:
+        given["lr"] = DEFAULTS[kind].lr
+    if settings.training.steps is None:
+        given |= {"schedule": "constant", "warmup": 0.0}
+    config, _ = resolve(settings.replaced(**given), manifest, init, [])
+    return msgspec.structs.replace(config, seed=drawn), None
 
 
 def _load_state(directory: Path) -> Checkpoint:
@@ -463,8 +484,3 @@ def _result(data: Sequence[Datum], losses: FloatArray, total: float) -> ForwardB
     value = float((losses.astype(np.float64) * _weights(data)).sum())
     return ForwardBackward(value / total if total else math.nan, _split(data, -losses))
 
-
-def _check_rate(settings: OptimizerConfig) -> None:
-    """Raise ``UsageError`` where it is left open: there are no data yet to find one with."""
-    if settings.lr is None:
-        raise UsageError("optimizer: give it a learning rate, lr; only a run of dlora-edge train finds one")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dlora.protocol.errors import DloraError, UsageError
+from dlora.protocol.errors import DloraError
 from dlora.protocol.text import one_line
 
 from .help_panels import PanelledCommand
@@ -22,13 +21,12 @@ if TYPE_CHECKING:
     from dlora.protocol.manifest import Manifest
 
 app = typer.Typer(
-    help="Keep adapters by name in a directory: list, show, import, export, remove.",
+    help="List and show the adapters in a directory, which are subdirectories: copy one there to add it.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
 
 FitOption = Annotated[Path | None, typer.Option("--bundle", help="Bundle that adapters must fit.")]
-NameArgument = Annotated[str, typer.Argument(help="An adapter's name.")]
 
 
 @app.command("list", cls=PanelledCommand)
@@ -56,78 +54,6 @@ def show(
     is_path = not is_name(adapter) or (adapter not in store.entries() and Path(adapter).is_dir())
     about = about_adapter(Path(adapter)) if is_path else store.show(adapter)
     print_result(_result(about), lambda _: print_fields(_fields(about)), json_output=json_output)
-
-
-@app.command("import", cls=PanelledCommand)
-def import_adapter(
-    path: Annotated[Path, typer.Argument(help="A PEFT adapter, or the --out of a run.")],
-    name: Annotated[str | None, typer.Option(help="What to call it; the directory's name by default.")] = None,
-    adapters: AdaptersOption = None,
-    bundle: FitOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the adapter of that name.")] = False,
-    json_output: JsonOption = False,
-) -> None:
-    """Copy an adapter into the directory, after all of it was read and checked.
-
-    Example:  dlora-edge adapters import my-adapter --name support --bundle build/smollm2
-    """
-    from dlora.edge.adapters.store import is_name
-    from dlora.protocol import interrupts
-
-    store, manifest = _store(adapters), _manifest(bundle)
-    chosen = path.absolute().name if name is None else name
-    if name is None and not is_name(chosen):
-        raise UsageError(f"{chosen[:80]!r} cannot be the name of an adapter; give one with --name")
-    with interrupts.raise_on_signal():
-        about = store.add(path, chosen, manifest=manifest, force=force)
-    result = {**_result(about), "path": str(store.path(chosen))}
-    print_result(result, lambda _: print(one_line(f"imported {chosen}: {_in_words(about)}")), json_output=json_output)
-
-
-@app.command(cls=PanelledCommand)
-def export(
-    name: NameArgument,
-    path: Annotated[Path, typer.Argument(help="A directory that will be made.")],
-    adapters: AdaptersOption = None,
-    with_parts: Annotated[
-        bool, typer.Option("--with-parts", help="With what another run of dlora can go on from.")
-    ] = False,
-    json_output: JsonOption = False,
-) -> None:
-    """Write an adapter as PEFT does: configuration, weights and model card."""
-    from dlora.protocol import interrupts
-
-    with interrupts.raise_on_signal():
-        _store(adapters).export(name, path, with_parts=with_parts)
-    files = sorted(each.name for each in path.iterdir())
-    result = {"name": name, "path": str(path), "files": files}
-    print_result(result, lambda _: print(f"exported {name} to {path}: {', '.join(files)}"), json_output=json_output)
-
-
-@app.command(cls=PanelledCommand)
-def remove(
-    name: NameArgument,
-    adapters: AdaptersOption = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    json_output: JsonOption = False,
-) -> None:
-    """Remove an adapter from the directory."""
-    from dlora.edge.adapters.store import check_name
-    from dlora.protocol import interrupts
-
-    store = _store(adapters)
-    check_name(name)
-    if name not in store.entries():
-        store.path(name)  # says that there is none
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UsageError(f"nobody can be asked whether {name} is to be removed; give --yes")
-        if not typer.confirm(f"Remove {store.directory / name}?", err=True):
-            print_result({"removed": None}, lambda _: print("nothing was removed"), json_output=json_output)
-            return
-    with interrupts.raise_on_signal():
-        store.remove(name)
-    print_result({"removed": name}, lambda _: print(f"removed {name}"), json_output=json_output)
 
 
 def _store(directory: Path | None) -> AdapterStore:
@@ -199,7 +125,7 @@ def _print_list(store: AdapterStore, found: list[dict[str, Any]]) -> None:
     console = Console()
     usable = [entry for entry in found if "error" not in entry]
     if not found:
-        print(f"there are no adapters in {store.directory}; dlora-edge adapters import PATH adds one")
+        print(f"there are no adapters in {store.directory}; to add one, copy its directory there")
     if usable:
         columns = ["kind", "rank", "modules", "acts on", "base model", "size", "weights"]
         columns += ["fits"] if any("fits" in entry for entry in usable) else []
@@ -220,13 +146,6 @@ def _print_list(store: AdapterStore, found: list[dict[str, Any]]) -> None:
         for key, said in (("error", "cannot be used"), ("reason", "does not fit")):
             if key in entry:
                 print(f"{one_line(entry['name'])} {said}: {one_line(entry[key])}")
-
-
-def _in_words(about: AdapterAbout) -> str:
-    return (
-        f"{about.kind} of rank {about.rank}, {about.modules} modules, acts on {about.acts_on}, "
-        f"of {about.base_model or 'an unknown base model'}, {_size(about.bytes)}"
-    )
 
 
 def _size(size: int) -> str:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from dlora.edge.settings import Settings
 from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.text import one_line
 
 from .generate import summary_line
-from .model_options import ModelOptions, UseModeOption, find_adapter
-from .options import AdaptersOption, CredentialOptions, with_groups
+from .model_options import UsedModel, find_adapter, takes_model
+from .options import AdapterOption, AdaptersOption
 from .output import print_answer, warn
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
@@ -39,34 +40,31 @@ HELP: Final = '''\
 Ctrl-C         stop the answer'''
 
 
-@with_groups
+@takes_model()
 def chat(
-    model_options: ModelOptions,
+    settings: Settings,
+    adapter: AdapterOption = None,
     adapters: AdaptersOption = None,
     system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
     max_new_tokens: MaxNewTokensOption = 1024,
     context_length: ContextLengthOption = 4096,
     sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
     draft: DraftOption = None,
-    mode: UseModeOption = None,
-    credential_options: CredentialOptions = CredentialOptions(),
 ) -> None:
     """Talk to the model, with an adapter or without; /help tells what else can be said.
 
     What is said stays here, and is kept nowhere unless you say /save; the server sees hidden states. What that tells
     it: SECURITY.md.
     """
-    from dataclasses import replace
-
     from dlora.edge.data.prompt import prompt_tokenizer
     from dlora.edge.engine.bundle import Bundle
-    from dlora.protocol.wire_codecs import Codecs
+    from dlora.edge.wire.credentials import Credentials
 
-    Codecs.parse(model_options.wire_dtype)
-    model_options.check_mode(mode)
+    UsedModel(settings, adapter).check()
     sampling = sampling_options.sampling()
-    credentials = credential_options.load()
-    opened = Bundle.open(model_options.bundle)
+    credentials = Credentials.of(settings.server, warn)
+    assert settings.device.bundle is not None  # the command asks for it
+    opened = Bundle.open(settings.device.bundle)
     with prompt_tokenizer(opened) as tokenizer:
         from dlora.edge.adapters.store import default_directory
         from dlora.edge.generation.chat import Chat
@@ -77,14 +75,12 @@ def chat(
         )
 
         def open_model(adapter: Path | None) -> contextlib.AbstractContextManager[GeneratingModel]:
-            options = replace(model_options, adapter=adapter)
-            return options.open_generating(
-                opened, credentials, mode, context_length=context_length, should_stop=stopping.is_asked
+            return UsedModel(settings, adapter).open_generating(
+                opened, credentials, context_length=context_length, should_stop=stopping.is_asked
             )
 
         directory = adapters or default_directory()
-        adapter = find_adapter(model_options.adapter, directory)
-        with _OpenModel(open_model, adapter) as model, stopping.handling():
+        with _OpenModel(open_model, find_adapter(adapter, directory)) as model, stopping.handling():
             model.context()  # a mistake shows before anything is said
             _Loop(said, model, stopping, directory).run()
 

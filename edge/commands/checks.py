@@ -14,14 +14,13 @@ import psutil
 
 from dlora.edge.engine.choose import is_installed
 from dlora.edge.engine.shim import VARIABLE, load_shim
+from dlora.edge.run.footprint import tokens_that_fit, training_mb, usual_tokens
 from dlora.edge.run.run_file import LIBRARIES
 from dlora.edge.training.defaults import DEFAULT_KIND
 from dlora.edge.wire.credentials import Credentials
 from dlora.protocol.device_memory import RUNTIME_MB, STORED_DTYPES
 from dlora.protocol.errors import DloraError
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
-
-from .footprint import tokens_that_fit, training_mb, usual_tokens
 
 
 def run_checks(bundle: Path | None, server: str | None, credentials: Credentials) -> dict[str, Any]:

@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from dlora.edge.settings import Settings
 from dlora.protocol.text import visible
 
-from .options import (
-    BundleOption,
-    ColumnsOption,
-    JsonOption,
-    MaxLengthOption,
-    TooLongOption,
-    TrainOnOption,
-)
+from .options import JsonOption
 from .output import escaped, print_result
+from .settings_options import takes_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,26 +21,26 @@ _SHOWN_TOKENS: Final = 240  # of a row; the middle of a longer one is left out
 _BAR: Final = 40  # characters
 
 
+@takes_settings(
+    "bundle", "eval", "hold_out", "train_on", "columns", "max_length", "too_long",
+    required=("bundle",),
+    changes={
+        "eval": {"help": "Held-out data: how many rows of FILE are in them."},
+        "hold_out": {
+            "default": "", "help": "Hold this share out, or auto, as train does it; with --out, into files.",
+        },
+    },
+)  # fmt: skip
 def data(
+    settings: Settings,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Data as for train: a file, or a directory of them.")],
-    bundle: BundleOption,
-    eval_data: Annotated[
-        Path | None, typer.Option("--eval", help="Held-out data: how many rows of FILE are in them.")
-    ] = None,
-    split: Annotated[
-        str, typer.Option(help="Hold this share out, or auto, as train does it; with --out, into files.")
-    ] = "",
     out: Annotated[
-        Path | None, typer.Option(help="Directory for the parts of --split: train.jsonl and held-out.jsonl.")
+        Path | None, typer.Option(help="Directory for the parts of --hold-out: train.jsonl and held-out.jsonl.")
     ] = None,
     show: Annotated[int, typer.Option(help="How many rows to show, the first ones.", min=0)] = 3,
     line: Annotated[
         list[int] | None, typer.Option(help="Show the row that begins at this line; may be given again.", min=1)
     ] = None,
-    max_length: MaxLengthOption = None,
-    too_long: TooLongOption = "error",
-    columns: ColumnsOption = None,
-    train_on: TrainOnOption = "answers",
     json_output: JsonOption = False,
 ) -> None:
     """What exactly will be learnt: rows as tokens with the learnt ones in colour, counts, lengths, doubles, problems.
@@ -56,26 +51,26 @@ def data(
     Example:  dlora-edge data chat.jsonl --bundle build/smollm2
     """
     from dlora.edge.data.loading import load_overview
+    from dlora.edge.data.read_settings import read_settings
     from dlora.edge.data.split import parse_split
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.run.display import Display
     from dlora.protocol.errors import DataError, UsageError
 
-    from .reading import DataOptions
-
-    if out is not None and not split:
-        raise UsageError("--out needs --split, the share to hold out")
-    if split and eval_data is not None:
-        raise UsageError("--split makes held-out data, and --eval names some: leave one of them out")
-    opened = Bundle.open(bundle)
-    options = DataOptions(file, eval_data, columns, max_length, too_long, train_on, split)
+    share = settings.data.hold_out
+    if out is not None and not share:
+        raise UsageError("--out needs --hold-out, the share to hold out")
+    if share and settings.data.eval is not None:
+        raise UsageError("--hold-out makes held-out data, and --eval names some: leave one of them out")
+    assert settings.device.bundle is not None  # the decorator asks for it
+    opened = Bundle.open(settings.device.bundle)
     display = Display(json_output=json_output)
     with display.reading() as on_tick:
         found = load_overview(
-            opened, file, eval_data, options.read_settings(opened), split=parse_split(split) if split else 0.0, out=out,
-            show=show, lines=line or [], on_tick=on_tick,
+            opened, file, settings.data.eval, read_settings(settings.data, opened.manifest),
+            split=parse_split(share) if share else 0.0, out=out, show=show, lines=line or [], on_tick=on_tick,
         )  # fmt: skip
-    print_result(found, lambda result: _show(result, file, train_on, out), json_output=json_output)
+    print_result(found, lambda result: _show(result, file, settings.data.train_on, out), json_output=json_output)
     if line and not found["shown"]:
         raise DataError(f"{file}: no row that can be learnt from begins at line {', '.join(map(str, line))}")
     if count := found["problems"]["count"]:

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.training.choose_adapter import default_adapters
 from dlora.edge.training.defaults import DEFAULT_KIND
 from dlora.protocol.adapters import parameter_count
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import MANIFEST_NAME, Manifest, load_manifest
 from dlora.protocol.targets import module_names, number_ranges
-
-from .adapter_settings import default_adapters
 
 
 def describe(path: Path) -> dict[str, Any]:

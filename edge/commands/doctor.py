@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from dlora.edge.settings import Settings
 from dlora.protocol.text import one_line
 
-from .options import CredentialOptions, JsonOption, with_groups
-from .output import print_result
+from .options import JsonOption
+from .output import print_result, warn
+from .settings_options import takes_settings
 
 
-@with_groups
-def doctor(
-    bundle: Annotated[Path | None, typer.Option(help="Also check this bundle, and what it takes.")] = None,
-    server: Annotated[str | None, typer.Option(help="Also try this server.")] = None,
-    credential_options: CredentialOptions = CredentialOptions(),
-    json_output: JsonOption = False,
-) -> None:
+@takes_settings(
+    "bundle", "server", "token_file", "ca", "client_cert", "client_key", "insecure",
+    changes={
+        "bundle": {"help": "Also check this bundle, and what it takes."}, "server": {"help": "Also try this server."},
+    },
+)  # fmt: skip
+def doctor(settings: Settings, json_output: JsonOption = False) -> None:
     """Check this device: versions, memory, engine, bundle, server; and say what to do about each problem."""
+    from dlora.edge.wire.credentials import Credentials
+
     from .checks import run_checks
 
-    result = run_checks(bundle, server, credential_options.load())
+    server = settings.server
+    result = run_checks(settings.device.bundle, server.server, Credentials.of(server, warn))
     print_result(result, show, json_output=json_output)
     if not result["ok"]:
         raise typer.Exit(1)

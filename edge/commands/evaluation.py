@@ -15,11 +15,11 @@ from dlora.edge.data.loading import load_questions
 from dlora.edge.data.split import parse_split
 from dlora.edge.files import write_atomically
 from dlora.edge.run.display import Display
+from dlora.edge.run.reading import read_held_out, test_settings
 from dlora.edge.scoring.answers import compile_pattern
+from dlora.edge.settings import Data, Settings
+from dlora.edge.wire.recorder import recording
 from dlora.protocol.errors import DataError, UsageError
-
-from .reading import DataOptions, read_held_out
-from .recording import recording
 
 if TYPE_CHECKING:
     from dlora.edge.data.examples import Dataset
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dlora.edge.wire.credentials import Credentials
     from dlora.edge.wire.recorder import Recorder
 
-    from .evaluate import EvaluatedModel
+    from .model_options import UsedModel
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,13 @@ class Asking:
             raise UsageError("--choices needs two answers at least, separated by commas")
         return cls(how, None if pattern is None else compile_pattern(pattern), named, max_new_tokens)
 
-    def read(self, options: DataOptions, bundle: Bundle, display: Display, limit: int | None) -> list[Question]:
+    def read(self, data: Data, bundle: Bundle, display: Display, limit: int | None) -> list[Question]:
         """The questions of the data, the first ``limit``. Raises ``DataError`` for those that cannot be scored so."""
-        split = parse_split(options.split) if options.split else 0.0
+        assert data.data is not None  # the command asks for it
+        split = parse_split(data.hold_out) if data.hold_out else 0.0
         with display.reading() as on_tick:
             found = load_questions(
-                bundle, options.data, options.test_settings(bundle), split=split, choices=self.choices,
+                bundle, data.data, test_settings(data, bundle.manifest), split=split, choices=self.choices,
                 with_candidates=self.how == "likelihood", most=limit, on_tick=on_tick,
             )  # fmt: skip
         for question in found:
@@ -112,24 +113,23 @@ class Answered:
 
 
 def evaluate_models(
-    models: Sequence[tuple[str, EvaluatedModel]],
+    models: Sequence[tuple[str, UsedModel]],
     bundle: Bundle,
-    options: DataOptions,
+    settings: Settings,
     credentials: Credentials,
     display: Display,
     *,
     asking: Asking | None,
     limit: int | None,
-    batch_size: int,
     record: Path | None,
 ) -> tuple[dict[str, Any], Answered]:
     """What is found of each model, as JSON has it, and what they answered. Raises any ``DloraError``."""
-    dataset = read_held_out(options, bundle, display)
+    dataset = read_held_out(settings.data, bundle, display)
     if limit is not None and limit < len(dataset):
         dataset = dataset.subset(range(limit))
     if len(models) > 1 and any(invocation_of(model) for _, model in models):  # all on the same examples
         dataset = dataset.one_answer_each()
-    questions = [] if asking is None else asking.read(options, bundle, display, limit)
+    questions = [] if asking is None else asking.read(settings.data, bundle, display, limit)
     from dlora.edge.data.prompt import prompt_tokenizer
 
     scored: list[ScoredModel] = []
@@ -137,12 +137,12 @@ def evaluate_models(
         tokenizer = None
         if asking is not None and asking.how != "likelihood":  # before there is an engine
             tokenizer = stack.enter_context(prompt_tokenizer(bundle))
-        recorder = stack.enter_context(recording(record, bundle, display.warn))
+        recorder = stack.enter_context(recording(record, bundle.tokenizer_file(), display.warn))
         for name, model in models:
             scored.append(
                 _score(
                     name, model, bundle, dataset, questions, credentials, display, asking=asking, tokenizer=tokenizer,
-                    batch_size=batch_size, recorder=recorder, is_only=len(models) == 1,
+                    batch_size=settings.training.batch_size, recorder=recorder, is_only=len(models) == 1,
                 )
             )
     first, *others = scored
@@ -155,7 +155,7 @@ def evaluate_models(
     return result, Answered(scored, questions)
 
 
-def invocation_of(model: EvaluatedModel) -> tuple[int, ...]:
+def invocation_of(model: UsedModel) -> tuple[int, ...]:
     """The tokens from which on a model's adapter acts; none: everywhere."""
     from dlora.edge.adapters.peft import load_adapter
 
@@ -165,7 +165,7 @@ def invocation_of(model: EvaluatedModel) -> tuple[int, ...]:
 
 def _score(
     name: str,
-    options: EvaluatedModel,
+    options: UsedModel,
     bundle: Bundle,
     dataset: Dataset,
     questions: Sequence[Question],
@@ -185,7 +185,7 @@ def _score(
     label = "" if is_only else name
     answers: list[str] = []
     longest = max([int(dataset.lengths.max()), *(len(each.ids) // 4 for one in questions for each in one.candidates)])
-    with options.open(bundle, credentials, longest, recorder) as model:
+    with options.open_to_evaluate(bundle, credentials, longest, recorder) as model:
         if model.invocation:
             dataset = dataset.one_answer_each()
             if line := uninvoked_line(dataset, model.invocation):
@@ -200,7 +200,7 @@ def _score(
     if asking is not None and tokenizer is not None:
         context_length = max(len(each.prompt) // 4 for each in questions) + asking.max_new_tokens
         opening = options.open_generating(
-            bundle, credentials, options.chosen_mode, context_length=context_length, recorder=recorder
+            bundle, credentials, context_length=context_length, recorder=recorder
         )
         with opening as generating, display.evaluating(f"{label} answers", len(questions)) as advance:
             answers = generate_answers(

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from dlora.edge.files import read_small
+from dlora.edge.settings import Settings
 from dlora.protocol.errors import DataError, UsageError
 from dlora.protocol.text import visible_json
 
-from .model_options import ModelOptions, UseModeOption
-from .options import CredentialOptions, JsonOption, with_groups
+from .model_options import UsedModel, takes_model
+from .options import AdapterOption, JsonOption, RecordOption
 from .output import print_answer, warn
-from .recording import RecordOption, check_record, recording
 from .sampling_options import DraftOption, MaxNewTokensOption, SamplingOptions, StopOption
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 _MOST_BYTES: Final = 64 << 20  # of a chat
 
 
-@with_groups
+@takes_model()
 def generate(
-    model_options: ModelOptions,
+    settings: Settings,
+    adapter: AdapterOption = None,
     prompt: Annotated[
         str | None,
         typer.Option(help="What to say to the model; a user's turn where it has a chat template. Without it: stdin."),
@@ -46,12 +47,10 @@ def generate(
     sampling_options: SamplingOptions = SamplingOptions(),
     stop: StopOption = None,
     draft: DraftOption = None,
-    mode: UseModeOption = None,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: each token with so many likeliest in its place.", min=0, max=20)
     ] = None,
     record: RecordOption = None,
-    credential_options: CredentialOptions = CredentialOptions(),
     json_output: JsonOption = False,
 ) -> None:
     """Answer a prompt with the base model or an adapter, token by token.
@@ -63,19 +62,21 @@ def generate(
     """
     from dlora.edge.data.prompt import prompt_tokenizer
     from dlora.edge.engine.bundle import Bundle
-    from dlora.protocol.wire_codecs import Codecs
+    from dlora.edge.wire.credentials import Credentials
+    from dlora.edge.wire.recorder import check_record, recording
 
-    Codecs.parse(model_options.wire_dtype)
-    model_options.check_mode(mode)
-    check_record(record, mode)
+    used = UsedModel(settings, adapter)
+    used.check()
+    check_record(record, is_local=settings.placement.device_blocks == "all")
     if prompt is not None and messages is not None:
         raise UsageError("give --prompt or --messages, not both")
     asked_messages = None if messages is None else _read_messages(messages)
     text = _read_stdin() if prompt is None and messages is None else prompt
     sampling = sampling_options.sampling(logprobs=logprobs if json_output else None)
-    credentials = credential_options.load()
-    opened = Bundle.open(model_options.bundle)
-    with prompt_tokenizer(opened) as tokenizer, recording(record, opened, warn) as recorder:
+    credentials = Credentials.of(settings.server, warn)
+    assert settings.device.bundle is not None  # the command asks for it
+    opened = Bundle.open(settings.device.bundle)
+    with prompt_tokenizer(opened) as tokenizer, recording(record, opened.tokenizer_file(), warn) as recorder:
         from dlora.edge.generation.answer import TextAnswer
         from dlora.edge.generation.prompt import Prompt
         from dlora.edge.model.context import Context
@@ -87,9 +88,7 @@ def generate(
         else:
             asked = Prompt.of_text(text, tokenizer, system=system, as_it_is=no_chat_template)
         context_length = len(asked.encode(tokenizer)) + max_new_tokens
-        opening = model_options.open_generating(
-            opened, credentials, mode, context_length=context_length, recorder=recorder
-        )
+        opening = used.open_generating(opened, credentials, context_length=context_length, recorder=recorder)
         with opening as model:
             answer = TextAnswer(
                 Context(model),

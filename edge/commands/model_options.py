@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Final
 
-import typer
-
-from dlora.edge.choices import UseMode
+from dlora.edge.settings import Settings
 from dlora.protocol.errors import UsageError
 
-from .options import (
-    AdapterOption,
-    BundleOption,
-    EngineOption,
-    MaxRetryOption,
-    OptionalServerOption,
-    SendOption,
-    ThreadsOption,
-    WireDtypeOption,
-)
 from .output import warn
+from .settings_options import takes_settings
 
 if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.model.generating import GeneratingModel
+    from dlora.edge.model.split import SplitModel
+    from dlora.edge.model.trunk import TrunkModel
     from dlora.edge.wire.credentials import Credentials
     from dlora.edge.wire.recorder import Recorder
 
-UseModeOption = Annotated[
-    UseMode | None,
-    typer.Option(
-        "--mode",
-        help="Where blocks run: split, all on the server; trunk, those with an adapter here, so that nothing of the "
-        "adapter is sent, the others there; local, all here, without a server. Without it: as it was trained.",
-    ),
-]
+MODEL: Final = (
+    "bundle", "server", "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "send",
+    "max_retry_s", "device_blocks", "engine", "threads",
+)  # fmt: skip
+"""The settings that such a command takes."""
+CHANGES: Final[dict[str, dict[str, Any]]] = {
+    "wire_dtype": {
+        "default": "fp16",
+        "help": "Precision on the wire: int8, fp16 or fp32; and others for some roles: int8,embeddings=fp16.",
+    },
+    "device_blocks": {
+        "default": "auto",
+        "help": "How many of the model's last blocks run here. 0: none. N: nothing of an adapter in them is sent. all: "
+        "no server. auto: as the adapter was trained.",
+    },
+}
+takes_model = functools.partial(takes_settings, *MODEL, required=("bundle",), changes=CHANGES)
 
 
 def find_adapter(adapter: Path | None, directory: Path) -> Path | None:
@@ -51,23 +52,43 @@ def find_adapter(adapter: Path | None, directory: Path) -> Path | None:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """A bundle, a server and an adapter, as a group of options."""
+class UsedModel:
+    """A bundle, a server and an adapter, as settings and ``--adapter`` name them."""
 
-    bundle: BundleOption
-    server: OptionalServerOption = None
-    adapter: AdapterOption = None
-    wire_dtype: WireDtypeOption = "fp16"
-    send: SendOption = "embeddings"
-    threads: ThreadsOption = 0
-    engine: EngineOption = "auto"
-    max_retry_s: MaxRetryOption = None
+    settings: Settings
+    adapter: Path | None
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for a precision that is none, and a server that nobody asks."""
+        from dlora.protocol.wire_codecs import Codecs
+
+        assert self.settings.server.wire_dtype is not None
+        Codecs.parse(self.settings.server.wire_dtype)
+        if self.settings.placement.device_blocks == "all" and self.settings.server.server is not None:
+            raise UsageError("--device-blocks all asks no server: leave --server out")
+
+    def device_blocks(self, bundle: Bundle) -> int:
+        """How many blocks run here; by default as many as when the adapter was trained."""
+        from dlora.edge.model.device_lora import trained_device_blocks
+
+        word, last = self.settings.placement.device_blocks, bundle.manifest.base_model.blocks
+        if word == "auto":
+            return trained_device_blocks(self.find_adapter())
+        count = last if word == "all" else int(word)
+        if count > last:
+            raise UsageError(f"--device-blocks {word}: the model has {last} blocks")
+        return count
+
+    def find_adapter(self) -> Path | None:
+        """The adapter's directory."""
+        from dlora.edge.adapters.store import default_directory
+
+        return find_adapter(self.adapter, default_directory())
 
     def open_generating(
         self,
         bundle: Bundle,
         credentials: Credentials,
-        mode: UseMode | None,
         *,
         context_length: int,
         longest_outage_s: float | None = None,
@@ -77,77 +98,104 @@ class ModelOptions:
         """The model to generate with, connected.
 
         Args:
-            bundle: the one that these name.
-            mode: None: that in which the adapter was trained.
+            bundle: the one that the settings name.
             context_length: as ``open_model`` has it.
-            longest_outage_s: of the server, from the first connection on, where these say nothing.
+            longest_outage_s: of the server, from the first connection on, where the settings say nothing.
             should_stop: asked while the server is waited for.
             recorder: keeps what crosses.
 
         Raises what ``open_model``, ``open_trunk`` and ``open_local_generator`` do, and ``UsageError`` for a server that
         is lacking.
         """
-        from dlora.edge.model.device_lora import trained_mode
         from dlora.edge.model.local_use import open_local_generator
         from dlora.edge.model.trunk_use import open_trunk
         from dlora.edge.model.use import open_model
 
-        adapter = self.find_adapter()
-        chosen = mode or trained_mode(adapter)
-        if chosen != "split":
-            self.warn_of_storage(bundle)
-        if chosen == "local":
+        adapter, count, device = self.find_adapter(), self.device_blocks(bundle), self.settings.device
+        self._warn_of_storage(bundle, count)
+        if count == bundle.manifest.base_model.blocks:
             return open_local_generator(
-                bundle, adapter, context_length=context_length, threads=self.threads, engine=self.engine
+                bundle, adapter, context_length=context_length, threads=device.threads, engine=device.engine
             )
-        settings = self.settings(credentials, longest_outage_s, should_stop, recorder)
-        open_it = open_trunk if chosen == "trunk" else open_model
-        return open_it(bundle, self.server_for(chosen), adapter, context_length=context_length, **settings)
+        asking = self._asking(credentials, longest_outage_s, should_stop, recorder)
+        if count:
+            asking["blocks"] = self._asked_blocks(count)
+            return open_trunk(bundle, self._server(), adapter, context_length=context_length, **asking)
+        return open_model(bundle, self._server(), adapter, context_length=context_length, **asking)
 
-    def check_mode(self, mode: UseMode | None) -> None:
-        """Raise ``UsageError`` for a server that nobody asks."""
-        if mode == "local" and self.server is not None:
-            raise UsageError("--mode local asks no server: leave --server out")
+    def open_to_evaluate(
+        self, bundle: Bundle, credentials: Credentials, longest: int, recorder: Recorder | None
+    ) -> AbstractContextManager[SplitModel] | AbstractContextManager[TrunkModel]:
+        """The model, connected where it has to be. ``longest``: tokens of the longest example."""
+        from dlora.edge.model.local_use import open_local
+        from dlora.edge.model.trunk_use import open_trunk_to_evaluate
+        from dlora.edge.model.use import open_model
 
-    def warn_of_storage(self, bundle: Bundle) -> None:
+        adapter, count, device = self.find_adapter(), self.device_blocks(bundle), self.settings.device
+        self._warn_of_storage(bundle, count)
+        if count == bundle.manifest.base_model.blocks:
+            return open_local(bundle, adapter, longest=longest, threads=device.threads, engine=device.engine)
+        asking = self._asking(credentials, recorder=recorder)
+        if count:
+            asking["blocks"] = self._asked_blocks(count)
+            return open_trunk_to_evaluate(bundle, self._server(), adapter, longest=longest, **asking)
+        return open_model(bundle, self._server(), adapter, **asking)
+
+    def check_server(self, bundle: Bundle) -> None:
+        """Raise ``UsageError`` where a server is needed and none is named."""
+        if self.device_blocks(bundle) < bundle.manifest.base_model.blocks:
+            self._server()
+
+    def warn_of_server(self, bundle: Bundle) -> None:
+        """Say where a server is to be told what an adapter computes that was trained without, or is not asked."""
+        from dlora.edge.model.device_lora import trained_device_blocks
+
+        count, trained = self.device_blocks(bundle), trained_device_blocks(self.find_adapter())
+        if count == bundle.manifest.base_model.blocks and self.settings.server.server is not None:
+            warn("the adapter was trained with --device-blocks all: all blocks run here, and --server is not asked")
+        if not count and trained:
+            warn(
+                f"the adapter was trained with {trained} blocks here; the server is now sent what it computes, token "
+                "by token"
+            )
+
+    def _warn_of_storage(self, bundle: Bundle, count: int) -> None:
         """Say where the adapter was trained with blocks that are stored otherwise than those on this device."""
         from dlora.edge.model.device_lora import other_storage_line
 
-        if line := other_storage_line(bundle.manifest, self.find_adapter()):
+        if count and (line := other_storage_line(bundle.manifest, self.find_adapter())):
             warn(line)
 
-    def server_for(self, mode: UseMode) -> str:
-        """The server that a mode asks. Raises ``UsageError`` where none is named."""
-        if self.server is None:
-            raise UsageError(f"--mode {mode} needs --server, which runs blocks; --mode local needs none")
-        return self.server
+    def _asked_blocks(self, count: int) -> int | None:
+        """As many as were asked for; None: as few as hold the adapter."""
+        return None if self.settings.placement.device_blocks == "auto" else count
 
-    def find_adapter(self) -> Path | None:
-        """The adapter's directory."""
-        from dlora.edge.adapters.store import default_directory
+    def _server(self) -> str:
+        if self.settings.server.server is None:
+            raise UsageError("--server is missing, which runs blocks; --device-blocks all needs none")
+        return self.settings.server.server
 
-        return find_adapter(self.adapter, default_directory())
-
-    def settings(
+    def _asking(
         self,
         credentials: Credentials,
         longest_outage_s: float | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         recorder: Recorder | None = None,
     ) -> dict[str, Any]:
-        """What the modes take that ask a server."""
+        """What the ways to open a model take that ask a server."""
         from dlora.edge.wire.connecting import ConnectSettings, Retry
         from dlora.edge.wire.identity import load_device_id
 
-        longest_s = longest_outage_s if self.max_retry_s is None else self.max_retry_s
-        retry = Retry(max_s=longest_s, at_start=bool(self.max_retry_s))
+        server, device = self.settings.server, self.settings.device
+        longest_s = longest_outage_s if server.max_retry_s is None else server.max_retry_s
+        retry = Retry(max_s=longest_s, at_start=bool(server.max_retry_s))
         connecting = ConnectSettings(
             credentials, load_device_id(warn=warn), retry, say=warn, should_stop=should_stop, recorder=recorder
         )
         return {
-            "wire_dtype": self.wire_dtype,
-            "send": self.send,
-            "threads": self.threads,
-            "engine": self.engine,
+            "wire_dtype": server.wire_dtype,
+            "send": server.send,
+            "threads": device.threads,
+            "engine": device.engine,
             "connecting": connecting,
         }

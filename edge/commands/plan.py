@@ -2,86 +2,84 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import msgspec
 import typer
 
-from dlora.protocol.choices import KindChoice
-from dlora.protocol.limits import MAX_RANK
+from dlora.edge.settings import Settings
+from dlora.protocol.manifest import Manifest
 
-from .options import (
-    BatchSizeOption,
-    BundleOption,
-    ColumnsOption,
-    CredentialOptions,
-    EngineOption,
-    EpochsOption,
-    EvalDataOption,
-    GradAccumOption,
-    JsonOption,
-    MaxLengthOption,
-    MemoryOption,
-    SendOption,
-    SplitOption,
-    StepsOption,
-    ThreadsOption,
-    TooLongOption,
-    TrainOnOption,
-    with_groups,
-)
+from .options import JsonOption
 from .output import escaped, print_result
+from .settings_options import takes_settings
 
 
-@with_groups
-def plan(
-    bundle: BundleOption,
-    data: Annotated[Path, typer.Option(help="Training data, as for train.")],
-    server: Annotated[
-        str | None,
-        typer.Option(help="Server address, ws://HOST:PORT or wss://HOST:PORT; without it, no time of what asks it."),
-    ] = None,
-    memory: MemoryOption = None,
-    eval_data: EvalDataOption = None,
-    epochs: EpochsOption = 1.0,
-    steps: StepsOption = None,
-    batch_size: BatchSizeOption = 4,
-    grad_accum: GradAccumOption = 1,
-    max_length: MaxLengthOption = None,
-    too_long: TooLongOption = "error",
-    columns: ColumnsOption = None,
-    train_on: TrainOnOption = "answers",
-    split: SplitOption = "auto",
-    kind: Annotated[
-        KindChoice | None, typer.Option(help="Adapters of this kind only: bottleneck, lora or ffa.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="By default that of each kind.", min=1, max=MAX_RANK)] = None,
-    wire_dtype: Annotated[
-        str | None, typer.Option(help="Precision on the wire, as for train: by default that of each kind.")
-    ] = None,
-    send: SendOption = "embeddings",
-    threads: ThreadsOption = 0,
-    engine: EngineOption = "auto",
-    credential_options: CredentialOptions = CredentialOptions(),
-    json_output: JsonOption = False,
-) -> None:
-    """What fits on this device: each mode with its memory, traffic and minutes for your data, and what to take.
+@takes_settings(required=("bundle", "data"), has_file=True, changes={"device_blocks": {"default": "auto"}})
+def plan(settings: Settings, json_output: JsonOption = False) -> None:
+    """What fits on this device: each way to run with its memory and traffic for your data, and what to take.
 
-    Takes a second or two of this device, and of the server where you name one, which is asked for a few random tokens.
-    Nothing of your data is sent. dlora-edge train --mode auto takes what this recommends.
+    Settings are those of train: rank, blocks, modules and so on count. No server is asked. dlora-edge train
+    --device-blocks auto takes what this recommends.
 
-    Example:  dlora-edge plan --bundle build/smollm2 --server ws://127.0.0.1:8765 --data chat.jsonl
+    Example:  dlora-edge plan --bundle build/smollm2 --data chat.jsonl
     """
-    options = locals()  # settings of a run have the names of their options
     from dlora.edge.run.display import Display
 
-    from .plan_result import make_plan
-
-    options["credentials"] = credential_options.load()
-    result = make_plan(options, Display(json_output=json_output))
+    result = make_plan(settings, Display(json_output=json_output))
     print_result(result, show, json_output=json_output)
     if result["recommended"] is None:
         raise typer.Exit(1)
+
+
+def make_plan(settings: Settings, display: Any) -> dict[str, Any]:
+    """Read the data, and look at every way to run. Raises any ``DloraError``."""
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.edge.run.available_memory import available_memory
+    from dlora.edge.run.planning import Question, rows_of
+    from dlora.edge.run.reading import read_data
+    from dlora.edge.run.recommendation import recommend, why_none
+
+    memory = available_memory(settings.placement.memory)
+    assert settings.device.bundle is not None
+    bundle = Bundle.open(settings.device.bundle)
+    init = None
+    if settings.adapter.init_adapter is not None:
+        from dlora.edge.adapters.peft import load_adapter
+
+        init = load_adapter(settings.adapter.init_adapter)
+    loaded = read_data(settings.data, bundle, display)
+    rows = rows_of(Question(settings, bundle.manifest, init, loaded, memory))
+    found = recommend(rows)
+    return {
+        "memory_mb": round(memory / 1e6, 1),
+        "rows": [msgspec.to_builtins(row) for row in rows],
+        "recommended": None if found is None else found.row.options,
+        "reason": why_none(rows, memory) if found is None else found.reason,
+        "other": "" if found is None else found.other,
+        "notes": notes_of(bundle.manifest, rows, memory, asked=settings.placement.memory is not None),
+    }
+
+
+def notes_of(manifest: Manifest, rows: list[Any], memory: float, *, asked: bool) -> list[str]:
+    """What people are told beside the rows. ``asked``: whether they said how much ``memory`` there is."""
+    spec, base = manifest.device_blocks, manifest.base_model
+    has = 0 if spec is None else len(spec.blocks)
+    what = "as you say (--memory)" if asked else "available now (--memory says another)"
+    notes = [f"memory: {memory / 1e6:,.0f} MB, {what}; each row's is an estimate of its peak"]
+    if has < base.blocks:
+        notes.append(
+            f"the bundle has {has} of the model's {base.blocks} blocks for a device: dlora-export --device-blocks puts "
+            "more into it, and all of them for --device-blocks all"
+        )
+    if smaller := [row for row in rows if row.would_fit_as is not None]:
+        row = max(smaller, key=lambda row: row.device_blocks)
+        notes.append(
+            f"{row.options} would fit with its blocks in {row.would_fit_as}, about "
+            f"{row.peak_mb_as[row.would_fit_as]:,.0f} MB: export the bundle again with --device-blocks "
+            f"{row.device_blocks} --block-dtype {row.would_fit_as}"
+        )
+    return notes + [f"{row.options}: {row.problem}" for row in rows if row.problem]
 
 
 def show(result: dict[str, Any]) -> None:
@@ -89,28 +87,27 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from .recommendation import mb, minutes
+    from dlora.edge.run.recommendation import mb
 
     table = Table(
-        "mode",
         Column("blocks\nhere", justify="right"),
+        "kind",
         Column("adapters", min_width=14),
-        *(Column(name, justify="right", no_wrap=True) for name in ("memory", "crosses", "trips", "time", "cache")),
+        *(Column(name, justify="right", no_wrap=True) for name in ("memory", "crosses", "trips", "cache")),
         "fits",
         box=None,
         padding=(0, 1, 0, 0),
     )
     for row in result["rows"]:
-        blocks, what = f"{row['device_blocks']}/{row['of']}", f"{row['kind']} {row['adapters']}"
+        blocks = f"{row['device_blocks']}/{row['of']}"
         if row["problem"]:
-            table.add_row(row["mode"], blocks, row["kind"], "", "", "", "", "", "[red]no[/]")
+            table.add_row(blocks, row["kind"], "", "", "", "", "", "[red]no[/]")
             continue
-        time = "" if row["minutes"] is None else minutes(row["minutes"])
         cache = mb(row["cache_mb"]) if row["cache_mb"] else ""
         fits = "[green]yes[/]" if row["fits"] else "[red]no[/]"
         table.add_row(
-            row["mode"], blocks, escaped(what), mb(row["peak_mb"]), mb(row["wire_mb"]), f"{row['round_trips']:,}", time,
-            cache, fits,
+            blocks, row["kind"], escaped(row["adapters"]), mb(row["peak_mb"]), mb(row["wire_mb"]),
+            f"{row['round_trips']:,}", cache, fits,
         )  # fmt: skip
     console = Console()
     console.print(table)
@@ -121,5 +118,5 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"[bold]recommended: {recommended}[/]: {escaped(result['reason'])}", highlight=False)
     else:
         console.print(f"[red]{escaped(result['reason'])}[/]", highlight=False)
-    for line in result["others"]:
-        console.print(escaped(line), highlight=False)
+    if result["other"]:
+        console.print(escaped(result["other"]), highlight=False)

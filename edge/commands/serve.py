@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from dlora.edge.settings import Settings
 from dlora.protocol.command import extra_needed
 from dlora.protocol.errors import UsageError
 
-from .model_options import ModelOptions, UseModeOption, find_adapter
-from .options import AdaptersOption, CredentialOptions, JsonOption, with_groups
+from .model_options import UsedModel, find_adapter, takes_model
+from .options import AdapterOption, AdaptersOption, JsonOption
+from .output import warn
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
 if TYPE_CHECKING:
@@ -44,9 +46,10 @@ class DoorOptions:
         return Listening.checked(self.host, self.port, self.api_key_file, self.cors or ())
 
 
-@with_groups
+@takes_model()
 def serve(
-    model_options: ModelOptions,
+    settings: Settings,
+    adapter: AdapterOption = None,
     adapters: AdaptersOption = None,
     door_options: DoorOptions = DoorOptions(),
     parallel: Annotated[int, typer.Option(help="Answers at a time, each with its own session.", min=1, max=64)] = 2,
@@ -55,8 +58,6 @@ def serve(
     max_new_tokens: MaxNewTokensOption = 1024,
     sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
     draft: DraftOption = None,
-    mode: UseModeOption = None,
-    credential_options: CredentialOptions = CredentialOptions(),
     json_output: JsonOption = False,
 ) -> None:
     """Serve OpenAI's API on this device: http://127.0.0.1:8080/v1 in any client.
@@ -70,31 +71,29 @@ def serve(
         from dlora.edge.data.prompt import prompt_tokenizer
         from dlora.edge.endpoint.running import ServeSettings, run
         from dlora.edge.engine.bundle import Bundle
-        from dlora.protocol.wire_codecs import Codecs
+        from dlora.edge.wire.credentials import Credentials
 
-    Codecs.parse(model_options.wire_dtype)
-    model_options.check_mode(mode)
+    UsedModel(settings, adapter).check()
     listening = door_options.listening()
     sampling = sampling_options.sampling()
-    credentials = credential_options.load()
+    credentials = Credentials.of(settings.server, warn)
+    assert settings.device.bundle is not None  # the command asks for it
     if adapters is not None and not adapters.is_dir():
         raise UsageError(f"--adapters {adapters} is no directory")
     directory = adapters or default_directory()
-    adapter = find_adapter(model_options.adapter, directory)
-    opened, stopping = Bundle.open(model_options.bundle), threading.Event()
+    opened, stopping = Bundle.open(settings.device.bundle), threading.Event()
     with prompt_tokenizer(opened, for_long=True) as tokenizer:
-        settings = ServeSettings(
+        serving = ServeSettings(
             bundle=opened,
             tokenizer=tokenizer,
-            open_model=lambda path: replace(model_options, adapter=path).open_generating(
+            open_model=lambda path: UsedModel(settings, path).open_generating(
                 opened,
                 credentials,
-                mode,
                 context_length=context_length,
                 longest_outage_s=LONGEST_OUTAGE_S,
                 should_stop=stopping.is_set,
             ),
-            adapter=adapter,
+            adapter=find_adapter(adapter, directory),
             adapters=directory,
             listening=listening,
             parallel=parallel,
@@ -106,4 +105,4 @@ def serve(
             json_output=json_output,
             stopping=stopping,
         )
-        run(settings)
+        run(serving)

@@ -41,8 +41,8 @@ def find_invocation(dataset: Dataset, held_out: Sequence[Dataset] = ()) -> tuple
     if not best:
         what = "no answer contains" if tail else "all prompts share"
         raise UsageError(
-            f"--adapt answer: the prompts have no last tokens that {what}, so nothing can say where an answer begins; "
-            "use --adapt all, or end every prompt with the same words"
+            f"--active-from answer: the prompts have no last tokens that {what}, so nothing can say where an answer "
+            "begins; use --active-from start, or end every prompt with the same words"
         )
     return best
 

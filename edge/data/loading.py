@@ -12,18 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.settings import Data
 from dlora.protocol.child import Buffer, Child, Note
-from dlora.protocol.errors import BundleError, DataError, UsageError
-from dlora.protocol.manifest import Manifest
+from dlora.protocol.errors import BundleError, DataError
 
 from .examples import DataFacts, Dataset
 from .question import Question
-from .read_settings import ReadSettings
-from .split import Split
+from .read_settings import ReadSettings, read_settings
+from .split import Split, parse_split
 
 TOKENIZER_PLACE: Final = "the bundle's tokenizer"
 ADVICE: Final = "shorten it, or export the bundle again if its tokenizer or its chat template is at fault"
-DEFAULT_MAX_LENGTH: Final = 512
 _PARTS: Final = 5  # of a data set: its header, and its arrays
 
 
@@ -41,17 +40,14 @@ class Reading:
     settings: ReadSettings
     split: Split = 0.0
 
-
-def resolve_max_length(asked: int | None, manifest: Manifest) -> int:
-    """The most tokens of an example: what was asked for, else ``DEFAULT_MAX_LENGTH``,
-    or what the base model takes if that is less.
-
-    Raises ``UsageError`` where more is asked for than the base model takes.
-    """
-    longest = manifest.base_model.max_sequence_length
-    if asked is not None and asked > longest:
-        raise UsageError(f"--max-length {asked} is over the {longest} tokens that the base model takes; lower it")
-    return min(asked or DEFAULT_MAX_LENGTH, longest)
+    @classmethod
+    def of(cls, data: Data, bundle: Bundle) -> Reading:
+        """What ``dlora-edge train`` reads. ``data.data`` is given. Raises ``UsageError``."""
+        assert data.data is not None
+        settings = read_settings(data, bundle.manifest)
+        if data.eval is not None:
+            return cls(bundle, [data.data, data.eval], settings)
+        return cls(bundle, [data.data], settings, parse_split(data.hold_out))
 
 
 def load_datasets(reading: Reading, on_tick: Callable[[str], None] = lambda _: None) -> list[Dataset]:

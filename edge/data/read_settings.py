@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from dlora.edge.choices import TooLong, TrainOn
+from dlora.edge.settings import Data
+from dlora.protocol.errors import UsageError
+from dlora.protocol.manifest import Manifest
 
-from .records import Part
+from .records import Part, parse_columns
+
+DEFAULT_MAX_LENGTH: Final = 512
 
 
 @dataclass(frozen=True)
@@ -26,3 +32,21 @@ class ReadSettings:
     too_long: TooLong = "error"
     train_on: TrainOn = "answers"
     part: Part = "train"
+
+
+def read_settings(data: Data, manifest: Manifest) -> ReadSettings:
+    """How rows are read. Raises ``UsageError``."""
+    columns = parse_columns(data.columns) if data.columns else None
+    return ReadSettings(columns, resolve_max_length(data.max_length, manifest), data.too_long, data.train_on)
+
+
+def resolve_max_length(asked: int | None, manifest: Manifest) -> int:
+    """The most tokens of an example: what was asked for, else ``DEFAULT_MAX_LENGTH``,
+    or what the base model takes if that is less.
+
+    Raises ``UsageError`` where more is asked for than the base model takes.
+    """
+    longest = manifest.base_model.max_sequence_length
+    if asked is not None and asked > longest:
+        raise UsageError(f"--max-length {asked} is over the {longest} tokens that the base model takes; lower it")
+    return min(asked or DEFAULT_MAX_LENGTH, longest)

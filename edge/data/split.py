@@ -27,7 +27,7 @@ def parse_split(text: str) -> Split:
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise UsageError(f"--split {text} is not understood; write a share such as 0.1, 0 for none, or auto")
+        raise UsageError(f"--hold-out {text} is not understood; write a share such as 0.1, 0 for none, or auto")
     return share
 
 
@@ -53,7 +53,7 @@ def held_out_rows(digests: npt.NDArray[np.uint64], split: Split) -> npt.NDArray[
             return chosen
         raise DataError(
             "a held-out part needs at least two different rows; give more of them, or --eval data of its own, or "
-            "--split 0 without --keep best, --patience and --eval-every"
+            "--hold-out 0 without --keep best, --patience and --eval-every"
         )
     # Of texts that stand there many times, one may be more than what is wanted: it is passed over.
     is_held, taken = np.zeros(len(texts), np.bool_), 0

@@ -67,6 +67,9 @@ class Bundle:
             raise BundleError(f"{self.path} has no {engine} graphs; export it again with --engine both")
         return spec, self.file(spec.files[engine])
 
+    def tokenizer_file(self) -> Path:
+        return self.file(self.manifest.tokenizer.file)
+
     def golden_file(self) -> Path:
         return self.file(self.manifest.golden)
 

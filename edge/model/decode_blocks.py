@@ -46,7 +46,7 @@ class DecodeBlocks:
         if spec.without_decode is not None:
             raise BundleError(
                 f"the blocks of {bundle.path} cannot go on from earlier tokens on a device: {spec.without_decode}; "
-                "use --mode split"
+                "use --device-blocks 0"
             )
         graphs = {key: engine.load("block_decode", key) for key in {block.graph for block in chosen}}
         self.first = chosen[0].index
@@ -57,7 +57,7 @@ class DecodeBlocks:
         self._blocks = [_Block(bundle, block, graphs[block.graph], lora.rank, spec.max_length) for block in chosen]
         if missing := sorted(set(lora.values) - {name for block in self._blocks for name in block.zeros}):
             module = missing[0].rpartition(".")[0]
-            raise UsageError(f"{module} cannot have an adapter in blocks on a device; use --mode split")
+            raise UsageError(f"{module} cannot have an adapter in blocks on a device; use --device-blocks 0")
         self._lora = lora.values
         self._norm = engine.load("final_norm_forward")
         self._norm_weights = {name: bundle.weight(file) for name, file in spec.final_norm.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -71,18 +70,20 @@ def lora_to_evaluate(manifest: Manifest, adapter: Path | None) -> DeviceLora:
     """The LoRA of an adapter, or none, for whole texts. Raises ``UsageError`` for one that acts on a part of them."""
     lora = DeviceLora.load(manifest, adapter)
     if lora.invocation:
-        raise UsageError("the adapter acts on answers only: blocks on a device cannot evaluate it; use --mode split")
+        raise UsageError(
+            "the adapter acts on answers only: blocks on a device cannot evaluate it; use --device-blocks 0"
+        )
     return lora
 
 
-def trained_mode(adapter: Path | None) -> Literal["split", "trunk", "local"]:
-    """The mode in which an adapter was trained, as its record says; ``split`` where that says nothing.
+def trained_device_blocks(adapter: Path | None) -> int:
+    """How many blocks were on the device when an adapter was trained, as its record says; 0 where that says nothing.
 
     Raises ``CheckpointError`` for a record that is damaged.
     """
     training = _training(adapter)
-    mode = None if training is None else training.recipe.get("mode")
-    return "trunk" if mode == "trunk" else "local" if mode == "local" else "split"
+    count = None if training is None else training.recipe.get("device_blocks")
+    return count if isinstance(count, int) and count > 0 else 0
 
 
 def other_storage_line(manifest: Manifest, adapter: Path | None) -> str | None:

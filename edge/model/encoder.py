@@ -45,7 +45,6 @@ class EncodeSession(UntrainedSession):
     """A session that only asks for what comes out of the first ``blocks`` blocks, of ``width``.
 
     Args:
-        exact: whether each text's bits are to be the same whatever it comes with.
         context_length: for how many tokens of a context the server is to keep keys and values, or fewer where it
             has no room for as many.
     """
@@ -58,13 +57,12 @@ class EncodeSession(UntrainedSession):
         blocks: int,
         width: int,
         base_fingerprint: str,
-        exact: bool = True,
         context_length: int = 0,
     ) -> None:
         nothing = AdapterSet.create(AdapterSpec(), (), scaling=1.0, seed=(0,), unit="group", kill_every=1)
         super().__init__(connection, nothing)
         self._codecs = codecs
-        self._purpose = m.Encode(blocks=blocks, width=width, exact=exact)
+        self._purpose = m.Encode(blocks=blocks, width=width)
         self._context_length = context_length
         self._base_fingerprint = base_fingerprint
 

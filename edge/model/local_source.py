@@ -37,7 +37,7 @@ class LocalSource:
         spec = bundle.manifest.device_blocks
         if spec is None or spec.blocks[0].index:
             text = f"{bundle.path} has not all blocks of its model"
-            raise BundleError(f"{text}; export it again with --device-blocks all, or use --mode split")
+            raise BundleError(f"{text}; export it again with --device-blocks all, or use --device-blocks 0")
         self.held = held
         self.reconnects = self.resumed = 0
         self.usage = WireUsage()

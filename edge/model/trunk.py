@@ -58,7 +58,7 @@ class TrunkModel:
             module = missing[0].rpartition(".")[0]
             raise UsageError(
                 f"{module} cannot have an adapter in blocks on a device; choose others with --target-modules, or use "
-                "--mode split"
+                "--device-blocks 0"
             )
         self._head = Head(bundle, engine)
 

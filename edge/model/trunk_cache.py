@@ -48,7 +48,6 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         base_model: fingerprint; blocks: how many of the first were run; width: of what came out of them.
         embeddings: how the embeddings are stored and crossed, or ``token-ids``; codec: how the hidden states crossed.
-        exact: whether each text was run by itself.
         lora: where some of the blocks were run on the device: digest of the adapters in them, how their weights are
             stored, and the engine.
         key: the name of the key that all is encrypted with; none: it is not encrypted.
@@ -59,14 +58,11 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
     width: int
     embeddings: str
     codec: str
-    exact: bool
     lora: str = ""
     key: str = ""
 
     @classmethod
-    def of(
-        cls, manifest: Manifest, blocks: int, width: int, codecs: Codecs, send: Send, *, exact: bool = False
-    ) -> CacheOwner:
+    def of(cls, manifest: Manifest, blocks: int, width: int, codecs: Codecs, send: Send) -> CacheOwner:
         """Of a run with this bundle."""
         embeddings = f"{manifest.embedding.dtype} as {codecs.of(TensorRole.EMBEDDINGS).dtype}"
         return cls(
@@ -75,7 +71,6 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
             width=width,
             embeddings=send if send == "token-ids" else embeddings,
             codec=codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype,
-            exact=exact,
         )
 
 
@@ -255,8 +250,8 @@ class TrunkCache:
             raise OtherKeyError(f"{self.path} {text}, or remove the file, and what was in it is computed again")
         if owner != self.owner:
             raise CheckpointError(
-                f"{self.path} is of another base model, other blocks or another --wire-dtype, --send or --exact; "
-                "remove it, or choose another --out"
+                f"{self.path} is of another base model, other blocks or another --wire-dtype or --send; remove it, or "
+                "choose another --out"
             )
         return len(start) + length
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -24,26 +23,24 @@ from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.traffic import text_bytes
 from dlora.protocol.wire_codecs import Codecs, decode_floats
 
-from .encoder import Encoder, EncodeSession, cut_for_encoding
+from .encoder import Encoder, EncodeSession
 from .ends import Embedding, LongArray
 from .held_cache import HeldCache, held_path
 from .text_packs import TextPacks
 from .trainable import WireCounters
 from .trunk_cache import TrunkCache
 
-_TEXTS_AHEAD: Final = 512  # that are asked for at once while a cache is filled
 _PACKS_AHEAD: Final = 32  # likewise
 
 
 class TrunkSource:
     """Hidden states of texts, after the first ``blocks`` blocks.
 
-    A server is connected to when a text is missing, and only then.
+    The server runs texts in packs (``TextPacks``). It is connected to when a text is missing, and only then.
 
     Args:
         blocks: how many of the first blocks the server runs.
         connect: connects to the server.
-        exact: whether the server is to run each text by itself; else they are run in packs (``TextPacks``).
 
     Attributes:
         held: as ``HiddenStateSource`` has it.
@@ -61,7 +58,6 @@ class TrunkSource:
         codecs: Codecs,
         connect: Callable[[], Connection],
         send: Send = "embeddings",
-        exact: bool = False,
     ) -> None:
         self.cache = cache
         self.held = HeldCache(
@@ -76,7 +72,6 @@ class TrunkSource:
         self._codecs = codecs
         self._connect = connect
         self._send = send
-        self._exact = exact
         self._packs = TextPacks((), cache.digest)
         self._kept_packs = 0  # of these, the first so many have room in the cache
         self._connection: Connection | None = None
@@ -110,40 +105,17 @@ class TrunkSource:
         Returns whether there was room for all. ``progress`` is called with how many more texts are dealt with. Raises
         as ``hidden_states``, and whatever ``progress`` does: what has come stays.
         """
-        has_room = self._fill_exactly(iter(texts), progress) if self._exact else self._fill_packs(texts, progress)
-        self.hang_up()
-        return has_room
-
-    def _fill_exactly(self, left: Iterator[LongArray], progress: Callable[[int], None]) -> bool:
-        while some := list(islice(left, _TEXTS_AHEAD)):
-            missing: dict[bytes, LongArray] = {}
-            room = self.cache.room
-            for ids in some:
-                digest = self.cache.digest(ids)
-                if digest in self.cache or digest in missing:
-                    continue
-                room -= self.cache.record_bytes(len(ids))
-                if room < 0:
-                    break
-                missing[digest] = ids
-            progress(len(some) - len(missing))
-            for count in self._ask_and_keep(self._cut(missing)):
-                progress(count)
-            if room < 0:
-                return False
-        return True
-
-    def _fill_packs(self, all_texts: Iterable[LongArray], progress: Callable[[int], None]) -> bool:
-        self._packs = packs = TextPacks(all_texts, self.cache.digest)
+        self._packs = packs = TextPacks(texts, self.cache.digest)
         progress(packs.texts - packs.different)
         sizes = (sum(map(self.cache.record_bytes, packs.lengths(index))) for index in range(len(packs)))
         self._kept_packs = sum(end <= self.cache.room_for_records for end in itertools.accumulate(sizes))
         for start in range(0, self._kept_packs, _PACKS_AHEAD):
             some = [packs[index] for index in range(start, min(start + _PACKS_AHEAD, self._kept_packs))]
-            missing = [texts for texts in some if not all(digest in self.cache for digest in texts)]
+            missing = [pack for pack in some if not all(digest in self.cache for digest in pack)]
             progress(sum(map(len, some)) - sum(map(len, missing)))
             for count in self._ask_and_keep(missing):
                 progress(count)
+        self.hang_up()
         is_kept = all(digest in self.cache for index in range(self._kept_packs) for digest in packs[index])
         return is_kept and self._kept_packs == len(packs)
 
@@ -157,16 +129,10 @@ class TrunkSource:
         digests = [self.cache.digest(ids) for ids in texts]
         found = {digest: self.cache.get(digest, len(ids)) for digest, ids in zip(digests, texts, strict=True)}
         missing = {digest: ids for digest, ids in zip(digests, texts, strict=True) if found[digest] is None}
-        for _ in self._ask_and_keep(self._cut(missing) if self._exact else self._packs_with(missing), found):
+        for _ in self._ask_and_keep(self._packs_with(missing), found):
             pass
         tensors = [found[digest] for digest in digests]
         return np.concatenate([decode_floats(tensor) for tensor in tensors if tensor is not None])
-
-    def _cut(self, texts: dict[bytes, LongArray]) -> list[dict[bytes, LongArray]]:
-        """Some at a time, so that what has come is kept; the server runs each by itself."""
-        names = list(texts)
-        pieces = cut_for_encoding([len(ids) for ids in texts.values()])
-        return [{names[place]: texts[names[place]] for place in piece} for piece in pieces]
 
     def _packs_with(self, texts: dict[bytes, LongArray]) -> list[dict[bytes, LongArray]]:
         """The packs that they are in; one that is in none that is kept comes alone."""
@@ -222,7 +188,6 @@ class TrunkSource:
             blocks=self._blocks,
             width=encoded_width(manifest),
             base_fingerprint=manifest.base_model.fingerprint,
-            exact=self._exact,
         )
         session.open()
         return Encoder(session, Embedding(self._bundle, self._engine), self._codecs, self._send)

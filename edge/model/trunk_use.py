@@ -1,4 +1,4 @@
-"""Opens a model to use in the mode ``trunk``: with an adapter that lies wholly in the device's blocks."""
+"""Opens a model to use whose last blocks run here, with an adapter that lies wholly in them."""
 
 from __future__ import annotations
 
@@ -36,14 +36,17 @@ def open_trunk(
     *,
     wire_dtype: str,
     context_length: int,
+    blocks: int | None = None,
     send: Send = "embeddings",
     threads: int = 0,
     engine: EngineChoice = "auto",
     connecting: ConnectSettings | None = None,
 ) -> Iterator[TrunkGenerator]:
-    """A model whose last blocks run here: as few as hold the adapter, and one for the plain base model.
+    """A model whose last blocks run here.
 
-    ``context_length``: for how many tokens the server is to keep keys and values of its blocks.
+    Args:
+        context_length: for how many tokens the server is to keep keys and values of its blocks.
+        blocks: how many run here; None: as few as hold the adapter, and one for the plain base model.
 
     Raises ``UsageError`` for an adapter that reaches further down than the blocks that can run here, and for a server
     that keeps no context, and ``BundleError`` for a bundle without blocks that can go on from earlier tokens.
@@ -51,13 +54,15 @@ def open_trunk(
     manifest = bundle.manifest
     lora = DeviceLora.load(manifest, adapter)
     runs, codecs = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype)
-    blocks = DecodeBlocks(bundle, runs, blocks_needed(manifest, lora.lowest), lora)
+    here = DecodeBlocks(bundle, runs, blocks_needed(manifest, lora.lowest, blocks), lora)
     with interrupts.raise_on_signal(), Connection(server, connecting) as connection:
         check_base_model(bundle, connection.welcome)
         if not connection.welcome.max_context_length:
-            raise UsageError("the server keeps no context of this model, which the mode trunk needs; use --mode split")
-        session = _session(manifest, connection, codecs, blocks.first, min(context_length, blocks.limit))
-        yield TrunkGenerator(bundle, runs, session, blocks, codecs, invocation=lora.invocation, send=send)
+            raise UsageError(
+                "the server keeps no context of this model, which blocks on this device need; use --device-blocks 0"
+            )
+        session = _session(manifest, connection, codecs, here.first, min(context_length, here.limit))
+        yield TrunkGenerator(bundle, runs, session, here, codecs, invocation=lora.invocation, send=send)
 
 
 @contextmanager
@@ -68,6 +73,7 @@ def open_trunk_to_evaluate(
     *,
     longest: int,
     wire_dtype: str,
+    blocks: int | None = None,
     send: Send = "embeddings",
     threads: int = 0,
     engine: EngineChoice = "auto",
@@ -81,7 +87,7 @@ def open_trunk_to_evaluate(
     """
     manifest = bundle.manifest
     lora = lora_to_evaluate(manifest, adapter)
-    count = blocks_needed(manifest, lora.lowest)
+    count = blocks_needed(manifest, lora.lowest, blocks)
     runs, codecs, source = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype), EncodedSource()
     model = TrunkModel(bundle, runs, lora.adapters(manifest), count, source)
     model.check_fits(longest)
@@ -107,18 +113,22 @@ def _session(
     return session
 
 
-def blocks_needed(manifest: Manifest, lowest_with_lora: int | None) -> int:
-    """How many of the last blocks hold all of an adapter. Raises ``UsageError`` and ``BundleError``."""
+def blocks_needed(manifest: Manifest, lowest_with_lora: int | None, wanted: int | None = None) -> int:
+    """How many of the last blocks run here: ``wanted``, or as few as hold all of an adapter. Raises ``UsageError`` and
+    ``BundleError``."""
     spec, last = manifest.device_blocks, manifest.base_model.blocks
     lowest = last - 1 if lowest_with_lora is None else lowest_with_lora
     if lowest < 1:
-        raise UsageError("the adapter reaches down to block 0, which the server runs; use --mode split")
+        raise UsageError("the adapter reaches down to block 0, which the server runs; use --device-blocks 0")
     has, count = 0 if spec is None else len(spec.blocks), last - lowest
+    if wanted is not None and wanted < count:
+        raise UsageError(f"the adapter reaches down to block {lowest}; use --device-blocks {count} or more, or 0")
+    count = count if wanted is None else wanted
     if count > has:
         what = "no blocks for a device"
         if lowest_with_lora is not None:
             what = f"{has} blocks for a device, and the adapter reaches down to block {lowest}"
         raise BundleError(
-            f"the bundle has {what}; export it again with --device-blocks {count}, or use --mode split"
+            f"the bundle has {what}; export it again with --device-blocks {count}, or use --device-blocks 0"
         )
     return count

@@ -8,46 +8,42 @@ from typing import Final
 from dlora.edge.training.metrics import StepMetrics
 
 from .comparison import Comparison
-from .document import document, plot_place, without_script
-from .html import Html, element, section, table
-from .numbers import count
+from .document import document
 from .plots import Look, Plot, Value, joined
 from .run_data import RunData
 from .steps import MOST_PLOTTED, Thinned
-from .tables import values_table
+from .tables import Best, Table
 
 _COLOURS: Final = (0, 10, 4, 3, 7, 8, 1, 5, 2, 6)  # neighbours in this order are easy to tell apart
 
 
 def comparison_page(comparison: Comparison) -> bytes:
     """The page."""
+    names = comparison.names
     held_out = _held_out_plot(comparison)
     loss = _plot(comparison, "loss", "Loss of the steps", "mean of some steps", _mean_losses)
     traffic = _plot(comparison, "traffic", "Traffic", "MB a step", _of(_traffic, _bytes), factor=1e-6)
     time = _plot(comparison, "time", "Time", "seconds a step", _of(_time, lambda step: step.step_s))
     plots = [plot for plot in (held_out, loss, traffic, time) if plot.steps]
-    names = comparison.names
-    warnings = [element("li", warning) for warning in comparison.warnings]
-    differing = comparison.differing
-    settings = element("p", "All settings are the same, but for the seed if it was left open.")
-    if differing:
-        options = [(option, *values) for option, values in differing.items()]
-        settings = table("Settings that differ", ("option", *names), options, numbers=False)
-    rows = [
-        (_indented(name), *(element("strong", value) if is_best else value for value, is_best in values))
-        for name, values in comparison.rows()
-    ]
+    rows = [(_indented(name), *(_marked(*value) for value in values)) for name, values in comparison.rows()]
+    differing = [(option, *values) for option, values in comparison.differing.items()]
     return document(
+        "comparison",
         f"{len(names)} runs of dlora",
         plots,
-        element("header", element("h1", f"{len(names)} runs side by side"), element("p", " · ".join(names))),
-        element("section", element("h2", "Mind that"), element("ul", warnings)) if warnings else None,
-        without_script(),
-        section("Settings", settings),
-        section("Numbers", table("Of all steps; the best of a row is bold", ("measure", *names), rows)),
-        [section(plot.title, plot_place(plot, tall=True), values_table(plot)) for plot in plots],
-        _footer(comparison),
+        plots=plots,
+        names=names,
+        runs=comparison.runs,
+        warnings=comparison.warnings,
+        differing=Table("Settings that differ", ("option", *names), differing, has_numbers=False),
+        measures=Table("Of all steps; the best of a row is bold", ("measure", *names), rows),
+        is_thinned=any(run.steps.is_thinned for run in comparison.runs),
+        most_plotted=MOST_PLOTTED,
     )
+
+
+def _marked(value: str, is_best: bool) -> str:
+    return Best(value) if is_best else value
 
 
 def _indented(name: str) -> str:
@@ -105,20 +101,3 @@ def _time(run: RunData) -> Thinned:
 
 def _bytes(step: StepMetrics) -> int:
     return step.bytes_up + step.bytes_down
-
-
-def _footer(comparison: Comparison) -> Html:
-    means = ", ".join(
-        f"{name} {count(run.steps.mean_of)}" for name, run in zip(comparison.names, comparison.runs, strict=True)
-    )
-    said = f"A loss of the steps is a mean of a twentieth of the run, at least 5 and at most 200 steps: {means}."
-    if any(run.steps.is_thinned for run in comparison.runs):
-        said += (
-            f" Of a run with more than {count(MOST_PLOTTED)} steps about as many are plotted: those of the least and "
-            "the largest value among some in a row."
-        )
-    return element(
-        "footer",
-        element("p", said),
-        element("p", "Plots by uPlot, whose licence (MIT) is in this file. It asks for nothing from anywhere."),
-    )

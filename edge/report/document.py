@@ -3,55 +3,61 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Sequence
 from importlib import resources
+from typing import Final
 
+import jinja2
 import msgspec
 
-from .html import Html, element
+from . import numbers
 from .plots import Plot
+from .tables import Best, values_table
+
+_FILTERS: Final = (numbers.count, numbers.loss, numbers.mb, numbers.seconds)
 
 
-def document(title: str, plots: Sequence[Plot], *parts: object) -> bytes:
-    """The file. ``parts`` have a place for each plot; what strangers wrote is escaped."""
+def document(template: str, title: str, plots: Sequence[Plot], /, **values: object) -> bytes:
+    """The file, as ``assets/<template>.html.j2`` writes it; what strangers wrote is escaped.
+
+    Args:
+        plots: those that the template has a place for.
+        values: what the template names.
+    """
     style = "".join(_read(*path) for path in (("vendor", "uplot", "uPlot.min.css"), ("assets", "page.css")))
     licence = f"/*! uPlot:\n{_read('vendor', 'uplot', 'LICENSE')}*/\n"
     scripts = (licence + _read("vendor", "uplot", "uPlot.iife.min.js"), _read("assets", "page.js"))
     # Nothing may be asked for, and only these very scripts run. Plots set styles of elements from scripts, which no
     # policy forbids.
-    allowed = " ".join(map(_digest, scripts))
-    sources = f"default-src 'none'; script-src {allowed}; style-src {_digest(style)}"
-    policy = f"{sources}; base-uri 'none'; form-action 'none'"
-    numbers = msgspec.json.encode({"plots": plots}).decode().replace("<", "\\u003c")
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("title", title),
-        element("style", Html(style)),
+    sources = f"default-src 'none'; script-src {' '.join(map(_digest, scripts))}; style-src {_digest(style)}"
+    data = msgspec.json.encode({"plots": plots}).decode().replace("<", "\\u003c")
+    made = _templates().get_template(f"{template}.html.j2")
+    return made.render(
+        title=title,
+        policy=f"{sources}; base-uri 'none'; form-action 'none'",
+        style=style,
+        scripts=scripts,
+        numbers=data,
+        **values,
+    ).encode()
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    """The templates beside the stylesheet: a name that a page was not given is an error, not a gap in it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: _read("assets", name)),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    body = element(
-        "body",
-        element("main", *parts),
-        element("script", Html(numbers), id="numbers", type="application/json"),
-        *(element("script", Html(script)) for script in scripts),
-    )
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n".encode()
-
-
-def plot_place(plot: Plot, *, tall: bool = False) -> Html:
-    """Where a plot is drawn."""
-    label = f"Plot of {plot.title.lower()}, {plot.y} over {plot.x}s; the table below it has numbers"
-    return element("div", id=plot.id, class_="plot tall" if tall else "plot", role="img", aria_label=label)
-
-
-def without_script() -> Html:
-    """What is said where no script runs."""
-    return element("noscript", element("p", "Plots need JavaScript; the tables have the numbers.", class_="noscript"))
+    environment.filters.update({each.__name__: each for each in _FILTERS})
+    environment.tests["best"] = lambda cell: isinstance(cell, Best)
+    environment.globals["values_table"] = values_table
+    return environment
 
 
 def _read(*path: str) -> str:

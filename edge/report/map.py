@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -12,41 +13,69 @@ from dlora.edge.run.kr_map import STATE_ORDER, states_by_column
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import ByteArray
 
-from .html import Html, element, folded, join, table
 from .numbers import count, share
 from .steps import Steps
+from .tables import Table
 
 MOST_COLUMNS: Final = 400
 _MOST_LABELS: Final = 16
 _TALLEST_PX: Final = 420
 _ROW_PX: Final = 15
-_LABEL_PX: Final = 36
 
 
-def kr_map(steps: Steps, name: str, numbers: Sequence[int]) -> Html:
+@dataclass(frozen=True)
+class KrMap:
     """Units (rows, the deepest on top) over steps (columns).
 
+    Attributes:
+        unit: what a unit is.
+        columns: of the picture; units: its rows; first, last: steps of its first and last column.
+        steps_a_column: a mean; the commonest state of them is shown.
+        labels: how far below the top the number of a unit stands, in pixels, and that number.
+        outlines: by a state's name, the path around all cells that are in it.
+        table: how many steps each unit was in each state.
+    """
+
+    unit: str
+    columns: int
+    units: int
+    first: int
+    last: int
+    steps_a_column: float
+    labels: Sequence[tuple[float, int]]
+    outlines: Mapping[str, str]
+    table: Table
+    height_px: int
+    label_px: int = 36
+
+
+def kr_map(steps: Steps, unit: str, names: Sequence[int]) -> KrMap:
+    """The map of a run.
+
     Args:
-        name: what a unit is; numbers: what each is called.
+        unit: what a unit is; names: what each is called.
     """
     at = np.array([step for step, _ in steps.states])
     states = np.stack([entry for _, entry in steps.states])
     first, end = int(at[0]), int(at[0]) + steps.count
-    cells = states_by_column(at, states, first, end, min(steps.count, MOST_COLUMNS))  # (columns, units)
+    columns = min(steps.count, MOST_COLUMNS)
+    cells = states_by_column(at, states, first, end, columns)  # (columns, units)
     seen = [state for state in STATE_ORDER if (states == state).any()]
-    lengths = _steps_by_state(at, states, end)
-    heads = [state.name.lower() for state in seen]
-    rows = [
-        (f"{name} {number}", *(f"{count(of[state])} ({share(int(of[state]), steps.count)})" for state in seen))
-        for number, of in zip(numbers, lengths, strict=True)
-    ]
-    keys = [element("span", each, class_=f"key {each}") for each in heads]
-    return join((
-        _picture(cells, seen, name, numbers),
-        element("p", element("span", f"step {count(first)}"), element("span", f"step {count(end - 1)}"), class_="ends"),
-        element("p", keys, class_="keys"),
-        folded("Numbers", table("Steps that each unit was in a state", (name, *heads), rows)),
-    ))  # fmt: skip
+    units = len(names)
+    row_px = min(_ROW_PX, _TALLEST_PX / units)
+    labelled = range(0, units, -(-units // _MOST_LABELS))
+    return KrMap(
+        unit,
+        columns,
+        units,
+        first,
+        end - 1,
+        steps.count / columns,
+        [(round((units - row - 0.5) * row_px, 1), names[row]) for row in labelled],
+        {state.name.lower(): _outline(cells, state) for state in seen},
+        _steps_table(unit, names, seen, _steps_by_state(at, states, end), steps.count),
+        round(row_px * units),
+    )
 
 
 def has_changed(steps: Steps) -> bool:
@@ -54,23 +83,14 @@ def has_changed(steps: Steps) -> bool:
     return len(steps.states) > 1 or any((states != states[0]).any() for _, states in steps.states)
 
 
-def _picture(cells: ByteArray, seen: Sequence[UnitState], name: str, numbers: Sequence[int]) -> Html:
-    columns, units = cells.shape
-    row = min(_ROW_PX, _TALLEST_PX / units)
-    height = round(row * units)
-    labels = [
-        element("text", str(numbers[unit]), x=_LABEL_PX - 8, y=round((units - unit - 0.5) * row, 1))
-        for unit in range(0, units, -(-units // _MOST_LABELS))
+def _steps_table(
+    unit: str, names: Sequence[int], seen: Sequence[UnitState], lengths: npt.NDArray[np.int64], steps: int
+) -> Table:
+    rows = [
+        (f"{unit} {name}", *(f"{count(of[state])} ({share(int(of[state]), steps)})" for state in seen))
+        for name, of in zip(names, lengths, strict=True)
     ]
-    said = f"Map of {units} {name}s over the steps; the table below has its numbers"
-    paths = [element("path", d=_outline(cells, state), class_=state.name.lower()) for state in seen]
-    box = f"0 0 {columns} {units}"
-    return element(
-        "div",
-        element("svg", labels, width=_LABEL_PX, height=height, aria_hidden="true"),
-        element("svg", paths, viewBox=box, preserveAspectRatio="none", height=height, role="img", aria_label=said),
-        class_="map",
-    )
+    return Table("Steps that each unit was in a state", (unit, *(state.name.lower() for state in seen)), rows)
 
 
 def _outline(cells: ByteArray, state: UnitState) -> str:

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
-from typing import Any, Final
+from pathlib import Path
+from typing import Any
 
-import msgspec
-
-from dlora.edge.run.run_file import RunSettings
-
-_PATHS: Final = ("bundle", "data", "out", "eval_data", "init_adapter", "ca", "client_cert")
-_SECRETS: Final = ("cache_key_file", "token_file", "client_key")
+from dlora.edge.settings import Field, Settings, fields_of
 
 
-def shown_settings(settings: RunSettings) -> dict[str, str]:
-    """Every setting that is not left out or off, by the name of its option."""
+def shown_settings(settings: Settings) -> dict[str, str]:
+    """Every setting that is not left out or off, by what a user writes for it."""
     found = {}
-    for name, value in msgspec.structs.asdict(settings).items():
-        if value is None or value is False or value == "" or value == []:
+    for field in fields_of():
+        value = getattr(getattr(settings, field.section), field.key)
+        if value is None or value is False or value in ("", ()) or (field.depth == "rare" and value == field.default):
             continue
-        found[f"--{name.replace('_', '-')}"] = _shown(name, value)
+        found[field.words] = _shown(field, value)
     return found
 
 
-def _shown(name: str, value: Any) -> str:
-    if name == "seed":
+def _shown(field: Field, value: Any) -> str:
+    if field.key == "seed":
         return "chosen"  # who has seen the frames and knows it knows more: it is not for showing around
-    if name in _SECRETS:
+    if field.is_secret:
         return "given"
-    if name in _PATHS:
-        return PurePath(value).name
+    if isinstance(value, Path):
+        return value.name
     if isinstance(value, bool):
         return "on"
     if isinstance(value, float):
         return f"{value:g}"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    return ", ".join(value) if isinstance(value, tuple) else str(value)

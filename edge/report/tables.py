@@ -1,32 +1,51 @@
-"""The tables of a run's page."""
+"""The tables of a page, as text."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dlora.edge.run.run_file import DataDigest
 
-from .html import Html, element, folded, table
 from .numbers import count, loss, mb, seconds, share
 from .plots import Plot, picked, role_name
 from .run_data import RunData
-from .settings import shown_settings
 from .time_split import names_of
 
 
-def values_table(plot: Plot) -> Html:
+class Best(str):
+    """A cell that is the best of its row."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """What stands in a table.
+
+    Attributes:
+        rows: the first cell of each is its heading.
+        has_numbers: whether the other columns have numbers, which stand on the right.
+    """
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    has_numbers: bool = True
+
+
+def values_table(plot: Plot) -> Table:
     """Some of the steps of a plot, as numbers; all of them are in the page's data."""
     places = picked(plot)
     rows = [(count(plot.steps[at]), *(_cell(each.values[at], plot.factor) for each in plot.series)) for at in places]
     head = (plot.x, *(each.label for each in plot.series))
     caption = f"{plot.title}, {plot.y}: {len(places)} of the {count(len(plot.steps))} steps that are plotted"
-    return folded("Numbers", table(caption, head, rows))
+    return Table(caption, head, rows)
 
 
-def traffic_table(run: RunData) -> Html:
+def traffic_table(run: RunData) -> Table:
     """Bytes by role, of all steps, and of setting up."""
     steps = run.steps
 
@@ -36,7 +55,7 @@ def traffic_table(run: RunData) -> Html:
     def rows(by_role: Counter[str], arrow: str) -> list[tuple[str, str, str, str]]:
         return [row(f"{role_name(role)}\N{NO-BREAK SPACE}{arrow}", size) for role, size in by_role.most_common()]
 
-    return table(
+    return Table(
         "By what crossed (↑ from the device, ↓ to it)",
         ("role", "bytes", "share", "bytes a token"),
         [
@@ -48,7 +67,7 @@ def traffic_table(run: RunData) -> Html:
     )
 
 
-def time_table(run: RunData) -> Html:
+def time_table(run: RunData) -> Table:
     """Seconds by what they were spent on, of all steps."""
     steps, names = run.steps, names_of(run.steps.time)
     rows = [
@@ -60,40 +79,31 @@ def time_table(run: RunData) -> Html:
     rows.append(("all", seconds(whole), share(whole, whole), seconds(whole / max(1, steps.count))))
     if steps.paused_s:
         rows.append(("paused, beside the steps", seconds(steps.paused_s), "", ""))
-    return table("All steps, by what their time was spent on", ("spent on", "time", "share", "a step"), rows)
+    return Table("All steps, by what their time was spent on", ("spent on", "time", "share", "a step"), rows)
 
 
-def evaluations_table(run: RunData) -> Html:
+def evaluations_table(run: RunData) -> Table:
     rows = [
         (count(each.step), loss(each.loss), f"{each.token_accuracy:.1%}", f"{each.exact_match:.1%}", count(each.tokens))
         for each in run.evaluations
     ]
     head = ("after steps", "loss", "tokens right", "examples right", "tokens")
-    return folded("Evaluations", table("Held-out evaluations", head, rows))
+    return Table("Held-out evaluations", head, rows)
 
 
-def data_table(run: RunData) -> Html:
+def data_table(run: RunData) -> Table:
     """Counts and lengths of the data, and nothing of what they say."""
     sets = {"trained on": run.file.data, **({"held out": run.file.eval_data} if run.file.eval_data else {})}
     columns = [_data_column(data) for data in sets.values()]
     rows = [(name, *(f"{column[name]:,.6g}" for column in columns)) for name in columns[0]]
-    return table("What was read", ("what", *sets), rows)
+    return Table("What was read", ("what", *sets), rows)
 
 
-def settings_table(run: RunData) -> Html:
-    return facts(shown_settings(run.file.settings))
-
-
-def versions_table(run: RunData) -> Html:
+def versions(run: RunData) -> dict[str, str]:
+    """What ran, by name: the server's first."""
     device = {name: _version(value) for name, value in run.file.versions.items() if value is not None}
     server = {f"server: {name}": _version(value) for name, value in (run.file.server or {}).items()}
-    return facts({**server, **device})
-
-
-def facts(rows: Mapping[str, str]) -> Html:
-    """Names and what they are."""
-    made = [element("div", element("dt", name), element("dd", value)) for name, value in rows.items()]
-    return element("dl", *made, class_="facts")
+    return {**server, **device}
 
 
 def _data_column(data: DataDigest) -> dict[str, float]:

@@ -14,11 +14,6 @@ NAMES: Final = {
     "wire": "wire",
     "rest": "rest",
 }
-MEANING: Final = (
-    "The device computes adapters, embedding, head, loss and AdamW. While it waits, the server computes (as it says "
-    "itself, at most as long as the device waited) or lets the device wait for its turn; what is left of the wait is "
-    "the wire. The rest is encoding and sending."
-)
 
 
 def names_of(time: Split) -> dict[str, str]:

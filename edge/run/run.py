@@ -15,11 +15,9 @@ from typing import Any, Final
 import msgspec
 
 from dlora.edge.adapters.peft import LoadedAdapter
-from dlora.edge.choices import EngineChoice, Keep, OnWorse
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import load_libraries, make_engine
-from dlora.edge.engine.code_pages import release_code
 from dlora.edge.engine.engine import Engine
 from dlora.edge.files import locked, remove_quietly, write_atomically
 from dlora.edge.memory import peak_rss_mb
@@ -30,8 +28,9 @@ from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.seeds import draw_seed
 from dlora.edge.training.adapter_training import trainer_state
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints
-from dlora.edge.training.config import RunIdentity, TrainConfig, check_identity, continued_config
+from dlora.edge.training.expected import EvaluationPlan
 from dlora.edge.training.metrics import MetricsLog, iterate_metrics, read_metrics
+from dlora.edge.training.resolved import Resolved, RunIdentity, check_identity, continued
 from dlora.edge.training.trainer import SetUpPiece, Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
 from dlora.edge.wire.connection import Connection
@@ -50,8 +49,8 @@ from .file_names import METRICS, SUMMARY
 from .guard import Guard, worse_line
 from .held_out import HeldOut, is_out_of_patience, load_evaluations
 from .pause import PauseRules, SystemSensors, wait_while_paused
-from .plan import EvaluationPlan, adapters_line, basis_lines, kill_revive_lines, run_line
-from .run_file import DataDigest, RunFile, RunSettings, load_run_file, save_run_file, versions
+from .plan import adapters_line, basis_lines, kill_revive_lines, run_line
+from .run_file import DataDigest, RunFile, load_run_file, save_run_file, versions
 from .saving import AdapterSaver
 from .stop import StopRequest
 from .trunk_run import fill_cache, open_local_source, open_source
@@ -60,51 +59,41 @@ from .watcher import RunWatcher, Watchers
 
 @dataclass(frozen=True)
 class TrainRun:
-    """What to run, and where to keep it: all that the options come to, so that there are many fields.
+    """What to run, and with what.
 
     Attributes:
-        server: its address; None in the mode ``local``.
-        settings: what the user gave, for ``run.json``; None where there is to be none.
-        eval_every: steps between evaluations; 0: before and after only.
+        config: all settings.
+        dataset, eval_dataset: as ``resolve`` gives them.
         init: an adapter to start from.
-        keep: which adapter is saved in the end; patience: as ``HeldOut`` has it.
-        on_worse: what it does where it makes the model worse than it was.
-        engine: what runs the graphs; ``auto`` is ONNX Runtime where it and its graphs are there.
-        cache_mb: disk for hidden states, where blocks run here; keep_cache: whether what the server gave stays after
-            the run; cache_key: what they are encrypted with.
+        resume: whether it goes on from the last checkpoint.
+        cache_key: what hidden states that are kept are encrypted with.
         recorder: keeps what crosses, and the truth beside it.
         watchers: who follow the run; spans: what happens when, where one of them wants to know.
-        max_retry_s: how long to try again when the server is gone. None: for ever once the run has begun, and a first
-            connection that fails ends it.
     """
 
     bundle: Bundle
-    server: str | None
+    config: Resolved
     dataset: Dataset
-    config: TrainConfig
-    out: Path
     eval_dataset: Dataset | None = None
-    settings: RunSettings | None = None
-    eval_every: int = 0
-    keep: Keep = "auto"
-    on_worse: OnWorse = "warn"
-    patience: int | None = None
-    save_every: int = 50
     init: LoadedAdapter | None = None
     resume: bool = False
-    threads: int = 0
-    engine: EngineChoice = "auto"
     credentials: Credentials = field(default_factory=Credentials)
     device_id: str = ""
-    cache_mb: float = 0.0
-    keep_cache: bool = False
     cache_key: CacheKey | None = None
-    max_retry_s: float | None = None
-    liveness: Liveness = field(default_factory=Liveness)
-    pause: PauseRules = field(default_factory=PauseRules)
     recorder: Recorder | None = None
     watchers: Sequence[RunWatcher] = ()
     spans: Spans = field(default_factory=Spans)
+
+    @property
+    def out(self) -> Path:
+        """Its directory."""
+        assert self.config.saving.out is not None
+        return self.config.saving.out
+
+    @property
+    def cache_mb(self) -> float:
+        """Disk for hidden states."""
+        return self.config.placement.cache_mb or 0.0
 
 
 def train(run: TrainRun, display: Display) -> dict[str, Any]:
@@ -113,7 +102,8 @@ def train(run: TrainRun, display: Display) -> dict[str, Any]:
     Raises any ``DloraError``; ``StoppedError`` after the first Ctrl-C, SIGTERM or SIGHUP, with the step under way
     finished and saved. A second Ctrl-C stops at once; the last checkpoint stands.
     """
-    load_libraries(run.bundle, run.engine)  # while an interrupt ends us at once: they take it for faults of their own
+    # While an interrupt ends us at once: libraries take it for faults of their own.
+    load_libraries(run.bundle, run.config.device.engine)
     with interrupts.raise_on_signal(), run_directory(run.out), locked(run.out), _telling_what_is_saved(run.out):
         return _train(run, display)
 
@@ -152,12 +142,10 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     _print_plan(run, first_step, display)
     if checkpoint is None:
         _forget_other_texts(run)
-    elif run.settings is not None:
-        run = replace(run, settings=msgspec.structs.replace(run.settings, lr=run.config.optimizer.lr))
     if run.recorder is not None:
         for dataset in (run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])):
             run.recorder.add_examples((example.ids, example.label_positions) for example in dataset)
-    engine = make_engine(run.bundle, run.engine, run.threads)
+    engine = make_engine(run.bundle, run.config.device.engine, run.config.device.threads)
     started = time.perf_counter()
     stop = StopRequest()
     with (
@@ -175,11 +163,10 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
             trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
         if isinstance(connection, TrunkSource):
             # Texts that come in packs come in those of the whole part, whatever of it is still to do.
-            steps = range(first_step if run.config.exact else run.config.part_begins, run.config.total_steps)
+            steps = range(run.config.part_begins, run.config.total_steps)
             datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
             fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
             _save_run_file(run, connection.welcome)
-        release_code()  # what the search takes would come on top of it
         if run.config.optimizer.lr is None:
             run = _with_found_rate(run, trainer, display, stop.is_requested)
             _save_run_file(run, connection.welcome)
@@ -187,8 +174,9 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         saver = AdapterSaver(trainer, run.dataset, earlier)
         watchers = Watchers(run.watchers, display.warn)
         held_out = HeldOut(
-            run.out, run.eval_dataset, earlier, every=run.eval_every, patience=run.patience, trainer=trainer,
-            saver=saver, display=display, watchers=watchers, should_stop=stop.is_requested,
+            run.out, run.eval_dataset, earlier, every=run.config.evaluate_every,
+            patience=run.config.saving.patience, trainer=trainer, saver=saver, display=display, watchers=watchers,
+            should_stop=stop.is_requested,
         )  # fmt: skip
         guard = Guard(earlier, has_held_out=run.eval_dataset is not None)
         with watchers.following(first_step):
@@ -210,7 +198,7 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                 held_out.add("after")
             saver.save(run.out)
             worsening, saved_step = guard.worsening, trainer.next_step
-            if run.keep == "best" or (run.keep == "auto" and worsening is not None):
+            if run.config.saving.keep == "best" or (run.config.saving.keep == "auto" and worsening is not None):
                 saved_step = held_out.keep_best()
             if worsening is not None:
                 display.warn(worse_line(worsening, trainer.peak_rate))
@@ -262,7 +250,7 @@ def _nothing_kept_if_stopped(checkpoint: Checkpoint | None) -> Iterator[None]:
 def _remove_caches(run: TrainRun) -> None:
     """Of a run that is done."""
     remove_quietly(run.out / HELD_CACHE)
-    if not run.keep_cache:
+    if not run.config.placement.keep_cache:
         remove_quietly(run.out / CACHE)
 
 
@@ -270,14 +258,13 @@ def _forget_other_texts(run: TrainRun) -> None:
     """Remove what was kept for a run that came to nothing, where this one would not make it again bit for bit: of other
     data, or of a part of them."""
     remove_quietly(run.out / HELD_CACHE)
-    if not run.config.exact:
-        with contextlib.suppress(CheckpointError):
-            begun = load_run_file(run.out)
-            evaluated = None if run.eval_dataset is None else DataDigest.of(run.eval_dataset)
-            is_whole = run.config.total_steps * run.config.batch_size * run.config.grad_accum >= len(run.dataset)
-            if is_whole and (begun.data, begun.eval_data) == (DataDigest.of(run.dataset), evaluated):
-                return
-        remove_quietly(run.out / CACHE)
+    with contextlib.suppress(CheckpointError):
+        begun = load_run_file(run.out)
+        evaluated = None if run.eval_dataset is None else DataDigest.of(run.eval_dataset)
+        is_whole = run.config.total_steps * run.config.examples_a_step >= len(run.dataset)
+        if is_whole and (begun.data, begun.eval_data) == (DataDigest.of(run.dataset), evaluated):
+            return
+    remove_quietly(run.out / CACHE)
 
 
 @contextlib.contextmanager
@@ -289,7 +276,7 @@ def _server(
         with open_local_source(run.bundle, engine, run.out, cache_mb=run.cache_mb, key=run.cache_key) as local:
             yield local
         return
-    server = run.server
+    server = run.config.server.server
     assert server is not None
     settings = _connect_settings(run, checkpoint, display, stop)
     if run.config.mode == "split":
@@ -323,11 +310,10 @@ def _with_found_rate(run: TrainRun, trainer: Trainer, display: Display, stop: Ca
         f"learning rate {found.lr:g}: the first update was tried in {found.tries} sizes, and {found.size:.2g} does "
         "best on the next examples (--lr)"
     )
-    settings = None if run.settings is None else msgspec.structs.replace(run.settings, lr=found.lr)
-    return replace(run, config=trainer.config, settings=settings)
+    return replace(run, config=trainer.config)
 
 
-def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfig:
+def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> Resolved:
     """The run's settings with all that was left open: from the run that it goes on with, or drawn.
 
     Raises ``CheckpointError`` or ``UsageError`` where it cannot go on with that one.
@@ -335,7 +321,7 @@ def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> TrainConfi
     if checkpoint is None:
         return run.config if run.config.seed else msgspec.structs.replace(run.config, seed=draw_seed())
     state = trainer_state(checkpoint)
-    config = continued_config(run.config, state.run.config, checkpoint.step, run.out)
+    config = continued(run.config, state.run, checkpoint.step, run.out)
     check_identity(RunIdentity.of(config, run.bundle.manifest, run.dataset.fingerprint), state.run, run.out)
     return config
 
@@ -356,31 +342,29 @@ def _print_plan(run: TrainRun, first_step: int, display: Display) -> None:
 
 def _blocks(run: TrainRun) -> list[int] | None:
     """The number of each unit in the base model, where units are blocks."""
-    if run.config.kill_revive.unit != "block":
+    if run.config.units.unit != "block":
         return None
     return sorted({group.block for group in run.config.groups(run.bundle.manifest)})
 
 
 def _evaluations(run: TrainRun) -> EvaluationPlan | None:
-    return None if run.eval_dataset is None else EvaluationPlan(run.eval_dataset, run.eval_every)
+    return None if run.eval_dataset is None else EvaluationPlan(run.eval_dataset, run.config.evaluate_every)
 
 
 def _save_run_file(run: TrainRun, server: Welcome | None) -> None:
     """``server``: what it said of itself; where none was asked yet, a run that goes on keeps what it knew."""
-    if run.settings is None:
-        return
-    file = _run_file(run, run.settings, server)
+    file = _run_file(run, server)
     if server is None and run.resume:
         with contextlib.suppress(CheckpointError):
             file = msgspec.structs.replace(file, server=load_run_file(run.out).server)
     save_run_file(run.out, file)
 
 
-def _run_file(run: TrainRun, settings: RunSettings, server: Welcome | None) -> RunFile:
+def _run_file(run: TrainRun, server: Welcome | None) -> RunFile:
     base = run.bundle.manifest.base_model
     blocks = _blocks(run)
     return RunFile(
-        settings=settings,
+        settings=run.config.as_settings(),
         data=DataDigest.of(run.dataset),
         eval_data=None if run.eval_dataset is None else DataDigest.of(run.eval_dataset),
         base_model={"name": base.name, "fingerprint": base.fingerprint},
@@ -405,8 +389,8 @@ def _summary_of_finished_run(
         return None
     is_finished = (
         steps == run.config.total_steps
-        or is_out_of_patience(evaluations, run.patience, run.config.part_begins)
-        or (is_worse and run.on_worse == "stop")
+        or is_out_of_patience(evaluations, run.config.saving.patience, run.config.part_begins)
+        or (is_worse and run.config.saving.on_worse == "stop")
     )
     return summary if is_finished else None
 
@@ -414,7 +398,7 @@ def _summary_of_finished_run(
 def _finished_text(run: TrainRun, steps: int, *, is_worse: bool) -> str:
     if steps == run.config.total_steps:
         reason = f"all of its {steps:,} steps are done, and a larger --steps goes on"
-    elif is_worse and run.on_worse == "stop":
+    elif is_worse and run.config.saving.on_worse == "stop":
         total = run.config.total_steps
         reason = f"--on-worse stop ended it at step {steps:,} of {total:,}, and --on-worse warn goes on"
     else:
@@ -426,12 +410,12 @@ def _connect_settings(
     run: TrainRun, checkpoint: Checkpoint | None, display: Display, stop: Callable[[], bool]
 ) -> ConnectSettings:
     """A run that has begun, in this process or an earlier one, does not end because its server is away."""
-    at_start = checkpoint is not None or bool(run.max_retry_s)
+    at_start = checkpoint is not None or bool(run.config.server.max_retry_s)
     return ConnectSettings(
         credentials=run.credentials,
         device_id=run.device_id,
-        retry=Retry(max_s=run.max_retry_s, at_start=at_start),
-        liveness=run.liveness,
+        retry=Retry(max_s=run.config.server.max_retry_s, at_start=at_start),
+        liveness=Liveness(exchange_s=run.config.server.exchange_timeout_s),
         say=display.warn,
         should_stop=stop,
         recorder=run.recorder,
@@ -454,7 +438,8 @@ def _run_steps(
     """Step to the end; save and evaluate on the way. ``set_up``: bytes up and down of before."""
     last = run.config.total_steps
     sensors = SystemSensors()
-    if warning := run.pause.warning(sensors):
+    pause = PauseRules.parse(run.config.device.pause_when)
+    if warning := pause.warning(sensors):
         display.warn(warning)
 
     def save() -> None:
@@ -468,17 +453,18 @@ def _run_steps(
             with _save_on_error(run, trainer), contextlib.suppress(StoppedError):
                 held_out.add(f"at step {trainer.next_step}")
         if worsening := guard.has_worsened():
-            if run.on_worse == "stop":
+            if run.config.saving.on_worse == "stop":
                 display.say(f"ended at step {trainer.next_step}, for --on-worse stop: {worsening}")
                 save()
                 return
             display.warn(worse_line(worsening, trainer.peak_rate))
         if held_out.is_out_of_patience():
-            display.say(f"ended at step {trainer.next_step}: {run.patience} evaluations in a row were no better")
+            patience = run.config.saving.patience
+            display.say(f"ended at step {trainer.next_step}: {patience} evaluations in a row were no better")
             save()
             return
         paused = time.perf_counter()
-        has_paused = wait_while_paused(run.pause, sensors, say=display.say, should_stop=stop, on_pause=save)
+        has_paused = wait_while_paused(pause, sensors, say=display.say, should_stop=stop, on_pause=save)
         paused_s = time.perf_counter() - paused if has_paused else 0.0
         if stop():
             save()
@@ -494,7 +480,7 @@ def _run_steps(
         display.step(metrics)
         watchers.step(metrics)
         done = trainer.next_step
-        if done % run.save_every == 0 or done == last:
+        if done % run.config.saving.save_every == 0 or done == last:
             save()
 
 
@@ -541,7 +527,7 @@ def _summary(run: TrainRun, steps: int, held_out: HeldOut) -> dict[str, Any]:
         "eval_loss_after": losses.get(steps),
         "eval_loss_best": best and best["loss"],
         "best_step": best and best["step"],
-        "keep": run.keep,
+        "keep": run.config.saving.keep,
         "evaluations": held_out.evaluations,
         **totals,
         "edge_compute_s": round(sum(row.edge_compute_s for row in rows), 3),

@@ -9,13 +9,9 @@ from typing import Any
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.model.trunk_source import TrunkSource
-from dlora.edge.training.config import TrainConfig
-from dlora.edge.training.defaults import DEFAULTS
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.trainer import Trainer
-from dlora.protocol.adapter_record import Setting, TrainingRecord
-from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import number_ranges
+from dlora.protocol.adapter_record import TrainingRecord
 
 from .run_file import LIBRARIES, versions
 
@@ -71,44 +67,7 @@ class AdapterSaver:
             bytes_per_token=round(self._bytes / max(1, self._tokens), 1),
             round_trips_per_step=round(self._round_trips / max(1, steps), 2),
             block_dtype=spec.dtype if config.mode != "split" and spec is not None else None,
-            recipe=recipe(config, self._trainer.bundle.manifest),
+            recipe=config.recipe(self._trainer.bundle.manifest),
             versions={"python": str(found["python"]), **libraries},
         )
 
-
-def recipe(config: TrainConfig, manifest: Manifest) -> dict[str, Setting]:
-    """The options of ``dlora-edge train`` that make an adapter what it is; no seed, for it stays on the device."""
-    optimizer, kill_revive = config.optimizer, config.kill_revive
-    groups = config.groups(manifest)
-    found: dict[str, Setting] = {
-        **({"mode": config.mode, "device_blocks": config.device_blocks} if config.mode != "split" else {}),
-        "kind": config.kind,
-        "rank": config.rank,
-        "alpha": config.lora_alpha,
-        "target_modules": ",".join(config.target_modules or manifest.defaults.target_modules),
-        "blocks": number_ranges({group.block for group in groups}),
-        "adapt": "answer" if config.invocation else "all",
-    }
-    if any(name == config.kind and defaults.basis for name, defaults in DEFAULTS.items()):
-        found["basis"] = config.basis
-        if config.basis == "data":
-            found["basis_steps"] = config.basis_steps
-    found |= {
-        "steps": config.total_steps,
-        "batch_size": config.batch_size,
-        "grad_accum": config.grad_accum,
-        "lr": optimizer.lr,
-        "schedule": optimizer.schedule,
-        "warmup": optimizer.warmup,
-        "weight_decay": optimizer.weight_decay,
-        "max_grad_norm": optimizer.max_grad_norm,
-        "wire_dtype": config.wire_dtype,
-    }
-    if kill_revive.active_fraction < 1:
-        found |= {
-            "active_fraction": kill_revive.active_fraction,
-            "kr_score": kill_revive.score,
-            "kr_unit": kill_revive.unit,
-            "kr_on_kill": kill_revive.on_kill,
-        }
-    return found

@@ -17,7 +17,7 @@ from dlora.edge.model.held_cache import HeldCache
 from dlora.edge.model.local_source import LocalSource
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
 from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
-from dlora.edge.training.config import TrainConfig
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import CheckpointError, StoppedError
 
@@ -40,7 +40,6 @@ def open_local_source(
         width=encoded_width(manifest),
         embeddings=f"{manifest.embedding.dtype} on the device",
         codec="fp32",
-        exact=False,
     )
     limit = round(cache_mb * 1e6)
     held = HeldCache(out / HELD_CACHE, owner, bundle, engine, room=lambda: limit, key=key)
@@ -52,7 +51,7 @@ def open_local_source(
 def open_source(
     bundle: Bundle,
     engine: Engine,
-    config: TrainConfig,
+    config: Resolved,
     out: Path,
     *,
     cache_mb: float,
@@ -71,7 +70,7 @@ def open_source(
     """
     blocks = bundle.manifest.base_model.blocks - config.device_blocks
     width = encoded_width(bundle.manifest)
-    owner = CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.send, exact=config.exact)
+    owner = CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.server.send)
     limit = round(cache_mb * 1e6)
     try:
         cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
@@ -81,8 +80,7 @@ def open_source(
         remove_quietly(out / CACHE)
         cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
     source = TrunkSource(
-        bundle, engine, cache, blocks=blocks, codecs=config.codecs, connect=connect, send=config.send,
-        exact=config.exact,
+        bundle, engine, cache, blocks=blocks, codecs=config.codecs, connect=connect, send=config.server.send
     )  # fmt: skip
     try:
         yield source

@@ -42,10 +42,11 @@ from dlora.protocol.structure_words import structure_words
 from dlora.protocol.tensors import FloatArray
 
 from .checkpoint import Checkpoint, save_checkpoint
-from .config import RunIdentity, TrainConfig, check_identity, check_units
 from .device_session import DeviceSession
 from .optimizer import AdamW
-from .scores import Scorer
+from .resolved import Resolved, RunIdentity, check_identity, check_units
+from .scores import unit_score
+from .selection import target_modules_of
 from .train_session import TrainSession
 
 _SCORES: Final = "unanswered.scores"
@@ -110,7 +111,7 @@ class AdapterTraining:
         bundle: Bundle,
         engine: Engine,
         connection: Connection | HiddenStateSource,
-        config: TrainConfig,
+        config: Resolved,
         data: str,
         *,
         init: LoadedAdapter | None = None,
@@ -121,21 +122,21 @@ class AdapterTraining:
         self.bundle = bundle
         self.config = config
         self.connection = connection
-        self.groups = with_saved_gains(config.groups(manifest), config.kind, init)
+        self.groups = with_saved_gains(config.groups(manifest), config.adapter.kind, init)
         if checkpoint is not None:
             gains = trainer_state(checkpoint).gains
             self.groups = with_gains(self.groups, lambda name: gains.get(name, 1.0))
         self.adapters = AdapterSet.create(
-            config.adapter,
+            config.spec,
             self.groups,
             scaling=config.scaling,
             seed=config.seed,
-            unit=config.kill_revive.unit,
-            kill_every=config.kill_revive.kill_every,
-            draws_state=config.basis == "random",
+            unit=config.units.unit,
+            kill_every=config.units.kill_every,
+            draws_state=config.adapter.basis == "random",
             state_dtype=config.codecs.adapter_state,
         )
-        check_units(config.kill_revive, len(self.adapters.units))
+        check_units(config.units, len(self.adapters.units))
         if init is not None:
             load_weights(self.adapters, init, config.invocation)
             for unit in self.adapters.units:
@@ -156,7 +157,7 @@ class AdapterTraining:
                 connection, self.adapters, config, base_fingerprint=manifest.base_model.fingerprint, window=window
             )
             self.model = SplitModel(
-                bundle, engine, self.session, invocation=config.invocation, send=config.send
+                bundle, engine, self.session, invocation=config.invocation, send=config.server.send
             )
         else:
             self.session = DeviceSession(self.adapters, config)
@@ -164,7 +165,11 @@ class AdapterTraining:
         if checkpoint is not None:
             self._restore(checkpoint)
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
-        self._scorer = Scorer(config.kill_revive.score)
+
+    def begin(self) -> None:
+        """Begin, or go on, without data: sequences are at most as long as ``--max-length`` says, or are looked at as
+        they come. Raises as ``open`` does."""
+        self.open(self.config.data.max_length)
 
     def open(self, longest: int | None, basis_pass: Callable[[], int] | None = None) -> None:
         """Begin, or go on.
@@ -265,7 +270,7 @@ class AdapterTraining:
         if self._recorder is not None:
             self._recorder.add_parameters(self.adapters.for_recording())
         with self._name_step_in_error():
-            return evaluate(self.model, dataset, self.config.batch_size, progress)
+            return evaluate(self.model, dataset, self.config.training.batch_size, progress)
 
     def wait_for_signal(self) -> None:
         """Wait for the signal to the last report, so that what is saved now is what the next step starts from."""
@@ -313,7 +318,9 @@ class AdapterTraining:
                     for name, lora_A, lora_B, _ in group.factors()
                 ]
         tensors, config = self.adapters.parts(), self.config
-        parts = Parts(config.kind, config.rank, config.scaling, self.adapters.gains, tensors) if tensors else None
+        parts = None
+        if tensors:
+            parts = Parts(config.adapter.kind, config.adapter.rank, config.scaling, self.adapters.gains, tensors)
         self._save_modules(directory, modules, parts, training)
 
     def copy_adapter(self, source: Path, directory: Path) -> None:
@@ -330,10 +337,11 @@ class AdapterTraining:
         save_adapter(
             directory,
             modules,
-            r=self.config.rank,
-            lora_alpha=self.config.lora_alpha,
+            r=self.config.adapter.rank,
+            lora_alpha=self.config.adapter.alpha,
             base_model_name=self.bundle.manifest.base_model.name,
-            target_modules=self.config.target_modules or self.bundle.manifest.defaults.target_modules,
+            target_modules=target_modules_of(self.config.adapter.target_modules or None)
+            or self.bundle.manifest.defaults.target_modules,
             fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
             parts=parts,
             invocation=self.config.invocation,
@@ -396,16 +404,12 @@ class AdapterTraining:
 
     def _optimize(self, learning_rate: float) -> tuple[FloatArray, float]:
         """Step AdamW; returns one score a unit, 0 for units that are not trained, and the gradients' norm."""
-        active = [(index, unit) for index, unit in enumerate(self.adapters.units) if unit.state is UnitState.ACTIVE]
-        groups = self.adapters.groups
-        before = {group: self._scorer.before(groups[group]) for _, unit in active for group in unit.groups}
-        norm = self.optimizer.step(self.adapters, lr=learning_rate)
         scores = self._first_scores()
         if not scores.any():
-            for index, unit in active:
-                scores[index] = self._scorer.unit_score(
-                    part for group in unit.groups for part in self._scorer.parts(groups[group], before[group])
-                )
+            for index, unit in enumerate(self.adapters.units):
+                if unit.state is UnitState.ACTIVE:
+                    scores[index] = unit_score(self.config.units.score, self.adapters.of_unit(unit))
+        norm = self.optimizer.step(self.adapters, lr=learning_rate)
         # A weight may be finite whose square is not.
         return np.clip(scores, None, np.finfo(np.float32).max).astype(np.float32), norm
 
@@ -413,7 +417,7 @@ class AdapterTraining:
         """Zeros; in the first step, what the basis pass says of each unit, where that is what units are scored by."""
         scores = np.zeros(len(self.adapters.units), np.float64)
         has_norms = all(group.first_gradient_norm for group in self.adapters.groups)
-        if self.next_step == 0 and has_norms and self._scorer.score == "grad":
+        if self.next_step == 0 and has_norms and self.config.units.score == "grad":
             for index, unit in enumerate(self.adapters.units):
                 norms = [group.first_gradient_norm for group in self.adapters.of_unit(unit)]
                 scores[index] = self.adapters.scaling * math.hypot(*norms)
@@ -422,7 +426,7 @@ class AdapterTraining:
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = trainer_state(checkpoint)
         check_identity(self.identity, state.run)
-        begins_here = self.config.part_begins == state.run.config.total_steps
+        begins_here = self.config.part_begins == state.run.total_steps
         # The identity covers all settings, so that what follows fails only for a file that was made by hand.
         try:
             self.adapters.load_state(checkpoint.tensors)

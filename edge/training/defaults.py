@@ -1,7 +1,6 @@
 """What a run's adapters are where its user leaves it open: chosen once, before the first step, and written down.
 
-What the command chooses; the structures of runs and of the wire (``TrainConfig``, ``AdapterSpec``) have LoRA where
-nothing is said. Figures: docs/benchmarks.md.
+Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from dlora.protocol.choices import Adapt, Basis, KindChoice
+from dlora.protocol.choices import ActiveFrom, Basis, KindChoice
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import ALL_LINEAR, choose_groups, groups_of, names_selecting, target_names
@@ -27,7 +26,7 @@ class KindDefaults:
         r: the rank; None: the bundle's.
         target_modules: None: the bundle's.
         blocks: as ``--blocks`` has them; empty: all.
-        adapt: where they act; ``answer`` only on data that has an invocation.
+        active_from: where they act; ``answer`` only on data that has an invocation.
         wire_dtype: how tensors cross, as ``--wire-dtype`` has it.
         warms_up: whether Kill and Revive begins with all units active.
     """
@@ -35,7 +34,7 @@ class KindDefaults:
     lr: float
     weight_decay: float = 0.0
     wire_dtype: str = "fp16"
-    adapt: Adapt = "all"
+    active_from: ActiveFrom = "start"
     basis: Basis | None = None
     basis_steps: int = 8
     r: int | None = None
@@ -57,7 +56,7 @@ DEFAULTS: Final[dict[KindChoice, KindDefaults]] = {
         r=96,
         target_modules=ALL_LINEAR,
         blocks="spread:8",
-        adapt="answer",
+        active_from="answer",
         basis="data",
         wire_dtype="int8",
         warms_up=False,  # the basis pass says of every unit, once, what a warm-up would
@@ -82,7 +81,7 @@ def default_alpha(kind: KindChoice, manifest: Manifest, rank: int) -> float:
     return float(rank) if kind == "bottleneck" else manifest.defaults.lora_alpha
 
 
-def default_target_modules(kind: KindChoice, manifest: Manifest, adapt: Adapt) -> tuple[str, ...]:
+def default_target_modules(kind: KindChoice, manifest: Manifest, active_from: ActiveFrom) -> tuple[str, ...]:
     """Names, as ``choose_groups`` reads them.
 
     Left out are groups that are too narrow for a bottleneck (``_is_narrow``), and, of adapters that act on answers,
@@ -91,7 +90,7 @@ def default_target_modules(kind: KindChoice, manifest: Manifest, adapt: Adapt) -
     named = DEFAULTS[kind].target_modules
     names = manifest.defaults.target_modules if named is None else (named,)
     groups = choose_groups(manifest, names)
-    left_out = set(manifest.without_activation) if adapt == "answer" else set()
+    left_out = set(manifest.without_activation) if active_from == "answer" else set()
     if DEFAULTS[kind].r is not None:
         left_out.update(target_names(filter(_is_narrow, groups)))
     all_of_them = set(target_names(groups))

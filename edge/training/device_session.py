@@ -11,7 +11,7 @@ from dlora.protocol.controller import Controller
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.tensors import FloatArray
 
-from .config import TrainConfig
+from .resolved import Resolved
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class DeviceSession:
         unanswered: None: a report is answered when it is made.
     """
 
-    def __init__(self, adapters: AdapterSet, config: TrainConfig) -> None:
+    def __init__(self, adapters: AdapterSet, config: Resolved) -> None:
         self.step = 0
         self.ticket: bytes | None = None
         self.unanswered: FloatArray | None = None
@@ -37,11 +37,12 @@ class DeviceSession:
         """Begin, or go on from ``ticket``. Raises ``CheckpointError`` for one of another run."""
         config, adapters = self._config, self._adapters
         controller = Controller(
-            config.kill_revive,
+            config.units,
             adapters.group_specs,
             seed=seed_for_server(config.seed),
             total_steps=config.steps,
             adapter=adapters.adapter_spec,
+            counts_costs=False,  # costs are bytes and round trips
             learnt=tuple(index for index, unit in enumerate(adapters.units) if unit.has_learnt),
         )
         if self.ticket is not None:

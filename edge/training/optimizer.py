@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import msgspec
 import numpy as np
 
 from dlora.edge.adapters.kind import Parameter
@@ -13,29 +12,8 @@ from dlora.edge.engine.engine import Engine, scalar
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.kill_revive import UnitState
 
-from .schedule import ScheduleName, learning_rate
-
-
-class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """AdamW's settings, with torch's names and defaults where it has them.
-
-    Attributes:
-        lr: the peak learning rate; None: ``Trainer.find_rate`` is to find it.
-        warmup: steps of linear warm-up, or a share of all steps where it is below 1.
-    """
-
-    lr: float | None = 1e-3
-    schedule: ScheduleName = "constant"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-
-    def warmup_steps(self, total_steps: int) -> int:
-        """Steps of warm-up in a run of ``total_steps``."""
-        return round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
+from .resolved import ChosenOptimizer
+from .schedule import learning_rate
 
 
 class AdamW:
@@ -45,7 +23,7 @@ class AdamW:
     place of ``torch.optim.AdamW`` (Loshchilov & Hutter, arXiv 1711.05101).
     """
 
-    def __init__(self, engine: Engine, config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(self, engine: Engine, config: ChosenOptimizer, total_steps: int) -> None:
         self._graph = engine.load("adamw")
         self.config = config
         self._total_steps = total_steps

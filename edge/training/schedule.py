@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-ScheduleName = Literal["constant", "linear", "cosine"]
+from dlora.edge.choices import ScheduleName
 
 
 def learning_rate(step: int, *, base: float, schedule: ScheduleName, warmup_steps: int, total_steps: int) -> float:

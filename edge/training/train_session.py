@@ -13,7 +13,7 @@ from dlora.protocol.errors import CheckpointError, RemoteProtocolError, SessionL
 from dlora.protocol.tensors import ByteArray, FloatArray, WireTensor
 from dlora.protocol.wire_codecs import TensorRole
 
-from .config import TrainConfig
+from .resolved import Resolved
 
 
 class TrainSession(ModelSession):
@@ -36,7 +36,7 @@ class TrainSession(ModelSession):
         self,
         connection: Connection,
         adapters: AdapterSet,
-        config: TrainConfig,
+        config: Resolved,
         *,
         base_fingerprint: str,
         window: int = 1,
@@ -59,7 +59,7 @@ class TrainSession(ModelSession):
             codecs=config.codecs,
             evaluation_codecs=config.codecs.for_evaluation(),
             purpose=m.Train(
-                kill_revive=config.kill_revive,
+                kill_revive=config.units,
                 seed=seed_for_server(config.seed),
                 total_steps=config.steps,
                 next_step=self.step - (self.unanswered is not None),

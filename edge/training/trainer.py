@@ -8,12 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-import msgspec
 import numpy as np
 
 from dlora.edge.adapters.peft import LoadedAdapter
 from dlora.edge.data.batches import Batches
-from dlora.edge.data.examples import Dataset
+from dlora.edge.data.examples import Dataset, Example
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.memory import peak_rss_mb
@@ -23,17 +22,16 @@ from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.spans import STEPS
 from dlora.edge.wire.usage import with_other
-from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.kill_revive import LIVE, UnitState
 
 from .adapter_training import AdapterTraining
 from .checkpoint import Checkpoint
-from .config import TrainConfig
 from .device_session import DeviceSession
 from .first_rate import FoundRate, find_rate, probed_steps, rate_for_size
 from .metrics import StepMetrics
 from .passes import halvings
+from .resolved import Resolved, RunIdentity
 from .train_session import TrainSession
 
 SetUpPiece = Literal["data", "groups", "rate"]
@@ -58,27 +56,39 @@ class Trainer(AdapterTraining):
         bundle: Bundle,
         engine: Engine,
         connection: Connection | HiddenStateSource,
-        config: TrainConfig,
+        config: Resolved,
         dataset: Dataset,
         *,
         init: LoadedAdapter | None = None,
         checkpoint: Checkpoint | None = None,
         window: int = 1,
         before_set_up: Callable[[SetUpPiece, int, int], None] = lambda piece, done, total: None,
+        begins: bool = True,
     ) -> None:
         dataset = dataset.acting_on_answers(config.invocation)
         super().__init__(
             bundle, engine, connection, config, dataset.fingerprint, init=init, checkpoint=checkpoint, window=window
         )
         self._dataset = dataset
-        self.batches = Batches(dataset, config.batch_size, config.grad_accum, config.seed)
+        self.batches = Batches(dataset, config.training.batch_size, config.training.grad_accum, config.seed)
+        self._before_set_up = before_set_up
+        if begins:
+            self.begin()
+
+    def begin(self) -> None:
+        """Begin, or go on, at the server. Raises as ``open`` does."""
+        config, before_set_up = self.config, self._before_set_up
         before_step = partial(before_set_up, "data")
-        basis_pass = partial(self._run_basis_pass, before_step) if config.basis == "data" else None
+        basis_pass = partial(self._run_basis_pass, before_step) if config.adapter.basis == "data" else None
         if isinstance(self.session, TrainSession):
             self.session.before_group = partial(before_set_up, "groups")
         self.open(self.batches.max_sequence_length, basis_pass)
         if config.holds_outputs and isinstance(self.session, DeviceSession) and isinstance(self.model, TrunkModel):
-            self.model.hold(dataset, config.batch_size * config.grad_accum, self.session.unchanged_steps)
+            self.model.hold(self._dataset, config.examples_a_step, self.session.unchanged_steps)
+
+    def step_examples(self, step: int) -> list[Example]:
+        """The examples of a step, counted from 0, in order."""
+        return [self._dataset[int(index)] for index in self.batches.step_indices(step)]
 
     @property
     def peak_rate(self) -> float:
@@ -99,7 +109,7 @@ class Trainer(AdapterTraining):
         """
         batches = self.batches.step_batches(0)
         self.forward_backward(batches, grad_scale=1.0 / sum(len(batch.labels) for batch in batches))
-        examples_a_step, total_steps = self.config.batch_size * self.config.grad_accum, self.config.total_steps
+        examples_a_step, total_steps = self.config.examples_a_step, self.config.total_steps
         steps = probed_steps(examples_a_step, total_steps)
         probed = [batch for step in steps for batch in self.batches.step_batches(step)]
         parameters, units = self.adapters.parameters().values(), self.adapters.units
@@ -122,16 +132,15 @@ class Trainer(AdapterTraining):
 
         rate_of = partial(
             rate_for_size,
-            msgspec.convert(self.config.kind, KindChoice),
+            self.config.adapter.kind,
             halvings=halvings(self._dataset, steps=total_steps, examples_a_step=examples_a_step),
             on_device=self.config.mode != "split",
         )
         found = find_rate(loss_after, rate_of, before_try)
         self.adapters.zero_grad()
-        optimizer = msgspec.structs.replace(self.config.optimizer, lr=found.lr)
-        self.config = msgspec.structs.replace(self.config, optimizer=optimizer)
-        self.identity = msgspec.structs.replace(self.identity, config=self.config)
-        self.optimizer.config = optimizer
+        self.config = self.config.with_rate(found.lr)
+        self.identity = RunIdentity.of(self.config, self.bundle.manifest, self._dataset.fingerprint)
+        self.optimizer.config = self.config.optimizer
         return found
 
     def run_step(self) -> StepMetrics:

@@ -193,14 +193,6 @@ class Connection:
         finally:
             self.usage.waited_s += time.perf_counter() - started
 
-    def ping_s(self, longest_s: float) -> float:
-        """Seconds until the server's side of the websocket answers, whatever it computes; at most ``longest_s``."""
-        started = time.perf_counter()
-        if self._socket is not None:
-            with contextlib.suppress(*PEER_GONE):  # which the next message tells
-                self._socket.ping().wait(longest_s)
-        return time.perf_counter() - started
-
     def close(self) -> None:
         """Send ``CloseSession`` where the rules allow it, and close the websocket."""
         if self.session.may_close:

@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 
 from dlora.edge.files import read_secret
+from dlora.edge.settings import Server
 from dlora.protocol.errors import ConnectionFailedError, UsageError
 from dlora.protocol.files import check_readable
 from dlora.protocol.loopback import is_loopback
@@ -69,6 +70,12 @@ class Credentials:
         if token is not None and _TOKEN.fullmatch(token) is None:
             raise UsageError(f"{source} holds no token; it is one line, dlora_…, from: dlora-cloud token create")
         return cls(token, ca, client_cert, client_key, insecure)
+
+    @classmethod
+    def of(cls, server: Server, warn: Callable[[str], None] | None = None) -> Self:
+        """What settings and ``DLORA_TOKEN`` say. Raises ``UsageError``."""
+        names = ("token_file", "ca", "client_cert", "client_key", "insecure")
+        return cls.load(**{name: getattr(server, name) for name in names}, warn=warn)
 
     def headers(self, url: str) -> dict[str, str]:
         """The HTTP headers of the handshake.

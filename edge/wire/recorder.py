@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
@@ -212,3 +212,29 @@ class Recorder:
         for directory in (FRAMES_DIRECTORY, TRUTH_DIRECTORY, ""):
             with suppress(OSError):  # something else is in it
                 (self.directory / directory).rmdir()
+
+
+@contextmanager
+def recording(record: Path | None, tokenizer: Path, warn: Callable[[str], None]) -> Iterator[Recorder | None]:
+    """A recording in ``record``, whole when the block ends, with the bundle's ``tokenizer.json``; None: none.
+
+    Raises ``UsageError`` and ``StorageError``.
+    """
+    if record is None:
+        yield None
+        return
+    with Recorder(record, warn) as recorder:
+        warn(
+            f"--record: {record} gets this run's text, labels, adapter and gradients, in the clear; only its owner may "
+            "read them"
+        )
+        recorder.add_tokenizer(tokenizer.read_bytes())
+        yield recorder
+
+
+def check_record(record: Path | None, *, is_local: bool) -> None:
+    """Raise ``UsageError`` where nothing crosses that could be recorded, or there is a recording already."""
+    if record is not None and is_local:
+        raise UsageError("--record keeps what crosses, and with --device-blocks all nothing does: leave it out")
+    if record is not None:
+        check_directory(record)

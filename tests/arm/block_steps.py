@@ -21,7 +21,8 @@ from dlora.edge.engine.choose import make_engine
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.model.device_lora import DeviceLora
-from dlora.edge.training.optimizer import AdamW, OptimizerConfig
+from dlora.edge.training.optimizer import AdamW
+from dlora.edge.training.resolved import ChosenOptimizer
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec, TargetSpec
 
@@ -45,7 +46,7 @@ def main() -> None:
     ]
     group = GroupSpec(0, 1, (TargetSpec("one", 1),))
     adapters = AdapterSet(AdapterSpec(), [group], [LoraGroup(modules, 1.0)], [Unit((0,))], scaling=1.0, kill_every=1)
-    optimizer = AdamW(engine, OptimizerConfig(lr=1e-3, weight_decay=0.1), STEPS)
+    optimizer = AdamW(engine, ChosenOptimizer(lr=1e-3, weight_decay=0.1, schedule="constant", warmup=0.0), STEPS)
     size = int(LENGTHS.sum()), bundle.manifest.base_model.hidden_size
     x, target = (random.random(size, np.float32) * 4 - 2 for _ in range(2))
     target = target[LABELLED]

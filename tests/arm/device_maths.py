@@ -22,7 +22,8 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Array
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.ends import Head
-from dlora.edge.training.optimizer import AdamW, OptimizerConfig
+from dlora.edge.training.optimizer import AdamW
+from dlora.edge.training.resolved import ChosenOptimizer
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.wire_codecs import encode_floats
@@ -93,7 +94,7 @@ def test_twenty_adamw_steps_match_reference(bundle: Bundle) -> None:
     group = GroupSpec(0, 1, (TargetSpec("one", 1),))
     lora = LoraGroup([LoraModule("one", parameter, still)], 1.0)
     one = AdapterSet(AdapterSpec(), [group], [lora], [Unit((0,))], scaling=1.0, kill_every=1)
-    config = OptimizerConfig(lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=0.0)
+    config = ChosenOptimizer(lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=0.0, schedule="constant", warmup=0.0)
     optimizer = AdamW(OnnxEngine(bundle, 1), config, 100)
     for grad in REFERENCE["adamw.grads"]:
         parameter.grad = grad

@@ -168,7 +168,9 @@ def test_frame_limit_before_a_session_fits_the_model(tiny: TinyFactory, family: 
     base = tiny(family).base
     every = base.groups(base.targets)
     units = tuple(range(len(every)))
-    config = KillReviveConfig(unit="group", pinned=units, static=units, kill_every=10**9, revive_every=10**9)
+    config = KillReviveConfig(
+        unit="group", score="grad", pinned=units, static=units, kill_every=10**9, revive_every=10**9
+    )
     controller = Controller(config, every, seed=0, total_steps=9)
     largest = conversations.open_session(
         base_fingerprint=base.fingerprint, groups=every, wire_dtype="fp16", kill_revive=config, seed=2**32 - 1,

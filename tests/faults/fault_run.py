@@ -36,17 +36,19 @@ FULL_DISK_BYTES: Final = 4096  # a log and metrics fit, a checkpoint does not
 # Kills and revivals within five steps, so that signals and tickets matter.
 TRAIN: Final[tuple[object, ...]] = (
     "--batch-size", 2, "--grad-accum", 2, "--steps", STEPS, "--save-every", 1, "--threads", 1, "--lr", 0.01,
-    "--seed", 0, "--kr-score", "change",
-    "--active-fraction", 0.5, "--kr-warmup-steps", 1, "--kr-ramp-fraction", 0, "--kr-kill-every", 1,
-    "--kr-revive-every", 2, "--kr-probation", 1,
+    "--seed", 0, "--kr-score", "grad",
+    "--active-fraction", 0.5, "--set", "kill_revive.warmup_steps=1", "--set", "kill_revive.ramp_fraction=0",
+    "--set", "kill_revive.kill_every=1",
+    "--set", "kill_revive.revive_every=2", "--set", "kill_revive.probation=1",
 )  # fmt: skip
 OF_KIND: Final[dict[KindChoice, tuple[object, ...]]] = {
     "lora": ("--kind", "lora"),
     "bottleneck": (
-        "--kind", "bottleneck", "--rank", 4, "--blocks", "0-3", "--basis-steps", 1, "--adapt", "answer",
+        "--kind", "bottleneck", "--rank", 4, "--blocks", "0-3", "--set", "adapter.basis_steps=1",
+        "--active-from", "answer",
         "--wire-dtype", "int8", "--kr-on-kill", "give_to_server",
     ),
-    "ffa": ("--kind", "ffa", "--adapt", "answer", "--wire-dtype", "int8"),
+    "ffa": ("--kind", "ffa", "--active-from", "answer", "--wire-dtype", "int8"),
 }  # fmt: skip
 # What a step did. Its traffic and its times depend on what happened to it.
 SAME: Final = ("step", "loss", "learning_rate", "grad_norm", "tokens", "labelled", "active_units", "units")

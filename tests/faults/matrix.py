@@ -21,7 +21,7 @@ from dlora.protocol.choices import KindChoice
 STEP: Final = 2
 """The step that is disturbed; a unit was killed before it and one is revived after it."""
 # Silence must be found in a fraction of a second.
-DEVICE: Final[tuple[object, ...]] = ("--exchange-timeout-s", 1)
+DEVICE: Final[tuple[object, ...]] = ("--set", "server.exchange_timeout_s=1")
 SERVER: Final[tuple[object, ...]] = ("--exchange-timeout-s", 1, "--drain-s", 5)
 FAULTS: Final = [fault for fault in Fault if fault not in (Fault.FREEZE_DEVICE, Fault.FREEZE_SERVER)]
 # A second fault while the device comes back from a first one.

@@ -90,8 +90,9 @@ def main() -> None:
     options = parser.parse_args()
     train = (
         "--batch-size", 2, "--grad-accum", 2, "--steps", options.steps, "--save-every", options.save_every,
-        "--threads", options.threads, "--seed", 0, "--active-fraction", 0.125, "--kr-score", "change",
-        "--kr-warmup-steps", 10, "--kr-kill-every", 5, "--kr-revive-every", 10, "--kr-probation", 5,
+        "--threads", options.threads, "--seed", 0, "--active-fraction", 0.125, "--kr-score", "grad",
+        "--set", "kill_revive.warmup_steps=10", "--set", "kill_revive.kill_every=5",
+        "--set", "kill_revive.revive_every=10", "--set", "kill_revive.probation=5",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -21,7 +21,7 @@ from dlora.edge.adapters.parts import PARTS_NAME
 from dlora.edge.adapters.peft import WEIGHTS_NAME
 from dlora.edge.training.adapter_training import TrainerState
 from dlora.edge.training.checkpoint import save_checkpoint
-from dlora.edge.training.config import RunIdentity
+from dlora.edge.training.resolved import RunIdentity
 from dlora.protocol import messages as m
 from dlora.protocol.frames import encode
 from dlora.protocol.tensors import WireTensor
@@ -138,7 +138,11 @@ def test_compare_finds_each_difference(tmp_path: Path) -> None:
 
 
 def run_of(out: Path, *, steps: list[int], weight: float, adam_steps: int) -> Path:
-    run = RunIdentity(config=config(), base_model="", head="", groups="", data="")
+    chosen = config()
+    run = RunIdentity(
+        settings={}, units=chosen.units, device_blocks=0, total_steps=2, part_begins=0, seed=(0,), invocation=(),
+        holds_outputs=False, base_model="", head="", block_dtype="", groups="", data="",
+    )  # fmt: skip
     state = TrainerState(
         next_step=2, run=run, ticket=b"", states=[1], fade_ages=[0], adam_steps=[adam_steps], gains={}
     )

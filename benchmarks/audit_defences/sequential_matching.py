@@ -12,12 +12,12 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from dlora.cloud.audit.nearest_neighbour import embedding_table, nearest
 from dlora.cloud.model.cache import PartCache
 from dlora.cloud.model.parts import ModelParts
 from dlora.protocol.errors import ExportError
 
-from .nearest_neighbour import nearest
-from .ridge_probe import RidgeProbe, embedding_table, run_blocks
+from .ridge_probe import RidgeProbe, run_blocks
 
 _FIRST: Final = 16
 _SHORT: Final = 128

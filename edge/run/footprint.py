@@ -9,14 +9,13 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from dlora.edge.training.choose_adapter import default_adapters
 from dlora.edge.training.defaults import DEFAULT_KIND
 from dlora.protocol.adapters import AdapterSpec, crossings, kind_of, parameter_count
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.device_memory import RUNTIME_MB, TRAINED_COPIES, USUAL_TOKENS, head_bytes
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest, StoredDtype
-
-from .adapter_settings import default_adapters
 
 _WIRE_BYTES: Final = 2  # fp16
 _COPIES: Final = 4  # of a group's tensors and of the last hidden states: wire, frame, and as floats going and coming

@@ -11,25 +11,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import torch
 from torch import Tensor
 
+from dlora.cloud.audit.audit import attacking
+from dlora.cloud.audit.finding import Finding, found_by
+from dlora.cloud.audit.nearest_neighbour import embedding_table, nearest_tokens
+from dlora.cloud.audit.scoring import Attack
+from dlora.cloud.audit.text import score_tokens
+from dlora.cloud.audit.truth import Truth
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.parts import ModelParts
 from dlora.protocol.errors import UsageError
 from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
-from .audit import TriedDefence, attacking
 from .defences import after_blocks, embeddings_of, loss_with, with_noise
 from .epoch_averaging import average_repeats
-from .finding import found_by
 from .gaussian_noise import DELTA, epsilon_of
-from .nearest_neighbour import nearest_tokens
-from .ridge_probe import RidgeProbe, embedding_table
-from .scoring import Attack
+from .ridge_probe import RidgeProbe
 from .sequential_matching import match_tokens
-from .text import score_tokens
-from .truth import Truth
 
 EPOCHS: Final = 10
 MOST_TOKENS: Final = 320  # of what is matched token by token
@@ -37,6 +38,21 @@ MOST_NOISY_TOKENS: Final = 4096
 FP16_ERROR: Final = 0.01  # of the right token, relative to the distance of others: far above fp16's rounding
 NOISE: Final = "noise"
 FIRST_BLOCKS: Final = "first-blocks"
+
+
+class TriedDefence(msgspec.Struct, frozen=True, kw_only=True):
+    """A defence in place of what crossed: what attacks then find of the text, and what it costs.
+
+    Attributes:
+        claim: what may be said of it.
+        loss: of the base model at the labels with it; loss_without: and without.
+    """
+
+    name: str
+    claim: str
+    finding: Finding
+    loss: float
+    loss_without: float
 
 
 @dataclass(frozen=True)

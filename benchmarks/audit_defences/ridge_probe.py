@@ -11,11 +11,8 @@ from typing import Final, Self
 import torch
 from torch import Tensor
 
-from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.model.ends import find_embedding
+from dlora.cloud.audit.nearest_neighbour import embedding_table, nearest, nearest_tokens
 from dlora.cloud.model.parts import ModelParts
-
-from .nearest_neighbour import nearest, nearest_tokens
 
 _LENGTH: Final = 16  # of a random sequence
 _SEQUENCES_AT_ONCE: Final = 64
@@ -80,12 +77,6 @@ class RidgeProbe:
     def shortlist(self, hidden: Tensor, count: int) -> Tensor:
         """(rows, width) to the ``count`` nearest tokens of each row, the nearest first: int64 (rows, count)."""
         return nearest(self.embeddings(hidden), self.table, count).ids
-
-
-def embedding_table(base: BaseModel) -> Tensor:
-    """All tokens as they go into the blocks: (vocabulary, embedding_size), in the model's dtype and on its device."""
-    end = find_embedding(base)
-    return (end.weight * end.scale).to(base.device, base.dtype)
 
 
 def run_blocks(parts: ModelParts, embeddings: Tensor, blocks: int) -> Tensor:

@@ -8,23 +8,21 @@ from typing import TYPE_CHECKING
 
 from dlora.edge.adapters.compatibility import check_base_model
 from dlora.edge.files import check_writable, locked
-from dlora.edge.run.directory import CACHE, CHECKPOINTS, HELD_CACHE, check_free, run_directory
 from dlora.edge.training.checkpoint import KEPT, list_checkpoints
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapters import AdapterSpec, kind_of, parameter_bytes
 from dlora.protocol.errors import StorageError
 from dlora.protocol.groups import GroupSpec
-from dlora.protocol.targets import choose_groups
 from dlora.protocol.wire_codecs import Codecs, TensorRole
 
-from .adapter_settings import parse_blocks, target_modules_of
+from .directory import CACHE, CHECKPOINTS, HELD_CACHE, check_free, run_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dlora.edge.engine.bundle import Bundle
-    from dlora.edge.run.run_file import RunSettings
     from dlora.protocol.manifest import Manifest
 
 
@@ -48,24 +46,19 @@ def check_room(out: Path, needed_bytes: int) -> None:
         )
 
 
-def run_bytes(settings: RunSettings, manifest: Manifest, *, resume: bool) -> int:
+def run_bytes(config: Resolved, manifest: Manifest, *, resume: bool) -> int:
     """What checkpoints and adapter of a run take on the disk, at most, while the newest are written beside the old.
 
-    ``settings`` are as ``choose_adapters`` has completed them. What a run that goes on has written is not counted.
+    What a run that goes on has written is not counted.
     """
-    assert settings.kind is not None
-    assert settings.rank is not None
-    assert settings.wire_dtype is not None
-    spec = AdapterSpec(settings.kind, settings.rank)
-    groups = choose_groups(manifest, target_modules_of(settings), parse_blocks(settings.blocks, manifest))
-    codecs = Codecs.parse(settings.wire_dtype)
+    spec, groups, codecs = config.spec, config.groups(manifest), config.codecs
     # Where the kind is not LoRA, its own parts lie beside the LoRA that it comes to.
     kept, trained = _kept_bytes(spec, groups, codecs), sum(parameter_bytes(spec, group) for group in groups)
     checkpoint = 3 * trained + kept
-    adapter = _lora_bytes(settings.rank, groups) + (0 if settings.kind == "lora" else trained + kept)
+    adapter = _lora_bytes(spec.r, groups) + (0 if spec.kind == "lora" else trained + kept)
     if resume:
         return checkpoint + adapter
-    adapters = 2 if settings.keep == "best" else 1
+    adapters = 2 if config.saving.keep == "best" else 1
     return (KEPT + 1) * checkpoint + (adapters + 1) * adapter
 
 
@@ -80,14 +73,13 @@ def _lora_bytes(rank: int, groups: Sequence[GroupSpec]) -> int:
     return 4 * rank * sum(group.in_features + target.out_features for group in groups for target in group.targets)
 
 
-def asks_server_first(settings: RunSettings, *, resume: bool) -> bool:
+def asks_server_first(config: Resolved, *, resume: bool) -> bool:
     """Whether a run begins with its server. One that goes on waits for it, or has all that it needs of it."""
-    out = Path(settings.out)
-    if settings.server is None or settings.mode == "local":
+    out = config.saving.out
+    assert out is not None
+    if config.mode == "local" or (resume and list_checkpoints(out / CHECKPOINTS)):
         return False
-    if resume and list_checkpoints(out / CHECKPOINTS):
-        return False
-    return not (settings.mode == "trunk" and (out / CACHE).exists())
+    return not (config.mode == "trunk" and (out / CACHE).exists())
 
 
 def check_server(server: str, connecting: ConnectSettings, bundle: Bundle) -> None:

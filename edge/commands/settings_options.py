@@ -1,0 +1,285 @@
+"""The fields of ``Settings`` as options of a command, and what a command line, a file and the environment say of them.
+
+The last that says something counts: the default, ``--config``, the environment, ``--set``, an option.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import textwrap
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
+
+import msgspec
+import typer
+
+from dlora.edge.files import read_small, write_atomically
+from dlora.edge.settings import Field, Settings, fields_of, read_path, read_settings
+from dlora.protocol.errors import UsageError
+from dlora.protocol.structure_words import structure_words
+from dlora.protocol.usage_words import meant_option
+
+from .help_panels import HelpAllOption
+from .options import grouped_parameters, with_group_values
+
+_MOST_BYTES: Final = 1 << 20  # of a file with settings
+_FILE_PANEL: Final = "Settings in a file"
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings in a TOML file, in sections: --write-config makes one.",
+                 rich_help_panel=_FILE_PANEL),
+]  # fmt: skip
+WriteConfigOption = Annotated[
+    Path | None,
+    typer.Option("--write-config", help="Write all settings, as they are now, into such a file, and do no more.",
+                 rich_help_panel=_FILE_PANEL, hidden=True),
+]  # fmt: skip
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One of them by itself; those without an option, too.",
+                 rich_help_panel=_FILE_PANEL),
+]  # fmt: skip
+
+
+def takes_settings(
+    *names: str,
+    required: Sequence[str] = (),
+    has_file: bool = False,
+    is_change: bool = False,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command whose first parameter is ``settings: Settings``, made from its options.
+
+    Args:
+        names: of the options; none: all fields.
+        required: of these, those without which the command does nothing.
+        has_file: whether ``--config``, ``--write-config`` and ``--set`` belong to it.
+        is_change: whether it is given what was said alone, as a dict, and no defaults.
+        changes: by name, what is otherwise for this command: ``default`` and ``help``.
+
+    Another parameter of the command that is a dataclass gives way to the options that are its fields.
+    """
+    changed = changes or {}
+    chosen = [field for field in fields_of() if field.depth != "rare" and (not names or field.parameter in names)]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        groups, parameters = grouped_parameters(own)
+        options = []
+        for field in chosen:
+            about = {"is_required": field.parameter in required, **changed.get(field.parameter, {})}
+            options.append(_option(field, about, is_change=is_change))
+        file = [_parameter(name, kind) for name, kind in _FILE.items()] if has_file else []
+        arguments = [each for each in parameters if each.default is inspect.Parameter.empty]
+        rest = [each for each in parameters if each.default is not inspect.Parameter.empty]
+
+        @functools.wraps(command)
+        def flat(**given: Any) -> None:
+            context = given.pop("context")
+            given.pop("help_all", None)  # has ended the command
+            start = {name: change["default"] for name, change in changed.items() if "default" in change}
+            options_given = {each.parameter: given.pop(each.parameter) for each in chosen}
+            written = {name: given.pop(name) for name in _FILE} if has_file else dict.fromkeys(_FILE)
+            said, variables = _layered(options_given, start, written, has_file=has_file)
+            variables += [each.variable for each in chosen if _is_of_environment(context, each)]
+            if variables:
+                typer.echo(f"from the environment: {', '.join(variables)}", err=True)
+            if is_change:
+                command(said, **with_group_values(groups, given))
+                return
+            settings = read_settings(said)
+            if written["write_config"] is not None:
+                save_config(written["write_config"], settings)
+                return
+            for name in required:
+                field = next(field for field in fields_of() if field.parameter == name)
+                if getattr(getattr(settings, field.section), field.key) is None:
+                    raise UsageError(f"{field.words} is missing; {context.command_path} --help says more")
+            command(settings, **with_group_values(groups, given))
+
+        if any(field.depth == "more" for field in chosen):
+            rest.append(_parameter("help_all", HelpAllOption, default=False))
+        signature = [_context(), *arguments, *options, *file, *rest]
+        flat.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in signature]
+        )
+        flat.__annotations__ = {each.name: each.annotation for each in signature}
+        return flat
+
+    return decorate
+
+
+_METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+def _without_none(kind: Any) -> Any:
+    found = [each for each in get_args(kind) if each is not type(None)]
+    return found[0] if len(found) == 1 and get_origin(kind) is not Literal else kind
+
+
+_FILE: Final[dict[str, Any]] = {"config": ConfigOption, "set_": SetOption, "write_config": WriteConfigOption}
+
+
+def _context() -> inspect.Parameter:
+    return inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+
+
+def _is_of_environment(context: typer.Context, field: Field) -> bool:
+    source = context.get_parameter_source(field.parameter)
+    return source is not None and source.name == "ENVIRONMENT"
+
+
+def _parameter(name: str, kind: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def _option(field: Field, about: Mapping[str, Any], *, is_change: bool) -> inspect.Parameter:
+    """A field as typer takes it; without a default, so that one sees what was given, and without its limits, which are
+    checked wherever it comes from."""
+    default = about.get("default", field.default)
+    is_list = field.default == ()
+    is_shown = not (is_change or default in (None, "", ()) or isinstance(default, bool))
+    text = about.get("help", field.help)
+    if about["is_required"]:
+        text = f"{text} (required)"
+    is_switch = is_change and field.kind is bool  # what a run has on can be turned off
+    name = f"--{field.option}/--{'no-' + field.option}" if is_switch else f"--{field.option}"
+    option = typer.Option(
+        name,
+        help=f"{text} (default: {f'{default:g}' if isinstance(default, float) else default})" if is_shown else text,
+        rich_help_panel=field.panel,
+        metavar=field.metavar or _METAVARS.get(_without_none(field.kind)),
+        envvar=field.variable,
+        show_envvar=False,
+        show_default=False,
+        hidden=field.depth == "more",
+    )
+    kind = list[str] if is_list else bool if field.kind is bool else field.kind
+    return _parameter(field.parameter, Annotated[kind | None, option])
+
+
+def _layered(
+    options: Mapping[str, Any], start: Mapping[str, Any], written: Mapping[str, Any], *, has_file: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """All that was said, by the names of options, and the environment variables that said what has no option."""
+    given: dict[str, Any] = dict(start)
+    if written["config"] is not None:
+        given |= load_config(written["config"])
+    variables = []
+    for field in fields_of() if has_file else ():
+        if field.depth == "rare" and (text := os.environ.get(field.variable)):
+            given[field.parameter] = _from_text(field, text, field.variable)
+            variables.append(field.variable)
+    given |= read_set(written["set_"] or ())
+    for field in fields_of():
+        value = options.get(field.parameter)
+        if value is not None:
+            given[field.parameter] = tuple(value) if isinstance(value, list) else value
+    return given, variables
+
+
+def read_set(texts: Sequence[str]) -> dict[str, Any]:
+    """What ``--set`` says, by the names of options. Raises ``UsageError``."""
+    given = {}
+    for text in texts:
+        field, value = _parse_set(text)
+        given[field.parameter] = _from_text(field, value, f"--set {field.path}")
+    return given
+
+
+def _parse_set(text: str) -> tuple[Field, str]:
+    path, equals, value = text.partition("=")
+    fields = {field.path: field for field in fields_of()}
+    if not equals:
+        raise UsageError(f"--set {text[:80]!r}: write SECTION.KEY=VALUE, as --set kill_revive.probation=25")
+    if path not in fields:
+        hint = meant_option(f"--{path}", [f"--{each}" for each in fields]).replace("--", "")
+        raise UsageError(f"--set {path[:80]}: there is no such setting{hint or '; docs/reference/settings.md has all'}")
+    return fields[path], value
+
+
+def _from_text(field: Field, text: str, words: str) -> Any:
+    """A value that was written as text. Raises ``UsageError``."""
+    try:
+        value = text.split(",") if field.default == () else text
+        return msgspec.convert(value, field.kind, strict=False, dec_hook=read_path)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{words} {text[:80]!r}: {structure_words(error)}") from None
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """What a file says, by sections, or by the names of options.
+
+    Raises ``UsageError`` for a file that cannot be read, and for a setting that there is not, or cannot be.
+    """
+    try:
+        found = tomllib.loads(read_small(path, _MOST_BYTES).decode())
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config {path} is not valid TOML: {error}") from None
+    fields = fields_of()
+    by_path, by_name = {each.path: each for each in fields}, {each.parameter: each for each in fields}
+    values: dict[str, Any] = {}
+    for key, value in found.items():
+        is_section = isinstance(value, dict) and key in Settings.__struct_fields__
+        for name, each in value.items() if is_section else [(key, value)]:
+            word = name.replace("-", "_")
+            field = by_path.get(f"{key}.{word}") if is_section else by_name.get(word)
+            if field is None:
+                raise UsageError(f"--config {path}: {_unknown(key if is_section else None, name)}")
+            if field.parameter in values:
+                raise UsageError(f"--config {path} says {field.path} twice")
+            values[field.parameter] = tuple(each) if isinstance(each, list) else each
+    try:
+        read_settings(values)  # so that what is wrong is said to be of the file
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from None
+    return values
+
+
+def _unknown(section: str | None, name: str) -> str:
+    fields = [each for each in fields_of() if section in (None, each.section)]
+    names = [f"--{each.option}" if section is None else f"--{each.key}" for each in fields]
+    hint = meant_option(f"--{name}", names).replace("--", "")
+    where = "" if section is None else f" in [{section}]"
+    return f"{name!r} is no setting{where}{hint or '; docs/reference/settings.md has all'}"
+
+
+def config_text(settings: Settings) -> str:
+    """A file that says ``settings``; a default stands there as a comment, with what the setting is for."""
+    lines = ["# Settings of a run: dlora-edge train --config FILE", ""]
+    section = None
+    for field in fields_of():
+        if field.section != section:
+            section = field.section
+            lines += [f"[{section}]", ""]
+        value = getattr(getattr(settings, field.section), field.key)
+        lines += textwrap.wrap(field.help, 100, initial_indent="# ", subsequent_indent="# ")
+        if value is None:
+            lines.append(f"# {field.key} =")
+        else:
+            text = f"{field.key} = {_toml(value)}"
+            lines.append(f"# {text}" if value == field.default else text)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def save_config(path: Path, settings: Settings) -> None:
+    """Write them into a new file. Raises ``UsageError`` where it is there, and ``StorageError``."""
+    if path.exists():
+        raise UsageError(f"--write-config {path} is there already; remove it, or choose another name")
+    write_atomically(path, config_text(settings).encode())
+
+
+def _toml(value: Any) -> str:
+    # TOML's strings, numbers, booleans and lists of them are JSON's.
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
