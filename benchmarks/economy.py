@@ -229,7 +229,7 @@ def invocation_of(recipe: Recipe, data: Data) -> tuple[int, ...]:
 def _trainer(place: Place, config: Resolved, data: Data, set_name: str) -> Iterator[tuple[Trainer, Cost | None]]:
     """A new run, and what it has cost already, where that is known from an earlier one."""
     engine = OnnxEngine(place.bundle, place.threads)
-    if config.mode == "trunk":
+    if config.asks_once:
         file = place.work / f"{set_name}-{config.device_blocks}.cache"
         with open_source(place.bundle, engine, place.url, config, data, file) as (source, cost):
             yield Trainer(place.bundle, engine, source, config, data.train), cost

@@ -181,7 +181,7 @@ def trained_fields(
         "edge_compute_s": round(sum(row.edge_compute_s for row in rows), 2),
         "device_cpu_s": cost.seconds[0],
         "wall_s": cost.seconds[1],
-        "reconnects": trainer.connection.reconnects,
+        "reconnects": trainer.side.crossed.reconnects,
         "steps_rerun": trainer.steps_rerun,
     }
 

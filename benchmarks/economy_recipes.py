@@ -48,7 +48,7 @@ class Recipe:
             found, and the grid begins at ``default_lr``.
         bars: the sets on which a bar rests on this recipe; there it has three seeds, elsewhere one.
         sets: where it is run.
-        device_blocks: how many of the last blocks run on the device, in the mode ``trunk``; 0: the mode ``split``.
+        device_blocks: how many of the last blocks run on the device, in ``trunk``; 0: ``split``.
         gains: whether it has the bundle's; LoRA as others train it has none, nor has what was run before there were
             any (decision 0063).
         has_grid: whether its rate is chosen from the grid; else it has the one of a user who gives none.

@@ -13,8 +13,10 @@ from economy_measure import Cost
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.files import write_atomically
+from dlora.edge.model.block_weights import encoded_width
+from dlora.edge.model.cached_source import CachedSource, texts_of
+from dlora.edge.model.encoding_server import EncodingServer
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
-from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connection import Connection
 
@@ -24,7 +26,7 @@ _LIMIT = 1 << 33  # bytes of a file
 @contextmanager
 def open_source(
     bundle: Bundle, engine: Engine, url: str, config: Resolved, data: Data, file: Path
-) -> Iterator[tuple[TrunkSource, Cost]]:
+) -> Iterator[tuple[CachedSource, Cost]]:
     """Hidden states of all texts of ``data``, and what those cost that are trained on.
 
     ``file``: where they are kept, with that cost beside it; what another run has left there is used.
@@ -35,19 +37,13 @@ def open_source(
     blocks, width = bundle.manifest.base_model.blocks - config.device_blocks, encoded_width(bundle.manifest)
     file.parent.mkdir(parents=True, exist_ok=True)
     owner = CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.server.send)
-    source = TrunkSource(
-        bundle,
-        engine,
-        TrunkCache(file, owner, limit=_LIMIT),
-        blocks=blocks,
-        codecs=config.codecs,
-        connect=lambda: Connection(url),
-    )
+    server = EncodingServer(bundle, engine, lambda: Connection(url), blocks=blocks, codecs=config.codecs)
+    source = CachedSource(bundle, engine, TrunkCache(file, owner, limit=_LIMIT), server, codecs=config.codecs)
     try:
         before = Cost.now(None)
         if not beside.exists():
             source.fill(texts_of(data.train))
-            cost = Cost(*source.counters, *Cost.now(None)[3:]).plus(before, -1)
+            cost = Cost(*server.counters, *Cost.now(None)[3:]).plus(before, -1)
             source.fill(texts_of(data.validation))
             source.fill(texts_of(data.test))
             write_atomically(beside, json.dumps(cost).encode())

@@ -35,9 +35,8 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.generation.generate import Counters, TokenAnswer
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
-from dlora.edge.model.device_lora import trained_mode
-from dlora.edge.model.trunk_use import open_trunk
-from dlora.edge.model.use import open_model
+from dlora.edge.model.device_lora import trained_device_blocks
+from dlora.edge.model.opening import Opening, open_to_generate
 
 FILE: Final = Path("benchmarks") / "generate.json"  # in docs
 COMMAND: Final = "python benchmarks/generate.py"
@@ -161,11 +160,11 @@ class Place:
     def _open(
         self, bundle: Bundle, adapter: Path | None, url: str, wire_dtype: str | None = None
     ) -> Iterator[Context]:
-        opening = (open_trunk if trained_mode(adapter) == "trunk" else open_model)(
-            bundle, url, adapter, wire_dtype=wire_dtype or self._options.wire_dtype, context_length=512,
+        opening = Opening(
+            bundle, url, adapter, trained_device_blocks(adapter), wire_dtype or self._options.wire_dtype,
             threads=self._options.threads,
         )  # fmt: skip
-        with opening as model:
+        with open_to_generate(opening, context_length=512) as model:
             yield Context(model)
 
     def _answer(self, context: Context, ids: Any, tokens: int, draft_length: int | None) -> Counters:
@@ -301,7 +300,7 @@ def _speed_bars(speed: dict[str, Any]) -> dict[str, Entry]:
     """How much longer the split takes: 0.8 of PEFT's tokens a second is 1.25 times its time.
 
     That is wanted of four live groups; the default recipe's adapter stands beside it, by the same bars. And how often a
-    token of the mode trunk waits for the server.
+    token of trunk waits for the server.
     """
     command, bars = f"{COMMAND} --only speed", dict[str, Entry]()
     for name, before in (("lora_4_groups", ""), ("default", "default_recipe_")):
@@ -319,7 +318,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
-    parser.add_argument("--blocks-bundle", type=Path, default=Path("build/smollm2-blocks"), help="for the mode trunk")
+    parser.add_argument("--blocks-bundle", type=Path, default=Path("build/smollm2-blocks"), help="for trunk")
     parser.add_argument("--adapters", nargs="+", choices=["base_model", *RECIPES], default=["base_model", *RECIPES],
                         help="for --only speed")  # fmt: skip
     parser.add_argument("--fp32-bundle", type=Path, default=Path("build/smollm2-fp32"), help="for --only equal")

@@ -32,7 +32,7 @@ from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.evaluation import evaluate
-from dlora.edge.model.use import open_model
+from dlora.edge.model.opening import Opening, open_to_evaluate
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 
@@ -128,7 +128,7 @@ def _load(bundle: Bundle, work: Path, rows: int) -> Data:
 def _measure(bundle: Bundle, url: str, data: Data, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All cases with one bundle, and the loss without an adapter, which those with one should be far below."""
     wires = WIRES[bundle.manifest.head.dtype]
-    with open_model(bundle, url, None, wire_dtype=wires[0], threads=options.threads) as model:
+    with open_to_evaluate(Opening(bundle, url, wire_dtype=wires[0], threads=options.threads), longest=0) as model:
         base = evaluate(model, data.held_out, options.batch_size).loss
     log(f"{bundle.manifest.head.dtype} head, no adapter: {base:.5f}")
     cases: dict[str, list[dict[str, Any]]] = {}
@@ -161,7 +161,8 @@ def _run(
             trainer.run_step()
         loss = trainer.evaluate(data.held_out).loss
         trainer.save_adapter(adapter)
-    with open_model(bundle, url, adapter, wire_dtype="int8", threads=options.threads) as model:
+    opening = Opening(bundle, url, adapter, wire_dtype="int8", threads=options.threads)
+    with open_to_evaluate(opening, longest=0) as model:
         over_int8 = evaluate(model, data.held_out, options.batch_size).loss
     in_peft = _peft_loss(options.model, adapter, bundle, data)
     return {

@@ -38,7 +38,8 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.files import write_atomically
-from dlora.edge.model.trunk_source import encoded_width, texts_of
+from dlora.edge.model.block_weights import encoded_width
+from dlora.edge.model.cached_source import texts_of
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapters import AdapterSpec, crossings

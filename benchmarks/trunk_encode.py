@@ -20,9 +20,9 @@ from trunk_trainers import trunk_source
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.cached_source import CachedSource
 from dlora.edge.model.ends import LongArray
 from dlora.edge.model.text_packs import batch_of
-from dlora.edge.model.trunk_source import TrunkSource
 
 DEVICES: Final = 16
 TEXTS: Final = 48  # of each: few of its tokens are in a pack that is not full
@@ -49,7 +49,7 @@ def _round(bundle: Bundle, url: str, blocks: int, seed: int) -> dict[str, float]
     everything = [ids for each in texts for ids in each]
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack, delaying_proxy(url, ROUND_TRIP_S) as far:
 
-        def connected(name: str, address: str) -> TrunkSource:
+        def connected(name: str, address: str) -> CachedSource:
             source = trunk_source(bundle, OnnxEngine(bundle, 1), address, Path(directory) / name, blocks)
             stack.callback(source.close)
             source.hidden_states(batch_of([np.zeros(1, np.int64)]))
@@ -63,7 +63,7 @@ def _round(bundle: Bundle, url: str, blocks: int, seed: int) -> dict[str, float]
         slow.hang_up()
         many = [connected(str(number), url) for number in range(DEVICES)]
         with ThreadPoolExecutor(DEVICES) as pool:
-            seconds["together"] = _seconds(lambda: list(pool.map(TrunkSource.fill, many, texts)))
+            seconds["together"] = _seconds(lambda: list(pool.map(CachedSource.fill, many, texts)))
     counts = {"one": len(everything), "together": len(everything), "one_at_a_time": len(texts[0])}
     return {name: counts[name] / each for name, each in seconds.items()}
 

@@ -16,7 +16,7 @@ from trunk_trainers import random_tokens, trunk_config, trunk_source
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.model.trunk_source import texts_of
+from dlora.edge.model.cached_source import texts_of
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.kill_revive import KillReviveConfig
 

@@ -15,8 +15,8 @@ from children import need_bundle
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.files import write_atomically
+from dlora.edge.model.block_weights import encoded_width
 from dlora.edge.model.blocks import DeviceBlocks
-from dlora.edge.model.trunk_source import encoded_width
 
 FILE: Final = Path("benchmarks") / "trunk-storage.json"  # in docs
 ROUNDS: Final = 15

@@ -10,8 +10,10 @@ import numpy as np
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.edge.model.block_weights import encoded_width
+from dlora.edge.model.cached_source import CachedSource
+from dlora.edge.model.encoding_server import EncodingServer
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
-from dlora.edge.model.trunk_source import TrunkSource, encoded_width
 from dlora.edge.settings import Settings
 from dlora.edge.training.resolve import resolve_without_data
 from dlora.edge.training.resolved import Resolved
@@ -29,13 +31,14 @@ def random_tokens(manifest: Manifest, options: argparse.Namespace, count: int) -
     return ids, round(length * (1 - options.labelled))
 
 
-def trunk_source(bundle: Bundle, engine: Engine, url: str, cache: Path, count: int) -> TrunkSource:
+def trunk_source(bundle: Bundle, engine: Engine, url: str, cache: Path, count: int) -> CachedSource:
     """For a device with the last ``count`` blocks; nothing is kept yet."""
     manifest, codecs = bundle.manifest, Codecs.all("fp16")
     blocks = manifest.base_model.blocks - count
     owner = CacheOwner.of(manifest, blocks, encoded_width(manifest), codecs, "embeddings")
     kept = TrunkCache(cache, owner, limit=1 << 32)
-    return TrunkSource(bundle, engine, kept, blocks=blocks, codecs=codecs, connect=lambda: Connection(url))
+    server = EncodingServer(bundle, engine, lambda: Connection(url), blocks=blocks, codecs=codecs)
+    return CachedSource(bundle, engine, kept, server, codecs=codecs)
 
 
 def trunk_config(manifest: Manifest, options: argparse.Namespace, count: int) -> Resolved:

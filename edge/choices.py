@@ -24,10 +24,6 @@ OnWorse = Literal["warn", "stop"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 """How the learning rate goes after warm-up."""
 
-RunMode = Literal["split", "trunk", "local"]
-"""Where the base model's blocks run: all of them on the server, which exchanges with the device at every group; or the
-last ones on the device, which asks the server once for what comes out of the others; or all of them on the device."""
-
 EngineName = Literal["onnx", "executorch"]
 """What runs a bundle's graphs."""
 

@@ -18,7 +18,7 @@ from dlora.protocol.recording import read_recording
 
 
 def record_training(model: Tiny, url: str, directory: Path, dataset: Dataset, **changes: Any) -> Path:
-    """Record a run in the mode ``split``, of its ``total_steps``; an evaluation of all data follows."""
+    """Record a run in ``split``, of its ``total_steps``; an evaluation of all data follows."""
     with Recorder(directory) as recorder:
         recorder.add_examples((each.ids, each.label_positions) for each in dataset)
         run = config(**changes)
@@ -31,7 +31,7 @@ def record_training(model: Tiny, url: str, directory: Path, dataset: Dataset, **
 
 
 def record_trunk(model: Tiny, url: str, directory: Path, dataset: Dataset, blocks: tuple[int, ...]) -> Path:
-    """Record a run in the mode ``trunk``."""
+    """Record a run in ``trunk``."""
     with Recorder(directory) as recorder:
         recorder.add_examples((each.ids, each.label_positions) for each in dataset)
         run = trunk_config(blocks, total_steps=3)

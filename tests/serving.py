@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from dlora.cloud.serving.server import CloudServer, ServerSettings
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.opening import Opening, open_to_generate
 from dlora.edge.settings import Training
 from dlora.edge.training.resolved import ChosenAdapter, ChosenOptimizer, ChosenServer, Resolved
+from dlora.edge.training.side import ServerSide
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
@@ -118,9 +121,17 @@ def training(
     **settings: Any,
 ) -> Iterator[Trainer]:
     """A device's trainer, connected; by default it gives up on the first failure."""
-    opened = Bundle.open(bundle)
+    opened, window = Bundle.open(bundle), settings.pop("window", 1)
     with Connection(url, connecting) as connection:
-        yield Trainer(opened, OnnxEngine(opened, 1), connection, run, dataset, **settings)
+        make_side = partial(ServerSide, connection=connection, window=window)
+        yield Trainer(opened, OnnxEngine(opened, 1), make_side, run, dataset, **settings)
+
+
+def open_model(
+    bundle: Bundle, url: str | None, adapter: Path | None, *, context_length: int = 0, **changes: Any
+) -> AbstractContextManager[Any]:
+    """A saved adapter, or none, by default with all blocks on a server; ``changes``: of ``Opening``."""
+    return open_to_generate(Opening(bundle, url, adapter, **changes), context_length=context_length)
 
 
 def final_weights(trainer: Trainer) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from generating import generated
 from peft import PeftModel
 from peft_reference import loss_of
 from processes import run_edge
-from serving import RunningServer, config, randomize_all, serving, training
+from serving import RunningServer, config, open_model, randomize_all, serving, training
 from test_adapter_kinds import bits
 from test_cli import GOOD_ROW, Place, assert_fails
 from tiny import TinyFactory
@@ -29,7 +29,6 @@ from dlora.edge.data.invocation import find_invocation, uninvoked_line
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.context import Context
 from dlora.edge.model.evaluation import evaluate
-from dlora.edge.model.use import open_model
 from dlora.edge.training.resolved import Resolved
 from dlora.protocol.adapters import crossings
 from dlora.protocol.errors import CheckpointError, ProtocolError, UsageError

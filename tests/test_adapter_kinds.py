@@ -507,5 +507,5 @@ def test_two_micro_batches_share_a_quota_of_one(
         server.server.service.quotas.limits = QuotaLimits(live_bytes=int(1.6 * max(charged)))
         for _ in range(2):
             trainer.run_step()
-        assert trainer.connection.resumed == 0
+        assert trainer.side.crossed.resumed == 0
         assert trainer.steps_rerun == 0

@@ -239,8 +239,8 @@ def test_a_device_above_its_quota_waits_and_ends_with_the_same_bits(
         training(place.bundle, server.url, run(), data(), connecting=connecting) as trainer,
     ):
         found = after_all_steps(trainer)
-        assert trainer.connection.reconnects > 0
-        assert trainer.connection.resumed == trainer.connection.reconnects  # no step was run again
+        assert trainer.side.crossed.reconnects > 0
+        assert trainer.side.crossed.resumed == trainer.side.crossed.reconnects  # no step was run again
     assert clock.slept_s > 30
     for name, value in wanted.items():
         assert (found[name] == value).all(), name
@@ -282,7 +282,7 @@ def test_a_device_that_only_reports_is_charged_for_it(place: Place, base: BaseMo
         serving(base, quotas=QuotaLimits(compute_s_per_hour=1e-9)) as server,
         training(place.bundle, server.url, run(), data()) as trainer,
     ):
-        scores = np.ones(len(trainer.connection.session.units.states), np.float32)
+        scores = np.ones(len(trainer.side.crossed.session.units.states), np.float32)
         trainer.session.report(scores)
         trainer.session.wait_for_signal()
         trainer.session.report(scores)

@@ -569,9 +569,9 @@ def test_a_lost_server_does_not_hide_an_adapter(model: Tiny, data: Dataset, tmp_
     ) as trainer:
         for step in range(STEPS):
             if step == 2:
-                trainer.connection._disconnect()
+                trainer.side.crossed._disconnect()
             trainer.run_step()
-        assert trainer.connection.reconnects == 1
+        assert trainer.side.crossed.reconnects == 1
     seen, truth = opened(tmp_path)
     assert len(seen.openings) == 2
     adapter = finding(run_audit(seen, truth, model.base), "adapter")

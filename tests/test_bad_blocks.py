@@ -7,6 +7,7 @@ import io
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,11 +24,12 @@ from trunk_runs import trunk_config
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.block_weights import encoded_width
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.model.device_lora import DeviceLora
-from dlora.edge.model.local_source import LocalSource
-from dlora.edge.model.trunk_source import encoded_width
+from dlora.edge.model.embedding_source import EmbeddingSource
+from dlora.edge.training.side import DeviceSide
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import BundleError, DloraError, NonFiniteError
 from dlora.protocol.manifest import (
@@ -231,8 +233,8 @@ def train(path: Path) -> None:
     """A step with all blocks on the device, an evaluation, and tokens one after the other."""
     opened = Bundle.open(path)
     engine, vocabulary = OnnxEngine(opened, 1), opened.manifest.base_model.vocabulary_size
-    source, data = LocalSource(opened, engine), random_dataset(min(vocabulary, 97), 4)
-    trainer = Trainer(opened, engine, source, trunk_config((0, 1), is_local=True), data)
+    source, data = EmbeddingSource(opened, engine), random_dataset(min(vocabulary, 97), 4)
+    trainer = Trainer(opened, engine, partial(DeviceSide, source=source), trunk_config((0, 1), is_local=True), data)
     trainer.run_step()
     trainer.evaluate(data)
     blocks = DecodeBlocks(opened, engine, 2, DeviceLora())

@@ -170,7 +170,7 @@ def test_frame_limit_in_a_session_fits_its_answers(
         serving(tiny().base) as server,
         training(tiny().bundle, server.url, config(batch_size=12), data, ConnectSettings(retry=PATIENT)) as trainer,
     ):
-        connection, forward = trainer.connection, trainer.model._compute.forward
+        connection, forward = trainer.side.crossed, trainer.model._compute.forward
         largest = 0
 
         def count(frame: bytes) -> m.AnyMessage | None:

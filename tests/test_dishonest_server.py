@@ -319,8 +319,8 @@ def test_stop_works_while_the_server_reads_nothing(bundle: Path, manifest: Manif
         takes_no_more_than(server.url, 20_000) as url,
         training(bundle, url, config(batch_size=99), large, connecting) as trainer,
     ):
-        assert trainer.connection._socket is not None
-        trainer.connection._socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        assert trainer.side.crossed._socket is not None
+        trainer.side.crossed._socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         threading.Timer(0.5, asked.set).start()
         with pytest.raises(StoppedError):
             trainer.run_step()

@@ -6,7 +6,7 @@ import ctypes
 import json
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dlora.edge.engine import shim
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.executorch_engine import ExecutorchEngine
 from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.training.side import ServerSide
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.export.graphs import head_torch
@@ -272,7 +273,8 @@ def test_ten_steps_match_the_losses_of_onnx(tiny: TinyFactory, bundle: Path, kin
     opened = Bundle.open(bundle)
     for engine in (OnnxEngine(opened, 1), ExecutorchEngine(opened, 2)):
         with serving(base) as server, Connection(server.url) as connection:
-            trainer = Trainer(opened, engine, connection, run, random_dataset(VOCABULARY))
+            make_side = partial(ServerSide, connection=connection)
+            trainer = Trainer(opened, engine, make_side, run, random_dataset(VOCABULARY))
             randomize_all(trainer)
             losses.append([trainer.run_step().loss for _ in range(run.total_steps)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)

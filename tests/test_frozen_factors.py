@@ -18,7 +18,7 @@ from families import VOCABULARY, tiny_model
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from serving import RunningServer, config, random_dataset, randomize_all, serving, training
+from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
 from test_adapter_kinds import KILLING, bits, count_set_up_traffic, lose_sessions
 from tiny import TinyFactory
 from torch import Tensor
@@ -35,7 +35,6 @@ from dlora.edge.data.batches import MicroBatch, evaluation_batches
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.evaluation import evaluate
-from dlora.edge.model.use import open_model
 from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.trainer import Trainer

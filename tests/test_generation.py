@@ -18,7 +18,7 @@ from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 from generating import generated, generated_while_sessions_are_lost
 from peft import PeftModel
 from proxy import payloads, recording_proxy
-from serving import RunningServer, config, random_dataset, randomize_all, serving, training
+from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
 from test_parts import WITHOUT_CACHE
 from tiny import TinyFactory
 from waiting import PassingClock, eventually
@@ -31,7 +31,6 @@ from dlora.edge.generation.generate import TokenAnswer
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
 from dlora.edge.model.split import SplitModel
-from dlora.edge.model.use import open_model
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.errors import DataError, DloraError, RefusedError
 
@@ -473,6 +472,6 @@ def test_a_text_that_outgrows_its_server_is_refused_in_one_line(bundle: Path, se
     """A server that took over and has less room."""
     with (
         open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=16) as opened,
-        pytest.raises(DloraError, match="the text has 17 tokens, the server has room for 16; begin anew"),
+        pytest.raises(DloraError, match="the text has 17 tokens, there is room for 16; begin anew"),
     ):
         Context(opened).logits(np.full(17, 5))

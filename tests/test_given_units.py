@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from drawn import one_in
 from families import VOCABULARY
-from serving import RunningServer, config, random_dataset, randomize_all, serving, training
+from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
 from test_adapter_kinds import bits, lose_sessions
 from tiny import TinyFactory
 from waiting import eventually
@@ -19,7 +19,6 @@ from waiting import eventually
 from dlora.cloud.serving.session_loop import SessionLoop
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.model.evaluation import evaluate
-from dlora.edge.model.use import open_model
 from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connecting import ConnectSettings, Retry

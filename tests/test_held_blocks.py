@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from serving import final_weights, random_dataset, randomize, serving
@@ -19,8 +20,10 @@ from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model import blocks as blocks_module
 from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.model.held_cache import held_path
-from dlora.edge.run.trunk_run import open_local_source
+from dlora.edge.run.blocks import open_blocks
+from dlora.edge.settings import Placement
 from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connecting import ConnectSettings
 from dlora.protocol.controller import Controller
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
@@ -29,6 +32,7 @@ from dlora.protocol.kill_revive import KillReviveConfig
 BLOCKS = (1, 2, 3)
 STEPS = 16  # of three examples each: four epochs
 # Of the units, blocks 1 to 3: the last one is trained.
+FRESH = {"is_new": True, "connecting": ConnectSettings(), "warn": print}
 LAST_ONLY = {"score": "static", "static": (2,), "on_kill": "hold_forward"}
 TWO_AT_A_TIME = {
     "active_fraction": 0.6, "score": "random", "on_kill": "hold_forward", "warmup_steps": 0, "warmup_fraction": 0.0,
@@ -188,8 +192,9 @@ def test_killed_blocks_are_skipped_where_all_blocks_are_here(
         engine = OnnxEngine(bundle, 1)
         out = tmp_path / str(len(losses))
         out.mkdir()
-        with open_local_source(bundle, engine, out, cache_mb=cache_mb, key=of_key) as source:
-            trainer = Trainer(bundle, engine, source, settings, texts)
+        settings = msgspec.structs.replace(settings, placement=Placement(cache_mb=cache_mb))
+        with open_blocks(bundle, engine, settings, out, key=of_key, **FRESH) as blocks:
+            trainer = Trainer(bundle, engine, blocks.make_side, settings, texts)
             randomize(trainer)
             passes.clear()
             losses[cache_mb, of_key] = run(trainer, STEPS)
@@ -200,10 +205,11 @@ def test_killed_blocks_are_skipped_where_all_blocks_are_here(
     assert kept == sealed
     assert np.allclose(kept, computed, rtol=1e-5)
     with (
-        open_local_source(bundle, engine, out, cache_mb=9, key=None) as source,  # as encrypted as it was, or not at all
+        # As encrypted as it was, or not at all.
+        open_blocks(bundle, engine, settings, out, key=None, **FRESH) as blocks,
         pytest.raises(CheckpointError, match="is encrypted; give its --cache-key-file"),
     ):
-        Trainer(bundle, engine, source, settings, texts).run_step()
+        Trainer(bundle, engine, blocks.make_side, settings, texts).run_step()
 
 
 def test_data_that_are_passed_over_once_are_not_held(

@@ -52,8 +52,8 @@ def test_a_server_that_computes_answers_pings(
         step = threading.Thread(target=trainer.run_step)
         step.start()
         assert busy.begun.wait(WAIT_S)
-        assert trainer.connection._socket is not None
-        pong = trainer.connection._socket.ping()
+        assert trainer.side.crossed._socket is not None
+        pong = trainer.side.crossed._socket.ping()
         assert pong.wait(WAIT_S)
         assert step.is_alive()
         busy.may_end.set()

@@ -1,9 +1,10 @@
-"""Training in the mode ``local``: all blocks on the device, no server; what torch and PEFT do in one process."""
+"""Training in ``local``: all blocks on the device, no server; what torch and PEFT do in one process."""
 
 from __future__ import annotations
 
 import json
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.data.batches import pack
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.model.local_source import LocalSource
+from dlora.edge.model.embedding_source import EmbeddingSource
+from dlora.edge.training.side import DeviceSide
 from dlora.edge.training.trainer import Trainer
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
@@ -38,7 +40,7 @@ def local_training(bundle: Path, blocks: int, **changes: object) -> Trainer:
     engine = OnnxEngine(opened, 1)
     run = trunk_config(tuple(range(blocks)), is_local=True, **changes)
     data = random_dataset(opened.manifest.base_model.vocabulary_size)
-    return Trainer(opened, engine, LocalSource(opened, engine), run, data)
+    return Trainer(opened, engine, partial(DeviceSide, source=EmbeddingSource(opened, engine)), run, data)
 
 
 # What stands between embeddings and block 0: a row for each position, nothing, a factor.

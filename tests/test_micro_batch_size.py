@@ -110,7 +110,7 @@ def test_a_step_that_is_cut_has_the_gradients_of_one_that_is_not(model: Model, s
             serving(model.base, max_tokens=max_tokens) as server,
             training(model.bundle, server.url, run, dataset) as trainer,
         ):
-            assert trainer.connection.welcome.packs == model.packs
+            assert trainer.side.crossed.welcome.packs == model.packs
             shapes.clear()
             found.append(gradients(trainer))
     assert len(shapes) > 4
@@ -144,8 +144,8 @@ def test_a_run_that_goes_on_at_a_smaller_server_is_cut_for_it(model: Model, shap
         training(model.bundle, server.url, config(batch_size=6, total_steps=2), dataset) as trainer,
     ):
         trainer.run_step()
-        smaller = msgspec.structs.replace(trainer.connection.welcome, max_tokens=MAX_TOKENS)
-        trainer.connection.session.welcome = smaller
+        smaller = msgspec.structs.replace(trainer.side.crossed.welcome, max_tokens=MAX_TOKENS)
+        trainer.side.crossed.session.welcome = smaller
         shapes.clear()
         trainer.run_step()
         trainer.wait_for_signal()

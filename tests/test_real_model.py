@@ -57,7 +57,8 @@ def test_twelve_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess, 
         total_steps=12, batch_size=4, rank=8, lora_alpha=16.0, optimizer={"lr": 1e-3, "weight_decay": 0.01}
     )
     with training(FP32, server.url, run, dataset) as trainer:
-        start = reference.with_adapters(load_base_model(str(smollm2)).model, trainer.adapters, run.adapter.rank, run.adapter.alpha)
+        scale = run.adapter.rank, run.adapter.alpha
+        start = reference.with_adapters(load_base_model(str(smollm2)).model, trainer.adapters, *scale)
         losses = [trainer.run_step().loss for _ in range(run.total_steps)]
     torch.set_num_threads(1)
     parameters = [parameter for parameter in start.parameters() if parameter.requires_grad]
@@ -174,11 +175,11 @@ def test_answers_are_those_of_peft(
     import torch
     from generating import generated
     from peft import PeftModel
+    from serving import open_model
 
     from dlora.cloud.model.base_model import load_base_model
     from dlora.edge.data.tokenizer import EdgeTokenizer
     from dlora.edge.engine.bundle import Bundle
-    from dlora.edge.model.use import open_model
 
     need(FP32)
     done = run_edge(

@@ -202,7 +202,7 @@ def test_a_run_that_is_not_done_has_a_page(tmp_path: Path) -> None:
 
 
 def test_steps_without_a_server_have_a_page(tmp_path: Path) -> None:
-    """As in the modes trunk, which asks before the first step, or tells of no server's time, and local."""
+    """As in trunk, which asks before the first step, or tells of no server's time, and local."""
     out = write_run(tmp_path / "run", 1, device_blocks="all")
     silent: dict[str, Any] = {"server_compute_s": 0.0, "server_queued_s": 0.0}
     for changes, said in (

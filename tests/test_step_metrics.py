@@ -1,4 +1,4 @@
-"""What a step says of itself: bytes by role, and where its time went, in each mode."""
+"""What a step says of itself: bytes by role, and where its time went, wherever blocks run."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_steps_without_a_server_wait_for_none(model: Tiny, tmp_path: Path) -> No
     with serving(model.base) as server:
         with trunk_training(model.bundle, server.url, trunk_config((1, 2)), data, tmp_path / "cache") as trainer:
             filled = steps_of(trainer)
-            assert trainer.connection.welcome is not None
+            assert trainer.side.crossed.welcome is not None
         asked_each_time = trunk_training(
             model.bundle, server.url, trunk_config((1, 2)), data, tmp_path / "none", limit=0, fill=False
         )
@@ -99,4 +99,4 @@ def test_steps_on_the_device_alone_have_no_wire(tiny: TinyFactory) -> None:
     for step in steps_of(trainer):
         check_sums(step)
         assert (step.bytes_up, step.bytes_down, step.waiting_s, step.server_compute_s) == (0, 0, 0.0, 0.0)
-    assert trainer.connection.welcome is None
+    assert trainer.side.crossed.welcome is None

@@ -52,8 +52,8 @@ def test_stop_works_while_each_step_loses_its_session(
             nonlocal lost
             lost += 1
             assert lost < 10, "it was asked to stop"
-            trainer.connection._resume_token = bytes(32)
-            trainer.connection._disconnect()
+            trainer.side.crossed._resume_token = bytes(32)
+            trainer.side.crossed._disconnect()
             return forward(*given, **more)
 
         monkeypatch.setattr(trainer.model._compute, "forward", lose_the_session)

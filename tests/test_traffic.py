@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 from families import VOCABULARY
 from proxy import CLOSE, payloads, read_frames, recording_proxy
-from serving import RunningServer, config, random_dataset, serving, training
+from serving import RunningServer, config, open_model, random_dataset, serving, training
 from tiny import TinyFactory
 
 from dlora.edge.data.batches import MicroBatch, evaluation_batches
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.evaluation import evaluate
-from dlora.edge.model.use import open_model
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.adapters import crossings, kind_of
 from dlora.protocol.choices import WireDtype
@@ -96,7 +95,7 @@ def even_dataset() -> Dataset:
 
 def check_steps(trainer: Trainer, steps: int) -> None:
     """Each step's counted traffic is the formula's; the signal of a step comes with the next one."""
-    session = trainer.connection.session
+    session = trainer.side.crossed.session
     ticket_bytes = len(trainer.session.ticket)
     unit_count = len(trainer.adapters.units)
     waiting = 0
@@ -189,7 +188,7 @@ def test_without_an_adapter_no_group_exchanges(bench: Bench, wire_dtype: WireDty
 def test_an_evaluation_costs_its_forward_pass(bench: Bench) -> None:
     dataset = random_dataset(VOCABULARY)
     with training(bench.bundle, bench.server.url, config(), dataset) as trainer:
-        session = trainer.connection.session
+        session = trainer.side.crossed.session
         before = session.counters
         trainer.evaluate(dataset)
         wanted = expected(trainer, list(evaluation_batches(dataset, 3)), [1] * BLOCKS, train=False)
@@ -214,7 +213,7 @@ def test_the_sockets_carry_the_counted_bytes_and_their_framing(bench: Bench) -> 
             trainer.run_step()
             trainer.run_step()
             trainer.wait_for_signal()
-            session = trainer.connection.session
+            session = trainer.side.crossed.session
         (recording,) = proxy.recordings
     for raw, counted, masked in (
         (recording.up, session.bytes_sent, True),

@@ -1,4 +1,4 @@
-"""Training in the mode ``trunk``: what torch and PEFT do, without a server once its answers are there."""
+"""Training in ``trunk``: what torch and PEFT do, without a server once its answers are there."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from waiting import eventually
 
 from dlora.edge.data.batches import pack
 from dlora.edge.data.examples import Dataset
+from dlora.edge.model.cached_source import texts_of
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache, most_bytes, record_bytes, text_digest
-from dlora.edge.model.trunk_source import TrunkSource, texts_of
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.wire_codecs import encode_floats
 
@@ -76,9 +76,8 @@ def test_once_the_cache_is_full_no_server_is_needed(model: Tiny, data: Dataset, 
             ) as trainer:  # another process would do as this does: it finds the cache
                 finals.append(([trainer.run_step().loss for _ in range(6)], final_weights(trainer)))
                 assert trainer.traffic == (0, 0)
-                assert isinstance(trainer.connection, TrunkSource)
                 # What it says of an earlier process's traffic; the rest is greetings.
-                assert 0.8 * (up + down) < trainer.connection.kept_bytes < up + down
+                assert 0.8 * (up + down) < trainer.model._source.kept_bytes < up + down
         assert up > 0
         assert down > 0
     assert finals[0][0] == finals[1][0]

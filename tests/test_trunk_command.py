@@ -1,4 +1,4 @@
-"""Runs in the mode ``trunk`` by the real commands: without a server once it has answered, and to the same bits."""
+"""Runs in ``trunk`` by the real commands: without a server once it has answered, and to the same bits."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from dlora.edge.data.batches import pack
 from dlora.edge.data.loading import Reading, load_datasets
 from dlora.edge.data.read_settings import ReadSettings
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.run.blocks import CACHE
 from dlora.edge.run.file_names import METRICS
-from dlora.edge.run.trunk_run import CACHE
 from dlora.edge.training.metrics import iterate_metrics
 from dlora.protocol import messages as m
 from dlora.protocol.controller import Controller

@@ -1,4 +1,4 @@
-"""``generate``, ``chat``, ``serve`` and ``evaluate`` in the mode ``trunk``, as their users meet it."""
+"""``generate``, ``chat``, ``serve`` and ``evaluate`` in ``trunk``, as their users meet it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPT = ("--prompt", "w5 w6", "--max-new-tokens", 8)
 
 @dataclass
 class Place:
-    """An adapter of the last two blocks of three that was trained in the mode ``trunk``, and one that was not."""
+    """An adapter of the last two blocks of three that was trained in ``trunk``, and one that was not."""
 
     model: Tiny
     server: RunningServer
@@ -62,7 +62,7 @@ def answer(*words: object) -> dict[str, Any]:
 
 
 def test_an_adapter_answers_in_the_mode_that_it_was_trained_in_or_another(place: Place) -> None:
-    """The same words each time; in the mode trunk a token is a round trip."""
+    """The same words each time; in trunk a token is a round trip."""
     as_trained, split, other = (
         answer(*place.words(adapter, *PROMPT, "--draft", 0, *mode))
         for adapter, mode in ((place.trained, ()), (place.trained, ("--device-blocks", "0")), (place.other, ()))
@@ -95,7 +95,7 @@ def test_evaluate_finds_the_loss_of_split_and_sends_texts_only(place: Place, tmp
 
 
 def test_blocks_that_are_stored_otherwise_than_in_training_are_said(place: Place, tmp_path: Path) -> None:
-    """In the modes that run them, by every command that does."""
+    """By every command that runs them."""
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"text": "w5 w6 w7"}) + "\n")
     training = TrainingRecord(

@@ -1,4 +1,4 @@
-"""Generation in the modes ``trunk`` and ``local`` gives the tokens of PEFT, and of the mode ``split``."""
+"""Generation in ``trunk`` and ``local`` gives the tokens of PEFT, and of ``split``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from families import tiny_model
 from generating import generated, generated_while_sessions_are_lost, save_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from proxy import payloads, recording_proxy
-from serving import RunningServer, serving
+from serving import RunningServer, open_model, serving
 from test_generation import SAMPLING, generated_by_peft
 from tiny import Tiny, TinyFactory
 
@@ -31,10 +31,6 @@ from dlora.edge.model import decode_blocks
 from dlora.edge.model.context import Context
 from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.model.generating import GeneratingModel
-from dlora.edge.model.local_use import open_local_generator
-from dlora.edge.model.trunk_generator import TrunkGenerator
-from dlora.edge.model.trunk_use import open_trunk
-from dlora.edge.model.use import open_model
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import BundleError, DataError, NonFiniteError, UsageError
@@ -64,10 +60,10 @@ def adapter(model: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opening(
     model: Tiny | Path, server: RunningServer, adapter: Path | None, **settings: Any
-) -> AbstractContextManager[TrunkGenerator]:
-    settings = {"wire_dtype": "fp32", "context_length": 64, **settings}
+) -> AbstractContextManager[Any]:
+    settings = {"wire_dtype": "fp32", "context_length": 64, "device_blocks": settings.pop("blocks", None), **settings}
     bundle = Bundle.open(model if isinstance(model, Path) else model.bundle)
-    return open_trunk(bundle, settings.pop("url", server.url), adapter, **settings)
+    return open_model(bundle, settings.pop("url", server.url), adapter, **settings)
 
 
 def answer_of(model: GeneratingModel | Context, prompt: list[int], draft_length: int = 0) -> TokenAnswer:
@@ -84,7 +80,7 @@ def answer_of(model: GeneratingModel | Context, prompt: list[int], draft_length:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", *one_in(2, ["gemma2", "gemma3_text", "phi3", "qwen3"])])
 def test_greedy_tokens_are_those_of_peft(family: str, tiny: TinyFactory, tmp_path: Path) -> None:
-    """Without drafts, with the length that pays, and with long ones that mostly miss; as in the mode split."""
+    """Without drafts, with the length that pays, and with long ones that mostly miss."""
     untied = {"tie_word_embeddings": False}  # else some repeat one token for ever
     check_tokens(tiny(family, head_dtype="fp32", device_blocks=2, **untied), family, (1,), tmp_path, **untied)
 
@@ -109,10 +105,10 @@ def check_tokens(
     bundle, settings = Bundle.open(model.bundle), {"wire_dtype": "fp32", "context_length": 64}
     with (
         serving(model.base) as server,
-        open_trunk(bundle, server.url, out, **settings) as trunk,
+        open_model(bundle, server.url, out, device_blocks=None, **settings) as trunk,
         open_model(bundle, server.url, out, **settings) as split,
     ):
-        assert trunk.connection.session.groups == ()
+        assert trunk._source.crossed.encoder.connection.session.groups == ()
         context = Context(trunk)
         for prompt in PROMPTS:
             wanted = generated_by_peft(reference, prompt, TOKENS)
@@ -156,13 +152,13 @@ def test_drafts_change_nothing_on_narrower_wires(
 def test_all_blocks_on_the_device_give_pefts_tokens_without_a_server(
     family: str, tiny: TinyFactory, tmp_path: Path
 ) -> None:
-    """In the mode local; an adapter that acts on answers, and one that acts everywhere."""
+    """An adapter that acts on answers, and one that acts everywhere."""
     bundle = Bundle.open(tiny(family, device_blocks=2, head_dtype="fp32").bundle)
     for invocation in ((), INVOCATION):
         out = tmp_path / str(invocation)
         save_lora(bundle.path, out, blocks=(0, 1), invocation=invocation)
         reference = PeftModel.from_pretrained(tiny_model(family), out).eval()
-        with open_local_generator(bundle, out, context_length=48) as local:
+        with open_model(bundle, None, out, device_blocks=2, context_length=48) as local:
             context = Context(local)
             wanted = [generated_by_peft(reference, prompt, TOKENS) for prompt in PROMPTS]
             for draft_length in (0, None, 4):
@@ -211,7 +207,7 @@ def test_a_lost_server_is_given_the_text_again_and_the_device_keeps_its_part(
             trunk, server, PROMPTS[1], TOKENS, SAMPLING, draft_length
         )
         assert found == wanted
-        assert trunk.connection.reconnects == 2
+        assert trunk._source.crossed.reconnects == 2
     wrong = counters.drafted - counters.accepted
     assert sum(appended) == len(PROMPTS[1]) + TOKENS - 1 + wrong
 

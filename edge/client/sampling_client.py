@@ -21,8 +21,7 @@ from dlora.edge.generation.prompt import Prompt
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
 from dlora.edge.model.generating import GeneratingModel
-from dlora.edge.model.local_use import open_local_generator
-from dlora.edge.model.use import open_model
+from dlora.edge.model.opening import Opening, open_to_generate
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.identity import load_device_id
@@ -83,18 +82,11 @@ class SamplingClient:
         opened, path = Bundle.open(Path(bundle)), None if adapter is None else Path(adapter)
         with ExitStack() as stack:
             words = tokenizer or stack.enter_context(prompt_tokenizer(opened))  # before there is an engine
-            model: GeneratingModel
-            if server is None:
-                model = stack.enter_context(
-                    open_local_generator(opened, path, context_length=context_length, threads=threads, engine=engine)
-                )
-            else:
-                model = stack.enter_context(
-                    open_model(
-                        opened, server, path, wire_dtype=wire_dtype, context_length=context_length, threads=threads,
-                        engine=engine, connecting=connect_settings(credentials, max_retry_s),
-                    )
-                )
+            opening = Opening(
+                opened, server, path, opened.manifest.base_model.blocks if server is None else 0, wire_dtype,
+                threads=threads, engine=engine, connecting=connect_settings(credentials, max_retry_s),
+            )  # fmt: skip
+            model = stack.enter_context(open_to_generate(opening, context_length=context_length))
             yield cls(model, words)
 
     def sample(

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -26,8 +27,8 @@ from dlora.edge.data.prompt import PromptTokenizer, prompt_tokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
 from dlora.edge.engine.engine import Engine
+from dlora.edge.model.embedding_source import EmbeddingSource
 from dlora.edge.model.ends import LossGradient
-from dlora.edge.model.local_source import LocalSource
 from dlora.edge.seeds import draw_seed
 from dlora.edge.settings import Optimizer, Settings
 from dlora.edge.training.adapter_training import AdapterTraining, OptimizerStep, trainer_state
@@ -35,6 +36,7 @@ from dlora.edge.training.checkpoint import Checkpoint, load_latest
 from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS
 from dlora.edge.training.resolve import resolve
 from dlora.edge.training.resolved import ChosenOptimizer, Resolved
+from dlora.edge.training.side import DeviceSide, MakeSide, ServerSide
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
@@ -384,16 +386,22 @@ class _Opening:
             config = msgspec.structs.replace(config, seed=run.seed)
             if config.optimizer.lr is None:
                 config = config.with_rate(run.settings["optimizer.lr"])
-        server = config.server.server
-        opening: AbstractContextManager[Connection | LocalSource] = (
-            closing(LocalSource(self.bundle, self.engine)) if server is None else Connection(server, self.connecting)
-        )
-        with opening as source:
+        with self._make_side() as make_side:
             given: dict[str, Any] = {"init": self.init, "checkpoint": checkpoint}
             if self.dataset is None:
-                yield AdapterTraining(self.bundle, self.engine, source, config, _NO_DATA, **given)
+                yield AdapterTraining(self.bundle, self.engine, make_side, config, _NO_DATA, **given)
             else:
-                yield Trainer(self.bundle, self.engine, source, config, self.dataset, begins=False, **given)
+                yield Trainer(self.bundle, self.engine, make_side, config, self.dataset, begins=False, **given)
+
+    @contextmanager
+    def _make_side(self) -> Iterator[MakeSide]:
+        server = self.config.server.server
+        if server is None:
+            with closing(EmbeddingSource(self.bundle, self.engine)) as source:
+                yield partial(DeviceSide, source=source)
+        else:
+            with Connection(server, self.connecting) as connection:
+                yield partial(ServerSide, connection=connection)
 
     def open_sampling(
         self, adapter: Path, tokenizer: PromptTokenizer

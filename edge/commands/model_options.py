@@ -18,6 +18,7 @@ from .settings_options import takes_settings
 if TYPE_CHECKING:
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.model.generating import GeneratingModel
+    from dlora.edge.model.opening import Opening
     from dlora.edge.model.split import SplitModel
     from dlora.edge.model.trunk import TrunkModel
     from dlora.edge.wire.credentials import Credentials
@@ -99,52 +100,30 @@ class UsedModel:
 
         Args:
             bundle: the one that the settings name.
-            context_length: as ``open_model`` has it.
+            context_length: as ``open_to_generate`` has it.
             longest_outage_s: of the server, from the first connection on, where the settings say nothing.
             should_stop: asked while the server is waited for.
             recorder: keeps what crosses.
 
-        Raises what ``open_model``, ``open_trunk`` and ``open_local_generator`` do, and ``UsageError`` for a server that
-        is lacking.
+        Raises what ``open_to_generate`` does.
         """
-        from dlora.edge.model.local_use import open_local_generator
-        from dlora.edge.model.trunk_use import open_trunk
-        from dlora.edge.model.use import open_model
+        from dlora.edge.model.opening import open_to_generate
 
-        adapter, count, device = self.find_adapter(), self.device_blocks(bundle), self.settings.device
-        self._warn_of_storage(bundle, count)
-        if count == bundle.manifest.base_model.blocks:
-            return open_local_generator(
-                bundle, adapter, context_length=context_length, threads=device.threads, engine=device.engine
-            )
-        asking = self._asking(credentials, longest_outage_s, should_stop, recorder)
-        if count:
-            asking["blocks"] = self._asked_blocks(count)
-            return open_trunk(bundle, self._server(), adapter, context_length=context_length, **asking)
-        return open_model(bundle, self._server(), adapter, context_length=context_length, **asking)
+        opening = self._opening(bundle, credentials, longest_outage_s, should_stop, recorder)
+        return open_to_generate(opening, context_length=context_length)
 
     def open_to_evaluate(
         self, bundle: Bundle, credentials: Credentials, longest: int, recorder: Recorder | None
-    ) -> AbstractContextManager[SplitModel] | AbstractContextManager[TrunkModel]:
+    ) -> AbstractContextManager[SplitModel | TrunkModel]:
         """The model, connected where it has to be. ``longest``: tokens of the longest example."""
-        from dlora.edge.model.local_use import open_local
-        from dlora.edge.model.trunk_use import open_trunk_to_evaluate
-        from dlora.edge.model.use import open_model
+        from dlora.edge.model.opening import open_to_evaluate
 
-        adapter, count, device = self.find_adapter(), self.device_blocks(bundle), self.settings.device
-        self._warn_of_storage(bundle, count)
-        if count == bundle.manifest.base_model.blocks:
-            return open_local(bundle, adapter, longest=longest, threads=device.threads, engine=device.engine)
-        asking = self._asking(credentials, recorder=recorder)
-        if count:
-            asking["blocks"] = self._asked_blocks(count)
-            return open_trunk_to_evaluate(bundle, self._server(), adapter, longest=longest, **asking)
-        return open_model(bundle, self._server(), adapter, **asking)
+        return open_to_evaluate(self._opening(bundle, credentials, recorder=recorder), longest=longest)
 
     def check_server(self, bundle: Bundle) -> None:
         """Raise ``UsageError`` where a server is needed and none is named."""
-        if self.device_blocks(bundle) < bundle.manifest.base_model.blocks:
-            self._server()
+        if self.settings.server.server is None and self.device_blocks(bundle) < bundle.manifest.base_model.blocks:
+            raise UsageError("--server is missing, which runs blocks; --device-blocks all needs none")
 
     def warn_of_server(self, bundle: Bundle) -> None:
         """Say where a server is to be told what an adapter computes that was trained without, or is not asked."""
@@ -166,36 +145,35 @@ class UsedModel:
         if count and (line := other_storage_line(bundle.manifest, self.find_adapter())):
             warn(line)
 
-    def _asked_blocks(self, count: int) -> int | None:
-        """As many as were asked for; None: as few as hold the adapter."""
-        return None if self.settings.placement.device_blocks == "auto" else count
-
-    def _server(self) -> str:
-        if self.settings.server.server is None:
-            raise UsageError("--server is missing, which runs blocks; --device-blocks all needs none")
-        return self.settings.server.server
-
-    def _asking(
+    def _opening(
         self,
+        bundle: Bundle,
         credentials: Credentials,
         longest_outage_s: float | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         recorder: Recorder | None = None,
-    ) -> dict[str, Any]:
-        """What the ways to open a model take that ask a server."""
+    ) -> Opening:
+        from dlora.edge.model.opening import Opening
         from dlora.edge.wire.connecting import ConnectSettings, Retry
         from dlora.edge.wire.identity import load_device_id
 
-        server, device = self.settings.server, self.settings.device
+        server, device, adapter = self.settings.server, self.settings.device, self.find_adapter()
+        count = self.device_blocks(bundle)
+        self._warn_of_storage(bundle, count)
+        is_all = count == bundle.manifest.base_model.blocks
+        # What the adapter was trained with says that there are some, and it itself how many are needed.
+        is_open = self.settings.placement.device_blocks == "auto" and count and not is_all
         longest_s = longest_outage_s if server.max_retry_s is None else server.max_retry_s
-        retry = Retry(max_s=longest_s, at_start=bool(server.max_retry_s))
         connecting = ConnectSettings(
-            credentials, load_device_id(warn=warn), retry, say=warn, should_stop=should_stop, recorder=recorder
+            credentials,
+            load_device_id(warn=warn),
+            Retry(max_s=longest_s, at_start=bool(server.max_retry_s)),
+            say=warn,
+            should_stop=should_stop,
+            recorder=recorder,
         )
-        return {
-            "wire_dtype": server.wire_dtype,
-            "send": server.send,
-            "threads": device.threads,
-            "engine": device.engine,
-            "connecting": connecting,
-        }
+        assert server.wire_dtype is not None
+        return Opening(
+            bundle, None if is_all else server.server, adapter, None if is_open else count, server.wire_dtype,
+            server.send, device.threads, device.engine, connecting,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Array
 from dlora.protocol.errors import BundleError
-from dlora.protocol.manifest import BlockSpec, DeviceBlocksSpec, GraphSpec, TensorSpec
+from dlora.protocol.manifest import BlockSpec, DeviceBlocksSpec, GraphSpec, Manifest, TensorSpec
 from dlora.protocol.tensors import FloatArray, IntArray
 
 LORA: Final = (".lora_A", ".lora_B")  # what names of a block's graph inputs end in; docs/bundle.md has them all
@@ -93,3 +93,14 @@ class BlockWeights:
             else:
                 raise BundleError(f"block {self.spec.index} has no {tensor.name}, which its graph takes; export again")
         return found
+
+
+def encoded_width(manifest: Manifest) -> int:
+    """Width of the hidden states that go into the blocks on the device. Raises ``BundleError`` for a bundle without."""
+    blocks = manifest.device_blocks
+    if blocks is None:
+        raise BundleError("the bundle has no blocks for a device; export it again with --device-blocks")
+    for tensor in manifest.graph("block_forward", blocks.blocks[0].graph).inputs:
+        if tensor.name == "x" and len(tensor.shape) == 2 and isinstance(width := tensor.shape[1], int) and width > 0:
+            return width
+    raise BundleError("the bundle's block_forward takes no hidden states; export it again")

@@ -15,7 +15,7 @@ from .ends import LongArray
 def check_room(ids: LongArray, limit: int) -> None:
     """Raise ``DataError`` for a text that is longer than there is room for."""
     if len(ids) > limit:
-        raise DataError(f"the text has {len(ids)} tokens, the server has room for {limit}; begin anew")
+        raise DataError(f"the text has {len(ids)} tokens, there is room for {limit}; begin anew")
 
 
 def decode_parts(

@@ -1,44 +1,81 @@
-"""A model to generate with whose last blocks run here, with adapters in them, and keep their keys and values here."""
+"""A model to generate with whose last blocks run here, with adapters in them, and keep their keys and values here.
+
+What comes into the first of these for new tokens a source gives: in one round trip a server that keeps the others' keys
+and values, or the embeddings, where all blocks run here. Adapters and logits never leave.
+"""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 
 import numpy as np
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.edge.wire.usage import WireCounters
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.tensors import FloatArray
 
 from .decode_blocks import DecodeBlocks
+from .decode_parts import check_room
 from .ends import Head, LongArray
+from .source import TokenSource
 
 
-class DeviceGenerator(ABC):
-    """What the modes ``trunk`` and ``local`` share of a ``GeneratingModel``: they differ in what comes into the blocks.
+class DeviceGenerator:
+    """As ``GeneratingModel`` has it.
 
     Args:
         blocks: with the adapters.
-        invocation: the tokens from which on these act; none: everywhere.
+        source: of what comes into the first of them.
+        context_length: the most tokens of a text; fewer where source or blocks have no room for as many.
+        invocation: the tokens from which on adapters act; none: everywhere.
 
     Attributes:
         compute_seconds: that this device has computed so far, without the embedding.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, blocks: DecodeBlocks, invocation: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        blocks: DecodeBlocks,
+        source: TokenSource,
+        *,
+        context_length: int,
+        invocation: tuple[int, ...] = (),
+    ) -> None:
         self.invocation = invocation
         self.compute_seconds = 0.0
         self._blocks = blocks
+        self._source = source
+        self._context_length = context_length
         self._head = Head(bundle, engine)
         self._last: list[FloatArray] = []  # last hidden states of the last tokens of this call
+        self._acts_from = self._count = 0  # likewise
+
+    @property
+    def counters(self) -> WireCounters:
+        """What crossed so far."""
+        return self._source.crossed.counters
+
+    @property
+    def context_limit(self) -> int:
+        """The most tokens of a context."""
+        return min(self._context_length, self._source.context_limit, self._blocks.limit)
+
+    @property
+    def length(self) -> int:
+        """How many tokens the blocks have had, for the source."""
+        return self._blocks.length
 
     def extend(self, ids: LongArray, known: int, acts_from: int, count: int) -> tuple[FloatArray, int]:
         """As ``GeneratingModel`` has it."""
+        check_room(ids, self.context_limit)
         self._blocks.crop(known)
         self._last.clear()
-        held = self._take_in(ids, acts_from, count)
+        self._acts_from, self._count = acts_from, count
+        held = self._source.feed(ids, count, self)
         started = time.perf_counter()
         logits = self._head.logits(np.concatenate(self._last)[-count:])
         self.compute_seconds += time.perf_counter() - started
@@ -47,20 +84,13 @@ class DeviceGenerator(ABC):
             raise NonFiniteError(text)
         return logits, held
 
-    @abstractmethod
-    def _take_in(self, ids: LongArray, acts_from: int, count: int) -> int:
-        """Give the blocks, by ``_append``, what comes into them for the tokens of a text that they have not seen.
-
-        Returns how many of its tokens need not be sent again.
-        """
-
-    def _append(self, hidden_states: FloatArray, acts_from: int, count: int) -> None:
-        """Run the blocks on the next tokens; those before ``acts_from`` go through without adapters."""
+    def append(self, hidden_states: FloatArray) -> None:
+        """Run the blocks on the next tokens, for the source; the first go through without adapters."""
         started = time.perf_counter()
-        without = min(max(0, acts_from - self._blocks.length), len(hidden_states))
+        without = min(max(0, self._acts_from - self._blocks.length), len(hidden_states))
         for rows, acts in ((hidden_states[:without], False), (hidden_states[without:], True)):
             if len(rows):
-                self._last.append(self._blocks.append(rows, with_lora=acts)[-count:].copy())
+                self._last.append(self._blocks.append(rows, with_lora=acts)[-self._count :].copy())
         self.compute_seconds += time.perf_counter() - started
 
     def release_weights(self) -> None:

@@ -97,12 +97,12 @@ class Encoder:
         session: one that is open.
 
     Attributes:
-        connection: that of the session.
+        session, and its connection.
     """
 
     def __init__(self, session: EncodeSession, embedding: Embedding, codecs: Codecs, send: Send) -> None:
         self.connection = session.connection
-        self._session = session
+        self.session = session
         self._embedding = embedding
         self._codec = codecs.of(TensorRole.EMBEDDINGS)
         self._send = send
@@ -122,7 +122,7 @@ class Encoder:
                     done += 1
                     yield found
             except SessionLostError:
-                self._session.open()  # and what has not come is asked for again: another server may take less at once
+                self.session.open()  # and what has not come is asked for again: another server may take less at once
 
     def decode(self, batch: MicroBatch, position: int) -> FloatArray:
         """Of tokens that go on from the first ``position`` of those that the server holds: the hidden states at the

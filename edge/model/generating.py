@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from dlora.edge.wire.usage import WireCounters
 from dlora.protocol.tensors import FloatArray
 
 from .ends import LongArray
-from .trainable import WireCounters
 
 
 class GeneratingModel(Protocol):

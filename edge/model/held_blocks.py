@@ -18,11 +18,11 @@ from dlora.protocol.tensors import FloatArray
 from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
 from .blocks import DeviceBlocks
+from .cached_source import texts_of
 from .held_cache import HeldCache
 from .source import HiddenStateSource
 from .text_packs import TextPacks, batch_of
 from .trunk_cache import TrunkCache
-from .trunk_source import texts_of
 
 _LEAST_EPOCHS: Final = 2  # that what is kept must last for: the first only fills it
 

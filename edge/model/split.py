@@ -15,6 +15,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.memory import MANY_TOKENS, release_freed_memory
 from dlora.edge.wire.spans import COMPUTE
+from dlora.edge.wire.usage import WireCounters
 from dlora.protocol import messages as m
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import RemoteProtocolError
@@ -25,7 +26,6 @@ from .decode_parts import check_room, decode_parts, part_of
 from .ends import Embedding, Head, LongArray, LossGradient
 from .micro_batch import DeviceParts, MicroBatchRun
 from .session import ModelSession
-from .trainable import WireCounters
 
 
 class SplitModel:
@@ -64,7 +64,7 @@ class SplitModel:
     @property
     def counters(self) -> WireCounters:
         """What crossed so far; a lost session takes none of it with it."""
-        return self.connection.session.counters
+        return self.connection.counters
 
     @property
     def compute_seconds(self) -> float:

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from dlora.edge.data.batches import MicroBatch
+from dlora.edge.wire.usage import WireCounters
 from dlora.protocol.tensors import FloatArray
 
 from .ends import LongArray, LossGradient
-
-WireCounters = tuple[int, int, int]
-"""Bytes up, bytes down, round trips."""
 
 
 class TrainableModel(Protocol):

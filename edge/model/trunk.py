@@ -1,7 +1,7 @@
-"""The whole model in the modes ``trunk`` and ``local``: the last blocks, or all of them, run here.
+"""The whole model where its last blocks, or all of them, run here.
 
-Forward, backward and evaluation need no server but for what goes into the first of them, which a source has: what the
-server gave once for each text (``trunk_source.py``), or the embeddings (``local_source.py``).
+Forward, backward and evaluation need no server but for what goes into the first of these, which a source has: what a
+server gave once for each text (``cached_source.py``), or the embeddings (``embedding_source.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.edge.wire.usage import WireCounters
 from dlora.protocol.errors import DataError, UsageError
 from dlora.protocol.tensors import FloatArray
 
@@ -24,7 +25,6 @@ from .blocks import DeviceBlocks
 from .ends import Head, LongArray, LossGradient
 from .held_blocks import HeldBlocks
 from .source import HiddenStateSource
-from .trainable import WireCounters
 
 # Of a micro-batch. What attention computes grows with the square of it; with fewer, weights are widened too often.
 MOST_TOKENS: Final = 256
@@ -79,7 +79,7 @@ class TrunkModel:
     @property
     def counters(self) -> WireCounters:
         """What crossed so far."""
-        return self._source.counters
+        return self._source.crossed.counters
 
     def check_fits(self, longest: int) -> None:
         """Raise ``DataError`` where a sequence of ``longest`` tokens cannot be run here, now or never."""

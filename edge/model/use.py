@@ -1,32 +1,21 @@
-"""Using an adapter without training it: an open model, to evaluate or to generate with."""
+"""Using an adapter on a server without training it: its session, and the adapter as it was saved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from dlora.edge.adapters.compatibility import check_adapter, check_base_model, load_weights, with_saved_gains
+from dlora.edge.adapters.compatibility import check_adapter, load_weights, with_saved_gains
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.units import AdapterSet
-from dlora.edge.choices import EngineChoice
-from dlora.edge.engine.bundle import Bundle
-from dlora.edge.engine.choose import make_engine
-from dlora.edge.memory import release_freed_memory
-from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
-from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.choices import Send
-from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.groups import without_gains
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import groups_of
 from dlora.protocol.wire_codecs import Codecs
 
 from .session import UntrainedSession
-from .split import SplitModel
 
 
 class UseSession(UntrainedSession):
@@ -62,42 +51,6 @@ class UseSession(UntrainedSession):
         )
 
 
-@contextmanager
-def open_model(
-    bundle: Bundle,
-    server: str,
-    adapter: Path | None,
-    *,
-    wire_dtype: str,
-    context_length: int = 0,
-    send: Send = "embeddings",
-    threads: int = 0,
-    engine: EngineChoice = "auto",
-    connecting: ConnectSettings | None = None,
-) -> Iterator[SplitModel]:
-    """A split model with a saved adapter, or none; blocks without an adapter do not exchange.
-
-    ``context_length``: as ``UseSession`` takes it.
-    """
-    manifest = bundle.manifest
-    adapters, invocation = load_adapters(manifest, adapter)
-    release_freed_memory()  # its files were read whole
-    loaded_engine, codecs = make_engine(bundle, engine, threads), Codecs.parse(wire_dtype)
-    with interrupts.raise_on_signal(), _name_adapter_in_error(), Connection(server, connecting) as connection:
-        check_base_model(bundle, connection.welcome)
-        session = UseSession(
-            connection,
-            adapters,
-            codecs,
-            base_fingerprint=manifest.base_model.fingerprint,
-            context_length=context_length,
-        )
-        session.open()
-        if connection.recorder is not None:
-            connection.recorder.add_parameters(adapters.for_recording())
-        yield SplitModel(bundle, loaded_engine, session, invocation=invocation, send=send)
-
-
 def load_adapters(manifest: Manifest, adapter: Path | None) -> tuple[AdapterSet, tuple[int, ...]]:
     """The adapters of a directory, or none, and the tokens from which on they act. Keeps nothing else of what it read.
 
@@ -118,12 +71,3 @@ def load_adapters(manifest: Manifest, adapter: Path | None) -> tuple[AdapterSet,
         return adapters, ()
     load_weights(adapters, loaded, loaded.invocation)
     return adapters, loaded.invocation
-
-
-@contextmanager
-def _name_adapter_in_error() -> Iterator[None]:
-    try:
-        yield
-    except NonFiniteError as error:
-        text = f"{error}: the adapter is of a run that diverged; train it anew with a lower --lr"
-        raise NonFiniteError(text) from None

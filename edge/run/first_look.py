@@ -77,9 +77,9 @@ def asks_server_first(config: Resolved, *, resume: bool) -> bool:
     """Whether a run begins with its server. One that goes on waits for it, or has all that it needs of it."""
     out = config.saving.out
     assert out is not None
-    if config.mode == "local" or (resume and list_checkpoints(out / CHECKPOINTS)):
+    if not config.needs_server or (resume and list_checkpoints(out / CHECKPOINTS)):
         return False
-    return not (config.mode == "trunk" and (out / CACHE).exists())
+    return not (config.asks_once and (out / CACHE).exists())
 
 
 def check_server(server: str, connecting: ConnectSettings, bundle: Bundle) -> None:

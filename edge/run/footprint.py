@@ -45,7 +45,7 @@ def split_bytes(
     tokens: int,
     head_dtype: StoredDtype | None = None,
 ) -> float:
-    """Likewise in bytes, of a run in the mode ``split`` with any adapters."""
+    """Likewise in bytes, of a run in ``split`` with any adapters."""
     fixed = _fixed_bytes(manifest, head_dtype or manifest.head.dtype, spec, groups)
     return fixed + tokens * _token_bytes(manifest, spec, groups)
 

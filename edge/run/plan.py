@@ -57,7 +57,7 @@ def run_line(
 
     Args:
         has_state: whether the device has what the server keeps, of an earlier part of the run or of another run.
-        cache_mb: disk for what the server gives in the mode ``trunk``.
+        cache_mb: disk for what a server gives once.
     """
     units = len(group_units(config.groups(manifest), config.units.unit))
     per_epoch = steps_an_epoch(len(dataset), config.examples_a_step)
@@ -65,7 +65,7 @@ def run_line(
     what = f"all {units} {config.units.unit}s active" if active == units else f"{active} of {units} active"
     total = config.total_steps
     done = f" ({next_step:,} of them done)" if next_step else ""
-    if config.mode == "trunk":
+    if config.asks_once:
         datasets = [dataset, *([] if evaluations is None else [evaluations.dataset])]
         mb = sum(encoding_bytes(config, manifest, each) for each in datasets) / 1e6
         traffic = f"at most {_mb(mb)}, once, before the first step,"
@@ -74,7 +74,7 @@ def run_line(
             traffic = (
                 f"at most {_mb(mb)}, and again, each time it is needed, what has no room in --cache-mb {cache_mb:g},"
             )
-    elif config.mode == "local":
+    elif not config.needs_server:
         traffic = "nothing"
     else:
         mb = expected_mb(config, manifest, dataset, next_step)
@@ -127,7 +127,7 @@ def kill_revive_lines(config: Resolved, groups: Sequence[GroupSpec]) -> list[str
     active = kr.budget_floor(units)
     if active == units:
         return []
-    if config.mode != "split":
+    if config.device_blocks:
         lines = [f"{active} of {units} {kr.unit}s are trained at a time; the others keep what they have learnt"]
     else:
         lines = [f"{active} of {units} {kr.unit}s active: that saves traffic and costs quality"]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import numpy as np
 
+from dlora.edge.model.cached_source import texts_of
 from dlora.edge.model.trunk import MOST_TOKENS
-from dlora.edge.model.trunk_source import texts_of
 from dlora.edge.settings import Settings
 from dlora.edge.training.expected import (
     EvaluationPlan,
@@ -189,9 +189,9 @@ def _traffic(
 ) -> tuple[float, int, float]:
     """MB that cross, round trips, and MB of the cache, whatever its limit is."""
     dataset, *evaluated = datasets
-    if config.mode == "local":
+    if not config.needs_server:
         return 0.0, 0, 0.0
-    if config.mode == "trunk":
+    if config.asks_once:
         # Which examples a run takes that does not get through its data once, its seed says; here they are the first.
         count = min(len(dataset), config.total_steps * config.examples_a_step)
         key = (config.server.wire_dtype, config.server.send, count)

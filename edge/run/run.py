@@ -18,13 +18,9 @@ from dlora.edge.adapters.peft import LoadedAdapter
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import load_libraries, make_engine
-from dlora.edge.engine.engine import Engine
 from dlora.edge.files import locked, remove_quietly, write_atomically
 from dlora.edge.memory import peak_rss_mb
 from dlora.edge.model.cache_key import CacheKey
-from dlora.edge.model.source import HiddenStateSource
-from dlora.edge.model.trunk import TrunkModel
-from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.seeds import draw_seed
 from dlora.edge.training.adapter_training import trainer_state
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints
@@ -33,7 +29,6 @@ from dlora.edge.training.metrics import MetricsLog, iterate_metrics, read_metric
 from dlora.edge.training.resolved import Resolved, RunIdentity, check_identity, continued
 from dlora.edge.training.trainer import SetUpPiece, Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry
-from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.recorder import Recorder
 from dlora.edge.wire.spans import Spans
@@ -43,6 +38,7 @@ from dlora.protocol.files import read_regular
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.messages import Welcome
 
+from .blocks import fill_cache, open_blocks
 from .directory import CACHE, CHECKPOINTS, HELD_CACHE, find_checkpoint, run_directory
 from .display import Display
 from .file_names import METRICS, SUMMARY
@@ -53,7 +49,6 @@ from .plan import adapters_line, basis_lines, kill_revive_lines, run_line
 from .run_file import DataDigest, RunFile, load_run_file, save_run_file, versions
 from .saving import AdapterSaver
 from .stop import StopRequest
-from .trunk_run import fill_cache, open_local_source, open_source
 from .watcher import RunWatcher, Watchers
 
 
@@ -148,30 +143,35 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     engine = make_engine(run.bundle, run.config.device.engine, run.config.device.threads)
     started = time.perf_counter()
     stop = StopRequest()
-    with (
-        _server(run, engine, checkpoint, display, stop.is_requested) as connection,
-        stop.stop_on_signal(),
-    ):
+    connecting = _connect_settings(run, checkpoint, display, stop.is_requested)
+    with contextlib.ExitStack() as opened:
+        with _nothing_kept_if_stopped(checkpoint):
+            blocks = opened.enter_context(open_blocks(
+                run.bundle, engine, run.config, run.out, key=run.cache_key, is_new=checkpoint is None,
+                connecting=connecting, warn=display.warn,
+            ))  # fmt: skip
+        opened.enter_context(stop.stop_on_signal())
         with _setting_up(display, stop.is_requested, checkpoint) as before_set_up:
             trainer = Trainer(
-                run.bundle, engine, connection, run.config, run.dataset, init=run.init, checkpoint=checkpoint,
+                run.bundle, engine, blocks.make_side, run.config, run.dataset, init=run.init, checkpoint=checkpoint,
                 before_set_up=before_set_up,
             )  # fmt: skip
-        trainer.spans = run.spans  # of the modes without a connection, too
-        _save_run_file(run, connection.welcome)  # before texts are asked for, so that what has come belongs to a run
-        if run.eval_dataset is not None and isinstance(trainer.model, TrunkModel):
-            trainer.model.check_fits(int(run.eval_dataset.lengths.max()))
-        if isinstance(connection, TrunkSource):
+        trainer.spans, crossed = run.spans, trainer.side.crossed  # without a connection, too
+        _save_run_file(run, crossed.welcome)  # before texts are asked for, so that what has come belongs to a run
+        if run.eval_dataset is not None:
+            trainer.side.check(int(run.eval_dataset.lengths.max()))
+        if blocks.cached is not None:
             # Texts that come in packs come in those of the whole part, whatever of it is still to do.
             steps = range(run.config.part_begins, run.config.total_steps)
             datasets = [run.dataset, *([run.eval_dataset] if run.eval_dataset is not None else [])]
-            fill_cache(connection, trainer.batches, steps, datasets, display, stop.is_requested)
-            _save_run_file(run, connection.welcome)
+            fill_cache(blocks.cached, trainer.batches, steps, datasets, display, stop.is_requested)
+            _save_run_file(run, crossed.welcome)
         if run.config.optimizer.lr is None:
             run = _with_found_rate(run, trainer, display, stop.is_requested)
-            _save_run_file(run, connection.welcome)
+            _save_run_file(run, crossed.welcome)
         set_up = trainer.traffic
-        saver = AdapterSaver(trainer, run.dataset, earlier)
+        kept_bytes = None if blocks.cached is None else blocks.cached.kept_bytes
+        saver = AdapterSaver(trainer, run.dataset, earlier, kept_bytes)
         watchers = Watchers(run.watchers, display.warn)
         held_out = HeldOut(
             run.out, run.eval_dataset, earlier, every=run.config.evaluate_every,
@@ -204,8 +204,8 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
                 display.warn(worse_line(worsening, trainer.peak_rate))
             summary = _summary(run, trainer.next_step, held_out) | {
                 "first_step": first_step,
-                "reconnects": connection.reconnects,
-                "sessions_resumed": connection.resumed,
+                "reconnects": crossed.reconnects,
+                "sessions_resumed": crossed.resumed,
                 "steps_rerun": trainer.steps_rerun,
                 "eval_bytes_up": held_out.bytes_up,
                 "eval_bytes_down": held_out.bytes_down,
@@ -265,41 +265,6 @@ def _forget_other_texts(run: TrainRun) -> None:
         if is_whole and (begun.data, begun.eval_data) == (DataDigest.of(run.dataset), evaluated):
             return
     remove_quietly(run.out / CACHE)
-
-
-@contextlib.contextmanager
-def _server(
-    run: TrainRun, engine: Engine, checkpoint: Checkpoint | None, display: Display, stop: Callable[[], bool]
-) -> Iterator[Connection | HiddenStateSource]:
-    """What reaches the server's blocks, in the run's mode; in the mode ``local`` what stands in their place."""
-    if run.config.mode == "local":
-        with open_local_source(run.bundle, engine, run.out, cache_mb=run.cache_mb, key=run.cache_key) as local:
-            yield local
-        return
-    server = run.config.server.server
-    assert server is not None
-    settings = _connect_settings(run, checkpoint, display, stop)
-    if run.config.mode == "split":
-        with _nothing_kept_if_stopped(checkpoint):
-            connection = Connection(server, settings)
-        with connection:
-            yield connection
-        return
-    retry = replace(settings.retry, at_start=settings.retry.at_start or settings.retry.max_s != 0)
-    later = replace(settings, retry=retry)
-    attempts = 0
-
-    def connect() -> Connection:
-        """Once the run has begun, a server that is away is waited for."""
-        nonlocal attempts
-        attempts += 1
-        return Connection(server, settings if attempts == 1 else later)
-
-    with open_source(
-        run.bundle, engine, run.config, run.out, cache_mb=run.cache_mb, key=run.cache_key, is_new=checkpoint is None,
-        connect=connect, warn=display.warn,
-    ) as source:  # fmt: skip
-        yield source
 
 
 def _with_found_rate(run: TrainRun, trainer: Trainer, display: Display, stop: Callable[[], bool]) -> TrainRun:

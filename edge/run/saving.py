@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dlora.edge.data.examples import Dataset
-from dlora.edge.model.trunk_source import TrunkSource
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.adapter_record import TrainingRecord
@@ -21,22 +20,28 @@ class AdapterSaver:
 
     Args:
         evaluations: the run's held-out evaluations so far, as ``HeldOut`` has them; it appends to this very list.
+        kept_bytes: what crossed before the first step, maybe in another process; None: what each start of the run says.
     """
 
-    def __init__(self, trainer: Trainer, dataset: Dataset, evaluations: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Dataset,
+        evaluations: Sequence[dict[str, Any]],
+        kept_bytes: int | None = None,
+    ) -> None:
         self._trainer = trainer
         self._dataset = dataset
         self._evaluations = evaluations
-        self._tokens = self._labelled = self._bytes = self._round_trips = 0
-        if isinstance(trainer.connection, TrunkSource):  # what crossed before the first step, maybe in another process
-            self._bytes = trainer.connection.kept_bytes
+        self._tokens = self._labelled = self._round_trips = 0
+        self._counts_set_up, self._bytes = kept_bytes is None, kept_bytes or 0
 
     def add(self, metrics: StepMetrics) -> None:
         """Count a step, of this start of the run or an earlier one."""
         self._tokens += metrics.tokens
         self._labelled += metrics.labelled
         self._bytes += metrics.bytes_up + metrics.bytes_down
-        if not isinstance(self._trainer.connection, TrunkSource):  # of which it is counted already
+        if self._counts_set_up:
             self._bytes += metrics.set_up_bytes_up + metrics.set_up_bytes_down
         self._round_trips += metrics.round_trips
 
@@ -66,7 +71,7 @@ class AdapterSaver:
             eval_tokens=here.get("tokens"),
             bytes_per_token=round(self._bytes / max(1, self._tokens), 1),
             round_trips_per_step=round(self._round_trips / max(1, steps), 2),
-            block_dtype=spec.dtype if config.mode != "split" and spec is not None else None,
+            block_dtype=spec.dtype if config.device_blocks and spec is not None else None,
             recipe=config.recipe(self._trainer.bundle.manifest),
             versions={"python": str(found["python"]), **libraries},
         )

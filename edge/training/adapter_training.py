@@ -15,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dlora.edge.adapters.compatibility import (
-    check_base_model,
-    check_sequence_length,
     load_weights,
     with_saved_gains,
 )
@@ -29,11 +27,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.model.ends import LossGradient
 from dlora.edge.model.evaluation import Evaluation, evaluate
-from dlora.edge.model.source import HiddenStateSource
-from dlora.edge.model.split import SplitModel
-from dlora.edge.model.trunk import TrunkModel
-from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.spans import COMPUTE, Spans
+from dlora.edge.wire.spans import COMPUTE
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
 from dlora.protocol.groups import Gain, with_gains
@@ -42,12 +36,11 @@ from dlora.protocol.structure_words import structure_words
 from dlora.protocol.tensors import FloatArray
 
 from .checkpoint import Checkpoint, save_checkpoint
-from .device_session import DeviceSession
 from .optimizer import AdamW
 from .resolved import Resolved, RunIdentity, check_identity, check_units
 from .scores import unit_score
 from .selection import target_modules_of
-from .train_session import TrainSession
+from .side import BasisSteps, MakeSide
 
 _SCORES: Final = "unanswered.scores"
 
@@ -85,43 +78,39 @@ class OptimizerStep:
 
 
 class AdapterTraining:
-    """Adapters that are trained against one server, in steps that somebody else makes.
+    """Adapters that are trained in steps that somebody else makes.
 
     Gradients add up from ``forward_backward`` to ``forward_backward`` until ``optim_step`` takes them.
 
     Args:
-        connection: to the server; or, in the modes ``trunk`` and ``local``, the source of what goes into the device's
-            blocks.
+        make_side: makes what is otherwise for where the blocks are.
         data: fingerprint of the training data, or what stands for it: a checkpoint goes on with the same.
         init: a PEFT adapter to start from.
         checkpoint: a checkpoint of this very run to go on from, or of its end where ``config.part_begins`` is there.
-        window: how many micro-batches of a step may be under way at a time, where the server allows as many.
 
     ``open`` has to be called before anything is asked of it.
 
     Attributes:
         groups: the exchange groups that are trained.
-        spans: what happens when, where somebody wants to know.
+        side: where the blocks are; its session, its model; spans: what happens when, where somebody wants to know.
         steps_rerun: how often an exchange was run again, because its session was lost before it was through.
     """
 
-    # Eight parameters: four that a run is made of, the connection, and three that most runs leave out.
+    # Seven parameters: four that a run is made of, where its blocks are, and two that most runs leave out.
     def __init__(
         self,
         bundle: Bundle,
         engine: Engine,
-        connection: Connection | HiddenStateSource,
+        make_side: MakeSide,
         config: Resolved,
         data: str,
         *,
         init: LoadedAdapter | None = None,
         checkpoint: Checkpoint | None = None,
-        window: int = 1,
     ) -> None:
         manifest = bundle.manifest
         self.bundle = bundle
         self.config = config
-        self.connection = connection
         self.groups = with_saved_gains(config.groups(manifest), config.adapter.kind, init)
         if checkpoint is not None:
             gains = trainer_state(checkpoint).gains
@@ -146,22 +135,11 @@ class AdapterTraining:
         self.steps_rerun = 0
         # Why the report of the last committed step could not be sent.
         self._failure: DloraError | None = None
-        self._recorder = connection.recorder if isinstance(connection, Connection) else None
-        self.spans = connection.spans if isinstance(connection, Connection) else Spans()
+        self.side = side = make_side(bundle, engine, self.adapters, config)
+        self.session, self.model, self.spans = side.session, side.model, side.spans
+        self._recorder = side.recorder
         if self._recorder is not None:
             self._recorder.seed_was_chosen = len(config.seed) == 1
-        self.session: TrainSession | DeviceSession
-        self.model: SplitModel | TrunkModel
-        if isinstance(connection, Connection):
-            self.session = TrainSession(
-                connection, self.adapters, config, base_fingerprint=manifest.base_model.fingerprint, window=window
-            )
-            self.model = SplitModel(
-                bundle, engine, self.session, invocation=config.invocation, send=config.server.send
-            )
-        else:
-            self.session = DeviceSession(self.adapters, config)
-            self.model = TrunkModel(bundle, engine, self.adapters, config.device_blocks, connection)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
@@ -171,25 +149,23 @@ class AdapterTraining:
         they come. Raises as ``open`` does."""
         self.open(self.config.data.max_length)
 
-    def open(self, longest: int | None, basis_pass: Callable[[], int] | None = None) -> None:
+    def open(
+        self,
+        longest: int | None,
+        basis_steps: BasisSteps | None = None,
+        before_group: Callable[[int, int], None] = lambda done, groups: None,
+    ) -> None:
         """Begin, or go on.
 
         Args:
             longest: tokens of the longest sequence that will come; None: not known, each is checked as it comes.
-            basis_pass: lets the server see data that it makes its part of the adapters from; gives the number of
-                micro-batches.
+            basis_steps, before_group: as ``Side.open`` takes them.
 
         Raises for what the server or this device would refuse at an unlucky step hours later.
         """
-        if isinstance(self.connection, Connection):
-            check_base_model(self.bundle, self.connection.welcome)
-            if longest is not None:
-                check_sequence_length(longest, self.connection.welcome)
-        if isinstance(self.model, TrunkModel) and longest is not None:
-            self.model.check_fits(longest)
-        if isinstance(self.session, TrainSession):
-            self.session.basis_pass = basis_pass
-        self.session.open()
+        self.side.check(longest)
+        with self._name_step_in_error():
+            self.side.open(basis_steps, before_group)
 
     @property
     def next_step(self) -> int:

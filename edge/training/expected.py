@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
+from dlora.edge.model.block_weights import encoded_width
 from dlora.edge.model.ends import LongArray
 from dlora.edge.model.text_packs import TextPacks
 from dlora.edge.model.trunk_cache import most_bytes, record_bytes, text_digest
-from dlora.edge.model.trunk_source import encoded_width
 from dlora.protocol.adapters import crossings, kind_of
 from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import group_units
@@ -69,7 +69,7 @@ def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, examples_
 
 
 def encoding_bytes(config: Resolved, manifest: Manifest, dataset: Dataset) -> int:
-    """What asking the server for every text of ``dataset`` puts on the wire, in the mode ``trunk``: an upper bound, for
+    """What asking the server for every text of ``dataset`` puts on the wire, in ``trunk``: an upper bound, for
     what comes after an example's last label is not sent, nor the same text twice."""
     codecs, width = config.codecs, encoded_width(manifest)
     up = text_bytes(dataset.tokens, manifest.base_model.embedding_size, codecs, config.server.send)
@@ -77,12 +77,12 @@ def encoding_bytes(config: Resolved, manifest: Manifest, dataset: Dataset) -> in
 
 
 def cache_bytes(manifest: Manifest, dataset: Dataset, codec: str) -> int:
-    """The most that keeping hidden states of every text of ``dataset`` takes, in the mode ``trunk``."""
+    """The most that keeping hidden states of every text of ``dataset`` takes, in ``trunk``."""
     return most_bytes(len(dataset), int(dataset.lengths.sum()), encoded_width(manifest), codec)
 
 
 def filling(config: Resolved, manifest: Manifest, texts: Iterable[LongArray]) -> tuple[Traffic, int]:
-    """What asking the server once for each of ``texts`` puts on the wire, in the mode ``trunk``, and the bytes of the
+    """What asking the server once for each of ``texts`` puts on the wire, in ``trunk``, and the bytes of the
     cache that keeps the answers; without the greeting, and of a server that takes micro-batches of the usual size."""
     codecs, width = config.codecs, encoded_width(manifest)
     packs = TextPacks(texts, text_digest)

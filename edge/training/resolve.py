@@ -241,7 +241,7 @@ def _has_room_to_hold(run: Resolved, manifest: Manifest, dataset: Dataset, evalu
     if not run.device_blocks or run.placement.cache_mb is None:
         return False
     wire = run.codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
-    from_server = (dataset, *evaluated) if run.mode == "trunk" else ()
+    from_server = (dataset, *evaluated) if run.asks_once else ()
     kept = [(dataset, "fp32"), *((each, wire) for each in from_server)]
     return sum(cache_bytes(manifest, each, codec) for each, codec in kept) <= run.placement.cache_mb * 1e6
 

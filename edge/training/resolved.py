@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import msgspec
 
-from dlora.edge.choices import RunMode
 from dlora.edge.seeds import Seed
 from dlora.edge.settings import Adapter, Optimizer, Server, Settings, fields_of
 from dlora.protocol.adapter_record import Setting
@@ -78,9 +77,14 @@ class Resolved(Settings, frozen=True, kw_only=True):
     evaluate_every: int = 0
 
     @property
-    def mode(self) -> RunMode:
-        """Where the base model's blocks run."""
-        return "split" if not self.device_blocks else "local" if self.device_blocks == self.blocks else "trunk"
+    def needs_server(self) -> bool:
+        """Whether some block is not on the device."""
+        return self.device_blocks < self.blocks
+
+    @property
+    def asks_once(self) -> bool:
+        """Whether the server is asked once for each text, and not in every step."""
+        return 0 < self.device_blocks < self.blocks
 
     @property
     def spec(self) -> AdapterSpec:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from dlora.edge.adapters.peft import LoadedAdapter
-from dlora.edge.data.batches import Batches
+from dlora.edge.data.batches import Batches, MicroBatch
 from dlora.edge.data.examples import Dataset, Example
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.memory import peak_rss_mb
-from dlora.edge.model.source import HiddenStateSource
-from dlora.edge.model.split import SplitModel
-from dlora.edge.model.trunk import TrunkModel
-from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.spans import STEPS
 from dlora.edge.wire.usage import with_other
 from dlora.protocol.errors import NonFiniteError
@@ -27,12 +23,11 @@ from dlora.protocol.kill_revive import LIVE, UnitState
 
 from .adapter_training import AdapterTraining
 from .checkpoint import Checkpoint
-from .device_session import DeviceSession
 from .first_rate import FoundRate, find_rate, probed_steps, rate_for_size
 from .metrics import StepMetrics
 from .passes import halvings
 from .resolved import Resolved, RunIdentity
-from .train_session import TrainSession
+from .side import MakeSide
 
 SetUpPiece = Literal["data", "groups", "rate"]
 
@@ -50,24 +45,23 @@ class Trainer(AdapterTraining):
         batches: the micro-batches of every step.
     """
 
-    # Nine parameters: four that a run is made of, the connection, and four that most runs leave out.
+    # Nine parameters: four that a run is made of, where its blocks are, and four that most runs leave out.
     def __init__(
         self,
         bundle: Bundle,
         engine: Engine,
-        connection: Connection | HiddenStateSource,
+        make_side: MakeSide,
         config: Resolved,
         dataset: Dataset,
         *,
         init: LoadedAdapter | None = None,
         checkpoint: Checkpoint | None = None,
-        window: int = 1,
         before_set_up: Callable[[SetUpPiece, int, int], None] = lambda piece, done, total: None,
         begins: bool = True,
     ) -> None:
         dataset = dataset.acting_on_answers(config.invocation)
         super().__init__(
-            bundle, engine, connection, config, dataset.fingerprint, init=init, checkpoint=checkpoint, window=window
+            bundle, engine, make_side, config, dataset.fingerprint, init=init, checkpoint=checkpoint
         )
         self._dataset = dataset
         self.batches = Batches(dataset, config.training.batch_size, config.training.grad_accum, config.seed)
@@ -77,14 +71,11 @@ class Trainer(AdapterTraining):
 
     def begin(self) -> None:
         """Begin, or go on, at the server. Raises as ``open`` does."""
-        config, before_set_up = self.config, self._before_set_up
-        before_step = partial(before_set_up, "data")
-        basis_pass = partial(self._run_basis_pass, before_step) if config.adapter.basis == "data" else None
-        if isinstance(self.session, TrainSession):
-            self.session.before_group = partial(before_set_up, "groups")
-        self.open(self.batches.max_sequence_length, basis_pass)
-        if config.holds_outputs and isinstance(self.session, DeviceSession) and isinstance(self.model, TrunkModel):
-            self.model.hold(self._dataset, config.examples_a_step, self.session.unchanged_steps)
+        config = self.config
+        basis_steps = self._basis_steps if config.adapter.basis == "data" else None
+        self.open(self.batches.max_sequence_length, basis_steps, partial(self._before_set_up, "groups"))
+        if config.holds_outputs:
+            self.side.hold(self._dataset, config.examples_a_step)
 
     def step_examples(self, step: int) -> list[Example]:
         """The examples of a step, counted from 0, in order."""
@@ -134,7 +125,7 @@ class Trainer(AdapterTraining):
             rate_for_size,
             self.config.adapter.kind,
             halvings=halvings(self._dataset, steps=total_steps, examples_a_step=examples_a_step),
-            on_device=self.config.mode != "split",
+            on_device=self.config.device_blocks > 0,
         )
         found = find_rate(loss_after, rate_of, before_try)
         self.adapters.zero_grad()
@@ -152,7 +143,7 @@ class Trainer(AdapterTraining):
         """
         step, started = self.next_step, time.perf_counter()
         before, computed = self.model.counters, self.model.compute_seconds
-        usage_before = self.connection.usage.copy()
+        usage_before = self.side.crossed.usage.copy()
         batches = self.batches.step_batches(step)
         labelled = sum(len(batch.labels) for batch in batches)
         total = 0.0
@@ -162,7 +153,7 @@ class Trainer(AdapterTraining):
         states = self.adapters.states()
         stepped = self.optim_step()
         self.spans.add(f"step {step}", STEPS, started, time.perf_counter())
-        after, usage = self.model.counters, self.connection.usage.since(usage_before)
+        after, usage = self.model.counters, self.side.crossed.usage.since(usage_before)
         bytes_up, bytes_down = after[0] - before[0], after[1] - before[1]
         return StepMetrics(
             step=step,
@@ -188,12 +179,8 @@ class Trainer(AdapterTraining):
             peak_rss_mb=round(peak_rss_mb(), 1),
         )
 
-    def _run_basis_pass(self, before_step: Callable[[int, int], None]) -> int:
-        """Let the server see the data of the first steps; gives the number of micro-batches."""
-        assert isinstance(self.model, SplitModel)
-        steps, micro_batches = self.config.basis_pass_steps(self.batches.examples), 0
-        with self._name_step_in_error():
-            for step in range(steps):
-                before_step(step, steps)
-                micro_batches += self.model.run_basis_pass(self.batches.step_batches(step))
-        return micro_batches
+    def _basis_steps(self) -> Iterator[Sequence[MicroBatch]]:
+        steps = self.config.basis_pass_steps(self.batches.examples)
+        for step in range(steps):
+            self._before_set_up("data", step, steps)
+            yield self.batches.step_batches(step)

@@ -46,7 +46,7 @@ from .connecting import (
     refusal_of,
     websocket_url,
 )
-from .usage import WireUsage
+from .usage import WireCounters, WireUsage
 from .write_watch import WriteWatch
 
 MAX_FRAME_BYTES: Final = 1 << 30
@@ -113,6 +113,11 @@ class Connection:
         """What the server said of itself."""
         assert self.session.welcome is not None
         return self.session.welcome
+
+    @property
+    def counters(self) -> WireCounters:
+        """Bytes up, bytes down and round trips so far; a lost session takes none of it with it."""
+        return self.session.counters
 
     # -- the conversation --------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from dlora.protocol import messages as m
 from dlora.protocol.micro_batch import Key
@@ -29,6 +29,10 @@ _ROLES: Final[Mapping[type[m.Message], str]] = {
     m.StepReport: REPORT,
     m.Signal: SIGNAL,
 }
+
+
+WireCounters = tuple[int, int, int]
+"""Bytes up, bytes down, round trips."""
 
 
 @dataclass
@@ -97,6 +101,41 @@ class WireUsage:
     def copy(self) -> Self:
         """As it is now."""
         return type(self)(Counter(self.up), Counter(self.down), self.waited_s, self.computed_s, self.queued_s)
+
+
+class Crossed(Protocol):
+    """What a conversation with servers came to so far, over all connections."""
+
+    @property
+    def counters(self) -> WireCounters:
+        """What crossed."""
+
+    @property
+    def usage(self) -> WireUsage:
+        """Likewise, by role, and the time that it took."""
+
+    @property
+    def welcome(self) -> m.Welcome | None:
+        """What the server that was asked last said of itself; None where none was."""
+
+    @property
+    def reconnects(self) -> int:
+        """How often a connection was lost and replaced."""
+
+    @property
+    def resumed(self) -> int:
+        """How often a session went on where it stood."""
+
+
+@dataclass(frozen=True)
+class NothingCrossed:
+    """Where no server is asked, as ``Crossed`` has it."""
+
+    counters: WireCounters = (0, 0, 0)
+    usage: WireUsage = field(default_factory=WireUsage)
+    welcome: None = None
+    reconnects: int = 0
+    resumed: int = 0
 
 
 def with_other(by_role: Mapping[str, int], total: int) -> dict[str, int]:

@@ -125,7 +125,7 @@ def test_a_stolen_ticket_gives_nothing_but_the_runs_own_states(model: Tiny, toke
         for _ in range(2):
             trainer.run_step()
         trainer.wait_for_signal()
-        opened, ticket = trainer.connection.session.opened_with, trainer.session.ticket
+        opened, ticket = trainer.side.crossed.session.opened_with, trainer.session.ticket
         assert opened is not None
         assert ticket is not None
         opening = with_purpose(opened, ticket=ticket, next_step=2, learnt=())

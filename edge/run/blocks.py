@@ -1,10 +1,13 @@
-"""A run with blocks on the device: its caches on the disk, filled before the first step and deleted with the last."""
+"""Where a run's blocks are: what it is trained against, opened; and its caches on the disk, filled before the first
+step and deleted with the last."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import chain
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 
 from dlora.edge.data.batches import Batches
@@ -12,12 +15,16 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.files import remove_quietly
+from dlora.edge.model.block_weights import encoded_width
 from dlora.edge.model.cache_key import CacheKey
+from dlora.edge.model.cached_source import CachedSource, texts_of
+from dlora.edge.model.embedding_source import EmbeddingSource
+from dlora.edge.model.encoding_server import EncodingServer
 from dlora.edge.model.held_cache import HeldCache
-from dlora.edge.model.local_source import LocalSource
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
-from dlora.edge.model.trunk_source import TrunkSource, encoded_width, texts_of
 from dlora.edge.training.resolved import Resolved
+from dlora.edge.training.side import DeviceSide, MakeSide, ServerSide
+from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import CheckpointError, StoppedError
 
@@ -25,13 +32,66 @@ from .directory import CACHE, HELD_CACHE
 from .display import Display
 
 
-@contextmanager
-def open_local_source(
-    bundle: Bundle, engine: Engine, out: Path, *, cache_mb: float, key: CacheKey | None
-) -> Iterator[LocalSource]:
-    """What goes into block 0, in the mode ``local``; what is kept of killed blocks stays in the run's directory.
+@dataclass(frozen=True)
+class RunBlocks:
+    """What a run is trained against.
 
-    Raises what ``LocalSource`` raises.
+    Attributes:
+        cached: where hidden states come from that are kept, in a run that has such.
+    """
+
+    make_side: MakeSide
+    cached: CachedSource | None = None
+
+
+@contextmanager
+def open_blocks(
+    bundle: Bundle,
+    engine: Engine,
+    config: Resolved,
+    out: Path,
+    *,
+    key: CacheKey | None,
+    is_new: bool,
+    connecting: ConnectSettings,
+    warn: Callable[[str], None],
+) -> Iterator[RunBlocks]:
+    """Reach the blocks that are not here, or what goes into the first that is.
+
+    Args:
+        key: what hidden states that are kept are encrypted with.
+        is_new: whether the run begins, so that what another one left may go.
+
+    Raises what ``Connection`` raises, ``BundleError``, ``CheckpointError`` and ``StorageError``.
+    """
+    server, limit = config.server.server, round((config.placement.cache_mb or 0.0) * 1e6)
+    if not config.device_blocks:
+        assert server is not None
+        with Connection(server, connecting) as connection:
+            yield RunBlocks(partial(ServerSide, connection=connection))
+    elif server is None:
+        with _embedding_source(bundle, engine, out, limit, key) as source:
+            yield RunBlocks(partial(DeviceSide, source=source))
+    else:
+        connect = _connect_later(server, connecting)
+        with _cached_source(bundle, engine, config, out, limit, key, is_new=is_new, connect=connect, warn=warn) as kept:
+            yield RunBlocks(partial(DeviceSide, source=kept), kept)
+
+
+def _connect_later(server: str, connecting: ConnectSettings) -> Callable[[], Connection]:
+    """Once the run has begun, a server that is away is waited for."""
+    retry = replace(connecting.retry, at_start=connecting.retry.at_start or connecting.retry.max_s != 0)
+    tries = chain([connecting], repeat(replace(connecting, retry=retry)))
+    return lambda: Connection(server, next(tries))
+
+
+@contextmanager
+def _embedding_source(
+    bundle: Bundle, engine: Engine, out: Path, limit: int, key: CacheKey | None
+) -> Iterator[EmbeddingSource]:
+    """What goes into block 0 where all blocks are here; what is kept of killed blocks stays in the run's directory.
+
+    Raises what ``EmbeddingSource`` raises.
     """
     manifest = bundle.manifest
     owner = CacheOwner(
@@ -41,25 +101,24 @@ def open_local_source(
         embeddings=f"{manifest.embedding.dtype} on the device",
         codec="fp32",
     )
-    limit = round(cache_mb * 1e6)
     held = HeldCache(out / HELD_CACHE, owner, bundle, engine, room=lambda: limit, key=key)
-    with closing(LocalSource(bundle, engine, held)) as source:
+    with closing(EmbeddingSource(bundle, engine, held)) as source:
         yield source
 
 
 @contextmanager
-def open_source(
+def _cached_source(
     bundle: Bundle,
     engine: Engine,
     config: Resolved,
     out: Path,
-    *,
-    cache_mb: float,
+    limit: int,
     key: CacheKey | None,
+    *,
     is_new: bool,
     connect: Callable[[], Connection],
     warn: Callable[[str], None],
-) -> Iterator[TrunkSource]:
+) -> Iterator[CachedSource]:
     """What the run's hidden states come from; its cache stays in the run's directory.
 
     Args:
@@ -71,7 +130,6 @@ def open_source(
     blocks = bundle.manifest.base_model.blocks - config.device_blocks
     width = encoded_width(bundle.manifest)
     owner = CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.server.send)
-    limit = round(cache_mb * 1e6)
     try:
         cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
     except CheckpointError:
@@ -79,9 +137,10 @@ def open_source(
             raise
         remove_quietly(out / CACHE)
         cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
-    source = TrunkSource(
-        bundle, engine, cache, blocks=blocks, codecs=config.codecs, connect=connect, send=config.server.send
+    server = EncodingServer(
+        bundle, engine, connect, blocks=blocks, codecs=config.codecs, send=config.server.send
     )  # fmt: skip
+    source = CachedSource(bundle, engine, cache, server, codecs=config.codecs, send=config.server.send)
     try:
         yield source
     finally:
@@ -92,7 +151,7 @@ def open_source(
 
 
 def fill_cache(
-    source: TrunkSource,
+    source: CachedSource,
     batches: Batches,
     steps: range,
     datasets: Sequence[Dataset],
@@ -103,7 +162,7 @@ def fill_cache(
     others.
 
     In the order of the data, not of the steps: what the server sees then says nothing of the run's seed, where all of
-    the data are trained on. Raises what ``TrunkSource.fill`` raises, and ``StoppedError``.
+    the data are trained on. Raises what ``CachedSource.fill`` raises, and ``StoppedError``.
     """
     trained, *others = datasets
     indices = _needed(batches, steps)

@@ -8,44 +8,32 @@ from typing import Final
 
 import numpy as np
 
-from dlora.edge.adapters.compatibility import check_base_model
 from dlora.edge.data.batches import MicroBatch, pack
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
-from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.usage import WireUsage
 from dlora.protocol.choices import Send
-from dlora.protocol.errors import BundleError
-from dlora.protocol.manifest import Manifest
-from dlora.protocol.messages import Welcome
 from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.traffic import text_bytes
 from dlora.protocol.wire_codecs import Codecs, decode_floats
 
-from .encoder import Encoder, EncodeSession
-from .ends import Embedding, LongArray
+from .encoding_server import EncodingServer
+from .ends import LongArray
 from .held_cache import HeldCache, held_path
 from .text_packs import TextPacks
-from .trainable import WireCounters
 from .trunk_cache import TrunkCache
 
 _PACKS_AHEAD: Final = 32  # likewise
 
 
-class TrunkSource:
-    """Hidden states of texts, after the first ``blocks`` blocks.
+class CachedSource:
+    """What comes out of a server's blocks, as ``HiddenStateSource`` has it, with what is kept of it.
 
     The server runs texts in packs (``TextPacks``). It is connected to when a text is missing, and only then.
 
     Args:
-        blocks: how many of the first blocks the server runs.
-        connect: connects to the server.
-
-    Attributes:
-        held: as ``HiddenStateSource`` has it.
-        reconnects, resumed: as ``Connection`` has them, of all connections so far.
-        welcome: what the server that was asked last said of itself; None where none was.
+        server: closed with this, as the cache is.
+        codecs, send: with which it is asked.
     """
 
     def __init__(
@@ -53,51 +41,27 @@ class TrunkSource:
         bundle: Bundle,
         engine: Engine,
         cache: TrunkCache,
+        server: EncodingServer,
         *,
-        blocks: int,
         codecs: Codecs,
-        connect: Callable[[], Connection],
         send: Send = "embeddings",
     ) -> None:
         self.cache = cache
+        self.crossed = server
         self.held = HeldCache(
             held_path(cache.path), cache.owner, bundle, engine, room=lambda: cache.room, key=cache.key
         )
-        self.reconnects = 0
-        self.resumed = 0
-        self.welcome: Welcome | None = None
-        self._bundle = bundle
-        self._engine = engine
-        self._blocks = blocks
+        self._embedding_size = bundle.manifest.base_model.embedding_size
         self._codecs = codecs
-        self._connect = connect
         self._send = send
         self._packs = TextPacks((), cache.digest)
         self._kept_packs = 0  # of these, the first so many have room in the cache
-        self._connection: Connection | None = None
-        self._encoder: Encoder | None = None
-        self._before: WireCounters = (0, 0, 0)  # of connections that are closed
-        self._usage_before = WireUsage()  # likewise
-
-    @property
-    def counters(self) -> WireCounters:
-        """What crossed so far."""
-        if self._connection is None:
-            return self._before
-        now = self._connection.session.counters
-        up, down, trips = (before + since for before, since in zip(self._before, now, strict=True))
-        return up, down, trips
-
-    @property
-    def usage(self) -> WireUsage:
-        """Likewise, by role, and the time that it took."""
-        return self._usage_before if self._connection is None else self._usage_before + self._connection.usage
 
     @property
     def kept_bytes(self) -> int:
         """What asking for all that is kept puts on the wire, about: also where it came in an earlier process."""
-        embedding_size = self._bundle.manifest.base_model.embedding_size
-        return text_bytes(self.cache.tokens, embedding_size, self._codecs, self._send) + self.cache.nbytes
+        crossed = text_bytes(self.cache.tokens, self._embedding_size, self._codecs, self._send)
+        return crossed + self.cache.nbytes
 
     def fill(self, texts: Iterable[LongArray], progress: Callable[[int], None] = lambda _: None) -> bool:
         """Ask for what the cache does not have, in the order of ``texts``, as long as there is room; then hang up.
@@ -115,7 +79,7 @@ class TrunkSource:
             progress(sum(map(len, some)) - sum(map(len, missing)))
             for count in self._ask_and_keep(missing):
                 progress(count)
-        self.hang_up()
+        self.crossed.hang_up()
         is_kept = all(digest in self.cache for index in range(self._kept_packs) for digest in packs[index])
         return is_kept and self._kept_packs == len(packs)
 
@@ -150,9 +114,7 @@ class TrunkSource:
         """
         if not packs:
             return
-        if self._encoder is None:
-            self._encoder = self._open()
-        answers = self._encoder.encode([list(texts.values()) for texts in packs])
+        answers = self.crossed.encode([list(texts.values()) for texts in packs])
         for texts, tensors in zip(packs, answers, strict=True):
             for digest, tensor in zip(texts, tensors, strict=True):
                 self.cache.add(digest, tensor)
@@ -160,51 +122,14 @@ class TrunkSource:
                     found[digest] = tensor
             yield len(texts)
 
-    def hang_up(self) -> None:
-        """Close the connection; the next text that is missing opens another."""
-        if self._connection is None:
-            return
-        self._before = self.counters
-        self._usage_before = self.usage
-        self.reconnects += self._connection.reconnects
-        self.resumed += self._connection.resumed
-        self._connection.close()
-        self._connection = self._encoder = None
-
     def close(self) -> None:
         """Hang up and close the caches."""
-        self.hang_up()
+        self.crossed.hang_up()
         self.held.close()
         self.cache.close()
-
-    def _open(self) -> Encoder:
-        self._connection = connection = self._connect()
-        self.welcome = connection.welcome
-        check_base_model(self._bundle, connection.welcome)
-        manifest = self._bundle.manifest
-        session = EncodeSession(
-            connection,
-            self._codecs,
-            blocks=self._blocks,
-            width=encoded_width(manifest),
-            base_fingerprint=manifest.base_model.fingerprint,
-        )
-        session.open()
-        return Encoder(session, Embedding(self._bundle, self._engine), self._codecs, self._send)
 
 
 def texts_of(dataset: Dataset, indices: Iterable[int] | None = None) -> Iterator[LongArray]:
     """What of each example goes through the server's blocks, int64 (tokens,): as far as its last label needs it."""
     for index in range(len(dataset)) if indices is None else indices:
         yield pack([dataset[index]]).until_last_label().ids
-
-
-def encoded_width(manifest: Manifest) -> int:
-    """Width of the hidden states that go into the blocks on the device. Raises ``BundleError`` for a bundle without."""
-    blocks = manifest.device_blocks
-    if blocks is None:
-        raise BundleError("the bundle has no blocks for a device; export it again with --device-blocks")
-    for tensor in manifest.graph("block_forward", blocks.blocks[0].graph).inputs:
-        if tensor.name == "x" and len(tensor.shape) == 2 and isinstance(width := tensor.shape[1], int) and width > 0:
-            return width
-    raise BundleError("the bundle's block_forward takes no hidden states; export it again")

@@ -1,0 +1,191 @@
+"""Opens a model to use, with a saved adapter or none, wherever its blocks run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlora.edge.adapters.compatibility import check_base_model
+from dlora.edge.choices import EngineChoice
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.choose import make_engine
+from dlora.edge.engine.engine import Engine
+from dlora.edge.memory import release_freed_memory
+from dlora.edge.wire.connecting import ConnectSettings
+from dlora.edge.wire.connection import Connection
+from dlora.protocol import interrupts
+from dlora.protocol.choices import Send
+from dlora.protocol.errors import BundleError, NonFiniteError, UsageError
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.wire_codecs import Codecs
+
+from .decode_blocks import DecodeBlocks
+from .device_generator import DeviceGenerator
+from .device_lora import DeviceLora, lora_to_evaluate
+from .embedding_source import EmbeddingSource
+from .encoding_server import EncodingServer
+from .generating import GeneratingModel
+from .server_source import ServerSource
+from .split import SplitModel
+from .trunk import TrunkModel
+from .use import UseSession, load_adapters
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Which model, and how it is reached.
+
+    Attributes:
+        adapter: a directory; None: the base model.
+        device_blocks: how many of the last blocks run here; None: as few as hold the adapter, and at least one.
+        server: that runs the others; None: there are none.
+        wire_dtype: as ``Codecs.parse`` takes it.
+    """
+
+    bundle: Bundle
+    server: str | None
+    adapter: Path | None = None
+    device_blocks: int | None = 0
+    wire_dtype: str = "fp16"
+    send: Send = "embeddings"
+    threads: int = 0
+    engine: EngineChoice = "auto"
+    connecting: ConnectSettings | None = None
+
+    @property
+    def codecs(self) -> Codecs:
+        """How tensors cross. Raises ``UsageError``."""
+        return Codecs.parse(self.wire_dtype)
+
+    def connect(self) -> Connection:
+        """Connect. Raises what ``Connection`` raises, and ``UsageError`` where no server is named."""
+        if self.server is None:
+            raise UsageError("--server is missing, which runs blocks; --device-blocks all needs none")
+        return Connection(self.server, self.connecting)
+
+
+@contextmanager
+def open_to_generate(opening: Opening, *, context_length: int) -> Iterator[GeneratingModel]:
+    """A model that goes on from the tokens that it had last.
+
+    Args:
+        context_length: the most tokens of a text; fewer where there is no room for as many. 0, without blocks on the
+            device: no context is kept, and each token takes the whole text.
+
+    Raises what loading an adapter and connecting raise; with blocks on the device ``UsageError`` for an adapter that
+    reaches further down, and for a server that keeps no context, and ``BundleError`` for a bundle without these blocks,
+    or whose blocks cannot go on from earlier tokens.
+    """
+    if opening.device_blocks == 0:
+        with _open_split(opening, context_length) as split:
+            yield split
+        return
+    bundle = opening.bundle
+    lora = DeviceLora.load(bundle.manifest, opening.adapter)
+    engine = make_engine(bundle, opening.engine, opening.threads)
+    blocks = DecodeBlocks(bundle, engine, blocks_here(opening, lora), lora)
+    count = bundle.manifest.base_model.blocks - blocks.first
+    source = _source(opening, engine, count, min(context_length, blocks.limit))
+    with interrupts.raise_on_signal(), closing(source):
+        source.begin()
+        yield DeviceGenerator(
+            bundle, engine, blocks, source, context_length=context_length, invocation=lora.invocation
+        )
+
+
+@contextmanager
+def open_to_evaluate(opening: Opening, *, longest: int) -> Iterator[SplitModel | TrunkModel]:
+    """A model that is given whole texts. With blocks on the device a server is sent these, and nothing of the adapter.
+
+    ``longest``: tokens of the longest text that it will be given.
+
+    Raises as ``open_to_generate``, and with blocks on the device ``DataError`` for texts that are too long.
+    """
+    if opening.device_blocks == 0:
+        with _open_split(opening, 0) as split:
+            yield split
+        return
+    bundle = opening.bundle
+    lora = lora_to_evaluate(bundle.manifest, opening.adapter)
+    count = blocks_here(opening, lora)
+    engine = make_engine(bundle, opening.engine, opening.threads)
+    source = _source(opening, engine, count, 0)
+    model = TrunkModel(bundle, engine, lora.adapters(bundle.manifest), count, source)
+    model.check_fits(longest)
+    with interrupts.raise_on_signal(), closing(source):
+        source.begin()
+        yield model
+
+
+@contextmanager
+def _open_split(opening: Opening, context_length: int) -> Iterator[SplitModel]:
+    """All blocks on the server; those without an adapter do not exchange."""
+    bundle = opening.bundle
+    adapters, invocation = load_adapters(bundle.manifest, opening.adapter)
+    release_freed_memory()  # its files were read whole
+    engine, codecs = make_engine(bundle, opening.engine, opening.threads), opening.codecs
+    with interrupts.raise_on_signal(), _name_adapter_in_error(), opening.connect() as connection:
+        check_base_model(bundle, connection.welcome)
+        session = UseSession(
+            connection,
+            adapters,
+            codecs,
+            base_fingerprint=bundle.manifest.base_model.fingerprint,
+            context_length=context_length,
+        )
+        session.open()
+        if connection.recorder is not None:
+            connection.recorder.add_parameters(adapters.for_recording())
+        yield SplitModel(bundle, engine, session, invocation=invocation, send=opening.send)
+
+
+def _source(opening: Opening, engine: Engine, count: int, context_length: int) -> EmbeddingSource | ServerSource:
+    """Of what goes into the first of the ``count`` blocks on the device."""
+    blocks = opening.bundle.manifest.base_model.blocks - count
+    if not blocks:
+        return EmbeddingSource(opening.bundle, engine)
+    server = EncodingServer(
+        opening.bundle, engine, opening.connect, blocks=blocks, codecs=opening.codecs, send=opening.send,
+        context_length=context_length,
+    )  # fmt: skip
+    return ServerSource(server)
+
+
+def blocks_here(opening: Opening, lora: DeviceLora) -> int:
+    """How many of the last blocks run on the device. Raises ``UsageError`` and ``BundleError``."""
+    manifest = opening.bundle.manifest
+    if opening.device_blocks == manifest.base_model.blocks:
+        return opening.device_blocks
+    return blocks_needed(manifest, lora.lowest, opening.device_blocks)
+
+
+@contextmanager
+def _name_adapter_in_error() -> Iterator[None]:
+    try:
+        yield
+    except NonFiniteError as error:
+        text = f"{error}: the adapter is of a run that diverged; train it anew with a lower --lr"
+        raise NonFiniteError(text) from None
+
+
+def blocks_needed(manifest: Manifest, lowest_with_lora: int | None, wanted: int | None = None) -> int:
+    """How many of the last blocks run here: ``wanted``, or as few as hold all of an adapter. Raises ``UsageError`` and
+    ``BundleError``."""
+    spec, last = manifest.device_blocks, manifest.base_model.blocks
+    lowest = last - 1 if lowest_with_lora is None else lowest_with_lora
+    if lowest < 1:
+        raise UsageError("the adapter reaches down to block 0, which the server runs; use --device-blocks 0")
+    has, count = 0 if spec is None else len(spec.blocks), last - lowest
+    if wanted is not None and wanted < count:
+        raise UsageError(f"the adapter reaches down to block {lowest}; use --device-blocks {count} or more, or 0")
+    count = count if wanted is None else wanted
+    if count > has:
+        what = "no blocks for a device"
+        if lowest_with_lora is not None:
+            what = f"{has} blocks for a device, and the adapter reaches down to block {lowest}"
+        raise BundleError(
+            f"the bundle has {what}; export it again with --device-blocks {count}, or use --device-blocks 0"
+        )
+    return count

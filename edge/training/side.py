@@ -1,0 +1,173 @@
+"""Where a run's frozen blocks are: all that training does otherwise for that, and nothing else of it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
+
+from dlora.edge.adapters.compatibility import check_base_model, check_sequence_length
+from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.data.batches import MicroBatch
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Engine
+from dlora.edge.model.source import HiddenStateSource
+from dlora.edge.model.split import SplitModel
+from dlora.edge.model.trainable import TrainableModel
+from dlora.edge.model.trunk import TrunkModel
+from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.recorder import Recorder
+from dlora.edge.wire.spans import Spans
+from dlora.edge.wire.usage import Crossed
+from dlora.protocol.tensors import FloatArray
+
+from .device_session import DeviceSession
+from .resolved import Resolved
+from .train_session import TrainSession
+
+T = TypeVar("T")
+BasisSteps = Callable[[], Iterable[Sequence[MicroBatch]]]
+"""The micro-batches of each step whose data a basis is made from."""
+
+
+class RunSession(Protocol):
+    """Where a run stands, and what becomes of each committed step.
+
+    Attributes:
+        step: the step that comes next, counted from the beginning of this part of the run.
+        ticket: the controller's state.
+        unanswered: the scores of the last committed step, until its signal has come.
+    """
+
+    step: int
+    ticket: bytes | None
+    unanswered: FloatArray | None
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do some work; where the session is lost meanwhile, all of it again in another."""
+
+    def report(self, scores: FloatArray) -> None:
+        """The step is committed: its scores, float32 (units,), decide which units are active in the next."""
+
+    def wait_for_signal(self) -> None:
+        """Wait for the signal to the last report, where there is one."""
+
+
+class Side(Protocol):
+    """A run's session, its model, and what they took.
+
+    Attributes:
+        recorder: keeps what crosses; None where nothing does, or nobody asks for that.
+    """
+
+    @property
+    def session(self) -> RunSession:
+        """Where the run stands."""
+
+    @property
+    def model(self) -> TrainableModel:
+        """The model, with the run's adapters."""
+
+    @property
+    def crossed(self) -> Crossed:
+        """What crossed so far."""
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """Keeps what crosses; None where nothing does, or nobody asks for that."""
+
+    @property
+    def spans(self) -> Spans:
+        """What happens when, where somebody wants to know."""
+
+    def check(self, longest: int | None) -> None:
+        """Raise for what would be refused at an unlucky step hours later: a base model, a sequence of ``longest``
+        tokens."""
+
+    def open(self, basis_steps: BasisSteps | None, before_group: Callable[[int, int], None]) -> None:
+        """Begin, or go on.
+
+        Args:
+            basis_steps: what a server is to see before it makes its part of the adapters from it.
+            before_group: called before a server makes what it keeps of each group, with how many are done and how many
+                there are; what it raises ends the set-up.
+        """
+
+    def hold(self, dataset: Dataset, examples_a_step: int) -> None:
+        """Keep what comes out of blocks on the device that are not trained for long enough, where that is wanted."""
+
+
+MakeSide = Callable[[Bundle, Engine, AdapterSet, Resolved], Side]
+
+
+class ServerSide:
+    """All blocks on a server: at every step it exchanges with the adapters. As ``Side`` has it.
+
+    ``window``: how many micro-batches of a step may be under way at a time, where the server allows as many.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        adapters: AdapterSet,
+        config: Resolved,
+        *,
+        connection: Connection,
+        window: int = 1,
+    ) -> None:
+        fingerprint = bundle.manifest.base_model.fingerprint
+        self.crossed = connection
+        self.recorder = connection.recorder
+        self.spans = connection.spans
+        self.session = TrainSession(connection, adapters, config, base_fingerprint=fingerprint, window=window)
+        self.model = SplitModel(
+            bundle, engine, self.session, invocation=config.invocation, send=config.server.send
+        )
+        self._bundle = bundle
+        self._connection = connection
+
+    def check(self, longest: int | None) -> None:
+        """As ``Side`` has it. Raises ``ModelMismatchError`` and ``DataError``."""
+        check_base_model(self._bundle, self._connection.welcome)
+        if longest is not None:
+            check_sequence_length(longest, self._connection.welcome)
+
+    def open(self, basis_steps: BasisSteps | None, before_group: Callable[[int, int], None]) -> None:
+        """As ``Side`` has it, again wherever the session is lost. Raises what ``Connection`` raises."""
+        if basis_steps is not None:
+            self.session.basis_pass = lambda: sum(map(self.model.run_basis_pass, basis_steps()))
+        self.session.before_group = before_group
+        self.session.open()
+
+    def hold(self, dataset: Dataset, examples_a_step: int) -> None:
+        """Nothing: no block is here."""
+
+
+class DeviceSide:
+    """The last blocks here, and no server in a step. As ``Side`` has it.
+
+    ``source``: of what goes into the first of them.
+    """
+
+    def __init__(
+        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, config: Resolved, *, source: HiddenStateSource
+    ) -> None:
+        self.crossed = source.crossed
+        self.recorder: Recorder | None = None
+        self.spans = Spans()
+        self.session = DeviceSession(adapters, config)
+        self.model = TrunkModel(bundle, engine, adapters, config.device_blocks, source)
+
+    def check(self, longest: int | None) -> None:
+        """As ``Side`` has it. Raises ``DataError``."""
+        if longest is not None:
+            self.model.check_fits(longest)
+
+    def open(self, basis_steps: BasisSteps | None, before_group: Callable[[int, int], None]) -> None:
+        """As ``Side`` has it: what is trained here has no basis."""
+        self.session.open()
+
+    def hold(self, dataset: Dataset, examples_a_step: int) -> None:
+        """As ``Side`` has it."""
+        self.model.hold(dataset, examples_a_step, self.session.unchanged_steps)
