@@ -121,7 +121,7 @@ def _default_recipe(manifest: Manifest) -> Recipe:
             "lora_alpha": float(rank),
             "target_modules": names,
             "blocks": blocks,
-            "adapt": "all" if acts_everywhere else defaults.adapt,
+            "adapt": "all" if acts_everywhere or defaults.active_from == "start" else "answer",
             "wire_dtype": defaults.wire_dtype,
         },
         default_lr=defaults.lr,

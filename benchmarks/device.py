@@ -21,7 +21,7 @@ from typing import Any
 
 from children import QUIET_THREADS, cloud_server, log, need_bundle
 
-from dlora.edge.commands.footprint import training_mb
+from dlora.edge.run.footprint import training_mb
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.manifest import load_manifest
 

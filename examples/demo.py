@@ -21,7 +21,6 @@ from dialogue import write_dialogue
 from rich.console import Console
 from rich.table import Table
 
-from dlora.edge.commands.adapter_settings import parse_numbers
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.kr_map import render_map
 from dlora.edge.run.run_file import load_run_file
@@ -152,8 +151,7 @@ def _tokens(rows: Sequence[StepMetrics]) -> int:
 def _show(summary: dict[str, Any]) -> None:
     rows = history(read_metrics(ADAPTER / "metrics.jsonl"))
     console.print("\n[bold]Which blocks were trained, step by step[/] (rows: blocks, the last on top)")
-    blocks = parse_numbers(load_run_file(ADAPTER).settings.blocks, "--blocks", "blocks")
-    print(render_map(rows, colour=console.is_terminal, numbers=blocks))
+    print(render_map(rows, colour=console.is_terminal, numbers=load_run_file(ADAPTER).blocks))
     wire, edge, peft, answer = (summary[key] for key in ("wire", "edge", "peft", "answer"))
     gain = 1 - summary["eval_loss_after"] / summary["eval_loss_before"]
     saved = 1 - wire["bytes_per_token_steady"] / wire["bytes_per_token_all_active"]

@@ -50,7 +50,7 @@ def main() -> None:
         )  # fmt: skip
     _run(
         "dlora-cloud", "audit", MODEL, "--frames", recording / "frames", "--truth", recording / "truth", "--out",
-        OUT / "audit.html", "--try", "noise=1",
+        OUT / "audit.html",
     )  # fmt: skip
 
 

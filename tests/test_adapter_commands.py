@@ -172,13 +172,13 @@ def test_commands_of_the_how_to_do_what_it_says(place: Place, model: Tiny, run: 
     build = tmp_path / "build"
     build.mkdir()
     (build / "smollm2").symlink_to(model.bundle)
-    (tmp_path / "my-adapter").symlink_to(run)
+    shutil.copytree(run, tmp_path / "my-adapter")
     environment = quiet_environment()
     environment |= {"HOME": str(tmp_path), "PATH": f"{BIN}:{environment['PATH']}"}
     environment.pop("XDG_DATA_HOME", None)
     blocks = re.findall(r"^```sh\n(.*?)^```", HOW_TO, re.M | re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-    assert len(lines) >= 7
+    assert len(lines) >= 6
     for line in lines:
         line = line.replace("ws://127.0.0.1:8765", place.url).replace("smollm2-135m", str(model.model))
         done = run_command(["bash", "-c", line], cwd=tmp_path, env=environment)

@@ -452,8 +452,6 @@ def test_what_a_user_may_get_wrong_is_one_line(model: Tiny, recordings: dict[str
         ({"out": tmp_path / "package.html"}, "which is no audit"),
         ({"phrase": [" "]}, "--phrase is empty"),
         ({"phrase": ["w3"]}, "--phrase needs the truth's tokenizer.json"),
-        ({"tries": ["noise"]}, "write noise=TIMES"),
-        ({"tries": ["first-blocks=99"]}, "some must be left"),
         ({"model": str(tmp_path / "[/b]")}, "does not exist"),
         ({"frames": tmp_path / "package.json"}, "is no recording"),
         ({"truth": tmp_path / "package.json"}, "is no truth"),

@@ -238,8 +238,8 @@ def train(path: Path) -> None:
     trainer.run_step()
     trainer.evaluate(data)
     blocks = DecodeBlocks(opened, engine, 2, DeviceLora())
-    for ids in ([3, 4], [5]):
-        blocks.append(source.of_tokens(np.array(ids), np.arange(len(ids))))
+    for ids in ([3, 4], [3, 4, 5]):
+        source.feed(np.array(ids), len(ids), blocks)
 
 
 def with_output(content: bytes, name: str, operator: str) -> bytes:

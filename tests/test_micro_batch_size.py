@@ -324,7 +324,7 @@ def test_parked_session_in_a_step_frees_its_memory_for_others(model: Model) -> N
 
         def hang_up_and_wait(*given: Any, **more: Any) -> Any:
             if not hung_up.is_set():
-                stalls.connection._disconnect()
+                stalls.side.crossed._disconnect()
                 hung_up.set()
                 assert may_go_on.wait(120)
             return forward(*given, **more)

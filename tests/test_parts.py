@@ -411,5 +411,5 @@ def test_parts_exchange_their_group_states(family: str) -> None:
 
 
 def exchange_of(base: BaseModel, groups: Sequence[GroupSpec]) -> MicroBatchExchange:
-    channel, live = LocalLora(groups), set(range(len(groups)))
-    return MicroBatchExchange(channel, base, groups, lora_sites(groups), live=live, trained=(), given={}, rows=None)
+    device, live = LocalLora(groups), set(range(len(groups)))
+    return MicroBatchExchange(device, base, groups, lora_sites(groups), live=live, trained=(), given={}, rows=None)

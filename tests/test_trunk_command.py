@@ -307,4 +307,5 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Pat
         done = run_edge(*words, "--cache-mb", 0.2)  # what came is kept, the rest is asked for again each time
         assert done.code == 0, done.stderr
         assert "again, each time it is needed, what has no room in --cache-mb 0.2" in done.stderr
-        assert_same_run(out, wanted)
+        # To rounding: texts that have no room are asked for alone, the others in packs.
+        assert [row["loss"] for row in rows(out)] == pytest.approx([row["loss"] for row in rows(wanted)], rel=1e-6)

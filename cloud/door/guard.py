@@ -2,7 +2,7 @@
 
 A ``Guard`` is shared by all connections of a server. It keeps few of those that have not opened a session, and
 makes room by aborting the oldest: an honest handshake takes milliseconds, so it outlives a flood, as in a
-kernel's SYN queue. A ``GuardedConnection`` looks at each websocket frame before anything is done with it.
+kernel's SYN queue. A ``GuardedConnection`` looks at each websocket frame before it becomes a message.
 
 The rest is settings of websockets, all in ``Guard.settings``, and tests/attacks/ shows what each stops.
 """
@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 
 from websockets.asyncio.server import ServerConnection
 from websockets.frames import Frame, Opcode
-from websockets.protocol import Protocol as WebsocketProtocol
+from websockets.protocol import Event
 
 from dlora.protocol.connections import source_of
 from dlora.protocol.messages import ErrorCode
@@ -32,6 +32,7 @@ logger = logging.getLogger("dlora.cloud")
 LOG_EVERY_S = 10.0
 LOGGED_CHARACTERS = 300  # of what a peer had a hand in
 SMALLEST_UNREAD_BYTES = 1 << 20
+PIECE_BYTES = 4 << 10  # parsed before its frames are looked at: at most 700 pings
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class GuardedConnection(ServerConnection):
         self._controls = 0
         self._waiting: deque[int] = deque()  # of each message that nobody has taken yet, the bytes that count
         self._unread: UnreadBytes | None = None
-        _watch_frames(protocol, self._check_frame)
+        self._refused = False
 
     # -- for the server ----------------------------------------------------------------------------------
 
@@ -241,7 +242,7 @@ class GuardedConnection(ServerConnection):
     def limit_frames(self, nbytes: int) -> None:
         """Take frames of so many bytes from now on. Call it before the message that lets the peer send them."""
         self._frame_limit = nbytes
-        self.protocol.max_message_size = nbytes  # inside websockets, as below: what ``serve`` got as ``max_size``
+        self.protocol.max_message_size = nbytes  # what ``serve`` got as ``max_size``
 
     def abort(self) -> None:
         """Drop the connection without a word, whatever it is doing."""
@@ -277,11 +278,24 @@ class GuardedConnection(ServerConnection):
             self._early_bytes += data
             return
         self._guard.count_received(self, len(data))
-        super().data_received(data)
+        # A read may hold 40,000 pings, and websockets tells of frames only when all that it got was parsed.
+        for start in range(0, len(data), PIECE_BYTES):
+            if not self._refused:
+                super().data_received(data[start : start + PIECE_BYTES])
         self._check_unread()
         if self.protocol.close_expected() and self._close_timer is None:
             # websockets waits for its peer to close as well, and finds out with the next keepalive ping.
             self._close_timer = self.loop.call_later(self._guard.limits.close_s, self.abort)
+
+    def process_event(self, event: Event) -> None:
+        """As ``ServerConnection.process_event``; what is refused closes the connection, and nothing follows it."""
+        if self._refused:
+            return
+        if isinstance(event, Frame) and not self._check_frame(event):
+            self._refused = True
+            self.send_data()
+        else:
+            super().process_event(event)
 
     def eof_received(self) -> None:
         if self._made:
@@ -359,20 +373,3 @@ class GuardedConnection(ServerConnection):
         if not self.transport.is_closing() and self.transport.get_write_buffer_size() > most:
             self._guard.log_refusal("answers that nobody reads", self.source)
             self.abort()
-
-
-# -- websockets' insides: it offers no other way. tests/attacks/test_guard.py fails where these change. ---
-
-
-def _watch_frames(protocol: WebsocketProtocol, check_frame: Callable[[Frame], bool]) -> None:
-    """Ask ``check_frame`` about each frame before websockets answers or queues it.
-
-    ``events_received`` tells of them only when a whole read, which may hold 40,000 pings, was answered.
-    """
-    receive = protocol.recv_frame
-
-    def watched(frame: Frame) -> None:
-        if check_frame(frame):
-            receive(frame)
-
-    protocol.recv_frame = watched  # type: ignore[method-assign]

@@ -34,8 +34,8 @@ from .kinds import Site
 from .target_modules import GroupRunner
 
 
-class Channel(Protocol):
-    """The device, as the exchange sees it. Tensors have the rows that cross: (rows, width)."""
+class GroupDevice(Protocol):
+    """The device of a micro-batch, as the exchange sees it. Tensors have the rows that cross: (rows, width)."""
 
     def send_input(self, group: int, x: Tensor) -> None: ...
     def receive_outputs(self, group: int, torch_device: torch.device) -> list[Tensor]: ...
@@ -59,7 +59,7 @@ class MicroBatchExchange(GroupRunner):
 
     def __init__(
         self,
-        channel: Channel,
+        device: GroupDevice,
         base: BaseModel,
         groups: Sequence[GroupSpec],
         sites: Sequence[Site],
@@ -70,7 +70,7 @@ class MicroBatchExchange(GroupRunner):
         rows: Tensor | None,
     ) -> None:
         super().__init__(base, groups, (*live, *given))
-        self.channel = channel
+        self.device = device
         self.rows = rows
         self.gradients = 0
         self._sites = sites
@@ -91,11 +91,11 @@ class MicroBatchExchange(GroupRunner):
         site = self._sites[group]
         joined, tap = _Fork.apply(x) if x.requires_grad else (x, x)
         sent = site.project(_Pack.apply(tap, self))
-        self.channel.send_input(group, sent.detach())
+        self.device.send_input(group, sent.detach())
         if sent.requires_grad:
             sent = _AwaitInputGrad.apply(sent, self, group)
         frozen = self.run_frozen(group, joined)
-        outputs = self.channel.receive_outputs(group, frozen[0].device)
+        outputs = self.device.receive_outputs(group, frozen[0].device)
         if torch.is_grad_enabled() and (sent.requires_grad or group in self._trained):
             # The anchor makes the outputs part of the graph where nothing below them is.
             anchor = torch.ones((), requires_grad=True)
@@ -176,7 +176,7 @@ class _AwaitInputGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: None) -> tuple[Tensor, None, None]:
         exchange: MicroBatchExchange = ctx.exchange
-        return exchange.channel.receive_input_grad(ctx.group, ctx.device).to(ctx.dtype), None, None
+        return exchange.device.receive_input_grad(ctx.group, ctx.device).to(ctx.dtype), None, None
 
 
 class _SendGrads(torch.autograd.Function):
@@ -193,6 +193,6 @@ class _SendGrads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         exchange: MicroBatchExchange = ctx.exchange
-        exchange.channel.send_grads(ctx.group, grads, answer=ctx.answer)
+        exchange.device.send_grads(ctx.group, grads, answer=ctx.answer)
         # None for `sent` too: it stands among the inputs only so that AwaitInputGrad cannot run before SendGrads has.
         return (None,) * ctx.inputs

@@ -28,8 +28,8 @@ from dlora.protocol.text import one_line
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from dlora.protocol.wire_codecs import Codecs
 
-from .message_router import DeviceGaveUpError
 from .service import Service
+from .session_device import DeviceGaveUpError
 from .session_loop import SessionLoop, shutting_down
 from .sessions import ServerSession
 from .ticket import controller_of, ticket_bytes

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 
 from dlora.cloud.door.quotas import Charge
-from dlora.cloud.exchange.micro_batch import MicroBatchRun, Sites
+from dlora.cloud.exchange.session_model import SessionModel
 from dlora.cloud.model.memory import release_freed_memory
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import parameter_bytes, state_bytes
@@ -28,8 +28,10 @@ from dlora.protocol.errors import RefusedError
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import decode_floats
 
-from .message_router import MessageRouter, MicroBatchMessages
+from .micro_batch import ServerMicroBatch
+from .micro_batch_device import MicroBatchDevice
 from .service import Service
+from .session_device import SessionDevice
 from .sessions import ServerSession
 from .ticket import ticket_of
 from .timeouts import Deadlines
@@ -60,9 +62,9 @@ class SessionLoop:
         self._controller = controller
         self._clock = service.clock
         self._deadlines = deadlines
-        self._router = MessageRouter(live.session, live.transport, service.clock)
+        self._device = SessionDevice(live.session, live.transport, service.clock)
         seed = opening.purpose.seed if isinstance(opening.purpose, m.Train) else 0
-        self._sites = Sites(service.base, opening, seed, parts=service.parts)
+        self._model = SessionModel(service.base, opening, seed, parts=service.parts)
         self._window = opening.window
         self._running: set[Future[None]] = set()
         self._charge_ended = threading.Condition()
@@ -71,7 +73,7 @@ class SessionLoop:
         if not live.session.has_adapter_state:
             for group in range(len(opening.groups)):
                 self._hold(group)
-                self._sites.add(())
+                self._model.add(())
         if opening.context_length:
             self._make_cache(opening.context_length, purpose.blocks if isinstance(purpose, m.Encode) else None)
 
@@ -95,14 +97,14 @@ class SessionLoop:
                 while self._answer_next(pool):
                     pass
         finally:
-            self._router.close()
+            self._device.close()
             release_freed_memory()
 
     def _answer_next(self, pool: ThreadPoolExecutor | None) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
         idle_s, now = self._service.timeouts.idle_s, self._clock()
         self._live.idle_since = now
-        message = self._router.receive(None, idle_s, now + idle_s)
+        message = self._device.receive(None, idle_s, now + idle_s)
         self._live.idle_since = None
         match message:
             case m.Embeddings() as begun:
@@ -146,43 +148,43 @@ class SessionLoop:
                 if not refusal.retryable or not sessions.end_idle(self._live.caller if of_caller else None):
                     raise
         self._live.cache_bytes = nbytes
-        self._sites.decoding, self._sites.cache = decoding, decoding.new_cache(context_length, blocks)
+        self._model.decoding, self._model.cache = decoding, decoding.new_cache(context_length, blocks)
 
     def _add_site(self, state: m.AdapterState) -> None:
         self._hold(state.group)
-        self._sites.add(state.tensors)
-        self._router.send(m.AdapterState(group=state.group, tensors=()))
+        self._model.add(state.tensors)
+        self._device.send(m.AdapterState(group=state.group, tensors=()))
         self._release_sketches()
 
     def _make_site(self, group: int) -> None:
-        making_bytes = self._sites.making_bytes
+        making_bytes = self._model.making_bytes
         with self._charged():
             self._hold(group)
             self._quota.hold(making_bytes)
             with self._service.gate.computing():
-                made = self._sites.make_state()
-                self._sites.add(made.tensors)
+                made = self._model.make_state()
+                self._model.add(made.tensors)
             self._quota.release(making_bytes)
-            self._router.send(made)
+            self._device.send(made)
         self._release_sketches()
 
     def _release_sketches(self) -> None:
         """Once every group has its state, nothing is kept of what they were made from."""
-        if self._sites.sketches and len(self._sites.sites) == len(self._sites.groups):
-            self._sites.sketches = []
-            self._quota.release(self._sites.sketch_bytes)
+        if self._model.sketches and len(self._model.sites) == len(self._model.groups):
+            self._model.sketches = []
+            self._quota.release(self._model.sketch_bytes)
 
     def _hold(self, group: int) -> None:
         """Count what the server keeps of a group in the device's quota, until the session ends: what it may be given
         as well, so that a run that begins is not refused in the middle."""
-        adapter, spec = self._sites.adapter, self._sites.groups[group]
+        adapter, spec = self._model.adapter, self._model.groups[group]
         self._quota.hold(state_bytes(adapter, spec) + (parameter_bytes(adapter, spec) if self._is_given else 0))
 
     def _take_parameters(self, given: m.GroupParameters) -> None:
         """Of a group whose unit is killed: the server applies them until it is revived."""
         with self._charged():
-            self._sites.take_parameters(given)
-            self._router.send(m.GroupParameters(group=given.group, tensors=()))
+            self._model.take_parameters(given)
+            self._device.send(m.GroupParameters(group=given.group, tensors=()))
 
     # -- reports -----------------------------------------------------------------------------------------
 
@@ -191,9 +193,9 @@ class SessionLoop:
         with self._charged():
             units = self._controller.report(report.step, decode_floats(report.scores))
             ticket = self._ticket(self._controller)
-            self._router.send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=ticket))
-            for group in self._sites.parameters.keys() - self._session.units.handed_over:
-                del self._sites.parameters[group]
+            self._device.send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=ticket))
+            for group in self._model.parameters.keys() - self._session.units.handed_over:
+                del self._model.parameters[group]
         if self._service.draining.is_set():
             raise shutting_down()
 
@@ -206,22 +208,25 @@ class SessionLoop:
         try:
             self._run_micro_batch(begun)
         except Exception as error:  # of a thread that nobody waits for, while another may wait for the device
-            self._router.fail(error)
+            self._device.fail(error)
             self._transport.interrupt(error)
 
     def _run_micro_batch(self, begun: m.Embeddings) -> None:
         service, packs, arrived = self._service, self._service.may_pack, self._clock()
-        if begun.mode == "basis" and not self._sites.sketches:
-            self._quota.hold(self._sites.sketch_bytes)
-            self._sites.begin_sketches()
+        if begun.mode == "basis" and not self._model.sketches:
+            self._quota.hold(self._model.sketch_bytes)
+            self._model.begin_sketches()
         group_states = self._session.units.group_states
-        run = MicroBatchRun(self._sites, begun, group_states, max_tokens=service.max_tokens, packs=packs)
+        run = ServerMicroBatch(self._model, begun, group_states, max_tokens=service.max_tokens, packs=packs)
         tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
         del begun
         live_bytes = service.live_bytes.estimate(run.layout, run.lowest_trained, run.context_length)
         charge = self._admit(tokens, live_bytes + run.sketched_bytes)
-        transport = self._router.transport
-        device = MicroBatchMessages(self._router, run.key, service.gate, self._deadlines, arrived)
+        transport = self._device.transport
+        device = MicroBatchDevice(
+            self._device, run.key, run.codecs, service.base.dtype, gate=service.gate, deadlines=self._deadlines,
+            arrived=arrived,
+        )  # fmt: skip
         started, times_lost = self._clock(), transport.times_lost
         try:
             with device.computing(), torch.autograd.set_multithreading_enabled(False):
@@ -250,7 +255,7 @@ class SessionLoop:
         And not for ever: a device that comes too early again and again loses its session, as an idle one does.
         """
         give_up_at = math.inf
-        transport = self._router.transport
+        transport = self._device.transport
         while True:
             try:
                 return self._quota.charge(tokens, live_bytes)

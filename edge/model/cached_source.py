@@ -23,7 +23,7 @@ from .held_cache import HeldCache, held_path
 from .text_packs import TextPacks
 from .trunk_cache import TrunkCache
 
-_PACKS_AHEAD: Final = 32  # likewise
+_PACKS_AHEAD: Final = 32  # that are asked for at once while a cache is filled
 
 
 class CachedSource:

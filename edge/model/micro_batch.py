@@ -51,7 +51,7 @@ class DeviceParts:
         self.spans.add(what, COMPUTE, started, ended)
 
 
-class MicroBatchRun:
+class DeviceMicroBatch:
     """One micro-batch under way.
 
     Args:

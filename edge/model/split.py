@@ -24,7 +24,7 @@ from dlora.protocol.tensors import FloatArray
 
 from .decode_parts import check_room, decode_parts, part_of
 from .ends import Embedding, Head, LongArray, LossGradient
-from .micro_batch import DeviceParts, MicroBatchRun
+from .micro_batch import DeviceMicroBatch, DeviceParts
 from .session import ModelSession
 
 
@@ -204,11 +204,11 @@ class SplitModel:
         grad_scale: float = 0.0,
         position: int | None = None,
         gradient: LossGradient | None = None,
-    ) -> MicroBatchRun:
+    ) -> DeviceMicroBatch:
         opening, send = self.connection.session.opened_with, self.connection.send
         assert opening is not None
         codecs = opening.codecs_of(mode)
-        return MicroBatchRun(
+        return DeviceMicroBatch(
             self._parts, batch, key, send, mode=mode, codecs=codecs, grad_scale=grad_scale, position=position,
             gradient=gradient,
         )  # fmt: skip
@@ -217,12 +217,12 @@ class SplitModel:
         self._evaluated = (self._evaluated + 1) % 2**31
         return self.connection.session.step, self._evaluated
 
-    def _run_all(self, waiting: deque[MicroBatchRun]) -> Iterator[MicroBatchRun]:
+    def _run_all(self, waiting: deque[DeviceMicroBatch]) -> Iterator[DeviceMicroBatch]:
         """Run micro-batches, as many at a time as the window allows; gives each once it is through, in their order.
 
         Nothing is kept of one that was given: it may hold the gradients of all adapters.
         """
-        in_order, under_way = deque[MicroBatchRun](), dict[Key, MicroBatchRun]()
+        in_order, under_way = deque[DeviceMicroBatch](), dict[Key, DeviceMicroBatch]()
         window = self.connection.session.window
         while waiting or in_order:
             while waiting and len(under_way) < window:

@@ -30,7 +30,7 @@ from hostile import (
 from waiting import eventually
 from websockets.asyncio.server import ServerConnection, serve
 
-from dlora.cloud.door.guard import ConnectionLimits, Guard, GuardedConnection
+from dlora.cloud.door.guard import PIECE_BYTES, ConnectionLimits, Guard, GuardedConnection
 from dlora.protocol.connections import raise_file_limit
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -250,13 +250,12 @@ def test_a_frame_that_claims_too_much_is_refused_before_it_comes(echo: EchoServe
     "frames",
     [
         frame(BINARY, b"half", fin=0),
-        frame(CONT, b"of nothing"),
         frame(BINARY, fin=0) + frame(CONT, fin=0) * 10_000,
         frame(TEXT, b"hello"),
         frame(TEXT, b"\xff\xfe"),
         frame(TEXT, b"half", fin=0),
     ],
-    ids=["fragment", "continuation", "10,000 empty fragments", "text", "bad text", "text fragment"],
+    ids=["fragment", "10,000 empty fragments", "text", "bad text", "text fragment"],
 )
 def test_frames_that_no_device_sends_are_refused(echo: EchoServer, frames: bytes) -> None:
     with hostile_websocket(echo.url) as client:
@@ -272,8 +271,9 @@ def test_frames_that_no_device_sends_are_refused(echo: EchoServer, frames: bytes
         frame(3, b"x"),
         frame(PING, bytes(126)),
         frame(PING, fin=0),
+        frame(CONT, b"of nothing"),
     ],
-    ids=["unmasked", "reserved bit", "unknown opcode", "long ping", "ping in fragments"],
+    ids=["unmasked", "reserved bit", "unknown opcode", "long ping", "ping in fragments", "continuation"],
 )
 def test_broken_websocket_frames_are_refused(echo: EchoServer, broken: bytes) -> None:
     with hostile_websocket(echo.url) as client:
@@ -295,7 +295,7 @@ def test_ping_flood_is_refused(opcode: int) -> None:
         heard = []
         while (found := client.hear()) is not None and found[0] == PONG:
             heard.append(found)
-        assert len(heard) == (60 if opcode == PING else 0)
+        assert len(heard) <= (PIECE_BYTES // len(frame(PING)) + 1 if opcode == PING else 0)
         assert found is not None
         assert found[1][2:] == b"flood"
 

@@ -207,7 +207,7 @@ def test_a_revoked_token_neither_resumes_nor_stays_parked(
     ):
         sessions = server.server.service.sessions
         stolen.run_step()
-        stolen.connection._disconnect()
+        stolen.side.crossed._disconnect()
         eventually(lambda: sessions.parked == 1)
         tokens.revoke("phone")
         with pytest.raises(RefusedError) as refused:

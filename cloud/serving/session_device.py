@@ -1,4 +1,4 @@
-"""Gives the messages of a session to its micro-batches, with a deadline for everything that is waited for.
+"""The device of a session: messages to it, and each that comes for whom it is.
 
 Several threads may share a session, one a micro-batch. Whoever waits for a message reads the transport, one at a time,
 and leaves what is another's to that one. With one micro-batch at a time nothing is ever handed from thread to thread.
@@ -9,38 +9,25 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
-from dlora.cloud.exchange.gate import ComputeGate
 from dlora.protocol import messages as m
-from dlora.protocol.errors import DamagedFrameError, RefusedError, RemoteProtocolError
+from dlora.protocol.errors import DamagedFrameError
 from dlora.protocol.micro_batch import Key
 from dlora.protocol.session import Session
 
-from .timeouts import Deadlines
+from .transport import SessionTransport
 
 
 class DeviceGaveUpError(Exception):
     """The device ended the session in the middle of a micro-batch, and said why."""
 
 
-class Transport(Protocol):
-    """Frames to and from one device, blocking; see ``SessionTransport``."""
-
-    @property
-    def times_lost(self) -> int: ...
-    def send(self, frame: bytearray) -> None: ...
-    def receive(self, timeout_s: float, give_up_at: float = ...) -> bytes: ...
-    def disconnect(self, refusal: RefusedError | RemoteProtocolError) -> None: ...
-    def wait_for_device(self) -> object: ...
-
-
-class MessageRouter:
+class SessionDevice:
     """Sends a session's messages over its transport, and gives each that comes to the micro-batch that it is of."""
 
-    def __init__(self, session: Session, transport: Transport, clock: Callable[[], float]) -> None:
+    def __init__(self, session: Session, transport: SessionTransport, clock: Callable[[], float]) -> None:
         self.session = session
         self.transport = transport
         self.clock = clock
@@ -66,7 +53,7 @@ class MessageRouter:
         """Forget what came, and why the session failed.
 
         An error holds the frames that it came through, and they the graph of a micro-batch, whose nodes hold this
-        router: a cycle through autograd's C++ that Python's collector cannot see.
+        object: a cycle through autograd's C++ that Python's collector cannot see.
         """
         with self._changed:
             self._failure = None
@@ -137,99 +124,6 @@ class MessageRouter:
         except DamagedFrameError as damage:
             self.transport.disconnect(damage)
             return None
-
-
-class MicroBatchMessages:
-    """The device's end of one micro-batch: what the micro-batch says goes out at once, and what it waits for has a
-    deadline, after which the device is told to come again, and after longer the session ends.
-
-    Made when the micro-batch begins to wait for its first turn to compute.
-
-    Args:
-        arrived: when its first message was there.
-
-    Attributes:
-        waited_s: for the device so far; idle_s: for the device and for the gate.
-    """
-
-    def __init__(
-        self, router: MessageRouter, key: Key, gate: ComputeGate, deadlines: Deadlines, arrived: float
-    ) -> None:
-        self.waited_s = 0.0
-        self.idle_s = 0.0
-        self._times: list[float] = [arrived] * 3
-        self._began = router.clock()
-        self._router = router
-        self._clock = router.clock
-        self._key = key
-        self._gate = gate
-        self._deadlines = deadlines
-
-    @property
-    def computed_s(self) -> float:
-        """Seconds that were computed so far."""
-        return min(max(0.0, self._clock() - self._began - self.idle_s), m.MAX_SECONDS)
-
-    @property
-    def queued_s(self) -> float:
-        """Seconds that the gate was waited for so far."""
-        return min(max(0.0, self.idle_s - self.waited_s), m.MAX_SECONDS)
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Within, the micro-batch computes; until its first turn comes, it waits."""
-        began = self._clock()
-        with self._gate.computing():
-            now = self._clock()
-            self.idle_s += now - began
-            self._times += (began, began, now)
-            yield
-
-    def take_times(self) -> tuple[float, ...]:
-        """As ``DeviceMessages`` has it."""
-        opening = self._router.session.opened_with
-        times, self._times = self._times, []
-        if opening is None or not opening.times:
-            return ()
-        since = (at - self._router.began for at in (*times[-m.MAX_TIMES + 1 :], self._clock()))
-        return tuple(min(max(0.0, at), m.MAX_SECONDS) for at in since)
-
-    def send(self, message: m.ExchangeMessage) -> None:
-        self._router.send(message)  # type: ignore[arg-type]
-
-    def receive(self) -> m.AnyMessage:
-        """The device's next message of this micro-batch. Raises ``DeviceGaveUpError``, and what the transport does."""
-        transport = self._router.transport
-        began, times_lost = self._clock(), transport.times_lost
-        try:
-            with self._gate.waiting():
-                try:
-                    message = self._await_answer(began + self._deadlines.all_answers.seconds - self.waited_s)
-                finally:  # before the gate is waited for: what others compute is not the device's time
-                    received = self._clock()
-                    waited_s = received - began
-                    self.waited_s += waited_s
-        finally:
-            now = self._clock()
-            self.idle_s += now - began
-            self._times += (began, received, now)
-        if transport.times_lost == times_lost:  # else it tells of the network, not of the device
-            self._deadlines.one_answer.observe(waited_s)
-        if isinstance(message, m.Error):
-            raise DeviceGaveUpError(message.message)
-        return message
-
-    def _await_answer(self, give_up_at: float) -> m.AnyMessage:
-        """The next message; a device that is late is told to come again, and the clock starts anew."""
-        late = RefusedError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
-        while self._clock() < give_up_at:
-            message = self._router.receive(self._key, self._deadlines.one_answer.seconds, give_up_at)
-            if message is not None:
-                return message
-            self._deadlines.one_answer.missed()
-            self._router.transport.disconnect(late)
-        self._deadlines.all_answers.missed()
-        raise late
 
 
 _MAX_LOCK_WAIT_S: Final = threading.TIMEOUT_MAX

@@ -1,0 +1,125 @@
+"""The base model with what a session has around it: what is kept of each of its exchange groups, a context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dlora.cloud.model.base_model import BaseModel, find_embedding
+from dlora.cloud.model.cache import PartCache
+from dlora.cloud.model.decoding import Decoding
+from dlora.cloud.model.parts import ModelParts
+from dlora.protocol import messages as m
+from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.tensors import WireTensor
+from dlora.protocol.wire_codecs import TensorRole
+
+from .kinds import SITE_KINDS, MadeFrom, Site
+from .sketch import GroupSketch, sketch_bytes
+from .torch_codecs import from_wire, to_wire
+
+
+@dataclass
+class SessionModel:
+    """The base model, for the micro-batches of one session.
+
+    Attributes:
+        opening: what the device asked for.
+        seed: of the server's draws.
+        sites: one a group, in order; fewer until the session is set up.
+        sketches: of what the base model computes at each group, from the first micro-batch of the mode ``basis`` on;
+            each goes once the group's state is made.
+        parameters: what devices would train, of groups that the device has given; as ``Site.compute_outputs`` takes it.
+        parts: of the base model, where it can be run so.
+        decoding, cache: of a session with a context length, the context's keys and values.
+    """
+
+    base: BaseModel
+    opening: m.OpenSession
+    seed: int = 0
+    sites: list[Site] = field(default_factory=list)
+    sketches: list[GroupSketch | None] = field(default_factory=list)
+    parameters: dict[int, Sequence[Tensor]] = field(default_factory=dict)
+    parts: ModelParts | None = None
+    decoding: Decoding | None = None
+    cache: PartCache | None = None
+
+    @property
+    def groups(self) -> Sequence[GroupSpec]:
+        return self.opening.groups
+
+    @property
+    def adapter(self) -> AdapterSpec:
+        return self.opening.adapter
+
+    @property
+    def sketch_bytes(self) -> int:
+        """What ``begin_sketches`` takes."""
+        return sum(sketch_bytes(group, self.adapter.r) for group in self.groups)
+
+    def begin_sketches(self) -> None:
+        """Make room for a sketch of every group."""
+        self.sketches = [
+            GroupSketch(group, self.adapter.r, self.seed + index, self.torch_device_of(group))
+            for index, group in enumerate(self.groups)
+        ]
+
+    @property
+    def making_bytes(self) -> int:
+        """What ``make_state`` takes beside what it gives, about: copies of a sketch in float64, or of weights."""
+        group = self.groups[len(self.sites)]
+        if self.sketches:
+            return 4 * sketch_bytes(group, self.adapter.r)
+        return 2 * 4 * group.in_features * group.out_features
+
+    def make_state(self) -> m.AdapterState:
+        """Make anew what the server keeps of the next group; gives it as it crosses."""
+        index = len(self.sites)
+        sketch = self.sketches[index] if self.sketches else None
+        made_from = MadeFrom(self.base, self.seed + index, sketch)
+        made = SITE_KINDS[self.adapter.kind].make_state(self.adapter, self.groups[index], made_from)
+        tensors = tuple(to_wire(tensor, self.opening.codecs, TensorRole.ADAPTER_STATE) for tensor in made.tensors)
+        return m.AdapterState(group=index, tensors=tensors, gradient_norm=made.gradient_norm)
+
+    def add(self, state: Sequence[WireTensor]) -> None:
+        """Make the next group's site, with what the server keeps of it."""
+        index = len(self.sites)
+        if self.sketches:
+            self.sketches[index] = None
+        kind, group = SITE_KINDS[self.adapter.kind], self.groups[index]
+        self.sites.append(kind.site(self.adapter, group, self._kept(index, state)))
+
+    def take_parameters(self, given: m.GroupParameters) -> None:
+        """Keep what the device has learnt of a group, to apply it."""
+        self.parameters[given.group] = self._kept(given.group, given.tensors)
+
+    def _kept(self, group: int, tensors: Sequence[WireTensor]) -> list[Tensor]:
+        """Tensors that came, in the base model's dtype, where the group's modules are."""
+        torch_device, dtype = self.torch_device_of(self.groups[group]), self.base.dtype
+        # Copies: what came is a view of its frame.
+        return [from_wire(each, torch_device, dtype).clone() for each in tensors]
+
+    def embeddings(self, begun: m.Embeddings) -> Tensor:
+        """What a micro-batch begins with, (tokens, embedding_size), in the base model's dtype on its device.
+
+        Raises ``RemoteProtocolError`` for a token that the base model does not have.
+        """
+        base = self.base
+        if begun.token_ids is not None:
+            ids = begun.token_ids.data
+            if ids.min() < 0 or ids.max() >= base.vocabulary_size:
+                raise RemoteProtocolError(f"a token that the base model's {base.vocabulary_size} do not have")
+            return find_embedding(base)(torch.from_numpy(ids).long().to(base.device)).to(base.dtype)
+        assert begun.hidden_states is not None  # the session's rules
+        return from_wire(begun.hidden_states, base.device, base.dtype)
+
+    def torch_device_of(self, group: GroupSpec) -> torch.device:
+        """Where a group's modules are."""
+        weight = self.base.targets[group.targets[0].name].module.weight
+        assert isinstance(weight, Tensor)
+        return weight.device

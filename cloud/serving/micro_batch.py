@@ -1,0 +1,148 @@
+"""One micro-batch of a session: the frozen blocks here, its groups' adapters on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlora.cloud.exchange.basis import BasisPass
+from dlora.cloud.exchange.exchange import MicroBatchExchange
+from dlora.cloud.exchange.session_model import SessionModel
+from dlora.cloud.exchange.sketch import adding_bytes
+from dlora.cloud.exchange.target_modules import GroupRunner, running_targets
+from dlora.cloud.model.layout import Layout, lay_out
+from dlora.protocol import messages as m
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.micro_batch import GroupStates, Key, does_exchange
+from dlora.protocol.tensors import WireTensor
+
+from .micro_batch_device import MicroBatchDevice
+
+
+class ServerMicroBatch:
+    """One micro-batch, from its embeddings to its last gradient.
+
+    Args:
+        begun: its first message; group_states: what takes part.
+        max_tokens: of the server, padding among them; packs: whether the base model runs sequences end to end.
+
+    Attributes:
+        codecs: how its tensors cross.
+        layout: its input.
+    """
+
+    def __init__(
+        self, model: SessionModel, begun: m.Embeddings, group_states: GroupStates, *, max_tokens: int, packs: bool
+    ) -> None:
+        self.key: Key = (begun.step, begun.micro_batch)
+        self.codecs = model.opening.codecs_of(begun.mode)
+        self.layout: Layout = lay_out(
+            model.embeddings(begun),
+            torch.from_numpy(begun.sequence_lengths.data).long(),
+            may_pack=packs,
+            max_tokens=max_tokens,
+        )
+        self._model = model
+        self._mode = begun.mode
+        self._position = begun.position or 0
+        self._group_states = group_states if does_exchange(begun) else GroupStates()
+        self._lengths: list[int] = begun.sequence_lengths.data.tolist()
+        self._labelled = self._rows_of(begun.label_positions)
+        self._crossing = self.layout.rows
+        if begun.crossing_positions is not None:
+            self._crossing = self._rows_of(begun.crossing_positions)
+
+    @property
+    def lowest_trained(self) -> GroupSpec | None:
+        """The lowest group that wants gradients; None where none does, as when evaluating."""
+        if self._mode == "basis":
+            return self._model.groups[0]
+        active = self._group_states.active
+        return self._model.groups[min(active)] if active and self._mode == "train" else None
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that its last one sees, in the mode ``decode``; 0 in all others."""
+        return self._position + self.layout.inputs_embeds.shape[1] if self._mode == "decode" else 0
+
+    @property
+    def sketched_bytes(self) -> int:
+        """In the mode ``basis``: what goes into the groups' modules, kept until the backward pass; and what one group
+        at a time takes there."""
+        if self._mode != "basis":
+            return 0
+        model, rows = self._model, self.layout.inputs_embeds.shape[:-1].numel()
+        itemsize = model.base.dtype.itemsize
+        kept = itemsize * sum(group.in_features for group in model.groups)
+        return rows * kept + max(adding_bytes(group, model.adapter.r, rows, itemsize) for group in model.groups)
+
+    def run(self, device: MicroBatchDevice) -> None:
+        """Forward, and backward where it trains. Raises what ``device`` does, and ``NonFiniteError``."""
+        match self._mode:
+            case "encode":
+                device.send_encoded(self._encode())
+            case "basis":
+                self._run_basis(device)
+            case _:
+                self._run_exchange(device)
+
+    def _run_exchange(self, device: MicroBatchDevice) -> None:
+        """All blocks, with the groups' adapters on the device."""
+        model, groups = self._model, self._group_states
+        exchange = MicroBatchExchange(
+            device,
+            model.base,
+            model.groups,
+            model.sites,
+            live=groups.live,
+            trained=groups.active,
+            given={group: model.parameters[group] for group in groups.given},
+            rows=self._crossing,
+        )
+        labelled = self._run_blocks(exchange)
+        device.send_labelled(labelled, exchange.gradients)
+        if exchange.gradients:
+            labelled.backward(device.receive_labelled_grad(labelled))
+
+    def _encode(self) -> list[Tensor]:
+        """Of each sequence what comes out of the first blocks, (length, width)."""
+        model, purpose, layout = self._model, self._model.opening.purpose, self.layout
+        assert isinstance(purpose, m.Encode)  # the session's rules
+        assert model.parts is not None  # check_opening
+        with torch.no_grad():
+            hidden = model.parts.run(
+                layout.inputs_embeds,
+                attention_mask=layout.attention_mask,
+                position_ids=layout.position_ids,
+                end=purpose.blocks,
+            )
+            return list(self._packed(hidden).split(self._lengths))
+
+    def _packed(self, padded: Tensor) -> Tensor:
+        flat = padded.reshape(-1, padded.shape[-1])
+        return flat if self.layout.rows is None else flat.index_select(0, self.layout.rows)
+
+    def _run_basis(self, device: MicroBatchDevice) -> None:
+        """The base model alone, forward and backward: what it computes at the groups goes into the sketches."""
+        model = self._model
+        sketches = [sketch for sketch in model.sketches if sketch is not None]
+        labelled = self._run_blocks(BasisPass(model.base, model.groups, sketches, self._crossing))
+        device.send_labelled(labelled, 0)
+        labelled.backward(device.receive_labelled_grad(labelled))
+
+    def _run_blocks(self, runner: GroupRunner) -> Tensor:
+        """The last hidden states at the labelled positions."""
+        model, layout = self._model, self.layout
+        with torch.set_grad_enabled(self._mode not in m.WITHOUT_GRADIENTS), running_targets(runner):
+            if self._mode == "decode":
+                assert model.decoding is not None  # the session's rules
+                assert model.cache is not None
+                hidden = model.decoding.append(layout.inputs_embeds, model.cache, self._position)
+            else:
+                hidden = model.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
+            return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._labelled.to(hidden.device))
+
+    def _rows_of(self, positions: WireTensor) -> Tensor:
+        """Where tokens lie in the flattened input, int64."""
+        found = torch.from_numpy(positions.data).long().to(self._model.base.device)
+        return found if self.layout.rows is None else self.layout.rows.index_select(0, found)
