@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 ARCH ?= $(shell uname -m)
 SHIM := build/shim/$(shell uname -m)/VERSION.json
 
-.PHONY: help demo test coverage mutants test-slow test-release test-arm lint reference bench shim native-runner edge-binary clean
+.PHONY: help demo test coverage mutants test-slow test-release test-arm lint reference docs bench shim native-runner edge-binary clean
 
 help: ## this list; times are of two cores, and rough
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -49,6 +49,10 @@ test-arm: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.j
 reference: .venv/.ready ## docs/reference, from the code: seconds
 	$(BIN)/python .ci/reference.py
 
+# Pages are read from the root, so that links lead where they lead in the files; one that leads nowhere is an error.
+docs: .venv/.ready ## the documentation as a site in build/docs, without a network: ten seconds
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
+
 lint: .venv/.ready ## ruff, mypy, import rules: one minute
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -56,8 +60,7 @@ lint: .venv/.ready ## ruff, mypy, import rules: one minute
 
 bench: ## speed, traffic and losses against PEFT, recipes, the device alone: hours
 bench: .venv/.ready build/smollm2/manifest.json build/smollm2-fp32/manifest.json build/smollm2-int8/manifest.json \
-		build/smollm2-blocks/manifest.json build/smollm2-blocks-int8/manifest.json build/smollm2-blocks-fp32/manifest.json \
-		build/smollm2-blocks-int4/manifest.json
+		build/smollm2-blocks/manifest.json build/smollm2-blocks-int8/manifest.json build/smollm2-blocks-int4/manifest.json
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/trunk.py
 	$(BIN)/python benchmarks/peft_losses.py --bundle-fp32 build/smollm2-fp32
@@ -72,9 +75,6 @@ build/smollm2-fp32/manifest.json: protocol/version.py | .venv/.ready
 
 build/smollm2-blocks/manifest.json: protocol/version.py | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks --force --device-blocks 12
-
-build/smollm2-blocks-fp32/manifest.json: protocol/version.py | .venv/.ready
-	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-fp32 --force --device-blocks 4 --block-dtype fp32 --head-dtype fp32
 
 build/smollm2-blocks-int8/manifest.json: protocol/version.py | .venv/.ready
 	$(BIN)/dlora-export smollm2-135m --out build/smollm2-blocks-int8 --force --device-blocks 8 --block-dtype int8 --head-dtype int8
@@ -95,8 +95,8 @@ shim: .venv/.ready ## the ExecuTorch engine of a device; needs g++: one minute
 $(SHIM): $(wildcard edge/native/*.cpp edge/native/*.h) edge/native/build.py | .venv/.ready
 	$(BIN)/python edge/native/build.py
 
-# The example of docs/howto/phone.md: build/native/ARCH/dlora-native-runner BUNDLE
-native-runner: .venv/.ready ## the example of docs/howto/phone.md; needs g++: one minute
+# The example of docs/how-to/phone.md: build/native/ARCH/dlora-native-runner BUNDLE
+native-runner: .venv/.ready ## the example of docs/how-to/phone.md; needs g++: one minute
 	$(BIN)/python edge/native/build.py --arch $(ARCH) --runner
 
 # pip and not another installer: it takes torch builds that lie on disk. 25.1 brought --group.

@@ -1,6 +1,6 @@
 """Answers of the four commonsense sets, scored by ``dlora-edge evaluate`` and with transformers. JSON on stdout.
 
-    python benchmarks/answers.py --data ../shared/data/commonsense [--rows 50] [--write docs/benchmarks/answers.json]
+    python benchmarks/answers.py --data ../shared/data/commonsense [--write docs/log/benchmarks/answers.json]
 
 The reference asks with transformers' own tokenizer, chat template and ``generate``, always the likeliest token, and
 scores as LLM-Adapters does (commonsense_evaluate.py): the first match of the set's words in the answer has to be the
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=Path("build/smollm2-fp32"))
     parser.add_argument("--rows", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", type=Path, help="put the bars into this file, docs/benchmarks/answers.json")
+    parser.add_argument("--write", type=Path, help="put the bars into this file, docs/log/benchmarks/answers.json")
     options = parser.parse_args()
     need_bundle(options.bundle)
     found: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """What a curious server recovers of short runs of each recipe: ``dlora-cloud audit`` on frames that really crossed.
 
 Each recipe trains, evaluates or generates on 24 rows of real dialogue, against a server in a process of its own, with
-``--record``; then the audit attacks. Verdicts and figures, never texts, are written into docs/benchmarks/audit.json,
-which SECURITY.md and README quote; a test fails where they claim more.
+``--record``; then the audit attacks. Verdicts and figures, never texts, are written into
+docs/log/benchmarks/audit.json, which SECURITY.md and README quote; a test fails where they claim more.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="recipes")
     parser.add_argument("--report", action="store_true", help="only print the tables of what is there")
     parser.add_argument("--pages", type=Path, help="where the pages are to stay, with their texts")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where benchmarks/audit.json is")
+    parser.add_argument("--docs", type=Path, default=Path("docs/log"), help="where benchmarks/audit.json is")
     arguments = parser.parse_args()
     if arguments.report:
         there = json.loads((arguments.docs / FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
-"""Bars: numbers that benchmarks have to reach. Each is an entry of a file in ``docs/benchmarks``, reached or not."""
+"""Bars: numbers that benchmarks have to reach. Each is an entry of a file in ``docs/log/benchmarks``, reached or
+not."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--write", type=Path, help="put the bars into this file, docs/benchmarks/data.json")
+    parser.add_argument("--write", type=Path, help="put the bars into this file, docs/log/benchmarks/data.json")
     parser.add_argument(_TOKENIZE, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     need_bundle(arguments.bundle)

@@ -4,7 +4,7 @@ Models: SmolLM2, the same written otherwise (norms, v and up larger or smaller, 
 that the function stays), and small ones of four other families, which small_models.py trains here. Runs are made and
 kept as those of economy.py, whose runs count here too. A line a run; --only names some, --max-minutes ends after the
 run under way, --report makes none. The guard has no part in it: what is tested is what a run ends with. JSON goes to
-stdout; docs/benchmarks/defaults.json and a section of docs/benchmarks.md are written at the end.
+stdout; docs/log/benchmarks/defaults.json and a section of docs/log/benchmarks.md are written at the end.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def _options() -> argparse.Namespace:
     add_server_options(parser)
     add_run_options(parser, work="for models and bundles", names="MODEL/SET/RECIPE")
     parser.set_defaults(threads=1, work=Path("build/benchmarks/defaults"))
-    parser.add_argument("--runs", type=Path, default=Path("docs/benchmarks/defaults-runs.jsonl"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--runs", type=Path, default=Path("docs/log/benchmarks/defaults-runs.jsonl"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/log"))
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""What the runs of ``defaults.py`` come to: the bars of defaults.json, and a section of docs/benchmarks.md."""
+"""What the runs of ``defaults.py`` come to: the bars of defaults.json, and a section of docs/log/benchmarks.md."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ def _block(call: Callable[[], Any]) -> float:
 
 
 def _products(spec: GraphSpec, sizes: dict[str, int]) -> list[tuple[int, int, int]]:
-    """The matrix products that the graph's formula has in docs/bundle.md, (m, k) by (k, n); none for the others."""
+    """The matrix products that the graph's formula has in docs/reference/bundle.md, (m, k) by (k, n); none for the
+    others."""
     shapes = {tensor.name: _shape(tensor, sizes) for tensor in (*spec.inputs, *spec.outputs)}
     if spec.kind.startswith("adapter_"):
         tokens, rank = sizes["tokens"], sizes["rank"]

@@ -73,6 +73,7 @@ def main() -> None:
     # As the command imports them, and when.
     importlib.import_module("dlora.edge.commands.app")
     from dlora.edge.data.loading import Reading, load_datasets
+    from dlora.edge.data.read_settings import ReadSettings
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.run.display import Display
     from dlora.edge.settings import Settings
@@ -82,7 +83,8 @@ def main() -> None:
     memory.stage("imports")
     bundle = Bundle.open(options.bundle)
     memory.stage("bundle opened")
-    (dataset,) = load_datasets(Reading(bundle, [options.data], None, options.tokens // 2, "truncate"))
+    how = ReadSettings(max_length=options.tokens // 2, too_long="truncate")
+    (dataset,) = load_datasets(Reading(bundle, [options.data], how))
     memory.stage("data read, by a child")
     from dlora.edge.run.run import TrainRun, train
 

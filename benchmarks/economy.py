@@ -4,8 +4,8 @@ Each recipe trains a fresh adapter over a real websocket against one server; run
 same rows in the same order. The learning rate of each but the default, which finds its own, is chosen on validation
 rows, from one grid. A finished run is a line of --runs and is never made again, so that the hours that all of them take
 can be had in pieces: --only names some of them, --max-minutes ends after the run under way, --report makes none.
---quick is a taste in minutes, kept apart. JSON goes to stdout; docs/benchmarks.md, docs/benchmarks/economy.json and the
-plots beside it are written at the end.
+--quick is a taste in minutes, kept apart. JSON goes to stdout; docs/log/benchmarks.md, docs/log/benchmarks/economy.json
+and the plots beside it are written at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from children import QUIET_THREADS, cloud_server, log, need_bundle
@@ -50,6 +51,7 @@ from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.training.expected import total_steps
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.resolved import Resolved
+from dlora.edge.training.side import DeviceSide, ServerSide
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import NonFiniteError
@@ -232,10 +234,10 @@ def _trainer(place: Place, config: Resolved, data: Data, set_name: str) -> Itera
     if config.asks_once:
         file = place.work / f"{set_name}-{config.device_blocks}.cache"
         with open_source(place.bundle, engine, place.url, config, data, file) as (source, cost):
-            yield Trainer(place.bundle, engine, source, config, data.train), cost
+            yield Trainer(place.bundle, engine, partial(DeviceSide, source=source), config, data.train), cost
     else:
         with Connection(place.url) as connection:
-            yield Trainer(place.bundle, engine, connection, config, data.train), None
+            yield Trainer(place.bundle, engine, partial(ServerSide, connection=connection), config, data.train), None
 
 
 # -- the command -------------------------------------------------------------------------------------------
@@ -244,13 +246,13 @@ def _trainer(place: Place, config: Resolved, data: Data, set_name: str) -> Itera
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_place_options(parser)
-    parser.add_argument("--runs", type=Path, help="docs/benchmarks/economy-runs.jsonl by default")
+    parser.add_argument("--runs", type=Path, help="docs/log/benchmarks/economy-runs.jsonl by default")
     parser.add_argument("--docs", type=Path, help="where the report goes: docs by default")
     add_run_options(parser, work="for the sets as JSONL", names="SET/RECIPE")
     parser.set_defaults(work=Path("build/benchmarks/economy"))
     parser.add_argument("--quick", action="store_true", help="20 steps, 40 rows, one rate, four recipes, other files")
     options = parser.parse_args()
-    home = Path("build/benchmarks/economy-quick") if options.quick else Path("docs")
+    home = Path("build/benchmarks/economy-quick") if options.quick else Path("docs/log")
     options.docs = options.docs or home
     options.runs = options.runs or options.docs / "benchmarks" / "economy-runs.jsonl"
     options.only = options.only or (list(QUICK) if options.quick else [])

@@ -1,4 +1,4 @@
-"""``docs/benchmarks.md``, ``economy.json`` and the plots, of the runs that are finished."""
+"""``docs/log/benchmarks.md``, ``economy.json`` and the plots, of the runs that are finished."""
 
 from __future__ import annotations
 

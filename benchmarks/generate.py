@@ -3,7 +3,8 @@
 Three parts, of which --only chooses: ``speed`` (tokens a second, first token, bytes and round trips a token, with
 drafts and without, at several round-trip times), ``equal`` (the same tokens as PEFT's, of every kind of adapter) and
 ``memory`` (of the device's process in a chat of 2,000 tokens, and in training). What has to be reached is written into
-docs/benchmarks/generate.json. Adapters are trained for a few steps: what they cost does not depend on what they say.
+docs/log/benchmarks/generate.json. Adapters are trained for a few steps: what they cost does not depend on what they
+say.
 """
 
 from __future__ import annotations
@@ -127,7 +128,6 @@ class Place:
                         ours.append(self._answer(context, ids, len(theirs[-1]["tokens"]), 0))
                         log(f"{name}: PEFT {_rate_of_peft(theirs[-1]):.1f} tokens/s, ours {_rate(ours[-1]):.1f}")
                 found[name] = {
-                    "groups": len(context.model.connection.session.groups),
                     "peft_tokens_per_s": round(statistics.median(map(_rate_of_peft, theirs)), 2),
                     "peft_first_token_s": round(statistics.median(each["first_s"] for each in theirs), 3),
                     "loopback": _summary(ours),
@@ -322,7 +322,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--adapters", nargs="+", choices=["base_model", *RECIPES], default=["base_model", *RECIPES],
                         help="for --only speed")  # fmt: skip
     parser.add_argument("--fp32-bundle", type=Path, default=Path("build/smollm2-fp32"), help="for --only equal")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/log"))
     parser.add_argument("--only", nargs="+", choices=["speed", "equal", "memory"], default=["speed", "equal", "memory"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--wire-dtype", default="fp16")

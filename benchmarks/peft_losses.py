@@ -2,7 +2,7 @@
 
 Each case trains a few steps over a real websocket, evaluates on held-out rows, saves the adapter, and has PEFT load it
 into the whole model in one process of its own. JSON goes to stdout; what has to be reached is written into
-docs/benchmarks/economy.json. Evaluations of a run cross as fp16 where the run's wire is int8; the loss of the saved
+docs/log/benchmarks/economy.json. Evaluations of a run cross as fp16 where the run's wire is int8; the loss of the saved
 adapter with int8 evaluations stands beside it.
 """
 
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.evaluation import evaluate
 from dlora.edge.model.opening import Opening, open_to_evaluate
+from dlora.edge.training.side import ServerSide
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 
@@ -156,7 +158,8 @@ def _run(
         invocation=find_invocation(data.train) if recipe.acts_on_answers else (),
     )
     with Connection(url) as connection:
-        trainer = Trainer(bundle, OnnxEngine(bundle, options.threads), connection, config, data.train)
+        side = partial(ServerSide, connection=connection)
+        trainer = Trainer(bundle, OnnxEngine(bundle, options.threads), side, config, data.train)
         for _ in range(options.steps):
             trainer.run_step()
         loss = trainer.evaluate(data.held_out).loss
@@ -195,7 +198,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rows", type=int, default=48, help="held-out ones")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="the bars go into its benchmarks/economy.json")
+    parser.add_argument("--docs", type=Path, default=Path("docs/log"), help="bars go into its benchmarks/economy.json")
     return parser.parse_args()
 
 

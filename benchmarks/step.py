@@ -2,7 +2,7 @@
 
 All take turns in one run on the same batches; medians are printed. The device runs in this process, the server in
 another, over loopback; each has --threads threads, and they take turns, as PEFT's one process does. What has to be
-reached is written into docs/benchmarks/economy.json.
+reached is written into docs/log/benchmarks/economy.json.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,8 @@ from dlora.edge.settings import Settings
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.resolve import resolve_without_data
 from dlora.edge.training.resolved import Resolved
+from dlora.edge.training.selection import parse_blocks, target_modules_of
+from dlora.edge.training.side import ServerSide
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.manifest import Manifest
@@ -134,7 +137,9 @@ class Device:
         self, bundle: Bundle, connection: Connection, config: Resolved, dataset: Dataset, threads: int
     ) -> None:
         started = time.perf_counter()
-        self.trainer = Trainer(bundle, OnnxEngine(bundle, threads), connection, config, dataset)
+        self.trainer = Trainer(
+            bundle, OnnxEngine(bundle, threads), partial(ServerSide, connection=connection), config, dataset
+        )
         self.set_up_s = time.perf_counter() - started
         self.step_s: list[float] = []
         self.cpu_s: list[float] = []
@@ -217,9 +222,10 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def _round_trips(manifest: Manifest, default: Resolved) -> dict[str, Any]:
     """Of a step of the default recipe, and of the same in fewer blocks."""
     found = {}
-    for blocks in (default.blocks, spread_blocks(manifest, 4), spread_blocks(manifest, 2)):
-        groups = choose_groups(manifest, default.target_modules, blocks)
-        found[str(len(blocks))] = {"blocks": list(blocks), "round_trips": round_trips(default.adapter, groups)}
+    names, own = target_modules_of(default.adapter.target_modules), parse_blocks(default.adapter.blocks, manifest)
+    for blocks in (own, spread_blocks(manifest, 4), spread_blocks(manifest, 2)):
+        groups = choose_groups(manifest, names, blocks)
+        found[str(len(blocks))] = {"blocks": list(blocks), "round_trips": round_trips(default.spec, groups)}
     return found
 
 
@@ -244,7 +250,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--wire-dtype", choices=("fp16", "fp32"), default="fp16", help="of LoRA")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="the bars go into its benchmarks/economy.json")
+    parser.add_argument("--docs", type=Path, default=Path("docs/log"), help="bars go into its benchmarks/economy.json")
     return parser.parse_args()
 
 

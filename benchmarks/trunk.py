@@ -2,10 +2,8 @@
 
 ``step``: the device's step, torch's with the same blocks in one process, and a split step with all of q, v active
 take turns in one run on the same batches; medians. ``memory``: the peak of a real ``dlora-edge train``. ``traffic``:
-of a real run of three epochs, against the formula of all-active q, v. ``kills``: what a step takes where the lower
-half of the blocks is killed. ``storage``: what a pass takes by how blocks are stored. ``losses``: what PEFT finds
-with the saved adapter. ``encode``: how many texts a second the server encodes, for one device and sixteen. What has
-to be reached is written into docs/benchmarks/trunk.json.
+of a real run of three epochs, against the formula of all-active q, v. What has to be reached is written into
+docs/log/benchmarks/trunk.json.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import statistics
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +25,7 @@ from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle, run_
 
 os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
-from trunk_encode import bars_of_encoding, measure_encoding
-from trunk_kills import measure_kills
-from trunk_losses import bars_of_losses, measure_losses
 from trunk_recipes import MEMORY_FILE, OPTIONS_OF
-from trunk_storage import measure_storage, write_storage
 from trunk_trainers import LR, random_tokens, split_config, trunk_config, trunk_source
 
 from dlora.edge.data.batches import pack
@@ -40,6 +35,7 @@ from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.files import write_atomically
 from dlora.edge.model.block_weights import encoded_width
 from dlora.edge.model.cached_source import texts_of
+from dlora.edge.training.side import DeviceSide, ServerSide
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapters import AdapterSpec, crossings
@@ -50,7 +46,7 @@ from dlora.protocol.wire_codecs import Codecs
 
 COMMAND: Final = "python benchmarks/trunk.py"
 FILE: Final = Path("benchmarks") / "trunk.json"
-PARTS: Final = ("step", "kills", "storage", "memory", "traffic", "losses", "encode")
+PARTS: Final = ("step", "memory", "traffic")
 
 
 def main() -> None:
@@ -62,7 +58,6 @@ def main() -> None:
             log(f"{part} …")
             result[part] = MEASURES[part](url, options)
             write_bars(options.docs / FILE, _bars(result))
-        write_storage(options.docs, result)
     print(json.dumps(result, indent=1))
 
 
@@ -84,12 +79,12 @@ def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
         engine = OnnxEngine(bundle, options.threads)
         source = trunk_source(bundle, engine, url, Path(directory) / "cache", options.blocks)
         stack.callback(source.close)
-        device = Trainer(bundle, engine, source, trunk_config(bundle.manifest, options, options.blocks), dataset)
+        config = trunk_config(bundle.manifest, options, options.blocks)
+        device = Trainer(bundle, engine, partial(DeviceSide, source=source), config, dataset)
         source.fill(texts_of(dataset))
         connection = stack.enter_context(Connection(url))
-        split = Trainer(
-            bundle, OnnxEngine(bundle, options.threads), connection, split_config(bundle.manifest, options), dataset
-        )
+        side, config = partial(ServerSide, connection=connection), split_config(bundle.manifest, options)
+        split = Trainer(bundle, OnnxEngine(bundle, options.threads), side, config, dataset)
         for step in range(options.warmup + options.steps):
             chosen = device.batches.step_indices(step)
             # As many tokens for torch, which runs the last one, too.
@@ -157,7 +152,7 @@ def _traffic(url: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _all_active(manifest: Manifest, tokens: int, sequences: int) -> float:
-    """Bytes a token of LoRA on q, v in all blocks, fp16, by docs/protocol.md's formula."""
+    """Bytes a token of LoRA on q, v in all blocks, fp16, by docs/reference/protocol.md's formula."""
     groups = choose_groups(manifest, ("q_proj", "v_proj"))
     everything = range(len(groups))
     base = manifest.base_model
@@ -214,10 +209,6 @@ def _bars(result: dict[str, Any]) -> dict[str, Entry]:
     if memory := result.get("memory"):
         for dtype, bar in (("fp16", 300), ("int8", 250)):
             bars[f"peak_rss_{dtype}"] = at_most(bar, memory[dtype], command("memory"))
-    if encoding := result.get("encode"):
-        bars |= bars_of_encoding(encoding, command("encode"))
-    if losses := result.get("losses"):
-        bars |= bars_of_losses(losses, command("losses"))
     if traffic := result.get("traffic"):
         for dtype, bar in (("fp16", 0.99), ("int8", 0.995)):
             saved = 1 - traffic[dtype]["bytes_per_token"] / traffic["all_active_bytes_per_token"]
@@ -227,10 +218,7 @@ def _bars(result: dict[str, Any]) -> dict[str, Entry]:
     return bars
 
 
-MEASURES: Final = {
-    "step": _step, "kills": measure_kills, "storage": measure_storage, "memory": _memory, "traffic": _traffic,
-    "losses": measure_losses, "encode": measure_encoding,
-}  # fmt: skip
+MEASURES: Final = {"step": _step, "memory": _memory, "traffic": _traffic}
 
 
 def _options() -> argparse.Namespace:
@@ -240,7 +228,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, default=Path("build/smollm2-blocks"))
     parser.add_argument("--int8-bundle", type=Path, default=Path("build/smollm2-blocks-int8"))
     parser.add_argument("--int4-bundle", type=Path, default=Path("build/smollm2-blocks-int4"))
-    parser.add_argument("--fp32-bundle", type=Path, default=Path("build/smollm2-blocks-fp32"))
     parser.add_argument("--blocks", type=int, default=4, help="on the device")
     parser.add_argument("--tokens", type=int, default=256, help="of a micro-batch")
     parser.add_argument("--labelled", type=float, default=1 / 3, help="share of tokens that are labels, in step")
@@ -248,11 +235,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/log"))
     options = parser.parse_args()
-    options.bundles = {
-        "fp32": options.fp32_bundle, "fp16": options.bundle, "int8": options.int8_bundle, "int4": options.int4_bundle,
-    }  # fmt: skip
+    options.bundles = {"fp16": options.bundle, "int8": options.int8_bundle, "int4": options.int4_bundle}
     return options
 
 

@@ -2,8 +2,8 @@
 
 Runs are made, kept and reported as those of ``economy.py``, whose runs of the other two recipes they are compared with:
 the same data, seeds and validation rows, and the same grid of rates but for the default, which finds its own. --report
-makes none. JSON goes to stdout; the section of docs/benchmarks.md, docs/benchmarks/trunk-quality.json and the bars in
-trunk.json are written at the end.
+makes none. JSON goes to stdout; the section of docs/log/benchmarks.md, docs/log/benchmarks/trunk-quality.json and the
+bars in trunk.json are written at the end.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def _options() -> argparse.Namespace:
     add_place_options(parser)
     add_run_options(parser, work="for what several runs use", names="SET/RECIPE")
     parser.set_defaults(bundle=Path("build/smollm2-blocks"), threads=1, work=Path("build/benchmarks/trunk"))
-    parser.add_argument("--runs", type=Path, default=Path("docs/benchmarks/trunk-runs.jsonl"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--runs", type=Path, default=Path("docs/log/benchmarks/trunk-runs.jsonl"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/log"))
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""What the runs of ``trunk_quality.py`` come to: a section of docs/benchmarks.md, trunk-quality.json, and bars."""
+"""What the runs of ``trunk_quality.py`` come to: a section of docs/log/benchmarks.md, trunk-quality.json, and bars."""
 
 from __future__ import annotations
 

@@ -354,7 +354,7 @@ class Saving(Section, frozen=True, kw_only=True):
 class KillRevive(Section, frozen=True, kw_only=True):
     """Kill and Revive
 
-    What is not an option is when: see docs/kill-and-revive.md.
+    What is not an option is when: see docs/concepts/kill-and-revive.md.
     """
 
     active_fraction: Annotated[

@@ -37,7 +37,7 @@ MODEL = "smollm2-135m"
 QUESTION = "What is your favourite food?"
 STEPS, BATCH_SIZE, HELD_OUT = 120, 8, 96
 WIRE_DTYPE = "int8"
-BENCHMARKED = Path("docs/benchmarks/economy-results.json")
+BENCHMARKED = Path("docs/log/benchmarks/economy-results.json")
 # Names there. The savings are against the first: LoRA of the bundle's rank and modules, all active, fp16 on the wire,
 # at the best rate of a grid; ours finds its rate, as the demo does.
 COMPARED = {
@@ -74,7 +74,7 @@ def main() -> None:
             "--kind", "bottleneck", "--rank", "96", "--blocks", "spread:8", "--active-from", "answer",
             "--wire-dtype", WIRE_DTYPE, "--active-fraction", "0.5", "--kr-score", "grad",
             "--set", "kill_revive.kill_every=10", "--set", "kill_revive.revive_every=20",
-            "--set", "kill_revive.probation=10", "--kr-on-kill", "hold_forward", "--seed", "0",
+            "--set", "kill_revive.probation=10", "--kr-on-kill", "bypass", "--seed", "0",
             "--json", stdout=subprocess.DEVNULL,
         )  # fmt: skip
         after = _output(*ask, "--adapter", str(ADAPTER)).strip()
@@ -120,8 +120,8 @@ def _summary(
 
 
 def _all_active_lora_bytes(rows: Sequence[StepMetrics]) -> int:
-    """What all-active LoRA would have put on the wire for the same batches: the formula of docs/protocol.md, which the
-    counters of a run equal exactly, without reports."""
+    """What all-active LoRA would have put on the wire for the same batches: the formula of docs/reference/protocol.md,
+    which the counters of a run equal exactly, without reports."""
     manifest = Bundle.open(BUNDLE).manifest
     defaults = manifest.defaults
     groups = choose_groups(manifest, defaults.target_modules, ())
@@ -171,7 +171,7 @@ def _show(summary: dict[str, Any]) -> None:
         table.add_row(f"[bold]{name}[/]", value, f"[dim]{note}[/]")
     console.print(table)
     heading = "[bold]What half of the blocks cost, and what it is compared with[/]"
-    about = "docs/benchmarks.md; as many steps, the same answers, 100 rows less to train on"
+    about = "docs/log/benchmarks.md; as many steps, the same answers, 100 rows less to train on"
     console.print(f"\n{heading} ({about})", soft_wrap=True)
     benchmarked = json.loads(BENCHMARKED.read_text()).get("dialogue", {})
     for (recipe, rate), what in COMPARED.items():

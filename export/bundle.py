@@ -19,7 +19,7 @@ from dlora.cloud.model.base_model import (
     reach,
 )
 from dlora.export.graphs.block_materials import DeviceBlocks
-from dlora.export.graphs.graph_test import Materials
+from dlora.export.graphs.golden_case import Materials
 from dlora.export.graphs.registry import make_graphs
 from dlora.export.tracing.calls import CannotRunOnDevice
 from dlora.export.tracing.entry import CannotBeginOnDevice

@@ -6,9 +6,9 @@ between models and between modules of one. Multiplied by the module's *gain*, ``
 everywhere. Changes of weights that leave the model's function as it is leave a run as it is, then: larger norms before
 smaller modules, or larger values before a smaller output projection.
 
-Gains are measured on random tokens: those of real texts are near them (docs/experiments.md). So a bundle has them, and
-a device and its server need not agree on any others. It has them as powers of two: multiplying by one rounds nothing,
-so that an adapter that is saved, loaded and trained on has the same bits.
+Gains are measured on random tokens: those of real texts are near them (docs/log/experiments.md). So a bundle has them,
+and a device and its server need not agree on any others. It has them as powers of two: multiplying by one rounds
+nothing, so that an adapter that is saved, loaded and trained on has the same bits.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import torch
 
 from dlora.cloud.model.base_model import BaseModel, EmbeddingEnd, model_code
 from dlora.export.graphs.arrays import Arrays
+from dlora.export.graphs.golden_case import GoldenCase, Run
 from dlora.export.graphs.graph import TrainingGraph
-from dlora.export.graphs.graph_test import GraphTest, Run
 from dlora.export.graphs.tolerances import relative_error
 from dlora.protocol.errors import ExportError
 
@@ -98,7 +98,7 @@ def real_hidden_states(base: BaseModel, embedding: EmbeddingEnd, rows: int = ROW
         return base.last_hidden_state(embedding(ids))[0].float().numpy()
 
 
-def verify(graph: TrainingGraph, tests: Iterable[GraphTest], engines: Engines = ONNX_ONLY) -> Verified:
+def verify(graph: TrainingGraph, tests: Iterable[GoldenCase], engines: Engines = ONNX_ONLY) -> Verified:
     """Run ``graph`` on every engine through all its tests; errors and golden vectors are the last one's.
 
     Raises ``ExportError`` where an output is beyond its tolerance, or what rounding costs beyond its bound.
@@ -109,7 +109,7 @@ def verify(graph: TrainingGraph, tests: Iterable[GraphTest], engines: Engines = 
     return verified
 
 
-def _verify(graph: TrainingGraph, test: GraphTest, compiled: Mapping[str, Compiled]) -> Verified:
+def _verify(graph: TrainingGraph, test: GoldenCase, compiled: Mapping[str, Compiled]) -> Verified:
     golden = dict(test.exact if test.rounding is None else test.rounding.golden)
     bounds = _check_rounding(graph, test, golden)
     errors: dict[str, float] = {}
@@ -136,7 +136,7 @@ def _verify(graph: TrainingGraph, test: GraphTest, compiled: Mapping[str, Compil
     return Verified(graph, models, errors, tolerance, vectors)
 
 
-def _check_rounding(graph: TrainingGraph, test: GraphTest, golden: Arrays) -> Mapping[str, float]:
+def _check_rounding(graph: TrainingGraph, test: GoldenCase, golden: Arrays) -> Mapping[str, float]:
     """How far the golden outputs may be from the exact ones, by the output's name; all of them are within that."""
     if test.rounding is None:
         return dict.fromkeys(test.exact, 0.0)

@@ -78,7 +78,8 @@ class AdapterKind(Protocol):
     def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[Shape, ...]:
         """What the server keeps of ``group`` for the session; nothing for ``lora``.
 
-        The device has a copy, and gives it to a server that has none: see ``adapter_state`` of docs/protocol.md.
+        The device has a copy, and gives it to a server that has none: see ``adapter_state`` of
+        docs/reference/protocol.md.
         """
 
 

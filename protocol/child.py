@@ -3,7 +3,7 @@
 A chat template is a program, a tokenizer nearly is one, and neither Jinja nor the tokenizers library has a limit. So
 they run in a forked child. It says where it is in a note that both processes see; whatever becomes of it is then one
 line that names that place. Memory is limited, time is not: a large data set takes long. *Standing still* is limited.
-For the device's data and prompts, and for the audit's texts. docs/decisions/0030-strangers-files-in-a-child.md.
+For the device's data and prompts, and for the audit's texts. docs/log/decisions/0030-strangers-files-in-a-child.md.
 """
 
 from __future__ import annotations

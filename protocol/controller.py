@@ -1,7 +1,8 @@
 """Kill and Revive's controller: from the device's scores to the state of every unit in the next step.
 
 One rule holds at every step: exactly ``budget(step)`` units are ACTIVE. The rest follows from three questions,
-asked for the step ``t`` that comes next (docs/kill-and-revive.md tells the whole story, ``Timetable`` has the times):
+asked for the step ``t`` that comes next (docs/concepts/kill-and-revive.md tells the whole story, ``Timetable`` has the
+times):
 
 1. Does a fade end?          FADING -> KILLED; and HELD -> GIVEN, where the device gives the server what it held.
 2. Is the budget exceeded?   The lowest ranked go, at once; only the ramp has such steps.

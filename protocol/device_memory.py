@@ -2,7 +2,7 @@
 high.
 
 One formula for both who ask it: an export that puts as many blocks into a bundle as a device can hold, and
-``dlora-edge plan``. Calibrated on SmolLM2-135M; docs/decisions/0045 has what was measured beside what it says.
+``dlora-edge plan``. Calibrated on SmolLM2-135M; docs/log/decisions/0045 has what was measured beside what it says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 from .groups import GroupSpec
 from .manifest import BlockDtype, StoredDtype
 
-RUNTIME_MB: Final = 100  # Python, the engine and its graphs, and one slab of the head
+RUNTIME_MB: Final = 130  # Python, libraries that were touched, the engine's graphs, and one slab of the head
 USUAL_TOKENS: Final = 256  # of a micro-batch
 STORED_DTYPES: Final[dict[StoredDtype, int]] = {"int8": 1, "fp16": 2, "fp32": 4}  # and bytes a value
 TRAINED_COPIES: Final = 4  # of what is trained: value, gradient and two moments

@@ -2,27 +2,18 @@
 
 ::
 
-    DloraError                       1   anything else that we name
-    ├── UsageError                   2   the command line is wrong (typer's own code)
-    ├── DataError                    3   the training data cannot be used
-    ├── BundleError                  4   the bundle is missing, damaged or too new
-    ├── ModelMismatchError           5   the server's base model is not the bundle's
-    ├── ConnectionFailedError        6   the server cannot be reached, or was lost
-    │   └── SessionLostError             … and is back without the session (never reaches the user)
-    ├── ProtocolError                7   the conversation broke its rules
-    │   ├── LocalProtocolError           … and the bug is ours: it keeps its traceback
-    │   └── RemoteProtocolError          … and the fault is the peer's (carries a wire code)
-    │       └── DamagedFrameError        … or the network's
-    ├── RefusedError                 8   the server says no, as it may, and why (carries a wire code)
-    ├── StorageError                 9   the disk is full, read-only or gone
-    ├── CheckpointError             10   no usable checkpoint, adapter or state file
-    ├── ExportError                 11   the model is not supported, or a graph is not exact enough
-    ├── MissingExtraError           12   an optional dependency is not installed
-    ├── NonFiniteError              13   training has diverged: NaN or infinity
-    ├── WorseError                  14   training made the model worse, and --on-worse stop ended it
-    └── StoppedError               130   Ctrl-C, SIGTERM or SIGHUP, and everything was saved
-    (Ctrl-C, SIGTERM, SIGHUP)      130
+    DloraError
+    ├── UsageError, DataError, BundleError, ModelMismatchError
+    ├── ConnectionFailedError
+    │   └── SessionLostError             it is back without the session (never reaches the user)
+    ├── ProtocolError
+    │   ├── LocalProtocolError           the bug is ours: it keeps its traceback
+    │   └── RemoteProtocolError          the fault is the peer's (carries a wire code)
+    │       └── DamagedFrameError        or the network's
+    ├── RefusedError                     the server says no, as it may, and why (carries a wire code)
+    └── StorageError, CheckpointError, ExportError, MissingExtraError, NonFiniteError, WorseError, StoppedError
 
+Each says below what it means and whether the same may go well later; docs/reference/exit-codes.md is made of that.
 A command prints ``error: <one line>`` on stderr and exits with the code. Codes never change meaning.
 
 Whose fault an error is decides what becomes of it, on the device and in the cloud::
@@ -42,45 +33,58 @@ from .interrupts import INTERRUPTED_EXIT_CODE
 
 
 class DloraError(Exception):
-    """Base of all errors that dlora raises on purpose; its text is one line that says what to do."""
+    """Something else that we name; ``selftest`` or ``doctor`` found a problem, ``plan`` nothing that fits.
+
+    Base of all errors that dlora raises on purpose; its text is one line that says what to do.
+
+    Attributes:
+        again: whether the same command may go well later, in Markdown.
+    """
 
     exit_code: ClassVar[int] = 1
+    again: ClassVar[str] = "see its line"
 
 
 class UsageError(DloraError):
-    """The command line or configuration contradicts itself."""
+    """The command line, or what stands in a file of settings, is wrong."""
 
     exit_code = 2
+    again = "no"
 
 
 class DataError(DloraError):
-    """The data set is missing, empty or malformed; the text names file and line."""
+    """The training data cannot be used; file and line are named."""
 
     exit_code = 3
+    again = "no"
 
 
 class BundleError(DloraError):
-    """The bundle is missing, damaged (a digest differs) or of a newer format."""
+    """The bundle is missing, damaged or too new."""
 
     exit_code = 4
+    again = "no: export again"
 
 
 class ModelMismatchError(DloraError):
-    """The server's base model, or that of an adapter, is not the one that the bundle was exported from."""
+    """The server's base model, or the adapter's, is not the bundle's."""
 
     exit_code = 5
+    again = "no: serve the bundle's model, or take an adapter of it"
 
 
 class ConnectionFailedError(DloraError):
-    """The server cannot be reached, or the connection was lost."""
+    """The server cannot be reached, was lost and ``--max-retry-s`` is over, or cannot listen."""
 
     exit_code = 6
+    again = "yes, with `dlora-edge resume`"
 
 
 class ProtocolError(DloraError):
-    """The conversation broke the rules of docs/protocol.md."""
+    """The conversation broke its rules, or there is no common version."""
 
     exit_code = 7
+    again = 'no: update the older side; where it says "a bug in dlora", report it'
 
 
 class LocalProtocolError(ProtocolError):
@@ -116,7 +120,7 @@ class SessionLostError(ConnectionFailedError):
 
 
 class RefusedError(DloraError):
-    """The server says no, as it may: raised where it does so, and on the device that hears of it.
+    """The server refused, and why.
 
     Nobody broke a rule: it is full, stops, has its limits, does not know who calls, or has a bug itself.
 
@@ -127,6 +131,7 @@ class RefusedError(DloraError):
     """
 
     exit_code = 8
+    again = "if the server is full or shutting down: yes, with `dlora-edge resume`; no for tokens, tickets and limits"
 
     def __init__(self, text: str, code: str, *, retryable: bool = False, retry_after_s: float | None = None) -> None:
         super().__init__(text)
@@ -136,45 +141,52 @@ class RefusedError(DloraError):
 
 
 class StorageError(DloraError):
-    """Writing failed: the disk is full, read-only or gone. What was saved before is intact."""
+    """The disk is full, read-only or gone; what was saved is intact."""
 
     exit_code = 9
+    again = "after you made room, with `dlora-edge resume`"
 
 
 class CheckpointError(DloraError):
-    """A checkpoint or adapter cannot be used."""
+    """There is no usable checkpoint or adapter."""
 
     exit_code = 10
+    again = "no"
 
 
 class ExportError(DloraError):
-    """The model is not supported, or an exported graph is not exact enough."""
+    """The model is not supported, or a graph is not exact enough."""
 
     exit_code = 11
+    again = "no"
 
 
 class MissingExtraError(DloraError):
-    """An optional dependency is not installed, or has no build for this machine."""
+    """An optional dependency is not installed, or this machine cannot have it."""
 
     exit_code = 12
+    again = "after installing it"
 
 
 class NonFiniteError(DloraError):
-    """There is NaN or infinity in what the device or the base model computed: training has diverged.
+    """Training has diverged: NaN or infinity; start anew with a lower ``--lr``.
 
     The same run does so again, whatever it goes on from; a lower learning rate helps.
     """
 
     exit_code = 13
+    again = "no: it would diverge again"
 
 
 class WorseError(DloraError):
-    """Training has made the model worse than it was, and was to end then; what was best was saved."""
+    """Training has made the model worse, and ``--on-worse stop`` ended it; what was best is saved."""
 
     exit_code = 14
+    again = "no: start anew with a lower `--lr`"
 
 
 class StoppedError(DloraError):
-    """The user asked to stop; everything was saved."""
+    """Ctrl-C, SIGTERM or a closed terminal; ``train`` finishes and saves its step first."""
 
     exit_code = INTERRUPTED_EXIT_CODE
+    again = "yes, with `dlora-edge resume`"

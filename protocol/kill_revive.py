@@ -1,7 +1,7 @@
 """Kill and Revive as both sides know it: its settings, its units, and the states a unit can be in.
 
 Scores are computed on the device (``dlora.edge.training.scores``), decisions are made in the cloud
-(``dlora.protocol.controller``), the device obeys. See docs/kill-and-revive.md.
+(``dlora.protocol.controller``), the device obeys. See docs/concepts/kill-and-revive.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bundle's manifest: what ``dlora-export`` writes and ``dlora-edge`` reads. docs/bundle.md is normative.
+"""The bundle's manifest: what ``dlora-export`` writes and ``dlora-edge`` reads. docs/reference/bundle.md is normative.
 
 A bundle is a directory; ``manifest.json`` names every other file in it with its size and SHA-256. Paths are
 relative, with ``/``, stand in ``files`` and never leave the bundle: a bundle comes from somebody else, and what its
@@ -179,7 +179,8 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A graph's input or output. Strings in ``shape`` are dynamic dimensions, ``tokens`` and so on: docs/bundle.md."""
+    """A graph's input or output. Strings in ``shape`` are dynamic dimensions, ``tokens`` and so on:
+    docs/reference/bundle.md."""
 
     name: str
     dtype: Literal["fp32", "fp16", "int8", "int64"]
@@ -366,7 +367,8 @@ def _paths_in(value: Any, type_info: msgspec.inspect.Type, field: str) -> Iterat
 
 
 def _lies_inside(bundle: Path, root: Path, name: str) -> bool:
-    """Whether ``name`` is a path as docs/bundle.md has them, and leads nowhere else, not even by a symbolic link.
+    """Whether ``name`` is a path as docs/reference/bundle.md has them, and leads nowhere else, not even by a symbolic
+    link.
 
     ``root``: ``bundle`` as it is where no link is left.
     """

@@ -1,4 +1,4 @@
-"""Every message of the wire: one frozen structure each. docs/protocol.md is normative.
+"""Every message of the wire: one frozen structure each. docs/reference/protocol.md is normative.
 
 Field names are the wire names; a message's ``type`` is its class name in snake case. ``E`` sends means the
 device (edge), ``C`` the server (cloud).
@@ -81,7 +81,7 @@ class Welcome(Message, frozen=True):
     """C answers: the version both will speak, the base model it serves, and its limits.
 
     Attributes:
-        base_fingerprint: hex SHA-256 of the base model's weights, see docs/bundle.md.
+        base_fingerprint: hex SHA-256 of the base model's weights, see docs/reference/bundle.md.
         embedding_size: width of the hidden states that E sends; hidden_size: of those that C returns.
         max_sequence_length: longest sequence in tokens.
         max_tokens: most tokens of one micro-batch, as ``counting.py`` counts them.

@@ -7,7 +7,7 @@
     16      the recording's id, 16 random bytes, which the truth that belongs to it has too
     32      records, one after another:
               time in seconds, float64; frame length, uint32; direction, uint8: 0 up (device to server), 1 down
-              the frame, as docs/protocol.md has it
+              the frame, as docs/reference/protocol.md has it
 
 All numbers are little-endian.
 """

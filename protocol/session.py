@@ -1,7 +1,7 @@
 """The conversation, without sockets or clocks: what may be said when, and in which shapes.
 
 Each side holds one ``Session``. ``send`` checks a message and gives its frame; ``receive`` takes a frame and
-gives the checked message. The rules are one table (``states.py``); ``docs/protocol.md`` draws it.
+gives the checked message. The rules are one table (``states.py``); ``docs/reference/protocol.md`` draws it.
 
 - E (the device) speaks first and starts everything; C (the server) only ever answers or asks for what a
   micro-batch needs.

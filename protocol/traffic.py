@@ -1,4 +1,4 @@
-"""What a step costs on the wire, exactly: the formula of docs/protocol.md, section Traffic.
+"""What a step costs on the wire, exactly: the formula of docs/reference/protocol.md, section Traffic.
 
 Counted are whole frames. The websocket adds 2 to 10 bytes a frame, and 4 more for those that the device sends.
 """

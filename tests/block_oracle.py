@@ -192,7 +192,7 @@ def graph_inputs(
     scaling: float,
     others: Mapping[str, np.ndarray],
 ) -> Arrays:
-    """Inputs of a block's graph, as docs/bundle.md has them."""
+    """Inputs of a block's graph, as docs/reference/bundle.md has them."""
     positions = np.concatenate([np.arange(length) for length in lengths])
     own: Arrays = {"mask": plain_mask(lengths, block.window)[None, None], "scale": np.array(scaling, np.float32)}
     own |= {name: bundle.weight(file) for name, file in block.weights.items()}

@@ -1,6 +1,6 @@
 """What dlora does with every causal model type of transformers: ``python tests/model_types.py`` writes the second half
-of docs/models.md again, in about ten minutes; with names, only their rows. The types of tests/families.py are in the
-first half.
+of docs/reference/models.md again, in about ten minutes; with names, only their rows. The types of tests/families.py are
+in the first half.
 
 Of each type a tiny model with random weights is made and saved, loaded as ``dlora-export`` and ``dlora-cloud serve``
 load it, exported, and trained for a step through a server; its gradients are compared with those of PEFT in one

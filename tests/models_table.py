@@ -1,5 +1,5 @@
-"""docs/models.md, made from the tiny models that the tests run: ``python tests/models_table.py`` writes it again, but
-for the types that the tests do not run (``model_types.py``)."""
+"""docs/reference/models.md, made from the tiny models that the tests run: ``python tests/models_table.py`` writes it
+again, but for the types that the tests do not run (``model_types.py``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dlora.protocol.targets import module_names
 
 ON_EXECUTORCH: Final = "llama"  # tests/test_executorch.py
 TYPES_HEADING: Final = "## Every other model type"
-PAGE: Final = Path(__file__).parents[1] / "docs" / "models.md"
+PAGE: Final = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
 _TOP: Final = """\
 # Models
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlora.cloud.door.access import FAILURES_PER_WINDOW, MAX_ADDRESSES, WINDOW_S, Access, AccessDeniedError, Caller
-from dlora.cloud.door.tokens import BearerTokenStore
+from dlora.cloud.admission.access import FAILURES_PER_WINDOW, MAX_ADDRESSES, WINDOW_S, Access, AccessDeniedError, Caller
+from dlora.cloud.admission.tokens import BearerTokenStore
 from dlora.edge.wire.credentials import Credentials, refusal_in, split_url
 from dlora.protocol.errors import UsageError
 from dlora.protocol.messages import Error, ErrorCode

@@ -22,7 +22,7 @@ from dlora.protocol.adapter_record import RECORD_NAME, WEIGHTS_NAME, load_record
 from dlora.protocol.errors import BundleError, CheckpointError, ModelMismatchError, UsageError
 
 ROOT = Path(__file__).parents[1]
-HOW_TO = (ROOT / "docs/howto/adapters.md").read_text()
+HOW_TO = (ROOT / "docs/how-to/adapters.md").read_text()
 HELD_OUT = ("--eval-every", 1, "--keep", "best")
 
 

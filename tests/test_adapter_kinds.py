@@ -22,7 +22,7 @@ from tiny import TinyFactory
 from torch import Tensor
 from waiting import eventually
 
-from dlora.cloud.door.quotas import QuotaLimits, SessionQuota
+from dlora.cloud.admission.quotas import QuotaLimits, SessionQuota
 from dlora.cloud.exchange.kinds import SITE_KINDS, MadeFrom, MadeState, Site
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.transport import DeviceGoneError

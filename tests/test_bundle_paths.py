@@ -31,7 +31,7 @@ from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import BundlePath, Manifest, load_manifest
 
 SECRET = b"the device's own secret"
-DOCS = (Path(__file__).parents[1] / "docs" / "bundle.md").read_text()
+DOCS = (Path(__file__).parents[1] / "docs" / "reference" / "bundle.md").read_text()
 
 Place = tuple[str, ...]
 """Where a path stands in a manifest: names of fields, ``[]`` for an item, ``{}`` for a value, ``keys`` for a key."""

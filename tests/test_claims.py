@@ -1,4 +1,4 @@
-"""No sentence of ours promises more than an attack has left standing: docs/benchmarks/audit.json has the verdicts.
+"""No sentence of ours promises more than an attack has left standing: docs/log/benchmarks/audit.json has the verdicts.
 
 A sentence that says that something is protected, hidden, private … must stand in a paragraph that names the findings
 that it rests on, ``<!-- audit: trunk/adapter; trunk/gradients -->``. Sentences that deny it, or speak of something
@@ -26,11 +26,10 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from audit import FILE, RECIPES, TRIED, TRIED_ON, defences_table, findings_table, in_one_sentence, of_few_tokens
 
 ROOT = Path(__file__).parents[1]
-AUDIT: dict[str, Any] = json.loads((ROOT / "docs" / FILE).read_text(encoding="utf-8"))
+AUDIT: dict[str, Any] = json.loads((ROOT / "docs" / "log" / FILE).read_text(encoding="utf-8"))
 PAGES = [
     *ROOT.glob("*.md"),
-    *(path for path in (ROOT / "docs").glob("*.md") if path.name != "experiments.md"),
-    *(ROOT / "docs" / "howto").glob("*.md"),
+    *(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "decisions" and page.stem != "experiments"),
 ]
 CLAIM = re.compile(
     r"protect|privac|\bprivate\b|secre[ct]|unreadable|illegible|invisible|conceal|anonym|confidential|\bsafe(ly)?\b"
@@ -204,12 +203,11 @@ OTHER_MATTERS = {
         "never payload, tokens or secrets",
     ),
     "protocol.md": ("C cannot read its tokens", "are told only to who holds the whole secret"),
-    "quickstart.md": ("It is no secret and proves nothing",),
+    "keep-a-run-going.md": ("It is no secret and proves nothing",),
     "benchmarks.md": ("the model learns nothing of this set",),
     "kill-and-revive.md": ("of the last safe",),
     "bundle.md": ("hides from all, of zeros",),
-    "glossary.md": ("and a verdict on each secret",),
-    "operating.md": ("the tokens cannot be read", "never payload, tokens or secrets"),
+    "run-a-server.md": ("the tokens cannot be read", "never payload, tokens or secrets"),
     "audit.md": ("| BY CONSTRUCTION |", "What each hides, and the loss"),
 }
 HELP = ("without their secrets",)

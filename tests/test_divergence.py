@@ -64,7 +64,7 @@ def test_non_finite_error_of_the_server_is_a_non_finite_error() -> None:
 
 
 def test_service_does_not_restart_a_diverged_run() -> None:
-    units = [next((ROOT / "packaging").glob("*.service")), ROOT / "docs" / "operating.md"]
+    units = [next((ROOT / "packaging").glob("*.service")), ROOT / "docs" / "how-to" / "run-a-server.md"]
     lines = [line for unit in units for line in unit.read_text().splitlines() if line.startswith("RestartPrevent")]
     assert len(lines) == 2
     for line in lines:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import BIN, quiet_environment, run_edge
 
-from dlora.cloud.door.tls import server_context
+from dlora.cloud.admission.tls import server_context
 from dlora.cloud.serving.ticket_key import load_key
 from dlora.edge.files import read_secret, read_small
 from dlora.edge.report.run_data import read_evaluations

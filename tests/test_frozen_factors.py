@@ -24,7 +24,7 @@ from tiny import TinyFactory
 from torch import Tensor
 from waiting import eventually
 
-from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.admission.quotas import QuotaLimits
 from dlora.cloud.exchange.basis import BasisPass
 from dlora.cloud.exchange.sketch import GroupSketch, sketch_bytes, weight_basis
 from dlora.cloud.exchange.target_modules import running_targets, wrap_target_modules

@@ -23,7 +23,7 @@ from test_parts import WITHOUT_CACHE
 from tiny import TinyFactory
 from waiting import PassingClock, eventually
 
-from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.admission.quotas import QuotaLimits
 from dlora.cloud.serving.sessions import IDLE_S
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.engine.bundle import Bundle

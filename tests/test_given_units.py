@@ -176,7 +176,7 @@ def test_a_server_forgets_what_a_revived_unit_gave_it(
             given = {group for unit, state in units if state == UnitState.GIVEN for group in unit.groups}
             held = {group for unit, state in zip(trainer.adapters.units, states, strict=True)
                     if state == UnitState.HELD for group in unit.groups}  # fmt: skip
-            eventually(lambda: given <= loops[-1]._sites.parameters.keys() <= given | held)  # noqa: B023
+            eventually(lambda: given <= loops[-1]._model.parameters.keys() <= given | held)  # noqa: B023
             counts.add(len(given))
     assert len(counts) > 1
 

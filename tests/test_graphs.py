@@ -16,8 +16,8 @@ import torch
 from dlora.cloud.model.base_model import HeadEnd
 from dlora.export.graphs.adamw import adamw_graph, adamw_scalars, adamw_tests
 from dlora.export.graphs.embedding import Embedding, embedding_graph
+from dlora.export.graphs.golden_case import GoldenCase
 from dlora.export.graphs.graph import TrainingGraph
-from dlora.export.graphs.graph_test import GraphTest
 from dlora.export.graphs.head import HeadShape, head_graphs, head_tests
 from dlora.export.graphs.lora import adapter_graphs, adapter_tests
 from dlora.export.graphs.tolerances import CEILING, FLOOR, allowed, relative_error
@@ -207,8 +207,9 @@ def test_every_input_must_be_used() -> None:
 def test_a_graph_beyond_tolerance_is_refused() -> None:
     graph = embedding_graph(4, 2, "fp32", 1.0)
     inputs = {"weight": np.ones((4, 2), np.float32), "ids": np.array([1])}
+    wrong = {"hidden_states": np.full((1, 2), 1.1, np.float32)}
     with pytest.raises(ExportError, match="embedding is not exact enough: hidden_states is off by"):
-        verify(graph, [GraphTest(inputs, {"hidden_states": np.full((1, 2), 1.1, np.float32)}, {"hidden_states": 1e-3})])
+        verify(graph, [GoldenCase(inputs, wrong, {"hidden_states": 1e-3})])
 
 
 def test_nan_is_not_within_tolerance() -> None:
@@ -223,7 +224,7 @@ def test_tolerance_is_a_few_times_torchs_error_and_limited() -> None:
         assert tolerance <= found <= 1.11 * tolerance
 
 
-LargeTests = Callable[[TrainingGraph], list[GraphTest]]
+LargeTests = Callable[[TrainingGraph], list[GoldenCase]]
 LARGE = HeadShape(262_144, 640, "fp32", False, 1.0, None)  # of Gemma 3 270M
 
 
@@ -244,9 +245,9 @@ def large() -> tuple[HeadEnd, Any]:
 def large_tests(large: tuple[HeadEnd, Any]) -> LargeTests:
     """What a graph is verified by, made once a kind: that takes longer than the graph itself."""
     end, hidden = large
-    made: dict[str, list[GraphTest]] = {}
+    made: dict[str, list[GoldenCase]] = {}
 
-    def tests_of(graph: TrainingGraph) -> list[GraphTest]:
+    def tests_of(graph: TrainingGraph) -> list[GoldenCase]:
         if graph.kind not in made:
             made[graph.kind] = list(head_tests(graph, end, _head_weights(end, "fp32"), hidden))
         return made[graph.kind]

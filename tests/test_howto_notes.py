@@ -26,7 +26,8 @@ def test_a_folder_of_notes_becomes_an_adapter_that_is_better_than_the_base(
     notes.mkdir()
     for number in range(count):
         (notes / f"{number}.md").write_text(f"# w{number}\n\n" + "w3 w1 w4 w1 w5 w9 w2 w6 " * 6)
-    commands = [line for block in SH.findall((ROOT / "docs/howto/notes.md").read_text()) for line in block.splitlines()]
+    how_to = (ROOT / "docs/how-to/notes.md").read_text()
+    commands = [line for block in SH.findall(how_to) for line in block.splitlines()]
     assert [line.split()[1] for line in commands] == ["data", "train", "evaluate"]
     outputs = []
     with serving(model.base) as server:

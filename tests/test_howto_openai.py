@@ -1,4 +1,4 @@
-"""Every command of docs/howto/openai.md, as it stands there."""
+"""Every command of docs/how-to/openai.md, as it stands there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from test_cli import free_port
 from waiting import eventually
 
 ROOT = Path(__file__).parents[1]
-HOW_TO = (ROOT / "docs/howto/openai.md").read_text()
+HOW_TO = (ROOT / "docs/how-to/openai.md").read_text()
 
 
 def commands(text: str, *beginnings: str) -> list[str]:

@@ -22,9 +22,9 @@ from tiny import TinyFactory
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from dlora.cloud.door import tokens as cloud_tokens
-from dlora.cloud.door.access import Access
-from dlora.cloud.door.tokens import BearerTokenStore
+from dlora.cloud.admission import tokens as cloud_tokens
+from dlora.cloud.admission.access import Access
+from dlora.cloud.admission.tokens import BearerTokenStore
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import server as cloud_server
 from dlora.cloud.serving.timeouts import SessionTimeouts

@@ -23,7 +23,7 @@ from tiny import TinyFactory
 from waiting import eventually
 from websockets.sync.client import ClientConnection, connect
 
-from dlora.cloud.door.quotas import Charge, QuotaLimits, Quotas
+from dlora.cloud.admission.quotas import Charge, QuotaLimits, Quotas
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.server import MOST_TOKENS
 from dlora.cloud.serving.timeouts import SessionTimeouts
@@ -365,7 +365,7 @@ def test_device_over_quota_for_too_long_loses_its_session(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its quota stays taken for longer than a session may be idle; afterwards it runs the step again."""
-    monkeypatch.setattr("dlora.cloud.door.quotas._RETRY_AFTER_S", 0.02)
+    monkeypatch.setattr("dlora.cloud.admission.quotas._RETRY_AFTER_S", 0.02)
     caplog.set_level(logging.INFO, "dlora.cloud")
     come_again = ConnectSettings(retry=Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.02))
     limits = {"quotas": QuotaLimits(live_bytes=10**8), "timeouts": SessionTimeouts(idle_s=0.5)}

@@ -1,4 +1,5 @@
-"""docs/models.md says of each family and of every other causal model type of transformers what its tiny model does."""
+"""docs/reference/models.md says of each family and of every other causal model type of transformers what its tiny model
+does."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from models_table import PAGE, TYPES_HEADING, accepted, refused
 NO_CAUSAL_TYPES = ("t5",)
 # One or two that work, two or three that are refused: fifteen seconds.
 DRAWN = [*one_in(60, page_rows("works")), *one_in(20, page_rows("refused"))]
-OTHERS = "docs/models.md is stale: python tests/model_types.py"
-STALE = "docs/models.md is stale: python tests/models_table.py"
+OTHERS = "docs/reference/models.md is stale: python tests/model_types.py"
+STALE = "docs/reference/models.md is stale: python tests/models_table.py"
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])

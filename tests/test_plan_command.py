@@ -180,10 +180,11 @@ def test_all_blocks_here_are_taken_where_they_fit_and_else_none() -> None:
 
 # peak_rss_mb of runs with SmolLM2-135M, r 8 or 64 on all linear modules, all tokens labelled, on one thread.
 MEASURED = [
-    ("fp16", 1, 266, 8, 167.9), ("fp16", 4, 266, 8, 212.9), ("fp16", 8, 266, 8, 267.7), ("fp16", 4, 266, 64, 245.3),
-    ("fp16", 1, 1034, 8, 330.9), ("fp16", 4, 1034, 8, 378.8), ("int8", 4, 266, 8, 181.9), ("int8", 8, 266, 8, 224.8),
-    ("int8", 4, 1034, 8, 378.9), ("fp16", 30, 42, 8, 433.3), ("fp16", 30, 256, 8, 585.8), ("fp16", 30, 266, 8, 580.3),
-    ("fp16", 30, 1034, 8, 1076.7),
+    ("fp16", 4, 256, 8, 236.0), ("fp16", 8, 256, 8, 287.4), ("fp16", 12, 256, 8, 338.5), ("fp16", 4, 256, 16, 241.5),
+    ("fp16", 8, 256, 16, 298.4), ("fp16", 12, 256, 16, 355.1), ("int8", 4, 256, 8, 194.2),
+    # Of 2026-11-27, without library code that only the start touches: some 38 MB less.
+    ("fp16", 1, 1034, 8, 330.9), ("fp16", 4, 1034, 8, 378.8), ("int8", 4, 1034, 8, 378.9), ("fp16", 30, 42, 8, 433.3),
+    ("fp16", 30, 256, 8, 585.8), ("fp16", 30, 266, 8, 580.3), ("fp16", 30, 1034, 8, 1076.7),
 ]  # fmt: skip
 
 
@@ -200,12 +201,12 @@ def smollm2(dtype: Any) -> DeviceModel:
 def test_memory_is_what_was_measured_or_a_little_more(
     dtype: str, blocks: int, tokens: int, rank: int, measured: float
 ) -> None:
-    assert 1 <= training_bytes(smollm2(dtype), blocks, tokens, rank) / 1e6 / measured <= 1.27
+    assert 1 <= training_bytes(smollm2(dtype), blocks, tokens, rank) / 1e6 / measured <= 1.35
 
 
 def test_the_most_blocks_that_fit() -> None:
     model = smollm2("fp16")
-    assert [blocks_that_fit(model, size, rank=8) for size in (100e6, 222e6, 2e9)] == [0, 4, 30]
+    assert [blocks_that_fit(model, size, rank=8) for size in (130e6, 252e6, 2e9)] == [0, 4, 30]
 
 
 # -- export --------------------------------------------------------------------------------------------------------

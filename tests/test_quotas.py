@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from waiting import eventually
 
-from dlora.cloud.door.quotas import Charge, QuotaLimits, Quotas, SessionQuota
+from dlora.cloud.admission.quotas import Charge, QuotaLimits, Quotas, SessionQuota
 from dlora.protocol.errors import RefusedError, UsageError
 from dlora.protocol.messages import ErrorCode
 

@@ -111,7 +111,7 @@ def test_saved_adapter_gives_the_same_loss_in_peft(
 
 
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])
-@pytest.mark.parametrize(("bundle", "limit_mb"), [(FP16, 200), (INT8, 160)])
+@pytest.mark.parametrize(("bundle", "limit_mb"), [(FP16, 215), (INT8, 185)])
 def test_estimated_memory_of_training_is_small(bundle: Path, kind: KindChoice, limit_mb: int) -> None:
     """Of 256 tokens a step, every one of them labelled; what it takes is measured by benchmarks/device.py."""
     need(bundle)

@@ -29,7 +29,7 @@ from waiting import PassingClock, eventually
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from dlora.cloud.door.access import Access
+from dlora.cloud.admission.access import Access
 from dlora.cloud.exchange.exchange import MicroBatchExchange
 from dlora.cloud.model.base_model import BaseModel, load_base_model
 from dlora.cloud.serving.server import CloudServer, ServerSettings

@@ -17,8 +17,8 @@ from tiny import TinyFactory
 from waiting import PassingClock
 from websockets.asyncio.server import ServerConnection
 
-from dlora.cloud.door.access import Caller
-from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.admission.access import Caller
+from dlora.cloud.admission.quotas import QuotaLimits
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.tasks import Tasks

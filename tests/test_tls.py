@@ -21,9 +21,9 @@ from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatu
 from websockets.http11 import Request, Response
 from websockets.sync.client import connect
 
-from dlora.cloud.door.access import Access, AccessDeniedError
-from dlora.cloud.door.tls import check_exposure, server_context
-from dlora.cloud.door.tokens import BearerTokenStore
+from dlora.cloud.admission.access import Access, AccessDeniedError
+from dlora.cloud.admission.tls import check_exposure, server_context
+from dlora.cloud.admission.tokens import BearerTokenStore
 from dlora.edge.wire.credentials import Credentials, refusal_in, tls_failure
 from dlora.protocol.errors import UsageError
 from dlora.protocol.loopback import is_loopback

@@ -17,8 +17,8 @@ import pytest
 from small_disk import remount_read_only, small_disk
 from typer.testing import CliRunner
 
+from dlora.cloud.admission.tokens import BearerTokenStore
 from dlora.cloud.commands.tokens import app, parse_lifetime
-from dlora.cloud.door.tokens import BearerTokenStore
 from dlora.protocol.errors import RefusedError, StorageError, UsageError
 from dlora.protocol.messages import ErrorCode
 
@@ -101,7 +101,7 @@ def test_unknown_id_takes_the_same_comparison(store: BearerTokenStore, monkeypat
         compared.append((len(ours), len(theirs)))
         return ours == theirs
 
-    monkeypatch.setattr("dlora.cloud.door.tokens.hmac.compare_digest", compare)
+    monkeypatch.setattr("dlora.cloud.admission.tokens.hmac.compare_digest", compare)
     store.verify(token)
     refusal(store, "dlora_00000000_" + token[15:])
     assert compared == [(32, 32)] * 2
@@ -159,7 +159,7 @@ def test_a_device_has_a_name_that_is_fit_for_a_log(store: BearerTokenStore, name
 def test_changes_of_another_process_apply_at_once(store: BearerTokenStore) -> None:
     token = store.create("phone", None)
     script = (
-        "import sys; from pathlib import Path; from dlora.cloud.door.tokens import BearerTokenStore; "
+        "import sys; from pathlib import Path; from dlora.cloud.admission.tokens import BearerTokenStore; "
         "store = BearerTokenStore(Path(sys.argv[1])); print(store.revoke('phone')); print(store.create('tablet', None))"
     )
     done = subprocess.run([sys.executable, "-c", script, store.path], capture_output=True, text=True, check=True)
@@ -239,7 +239,7 @@ def test_missing_token_file_refuses_all_and_is_not_made_again(store: BearerToken
 def test_locked_token_file_is_an_error_after_a_short_wait(
     store: BearerTokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlora.cloud.door.tokens.LOCK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("dlora.cloud.admission.tokens.LOCK_TIMEOUT_S", 0.01)
     token = store.create("phone", None)
     holder = sqlite3.connect(store.path)
     holder.execute("BEGIN EXCLUSIVE")

@@ -122,7 +122,7 @@ def test_tools_stand_at_the_end_of_the_systems_message_which_is_made_where_there
     told, _ = in_plain_words([{"role": "system", "content": "Be brief."}, user], [TOOL])
     assert told == {"role": "system", "content": f"Be brief.\n\n{made['content']}"}
     assert in_plain_words([user], []) == (user,)
-    how_to = Path(__file__).parents[1] / "docs" / "howto" / "openai.md"
+    how_to = Path(__file__).parents[1] / "docs" / "how-to" / "openai.md"
     assert made["content"].replace(json.dumps(TOOL), "{…}") in how_to.read_text().replace("\n  ", "\n")
 
 

@@ -1,7 +1,7 @@
 """Defences that somebody might put in place of what crosses, attacked: what they hide, and what they cost.
 
 None of these is an option of a device: an option is taken for protection, and these do not protect at a price that a
-model can pay (docs/decisions/0051).
+model can pay (docs/log/decisions/0051).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from .truth import Truth
 def rows_from_size(nbytes: int, row_bytes: int, positions: int = 0) -> int:
     """Rows of a frame's first tensor, from the frame's size alone, which TLS does not hide.
 
-    ``docs/protocol.md``, Traffic: a block of header, then the rows; what follows is 4 bytes for each position, and
-    mostly less than a row.
+    ``docs/reference/protocol.md``, Traffic: a block of header, then the rows; what follows is 4 bytes for each
+    position, and mostly less than a row.
     """
     return max(0, nbytes - HEADER_BLOCK - 4 * positions) // row_bytes
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import platformdirs
 import typer
 
-from dlora.cloud.door.tls import check_exposure, server_context
-from dlora.cloud.door.tokens import FILE_NAME, BearerTokenStore
+from dlora.cloud.admission.tls import check_exposure, server_context
+from dlora.cloud.admission.tokens import FILE_NAME, BearerTokenStore
 from dlora.cloud.model.memory import freeze_gc, limit_arenas
 from dlora.cloud.model.source import find_source
 from dlora.cloud.serving.listening import check_address
@@ -88,7 +88,7 @@ def serve(
         ),
     ] = None,
     max_sessions: Annotated[
-        int, typer.Option(help="Devices that may train at a time.", min=1, rich_help_panel=LIMITS)
+        int, typer.Option(help="Sessions open at a time, parked ones included.", min=1, rich_help_panel=LIMITS)
     ] = 16,
     live_mb: Annotated[
         float | None,
@@ -156,8 +156,8 @@ def serve(
     key = load_key(state)
     threads = start_torch(device, threads)
 
-    from dlora.cloud.door.access import Access
-    from dlora.cloud.door.quotas import QuotaLimits
+    from dlora.cloud.admission.access import Access
+    from dlora.cloud.admission.quotas import QuotaLimits
     from dlora.cloud.model.live_bytes import default_live_limit
     from dlora.cloud.serving.server import CloudServer, ServerSettings
 

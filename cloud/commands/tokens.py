@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dlora.cloud.door.tokens import FILE_NAME, BearerTokenRecord, BearerTokenStore
+from dlora.cloud.admission.tokens import FILE_NAME, BearerTokenRecord, BearerTokenStore
 from dlora.protocol import interrupts
 from dlora.protocol.errors import StorageError, UsageError
 

@@ -4,7 +4,7 @@ A holds what goes into a group's modules best: the top eigenvectors of ``Σ x x�
 for LoRA's A (Paischer et al., arXiv 2410.07170). B holds the gradients of what comes out of them, in the same way: of
 ``Σ g gᵀ``, stacked over the modules. Both are here in an ordinary backward pass of the base model. Rows count one by
 one: a gradient summed over a batch has far fewer directions than those of its tokens have, and a basis of its singular
-vectors is worse for what comes later in training (docs/decisions/0037).
+vectors is worse for what comes later in training (docs/log/decisions/0037).
 
 Neither matrix is held, which would be larger than the weights. A sketch of each is, as wide as a few times the rank,
 and one pass over the data makes it (Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736)::

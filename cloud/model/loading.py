@@ -47,7 +47,7 @@ def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTr
 @contextmanager
 def _gguf_once() -> Iterator[None]:
     """transformers reads a GGUF file twice, token by token, and makes the table of its names anew for each module of
-    the model. Inside, each is done once: less than half of the time (SmolLM2: docs/experiments.md)."""
+    the model. Inside, each is done once: less than half of the time (SmolLM2: docs/log/experiments.md)."""
     import gguf  # a twentieth of a second that other models need not take
 
     before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from websockets.exceptions import ConnectionClosed
 
-from dlora.cloud.door.access import Caller
-from dlora.cloud.door.guard import LOGGED_CHARACTERS, GuardedConnection
+from dlora.cloud.admission.access import Caller
+from dlora.cloud.admission.guard import LOGGED_CHARACTERS, GuardedConnection
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.memory import is_out_of_memory
 from dlora.protocol import messages as m

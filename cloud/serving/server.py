@@ -21,9 +21,9 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from dlora.cloud.door.access import Access, AccessDeniedError, Caller
-from dlora.cloud.door.guard import ConnectionLimits, Guard, GuardedConnection
-from dlora.cloud.door.quotas import QuotaLimits, Quotas
+from dlora.cloud.admission.access import Access, AccessDeniedError, Caller
+from dlora.cloud.admission.guard import ConnectionLimits, Guard, GuardedConnection
+from dlora.cloud.admission.quotas import QuotaLimits, Quotas
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.exchange.target_modules import wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dlora.cloud.door.quotas import Charge
+from dlora.cloud.admission.quotas import Charge
 from dlora.cloud.exchange.session_model import SessionModel
 from dlora.cloud.model.memory import release_freed_memory
 from dlora.protocol import messages as m

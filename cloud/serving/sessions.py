@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from websockets.asyncio.server import ServerConnection
 
-from dlora.cloud.door.access import Caller
-from dlora.cloud.door.quotas import SessionQuota
+from dlora.cloud.admission.access import Caller
+from dlora.cloud.admission.quotas import SessionQuota
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RefusedError
 from dlora.protocol.session import Session

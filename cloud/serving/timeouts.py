@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, fields
 from typing import Final
 
-from dlora.cloud.door.access import Caller
+from dlora.cloud.admission.access import Caller
 from dlora.protocol.deadline import Deadline
 from dlora.protocol.errors import UsageError
 

@@ -84,7 +84,8 @@ class SamplingClient:
             words = tokenizer or stack.enter_context(prompt_tokenizer(opened))  # before there is an engine
             opening = Opening(
                 opened, server, path, opened.manifest.base_model.blocks if server is None else 0, wire_dtype,
-                threads=threads, engine=engine, connecting=connect_settings(credentials, max_retry_s),
+                threads=threads, engine=engine,
+                connecting=None if server is None else connect_settings(credentials, max_retry_s),
             )  # fmt: skip
             model = stack.enter_context(open_to_generate(opening, context_length=context_length))
             yield cls(model, words)

@@ -157,6 +157,7 @@ class UsedModel:
         from dlora.edge.wire.connecting import ConnectSettings, Retry
         from dlora.edge.wire.identity import load_device_id
 
+        self.check_server(bundle)
         server, device, adapter = self.settings.server, self.settings.device, self.find_adapter()
         count = self.device_blocks(bundle)
         self._warn_of_storage(bundle, count)
@@ -164,14 +165,16 @@ class UsedModel:
         # What the adapter was trained with says that there are some, and it itself how many are needed.
         is_open = self.settings.placement.device_blocks == "auto" and count and not is_all
         longest_s = longest_outage_s if server.max_retry_s is None else server.max_retry_s
-        connecting = ConnectSettings(
-            credentials,
-            load_device_id(warn=warn),
-            Retry(max_s=longest_s, at_start=bool(server.max_retry_s)),
-            say=warn,
-            should_stop=should_stop,
-            recorder=recorder,
-        )
+        connecting = None
+        if not is_all:
+            connecting = ConnectSettings(
+                credentials,
+                load_device_id(warn=warn),
+                Retry(max_s=longest_s, at_start=bool(server.max_retry_s)),
+                say=warn,
+                should_stop=should_stop,
+                recorder=recorder,
+            )
         assert server.wire_dtype is not None
         return Opening(
             bundle, None if is_all else server.server, adapter, None if is_open else count, server.wire_dtype,

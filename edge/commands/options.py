@@ -37,7 +37,7 @@ RecordOption = Annotated[
         "--record",
         metavar="DIR",
         help="Keep the frames of this run as they cross, in DIR/frames, and in DIR/truth the text, labels, adapter and "
-        "gradients that must not: for dlora-cloud audit. Off by default; a few --steps are enough.",
+        "gradients that must not: for dlora-cloud audit. Off by default; a few steps, or rows, are enough.",
         hidden=True,
     ),
 ]

@@ -1,8 +1,8 @@
 """What an ONNX graph may ask of this device: checked in its bytes, before ONNX Runtime reads any.
 
 A graph is a stranger's program. ONNX has operators that loop for ever, or make a terabyte of one number, and ONNX
-Runtime has no limit. So a graph holds the few things that training graphs are made of (docs/bundle.md) and nothing
-else; what these still ask for too much of fails where it is allocated (``memory.limit_memory``). There is no
+Runtime has no limit. So a graph holds the few things that training graphs are made of (docs/reference/bundle.md) and
+nothing else; what these still ask for too much of fails where it is allocated (``memory.limit_memory``). There is no
 ``onnx`` on the device: this reads as much of protobuf's encoding (protobuf.dev/programming-guides/encoding) as it
 takes, with the field numbers of onnx.proto.
 """

@@ -13,7 +13,7 @@ from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import BlockSpec, DeviceBlocksSpec, GraphSpec, Manifest, TensorSpec
 from dlora.protocol.tensors import FloatArray, IntArray
 
-LORA: Final = (".lora_A", ".lora_B")  # what names of a block's graph inputs end in; docs/bundle.md has them all
+LORA: Final = (".lora_A", ".lora_B")  # what names of a block's graph inputs end in: docs/reference/bundle.md
 _INT4_VALUES: Final = 2  # in a byte of a weight of int4, which is (out, groups, bytes)
 BLOCKED: Final = np.finfo(np.float32).min  # added to a score where a token does not see another
 

@@ -21,7 +21,7 @@ from dlora.protocol.tensors import FloatArray, IntArray
 
 from .block_weights import BLOCKED, LORA, BlockWeights, last_blocks
 
-# Names of graph inputs and outputs; docs/bundle.md has them all.
+# Names of graph inputs and outputs; docs/reference/bundle.md has them all.
 _MASK: Final = "mask"
 _GRAD: Final = "grad."
 _GRAD_X: Final = "grad_x"

@@ -19,7 +19,7 @@ from dlora.protocol.wire_codecs import Codecs, decode_floats
 
 from .encoding_server import EncodingServer
 from .ends import LongArray
-from .held_cache import HeldCache, held_path
+from .kept_outputs_cache import KeptOutputsCache, kept_outputs_path
 from .text_packs import TextPacks
 from .trunk_cache import TrunkCache
 
@@ -48,8 +48,8 @@ class CachedSource:
     ) -> None:
         self.cache = cache
         self.crossed = server
-        self.held = HeldCache(
-            held_path(cache.path), cache.owner, bundle, engine, room=lambda: cache.room, key=cache.key
+        self.kept = KeptOutputsCache(
+            kept_outputs_path(cache.path), cache.owner, bundle, engine, room=lambda: cache.room, key=cache.key
         )
         self._embedding_size = bundle.manifest.base_model.embedding_size
         self._codecs = codecs
@@ -125,7 +125,7 @@ class CachedSource:
     def close(self) -> None:
         """Hang up and close the caches."""
         self.crossed.hang_up()
-        self.held.close()
+        self.kept.close()
         self.cache.close()
 
 

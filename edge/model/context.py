@@ -25,7 +25,7 @@ class Context:
     def __init__(self, model: GeneratingModel) -> None:
         self.model = model
         self.reused = 0
-        self._held = np.zeros(0, np.int64)
+        self._kept = np.zeros(0, np.int64)
         self._held_act_from = 0
 
     @property
@@ -43,13 +43,13 @@ class Context:
         Raises what ``Connection`` raises, and ``DataError`` where a server that took over has less room.
         """
         # Keys and values differ where adapters act and where they do not.
-        same = common_prefix(self._held, ids)
+        same = common_prefix(self._kept, ids)
         if self._held_act_from != acts_from:
             same = min(same, self._held_act_from, acts_from)
         known = min(same, len(ids) - count)
-        self._held, self._held_act_from = ids[:known], acts_from  # until the model has the rest, too
+        self._kept, self._held_act_from = ids[:known], acts_from  # until the model has the rest, too
         logits, self.reused = self.model.extend(ids, known, acts_from, count)
-        self._held = ids
+        self._kept = ids
         return logits
 
 

@@ -14,7 +14,7 @@ from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.tensors import FloatArray
 
 from .ends import Embedding, LongArray
-from .held_cache import HeldCache
+from .kept_outputs_cache import KeptOutputsCache
 from .source import TokenSink
 
 
@@ -22,17 +22,17 @@ class EmbeddingSource:
     """The embeddings of texts, as block 0 is given them: as ``HiddenStateSource`` and ``TokenSource`` have it.
 
     Args:
-        held: as ``HiddenStateSource`` has it; closed with this.
+        kept: as ``HiddenStateSource`` has it; closed with this.
 
     Raises ``BundleError`` for a bundle that has not all blocks, or whose table is another than it must be.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, held: HeldCache | None = None) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, kept: KeptOutputsCache | None = None) -> None:
         spec = bundle.manifest.device_blocks
         if spec is None or spec.blocks[0].index:
             text = f"{bundle.path} has not all blocks of its model"
             raise BundleError(f"{text}; export it again with --device-blocks all, or use --device-blocks 0")
-        self.held = held
+        self.kept = kept
         self.crossed = NothingCrossed()
         self._embedding = Embedding(bundle, engine)
         self._scale = np.float32(spec.entry.scale)
@@ -48,9 +48,9 @@ class EmbeddingSource:
         """Nothing: nobody is asked."""
 
     def close(self) -> None:
-        """Close what is held."""
-        if self.held is not None:
-            self.held.close()
+        """Close what is kept."""
+        if self.kept is not None:
+            self.kept.close()
 
     def hidden_states(self, batch: MicroBatch) -> FloatArray:
         """Of all texts of a micro-batch, float32 (tokens, width). Raises ``DataError`` for a text longer than the table

@@ -1,6 +1,6 @@
 """What comes out of the model's first blocks, which the server runs: once for each text, forward only.
 
-Nothing else is asked of the server in this mode. What is sent depends on the text and on public weights: not on labels,
+Nothing else is asked of such a server. What is sent depends on the text and on public weights: not on labels,
 adapters or anything else that is trained.
 """
 

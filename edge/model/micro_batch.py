@@ -1,6 +1,6 @@
 """The device's part of one micro-batch: it begins it, and answers what the server sends.
 
-This is the life of a micro-batch, on the device's side; docs/protocol.md has both sides.
+This is the life of a micro-batch, on the device's side; docs/reference/protocol.md has both sides.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class ServerSource:
     server that keeps a context. Closes the server's connection with itself.
     """
 
-    held: Final = None
+    kept: Final = None
 
     def __init__(self, server: EncodingServer) -> None:
         self.crossed = server

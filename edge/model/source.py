@@ -9,14 +9,14 @@ from dlora.edge.wire.usage import Crossed
 from dlora.protocol.tensors import FloatArray
 
 from .ends import LongArray
-from .held_cache import HeldCache
+from .kept_outputs_cache import KeptOutputsCache
 
 
 class HiddenStateSource(Protocol):
     """Hidden states of whole texts."""
 
     @property
-    def held(self) -> HeldCache | None:
+    def kept(self) -> KeptOutputsCache | None:
         """Where what comes out of blocks that are not trained is kept; None: nowhere."""
 
     @property

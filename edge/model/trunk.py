@@ -23,7 +23,7 @@ from dlora.protocol.tensors import FloatArray
 
 from .blocks import DeviceBlocks
 from .ends import Head, LongArray, LossGradient
-from .held_blocks import HeldBlocks
+from .kept_outputs import KeptOutputs
 from .source import HiddenStateSource
 
 # Of a micro-batch. What attention computes grows with the square of it; with fewer, weights are widened too often.
@@ -50,7 +50,7 @@ class TrunkModel:
         self.adapters = adapters
         self.compute_seconds = 0.0
         self._source = source
-        self._held: HeldBlocks | None = None
+        self._kept: KeptOutputs | None = None
         self._bound = _bound(bundle, engine)
         self._most_tokens = MOST_TOKENS if self._bound is None else min(MOST_TOKENS, self._bound)
         self._blocks = DeviceBlocks(bundle, engine, count, adapters.adapter_spec.r)
@@ -62,14 +62,14 @@ class TrunkModel:
             )
         self._head = Head(bundle, engine)
 
-    def hold(self, dataset: Dataset, examples_a_step: int, unchanged_steps: Callable[[int], range]) -> None:
-        """Keep what comes out of blocks that are not trained for long enough: see ``HeldBlocks``."""
-        held = self._source.held
-        assert held is not None  # whoever wants it makes a place for it
-        self._held = HeldBlocks(
+    def keep_outputs(self, dataset: Dataset, examples_a_step: int, unchanged_steps: Callable[[int], range]) -> None:
+        """Keep what comes out of blocks that are not trained for long enough: see ``KeptOutputs``."""
+        kept = self._source.kept
+        assert kept is not None  # whoever wants it makes a place for it
+        self._kept = KeptOutputs(
             self._blocks,
             self._source,
-            held,
+            kept,
             dataset,
             examples_a_step=examples_a_step,
             most_tokens=self._most_tokens,
@@ -112,16 +112,16 @@ class TrunkModel:
         parameters, trained = self.adapters.parameters(), self.adapters.trained_parameters()
         scaling = self.adapters.scaling
         lora = {name: parameter.with_gain for name, parameter in parameters.items()}
-        begin = 0 if self._held is None else self._held.count(step, trained)
+        begin = 0 if self._kept is None else self._kept.count(step, trained)
         losses = []
         own: Sequence[LossGradient | None] = gradients or [None] * len(batches)
         for batch, gradient in zip(map(MicroBatch.until_last_label, batches), own, strict=True):
-            if self._held is None or not begin:
+            if self._kept is None or not begin:
                 hidden_states = self._source.hidden_states(batch)
                 started = time.perf_counter()
             else:
                 started = time.perf_counter()
-                hidden_states = self._held.hidden_states(batch, step, begin, lora, scaling)
+                hidden_states = self._kept.hidden_states(batch, step, begin, lora, scaling)
             last, kept = self._blocks.forward(
                 hidden_states, batch.sequence_lengths, batch.label_positions, lora, scaling, trained, begin
             )

@@ -20,7 +20,7 @@ from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.model.cached_source import CachedSource, texts_of
 from dlora.edge.model.embedding_source import EmbeddingSource
 from dlora.edge.model.encoding_server import EncodingServer
-from dlora.edge.model.held_cache import HeldCache
+from dlora.edge.model.kept_outputs_cache import KeptOutputsCache
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.side import DeviceSide, MakeSide, ServerSide
@@ -28,7 +28,7 @@ from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import CheckpointError, StoppedError
 
-from .directory import CACHE, HELD_CACHE
+from .directory import CACHE, KEPT_OUTPUTS
 from .display import Display
 
 
@@ -101,8 +101,8 @@ def _embedding_source(
         embeddings=f"{manifest.embedding.dtype} on the device",
         codec="fp32",
     )
-    held = HeldCache(out / HELD_CACHE, owner, bundle, engine, room=lambda: limit, key=key)
-    with closing(EmbeddingSource(bundle, engine, held)) as source:
+    kept = KeptOutputsCache(out / KEPT_OUTPUTS, owner, bundle, engine, room=lambda: limit, key=key)
+    with closing(EmbeddingSource(bundle, engine, kept)) as source:
         yield source
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from dlora.edge.files import make_directory
-from dlora.edge.model.held_cache import held_path
+from dlora.edge.model.kept_outputs_cache import kept_outputs_path
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints, load_latest
 from dlora.protocol.adapter_record import WEIGHTS_NAME
 from dlora.protocol.errors import UsageError
@@ -17,7 +17,7 @@ from .run_file import RUN_FILE
 
 CHECKPOINTS: Final = "checkpoints"
 CACHE: Final = "trunk-cache.bin"
-HELD_CACHE: Final = held_path(Path(CACHE)).name
+KEPT_OUTPUTS: Final = kept_outputs_path(Path(CACHE)).name
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def _refuse_to_replace(out: Path) -> None:
     """Raise ``UsageError`` where a new run might replace files that are not those of a run that came to nothing."""
     if (out / WEIGHTS_NAME).exists():
         raise UsageError(f"{out} holds an adapter that has no checkpoint; choose another --out")
-    caches = (CACHE, HELD_CACHE)
+    caches = (CACHE, KEPT_OUTPUTS)
     others = [path.name for path in out.iterdir() if not path.name.startswith(".") and path.name not in caches]
     if others and not (out / RUN_FILE).exists():
         raise UsageError(f"{out} is not empty and holds no run; choose another --out")

@@ -1,6 +1,6 @@
 """What training with a bundle takes in memory, before anything is trained: an estimate, meant to be a little high.
 
-Calibrated on SmolLM2-135M, docs/experiments.md; ``benchmarks/device.py`` has it beside what real runs take.
+Calibrated on SmolLM2-135M, docs/log/experiments.md; ``benchmarks/device.py`` has it beside what real runs take.
 """
 
 from __future__ import annotations

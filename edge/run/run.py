@@ -39,7 +39,7 @@ from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.messages import Welcome
 
 from .blocks import fill_cache, open_blocks
-from .directory import CACHE, CHECKPOINTS, HELD_CACHE, find_checkpoint, run_directory
+from .directory import CACHE, CHECKPOINTS, KEPT_OUTPUTS, find_checkpoint, run_directory
 from .display import Display
 from .file_names import METRICS, SUMMARY
 from .guard import Guard, worse_line
@@ -120,9 +120,9 @@ def _telling_what_is_saved(out: Path) -> Iterator[None]:
 
 def _train(run: TrainRun, display: Display) -> dict[str, Any]:
     checkpoint = find_checkpoint(run.out, resume=run.resume, warn=display.warn)
-    fits_held_outputs = run.config.holds_outputs
+    fits_held_outputs = run.config.keeps_outputs
     run = replace(run, config=_complete_config(run, checkpoint))
-    if run.config.holds_outputs and not fits_held_outputs:
+    if run.config.keeps_outputs and not fits_held_outputs:
         display.warn(
             "--cache-mb is too little for what this run keeps: its bits want that anyway, and its steps take longer"
         )
@@ -249,7 +249,7 @@ def _nothing_kept_if_stopped(checkpoint: Checkpoint | None) -> Iterator[None]:
 
 def _remove_caches(run: TrainRun) -> None:
     """Of a run that is done."""
-    remove_quietly(run.out / HELD_CACHE)
+    remove_quietly(run.out / KEPT_OUTPUTS)
     if not run.config.placement.keep_cache:
         remove_quietly(run.out / CACHE)
 
@@ -257,7 +257,7 @@ def _remove_caches(run: TrainRun) -> None:
 def _forget_other_texts(run: TrainRun) -> None:
     """Remove what was kept for a run that came to nothing, where this one would not make it again bit for bit: of other
     data, or of a part of them."""
-    remove_quietly(run.out / HELD_CACHE)
+    remove_quietly(run.out / KEPT_OUTPUTS)
     with contextlib.suppress(CheckpointError):
         begun = load_run_file(run.out)
         evaluated = None if run.eval_dataset is None else DataDigest.of(run.eval_dataset)

@@ -1,6 +1,6 @@
 """What a run's adapters are where its user leaves it open: chosen once, before the first step, and written down.
 
-Figures: docs/benchmarks.md.
+Figures: docs/log/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def total_steps(dataset: Dataset, *, epochs: float, steps: int | None, examples_
 
 
 def encoding_bytes(config: Resolved, manifest: Manifest, dataset: Dataset) -> int:
-    """What asking the server for every text of ``dataset`` puts on the wire, in ``trunk``: an upper bound, for
+    """What asking the server for every text of ``dataset`` puts on the wire, once for each: an upper bound, for
     what comes after an example's last label is not sent, nor the same text twice."""
     codecs, width = config.codecs, encoded_width(manifest)
     up = text_bytes(dataset.tokens, manifest.base_model.embedding_size, codecs, config.server.send)
@@ -77,12 +77,12 @@ def encoding_bytes(config: Resolved, manifest: Manifest, dataset: Dataset) -> in
 
 
 def cache_bytes(manifest: Manifest, dataset: Dataset, codec: str) -> int:
-    """The most that keeping hidden states of every text of ``dataset`` takes, in ``trunk``."""
+    """The most that keeping hidden states of every text of ``dataset`` takes."""
     return most_bytes(len(dataset), int(dataset.lengths.sum()), encoded_width(manifest), codec)
 
 
 def filling(config: Resolved, manifest: Manifest, texts: Iterable[LongArray]) -> tuple[Traffic, int]:
-    """What asking the server once for each of ``texts`` puts on the wire, in ``trunk``, and the bytes of the
+    """What asking the server once for each of ``texts`` puts on the wire, and the bytes of the
     cache that keeps the answers; without the greeting, and of a server that takes micro-batches of the usual size."""
     codecs, width = config.codecs, encoded_width(manifest)
     packs = TextPacks(texts, text_digest)

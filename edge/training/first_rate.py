@@ -4,7 +4,7 @@ AdamW's first update moves each parameter that has a gradient by the learning ra
 large it may be until it does harm differs a lot between models and data, and the best rate of a whole run differs with
 it, by a rule for each kind of adapter, and falls with passes (``passes.py``). So the first update is tried in several
 sizes, on the examples of the next steps. Figures:
-docs/decisions/0065-a-first-rate-from-the-model-and-the-data.md.
+docs/log/decisions/0065-a-first-rate-from-the-model-and-the-data.md.
 """
 
 from __future__ import annotations

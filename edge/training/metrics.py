@@ -24,17 +24,17 @@ class StepMetrics:
     """One training step.
 
     Attributes:
-        step: counted from 0.
+        step, total_steps: counted from 0; how many there are.
         loss: mean over the step's labels.
-        grad_norm: before clipping.
+        learning_rate, grad_norm: of the step; before clipping.
         tokens, labelled: of the step's sequences; labels among them.
         bytes_up, bytes_down, round_trips: on the wire.
         active_units, live_units: trained; taking part in the forward pass.
-        edge_compute_s: time that this device computed; step_s: wall time.
-        units: one digit a unit, its ``UnitState`` in this step.
+        edge_compute_s, step_s: seconds that this device computed; wall time.
+        units: one digit a unit, its state in this step: 0 killed, 1 active, 2 fading, 3 held, 4 given to the server.
         up, down: bytes by the role of what crossed, and ``other``; they add up to ``bytes_up`` and ``bytes_down``.
-        waiting_s: time that the device waited for the server.
-        server_compute_s: that the server says it computed, maybe while the device did; server_queued_s: that it says
+        waiting_s: seconds that the device waited for the server.
+        server_compute_s, server_queued_s: that the server says it computed, maybe while the device did; that it says
             the device waited for its turn.
         peak_rss_mb: the most memory that this process had by then, in megabytes (10**6 bytes).
         paused_s: for how long ``--pause-when`` held this step up, before ``step_s`` begins.

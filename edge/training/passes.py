@@ -2,7 +2,7 @@
 
 Adapters learn by heart quickly. Where a run passes over the same answers again and again, half the rate for each
 doubling of passes beyond two does best on held-out data; where many examples share an answer, as in classification,
-all of it. Figures: docs/decisions/0038-half-the-rate-for-twice-the-passes.md and
+all of it. Figures: docs/log/decisions/0038-half-the-rate-for-twice-the-passes.md and
 0065-a-first-rate-from-the-model-and-the-data.md.
 """
 

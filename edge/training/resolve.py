@@ -76,7 +76,7 @@ def resolve(
         run = _within_budget(run, settings.kill_revive.bytes_per_token, manifest, dataset)
     run = msgspec.structs.replace(run, total_steps=steps)
     holds = _has_room_to_hold(run, manifest, dataset, evaluated)
-    run = msgspec.structs.replace(run, holds_outputs=holds)
+    run = msgspec.structs.replace(run, keeps_outputs=holds)
     every = _evaluate_every(run, dataset, evaluated[0] if evaluated else None)
     return msgspec.structs.replace(run, evaluate_every=every), [dataset, *evaluated]
 

@@ -59,7 +59,7 @@ class Resolved(Settings, frozen=True, kw_only=True):
             Revive, begin anew there.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
         invocation: the tokens from which on adapters act, as PEFT's activated LoRA has them; none: they act everywhere.
-        holds_outputs: whether what comes out of the device's lowest blocks is kept while they are not trained.
+        keeps_outputs: whether what comes out of the device's lowest blocks is kept while they are not trained.
         evaluate_every: steps between evaluations; 0: before and after only.
     """
 
@@ -73,7 +73,7 @@ class Resolved(Settings, frozen=True, kw_only=True):
     part_begins: int = 0
     seed: Seed = ()
     invocation: tuple[int, ...] = ()
-    holds_outputs: bool = False
+    keeps_outputs: bool = False
     evaluate_every: int = 0
 
     @property
@@ -166,7 +166,7 @@ def continued(config: Resolved, before: RunIdentity, next_step: int, out: Path) 
     if config.optimizer.lr is None:
         config = config.with_rate(before.settings["optimizer.lr"])
     return msgspec.structs.replace(
-        config, seed=config.seed or before.seed, holds_outputs=before.holds_outputs, part_begins=part_begins
+        config, seed=config.seed or before.seed, keeps_outputs=before.keeps_outputs, part_begins=part_begins
     )
 
 
@@ -189,7 +189,7 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     part_begins: int
     seed: Seed
     invocation: tuple[int, ...]
-    holds_outputs: bool
+    keeps_outputs: bool
     base_model: str
     head: str
     block_dtype: str
@@ -211,7 +211,7 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
             part_begins=config.part_begins,
             seed=config.seed,
             invocation=config.invocation,
-            holds_outputs=config.holds_outputs,
+            keeps_outputs=config.keeps_outputs,
             base_model=manifest.base_model.fingerprint,
             head=manifest.head.dtype,
             block_dtype=manifest.device_blocks.dtype if config.device_blocks and manifest.device_blocks else "",
@@ -274,7 +274,7 @@ _WORDS: Final = {
     "total_steps": "--steps (or what --epochs came to)",
     "device_blocks": "--device-blocks",
     "part_begins": "a part that begins at step",
-    "holds_outputs": "--cache-mb: outputs kept",
+    "keeps_outputs": "--cache-mb: outputs kept",
 }
 
 

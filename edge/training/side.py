@@ -93,7 +93,7 @@ class Side(Protocol):
                 there are; what it raises ends the set-up.
         """
 
-    def hold(self, dataset: Dataset, examples_a_step: int) -> None:
+    def keep_outputs(self, dataset: Dataset, examples_a_step: int) -> None:
         """Keep what comes out of blocks on the device that are not trained for long enough, where that is wanted."""
 
 
@@ -140,7 +140,7 @@ class ServerSide:
         self.session.before_group = before_group
         self.session.open()
 
-    def hold(self, dataset: Dataset, examples_a_step: int) -> None:
+    def keep_outputs(self, dataset: Dataset, examples_a_step: int) -> None:
         """Nothing: no block is here."""
 
 
@@ -168,6 +168,6 @@ class DeviceSide:
         """As ``Side`` has it: what is trained here has no basis."""
         self.session.open()
 
-    def hold(self, dataset: Dataset, examples_a_step: int) -> None:
+    def keep_outputs(self, dataset: Dataset, examples_a_step: int) -> None:
         """As ``Side`` has it."""
-        self.model.hold(dataset, examples_a_step, self.session.unchanged_steps)
+        self.model.keep_outputs(dataset, examples_a_step, self.session.unchanged_steps)

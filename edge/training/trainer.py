@@ -74,8 +74,8 @@ class Trainer(AdapterTraining):
         config = self.config
         basis_steps = self._basis_steps if config.adapter.basis == "data" else None
         self.open(self.batches.max_sequence_length, basis_steps, partial(self._before_set_up, "groups"))
-        if config.holds_outputs:
-            self.side.hold(self._dataset, config.examples_a_step)
+        if config.keeps_outputs:
+            self.side.keep_outputs(self._dataset, config.examples_a_step)
 
     def step_examples(self, step: int) -> list[Example]:
         """The examples of a step, counted from 0, in order."""

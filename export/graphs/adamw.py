@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from dlora.protocol.manifest import TensorSpec
 
 from .arrays import Arrays, normal, to_floats
+from .golden_case import GoldenCase, GraphWithCases, Materials, Run
 from .graph import TrainingGraph
-from .graph_test import GraphTest, GraphWithTests, Materials, Run
 
 KINDS: Final = ("adamw",)
 TOLERANCE: Final = 2e-7  # about one unit in the last place, after 20 steps; nothing is added up
@@ -124,7 +124,7 @@ def adamw_scalars(step: int) -> Arrays:
     return {name: np.array(value, np.float32) for name, value in values.items()}
 
 
-def adamw_tests(graph: TrainingGraph) -> Iterator[GraphTest]:
+def adamw_tests(graph: TrainingGraph) -> Iterator[GoldenCase]:
     """The last of 20 steps, each from the state that the engine's own last step left."""
     random = np.random.default_rng(0)
     param, grads = normal(random, 257), normal(random, STEPS, 257)
@@ -140,10 +140,10 @@ def adamw_tests(graph: TrainingGraph) -> Iterator[GraphTest]:
         return inputs
 
     exact = reference(torch.from_numpy(param), torch.from_numpy(grads))
-    yield GraphTest(inputs_of_last_step, exact, dict.fromkeys(exact, TOLERANCE))
+    yield GoldenCase(inputs_of_last_step, exact, dict.fromkeys(exact, TOLERANCE))
 
 
-def make(_: Materials) -> Iterator[GraphWithTests]:
+def make(_: Materials) -> Iterator[GraphWithCases]:
     """The one graph of this family."""
     graph = adamw_graph()
     yield graph, adamw_tests(graph)

@@ -48,8 +48,8 @@ from dlora.protocol.manifest import TensorSpec
 
 from .arrays import Arrays, to_floats
 from .block_materials import BlockMaterials, FinalNormMaterials
+from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import TrainingGraph
-from .graph_test import GraphTest, GraphWithTests, Materials
 from .tolerances import BLOCK_FLOOR, allowed
 
 KINDS: Final = (
@@ -149,7 +149,7 @@ def _spec(name: str, node: fx.Node, symbols: Mapping[str, str]) -> TensorSpec:
     return TensorSpec(name, _DTYPES[value.dtype], shape)  # type: ignore[arg-type]
 
 
-def block_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GraphTest]:
+def block_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GoldenCase]:
     """Hidden states of the base model, in sequences one after the other; LoRA and the gradient are random."""
     for lengths, rank, labelled in zip(LENGTHS, RANKS, LABELLED, strict=True):
         values, rows = block_inputs(block, lengths, rank), torch.tensor(labelled)
@@ -163,7 +163,7 @@ def block_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GraphTe
             to_floats(**{spec.name: _of_rows(found, spec, rows) for spec in graph.outputs})
             for found in (exact, single)
         )
-        yield GraphTest(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
+        yield GoldenCase(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
 
 
 def _of_rows(found: Mapping[str, Tensor], spec: TensorSpec, rows: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def modules_and_weights(block: BlockMaterials, values: Mapping[str, Tensor]) -> 
     return block.call.block, modules, weights
 
 
-def final_norm_tests(final_norm: FinalNormMaterials, graph: TrainingGraph) -> Iterator[GraphTest]:
+def final_norm_tests(final_norm: FinalNormMaterials, graph: TrainingGraph) -> Iterator[GoldenCase]:
     """Hidden states of the base model and a random gradient."""
     x = final_norm.hidden_states[: sum(LENGTHS[-1])].detach().float()
     found = {}
@@ -232,10 +232,10 @@ def final_norm_tests(final_norm: FinalNormMaterials, graph: TrainingGraph) -> It
     exact, single = (to_floats(**{spec.name: each[spec.name] for spec in graph.outputs}) for each in found.values())
     values = {X: x, GRAD: grad, **final_norm.weights}
     inputs: Arrays = {spec.name: np.asarray(values[spec.name]) for spec in graph.inputs}
-    yield GraphTest(inputs, exact, allowed(exact, single))
+    yield GoldenCase(inputs, exact, allowed(exact, single))
 
 
-def make(materials: Materials) -> Iterator[GraphWithTests]:
+def make(materials: Materials) -> Iterator[GraphWithCases]:
     """The graphs of every shape of block, and of the final norm; none where the device gets no blocks."""
     blocks = materials.device_blocks
     if blocks is None:

@@ -26,8 +26,8 @@ from dlora.export.tracing.trace import OUTPUT, SCALE, X, trace_decode
 from .arrays import to_floats
 from .block import RANKS, block_inputs, modules_and_weights, traced_graph
 from .block_materials import BlockMaterials
+from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import TrainingGraph
-from .graph_test import GraphTest, GraphWithTests, Materials
 from .tolerances import BLOCK_FLOOR, allowed
 
 KINDS: Final = ("block_decode",)
@@ -42,7 +42,7 @@ def decode_graph(
     return traced_graph("block_decode", cut(traced, outputs_of(traced), {}), key, weights)
 
 
-def decode_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GraphTest]:
+def decode_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GoldenCase]:
     """As ``block_tests``; what came before are the sequence's own first tokens."""
     for before, new in DECODED:
         rank = RANKS[-1]
@@ -53,7 +53,7 @@ def decode_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GraphT
         exact, single = (decode_reference(block, values, dtype) for dtype in (torch.float64, torch.float32))
         inputs = {spec.name: values[spec.name].numpy() for spec in graph.inputs}
         golden, rounded = (to_floats(**found) for found in (exact, single))
-        yield GraphTest(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
+        yield GoldenCase(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
 
 
 def keys_and_values(
@@ -79,7 +79,7 @@ def decode_reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype:
     return {OUTPUT: y, KEYS: keys, VALUES: new_values}
 
 
-def make(materials: Materials) -> Iterator[GraphWithTests]:
+def make(materials: Materials) -> Iterator[GraphWithCases]:
     """The graph of every shape of block; none where the device gets no blocks, or they take no keys and values."""
     blocks = () if materials.device_blocks is None else materials.device_blocks.blocks
     for block in {block.key: block for block in blocks}.values():  # the last one of each shape

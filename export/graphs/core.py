@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from dlora.protocol.manifest import TensorSpec, core_key
 
 from .arrays import Arrays, Inputs, normal, to_floats, to_tensors
+from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import TrainingGraph
-from .graph_test import GraphTest, GraphWithTests, Materials
 from .tolerances import allowed
 
 KINDS: Final = ("core_forward", "core_input_grad", "core_weight_grad")
@@ -112,7 +112,7 @@ def reference(graph: TrainingGraph, values: Inputs, dtype: torch.dtype = torch.f
     return to_floats(dz=dz) if graph.kind == "core_input_grad" else to_floats(grad_core=grad_core)
 
 
-def core_tests(graph: TrainingGraph, width: int | None, rank: int, scaling: float) -> Iterator[GraphTest]:
+def core_tests(graph: TrainingGraph, width: int | None, rank: int, scaling: float) -> Iterator[GoldenCase]:
     """Random tokens through a core; before that, another rank and number of tokens."""
     for tokens, some_rank in ((TOKENS - 2, rank + 3), (TOKENS, rank)):
         random = np.random.default_rng(0)
@@ -124,10 +124,10 @@ def core_tests(graph: TrainingGraph, width: int | None, rank: int, scaling: floa
             "scale": np.array(scaling, np.float32),
         }
         exact, single = (reference(graph, values, dtype) for dtype in (torch.float64, torch.float32))
-        yield GraphTest({spec.name: values[spec.name] for spec in graph.inputs}, exact, allowed(exact, single))
+        yield GoldenCase({spec.name: values[spec.name] for spec in graph.inputs}, exact, allowed(exact, single))
 
 
-def make(materials: Materials) -> Iterator[GraphWithTests]:
+def make(materials: Materials) -> Iterator[GraphWithCases]:
     """Three graphs for cores, and three for every width of a target module's output."""
     for width in (None, *sorted({out_features for _, out_features in materials.shapes})):
         for graph in core_graphs(width):

@@ -14,8 +14,8 @@ from dlora.cloud.model.base_model import EmbeddingEnd
 from dlora.protocol.manifest import TensorSpec
 
 from .arrays import Arrays, Inputs, to_floats
+from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import TrainingGraph
-from .graph_test import GraphTest, GraphWithTests, Materials
 
 KINDS: Final = ("embedding",)
 TOLERANCES: Final[dict[str, float]] = {"fp32": 1e-7, "fp16": 1e-3}  # one product; the weight's rounding
@@ -61,14 +61,14 @@ def reference(inputs: Inputs, end: EmbeddingEnd) -> Arrays:
     return to_floats(hidden_states=end(torch.from_numpy(np.asarray(inputs["ids"], np.int64))))
 
 
-def embedding_tests(graph: TrainingGraph, end: EmbeddingEnd, weights: Arrays) -> Iterator[GraphTest]:
+def embedding_tests(graph: TrainingGraph, end: EmbeddingEnd, weights: Arrays) -> Iterator[GoldenCase]:
     """Random tokens."""
     inputs = {**weights, "ids": np.random.default_rng(0).integers(0, len(end.weight), TOKENS)}
     exact = reference(inputs, end)
-    yield GraphTest(inputs, exact, dict.fromkeys(exact, TOLERANCES[graph.inputs[0].dtype]))
+    yield GoldenCase(inputs, exact, dict.fromkeys(exact, TOLERANCES[graph.inputs[0].dtype]))
 
 
-def make(materials: Materials) -> Iterator[GraphWithTests]:
+def make(materials: Materials) -> Iterator[GraphWithCases]:
     """The one graph of this family."""
     spec, end = materials.embedding_spec, materials.embedding
     rows, width = end.weight.shape

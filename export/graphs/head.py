@@ -37,8 +37,8 @@ from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import HeadSpec, StoredDtype, TensorSpec
 
 from .arrays import Arrays
+from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import TrainingGraph
-from .graph_test import GraphTest, GraphWithTests, Materials
 from .head_torch import HeadLogits, HeadLoss, HeadTrain, reference
 from .tolerances import Rounding, allowed
 
@@ -297,7 +297,7 @@ def _all_logits(head: HeadShape) -> str:
 
 def head_tests(
     graph: TrainingGraph, end: HeadEnd, weights: Arrays, hidden_states: npt.NDArray[np.float32]
-) -> Iterator[GraphTest]:
+) -> Iterator[GoldenCase]:
     """Hidden states of the base model; labels are random.
 
     The graph's arithmetic is judged with the weight that it is given. What the rounding of that weight changes comes on
@@ -320,7 +320,7 @@ def head_tests(
     if graph.kind == "head_loss":  # logits are no output of it, but say which predictions are right
         choose = partial(_predictions, exact["logits"], tolerances["logits"])
         golden, exact = ({"losses": each["losses"]} for each in (golden, exact))
-    yield GraphTest(inputs, exact, tolerances, Rounding(dtype, golden, ROUNDING[dtype]), choose)
+    yield GoldenCase(inputs, exact, tolerances, Rounding(dtype, golden, ROUNDING[dtype]), choose)
 
 
 def _predictions(logits: npt.NDArray[np.generic], tolerance: float, found: Mapping[str, Arrays]) -> Arrays:
@@ -335,7 +335,7 @@ def _predictions(logits: npt.NDArray[np.generic], tolerance: float, found: Mappi
     return {"predictions": first}
 
 
-def make(materials: Materials) -> Iterator[GraphWithTests]:
+def make(materials: Materials) -> Iterator[GraphWithCases]:
     """The three graphs of the head."""
     end, hidden_states = materials.head, materials.hidden_states
     for graph in head_graphs(HeadShape.of(end, materials.head_spec)):

@@ -12,7 +12,7 @@ and rank are dynamic, so one graph serves all adapters of a shape.
 
 The graphs are written for what a rank is: small. Products stand so that the rank is the short side of a wide matrix,
 not of a tall one, which matrix kernels are bad at, and ``scale`` goes over something as narrow as the rank, never over
-(tokens, out): that alone took more time than the products (docs/experiments.md).
+(tokens, out): that alone took more time than the products (docs/log/experiments.md).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from dlora.protocol.manifest import TensorSpec, adapter_key
 
 from .arrays import Arrays, Inputs, normal, to_floats, to_tensors
+from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import TrainingGraph
-from .graph_test import GraphTest, GraphWithTests, Materials
 from .tolerances import allowed
 
 KINDS: Final = ("adapter_forward", "adapter_input_grad", "adapter_weight_grad")
@@ -136,7 +136,7 @@ def _delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> Tensor:
     return scale * (x @ lora_a.T @ lora_b.T)
 
 
-def adapter_tests(graph: TrainingGraph, shape: tuple[int, int], rank: int, scaling: float) -> Iterator[GraphTest]:
+def adapter_tests(graph: TrainingGraph, shape: tuple[int, int], rank: int, scaling: float) -> Iterator[GoldenCase]:
     """Random tokens through an adapter of (in, out) features; before that, another rank and number of tokens."""
     in_features, out_features = shape
     for tokens, some_rank in ((TOKENS - 2, rank + 3), (TOKENS, rank)):
@@ -151,10 +151,10 @@ def adapter_tests(graph: TrainingGraph, shape: tuple[int, int], rank: int, scali
         values["z"] = values["x"] @ values["lora_A"].T
         values["dz"] = values["scale"] * (values["grad"] @ values["lora_B"])
         exact, single = (reference(graph, values, dtype) for dtype in (torch.float64, torch.float32))
-        yield GraphTest({spec.name: values[spec.name] for spec in graph.inputs}, exact, allowed(exact, single))
+        yield GoldenCase({spec.name: values[spec.name] for spec in graph.inputs}, exact, allowed(exact, single))
 
 
-def make(materials: Materials) -> Iterator[GraphWithTests]:
+def make(materials: Materials) -> Iterator[GraphWithCases]:
     """Three graphs of every shape."""
     for shape in materials.shapes:
         for graph in adapter_graphs(*shape):

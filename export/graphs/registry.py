@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final, Protocol
 
 from . import adamw, block, block_decode, core, embedding, head, lora
-from .graph_test import GraphWithTests, Materials
+from .golden_case import GraphWithCases, Materials
 
 
 class Family(Protocol):
@@ -19,7 +19,7 @@ class Family(Protocol):
     @property
     def KINDS(self) -> tuple[str, ...]: ...
 
-    def make(self, materials: Materials, /) -> Iterator[GraphWithTests]:
+    def make(self, materials: Materials, /) -> Iterator[GraphWithCases]:
         """Its graphs of one base model, each with its tests."""
         ...
 
@@ -28,7 +28,7 @@ FAMILIES: Final[tuple[Family, ...]] = (lora, core, adamw, embedding, head, block
 KINDS: Final = tuple(kind for family in FAMILIES for kind in family.KINDS)
 
 
-def make_graphs(materials: Materials) -> Iterator[GraphWithTests]:
+def make_graphs(materials: Materials) -> Iterator[GraphWithCases]:
     """Every graph of a bundle with its tests, in the order of the manifest."""
     for family in FAMILIES:
         yield from family.make(materials)

@@ -23,9 +23,9 @@ from serving import RunningServer, config, final_weights, random_dataset, servin
 from tiny import TinyFactory
 from waiting import eventually
 
-from dlora.cloud.door import guard
-from dlora.cloud.door.guard import ConnectionLimits
-from dlora.cloud.door.quotas import QuotaLimits
+from dlora.cloud.admission import guard
+from dlora.cloud.admission.guard import ConnectionLimits
+from dlora.cloud.admission.quotas import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import handler
 from dlora.cloud.serving.handler import opening_limit

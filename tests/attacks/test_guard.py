@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
 import trustme
 from hostile import (
     BINARY,
+    CLOSE,
     CONT,
     PING,
     PONG,
@@ -30,7 +32,7 @@ from hostile import (
 from waiting import eventually
 from websockets.asyncio.server import ServerConnection, serve
 
-from dlora.cloud.door.guard import PIECE_BYTES, ConnectionLimits, Guard, GuardedConnection
+from dlora.cloud.admission.guard import PIECE_BYTES, ConnectionLimits, Guard, GuardedConnection
 from dlora.protocol.connections import raise_file_limit
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -463,6 +465,44 @@ def test_connection_without_tls_handshake_is_dropped(server_tls: ssl.SSLContext,
         client.send(nonsense)
         client.goodbye()
         eventually(lambda: server.guard.unfinished == 0)
+
+
+@pytest.mark.parametrize(
+    "burst",
+    [
+        b"GARBAGE\r\n\r\n" + bytes(8 * KIB),
+        request() + frame(CLOSE, b"\x03\xe8") + bytes(8 * KIB),
+        request() + frame(BINARY, b"unmasked", masked=0) + bytes(8 * KIB),
+        request() + frame(BINARY, length=1 << 30) + bytes(8 * KIB),
+    ],
+    ids=["no HTTP", "close", "unmasked", "too long"],
+)
+def test_a_peer_that_leaves_within_one_read_is_no_error_of_ours(
+    server_tls: ssl.SSLContext, client_tls: ssl.SSLContext, burst: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of it, and TLS's own goodbye, come in one read. asyncio would log what is raised, a traceback each time."""
+    with echoing(server_tls) as server:
+        port = int(server.url.rpartition(":")[2])
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = client_tls.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+        with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as tcp:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    tcp.sendall(outgoing.read())
+                    incoming.write(tcp.recv(64 * KIB))
+            tcp.sendall(outgoing.read())
+            eventually(lambda: server.guard.unfinished == 1)
+            tls.write(burst)
+            with suppress(ssl.SSLError):
+                tls.unwrap()
+            tcp.sendall(outgoing.read())
+            while tcp.recv(64 * KIB):
+                pass
+        eventually(lambda: server.guard.unfinished == server.guard.opened == 0)
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_large_messages_pass_over_tls(server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> None:

@@ -18,9 +18,9 @@ from tiny import Tiny, TinyFactory
 from waiting import eventually
 from websockets.sync.client import ClientConnection, connect
 
-from dlora.cloud.door.access import FAILURES_PER_WINDOW, Access, AccessDeniedError
-from dlora.cloud.door.quotas import QuotaLimits, Quotas
-from dlora.cloud.door.tokens import BearerTokenStore
+from dlora.cloud.admission.access import FAILURES_PER_WINDOW, Access, AccessDeniedError
+from dlora.cloud.admission.quotas import QuotaLimits, Quotas
+from dlora.cloud.admission.tokens import BearerTokenStore
 from dlora.cloud.serving import server as cloud_server
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Retry
@@ -37,7 +37,7 @@ WALL_CLOCK = re.compile(
     r"\btime\.(time|gmtime|localtime)\b|from time import|\bdatetime\.(now|today|utcnow)\b"
 )
 MAY_READ_IT = {  # on the device for dates that are shown
-    "cloud": {"door/tokens.py", "commands/tokens.py"},
+    "cloud": {"admission/tokens.py", "commands/tokens.py"},
     "edge": {"report/tensorboard.py", "data/tokenizer.py", "data/chat.py", "endpoint/formats.py"},
     "protocol": set(),
 }

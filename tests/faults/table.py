@@ -1,4 +1,5 @@
-"""Run the whole matrix, every fault at every boundary of a step, and print the table that docs/faults.md shows."""
+"""Run the whole matrix, every fault at every boundary of a step, and print the table that docs/concepts/faults.md
+shows."""
 
 from __future__ import annotations
 

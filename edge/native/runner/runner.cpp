@@ -1,5 +1,5 @@
 // What a phone's app would do with a bundle, without Python: forward and backward of every adapter shape and the step
-// of AdamW, through the shim, on the bundle's golden vectors. See docs/howto/phone.md.
+// of AdamW, through the shim, on the bundle's golden vectors. See docs/how-to/phone.md.
 //
 //     dlora-native-runner BUNDLE
 //
@@ -18,7 +18,7 @@ namespace {
 
 struct Kind {
   const char* name;
-  std::vector<const char*> inputs, outputs;  // in the order of docs/bundle.md, section Graphs
+  std::vector<const char*> inputs, outputs;  // in the order of docs/reference/bundle.md, section Graphs
   double tolerance;                          // that of export is in the manifest; this will do for wide adapters, too
 };
 

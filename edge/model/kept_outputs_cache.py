@@ -1,0 +1,82 @@
+"""Where what comes out of the device's lowest blocks is kept while none of them is trained: one file, made anew when
+which blocks these are, or their adapters, are others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Engine
+from dlora.edge.files import remove_quietly
+from dlora.protocol.errors import CheckpointError
+
+from .cache_key import CacheKey
+from .ends import LongArray
+from .trunk_cache import CacheOwner, OtherKeyError, TrunkCache, text_digest
+
+
+class KeptOutputsCache:
+    """A cache of hidden states after blocks that run here.
+
+    Args:
+        path: of the file.
+        owner: of the hidden states that go into the lowest block.
+        bundle, engine: what these blocks are computed with.
+        room: called for the bytes that the file may have.
+        key: what it is encrypted with.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        owner: CacheOwner,
+        bundle: Bundle,
+        engine: Engine,
+        *,
+        room: Callable[[], int],
+        key: CacheKey | None = None,
+    ) -> None:
+        spec = bundle.manifest.device_blocks
+        self._path = path
+        self._owner = owner
+        self._computed_by = f"{spec.dtype if spec is not None else ''} {engine.name}"
+        self._room = room
+        self._key = key
+        self._open: TrunkCache | None = None
+
+    def digest(self, ids: LongArray) -> bytes:
+        """What the text of these tokens, int64 (tokens,), is called here."""
+        return text_digest(ids, self._key)
+
+    def after(self, count: int, lora: str) -> TrunkCache:
+        """A cache of what comes out of the lowest ``count`` blocks with adapters of this digest; any other is closed.
+
+        Closed with this. Raises ``StorageError``, and ``CheckpointError`` where the file has another key.
+        """
+        self.close()
+        blocks = self._owner.blocks + count
+        owner = msgspec.structs.replace(
+            self._owner, blocks=blocks, codec="fp32", lora=f"{lora} {self._computed_by}"
+        )
+        try:
+            self._open = TrunkCache(self._path, owner, limit=self._room(), key=self._key)
+        except OtherKeyError:
+            raise
+        except CheckpointError:  # of other blocks, or damaged
+            remove_quietly(self._path)
+            self._open = TrunkCache(self._path, owner, limit=self._room(), key=self._key)
+        return self._open
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+def kept_outputs_path(cache: Path) -> Path:
+    """Where what comes out of killed blocks is kept, beside what the server gave."""
+    return cache.with_stem(f"{cache.stem}-kept")
