@@ -476,6 +476,16 @@ class Field:
         """Its environment variable."""
         return f"{VARIABLE}{self.parameter.upper()}"
 
+    @property
+    def given_kind(self) -> Any:
+        """Its type where it is given: without None."""
+        kinds = [each for each in get_args(self.kind) if each is not type(None)]
+        return kinds[0] if len(kinds) == 1 and get_origin(self.kind) is not Literal else self.kind
+
+    def value_in(self, settings: Any) -> Any:
+        """What ``Settings``, or what was chosen from them, has for it."""
+        return getattr(getattr(settings, self.section), self.key)
+
 
 @cache
 def fields_of(settings: type[msgspec.Struct] = Settings) -> tuple[Field, ...]:
@@ -538,9 +548,8 @@ def read_settings(given: Mapping[str, Any], start: Settings | None = None) -> Se
 
     Raises ``UsageError`` that names the field.
     """
-    kind = Settings
-    known = {each.parameter: each for each in fields_of(kind)}
-    sections = kind.__struct_fields__
+    known = {each.parameter: each for each in fields_of()}
+    sections = Settings.__struct_fields__
     tables: dict[str, dict[str, Any]] = {
         name: {} if start is None else msgspec.structs.asdict(getattr(start, name)) for name in sections
     }
@@ -555,9 +564,9 @@ def read_settings(given: Mapping[str, Any], start: Settings | None = None) -> Se
     for section, table in tables.items():
         for key, value in table.items():
             if isinstance(value, float) and not math.isfinite(value):  # no JSON has it
-                raise UsageError(f"{words_of(section, key, kind)} {value} is no number; write one, or leave it out")
+                raise UsageError(f"{_words_of(section, key)} {value} is no number; write one, or leave it out")
     try:
-        return msgspec.convert(tables, kind, dec_hook=read_path)
+        return msgspec.convert(tables, Settings, dec_hook=read_path)
     except msgspec.ValidationError as error:
         raise UsageError(_limit_words(error, tables)) from None
 
@@ -574,8 +583,7 @@ def _limit_words(error: msgspec.ValidationError, tables: Mapping[str, Mapping[st
 
 def wanted(field: Field) -> str:
     """What a field takes, in words: ``a whole number from 1 up to 4,096``."""
-    kinds = [each for each in get_args(field.kind) if each is not type(None)]
-    kind = kinds[0] if len(kinds) == 1 and get_origin(field.kind) is not Literal else field.kind
+    kind = field.given_kind
     if get_origin(kind) is Literal:
         return f"one of: {', '.join(get_args(kind))}"
     if field.metavar and "pattern" in field.meta:
@@ -588,9 +596,9 @@ def wanted(field: Field) -> str:
     return " ".join((names.get(kind, "another value"), *said))
 
 
-def words_of(section: str, key: str, settings: type[msgspec.Struct] = Settings) -> str:
+def _words_of(section: str, key: str) -> str:
     """What a user writes to set a field: ``--rank``, or ``--set kill_revive.probation``."""
-    found = (each.words for each in fields_of(settings) if (each.section, each.key) == (section, key))
+    found = (each.words for each in fields_of() if (each.section, each.key) == (section, key))
     return next(found, f"{section}.{key}")
 
 

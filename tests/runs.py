@@ -56,8 +56,7 @@ def settings(**changes: Any) -> Settings:
 def settings_in(out: Path) -> SimpleNamespace:
     """The settings in a run's directory, by the names of their options."""
     settings = load_run_file(out).settings
-    return SimpleNamespace(**{field.parameter: getattr(getattr(settings, field.section), field.key)
-                              for field in fields_of()})
+    return SimpleNamespace(**{field.parameter: field.value_in(settings) for field in fields_of()})
 
 
 def write_run(

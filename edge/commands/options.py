@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from dlora.protocol.limits import MAX_THREADS
-
-if TYPE_CHECKING:
-    pass
 
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
 AdapterOption = Annotated[
@@ -69,16 +65,3 @@ def with_group_values(groups: Mapping[str, Any], given: Mapping[str, Any]) -> di
     rest = dict(given)
     made = {name: group(**{field: rest.pop(field) for field in _fields_of(group)}) for name, group in groups.items()}
     return rest | made
-
-
-def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` as typer takes it: a parameter that is a dataclass gives way to the options that are its fields."""
-    groups, options = grouped_parameters(inspect.signature(command, eval_str=True).parameters.values())
-
-    @functools.wraps(command)
-    def flat(**given: Any) -> None:
-        command(**with_group_values(groups, given))
-
-    flat.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-    flat.__annotations__ = {option.name: option.annotation for option in options}
-    return flat

@@ -13,7 +13,7 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
@@ -99,7 +99,7 @@ def takes_settings(
                 return
             for name in required:
                 field = next(field for field in fields_of() if field.parameter == name)
-                if getattr(getattr(settings, field.section), field.key) is None:
+                if field.value_in(settings) is None:
                     raise UsageError(f"{field.words} is missing; {context.command_path} --help says more")
             command(settings, **with_group_values(groups, given))
 
@@ -116,11 +116,6 @@ def takes_settings(
 
 
 _METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-
-
-def _without_none(kind: Any) -> Any:
-    found = [each for each in get_args(kind) if each is not type(None)]
-    return found[0] if len(found) == 1 and get_origin(kind) is not Literal else kind
 
 
 _FILE: Final[dict[str, Any]] = {"config": ConfigOption, "set_": SetOption, "write_config": WriteConfigOption}
@@ -154,7 +149,7 @@ def _option(field: Field, about: Mapping[str, Any], *, is_change: bool) -> inspe
         name,
         help=f"{text} (default: {f'{default:g}' if isinstance(default, float) else default})" if is_shown else text,
         rich_help_panel=field.panel,
-        metavar=field.metavar or _METAVARS.get(_without_none(field.kind)),
+        metavar=field.metavar or _METAVARS.get(field.given_kind),
         envvar=field.variable,
         show_envvar=False,
         show_default=False,
@@ -177,10 +172,9 @@ def _layered(
             given[field.parameter] = _from_text(field, text, field.variable)
             variables.append(field.variable)
     given |= read_set(written["set_"] or ())
-    for field in fields_of():
-        value = options.get(field.parameter)
+    for name, value in options.items():
         if value is not None:
-            given[field.parameter] = tuple(value) if isinstance(value, list) else value
+            given[name] = tuple(value) if isinstance(value, list) else value
     return given, variables
 
 
@@ -262,7 +256,7 @@ def config_text(settings: Settings) -> str:
         if field.section != section:
             section = field.section
             lines += [f"[{section}]", ""]
-        value = getattr(getattr(settings, field.section), field.key)
+        value = field.value_in(settings)
         lines += textwrap.wrap(field.help, 100, initial_indent="# ", subsequent_indent="# ")
         if value is None:
             lines.append(f"# {field.key} =")

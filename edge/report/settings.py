@@ -12,7 +12,7 @@ def shown_settings(settings: Settings) -> dict[str, str]:
     """Every setting that is not left out or off, by what a user writes for it."""
     found = {}
     for field in fields_of():
-        value = getattr(getattr(settings, field.section), field.key)
+        value = field.value_in(settings)
         if value is None or value is False or value in ("", ()) or (field.depth == "rare" and value == field.default):
             continue
         found[field.words] = _shown(field, value)

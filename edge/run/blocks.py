@@ -137,9 +137,7 @@ def _cached_source(
             raise
         remove_quietly(out / CACHE)
         cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
-    server = EncodingServer(
-        bundle, engine, connect, blocks=blocks, codecs=config.codecs, send=config.server.send
-    )  # fmt: skip
+    server = EncodingServer(bundle, engine, connect, blocks=blocks, codecs=config.codecs, send=config.server.send)
     source = CachedSource(bundle, engine, cache, server, codecs=config.codecs, send=config.server.send)
     try:
         yield source

@@ -70,13 +70,11 @@ def resolve(
         steps=settings.training.steps,
         examples_a_step=run.examples_a_step,
     )
-    run = msgspec.structs.replace(run, adapter=adapter, invocation=invocation, total_steps=1)
+    run = msgspec.structs.replace(run, adapter=adapter, invocation=invocation, total_steps=steps)
     run = _with_units(run, manifest)
     if settings.kill_revive.bytes_per_token is not None:
         run = _within_budget(run, settings.kill_revive.bytes_per_token, manifest, dataset)
-    run = msgspec.structs.replace(run, total_steps=steps)
-    holds = _has_room_to_hold(run, manifest, dataset, evaluated)
-    run = msgspec.structs.replace(run, keeps_outputs=holds)
+    run = msgspec.structs.replace(run, keeps_outputs=_has_room_to_keep(run, manifest, dataset, evaluated))
     every = _evaluate_every(run, dataset, evaluated[0] if evaluated else None)
     return msgspec.structs.replace(run, evaluate_every=every), [dataset, *evaluated]
 
@@ -235,7 +233,7 @@ def _within_budget(run: Resolved, bytes_per_token: int, manifest: Manifest, data
     return _with_units(msgspec.structs.replace(run, kill_revive=chosen), manifest)
 
 
-def _has_room_to_hold(run: Resolved, manifest: Manifest, dataset: Dataset, evaluated: Sequence[Dataset]) -> bool:
+def _has_room_to_keep(run: Resolved, manifest: Manifest, dataset: Dataset, evaluated: Sequence[Dataset]) -> bool:
     """Whether ``--cache-mb`` allows that what comes out of killed blocks is kept, too, for all data that are trained
     on, beside what a server gives of these and of those that are ``evaluated``."""
     if not run.device_blocks or run.placement.cache_mb is None:

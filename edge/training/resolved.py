@@ -130,7 +130,7 @@ class Resolved(Settings, frozen=True, kw_only=True):
         """The fields that make an adapter what it is, by the names of their options; no seed, for it stays here."""
         found: dict[str, Setting] = {"device_blocks": self.device_blocks} if self.device_blocks else {}
         for field in fields_of():
-            value = getattr(getattr(self, field.section), field.key)
+            value = field.value_in(self)
             is_off = field.section == "kill_revive" and self.kill_revive.active_fraction == 1
             if not field.makes_bits or value is None or is_off:
                 continue
@@ -200,11 +200,7 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, config: Resolved, manifest: Manifest, data: str) -> RunIdentity:
         modules = without_gains(config.groups(manifest))
         return cls(
-            settings={
-                field.path: getattr(getattr(config, field.section), field.key)
-                for field in fields_of()
-                if field.makes_bits
-            },
+            settings={field.path: field.value_in(config) for field in fields_of() if field.makes_bits},
             units=config.units,
             device_blocks=config.device_blocks,
             total_steps=config.total_steps,
