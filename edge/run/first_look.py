@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from dlora.edge.adapters.compatibility import check_base_model
 from dlora.edge.files import check_writable, locked
 from dlora.edge.training.checkpoint import KEPT, list_checkpoints
@@ -55,7 +57,8 @@ def run_bytes(config: Resolved, manifest: Manifest, *, resume: bool) -> int:
     # Where the kind is not LoRA, its own parts lie beside the LoRA that it comes to.
     kept, trained = _kept_bytes(spec, groups, codecs), sum(parameter_bytes(spec, group) for group in groups)
     checkpoint = 3 * trained + kept
-    adapter = _lora_bytes(spec.r, groups) + (0 if spec.kind == "lora" else trained + kept)
+    lora = sum(parameter_bytes(replace(spec, kind="lora"), group) for group in groups)
+    adapter = lora + (0 if spec.kind == "lora" else trained + kept)
     if resume:
         return checkpoint + adapter
     adapters = 2 if config.saving.keep == "best" else 1
@@ -66,11 +69,6 @@ def _kept_bytes(spec: AdapterSpec, groups: Sequence[GroupSpec], codecs: Codecs) 
     """The device's copy of what the server keeps, as it crosses."""
     kind, codec = kind_of(spec), codecs.of(TensorRole.ADAPTER_STATE)
     return sum(codec.nbytes(*shape) for group in groups for shape in kind.state_shapes(spec, group))
-
-
-def _lora_bytes(rank: int, groups: Sequence[GroupSpec]) -> int:
-    """A and B of every module in float32."""
-    return 4 * rank * sum(group.in_features + target.out_features for group in groups for target in group.targets)
 
 
 def asks_server_first(config: Resolved, *, resume: bool) -> bool:
