@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import tempfile
@@ -17,10 +16,9 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-from audit_defences.tried import Defence, try_defences
+from audit_defences.tried import try_defences
 from bars import write_bars
-from children import QUIET_THREADS, cloud_server, log, need_bundle, run_json
+from children import cloud_server, log, need_bundle, run_json
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from dialogue import write_dialogue
@@ -30,8 +28,6 @@ from dlora.cloud.audit.tokenizer import truth_tokenizer
 from dlora.cloud.audit.truth import load_truth
 from dlora.cloud.model.base_model import load_base_model
 from dlora.protocol.recording import read_recording
-
-os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
 
 FILE: Final = Path("benchmarks") / "audit.json"  # in docs
 COMMAND: Final = "python benchmarks/audit.py"
@@ -76,16 +72,16 @@ def main() -> None:
         return
     need_bundle(arguments.bundle)
     need_bundle(arguments.bundle_blocks)
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         data, _ = write_dialogue(directory, held_out=100, seed=0)
         data.write_text("".join(f"{line}\n" for line in data.read_text().splitlines()[:ROWS]))
-        with cloud_server(MODEL, 2) as (url, _):
+        with cloud_server(MODEL, 2) as url:
             adapters = {words[1] for name in arguments.only if (words := RECIPES[name][1:])[0] == "--adapter"}
             for recipe in [name for name in RECIPES if name in {*arguments.only, *adapters}]:
                 log(f"recording: {recipe}")
                 _record(recipe, url, data, arguments, directory)
+        found = {}
         for recipe in arguments.only:
             log(f"attacking: {recipe}")
             found[recipe] = _audit(recipe, directory, arguments.pages)
@@ -172,8 +168,8 @@ def _error(attack: dict[str, Any]) -> str:
 def _record(recipe: str, url: str, data: Path, arguments: argparse.Namespace, directory: Path) -> None:
     command, *options = RECIPES[recipe]
     bundle = arguments.bundle_blocks if "trunk" in recipe else arguments.bundle
-    options = [str(directory / "runs" / each) if before == "--adapter" else each for before, each in zip(
-        ("", *options), options, strict=False)]  # fmt: skip
+    if options[0] == "--adapter":
+        options[1] = str(directory / "runs" / options[1])
     if command in ("train", "evaluate"):
         options += ["--data", str(data)]
     if command == "train":
@@ -181,9 +177,7 @@ def _record(recipe: str, url: str, data: Path, arguments: argparse.Namespace, di
         if "trunk" not in recipe:
             options += ["--eval", str(data)]  # while an adapter rests, more of it is seen
     record = directory / "records" / recipe
-    run_json(
-        "-m", "dlora.edge", command, "--bundle", bundle, "--server", url, *options, "--record", record, "--json"
-    )
+    run_json("-m", "dlora.edge", command, "--bundle", bundle, "--server", url, *options, "--record", record, "--json")
 
 
 def _audit(recipe: str, directory: Path, pages: Path | None) -> dict[str, Any]:
@@ -191,33 +185,31 @@ def _audit(recipe: str, directory: Path, pages: Path | None) -> dict[str, Any]:
     page = (pages or directory) / f"{recipe.replace(', ', '-').replace(' ', '-')}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    said = run_json(
-        "-m", "dlora.cloud", "audit", MODEL, "--frames", record / "frames", "--truth", record / "truth", "--out", page,
-        "--json",
-    )  # fmt: skip
+    recorded = ("--frames", record / "frames", "--truth", record / "truth")
+    said = run_json("-m", "dlora.cloud", "audit", MODEL, *recorded, "--out", page, "--json")
     shown = " ".join(f"'{word}'" if " " in word else word for word in RECIPES[recipe])
     return {
         "command": f"{COMMAND} --only '{recipe}'",
         "recorded": {"as": f"dlora-edge {shown}", **said["recorded"]},
         "findings": {each["secret"]: _short(each) for each in said["findings"]},
-        "defences": {
-            each["name"]: {
-                "claim": each["claim"], "loss": round(each["loss"], 3), "loss_without": round(each["loss_without"], 3),
-                **_short(each["finding"]),
-            }
-            for each in (_tried(record) if recipe == TRIED_ON else [])
-        },
+        "defences": _defences(record) if recipe == TRIED_ON else {},
         "wall_s": round(time.perf_counter() - started, 1),
-    }  # fmt: skip
+    }
 
 
-def _tried(record: Path) -> list[dict[str, Any]]:
+def _defences(record: Path) -> dict[str, Any]:
     """Each defence, attacked in place of what crossed."""
     recording = read_recording(record / "frames")
     with truth_tokenizer(record / "truth") as tokenizer:
         truth = load_truth(record / "truth", recording.id, observe(recording), tokenizer)
-        found = try_defences([Defence.parse(name) for name in TRIED], truth, load_base_model(MODEL))
-    return [msgspec.to_builtins(each) for each in found]
+        found = try_defences(TRIED, truth, load_base_model(MODEL))
+    return {
+        name: {
+            "claim": each["claim"], "loss": round(each["loss"], 3), "loss_without": round(each["loss_without"], 3),
+            **_short(each["finding"]),
+        }
+        for name, each in found.items()
+    }  # fmt: skip
 
 
 def _short(finding: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,12 @@
-"""Processes that benchmarks measure against: a real server, and PEFT training in one process."""
+"""What benchmarks have in common: their options, a real server, and processes that answer in JSON.
+
+Who imports this has quiet threads, and so have all processes that it starts: idle OpenMP threads spin, and with several
+processes on the same cores that decides what is measured.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,28 +17,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Idle OpenMP threads spin: with several processes on the same cores that decides what is measured.
-QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
+def new_parser(about: str | None, *, bundle: str = "build/smollm2", threads: int = 2) -> argparse.ArgumentParser:
+    """With the options of nearly every benchmark; ``about``: its docstring."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--bundle", type=Path, default=Path(bundle))
+    parser.add_argument("--threads", type=int, default=threads, help="of each process")
+    parser.add_argument("--docs", type=Path, default=Path("docs/log"), help="where what is found is written")
+    return parser
 
 
 @contextmanager
-def cloud_server(model: str, threads: int, *options: str) -> Iterator[tuple[str, int]]:
-    """A ``dlora-cloud serve`` process; gives its address and process id."""
+def cloud_server(model: str, threads: int, *options: str) -> Iterator[str]:
+    """A ``dlora-cloud serve`` process; gives its address."""
     command = [sys.executable, "-m", "dlora.cloud", "serve", model, "--port", "0", "--threads", str(threads), "--json"]
     with tempfile.TemporaryDirectory() as state:
-        process = subprocess.Popen(
-            [*command, "--state-dir", state, *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **QUIET_THREADS},
-        )
+        command += ["--state-dir", state, *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
                 raise SystemExit(f"error: the server did not start: dlora-cloud serve {model}")
-            yield json.loads(line)["url"], process.pid
+            yield json.loads(line)["url"]
         finally:
             process.terminate()
             process.wait(20)
@@ -47,17 +57,24 @@ def run_json(*command: object) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-class Worker:
-    """A child that answers each JSON line with one."""
+@contextmanager
+def worker(script: str, *arguments: object) -> Iterator[Worker]:
+    """A script beside this one, as a child that answers each JSON line with one."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Worker(process)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(20)
 
-    def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **QUIET_THREADS},
-        )
+
+class Worker:
+    """A child that answers."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -67,13 +84,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit("error: the PEFT process died; its error is above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(20)
+        return dict(json.loads(line))
 
 
 def log(text: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,14 +19,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from children import QUIET_THREADS, log
-
-os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
-
+from children import log, new_parser
 from defaults_places import GRID, SMOLLM2, Place, places, recipes_of
 from defaults_report import write_report
 from economy import make_runs
-from economy_measure import add_run_options, add_server_options
+from economy_measure import add_run_options
 from economy_runs import Plan, RunsFile
 
 from dlora.edge.engine.bundle import Bundle
@@ -56,9 +52,9 @@ def _make_runs(runs: RunsFile, place: Place, options: argparse.Namespace, ends: 
         if set_name in recipe.sets and is_wanted(options.only, place.model, set_name, name)
     ]
     log(f"{place.model}: {len(in_order)} recipes and sets")
-    here = argparse.Namespace(**vars(options))
-    here.model, here.bundle, here.work, here.only = folder, bundle, options.work / place.model, []
-    here.max_minutes = (ends - time.monotonic()) / 60
+    left = {"only": [], "max_minutes": (ends - time.monotonic()) / 60}
+    of_place = {"model": folder, "bundle": bundle, "work": options.work / place.model}
+    here = argparse.Namespace(**vars(options) | of_place | left)
     make_runs(runs, Plan(place.model, options.dtype, recipes=recipes, grid=GRID), in_order, here, has_curve=False)
 
 
@@ -84,13 +80,11 @@ def _need_bundle(place: Place, work: Path) -> Path:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_server_options(parser)
-    add_run_options(parser, work="for models and bundles", names="MODEL/SET/RECIPE")
-    parser.set_defaults(threads=1, work=Path("build/benchmarks/defaults"))
-    parser.add_argument("--runs", type=Path, default=Path("docs/log/benchmarks/defaults-runs.jsonl"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/log"))
-    return parser.parse_args()
+    parser = new_parser(__doc__, threads=1)
+    add_run_options(parser, work="build/benchmarks/defaults", names="MODEL/SET/RECIPE")
+    options = parser.parse_args()
+    options.runs = options.runs or options.docs / "benchmarks" / "defaults-runs.jsonl"
+    return options
 
 
 if __name__ == "__main__":

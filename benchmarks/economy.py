@@ -13,37 +13,28 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
 import signal
+import statistics
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-
-from children import QUIET_THREADS, cloud_server, log, need_bundle
-
-os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
+from typing import Any
 
 import msgspec
+from children import cloud_server, log, need_bundle, new_parser
 from economy_data import Data, load
-from economy_measure import (
-    Cost,
-    Meter,
-    add_place_options,
-    add_run_options,
-    evaluate_rows,
-    first,
-    last_loss,
-    score,
-    trained_fields,
-)
+from economy_measure import Cost, Meter, add_run_options, evaluate_rows, score
 from economy_recipes import BASELINE, DEFAULT, Recipe, order, train_config
 from economy_report import write_report
 from economy_runs import CURVE, CURVE_ROWS, Finished, Plan, Point, Run, RunsFile, Score, Settings
 from economy_trunk import open_source
 
+from dlora.edge.data.examples import Dataset
 from dlora.edge.data.invocation import find_invocation
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
@@ -56,6 +47,7 @@ from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.groups import without_gains
+from dlora.protocol.traffic import report_traffic
 
 QUICK = (f"b10/{BASELINE}", f"b10/{DEFAULT}", "b10/static-1/8", "b10/one-block")
 
@@ -72,19 +64,14 @@ def main() -> None:
 
 
 def make_runs(
-    runs: RunsFile,
-    plan: Plan,
-    in_order: Sequence[tuple[str, str]],
-    options: argparse.Namespace,
-    *,
-    has_curve: bool = True,
+    runs: RunsFile, plan: Plan, in_order: Sequence[tuple[str, str]], options: argparse.Namespace, has_curve: bool = True
 ) -> None:
     """Make the runs that are missing of ``in_order``, (set, recipe), as far as ``options`` want them."""
     bundle = Bundle.open(need_bundle(options.bundle))
     tokenizer = EdgeTokenizer.open(bundle)
     ends = time.monotonic() + 60 * options.max_minutes
     data: dict[str, Data] = {}
-    with cloud_server(options.model, options.threads, "--dtype", options.dtype) as (url, _):
+    with cloud_server(options.model, options.threads, "--dtype", options.dtype) as url:
         while time.monotonic() < ends:
             settings = _next(runs.runs, plan, in_order, options.only)
             if settings is None:
@@ -101,17 +88,12 @@ def make_runs(
             log(f"{_name(settings)}: {_summary(result)}")
 
 
-def _next(
-    finished: Finished, plan: Plan, in_order: Sequence[tuple[str, str]], only: list[str]
-) -> Settings | None:
-    """The next run of all that are wanted and that this version of dlora can make."""
+def _next(finished: Finished, plan: Plan, in_order: Sequence[tuple[str, str]], only: list[str]) -> Settings | None:
+    """The next run of all that are wanted."""
     for set_name, recipe in in_order:
-        name = f"{set_name}/{recipe}"
-        is_wanted = not only or any(fnmatch.fnmatch(name, each) or each == set_name for each in only)
-        if is_wanted:
-            settings = plan.next(finished, set_name, recipe)
-            if settings is not None:
-                return settings
+        is_wanted = not only or any(fnmatch.fnmatch(f"{set_name}/{recipe}", each) or each == set_name for each in only)
+        if is_wanted and (settings := plan.next(finished, set_name, recipe)) is not None:
+            return settings
     return None
 
 
@@ -164,22 +146,22 @@ class Place:
 def run(place: Place, data: Data, settings: Settings, recipe: Recipe) -> Run:
     """Train once, evaluate on the way and on all held-out rows. A run that diverges has no scores."""
     steps = total_steps(data.train, epochs=1, steps=settings.steps, examples_a_step=settings.batch_size)
+    answers = recipe.acts_on_answers and not data.train.facts.is_plain_text
     config = train_config(
-        recipe,
-        place.bundle.manifest,
-        steps=steps,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        optimizer=settings.optimizer,
-        invocation=invocation_of(recipe, data),
-    )
-    validation, test = (first(part, settings.rows) for part in (data.validation, data.test))
-    few = first(validation, CURVE_ROWS)
+        recipe, place.bundle.manifest, steps=steps, batch_size=settings.batch_size, seed=settings.seed,
+        optimizer=settings.optimizer, invocation=find_invocation(data.train) if answers else (),
+    )  # fmt: skip
+    validation, test = (_first(part, settings.rows) for part in (data.validation, data.test))
+    few = _first(validation, CURVE_ROWS)
     stops = {round(share * steps) for share in CURVE} if place.has_curve else set()
     rows: list[StepMetrics] = []
     curve: list[Point] = []
     scores: dict[str, Score] = {}
     meter = Meter()
+
+    def evaluated(cost: Cost, loss: float) -> None:
+        curve.append(Point(len(rows), cost.bytes, loss, cost.round_trips, *cost.seconds))
+
     with _trainer(place, config, data, settings.set) as (trainer, known):
         meter.trainer = trainer
         if known is not None:
@@ -196,35 +178,68 @@ def run(place: Place, data: Data, settings: Settings, recipe: Recipe) -> Run:
                     trainer.wait_for_signal()  # its bytes are the step's, not the evaluation's
                     cost = meter.cost()
                     with meter.aside():
-                        loss = score(evaluate_rows(trainer, few, settings.batch_size)).loss
-                    curve.append(Point(len(rows), cost.bytes, loss, cost.round_trips, *cost.seconds))
+                        evaluated(cost, score(evaluate_rows(trainer, few, settings.batch_size)).loss)
             trainer.wait_for_signal()
             cost = meter.cost()
             with meter.aside():
                 validated = evaluate_rows(trainer, validation, settings.batch_size)
                 tested = evaluate_rows(trainer, test, settings.batch_size)
-            end = score(validated[:CURVE_ROWS]).loss
-            curve.append(Point(len(rows), cost.bytes, end, cost.round_trips, *cost.seconds))
+            evaluated(cost, score(validated[:CURVE_ROWS]).loss)
             scores = {"validation": score(validated), "test": score(tested, keep_rows=True)}
         except NonFiniteError as error:
             log(f"diverged: {error}")
             cost = meter.cost()
         return Run(
-            **trained_fields(settings, trainer, rows, cost, set_up_bytes=set_up),
+            digest=settings.digest,
+            settings=settings,
             data=data.fingerprint,
-            found_lr=None if found is None else found.lr,
+            commit=_commit(),
+            date=datetime.now(UTC).strftime("%Y-%m-%d"),
+            **_of_steps(rows, cost),
+            bytes_up=cost.bytes_up,
+            bytes_down=cost.bytes_down,
+            set_up_bytes=set_up,
             rate_bytes=rate_bytes,
+            report_bytes=0 if settings.device_blocks else len(rows) * _report_bytes(trainer),
             evaluation_bytes=meter.evaluation.bytes,
-            train_loss_last=last_loss(rows) if scores and rows else None,
+            device_cpu_s=cost.seconds[0],
+            wall_s=cost.seconds[1],
+            train_loss_last=round(statistics.mean(row.loss for row in rows[-50:]), 6) if scores and rows else None,
+            reconnects=trainer.side.crossed.reconnects,
+            steps_rerun=trainer.steps_rerun,
+            found_lr=None if found is None else found.lr,
             curve=curve,
             validation=scores.get("validation"),
             test=scores.get("test"),
         )
 
 
-def invocation_of(recipe: Recipe, data: Data) -> tuple[int, ...]:
-    """Of a recipe that acts on answers, where the data have some."""
-    return find_invocation(data.train) if recipe.acts_on_answers and not data.train.facts.is_plain_text else ()
+def _of_steps(rows: Sequence[StepMetrics], cost: Cost) -> dict[str, Any]:
+    tokens = sum(row.tokens for row in rows)
+    return {
+        "steps": len(rows),
+        "tokens": tokens,
+        "labelled": sum(row.labelled for row in rows),
+        "bytes_per_token": round(cost.bytes / max(1, tokens), 1),
+        "round_trips_per_step": statistics.median(row.round_trips for row in rows) if rows else 0,
+        "edge_compute_s": round(sum(row.edge_compute_s for row in rows), 2),
+    }
+
+
+def _report_bytes(trainer: Trainer) -> int:
+    assert trainer.session.ticket is not None
+    report = report_traffic(len(trainer.adapters.units), len(trainer.session.ticket))
+    return report.bytes_up + report.bytes_down
+
+
+def _first(dataset: Dataset, count: int | None) -> Dataset:
+    """The first rows of a data set; None: all."""
+    return dataset if count is None or count >= len(dataset) else dataset.subset(range(count))
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 @contextmanager
@@ -244,16 +259,12 @@ def _trainer(place: Place, config: Resolved, data: Data, set_name: str) -> Itera
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_place_options(parser)
-    parser.add_argument("--runs", type=Path, help="docs/log/benchmarks/economy-runs.jsonl by default")
-    parser.add_argument("--docs", type=Path, help="where the report goes: docs by default")
-    add_run_options(parser, work="for the sets as JSONL", names="SET/RECIPE")
-    parser.set_defaults(work=Path("build/benchmarks/economy"))
+    parser = new_parser(__doc__)
+    add_run_options(parser, work="build/benchmarks/economy", names="SET/RECIPE")
     parser.add_argument("--quick", action="store_true", help="20 steps, 40 rows, one rate, four recipes, other files")
+    parser.set_defaults(docs=None)
     options = parser.parse_args()
-    home = Path("build/benchmarks/economy-quick") if options.quick else Path("docs/log")
-    options.docs = options.docs or home
+    options.docs = options.docs or Path("build/benchmarks/economy-quick" if options.quick else "docs/log")
     options.runs = options.runs or options.docs / "benchmarks" / "economy-runs.jsonl"
     options.only = options.only or (list(QUICK) if options.quick else [])
     return options

@@ -1,48 +1,31 @@
-"""What a run of ``economy.py`` or ``drift.py`` costs and what it is worth, measured beside the trainer."""
+"""What a run of ``economy.py`` costs and what it is worth, measured beside the trainer."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
-import statistics
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
-from economy_runs import Rows, Score, Settings
+from economy_runs import Rows, Score
 
 from dlora.edge.data.batches import evaluation_batches
 from dlora.edge.data.examples import Dataset
-from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import NonFiniteError
-from dlora.protocol.traffic import report_traffic
-
-
-def add_place_options(parser: argparse.ArgumentParser) -> None:
-    """Where runs are made: model, bundle, data and server."""
-    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
-    parser.add_argument("--model", default="smollm2-135m")
-    add_server_options(parser)
-
-
-def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """Data and server of runs."""
-    default_data = Path(os.environ.get("DLORA_DATA", "../shared/data"))
-    parser.add_argument("--data", type=Path, default=default_data)
-    parser.add_argument("--dtype", default="bfloat16", help="of the base model on the server")
-    parser.add_argument("--threads", type=int, default=2)
 
 
 def add_run_options(parser: argparse.ArgumentParser, work: str, names: str) -> None:
-    """Which runs are made; ``work``: what ``--work`` is for, for people; ``names``: what ``--only`` takes."""
-    parser.add_argument("--work", type=Path, help=work)
+    """Data and server of runs, and which of them are made; ``names``: what ``--only`` takes."""
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("DLORA_DATA", "../shared/data")))
+    parser.add_argument("--dtype", default="bfloat16", help="of the base model on the server")
+    parser.add_argument("--work", type=Path, default=Path(work), help="for what several runs use")
+    parser.add_argument("--runs", type=Path, help="where finished runs are kept; in --docs by default")
     parser.add_argument("--only", nargs="+", default=[], metavar=names, help="or its first part alone; * as well")
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument("--report", action="store_true", help="make no runs, write what stands there")
@@ -144,53 +127,3 @@ def score(rows: Sequence[Row], *, keep_rows: bool = False) -> Score:
         accuracy=round(sum(row.is_right for row in rows) / len(rows), 5),
         rows=kept if keep_rows else None,
     )
-
-
-def first(dataset: Dataset, count: int | None) -> Dataset:
-    """The first rows of a data set; None: all."""
-    return dataset if count is None or count >= len(dataset) else dataset.subset(range(count))
-
-
-def trained_fields(
-    settings: Settings, trainer: Trainer, rows: Sequence[StepMetrics], cost: Cost, *, set_up_bytes: int
-) -> dict[str, Any]:
-    """The fields of ``Trained``, but for what evaluations took and found.
-
-    Args:
-        rows: of the steps; cost: of training, all of it.
-        set_up_bytes: those before the first step.
-    """
-    assert trainer.session.ticket is not None
-    report = report_traffic(len(trainer.adapters.units), len(trainer.session.ticket))
-    reports = 0 if settings.device_blocks else len(rows) * (report.bytes_up + report.bytes_down)
-    tokens = sum(row.tokens for row in rows)
-    return {
-        "digest": settings.digest,
-        "settings": settings,
-        "commit": _commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "steps": len(rows),
-        "tokens": tokens,
-        "labelled": sum(row.labelled for row in rows),
-        "bytes_up": cost.bytes_up,
-        "bytes_down": cost.bytes_down,
-        "set_up_bytes": set_up_bytes,
-        "report_bytes": reports,
-        "bytes_per_token": round(cost.bytes / max(1, tokens), 1),
-        "round_trips_per_step": statistics.median(row.round_trips for row in rows) if rows else 0,
-        "edge_compute_s": round(sum(row.edge_compute_s for row in rows), 2),
-        "device_cpu_s": cost.seconds[0],
-        "wall_s": cost.seconds[1],
-        "reconnects": trainer.side.crossed.reconnects,
-        "steps_rerun": trainer.steps_rerun,
-    }
-
-
-def last_loss(rows: Sequence[StepMetrics]) -> float:
-    """Mean training loss of the last 50 steps."""
-    return round(statistics.mean(row.loss for row in rows[-50:]), 6)
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()

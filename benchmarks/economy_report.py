@@ -146,7 +146,7 @@ def _bar_lines(find: Find, bars: dict[str, Any]) -> Iterator[str]:
         return
     yield "| | bar | value | without `--lr` | holds |\n|---|---|---|---|---|"
     for name, entry in bars.items():
-        plain = BARS[name].measure(find, "default")
+        plain = BARS[name].find(find, "default")
         sign = "≤" if BARS[name].most else "≥"
         yield (
             f"| {name}: {BARS[name].what} | {sign} {entry['bar']:.4g} | {entry['value']:.3g} | "

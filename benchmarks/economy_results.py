@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from economy_data import SETS
 from economy_recipes import BASELINE, DEFAULT, FORMER, FP16_ALL, FP32_WIRE, INTENTS, LONG_SET, RECIPES, SECOND
-from economy_runs import Finished, Plan, Run, Score
+from economy_runs import Finished, Plan, Rows, Run, Score
 
 Rate = Literal["chosen", "default"]
 
@@ -114,9 +114,6 @@ class Difference:
     low: float
     high: float
 
-    def times(self, factor: float) -> Difference:
-        return Difference(self.mean * factor, self.low * factor, self.high * factor)
-
     @property
     def half_width(self) -> float:
         return (self.high - self.low) / 2
@@ -124,45 +121,40 @@ class Difference:
 
 def loss_difference(ours: Result, theirs: Result) -> Difference | None:
     """Of the mean loss a label; None where no seed is in both."""
-    pairs = _pairs(ours, theirs)
-    if not pairs:
-        return None
-    labels = np.array(_rows(pairs[0][0]).labels, np.float64)
-    gaps = [np.subtract(_rows(one).losses, _rows(other).losses) / 1000 for one, other in pairs]
-    return _difference(np.mean(gaps, axis=0), labels)
+    return _difference(ours, theirs, lambda rows: np.array(rows.losses) / 1000, lambda rows: np.array(rows.labels))
 
 
 def accuracy_difference(ours: Result, theirs: Result) -> Difference | None:
     """Of the share of rows that are right, in points; None where no seed is in both."""
-    pairs = _pairs(ours, theirs)
-    if not pairs:
-        return None
-    gaps = [100 * (_right(one) - _right(other)) for one, other in pairs]
-    return _difference(np.mean(gaps, axis=0), np.ones(len(gaps[0])))
+
+    def points(rows: Rows) -> Any:
+        return 100 * np.array(list(rows.right), np.float64)
+
+    return _difference(ours, theirs, points, lambda rows: np.ones(len(rows.right)))
 
 
-def _pairs(ours: Result, theirs: Result) -> list[tuple[Score, Score]]:
-    others = {run.settings.seed: test_score(run) for run in theirs.runs}
-    return [(test_score(run), others[run.settings.seed]) for run in ours.runs if run.settings.seed in others]
-
-
-def _rows(score: Score) -> Any:
-    assert score.rows is not None
-    return score.rows
-
-
-def _right(score: Score) -> Any:
-    return np.array(list(_rows(score).right), np.float64)
-
-
-def _difference(gaps: Any, weights: Any) -> Difference:
-    """Sum of ``gaps`` over sum of ``weights``, one of each a row; the interval is a bootstrap over rows.
+def _difference(
+    ours: Result, theirs: Result, value_of: Callable[[Rows], Any], weight_of: Callable[[Rows], Any]
+) -> Difference | None:
+    """Of the rows' summed values over their summed weights; the interval is a bootstrap over rows.
 
     A row's gap is its mean over the seeds: the seeds of a row are not independent, so they are drawn together.
     """
+    others = {run.settings.seed: _rows(run) for run in theirs.runs}
+    pairs = [(_rows(run), others[run.settings.seed]) for run in ours.runs if run.settings.seed in others]
+    if not pairs:
+        return None
+    gaps = np.mean([value_of(one) - value_of(other) for one, other in pairs], axis=0)
+    weights = weight_of(pairs[0][0]).astype(np.float64)
     counts = _resamples(len(gaps))
     low, high = np.percentile(counts @ gaps / (counts @ weights), [2.5, 97.5])
     return Difference(float(gaps.sum() / weights.sum()), float(low), float(high))
+
+
+def _rows(run: Run) -> Rows:
+    rows = test_score(run).rows
+    assert rows is not None
+    return rows
 
 
 @cache
@@ -174,8 +166,10 @@ def _resamples(rows: int) -> Any:
 
 # -- the bars --------------------------------------------------------------------------------------------
 
-Measured = tuple[float, float] | None  # a bar and what was found, where all that it takes is there
+ACCURACY_BAR: Final = -1.5  # points
+
 Find = Callable[[str, str, Rate], Result | None]
+Pair = tuple[Result, Result]  # of the same seeds
 
 
 @dataclass(frozen=True)
@@ -183,26 +177,42 @@ class Bar:
     """A number that has to be reached.
 
     Attributes:
-        measure: gives bar and value of what ``find_result`` finds, with chosen rates or without ``--lr``.
+        sets, recipe, against: what is compared with what, where.
+        measure: gives bar and value, of a pair of each set.
         most: whether the bar is the most that is allowed, and not the least.
-        what: for people, with its unit.
-        pairs: (set, recipe) of the runs that it takes.
+        of_what: for people, with its unit.
     """
 
-    what: str
-    measure: Callable[[Find, Rate], Measured]
+    sets: tuple[str, ...]
+    recipe: str
+    of_what: str
+    measure: Callable[[list[Pair]], tuple[float, float]]
     most: bool
-    pairs: tuple[tuple[str, str], ...]
+    against: str = BASELINE
+
+    def find(self, find: Find, rate: Rate) -> tuple[float, float] | None:
+        """Bar and value of what ``find_result`` finds, with chosen rates or without ``--lr``; None where runs are
+        missing."""
+        pairs = [_pair(find, rate, set_name, self.recipe, self.against) for set_name in self.sets]
+        there = [pair for pair in pairs if pair is not None]
+        return self.measure(there) if len(there) == len(pairs) else None
 
     def holds(self, bar: float, value: float) -> bool:
         return value <= bar if self.most else value >= bar
 
     @property
+    def what(self) -> str:
+        """For people, with its unit."""
+        return f"{', '.join(SETS[name].title for name in self.sets)}: {self.of_what}"
+
+    @property
     def command(self) -> str:
-        return "python benchmarks/economy.py --only " + " ".join(f"{name}/{recipe}" for name, recipe in self.pairs)
+        both = (self.against, self.recipe) if self.against == BASELINE else (self.recipe, self.against)
+        pairs = [f"{set_name}/{recipe}" for set_name in self.sets for recipe in both]
+        return f"python benchmarks/economy.py --only {' '.join(pairs)}"
 
 
-def _pair(find: Find, rate: Rate, set_name: str, recipe: str, against: str = BASELINE) -> tuple[Result, Result] | None:
+def _pair(find: Find, rate: Rate, set_name: str, recipe: str, against: str = BASELINE) -> Pair | None:
     """A recipe and what it is compared with, with the same seeds; None unless all the recipe's are there in both."""
     ours, theirs = find(set_name, recipe, rate), find(set_name, against, rate)
     if ours is None or theirs is None or not ours.is_complete or not set(theirs.seeds) >= set(ours.seeds):
@@ -210,129 +220,102 @@ def _pair(find: Find, rate: Rate, set_name: str, recipe: str, against: str = BAS
     return ours, theirs.of_seeds(ours.seeds)
 
 
-def loss_above(ours: Result, theirs: Result, set_name: str) -> float:
+def loss_above(ours: Result, theirs: Result) -> float:
     """How far a mean loss is above another: in nats a label, or in percent where the set's bar is relative."""
     gap = ours.loss - theirs.loss
-    return 100 * gap / theirs.loss if SETS[set_name].relative else gap
+    return 100 * gap / theirs.loss if SETS[ours.set_name].relative else gap
 
 
 def is_not_worse(ours: Result, theirs: Result) -> bool:
     """Loss and accuracy within the set's bars, of results with the same seeds."""
     of_set = SETS[ours.set_name]
     allowed = 100 * of_set.loss_bar if of_set.relative else of_set.loss_bar
-    is_close = loss_above(ours, theirs, ours.set_name) <= allowed
+    is_close = loss_above(ours, theirs) <= allowed
     return is_close and (of_set.relative or 100 * (ours.accuracy - theirs.accuracy) >= ACCURACY_BAR)
 
 
-ACCURACY_BAR: Final = -1.5  # points
-
-
 def _loss(set_name: str, recipe: str, bar: float) -> Bar:
-    def measure(find: Find, rate: Rate) -> Measured:
-        pair = _pair(find, rate, set_name, recipe)
-        return None if pair is None else (bar, loss_above(*pair, set_name))
-
     unit = "%" if SETS[set_name].relative else "nats a label"
-    what = f"{SETS[set_name].title}: {RECIPES[recipe].title}: mean loss above the baseline's, {unit}"
-    return Bar(what, measure, True, _baseline_and(set_name, recipe))
+    what = f"{RECIPES[recipe].title}: mean loss above the baseline's, {unit}"
+    return Bar((set_name,), recipe, what, lambda pairs: (bar, loss_above(*pairs[0])), most=True)
 
 
-def _accuracy(set_name: str, recipe: str) -> Bar:
-    def measure(find: Find, rate: Rate) -> Measured:
-        pair = _pair(find, rate, set_name, recipe)
-        return None if pair is None else (ACCURACY_BAR, 100 * (pair[0].accuracy - pair[1].accuracy))
+def _accuracy(set_name: str) -> Bar:
+    def measure(pairs: list[Pair]) -> tuple[float, float]:
+        ours, theirs = pairs[0]
+        return ACCURACY_BAR, 100 * (ours.accuracy - theirs.accuracy)
 
-    what = f"{SETS[set_name].title}: {RECIPES[recipe].title}: accuracy above the baseline's, points"
-    return Bar(what, measure, False, _baseline_and(set_name, recipe))
+    what = f"{RECIPES[DEFAULT].title}: accuracy above the baseline's, points"
+    return Bar((set_name,), DEFAULT, what, measure, most=False)
 
 
-def _traffic(set_names: Sequence[str], recipe: str, bar: float) -> Bar:
+def _traffic(sets: tuple[str, ...], recipe: str, bar: float) -> Bar:
     """The least saving of the sets."""
 
-    def measure(find: Find, rate: Rate) -> Measured:
-        pairs = [_pair(find, rate, set_name, recipe) for set_name in set_names]
-        savings = [pair[0].fewer_bytes(pair[1]) for pair in pairs if pair is not None]
-        return (bar, min(savings)) if len(savings) == len(set_names) else None
+    def measure(pairs: list[Pair]) -> tuple[float, float]:
+        return bar, min(ours.fewer_bytes(theirs) for ours, theirs in pairs)
 
-    titles = ", ".join(SETS[set_name].title for set_name in set_names)
-    what = f"{titles}: {RECIPES[recipe].title}: fewer bytes a token than the baseline, %"
-    return Bar(what, measure, False, tuple(pair for name in set_names for pair in _baseline_and(name, recipe)))
+    what = f"{RECIPES[recipe].title}: fewer bytes a token than the baseline, %"
+    return Bar(sets, recipe, what, measure, most=False)
 
 
-def _chat_loss() -> Bar:
+def _chat_loss(pairs: list[Pair]) -> tuple[float, float]:
     """The bar is the noise: half of the difference's 95 % interval."""
-
-    def measure(find: Find, rate: Rate) -> Measured:
-        pair = _pair(find, rate, "chat60", DEFAULT)
-        found = None if pair is None else loss_difference(*pair)
-        return None if found is None else (found.half_width, found.mean)
-
-    what = f"{SETS['chat60'].title}: {RECIPES[DEFAULT].title}: mean loss above the baseline's; half its interval"
-    return Bar(what, measure, True, _baseline_and("chat60", DEFAULT))
+    found = loss_difference(*pairs[0])
+    assert found is not None
+    return found.half_width, found.mean
 
 
-def _chat_traffic() -> Bar:
-    def measure(find: Find, rate: Rate) -> Measured:
-        pair = _pair(find, rate, "chat60", DEFAULT)
-        return None if pair is None else (6.0, 100 - pair[0].fewer_bytes(pair[1]))
-
-    what = f"{SETS['chat60'].title}: {RECIPES[DEFAULT].title}: bytes a token, % of the baseline's"
-    return Bar(what, measure, True, _baseline_and("chat60", DEFAULT))
+def _chat_traffic(pairs: list[Pair]) -> tuple[float, float]:
+    return 6.0, 100 - pairs[0][0].fewer_bytes(pairs[0][1])
 
 
-def _wire_loss() -> Bar:
+def _wire_loss(pairs: list[Pair]) -> tuple[float, float]:
     """int8 against fp32 with the same seeds: the training loss of the last 50 steps."""
-
-    def measure(find: Find, rate: Rate) -> Measured:
-        pair = _pair(find, rate, LONG_SET, FORMER, FP32_WIRE)
-        if pair is None:
-            return None
-        ours, theirs = (each.mean(lambda run: run.train_loss_last or math.inf) for each in pair)
-        return 0.7, 100 * (ours / theirs - 1)
-
-    what = f"{SETS[LONG_SET].title}: int8 on the wire: mean loss of the last 50 steps above that of fp32, %"
-    return Bar(what, measure, True, ((LONG_SET, FORMER), (LONG_SET, FP32_WIRE)))
+    ours, theirs = (each.mean(lambda run: run.train_loss_last or math.inf) for each in pairs[0])
+    return 0.7, 100 * (ours / theirs - 1)
 
 
-def _baseline_and(set_name: str, recipe: str) -> tuple[tuple[str, str], ...]:
-    return (set_name, BASELINE), (set_name, recipe)
-
-
+TITLE: Final = RECIPES[DEFAULT].title
 BARS: Final[dict[str, Bar]] = {
     **{f"{name}_loss": _loss(name, DEFAULT, 0.02) for name in INTENTS},
-    **{f"{name}_accuracy": _accuracy(name, DEFAULT) for name in INTENTS},
-    **{f"{name}_traffic": _traffic([name], DEFAULT, 97.0) for name in INTENTS},
+    **{f"{name}_accuracy": _accuracy(name) for name in INTENTS},
+    **{f"{name}_traffic": _traffic((name,), DEFAULT, 97.0) for name in INTENTS},
     "dialogue_loss": _loss("dialogue", DEFAULT, 2.5),
-    "dialogue_traffic": _traffic(["dialogue"], DEFAULT, 95.5),
+    "dialogue_traffic": _traffic(("dialogue",), DEFAULT, 95.5),
     "second_loss": _loss("dialogue", SECOND, 1.0),
-    "second_traffic": _traffic(["dialogue"], SECOND, 92.0),
-    "fp16_all_traffic": _traffic([*INTENTS, "dialogue"], FP16_ALL, 88.0),
-    "chat60_loss": _chat_loss(),
-    "chat60_traffic": _chat_traffic(),
-    "int8_loss": _wire_loss(),
-}
+    "second_traffic": _traffic(("dialogue",), SECOND, 92.0),
+    "fp16_all_traffic": _traffic((*INTENTS, "dialogue"), FP16_ALL, 88.0),
+    "chat60_loss": Bar(
+        ("chat60",), DEFAULT, f"{TITLE}: mean loss above the baseline's; half its interval", _chat_loss, most=True
+    ),
+    "chat60_traffic": Bar(
+        ("chat60",), DEFAULT, f"{TITLE}: bytes a token, % of the baseline's", _chat_traffic, most=True
+    ),
+    "int8_loss": Bar(
+        (LONG_SET,), FORMER, "int8 on the wire: mean loss of the last 50 steps above that of fp32, %", _wire_loss,
+        most=True, against=FP32_WIRE,
+    ),
+}  # fmt: skip
 
 
 def measure_bars(finder: Find) -> dict[str, dict[str, Any]]:
     """Each bar whose runs are there, as ``economy.json`` has it."""
     found: dict[str, dict[str, Any]] = {}
     for name, bar in BARS.items():
-        measured = bar.measure(finder, "chosen")
+        measured = bar.find(finder, "chosen")
         if measured is None:
             continue
         wanted, value = measured
         holds, limit = bar.holds(wanted, value), "at most" if bar.most else "at least"
         reason = "" if holds else f"{value:.4g} where {limit} {wanted:.4g} is wanted"
-        plain = bar.measure(finder, "default")
+        plain = bar.find(finder, "default")
         if holds and plain is not None and not bar.holds(*plain):  # what a user gets who gives no rate
             holds, reason = False, f"{plain[1]:.4g} without --lr, where {limit} {plain[0]:.4g} is wanted"
-        if name == "fp16_all_traffic" and holds and (worse := _worse_sets(finder, FP16_ALL)):
-            holds, reason = False, f"worse than the baseline on {', '.join(worse)}"  # the saving is for being not worse
+        if name == "fp16_all_traffic" and holds:  # the saving is for being not worse
+            pairs = [_pair(finder, "chosen", set_name, bar.recipe) for set_name in bar.sets]
+            worse = [pair[0].set_name for pair in pairs if pair is not None and not is_not_worse(*pair)]
+            holds, reason = not worse, f"worse than the baseline on {', '.join(worse)}"
         entry: dict[str, Any] = {"bar": round(wanted, 4), "value": round(value, 4), "holds": holds}
         found[name] = {**entry, "command": bar.command, **({} if holds else {"reason": reason})}
     return found
-
-
-def _worse_sets(find: Find, recipe: str) -> list[str]:
-    pairs = [_pair(find, "chosen", set_name, recipe) for set_name in RECIPES[recipe].bars]
-    return [pair[0].set_name for pair in pairs if pair is not None and not is_not_worse(*pair)]

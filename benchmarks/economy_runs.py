@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 
 import msgspec
 from economy_data import SETS
@@ -91,8 +91,8 @@ class Point(msgspec.Struct, frozen=True, array_like=True):
     wall_s: float
 
 
-class Trained(msgspec.Struct, frozen=True, kw_only=True):
-    """What one finished run was, and what it cost.
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """What one finished run was, what it cost, and what it is worth.
 
     Attributes:
         settings, digest: what was run.
@@ -106,7 +106,7 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
         bytes_per_token: up and down.
         round_trips_per_step: median.
         edge_compute_s: what the device's graphs took; device_cpu_s: processor time of its whole process.
-        train_loss_last: mean loss of the last 50 steps; None where the run diverged.
+        train_loss_last: mean loss of the last 50 steps; it, validation and test are None where the run diverged.
         reconnects, steps_rerun: 0 where nothing went wrong; their bytes are counted.
     """
 
@@ -133,11 +133,6 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
     steps_rerun: int
     found_lr: float | None = None
     rate_bytes: int = 0
-
-
-class Run(Trained, frozen=True, kw_only=True):
-    """One finished run; ``validation`` and ``test`` are None where it diverged."""
-
     curve: list[Point]
     validation: Score | None
     test: Score | None
@@ -150,36 +145,29 @@ class Run(Trained, frozen=True, kw_only=True):
 
 Finished = Mapping[str, Run]  # by digest
 
-AnyTrained = TypeVar("AnyTrained", bound=Trained)
 
-
-class TrainedFile(Generic[AnyTrained]):
+class RunsFile:
     """A JSON line for each finished run, appended to.
 
     A last line that is torn, because its writer was killed, is no run; the next one takes its place.
-
-    Args:
-        kind: of the runs.
     """
 
-    def __init__(self, path: Path, kind: type[AnyTrained]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.runs: dict[str, AnyTrained] = {}
+        self.runs: dict[str, Run] = {}
         self._whole = 0
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
         for number, line in enumerate(lines, 1):
             try:
-                run = msgspec.json.decode(line, type=kind)
+                run = msgspec.json.decode(line, type=Run)
             except msgspec.MsgspecError as error:
-                if number == len(lines) and not line.endswith(b"\n"):
-                    break
                 raise SystemExit(f"error: {path}:{number} is not a run ({error})") from None
-            if not line.endswith(b"\n"):
-                break
             self.runs[run.digest] = run
             self._whole += len(line)
 
-    def append(self, run: AnyTrained) -> None:
+    def append(self, run: Run) -> None:
         """Keep a run; it is on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
@@ -189,13 +177,6 @@ class TrainedFile(Generic[AnyTrained]):
             os.fsync(file.fileno())
             self._whole = file.tell()
         self.runs[run.digest] = run
-
-
-class RunsFile(TrainedFile[Run]):
-    """The runs of ``economy.py``."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, Run)
 
 
 class Plan:
@@ -225,21 +206,14 @@ class Plan:
     def settings(self, set_name: str, recipe_name: str, lr: float | None, seed: int) -> Settings:
         """The settings of one run; ``lr``: None: it is found."""
         recipe = self.recipes[recipe_name]
+        # Left out where it is nothing: msgspec leaves out the default itself, and not what equals it.
+        more: dict[str, Any] = {"weight_decay": recipe.weight_decay} if recipe.weight_decay else {}
+        more |= {"device_blocks": recipe.device_blocks} if recipe.device_blocks else {}
         return Settings(
-            set=set_name,
-            recipe=recipe_name,
-            seed=seed,
-            lr=lr,
-            adapter=recipe.adapter,
-            kill_revive=recipe.kill_revive,
-            steps=20 if self._quick else SETS[set_name].steps,
-            rows=40 if self._quick else None,
-            model=self.model,
-            dtype=self.dtype,
-            # Left out where it is nothing: msgspec leaves out the default itself, and not what equals it.
-            **({"weight_decay": recipe.weight_decay} if recipe.weight_decay else {}),
-            **({"device_blocks": recipe.device_blocks} if recipe.device_blocks else {}),
-        )
+            set=set_name, recipe=recipe_name, seed=seed, lr=lr, adapter=recipe.adapter, kill_revive=recipe.kill_revive,
+            steps=20 if self._quick else SETS[set_name].steps, rows=40 if self._quick else None, model=self.model,
+            dtype=self.dtype, **more,
+        )  # fmt: skip
 
     def find(self, finished: Finished, set_name: str, recipe_name: str, lr: float | None, seed: int) -> Run | None:
         """A finished run."""
@@ -265,18 +239,22 @@ class Plan:
         return next(self._open(finished, set_name, recipe_name), None)
 
     def _open(self, finished: Finished, set_name: str, recipe_name: str) -> Iterator[Settings]:
-        recipe = self.recipes[recipe_name]
+        recipe, is_free = self.recipes[recipe_name], SETS[set_name].fixed_lr is None
         found = self.settings(set_name, recipe_name, None, CHOOSING_SEED)
         if recipe.usual_lr(set_name) is None and found.digest not in finished:
             yield found
-        if SETS[set_name].fixed_lr is None and self._chooses(recipe_name):
+        if is_free and self._chooses(recipe_name):
             rate = self._next_rate(self.tried(finished, set_name, recipe_name), set_name, recipe_name)
             if rate is not None:
                 yield self.settings(set_name, recipe_name, rate, CHOOSING_SEED)
-        for each in self.rates(finished, set_name, recipe_name):
+        # The rates that are reported: the chosen one, and the one of a user who gives none.
+        chosen = self.chosen_lr(finished, set_name, recipe_name)
+        rates: list[float | None] = [] if chosen is None else [chosen]
+        rates += [recipe.usual_lr(set_name)] if is_free else []
+        for lr in dict.fromkeys(rates):
             for seed in (0,) if self._quick else recipe.seeds(set_name):
-                if self.find(finished, set_name, recipe_name, each, seed) is None:
-                    yield self.settings(set_name, recipe_name, each, seed)
+                if self.find(finished, set_name, recipe_name, lr, seed) is None:
+                    yield self.settings(set_name, recipe_name, lr, seed)
 
     def _chooses(self, recipe_name: str) -> bool:
         return self.recipes[recipe_name].has_grid and not self._quick
@@ -284,12 +262,6 @@ class Plan:
     def _next_rate(self, tried: Mapping[float, float], set_name: str, recipe_name: str) -> float | None:
         recipe = self.recipes[recipe_name]
         return next_rate(tried, recipe.usual_lr(set_name) or recipe.default_lr, self._grid)
-
-    def rates(self, finished: Finished, set_name: str, recipe_name: str) -> list[float | None]:
-        """The rates that are reported: the chosen one, and the one of a user who gives none."""
-        chosen = self.chosen_lr(finished, set_name, recipe_name)
-        default = [] if SETS[set_name].fixed_lr is not None else [self.recipes[recipe_name].usual_lr(set_name)]
-        return list(dict.fromkeys(([] if chosen is None else [chosen]) + default))
 
 
 def next_rate(tried: Mapping[float, float], start: float, grid: Sequence[float] = GRID) -> float | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -25,10 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 from bars import Entry, at_most, write_bars
-from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
-
-os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
-
+from children import Worker, cloud_server, log, need_bundle, new_parser, run_json, worker
 from delaying_proxy import delaying_proxy
 
 from dlora.edge.data.prompt import prompt_tokenizer
@@ -53,24 +49,26 @@ QUESTIONS: Final = (
     "What should I cook tonight with rice, eggs and spinach?",
     "Tell me a joke about computers.",
 )
+TRUNK: Final = "trunk_4_blocks"
 # Adapters by what they exchange: the options that train them.
 RECIPES: Final[dict[str, list[str]]] = {
     "lora_1_group": ["--kind", "lora", "--target-modules", "q_proj,v_proj", "--blocks", "29"],
     "lora_4_groups": ["--kind", "lora", "--target-modules", "q_proj,v_proj", "--blocks", "spread:4"],
     "default": [],
     "lora_all": ["--kind", "lora", "--target-modules", "q_proj,v_proj"],
-    "trunk_4_blocks": ["--device-blocks", "4"],  # on the device, which answers in that mode, too
+    TRUNK: ["--device-blocks", "4"],  # on the device, which answers in that mode, too
 }
+_SOME: Final = ["--kr-score", "grad", "--set", "kill_revive.warmup_steps=2", "--kr-on-kill", "bypass"]
 KINDS: Final[dict[str, list[str]]] = {
     "lora": ["--kind", "lora"],
     "lora, acting on answers": ["--kind", "lora", "--active-from", "answer"],
-    "lora, an eighth active": ["--kind", "lora", "--active-fraction", "0.125", "--kr-score", "grad",
-                               "--set", "kill_revive.warmup_steps=2", "--kr-on-kill", "bypass"],
+    "lora, an eighth active": ["--kind", "lora", "--active-fraction", "0.125", *_SOME],
     "ffa": ["--kind", "ffa"],
     "bottleneck": ["--kind", "bottleneck", "--active-from", "start"],
     "bottleneck, acting on answers": ["--kind", "bottleneck", "--active-from", "answer"],
-    "bottleneck, half active": ["--kind", "bottleneck", "--active-from", "answer", "--active-fraction", "0.5",
-                                "--kr-score", "grad", "--set", "kill_revive.warmup_steps=2", "--kr-on-kill", "bypass"],
+    "bottleneck, half active": [
+        "--kind", "bottleneck", "--active-from", "answer", "--active-fraction", "0.5", *_SOME,
+    ],
 }  # fmt: skip
 
 
@@ -79,7 +77,7 @@ def main() -> None:
     options = _options()
     result: dict[str, Any] = {"threads": options.threads, "wire_dtype": options.wire_dtype}
     bars: dict[str, Entry] = {}
-    with tempfile.TemporaryDirectory() as work, cloud_server(options.model, options.threads) as (url, _):
+    with tempfile.TemporaryDirectory() as work, cloud_server(options.model, options.threads) as url:
         place = Place(options, Path(work), url)
         if "speed" in options.only:
             result["speed"] = place.measure_speed()
@@ -103,28 +101,22 @@ class Place:
         self._work = work
         self._url = url
         with prompt_tokenizer(Bundle.open(need_bundle(options.bundle))) as tokenizer:
-            self._prompts = [
-                tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS
-            ]
+            self._prompts = [tokenizer.encode_chat([{"role": "user", "content": asked}]) for asked in QUESTIONS]
             self._stop = tokenizer.stop_token_ids
 
     # -- speed -------------------------------------------------------------------------------------------
 
     def measure_speed(self) -> dict[str, Any]:
-        options = self._options
-        found: dict[str, Any] = {}
-        adapters: dict[str, Path | None] = {}
-        for name in options.adapters:
-            adapters[name] = self._train(self._bundle_for(name), name, RECIPES[name]) if name in RECIPES else None
-        prompts = self._prompts[: options.prompts]
+        options, found = self._options, dict[str, Any]()
         with self._peft() as peft:
-            for name, adapter in adapters.items():
-                bundle, theirs, ours = Bundle.open(self._bundle_for(name)), [], []
+            for name in options.adapters:
+                path = need_bundle(options.blocks_bundle if name == TRUNK else options.bundle)
+                adapter = self._train(path, name, RECIPES[name]) if name in RECIPES else None
+                bundle, theirs, ours = Bundle.open(path), list[dict[str, Any]](), list[Counters]()
                 with self._open(bundle, adapter, self._url) as context:
-                    self._answer(context, prompts[0], 4, 0)  # loads what is loaded when first used
-                    for ids in prompts:  # taking turns
-                        request = {"adapter": adapter and str(adapter), "ids": ids.tolist(), "tokens": options.tokens}
-                        theirs.append(peft.ask(request))
+                    self._answer(context, self._prompts[0], 4, 0)  # loads what is loaded when first used
+                    for ids in self._prompts[: options.prompts]:  # taking turns
+                        theirs.append(self._ask(peft, adapter, ids, options.tokens))
                         ours.append(self._answer(context, ids, len(theirs[-1]["tokens"]), 0))
                         log(f"{name}: PEFT {_rate_of_peft(theirs[-1]):.1f} tokens/s, ours {_rate(ours[-1]):.1f}")
                 found[name] = {
@@ -134,9 +126,6 @@ class Place:
                     "networks": self._measure_networks(bundle, name, adapter),
                 }
         return found
-
-    def _bundle_for(self, name: str) -> Path:
-        return need_bundle(self._options.blocks_bundle if "trunk" in RECIPES.get(name, ()) else self._options.bundle)
 
     def _measure_networks(self, bundle: Bundle, name: str, adapter: Path | None) -> list[dict[str, Any]]:
         options, rows = self._options, []
@@ -150,16 +139,14 @@ class Place:
                 a_token_s = (time.perf_counter() - started) / 3
                 tokens = int(np.clip(options.seconds / a_token_s, 8, options.tokens))
                 for draft_length in (0, None):
-                    answers = [self._answer(context, ids, tokens, draft_length) for ids in self._prompts[:: 3]]
+                    answers = [self._answer(context, ids, tokens, draft_length) for ids in self._prompts[::3]]
                     row = {"round_trip_ms": round_trip_ms, "drafts": draft_length is None}
                     rows.append({**row, **_summary(answers)})
                     log(f"{name}: {json.dumps(rows[-1])}")
         return rows
 
     @contextmanager
-    def _open(
-        self, bundle: Bundle, adapter: Path | None, url: str, wire_dtype: str | None = None
-    ) -> Iterator[Context]:
+    def _open(self, bundle: Bundle, adapter: Path | None, url: str, wire_dtype: str = "") -> Iterator[Context]:
         opening = Opening(
             bundle, url, adapter, trained_device_blocks(adapter), wire_dtype or self._options.wire_dtype,
             threads=self._options.threads,
@@ -180,23 +167,21 @@ class Place:
 
     def compare_tokens(self) -> dict[str, Any]:
         """Of each kind of adapter, each question's answer with drafts and without, fp32 throughout."""
-        bundle_path = need_bundle(self._options.fp32_bundle)
-        bundle, different, compared = Bundle.open(bundle_path), [], 0
+        path, different, compared = need_bundle(self._options.fp32_bundle), list[dict[str, Any]](), 0
         with self._peft() as peft:
             for name, recipe in {"base model": None, **KINDS}.items():
-                adapter = None if recipe is None else self._train(bundle_path, name, recipe)
-                with self._open(bundle, adapter, self._url, "fp32") as context:
+                adapter = None if recipe is None else self._train(path, name, recipe)
+                with self._open(Bundle.open(path), adapter, self._url, "fp32") as context:
                     for number, ids in enumerate(self._prompts):
-                        request = {"adapter": adapter and str(adapter), "ids": ids.tolist(), "tokens": 64}
-                        wanted = [token for token in peft.ask(request)["tokens"] if token not in self._stop]
+                        answered = self._ask(peft, adapter, ids, 64)["tokens"]
+                        wanted = [token for token in answered if token not in self._stop]
                         for draft_length in (0, None, 4):
                             answer = TokenAnswer(
                                 context, ids, Sampling(), max_new_tokens=64, stop_token_ids=self._stop,
                                 draft_length=draft_length,
                             )  # fmt: skip
-                            found = [choice.token for choice in answer]
                             compared += 1
-                            if found != wanted:
+                            if [choice.token for choice in answer] != wanted:
                                 different.append({"adapter": name, "question": number, "draft": draft_length})
                 log(f"{name}: {compared} answers compared, {len(different)} differ")
         return {"compared_answers": compared, "different_answers": len(different), "different": different}
@@ -205,16 +190,14 @@ class Place:
 
     def measure_memory(self) -> dict[str, Any]:
         """Of the default recipe: the peak in training, and in a chat of 2,000 tokens and more."""
-        options = self._options
         out = self._work / "memory"
-        trained = json.loads(self._run_edge("train", *self._training(options.bundle, out, []), "--json"))
+        trained = run_json("-m", "dlora.edge", "train", *self._training(self._options.bundle, out, []))
         command = [
-            sys.executable, "-m", "dlora.edge", "chat", "--bundle", str(options.bundle), "--server", self._url,
-            "--adapter", str(out), "--threads", str(options.threads), "--max-new-tokens", "200",
+            sys.executable, "-m", "dlora.edge", "chat", "--bundle", str(self._options.bundle), "--server", self._url,
+            "--adapter", str(out), "--threads", str(self._options.threads), "--max-new-tokens", "200",
         ]  # fmt: skip
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
         assert process.stdin is not None
         assert process.stderr is not None
         tokens = turn = 0
@@ -228,51 +211,37 @@ class Place:
             log(f"{tokens} tokens of chat")
         status = Path(f"/proc/{process.pid}/status").read_text()
         chat_mb = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1e3
-        process.stdin.close()
-        process.wait(30)
-        return {
-            "training_peak_mb": trained["peak_rss_mb"], "chat_peak_mb": round(chat_mb, 1), "tokens": tokens,
-            "ratio": chat_mb / trained["peak_rss_mb"],
-        }  # fmt: skip
+        process.communicate(timeout=30)
+        found = {"training_peak_mb": trained["peak_rss_mb"], "chat_peak_mb": round(chat_mb, 1), "tokens": tokens}
+        return {**found, "ratio": chat_mb / trained["peak_rss_mb"]}
 
     # -- adapters ----------------------------------------------------------------------------------------
 
     def _train(self, bundle: Path, name: str, recipe: Sequence[str]) -> Path:
         out = self._work / re.sub(r"\W+", "-", f"{bundle.name}-{name}")
-        self._run_edge("train", *self._training(bundle, out, recipe), "--wire-dtype", "fp32")
+        run_json("-m", "dlora.edge", "train", *self._training(bundle, out, recipe), "--wire-dtype", "fp32")
         return out
 
-    def _training(self, bundle: Path, out: Path, recipe: Sequence[str]) -> list[str]:
-        data = self._work / "data.jsonl"
-        if not data.exists():
-            lines = [
-                {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-                for number, question in enumerate(QUESTIONS)
-                for answer in (f"Well, number {number}: {question.lower()} I would say so, my friend, any day.",)
-            ]
-            data.write_text("".join(json.dumps(line) + "\n" for line in lines * 4))
+    def _training(self, bundle: Path, out: Path, recipe: Sequence[str]) -> list[object]:
+        data, lines = self._work / "data.jsonl", []
+        for number, asked in enumerate(QUESTIONS):
+            answer = f"Well, number {number}: {asked.lower()} I would say so, my friend, any day."
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            lines.append(json.dumps({"messages": turns}) + "\n")
+        data.write_text("".join(lines * 4))
         return [
-            "--bundle", str(bundle), "--server", self._url, "--data", str(data), "--out", str(out), "--steps", "12",
-            "--lr", "2e-3", "--seed", "0", *recipe,
+            "--bundle", bundle, "--server", self._url, "--data", data, "--out", out, "--steps", "12", "--lr", "2e-3",
+            "--seed", "0", "--json", *recipe,
         ]  # fmt: skip
-
-    def _run_edge(self, *arguments: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "dlora.edge", *arguments], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        return done.stdout
 
     @contextmanager
     def _peft(self) -> Iterator[Worker]:
-        options = self._options
         stop = ",".join(map(str, self._stop))
-        peft = Worker(
-            str(Path(__file__).with_name("peft_generate.py")), options.model, str(options.threads), stop
-        )
-        try:
+        with worker("peft_generate.py", self._options.model, self._options.threads, stop) as peft:
             yield peft
-        finally:
-            peft.close()
+
+    def _ask(self, peft: Worker, adapter: Path | None, ids: Any, tokens: int) -> dict[str, Any]:
+        return peft.ask({"adapter": adapter and str(adapter), "ids": ids.tolist(), "tokens": tokens})
 
 
 def _rate(counters: Counters) -> float:
@@ -309,22 +278,18 @@ def _speed_bars(speed: dict[str, Any]) -> dict[str, Entry]:
             bars[f"{before}time_per_token"] = at_most(1.25, token, command)
             first = row["loopback"]["first_token_s"] / row["peft_first_token_s"]
             bars[f"{before}first_token"] = at_most(1.3, first, command)
-    if (row := speed.get("trunk_4_blocks")) is not None:
+    if (row := speed.get(TRUNK)) is not None:
         bars["trunk_round_trips_per_token"] = at_most(1, row["loopback"]["round_trips_per_token"], command)
     return bars
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
+    names, parts = ["base_model", *RECIPES], ["speed", "equal", "memory"]
+    parser = new_parser(__doc__)
     parser.add_argument("--blocks-bundle", type=Path, default=Path("build/smollm2-blocks"), help="for trunk")
-    parser.add_argument("--adapters", nargs="+", choices=["base_model", *RECIPES], default=["base_model", *RECIPES],
-                        help="for --only speed")  # fmt: skip
+    parser.add_argument("--adapters", nargs="+", choices=names, default=names, help="for --only speed")
     parser.add_argument("--fp32-bundle", type=Path, default=Path("build/smollm2-fp32"), help="for --only equal")
-    parser.add_argument("--docs", type=Path, default=Path("docs/log"))
-    parser.add_argument("--only", nargs="+", choices=["speed", "equal", "memory"], default=["speed", "equal", "memory"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--wire-dtype", default="fp16")
     parser.add_argument("--prompts", type=int, default=5, help="questions that are compared with PEFT's speed")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")

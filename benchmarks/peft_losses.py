@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bars import FILE, Entry, at_most, write_bars
-from children import QUIET_THREADS, cloud_server, log, need_bundle, run_json
-
-os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
-
+from children import cloud_server, log, need_bundle, new_parser, run_json
 from economy_recipes import DEFAULT, RECIPES, Recipe, train_config
 
 from dlora.edge.data.examples import Dataset
@@ -58,14 +54,12 @@ class Case:
 
 
 # High rates: so few steps should move the losses far away from the base model's.
+OF_DEFAULT: Final = RECIPES[DEFAULT].adapter
 CASES: Final = {
     "bottleneck": Case(
-        "peft_bottleneck",
-        Recipe("bottleneck r 96, all positions", {**RECIPES[DEFAULT].adapter, "adapt": "all"}, default_lr=1e-2),
+        "peft_bottleneck", Recipe("bottleneck r 96, all positions", {**OF_DEFAULT, "adapt": "all"}, default_lr=1e-2)
     ),
-    "bottleneck-answer": Case(
-        "peft_bottleneck", Recipe("bottleneck r 96, answer", RECIPES[DEFAULT].adapter, default_lr=1e-2)
-    ),
+    "bottleneck-answer": Case("peft_bottleneck", Recipe("bottleneck r 96, answer", OF_DEFAULT, default_lr=1e-2)),
     "ffa": Case("peft_ffa", Recipe("ffa r 8 on q, v", {"kind": "ffa"}, default_lr=1e-2)),
     "activated": Case("peft_activated", Recipe("lora r 8 on q, v, answer", {"adapt": "answer"}, default_lr=5e-3)),
 }
@@ -83,22 +77,20 @@ class Data:
 def main() -> None:
     """Print one JSON object, and write the bars."""
     options = _options()
-    bundles = [Bundle.open(need_bundle(options.bundle))]
-    if options.bundle_fp32 is not None:
-        bundles.append(Bundle.open(need_bundle(options.bundle_fp32)))
-    for bundle, head in zip(bundles, ("fp16", "fp32"), strict=False):
+    heads = {"fp16": options.bundle, "fp32": options.bundle_fp32}
+    bundles = {head: Bundle.open(need_bundle(path)) for head, path in heads.items() if path is not None}
+    for head, bundle in bundles.items():
         if bundle.manifest.head.dtype != head:
             raise SystemExit(f"error: {bundle.path} has a head of {bundle.manifest.head.dtype}, and not {head}")
     result: dict[str, Any] = {"model": options.model, "steps": options.steps, "batch_size": options.batch_size}
     bars: dict[str, Entry] = {}
     with (
         tempfile.TemporaryDirectory() as work,
-        cloud_server(options.model, options.threads, "--dtype", "float32") as (url, _),
+        cloud_server(options.model, options.threads, "--dtype", "float32") as url,
     ):
-        data = _load(bundles[0], Path(work), options.rows)
+        data = _load(bundles["fp16"], Path(work), options.rows)
         result |= {"rows": len(data.held_out), "labels": data.held_out.labelled}
-        for bundle in bundles:
-            head = bundle.manifest.head.dtype
+        for head, bundle in bundles.items():
             found = _measure(bundle, url, data, Path(work) / head, options)
             result[f"{head}_head"] = found
             bars |= bars_of(found["cases"], head)
@@ -118,13 +110,9 @@ def bars_of(cases: Mapping[str, Sequence[Mapping[str, Any]]], head: str) -> dict
 
 
 def _load(bundle: Bundle, work: Path, rows: int) -> Data:
-    tokenizer = EdgeTokenizer.open(bundle)
-    train, held_out = write_dialogue(work, rows, seed=0)
-    return Data(
-        load_examples(train, tokenizer, max_length=MAX_LENGTH),
-        load_examples(held_out, tokenizer, max_length=MAX_LENGTH),
-        held_out,
-    )
+    tokenizer, (train, held_out) = EdgeTokenizer.open(bundle), write_dialogue(work, rows, seed=0)
+    parts = [load_examples(path, tokenizer, max_length=MAX_LENGTH) for path in (train, held_out)]
+    return Data(*parts, held_out)
 
 
 def _measure(bundle: Bundle, url: str, data: Data, work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -149,14 +137,11 @@ def _run(
 ) -> dict[str, Any]:
     """Train, evaluate, save, and evaluate again what was saved."""
     config = train_config(
-        replace(recipe, adapter={**recipe.adapter, "wire_dtype": wire}),
-        bundle.manifest,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        seed=0,
+        replace(recipe, adapter={**recipe.adapter, "wire_dtype": wire}), bundle.manifest, steps=options.steps,
+        batch_size=options.batch_size, seed=0,
         optimizer={"lr": recipe.default_lr, "schedule": "constant", "warmup": 0.0},
         invocation=find_invocation(data.train) if recipe.acts_on_answers else (),
-    )
+    )  # fmt: skip
     with Connection(url) as connection:
         side = partial(ServerSide, connection=connection)
         trainer = Trainer(bundle, OnnxEngine(bundle, options.threads), side, config, data.train)
@@ -167,7 +152,9 @@ def _run(
     opening = Opening(bundle, url, adapter, wire_dtype="int8", threads=options.threads)
     with open_to_evaluate(opening, longest=0) as model:
         over_int8 = evaluate(model, data.held_out, options.batch_size).loss
-    in_peft = _peft_loss(options.model, adapter, bundle, data)
+    in_peft = run_json(PEFT_CHECK, options.model, adapter, bundle.path, data.held_out_file)
+    if in_peft["tokens"] != data.held_out.labelled:
+        raise SystemExit(f"error: PEFT has {in_peft['tokens']} labels, and not {data.held_out.labelled}")
     return {
         "kind": config.adapter.kind,
         "title": recipe.title,
@@ -175,30 +162,18 @@ def _run(
         "evaluated_over": config.codecs.for_evaluation().group_input,
         "invocation": list(config.invocation),
         "loss": round(loss, 6),
-        "peft_loss": round(in_peft, 6),
-        "difference": abs(loss - in_peft),
+        "peft_loss": round(in_peft["loss"], 6),
+        "difference": abs(loss - in_peft["loss"]),
         "loss_evaluated_over_int8": round(over_int8, 6),
     }
 
 
-def _peft_loss(model: str, adapter: Path, bundle: Bundle, data: Data) -> float:
-    """What PEFT finds with the adapter in the whole model, in a process of its own."""
-    answer = run_json(PEFT_CHECK, model, adapter, bundle.path, data.held_out_file)
-    if answer["tokens"] != data.held_out.labelled:
-        raise SystemExit(f"error: PEFT has {answer['tokens']} labels, and not {data.held_out.labelled}")
-    return float(answer["loss"])
-
-
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"), help="with a head of fp16")
+    parser = new_parser(__doc__)
     parser.add_argument("--bundle-fp32", type=Path, help="with a head of fp32: all cases with wire fp32, too")
-    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rows", type=int, default=48, help="held-out ones")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--docs", type=Path, default=Path("docs/log"), help="bars go into its benchmarks/economy.json")
     return parser.parse_args()
 
 

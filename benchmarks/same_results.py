@@ -7,8 +7,8 @@ Both commits train tiny models with random weights, each with its own server and
 each kind of adapter; blocks on the server, some of them on the device, all of them; with Kill and Revive and without;
 runs that are stopped and resumed, or made longer. What is trained answers: with ``dlora-edge generate``, and through
 the endpoint of ``dlora-edge serve``. A ``TrainingClient`` takes steps as well. Modules, messages and bundles may
-differ: each commit is driven by its command lines and that class alone, in processes of its own. ``NEW_WAYS`` says how
-options of former versions are given to a commit that has them no more.
+differ: each commit is driven by its command lines and that class alone, in processes of its own, with the options of
+``same_results_cases.py``.
 
 Compared are what ``adapter_model.safetensors`` holds, rank and alpha in ``adapter_config.json``, loss, gradient norm
 and units of each line of ``metrics.jsonl``, the losses in ``evaluations.jsonl``, what ``dlora-edge evaluate`` finds for
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import functools
 import json
 import os
 import random
@@ -43,19 +42,9 @@ from typing import Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from children import QUIET_THREADS, log
+from children import log
 from safetensors.numpy import load_file
-from same_results_cases import (
-    CASES,
-    CLIENT,
-    FIRST_PART,
-    MODELS,
-    NEW_WAYS,
-    RUN_OPTIONS,
-    STEPS,
-    STOPPED_AFTER,
-    Case,
-)
+from same_results_cases import CASES, CLIENT, FIRST_PART, MODELS, RUN_OPTIONS, STEPS, STOPPED_AFTER, Case
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -63,17 +52,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 TIMEOUT_S: Final = 120.0
 TRAIN: Final = "train.jsonl"
 HELD_OUT: Final = "held-out.jsonl"
-
-
-@dataclass(frozen=True)
-class Material:
-    """What both commits begin with: a folder with a model directory and two files of data for each family."""
-
-    folder: Path
-
-    def data(self, case: Case) -> tuple[Path, Path]:
-        """Those to train on, and those to evaluate on."""
-        return self.folder / f"{case.model}-{TRAIN}", self.folder / f"{case.model}-{HELD_OUT}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +83,6 @@ class Commit:
         self.modules = _link_packages(checkout, scratch / "site")
         self._environment = {
             **os.environ,
-            **QUIET_THREADS,
             **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
             "PYTHONPATH": os.pathsep.join(filter(None, (str(scratch / "site"), os.environ.get("PYTHONPATH")))),
             "DLORA_EDGE_STATE": str(scratch / "edge-state"),
@@ -120,20 +97,16 @@ class Commit:
         # In the scratch folder: python -m looks for modules in the working directory first.
         with stderr.open("w") as log_file:
             return subprocess.Popen(
-                [sys.executable, *command],
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                text=True,
-                env=self._environment,
+                [sys.executable, *command], stdout=subprocess.PIPE, stderr=log_file, text=True, env=self._environment,
                 cwd=self.scratch,
-            )
+            )  # fmt: skip
 
-    def run(self, *command: str, code: int = 0) -> str:
+    def run(self, *command: str) -> str:
         """Run a Python command to its end; what it printed."""
         stderr = self.scratch / "stderr.txt"
         process = self.start(*command, stderr=stderr)
         stdout = process.communicate()[0]
-        if process.returncode != code:
+        if process.returncode:
             self.give_up(command, process.returncode, stderr)
         return stdout
 
@@ -141,36 +114,14 @@ class Commit:
         log(stderr.read_text()[-3000:])
         fail(f"{self.name}: {' '.join(command)} ended with {code}; its last words are above")
 
-    @functools.cache  # noqa: B019  (there are two commits, and they live as long as the program)
-    def options_of(self, *command: str) -> frozenset[str]:
-        """The options in a command's ``--help``, and in its ``--help-all`` where it has that."""
-        text = self.run("-m", *command, "--help")
-        if "--help-all" in text:
-            text += self.run("-m", *command, "--help-all")
-        return frozenset(re.findall(r"^[│|]? {0,4}\*? {0,3}(--[a-z][a-z-]*)\b", text, re.MULTILINE))
-
-    def arguments(self, options: Mapping[str, str], *command: str) -> list[str]:
-        """As this commit's command has them."""
-        found = list[str]()
-        for option, value in options.items():
-            if option in self.options_of(*command):
-                found += (option, value) if value else ()
-            elif option in NEW_WAYS:
-                found += NEW_WAYS[option](value) if value else ()
-            else:
-                fail(f"{self.name}: {' '.join(command)} has no {option}, and NEW_WAYS does not say what to give it")
-        return found
-
     @contextlib.contextmanager
-    def serving(self, model: Path) -> Iterator[str]:
-        """A server of this commit; its address."""
-        stderr, state = self.scratch / "server.txt", self.scratch / "cloud-state"
-        command = ("-m", "dlora.cloud", "serve", str(model), "--port", "0", "--threads", "1", "--json",
-                   "--state-dir", str(state))  # fmt: skip
+    def listening(self, *command: str) -> Iterator[str]:
+        """A command that listens; the address that it prints first."""
+        stderr = self.scratch / f"{command[1]}.txt"
         process = self.start(*command, stderr=stderr)
         try:
             assert process.stdout is not None
-            address = re.search(r"ws://[\w.]+:\d+", process.stdout.readline())
+            address = re.search(r"(ws|http)://[\w.]+:\d+", process.stdout.readline())
             if address is None:
                 self.give_up(command, process.poll(), stderr)
             yield address[0]
@@ -211,8 +162,14 @@ def check_out(revision: str, place: Path) -> str:
     return found.stdout.strip()
 
 
-def make_material(place: Path) -> Material:
-    """Tiny models, and sequences of 5 to 45 tokens, in two forms of data: chats for llama, pairs for the others."""
+def words_of(options: Mapping[str, str]) -> list[str]:
+    """As a command line has them: each option once for each word of its value."""
+    return [word for option, value in options.items() for each in value.split() for word in (option, each)]
+
+
+def make_material(place: Path) -> None:
+    """For each family a tiny model, ``FAMILY``, and sequences of 5 to 45 tokens to train and to evaluate on,
+    ``FAMILY-train.jsonl`` and ``FAMILY-held-out.jsonl``: chats for llama, pairs for the others."""
     from families import save_tiny
 
     for family, changes in MODELS.items():
@@ -222,7 +179,7 @@ def make_material(place: Path) -> Material:
     def words(least: int, most: int) -> str:
         return " ".join(f"w{draw.randrange(80)}" for _ in range(draw.randint(least, most)))
 
-    def write(path: Path, count: int) -> None:
+    for name, count in ((TRAIN, 61), (HELD_OUT, 13)):
         chats, pairs = list[dict[str, Any]](), list[dict[str, Any]]()
         for _ in range(count):
             turns = [{"role": role, "content": words(1, 8)} for role in ("user", "assistant") * draw.randint(1, 2)]
@@ -230,41 +187,37 @@ def make_material(place: Path) -> Material:
             pairs.append({"prompt": words(3, 30), "completion": f" {words(1, 12)}"})
         for family in MODELS:
             rows = chats if family == "llama" else pairs
-            path.with_name(f"{family}-{path.name}").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    write(place / TRAIN, 61)
-    write(place / HELD_OUT, 13)
-    return Material(place)
+            (place / f"{family}-{name}").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_commit(commit: Commit, material: Material, cases: Sequence[Case]) -> dict[str, Result]:
+def run_commit(commit: Commit, material: Path, cases: Sequence[Case]) -> dict[str, Result]:
     """Every case with one commit."""
     results: dict[str, Result] = {}
     bundles: dict[tuple[str, ...], Path] = {}
     for model in dict.fromkeys(case.model for case in cases):
-        directory = material.folder / model
-        with commit.serving(directory) as server:
+        directory, state = str(material / model), str(commit.scratch / "cloud-state")
+        serve = ("serve", directory, "--port", "0", "--threads", "1", "--json", "--state-dir", state)
+        with commit.listening("-m", "dlora.cloud", *serve) as server:
             for case in (case for case in cases if case.model == model):
                 started = time.monotonic()
-                export = commit.arguments(case.bundle, "dlora.export")
+                export = words_of(case.bundle)
                 key = (model, *export)
                 if key not in bundles:
                     bundles[key] = commit.scratch / f"bundle-{len(bundles)}"
-                    commit.run("-m", "dlora.export", str(directory), "--out", str(bundles[key]), *export)
+                    commit.run("-m", "dlora.export", directory, "--out", str(bundles[key]), *export)
                 run = run_client if case.way == "client" else run_case
                 results[case.name] = run(commit, case, material, bundles[key], server)
                 log(f"{commit.name}: {case.name}: {time.monotonic() - started:.1f} s")
     return results
 
 
-def run_case(commit: Commit, case: Case, material: Material, bundle: Path, server: str) -> Result:
+def run_case(commit: Commit, case: Case, material: Path, bundle: Path, server: str) -> Result:
     out = commit.scratch / f"run-{CASES.index(case)}"
-    data, held_out = material.data(case)
+    data, held_out = (str(material / f"{case.model}-{name}") for name in (TRAIN, HELD_OUT))
     run = ["--bundle", str(bundle), *(("--server", server) if case.has_server else ())]
     steps = FIRST_PART if case.way == "longer" else STEPS
-    chosen = {"--kind": "lora", **RUN_OPTIONS, **case.options, "--steps": str(steps), "--eval": str(held_out)}
-    train = ("-m", "dlora.edge", "train", *run, "--data", str(data), "--out", str(out),
-             *commit.arguments(chosen, "dlora.edge", "train"))  # fmt: skip
+    options = {"--kind": "lora", **RUN_OPTIONS, **case.options, "--steps": str(steps), "--eval": held_out}
+    train = ("-m", "dlora.edge", "train", *run, "--data", data, "--out", str(out), *words_of(options))
     if case.way == "resumed":
         stop_on_the_way(commit, train, out / "metrics.jsonl")
         commit.run("-m", "dlora.edge", "resume", str(out))
@@ -272,25 +225,21 @@ def run_case(commit: Commit, case: Case, material: Material, bundle: Path, serve
         commit.run(*train)
     if case.way == "longer":
         commit.run("-m", "dlora.edge", "resume", str(out), "--steps", str(STEPS))
-    found = commit.run("-m", "dlora.edge", "evaluate", *run, "--data", str(held_out), "--adapter", str(out),
-                       "--wire-dtype", "fp32", "--engine", "onnx", "--threads", "1", "--json")  # fmt: skip
+    trained = (*run, "--adapter", str(out), "--wire-dtype", "fp32", "--engine", "onnx", "--threads", "1", "--json")
+    found = commit.run("-m", "dlora.edge", "evaluate", *trained, "--data", held_out)
     try:
         result = read_result(out, json.loads(found))
     except (KeyError, OSError, ValueError) as error:
         fail(f"{commit.name}: {case.name}: read_result does not know what this commit wrote: {error!r}")
     check_case(commit, case, result)
     if case.answers:
-        generating = ("--adapter", str(out), "--wire-dtype", "fp32", "--engine", "onnx", "--threads", "1", "--json")
-        result.values["answers"] = {
-            "generate": ask_command(commit, (*run, *generating)),
-            "serve": ask_endpoint(commit, (*run, *generating)),
-        }
+        result.values["answers"] = {"generate": ask_command(commit, trained), "serve": ask_endpoint(commit, trained)}
     return result
 
 
-def run_client(commit: Commit, case: Case, material: Material, bundle: Path, server: str) -> Result:
+def run_client(commit: Commit, case: Case, material: Path, bundle: Path, server: str) -> Result:
     """Steps of a loop of one's own."""
-    out, data = commit.scratch / "client", material.data(case)[0]
+    out, data = commit.scratch / "client", material / f"{case.model}-{TRAIN}"
     printed = commit.run("-c", CLIENT, str(bundle), server, str(out), str(data), str(STEPS))
     *steps, after = map(json.loads, printed.splitlines())
     evaluations = {"afterwards": exact(after["loss"]), "log-probabilities": json.dumps(after["logprobs"])}
@@ -307,22 +256,12 @@ def ask_command(commit: Commit, arguments: tuple[str, ...]) -> str:
 
 def ask_endpoint(commit: Commit, arguments: tuple[str, ...]) -> str:
     """The choices of an answer over HTTP."""
-    command = ("-m", "dlora.edge", "serve", *arguments, "--port", "0")
-    stderr = commit.scratch / "endpoint.txt"
-    process = commit.start(*command, stderr=stderr)
-    try:
-        assert process.stdout is not None
-        address = re.search(r"http://[\w.]+:\d+", process.stdout.readline())
-        if address is None:
-            commit.give_up(command, process.poll(), stderr)
+    with commit.listening("-m", "dlora.edge", "serve", *arguments, "--port", "0") as address:
         asked = {"messages": [{"role": "user", "content": "w4 w5"}], "max_tokens": 16, "temperature": 1, "seed": 3}
-        model = json.loads(_fetched(commit, f"{address[0]}/v1/models"))["data"][0]["id"]
+        model = json.loads(_fetched(commit, f"{address}/v1/models"))["data"][0]["id"]
         body = json.dumps({**asked, "model": model, "logprobs": True, "top_logprobs": 2}).encode()
-        found = _fetched(commit, f"{address[0]}/v1/chat/completions", body)
+        found = _fetched(commit, f"{address}/v1/chat/completions", body)
         return json.dumps(json.loads(found)["choices"])
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def _fetched(commit: Commit, url: str, body: bytes | None = None) -> bytes:
@@ -447,41 +386,32 @@ def compare(case: Case, before: Result, after: Result) -> dict[str, Any]:
 
 def main() -> None:
     """Print one JSON object."""
-    options = _options()
-    chosen = [case for case in CASES if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.only)]
-    if not chosen:
-        fail(f"--only names none of: {'; '.join(case.name for case in CASES)}")
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="dlora-same-") as name:
-        place = Path(name)
-        hashes = {"before": check_out(options.before, place / "before" / "checkout")}
-        checkouts = {"before": place / "before" / "checkout", "after": place / "after" / "checkout"}
-        if options.worktree:
-            checkouts["after"], hashes["after"] = ROOT, "worktree"
-        else:
-            hashes["after"] = check_out(options.after, checkouts["after"])
-        commits = []
-        for side, checkout in checkouts.items():
-            scratch = place / side / "scratch"
-            scratch.mkdir(parents=True)
-            commits.append(Commit(side, checkout, scratch))
-        log("making tiny models")
-        material = make_material(place / "material")
-        before, after = (run_commit(commit, material, chosen) for commit in commits)
-    cases = [compare(case, before[case.name], after[case.name]) for case in chosen]
-    equal = all(all(case["equal"].values()) for case in cases)
-    summary = {**hashes, "equal": equal, "seconds": round(time.monotonic() - started)}
-    print(json.dumps({**summary, "cases": cases}, indent=1))
-    raise SystemExit(0 if equal else 1)
-
-
-def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", metavar="BEFORE")
     parser.add_argument("after", metavar="AFTER", nargs="?", default="HEAD")
     parser.add_argument("--worktree", action="store_true", help="AFTER is this working tree")
     parser.add_argument("--only", metavar="CASE", nargs="+", default=["*"], help="these, and not all; * is a wildcard")
-    return parser.parse_args()
+    options = parser.parse_args()
+    chosen = [case for case in CASES if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.only)]
+    if not chosen:
+        fail(f"--only names none of: {'; '.join(case.name for case in CASES)}")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="dlora-same-") as name:
+        place, commits, names = Path(name), list[Commit](), dict[str, str]()
+        log("making tiny models")
+        make_material(place)
+        for side, revision in {"before": options.before, "after": options.after}.items():
+            is_here = side == "after" and options.worktree
+            checkout, scratch = ROOT if is_here else place / side / "checkout", place / side / "scratch"
+            names[side] = "worktree" if is_here else check_out(revision, checkout)
+            scratch.mkdir(parents=True)
+            commits.append(Commit(side, checkout, scratch))
+        before, after = (run_commit(commit, place, chosen) for commit in commits)
+    cases = [compare(case, before[case.name], after[case.name]) for case in chosen]
+    equal = all(all(case["equal"].values()) for case in cases)
+    summary = {**names, "equal": equal, "seconds": round(time.monotonic() - started)}
+    print(json.dumps({**summary, "cases": cases}, indent=1))
+    raise SystemExit(0 if equal else 1)
 
 
 if __name__ == "__main__":

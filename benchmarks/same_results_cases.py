@@ -1,8 +1,8 @@
-"""The runs that same_results.py makes with both commits, and how options of former versions are given to a new one."""
+"""The runs that same_results.py makes with both commits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -38,18 +38,16 @@ RUN_OPTIONS: Final = {
 KILL_REVIVE: Final = {
     "--kr-score": "sensitivity",
     "--active-fraction": "0.5",
-    "--kr-warmup-steps": "4",
-    "--kr-kill-every": "3",
-    "--kr-revive-every": "6",
-    "--kr-probation": "3",
+    "--set": "kill_revive.warmup_steps=4 kill_revive.kill_every=3 kill_revive.revive_every=6 kill_revive.probation=3",
 }
 RANDOM: Final = {**KILL_REVIVE, "--kr-score": "random"}
 BY_GROUP: Final = {**KILL_REVIVE, "--kr-unit": "group", "--kr-score": "grad"}
 FFA: Final = {"--kind": "ffa"}
+OF_WEIGHTS: Final = {"--basis": "weights", "--active-from": "start"}
 BOTTLENECK: Final = {"--kind": "bottleneck", "--rank": "8", "--wire-dtype": "int8", "--target-modules": "all-linear"}
 FOUND_RATE: Final = {"--lr": ""}  # none is given: the run finds its own
-TRUNK: Final = {"--mode": "trunk", "--device-blocks": "2", "--target-modules": "all-linear"}
-LOCAL: Final = {"--mode": "local", "--target-modules": "all-linear"}
+TRUNK: Final = {"--device-blocks": "2", "--target-modules": "all-linear"}
+LOCAL: Final = {"--device-blocks": "all", "--target-modules": "all-linear"}
 QV: Final = "q_proj,v_proj"
 ALL_OF_A_BLOCK: Final = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
@@ -60,7 +58,7 @@ class Case:
 
     Attributes:
         bundle: options of the exporter.
-        options: of ``dlora-edge train``, beside ``RUN_OPTIONS``; one without a value is left out.
+        options: of ``dlora-edge train``, beside ``RUN_OPTIONS``; one is given once for each word of its value.
         way: in one go; stopped by a signal and resumed; ended, and then made longer; or by ``CLIENT``, without options.
         answers: whether the adapter is asked for answers afterwards.
     """
@@ -78,7 +76,7 @@ class Case:
 
     @property
     def has_server(self) -> bool:
-        return self.options.get("--mode") != "local"
+        return self.options.get("--device-blocks") != "all"
 
 
 FP32: Final = {"--head-dtype": "fp32"}
@@ -101,7 +99,7 @@ CASES: Final = (
     Case("llama, ffa, kill and revive, resumed", "llama", {**LLAMA_QV, **FFA, **RANDOM}, FP32, "resumed"),
     Case("llama, bottleneck", "llama", BOTTLENECK, FP32, answers=True),
     Case("llama, bottleneck, its rate found", "llama", {**BOTTLENECK, **FOUND_RATE}, FP32),
-    Case("llama, bottleneck of the weights", "llama", {**BOTTLENECK, "--basis": "weights", "--adapt": "all"}, FP32),
+    Case("llama, bottleneck of the weights", "llama", {**BOTTLENECK, **OF_WEIGHTS}, FP32),
     Case("llama, bottleneck, kill and revive, resumed", "llama", {**BOTTLENECK, **RANDOM}, FP32, "resumed"),
     Case("llama, trunk", "llama", TRUNK, ON_DEVICE, answers=True),
     Case("llama, trunk, its rate found", "llama", {**TRUNK, **FOUND_RATE}, ON_DEVICE),
@@ -120,20 +118,11 @@ CASES: Final = (
 
 CLIENT: Final = """
 import json, sys
-from dlora.edge import TrainingClient
+from dlora.edge import Settings, TrainingClient
 bundle, server, out, data, steps = sys.argv[1:]
-try:
-    from dlora.edge import Settings
-except ImportError:  # a former version
-    from dlora.edge.training.optimizer import OptimizerConfig
-    options = dict(kind="lora", rank=4, alpha=8.0, target_modules=("q_proj", "v_proj"), seed=7, wire_dtype="fp32")
-    settings = OptimizerConfig(lr=0.01, weight_decay=0.01)
-    client = TrainingClient.create(bundle, server, **options, optimizer=settings, threads=1, engine="onnx")
-else:
-    options = dict(kind="lora", rank=4, alpha=8.0, target_modules="q_proj,v_proj", seed=7, wire_dtype="fp32")
-    options |= dict(lr=0.01, weight_decay=0.01, threads=1, engine="onnx")
-    client = TrainingClient.create(Settings.of(bundle=bundle, server=server, **options))
-with client as client:
+options = dict(kind="lora", rank=4, alpha=8.0, target_modules="q_proj,v_proj", seed=7, wire_dtype="fp32")
+options |= dict(lr=0.01, weight_decay=0.01, threads=1, engine="onnx")
+with TrainingClient.create(Settings.of(bundle=bundle, server=server, **options)) as client:
     rows = [client.chat_datum(json.loads(line)["messages"]) for line in open(data)]
     for step in range(int(steps)):
         batch = [rows[(8 * step + place) % len(rows)] for place in range(8)]
@@ -144,21 +133,3 @@ with client as client:
     print(json.dumps({"loss": after.loss, "logprobs": [each.tolist() for each in after.logprobs]}))
     client.save_adapter(out)
 """
-
-_PLACES: Final = {"split": (), "trunk": (), "local": ("--device-blocks", "all")}
-_ACTIVE_FROM: Final = {"all": "start", "answer": "answer"}
-
-
-def _rare(path: str) -> Callable[[str], tuple[str, ...]]:
-    return lambda value: ("--set", f"{path}={value}")
-
-
-NEW_WAYS: Final[dict[str, Callable[[str], tuple[str, ...]]]] = {
-    "--mode": _PLACES.__getitem__,
-    "--adapt": lambda value: ("--active-from", _ACTIVE_FROM[value]),
-    "--kr-warmup-steps": _rare("kill_revive.warmup_steps"),
-    "--kr-kill-every": _rare("kill_revive.kill_every"),
-    "--kr-revive-every": _rare("kill_revive.revive_every"),
-    "--kr-probation": _rare("kill_revive.probation"),
-}
-"""Options that are no more, to the words that say the same now, by the value that they have."""

@@ -9,31 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from bars import FILE, Entry, at_most, write_bars
-from children import QUIET_THREADS, Worker, cloud_server, log, need_bundle
-
-os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()})
-
-from economy_recipes import DEFAULT, RECIPES, train_config
+from children import cloud_server, log, need_bundle, new_parser, worker
+from economy_recipes import BASELINE, DEFAULT, RECIPES, train_config
 from step_costs import EndsClock, adapter_flops_table, round_trips
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.memory import peak_rss_mb
-from dlora.edge.settings import Settings
 from dlora.edge.training.metrics import StepMetrics
-from dlora.edge.training.resolve import resolve_without_data
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.selection import parse_blocks, target_modules_of
 from dlora.edge.training.side import ServerSide
@@ -57,12 +51,13 @@ def main() -> None:
     ids, first = _tokens(bundle.manifest.base_model.vocabulary_size, options)
     dataset = Dataset.of([(row.tolist(), list(range(first - 1, options.length - 1))) for row in ids])
     log(f"starting PEFT and the server, {options.threads} threads each")
-    peft = Worker(
-        str(Path(__file__).with_name("peft_process.py")), options.model, str(options.threads),
-        ",".join(defaults.target_modules), str(defaults.r), str(defaults.lora_alpha), "1e-3",
-    )  # fmt: skip
+    lora = (",".join(defaults.target_modules), defaults.r, defaults.lora_alpha, 1e-3)
     peft_s: list[float] = []
-    with cloud_server(options.model, options.threads) as (url, _), ExitStack() as connections:
+    with (
+        worker("peft_process.py", options.model, options.threads, *lora) as peft,
+        cloud_server(options.model, options.threads) as url,
+        ExitStack() as connections,
+    ):
         devices = {
             name: Device(bundle, connections.enter_context(Connection(url)), config, dataset, options.threads)
             for name, config in _configs(bundle.manifest, options).items()
@@ -79,7 +74,6 @@ def main() -> None:
                 f"step {step}{'' if measured else ' (warm-up)'}: PEFT {found['step_s']:.2f} s, "
                 + ", ".join(f"{name} {each:.2f} s" for name, each in seconds.items())
             )
-    peft.close()
     result = _result(bundle.manifest, peft_s, devices, options)
     write_bars(options.docs / FILE, _bars(result))
     print(json.dumps(result, indent=1))
@@ -96,33 +90,22 @@ def _tokens(vocabulary: int, options: argparse.Namespace) -> tuple[Any, int]:
 
 def _configs(manifest: Manifest, options: argparse.Namespace) -> dict[str, Resolved]:
     """What is compared with PEFT."""
-    default = RECIPES[DEFAULT]
-    optimizer = {"lr": default.default_lr, "weight_decay": default.weight_decay, "schedule": "constant", "warmup": 0.0}
-    return {
-        "split_all": _lora(manifest, options),
-        "split_kr": _lora(manifest, options, active_fraction=0.125),
-        "split_default": train_config(
-            default,
-            manifest,
-            steps=_total_steps(options),
-            batch_size=options.batch_size,
-            seed=0,
-            optimizer=optimizer,
-            invocation=INVOCATION,
-        ),
+    lora = replace(RECIPES[BASELINE], adapter={"wire_dtype": options.wire_dtype})
+    recipes = {
+        "split_all": lora,
+        "split_kr": replace(lora, kill_revive={"active_fraction": 0.125}),
+        "split_default": RECIPES[DEFAULT],
     }
-
-
-def _lora(manifest: Manifest, options: argparse.Namespace, **changes: Any) -> Resolved:
-    settings = Settings.of(
-        kind="lora", lr=1e-3, schedule="constant", warmup=0.0, seed=0, steps=_total_steps(options),
-        batch_size=options.batch_size, wire_dtype=options.wire_dtype, server="ws://a-server", **changes,
-    )  # fmt: skip
-    return resolve_without_data(settings, manifest, None)
-
-
-def _total_steps(options: argparse.Namespace) -> int:
-    return 10 * (int(options.warmup) + int(options.steps) + 1)
+    steps = 10 * (options.warmup + options.steps + 1)
+    found = {}
+    for name, recipe in recipes.items():
+        optimizer = {"lr": recipe.default_lr, "weight_decay": recipe.weight_decay}
+        found[name] = train_config(
+            recipe, manifest, steps=steps, batch_size=options.batch_size, seed=0,
+            optimizer={**optimizer, "schedule": "constant", "warmup": 0.0},
+            invocation=INVOCATION if recipe.acts_on_answers else (),
+        )  # fmt: skip
+    return found
 
 
 class Device:
@@ -136,16 +119,14 @@ class Device:
     def __init__(
         self, bundle: Bundle, connection: Connection, config: Resolved, dataset: Dataset, threads: int
     ) -> None:
-        started = time.perf_counter()
-        self.trainer = Trainer(
-            bundle, OnnxEngine(bundle, threads), partial(ServerSide, connection=connection), config, dataset
-        )
+        started, engine = time.perf_counter(), OnnxEngine(bundle, threads)
+        self.trainer = Trainer(bundle, engine, partial(ServerSide, connection=connection), config, dataset)
         self.set_up_s = time.perf_counter() - started
         self.step_s: list[float] = []
         self.cpu_s: list[float] = []
         self.ends_s: list[float] = []
         self.rows: list[StepMetrics] = []
-        self._ends = EndsClock(self.trainer.model)
+        self._ends = EndsClock(self.trainer.model)  # type: ignore[arg-type]  # none has blocks on the device
 
     def run_step(self, *, keep: bool) -> float:
         """Seconds of one step."""
@@ -240,17 +221,13 @@ def _bars(result: dict[str, Any]) -> dict[str, Entry]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, default=Path("build/smollm2"))
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = new_parser(__doc__)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--labelled", type=float, default=1 / 3, help="share of tokens that are labels")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--wire-dtype", choices=("fp16", "fp32"), default="fp16", help="of LoRA")
-    parser.add_argument("--docs", type=Path, default=Path("docs/log"), help="bars go into its benchmarks/economy.json")
     return parser.parse_args()
 
 

@@ -11,9 +11,10 @@ from typing import Final, Self
 import torch
 from torch import Tensor
 
-from dlora.cloud.audit.nearest_neighbour import embedding_table, nearest, nearest_tokens
+from dlora.cloud.audit.nearest_neighbour import embedding_table, nearest
 from dlora.cloud.model.parts import ModelParts
 
+_TOKENS: Final = 32768  # random ones, on which it is fitted: many times the width
 _LENGTH: Final = 16  # of a random sequence
 _SEQUENCES_AT_ONCE: Final = 64
 _FREQUENT: Final = 0.5  # share of the random tokens that is drawn as text draws them, and not each alike
@@ -41,19 +42,12 @@ class RidgeProbe:
     offset: Tensor
 
     @classmethod
-    @torch.no_grad()
-    def fit(cls, parts: ModelParts, blocks: int, *, seed: int = 0, tokens: int = 32768) -> Self:
-        """Fit it for hidden states from after the first ``blocks`` blocks.
-
-        Args:
-            blocks: 1 or more.
-            tokens: how many random ones it is fitted on; at least a few times the width.
-        """
+    def fit(cls, parts: ModelParts, blocks: int) -> Self:
+        """Fit it for hidden states from after the first ``blocks`` blocks, 1 or more."""
         table = embedding_table(parts.base)
-        length = min(_LENGTH, parts.base.max_sequence_length)
-        ids = _random_ids(len(table), tokens, length, seed).to(table.device)
-        hidden = torch.cat([run_blocks(parts, table[piece], blocks) for piece in ids.split(_SEQUENCES_AT_ONCE)])
-        features, wanted = hidden.flatten(0, 1), table[ids].flatten(0, 1).float()
+        ids = _random_ids(len(table)).to(table.device)
+        hidden = [parts.run(table[piece], end=blocks).float() for piece in ids.split(_SEQUENCES_AT_ONCE)]
+        features, wanted = torch.cat(hidden).flatten(0, 1), table[ids].flatten(0, 1).float()
         # The middle 68 %: massive activations move it as little as they do the median.
         ordered = features[:: max(1, len(features) // _ROWS_FOR_SCALE)].sort(0).values
         low, centre, high = (ordered[int(share * len(ordered))] for share in (0.16, 0.5, 0.84))
@@ -65,10 +59,6 @@ class RidgeProbe:
         """(rows, width) to float32 (rows, embedding_size)."""
         return _standardise(hidden.float(), self.centre, self.scale) @ self.matrix + self.offset
 
-    def guess(self, hidden: Tensor) -> Tensor:
-        """(rows, width) to the nearest token of each row, int64 (rows,)."""
-        return nearest_tokens(self.embeddings(hidden), self.table)
-
     def limit(self, hidden: Tensor) -> Tensor:
         """Hidden states (rows, width) as float32, without massive activations: the values that the fit has cut off."""
         room = _LARGEST * self.scale
@@ -79,20 +69,14 @@ class RidgeProbe:
         return nearest(self.embeddings(hidden), self.table, count).ids
 
 
-def run_blocks(parts: ModelParts, embeddings: Tensor, blocks: int) -> Tensor:
-    """(batch, length, embedding_size) to float32 (batch, length, width) after the first ``blocks`` blocks; all of them
-    without the final norm."""
-    return parts.run(embeddings, end=blocks).float()
-
-
-def _random_ids(vocabulary: int, tokens: int, length: int, seed: int) -> Tensor:
+def _random_ids(vocabulary: int) -> Tensor:
     """int64 (sequences, length).
 
     Vocabularies made by merging pairs have the frequent tokens first. So half of the tokens is drawn with a probability
     of about 1 / id: on uniform ones alone the probe is blind for the words that texts are made of.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shape = (max(1, tokens // length), length)
+    generator = torch.Generator().manual_seed(0)
+    shape = (_TOKENS // _LENGTH, _LENGTH)
     alike = torch.randint(vocabulary, shape, generator=generator)
     frequent = torch.pow(float(vocabulary), torch.rand(shape, generator=generator)).long() - 1
     return torch.where(torch.rand(shape, generator=generator) < _FREQUENT, frequent, alike).clamp(0, vocabulary - 1)

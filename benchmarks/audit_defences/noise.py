@@ -1,4 +1,7 @@
-"""Averaging over epochs: an example crosses again in each of them, and noise that is fresh each time averages out."""
+"""Gaussian noise on what crosses: what may be claimed for it, and how it averages out.
+
+An example crosses again in each epoch, and noise that is fresh each time has a mean of nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Final
 
 import torch
 from torch import Tensor
+
+DELTA: Final = 1e-5
 
 # Two texts without a common token have row cosines of mean 0. Six standard deviations above it one pair in a billion is
 # by chance: 10,000 sequences, which are 50 million pairs, give a wrong group once in twenty recordings.
@@ -22,65 +27,69 @@ _WORST_ROW: Final = 0.3
 _ROW_DEVIATIONS: Final = 4.0
 
 
+def epsilon_of(sensitivity: float, deviation: float) -> float:
+    """The smallest ε for which noise of this standard deviation is (ε, ``DELTA``)-differentially private.
+
+    ``sensitivity``: the largest Euclidean distance of two values that a neighbour may have in place of each other. The
+    analytic Gaussian mechanism, Balle & Wang, arXiv 1805.06530, theorem 8.
+    """
+    ratio = sensitivity / deviation
+    low, high = 0.0, 1.0
+    while _delta_of(high, ratio) > DELTA:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _delta_of(middle, ratio) > DELTA else (low, middle)
+    return high
+
+
+def _delta_of(epsilon: float, ratio: float) -> float:
+    first, second = (
+        float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64)))
+        for x in (ratio / 2 - epsilon / ratio, -ratio / 2 - epsilon / ratio)
+    )
+    return math.exp(first) - math.exp(min(0.0, epsilon + second))  # the product is a share; rounding may lift it
+
+
 @dataclass
 class _Group:
-    """Observations of one text.
-
-    Attributes:
-        total: float32 (length, width), their sum; centred is the same without what all rows have in common.
-    """
+    """Observations of one text: indices, their sum, float32 (length, width), and that without what all rows share."""
 
     indices: list[int]
     total: Tensor
     centred: Tensor
 
 
-@torch.no_grad()
 def average_repeats(observations: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
     """Find which observed sequences are the same text, and average them.
 
     Args:
         observations: each (length, width), any floating dtype.
 
-    Returns: for each text the indices of its observations, ascending, and their mean, float32 (length, width). Texts
-    are in the order of their first observation; one that was seen once is a group of its own.
+    Returns: for each text the indices of its observations, ascending, and their mean, float32 (length, width).
     """
-    if not observations:
-        return []
     everything = torch.cat([rows.float() for rows in observations])
     common = everything.mean(0)
     spread = _spread(everything - common)
     groups: list[_Group] = []
-    by_length: dict[int, list[_Group]] = {}
     for index, rows in enumerate(observations):
-        centred = rows.float() - common
-        alike = by_length.setdefault(len(rows), [])
-        best = _most_alike(centred, alike, spread)
+        centred, best, most = rows.float() - common, None, -1.0
+        for group in (group for group in groups if len(group.total) == len(rows)):
+            cosines = torch.cosine_similarity(centred, group.centred, dim=1)  # (length,)
+            if float(cosines.mean()) > most and _is_same_text(cosines, spread, rows.shape[1]):
+                best, most = group, float(cosines.mean())
         if best is None:
             best = _Group([], torch.zeros_like(centred), torch.zeros_like(centred))
             groups.append(best)
-            alike.append(best)
         best.indices.append(index)
         best.total += rows.float()
         best.centred += centred
     return [(group.indices, group.total / len(group.indices)) for group in groups]
 
 
-def _most_alike(rows: Tensor, groups: Sequence[_Group], spread: float) -> _Group | None:
-    """The group that shows the same text as rows (length, width), None where there is none."""
-    best: tuple[float, _Group] | None = None
-    for group in groups:
-        cosines = torch.cosine_similarity(rows, group.centred, dim=1)  # (length,)
-        mean = float(cosines.mean())
-        if _is_same_text(cosines, spread, rows.shape[1]) and (best is None or mean > best[0]):
-            best = mean, group
-    return None if best is None else best[1]
-
-
 def _is_same_text(cosines: Tensor, spread: float, width: int) -> bool:
     """By the cosines (length,) of the rows at the same places; ``spread`` is their deviation in different texts."""
-    length = len(cosines)
-    mean = float(cosines.mean())
+    length, mean = len(cosines), float(cosines.mean())
     if mean <= _DEVIATIONS * spread / math.sqrt(length):
         return False
     worse = cosines.sort().values[: -(-length // 2)]
@@ -92,8 +101,7 @@ def _is_same_text(cosines: Tensor, spread: float, width: int) -> bool:
 def _spread(rows: Tensor) -> float:
     """Standard deviation of the cosine of two rows that have nothing to do with each other, from rows themselves."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(rows.device)
-    cosines = torch.cosine_similarity(rows, rows[order], dim=1)
     # Some pairs are the same token: the middle 68 % tells the deviation without them.
-    ordered = cosines.sort().values
+    ordered = torch.cosine_similarity(rows, rows[order], dim=1).sort().values
     low, high = (float(ordered[int(share * len(ordered))]) for share in (0.16, 0.84))
     return max((high - low) / 2, 1.0 / math.sqrt(rows.shape[1]))
