@@ -19,8 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from children import log, new_parser
-from defaults_places import GRID, SMOLLM2, Place, places, recipes_of
+from children import log
+from defaults_places import GRID, SMOLLM2, Place, all_places, recipes_of
 from defaults_report import write_report
 from economy import make_runs
 from economy_measure import add_run_options
@@ -36,14 +36,14 @@ def main() -> None:
     runs = RunsFile(options.runs)
     runs.runs |= RunsFile(options.docs / "benchmarks" / "economy-runs.jsonl").runs  # what it has is not made again
     ends = time.monotonic() + 60 * options.max_minutes
-    for place in [] if options.report else places(options.work).values():
+    for place in [] if options.report else all_places():
         if time.monotonic() < ends and is_wanted(options.only, place.model, "*"):
             _make_runs(runs, place, options, ends)
     print(json.dumps(write_report(runs.runs, options.docs), indent=1))
 
 
 def _make_runs(runs: RunsFile, place: Place, options: argparse.Namespace, ends: float) -> None:
-    folder, bundle = place.folder(), _need_bundle(place, options.work)
+    folder, bundle = place.need_model(options.work), _need_bundle(place, options.work)
     recipes = recipes_of(place, Bundle.open(bundle).manifest)
     in_order = [
         (set_name, name)
@@ -70,7 +70,7 @@ def _need_bundle(place: Place, work: Path) -> Path:
     """The model's bundle, with the blocks that ``trunk`` has on the device."""
     out = work / place.model / "bundle"
     if not (out / "manifest.json").exists():
-        command = [sys.executable, "-m", "dlora.export", place.folder(), "--out", str(out), "--force"]
+        command = [sys.executable, "-m", "dlora.export", place.need_model(work), "--out", str(out), "--force"]
         command += ["--device-blocks", str(place.device_blocks)]
         if place.model != SMOLLM2:
             command += ["--base-model-name", place.model]
@@ -80,7 +80,9 @@ def _need_bundle(place: Place, work: Path) -> Path:
 
 
 def _options() -> argparse.Namespace:
-    parser = new_parser(__doc__, threads=1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--docs", type=Path, default=Path("docs/log"), help="where what is found is written")
     add_run_options(parser, work="build/benchmarks/defaults", names="MODEL/SET/RECIPE")
     options = parser.parse_args()
     options.runs = options.runs or options.docs / "benchmarks" / "defaults-runs.jsonl"

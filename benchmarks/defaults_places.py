@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -43,50 +42,51 @@ class Place:
 
     Attributes:
         model: its name in runs.
-        folder: makes it where it is not there, and says what the server is to be given.
         blocks: of the model.
-        is_original: whether it is not another's function.
+        way, factor: how the original is written otherwise; none: it is an original itself.
     """
 
     model: str
-    folder: Callable[[], str]
     blocks: int
     sets: tuple[str, ...]
-    is_original: bool = True
+    way: str = ""
+    factor: float = 1.0
+
+    @property
+    def is_original(self) -> bool:
+        return not self.way
 
     @property
     def device_blocks(self) -> int:
         """Two fifths of the blocks run on the device in ``trunk``."""
         return round(2 / 5 * self.blocks)
 
+    def need_model(self, work: Path) -> str:
+        """What the server is to be given; what is not there is made in ``work``."""
+        if self.model in FAMILIES:
+            return str(need_small_model(self.model, work))
+        return _rewritten(work / self.model / "model", WAYS[self.way], self.factor) if self.way else self.model
 
-def places(work: Path) -> dict[str, Place]:
-    """All of them, by model; models that are made are made in ``work``."""
-    found = [Place(SMOLLM2, lambda: SMOLLM2, 30, SETS)]
-    found += [Place(name, partial(_small_model, name, work), 8, SMALL_SETS) for name in FAMILIES]
-    for way, write in WAYS.items():
-        for factor in FACTORS:
-            name = f"{SMOLLM2}-{way}-{factor:g}"
-            folder = partial(_rewritten, work / name / "model", write, factor)
-            found.append(Place(name, folder, 30, REWRITTEN_SETS, is_original=False))
-    return {place.model: place for place in found}
+
+def all_places() -> list[Place]:
+    """SmolLM2, small models, and SmolLM2 written otherwise."""
+    found = [Place(SMOLLM2, 30, SETS), *(Place(name, 8, SMALL_SETS) for name in FAMILIES)]
+    found += [
+        Place(f"{SMOLLM2}-{way}-{factor:g}", 30, REWRITTEN_SETS, way, factor) for way in WAYS for factor in FACTORS
+    ]
+    return found
 
 
 def recipes_of(place: Place, manifest: Manifest) -> dict[str, Recipe]:
     """What is run on it, by name, as the command chooses it for that bundle."""
-    on_device = place.device_blocks
-    last = {
-        "rank": 8,
-        "lora_alpha": 16.0,
-        "target_modules": ("all-linear",),
-        "blocks": last_blocks(manifest, on_device),
-    }
+    blocks = last_blocks(manifest, place.device_blocks)
+    last = {"rank": 8, "lora_alpha": 16.0, "target_modules": ("all-linear",), "blocks": blocks}
     seeded = SEEDED_SETS if place.model == SMOLLM2 else ()
     default = replace(_default_recipe(manifest), bars=seeded)
     found = {
         DEFAULT: default,
         LORA: Recipe("lora", {"rank": 8}, default_lr=DEFAULTS["lora"].lr),
-        TRUNK: Recipe("trunk", last, default_lr=4e-3, device_blocks=on_device),
+        TRUNK: Recipe("trunk", last, default_lr=4e-3, device_blocks=place.device_blocks),
     }
     if place.is_original:
         found[BASE] = Recipe("the base model", {"rank": 8}, gains=False, has_grid=False, trains=False)
@@ -94,14 +94,13 @@ def recipes_of(place: Place, manifest: Manifest) -> dict[str, Recipe]:
     else:
         found = {name: replace(recipe, has_grid=False) for name, recipe in found.items()}
         found[FORMER] = replace(default, gains=False, has_grid=False)
+    found = {name: replace(recipe, sets=place.sets) for name, recipe in found.items()}
     if place.model == SMOLLM2:
         fp16 = {**default.adapter, "wire_dtype": "int8,adapter_state=fp16"}
-        found[FP16_FACTORS] = replace(default, adapter=fp16, has_grid=False, bars=REWRITTEN_SETS)
-    return {name: replace(recipe, sets=_sets_of(name, place)) for name, recipe in found.items()}
-
-
-def _sets_of(recipe: str, place: Place) -> tuple[str, ...]:
-    return REWRITTEN_SETS if recipe == FP16_FACTORS else place.sets
+        found[FP16_FACTORS] = replace(
+            default, adapter=fp16, has_grid=False, bars=REWRITTEN_SETS, sets=REWRITTEN_SETS
+        )
+    return found
 
 
 def _default_recipe(manifest: Manifest) -> Recipe:
@@ -111,29 +110,17 @@ def _default_recipe(manifest: Manifest) -> Recipe:
     groups = choose_groups(manifest, names, blocks)
     acts_everywhere = set(target_names(groups)) & set(manifest.without_activation)
     rank = default_rank("bottleneck", manifest, groups)
-    return replace(
-        RECIPES[DEFAULT],
-        has_grid=True,
-        adapter={
-            "kind": "bottleneck",
-            "basis": defaults.basis,
-            "rank": rank,
-            "lora_alpha": float(rank),
-            "target_modules": names,
-            "blocks": blocks,
-            "adapt": "all" if acts_everywhere or defaults.active_from == "start" else "answer",
-            "wire_dtype": defaults.wire_dtype,
-        },
-        default_lr=defaults.lr,
-        weight_decay=defaults.weight_decay,
-    )
+    adapter = {
+        "kind": "bottleneck", "basis": defaults.basis, "rank": rank, "lora_alpha": float(rank),
+        "target_modules": names, "blocks": blocks,
+        "adapt": "all" if acts_everywhere or defaults.active_from == "start" else "answer",
+        "wire_dtype": defaults.wire_dtype,
+    }  # fmt: skip
+    rates = {"default_lr": defaults.lr, "weight_decay": defaults.weight_decay}
+    return replace(RECIPES[DEFAULT], has_grid=True, adapter=adapter, **rates)
 
 
 # -- models that are made ----------------------------------------------------------------------------------
-
-
-def _small_model(name: str, work: Path) -> str:
-    return str(need_small_model(name, work))
 
 
 def _rewritten(folder: Path, write: Callable[[torch.nn.Module, float], None], factor: float) -> str:

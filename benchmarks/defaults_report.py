@@ -5,45 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from bars import Entry, at_least, at_most, write_bars
-from defaults_places import (
-    ADAPTED,
-    BASE,
-    FACTORS,
-    FP16_FACTORS,
-    GRID,
-    LORA,
-    REWRITTEN_SETS,
-    SETS,
-    SMALL_SETS,
-    SMOLLM2,
-    TRUNK,
-    WAYS,
-)
+from defaults_places import ADAPTED, BASE, FP16_FACTORS, GRID, LORA, REWRITTEN_SETS, SMOLLM2, TRUNK, all_places
 from economy_data import SETS as ALL_SETS
 from economy_recipes import BASELINE, DEFAULT, FORMER, RECIPES
 from economy_results import Result, loss_difference
 from economy_runs import CHOOSING_SEED, Finished, Run, best_rate, next_rate
 from sections import DEFAULTS, with_section
-from small_models import FAMILIES
 
 from dlora.edge.files import write_atomically
 
 FILE: Final = Path("benchmarks") / "defaults.json"
 COMMAND: Final = "python benchmarks/defaults.py --only"
 
-
 Where = tuple[str, str]  # model and set
-ORIGINALS: Final[tuple[Where, ...]] = (
-    *((SMOLLM2, name) for name in SETS),
-    *((model, name) for model in FAMILIES for name in SMALL_SETS),
-)
-REWRITTEN: Final[tuple[Where, ...]] = tuple(
-    (f"{SMOLLM2}-{way}-{factor:g}", name) for way in WAYS for factor in FACTORS for name in REWRITTEN_SETS
-)
+ORIGINALS: Final = tuple((place.model, name) for place in all_places() if place.is_original for name in place.sets)
+REWRITTEN: Final = tuple((place.model, name) for place in all_places() if not place.is_original for name in place.sets)
 
 
 class Table:
@@ -61,11 +42,6 @@ class Table:
         ended_well = tuple(runs[seed] for seed in sorted(runs) if runs[seed].test is not None)
         return Result(where[1], recipe, lr, ended_well) if ended_well else None
 
-    def diverged(self, where: Where, recipe: str) -> bool:
-        """Whether a run without ``--lr`` did."""
-        runs = self._runs.get((*where, recipe), {}).get(None, {})
-        return any(run.test is None for run in runs.values())
-
     def usual(self, where: Where, recipe: str) -> Result | None:
         """Without ``--lr``."""
         before = {BASE: RECIPES[BASELINE], FORMER: RECIPES[FORMER]}
@@ -80,11 +56,35 @@ class Table:
         lr = best_rate(tried)
         return None if lr is None else self.with_rate(where, recipe, lr)
 
+    def original(self, where: Where, recipe: str) -> Result | None:
+        """Of the model that is written otherwise, without ``--lr``."""
+        return self.usual((SMOLLM2, where[1]), recipe)
+
+    def over_base(self, where: Where, recipe: str) -> float | None:
+        """The loss without ``--lr`` over the base model's; infinite where a run diverged."""
+        base, ours = self.usual(where, BASE), self.usual(where, recipe)
+        if base is None or self._diverged(where, recipe):
+            return None if base is None else math.inf
+        return None if ours is None else ours.loss / base.loss
+
+    def gain_kept(self, where: Where) -> float | None:
+        """The default's gain over the base model, of that of LoRA at its best."""
+        base, ours, theirs = self.usual(where, BASE), self.usual(where, DEFAULT), self.best(where, BASELINE)
+        if base is None or ours is None or theirs is None or theirs.loss >= base.loss:
+            return None
+        return (base.loss - ours.loss) / (base.loss - theirs.loss)
+
+    def _diverged(self, where: Where, recipe: str) -> bool:
+        """Whether a run without ``--lr`` did."""
+        runs = self._runs.get((*where, recipe), {}).get(None, {})
+        return any(run.test is None for run in runs.values())
+
 
 # -- bars ------------------------------------------------------------------------------------------------
 
 Value = Callable[[Where], float | None]
-PairOf = Callable[[Where], tuple[Result | None, Result | None]]
+Find = Callable[[Where], Result | None]
+Measure = Callable[[Result, Result], float]
 
 
 @dataclass(frozen=True)
@@ -127,50 +127,43 @@ class Bar:
 
 def make_bars(table: Table) -> dict[str, Bar]:
     """All of them, by name."""
-    text, intents = _by_kind(ORIGINALS)
-    rewritten_text, rewritten_intents = _by_kind(REWRITTEN)
     bars: dict[str, Bar] = {}
     for recipe in ADAPTED:
-        regret, rewritten = _against_best(table, recipe), _against_original(table, recipe)
         share, nats, points = (2.5, 0.01, 1.0) if recipe == DEFAULT else (5.0, 0.015, 1.5)
-        over_base, alone = _over_base(table, recipe), (recipe,)
-        bars |= {
-            f"{recipe}_over_base": Bar("loss over the base model's", 1.0, ORIGINALS, over_base, (recipe, BASE)),
-            f"{recipe}_regret_text": Bar("regret, %", share, text, _difference(_percent, regret), alone),
-            f"{recipe}_regret_intents": Bar("regret, nats a label", nats, intents, _difference(_nats, regret), alone),
-            f"{recipe}_regret_points": Bar("regret, points", points, intents, _difference(_points, regret), alone),
-        }
-        if recipe == DEFAULT:
-            bars |= {
-                "default_rewritten_text": Bar(
-                    "loss off the original's, %", 1.0, rewritten_text, _difference(_off(_percent), rewritten), (recipe,)
-                ),
-                "default_rewritten_intents": Bar(
-                    "loss off, nats a label", 0.004, rewritten_intents, _difference(_off(_nats), rewritten), (recipe,)
-                ),
-                "default_rewritten_points": Bar(
-                    "accuracy off, points", 1.0, rewritten_intents, _difference(_off(_points), rewritten), (recipe,)
-                ),
-            }
-        else:
-            bars[f"{recipe}_rewritten"] = Bar(
-                "loss off the original's, %", 2.0, REWRITTEN, _difference(_off(_percent), rewritten), (recipe,)
-            )
+        of_usual, best, of_original, over_base = (
+            partial(found, recipe=recipe) for found in (table.usual, table.best, table.original, table.over_base)
+        )
+        bars[f"{recipe}_over_base"] = Bar("loss over the base model's", 1.0, ORIGINALS, over_base, (recipe, BASE))
+        text, intents = _by_kind(ORIGINALS)
+        for name, what, bar, places, measure in (
+            ("text", "regret, %", share, text, _percent),
+            ("intents", "regret, nats a label", nats, intents, _nats),
+            ("points", "regret, points", points, intents, _points),
+        ):
+            value = _difference(measure, of_usual, best)
+            bars[f"{recipe}_regret_{name}"] = Bar(what, bar, places, value, (recipe,))
+        text, intents = _by_kind(REWRITTEN)
+        rows = [
+            ("_text", "loss off the original's, %", 1.0, text, _percent),
+            ("_intents", "loss off, nats a label", 0.004, intents, _nats),
+            ("_points", "accuracy off, points", 1.0, intents, _points),
+        ]
+        if recipe != DEFAULT:
+            rows = [("", "loss off the original's, %", 2.0, REWRITTEN, _percent)]
+        for name, what, bar, places, measure in rows:
+            value = _difference(_off(measure), of_usual, of_original)
+            bars[f"{recipe}_rewritten{name}"] = Bar(what, bar, places, value, (recipe,))
+    what, against = "gain over the base, of LoRA's at its best", (DEFAULT, BASE, BASELINE)
+    bars["default_gain_kept"] = Bar(what, 0.75, ORIGINALS, table.gain_kept, against, least=True)
+    of_fp16 = partial(table.usual, recipe=FP16_FACTORS)
     seeded = tuple((SMOLLM2, name) for name in REWRITTEN_SETS)
-    factors = _against(table, FP16_FACTORS)
-    against_lora, both = (DEFAULT, BASE, BASELINE), (DEFAULT, FP16_FACTORS)
-    kept, what = _gain_kept(table), "gain over the base, of LoRA's at its best"
-    return bars | {
-        "default_gain_kept": Bar(what, 0.75, ORIGINALS, kept, against_lora, least=True),
-        "set_up": Bar("bytes of set-up, A and B in int8 over fp16", 0.62, seeded, _difference(_set_up, factors), both),
-        "int8_factors": Bar(
-            "loss with A and B in int8 above fp16, half-widths of its 95 % interval",
-            1.0,
-            seeded,
-            _difference(_half_widths, factors),
-            both,
-        ),
-    }
+    for name, what, bar, measure in (
+        ("set_up", "bytes of set-up, A and B in int8 over fp16", 0.62, _set_up),
+        ("int8_factors", "loss with A and B in int8 above fp16, half-widths of its 95 % interval", 1.0, _half_widths),
+    ):
+        value = _difference(measure, partial(table.usual, recipe=DEFAULT), of_fp16)
+        bars[name] = Bar(what, bar, seeded, value, (DEFAULT, FP16_FACTORS))
+    return bars
 
 
 def _by_kind(places: Sequence[Where]) -> tuple[tuple[Where, ...], tuple[Where, ...]]:
@@ -179,23 +172,11 @@ def _by_kind(places: Sequence[Where]) -> tuple[tuple[Where, ...], tuple[Where, .
     return text, tuple(where for where in places if where not in text)
 
 
-def _against(table: Table, recipe: str) -> PairOf:
-    return lambda where: (table.usual(where, DEFAULT), table.usual(where, recipe))
-
-
-def _against_best(table: Table, recipe: str) -> PairOf:
-    return lambda where: (table.usual(where, recipe), table.best(where, recipe))
-
-
-def _against_original(table: Table, recipe: str) -> PairOf:
-    return lambda where: (table.usual(where, recipe), table.usual((SMOLLM2, where[1]), recipe))
-
-
-def _difference(measure: Callable[[Result, Result], float], pair_of: PairOf) -> Value:
+def _difference(measure: Measure, find_ours: Find, find_theirs: Find) -> Value:
     """Of two results, with the seeds that both have."""
 
     def value(where: Where) -> float | None:
-        ours, theirs = pair_of(where)
+        ours, theirs = find_ours(where), find_theirs(where)
         if ours is None or theirs is None or not (seeds := set(ours.seeds) & set(theirs.seeds)):
             return None
         return measure(ours.of_seeds(tuple(seeds)), theirs.of_seeds(tuple(seeds)))
@@ -215,7 +196,7 @@ def _points(ours: Result, theirs: Result) -> float:
     return 100 * (theirs.accuracy - ours.accuracy)
 
 
-def _off(measure: Callable[[Result, Result], float]) -> Callable[[Result, Result], float]:
+def _off(measure: Measure) -> Measure:
     """In either direction."""
     return lambda ours, theirs: abs(measure(ours, theirs))
 
@@ -229,28 +210,6 @@ def _half_widths(ours: Result, theirs: Result) -> float:
     if found is None:
         return math.nan
     return 0.0 if found.mean <= 0 else found.mean / found.half_width if found.half_width else math.inf
-
-
-def _over_base(table: Table, recipe: str) -> Value:
-    """The loss over the base model's; infinite where a run diverged."""
-
-    def value(where: Where) -> float | None:
-        base, ours = table.usual(where, BASE), table.usual(where, recipe)
-        if base is None or table.diverged(where, recipe):
-            return None if base is None else math.inf
-        return None if ours is None else ours.loss / base.loss
-
-    return value
-
-
-def _gain_kept(table: Table) -> Value:
-    def value(where: Where) -> float | None:
-        base, ours, theirs = table.usual(where, BASE), table.usual(where, DEFAULT), table.best(where, BASELINE)
-        if base is None or ours is None or theirs is None or theirs.loss >= base.loss:
-            return None
-        return (base.loss - ours.loss) / (base.loss - theirs.loss)
-
-    return value
 
 
 # -- the page --------------------------------------------------------------------------------------------
@@ -306,12 +265,11 @@ def _model_lines(table: Table) -> Iterator[str]:
         "| model | set | base | LoRA without gains, best | default | its best | kept | `--kind lora` | its best "
         "| `--device-blocks N` | its best | seeds |\n" + 12 * "|---" + "|"
     )
-    kept = _gain_kept(table)
     for where in ORIGINALS:
         default = table.usual(where, DEFAULT)
         if default is None:
             continue
-        share = kept(where)
+        share = table.gain_kept(where)
         cells = [*where, _loss(table.usual(where, BASE)), _loss(table.best(where, BASELINE), rate=True)]
         cells += [_loss(default, rate=True), _loss(_like(table.best(where, DEFAULT), default), rate=True)]
         cells.append("" if share is None else f"{share:.0%}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -70,47 +71,35 @@ class Data:
 
 
 def load(name: str, folder: Path, work: Path, tokenizer: EdgeTokenizer) -> Data:
-    """A set as tokens, by way of JSONL files in ``work``."""
-    return load_parts(name, SETS[name].rows(folder), work, tokenizer)
-
-
-def load_parts(name: str, parts: Parts, work: Path, tokenizer: EdgeTokenizer) -> Data:
-    """Rows as tokens, by way of JSONL files in ``work`` that begin with ``name``."""
+    """A set as tokens, by way of JSONL files in ``work`` that begin with ``name``."""
     work.mkdir(parents=True, exist_ok=True)
     found = []
-    for part, rows in zip(PARTS, parts, strict=True):
+    for part, rows in zip(PARTS, SETS[name].rows(folder), strict=True):
         path = work / f"{name}-{part}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         found.append(load_examples(path, tokenizer, max_length=MAX_LENGTH))
     return Data(*found)
 
 
-def banking(first: int, count: int, validation: int) -> Callable[[Path], Parts]:
+def _banking(first: int, count: int, validation: int) -> Callable[[Path], Parts]:
     """``count`` intents of Banking77, from the ``first`` on in an order that is drawn once."""
 
     def rows(folder: Path) -> Parts:
-        tables = {name: _banking_rows(folder / "banking77" / f"{name}.csv") for name in ("train", "test")}
-        intents = sorted({intent for _, intent in tables["train"]})
+        texts = (_text(folder / "banking77" / f"{name}.csv") for name in ("train", "test"))
+        train, test = (list(csv.DictReader(io.StringIO(text, newline=""))) for text in texts)
+        intents = sorted({row["category"] for row in train})
         chosen = set(np.random.default_rng(77).permutation(intents)[first : first + count].tolist())
-        train, test = (
-            [
-                {"prompt": f"Message: {text}\nIntent:", "completion": " " + intent.replace("_", " ")}
-                for text, intent in tables[name]
-                if intent in chosen
+
+        def of_chosen(table: Rows) -> Rows:
+            return [
+                {"prompt": f"Message: {row['text']}\nIntent:", "completion": " " + row["category"].replace("_", " ")}
+                for row in table
+                if row["category"] in chosen
             ]
-            for name in ("train", "test")
-        )
-        return *_hold_out(train, validation), _hold_out(test, len(test))[1]
+
+        return *_hold_out(of_chosen(train), validation), _hold_out(of_chosen(test), len(test))[1]
 
     return rows
-
-
-def _banking_rows(path: Path) -> list[tuple[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [(row["text"], row["category"]) for row in csv.DictReader(file)]
-    except FileNotFoundError:
-        raise _missing(path) from None
 
 
 def _dialogue(lines: int | None) -> Callable[[Path], Parts]:
@@ -118,7 +107,8 @@ def _dialogue(lines: int | None) -> Callable[[Path], Parts]:
 
     def rows(_: Path) -> Parts:
         with tempfile.TemporaryDirectory() as folder:
-            train, test = (_json_lines(path) for path in write_dialogue(Path(folder), 96, seed=0))
+            paths = write_dialogue(Path(folder), 96, seed=0)
+            train, test = ([json.loads(line) for line in _text(path).strip().split("\n")] for path in paths)
         kept, validation = _hold_out(train, 100)
         return kept[:lines], validation, test
 
@@ -137,16 +127,12 @@ def _commonsense(name: str) -> Callable[[Path], Parts]:
 
 
 def _commonsense_rows(path: Path) -> Rows:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _missing(path) from None
-    return [{"prompt": row["instruction"] + "\n", "completion": row["output"]} for row in found]
+    return [{"prompt": row["instruction"] + "\n", "completion": row["output"]} for row in json.loads(_text(path))]
 
 
 def _messages(folder: Path) -> Parts:
     """Ten other intents of Banking77 the other way round: nearly all tokens are the answer's."""
-    train, validation, test = banking(30, 10, 160)(folder)
+    train, validation, test = _banking(30, 10, 160)(folder)
     return _turned(train), _turned(validation), _turned(test)
 
 
@@ -193,22 +179,22 @@ def _hold_out(rows: Sequence[dict[str, Any]], count: int) -> tuple[Rows, Rows]:
     return shuffled[count:], shuffled[:count]
 
 
-def _json_lines(path: Path) -> Rows:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def _missing(path: Path) -> SystemExit:
-    return SystemExit(f"error: {path} is not there; give the folder that holds banking77/ and commonsense/ as --data")
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        raise SystemExit(
+            f"error: {path} is not there; give the folder that holds banking77/ and commonsense/ as --data"
+        ) from None
 
 
 SETS: Final[dict[str, BenchmarkSet]] = {
     "chat60": BenchmarkSet("60 chat lines, 40 steps", _dialogue(60), 40, unit="answers", loss_bar=0.025, relative=True),
-    "b10": BenchmarkSet("Banking77, 10 intents, one epoch", banking(0, 10, 160)),
+    "b10": BenchmarkSet("Banking77, 10 intents, one epoch", _banking(0, 10, 160)),
     "dialogue": BenchmarkSet(
         "the demo's dialogue, 120 steps", _dialogue(None), 120, unit="answers", loss_bar=0.025, relative=True
     ),
-    "b20": BenchmarkSet("Banking77, 20 other intents, one epoch", banking(10, 20, 200)),
+    "b20": BenchmarkSet("Banking77, 20 other intents, one epoch", _banking(10, 20, 200)),
     "arc_easy": BenchmarkSet("ARC-Easy, 150 steps", _commonsense("arc_easy"), 150, unit="questions"),
     "boolq": BenchmarkSet("BoolQ, 150 steps", _commonsense("boolq"), 150, unit="questions"),
     "documents": BenchmarkSet("pages of documentation, 40 steps", _documents, 40, unit="pieces", relative=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -89,65 +89,41 @@ class Recipe:
 def _bottleneck(rank: int, adapt: str, wire: str) -> dict[str, Any]:
     """One core a group, in eight blocks spread evenly over the upper half, the last one included."""
     return {
-        "kind": "bottleneck",
-        "basis": "data",
-        "rank": rank,
-        "lora_alpha": float(rank),
-        "target_modules": ("all-linear",),
-        "blocks": (15, 17, 19, 21, 23, 25, 27, 29),
-        "adapt": adapt,
+        "kind": "bottleneck", "basis": "data", "rank": rank, "lora_alpha": float(rank),
+        "target_modules": ("all-linear",), "blocks": (15, 17, 19, 21, 23, 25, 27, 29), "adapt": adapt,
         "wire_dtype": wire,
-    }
+    }  # fmt: skip
 
 
-def _former_recipe(title: str, adapter: dict[str, Any], bars: tuple[str, ...]) -> Recipe:
-    """With the command's optimizer, without gains; run where bars rest on it."""
-    return Recipe(title, adapter, default_lr=8e-3, weight_decay=1.0, bars=bars, sets=bars, gains=False)
+def _former(title: str, adapter: dict[str, Any], *bars: str, sets: tuple[str, ...] = ()) -> Recipe:
+    """With the command's optimizer, run before there were gains; what it is compared for is not the rate."""
+    title = f"{title}, without gains"
+    return Recipe(title, adapter, default_lr=8e-3, weight_decay=1.0, bars=bars, sets=sets or bars, gains=False)
 
 
-def _kill_revive_recipe(title: str, kill_revive: dict[str, Any]) -> Recipe:
+def _some(title: str, kill_revive: dict[str, Any]) -> Recipe:
     """LoRA as the baseline's, in some blocks at a time."""
     return Recipe(title, {"rank": 8}, kill_revive, gains=False)
-
-
-def _static(*blocks: int) -> dict[str, Any]:
-    return {"score": "static", "static": blocks}
 
 
 RECIPES: Final[dict[str, Recipe]] = {
     BASELINE: Recipe("all active, lora r 8 on q, v", {"rank": 8}, bars=BARRED_SETS, gains=False),
     DEFAULT: Recipe(
-        "bottleneck r 96, answer, int8 (the default)",
-        _bottleneck(96, "answer", "int8"),
-        default_lr=8e-3,
-        weight_decay=1.0,
-        bars=BARRED_SETS,
-        has_grid=False,  # of some sets and models, ``defaults.py`` has one
+        "bottleneck r 96, answer, int8 (the default)", _bottleneck(96, "answer", "int8"), default_lr=8e-3,
+        weight_decay=1.0, bars=BARRED_SETS, has_grid=False,  # of some sets and models, ``defaults.py`` has one
     ),
-    # ---- Run before there were gains; what they are compared for is not the rate.
-    SECOND: _former_recipe(
-        "bottleneck r 192, answer, int8 (the second), without gains",
-        _bottleneck(192, "answer", "int8"),
-        bars=("dialogue",),
-    ),
-    FP16_ALL: _former_recipe(
-        "bottleneck r 64, all positions, fp16, without gains",
-        _bottleneck(64, "all", "fp16"),
-        bars=(*INTENTS, "dialogue"),
-    ),
-    FORMER: replace(
-        _former_recipe("bottleneck r 96, answer, int8, without gains", _bottleneck(96, "answer", "int8"), BARRED_SETS),
-        bars=(*BARRED_SETS, LONG_SET),
+    SECOND: _former("bottleneck r 192, answer, int8 (the second)", _bottleneck(192, "answer", "int8"), "dialogue"),
+    FP16_ALL: _former("bottleneck r 64, all positions, fp16", _bottleneck(64, "all", "fp16"), *INTENTS, "dialogue"),
+    FORMER: _former(
+        "bottleneck r 96, answer, int8", _bottleneck(96, "answer", "int8"), *BARRED_SETS, LONG_SET,
         sets=(*BARRED_SETS, *OTHER_SETS, LONG_SET),
     ),
-    FP32_WIRE: _former_recipe(
-        "bottleneck r 96, answer, fp32, without gains", _bottleneck(96, "answer", "fp32"), bars=(LONG_SET,)
-    ),
-    # ---- Kill and Revive at 1/8, its baselines with as much traffic, and as little as can be trained.
-    "random-1/8": _kill_revive_recipe("random, 1/8 active", {"active_fraction": 0.125, "score": "random"}),
-    "static-1/8": _kill_revive_recipe("static: blocks 17, 21, 25, 29", _static(17, 21, 25, 29)),
-    "one-block": _kill_revive_recipe("one block: 22", _static(22)),
-}
+    FP32_WIRE: _former("bottleneck r 96, answer, fp32", _bottleneck(96, "answer", "fp32"), LONG_SET),
+    # Kill and Revive at 1/8, its baselines with as much traffic, and as little as can be trained.
+    "random-1/8": _some("random, 1/8 active", {"active_fraction": 0.125, "score": "random"}),
+    "static-1/8": _some("static: blocks 17, 21, 25, 29", {"score": "static", "static": (17, 21, 25, 29)}),
+    "one-block": _some("one block: 22", {"score": "static", "static": (22,)}),
+}  # fmt: skip
 
 
 def order() -> Iterator[tuple[str, str]]:
@@ -174,15 +150,14 @@ def train_config(
 
     ``optimizer``: fields of that section; ``invocation``: of the data, where the recipe acts on answers.
     """
-    adapter = {"wire_dtype": "fp16", **recipe.adapter}
-    adapter.pop("adapt", None)
-    names = {"lora_alpha": "alpha"}
-    given = {names.get(name, name): _as_text(value) for name, value in adapter.items()}
     kill_revive = dict(recipe.kill_revive)
-    given |= {"static_units": _as_text(kill_revive.pop("static"))} if "static" in kill_revive else {}
-    given |= {"kr_score": kill_revive.pop("score", "static"), **kill_revive}
+    given = {"kind": "lora", "wire_dtype": "fp16", **recipe.adapter, "kr_score": kill_revive.pop("score", "static")}
+    given.pop("adapt", None)
+    for name, named in (("lora_alpha", "alpha"), ("static", "static_units")):
+        value = given.pop(name, kill_revive.pop(name, None))
+        given |= {named: value} if value is not None else {}
     settings = Settings.of(
-        **{"kind": "lora", **given},
+        **{name: _as_text(value) for name, value in (given | kill_revive).items()},
         **optimizer,
         server="ws://a-server",
         device_blocks=str(recipe.device_blocks),

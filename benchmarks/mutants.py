@@ -27,10 +27,10 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final
@@ -38,6 +38,7 @@ from xml.etree import ElementTree
 
 import cosmic_ray.plugins
 import coverage
+from children import log
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
@@ -91,35 +92,29 @@ def main() -> None:
     here = _git("rev-parse", "--short", options.commit)
     copies = [Copy(here, number) for number in range(options.processes)]
     covering = Covering(copies[0])
-    mutants = sample(copies[0].path, options.count, options.seed, _changed(here, options.earlier))
+    changed = _git("diff", "--name-only", here, options.earlier).splitlines() if options.earlier else []
+    mutants = sample(copies[0].path, options.count, options.seed, set(changed))
     results = list(run(mutants, copies, covering.chosen, "now"))
     seconds = sum(result.seconds for result in results)
     found = {"commit": here, "seed": options.seed, "date": time.strftime("%Y-%m-%d"), **summary(results)}
     if options.earlier:
-        earlier = _git("rev-parse", "--short", options.earlier)
-        now = copies[0].cases()
+        earlier, now = _git("rev-parse", "--short", options.earlier), copies[0].cases()
         copies = [Copy(earlier, number) for number in range(options.processes)]
         lost = [case for case, source in copies[0].cases().items() if now.get(case) != source]
         there = set(map(_function_of, now))
-        _say(f"{len(lost)} cases of {earlier} are gone or changed")
+        log(f"{len(lost)} cases of {earlier} are gone or changed")
 
         def cases(mutant: Mutant) -> tuple[list[str], int]:
             reach_it = covering.functions(mutant)
             tests = [case for case in lost if _function_of(case) in reach_it or _function_of(case) not in there]
             return tests, len(tests)
 
-        survivors = [result.mutant for result in results if result.killed_by is None]
-        again = list(run(survivors, copies, cases, "earlier"))
+        again = list(run([result.mutant for result in results if result.killed_by is None], copies, cases, "earlier"))
         seconds += sum(result.seconds for result in again)
         killed = _told(each for each in again if each.killed_by)
         stopped = sum(each.killed_by is None and each.seconds >= MOST_S for each in again)
-        found["earlier"] = {
-            "commit": earlier,
-            "met": len(again),
-            "stopped_before_all_ran": stopped,
-            "killed": killed,
-            "holds": not killed,
-        }
+        of_earlier = {"commit": earlier, "met": len(again), "stopped_before_all_ran": stopped}
+        found["earlier"] = {**of_earlier, "killed": killed, "holds": not killed}
     print(json.dumps(found | {"minutes": round(seconds / 60 / options.processes)}, indent=1))
 
 
@@ -176,7 +171,7 @@ class Covering:
         self._copy = copy
         data, times = copy.path / ".coverage", copy.log / "times.xml"
         if not times.exists():
-            _say("measuring which tests run which lines; this takes twice as long as the tests")
+            log("measuring which tests run which lines; this takes twice as long as the tests")
             measured = ("--cov", "--cov-context=test", "--cov-report=", f"--junitxml={times}")
             done = copy.pytest("-n", "3", "--dist", "loadfile", *measured)
             if not data.exists():
@@ -188,9 +183,8 @@ class Covering:
     def _tests(self, mutant: Mutant) -> list[str]:
         """Of each function one, the quickest first; then the others."""
         contexts = self._data.contexts_by_lineno(str(self._copy.path / mutant.path))
-        named = {
-            _test_of(context) for line in range(mutant.first, mutant.last + 1) for context in contexts.get(line, ())
-        }
+        lines = range(mutant.first, mutant.last + 1)
+        named = {_test_of(context) for line in lines for context in contexts.get(line, ())}
         if not named & set(self._seconds):  # it is run when the file is imported
             named = {_test_of(context) for line in contexts.values() for context in line}
         # A file without functions may be of use to any of them.
@@ -201,7 +195,7 @@ class Covering:
         return [*(test for test in tests if test in ahead), *(test for test in tests if test not in ahead)]
 
     def functions(self, mutant: Mutant) -> set[str]:
-        """The functions of tests that run it."""
+        """Of tests that run it."""
         return set(map(_function_of, self._tests(mutant)))
 
     def chosen(self, mutant: Mutant) -> tuple[list[str], int]:
@@ -214,23 +208,15 @@ class Covering:
         return chosen, len(tests)
 
 
-def sample(root: Path, count: int, seed: int, changed: Iterable[str]) -> list[Mutant]:
+def sample(root: Path, count: int, seed: int, changed: Collection[str]) -> list[Mutant]:
     """So many mutants of files that are not among ``changed``; of each room about as many as it has places."""
-    paths = [
-        str(path.relative_to(root))
-        for room in ROOMS
-        for path in sorted((root / room).rglob("*.py"))
-        if str(path.relative_to(root)) not in set(changed)
-    ]
+    files = (path for room in ROOMS for path in sorted((root / room).rglob("*.py")))
+    paths = [name for name in (str(path.relative_to(root)) for path in files) if name not in changed]
     places = [mutant for path in paths for mutant in mutants_of(root, path)]
     random.Random(seed).shuffle(places)
-    found: list[Mutant] = []
-    for mutant in places:
-        if len(found) == count:
-            break
-        if mutant.of((root / mutant.path).read_text()) is not None:
-            found.append(mutant)
-    _say(f"{len(found)} of {len(places)} mutants in {len(paths)} files")
+    changing = (mutant for mutant in places if mutant.of((root / mutant.path).read_text()) is not None)
+    found = list(islice(changing, count))
+    log(f"{len(found)} of {len(places)} mutants in {len(paths)} files")
     return found
 
 
@@ -251,9 +237,10 @@ def mutants_of(root: Path, path: str) -> Iterator[Mutant]:
 
 def run(mutants: list[Mutant], copies: list[Copy], tests_of: Any, name: str) -> Iterator[Result]:
     """Each result, in order; those that are known from before are not run again."""
-    log = copies[0].log / f"{name}.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    known = {result.mutant: result for row in rows for result in [Result(**{**row, "mutant": Mutant(**row["mutant"])})]}
+    file = copies[0].log / f"{name}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    results = [Result(**{**row, "mutant": Mutant(**row["mutant"])}) for row in rows]
+    known = {result.mutant: result for result in results}
     idle: SimpleQueue[Copy] = SimpleQueue()
     for copy in copies:
         idle.put(copy)
@@ -266,9 +253,9 @@ def run(mutants: list[Mutant], copies: list[Copy], tests_of: Any, name: str) -> 
             result = try_mutant(mutant, copy, tests, covering)
         finally:
             idle.put(copy)
-        with log.open("a") as file:
-            file.write(json.dumps(asdict(result)) + "\n")
-        _say(f"{mutant.path}:{mutant.first} {mutant.operator.partition('/')[2]}: {result.killed_by or 'survived'}")
+        with file.open("a") as lines:
+            lines.write(json.dumps(asdict(result)) + "\n")
+        log(f"{mutant.path}:{mutant.first} {mutant.operator.partition('/')[2]}: {result.killed_by or 'survived'}")
         return result
 
     with ThreadPoolExecutor(len(copies)) as pool:
@@ -313,14 +300,13 @@ def _first_failure(copy: Copy, tests: Sequence[str]) -> str | None:
 
 def summary(results: list[Result]) -> dict[str, Any]:
     """How many of each room were killed, and which were not."""
-    rooms = Counter(_room(result.mutant.path) for result in results)
-    killed = [result for result in results if result.killed_by is not None]
-    of_room = Counter(_room(result.mutant.path) for result in killed)
+    rooms = {room: [each for each in results if each.mutant.path.startswith(f"{room}/")] for room in sorted(ROOMS)}
+    killed = {room: sum(each.killed_by is not None for each in some) for room, some in rooms.items()}
     return {
         "mutants": len(results),
-        "killed": len(killed),
-        "rooms": {room: {"mutants": count, "killed": of_room[room]} for room, count in sorted(rooms.items())},
-        "survived": _told(result for result in results if result.killed_by is None),
+        "killed": sum(killed.values()),
+        "rooms": {room: {"mutants": len(some), "killed": killed[room]} for room, some in rooms.items() if some},
+        "survived": _told(each for each in results if each.killed_by is None),
     }
 
 
@@ -334,10 +320,6 @@ def _told(results: Iterable[Result]) -> list[dict[str, Any]]:
         }
         for each in results
     ]
-
-
-def _room(path: str) -> str:
-    return next(room for room in ROOMS if path.startswith(f"{room}/"))
 
 
 def _annotation_places(tree: ast.AST) -> Iterator[tuple[int, int]]:
@@ -371,11 +353,6 @@ def _times(path: Path, root: Path) -> Iterator[tuple[str, float]]:
         yield f"{file}.py::{inner}", float(case.get("time", "0"))
 
 
-def _changed(commit: str, other: str | None) -> list[str]:
-    """Files that are not the same in both."""
-    return _git("diff", "--name-only", commit, other).splitlines() if other else []
-
-
 def _is_python(source: str) -> bool:
     try:
         ast.parse(source)
@@ -389,10 +366,6 @@ def _git(*arguments: str) -> str:
     if done.returncode:
         raise SystemExit(f"error: git {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout.strip()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -49,53 +49,30 @@ STEPS, BATCH, LENGTH = 450, 8, 256
 PEAK_LR, WARMUP = 2e-3, 40
 HELD_OUT: Final = 64  # texts of LENGTH tokens
 
-_LLAMA_LIKE: Final = {
-    "vocab_size": VOCAB,
-    "hidden_size": WIDTH,
-    "intermediate_size": 3 * WIDTH,
-    "num_hidden_layers": BLOCKS,
-    "num_attention_heads": HEADS,
-    "max_position_embeddings": 2 * LENGTH,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
-def _gpt2() -> torch.nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=WIDTH,
-            n_layer=BLOCKS,
-            n_head=HEADS,
-            n_positions=2 * LENGTH,
-            bos_token_id=0,
-            eos_token_id=0,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    )
-
-
-def _gemma3() -> torch.nn.Module:
-    config = {**_LLAMA_LIKE, "num_key_value_heads": 1, "head_dim": 64, "query_pre_attn_scalar": 64}
-    return Gemma3ForCausalLM(Gemma3TextConfig(**config, sliding_window=LENGTH, pad_token_id=0))
-
-
-def _gpt_neox() -> torch.nn.Module:
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**_LLAMA_LIKE, "intermediate_size": 4 * WIDTH}))
-
-
-def _qwen2() -> torch.nn.Module:
-    return Qwen2ForCausalLM(Qwen2Config(**_LLAMA_LIKE, num_key_value_heads=2, tie_word_embeddings=True))
-
+_LLAMA_LIKE: Final[dict[str, Any]] = {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": BLOCKS,
+    "num_attention_heads": HEADS, "max_position_embeddings": 2 * LENGTH, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+_GPT2: Final[dict[str, Any]] = {
+    "vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": BLOCKS, "n_head": HEADS, "n_positions": 2 * LENGTH,
+    "bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
+_GEMMA3: Final[dict[str, Any]] = {
+    **_LLAMA_LIKE, "num_key_value_heads": 1, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": LENGTH,
+    "pad_token_id": 0,
+}  # fmt: skip
 
 FAMILIES: Final[dict[str, Callable[[], torch.nn.Module]]] = {
-    "gpt2": _gpt2,  # learned positions, Conv1D, biases
-    "gemma3": _gemma3,  # norms of 1 + w, scaled embeddings, norms behind attention and MLP
-    "gpt_neox": _gpt_neox,  # attention and MLP side by side, a head of its own
-    "qwen2": _qwen2,  # biases of q, k and v, a tied head
+    # Learned positions, Conv1D, biases.
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
+    # Norms of 1 + w, scaled embeddings, norms behind attention and MLP.
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_GEMMA3)),
+    # Attention and MLP side by side, a head of its own.
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**{**_LLAMA_LIKE, "intermediate_size": 4 * WIDTH})),
+    # Biases of q, k and v, a tied head.
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**_LLAMA_LIKE, num_key_value_heads=2, tie_word_embeddings=True)
+    ),
 }
 
 

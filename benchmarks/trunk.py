@@ -138,7 +138,7 @@ def _traffic(url: str, options: argparse.Namespace) -> dict[str, Any]:
         total = summary["set_up_bytes_up"] + summary["set_up_bytes_down"]
         found[dtype] = {
             "bytes": total,
-            "bytes_after_the_cache_is_full": summary["bytes_up"] + summary["bytes_down"],
+            "bytes_after_the_cache_is_full": summary["bytes_up"] + summary["bytes_down"] - total,
             "bytes_per_token": total / summary["tokens"],
             "round_trips_per_step": summary["round_trips"] / summary["steps"],
             "tokens": summary["tokens"],
