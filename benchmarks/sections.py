@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 TRUNK: Final = "Blocks on the device"
-"""What ``trunk_quality.py`` writes into the page of ``economy.py``, which keeps it."""
+"""Of an experiment that is finished, on the page of ``economy.py``, which keeps it."""
 DEFAULTS: Final = "Without a rate, on other models"
-"""Likewise of ``defaults.py``."""
+"""What ``defaults.py`` writes into it."""
 
 
 def section_of(page: str, title: str) -> str:

@@ -19,8 +19,8 @@ from dlora.protocol.manifest import load_manifest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from defaults import is_wanted
-from defaults_places import BASE, FP16_FACTORS, GRID, LORA, SMOLLM2, TRUNK, WAYS, places, recipes_of
-from defaults_report import ORIGINALS, REWRITTEN, Table, make_bars, write_report
+from defaults_places import BASE, FACTORS, FP16_FACTORS, GRID, LORA, SMOLLM2, TRUNK, WAYS, all_places, recipes_of
+from defaults_report import Table, make_bars, write_report
 from economy_recipes import BASELINE, DEFAULT, FORMER, RECIPES
 from economy_runs import Run, Settings
 from small_models import FAMILIES
@@ -29,17 +29,8 @@ GPT2 = ("gpt2", "b10")
 
 
 def settings(where: tuple[str, str], recipe: str, lr: float | None, seed: int = 0) -> Settings:
-    return Settings(
-        set=where[1],
-        recipe=recipe,
-        seed=seed,
-        lr=lr,
-        adapter={},
-        kill_revive={},
-        steps=None,
-        model=where[0],
-        dtype="float32",
-    )
+    of_recipe: dict[str, Any] = {"adapter": {}, "kill_revive": {}, "steps": None, "dtype": "float32"}
+    return Settings(set=where[1], recipe=recipe, seed=seed, lr=lr, model=where[0], **of_recipe)
 
 
 def runs_of(where: tuple[str, str], recipe: str, losses: dict[float | None, float], **more: Any) -> dict[str, Run]:
@@ -74,12 +65,10 @@ def test_a_model_that_is_written_otherwise_is_the_same_function_to_the_bit(way: 
     )
 
 
-def test_every_model_has_a_name_and_the_sets_that_the_bars_ask_for(tmp_path: Path) -> None:
-    found = places(tmp_path)
-    assert list(found) == list(dict([*ORIGINALS, *REWRITTEN]))
-    assert {(name, each) for name, place in found.items() for each in place.sets} == {*ORIGINALS, *REWRITTEN}
-    assert [place.device_blocks for place in found.values()] == [12, *[3] * len(FAMILIES), *[12] * 8]
-    assert list(tmp_path.iterdir()) == []
+def test_every_model_has_a_name_and_blocks_on_the_device() -> None:
+    found = {place.model: place.device_blocks for place in all_places()}
+    assert list(found) == [SMOLLM2, *FAMILIES, *(f"{SMOLLM2}-{way}-{factor:g}" for way in WAYS for factor in FACTORS)]
+    assert list(found.values()) == [12, *[3] * len(FAMILIES), *[12] * 8]
 
 
 @pytest.mark.parametrize(
@@ -93,10 +82,10 @@ def test_only_names_as_much_of_a_run_as_one_likes(patterns: tuple[str, ...], wan
 
 
 @pytest.mark.slow
-def test_recipes_are_the_commands_for_the_bundle(tmp_path: Path) -> None:
+def test_recipes_are_the_commands_for_the_bundle() -> None:
     bundle = Path(__file__).parents[1] / "build" / "smollm2"
     assert (bundle / "manifest.json").exists(), f"no bundle in {bundle}; run: make test-slow"
-    recipes = recipes_of(places(tmp_path)[SMOLLM2], load_manifest(bundle))
+    recipes = recipes_of(all_places()[0], load_manifest(bundle))
     assert recipes[DEFAULT].adapter == RECIPES[DEFAULT].adapter
     assert recipes[BASELINE].adapter == RECIPES[BASELINE].adapter
 
@@ -114,12 +103,9 @@ def test_the_best_rate_has_both_its_neighbours_tried() -> None:
     assert best is not None
     assert usual is not None
     assert (best.lr, usual.lr, usual.loss) == (2 * LR, None, 0.7)
-
-
-def test_what_finds_no_rate_has_the_one_of_its_time() -> None:
+    # What finds no rate has the one of its time.
     where = (SMOLLM2, "chat60")
-    found = runs_of(where, FORMER, {LR: 0.5, LR / 4: 0.4}) | runs_of(where, BASE, {1e-3: 2.0})
-    table = Table(found)
+    table = Table(runs_of(where, FORMER, {LR: 0.5, LR / 4: 0.4}) | runs_of(where, BASE, {1e-3: 2.0}))
     assert [table.usual(where, name).lr for name in (FORMER, BASE)] == [LR / 4, 1e-3]  # type: ignore[union-attr]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,19 +22,7 @@ from dlora.protocol.manifest import load_manifest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from economy_data import SETS
 from economy_plot import Axis, Series, plot
-from economy_recipes import (
-    BASELINE,
-    DEFAULT,
-    FORMER,
-    FP16_ALL,
-    FP32_WIRE,
-    GRID,
-    LONG_SET,
-    RECIPES,
-    SECOND,
-    order,
-    train_config,
-)
+from economy_recipes import BASELINE, DEFAULT, FORMER, FP16_ALL, GRID, LONG_SET, RECIPES, SECOND, order, train_config
 from economy_report import write_report
 from economy_results import BARS, Rate, Result, accuracy_difference, find_result, loss_difference, measure_bars
 from economy_runs import Plan, Rows, Run, RunsFile, Score, Settings, best_rate, next_rate
@@ -46,10 +34,19 @@ def kept(runs: Sequence[Run]) -> dict[str, Run]:
     return {run.digest: run for run in runs}
 
 
-def all_runs(made: Callable[[str, str, Settings], Run]) -> dict[str, Run]:
+def made(set_name: str, recipe: str, settings: Settings) -> Run:
+    """Rates have their best at 4e-3, which is also what is found; the new kinds are a little worse, and save a lot."""
+    far = abs(math.log2((settings.lr or 4e-3) / 4e-3))
+    loss = 0.5 + 0.1 * far + (0.0 if recipe == BASELINE else 0.01)
+    return finished_run(settings, loss, bytes_per_token=160_000 if recipe == BASELINE else 3_200)
+
+
+def all_runs(
+    made: Callable[[str, str, Settings], Run] = made, pairs: Iterable[tuple[str, str]] | None = None
+) -> dict[str, Run]:
     """Every run of every recipe on every set, as a benchmark that goes on to the end makes them."""
     found: dict[str, Run] = {}
-    for set_name, recipe in order():
+    for set_name, recipe in order() if pairs is None else pairs:
         while (settings := PLAN.next(found, set_name, recipe)) is not None:
             run = made(set_name, recipe, settings)
             assert run.digest not in found
@@ -57,15 +54,16 @@ def all_runs(made: Callable[[str, str, Settings], Run]) -> dict[str, Run]:
     return found
 
 
+def baseline_run(lr: float = 1e-3, seed: int = 0) -> Run:
+    return made("b10", BASELINE, PLAN.settings("b10", BASELINE, lr, seed))
+
+
 def finder(found: dict[str, Run]) -> Callable[[str, str, Rate], Result | None]:
     return lambda set_name, recipe, rate: find_result(found, PLAN, set_name, recipe, rate)
 
 
-def made(set_name: str, recipe: str, settings: Settings) -> Run:
-    """Rates have their best at 4e-3, which is also what is found; the new kinds are a little worse, and save a lot."""
-    far = abs(math.log2((settings.lr or 4e-3) / 4e-3))
-    loss = 0.5 + 0.1 * far + (0.0 if recipe == BASELINE else 0.01)
-    return finished_run(settings, loss, bytes_per_token=160_000 if recipe == BASELINE else 3_200)
+def bars_of(found: dict[str, Run]) -> dict[str, dict[str, Any]]:
+    return measure_bars(finder(found))
 
 
 # -- recipes ---------------------------------------------------------------------------------------------
@@ -93,12 +91,10 @@ def test_what_a_user_gets_who_says_nothing_is_the_commands() -> None:
     assert (default.default_lr, default.weight_decay) == (of_kind.lr, of_kind.weight_decay)
     assert default.adapter["rank"] == of_kind.r
     assert default.usual_lr("b10") is default.usual_lr("chat60") is None  # found
-
-
-@pytest.mark.parametrize(("set_name", "halvings"), [("b10", 0), ("dialogue", 1), ("chat60", 2)])
-def test_recipes_without_gains_have_the_rate_of_their_time(set_name: str, halvings: int) -> None:
-    assert RECIPES[FORMER].usual_lr(set_name) == RECIPES[FORMER].default_lr / 2**halvings
-    assert RECIPES[BASELINE].usual_lr(set_name) == RECIPES[BASELINE].default_lr
+    # Recipes without gains have the rate of their time.
+    former, lora = RECIPES[FORMER], RECIPES[BASELINE]
+    assert [former.default_lr / former.usual_lr(name) for name in ("b10", "dialogue", "chat60")] == [1, 2, 4]
+    assert lora.usual_lr("b10") == lora.usual_lr("chat60") == lora.default_lr
 
 
 def test_every_recipe_is_run_on_all_its_sets_and_what_bars_rest_on_first() -> None:
@@ -107,9 +103,6 @@ def test_every_recipe_is_run_on_all_its_sets_and_what_bars_rest_on_first() -> No
     barred = [name in RECIPES[recipe].bars for name, recipe in pairs]
     assert barred == sorted(barred, reverse=True)
     assert pairs[0] == ("chat60", BASELINE)
-
-
-def test_seeds_are_three_where_a_bar_stands_and_one_elsewhere() -> None:
     assert RECIPES[DEFAULT].seeds("b10") == (0, 1, 2)
     assert RECIPES[DEFAULT].seeds("boolq") == RECIPES["random-1/8"].seeds("b10") == (0,)
 
@@ -127,12 +120,9 @@ def test_rates_go_outward_while_that_gains_something(best: float, tries: int) ->
     assert len(tried) == tries
 
 
-def test_rates_begin_at_the_nearest_of_the_grid() -> None:
+def test_rates_begin_at_the_nearest_of_the_grid_and_one_that_diverges_is_the_worst() -> None:
     assert next_rate({}, 5e-3) == 4e-3
     assert next_rate({}, 1.0) == GRID[-1]
-
-
-def test_a_run_that_diverges_is_the_worst() -> None:
     tried: dict[float, float] = {}
     while (rate := next_rate(tried, 4e-3)) is not None:
         tried[rate] = math.inf if rate > 1e-3 else 1.0
@@ -143,28 +133,25 @@ def test_a_run_that_diverges_is_the_worst() -> None:
 # -- runs ------------------------------------------------------------------------------------------------
 
 
-def run_to_the_end(set_name: str, recipe: str) -> tuple[dict[str, Run], list[tuple[float | None, int]]]:
+def asked_for(set_name: str, recipe: str) -> tuple[dict[str, Run], list[tuple[float | None, int]]]:
     """All runs of a recipe on a set, and the rates and seeds that were asked for, in order."""
-    found: dict[str, Run] = {}
-    asked = []
-    while (settings := PLAN.next(found, set_name, recipe)) is not None:
-        asked.append((settings.lr, settings.seed))
-        found |= kept([made(set_name, recipe, settings)])
-    return found, asked
+    found = all_runs(pairs=[(set_name, recipe)])
+    return found, [(run.settings.lr, run.settings.seed) for run in found.values()]
 
 
 def test_a_recipe_chooses_its_rate_and_then_has_every_seed_with_it_and_with_its_default() -> None:
-    found, asked = run_to_the_end("b10", BASELINE)
+    found, asked = asked_for("b10", BASELINE)
     assert asked[:4] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0)]
     assert asked[4:] == [(4e-3, 1), (4e-3, 2), (1e-3, 1), (1e-3, 2)]
     assert PLAN.chosen_lr(found, "b10", BASELINE) == 4e-3
+    # A set with a rate of its own has no grid.
+    assert asked_for(LONG_SET, FORMER)[1] == [(SETS[LONG_SET].fixed_lr, seed) for seed in (0, 1, 2)]
 
 
 def test_a_recipe_without_a_grid_is_the_same_runs_at_both_rates() -> None:
-    found, asked = run_to_the_end("b10", DEFAULT)
+    found, asked = asked_for("b10", DEFAULT)
     assert asked == [(None, 0), (None, 1), (None, 2)]
-    rates: tuple[Rate, ...] = ("chosen", "default")
-    chosen, usual = (find_result(found, PLAN, "b10", DEFAULT, rate) for rate in rates)
+    chosen, usual = finder(found)("b10", DEFAULT, "chosen"), finder(found)("b10", DEFAULT, "default")
     assert chosen is not None
     assert chosen == usual
 
@@ -177,57 +164,25 @@ def test_the_test_rows_choose_nothing() -> None:
     assert PLAN.chosen_lr(kept(runs), "b10", BASELINE) == 1e-3
 
 
-def test_a_set_with_a_rate_of_its_own_has_no_grid() -> None:
-    _, asked = run_to_the_end(LONG_SET, FP32_WIRE)
-    assert asked == [(SETS[LONG_SET].fixed_lr, seed) for seed in (0, 1, 2)]
-
-
-def test_another_recipe_set_seed_or_rate_is_another_run() -> None:
-    settings = PLAN.settings("b10", BASELINE, 1e-3, 0)
-    changes: list[dict[str, Any]] = [
-        {"recipe": "x"},
-        {"set": "b20"},
-        {"seed": 1},
-        {"lr": 2e-3},
-        {"adapter": {"rank": 9}},
-        {"dtype": "x"},
-    ]
-    others = {msgspec.structs.replace(settings, **change).digest for change in changes}
-    assert len(others | {settings.digest}) == len(changes) + 1
-
-
 def test_the_baseline_is_the_one_whose_runs_are_committed() -> None:
     """These runs took hours. A new field of ``Settings`` has a default that leaves them as they are."""
     settings = Plan("smollm2-135m", "bfloat16").settings("b10", BASELINE, 1e-3, 0)
     assert settings.digest == "44c18781e1da"
 
 
-def test_finished_runs_are_read_again(tmp_path: Path) -> None:
-    path = tmp_path / "docs" / "runs.jsonl"
-    file = RunsFile(path)
-    runs = [made("b10", BASELINE, PLAN.settings("b10", BASELINE, 1e-3, seed)) for seed in (0, 1)]
-    for run in runs:
-        file.append(run)
-    assert RunsFile(path).runs == file.runs == kept(runs)
-    assert PLAN.next(RunsFile(path).runs, "b10", BASELINE) != runs[0].settings
-
-
 @pytest.mark.parametrize("cut", [1, 40])
-def test_a_torn_last_line_is_no_run_and_is_written_over(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "runs.jsonl"
-    runs = [made("b10", BASELINE, PLAN.settings("b10", BASELINE, 1e-3, seed)) for seed in (0, 1, 2)]
+def test_finished_runs_are_read_again_and_a_torn_last_line_is_written_over(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "docs" / "runs.jsonl"
+    runs = [baseline_run(seed=seed) for seed in (0, 1, 2)]
+    file = RunsFile(path)
     for run in runs[:2]:
-        RunsFile(path).append(run)
+        file.append(run)
+    assert RunsFile(path).runs == file.runs == kept(runs[:2])
     path.write_bytes(path.read_bytes()[:-cut])
     file = RunsFile(path)
     assert file.runs == kept(runs[:1])
     file.append(runs[2])
     assert RunsFile(path).runs == kept([runs[0], runs[2]])
-
-
-def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "runs.jsonl"
-    RunsFile(path).append(made("b10", BASELINE, PLAN.settings("b10", BASELINE, 1e-3, 0)))
     path.write_bytes(b"{}\n" + path.read_bytes())
     with pytest.raises(SystemExit, match=r"runs\.jsonl:1 "):
         RunsFile(path)
@@ -240,9 +195,8 @@ def result_of(losses: Sequence[Sequence[float]], right: Sequence[str]) -> Result
     runs = []
     for seed, (each, marks) in enumerate(zip(losses, right, strict=True)):
         rows = Rows(losses=[round(1000 * loss) for loss in each], labels=[1] * len(each), right=marks)
-        run = made("b10", BASELINE, PLAN.settings("b10", BASELINE, 1e-3, seed))
-        accuracy = marks.count("1") / len(marks)
-        runs.append(msgspec.structs.replace(run, test=Score(loss=float(np.mean(each)), accuracy=accuracy, rows=rows)))
+        score = Score(loss=float(np.mean(each)), accuracy=marks.count("1") / len(marks), rows=rows)
+        runs.append(msgspec.structs.replace(baseline_run(seed=seed), test=score))
     return Result("b10", BASELINE, 1e-3, tuple(runs))
 
 
@@ -280,8 +234,8 @@ def test_only_seeds_that_both_have_are_compared() -> None:
 # -- bars ------------------------------------------------------------------------------------------------
 
 
-def test_every_bar_of_the_list_is_there_once_all_is_run() -> None:
-    bars = measure_bars(finder(all_runs(made)))
+def test_every_bar_of_the_list_is_there_once_all_is_run_and_its_arithmetic() -> None:
+    bars = bars_of(all_runs())
     assert list(bars) == list(BARS) == [
         "b10_loss", "b20_loss", "b10_accuracy", "b20_accuracy", "b10_traffic", "b20_traffic", "dialogue_loss",
         "dialogue_traffic", "second_loss", "second_traffic", "fp16_all_traffic", "chat60_loss", "chat60_traffic",
@@ -290,19 +244,14 @@ def test_every_bar_of_the_list_is_there_once_all_is_run() -> None:
     for name, entry in bars.items():
         assert set(entry) == {"bar", "value", "holds", "command"} | (set() if entry["holds"] else {"reason"}), name
         assert entry["command"].startswith("python benchmarks/economy.py --only ")
-
-
-def test_the_bars_arithmetic() -> None:
-    bars = measure_bars(finder(all_runs(made)))
-    assert bars["b10_loss"]["value"] == pytest.approx(0.01)
-    assert bars["b10_loss"]["holds"]
-    assert bars["b10_accuracy"]["value"] == pytest.approx(0.0)
-    assert bars["b10_traffic"]["value"] == bars["fp16_all_traffic"]["value"] == pytest.approx(98.0)
-    assert bars["chat60_traffic"] == {**bars["chat60_traffic"], "bar": 6.0, "value": 2.0, "holds": True}
-    assert bars["dialogue_loss"]["value"] == pytest.approx(2.0)  # 0.01 of 0.5, in percent
-    assert bars["dialogue_loss"]["holds"]
-    assert not bars["second_loss"]["holds"]
+    values = {name: pytest.approx(value) for name, value in {
+        "b10_loss": 0.01, "b10_accuracy": 0.0, "b10_traffic": 98.0, "fp16_all_traffic": 98.0, "chat60_traffic": 2.0,
+        "dialogue_loss": 2.0, "second_loss": 2.0,  # 0.01 of 0.5, in percent
+    }.items()}  # fmt: skip
+    assert {name: bars[name]["value"] for name in values} == values
+    assert [name for name in values if not bars[name]["holds"]] == ["second_loss"]
     assert bars["second_loss"]["reason"] == "2 where at most 1 is wanted"
+    assert bars["chat60_traffic"]["bar"] == 6.0
     # All rows differ by the same, so that there is no noise.
     assert bars["chat60_loss"] == {**bars["chat60_loss"], "bar": 0.0, "value": 0.01, "holds": False}
 
@@ -313,33 +262,34 @@ def test_int8_is_measured_by_the_last_training_losses() -> None:
         loss = 1.005 if recipe == FORMER else 1.0
         return msgspec.structs.replace(run, train_loss_last=loss + settings.seed)
 
-    entry = measure_bars(finder(all_runs(with_losses)))["int8_loss"]
+    entry = bars_of(all_runs(with_losses))["int8_loss"]
     assert entry["value"] == pytest.approx(100 * 0.005 / 2)
     assert entry["holds"]
 
 
-def test_the_least_saving_of_the_sets_counts_and_only_for_what_is_not_worse() -> None:
-    def one_saves_less(set_name: str, recipe: str, settings: Settings) -> Run:
-        saves_less = (set_name, recipe) == ("b20", FP16_ALL)
-        return finished_run(settings, 0.5, bytes_per_token=32_000) if saves_less else made(set_name, recipe, settings)
+@pytest.mark.parametrize(
+    ("loss", "bytes_per_token", "value", "reason"),
+    [
+        (0.5, 32_000, 80.0, "80 where at least 88 is wanted"),
+        (0.9, 3_200, 98.0, "worse than the baseline on b20"),
+    ],
+)
+def test_the_least_saving_of_the_sets_counts_and_only_for_what_is_not_worse(
+    loss: float, bytes_per_token: float, value: float, reason: str
+) -> None:
+    def one_is_otherwise(set_name: str, recipe: str, settings: Settings) -> Run:
+        if (set_name, recipe) == ("b20", FP16_ALL):
+            return finished_run(settings, loss, bytes_per_token=bytes_per_token)
+        return made(set_name, recipe, settings)
 
-    entry = measure_bars(finder(all_runs(one_saves_less)))["fp16_all_traffic"]
-    assert (entry["value"], entry["holds"]) == (80.0, False)
-
-    def one_is_worse(set_name: str, recipe: str, settings: Settings) -> Run:
-        is_worse = (set_name, recipe) == ("b20", FP16_ALL)
-        return finished_run(settings, 0.9, bytes_per_token=3_200) if is_worse else made(set_name, recipe, settings)
-
-    entry = measure_bars(finder(all_runs(one_is_worse)))["fp16_all_traffic"]
-    assert entry["holds"] is False
-    assert entry["reason"] == "worse than the baseline on b20"
+    entry = bars_of(all_runs(one_is_otherwise))["fp16_all_traffic"]
+    assert (entry["value"], entry["holds"], entry["reason"]) == (value, False, reason)
 
 
 def test_a_bar_whose_runs_are_not_all_there_is_left_out() -> None:
-    found = all_runs(made)
-    last = PLAN.settings("b10", DEFAULT, None, 2)
-    del found[last.digest]
-    bars = measure_bars(finder(found))
+    found = all_runs()
+    del found[PLAN.settings("b10", DEFAULT, None, 2).digest]
+    bars = bars_of(found)
     assert not {"b10_loss", "b10_accuracy", "b10_traffic"} & set(bars)
     assert {"b20_loss", "dialogue_loss"} <= set(bars)
 
@@ -357,7 +307,7 @@ def test_the_report_keeps_other_benchmarks_bars(tmp_path: Path) -> None:
 
 
 def test_the_page_has_every_set_and_says_what_is_missing(tmp_path: Path) -> None:
-    found = all_runs(made)
+    found = all_runs()
     assert write_report(found, PLAN, tmp_path)["missing"] == []
     text = (tmp_path / "benchmarks.md").read_text()
     for name in {name for name, _ in order()}:
@@ -374,11 +324,8 @@ def test_the_page_has_every_set_and_says_what_is_missing(tmp_path: Path) -> None
 
 
 def test_a_diverged_run_is_finished_and_has_no_line(tmp_path: Path) -> None:
-    runs = []
-    for rate in GRID:
-        run = made("b10", BASELINE, PLAN.settings("b10", BASELINE, rate, 0))
-        runs.append(msgspec.structs.replace(run, validation=None, test=None, curve=[], train_loss_last=None))
-    found = kept(runs)
+    nothing = {"validation": None, "test": None, "curve": [], "train_loss_last": None}
+    found = kept([msgspec.structs.replace(baseline_run(rate), **nothing) for rate in GRID])
     assert PLAN.chosen_lr(found, "b10", BASELINE) is None
     assert find_result(found, PLAN, "b10", BASELINE, "default") is None
     write_report(found, PLAN, tmp_path)
@@ -400,10 +347,7 @@ def test_the_plot_is_well_formed_has_both_colour_schemes_and_labels_every_end() 
         assert f"{each.points[-1][1]:.3f}" in texts or f"{each.points[-1][1]:.2f}" in texts
     assert "prefers-color-scheme:dark" in text
     assert any(label.endswith("MB") for label in texts)
-
-
-def test_one_point_makes_a_plot_too() -> None:
-    ElementTree.fromstring(plot("title", [Series("one", ((1e6, 0.5),))], "loss"))
+    ElementTree.fromstring(plot("one point", [Series("one", ((1e6, 0.5),))], "loss"))
 
 
 @pytest.mark.parametrize(

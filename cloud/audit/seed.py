@@ -14,7 +14,7 @@ def audit_seed(seen: Observed, truth: Truth) -> Finding:
     """Whether the run's seed can be guessed: A, and the order of the data, are drawn from it.
 
     A guess can be checked against the number that crosses for the server's draws; of those that a user can choose there
-    are 2^32 (``benchmarks/audit_seeds.py`` tries them).
+    are 2^32.
     """
     if not isinstance(seen.openings[0].purpose, m.Train):
         return nothing_there("seed", "no number that is drawn from a seed crosses")
