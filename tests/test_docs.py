@@ -122,14 +122,28 @@ def test_every_message_and_no_other_has_a_section() -> None:
     assert re.findall(r"^### `([a-z_]+)`$", body[1], re.M) == list(MESSAGES)
 
 
-@pytest.mark.parametrize("kind", MESSAGES.values(), ids=MESSAGES)
-def test_message_fields_match_the_docs(kind: type[msgspec.Struct]) -> None:
-    assert first_cells(section(PROTOCOL, f"`{kind.__struct_config__.tag}`")) == list(kind.__struct_fields__)
+MANIFEST_TYPES = [
+    kind
+    for name, kind in vars(manifest).items()
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind.__module__ == manifest.__name__
+    and not name.startswith("_")
+]  # fmt: skip
+FIELDS = [
+    *((PROTOCOL, tag, kind) for tag, kind in MESSAGES.items()),
+    *((PROTOCOL, kind.__name__, kind) for kind in (GroupSpec, TargetSpec, kill_revive.KillReviveConfig)),
+    *((BUNDLE, kind.__name__, kind) for kind in MANIFEST_TYPES),
+    *((ADAPTERS, kind.__name__, kind) for kind in (adapter_record.AdapterRecord, adapter_record.TrainingRecord)),
+]
 
 
-@pytest.mark.parametrize("kind", [GroupSpec, TargetSpec, kill_revive.KillReviveConfig])
-def test_nested_structure_fields_match_the_docs(kind: type[msgspec.Struct]) -> None:
-    assert first_cells(section(PROTOCOL, f"`{kind.__name__}`")) == list(kind.__struct_fields__)
+@pytest.mark.parametrize(("page", "heading", "kind"), FIELDS, ids=[heading for _, heading, _ in FIELDS])
+def test_fields_match_the_docs(page: str, heading: str, kind: type[msgspec.Struct]) -> None:
+    cells = [cell for row in first_cells(section(page, f"`{heading}`")) for cell in row.split("`, `")]
+    assert cells == list(kind.__struct_fields__)
+
+
+def test_the_adapter_records_format_matches_the_docs() -> None:
+    assert f"format {ADAPTER_FORMAT}." in section(ADAPTERS, "The record")
 
 
 def test_kill_and_revive_defaults_match_the_docs() -> None:
@@ -147,23 +161,27 @@ def test_state_table_matches_the_code() -> None:
         for state, transitions in session.TRANSITIONS.items()
         for kind, (sender, target) in transitions.items()
     ]
-    table = re.search(r"<!-- transitions.*?-->(.*?)<!-- end of transitions -->", PROTOCOL, re.S)
-    assert table
-    assert rows(table[1]) == expected
+    assert between("transitions") == expected
     drawn = re.findall(r"^    ([A-Z_]+) --> ([A-Z_]+): ([EC]) ([a-z_]+)$", PROTOCOL, re.M)
     assert [[state, kind, sender, target] for state, target, sender, kind in drawn] == expected
 
 
-def test_unit_states_match_the_docs() -> None:
+def test_unit_states_and_error_codes_match_the_docs() -> None:
     found = [(int(value), name) for value, name, *_ in rows(section(PROTOCOL, "Unit states"))]
     assert found == [(state.value, state.name) for state in kill_revive.UnitState]
-
-
-def test_error_codes_match_the_docs() -> None:
     table = rows(section(PROTOCOL, "Errors"))
     assert [row[0] for row in table] == list(messages.ErrorCode)
-    known = {kind.exit_code for kind in error_tree()}
+    kinds = [errors.DloraError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    known = {kind.exit_code for kind in kinds if kind.__module__ == errors.__name__}
     assert all(int(row[3]) in known for row in table)
+
+
+def between(mark: str) -> list[list[str]]:
+    """The rows of the table between two comments of protocol.md."""
+    (table,) = re.findall(rf"<!-- {mark}.*?-->(.*?)<!-- end of ", PROTOCOL, re.S)
+    return rows(table)
 
 
 def test_dtypes_and_limits_match_the_docs() -> None:
@@ -172,13 +190,8 @@ def test_dtypes_and_limits_match_the_docs() -> None:
         modules = [module for module in (frames, link, tensors, messages, kill_revive) if hasattr(module, name)]
         assert modules, name
         assert getattr(modules[0], name) == int(value), name
-
-
-def test_connection_limits_match_the_docs() -> None:
     limits = vars(ConnectionLimits(sessions=1))
-    table = re.search(r"<!-- limits of cloud/admission/guard.py.*?-->(.*?)<!-- end of limits -->", PROTOCOL, re.S)
-    assert table
-    told = {name: float(value) for name, value, _ in rows(table[1])}
+    told = {name: float(value) for name, value, _ in between("limits of cloud/admission/guard.py")}
     assert told == {name: value for name, value in limits.items() if name not in ("sessions", "origins")}
 
 
@@ -195,42 +208,19 @@ def test_headers_of_a_step_fit_in_one_block() -> None:
 def test_traffic_example_matches_the_formula() -> None:
     targets = (TargetSpec("q", 576), TargetSpec("v", 192))
     groups = [GroupSpec(block, 576, targets) for block in range(30)]
-    table = re.search(r"<!-- example.*?-->(.*?)<!-- end of example -->", PROTOCOL, re.S)
-    assert table
     assert "`77 + 18·units`" in PROTOCOL
-    for row in rows(table[1]):
+    for row in between("example"):
         active, up, down, trips, per_token = (int(cell.replace(",", "")) for cell in row)
         live = range(30 - active, 30)
         step = micro_batch_traffic(
-            crossings(AdapterSpec(), groups),
-            live=live,
-            with_grads=live,
-            answered=live[1:],
-            tokens=512,
-            sequences=4,
-            labelled=171,
-            embedding_size=576,
-            hidden_size=576,
-            codecs=Codecs.all("fp16"),
-        ) + report_traffic(30, 77 + 18 * 30)
+            crossings(AdapterSpec(), groups), live=live, with_grads=live, answered=live[1:], tokens=512, sequences=4,
+            labelled=171, embedding_size=576, hidden_size=576, codecs=Codecs.all("fp16"),
+        ) + report_traffic(30, 77 + 18 * 30)  # fmt: skip
         assert step == Traffic(up, down, trips)
         assert per_token == round((up + down) / 512)
 
 
 # -- docs/reference/bundle.md --------------------------------------------------------------------------------------
-
-MANIFEST_TYPES = [
-    kind
-    for kind in vars(manifest).values()
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind.__module__ == manifest.__name__
-    and not kind.__name__.startswith("_")
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", MANIFEST_TYPES)
-def test_manifest_fields_match_the_docs(kind: type[msgspec.Struct]) -> None:
-    assert first_cells(section(BUNDLE, f"`{kind.__name__}`")) == list(kind.__struct_fields__)
-
 
 def test_manifest_defaults_match_the_docs() -> None:
     for kind in MANIFEST_TYPES:
@@ -259,13 +249,13 @@ def test_graph_signatures_match_the_docs() -> None:
                 assert (f"{spec.name}` int64" in f"`{cell}") == (spec.dtype == "int64"), (kind, spec.name)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "block_forward", "block_backward", "last_block_forward", "last_block_backward", "block_decode",
-        "final_norm_forward", "final_norm_backward",
-    ],
+OF_BLOCKS = (
+    "block_forward", "block_backward", "last_block_forward", "last_block_backward", "block_decode",
+    "final_norm_forward", "final_norm_backward",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OF_BLOCKS)
 def test_graphs_of_blocks_match_the_docs(kind: str) -> None:
     """Of llama in int8, whose blocks have tables, row scales and LoRA: each input and output is a named one, with its
     shape, or one of those that the docs have in words, in the docs' order."""
@@ -304,21 +294,7 @@ def test_operators_match_the_docs() -> None:
     assert listed.split() == sorted(OPERATORS)
 
 
-@pytest.mark.parametrize("kind", [adapter_record.AdapterRecord, adapter_record.TrainingRecord])
-def test_adapter_record_fields_match_the_docs(kind: type[msgspec.Struct]) -> None:
-    cells = [cell for row in first_cells(section(ADAPTERS, f"`{kind.__name__}`")) for cell in row.split("`, `")]
-    assert cells == list(kind.__struct_fields__)
-    assert f"format {ADAPTER_FORMAT}." in section(ADAPTERS, "The record")
-
-
 # -- options, programs -----------------------------------------------------------------------------------
-
-
-def error_tree() -> list[type[errors.DloraError]]:
-    found = [errors.DloraError]
-    for kind in found:
-        found += kind.__subclasses__()
-    return [kind for kind in found if kind.__module__ == errors.__name__]
 
 
 def shell_lines(text: str) -> Iterator[str]:
@@ -380,10 +356,7 @@ def test_docs_are_short_but_for_the_log() -> None:
 
 
 def test_make_targets_in_docs_exist() -> None:
-    makefile = ROOT / "Makefile"
-    if not makefile.exists():
-        pytest.skip("there is no Makefile yet")
-    targets = set(re.findall(r"^([a-z][\w-]*):", makefile.read_text(), re.M))
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
     for document in DOCS:
         text = document.read_text()
         named = re.findall(r"^ *make ([a-z-]+)", text, re.M) + re.findall(r"`make ([a-z-]+)`", text)
