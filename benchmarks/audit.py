@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from audit_defences.tried import try_defences
+from audit_noise import try_noise
 from bars import write_bars
 from children import cloud_server, log, need_bundle, run_json
 
@@ -49,9 +49,8 @@ RECIPES: Final[dict[str, tuple[str, ...]]] = {
     "generate": ("generate", "--adapter", "lora", "--prompt", QUESTION, "--max-new-tokens", "24"),
     "generate, trunk": ("generate", "--adapter", "trunk", "--prompt", QUESTION, "--max-new-tokens", "24"),
 }
-TRIED: Final = (
-    "noise=0.3", "noise=1", "noise=3", "noise=10", "noise=30", "first-blocks=1", "first-blocks=2", "first-blocks=4",
-)  # fmt: skip
+TRIED: Final = (0.3, 1, 3, 10, 30)
+"""Noise in place of embeddings. The file has blocks on the device as well, of an experiment that is finished."""
 TRIED_ON: Final = "lora"
 IN_TABLE: Final = ("text", "labels", "adapter", "gradients", "prompt lengths", "membership", "seed")
 
@@ -85,7 +84,11 @@ def main() -> None:
         for recipe in arguments.only:
             log(f"attacking: {recipe}")
             found[recipe] = _audit(recipe, directory, arguments.pages)
-    write_bars(arguments.docs / FILE, found)
+    file = arguments.docs / FILE
+    if TRIED_ON in found and file.exists():
+        before = json.loads(file.read_text(encoding="utf-8")).get(TRIED_ON, {"defences": {}})
+        found[TRIED_ON]["defences"] = before["defences"] | found[TRIED_ON]["defences"]
+    write_bars(file, found)
     print(json.dumps(found, indent=1, ensure_ascii=False))
 
 
@@ -123,8 +126,7 @@ def _figure(secret: str, attack: dict[str, Any]) -> str:
 def defences_table(audit: dict[str, Any]) -> str:
     """Markdown: what each defence hides of the text, and what it costs. SECURITY.md has it as it is."""
     lines = ["| in place of embeddings | text | nearest neighbour alone | loss without, with it |", "|---" * 4 + "|"]
-    for name in TRIED:
-        tried = audit[TRIED_ON]["defences"][name]
+    for name, tried in audit[TRIED_ON]["defences"].items():
         best, *_ = tried["attacks"]
         (naive,) = (each for each in tried["attacks"] if each["attack"] == "nearest neighbour")
         kind, _, amount = name.partition("=")
@@ -198,18 +200,15 @@ def _audit(recipe: str, directory: Path, pages: Path | None) -> dict[str, Any]:
 
 
 def _defences(record: Path) -> dict[str, Any]:
-    """Each defence, attacked in place of what crossed."""
-    recording = read_recording(record / "frames")
+    """Noise, attacked in place of what crossed."""
+    recording, base, found = read_recording(record / "frames"), load_base_model(MODEL), {}
     with truth_tokenizer(record / "truth") as tokenizer:
         truth = load_truth(record / "truth", recording.id, observe(recording), tokenizer)
-        found = try_defences(TRIED, truth, load_base_model(MODEL))
-    return {
-        name: {
-            "claim": each["claim"], "loss": round(each["loss"], 3), "loss_without": round(each["loss_without"], 3),
-            **_short(each["finding"]),
-        }
-        for name, each in found.items()
-    }  # fmt: skip
+        for times_rms in TRIED:
+            tried = try_noise(times_rms, truth, base)
+            losses = {name: round(tried[name], 3) for name in ("loss", "loss_without")}
+            found[f"noise={times_rms:g}"] = {"claim": tried["claim"], **losses, **_short(tried["finding"])}
+    return found
 
 
 def _short(finding: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,12 @@ WIDTH, LEFT, RIGHT, TOP, PLOT_HEIGHT, LEGEND_LINE = 780, 66, 60, 46, 330, 20
 # Apart for eyes that see no red or no green: Okabe and Ito's colours, darker on white and lighter on black.
 LIGHT: Final = ("#24292f", "#d55e00", "#0072b2", "#008060", "#b0508f", "#8a6d00", "#3b8bbd", "#7a4a1e")
 DARK: Final = ("#e6edf3", "#ff8c42", "#5eb1f2", "#2fc49b", "#e79ac8", "#e5cf3d", "#9bd3f5", "#d3a071")
-MARKERS: Final = ("circle", "square", "diamond", "triangle")
 LABEL_WIDTH, LABEL_HEIGHT = 46, 13
+STYLE: Final = (
+    "text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif}.title{font-size:15px;font-weight:600}"
+    ".value{font-weight:600;paint-order:stroke;stroke-width:4px;stroke-linejoin:round}"
+    ".line{fill:none;stroke-width:2}.grid{stroke-width:1}"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Axis:
 
 def plot(title: str, series: Sequence[Series], y_title: str) -> str:
     """The picture. All values must be above 0; there must be a series."""
-    bottom = TOP + PLOT_HEIGHT
+    bottom, middle = TOP + PLOT_HEIGHT, TOP + PLOT_HEIGHT / 2
     legend_top = bottom + 62
     height = legend_top + LEGEND_LINE * -(-len(series) // 2)
     xs = [x for each in series for x, _ in each.points]
@@ -64,18 +68,19 @@ def plot(title: str, series: Sequence[Series], y_title: str) -> str:
     room = 0.06 * ((max(ys) - min(ys)) or max(ys))
     low, high = (min(ys) / 1.3, max(ys) * 1.2) if is_log else (max(min(ys) - room, 1e-9), max(ys) + room)
     y_axis = Axis(low, high, bottom, TOP, is_log)
-    log_text = " (log scale)" if is_log else ""
+    colours = _colours(len(series), LIGHT, "#ffffff", "#24292f", "#d8dee4")
+    dark = _colours(len(series), DARK, "#0d1117", "#e6edf3", "#30363d")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" aria-label="{escape(title)}">',
-        f"<style>{_style(len(series))}</style>",
+        f"<style>{STYLE}{colours}@media(prefers-color-scheme:dark){{{dark}}}</style>",
         f'<rect class="page" width="{WIDTH}" height="{height}"/>',
         f'<text class="title" x="{LEFT}" y="24">{escape(title)}</text>',
         *_grid(x_axis, y_axis),
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{bottom + 38}" text-anchor="middle">'
         "bytes on the wire since the run began, both ways (log scale)</text>",
-        f'<text x="16" y="{TOP + PLOT_HEIGHT / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 16 {TOP + PLOT_HEIGHT / 2})">{escape(y_title)}{log_text}</text>',
+        f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">'
+        f"{escape(y_title)}{' (log scale)' if is_log else ''}</text>",
     ]
     taken: list[tuple[float, float]] = []
     labels: list[str] = []  # over all lines
@@ -85,9 +90,9 @@ def plot(title: str, series: Sequence[Series], y_title: str) -> str:
         parts.append(f'<polyline class="line l{index}" points="{path}"/>')
         parts += [_marker(index, x, y, 3.0) for x, y in places[:-1]]
         parts.append(_marker(index, *places[-1], 5.0))
-        x, y = _free_place(places[-1], taken)
-        taken.append((x, y))
-        value = _loss_text(each.points[-1][1])
+        taken.append(_free_place(places[-1], taken))
+        (x, y), loss = taken[-1], each.points[-1][1]
+        value = f"{loss:.2f}" if loss >= 1 else f"{loss:.3f}"
         labels.append(f'<text class="m{index} value" x="{x:.1f}" y="{y + 4:.1f}">{value}</text>')
         x, y = LEFT + (index % 2) * (WIDTH - LEFT) / 2, legend_top + LEGEND_LINE * (index // 2)
         parts.append(f'<line class="line l{index}" x1="{x}" y1="{y - 4}" x2="{x + 22}" y2="{y - 4}"/>')
@@ -95,21 +100,12 @@ def plot(title: str, series: Sequence[Series], y_title: str) -> str:
     return "\n".join([*parts, *labels, "</svg>"]) + "\n"
 
 
-def _style(count: int) -> str:
-    def colours(palette: Sequence[str], page: str, text: str, grid: str) -> str:
-        lines = [f".page{{fill:{page}}}text{{fill:{text}}}.grid{{stroke:{grid}}}.value{{stroke:{page}}}"]
-        for index in range(count):
-            colour = palette[index % len(palette)]
-            lines.append(f".l{index}{{stroke:{colour}}}.m{index}{{fill:{colour}}}")
-        return "".join(lines)
-
-    return (
-        "text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif}.title{font-size:15px;font-weight:600}"
-        ".value{font-weight:600;paint-order:stroke;stroke-width:4px;stroke-linejoin:round}"
-        ".line{fill:none;stroke-width:2}.grid{stroke-width:1}"
-        + colours(LIGHT, "#ffffff", "#24292f", "#d8dee4")
-        + f"@media(prefers-color-scheme:dark){{{colours(DARK, '#0d1117', '#e6edf3', '#30363d')}}}"
-    )
+def _colours(count: int, palette: Sequence[str], page: str, text: str, grid: str) -> str:
+    found = f".page{{fill:{page}}}text{{fill:{text}}}.grid{{stroke:{grid}}}.value{{stroke:{page}}}"
+    for index in range(count):
+        colour = palette[index % len(palette)]
+        found += f".l{index}{{stroke:{colour}}}.m{index}{{fill:{colour}}}"
+    return found
 
 
 def _grid(x_axis: Axis, y_axis: Axis) -> Iterator[str]:
@@ -124,19 +120,8 @@ def _grid(x_axis: Axis, y_axis: Axis) -> Iterator[str]:
         yield f'<text x="{x_axis.start - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
 
 
-def _marker(index: int, x: float, y: float, size: float) -> str:
-    match MARKERS[index % len(MARKERS)]:
-        case "circle":
-            return f'<circle class="m{index}" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
-        case "square":
-            corner = f'x="{x - size:.1f}" y="{y - size:.1f}"'
-            return f'<rect class="m{index}" {corner} width="{2 * size:.1f}" height="{2 * size:.1f}"/>'
-        case shape:
-            corners = [(x, y - 1.3 * size), (x + 1.3 * size, y), (x, y + 1.3 * size), (x - 1.3 * size, y)]
-            if shape == "triangle":
-                corners = [(x, y - 1.3 * size), (x + 1.2 * size, y + size), (x - 1.2 * size, y + size)]
-            points = " ".join(f"{one:.1f},{other:.1f}" for one, other in corners)
-            return f'<polygon class="m{index}" points="{points}"/>'
+def _marker(index: int, x: float, y: float, radius: float) -> str:
+    return f'<circle class="m{index}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
 
 
 def _free_place(end: tuple[float, float], taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -147,10 +132,6 @@ def _free_place(end: tuple[float, float], taken: Sequence[tuple[float, float]]) 
             if all(abs(x - left) >= LABEL_WIDTH or abs(y - other) >= LABEL_HEIGHT for left, other in taken):
                 return x, y
     return x, end[1]
-
-
-def _loss_text(loss: float) -> str:
-    return f"{loss:.2f}" if loss >= 1 else f"{loss:.3f}"
 
 
 def _bytes_text(count: float) -> str:

@@ -31,6 +31,7 @@ from sections import DEFAULTS, TRUNK, section_of, with_section
 from dlora.edge.files import write_atomically
 
 RESULTS = "economy-results.json"
+RATES: tuple[Rate, ...] = ("chosen", "default")
 
 INTRO = """# Benchmarks: what a run costs, and what it is worth
 
@@ -111,11 +112,9 @@ def write_report(finished: Finished, plan: Plan, docs: Path) -> dict[str, Any]:
 def _results(find: Find) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """By set, recipe, and how the rate was chosen."""
     found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
-    rates: tuple[Rate, ...] = ("chosen", "default")
     for set_name, recipe in order():
-        for rate in rates:
-            result = find(set_name, recipe, rate)
-            if result is not None:
+        for rate in RATES:
+            if (result := find(set_name, recipe, rate)) is not None:
                 found.setdefault(set_name, {}).setdefault(recipe, {})[rate] = {
                     "lr": result.rate,
                     "loss": round(result.loss, 4),
@@ -159,7 +158,7 @@ def _bar_lines(find: Find, bars: dict[str, Any]) -> Iterator[str]:
 
 
 def _set_lines(find: Find, set_name: str, folder: Path) -> Iterator[str]:
-    names = [name for name in RECIPES if any(find(set_name, name, rate) for rate in ("chosen", "default"))]
+    names = [name for name in RECIPES if any(find(set_name, name, rate) for rate in RATES)]
     if not names:
         return
     drawn = [found for name in names if (found := find(set_name, name, "chosen")) is not None]
@@ -175,9 +174,8 @@ def _set_lines(find: Find, set_name: str, folder: Path) -> Iterator[str]:
         "| bytes a token | fewer | round trips a step | CPU, s | time, s | seeds |\n" + 14 * "|---" + "|"
     )
     for name in names:
-        for rate in ("chosen", "default"):
-            result = find(set_name, name, rate)
-            if result is not None:
+        for rate in RATES:
+            if (result := find(set_name, name, rate)) is not None:
                 yield _row(result, find(set_name, BASELINE, rate), rate)
     yield ""
     yield from _same_quality_lines(set_name, drawn)
@@ -185,12 +183,11 @@ def _set_lines(find: Find, set_name: str, folder: Path) -> Iterator[str]:
 
 def _row(result: Result, baseline: Result | None, rate: Rate) -> str:
     """A line of the table; differences only where the baseline has some of its seeds."""
-    if rate == "chosen" and result.lr is None:
-        shown = f"{result.rate:g}, found"
-    elif rate == "chosen":
-        shown = f"{result.rate:g}" + (", at the grid's end" if result.lr in (GRID[0], GRID[-1]) else "")
-    else:
-        shown = f"{result.rate:g}, without `--lr`"
+    shown = f"{result.rate:g}"
+    if rate == "default":
+        shown += ", without `--lr`"
+    elif result.lr in (None, GRID[0], GRID[-1]):
+        shown += ", found" if result.lr is None else ", at the grid's end"
     is_text = SETS[result.set_name].relative  # no greedy answer is the data's, word for word
     right = "" if is_text else f"{result.accuracy:.1%}"
     cells = [RECIPES[result.recipe].title, shown, f"{result.validation_loss:.4f}", f"{result.loss:.4f}", right]
@@ -259,16 +256,12 @@ def _curve(result: Result) -> list[Point]:
     """A result's evaluations, means over its seeds."""
     means = []
     for points in zip(*(run.curve for run in result.runs), strict=True):
-        means.append(
-            Point(
-                step=points[0].step,
-                bytes=round(statistics.mean(point.bytes for point in points)),
-                loss=statistics.mean(point.loss for point in points),
-                round_trips=round(statistics.mean(point.round_trips for point in points)),
-                cpu_s=statistics.mean(point.cpu_s for point in points),
-                wall_s=statistics.mean(point.wall_s for point in points),
-            )
-        )
+        mean = {
+            name: statistics.mean(getattr(point, name) for point in points)
+            for name in ("bytes", "loss", "round_trips", "cpu_s", "wall_s")
+        }
+        counts = {name: round(mean[name]) for name in ("bytes", "round_trips")}
+        means.append(Point(step=points[0].step, **mean | counts))
     return means
 
 
@@ -277,9 +270,8 @@ def _plot(set_name: str, drawn: Sequence[Result]) -> str:
     for result in drawn:
         points = tuple((float(point.bytes), point.loss) for point in _curve(result))
         series.append(Series(f"{RECIPES[result.recipe].title}, lr {result.rate:g}", points))
-    return plot(
-        f"{_capitalized(SETS[set_name].title)}: loss against bytes", series, "mean loss a label, validation rows"
-    )
+    title = f"{_capitalized(SETS[set_name].title)}: loss against bytes"
+    return plot(title, series, "mean loss a label, validation rows")
 
 
 def _capitalized(text: str) -> str:

@@ -1,10 +1,9 @@
 """How quickly answers come: PEFT's ``generate`` in one process, and the split, over loopback and slower networks.
 
-Three parts, of which --only chooses: ``speed`` (tokens a second, first token, bytes and round trips a token, with
-drafts and without, at several round-trip times), ``equal`` (the same tokens as PEFT's, of every kind of adapter) and
-``memory`` (of the device's process in a chat of 2,000 tokens, and in training). What has to be reached is written into
-docs/log/benchmarks/generate.json. Adapters are trained for a few steps: what they cost does not depend on what they
-say.
+Two parts, of which --only chooses: ``speed`` (tokens a second, first token, bytes and round trips a token, with drafts
+and without, at several round-trip times) and ``memory`` (of the device's process in a chat of 2,000 tokens, and in
+training). What has to be reached is written into docs/log/benchmarks/generate.json. Adapters are trained for a few
+steps: what they cost does not depend on what they say.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any, Final
 
 import numpy as np
 from bars import Entry, at_most, write_bars
-from children import Worker, cloud_server, log, need_bundle, new_parser, run_json, worker
+from children import cloud_server, log, need_bundle, new_parser, run_json, worker
 from delaying_proxy import delaying_proxy
 
 from dlora.edge.data.prompt import prompt_tokenizer
@@ -58,18 +57,6 @@ RECIPES: Final[dict[str, list[str]]] = {
     "lora_all": ["--kind", "lora", "--target-modules", "q_proj,v_proj"],
     TRUNK: ["--device-blocks", "4"],  # on the device, which answers in that mode, too
 }
-_SOME: Final = ["--kr-score", "grad", "--set", "kill_revive.warmup_steps=2", "--kr-on-kill", "bypass"]
-KINDS: Final[dict[str, list[str]]] = {
-    "lora": ["--kind", "lora"],
-    "lora, acting on answers": ["--kind", "lora", "--active-from", "answer"],
-    "lora, an eighth active": ["--kind", "lora", "--active-fraction", "0.125", *_SOME],
-    "ffa": ["--kind", "ffa"],
-    "bottleneck": ["--kind", "bottleneck", "--active-from", "start"],
-    "bottleneck, acting on answers": ["--kind", "bottleneck", "--active-from", "answer"],
-    "bottleneck, half active": [
-        "--kind", "bottleneck", "--active-from", "answer", "--active-fraction", "0.5", *_SOME,
-    ],
-}  # fmt: skip
 
 
 def main() -> None:
@@ -82,10 +69,6 @@ def main() -> None:
         if "speed" in options.only:
             result["speed"] = place.measure_speed()
             bars |= _speed_bars(result["speed"])
-        if "equal" in options.only:
-            result["equal"] = place.compare_tokens()
-            command = f"{COMMAND} --only equal"
-            bars["equal_tokens"] = at_most(0, result["equal"]["different_answers"], command)
         if "memory" in options.only:
             result["memory"] = place.measure_memory()
             bars["memory"] = at_most(1.1, result["memory"]["ratio"], f"{COMMAND} --only memory")
@@ -108,7 +91,8 @@ class Place:
 
     def measure_speed(self) -> dict[str, Any]:
         options, found = self._options, dict[str, Any]()
-        with self._peft() as peft:
+        stop = ",".join(map(str, self._stop))
+        with worker("peft_generate.py", options.model, options.threads, stop) as peft:
             for name in options.adapters:
                 path = need_bundle(options.blocks_bundle if name == TRUNK else options.bundle)
                 adapter = self._train(path, name, RECIPES[name]) if name in RECIPES else None
@@ -116,7 +100,8 @@ class Place:
                 with self._open(bundle, adapter, self._url) as context:
                     self._answer(context, self._prompts[0], 4, 0)  # loads what is loaded when first used
                     for ids in self._prompts[: options.prompts]:  # taking turns
-                        theirs.append(self._ask(peft, adapter, ids, options.tokens))
+                        request = {"adapter": adapter and str(adapter), "ids": ids.tolist(), "tokens": options.tokens}
+                        theirs.append(peft.ask(request))
                         ours.append(self._answer(context, ids, len(theirs[-1]["tokens"]), 0))
                         log(f"{name}: PEFT {_rate_of_peft(theirs[-1]):.1f} tokens/s, ours {_rate(ours[-1]):.1f}")
                 found[name] = {
@@ -146,11 +131,9 @@ class Place:
         return rows
 
     @contextmanager
-    def _open(self, bundle: Bundle, adapter: Path | None, url: str, wire_dtype: str = "") -> Iterator[Context]:
-        opening = Opening(
-            bundle, url, adapter, trained_device_blocks(adapter), wire_dtype or self._options.wire_dtype,
-            threads=self._options.threads,
-        )  # fmt: skip
+    def _open(self, bundle: Bundle, adapter: Path | None, url: str) -> Iterator[Context]:
+        wire, threads = self._options.wire_dtype, self._options.threads
+        opening = Opening(bundle, url, adapter, trained_device_blocks(adapter), wire, threads=threads)
         with open_to_generate(opening, context_length=512) as model:
             yield Context(model)
 
@@ -162,29 +145,6 @@ class Place:
             pass
         context.logits(np.array([0]))  # the next answer's prompt is not held
         return answer.counters
-
-    # -- equal -------------------------------------------------------------------------------------------
-
-    def compare_tokens(self) -> dict[str, Any]:
-        """Of each kind of adapter, each question's answer with drafts and without, fp32 throughout."""
-        path, different, compared = need_bundle(self._options.fp32_bundle), list[dict[str, Any]](), 0
-        with self._peft() as peft:
-            for name, recipe in {"base model": None, **KINDS}.items():
-                adapter = None if recipe is None else self._train(path, name, recipe)
-                with self._open(Bundle.open(path), adapter, self._url, "fp32") as context:
-                    for number, ids in enumerate(self._prompts):
-                        answered = self._ask(peft, adapter, ids, 64)["tokens"]
-                        wanted = [token for token in answered if token not in self._stop]
-                        for draft_length in (0, None, 4):
-                            answer = TokenAnswer(
-                                context, ids, Sampling(), max_new_tokens=64, stop_token_ids=self._stop,
-                                draft_length=draft_length,
-                            )  # fmt: skip
-                            compared += 1
-                            if [choice.token for choice in answer] != wanted:
-                                different.append({"adapter": name, "question": number, "draft": draft_length})
-                log(f"{name}: {compared} answers compared, {len(different)} differ")
-        return {"compared_answers": compared, "different_answers": len(different), "different": different}
 
     # -- memory ------------------------------------------------------------------------------------------
 
@@ -234,15 +194,6 @@ class Place:
             "--seed", "0", "--json", *recipe,
         ]  # fmt: skip
 
-    @contextmanager
-    def _peft(self) -> Iterator[Worker]:
-        stop = ",".join(map(str, self._stop))
-        with worker("peft_generate.py", self._options.model, self._options.threads, stop) as peft:
-            yield peft
-
-    def _ask(self, peft: Worker, adapter: Path | None, ids: Any, tokens: int) -> dict[str, Any]:
-        return peft.ask({"adapter": adapter and str(adapter), "ids": ids.tolist(), "tokens": tokens})
-
 
 def _rate(counters: Counters) -> float:
     """Tokens a second after the first."""
@@ -284,11 +235,10 @@ def _speed_bars(speed: dict[str, Any]) -> dict[str, Entry]:
 
 
 def _options() -> argparse.Namespace:
-    names, parts = ["base_model", *RECIPES], ["speed", "equal", "memory"]
+    names, parts = ["base_model", *RECIPES], ["speed", "memory"]
     parser = new_parser(__doc__)
     parser.add_argument("--blocks-bundle", type=Path, default=Path("build/smollm2-blocks"), help="for trunk")
     parser.add_argument("--adapters", nargs="+", choices=names, default=names, help="for --only speed")
-    parser.add_argument("--fp32-bundle", type=Path, default=Path("build/smollm2-fp32"), help="for --only equal")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--wire-dtype", default="fp16")
     parser.add_argument("--prompts", type=int, default=5, help="questions that are compared with PEFT's speed")

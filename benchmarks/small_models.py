@@ -2,13 +2,10 @@
 
 Each is trained from nothing for some minutes, on the docstrings of installed packages, with one thread: the same
 versions of everything make the same model. A folder has its weights, its tokenizer and ``trained.json``.
-
-    python benchmarks/small_models.py gpt2 --work build/benchmarks/defaults     # makes build/benchmarks/defaults/gpt2
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import math
@@ -174,17 +171,3 @@ def _docstrings() -> Iterator[str]:
                     text = ast.get_docstring(node)
                     if text is not None and len(text) > 80:
                         yield text
-
-
-def main() -> None:
-    """Train the families that are named and not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="+", choices=sorted(FAMILIES))
-    parser.add_argument("--work", type=Path, default=Path("build/benchmarks/defaults"))
-    options = parser.parse_args()
-    folders = {name: need_small_model(name, options.work) for name in options.families}
-    print(json.dumps({name: json.loads((folder / "trained.json").read_text()) for name, folder in folders.items()}))
-
-
-if __name__ == "__main__":
-    main()

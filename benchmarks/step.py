@@ -11,30 +11,32 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar, cast
 
 import numpy as np
 from bars import FILE, Entry, at_most, write_bars
 from children import cloud_server, log, need_bundle, new_parser, worker
 from economy_recipes import BASELINE, DEFAULT, RECIPES, train_config
-from step_costs import EndsClock, adapter_flops_table, round_trips
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.memory import peak_rss_mb
+from dlora.edge.model.ends import Embedding
+from dlora.edge.model.split import SplitModel
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.resolved import Resolved
-from dlora.edge.training.selection import parse_blocks, target_modules_of
 from dlora.edge.training.side import ServerSide
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import choose_groups, spread_blocks
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 COMMAND: Final = "python benchmarks/step.py"
 INVOCATION: Final = (98, 99)
@@ -106,6 +108,32 @@ def _configs(manifest: Manifest, options: argparse.Namespace) -> dict[str, Resol
             invocation=INVOCATION if recipe.acts_on_answers else (),
         )  # fmt: skip
     return found
+
+
+class EndsClock:
+    """CPU time, of all threads, that a model spends in its two ends while it trains: embedding, and head with loss.
+
+    They are as large for every recipe, so that what recipes differ in shows only without them.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self, model: SplitModel) -> None:
+        self.seconds = 0.0
+        parts = model._parts
+        parts.embedding = cast(Embedding, self._timed(parts.embedding.__call__))  # it is called, and no more
+        parts.head.loss_and_grad = self._timed(parts.head.loss_and_grad)  # type: ignore[method-assign]
+
+    def _timed(self, function: Callable[P, T]) -> Callable[P, T]:
+        def timed(*args: Any, **kwargs: Any) -> T:
+            started = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.process_time() - started
+
+        return timed
 
 
 class Device:
@@ -190,24 +218,12 @@ def _result(
         "ratio_kr": _ratio(eighth.step_s, peft_s),
         "ratio_default": _ratio(default.step_s, peft_s),
         "cpu_ratio_default": _ratio(every.cpu_without_ends_s, default.cpu_without_ends_s),
-        "round_trips_by_formula": _round_trips(manifest, default.trainer.config),
-        "adapter_flops_per_row": adapter_flops_table(),
         "edge_peak_rss_mb": round(peak_rss_mb(), 1),
     }
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
-
-
-def _round_trips(manifest: Manifest, default: Resolved) -> dict[str, Any]:
-    """Of a step of the default recipe, and of the same in fewer blocks."""
-    found = {}
-    names, own = target_modules_of(default.adapter.target_modules), parse_blocks(default.adapter.blocks, manifest)
-    for blocks in (own, spread_blocks(manifest, 4), spread_blocks(manifest, 2)):
-        groups = choose_groups(manifest, names, blocks)
-        found[str(len(blocks))] = {"blocks": list(blocks), "round_trips": round_trips(default.spec, groups)}
-    return found
 
 
 def _bars(result: dict[str, Any]) -> dict[str, Entry]:

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 from bars import Entry, at_least, at_most, write_bars
 from children import cloud_server, log, need_bundle, new_parser, run_json
-from economy_recipes import BASELINE, DEFAULT
+from economy_recipes import BASELINE, DEFAULT, RECIPES, Recipe, train_config
 from economy_trunk import new_source
 
 from dlora.edge.data.examples import Dataset
@@ -28,8 +28,6 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.files import write_atomically
 from dlora.edge.model.cached_source import texts_of
-from dlora.edge.settings import Settings
-from dlora.edge.training.resolve import resolve_without_data
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.side import DeviceSide, ServerSide
 from dlora.edge.training.trainer import Trainer
@@ -43,9 +41,9 @@ from dlora.protocol.wire_codecs import Codecs
 COMMAND: Final = "python benchmarks/trunk.py"
 FILE: Final = Path("benchmarks") / "trunk.json"
 MEMORY_FILE: Final = Path("benchmarks") / "trunk-memory.json"
-"""In docs: the peak of a device's process that trains each of ``RECIPES``."""
+"""In docs: the peak of a device's process that trains each of ``OPTIONS_OF``."""
 LR: Final = 2e-3
-RECIPES: Final[dict[str, tuple[str, ...]]] = {
+OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
     BASELINE: ("--kind", "lora", "--active-fraction", "1"),
     DEFAULT: ("--kind", "bottleneck"),
     **{
@@ -54,7 +52,7 @@ RECIPES: Final[dict[str, tuple[str, ...]]] = {
         for blocks in (4, 8, 12)
     },
 }
-"""Options of ``dlora-edge train``."""
+"""Of ``dlora-edge train``, by recipe."""
 
 
 def main() -> None:
@@ -79,7 +77,8 @@ def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
     first = round(length * (1 - options.labelled))
     dataset = Dataset.of([(row.tolist(), list(range(first - 1, length - 1))) for row in ids])
     engine, seconds = OnnxEngine(bundle, options.threads), dict[str, list[float]]()
-    on_device = _config(manifest, options, device_blocks=str(options.blocks), target_modules="all-linear")
+    all_linear = {"rank": 8, "lora_alpha": 16.0, "target_modules": ("all-linear",)}
+    on_device = _config(manifest, options, Recipe("on the device", all_linear, device_blocks=options.blocks))
     with (
         tempfile.TemporaryDirectory() as directory,
         closing(new_source(bundle, engine, url, on_device, Path(directory) / "cache")) as source,
@@ -87,8 +86,7 @@ def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
     ):
         source.fill(texts_of(dataset))
         device = Trainer(bundle, engine, partial(DeviceSide, source=source), on_device, dataset)
-        of_all = _config(manifest, options, target_modules="q_proj,v_proj")
-        side = partial(ServerSide, connection=connection)
+        side, of_all = partial(ServerSide, connection=connection), _config(manifest, options, RECIPES[BASELINE])
         split = Trainer(bundle, OnnxEngine(bundle, options.threads), side, of_all, dataset)
         for step in range(options.warmup + options.steps):
             for name, trainer in (("device", device), ("split_all", split)):
@@ -99,12 +97,9 @@ def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"step_s": {name: statistics.median(each) for name, each in seconds.items()}, "tokens": options.tokens}
 
 
-def _config(manifest: Manifest, options: argparse.Namespace, **more: Any) -> Resolved:
-    settings = Settings.of(
-        kind="lora", rank=8, alpha=16.0, lr=LR, schedule="constant", warmup=0.0, seed=0, steps=1000,
-        batch_size=options.batch_size, server="ws://a-server", **more,
-    )  # fmt: skip
-    return resolve_without_data(settings, manifest, None)
+def _config(manifest: Manifest, options: argparse.Namespace, recipe: Recipe) -> Resolved:
+    optimizer = {"lr": LR, "schedule": "constant", "warmup": 0.0}
+    return train_config(recipe, manifest, steps=1000, batch_size=options.batch_size, seed=0, optimizer=optimizer)
 
 
 # -- whole runs --------------------------------------------------------------------------------------------
@@ -121,7 +116,7 @@ def _memory(url: str, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         dtype: peak_mb(bundle, "--device-blocks", str(options.blocks)) for dtype, bundle in bundles.items()
     }
-    found["recipes"] = {name: peak_mb(options.bundle, *how) for name, how in RECIPES.items()}
+    found["recipes"] = {name: peak_mb(options.bundle, *how) for name, how in OPTIONS_OF.items()}
     write_atomically(options.docs / MEMORY_FILE, (json.dumps(found["recipes"], indent=1) + "\n").encode())
     return found
 

@@ -1,4 +1,4 @@
-"""The bars that benchmarks write, and what benchmarks/step.py finds by formula, without its model."""
+"""The bars that benchmarks write, and the clock of benchmarks/step.py, without its model."""
 
 from __future__ import annotations
 
@@ -13,26 +13,13 @@ from families import VOCABULARY
 from serving import config, random_dataset, serving, training
 from tiny import TinyFactory
 
-from dlora.edge.training.defaults import DEFAULTS
-from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import StorageError
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from bars import FILE, at_least, at_most, write_bars
-from step_costs import (
-    ALL_MODULES,
-    LLAMA_3_8B,
-    SMOLLM2,
-    EndsClock,
-    Widths,
-    adapter_flops,
-    adapter_flops_table,
-    round_trips,
-)
+from step import EndsClock
 
 COMMAND = "python benchmarks/step.py"
-DEFAULT = AdapterSpec("bottleneck", DEFAULTS["bottleneck"].r or 0)
-
 
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
@@ -83,35 +70,6 @@ def test_bars_that_cannot_be_written_leave_the_old_file(tmp_path: Path, monkeypa
         write_bars(path, {"b": at_most(1, 1, "one")})
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
-
-
-# -- formulas ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("blocks", "trips"), [(8, 65), (4, 33), (2, 17)])
-def test_round_trips_are_two_a_group_and_one(blocks: int, trips: int) -> None:
-    groups = SMOLLM2.groups(range(blocks), ALL_MODULES)
-    assert len(groups) == 4 * blocks
-    assert round_trips(DEFAULT, groups) == 2 * len(groups) + 1 == trips
-
-
-@pytest.mark.parametrize("widths", [SMOLLM2, LLAMA_3_8B], ids=["SmolLM2", "Llama 3"])
-def test_flops_are_those_of_the_products(widths: Widths) -> None:
-    """Counted product by product: forward, gradient of the input, gradient of the weight."""
-    lora, bottleneck = 0, 0
-    for out_features in (widths.hidden, widths.kv) * widths.blocks:
-        for m, n in ((8, widths.hidden), (out_features, 8)):
-            lora += 2 * m * n + 2 * n * m + 2 * m * n
-    for _ in range(8 * 4):
-        bottleneck += 3 * 2 * DEFAULT.r * DEFAULT.r
-    found = adapter_flops_table()[str(widths.hidden)]
-    assert (found["lora"], found["bottleneck"]) == (lora, bottleneck)
-    assert found["ratio"] == pytest.approx(lora / bottleneck, abs=0.01)
-
-
-def test_flops_of_a_bottleneck_do_not_grow_with_the_model() -> None:
-    narrow, wide = (adapter_flops(DEFAULT, each.groups(range(8), ALL_MODULES)) for each in (SMOLLM2, LLAMA_3_8B))
-    assert narrow == wide
 
 
 # -- the ends' clock -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Defences that somebody might put in place of what crosses, attacked: what they hide, and what they cost.
+"""Noise on the embeddings, attacked: what it hides of the text, what may be claimed for it, and what it costs.
 
-None of these is an option of a device: an option is taken for protection, and these do not protect at a price that a
-model can pay (docs/log/decisions/0051).
+It is no option of a device: an option is taken for protection, and this does not protect at a price that a model can
+pay (docs/log/decisions/0051).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 import torch
+from audit_averaging import average_repeats
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -24,14 +25,10 @@ from dlora.cloud.audit.truth import Truth
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.ends import find_embedding, find_head
 from dlora.cloud.model.parts import ModelParts
-from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
-from .noise import DELTA, average_repeats, epsilon_of
-from .ridge_probe import RidgeProbe
-from .sequential_matching import match_tokens
-
+DELTA: Final = 1e-5
 EPOCHS: Final = 10
-MOST_TOKENS: Final = {"first-blocks": 320, "noise": 4096}  # of what is attacked; token by token it takes long
+MOST_TOKENS: Final = 4096  # of what is attacked
 
 
 @dataclass(frozen=True)
@@ -46,33 +43,13 @@ class _Texts:
 
 
 @torch.no_grad()
-def try_defences(names: Sequence[str], truth: Truth, base: BaseModel) -> dict[str, dict[str, Any]]:
-    """Attack each: ``noise=0.3`` is Gaussian, of so many times the embeddings' root mean square, ``first-blocks=2`` is
-    what crosses where the device holds these.
+def try_noise(times_rms: float, truth: Truth, base: BaseModel) -> dict[str, Any]:
+    """Attack Gaussian noise of so many times the embeddings' root mean square, drawn anew each time that they cross.
 
-    Returns: by name what may be claimed, the finding, and the base model's loss at next tokens with it and without.
+    Returns: what may be claimed, the finding, and the base model's loss at next tokens with it and without.
     """
-    parts, found = ModelParts(base), {}
-    for name in names:
-        kind, _, amount = name.partition("=")
-        texts = _choose_texts(truth, MOST_TOKENS[kind])
-        embeddings = find_embedding(base)(texts.ids.to(base.device)).to(base.dtype)
-        blocks = int(amount) if kind == "first-blocks" else 0
-        if blocks:
-            claim, crossed, attacks = _first_blocks(blocks, embeddings, texts, parts)
-        else:
-            claim, crossed, attacks = _noise(float(amount), embeddings, texts, embedding_table(base))
-        found[name] = {
-            "claim": claim,
-            "finding": msgspec.to_builtins(found_by("text", attacks)),
-            "loss": _loss(parts, crossed, texts, blocks),
-            "loss_without": _loss(parts, embeddings, texts, 0),
-        }
-    return found
-
-
-def _noise(times_rms: float, hidden: Tensor, texts: _Texts, table: Tensor) -> tuple[str, Tensor, list[Attack]]:
-    """Drawn anew each time."""
+    parts, texts, table = ModelParts(base), _choose_texts(truth, MOST_TOKENS), embedding_table(base)
+    hidden = find_embedding(base)(texts.ids.to(base.device)).to(base.dtype)
     draw = torch.Generator().manual_seed(0)
     deviation = times_rms * hidden.float().square().mean().sqrt()
 
@@ -87,11 +64,16 @@ def _noise(times_rms: float, hidden: Tensor, texts: _Texts, table: Tensor) -> tu
         texts.score(f"mean of {EPOCHS} epochs, of texts as long", _averaged_by_length(epochs, texts, table)),
     ]
     epsilon = epsilon_of(_largest_distance(table), float(deviation))
-    claim = (
-        f"ε ≤ {math.ceil(10 * epsilon) / 10:,.1f} for each token each time that it crosses (one token in place of "
-        f"another, nothing clipped, δ = {DELTA:g}, noise of this size whatever the text); 8 or less would say something"
-    )
-    return claim, epochs[0], attacks
+    return {
+        "claim": (
+            f"ε ≤ {math.ceil(10 * epsilon) / 10:,.1f} for each token each time that it crosses (one token in place of "
+            f"another, nothing clipped, δ = {DELTA:g}, noise of this size whatever the text); 8 or less would say "
+            "something"
+        ),
+        "finding": msgspec.to_builtins(found_by("text", attacks)),
+        "loss": _loss(parts, epochs[0], texts),
+        "loss_without": _loss(parts, hidden, texts),
+    }
 
 
 def _averaged(epochs: Sequence[Tensor], texts: _Texts, table: Tensor) -> Tensor:
@@ -130,26 +112,35 @@ def _largest_distance(table: Tensor, most: int = 4096) -> float:
     return max(largest, rest)
 
 
-def _first_blocks(
-    blocks: int, embeddings: Tensor, texts: _Texts, parts: ModelParts
-) -> tuple[str, Tensor, list[Attack]]:
-    """The device runs the first blocks itself: hidden states cross in place of embeddings, in fp16."""
-    hidden = torch.cat([parts.run(rows[None], end=blocks)[0].float() for rows in embeddings.split(texts.lengths)])
-    crossed = torch.from_numpy(decode_floats(encode_floats(hidden.cpu().numpy(), "fp16"))).to(hidden.device)
-    probe = RidgeProbe.fit(parts, blocks)
-    attacks = [
-        texts.score("sequential matching", match_tokens(crossed, texts.lengths, parts, blocks, probe)),
-        texts.score("ridge probe", nearest_tokens(probe.embeddings(crossed), probe.table)),
-        texts.score("nearest neighbour", nearest_tokens(crossed, probe.table)),
-    ]
-    return "nothing: the blocks are public", crossed, attacks
+def epsilon_of(sensitivity: float, deviation: float) -> float:
+    """The smallest ε for which noise of this standard deviation is (ε, ``DELTA``)-differentially private.
+
+    ``sensitivity``: the largest Euclidean distance of two values that a neighbour may have in place of each other. The
+    analytic Gaussian mechanism, Balle & Wang, arXiv 1805.06530, theorem 8.
+    """
+    ratio = sensitivity / deviation
+    low, high = 0.0, 1.0
+    while _delta_of(high, ratio) > DELTA:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _delta_of(middle, ratio) > DELTA else (low, middle)
+    return high
 
 
-def _loss(parts: ModelParts, hidden: Tensor, texts: _Texts, blocks: int) -> float:
-    """Mean cross-entropy of each next token where the rest of the model runs on what crossed, each text by itself."""
+def _delta_of(epsilon: float, ratio: float) -> float:
+    first, second = (
+        float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64)))
+        for x in (ratio / 2 - epsilon / ratio, -ratio / 2 - epsilon / ratio)
+    )
+    return math.exp(first) - math.exp(min(0.0, epsilon + second))  # the product is a share; rounding may lift it
+
+
+def _loss(parts: ModelParts, hidden: Tensor, texts: _Texts) -> float:
+    """Mean cross-entropy of each next token where the model runs on what crossed, each text by itself."""
     base = parts.base
     given = hidden.to(base.device, base.dtype)
-    last = [parts.run(rows[None], begin=blocks)[0][:-1] for rows in given.split(texts.lengths)]
+    last = [parts.run(rows[None], begin=0)[0][:-1] for rows in given.split(texts.lengths)]
     wanted = [ids[1:] for ids in texts.ids.split(texts.lengths)]
     return float(cross_entropy(find_head(base)(torch.cat(last)).float(), torch.cat(wanted).to(base.device)))
 

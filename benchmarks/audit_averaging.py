@@ -1,7 +1,4 @@
-"""Gaussian noise on what crosses: what may be claimed for it, and how it averages out.
-
-An example crosses again in each epoch, and noise that is fresh each time has a mean of nothing.
-"""
+"""Averaging over epochs: an example crosses again in each of them, and noise that is fresh each time averages out."""
 
 from __future__ import annotations
 
@@ -13,8 +10,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-DELTA: Final = 1e-5
-
 # Two texts without a common token have row cosines of mean 0. Six standard deviations above it one pair in a billion is
 # by chance: 10,000 sequences, which are 50 million pairs, give a wrong group once in twenty recordings.
 _DEVIATIONS: Final = 6.0
@@ -25,30 +20,6 @@ _WORSE_HALF: Final = 0.6
 _HALF_NORMAL: Final = 0.8  # sqrt(2 / pi): so many deviations the worse half of normal values is below the mean
 _WORST_ROW: Final = 0.3
 _ROW_DEVIATIONS: Final = 4.0
-
-
-def epsilon_of(sensitivity: float, deviation: float) -> float:
-    """The smallest ε for which noise of this standard deviation is (ε, ``DELTA``)-differentially private.
-
-    ``sensitivity``: the largest Euclidean distance of two values that a neighbour may have in place of each other. The
-    analytic Gaussian mechanism, Balle & Wang, arXiv 1805.06530, theorem 8.
-    """
-    ratio = sensitivity / deviation
-    low, high = 0.0, 1.0
-    while _delta_of(high, ratio) > DELTA:
-        low, high = high, 2 * high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _delta_of(middle, ratio) > DELTA else (low, middle)
-    return high
-
-
-def _delta_of(epsilon: float, ratio: float) -> float:
-    first, second = (
-        float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64)))
-        for x in (ratio / 2 - epsilon / ratio, -ratio / 2 - epsilon / ratio)
-    )
-    return math.exp(first) - math.exp(min(0.0, epsilon + second))  # the product is a share; rounding may lift it
 
 
 @dataclass
